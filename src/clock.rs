@@ -1,0 +1,236 @@
+//! Time: the one file in which "now" is read.
+//!
+//! A [`Timestamp`] is the time of a *store*, in microseconds since the Unix epoch. The protocol never reads a clock: it is
+//! handed a timestamp by the store, because only the store's clock may decide about leases and expiry.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep};
+
+/// A moment by the clock of a store: microseconds since the Unix epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(u64);
+
+impl Timestamp {
+    /// The end of time: a lease that needs no renewal ends here.
+    pub const MAX: Self = Self(u64::MAX);
+
+    /// The moment `micros` microseconds after the Unix epoch.
+    #[must_use]
+    pub const fn from_micros(micros: u64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since the Unix epoch.
+    #[must_use]
+    pub const fn as_micros(self) -> u64 {
+        self.0
+    }
+
+    /// This moment plus `duration`, at most [`Timestamp::MAX`].
+    #[must_use]
+    pub fn saturating_add(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(micros(duration)))
+    }
+
+    /// How long it is from `earlier` to this moment; zero when `earlier` is later.
+    #[must_use]
+    pub const fn saturating_since(self, earlier: Self) -> Duration {
+        Duration::from_micros(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// Whole microseconds of a duration, at most `u64::MAX` (584,000 years).
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The clock of a store that lives in this process.
+///
+/// The system clock is read once, when the value is made; from then on the monotonic clock counts, so that a clock that is
+/// set back or forward cannot end a lease or a retention. Under `tokio::time::pause` it follows tokio's paused time.
+#[derive(Clone)]
+pub struct Clock(Source);
+
+#[derive(Clone)]
+enum Source {
+    Manual(Arc<AtomicU64>),
+    Monotonic { origin: Instant, at_origin: Timestamp },
+}
+
+impl Clock {
+    /// The machine's clock.
+    #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub fn system() -> Self {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(Source::Monotonic {
+            origin: Instant::now(),
+            at_origin: Timestamp(micros(since_epoch)),
+        })
+    }
+
+    /// A clock that stands still until [`advance`](Self::advance) is called; clones share the time. For tests.
+    #[must_use]
+    pub fn manual(start: Timestamp) -> Self {
+        Self(Source::Manual(Arc::new(AtomicU64::new(start.0))))
+    }
+
+    /// Moves a manual clock forward; clocks of the machine cannot be moved and ignore the call.
+    pub fn advance(&self, duration: Duration) {
+        if let Source::Manual(now) = &self.0 {
+            now.fetch_add(micros(duration), Ordering::SeqCst);
+        }
+    }
+
+    /// The time.
+    #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub fn now(&self) -> Timestamp {
+        match &self.0 {
+            Source::Manual(now) => Timestamp(now.load(Ordering::SeqCst)),
+            Source::Monotonic { origin, at_origin } => at_origin.saturating_add(Instant::now().duration_since(*origin)),
+        }
+    }
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self::system()
+    }
+}
+
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.0 {
+            Source::Manual(_) => "manual",
+            Source::Monotonic { .. } => "system",
+        };
+        f.debug_tuple("Clock").field(&kind).finish()
+    }
+}
+
+/// The end of something that may last at most a given time, on the monotonic clock of this process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadline(Instant);
+
+impl Deadline {
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub(crate) fn after(duration: Duration) -> Self {
+        const FAR: Duration = Duration::from_secs(86_400 * 365 * 30);
+        let now = Instant::now();
+        Self(now.checked_add(duration.min(FAR)).unwrap_or(now))
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub(crate) fn left(self) -> Duration {
+        self.0.saturating_duration_since(Instant::now())
+    }
+
+    pub(crate) fn sleep(self) -> Sleep {
+        tokio::time::sleep_until(self.0)
+    }
+}
+
+/// Measures how long something takes.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only measurements read it"))]
+pub(crate) struct Stopwatch(Instant);
+
+#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only measurements use it"))]
+impl Stopwatch {
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub(crate) fn elapsed(self) -> Duration {
+        Instant::now().saturating_duration_since(self.0)
+    }
+}
+
+pin_project! {
+    /// Runs a future for a limited time; no timer is made for a future that is ready at its first poll.
+    #[derive(Debug)]
+    pub(crate) struct Within<F> {
+        #[pin]
+        future: F,
+        limit: Duration,
+        #[pin]
+        timer: Option<Sleep>,
+    }
+}
+
+/// The time was up first.
+#[derive(Debug)]
+pub(crate) struct Elapsed;
+
+/// `future`, given up after `limit`.
+pub(crate) fn within<F: Future>(limit: Duration, future: F) -> Within<F> {
+    Within {
+        future,
+        limit,
+        timer: None,
+    }
+}
+
+impl<F: Future> Future for Within<F> {
+    type Output = Result<F::Output, Elapsed>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        if let Poll::Ready(output) = this.future.poll(cx) {
+            return Poll::Ready(Ok(output));
+        }
+        if this.timer.is_none() {
+            this.timer.set(Some(Deadline::after(*this.limit).sleep()));
+        }
+        match this.timer.as_pin_mut() {
+            Some(timer) => timer.poll(cx).map(|()| Err(Elapsed)),
+            None => Poll::Pending,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manual_clock_moves_only_when_told_and_clones_share_it() {
+        let clock = Clock::manual(Timestamp::from_micros(5));
+        let other = clock.clone();
+        assert_eq!(clock.now().as_micros(), 5);
+        other.advance(Duration::from_micros(7));
+        assert_eq!(clock.now().as_micros(), 12);
+    }
+
+    #[test]
+    fn the_system_clock_is_after_2020_and_never_goes_back() {
+        let clock = Clock::system();
+        let first = clock.now();
+        assert!(first.as_micros() > 1_577_836_800_000_000);
+        assert!(clock.now() >= first);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn within_gives_up_after_the_limit_and_not_before() {
+        assert!(within(Duration::from_secs(1), std::future::pending::<()>()).await.is_err());
+        let slow = tokio::time::sleep(Duration::from_millis(999));
+        assert!(within(Duration::from_secs(1), slow).await.is_ok());
+    }
+
+    #[test]
+    fn arithmetic_saturates() {
+        assert_eq!(Timestamp::MAX.saturating_add(Duration::MAX), Timestamp::MAX);
+        assert_eq!(Timestamp::default().saturating_since(Timestamp::MAX), Duration::ZERO);
+    }
+}

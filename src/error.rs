@@ -1,0 +1,102 @@
+//! The one error type of the crate.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+/// Why something could not be done.
+///
+/// Opaque: ask [`kind`](Self::kind) what to do about it and [`source`](StdError::source) what caused it. Neither its
+/// `Display` nor its `Debug` form ever holds a key, a body or a credential, as long as the causes that a store passes in
+/// do not.
+pub struct Error {
+    kind: ErrorKind,
+    what: &'static str,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// What an [`Error`] means to the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A setting does not make sense; found when the value is constructed, never while requests run.
+    Configuration,
+    /// A record cannot be read: its bytes are damaged or of a newer version. It is somebody's live record, never "absent".
+    CorruptRecord,
+    /// The store has reached its record budget and takes no new keys for now. Nothing was recorded.
+    StoreFull,
+    /// The store could not be reached or did not answer. Whether the operation took effect is not known.
+    StoreUnavailable,
+}
+
+impl Error {
+    /// An error of `kind`; `what` says in one static sentence what was wrong and what to do.
+    #[must_use]
+    pub const fn new(kind: ErrorKind, what: &'static str) -> Self {
+        Self {
+            kind,
+            what,
+            source: None,
+        }
+    }
+
+    /// Adds the cause.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// An error of a store that could not be reached or did not answer, caused by `source`.
+    #[must_use]
+    pub fn unavailable(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self::new(
+            ErrorKind::StoreUnavailable,
+            "the idempotency store did not answer",
+        )
+        .with_source(source)
+    }
+
+    /// What the error means.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.what)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error")
+            .field("kind", &self.kind)
+            .field("what", &self.what)
+            .field("source", &self.source)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_keeps_its_cause_and_shows_its_kind() {
+        let cause = std::io::Error::other("connection reset");
+        let error = Error::unavailable(cause);
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+        assert_eq!(error.source().unwrap().to_string(), "connection reset");
+        assert!(format!("{error:?}").contains("StoreUnavailable"));
+    }
+}

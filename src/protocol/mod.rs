@@ -1,0 +1,34 @@
+//! The protocol that keeps the promise, pure: no I/O, no clock, no async, no HTTP.
+//!
+//! A [`Claim`] asks for a key; a [`Decision`] answers it; a [`Record`] is what a store keeps, and the functions of
+//! [`Record`] are the one place where its life is code:
+//!
+//! ```text
+//! absent ──claim──▶ in flight ──complete──▶ completed (kept answer | tombstone) ──retention──▶ absent
+//!                    │  │  ▲
+//!                    │  │  └── taken over (fence+1, attempt+1)  ◀── lease over, OnLost = Execute | Recover
+//!                    │  └──── lease over, OnLost = Refuse, or attempts used up ──▶ unknown
+//!                    └─ release: absent if this was the only attempt ever, else "lease over", evidence kept
+//! unknown ──complete by the same owner, late──▶ completed          unknown ──resolve──▶ completed | absent
+//! ```
+
+mod claim;
+mod codec;
+mod fingerprint;
+#[cfg(feature = "json")]
+mod json;
+mod key;
+mod record;
+mod structured;
+
+pub use claim::{
+    Answer, Claim, Completion, Decision, Fence, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution,
+    Resolved, Snapshot, Status,
+};
+pub use fingerprint::Fingerprint;
+pub(crate) use fingerprint::Hasher;
+#[cfg(feature = "json")]
+pub use json::CanonicalJson;
+pub use key::{IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope, StorageKey};
+pub(crate) use key::{KeyHasher, KeyParser, KeySpace, Secret};
+pub use record::{Change, Record, Transition};

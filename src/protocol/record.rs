@@ -1,0 +1,369 @@
+//! The life of a record: every transition as a pure function of the record, the question and the store's time.
+
+use std::time::Duration;
+
+use super::{
+    Answer, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Outcome, Owner, Release, Renewal,
+    Resolution, Resolved, Snapshot, Status,
+};
+use crate::clock::Timestamp;
+
+/// What a store keeps under one storage key.
+///
+/// A store that can run Rust next to its data calls the functions of this type within one atomic step; a store that cannot
+/// (a script in a server, a statement in a database) is tested against them. Each takes the record, if there is one, and the
+/// time by the store's clock, and returns what to answer and what to write.
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_idempotency::protocol::{Change, Claim, Decision, Fingerprint, IfLost, Nonce, Record, StorageKey};
+/// use tower_idempotency::Timestamp;
+///
+/// let claim = Claim {
+///     key: StorageKey::from_bytes([7; 32]),
+///     fingerprint: Fingerprint::of(b"pay 100"),
+///     nonce: Nonce::random(),
+///     lease: Duration::from_secs(30),
+///     retention: Duration::from_secs(86_400),
+///     if_lost: IfLost::Refuse,
+///     max_attempts: 5,
+/// };
+/// let first = Record::claim(None, &claim, Timestamp::from_micros(1));
+/// assert!(matches!(first.reply, Decision::Execute(grant) if grant.attempt == 1));
+///
+/// let Change::Put(record) = first.change else { panic!("a granted claim is written") };
+/// let other = Claim { nonce: Nonce::random(), ..claim };
+/// let second = Record::claim(Some(&record), &other, Timestamp::from_micros(2));
+/// assert!(matches!(second.reply, Decision::Wait { .. }));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub(super) fingerprint: Fingerprint,
+    pub(super) owner: Owner,
+    pub(super) attempt: u32,
+    pub(super) kind: GrantKind,
+    pub(super) lease: Duration,
+    pub(super) retention: Duration,
+    pub(super) expires: Timestamp,
+    pub(super) state: State,
+}
+
+/// Whether the current owner was told to ask first. Kept, because a repeated claim must be answered in kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum GrantKind {
+    Execute,
+    Recover,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Completed(Outcome),
+    InFlight { until: Timestamp },
+    Unknown,
+}
+
+/// What to answer and what to write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "stores take it apart")]
+pub struct Transition<R> {
+    /// The answer to the question.
+    pub reply: R,
+    /// The change to the stored record, to be made in the same atomic step.
+    pub change: Change,
+}
+
+/// A change to a stored record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
+#[expect(clippy::large_enum_variant, reason = "it lives for one step; a box would cost every claim")]
+pub enum Change {
+    /// Leave it as it is.
+    Keep,
+    /// Write this one in its place.
+    Put(Record),
+    /// Delete it.
+    Remove,
+}
+
+impl<R> Transition<R> {
+    const fn keep(reply: R) -> Self {
+        Self {
+            reply,
+            change: Change::Keep,
+        }
+    }
+
+    const fn put(reply: R, record: Record) -> Self {
+        Self {
+            reply,
+            change: Change::Put(record),
+        }
+    }
+
+    const fn remove(reply: R) -> Self {
+        Self {
+            reply,
+            change: Change::Remove,
+        }
+    }
+}
+
+impl Record {
+    /// Answers a claim.
+    #[must_use]
+    pub fn claim(record: Option<&Self>, claim: &Claim, now: Timestamp) -> Transition<Decision> {
+        let Some(record) = Self::live(record, now) else {
+            return Self::first(claim, now);
+        };
+        if record.fingerprint != claim.fingerprint {
+            return Transition::keep(Decision::Mismatch);
+        }
+        match &record.state {
+            State::Completed(Outcome::Kept(answer)) => Transition::keep(Decision::Replay(answer.clone())),
+            State::Completed(Outcome::Tombstone) => Transition::keep(Decision::NotKept),
+            State::Unknown => Transition::keep(Decision::Unknown),
+            // The reply to this very claim was lost: the same grant again, of the same kind.
+            State::InFlight { .. } if record.owner.nonce == claim.nonce => record.clone().granted(claim, now),
+            State::InFlight { until } => record.contended(*until, claim, now),
+        }
+    }
+
+    /// Answers the owner's wish for `lease` more time. Zero gives the lease up: it is over at once, its evidence stays.
+    #[must_use]
+    pub fn renew(record: Option<&Self>, owner: Owner, lease: Duration, now: Timestamp) -> Transition<Renewal> {
+        match Self::live(record, now) {
+            Some(record) if record.owner == owner && record.is_in_flight() => {
+                Transition::put(Renewal::Renewed, record.clone().leased(lease, now))
+            }
+            _ => Transition::keep(Renewal::Superseded),
+        }
+    }
+
+    /// Answers the owner's outcome, to be kept for `retention` from now.
+    #[must_use]
+    pub fn complete(
+        record: Option<&Self>,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+        now: Timestamp,
+    ) -> Transition<Completion> {
+        let Some(record) = Self::live(record, now) else {
+            return Transition::keep(Completion::Superseded(None));
+        };
+        match &record.state {
+            State::Completed(_) if record.owner == owner => Transition::keep(Completion::Completed),
+            State::Completed(stands) => Transition::keep(Completion::Superseded(Some(stands.clone()))),
+            State::InFlight { .. } | State::Unknown if record.owner == owner => {
+                let done = record.clone().completed(outcome.clone(), retention, now);
+                Transition::put(Completion::Completed, done)
+            }
+            State::InFlight { .. } | State::Unknown => Transition::keep(Completion::Superseded(None)),
+        }
+    }
+
+    /// Answers an owner who ended without an outcome.
+    #[must_use]
+    pub fn release(record: Option<&Self>, owner: Owner, now: Timestamp) -> Transition<Release> {
+        let Some(record) = Self::live(record, now) else {
+            return Transition::keep(Release::Released);
+        };
+        if record.owner != owner || matches!(record.state, State::Completed(_)) {
+            return Transition::keep(Release::Superseded);
+        }
+        // Only when nobody else ever held the key is there nothing that a deletion would hide.
+        if record.attempt == 1 {
+            return Transition::remove(Release::Released);
+        }
+        if record.is_in_flight() {
+            return Transition::put(Release::Released, record.clone().leased(Duration::ZERO, now));
+        }
+        Transition::keep(Release::Released)
+    }
+
+    /// Answers an operator or a hook that found out what became of a lost attempt.
+    #[must_use]
+    pub fn resolve(
+        record: Option<&Self>,
+        fence: Fence,
+        resolution: &Resolution,
+        now: Timestamp,
+    ) -> Transition<Resolved> {
+        let Some(record) = Self::live(record, now) else {
+            return Transition::keep(Resolved::Conflict(None));
+        };
+        let owner_may_live = matches!(record.status(now), Status::InFlight { .. } | Status::Completed(_));
+        if record.owner.fence != fence || owner_may_live {
+            return Transition::keep(Resolved::Conflict(Some(record.owner.fence)));
+        }
+        match resolution {
+            Resolution::Absent => Transition::remove(Resolved::Resolved),
+            Resolution::Completed(outcome, retention) => {
+                let done = record.clone().completed(outcome.clone(), *retention, now);
+                Transition::put(Resolved::Resolved, done)
+            }
+        }
+    }
+
+    /// Shows the record; `None` when there is none or it has expired.
+    #[must_use]
+    pub fn peek(record: Option<&Self>, now: Timestamp) -> Option<Snapshot> {
+        let record = Self::live(record, now)?;
+        Some(Snapshot {
+            fingerprint: record.fingerprint,
+            fence: record.owner.fence,
+            attempt: record.attempt,
+            status: record.status(now),
+        })
+    }
+
+    /// When a store may forget the record.
+    #[must_use]
+    pub const fn expires_at(&self) -> Timestamp {
+        self.expires
+    }
+
+    /// Whether a store may forget the record. A live lease outlasts any retention.
+    #[must_use]
+    pub fn is_expired(&self, now: Timestamp) -> bool {
+        let leased = matches!(self.state, State::InFlight { until } if now < self.until_at_most(until, now));
+        now >= self.expires && !leased
+    }
+
+    /// The answer, where one is kept.
+    #[must_use]
+    pub const fn answer(&self) -> Option<&Answer> {
+        match &self.state {
+            State::Completed(Outcome::Kept(answer)) => Some(answer),
+            _ => None,
+        }
+    }
+
+    /// The same record with its answer thrown away; for stores over their budget.
+    #[must_use]
+    pub fn into_tombstone(mut self) -> Self {
+        if let State::Completed(outcome) = &mut self.state {
+            *outcome = Outcome::Tombstone;
+        }
+        self
+    }
+
+    /// Whether the record has ended.
+    #[must_use]
+    pub const fn is_completed(&self) -> bool {
+        matches!(self.state, State::Completed(_))
+    }
+
+    const fn is_in_flight(&self) -> bool {
+        matches!(self.state, State::InFlight { .. })
+    }
+
+    fn live(record: Option<&Self>, now: Timestamp) -> Option<&Self> {
+        record.filter(|record| !record.is_expired(now))
+    }
+
+    fn first(claim: &Claim, now: Timestamp) -> Transition<Decision> {
+        let record = Self {
+            fingerprint: claim.fingerprint,
+            owner: Owner {
+                nonce: claim.nonce,
+                fence: Fence::new(now.as_micros().max(1)),
+            },
+            attempt: 1,
+            kind: GrantKind::Execute,
+            lease: claim.lease,
+            retention: claim.retention,
+            expires: now,
+            state: State::Unknown,
+        };
+        record.granted(claim, now)
+    }
+
+    /// A key that somebody else holds, or held until its lease ran out.
+    fn contended(&self, until: Timestamp, claim: &Claim, now: Timestamp) -> Transition<Decision> {
+        let until_at_most = self.until_at_most(until, now);
+        if now < until_at_most {
+            let left = until_at_most.saturating_since(now);
+            if until_at_most == until {
+                return Transition::keep(Decision::Wait { left });
+            }
+            // The clock went backwards: nobody waits longer than a lease for it to catch up.
+            let mut cut = self.clone();
+            cut.state = State::InFlight { until: until_at_most };
+            return Transition::put(Decision::Wait { left }, cut);
+        }
+        let kind = match claim.if_lost {
+            IfLost::Execute => GrantKind::Execute,
+            IfLost::Recover => GrantKind::Recover,
+            IfLost::Refuse => return self.unknown(),
+        };
+        if self.attempt >= claim.max_attempts {
+            return self.unknown();
+        }
+        let taken_over = Self {
+            owner: Owner {
+                nonce: claim.nonce,
+                fence: Fence::new(now.as_micros().max(self.owner.fence.as_u64().saturating_add(1))),
+            },
+            attempt: self.attempt.saturating_add(1),
+            kind,
+            ..self.clone()
+        };
+        taken_over.granted(claim, now)
+    }
+
+    fn unknown(&self) -> Transition<Decision> {
+        let mut unknown = self.clone();
+        unknown.state = State::Unknown;
+        Transition::put(Decision::Unknown, unknown)
+    }
+
+    fn granted(mut self, claim: &Claim, now: Timestamp) -> Transition<Decision> {
+        let grant = Grant {
+            owner: self.owner,
+            attempt: self.attempt,
+            lease: Some(claim.lease),
+        };
+        let reply = match self.kind {
+            GrantKind::Execute => Decision::Execute(grant),
+            GrantKind::Recover => Decision::Recover(grant),
+        };
+        self.retention = claim.retention;
+        Transition::put(reply, self.leased(claim.lease, now))
+    }
+
+    /// The record outlives its lease by its retention, in every state: a crash must not make the key absent.
+    fn leased(mut self, lease: Duration, now: Timestamp) -> Self {
+        let until = now.saturating_add(lease);
+        self.lease = lease;
+        self.expires = self.expires.max(until.saturating_add(self.retention));
+        self.state = State::InFlight { until };
+        self
+    }
+
+    fn completed(mut self, outcome: Outcome, retention: Duration, now: Timestamp) -> Self {
+        self.expires = now.saturating_add(retention);
+        self.state = State::Completed(outcome);
+        self
+    }
+
+    /// The end of the lease, at most one lease from now.
+    fn until_at_most(&self, until: Timestamp, now: Timestamp) -> Timestamp {
+        until.min(now.saturating_add(self.lease))
+    }
+
+    fn status(&self, now: Timestamp) -> Status {
+        match &self.state {
+            State::Completed(outcome) => Status::Completed(outcome.clone()),
+            State::Unknown => Status::Unknown,
+            State::InFlight { until } => match self.until_at_most(*until, now).saturating_since(now) {
+                Duration::ZERO => Status::Lost,
+                left => Status::InFlight { left },
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+pub(in crate::protocol) mod tests;

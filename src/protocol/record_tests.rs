@@ -1,0 +1,404 @@
+//! Each rule of the protocol as a test, and the invariants over random histories.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::protocol::{Nonce, StorageKey};
+
+const LEASE: Duration = Duration::from_secs(30);
+const RETENTION: Duration = Duration::from_secs(3_600);
+const START: Timestamp = Timestamp::from_micros(1_000_000_000);
+
+pub(in crate::protocol) fn claim(nonce: u8) -> Claim {
+    Claim {
+        key: StorageKey::from_bytes([1; 32]),
+        fingerprint: Fingerprint::of(b"pay 100"),
+        nonce: Nonce::from_bytes([nonce; 16]),
+        lease: LEASE,
+        retention: RETENTION,
+        if_lost: IfLost::Refuse,
+        max_attempts: 3,
+    }
+}
+
+fn claim_or(nonce: u8, if_lost: IfLost) -> Claim {
+    Claim {
+        if_lost,
+        ..claim(nonce)
+    }
+}
+
+fn kept(body: &'static str) -> Outcome {
+    Outcome::Kept(Answer {
+        head: "head".into(),
+        body: body.into(),
+    })
+}
+
+/// A store of one record with a clock: the smallest there is.
+struct One {
+    record: Option<Record>,
+    now: Timestamp,
+}
+
+impl One {
+    fn new() -> Self {
+        Self {
+            record: None,
+            now: START,
+        }
+    }
+
+    fn apply<R>(&mut self, transition: Transition<R>) -> R {
+        match transition.change {
+            Change::Keep => {}
+            Change::Put(record) => self.record = Some(record),
+            Change::Remove => self.record = None,
+        }
+        transition.reply
+    }
+
+    fn claim(&mut self, claim: &Claim) -> Decision {
+        self.apply(Record::claim(self.record.as_ref(), claim, self.now))
+    }
+
+    fn granted(&mut self, claim: &Claim) -> Grant {
+        match self.claim(claim) {
+            Decision::Execute(grant) | Decision::Recover(grant) => grant,
+            other => panic!("no grant: {other:?}"),
+        }
+    }
+
+    fn renew(&mut self, owner: Owner, lease: Duration) -> Renewal {
+        self.apply(Record::renew(self.record.as_ref(), owner, lease, self.now))
+    }
+
+    fn complete(&mut self, owner: Owner, outcome: &Outcome) -> Completion {
+        self.apply(Record::complete(self.record.as_ref(), owner, outcome, RETENTION, self.now))
+    }
+
+    fn release(&mut self, owner: Owner) -> Release {
+        self.apply(Record::release(self.record.as_ref(), owner, self.now))
+    }
+
+    fn resolve(&mut self, fence: Fence, resolution: &Resolution) -> Resolved {
+        self.apply(Record::resolve(self.record.as_ref(), fence, resolution, self.now))
+    }
+
+    fn status(&self) -> Option<Status> {
+        Record::peek(self.record.as_ref(), self.now).map(|snapshot| snapshot.status)
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now = self.now.saturating_add(time);
+    }
+}
+
+#[test]
+fn an_absent_key_is_granted_once_and_then_waited_for() {
+    let mut store = One::new();
+    assert_eq!(store.granted(&claim(1)).attempt, 1);
+    store.pass(Duration::from_secs(10));
+    assert_eq!(store.claim(&claim(2)), Decision::Wait { left: Duration::from_secs(20) });
+}
+
+#[test]
+fn a_lease_is_not_the_records_expiry() {
+    let mut store = One::new();
+    store.granted(&claim(1));
+    store.pass(LEASE);
+    assert_eq!(store.status(), Some(Status::Lost));
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+    let other_body = Claim {
+        fingerprint: Fingerprint::of(b"pay 999"),
+        ..claim(3)
+    };
+    assert_eq!(store.claim(&other_body), Decision::Mismatch);
+    store.pass(RETENTION);
+    assert_eq!(store.status(), None);
+    assert_eq!(store.granted(&other_body).attempt, 1);
+}
+
+#[test]
+fn another_fingerprint_is_told_in_flight_lost_unknown_and_done_alike() {
+    let other = Claim {
+        fingerprint: Fingerprint::NONE,
+        ..claim(9)
+    };
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    assert_eq!(store.claim(&other), Decision::Mismatch);
+    store.pass(LEASE);
+    assert_eq!(store.claim(&other), Decision::Mismatch);
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+    assert_eq!(store.claim(&other), Decision::Mismatch);
+    assert_eq!(store.complete(grant.owner, &kept("a")), Completion::Completed);
+    assert_eq!(store.claim(&other), Decision::Mismatch);
+}
+
+#[test]
+fn a_completed_key_replays_until_its_retention_is_over() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    store.complete(grant.owner, &kept("a"));
+    store.pass(RETENTION - Duration::from_micros(1));
+    assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "a"));
+    store.pass(Duration::from_micros(1));
+    assert_eq!(store.granted(&claim(3)).attempt, 1);
+}
+
+#[test]
+fn a_tombstone_says_that_it_was_done() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    store.complete(grant.owner, &Outcome::Tombstone);
+    assert_eq!(store.claim(&claim(2)), Decision::NotKept);
+}
+
+#[test]
+fn a_repeated_claim_gets_the_same_grant_of_the_same_kind() {
+    let mut store = One::new();
+    let first = store.claim(&claim(1));
+    store.pass(Duration::from_secs(1));
+    assert_eq!(store.claim(&claim(1)), first);
+    store.pass(LEASE);
+    let recover = claim_or(2, IfLost::Recover);
+    let taken = store.claim(&recover);
+    assert!(matches!(taken, Decision::Recover(grant) if grant.attempt == 2));
+    assert_eq!(store.claim(&recover), taken);
+}
+
+#[test]
+fn a_lost_key_is_taken_over_with_a_higher_fence_and_the_old_owner_changes_nothing() {
+    let mut store = One::new();
+    let old = store.granted(&claim(1));
+    store.pass(LEASE);
+    let new = store.granted(&claim_or(2, IfLost::Execute));
+    assert!(new.owner.fence > old.owner.fence);
+    assert_eq!(store.renew(old.owner, LEASE), Renewal::Superseded);
+    assert_eq!(store.complete(old.owner, &kept("old")), Completion::Superseded(None));
+    assert_eq!(store.release(old.owner), Release::Superseded);
+    assert_eq!(store.complete(new.owner, &kept("new")), Completion::Completed);
+    assert_eq!(store.complete(old.owner, &kept("old")), Completion::Superseded(Some(kept("new"))));
+}
+
+#[test]
+fn the_fence_grows_even_when_the_clock_stands() {
+    let mut store = One::new();
+    let mut last = store.granted(&claim(1)).owner;
+    for nonce in 2..4 {
+        store.renew(last, Duration::ZERO);
+        let next = store.granted(&claim_or(nonce, IfLost::Execute)).owner;
+        assert!(next.fence > last.fence);
+        last = next;
+    }
+}
+
+#[test]
+fn attempts_are_capped() {
+    let mut store = One::new();
+    store.granted(&claim(1));
+    for nonce in 2..=3 {
+        store.pass(LEASE);
+        store.granted(&claim_or(nonce, IfLost::Execute));
+    }
+    store.pass(LEASE);
+    assert_eq!(store.claim(&claim_or(4, IfLost::Execute)), Decision::Unknown);
+    assert_eq!(store.claim(&claim_or(5, IfLost::Execute)), Decision::Unknown);
+}
+
+#[test]
+fn an_unknown_outcome_is_healed_by_the_same_owner_late() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    store.pass(LEASE);
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+    assert_eq!(store.renew(grant.owner, LEASE), Renewal::Superseded);
+    assert_eq!(store.complete(grant.owner, &kept("late")), Completion::Completed);
+    assert!(matches!(store.claim(&claim(3)), Decision::Replay(_)));
+}
+
+#[test]
+fn a_repeated_completion_is_fine_and_changes_nothing() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    store.complete(grant.owner, &kept("a"));
+    assert_eq!(store.complete(grant.owner, &kept("b")), Completion::Completed);
+    assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "a"));
+    assert_eq!(store.release(grant.owner), Release::Superseded);
+    assert_eq!(store.renew(grant.owner, LEASE), Renewal::Superseded);
+}
+
+#[test]
+fn release_deletes_only_when_nobody_else_ever_held_the_key() {
+    let mut store = One::new();
+    let only = store.granted(&claim(1));
+    assert_eq!(store.release(only.owner), Release::Released);
+    assert_eq!(store.status(), None);
+    assert_eq!(store.release(only.owner), Release::Released);
+
+    store.granted(&claim(2));
+    store.pass(LEASE);
+    let second = store.granted(&claim_or(3, IfLost::Execute));
+    assert_eq!(store.release(second.owner), Release::Released);
+    assert_eq!(store.status(), Some(Status::Lost));
+    assert_eq!(store.claim(&claim(4)), Decision::Unknown);
+}
+
+#[test]
+fn a_lease_given_up_is_over_at_once_and_its_evidence_stays() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    assert_eq!(store.renew(grant.owner, Duration::ZERO), Renewal::Renewed);
+    assert_eq!(store.status(), Some(Status::Lost));
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+}
+
+#[test]
+fn a_clock_that_goes_back_holds_nobody_longer_than_a_lease() {
+    let mut store = One::new();
+    store.pass(Duration::from_secs(3_600));
+    store.granted(&claim(1));
+    store.now = START;
+    assert_eq!(store.claim(&claim(2)), Decision::Wait { left: LEASE });
+    store.pass(LEASE);
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+}
+
+#[test]
+fn a_renewed_lease_keeps_a_record_past_its_first_expiry() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    for _ in 0..500 {
+        store.pass(Duration::from_secs(10));
+        assert_eq!(store.renew(grant.owner, LEASE), Renewal::Renewed);
+    }
+    assert!(matches!(store.claim(&claim(2)), Decision::Wait { .. }));
+    store.pass(LEASE + RETENTION - Duration::from_secs(1));
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+}
+
+#[test]
+fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_at() {
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    let done = Resolution::Completed(kept("found"), RETENTION);
+    assert_eq!(store.resolve(grant.owner.fence, &done), Resolved::Conflict(Some(grant.owner.fence)));
+    store.pass(LEASE);
+    assert_eq!(store.resolve(Fence::new(1), &done), Resolved::Conflict(Some(grant.owner.fence)));
+    assert_eq!(store.resolve(grant.owner.fence, &done), Resolved::Resolved);
+    assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "found"));
+
+    let mut store = One::new();
+    let grant = store.granted(&claim(1));
+    store.pass(LEASE);
+    assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+    assert_eq!(store.resolve(grant.owner.fence, &Resolution::Absent), Resolved::Resolved);
+    assert_eq!(store.resolve(grant.owner.fence, &Resolution::Absent), Resolved::Conflict(None));
+    assert_eq!(store.granted(&claim(3)).attempt, 1);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Claim(u8, IfLost, bool),
+    Complete(u8),
+    Pass(u32),
+    Release(u8),
+    Renew(u8, u32),
+}
+
+fn a_step() -> impl Strategy<Value = Step> {
+    let if_lost = prop_oneof![Just(IfLost::Execute), Just(IfLost::Recover), Just(IfLost::Refuse)];
+    prop_oneof![
+        (0_u8..5, if_lost, prop::bool::weighted(0.9)).prop_map(|(n, lost, same)| Step::Claim(n, lost, same)),
+        (0_u8..5).prop_map(Step::Complete),
+        (0_u32..70).prop_map(Step::Pass),
+        (0_u8..5).prop_map(Step::Release),
+        (0_u8..5, 0_u32..40).prop_map(|(n, lease)| Step::Renew(n, lease)),
+    ]
+}
+
+/// What must hold whatever happens in whatever order, within one retention.
+#[derive(Default)]
+struct Ledger {
+    owners: std::collections::HashMap<u8, Owner>,
+    last_fence: Fence,
+    answers: Vec<Answer>,
+    seen_grant: bool,
+}
+
+impl Ledger {
+    fn see(&mut self, nonce: u8, decision: &Decision, same_body: bool) -> Result<(), TestCaseError> {
+        match decision {
+            Decision::Execute(grant) | Decision::Recover(grant) => {
+                prop_assert!(self.answers.is_empty(), "ran again after an answer was seen");
+                prop_assert!(grant.owner.fence >= self.last_fence, "the fence fell");
+                let repeated = self.owners.get(&nonce) == Some(&grant.owner);
+                prop_assert!(repeated || grant.owner.fence > self.last_fence, "two owners with one fence");
+                self.last_fence = grant.owner.fence;
+                self.owners.insert(nonce, grant.owner);
+                self.seen_grant = true;
+            }
+            Decision::Replay(answer) => {
+                prop_assert!(same_body, "an answer for another body");
+                prop_assert!(self.answers.iter().all(|seen| seen == answer), "two answers under one key");
+                self.answers.push(answer.clone());
+            }
+            Decision::Mismatch => prop_assert!(self.seen_grant),
+            Decision::NotKept | Decision::Unknown | Decision::Wait { .. } => {}
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold_over_random_histories(steps in prop::collection::vec(a_step(), 1..60)) {
+        let mut store = One::new();
+        let mut ledger = Ledger::default();
+        for step in steps {
+            match step {
+                Step::Claim(nonce, lost, same_body) => {
+                    let mut claim = Claim { retention: Duration::from_secs(1_000_000), ..claim_or(nonce, lost) };
+                    if !same_body {
+                        claim.fingerprint = Fingerprint::of(b"other");
+                    }
+                    let first_ever = !ledger.seen_grant;
+                    let decision = store.claim(&claim);
+                    if same_body || !first_ever {
+                        ledger.see(nonce, &decision, same_body)?;
+                    } else {
+                        // The other body came first: start again, so that "same" stays what it says.
+                        store.record = None;
+                        store.pass(Duration::from_micros(1));
+                    }
+                }
+                Step::Complete(nonce) => {
+                    if let Some(owner) = ledger.owners.get(&nonce) {
+                        let body = format!("answer {nonce}");
+                        let outcome = Outcome::Kept(Answer { head: "h".into(), body: body.into() });
+                        let retention = Duration::from_secs(1_000_000);
+                        let done = Record::complete(store.record.as_ref(), *owner, &outcome, retention, store.now);
+                        store.apply(done);
+                    }
+                }
+                Step::Pass(seconds) => store.pass(Duration::from_secs(seconds.into())),
+                Step::Release(nonce) => {
+                    if let Some(owner) = ledger.owners.get(&nonce).copied() {
+                        let before = store.record.clone();
+                        if store.release(owner) == Release::Released && store.record.is_none() && before.is_some() {
+                            prop_assert_eq!(before.unwrap().attempt, 1, "evidence of an earlier attempt was erased");
+                            ledger = Ledger { last_fence: ledger.last_fence, ..Ledger::default() };
+                            store.pass(Duration::from_micros(1));
+                        }
+                    }
+                }
+                Step::Renew(nonce, lease) => {
+                    if let Some(owner) = ledger.owners.get(&nonce).copied() {
+                        store.renew(owner, Duration::from_secs(lease.into()));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! A map behind many small locks, for critical sections of a few instructions.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hash};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+const SHARDS: usize = 64;
+
+/// Sixty-four hash maps, each behind its own lock; a key always falls to the same one.
+#[derive(Debug)]
+pub(crate) struct Sharded<K, V, S> {
+    shards: Box<[Mutex<HashMap<K, V, S>>]>,
+    hasher: S,
+}
+
+impl<K: Eq + Hash, V, S: BuildHasher + Clone> Sharded<K, V, S> {
+    pub(crate) fn new(hasher: S) -> Self {
+        let shards = (0..SHARDS).map(|_| Mutex::new(HashMap::with_hasher(hasher.clone()))).collect();
+        Self { shards, hasher }
+    }
+
+    /// Locks the shard that `key` falls to. Never held across an await: the guard is not `Send`.
+    pub(crate) fn lock(&self, key: &K) -> MutexGuard<'_, HashMap<K, V, S>> {
+        // The high bits choose the shard, since the map in the shard uses the low ones.
+        let high = self.hasher.hash_one(key) >> 48;
+        let shard = usize::try_from(high).unwrap_or(0) % SHARDS;
+        lock(&self.shards[shard])
+    }
+
+    /// Locks one shard after the other.
+    pub(crate) fn each(&self, mut visit: impl FnMut(&mut HashMap<K, V, S>)) {
+        for shard in &self.shards {
+            visit(&mut lock(shard));
+        }
+    }
+}
+
+/// Locks a mutex whose data is valid even when a panic poisoned it: no user code runs inside our critical sections.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
