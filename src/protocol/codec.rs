@@ -114,6 +114,9 @@ impl Record {
 
 /// The state with its tag; `rest` must be used up.
 fn decode_state(tag: u8, until: Timestamp, mut rest: Bytes) -> Option<State> {
+    if tag != IN_FLIGHT && until != Timestamp::default() {
+        return None;
+    }
     if tag == KEPT {
         let len = usize::try_from(rest.try_get_u32_le().ok()?).ok()?;
         if len > rest.len() {

@@ -104,7 +104,6 @@ impl Hasher {
     }
 
     /// The fingerprint over the body as canonical JSON; over its bytes when it is no JSON.
-    #[cfg(feature = "json")]
     pub(crate) fn over_json(self, json: &super::CanonicalJson, body: &[u8]) -> Fingerprint {
         let mut hasher = blake3::Hasher::new();
         let mut len = 0;
@@ -161,7 +160,6 @@ mod tests {
         assert_ne!(Fingerprint::of(b""), Fingerprint::NONE);
     }
 
-    #[cfg(feature = "json")]
     #[test]
     fn json_falls_back_to_bytes_and_says_so() {
         let json = super::super::CanonicalJson::new();

@@ -75,16 +75,24 @@ impl KeyError {
     }
 }
 
+impl KeyError {
+    /// What is wrong with the key and what to send instead; holds nothing of the key.
+    #[must_use]
+    pub const fn detail(&self) -> &'static str {
+        match self.0 {
+            InvalidKey::Empty => "The key is empty. Send 1 or more visible ASCII characters.",
+            InvalidKey::NotAString => "The key is not a structured-field string. Send it in double quotes.",
+            InvalidKey::NotVisibleAscii => "The key has a character that is not visible ASCII. Send a UUID or the like.",
+            InvalidKey::Refused => "The key does not have the form that this server asks for.",
+            InvalidKey::Repeated => "The header field of the key occurs more than once. Send it once.",
+            InvalidKey::TooLong => "The key is longer than this server takes. Send a shorter one, such as a UUID.",
+        }
+    }
+}
+
 impl fmt::Display for KeyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.0 {
-            InvalidKey::Empty => "the key is empty; send 1 or more visible ASCII characters",
-            InvalidKey::NotAString => "the key is not a structured-field string; send it in double quotes",
-            InvalidKey::NotVisibleAscii => "the key has a character that is not visible ASCII; send a UUID or the like",
-            InvalidKey::Refused => "the key does not have the form that this server asks for",
-            InvalidKey::Repeated => "the key's header field occurs more than once; send it once",
-            InvalidKey::TooLong => "the key is longer than this server takes; send a shorter one",
-        })
+        f.write_str(self.detail())
     }
 }
 

@@ -15,7 +15,6 @@
 mod claim;
 mod codec;
 mod fingerprint;
-#[cfg(feature = "json")]
 mod json;
 mod key;
 mod record;
@@ -27,7 +26,6 @@ pub use claim::{
 };
 pub use fingerprint::Fingerprint;
 pub(crate) use fingerprint::Hasher;
-#[cfg(feature = "json")]
 pub use json::CanonicalJson;
 pub use key::{IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope, StorageKey};
 pub(crate) use key::{KeyHasher, KeyParser, KeySpace, Secret};

@@ -336,7 +336,7 @@ impl Record {
     fn leased(mut self, lease: Duration, now: Timestamp) -> Self {
         let until = now.saturating_add(lease);
         self.lease = lease;
-        self.expires = self.expires.max(until.saturating_add(self.retention));
+        self.expires = until.saturating_add(self.retention);
         self.state = State::InFlight { until };
         self
     }

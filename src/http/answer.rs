@@ -1,0 +1,326 @@
+//! From response to stored answer and back.
+//!
+//! The head of an [`Answer`] is, in this order: version (1 byte), status (2), number of headers (2), number of trailers (2),
+//! then for each its name with a length of 2 bytes and its value with a length of 4; all numbers little-endian.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{response, Response, StatusCode};
+
+use super::body::Collected;
+use super::RebuildBody;
+use crate::protocol::Answer;
+
+const VERSION: u8 = 1;
+
+/// A body up to this length is copied next to its head: one allocation, and no larger buffer is held for its sake.
+const COPIED: usize = 4096;
+
+/// A stored answer that cannot be read.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct CorruptAnswer;
+
+/// Which headers of an answer its repetitions carry, and how they are marked.
+#[derive(Clone, Debug)]
+pub(crate) struct AnswerHeaders {
+    pub(crate) denied: Vec<HeaderName>,
+    pub(crate) allowed: Vec<HeaderName>,
+    pub(crate) marker: Option<(HeaderName, HeaderValue)>,
+}
+
+impl Default for AnswerHeaders {
+    fn default() -> Self {
+        Self {
+            denied: Vec::new(),
+            allowed: Vec::new(),
+            marker: Some((
+                HeaderName::from_static("idempotent-replayed"),
+                HeaderValue::from_static("true"),
+            )),
+        }
+    }
+}
+
+impl AnswerHeaders {
+    /// The answer to store for a response of which the body was read.
+    pub(crate) fn store(&self, parts: &response::Parts, body: &Collected) -> Answer {
+        let no_trailers = HeaderMap::new();
+        let trailers = body.trailers.as_ref().unwrap_or(&no_trailers);
+        let connection = options_of(&parts.headers);
+        let copied = body.bytes.len() <= COPIED;
+        let mut out = BytesMut::with_capacity(256 + if copied { body.bytes.len() } else { 0 });
+        out.put_u8(VERSION);
+        out.put_u16_le(parts.status.as_u16());
+        out.put_u32_le(0);
+        let headers = self.put_all(&mut out, &parts.headers, &connection);
+        let trailers = self.put_all(&mut out, trailers, &connection);
+        out[3..5].copy_from_slice(&headers.to_le_bytes());
+        out[5..7].copy_from_slice(&trailers.to_le_bytes());
+        let head_len = out.len();
+        if copied {
+            out.put_slice(&body.bytes);
+        }
+        let mut head = out.freeze();
+        let body = if copied { head.split_off(head_len) } else { body.bytes.clone() };
+        Answer { head, body }
+    }
+
+    /// The response that repeats a stored answer, marked as such if asked.
+    pub(crate) fn replay<B: RebuildBody>(&self, answer: &Answer, marked: bool) -> Result<Response<B>, CorruptAnswer> {
+        let (status, mut headers, trailers) = decode(answer.head.clone()).ok_or(CorruptAnswer)?;
+        if let (true, Some((name, value))) = (marked, &self.marker) {
+            headers.insert(name, value.clone());
+        }
+        let body = Collected {
+            bytes: answer.body.clone(),
+            trailers,
+        };
+        let mut response = Response::new(body.rebuild());
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        Ok(response)
+    }
+
+    /// Writes the headers that repetitions carry and returns their number. More than 65,535 cannot be: `HeaderMap` holds
+    /// 32,768.
+    fn put_all(&self, out: &mut BytesMut, headers: &HeaderMap, connection: &[HeaderName]) -> u16 {
+        let mut count = 0;
+        for (name, value) in headers {
+            if self.is_dropped(name, connection) {
+                continue;
+            }
+            let (Ok(name_len), Ok(value_len)) = (u16::try_from(name.as_str().len()), u32::try_from(value.len())) else {
+                continue;
+            };
+            out.put_u16_le(name_len);
+            out.put_slice(name.as_str().as_bytes());
+            out.put_u32_le(value_len);
+            out.put_slice(value.as_bytes());
+            count += 1;
+        }
+        count
+    }
+
+    fn is_dropped(&self, name: &HeaderName, connection: &[HeaderName]) -> bool {
+        if self.allowed.contains(name) {
+            return false;
+        }
+        let marker = self.marker.as_ref().is_some_and(|(marker, _)| marker == name);
+        marker || self.denied.contains(name) || is_never_replayed(name) || connection.contains(name)
+    }
+}
+
+/// Fields that belong to one exchange, one connection or one caller.
+fn is_never_replayed(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    match name {
+        "set-cookie" | "date" | "age" | "content-length" | "www-authenticate" | "authorization" | "server-timing" => true,
+        // RFC 9110 section 7.6.1: what a recipient must remove before it forwards.
+        "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade" => true,
+        _ => name.starts_with("proxy-") || name.starts_with("access-control-"),
+    }
+}
+
+/// The fields that `Connection` names, as far as it may name them.
+fn options_of(headers: &HeaderMap) -> Vec<HeaderName> {
+    let mut options = Vec::new();
+    for line in headers.get_all(header::CONNECTION) {
+        for option in line.as_bytes().split(|byte| *byte == b',') {
+            if let Ok(name) = HeaderName::from_bytes(option.trim_ascii()) {
+                if !is_end_to_end(&name) {
+                    options.push(name);
+                }
+            }
+        }
+    }
+    options
+}
+
+/// RFC 9110 section 7.6.1: "A sender MUST NOT send a connection option corresponding to a field that is intended for all
+/// recipients of the content." Such an option is a mistake or an attack, and must not alter the answer.
+fn is_end_to_end(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "accept-ranges"
+            | "allow"
+            | "cache-control"
+            | "content-disposition"
+            | "content-encoding"
+            | "content-language"
+            | "content-location"
+            | "content-range"
+            | "content-security-policy"
+            | "content-type"
+            | "etag"
+            | "expires"
+            | "last-modified"
+            | "link"
+            | "location"
+            | "pragma"
+            | "referrer-policy"
+            | "retry-after"
+            | "strict-transport-security"
+            | "vary"
+            | "x-content-type-options"
+            | "x-frame-options"
+    )
+}
+
+/// Status, headers and trailers. Total: no length is trusted, nothing is allocated by an unchecked one.
+fn decode(mut head: Bytes) -> Option<(StatusCode, HeaderMap, Option<HeaderMap>)> {
+    if head.try_get_u8().ok()? != VERSION {
+        return None;
+    }
+    let status = StatusCode::from_u16(head.try_get_u16_le().ok()?).ok()?;
+    let headers = head.try_get_u16_le().ok()?;
+    let trailers = head.try_get_u16_le().ok()?;
+    let headers = decode_fields(&mut head, headers)?;
+    let trailers = if trailers == 0 { None } else { Some(decode_fields(&mut head, trailers)?) };
+    head.is_empty().then_some((status, headers, trailers))
+}
+
+fn decode_fields(head: &mut Bytes, count: u16) -> Option<HeaderMap> {
+    // A field takes 7 bytes at least.
+    let mut fields = HeaderMap::try_with_capacity(usize::from(count).min(head.len() / 7) + 1).ok()?;
+    for _ in 0..count {
+        let name_len = usize::from(head.try_get_u16_le().ok()?);
+        let name = HeaderName::from_bytes(head.get(..name_len)?).ok()?;
+        head.advance(name_len);
+        let value_len = usize::try_from(head.try_get_u32_le().ok()?).ok()?;
+        if value_len > head.len() {
+            return None;
+        }
+        let value = HeaderValue::from_maybe_shared(head.split_to(value_len)).ok()?;
+        fields.try_append(name, value).ok()?;
+    }
+    Some(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::executor::block_on;
+    use http_body_util::{BodyExt, Full};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn response(headers: &[(&str, &[u8])]) -> response::Parts {
+        let mut response = Response::builder().status(201);
+        for (name, value) in headers {
+            response = response.header(*name, *value);
+        }
+        response.body(()).unwrap().into_parts().0
+    }
+
+    fn collected(body: &'static [u8]) -> Collected {
+        Collected {
+            bytes: Bytes::from_static(body),
+            trailers: None,
+        }
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        headers.keys().map(HeaderName::as_str).collect()
+    }
+
+    fn again(parts: &response::Parts) -> Response<Full<Bytes>> {
+        let headers = AnswerHeaders::default();
+        headers.replay(&headers.store(parts, &collected(b"body")), true).unwrap()
+    }
+
+    #[test]
+    fn status_headers_and_bytes_come_back_with_the_marker() {
+        let parts = response(&[("location", b"/1"), ("x-latin1", b"caf\xe9"), ("link", b"a"), ("link", b"b")]);
+        let again = again(&parts);
+        assert_eq!(again.status(), 201);
+        assert_eq!(again.headers()["x-latin1"].as_bytes(), b"caf\xe9");
+        assert_eq!(again.headers().get_all("link").iter().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(again.headers()["idempotent-replayed"], "true");
+        assert_eq!(block_on(again.into_body().collect()).unwrap().to_bytes(), "body");
+    }
+
+    #[test]
+    fn what_belongs_to_one_exchange_is_never_replayed() {
+        let dropped: Vec<(&str, &[u8])> = [
+            "set-cookie", "date", "age", "content-length", "www-authenticate", "authorization", "server-timing", "connection",
+            "transfer-encoding", "upgrade", "te", "trailer", "keep-alive", "proxy-authenticate", "proxy-anything",
+            "access-control-allow-origin", "idempotent-replayed",
+        ]
+        .map(|name| (name, &b"1"[..]))
+        .to_vec();
+        let mut again = again(&response(&dropped));
+        again.headers_mut().remove("idempotent-replayed");
+        assert!(again.headers().is_empty(), "{:?}", again.headers());
+    }
+
+    #[test]
+    fn connection_drops_what_it_names_but_not_what_the_content_needs() {
+        let parts = response(&[
+            ("connection", b"x-hop, Content-Type"),
+            ("connection", b"cache-control,location"),
+            ("x-hop", b"1"),
+            ("content-type", b"text/plain"),
+            ("cache-control", b"no-store"),
+            ("location", b"/1"),
+        ]);
+        let again = again(&parts);
+        assert_eq!(names(again.headers()), ["content-type", "cache-control", "location", "idempotent-replayed"]);
+    }
+
+    #[test]
+    fn denied_and_allowed_headers_are_the_applications_word() {
+        let headers = AnswerHeaders {
+            denied: vec![HeaderName::from_static("x-request-id")],
+            allowed: vec![header::AGE],
+            marker: None,
+        };
+        let parts = response(&[("x-request-id", b"1"), ("age", b"2"), ("date", b"3")]);
+        let again: Response<Full<Bytes>> = headers.replay(&headers.store(&parts, &collected(b"")), true).unwrap();
+        assert_eq!(names(again.headers()), ["age"]);
+    }
+
+    #[test]
+    fn trailers_come_back() {
+        let headers = AnswerHeaders::default();
+        let body = Collected {
+            bytes: Bytes::new(),
+            trailers: Some(HeaderMap::from_iter([(header::ETAG, HeaderValue::from_static("t"))])),
+        };
+        let answer = headers.store(&response(&[]), &body);
+        let again: Response<crate::Body<Full<Bytes>>> = headers.replay(&answer, true).unwrap();
+        let collected = block_on(again.into_body().collect()).unwrap();
+        assert_eq!(collected.trailers().unwrap()[header::ETAG], "t");
+    }
+
+    #[test]
+    fn a_long_body_is_shared_and_a_short_one_is_copied_beside_its_head() {
+        let headers = AnswerHeaders::default();
+        let long = Collected {
+            bytes: vec![1; COPIED + 1].into(),
+            trailers: None,
+        };
+        assert_eq!(headers.store(&response(&[]), &long).body.as_ptr(), long.bytes.as_ptr());
+        let short = headers.store(&response(&[]), &collected(b"short"));
+        assert_eq!(short.body.as_ptr(), short.head.as_ptr().wrapping_add(short.head.len()));
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_is_total(mut head: Vec<u8>, known: bool) {
+            if let (true, Some(first)) = (known, head.first_mut()) {
+                *first = VERSION;
+            }
+            let _ = decode(head.into());
+        }
+
+        #[test]
+        fn a_damaged_head_is_an_error_or_another_answer(at: prop::sample::Index, byte: u8, cut: prop::sample::Index) {
+            let parts = response(&[("location", b"/1"), ("x-foo", b"2")]);
+            let mut head = AnswerHeaders::default().store(&parts, &collected(b"")).head.to_vec();
+            let index = at.index(head.len());
+            head[index] = byte;
+            head.truncate(cut.index(head.len() + 1));
+            let _ = decode(head.into());
+        }
+    }
+}

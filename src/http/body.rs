@@ -1,0 +1,341 @@
+//! Bodies: read within a bound, and made again from what was read.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{ready, Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
+use http_body_util::{BodyExt, Full};
+
+/// A body type that can be made again from bytes that were read from it.
+///
+/// The layer leaves the types of your bodies alone: what it does not guard passes through untouched and unboxed. What it
+/// guards it has to read, and then it needs a way back. That is this trait. It is implemented for `axum::body::Body` (feature
+/// `axum`), for the boxed bodies and `Full` of `http-body-util`, and for [`Body`], which wraps any other.
+#[diagnostic::on_unimplemented(
+    message = "the idempotency layer reads `{Self}` and cannot make it again",
+    label = "not a body that can be made again from bytes",
+    note = "in an axum app, enable the feature `axum` of `tower-idempotency`",
+    note = "elsewhere, put `tower_http::map_request_body::MapRequestBodyLayer::new(tower_idempotency::Body::new)` (and \
+            `MapResponseBodyLayer` likewise) around the layer, or box the body with `http_body_util::BodyExt::boxed_unsync`"
+)]
+pub trait RebuildBody: HttpBody<Data = Bytes> + Unpin + Sized {
+    /// The body that yields what `body` yields.
+    fn rebuild(body: Body<Self>) -> Self;
+}
+
+/// A body of which the front was read, perhaps all of it: bytes, then what is left of `B`, then trailers.
+///
+/// Wrap a body that is no [`RebuildBody`], such as `hyper::body::Incoming`, with [`Body::new`].
+pub struct Body<B> {
+    front: Bytes,
+    rest: Option<B>,
+    trailers: Option<HeaderMap>,
+}
+
+impl<B> Body<B> {
+    /// A body of which nothing was read.
+    pub const fn new(body: B) -> Self {
+        Self {
+            front: Bytes::new(),
+            rest: Some(body),
+            trailers: None,
+        }
+    }
+
+    /// A body of these bytes.
+    pub const fn from_bytes(bytes: Bytes) -> Self {
+        Self {
+            front: bytes,
+            rest: None,
+            trailers: None,
+        }
+    }
+
+    /// The bytes, when they are all there is.
+    pub fn into_bytes(self) -> Result<Bytes, Self> {
+        match self {
+            Self {
+                front,
+                rest: None,
+                trailers: None,
+            } => Ok(front),
+            body => Err(body),
+        }
+    }
+}
+
+impl<B> fmt::Debug for Body<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Body({} bytes read", self.front.len())?;
+        f.write_str(if self.rest.is_some() { ", more to come)" } else { ")" })
+    }
+}
+
+impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if !self.front.is_empty() {
+            let front = std::mem::take(&mut self.front);
+            return Poll::Ready(Some(Ok(Frame::data(front))));
+        }
+        if let Some(rest) = &mut self.rest {
+            if let Some(frame) = ready!(Pin::new(rest).poll_frame(cx)) {
+                return Poll::Ready(Some(frame));
+            }
+            self.rest = None;
+        }
+        Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.front.is_empty() && self.trailers.is_none() && self.rest.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let front = u64::try_from(self.front.len()).unwrap_or(u64::MAX);
+        let rest = self.rest.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower().saturating_add(front));
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(front));
+        }
+        hint
+    }
+}
+
+impl<B: HttpBody<Data = Bytes> + Unpin> RebuildBody for Body<B> {
+    fn rebuild(body: Body<Self>) -> Self {
+        let Body { front, rest, trailers } = body;
+        match rest {
+            None => Self {
+                front,
+                rest: None,
+                trailers,
+            },
+            Some(inner) => Self {
+                front: joined(front, inner.front),
+                rest: inner.rest,
+                trailers: trailers.or(inner.trailers),
+            },
+        }
+    }
+}
+
+fn joined(first: Bytes, second: Bytes) -> Bytes {
+    match (first.is_empty(), second.is_empty()) {
+        (true, _) => second,
+        (_, true) => first,
+        _ => [first, second].concat().into(),
+    }
+}
+
+impl RebuildBody for Full<Bytes> {
+    /// A `Full` has no trailers and yields all its bytes at once: either nothing was read of it, or all.
+    fn rebuild(body: Body<Self>) -> Self {
+        match body.rest {
+            Some(unread) if body.front.is_empty() => unread,
+            _ => Self::new(body.front),
+        }
+    }
+}
+
+impl<E: 'static> RebuildBody for UnsyncBoxBody<Bytes, E> {
+    fn rebuild(body: Body<Self>) -> Self {
+        body.boxed_unsync()
+    }
+}
+
+impl<E: 'static> RebuildBody for BoxBody<Bytes, E> {
+    fn rebuild(body: Body<Self>) -> Self {
+        body.boxed()
+    }
+}
+
+#[cfg(feature = "axum")]
+impl RebuildBody for axum::body::Body {
+    fn rebuild(body: Body<Self>) -> Self {
+        body.into_bytes().map_or_else(Self::new, Self::from)
+    }
+}
+
+/// A body that was read to its end.
+#[derive(Debug)]
+pub(crate) struct Collected {
+    pub(crate) bytes: Bytes,
+    pub(crate) trailers: Option<HeaderMap>,
+}
+
+impl Collected {
+    /// A body that yields the same again.
+    pub(crate) fn rebuild<B: RebuildBody>(self) -> B {
+        B::rebuild(Body {
+            front: self.bytes,
+            rest: None,
+            trailers: self.trailers,
+        })
+    }
+}
+
+/// Why a body was not read to its end.
+#[derive(Debug)]
+pub(crate) enum Shortfall<B: HttpBody> {
+    /// It broke off.
+    Broken(B::Error),
+    /// It is longer than the bound; this yields all of it.
+    TooLarge(Body<B>),
+}
+
+/// Reads a body to its end, but no more than `limit` bytes of it (and one frame).
+pub(crate) async fn collect<B: RebuildBody>(mut body: B, limit: usize) -> Result<Collected, Shortfall<B>> {
+    let mut read = Read::default();
+    let mut trailers = None;
+    if exceeds(body.size_hint().lower(), limit) {
+        return Err(Shortfall::TooLarge(Body::new(body)));
+    }
+    while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+        let frame = frame.map_err(Shortfall::Broken)?;
+        match frame.into_data() {
+            Ok(data) => read.push(data, limit),
+            Err(frame) => trailers = frame.into_trailers().ok(),
+        }
+        if read.len() > limit {
+            return Err(Shortfall::TooLarge(Body {
+                front: read.into_bytes(),
+                rest: Some(body),
+                trailers: None,
+            }));
+        }
+        if body.is_end_stream() {
+            break;
+        }
+    }
+    Ok(Collected {
+        bytes: read.into_bytes(),
+        trailers,
+    })
+}
+
+fn exceeds(len: u64, limit: usize) -> bool {
+    usize::try_from(len).map_or(true, |len| len > limit)
+}
+
+/// What was read: the only frame as it came, or all of them copied together, so that a body of many small frames does not
+/// hold their many buffers.
+#[derive(Default)]
+struct Read {
+    only: Bytes,
+    joined: BytesMut,
+}
+
+impl Read {
+    fn len(&self) -> usize {
+        self.only.len() + self.joined.len()
+    }
+
+    fn push(&mut self, data: Bytes, limit: usize) {
+        if self.len() == 0 {
+            self.only = data;
+            return;
+        }
+        if self.joined.is_empty() {
+            let room = (self.only.len() + data.len()).saturating_mul(2).min(limit.max(self.only.len() + data.len()));
+            self.joined.reserve(room);
+            self.joined.extend_from_slice(&std::mem::take(&mut self.only));
+        }
+        self.joined.extend_from_slice(&data);
+    }
+
+    fn into_bytes(self) -> Bytes {
+        if self.joined.is_empty() {
+            self.only
+        } else {
+            self.joined.freeze()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures::executor::block_on;
+    use futures::stream;
+    use http_body_util::StreamBody;
+
+    use super::*;
+
+    type Frames = UnsyncBoxBody<Bytes, Infallible>;
+
+    fn frames(data: &[&'static str], trailer: Option<&'static str>) -> Frames {
+        let mut frames: Vec<_> = data.iter().map(|data| Ok(Frame::data(Bytes::from_static(data.as_bytes())))).collect();
+        if let Some(value) = trailer {
+            let trailers = HeaderMap::from_iter([(http::header::ETAG, value.parse().unwrap())]);
+            frames.push(Ok(Frame::trailers(trailers)));
+        }
+        StreamBody::new(stream::iter(frames)).boxed_unsync()
+    }
+
+    fn drain<B: HttpBody<Data = Bytes, Error = Infallible> + Unpin>(body: B) -> (Bytes, Option<HeaderMap>) {
+        let collected = block_on(body.collect()).unwrap();
+        let trailers = collected.trailers().cloned();
+        (collected.to_bytes(), trailers)
+    }
+
+    #[test]
+    fn frames_and_trailers_come_back() {
+        let read = block_on(collect(frames(&["ab", "", "cd"], Some("t")), 4)).unwrap();
+        let (bytes, trailers) = drain(read.rebuild::<Frames>());
+        assert_eq!(bytes, "abcd");
+        assert_eq!(trailers.unwrap()[http::header::ETAG], "t");
+    }
+
+    #[test]
+    fn a_body_over_the_limit_is_handed_back_whole() {
+        let Err(Shortfall::TooLarge(body)) = block_on(collect(frames(&["ab", "cd", "ef"], Some("t")), 3)) else {
+            panic!("it fits")
+        };
+        let (bytes, trailers) = drain(Frames::rebuild(body));
+        assert_eq!(bytes, "abcdef");
+        assert!(trailers.is_some());
+    }
+
+    #[test]
+    fn a_single_frame_is_not_copied() {
+        let frame = Bytes::from(vec![7; 1000]);
+        let read = block_on(collect(Full::new(frame.clone()), 1000)).unwrap();
+        assert_eq!(read.bytes.as_ptr(), frame.as_ptr());
+        let Err(Shortfall::TooLarge(body)) = block_on(collect(Full::new(frame), 999)) else { panic!() };
+        assert_eq!(body.size_hint().exact(), Some(1000));
+    }
+
+    #[test]
+    fn a_wrapped_body_is_made_again_without_nesting() {
+        let inner = Body {
+            front: Bytes::from_static(b"cd"),
+            rest: Some(frames(&["ef"], None)),
+            trailers: None,
+        };
+        let outer = Body {
+            front: Bytes::from_static(b"ab"),
+            rest: Some(inner),
+            trailers: None,
+        };
+        assert_eq!(drain(Body::rebuild(outer)).0, "abcdef");
+        let outer = Body {
+            front: Bytes::new(),
+            rest: Some(Body::new(frames(&["x"], None))),
+            trailers: Some(HeaderMap::new()),
+        };
+        assert_eq!(drain(Body::rebuild(outer)).0, "x");
+    }
+}

@@ -1,0 +1,177 @@
+//! From request to fingerprint.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::header::{HeaderName, AUTHORIZATION};
+use http::request::Parts;
+use http::Uri;
+
+use crate::protocol::CanonicalJson;
+use crate::protocol::{Fingerprint, Hasher};
+
+type Digest = Arc<dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync>;
+
+/// What of a request counts as "the same request".
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fingerprinting {
+    pub(crate) body: BodyForm,
+    pub(crate) headers: Vec<HeaderName>,
+}
+
+#[derive(Clone, Default)]
+pub(crate) enum BodyForm {
+    #[default]
+    Bytes,
+    Custom(Digest),
+    Json(CanonicalJson),
+    /// Nothing is compared, not even the method.
+    Nothing,
+}
+
+impl Fingerprinting {
+    /// The fingerprint of a request; without a scope, who sent it is a part of what was asked.
+    pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
+        if matches!(self.body, BodyForm::Nothing) {
+            return Fingerprint::NONE;
+        }
+        let mut hasher = Hasher::new();
+        let uri = uri_as_sent(parts);
+        hasher.field(parts.method.as_str().as_bytes());
+        hasher.field(uri.path().as_bytes());
+        hasher.field(uri.query().unwrap_or_default().as_bytes());
+        let authorization = (!scoped).then_some(&AUTHORIZATION);
+        for name in authorization.into_iter().chain(&self.headers) {
+            let mut lines: u32 = 0;
+            for value in parts.headers.get_all(name) {
+                hasher.field(value.as_bytes());
+                lines += 1;
+            }
+            hasher.field(&lines.to_le_bytes());
+        }
+        match &self.body {
+            BodyForm::Bytes | BodyForm::Nothing => hasher.over_bytes(std::iter::once(&body[..])),
+            BodyForm::Custom(digest) => {
+                let digest = Fingerprint::of(&digest(parts, body));
+                hasher.field(b"custom");
+                hasher.over_bytes(std::iter::once(&digest.digest()[..]))
+            }
+            BodyForm::Json(json) => hasher.over_json(json, body),
+        }
+    }
+}
+
+/// The target that the client sent: a nested axum router strips the prefix off `uri`, and two nested routers with equal
+/// inner paths would answer for each other.
+fn uri_as_sent(parts: &Parts) -> &Uri {
+    #[cfg(feature = "axum")]
+    if let Some(original) = parts.extensions.get::<axum::extract::OriginalUri>() {
+        return &original.0;
+    }
+    &parts.uri
+}
+
+impl fmt::Debug for BodyForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bytes => "Bytes",
+            Self::Custom(_) => "Custom",
+            Self::Json(_) => "Json",
+            Self::Nothing => "Nothing",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn parts(method: &str, uri: &str, headers: &[(&str, &str)]) -> Parts {
+        let mut request = Request::builder().method(method).uri(uri);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).unwrap().into_parts().0
+    }
+
+    fn of(fingerprinting: &Fingerprinting, parts: &Parts, body: &'static str) -> Fingerprint {
+        fingerprinting.of(parts, &Bytes::from_static(body.as_bytes()), false)
+    }
+
+    #[test]
+    fn method_path_query_and_body_each_count() {
+        let f = Fingerprinting::default();
+        let all = [
+            of(&f, &parts("POST", "/a?x=1", &[]), "b"),
+            of(&f, &parts("PATCH", "/a?x=1", &[]), "b"),
+            of(&f, &parts("POST", "/b?x=1", &[]), "b"),
+            of(&f, &parts("POST", "/a?x=2", &[]), "b"),
+            of(&f, &parts("POST", "/a", &[]), "b"),
+            of(&f, &parts("POST", "/a?x=1", &[]), "c"),
+        ];
+        for (at, one) in all.iter().enumerate() {
+            assert!(all[at + 1..].iter().all(|other| one != other), "{at}");
+        }
+    }
+
+    #[test]
+    fn authorization_counts_unless_there_is_a_scope() {
+        let f = Fingerprinting::default();
+        let alice = parts("POST", "/", &[("authorization", "Bearer alice")]);
+        let mallory = parts("POST", "/", &[("authorization", "Bearer mallory")]);
+        let body = Bytes::new();
+        assert_ne!(f.of(&alice, &body, false), f.of(&mallory, &body, false));
+        assert_eq!(f.of(&alice, &body, true), f.of(&mallory, &body, true));
+    }
+
+    #[test]
+    fn only_chosen_headers_count_and_their_lines_do_not_run_together() {
+        let plain = Fingerprinting::default();
+        let one = parts("POST", "/", &[("x-a", "1"), ("traceparent", "00-1")]);
+        let two = parts("POST", "/", &[("x-a", "2"), ("traceparent", "00-2")]);
+        assert_eq!(of(&plain, &one, ""), of(&plain, &two, ""));
+        let chosen = Fingerprinting {
+            headers: vec![HeaderName::from_static("x-a"), HeaderName::from_static("x-b")],
+            ..Fingerprinting::default()
+        };
+        assert_ne!(of(&chosen, &one, ""), of(&chosen, &two, ""));
+        let in_a = parts("POST", "/", &[("x-a", "1"), ("x-a", "2")]);
+        let in_both = parts("POST", "/", &[("x-a", "1"), ("x-b", "2")]);
+        assert_ne!(of(&chosen, &in_a, ""), of(&chosen, &in_both, ""));
+    }
+
+    #[test]
+    fn a_function_stands_for_the_body_only() {
+        let length = Fingerprinting {
+            body: BodyForm::Custom(Arc::new(|_, body| vec![u8::try_from(body.len()).unwrap()])),
+            ..Fingerprinting::default()
+        };
+        let post = parts("POST", "/", &[]);
+        assert_eq!(of(&length, &post, "aa"), of(&length, &post, "bb"));
+        assert_ne!(of(&length, &post, "aa"), of(&length, &post, "a"));
+        assert_ne!(of(&length, &post, "aa"), of(&length, &parts("POST", "/x", &[]), "aa"));
+    }
+
+    #[test]
+    fn nothing_compares_nothing() {
+        let nothing = Fingerprinting {
+            body: BodyForm::Nothing,
+            ..Fingerprinting::default()
+        };
+        assert_eq!(of(&nothing, &parts("POST", "/a", &[]), "a"), of(&nothing, &parts("PATCH", "/b", &[]), "b"));
+    }
+
+    #[cfg(feature = "axum")]
+    #[test]
+    fn a_stripped_path_is_seen_whole() {
+        let nested = |original: &'static str| {
+            let mut parts = parts("POST", "/create", &[]);
+            parts.extensions.insert(axum::extract::OriginalUri(Uri::from_static(original)));
+            of(&Fingerprinting::default(), &parts, "")
+        };
+        assert_ne!(nested("/a/create"), nested("/b/create"));
+    }
+}

@@ -1,0 +1,16 @@
+//! Between HTTP and the protocol: header field to key, request to fingerprint, response to outcome and back, bounded bodies,
+//! refusals. Knows no store.
+
+mod answer;
+mod body;
+mod fingerprint;
+mod key;
+mod refusal;
+
+pub(crate) use answer::{AnswerHeaders, CorruptAnswer};
+pub(crate) use body::{collect, Collected, Shortfall};
+pub use body::{Body, RebuildBody};
+pub(crate) use fingerprint::{BodyForm, Fingerprinting};
+pub(crate) use key::{find_key, FoundKey};
+pub use refusal::{Refusal, RefusalKind};
+pub(crate) use refusal::{RefusalStyle, Renderer};

@@ -1,0 +1,471 @@
+//! Refusals: answers that the layer gives by itself.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{HeaderValue, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use http::{Response, StatusCode};
+
+use super::{Body, RebuildBody};
+use crate::protocol::{InvalidKey, KeyError};
+
+/// Why the layer answered by itself. It is an extension of every such response, for logs and for layers further out.
+///
+/// ```
+/// # use tower_idempotency::{Refusal, RefusalKind};
+/// fn log<B>(response: &http::Response<B>) {
+///     if let Some(refusal) = response.extensions().get::<Refusal>() {
+///         println!("refused: {}", refusal.code());
+///     }
+/// }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    kind: RefusalKind,
+    retry_after: Option<Duration>,
+}
+
+/// The reasons for which the layer answers by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RefusalKind {
+    /// The request was done, but its answer broke off and could not be kept. 500.
+    AnswerBroken,
+    /// The request was done, and its answer was not kept. 409.
+    AnswerNotKept,
+    /// The attempt that this duplicate waited for failed without an answer. 503.
+    AttemptFailed,
+    /// The request's body broke off. 400.
+    BodyBroken,
+    /// The request's body did not come within the time set. 408.
+    BodyTimeout,
+    /// The request's body is longer than the limit. 413.
+    BodyTooLarge,
+    /// The handler panicked. 500.
+    HandlerPanicked,
+    /// The request's key cannot be used. 400.
+    InvalidKey(InvalidKey),
+    /// A key is required and missing. 400.
+    MissingKey,
+    /// The key was used for another request. 422.
+    Mismatch,
+    /// A request with this key is being worked on. 409.
+    Outstanding,
+    /// An earlier attempt was lost, and whether it took effect is not known. 409.
+    OutcomeUnknown,
+    /// The request was worked on, and its outcome could not be recorded. 503.
+    OutcomeUnrecorded,
+    /// The store takes no new keys for now. 503.
+    StoreFull,
+    /// The store does not answer. 503.
+    StoreUnavailable,
+    /// Too many duplicates wait already. 409.
+    TooManyWaiters,
+}
+
+struct Wording {
+    status: StatusCode,
+    code: &'static str,
+    title: &'static str,
+    detail: &'static str,
+    retryable: bool,
+}
+
+impl Refusal {
+    pub(crate) const fn new(kind: RefusalKind) -> Self {
+        Self {
+            kind,
+            retry_after: None,
+        }
+    }
+
+    pub(crate) const fn retry_after(kind: RefusalKind, after: Duration) -> Self {
+        Self {
+            kind,
+            retry_after: Some(after),
+        }
+    }
+
+    /// The reason.
+    #[must_use]
+    pub const fn kind(&self) -> RefusalKind {
+        self.kind
+    }
+
+    /// The status that a problem document is sent with.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.wording().status
+    }
+
+    /// A stable word for the reason, the `code` member of a problem document.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.wording().code
+    }
+
+    /// The reason as a title. Three of them are the words of draft-ietf-httpapi-idempotency-key-header-07 section 2.7.
+    #[must_use]
+    pub fn title(&self) -> &'static str {
+        self.wording().title
+    }
+
+    /// What happened and what to do about it. Holds nothing of any request.
+    #[must_use]
+    pub fn detail(&self) -> &'static str {
+        self.wording().detail
+    }
+
+    /// Whether the same request with the same key may succeed later.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        self.wording().retryable
+    }
+
+    /// When to try again, rounded up to whole seconds: what the `Retry-After` header says.
+    #[must_use]
+    pub fn retry_after_seconds(&self) -> Option<u64> {
+        let after = self.retry_after?;
+        Some((after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1))
+    }
+
+    /// The response in the given style, with `Cache-Control: no-store`, `Retry-After` where it applies, and this refusal as an
+    /// extension.
+    pub(crate) fn into_response<B: RebuildBody>(self, style: &RefusalStyle) -> Response<B> {
+        let mut response = match style {
+            RefusalStyle::Custom(render) => render(&self),
+            RefusalStyle::Grpc => self.grpc(),
+            RefusalStyle::Problem { type_base } => self.problem(type_base),
+            RefusalStyle::Stripe => self.stripe(),
+        };
+        let headers = response.headers_mut();
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(seconds) = self.retry_after_seconds() {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response.extensions_mut().insert(self);
+        response.map(|bytes| B::rebuild(Body::from_bytes(bytes)))
+    }
+
+    /// A problem document (RFC 9457). Every word in it is static and free of quotes, or was checked when it was set.
+    fn problem(&self, type_base: &str) -> Response<Bytes> {
+        let Wording {
+            status,
+            code,
+            title,
+            detail,
+            retryable,
+        } = self.wording();
+        let body = format!(
+            "{{\"type\":\"{type_base}{code}\",\"title\":\"{title}\",\"status\":{},\"detail\":\"{detail}\",\
+             \"code\":\"{code}\",\"retryable\":{retryable}}}",
+            status.as_u16()
+        );
+        response(status, "application/problem+json", body)
+    }
+
+    /// The shape of Stripe's errors; a mismatch is 400 there.
+    fn stripe(&self) -> Response<Bytes> {
+        let Wording {
+            status,
+            code,
+            title,
+            detail,
+            ..
+        } = self.wording();
+        let (status, kind) = match self.kind {
+            RefusalKind::Mismatch => (StatusCode::BAD_REQUEST, "idempotency_error"),
+            RefusalKind::AnswerNotKept | RefusalKind::Outstanding | RefusalKind::OutcomeUnknown => {
+                (status, "idempotency_error")
+            }
+            _ if status.is_server_error() => (status, "api_error"),
+            _ => (status, "invalid_request_error"),
+        };
+        let code = match self.kind {
+            RefusalKind::Outstanding => "idempotency_key_in_use".to_owned(),
+            _ => code.replace('-', "_"),
+        };
+        let body = format!(
+            "{{\"error\":{{\"type\":\"{kind}\",\"code\":\"{code}\",\"message\":\"{title}: {detail}\"}}}}"
+        );
+        response(status, "application/json", body)
+    }
+
+    /// A gRPC answer that consists of trailers only (the gRPC protocol over HTTP/2, "Responses").
+    fn grpc(&self) -> Response<Bytes> {
+        let status = match self.kind {
+            RefusalKind::InvalidKey(_) | RefusalKind::MissingKey | RefusalKind::Mismatch | RefusalKind::BodyBroken => 3,
+            RefusalKind::BodyTimeout => 4,
+            RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
+            RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
+            RefusalKind::Outstanding => 10,
+            RefusalKind::AnswerBroken | RefusalKind::HandlerPanicked => 13,
+            RefusalKind::AttemptFailed
+            | RefusalKind::OutcomeUnrecorded
+            | RefusalKind::StoreFull
+            | RefusalKind::StoreUnavailable => 14,
+        };
+        let mut response = response(StatusCode::OK, "application/grpc", String::new());
+        let headers = response.headers_mut();
+        headers.insert("grpc-status", HeaderValue::from(status));
+        headers.insert("grpc-message", HeaderValue::from_static(self.wording().code));
+        response
+    }
+
+    const fn wording(&self) -> Wording {
+        match self.kind {
+            RefusalKind::AnswerBroken => Wording {
+                status: StatusCode::INTERNAL_SERVER_ERROR,
+                code: "answer-broken",
+                title: "The answer broke off",
+                detail: "The request was processed, but its answer broke off and could not be kept. Look up the result; \
+                         sending the request again does not process it again.",
+                retryable: false,
+            },
+            RefusalKind::AnswerNotKept => Wording {
+                status: StatusCode::CONFLICT,
+                code: "answer-not-kept",
+                title: "The answer was not kept",
+                detail: "A request with this key was processed, and its answer is not available for replay. Look up the \
+                         result; the request is not processed again.",
+                retryable: false,
+            },
+            RefusalKind::AttemptFailed => Wording {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                code: "attempt-failed",
+                title: "The outstanding request failed",
+                detail: "The request with this key that was outstanding failed without an answer. Send the request again.",
+                retryable: true,
+            },
+            RefusalKind::BodyBroken => Wording {
+                status: StatusCode::BAD_REQUEST,
+                code: "body-broken",
+                title: "The request body broke off",
+                detail: "The request body could not be read to its end. Nothing was processed; send the request again.",
+                retryable: true,
+            },
+            RefusalKind::BodyTimeout => Wording {
+                status: StatusCode::REQUEST_TIMEOUT,
+                code: "body-timeout",
+                title: "The request body took too long",
+                detail: "The request body did not arrive in time. Nothing was processed; send the request again.",
+                retryable: true,
+            },
+            RefusalKind::BodyTooLarge => Wording {
+                status: StatusCode::PAYLOAD_TOO_LARGE,
+                code: "body-too-large",
+                title: "The request body is too large",
+                detail: "A request with an idempotency key may not have a body as long as this one. Nothing was processed.",
+                retryable: false,
+            },
+            RefusalKind::HandlerPanicked => Wording {
+                status: StatusCode::INTERNAL_SERVER_ERROR,
+                code: "handler-panicked",
+                title: "Internal server error",
+                detail: "The request failed inside the server.",
+                retryable: true,
+            },
+            RefusalKind::InvalidKey(reason) => Wording {
+                status: StatusCode::BAD_REQUEST,
+                code: "key-invalid",
+                title: "Idempotency-Key is invalid",
+                detail: KeyError::new(reason).detail(),
+                retryable: false,
+            },
+            RefusalKind::MissingKey => Wording {
+                status: StatusCode::BAD_REQUEST,
+                code: "key-missing",
+                title: "Idempotency-Key is missing",
+                detail: "This operation is idempotent and requires a key. Choose a new unique one for each operation and send \
+                         it again with every retry.",
+                retryable: false,
+            },
+            RefusalKind::Mismatch => Wording {
+                status: StatusCode::UNPROCESSABLE_ENTITY,
+                code: "key-reused",
+                title: "Idempotency-Key is already used",
+                detail: "This key belongs to another request. Repeat that request unchanged, or choose a new key for this one.",
+                retryable: false,
+            },
+            RefusalKind::Outstanding => Wording {
+                status: StatusCode::CONFLICT,
+                code: "request-outstanding",
+                title: "A request is outstanding for this Idempotency-Key",
+                detail: "A request with this key is still being processed. Send the request again later to get its answer.",
+                retryable: true,
+            },
+            RefusalKind::OutcomeUnknown => Wording {
+                status: StatusCode::CONFLICT,
+                code: "outcome-unknown",
+                title: "The outcome is unknown",
+                detail: "An earlier attempt with this key was interrupted, and whether it took effect is not known. Look up \
+                         the result before you choose a new key.",
+                retryable: false,
+            },
+            RefusalKind::OutcomeUnrecorded => Wording {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                code: "outcome-unknown",
+                title: "The outcome is unknown",
+                detail: "The request was processed, but its outcome could not be recorded. Send it again with the same key.",
+                retryable: true,
+            },
+            RefusalKind::StoreFull => Wording {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                code: "store-full",
+                title: "No new keys are taken for now",
+                detail: "The server cannot record another key at the moment. Nothing was processed; send the request again later.",
+                retryable: true,
+            },
+            RefusalKind::StoreUnavailable => Wording {
+                status: StatusCode::SERVICE_UNAVAILABLE,
+                code: "store-unavailable",
+                title: "Keys cannot be checked for now",
+                detail: "The server cannot check this key at the moment. Nothing was processed; send the request again later.",
+                retryable: true,
+            },
+            RefusalKind::TooManyWaiters => Wording {
+                status: StatusCode::CONFLICT,
+                code: "too-many-waiters",
+                title: "A request is outstanding for this Idempotency-Key",
+                detail: "Too many requests wait for outstanding ones already. Send the request again later.",
+                retryable: true,
+            },
+        }
+    }
+}
+
+fn response(status: StatusCode, content_type: &'static str, body: String) -> Response<Bytes> {
+    let mut response = Response::new(Bytes::from(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+pub(crate) type Renderer = Arc<dyn Fn(&Refusal) -> Response<Bytes> + Send + Sync>;
+
+/// How refusals look.
+#[derive(Clone)]
+pub(crate) enum RefusalStyle {
+    Custom(Renderer),
+    Grpc,
+    Problem { type_base: Arc<str> },
+    Stripe,
+}
+
+impl Default for RefusalStyle {
+    fn default() -> Self {
+        Self::Problem {
+            type_base: "urn:problem-type:idempotency:".into(),
+        }
+    }
+}
+
+impl fmt::Debug for RefusalStyle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Custom(_) => "Custom",
+            Self::Grpc => "Grpc",
+            Self::Problem { .. } => "Problem",
+            Self::Stripe => "Stripe",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::executor::block_on;
+    use http_body_util::{BodyExt, Full};
+    use serde_json::Value;
+
+    use super::*;
+
+    const ALL: [RefusalKind; 16] = [
+        RefusalKind::AnswerBroken,
+        RefusalKind::AnswerNotKept,
+        RefusalKind::AttemptFailed,
+        RefusalKind::BodyBroken,
+        RefusalKind::BodyTimeout,
+        RefusalKind::BodyTooLarge,
+        RefusalKind::HandlerPanicked,
+        RefusalKind::InvalidKey(InvalidKey::NotAString),
+        RefusalKind::MissingKey,
+        RefusalKind::Mismatch,
+        RefusalKind::Outstanding,
+        RefusalKind::OutcomeUnknown,
+        RefusalKind::OutcomeUnrecorded,
+        RefusalKind::StoreFull,
+        RefusalKind::StoreUnavailable,
+        RefusalKind::TooManyWaiters,
+    ];
+
+    fn rendered(refusal: Refusal, style: &RefusalStyle) -> (http::response::Parts, Bytes) {
+        let (parts, body) = refusal.into_response::<Full<Bytes>>(style).into_parts();
+        (parts, block_on(body.collect()).unwrap().to_bytes())
+    }
+
+    #[test]
+    fn every_refusal_is_a_problem_document_that_is_never_cached() {
+        for kind in ALL {
+            let (parts, body) = rendered(Refusal::new(kind), &RefusalStyle::default());
+            let document: Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(parts.headers[CONTENT_TYPE], "application/problem+json");
+            assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
+            assert_eq!(document["status"], parts.status.as_u16());
+            assert_eq!(document["code"], Refusal::new(kind).code());
+            assert!(document["type"].as_str().unwrap().starts_with("urn:problem-type:idempotency:"));
+            assert!(!document["detail"].as_str().unwrap().is_empty());
+            assert!(document["retryable"].is_boolean());
+            assert_eq!(parts.extensions.get::<Refusal>().unwrap().kind(), kind);
+        }
+    }
+
+    #[test]
+    fn the_titles_are_the_drafts() {
+        assert_eq!(Refusal::new(RefusalKind::MissingKey).title(), "Idempotency-Key is missing");
+        assert_eq!(Refusal::new(RefusalKind::Mismatch).title(), "Idempotency-Key is already used");
+        assert_eq!(
+            Refusal::new(RefusalKind::Outstanding).title(),
+            "A request is outstanding for this Idempotency-Key"
+        );
+    }
+
+    #[test]
+    fn retry_after_is_rounded_up_and_at_least_one_second() {
+        for (millis, seconds) in [(0, "1"), (1, "1"), (1_000, "1"), (1_001, "2")] {
+            let refusal = Refusal::retry_after(RefusalKind::Outstanding, Duration::from_millis(millis));
+            assert_eq!(rendered(refusal, &RefusalStyle::default()).0.headers[RETRY_AFTER], seconds);
+        }
+    }
+
+    #[test]
+    fn stripes_shape_is_stripes() {
+        for kind in ALL {
+            let (parts, body) = rendered(Refusal::new(kind), &RefusalStyle::Stripe);
+            let document: Value = serde_json::from_slice(&body).unwrap();
+            assert!(document["error"]["type"].is_string(), "{kind:?}");
+            if kind == RefusalKind::Mismatch {
+                assert_eq!(parts.status, 400);
+                assert_eq!(document["error"]["type"], "idempotency_error");
+            }
+        }
+    }
+
+    #[test]
+    fn grpc_has_its_status_in_a_header() {
+        let (parts, body) = rendered(Refusal::new(RefusalKind::Outstanding), &RefusalStyle::Grpc);
+        assert_eq!((parts.status, &parts.headers["grpc-status"]), (StatusCode::OK, &HeaderValue::from_static("10")));
+        assert!(body.is_empty());
+    }
+
+    #[test]
+    fn an_own_renderer_keeps_the_headers_that_protect() {
+        let teapot: Renderer = Arc::new(|refusal| {
+            Response::builder().status(418).body(Bytes::from(refusal.code())).unwrap()
+        });
+        let (parts, body) = rendered(Refusal::new(RefusalKind::Mismatch), &RefusalStyle::Custom(teapot));
+        assert_eq!((parts.status.as_u16(), &body[..]), (418, &b"key-reused"[..]));
+        assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
+    }
+}

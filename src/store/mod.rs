@@ -1,0 +1,165 @@
+//! Where records live: the [`Store`] trait with its contract, and the stores of this crate.
+//!
+//! [`MemoryStore`] is the embedded default. A store of your own is a struct with seven methods; where it can run Rust beside
+//! its data, [`Record`](crate::protocol::Record) holds all the logic, and under 100 lines are enough (see
+//! `examples/custom_store.rs`).
+
+mod ledger;
+mod memory;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
+
+use crate::error::Error;
+use crate::protocol::{
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+};
+
+/// Keeps one record per storage key and changes it only by the operations below.
+///
+/// # Contract
+///
+/// 1. **Atomic.** Every operation is one atomic step on one key. A claim made of a read and a later write lets two run.
+/// 2. **Own clock.** Leases and expiry are judged by the store's clock alone, never by the caller's.
+/// 3. **One owner.** Of any number of concurrent claims of an absent key, exactly one is granted.
+/// 4. **Record outlives lease.** A key whose lease ran out is lost, not absent, until its retention is over too.
+/// 5. **Fingerprint first.** A claim with another fingerprint is a mismatch, whatever the state of the record.
+/// 6. **Repeatable.** A claim with the nonce of the current owner gets that owner's grant again, of the same kind; a
+///    completion by the owner who already completed succeeds and changes nothing.
+/// 7. **Owners only.** `renew`, `complete` and `release` compare nonce *and* fence, and do nothing for anybody else.
+/// 8. **The fence grows** with every owner of a key, as long as its record lives.
+/// 9. **A release leaves evidence.** It deletes the record only when the owner's attempt was the only one ever.
+/// 10. **Attempts are capped** by the claim's `max_attempts`; then the outcome is unknown.
+/// 11. **Late completions heal.** The last owner of a lost or unknown record can still complete it.
+/// 12. **Exact answers.** What is read back equals what was completed, byte for byte.
+/// 13. **Durable before done.** When `complete` returns, the outcome survives whatever the store promises to survive.
+/// 14. **Unreadable is not absent.** A record that cannot be read is an error of kind
+///     [`CorruptRecord`](crate::ErrorKind::CorruptRecord).
+/// 15. **Bounded.** A store that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull) and evicts no record
+///     before its expiry. It may turn the oldest kept answers into tombstones.
+/// 16. **Subscribe, then look.** When `watch` has returned, every later change of the record wakes its future. It may wake
+///     without cause, and the caller polls as well.
+///
+/// # Cancel safety
+///
+/// A future that is dropped before it is ready may or may not have taken effect; the layer repeats or releases as needed.
+pub trait Store: Send + Sync + 'static {
+    /// Resolves when the record may have changed.
+    type Watch: Future<Output = ()> + Send + 'static;
+
+    /// Asks for a key.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); unless it is [`StoreFull`](crate::ErrorKind::StoreFull), the claim may have taken effect.
+    fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send;
+
+    /// Gives the owner a lease that ends `lease` from now; zero ends it at once and keeps its evidence.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); the renewal may have taken effect.
+    fn renew(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        lease: Duration,
+    ) -> impl Future<Output = Result<Renewal, Error>> + Send;
+
+    /// Records how the owner's attempt ended, for `retention` from now.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); the completion may have taken effect and can be repeated.
+    fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> impl Future<Output = Result<Completion, Error>> + Send;
+
+    /// Ends the owner's attempt without an outcome.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); the release may have taken effect and can be repeated.
+    fn release(&self, key: &StorageKey, owner: Owner) -> impl Future<Output = Result<Release, Error>> + Send;
+
+    /// Ends a lost or unknown attempt by what an operator or a hook found out, if `fence` is still its fence.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); the resolution may have taken effect.
+    fn resolve(
+        &self,
+        key: &StorageKey,
+        fence: Fence,
+        resolution: &Resolution,
+    ) -> impl Future<Output = Result<Resolved, Error>> + Send;
+
+    /// Shows the record without changing it; `None` when it is absent or expired.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind).
+    fn peek(&self, key: &StorageKey) -> impl Future<Output = Result<Option<Snapshot>, Error>> + Send;
+
+    /// Subscribes to changes of the record: from the moment this returns, a change resolves the watch.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); the caller then polls.
+    fn watch(&self, key: &StorageKey) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
+}
+
+impl<S: Store + ?Sized> Store for Arc<S> {
+    type Watch = S::Watch;
+
+    fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send {
+        (**self).claim(claim)
+    }
+
+    fn renew(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        lease: Duration,
+    ) -> impl Future<Output = Result<Renewal, Error>> + Send {
+        (**self).renew(key, owner, lease)
+    }
+
+    fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> impl Future<Output = Result<Completion, Error>> + Send {
+        (**self).complete(key, owner, outcome, retention)
+    }
+
+    fn release(&self, key: &StorageKey, owner: Owner) -> impl Future<Output = Result<Release, Error>> + Send {
+        (**self).release(key, owner)
+    }
+
+    fn resolve(
+        &self,
+        key: &StorageKey,
+        fence: Fence,
+        resolution: &Resolution,
+    ) -> impl Future<Output = Result<Resolved, Error>> + Send {
+        (**self).resolve(key, fence, resolution)
+    }
+
+    fn peek(&self, key: &StorageKey) -> impl Future<Output = Result<Option<Snapshot>, Error>> + Send {
+        (**self).peek(key)
+    }
+
+    fn watch(&self, key: &StorageKey) -> impl Future<Output = Result<Self::Watch, Error>> + Send {
+        (**self).watch(key)
+    }
+}
