@@ -141,10 +141,10 @@ impl Deadline {
 
 /// Measures how long something takes.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only measurements read it"))]
+#[cfg(feature = "metrics")]
 pub(crate) struct Stopwatch(Instant);
 
-#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only measurements use it"))]
+#[cfg(feature = "metrics")]
 impl Stopwatch {
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub(crate) fn start() -> Self {
@@ -223,7 +223,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn within_gives_up_after_the_limit_and_not_before() {
-        assert!(within(Duration::from_secs(1), std::future::pending::<()>()).await.is_err());
+        assert!(within(Duration::from_secs(1), std::future::pending::<()>())
+            .await
+            .is_err());
         let slow = tokio::time::sleep(Duration::from_millis(999));
         assert!(within(Duration::from_secs(1), slow).await.is_ok());
     }

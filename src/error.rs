@@ -49,11 +49,7 @@ impl Error {
     /// An error of a store that could not be reached or did not answer, caused by `source`.
     #[must_use]
     pub fn unavailable(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        Self::new(
-            ErrorKind::StoreUnavailable,
-            "the idempotency store did not answer",
-        )
-        .with_source(source)
+        Self::new(ErrorKind::StoreUnavailable, "the idempotency store did not answer").with_source(source)
     }
 
     /// What the error means.
@@ -81,9 +77,7 @@ impl fmt::Debug for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source
-            .as_deref()
-            .map(|source| source as &(dyn StdError + 'static))
+        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
     }
 }
 

@@ -3,10 +3,19 @@ mod clock;
 mod error;
 mod http;
 pub mod protocol;
+mod server;
 mod sharded;
 pub mod store;
-pub use clock::{Clock, Timestamp};
-pub use error::{Error, ErrorKind};
-pub use protocol::{Scope};
+mod telemetry;
+
+pub use self::clock::{Clock, Timestamp};
+pub use self::error::{Error, ErrorKind};
 pub use self::http::{Body, RebuildBody, Refusal, RefusalKind};
-pub use store::{MemoryStore, Store};
+pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeySyntax, Scope};
+#[cfg(feature = "axum")]
+pub use self::server::NotGuarded;
+pub use self::server::{
+    Attempt, DoNotKeep, Drain, Idempotency, IdempotencyLayer, Keep, Lease, OnError, OnLost, RecoverFn, Recovered,
+    Recovery, ResponseFuture, RetainFor, Settings,
+};
+pub use self::store::{MemoryStore, Store};

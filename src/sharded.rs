@@ -15,7 +15,9 @@ pub(crate) struct Sharded<K, V, S> {
 
 impl<K: Eq + Hash, V, S: BuildHasher + Clone> Sharded<K, V, S> {
     pub(crate) fn new(hasher: S) -> Self {
-        let shards = (0..SHARDS).map(|_| Mutex::new(HashMap::with_hasher(hasher.clone()))).collect();
+        let shards = (0..SHARDS)
+            .map(|_| Mutex::new(HashMap::with_hasher(hasher.clone())))
+            .collect();
         Self { shards, hasher }
     }
 

@@ -61,7 +61,11 @@ impl AnswerHeaders {
             out.put_slice(&body.bytes);
         }
         let mut head = out.freeze();
-        let body = if copied { head.split_off(head_len) } else { body.bytes.clone() };
+        let body = if copied {
+            head.split_off(head_len)
+        } else {
+            body.bytes.clone()
+        };
         Answer { head, body }
     }
 
@@ -114,7 +118,9 @@ impl AnswerHeaders {
 fn is_never_replayed(name: &HeaderName) -> bool {
     let name = name.as_str();
     match name {
-        "set-cookie" | "date" | "age" | "content-length" | "www-authenticate" | "authorization" | "server-timing" => true,
+        "set-cookie" | "date" | "age" | "content-length" | "www-authenticate" | "authorization" | "server-timing" => {
+            true
+        }
         // RFC 9110 section 7.6.1: what a recipient must remove before it forwards.
         "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade" => true,
         _ => name.starts_with("proxy-") || name.starts_with("access-control-"),
@@ -175,7 +181,11 @@ fn decode(mut head: Bytes) -> Option<(StatusCode, HeaderMap, Option<HeaderMap>)>
     let headers = head.try_get_u16_le().ok()?;
     let trailers = head.try_get_u16_le().ok()?;
     let headers = decode_fields(&mut head, headers)?;
-    let trailers = if trailers == 0 { None } else { Some(decode_fields(&mut head, trailers)?) };
+    let trailers = if trailers == 0 {
+        None
+    } else {
+        Some(decode_fields(&mut head, trailers)?)
+    };
     head.is_empty().then_some((status, headers, trailers))
 }
 
@@ -225,12 +235,19 @@ mod tests {
 
     fn again(parts: &response::Parts) -> Response<Full<Bytes>> {
         let headers = AnswerHeaders::default();
-        headers.replay(&headers.store(parts, &collected(b"body")), true).unwrap()
+        headers
+            .replay(&headers.store(parts, &collected(b"body")), true)
+            .unwrap()
     }
 
     #[test]
     fn status_headers_and_bytes_come_back_with_the_marker() {
-        let parts = response(&[("location", b"/1"), ("x-latin1", b"caf\xe9"), ("link", b"a"), ("link", b"b")]);
+        let parts = response(&[
+            ("location", b"/1"),
+            ("x-latin1", b"caf\xe9"),
+            ("link", b"a"),
+            ("link", b"b"),
+        ]);
         let again = again(&parts);
         assert_eq!(again.status(), 201);
         assert_eq!(again.headers()["x-latin1"].as_bytes(), b"caf\xe9");
@@ -242,9 +259,23 @@ mod tests {
     #[test]
     fn what_belongs_to_one_exchange_is_never_replayed() {
         let dropped: Vec<(&str, &[u8])> = [
-            "set-cookie", "date", "age", "content-length", "www-authenticate", "authorization", "server-timing", "connection",
-            "transfer-encoding", "upgrade", "te", "trailer", "keep-alive", "proxy-authenticate", "proxy-anything",
-            "access-control-allow-origin", "idempotent-replayed",
+            "set-cookie",
+            "date",
+            "age",
+            "content-length",
+            "www-authenticate",
+            "authorization",
+            "server-timing",
+            "connection",
+            "transfer-encoding",
+            "upgrade",
+            "te",
+            "trailer",
+            "keep-alive",
+            "proxy-authenticate",
+            "proxy-anything",
+            "access-control-allow-origin",
+            "idempotent-replayed",
         ]
         .map(|name| (name, &b"1"[..]))
         .to_vec();
@@ -264,7 +295,10 @@ mod tests {
             ("location", b"/1"),
         ]);
         let again = again(&parts);
-        assert_eq!(names(again.headers()), ["content-type", "cache-control", "location", "idempotent-replayed"]);
+        assert_eq!(
+            names(again.headers()),
+            ["content-type", "cache-control", "location", "idempotent-replayed"]
+        );
     }
 
     #[test]

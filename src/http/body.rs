@@ -80,10 +80,7 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
     type Data = Bytes;
     type Error = B::Error;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         if !self.front.is_empty() {
             let front = std::mem::take(&mut self.front);
             return Poll::Ready(Some(Ok(Frame::data(front))));
@@ -103,7 +100,10 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
 
     fn size_hint(&self) -> SizeHint {
         let front = u64::try_from(self.front.len()).unwrap_or(u64::MAX);
-        let rest = self.rest.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
+        let rest = self
+            .rest
+            .as_ref()
+            .map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
         let mut hint = SizeHint::new();
         hint.set_lower(rest.lower().saturating_add(front));
         if let Some(upper) = rest.upper() {
@@ -248,7 +248,9 @@ impl Read {
             return;
         }
         if self.joined.is_empty() {
-            let room = (self.only.len() + data.len()).saturating_mul(2).min(limit.max(self.only.len() + data.len()));
+            let room = (self.only.len() + data.len())
+                .saturating_mul(2)
+                .min(limit.max(self.only.len() + data.len()));
             self.joined.reserve(room);
             self.joined.extend_from_slice(&std::mem::take(&mut self.only));
         }
@@ -277,7 +279,10 @@ mod tests {
     type Frames = UnsyncBoxBody<Bytes, Infallible>;
 
     fn frames(data: &[&'static str], trailer: Option<&'static str>) -> Frames {
-        let mut frames: Vec<_> = data.iter().map(|data| Ok(Frame::data(Bytes::from_static(data.as_bytes())))).collect();
+        let mut frames: Vec<_> = data
+            .iter()
+            .map(|data| Ok(Frame::data(Bytes::from_static(data.as_bytes()))))
+            .collect();
         if let Some(value) = trailer {
             let trailers = HeaderMap::from_iter([(http::header::ETAG, value.parse().unwrap())]);
             frames.push(Ok(Frame::trailers(trailers)));
@@ -314,7 +319,9 @@ mod tests {
         let frame = Bytes::from(vec![7; 1000]);
         let read = block_on(collect(Full::new(frame.clone()), 1000)).unwrap();
         assert_eq!(read.bytes.as_ptr(), frame.as_ptr());
-        let Err(Shortfall::TooLarge(body)) = block_on(collect(Full::new(frame), 999)) else { panic!() };
+        let Err(Shortfall::TooLarge(body)) = block_on(collect(Full::new(frame), 999)) else {
+            panic!()
+        };
         assert_eq!(body.size_hint().exact(), Some(1000));
     }
 

@@ -161,7 +161,10 @@ mod tests {
             body: BodyForm::Nothing,
             ..Fingerprinting::default()
         };
-        assert_eq!(of(&nothing, &parts("POST", "/a", &[]), "a"), of(&nothing, &parts("PATCH", "/b", &[]), "b"));
+        assert_eq!(
+            of(&nothing, &parts("POST", "/a", &[]), "a"),
+            of(&nothing, &parts("PATCH", "/b", &[]), "b")
+        );
     }
 
     #[cfg(feature = "axum")]
@@ -169,7 +172,9 @@ mod tests {
     fn a_stripped_path_is_seen_whole() {
         let nested = |original: &'static str| {
             let mut parts = parts("POST", "/create", &[]);
-            parts.extensions.insert(axum::extract::OriginalUri(Uri::from_static(original)));
+            parts
+                .extensions
+                .insert(axum::extract::OriginalUri(Uri::from_static(original)));
             of(&Fingerprinting::default(), &parts, "")
         };
         assert_ne!(nested("/a/create"), nested("/b/create"));

@@ -7,10 +7,10 @@ mod fingerprint;
 mod key;
 mod refusal;
 
-pub(crate) use answer::{AnswerHeaders, CorruptAnswer};
+pub(crate) use answer::AnswerHeaders;
 pub(crate) use body::{collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use key::{find_key, FoundKey};
+pub(crate) use refusal::RefusalStyle;
 pub use refusal::{Refusal, RefusalKind};
-pub(crate) use refusal::{RefusalStyle, Renderer};

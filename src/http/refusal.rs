@@ -35,16 +35,14 @@ pub enum RefusalKind {
     AnswerBroken,
     /// The request was done, and its answer was not kept. 409.
     AnswerNotKept,
-    /// The attempt that this duplicate waited for failed without an answer. 503.
-    AttemptFailed,
     /// The request's body broke off. 400.
     BodyBroken,
     /// The request's body did not come within the time set. 408.
     BodyTimeout,
     /// The request's body is longer than the limit. 413.
     BodyTooLarge,
-    /// The handler panicked. 500.
-    HandlerPanicked,
+    /// The handler panicked, or its service failed. 500.
+    HandlerFailed,
     /// The request's key cannot be used. 400.
     InvalidKey(InvalidKey),
     /// A key is required and missing. 400.
@@ -134,6 +132,11 @@ impl Refusal {
     /// The response in the given style, with `Cache-Control: no-store`, `Retry-After` where it applies, and this refusal as an
     /// extension.
     pub(crate) fn into_response<B: RebuildBody>(self, style: &RefusalStyle) -> Response<B> {
+        self.render(style).map(|bytes| B::rebuild(Body::from_bytes(bytes)))
+    }
+
+    /// The same with its body as bytes.
+    pub(crate) fn render(self, style: &RefusalStyle) -> Response<Bytes> {
         let mut response = match style {
             RefusalStyle::Custom(render) => render(&self),
             RefusalStyle::Grpc => self.grpc(),
@@ -146,7 +149,7 @@ impl Refusal {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response.extensions_mut().insert(self);
-        response.map(|bytes| B::rebuild(Body::from_bytes(bytes)))
+        response
     }
 
     /// A problem document (RFC 9457). Every word in it is static and free of quotes, or was checked when it was set.
@@ -187,9 +190,8 @@ impl Refusal {
             RefusalKind::Outstanding => "idempotency_key_in_use".to_owned(),
             _ => code.replace('-', "_"),
         };
-        let body = format!(
-            "{{\"error\":{{\"type\":\"{kind}\",\"code\":\"{code}\",\"message\":\"{title}: {detail}\"}}}}"
-        );
+        let body =
+            format!("{{\"error\":{{\"type\":\"{kind}\",\"code\":\"{code}\",\"message\":\"{title}: {detail}\"}}}}");
         response(status, "application/json", body)
     }
 
@@ -201,11 +203,8 @@ impl Refusal {
             RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
             RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
             RefusalKind::Outstanding => 10,
-            RefusalKind::AnswerBroken | RefusalKind::HandlerPanicked => 13,
-            RefusalKind::AttemptFailed
-            | RefusalKind::OutcomeUnrecorded
-            | RefusalKind::StoreFull
-            | RefusalKind::StoreUnavailable => 14,
+            RefusalKind::AnswerBroken | RefusalKind::HandlerFailed => 13,
+            RefusalKind::OutcomeUnrecorded | RefusalKind::StoreFull | RefusalKind::StoreUnavailable => 14,
         };
         let mut response = response(StatusCode::OK, "application/grpc", String::new());
         let headers = response.headers_mut();
@@ -232,13 +231,6 @@ impl Refusal {
                          result; the request is not processed again.",
                 retryable: false,
             },
-            RefusalKind::AttemptFailed => Wording {
-                status: StatusCode::SERVICE_UNAVAILABLE,
-                code: "attempt-failed",
-                title: "The outstanding request failed",
-                detail: "The request with this key that was outstanding failed without an answer. Send the request again.",
-                retryable: true,
-            },
             RefusalKind::BodyBroken => Wording {
                 status: StatusCode::BAD_REQUEST,
                 code: "body-broken",
@@ -260,9 +252,9 @@ impl Refusal {
                 detail: "A request with an idempotency key may not have a body as long as this one. Nothing was processed.",
                 retryable: false,
             },
-            RefusalKind::HandlerPanicked => Wording {
+            RefusalKind::HandlerFailed => Wording {
                 status: StatusCode::INTERNAL_SERVER_ERROR,
-                code: "handler-panicked",
+                code: "handler-failed",
                 title: "Internal server error",
                 detail: "The request failed inside the server.",
                 retryable: true,
@@ -339,7 +331,9 @@ impl Refusal {
 fn response(status: StatusCode, content_type: &'static str, body: String) -> Response<Bytes> {
     let mut response = Response::new(Bytes::from(body));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
@@ -381,14 +375,13 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 16] = [
+    const ALL: [RefusalKind; 15] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
-        RefusalKind::AttemptFailed,
         RefusalKind::BodyBroken,
         RefusalKind::BodyTimeout,
         RefusalKind::BodyTooLarge,
-        RefusalKind::HandlerPanicked,
+        RefusalKind::HandlerFailed,
         RefusalKind::InvalidKey(InvalidKey::NotAString),
         RefusalKind::MissingKey,
         RefusalKind::Mismatch,
@@ -414,7 +407,10 @@ mod tests {
             assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
             assert_eq!(document["status"], parts.status.as_u16());
             assert_eq!(document["code"], Refusal::new(kind).code());
-            assert!(document["type"].as_str().unwrap().starts_with("urn:problem-type:idempotency:"));
+            assert!(document["type"]
+                .as_str()
+                .unwrap()
+                .starts_with("urn:problem-type:idempotency:"));
             assert!(!document["detail"].as_str().unwrap().is_empty());
             assert!(document["retryable"].is_boolean());
             assert_eq!(parts.extensions.get::<Refusal>().unwrap().kind(), kind);
@@ -423,8 +419,14 @@ mod tests {
 
     #[test]
     fn the_titles_are_the_drafts() {
-        assert_eq!(Refusal::new(RefusalKind::MissingKey).title(), "Idempotency-Key is missing");
-        assert_eq!(Refusal::new(RefusalKind::Mismatch).title(), "Idempotency-Key is already used");
+        assert_eq!(
+            Refusal::new(RefusalKind::MissingKey).title(),
+            "Idempotency-Key is missing"
+        );
+        assert_eq!(
+            Refusal::new(RefusalKind::Mismatch).title(),
+            "Idempotency-Key is already used"
+        );
         assert_eq!(
             Refusal::new(RefusalKind::Outstanding).title(),
             "A request is outstanding for this Idempotency-Key"
@@ -435,7 +437,10 @@ mod tests {
     fn retry_after_is_rounded_up_and_at_least_one_second() {
         for (millis, seconds) in [(0, "1"), (1, "1"), (1_000, "1"), (1_001, "2")] {
             let refusal = Refusal::retry_after(RefusalKind::Outstanding, Duration::from_millis(millis));
-            assert_eq!(rendered(refusal, &RefusalStyle::default()).0.headers[RETRY_AFTER], seconds);
+            assert_eq!(
+                rendered(refusal, &RefusalStyle::default()).0.headers[RETRY_AFTER],
+                seconds
+            );
         }
     }
 
@@ -455,14 +460,20 @@ mod tests {
     #[test]
     fn grpc_has_its_status_in_a_header() {
         let (parts, body) = rendered(Refusal::new(RefusalKind::Outstanding), &RefusalStyle::Grpc);
-        assert_eq!((parts.status, &parts.headers["grpc-status"]), (StatusCode::OK, &HeaderValue::from_static("10")));
+        assert_eq!(
+            (parts.status, &parts.headers["grpc-status"]),
+            (StatusCode::OK, &HeaderValue::from_static("10"))
+        );
         assert!(body.is_empty());
     }
 
     #[test]
     fn an_own_renderer_keeps_the_headers_that_protect() {
         let teapot: Renderer = Arc::new(|refusal| {
-            Response::builder().status(418).body(Bytes::from(refusal.code())).unwrap()
+            Response::builder()
+                .status(418)
+                .body(Bytes::from(refusal.code()))
+                .unwrap()
         });
         let (parts, body) = rendered(Refusal::new(RefusalKind::Mismatch), &RefusalStyle::Custom(teapot));
         assert_eq!((parts.status.as_u16(), &body[..]), (418, &b"key-reused"[..]));

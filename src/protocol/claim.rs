@@ -85,7 +85,10 @@ pub enum IfLost {
 
 /// Asks a store for a key.
 #[derive(Clone, Debug)]
-#[expect(clippy::exhaustive_structs, reason = "stores read every field; a new one changes their contract")]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "stores read every field; a new one changes their contract"
+)]
 pub struct Claim {
     /// The record's name.
     pub key: StorageKey,
@@ -117,7 +120,10 @@ pub struct Grant {
 
 /// The answer to a claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "this is the protocol: whoever claims must handle every case")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "this is the protocol: whoever claims must handle every case"
+)]
 pub enum Decision {
     /// Run.
     Execute(Grant),
@@ -244,7 +250,10 @@ pub struct Snapshot {
 
 /// How far a record is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "this is the protocol: whoever peeks must handle every case")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "this is the protocol: whoever peeks must handle every case"
+)]
 pub enum Status {
     /// It ended.
     Completed(Outcome),

@@ -209,12 +209,21 @@ mod tests {
 
     #[test]
     fn a_head_longer_than_the_record_is_damage_and_allocates_nothing() {
-        let record = Record::claim(None, &crate::protocol::record::tests::claim(1), Timestamp::from_micros(1));
-        let crate::protocol::Change::Put(record) = record.change else { panic!() };
+        let record = Record::claim(
+            None,
+            &crate::protocol::record::tests::claim(1),
+            Timestamp::from_micros(1),
+        );
+        let crate::protocol::Change::Put(record) = record.change else {
+            panic!()
+        };
         let mut bytes = record.to_bytes().to_vec();
         bytes[1] = KEPT;
         bytes.extend_from_slice(&u32::MAX.to_le_bytes());
-        assert_eq!(Record::from_bytes(bytes.into()).unwrap_err().kind(), ErrorKind::CorruptRecord);
+        assert_eq!(
+            Record::from_bytes(bytes.into()).unwrap_err().kind(),
+            ErrorKind::CorruptRecord
+        );
     }
 
     #[test]
@@ -222,7 +231,9 @@ mod tests {
         let mut claim = crate::protocol::record::tests::claim(7);
         claim.nonce = Nonce::from_bytes([7; 16]);
         let put = Record::claim(None, &claim, Timestamp::from_micros(1_000_000));
-        let crate::protocol::Change::Put(record) = put.change else { panic!() };
+        let crate::protocol::Change::Put(record) = put.change else {
+            panic!()
+        };
         let bytes = record.to_bytes();
         assert_eq!(bytes.len(), FIXED);
         assert_eq!(&bytes[..4], [1, 0, 0, 3]);

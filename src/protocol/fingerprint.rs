@@ -155,8 +155,14 @@ mod tests {
 
     #[test]
     fn one_byte_makes_a_difference_and_nothing_is_shown() {
-        assert_ne!(fingerprint(&[], &[b"\x00\xff\x01"]), fingerprint(&[], &[b"\x00\xff\x02"]));
-        assert_eq!(format!("{:?}", Fingerprint::of(b"pin 1234")), "Fingerprint(algorithm 3, ..)");
+        assert_ne!(
+            fingerprint(&[], &[b"\x00\xff\x01"]),
+            fingerprint(&[], &[b"\x00\xff\x02"])
+        );
+        assert_eq!(
+            format!("{:?}", Fingerprint::of(b"pin 1234")),
+            "Fingerprint(algorithm 3, ..)"
+        );
         assert_ne!(Fingerprint::of(b""), Fingerprint::NONE);
     }
 

@@ -82,7 +82,9 @@ impl KeyError {
         match self.0 {
             InvalidKey::Empty => "The key is empty. Send 1 or more visible ASCII characters.",
             InvalidKey::NotAString => "The key is not a structured-field string. Send it in double quotes.",
-            InvalidKey::NotVisibleAscii => "The key has a character that is not visible ASCII. Send a UUID or the like.",
+            InvalidKey::NotVisibleAscii => {
+                "The key has a character that is not visible ASCII. Send a UUID or the like."
+            }
             InvalidKey::Refused => "The key does not have the form that this server asks for.",
             InvalidKey::Repeated => "The header field of the key occurs more than once. Send it once.",
             InvalidKey::TooLong => "The key is longer than this server takes. Send a shorter one, such as a UUID.",
@@ -354,8 +356,21 @@ mod tests {
     #[test]
     fn strict_takes_only_structured_field_strings() {
         assert_eq!(parser(KeySyntax::Strict).parse(b"\"a\\\"b\"").unwrap().as_str(), "a\"b");
-        for bad in ["bare", "\"open", "'single'", "?1", ":YWJj:", "(\"a\")", "\"a\" b", "\"a\", \"b\""] {
-            assert_eq!(reason(KeySyntax::Strict, bad.as_bytes()), Some(InvalidKey::NotAString), "{bad}");
+        for bad in [
+            "bare",
+            "\"open",
+            "'single'",
+            "?1",
+            ":YWJj:",
+            "(\"a\")",
+            "\"a\" b",
+            "\"a\", \"b\"",
+        ] {
+            assert_eq!(
+                reason(KeySyntax::Strict, bad.as_bytes()),
+                Some(InvalidKey::NotAString),
+                "{bad}"
+            );
         }
     }
 

@@ -74,7 +74,13 @@ impl One {
     }
 
     fn complete(&mut self, owner: Owner, outcome: &Outcome) -> Completion {
-        self.apply(Record::complete(self.record.as_ref(), owner, outcome, RETENTION, self.now))
+        self.apply(Record::complete(
+            self.record.as_ref(),
+            owner,
+            outcome,
+            RETENTION,
+            self.now,
+        ))
     }
 
     fn release(&mut self, owner: Owner) -> Release {
@@ -99,7 +105,12 @@ fn an_absent_key_is_granted_once_and_then_waited_for() {
     let mut store = One::new();
     assert_eq!(store.granted(&claim(1)).attempt, 1);
     store.pass(Duration::from_secs(10));
-    assert_eq!(store.claim(&claim(2)), Decision::Wait { left: Duration::from_secs(20) });
+    assert_eq!(
+        store.claim(&claim(2)),
+        Decision::Wait {
+            left: Duration::from_secs(20)
+        }
+    );
 }
 
 #[test]
@@ -179,7 +190,10 @@ fn a_lost_key_is_taken_over_with_a_higher_fence_and_the_old_owner_changes_nothin
     assert_eq!(store.complete(old.owner, &kept("old")), Completion::Superseded(None));
     assert_eq!(store.release(old.owner), Release::Superseded);
     assert_eq!(store.complete(new.owner, &kept("new")), Completion::Completed);
-    assert_eq!(store.complete(old.owner, &kept("old")), Completion::Superseded(Some(kept("new"))));
+    assert_eq!(
+        store.complete(old.owner, &kept("old")),
+        Completion::Superseded(Some(kept("new")))
+    );
 }
 
 #[test]
@@ -283,9 +297,15 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
     let mut store = One::new();
     let grant = store.granted(&claim(1));
     let done = Resolution::Completed(kept("found"), RETENTION);
-    assert_eq!(store.resolve(grant.owner.fence, &done), Resolved::Conflict(Some(grant.owner.fence)));
+    assert_eq!(
+        store.resolve(grant.owner.fence, &done),
+        Resolved::Conflict(Some(grant.owner.fence))
+    );
     store.pass(LEASE);
-    assert_eq!(store.resolve(Fence::new(1), &done), Resolved::Conflict(Some(grant.owner.fence)));
+    assert_eq!(
+        store.resolve(Fence::new(1), &done),
+        Resolved::Conflict(Some(grant.owner.fence))
+    );
     assert_eq!(store.resolve(grant.owner.fence, &done), Resolved::Resolved);
     assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "found"));
 
@@ -293,8 +313,14 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
     let grant = store.granted(&claim(1));
     store.pass(LEASE);
     assert_eq!(store.claim(&claim(2)), Decision::Unknown);
-    assert_eq!(store.resolve(grant.owner.fence, &Resolution::Absent), Resolved::Resolved);
-    assert_eq!(store.resolve(grant.owner.fence, &Resolution::Absent), Resolved::Conflict(None));
+    assert_eq!(
+        store.resolve(grant.owner.fence, &Resolution::Absent),
+        Resolved::Resolved
+    );
+    assert_eq!(
+        store.resolve(grant.owner.fence, &Resolution::Absent),
+        Resolved::Conflict(None)
+    );
     assert_eq!(store.granted(&claim(3)).attempt, 1);
 }
 
@@ -334,14 +360,20 @@ impl Ledger {
                 prop_assert!(self.answers.is_empty(), "ran again after an answer was seen");
                 prop_assert!(grant.owner.fence >= self.last_fence, "the fence fell");
                 let repeated = self.owners.get(&nonce) == Some(&grant.owner);
-                prop_assert!(repeated || grant.owner.fence > self.last_fence, "two owners with one fence");
+                prop_assert!(
+                    repeated || grant.owner.fence > self.last_fence,
+                    "two owners with one fence"
+                );
                 self.last_fence = grant.owner.fence;
                 self.owners.insert(nonce, grant.owner);
                 self.seen_grant = true;
             }
             Decision::Replay(answer) => {
                 prop_assert!(same_body, "an answer for another body");
-                prop_assert!(self.answers.iter().all(|seen| seen == answer), "two answers under one key");
+                prop_assert!(
+                    self.answers.iter().all(|seen| seen == answer),
+                    "two answers under one key"
+                );
                 self.answers.push(answer.clone());
             }
             Decision::Mismatch => prop_assert!(self.seen_grant),

@@ -21,10 +21,11 @@ use super::Store;
 use crate::clock::{Clock, Timestamp};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Answer, Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal, Resolution,
-    Resolved, Snapshot, StorageKey, Transition,
+    Answer, Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal,
+    Resolution, Resolved, Snapshot, StorageKey, Transition,
 };
 use crate::sharded::{lock, Sharded};
+use crate::telemetry;
 
 /// Keeps records in the memory of this process: the embedded default.
 ///
@@ -223,7 +224,9 @@ impl Inner {
     }
 
     fn complete(&self, key: &StorageKey, owner: Owner, outcome: &Outcome, retention: Duration) -> Completion {
-        self.change_open(key, |record, now| Record::complete(record, owner, outcome, retention, now))
+        self.change_open(key, |record, now| {
+            Record::complete(record, owner, outcome, retention, now)
+        })
     }
 
     fn release(&self, key: &StorageKey, owner: Owner) -> Release {
@@ -341,9 +344,12 @@ impl Inner {
     /// Turns an answer into a tombstone, unless its record has gone since.
     fn shrink(&self, answer: &KeptAnswer) {
         let _shard = self.open.lock(&answer.key);
-        let Some(record) = self.done.get(&answer.key) else { return };
+        let Some(record) = self.done.get(&answer.key) else {
+            return;
+        };
         if record.expires_at() == answer.expires {
-            self.done.insert(answer.key, Arc::new(Record::clone(&record).into_tombstone()));
+            self.done
+                .insert(answer.key, Arc::new(Record::clone(&record).into_tombstone()));
         }
     }
 
@@ -412,7 +418,16 @@ async fn sweep_every_second(sweeper: Sweeper) {
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         match sweeper.0.upgrade() {
-            Some(inner) => inner.sweep(),
+            Some(inner) => {
+                inner.sweep();
+                let Figures {
+                    records,
+                    bytes,
+                    in_flight,
+                    waiters,
+                } = inner.figures();
+                telemetry::store_figures(records, bytes, in_flight, waiters);
+            }
             None => return,
         }
     }

@@ -1,0 +1,274 @@
+//! The per-key lock inside a process: who works on a key, and who waits for it.
+
+use std::fmt;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::Notify;
+
+use super::settings::Waiting;
+use crate::clock::{within, Deadline};
+use crate::http::Refusal;
+use crate::protocol::{Answer, Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey};
+use crate::sharded::Sharded;
+
+/// One guarded request. The one that got the seat of its key is what the others wait for.
+pub(super) struct Flight {
+    pub(super) key: IdempotencyKey,
+    pub(super) storage_key: StorageKey,
+    /// Whether the rest of the exchange must go on without its caller.
+    guarded: AtomicBool,
+    /// Whether the store said that the key belongs to this flight's fingerprint.
+    confirmed: AtomicBool,
+    held: OnceLock<Grant>,
+    superseded: AtomicBool,
+    landing: OnceLock<Landing>,
+    changed: Notify,
+    waiters: AtomicUsize,
+}
+
+/// What a flight came to, for those who waited.
+#[derive(Clone, Debug)]
+pub(super) enum Landing {
+    /// This answer, a kept one or not.
+    Answer { answer: Answer, kept: bool },
+    /// It ended without; look for yourself.
+    Handover,
+    /// This refusal.
+    Refused(Refusal),
+}
+
+impl Flight {
+    pub(super) fn new(key: IdempotencyKey, storage_key: StorageKey) -> Self {
+        Self {
+            key,
+            storage_key,
+            guarded: AtomicBool::new(false),
+            confirmed: AtomicBool::new(false),
+            held: OnceLock::new(),
+            superseded: AtomicBool::new(false),
+            landing: OnceLock::new(),
+            changed: Notify::new(),
+            waiters: AtomicUsize::new(0),
+        }
+    }
+
+    /// From here on the exchange goes on when its caller leaves, or (`false`) does not.
+    pub(super) fn set_guarded(&self, guarded: bool) {
+        self.guarded.store(guarded, Ordering::Release);
+    }
+
+    pub(super) fn is_guarded(&self) -> bool {
+        self.guarded.load(Ordering::Acquire)
+    }
+
+    /// Enters the grant.
+    pub(super) fn hold(&self, grant: Grant) {
+        if self.held.set(grant).is_ok() {
+            self.confirm();
+        }
+    }
+
+    /// From now on the key is known to belong to this flight's fingerprint, so that others are a mismatch.
+    pub(super) fn confirm(&self) {
+        if !self.confirmed.swap(true, Ordering::AcqRel) {
+            self.changed.notify_waiters();
+        }
+    }
+
+    fn is_confirmed(&self) -> bool {
+        self.confirmed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn held(&self) -> Option<&Grant> {
+        self.held.get()
+    }
+
+    pub(super) fn set_superseded(&self) {
+        self.superseded.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_superseded(&self) -> bool {
+        self.superseded.load(Ordering::Relaxed)
+    }
+
+    fn land(&self, landing: Landing) {
+        if self.landing.set(landing).is_ok() {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Waits until `seen` finds something. Subscribes before it looks: the other order would miss the last change.
+    async fn until<'f, T>(&'f self, seen: impl Fn(&'f Self) -> Option<T>) -> T {
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if let Some(seen) = seen(self) {
+                return seen;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until it is known whose fingerprint the key belongs to.
+    pub(super) async fn decided(&self) {
+        self.until(|flight| (flight.is_confirmed() || flight.landing.get().is_some()).then_some(()))
+            .await;
+    }
+}
+
+impl fmt::Debug for Flight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flight")
+            .field("held", &self.held.get())
+            .field("superseded", &self.is_superseded())
+            .field("landed", &self.landing.get().is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// All flights of a layer and its clones.
+#[derive(Debug)]
+pub(super) struct Flights {
+    table: Sharded<StorageKey, Entry, KeyHasher>,
+    waiters: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    fingerprint: Fingerprint,
+    flight: Arc<Flight>,
+}
+
+/// What a request finds when it asks for the seat of its key.
+#[derive(Debug)]
+pub(super) enum Joined {
+    /// Somebody else is at the same request: wait for it.
+    Follow(Follower),
+    /// Too many wait already.
+    Full,
+    /// The seat is yours.
+    Lead(Seat),
+    /// Somebody else holds the key for another request.
+    Mismatch,
+    /// Somebody else asks for the key for another request, and has no answer yet.
+    Undecided(Arc<Flight>),
+}
+
+impl Flights {
+    pub(super) fn new() -> Self {
+        Self {
+            table: Sharded::new(KeyHasher::random()),
+            waiters: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn join(self: &Arc<Self>, flight: &Arc<Flight>, fingerprint: Fingerprint, limits: &Waiting) -> Joined {
+        let mut shard = self.table.lock(&flight.storage_key);
+        let Some(entry) = shard.get(&flight.storage_key) else {
+            let entry = Entry {
+                fingerprint,
+                flight: Arc::clone(flight),
+            };
+            shard.insert(flight.storage_key, entry);
+            return Joined::Lead(Seat {
+                flights: Arc::clone(self),
+                flight: Arc::clone(flight),
+            });
+        };
+        let leader = Arc::clone(&entry.flight);
+        if entry.fingerprint != fingerprint {
+            return if leader.is_confirmed() {
+                Joined::Mismatch
+            } else {
+                Joined::Undecided(leader)
+            };
+        }
+        drop(shard);
+        self.admit(leader, limits)
+    }
+
+    fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Joined {
+        let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
+        let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);
+        // Made first, so that a refused one is counted off again.
+        let follower = Follower {
+            flights: Arc::clone(self),
+            leader,
+        };
+        if of_key >= limits.per_key || in_all >= limits.in_all {
+            return Joined::Full;
+        }
+        Joined::Follow(follower)
+    }
+
+    /// The flights that hold a lease that must be renewed.
+    pub(super) fn leased(&self) -> Vec<Arc<Flight>> {
+        let mut leased = Vec::new();
+        self.table.each(|shard| {
+            let flights = shard.values().map(|entry| &entry.flight);
+            let needs_renewal = |flight: &&Arc<Flight>| {
+                !flight.is_superseded() && flight.held().is_some_and(|grant| grant.lease.is_some())
+            };
+            leased.extend(flights.filter(needs_renewal).cloned());
+        });
+        leased
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        let mut len = 0;
+        self.table.each(|shard| len += shard.len());
+        len
+    }
+}
+
+/// The seat of a key: its flight is what others join. Dropped without a landing, it hands over to them.
+#[derive(Debug)]
+pub(super) struct Seat {
+    flights: Arc<Flights>,
+    flight: Arc<Flight>,
+}
+
+impl Seat {
+    /// Tells the others what it came to and leaves the seat.
+    pub(super) fn land(self, landing: Landing) {
+        self.flight.land(landing);
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.flights
+            .table
+            .lock(&self.flight.storage_key)
+            .remove(&self.flight.storage_key);
+        self.flight.land(Landing::Handover);
+    }
+}
+
+/// A place among those who wait for a flight.
+#[derive(Debug)]
+pub(super) struct Follower {
+    flights: Arc<Flights>,
+    leader: Arc<Flight>,
+}
+
+impl Follower {
+    /// What the flight came to; `None` when the time is up first.
+    pub(super) async fn landing(&self, deadline: Deadline) -> Option<Landing> {
+        if let Some(landing) = self.leader.landing.get() {
+            return Some(landing.clone());
+        }
+        let landing = self.leader.until(|flight| flight.landing.get());
+        within(deadline.left(), landing).await.ok().cloned()
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.leader.waiters.fetch_sub(1, Ordering::Relaxed);
+        self.flights.waiters.fetch_sub(1, Ordering::Relaxed);
+    }
+}

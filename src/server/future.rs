@@ -1,0 +1,122 @@
+//! The future of a response.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures::future::BoxFuture;
+use http::Response;
+use pin_project_lite::pin_project;
+
+use super::flights::Flight;
+use super::guard::Tracker;
+
+type Guarded<R, E> = BoxFuture<'static, Result<Response<R>, E>>;
+
+pin_project! {
+    /// The future of an answer of [`Idempotency`](super::Idempotency).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped before the request is read, nothing has happened. Dropped later, the execution goes on in a task of its own until
+    /// its outcome is recorded: the caller may hang up, the effect and its answer stay one. A duplicate that merely waits is
+    /// dropped without a trace.
+    pub struct ResponseFuture<F, R: 'static, E: 'static> {
+        #[pin]
+        kind: Kind<F, R, E>,
+    }
+}
+
+pin_project! {
+    #[project = KindProjection]
+    enum Kind<F, R: 'static, E: 'static> {
+        Passed { #[pin] future: F },
+        Refused { response: Option<Box<Response<R>>> },
+        Guarded { exchange: Rescued<R, E> },
+    }
+}
+
+/// An exchange that goes on when it is dropped, if it must.
+struct Rescued<R: 'static, E: 'static> {
+    exchange: Option<Guarded<R, E>>,
+    flight: Arc<Flight>,
+    tracker: Arc<Tracker>,
+}
+
+impl<F, R, E> ResponseFuture<F, R, E> {
+    pub(super) fn passed(future: F) -> Self {
+        Self {
+            kind: Kind::Passed { future },
+        }
+    }
+
+    pub(super) fn refused(response: Response<R>) -> Self {
+        Self {
+            kind: Kind::Refused {
+                response: Some(Box::new(response)),
+            },
+        }
+    }
+
+    pub(super) fn guarded(exchange: Guarded<R, E>, flight: Arc<Flight>, tracker: Arc<Tracker>) -> Self {
+        Self {
+            kind: Kind::Guarded {
+                exchange: Rescued {
+                    exchange: Some(exchange),
+                    flight,
+                    tracker,
+                },
+            },
+        }
+    }
+}
+
+impl<F, R, E> Future for ResponseFuture<F, R, E>
+where
+    F: Future<Output = Result<Response<R>, E>>,
+{
+    type Output = Result<Response<R>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().kind.project() {
+            KindProjection::Passed { future } => future.poll(cx),
+            KindProjection::Refused { response } => match response.take() {
+                Some(response) => Poll::Ready(Ok(*response)),
+                None => Poll::Pending,
+            },
+            KindProjection::Guarded { exchange } => exchange.poll(cx),
+        }
+    }
+}
+
+impl<R, E> Rescued<R, E> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
+        // Taken out while it runs: should it panic, it is dropped here and not polled again.
+        let Some(mut exchange) = self.exchange.take() else {
+            return Poll::Pending;
+        };
+        let polled = exchange.as_mut().poll(cx);
+        if polled.is_pending() {
+            self.exchange = Some(exchange);
+        }
+        polled
+    }
+}
+
+impl<R, E> Drop for Rescued<R, E> {
+    fn drop(&mut self) {
+        if let Some(exchange) = self.exchange.take() {
+            if self.flight.is_guarded() {
+                self.tracker.rescue(async move { drop(exchange.await) });
+            }
+        }
+    }
+}
+
+impl<F, R, E> fmt::Debug for ResponseFuture<F, R, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}

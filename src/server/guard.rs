@@ -1,0 +1,278 @@
+//! What keeps an execution alive and its key held: tracking of what runs without a caller, renewal, giving up.
+
+use std::fmt;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures::{stream, FutureExt, StreamExt};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+
+use super::flights::{Flight, Flights};
+use crate::clock::within;
+use crate::error::{Error, ErrorKind};
+use crate::protocol::{Owner, Renewal, StorageKey};
+use crate::store::Store;
+use crate::telemetry::{self, Event};
+
+/// What a layer and its clones share.
+pub(super) struct Shared<St> {
+    pub(super) store: St,
+    pub(super) flights: Arc<Flights>,
+    pub(super) tracker: Arc<Tracker>,
+    renewal: Arc<Renewals>,
+}
+
+impl<St> Shared<St> {
+    pub(super) fn new(store: St) -> Self {
+        Self {
+            store,
+            flights: Arc::new(Flights::new()),
+            tracker: Arc::default(),
+            renewal: Arc::default(),
+        }
+    }
+}
+
+/// Counts what runs without a caller.
+#[derive(Debug, Default)]
+pub(super) struct Tracker {
+    running: AtomicUsize,
+    ended: Notify,
+}
+
+struct Running(Arc<Tracker>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.ended.notify_waiters();
+        }
+    }
+}
+
+impl Tracker {
+    /// Lets the rest of an exchange go on in a task of its own. Without a runtime it is dropped, and its guards give up.
+    pub(super) fn rescue(self: &Arc<Self>, rest: impl Future<Output = ()> + Send + 'static) {
+        if self.spawn(rest) {
+            telemetry::event(Event::Rescued);
+        }
+    }
+
+    pub(super) fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> bool {
+        let Ok(runtime) = Handle::try_current() else {
+            return false;
+        };
+        self.running.fetch_add(1, Ordering::AcqRel);
+        let running = Running(Arc::clone(self));
+        runtime.spawn(async move {
+            work.await;
+            drop(running);
+        });
+        true
+    }
+
+    pub(super) fn drain(self: &Arc<Self>) -> Drain {
+        Drain(Arc::clone(self))
+    }
+}
+
+/// Waits for executions that go on without their callers; made by [`IdempotencyLayer::drain`](super::IdempotencyLayer::drain).
+///
+/// Stop taking requests first, then wait, then end the process:
+///
+/// ```no_run
+/// # use axum::{routing::post, Router};
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+/// # async fn serve(listener: tokio::net::TcpListener) -> std::io::Result<()> {
+/// let idempotency = IdempotencyLayer::new(MemoryStore::new());
+/// let drain = idempotency.drain();
+/// let app = Router::new().route("/payments", post(|| async { "paid" })).layer(idempotency);
+/// axum::serve(listener, app).with_graceful_shutdown(async { tokio::signal::ctrl_c().await.unwrap() }).await?;
+/// drain.wait().await;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Drain(Arc<Tracker>);
+
+impl Drain {
+    /// How many executions and releases run without a caller now.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.0.running.load(Ordering::Acquire)
+    }
+
+    /// Resolves once none runs. Put a time-out around it: a handler that never ends never lets it resolve.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it changes nothing.
+    pub async fn wait(&self) {
+        loop {
+            let mut ended = std::pin::pin!(self.0.ended.notified());
+            ended.as_mut().enable();
+            if self.running() == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+impl fmt::Debug for Drain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drain").field("running", &self.running()).finish()
+    }
+}
+
+/// The ownership of a key while an execution is under way. Dropped before it is ended, it gives the lease up, so that nobody
+/// waits for an owner that is gone.
+pub(super) struct Ownership<St: Store> {
+    shared: Arc<Shared<St>>,
+    key: StorageKey,
+    owner: Owner,
+    ended: bool,
+}
+
+impl<St: Store> Ownership<St> {
+    pub(super) fn new(shared: &Arc<Shared<St>>, key: StorageKey, owner: Owner) -> Self {
+        telemetry::in_flight(1.0);
+        Self {
+            shared: Arc::clone(shared),
+            key,
+            owner,
+            ended: false,
+        }
+    }
+
+    pub(super) const fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// The outcome is recorded, or cannot be.
+    pub(super) fn end(mut self) {
+        self.ended = true;
+    }
+}
+
+impl<St: Store> Drop for Ownership<St> {
+    fn drop(&mut self) {
+        telemetry::in_flight(-1.0);
+        if self.ended {
+            return;
+        }
+        telemetry::event(Event::Abandoned);
+        let (shared, key, owner) = (Arc::clone(&self.shared), self.key, self.owner);
+        let mut give_up = Box::pin(async move {
+            if let Err(error) = shared.store.renew(&key, owner, Duration::ZERO).await {
+                telemetry::failure(Event::RenewalFailed, &error);
+            }
+        });
+        // A store in memory is done at the first poll, and the runtime may be gone by now.
+        if (&mut give_up).now_or_never().is_none() {
+            self.shared.tracker.spawn(give_up);
+        }
+    }
+}
+
+/// The task that renews the leases of a layer: one for all of them, for as long as there are any.
+#[derive(Debug, Default)]
+struct Renewals {
+    running: AtomicBool,
+    shorter: Notify,
+}
+
+impl<St: Store> Shared<St> {
+    /// Makes sure that the lease of a flight just granted will be renewed in time.
+    pub(super) fn keep_renewed(self: &Arc<Self>) {
+        if self.renewal.running.swap(true, Ordering::AcqRel) {
+            self.renewal.shorter.notify_one();
+            return;
+        }
+        let renewing = Renewing(Arc::clone(&self.renewal));
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(renew_while_any(Arc::downgrade(self), renewing));
+        }
+    }
+
+    /// A third of the shortest lease that is held; `None` when none is.
+    fn next_renewal(&self) -> Option<Duration> {
+        let leases = self.flights.leased().into_iter();
+        let shortest = leases
+            .filter_map(|flight| flight.held().and_then(|grant| grant.lease))
+            .min();
+        shortest.map(|lease| lease / 3)
+    }
+
+    async fn renew_all(&self) {
+        const AT_ONCE: usize = 64;
+        let flights = stream::iter(self.flights.leased());
+        flights
+            .for_each_concurrent(AT_ONCE, |flight| async move { self.renew(&flight).await })
+            .await;
+    }
+
+    async fn renew(&self, flight: &Flight) {
+        let Some((owner, lease)) = flight.held().and_then(|grant| Some((grant.owner, grant.lease?))) else {
+            return;
+        };
+        let renewal = self.store.renew(&flight.storage_key, owner, lease);
+        match in_time(lease / 3, renewal).await {
+            Ok(Renewal::Renewed) => {}
+            Ok(Renewal::Superseded) => flight.set_superseded(),
+            Err(error) => telemetry::failure(Event::RenewalFailed, &error),
+        }
+    }
+}
+
+struct Renewing(Arc<Renewals>);
+
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::Release);
+    }
+}
+
+async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing) {
+    loop {
+        let Some(wait) = shared.upgrade().and_then(|shared| shared.next_renewal()) else {
+            break;
+        };
+        // Whoever is granted a shorter lease meanwhile cuts the wait short.
+        let shorter = within(wait, renewing.0.shorter.notified()).await.is_ok();
+        if let (false, Some(shared)) = (shorter, shared.upgrade()) {
+            shared.renew_all().await;
+        }
+    }
+    drop(renewing);
+    // A flight that was granted its lease between the last look and the end of this task starts another.
+    if let Some(shared) = shared.upgrade() {
+        if shared.next_renewal().is_some() {
+            shared.keep_renewed();
+        }
+    }
+}
+
+/// An operation of the store, given up as failed after `timeout`.
+pub(super) async fn in_time<T>(
+    timeout: Duration,
+    operation: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    const LATE: Error = Error::new(
+        ErrorKind::StoreUnavailable,
+        "the idempotency store did not answer in time",
+    );
+    within(timeout, operation).await.unwrap_or(Err(LATE))
+}
+
+impl<St> fmt::Debug for Shared<St> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("flights", &self.flights)
+            .field("tracker", &self.tracker)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,419 @@
+//! The layer: a store, and what is set.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{response, Method, Response};
+use tower_layer::Layer;
+
+use super::guard::{Drain, Shared};
+use super::policy::{OnError, OnLost};
+use super::service::Idempotency;
+use super::settings::{Settings, Values};
+use crate::error::{Error, ErrorKind};
+use crate::http::{BodyForm, Refusal, RefusalStyle};
+use crate::protocol::{CanonicalJson, KeySyntax, Scope, Secret};
+use crate::store::Store;
+
+/// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
+/// answer, byte for byte.
+///
+/// The layer is its own builder. Clones share the store and the per-key lock, and may be changed each for its route:
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_idempotency::{IdempotencyLayer, MemoryStore};
+///
+/// let idempotency = IdempotencyLayer::new(MemoryStore::new());
+/// let payments = idempotency.clone().require_key().with_retention(Duration::from_secs(7 * 86_400));
+/// let reports = idempotency.with_wait(Duration::ZERO);
+/// # let _ = (payments, reports);
+/// ```
+///
+/// # Where to put it
+///
+/// Outermost first: CORS, compression, authentication, rate limit, **idempotency**, handler. Outside of authentication, a
+/// stranger who learns a key would be given the stored answer. Inside of compression, one stored answer serves clients with
+/// different `Accept-Encoding`. Inside of CORS and the rate limit, their headers belong to the present request, and a
+/// refusal of theirs is never stored.
+///
+/// # Defaults
+///
+/// | setting | default |
+/// |---|---|
+/// | header | `Idempotency-Key`, quoted or bare, 1 to 255 bytes of visible ASCII |
+/// | methods | POST and PATCH |
+/// | no key | the request passes through |
+/// | scope | none; `Authorization` is a part of the fingerprint |
+/// | fingerprint | method, path, query, body bytes |
+/// | body limits | 2 MiB for requests, 2 MiB for stored answers |
+/// | request body timeout | 30 s |
+/// | kept | 2xx, 3xx, 4xx except 401, 403, 407, 408, 421, 425, 429, 431; not 5xx |
+/// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
+/// | retention, lease | 24 h from completion, 30 s renewed at a third |
+/// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |
+/// | store | 5 s for each operation; a failed claim is repeated once and then refused with 503 |
+/// | refusals | `application/problem+json` |
+#[must_use = "a layer does nothing until it is put around a service"]
+pub struct IdempotencyLayer<St> {
+    shared: Arc<Shared<St>>,
+    settings: Settings,
+    selector: Option<Selector>,
+}
+
+/// Chooses the settings for a request by its head; `None`: the request is not covered.
+pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
+
+impl<St: Store> IdempotencyLayer<St> {
+    /// A layer with the [defaults](Self#defaults) on this store.
+    pub fn new(store: St) -> Self {
+        Self {
+            shared: Arc::new(Shared::new(store)),
+            settings: Settings(Arc::default()),
+            selector: None,
+        }
+    }
+
+    /// Sets what draft-ietf-httpapi-idempotency-key-header-07 says: the key is required (section 2.7), a structured-field
+    /// string (section 2.1), and a request that comes while the first is outstanding gets 409 at once (section 2.6).
+    pub fn ietf(mut self) -> Self {
+        self.values().refusals = RefusalStyle::default();
+        self.with_key_syntax(KeySyntax::Strict)
+            .require_key()
+            .with_wait(Duration::ZERO)
+    }
+
+    /// Sets what Stripe's API does: POST only, the key as it stands and optional, every outcome kept for 24 hours, 5xx too, 409
+    /// at once while the first is outstanding, refusals in Stripe's shape, 400 for a key that belongs to another request.
+    pub fn stripe(mut self) -> Self {
+        self.values().refusals = RefusalStyle::Stripe;
+        self.values().required = false;
+        self.with_key_syntax(KeySyntax::Raw)
+            .with_methods([Method::POST])
+            .on_error(OnError::Keep)
+            .with_retention(Duration::from_secs(24 * 60 * 60))
+            .with_wait(Duration::ZERO)
+    }
+
+    /// `Idempotency-Key` by default: the header field that carries the key.
+    pub fn with_header(mut self, name: HeaderName) -> Self {
+        self.values().header = name;
+        self
+    }
+
+    /// [`KeySyntax::Lenient`] by default: how the header's value is read.
+    pub fn with_key_syntax(mut self, syntax: KeySyntax) -> Self {
+        self.values().parser.syntax = syntax;
+        self
+    }
+
+    /// 255 bytes by default, 1 at least: the length of the longest key; a longer one is refused with 400.
+    pub fn with_max_key_length(mut self, bytes: usize) -> Self {
+        self.values().parser.max_len = bytes.max(1);
+        self
+    }
+
+    /// None by default: a further check of the key, such as "is a UUID"; `false` is answered with 400.
+    pub fn with_key_validator(mut self, is_valid: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        self.values().parser.validator = Some(Arc::new(is_valid));
+        self
+    }
+
+    /// Not by default: a covered request without a key is refused with 400.
+    pub fn require_key(mut self) -> Self {
+        self.values().required = true;
+        self
+    }
+
+    /// POST and PATCH by default: the methods that are covered. Others pass through untouched.
+    pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
+        self.values().methods = methods.into_iter().collect();
+        self
+    }
+
+    /// None by default: whose key it is. The same key in two scopes is two keys.
+    ///
+    /// Build the scope from what authenticated the request (an extension set by a layer further out), and set one wherever
+    /// callers are told apart by anything but `Authorization`, a session cookie above all: without a scope, only
+    /// `Authorization` is compared. With a scope it is left out of the fingerprint, so that a renewed token still gets the
+    /// replay.
+    pub fn with_scope(mut self, scope: impl Fn(&Parts) -> Scope + Send + Sync + 'static) -> Self {
+        self.values().scope = Some(Arc::new(scope));
+        self
+    }
+
+    /// Empty by default: keeps the keys of several applications apart that share one store.
+    pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
+        self.values().space.namespace = namespace.into();
+        self
+    }
+
+    /// None by default: keys the hash of storage keys, so that who reads the store cannot test guesses of clients' keys. Every
+    /// process that shares the store needs the same; changing it forgets every key.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Configuration`] when the secret is shorter than 16 bytes.
+    pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
+        if secret.len() < 16 {
+            return Err(Error::new(
+                ErrorKind::Configuration,
+                "the secret of an idempotency layer is shorter than 16 bytes; take 32 random ones",
+            ));
+        }
+        self.values().space.secret = Some(Secret::new(secret));
+        Ok(self)
+    }
+
+    /// None by default: one more header field that makes a difference between requests.
+    pub fn add_fingerprint_header(mut self, name: HeaderName) -> Self {
+        self.values().fingerprinting.headers.push(name);
+        self
+    }
+
+    /// Not by default: compares bodies as canonical JSON, so that the order of members, white space, spelling of numbers and the
+    /// left-out members make no difference. A body that is no JSON is compared by its bytes.
+    pub fn with_json_fingerprint(mut self, json: CanonicalJson) -> Self {
+        self.values().fingerprinting.body = BodyForm::Json(json);
+        self
+    }
+
+    /// Not by default: compares bodies by what this function makes of them. Method, path, query, chosen headers and, without a
+    /// scope, `Authorization` still count.
+    pub fn with_fingerprint(mut self, of_body: impl Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        self.values().fingerprinting.body = BodyForm::Custom(Arc::new(of_body));
+        self
+    }
+
+    /// Not by default: compares nothing at all. Whoever sends a key in its scope gets the answer under it, whatever was asked.
+    pub fn dangerously_without_fingerprint(mut self) -> Self {
+        self.values().fingerprinting.body = BodyForm::Nothing;
+        self
+    }
+
+    /// 2 MiB by default: the longest body of a request with a key; a longer one is refused with 413.
+    pub fn with_body_limit(mut self, bytes: usize) -> Self {
+        self.values().body_limit = bytes;
+        self
+    }
+
+    /// 30 s by default: how long the body of a request with a key may take to arrive; then 408.
+    pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
+        self.values().body_timeout = timeout;
+        self
+    }
+
+    /// 2 MiB by default: the longest body that is stored. A longer answer reaches its caller, and duplicates get 409
+    /// `answer-not-kept`.
+    pub fn with_answer_limit(mut self, bytes: usize) -> Self {
+        self.values().answer_limit = bytes;
+        self
+    }
+
+    /// The statuses of the [table](Self#defaults) by default: which answers are kept. Replaces [`on_error`](Self::on_error) for 5xx
+    /// answers; what a handler says itself ([`Keep`](crate::Keep), [`DoNotKeep`](crate::DoNotKeep)) still wins.
+    pub fn keep_if(mut self, keep: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
+        self.values().keep.keep_if = Some(Arc::new(keep));
+        self
+    }
+
+    /// [`OnError::Release`] by default: what a failure of the handler does to its key.
+    pub fn on_error(mut self, on_error: OnError) -> Self {
+        self.values().keep.on_error = on_error;
+        self
+    }
+
+    /// [`OnLost::Refuse`] by default: what happens to a key whose owner vanished.
+    pub fn on_lost(mut self, on_lost: OnLost) -> Self {
+        self.values().on_lost = on_lost;
+        self
+    }
+
+    /// 5 by default, 1 at least: how many attempts a key gets under [`OnLost::Execute`] and [`OnLost::Recover`]; then its outcome is
+    /// unknown.
+    pub fn with_max_attempts(mut self, attempts: u32) -> Self {
+        self.values().max_attempts = attempts.max(1);
+        self
+    }
+
+    /// `Idempotent-Replayed: true` by default: how a replayed answer is marked; `None`: not at all.
+    pub fn with_marker(mut self, marker: Option<(HeaderName, HeaderValue)>) -> Self {
+        self.values().answer_headers.marker = marker;
+        self
+    }
+
+    /// None by default: one more header field that a replayed answer does not carry.
+    pub fn add_denied_header(mut self, name: HeaderName) -> Self {
+        self.values().answer_headers.denied.push(name);
+        self
+    }
+
+    /// None by default: a header field that a replayed answer carries although it usually would not, `Age` for instance.
+    pub fn add_allowed_header(mut self, name: HeaderName) -> Self {
+        self.values().answer_headers.allowed.push(name);
+        self
+    }
+
+    /// `urn:problem-type:idempotency:` by default: what the `type` of problem documents begins with; the
+    /// [code](Refusal::code) follows.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Configuration`] when it has a character that no URI has (RFC 3986 section 2).
+    pub fn with_problem_base(mut self, base: &str) -> Result<Self, Error> {
+        let in_uri = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~:/?#[]@!$&'()*+,;=%".contains(&byte);
+        if !base.bytes().all(in_uri) {
+            return Err(Error::new(
+                ErrorKind::Configuration,
+                "the base of problem types has a character that no URI has; percent-encode it",
+            ));
+        }
+        self.values().refusals = RefusalStyle::Problem { type_base: base.into() };
+        Ok(self)
+    }
+
+    /// Not by default: refusals as gRPC answers, for tonic services.
+    pub fn with_grpc_refusals(mut self) -> Self {
+        self.values().refusals = RefusalStyle::Grpc;
+        self
+    }
+
+    /// Problem documents by default: how refusals look. `Cache-Control: no-store` and `Retry-After` are added to what this
+    /// function makes.
+    pub fn with_refusals(mut self, render: impl Fn(&Refusal) -> Response<Bytes> + Send + Sync + 'static) -> Self {
+        self.values().refusals = RefusalStyle::Custom(Arc::new(render));
+        self
+    }
+
+    /// 24 hours by default: how long an outcome is kept, from its completion. Take it longer than lease, longest handler and the
+    /// client's last retry together.
+    pub fn with_retention(mut self, retention: Duration) -> Self {
+        self.values().retention = retention;
+        self
+    }
+
+    /// 30 s by default, 1 s at least: how long an owner may go without renewal before it counts as vanished. Renewed at a third
+    /// of it while the handler runs, so a slow handler needs no longer one. A memory store has no use for it.
+    pub fn with_lease(mut self, lease: Duration) -> Self {
+        self.values().lease = lease.max(Duration::from_secs(1));
+        self
+    }
+
+    /// 30 s by default: how long a duplicate waits for the outstanding request before it gets 409; zero: 409 at once.
+    pub fn with_wait(mut self, wait: Duration) -> Self {
+        self.values().waiting.time = wait;
+        self
+    }
+
+    /// 16,384 and 65,536 by default: how many duplicates may wait in this process for one key, and in all; the next gets 409.
+    pub fn with_max_waiters(mut self, per_key: usize, in_all: usize) -> Self {
+        let waiting = &mut self.values().waiting;
+        waiting.per_key = per_key;
+        waiting.in_all = in_all;
+        self
+    }
+
+    /// 5 s by default: how long one operation of the store may take before it counts as failed.
+    pub fn with_store_timeout(mut self, timeout: Duration) -> Self {
+        self.values().store_timeout = timeout;
+        self
+    }
+
+    /// 10 s by default: how long a completion is repeated while the store fails. Then, under [`OnLost::Refuse`], the caller gets its
+    /// answer and the key stays claimed; else 503.
+    pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
+        self.values().completion_timeout = timeout;
+        self
+    }
+
+    /// 1 s by default: what `Retry-After` says in refusals that ask for patience, in whole seconds.
+    pub fn with_retry_after(mut self, after: Duration) -> Self {
+        self.values().retry_after = after;
+        self
+    }
+
+    /// Not by default: when the store fails at a claim, runs the request without any protection, every time it is sent. Each such
+    /// request is reported as the event `unprotected`.
+    pub fn dangerously_run_unprotected_when_the_store_fails(mut self) -> Self {
+        self.values().run_unprotected = true;
+        self
+    }
+
+    /// None by default: for one layer over a whole application, chooses the settings by the head of the request; `None`: not
+    /// covered. The settings set on this layer itself are then not used.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// let idempotency = IdempotencyLayer::new(MemoryStore::new());
+    /// let payments = idempotency.clone().require_key().settings();
+    /// let others = idempotency.settings();
+    /// let idempotency = idempotency.with_selector(move |head| match head.uri.path() {
+    ///     "/health" => None,
+    ///     path if path.starts_with("/payments") => Some(payments.clone()),
+    ///     _ => Some(others.clone()),
+    /// });
+    /// # let _ = idempotency;
+    /// ```
+    pub fn with_selector(mut self, select: impl Fn(&Parts) -> Option<Settings> + Send + Sync + 'static) -> Self {
+        self.selector = Some(Arc::new(select));
+        self
+    }
+
+    /// What is set, for [`with_selector`](Self::with_selector).
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        self.settings.clone()
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> &St {
+        &self.shared.store
+    }
+
+    /// A handle by which a graceful shutdown waits for executions whose callers hung up.
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        self.shared.tracker.drain()
+    }
+
+    fn values(&mut self) -> &mut Values {
+        Arc::make_mut(&mut self.settings.0)
+    }
+}
+
+impl<St> Clone for IdempotencyLayer<St> {
+    fn clone(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            settings: self.settings.clone(),
+            selector: self.selector.clone(),
+        }
+    }
+}
+
+impl<St> fmt::Debug for IdempotencyLayer<St> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IdempotencyLayer")
+            .field("settings", &self.settings)
+            .field("selector", &self.selector.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, St> Layer<S> for IdempotencyLayer<St> {
+    type Service = Idempotency<S, St>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Idempotency::new(
+            inner,
+            Arc::clone(&self.shared),
+            self.settings.clone(),
+            self.selector.clone(),
+        )
+    }
+}

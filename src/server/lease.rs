@@ -1,0 +1,166 @@
+//! What a handler may know about its attempt.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::flights::Flight;
+use crate::protocol::{Fence, Fingerprint, Grant, IdempotencyKey, Owner};
+
+/// The attempt under which a handler runs. It is an extension of every guarded request, and an axum extractor (feature
+/// `axum`).
+///
+/// ```
+/// use tower_idempotency::Lease;
+///
+/// async fn pay<B>(request: http::Request<B>) {
+///     if let Some(lease) = request.extensions().get::<Lease>() {
+///         let key_for_the_bank = lease.derive_key("charge");
+///         println!("attempt {} calls the bank with {} bytes of key", lease.attempt().number(), key_for_the_bank.len());
+///     }
+/// }
+/// ```
+#[derive(Clone)]
+pub struct Lease {
+    flight: Arc<Flight>,
+    fingerprint: Fingerprint,
+    grant: Grant,
+}
+
+impl Lease {
+    pub(super) const fn new(flight: Arc<Flight>, fingerprint: Fingerprint, grant: Grant) -> Self {
+        Self {
+            flight,
+            fingerprint,
+            grant,
+        }
+    }
+
+    /// The client's key.
+    #[must_use]
+    pub fn key(&self) -> &IdempotencyKey {
+        &self.flight.key
+    }
+
+    /// Grows with every attempt under a key. Hand it to whatever can refuse an older one.
+    #[must_use]
+    pub const fn fence(&self) -> Fence {
+        self.grant.owner.fence
+    }
+
+    /// Nonce and fence: what a store of your own needs to complete within a transaction.
+    #[must_use]
+    pub const fn owner(&self) -> Owner {
+        self.grant.owner
+    }
+
+    /// Which attempt this is.
+    #[must_use]
+    pub const fn attempt(&self) -> Attempt {
+        Attempt(self.grant.attempt)
+    }
+
+    /// Whether the key is still held, as far as the last renewal knows. Once it is not, an answer of this attempt is dropped.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        !self.flight.is_superseded()
+    }
+
+    /// A key for a call further on: 64 hexadecimal digits, the same in every attempt under this key and request, another for
+    /// each `step`, and without a way back to the client's key.
+    ///
+    /// A third party that takes idempotency keys and gets this one makes the call take effect once, even if the handler runs
+    /// again.
+    #[must_use]
+    pub fn derive_key(&self, step: &str) -> String {
+        let mut hasher = blake3::Hasher::new_derive_key("tower-idempotency 2026 key for a call further on");
+        hasher.update(self.flight.storage_key.as_bytes());
+        hasher.update(self.fingerprint.digest());
+        hasher.update(step.as_bytes());
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("fence", &self.fence())
+            .field("attempt", &self.attempt())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Which attempt under a key this is: 1 for the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Attempt(u32);
+
+impl Attempt {
+    /// The number of the attempt, from 1.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    /// Whether no earlier attempt was lost. One that failed and released its key is not counted.
+    #[must_use]
+    pub const fn is_first(self) -> bool {
+        self.0 == 1
+    }
+}
+
+#[cfg(feature = "axum")]
+mod extract {
+    use std::convert::Infallible;
+
+    use axum::extract::{FromRequestParts, OptionalFromRequestParts};
+    use axum::response::{IntoResponse, Response};
+    use http::request::Parts;
+
+    use super::{Attempt, Lease};
+    use crate::http::{Refusal, RefusalKind, RefusalStyle};
+    use crate::protocol::IdempotencyKey;
+
+    /// The request has no key, or its route is not behind an [`IdempotencyLayer`](crate::IdempotencyLayer). 400.
+    #[derive(Clone, Copy, Debug)]
+    pub struct NotGuarded(());
+
+    impl IntoResponse for NotGuarded {
+        fn into_response(self) -> Response {
+            Refusal::new(RefusalKind::MissingKey).into_response(&RefusalStyle::default())
+        }
+    }
+
+    impl std::fmt::Display for NotGuarded {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("the request has no idempotency key, or its route is not behind an IdempotencyLayer")
+        }
+    }
+
+    impl std::error::Error for NotGuarded {}
+
+    macro_rules! extractor {
+        ($type:ty, $from:expr) => {
+            impl<S: Sync> FromRequestParts<S> for $type {
+                type Rejection = NotGuarded;
+
+                async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotGuarded> {
+                    parts.extensions.get::<Lease>().map($from).ok_or(NotGuarded(()))
+                }
+            }
+
+            impl<S: Sync> OptionalFromRequestParts<S> for $type {
+                type Rejection = Infallible;
+
+                async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, Infallible> {
+                    Ok(parts.extensions.get::<Lease>().map($from))
+                }
+            }
+        };
+    }
+
+    extractor!(Lease, Lease::clone);
+    extractor!(Attempt, Lease::attempt);
+    extractor!(IdempotencyKey, |lease: &Lease| lease.key().clone());
+}
+
+#[cfg(feature = "axum")]
+pub use extract::NotGuarded;

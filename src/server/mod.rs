@@ -1,0 +1,30 @@
+//! The server side: the layer, its service, and the flow of a guarded request.
+//!
+//! [`IdempotencyLayer`] holds what is set; [`Idempotency`] decides by the head of a request whether to pass it on, refuse it or
+//! guard it. A guarded request goes through an exchange: its body is read, its fingerprint taken, and it asks for the seat of
+//! its key among the requests of this process. The one that gets the seat claims the key in the store and does what the
+//! store decides; the others wait for it.
+//!
+//! The one that is granted the key runs the handler within the very future that the caller polls. If the caller drops it, the
+//! rest of it moves to a task of its own: only an abandoned request pays for one.
+
+mod exchange;
+mod execution;
+mod flights;
+mod future;
+mod guard;
+mod layer;
+mod lease;
+mod policy;
+mod service;
+mod settings;
+
+pub use future::ResponseFuture;
+pub use guard::Drain;
+pub use layer::IdempotencyLayer;
+#[cfg(feature = "axum")]
+pub use lease::NotGuarded;
+pub use lease::{Attempt, Lease};
+pub use policy::{DoNotKeep, Keep, OnError, OnLost, RecoverFn, Recovered, Recovery, RetainFor};
+pub use service::Idempotency;
+pub use settings::Settings;

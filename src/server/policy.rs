@@ -1,0 +1,282 @@
+//! What is kept, and what becomes of failures.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{header, request, response, Response, StatusCode};
+
+use crate::protocol::{Fence, IdempotencyKey, IfLost};
+
+/// What a failure of the handler does to its key: a 5xx answer, a panic, or an error of the service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OnError {
+    /// The failure is kept and replayed, as Stripe does. A panic and an error of the service become a 500.
+    Keep,
+    /// The failure passes through, and the next attempt runs. For handlers that have no effect when they fail.
+    #[default]
+    Release,
+    /// The failure passes through, and the key is treated as if its owner had vanished: see [`OnLost`].
+    Unknown,
+}
+
+/// What happens to a key whose owner vanished in the middle, so that nobody knows how far it came.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub enum OnLost {
+    /// The next request runs: at-least-once.
+    Execute,
+    /// The next request asks first, through the function given to [`OnLost::recover`].
+    Recover(RecoverFn),
+    /// The next request is refused with 409 `outcome-unknown`, until the old owner completes late or somebody resolves it:
+    /// at-most-once.
+    #[default]
+    Refuse,
+}
+
+/// A function that finds out what became of a lost attempt; made by [`OnLost::recover`].
+#[derive(Clone)]
+pub struct RecoverFn(Arc<dyn Fn(Recovery) -> BoxFuture<'static, Recovered> + Send + Sync>);
+
+/// A lost attempt to be looked into.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Recovery {
+    /// The client's key.
+    pub key: IdempotencyKey,
+    /// The fence of the *new* attempt. Raise it at the third party before you ask there: else a request of the lost attempt
+    /// that is still under way takes effect after you looked.
+    pub fence: Fence,
+    /// The number of the new attempt.
+    pub attempt: u32,
+    /// The head of the request.
+    pub head: request::Parts,
+}
+
+/// What became of a lost attempt.
+#[derive(Debug)]
+#[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
+#[expect(clippy::large_enum_variant, reason = "it is made once per lost attempt")]
+pub enum Recovered {
+    /// It took effect; this is the answer, to be kept and replayed.
+    Happened(Response<Bytes>),
+    /// It had no effect and never will: run.
+    NotHappened,
+    /// Nobody knows: refuse with 409 `outcome-unknown`; the next request asks again, until the attempts are used up.
+    Unknown,
+}
+
+impl OnLost {
+    /// The next request calls `check` before it runs.
+    pub fn recover<F>(check: impl Fn(Recovery) -> F + Send + Sync + 'static) -> Self
+    where
+        F: std::future::Future<Output = Recovered> + Send + 'static,
+    {
+        Self::Recover(RecoverFn(Arc::new(move |recovery| Box::pin(check(recovery)))))
+    }
+
+    pub(super) const fn in_protocol(&self) -> IfLost {
+        match self {
+            Self::Execute => IfLost::Execute,
+            Self::Recover(_) => IfLost::Recover,
+            Self::Refuse => IfLost::Refuse,
+        }
+    }
+}
+
+impl RecoverFn {
+    pub(super) fn ask(&self, recovery: Recovery) -> BoxFuture<'static, Recovered> {
+        (self.0)(recovery)
+    }
+}
+
+impl fmt::Debug for RecoverFn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RecoverFn(..)")
+    }
+}
+
+impl fmt::Debug for OnLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Execute => "Execute",
+            Self::Recover(_) => "Recover",
+            Self::Refuse => "Refuse",
+        })
+    }
+}
+
+/// Response extension by which a handler asks that its answer be kept, whatever its status.
+///
+/// ```
+/// use tower_idempotency::Keep;
+///
+/// let mut response = http::Response::new("declined by the bank");
+/// *response.status_mut() = http::StatusCode::BAD_GATEWAY;
+/// response.extensions_mut().insert(Keep);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
+pub struct Keep;
+
+/// Response extension by which a handler asks that its answer not be kept: the next request with the key runs again.
+///
+/// For an answer that had no effect, such as "try again later". It wins over [`Keep`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
+pub struct DoNotKeep;
+
+/// Response extension by which a handler sets how long its answer is kept, from its completion; the layer's retention by
+/// default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has this one field")]
+pub struct RetainFor(pub Duration);
+
+pub(super) type KeepIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
+
+/// Decides what becomes of an answer.
+#[derive(Clone, Default)]
+pub(super) struct KeepPolicy {
+    pub(super) on_error: OnError,
+    pub(super) keep_if: Option<KeepIf>,
+}
+
+/// What becomes of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    GiveUp,
+    Keep,
+    Release,
+}
+
+impl KeepPolicy {
+    /// The handler's own word wins, then the predicate, then the status.
+    pub(super) fn verdict(&self, response: &response::Parts) -> Verdict {
+        if !response.extensions.is_empty() {
+            if response.extensions.get::<DoNotKeep>().is_some() {
+                return Verdict::Release;
+            }
+            if response.extensions.get::<Keep>().is_some() {
+                return Verdict::Keep;
+            }
+        }
+        if let Some(keep_if) = &self.keep_if {
+            return if keep_if(response) {
+                Verdict::Keep
+            } else {
+                Verdict::Release
+            };
+        }
+        if response.status.is_server_error() {
+            return self.of_failure();
+        }
+        match response.status {
+            StatusCode::UNAUTHORIZED
+            | StatusCode::FORBIDDEN
+            | StatusCode::PROXY_AUTHENTICATION_REQUIRED
+            | StatusCode::REQUEST_TIMEOUT
+            | StatusCode::MISDIRECTED_REQUEST
+            | StatusCode::TOO_EARLY
+            | StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => Verdict::Release,
+            _ => Verdict::Keep,
+        }
+    }
+
+    /// What becomes of a failure without an answer.
+    pub(super) const fn of_failure(&self) -> Verdict {
+        match self.on_error {
+            OnError::Keep => Verdict::Keep,
+            OnError::Release => Verdict::Release,
+            OnError::Unknown => Verdict::GiveUp,
+        }
+    }
+}
+
+impl fmt::Debug for KeepPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeepPolicy")
+            .field("on_error", &self.on_error)
+            .field("keep_if", &self.keep_if.is_some())
+            .finish()
+    }
+}
+
+/// Answers that are never read into memory: they may not end, or are not HTTP any more.
+pub(super) fn is_stream(response: &response::Parts) -> bool {
+    response.status.is_informational()
+        || response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+            let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
+            essence.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(policy: &KeepPolicy, status: u16, mark: impl FnOnce(&mut response::Parts)) -> Verdict {
+        let mut parts = Response::builder().status(status).body(()).unwrap().into_parts().0;
+        mark(&mut parts);
+        policy.verdict(&parts)
+    }
+
+    #[test]
+    fn definite_answers_are_kept_and_passing_ones_are_not() {
+        let policy = KeepPolicy::default();
+        for status in [200, 201, 204, 301, 400, 404, 409, 410, 422] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
+        }
+        for status in [401, 403, 407, 408, 421, 425, 429, 431, 500, 502, 503, 504] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Release, "{status}");
+        }
+    }
+
+    #[test]
+    fn failures_follow_their_setting() {
+        for (on_error, wanted) in [
+            (OnError::Keep, Verdict::Keep),
+            (OnError::Release, Verdict::Release),
+            (OnError::Unknown, Verdict::GiveUp),
+        ] {
+            let policy = KeepPolicy {
+                on_error,
+                ..KeepPolicy::default()
+            };
+            assert_eq!(verdict(&policy, 500, |_| {}), wanted);
+            assert_eq!(verdict(&policy, 429, |_| {}), Verdict::Release);
+        }
+    }
+
+    #[test]
+    fn the_handlers_word_wins_and_a_veto_wins_over_all() {
+        let success_only = KeepPolicy {
+            keep_if: Some(Arc::new(|response| response.status.is_success())),
+            ..KeepPolicy::default()
+        };
+        assert_eq!(verdict(&success_only, 404, |_| {}), Verdict::Release);
+        assert_eq!(
+            verdict(&success_only, 404, |parts| drop(parts.extensions.insert(Keep))),
+            Verdict::Keep
+        );
+        let both = |parts: &mut response::Parts| {
+            parts.extensions.insert(Keep);
+            parts.extensions.insert(DoNotKeep);
+        };
+        assert_eq!(verdict(&success_only, 200, both), Verdict::Release);
+    }
+
+    #[test]
+    fn event_streams_and_upgrades_are_streams() {
+        let stream = |status: u16, content_type: &str| {
+            let response = Response::builder().status(status).header("content-type", content_type);
+            is_stream(&response.body(()).unwrap().into_parts().0)
+        };
+        assert!(stream(200, "Text/Event-Stream; charset=utf-8"));
+        assert!(stream(101, "text/plain"));
+        assert!(!stream(200, "text/plain"));
+    }
+}

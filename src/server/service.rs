@@ -1,0 +1,167 @@
+//! The service: pass, refuse or guard.
+
+use std::fmt;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http::request::Parts;
+use http::{Request, Response};
+use tower_service::Service;
+
+use super::exchange::Exchange;
+use super::flights::Flight;
+use super::future::ResponseFuture;
+use super::guard::Shared;
+use super::layer::Selector;
+use super::settings::{Settings, Values};
+use crate::http::{find_key, FoundKey, RebuildBody, Refusal, RefusalKind};
+use crate::protocol::IdempotencyKey;
+use crate::store::Store;
+
+/// An HTTP service behind an [`IdempotencyLayer`](super::IdempotencyLayer).
+pub struct Idempotency<S, St> {
+    inner: S,
+    shared: Arc<Shared<St>>,
+    settings: Settings,
+    selector: Option<Selector>,
+}
+
+/// What the head of a request says.
+enum Admission {
+    Guard(IdempotencyKey),
+    Pass,
+    Refuse(Refusal),
+}
+
+impl<S, St> Idempotency<S, St> {
+    pub(super) fn new(inner: S, shared: Arc<Shared<St>>, settings: Settings, selector: Option<Selector>) -> Self {
+        Self {
+            inner,
+            shared,
+            settings,
+            selector,
+        }
+    }
+
+    /// The service inside.
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S, St, B, R> Service<Request<B>> for Idempotency<S, St>
+where
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+    St: Store,
+    B: RebuildBody + Send + 'static,
+    B::Error: Send,
+    R: RebuildBody + Send + 'static,
+    R::Error: Send,
+{
+    type Response = Response<R>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, R, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let Some(selector) = &self.selector else {
+            return match self.settings.0.admit(request.method(), request.headers()) {
+                Admission::Pass => ResponseFuture::passed(self.inner.call(request)),
+                Admission::Refuse(refusal) => ResponseFuture::refused(refusal.into_response(&self.settings.0.refusals)),
+                Admission::Guard(key) => {
+                    let (head, body) = request.into_parts();
+                    let settings = Arc::clone(&self.settings.0);
+                    self.guard(key, settings, head, body)
+                }
+            };
+        };
+        let (head, body) = request.into_parts();
+        let selected = selector(&head);
+        let admission = selected.as_ref().map_or(Admission::Pass, |Settings(values)| {
+            values.admit(&head.method, &head.headers)
+        });
+        match (admission, selected) {
+            (Admission::Refuse(refusal), Some(Settings(values))) => {
+                ResponseFuture::refused(refusal.into_response(&values.refusals))
+            }
+            (Admission::Guard(key), Some(Settings(values))) => self.guard(key, values, head, body),
+            _ => ResponseFuture::passed(self.inner.call(Request::from_parts(head, body))),
+        }
+    }
+}
+
+impl<S: Clone, St: Store> Idempotency<S, St> {
+    fn guard<B, R>(
+        &mut self,
+        key: IdempotencyKey,
+        settings: Arc<Values>,
+        head: Parts,
+        body: B,
+    ) -> ResponseFuture<S::Future, R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: RebuildBody + Send + 'static,
+        B::Error: Send,
+        R: RebuildBody + Send + 'static,
+        R::Error: Send,
+    {
+        let scope = settings.scope.as_ref().map(|scope| scope(&head));
+        let storage_key = settings.space.storage_key(scope.as_ref(), &key);
+        let flight = Arc::new(Flight::new(key, storage_key));
+        // The service that was polled ready is the one that is called; its clone has yet to be.
+        let clone = self.inner.clone();
+        let ready = std::mem::replace(&mut self.inner, clone);
+        let exchange = Exchange {
+            shared: Arc::clone(&self.shared),
+            settings,
+            flight: Arc::clone(&flight),
+            scoped: scope.is_some(),
+        };
+        ResponseFuture::guarded(
+            Box::pin(exchange.run(ready, head, body)),
+            flight,
+            self.shared.tracker.clone(),
+        )
+    }
+}
+
+impl Values {
+    fn admit(&self, method: &http::Method, headers: &http::HeaderMap) -> Admission {
+        if !self.methods.contains(method) {
+            return Admission::Pass;
+        }
+        match find_key(headers, &self.header, &self.parser) {
+            FoundKey::Present(key) => Admission::Guard(key),
+            FoundKey::Invalid(error) => Admission::Refuse(Refusal::new(RefusalKind::InvalidKey(error.reason()))),
+            FoundKey::Absent if self.required => Admission::Refuse(Refusal::new(RefusalKind::MissingKey)),
+            FoundKey::Absent => Admission::Pass,
+        }
+    }
+}
+
+impl<S: Clone, St> Clone for Idempotency<S, St> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            shared: Arc::clone(&self.shared),
+            settings: self.settings.clone(),
+            selector: self.selector.clone(),
+        }
+    }
+}
+
+impl<S: fmt::Debug, St> fmt::Debug for Idempotency<S, St> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Idempotency")
+            .field("inner", &self.inner)
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,109 @@
+//! All that can be set, in one value that clones of a layer share until one of them changes it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::HeaderName;
+use http::request::Parts;
+use http::Method;
+
+use super::policy::{KeepPolicy, OnLost};
+use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle};
+use crate::protocol::{KeyParser, KeySpace, Scope};
+
+/// The settings of a layer, to be chosen from by [`with_selector`](super::IdempotencyLayer::with_selector). Made by
+/// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.
+#[derive(Clone, Debug)]
+pub struct Settings(pub(super) Arc<Values>);
+
+pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Scope + Send + Sync>;
+
+#[derive(Clone)]
+pub(super) struct Values {
+    pub(super) header: HeaderName,
+    pub(super) parser: KeyParser,
+    pub(super) space: KeySpace,
+    pub(super) required: bool,
+    pub(super) methods: Vec<Method>,
+    pub(super) scope: Option<ScopeFn>,
+    pub(super) fingerprinting: Fingerprinting,
+    pub(super) body_limit: usize,
+    pub(super) body_timeout: Duration,
+    pub(super) answer_limit: usize,
+    pub(super) keep: KeepPolicy,
+    pub(super) on_lost: OnLost,
+    pub(super) max_attempts: u32,
+    pub(super) answer_headers: AnswerHeaders,
+    pub(super) refusals: RefusalStyle,
+    pub(super) retention: Duration,
+    pub(super) lease: Duration,
+    pub(super) waiting: Waiting,
+    pub(super) store_timeout: Duration,
+    pub(super) completion_timeout: Duration,
+    pub(super) retry_after: Duration,
+    pub(super) run_unprotected: bool,
+}
+
+/// How long duplicates wait, and how many.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    pub(super) time: Duration,
+    pub(super) per_key: usize,
+    pub(super) in_all: usize,
+}
+
+impl Default for Values {
+    fn default() -> Self {
+        Self {
+            header: HeaderName::from_static("idempotency-key"),
+            parser: KeyParser::default(),
+            space: KeySpace::default(),
+            required: false,
+            methods: vec![Method::POST, Method::PATCH],
+            scope: None,
+            fingerprinting: Fingerprinting::default(),
+            body_limit: 2 << 20,
+            body_timeout: Duration::from_secs(30),
+            answer_limit: 2 << 20,
+            keep: KeepPolicy::default(),
+            on_lost: OnLost::default(),
+            max_attempts: 5,
+            answer_headers: AnswerHeaders::default(),
+            refusals: RefusalStyle::default(),
+            retention: Duration::from_secs(24 * 60 * 60),
+            lease: Duration::from_secs(30),
+            waiting: Waiting {
+                time: Duration::from_secs(30),
+                per_key: 16_384,
+                in_all: 65_536,
+            },
+            store_timeout: Duration::from_secs(5),
+            completion_timeout: Duration::from_secs(10),
+            retry_after: Duration::from_secs(1),
+            run_unprotected: false,
+        }
+    }
+}
+
+impl fmt::Debug for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("header", &self.header)
+            .field("key", &self.parser)
+            .field("required", &self.required)
+            .field("methods", &self.methods)
+            .field("scoped", &self.scope.is_some())
+            .field("fingerprint", &self.fingerprinting)
+            .field("body_limit", &self.body_limit)
+            .field("answer_limit", &self.answer_limit)
+            .field("keep", &self.keep)
+            .field("on_lost", &self.on_lost)
+            .field("max_attempts", &self.max_attempts)
+            .field("refusals", &self.refusals)
+            .field("retention", &self.retention)
+            .field("lease", &self.lease)
+            .field("waiting", &self.waiting)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,226 @@
+//! What the crate tells about itself: the names of its span, events and metrics, in one place.
+//!
+//! Everything is reported under the target `tower_idempotency`. No key, no body, no header value and no credential is ever a
+//! part of it.
+//!
+//! # Tracing
+//!
+//! One span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`, and an event
+//! per unusual path (level `WARN`, field `event`, and `error` where there is one).
+//!
+//! # Metrics (feature `metrics`)
+//!
+//! | name | kind | labels | what |
+//! |---|---|---|---|
+//! | `idempotency_requests_total` | counter | `outcome` | guarded requests by outcome: `executed`, `replayed`, `waited`, or the [code](crate::Refusal::code) of the refusal |
+//! | `idempotency_events_total` | counter | `event` | unusual paths, see [`Event`] |
+//! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
+//! | `idempotency_layer_seconds` | histogram | | time spent in the layer, without the handler and without waiting |
+//! | `idempotency_in_flight` | gauge | | executions under way, rescued ones included |
+//! | `idempotency_store_records`, `_bytes`, `_in_flight`, `_waiters` | gauge | | the figures of a memory store, once a second |
+
+#[cfg(feature = "metrics")]
+use std::time::Duration;
+
+use crate::error::Error;
+
+pub(crate) const TARGET: &str = "tower_idempotency";
+
+/// Unusual paths, each counted and reported under its own name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The execution was dropped before it ended, by a runtime that shut down; its lease was given up.
+    Abandoned,
+    /// A claim failed and was repeated with its nonce.
+    ClaimRepeated,
+    /// A completion failed and was repeated.
+    CompletionRepeated,
+    /// The caller hung up; its execution went on in the background.
+    Rescued,
+    /// A claim of unknown fate was released behind the refusal.
+    ReleasedBehind,
+    /// A lease could not be renewed; it is tried again while it lasts.
+    RenewalFailed,
+    /// The handler panicked or its service failed.
+    HandlerFailed,
+    /// An answer was too large, a stream or broken, and a tombstone took its place.
+    Tombstone,
+    /// The store could not record how an execution ended.
+    Unrecorded,
+    /// The store failed and the request ran without protection, as configured.
+    Unprotected,
+    /// An owner found that its key had been taken over.
+    Superseded,
+    /// The store failed at a claim, and the request was refused.
+    StoreFailed,
+}
+
+impl Event {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Abandoned => "abandoned",
+            Self::ClaimRepeated => "claim-repeated",
+            Self::CompletionRepeated => "completion-repeated",
+            Self::Rescued => "rescued",
+            Self::ReleasedBehind => "released-behind",
+            Self::RenewalFailed => "renewal-failed",
+            Self::HandlerFailed => "handler-failed",
+            Self::Tombstone => "tombstone",
+            Self::Unrecorded => "unrecorded",
+            Self::Unprotected => "unprotected",
+            Self::Superseded => "superseded",
+            Self::StoreFailed => "store-failed",
+        }
+    }
+}
+
+pub(crate) fn event(event: Event) {
+    count_event(event);
+    tracing::warn!(target: TARGET, event = event.name());
+}
+
+pub(crate) fn failure(event: Event, error: &Error) {
+    count_event(event);
+    let cause = std::error::Error::source(error);
+    tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause);
+}
+
+/// The span of a guarded request.
+pub(crate) fn span() -> tracing::Span {
+    tracing::debug_span!(
+        target: TARGET,
+        "idempotency",
+        outcome = tracing::field::Empty,
+        attempt = tracing::field::Empty,
+        fence = tracing::field::Empty,
+    )
+}
+
+/// Enters an attempt in the current span.
+pub(crate) fn granted(attempt: u32, fence: u64) {
+    tracing::Span::current()
+        .record("attempt", attempt)
+        .record("fence", fence);
+}
+
+/// Enters the outcome in the current span and counts it.
+pub(crate) fn finished(outcome: &'static str) {
+    tracing::Span::current().record("outcome", outcome);
+    count_request(outcome);
+}
+
+#[cfg(feature = "metrics")]
+pub(crate) use with_metrics::{count_event, count_request, in_flight, store_figures, Times};
+#[cfg(not(feature = "metrics"))]
+pub(crate) use without_metrics::{count_event, count_request, in_flight, store_figures, Times};
+
+#[cfg(feature = "metrics")]
+mod with_metrics {
+    use metrics::{counter, gauge, histogram};
+
+    use super::{Duration, Event};
+    use crate::clock::Stopwatch;
+
+    pub(crate) fn count_event(event: Event) {
+        counter!("idempotency_events_total", "event" => event.name()).increment(1);
+    }
+
+    pub(crate) fn count_request(outcome: &'static str) {
+        counter!("idempotency_requests_total", "outcome" => outcome).increment(1);
+    }
+
+    pub(crate) fn in_flight(change: f64) {
+        gauge!("idempotency_in_flight").increment(change);
+    }
+
+    pub(crate) fn store_figures(records: u64, bytes: u64, in_flight: u64, waiters: u64) {
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "a gauge is a float; 2^53 records do not fit in memory"
+        )]
+        let set = |name, value: u64| gauge!("idempotency_store_".to_owned() + name).set(value as f64);
+        set("records", records);
+        set("bytes", bytes);
+        set("in_flight", in_flight);
+        set("waiters", waiters);
+    }
+
+    /// How long a request was in the layer, in its handler, and waiting.
+    #[derive(Debug)]
+    pub(crate) struct Times {
+        started: Stopwatch,
+        elsewhere: Duration,
+    }
+
+    impl Times {
+        pub(crate) fn start() -> Self {
+            Self {
+                started: Stopwatch::start(),
+                elsewhere: Duration::ZERO,
+            }
+        }
+
+        pub(crate) async fn waiting<F: std::future::Future>(&mut self, waiting: F) -> F::Output {
+            let waited = Stopwatch::start();
+            let output = waiting.await;
+            self.elsewhere += waited.elapsed();
+            histogram!("idempotency_wait_seconds").record(waited.elapsed().as_secs_f64());
+            output
+        }
+
+        pub(crate) async fn outside<F: std::future::Future>(&mut self, handler: F) -> F::Output {
+            let ran = Stopwatch::start();
+            let output = handler.await;
+            self.elsewhere += ran.elapsed();
+            output
+        }
+    }
+
+    impl Drop for Times {
+        fn drop(&mut self) {
+            let inside = self.started.elapsed().saturating_sub(self.elsewhere);
+            histogram!("idempotency_layer_seconds").record(inside.as_secs_f64());
+        }
+    }
+}
+
+#[cfg(not(feature = "metrics"))]
+mod without_metrics {
+    use std::future::Future;
+
+    use super::Event;
+
+    pub(crate) const fn count_event(_: Event) {}
+
+    pub(crate) const fn count_request(_: &'static str) {}
+
+    pub(crate) const fn in_flight(_: f64) {}
+
+    pub(crate) const fn store_figures(_: u64, _: u64, _: u64, _: u64) {}
+
+    /// Nothing is measured.
+    #[derive(Debug)]
+    pub(crate) struct Times;
+
+    impl Times {
+        pub(crate) const fn start() -> Self {
+            Self
+        }
+
+        #[expect(
+            clippy::unused_self,
+            reason = "the same calls are measured with the feature `metrics`"
+        )]
+        pub(crate) fn waiting<F: Future>(&mut self, waiting: F) -> F {
+            waiting
+        }
+
+        #[expect(
+            clippy::unused_self,
+            reason = "the same calls are measured with the feature `metrics`"
+        )]
+        pub(crate) fn outside<F: Future>(&mut self, handler: F) -> F {
+            handler
+        }
+    }
+}
