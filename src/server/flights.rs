@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 
@@ -23,6 +24,8 @@ pub(super) struct Flight {
     confirmed: AtomicBool,
     held: OnceLock<Grant>,
     superseded: AtomicBool,
+    /// The tick at which its lease is to be renewed; 0 until it was looked at first.
+    renewal_due: AtomicU64,
     landing: OnceLock<Landing>,
     changed: Notify,
     waiters: AtomicUsize,
@@ -48,6 +51,7 @@ impl Flight {
             confirmed: AtomicBool::new(false),
             held: OnceLock::new(),
             superseded: AtomicBool::new(false),
+            renewal_due: AtomicU64::new(0),
             landing: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -91,6 +95,30 @@ impl Flight {
 
     pub(super) fn is_superseded(&self) -> bool {
         self.superseded.load(Ordering::Relaxed)
+    }
+
+    fn is_leased(&self) -> bool {
+        !self.is_superseded() && self.held().is_some_and(|grant| grant.lease.is_some())
+    }
+
+    /// Whether the lease is to be renewed at this tick; if so, the next time is a third of the lease later.
+    pub(super) fn is_renewal_due(&self, tick: u64, length: Duration) -> bool {
+        let Some(lease) = self.held().and_then(|grant| grant.lease) else {
+            return false;
+        };
+        let due = self.renewal_due.load(Ordering::Relaxed);
+        if tick < due {
+            return false;
+        }
+        let third = u64::try_from((lease / 3).as_micros() / length.as_micros()).unwrap_or(u64::MAX);
+        self.renewal_due
+            .store(tick.saturating_add(third.max(1)), Ordering::Relaxed);
+        due > 0
+    }
+
+    /// The renewal failed: it is tried again at the next tick.
+    pub(super) fn hurry_renewal(&self) {
+        self.renewal_due.store(1, Ordering::Relaxed);
     }
 
     fn land(&self, landing: Landing) {
@@ -208,19 +236,16 @@ impl Flights {
         let mut leased = Vec::new();
         self.table.each(|shard| {
             let flights = shard.values().map(|entry| &entry.flight);
-            let needs_renewal = |flight: &&Arc<Flight>| {
-                !flight.is_superseded() && flight.held().is_some_and(|grant| grant.lease.is_some())
-            };
-            leased.extend(flights.filter(needs_renewal).cloned());
+            leased.extend(flights.filter(|flight| flight.is_leased()).cloned());
         });
         leased
     }
 
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        let mut len = 0;
-        self.table.each(|shard| len += shard.len());
-        len
+    pub(super) fn any_leased(&self) -> bool {
+        let mut any = false;
+        self.table
+            .each(|shard| any |= shard.values().any(|entry| entry.flight.is_leased()));
+        any
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -182,35 +182,37 @@ impl<St: Store> Drop for Ownership<St> {
 #[derive(Debug, Default)]
 struct Renewals {
     running: AtomicBool,
-    shorter: Notify,
+    /// Counts on for ever, also while no task runs.
+    tick: AtomicU64,
 }
+
+/// How often leases are looked at. The shortest lease is four times as long.
+const TICK: Duration = Duration::from_millis(250);
 
 impl<St: Store> Shared<St> {
     /// Makes sure that the lease of a flight just granted will be renewed in time.
     pub(super) fn keep_renewed(self: &Arc<Self>) {
         if self.renewal.running.swap(true, Ordering::AcqRel) {
-            self.renewal.shorter.notify_one();
             return;
         }
+        let Ok(runtime) = Handle::try_current() else { return };
         let renewing = Renewing(Arc::clone(&self.renewal));
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(renew_while_any(Arc::downgrade(self), renewing));
-        }
+        let renewals = renew_while_any(Arc::downgrade(self), renewing);
+        // A task that is spawned or woken from here waits in a slot of this very thread, which no other thread may take it
+        // from, and the handler that is called next may block the thread. From a thread of the blocking pool it goes to all.
+        let spawner = runtime.clone();
+        runtime.spawn_blocking(move || drop(spawner.spawn(renewals)));
     }
 
-    /// A third of the shortest lease that is held; `None` when none is.
-    fn next_renewal(&self) -> Option<Duration> {
-        let leases = self.flights.leased().into_iter();
-        let shortest = leases
-            .filter_map(|flight| flight.held().and_then(|grant| grant.lease))
-            .min();
-        shortest.map(|lease| lease / 3)
-    }
-
-    async fn renew_all(&self) {
+    async fn renew_due(&self) {
         const AT_ONCE: usize = 64;
-        let flights = stream::iter(self.flights.leased());
-        flights
+        let tick = self.renewal.tick.fetch_add(1, Ordering::Relaxed) + 1;
+        let due = self
+            .flights
+            .leased()
+            .into_iter()
+            .filter(|flight| flight.is_renewal_due(tick, TICK));
+        stream::iter(due)
             .for_each_concurrent(AT_ONCE, |flight| async move { self.renew(&flight).await })
             .await;
     }
@@ -219,11 +221,13 @@ impl<St: Store> Shared<St> {
         let Some((owner, lease)) = flight.held().and_then(|grant| Some((grant.owner, grant.lease?))) else {
             return;
         };
-        let renewal = self.store.renew(&flight.storage_key, owner, lease);
-        match in_time(lease / 3, renewal).await {
+        match in_time(lease / 3, self.store.renew(&flight.storage_key, owner, lease)).await {
             Ok(Renewal::Renewed) => {}
             Ok(Renewal::Superseded) => flight.set_superseded(),
-            Err(error) => telemetry::failure(Event::RenewalFailed, &error),
+            Err(error) => {
+                flight.hurry_renewal();
+                telemetry::failure(Event::RenewalFailed, &error);
+            }
         }
     }
 }
@@ -238,19 +242,16 @@ impl Drop for Renewing {
 
 async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing) {
     loop {
-        let Some(wait) = shared.upgrade().and_then(|shared| shared.next_renewal()) else {
-            break;
-        };
-        // Whoever is granted a shorter lease meanwhile cuts the wait short.
-        let shorter = within(wait, renewing.0.shorter.notified()).await.is_ok();
-        if let (false, Some(shared)) = (shorter, shared.upgrade()) {
-            shared.renew_all().await;
+        tokio::time::sleep(TICK).await;
+        match shared.upgrade() {
+            Some(shared) if shared.flights.any_leased() => shared.renew_due().await,
+            _ => break,
         }
     }
     drop(renewing);
     // A flight that was granted its lease between the last look and the end of this task starts another.
     if let Some(shared) = shared.upgrade() {
-        if shared.next_renewal().is_some() {
+        if shared.flights.any_leased() {
             shared.keep_renewed();
         }
     }

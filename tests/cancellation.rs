@@ -1,0 +1,141 @@
+//! A caller may leave at any moment: nothing is stuck afterwards, nothing runs twice, nothing is left behind.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{frames, got, poll_then_drop, post, request, send, Handler, Play, RemoteStore};
+use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
+
+/// Sends the first request and drops it after `polls` polls; then the same request must be answered, with one run in all.
+/// Returns whether the first was answered before it could be dropped.
+async fn leave_after<St: Store + Clone>(polls: usize, store: St, handler: Handler) -> bool {
+    let layer = IdempotencyLayer::new(store).with_lease(Duration::from_secs(5));
+    let service = layer.layer(handler.clone());
+    let slow_body = || frames(vec![Play::Data("pay"), Play::Data(" 100")]);
+
+    let first = service.clone().oneshot(request("k", slow_body()));
+    let answered = match poll_then_drop(polls, first).await {
+        Some(response) => Some(got(response.unwrap()).await),
+        None => None,
+    };
+    let again = send(&service, request("k", slow_body())).await;
+    assert_eq!(
+        (again.status(), &again.body[..]),
+        (201, &b"run 1"[..]),
+        "after {polls} polls"
+    );
+    if let Some(answered) = &answered {
+        assert!(!answered.is_replay() && again.is_replay());
+        assert_eq!(answered.body, again.body);
+    }
+    let drain = layer.drain();
+    tokio::time::timeout(Duration::from_secs(60), drain.wait())
+        .await
+        .expect("nothing runs for ever");
+    assert_eq!((handler.runs(), handler.finished()), (1, 1), "after {polls} polls");
+    assert!(send(&service, request("k", slow_body())).await.is_replay());
+    answered.is_some()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_in_memory() {
+    let mut polls = 0;
+    while !leave_after(polls, MemoryStore::new(), Handler::new().yielding(3)).await {
+        polls += 1;
+    }
+    assert!(polls >= 7, "only {polls} await points were tried");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_far_away() {
+    let mut polls = 0;
+    while !leave_after(polls, RemoteStore::new(), Handler::new().yielding(3)).await {
+        polls += 1;
+    }
+    assert!(polls >= 11, "only {polls} await points were tried");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_leaves_at_any_await_point_disturbs_nobody() {
+    for polls in 0..12 {
+        let handler = Handler::new().taking(Duration::from_secs(1));
+        let layer = IdempotencyLayer::new(RemoteStore::new());
+        let service = layer.layer(handler.clone());
+        let owner = tokio::spawn({
+            let service = service.clone();
+            async move { send(&service, post("k", "pay")).await }
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let waiter = service.clone().oneshot(post("k", "pay"));
+        assert!(poll_then_drop(polls, waiter).await.is_none());
+        assert_eq!(layer.drain().running(), 0, "a waiter is not rescued");
+        let owner = owner.await.unwrap();
+        assert_eq!((owner.status(), owner.is_replay(), handler.runs()), (201, false, 1));
+        assert!(send(&service, post("k", "pay")).await.is_replay());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_of_another_process_that_leaves_hands_over_to_those_who_joined_it() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(3));
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let there = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = tokio::spawn(async move { send(&there, post("k", "pay")).await });
+    tokio::time::sleep(Duration::from_millis(10)).await;
+
+    let watcher = tokio::spawn({
+        let here = here.clone();
+        async move { send(&here, post("k", "pay")).await }
+    });
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let joined = tokio::spawn(async move { send(&here, post("k", "pay")).await });
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    watcher.abort();
+    assert_eq!(joined.await.unwrap().body, owner.await.unwrap().body);
+    assert_eq!(handler.runs(), 1);
+}
+
+#[test]
+fn an_execution_whose_runtime_ends_gives_its_key_up_and_is_not_run_again() {
+    let store = MemoryStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(3_600));
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+
+    let first = runtime();
+    let started = handler.clone();
+    first.block_on(async {
+        let mut service = service.clone();
+        tokio::spawn(async move { service.ready().await.unwrap().call(post("k", "pay")).await });
+        while started.runs() == 0 {
+            tokio::task::yield_now().await;
+        }
+    });
+    drop(first);
+
+    let answer = runtime().block_on(send(&service, post("k", "pay")));
+    assert_eq!((answer.status(), answer.code()), (409, "outcome-unknown"));
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_can_wait_for_executions_whose_callers_left() {
+    let handler = Handler::new().taking(Duration::from_secs(2));
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let service = layer.layer(handler.clone());
+    assert!(poll_then_drop(3, service.clone().oneshot(post("k", "pay")))
+        .await
+        .is_none());
+    let drain = layer.drain();
+    assert_eq!((drain.running(), handler.finished()), (1, 0));
+    drain.wait().await;
+    assert_eq!((drain.running(), handler.finished()), (0, 1));
+}

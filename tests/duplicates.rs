@@ -1,0 +1,256 @@
+//! Duplicates held on the per-key lock: one execution, equal answers, bounded waiting.
+
+mod support;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Response, StatusCode};
+use support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore};
+use tower::Layer;
+use tower_idempotency::{DoNotKeep, Idempotency, IdempotencyLayer, MemoryStore, Store};
+
+type Guarded<St> = Idempotency<Handler, St>;
+
+fn start<St: Store>(service: &Guarded<St>, key: &'static str, body: &'static str) -> tokio::task::JoinHandle<Got> {
+    let service = service.clone();
+    tokio::spawn(async move { send(&service, post(key, body)).await })
+}
+
+async fn storm<St: Store>(service: &Guarded<St>, requests: usize) -> Vec<Got> {
+    let requests: Vec<_> = (0..requests).map(|_| start(service, "k", "pay")).collect();
+    futures::future::join_all(requests)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect()
+}
+
+fn assert_one_answer(answers: &[Got]) {
+    assert!(answers
+        .iter()
+        .all(|answer| answer.body == answers[0].body && answer.status() == 201));
+    assert_eq!(answers.iter().filter(|answer| !answer.is_replay()).count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn ten_thousand_concurrent_duplicates_run_once_and_get_one_answer() {
+    let handler = Handler::new().taking(Duration::from_millis(300));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let answers = storm(&service, 10_000).await;
+    assert_one_answer(&answers);
+    assert_eq!((answers.len(), handler.runs()), (10_000, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_thousand_storms_on_a_handler_that_answers_at_once_run_once_each() {
+    for _ in 0..1_000 {
+        let handler = Handler::new();
+        let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+        assert_one_answer(&storm(&service, 8).await);
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn duplicates_of_one_process_ask_a_shared_store_once() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(2));
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    assert_one_answer(&storm(&service, 500).await);
+    assert_eq!((store.calls("claim"), store.calls("peek"), handler.runs()), (1, 0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn duplicates_of_two_processes_run_once_with_one_watcher_for_each() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(2));
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let (mut answers, more) = tokio::join!(storm(&here, 100), storm(&there, 100));
+    answers.extend(more);
+    assert_one_answer(&answers);
+    assert_eq!((store.calls("claim"), handler.runs()), (2, 1));
+    assert!(
+        store.calls("peek") <= 6,
+        "{} looks for 100 waiters",
+        store.calls("peek")
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_gives_up_after_its_wait_and_harms_nobody() {
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let layer = IdempotencyLayer::new(MemoryStore::new()).with_wait(Duration::from_secs(3));
+    let service = layer.layer(handler.clone());
+    let owner = start(&service, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = tokio::time::Instant::now();
+    let refused = send(&service, post("k", "pay")).await;
+    assert_eq!((refused.status(), refused.code()), (409, "request-outstanding"));
+    assert_eq!(refused.head.headers["retry-after"], "1");
+    assert_eq!(begin.elapsed().as_secs(), 3);
+    assert_eq!(owner.await.unwrap().status(), 201);
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_of_zero_refuses_at_once_here_and_elsewhere() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let layer = IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
+    let here = layer.layer(handler.clone());
+    let there = IdempotencyLayer::new(store.clone())
+        .with_wait(Duration::ZERO)
+        .layer(handler);
+    let owner = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = tokio::time::Instant::now();
+    for service in [&here, &there] {
+        assert_eq!(send(service, post("k", "pay")).await.code(), "request-outstanding");
+    }
+    assert_eq!(begin.elapsed().as_secs(), 0);
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mismatch_is_told_before_the_wait_and_before_a_claim_is_decided() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&service, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(send(&service, post("k", "pay more")).await.status(), 422);
+    assert_eq!(owner.await.unwrap().status(), 201);
+
+    // The wrong body asks first, with a slow store; the right one must not be called a mismatch for it.
+    store.set_yields(50);
+    let wrong = start(&service, "k", "pay more");
+    tokio::task::yield_now().await;
+    let right = start(&service, "k", "pay");
+    assert_eq!(wrong.await.unwrap().status(), 422);
+    assert!(right.await.unwrap().is_replay());
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_get_an_answer_that_is_not_kept_unmarked_and_the_next_request_runs() {
+    let veto = |n: usize| -> Response<AnyBody> {
+        let mut response = text(StatusCode::OK, format!("try later {n}"));
+        response.extensions_mut().insert(DoNotKeep);
+        response
+    };
+    let failing = |n: usize| text(StatusCode::BAD_GATEWAY, format!("failed {n}"));
+    for (respond, status) in [
+        (Arc::new(veto) as Arc<dyn Fn(usize) -> _ + Send + Sync>, 200),
+        (Arc::new(failing), 502),
+    ] {
+        let handler = Handler::new()
+            .taking(Duration::from_secs(1))
+            .answering(move |n| respond(n));
+        let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+        let answers = storm(&service, 50).await;
+        assert!(answers
+            .iter()
+            .all(|answer| answer.status() == status && !answer.is_replay()));
+        assert!(answers.iter().all(|answer| answer.body == answers[0].body));
+        assert_eq!(handler.runs(), 1);
+        assert_ne!(send(&service, post("k", "pay")).await.body, answers[0].body);
+        assert_eq!(handler.runs(), 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_of_another_process_are_told_to_come_again_when_the_answer_is_not_kept() {
+    let store = RemoteStore::new();
+    let handler = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let there = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = send(&there, post("k", "pay")).await;
+    assert_eq!((waiter.status(), waiter.code()), (409, "request-outstanding"));
+    assert!(waiter.head.headers.contains_key("retry-after"));
+    assert_eq!((owner.await.unwrap().status(), handler.runs()), (502, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_are_bounded_for_a_key_and_in_all() {
+    let handler = Handler::new().taking(Duration::from_secs(1));
+    let layer = IdempotencyLayer::new(MemoryStore::new()).with_max_waiters(2, 3);
+    let service = layer.layer(handler.clone());
+    let mut waiting = Vec::new();
+    for key in ["one", "two"] {
+        for _ in 0..4 {
+            waiting.push(start(&service, key, "pay"));
+            tokio::task::yield_now().await;
+        }
+    }
+    let answers = futures::future::join_all(waiting).await;
+    let codes: Vec<_> = answers.iter().map(|answer| answer.as_ref().unwrap().code()).collect();
+    let full = "too-many-waiters";
+    assert_eq!(codes, ["", "", "", full, "", "", full, full]);
+    assert_eq!(handler.runs(), 2);
+    // The places are free again.
+    assert_one_answer(&{
+        let service = layer.layer(Handler::new().taking(Duration::from_secs(1)));
+        let owner = start(&service, "three", "pay");
+        tokio::task::yield_now().await;
+        let waiter = start(&service, "three", "pay");
+        vec![owner.await.unwrap(), waiter.await.unwrap()]
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_share_the_leaders_refusal_when_the_store_fails() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::Before, Fault::Before]);
+    let handler = Handler::new();
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let answers = storm(&service, 20).await;
+    assert!(answers.iter().all(|answer| answer.code() == "store-unavailable"));
+    assert_eq!(handler.runs(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_is_always_busy_starves_nobody() {
+    let handler = Handler::new()
+        .taking(Duration::from_millis(100))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "no"));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let clients = (0..20).map(|_| {
+        let service = service.clone();
+        tokio::spawn(async move {
+            let mut longest = Duration::ZERO;
+            for _ in 0..50 {
+                let begin = tokio::time::Instant::now();
+                send(&service, post("k", "pay")).await;
+                longest = longest.max(begin.elapsed());
+            }
+            longest
+        })
+    });
+    for longest in futures::future::join_all(clients).await {
+        let longest = longest.unwrap();
+        assert!(
+            longest <= Duration::from_millis(200),
+            "a request waited {longest:?} for 100 ms of work"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_do_not_block_one_another() {
+    let handler = Handler::new().taking(Duration::from_secs(5));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let begin = tokio::time::Instant::now();
+    let requests = (0..200).map(|n| {
+        let service = service.clone();
+        async move { send(&service, support::request(&format!("key-{n}"), full("x"))).await }
+    });
+    futures::future::join_all(requests).await;
+    assert_eq!((begin.elapsed().as_secs(), handler.runs()), (5, 200));
+}

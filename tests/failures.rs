@@ -1,0 +1,538 @@
+//! What breaks: the handler, its answer, the store, the owner. Nobody is stuck, nothing runs twice unless it was asked for.
+
+mod support;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{header, Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use support::{frames, got, post, request, send, text, AnyBody, Fault, Got, Handler, Play, RemoteStore};
+use tower::{service_fn, Layer, ServiceExt};
+use tower_idempotency::protocol::{Outcome, Resolution, Status};
+use tower_idempotency::{IdempotencyLayer, Keep, Lease, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+fn on_memory(handler: &Handler) -> tower_idempotency::Idempotency<Handler, MemoryStore> {
+    IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone())
+}
+
+fn start<S>(service: &S, request: Request<AnyBody>) -> tokio::task::JoinHandle<Got>
+where
+    S: tower::Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: std::fmt::Debug + Send,
+{
+    let service = service.clone();
+    tokio::spawn(async move { got(service.oneshot(request).await.unwrap()).await })
+}
+
+// --- the handler -------------------------------------------------------------------------------------------------
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_is_a_500_for_all_who_wait_and_frees_the_key() {
+    let handler = Handler::new().taking(Duration::from_secs(1)).answering(|n| {
+        assert!(n > 1, "the first run panics");
+        text(StatusCode::CREATED, "paid")
+    });
+    let service = on_memory(&handler);
+    let owner = start(&service, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let waiter = start(&service, post("k", "pay"));
+    for answer in [owner.await.unwrap(), waiter.await.unwrap()] {
+        assert_eq!((answer.status(), answer.code()), (500, "handler-failed"));
+    }
+    assert_eq!(handler.runs(), 1);
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+}
+
+#[tokio::test]
+async fn a_panic_before_the_first_poll_is_caught_too() {
+    let inner = service_fn(
+        |_: Request<AnyBody>| -> std::future::Ready<Result<Response<AnyBody>, std::convert::Infallible>> {
+            panic!("in call")
+        },
+    );
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(inner);
+    for _ in 0..2 {
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "handler-failed");
+    }
+}
+
+#[tokio::test]
+async fn failures_are_kept_when_asked_panics_and_errors_of_the_service_too() {
+    let handler = Handler::new().answering(|n| match n {
+        1 => text(StatusCode::BAD_GATEWAY, "the bank is down"),
+        _ => panic!("the second key panics"),
+    });
+    let service = IdempotencyLayer::new(MemoryStore::new())
+        .on_error(OnError::Keep)
+        .layer(handler.clone());
+    for key in ["answers", "panics"] {
+        let first = send(&service, post(key, "pay")).await;
+        let again = send(&service, post(key, "pay")).await;
+        assert!(first.status() >= 500 && !first.is_replay() && again.is_replay());
+        assert_eq!((again.status(), again.body), (first.status(), first.body));
+    }
+    assert_eq!(handler.runs(), 2);
+
+    let broken = service_fn(|_: Request<AnyBody>| async { Err::<Response<AnyBody>, _>("connection lost") });
+    let service = IdempotencyLayer::new(MemoryStore::new())
+        .on_error(OnError::Keep)
+        .layer(broken);
+    assert_eq!(
+        service.clone().oneshot(post("k", "pay")).await.unwrap_err(),
+        "connection lost"
+    );
+    let again = send(&service, post("k", "pay")).await;
+    assert_eq!((again.status(), again.is_replay()), (500, true));
+}
+
+#[tokio::test]
+async fn failures_are_of_unknown_outcome_when_asked() {
+    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let service = IdempotencyLayer::new(MemoryStore::new())
+        .on_error(OnError::Unknown)
+        .layer(handler.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 502);
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "outcome-unknown");
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test]
+async fn an_unknown_outcome_can_be_resolved() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let service = IdempotencyLayer::new(store.clone())
+        .on_error(OnError::Unknown)
+        .layer(handler.clone());
+    send(&service, post("k", "pay")).await;
+    let (key, _) = store.only();
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    store
+        .resolve(&key, fence, &Resolution::Completed(Outcome::Tombstone, DAY))
+        .await
+        .unwrap();
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test]
+async fn a_handler_may_keep_a_failure_and_set_the_retention() {
+    let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1_000_000_000));
+    let handler = Handler::new().answering(|n| {
+        let mut response = text(StatusCode::SERVICE_UNAVAILABLE, format!("final {n}"));
+        response.extensions_mut().insert(Keep);
+        response.extensions_mut().insert(RetainFor(Duration::from_secs(60)));
+        response
+    });
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let service = IdempotencyLayer::new(store).layer(handler.clone());
+    send(&service, post("k", "pay")).await;
+    clock.advance(Duration::from_secs(59));
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+    clock.advance(Duration::from_secs(1));
+    assert!(!send(&service, post("k", "pay")).await.is_replay());
+    assert_eq!(handler.runs(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_blocks_its_thread_past_the_lease_runs_once() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let inner = service_fn(move |_: Request<AnyBody>| {
+        let counted = Arc::clone(&counted);
+        async move {
+            counted.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(2_500));
+            Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "slow"))
+        }
+    });
+    let store = RemoteStore::new();
+    let layer = |store: &RemoteStore| {
+        let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
+        layer.on_lost(OnLost::Execute)
+    };
+    let here = layer(&store).layer(inner.clone());
+    let there = layer(&store).layer(inner);
+    let owner = start(&here, post("k", "pay"));
+    while runs.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let elsewhere = send(&there, post("k", "pay")).await;
+    assert_eq!((elsewhere.status(), elsewhere.is_replay()), (201, true));
+    assert_eq!(owner.await.unwrap().status(), 201);
+    assert!(store.calls("renew") >= 5, "renewed {} times", store.calls("renew"));
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn leases_of_all_lengths_are_renewed_by_one_task_which_ends_with_them() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(100));
+    let long = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(300));
+    let short = long.clone().with_lease(Duration::from_secs(3));
+    let (long, short) = (long.layer(handler.clone()), short.layer(handler.clone()));
+    let mut answers = vec![start(&long, post("long", "x"))];
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    answers.extend((0..50).map(|n| start(&short, post(&format!("short-{n}"), "x"))));
+    for answer in answers {
+        assert_eq!(answer.await.unwrap().status(), 201);
+    }
+    assert_eq!(handler.runs(), 51);
+    let renewals = store.calls("renew");
+    assert!(renewals >= 50 * 90, "{renewals} renewals");
+    tokio::time::sleep(Duration::from_secs(1_000)).await;
+    assert_eq!(store.calls("renew"), renewals, "the task ended");
+    let again = start(&short, post("again", "x"));
+    assert_eq!(again.await.unwrap().status(), 201);
+    assert!(store.calls("renew") >= renewals + 90, "and a new one began");
+}
+
+// --- bodies ------------------------------------------------------------------------------------------------------
+
+#[tokio::test(start_paused = true)]
+async fn a_request_body_that_breaks_off_or_trickles_runs_nothing_and_leaves_the_key_free() {
+    let handler = Handler::new();
+    let service = on_memory(&handler);
+    let broken = send(&service, request("k", frames(vec![Play::Data("pa"), Play::Break]))).await;
+    assert_eq!((broken.status(), broken.code()), (400, "body-broken"));
+    let begin = tokio::time::Instant::now();
+    let stalled = send(&service, request("k", frames(vec![Play::Data("pa"), Play::Stall]))).await;
+    assert_eq!((stalled.status(), stalled.code()), (408, "body-timeout"));
+    assert_eq!(begin.elapsed().as_secs(), 30);
+    assert_eq!(handler.runs(), 0);
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_is_never_executed_again() {
+    for play in [vec![Play::Data("par"), Play::Break], vec![Play::Break]] {
+        let play = std::sync::Mutex::new(Some(play));
+        let handler = Handler::new().answering(move |_| Response::new(frames(play.lock().unwrap().take().unwrap())));
+        let service = on_memory(&handler);
+        let first = send(&service, post("k", "pay")).await;
+        assert_eq!((first.status(), first.code()), (500, "answer-broken"));
+        let again = send(&service, post("k", "pay")).await;
+        assert_eq!((again.status(), again.code()), (409, "answer-not-kept"));
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_whose_body_panics_counts_as_a_panic() {
+    let handler = Handler::new().answering(|n| match n {
+        1 => Response::new(frames(vec![Play::Data("x"), Play::Panic])),
+        _ => text(StatusCode::OK, "second"),
+    });
+    let service = on_memory(&handler);
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "handler-failed");
+    assert_eq!(send(&service, post("k", "pay")).await.body, "second");
+}
+
+#[tokio::test]
+async fn an_answer_too_large_to_keep_reaches_its_caller_whole_and_never_runs_again() {
+    for known in [true, false] {
+        let handler = Handler::new().answering(move |_| {
+            if known {
+                return text(StatusCode::OK, "0123456789");
+            }
+            Response::new(frames(vec![Play::Data("01234"), Play::Data("56"), Play::Data("789")]))
+        });
+        let service = IdempotencyLayer::new(MemoryStore::new())
+            .with_answer_limit(6)
+            .layer(handler.clone());
+        let first = send(&service, post("k", "pay")).await;
+        assert_eq!((first.status(), &first.body[..]), (200, &b"0123456789"[..]));
+        let again = send(&service, post("k", "pay")).await;
+        assert_eq!((again.status(), again.code()), (409, "answer-not-kept"));
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test]
+async fn an_event_stream_streams_after_its_tombstone() {
+    let handler = Handler::new().answering(|_| {
+        let mut response = Response::new(frames(vec![Play::Data("data: 1\n\n"), Play::Stall]));
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, "text/event-stream".parse().unwrap());
+        response
+    });
+    let service = on_memory(&handler);
+    let mut body = service.clone().oneshot(post("k", "pay")).await.unwrap().into_body();
+    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "data: 1\n\n");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!(handler.runs(), 1);
+}
+
+// --- the store ---------------------------------------------------------------------------------------------------
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_fails_once_is_repeated_and_one_whose_reply_is_lost_gets_its_grant_again() {
+    for fault in [Fault::Before, Fault::After, Fault::Hang] {
+        let store = RemoteStore::new();
+        store.fail("claim", [fault]);
+        let handler = Handler::new();
+        let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+        let answer = send(&service, post("k", "pay")).await;
+        assert_eq!(
+            (answer.status(), handler.runs(), store.calls("claim")),
+            (201, 1, 2),
+            "{fault:?}"
+        );
+        assert!(send(&service, post("k", "pay")).await.is_replay());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_at_the_claim_runs_nothing_and_the_claim_is_released_behind() {
+    for faults in [
+        [Fault::Before; 2],
+        [Fault::After; 2],
+        [Fault::Hang; 2],
+        [Fault::After, Fault::Before],
+    ] {
+        let store = RemoteStore::new();
+        store.fail("claim", faults);
+        let handler = Handler::new();
+        let layer = IdempotencyLayer::new(store.clone());
+        let service = layer.layer(handler.clone());
+        let refused = send(&service, post("k", "pay")).await;
+        assert_eq!(
+            (refused.status(), refused.code(), handler.runs()),
+            (503, "store-unavailable", 0),
+            "{faults:?}"
+        );
+        assert_eq!(refused.head.headers["retry-after"], "1");
+        layer.drain().wait().await;
+        assert_eq!(store.len(), 0, "{faults:?}");
+        assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_is_never_taken_for_absent() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::Corrupt]);
+    let handler = Handler::new();
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "store-unavailable");
+    assert_eq!((handler.runs(), store.calls("claim")), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_protection_a_request_runs_when_the_store_fails_if_that_was_asked_for() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::Before; 2]);
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(store).dangerously_run_unprotected_when_the_store_fails();
+    let answer = send(&layer.layer(handler.clone()), post("k", "pay")).await;
+    assert_eq!((answer.status(), handler.runs()), (201, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_completion_that_fails_for_a_while_is_repeated_before_the_answer_leaves() {
+    for fault in [Fault::Before, Fault::After, Fault::Hang] {
+        let store = RemoteStore::new();
+        store.fail("complete", [fault; 2]);
+        let handler = Handler::new();
+        let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+        let answer = send(&service, post("k", "pay")).await;
+        let (_, record) = store.only();
+        assert!(
+            record.is_completed(),
+            "{fault:?}: the answer left before it was recorded"
+        );
+        assert_eq!((answer.status(), store.calls("complete")), (201, 3));
+        assert!(send(&service, post("k", "pay")).await.is_replay());
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_completion_that_never_succeeds_keeps_the_key_claimed_and_says_what_is_known() {
+    for (on_lost, status, code) in [(OnLost::Refuse, 201, ""), (OnLost::Execute, 503, "outcome-unknown")] {
+        let store = RemoteStore::new();
+        store.fail("complete", [Fault::Before; 100]);
+        let handler = Handler::new();
+        let layer = IdempotencyLayer::new(store.clone())
+            .on_lost(on_lost.clone())
+            .with_wait(Duration::ZERO);
+        let service = layer.layer(handler.clone());
+        let answer = send(&service, post("k", "pay")).await;
+        assert_eq!((answer.status(), answer.code()), (status, code));
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "request-outstanding");
+        tokio::time::sleep(Duration::from_secs(31)).await;
+        let later = send(&service, post("k", "pay")).await;
+        match on_lost {
+            OnLost::Refuse => assert_eq!((later.code(), handler.runs()), ("outcome-unknown", 1)),
+            _ => assert_eq!(handler.runs(), 2),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_that_fails_for_a_while_is_repeated() {
+    let store = RemoteStore::new();
+    store.fail("release", [Fault::Before, Fault::After]);
+    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 502);
+    assert_eq!((store.len(), store.calls("release")), (0, 3));
+}
+
+#[tokio::test]
+async fn a_full_store_refuses_new_keys_loudly_and_replays_all_the_same() {
+    let store = MemoryStore::builder().with_record_budget(2).build();
+    let handler = Handler::new();
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    for key in ["a", "b"] {
+        assert_eq!(send(&service, post(key, "pay")).await.status(), 201);
+    }
+    let refused = send(&service, post("c", "pay")).await;
+    assert_eq!(
+        (refused.status(), refused.code(), handler.runs()),
+        (503, "store-full", 2)
+    );
+    assert!(refused.head.headers.contains_key("retry-after"));
+    assert!(send(&service, post("a", "pay")).await.is_replay());
+    assert_eq!(store.figures().records, 2);
+}
+
+// --- lost owners -------------------------------------------------------------------------------------------------
+
+/// A key whose owner vanished: its process stopped renewing in the middle of the handler.
+async fn lost_key(store: &RemoteStore) -> tokio::task::JoinHandle<Got> {
+    let handler = Handler::new()
+        .taking(Duration::from_secs(3_600))
+        .answering(|_| text(StatusCode::CREATED, "the zombie"));
+    let layer = IdempotencyLayer::new(store.clone()).with_store_timeout(Duration::from_secs(1));
+    let owner = start(&layer.layer(handler), post("k", "pay"));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // It cannot reach the store any more.
+    store.fail("renew", [Fault::Before; 10_000]);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let (key, _) = store.only();
+    assert_eq!(store.peek(&key).await.unwrap().unwrap().status, Status::Lost);
+    owner
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_owner_is_refused_by_default_until_it_completes_late() {
+    let store = RemoteStore::new();
+    let zombie = lost_key(&store).await;
+    let handler = Handler::new();
+    let service = IdempotencyLayer::new(store).layer(handler.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "outcome-unknown");
+    assert_eq!(send(&service, post("k", "other")).await.code(), "key-reused");
+    assert_eq!(zombie.await.unwrap().body, "the zombie");
+    let healed = send(&service, post("k", "pay")).await;
+    assert_eq!(
+        (healed.is_replay(), &healed.body[..], handler.runs()),
+        (true, &b"the zombie"[..], 0)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_owner_is_taken_over_when_asked_and_serves_what_the_key_holds() {
+    let store = RemoteStore::new();
+    let zombie = lost_key(&store).await;
+    let handler = Handler::new().answering(|_| text(StatusCode::CREATED, "the winner"));
+    let service = IdempotencyLayer::new(store)
+        .on_lost(OnLost::Execute)
+        .layer(handler.clone());
+    let winner = send(&service, post("k", "pay")).await;
+    assert_eq!(
+        (winner.status(), winner.is_replay(), &winner.body[..]),
+        (201, false, &b"the winner"[..])
+    );
+    let zombie = zombie.await.unwrap();
+    assert_eq!((zombie.is_replay(), &zombie.body[..]), (true, &b"the winner"[..]));
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_are_counted_fenced_and_capped() {
+    let store = RemoteStore::new();
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let witness = Arc::clone(&seen);
+    let inner = service_fn(move |request: Request<AnyBody>| {
+        let lease = request.extensions().get::<Lease>().unwrap().clone();
+        witness
+            .lock()
+            .unwrap()
+            .push((lease.attempt(), lease.fence(), lease.derive_key("charge")));
+        async { Ok::<_, std::convert::Infallible>(text(StatusCode::BAD_GATEWAY, "failed")) }
+    });
+    let layer = IdempotencyLayer::new(store)
+        .on_lost(OnLost::Execute)
+        .on_error(OnError::Unknown)
+        .with_max_attempts(3);
+    let service = layer.layer(inner);
+    for _ in 0..3 {
+        assert_eq!(send(&service, post("k", "pay")).await.status(), 502);
+    }
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "outcome-unknown");
+    let seen = seen.lock().unwrap();
+    let numbers: Vec<_> = seen.iter().map(|(attempt, ..)| attempt.number()).collect();
+    assert_eq!(numbers, [1, 2, 3]);
+    assert!(seen[0].0.is_first() && !seen[1].0.is_first());
+    assert!(seen.windows(2).all(|pair| pair[0].1 < pair[1].1), "the fence grows");
+    assert!(
+        seen.windows(2).all(|pair| pair[0].2 == pair[1].2),
+        "the derived key stays"
+    );
+    assert_eq!(seen[0].2.len(), 64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn recovery_asks_before_it_runs() {
+    for found in ["happened", "not-happened", "unknown"] {
+        let store = RemoteStore::new();
+        let zombie = lost_key(&store).await;
+        store.heal();
+        let handler = Handler::new().answering(|_| text(StatusCode::CREATED, "run again"));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let check = OnLost::recover(move |recovery| {
+            count.fetch_add(1, Ordering::SeqCst);
+            assert_eq!((recovery.key.as_str(), recovery.attempt > 1), ("k", true));
+            assert_eq!(recovery.head.uri.path(), "/payments");
+            async move {
+                match found {
+                    "happened" => Recovered::Happened(Response::new("found at the bank".into())),
+                    "not-happened" => Recovered::NotHappened,
+                    _ => Recovered::Unknown,
+                }
+            }
+        });
+        let service = IdempotencyLayer::new(store).on_lost(check).layer(handler.clone());
+        let answer = send(&service, post("k", "pay")).await;
+        let again = send(&service, post("k", "pay")).await;
+        match found {
+            "happened" => {
+                assert_eq!(
+                    (answer.is_replay(), &answer.body[..]),
+                    (true, &b"found at the bank"[..])
+                );
+                assert_eq!((again.body, handler.runs()), (answer.body, 0));
+            }
+            "not-happened" => {
+                assert_eq!((answer.is_replay(), &answer.body[..]), (false, &b"run again"[..]));
+                assert_eq!((again.is_replay(), handler.runs()), (true, 1));
+            }
+            _ => {
+                assert_eq!(
+                    (answer.code(), again.code(), handler.runs()),
+                    ("outcome-unknown", "outcome-unknown", 0)
+                );
+                assert_eq!(asked.load(Ordering::SeqCst), 2, "it is asked again");
+            }
+        }
+        zombie.abort();
+    }
+}

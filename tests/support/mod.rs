@@ -1,0 +1,426 @@
+//! What the tests share: a store with leases and faults, bodies that stall or break, a service that counts, and the sending
+//! of requests.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::{Body, Frame};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use tower::{Service, ServiceExt};
+use tower_idempotency::protocol::{
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Snapshot, StorageKey, Transition,
+};
+use tower_idempotency::{Clock, Error, ErrorKind, Store};
+
+pub type AnyBody = UnsyncBoxBody<Bytes, Broken>;
+
+/// The error of a body that broke off.
+#[derive(Debug)]
+pub struct Broken;
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("broken off")
+    }
+}
+
+impl std::error::Error for Broken {}
+
+/// A shared store as it is far away: every operation yields first, owners must renew, and it fails when told to.
+#[derive(Clone, Default)]
+pub struct RemoteStore(Arc<Remote>);
+
+#[derive(Default)]
+struct Remote {
+    records: Mutex<HashMap<StorageKey, Record>>,
+    clock: Clock,
+    yields: AtomicUsize,
+    faults: Mutex<HashMap<&'static str, Vec<Fault>>>,
+    calls: Mutex<HashMap<&'static str, usize>>,
+}
+
+/// What goes wrong with one call of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It fails and has no effect.
+    Before,
+    /// It takes effect and its reply is lost.
+    After,
+    /// It never returns and has no effect.
+    Hang,
+    /// The record cannot be read.
+    Corrupt,
+}
+
+impl RemoteStore {
+    pub fn new() -> Self {
+        let store = Self::default();
+        store.set_yields(1);
+        store
+    }
+
+    /// How often an operation yields before it takes effect, and again before it returns.
+    pub fn set_yields(&self, yields: usize) {
+        self.0.yields.store(yields, Ordering::SeqCst);
+    }
+
+    /// The next calls of `operation` go wrong like this, one after the other.
+    pub fn fail(&self, operation: &'static str, faults: impl IntoIterator<Item = Fault>) {
+        self.0
+            .faults
+            .lock()
+            .unwrap()
+            .entry(operation)
+            .or_default()
+            .extend(faults);
+    }
+
+    /// Nothing goes wrong any more.
+    pub fn heal(&self) {
+        self.0.faults.lock().unwrap().clear();
+    }
+
+    pub fn calls(&self, operation: &'static str) -> usize {
+        self.0.calls.lock().unwrap().get(operation).copied().unwrap_or(0)
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.records.lock().unwrap().len()
+    }
+
+    /// The only record there is.
+    pub fn only(&self) -> (StorageKey, Record) {
+        let records = self.0.records.lock().unwrap();
+        assert_eq!(records.len(), 1);
+        let (key, record) = records.iter().next().unwrap();
+        (*key, record.clone())
+    }
+
+    pub fn clock(&self) -> &Clock {
+        &self.0.clock
+    }
+
+    async fn call<R>(
+        &self,
+        operation: &'static str,
+        key: &StorageKey,
+        transition: impl FnOnce(Option<&Record>) -> Transition<R>,
+    ) -> Result<R, Error> {
+        *self.0.calls.lock().unwrap().entry(operation).or_default() += 1;
+        let fault = {
+            let mut faults = self.0.faults.lock().unwrap();
+            faults
+                .get_mut(operation)
+                .filter(|faults| !faults.is_empty())
+                .map(|faults| faults.remove(0))
+        };
+        yield_times(self.0.yields.load(Ordering::SeqCst)).await;
+        match fault {
+            Some(Fault::Before) => return Err(Error::unavailable("connection refused")),
+            Some(Fault::Corrupt) => return Err(Error::new(ErrorKind::CorruptRecord, "a record cannot be read")),
+            Some(Fault::Hang) => return std::future::pending().await,
+            Some(Fault::After) | None => {}
+        }
+        let reply = {
+            let mut records = self.0.records.lock().unwrap();
+            let Transition { reply, change } = transition(records.get(key));
+            match change {
+                Change::Keep => {}
+                Change::Put(record) => drop(records.insert(*key, record)),
+                Change::Remove => drop(records.remove(key)),
+            }
+            reply
+        };
+        yield_times(self.0.yields.load(Ordering::SeqCst)).await;
+        match fault {
+            Some(Fault::After) => Err(Error::unavailable("connection reset")),
+            _ => Ok(reply),
+        }
+    }
+}
+
+impl Store for RemoteStore {
+    type Watch = BoxFuture<'static, ()>;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        let now = || self.0.clock.now();
+        self.call("claim", &claim.key, |record| Record::claim(record, claim, now()))
+            .await
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        self.call("renew", key, |record| {
+            Record::renew(record, owner, lease, self.0.clock.now())
+        })
+        .await
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let complete =
+            |record: Option<&Record>| Record::complete(record, owner, outcome, retention, self.0.clock.now());
+        self.call("complete", key, complete).await
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        self.call("release", key, |record| {
+            Record::release(record, owner, self.0.clock.now())
+        })
+        .await
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+        self.call("resolve", key, |record| {
+            Record::resolve(record, fence, resolution, self.0.clock.now())
+        })
+        .await
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        let peek = |record: Option<&Record>| Transition {
+            reply: Record::peek(record, self.0.clock.now()),
+            change: Change::Keep,
+        };
+        self.call("peek", key, peek).await
+    }
+
+    /// Never wakes: whoever waits must poll.
+    async fn watch(&self, _: &StorageKey) -> Result<Self::Watch, Error> {
+        Ok(Box::pin(std::future::pending()))
+    }
+}
+
+pub async fn yield_times(times: usize) {
+    for _ in 0..times {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// A handler that counts its runs and answers with their number.
+#[derive(Clone, Default)]
+pub struct Handler {
+    pub started: Arc<AtomicUsize>,
+    pub finished: Arc<AtomicUsize>,
+    yields: usize,
+    delay: Duration,
+    respond: Option<Respond>,
+}
+
+type Respond = Arc<dyn Fn(usize) -> Response<AnyBody> + Send + Sync>;
+
+impl Handler {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn yielding(mut self, times: usize) -> Self {
+        self.yields = times;
+        self
+    }
+
+    pub fn taking(mut self, delay: Duration) -> Self {
+        self.delay = delay;
+        self
+    }
+
+    pub fn answering(mut self, respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync + 'static) -> Self {
+        self.respond = Some(Arc::new(respond));
+        self
+    }
+
+    pub fn runs(&self) -> usize {
+        self.started.load(Ordering::SeqCst)
+    }
+
+    pub fn finished(&self) -> usize {
+        self.finished.load(Ordering::SeqCst)
+    }
+}
+
+impl Service<Request<AnyBody>> for Handler {
+    type Response = Response<AnyBody>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<AnyBody>) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move {
+            let n = this.started.fetch_add(1, Ordering::SeqCst) + 1;
+            drop(request.into_body().collect().await);
+            yield_times(this.yields).await;
+            if !this.delay.is_zero() {
+                tokio::time::sleep(this.delay).await;
+            }
+            let response = match &this.respond {
+                Some(respond) => respond(n),
+                None => text(StatusCode::CREATED, format!("run {n}")),
+            };
+            this.finished.fetch_add(1, Ordering::SeqCst);
+            Ok(response)
+        })
+    }
+}
+
+pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<AnyBody> {
+    let mut response = Response::new(full(body));
+    *response.status_mut() = status;
+    response
+}
+
+pub fn full(body: impl Into<Bytes>) -> AnyBody {
+    Full::new(body.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A body that plays its frames, yielding before each.
+pub struct Frames {
+    frames: std::vec::IntoIter<Play>,
+    yielded: bool,
+}
+
+/// One step of [`Frames`].
+pub enum Play {
+    Data(&'static str),
+    Trailers(HeaderMap),
+    Break,
+    Panic,
+    Stall,
+}
+
+pub fn frames(frames: Vec<Play>) -> AnyBody {
+    Frames {
+        frames: frames.into_iter(),
+        yielded: false,
+    }
+    .boxed_unsync()
+}
+
+impl Body for Frames {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        self.yielded = !self.yielded;
+        if self.yielded {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(match self.frames.next() {
+            None => None,
+            Some(Play::Data(data)) => Some(Ok(Frame::data(Bytes::from_static(data.as_bytes())))),
+            Some(Play::Trailers(trailers)) => Some(Ok(Frame::trailers(trailers))),
+            Some(Play::Break) => Some(Err(Broken)),
+            Some(Play::Panic) => panic!("a body that panics"),
+            Some(Play::Stall) => return Poll::Pending,
+        })
+    }
+}
+
+pub fn post(key: &str, body: impl Into<Bytes>) -> Request<AnyBody> {
+    request(key, full(body))
+}
+
+pub fn request(key: &str, body: AnyBody) -> Request<AnyBody> {
+    Request::post("/payments")
+        .header("idempotency-key", key)
+        .body(body)
+        .unwrap()
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Got {
+    pub head: http::response::Parts,
+    pub body: Bytes,
+    pub trailers: Option<HeaderMap>,
+}
+
+impl Got {
+    pub fn status(&self) -> u16 {
+        self.head.status.as_u16()
+    }
+
+    pub fn is_replay(&self) -> bool {
+        self.head
+            .headers
+            .get("idempotent-replayed")
+            .is_some_and(|marker| marker == "true")
+    }
+
+    pub fn code(&self) -> &'static str {
+        self.head
+            .extensions
+            .get::<tower_idempotency::Refusal>()
+            .map_or("", tower_idempotency::Refusal::code)
+    }
+}
+
+/// Sends a request through a clone of the service and reads the answer.
+pub async fn send<S>(service: &S, request: Request<AnyBody>) -> Got
+where
+    S: Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone,
+    S::Error: std::fmt::Debug,
+{
+    got(service.clone().oneshot(request).await.unwrap()).await
+}
+
+pub async fn got(response: Response<AnyBody>) -> Got {
+    let (head, body) = response.into_parts();
+    let collected = body.collect().await.unwrap();
+    let trailers = collected.trailers().cloned();
+    Got {
+        head,
+        body: collected.to_bytes(),
+        trailers,
+    }
+}
+
+/// Polls a future `times` times, each after it was woken, then drops it; `Some` if it was ready before.
+pub async fn poll_then_drop<F: Future>(times: usize, future: F) -> Option<F::Output> {
+    let mut future = Box::pin(future);
+    for _ in 0..times {
+        let woken = Arc::new(Woken::default());
+        let waker = futures::task::waker(Arc::clone(&woken));
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return Some(output);
+        }
+        // Let the rest of the world go on until this future may.
+        for _ in 0..200 {
+            if woken.0.load(Ordering::SeqCst) {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+    None
+}
+
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl futures::task::ArcWake for Woken {
+    fn wake_by_ref(woken: &Arc<Self>) {
+        woken.0.store(true, Ordering::SeqCst);
+    }
+}

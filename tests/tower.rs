@@ -1,0 +1,275 @@
+//! The layer as a citizen of tower: readiness, backpressure, what passes through.
+
+mod support;
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use support::{frames, full, got, post, request, send, text, AnyBody, Handler, Play};
+use tower::buffer::BufferLayer;
+use tower::limit::ConcurrencyLimitLayer;
+use tower::load_shed::LoadShedLayer;
+use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
+use tower_idempotency::{Body, Idempotency, IdempotencyLayer, Lease, MemoryStore, Refusal, ResponseFuture};
+
+fn layer() -> IdempotencyLayer<MemoryStore> {
+    IdempotencyLayer::new(MemoryStore::new())
+}
+
+/// Panics when a clone that was not polled ready is called.
+#[derive(Default)]
+struct MustBeReady {
+    ready: bool,
+    calls: Arc<AtomicUsize>,
+}
+
+impl Clone for MustBeReady {
+    fn clone(&self) -> Self {
+        Self {
+            ready: false,
+            calls: Arc::clone(&self.calls),
+        }
+    }
+}
+
+impl Service<Request<AnyBody>> for MustBeReady {
+    type Response = Response<AnyBody>;
+    type Error = Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.ready = true;
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<AnyBody>) -> Self::Future {
+        assert!(
+            std::mem::take(&mut self.ready),
+            "called without having been polled ready"
+        );
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        std::future::ready(Ok(text(StatusCode::OK, "done")))
+    }
+}
+
+#[tokio::test]
+async fn the_service_that_was_polled_ready_is_the_one_called() {
+    let inner = MustBeReady::default();
+    let calls = Arc::clone(&inner.calls);
+    let mut service = layer().layer(inner);
+    for key in ["a", "b", "a"] {
+        let response = service.ready().await.unwrap().call(post(key, "x")).await.unwrap();
+        assert_eq!(response.status(), 200);
+    }
+    let no_key = Request::post("/").body(full("x")).unwrap();
+    assert_eq!(service.ready().await.unwrap().call(no_key).await.unwrap().status(), 200);
+    assert_eq!(calls.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_stands_over_a_concurrency_limit_a_buffer_and_load_shedding() {
+    let handler = Handler::new().taking(Duration::from_millis(100));
+    let limited = ServiceBuilder::new()
+        .layer(layer())
+        .layer(ConcurrencyLimitLayer::new(2))
+        .service(handler.clone());
+    let answers = futures::future::join_all((0..20).map(|n| {
+        let service = limited.clone();
+        async move { send(&service, post(&format!("key {n}").replace(' ', "-"), "x")).await }
+    }));
+    assert!(answers.await.iter().all(|answer| answer.status() == 201));
+    assert_eq!(handler.runs(), 20);
+
+    let buffered = ServiceBuilder::new()
+        .layer(layer())
+        .layer(BufferLayer::new(8))
+        .service(handler.clone());
+    assert_eq!(send(&buffered, post("k", "x")).await.status(), 201);
+    assert!(send(&buffered, post("k", "x")).await.is_replay());
+
+    let shedding = ServiceBuilder::new()
+        .layer(layer())
+        .layer(LoadShedLayer::new())
+        .layer(ConcurrencyLimitLayer::new(1))
+        .service(handler.clone());
+    let (one, two) = (shedding.clone(), shedding.clone());
+    let (one, two) = tokio::join!(one.oneshot(post("one", "x")), two.oneshot(post("two", "x")));
+    let overloaded = [one, two].into_iter().find_map(Result::err).expect("one is shed");
+    assert!(
+        overloaded.is::<tower::load_shed::error::Overloaded>(),
+        "the inner error passes through"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn duplicates_that_wait_and_replays_hold_no_permit_of_the_inner_service() {
+    let handler = Handler::new().taking(Duration::from_secs(5));
+    let service = ServiceBuilder::new()
+        .layer(layer())
+        .layer(ConcurrencyLimitLayer::new(2))
+        .service(handler.clone());
+    let slow: Vec<_> = (0..2)
+        .map(|_| {
+            let service = service.clone();
+            tokio::spawn(async move { send(&service, post("slow", "x")).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    // One permit runs "slow"; its duplicate gave the other one back.
+    let other = tokio::time::timeout(Duration::from_secs(6), send(&service, post("other", "x"))).await;
+    assert_eq!(other.expect("the duplicate holds no permit").status(), 201);
+    for answer in slow {
+        assert_eq!(answer.await.unwrap().status(), 201);
+    }
+}
+
+/// Never ready until it is opened.
+#[derive(Clone, Default)]
+struct Gated(Arc<AtomicUsize>);
+
+impl Service<Request<AnyBody>> for Gated {
+    type Response = Response<AnyBody>;
+    type Error = Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => Poll::Pending,
+            _ => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn call(&mut self, _: Request<AnyBody>) -> Self::Future {
+        std::future::ready(Ok(text(StatusCode::OK, "open")))
+    }
+}
+
+#[tokio::test]
+async fn backpressure_is_passed_on() {
+    let gate = Gated::default();
+    let mut service = layer().layer(gate.clone());
+    assert!(futures::poll!(std::pin::pin!(service.ready())).is_pending());
+    gate.0.store(1, Ordering::SeqCst);
+    assert!(futures::poll!(std::pin::pin!(service.ready())).is_ready());
+}
+
+#[tokio::test]
+async fn extensions_version_and_trailers_pass_and_trailers_come_again() {
+    #[derive(Clone, Debug, PartialEq)]
+    struct Mark(&'static str);
+
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let witness = Arc::clone(&seen);
+    let inner = service_fn(move |request: Request<AnyBody>| {
+        let witness = Arc::clone(&witness);
+        async move {
+            let (head, body) = request.into_parts();
+            let body = body.collect().await.unwrap();
+            let trailers = body.trailers().cloned();
+            witness.lock().unwrap().push((head, body.to_bytes(), trailers));
+            let trailers = HeaderMap::from_iter([("x-checksum".parse().unwrap(), "1".parse().unwrap())]);
+            let mut response = Response::new(frames(vec![Play::Data("a"), Play::Data("b"), Play::Trailers(trailers)]));
+            *response.version_mut() = Version::HTTP_2;
+            response.extensions_mut().insert(Mark("answer"));
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let service = layer().layer(inner);
+    let trailers = HeaderMap::from_iter([("x-sent".parse().unwrap(), "1".parse().unwrap())]);
+    let mut sent = request(
+        "k",
+        frames(vec![Play::Data("x"), Play::Data("y"), Play::Trailers(trailers)]),
+    );
+    *sent.version_mut() = Version::HTTP_2;
+    sent.extensions_mut().insert(Mark("request"));
+
+    let first = send(&service, sent).await;
+    assert_eq!(first.head.version, Version::HTTP_2);
+    assert_eq!(first.head.extensions.get::<Mark>(), Some(&Mark("answer")));
+    assert_eq!(first.trailers.as_ref().unwrap()["x-checksum"], "1");
+
+    let (head, body, trailers) = seen.lock().unwrap().pop().unwrap();
+    assert_eq!((head.version, &body[..]), (Version::HTTP_2, &b"xy"[..]));
+    assert_eq!(head.extensions.get::<Mark>(), Some(&Mark("request")));
+    assert!(head.extensions.get::<Lease>().is_some());
+    assert_eq!(trailers.unwrap()["x-sent"], "1");
+
+    let again = send(&service, request("k", full("xy"))).await;
+    assert_eq!((&again.body[..], again.is_replay()), (&b"ab"[..], true));
+    assert_eq!(again.trailers.unwrap()["x-checksum"], "1");
+}
+
+#[tokio::test]
+async fn the_inner_error_type_passes_through_and_frees_the_key() {
+    #[derive(Debug, PartialEq)]
+    struct Refused(u32);
+
+    let calls = Arc::new(AtomicUsize::new(0));
+    let inner = service_fn(move |_: Request<AnyBody>| {
+        let call = calls.fetch_add(1, Ordering::SeqCst);
+        async move {
+            match call {
+                0 => Err(Refused(7)),
+                _ => Ok(text(StatusCode::OK, "second")),
+            }
+        }
+    });
+    let service = layer().layer(inner);
+    assert_eq!(service.clone().oneshot(post("k", "x")).await.unwrap_err(), Refused(7));
+    assert_eq!(send(&service, post("k", "x")).await.body, "second");
+}
+
+#[tokio::test]
+async fn bodies_of_any_type_are_wrapped_by_ours() {
+    let inner = service_fn(|request: Request<Body<Full<Bytes>>>| async {
+        let body = request.into_body().collect().await.unwrap().to_bytes();
+        Ok::<_, Infallible>(Response::new(Full::new(body)))
+    });
+    let service = ServiceBuilder::new()
+        .layer(tower_http::map_request_body::MapRequestBodyLayer::new(Body::new))
+        .layer(layer())
+        .service(inner);
+    let send = |body: &'static str| {
+        let request = Request::post("/")
+            .header("idempotency-key", "k")
+            .body(Full::from(body))
+            .unwrap();
+        service.clone().oneshot(request)
+    };
+    let first = send("x").await.unwrap().into_body().collect().await.unwrap().to_bytes();
+    let again = send("x").await.unwrap();
+    assert!(again.headers().contains_key("idempotent-replayed"));
+    assert_eq!(again.into_body().collect().await.unwrap().to_bytes(), first);
+}
+
+#[tokio::test]
+async fn a_refusal_is_an_extension_of_its_response() {
+    let service = layer().require_key().layer(Handler::new());
+    let response = service
+        .oneshot(Request::post("/").body(full("")).unwrap())
+        .await
+        .unwrap();
+    assert_eq!(response.extensions().get::<Refusal>().unwrap().code(), "key-missing");
+    assert_eq!(got(response).await.status(), 400);
+}
+
+#[test]
+fn everything_public_is_send_and_what_is_shared_is_sync() {
+    fn send<T: Send>() {}
+    fn sync<T: Sync>() {}
+    send::<IdempotencyLayer<MemoryStore>>();
+    sync::<IdempotencyLayer<MemoryStore>>();
+    send::<Idempotency<Handler, MemoryStore>>();
+    send::<ResponseFuture<std::future::Ready<()>, AnyBody, Infallible>>();
+    send::<Lease>();
+    sync::<Lease>();
+    sync::<MemoryStore>();
+    send::<tower_idempotency::Drain>();
+    sync::<tower_idempotency::Error>();
+}
