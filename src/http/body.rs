@@ -55,18 +55,6 @@ impl<B> Body<B> {
             trailers: None,
         }
     }
-
-    /// The bytes, when they are all there is.
-    pub fn into_bytes(self) -> Result<Bytes, Self> {
-        match self {
-            Self {
-                front,
-                rest: None,
-                trailers: None,
-            } => Ok(front),
-            body => Err(body),
-        }
-    }
 }
 
 impl<B> fmt::Debug for Body<B> {
@@ -164,7 +152,14 @@ impl<E: 'static> RebuildBody for BoxBody<Bytes, E> {
 #[cfg(feature = "axum")]
 impl RebuildBody for axum::body::Body {
     fn rebuild(body: Body<Self>) -> Self {
-        body.into_bytes().map_or_else(Self::new, Self::from)
+        match body {
+            Body {
+                front,
+                rest: None,
+                trailers: None,
+            } => Self::from(front),
+            body => Self::new(body),
+        }
     }
 }
 

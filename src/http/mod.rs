@@ -6,6 +6,7 @@ mod body;
 mod fingerprint;
 mod key;
 mod refusal;
+mod wording;
 
 pub(crate) use answer::AnswerHeaders;
 pub(crate) use body::{collect, Collected, Shortfall};

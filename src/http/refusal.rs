@@ -8,8 +8,9 @@ use bytes::Bytes;
 use http::header::{HeaderValue, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use http::{Response, StatusCode};
 
+use super::wording::Wording;
 use super::{Body, RebuildBody};
-use crate::protocol::{InvalidKey, KeyError};
+use crate::protocol::InvalidKey;
 
 /// Why the layer answered by itself. It is an extension of every such response, for logs and for layers further out.
 ///
@@ -63,14 +64,6 @@ pub enum RefusalKind {
     TooManyWaiters,
 }
 
-struct Wording {
-    status: StatusCode,
-    code: &'static str,
-    title: &'static str,
-    detail: &'static str,
-    retryable: bool,
-}
-
 impl Refusal {
     pub(crate) const fn new(kind: RefusalKind) -> Self {
         Self {
@@ -95,31 +88,31 @@ impl Refusal {
     /// The status that a problem document is sent with.
     #[must_use]
     pub fn status(&self) -> StatusCode {
-        self.wording().status
+        self.kind.wording().status
     }
 
     /// A stable word for the reason, the `code` member of a problem document.
     #[must_use]
     pub fn code(&self) -> &'static str {
-        self.wording().code
+        self.kind.wording().code
     }
 
     /// The reason as a title. Three of them are the words of draft-ietf-httpapi-idempotency-key-header-07 section 2.7.
     #[must_use]
     pub fn title(&self) -> &'static str {
-        self.wording().title
+        self.kind.wording().title
     }
 
     /// What happened and what to do about it. Holds nothing of any request.
     #[must_use]
     pub fn detail(&self) -> &'static str {
-        self.wording().detail
+        self.kind.wording().detail
     }
 
     /// Whether the same request with the same key may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        self.wording().retryable
+        self.kind.wording().retryable
     }
 
     /// When to try again, rounded up to whole seconds: what the `Retry-After` header says.
@@ -160,7 +153,7 @@ impl Refusal {
             title,
             detail,
             retryable,
-        } = self.wording();
+        } = self.kind.wording();
         let body = format!(
             "{{\"type\":\"{type_base}{code}\",\"title\":\"{title}\",\"status\":{},\"detail\":\"{detail}\",\
              \"code\":\"{code}\",\"retryable\":{retryable}}}",
@@ -177,7 +170,7 @@ impl Refusal {
             title,
             detail,
             ..
-        } = self.wording();
+        } = self.kind.wording();
         let (status, kind) = match self.kind {
             RefusalKind::Mismatch => (StatusCode::BAD_REQUEST, "idempotency_error"),
             RefusalKind::AnswerNotKept | RefusalKind::Outstanding | RefusalKind::OutcomeUnknown => {
@@ -209,122 +202,8 @@ impl Refusal {
         let mut response = response(StatusCode::OK, "application/grpc", String::new());
         let headers = response.headers_mut();
         headers.insert("grpc-status", HeaderValue::from(status));
-        headers.insert("grpc-message", HeaderValue::from_static(self.wording().code));
+        headers.insert("grpc-message", HeaderValue::from_static(self.kind.wording().code));
         response
-    }
-
-    const fn wording(&self) -> Wording {
-        match self.kind {
-            RefusalKind::AnswerBroken => Wording {
-                status: StatusCode::INTERNAL_SERVER_ERROR,
-                code: "answer-broken",
-                title: "The answer broke off",
-                detail: "The request was processed, but its answer broke off and could not be kept. Look up the result; \
-                         sending the request again does not process it again.",
-                retryable: false,
-            },
-            RefusalKind::AnswerNotKept => Wording {
-                status: StatusCode::CONFLICT,
-                code: "answer-not-kept",
-                title: "The answer was not kept",
-                detail: "A request with this key was processed, and its answer is not available for replay. Look up the \
-                         result; the request is not processed again.",
-                retryable: false,
-            },
-            RefusalKind::BodyBroken => Wording {
-                status: StatusCode::BAD_REQUEST,
-                code: "body-broken",
-                title: "The request body broke off",
-                detail: "The request body could not be read to its end. Nothing was processed; send the request again.",
-                retryable: true,
-            },
-            RefusalKind::BodyTimeout => Wording {
-                status: StatusCode::REQUEST_TIMEOUT,
-                code: "body-timeout",
-                title: "The request body took too long",
-                detail: "The request body did not arrive in time. Nothing was processed; send the request again.",
-                retryable: true,
-            },
-            RefusalKind::BodyTooLarge => Wording {
-                status: StatusCode::PAYLOAD_TOO_LARGE,
-                code: "body-too-large",
-                title: "The request body is too large",
-                detail: "A request with an idempotency key may not have a body as long as this one. Nothing was processed.",
-                retryable: false,
-            },
-            RefusalKind::HandlerFailed => Wording {
-                status: StatusCode::INTERNAL_SERVER_ERROR,
-                code: "handler-failed",
-                title: "Internal server error",
-                detail: "The request failed inside the server.",
-                retryable: true,
-            },
-            RefusalKind::InvalidKey(reason) => Wording {
-                status: StatusCode::BAD_REQUEST,
-                code: "key-invalid",
-                title: "Idempotency-Key is invalid",
-                detail: KeyError::new(reason).detail(),
-                retryable: false,
-            },
-            RefusalKind::MissingKey => Wording {
-                status: StatusCode::BAD_REQUEST,
-                code: "key-missing",
-                title: "Idempotency-Key is missing",
-                detail: "This operation is idempotent and requires a key. Choose a new unique one for each operation and send \
-                         it again with every retry.",
-                retryable: false,
-            },
-            RefusalKind::Mismatch => Wording {
-                status: StatusCode::UNPROCESSABLE_ENTITY,
-                code: "key-reused",
-                title: "Idempotency-Key is already used",
-                detail: "This key belongs to another request. Repeat that request unchanged, or choose a new key for this one.",
-                retryable: false,
-            },
-            RefusalKind::Outstanding => Wording {
-                status: StatusCode::CONFLICT,
-                code: "request-outstanding",
-                title: "A request is outstanding for this Idempotency-Key",
-                detail: "A request with this key is still being processed. Send the request again later to get its answer.",
-                retryable: true,
-            },
-            RefusalKind::OutcomeUnknown => Wording {
-                status: StatusCode::CONFLICT,
-                code: "outcome-unknown",
-                title: "The outcome is unknown",
-                detail: "An earlier attempt with this key was interrupted, and whether it took effect is not known. Look up \
-                         the result before you choose a new key.",
-                retryable: false,
-            },
-            RefusalKind::OutcomeUnrecorded => Wording {
-                status: StatusCode::SERVICE_UNAVAILABLE,
-                code: "outcome-unknown",
-                title: "The outcome is unknown",
-                detail: "The request was processed, but its outcome could not be recorded. Send it again with the same key.",
-                retryable: true,
-            },
-            RefusalKind::StoreFull => Wording {
-                status: StatusCode::SERVICE_UNAVAILABLE,
-                code: "store-full",
-                title: "No new keys are taken for now",
-                detail: "The server cannot record another key at the moment. Nothing was processed; send the request again later.",
-                retryable: true,
-            },
-            RefusalKind::StoreUnavailable => Wording {
-                status: StatusCode::SERVICE_UNAVAILABLE,
-                code: "store-unavailable",
-                title: "Keys cannot be checked for now",
-                detail: "The server cannot check this key at the moment. Nothing was processed; send the request again later.",
-                retryable: true,
-            },
-            RefusalKind::TooManyWaiters => Wording {
-                status: StatusCode::CONFLICT,
-                code: "too-many-waiters",
-                title: "A request is outstanding for this Idempotency-Key",
-                detail: "Too many requests wait for outstanding ones already. Send the request again later.",
-                retryable: true,
-            },
-        }
     }
 }
 

@@ -75,10 +75,6 @@ pub struct Transition<R> {
 /// A change to a stored record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it lives for one step; a box would cost every claim"
-)]
 pub enum Change {
     /// Leave it as it is.
     Keep,

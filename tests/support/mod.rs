@@ -377,6 +377,7 @@ impl Got {
 }
 
 /// Sends a request through a clone of the service and reads the answer.
+#[expect(clippy::future_not_send, reason = "it is where the service is, and not every service is")]
 pub async fn send<S>(service: &S, request: Request<AnyBody>) -> Got
 where
     S: Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone,

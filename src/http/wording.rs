@@ -1,0 +1,165 @@
+//! What each refusal says.
+
+use http::StatusCode;
+
+use super::refusal::RefusalKind;
+use crate::protocol::KeyError;
+
+/// Status, words and advice of a refusal.
+#[derive(Clone, Copy)]
+pub(super) struct Wording {
+    pub(super) status: StatusCode,
+    pub(super) code: &'static str,
+    pub(super) title: &'static str,
+    pub(super) detail: &'static str,
+    pub(super) retryable: bool,
+}
+
+impl RefusalKind {
+    pub(super) const fn wording(self) -> Wording {
+        match self {
+            RefusalKind::AnswerBroken => ANSWER_BROKEN,
+            RefusalKind::AnswerNotKept => ANSWER_NOT_KEPT,
+            RefusalKind::BodyBroken => BODY_BROKEN,
+            RefusalKind::BodyTimeout => BODY_TIMEOUT,
+            RefusalKind::BodyTooLarge => BODY_TOO_LARGE,
+            RefusalKind::HandlerFailed => HANDLER_FAILED,
+            RefusalKind::InvalidKey(reason) => Wording {
+                detail: KeyError::new(reason).detail(),
+                ..INVALID_KEY
+            },
+            RefusalKind::MissingKey => MISSING_KEY,
+            RefusalKind::Mismatch => MISMATCH,
+            RefusalKind::Outstanding => OUTSTANDING,
+            RefusalKind::OutcomeUnknown => OUTCOME_UNKNOWN,
+            RefusalKind::OutcomeUnrecorded => OUTCOME_UNRECORDED,
+            RefusalKind::StoreFull => STORE_FULL,
+            RefusalKind::StoreUnavailable => STORE_UNAVAILABLE,
+            RefusalKind::TooManyWaiters => TOO_MANY_WAITERS,
+        }
+    }
+}
+
+const ANSWER_BROKEN: Wording = Wording {
+    status: StatusCode::INTERNAL_SERVER_ERROR,
+    code: "answer-broken",
+    title: "The answer broke off",
+    detail: "The request was processed, but its answer broke off and could not be kept. Look up the result; \
+                         sending the request again does not process it again.",
+    retryable: false,
+};
+
+const ANSWER_NOT_KEPT: Wording = Wording {
+    status: StatusCode::CONFLICT,
+    code: "answer-not-kept",
+    title: "The answer was not kept",
+    detail: "A request with this key was processed, and its answer is not available for replay. Look up the \
+                         result; the request is not processed again.",
+    retryable: false,
+};
+
+const BODY_BROKEN: Wording = Wording {
+    status: StatusCode::BAD_REQUEST,
+    code: "body-broken",
+    title: "The request body broke off",
+    detail: "The request body could not be read to its end. Nothing was processed; send the request again.",
+    retryable: true,
+};
+
+const BODY_TIMEOUT: Wording = Wording {
+    status: StatusCode::REQUEST_TIMEOUT,
+    code: "body-timeout",
+    title: "The request body took too long",
+    detail: "The request body did not arrive in time. Nothing was processed; send the request again.",
+    retryable: true,
+};
+
+const BODY_TOO_LARGE: Wording = Wording {
+    status: StatusCode::PAYLOAD_TOO_LARGE,
+    code: "body-too-large",
+    title: "The request body is too large",
+    detail: "A request with an idempotency key may not have a body as long as this one. Nothing was processed.",
+    retryable: false,
+};
+
+const HANDLER_FAILED: Wording = Wording {
+    status: StatusCode::INTERNAL_SERVER_ERROR,
+    code: "handler-failed",
+    title: "Internal server error",
+    detail: "The request failed inside the server.",
+    retryable: true,
+};
+
+const INVALID_KEY: Wording = Wording {
+    status: StatusCode::BAD_REQUEST,
+    code: "key-invalid",
+    title: "Idempotency-Key is invalid",
+    detail: "",
+    retryable: false,
+};
+
+const MISSING_KEY: Wording = Wording {
+    status: StatusCode::BAD_REQUEST,
+    code: "key-missing",
+    title: "Idempotency-Key is missing",
+    detail: "This operation is idempotent and requires a key. Choose a new unique one for each operation and send \
+                         it again with every retry.",
+    retryable: false,
+};
+
+const MISMATCH: Wording = Wording {
+    status: StatusCode::UNPROCESSABLE_ENTITY,
+    code: "key-reused",
+    title: "Idempotency-Key is already used",
+    detail: "This key belongs to another request. Repeat that request unchanged, or choose a new key for this one.",
+    retryable: false,
+};
+
+const OUTSTANDING: Wording = Wording {
+    status: StatusCode::CONFLICT,
+    code: "request-outstanding",
+    title: "A request is outstanding for this Idempotency-Key",
+    detail: "A request with this key is still being processed. Send the request again later to get its answer.",
+    retryable: true,
+};
+
+const OUTCOME_UNKNOWN: Wording = Wording {
+    status: StatusCode::CONFLICT,
+    code: "outcome-unknown",
+    title: "The outcome is unknown",
+    detail: "An earlier attempt with this key was interrupted, and whether it took effect is not known. Look up \
+                         the result before you choose a new key.",
+    retryable: false,
+};
+
+const OUTCOME_UNRECORDED: Wording = Wording {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "outcome-unknown",
+    title: "The outcome is unknown",
+    detail: "The request was processed, but its outcome could not be recorded. Send it again with the same key.",
+    retryable: true,
+};
+
+const STORE_FULL: Wording = Wording {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "store-full",
+    title: "No new keys are taken for now",
+    detail: "The server cannot record another key at the moment. Nothing was processed; send the request again later.",
+    retryable: true,
+};
+
+const STORE_UNAVAILABLE: Wording = Wording {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "store-unavailable",
+    title: "Keys cannot be checked for now",
+    detail: "The server cannot check this key at the moment. Nothing was processed; send the request again later.",
+    retryable: true,
+};
+
+const TOO_MANY_WAITERS: Wording = Wording {
+    status: StatusCode::CONFLICT,
+    code: "too-many-waiters",
+    title: "A request is outstanding for this Idempotency-Key",
+    detail: "Too many requests wait for outstanding ones already. Send the request again later.",
+    retryable: true,
+};

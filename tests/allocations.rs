@@ -1,0 +1,107 @@
+//! What does not concern the layer costs nothing, and what does has a bounded price.
+
+use std::convert::Infallible;
+use std::future::{ready, Ready};
+
+use allocation_counter::{measure, AllocationInfo};
+use bytes::Bytes;
+use futures::executor::block_on;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use tower::layer::util::Identity;
+use tower::{Layer, Service};
+use tower_idempotency::{IdempotencyLayer, MemoryStore};
+
+type Ours = Response<Full<Bytes>>;
+
+#[derive(Clone)]
+struct Echo;
+
+impl Service<Request<Full<Bytes>>> for Echo {
+    type Response = Ours;
+    type Error = Infallible;
+    type Future = Ready<Result<Ours, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Full<Bytes>>) -> Self::Future {
+        ready(Ok(Response::new(request.into_body())))
+    }
+}
+
+fn request(method: &str, key: Option<&str>, body: &Bytes) -> Request<Full<Bytes>> {
+    let mut request = Request::builder().method(method).uri("/payments");
+    if let Some(key) = key {
+        request = request.header("idempotency-key", key);
+    }
+    request.body(Full::new(body.clone())).unwrap()
+}
+
+/// What is allocated while a service answers a request that was made before.
+fn allocated<S>(service: &mut S, request: Request<Full<Bytes>>) -> (AllocationInfo, Ours)
+where
+    S: Service<Request<Full<Bytes>>, Response = Ours, Error = Infallible>,
+{
+    let mut response = None;
+    let mut request = Some(request);
+    let info = measure(|| response = Some(block_on(service.call(request.take().unwrap())).unwrap()));
+    (info, response.unwrap())
+}
+
+#[test]
+fn a_request_that_is_not_covered_is_not_buffered_boxed_or_copied() {
+    let body = Bytes::from(vec![7; 10_000]);
+    let mut nothing = Identity::new().layer(Echo);
+    let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
+    // The executor allocates once for a thread.
+    block_on(ready(()));
+    for (method, key) in [("POST", None), ("GET", None), ("GET", Some("k"))] {
+        let (bare, _) = allocated(&mut nothing, request(method, key, &body));
+        let (ours, response) = allocated(&mut layer, request(method, key, &body));
+        assert_eq!(
+            (ours.count_total, ours.bytes_total),
+            (bare.count_total, bare.bytes_total),
+            "{method} {key:?}"
+        );
+        let answer = block_on(response.into_body().collect()).unwrap().to_bytes();
+        assert_eq!(answer.as_ptr(), body.as_ptr());
+    }
+}
+
+#[test]
+fn a_large_answer_is_kept_and_replayed_without_a_copy() {
+    let body = Bytes::from(vec![7; 512 << 10]);
+    let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
+    for n in 0..3 {
+        let (info, response) = allocated(&mut layer, request("POST", Some("k"), &body));
+        assert!(
+            info.bytes_total < 32 << 10,
+            "{} bytes for request {n}",
+            info.bytes_total
+        );
+        assert_eq!(response.headers().contains_key("idempotent-replayed"), n > 0);
+        let answer = block_on(response.into_body().collect()).unwrap().to_bytes();
+        assert_eq!(answer.as_ptr(), body.as_ptr());
+    }
+}
+
+#[test]
+fn first_runs_and_replays_take_few_allocations() {
+    let body = Bytes::from(vec![7; 200]);
+    let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
+    // The tables grow now and then; what is measured is the median.
+    let median = |layer: &mut _, key: &dyn Fn(usize) -> String| {
+        let mut counts: Vec<_> = (0..101)
+            .map(|n| allocated(layer, request("POST", Some(&key(n)), &body)).0.count_total)
+            .collect();
+        counts.sort_unstable();
+        counts[50]
+    };
+    let first = median(&mut layer, &|n| format!("key-{n}"));
+    let replay = median(&mut layer, &|n| format!("key-{n}"));
+    println!("allocations: {first} for a first run, {replay} for a replay");
+    assert!(first <= 24, "{first} allocations for a first run");
+    assert!(replay <= 12, "{replay} allocations for a replay");
+}

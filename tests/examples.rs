@@ -1,0 +1,460 @@
+//! Every example does what it says: it is run as its reader would run it, and asked over HTTP.
+//!
+//! `cargo test` builds the examples before it runs this; `cargo test --test examples` does not, and then
+//! `cargo build --examples` with the same features must have been run.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::{join, join_all};
+use http::{header, HeaderMap, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde_json::{json, Value};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An example that runs. It is killed when this is dropped, after a failed assertion too.
+struct Example {
+    child: Child,
+    stdout: Lines<BufReader<ChildStdout>>,
+    origin: String,
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+}
+
+impl Example {
+    async fn start(name: &str) -> Self {
+        Self::start_with(name, None).await
+    }
+
+    async fn start_with(name: &str, directory: Option<&Path>) -> Self {
+        let binary = binary(name);
+        let mut command = Command::new(&binary);
+        if let Some(directory) = directory {
+            command.env("DIRECTORY", directory);
+        }
+        let child = command
+            .env("LISTEN", "127.0.0.1:0")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn();
+        let mut child = child.unwrap_or_else(|error| {
+            panic!(
+                "{} cannot be run ({error}); `cargo build --examples --features axum` makes it",
+                binary.display()
+            )
+        });
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let mut example = Self {
+            child,
+            stdout: BufReader::new(stdout).lines(),
+            origin: String::new(),
+            client: Client::builder(TokioExecutor::new())
+                .pool_max_idle_per_host(0)
+                .build_http(),
+        };
+        let line = example.line().await;
+        let address = line
+            .strip_prefix("listening on ")
+            .expect("its first line is its address");
+        example.origin = format!("http://{}", address.trim_start_matches("http://"));
+        example
+    }
+
+    /// The next line that it prints.
+    async fn line(&mut self) -> String {
+        let line = timeout(PATIENCE, self.stdout.next_line())
+            .await
+            .expect("it prints in time");
+        line.expect("its output is text").expect("it prints another line")
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        let request = Request::get(format!("{}{path}", self.origin)).body(Full::default());
+        self.send(&self.client, request.expect("a request")).await
+    }
+
+    async fn post(&self, path: &str, headers: &[(&str, &str)], body: &'static str) -> Answer {
+        let request = self.request(path, headers, body);
+        self.send(&self.client, request).await
+    }
+
+    fn request(&self, path: &str, headers: &[(&str, &str)], body: &'static str) -> Request<Full<Bytes>> {
+        let mut request = Request::post(format!("{}{path}", self.origin));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(Full::from(body)).expect("a request")
+    }
+
+    async fn send(&self, client: &Client<HttpConnector, Full<Bytes>>, request: Request<Full<Bytes>>) -> Answer {
+        let answer = async {
+            let (head, body) = client.request(request).await.expect("it answers").into_parts();
+            Answer {
+                status: head.status,
+                headers: head.headers,
+                body: body.collect().await.expect("a whole body").to_bytes(),
+            }
+        };
+        timeout(PATIENCE, answer).await.expect("it answers in time")
+    }
+
+    /// Sends a request and hangs up as soon as the handler says that it begins.
+    async fn hang_up_on(&mut self, path: &str, headers: &[(&str, &str)], body: &'static str) {
+        let answer = self.client.request(self.request(path, headers, body));
+        tokio::select! {
+            _ = answer => panic!("it answered before it began"),
+            line = timeout(PATIENCE, self.stdout.next_line()) => {
+                let line = line.expect("it begins in time").expect("text").expect("a line");
+                assert!(line.ends_with(" begins"), "{line}");
+            }
+        }
+    }
+
+    /// Ends it as Ctrl-C does.
+    async fn interrupt(&mut self) -> ExitStatus {
+        let id = self.child.id().expect("it runs").to_string();
+        let sent = Command::new("sh").args(["-c", "kill -INT \"$0\"", &id]).status().await;
+        assert!(sent.expect("a shell").success());
+        let ended = timeout(PATIENCE, self.child.wait()).await.expect("it ends in time");
+        ended.expect("its exit status")
+    }
+
+    /// Ends it as a power cut does.
+    async fn kill(mut self) {
+        self.child.kill().await.expect("it is killed");
+    }
+}
+
+/// Where cargo puts examples: beside the folder of this very test.
+fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the path of this test");
+    let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+    profile
+        .join("examples")
+        .join(name)
+        .with_extension(std::env::consts::EXE_EXTENSION)
+}
+
+impl Answer {
+    fn is_replayed(&self) -> bool {
+        self.headers
+            .get("idempotent-replayed")
+            .is_some_and(|value| value == "true")
+    }
+
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).expect("a JSON body")
+    }
+
+    /// Checks that this is the answer `first`, replayed.
+    fn assert_replays(&self, first: &Self) {
+        assert!(!first.is_replayed() && self.is_replayed(), "{first:?}, then {self:?}");
+        assert_eq!((self.status, &self.body), (first.status, &first.body));
+        assert_eq!(self.headers.get(header::LOCATION), first.headers.get(header::LOCATION));
+        assert_eq!(
+            self.headers.get(header::CONTENT_TYPE),
+            first.headers.get(header::CONTENT_TYPE)
+        );
+    }
+
+    fn assert_refused(&self, status: u16, code: &str) {
+        assert_eq!(self.headers[header::CONTENT_TYPE], "application/problem+json");
+        assert_eq!((self.status.as_u16(), &self.json()["code"]), (status, &json!(code)));
+    }
+}
+
+mod payments {
+    use super::*;
+
+    const JSON: (&str, &str) = ("content-type", "application/json");
+    const ORDER: &[(&str, &str)] = &[JSON, ("idempotency-key", "\"order-1\"")];
+
+    async fn charges(bank: &Example) -> usize {
+        bank.get("/charges").await.json().as_array().expect("a list").len()
+    }
+
+    #[tokio::test]
+    async fn an_order_is_charged_once() {
+        let shop = Example::start("payments").await;
+        let pay = || shop.post("/payments", ORDER, r#"{"amount": 4200}"#);
+        let (one, other) = join(pay(), pay()).await;
+        let (first, second) = if one.is_replayed() { (other, one) } else { (one, other) };
+        assert_eq!(first.status, StatusCode::CREATED);
+        assert_eq!(first.json(), json!({ "id": 1, "amount": 4200 }));
+        assert!(first.headers.contains_key(header::LOCATION));
+        second.assert_replays(&first);
+        pay().await.assert_replays(&first);
+        assert_eq!(shop.get("/charges").await.json(), json!([{ "id": 1, "amount": 4200 }]));
+    }
+
+    #[tokio::test]
+    async fn a_lost_answer_is_given_again() {
+        let mut shop = Example::start("payments").await;
+        shop.hang_up_on("/payments", ORDER, r#"{"amount": 4200}"#).await;
+        let answer = shop.post("/payments", ORDER, r#"{"amount": 4200}"#).await;
+        assert!(answer.is_replayed());
+        assert_eq!(answer.json()["id"], 1);
+        assert_eq!(charges(&shop).await, 1);
+    }
+
+    #[tokio::test]
+    async fn another_amount_under_the_same_key_is_refused() {
+        let shop = Example::start("payments").await;
+        shop.post("/payments", ORDER, r#"{"amount": 4200}"#).await;
+        let more = shop.post("/payments", ORDER, r#"{"amount": 4300}"#).await;
+        more.assert_refused(422, "key-reused");
+        assert_eq!(charges(&shop).await, 1);
+    }
+
+    #[tokio::test]
+    async fn without_a_key_every_request_is_a_charge() {
+        let shop = Example::start("payments").await;
+        let pay = || shop.post("/payments", &[JSON], r#"{"amount": 4200}"#);
+        let answers = join_all([pay(), pay()]).await;
+        assert!(answers.iter().all(|answer| !answer.is_replayed()));
+        assert_eq!(charges(&shop).await, 2);
+    }
+
+    #[tokio::test]
+    async fn the_page_is_served_and_needs_nothing_from_elsewhere() {
+        let page = Example::start("payments").await.get("/").await;
+        let html = std::str::from_utf8(&page.body).expect("text");
+        assert!(html.contains("<title>Paid once</title>"));
+        assert!(!html.contains("//cdn") && !html.contains("https://"));
+    }
+}
+
+mod per_route {
+    use super::*;
+
+    const ALPHA: (&str, &str) = ("authorization", "Bearer alpha-token");
+    const BETA: (&str, &str) = ("authorization", "Bearer beta-token");
+    const KEY: (&str, &str) = ("idempotency-key", "k");
+
+    #[tokio::test]
+    async fn strangers_are_turned_away_and_health_is_not_covered() {
+        let api = Example::start("per_route").await;
+        let stranger = api.post("/payments", &[KEY], "100").await;
+        assert_eq!(stranger.status, StatusCode::UNAUTHORIZED);
+        assert_eq!(api.get("/health").await.body, "fine\n");
+    }
+
+    #[tokio::test]
+    async fn a_payment_needs_a_key_and_is_made_once_for_each_tenant() {
+        let api = Example::start("per_route").await;
+        for path in ["/payments", "/v2/payments"] {
+            api.post(path, &[ALPHA], "100").await.assert_refused(400, "key-missing");
+        }
+        let first = api.post("/payments", &[ALPHA, KEY], "100").await;
+        assert_eq!(first.status, StatusCode::CREATED);
+        api.post("/payments", &[ALPHA, KEY], "100").await.assert_replays(&first);
+        let other = api.post("/payments", &[BETA, KEY], "100").await;
+        assert_eq!(other.status, StatusCode::CREATED);
+        assert!(!other.is_replayed() && other.body != first.body);
+    }
+
+    async fn report(api: &Example, key: &str, day: &'static str) -> Answer {
+        api.post("/reports", &[ALPHA, ("idempotency-key", key)], day).await
+    }
+
+    #[tokio::test]
+    async fn reports_do_not_wait_and_say_themselves_whether_they_are_kept() {
+        let api = Example::start("per_route").await;
+        let (one, other) = join(report(&api, "m", "monday"), report(&api, "m", "monday")).await;
+        let (kept, refused) = if one.status.is_success() {
+            (one, other)
+        } else {
+            (other, one)
+        };
+        refused.assert_refused(409, "request-outstanding");
+        report(&api, "m", "monday").await.assert_replays(&kept);
+        let today = report(&api, "t", "today").await;
+        assert!(!report(&api, "t", "today").await.is_replayed() && today.status.is_success());
+    }
+
+    #[tokio::test]
+    async fn a_failed_mail_is_not_sent_again() {
+        let api = Example::start("per_route").await;
+        let failed = api.post("/emails", &[ALPHA, KEY], "nobody").await;
+        assert_eq!(failed.status, StatusCode::BAD_GATEWAY);
+        assert!(failed.body.ends_with(b"attempt 1 under key k\n"));
+        api.post("/emails", &[ALPHA, KEY], "nobody")
+            .await
+            .assert_replays(&failed);
+        let unprotected = api.post("/emails", &[ALPHA], "nobody").await;
+        assert!(unprotected.body.ends_with(b"without a key\n"));
+    }
+
+    #[tokio::test]
+    async fn one_function_chooses_the_settings_of_v2() {
+        let api = Example::start("per_route").await;
+        let paid = api.post("/v2/payments", &[ALPHA, KEY], "100").await;
+        api.post("/v2/payments", &[ALPHA, KEY], "100")
+            .await
+            .assert_replays(&paid);
+        let elsewhere = api.post("/payments", &[ALPHA, KEY], "100").await;
+        elsewhere.assert_refused(422, "key-reused");
+
+        let quotes = join_all([(); 2].map(|()| api.post("/v2/quotes", &[ALPHA, KEY], "100"))).await;
+        assert!(quotes[0].body != quotes[1].body);
+        let failed = api
+            .post("/v2/emails", &[ALPHA, ("idempotency-key", "e")], "nobody")
+            .await;
+        let again = api
+            .post("/v2/emails", &[ALPHA, ("idempotency-key", "e")], "nobody")
+            .await;
+        assert!(
+            !again.is_replayed() && again.body != failed.body,
+            "5xx is not kept there"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_finishes_what_its_caller_left() {
+        let mut api = Example::start("per_route").await;
+        api.hang_up_on("/payments", &[ALPHA, KEY], "100").await;
+        assert!(api.interrupt().await.success());
+        assert_eq!(api.line().await, "payment 1 of alpha is made");
+        assert_eq!(api.line().await, "everything is finished");
+    }
+}
+
+mod custom_store {
+    use super::*;
+
+    const KEY: &[(&str, &str)] = &[("idempotency-key", "k")];
+
+    /// A directory that goes when this is dropped.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let name = format!("tower-idempotency-{name}-{}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir(&path).expect("a new directory");
+            Self(path)
+        }
+
+        async fn serve(&self) -> Example {
+            Example::start_with("custom_store", Some(&self.0)).await
+        }
+
+        fn record(&self) -> PathBuf {
+            let entries = std::fs::read_dir(&self.0).expect("the directory");
+            let mut records = entries.map(|entry| entry.expect("an entry").path());
+            let record = records.find(|path| !path.ends_with("next"));
+            record.expect("a record")
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            drop(std::fs::remove_dir_all(&self.0));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_survives_a_kill_and_a_restart() {
+        let directory = Scratch::new("replay");
+        let shop = directory.serve().await;
+        let first = shop.post("/orders", KEY, "two teapots").await;
+        assert_eq!(first.status, StatusCode::OK);
+        shop.post("/orders", KEY, "two teapots").await.assert_replays(&first);
+        shop.kill().await;
+
+        let shop = directory.serve().await;
+        shop.post("/orders", KEY, "two teapots").await.assert_replays(&first);
+        let other = shop.post("/orders", KEY, "three teapots").await;
+        other.assert_refused(422, "key-reused");
+    }
+
+    #[tokio::test]
+    async fn an_order_that_was_cut_off_is_never_run_again() {
+        let directory = Scratch::new("lost");
+        let mut shop = directory.serve().await;
+        shop.hang_up_on("/orders", KEY, "two teapots").await;
+        shop.kill().await;
+
+        let shop = directory.serve().await;
+        let answer = shop.post("/orders", KEY, "two teapots").await;
+        answer.assert_refused(409, "outcome-unknown");
+    }
+
+    #[tokio::test]
+    async fn a_damaged_record_is_not_an_absent_one() {
+        let directory = Scratch::new("damaged");
+        let shop = directory.serve().await;
+        shop.post("/orders", KEY, "two teapots").await;
+        for damaged in [
+            &b""[..],
+            b"\x01",
+            b"not a record, but as long as one would be, or longer: no matter",
+        ] {
+            std::fs::write(directory.record(), damaged).expect("a damaged record");
+            let answer = shop.post("/orders", KEY, "two teapots").await;
+            answer.assert_refused(503, "store-unavailable");
+        }
+    }
+}
+
+mod bare_hyper {
+    use super::*;
+
+    const KEY: &[(&str, &str)] = &[("idempotency-key", "k")];
+
+    #[tokio::test]
+    async fn an_order_keeps_its_number_over_either_version_of_http() {
+        let shop = Example::start("bare_hyper").await;
+        let first = shop.post("/", KEY, "two teapots").await;
+        assert_eq!(
+            (first.status, &first.body[..]),
+            (StatusCode::CREATED, &b"order 1: two teapots\n"[..])
+        );
+        shop.post("/", KEY, "two teapots").await.assert_replays(&first);
+
+        let http2 = Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+        let again = shop.send(&http2, shop.request("/", KEY, "two teapots")).await;
+        again.assert_replays(&first);
+        let keyless = shop.post("/", &[], "two teapots").await;
+        assert_eq!(keyless.body, "order 2: two teapots\n");
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_finishes_what_its_caller_left() {
+        let mut shop = Example::start("bare_hyper").await;
+        shop.hang_up_on("/", KEY, "two teapots").await;
+        assert!(shop.interrupt().await.success());
+        assert_eq!(shop.line().await, "order 1 is taken");
+        assert_eq!(shop.line().await, "everything is finished");
+    }
+}
+
+mod conformance_target {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_counts_one_execution_for_one_key() {
+        let target = Example::start("conformance_target").await;
+        let headers = &[("idempotency-key", "k"), ("x-test-tag", "t")];
+        let first = target.post("/default", headers, "").await;
+        target.post("/default", headers, "").await.assert_replays(&first);
+        let count = target.get("/executions?tag=t").await.json();
+        assert_eq!(count, json!({ "started": 1, "finished": 1 }));
+    }
+}

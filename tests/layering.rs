@@ -1,0 +1,126 @@
+//! The house has five floors; a module imports only from floors below it (ARCHITECTURE.md).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const FLOORS: [&[&str]; 5] = [
+    &["error", "clock", "sharded"],
+    &["protocol", "telemetry"],
+    &["http", "store"],
+    &["server"],
+    &["lib"],
+];
+
+fn floor_of(module: &str) -> usize {
+    let floor = FLOORS.iter().position(|floor| floor.contains(&module));
+    floor.unwrap_or_else(|| panic!("module {module} has no floor: add it to tests/layering.rs and ARCHITECTURE.md")) + 1
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let nested = entries.map(|path| if path.is_dir() { sources(&path) } else { vec![path] });
+    nested
+        .flatten()
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .collect()
+}
+
+/// The module on the first level below `src` that a file belongs to.
+fn module_of(file: &Path, src: &Path) -> String {
+    let relative = file.strip_prefix(src).unwrap();
+    relative
+        .components()
+        .next()
+        .unwrap()
+        .as_os_str()
+        .to_str()
+        .unwrap()
+        .trim_end_matches(".rs")
+        .to_owned()
+}
+
+/// The modules that a file names behind `crate::`, outside of comments.
+fn imports(source: &str) -> Vec<String> {
+    let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let paths = code.flat_map(|line| line.split("crate::").skip(1));
+    let names = paths.map(|path| {
+        path.chars()
+            .take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect::<String>()
+    });
+    // What begins with a capital is re-exported by `lib`; an empty name is a list and would hide what it imports.
+    names.collect()
+}
+
+#[test]
+fn a_module_imports_only_from_floors_below_it() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut checked = 0;
+    for file in sources(&src) {
+        let module = module_of(&file, &src);
+        let source = fs::read_to_string(&file).unwrap();
+        let tests = source.find("#[cfg(test)]").unwrap_or(source.len());
+        for import in imports(&source[..tests]) {
+            let shown = file.display();
+            assert!(
+                !import.is_empty(),
+                "{shown}: import from one module at a time, not `crate::{{..}}`"
+            );
+            assert!(
+                import.starts_with(char::is_lowercase),
+                "{shown}: `crate::{import}` goes through lib"
+            );
+            let below = floor_of(&import) < floor_of(&module);
+            assert!(
+                import == module || below,
+                "{shown}: {module} imports from {import}, which is not below it"
+            );
+            checked += 1;
+        }
+    }
+    assert!(
+        checked > 50,
+        "only {checked} imports were found: does the test still read the sources?"
+    );
+}
+
+#[test]
+fn the_protocol_is_pure() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for file in sources(&src.join("protocol")) {
+        let source = fs::read_to_string(&file).unwrap();
+        let code = &source[..source.find("#[cfg(test)]").unwrap_or(source.len())];
+        for foreign in [
+            "tokio",
+            "http::",
+            "async ",
+            "std::io",
+            "std::net",
+            "std::fs",
+            "Instant",
+            "SystemTime",
+            "Mutex",
+        ] {
+            assert!(
+                !code.contains(foreign),
+                "{}: the protocol knows no {foreign}",
+                file.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn features_show_in_few_places() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for file in sources(&src) {
+        let source = fs::read_to_string(&file).unwrap();
+        let metrics = source.contains("feature = \"metrics\"");
+        let allowed = ["telemetry.rs", "clock.rs"].iter().any(|name| file.ends_with(name));
+        assert!(
+            !metrics || allowed,
+            "{}: the feature `metrics` belongs to telemetry",
+            file.display()
+        );
+    }
+}

@@ -1,0 +1,143 @@
+//! What the crate tells about itself, and what it never tells.
+
+mod support;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use support::{post, send, Fault, Handler, RemoteStore};
+use tower::Layer;
+use tower_idempotency::{IdempotencyLayer, MemoryStore, OnLost};
+use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::fmt::MakeWriter;
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'w> MakeWriter<'w> for Log {
+    type Writer = Self;
+
+    fn make_writer(&'w self) -> Self {
+        self.clone()
+    }
+}
+
+/// Everything logged while a store with faults serves a few requests.
+fn logged() -> String {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_span_events(FmtSpan::CLOSE)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let store = RemoteStore::new();
+            let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+            let service = layer
+                .with_completion_timeout(Duration::from_secs(1))
+                .layer(Handler::new());
+            send(&service, post("secret-key", "card 4242")).await;
+            send(&service, post("secret-key", "card 4242")).await;
+            send(&service, post("secret-key", "card 1111")).await;
+            store.fail("claim", [Fault::Before; 2]);
+            send(&service, post("secret-key", "card 4242")).await;
+            store.fail("complete", [Fault::Before; 100]);
+            send(&service, post("secret-key-2", "card 4242")).await;
+        });
+    });
+    let bytes = log.0.lock().unwrap().clone();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn every_request_has_a_span_and_every_unusual_path_an_event() {
+    let log = logged();
+    for told in [
+        "outcome=\"executed\"",
+        "outcome=\"replayed\"",
+        "outcome=\"key-reused\"",
+        "outcome=\"store-unavailable\"",
+        "outcome=\"outcome-unknown\"",
+        "attempt=1",
+        "fence=",
+        "event=\"claim-repeated\"",
+        "event=\"store-failed\"",
+        "event=\"completion-repeated\"",
+        "event=\"unrecorded\"",
+    ] {
+        assert!(log.contains(told), "{told} is not in:\n{log}");
+    }
+}
+
+#[test]
+fn no_key_and_no_body_is_ever_logged() {
+    let log = logged();
+    for secret in ["secret-key", "4242", "1111"] {
+        assert!(!log.contains(secret), "{log}");
+    }
+}
+
+#[cfg(feature = "metrics")]
+#[test]
+fn metrics_count_outcomes_events_and_the_store() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let snapshot = metrics::with_local_recorder(&recorder, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let service = IdempotencyLayer::new(MemoryStore::new()).layer(Handler::new());
+            for body in ["x", "x", "y"] {
+                send(&service, post("secret-key", body)).await;
+            }
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        });
+        snapshotter.snapshot().into_vec()
+    });
+    let value = |name: &str, label: Option<&str>| {
+        let found = snapshot.iter().find(|(key, ..)| {
+            let mut labels = key.key().labels().map(metrics::Label::value);
+            key.key().name() == name && label.is_none_or(|label| labels.any(|value| value == label))
+        });
+        let (.., value) = found.unwrap_or_else(|| panic!("no {name} {label:?}"));
+        match value {
+            DebugValue::Counter(count) => f64::from(u32::try_from(*count).unwrap()),
+            DebugValue::Gauge(gauge) => gauge.into_inner(),
+            DebugValue::Histogram(times) => f64::from(u32::try_from(times.len()).unwrap()),
+        }
+    };
+    for outcome in ["executed", "replayed", "key-reused"] {
+        assert!(
+            (value("idempotency_requests_total", Some(outcome)) - 1.0).abs() < 0.1,
+            "{outcome}"
+        );
+    }
+    assert!((value("idempotency_layer_seconds", None) - 3.0).abs() < 0.1);
+    assert!(value("idempotency_in_flight", None).abs() < 0.1);
+    assert!((value("idempotency_store_records", None) - 1.0).abs() < 0.1);
+    assert!(value("idempotency_store_bytes", None) > 1.0);
+    assert!(!format!("{snapshot:?}").contains("secret-key"));
+}
