@@ -100,9 +100,8 @@ async fn a_watcher_of_another_process_that_leaves_hands_over_to_those_who_joined
 
 #[test]
 fn an_execution_whose_runtime_ends_gives_its_key_up_and_is_not_run_again() {
-    let store = MemoryStore::new();
     let handler = Handler::new().taking(Duration::from_secs(3_600));
-    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     let runtime = || {
         tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Response, StatusCode};
-use support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore};
+use support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore, Timer};
 use tower::Layer;
 use tower_idempotency::{DoNotKeep, Idempotency, IdempotencyLayer, MemoryStore, Store};
 
@@ -85,7 +85,7 @@ async fn a_duplicate_gives_up_after_its_wait_and_harms_nobody() {
     let service = layer.layer(handler.clone());
     let owner = start(&service, "k", "pay");
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let begin = tokio::time::Instant::now();
+    let begin = Timer::start();
     let refused = send(&service, post("k", "pay")).await;
     assert_eq!((refused.status(), refused.code()), (409, "request-outstanding"));
     assert_eq!(refused.head.headers["retry-after"], "1");
@@ -106,7 +106,7 @@ async fn a_wait_of_zero_refuses_at_once_here_and_elsewhere() {
         .layer(handler);
     let owner = start(&here, "k", "pay");
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let begin = tokio::time::Instant::now();
+    let begin = Timer::start();
     for service in [&here, &there] {
         assert_eq!(send(service, post("k", "pay")).await.code(), "request-outstanding");
     }
@@ -226,7 +226,7 @@ async fn a_key_that_is_always_busy_starves_nobody() {
         tokio::spawn(async move {
             let mut longest = Duration::ZERO;
             for _ in 0..50 {
-                let begin = tokio::time::Instant::now();
+                let begin = Timer::start();
                 send(&service, post("k", "pay")).await;
                 longest = longest.max(begin.elapsed());
             }
@@ -246,7 +246,7 @@ async fn a_key_that_is_always_busy_starves_nobody() {
 async fn keys_do_not_block_one_another() {
     let handler = Handler::new().taking(Duration::from_secs(5));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
-    let begin = tokio::time::Instant::now();
+    let begin = Timer::start();
     let requests = (0..200).map(|n| {
         let service = service.clone();
         async move { send(&service, support::request(&format!("key-{n}"), full("x"))).await }

@@ -36,7 +36,15 @@ impl Fingerprinting {
         if matches!(self.body, BodyForm::Nothing) {
             return Fingerprint::NONE;
         }
-        let mut hasher = Hasher::new();
+        let mut hasher = match &self.body {
+            BodyForm::Bytes | BodyForm::Nothing => Hasher::over_bytes(body),
+            BodyForm::Custom(digest) => {
+                let mut hasher = Hasher::over_bytes(&digest(parts, body));
+                hasher.field(b"custom");
+                hasher
+            }
+            BodyForm::Json(json) => Hasher::over_json(json, body),
+        };
         let uri = uri_as_sent(parts);
         hasher.field(parts.method.as_str().as_bytes());
         hasher.field(uri.path().as_bytes());
@@ -50,15 +58,7 @@ impl Fingerprinting {
             }
             hasher.field(&lines.to_le_bytes());
         }
-        match &self.body {
-            BodyForm::Bytes | BodyForm::Nothing => hasher.over_bytes(std::iter::once(&body[..])),
-            BodyForm::Custom(digest) => {
-                let digest = Fingerprint::of(&digest(parts, body));
-                hasher.field(b"custom");
-                hasher.over_bytes(std::iter::once(&digest.digest()[..]))
-            }
-            BodyForm::Json(json) => hasher.over_json(json, body),
-        }
+        hasher.finish()
     }
 }
 

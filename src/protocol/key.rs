@@ -181,7 +181,9 @@ impl Scope {
     pub fn of<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> Self {
         let mut bytes = Vec::with_capacity(48);
         for part in parts {
-            push_prefixed(&mut bytes, part.as_ref());
+            let part = part.as_ref();
+            bytes.extend_from_slice(&prefix(part));
+            bytes.extend_from_slice(part);
         }
         Self(bytes)
     }
@@ -231,23 +233,60 @@ pub(crate) struct KeySpace {
 impl KeySpace {
     /// BLAKE3 over the length-prefixed namespace, scope and key.
     pub(crate) fn storage_key(&self, scope: Option<&Scope>, key: &IdempotencyKey) -> StorageKey {
-        let mut bytes = Vec::with_capacity(128);
-        push_prefixed(&mut bytes, self.namespace.as_bytes());
+        let scope_len = scope.map_or(0, |scope| scope.0.len());
+        let mut bytes = Prefixed::with_room_for(13 + self.namespace.len() + scope_len + key.0.len());
+        bytes.push(self.namespace.as_bytes());
         // "No scope" and "a scope without parts" are two things.
-        bytes.push(u8::from(scope.is_some()));
-        push_prefixed(&mut bytes, scope.map_or(&[], |scope| &scope.0));
-        push_prefixed(&mut bytes, key.0.as_bytes());
+        bytes.push_raw(&[u8::from(scope.is_some())]);
+        bytes.push(scope.map_or(&[], |scope| &scope.0));
+        bytes.push(key.0.as_bytes());
         StorageKey(match &self.secret {
-            Some(secret) => *blake3::keyed_hash(&secret.0, &bytes).as_bytes(),
-            None => *blake3::hash(&bytes).as_bytes(),
+            Some(secret) => *blake3::keyed_hash(&secret.0, bytes.as_slice()).as_bytes(),
+            None => *blake3::hash(bytes.as_slice()).as_bytes(),
         })
     }
 }
 
-fn push_prefixed(bytes: &mut Vec<u8>, part: &[u8]) {
-    let len = u32::try_from(part.len()).unwrap_or(u32::MAX);
-    bytes.extend_from_slice(&len.to_be_bytes());
-    bytes.extend_from_slice(part);
+/// Parts with their lengths, on the stack where they are short.
+enum Prefixed {
+    Long(Vec<u8>),
+    Short([u8; 160], usize),
+}
+
+impl Prefixed {
+    fn with_room_for(len: usize) -> Self {
+        if len <= 160 {
+            Self::Short([0; 160], 0)
+        } else {
+            Self::Long(Vec::with_capacity(len))
+        }
+    }
+
+    fn push(&mut self, part: &[u8]) {
+        self.push_raw(&prefix(part));
+        self.push_raw(part);
+    }
+
+    fn push_raw(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Long(all) => all.extend_from_slice(bytes),
+            Self::Short(all, len) => {
+                all[*len..*len + bytes.len()].copy_from_slice(bytes);
+                *len += bytes.len();
+            }
+        }
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Long(all) => all,
+            Self::Short(all, len) => &all[..*len],
+        }
+    }
+}
+
+fn prefix(part: &[u8]) -> [u8; 4] {
+    u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes()
 }
 
 /// The name of a record in a store: 32 bytes of BLAKE3 over namespace, scope and key. The raw key is stored nowhere.

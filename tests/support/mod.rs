@@ -23,7 +23,7 @@ use tower_idempotency::protocol::{
     Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
     Snapshot, StorageKey, Transition,
 };
-use tower_idempotency::{Clock, Error, ErrorKind, Store};
+use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
 
 pub type AnyBody = UnsyncBoxBody<Bytes, Broken>;
 
@@ -208,6 +208,21 @@ impl Store for RemoteStore {
     }
 }
 
+/// Measures time as the crate does: it follows tokio's, also when that is paused.
+pub struct Timer(Clock, Timestamp);
+
+impl Timer {
+    pub fn start() -> Self {
+        let clock = Clock::system();
+        let now = clock.now();
+        Self(clock, now)
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.0.now().saturating_since(self.1)
+    }
+}
+
 pub async fn yield_times(times: usize) {
     for _ in 0..times {
         tokio::task::yield_now().await;
@@ -377,7 +392,10 @@ impl Got {
 }
 
 /// Sends a request through a clone of the service and reads the answer.
-#[expect(clippy::future_not_send, reason = "it is where the service is, and not every service is")]
+#[expect(
+    clippy::future_not_send,
+    reason = "it is where the service is, and not every service is"
+)]
 pub async fn send<S>(service: &S, request: Request<AnyBody>) -> Got
 where
     S: Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone,
