@@ -1,0 +1,144 @@
+//! What the layer adds to a request, beside what a hand-written middleware without guarantees adds.
+//!
+//! `cargo bench --features axum --bench overhead` prints the table of the README in about 90 seconds, with `-- --quick` a rough
+//! one in 10. One process, one current-thread runtime, no network. The variants take turns in short rounds, so that whatever
+//! slows the machine down slows all of them; figures are medians over the rounds.
+#![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Bench, Kind, Setting, Variant, SETTINGS};
+use tokio::runtime::{Builder, Runtime};
+
+/// How long one kind of request is measured.
+struct Effort {
+    time: Duration,
+    largest: u64,
+}
+
+/// Nanoseconds per request: one figure per round, for each variant.
+struct Rounds(Vec<[f64; Variant::ALL.len()]>);
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    // `cargo test --benches` starts it, too.
+    if !arguments.iter().any(|argument| argument == "--bench") {
+        return;
+    }
+    let effort = if arguments.iter().any(|argument| argument == "--quick") {
+        Effort {
+            time: Duration::from_millis(500),
+            largest: 50_000,
+        }
+    } else {
+        Effort {
+            time: Duration::from_secs(5),
+            largest: u64::MAX,
+        }
+    };
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime without threads starts");
+    println!("Time added to a request, in µs (the bare service in the first column takes that long in all):\n");
+    println!("| request | bare service | layer that does nothing | hand-written | this layer | ratio | target |");
+    println!("|---|--:|--:|--:|--:|--:|--:|");
+    for setting in SETTINGS.iter().filter(|setting| setting.held <= effort.largest) {
+        measure(&runtime, setting, &effort);
+    }
+    println!("\nRatio: to the hand-written middleware; without a key, the difference to the layer that does nothing.");
+}
+
+fn measure(runtime: &Runtime, setting: &Setting, effort: &Effort) {
+    let mut benches = Variant::ALL.map(|variant| runtime.block_on(Bench::new(setting, variant)));
+    let batch = if setting.body > 100_000 { 10 } else { 400 };
+    for kind in setting.kinds {
+        // Warm caches, of the processor and of the allocator.
+        for _ in 0..3 {
+            round(runtime, &mut benches, *kind, batch, 0);
+        }
+        let started = Instant::now();
+        let mut rounds = Rounds(Vec::new());
+        while started.elapsed() < effort.time {
+            let first = rounds.0.len();
+            rounds.0.push(round(runtime, &mut benches, *kind, batch, first));
+        }
+        rounds.print(setting, *kind);
+    }
+}
+
+/// Every variant once, beginning with another one each time.
+fn round(
+    runtime: &Runtime,
+    benches: &mut [Bench; Variant::ALL.len()],
+    kind: Kind,
+    batch: u64,
+    first: usize,
+) -> [f64; Variant::ALL.len()] {
+    let mut nanos = [0.0; Variant::ALL.len()];
+    for turn in 0..benches.len() {
+        let at = (first + turn) % benches.len();
+        let requests = benches[at].requests(kind, batch);
+        let started = Instant::now();
+        runtime.block_on(benches[at].send(kind, requests));
+        nanos[at] = started.elapsed().as_secs_f64() * 1e9 / batch as f64;
+    }
+    nanos
+}
+
+impl Rounds {
+    fn print(&self, setting: &Setting, kind: Kind) {
+        let bare = self.median(|of| of(Variant::Bare)) / 1e3;
+        let added = |variant| self.median(|of| of(variant) - of(Variant::Bare)) / 1e3;
+        let (nothing, hand, layer) = (
+            added(Variant::Forward),
+            added(Variant::HandWritten),
+            added(Variant::Layer),
+        );
+        let (name, ratio, target) = match kind {
+            Kind::NoKey => ("no key", format!("{:+.2} µs", layer - nothing), "±0"),
+            Kind::First => ("first run", format!("{:.2}", layer / hand), target(setting)),
+            Kind::Replay => ("replay", format!("{:.2}", layer / hand), target(setting)),
+        };
+        println!(
+            "| {name}, {} | {bare:.2} | {nothing:.2} | {hand:.2} | {layer:.2} | {ratio} | {target} |",
+            setting.name
+        );
+        let spreads = Variant::ALL.map(|variant| {
+            let added = added(variant);
+            format!("{} {added:.2} ({:.2})", variant.name(), self.spread(variant) / 1e3)
+        });
+        eprintln!("    {} rounds, added (spread): {}", self.0.len(), spreads.join(", "));
+    }
+
+    fn sorted(&self, figure: impl Fn(&dyn Fn(Variant) -> f64) -> f64) -> Vec<f64> {
+        let of_round = |round: &[f64; Variant::ALL.len()]| {
+            figure(&|variant| {
+                let at = Variant::ALL.iter().position(|other| *other == variant);
+                at.map_or(f64::NAN, |at| round[at])
+            })
+        };
+        let mut figures: Vec<f64> = self.0.iter().map(of_round).collect();
+        figures.sort_by(f64::total_cmp);
+        figures
+    }
+
+    fn median(&self, figure: impl Fn(&dyn Fn(Variant) -> f64) -> f64) -> f64 {
+        let sorted = self.sorted(figure);
+        sorted[sorted.len() / 2]
+    }
+
+    /// The distance between the quartiles.
+    fn spread(&self, variant: Variant) -> f64 {
+        let sorted = self.sorted(|of| of(variant));
+        sorted[sorted.len() * 3 / 4] - sorted[sorted.len() / 4]
+    }
+}
+
+const fn target(setting: &Setting) -> &'static str {
+    if setting.body > 100_000 {
+        "≤ 0.35"
+    } else {
+        "≤ 1.00"
+    }
+}

@@ -1,0 +1,183 @@
+//! A store of your own in under 100 lines: one file per key.
+//!
+//! ```text
+//! cargo run --features axum --example custom_store
+//! curl -i http://127.0.0.1:3000/orders -H 'Idempotency-Key: 1' -d 'two teapots'
+//! ```
+//!
+//! Kill the server, start it again, and send the same: the answer is the one that the old process gave. Kill it within the
+//! second that an order takes: nobody knows how far it came, and once its lease is over the answer is 409 `outcome-unknown`.
+//! `DIRECTORY` sets where the files are, `LISTEN` another address.
+//!
+//! # What the store promises
+//!
+//! The [contract](tower_idempotency::Store#contract): all the logic is in the pure functions of [`Record`], a mutex makes each
+//! step atomic, and a record is on the disk (written beside, synced, renamed, the directory synced) before a step answers.
+//!
+//! # What it does not
+//!
+//! * **One process per directory.** The mutex knows of no other; two processes would run one key twice.
+//! * **Speed.** Steps run one at a time, and each waits for the disk.
+//! * **Housekeeping.** A file goes when its key is released, and is overwritten when its key comes again after its retention.
+//!   Delete what was written longer ago than your longest retention and lease together. The disk is the only bound.
+//! * **A steady clock across restarts.** A machine's clock that is set back while the process is down prolongs retention.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::routing::post;
+use axum::Router;
+use tokio::net::TcpListener;
+use tokio::time::{sleep, Sleep};
+use tower_idempotency::protocol::{
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Snapshot, StorageKey, Transition,
+};
+use tower_idempotency::{Clock, Error, IdempotencyLayer, Store, Timestamp};
+
+/// Keeps each record in a file of its own; clones share the directory.
+#[derive(Clone, Debug)]
+pub struct DirectoryStore {
+    path: PathBuf,
+    clock: Clock,
+    /// Held for a whole step.
+    alone: Arc<Mutex<()>>,
+}
+
+impl DirectoryStore {
+    /// The store in this directory, which is made if need be.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be made.
+    pub fn open(path: PathBuf, clock: Clock) -> io::Result<Self> {
+        fs::create_dir_all(&path)?;
+        let alone = Arc::default();
+        Ok(Self { path, clock, alone })
+    }
+
+    /// Runs one atomic step, to its end even if the caller goes away.
+    async fn step<R, T>(&self, key: &StorageKey, transition: T) -> Result<R, Error>
+    where
+        R: Send + 'static,
+        T: FnOnce(Option<&Record>, Timestamp) -> Transition<R> + Send + 'static,
+    {
+        let (store, file) = (self.clone(), self.file(key));
+        let step = tokio::task::spawn_blocking(move || {
+            let _alone = store.alone.lock().unwrap_or_else(PoisonError::into_inner);
+            let record = read(&file)?;
+            let Transition { reply, change } = transition(record.as_ref(), store.clock.now());
+            store.apply(change, &file).map_err(Error::unavailable)?;
+            Ok(reply)
+        });
+        step.await.map_err(Error::unavailable)?
+    }
+
+    fn file(&self, key: &StorageKey) -> PathBuf {
+        let name: String = key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        self.path.join(name)
+    }
+
+    fn apply(&self, change: Change, file: &Path) -> io::Result<()> {
+        match change {
+            Change::Keep => {}
+            Change::Put(record) => self.write(file, &record.to_bytes())?,
+            Change::Remove => fs::remove_file(file)?,
+        }
+        // Also when nothing changes: the step before may have failed just here, and its answer is given now.
+        File::open(&self.path)?.sync_all()
+    }
+
+    fn write(&self, file: &Path, bytes: &[u8]) -> io::Result<()> {
+        let beside = self.path.join("next");
+        let mut next = File::create(&beside)?;
+        next.write_all(bytes)?;
+        next.sync_all()?;
+        fs::rename(beside, file)
+    }
+}
+
+/// A file that cannot be read is somebody's live record: an error, never absent.
+fn read(file: &Path) -> Result<Option<Record>, Error> {
+    match fs::read(file) {
+        Ok(bytes) => Record::from_bytes(bytes.into()).map(Some),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::unavailable(error)),
+    }
+}
+
+impl Store for DirectoryStore {
+    type Watch = Sleep;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        let (key, claim) = (claim.key, claim.clone());
+        let claim = move |record: Option<&Record>, now| Record::claim(record, &claim, now);
+        self.step(&key, claim).await
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        let renew = move |record: Option<&Record>, now| Record::renew(record, owner, lease, now);
+        self.step(key, renew).await
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let outcome = outcome.clone();
+        let complete = move |record: Option<&Record>, now| Record::complete(record, owner, &outcome, retention, now);
+        self.step(key, complete).await
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        let release = move |record: Option<&Record>, now| Record::release(record, owner, now);
+        self.step(key, release).await
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+        let resolution = resolution.clone();
+        let resolve = move |record: Option<&Record>, now| Record::resolve(record, fence, &resolution, now);
+        self.step(key, resolve).await
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        let peek = |record: Option<&Record>, now| Transition {
+            reply: Record::peek(record, now),
+            change: Change::Keep,
+        };
+        self.step(key, peek).await
+    }
+
+    /// Wakes without cause, a few times a second: whoever waits looks again.
+    async fn watch(&self, _: &StorageKey) -> Result<Sleep, Error> {
+        Ok(sleep(Duration::from_millis(200)))
+    }
+}
+
+async fn order(what: String) -> String {
+    let process = std::process::id();
+    println!("an order begins");
+    sleep(Duration::from_secs(1)).await;
+    println!("an order is taken");
+    format!("process {process} took the order: {what}\n")
+}
+
+#[tokio::main]
+async fn main() -> io::Result<()> {
+    let default = std::env::temp_dir().join("tower-idempotency-orders");
+    let directory = std::env::var_os("DIRECTORY").map_or(default, PathBuf::from);
+    let store = DirectoryStore::open(directory, Clock::system())?;
+    let idempotency = IdempotencyLayer::new(store).with_lease(Duration::from_secs(3));
+    let app = Router::new().route("/orders", post(order)).layer(idempotency);
+
+    let address = std::env::var("LISTEN").unwrap_or_else(|_| "127.0.0.1:3000".to_owned());
+    let listener = TcpListener::bind(address).await?;
+    println!("listening on http://{}", listener.local_addr()?);
+    axum::serve(listener, app).await
+}
