@@ -138,3 +138,42 @@ async fn a_shutdown_can_wait_for_executions_whose_callers_left() {
     drain.wait().await;
     assert_eq!((drain.running(), handler.finished()), (0, 1));
 }
+
+#[test]
+fn a_future_dropped_outside_of_its_runtime_is_rescued_on_it() {
+    let store = RemoteStore::new();
+    store.set_timers(true);
+    let handler = Handler::new().taking(Duration::from_millis(50));
+    let layer = IdempotencyLayer::new(store);
+    let mut service = layer.layer(handler.clone());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let mut future = Box::pin(service.call(post("k", "pay")));
+    while handler.runs() == 0 {
+        runtime.block_on(async {
+            assert!(futures::poll!(&mut future).is_pending());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        });
+    }
+    drop(future);
+    runtime.block_on(layer.drain().wait());
+    assert_eq!((handler.runs(), handler.finished()), (1, 1));
+    assert!(runtime.block_on(send(&service, post("k", "pay"))).is_replay());
+}
+
+#[test]
+fn a_future_dropped_after_its_runtime_does_not_panic_whatever_its_store_needs() {
+    let store = RemoteStore::new();
+    store.set_timers(true);
+    let handler = Handler::new().taking(Duration::from_secs(3_600));
+    let mut service = IdempotencyLayer::new(store).layer(handler.clone());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut future = Box::pin(service.call(post("k", "pay")));
+    while handler.runs() == 0 {
+        runtime.block_on(async {
+            assert!(futures::poll!(&mut future).is_pending());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        });
+    }
+    drop(runtime);
+    drop(future);
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use http::request::Parts;
 use http::{Request, Response};
+use tokio::runtime::Handle;
 use tower_service::Service;
 
 use super::flights::{Flight, Joined, Landing, Seat};
@@ -206,10 +207,10 @@ impl<St: Store> Exchange<St> {
             return Claimed::Settled(Landing::Refused(self.later(RefusalKind::StoreFull)));
         }
         if error.kind() == ErrorKind::StoreUnavailable {
-            let shared = Arc::clone(&self.shared);
-            self.shared
-                .tracker
-                .spawn(release_behind(shared, claim, self.settings.store_timeout));
+            if let Ok(runtime) = Handle::try_current() {
+                let behind = release_behind(Arc::clone(&self.shared), claim, self.settings.store_timeout);
+                self.shared.tracker.spawn(&runtime, behind);
+            }
         }
         if self.settings.run_unprotected {
             return Claimed::Unprotected;

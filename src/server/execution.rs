@@ -56,7 +56,7 @@ impl<St: Store> Exchange<St> {
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        let ownership = Ownership::new(&self.shared, self.flight.storage_key, grant.owner);
+        let ownership = Ownership::new(&self.shared, self.flight.storage_key, grant);
         self.flight.hold(grant);
         if grant.lease.is_some() {
             self.shared.keep_renewed();

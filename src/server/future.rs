@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use futures::future::BoxFuture;
 use http::Response;
 use pin_project_lite::pin_project;
+use tokio::runtime::Handle;
 
 use super::flights::Flight;
 use super::guard::Tracker;
@@ -43,6 +44,8 @@ struct Rescued<R: 'static, E: 'static> {
     exchange: Option<Guarded<R, E>>,
     flight: Arc<Flight>,
     tracker: Arc<Tracker>,
+    /// The runtime that it was polled on: it may be dropped elsewhere.
+    runtime: Option<Handle>,
 }
 
 impl<F, R, E> ResponseFuture<F, R, E> {
@@ -67,6 +70,7 @@ impl<F, R, E> ResponseFuture<F, R, E> {
                     exchange: Some(exchange),
                     flight,
                     tracker,
+                    runtime: None,
                 },
             },
         }
@@ -100,6 +104,9 @@ impl<R, E> Rescued<R, E> {
         let polled = exchange.as_mut().poll(cx);
         if polled.is_pending() {
             self.exchange = Some(exchange);
+            if self.runtime.is_none() {
+                self.runtime = Handle::try_current().ok();
+            }
         }
         polled
     }
@@ -109,7 +116,8 @@ impl<R, E> Drop for Rescued<R, E> {
     fn drop(&mut self) {
         if let Some(exchange) = self.exchange.take() {
             if self.flight.is_guarded() {
-                self.tracker.rescue(async move { drop(exchange.await) });
+                self.tracker
+                    .rescue(self.runtime.as_ref(), async move { drop(exchange.await) });
             }
         }
     }

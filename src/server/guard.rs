@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use tokio::sync::Notify;
 use super::flights::{Flight, Flights};
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Owner, Renewal, StorageKey};
+use crate::protocol::{Grant, Owner, Renewal, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Event};
 
@@ -55,23 +56,20 @@ impl Drop for Running {
 
 impl Tracker {
     /// Lets the rest of an exchange go on in a task of its own. Without a runtime it is dropped, and its guards give up.
-    pub(super) fn rescue(self: &Arc<Self>, rest: impl Future<Output = ()> + Send + 'static) {
-        if self.spawn(rest) {
+    pub(super) fn rescue(self: &Arc<Self>, runtime: Option<&Handle>, rest: impl Future<Output = ()> + Send + 'static) {
+        if let Some(runtime) = runtime {
             telemetry::event(Event::Rescued);
+            self.spawn(runtime, rest);
         }
     }
 
-    pub(super) fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> bool {
-        let Ok(runtime) = Handle::try_current() else {
-            return false;
-        };
+    pub(super) fn spawn(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
         self.running.fetch_add(1, Ordering::AcqRel);
         let running = Running(Arc::clone(self));
         runtime.spawn(async move {
             work.await;
             drop(running);
         });
-        true
     }
 
     pub(super) fn drain(self: &Arc<Self>) -> Drain {
@@ -134,16 +132,19 @@ pub(super) struct Ownership<St: Store> {
     shared: Arc<Shared<St>>,
     key: StorageKey,
     owner: Owner,
+    /// Where a store that is not in this process gets its turn; it may be dropped elsewhere.
+    runtime: Option<Handle>,
     ended: bool,
 }
 
 impl<St: Store> Ownership<St> {
-    pub(super) fn new(shared: &Arc<Shared<St>>, key: StorageKey, owner: Owner) -> Self {
+    pub(super) fn new(shared: &Arc<Shared<St>>, key: StorageKey, grant: Grant) -> Self {
         telemetry::in_flight(1.0);
         Self {
             shared: Arc::clone(shared),
             key,
-            owner,
+            owner: grant.owner,
+            runtime: grant.lease.and_then(|_| Handle::try_current().ok()),
             ended: false,
         }
     }
@@ -156,24 +157,32 @@ impl<St: Store> Ownership<St> {
     pub(super) fn end(mut self) {
         self.ended = true;
     }
+
+    fn give_up(&self) {
+        let (shared, key, owner) = (Arc::clone(&self.shared), self.key, self.owner);
+        let mut renewal = Box::pin(async move {
+            if let Err(error) = shared.store.renew(&key, owner, Duration::ZERO).await {
+                telemetry::failure(Event::RenewalFailed, &error);
+            }
+        });
+        let _entered = self.runtime.as_ref().map(Handle::enter);
+        // A store in memory is done at the first poll, and the runtime may be gone by now.
+        if (&mut renewal).now_or_never().is_none() {
+            if let Some(runtime) = &self.runtime {
+                self.shared.tracker.spawn(runtime, renewal);
+            }
+        }
+    }
 }
 
 impl<St: Store> Drop for Ownership<St> {
     fn drop(&mut self) {
         telemetry::in_flight(-1.0);
-        if self.ended {
-            return;
-        }
-        telemetry::event(Event::Abandoned);
-        let (shared, key, owner) = (Arc::clone(&self.shared), self.key, self.owner);
-        let mut give_up = Box::pin(async move {
-            if let Err(error) = shared.store.renew(&key, owner, Duration::ZERO).await {
-                telemetry::failure(Event::RenewalFailed, &error);
-            }
-        });
-        // A store in memory is done at the first poll, and the runtime may be gone by now.
-        if (&mut give_up).now_or_never().is_none() {
-            self.shared.tracker.spawn(give_up);
+        if !self.ended {
+            telemetry::event(Event::Abandoned);
+            // The code of a store may panic where its runtime has gone, and a panic may be under way already. Without it the
+            // lease ends by itself.
+            drop(std::panic::catch_unwind(AssertUnwindSafe(|| self.give_up())));
         }
     }
 }

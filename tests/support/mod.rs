@@ -48,6 +48,7 @@ struct Remote {
     records: Mutex<HashMap<StorageKey, Record>>,
     clock: Clock,
     yields: AtomicUsize,
+    timers: AtomicBool,
     faults: Mutex<HashMap<&'static str, Vec<Fault>>>,
     calls: Mutex<HashMap<&'static str, usize>>,
 }
@@ -75,6 +76,11 @@ impl RemoteStore {
     /// How often an operation yields before it takes effect, and again before it returns.
     pub fn set_yields(&self, yields: usize) {
         self.0.yields.store(yields, Ordering::SeqCst);
+    }
+
+    /// Operations need the timers of a tokio runtime, as those of a real client do.
+    pub fn set_timers(&self, timers: bool) {
+        self.0.timers.store(timers, Ordering::SeqCst);
     }
 
     /// The next calls of `operation` go wrong like this, one after the other.
@@ -128,6 +134,9 @@ impl RemoteStore {
                 .map(|faults| faults.remove(0))
         };
         yield_times(self.0.yields.load(Ordering::SeqCst)).await;
+        if self.0.timers.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         match fault {
             Some(Fault::Before) => return Err(Error::unavailable("connection refused")),
             Some(Fault::Corrupt) => return Err(Error::new(ErrorKind::CorruptRecord, "a record cannot be read")),
@@ -145,6 +154,9 @@ impl RemoteStore {
             reply
         };
         yield_times(self.0.yields.load(Ordering::SeqCst)).await;
+        if self.0.timers.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         match fault {
             Some(Fault::After) => Err(Error::unavailable("connection reset")),
             _ => Ok(reply),
