@@ -164,8 +164,8 @@ pin_project! {
         #[pin]
         future: F,
         limit: Duration,
-        #[pin]
-        timer: Option<Sleep>,
+        // In a box: most futures are ready at once, and should not carry the room for it.
+        timer: Option<Pin<Box<Sleep>>>,
     }
 }
 
@@ -186,17 +186,15 @@ impl<F: Future> Future for Within<F> {
     type Output = Result<F::Output, Elapsed>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
+        let this = self.project();
         if let Poll::Ready(output) = this.future.poll(cx) {
             return Poll::Ready(Ok(output));
         }
-        if this.timer.is_none() {
-            this.timer.set(Some(Deadline::after(*this.limit).sleep()));
-        }
-        match this.timer.as_pin_mut() {
-            Some(timer) => timer.poll(cx).map(|()| Err(Elapsed)),
-            None => Poll::Pending,
-        }
+        let limit = *this.limit;
+        let timer = this
+            .timer
+            .get_or_insert_with(|| Box::pin(Deadline::after(limit).sleep()));
+        timer.as_mut().poll(cx).map(|()| Err(Elapsed))
     }
 }
 

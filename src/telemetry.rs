@@ -96,16 +96,18 @@ pub(crate) fn span() -> tracing::Span {
     )
 }
 
-/// Enters an attempt in the current span.
-pub(crate) fn granted(attempt: u32, fence: u64) {
-    tracing::Span::current()
-        .record("attempt", attempt)
-        .record("fence", fence);
+/// Enters an attempt in the span of its request.
+pub(crate) fn granted(span: &tracing::Span, attempt: u32, fence: u64) {
+    if !span.is_disabled() {
+        span.record("attempt", attempt).record("fence", fence);
+    }
 }
 
-/// Enters the outcome in the current span and counts it.
-pub(crate) fn finished(outcome: &'static str) {
-    tracing::Span::current().record("outcome", outcome);
+/// Enters the outcome in the span of its request and counts it.
+pub(crate) fn finished(span: &tracing::Span, outcome: &'static str) {
+    if !span.is_disabled() {
+        span.record("outcome", outcome);
+    }
     count_request(outcome);
 }
 

@@ -146,7 +146,11 @@ fn a_future_dropped_outside_of_its_runtime_is_rescued_on_it() {
     let handler = Handler::new().taking(Duration::from_millis(50));
     let layer = IdempotencyLayer::new(store);
     let mut service = layer.layer(handler.clone());
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
     let mut future = Box::pin(service.call(post("k", "pay")));
     while handler.runs() == 0 {
         runtime.block_on(async {
@@ -166,7 +170,10 @@ fn a_future_dropped_after_its_runtime_does_not_panic_whatever_its_store_needs() 
     store.set_timers(true);
     let handler = Handler::new().taking(Duration::from_secs(3_600));
     let mut service = IdempotencyLayer::new(store).layer(handler.clone());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let mut future = Box::pin(service.call(post("k", "pay")));
     while handler.runs() == 0 {
         runtime.block_on(async {

@@ -164,7 +164,7 @@ impl RebuildBody for axum::body::Body {
 }
 
 /// A body that was read to its end.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Collected {
     pub(crate) bytes: Bytes,
     pub(crate) trailers: Option<HeaderMap>,

@@ -5,6 +5,9 @@ use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
+use super::scratch::Scratch;
 use super::structured;
 
 /// How the value of the key's header field is read. The default is [`Lenient`](Self::Lenient).
@@ -231,57 +234,22 @@ pub(crate) struct KeySpace {
 }
 
 impl KeySpace {
-    /// BLAKE3 over the length-prefixed namespace, scope and key.
+    /// SHA-256, or keyed BLAKE3 where there is a secret, over the length-prefixed namespace, scope and key.
     pub(crate) fn storage_key(&self, scope: Option<&Scope>, key: &IdempotencyKey) -> StorageKey {
-        let scope_len = scope.map_or(0, |scope| scope.0.len());
-        let mut bytes = Prefixed::with_room_for(13 + self.namespace.len() + scope_len + key.0.len());
-        bytes.push(self.namespace.as_bytes());
+        let mut bytes = Scratch::new();
+        let mut push = |part: &[u8]| {
+            bytes.push(&prefix(part));
+            bytes.push(part);
+        };
+        push(self.namespace.as_bytes());
         // "No scope" and "a scope without parts" are two things.
-        bytes.push_raw(&[u8::from(scope.is_some())]);
-        bytes.push(scope.map_or(&[], |scope| &scope.0));
-        bytes.push(key.0.as_bytes());
+        push(scope.map_or(&[], |_| &[1]));
+        push(scope.map_or(&[], |scope| &scope.0));
+        push(key.0.as_bytes());
         StorageKey(match &self.secret {
             Some(secret) => *blake3::keyed_hash(&secret.0, bytes.as_slice()).as_bytes(),
-            None => *blake3::hash(bytes.as_slice()).as_bytes(),
+            None => Sha256::digest(bytes.as_slice()).into(),
         })
-    }
-}
-
-/// Parts with their lengths, on the stack where they are short.
-enum Prefixed {
-    Long(Vec<u8>),
-    Short([u8; 160], usize),
-}
-
-impl Prefixed {
-    fn with_room_for(len: usize) -> Self {
-        if len <= 160 {
-            Self::Short([0; 160], 0)
-        } else {
-            Self::Long(Vec::with_capacity(len))
-        }
-    }
-
-    fn push(&mut self, part: &[u8]) {
-        self.push_raw(&prefix(part));
-        self.push_raw(part);
-    }
-
-    fn push_raw(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Long(all) => all.extend_from_slice(bytes),
-            Self::Short(all, len) => {
-                all[*len..*len + bytes.len()].copy_from_slice(bytes);
-                *len += bytes.len();
-            }
-        }
-    }
-
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Long(all) => all,
-            Self::Short(all, len) => &all[..*len],
-        }
     }
 }
 
@@ -289,7 +257,7 @@ fn prefix(part: &[u8]) -> [u8; 4] {
     u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes()
 }
 
-/// The name of a record in a store: 32 bytes of BLAKE3 over namespace, scope and key. The raw key is stored nowhere.
+/// The name of a record in a store: a hash of 32 bytes over namespace, scope and key. The raw key is stored nowhere.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageKey([u8; 32]);
 

@@ -18,6 +18,7 @@ mod fingerprint;
 mod json;
 mod key;
 mod record;
+mod scratch;
 mod structured;
 
 pub use claim::{

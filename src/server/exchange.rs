@@ -8,8 +8,9 @@ use http::request::Parts;
 use http::{Request, Response};
 use tokio::runtime::Handle;
 use tower_service::Service;
+use tracing::{Instrument, Span};
 
-use super::flights::{Flight, Joined, Landing, Seat};
+use super::flights::{Flight, Follower, Joined, Landing, Seat};
 use super::guard::{in_time, Shared};
 use super::settings::Values;
 use crate::clock::{within, Deadline};
@@ -19,30 +20,35 @@ use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcom
 use crate::store::Store;
 use crate::telemetry::{self, Event, Times};
 
-/// One guarded request, without its request and its service.
-pub(super) struct Exchange<St> {
+/// One guarded request.
+///
+/// Its parts stay in their places while the steps, which borrow them, come and go: passed on by value, each would lie in the
+/// future of every step that it goes through. Steps that are rarely taken are boxed for the same reason.
+pub(super) struct Exchange<St, S> {
     pub(super) shared: Arc<Shared<St>>,
     pub(super) settings: Arc<Values>,
     pub(super) flight: Arc<Flight>,
+    pub(super) span: Span,
+    pub(super) times: Times,
+    pub(super) fingerprint: Fingerprint,
+    /// Whether the request has a scope.
     pub(super) scoped: bool,
+    /// When its time to wait is up; set when it begins to wait.
+    deadline: Option<Deadline>,
+    /// The seat of the key, while this request has it.
+    pub(super) seat: Option<Seat>,
+    /// The request and the service that is ready for it, until the handler gets them or this request becomes a waiter.
+    pub(super) admitted: Option<Admitted<S>>,
 }
 
-/// A request whose body was read, with the service that is ready for it.
+/// A request whose body is read apart, with the service that is ready for it.
 pub(super) struct Admitted<S> {
     pub(super) service: S,
     pub(super) head: Parts,
-    pub(super) body: Collected,
+    pub(super) body: Option<Collected>,
 }
 
-/// A request's turn at its key.
-pub(super) struct Turn {
-    pub(super) seat: Seat,
-    pub(super) fingerprint: Fingerprint,
-    pub(super) deadline: Deadline,
-    pub(super) times: Times,
-}
-
-/// What the claim of a leader came to.
+/// What a claim came to.
 enum Claimed {
     Recover(Grant),
     Run(Grant),
@@ -51,94 +57,103 @@ enum Claimed {
     Wait,
 }
 
-impl<St: Store> Exchange<St> {
-    /// The order of checks: the key is known to be good; then the body, the claim, the mismatch before the wait.
-    pub(super) fn run<S, B, R>(
-        self,
+impl<St: Store, S> Exchange<St, S> {
+    pub(super) fn new(
+        shared: Arc<Shared<St>>,
+        settings: Arc<Values>,
+        flight: Arc<Flight>,
+        scoped: bool,
         service: S,
         head: Parts,
-        body: B,
-    ) -> impl Future<Output = Result<Response<R>, S::Error>> + Send
-    where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
-        B: RebuildBody + Send + 'static,
-        B::Error: Send,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
-    {
-        let span = telemetry::span();
-        tracing::Instrument::instrument(self.run_in_span(service, head, body), span)
-    }
-
-    async fn run_in_span<S, B, R>(self, service: S, head: Parts, body: B) -> Result<Response<R>, S::Error>
-    where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
-        B: RebuildBody + Send + 'static,
-        B::Error: Send,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
-    {
-        let mut times = Times::start();
-        let body = match self.read(body).await {
-            Ok(body) => body,
-            Err(refusal) => return Ok(self.refuse(refusal)),
-        };
-        let fingerprint = self.settings.fingerprinting.of(&head, &body.bytes, self.scoped);
-        let deadline = Deadline::after(self.settings.waiting.time);
-        let mut admitted = Some(Admitted { service, head, body });
-        loop {
-            match self
-                .shared
-                .flights
-                .join(&self.flight, fingerprint, &self.settings.waiting)
-            {
-                Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
-                Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
-                Joined::Undecided(leader) => leader.decided().await,
-                Joined::Follow(follower) => {
-                    // A waiter never runs the handler itself: it must not hold what the service reserved for it.
-                    admitted = None;
-                    match times.waiting(follower.landing(deadline)).await {
-                        Some(Landing::Handover) => {}
-                        Some(landing) => return Ok(self.land(&landing)),
-                        None => return Ok(self.refuse(self.later(RefusalKind::Outstanding))),
-                    }
-                }
-                Joined::Lead(seat) => {
-                    let turn = Turn {
-                        seat,
-                        fingerprint,
-                        deadline,
-                        times,
-                    };
-                    return match admitted.take() {
-                        Some(admitted) => self.lead(turn, admitted).await,
-                        None => Ok(self.stand_by(turn).await),
-                    };
-                }
-            }
+    ) -> Self {
+        let body = None;
+        Self {
+            shared,
+            settings,
+            flight,
+            span: telemetry::span(),
+            times: Times::start(),
+            fingerprint: Fingerprint::NONE,
+            scoped,
+            deadline: None,
+            seat: None,
+            admitted: Some(Admitted { service, head, body }),
         }
     }
 
-    /// Reads the request's body, within its bounds of length and time.
-    async fn read<B: RebuildBody>(&self, body: B) -> Result<Collected, Refusal> {
-        let Ok(read) = within(self.settings.body_timeout, collect(body, self.settings.body_limit)).await else {
+    /// The order of checks: the key is known to be good; then the body, the claim, the mismatch before the wait.
+    pub(super) fn run<B, R>(mut self, body: B) -> impl Future<Output = Result<Response<R>, S::Error>> + Send
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: RebuildBody + Send + 'static,
+        B::Error: Send,
+        R: RebuildBody + Send + 'static,
+        R::Error: Send,
+    {
+        let span = self.span.clone();
+        let flow = async move {
+            if let Err(refusal) = self.read(body).await {
+                return Ok(self.refuse(refusal));
+            }
+            loop {
+                let joined = self
+                    .shared
+                    .flights
+                    .join(&self.flight, self.fingerprint, &self.settings.waiting);
+                match joined {
+                    Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
+                    Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
+                    Joined::Undecided(leader) => Box::pin(leader.decided()).await,
+                    Joined::Follow(follower) => match Box::pin(self.follow(follower)).await {
+                        Landing::Handover => {}
+                        landing => return Ok(self.land(&landing)),
+                    },
+                    Joined::Lead(seat) => {
+                        self.seat = Some(seat);
+                        return match self.admitted {
+                            Some(_) => self.lead().await,
+                            None => Ok(Box::pin(self.stand_by()).await),
+                        };
+                    }
+                }
+            }
+        };
+        flow.instrument(span)
+    }
+
+    /// Reads the request's body, within its bounds of length and time, and takes the fingerprint.
+    async fn read<B: RebuildBody>(&mut self, body: B) -> Result<(), Refusal> {
+        let reading = within(self.settings.body_timeout, collect(body, self.settings.body_limit));
+        let Ok(read) = reading.await else {
             return Err(Refusal::new(RefusalKind::BodyTimeout));
         };
-        read.map_err(|shortfall| {
+        let read = read.map_err(|shortfall| {
             Refusal::new(match shortfall {
                 Shortfall::Broken(_) => RefusalKind::BodyBroken,
                 Shortfall::TooLarge(_) => RefusalKind::BodyTooLarge,
             })
-        })
+        })?;
+        if let Some(admitted) = &mut self.admitted {
+            let fingerprinting = &self.settings.fingerprinting;
+            self.fingerprint = fingerprinting.of(&admitted.head, &read.bytes, self.scoped);
+            admitted.body = Some(read);
+        }
+        Ok(())
+    }
+
+    /// Waits for another request of this process. A waiter never runs the handler itself, so it gives back what the service
+    /// has reserved for it.
+    async fn follow(&mut self, follower: Follower) -> Landing {
+        self.admitted = None;
+        let deadline = self.deadline();
+        let landing = self.times.waiting(follower.landing(deadline)).await;
+        landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
     }
 
     /// Claims the key and does what the store decides.
-    async fn lead<S, B, R>(&self, turn: Turn, admitted: Admitted<S>) -> Result<Response<R>, S::Error>
+    async fn lead<B, R>(&mut self) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -149,66 +164,60 @@ impl<St: Store> Exchange<St> {
     {
         // From here on a caller that leaves does not stop the exchange: its claim may have arrived.
         self.flight.set_guarded(true);
-        match self.claim(turn.fingerprint).await {
-            Claimed::Run(grant) => self.execute(turn, admitted, grant, false).await,
-            Claimed::Recover(grant) => self.execute(turn, admitted, grant, true).await,
-            Claimed::Settled(landing) => {
-                turn.seat.land(landing.clone());
-                Ok(self.land(&landing))
-            }
+        match self.claim().await {
+            Claimed::Run(grant) => self.execute(grant, false).await,
+            Claimed::Recover(grant) => self.execute(grant, true).await,
+            Claimed::Settled(landing) => Ok(self.settle(landing)),
             Claimed::Unprotected => {
-                drop(turn);
-                self.run_unprotected(admitted).await
+                self.seat = None;
+                Box::pin(self.run_unprotected()).await
             }
             Claimed::Wait => {
-                drop(admitted);
+                self.admitted = None;
                 self.flight.set_guarded(false);
                 self.flight.confirm();
-                Ok(self.stand_by(turn).await)
+                Ok(Box::pin(self.stand_by()).await)
             }
         }
     }
 
     /// Claims the key; a claim that failed is repeated once with its nonce.
-    async fn claim(&self, fingerprint: Fingerprint) -> Claimed {
+    async fn claim(&mut self) -> Claimed {
         let claim = Claim {
             key: self.flight.storage_key,
-            fingerprint,
+            fingerprint: self.fingerprint,
             nonce: Nonce::random(),
             lease: self.settings.lease,
             retention: self.settings.retention,
             if_lost: self.settings.on_lost.in_protocol(),
             max_attempts: self.settings.max_attempts,
         };
-        let timeout = self.settings.store_timeout;
-        let mut decision = in_time(timeout, self.shared.store.claim(&claim)).await;
-        if let Err(error) = &decision {
-            if error.kind() == ErrorKind::StoreUnavailable {
-                telemetry::failure(Event::ClaimRepeated, error);
-                decision = in_time(timeout, self.shared.store.claim(&claim)).await;
-            }
+        match in_time(self.settings.store_timeout, self.shared.store.claim(&claim)).await {
+            Ok(decision) => claimed(decision),
+            Err(error) => Box::pin(self.claim_again(&claim, error)).await,
         }
-        match decision {
-            Ok(Decision::Execute(grant)) => Claimed::Run(grant),
-            Ok(Decision::Recover(grant)) => Claimed::Recover(grant),
-            Ok(Decision::Replay(answer)) => Claimed::Settled(Landing::Answer { answer, kept: true }),
-            Ok(Decision::NotKept) => settled(RefusalKind::AnswerNotKept),
-            Ok(Decision::Mismatch) => settled(RefusalKind::Mismatch),
-            Ok(Decision::Unknown) => settled(RefusalKind::OutcomeUnknown),
-            Ok(Decision::Wait { .. }) => Claimed::Wait,
+    }
+
+    async fn claim_again(&mut self, claim: &Claim, error: Error) -> Claimed {
+        if error.kind() != ErrorKind::StoreUnavailable {
+            return self.claim_failed(claim, &error);
+        }
+        telemetry::failure(Event::ClaimRepeated, &error);
+        match in_time(self.settings.store_timeout, self.shared.store.claim(claim)).await {
+            Ok(decision) => claimed(decision),
             Err(error) => self.claim_failed(claim, &error),
         }
     }
 
     /// Nothing runs when the store fails, unless the application asked for it.
-    fn claim_failed(&self, claim: Claim, error: &Error) -> Claimed {
+    fn claim_failed(&self, claim: &Claim, error: &Error) -> Claimed {
         telemetry::failure(Event::StoreFailed, error);
         if error.kind() == ErrorKind::StoreFull {
             return Claimed::Settled(Landing::Refused(self.later(RefusalKind::StoreFull)));
         }
         if error.kind() == ErrorKind::StoreUnavailable {
             if let Ok(runtime) = Handle::try_current() {
-                let behind = release_behind(Arc::clone(&self.shared), claim, self.settings.store_timeout);
+                let behind = release_behind(Arc::clone(&self.shared), claim.clone(), self.settings.store_timeout);
                 self.shared.tracker.spawn(&runtime, behind);
             }
         }
@@ -218,87 +227,65 @@ impl<St: Store> Exchange<St> {
         Claimed::Settled(Landing::Refused(self.later(RefusalKind::StoreUnavailable)))
     }
 
-    async fn run_unprotected<S, B, R>(&self, admitted: Admitted<S>) -> Result<Response<R>, S::Error>
+    async fn run_unprotected<B, R>(&mut self) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RebuildBody,
+        R: RebuildBody,
     {
-        let Admitted {
-            mut service,
-            head,
-            body,
-        } = admitted;
+        let Some(mut admitted) = self.admitted.take() else {
+            return Ok(self.refuse(self.later(RefusalKind::StoreUnavailable)));
+        };
         telemetry::event(Event::Unprotected);
-        telemetry::finished("unprotected");
+        self.finished("unprotected");
         self.flight.set_guarded(false);
-        service.call(Request::from_parts(head, body.rebuild())).await
+        let request = admitted.request();
+        admitted.service.call(request).await
     }
 
     /// Waits for an owner elsewhere: subscribe, look, wait, in that order. Changes nothing.
-    pub(super) async fn stand_by<R: RebuildBody>(&self, mut turn: Turn) -> Response<R> {
-        let outcome = self.outcome_elsewhere(turn.fingerprint, turn.deadline);
-        match turn.times.waiting(outcome).await {
-            Some(landing) => {
-                turn.seat.land(landing.clone());
-                self.land(&landing)
-            }
+    pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
+        let deadline = self.deadline();
+        let waiting = outcome_elsewhere(
+            &self.shared.store,
+            &self.settings,
+            &self.flight,
+            self.fingerprint,
+            deadline,
+        );
+        match self.times.waiting(waiting).await {
+            Some(landing) => self.settle(landing),
             // The time of this request is up; those who joined later have some left, and look for themselves.
             None => self.refuse(self.later(RefusalKind::Outstanding)),
         }
     }
 
-    async fn outcome_elsewhere(&self, fingerprint: Fingerprint, deadline: Deadline) -> Option<Landing> {
-        const POLL: Duration = Duration::from_millis(500);
-        let (store, key) = (&self.shared.store, &self.flight.storage_key);
-        let timeout = self.settings.store_timeout;
-        while !deadline.left().is_zero() {
-            let watch = in_time(timeout, store.watch(key)).await;
-            let snapshot = match in_time(timeout, store.peek(key)).await {
-                Ok(snapshot) => snapshot,
-                Err(error) => {
-                    telemetry::failure(Event::StoreFailed, &error);
-                    return Some(Landing::Refused(self.later(RefusalKind::StoreUnavailable)));
-                }
-            };
-            let Some(snapshot) = snapshot else {
-                return Some(Landing::Refused(self.later(RefusalKind::Outstanding)));
-            };
-            if snapshot.fingerprint != fingerprint {
-                return Some(Landing::Refused(Refusal::new(RefusalKind::Mismatch)));
-            }
-            self.flight.confirm();
-            if let Some(landing) = self.landing_of(snapshot.status) {
-                return Some(landing);
-            }
-            let pause = POLL.min(deadline.left());
-            match watch {
-                Ok(watch) => drop(within(pause, watch).await),
-                Err(_) => drop(within(pause, std::future::pending::<()>()).await),
-            }
-        }
-        None
+    fn deadline(&mut self) -> Deadline {
+        *self
+            .deadline
+            .get_or_insert_with(|| Deadline::after(self.settings.waiting.time))
     }
 
-    /// What a record says to those who wait; `None` while its owner is at it.
-    fn landing_of(&self, status: Status) -> Option<Landing> {
-        Some(match status {
-            Status::InFlight { .. } => return None,
-            Status::Completed(Outcome::Kept(answer)) => Landing::Answer { answer, kept: true },
-            Status::Completed(Outcome::Tombstone) => Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)),
-            Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
-            Status::Lost => Landing::Refused(match self.settings.on_lost.in_protocol() {
-                IfLost::Refuse => Refusal::new(RefusalKind::OutcomeUnknown),
-                IfLost::Execute | IfLost::Recover => self.later(RefusalKind::Outstanding),
-            }),
-        })
+    /// Tells those who wait what it came to, and answers.
+    pub(super) fn settle<R: RebuildBody>(&mut self, landing: Landing) -> Response<R> {
+        let response = self.land(&landing);
+        self.leave(landing);
+        response
+    }
+
+    /// Tells those who wait what it came to.
+    pub(super) fn leave(&mut self, landing: Landing) {
+        if let Some(seat) = self.seat.take() {
+            seat.land(landing);
+        }
     }
 
     /// The response to what this request, or the one it waited for, came to.
-    pub(super) fn land<R: RebuildBody>(&self, landing: &Landing) -> Response<R> {
+    fn land<R: RebuildBody>(&self, landing: &Landing) -> Response<R> {
         match landing {
             Landing::Answer { answer, kept } => match self.settings.answer_headers.replay(answer, *kept) {
                 Ok(response) => {
-                    telemetry::finished(if *kept { "replayed" } else { "waited" });
+                    self.finished(if *kept { "replayed" } else { "waited" });
                     response
                 }
                 Err(_) => {
@@ -312,20 +299,100 @@ impl<St: Store> Exchange<St> {
     }
 
     pub(super) fn refuse<R: RebuildBody>(&self, refusal: Refusal) -> Response<R> {
-        telemetry::finished(refusal.code());
+        self.finished(refusal.code());
         refusal.into_response(&self.settings.refusals)
+    }
+
+    pub(super) fn finished(&self, outcome: &'static str) {
+        telemetry::finished(&self.span, outcome);
     }
 
     /// A refusal that asks for patience.
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
-        Refusal::retry_after(kind, self.settings.retry_after)
+        self.settings.later(kind)
+    }
+}
+
+impl<S> Admitted<S> {
+    /// The request as the handler gets it.
+    pub(super) fn request<B: RebuildBody>(&mut self) -> Request<B> {
+        let body = self.body.take().unwrap_or_default();
+        let head = std::mem::replace(&mut self.head, Request::new(()).into_parts().0);
+        Request::from_parts(head, body.rebuild())
     }
 }
 
 const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored answer cannot be read");
 
-fn settled(kind: RefusalKind) -> Claimed {
-    Claimed::Settled(Landing::Refused(Refusal::new(kind)))
+fn claimed(decision: Decision) -> Claimed {
+    let refused = |kind| Claimed::Settled(Landing::Refused(Refusal::new(kind)));
+    match decision {
+        Decision::Execute(grant) => Claimed::Run(grant),
+        Decision::Recover(grant) => Claimed::Recover(grant),
+        Decision::Replay(answer) => Claimed::Settled(Landing::Answer { answer, kept: true }),
+        Decision::NotKept => refused(RefusalKind::AnswerNotKept),
+        Decision::Mismatch => refused(RefusalKind::Mismatch),
+        Decision::Unknown => refused(RefusalKind::OutcomeUnknown),
+        Decision::Wait { .. } => Claimed::Wait,
+    }
+}
+
+/// What an owner elsewhere comes to; `None` when the time is up first.
+async fn outcome_elsewhere<St: Store>(
+    store: &St,
+    settings: &Values,
+    flight: &Flight,
+    fingerprint: Fingerprint,
+    deadline: Deadline,
+) -> Option<Landing> {
+    const POLL: Duration = Duration::from_millis(500);
+    let timeout = settings.store_timeout;
+    while !deadline.left().is_zero() {
+        let watch = in_time(timeout, store.watch(&flight.storage_key)).await;
+        let snapshot = match in_time(timeout, store.peek(&flight.storage_key)).await {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                telemetry::failure(Event::StoreFailed, &error);
+                return Some(Landing::Refused(settings.later(RefusalKind::StoreUnavailable)));
+            }
+        };
+        let Some(snapshot) = snapshot else {
+            return Some(Landing::Refused(settings.later(RefusalKind::Outstanding)));
+        };
+        if snapshot.fingerprint != fingerprint {
+            return Some(Landing::Refused(Refusal::new(RefusalKind::Mismatch)));
+        }
+        flight.confirm();
+        if let Some(landing) = settings.landing_of(snapshot.status) {
+            return Some(landing);
+        }
+        let pause = POLL.min(deadline.left());
+        match watch {
+            Ok(watch) => drop(within(pause, watch).await),
+            Err(_) => drop(within(pause, std::future::pending::<()>()).await),
+        }
+    }
+    None
+}
+
+impl Values {
+    /// What a record says to those who wait; `None` while its owner is at it.
+    fn landing_of(&self, status: Status) -> Option<Landing> {
+        Some(match status {
+            Status::InFlight { .. } => return None,
+            Status::Completed(Outcome::Kept(answer)) => Landing::Answer { answer, kept: true },
+            Status::Completed(Outcome::Tombstone) => Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)),
+            Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
+            Status::Lost => Landing::Refused(match self.on_lost.in_protocol() {
+                IfLost::Refuse => Refusal::new(RefusalKind::OutcomeUnknown),
+                IfLost::Execute | IfLost::Recover => self.later(RefusalKind::Outstanding),
+            }),
+        })
+    }
+
+    fn later(&self, kind: RefusalKind) -> Refusal {
+        Refusal::retry_after(kind, self.retry_after)
+    }
 }
 
 /// Releases a claim of which it is not known whether it arrived: repeated with its nonce, it says so.
@@ -334,10 +401,8 @@ async fn release_behind<St: Store>(shared: Arc<Shared<St>>, claim: Claim, timeou
     for attempt in 0..TRIES {
         match in_time(timeout, shared.store.claim(&claim)).await {
             Ok(Decision::Execute(grant) | Decision::Recover(grant)) => {
-                if in_time(timeout, shared.store.release(&claim.key, grant.owner))
-                    .await
-                    .is_ok()
-                {
+                let release = shared.store.release(&claim.key, grant.owner);
+                if in_time(timeout, release).await.is_ok() {
                     return telemetry::event(Event::ReleasedBehind);
                 }
             }

@@ -267,15 +267,15 @@ async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing
 }
 
 /// An operation of the store, given up as failed after `timeout`.
-pub(super) async fn in_time<T>(
+pub(super) fn in_time<T>(
     timeout: Duration,
     operation: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
+) -> impl Future<Output = Result<T, Error>> {
     const LATE: Error = Error::new(
         ErrorKind::StoreUnavailable,
         "the idempotency store did not answer in time",
     );
-    within(timeout, operation).await.unwrap_or(Err(LATE))
+    within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
 }
 
 impl<St> fmt::Debug for Shared<St> {

@@ -118,17 +118,9 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         // The service that was polled ready is the one that is called; its clone has yet to be.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
-        let exchange = Exchange {
-            shared: Arc::clone(&self.shared),
-            settings,
-            flight: Arc::clone(&flight),
-            scoped: scope.is_some(),
-        };
-        ResponseFuture::guarded(
-            Box::pin(exchange.run(ready, head, body)),
-            flight,
-            self.shared.tracker.clone(),
-        )
+        let shared = Arc::clone(&self.shared);
+        let exchange = Exchange::new(shared, settings, Arc::clone(&flight), scope.is_some(), ready, head);
+        ResponseFuture::guarded(Box::pin(exchange.run(body)), flight, self.shared.tracker.clone())
     }
 }
 

@@ -84,7 +84,7 @@ struct Inner {
     /// Everything that has not ended: in flight, lost, unknown.
     open: Sharded<StorageKey, Open, KeyHasher>,
     /// Everything that has ended. A key is never in neither: it enters here before it leaves `open`.
-    done: Cache<StorageKey, Arc<Record>, KeyHasher>,
+    done: Cache<StorageKey, Arc<Done>, KeyHasher>,
     ledger: Mutex<Ledger>,
     records: AtomicU64,
     in_flight: AtomicU64,
@@ -155,7 +155,7 @@ impl MemoryStoreBuilder {
     pub fn build(self) -> MemoryStore {
         let hasher = KeyHasher::random();
         let done = Cache::builder()
-            .expire_after(FreeExpired(self.clock.clone()))
+            .expire_after(FreeExpired)
             .build_with_hasher(hasher.clone());
         MemoryStore(Arc::new(Inner {
             clock: self.clock,
@@ -204,7 +204,7 @@ impl Inner {
             expired => {
                 let reserved = expired.is_some();
                 let done = self.done.get(&claim.key);
-                let transition = Record::claim(done.as_deref(), &claim, now);
+                let transition = Record::claim(done.as_ref().map(|done| &done.record), &claim, now);
                 if let Change::Put(record) = transition.change {
                     if !reserved {
                         self.reserve(now)?;
@@ -242,7 +242,7 @@ impl Inner {
         let shard = self.open.lock(key);
         match shard.get(key) {
             Some(open) => Record::peek(Some(&open.record), now),
-            None => Record::peek(self.done.get(key).as_deref(), now),
+            None => Record::peek(self.done.get(key).as_ref().map(|done| &done.record), now),
         }
     }
 
@@ -269,14 +269,14 @@ impl Inner {
         let mut shrinking = Vec::new();
         let mut shard = self.open.lock(key);
         let Some(open) = shard.get_mut(key) else {
-            return transition(self.done.get(key).as_deref(), now).reply;
+            return transition(self.done.get(key).as_ref().map(|done| &done.record), now).reply;
         };
         let Transition { reply, change } = transition(Some(&open.record), now);
         match change {
             Change::Keep => return reply,
             Change::Put(record) if record.is_completed() => {
                 let record = self.settle(key, record, now, &mut shrinking);
-                self.done.insert(*key, Arc::new(record));
+                self.done.insert(*key, Arc::new(Done::new(record, now)));
                 self.close(&mut shard, key);
             }
             Change::Put(record) => {
@@ -289,7 +289,7 @@ impl Inner {
             }
         }
         drop(shard);
-        shrinking.iter().for_each(|answer| self.shrink(answer));
+        shrinking.iter().for_each(|answer| self.shrink(answer, now));
         reply
     }
 
@@ -342,14 +342,12 @@ impl Inner {
     }
 
     /// Turns an answer into a tombstone, unless its record has gone since.
-    fn shrink(&self, answer: &KeptAnswer) {
+    fn shrink(&self, answer: &KeptAnswer, now: Timestamp) {
         let _shard = self.open.lock(&answer.key);
-        let Some(record) = self.done.get(&answer.key) else {
-            return;
-        };
-        if record.expires_at() == answer.expires {
-            self.done
-                .insert(answer.key, Arc::new(Record::clone(&record).into_tombstone()));
+        let Some(done) = self.done.get(&answer.key) else { return };
+        if done.record.expires_at() == answer.expires {
+            let tombstone = done.record.clone().into_tombstone();
+            self.done.insert(answer.key, Arc::new(Done::new(tombstone, now)));
         }
     }
 
@@ -433,22 +431,40 @@ async fn sweep_every_second(sweeper: Sweeper) {
     }
 }
 
-/// Tells moka when it may free a record. The record itself decides whether it has expired; this only comes after.
-struct FreeExpired(Clock);
+/// A record that has ended, with the time after which its memory may be freed.
+struct Done {
+    record: Record,
+    free_after: Duration,
+}
 
-impl Expiry<StorageKey, Arc<Record>> for FreeExpired {
-    fn expire_after_create(&self, _: &StorageKey, record: &Arc<Record>, _: Instant) -> Option<Duration> {
-        Some(record.expires_at().saturating_since(self.0.now()) + Duration::from_secs(1))
+impl Done {
+    fn new(record: Record, now: Timestamp) -> Self {
+        // moka counts in nanoseconds; no process lives for a century.
+        const CENTURY: Duration = Duration::from_secs(100 * 365 * 86_400);
+        let left = record.expires_at().saturating_since(now);
+        Self {
+            record,
+            free_after: left.min(CENTURY) + Duration::from_secs(1),
+        }
+    }
+}
+
+/// Tells moka when it may free a record. The record itself decides whether it has expired; this only comes after.
+struct FreeExpired;
+
+impl Expiry<StorageKey, Arc<Done>> for FreeExpired {
+    fn expire_after_create(&self, _: &StorageKey, done: &Arc<Done>, _: Instant) -> Option<Duration> {
+        Some(done.free_after)
     }
 
     fn expire_after_update(
         &self,
-        key: &StorageKey,
-        record: &Arc<Record>,
-        now: Instant,
+        _: &StorageKey,
+        done: &Arc<Done>,
+        _: Instant,
         _: Option<Duration>,
     ) -> Option<Duration> {
-        self.expire_after_create(key, record, now)
+        Some(done.free_after)
     }
 }
 

@@ -1,0 +1,58 @@
+//! Bytes that are put together to be hashed: on the stack, unless they are many.
+
+const ROOM: usize = 192;
+
+/// Bytes that are put together.
+pub(super) struct Scratch {
+    short: [u8; ROOM],
+    len: usize,
+    long: Vec<u8>,
+}
+
+impl Scratch {
+    pub(super) const fn new() -> Self {
+        Self {
+            short: [0; ROOM],
+            len: 0,
+            long: Vec::new(),
+        }
+    }
+
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        let end = self.len + bytes.len();
+        if let (true, Some(free)) = (self.long.is_empty(), self.short.get_mut(self.len..end)) {
+            free.copy_from_slice(bytes);
+            self.len = end;
+            return;
+        }
+        if self.long.is_empty() {
+            self.long.reserve(2 * end);
+            self.long.extend_from_slice(&self.short[..self.len]);
+        }
+        self.long.extend_from_slice(bytes);
+    }
+
+    pub(super) fn as_slice(&self) -> &[u8] {
+        if self.long.is_empty() {
+            &self.short[..self.len]
+        } else {
+            &self.long
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_pushed_is_there(parts: Vec<Vec<u8>>) {
+            let mut scratch = Scratch::new();
+            parts.iter().for_each(|part| scratch.push(part));
+            prop_assert_eq!(scratch.as_slice(), &parts.concat()[..]);
+        }
+    }
+}
