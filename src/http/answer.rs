@@ -190,8 +190,8 @@ fn decode(mut head: Bytes) -> Option<(StatusCode, HeaderMap, Option<HeaderMap>)>
 }
 
 fn decode_fields(head: &mut Bytes, count: u16) -> Option<HeaderMap> {
-    // A field takes 7 bytes at least. The marker, the length and the date come on top.
-    let mut fields = HeaderMap::try_with_capacity(usize::from(count).min(head.len() / 7) + 3).ok()?;
+    // A field takes 7 bytes at least. The marker and the length come on top.
+    let mut fields = HeaderMap::try_with_capacity(usize::from(count).min(head.len() / 7) + 2).ok()?;
     for _ in 0..count {
         let name_len = usize::from(head.try_get_u16_le().ok()?);
         let name = HeaderName::from_bytes(head.get(..name_len)?).ok()?;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{Request, Response};
+use http::{response, Request, Response};
 use tokio::runtime::Handle;
 use tower_service::Service;
 use tracing::{Instrument, Span};
 
 use super::flights::{Flight, Follower, Joined, Landing, Seat};
-use super::guard::{in_time, Shared};
+use super::guard::{in_time, Ownership, Shared};
 use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
@@ -24,7 +24,7 @@ use crate::telemetry::{self, Event, Times};
 ///
 /// Its parts stay in their places while the steps, which borrow them, come and go: passed on by value, each would lie in the
 /// future of every step that it goes through. Steps that are rarely taken are boxed for the same reason.
-pub(super) struct Exchange<St, S> {
+pub(super) struct Exchange<St: Store, S> {
     pub(super) shared: Arc<Shared<St>>,
     pub(super) settings: Arc<Values>,
     pub(super) flight: Arc<Flight>,
@@ -35,10 +35,20 @@ pub(super) struct Exchange<St, S> {
     pub(super) scoped: bool,
     /// When its time to wait is up; set when it begins to wait.
     deadline: Option<Deadline>,
+    /// The ownership of the key, while this request executes. Given up before the seat is: who waits then finds out.
+    pub(super) ownership: Option<Ownership<St>>,
     /// The seat of the key, while this request has it.
     pub(super) seat: Option<Seat>,
+    pub(super) cargo: Cargo<S>,
+}
+
+/// What an exchange carries at the moment.
+pub(super) enum Cargo<S> {
     /// The request and the service that is ready for it, until the handler gets them or this request becomes a waiter.
-    pub(super) admitted: Option<Admitted<S>>,
+    Admitted(Admitted<S>),
+    /// The answer of the handler, until it is recorded.
+    Answered(Read),
+    Nothing,
 }
 
 /// A request whose body is read apart, with the service that is ready for it.
@@ -46,6 +56,12 @@ pub(super) struct Admitted<S> {
     pub(super) service: S,
     pub(super) head: Parts,
     pub(super) body: Option<Collected>,
+}
+
+/// An answer that was read to its end.
+pub(super) struct Read {
+    pub(super) head: response::Parts,
+    pub(super) body: Collected,
 }
 
 /// What a claim came to.
@@ -76,8 +92,9 @@ impl<St: Store, S> Exchange<St, S> {
             fingerprint: Fingerprint::NONE,
             scoped,
             deadline: None,
+            ownership: None,
             seat: None,
-            admitted: Some(Admitted { service, head, body }),
+            cargo: Cargo::Admitted(Admitted { service, head, body }),
         }
     }
 
@@ -112,9 +129,9 @@ impl<St: Store, S> Exchange<St, S> {
                     },
                     Joined::Lead(seat) => {
                         self.seat = Some(seat);
-                        return match self.admitted {
-                            Some(_) => self.lead().await,
-                            None => Ok(Box::pin(self.stand_by()).await),
+                        return match self.cargo {
+                            Cargo::Admitted(_) => self.lead().await,
+                            _ => Ok(Box::pin(self.stand_by()).await),
                         };
                     }
                 }
@@ -135,7 +152,7 @@ impl<St: Store, S> Exchange<St, S> {
                 Shortfall::TooLarge(_) => RefusalKind::BodyTooLarge,
             })
         })?;
-        if let Some(admitted) = &mut self.admitted {
+        if let Cargo::Admitted(admitted) = &mut self.cargo {
             let fingerprinting = &self.settings.fingerprinting;
             self.fingerprint = fingerprinting.of(&admitted.head, &read.bytes, self.scoped);
             admitted.body = Some(read);
@@ -146,7 +163,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// Waits for another request of this process. A waiter never runs the handler itself, so it gives back what the service
     /// has reserved for it.
     async fn follow(&mut self, follower: Follower) -> Landing {
-        self.admitted = None;
+        self.cargo = Cargo::Nothing;
         let deadline = self.deadline();
         let landing = self.times.waiting(follower.landing(deadline)).await;
         landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
@@ -165,15 +182,15 @@ impl<St: Store, S> Exchange<St, S> {
         // From here on a caller that leaves does not stop the exchange: its claim may have arrived.
         self.flight.set_guarded(true);
         match self.claim().await {
-            Claimed::Run(grant) => self.execute(grant, false).await,
-            Claimed::Recover(grant) => self.execute(grant, true).await,
+            Claimed::Run(grant) => Box::pin(self.execute(grant, false)).await,
+            Claimed::Recover(grant) => Box::pin(self.execute(grant, true)).await,
             Claimed::Settled(landing) => Ok(self.settle(landing)),
             Claimed::Unprotected => {
                 self.seat = None;
                 Box::pin(self.run_unprotected()).await
             }
             Claimed::Wait => {
-                self.admitted = None;
+                self.cargo = Cargo::Nothing;
                 self.flight.set_guarded(false);
                 self.flight.confirm();
                 Ok(Box::pin(self.stand_by()).await)
@@ -233,7 +250,7 @@ impl<St: Store, S> Exchange<St, S> {
         B: RebuildBody,
         R: RebuildBody,
     {
-        let Some(mut admitted) = self.admitted.take() else {
+        let Some(mut admitted) = self.unload() else {
             return Ok(self.refuse(self.later(RefusalKind::StoreUnavailable)));
         };
         telemetry::event(Event::Unprotected);
@@ -257,6 +274,14 @@ impl<St: Store, S> Exchange<St, S> {
             Some(landing) => self.settle(landing),
             // The time of this request is up; those who joined later have some left, and look for themselves.
             None => self.refuse(self.later(RefusalKind::Outstanding)),
+        }
+    }
+
+    /// The request and its service, which are then gone.
+    pub(super) fn unload(&mut self) -> Option<Admitted<S>> {
+        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            Cargo::Admitted(admitted) => Some(admitted),
+            _ => None,
         }
     }
 

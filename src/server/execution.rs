@@ -1,7 +1,7 @@
 //! One execution of the handler, from its grant to its recorded outcome.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use futures::FutureExt;
 use http::{response, Request, Response};
 use tower_service::Service;
 
-use super::exchange::{Admitted, Exchange};
+use super::exchange::{Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::guard::{in_time, Ownership};
 use super::lease::Lease;
@@ -18,7 +18,7 @@ use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
-use crate::protocol::{Completion, Grant, Outcome, Release};
+use crate::protocol::{Answer, Completion, Grant, Outcome, Owner, Release, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Event, Times};
 
@@ -30,20 +30,18 @@ enum Ended<R, E> {
     Broken,
     /// With an error of the service.
     Failed(E),
-    /// It was asked what became of a lost attempt: it took effect, with this answer.
-    Happened(Read),
-    /// With a panic.
-    Panicked,
     /// With an answer that cannot be kept: a stream, or longer than the limit.
     Streaming(Response<R>),
-    /// It was asked what became of a lost attempt, and nobody knows.
-    Unknown,
 }
 
-/// An answer that was read to its end.
-struct Read {
-    head: response::Parts,
-    body: Collected,
+/// What became of a lost attempt.
+enum Found {
+    /// It took effect; its answer is the cargo now.
+    Happened,
+    /// Nothing.
+    Nothing,
+    /// Nobody knows.
+    Unknown,
 }
 
 impl<St: Store, S> Exchange<St, S> {
@@ -57,116 +55,163 @@ impl<St: Store, S> Exchange<St, S> {
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        let ownership = Ownership::new(&self.shared, self.flight.storage_key, grant);
+        self.own(grant);
+        if recover {
+            match Box::pin(self.recover(grant)).await {
+                Found::Happened => return Ok(Box::pin(self.happened()).await),
+                Found::Nothing => {}
+                Found::Unknown => {
+                    Box::pin(self.give_up()).await;
+                    return Ok(self.settle(Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown))));
+                }
+            }
+        }
+        let Some(running) = self.start(grant) else {
+            return Ok(Box::pin(self.failed()).await);
+        };
+        let running = AssertUnwindSafe(ended(running, self.settings.answer_limit, &mut self.times));
+        match running.catch_unwind().await {
+            Ok(Ended::Answered(read)) => self.cargo = Cargo::Answered(read),
+            Ok(Ended::Broken) => return Ok(Box::pin(self.broken()).await),
+            Ok(Ended::Failed(error)) => {
+                let _: Response<R> = Box::pin(self.failed()).await;
+                return Err(error);
+            }
+            Ok(Ended::Streaming(response)) => return Ok(Box::pin(self.streaming(response)).await),
+            // It panicked.
+            Err(_) => return Ok(Box::pin(self.failed()).await),
+        }
+        Ok(self.answered().await)
+    }
+
+    /// Takes possession of what was granted.
+    fn own(&mut self, grant: Grant) {
+        self.ownership = Some(Ownership::new(&self.shared, self.flight.storage_key, grant));
         self.flight.hold(grant);
         if grant.lease.is_some() {
             self.shared.keep_renewed();
         }
         telemetry::granted(&self.span, grant.attempt, grant.owner.fence.as_u64());
-        let Some(admitted) = self.admitted.take() else {
-            return Ok(self.refuse(self.later(RefusalKind::Outstanding)));
+    }
+
+    /// Asks what became of a lost attempt.
+    async fn recover(&mut self, grant: Grant) -> Found {
+        let (OnLost::Recover(check), Cargo::Admitted(admitted)) = (&self.settings.on_lost, &self.cargo) else {
+            return Found::Nothing;
         };
-        let lease = Lease::new(Arc::clone(&self.flight), self.fingerprint, grant);
-        let attempt = attempt(admitted, lease, &self.settings, recover, &mut self.times);
-        let ended = AssertUnwindSafe(Box::pin(attempt)).catch_unwind().await;
-        match ended.unwrap_or(Ended::Panicked) {
-            Ended::Answered(read) => {
-                let verdict = self.settings.keep.verdict(&read.head);
-                Ok(self.answered(ownership, read, verdict).await)
+        let recovery = Recovery {
+            key: self.flight.key.clone(),
+            fence: grant.owner.fence,
+            attempt: grant.attempt,
+            head: admitted.head.clone(),
+        };
+        // The function is the application's, and may panic before it returns its future.
+        let Ok(asked) = catch_unwind(AssertUnwindSafe(|| check.ask(recovery))) else {
+            return Found::Unknown;
+        };
+        match self.times.outside(AssertUnwindSafe(asked).catch_unwind()).await {
+            Ok(Recovered::Happened(answer)) => {
+                let (head, bytes) = answer.into_parts();
+                let body = Collected { bytes, trailers: None };
+                self.cargo = Cargo::Answered(Read { head, body });
+                Found::Happened
             }
-            Ended::Failed(error) => {
-                let _: Response<R> = Box::pin(self.failed(ownership)).await;
-                Err(error)
-            }
-            Ended::Broken => Ok(Box::pin(self.broken(ownership)).await),
-            Ended::Happened(read) => Ok(Box::pin(self.happened(ownership, read)).await),
-            Ended::Panicked => Ok(Box::pin(self.failed(ownership)).await),
-            Ended::Streaming(response) => Ok(Box::pin(self.streaming(ownership, response)).await),
-            Ended::Unknown => {
-                Box::pin(self.give_up(ownership)).await;
-                Ok(self.settle(Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))
-            }
+            Ok(Recovered::NotHappened) => Found::Nothing,
+            Ok(Recovered::Unknown) | Err(_) => Found::Unknown,
         }
     }
 
-    fn answered<R: RebuildBody>(
-        &mut self,
-        ownership: Ownership<St>,
-        read: Read,
-        verdict: Verdict,
-    ) -> impl Future<Output = Response<R>> + use<'_, St, S, R> {
-        async move {
-            let answer = self.settings.answer_headers.store(&read.head, &read.body);
-            let kept = match verdict {
-                Verdict::Keep => {
-                    let retention = retention(&self.settings, &read.head);
-                    let outcome = Outcome::Kept(answer.clone());
-                    match self.complete(&ownership, &outcome, retention).await {
-                        Ok(Completion::Completed) => {
-                            ownership.end();
-                            true
-                        }
-                        other => match Box::pin(self.not_completed(ownership, other)).await {
-                            Some(response) => return response,
-                            None => false,
-                        },
-                    }
-                }
-                Verdict::Release => {
-                    self.release(ownership).await;
+    /// Calls the handler; `None` when it panics at once.
+    fn start<B, R>(&mut self, grant: Grant) -> Option<S::Future>
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        B: RebuildBody,
+    {
+        let lease = Lease::new(Arc::clone(&self.flight), self.fingerprint, grant);
+        let mut admitted = self.unload()?;
+        let mut request = admitted.request();
+        request.extensions_mut().insert(lease);
+        catch_unwind(AssertUnwindSafe(|| admitted.service.call(request))).ok()
+    }
+
+    /// Records the answer and gives it.
+    async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
+        let Some((answer, retention, verdict)) = self.to_store() else {
+            return self.refuse(Refusal::new(RefusalKind::HandlerFailed));
+        };
+        let kept = match verdict {
+            Verdict::Keep => {
+                let outcome = Outcome::Kept(answer.clone());
+                let completion = self.complete(&outcome, retention).await;
+                if let Ok(Completion::Completed) = completion {
+                    self.end_ownership();
+                    true
+                } else if let Some(response) = Box::pin(self.not_completed(completion)).await {
+                    return response;
+                } else {
                     false
                 }
-                Verdict::GiveUp => {
-                    Box::pin(self.give_up(ownership)).await;
-                    false
-                }
-            };
-            self.leave(Landing::Answer { answer, kept });
-            self.finished("executed");
-            Response::from_parts(read.head, read.body.rebuild())
+            }
+            Verdict::Release => {
+                self.release().await;
+                false
+            }
+            Verdict::GiveUp => {
+                Box::pin(self.give_up()).await;
+                false
+            }
+        };
+        self.leave(Landing::Answer { answer, kept });
+        self.finished("executed");
+        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            Cargo::Answered(Read { head, body }) => Response::from_parts(head, body.rebuild()),
+            _ => self.refuse(Refusal::new(RefusalKind::HandlerFailed)),
         }
+    }
+
+    /// The cargo as it is stored, for how long, and what is to become of it.
+    fn to_store(&self) -> Option<(Answer, Duration, Verdict)> {
+        let Cargo::Answered(Read { head, body }) = &self.cargo else {
+            return None;
+        };
+        let answer = self.settings.answer_headers.store(head, body);
+        Some((
+            answer,
+            retention(&self.settings, head),
+            self.settings.keep.verdict(head),
+        ))
     }
 
     /// A lost attempt took effect: its answer is kept and given as the replay that it is.
-    async fn happened<R: RebuildBody>(&mut self, ownership: Ownership<St>, read: Read) -> Response<R> {
-        let answer = self.settings.answer_headers.store(&read.head, &read.body);
-        let outcome = Outcome::Kept(answer.clone());
-        let retention = retention(&self.settings, &read.head);
-        match self.complete(&ownership, &outcome, retention).await {
-            Ok(Completion::Completed) => ownership.end(),
-            other => {
-                // The next attempt asks again and is told the same.
-                if let Some(response) = self.not_completed(ownership, other).await {
-                    return response;
-                }
-            }
+    async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
+        let Some((answer, retention, _)) = self.to_store() else {
+            return self.refuse(Refusal::new(RefusalKind::HandlerFailed));
+        };
+        // Should it not be recorded, the next attempt asks again and is told the same.
+        match self.conclude(&Outcome::Kept(answer.clone()), retention).await {
+            Some(response) => response,
+            None => self.settle(Landing::Answer { answer, kept: true }),
         }
-        self.settle(Landing::Answer { answer, kept: true })
     }
 
     /// An answer that is not read into memory: a tombstone first, then the stream.
-    async fn streaming<R: RebuildBody>(&mut self, ownership: Ownership<St>, response: Response<R>) -> Response<R> {
+    async fn streaming<R: RebuildBody>(&mut self, response: Response<R>) -> Response<R> {
         let (head, body) = response.into_parts();
         let landing = match self.settings.keep.verdict(&head) {
             Verdict::Keep => {
                 telemetry::event(Event::Tombstone);
                 let retention = retention(&self.settings, &head);
-                match self.complete(&ownership, &Outcome::Tombstone, retention).await {
-                    Ok(Completion::Completed) => ownership.end(),
-                    other => {
-                        if let Some(response) = self.not_completed(ownership, other).await {
-                            return response;
-                        }
-                    }
+                if let Some(response) = self.conclude(&Outcome::Tombstone, retention).await {
+                    return response;
                 }
                 Refusal::new(RefusalKind::AnswerNotKept)
             }
             Verdict::Release => {
-                self.release(ownership).await;
+                self.release().await;
                 self.later(RefusalKind::Outstanding)
             }
             Verdict::GiveUp => {
-                self.give_up(ownership).await;
+                self.give_up().await;
                 Refusal::new(RefusalKind::OutcomeUnknown)
             }
         };
@@ -176,62 +221,63 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// The handler ended and its answer is lost: nobody runs again, and nobody can be given it.
-    async fn broken<R: RebuildBody>(&mut self, ownership: Ownership<St>) -> Response<R> {
+    async fn broken<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Tombstone);
-        match self
-            .complete(&ownership, &Outcome::Tombstone, self.settings.retention)
-            .await
-        {
-            Ok(Completion::Completed) => ownership.end(),
-            other => {
-                if let Some(response) = self.not_completed(ownership, other).await {
-                    return response;
-                }
-            }
+        let retention = self.settings.retention;
+        if let Some(response) = self.conclude(&Outcome::Tombstone, retention).await {
+            return response;
         }
         self.leave(Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)));
         self.refuse(Refusal::new(RefusalKind::AnswerBroken))
     }
 
     /// The handler panicked, or its service failed: there is no answer but ours.
-    async fn failed<R: RebuildBody>(&mut self, ownership: Ownership<St>) -> Response<R> {
+    async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
         let refusal = Refusal::new(RefusalKind::HandlerFailed);
         match self.settings.keep.of_failure() {
             Verdict::Keep => {
                 let (head, bytes) = refusal.render(&self.settings.refusals).into_parts();
                 let body = Collected { bytes, trailers: None };
-                return self.answered(ownership, Read { head, body }, Verdict::Keep).await;
+                let answer = self.settings.answer_headers.store(&head, &body);
+                let retention = self.settings.retention;
+                if let Some(response) = self.conclude(&Outcome::Kept(answer.clone()), retention).await {
+                    return response;
+                }
+                self.leave(Landing::Answer { answer, kept: true });
+                return self.refuse(refusal);
             }
-            Verdict::Release => self.release(ownership).await,
-            Verdict::GiveUp => self.give_up(ownership).await,
+            Verdict::Release => self.release().await,
+            Verdict::GiveUp => self.give_up().await,
         }
         self.settle(Landing::Refused(refusal))
     }
 
-    /// The completion did not succeed: the response to give instead of the handler's, if it must not be given.
-    async fn not_completed<R: RebuildBody>(
-        &mut self,
-        ownership: Ownership<St>,
-        completion: Result<Completion, Error>,
-    ) -> Option<Response<R>> {
+    /// Records an outcome: the response to give instead of the handler's, if it must not be given.
+    async fn conclude<R: RebuildBody>(&mut self, outcome: &Outcome, retention: Duration) -> Option<Response<R>> {
+        let completion = self.complete(outcome, retention).await;
+        self.not_completed(completion).await
+    }
+
+    /// A completion that may not have succeeded: the response to give instead of the handler's, if it must not be given.
+    async fn not_completed<R: RebuildBody>(&mut self, completion: Result<Completion, Error>) -> Option<Response<R>> {
         match completion {
             Ok(Completion::Completed) => {
-                ownership.end();
+                self.end_ownership();
                 None
             }
-            Ok(Completion::Superseded(stands)) => Some(self.superseded(ownership, stands).await),
+            Ok(Completion::Superseded(stands)) => Some(self.superseded(stands).await),
             Err(error) => {
-                let refusal = self.unrecorded(ownership, &error)?;
+                let refusal = self.unrecorded(&error)?;
                 Some(self.settle(Landing::Refused(refusal)))
             }
         }
     }
 
     /// Somebody took the key over: this attempt's result is dropped, and the caller is given what the key holds.
-    async fn superseded<R: RebuildBody>(&mut self, ownership: Ownership<St>, stands: Option<Outcome>) -> Response<R> {
+    async fn superseded<R: RebuildBody>(&mut self, stands: Option<Outcome>) -> Response<R> {
         telemetry::event(Event::Superseded);
-        ownership.end();
+        self.end_ownership();
         self.flight.set_superseded();
         self.flight.set_guarded(false);
         match stands {
@@ -243,94 +289,76 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// The outcome could not be recorded. Under `OnLost::Refuse` nobody will run again, so the caller may have its answer;
     /// elsewhere the next attempt runs, and the caller must not believe that this one counts.
-    fn unrecorded(&self, ownership: Ownership<St>, error: &Error) -> Option<Refusal> {
+    fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
-        ownership.end();
+        self.end_ownership();
         match self.settings.on_lost {
             OnLost::Refuse => None,
             OnLost::Execute | OnLost::Recover(_) => Some(self.later(RefusalKind::OutcomeUnrecorded)),
         }
     }
 
-    async fn complete(
-        &mut self,
-        ownership: &Ownership<St>,
-        outcome: &Outcome,
-        retention: Duration,
-    ) -> Result<Completion, Error> {
-        let (store, key) = (&self.shared.store, &self.flight.storage_key);
-        persist(&self.settings, || {
-            store.complete(key, ownership.owner(), outcome, retention)
-        })
-        .await
+    /// The outcome is recorded, or cannot be.
+    fn end_ownership(&mut self) {
+        if let Some(ownership) = self.ownership.take() {
+            ownership.end();
+        }
     }
 
-    async fn release(&mut self, ownership: Ownership<St>) {
-        let (store, key) = (&self.shared.store, &self.flight.storage_key);
-        match persist(&self.settings, || store.release(key, ownership.owner())).await {
-            Ok(Release::Released) => {}
-            Ok(Release::Superseded) => telemetry::event(Event::Superseded),
-            Err(error) => telemetry::failure(Event::Unrecorded, &error),
+    async fn complete(&mut self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
+        match self.owned() {
+            Some((store, key, owner)) => {
+                persist(&self.settings, || store.complete(key, owner, outcome, retention)).await
+            }
+            None => Ok(Completion::Superseded(None)),
         }
-        ownership.end();
     }
 
-    async fn give_up(&mut self, ownership: Ownership<St>) {
-        let (store, key) = (&self.shared.store, &self.flight.storage_key);
-        // Without the store the lease ends it, a little later.
-        if let Err(error) = persist(&self.settings, || store.renew(key, ownership.owner(), Duration::ZERO)).await {
-            telemetry::failure(Event::Unrecorded, &error);
+    async fn release(&mut self) {
+        if let Some((store, key, owner)) = self.owned() {
+            match persist(&self.settings, || store.release(key, owner)).await {
+                Ok(Release::Released) => {}
+                Ok(Release::Superseded) => telemetry::event(Event::Superseded),
+                Err(error) => telemetry::failure(Event::Unrecorded, &error),
+            }
         }
-        ownership.end();
+        self.end_ownership();
+    }
+
+    async fn give_up(&mut self) {
+        if let Some((store, key, owner)) = self.owned() {
+            // Without the store the lease ends it, a little later.
+            if let Err(error) = persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await {
+                telemetry::failure(Event::Unrecorded, &error);
+            }
+        }
+        self.end_ownership();
+    }
+
+    fn owned(&self) -> Option<(&St, &StorageKey, Owner)> {
+        let ownership = self.ownership.as_ref()?;
+        Some((&self.shared.store, &self.flight.storage_key, ownership.owner()))
     }
 }
 
-/// Asks what became of a lost attempt, if asked to; then calls the handler and reads its answer.
-fn attempt<'e, S, B, R>(
-    mut admitted: Admitted<S>,
-    lease: Lease,
-    settings: &'e Values,
-    recover: bool,
-    times: &'e mut Times,
-) -> impl Future<Output = Ended<R, S::Error>> + use<'e, S, B, R>
+/// Waits for the handler and reads its answer.
+async fn ended<F, R, E>(running: F, limit: usize, times: &mut Times) -> Ended<R, E>
 where
-    S: Service<Request<B>, Response = Response<R>>,
-    B: RebuildBody,
+    F: Future<Output = Result<Response<R>, E>>,
     R: RebuildBody,
 {
-    async move {
-        if let (true, OnLost::Recover(check)) = (recover, &settings.on_lost) {
-            let recovery = Recovery {
-                key: lease.key().clone(),
-                fence: lease.fence(),
-                attempt: lease.attempt().number(),
-                head: admitted.head.clone(),
-            };
-            match times.outside(check.ask(recovery)).await {
-                Recovered::Happened(answer) => {
-                    let (head, bytes) = answer.into_parts();
-                    let body = Collected { bytes, trailers: None };
-                    return Ended::Happened(Read { head, body });
-                }
-                Recovered::NotHappened => {}
-                Recovered::Unknown => return Ended::Unknown,
-            }
-        }
-        let mut request = admitted.request();
-        request.extensions_mut().insert(lease);
-        let response = match times.outside(admitted.service.call(request)).await {
-            Ok(response) => response,
-            Err(error) => return Ended::Failed(error),
-        };
-        let (head, body) = response.into_parts();
-        if is_stream(&head) {
-            return Ended::Streaming(Response::from_parts(head, body));
-        }
-        match times.outside(collect(body, settings.answer_limit)).await {
-            Ok(body) => Ended::Answered(Read { head, body }),
-            Err(Shortfall::Broken(_)) => Ended::Broken,
-            Err(Shortfall::TooLarge(body)) => Ended::Streaming(Response::from_parts(head, R::rebuild(body))),
-        }
+    let response = match times.outside(running).await {
+        Ok(response) => response,
+        Err(error) => return Ended::Failed(error),
+    };
+    let (head, body) = response.into_parts();
+    if is_stream(&head) {
+        return Ended::Streaming(Response::from_parts(head, body));
+    }
+    match times.outside(collect(body, limit)).await {
+        Ok(body) => Ended::Answered(Read { head, body }),
+        Err(Shortfall::Broken(_)) => Ended::Broken,
+        Err(Shortfall::TooLarge(body)) => Ended::Streaming(Response::from_parts(head, R::rebuild(body))),
     }
 }
 
