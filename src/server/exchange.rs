@@ -1,9 +1,9 @@
 //! The flow of one guarded request, from its key to its answer.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use http::request::Parts;
 use http::{response, Request, Response};
 use tokio::runtime::Handle;
@@ -99,7 +99,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// The order of checks: the key is known to be good; then the body, the claim, the mismatch before the wait.
-    pub(super) fn run<B, R>(mut self, body: B) -> impl Future<Output = Result<Response<R>, S::Error>> + Send
+    pub(super) fn run<B, R>(mut self, body: B) -> BoxFuture<'static, Result<Response<R>, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -137,7 +137,11 @@ impl<St: Store, S> Exchange<St, S> {
                 }
             }
         };
-        flow.instrument(span)
+        if span.is_disabled() {
+            Box::pin(flow)
+        } else {
+            Box::pin(flow.instrument(span))
+        }
     }
 
     /// Reads the request's body, within its bounds of length and time, and takes the fingerprint.

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,20 +67,20 @@ impl<St: Store, S> Exchange<St, S> {
                 }
             }
         }
-        let Some(running) = self.start(grant) else {
-            return Ok(Box::pin(self.failed()).await);
+        // Without a future the handler has panicked already.
+        let ended = match self.start(grant) {
+            Some(running) => AssertUnwindSafe(running).catch_unwind().await.ok(),
+            None => None,
         };
-        let running = AssertUnwindSafe(ended(running, self.settings.answer_limit, &mut self.times));
-        match running.catch_unwind().await {
-            Ok(Ended::Answered(read)) => self.cargo = Cargo::Answered(read),
-            Ok(Ended::Broken) => return Ok(Box::pin(self.broken()).await),
-            Ok(Ended::Failed(error)) => {
+        match ended {
+            Some(Ended::Answered(read)) => self.cargo = Cargo::Answered(read),
+            Some(Ended::Broken) => return Ok(Box::pin(self.broken()).await),
+            Some(Ended::Failed(error)) => {
                 let _: Response<R> = Box::pin(self.failed()).await;
                 return Err(error);
             }
-            Ok(Ended::Streaming(response)) => return Ok(Box::pin(self.streaming(response)).await),
-            // It panicked.
-            Err(_) => return Ok(Box::pin(self.failed()).await),
+            Some(Ended::Streaming(response)) => return Ok(Box::pin(self.streaming(response)).await),
+            None => return Ok(Box::pin(self.failed()).await),
         }
         Ok(self.answered().await)
     }
@@ -122,16 +123,22 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Calls the handler; `None` when it panics at once.
-    fn start<B, R>(&mut self, grant: Grant) -> Option<S::Future>
+    #[expect(clippy::type_complexity, reason = "a box of a future that has no name")]
+    fn start<B, R>(
+        &mut self,
+        grant: Grant,
+    ) -> Option<Pin<Box<impl Future<Output = Ended<R, S::Error>> + use<'_, St, S, B, R>>>>
     where
         S: Service<Request<B>, Response = Response<R>>,
         B: RebuildBody,
+        R: RebuildBody,
     {
         let lease = Lease::new(Arc::clone(&self.flight), self.fingerprint, grant);
         let mut admitted = self.unload()?;
         let mut request = admitted.request();
         request.extensions_mut().insert(lease);
-        catch_unwind(AssertUnwindSafe(|| admitted.service.call(request))).ok()
+        let running = catch_unwind(AssertUnwindSafe(|| admitted.service.call(request))).ok()?;
+        Some(Box::pin(ended(running, self.settings.answer_limit, &mut self.times)))
     }
 
     /// Records the answer and gives it.

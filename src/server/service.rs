@@ -120,7 +120,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         let ready = std::mem::replace(&mut self.inner, clone);
         let shared = Arc::clone(&self.shared);
         let exchange = Exchange::new(shared, settings, Arc::clone(&flight), scope.is_some(), ready, head);
-        ResponseFuture::guarded(Box::pin(exchange.run(body)), flight, self.shared.tracker.clone())
+        ResponseFuture::guarded(exchange.run(body), flight, self.shared.tracker.clone())
     }
 }
 
