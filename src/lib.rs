@@ -1,3 +1,95 @@
+//! A Tower layer that makes any HTTP service idempotent: a request that carries an `Idempotency-Key` takes effect once, however
+//! often it is sent and whatever breaks in between, and every repetition gets the first answer, byte for byte.
+//!
+//! ```
+//! # #[cfg(feature = "axum")]
+//! # fn app() -> axum::Router {
+//! use axum::{routing::post, Router};
+//! use tower_idempotency::{IdempotencyLayer, MemoryStore};
+//!
+//! Router::new()
+//!     .route("/payments", post(|| async { "paid" }))
+//!     .layer(IdempotencyLayer::new(MemoryStore::new()))
+//! # }
+//! ```
+//!
+//! Outside of axum it is the same layer, without any feature:
+//!
+//! ```
+//! use std::convert::Infallible;
+//! use bytes::Bytes;
+//! use http::{Request, Response};
+//! use http_body_util::{BodyExt, Full};
+//! use tower::{service_fn, ServiceBuilder, ServiceExt};
+//! use tower_idempotency::{IdempotencyLayer, MemoryStore};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Infallible> {
+//! let service = ServiceBuilder::new()
+//!     .layer(IdempotencyLayer::new(MemoryStore::new()))
+//!     .service(service_fn(|_: Request<Full<Bytes>>| async {
+//!         Ok::<_, Infallible>(Response::new(Full::from("paid")))
+//!     }));
+//!
+//! let pay = || Request::post("/payments").header("idempotency-key", "k-1").body(Full::from("100")).unwrap();
+//! let first = service.clone().oneshot(pay()).await?;
+//! let again = service.clone().oneshot(pay()).await?;
+//!
+//! assert_eq!(again.headers()["idempotent-replayed"], "true");
+//! assert_eq!(again.into_body().collect().await?.to_bytes(), first.into_body().collect().await?.to_bytes());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it promises
+//!
+//! What can honestly be promised depends on what the handler touches:
+//!
+//! | the handler's effect is in | strongest promise | what it needs |
+//! |---|---|---|
+//! | the same PostgreSQL as the record | exactly-once effect | effect and completion in one transaction, by a store that offers it |
+//! | a third party that dedups by a key that we pass on | exactly-once effect, even when run again | [`Lease::derive_key`] |
+//! | a third party that can be asked "did it happen?" | exactly-once, if the question itself shuts the old attempt out (raises the fence); else at-least-once | [`OnLost::recover`] |
+//! | anything else | at-most-once ([`OnLost::Refuse`], the default) or at-least-once ([`OnLost::Execute`]): choose; there is no third | |
+//!
+//! All of it holds as long as the store does not lose acknowledged writes and the record outlives the client's last retry.
+//! [`MemoryStore`] forgets with its process.
+//!
+//! # Where to begin
+//!
+//! [`IdempotencyLayer`] is the layer and its own builder; its page has the table of defaults. [`Store`] is where records live,
+//! with its contract; [`MemoryStore`] is the embedded default. [`Lease`] is what a handler may know. [`protocol`] holds the
+//! record as pure functions, for stores of your own.
+//!
+//! # Features
+//!
+//! | feature | adds |
+//! |---|---|
+//! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`Attempt`] and [`IdempotencyKey`] |
+//! | `metrics` | counters, gauges and histograms through the `metrics` facade |
+//!
+//! None is on by default, and none changes behaviour. Rust 1.85 with each of them.
+//!
+//! # Telemetry
+//!
+//! Everything is reported under the target `tower_idempotency`; no key, body, header value or credential is ever a part of it.
+//!
+//! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
+//! event (level `WARN`, field `event`, and `error` where there is one) per unusual path: `abandoned`, `claim-repeated`,
+//! `completion-repeated`, `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `store-failed`, `superseded`, `tombstone`,
+//! `unprotected`, `unrecorded`.
+//!
+//! With the feature `metrics`:
+//!
+//! | name | kind | labels | what |
+//! |---|---|---|---|
+//! | `idempotency_requests_total` | counter | `outcome` | requests by outcome: `executed`, `replayed`, `waited` (for an answer that is not kept), `unprotected`, or the [code](Refusal::code) of the refusal |
+//! | `idempotency_events_total` | counter | `event` | unusual paths, as above |
+//! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
+//! | `idempotency_layer_seconds` | histogram | | time in the layer, without the handler and without waiting |
+//! | `idempotency_in_flight` | gauge | | executions under way |
+//! | `idempotency_store_records`, `_bytes`, `_in_flight`, `_waiters` | gauge | | the [figures](store::Figures) of a memory store, once a second |
+
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg_attr(
@@ -9,7 +101,7 @@
         reason = "tests say what went wrong by panicking"
     )
 )]
-//! x
+
 mod clock;
 mod error;
 mod http;
@@ -30,3 +122,8 @@ pub use self::server::{
     Recovery, ResponseFuture, RetainFor, Settings,
 };
 pub use self::store::{MemoryStore, Store};
+
+/// The code blocks of the README, as tests.
+#[cfg(all(doctest, feature = "axum"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

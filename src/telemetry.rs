@@ -1,23 +1,4 @@
-//! What the crate tells about itself: the names of its span, events and metrics, in one place.
-//!
-//! Everything is reported under the target `tower_idempotency`. No key, no body, no header value and no credential is ever a
-//! part of it.
-//!
-//! # Tracing
-//!
-//! One span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`, and an event
-//! per unusual path (level `WARN`, field `event`, and `error` where there is one).
-//!
-//! # Metrics (feature `metrics`)
-//!
-//! | name | kind | labels | what |
-//! |---|---|---|---|
-//! | `idempotency_requests_total` | counter | `outcome` | guarded requests by outcome: `executed`, `replayed`, `waited`, or the [code](crate::Refusal::code) of the refusal |
-//! | `idempotency_events_total` | counter | `event` | unusual paths, see [`Event`] |
-//! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
-//! | `idempotency_layer_seconds` | histogram | | time spent in the layer, without the handler and without waiting |
-//! | `idempotency_in_flight` | gauge | | executions under way, rescued ones included |
-//! | `idempotency_store_records`, `_bytes`, `_in_flight`, `_waiters` | gauge | | the figures of a memory store, once a second |
+//! What the crate tells about itself: the names of its span, events and metrics, in one place. The crate's page documents them.
 
 #[cfg(feature = "metrics")]
 use std::time::Duration;

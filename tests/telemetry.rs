@@ -113,6 +113,7 @@ fn metrics_count_outcomes_events_and_the_store() {
             for body in ["x", "x", "y"] {
                 send(&service, post("secret-key", body)).await;
             }
+            send(&service, post("not a key", "x")).await;
             tokio::time::sleep(Duration::from_secs(2)).await;
         });
         snapshotter.snapshot().into_vec()
@@ -129,7 +130,7 @@ fn metrics_count_outcomes_events_and_the_store() {
             DebugValue::Histogram(times) => f64::from(u32::try_from(times.len()).unwrap()),
         }
     };
-    for outcome in ["executed", "replayed", "key-reused"] {
+    for outcome in ["executed", "replayed", "key-reused", "key-invalid"] {
         assert!(
             (value("idempotency_requests_total", Some(outcome)) - 1.0).abs() < 0.1,
             "{outcome}"

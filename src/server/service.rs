@@ -17,10 +17,17 @@ use super::settings::{Settings, Values};
 use crate::http::{find_key, FoundKey, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::IdempotencyKey;
 use crate::store::Store;
+use crate::telemetry;
 
 /// An HTTP service behind an [`IdempotencyLayer`](super::IdempotencyLayer).
 pub struct Idempotency<S, St> {
     inner: S,
+    // One pointer: servers clone their services for every request.
+    layer: Arc<Configured<St>>,
+}
+
+/// What the layer had set when it made a service.
+struct Configured<St> {
     shared: Arc<Shared<St>>,
     settings: Settings,
     selector: Option<Selector>,
@@ -35,12 +42,12 @@ enum Admission {
 
 impl<S, St> Idempotency<S, St> {
     pub(super) fn new(inner: S, shared: Arc<Shared<St>>, settings: Settings, selector: Option<Selector>) -> Self {
-        Self {
-            inner,
+        let layer = Arc::new(Configured {
             shared,
             settings,
             selector,
-        }
+        });
+        Self { inner, layer }
     }
 
     /// The service inside.
@@ -69,28 +76,26 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let Some(selector) = &self.selector else {
-            return match self.settings.0.admit(request.method(), request.headers()) {
+        let Some(selector) = &self.layer.selector else {
+            let values = &self.layer.settings.0;
+            return match values.admit(request.method(), request.headers()) {
                 Admission::Pass => ResponseFuture::passed(self.inner.call(request)),
-                Admission::Refuse(refusal) => ResponseFuture::refused(refusal.into_response(&self.settings.0.refusals)),
+                Admission::Refuse(refusal) => values.refused(refusal),
                 Admission::Guard(key) => {
+                    let values = Arc::clone(values);
                     let (head, body) = request.into_parts();
-                    let settings = Arc::clone(&self.settings.0);
-                    self.guard(key, settings, head, body)
+                    self.guard(key, values, head, body)
                 }
             };
         };
         let (head, body) = request.into_parts();
-        let selected = selector(&head);
-        let admission = selected.as_ref().map_or(Admission::Pass, |Settings(values)| {
-            values.admit(&head.method, &head.headers)
-        });
-        match (admission, selected) {
-            (Admission::Refuse(refusal), Some(Settings(values))) => {
-                ResponseFuture::refused(refusal.into_response(&values.refusals))
-            }
-            (Admission::Guard(key), Some(Settings(values))) => self.guard(key, values, head, body),
-            _ => ResponseFuture::passed(self.inner.call(Request::from_parts(head, body))),
+        let Some(Settings(values)) = selector(&head) else {
+            return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
+        };
+        match values.admit(&head.method, &head.headers) {
+            Admission::Pass => ResponseFuture::passed(self.inner.call(Request::from_parts(head, body))),
+            Admission::Refuse(refusal) => values.refused(refusal),
+            Admission::Guard(key) => self.guard(key, values, head, body),
         }
     }
 }
@@ -118,13 +123,19 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         // The service that was polled ready is the one that is called; its clone has yet to be.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
-        let shared = Arc::clone(&self.shared);
+        let shared = Arc::clone(&self.layer.shared);
         let exchange = Exchange::new(shared, settings, Arc::clone(&flight), scope.is_some(), ready, head);
-        ResponseFuture::guarded(exchange.run(body), flight, self.shared.tracker.clone())
+        ResponseFuture::guarded(exchange.run(body), flight, Arc::clone(&self.layer.shared.tracker))
     }
 }
 
 impl Values {
+    /// The answer to a request that is refused by its head.
+    fn refused<F, R: RebuildBody, E>(&self, refusal: Refusal) -> ResponseFuture<F, R, E> {
+        telemetry::finished(&telemetry::span(), refusal.code());
+        ResponseFuture::refused(refusal.into_response(&self.refusals))
+    }
+
     fn admit(&self, method: &http::Method, headers: &http::HeaderMap) -> Admission {
         if !self.methods.contains(method) {
             return Admission::Pass;
@@ -142,9 +153,7 @@ impl<S: Clone, St> Clone for Idempotency<S, St> {
     fn clone(&self) -> Self {
         Self {
             inner: self.inner.clone(),
-            shared: Arc::clone(&self.shared),
-            settings: self.settings.clone(),
-            selector: self.selector.clone(),
+            layer: Arc::clone(&self.layer),
         }
     }
 }
@@ -153,7 +162,7 @@ impl<S: fmt::Debug, St> fmt::Debug for Idempotency<S, St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Idempotency")
             .field("inner", &self.inner)
-            .field("settings", &self.settings)
+            .field("settings", &self.layer.settings)
             .finish_non_exhaustive()
     }
 }
