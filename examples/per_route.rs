@@ -50,10 +50,9 @@ async fn authenticate(mut request: Request, next: Next) -> Result<Response, Stat
     Ok(next.run(request).await)
 }
 
-/// The scope of a key: what authenticated the request, never what the client may choose.
-fn tenant(head: &Parts) -> Scope {
-    let Tenant(name) = head.extensions.get().expect("authentication lies outside");
-    Scope::from(*name)
+/// The scope of a key: what authenticated the request, never what the client may choose. Without it, the request is refused.
+fn tenant(head: &Parts) -> Option<Scope> {
+    head.extensions.get().map(|Tenant(name)| Scope::from(*name))
 }
 
 /// One layer for each route, cloned from one; all of them share its store.

@@ -208,6 +208,17 @@ async fn scopes_are_separate_and_a_renewed_token_still_gets_the_replay() {
 }
 
 #[tokio::test]
+async fn a_request_without_the_scope_that_is_asked_for_is_refused() {
+    let tenant = |head: &http::request::Parts| Some(Scope::from(head.headers.get("x-tenant")?.as_bytes()));
+    let (app, runs) = app(layer().with_scope(tenant));
+    let refused = pay(&app, "/pay", &[KEY], "x").await;
+    let document: serde_json::Value = serde_json::from_slice(&refused.body).unwrap();
+    assert_eq!((refused.status, &document["code"]), (500, &"scope-missing".into()));
+    assert_eq!(pay(&app, "/pay", &[KEY, ("x-tenant", "alice")], "x").await.status, 201);
+    assert_eq!(runs.count(), 1);
+}
+
+#[tokio::test]
 async fn what_is_kept_follows_the_table_and_the_handlers_word() {
     for (status, kept) in [
         ("200", true),

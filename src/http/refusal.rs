@@ -48,6 +48,8 @@ pub enum RefusalKind {
     InvalidKey(InvalidKey),
     /// A key is required and missing. 400.
     MissingKey,
+    /// It is not known whose key it is: the application's function found no scope. 500.
+    MissingScope,
     /// The key was used for another request. 422.
     Mismatch,
     /// A request with this key is being worked on. 409.
@@ -196,7 +198,7 @@ impl Refusal {
             RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
             RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
             RefusalKind::Outstanding => 10,
-            RefusalKind::AnswerBroken | RefusalKind::HandlerFailed => 13,
+            RefusalKind::AnswerBroken | RefusalKind::HandlerFailed | RefusalKind::MissingScope => 13,
             RefusalKind::OutcomeUnrecorded | RefusalKind::StoreFull | RefusalKind::StoreUnavailable => 14,
         };
         let mut response = response(StatusCode::OK, "application/grpc", String::new());
@@ -254,7 +256,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 15] = [
+    const ALL: [RefusalKind; 16] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
         RefusalKind::BodyBroken,
@@ -263,6 +265,7 @@ mod tests {
         RefusalKind::HandlerFailed,
         RefusalKind::InvalidKey(InvalidKey::NotAString),
         RefusalKind::MissingKey,
+        RefusalKind::MissingScope,
         RefusalKind::Mismatch,
         RefusalKind::Outstanding,
         RefusalKind::OutcomeUnknown,

@@ -29,6 +29,7 @@ impl RefusalKind {
                 ..INVALID_KEY
             },
             RefusalKind::MissingKey => MISSING_KEY,
+            RefusalKind::MissingScope => MISSING_SCOPE,
             RefusalKind::Mismatch => MISMATCH,
             RefusalKind::Outstanding => OUTSTANDING,
             RefusalKind::OutcomeUnknown => OUTCOME_UNKNOWN,
@@ -104,6 +105,14 @@ const MISSING_KEY: Wording = Wording {
     title: "Idempotency-Key is missing",
     detail: "This operation is idempotent and requires a key. Choose a new unique one for each operation and send \
                          it again with every retry.",
+    retryable: false,
+};
+
+const MISSING_SCOPE: Wording = Wording {
+    status: StatusCode::INTERNAL_SERVER_ERROR,
+    code: "scope-missing",
+    title: "Nobody is known to own the key",
+    detail: "The server could not tell whose key this is. Nothing was processed.",
     retryable: false,
 };
 

@@ -137,16 +137,28 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// None by default: whose key it is. The same key in two scopes is two keys.
     ///
-    /// Build the scope from what authenticated the request (an extension set by a layer further out), and set one wherever
-    /// callers are told apart by anything but `Authorization`, a session cookie above all: without a scope, only
-    /// `Authorization` is compared. With a scope it is left out of the fingerprint, so that a renewed token still gets the
-    /// replay.
-    pub fn with_scope(mut self, scope: impl Fn(&Parts) -> Scope + Send + Sync + 'static) -> Self {
-        self.values().scope = Some(Arc::new(scope));
+    /// The function returns a [`Scope`], or an `Option` of one; `None` is refused with 500 `scope-missing`, since nobody may share
+    /// keys with those of whom nothing is known. Build the scope from what authenticated the request (an extension set by a layer
+    /// further out), and set one wherever callers are told apart by anything but `Authorization`, a session cookie above all:
+    /// without a scope, only `Authorization` is compared. With a scope it is left out of the fingerprint, so that a renewed
+    /// token still gets the replay.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Scope};
+    /// #[derive(Clone)]
+    /// struct Account(String);
+    ///
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_scope(|head| head.extensions.get::<Account>().map(|account| Scope::from(&account.0)));
+    /// # let _ = layer;
+    /// ```
+    pub fn with_scope<R: Into<Option<Scope>>>(mut self, scope: impl Fn(&Parts) -> R + Send + Sync + 'static) -> Self {
+        self.values().scope = Some(Arc::new(move |head| scope(head).into()));
         self
     }
 
-    /// Empty by default: keeps the keys of several applications apart that share one store.
+    /// Empty by default: keeps the keys of several applications apart that share one store, or of two versions of an API (where
+    /// the same key under another path would be a mismatch).
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
         self.values().space.namespace = namespace.into();
         self
@@ -344,7 +356,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// None by default: for one layer over a whole application, chooses the settings by the head of the request; `None`: not
-    /// covered. The settings set on this layer itself are then not used.
+    /// covered. The settings set on this layer itself are then not used. Under a nested axum router the head's `uri` lacks the prefix;
+    /// its extensions `OriginalUri` and `MatchedPath` have it.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};

@@ -117,7 +117,13 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        let scope = settings.scope.as_ref().map(|scope| scope(&head));
+        let scope = match &settings.scope {
+            None => None,
+            Some(scope) => match scope(&head) {
+                None => return settings.refused(Refusal::new(RefusalKind::MissingScope)),
+                scope => scope,
+            },
+        };
         let storage_key = settings.space.storage_key(scope.as_ref(), &key);
         let flight = Arc::new(Flight::new(key, storage_key));
         // The service that was polled ready is the one that is called; its clone has yet to be.

@@ -17,7 +17,7 @@ use crate::protocol::{KeyParser, KeySpace, Scope};
 #[derive(Clone, Debug)]
 pub struct Settings(pub(super) Arc<Values>);
 
-pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Scope + Send + Sync>;
+pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 
 #[derive(Clone)]
 pub(super) struct Values {
