@@ -20,6 +20,8 @@ pub(super) struct Flight {
     pub(super) storage_key: StorageKey,
     /// Whether the rest of the exchange must go on without its caller.
     guarded: AtomicBool,
+    /// Whether others wait for it, or did.
+    joined: AtomicBool,
     /// Whether the store said that the key belongs to this flight's fingerprint.
     confirmed: AtomicBool,
     held: OnceLock<Grant>,
@@ -48,6 +50,7 @@ impl Flight {
             key,
             storage_key,
             guarded: AtomicBool::new(false),
+            joined: AtomicBool::new(false),
             confirmed: AtomicBool::new(false),
             held: OnceLock::new(),
             superseded: AtomicBool::new(false),
@@ -203,9 +206,11 @@ impl Flights {
             return Joined::Lead(Seat {
                 flights: Arc::clone(self),
                 flight: Arc::clone(flight),
+                landing: Landing::Handover,
             });
         };
         let leader = Arc::clone(&entry.flight);
+        leader.joined.store(true, Ordering::Relaxed);
         if entry.fingerprint != fingerprint {
             return if leader.is_confirmed() {
                 Joined::Mismatch
@@ -249,27 +254,32 @@ impl Flights {
     }
 }
 
-/// The seat of a key: its flight is what others join. Dropped without a landing, it hands over to them.
+/// The seat of a key: its flight is what others join. Left without a landing, it hands over to them.
 #[derive(Debug)]
 pub(super) struct Seat {
     flights: Arc<Flights>,
     flight: Arc<Flight>,
+    landing: Landing,
 }
 
 impl Seat {
     /// Tells the others what it came to and leaves the seat.
-    pub(super) fn land(self, landing: Landing) {
-        self.flight.land(landing);
+    pub(super) fn land(mut self, landing: Landing) {
+        self.landing = landing;
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.flights
-            .table
-            .lock(&self.flight.storage_key)
-            .remove(&self.flight.storage_key);
-        self.flight.land(Landing::Handover);
+        let mut shard = self.flights.table.lock(&self.flight.storage_key);
+        shard.remove(&self.flight.storage_key);
+        // Whoever joined did so under this lock.
+        let joined = self.flight.joined.load(Ordering::Relaxed);
+        drop(shard);
+        if joined {
+            self.flight
+                .land(std::mem::replace(&mut self.landing, Landing::Handover));
+        }
     }
 }
 
