@@ -4,7 +4,6 @@
 //! its data, [`Record`](crate::protocol::Record) holds all the logic, and under 100 lines are enough (see
 //! `examples/custom_store.rs`).
 
-mod ledger;
 mod memory;
 
 use std::future::Future;

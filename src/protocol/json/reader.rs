@@ -8,6 +8,8 @@ pub(super) const MAX_DEPTH: usize = 128;
 
 /// `None` when `text` is no JSON.
 pub(super) fn read(text: &str) -> Option<Notes<'_>> {
+    // Offsets are noted in 32 bits.
+    u32::try_from(text.len()).ok()?;
     let mut reader = Reader {
         cursor: Cursor::new(text),
         notes: Notes::new(text),
