@@ -39,7 +39,7 @@ use crate::protocol::{
 ///
 /// # Defaults
 ///
-/// * 1,000,000 records, about 0.7 KiB each beside their answers
+/// * 1,000,000 records, 0.8 to 0.9 KiB each with an answer of a few bytes
 /// * 256 MiB of kept answers
 /// * the machine's monotonic clock
 ///
