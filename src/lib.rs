@@ -68,14 +68,14 @@
 //! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`Attempt`] and [`IdempotencyKey`] |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
 //!
-//! None is on by default, and none changes behaviour. Rust 1.85 with each of them.
+//! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 with each of them.
 //!
 //! # Telemetry
 //!
 //! Everything is reported under the target `tower_idempotency`; no key, body, header value or credential is ever a part of it.
 //!
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
-//! event (level `WARN`, field `event`, and `error` where there is one) per unusual path: `abandoned`, `claim-repeated`,
+//! event (level `WARN`, `INFO` for `rescued`; field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path: `abandoned`, `claim-repeated`,
 //! `completion-repeated`, `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `store-failed`, `superseded`, `tombstone`,
 //! `unprotected`, `unrecorded`.
 //!
@@ -114,7 +114,7 @@ mod telemetry;
 pub use self::clock::{Clock, Timestamp};
 pub use self::error::{Error, ErrorKind};
 pub use self::http::{Body, RebuildBody, Refusal, RefusalKind};
-pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeySyntax, Scope};
+pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};
 #[cfg(feature = "axum")]
 pub use self::server::NotGuarded;
 pub use self::server::{

@@ -55,15 +55,38 @@ impl Event {
     }
 }
 
+impl Event {
+    const fn message(self) -> &'static str {
+        match self {
+            Self::Abandoned => "an execution was dropped before it ended; its lease was given up",
+            Self::ClaimRepeated => "a claim failed and is repeated",
+            Self::CompletionRepeated => "a completion failed and is repeated",
+            Self::HandlerFailed => "the handler panicked or its service failed",
+            Self::ReleasedBehind => "a claim of unknown fate was released",
+            Self::RenewalFailed => "a lease could not be renewed",
+            Self::Rescued => "the caller left; its execution goes on",
+            Self::StoreFailed => "the store failed and the request was refused",
+            Self::Superseded => "an owner found its key taken over",
+            Self::Tombstone => "an answer cannot be kept; its key will not run again",
+            Self::Unprotected => "the store failed and the request runs without protection",
+            Self::Unrecorded => "the end of an execution could not be recorded",
+        }
+    }
+}
+
 pub(crate) fn event(event: Event) {
     count_event(event);
-    tracing::warn!(target: TARGET, event = event.name());
+    match event {
+        // Callers hang up every day.
+        Event::Rescued => tracing::info!(target: TARGET, event = event.name(), "{}", event.message()),
+        _ => tracing::warn!(target: TARGET, event = event.name(), "{}", event.message()),
+    }
 }
 
 pub(crate) fn failure(event: Event, error: &Error) {
     count_event(event);
     let cause = std::error::Error::source(error);
-    tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause);
+    tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause, "{}", event.message());
 }
 
 /// The span of a guarded request.

@@ -382,6 +382,8 @@ async fn extractors_show_the_attempt_and_their_absence() {
         r#"{"fenced":false,"first":null,"key":null}"#
     );
     assert_eq!(pay(&app, "/needs", &[KEY], "").await.status, 200);
+    let put = Router::new().route("/needs", any(needs)).layer(layer());
+    assert_eq!(send(&put, request(Method::PUT, "/needs", &[KEY], "")).await.status, 500);
     let missing = pay(&app, "/needs", &[], "").await;
     assert_eq!(
         (missing.status, &missing.headers["content-type"]),

@@ -228,6 +228,50 @@ fn bad_configuration_fails_at_construction() {
     assert!(!settings.contains("very-secret"), "{settings}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn settings_of_nothing_and_of_for_ever_work() {
+    for time in [Duration::ZERO, Duration::MAX] {
+        let handler = Handler::new();
+        let layer = layer()
+            .with_body_timeout(time)
+            .with_store_timeout(time)
+            .with_completion_timeout(time);
+        let layer = layer
+            .with_retention(time)
+            .with_lease(time)
+            .with_wait(time)
+            .with_retry_after(time);
+        for store in [true, false] {
+            let first = if store {
+                send(&layer.layer(handler.clone()), post("k", "pay")).await
+            } else {
+                let far = IdempotencyLayer::new(support::RemoteStore::new());
+                let far = far
+                    .with_retention(time)
+                    .with_lease(time)
+                    .with_wait(time)
+                    .with_store_timeout(time.max(Duration::from_secs(1)));
+                send(&far.layer(handler.clone()), post("k", "pay")).await
+            };
+            assert_eq!(first.status(), 201, "{time:?}");
+        }
+        assert_eq!(handler.runs(), 2);
+    }
+    let layer = layer()
+        .with_body_limit(0)
+        .with_answer_limit(0)
+        .with_max_waiters(0, 0)
+        .with_max_key_length(0)
+        .with_max_attempts(0);
+    let service = layer
+        .with_retry_after(Duration::MAX)
+        .require_key()
+        .layer(Handler::new());
+    assert_eq!(send(&service, post("k", "")).await.status(), 201);
+    assert_eq!(send(&service, post("k", "x")).await.code(), "body-too-large");
+    assert_eq!(send(&service, post("k", "")).await.code(), "answer-not-kept");
+}
+
 #[tokio::test]
 async fn a_refusal_can_be_rendered_otherwise() {
     let own = |refusal: &Refusal| {

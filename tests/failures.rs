@@ -121,6 +121,53 @@ async fn an_unknown_outcome_can_be_resolved() {
 }
 
 #[tokio::test]
+async fn an_operator_finds_and_resolves_a_key_by_what_the_client_sent() {
+    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .with_namespace("billing")
+        .on_error(OnError::Unknown);
+    let service = layer.layer(handler.clone());
+    send(&service, post("k", "pay")).await;
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "outcome-unknown");
+
+    let key = layer.storage_key(None, "\"k\"").unwrap();
+    let fence = layer.store().peek(&key).await.unwrap().unwrap().fence;
+    let found = Response::builder()
+        .status(201)
+        .header("location", "/1")
+        .body("found".into())
+        .unwrap();
+    let resolution = Resolution::Completed(layer.outcome_of(found), DAY);
+    layer.store().resolve(&key, fence, &resolution).await.unwrap();
+    let again = send(&service, post("k", "pay")).await;
+    assert_eq!(
+        (again.status(), again.is_replay(), &again.body[..]),
+        (201, true, &b"found"[..])
+    );
+    assert_eq!(
+        (&again.head.headers["location"], handler.runs()),
+        (&header::HeaderValue::from_static("/1"), 1)
+    );
+    assert!(layer.storage_key(None, "").is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_time_out_within_the_layer_follows_the_setting_for_failures() {
+    for (on_error, runs) in [(OnError::Keep, 1), (OnError::Unknown, 1), (OnError::Release, 2)] {
+        let handler = Handler::new().taking(Duration::from_secs(60));
+        let after = Duration::from_secs(1);
+        let timeout = tower_http::timeout::TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, after);
+        let inner = timeout.layer(handler.clone());
+        let service = IdempotencyLayer::new(MemoryStore::new())
+            .on_error(on_error)
+            .layer(inner);
+        assert_eq!(send(&service, post("k", "pay")).await.status(), 408);
+        send(&service, post("k", "pay")).await;
+        assert_eq!(handler.runs(), runs, "{on_error:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_handler_may_keep_a_failure_and_set_the_retention() {
     let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1_000_000_000));
     let handler = Handler::new().answering(|n| {

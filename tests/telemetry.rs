@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use support::{post, send, Fault, Handler, RemoteStore};
 use tower::Layer;
-use tower_idempotency::{IdempotencyLayer, MemoryStore, OnLost};
+#[cfg(feature = "metrics")]
+use tower_idempotency::MemoryStore;
+use tower_idempotency::{IdempotencyLayer, OnLost};
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::fmt::MakeWriter;
 

@@ -26,6 +26,8 @@ use crate::protocol::InvalidKey;
 pub struct Refusal {
     kind: RefusalKind,
     retry_after: Option<Duration>,
+    /// Whether the key holds the failure, so that a repetition does not help.
+    held: bool,
 }
 
 /// The reasons for which the layer answers by itself.
@@ -52,6 +54,8 @@ pub enum RefusalKind {
     MissingScope,
     /// The key was used for another request. 422.
     Mismatch,
+    /// The handler asks for a key where no layer covers the request. 500.
+    NotCovered,
     /// A request with this key is being worked on. 409.
     Outstanding,
     /// An earlier attempt was lost, and whether it took effect is not known. 409.
@@ -71,6 +75,16 @@ impl Refusal {
         Self {
             kind,
             retry_after: None,
+            held: false,
+        }
+    }
+
+    /// A refusal that repetitions get as well, or instead of which they are told that the outcome is unknown.
+    pub(crate) const fn held(kind: RefusalKind) -> Self {
+        Self {
+            kind,
+            retry_after: None,
+            held: true,
         }
     }
 
@@ -78,6 +92,7 @@ impl Refusal {
         Self {
             kind,
             retry_after: Some(after),
+            held: false,
         }
     }
 
@@ -114,14 +129,15 @@ impl Refusal {
     /// Whether the same request with the same key may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        self.kind.wording().retryable
+        self.kind.wording().retryable && !self.held
     }
 
     /// When to try again, rounded up to whole seconds: what the `Retry-After` header says.
     #[must_use]
     pub fn retry_after_seconds(&self) -> Option<u64> {
         let after = self.retry_after?;
-        Some((after.as_secs() + u64::from(after.subsec_nanos() > 0)).max(1))
+        let rounded_up = after.as_secs().saturating_add(u64::from(after.subsec_nanos() > 0));
+        Some(rounded_up.max(1))
     }
 
     /// The response in the given style, with `Cache-Control: no-store`, `Retry-After` where it applies, and this refusal as an
@@ -154,8 +170,9 @@ impl Refusal {
             code,
             title,
             detail,
-            retryable,
+            ..
         } = self.kind.wording();
+        let retryable = self.is_retryable();
         let body = format!(
             "{{\"type\":\"{type_base}{code}\",\"title\":\"{title}\",\"status\":{},\"detail\":\"{detail}\",\
              \"code\":\"{code}\",\"retryable\":{retryable}}}",
@@ -198,7 +215,10 @@ impl Refusal {
             RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
             RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
             RefusalKind::Outstanding => 10,
-            RefusalKind::AnswerBroken | RefusalKind::HandlerFailed | RefusalKind::MissingScope => 13,
+            RefusalKind::AnswerBroken
+            | RefusalKind::HandlerFailed
+            | RefusalKind::MissingScope
+            | RefusalKind::NotCovered => 13,
             RefusalKind::OutcomeUnrecorded | RefusalKind::StoreFull | RefusalKind::StoreUnavailable => 14,
         };
         let mut response = response(StatusCode::OK, "application/grpc", String::new());
@@ -256,7 +276,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 16] = [
+    const ALL: [RefusalKind; 17] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
         RefusalKind::BodyBroken,
@@ -267,6 +287,7 @@ mod tests {
         RefusalKind::MissingKey,
         RefusalKind::MissingScope,
         RefusalKind::Mismatch,
+        RefusalKind::NotCovered,
         RefusalKind::Outstanding,
         RefusalKind::OutcomeUnknown,
         RefusalKind::OutcomeUnrecorded,

@@ -31,6 +31,7 @@ impl RefusalKind {
             RefusalKind::MissingKey => MISSING_KEY,
             RefusalKind::MissingScope => MISSING_SCOPE,
             RefusalKind::Mismatch => MISMATCH,
+            RefusalKind::NotCovered => NOT_COVERED,
             RefusalKind::Outstanding => OUTSTANDING,
             RefusalKind::OutcomeUnknown => OUTCOME_UNKNOWN,
             RefusalKind::OutcomeUnrecorded => OUTCOME_UNRECORDED,
@@ -121,6 +122,14 @@ const MISMATCH: Wording = Wording {
     code: "key-reused",
     title: "Idempotency-Key is already used",
     detail: "This key belongs to another request. Repeat that request unchanged, or choose a new key for this one.",
+    retryable: false,
+};
+
+const NOT_COVERED: Wording = Wording {
+    status: StatusCode::INTERNAL_SERVER_ERROR,
+    code: "not-covered",
+    title: "The operation is not idempotent here",
+    detail: "The server asks for a key where it does not make use of one. Nothing was processed.",
     retryable: false,
 };
 

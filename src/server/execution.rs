@@ -241,8 +241,12 @@ impl<St: Store, S> Exchange<St, S> {
     /// The handler panicked, or its service failed: there is no answer but ours.
     async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
-        let refusal = Refusal::new(RefusalKind::HandlerFailed);
-        match self.settings.keep.of_failure() {
+        let verdict = self.settings.keep.of_failure();
+        let refusal = match verdict {
+            Verdict::Release => Refusal::new(RefusalKind::HandlerFailed),
+            Verdict::GiveUp | Verdict::Keep => Refusal::held(RefusalKind::HandlerFailed),
+        };
+        match verdict {
             Verdict::Keep => {
                 let (head, bytes) = refusal.render(&self.settings.refusals).into_parts();
                 let body = Collected { bytes, trailers: None };

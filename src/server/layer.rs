@@ -15,8 +15,8 @@ use super::policy::{OnError, OnLost};
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
-use crate::http::{BodyForm, Refusal, RefusalStyle};
-use crate::protocol::{CanonicalJson, KeySyntax, Scope, Secret};
+use crate::http::{BodyForm, Collected, Refusal, RefusalStyle};
+use crate::protocol::{CanonicalJson, KeyError, KeySyntax, Outcome, Scope, Secret, StorageKey};
 use crate::store::Store;
 
 /// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
@@ -46,17 +46,18 @@ use crate::store::Store;
 /// | setting | default |
 /// |---|---|
 /// | header | `Idempotency-Key`, quoted or bare, 1 to 255 bytes of visible ASCII |
-/// | methods | POST and PATCH |
+/// | methods | POST and PATCH; others pass, also where a key is required |
 /// | no key | the request passes through |
 /// | scope | none; `Authorization` is a part of the fingerprint |
 /// | fingerprint | method, path, query, body bytes |
 /// | body limits | 2 MiB for requests, 2 MiB for stored answers |
 /// | request body timeout | 30 s |
-/// | kept | 2xx, 3xx, 4xx except 401, 403, 407, 408, 421, 425, 429, 431; not 5xx |
+/// | kept | 2xx, 3xx, 4xx except 401, 403, 407, 421, 425, 429, 431; not 408 and 5xx |
 /// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
 /// | retention, lease | 24 h from completion, 30 s renewed at a third |
 /// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |
 /// | store | 5 s for each operation; a failed claim is repeated once and then refused with 503 |
+/// | memory | of a [`MemoryStore`](crate::MemoryStore): 1,000,000 records, 256 MiB of answers |
 /// | refusals | `application/problem+json` |
 #[must_use = "a layer does nothing until it is put around a service"]
 pub struct IdempotencyLayer<St> {
@@ -87,8 +88,9 @@ impl<St: Store> IdempotencyLayer<St> {
             .with_wait(Duration::ZERO)
     }
 
-    /// Sets what Stripe's API does: POST only, the key as it stands and optional, every outcome kept for 24 hours, 5xx too, 409
-    /// at once while the first is outstanding, refusals in Stripe's shape, 400 for a key that belongs to another request.
+    /// Sets what Stripe's API does: POST only, the key as it stands and optional, answers kept for 24 hours, 5xx too (but not those
+    /// that say that nothing was done: 401, 403, 429 and the like), 409 at once while the first is outstanding, refusals in
+    /// Stripe's shape, 400 for a key that belongs to another request.
     pub fn stripe(mut self) -> Self {
         self.values().refusals = RefusalStyle::Stripe;
         self.values().required = false;
@@ -380,6 +382,41 @@ impl<St: Store> IdempotencyLayer<St> {
     #[must_use]
     pub fn settings(&self) -> Settings {
         self.settings.clone()
+    }
+
+    /// The name of a client's key in the store, as these settings make it: for an operator who looks a key up or resolves one whose
+    /// outcome is unknown.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{protocol::{Resolution, Status}, IdempotencyLayer, MemoryStore, Scope, Store};
+    /// # async fn resolve(idempotency: IdempotencyLayer<MemoryStore>) -> Result<(), Box<dyn std::error::Error>> {
+    /// let key = idempotency.storage_key(Some(&Scope::from("account 7")), "k-1")?;
+    /// if let Some(lost) = idempotency.store().peek(&key).await? {
+    ///     // You looked at the bank: the payment was made.
+    ///     let answer = idempotency.outcome_of(http::Response::new("paid".into()));
+    ///     let found = Resolution::Completed(answer, Duration::from_secs(86_400));
+    ///     idempotency.store().resolve(&key, lost.fence, &found).await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// When the key is malformed by these settings.
+    pub fn storage_key(&self, scope: Option<&Scope>, key: &str) -> Result<StorageKey, KeyError> {
+        let values = &self.settings.0;
+        let key = values.parser.parse(key.as_bytes())?;
+        Ok(values.space.storage_key(scope, &key))
+    }
+
+    /// A response as it is stored and replayed, without the headers that are never replayed; for [`Store::resolve`].
+    #[must_use]
+    pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
+        let (head, bytes) = response.into_parts();
+        let body = Collected { bytes, trailers: None };
+        Outcome::Kept(self.settings.0.answer_headers.store(&head, &body))
     }
 
     /// The store.

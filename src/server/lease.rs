@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::flights::Flight;
-use crate::protocol::{Fence, Fingerprint, Grant, IdempotencyKey, Owner};
+use crate::protocol::{Fence, Fingerprint, Grant, IdempotencyKey, Owner, StorageKey};
 
 /// The attempt under which a handler runs. It is an extension of every guarded request, and an axum extractor (feature
 /// `axum`).
@@ -47,7 +47,13 @@ impl Lease {
         self.grant.owner.fence
     }
 
-    /// Nonce and fence: what a store of your own needs to complete within a transaction.
+    /// The name of the record in the store.
+    #[must_use]
+    pub fn storage_key(&self) -> &StorageKey {
+        &self.flight.storage_key
+    }
+
+    /// Nonce and fence. With the [storage key](Self::storage_key), what a store of your own needs to complete within a transaction.
     #[must_use]
     pub const fn owner(&self) -> Owner {
         self.grant.owner
@@ -119,19 +125,38 @@ mod extract {
     use crate::http::{Refusal, RefusalKind, RefusalStyle};
     use crate::protocol::IdempotencyKey;
 
-    /// The request has no key, or its route is not behind an [`IdempotencyLayer`](crate::IdempotencyLayer). 400.
+    /// The request has no key: 400. Or it has one, and its route or method is not covered by an
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer): 500, for that is a mistake of the application.
     #[derive(Clone, Copy, Debug)]
-    pub struct NotGuarded(());
+    pub struct NotGuarded {
+        has_key: bool,
+    }
+
+    impl NotGuarded {
+        fn new(parts: &Parts) -> Self {
+            let has_key = parts.headers.contains_key("idempotency-key");
+            Self { has_key }
+        }
+    }
 
     impl IntoResponse for NotGuarded {
         fn into_response(self) -> Response {
-            Refusal::new(RefusalKind::MissingKey).into_response(&RefusalStyle::default())
+            let kind = if self.has_key {
+                RefusalKind::NotCovered
+            } else {
+                RefusalKind::MissingKey
+            };
+            Refusal::new(kind).into_response(&RefusalStyle::default())
         }
     }
 
     impl std::fmt::Display for NotGuarded {
         fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("the request has no idempotency key, or its route is not behind an IdempotencyLayer")
+            f.write_str(if self.has_key {
+                "the route or method is not covered by an IdempotencyLayer"
+            } else {
+                "the request has no idempotency key"
+            })
         }
     }
 
@@ -143,7 +168,11 @@ mod extract {
                 type Rejection = NotGuarded;
 
                 async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotGuarded> {
-                    parts.extensions.get::<Lease>().map($from).ok_or(NotGuarded(()))
+                    parts
+                        .extensions
+                        .get::<Lease>()
+                        .map($from)
+                        .ok_or_else(|| NotGuarded::new(parts))
                 }
             }
 

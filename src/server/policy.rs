@@ -10,7 +10,8 @@ use http::{header, request, response, Response, StatusCode};
 
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
 
-/// What a failure of the handler does to its key: a 5xx answer, a panic, or an error of the service.
+/// What a failure of the handler does to its key: a 5xx answer, a 408 (of a time-out within the layer, say), a panic, or an error
+/// of the service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnError {
@@ -169,14 +170,14 @@ impl KeepPolicy {
                 Verdict::Release
             };
         }
-        if response.status.is_server_error() {
+        // A time-out within the layer answers 408, too, and cuts the handler off: that is a failure like any other.
+        if response.status.is_server_error() || response.status == StatusCode::REQUEST_TIMEOUT {
             return self.of_failure();
         }
         match response.status {
             StatusCode::UNAUTHORIZED
             | StatusCode::FORBIDDEN
             | StatusCode::PROXY_AUTHENTICATION_REQUIRED
-            | StatusCode::REQUEST_TIMEOUT
             | StatusCode::MISDIRECTED_REQUEST
             | StatusCode::TOO_EARLY
             | StatusCode::TOO_MANY_REQUESTS
@@ -246,6 +247,7 @@ mod tests {
                 ..KeepPolicy::default()
             };
             assert_eq!(verdict(&policy, 500, |_| {}), wanted);
+            assert_eq!(verdict(&policy, 408, |_| {}), wanted);
             assert_eq!(verdict(&policy, 429, |_| {}), Verdict::Release);
         }
     }
