@@ -254,3 +254,41 @@ async fn keys_do_not_block_one_another() {
     futures::future::join_all(requests).await;
     assert_eq!((begin.elapsed().as_secs(), handler.runs()), (5, 200));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_place_among_the_waiters_of_a_key_is_free_again_when_its_waiter_leaves() {
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let layer = IdempotencyLayer::new(MemoryStore::new()).with_max_waiters(1, 100);
+    let service = layer.layer(handler);
+    let owner = start(&service, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for _ in 0..3 {
+        let waiter = start(&service, "k", "pay");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "too-many-waiters");
+        waiter.abort();
+        assert!(waiter.await.unwrap_err().is_cancelled());
+    }
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_of_another_process_is_not_given_the_answer_of_another_request() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(2))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let here = IdempotencyLayer::new(store.clone()).layer(failing);
+    let quick = Handler::new().answering(|_| text(StatusCode::CREATED, "for the other body"));
+    let there = IdempotencyLayer::new(store.clone()).layer(quick);
+    let watching = IdempotencyLayer::new(store).layer(Handler::new());
+    let owner = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(1_900)).await;
+    let watcher = start(&watching, "k", "pay");
+    // The watcher has just looked and sleeps; the key is released and taken for another body before it looks again.
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(send(&there, post("k", "pay more")).await.status(), 201);
+    let watcher = watcher.await.unwrap();
+    assert_eq!((watcher.status(), watcher.code()), (422, "key-reused"));
+}

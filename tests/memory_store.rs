@@ -241,6 +241,65 @@ async fn a_hundred_thousand_keys_stay_within_the_budget() {
     assert!(figures.bytes < 100_000 * 100);
 }
 
+#[tokio::test]
+async fn figures_come_back_after_a_release_an_abandoned_claim_and_a_claim_of_what_expired() {
+    let clock = clock();
+    let store = MemoryStore::builder()
+        .with_clock(clock.clone())
+        .with_record_budget(1)
+        .build();
+    let figures = |records, in_flight| {
+        let figures = store.figures();
+        assert_eq!((figures.records, figures.in_flight), (records, in_flight));
+    };
+    let key = claim(1, 1).key;
+    for _ in 0..3 {
+        let grant = granted(&store, &claim(1, 1)).await;
+        figures(1, 1);
+        store.release(&key, grant.owner).await.unwrap();
+        figures(0, 0);
+    }
+    // An abandoned claim that expired is claimed again before a sweep: it keeps its one place.
+    let grant = granted(&store, &claim(1, 1)).await;
+    store.renew(&key, grant.owner, Duration::ZERO).await.unwrap();
+    clock.advance(2 * HOUR);
+    let grant = granted(&store, &claim(1, 2)).await;
+    figures(1, 1);
+    // Abandoned and swept, it makes room.
+    store.renew(&key, grant.owner, Duration::ZERO).await.unwrap();
+    clock.advance(2 * HOUR);
+    store.sweep();
+    figures(0, 0);
+    granted(&store, &claim(2, 1)).await;
+    figures(1, 1);
+}
+
+#[tokio::test]
+async fn an_answer_that_came_anew_is_not_shrunk_for_the_one_before() {
+    let clock = clock();
+    let store = MemoryStore::builder()
+        .with_clock(clock.clone())
+        .with_byte_budget(100)
+        .build();
+    let complete = |key: u8, body: &'static str, retention| {
+        let store = store.clone();
+        async move {
+            let grant = granted(&store, &claim(key, 0)).await;
+            store
+                .complete(&claim(key, 0).key, grant.owner, &kept(body), retention)
+                .await
+                .unwrap();
+        }
+    };
+    complete(1, "the first answer, which expires soon", Duration::from_millis(10)).await;
+    clock.advance(Duration::from_millis(20));
+    complete(1, "anew", HOUR).await;
+    // Pushes the first answer of key 1 out, which has expired; its second one stays.
+    complete(2, "some forty bytes, so that the budget is used", HOUR).await;
+    complete(3, "x", HOUR).await;
+    assert!(matches!(store.claim(&claim(1, 1)).await.unwrap(), Decision::Replay(answer) if answer.body == "anew"));
+}
+
 /// One step of a random history, played on the store and on the pure record alike.
 #[derive(Clone, Debug)]
 enum Step {

@@ -1,6 +1,6 @@
 //! From response to stored answer and back.
 //!
-//! The head of an [`Answer`] is, in this order: version (1 byte), status (2), number of headers (2), number of trailers (2),
+//! The head of an [`Answer`] is, in this order: version (1 byte), status (2), number of headers (4), number of trailers (4),
 //! then for each its name with a length of 2 bytes and its value with a length of 4; all numbers little-endian.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -51,11 +51,11 @@ impl AnswerHeaders {
         let mut out = BytesMut::with_capacity(256 + if copied { body.bytes.len() } else { 0 });
         out.put_u8(VERSION);
         out.put_u16_le(parts.status.as_u16());
-        out.put_u32_le(0);
+        out.put_u64_le(0);
         let headers = self.put_all(&mut out, &parts.headers, &connection);
         let trailers = self.put_all(&mut out, trailers, &connection);
-        out[3..5].copy_from_slice(&headers.to_le_bytes());
-        out[5..7].copy_from_slice(&trailers.to_le_bytes());
+        out[3..7].copy_from_slice(&headers.to_le_bytes());
+        out[7..11].copy_from_slice(&trailers.to_le_bytes());
         let head_len = out.len();
         if copied {
             out.put_slice(&body.bytes);
@@ -85,9 +85,8 @@ impl AnswerHeaders {
         Ok(response)
     }
 
-    /// Writes the headers that repetitions carry and returns their number. More than 65,535 cannot be: `HeaderMap` holds
-    /// 32,768.
-    fn put_all(&self, out: &mut BytesMut, headers: &HeaderMap, connection: &[HeaderName]) -> u16 {
+    /// Writes the headers that repetitions carry and returns their number.
+    fn put_all(&self, out: &mut BytesMut, headers: &HeaderMap, connection: &[HeaderName]) -> u32 {
         let mut count = 0;
         for (name, value) in headers {
             if self.is_dropped(name, connection) {
@@ -122,7 +121,7 @@ fn is_never_replayed(name: &HeaderName) -> bool {
             true
         }
         // RFC 9110 section 7.6.1: what a recipient must remove before it forwards.
-        "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade" => true,
+        "connection" | "keep-alive" | "te" | "transfer-encoding" | "upgrade" => true,
         _ => name.starts_with("proxy-") || name.starts_with("access-control-"),
     }
 }
@@ -178,8 +177,8 @@ fn decode(mut head: Bytes) -> Option<(StatusCode, HeaderMap, Option<HeaderMap>)>
         return None;
     }
     let status = StatusCode::from_u16(head.try_get_u16_le().ok()?).ok()?;
-    let headers = head.try_get_u16_le().ok()?;
-    let trailers = head.try_get_u16_le().ok()?;
+    let headers = head.try_get_u32_le().ok()?;
+    let trailers = head.try_get_u32_le().ok()?;
     let headers = decode_fields(&mut head, headers)?;
     let trailers = if trailers == 0 {
         None
@@ -189,9 +188,10 @@ fn decode(mut head: Bytes) -> Option<(StatusCode, HeaderMap, Option<HeaderMap>)>
     head.is_empty().then_some((status, headers, trailers))
 }
 
-fn decode_fields(head: &mut Bytes, count: u16) -> Option<HeaderMap> {
-    // A field takes 7 bytes at least. The marker and the length come on top.
-    let mut fields = HeaderMap::try_with_capacity(usize::from(count).min(head.len() / 7) + 2).ok()?;
+fn decode_fields(head: &mut Bytes, count: u32) -> Option<HeaderMap> {
+    // The marker and the length come on top. More than usual is not reserved on the word of a number.
+    let usual = usize::try_from(count).ok()?.min(64);
+    let mut fields = HeaderMap::with_capacity(usual + 2);
     for _ in 0..count {
         let name_len = usize::from(head.try_get_u16_le().ok()?);
         let name = HeaderName::from_bytes(head.get(..name_len)?).ok()?;
@@ -270,7 +270,6 @@ mod tests {
             "transfer-encoding",
             "upgrade",
             "te",
-            "trailer",
             "keep-alive",
             "proxy-authenticate",
             "proxy-anything",

@@ -94,7 +94,8 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
             .map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
         let mut hint = SizeHint::new();
         hint.set_lower(rest.lower().saturating_add(front));
-        if let Some(upper) = rest.upper() {
+        // A length that is known is announced, and then HTTP/1.1 has no place for trailers (RFC 9112 section 7.1.2).
+        if let (Some(upper), None) = (rest.upper(), &self.trailers) {
             hint.set_upper(upper.saturating_add(front));
         }
         hint

@@ -122,7 +122,11 @@ impl<St: Store, S> Exchange<St, S> {
                 match joined {
                     Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
                     Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
-                    Joined::Undecided(leader) => Box::pin(leader.decided()).await,
+                    Joined::Undecided(follower) => {
+                        if !Box::pin(self.decided(follower)).await {
+                            return Ok(self.refuse(self.later(RefusalKind::Outstanding)));
+                        }
+                    }
                     Joined::Follow(follower) => match Box::pin(self.follow(follower)).await {
                         Landing::Handover => {}
                         landing => return Ok(self.land(&landing)),
@@ -171,6 +175,15 @@ impl<St: Store, S> Exchange<St, S> {
         let deadline = self.deadline();
         let landing = self.times.waiting(follower.landing(deadline)).await;
         landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
+    }
+
+    /// Waits until a claim for another request is decided, which takes the store's time even where nobody waits for handlers;
+    /// `false` when the time is up.
+    async fn decided(&mut self, follower: Follower) -> bool {
+        let waiting = &self.settings.waiting;
+        let patience = waiting.time.max(self.settings.store_timeout);
+        let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(patience));
+        self.times.waiting(follower.decided(deadline)).await
     }
 
     /// Claims the key and does what the store decides.
@@ -242,7 +255,8 @@ impl<St: Store, S> Exchange<St, S> {
                 self.shared.tracker.spawn(&runtime, behind);
             }
         }
-        if self.settings.run_unprotected {
+        // A record that cannot be read is somebody's: nobody may run on it.
+        if self.settings.run_unprotected && error.kind() == ErrorKind::StoreUnavailable {
             return Claimed::Unprotected;
         }
         Claimed::Settled(Landing::Refused(self.later(RefusalKind::StoreUnavailable)))

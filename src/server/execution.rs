@@ -144,7 +144,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records the answer and gives it.
     async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
         let Some((answer, retention, verdict)) = self.to_store() else {
-            return self.refuse(Refusal::new(RefusalKind::HandlerFailed));
+            return Box::pin(self.failed()).await;
         };
         let kept = match verdict {
             Verdict::Keep => {
@@ -176,23 +176,23 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// The cargo as it is stored, for how long, and what is to become of it.
+    /// The cargo as it is stored, for how long, and what is to become of it; `None` when the application's predicate panics.
     fn to_store(&self) -> Option<(Answer, Duration, Verdict)> {
         let Cargo::Answered(Read { head, body }) = &self.cargo else {
             return None;
         };
         let answer = self.settings.answer_headers.store(head, body);
-        Some((
-            answer,
-            retention(&self.settings, head),
-            self.settings.keep.verdict(head),
-        ))
+        Some((answer, retention(&self.settings, head), self.verdict(head)?))
+    }
+
+    fn verdict(&self, head: &response::Parts) -> Option<Verdict> {
+        catch_unwind(AssertUnwindSafe(|| self.settings.keep.verdict(head))).ok()
     }
 
     /// A lost attempt took effect: its answer is kept and given as the replay that it is.
     async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
         let Some((answer, retention, _)) = self.to_store() else {
-            return self.refuse(Refusal::new(RefusalKind::HandlerFailed));
+            return self.failed().await;
         };
         // Should it not be recorded, the next attempt asks again and is told the same.
         match self.conclude(&Outcome::Kept(answer.clone()), retention).await {
@@ -204,7 +204,10 @@ impl<St: Store, S> Exchange<St, S> {
     /// An answer that is not read into memory: a tombstone first, then the stream.
     async fn streaming<R: RebuildBody>(&mut self, response: Response<R>) -> Response<R> {
         let (head, body) = response.into_parts();
-        let landing = match self.settings.keep.verdict(&head) {
+        let Some(verdict) = self.verdict(&head) else {
+            return self.failed().await;
+        };
+        let landing = match verdict {
             Verdict::Keep => {
                 telemetry::event(Event::Tombstone);
                 let retention = retention(&self.settings, &head);
@@ -256,7 +259,8 @@ impl<St: Store, S> Exchange<St, S> {
                     return response;
                 }
                 self.leave(Landing::Answer { answer, kept: true });
-                return self.refuse(refusal);
+                self.finished(refusal.code());
+                return Response::from_parts(head, body.rebuild());
             }
             Verdict::Release => self.release().await,
             Verdict::GiveUp => self.give_up().await,
@@ -277,7 +281,7 @@ impl<St: Store, S> Exchange<St, S> {
                 self.end_ownership();
                 None
             }
-            Ok(Completion::Superseded(stands)) => Some(self.superseded(stands).await),
+            Ok(Completion::Superseded(_)) => Some(self.superseded().await),
             Err(error) => {
                 let refusal = self.unrecorded(&error)?;
                 Some(self.settle(Landing::Refused(refusal)))
@@ -285,17 +289,14 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Somebody took the key over: this attempt's result is dropped, and the caller is given what the key holds.
-    async fn superseded<R: RebuildBody>(&mut self, stands: Option<Outcome>) -> Response<R> {
+    /// Somebody took the key over: this attempt's result is dropped, and the caller is given what the key holds, if it was made
+    /// for the same request. That is looked up: what superseded this attempt may belong to somebody else altogether.
+    async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
         self.end_ownership();
         self.flight.set_superseded();
         self.flight.set_guarded(false);
-        match stands {
-            Some(Outcome::Kept(answer)) => self.settle(Landing::Answer { answer, kept: true }),
-            Some(Outcome::Tombstone) => self.settle(Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept))),
-            None => self.stand_by().await,
-        }
+        self.stand_by().await
     }
 
     /// The outcome could not be recorded. Under `OnLost::Refuse` nobody will run again, so the caller may have its answer;
@@ -326,6 +327,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     async fn release(&mut self) {
+        self.flight.end_renewal();
         if let Some((store, key, owner)) = self.owned() {
             match persist(&self.settings, || store.release(key, owner)).await {
                 Ok(Release::Released) => {}
@@ -337,6 +339,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     async fn give_up(&mut self) {
+        self.flight.end_renewal();
         if let Some((store, key, owner)) = self.owned() {
             // Without the store the lease ends it, a little later.
             if let Err(error) = persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await {

@@ -26,6 +26,8 @@ pub(super) struct Flight {
     confirmed: AtomicBool,
     held: OnceLock<Grant>,
     superseded: AtomicBool,
+    /// Whether its lease is being given up, and must not be renewed again.
+    ending: AtomicBool,
     /// The tick at which its lease is to be renewed; 0 until it was looked at first.
     renewal_due: AtomicU64,
     landing: OnceLock<Landing>,
@@ -54,6 +56,7 @@ impl Flight {
             confirmed: AtomicBool::new(false),
             held: OnceLock::new(),
             superseded: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             renewal_due: AtomicU64::new(0),
             landing: OnceLock::new(),
             changed: Notify::new(),
@@ -100,8 +103,15 @@ impl Flight {
         self.superseded.load(Ordering::Relaxed)
     }
 
+    /// From here on the lease is not renewed: it is about to be given up.
+    pub(super) fn end_renewal(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+
     fn is_leased(&self) -> bool {
-        !self.is_superseded() && self.held().is_some_and(|grant| grant.lease.is_some())
+        !self.is_superseded()
+            && !self.ending.load(Ordering::Relaxed)
+            && self.held().is_some_and(|grant| grant.lease.is_some())
     }
 
     /// Whether the lease is to be renewed at this tick; if so, the next time is a third of the lease later.
@@ -143,7 +153,7 @@ impl Flight {
     }
 
     /// Waits until it is known whose fingerprint the key belongs to.
-    pub(super) async fn decided(&self) {
+    async fn decided(&self) {
         self.until(|flight| (flight.is_confirmed() || flight.landing.get().is_some()).then_some(()))
             .await;
     }
@@ -184,7 +194,7 @@ pub(super) enum Joined {
     /// Somebody else holds the key for another request.
     Mismatch,
     /// Somebody else asks for the key for another request, and has no answer yet.
-    Undecided(Arc<Flight>),
+    Undecided(Follower),
 }
 
 impl Flights {
@@ -212,17 +222,18 @@ impl Flights {
         let leader = Arc::clone(&entry.flight);
         leader.joined.store(true, Ordering::Relaxed);
         if entry.fingerprint != fingerprint {
-            return if leader.is_confirmed() {
-                Joined::Mismatch
-            } else {
-                Joined::Undecided(leader)
-            };
+            if leader.is_confirmed() {
+                return Joined::Mismatch;
+            }
+            drop(shard);
+            return self.admit(leader, limits).map_or(Joined::Full, Joined::Undecided);
         }
         drop(shard);
-        self.admit(leader, limits)
+        self.admit(leader, limits).map_or(Joined::Full, Joined::Follow)
     }
 
-    fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Joined {
+    /// A place among those who wait for a flight, unless they are too many.
+    fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);
         // Made first, so that a refused one is counted off again.
@@ -230,10 +241,7 @@ impl Flights {
             flights: Arc::clone(self),
             leader,
         };
-        if of_key >= limits.per_key || in_all >= limits.in_all {
-            return Joined::Full;
-        }
-        Joined::Follow(follower)
+        (of_key < limits.per_key && in_all < limits.in_all).then_some(follower)
     }
 
     /// The flights that hold a lease that must be renewed.
@@ -298,6 +306,13 @@ impl Follower {
         }
         let landing = self.leader.until(|flight| flight.landing.get());
         within(deadline.left(), landing).await.ok().cloned()
+    }
+}
+
+impl Follower {
+    /// Waits until it is known whose fingerprint the key belongs to; `false` when the time is up first.
+    pub(super) async fn decided(&self, deadline: Deadline) -> bool {
+        within(deadline.left(), self.leader.decided()).await.is_ok()
     }
 }
 

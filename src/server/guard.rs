@@ -3,11 +3,14 @@
 use std::fmt;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures::{stream, FutureExt, StreamExt};
+use futures::future::{select, Either};
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
@@ -179,10 +182,12 @@ impl<St: Store> Drop for Ownership<St> {
     fn drop(&mut self) {
         telemetry::in_flight(-1.0);
         if !self.ended {
-            telemetry::event(Event::Abandoned);
             // The code of a store may panic where its runtime has gone, and a panic may be under way already. Without it the
             // lease ends by itself.
-            drop(std::panic::catch_unwind(AssertUnwindSafe(|| self.give_up())));
+            drop(std::panic::catch_unwind(AssertUnwindSafe(|| {
+                telemetry::event(Event::Abandoned);
+                self.give_up();
+            })));
         }
     }
 }
@@ -201,10 +206,10 @@ const TICK: Duration = Duration::from_millis(250);
 impl<St: Store> Shared<St> {
     /// Makes sure that the lease of a flight just granted will be renewed in time.
     pub(super) fn keep_renewed(self: &Arc<Self>) {
+        let Ok(runtime) = Handle::try_current() else { return };
         if self.renewal.running.swap(true, Ordering::AcqRel) {
             return;
         }
-        let Ok(runtime) = Handle::try_current() else { return };
         let renewing = Renewing(Arc::clone(&self.renewal));
         let renewals = renew_while_any(Arc::downgrade(self), renewing);
         // A task that is spawned or woken from here waits in a slot of this very thread, which no other thread may take it
@@ -213,17 +218,11 @@ impl<St: Store> Shared<St> {
         runtime.spawn_blocking(move || drop(spawner.spawn(renewals)));
     }
 
-    async fn renew_due(&self) {
-        const AT_ONCE: usize = 64;
+    /// The flights whose leases are to be renewed at the next tick.
+    fn next_due(&self) -> impl Iterator<Item = Arc<Flight>> {
         let tick = self.renewal.tick.fetch_add(1, Ordering::Relaxed) + 1;
-        let due = self
-            .flights
-            .leased()
-            .into_iter()
-            .filter(|flight| flight.is_renewal_due(tick, TICK));
-        stream::iter(due)
-            .for_each_concurrent(AT_ONCE, |flight| async move { self.renew(&flight).await })
-            .await;
+        let leased = self.flights.leased().into_iter();
+        leased.filter(move |flight| flight.is_renewal_due(tick, TICK))
     }
 
     async fn renew(&self, flight: &Flight) {
@@ -250,10 +249,25 @@ impl Drop for Renewing {
 }
 
 async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing) {
+    // Each runs by itself: one that hangs must not hold up the others.
+    let mut renewals = FuturesUnordered::new();
     loop {
-        tokio::time::sleep(TICK).await;
+        let mut tick = pin!(tokio::time::sleep(TICK));
+        while !renewals.is_empty() {
+            if let Either::Left(_) = select(tick.as_mut(), renewals.next()).await {
+                break;
+            }
+        }
+        if renewals.is_empty() {
+            tick.await;
+        }
         match shared.upgrade() {
-            Some(shared) if shared.flights.any_leased() => shared.renew_due().await,
+            Some(shared) if shared.flights.any_leased() => {
+                for flight in shared.next_due() {
+                    let shared = Arc::clone(&shared);
+                    renewals.push(async move { shared.renew(&flight).await });
+                }
+            }
             _ => break,
         }
     }

@@ -290,7 +290,9 @@ impl<St: Store> IdempotencyLayer<St> {
         Ok(self)
     }
 
-    /// Not by default: refusals as gRPC answers, for tonic services.
+    /// Not by default: refusals as gRPC answers, for tonic services. A failure of such a service is 200 with a `grpc-status`, which
+    /// counts as an answer to keep: judge it with [`keep_if`](Self::keep_if), where it is in the headers, or let the handler say
+    /// [`DoNotKeep`](crate::DoNotKeep).
     pub fn with_grpc_refusals(mut self) -> Self {
         self.values().refusals = RefusalStyle::Grpc;
         self
@@ -304,7 +306,7 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// 24 hours by default: how long an outcome is kept, from its completion. Take it longer than lease, longest handler and the
-    /// client's last retry together.
+    /// client's last retry together. Zero: duplicates are held while the first is in flight, and run again afterwards.
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.values().retention = retention;
         self

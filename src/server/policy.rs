@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{header, request, response, Response, StatusCode};
 
+use crate::http::Refusal;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
 
 /// What a failure of the handler does to its key: a 5xx answer, a 408 (of a time-out within the layer, say), a panic, or an error
@@ -42,8 +43,7 @@ pub enum OnLost {
 #[derive(Clone)]
 pub struct RecoverFn(Arc<dyn Fn(Recovery) -> BoxFuture<'static, Recovered> + Send + Sync>);
 
-/// A lost attempt to be looked into.
-#[derive(Debug)]
+/// A lost attempt to be looked into. Its `Debug` form hides key and headers.
 #[non_exhaustive]
 pub struct Recovery {
     /// The client's key.
@@ -57,8 +57,7 @@ pub struct Recovery {
     pub head: request::Parts,
 }
 
-/// What became of a lost attempt.
-#[derive(Debug)]
+/// What became of a lost attempt. Its `Debug` form hides the answer.
 #[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
 pub enum Recovered {
     /// It took effect; this is the answer, to be kept and replayed.
@@ -67,6 +66,25 @@ pub enum Recovered {
     NotHappened,
     /// Nobody knows: refuse with 409 `outcome-unknown`; the next request asks again, until the attempts are used up.
     Unknown,
+}
+
+impl fmt::Debug for Recovery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Recovery")
+            .field("fence", &self.fence)
+            .field("attempt", &self.attempt)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Recovered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Happened(_) => "Happened(..)",
+            Self::NotHappened => "NotHappened",
+            Self::Unknown => "Unknown",
+        })
+    }
 }
 
 impl OnLost {
@@ -156,7 +174,9 @@ impl KeepPolicy {
     /// The handler's own word wins, then the predicate, then the status.
     pub(super) fn verdict(&self, response: &response::Parts) -> Verdict {
         if !response.extensions.is_empty() {
-            if response.extensions.get::<DoNotKeep>().is_some() {
+            // A refusal of another layer within says nothing about what was asked.
+            let refused = response.extensions.get::<Refusal>().is_some();
+            if refused || response.extensions.get::<DoNotKeep>().is_some() {
                 return Verdict::Release;
             }
             if response.extensions.get::<Keep>().is_some() {

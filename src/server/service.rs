@@ -13,6 +13,7 @@ use super::flights::Flight;
 use super::future::ResponseFuture;
 use super::guard::Shared;
 use super::layer::Selector;
+use super::lease::Lease;
 use super::settings::{Settings, Values};
 use crate::http::{find_key, FoundKey, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::IdempotencyKey;
@@ -125,6 +126,11 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
             },
         };
         let storage_key = settings.space.storage_key(scope.as_ref(), &key);
+        // A layer further out guards this very key: two of them would wait for each other.
+        let outer = head.extensions.get::<Lease>();
+        if outer.is_some_and(|lease| *lease.storage_key() == storage_key) {
+            return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
+        }
         let flight = Arc::new(Flight::new(key, storage_key));
         // The service that was polled ready is the one that is called; its clone has yet to be.
         let clone = self.inner.clone();
