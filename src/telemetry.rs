@@ -3,6 +3,8 @@
 #[cfg(feature = "metrics")]
 use std::time::Duration;
 
+use tracing::Span;
+
 use crate::error::Error;
 
 pub(crate) const TARGET: &str = "tower_idempotency";
@@ -89,27 +91,28 @@ pub(crate) fn failure(event: Event, error: &Error) {
     tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause, "{}", event.message());
 }
 
-/// The span of a guarded request.
-pub(crate) fn span() -> tracing::Span {
-    tracing::debug_span!(
+/// The span of a guarded request, where somebody listens.
+pub(crate) fn span() -> Option<Box<Span>> {
+    let span = tracing::debug_span!(
         target: TARGET,
         "idempotency",
         outcome = tracing::field::Empty,
         attempt = tracing::field::Empty,
         fence = tracing::field::Empty,
-    )
+    );
+    (!span.is_disabled()).then(|| Box::new(span))
 }
 
 /// Enters an attempt in the span of its request.
-pub(crate) fn granted(span: &tracing::Span, attempt: u32, fence: u64) {
-    if !span.is_disabled() {
+pub(crate) fn granted(span: Option<&Span>, attempt: u32, fence: u64) {
+    if let Some(span) = span {
         span.record("attempt", attempt).record("fence", fence);
     }
 }
 
 /// Enters the outcome in the span of its request and counts it.
-pub(crate) fn finished(span: &tracing::Span, outcome: &'static str) {
-    if !span.is_disabled() {
+pub(crate) fn finished(span: Option<&Span>, outcome: &'static str) {
+    if let Some(span) = span {
         span.record("outcome", outcome);
     }
     count_request(outcome);

@@ -28,7 +28,8 @@ pub(super) struct Exchange<St: Store, S> {
     pub(super) shared: Arc<Shared<St>>,
     pub(super) settings: Arc<Values>,
     pub(super) flight: Arc<Flight>,
-    pub(super) span: Span,
+    /// Its span, where somebody listens.
+    pub(super) span: Option<Box<Span>>,
     pub(super) times: Times,
     pub(super) fingerprint: Fingerprint,
     /// Whether the request has a scope.
@@ -141,10 +142,9 @@ impl<St: Store, S> Exchange<St, S> {
                 }
             }
         };
-        if span.is_disabled() {
-            Box::pin(flow)
-        } else {
-            Box::pin(flow.instrument(span))
+        match span {
+            None => Box::pin(flow),
+            Some(span) => Box::pin(flow.instrument(*span)),
         }
     }
 
@@ -347,7 +347,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     pub(super) fn finished(&self, outcome: &'static str) {
-        telemetry::finished(&self.span, outcome);
+        telemetry::finished(self.span.as_deref(), outcome);
     }
 
     /// A refusal that asks for patience.

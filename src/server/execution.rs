@@ -87,12 +87,12 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Takes possession of what was granted.
     fn own(&mut self, grant: Grant) {
-        self.ownership = Some(Ownership::new(&self.shared, self.flight.storage_key, grant));
+        self.ownership = Some(Ownership::new(&self.shared, &self.flight, grant));
         self.flight.hold(grant);
         if grant.lease.is_some() {
             self.shared.keep_renewed();
         }
-        telemetry::granted(&self.span, grant.attempt, grant.owner.fence.as_u64());
+        telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
     }
 
     /// Asks what became of a lost attempt.

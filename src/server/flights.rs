@@ -216,7 +216,7 @@ impl Flights {
             return Joined::Lead(Seat {
                 flights: Arc::clone(self),
                 flight: Arc::clone(flight),
-                landing: Landing::Handover,
+                left: false,
             });
         };
         let leader = Arc::clone(&entry.flight);
@@ -267,26 +267,32 @@ impl Flights {
 pub(super) struct Seat {
     flights: Arc<Flights>,
     flight: Arc<Flight>,
-    landing: Landing,
+    left: bool,
 }
 
 impl Seat {
     /// Tells the others what it came to and leaves the seat.
     pub(super) fn land(mut self, landing: Landing) {
-        self.landing = landing;
+        self.leave(landing);
     }
-}
 
-impl Drop for Seat {
-    fn drop(&mut self) {
+    fn leave(&mut self, landing: Landing) {
+        self.left = true;
         let mut shard = self.flights.table.lock(&self.flight.storage_key);
         shard.remove(&self.flight.storage_key);
         // Whoever joined did so under this lock.
         let joined = self.flight.joined.load(Ordering::Relaxed);
         drop(shard);
         if joined {
-            self.flight
-                .land(std::mem::replace(&mut self.landing, Landing::Handover));
+            self.flight.land(landing);
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if !self.left {
+            self.leave(Landing::Handover);
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use super::flights::{Flight, Flights};
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Grant, Owner, Renewal, StorageKey};
+use crate::protocol::{Grant, Owner, Renewal};
 use crate::store::Store;
 use crate::telemetry::{self, Event};
 
@@ -133,7 +133,7 @@ impl fmt::Debug for Drain {
 /// waits for an owner that is gone.
 pub(super) struct Ownership<St: Store> {
     shared: Arc<Shared<St>>,
-    key: StorageKey,
+    flight: Arc<Flight>,
     owner: Owner,
     /// Where a store that is not in this process gets its turn; it may be dropped elsewhere.
     runtime: Option<Handle>,
@@ -141,11 +141,11 @@ pub(super) struct Ownership<St: Store> {
 }
 
 impl<St: Store> Ownership<St> {
-    pub(super) fn new(shared: &Arc<Shared<St>>, key: StorageKey, grant: Grant) -> Self {
+    pub(super) fn new(shared: &Arc<Shared<St>>, flight: &Arc<Flight>, grant: Grant) -> Self {
         telemetry::in_flight(1.0);
         Self {
             shared: Arc::clone(shared),
-            key,
+            flight: Arc::clone(flight),
             owner: grant.owner,
             runtime: grant.lease.and_then(|_| Handle::try_current().ok()),
             ended: false,
@@ -162,9 +162,9 @@ impl<St: Store> Ownership<St> {
     }
 
     fn give_up(&self) {
-        let (shared, key, owner) = (Arc::clone(&self.shared), self.key, self.owner);
+        let (shared, flight, owner) = (Arc::clone(&self.shared), Arc::clone(&self.flight), self.owner);
         let mut renewal = Box::pin(async move {
-            if let Err(error) = shared.store.renew(&key, owner, Duration::ZERO).await {
+            if let Err(error) = shared.store.renew(&flight.storage_key, owner, Duration::ZERO).await {
                 telemetry::failure(Event::RenewalFailed, &error);
             }
         });

@@ -144,7 +144,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
 impl Values {
     /// The answer to a request that is refused by its head.
     fn refused<F, R: RebuildBody, E>(&self, refusal: Refusal) -> ResponseFuture<F, R, E> {
-        telemetry::finished(&telemetry::span(), refusal.code());
+        telemetry::finished(telemetry::span().as_deref(), refusal.code());
         ResponseFuture::refused(refusal.into_response(&self.refusals))
     }
 
