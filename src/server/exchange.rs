@@ -304,6 +304,10 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     fn deadline(&mut self) -> Deadline {
+        // Who does not wait for handlers may have waited for a claim, by a deadline of its own.
+        if self.settings.waiting.time.is_zero() {
+            return Deadline::after(Duration::ZERO);
+        }
         *self
             .deadline
             .get_or_insert_with(|| Deadline::after(self.settings.waiting.time))
