@@ -457,7 +457,9 @@ async fn lost_key(store: &RemoteStore) -> tokio::task::JoinHandle<Got> {
     let handler = Handler::new()
         .taking(Duration::from_secs(3_600))
         .answering(|_| text(StatusCode::CREATED, "the zombie"));
-    let layer = IdempotencyLayer::new(store.clone()).with_store_timeout(Duration::from_secs(1));
+    let layer = IdempotencyLayer::new(store.clone())
+        .with_store_timeout(Duration::from_secs(1))
+        .with_wait(Duration::ZERO);
     let owner = start(&layer.layer(handler), post("k", "pay"));
     tokio::time::sleep(Duration::from_secs(1)).await;
     // It cannot reach the store any more.

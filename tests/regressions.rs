@@ -173,8 +173,8 @@ async fn more_header_lines_than_16_bits_count_come_again() {
 }
 
 #[tokio::test]
-async fn a_predicate_that_panics_counts_as_a_failure_of_the_handler() {
-    // It unwound through the exchange, and its caller got no answer.
+async fn a_predicate_that_panics_comes_after_the_effect_and_nobody_runs_again() {
+    // It unwound through the exchange: its caller got no answer, and the key was left to chance.
     let s = IdempotencyLayer::new(MemoryStore::new())
         .keep_if(|_| panic!("predicate"))
         .layer(Handler::new());
@@ -188,7 +188,7 @@ async fn a_predicate_that_panics_counts_as_a_failure_of_the_handler() {
     };
     assert_eq!(
         (one.unwrap(), two.unwrap()),
-        (500.try_into().unwrap(), "handler-failed")
+        (500.try_into().unwrap(), "answer-not-kept")
     );
 }
 

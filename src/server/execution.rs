@@ -144,7 +144,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records the answer and gives it.
     async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
         let Some((answer, retention, verdict)) = self.to_store() else {
-            return Box::pin(self.failed()).await;
+            return Box::pin(self.broken()).await;
         };
         let kept = match verdict {
             Verdict::Keep => {
@@ -176,7 +176,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// The cargo as it is stored, for how long, and what is to become of it; `None` when the application's predicate panics.
+    /// The cargo as it is stored, for how long, and what is to become of it; `None` when the application's predicate panics,
+    /// which comes after the effect: nobody may run again.
     fn to_store(&self) -> Option<(Answer, Duration, Verdict)> {
         let Cargo::Answered(Read { head, body }) = &self.cargo else {
             return None;
@@ -192,7 +193,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// A lost attempt took effect: its answer is kept and given as the replay that it is.
     async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
         let Some((answer, retention, _)) = self.to_store() else {
-            return self.failed().await;
+            return self.broken().await;
         };
         // Should it not be recorded, the next attempt asks again and is told the same.
         match self.conclude(&Outcome::Kept(answer.clone()), retention).await {
@@ -205,7 +206,7 @@ impl<St: Store, S> Exchange<St, S> {
     async fn streaming<R: RebuildBody>(&mut self, response: Response<R>) -> Response<R> {
         let (head, body) = response.into_parts();
         let Some(verdict) = self.verdict(&head) else {
-            return self.failed().await;
+            return self.broken().await;
         };
         let landing = match verdict {
             Verdict::Keep => {
