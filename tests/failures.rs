@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::{header, Request, Response, StatusCode};
 use http_body_util::BodyExt;
-use support::{frames, got, post, request, send, text, AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer};
+use support::{frames, post, request, send, start, text, AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer};
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Resolution, Status};
 use tower_idempotency::{IdempotencyLayer, Keep, Lease, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store};
@@ -17,16 +17,6 @@ const DAY: Duration = Duration::from_secs(86_400);
 
 fn on_memory(handler: &Handler) -> tower_idempotency::Idempotency<Handler, MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone())
-}
-
-fn start<S>(service: &S, request: Request<AnyBody>) -> tokio::task::JoinHandle<Got>
-where
-    S: tower::Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: std::fmt::Debug + Send,
-{
-    let service = service.clone();
-    tokio::spawn(async move { got(service.oneshot(request).await.unwrap()).await })
 }
 
 // --- the handler -------------------------------------------------------------------------------------------------

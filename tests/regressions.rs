@@ -7,20 +7,10 @@ use http::{Request, Response, StatusCode};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
-use support::{full, got, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore, Timer};
+use support::{full, post, send, start, text, AnyBody, Fault, Handler, RemoteStore, Timer};
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::protocol::{Resolution, Status};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, OnLost, Store};
-
-fn start<S>(service: &S, request: Request<AnyBody>) -> tokio::task::JoinHandle<Got>
-where
-    S: tower::Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: std::fmt::Debug + Send,
-{
-    let service = service.clone();
-    tokio::spawn(async move { got(service.oneshot(request).await.unwrap()).await })
-}
 
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_lost_its_key_never_gets_the_answer_of_another_request() {

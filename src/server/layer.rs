@@ -229,7 +229,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// The statuses of the [table](Self#defaults) by default: which answers are kept. Replaces [`on_error`](Self::on_error) for 5xx
-    /// answers; what a handler says itself ([`Keep`](crate::Keep), [`DoNotKeep`](crate::DoNotKeep)) still wins.
+    /// answers; what a handler says itself ([`Keep`](crate::Keep), [`DoNotKeep`](crate::DoNotKeep)) still wins. Should the function
+    /// panic, the handler has run: a tombstone is kept, and nobody runs again.
     pub fn keep_if(mut self, keep: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
         self.values().keep.keep_if = Some(Arc::new(keep));
         self

@@ -416,6 +416,17 @@ where
     got(service.clone().oneshot(request).await.unwrap()).await
 }
 
+/// Sends a request in a task of its own.
+pub fn start<S>(service: &S, request: Request<AnyBody>) -> tokio::task::JoinHandle<Got>
+where
+    S: Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: std::fmt::Debug + Send,
+{
+    let service = service.clone();
+    tokio::spawn(async move { got(service.oneshot(request).await.unwrap()).await })
+}
+
 pub async fn got(response: Response<AnyBody>) -> Got {
     let (head, body) = response.into_parts();
     let collected = body.collect().await.unwrap();
