@@ -71,18 +71,16 @@ impl AnswerHeaders {
 
     /// The response that repeats a stored answer, marked as such if asked.
     pub(crate) fn replay<B: RebuildBody>(&self, answer: &Answer, marked: bool) -> Result<Response<B>, CorruptAnswer> {
-        let (status, mut headers, trailers) = decode(answer.head.clone()).ok_or(CorruptAnswer)?;
+        let (mut head, ()) = Response::new(()).into_parts();
+        let trailers = decode(&answer.head, &mut head).ok_or(CorruptAnswer)?;
         if let (true, Some((name, value))) = (marked, &self.marker) {
-            headers.insert(name, value.clone());
+            head.headers.insert(name, value.clone());
         }
         let body = Collected {
             bytes: answer.body.clone(),
             trailers,
         };
-        let mut response = Response::new(body.rebuild());
-        *response.status_mut() = status;
-        *response.headers_mut() = headers;
-        Ok(response)
+        Ok(Response::from_parts(head, body.rebuild()))
     }
 
     /// Writes the headers that repetitions carry and returns their number.
@@ -171,39 +169,48 @@ fn is_end_to_end(name: &HeaderName) -> bool {
     )
 }
 
-/// Status, headers and trailers. Total: no length is trusted, nothing is allocated by an unchecked one.
-fn decode(mut head: Bytes) -> Option<(StatusCode, HeaderMap, Option<HeaderMap>)> {
-    if head.try_get_u8().ok()? != VERSION {
+/// Enters status and headers and returns the trailers. Total: no length is trusted, nothing is allocated by an unchecked one.
+fn decode(encoded: &Bytes, head: &mut response::Parts) -> Option<Option<HeaderMap>> {
+    let mut rest = &encoded[..];
+    if rest.try_get_u8().ok()? != VERSION {
         return None;
     }
-    let status = StatusCode::from_u16(head.try_get_u16_le().ok()?).ok()?;
-    let headers = head.try_get_u32_le().ok()?;
-    let trailers = head.try_get_u32_le().ok()?;
-    let headers = decode_fields(&mut head, headers)?;
-    let trailers = if trailers == 0 {
-        None
-    } else {
-        Some(decode_fields(&mut head, trailers)?)
+    head.status = StatusCode::from_u16(rest.try_get_u16_le().ok()?).ok()?;
+    let headers = rest.try_get_u32_le().ok()?;
+    let trailers = rest.try_get_u32_le().ok()?;
+    decode_fields(encoded, &mut rest, headers, &mut head.headers)?;
+    let trailers = match trailers {
+        0 => None,
+        count => {
+            let mut trailers = HeaderMap::new();
+            decode_fields(encoded, &mut rest, count, &mut trailers)?;
+            Some(trailers)
+        }
     };
-    head.is_empty().then_some((status, headers, trailers))
+    rest.is_empty().then_some(trailers)
 }
 
-fn decode_fields(head: &mut Bytes, count: u32) -> Option<HeaderMap> {
+/// Moves fields from the `rest` of `encoded`; their values share its memory.
+fn decode_fields(encoded: &Bytes, rest: &mut &[u8], count: u32, fields: &mut HeaderMap) -> Option<()> {
     // The marker and the length come on top. More than usual is not reserved on the word of a number.
     let usual = usize::try_from(count).ok()?.min(64);
-    let mut fields = HeaderMap::with_capacity(usual + 2);
+    fields.reserve(usual + 2);
     for _ in 0..count {
-        let name_len = usize::from(head.try_get_u16_le().ok()?);
-        let name = HeaderName::from_bytes(head.get(..name_len)?).ok()?;
-        head.advance(name_len);
-        let value_len = usize::try_from(head.try_get_u32_le().ok()?).ok()?;
-        if value_len > head.len() {
-            return None;
-        }
-        let value = HeaderValue::from_maybe_shared(head.split_to(value_len)).ok()?;
-        fields.try_append(name, value).ok()?;
+        let name_len = usize::from(rest.try_get_u16_le().ok()?);
+        let name = HeaderName::from_bytes(take(rest, name_len)?).ok()?;
+        let value_len = usize::try_from(rest.try_get_u32_le().ok()?).ok()?;
+        let value = encoded.slice_ref(take(rest, value_len)?);
+        fields
+            .try_append(name, HeaderValue::from_maybe_shared(value).ok()?)
+            .ok()?;
     }
-    Some(fields)
+    Some(())
+}
+
+fn take<'b>(rest: &mut &'b [u8], len: usize) -> Option<&'b [u8]> {
+    let (taken, left) = rest.split_at_checked(len)?;
+    *rest = left;
+    Some(taken)
 }
 
 #[cfg(test)]
@@ -343,7 +350,7 @@ mod tests {
             if let (true, Some(first)) = (known, head.first_mut()) {
                 *first = VERSION;
             }
-            let _ = decode(head.into());
+            let _ = decode(&head.into(), &mut response(&[]));
         }
 
         #[test]
@@ -353,7 +360,7 @@ mod tests {
             let index = at.index(head.len());
             head[index] = byte;
             head.truncate(cut.index(head.len() + 1));
-            let _ = decode(head.into());
+            let _ = decode(&head.into(), &mut response(&[]));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Bodies: read within a bound, and made again from what was read.
 
 use std::fmt;
-use std::future::poll_fn;
+use std::future::Future;
 use std::pin::Pin;
 use std::task::{ready, Context, Poll};
 
@@ -192,33 +192,56 @@ pub(crate) enum Shortfall<B: HttpBody> {
 }
 
 /// Reads a body to its end, but no more than `limit` bytes of it (and one frame).
-pub(crate) async fn collect<B: RebuildBody>(mut body: B, limit: usize) -> Result<Collected, Shortfall<B>> {
-    let mut read = Read::default();
-    let mut trailers = None;
-    if exceeds(body.size_hint().lower(), limit) {
-        return Err(Shortfall::TooLarge(Body::new(body)));
+pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize) -> Collect<B> {
+    Collect {
+        body: Some(body),
+        limit,
+        read: Read::default(),
+        trailers: None,
     }
-    while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
-        let frame = frame.map_err(Shortfall::Broken)?;
-        match frame.into_data() {
-            Ok(data) => read.push(data, limit),
-            Err(frame) => trailers = frame.into_trailers().ok(),
+}
+
+/// The future of [`collect`].
+#[derive(Debug)]
+pub(crate) struct Collect<B> {
+    /// Until it ends.
+    body: Option<B>,
+    limit: usize,
+    read: Read,
+    trailers: Option<HeaderMap>,
+}
+
+impl<B: RebuildBody> Future for Collect<B> {
+    type Output = Result<Collected, Shortfall<B>>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let Some(body) = &mut this.body else {
+            return Poll::Pending;
+        };
+        let mut too_large = this.read.len() == 0 && exceeds(body.size_hint().lower(), this.limit);
+        while !too_large {
+            let Some(frame) = ready!(Pin::new(&mut *body).poll_frame(cx)) else {
+                break;
+            };
+            match frame.map(Frame::into_data) {
+                Ok(Ok(data)) => this.read.push(data, this.limit),
+                Ok(Err(frame)) => this.trailers = frame.into_trailers().ok(),
+                Err(error) => return Poll::Ready(Err(Shortfall::Broken(error))),
+            }
+            too_large = this.read.len() > this.limit;
+            if body.is_end_stream() {
+                break;
+            }
         }
-        if read.len() > limit {
-            return Err(Shortfall::TooLarge(Body {
-                front: read.into_bytes(),
-                rest: Some(body),
-                trailers: None,
-            }));
-        }
-        if body.is_end_stream() {
-            break;
-        }
+        let front = std::mem::take(&mut this.read).into_bytes();
+        let (rest, trailers) = (this.body.take(), this.trailers.take());
+        Poll::Ready(if too_large {
+            Err(Shortfall::TooLarge(Body { front, rest, trailers }))
+        } else {
+            Ok(Collected { bytes: front, trailers })
+        })
     }
-    Ok(Collected {
-        bytes: read.into_bytes(),
-        trailers,
-    })
 }
 
 fn exceeds(len: u64, limit: usize) -> bool {
@@ -227,7 +250,7 @@ fn exceeds(len: u64, limit: usize) -> bool {
 
 /// What was read: the only frame as it came, or all of them copied together, so that a body of many small frames does not
 /// hold their many buffers.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Read {
     only: Bytes,
     joined: BytesMut,

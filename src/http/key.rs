@@ -13,12 +13,13 @@ pub(crate) enum FoundKey {
 }
 
 pub(crate) fn find_key(headers: &HeaderMap, name: &HeaderName, parser: &KeyParser) -> FoundKey {
-    let mut lines = headers.get_all(name).iter();
-    let Some(value) = lines.next() else {
+    let Some(value) = headers.get(name) else {
         return FoundKey::Absent;
     };
-    // RFC 9651 section 4.2: field lines are combined with a comma, and parsing that as an Item fails.
-    if lines.next().is_some() {
+    // RFC 9651 section 4.2: field lines are combined with a comma, and parsing that as an Item fails. Most requests have no
+    // repeated field at all.
+    let some_repeated = headers.len() > headers.keys_len();
+    if some_repeated && headers.get_all(name).iter().nth(1).is_some() {
         return FoundKey::Invalid(KeyError::new(InvalidKey::Repeated));
     }
     match parser.parse(value.as_bytes()) {

@@ -9,7 +9,7 @@ mod refusal;
 mod wording;
 
 pub(crate) use answer::AnswerHeaders;
-pub(crate) use body::{collect, Collected, Shortfall};
+pub(crate) use body::{collect, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use key::{find_key, FoundKey};

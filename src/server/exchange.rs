@@ -3,50 +3,42 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use http::request::Parts;
 use http::{response, Request, Response};
 use tokio::runtime::Handle;
 use tower_service::Service;
-use tracing::{Instrument, Span};
+use tracing::Span;
 
-use super::flights::{Flight, Follower, Joined, Landing, Seat};
-use super::guard::{in_time, Ownership, Shared};
+use super::flights::{Flight, Follower, Joined, Landing};
+use super::guard::{in_time, Hold, Shared};
 use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
-use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status};
+use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
+use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Event, Times};
 
-/// One guarded request.
+/// One guarded request, from when its body was read.
 ///
 /// Its parts stay in their places while the steps, which borrow them, come and go: passed on by value, each would lie in the
 /// future of every step that it goes through. Steps that are rarely taken are boxed for the same reason.
 pub(super) struct Exchange<St: Store, S> {
-    pub(super) shared: Arc<Shared<St>>,
+    pub(super) hold: Hold<St>,
     pub(super) settings: Arc<Values>,
-    pub(super) flight: Arc<Flight>,
     /// Its span, where somebody listens.
     pub(super) span: Option<Box<Span>>,
     pub(super) times: Times,
-    pub(super) fingerprint: Fingerprint,
-    /// Whether the request has a scope.
-    pub(super) scoped: bool,
     /// When its time to wait is up; set when it begins to wait.
     deadline: Option<Deadline>,
-    /// The ownership of the key, while this request executes. Given up before the seat is: who waits then finds out.
-    pub(super) ownership: Option<Ownership<St>>,
-    /// The seat of the key, while this request has it.
-    pub(super) seat: Option<Seat>,
     pub(super) cargo: Cargo<S>,
 }
 
 /// What an exchange carries at the moment.
+#[expect(clippy::large_enum_variant, reason = "the large variant is the common one")]
 pub(super) enum Cargo<S> {
     /// The request and the service that is ready for it, until the handler gets them or this request becomes a waiter.
-    Admitted(Admitted<S>),
+    Admitted(Box<Admitted<S>>),
     /// The answer of the handler, until it is recorded.
     Answered(Read),
     Nothing,
@@ -56,7 +48,7 @@ pub(super) enum Cargo<S> {
 pub(super) struct Admitted<S> {
     pub(super) service: S,
     pub(super) head: Parts,
-    pub(super) body: Option<Collected>,
+    pub(super) body: Collected,
 }
 
 /// An answer that was read to its end.
@@ -75,97 +67,54 @@ enum Claimed {
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    pub(super) fn new(
-        shared: Arc<Shared<St>>,
+    pub(super) const fn new(
+        hold: Hold<St>,
         settings: Arc<Values>,
-        flight: Arc<Flight>,
-        scoped: bool,
-        service: S,
-        head: Parts,
+        span: Option<Box<Span>>,
+        times: Times,
+        cargo: Cargo<S>,
     ) -> Self {
-        let body = None;
         Self {
-            shared,
+            hold,
             settings,
-            flight,
-            span: telemetry::span(),
-            times: Times::start(),
-            fingerprint: Fingerprint::NONE,
-            scoped,
+            span,
+            times,
             deadline: None,
-            ownership: None,
-            seat: None,
-            cargo: Cargo::Admitted(Admitted { service, head, body }),
+            cargo,
         }
     }
 
-    /// The order of checks: the key is known to be good; then the body, the claim, the mismatch before the wait.
-    pub(super) fn run<B, R>(mut self, body: B) -> BoxFuture<'static, Result<Response<R>, S::Error>>
+    /// The order of checks: the key and the body are known to be good; then the claim, the mismatch before the wait.
+    pub(super) async fn run<B, R>(mut self) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
         S::Error: Send,
         B: RebuildBody + Send + 'static,
-        B::Error: Send,
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        let span = self.span.clone();
-        let flow = async move {
-            if let Err(refusal) = self.read(body).await {
-                return Ok(self.refuse(refusal));
-            }
-            loop {
-                let joined = self
-                    .shared
-                    .flights
-                    .join(&self.flight, self.fingerprint, &self.settings.waiting);
-                match joined {
-                    Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
-                    Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
-                    Joined::Undecided(follower) => {
-                        if !Box::pin(self.decided(follower)).await {
-                            return Ok(self.refuse(self.later(RefusalKind::Outstanding)));
-                        }
-                    }
-                    Joined::Follow(follower) => match Box::pin(self.follow(follower)).await {
-                        Landing::Handover => {}
-                        landing => return Ok(self.land(&landing)),
-                    },
-                    Joined::Lead(seat) => {
-                        self.seat = Some(seat);
-                        return match self.cargo {
-                            Cargo::Admitted(_) => self.lead().await,
-                            _ => Ok(Box::pin(self.stand_by()).await),
-                        };
+        loop {
+            match self.hold.join(&self.settings.waiting) {
+                Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
+                Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
+                Joined::Undecided(follower) => {
+                    if !self.decided(follower).await {
+                        return Ok(self.refuse(self.later(RefusalKind::Outstanding)));
                     }
                 }
+                Joined::Follow(follower) => match self.follow(follower).await {
+                    Landing::Handover => {}
+                    landing => return Ok(self.land(&landing)),
+                },
+                Joined::Lead => {
+                    return match self.cargo {
+                        Cargo::Admitted(_) => self.lead().await,
+                        _ => Ok(self.stand_by().await),
+                    };
+                }
             }
-        };
-        match span {
-            None => Box::pin(flow),
-            Some(span) => Box::pin(flow.instrument(*span)),
         }
-    }
-
-    /// Reads the request's body, within its bounds of length and time, and takes the fingerprint.
-    async fn read<B: RebuildBody>(&mut self, body: B) -> Result<(), Refusal> {
-        let reading = within(self.settings.body_timeout, collect(body, self.settings.body_limit));
-        let Ok(read) = reading.await else {
-            return Err(Refusal::new(RefusalKind::BodyTimeout));
-        };
-        let read = read.map_err(|shortfall| {
-            Refusal::new(match shortfall {
-                Shortfall::Broken(_) => RefusalKind::BodyBroken,
-                Shortfall::TooLarge(_) => RefusalKind::BodyTooLarge,
-            })
-        })?;
-        if let Cargo::Admitted(admitted) = &mut self.cargo {
-            let fingerprinting = &self.settings.fingerprinting;
-            self.fingerprint = fingerprinting.of(&admitted.head, &read.bytes, self.scoped);
-            admitted.body = Some(read);
-        }
-        Ok(())
     }
 
     /// Waits for another request of this process. A waiter never runs the handler itself, so it gives back what the service
@@ -197,36 +146,35 @@ impl<St: Store, S> Exchange<St, S> {
         R::Error: Send,
     {
         // From here on a caller that leaves does not stop the exchange: its claim may have arrived.
-        self.flight.set_guarded(true);
+        self.hold.flight.set_guarded(true);
         match self.claim().await {
-            Claimed::Run(grant) => Box::pin(self.execute(grant, false)).await,
-            Claimed::Recover(grant) => Box::pin(self.execute(grant, true)).await,
+            Claimed::Run(grant) => {
+                self.own(grant);
+                self.execute(grant).await
+            }
+            Claimed::Recover(grant) => {
+                self.own(grant);
+                self.recover_and_execute(grant).await
+            }
             Claimed::Settled(landing) => Ok(self.settle(landing)),
             Claimed::Unprotected => {
-                self.seat = None;
-                Box::pin(self.run_unprotected()).await
+                self.leave(Landing::Handover);
+                self.run_unprotected().await
             }
             Claimed::Wait => {
                 self.cargo = Cargo::Nothing;
-                self.flight.set_guarded(false);
-                self.flight.confirm();
-                Ok(Box::pin(self.stand_by()).await)
+                self.hold.flight.set_guarded(false);
+                self.hold.flight.confirm();
+                Ok(self.stand_by().await)
             }
         }
     }
 
     /// Claims the key; a claim that failed is repeated once with its nonce.
     async fn claim(&mut self) -> Claimed {
-        let claim = Claim {
-            key: self.flight.storage_key,
-            fingerprint: self.fingerprint,
-            nonce: Nonce::random(),
-            lease: self.settings.lease,
-            retention: self.settings.retention,
-            if_lost: self.settings.on_lost.in_protocol(),
-            max_attempts: self.settings.max_attempts,
-        };
-        match in_time(self.settings.store_timeout, self.shared.store.claim(&claim)).await {
+        let flight = &self.hold.flight;
+        let claim = self.settings.claim(flight.storage_key, flight.fingerprint);
+        match in_time(self.settings.store_timeout, self.hold.shared.store.claim(&claim)).await {
             Ok(decision) => claimed(decision),
             Err(error) => Box::pin(self.claim_again(&claim, error)).await,
         }
@@ -237,7 +185,7 @@ impl<St: Store, S> Exchange<St, S> {
             return self.claim_failed(claim, &error);
         }
         telemetry::failure(Event::ClaimRepeated, &error);
-        match in_time(self.settings.store_timeout, self.shared.store.claim(claim)).await {
+        match in_time(self.settings.store_timeout, self.hold.shared.store.claim(claim)).await {
             Ok(decision) => claimed(decision),
             Err(error) => self.claim_failed(claim, &error),
         }
@@ -251,8 +199,12 @@ impl<St: Store, S> Exchange<St, S> {
         }
         if error.kind() == ErrorKind::StoreUnavailable {
             if let Ok(runtime) = Handle::try_current() {
-                let behind = release_behind(Arc::clone(&self.shared), claim.clone(), self.settings.store_timeout);
-                self.shared.tracker.spawn(&runtime, behind);
+                let behind = release_behind(
+                    Arc::clone(&self.hold.shared),
+                    claim.clone(),
+                    self.settings.store_timeout,
+                );
+                self.hold.shared.tracker.spawn(&runtime, behind);
             }
         }
         // A record that cannot be read is somebody's: nobody may run on it.
@@ -268,26 +220,20 @@ impl<St: Store, S> Exchange<St, S> {
         B: RebuildBody,
         R: RebuildBody,
     {
-        let Some(mut admitted) = self.unload() else {
+        let Some(admitted) = self.unload() else {
             return Ok(self.refuse(self.later(RefusalKind::StoreUnavailable)));
         };
         telemetry::event(Event::Unprotected);
         self.finished("unprotected");
-        self.flight.set_guarded(false);
-        let request = admitted.request();
-        admitted.service.call(request).await
+        self.hold.flight.set_guarded(false);
+        let (mut service, request) = admitted.request();
+        service.call(request).await
     }
 
     /// Waits for an owner elsewhere: subscribe, look, wait, in that order. Changes nothing.
     pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
         let deadline = self.deadline();
-        let waiting = outcome_elsewhere(
-            &self.shared.store,
-            &self.settings,
-            &self.flight,
-            self.fingerprint,
-            deadline,
-        );
+        let waiting = outcome_elsewhere(&self.hold.shared.store, &self.settings, &self.hold.flight, deadline);
         match self.times.waiting(waiting).await {
             Some(landing) => self.settle(landing),
             // The time of this request is up; those who joined later have some left, and look for themselves.
@@ -296,7 +242,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// The request and its service, which are then gone.
-    pub(super) fn unload(&mut self) -> Option<Admitted<S>> {
+    pub(super) fn unload(&mut self) -> Option<Box<Admitted<S>>> {
         match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
             Cargo::Admitted(admitted) => Some(admitted),
             _ => None,
@@ -322,32 +268,16 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Tells those who wait what it came to.
     pub(super) fn leave(&mut self, landing: Landing) {
-        if let Some(seat) = self.seat.take() {
-            seat.land(landing);
-        }
+        self.hold.leave(landing);
     }
 
     /// The response to what this request, or the one it waited for, came to.
     fn land<R: RebuildBody>(&self, landing: &Landing) -> Response<R> {
-        match landing {
-            Landing::Answer { answer, kept } => match self.settings.answer_headers.replay(answer, *kept) {
-                Ok(response) => {
-                    self.finished(if *kept { "replayed" } else { "waited" });
-                    response
-                }
-                Err(_) => {
-                    telemetry::failure(Event::StoreFailed, &CORRUPT);
-                    self.refuse(self.later(RefusalKind::StoreUnavailable))
-                }
-            },
-            Landing::Refused(refusal) => self.refuse(*refusal),
-            Landing::Handover => self.refuse(self.later(RefusalKind::Outstanding)),
-        }
+        self.settings.land(self.span.as_deref(), landing)
     }
 
     pub(super) fn refuse<R: RebuildBody>(&self, refusal: Refusal) -> Response<R> {
-        self.finished(refusal.code());
-        refusal.into_response(&self.settings.refusals)
+        self.settings.refuse(self.span.as_deref(), refusal)
     }
 
     pub(super) fn finished(&self, outcome: &'static str) {
@@ -361,26 +291,34 @@ impl<St: Store, S> Exchange<St, S> {
 }
 
 impl<S> Admitted<S> {
-    /// The request as the handler gets it.
-    pub(super) fn request<B: RebuildBody>(&mut self) -> Request<B> {
-        let body = self.body.take().unwrap_or_default();
-        let head = std::mem::replace(&mut self.head, Request::new(()).into_parts().0);
-        Request::from_parts(head, body.rebuild())
+    /// The request as the handler gets it, and the service to call.
+    pub(super) fn request<B: RebuildBody>(self) -> (S, Request<B>) {
+        let Self { service, head, body } = self;
+        (service, Request::from_parts(head, body.rebuild()))
     }
 }
 
 const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored answer cannot be read");
 
 fn claimed(decision: Decision) -> Claimed {
-    let refused = |kind| Claimed::Settled(Landing::Refused(Refusal::new(kind)));
     match decision {
         Decision::Execute(grant) => Claimed::Run(grant),
         Decision::Recover(grant) => Claimed::Recover(grant),
-        Decision::Replay(answer) => Claimed::Settled(Landing::Answer { answer, kept: true }),
-        Decision::NotKept => refused(RefusalKind::AnswerNotKept),
-        Decision::Mismatch => refused(RefusalKind::Mismatch),
-        Decision::Unknown => refused(RefusalKind::OutcomeUnknown),
-        Decision::Wait { .. } => Claimed::Wait,
+        decision => Landing::of(decision).map_or(Claimed::Wait, Claimed::Settled),
+    }
+}
+
+impl Landing {
+    /// What a decision comes to that lets nothing run; `None` where it is to wait.
+    pub(super) fn of(decision: Decision) -> Option<Self> {
+        let kind = match decision {
+            Decision::Replay(answer) => return Some(Self::Answer { answer, kept: true }),
+            Decision::NotKept => RefusalKind::AnswerNotKept,
+            Decision::Mismatch => RefusalKind::Mismatch,
+            Decision::Unknown => RefusalKind::OutcomeUnknown,
+            Decision::Execute(_) | Decision::Recover(_) | Decision::Wait { .. } => return None,
+        };
+        Some(Self::Refused(Refusal::new(kind)))
     }
 }
 
@@ -389,7 +327,6 @@ async fn outcome_elsewhere<St: Store>(
     store: &St,
     settings: &Values,
     flight: &Flight,
-    fingerprint: Fingerprint,
     deadline: Deadline,
 ) -> Option<Landing> {
     const POLL: Duration = Duration::from_millis(500);
@@ -406,7 +343,7 @@ async fn outcome_elsewhere<St: Store>(
         let Some(snapshot) = snapshot else {
             return Some(Landing::Refused(settings.later(RefusalKind::Outstanding)));
         };
-        if snapshot.fingerprint != fingerprint {
+        if snapshot.fingerprint != flight.fingerprint {
             return Some(Landing::Refused(Refusal::new(RefusalKind::Mismatch)));
         }
         flight.confirm();
@@ -426,6 +363,43 @@ async fn outcome_elsewhere<St: Store>(
 }
 
 impl Values {
+    /// Asks for a key under these settings.
+    pub(super) fn claim(&self, key: StorageKey, fingerprint: Fingerprint) -> Claim {
+        Claim {
+            key,
+            fingerprint,
+            nonce: Nonce::random(),
+            lease: self.lease,
+            retention: self.retention,
+            if_lost: self.on_lost.in_protocol(),
+            max_attempts: self.max_attempts,
+        }
+    }
+
+    /// The response to what a request came to.
+    pub(super) fn land<R: RebuildBody>(&self, span: Option<&Span>, landing: &Landing) -> Response<R> {
+        match landing {
+            Landing::Answer { answer, kept } => match self.answer_headers.replay(answer, *kept) {
+                Ok(response) => {
+                    telemetry::finished(span, if *kept { "replayed" } else { "waited" });
+                    response
+                }
+                Err(_) => {
+                    telemetry::failure(Event::StoreFailed, &CORRUPT);
+                    self.refuse(span, self.later(RefusalKind::StoreUnavailable))
+                }
+            },
+            Landing::Refused(refusal) => self.refuse(span, *refusal),
+            Landing::Handover => self.refuse(span, self.later(RefusalKind::Outstanding)),
+        }
+    }
+
+    /// The response of a refusal.
+    pub(super) fn refuse<R: RebuildBody>(&self, span: Option<&Span>, refusal: Refusal) -> Response<R> {
+        telemetry::finished(span, refusal.code());
+        refusal.into_response(&self.refusals)
+    }
+
     /// What a record says to those who wait; `None` while its owner is at it.
     fn landing_of(&self, status: Status) -> Option<Landing> {
         Some(match status {
@@ -440,7 +414,7 @@ impl Values {
         })
     }
 
-    fn later(&self, kind: RefusalKind) -> Refusal {
+    pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
         Refusal::retry_after(kind, self.retry_after)
     }
 }

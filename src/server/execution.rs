@@ -10,9 +10,9 @@ use futures::FutureExt;
 use http::{response, Request, Response};
 use tower_service::Service;
 
-use super::exchange::{Cargo, Exchange, Read};
+use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
-use super::guard::{in_time, Ownership};
+use super::guard::{in_time, Hold};
 use super::lease::Lease;
 use super::policy::{is_stream, OnLost, Recovered, Recovery, RetainFor, Verdict};
 use super::settings::Values;
@@ -21,16 +21,18 @@ use crate::error::{Error, ErrorKind};
 use crate::http::{collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Answer, Completion, Grant, Outcome, Owner, Release, StorageKey};
 use crate::store::Store;
-use crate::telemetry::{self, Event, Times};
+use crate::telemetry::{self, Event};
 
 /// How the handler ended.
-enum Ended<R, E> {
+pub(super) enum Ended<R, E> {
     /// With an answer that was read to its end.
     Answered(Read),
     /// With an answer that broke off while it was read.
     Broken,
     /// With an error of the service.
     Failed(E),
+    /// With a panic.
+    Panicked,
     /// With an answer that cannot be kept: a stream, or longer than the limit.
     Streaming(Response<R>),
 }
@@ -46,8 +48,8 @@ enum Found {
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// Runs the handler and records how it ended, before the first byte of its answer leaves.
-    pub(super) async fn execute<B, R>(&mut self, grant: Grant, recover: bool) -> Result<Response<R>, S::Error>
+    /// Asks what became of the attempt before this one, and runs the handler if nothing did.
+    pub(super) async fn recover_and_execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -56,43 +58,84 @@ impl<St: Store, S> Exchange<St, S> {
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        self.own(grant);
-        if recover {
-            match Box::pin(self.recover(grant)).await {
-                Found::Happened => return Ok(Box::pin(self.happened()).await),
-                Found::Nothing => {}
-                Found::Unknown => {
-                    Box::pin(self.give_up()).await;
-                    return Ok(self.settle(Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown))));
-                }
+        match self.recover(grant).await {
+            Found::Happened => Ok(self.happened().await),
+            Found::Nothing => self.execute(grant).await,
+            Found::Unknown => {
+                self.give_up().await;
+                Ok(self.settle(Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))
             }
         }
-        // Without a future the handler has panicked already.
-        let ended = match self.start(grant) {
-            Some(running) => AssertUnwindSafe(running).catch_unwind().await.ok(),
-            None => None,
-        };
-        match ended {
-            Some(Ended::Answered(read)) => self.cargo = Cargo::Answered(read),
-            Some(Ended::Broken) => return Ok(Box::pin(self.broken()).await),
-            Some(Ended::Failed(error)) => {
-                let _: Response<R> = Box::pin(self.failed()).await;
-                return Err(error);
-            }
-            Some(Ended::Streaming(response)) => return Ok(Box::pin(self.streaming(response)).await),
-            None => return Ok(Box::pin(self.failed()).await),
-        }
-        Ok(self.answered().await)
+    }
+
+    /// Runs the handler and records how it ended, before the first byte of its answer leaves.
+    pub(super) async fn execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: RebuildBody + Send + 'static,
+        R: RebuildBody + Send + 'static,
+        R::Error: Send,
+    {
+        let running = self.unload().and_then(|admitted| {
+            let lease = Lease::new(Arc::clone(&self.hold.flight), grant);
+            start(*admitted, lease, self.settings.answer_limit)
+        });
+        self.see_through(running).await
     }
 
     /// Takes possession of what was granted.
-    fn own(&mut self, grant: Grant) {
-        self.ownership = Some(Ownership::new(&self.shared, &self.flight, grant));
-        self.flight.hold(grant);
-        if grant.lease.is_some() {
-            self.shared.keep_renewed();
-        }
+    pub(super) fn own(&mut self, grant: Grant) {
+        self.hold.own(grant);
         telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
+    }
+
+    /// Waits for the handler and records how it ended. Without a future it has panicked already.
+    pub(super) async fn see_through<R: RebuildBody, E>(
+        &mut self,
+        running: Option<Running<impl Future<Output = Ended<R, E>>>>,
+    ) -> Result<Response<R>, E> {
+        match self.ended(running).await {
+            None => Ok(self.answered().await),
+            Some(ended) => Box::pin(self.without_answer(*ended)).await,
+        }
+    }
+
+    /// Waits for the handler; `None` when it answered, with the answer as the cargo.
+    async fn ended<R, E>(
+        &mut self,
+        running: Option<Running<impl Future<Output = Ended<R, E>>>>,
+    ) -> Option<Box<Ended<R, E>>> {
+        let Some(running) = running else {
+            return Some(Box::new(Ended::Panicked));
+        };
+        let running = self.times.outside(running);
+        match AssertUnwindSafe(running).catch_unwind().await {
+            Ok(Ended::Answered(read)) => {
+                self.cargo = Cargo::Answered(read);
+                None
+            }
+            Ok(ended) => Some(Box::new(ended)),
+            Err(_) => Some(Box::new(Ended::Panicked)),
+        }
+    }
+
+    /// Records an end that came without an answer to keep.
+    async fn without_answer<R: RebuildBody, E>(&mut self, ended: Ended<R, E>) -> Result<Response<R>, E> {
+        match ended {
+            Ended::Answered(read) => {
+                self.cargo = Cargo::Answered(read);
+                Ok(self.answered().await)
+            }
+            Ended::Broken => Ok(self.broken().await),
+            Ended::Failed(error) => {
+                let _: Response<R> = self.failed().await;
+                Err(error)
+            }
+            Ended::Panicked => Ok(self.failed().await),
+            Ended::Streaming(response) => Ok(self.streaming(response).await),
+        }
     }
 
     /// Asks what became of a lost attempt.
@@ -101,7 +144,7 @@ impl<St: Store, S> Exchange<St, S> {
             return Found::Nothing;
         };
         let recovery = Recovery {
-            key: self.flight.key.clone(),
+            key: self.hold.flight.key.clone(),
             fence: grant.owner.fence,
             attempt: grant.attempt,
             head: admitted.head.clone(),
@@ -122,25 +165,6 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Calls the handler; `None` when it panics at once.
-    #[expect(clippy::type_complexity, reason = "a box of a future that has no name")]
-    fn start<B, R>(
-        &mut self,
-        grant: Grant,
-    ) -> Option<Pin<Box<impl Future<Output = Ended<R, S::Error>> + use<'_, St, S, B, R>>>>
-    where
-        S: Service<Request<B>, Response = Response<R>>,
-        B: RebuildBody,
-        R: RebuildBody,
-    {
-        let lease = Lease::new(Arc::clone(&self.flight), self.fingerprint, grant);
-        let mut admitted = self.unload()?;
-        let mut request = admitted.request();
-        request.extensions_mut().insert(lease);
-        let running = catch_unwind(AssertUnwindSafe(|| admitted.service.call(request))).ok()?;
-        Some(Box::pin(ended(running, self.settings.answer_limit, &mut self.times)))
-    }
-
     /// Records the answer and gives it.
     async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
         let Some((answer, retention, verdict)) = self.to_store() else {
@@ -151,7 +175,7 @@ impl<St: Store, S> Exchange<St, S> {
                 let outcome = Outcome::Kept(answer.clone());
                 let completion = self.complete(&outcome, retention).await;
                 if let Ok(Completion::Completed) = completion {
-                    self.end_ownership();
+                    self.hold.end_ownership();
                     true
                 } else if let Some(response) = Box::pin(self.not_completed(completion)).await {
                     return response;
@@ -279,7 +303,7 @@ impl<St: Store, S> Exchange<St, S> {
     async fn not_completed<R: RebuildBody>(&mut self, completion: Result<Completion, Error>) -> Option<Response<R>> {
         match completion {
             Ok(Completion::Completed) => {
-                self.end_ownership();
+                self.hold.end_ownership();
                 None
             }
             Ok(Completion::Superseded(_)) => Some(self.superseded().await),
@@ -294,9 +318,9 @@ impl<St: Store, S> Exchange<St, S> {
     /// for the same request. That is looked up: what superseded this attempt may belong to somebody else altogether.
     async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
-        self.end_ownership();
-        self.flight.set_superseded();
-        self.flight.set_guarded(false);
+        self.hold.end_ownership();
+        self.hold.flight.set_superseded();
+        self.hold.flight.set_guarded(false);
         self.stand_by().await
     }
 
@@ -304,17 +328,10 @@ impl<St: Store, S> Exchange<St, S> {
     /// elsewhere the next attempt runs, and the caller must not believe that this one counts.
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
-        self.end_ownership();
+        self.hold.end_ownership();
         match self.settings.on_lost {
             OnLost::Refuse => None,
             OnLost::Execute | OnLost::Recover(_) => Some(self.later(RefusalKind::OutcomeUnrecorded)),
-        }
-    }
-
-    /// The outcome is recorded, or cannot be.
-    fn end_ownership(&mut self) {
-        if let Some(ownership) = self.ownership.take() {
-            ownership.end();
         }
     }
 
@@ -328,7 +345,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     async fn release(&mut self) {
-        self.flight.end_renewal();
+        self.hold.flight.end_renewal();
         if let Some((store, key, owner)) = self.owned() {
             match persist(&self.settings, || store.release(key, owner)).await {
                 Ok(Release::Released) => {}
@@ -336,33 +353,53 @@ impl<St: Store, S> Exchange<St, S> {
                 Err(error) => telemetry::failure(Event::Unrecorded, &error),
             }
         }
-        self.end_ownership();
+        self.hold.end_ownership();
     }
 
     async fn give_up(&mut self) {
-        self.flight.end_renewal();
+        self.hold.flight.end_renewal();
         if let Some((store, key, owner)) = self.owned() {
             // Without the store the lease ends it, a little later.
             if let Err(error) = persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await {
                 telemetry::failure(Event::Unrecorded, &error);
             }
         }
-        self.end_ownership();
+        self.hold.end_ownership();
     }
 
     fn owned(&self) -> Option<(&St, &StorageKey, Owner)> {
-        let ownership = self.ownership.as_ref()?;
-        Some((&self.shared.store, &self.flight.storage_key, ownership.owner()))
+        let Hold { shared, flight, .. } = &self.hold;
+        Some((&shared.store, &flight.storage_key, self.hold.owner()?))
     }
 }
 
+/// A handler under way. In a box: the future of an exchange would else carry the room for it twice.
+pub(super) type Running<F> = Pin<Box<F>>;
+
+/// Calls the handler; `None` when it panics at once.
+pub(super) fn start<S, B, R>(
+    admitted: Admitted<S>,
+    lease: Lease,
+    answer_limit: usize,
+) -> Option<Running<impl Future<Output = Ended<R, S::Error>> + use<S, B, R>>>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    B: RebuildBody,
+    R: RebuildBody,
+{
+    let (mut service, mut request) = admitted.request();
+    request.extensions_mut().insert(lease);
+    let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
+    Some(Box::pin(ended(running, answer_limit)))
+}
+
 /// Waits for the handler and reads its answer.
-async fn ended<F, R, E>(running: F, limit: usize, times: &mut Times) -> Ended<R, E>
+async fn ended<F, R, E>(running: F, limit: usize) -> Ended<R, E>
 where
     F: Future<Output = Result<Response<R>, E>>,
     R: RebuildBody,
 {
-    let response = match times.outside(running).await {
+    let response = match running.await {
         Ok(response) => response,
         Err(error) => return Ended::Failed(error),
     };
@@ -370,7 +407,7 @@ where
     if is_stream(&head) {
         return Ended::Streaming(Response::from_parts(head, body));
     }
-    match times.outside(collect(body, limit)).await {
+    match collect(body, limit).await {
         Ok(body) => Ended::Answered(Read { head, body }),
         Err(Shortfall::Broken(_)) => Ended::Broken,
         Err(Shortfall::TooLarge(body)) => Ended::Streaming(Response::from_parts(head, R::rebuild(body))),

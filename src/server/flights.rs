@@ -1,9 +1,10 @@
 //! The per-key lock inside a process: who works on a key, and who waits for it.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -18,6 +19,7 @@ use crate::sharded::Sharded;
 pub(super) struct Flight {
     pub(super) key: IdempotencyKey,
     pub(super) storage_key: StorageKey,
+    pub(super) fingerprint: Fingerprint,
     /// Whether the rest of the exchange must go on without its caller.
     guarded: AtomicBool,
     /// Whether others wait for it, or did.
@@ -47,10 +49,11 @@ pub(super) enum Landing {
 }
 
 impl Flight {
-    pub(super) fn new(key: IdempotencyKey, storage_key: StorageKey) -> Self {
+    pub(super) fn new(key: IdempotencyKey, storage_key: StorageKey, fingerprint: Fingerprint) -> Self {
         Self {
             key,
             storage_key,
+            fingerprint,
             guarded: AtomicBool::new(false),
             joined: AtomicBool::new(false),
             confirmed: AtomicBool::new(false),
@@ -62,6 +65,14 @@ impl Flight {
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
         }
+    }
+
+    /// One whose request was granted its key already.
+    fn granted(mut self, grant: Grant) -> Self {
+        self.guarded = AtomicBool::new(true);
+        self.confirmed = AtomicBool::new(true);
+        self.held = OnceLock::from(grant);
+        self
     }
 
     /// From here on the exchange goes on when its caller leaves, or (`false`) does not.
@@ -172,14 +183,8 @@ impl fmt::Debug for Flight {
 /// All flights of a layer and its clones.
 #[derive(Debug)]
 pub(super) struct Flights {
-    table: Sharded<StorageKey, Entry, KeyHasher>,
+    table: Sharded<StorageKey, Arc<Flight>, KeyHasher>,
     waiters: AtomicUsize,
-}
-
-#[derive(Debug)]
-struct Entry {
-    fingerprint: Fingerprint,
-    flight: Arc<Flight>,
 }
 
 /// What a request finds when it asks for the seat of its key.
@@ -189,12 +194,24 @@ pub(super) enum Joined {
     Follow(Follower),
     /// Too many wait already.
     Full,
-    /// The seat is yours.
-    Lead(Seat),
+    /// The seat is yours, until you [leave](Flights::leave) it.
+    Lead,
     /// Somebody else holds the key for another request.
     Mismatch,
     /// Somebody else asks for the key for another request, and has no answer yet.
     Undecided(Follower),
+}
+
+/// A seat that is free. Others who ask for a key of the same shard are held up.
+pub(super) struct Vacancy<'f>(MutexGuard<'f, HashMap<StorageKey, Arc<Flight>, KeyHasher>>);
+
+impl Vacancy<'_> {
+    /// Takes the seat, until it is [left](Flights::leave), for a request that was granted its key.
+    pub(super) fn take(mut self, flight: Flight, grant: Grant) -> Arc<Flight> {
+        let flight = Arc::new(flight.granted(grant));
+        self.0.insert(flight.storage_key, Arc::clone(&flight));
+        flight
+    }
 }
 
 impl Flights {
@@ -205,31 +222,41 @@ impl Flights {
         }
     }
 
-    pub(super) fn join(self: &Arc<Self>, flight: &Arc<Flight>, fingerprint: Fingerprint, limits: &Waiting) -> Joined {
+    pub(super) fn join(self: &Arc<Self>, flight: &Arc<Flight>, limits: &Waiting) -> Joined {
         let mut shard = self.table.lock(&flight.storage_key);
-        let Some(entry) = shard.get(&flight.storage_key) else {
-            let entry = Entry {
-                fingerprint,
-                flight: Arc::clone(flight),
-            };
-            shard.insert(flight.storage_key, entry);
-            return Joined::Lead(Seat {
-                flights: Arc::clone(self),
-                flight: Arc::clone(flight),
-                left: false,
-            });
+        let Some(leader) = shard.get(&flight.storage_key) else {
+            shard.insert(flight.storage_key, Arc::clone(flight));
+            return Joined::Lead;
         };
-        let leader = Arc::clone(&entry.flight);
+        let leader = Arc::clone(leader);
         leader.joined.store(true, Ordering::Relaxed);
-        if entry.fingerprint != fingerprint {
-            if leader.is_confirmed() {
-                return Joined::Mismatch;
-            }
-            drop(shard);
-            return self.admit(leader, limits).map_or(Joined::Full, Joined::Undecided);
-        }
         drop(shard);
-        self.admit(leader, limits).map_or(Joined::Full, Joined::Follow)
+        if leader.fingerprint == flight.fingerprint {
+            return self.admit(leader, limits).map_or(Joined::Full, Joined::Follow);
+        }
+        if leader.is_confirmed() {
+            return Joined::Mismatch;
+        }
+        self.admit(leader, limits).map_or(Joined::Full, Joined::Undecided)
+    }
+
+    /// The seat of a key, if it is free; nobody takes it while this is looked at.
+    pub(super) fn vacancy(&self, key: &StorageKey) -> Option<Vacancy<'_>> {
+        let shard = self.table.lock(key);
+        (!shard.contains_key(key)).then_some(Vacancy(shard))
+    }
+
+    /// Leaves the seat and tells the others what it came to.
+    pub(super) fn leave(&self, flight: &Flight, landing: Landing) {
+        let mut shard = self.table.lock(&flight.storage_key);
+        let seated = shard.remove(&flight.storage_key);
+        // Whoever joined did so under this lock.
+        let joined = flight.joined.load(Ordering::Relaxed);
+        drop(shard);
+        drop(seated);
+        if joined {
+            flight.land(landing);
+        }
     }
 
     /// A place among those who wait for a flight, unless they are too many.
@@ -248,8 +275,7 @@ impl Flights {
     pub(super) fn leased(&self) -> Vec<Arc<Flight>> {
         let mut leased = Vec::new();
         self.table.each(|shard| {
-            let flights = shard.values().map(|entry| &entry.flight);
-            leased.extend(flights.filter(|flight| flight.is_leased()).cloned());
+            leased.extend(shard.values().filter(|flight| flight.is_leased()).cloned());
         });
         leased
     }
@@ -257,43 +283,8 @@ impl Flights {
     pub(super) fn any_leased(&self) -> bool {
         let mut any = false;
         self.table
-            .each(|shard| any |= shard.values().any(|entry| entry.flight.is_leased()));
+            .each(|shard| any |= shard.values().any(|flight| flight.is_leased()));
         any
-    }
-}
-
-/// The seat of a key: its flight is what others join. Left without a landing, it hands over to them.
-#[derive(Debug)]
-pub(super) struct Seat {
-    flights: Arc<Flights>,
-    flight: Arc<Flight>,
-    left: bool,
-}
-
-impl Seat {
-    /// Tells the others what it came to and leaves the seat.
-    pub(super) fn land(mut self, landing: Landing) {
-        self.leave(landing);
-    }
-
-    fn leave(&mut self, landing: Landing) {
-        self.left = true;
-        let mut shard = self.flights.table.lock(&self.flight.storage_key);
-        shard.remove(&self.flight.storage_key);
-        // Whoever joined did so under this lock.
-        let joined = self.flight.joined.load(Ordering::Relaxed);
-        drop(shard);
-        if joined {
-            self.flight.land(landing);
-        }
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        if !self.left {
-            self.leave(Landing::Handover);
-        }
     }
 }
 

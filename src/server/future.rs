@@ -4,17 +4,16 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{ready, Context, Poll};
 
 use futures::future::BoxFuture;
 use http::Response;
 use pin_project_lite::pin_project;
 use tokio::runtime::Handle;
 
+use super::arrival::{Arrived, Arriving};
 use super::flights::Flight;
 use super::guard::Tracker;
-
-type Guarded<R, E> = BoxFuture<'static, Result<Response<R>, E>>;
 
 pin_project! {
     /// The future of an answer of [`Idempotency`](super::Idempotency).
@@ -35,13 +34,20 @@ pin_project! {
     enum Kind<F, R: 'static, E: 'static> {
         Passed { #[pin] future: F },
         Refused { response: Option<Box<Response<R>>> },
-        Guarded { exchange: Rescued<R, E> },
+        Guarded { course: Course<R, E> },
     }
 }
 
+/// The course of a guarded request.
+enum Course<R: 'static, E: 'static> {
+    Arriving(Box<dyn Arriving<R, E>>),
+    Underway(Underway<R, E>),
+    Ended,
+}
+
 /// An exchange that goes on when it is dropped, if it must.
-struct Rescued<R: 'static, E: 'static> {
-    exchange: Option<Guarded<R, E>>,
+pub(super) struct Underway<R: 'static, E: 'static> {
+    exchange: Option<BoxFuture<'static, Result<Response<R>, E>>>,
     flight: Arc<Flight>,
     tracker: Arc<Tracker>,
     /// The runtime that it was polled on: it may be dropped elsewhere.
@@ -63,15 +69,10 @@ impl<F, R, E> ResponseFuture<F, R, E> {
         }
     }
 
-    pub(super) fn guarded(exchange: Guarded<R, E>, flight: Arc<Flight>, tracker: Arc<Tracker>) -> Self {
+    pub(super) fn guarded(arrival: Box<dyn Arriving<R, E>>) -> Self {
         Self {
             kind: Kind::Guarded {
-                exchange: Rescued {
-                    exchange: Some(exchange),
-                    flight,
-                    tracker,
-                    runtime: None,
-                },
+                course: Course::Arriving(arrival),
             },
         }
     }
@@ -90,12 +91,45 @@ where
                 Some(response) => Poll::Ready(Ok(*response)),
                 None => Poll::Pending,
             },
-            KindProjection::Guarded { exchange } => exchange.poll(cx),
+            KindProjection::Guarded { course } => course.poll(cx),
         }
     }
 }
 
-impl<R, E> Rescued<R, E> {
+impl<R, E> Course<R, E> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
+        if let Self::Arriving(arrival) = self {
+            let body = ready!(arrival.poll_body(cx));
+            // Taken out: should it panic, it is not polled again.
+            let Self::Arriving(arrival) = std::mem::replace(self, Self::Ended) else {
+                return Poll::Pending;
+            };
+            match arrival.proceed(body) {
+                Arrived::Answer(response) => return Poll::Ready(Ok(response)),
+                Arrived::Underway(underway) => *self = Self::Underway(underway),
+            }
+        }
+        match self {
+            Self::Underway(underway) => underway.poll(cx),
+            _ => Poll::Pending,
+        }
+    }
+}
+
+impl<R, E> Underway<R, E> {
+    pub(super) fn new(
+        exchange: BoxFuture<'static, Result<Response<R>, E>>,
+        flight: Arc<Flight>,
+        tracker: Arc<Tracker>,
+    ) -> Self {
+        Self {
+            exchange: Some(exchange),
+            flight,
+            tracker,
+            runtime: None,
+        }
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
         // Taken out while it runs: should it panic, it is dropped here and not polled again.
         let Some(mut exchange) = self.exchange.take() else {
@@ -112,7 +146,7 @@ impl<R, E> Rescued<R, E> {
     }
 }
 
-impl<R, E> Drop for Rescued<R, E> {
+impl<R, E> Drop for Underway<R, E> {
     fn drop(&mut self) {
         if let Some(exchange) = self.exchange.take() {
             if self.flight.is_guarded() {

@@ -14,7 +14,8 @@ use futures::{FutureExt, StreamExt};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
-use super::flights::{Flight, Flights};
+use super::flights::{Flight, Flights, Joined, Landing};
+use super::settings::Waiting;
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Grant, Owner, Renewal};
@@ -129,66 +130,109 @@ impl fmt::Debug for Drain {
     }
 }
 
-/// The ownership of a key while an execution is under way. Dropped before it is ended, it gives the lease up, so that nobody
-/// waits for an owner that is gone.
-pub(super) struct Ownership<St: Store> {
-    shared: Arc<Shared<St>>,
-    flight: Arc<Flight>,
+/// What a request has of its key: the seat among the requests of this process, and the ownership in the store.
+///
+/// Dropped with either, it gives the lease up, so that nobody waits for an owner that is gone, and then leaves the seat to
+/// those who wait: in this order, since they look for themselves.
+pub(super) struct Hold<St: Store> {
+    pub(super) shared: Arc<Shared<St>>,
+    pub(super) flight: Arc<Flight>,
+    seated: bool,
+    owned: Option<Owned>,
+}
+
+struct Owned {
     owner: Owner,
     /// Where a store that is not in this process gets its turn; it may be dropped elsewhere.
     runtime: Option<Handle>,
-    ended: bool,
 }
 
-impl<St: Store> Ownership<St> {
-    pub(super) fn new(shared: &Arc<Shared<St>>, flight: &Arc<Flight>, grant: Grant) -> Self {
-        telemetry::in_flight(1.0);
+impl<St: Store> Hold<St> {
+    /// A request that has neither.
+    pub(super) const fn new(shared: Arc<Shared<St>>, flight: Arc<Flight>) -> Self {
         Self {
-            shared: Arc::clone(shared),
-            flight: Arc::clone(flight),
-            owner: grant.owner,
-            runtime: grant.lease.and_then(|_| Handle::try_current().ok()),
-            ended: false,
+            shared,
+            flight,
+            seated: false,
+            owned: None,
         }
     }
 
-    pub(super) const fn owner(&self) -> Owner {
-        self.owner
+    /// A request that has both already.
+    pub(super) fn granted(shared: Arc<Shared<St>>, flight: Arc<Flight>, grant: Grant) -> Self {
+        let mut hold = Self::new(shared, flight);
+        hold.seated = true;
+        hold.own(grant);
+        hold
+    }
+
+    /// Asks for the seat.
+    pub(super) fn join(&mut self, waiting: &Waiting) -> Joined {
+        let joined = self.shared.flights.join(&self.flight, waiting);
+        self.seated = matches!(joined, Joined::Lead);
+        joined
+    }
+
+    /// Tells those who wait what it came to, and leaves the seat.
+    pub(super) fn leave(&mut self, landing: Landing) {
+        if std::mem::take(&mut self.seated) {
+            self.shared.flights.leave(&self.flight, landing);
+        }
+    }
+
+    /// Takes possession of what was granted.
+    pub(super) fn own(&mut self, grant: Grant) {
+        self.flight.hold(grant);
+        telemetry::in_flight(1.0);
+        self.owned = Some(Owned {
+            owner: grant.owner,
+            runtime: grant.lease.and_then(|_| Handle::try_current().ok()),
+        });
+        if grant.lease.is_some() {
+            self.shared.keep_renewed();
+        }
+    }
+
+    pub(super) fn owner(&self) -> Option<Owner> {
+        self.owned.as_ref().map(|owned| owned.owner)
     }
 
     /// The outcome is recorded, or cannot be.
-    pub(super) fn end(mut self) {
-        self.ended = true;
+    pub(super) fn end_ownership(&mut self) {
+        if self.owned.take().is_some() {
+            telemetry::in_flight(-1.0);
+        }
     }
 
-    fn give_up(&self) {
-        let (shared, flight, owner) = (Arc::clone(&self.shared), Arc::clone(&self.flight), self.owner);
+    fn give_up(&self, owned: &Owned) {
+        let (shared, flight, owner) = (Arc::clone(&self.shared), Arc::clone(&self.flight), owned.owner);
         let mut renewal = Box::pin(async move {
             if let Err(error) = shared.store.renew(&flight.storage_key, owner, Duration::ZERO).await {
                 telemetry::failure(Event::RenewalFailed, &error);
             }
         });
-        let _entered = self.runtime.as_ref().map(Handle::enter);
+        let _entered = owned.runtime.as_ref().map(Handle::enter);
         // A store in memory is done at the first poll, and the runtime may be gone by now.
         if (&mut renewal).now_or_never().is_none() {
-            if let Some(runtime) = &self.runtime {
+            if let Some(runtime) = &owned.runtime {
                 self.shared.tracker.spawn(runtime, renewal);
             }
         }
     }
 }
 
-impl<St: Store> Drop for Ownership<St> {
+impl<St: Store> Drop for Hold<St> {
     fn drop(&mut self) {
-        telemetry::in_flight(-1.0);
-        if !self.ended {
+        if let Some(owned) = self.owned.take() {
+            telemetry::in_flight(-1.0);
             // The code of a store may panic where its runtime has gone, and a panic may be under way already. Without it the
             // lease ends by itself.
             drop(std::panic::catch_unwind(AssertUnwindSafe(|| {
                 telemetry::event(Event::Abandoned);
-                self.give_up();
+                self.give_up(&owned);
             })));
         }
+        self.leave(Landing::Handover);
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::flights::Flight;
-use crate::protocol::{Fence, Fingerprint, Grant, IdempotencyKey, Owner, StorageKey};
+use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
 
 /// The attempt under which a handler runs. It is an extension of every guarded request, and an axum extractor (feature
 /// `axum`).
@@ -22,17 +22,12 @@ use crate::protocol::{Fence, Fingerprint, Grant, IdempotencyKey, Owner, StorageK
 #[derive(Clone)]
 pub struct Lease {
     flight: Arc<Flight>,
-    fingerprint: Fingerprint,
     grant: Grant,
 }
 
 impl Lease {
-    pub(super) const fn new(flight: Arc<Flight>, fingerprint: Fingerprint, grant: Grant) -> Self {
-        Self {
-            flight,
-            fingerprint,
-            grant,
-        }
+    pub(super) const fn new(flight: Arc<Flight>, grant: Grant) -> Self {
+        Self { flight, grant }
     }
 
     /// The client's key.
@@ -80,7 +75,7 @@ impl Lease {
     pub fn derive_key(&self, step: &str) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("tower-idempotency 2026 key for a call further on");
         hasher.update(self.flight.storage_key.as_bytes());
-        hasher.update(self.fingerprint.digest());
+        hasher.update(self.flight.fingerprint.digest());
         hasher.update(step.as_bytes());
         hasher.finalize().to_hex().to_string()
     }

@@ -8,6 +8,7 @@
 //! The one that is granted the key runs the handler within the very future that the caller polls. If the caller drops it, the
 //! rest of it moves to a task of its own: only an abandoned request pays for one.
 
+mod arrival;
 mod exchange;
 mod execution;
 mod flights;

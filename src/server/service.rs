@@ -8,8 +8,7 @@ use http::request::Parts;
 use http::{Request, Response};
 use tower_service::Service;
 
-use super::exchange::Exchange;
-use super::flights::Flight;
+use super::arrival::{Arrival, Names};
 use super::future::ResponseFuture;
 use super::guard::Shared;
 use super::layer::Selector;
@@ -131,13 +130,16 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         if outer.is_some_and(|lease| *lease.storage_key() == storage_key) {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         }
-        let flight = Arc::new(Flight::new(key, storage_key));
+        let names = Names {
+            key,
+            storage_key,
+            scoped: scope.is_some(),
+        };
         // The service that was polled ready is the one that is called; its clone has yet to be.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
         let shared = Arc::clone(&self.layer.shared);
-        let exchange = Exchange::new(shared, settings, Arc::clone(&flight), scope.is_some(), ready, head);
-        ResponseFuture::guarded(exchange.run(body), flight, Arc::clone(&self.layer.shared.tracker))
+        ResponseFuture::guarded(Box::new(Arrival::new(shared, settings, names, ready, head, body)))
     }
 }
 

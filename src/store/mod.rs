@@ -56,6 +56,19 @@ pub trait Store: Send + Sync + 'static {
     /// Any [`ErrorKind`](crate::ErrorKind); unless it is [`StoreFull`](crate::ErrorKind::StoreFull), the claim may have taken effect.
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send;
 
+    /// Asks for a key without waiting; `None`, the default: only [`claim`](Self::claim) can tell.
+    ///
+    /// For stores whose records lie in this process: the layer then spares a replay all that an execution needs. It asks while
+    /// it holds a lock, so the answer must not take longer than a look into a map.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ErrorKind`](crate::ErrorKind); the claim has *not* taken effect, and the layer asks again with [`claim`](Self::claim).
+    fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
+        let _ = claim;
+        None
+    }
+
     /// Gives the owner a lease that ends `lease` from now; zero ends it at once and keeps its evidence.
     ///
     /// # Errors
@@ -120,6 +133,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send {
         (**self).claim(claim)
+    }
+
+    fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
+        (**self).claim_now(claim)
     }
 
     fn renew(

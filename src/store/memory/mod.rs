@@ -189,6 +189,10 @@ impl Store for MemoryStore {
         self.0.claim(claim)
     }
 
+    fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
+        Some(self.0.claim(claim))
+    }
+
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
         Ok(self.0.renew(key, owner, lease))
     }
