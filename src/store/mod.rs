@@ -4,7 +4,14 @@
 //! its data, [`Record`](crate::protocol::Record) holds all the logic, and under 100 lines are enough (see
 //! `examples/custom_store.rs`).
 
+mod boxed;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
 
 use std::future::Future;
 use std::sync::Arc;
