@@ -36,6 +36,9 @@ pub(crate) enum Event {
     Superseded,
     /// The store failed at a claim, and the request was refused.
     StoreFailed,
+    /// Expired records could not be deleted; it is tried again later.
+    #[cfg(feature = "postgres")]
+    SweepFailed,
 }
 
 impl Event {
@@ -53,6 +56,8 @@ impl Event {
             Self::Unprotected => "unprotected",
             Self::Superseded => "superseded",
             Self::StoreFailed => "store-failed",
+            #[cfg(feature = "postgres")]
+            Self::SweepFailed => "sweep-failed",
         }
     }
 }
@@ -68,6 +73,8 @@ impl Event {
             Self::RenewalFailed => "a lease could not be renewed",
             Self::Rescued => "the caller left; its execution goes on",
             Self::StoreFailed => "the store failed and the request was refused",
+            #[cfg(feature = "postgres")]
+            Self::SweepFailed => "expired records could not be deleted",
             Self::Superseded => "an owner found its key taken over",
             Self::Tombstone => "an answer cannot be kept; its key will not run again",
             Self::Unprotected => "the store failed and the request runs without protection",

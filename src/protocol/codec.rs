@@ -112,6 +112,50 @@ impl Record {
     }
 }
 
+/// A record as a table holds it.
+#[cfg(feature = "postgres")]
+pub(crate) struct Columns {
+    pub(crate) state: u8,
+    pub(crate) kind: u8,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) owner: Owner,
+    pub(crate) attempt: u32,
+    pub(crate) lease: Duration,
+    pub(crate) retention: Duration,
+    pub(crate) until: Timestamp,
+    pub(crate) expires: Timestamp,
+    pub(crate) answer: Option<Answer>,
+}
+
+#[cfg(feature = "postgres")]
+impl Record {
+    /// The record of these columns; `None` where they do not make one.
+    pub(crate) fn from_columns(columns: Columns) -> Option<Self> {
+        let state = match (columns.state, columns.answer) {
+            (IN_FLIGHT, None) => State::InFlight { until: columns.until },
+            (UNKNOWN, None) => State::Unknown,
+            (TOMBSTONE, None) => State::Completed(Outcome::Tombstone),
+            (KEPT, Some(answer)) => State::Completed(Outcome::Kept(answer)),
+            _ => return None,
+        };
+        let kind = match columns.kind {
+            0 => GrantKind::Execute,
+            1 => GrantKind::Recover,
+            _ => return None,
+        };
+        Some(Self {
+            fingerprint: columns.fingerprint,
+            owner: columns.owner,
+            attempt: columns.attempt,
+            kind,
+            lease: columns.lease,
+            retention: columns.retention,
+            expires: columns.expires,
+            state,
+        })
+    }
+}
+
 /// The state with its tag; `rest` must be used up.
 fn decode_state(tag: u8, until: Timestamp, mut rest: Bytes) -> Option<State> {
     if tag != IN_FLIGHT && until != Timestamp::default() {

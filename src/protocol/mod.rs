@@ -25,6 +25,8 @@ pub use claim::{
     Answer, Claim, Completion, Decision, Fence, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution,
     Resolved, Snapshot, Status,
 };
+#[cfg(feature = "postgres")]
+pub(crate) use codec::Columns;
 pub use fingerprint::Fingerprint;
 pub(crate) use fingerprint::Hasher;
 pub use json::CanonicalJson;

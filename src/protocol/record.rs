@@ -317,6 +317,18 @@ impl Record {
         Transition::put(Decision::Unknown, unknown)
     }
 
+    /// The answer to a claim that has changed the record into this one.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn decision(&self, claim: &Claim, now: Timestamp) -> Decision {
+        match &self.state {
+            State::InFlight { .. } if self.owner.nonce == claim.nonce => self.clone().granted(claim, now).reply,
+            State::InFlight { until } => Decision::Wait {
+                left: until.saturating_since(now),
+            },
+            State::Unknown | State::Completed(_) => Decision::Unknown,
+        }
+    }
+
     fn granted(mut self, claim: &Claim, now: Timestamp) -> Transition<Decision> {
         let grant = Grant {
             owner: self.owner,

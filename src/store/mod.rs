@@ -18,6 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
+#[cfg(feature = "postgres")]
+pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 
 use crate::error::Error;
 use crate::protocol::{

@@ -1,1 +1,216 @@
-//! A store in PostgreSQL.
+//! A store in PostgreSQL: one row per key, one statement per operation, all times by the server's clock.
+
+mod connect;
+mod error;
+mod operations;
+mod row;
+mod sweep;
+mod table;
+mod watch;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnection, PgPool};
+
+pub use self::connect::PostgresStoreBuilder;
+use self::error::failed;
+use self::operations::Connection;
+use self::sweep::Sweeping;
+use self::table::{Statements, TableName};
+pub use self::watch::PostgresWatch;
+use self::watch::Watchers;
+use super::Store;
+use crate::error::Error;
+use crate::protocol::{
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+};
+
+/// Keeps records in a table of a PostgreSQL server (13 or later), for any number of processes (feature `postgres`).
+///
+/// It promises everything that the [contract](Store#contract) says for as long as the server keeps what it has committed. It
+/// does not hold where a server loses commits: after a failover to a standby that replicates asynchronously, after a
+/// restored backup, or with `synchronous_commit = off` or `fsync = off`.
+///
+/// An effect in the *same* PostgreSQL happens exactly once with `Lease::complete_in`: effect and answer commit in one
+/// transaction, or neither does.
+///
+/// # Cost
+///
+/// One statement and one round trip for each operation: two for a first run, one for a replay, which writes nothing and
+/// locks nothing. A store also holds one connection for as long as somebody waits for another process. Notifications are
+/// sent only for keys that somebody waits for, because each holds a lock that all commits of the server share.
+///
+/// # Set-up
+///
+/// [`migrate`](Self::migrate) makes the table, or runs the SQL of [`schema`](Self::schema) with your own migrations. Expired rows
+/// are deleted by a task of the store, in batches, every 60 s give or take a half.
+///
+/// ```no_run
+/// # async fn start() -> Result<(), tower_idempotency::Error> {
+/// use tower_idempotency::{IdempotencyLayer, PostgresStore};
+///
+/// let store = PostgresStore::connect("postgres://app@localhost/shop").await?;
+/// let layer = IdempotencyLayer::new(store);
+/// # let _ = layer;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Defaults
+///
+/// * table `idempotency_records`
+/// * a pool of 16 connections, 5 s to get one of them
+#[derive(Clone)]
+pub struct PostgresStore(Arc<Inner>);
+
+struct Inner {
+    pool: PgPool,
+    table: TableName,
+    statements: Statements,
+    watchers: Arc<Watchers>,
+    sweeping: Sweeping,
+}
+
+impl PostgresStore {
+    /// Connects by a URL, makes the table where there is none, and checks it.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](crate::ErrorKind::Configuration) when the URL, the credentials, the server's version or the table cannot
+    /// be used; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when the server cannot be reached.
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        let store = Self::builder().connect(url).await?;
+        store.migrate().await?;
+        store.check().await?;
+        Ok(store)
+    }
+
+    /// Sets up a store with another table, your own pool, or other times.
+    #[must_use]
+    pub fn builder() -> PostgresStoreBuilder {
+        PostgresStoreBuilder::new()
+    }
+
+    /// The pool of connections.
+    #[must_use]
+    pub fn pool(&self) -> &PgPool {
+        &self.0.pool
+    }
+
+    /// Asks for a key within a transaction of yours: for work that touches nothing but this database. Do the work, complete
+    /// with [`complete_in`](Self::complete_in) in the same transaction, commit. Whoever asks for the same key meanwhile waits for
+    /// the commit, and then gets its outcome.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Store::claim`]. Roll the transaction back.
+    pub async fn claim_in(&self, connection: &mut PgConnection, claim: &Claim) -> Result<Decision, Error> {
+        self.on(connection).claim(claim).await
+    }
+
+    /// Records an outcome within a transaction of yours. Anything but [`Completion::Completed`] means that somebody else holds
+    /// the key: roll the transaction back.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Store::complete`]. Roll the transaction back.
+    pub async fn complete_in(
+        &self,
+        connection: &mut PgConnection,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        self.on(connection).complete(key, owner, outcome, retention).await
+    }
+
+    fn on<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {
+        Connection {
+            connection,
+            statements: &self.0.statements,
+        }
+    }
+
+    /// Runs an operation in a task of its own: dropped half-way, it would take its connection with it, and what it was to say
+    /// would not be said.
+    async fn undroppable<T, F>(&self, operation: impl FnOnce(Self) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: std::future::Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        match tokio::spawn(operation(self.clone())).await {
+            Ok(done) => done,
+            Err(error) => Err(Error::unavailable(error)),
+        }
+    }
+}
+
+impl Store for PostgresStore {
+    type Watch = PostgresWatch;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        self.start_sweeper();
+        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
+        self.on(&mut connection).claim(claim).await
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
+        self.on(&mut connection).renew(key, owner, lease).await
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let (key, outcome) = (*key, outcome.clone());
+        self.undroppable(move |store| async move {
+            let mut connection = store.0.pool.acquire().await.map_err(failed)?;
+            store
+                .on(&mut connection)
+                .complete(&key, owner, &outcome, retention)
+                .await
+        })
+        .await
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        let key = *key;
+        self.undroppable(move |store| async move {
+            let mut connection = store.0.pool.acquire().await.map_err(failed)?;
+            store.on(&mut connection).release(&key, owner).await
+        })
+        .await
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
+        self.on(&mut connection).resolve(key, fence, resolution).await
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
+        self.on(&mut connection).peek(key).await
+    }
+
+    async fn watch(&self, key: &StorageKey) -> Result<PostgresWatch, Error> {
+        let watch = self.0.watchers.register(&self.0.pool, key).await?;
+        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
+        self.on(&mut connection).watch(key).await?;
+        Ok(watch)
+    }
+}
+
+impl fmt::Debug for PostgresStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore")
+            .field("connections", &self.0.pool.size())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,209 @@
+//! How a store gets its connections and its table.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::{Executor, Row};
+
+use super::error::failed;
+use super::sweep::Sweeping;
+use super::table::{Statements, TableName};
+use super::watch::Watchers;
+use super::{Inner, PostgresStore};
+use crate::error::{Error, ErrorKind};
+
+/// Sets up a [`PostgresStore`]; see there for the defaults.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct PostgresStoreBuilder {
+    table: String,
+    sweep_interval: Duration,
+}
+
+impl PostgresStoreBuilder {
+    pub(super) fn new() -> Self {
+        Self {
+            table: "idempotency_records".to_owned(),
+            sweep_interval: Duration::from_secs(60),
+        }
+    }
+
+    /// The table: `name` or `schema.name`, each of 1 to 48 characters out of a to z, 0 to 9 and `_`; `idempotency_records` by
+    /// default. Without a schema the connection's `search_path` decides.
+    pub fn with_table(mut self, name: impl Into<String>) -> Self {
+        self.table = name.into();
+        self
+    }
+
+    /// How often expired rows are deleted, give or take a half, so that processes do not do it all at once; 60 s by default, at
+    /// least 1 s.
+    pub fn with_sweep_interval(mut self, interval: Duration) -> Self {
+        self.sweep_interval = interval.max(Duration::from_secs(1));
+        self
+    }
+
+    /// A store with a pool of its own: 16 connections, 5 s to get one of them. Neither makes nor checks the table; see
+    /// [`PostgresStore::migrate`] and [`PostgresStore::check`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`PostgresStore::connect`].
+    pub async fn connect(self, url: &str) -> Result<PostgresStore, Error> {
+        const URL: Error = Error::new(
+            ErrorKind::Configuration,
+            "the URL of the database cannot be used; write postgres://user:password@host:port/database",
+        );
+        let options = PgConnectOptions::from_str(url).map_err(|_| URL)?;
+        // A statement that waits for a lock would else hold its connection for as long as the lock is held.
+        let options = options.application_name("tower-idempotency");
+        let pool = PgPoolOptions::new()
+            .max_connections(16)
+            .acquire_timeout(Duration::from_secs(5))
+            // Else each operation takes two round trips. A connection that has broken fails the claim, which is repeated.
+            .test_before_acquire(false)
+            .connect_with(options)
+            .await
+            .map_err(failed)?;
+        self.with_pool(pool)
+    }
+
+    /// A store with a pool of yours. Of its connections one is taken for as long as somebody waits for another process. With
+    /// `test_before_acquire`, which is on by default, each operation takes a second round trip.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](ErrorKind::Configuration) when the name of the table cannot be used.
+    pub fn with_pool(self, pool: PgPool) -> Result<PostgresStore, Error> {
+        let table = TableName::parse(&self.table)?;
+        Ok(PostgresStore(Arc::new(Inner {
+            pool,
+            statements: Statements::new(&table),
+            watchers: Watchers::new(table.name()),
+            sweeping: Sweeping::every(self.sweep_interval),
+            table,
+        })))
+    }
+}
+
+impl PostgresStore {
+    /// The SQL that makes the table and its index, for your own migrations. It can be run again.
+    #[must_use]
+    pub fn schema(&self) -> String {
+        self.0.statements.schema.text().to_owned()
+    }
+
+    /// Makes the table where there is none. Safe to call from many processes at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](ErrorKind::Configuration) when the role may not, [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
+    /// server cannot be reached.
+    pub async fn migrate(&self) -> Result<(), Error> {
+        // `IF NOT EXISTS` alone still fails when two make the same table at once.
+        const LOCK: i64 = 0x1de3_907e_4c1e_0001;
+        let mut transaction = self.0.pool.begin().await.map_err(failed)?;
+        let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
+        lock.execute(&mut *transaction).await.map_err(failed)?;
+        let schema = sqlx::raw_sql(self.0.statements.schema.safe());
+        transaction.execute(schema).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)
+    }
+
+    /// Checks the server's version and the table: that it is there, has its columns, and is logged.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](ErrorKind::Configuration), with what is wrong; [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
+    /// server cannot be reached.
+    pub async fn check(&self) -> Result<(), Error> {
+        let inspect = sqlx::query(self.0.statements.inspect.safe()).bind(self.0.table.to_string());
+        let row = inspect.fetch_optional(&self.0.pool).await.map_err(failed)?;
+        let table = match row {
+            None => None,
+            Some(row) => Some(Table {
+                persistence: row.try_get("persistence").map_err(failed)?,
+                columns: row.try_get("columns").map_err(failed)?,
+                server: row.try_get("version").map_err(failed)?,
+            }),
+        };
+        check(table.as_ref())
+    }
+}
+
+/// What is said about the table.
+struct Table {
+    persistence: String,
+    columns: Vec<String>,
+    server: i32,
+}
+
+const COLUMNS: [&str; 15] = [
+    "key bytea",
+    "version smallint",
+    "state smallint",
+    "kind smallint",
+    "fingerprint bytea",
+    "nonce bytea",
+    "fence bigint",
+    "attempt integer",
+    "lease bigint",
+    "retention bigint",
+    "lease_until bigint",
+    "expires bigint",
+    "watched boolean",
+    "head bytea",
+    "body bytea",
+];
+
+fn check(table: Option<&Table>) -> Result<(), Error> {
+    let wrong = |what| Err(Error::new(ErrorKind::Configuration, what));
+    let Some(table) = table else {
+        return wrong("the table of the records does not exist; make it with `PostgresStore::migrate`");
+    };
+    if table.server < 130_000 {
+        return wrong("the PostgreSQL server is too old; version 13 is the oldest that the store can use");
+    }
+    if COLUMNS
+        .iter()
+        .any(|column| !table.columns.iter().any(|there| there == column))
+    {
+        return wrong(
+            "the table of the records has other columns; compare them with `PostgresStore::schema`, or choose another name \
+             with `with_table`",
+        );
+    }
+    match table.persistence.as_str() {
+        "p" => Ok(()),
+        _ => wrong(
+            "the table of the records is unlogged or temporary, so that a crash of the server empties it and every request runs \
+             again; run ALTER TABLE .. SET LOGGED",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(change: impl FnOnce(&mut Table)) -> String {
+        let mut table = Table {
+            persistence: "p".to_owned(),
+            columns: COLUMNS.map(str::to_owned).to_vec(),
+            server: 150_000,
+        };
+        change(&mut table);
+        check(Some(&table)).map_or_else(|error| error.to_string(), |()| "fine".to_owned())
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        assert_eq!(said(|_| {}), "fine");
+        assert_eq!(said(|table| table.columns.push("note text".to_owned())), "fine");
+        assert!(said(|table| table.server = 120_022).contains("too old"));
+        assert!(said(|table| table.persistence = "u".to_owned()).contains("unlogged"));
+        assert!(said(|table| table.columns[6] = "fence integer".to_owned()).contains("other columns"));
+        assert!(check(None).unwrap_err().to_string().contains("migrate"));
+    }
+}

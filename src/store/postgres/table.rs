@@ -1,0 +1,177 @@
+//! The name of the table, and the statements made for it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use sqlx::AssertSqlSafe;
+
+use crate::error::{Error, ErrorKind};
+
+/// A table's name, with a schema or without. It goes into statements as text, so only plain identifiers are taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TableName {
+    schema: Option<String>,
+    name: String,
+}
+
+impl TableName {
+    /// `name` or `schema.name`, each of 1 to 48 characters out of a to z, 0 to 9 and `_`, beginning with a letter or `_`.
+    pub(super) fn parse(text: &str) -> Result<Self, Error> {
+        const INVALID: Error = Error::new(
+            ErrorKind::Configuration,
+            "the name of the table cannot be used; write `name` or `schema.name`, each of 1 to 48 characters out of a-z, 0-9 \
+             and _, not beginning with a digit",
+        );
+        let (schema, name) = match text.split_once('.') {
+            Some((schema, name)) => (Some(schema), name),
+            None => (None, text),
+        };
+        if !is_identifier(name) || !schema.is_none_or(is_identifier) {
+            return Err(INVALID);
+        }
+        Ok(Self {
+            schema: schema.map(str::to_owned),
+            name: name.to_owned(),
+        })
+    }
+
+    /// The table without its schema: also the name of the channel of its notifications.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+fn is_identifier(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+    (1..=48).contains(&text.len()) && text.bytes().all(plain) && !text.as_bytes()[0].is_ascii_digit()
+}
+
+impl fmt::Display for TableName {
+    /// As it stands in SQL.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(schema) = &self.schema {
+            write!(f, "\"{schema}\".")?;
+        }
+        write!(f, "\"{}\"", self.name)
+    }
+}
+
+/// The text of a statement, made once for a table.
+#[derive(Clone, Debug)]
+pub(super) struct Statement(Arc<str>);
+
+impl Statement {
+    fn new(template: &str, table: &TableName) -> Self {
+        const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
+        const COLUMNS: &str =
+            "r.version, r.state, r.kind, r.fingerprint, r.nonce, r.fence, r.attempt, r.lease, r.retention, \
+                               r.lease_until, r.expires, r.head, r.body, r.now";
+        const EXPIRED: &str =
+            "({at} >= r.expires AND NOT (r.state = 0 AND {at} < least(r.lease_until, {at} + r.lease)))";
+        const LOST: &str = "(r.state = 1 OR r.state = 0 AND {at} >= least(r.lease_until, {at} + r.lease))";
+        let text = template
+            .replace("{expired}", &EXPIRED.replace("{at}", "r.now"))
+            .replace("{expired_now}", &EXPIRED.replace("{at}", NOW))
+            .replace("{lost_now}", &LOST.replace("{at}", NOW))
+            .replace("{now}", NOW)
+            .replace("{columns}", COLUMNS)
+            .replace("{notify}", "pg_notify('{name}', encode(r.key, 'hex'))::text")
+            .replace("{name}", table.name())
+            .replace("{table}", &table.to_string());
+        Self(text.into())
+    }
+
+    pub(super) fn text(&self) -> &str {
+        &self.0
+    }
+
+    /// Its text holds nothing but this file's templates and an identifier that was parsed.
+    pub(super) fn safe(&self) -> AssertSqlSafe<Arc<str>> {
+        AssertSqlSafe(Arc::clone(&self.0))
+    }
+}
+
+/// All statements for a table.
+#[derive(Debug)]
+pub(super) struct Statements {
+    pub(super) claim: Statement,
+    pub(super) complete: Statement,
+    pub(super) inspect: Statement,
+    pub(super) peek: Statement,
+    pub(super) release: Statement,
+    pub(super) renew: Statement,
+    pub(super) resolve: Statement,
+    pub(super) schema: Statement,
+    pub(super) sweep: Statement,
+    pub(super) watch: Statement,
+}
+
+impl Statements {
+    pub(super) fn new(table: &TableName) -> Self {
+        let statement = |template| Statement::new(template, table);
+        Self {
+            claim: statement(include_str!("sql/claim.sql")),
+            complete: statement(include_str!("sql/complete.sql")),
+            inspect: statement(include_str!("sql/inspect.sql")),
+            peek: statement(include_str!("sql/peek.sql")),
+            release: statement(include_str!("sql/release.sql")),
+            renew: statement(include_str!("sql/renew.sql")),
+            resolve: statement(include_str!("sql/resolve.sql")),
+            schema: statement(include_str!("sql/schema.sql")),
+            sweep: statement(include_str!("sql/sweep.sql")),
+            watch: statement(include_str!("sql/watch.sql")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parsed_and_quoted() {
+        assert_eq!(TableName::parse("records").unwrap().to_string(), "\"records\"");
+        assert_eq!(TableName::parse("_a.b2").unwrap().to_string(), "\"_a\".\"b2\"");
+    }
+
+    #[test]
+    fn what_is_no_plain_identifier_is_refused() {
+        let long = "x".repeat(49);
+        for name in [
+            "",
+            ".",
+            "a.",
+            ".b",
+            "a.b.c",
+            "1a",
+            "A",
+            "a-b",
+            "a\"b",
+            "a b",
+            "a;drop table b",
+            "ä",
+            &long,
+        ] {
+            let error = TableName::parse(name).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Configuration, "{name}");
+        }
+    }
+
+    #[test]
+    fn no_template_keeps_a_placeholder() {
+        let statements = Statements::new(&TableName::parse("s.t").unwrap());
+        let all = format!("{statements:?}");
+        for placeholder in [
+            "{now}",
+            "{table}",
+            "{name}",
+            "{at}",
+            "{expired",
+            "{lost",
+            "{columns}",
+            "{notify}",
+        ] {
+            assert!(!all.contains(placeholder), "{placeholder}");
+        }
+    }
+}

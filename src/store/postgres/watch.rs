@@ -1,0 +1,210 @@
+//! How a store learns that a record has changed: one connection that listens, for all who wait in this process.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use sqlx::postgres::{PgListener, PgPool};
+use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{watch, Notify};
+
+use super::error::failed;
+use crate::error::Error;
+use crate::protocol::StorageKey;
+use crate::sharded::lock;
+
+/// Everybody of this process who waits for a record to change.
+pub(super) struct Watchers {
+    channel: String,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: HashMap<StorageKey, Waiting>,
+    /// Whether the listener listens; gone, or closed, where none runs.
+    listening: Option<watch::Receiver<bool>>,
+}
+
+struct Waiting {
+    changed: Arc<Notify>,
+    count: usize,
+}
+
+impl Watchers {
+    pub(super) fn new(channel: &str) -> Arc<Self> {
+        Arc::new(Self {
+            channel: channel.to_owned(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Waits until the listener listens, and registers.
+    pub(super) async fn register(self: &Arc<Self>, pool: &PgPool, key: &StorageKey) -> Result<PostgresWatch, Error> {
+        let mut listening = self.listener(pool);
+        let lost = || Error::unavailable("the connection that listens was lost");
+        listening.wait_for(|listening| *listening).await.map_err(|_| lost())?;
+        let watch = self.enter(key);
+        // It may have ended before it could know of this one.
+        listening.has_changed().map_err(|_| lost())?;
+        Ok(watch)
+    }
+
+    fn enter(self: &Arc<Self>, key: &StorageKey) -> PostgresWatch {
+        let mut state = lock(&self.state);
+        let waiting = state.waiting.entry(*key).or_insert_with(|| Waiting {
+            changed: Arc::default(),
+            count: 0,
+        });
+        waiting.count += 1;
+        PostgresWatch {
+            // Receives what is notified from now on, also before it is polled.
+            changed: Arc::clone(&waiting.changed).notified_owned(),
+            _registered: Registered {
+                watchers: Arc::downgrade(self),
+                key: *key,
+            },
+        }
+    }
+
+    /// Makes sure that somebody listens.
+    fn listener(self: &Arc<Self>, pool: &PgPool) -> watch::Receiver<bool> {
+        let mut state = lock(&self.state);
+        if let Some(listening) = state
+            .listening
+            .as_ref()
+            .filter(|listening| listening.has_changed().is_ok())
+        {
+            return listening.clone();
+        }
+        let (sender, receiver) = watch::channel(false);
+        state.listening = Some(receiver.clone());
+        drop(state);
+        tokio::spawn(listen(Arc::downgrade(self), pool.clone(), self.channel.clone(), sender));
+        receiver
+    }
+
+    fn wake(&self, key: &StorageKey) {
+        if let Some(waiting) = lock(&self.state).waiting.get(key) {
+            waiting.changed.notify_waiters();
+        }
+    }
+
+    /// Something may have been missed: all look for themselves.
+    fn wake_all(&self) {
+        for waiting in lock(&self.state).waiting.values() {
+            waiting.changed.notify_waiters();
+        }
+    }
+
+    fn has_none(&self) -> bool {
+        lock(&self.state).waiting.is_empty()
+    }
+}
+
+/// Listens while anybody waits, and a little longer. Ends when the connection is lost: who waits is woken, and whoever
+/// waits next starts another.
+async fn listen(watchers: Weak<Watchers>, pool: PgPool, channel: String, listening: watch::Sender<bool>) {
+    const LINGER: Duration = Duration::from_secs(10);
+    if let Ok(mut listener) = connected(&pool, &channel).await {
+        listening.send_replace(true);
+        loop {
+            let received = tokio::time::timeout(LINGER, listener.try_recv()).await;
+            let Some(watchers) = watchers.upgrade() else { return };
+            match received {
+                Ok(Ok(Some(notification))) => match key_of(notification.payload()) {
+                    Some(key) => watchers.wake(&key),
+                    None => watchers.wake_all(),
+                },
+                Ok(Ok(None) | Err(_)) => break,
+                Err(_) if watchers.has_none() => break,
+                Err(_) => {}
+            }
+        }
+    }
+    drop(listening);
+    if let Some(watchers) = watchers.upgrade() {
+        watchers.wake_all();
+    }
+}
+
+async fn connected(pool: &PgPool, channel: &str) -> Result<PgListener, Error> {
+    let mut listener = PgListener::connect_with(pool).await.map_err(failed)?;
+    listener.listen(channel).await.map_err(failed)?;
+    Ok(listener)
+}
+
+fn key_of(payload: &str) -> Option<StorageKey> {
+    let mut bytes = [0; 32];
+    if payload.len() != 64 || !payload.is_ascii() {
+        return None;
+    }
+    for (byte, at) in bytes.iter_mut().zip((0..64).step_by(2)) {
+        *byte = u8::from_str_radix(&payload[at..at + 2], 16).ok()?;
+    }
+    Some(StorageKey::from_bytes(bytes))
+}
+
+pin_project! {
+    /// Resolves when a record of a [`PostgresStore`](super::PostgresStore) has changed, or may have while the connection that
+    /// listens was lost.
+    #[derive(Debug)]
+    pub struct PostgresWatch {
+        #[pin]
+        changed: OwnedNotified,
+        _registered: Registered,
+    }
+}
+
+impl Future for PostgresWatch {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.project().changed.poll(cx)
+    }
+}
+
+/// A place among those who wait.
+struct Registered {
+    watchers: Weak<Watchers>,
+    key: StorageKey,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let Some(watchers) = self.watchers.upgrade() else {
+            return;
+        };
+        let mut state = lock(&watchers.state);
+        if let Some(waiting) = state.waiting.get_mut(&self.key) {
+            waiting.count -= 1;
+            if waiting.count == 0 {
+                state.waiting.remove(&self.key);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Registered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Registered")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_is_a_key_or_nothing() {
+        assert_eq!(key_of(&"0f".repeat(32)), Some(StorageKey::from_bytes([15; 32])));
+        for payload in ["", "0f", &"0g".repeat(32), &"é".repeat(32)] {
+            assert_eq!(key_of(payload), None);
+        }
+    }
+}

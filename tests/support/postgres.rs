@@ -1,0 +1,171 @@
+//! A PostgreSQL server of one test's own.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
+
+use std::fs::{self, File};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// A server on a free port with its data in a temporary folder; both end with this value.
+pub struct PostgresServer {
+    folder: PathBuf,
+    port: u16,
+    child: Option<Child>,
+}
+
+impl PostgresServer {
+    pub fn start() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "postgres-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir_all(&folder).unwrap();
+        if let Some((user, group)) = unprivileged() {
+            chown(&folder, Some(user), Some(group)).unwrap();
+        }
+        let mut server = Self {
+            folder,
+            port: free_port(),
+            child: None,
+        };
+        let made = server
+            .command("initdb")
+            .args([
+                "--auth=trust",
+                "--username=app",
+                "--no-sync",
+                "--encoding=UTF8",
+                "--locale=C",
+                "-D",
+            ])
+            .arg(server.folder.join("data"))
+            .status()
+            .unwrap();
+        assert!(
+            made.success(),
+            "initdb failed; its words are in {}",
+            server.log().display()
+        );
+        server.run();
+        server
+    }
+
+    pub fn url(&self) -> String {
+        format!("postgres://app@127.0.0.1:{}/postgres", self.port)
+    }
+
+    /// Ends the server as a power cut ends it.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // SIGQUIT makes the server and its children stop at once, without a word to disk.
+            let stopped = Command::new("kill").args(["-QUIT", &child.id().to_string()]).status();
+            assert!(stopped.unwrap().success());
+            child.wait().unwrap();
+        }
+    }
+
+    /// Starts it again, on the same port and data.
+    pub fn run(&mut self) {
+        let data = self.folder.join("data");
+        let child = self
+            .command("postgres")
+            .arg("-D")
+            .arg(&data)
+            .args(["-p", &self.port.to_string(), "-k"])
+            .arg(&self.folder)
+            .args([
+                "-c",
+                "listen_addresses=127.0.0.1",
+                "-c",
+                "max_connections=200",
+                "-c",
+                "recovery_init_sync_method=syncfs",
+            ])
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+        let patience = Instant::now();
+        while !self.answers() {
+            assert!(
+                patience.elapsed() < Duration::from_secs(60),
+                "postgres does not answer; its words are in {}",
+                self.log().display()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn answers(&self) -> bool {
+        let ready = Command::new(binary("pg_isready"))
+            .args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
+            .status();
+        ready.unwrap().success()
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.join("log")
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let log = File::options().create(true).append(true).open(self.log()).unwrap();
+        let mut command = Command::new(binary(name));
+        command
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        if let Some((user, group)) = unprivileged() {
+            command.uid(user).gid(group);
+        }
+        command
+    }
+}
+
+impl Drop for PostgresServer {
+    fn drop(&mut self) {
+        self.kill();
+        if !std::thread::panicking() {
+            drop(fs::remove_dir_all(&self.folder));
+        }
+    }
+}
+
+/// The user and group `postgres`, where this process is root: the server refuses to run as that.
+fn unprivileged() -> Option<(u32, u32)> {
+    let id = |arguments: &[&str]| {
+        let output = Command::new("id").args(arguments).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().parse::<u32>().ok()
+    };
+    if id(&["-u"]) != Some(0) {
+        return None;
+    }
+    let user = id(&["-u", "postgres"]).expect("there is no user `postgres`; `./test` installs the server");
+    Some((user, id(&["-g", "postgres"]).unwrap()))
+}
+
+/// Where Debian keeps the binaries of its newest version, or wherever `PATH` says.
+fn binary(name: &str) -> PathBuf {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let installed = versions.map(|version| version.path().join("bin").join(name));
+    installed
+        .filter(|path| path.exists())
+        .max()
+        .unwrap_or_else(|| Path::new(name).to_owned())
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Whether somebody listens.
+pub fn is_open(port: u16) -> bool {
+    TcpStream::connect(("127.0.0.1", port)).is_ok()
+}
