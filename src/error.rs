@@ -24,6 +24,8 @@ pub enum ErrorKind {
     CorruptRecord,
     /// The store has reached its record budget and takes no new keys for now. Nothing was recorded.
     StoreFull,
+    /// Another attempt has taken the key over. What this one did within a transaction must be rolled back.
+    Superseded,
     /// The store could not be reached or did not answer. Whether the operation took effect is not known.
     StoreUnavailable,
 }

@@ -26,6 +26,9 @@ pub(crate) enum Event {
     RenewalFailed,
     /// The handler panicked or its service failed.
     HandlerFailed,
+    /// A handler completed in a transaction that was not committed.
+    #[cfg(feature = "postgres")]
+    RolledBack,
     /// An answer was too large, a stream or broken, and a tombstone took its place.
     Tombstone,
     /// The store could not record how an execution ended.
@@ -58,6 +61,8 @@ impl Event {
             Self::StoreFailed => "store-failed",
             #[cfg(feature = "postgres")]
             Self::SweepFailed => "sweep-failed",
+            #[cfg(feature = "postgres")]
+            Self::RolledBack => "rolled-back",
         }
     }
 }
@@ -75,6 +80,8 @@ impl Event {
             Self::StoreFailed => "the store failed and the request was refused",
             #[cfg(feature = "postgres")]
             Self::SweepFailed => "expired records could not be deleted",
+            #[cfg(feature = "postgres")]
+            Self::RolledBack => "a handler completed its key in a transaction that was not committed",
             Self::Superseded => "an owner found its key taken over",
             Self::Tombstone => "an answer cannot be kept; its key will not run again",
             Self::Unprotected => "the store failed and the request runs without protection",

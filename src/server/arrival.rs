@@ -145,7 +145,7 @@ where
                 let flight = vacancy.take(flight, grant);
                 let hold = Hold::granted(Arc::clone(&shared), Arc::clone(&flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
-                let lease = Lease::new(Arc::clone(&flight), grant);
+                let lease = Lease::new(&hold, &settings, grant);
                 let running = start(admitted, lease, settings.answer_limit);
                 drop(entered);
                 let mut exchange = Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing);

@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -79,7 +78,7 @@ impl<St: Store, S> Exchange<St, S> {
         R::Error: Send,
     {
         let running = self.unload().and_then(|admitted| {
-            let lease = Lease::new(Arc::clone(&self.hold.flight), grant);
+            let lease = Lease::new(&self.hold, &self.settings, grant);
             start(*admitted, lease, self.settings.answer_limit)
         });
         self.see_through(running).await
@@ -96,7 +95,12 @@ impl<St: Store, S> Exchange<St, S> {
         &mut self,
         running: Option<Running<impl Future<Output = Ended<R, E>>>>,
     ) -> Result<Response<R>, E> {
-        match self.ended(running).await {
+        let ended = self.ended(running).await;
+        #[cfg(feature = "postgres")]
+        if let Some(recorded) = self.hold.flight.recorded().cloned() {
+            return Box::pin(self.after_transaction(ended, recorded)).await;
+        }
+        match ended {
             None => Ok(self.answered().await),
             Some(ended) => Box::pin(self.without_answer(*ended)).await,
         }
@@ -122,7 +126,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Records an end that came without an answer to keep.
-    async fn without_answer<R: RebuildBody, E>(&mut self, ended: Ended<R, E>) -> Result<Response<R>, E> {
+    pub(super) async fn without_answer<R: RebuildBody, E>(&mut self, ended: Ended<R, E>) -> Result<Response<R>, E> {
         match ended {
             Ended::Answered(read) => {
                 self.cargo = Cargo::Answered(read);
@@ -166,7 +170,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Records the answer and gives it.
-    async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
+    pub(super) async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
         let Some((answer, retention, verdict)) = self.to_store() else {
             return Box::pin(self.broken()).await;
         };
@@ -184,7 +188,9 @@ impl<St: Store, S> Exchange<St, S> {
                 }
             }
             Verdict::Release => {
-                self.release().await;
+                if let Release::Superseded = self.release().await {
+                    return Box::pin(self.superseded()).await;
+                }
                 false
             }
             Verdict::GiveUp => {
@@ -242,7 +248,8 @@ impl<St: Store, S> Exchange<St, S> {
                 Refusal::new(RefusalKind::AnswerNotKept)
             }
             Verdict::Release => {
-                self.release().await;
+                // The answer streams on even if somebody else has the key: of a stream there is nothing to compare.
+                let _: Release = self.release().await;
                 self.later(RefusalKind::Outstanding)
             }
             Verdict::GiveUp => {
@@ -267,7 +274,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// The handler panicked, or its service failed: there is no answer but ours.
-    async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
+    pub(super) async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
         let verdict = self.settings.keep.of_failure();
         let refusal = match verdict {
@@ -287,7 +294,11 @@ impl<St: Store, S> Exchange<St, S> {
                 self.finished(refusal.code());
                 return Response::from_parts(head, body.rebuild());
             }
-            Verdict::Release => self.release().await,
+            Verdict::Release => {
+                if let Release::Superseded = self.release().await {
+                    return self.superseded().await;
+                }
+            }
             Verdict::GiveUp => self.give_up().await,
         }
         self.settle(Landing::Refused(refusal))
@@ -316,7 +327,7 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Somebody took the key over: this attempt's result is dropped, and the caller is given what the key holds, if it was made
     /// for the same request. That is looked up: what superseded this attempt may belong to somebody else altogether.
-    async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
+    pub(super) async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
         self.hold.end_ownership();
         self.hold.flight.set_superseded();
@@ -344,16 +355,18 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    async fn release(&mut self) {
+    /// Ends the attempt without an outcome. Where the store cannot be reached, the lease does so later.
+    async fn release(&mut self) -> Release {
         self.hold.flight.end_renewal();
-        if let Some((store, key, owner)) = self.owned() {
-            match persist(&self.settings, || store.release(key, owner)).await {
-                Ok(Release::Released) => {}
-                Ok(Release::Superseded) => telemetry::event(Event::Superseded),
-                Err(error) => telemetry::failure(Event::Unrecorded, &error),
-            }
-        }
+        let released = match self.owned() {
+            Some((store, key, owner)) => persist(&self.settings, || store.release(key, owner)).await,
+            None => Ok(Release::Superseded),
+        };
         self.hold.end_ownership();
+        released.unwrap_or_else(|error| {
+            telemetry::failure(Event::Unrecorded, &error);
+            Release::Released
+        })
     }
 
     async fn give_up(&mut self) {
@@ -444,7 +457,7 @@ where
     Err(last)
 }
 
-fn retention(settings: &Values, head: &response::Parts) -> Duration {
+pub(super) fn retention(settings: &Values, head: &response::Parts) -> Duration {
     let asked = head.extensions.get::<RetainFor>();
     asked.map_or(settings.retention, |RetainFor(retention)| *retention)
 }

@@ -28,6 +28,9 @@ pub(super) struct Flight {
     confirmed: AtomicBool,
     held: OnceLock<Grant>,
     superseded: AtomicBool,
+    /// What its handler recorded in a transaction, which may not have been committed.
+    #[cfg(feature = "postgres")]
+    recorded: OnceLock<Answer>,
     /// Whether its lease is being given up, and must not be renewed again.
     ending: AtomicBool,
     /// The tick at which its lease is to be renewed; 0 until it was looked at first.
@@ -59,6 +62,8 @@ impl Flight {
             confirmed: AtomicBool::new(false),
             held: OnceLock::new(),
             superseded: AtomicBool::new(false),
+            #[cfg(feature = "postgres")]
+            recorded: OnceLock::new(),
             ending: AtomicBool::new(false),
             renewal_due: AtomicU64::new(0),
             landing: OnceLock::new(),
@@ -104,6 +109,17 @@ impl Flight {
 
     pub(super) fn held(&self) -> Option<&Grant> {
         self.held.get()
+    }
+
+    /// The first answer that was recorded in a transaction counts.
+    #[cfg(feature = "postgres")]
+    pub(super) fn set_recorded(&self, answer: Answer) {
+        drop(self.recorded.set(answer));
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(super) fn recorded(&self) -> Option<&Answer> {
+        self.recorded.get()
     }
 
     pub(super) fn set_superseded(&self) {

@@ -4,7 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::flights::Flight;
+use super::guard::Hold;
+use super::settings::Values;
+#[cfg(feature = "postgres")]
+use super::transaction::Home;
 use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
+use crate::store::Store;
 
 /// The attempt under which a handler runs. It is an extension of every guarded request, and an axum extractor (feature
 /// `axum`).
@@ -23,11 +28,32 @@ use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
 pub struct Lease {
     flight: Arc<Flight>,
     grant: Grant,
+    #[cfg(feature = "postgres")]
+    home: Home,
 }
 
 impl Lease {
-    pub(super) const fn new(flight: Arc<Flight>, grant: Grant) -> Self {
-        Self { flight, grant }
+    #[cfg_attr(
+        not(feature = "postgres"),
+        expect(unused_variables, reason = "a transaction is completed by them")
+    )]
+    pub(super) fn new<St: Store>(hold: &Hold<St>, settings: &Arc<Values>, grant: Grant) -> Self {
+        Self {
+            flight: Arc::clone(&hold.flight),
+            grant,
+            #[cfg(feature = "postgres")]
+            home: Home::new(&hold.shared, settings),
+        }
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(super) const fn home(&self) -> &Home {
+        &self.home
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(super) fn flight(&self) -> &Flight {
+        &self.flight
     }
 
     /// The client's key.

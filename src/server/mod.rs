@@ -19,6 +19,8 @@ mod lease;
 mod policy;
 mod service;
 mod settings;
+#[cfg(feature = "postgres")]
+mod transaction;
 
 pub use future::ResponseFuture;
 pub use guard::Drain;

@@ -1,0 +1,218 @@
+//! Effect and answer in one transaction: the handler completes its own key.
+//!
+//! What came of the transaction is not asked of the handler, which may not know: a commit whose reply was lost may have taken
+//! effect. It is read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal
+//! that succeeds proves that it was rolled back.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use http::Response;
+use sqlx::postgres::PgConnection;
+
+use super::exchange::{Cargo, Exchange, Read};
+use super::execution::{retention, Ended};
+use super::flights::Landing;
+use super::guard::{in_time, Hold, Shared};
+use super::lease::Lease;
+use super::policy::is_stream;
+use super::settings::Values;
+use crate::error::{Error, ErrorKind};
+use crate::http::{collect, RebuildBody, RefusalKind};
+use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
+use crate::store::{PostgresStore, Store};
+use crate::telemetry::{self, Event};
+
+/// Where a lease finds the store and the settings of its layer.
+#[derive(Clone)]
+pub(super) struct Home {
+    store: Arc<dyn AnyStore>,
+    settings: Arc<Values>,
+}
+
+impl Home {
+    pub(super) fn new<St: Store>(shared: &Arc<Shared<St>>, settings: &Arc<Values>) -> Self {
+        Self {
+            store: Arc::clone(shared) as Arc<dyn AnyStore>,
+            settings: Arc::clone(settings),
+        }
+    }
+}
+
+trait AnyStore: Send + Sync {
+    fn postgres(&self) -> Option<&PostgresStore>;
+}
+
+impl<St: Store> AnyStore for Shared<St> {
+    fn postgres(&self) -> Option<&PostgresStore> {
+        let store: &dyn Any = &self.store;
+        let shared = || Some(&**store.downcast_ref::<Arc<PostgresStore>>()?);
+        store.downcast_ref().or_else(shared)
+    }
+}
+
+impl Lease {
+    /// Records `answer` as the outcome of this attempt *within a transaction of the handler's*, on the PostgreSQL server that has
+    /// the records: effect and answer commit together, or neither does. Returns the response to give once the transaction is
+    /// committed; see [`complete_response_in`](Self::complete_response_in), which this is for whatever axum takes as a response.
+    ///
+    /// ```no_run
+    /// use axum::extract::State;
+    /// use axum::http::StatusCode;
+    /// use axum::response::Response;
+    /// use sqlx::PgPool;
+    /// use tower_idempotency::Lease;
+    ///
+    /// async fn pay(State(pool): State<PgPool>, lease: Lease) -> Result<Response, StatusCode> {
+    ///     let failed = |_| StatusCode::INTERNAL_SERVER_ERROR;
+    ///     let mut transaction = pool.begin().await.map_err(failed)?;
+    ///     let insert = sqlx::query("INSERT INTO payments (amount) VALUES (100)");
+    ///     insert.execute(&mut *transaction).await.map_err(failed)?;
+    ///     let answer = lease.complete_in(&mut transaction, (StatusCode::CREATED, "paid")).await;
+    ///     let answer = answer.map_err(|_| StatusCode::CONFLICT)?;
+    ///     transaction.commit().await.map_err(failed)?;
+    ///     Ok(answer)
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for [`complete_response_in`](Self::complete_response_in).
+    #[cfg(feature = "axum")]
+    pub async fn complete_in(
+        &self,
+        connection: &mut PgConnection,
+        answer: impl axum::response::IntoResponse,
+    ) -> Result<axum::response::Response, Error> {
+        self.complete_response_in(connection, answer.into_response()).await
+    }
+
+    /// Records `response` as the outcome of this attempt within a transaction, whatever the layer would think of its status.
+    ///
+    /// Do it last before the commit: from here on the record is locked, and duplicates wait. Then commit, and return the
+    /// response. If the commit fails, return any error: the layer reads from the record whether it took effect all the same,
+    /// and if so, gives the recorded answer instead. If the transaction was not committed, the attempt counts as failed
+    /// ([`OnError`](crate::OnError)), also where the handler returns this response.
+    ///
+    /// # Errors
+    ///
+    /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over: roll back (drop the transaction), and
+    /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
+    /// store is no [`PostgresStore`], or the response is a stream, is longer than the layer's limit, or breaks off. Otherwise as
+    /// for [`Store::complete`]. In every case roll back.
+    pub async fn complete_response_in<B: RebuildBody>(
+        &self,
+        connection: &mut PgConnection,
+        response: Response<B>,
+    ) -> Result<Response<B>, Error> {
+        let Home { store, settings } = self.home();
+        let store = store.postgres().ok_or(NO_POSTGRES)?;
+        let (head, body) = response.into_parts();
+        if is_stream(&head) {
+            return Err(NOT_KEPT);
+        }
+        let body = collect(body, settings.answer_limit).await.map_err(|_| NOT_KEPT)?;
+        let answer = settings.answer_headers.store(&head, &body);
+        let outcome = Outcome::Kept(answer.clone());
+        let retention = retention(settings, &head);
+        let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
+        match completion.await? {
+            Completion::Completed => {
+                self.flight().set_recorded(answer);
+                Ok(Response::from_parts(head, body.rebuild()))
+            }
+            Completion::Superseded(_) => {
+                self.flight().set_superseded();
+                Err(SUPERSEDED)
+            }
+        }
+    }
+}
+
+const NO_POSTGRES: Error = Error::new(
+    ErrorKind::Configuration,
+    "the layer's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a PostgresStore",
+);
+
+const NOT_KEPT: Error = Error::new(
+    ErrorKind::Configuration,
+    "the answer is a stream, longer than the layer's limit or broken, so that it cannot be completed in a transaction; shorten \
+     it or raise `with_answer_limit`",
+);
+
+const SUPERSEDED: Error = Error::new(
+    ErrorKind::Superseded,
+    "another attempt has taken the key over; roll the transaction back",
+);
+
+impl<St: Store, S> Exchange<St, S> {
+    /// The end of a handler that completed in a transaction of its own. Without `ended`, its answer is the cargo.
+    pub(super) async fn after_transaction<R: RebuildBody, E>(
+        &mut self,
+        ended: Option<Box<Ended<R, E>>>,
+        recorded: Answer,
+    ) -> Result<Response<R>, E> {
+        let timeout = self.settings.store_timeout;
+        let Hold { shared, flight, .. } = &self.hold;
+        let Some(owner) = self.hold.owner() else {
+            return Ok(self.superseded().await);
+        };
+        if let Ok(Some(snapshot)) = in_time(timeout, shared.store.peek(&flight.storage_key)).await {
+            if let (true, Status::Completed(Outcome::Kept(answer))) = (snapshot.fence == owner.fence, snapshot.status) {
+                return Ok(self.committed(answer));
+            }
+        }
+        let renewal = shared.store.renew(&flight.storage_key, owner, self.settings.lease);
+        match in_time(timeout, renewal).await {
+            Ok(Renewal::Renewed) => self.rolled_back(ended, &recorded).await,
+            Ok(Renewal::Superseded) => Ok(self.superseded().await),
+            Err(error) => Ok(self.undecided(&error)),
+        }
+    }
+
+    /// The record holds the answer: it is what everybody gets, whatever the handler said afterwards.
+    fn committed<R: RebuildBody>(&mut self, answer: Answer) -> Response<R> {
+        self.hold.end_ownership();
+        let landing = Landing::Answer {
+            answer: answer.clone(),
+            kept: true,
+        };
+        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            Cargo::Answered(Read { head, body }) if self.settings.answer_headers.store(&head, &body) == answer => {
+                self.leave(landing);
+                self.finished("executed");
+                Response::from_parts(head, body.rebuild())
+            }
+            _ => self.settle(landing),
+        }
+    }
+
+    /// Nothing took effect. An answer that says otherwise is not given.
+    async fn rolled_back<R: RebuildBody, E>(
+        &mut self,
+        ended: Option<Box<Ended<R, E>>>,
+        recorded: &Answer,
+    ) -> Result<Response<R>, E> {
+        telemetry::event(Event::RolledBack);
+        if let Some(ended) = ended {
+            return self.without_answer(*ended).await;
+        }
+        let says_otherwise = match &self.cargo {
+            Cargo::Answered(Read { head, body }) => self.settings.answer_headers.store(head, body) == *recorded,
+            _ => true,
+        };
+        Ok(if says_otherwise {
+            self.failed().await
+        } else {
+            self.answered().await
+        })
+    }
+
+    /// Whether the transaction was committed cannot be found out now. The lease ends the attempt, unless the record is completed
+    /// after all; whoever asks next is told.
+    fn undecided<R: RebuildBody>(&mut self, error: &Error) -> Response<R> {
+        telemetry::failure(Event::Unrecorded, error);
+        self.hold.end_ownership();
+        self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
+    }
+}

@@ -1,0 +1,298 @@
+//! Effect and answer in one transaction of the handler's: exactly once, whatever becomes of the commit.
+
+#[path = "support/postgres.rs"]
+mod postgres;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{to_bytes, Body};
+use axum::extract::State;
+use axum::http::{HeaderMap, Request, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::Router;
+use bytes::Bytes;
+use futures::future::join_all;
+use postgres::PostgresServer;
+use sqlx::PgPool;
+use tower::ServiceExt;
+use tower_idempotency::protocol::{Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey};
+use tower_idempotency::{ErrorKind, IdempotencyLayer, Lease, MemoryStore, OnLost, PostgresStore, Store};
+
+/// What a handler does with its transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Commit,
+    CommitAndFail,
+    CommitAndPanic,
+    CommitInBackgroundAndFail,
+    Forget,
+    Rollback,
+}
+
+#[derive(Clone)]
+struct App {
+    pool: PgPool,
+    ending: Ending,
+    runs: Arc<AtomicUsize>,
+    /// What superseded the handler, between its effect and its completion.
+    before_completion: Option<Arc<dyn Fn(Lease) -> futures::future::BoxFuture<'static, ()> + Send + Sync>>,
+}
+
+async fn pay(State(app): State<App>, lease: Lease, body: Bytes) -> Response {
+    let run = app.runs.fetch_add(1, Ordering::SeqCst) + 1;
+    let mut transaction = app.pool.begin().await.unwrap();
+    let insert =
+        sqlx::query("INSERT INTO payments (note) VALUES ($1)").bind(String::from_utf8_lossy(&body).into_owned());
+    insert.execute(&mut *transaction).await.unwrap();
+    if let Some(happen) = &app.before_completion {
+        happen(lease.clone()).await;
+    }
+    let answer = (
+        StatusCode::CREATED,
+        [("x-run", run.to_string())],
+        format!("payment of run {run}"),
+    );
+    let answer = match lease.complete_in(&mut transaction, answer).await {
+        Ok(answer) => answer,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Superseded);
+            return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+        }
+    };
+    let commit = async move { transaction.commit().await.unwrap() };
+    let lost = (StatusCode::INTERNAL_SERVER_ERROR, "the commit's reply was lost").into_response();
+    match app.ending {
+        Ending::Forget => {}
+        Ending::Rollback => return lost,
+        Ending::Commit => commit.await,
+        Ending::CommitAndPanic => {
+            commit.await;
+            panic!("after the commit");
+        }
+        Ending::CommitAndFail => {
+            commit.await;
+            return lost;
+        }
+        Ending::CommitInBackgroundAndFail => {
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                commit.await;
+            });
+            return lost;
+        }
+    }
+    answer
+}
+
+struct Bench {
+    server: PostgresServer,
+    store: PostgresStore,
+    app: App,
+}
+
+impl Bench {
+    async fn new(ending: Ending) -> Self {
+        let server = PostgresServer::start();
+        let store = PostgresStore::connect(&server.url()).await.unwrap();
+        let create = sqlx::query("CREATE TABLE payments (id bigserial PRIMARY KEY, note text NOT NULL)");
+        create.execute(store.pool()).await.unwrap();
+        let app = App {
+            pool: store.pool().clone(),
+            ending,
+            runs: Arc::default(),
+            before_completion: None,
+        };
+        Self { server, store, app }
+    }
+
+    fn router(&self, layer: IdempotencyLayer<PostgresStore>) -> Router {
+        Router::new()
+            .route("/payments", post(pay))
+            .layer(layer)
+            .with_state(self.app.clone())
+    }
+
+    fn layer(&self) -> IdempotencyLayer<PostgresStore> {
+        IdempotencyLayer::new(self.store.clone())
+    }
+
+    async fn payments(&self) -> i64 {
+        let count = sqlx::query_scalar("SELECT count(*) FROM payments");
+        count.fetch_one(self.store.pool()).await.unwrap()
+    }
+
+    fn runs(&self) -> usize {
+        self.app.runs.load(Ordering::SeqCst)
+    }
+}
+
+async fn send(router: &Router, key: &str) -> (StatusCode, HeaderMap, Bytes) {
+    let request = Request::post("/payments")
+        .header("idempotency-key", key)
+        .body(Body::from("100"))
+        .unwrap();
+    let response = router.clone().oneshot(request).await.unwrap();
+    let (head, body) = response.into_parts();
+    (head.status, head.headers, to_bytes(body, 1 << 20).await.unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn effect_and_answer_commit_together_and_are_replayed() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = bench.router(bench.layer());
+    let (status, headers, body) = send(&router, "k").await;
+    assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"payment of run 1"[..]));
+    assert!(!headers.contains_key("idempotent-replayed"));
+    let (status, headers, again) = send(&router, "k").await;
+    assert_eq!((status, &again), (StatusCode::CREATED, &body));
+    assert_eq!(headers["idempotent-replayed"], "true");
+    assert_eq!(headers["x-run"], "1");
+    assert_eq!((bench.payments().await, bench.runs()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn duplicates_at_once_over_two_layers_make_one_payment() {
+    let bench = Bench::new(Ending::Commit).await;
+    let other = PostgresStore::connect(&bench.server.url()).await.unwrap();
+    let routers = [bench.router(bench.layer()), bench.router(IdempotencyLayer::new(other))];
+    let sends = (0..100).map(|n| send(&routers[n % 2], "k"));
+    for (status, _, body) in join_all(sends).await {
+        assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"payment of run 1"[..]));
+    }
+    assert_eq!((bench.payments().await, bench.runs()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_whose_reply_was_lost_counts_and_its_answer_is_given() {
+    for ending in [
+        Ending::CommitAndFail,
+        Ending::CommitAndPanic,
+        Ending::CommitInBackgroundAndFail,
+    ] {
+        let bench = Bench::new(ending).await;
+        let router = bench.router(bench.layer());
+        for _ in 0..2 {
+            let (status, _, body) = send(&router, "k").await;
+            assert_eq!(
+                (status, &body[..]),
+                (StatusCode::CREATED, &b"payment of run 1"[..]),
+                "{ending:?}"
+            );
+        }
+        assert_eq!((bench.payments().await, bench.runs()), (1, 1), "{ending:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_commit_there_is_no_effect_no_answer_and_the_next_attempt_runs() {
+    for ending in [Ending::Forget, Ending::Rollback] {
+        let mut bench = Bench::new(ending).await;
+        let layer = bench.layer();
+        let (status, _, body) = send(&bench.router(layer.clone()), "k").await;
+        assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR, "{ending:?}");
+        assert_ne!(&body[..], b"payment of run 1");
+        assert_eq!(bench.payments().await, 0);
+        bench.app.ending = Ending::Commit;
+        let (status, ..) = send(&bench.router(layer), "k").await;
+        assert_eq!(status, StatusCode::CREATED);
+        assert_eq!((bench.payments().await, bench.runs()), (1, 2), "{ending:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_winners_bytes() {
+    let mut bench = Bench::new(Ending::Commit).await;
+    let store = bench.store.clone();
+    bench.app.before_completion = Some(Arc::new(move |lease| {
+        let store = store.clone();
+        Box::pin(async move {
+            // Somebody finds the lease lost, takes over and completes.
+            let key = *lease.storage_key();
+            store.renew(&key, lease.owner(), Duration::ZERO).await.unwrap();
+            let fingerprint = store.peek(&key).await.unwrap().unwrap().fingerprint;
+            let claim = Claim {
+                fingerprint,
+                ..claim(key)
+            };
+            let Decision::Execute(grant) = store.claim(&claim).await.unwrap() else {
+                panic!("not taken over")
+            };
+            let layer = IdempotencyLayer::new(MemoryStore::new());
+            let outcome = layer.outcome_of(
+                http::Response::builder()
+                    .status(201)
+                    .body("the winner's".into())
+                    .unwrap(),
+            );
+            store.complete(&key, grant.owner, &outcome, HOUR).await.unwrap();
+        })
+    }));
+    let router = bench.router(bench.layer().on_lost(OnLost::Execute));
+    let (status, _, body) = send(&router, "k").await;
+    assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"the winner's"[..]));
+    assert_eq!(bench.payments().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_elsewhere_is_a_clear_error() {
+    let bench = Bench::new(Ending::Commit).await;
+    let handler = |State(app): State<App>, lease: Lease| async move {
+        let mut transaction = app.pool.begin().await.unwrap();
+        lease
+            .complete_in(&mut transaction, "answer")
+            .await
+            .unwrap_err()
+            .to_string()
+    };
+    let router = Router::new().route("/payments", post(handler));
+    let router = router
+        .layer(IdempotencyLayer::new(MemoryStore::new()))
+        .with_state(bench.app.clone());
+    let (_, _, body) = send(&router, "k").await;
+    assert!(String::from_utf8_lossy(&body).contains("PostgresStore"), "{body:?}");
+}
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+fn claim(key: StorageKey) -> Claim {
+    Claim {
+        key,
+        fingerprint: Fingerprint::of(b"event"),
+        nonce: Nonce::random(),
+        lease: HOUR,
+        retention: HOUR,
+        if_lost: IfLost::Execute,
+        max_attempts: 9,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claim_and_completion_within_one_transaction_make_an_event_count_once() {
+    let bench = Bench::new(Ending::Commit).await;
+    let (store, key) = (&bench.store, StorageKey::from_bytes([7; 32]));
+    let handle = |commits: bool| async move {
+        let mut transaction = store.pool().begin().await.unwrap();
+        match store.claim_in(&mut transaction, &claim(key)).await.unwrap() {
+            Decision::Execute(grant) => {
+                let insert = sqlx::query("INSERT INTO payments (note) VALUES ('event')");
+                insert.execute(&mut *transaction).await.unwrap();
+                let ended = store.complete_in(&mut transaction, &key, grant.owner, &Outcome::Tombstone, HOUR);
+                assert_eq!(ended.await.unwrap(), Completion::Completed);
+                if commits {
+                    transaction.commit().await.unwrap();
+                }
+                true
+            }
+            Decision::NotKept => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(handle(false).await);
+    assert_eq!(bench.payments().await, 0);
+    let ran = join_all((0..10).map(|_| handle(true))).await;
+    assert_eq!(ran.iter().filter(|ran| **ran).count(), 1);
+    assert_eq!(bench.payments().await, 1);
+}
