@@ -66,6 +66,7 @@
 //! | feature | adds |
 //! |---|---|
 //! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`Attempt`] and [`IdempotencyKey`] |
+//! | `conformance` | `store::conformance`: checks that a store of your own keeps the contract, for tests |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 with each of them.
@@ -123,7 +124,7 @@ pub use self::server::{
 };
 #[cfg(feature = "postgres")]
 pub use self::store::PostgresStore;
-pub use self::store::{MemoryStore, Store};
+pub use self::store::{BoxStore, MemoryStore, Store};
 
 /// The code blocks of the README, as tests.
 #[cfg(all(doctest, feature = "axum"))]

@@ -20,7 +20,7 @@ use super::settings::Values;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
-use crate::store::{PostgresStore, Store};
+use crate::store::{BoxStore, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 
 /// Where a lease finds the store and the settings of its layer.
@@ -47,7 +47,8 @@ impl<St: Store> AnyStore for Shared<St> {
     fn postgres(&self) -> Option<&PostgresStore> {
         let store: &dyn Any = &self.store;
         let shared = || Some(&**store.downcast_ref::<Arc<PostgresStore>>()?);
-        store.downcast_ref().or_else(shared)
+        let boxed = || store.downcast_ref::<BoxStore>()?.downcast_ref();
+        store.downcast_ref().or_else(shared).or_else(boxed)
     }
 }
 

@@ -1,8 +1,10 @@
 //! Where records live: the [`Store`] trait with its contract, and the stores of this crate.
 //!
-//! [`MemoryStore`] is the embedded default. A store of your own is a struct with seven methods; where it can run Rust beside
-//! its data, [`Record`](crate::protocol::Record) holds all the logic, and under 100 lines are enough (see
-//! `examples/custom_store.rs`).
+//! [`MemoryStore`] is the embedded default; [`BoxStore`] is any store, chosen at run time.
+//!
+//! A store of your own is a struct with seven methods; where it can run Rust beside its data,
+//! [`Record`](crate::protocol::Record) holds all the logic, and under 100 lines are enough (see `examples/custom_store.rs`).
+//! Whether it keeps the contract is for the module `conformance` to say (feature `conformance`).
 
 mod boxed;
 #[cfg(feature = "conformance")]
@@ -17,6 +19,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};

@@ -1,0 +1,80 @@
+use super::*;
+
+async fn refusal(url: &str) -> String {
+    let error = BoxStore::from_url(url).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration, "{url}");
+    assert!(std::error::Error::source(&error).is_none());
+    error.to_string()
+}
+
+#[tokio::test]
+async fn memory_needs_no_feature_and_its_scheme_no_case() {
+    for url in ["memory:", "memory://", "MEMORY:"] {
+        let store = BoxStore::from_url(url).await.unwrap();
+        assert!(store.downcast_ref::<MemoryStore>().is_some(), "{url}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_understood_is_refused_with_what_is() {
+    let urls = [
+        "",
+        "memory",
+        "memory:?records=7",
+        "redis",
+        "redis:6379",
+        "postgres:/var/run",
+        "mysql://db",
+        "://",
+    ];
+    for url in urls {
+        let said = refusal(url).await;
+        for scheme in ["memory:", "redis://", "rediss://", "postgres://", "postgresql://"] {
+            assert!(said.contains(scheme), "{url}: {said}");
+        }
+    }
+}
+
+#[cfg(not(feature = "redis"))]
+#[tokio::test]
+async fn redis_without_its_feature_names_the_feature() {
+    for url in ["redis://localhost", "rediss://localhost", "Redis://localhost"] {
+        let said = refusal(url).await;
+        assert!(said.contains("feature `redis`"), "{said}");
+    }
+}
+
+#[cfg(not(feature = "postgres"))]
+#[tokio::test]
+async fn postgres_without_its_feature_names_the_feature() {
+    for url in ["postgres://localhost/db", "postgresql://localhost/db"] {
+        let said = refusal(url).await;
+        assert!(said.contains("feature `postgres`"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn an_error_holds_nothing_of_the_url() {
+    for url in ["mongodb://app:hunter2@db", "hunter2", "memory:hunter2"] {
+        let error = BoxStore::from_url(url).await.unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("hunter2"));
+    }
+}
+
+#[test]
+fn the_store_inside_is_found_by_its_type_alone() {
+    let store = BoxStore::new(MemoryStore::new());
+    assert!(store.downcast_ref::<MemoryStore>().is_some());
+    assert!(store.clone().downcast_ref::<Arc<MemoryStore>>().is_none());
+    // A box in a box is a store of its own.
+    assert!(BoxStore::new(store).downcast_ref::<MemoryStore>().is_none());
+}
+
+#[test]
+fn its_debug_form_names_the_store_inside() {
+    let shown = format!("{:?}", BoxStore::new(MemoryStore::new()));
+    assert!(
+        shown.starts_with("BoxStore(") && shown.contains("MemoryStore"),
+        "{shown}"
+    );
+}
