@@ -1,0 +1,57 @@
+//! Several processes over one PostgreSQL: shared keys, kills, zombies.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/postgres.rs"]
+mod postgres;
+#[path = "support/scenarios.rs"]
+mod scenarios;
+
+use cluster::Mode;
+use postgres::PostgresServer;
+
+#[test]
+fn serve_if_told() {
+    cluster::serve_if_told();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_and_four_processes_execute_each_key_once() {
+    for processes in [2, 4] {
+        let server = PostgresServer::start();
+        scenarios::shared_keys(&server.url(), processes).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_never_make_an_effect_twice_where_lost_keys_are_refused() {
+    let server = PostgresServer::start();
+    scenarios::kills(&server.url(), Mode::Refuse).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_are_taken_over_where_lost_keys_are_executed() {
+    let server = PostgresServer::start();
+    scenarios::kills(&server.url(), Mode::Execute).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_leave_exactly_one_effect_where_it_shares_the_transaction_of_its_answer() {
+    let server = PostgresServer::start();
+    let pool = sqlx::PgPool::connect(&server.url()).await.unwrap();
+    let create = sqlx::query("CREATE TABLE payments (id bigserial PRIMARY KEY, note text NOT NULL)");
+    create.execute(&pool).await.unwrap();
+    let keys = scenarios::kills(&server.url(), Mode::Transaction).await;
+    let counts: Vec<(String, i64)> = {
+        let rows = sqlx::query_as("SELECT note, count(*) FROM payments GROUP BY note");
+        rows.fetch_all(&pool).await.unwrap()
+    };
+    assert_eq!(counts.len(), keys);
+    assert!(counts.iter().all(|(_, count)| *count == 1), "{counts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_zombie_changes_nothing_and_its_callers_get_the_winners_bytes() {
+    let server = PostgresServer::start();
+    scenarios::zombies(&server.url()).await;
+}

@@ -1,0 +1,295 @@
+//! Several processes that serve the layer over one store, clients that retry, and the ledger in which effects are counted.
+//!
+//! A process is this very test binary, started again with its role in the environment: see [`serve_if_told`].
+#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, Request, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::Router;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use tower_idempotency::{BoxStore, IdempotencyLayer, Lease, OnLost};
+
+/// What the processes do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// `OnLost::Execute`, effects in the ledger.
+    Execute,
+    /// `OnLost::Refuse`, effects in the ledger.
+    Refuse,
+    /// `OnLost::Execute`, effects in the same transaction as their answer.
+    Transaction,
+}
+
+/// A process that serves `POST /`.
+pub struct Process {
+    child: Child,
+    pub address: SocketAddr,
+}
+
+impl Process {
+    pub fn start(store: &str, mode: Mode, ledger: &Path) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "serve_if_told", "--nocapture", "--test-threads=1"])
+            .env("SERVE_STORE", store)
+            .env("SERVE_MODE", format!("{mode:?}"))
+            .env("SERVE_LEDGER", ledger)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address = lines.find_map(|line| line.ok()?.split_once("listening on ")?.1.parse().ok());
+        let address = address.expect("the process ended before it served");
+        // What it says later is not of interest, but it must not find its output closed.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self { child, address }
+    }
+
+    /// SIGKILL: no word, no cleaning up.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGSTOP, SIGCONT.
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill")
+            .args([signal, &self.child.id().to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+#[derive(Clone)]
+struct App {
+    ledger: Arc<Mutex<File>>,
+    mode: Mode,
+    #[cfg(feature = "postgres")]
+    pool: Option<sqlx::PgPool>,
+}
+
+/// The body of the test that is no test: serves until it is killed, if this process was started by [`Process::start`].
+pub fn serve_if_told() {
+    let Ok(url) = std::env::var("SERVE_STORE") else { return };
+    let mode = match std::env::var("SERVE_MODE").unwrap().as_str() {
+        "Execute" => Mode::Execute,
+        "Refuse" => Mode::Refuse,
+        _ => Mode::Transaction,
+    };
+    let ledger = PathBuf::from(std::env::var_os("SERVE_LEDGER").unwrap());
+    let ledger = OpenOptions::new().append(true).create(true).open(ledger).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    runtime.unwrap().block_on(async {
+        let store = BoxStore::from_url(&url).await.unwrap();
+        let app = App {
+            ledger: Arc::new(Mutex::new(ledger)),
+            mode,
+            #[cfg(feature = "postgres")]
+            pool: match mode {
+                Mode::Transaction => Some(sqlx::PgPool::connect(&url).await.unwrap()),
+                _ => None,
+            },
+        };
+        let on_lost = match mode {
+            Mode::Refuse => OnLost::Refuse,
+            Mode::Execute | Mode::Transaction => OnLost::Execute,
+        };
+        let layer = IdempotencyLayer::new(store)
+            .on_lost(on_lost)
+            .with_lease(LEASE)
+            .with_max_attempts(1_000);
+        let router = Router::new().route("/", post(effect)).layer(layer).with_state(app);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        println!("listening on {}", listener.local_addr().unwrap());
+        axum::serve(listener, router).await.unwrap();
+    });
+}
+
+pub const LEASE: Duration = Duration::from_secs(1);
+
+/// Has an effect, with some time before and after it; answers with what no other run would answer.
+async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Response {
+    let pause = |name: &str| {
+        let millis = headers.get(name).and_then(|value| value.to_str().ok()?.parse().ok());
+        tokio::time::sleep(Duration::from_millis(
+            millis.unwrap_or_else(|| rand::random_range(0..10)),
+        ))
+    };
+    pause("x-before").await;
+    let key = lease.key().as_str().to_owned();
+    let line = format!("{key} {} {}", lease.attempt().number(), lease.fence().as_u64());
+    let answer = (
+        StatusCode::CREATED,
+        [("x-attempt", lease.attempt().number().to_string())],
+        format!("{line} {:x}", rand::random::<u64>()),
+    );
+    #[cfg(feature = "postgres")]
+    if let Some(pool) = &app.pool {
+        return match pay(pool, &key, &lease, answer).await {
+            Ok(answer) => answer,
+            Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        };
+    }
+    let written = tokio::task::spawn_blocking(move || {
+        let mut ledger = app.ledger.lock().unwrap();
+        ledger.write_all(format!("{line}\n").as_bytes()).unwrap();
+        ledger.sync_data().unwrap();
+    });
+    written.await.unwrap();
+    pause("x-after").await;
+    answer.into_response()
+}
+
+#[cfg(feature = "postgres")]
+async fn pay(
+    pool: &sqlx::PgPool,
+    key: &str,
+    lease: &Lease,
+    answer: impl IntoResponse,
+) -> Result<Response, Box<dyn std::error::Error>> {
+    let mut transaction = pool.begin().await?;
+    let insert = sqlx::query("INSERT INTO payments (note) VALUES ($1)").bind(key);
+    insert.execute(&mut *transaction).await?;
+    let answer = lease.complete_in(&mut transaction, answer).await?;
+    transaction.commit().await?;
+    Ok(answer)
+}
+
+/// How many effects each key had, by the ledger; a line that a kill cut short counts, too.
+pub fn effects(ledger: &Path) -> BTreeMap<String, usize> {
+    let text = std::fs::read_to_string(ledger).unwrap_or_default();
+    let mut effects = BTreeMap::new();
+    for line in text.lines() {
+        let key = line.split(' ').next().unwrap_or_default();
+        *effects.entry(key.to_owned()).or_default() += 1;
+    }
+    effects
+}
+
+pub type HttpClient = Client<HttpConnector, Full<Bytes>>;
+
+pub fn http_client() -> HttpClient {
+    Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(64)
+        .build_http()
+}
+
+/// One answer.
+#[derive(Clone, Debug)]
+pub struct Got {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Got {
+    /// The `code` of a refusal.
+    pub fn code(&self) -> Option<String> {
+        let problem: serde_json::Value = serde_json::from_slice(&self.body).ok()?;
+        Some(problem["code"].as_str()?.to_owned())
+    }
+
+    pub fn is_replay(&self) -> bool {
+        self.headers.contains_key("idempotent-replayed")
+    }
+
+    pub fn attempt(&self) -> usize {
+        self.headers["x-attempt"].to_str().unwrap().parse().unwrap()
+    }
+}
+
+/// Sends once; `None` when the connection broke, or nothing came within 40 s.
+pub async fn send(
+    client: &HttpClient,
+    address: SocketAddr,
+    key: &str,
+    headers: &[(&'static str, String)],
+) -> Option<Got> {
+    let mut request = Request::post(format!("http://{address}/")).header("idempotency-key", key);
+    for (name, value) in headers {
+        request = request.header(*name, value);
+    }
+    let request = request.body(Full::from("pay 100")).unwrap();
+    let exchange = async {
+        let (head, body) = client.request(request).await.ok()?.into_parts();
+        let body = body.collect().await.ok()?.to_bytes();
+        Some(Got {
+            status: head.status,
+            headers: head.headers,
+            body,
+        })
+    };
+    tokio::time::timeout(Duration::from_secs(40), exchange).await.ok()?
+}
+
+/// How a key ended for a client that retries.
+#[derive(Clone, Debug)]
+pub enum End {
+    Answered(Got),
+    Unknown,
+}
+
+/// What the clients saw.
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub ends: Mutex<HashMap<String, Vec<End>>>,
+    /// Keys of requests whose connection broke.
+    pub broken: Mutex<HashMap<String, usize>>,
+    pub refused: Mutex<BTreeMap<String, usize>>,
+    pub failed: AtomicUsize,
+}
+
+impl Seen {
+    /// Sends until there is an answer or the outcome is unknown, to any process each time.
+    pub async fn settle(&self, client: &HttpClient, addresses: impl Fn() -> Vec<SocketAddr>, key: &str) {
+        for _ in 0..400 {
+            let addresses = addresses();
+            let address = addresses[rand::random_range(0..addresses.len())];
+            match send(client, address, key, &[]).await {
+                None => *self.broken.lock().unwrap().entry(key.to_owned()).or_default() += 1,
+                Some(got) if got.status == StatusCode::CREATED => return self.end(key, End::Answered(got)),
+                Some(got) if got.code().as_deref() == Some("outcome-unknown") => return self.end(key, End::Unknown),
+                Some(got) if got.status == StatusCode::INTERNAL_SERVER_ERROR => {
+                    self.failed.fetch_add(1, Ordering::Relaxed);
+                }
+                Some(got) => {
+                    let code = got.code().unwrap_or_else(|| got.status.to_string());
+                    *self.refused.lock().unwrap().entry(code).or_default() += 1;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(rand::random_range(10..50))).await;
+        }
+        panic!("{key} is stuck: {:?}", self.refused.lock().unwrap());
+    }
+
+    fn end(&self, key: &str, end: End) {
+        self.ends.lock().unwrap().entry(key.to_owned()).or_default().push(end);
+    }
+}
