@@ -59,7 +59,16 @@ impl PostgresServer {
     }
 
     pub fn url(&self) -> String {
-        format!("postgres://app@127.0.0.1:{}/postgres", self.port)
+        self.url_by(self.port)
+    }
+
+    /// The URL of what listens on another port and leads here.
+    pub fn url_by(&self, port: u16) -> String {
+        format!("postgres://app@127.0.0.1:{port}/postgres")
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Ends the server as a power cut ends it.

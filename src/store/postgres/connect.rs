@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind};
 pub struct PostgresStoreBuilder {
     table: String,
     sweep_interval: Duration,
+    timeout: Duration,
 }
 
 impl PostgresStoreBuilder {
@@ -27,6 +28,7 @@ impl PostgresStoreBuilder {
         Self {
             table: "idempotency_records".to_owned(),
             sweep_interval: Duration::from_secs(60),
+            timeout: Duration::from_secs(5),
         }
     }
 
@@ -44,6 +46,12 @@ impl PostgresStoreBuilder {
         self
     }
 
+    /// How long an operation may take once it has its connection, which is closed after that; 5 s by default.
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
     /// A store with a pool of its own: 16 connections, 5 s to get one of them. Neither makes nor checks the table; see
     /// [`PostgresStore::migrate`] and [`PostgresStore::check`].
     ///
@@ -55,9 +63,13 @@ impl PostgresStoreBuilder {
             ErrorKind::Configuration,
             "the URL of the database cannot be used; write postgres://user:password@host:port/database",
         );
+        if !["postgres://", "postgresql://"]
+            .iter()
+            .any(|scheme| url.starts_with(scheme))
+        {
+            return Err(URL);
+        }
         let options = PgConnectOptions::from_str(url).map_err(|_| URL)?;
-        // A statement that waits for a lock would else hold its connection for as long as the lock is held.
-        let options = options.application_name("tower-idempotency");
         let pool = PgPoolOptions::new()
             .max_connections(16)
             .acquire_timeout(Duration::from_secs(5))
@@ -82,6 +94,7 @@ impl PostgresStoreBuilder {
             statements: Statements::new(&table),
             watchers: Watchers::new(table.name()),
             sweeping: Sweeping::every(self.sweep_interval),
+            timeout: self.timeout,
             table,
         })))
     }

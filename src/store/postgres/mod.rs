@@ -2,6 +2,7 @@
 
 mod connect;
 mod error;
+mod lent;
 mod operations;
 mod row;
 mod sweep;
@@ -15,13 +16,14 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgPool};
 
 pub use self::connect::PostgresStoreBuilder;
-use self::error::failed;
+use self::lent::Lent;
 use self::operations::Connection;
 use self::sweep::Sweeping;
 use self::table::{Statements, TableName};
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
 use super::Store;
+use crate::clock::within;
 use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
@@ -62,12 +64,14 @@ use crate::protocol::{
 ///
 /// * table `idempotency_records`
 /// * a pool of 16 connections, 5 s to get one of them
+/// * 5 s for an operation, once it has its connection
 #[derive(Clone)]
 pub struct PostgresStore(Arc<Inner>);
 
 struct Inner {
     pool: PgPool,
     table: TableName,
+    timeout: Duration,
     statements: Statements,
     watchers: Arc<Watchers>,
     sweeping: Sweeping,
@@ -134,8 +138,12 @@ impl PostgresStore {
         }
     }
 
-    /// Runs an operation in a task of its own: dropped half-way, it would take its connection with it, and what it was to say
-    /// would not be said.
+    /// A connection for one operation, which gets so long.
+    async fn lend(&self) -> Result<(Lent, Duration), Error> {
+        Ok((Lent::from(&self.0.pool).await?, self.0.timeout))
+    }
+
+    /// Runs an operation in a task of its own: dropped half-way, it might never have been sent.
     async fn undroppable<T, F>(&self, operation: impl FnOnce(Self) -> F) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -153,13 +161,15 @@ impl Store for PostgresStore {
 
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         self.start_sweeper();
-        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
-        self.on(&mut connection).claim(claim).await
+        let (mut lent, timeout) = self.lend().await?;
+        let done = within(timeout, self.on(lent.connection()?).claim(claim)).await;
+        lent.give_back(done)
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
-        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
-        self.on(&mut connection).renew(key, owner, lease).await
+        let (mut lent, timeout) = self.lend().await?;
+        let done = within(timeout, self.on(lent.connection()?).renew(key, owner, lease)).await;
+        lent.give_back(done)
     }
 
     async fn complete(
@@ -171,11 +181,10 @@ impl Store for PostgresStore {
     ) -> Result<Completion, Error> {
         let (key, outcome) = (*key, outcome.clone());
         self.undroppable(move |store| async move {
-            let mut connection = store.0.pool.acquire().await.map_err(failed)?;
-            store
-                .on(&mut connection)
-                .complete(&key, owner, &outcome, retention)
-                .await
+            let (mut lent, timeout) = store.lend().await?;
+            let mut connection = store.on(lent.connection()?);
+            let done = within(timeout, connection.complete(&key, owner, &outcome, retention)).await;
+            lent.give_back(done)
         })
         .await
     }
@@ -183,26 +192,30 @@ impl Store for PostgresStore {
     async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
         let key = *key;
         self.undroppable(move |store| async move {
-            let mut connection = store.0.pool.acquire().await.map_err(failed)?;
-            store.on(&mut connection).release(&key, owner).await
+            let (mut lent, timeout) = store.lend().await?;
+            let done = within(timeout, store.on(lent.connection()?).release(&key, owner)).await;
+            lent.give_back(done)
         })
         .await
     }
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
-        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
-        self.on(&mut connection).resolve(key, fence, resolution).await
+        let (mut lent, timeout) = self.lend().await?;
+        let done = within(timeout, self.on(lent.connection()?).resolve(key, fence, resolution)).await;
+        lent.give_back(done)
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
-        self.on(&mut connection).peek(key).await
+        let (mut lent, timeout) = self.lend().await?;
+        let done = within(timeout, self.on(lent.connection()?).peek(key)).await;
+        lent.give_back(done)
     }
 
     async fn watch(&self, key: &StorageKey) -> Result<PostgresWatch, Error> {
         let watch = self.0.watchers.register(&self.0.pool, key).await?;
-        let mut connection = self.0.pool.acquire().await.map_err(failed)?;
-        self.on(&mut connection).watch(key).await?;
+        let (mut lent, timeout) = self.lend().await?;
+        let done = within(timeout, self.on(lent.connection()?).watch(key)).await;
+        lent.give_back(done)?;
         Ok(watch)
     }
 }

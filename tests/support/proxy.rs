@@ -1,0 +1,298 @@
+//! A TCP proxy that breaks what passes through it, and the operations of a store that must bear it.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tower_idempotency::protocol::{
+    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
+    Resolved, StorageKey,
+};
+use tower_idempotency::{Error, ErrorKind, Store};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    ToServer,
+    ToClient,
+}
+
+/// What befalls the bytes from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// They pass.
+    Pass,
+    /// After so many more of one direction, every connection is cut.
+    CutAfter(Direction, usize),
+    /// Those of one direction vanish.
+    Swallow(Direction),
+    /// They take this long.
+    Delay(Duration),
+}
+
+#[derive(Clone)]
+pub struct Proxy {
+    pub address: SocketAddr,
+    state: Arc<State>,
+}
+
+struct State {
+    fate: Mutex<Fate>,
+    cut: Notify,
+}
+
+impl Proxy {
+    pub async fn to(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(State {
+            fate: Mutex::new(Fate::Pass),
+            cut: Notify::new(),
+        });
+        let shared = Arc::clone(&state);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = TcpStream::connect(server).await else {
+                    continue;
+                };
+                for stream in [&client, &server] {
+                    stream.set_nodelay(true).unwrap();
+                }
+                let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+                tokio::spawn(pass(from_client, to_server, Direction::ToServer, Arc::clone(&shared)));
+                tokio::spawn(pass(from_server, to_client, Direction::ToClient, Arc::clone(&shared)));
+            }
+        });
+        Self { address, state }
+    }
+
+    pub fn set(&self, fate: Fate) {
+        *self.state.fate.lock().unwrap() = fate;
+    }
+
+    /// Lets everything pass again; says whether a cut was made.
+    pub fn heal(&self) -> bool {
+        let fate = std::mem::replace(&mut *self.state.fate.lock().unwrap(), Fate::Pass);
+        matches!(fate, Fate::CutAfter(_, 0))
+    }
+}
+
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, direction: Direction, state: Arc<State>) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let mut cut = std::pin::pin!(state.cut.notified());
+        cut.as_mut().enable();
+        let read = tokio::select! {
+            read = from.read(&mut buffer) => read.unwrap_or(0),
+            () = cut => 0,
+        };
+        if read == 0 {
+            return;
+        }
+        let (passing, cut, delay) = state.judge(direction, read);
+        tokio::time::sleep(delay).await;
+        if to.write_all(&buffer[..passing]).await.is_err() {
+            return;
+        }
+        if cut {
+            state.cut.notify_waiters();
+            return;
+        }
+    }
+}
+
+impl State {
+    /// How many of these bytes pass, whether everything is cut then, and how long they take.
+    fn judge(&self, direction: Direction, read: usize) -> (usize, bool, Duration) {
+        let mut fate = self.fate.lock().unwrap();
+        match &mut *fate {
+            Fate::CutAfter(of, left) if *of == direction => {
+                let passing = read.min(*left);
+                *left -= passing;
+                (passing, *left == 0, Duration::ZERO)
+            }
+            Fate::Swallow(of) if *of == direction => (0, false, Duration::ZERO),
+            Fate::Delay(delay) => (read, false, *delay),
+            _ => (read, false, Duration::ZERO),
+        }
+    }
+}
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+fn fresh() -> Claim {
+    Claim {
+        key: StorageKey::from_bytes(rand::random()),
+        fingerprint: Fingerprint::of(b"pay"),
+        nonce: Nonce::random(),
+        lease: HOUR,
+        retention: HOUR,
+        if_lost: IfLost::Execute,
+        max_attempts: 9,
+    }
+}
+
+fn kept() -> Outcome {
+    Outcome::Kept(Answer {
+        head: Bytes::from_static(b"head"),
+        body: Bytes::from_static(b"body"),
+    })
+}
+
+async fn granted(store: &impl Store, claim: &Claim) -> Grant {
+    match store.claim(claim).await.unwrap() {
+        Decision::Execute(grant) | Decision::Recover(grant) => grant,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Operation {
+    Claim,
+    Complete,
+    Peek,
+    Release,
+    Renew,
+    Resolve,
+}
+
+impl Operation {
+    pub const ALL: [Self; 6] = [
+        Self::Claim,
+        Self::Complete,
+        Self::Peek,
+        Self::Release,
+        Self::Renew,
+        Self::Resolve,
+    ];
+
+    /// Does it through the proxy while that cuts; then looks from elsewhere, and repeats it as the layer does.
+    async fn survive<S: Store>(self, proxied: &S, direct: &S, cut: impl FnOnce()) {
+        let claim = fresh();
+        let key = &claim.key;
+        match self {
+            Self::Claim => {
+                cut();
+                let first = judged(proxied.claim(&claim).await);
+                let repeated = granted(direct, &claim).await;
+                assert_eq!(repeated.attempt, 1);
+                if let Some(first) = first {
+                    assert_eq!(first, Decision::Execute(repeated));
+                }
+                assert!(matches!(
+                    direct
+                        .claim(&Claim {
+                            nonce: Nonce::random(),
+                            ..claim
+                        })
+                        .await
+                        .unwrap(),
+                    Decision::Wait { .. }
+                ));
+            }
+            Self::Complete => {
+                let owner = granted(direct, &claim).await.owner;
+                cut();
+                judged(proxied.complete(key, owner, &kept(), HOUR).await);
+                let repeated = direct.complete(key, owner, &kept(), HOUR).await.unwrap();
+                assert_eq!(repeated, Completion::Completed);
+                let replay = direct
+                    .claim(&Claim {
+                        nonce: Nonce::random(),
+                        ..claim
+                    })
+                    .await
+                    .unwrap();
+                assert!(matches!(replay, Decision::Replay(answer) if Outcome::Kept(answer.clone()) == kept()));
+            }
+            Self::Peek => {
+                let owner = granted(direct, &claim).await.owner;
+                cut();
+                if let Some(snapshot) = judged(proxied.peek(key).await) {
+                    assert_eq!(snapshot.unwrap().fence, owner.fence);
+                }
+            }
+            Self::Release => {
+                let owner = granted(direct, &claim).await.owner;
+                cut();
+                judged(proxied.release(key, owner).await);
+                assert_eq!(direct.release(key, owner).await.unwrap(), Release::Released);
+                assert_eq!(direct.peek(key).await.unwrap(), None);
+            }
+            Self::Renew => {
+                let owner = granted(direct, &claim).await.owner;
+                cut();
+                judged(proxied.renew(key, owner, HOUR).await);
+                assert_eq!(direct.renew(key, owner, HOUR).await.unwrap(), Renewal::Renewed);
+            }
+            Self::Resolve => {
+                let owner = granted(direct, &claim).await.owner;
+                direct.renew(key, owner, Duration::ZERO).await.unwrap();
+                let found = Resolution::Completed(kept(), HOUR);
+                cut();
+                judged(proxied.resolve(key, owner.fence, &found).await);
+                let repeated = direct.resolve(key, owner.fence, &found).await.unwrap();
+                assert!(matches!(repeated, Resolved::Resolved | Resolved::Conflict(Some(_))));
+                let replay = direct
+                    .claim(&Claim {
+                        nonce: Nonce::random(),
+                        ..claim
+                    })
+                    .await
+                    .unwrap();
+                assert!(matches!(replay, Decision::Replay(_)));
+            }
+        }
+    }
+}
+
+/// What came through; everything else must be the error of a store that cannot be reached.
+fn judged<T>(result: Result<T, Error>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error:?}");
+            None
+        }
+    }
+}
+
+/// Cuts every operation after every byte, in both directions. Says how many cuts there were.
+pub async fn cut_after_every_byte<S: Store>(proxied: &S, direct: &S, proxy: &Proxy) -> usize {
+    let mut cuts = 0;
+    for operation in Operation::ALL {
+        for direction in [Direction::ToServer, Direction::ToClient] {
+            // Cut before the first byte is to be cut after none.
+            for bytes in 1.. {
+                // Connects again, and prepares what is to be sent.
+                operation.survive(proxied, direct, || {}).await;
+                operation
+                    .survive(proxied, direct, || proxy.set(Fate::CutAfter(direction, bytes)))
+                    .await;
+                if !proxy.heal() {
+                    assert!(bytes > 10, "{operation:?} sends nothing");
+                    break;
+                }
+                cuts += 1;
+                reconnected(proxied).await;
+            }
+        }
+    }
+    cuts
+}
+
+async fn reconnected(store: &impl Store) {
+    for _ in 0..100 {
+        if store.peek(&StorageKey::from_bytes([0; 32])).await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    panic!("the store does not connect again");
+}
