@@ -1,7 +1,7 @@
 //! A server with one route per setting, for black-box tests of the layer over HTTP.
 //!
-//! `LISTEN` is the address (default `127.0.0.1:3999`), `STORE` the store (`memory`). Every route takes any method and any
-//! further path segments and runs one handler, which obeys the `x-test-*` headers of the request. `GET /executions?tag=T`
+//! `LISTEN` is the address (default `127.0.0.1:3999`), `STORE` the store: `memory` (default), `redis` at `REDIS_URL`, or
+//! `postgres` at `DATABASE_URL`, each with the feature of its name. Every route takes any method and any further path segments and runs one handler, which obeys the `x-test-*` headers of the request. `GET /executions?tag=T`
 //! tells how often it began and ended under a tag.
 
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use axum::routing::{any, get, MethodRouter};
 use axum::{Json, Router};
 use futures::stream;
 use serde::{Deserialize, Serialize};
-use tower_idempotency::{CanonicalJson, DoNotKeep, IdempotencyLayer, Keep, KeySyntax, MemoryStore, OnError, Scope};
+use tower_idempotency::{BoxStore, CanonicalJson, DoNotKeep, IdempotencyLayer, Keep, KeySyntax, OnError, Scope};
 
 #[derive(Clone, Default)]
 struct Counters(Arc<Mutex<HashMap<String, Count>>>);
@@ -112,7 +112,7 @@ fn decorate(response: &mut Response, n: u64, asked: &HeaderMap) {
     }
 }
 
-fn app(store: MemoryStore) -> Router {
+fn app(store: BoxStore) -> Router {
     let layer = IdempotencyLayer::new(store);
     let json = CanonicalJson::new().leave_out("/sent_at").unwrap();
     let put = [Method::POST, Method::PATCH, Method::PUT, Method::DELETE];
@@ -151,10 +151,13 @@ fn app(store: MemoryStore) -> Router {
 
 #[tokio::main]
 async fn main() {
-    let store = match std::env::var("STORE").as_deref() {
-        Ok("memory") | Err(_) => MemoryStore::new(),
-        Ok(other) => panic!("STORE={other} is not known; this release has `memory`"),
+    let url = match std::env::var("STORE").as_deref() {
+        Ok("memory") | Err(_) => "memory:".to_owned(),
+        Ok("redis") => std::env::var("REDIS_URL").expect("STORE=redis needs REDIS_URL"),
+        Ok("postgres") => std::env::var("DATABASE_URL").expect("STORE=postgres needs DATABASE_URL"),
+        Ok(other) => panic!("STORE={other} is not known; there are memory, redis and postgres"),
     };
+    let store = BoxStore::from_url(&url).await.expect("the store can be used");
     let address = std::env::var("LISTEN").unwrap_or_else(|_| "127.0.0.1:3999".to_owned());
     let listener = tokio::net::TcpListener::bind(&address).await.unwrap();
     println!("listening on {}", listener.local_addr().unwrap());

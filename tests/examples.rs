@@ -42,12 +42,14 @@ impl Example {
     }
 
     async fn start_with(name: &str, directory: Option<&Path>) -> Self {
+        let directory = directory.map(|directory| ("DIRECTORY", directory.to_str().expect("a plain path")));
+        Self::start_in(name, directory.as_slice()).await
+    }
+
+    async fn start_in(name: &str, environment: &[(&str, &str)]) -> Self {
         let binary = binary(name);
-        let mut command = Command::new(&binary);
-        if let Some(directory) = directory {
-            command.env("DIRECTORY", directory);
-        }
-        let child = command
+        let child = Command::new(&binary)
+            .envs(environment.iter().copied())
             .env("LISTEN", "127.0.0.1:0")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -456,5 +458,62 @@ mod conformance_target {
         target.post("/default", headers, "").await.assert_replays(&first);
         let count = target.get("/executions?tag=t").await.json();
         assert_eq!(count, json!({ "started": 1, "finished": 1 }));
+    }
+}
+
+#[cfg(feature = "postgres")]
+#[path = "support/postgres.rs"]
+mod postgres;
+
+#[cfg(feature = "postgres")]
+mod postgres_transaction {
+    use super::postgres::PostgresServer;
+    use super::{json, Example, StatusCode};
+
+    async fn start(server: &PostgresServer) -> Example {
+        Example::start_in("postgres_transaction", &[("DATABASE_URL", &server.url())]).await
+    }
+
+    async fn rows(example: &Example) -> usize {
+        let answer = example.get("/payments").await;
+        let rows: serde_json::Value = serde_json::from_slice(&answer.body).expect("JSON");
+        rows.as_array().expect("a list").len()
+    }
+
+    const HEADERS: [(&str, &str); 2] = [("idempotency-key", "order-1"), ("content-type", "application/json")];
+    const BODY: &str = "{\"amount\": 4200}";
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_payment_that_is_sent_twice_and_killed_half_way_is_one_row() {
+        let server = PostgresServer::start();
+        let example = start(&server).await;
+        let both = futures::future::join(
+            example.post("/payments", &HEADERS, BODY),
+            example.post("/payments", &HEADERS, BODY),
+        );
+        let (one, two) = both.await;
+        assert_eq!((one.status, &one.body), (StatusCode::CREATED, &two.body));
+        let payment: serde_json::Value = serde_json::from_slice(&one.body).expect("JSON");
+        assert_eq!(payment, json!({ "id": 1, "amount": 4200 }));
+        let mut example = example;
+        assert!(example.line().await.ends_with("not yet committed"));
+
+        let second = [("idempotency-key", "order-2"), HEADERS[1]];
+        let request = example.request("/payments", &second, BODY);
+        let sent = tokio::spawn(example.client.request(request));
+        assert!(example.line().await.ends_with("not yet committed"));
+        example.kill().await;
+        assert!(sent.await.expect("a task").is_err());
+
+        let example = start(&server).await;
+        assert_eq!(rows(&example).await, 1);
+        let answer = example.post("/payments", &second, BODY).await;
+        // The lost attempt counts until its lease of five seconds is over; who waits is told to ask again.
+        let answer = match answer.status {
+            StatusCode::CONFLICT => example.post("/payments", &second, BODY).await,
+            _ => answer,
+        };
+        assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+        assert_eq!(rows(&example).await, 2);
     }
 }

@@ -297,9 +297,17 @@ impl Flights {
     }
 
     pub(super) fn any_leased(&self) -> bool {
+        self.any(Flight::is_leased)
+    }
+
+    /// Whether something runs that goes on without its caller.
+    pub(super) fn any_guarded(&self) -> bool {
+        self.any(Flight::is_guarded)
+    }
+
+    fn any(&self, is: impl Fn(&Flight) -> bool) -> bool {
         let mut any = false;
-        self.table
-            .each(|shard| any |= shard.values().any(|flight| flight.is_leased()));
+        self.table.each(|shard| any |= shard.values().any(|flight| is(flight)));
         any
     }
 }

@@ -75,9 +75,14 @@ impl Tracker {
             drop(running);
         });
     }
+}
 
-    pub(super) fn drain(self: &Arc<Self>) -> Drain {
-        Drain(Arc::clone(self))
+impl<St> Shared<St> {
+    pub(super) fn drain(&self) -> Drain {
+        Drain {
+            tracker: Arc::clone(&self.tracker),
+            flights: Arc::clone(&self.flights),
+        }
     }
 }
 
@@ -98,28 +103,36 @@ impl Tracker {
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct Drain(Arc<Tracker>);
+pub struct Drain {
+    tracker: Arc<Tracker>,
+    flights: Arc<Flights>,
+}
 
 impl Drain {
     /// How many executions and releases run without a caller now.
     #[must_use]
     pub fn running(&self) -> usize {
-        self.0.running.load(Ordering::Acquire)
+        self.tracker.running.load(Ordering::Acquire)
     }
 
-    /// Resolves once none runs. Put a time-out around it: a handler that never ends never lets it resolve.
+    /// Resolves once no execution runs, with a caller or without. Put a time-out around it: a handler that never ends never lets it resolve.
     ///
     /// # Cancel safety
     ///
     /// Dropping it changes nothing.
     pub async fn wait(&self) {
+        // A server may say that it has stopped a moment before it drops its last requests, of which the tracker then hears.
+        const MOMENT: Duration = Duration::from_millis(5);
         loop {
-            let mut ended = std::pin::pin!(self.0.ended.notified());
+            let mut ended = pin!(self.tracker.ended.notified());
             ended.as_mut().enable();
-            if self.running() == 0 {
+            if self.running() > 0 {
+                ended.await;
+            } else if self.flights.any_guarded() {
+                drop(within(MOMENT, ended).await);
+            } else {
                 return;
             }
-            ended.await;
         }
     }
 }

@@ -431,7 +431,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// A handle by which a graceful shutdown waits for executions whose callers hung up.
     #[must_use]
     pub fn drain(&self) -> Drain {
-        self.shared.tracker.drain()
+        self.shared.drain()
     }
 
     fn values(&mut self) -> &mut Values {
