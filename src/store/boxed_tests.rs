@@ -65,7 +65,7 @@ async fn an_error_holds_nothing_of_the_url() {
 fn the_store_inside_is_found_by_its_type_alone() {
     let store = BoxStore::new(MemoryStore::new());
     assert!(store.downcast_ref::<MemoryStore>().is_some());
-    assert!(store.clone().downcast_ref::<Arc<MemoryStore>>().is_none());
+    assert!(store.downcast_ref::<Arc<MemoryStore>>().is_none());
     // A box in a box is a store of its own.
     assert!(BoxStore::new(store).downcast_ref::<MemoryStore>().is_none());
 }
@@ -77,4 +77,28 @@ fn its_debug_form_names_the_store_inside() {
         shown.starts_with("BoxStore(") && shown.contains("MemoryStore"),
         "{shown}"
     );
+}
+
+#[tokio::test]
+async fn a_layer_takes_it_as_any_store() {
+    use std::convert::Infallible;
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use http_body_util::Full;
+    use tower::{Layer, ServiceExt};
+
+    let store = BoxStore::from_url("memory:").await.unwrap();
+    let layer: crate::IdempotencyLayer<BoxStore> = crate::IdempotencyLayer::new(store);
+    let service = layer.layer(tower::service_fn(|_: Request<Full<Bytes>>| async {
+        Ok::<_, Infallible>(Response::new(Full::from("paid")))
+    }));
+    for replayed in [false, true] {
+        let request = Request::post("/")
+            .header("idempotency-key", "k")
+            .body(Full::from("100"))
+            .unwrap();
+        let response = service.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.headers().contains_key("idempotent-replayed"), replayed);
+    }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::future::Future;
 
-use super::owning::replays;
+use super::outcomes::replays;
 use super::probe::{kept, Case, Probe, LEASE, RETENTION, WAIT};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Completion, Decision, IfLost, Outcome, Owner, Resolution, Snapshot, StorageKey};

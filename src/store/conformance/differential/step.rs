@@ -66,16 +66,16 @@ impl Step {
         };
         let by = By::random(random);
         let action = match random.random_range(0..20) {
-            0..8 => Action::Claim(Asked::random(random)),
-            8..13 => Action::Renew {
+            0..9 => Action::Claim(Asked::random(random)),
+            9..14 => Action::Renew {
                 by,
                 give_up: !chance(random, 4),
             },
-            13..15 => Action::Complete {
+            14..16 => Action::Complete {
                 by,
                 answer: (!chance(random, 4)).then(|| random.random()),
             },
-            15..17 => Action::Release { by },
+            16..18 => Action::Release { by },
             _ => Action::Resolve {
                 by,
                 found: Found::random(random),
@@ -90,9 +90,9 @@ impl Asked {
         Self {
             claimant: random.random_range(0..CLAIMANTS),
             other_request: chance(random, 8),
-            if_lost: match random.random_range(0..5) {
-                0 => IfLost::Refuse,
-                1..3 => IfLost::Recover,
+            if_lost: match random.random_range(0..8) {
+                0..2 => IfLost::Refuse,
+                2..5 => IfLost::Recover,
                 _ => IfLost::Execute,
             },
             max_attempts: random.random_range(1..=4),

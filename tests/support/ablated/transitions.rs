@@ -1,164 +1,23 @@
-//! A correct store with leases, over a map of records as bytes, in which one rule can be left out.
+//! The transitions of the record, each with what goes wrong where a rule is left out.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
-use tokio::sync::Notify;
 use tower_idempotency::protocol::{
     Answer, Change, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Record,
-    Release, Renewal, Resolution, Resolved, Snapshot, Status, StorageKey, Transition,
+    Release, Resolution, Resolved, Status, StorageKey, Transition,
 };
-use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
+use tower_idempotency::Timestamp;
 
-/// What is wrong with the store.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Rule {
-    #[default]
-    AllKept,
-    AnswerInUtf8,
-    AnswerTrimmed,
-    AttemptsUncapped,
-    ClaimNowIgnoresFingerprint,
-    ClaimTwoSteps,
-    ClockOfCallers,
-    CompleteBesideRecord,
-    CompleteByAnybody,
-    CompleteByFence,
-    CompleteByNonce,
-    CompleteLateRefused,
-    CompleteUnknownRefused,
-    CompleteTwoSteps,
-    CorruptIsAbsent,
-    EvictsWhenFull,
-    FenceStays,
-    FingerprintIgnored,
-    FingerprintOfCompletedIgnored,
-    LeaseIsExpiry,
-    ReleaseByAnybody,
-    ReleaseErases,
-    ReleaseKeepsOnlyAttempt,
-    RenewByAnybody,
-    RepeatedClaimIsAnother,
-    RepeatedClaimWaits,
-    RepeatedRecoveryExecutes,
-    ResolveAlive,
-    ResolveByAnyFence,
-    RetentionForgotten,
-    TakesUnbounded,
-    UnknownRunsAgain,
-    WatchNeverWakes,
-    WatchSubscribesLate,
-}
+use super::{Ablated, Rule};
 
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Ablated {
-    rule: Rule,
-    records: Arc<Mutex<HashMap<StorageKey, Bytes>>>,
-    clock: Clock,
-    changed: Arc<Notify>,
-}
-
-/// How many records it takes, where that is not broken.
-pub(crate) const ROOM: usize = 2_000;
-const FULL: Error = Error::new(ErrorKind::StoreFull, "the map is full");
 /// Where a record as bytes has its owner; the codec's tests hold it.
 const NONCE: std::ops::Range<usize> = 36..52;
 const FENCE: std::ops::Range<usize> = 52..60;
+const ATTEMPT: std::ops::Range<usize> = 60..64;
 
 impl Ablated {
-    pub(crate) fn new(rule: Rule) -> Self {
-        Self {
-            rule,
-            ..Self::default()
-        }
-    }
-
-    /// The same records, opened again.
-    pub(crate) fn reopened(&self) -> Self {
-        Self {
-            records: Arc::clone(&self.records),
-            ..Self::new(self.rule)
-        }
-    }
-
-    pub(crate) fn damage(&self, key: &StorageKey) {
-        self.records
-            .lock()
-            .unwrap()
-            .insert(*key, Bytes::from_static(b"\x01 no record"));
-    }
-
-    fn is(&self, rule: Rule) -> bool {
-        self.rule == rule
-    }
-
-    fn read(&self, key: &StorageKey) -> Result<Option<Record>, Error> {
-        let bytes = self.records.lock().unwrap().get(key).cloned();
-        match bytes.map(Record::from_bytes).transpose() {
-            Err(_) if self.is(Rule::CorruptIsAbsent) => Ok(None),
-            Ok(Some(record)) if self.is(Rule::LeaseIsExpiry) && self.status(&record) == Some(Status::Lost) => Ok(None),
-            read => read,
-        }
-    }
-
-    fn status(&self, record: &Record) -> Option<Status> {
-        Record::peek(Some(record), self.clock.now()).map(|snapshot| snapshot.status)
-    }
-
-    fn write(&self, key: &StorageKey, change: Change) -> Result<(), Error> {
-        let mut records = self.records.lock().unwrap();
-        match change {
-            Change::Keep => return Ok(()),
-            Change::Put(record) => {
-                if records.len() >= ROOM && !records.contains_key(key) {
-                    match self.rule {
-                        Rule::EvictsWhenFull => {
-                            let any = *records.keys().next().unwrap();
-                            records.remove(&any);
-                        }
-                        Rule::TakesUnbounded => {}
-                        _ => return Err(FULL),
-                    }
-                }
-                records.insert(*key, record.to_bytes());
-            }
-            Change::Remove => drop(records.remove(key)),
-        }
-        drop(records);
-        self.changed.notify_waiters();
-        Ok(())
-    }
-
-    fn step<R>(
-        &self,
-        key: &StorageKey,
-        transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
-    ) -> Result<R, Error> {
-        // Atomic: one step at a time, over all keys.
-        static ALONE: Mutex<()> = Mutex::new(());
-        let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let record = self.read(key)?;
-        let Transition { reply, change } = transition(record.as_ref(), self.clock.now());
-        self.write(key, change)?;
-        Ok(reply)
-    }
-
-    async fn two_steps<R>(
-        &self,
-        key: &StorageKey,
-        transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
-    ) -> Result<R, Error> {
-        let record = self.read(key)?;
-        tokio::task::yield_now().await;
-        let Transition { reply, change } = transition(record.as_ref(), self.clock.now());
-        self.write(key, change)?;
-        Ok(reply)
-    }
-
-    fn decide(&self, record: Option<&Record>, claim: &Claim, now: Timestamp) -> Transition<Decision> {
+    pub(super) fn decide(&self, record: Option<&Record>, claim: &Claim, now: Timestamp) -> Transition<Decision> {
         let mut claim = claim.clone();
         let seen = Record::peek(record, now);
         let status = seen.as_ref().map(|seen| seen.status.clone());
@@ -171,6 +30,9 @@ impl Ablated {
             }
             (Rule::RepeatedClaimIsAnother, _) => {}
             (Rule::RetentionForgotten, _) => claim.retention = Duration::ZERO,
+            (Rule::TombstoneRunsAgain, Some(seen)) if seen.status == Status::Completed(Outcome::Tombstone) => {
+                return Record::claim(None, &claim, now);
+            }
             (Rule::UnknownRunsAgain, Some(seen)) if seen.status == Status::Unknown => {
                 return Record::claim(None, &claim, now);
             }
@@ -206,6 +68,13 @@ impl Ablated {
                 made.reply = Decision::Wait { left: claim.lease };
                 made.change = Change::Keep;
             }
+            (Rule::AttemptStays, Decision::Execute(grant)) => {
+                if let Change::Put(next) = &made.change {
+                    made.change = Change::Put(with_attempt(next, 1));
+                    made.reply = Decision::Execute(Grant { attempt: 1, ..grant });
+                }
+            }
+            (Rule::UnknownNotNoted, Decision::Unknown) => made.change = Change::Keep,
             (Rule::RepeatedRecoveryExecutes, Decision::Recover(grant)) if in_flight => {
                 made.reply = Decision::Execute(grant);
             }
@@ -215,7 +84,7 @@ impl Ablated {
     }
 
     /// Whom the store takes `owner` for: where comparisons are left out, for the one it knows.
-    fn taken_for(&self, record: Option<&Record>, owner: Owner, careless: Rule) -> Owner {
+    pub(super) fn taken_for(&self, record: Option<&Record>, owner: Owner, careless: Rule) -> Owner {
         let Some(known) = record.map(owner_of) else {
             return owner;
         };
@@ -233,7 +102,7 @@ impl Ablated {
         }
     }
 
-    fn finish(
+    pub(super) fn finish(
         &self,
         record: Option<&Record>,
         owner: Owner,
@@ -288,10 +157,14 @@ impl Ablated {
         }
     }
 
-    fn let_go(&self, record: Option<&Record>, owner: Owner, now: Timestamp) -> Transition<Release> {
+    pub(super) fn let_go(&self, record: Option<&Record>, owner: Owner, now: Timestamp) -> Transition<Release> {
         let owner = self.taken_for(record, owner, Rule::ReleaseByAnybody);
         let mut released = Record::release(record, owner, now);
         match (self.rule, released.reply, record) {
+            (Rule::ReleaseOfCompleted, _, Some(known)) if owner_of(known) == owner => {
+                released.reply = Release::Released;
+                released.change = Change::Remove;
+            }
             (Rule::ReleaseErases, Release::Released, Some(_)) => released.change = Change::Remove,
             (Rule::ReleaseKeepsOnlyAttempt, Release::Released, Some(_)) => {
                 released.change = Record::renew(record, owner, Duration::ZERO, now).change;
@@ -301,7 +174,7 @@ impl Ablated {
         released
     }
 
-    fn clear_up(
+    pub(super) fn clear_up(
         &self,
         record: Option<&Record>,
         fence: Fence,
@@ -316,6 +189,12 @@ impl Ablated {
         } else {
             fence
         };
+        if self.is(Rule::ResolveCompleted) && known.is_completed() && owner_of(known).fence == fence {
+            return Transition {
+                reply: Resolved::Resolved,
+                change: Change::Remove,
+            };
+        }
         if self.is(Rule::ResolveAlive) && !known.is_completed() {
             let lost = Record::renew(record, owner_of(known), Duration::ZERO, now);
             if let Change::Put(lost) = lost.change {
@@ -334,76 +213,14 @@ fn owner_of(record: &Record) -> Owner {
     }
 }
 
+fn with_attempt(record: &Record, attempt: u32) -> Record {
+    let mut bytes = record.to_bytes().to_vec();
+    bytes[ATTEMPT].copy_from_slice(&attempt.to_le_bytes());
+    Record::from_bytes(bytes.into()).unwrap()
+}
+
 fn with_fence(record: &Record, fence: Fence) -> Record {
     let mut bytes = record.to_bytes().to_vec();
     bytes[FENCE].copy_from_slice(&fence.as_u64().to_le_bytes());
     Record::from_bytes(bytes.into()).unwrap()
-}
-
-impl Store for Ablated {
-    type Watch = BoxFuture<'static, ()>;
-
-    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
-        let decide = |record: Option<&Record>, now| self.decide(record, claim, now);
-        match self.rule {
-            Rule::ClaimTwoSteps => self.two_steps(&claim.key, decide).await,
-            _ => self.step(&claim.key, decide),
-        }
-    }
-
-    fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
-        if !self.is(Rule::ClaimNowIgnoresFingerprint) {
-            return None;
-        }
-        let record = self.read(&claim.key).ok()??;
-        match self.status(&record)? {
-            Status::Completed(Outcome::Kept(answer)) => Some(Ok(Decision::Replay(answer))),
-            _ => None,
-        }
-    }
-
-    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
-        self.step(key, |record, now| {
-            let owner = self.taken_for(record, owner, Rule::RenewByAnybody);
-            Record::renew(record, owner, lease, now)
-        })
-    }
-
-    async fn complete(
-        &self,
-        key: &StorageKey,
-        owner: Owner,
-        outcome: &Outcome,
-        retention: Duration,
-    ) -> Result<Completion, Error> {
-        let finish = |record: Option<&Record>, now| self.finish(record, owner, outcome, retention, now);
-        match self.rule {
-            Rule::CompleteTwoSteps => self.two_steps(key, finish).await,
-            _ => self.step(key, finish),
-        }
-    }
-
-    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
-        self.step(key, |record, now| self.let_go(record, owner, now))
-    }
-
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
-        self.step(key, |record, now| self.clear_up(record, fence, resolution, now))
-    }
-
-    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        self.step(key, |record, now| Transition {
-            reply: Record::peek(record, now),
-            change: Change::Keep,
-        })
-    }
-
-    async fn watch(&self, _: &StorageKey) -> Result<Self::Watch, Error> {
-        let changed = Arc::clone(&self.changed);
-        Ok(match self.rule {
-            Rule::WatchNeverWakes => Box::pin(std::future::pending()),
-            Rule::WatchSubscribesLate => Box::pin(async move { changed.notified().await }),
-            _ => Box::pin(changed.notified_owned()),
-        })
-    }
 }
