@@ -4,7 +4,11 @@
 mod ablated;
 #[cfg(feature = "axum")]
 #[path = "../examples/custom_store.rs"]
-#[expect(dead_code, reason = "the example's server is run by tests/examples.rs")]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "the example's server is run by tests/examples.rs; only its store is of interest here"
+)]
 mod custom_store;
 
 use std::future::Future;
