@@ -78,27 +78,3 @@ fn its_debug_form_names_the_store_inside() {
         "{shown}"
     );
 }
-
-#[tokio::test]
-async fn a_layer_takes_it_as_any_store() {
-    use std::convert::Infallible;
-
-    use bytes::Bytes;
-    use http::{Request, Response};
-    use http_body_util::Full;
-    use tower::{Layer, ServiceExt};
-
-    let store = BoxStore::from_url("memory:").await.unwrap();
-    let layer: crate::IdempotencyLayer<BoxStore> = crate::IdempotencyLayer::new(store);
-    let service = layer.layer(tower::service_fn(|_: Request<Full<Bytes>>| async {
-        Ok::<_, Infallible>(Response::new(Full::from("paid")))
-    }));
-    for replayed in [false, true] {
-        let request = Request::post("/")
-            .header("idempotency-key", "k")
-            .body(Full::from("100"))
-            .unwrap();
-        let response = service.clone().oneshot(request).await.unwrap();
-        assert_eq!(response.headers().contains_key("idempotent-replayed"), replayed);
-    }
-}
