@@ -138,6 +138,9 @@ macro_rules! noticed {
 noticed! {
     a_claim_in_two_steps_is_not_atomic: ClaimTwoSteps, atomic, 1;
     a_completion_in_two_steps_is_not_atomic: CompleteTwoSteps, atomic, 1;
+    a_release_in_two_steps_is_not_atomic: ReleaseTwoSteps, atomic, 1;
+    a_renewal_in_two_steps_is_not_atomic: RenewTwoSteps, atomic, 1;
+    a_resolution_in_two_steps_is_not_atomic: ResolveTwoSteps, atomic, 1;
     a_caller_whose_clock_is_ahead_takes_a_live_lease: ClockOfCallers, own_clock, 2, differential;
     a_claim_in_two_steps_makes_two_owners: ClaimTwoSteps, one_owner, 3;
     a_lease_is_not_the_expiry_of_its_record: LeaseIsExpiry, record_outlives_lease, 4, differential;
@@ -204,8 +207,8 @@ async fn a_record_that_cannot_be_read_is_not_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_store_neither_evicts_nor_grows() {
-    for rule in [Rule::EvictsWhenFull, Rule::TakesUnbounded] {
+async fn a_full_store_neither_evicts_nor_grows_and_says_that_it_is_full() {
+    for rule in [Rule::EvictsWhenFull, Rule::FullIsUnavailable, Rule::TakesUnbounded] {
         let said = complaint(rule, conformance::bounded(&Ablated::new(rule), ROOM)).await;
         assert!(said.contains("clause 15 "), "{said}");
     }

@@ -136,7 +136,7 @@ async fn claims<S: Store + Clone>(store: &S, case: Case, count: usize, if_lost: 
         let (store, ready) = (store.clone(), Arc::clone(&ready));
         async move {
             let claim = case.claim(if_lost);
-            ready.wait().await;
+            start(&ready).await;
             let case = if n % 2 == 0 { case } else { case.asked_now() };
             timeless(case.at(&store).ask_exactly(&claim).await)
         }
@@ -178,14 +178,22 @@ where
     let ready = Arc::new(Barrier::new(2));
     let also_ready = Arc::clone(&ready);
     let one = in_a_task(async move {
-        ready.wait().await;
+        start(&ready).await;
         one.await
     });
     let other = in_a_task(async move {
-        also_ready.wait().await;
+        start(&also_ready).await;
         other.await
     });
     futures::future::join(one, other).await
+}
+
+/// Waits for all the others; then a little or not at all, since whoever arrives last would always be the first to go on.
+async fn start(ready: &Barrier) {
+    ready.wait().await;
+    for _ in 0..rand::random_range(0..3) {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// On a multi-thread runtime, tasks are on many threads; futures of one task never are.

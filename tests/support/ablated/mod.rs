@@ -39,18 +39,22 @@ pub(crate) enum Rule {
     FenceStays,
     FingerprintIgnored,
     FingerprintOfCompletedIgnored,
+    FullIsUnavailable,
     LeaseIsExpiry,
     ReleaseByAnybody,
     ReleaseErases,
     ReleaseKeepsOnlyAttempt,
     ReleaseOfCompleted,
+    ReleaseTwoSteps,
     RenewByAnybody,
+    RenewTwoSteps,
     RepeatedClaimIsAnother,
     RepeatedClaimWaits,
     RepeatedRecoveryExecutes,
     ResolveAlive,
     ResolveByAnyFence,
     ResolveCompleted,
+    ResolveTwoSteps,
     RetentionForgotten,
     TakesUnbounded,
     TombstoneRunsAgain,
@@ -64,6 +68,8 @@ pub(crate) enum Rule {
 pub(crate) struct Ablated {
     rule: Rule,
     records: Arc<Mutex<HashMap<StorageKey, Bytes>>>,
+    /// Held for a whole step.
+    alone: Arc<Mutex<()>>,
     clock: Clock,
     changed: Arc<Notify>,
 }
@@ -123,6 +129,7 @@ impl Ablated {
                             records.remove(&any);
                         }
                         Rule::TakesUnbounded => {}
+                        Rule::FullIsUnavailable => return Err(Error::unavailable("out of memory")),
                         _ => return Err(FULL),
                     }
                 }
@@ -135,28 +142,30 @@ impl Ablated {
         Ok(())
     }
 
-    fn step<R>(
+    /// One atomic step; two, where `apart` is what is wrong.
+    async fn step<R>(
         &self,
+        apart: Rule,
         key: &StorageKey,
         transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
     ) -> Result<R, Error> {
-        // Atomic: one step at a time, over all keys.
-        static ALONE: Mutex<()> = Mutex::new(());
-        let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if self.is(apart) {
+            let record = self.read(key)?;
+            tokio::task::yield_now().await;
+            return self.go_on(key, record.as_ref(), transition);
+        }
+        let _alone = self.alone.lock().unwrap();
         let record = self.read(key)?;
-        let Transition { reply, change } = transition(record.as_ref(), self.clock.now());
-        self.write(key, change)?;
-        Ok(reply)
+        self.go_on(key, record.as_ref(), transition)
     }
 
-    async fn two_steps<R>(
+    fn go_on<R>(
         &self,
         key: &StorageKey,
+        record: Option<&Record>,
         transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
     ) -> Result<R, Error> {
-        let record = self.read(key)?;
-        tokio::task::yield_now().await;
-        let Transition { reply, change } = transition(record.as_ref(), self.clock.now());
+        let Transition { reply, change } = transition(record, self.clock.now());
         self.write(key, change)?;
         Ok(reply)
     }
@@ -167,10 +176,7 @@ impl Store for Ablated {
 
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         let decide = |record: Option<&Record>, now| self.decide(record, claim, now);
-        match self.rule {
-            Rule::ClaimTwoSteps => self.two_steps(&claim.key, decide).await,
-            _ => self.step(&claim.key, decide),
-        }
+        self.step(Rule::ClaimTwoSteps, &claim.key, decide).await
     }
 
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
@@ -185,10 +191,11 @@ impl Store for Ablated {
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
-        self.step(key, |record, now| {
+        let renew = |record: Option<&Record>, now| {
             let owner = self.taken_for(record, owner, Rule::RenewByAnybody);
             Record::renew(record, owner, lease, now)
-        })
+        };
+        self.step(Rule::RenewTwoSteps, key, renew).await
     }
 
     async fn complete(
@@ -199,25 +206,21 @@ impl Store for Ablated {
         retention: Duration,
     ) -> Result<Completion, Error> {
         let finish = |record: Option<&Record>, now| self.finish(record, owner, outcome, retention, now);
-        match self.rule {
-            Rule::CompleteTwoSteps => self.two_steps(key, finish).await,
-            _ => self.step(key, finish),
-        }
+        self.step(Rule::CompleteTwoSteps, key, finish).await
     }
 
     async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
-        self.step(key, |record, now| self.let_go(record, owner, now))
+        let let_go = |record: Option<&Record>, now| self.let_go(record, owner, now);
+        self.step(Rule::ReleaseTwoSteps, key, let_go).await
     }
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
-        self.step(key, |record, now| self.clear_up(record, fence, resolution, now))
+        let clear_up = |record: Option<&Record>, now| self.clear_up(record, fence, resolution, now);
+        self.step(Rule::ResolveTwoSteps, key, clear_up).await
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        self.step(key, |record, now| Transition {
-            reply: Record::peek(record, now),
-            change: Change::Keep,
-        })
+        Ok(Record::peek(self.read(key)?.as_ref(), self.clock.now()))
     }
 
     async fn watch(&self, _: &StorageKey) -> Result<Self::Watch, Error> {
