@@ -65,7 +65,8 @@ use super::Store;
 
 /// Checks every clause that needs no help of the store: all but 13, 14 and 15.
 ///
-/// Takes two to four seconds of real time where there are leases, for the sake of the clauses about time.
+/// Takes about two seconds of real time where there are leases, for the sake of the clauses about time, and less than one where
+/// owners live as long as the store.
 pub async fn all<S: Store + Clone>(store: &S) {
     Box::pin(fingerprint_first(store)).await;
     Box::pin(repeatable(store)).await;
