@@ -1,0 +1,211 @@
+//! Clauses about many at once: 1 and 3.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use futures::future::join_all;
+use tokio::sync::Barrier;
+
+use super::probe::{kept, timeless, Case, Probe, LEASE, WAIT};
+use crate::protocol::{Completion, Decision, IfLost, Release, Renewal, Resolution, Resolved, Status};
+use crate::store::Store;
+
+const ROUNDS: usize = 32;
+const CLAIMANTS: usize = 16;
+
+/// Clause 1: every operation is one atomic step on one key.
+///
+/// Races two operations of which exactly one can win, 32 times each: release and completion of one owner; a takeover and
+/// the lost owner's completion, renewal, or resolution; two takeovers; and a completion under the eyes of `peek`, which must
+/// never see the key absent. It seeks races and cannot prove that there are none.
+pub async fn atomic<S: Store + Clone>(store: &S) {
+    const CLAUSE: &str = "1 (atomic)";
+    for _ in 0..ROUNDS {
+        release_or_complete(store, CLAUSE).await;
+        take_over_or_complete(store, CLAUSE).await;
+        take_over_or_renew(store, CLAUSE).await;
+        take_over_or_resolve(store, CLAUSE).await;
+        take_over_once(store, CLAUSE).await;
+        complete_in_sight(store, CLAUSE).await;
+    }
+}
+
+/// Clause 3: of any number of concurrent claims of an absent key, exactly one is granted.
+///
+/// Races 16 claims for each of 32 keys; the others must be told to wait. `claim` and `claim_now` race each other as well.
+pub async fn one_owner<S: Store + Clone>(store: &S) {
+    const CLAUSE: &str = "3 (one owner)";
+    for _ in 0..ROUNDS {
+        let case = Case::new(CLAUSE);
+        let decisions = claims(store, case, CLAIMANTS, IfLost::Refuse).await;
+        one_of(case, &decisions, 1, "an absent key");
+    }
+}
+
+async fn release_or_complete<S: Store + Clone>(store: &S, clause: &'static str) {
+    let probe = Probe::new(store, clause);
+    let owner = probe.first().await;
+    let (case, one, other) = (probe.case, store.clone(), store.clone());
+    let release = async move { case.at(&one).release(owner).await };
+    let complete = async move { case.at(&other).complete(owner, &kept("head", "body")).await };
+    let seen = both(release, complete).await;
+    let released = (Release::Released, Completion::Superseded(None));
+    let completed = (Release::Superseded, Completion::Completed);
+    either(
+        case,
+        "a release and a completion by one owner",
+        &seen,
+        &[released, completed],
+    );
+    let left = probe.look().await.is_some();
+    let what = format!(
+        "after {seen:?} the record was {}",
+        if left { "there" } else { "absent" }
+    );
+    case.check(left == (seen.1 == Completion::Completed), &what);
+}
+
+async fn take_over_or_complete<S: Store + Clone>(store: &S, clause: &'static str) {
+    let probe = Probe::new(store, clause);
+    let owner = probe.lost().await;
+    let (case, one, other) = (probe.case, store.clone(), store.clone());
+    let take_over = async move { name(&case.at(&one).ask(&case.claim(IfLost::Execute)).await) };
+    let complete = async move { case.at(&other).complete(owner, &kept("head", "late")).await };
+    let seen = both(take_over, complete).await;
+    let taken = ("execute", Completion::Superseded(None));
+    let healed = ("replay", Completion::Completed);
+    either(case, "a takeover and a late completion", &seen, &[taken, healed]);
+}
+
+async fn take_over_or_renew<S: Store + Clone>(store: &S, clause: &'static str) {
+    let probe = Probe::new(store, clause);
+    let owner = probe.lost().await;
+    let (case, one, other) = (probe.case, store.clone(), store.clone());
+    let take_over = async move { name(&case.at(&one).ask(&case.claim(IfLost::Execute)).await) };
+    let renew = async move { case.at(&other).renew(owner, LEASE).await };
+    let seen = both(take_over, renew).await;
+    let taken = ("execute", Renewal::Superseded);
+    let renewed = ("wait", Renewal::Renewed);
+    either(case, "a takeover and a late renewal", &seen, &[taken, renewed]);
+}
+
+async fn take_over_or_resolve<S: Store + Clone>(store: &S, clause: &'static str) {
+    let probe = Probe::new(store, clause);
+    let owner = probe.lost().await;
+    let (case, one, other) = (probe.case, store.clone(), store.clone());
+    let take_over = async move { case.at(&one).granted(&case.claim(IfLost::Execute)).await };
+    let resolve = async move { case.at(&other).resolve(owner.fence, &Resolution::Absent).await };
+    let (grant, resolved) = both(take_over, resolve).await;
+    let seen = (grant.attempt, resolved);
+    let taken = (2, Resolved::Conflict(Some(grant.owner.fence)));
+    let anew = (1, Resolved::Resolved);
+    either(case, "a takeover and a resolution", &seen, &[taken, anew]);
+    let shown = probe.look().await.map(|record| (record.fence, record.attempt));
+    let wanted = Some((grant.owner.fence, grant.attempt));
+    case.same("the record after a takeover and a resolution", &shown, &wanted);
+}
+
+async fn take_over_once<S: Store + Clone>(store: &S, clause: &'static str) {
+    let probe = Probe::new(store, clause);
+    probe.lost().await;
+    let decisions = claims(store, probe.case, 4, IfLost::Execute).await;
+    one_of(probe.case, &decisions, 2, "a lost key");
+}
+
+async fn complete_in_sight<S: Store + Clone>(store: &S, clause: &'static str) {
+    let probe = Probe::new(store, clause);
+    let owner = probe.first().await;
+    let (case, one, other) = (probe.case, store.clone(), store.clone());
+    let complete = async move { case.at(&one).complete(owner, &kept("head", "body")).await };
+    let look = async move {
+        loop {
+            match case.at(&other).status().await {
+                Some(Status::InFlight { .. }) => tokio::task::yield_now().await,
+                seen => return seen,
+            }
+        }
+    };
+    let (_, seen) = both(complete, look).await;
+    let completed = Some(Status::Completed(kept("head", "body")));
+    case.same("what is seen while a completion takes place", &seen, &completed);
+}
+
+async fn claims<S: Store + Clone>(store: &S, case: Case, count: usize, if_lost: IfLost) -> Vec<Decision> {
+    let ready = Arc::new(Barrier::new(count));
+    let claims = (0..count).map(|n| {
+        let (store, ready) = (store.clone(), Arc::clone(&ready));
+        async move {
+            let claim = case.claim(if_lost);
+            start(&ready).await;
+            let case = if n % 2 == 0 { case } else { case.asked_now() };
+            timeless(case.at(&store).ask_exactly(&claim).await)
+        }
+    });
+    let tasks = claims.map(in_a_task).collect::<Vec<_>>();
+    join_all(tasks).await
+}
+
+fn one_of(case: Case, decisions: &[Decision], attempt: u32, what: &str) {
+    let granted = |decision: &&Decision| matches!(decision, Decision::Execute(grant) if grant.attempt == attempt);
+    let (granted, waiting) = (
+        decisions.iter().filter(granted).count(),
+        decisions.iter().filter(|decision| **decision == WAIT).count(),
+    );
+    let as_it_must = granted == 1 && waiting == decisions.len() - 1;
+    case.check(as_it_must, &format!("concurrent claims of {what} got {decisions:?}"));
+}
+
+fn either<T: PartialEq + std::fmt::Debug>(case: Case, what: &str, seen: &T, wanted: &[T]) {
+    let what = format!("{what}, racing, got {seen:?}; possible were {wanted:?}");
+    case.check(wanted.contains(seen), &what);
+}
+
+const fn name(decision: &Decision) -> &'static str {
+    match decision {
+        Decision::Execute(_) => "execute",
+        Decision::Replay(_) => "replay",
+        Decision::Wait { .. } => "wait",
+        _ => "something else",
+    }
+}
+
+/// Runs both at once, each in a task of its own.
+async fn both<A, B>(one: A, other: B) -> (A::Output, B::Output)
+where
+    A: Future<Output: Send> + Send + 'static,
+    B: Future<Output: Send> + Send + 'static,
+{
+    let ready = Arc::new(Barrier::new(2));
+    let also_ready = Arc::clone(&ready);
+    let one = in_a_task(async move {
+        start(&ready).await;
+        one.await
+    });
+    let other = in_a_task(async move {
+        start(&also_ready).await;
+        other.await
+    });
+    futures::future::join(one, other).await
+}
+
+/// Waits for all the others; then a little or not at all, since whoever arrives last would always be the first to go on.
+async fn start(ready: &Barrier) {
+    ready.wait().await;
+    for _ in 0..rand::random_range(0..3) {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// On a multi-thread runtime, tasks are on many threads; futures of one task never are.
+fn in_a_task<F>(future: F) -> impl Future<Output = F::Output> + Send
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    let task = tokio::spawn(future);
+    async {
+        match task.await {
+            Ok(output) => output,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Clauses about outcomes: 11 and 12.
+
+use bytes::Bytes;
+
+use super::owning::strangers;
+use super::probe::{kept, random, Probe, RETENTION};
+use crate::protocol::{
+    Answer, Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Resolution, Resolved, Status,
+};
+use crate::store::Store;
+
+/// Clause 11: the last owner of a lost or unknown record can still complete it; so can whoever resolves it by its fence.
+///
+/// Checked that the outcome is replayed from then on; and that nobody resolves by another fence, nor what is in flight or
+/// completed.
+pub async fn late_completions_heal<S: Store>(store: &S) {
+    const CLAUSE: &str = "11 (late completions heal)";
+    let outcome = kept("head", "late");
+    for unknown in [false, true] {
+        for resolves in [false, true] {
+            let probe = Probe::new(store, CLAUSE);
+            let owner = if unknown {
+                probe.unknown().await
+            } else {
+                probe.lost().await
+            };
+            if resolves {
+                let resolution = Resolution::Completed(outcome.clone(), RETENTION);
+                let resolved = probe.resolve(owner.fence, &resolution).await;
+                probe.case.same("a resolution", &resolved, &Resolved::Resolved);
+            } else {
+                let completion = probe.complete(owner, &outcome).await;
+                let what = "a late completion by the last owner";
+                probe.case.same(what, &completion, &Completion::Completed);
+            }
+            replays(&probe, &outcome).await;
+        }
+    }
+    resolves_by_fence(store, CLAUSE).await;
+}
+
+/// A resolution is for the attempt that it names, if that is over and did not end.
+async fn resolves_by_fence<S: Store>(store: &S, clause: &'static str) {
+    for at in 0..4 {
+        let probe = Probe::new(store, clause);
+        let (owner, resolvable) = match at {
+            0 => (probe.first().await, false),
+            1 => (probe.lost().await, true),
+            2 => (probe.unknown().await, true),
+            _ => (probe.completed(&Outcome::Tombstone).await, false),
+        };
+        let before = probe.look().await;
+        let completed = Resolution::Completed(kept("head", "found"), RETENTION);
+        for resolution in [completed, Resolution::Absent] {
+            for fence in strangers(owner).map(|stranger| stranger.fence) {
+                if fence == owner.fence && resolvable {
+                    continue;
+                }
+                let resolved = probe.resolve(fence, &resolution).await;
+                let what = format!("a resolution of {fence:?}, when the record was {before:?}");
+                let conflict = Resolved::Conflict(Some(owner.fence));
+                probe.case.same(&what, &resolved, &conflict);
+                let what = "the record after a resolution in conflict";
+                probe.case.same(what, &probe.look().await, &before);
+            }
+        }
+        if resolvable {
+            let resolved = probe.resolve(owner.fence, &Resolution::Absent).await;
+            let what = "a resolution as absent";
+            probe.case.same(what, &resolved, &Resolved::Resolved);
+            probe.case.same(what, &probe.look().await, &None);
+        }
+    }
+}
+
+/// Clause 12: what is read back equals what was completed, byte for byte.
+///
+/// Checked with empty answers, every byte value, whitespace at the ends, text that is not UTF-8, and 128 KiB at random; by
+/// `claim`, `claim_now`, `peek` and the completion of a superseded owner. No more is kept at a time than a store with room
+/// for 1 MiB of answers holds.
+pub async fn exact_answers<S: Store>(store: &S) {
+    const CLAUSE: &str = "12 (exact answers)";
+    let every: Bytes = (0..=u8::MAX).collect();
+    let answers = [
+        kept("", ""),
+        kept("", "no head"),
+        kept("no body", ""),
+        kept(every.clone(), every.slice(..).iter().rev().copied().collect::<Bytes>()),
+        kept(" \r\n\0", "\0\n\t \r\n"),
+        kept("3", "-0001.50"),
+        kept(b"\xff\xfe".to_vec(), b"\xc3\x28 \xf0\x28\x8c\xbc".to_vec()),
+        kept(random::<4096>().to_vec(), every.repeat(512)),
+        kept("head", (0..32).flat_map(|_| random::<4096>()).collect::<Bytes>()),
+    ];
+    for outcome in answers {
+        for probe in Probe::both_ways(store, CLAUSE) {
+            probe.completed(&outcome).await;
+            replays(&probe, &outcome).await;
+        }
+    }
+    let probe = Probe::new(store, CLAUSE);
+    probe.completed(&Outcome::Tombstone).await;
+    replays(&probe, &Outcome::Tombstone).await;
+}
+
+/// Everybody who asks gets the outcome.
+pub(super) async fn replays<S: Store>(probe: &Probe<'_, S>, outcome: &Outcome) {
+    let decision = match probe.ask(&probe.case.claim(IfLost::Execute)).await {
+        Decision::Replay(answer) => Some(Outcome::Kept(answer)),
+        Decision::NotKept => Some(Outcome::Tombstone),
+        other => probe.case.fail(&format!("a claim of what is completed got {other:?}")),
+    };
+    equal(probe, "claim", decision.as_ref(), outcome);
+    let shown = match probe.status().await {
+        Some(Status::Completed(outcome)) => Some(outcome),
+        other => probe
+            .case
+            .fail(&format!("`peek` showed {other:?} for what is completed")),
+    };
+    equal(probe, "peek", shown.as_ref(), outcome);
+    let nobody = Owner {
+        nonce: Nonce::random(),
+        fence: Fence::new(1),
+    };
+    let stands = match probe.complete(nobody, &Outcome::Tombstone).await {
+        Completion::Superseded(stands) => stands,
+        other @ Completion::Completed => probe.case.fail(&format!("a stranger's completion got {other:?}")),
+    };
+    equal(probe, "complete", stands.as_ref(), outcome);
+}
+
+/// Says where answers differ: their `Debug` form hides their bytes.
+fn equal<S: Store>(probe: &Probe<'_, S>, operation: &str, seen: Option<&Outcome>, wanted: &Outcome) {
+    if let (Some(Outcome::Kept(seen)), Outcome::Kept(wanted)) = (seen, wanted) {
+        let part = |name: &str, of: fn(&Answer) -> &Bytes| {
+            let (seen, wanted) = (of(seen), of(wanted));
+            let differs = seen.iter().zip(wanted).position(|(seen, wanted)| seen != wanted);
+            let at = differs.or((seen.len() != wanted.len()).then(|| seen.len().min(wanted.len())));
+            if let Some(at) = at {
+                let lengths = format!("{} bytes instead of {}", seen.len(), wanted.len());
+                let what = format!("the {name} that `{operation}` gives differs from byte {at} on ({lengths})");
+                probe.case.fail(&what);
+            }
+        };
+        part("head", |answer| &answer.head);
+        part("body", |answer| &answer.body);
+    }
+    probe
+        .case
+        .same(&format!("the outcome that `{operation}` gives"), &seen, &Some(wanted));
+}

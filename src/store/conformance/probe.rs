@@ -1,0 +1,257 @@
+//! A fresh key of a store and the questions that a clause asks about it.
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rand::Rng;
+
+use crate::error::Error;
+use crate::protocol::{
+    Answer, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal,
+    Resolution, Resolved, Snapshot, Status, StorageKey,
+};
+use crate::store::Store;
+
+/// Long enough that no lease ends by itself while a clause is checked.
+pub(super) const LEASE: Duration = Duration::from_secs(600);
+/// Long enough that nothing expires, short enough that a shared store is soon rid of it.
+pub(super) const RETENTION: Duration = Duration::from_secs(3_600);
+/// How long something that must come is waited for. Only a store that breaks the contract takes as long.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// "Somebody is at it", for how long it may be.
+pub(super) const WAIT: Decision = Decision::Wait { left: Duration::ZERO };
+/// The same, as a status.
+pub(super) const IN_FLIGHT: Status = Status::InFlight { left: Duration::ZERO };
+
+/// One key, examined for one clause.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Case {
+    pub(super) clause: &'static str,
+    pub(super) key: StorageKey,
+    fingerprint: Fingerprint,
+    /// Ask by `claim_now`, where the store answers to it.
+    now: bool,
+}
+
+/// A case at a store.
+#[derive(Debug)]
+pub(super) struct Probe<'a, S> {
+    pub(super) case: Case,
+    pub(super) store: &'a S,
+}
+
+impl Case {
+    pub(super) fn new(clause: &'static str) -> Self {
+        let key = StorageKey::from_bytes(random());
+        let fingerprint = Fingerprint::new(Fingerprint::BYTES, random());
+        let now = false;
+        Self {
+            clause,
+            key,
+            fingerprint,
+            now,
+        }
+    }
+
+    /// The same case, asked for by `claim_now`.
+    pub(super) fn asked_now(self) -> Self {
+        Self { now: true, ..self }
+    }
+
+    pub(super) fn at<S>(self, store: &S) -> Probe<'_, S> {
+        Probe { case: self, store }
+    }
+
+    /// A claim by somebody new.
+    pub(super) fn claim(&self, if_lost: IfLost) -> Claim {
+        Claim {
+            key: self.key,
+            fingerprint: self.fingerprint,
+            nonce: Nonce::random(),
+            lease: LEASE,
+            retention: RETENTION,
+            if_lost,
+            max_attempts: 100,
+        }
+    }
+
+    /// Says that the clause is broken.
+    #[expect(clippy::panic, reason = "the kit reports to tests, by panicking")]
+    pub(super) fn fail(&self, what: &str) -> ! {
+        panic!("the store breaks clause {} of its contract: {what}", self.clause)
+    }
+
+    pub(super) fn check(&self, holds: bool, what: &str) {
+        if !holds {
+            self.fail(what);
+        }
+    }
+
+    pub(super) fn same<T: Debug + PartialEq>(&self, what: &str, seen: &T, wanted: &T) {
+        if seen != wanted {
+            self.fail(&format!("{what}: the answer was {seen:?}, not {wanted:?}"));
+        }
+    }
+
+    fn answered<T>(&self, operation: &str, reply: Result<T, Error>) -> T {
+        reply.unwrap_or_else(|error| self.fail(&format!("`{operation}` failed: {error:?}")))
+    }
+}
+
+impl<'a, S: Store> Probe<'a, S> {
+    /// A fresh key.
+    pub(super) fn new(store: &'a S, clause: &'static str) -> Self {
+        Case::new(clause).at(store)
+    }
+
+    /// Two fresh keys: one asked for by `claim`, one by `claim_now`, where the store answers to it.
+    pub(super) fn both_ways(store: &'a S, clause: &'static str) -> [Self; 2] {
+        [Self::new(store, clause), Case::new(clause).asked_now().at(store)]
+    }
+
+    pub(super) async fn ask_exactly(&self, claim: &Claim) -> Decision {
+        if self.case.now {
+            // An error says that nothing took effect, and the layer asks again.
+            if let Some(Ok(decision)) = self.store.claim_now(claim) {
+                return decision;
+            }
+        }
+        self.case.answered("claim", self.store.claim(claim).await)
+    }
+
+    /// What the store decides, without what depends on time.
+    pub(super) async fn ask(&self, claim: &Claim) -> Decision {
+        timeless(self.ask_exactly(claim).await)
+    }
+
+    /// The grant that the store must give.
+    pub(super) async fn granted(&self, claim: &Claim) -> Grant {
+        match self.ask_exactly(claim).await {
+            Decision::Execute(grant) | Decision::Recover(grant) => grant,
+            other => self.case.fail(&format!("a claim that must be granted got {other:?}")),
+        }
+    }
+
+    /// A first attempt at the key.
+    pub(super) async fn first(&self) -> Owner {
+        self.granted(&self.case.claim(IfLost::Refuse)).await.owner
+    }
+
+    /// A first attempt that gave up its lease.
+    pub(super) async fn lost(&self) -> Owner {
+        let owner = self.first().await;
+        self.lose(owner).await;
+        owner
+    }
+
+    /// A first attempt that was lost and that nobody may repeat.
+    pub(super) async fn unknown(&self) -> Owner {
+        let owner = self.lost().await;
+        let decision = self.ask(&self.case.claim(IfLost::Refuse)).await;
+        self.case.same(
+            "a claim that refuses to repeat a lost attempt",
+            &decision,
+            &Decision::Unknown,
+        );
+        owner
+    }
+
+    /// A completed attempt.
+    pub(super) async fn completed(&self, outcome: &Outcome) -> Owner {
+        let owner = self.first().await;
+        let completion = self.complete(owner, outcome).await;
+        self.case
+            .same("an owner completes", &completion, &Completion::Completed);
+        owner
+    }
+
+    /// The owner takes the key over from one that was lost.
+    pub(super) async fn taken_over(&self) -> Owner {
+        self.granted(&self.case.claim(IfLost::Execute)).await.owner
+    }
+
+    pub(super) async fn lose(&self, owner: Owner) {
+        let renewal = self.renew(owner, Duration::ZERO).await;
+        self.case
+            .same("an owner gives up its lease", &renewal, &Renewal::Renewed);
+    }
+
+    pub(super) async fn renew(&self, owner: Owner, lease: Duration) -> Renewal {
+        let reply = self.store.renew(&self.case.key, owner, lease).await;
+        self.case.answered("renew", reply)
+    }
+
+    pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Completion {
+        self.complete_for(owner, outcome, RETENTION).await
+    }
+
+    pub(super) async fn complete_for(&self, owner: Owner, outcome: &Outcome, retention: Duration) -> Completion {
+        let reply = self.store.complete(&self.case.key, owner, outcome, retention).await;
+        self.case.answered("complete", reply)
+    }
+
+    pub(super) async fn release(&self, owner: Owner) -> Release {
+        self.case
+            .answered("release", self.store.release(&self.case.key, owner).await)
+    }
+
+    pub(super) async fn resolve(&self, fence: Fence, resolution: &Resolution) -> Resolved {
+        let reply = self.store.resolve(&self.case.key, fence, resolution).await;
+        self.case.answered("resolve", reply)
+    }
+
+    pub(super) async fn look_exactly(&self) -> Option<Snapshot> {
+        self.case.answered("peek", self.store.peek(&self.case.key).await)
+    }
+
+    /// What the store shows, without what depends on time.
+    pub(super) async fn look(&self) -> Option<Snapshot> {
+        timeless_view(self.look_exactly().await)
+    }
+
+    pub(super) async fn status(&self) -> Option<Status> {
+        self.look().await.map(|snapshot| snapshot.status)
+    }
+
+    pub(super) async fn watch(&self) -> S::Watch {
+        self.case.answered("watch", self.store.watch(&self.case.key).await)
+    }
+}
+
+pub(super) fn timeless(decision: Decision) -> Decision {
+    match decision {
+        Decision::Execute(grant) => Decision::Execute(Grant { lease: None, ..grant }),
+        Decision::Recover(grant) => Decision::Recover(Grant { lease: None, ..grant }),
+        Decision::Wait { .. } => WAIT,
+        other => other,
+    }
+}
+
+pub(super) fn timeless_view(snapshot: Option<Snapshot>) -> Option<Snapshot> {
+    let mut snapshot = snapshot?;
+    if let Status::InFlight { left } = &mut snapshot.status {
+        *left = Duration::ZERO;
+    }
+    Some(snapshot)
+}
+
+/// A claim by another request under the same key.
+pub(super) fn another_request(claim: &Claim) -> Claim {
+    Claim {
+        fingerprint: Fingerprint::new(Fingerprint::BYTES, random()),
+        ..claim.clone()
+    }
+}
+
+pub(super) fn kept(head: impl Into<Bytes>, body: impl Into<Bytes>) -> Outcome {
+    let (head, body) = (head.into(), body.into());
+    Outcome::Kept(Answer { head, body })
+}
+
+pub(super) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    rand::rng().fill_bytes(&mut bytes);
+    bytes
+}

@@ -1,0 +1,234 @@
+//! A correct store with leases, over a map of records as bytes, in which one rule can be left out.
+
+mod transitions;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use tokio::sync::Notify;
+use tower_idempotency::protocol::{
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Snapshot, Status, StorageKey, Transition,
+};
+use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
+
+/// What is wrong with the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Rule {
+    #[default]
+    AllKept,
+    AnswerInUtf8,
+    AnswerTrimmed,
+    AttemptStays,
+    AttemptsUncapped,
+    ClaimNowIgnoresFingerprint,
+    ClaimTwoSteps,
+    ClockOfCallers,
+    CompleteBesideRecord,
+    CompleteByAnybody,
+    CompleteByFence,
+    CompleteByNonce,
+    CompleteLateRefused,
+    CompleteUnknownRefused,
+    CompleteTwoSteps,
+    CorruptIsAbsent,
+    EvictsWhenFull,
+    FenceStays,
+    FingerprintIgnored,
+    FingerprintOfCompletedIgnored,
+    FullIsUnavailable,
+    LeaseIsExpiry,
+    ReleaseByAnybody,
+    ReleaseErases,
+    ReleaseKeepsOnlyAttempt,
+    ReleaseOfCompleted,
+    ReleaseTwoSteps,
+    RenewByAnybody,
+    RenewTwoSteps,
+    RepeatedClaimIsAnother,
+    RepeatedClaimWaits,
+    RepeatedRecoveryExecutes,
+    ResolveAlive,
+    ResolveByAnyFence,
+    ResolveCompleted,
+    ResolveTwoSteps,
+    RetentionForgotten,
+    TakesUnbounded,
+    TombstoneRunsAgain,
+    UnknownNotNoted,
+    UnknownRunsAgain,
+    WatchNeverWakes,
+    WatchSubscribesLate,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ablated {
+    rule: Rule,
+    records: Arc<Mutex<HashMap<StorageKey, Bytes>>>,
+    /// Held for a whole step.
+    alone: Arc<Mutex<()>>,
+    clock: Clock,
+    changed: Arc<Notify>,
+}
+
+/// How many records it takes, where that is not broken.
+pub(crate) const ROOM: usize = 2_000;
+const FULL: Error = Error::new(ErrorKind::StoreFull, "the map is full");
+impl Ablated {
+    pub(crate) fn new(rule: Rule) -> Self {
+        Self {
+            rule,
+            ..Self::default()
+        }
+    }
+
+    /// The same records, opened again.
+    pub(crate) fn reopened(&self) -> Self {
+        Self {
+            records: Arc::clone(&self.records),
+            ..Self::new(self.rule)
+        }
+    }
+
+    pub(crate) fn damage(&self, key: &StorageKey) {
+        self.records
+            .lock()
+            .unwrap()
+            .insert(*key, Bytes::from_static(b"\x01 no record"));
+    }
+
+    fn is(&self, rule: Rule) -> bool {
+        self.rule == rule
+    }
+
+    fn read(&self, key: &StorageKey) -> Result<Option<Record>, Error> {
+        let bytes = self.records.lock().unwrap().get(key).cloned();
+        match bytes.map(Record::from_bytes).transpose() {
+            Err(_) if self.is(Rule::CorruptIsAbsent) => Ok(None),
+            Ok(Some(record)) if self.is(Rule::LeaseIsExpiry) && self.status(&record) == Some(Status::Lost) => Ok(None),
+            read => read,
+        }
+    }
+
+    fn status(&self, record: &Record) -> Option<Status> {
+        Record::peek(Some(record), self.clock.now()).map(|snapshot| snapshot.status)
+    }
+
+    fn write(&self, key: &StorageKey, change: Change) -> Result<(), Error> {
+        let mut records = self.records.lock().unwrap();
+        match change {
+            Change::Keep => return Ok(()),
+            Change::Put(record) => {
+                if records.len() >= ROOM && !records.contains_key(key) {
+                    match self.rule {
+                        Rule::EvictsWhenFull => {
+                            let any = *records.keys().next().unwrap();
+                            records.remove(&any);
+                        }
+                        Rule::TakesUnbounded => {}
+                        Rule::FullIsUnavailable => return Err(Error::unavailable("out of memory")),
+                        _ => return Err(FULL),
+                    }
+                }
+                records.insert(*key, record.to_bytes());
+            }
+            Change::Remove => drop(records.remove(key)),
+        }
+        drop(records);
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// One atomic step; two, where `apart` is what is wrong.
+    async fn step<R>(
+        &self,
+        apart: Rule,
+        key: &StorageKey,
+        transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
+    ) -> Result<R, Error> {
+        if self.is(apart) {
+            let record = self.read(key)?;
+            tokio::task::yield_now().await;
+            return self.go_on(key, record.as_ref(), transition);
+        }
+        let _alone = self.alone.lock().unwrap();
+        let record = self.read(key)?;
+        self.go_on(key, record.as_ref(), transition)
+    }
+
+    fn go_on<R>(
+        &self,
+        key: &StorageKey,
+        record: Option<&Record>,
+        transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
+    ) -> Result<R, Error> {
+        let Transition { reply, change } = transition(record, self.clock.now());
+        self.write(key, change)?;
+        Ok(reply)
+    }
+}
+
+impl Store for Ablated {
+    type Watch = BoxFuture<'static, ()>;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        let decide = |record: Option<&Record>, now| self.decide(record, claim, now);
+        self.step(Rule::ClaimTwoSteps, &claim.key, decide).await
+    }
+
+    fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
+        if !self.is(Rule::ClaimNowIgnoresFingerprint) {
+            return None;
+        }
+        let record = self.read(&claim.key).ok()??;
+        match self.status(&record)? {
+            Status::Completed(Outcome::Kept(answer)) => Some(Ok(Decision::Replay(answer))),
+            _ => None,
+        }
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        let renew = |record: Option<&Record>, now| {
+            let owner = self.taken_for(record, owner, Rule::RenewByAnybody);
+            Record::renew(record, owner, lease, now)
+        };
+        self.step(Rule::RenewTwoSteps, key, renew).await
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let finish = |record: Option<&Record>, now| self.finish(record, owner, outcome, retention, now);
+        self.step(Rule::CompleteTwoSteps, key, finish).await
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        let let_go = |record: Option<&Record>, now| self.let_go(record, owner, now);
+        self.step(Rule::ReleaseTwoSteps, key, let_go).await
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+        let clear_up = |record: Option<&Record>, now| self.clear_up(record, fence, resolution, now);
+        self.step(Rule::ResolveTwoSteps, key, clear_up).await
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        Ok(Record::peek(self.read(key)?.as_ref(), self.clock.now()))
+    }
+
+    async fn watch(&self, _: &StorageKey) -> Result<Self::Watch, Error> {
+        let changed = Arc::clone(&self.changed);
+        Ok(match self.rule {
+            Rule::WatchNeverWakes => Box::pin(std::future::pending()),
+            Rule::WatchSubscribesLate => Box::pin(async move { changed.notified().await }),
+            _ => Box::pin(changed.notified_owned()),
+        })
+    }
+}
