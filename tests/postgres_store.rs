@@ -5,6 +5,7 @@ mod postgres;
 #[path = "support/proxy.rs"]
 mod proxy;
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,7 +17,8 @@ use tower_idempotency::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
     Resolved, Status, StorageKey,
 };
-use tower_idempotency::{ErrorKind, PostgresStore, Store};
+use tower_idempotency::store::conformance;
+use tower_idempotency::{BoxStore, ErrorKind, PostgresStore, Store};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -44,6 +46,33 @@ async fn granted(store: &PostgresStore, claim: &Claim) -> Grant {
         Decision::Execute(grant) | Decision::Recover(grant) => grant,
         other => panic!("{other:?}"),
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_keeps_the_contract() {
+    let server = PostgresServer::start();
+    let store = PostgresStore::connect(&server.url()).await.unwrap();
+    conformance::all(&store).await;
+    conformance::all(&Arc::new(store.clone())).await;
+    conformance::all(&BoxStore::new(store.clone())).await;
+    conformance::differential(&store, 300, 1).await;
+    let damaged = store.clone();
+    let damage = |key: StorageKey| {
+        let pool = damaged.pool().clone();
+        async move {
+            let damage = sqlx::query("UPDATE idempotency_records SET version = 9 WHERE key = $1");
+            damage.bind(&key.as_bytes()[..]).execute(&pool).await.unwrap();
+        }
+    };
+    conformance::unreadable_is_not_absent(&store, damage).await;
+    let server = Arc::new(Mutex::new(server));
+    let url = server.lock().unwrap().url();
+    let reopen = || async {
+        server.lock().unwrap().kill();
+        server.lock().unwrap().run();
+        PostgresStore::connect(&url).await.unwrap()
+    };
+    conformance::durable(store, reopen).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

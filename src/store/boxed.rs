@@ -1,5 +1,6 @@
 //! A store that is chosen at run time.
 
+#[cfg(any(test, feature = "postgres"))]
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -124,6 +125,7 @@ type Reply<'a, T> = BoxFuture<'a, Result<T, Error>>;
 
 /// [`Store`], in the form that a trait object can have.
 trait Erased: Send + Sync {
+    #[cfg(any(test, feature = "postgres"))]
     fn as_any(&self) -> &dyn Any;
     fn claim<'a>(&'a self, claim: &'a Claim) -> Reply<'a, Decision>;
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>>;
@@ -142,6 +144,7 @@ trait Erased: Send + Sync {
 }
 
 impl<S: Store> Erased for S {
+    #[cfg(any(test, feature = "postgres"))]
     fn as_any(&self) -> &dyn Any {
         self
     }

@@ -51,8 +51,8 @@ use crate::protocol::{
 ///     [`CorruptRecord`](crate::ErrorKind::CorruptRecord).
 /// 15. **Bounded.** A store that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull) and evicts no record
 ///     before its expiry. It may turn the oldest kept answers into tombstones.
-/// 16. **Subscribe, then look.** When `watch` has returned, every later change of the record wakes its future. It may wake
-///     without cause, and the caller polls as well.
+/// 16. **Subscribe, then look.** When `watch` has returned, every later change that ends the attempt wakes its future: a completion, a
+///     release, a lease that is given up, a resolution. It may wake without cause, and the caller polls as well.
 ///
 /// # Cancel safety
 ///
