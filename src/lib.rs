@@ -121,6 +121,8 @@ pub use self::server::{
     Attempt, DoNotKeep, Drain, Idempotency, IdempotencyLayer, Keep, Lease, OnError, OnLost, RecoverFn, Recovered,
     Recovery, ResponseFuture, RetainFor, Settings,
 };
+#[cfg(feature = "redis")]
+pub use self::store::RedisStore;
 pub use self::store::{MemoryStore, Store};
 
 /// The code blocks of the README, as tests.

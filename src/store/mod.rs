@@ -18,6 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
+#[cfg(feature = "redis")]
+pub use redis::{RedisStore, RedisStoreBuilder, RedisWatch};
 
 use crate::error::Error;
 use crate::protocol::{
