@@ -47,9 +47,10 @@ local function read()
   return record
 end
 
--- The key outlives the record by a second: the record's own field decides, the key's expiry frees memory.
+-- The key outlives the record by a second: the record's own fields decide (a live lease outlasts any retention), the key's
+-- expiry frees memory.
 local function expiry(record)
-  return string.format('%.0f', math.ceil(record.expires / 1000) + 1000)
+  return string.format('%.0f', math.ceil(math.max(record.expires, record.ends) / 1000) + 1000)
 end
 
 -- Writes the record with its answer; returns the server's error, if it refuses.
