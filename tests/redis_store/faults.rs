@@ -96,11 +96,11 @@ async fn a_broken_connection_wakes_whoever_waits_and_new_watches_work() {
 
 #[tokio::test]
 async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
-    let server = RedisServer::with(&["--maxmemory", "4mb", "--maxmemory-policy", "noeviction"]);
+    let server = RedisServer::start();
     let store = connect(&server).await;
     completed(&store, 1, "a").await;
     let granted_before = granted(&store, &claim(2, 1)).await;
-    server.run::<()>(redis::cmd("SET").arg("filler").arg(vec![0_u8; 6 << 20]));
+    server.tell::<()>("CONFIG SET maxmemory 1");
     let error = store.claim(&claim(3, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreFull, "{error:?}");
     assert!(store.peek(&claim(3, 1).key).await.unwrap().is_none());
@@ -118,7 +118,7 @@ async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
     let service = IdempotencyLayer::new(store).layer(Handler::new());
     let got = send(&service, post("new", "x")).await;
     assert_eq!((got.status(), got.code()), (503, "store-full"));
-    server.tell::<()>("DEL filler");
+    server.tell::<()>("CONFIG SET maxmemory 0");
     assert_eq!(send(&service, post("new", "x")).await.status(), 201);
 }
 
