@@ -143,3 +143,18 @@ async fn the_layer_serves_through_a_restart() {
     }
     assert_eq!(handler.runs(), 5);
 }
+
+#[tokio::test]
+async fn a_server_that_cannot_save_is_unavailable_for_writes_and_still_replays() {
+    let server = RedisServer::with(&["--appendonly", "no", "--save", "3600 1"]);
+    let store = connect(&server).await;
+    completed(&store, 1, "a").await;
+    let grant = granted(&store, &claim(2, 1)).await;
+    server.lose_its_disk();
+    let error = store.claim(&claim(3, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    assert!(format!("{error:?}").contains("MISCONF"), "{error:?}");
+    let done = store.complete(&claim(2, 1).key, grant.owner, &kept("b"), HOUR).await;
+    assert_eq!(done.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+    assert_eq!(replayed(&store, 1).await.body, "a");
+}

@@ -106,6 +106,13 @@ impl RedisServer {
         self.run(&command)
     }
 
+    /// Takes its folder away and lets it notice.
+    pub fn lose_its_disk(&self) {
+        std::fs::remove_dir_all(&self.folder).unwrap();
+        self.tell::<()>("BGSAVE");
+        self.wait_for("persistence", "rdb_last_bgsave_status:err");
+    }
+
     /// Waits until a section of INFO holds a line.
     pub fn wait_for(&self, section: &str, line: &str) {
         for _ in 0..500 {

@@ -24,6 +24,12 @@ pub(super) const CUT_OFF: Error = Error::new(
     "the operation was cut off: its runtime shuts down",
 );
 
+/// Redis is spoken to from tokio alone.
+pub(super) const NO_RUNTIME: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "a Redis store must be used from within a tokio runtime",
+);
+
 /// The write is on the server and may be lost with it.
 pub(super) const NOT_REPLICATED: Error = Error::new(
     ErrorKind::StoreUnavailable,

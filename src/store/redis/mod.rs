@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use redis::aio::ConnectionManager;
 use redis::cluster_async::ClusterConnection;
+use tokio::runtime::Handle;
 
 pub use self::builder::RedisStoreBuilder;
 use self::operations::Server;
@@ -51,7 +52,8 @@ use crate::protocol::{
 /// # What it asks of the server
 ///
 /// Version 7.0, and the policy `noeviction` where a `maxmemory` is set: any other throws live records away. Both are checked
-/// when the store is made, where the server tells. A server that is full refuses new claims with
+/// when the store is made; a server that does not tell (no permission for `INFO`) is used all the same, with the tracing event
+/// `unchecked`. A server that is full refuses new claims with
 /// [`StoreFull`](crate::ErrorKind::StoreFull); replays go on, and owners end what they were granted. Records are never read from
 /// replicas.
 ///
@@ -61,13 +63,18 @@ use crate::protocol::{
 /// the server, over that connection. Renewals and first claims are not told, as nobody waits for them. On a connection of yours
 /// or a Cluster, [`watch`](Store::watch) never resolves, and whoever waits polls: the layer does so every 500 ms.
 ///
+/// # Connections
+///
+/// All operations share one connection, which mends itself; nothing is repeated behind the caller's back. It needs a tokio
+/// runtime with I/O and timers, and lives on the runtime in which the store was made.
+///
 /// # Defaults
 ///
 /// * prefix of keys: `idempotency:`
 /// * response timeout: 500 ms
 /// * no wait for replicas
 ///
-/// Leases and retentions are capped at 100 years. Clones share one connection, which mends itself.
+/// Leases and retentions are capped at 100 years. Clones share one store.
 #[derive(Clone)]
 pub struct RedisStore(Arc<Server>);
 
@@ -169,5 +176,8 @@ impl Store for RedisStore {
 async fn uncut<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
-    tokio::spawn(operation).await.unwrap_or(Err(failure::CUT_OFF))
+    match Handle::try_current() {
+        Ok(runtime) => runtime.spawn(operation).await.unwrap_or(Err(failure::CUT_OFF)),
+        Err(_) => Err(failure::NO_RUNTIME),
+    }
 }

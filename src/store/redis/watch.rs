@@ -46,12 +46,13 @@ impl Watches {
         connection: &Connection,
         limit: Duration,
     ) -> Result<RedisWatch, Error> {
+        let runtime = Handle::try_current().map_err(|_| failure::NO_RUNTIME)?;
         let (change, subscribed, lost) = self.enter(&channel);
         let seat = Seat {
             watches: Arc::clone(self),
             channel,
             connection: connection.clone(),
-            runtime: Handle::current(),
+            runtime,
             limit,
         };
         if !subscribed {
