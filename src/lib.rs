@@ -124,6 +124,8 @@ pub use self::server::{
 };
 #[cfg(feature = "postgres")]
 pub use self::store::PostgresStore;
+#[cfg(feature = "redis")]
+pub use self::store::RedisStore;
 pub use self::store::{BoxStore, MemoryStore, Store};
 
 /// The code blocks of the README, as tests.

@@ -23,6 +23,8 @@ pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
+#[cfg(feature = "redis")]
+pub use redis::{RedisStore, RedisStoreBuilder, RedisWatch};
 
 use crate::error::Error;
 use crate::protocol::{

@@ -1,1 +1,183 @@
-//! A store in Redis or Valkey.
+//! A store in Redis or Valkey: one key per record, one script per operation.
+
+mod builder;
+mod check;
+mod connection;
+mod failure;
+mod operations;
+mod scripts;
+mod watch;
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::aio::ConnectionManager;
+use redis::cluster_async::ClusterConnection;
+use tokio::runtime::Handle;
+
+pub use self::builder::RedisStoreBuilder;
+use self::operations::Server;
+pub use self::watch::RedisWatch;
+use super::Store;
+use crate::error::Error;
+use crate::protocol::{
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+};
+
+/// Keeps records in Redis 7.0 or newer, or in Valkey: for several processes that serve the same keys.
+///
+/// It promises everything that the [contract](Store#contract) says as long as the server does not lose acknowledged writes.
+/// Each operation is one script, one atomic step on one key by the server's clock in one round trip: a replay costs one, a
+/// first run two. The value of a key is [`Record::to_bytes`](crate::protocol::Record::to_bytes).
+///
+/// ```no_run
+/// # async fn run() -> Result<(), tower_idempotency::Error> {
+/// use tower_idempotency::{IdempotencyLayer, RedisStore};
+///
+/// let store = RedisStore::connect("redis://127.0.0.1:6379").await?;
+/// let layer = IdempotencyLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # What it does not promise
+///
+/// A server without persistence forgets with a restart, and one that fails over to a replica forgets what had not arrived
+/// there. Against the first: `appendonly yes`, with `appendfsync always` for the last second too. Against the second:
+/// [`with_replication`](RedisStoreBuilder::with_replication). Redis may still lose a write that replicas acknowledged when one
+/// without it is promoted; what must never run twice belongs into a store with consensus or into PostgreSQL.
+///
+/// # What it asks of the server
+///
+/// Version 7.0, and the policy `noeviction` where a `maxmemory` is set: any other throws live records away. Both are checked
+/// when the store is made; a server that does not tell (no permission for `INFO`) is used all the same, with the tracing event
+/// `unchecked`. A server that is full refuses new claims with
+/// [`StoreFull`](crate::ErrorKind::StoreFull); replays go on, and owners end what they were granted. Records are never read from
+/// replicas.
+///
+/// # Waiting
+///
+/// A store that made its own connection ([`connect`](Self::connect), [`from_client`](Self::from_client)) is told of changes by
+/// the server, over that connection. Renewals and first claims are not told, as nobody waits for them. On a connection of yours
+/// or a Cluster, [`watch`](Store::watch) never resolves, and whoever waits polls: the layer does so every 500 ms.
+///
+/// # Connections
+///
+/// All operations share one connection, which mends itself; nothing is repeated behind the caller's back. It needs a tokio
+/// runtime with I/O and timers, and lives on the runtime in which the store was made.
+///
+/// # Defaults
+///
+/// * prefix of keys: `idempotency:`
+/// * response timeout: 500 ms
+/// * no wait for replicas
+///
+/// Leases and retentions are capped at 100 years. Clones share one store.
+#[derive(Clone)]
+pub struct RedisStore(Arc<Server>);
+
+impl RedisStore {
+    /// Connects to a server with the default settings: `redis://[user:password@]host[:port][/database]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](crate::ErrorKind::Configuration) when the URL makes no sense, the server refuses the credentials, is older than
+    /// 7.0 or may evict records; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it cannot be reached.
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        Self::builder().connect(url).await
+    }
+
+    /// Connects with a client of yours and the default settings; see [`RedisStoreBuilder::connect_client`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`connect`](Self::connect).
+    pub async fn from_client(client: redis::Client) -> Result<Self, Error> {
+        Self::builder().connect_client(client).await
+    }
+
+    /// Uses a connection of yours with the default settings; see [`RedisStoreBuilder::use_connection_manager`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`connect`](Self::connect).
+    pub async fn from_connection_manager(connection: ConnectionManager) -> Result<Self, Error> {
+        Self::builder().use_connection_manager(connection).await
+    }
+
+    /// Uses a Redis Cluster with the default settings; see [`RedisStoreBuilder::use_cluster`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`connect`](Self::connect).
+    pub async fn from_cluster(connection: ClusterConnection) -> Result<Self, Error> {
+        Self::builder().use_cluster(connection).await
+    }
+
+    /// Sets up a store with other settings.
+    #[must_use]
+    pub fn builder() -> RedisStoreBuilder {
+        RedisStoreBuilder::new()
+    }
+}
+
+impl fmt::Debug for RedisStore {
+    /// Shows settings and figures; no address and no credential.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RedisStore").field(&*self.0).finish()
+    }
+}
+
+impl Store for RedisStore {
+    type Watch = RedisWatch;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        self.0.claim(claim).await
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        let (server, key) = (Arc::clone(&self.0), *key);
+        uncut(async move { server.renew(&key, owner, lease).await }).await
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let (server, key, outcome) = (Arc::clone(&self.0), *key, outcome.clone());
+        uncut(async move { server.complete(&key, owner, &outcome, retention).await }).await
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        let (server, key) = (Arc::clone(&self.0), *key);
+        uncut(async move { server.release(&key, owner).await }).await
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+        let (server, key, resolution) = (Arc::clone(&self.0), *key, resolution.clone());
+        uncut(async move { server.resolve(&key, fence, &resolution).await }).await
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        self.0.peek(key).await
+    }
+
+    async fn watch(&self, key: &StorageKey) -> Result<RedisWatch, Error> {
+        self.0.watch(key).await
+    }
+}
+
+/// Runs an operation in a task of its own: the client never sends a request whose future was dropped before it was written.
+async fn uncut<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    match Handle::try_current() {
+        Ok(runtime) => runtime.spawn(operation).await.unwrap_or(Err(failure::CUT_OFF)),
+        Err(_) => Err(failure::NO_RUNTIME),
+    }
+}

@@ -1,0 +1,190 @@
+//! How a store is set up and finds its server.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::cluster_async::ClusterConnection;
+use redis::io::tcp::TcpSettings;
+use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ProtocolVersion, PushInfo};
+
+use super::check::check;
+use super::connection::{Connection, Replication};
+use super::operations::Server;
+use super::watch::Watches;
+use super::{failure, RedisStore};
+use crate::error::{Error, ErrorKind};
+
+/// How long a connection may take to be made.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Sets up a [`RedisStore`]; see there for the defaults.
+#[derive(Clone, Debug)]
+pub struct RedisStoreBuilder {
+    prefix: String,
+    response_timeout: Duration,
+    replication: Option<Replication>,
+}
+
+impl RedisStoreBuilder {
+    pub(super) fn new() -> Self {
+        Self {
+            prefix: "idempotency:".to_owned(),
+            response_timeout: Duration::from_millis(500),
+            replication: None,
+        }
+    }
+
+    /// What every key begins with; `idempotency:` by default. 64 hexadecimal digits follow.
+    ///
+    /// Applications that share a server must differ in it, or in the layer's namespace. For a Cluster, leave braces out: a hash tag
+    /// would put all records on one node.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = prefix.into();
+        self
+    }
+
+    /// How long the server may take to answer; 500 ms by default, and more than zero. Includes the making of a new connection
+    /// where the old one broke.
+    #[must_use]
+    pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
+        self.response_timeout = timeout;
+        self
+    }
+
+    /// Waits until so many replicas have acknowledged each claim and each outcome, at most `timeout` (more than zero); off by
+    /// default.
+    ///
+    /// A claim that too few have is released again and fails, so that nothing runs that a failover would forget. An outcome that too few
+    /// have fails, and the layer repeats it. Either takes [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable).
+    ///
+    /// The server answers nothing else on the connection while it waits, so a missing replica slows everybody down: keep
+    /// `timeout` short. On top of it, the response timeout stands. It is no consensus: a replica that lacks the write can still
+    /// be promoted.
+    #[must_use]
+    pub const fn with_replication(mut self, replicas: usize, timeout: Duration) -> Self {
+        self.replication = Some(Replication { replicas, timeout });
+        self
+    }
+
+    /// Connects to `redis://[user:password@]host[:port][/database]`.
+    ///
+    /// With TLS (`rediss://`) where `redis` has one of its TLS features.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](crate::ErrorKind::Configuration) when the URL or a setting makes no sense, the server refuses the
+    /// credentials, is older than 7.0 or may evict records; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it
+    /// cannot be reached.
+    pub async fn connect(self, url: &str) -> Result<RedisStore, Error> {
+        let client = Client::open(url).map_err(failure::of_connect)?;
+        self.connect_client(client).await
+    }
+
+    /// Connects with a client of yours, whose address, credentials and TLS settings count. The store makes its own connection
+    /// from it, with RESP3 and without delay.
+    ///
+    /// # Errors
+    ///
+    /// As of [`connect`](Self::connect).
+    pub async fn connect_client(self, client: Client) -> Result<RedisStore, Error> {
+        self.validate()?;
+        let client = self.tuned(&client).map_err(failure::of_connect)?;
+        // Once without the manager, which would try a wrong password seven times.
+        let probe = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECTION_TIMEOUT));
+        let probed = client.get_multiplexed_async_connection_with_config(&probe).await;
+        drop(probed.map_err(failure::of_connect)?);
+
+        let watches = Arc::new(Watches::default());
+        let pushed = Arc::clone(&watches);
+        let config = ConnectionManagerConfig::new()
+            .set_connection_timeout(Some(CONNECTION_TIMEOUT))
+            // Every exchange has its own limit.
+            .set_response_timeout(None)
+            .set_min_delay(Duration::from_millis(20))
+            .set_max_delay(Duration::from_millis(500))
+            .set_push_sender(move |push: PushInfo| {
+                pushed.pushed(&push);
+                Ok::<_, std::convert::Infallible>(())
+            });
+        let manager = ConnectionManager::new_lazy_with_config(client, config).map_err(failure::of_connect)?;
+        self.build(Connection::Managed(manager), Some(watches)).await
+    }
+
+    /// Uses a connection of yours, with its own timeouts and reconnection. Set `tcp_nodelay`.
+    ///
+    /// The server cannot push to it, so [`watch`](crate::Store::watch) never resolves and whoever waits polls.
+    ///
+    /// # Errors
+    ///
+    /// As of [`connect`](Self::connect).
+    pub async fn use_connection_manager(self, connection: ConnectionManager) -> Result<RedisStore, Error> {
+        self.build(Connection::Managed(connection), None).await
+    }
+
+    /// Uses a Redis Cluster, with the connection's own timeouts and retries. One key per record: every operation goes to one
+    /// node.
+    ///
+    /// The nodes cannot push to it, so [`watch`](crate::Store::watch) never resolves and whoever waits polls. Never let it read from
+    /// replicas. Its retries are safe: an operation that arrives twice acts once.
+    ///
+    /// # Errors
+    ///
+    /// As of [`connect`](Self::connect).
+    pub async fn use_cluster(self, connection: ClusterConnection) -> Result<RedisStore, Error> {
+        self.build(Connection::Cluster(connection), None).await
+    }
+
+    async fn build(self, connection: Connection, watches: Option<Arc<Watches>>) -> Result<RedisStore, Error> {
+        self.validate()?;
+        let limit = self.response_timeout.max(CONNECTION_TIMEOUT);
+        check(connection.clone(), limit).await?;
+        Ok(RedisStore(Arc::new(Server {
+            connection,
+            prefix: self.prefix,
+            response_timeout: self.response_timeout,
+            replication: self.replication.filter(|replication| replication.replicas > 0),
+            watches,
+        })))
+    }
+
+    fn validate(&self) -> Result<(), Error> {
+        const TIMEOUT: Error = Error::new(ErrorKind::Configuration, "the response timeout must be more than zero");
+        const REPLICATION: Error = Error::new(
+            ErrorKind::Configuration,
+            "the time that replicas have must be more than zero",
+        );
+        if self.response_timeout.is_zero() {
+            return Err(TIMEOUT);
+        }
+        if self
+            .replication
+            .is_some_and(|replication| replication.timeout.is_zero())
+        {
+            return Err(REPLICATION);
+        }
+        Ok(())
+    }
+
+    /// The same client, with push messages, without delay, and with an end to connections that only look alive.
+    fn tuned(&self, client: &Client) -> redis::RedisResult<Client> {
+        let info = client.get_connection_info().clone().into_connection_info()?;
+        let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+        let tcp = self.tcp(info.tcp_settings().clone().set_nodelay(true));
+        Client::open(info.set_redis_settings(redis).set_tcp_settings(tcp))
+    }
+
+    /// A peer that acknowledges nothing for this long is gone; TCP itself would try for a quarter of an hour.
+    #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
+    fn tcp(&self, settings: TcpSettings) -> TcpSettings {
+        let shortest = self.response_timeout.saturating_mul(4).max(CONNECTION_TIMEOUT);
+        settings.set_user_timeout(shortest)
+    }
+
+    #[cfg(not(any(target_os = "android", target_os = "fuchsia", target_os = "linux")))]
+    #[expect(clippy::unused_self, reason = "elsewhere it is a setting")]
+    fn tcp(&self, settings: TcpSettings) -> TcpSettings {
+        settings
+    }
+}

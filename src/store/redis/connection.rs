@@ -1,0 +1,171 @@
+//! The line to the server: one exchange, its time limit, and the wait for replicas.
+
+use std::fmt;
+use std::time::Duration;
+
+use redis::aio::{ConnectionLike, ConnectionManager};
+use redis::cluster_async::ClusterConnection;
+use redis::{cmd, Cmd, Pipeline, RedisError, RedisFuture, Value};
+
+use super::failure;
+use super::scripts::{Reply, Script};
+use crate::clock::within;
+use crate::error::Error;
+
+/// A connection of either kind; clones share it.
+#[derive(Clone)]
+pub(super) enum Connection {
+    Cluster(ClusterConnection),
+    Managed(ConnectionManager),
+}
+
+/// How many replicas must have a write, and how long they have for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Replication {
+    pub(super) replicas: usize,
+    pub(super) timeout: Duration,
+}
+
+/// What came of one exchange.
+pub(super) struct Exchanged {
+    pub(super) reply: Result<Reply, Failed>,
+    /// Whether as many replicas as wanted have all that this connection ever wrote.
+    pub(super) is_replicated: bool,
+}
+
+/// Why there is no reply.
+pub(super) enum Failed {
+    /// The server's or the connection's error, which each operation reads in its own way.
+    Redis(RedisError),
+    /// One that is the same for all operations.
+    Other(Error),
+}
+
+impl Connection {
+    /// Runs a script in one round trip; in two where the server does not know it.
+    pub(super) async fn run(
+        mut self,
+        script: &Script,
+        key: &[u8],
+        arguments: &[&[u8]],
+        replication: Option<Replication>,
+        limit: Duration,
+    ) -> Exchanged {
+        let limit = limit + replication.map_or(Duration::ZERO, |replication| replication.timeout);
+        let exchange = async {
+            let known = self.send(script.by_digest(key, arguments), replication).await;
+            match known {
+                // Nothing ran, so nothing is repeated.
+                Err(error) if failure::is_unknown_script(&error) => {
+                    self.send(script.by_source(key, arguments), replication).await
+                }
+                known => known,
+            }
+        };
+        match within(limit, exchange).await {
+            Ok(Ok((value, is_replicated))) => Exchanged {
+                reply: Reply::of(value).map_err(Failed::Other),
+                is_replicated,
+            },
+            Ok(Err(error)) => Exchanged::failed(Failed::Redis(error)),
+            Err(_) => Exchanged::failed(Failed::Other(failure::LATE)),
+        }
+    }
+
+    async fn send(&mut self, command: Cmd, replication: Option<Replication>) -> Result<(Value, bool), RedisError> {
+        let Some(Replication { replicas, timeout }) = replication else {
+            let value = self.req_packed_command(&command).await?.extract_error()?;
+            return Ok((value, true));
+        };
+        // WAIT counts who has what *its own connection* wrote, so it must go right behind the write.
+        let mut wait = cmd("WAIT");
+        wait.arg(replicas).arg(millis(timeout));
+        let mut pipeline = redis::pipe();
+        pipeline.add_command(command).add_command(wait);
+        let mut values = self.req_packed_commands(&pipeline, 0, 2).await?.into_iter();
+        let value = values.next().unwrap_or_default().extract_error()?;
+        let is_replicated = match values.next().unwrap_or_default().extract_error()? {
+            Value::Int(have) => usize::try_from(have).is_ok_and(|have| have >= replicas),
+            _ => false,
+        };
+        Ok((value, is_replicated))
+    }
+}
+
+/// Rounded up, because zero means "for ever" to WAIT.
+fn millis(timeout: Duration) -> u64 {
+    let rounded = timeout.saturating_add(Duration::from_nanos(999_999)).as_millis();
+    u64::try_from(rounded).unwrap_or(u64::MAX).max(1)
+}
+
+impl Exchanged {
+    const fn failed(failed: Failed) -> Self {
+        Self {
+            reply: Err(failed),
+            is_replicated: false,
+        }
+    }
+
+    /// The reply to an operation on a key that is claimed already.
+    pub(super) fn reply(self) -> Result<Reply, Error> {
+        self.reply.map_err(|failed| failed.read_by(failure::of))
+    }
+
+    /// The same, refused unless enough replicas have it.
+    pub(super) fn replicated_reply(self) -> Result<Reply, Error> {
+        let is_replicated = self.is_replicated;
+        let reply = self.reply()?;
+        if is_replicated {
+            Ok(reply)
+        } else {
+            Err(failure::NOT_REPLICATED)
+        }
+    }
+}
+
+impl Failed {
+    pub(super) fn read_by(self, read: impl FnOnce(RedisError) -> Error) -> Error {
+        match self {
+            Self::Redis(error) => read(error),
+            Self::Other(error) => error,
+        }
+    }
+}
+
+impl ConnectionLike for Connection {
+    fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::Cluster(connection) => connection.req_packed_command(command),
+            Self::Managed(connection) => connection.req_packed_command(command),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::Cluster(connection) => connection.req_packed_commands(pipeline, offset, count),
+            Self::Managed(connection) => connection.req_packed_commands(pipeline, offset, count),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        match self {
+            Self::Cluster(connection) => connection.get_db(),
+            Self::Managed(connection) => connection.get_db(),
+        }
+    }
+}
+
+impl fmt::Debug for Connection {
+    /// The kind alone: a client shows its address.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cluster(_) => "Cluster",
+            Self::Managed(_) => "Managed",
+        })
+    }
+}

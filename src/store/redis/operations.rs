@@ -1,0 +1,260 @@
+//! The operations of the store: what the scripts are told, and what they say.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::connection::{Connection, Exchanged, Replication};
+use super::failure;
+use super::scripts::{self, Reply, Script};
+use super::watch::{RedisWatch, Watches};
+use crate::clock::Timestamp;
+use crate::error::Error;
+use crate::protocol::{
+    Answer, Claim, Completion, Decision, Fence, Grant, IfLost, Outcome, Owner, Record, Release, Renewal, Resolution,
+    Resolved, Snapshot, Status, StorageKey,
+};
+
+/// The longest lease and retention. The scripts count microseconds in doubles, which are exact below 2^53: now, a lease and a
+/// retention together stay below it until the year 2055.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+
+/// The server, and how it is to be used.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) connection: Connection,
+    pub(super) prefix: String,
+    pub(super) response_timeout: Duration,
+    pub(super) replication: Option<Replication>,
+    /// Where the server pushes to this connection.
+    pub(super) watches: Option<Arc<Watches>>,
+}
+
+impl Server {
+    pub(super) async fn claim(self: &Arc<Self>, claim: &Claim) -> Result<Decision, Error> {
+        if self.replication.is_none() {
+            return self.ask(claim).await.map(|(decision, _)| decision);
+        }
+        // In one task with the release behind it, which must not be cut off.
+        let (server, claim) = (Arc::clone(self), claim.clone());
+        super::uncut(async move { server.claim_on_replicas(&claim).await }).await
+    }
+
+    /// Grants only what enough replicas know of: they could not tell, should the server be lost.
+    async fn claim_on_replicas(&self, claim: &Claim) -> Result<Decision, Error> {
+        let (decision, is_replicated) = self.ask(claim).await?;
+        match decision {
+            Decision::Execute(grant) | Decision::Recover(grant) if !is_replicated => {
+                // Nothing ran. If the release fails too, the layer's own comes behind it.
+                drop(self.release(&claim.key, grant.owner).await);
+                Err(failure::NOT_REPLICATED)
+            }
+            decision => Ok(decision),
+        }
+    }
+
+    async fn ask(&self, claim: &Claim) -> Result<(Decision, bool), Error> {
+        let mut fingerprint = [claim.fingerprint.algorithm(); 33];
+        fingerprint[1..].copy_from_slice(claim.fingerprint.digest());
+        let if_lost: &[u8] = match claim.if_lost {
+            IfLost::Execute => b"execute",
+            IfLost::Recover => b"recover",
+            IfLost::Refuse => b"refuse",
+        };
+        let (lease, retention) = (micros(claim.lease), micros(claim.retention));
+        let max_attempts = claim.max_attempts.to_string();
+        let arguments: [&[u8]; 6] = [
+            &fingerprint,
+            claim.nonce.as_bytes(),
+            lease.as_bytes(),
+            retention.as_bytes(),
+            if_lost,
+            max_attempts.as_bytes(),
+        ];
+        let Exchanged { reply, is_replicated } = self.run(&scripts::CLAIM, &claim.key, &arguments, true).await;
+        let reply = reply.map_err(|failed| failed.read_by(failure::of_claim))?;
+        Ok((decision(reply, claim)?, is_replicated))
+    }
+
+    pub(super) async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        let (owner, lease) = (bytes_of(owner), micros(lease));
+        let reply = self
+            .run(&scripts::RENEW, key, &[&owner, lease.as_bytes()], false)
+            .await
+            .reply()?;
+        match reply.word() {
+            b"renewed" => Ok(Renewal::Renewed),
+            b"superseded" => Ok(Renewal::Superseded),
+            _ => Err(failure::STRANGE),
+        }
+    }
+
+    pub(super) async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let owner = bytes_of(owner);
+        let (state, retention) = (state_of(outcome), micros(retention));
+        let [length, head, body] = &parts_of(outcome);
+        let arguments: [&[u8]; 6] = [&owner, state, retention.as_bytes(), length, head, body];
+        let exchanged = self.run(&scripts::COMPLETE, key, &arguments, true).await;
+        let mut reply = exchanged.replicated_reply()?;
+        match reply.word() {
+            b"completed" => Ok(Completion::Completed),
+            b"superseded" => Ok(Completion::Superseded(outcome_in(&mut reply)?)),
+            _ => Err(failure::STRANGE),
+        }
+    }
+
+    pub(super) async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        let reply = self
+            .run(&scripts::RELEASE, key, &[&bytes_of(owner)], false)
+            .await
+            .reply()?;
+        match reply.word() {
+            b"released" => Ok(Release::Released),
+            b"superseded" => Ok(Release::Superseded),
+            _ => Err(failure::STRANGE),
+        }
+    }
+
+    pub(super) async fn resolve(
+        &self,
+        key: &StorageKey,
+        fence: Fence,
+        resolution: &Resolution,
+    ) -> Result<Resolved, Error> {
+        let fence = fence.as_u64().to_le_bytes();
+        let (state, parts, retention): (&[u8], _, _) = match resolution {
+            Resolution::Absent => (b"", <[Bytes; 3]>::default(), Duration::ZERO),
+            Resolution::Completed(outcome, retention) => (state_of(outcome), parts_of(outcome), *retention),
+        };
+        let [length, head, body] = &parts;
+        let retention = micros(retention);
+        let arguments: [&[u8]; 6] = [&fence, state, retention.as_bytes(), length, head, body];
+        let exchanged = self.run(&scripts::RESOLVE, key, &arguments, true).await;
+        let mut reply = exchanged.replicated_reply()?;
+        match reply.word() {
+            b"conflict" => Ok(Resolved::Conflict(reply.optional_number()?.map(Fence::new))),
+            b"resolved" => Ok(Resolved::Resolved),
+            _ => Err(failure::STRANGE),
+        }
+    }
+
+    pub(super) async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        let mut reply = self.run(&scripts::PEEK, key, &[], false).await.reply()?;
+        if reply.word() == b"absent" {
+            return Ok(None);
+        }
+        let now = Timestamp::from_micros(reply.number()?);
+        let record = record_in(&mut reply)?.ok_or(failure::STRANGE)?;
+        Ok(Record::peek(Some(&record), now))
+    }
+
+    pub(super) async fn watch(&self, key: &StorageKey) -> Result<RedisWatch, Error> {
+        let Some(watches) = &self.watches else {
+            return Ok(RedisWatch::never());
+        };
+        let channel = self.name_of(key);
+        watches.watch(channel, &self.connection, self.response_timeout).await
+    }
+
+    async fn run(&self, script: &Script, key: &StorageKey, arguments: &[&[u8]], must_last: bool) -> Exchanged {
+        let replication = self.replication.filter(|_| must_last);
+        let name = self.name_of(key);
+        let connection = self.connection.clone();
+        connection
+            .run(script, &name, arguments, replication, self.response_timeout)
+            .await
+    }
+
+    /// The record's key, which is its channel too: the prefix and lower-case hexadecimal digits.
+    fn name_of(&self, key: &StorageKey) -> Vec<u8> {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut name = Vec::with_capacity(self.prefix.len() + 64);
+        name.extend_from_slice(self.prefix.as_bytes());
+        for byte in key.as_bytes() {
+            name.push(DIGITS[usize::from(byte >> 4)]);
+            name.push(DIGITS[usize::from(byte & 15)]);
+        }
+        name
+    }
+}
+
+fn decision(mut reply: Reply, claim: &Claim) -> Result<Decision, Error> {
+    match reply.word() {
+        b"execute" => Ok(Decision::Execute(grant_in(&mut reply, claim)?)),
+        b"recover" => Ok(Decision::Recover(grant_in(&mut reply, claim)?)),
+        b"mismatch" => Ok(Decision::Mismatch),
+        b"unknown" => Ok(Decision::Unknown),
+        b"wait" => Ok(Decision::Wait {
+            left: Duration::from_micros(reply.number()?),
+        }),
+        b"done" => match outcome_in(&mut reply)? {
+            Some(Outcome::Kept(answer)) => Ok(Decision::Replay(answer)),
+            Some(Outcome::Tombstone) => Ok(Decision::NotKept),
+            None => Err(failure::STRANGE),
+        },
+        _ => Err(failure::STRANGE),
+    }
+}
+
+fn grant_in(reply: &mut Reply, claim: &Claim) -> Result<Grant, Error> {
+    let fence = Fence::new(reply.number()?);
+    let nonce = claim.nonce;
+    Ok(Grant {
+        owner: Owner { nonce, fence },
+        attempt: u32::try_from(reply.number()?).map_err(|_| failure::STRANGE)?,
+        lease: Some(claim.lease.min(LONGEST)),
+    })
+}
+
+fn record_in(reply: &mut Reply) -> Result<Option<Record>, Error> {
+    let bytes = reply.bytes()?;
+    bytes.map(|bytes| Record::from_bytes(bytes.into())).transpose()
+}
+
+fn outcome_in(reply: &mut Reply) -> Result<Option<Outcome>, Error> {
+    // At the beginning of time nothing has expired; whether it has by now, the server has judged.
+    let snapshot = record_in(reply)?.and_then(|record| Record::peek(Some(&record), Timestamp::default()));
+    Ok(snapshot.and_then(|snapshot| match snapshot.status {
+        Status::Completed(outcome) => Some(outcome),
+        _ => None,
+    }))
+}
+
+/// Nonce and fence, as they stand in the record.
+fn bytes_of(owner: Owner) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[..16].copy_from_slice(owner.nonce.as_bytes());
+    bytes[16..].copy_from_slice(&owner.fence.as_u64().to_le_bytes());
+    bytes
+}
+
+/// The state's number in the record.
+const fn state_of(outcome: &Outcome) -> &'static [u8] {
+    match outcome {
+        Outcome::Tombstone => b"2",
+        Outcome::Kept(_) => b"3",
+    }
+}
+
+/// What stands in the record behind its fixed part: length of the head, head, body.
+fn parts_of(outcome: &Outcome) -> [Bytes; 3] {
+    match outcome {
+        Outcome::Tombstone => Default::default(),
+        Outcome::Kept(Answer { head, body }) => {
+            let length = u32::try_from(head.len()).unwrap_or(u32::MAX).to_le_bytes();
+            [Bytes::copy_from_slice(&length), head.clone(), body.clone()]
+        }
+    }
+}
+
+/// Whole microseconds, as digits.
+fn micros(duration: Duration) -> String {
+    duration.min(LONGEST).as_micros().to_string()
+}

@@ -1,0 +1,124 @@
+//! The scripts: one per operation, each one atomic step on one key.
+
+use std::sync::OnceLock;
+
+use redis::{cmd, Cmd, Value};
+
+use super::failure;
+use crate::error::{Error, ErrorKind};
+
+/// A script, known to the server by its digest once it has run there.
+#[derive(Debug)]
+pub(super) struct Script {
+    source: &'static str,
+    digest: OnceLock<String>,
+}
+
+/// A script with the flags it is run with. Without flags, a server that is full or cannot save its data refuses the script's
+/// writes, but not its reads: a claim that replays needs none. With `allow-oom`, an owner can renew and end what it was granted.
+macro_rules! script {
+    ($file:literal) => {
+        Script::new(concat!(include_str!("prelude.lua"), include_str!($file)))
+    };
+    ($flags:literal, $file:literal) => {
+        Script::new(concat!($flags, include_str!("prelude.lua"), include_str!($file)))
+    };
+}
+
+pub(super) static CLAIM: Script = script!("claim.lua");
+pub(super) static COMPLETE: Script = script!("#!lua flags=allow-oom\n", "complete.lua");
+pub(super) static PEEK: Script = Script::new(include_str!("peek.lua"));
+pub(super) static RELEASE: Script = script!("#!lua flags=allow-oom\n", "release.lua");
+pub(super) static RENEW: Script = script!("#!lua flags=allow-oom\n", "renew.lua");
+pub(super) static RESOLVE: Script = script!("#!lua flags=allow-oom\n", "resolve.lua");
+
+impl Script {
+    const fn new(source: &'static str) -> Self {
+        Self {
+            source,
+            digest: OnceLock::new(),
+        }
+    }
+
+    /// Runs the script by its digest; the server answers NOSCRIPT when it does not know it (any more).
+    pub(super) fn by_digest(&self, key: &[u8], arguments: &[&[u8]]) -> Cmd {
+        let digest = self
+            .digest
+            .get_or_init(|| redis::Script::new(self.source).get_hash().to_owned());
+        call("EVALSHA", digest, key, arguments)
+    }
+
+    /// Runs the script from its source, which teaches it to the server in the same step.
+    pub(super) fn by_source(&self, key: &[u8], arguments: &[&[u8]]) -> Cmd {
+        call("EVAL", self.source, key, arguments)
+    }
+}
+
+fn call(name: &str, script: &str, key: &[u8], arguments: &[&[u8]]) -> Cmd {
+    let mut command = cmd(name);
+    command.arg(script).arg(1).arg(key);
+    for argument in arguments {
+        command.arg(*argument);
+    }
+    command
+}
+
+/// What a script returned: a word, and what belongs to it.
+#[derive(Debug)]
+pub(super) struct Reply {
+    word: Vec<u8>,
+    rest: std::vec::IntoIter<Value>,
+}
+
+impl Reply {
+    /// Takes a reply apart.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::CorruptRecord`] when the script could not read the record; [`ErrorKind::StoreUnavailable`] when the reply
+    /// is not one of ours.
+    pub(super) fn of(value: Value) -> Result<Self, Error> {
+        const CORRUPT: Error = Error::new(
+            ErrorKind::CorruptRecord,
+            "a stored record cannot be read: it is damaged, of a newer version, or its key holds another type of value",
+        );
+        let Value::Array(items) = value else {
+            return Err(failure::STRANGE);
+        };
+        let mut rest = items.into_iter();
+        match rest.next() {
+            Some(Value::BulkString(word)) if word == b"corrupt" => Err(CORRUPT),
+            Some(Value::BulkString(word)) => Ok(Self { word, rest }),
+            _ => Err(failure::STRANGE),
+        }
+    }
+
+    pub(super) fn word(&self) -> &[u8] {
+        &self.word
+    }
+
+    /// The next number.
+    pub(super) fn number(&mut self) -> Result<u64, Error> {
+        match self.rest.next() {
+            Some(Value::Int(number)) => u64::try_from(number).map_err(|_| failure::STRANGE),
+            _ => Err(failure::STRANGE),
+        }
+    }
+
+    /// The next byte string, where there is one.
+    pub(super) fn bytes(&mut self) -> Result<Option<Vec<u8>>, Error> {
+        match self.rest.next() {
+            Some(Value::BulkString(bytes)) => Ok(Some(bytes)),
+            Some(Value::Nil) | None => Ok(None),
+            Some(_) => Err(failure::STRANGE),
+        }
+    }
+
+    /// The next number, where there is one.
+    pub(super) fn optional_number(&mut self) -> Result<Option<u64>, Error> {
+        if self.rest.len() == 0 {
+            return Ok(None);
+        }
+        self.number().map(Some)
+    }
+}

@@ -1,0 +1,42 @@
+//! Several processes over one Redis: shared keys, kills, zombies.
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/redis.rs"]
+mod redis;
+#[path = "support/scenarios.rs"]
+mod scenarios;
+
+use cluster::Mode;
+use redis::RedisServer;
+
+#[test]
+fn serve_if_told() {
+    cluster::serve_if_told();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_and_four_processes_execute_each_key_once() {
+    for processes in [2, 4] {
+        let server = RedisServer::start();
+        scenarios::shared_keys(&server.url(), processes).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_never_make_an_effect_twice_where_lost_keys_are_refused() {
+    let server = RedisServer::start();
+    scenarios::kills(&server.url(), Mode::Refuse).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_are_taken_over_where_lost_keys_are_executed() {
+    let server = RedisServer::start();
+    scenarios::kills(&server.url(), Mode::Execute).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_zombie_changes_nothing_and_its_callers_get_the_winners_bytes() {
+    let server = RedisServer::start();
+    scenarios::zombies(&server.url()).await;
+}

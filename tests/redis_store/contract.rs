@@ -1,0 +1,344 @@
+//! Clause by clause.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tower_idempotency::protocol::{
+    Claim, Completion, Decision, Fingerprint, IfLost, Outcome, Release, Renewal, Status,
+};
+use tower_idempotency::{ErrorKind, RedisStore, Store};
+
+use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_64_concurrent_claims_exactly_one_is_granted() {
+    let server = RedisServer::start();
+    let stores = [connect(&server).await, connect(&server).await];
+    for key in 0..50 {
+        let claims = (0..64).map(|nonce: u8| {
+            let store = stores[usize::from(nonce % 2)].clone();
+            tokio::spawn(async move { store.claim(&claim(key, nonce)).await.unwrap() })
+        });
+        let decisions = futures::future::join_all(claims).await;
+        let granted = decisions
+            .iter()
+            .filter(|decision| matches!(decision, Ok(Decision::Execute(_))));
+        assert_eq!(granted.count(), 1);
+    }
+}
+
+#[tokio::test]
+async fn lease_and_retention_end_by_the_servers_clock() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let short = Duration::from_millis(300);
+    let first = Claim {
+        lease: short,
+        if_lost: IfLost::Execute,
+        ..claim(1, 1)
+    };
+    let second = Claim {
+        if_lost: IfLost::Execute,
+        ..claim(1, 2)
+    };
+    let lost = granted(&store, &first).await;
+    assert!(matches!(store.claim(&second).await.unwrap(), Decision::Wait { left } if left <= short && !left.is_zero()));
+    tokio::time::sleep(short).await;
+    assert_eq!(store.peek(&first.key).await.unwrap().unwrap().status, Status::Lost);
+    let grant = granted(&store, &second).await;
+    assert_eq!((grant.attempt, grant.owner.fence > lost.owner.fence), (2, true));
+    assert_eq!(
+        store.renew(&first.key, lost.owner, HOUR).await.unwrap(),
+        Renewal::Superseded
+    );
+    store
+        .complete(&first.key, grant.owner, &kept("a"), short)
+        .await
+        .unwrap();
+    assert_eq!(replayed(&store, 1).await.body, "a");
+    tokio::time::sleep(short).await;
+    // The record decides, though Redis still has the key.
+    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
+    assert_eq!(store.peek(&first.key).await.unwrap(), None);
+    assert_eq!(granted(&store, &second).await.attempt, 1);
+}
+
+#[tokio::test]
+async fn redis_forgets_a_record_soon_after_it_expired() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let grant = granted(&store, &claim(1, 1)).await;
+    let left: u64 = server.tell(&format!("PTTL {}", name(1)));
+    assert!((7_200_000..=7_202_000).contains(&left), "{left}");
+    store
+        .complete(&claim(1, 1).key, grant.owner, &Outcome::Tombstone, Duration::ZERO)
+        .await
+        .unwrap();
+    let left: u64 = server.tell(&format!("PTTL {}", name(1)));
+    assert!((1..=2_000).contains(&left), "{left}");
+}
+
+#[tokio::test]
+async fn large_answers_come_back_byte_for_byte() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let body: Vec<u8> = (0..2 << 20)
+        .map(|n: u32| n.wrapping_mul(2_654_435_761).to_le_bytes()[3])
+        .collect();
+    let grant = granted(&store, &claim(1, 1)).await;
+    let outcome = kept(body.clone());
+    store
+        .complete(&claim(1, 1).key, grant.owner, &outcome, HOUR)
+        .await
+        .unwrap();
+    assert!(replayed(&store, 1).await.body == body);
+    assert_eq!(
+        store.peek(&claim(1, 1).key).await.unwrap().unwrap().status,
+        Status::Completed(outcome)
+    );
+}
+
+#[tokio::test]
+async fn empty_and_binary_answers_differ_from_tombstones() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let all: Bytes = (0..=255).collect();
+    for (key, outcome) in [
+        (1, kept("")),
+        (2, kept(all)),
+        (3, Outcome::Kept(Default::default())),
+        (4, Outcome::Tombstone),
+    ] {
+        let grant = granted(&store, &claim(key, 1)).await;
+        store
+            .complete(&claim(key, 1).key, grant.owner, &outcome, HOUR)
+            .await
+            .unwrap();
+        let status = store.peek(&claim(key, 1).key).await.unwrap().unwrap().status;
+        assert_eq!(status, Status::Completed(outcome));
+    }
+    assert_eq!(store.claim(&claim(4, 9)).await.unwrap(), Decision::NotKept);
+}
+
+#[tokio::test]
+async fn a_repeated_claim_gets_the_same_grant_of_the_same_kind() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let lost = granted(&store, &claim(1, 1)).await;
+    assert_eq!(granted(&store, &claim(1, 1)).await, lost);
+    store.renew(&claim(1, 1).key, lost.owner, Duration::ZERO).await.unwrap();
+    let recovering = Claim {
+        if_lost: IfLost::Recover,
+        ..claim(1, 2)
+    };
+    let grant = store.claim(&recovering).await.unwrap();
+    assert!(matches!(grant, Decision::Recover(_)), "{grant:?}");
+    let other_mind = Claim {
+        if_lost: IfLost::Execute,
+        ..recovering
+    };
+    assert_eq!(store.claim(&other_mind).await.unwrap(), grant);
+}
+
+/// Every operation on a key that cannot be read, none of which may change it.
+async fn refuses_everything(store: &RedisStore, key: u8) {
+    let asked = claim(key, 1);
+    let grant = granted(store, &claim(200, 1)).await;
+    let fence = grant.owner.fence;
+    let absent = tower_idempotency::protocol::Resolution::Absent;
+    let errors = [
+        store.claim(&asked).await.unwrap_err(),
+        store.renew(&asked.key, grant.owner, HOUR).await.unwrap_err(),
+        store
+            .complete(&asked.key, grant.owner, &kept("a"), HOUR)
+            .await
+            .unwrap_err(),
+        store.release(&asked.key, grant.owner).await.unwrap_err(),
+        store.resolve(&asked.key, fence, &absent).await.unwrap_err(),
+        store.peek(&asked.key).await.unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::CorruptRecord, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_never_absent_and_never_overwritten() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    completed(&store, 1, "body").await;
+    let sound: Vec<u8> = server.tell(&format!("GET {}", name(1)));
+    granted(&store, &claim(2, 1)).await;
+    let open: Vec<u8> = server.tell(&format!("GET {}", name(2)));
+    let mut values: Vec<Vec<u8>> = vec![Vec::new(), b"x".to_vec(), sound[..95].to_vec(), sound[..98].to_vec()];
+    for (index, byte) in [(0, 2), (0, 0), (1, 4), (1, 2), (2, 2), (99, 200)] {
+        let mut damaged = sound.clone();
+        damaged[index] = byte;
+        values.push(damaged);
+    }
+    // In flight with something behind it; and with an end to the lease though it has none.
+    values.push([&open[..], b"rest"].concat());
+    values.push([&open[..1], &[1], &open[2..]].concat());
+    for (n, value) in (10_u8..).zip(values) {
+        let key = name(n);
+        server.run::<()>(redis::cmd("SET").arg(&key).arg(&value));
+        refuses_everything(&store, n).await;
+        assert_eq!(server.run::<Vec<u8>>(redis::cmd("GET").arg(&key)), value, "{n}");
+    }
+    server.tell::<()>(&format!("RPUSH {} a", name(9)));
+    refuses_everything(&store, 9).await;
+    assert_eq!(server.tell::<String>(&format!("TYPE {}", name(9))), "list");
+}
+
+#[tokio::test]
+async fn another_fingerprint_is_a_mismatch_in_every_state() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let other = Claim {
+        fingerprint: Fingerprint::of(b"other"),
+        ..claim(1, 2)
+    };
+    let grant = granted(&store, &claim(1, 1)).await;
+    assert_eq!(store.claim(&other).await.unwrap(), Decision::Mismatch);
+    store
+        .renew(&claim(1, 1).key, grant.owner, Duration::ZERO)
+        .await
+        .unwrap();
+    assert_eq!(store.claim(&other).await.unwrap(), Decision::Mismatch);
+    store
+        .complete(&claim(1, 1).key, grant.owner, &kept("a"), HOUR)
+        .await
+        .unwrap();
+    assert_eq!(store.claim(&other).await.unwrap(), Decision::Mismatch);
+}
+
+#[tokio::test]
+async fn the_longest_times_are_capped_and_stay_exact() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let endless = Claim {
+        lease: Duration::MAX,
+        retention: Duration::MAX,
+        ..claim(1, 1)
+    };
+    let grant = granted(&store, &endless).await;
+    assert_eq!(grant.lease, Some(Duration::from_secs(100 * 365 * 86_400)));
+    assert!(matches!(
+        store.claim(&claim(1, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+    let done = store
+        .complete(&endless.key, grant.owner, &kept("a"), Duration::MAX)
+        .await
+        .unwrap();
+    assert_eq!(done, Completion::Completed);
+    assert_eq!(replayed(&store, 1).await.body, "a");
+}
+
+#[tokio::test]
+async fn a_completion_survives_that_its_future_is_dropped() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let key = claim(1, 1).key;
+    let grant = granted(&store, &claim(1, 1)).await;
+    let outcome = kept("a");
+    {
+        let mut completion = std::pin::pin!(store.complete(&key, grant.owner, &outcome, HOUR));
+        assert!(futures::poll!(completion.as_mut()).is_pending());
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(replayed(&store, 1).await.body, "a");
+
+    let other = claim(2, 1).key;
+    let grant = granted(&store, &claim(2, 1)).await;
+    {
+        let mut release = std::pin::pin!(store.release(&other, grant.owner));
+        assert!(futures::poll!(release.as_mut()).is_pending());
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(store.peek(&claim(2, 1).key).await.unwrap(), None);
+    assert_eq!(
+        store.release(&claim(2, 1).key, grant.owner).await.unwrap(),
+        Release::Released
+    );
+}
+
+#[tokio::test]
+async fn a_watch_wakes_at_every_change_that_matters_in_another_store_and_in_its_own() {
+    let server = RedisServer::start();
+    let (here, there) = (connect(&server).await, connect(&server).await);
+    for (key, change) in [
+        (1, "complete"),
+        (2, "release"),
+        (3, "give up"),
+        (4, "take over"),
+        (5, "resolve"),
+        (6, "unknown"),
+    ] {
+        let asked = Claim {
+            if_lost: IfLost::Execute,
+            ..claim(key, 1)
+        };
+        let grant = granted(&there, &asked).await;
+        if key > 3 {
+            there.renew(&asked.key, grant.owner, Duration::ZERO).await.unwrap();
+        }
+        let mut watches = Vec::new();
+        for store in [&here, &there, &here] {
+            watches.push(Box::pin(store.watch(&asked.key).await.unwrap()));
+        }
+        for watch in &mut watches {
+            assert!(futures::poll!(watch).is_pending(), "{change}");
+        }
+        match change {
+            "complete" => drop(there.complete(&asked.key, grant.owner, &kept("a"), HOUR).await.unwrap()),
+            "release" => drop(there.release(&asked.key, grant.owner).await.unwrap()),
+            "give up" => drop(there.renew(&asked.key, grant.owner, Duration::ZERO).await.unwrap()),
+            "take over" => drop(
+                granted(
+                    &there,
+                    &Claim {
+                        nonce: claim(1, 2).nonce,
+                        ..asked
+                    },
+                )
+                .await,
+            ),
+            "unknown" => assert_eq!(there.claim(&claim(key, 3)).await.unwrap(), Decision::Unknown),
+            _ => {
+                let absent = tower_idempotency::protocol::Resolution::Absent;
+                there.resolve(&asked.key, grant.owner.fence, &absent).await.unwrap();
+            }
+        }
+        let all = futures::future::join_all(watches);
+        tokio::time::timeout(Duration::from_secs(2), all).await.expect(change);
+    }
+}
+
+#[tokio::test]
+async fn the_last_watch_unsubscribes_and_one_that_comes_at_that_moment_is_not_lost() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let channels = || server.tell::<Vec<String>>("PUBSUB SHARDCHANNELS");
+    let key = claim(1, 1).key;
+    let (one, two) = (store.watch(&key).await.unwrap(), store.watch(&key).await.unwrap());
+    assert_eq!(server.calls("ssubscribe"), 1);
+    assert_eq!(channels(), [name(1)]);
+    drop(one);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(channels().len(), 1);
+    drop(two);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(channels().len(), 0);
+    // Subscribing and unsubscribing cross each other; whoever holds a watch is woken in the end.
+    for n in 0..100_u8 {
+        let asked = claim(n, 1);
+        let grant = granted(&store, &asked).await;
+        drop(store.watch(&asked.key).await.unwrap());
+        let watch = store.watch(&asked.key).await.unwrap();
+        store.complete(&asked.key, grant.owner, &kept("a"), HOUR).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(channels().len(), 0);
+}

@@ -1,0 +1,101 @@
+//! Replication and Cluster.
+
+use std::time::Duration;
+
+use redis::cluster::ClusterClient;
+use tower_idempotency::protocol::{Completion, Decision, Release};
+use tower_idempotency::{ErrorKind, RedisStore, Store};
+
+use super::support::Timer;
+use super::{claim, completed, granted, kept, name, replayed, RedisServer, HOUR};
+
+async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
+    let builder = RedisStore::builder().with_replication(replicas, Duration::from_millis(300));
+    builder.connect(&server.url()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_claim_that_too_few_replicas_have_is_refused_and_leaves_nothing() {
+    let server = RedisServer::start();
+    let store = replicated(&server, 1).await;
+    let error = store.claim(&claim(1, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 0);
+}
+
+#[tokio::test]
+async fn what_is_granted_and_completed_is_on_the_replica() {
+    let server = RedisServer::start();
+    let replica = server.replica();
+    let store = replicated(&server, 1).await;
+    for key in 1..20 {
+        let grant = granted(&store, &claim(key, 1)).await;
+        assert_eq!(replica.tell::<u64>(&format!("STRLEN {}", name(key))), 96);
+        let done = store
+            .complete(&claim(key, 1).key, grant.owner, &kept("a"), HOUR)
+            .await
+            .unwrap();
+        assert_eq!(done, Completion::Completed);
+        assert!(replica.tell::<u64>(&format!("STRLEN {}", name(key))) > 96);
+    }
+}
+
+#[tokio::test]
+async fn an_outcome_that_too_few_replicas_have_is_an_error_until_they_have_it() {
+    let server = RedisServer::start();
+    let replica = server.replica();
+    let store = replicated(&server, 1).await;
+    let key = claim(1, 1).key;
+    let grant = granted(&store, &claim(1, 1)).await;
+    replica.signal("-STOP");
+    for _ in 0..2 {
+        let error = store.complete(&key, grant.owner, &kept("a"), HOUR).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    }
+    // On a connection that never wrote anything, WAIT would find nothing to wait for.
+    let other = replicated(&server, 1).await;
+    assert!(other.complete(&key, grant.owner, &kept("a"), HOUR).await.is_err());
+    replica.signal("-CONT");
+    let done = super::eventually(|| async { store.complete(&key, grant.owner, &kept("a"), HOUR).await }).await;
+    assert_eq!(done, Completion::Completed);
+    assert!(replica.tell::<u64>(&format!("STRLEN {}", name(1))) > 96);
+}
+
+#[tokio::test]
+async fn a_cluster_holds_records_under_one_key_each() {
+    let server = RedisServer::with(&["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"]);
+    server.tell::<()>("CLUSTER ADDSLOTSRANGE 0 16383");
+    server.wait_for_cluster();
+    let client = ClusterClient::new([server.url()]).unwrap();
+    let store = RedisStore::from_cluster(client.get_async_connection().await.unwrap())
+        .await
+        .unwrap();
+    for key in 1..50 {
+        completed(&store, key, "a").await;
+        assert_eq!(replayed(&store, key).await.body, "a");
+    }
+    server.tell::<()>("SCRIPT FLUSH");
+    let grant = granted(&store, &claim(100, 1)).await;
+    assert!(matches!(
+        store.claim(&claim(100, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+    assert_eq!(
+        store.release(&claim(100, 1).key, grant.owner).await.unwrap(),
+        Release::Released
+    );
+    // Nobody pushes: a watch stays quiet, and whoever waits polls.
+    let mut watch = Box::pin(store.watch(&claim(1, 1).key).await.unwrap());
+    assert!(futures::poll!(&mut watch).is_pending());
+    // One node without replicas.
+    let connection = client.get_async_connection().await.unwrap();
+    let builder = RedisStore::builder().with_replication(1, Duration::from_millis(50));
+    let strict = builder.use_cluster(connection).await.unwrap();
+    let timer = Timer::start();
+    assert_eq!(
+        strict.claim(&claim(101, 1)).await.unwrap_err().kind(),
+        ErrorKind::StoreUnavailable
+    );
+    assert!(timer.elapsed() < Duration::from_secs(1));
+    assert!(store.peek(&claim(101, 1).key).await.unwrap().is_none());
+}

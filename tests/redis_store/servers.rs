@@ -1,0 +1,121 @@
+//! What a store asks of its server before it works with it.
+
+use std::error::Error as _;
+use std::time::Duration;
+
+use tower_idempotency::{Error, ErrorKind, RedisStore, Store};
+
+use super::{claim, completed, granted, replayed, RedisServer};
+
+async fn refused(url: &str) -> Error {
+    let error = RedisStore::connect(url).await.unwrap_err();
+    assert!(!format!("{error:?} {error}").contains("hunter2"), "{error:?}");
+    error
+}
+
+#[tokio::test]
+async fn a_server_that_may_evict_is_refused_by_name_of_its_setting() {
+    let server = RedisServer::with(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
+    let error = refused(&server.url()).await;
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+    assert!(error.to_string().contains("maxmemory-policy"), "{error}");
+    let cause = error.source().unwrap().to_string();
+    assert!(cause.contains("allkeys-lru") && cause.contains("noeviction"), "{cause}");
+    server.tell::<()>("CONFIG SET maxmemory 0");
+    RedisStore::connect(&server.url()).await.unwrap();
+}
+
+#[tokio::test]
+async fn wrong_and_missing_passwords_are_refused_and_not_shown() {
+    let server = RedisServer::with(&["--requirepass", "right"]);
+    for url in [
+        format!("redis://:hunter2@127.0.0.1:{}", server.port()),
+        format!("redis://somebody:hunter2@127.0.0.1:{}", server.port()),
+        server.url(),
+    ] {
+        let error = refused(&url).await;
+        assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
+        assert!(error.to_string().contains("credentials"), "{error}");
+    }
+    let store = RedisStore::connect(&format!("redis://:right@127.0.0.1:{}", server.port()))
+        .await
+        .unwrap();
+    assert!(!format!("{store:?}").contains("right"), "{store:?}");
+    completed(&store, 1, "a").await;
+}
+
+#[tokio::test]
+async fn urls_without_sense_and_servers_out_of_reach_are_told_apart() {
+    for url in [
+        "",
+        "hunter2",
+        "http://user:hunter2@host",
+        "redis://user:hunter2@host:port",
+        "rediss://user:hunter2@localhost",
+    ] {
+        assert_eq!(refused(url).await.kind(), ErrorKind::Configuration, "{url}");
+    }
+    let error = refused("redis://user:hunter2@127.0.0.1:1").await;
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+}
+
+#[tokio::test]
+async fn settings_without_sense_are_refused() {
+    let server = RedisServer::start();
+    let builder = RedisStore::builder;
+    for builder in [
+        builder().with_response_timeout(Duration::ZERO),
+        builder().with_replication(1, Duration::ZERO),
+    ] {
+        let error = builder.connect(&server.url()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Configuration);
+    }
+}
+
+#[tokio::test]
+async fn a_user_who_may_see_no_settings_and_publish_nothing_can_work() {
+    let server = RedisServer::start();
+    server.tell::<()>("ACL SETUSER app on >pass ~idempotency:* resetchannels +@all -info -config");
+    let store = RedisStore::connect(&format!("redis://app:pass@127.0.0.1:{}", server.port()))
+        .await
+        .unwrap();
+    completed(&store, 1, "a").await;
+    assert_eq!(replayed(&store, 1).await.body, "a");
+    // The layer polls instead.
+    assert_eq!(
+        store.watch(&claim(1, 1).key).await.unwrap_err().kind(),
+        ErrorKind::StoreUnavailable
+    );
+}
+
+#[tokio::test]
+async fn prefixes_keep_applications_apart() {
+    let server = RedisServer::start();
+    let store = |prefix: &'static str| {
+        RedisStore::builder()
+            .with_prefix(prefix)
+            .connect(&server.url().leak()[..])
+    };
+    let (one, two) = (store("one:").await.unwrap(), store("").await.unwrap());
+    completed(&one, 1, "a").await;
+    granted(&two, &claim(1, 1)).await;
+    let mut keys: Vec<String> = server.tell("KEYS *");
+    keys.sort();
+    assert_eq!(keys, ["01".repeat(32), format!("one:{}", "01".repeat(32))]);
+}
+
+#[tokio::test]
+async fn connections_of_ones_own_work_and_their_watches_stay_quiet() {
+    let server = RedisServer::start();
+    let client = redis::Client::open(server.url()).unwrap();
+    let manager = client.get_connection_manager().await.unwrap();
+    let (own, made) = (
+        RedisStore::from_connection_manager(manager).await.unwrap(),
+        RedisStore::from_client(client).await.unwrap(),
+    );
+    let mut quiet = Box::pin(own.watch(&claim(1, 1).key).await.unwrap());
+    let told = made.watch(&claim(1, 1).key).await.unwrap();
+    completed(&own, 1, "a").await;
+    tokio::time::timeout(Duration::from_secs(2), told).await.unwrap();
+    assert!(futures::poll!(&mut quiet).is_pending());
+}

@@ -1,0 +1,228 @@
+//! Redis servers of the tests' own: each on a free port, in a folder of its own, ended with its value.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
+
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use redis::{Cmd, FromRedisValue};
+
+/// A running `redis-server`; killed when dropped, also by a panic.
+pub struct RedisServer {
+    child: Child,
+    port: u16,
+    folder: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl RedisServer {
+    /// A server that keeps every write on its disk.
+    pub fn start() -> Self {
+        Self::with(&[])
+    }
+
+    /// A server with further settings, as on the command line: `["--maxmemory", "10mb"]`.
+    pub fn with(settings: &[&str]) -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("idempotency-redis-{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let mut last = String::new();
+        // Between finding a port and taking it, another process may take it.
+        for _ in 0..5 {
+            let port = free_port();
+            let arguments = arguments(port, &folder, settings);
+            let child = spawn(&arguments);
+            let mut server = Self {
+                child,
+                port,
+                folder: folder.clone(),
+                arguments,
+            };
+            match server.wait_until_up() {
+                Ok(()) => return server,
+                Err(error) => last = error,
+            }
+            std::fs::create_dir_all(&folder).unwrap();
+        }
+        panic!("redis-server does not start: {last}");
+    }
+
+    /// A server that follows this one.
+    pub fn replica(&self) -> Self {
+        let port = self.port.to_string();
+        let replica = Self::with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
+        replica.wait_for("replication", "master_link_status:up");
+        replica
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Ends the server without a word (SIGKILL).
+    pub fn kill(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+
+    /// Starts it again on its port and data.
+    pub fn restart(&mut self) {
+        self.kill();
+        self.child = spawn(&self.arguments);
+        self.wait_until_up().unwrap();
+    }
+
+    /// Stops the process for now (SIGSTOP), or lets it go on (SIGCONT).
+    pub fn signal(&self, signal: &str) {
+        let status = Command::new("kill")
+            .args([signal, &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+
+    /// Runs a command on a connection of its own.
+    pub fn run<T: FromRedisValue>(&self, command: &Cmd) -> T {
+        let client = redis::Client::open(self.url()).unwrap();
+        let mut connection = client.get_connection_with_timeout(Duration::from_secs(2)).unwrap();
+        command.query(&mut connection).unwrap()
+    }
+
+    /// A command from words.
+    pub fn tell<T: FromRedisValue>(&self, words: &str) -> T {
+        let mut words = words.split(' ');
+        let mut command = redis::cmd(words.next().unwrap());
+        for word in words {
+            command.arg(word);
+        }
+        self.run(&command)
+    }
+
+    /// Takes its folder away and lets it notice.
+    pub fn lose_its_disk(&self) {
+        std::fs::remove_dir_all(&self.folder).unwrap();
+        self.tell::<()>("BGSAVE");
+        self.wait_for("persistence", "rdb_last_bgsave_status:err");
+    }
+
+    /// Waits until a section of INFO holds a line.
+    pub fn wait_for(&self, section: &str, line: &str) {
+        for _ in 0..500 {
+            if self
+                .tell::<String>(&format!("INFO {section}"))
+                .lines()
+                .any(|told| told == line)
+            {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("{line} does not come");
+    }
+
+    /// Waits until a cluster's node serves its slots.
+    pub fn wait_for_cluster(&self) {
+        for _ in 0..500 {
+            if self.tell::<String>("CLUSTER INFO").contains("cluster_state:ok") {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("the cluster does not form");
+    }
+
+    /// How often a command was called, from outside or by scripts.
+    pub fn calls(&self, command: &str) -> u64 {
+        let info = self.tell::<String>("INFO commandstats");
+        let prefix = format!("cmdstat_{command}:calls=");
+        info.lines()
+            .find_map(|line| line.strip_prefix(&prefix)?.split(',').next()?.parse().ok())
+            .unwrap_or(0)
+    }
+
+    fn wait_until_up(&mut self) -> Result<(), String> {
+        for _ in 0..500 {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return Err(format!("redis-server ended with {status}"));
+            }
+            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() && self.answers() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err("it does not answer within 10 s".to_owned())
+    }
+
+    /// Whether it has loaded its data. One that asks for a password is up, too.
+    fn answers(&self) -> bool {
+        let Ok(client) = redis::Client::open(self.url()) else {
+            return false;
+        };
+        match client.get_connection_with_timeout(Duration::from_secs(1)) {
+            Ok(mut connection) => match redis::cmd("PING").query::<String>(&mut connection) {
+                Ok(_) => true,
+                Err(error) => error.code() == Some("NOAUTH"),
+            },
+            Err(error) => error.code() == Some("NOAUTH"),
+        }
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        self.kill();
+        drop(std::fs::remove_dir_all(&self.folder));
+    }
+}
+
+fn free_port() -> u16 {
+    // The bus of a cluster takes the port 10,000 above.
+    loop {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        if port < 55_000 {
+            return port;
+        }
+    }
+}
+
+fn arguments(port: u16, folder: &std::path::Path, settings: &[&str]) -> Vec<String> {
+    let port = port.to_string();
+    let folder = folder.to_str().unwrap();
+    let ours = [
+        "--port",
+        &port,
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        folder,
+        "--save",
+        "",
+        "--appendonly",
+        "yes",
+        "--appendfsync",
+        "always",
+        "--daemonize",
+        "no",
+        "--loglevel",
+        "warning",
+    ];
+    ours.iter().chain(settings).map(|word| (*word).to_owned()).collect()
+}
+
+fn spawn(arguments: &[String]) -> Child {
+    Command::new("redis-server")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|error| panic!("these tests need `redis-server`, which ./test installs; run ./test ({error})"))
+}
