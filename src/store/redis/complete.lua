@@ -4,7 +4,8 @@ if refusal then return refusal end
 if not record then return {'superseded'} end
 local is_done, is_owner = record.state >= TOMBSTONE, is_owned(record, ARGV[1])
 if is_done and is_owner then
-  -- Changes nothing, and yet is a write: a WAIT behind it then waits for the replicas, on whatever connection it came.
+  -- Changes nothing, and yet is a write. By its documentation, WAIT asks only for writes of its own connection, and the first
+  -- completion may have come on another. (Redis 7.0 asks for everybody's; nothing promises that it always will.)
   redis.call('PEXPIREAT', key, expiry(record))
   return {'completed'}
 end

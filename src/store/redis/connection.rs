@@ -29,7 +29,7 @@ pub(super) struct Replication {
 /// What came of one exchange.
 pub(super) struct Exchanged {
     pub(super) reply: Result<Reply, Failed>,
-    /// Whether as many replicas as wanted have all that this connection ever wrote.
+    /// Whether as many replicas as wanted have what was written; true where none are asked.
     pub(super) is_replicated: bool,
 }
 
@@ -51,7 +51,7 @@ impl Connection {
         replication: Option<Replication>,
         limit: Duration,
     ) -> Exchanged {
-        let limit = limit + replication.map_or(Duration::ZERO, |replication| replication.timeout);
+        let limit = limit.saturating_add(replication.map_or(Duration::ZERO, |replication| replication.timeout));
         let exchange = async {
             let known = self.send(script.by_digest(key, arguments), replication).await;
             match known {
@@ -84,11 +84,12 @@ impl Connection {
         pipeline.add_command(command).add_command(wait);
         let mut values = self.req_packed_commands(&pipeline, 0, 2).await?.into_iter();
         let value = values.next().unwrap_or_default().extract_error()?;
-        let is_replicated = match values.next().unwrap_or_default().extract_error()? {
-            Value::Int(have) => usize::try_from(have).is_ok_and(|have| have >= replicas),
-            _ => false,
+        // A WAIT that fails knows of no replica; what came before it happened all the same.
+        let have = match values.next() {
+            Some(Value::Int(have)) => usize::try_from(have).unwrap_or(0),
+            _ => 0,
         };
-        Ok((value, is_replicated))
+        Ok((value, have >= replicas))
     }
 }
 
@@ -111,11 +112,11 @@ impl Exchanged {
         self.reply.map_err(|failed| failed.read_by(failure::of))
     }
 
-    /// The same, refused unless enough replicas have it.
-    pub(super) fn replicated_reply(self) -> Result<Reply, Error> {
+    /// The same; `done` is refused unless enough replicas have it.
+    pub(super) fn replicated_reply(self, done: &[u8]) -> Result<Reply, Error> {
         let is_replicated = self.is_replicated;
         let reply = self.reply()?;
-        if is_replicated {
+        if is_replicated || reply.word() != done {
             Ok(reply)
         } else {
             Err(failure::NOT_REPLICATED)

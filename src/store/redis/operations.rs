@@ -102,7 +102,7 @@ impl Server {
         let [length, head, body] = &parts_of(outcome);
         let arguments: [&[u8]; 6] = [&owner, state, retention.as_bytes(), length, head, body];
         let exchanged = self.run(&scripts::COMPLETE, key, &arguments, true).await;
-        let mut reply = exchanged.replicated_reply()?;
+        let mut reply = exchanged.replicated_reply(b"completed")?;
         match reply.word() {
             b"completed" => Ok(Completion::Completed),
             b"superseded" => Ok(Completion::Superseded(outcome_in(&mut reply)?)),
@@ -137,7 +137,7 @@ impl Server {
         let retention = micros(retention);
         let arguments: [&[u8]; 6] = [&fence, state, retention.as_bytes(), length, head, body];
         let exchanged = self.run(&scripts::RESOLVE, key, &arguments, true).await;
-        let mut reply = exchanged.replicated_reply()?;
+        let mut reply = exchanged.replicated_reply(b"resolved")?;
         match reply.word() {
             b"conflict" => Ok(Resolved::Conflict(reply.optional_number()?.map(Fence::new))),
             b"resolved" => Ok(Resolved::Resolved),
