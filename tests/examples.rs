@@ -517,3 +517,43 @@ mod postgres_transaction {
         assert_eq!(rows(&example).await, 2);
     }
 }
+
+#[cfg(feature = "redis")]
+#[path = "support/redis.rs"]
+mod redis_server;
+
+#[cfg(feature = "redis")]
+mod redis {
+    use super::redis_server::RedisServer;
+    use super::{Example, StatusCode};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn two_processes_charge_once() {
+        let server = RedisServer::start();
+        let url = server.url();
+        let environment = [("REDIS_URL", &*url)];
+        let (mut one, mut two) = futures::future::join(
+            Example::start_in("redis", &environment),
+            Example::start_in("redis", &environment),
+        )
+        .await;
+        let headers = [("idempotency-key", "order-1")];
+        let both = futures::future::join(
+            one.post("/payments", &headers, "4200"),
+            two.post("/payments", &headers, "4200"),
+        );
+        let (first, second) = both.await;
+        assert_eq!((first.status, &first.body), (StatusCode::CREATED, &second.body));
+        let began = tokio::select! {
+            line = one.line() => line,
+            line = two.line() => line,
+        };
+        assert_eq!(began, "a charge of 4200 begins");
+        let more = tokio::select! {
+            line = one.stdout.next_line() => Some(line),
+            line = two.stdout.next_line() => Some(line),
+            () = tokio::time::sleep(std::time::Duration::from_millis(200)) => None,
+        };
+        assert!(more.is_none(), "both charged: {more:?}");
+    }
+}

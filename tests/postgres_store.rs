@@ -449,3 +449,41 @@ async fn a_server_that_swallows_one_direction_is_given_up_by_the_caller() {
         assert!(matches!(asked, Ok(Ok(Decision::Execute(_)))), "{asked:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_refuses_is_told_without_what_it_was_given() {
+    let server = PostgresServer::start();
+    let store = PostgresStore::connect(&server.url()).await.unwrap();
+    let first = claim(1);
+    let owner = granted(&store, &first).await.owner;
+    // The server's words for a full disk, from a trigger: a disk that is really full would be this machine's.
+    let trigger = "
+        CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$;
+        CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON idempotency_records FOR EACH ROW EXECUTE FUNCTION full_disk();";
+    sqlx::raw_sql(trigger).execute(store.pool()).await.unwrap();
+    let errors = [
+        store.claim(&claim(2)).await.map(drop).unwrap_err(),
+        store
+            .complete(&first.key, owner, &kept(b"card of Alice"), HOUR)
+            .await
+            .map(drop)
+            .unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+        assert!(format!("{error:?}").contains("53100"), "{error:?}");
+        assert!(!format!("{error:?}").contains("Alice"));
+    }
+    // What is refused shows its row, body and all, in the words of the server.
+    let check = "
+        DROP TRIGGER full_disk ON idempotency_records;
+        ALTER TABLE idempotency_records ADD CHECK (body IS NULL);";
+    sqlx::raw_sql(check).execute(store.pool()).await.unwrap();
+    let refused = store.complete(&first.key, owner, &kept(b"card of Alice"), HOUR).await;
+    let error = refused.unwrap_err();
+    let hex: String = b"card of Alice".iter().map(|byte| format!("{byte:02x}")).collect();
+    let said = format!("{error:?} {error}");
+    assert!(!said.contains("Alice") && !said.contains(&hex), "{said}");
+    assert_eq!(store.peek(&claim(2).key).await.unwrap(), None);
+}

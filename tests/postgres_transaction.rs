@@ -296,3 +296,56 @@ async fn claim_and_completion_within_one_transaction_make_an_event_count_once() 
     assert_eq!(ran.iter().filter(|ran| **ran).count(), 1);
     assert_eq!(bench.payments().await, 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_killed_in_the_middle_of_commits_has_each_payment_once() {
+    const ROUNDS: usize = 12;
+    const KEYS: usize = 8;
+    let mut bench = Bench::new(Ending::Commit).await;
+    let layer = bench
+        .layer()
+        .on_lost(OnLost::Execute)
+        .with_lease(Duration::from_secs(1));
+    let router = bench.router(layer.with_completion_timeout(Duration::from_secs(2)));
+    let settle = |key: String| {
+        let router = router.clone();
+        async move {
+            for _ in 0..200 {
+                let (status, _, body) = send(&router, &key).await;
+                if status == StatusCode::CREATED {
+                    return body;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            panic!("{key} is stuck")
+        }
+    };
+    for round in 0..ROUNDS {
+        let sends: Vec<_> = (0..KEYS)
+            .map(|n| tokio::spawn(settle(format!("key-{round}-{n}"))))
+            .collect();
+        tokio::time::sleep(Duration::from_millis(rand::random_range(1..25))).await;
+        bench.server = tokio::task::spawn_blocking(move || {
+            let mut server = bench.server;
+            server.kill();
+            server.run();
+            server
+        })
+        .await
+        .unwrap();
+        for (n, sent) in sends.into_iter().enumerate() {
+            let first = sent.await.unwrap();
+            assert_eq!(settle(format!("key-{round}-{n}")).await, first);
+        }
+    }
+    let payments: i64 = {
+        let count = sqlx::query_scalar("SELECT count(*) FROM payments");
+        count.fetch_one(bench.store.pool()).await.unwrap()
+    };
+    assert_eq!(usize::try_from(payments).unwrap(), ROUNDS * KEYS);
+    println!(
+        "{} runs for {} payments",
+        bench.app.runs.load(Ordering::SeqCst),
+        ROUNDS * KEYS
+    );
+}

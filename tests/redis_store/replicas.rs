@@ -7,7 +7,7 @@ use tower_idempotency::protocol::{Completion, Decision, Release};
 use tower_idempotency::{ErrorKind, RedisStore, Store};
 
 use super::support::Timer;
-use super::{claim, completed, granted, kept, name, replayed, RedisServer, HOUR};
+use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
 
 async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
     let builder = RedisStore::builder().with_replication(replicas, Duration::from_millis(300));
@@ -98,4 +98,45 @@ async fn a_cluster_holds_records_under_one_key_each() {
     );
     assert!(timer.elapsed() < Duration::from_secs(1));
     assert!(store.peek(&claim(101, 1).key).await.unwrap().is_none());
+}
+
+/// The primary is lost while its replica is behind, and the replica takes its place.
+async fn fail_over(primary: RedisServer, replica: &RedisServer) -> RedisStore {
+    drop(primary);
+    replica.signal("-CONT");
+    replica.tell::<()>("REPLICAOF NO ONE");
+    connect(replica).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_loses_what_nobody_waited_for() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let store = connect(&primary).await;
+    replica.signal("-STOP");
+    granted(&store, &claim(1, 1)).await;
+    let store = fail_over(primary, &replica).await;
+    // This is what the README says of asynchronous failover: the key is new again.
+    assert_eq!(granted(&store, &claim(1, 2)).await.attempt, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_loses_no_grant_that_a_replica_had_to_acknowledge() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let store = replicated(&primary, 1).await;
+    granted(&store, &claim(1, 1)).await;
+    replica.signal("-STOP");
+    let error = store.claim(&claim(2, 1)).await.unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ErrorKind::StoreUnavailable,
+        "nothing runs that could be lost"
+    );
+    let store = fail_over(primary, &replica).await;
+    assert!(matches!(
+        store.claim(&claim(1, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+    assert_eq!(granted(&store, &claim(2, 2)).await.attempt, 1);
 }
