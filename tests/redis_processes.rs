@@ -40,3 +40,9 @@ async fn a_zombie_changes_nothing_and_its_callers_get_the_winners_bytes() {
     let server = RedisServer::start();
     scenarios::zombies(&server.url()).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_outcome_is_healed_by_a_late_completion() {
+    let server = RedisServer::start();
+    scenarios::late_completions(&server.url()).await;
+}

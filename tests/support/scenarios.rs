@@ -13,7 +13,7 @@ use axum::http::StatusCode;
 use futures::future::join_all;
 use futures::{stream, StreamExt};
 
-use super::cluster::{effects, http_client, send, End, Mode, Process, Seen, LEASE};
+use super::cluster::{effects, http_client, send, End, Got, Mode, Process, Seen, LEASE};
 
 /// A ledger of one test's own, in the folder for temporary files.
 fn ledger() -> PathBuf {
@@ -164,37 +164,81 @@ fn judge(seen: &Seen, mode: Mode, effects: &std::collections::BTreeMap<String, u
     }
 }
 
-/// A process is stopped past its leases, its keys are taken over and completed elsewhere, and it goes on.
-pub async fn zombies(store: &str) {
+/// What became of keys whose process was stopped past their leases and went on.
+struct Stopped {
+    /// What the callers of the stopped process got.
+    late: Vec<Got>,
+    /// What others got meanwhile, from another process.
+    meanwhile: Vec<Got>,
+    /// What was given afterwards, by the process that had been stopped.
+    afterwards: Vec<Got>,
+}
+
+async fn stop_past_the_leases(store: &str, mode: Mode) -> Stopped {
     const KEYS: usize = 100;
     let ledger = ledger();
-    let [zombie, other] = [(), ()].map(|()| Process::start(store, Mode::Execute, &ledger));
+    let [stopped, other] = [(), ()].map(|()| Process::start(store, mode, &ledger));
     let client = http_client();
     let keys: Vec<String> = (0..KEYS).map(|n| format!("key-{n}")).collect();
     // Long enough that every execution is under way when the process is stopped, and ends after it goes on.
     let slow = [("x-before", "1000".to_owned())];
-    let slow = &slow;
-    let through_zombie = join_all(keys.iter().map(|key| send(&client, zombie.address, key, slow)));
-    let meanwhile = async {
-        tokio::time::sleep(Duration::from_millis(700)).await;
-        zombie.signal("-STOP");
-        tokio::time::sleep(2 * LEASE).await;
-        let quick = [("x-before", "0".to_owned()), ("x-after", "0".to_owned())];
-        let quick = &quick;
-        let winners = join_all(keys.iter().map(|key| send(&client, other.address, key, quick))).await;
-        zombie.signal("-CONT");
-        winners
+    let quick = [("x-before", "0".to_owned()), ("x-after", "0".to_owned())];
+    let (slow, quick) = (&slow, &quick);
+    let to = |process: &Process, headers| {
+        let sends = keys.iter().map(|key| send(&client, process.address, key, headers));
+        let answers = join_all(sends.collect::<Vec<_>>());
+        async {
+            answers
+                .await
+                .into_iter()
+                .map(|got| got.expect("an answer"))
+                .collect::<Vec<Got>>()
+        }
     };
-    let (late, winners) = futures::join!(through_zombie, meanwhile);
-    for (late, winner) in late.into_iter().zip(winners) {
-        let (late, winner) = (late.expect("the zombie answers"), winner.expect("the winner answers"));
-        assert_eq!((winner.status, winner.attempt()), (StatusCode::CREATED, 2));
-        assert_eq!(late.body, winner.body);
-        assert_eq!(late.status, winner.status);
-    }
-    let again = join_all(keys.iter().map(|key| send(&client, zombie.address, key, slow))).await;
-    assert!(again
-        .into_iter()
-        .all(|got| got.is_some_and(|got| got.is_replay() && got.attempt() == 2)));
+    let elsewhere = async {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        stopped.signal("-STOP");
+        tokio::time::sleep(2 * LEASE).await;
+        let answers = to(&other, &quick[..]).await;
+        stopped.signal("-CONT");
+        answers
+    };
+    let (late, meanwhile) = futures::join!(to(&stopped, &slow[..]), elsewhere);
+    let afterwards = to(&stopped, &slow[..]).await;
     drop(std::fs::remove_file(ledger));
+    Stopped {
+        late,
+        meanwhile,
+        afterwards,
+    }
+}
+
+/// Its keys are taken over and completed elsewhere: it changes nothing, and its callers get the winners' bytes.
+pub async fn zombies(store: &str) {
+    let Stopped {
+        late,
+        meanwhile,
+        afterwards,
+    } = stop_past_the_leases(store, Mode::Execute).await;
+    for ((late, winner), again) in late.iter().zip(&meanwhile).zip(&afterwards) {
+        assert_eq!((winner.status, winner.attempt()), (StatusCode::CREATED, 2));
+        assert_eq!((late.status, &late.body), (winner.status, &winner.body));
+        assert_eq!((again.is_replay(), &again.body), (true, &winner.body));
+    }
+    println!("{} owners were superseded", late.len());
+}
+
+/// Nobody may run its keys again, and their outcome is unknown until it completes late.
+pub async fn late_completions(store: &str) {
+    let Stopped {
+        late,
+        meanwhile,
+        afterwards,
+    } = stop_past_the_leases(store, Mode::Refuse).await;
+    for ((late, unknown), again) in late.iter().zip(&meanwhile).zip(&afterwards) {
+        assert_eq!(unknown.code().as_deref(), Some("outcome-unknown"), "{unknown:?}");
+        assert_eq!((late.status, late.attempt()), (StatusCode::CREATED, 1), "{late:?}");
+        assert_eq!((again.is_replay(), &again.body), (true, &late.body));
+    }
+    println!("{} completions came late", late.len());
 }
