@@ -349,3 +349,104 @@ async fn a_server_that_is_killed_in_the_middle_of_commits_has_each_payment_once(
         ROUNDS * KEYS
     );
 }
+
+/// Sends with a handler of one test's own, which gets the pool and how often it ran before.
+async fn with_handler<F>(bench: &Bench, handler: impl Fn(PgPool, Lease) -> F + Clone + Send + Sync + 'static) -> Router
+where
+    F: std::future::Future<Output = Response> + Send + 'static,
+{
+    let route = post(move |State(app): State<App>, lease: Lease| handler(app.pool, lease));
+    Router::new()
+        .route("/payments", route)
+        .layer(bench.layer())
+        .with_state(bench.app.clone())
+}
+
+async fn insert(connection: &mut sqlx::PgConnection) {
+    let insert = sqlx::query("INSERT INTO payments (note) VALUES ('x')");
+    insert.execute(connection).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_is_repeated_after_a_commit_of_unknown_fate_takes_effect_once() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = with_handler(&bench, |pool, lease| async move {
+        for _ in 0..2 {
+            let mut transaction = pool.begin().await.unwrap();
+            insert(&mut transaction).await;
+            match lease.complete_in(&mut transaction, "paid").await {
+                // Its reply was lost, so the handler tries again.
+                Ok(_) => transaction.commit().await.unwrap(),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Superseded),
+            }
+        }
+        StatusCode::INTERNAL_SERVER_ERROR.into_response()
+    });
+    let (status, _, body) = send(&router.await, "k").await;
+    assert_eq!((status, &body[..]), (StatusCode::OK, &b"paid"[..]));
+    assert_eq!(bench.payments().await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_success_is_given_or_kept_after_a_rollback_however_it_was_altered() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = with_handler(&bench, |pool, lease| async move {
+        for answer in ["first", "second"] {
+            let mut transaction = pool.begin().await.unwrap();
+            insert(&mut transaction).await;
+            lease.complete_in(&mut transaction, answer).await.unwrap();
+        }
+        ([("x-touched", "yes")], "second, touched").into_response()
+    });
+    let router = router.await;
+    for _ in 0..2 {
+        let (status, headers, _) = send(&router, "k").await;
+        assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(!headers.contains_key("idempotent-replayed"));
+    }
+    assert_eq!(bench.payments().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_after_a_rollback_is_an_answer_like_any_other() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = with_handler(&bench, |pool, lease| async move {
+        let mut transaction = pool.begin().await.unwrap();
+        lease.complete_in(&mut transaction, "paid").await.unwrap();
+        transaction.rollback().await.unwrap();
+        (StatusCode::UNPROCESSABLE_ENTITY, "no such account").into_response()
+    });
+    let router = router.await;
+    for replayed in [false, true] {
+        let (status, headers, body) = send(&router, "k").await;
+        assert_eq!(
+            (status, &body[..]),
+            (StatusCode::UNPROCESSABLE_ENTITY, &b"no such account"[..])
+        );
+        assert_eq!(headers.contains_key("idempotent-replayed"), replayed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_that_was_given_up_and_committed_all_the_same_is_what_everybody_gets() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = with_handler(&bench, |pool, lease| async move {
+        let mut transaction = pool.begin().await.unwrap();
+        insert(&mut transaction).await;
+        {
+            let completion = lease.complete_in(&mut transaction, "recorded");
+            drop(tokio::time::timeout(Duration::from_micros(1), completion).await);
+        }
+        drop(transaction.commit().await);
+        "given instead".into_response()
+    });
+    let router = router.await;
+    let (first, _, given) = send(&router, "k").await;
+    let (second, headers, replayed) = send(&router, "k").await;
+    // Whether it arrived is a matter of time. Either it did, and everybody gets it, or nothing did.
+    if headers.contains_key("idempotent-replayed") {
+        assert_eq!((first, &given), (second, &replayed));
+    } else {
+        assert_eq!(first, StatusCode::INTERNAL_SERVER_ERROR);
+    }
+}

@@ -97,8 +97,8 @@ impl<St: Store, S> Exchange<St, S> {
     ) -> Result<Response<R>, E> {
         let ended = self.ended(running).await;
         #[cfg(feature = "postgres")]
-        if let Some(recorded) = self.hold.flight.recorded().cloned() {
-            return Box::pin(self.after_transaction(ended, recorded)).await;
+        if self.hold.flight.is_in_transaction() {
+            return Box::pin(self.after_transaction(ended)).await;
         }
         match ended {
             None => Ok(self.answered().await),

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::pin::pin;
+#[cfg(feature = "postgres")]
+use std::sync::atomic::AtomicU16;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::Duration;
@@ -28,9 +30,12 @@ pub(super) struct Flight {
     confirmed: AtomicBool,
     held: OnceLock<Grant>,
     superseded: AtomicBool,
-    /// What its handler recorded in a transaction, which may not have been committed.
+    /// Whether its handler has begun to complete in a transaction, of which it may not be known what became.
     #[cfg(feature = "postgres")]
-    recorded: OnceLock<Answer>,
+    in_transaction: AtomicBool,
+    /// The status that it tried to record last.
+    #[cfg(feature = "postgres")]
+    recorded_status: AtomicU16,
     /// Whether its lease is being given up, and must not be renewed again.
     ending: AtomicBool,
     /// The tick at which its lease is to be renewed; 0 until it was looked at first.
@@ -63,7 +68,9 @@ impl Flight {
             held: OnceLock::new(),
             superseded: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
-            recorded: OnceLock::new(),
+            in_transaction: AtomicBool::new(false),
+            #[cfg(feature = "postgres")]
+            recorded_status: AtomicU16::new(0),
             ending: AtomicBool::new(false),
             renewal_due: AtomicU64::new(0),
             landing: OnceLock::new(),
@@ -111,15 +118,22 @@ impl Flight {
         self.held.get()
     }
 
-    /// The first answer that was recorded in a transaction counts.
+    /// The handler is about to complete in a transaction, with an answer of this status.
     #[cfg(feature = "postgres")]
-    pub(super) fn set_recorded(&self, answer: Answer) {
-        drop(self.recorded.set(answer));
+    pub(super) fn set_in_transaction(&self, status: http::StatusCode) {
+        self.recorded_status.store(status.as_u16(), Ordering::Relaxed);
+        self.in_transaction.store(true, Ordering::Release);
+    }
+
+    /// Whether the handler has tried to complete in a transaction.
+    #[cfg(feature = "postgres")]
+    pub(super) fn is_in_transaction(&self) -> bool {
+        self.in_transaction.load(Ordering::Acquire)
     }
 
     #[cfg(feature = "postgres")]
-    pub(super) fn recorded(&self) -> Option<&Answer> {
-        self.recorded.get()
+    pub(super) fn has_recorded(&self, status: http::StatusCode) -> bool {
+        self.recorded_status.load(Ordering::Relaxed) == status.as_u16()
     }
 
     pub(super) fn set_superseded(&self) {

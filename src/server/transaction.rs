@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use http::Response;
+use http::{Response, StatusCode};
 use sqlx::postgres::PgConnection;
 
 use super::exchange::{Cargo, Exchange, Read};
@@ -97,7 +97,8 @@ impl Lease {
     ///
     /// # Errors
     ///
-    /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over: roll back (drop the transaction), and
+    /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over, or this attempt has completed it already (in an
+    /// earlier transaction whose commit took effect although its reply was lost, say): roll back (drop the transaction), and
     /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
     /// store is no [`PostgresStore`], or the response is a stream, is longer than the layer's limit, or breaks off. Otherwise as
     /// for [`Store::complete`]. In every case roll back.
@@ -114,18 +115,14 @@ impl Lease {
         }
         let body = collect(body, settings.answer_limit).await.map_err(|_| NOT_KEPT)?;
         let answer = settings.answer_headers.store(&head, &body);
-        let outcome = Outcome::Kept(answer.clone());
+        let outcome = Outcome::Kept(answer);
         let retention = retention(settings, &head);
+        // Before it is sent: dropped from here on, it may have arrived.
+        self.flight().set_in_transaction(head.status);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         match completion.await? {
-            Completion::Completed => {
-                self.flight().set_recorded(answer);
-                Ok(Response::from_parts(head, body.rebuild()))
-            }
-            Completion::Superseded(_) => {
-                self.flight().set_superseded();
-                Err(SUPERSEDED)
-            }
+            Completion::Completed => Ok(Response::from_parts(head, body.rebuild())),
+            Completion::Superseded(_) => Err(SUPERSEDED),
         }
     }
 }
@@ -143,7 +140,7 @@ const NOT_KEPT: Error = Error::new(
 
 const SUPERSEDED: Error = Error::new(
     ErrorKind::Superseded,
-    "another attempt has taken the key over; roll the transaction back",
+    "the key is completed already, or another attempt has taken it over; roll the transaction back",
 );
 
 impl<St: Store, S> Exchange<St, S> {
@@ -151,7 +148,6 @@ impl<St: Store, S> Exchange<St, S> {
     pub(super) async fn after_transaction<R: RebuildBody, E>(
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
-        recorded: Answer,
     ) -> Result<Response<R>, E> {
         let timeout = self.settings.store_timeout;
         let Hold { shared, flight, .. } = &self.hold;
@@ -165,7 +161,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
         let renewal = shared.store.renew(&flight.storage_key, owner, self.settings.lease);
         match in_time(timeout, renewal).await {
-            Ok(Renewal::Renewed) => self.rolled_back(ended, &recorded).await,
+            Ok(Renewal::Renewed) => self.rolled_back(ended).await,
             Ok(Renewal::Superseded) => Ok(self.superseded().await),
             Err(error) => Ok(self.undecided(&error)),
         }
@@ -188,25 +184,24 @@ impl<St: Store, S> Exchange<St, S> {
         Response::from_parts(head, body.rebuild())
     }
 
-    /// Nothing took effect. An answer that says otherwise is not given.
-    async fn rolled_back<R: RebuildBody, E>(
-        &mut self,
-        ended: Option<Box<Ended<R, E>>>,
-        recorded: &Answer,
-    ) -> Result<Response<R>, E> {
+    /// Nothing took effect. An answer that says otherwise is not given: a success, or one of the status that was to be recorded.
+    async fn rolled_back<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Result<Response<R>, E> {
         telemetry::event(Event::RolledBack);
-        if let Some(ended) = ended {
-            return self.without_answer(*ended).await;
-        }
-        let says_otherwise = match &self.cargo {
-            Cargo::Answered(Read { head, body }) => self.settings.answer_headers.store(head, body) == *recorded,
-            _ => true,
+        let status = match (&self.cargo, ended.as_deref()) {
+            (Cargo::Answered(read), None) => Some(read.head.status),
+            (_, Some(Ended::Streaming(response))) => Some(response.status()),
+            _ => None,
         };
-        Ok(if says_otherwise {
-            self.failed().await
-        } else {
-            self.answered().await
-        })
+        let says_otherwise = |status: StatusCode| {
+            status.is_success() || status.is_redirection() || self.hold.flight.has_recorded(status)
+        };
+        if status.is_some_and(says_otherwise) {
+            return Ok(self.failed().await);
+        }
+        match ended {
+            Some(ended) => self.without_answer(*ended).await,
+            None => Ok(self.answered().await),
+        }
     }
 
     /// Whether the transaction was committed cannot be found out now. The lease ends the attempt, unless the record is completed

@@ -114,7 +114,8 @@ impl PostgresStore {
     }
 
     /// Records an outcome within a transaction of yours. Anything but [`Completion::Completed`] means that somebody else holds
-    /// the key: roll the transaction back.
+    /// the key, or that it is completed already, be it by this very owner (a commit whose reply was lost may have taken
+    /// effect): roll the transaction back.
     ///
     /// # Errors
     ///
@@ -127,7 +128,7 @@ impl PostgresStore {
         outcome: &Outcome,
         retention: Duration,
     ) -> Result<Completion, Error> {
-        self.on(connection).complete(key, owner, outcome, retention).await
+        self.on(connection).complete_once(key, owner, outcome, retention).await
     }
 
     fn on<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {

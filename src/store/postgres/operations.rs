@@ -58,12 +58,44 @@ impl Connection<'_> {
         self.change(bound, Renewal::Renewed, transition).await
     }
 
+    /// Completes in a transaction that an effect is a part of: what is completed already, even by this owner, has had its effect.
+    pub(super) async fn complete_once(
+        &mut self,
+        key: &StorageKey,
+        owner: Owner,
+        ended: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let transition = |record: Option<&Record>, now| {
+            let mut transition = Record::complete(record, owner, ended, retention, now);
+            if let (Change::Keep, Completion::Completed) = (&transition.change, &transition.reply) {
+                let stands = record.and_then(Record::answer).cloned();
+                let stands = stands.map_or(Outcome::Tombstone, Outcome::Kept);
+                transition.reply = Completion::Superseded(Some(stands));
+            }
+            transition
+        };
+        self.completed_by(key, owner, ended, retention, transition).await
+    }
+
     pub(super) async fn complete(
         &mut self,
         key: &StorageKey,
         owner: Owner,
         ended: &Outcome,
         retention: Duration,
+    ) -> Result<Completion, Error> {
+        let transition = |record: Option<&Record>, now| Record::complete(record, owner, ended, retention, now);
+        self.completed_by(key, owner, ended, retention, transition).await
+    }
+
+    async fn completed_by(
+        &mut self,
+        key: &StorageKey,
+        owner: Owner,
+        ended: &Outcome,
+        retention: Duration,
+        transition: impl Fn(Option<&Record>, Timestamp) -> Transition<Completion>,
     ) -> Result<Completion, Error> {
         let (state, head, body) = outcome(ended);
         let bound = |statements: &Statements| {
@@ -73,7 +105,6 @@ impl Connection<'_> {
                 .bind(body.map(<[u8]>::to_vec))
                 .bind(micros(retention))
         };
-        let transition = |record: Option<&Record>, now| Record::complete(record, owner, ended, retention, now);
         self.change(bound, Completion::Completed, transition).await
     }
 
