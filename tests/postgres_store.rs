@@ -139,7 +139,7 @@ async fn a_key_lives_its_life() {
 /// A store whose one connection goes through a proxy.
 async fn through_proxy(server: &PostgresServer) -> (PostgresStore, Proxy) {
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
-    let pool = PgPoolOptions::new().max_connections(1).test_before_acquire(false);
+    let pool = PgPoolOptions::new().max_connections(2).test_before_acquire(false);
     let pool = pool.connect(&server.url_by(proxy.address.port())).await.unwrap();
     (PostgresStore::builder().with_pool(pool).unwrap(), proxy)
 }

@@ -428,7 +428,7 @@ where
 }
 
 /// Does an operation, and repeats it while the store fails for as long as is set; the lease is renewed meanwhile.
-async fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> Result<T, Error>
+pub(super) async fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Error>>,
 {

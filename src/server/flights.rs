@@ -33,6 +33,9 @@ pub(super) struct Flight {
     /// Whether its handler has begun to complete in a transaction, of which it may not be known what became.
     #[cfg(feature = "postgres")]
     in_transaction: AtomicBool,
+    /// Whether that failed, so that its answer says nothing about the request.
+    #[cfg(feature = "postgres")]
+    transaction_failed: AtomicBool,
     /// The status that it tried to record last.
     #[cfg(feature = "postgres")]
     recorded_status: AtomicU16,
@@ -69,6 +72,8 @@ impl Flight {
             superseded: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
             in_transaction: AtomicBool::new(false),
+            #[cfg(feature = "postgres")]
+            transaction_failed: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
             recorded_status: AtomicU16::new(0),
             ending: AtomicBool::new(false),
@@ -125,6 +130,16 @@ impl Flight {
         self.in_transaction.store(true, Ordering::Release);
     }
 
+    #[cfg(feature = "postgres")]
+    pub(super) fn set_transaction_failed(&self, failed: bool) {
+        self.transaction_failed.store(failed, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(super) fn has_transaction_failed(&self) -> bool {
+        self.transaction_failed.load(Ordering::Relaxed)
+    }
+
     /// Whether the handler has tried to complete in a transaction.
     #[cfg(feature = "postgres")]
     pub(super) fn is_in_transaction(&self) -> bool {
@@ -150,6 +165,11 @@ impl Flight {
     }
 
     fn is_leased(&self) -> bool {
+        // A transaction that completes holds the record locked: a renewal would only wait for it, and so would whoever wants it.
+        #[cfg(feature = "postgres")]
+        if self.is_in_transaction() {
+            return false;
+        }
         !self.is_superseded()
             && !self.ending.load(Ordering::Relaxed)
             && self.held().is_some_and(|grant| grant.lease.is_some())

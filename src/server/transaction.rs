@@ -11,9 +11,9 @@ use http::{Response, StatusCode};
 use sqlx::postgres::PgConnection;
 
 use super::exchange::{Cargo, Exchange, Read};
-use super::execution::{retention, Ended};
+use super::execution::{persist, retention, Ended};
 use super::flights::Landing;
-use super::guard::{in_time, Hold, Shared};
+use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::policy::is_stream;
 use super::settings::Values;
@@ -48,7 +48,9 @@ impl<St: Store> AnyStore for Shared<St> {
         let store: &dyn Any = &self.store;
         let shared = || Some(&**store.downcast_ref::<Arc<PostgresStore>>()?);
         let boxed = || store.downcast_ref::<BoxStore>()?.downcast_ref();
-        store.downcast_ref().or_else(shared).or_else(boxed)
+        let shared_box = || store.downcast_ref::<Arc<BoxStore>>()?.downcast_ref();
+        let found = store.downcast_ref().or_else(shared);
+        found.or_else(boxed).or_else(shared_box)
     }
 }
 
@@ -70,11 +72,15 @@ impl Lease {
     ///     let insert = sqlx::query("INSERT INTO payments (amount) VALUES (100)");
     ///     insert.execute(&mut *transaction).await.map_err(failed)?;
     ///     let answer = lease.complete_in(&mut transaction, (StatusCode::CREATED, "paid")).await;
-    ///     let answer = answer.map_err(|_| StatusCode::CONFLICT)?;
+    ///     let answer = answer.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     ///     transaction.commit().await.map_err(failed)?;
     ///     Ok(answer)
     /// }
     /// ```
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`complete_response_in`](Self::complete_response_in).
     ///
     /// # Errors
     ///
@@ -94,6 +100,16 @@ impl Lease {
     /// response. If the commit fails, return any error: the layer reads from the record whether it took effect all the same,
     /// and if so, gives the recorded answer instead. If the transaction was not committed, the attempt counts as failed
     /// ([`OnError`](crate::OnError)), also where the handler returns this response.
+    ///
+    /// A handler whose every effect is in the transaction may run again after a crash: set
+    /// [`OnLost::Execute`](crate::OnLost::Execute), else a key whose process was killed is refused until somebody resolves it.
+    /// Use READ COMMITTED, PostgreSQL's default: at the stricter levels a mere duplicate in another process can make the
+    /// transaction fail. Do not complete within a savepoint that may be rolled back while its transaction is committed. The
+    /// lease is not renewed from here on: the lock on the record keeps others out until the transaction ends.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped half-way, it may have taken effect or not; the layer finds out after the transaction.
     ///
     /// # Errors
     ///
@@ -119,9 +135,13 @@ impl Lease {
         let retention = retention(settings, &head);
         // Before it is sent: dropped from here on, it may have arrived.
         self.flight().set_in_transaction(head.status);
+        self.flight().set_transaction_failed(true);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         match completion.await? {
-            Completion::Completed => Ok(Response::from_parts(head, body.rebuild())),
+            Completion::Completed => {
+                self.flight().set_transaction_failed(false);
+                Ok(Response::from_parts(head, body.rebuild()))
+            }
             Completion::Superseded(_) => Err(SUPERSEDED),
         }
     }
@@ -149,18 +169,17 @@ impl<St: Store, S> Exchange<St, S> {
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
     ) -> Result<Response<R>, E> {
-        let timeout = self.settings.store_timeout;
         let Hold { shared, flight, .. } = &self.hold;
         let Some(owner) = self.hold.owner() else {
             return Ok(self.superseded().await);
         };
-        if let Ok(Some(snapshot)) = in_time(timeout, shared.store.peek(&flight.storage_key)).await {
+        let (settings, key) = (&self.settings, &flight.storage_key);
+        if let Ok(Some(snapshot)) = persist(settings, || shared.store.peek(key)).await {
             if let (true, Status::Completed(Outcome::Kept(answer))) = (snapshot.fence == owner.fence, snapshot.status) {
                 return Ok(self.committed(answer));
             }
         }
-        let renewal = shared.store.renew(&flight.storage_key, owner, self.settings.lease);
-        match in_time(timeout, renewal).await {
+        match persist(settings, || shared.store.renew(key, owner, settings.lease)).await {
             Ok(Renewal::Renewed) => self.rolled_back(ended).await,
             Ok(Renewal::Superseded) => Ok(self.superseded().await),
             Err(error) => Ok(self.undecided(&error)),
@@ -195,7 +214,8 @@ impl<St: Store, S> Exchange<St, S> {
         let says_otherwise = |status: StatusCode| {
             status.is_success() || status.is_redirection() || self.hold.flight.has_recorded(status)
         };
-        if status.is_some_and(says_otherwise) {
+        // What a handler answers to a failure of ours says nothing about the request either, and must not be kept.
+        if self.hold.flight.has_transaction_failed() || status.is_some_and(says_otherwise) {
             return Ok(self.failed().await);
         }
         match ended {

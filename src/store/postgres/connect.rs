@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::{Executor, Row};
+use sqlx::{Connection, Executor, Row};
 
 use super::error::failed;
 use super::sweep::Sweeping;
@@ -13,6 +13,9 @@ use super::table::{Statements, TableName};
 use super::watch::Watchers;
 use super::{Inner, PostgresStore};
 use crate::error::{Error, ErrorKind};
+
+/// How long a connection was idle that is asked whether it is well before it is used.
+const MAY_BE_DEAD: Duration = Duration::from_secs(1);
 
 /// Sets up a [`PostgresStore`]; see there for the defaults.
 #[derive(Clone, Debug)]
@@ -73,8 +76,17 @@ impl PostgresStoreBuilder {
         let pool = PgPoolOptions::new()
             .max_connections(16)
             .acquire_timeout(Duration::from_secs(5))
-            // Else each operation takes two round trips. A connection that has broken fails the claim, which is repeated.
+            // Else each operation takes two round trips.
             .test_before_acquire(false)
+            // After a restart of the server every idle connection is dead, and more than one question would fail.
+            .before_acquire(|connection, about| {
+                Box::pin(async move {
+                    if about.idle_for < MAY_BE_DEAD {
+                        return Ok(true);
+                    }
+                    Ok(connection.ping().await.is_ok())
+                })
+            })
             .connect_with(options)
             .await
             .map_err(failed)?;
@@ -86,8 +98,15 @@ impl PostgresStoreBuilder {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) when the name of the table cannot be used.
+    /// [`Configuration`](ErrorKind::Configuration) when the name of the table cannot be used, or the pool has a single connection.
     pub fn with_pool(self, pool: PgPool) -> Result<PostgresStore, Error> {
+        const TOO_SMALL: Error = Error::new(
+            ErrorKind::Configuration,
+            "the pool has a single connection, and whoever waits for another process would take it; allow at least 2",
+        );
+        if pool.options().get_max_connections() < 2 {
+            return Err(TOO_SMALL);
+        }
         let table = TableName::parse(&self.table)?;
         Ok(PostgresStore(Arc::new(Inner {
             pool,

@@ -4,10 +4,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures::TryFutureExt;
 use tokio::runtime::Handle;
 
 use super::error::failed;
 use super::{Inner, PostgresStore};
+use crate::clock::within;
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 
@@ -39,7 +41,10 @@ impl PostgresStore {
         let mut swept = 0;
         loop {
             let statement = sqlx::query(self.0.statements.sweep.safe()).bind(i64::try_from(BATCH).unwrap_or(i64::MAX));
-            let deleted = statement.execute(&self.0.pool).await.map_err(failed)?.rows_affected();
+            let (mut lent, timeout) = self.lend().await?;
+            let deleting = statement.execute(lent.connection()?);
+            let done = within(timeout, deleting.map_err(failed)).await;
+            let deleted = lent.give_back(done)?.rows_affected();
             swept += deleted;
             if deleted < BATCH {
                 return Ok(swept);

@@ -1,2 +1,8 @@
--- $1 key. Notifications cost every commit of the server: only who is waited for sends one.
-UPDATE {table} r SET watched = true WHERE r.key = $1 AND r.version = 1 AND r.state = 0 AND NOT r.watched
+-- $1 key. Notifications cost every commit of the server: only who is waited for sends one. A row that a transaction has locked
+-- is left alone, for who waits polls as well.
+UPDATE {table} r SET watched = true
+WHERE r.key IN (
+    SELECT s.key FROM {table} s
+    WHERE s.key = $1 AND s.version = 1 AND s.state = 0 AND NOT s.watched
+    FOR UPDATE SKIP LOCKED
+)
