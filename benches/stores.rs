@@ -1,7 +1,7 @@
 //! What is left of a store's speed behind the layer.
 //!
 //! `cargo bench --features axum,redis,postgres --bench stores` prints the table of the README in about 4 minutes, with
-//! `-- --quick` a rough one in 30 seconds. It starts a Redis (`appendfsync everysec`) and a PostgreSQL (its defaults) of its own,
+//! `-- --quick` a rough one in 30 seconds; words such as `-- redis replay 64` choose lines. It starts a Redis (`appendfsync everysec`) and a PostgreSQL (its defaults) of its own,
 //! which share the machine with the callers. Beside the layer, the raw store does the same round trips with nothing around
 //! them: Redis one minimal script per claim and per completion, PostgreSQL one minimal statement. The two take turns in short
 //! rounds, so that whatever slows the machine down slows both; figures are medians over the rounds.
@@ -179,7 +179,17 @@ fn new_keys(count: usize) -> Vec<u64> {
 }
 
 impl Line {
+    /// Whether it was asked for: every word on the command line is one of its own.
+    fn is_wanted(&self) -> bool {
+        let own = format!("{} {:?} {}", self.store, self.kind, self.callers).to_lowercase();
+        let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
+        words.all(|word| own.split(' ').any(|own| own == word))
+    }
+
     fn measure<R: Subject, L: Subject>(&self, runtime: &Runtime, effort: Effort, raw: &R, layer: &L, trips: &str) {
+        if !self.is_wanted() {
+            return;
+        }
         let mut raw = Side::new(runtime, raw, self);
         let mut layer = Side::new(runtime, layer, self);
         // Warms both up, and finds out how much a turn holds.
