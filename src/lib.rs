@@ -58,7 +58,7 @@
 //! # Where to begin
 //!
 //! [`IdempotencyLayer`] is the layer and its own builder; its page has the table of defaults. [`Store`] is where records live,
-//! with its contract; [`MemoryStore`] is the embedded default. [`Lease`] is what a handler may know. [`protocol`] holds the
+//! with its contract; [`MemoryStore`] is the embedded default, [`BoxStore`] one that is chosen at run time. [`Lease`] is what a handler may know. [`protocol`] holds the
 //! record as pure functions, for stores of your own.
 //!
 //! # Features
@@ -68,8 +68,10 @@
 //! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`Attempt`] and [`IdempotencyKey`] |
 //! | `conformance` | `store::conformance`: checks that a store of your own keeps the contract, for tests |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
+//! | `postgres` | `PostgresStore`, and `Lease::complete_in` for effect and answer in one transaction; needs Rust 1.94 |
+//! | `redis` | `RedisStore`, for Redis 7, Valkey and Cluster; needs Rust 1.88 |
 //!
-//! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 with each of them.
+//! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
 //!
 //! # Telemetry
 //!
@@ -77,8 +79,9 @@
 //!
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
 //! event (level `WARN`, `INFO` for `rescued`; field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path: `abandoned`, `claim-repeated`,
-//! `completion-repeated`, `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `store-failed`, `superseded`, `tombstone`,
-//! `unprotected`, `unrecorded`.
+//! `completion-repeated`, `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
+//! `store-failed`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`,
+//! `unrecorded`.
 //!
 //! With the feature `metrics`:
 //!
@@ -129,6 +132,6 @@ pub use self::store::RedisStore;
 pub use self::store::{BoxStore, MemoryStore, Store};
 
 /// The code blocks of the README, as tests.
-#[cfg(all(doctest, feature = "axum"))]
+#[cfg(all(doctest, feature = "axum", feature = "conformance", feature = "postgres"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

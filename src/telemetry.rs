@@ -37,6 +37,9 @@ pub(crate) enum Event {
     Unprotected,
     /// An owner found that its key had been taken over.
     Superseded,
+    /// A server does not tell its settings, so that they could not be checked.
+    #[cfg(feature = "redis")]
+    Unchecked,
     /// The store failed at a claim, and the request was refused.
     StoreFailed,
     /// Expired records could not be deleted; it is tried again later.
@@ -58,6 +61,8 @@ impl Event {
             Self::Unrecorded => "unrecorded",
             Self::Unprotected => "unprotected",
             Self::Superseded => "superseded",
+            #[cfg(feature = "redis")]
+            Self::Unchecked => "unchecked",
             Self::StoreFailed => "store-failed",
             #[cfg(feature = "postgres")]
             Self::SweepFailed => "sweep-failed",
@@ -83,6 +88,10 @@ impl Event {
             #[cfg(feature = "postgres")]
             Self::RolledBack => "a handler completed its key in a transaction that was not committed",
             Self::Superseded => "an owner found its key taken over",
+            #[cfg(feature = "redis")]
+            Self::Unchecked => {
+                "the Redis server does not tell its settings; make sure that it is version 7.0 or later, with maxmemory-policy noeviction"
+            }
             Self::Tombstone => "an answer cannot be kept; its key will not run again",
             Self::Unprotected => "the store failed and the request runs without protection",
             Self::Unrecorded => "the end of an execution could not be recorded",

@@ -174,18 +174,18 @@ impl<St: Store, S> Exchange<St, S> {
     /// The record holds the answer: it is what everybody gets, whatever the handler said afterwards.
     fn committed<R: RebuildBody>(&mut self, answer: Answer) -> Response<R> {
         self.hold.end_ownership();
-        let landing = Landing::Answer {
-            answer: answer.clone(),
-            kept: true,
+        let given = match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            Cargo::Answered(read) => Some(read),
+            _ => None,
         };
-        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Answered(Read { head, body }) if self.settings.answer_headers.store(&head, &body) == answer => {
-                self.leave(landing);
-                self.finished("executed");
-                Response::from_parts(head, body.rebuild())
-            }
-            _ => self.settle(landing),
-        }
+        let given = given.filter(|Read { head, body }| self.settings.answer_headers.store(head, body) == answer);
+        let landing = Landing::Answer { answer, kept: true };
+        let Some(Read { head, body }) = given else {
+            return self.settle(landing);
+        };
+        self.leave(landing);
+        self.finished("executed");
+        Response::from_parts(head, body.rebuild())
     }
 
     /// Nothing took effect. An answer that says otherwise is not given.

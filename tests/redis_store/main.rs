@@ -2,8 +2,12 @@
 
 mod contract;
 mod faults;
+mod kit;
 mod layers;
+mod network;
 mod oracle;
+#[path = "../support/proxy.rs"]
+mod proxy;
 mod replicas;
 #[path = "../support/redis.rs"]
 mod server;

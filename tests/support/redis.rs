@@ -60,7 +60,12 @@ impl RedisServer {
     }
 
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        self.url_by(self.port)
+    }
+
+    /// The URL of what listens on another port and leads here.
+    pub fn url_by(&self, port: u16) -> String {
+        format!("redis://127.0.0.1:{port}/")
     }
 
     pub const fn port(&self) -> u16 {

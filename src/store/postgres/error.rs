@@ -1,6 +1,9 @@
 //! What went wrong with the database, in the crate's words.
 
+use std::borrow::Cow;
 use std::fmt;
+
+use sqlx::error::DatabaseError;
 
 use crate::error::{Error, ErrorKind};
 
@@ -10,8 +13,7 @@ struct Cause(String);
 
 impl Cause {
     fn of(error: &sqlx::Error) -> Self {
-        let code = error.as_database_error().and_then(|error| error.code());
-        Self(match code {
+        Self(match code(error) {
             Some(code) => format!("{error} (SQLSTATE {code})"),
             None => error.to_string(),
         })
@@ -26,7 +28,13 @@ impl fmt::Display for Cause {
 
 impl std::error::Error for Cause {}
 
+/// What the server calls the error; PostgreSQL, appendix A.
+fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error().and_then(DatabaseError::code)
+}
+
 /// An operation that failed.
+#[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
 pub(super) fn failed(error: sqlx::Error) -> Error {
     const OTHER_TABLE: Error = Error::new(
         ErrorKind::Configuration,
@@ -38,9 +46,8 @@ pub(super) fn failed(error: sqlx::Error) -> Error {
         "the database refused the role, its password or its rights; it needs SELECT, INSERT, UPDATE and DELETE on the table of \
          the records",
     );
-    let code = error.as_database_error().and_then(|error| error.code());
-    match code.as_deref() {
-        // PostgreSQL, appendix A: undefined column, function and table; datatype mismatch.
+    match code(&error).as_deref() {
+        // Undefined column, function and table; datatype mismatch.
         Some("42703" | "42883" | "42P01" | "42804") => OTHER_TABLE.with_source(Cause::of(&error)),
         // Insufficient privilege; class 28: invalid authorization specification; undefined database.
         Some("42501" | "28000" | "28P01" | "3D000") => DENIED.with_source(Cause::of(&error)),

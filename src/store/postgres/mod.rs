@@ -92,7 +92,6 @@ impl PostgresStore {
     }
 
     /// Sets up a store with another table, your own pool, or other times.
-    #[must_use]
     pub fn builder() -> PostgresStoreBuilder {
         PostgresStoreBuilder::new()
     }

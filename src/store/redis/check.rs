@@ -9,7 +9,7 @@ use super::connection::Connection;
 use super::failure::{self, WrongSetting};
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
-use crate::telemetry::TARGET;
+use crate::telemetry::{self, Event};
 
 const OLDEST: u32 = 7;
 
@@ -28,12 +28,9 @@ pub(super) async fn check(mut connection: Connection, limit: Duration) -> Result
                     judge(&node)?;
                 }
             }
-            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => tracing::warn!(
-                target: TARGET,
-                event = "unchecked",
-                cause = %error,
-                "the Redis server does not tell its settings; make sure that its version is at least 7.0 and its `maxmemory-policy` `noeviction`"
-            ),
+            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
+                telemetry::failure(Event::Unchecked, &failure::of(error));
+            }
             Err(error) => return Err(failure::of_connect(error)),
         }
     }

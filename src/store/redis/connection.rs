@@ -64,7 +64,7 @@ impl Connection {
         };
         match within(limit, exchange).await {
             Ok(Ok((value, is_replicated))) => Exchanged {
-                reply: Reply::of(value).map_err(Failed::Other),
+                reply: Reply::of(value, key).map_err(Failed::Other),
                 is_replicated,
             },
             Ok(Err(error)) => Exchanged::failed(Failed::Redis(error)),

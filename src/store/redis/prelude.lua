@@ -1,6 +1,6 @@
 -- What every script begins with: the time, and the record as src/protocol/codec.rs lays it out (version 1). The transitions
 -- are those of src/protocol/record.rs, and tests/redis_store.rs compares the two. Numbers are doubles: the client caps durations
--- so that all of them stay below 2^53.
+-- so that all of them stay below 2^53. The operation stands in a function behind this; see scripts.rs.
 local IN_FLIGHT, UNKNOWN, TOMBSTONE, KEPT = 0, 1, 2, 3
 local EXECUTE, RECOVER = 0, 1
 local LAYOUT, HEADER, EXACT = '<BBBc33c16I8I4I8I8I8I8', 96, 9007199254740992

@@ -16,18 +16,28 @@ pub(super) struct Script {
 
 /// A script with the flags it is run with. Without flags, a server that is full or cannot save its data refuses the script's
 /// writes, but not its reads: a claim that replays needs none. With `allow-oom`, an owner can renew and end what it was granted.
+///
+/// Every reply begins with the key that was asked for: should a connection ever fall out of step with its questions, nobody is
+/// given what belongs to another key.
 macro_rules! script {
     ($file:literal) => {
-        Script::new(concat!(include_str!("prelude.lua"), include_str!($file)))
+        script!("", $file)
     };
     ($flags:literal, $file:literal) => {
-        Script::new(concat!($flags, include_str!("prelude.lua"), include_str!($file)))
+        Script::new(concat!(
+            $flags,
+            include_str!("prelude.lua"),
+            "local function operation()\n",
+            include_str!($file),
+            "end\nlocal reply = operation()\nif reply.err then return reply end\n",
+            "table.insert(reply, 1, key)\nreturn reply\n"
+        ))
     };
 }
 
 pub(super) static CLAIM: Script = script!("claim.lua");
 pub(super) static COMPLETE: Script = script!("#!lua flags=allow-oom\n", "complete.lua");
-pub(super) static PEEK: Script = Script::new(include_str!("peek.lua"));
+pub(super) static PEEK: Script = script!("peek.lua");
 pub(super) static RELEASE: Script = script!("#!lua flags=allow-oom\n", "release.lua");
 pub(super) static RENEW: Script = script!("#!lua flags=allow-oom\n", "renew.lua");
 pub(super) static RESOLVE: Script = script!("#!lua flags=allow-oom\n", "resolve.lua");
@@ -76,8 +86,8 @@ impl Reply {
     /// # Errors
     ///
     /// [`ErrorKind::CorruptRecord`] when the script could not read the record; [`ErrorKind::StoreUnavailable`] when the reply
-    /// is not one of ours.
-    pub(super) fn of(value: Value) -> Result<Self, Error> {
+    /// is not one of ours, or to a question about another key.
+    pub(super) fn of(value: Value, key: &[u8]) -> Result<Self, Error> {
         const CORRUPT: Error = Error::new(
             ErrorKind::CorruptRecord,
             "a stored record cannot be read: it is damaged, of a newer version, or its key holds another type of value",
@@ -86,6 +96,9 @@ impl Reply {
             return Err(failure::STRANGE);
         };
         let mut rest = items.into_iter();
+        if !matches!(rest.next(), Some(Value::BulkString(asked)) if asked == key) {
+            return Err(failure::STRANGE);
+        }
         match rest.next() {
             Some(Value::BulkString(word)) if word == b"corrupt" => Err(CORRUPT),
             Some(Value::BulkString(word)) => Ok(Self { word, rest }),
