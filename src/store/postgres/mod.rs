@@ -41,7 +41,8 @@ use crate::protocol::{
 /// # Cost
 ///
 /// One statement and one round trip for each operation: two for a first run, one for a replay, which writes nothing and
-/// locks nothing. A store also holds one connection for as long as somebody waits for another process. Notifications are
+/// locks nothing. A claim that takes over, repeats or finds the row expired takes one more, and so does a completion that is
+/// repeated or superseded. A store also holds one connection for as long as somebody waits for another process. Notifications are
 /// sent only for keys that somebody waits for, because each holds a lock that all commits of the server share.
 ///
 /// # Set-up
