@@ -260,7 +260,7 @@ impl<'a, S: Subject> Side<'a, S> {
         };
         if line.kind == Kind::Replay {
             let held: Vec<Vec<u64>> = (0..line.callers).map(|_| new_keys(KEYS_PER_CALLER)).collect();
-            side.send(held.clone());
+            side.send(&held);
             side.held = held;
             side.kind = line.kind;
         }
@@ -268,10 +268,10 @@ impl<'a, S: Subject> Side<'a, S> {
     }
 
     fn warm_up(&mut self, turn: Duration) {
-        let rate = self.turn().speed();
-        let requests = rate * turn.as_secs_f64() / self.held.len() as f64;
+        let nanos = Duration::from_secs_f64(self.turn().seconds).as_nanos().max(1);
+        let requests = self.requests_per_caller as u128 * turn.as_nanos() / nanos;
         // Fewer than a handful, and the slowest caller's last request is all that is measured.
-        self.requests_per_caller = (requests as usize).max(4);
+        self.requests_per_caller = usize::try_from(requests).unwrap_or(usize::MAX).max(4);
     }
 
     fn turn(&mut self) -> Turn {
@@ -280,11 +280,11 @@ impl<'a, S: Subject> Side<'a, S> {
             Kind::First => new_keys(wanted),
             Kind::Replay => held.iter().copied().cycle().take(wanted).collect(),
         });
-        self.send(keys.collect())
+        self.send(&keys.collect::<Vec<_>>())
     }
 
     /// Every caller sends its requests one after the other.
-    fn send(&self, keys: Vec<Vec<u64>>) -> Turn {
+    fn send(&self, keys: &[Vec<u64>]) -> Turn {
         let requests = keys.iter().map(Vec::len).sum::<usize>() as f64;
         let jobs: Vec<Vec<S::Job>> = keys
             .iter()

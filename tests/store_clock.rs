@@ -168,7 +168,7 @@ async fn outlives_a_leap(store: &impl Store, clock: &TurnedClock, seconds: i64) 
 }
 
 /// Two processes with a layer each; the clock leaps while the handler runs in one, and repetitions reach both.
-async fn runs_once_behind_the_layer<S: Store>(connect: impl AsyncFn() -> S, clock: &TurnedClock, seconds: i64) {
+async fn runs_once_behind_the_layer<S: Store>([here, there]: [S; 2], clock: &TurnedClock, seconds: i64) {
     let runs = Arc::new(AtomicUsize::new(0));
     let (started, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let handler = service_fn({
@@ -183,8 +183,8 @@ async fn runs_once_behind_the_layer<S: Store>(connect: impl AsyncFn() -> S, cloc
             }
         }
     });
-    let layer = async || IdempotencyLayer::new(connect().await).with_lease(LEASE);
-    let (here, there) = (layer().await.layer(handler.clone()), layer().await.layer(handler));
+    let here = IdempotencyLayer::new(here).with_lease(LEASE).layer(handler.clone());
+    let there = IdempotencyLayer::new(there).with_lease(LEASE).layer(handler);
     let request = || {
         let request = Request::post("/payments").header("idempotency-key", "one");
         request.body(Full::new(Bytes::from_static(b"pay"))).unwrap()
@@ -231,7 +231,7 @@ async fn runs_once_behind_the_layer<S: Store>(connect: impl AsyncFn() -> S, cloc
 
 async fn redis() -> (RedisServer, RedisStore, TurnedClock) {
     let clock = TurnedClock::new();
-    let server = RedisServer::within(&[], clock.environment());
+    let server = RedisServer::within(&[], &clock.environment());
     let store = RedisStore::connect(&server.url()).await.unwrap();
     let moved = async || server.tell::<(i64, i64)>("TIME").0;
     assert_moves(moved, &clock).await;
@@ -273,9 +273,9 @@ async fn redis_outlives_a_leap_backwards() {
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_runs_once_behind_the_layer_when_the_clock_leaps() {
     for seconds in [AN_HOUR, -AN_HOUR] {
-        let (server, _, clock) = redis().await;
-        let connect = async || RedisStore::connect(&server.url()).await.unwrap();
-        runs_once_behind_the_layer(connect, &clock, seconds).await;
+        let (server, here, clock) = redis().await;
+        let there = RedisStore::connect(&server.url()).await.unwrap();
+        runs_once_behind_the_layer([here, there], &clock, seconds).await;
     }
 }
 
@@ -294,8 +294,8 @@ async fn postgres_outlives_a_leap_backwards() {
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_runs_once_behind_the_layer_when_the_clock_leaps() {
     for seconds in [AN_HOUR, -AN_HOUR] {
-        let (server, _, clock) = postgres().await;
-        let connect = async || PostgresStore::connect(&server.url()).await.unwrap();
-        runs_once_behind_the_layer(connect, &clock, seconds).await;
+        let (server, here, clock) = postgres().await;
+        let there = PostgresStore::connect(&server.url()).await.unwrap();
+        runs_once_behind_the_layer([here, there], &clock, seconds).await;
     }
 }

@@ -51,7 +51,9 @@ type Request = http::Request<Full<Bytes>>;
 type Answered = Ready<Result<Response<Full<Bytes>>, Infallible>>;
 
 /// The layer around a handler that answers at once.
-pub(crate) struct Layered<St>(Idempotency<ServiceFn<fn(Request) -> Answered>, St>);
+pub(crate) struct Layered<St>(Idempotency<Handler, St>);
+
+type Handler = ServiceFn<fn(Request) -> Answered>;
 
 impl<St: Store> Layered<St> {
     pub(crate) fn over(store: St) -> Self {

@@ -27,11 +27,11 @@ impl RedisServer {
 
     /// A server with further settings, as on the command line: `["--maxmemory", "10mb"]`.
     pub fn with(settings: &[&str]) -> Self {
-        Self::within(settings, Vec::new())
+        Self::within(settings, &[])
     }
 
     /// A server with further settings and environment variables.
-    pub fn within(settings: &[&str], environment: Vec<(&'static str, PathBuf)>) -> Self {
+    pub fn within(settings: &[&str], environment: &[(&'static str, PathBuf)]) -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("idempotency-redis-{}-{count}", std::process::id()));
@@ -41,13 +41,13 @@ impl RedisServer {
         for _ in 0..5 {
             let port = free_port();
             let arguments = arguments(port, &folder, settings);
-            let child = spawn(&arguments, &environment);
+            let child = spawn(&arguments, environment);
             let mut server = Self {
                 child,
                 port,
                 folder: folder.clone(),
                 arguments,
-                environment: environment.clone(),
+                environment: environment.to_owned(),
             };
             match server.wait_until_up() {
                 Ok(()) => return server,
