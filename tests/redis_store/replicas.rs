@@ -144,3 +144,33 @@ async fn a_failover_loses_no_grant_that_a_replica_had_to_acknowledge() {
     ));
     assert_eq!(granted(&store, &claim(2, 2)).await.attempt, 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_too_few_replicas_have_is_shown_to_nobody() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let store = replicated(&primary, 1).await;
+    let owner = granted(&store, &claim(1, 1)).await.owner;
+    replica.signal("-STOP");
+    let completion = store.complete(&claim(1, 1).key, owner, &kept("paid"), HOUR).await;
+    assert_eq!(completion.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+    let other = replicated(&primary, 1).await;
+    let claimed = other.claim(&claim(1, 2)).await.map(drop);
+    let peeked = other.peek(&claim(1, 1).key).await.map(drop);
+    for error in [claimed.unwrap_err(), peeked.unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error:?}");
+    }
+    replica.signal("-CONT");
+    let key = claim(1, 1).key;
+    let shown = super::eventually(|| other.peek(&key));
+    assert!(shown.await.is_some());
+    assert_eq!(replayed(&other, 1).await.body, "paid");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_is_refused_at_the_start() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let error = RedisStore::connect(&replica.url()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+}

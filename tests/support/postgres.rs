@@ -16,10 +16,16 @@ pub struct PostgresServer {
     folder: PathBuf,
     port: u16,
     child: Option<Child>,
+    environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl PostgresServer {
     pub fn start() -> Self {
+        Self::within(Vec::new())
+    }
+
+    /// A server with further environment variables.
+    pub fn within(environment: Vec<(&'static str, PathBuf)>) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!(
             "postgres-{}-{}",
@@ -35,6 +41,7 @@ impl PostgresServer {
             folder,
             port: free_port(),
             child: None,
+            environment,
         };
         let made = server
             .command("initdb")
@@ -86,6 +93,7 @@ impl PostgresServer {
         let data = self.folder.join("data");
         let child = self
             .command("postgres")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .arg("-D")
             .arg(&data)
             .args(["-p", &self.port.to_string(), "-k"])

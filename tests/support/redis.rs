@@ -16,6 +16,7 @@ pub struct RedisServer {
     port: u16,
     folder: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl RedisServer {
@@ -26,6 +27,11 @@ impl RedisServer {
 
     /// A server with further settings, as on the command line: `["--maxmemory", "10mb"]`.
     pub fn with(settings: &[&str]) -> Self {
+        Self::within(settings, &[])
+    }
+
+    /// A server with further settings and environment variables.
+    pub fn within(settings: &[&str], environment: &[(&'static str, PathBuf)]) -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("idempotency-redis-{}-{count}", std::process::id()));
@@ -35,12 +41,13 @@ impl RedisServer {
         for _ in 0..5 {
             let port = free_port();
             let arguments = arguments(port, &folder, settings);
-            let child = spawn(&arguments);
+            let child = spawn(&arguments, environment);
             let mut server = Self {
                 child,
                 port,
                 folder: folder.clone(),
                 arguments,
+                environment: environment.to_owned(),
             };
             match server.wait_until_up() {
                 Ok(()) => return server,
@@ -81,7 +88,7 @@ impl RedisServer {
     /// Starts it again on its port and data.
     pub fn restart(&mut self) {
         self.kill();
-        self.child = spawn(&self.arguments);
+        self.child = spawn(&self.arguments, &self.environment);
         self.wait_until_up().unwrap();
     }
 
@@ -222,9 +229,10 @@ fn arguments(port: u16, folder: &std::path::Path, settings: &[&str]) -> Vec<Stri
     ours.iter().chain(settings).map(|word| (*word).to_owned()).collect()
 }
 
-fn spawn(arguments: &[String]) -> Child {
+fn spawn(arguments: &[String], environment: &[(&str, PathBuf)]) -> Child {
     Command::new("redis-server")
         .args(arguments)
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

@@ -4,10 +4,11 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{Connection, Executor, Row};
 
 use super::error::failed;
+use super::lent::{bounded, sound};
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;
@@ -87,9 +88,8 @@ impl PostgresStoreBuilder {
                     Ok(connection.ping().await.is_ok())
                 })
             })
-            .connect_with(options)
-            .await
-            .map_err(failed)?;
+            .connect_with(options);
+        let pool = sound(pool).await?.map_err(failed)?;
         self.with_pool(pool)
     }
 
@@ -126,21 +126,30 @@ impl PostgresStore {
         self.0.statements.schema.text().to_owned()
     }
 
-    /// Makes the table where there is none. Safe to call from many processes at once.
+    /// Makes the table where there is none, within a minute. Safe to call from many processes at once.
     ///
     /// # Errors
     ///
     /// [`Configuration`](ErrorKind::Configuration) when the role may not, [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
+        const LONGEST: Duration = Duration::from_secs(60);
+        let (mut lent, _) = self.lend().await?;
+        let connection = lent.connection()?;
+        let migration = async { self.migrate_on(connection).await.map_err(failed) };
+        let done = bounded(LONGEST, migration).await;
+        lent.give_back(done)
+    }
+
+    async fn migrate_on(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
         // `IF NOT EXISTS` alone still fails when two make the same table at once.
         const LOCK: i64 = 0x1de3_907e_4c1e_0001;
-        let mut transaction = self.0.pool.begin().await.map_err(failed)?;
+        let mut transaction = connection.begin().await?;
         let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
-        lock.execute(&mut *transaction).await.map_err(failed)?;
+        lock.execute(&mut *transaction).await?;
         let schema = sqlx::raw_sql(self.0.statements.schema.safe());
-        transaction.execute(schema).await.map_err(failed)?;
-        transaction.commit().await.map_err(failed)
+        transaction.execute(schema).await?;
+        transaction.commit().await
     }
 
     /// Checks the server's version and the table: that it is there, has its columns, and is logged.
@@ -151,7 +160,11 @@ impl PostgresStore {
     /// server cannot be reached.
     pub async fn check(&self) -> Result<(), Error> {
         let inspect = sqlx::query(self.0.statements.inspect.safe()).bind(self.0.table.to_string());
-        let row = inspect.fetch_optional(&self.0.pool).await.map_err(failed)?;
+        let (mut lent, timeout) = self.lend().await?;
+        let connection = lent.connection()?;
+        let asked = async { inspect.fetch_optional(connection).await.map_err(failed) };
+        let done = bounded(timeout, asked).await;
+        let row = lent.give_back(done)?;
         let table = match row {
             None => None,
             Some(row) => Some(Table {

@@ -1,11 +1,16 @@
 //! A connection that is lent for one operation.
 
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures::FutureExt;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnection, PgPool};
 use sqlx::Postgres;
 
 use super::error::failed;
-use crate::clock::Elapsed;
+use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 
 /// A connection of the pool. Dropped before it is given back, it is closed: an operation is under way on it, whose reply may
@@ -14,10 +19,8 @@ pub(super) struct Lent(Option<PoolConnection<Postgres>>);
 
 impl Lent {
     pub(super) async fn from(pool: &PgPool) -> Result<Self, Error> {
-        pool.acquire()
-            .await
-            .map(|connection| Self(Some(connection)))
-            .map_err(failed)
+        let acquired = sound(pool.acquire()).await?;
+        acquired.map(|connection| Self(Some(connection))).map_err(failed)
     }
 
     pub(super) fn connection(&mut self) -> Result<&mut PgConnection, Error> {
@@ -25,10 +28,9 @@ impl Lent {
         self.0.as_deref_mut().ok_or(GONE)
     }
 
-    /// Ends an operation; one that took too long ends its connection.
-    pub(super) fn give_back<T>(mut self, done: Result<Result<T, Error>, Elapsed>) -> Result<T, Error> {
-        const LATE: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not answer in time");
-        let done = done.map_err(|_| LATE)?;
+    /// Ends an operation; one that was [given up](bounded) ends its connection.
+    pub(super) fn give_back<T>(mut self, done: Result<Result<T, Error>, Error>) -> Result<T, Error> {
+        let done = done?;
         drop(self.0.take());
         done
     }
@@ -40,4 +42,22 @@ impl Drop for Lent {
             drop(connection.detach());
         }
     }
+}
+
+/// What an operation came to, or why it was given up: it took too long, or the driver panicked.
+pub(super) async fn bounded<T>(
+    limit: Duration,
+    operation: impl Future<Output = Result<T, Error>>,
+) -> Result<Result<T, Error>, Error> {
+    const LATE: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not answer in time");
+    within(limit, sound(operation)).await.map_err(|_| LATE)?
+}
+
+/// What comes of talking to a server. Over some messages that no server sends, sqlx 0.9 panics.
+pub(super) async fn sound<T>(talk: impl Future<Output = T>) -> Result<T, Error> {
+    const NONSENSE: Error = Error::new(
+        ErrorKind::StoreUnavailable,
+        "what answered is no PostgreSQL server, or the connection was damaged",
+    );
+    AssertUnwindSafe(talk).catch_unwind().await.map_err(|_| NONSENSE)
 }

@@ -16,14 +16,13 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgPool};
 
 pub use self::connect::PostgresStoreBuilder;
-use self::lent::Lent;
+use self::lent::{bounded, Lent};
 use self::operations::Connection;
 use self::sweep::Sweeping;
 use self::table::{Statements, TableName};
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
 use super::Store;
-use crate::clock::within;
 use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
@@ -41,7 +40,8 @@ use crate::protocol::{
 /// # Cost
 ///
 /// One statement and one round trip for each operation: two for a first run, one for a replay, which writes nothing and
-/// locks nothing. A store also holds one connection for as long as somebody waits for another process. Notifications are
+/// locks nothing. A claim that takes over, repeats or finds the row expired takes one more, and so does a completion that is
+/// repeated or superseded. A store also holds one connection for as long as somebody waits for another process. Notifications are
 /// sent only for keys that somebody waits for, because each holds a lock that all commits of the server share.
 ///
 /// # Set-up
@@ -162,13 +162,13 @@ impl Store for PostgresStore {
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         self.start_sweeper();
         let (mut lent, timeout) = self.lend().await?;
-        let done = within(timeout, self.on(lent.connection()?).claim(claim)).await;
+        let done = bounded(timeout, self.on(lent.connection()?).claim(claim)).await;
         lent.give_back(done)
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
         let (mut lent, timeout) = self.lend().await?;
-        let done = within(timeout, self.on(lent.connection()?).renew(key, owner, lease)).await;
+        let done = bounded(timeout, self.on(lent.connection()?).renew(key, owner, lease)).await;
         lent.give_back(done)
     }
 
@@ -183,7 +183,7 @@ impl Store for PostgresStore {
         self.undroppable(move |store| async move {
             let (mut lent, timeout) = store.lend().await?;
             let mut connection = store.on(lent.connection()?);
-            let done = within(timeout, connection.complete(&key, owner, &outcome, retention)).await;
+            let done = bounded(timeout, connection.complete(&key, owner, &outcome, retention)).await;
             lent.give_back(done)
         })
         .await
@@ -193,7 +193,7 @@ impl Store for PostgresStore {
         let key = *key;
         self.undroppable(move |store| async move {
             let (mut lent, timeout) = store.lend().await?;
-            let done = within(timeout, store.on(lent.connection()?).release(&key, owner)).await;
+            let done = bounded(timeout, store.on(lent.connection()?).release(&key, owner)).await;
             lent.give_back(done)
         })
         .await
@@ -201,20 +201,20 @@ impl Store for PostgresStore {
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
         let (mut lent, timeout) = self.lend().await?;
-        let done = within(timeout, self.on(lent.connection()?).resolve(key, fence, resolution)).await;
+        let done = bounded(timeout, self.on(lent.connection()?).resolve(key, fence, resolution)).await;
         lent.give_back(done)
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
         let (mut lent, timeout) = self.lend().await?;
-        let done = within(timeout, self.on(lent.connection()?).peek(key)).await;
+        let done = bounded(timeout, self.on(lent.connection()?).peek(key)).await;
         lent.give_back(done)
     }
 
     async fn watch(&self, key: &StorageKey) -> Result<PostgresWatch, Error> {
         let watch = self.0.watchers.register(&self.0.pool, key).await?;
         let (mut lent, timeout) = self.lend().await?;
-        let done = within(timeout, self.on(lent.connection()?).watch(key)).await;
+        let done = bounded(timeout, self.on(lent.connection()?).watch(key)).await;
         lent.give_back(done)?;
         Ok(watch)
     }

@@ -1,4 +1,4 @@
-//! The operations, each one statement.
+//! The operations, each one statement; what seldom happens to a claim or a completion takes a second.
 
 use std::time::Duration;
 
@@ -27,15 +27,22 @@ type Bound<'q> = Query<'q, Postgres, PgArguments>;
 impl Connection<'_> {
     pub(super) async fn claim(&mut self, claim: &Claim) -> Result<Decision, Error> {
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
-        for _ in 0..TRIES {
-            let statement = prepared(&self.statements.claim)
+        for attempt in 0..TRIES {
+            let is_first = attempt == 0;
+            let text = if is_first {
+                &self.statements.begin
+            } else {
+                &self.statements.claim
+            };
+            let mut statement = prepared(text)
                 .bind(&claim.key.as_bytes()[..])
                 .bind(fingerprint(&claim.fingerprint))
                 .bind(&claim.nonce.as_bytes()[..])
                 .bind(micros(claim.lease))
-                .bind(micros(claim.retention))
-                .bind(if_lost(claim.if_lost))
-                .bind(attempts);
+                .bind(micros(claim.retention));
+            if !is_first {
+                statement = statement.bind(if_lost(claim.if_lost)).bind(attempts);
+            }
             let Some(Row { changed, seen }) = self.ask(statement).await? else {
                 continue;
             };
@@ -98,13 +105,17 @@ impl Connection<'_> {
         transition: impl Fn(Option<&Record>, Timestamp) -> Transition<Completion>,
     ) -> Result<Completion, Error> {
         let (state, head, body) = outcome(ended);
-        let bound = |statements: &Statements| {
-            let statement = owned(&statements.complete, key, owner).bind(state);
+        let bound_to = |text: &Statement| {
+            let statement = owned(text, key, owner).bind(state);
             statement
                 .bind(head.map(<[u8]>::to_vec))
                 .bind(body.map(<[u8]>::to_vec))
                 .bind(micros(retention))
         };
+        if self.ask(bound_to(&self.statements.finish)).await?.is_some() {
+            return Ok(Completion::Completed);
+        }
+        let bound = |statements: &Statements| bound_to(&statements.complete);
         self.change(bound, Completion::Completed, transition).await
     }
 

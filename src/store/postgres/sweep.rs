@@ -8,8 +8,8 @@ use futures::TryFutureExt;
 use tokio::runtime::Handle;
 
 use super::error::failed;
+use super::lent::bounded;
 use super::{Inner, PostgresStore};
-use crate::clock::within;
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 
@@ -43,7 +43,7 @@ impl PostgresStore {
             let statement = sqlx::query(self.0.statements.sweep.safe()).bind(i64::try_from(BATCH).unwrap_or(i64::MAX));
             let (mut lent, timeout) = self.lend().await?;
             let deleting = statement.execute(lent.connection()?);
-            let done = within(timeout, deleting.map_err(failed)).await;
+            let done = bounded(timeout, deleting.map_err(failed)).await;
             let deleted = lent.give_back(done)?.rows_affected();
             swept += deleted;
             if deleted < BATCH {

@@ -94,8 +94,10 @@ impl Statement {
 /// All statements for a table.
 #[derive(Debug)]
 pub(super) struct Statements {
+    pub(super) begin: Statement,
     pub(super) claim: Statement,
     pub(super) complete: Statement,
+    pub(super) finish: Statement,
     pub(super) inspect: Statement,
     pub(super) peek: Statement,
     pub(super) release: Statement,
@@ -110,8 +112,10 @@ impl Statements {
     pub(super) fn new(table: &TableName) -> Self {
         let statement = |template| Statement::new(template, table);
         Self {
+            begin: statement(include_str!("sql/begin.sql")),
             claim: statement(include_str!("sql/claim.sql")),
             complete: statement(include_str!("sql/complete.sql")),
+            finish: statement(include_str!("sql/finish.sql")),
             inspect: statement(include_str!("sql/inspect.sql")),
             peek: statement(include_str!("sql/peek.sql")),
             release: statement(include_str!("sql/release.sql")),

@@ -17,9 +17,14 @@ const OLDEST: u32 = 7;
 ///
 /// INFO and not CONFIG: managed services forbid the latter.
 pub(super) async fn check(mut connection: Connection, limit: Duration) -> Result<(), Error> {
-    for section in ["server", "memory"] {
+    // A Cluster's replicas answer for themselves, and are asked nothing else.
+    let sections: &[&str] = match connection {
+        Connection::Cluster(_) => &["server", "memory"],
+        Connection::Managed(_) => &["server", "memory", "replication"],
+    };
+    for section in sections {
         let mut info = cmd("INFO");
-        info.arg(section);
+        info.arg(*section);
         let sent = within(limit, connection.req_packed_command(&info)).await;
         let told = sent.map_err(|_| failure::LATE)?.and_then(Value::extract_error);
         match told {
@@ -60,6 +65,14 @@ fn judge(info: &str) -> Result<(), Error> {
                 "version 7.0 or newer is needed",
             ));
         }
+    }
+    if let Some(role @ "slave") = field(info, "role") {
+        return Err(wrong(
+            "the Redis server is a replica: connect to its primary, which alone knows who holds a key",
+            "role",
+            role,
+            "connect to the primary",
+        ));
     }
     let is_limited = field(info, "maxmemory").is_some_and(|bytes| bytes != "0");
     match field(info, "maxmemory_policy") {
@@ -105,6 +118,13 @@ mod tests {
         ] {
             assert!(judge(info).is_ok(), "{info}");
         }
+    }
+
+    #[test]
+    fn a_replica_is_refused() {
+        assert!(judge("role:master\r\n").is_ok());
+        let error = judge("role:slave\r\nmaster_host:127.0.0.1\r\n").unwrap_err();
+        assert!(error.to_string().contains("primary"), "{error:?}");
     }
 
     #[test]

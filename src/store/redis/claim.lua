@@ -1,4 +1,4 @@
--- ARGV: fingerprint, nonce, lease, retention, what to do with a lost key, most attempts
+-- ARGV: fingerprint, nonce, lease, retention, what to do with a lost key, most attempts, whether replicas must have the answer
 local fingerprint, nonce, if_lost = ARGV[1], ARGV[2], ARGV[5]
 local lease, retention, max_attempts = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
 
@@ -22,7 +22,11 @@ if not record then
 end
 if record.fingerprint ~= fingerprint then return {'mismatch'} end
 if record.state == UNKNOWN then return {'unknown'} end
-if record.state ~= IN_FLIGHT then return {'done', redis.call('GET', key)} end
+if record.state ~= IN_FLIGHT then
+  -- WAIT asks only about what its own connection wrote.
+  if ARGV[7] == 'replicated' then redis.call('PEXPIREAT', key, expiry(record)) end
+  return {'done', redis.call('GET', key)}
+end
 
 local remaining = left(record)
 -- The reply to this very claim was lost: the same grant again, of the same kind.

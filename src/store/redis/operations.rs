@@ -41,7 +41,8 @@ impl Server {
         super::uncut(async move { server.claim_on_replicas(&claim).await }).await
     }
 
-    /// Grants only what enough replicas know of: they could not tell, should the server be lost.
+    /// Grants only what enough replicas know of, and shows no answer that they do not have: they could not tell, should the
+    /// server be lost.
     async fn claim_on_replicas(&self, claim: &Claim) -> Result<Decision, Error> {
         let (decision, is_replicated) = self.ask(claim).await?;
         match decision {
@@ -50,6 +51,7 @@ impl Server {
                 drop(self.release(&claim.key, grant.owner).await);
                 Err(failure::NOT_REPLICATED)
             }
+            Decision::Replay(_) | Decision::NotKept if !is_replicated => Err(failure::NOT_REPLICATED),
             decision => Ok(decision),
         }
     }
@@ -64,13 +66,14 @@ impl Server {
         };
         let (lease, retention) = (micros(claim.lease), micros(claim.retention));
         let max_attempts = claim.max_attempts.to_string();
-        let arguments: [&[u8]; 6] = [
+        let arguments: [&[u8]; 7] = [
             &fingerprint,
             claim.nonce.as_bytes(),
             lease.as_bytes(),
             retention.as_bytes(),
             if_lost,
             max_attempts.as_bytes(),
+            self.is_to_replicate(),
         ];
         let Exchanged { reply, is_replicated } = self.run(&scripts::CLAIM, &claim.key, &arguments, true).await;
         let reply = reply.map_err(|failed| failed.read_by(failure::of_claim))?;
@@ -146,13 +149,26 @@ impl Server {
     }
 
     pub(super) async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        let mut reply = self.run(&scripts::PEEK, key, &[], false).await.reply()?;
+        let exchanged = self.run(&scripts::PEEK, key, &[self.is_to_replicate()], true).await;
+        let is_replicated = exchanged.is_replicated;
+        let mut reply = exchanged.reply()?;
         if reply.word() == b"absent" {
             return Ok(None);
         }
         let now = Timestamp::from_micros(reply.number()?);
         let record = record_in(&mut reply)?.ok_or(failure::STRANGE)?;
+        if record.is_completed() && !is_replicated {
+            return Err(failure::NOT_REPLICATED);
+        }
         Ok(Record::peek(Some(&record), now))
+    }
+
+    /// What a script that shows an answer is told.
+    const fn is_to_replicate(&self) -> &'static [u8] {
+        match self.replication {
+            Some(_) => b"replicated",
+            None => b"",
+        }
     }
 
     pub(super) async fn watch(&self, key: &StorageKey) -> Result<RedisWatch, Error> {

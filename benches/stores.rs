@@ -1,0 +1,350 @@
+//! What is left of a store's speed behind the layer.
+//!
+//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of the README in about 4 minutes, with
+//! `-- --quick` a rough one in 30 seconds; words such as `-- redis replay 64` choose lines. It starts a Redis (`appendfsync everysec`) and a PostgreSQL (its defaults) of its own,
+//! which share the machine with the callers. Beside the layer, the raw store does the same round trips with nothing around
+//! them: Redis one minimal script per claim and per completion, PostgreSQL one minimal statement. The two take turns in short
+//! rounds, so that whatever slows the machine down slows both; figures are medians over the rounds.
+#![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
+
+#[path = "stores/counting.rs"]
+mod counting;
+#[path = "../tests/support/postgres.rs"]
+mod postgres;
+#[path = "../tests/support/redis.rs"]
+mod redis_server;
+#[path = "stores/subjects.rs"]
+mod subjects;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use counting::counting;
+use futures::future::join_all;
+use postgres::PostgresServer;
+use redis_server::RedisServer;
+use subjects::{pool, postgres_store, redis_store, Kind, Layered, RawPostgres, RawRedis, Subject, EXECUTED};
+use tokio::runtime::{Builder, Runtime};
+
+const CALLERS: [usize; 4] = [1, 16, 64, 256];
+
+/// Kept answers for each caller: replays of the same key at the same time share one look at the store.
+const KEYS_PER_CALLER: usize = 8;
+
+/// Bytes of a record without an answer.
+const CLAIMED: usize = 96;
+
+/// How long one line of the table is measured, and how long one side's turn is.
+#[derive(Clone, Copy)]
+struct Effort {
+    line: Duration,
+    turn: Duration,
+}
+
+/// One line of the table.
+struct Line {
+    store: &'static str,
+    kind: Kind,
+    callers: usize,
+}
+
+/// One side's turn.
+#[derive(Clone, Copy)]
+struct Turn {
+    requests: f64,
+    seconds: f64,
+    cpu_seconds: f64,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    // `cargo test --benches` starts it, too.
+    if !arguments.iter().any(|argument| argument == "--bench") {
+        return;
+    }
+    let (line, turn) = if arguments.iter().any(|argument| argument == "--quick") {
+        (1_200, 100)
+    } else {
+        (12_000, 250)
+    };
+    let effort = Effort {
+        line: Duration::from_millis(line),
+        turn: Duration::from_millis(turn),
+    };
+    let runtime = Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime starts");
+    println!("| store | request | callers | raw, 1/s | layer, 1/s | ratio | target | CPU raw, µs | CPU layer, µs | round trips |");
+    println!("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|");
+    over_redis(&runtime, effort);
+    over_postgres(&runtime, effort);
+    println!(
+        "\nCPU: of the client's process, per request. Round trips: of the layer, per request, counted at the server."
+    );
+}
+
+fn over_redis(runtime: &Runtime, effort: Effort) {
+    let server = RedisServer::with(&["--appendfsync", "everysec"]);
+    let layered = Layered::over(runtime.block_on(redis_store(&server.url())));
+    runtime.block_on(layered.run(Kind::First, layered.job(0)));
+    let record = server.tell::<String>("RANDOMKEY");
+    let completed = server.tell::<usize>(&format!("STRLEN {record}"));
+    let raw = runtime.block_on(RawRedis::connect(&server.url(), CLAIMED, completed));
+    let raw = raw.expect("the server that was just started");
+    for kind in [Kind::Replay, Kind::First] {
+        let trips = per_request(runtime, &layered, kind, || {
+            server.calls("evalsha") + server.calls("eval")
+        });
+        let trips = format!("{trips:.2}");
+        for callers in CALLERS {
+            server.tell::<()>("FLUSHALL");
+            let line = Line {
+                store: "Redis",
+                kind,
+                callers,
+            };
+            line.measure(runtime, effort, &raw, &layered, &trips);
+        }
+    }
+}
+
+fn over_postgres(runtime: &Runtime, effort: Effort) {
+    let server = PostgresServer::start();
+    let url = server.url();
+    let (layered, admin) = runtime.block_on(async {
+        let store = postgres_store(&url).await;
+        (
+            Layered::over(store),
+            pool(&url).await.expect("the server that was just started"),
+        )
+    });
+    runtime.block_on(layered.run(Kind::First, layered.job(0)));
+    let answer = "SELECT octet_length(head) + octet_length(body) FROM idempotency_records";
+    let answer = runtime.block_on(sqlx::query_scalar::<_, i32>(answer).fetch_one(&admin));
+    let answer = answer.ok().and_then(|bytes| usize::try_from(bytes).ok());
+    let completed = CLAIMED + answer.expect("an answer was kept");
+    let raw = runtime.block_on(RawPostgres::connect(&url, CLAIMED, completed));
+    let raw = raw.expect("the server that was just started");
+    let address = ([127, 0, 0, 1], server.port()).into();
+    let (proxy, counts) = runtime.block_on(counting(address)).expect("a port is free");
+    let counted = Layered::over(runtime.block_on(postgres_store(&server.url_by(proxy.port()))));
+    for kind in [Kind::Replay, Kind::First] {
+        let trips = per_request(runtime, &counted, kind, || counts.executions.load(Ordering::SeqCst));
+        let trips = format!("{trips:.2}");
+        let exchanges = per_request(runtime, &counted, kind, || counts.exchanges.load(Ordering::SeqCst));
+        eprintln!("    {exchanges:.2} exchanges a request, the pool's pings of connections that come back among them");
+        for callers in CALLERS {
+            let truncate = format!("TRUNCATE idempotency_records, {}", RawPostgres::TABLE);
+            let emptied = sqlx::raw_sql(sqlx::AssertSqlSafe(truncate));
+            runtime
+                .block_on(emptied.execute(&admin))
+                .expect("both tables are there");
+            let line = Line {
+                store: "PostgreSQL",
+                kind,
+                callers,
+            };
+            line.measure(runtime, effort, &raw, &layered, &trips);
+        }
+    }
+}
+
+/// How much a count grows with a request of one caller.
+fn per_request<S: Subject>(runtime: &Runtime, subject: &S, kind: Kind, count: impl Fn() -> u64) -> f64 {
+    const REQUESTS: usize = 200;
+    let send = |kind, keys: &[u64]| {
+        let jobs: Vec<S::Job> = keys.iter().map(|key| subject.job(*key)).collect();
+        runtime.block_on(async {
+            for job in jobs {
+                subject.run(kind, job).await;
+            }
+        });
+    };
+    let held = new_keys(REQUESTS);
+    // Also teaches the server the scripts, and its connections their statements.
+    send(Kind::First, &held);
+    let before = count();
+    match kind {
+        Kind::First => send(kind, &new_keys(REQUESTS)),
+        Kind::Replay => send(kind, &held),
+    }
+    (count() - before) as f64 / REQUESTS as f64
+}
+
+/// Numbers of keys that no request had before.
+fn new_keys(count: usize) -> Vec<u64> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let count = count as u64;
+    let first = NEXT.fetch_add(count, Ordering::Relaxed);
+    (first..first + count).collect()
+}
+
+impl Line {
+    /// Whether it was asked for: every word on the command line is one of its own.
+    fn is_wanted(&self) -> bool {
+        let own = format!("{} {:?} {}", self.store, self.kind, self.callers).to_lowercase();
+        let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
+        words.all(|word| own.split(' ').any(|own| own == word))
+    }
+
+    fn measure<R: Subject, L: Subject>(&self, runtime: &Runtime, effort: Effort, raw: &R, layer: &L, trips: &str) {
+        if !self.is_wanted() {
+            return;
+        }
+        let mut raw = Side::new(runtime, raw, self);
+        let mut layer = Side::new(runtime, layer, self);
+        // Warms both up, and finds out how much a turn holds.
+        for _ in 0..2 {
+            raw.warm_up(effort.turn);
+            layer.warm_up(effort.turn);
+        }
+        let started = Instant::now();
+        let mut rounds = Vec::new();
+        while started.elapsed() < effort.line {
+            rounds.push(if rounds.len() % 2 == 0 {
+                let raw = raw.turn();
+                (raw, layer.turn())
+            } else {
+                let layer = layer.turn();
+                (raw.turn(), layer)
+            });
+        }
+        let ratio = median(&rounds, |(raw, layer)| layer.speed() / raw.speed());
+        let (raw_speed, layer_speed) = (
+            median(&rounds, |(raw, _)| raw.speed()),
+            median(&rounds, |(_, layer)| layer.speed()),
+        );
+        // The system counts in steps of 10 ms: only the sum says something.
+        let cpu = |side: fn(&(Turn, Turn)) -> Turn| {
+            let turns = rounds.iter().map(side);
+            let (seconds, requests) = turns.fold((0.0, 0.0), |(seconds, requests), turn| {
+                (seconds + turn.cpu_seconds, requests + turn.requests)
+            });
+            seconds / requests * 1e6
+        };
+        let (raw_cpu, layer_cpu) = (cpu(|(raw, _)| *raw), cpu(|(_, layer)| *layer));
+        let (store, callers) = (self.store, self.callers);
+        let kind = match self.kind {
+            Kind::First => "first run",
+            Kind::Replay => "replay",
+        };
+        println!(
+            "| {store} | {kind} | {callers} | {raw_speed:.0} | {layer_speed:.0} | {ratio:.2} | ≥ 0.85 | {raw_cpu:.1} | {layer_cpu:.1} \
+             | {trips} |"
+        );
+        let (low, high) = quartiles(&rounds, |(raw, layer)| layer.speed() / raw.speed());
+        eprintln!(
+            "    {} rounds, quartiles of the ratio {low:.2} and {high:.2}",
+            rounds.len()
+        );
+    }
+}
+
+/// One side of a line, with the keys that it holds.
+struct Side<'a, S> {
+    runtime: &'a Runtime,
+    subject: &'a S,
+    kind: Kind,
+    /// For each caller, keys of its own: at the same time, replays of one key share one look at the store.
+    held: Vec<Vec<u64>>,
+    requests_per_caller: usize,
+}
+
+impl<'a, S: Subject> Side<'a, S> {
+    fn new(runtime: &'a Runtime, subject: &'a S, line: &Line) -> Self {
+        let mut side = Self {
+            runtime,
+            subject,
+            kind: Kind::First,
+            held: vec![Vec::new(); line.callers],
+            requests_per_caller: KEYS_PER_CALLER,
+        };
+        if line.kind == Kind::Replay {
+            let held: Vec<Vec<u64>> = (0..line.callers).map(|_| new_keys(KEYS_PER_CALLER)).collect();
+            side.send(&held);
+            side.held = held;
+            side.kind = line.kind;
+        }
+        side
+    }
+
+    fn warm_up(&mut self, turn: Duration) {
+        let nanos = Duration::from_secs_f64(self.turn().seconds).as_nanos().max(1);
+        let requests = self.requests_per_caller as u128 * turn.as_nanos() / nanos;
+        // Fewer than a handful, and the slowest caller's last request is all that is measured.
+        self.requests_per_caller = usize::try_from(requests).unwrap_or(usize::MAX).max(4);
+    }
+
+    fn turn(&mut self) -> Turn {
+        let wanted = self.requests_per_caller;
+        let keys = self.held.iter().map(|held| match self.kind {
+            Kind::First => new_keys(wanted),
+            Kind::Replay => held.iter().copied().cycle().take(wanted).collect(),
+        });
+        self.send(&keys.collect::<Vec<_>>())
+    }
+
+    /// Every caller sends its requests one after the other.
+    fn send(&self, keys: &[Vec<u64>]) -> Turn {
+        let requests = keys.iter().map(Vec::len).sum::<usize>() as f64;
+        let jobs: Vec<Vec<S::Job>> = keys
+            .iter()
+            .map(|keys| keys.iter().map(|key| self.subject.job(*key)).collect())
+            .collect();
+        let executed = EXECUTED.load(Ordering::Relaxed);
+        let (started, cpu) = (Instant::now(), cpu_seconds());
+        self.runtime.block_on(async {
+            let callers = jobs.into_iter().map(|jobs| {
+                let (subject, kind) = (self.subject.clone(), self.kind);
+                tokio::spawn(async move {
+                    for job in jobs {
+                        subject.run(kind, job).await;
+                    }
+                })
+            });
+            for caller in join_all(callers).await {
+                caller.expect("every request is answered as it should be");
+            }
+        });
+        let turn = Turn {
+            requests,
+            seconds: started.elapsed().as_secs_f64(),
+            cpu_seconds: cpu_seconds() - cpu,
+        };
+        let executed = EXECUTED.load(Ordering::Relaxed) - executed;
+        assert!(self.kind == Kind::First || executed == 0, "a replay ran");
+        turn
+    }
+}
+
+impl Turn {
+    fn speed(self) -> f64 {
+        self.requests / self.seconds
+    }
+}
+
+/// Processor time of this process: fields 14 and 15 of its line in proc(5), the name in field 2 being in parentheses.
+fn cpu_seconds() -> f64 {
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields = stat
+        .rsplit_once(')')
+        .map_or("", |(_, fields)| fields)
+        .split_whitespace();
+    let ticks = fields.skip(11).take(2).filter_map(|field| field.parse::<f64>().ok());
+    ticks.sum::<f64>() / TICKS_PER_SECOND
+}
+
+fn sorted(rounds: &[(Turn, Turn)], figure: impl Fn(&(Turn, Turn)) -> f64) -> Vec<f64> {
+    let mut figures: Vec<f64> = rounds.iter().map(figure).collect();
+    figures.sort_by(f64::total_cmp);
+    figures
+}
+
+fn median(rounds: &[(Turn, Turn)], figure: impl Fn(&(Turn, Turn)) -> f64) -> f64 {
+    sorted(rounds, figure)[rounds.len() / 2]
+}
+
+fn quartiles(rounds: &[(Turn, Turn)], figure: impl Fn(&(Turn, Turn)) -> f64) -> (f64, f64) {
+    let sorted = sorted(rounds, figure);
+    (sorted[sorted.len() / 4], sorted[sorted.len() * 3 / 4])
+}

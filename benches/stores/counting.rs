@@ -1,0 +1,63 @@
+//! A proxy that counts what a client asks of PostgreSQL.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use tokio::io::{copy, AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+
+/// What passed so far.
+#[derive(Clone, Default)]
+pub(crate) struct Counts {
+    /// Statements that were run.
+    pub(crate) executions: Arc<AtomicU64>,
+    /// Round trips, the pool's pings among them.
+    pub(crate) exchanges: Arc<AtomicU64>,
+}
+
+/// Starts a proxy to a server; says where it listens.
+pub(crate) async fn counting(server: SocketAddr) -> std::io::Result<(SocketAddr, Counts)> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let counts = Counts::default();
+    let counted = counts.clone();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let Ok(server) = TcpStream::connect(server).await else {
+                return;
+            };
+            let ((from_client, mut to_client), (mut from_server, to_server)) =
+                (client.into_split(), server.into_split());
+            let counts = counted.clone();
+            tokio::spawn(async move { drop(pass(from_client, to_server, counts).await) });
+            tokio::spawn(async move { drop(copy(&mut from_server, &mut to_client).await) });
+        }
+    });
+    Ok((address, counts))
+}
+
+/// Passes message after message: a byte that says what it is, the length of the rest in four, the rest. Only the first has no
+/// such byte ("PostgreSQL Frontend/Backend Protocol", message formats), and without TLS there is one of that kind.
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, counts: Counts) -> std::io::Result<()> {
+    let mut is_first = true;
+    loop {
+        let mut message = vec![0; if is_first { 4 } else { 5 }];
+        from.read_exact(&mut message).await?;
+        let (kind, length) = message.split_at(message.len() - 4);
+        match kind {
+            b"E" => counts.executions.fetch_add(1, Ordering::SeqCst),
+            b"S" | b"Q" => counts.exchanges.fetch_add(1, Ordering::SeqCst),
+            _ => 0,
+        };
+        is_first = false;
+        let rest = length
+            .iter()
+            .fold(0_usize, |length, byte| length << 8 | usize::from(*byte));
+        let head = message.len();
+        message.resize(head + rest.saturating_sub(4), 0);
+        from.read_exact(&mut message[head..]).await?;
+        to.write_all(&message).await?;
+    }
+}

@@ -1,0 +1,17 @@
+-- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention. What most claims come to: a key that nobody had, or one about which
+-- a claim changes nothing. Whatever else is seen is for claim.sql, whose many expressions a server needs longer to set up than
+-- to evaluate. No row: another claim was committed since this statement began.
+WITH seen AS (
+    SELECT r.*, {now} AS now FROM {table} r WHERE r.key = $1
+), claimed AS (
+    INSERT INTO {table} AS r
+        (key, version, state, kind, fingerprint, nonce, fence, attempt, lease, retention, lease_until, expires)
+    SELECT $1, 1, 0, 0, $2, $3, greatest(now, 1), 1, $4, $5, now + $4, now + $4 + $5
+    FROM (SELECT {now} AS now) clock
+    WHERE NOT EXISTS (SELECT FROM seen)
+    ON CONFLICT (key) DO NOTHING
+    RETURNING r.*, {now} AS now
+)
+SELECT true AS changed, {columns} FROM claimed r
+UNION ALL
+SELECT false, {columns} FROM seen r
