@@ -354,7 +354,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// Not by default: when the store fails at a claim, runs the request without any protection, every time it is sent. Each such
-    /// request is reported as the event `unprotected`.
+    /// request is reported as the event `unprotected`. There is no attempt then: a handler that takes a [`Lease`](crate::Lease) as an
+    /// extractor has to take an `Option` of it.
     pub fn dangerously_run_unprotected_when_the_store_fails(mut self) -> Self {
         self.values().run_unprotected = true;
         self
