@@ -65,7 +65,7 @@ fn main() {
     let (line, turn) = if arguments.iter().any(|argument| argument == "--quick") {
         (1_200, 100)
     } else {
-        (12_000, 250)
+        (11_000, 250)
     };
     let effort = Effort {
         line: Duration::from_millis(line),

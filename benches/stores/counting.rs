@@ -28,6 +28,10 @@ pub(crate) async fn counting(server: SocketAddr) -> std::io::Result<(SocketAddr,
             let Ok(server) = TcpStream::connect(server).await else {
                 return;
             };
+            // Else each message waits for the acknowledgement of the one before it.
+            for stream in [&client, &server] {
+                drop(stream.set_nodelay(true));
+            }
             let ((from_client, mut to_client), (mut from_server, to_server)) =
                 (client.into_split(), server.into_split());
             let counts = counted.clone();
