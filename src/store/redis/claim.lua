@@ -22,7 +22,7 @@ if not record then
 end
 if record.fingerprint ~= fingerprint then return {'mismatch'} end
 if record.state == UNKNOWN then return {'unknown'} end
-if record.state ~= IN_FLIGHT then return {'done', redis.call('GET', key)} end
+if record.state ~= IN_FLIGHT then return {'done', record.bytes} end
 
 local remaining = left(record)
 -- The reply to this very claim was lost: the same grant again, of the same kind.
