@@ -25,7 +25,7 @@ if record.state == UNKNOWN then return {'unknown'} end
 if record.state ~= IN_FLIGHT then
   -- WAIT asks only about what its own connection wrote.
   if ARGV[7] == 'replicated' then redis.call('PEXPIREAT', key, expiry(record)) end
-  return {'done', redis.call('GET', key)}
+  return {'done', record.bytes}
 end
 
 local remaining = left(record)

@@ -9,7 +9,7 @@ if is_done and is_owner then
   redis.call('PEXPIREAT', key, expiry(record))
   return {'completed'}
 end
-if is_done then return {'superseded', redis.call('GET', key)} end
+if is_done then return {'superseded', record.bytes} end
 if not is_owner then return {'superseded'} end
 end_with(record, tonumber(ARGV[2]), tonumber(ARGV[3]))
 refusal = put(record, ARGV[4] .. ARGV[5] .. ARGV[6])

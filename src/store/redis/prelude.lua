@@ -16,12 +16,12 @@ local function is_sound(record, bytes)
   if record.state ~= KEPT then return #bytes == HEADER end
   if #bytes < HEADER + 4 then return false end
   local head = struct.unpack('<I4', bytes, HEADER + 1)
-  return head <= redis.call('STRLEN', key) - HEADER - 4
+  return head <= #bytes - HEADER - 4
 end
 
 local function decode(bytes)
   if #bytes < HEADER or bytes:byte(1) ~= 1 then return nil end
-  local record, version = {}, nil
+  local record, version = {bytes = bytes}, nil
   version, record.state, record.kind, record.fingerprint, record.nonce, record.fence, record.attempt, record.lease,
     record.retention, record.ends, record.expires = struct.unpack(LAYOUT, bytes)
   return is_sound(record, bytes) and record or nil
@@ -36,11 +36,11 @@ end
 -- The record, or nil where there is none or it has expired; behind it the reply to give up with, if it cannot be read. What
 -- cannot be read is somebody's live record: nothing is written over it.
 local function read()
-  local bytes = redis.pcall('GETRANGE', key, 0, HEADER + 3)
+  local bytes = redis.pcall('GET', key)
   if type(bytes) == 'table' then
     return nil, string.find(bytes.err, 'WRONGTYPE', 1, true) and {'corrupt'} or bytes
   end
-  if bytes == '' and redis.call('EXISTS', key) == 0 then return nil end
+  if not bytes then return nil end
   local record = decode(bytes)
   if not record then return nil, {'corrupt'} end
   if now >= record.expires and left(record) == 0 then return nil end
