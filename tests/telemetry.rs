@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use support::{post, send, Fault, Handler, RemoteStore};
@@ -35,8 +35,13 @@ impl<'w> MakeWriter<'w> for Log {
     }
 }
 
+/// `tracing` remembers for the whole process whether anybody listens to a span: a test without a listener that meets the span
+/// for the first time, just as another begins to listen, may silence it for a moment.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// Everything logged while a store with faults serves a few requests.
 fn logged() -> String {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let log = Log::default();
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::TRACE)
@@ -102,6 +107,7 @@ fn no_key_and_no_body_is_ever_logged() {
 fn metrics_count_outcomes_events_and_the_store() {
     use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let recorder = DebuggingRecorder::new();
     let snapshotter = recorder.snapshotter();
     let snapshot = metrics::with_local_recorder(&recorder, || {
