@@ -18,13 +18,14 @@ pub struct Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting does not make sense; found when the value is constructed, never while requests run.
+    /// A setting, of the crate or of a server, does not make sense. Found when the value is constructed, but for what is changed on a
+    /// server later, such as a table that is dropped.
     Configuration,
     /// A record cannot be read: its bytes are damaged or of a newer version. It is somebody's live record, never "absent".
     CorruptRecord,
     /// The store has reached its record budget and takes no new keys for now. Nothing was recorded.
     StoreFull,
-    /// Another attempt has taken the key over. What this one did within a transaction must be rolled back.
+    /// Another attempt has taken the key over, or it is completed already. What was done within a transaction must be rolled back.
     Superseded,
     /// The store could not be reached or did not answer. Whether the operation took effect is not known.
     StoreUnavailable,
