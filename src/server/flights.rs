@@ -167,7 +167,7 @@ impl Flight {
     fn is_leased(&self) -> bool {
         // A transaction that completes holds the record locked: a renewal would only wait for it, and so would whoever wants it.
         #[cfg(feature = "postgres")]
-        if self.is_in_transaction() {
+        if self.is_in_transaction() && !self.has_transaction_failed() {
             return false;
         }
         !self.is_superseded()
