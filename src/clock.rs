@@ -47,6 +47,25 @@ impl Timestamp {
     }
 }
 
+/// Milliseconds since the Unix epoch by the machine's clock, for what is shown to others; nothing is decided by it.
+#[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+pub(crate) fn unix_millis() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The time by the machine's clock.
+#[cfg(feature = "retry")]
+#[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+pub(crate) fn wall_clock() -> SystemTime {
+    SystemTime::now()
+}
+
+/// The date as HTTP writes it (RFC 9110 section 5.6.7).
+pub(crate) fn http_date() -> String {
+    httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_millis(unix_millis()))
+}
+
 /// Whole microseconds of a duration, at most `u64::MAX` (584,000 years).
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)

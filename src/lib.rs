@@ -106,6 +106,7 @@
     )
 )]
 
+pub mod client;
 mod clock;
 mod error;
 mod http;

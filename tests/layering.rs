@@ -7,7 +7,7 @@ const FLOORS: [&[&str]; 5] = [
     &["error", "clock", "sharded"],
     &["protocol", "telemetry"],
     &["http", "store"],
-    &["server"],
+    &["client", "server"],
     &["lib"],
 ];
 

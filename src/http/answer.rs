@@ -111,6 +111,15 @@ impl AnswerHeaders {
     }
 }
 
+/// Answers that are never read into memory: they may not end, or are not HTTP any more.
+pub(crate) fn is_stream(response: &response::Parts) -> bool {
+    response.status.is_informational()
+        || response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+            let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
+            essence.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
+        })
+}
+
 /// Fields that belong to one exchange, one connection or one caller.
 fn is_never_replayed(name: &HeaderName) -> bool {
     let name = name.as_str();

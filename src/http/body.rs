@@ -55,6 +55,20 @@ impl<B> Body<B> {
             trailers: None,
         }
     }
+
+    /// The same body again, where what is left of it can be cloned.
+    #[cfg(feature = "retry")]
+    pub(crate) fn try_clone_with(&self, clone: impl FnOnce(&B) -> Option<B>) -> Option<Self> {
+        let rest = match &self.rest {
+            Some(rest) => Some(clone(rest)?),
+            None => None,
+        };
+        Some(Self {
+            front: self.front.clone(),
+            rest,
+            trailers: self.trailers.clone(),
+        })
+    }
 }
 
 impl<B> fmt::Debug for Body<B> {

@@ -8,7 +8,7 @@ mod key;
 mod refusal;
 mod wording;
 
-pub(crate) use answer::AnswerHeaders;
+pub(crate) use answer::{is_stream, AnswerHeaders};
 pub(crate) use body::{collect, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};

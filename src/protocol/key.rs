@@ -126,17 +126,25 @@ impl Default for KeyParser {
 impl KeyParser {
     pub(crate) fn parse(&self, value: &[u8]) -> Result<IdempotencyKey, KeyError> {
         let key = self.unquoted(value).map_err(KeyError::new)?;
-        let refusal = match &*key {
-            "" => Some(InvalidKey::Empty),
-            key if key.len() > self.max_len => Some(InvalidKey::TooLong),
-            key if !key.bytes().all(|byte| byte.is_ascii_graphic()) => Some(InvalidKey::NotVisibleAscii),
-            key if self.validator.as_ref().is_some_and(|valid| !valid(key)) => Some(InvalidKey::Refused),
-            _ => None,
+        self.check(&key)?;
+        Ok(IdempotencyKey(key.into()))
+    }
+
+    /// Whether a key that was read, or is to be sent, keeps to the rules.
+    pub(crate) fn check(&self, key: &str) -> Result<(), KeyError> {
+        let refusal = match key {
+            "" => InvalidKey::Empty,
+            key if key.len() > self.max_len => InvalidKey::TooLong,
+            key if !key.bytes().all(|byte| byte.is_ascii_graphic()) => InvalidKey::NotVisibleAscii,
+            key if self.validator.as_ref().is_some_and(|valid| !valid(key)) => InvalidKey::Refused,
+            _ => return Ok(()),
         };
-        match refusal {
-            Some(reason) => Err(KeyError::new(reason)),
-            None => Ok(IdempotencyKey(key.into())),
-        }
+        Err(KeyError::new(refusal))
+    }
+
+    /// Whether the value of a header field is a key by the rules.
+    pub(crate) fn check_value(&self, value: &[u8]) -> Result<(), KeyError> {
+        self.check(&self.unquoted(value).map_err(KeyError::new)?)
     }
 
     fn unquoted<'v>(&self, value: &'v [u8]) -> Result<Cow<'v, str>, InvalidKey> {
@@ -189,6 +197,11 @@ impl Scope {
             bytes.extend_from_slice(part);
         }
         Self(bytes)
+    }
+
+    /// The parts with their lengths.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.0
     }
 }
 
@@ -246,9 +259,27 @@ impl KeySpace {
         push(scope.map_or(&[], |_| &[1]));
         push(scope.map_or(&[], |scope| &scope.0));
         push(key.0.as_bytes());
+        self.hash(bytes.as_slice())
+    }
+
+    /// The storage key of a call to others. It has one part more than that of a request, so that the two never meet.
+    pub(crate) fn call_key(&self, scope: Option<&Scope>, key: &str, step: Option<u32>) -> StorageKey {
+        let scope_bytes = scope.map_or(&[][..], Scope::as_bytes);
+        let step = step.map(u32::to_be_bytes);
+        let parts = [
+            self.namespace.as_bytes(),
+            scope.map_or(&[], |_| &[1]),
+            scope_bytes,
+            key.as_bytes(),
+            step.as_ref().map_or(&[][..], |step| &step[..]),
+        ];
+        self.hash(Scope::of(parts).as_bytes())
+    }
+
+    fn hash(&self, bytes: &[u8]) -> StorageKey {
         StorageKey(match &self.secret {
-            Some(secret) => *blake3::keyed_hash(&secret.0, bytes.as_slice()).as_bytes(),
-            None => Sha256::digest(bytes.as_slice()).into(),
+            Some(secret) => *blake3::keyed_hash(&secret.0, bytes).as_bytes(),
+            None => Sha256::digest(bytes).into(),
         })
     }
 }

@@ -33,3 +33,4 @@ pub use json::CanonicalJson;
 pub use key::{IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope, StorageKey};
 pub(crate) use key::{KeyHasher, KeyParser, KeySpace, Secret};
 pub use record::{Change, Record, Transition};
+pub(crate) use structured::quoted;

@@ -5,6 +5,25 @@
 
 use std::borrow::Cow;
 
+/// A string in its quotes (RFC 9651 section 4.1.6). What is not visible ASCII or a space has no such form; it is left as it is.
+pub(crate) fn quoted(text: &str) -> Vec<u8> {
+    let escaped = text.bytes().filter(|byte| is_escaped(*byte)).count();
+    let mut out = Vec::with_capacity(text.len() + escaped + 2);
+    out.push(b'"');
+    for byte in text.bytes() {
+        if is_escaped(byte) {
+            out.push(b'\\');
+        }
+        out.push(byte);
+    }
+    out.push(b'"');
+    out
+}
+
+fn is_escaped(byte: u8) -> bool {
+    matches!(byte, b'"' | b'\\')
+}
+
 /// Reads `input` as an Item that holds a String and gives back the string, borrowed when it contains no escapes.
 ///
 /// `None` when the value is anything else: another type, a list, a string with a character that is not allowed, or a

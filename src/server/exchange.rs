@@ -10,13 +10,13 @@ use tower_service::Service;
 use tracing::Span;
 
 use super::flights::{Flight, Follower, Joined, Landing};
-use super::guard::{in_time, Hold, Shared};
+use super::guard::{Hold, Shared};
 use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
-use crate::store::Store;
+use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, from when its body was read.

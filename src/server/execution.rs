@@ -11,15 +11,14 @@ use tower_service::Service;
 
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
-use super::guard::{in_time, Hold};
+use super::guard::Hold;
 use super::lease::Lease;
-use super::policy::{is_stream, OnLost, Recovered, Recovery, RetainFor, Verdict};
+use super::policy::{OnLost, Recovered, Recovery, RetainFor, Verdict};
 use super::settings::Values;
-use crate::clock::{within, Deadline};
-use crate::error::{Error, ErrorKind};
-use crate::http::{collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::error::Error;
+use crate::http::{collect, is_stream, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Answer, Completion, Grant, Outcome, Owner, Release, StorageKey};
-use crate::store::Store;
+use crate::store::{Patience, Store};
 use crate::telemetry::{self, Event};
 
 /// How the handler ended.
@@ -428,33 +427,15 @@ where
 }
 
 /// Does an operation, and repeats it while the store fails for as long as is set; the lease is renewed meanwhile.
-pub(super) async fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> Result<T, Error>
+pub(super) fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> impl Future<Output = Result<T, Error>>
 where
     F: Future<Output = Result<T, Error>>,
 {
-    match in_time(settings.store_timeout, operation()).await {
-        Ok(done) => Ok(done),
-        Err(error) => Box::pin(persist_again(settings, operation, error)).await,
-    }
-}
-
-async fn persist_again<T, F>(settings: &Values, operation: impl Fn() -> F, mut last: Error) -> Result<T, Error>
-where
-    F: Future<Output = Result<T, Error>>,
-{
-    const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-    let mut pause = Duration::from_millis(20);
-    let deadline = Deadline::after(settings.completion_timeout);
-    while last.kind() == ErrorKind::StoreUnavailable && !deadline.left().is_zero() {
-        telemetry::failure(Event::CompletionRepeated, &last);
-        drop(within(pause.min(deadline.left()), std::future::pending::<()>()).await);
-        pause = LONGEST_PAUSE.min(pause * 2);
-        match in_time(settings.store_timeout, operation()).await {
-            Ok(done) => return Ok(done),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
+    let patience = Patience {
+        operation: settings.store_timeout,
+        in_all: settings.completion_timeout,
+    };
+    patience.persist(operation)
 }
 
 pub(super) fn retention(settings: &Values, head: &response::Parts) -> Duration {

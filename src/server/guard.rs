@@ -17,9 +17,8 @@ use tokio::sync::Notify;
 use super::flights::{Flight, Flights, Joined, Landing};
 use super::settings::Waiting;
 use crate::clock::within;
-use crate::error::{Error, ErrorKind};
 use crate::protocol::{Grant, Owner, Renewal};
-use crate::store::Store;
+use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
 
 /// What a layer and its clones share.
@@ -335,18 +334,6 @@ async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing
             shared.keep_renewed();
         }
     }
-}
-
-/// An operation of the store, given up as failed after `timeout`.
-pub(super) fn in_time<T>(
-    timeout: Duration,
-    operation: impl Future<Output = Result<T, Error>>,
-) -> impl Future<Output = Result<T, Error>> {
-    const LATE: Error = Error::new(
-        ErrorKind::StoreUnavailable,
-        "the idempotency store did not answer in time",
-    );
-    within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
 }
 
 impl<St> fmt::Debug for Shared<St> {

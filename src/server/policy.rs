@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::{header, request, response, Response, StatusCode};
+use http::{request, response, Response, StatusCode};
 
 use crate::http::Refusal;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
@@ -223,15 +223,6 @@ impl fmt::Debug for KeepPolicy {
             .field("keep_if", &self.keep_if.is_some())
             .finish()
     }
-}
-
-/// Answers that are never read into memory: they may not end, or are not HTTP any more.
-pub(super) fn is_stream(response: &response::Parts) -> bool {
-    response.status.is_informational()
-        || response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-            let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
-            essence.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
-        })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod boxed;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod memory;
+mod patience;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(feature = "redis")]
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
+pub(crate) use patience::{in_time, Patience};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]

@@ -1,0 +1,54 @@
+//! What the errors of a client say about the effect of a request.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// What an error of a client says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "whoever classifies must know every case")]
+pub enum ErrorClass {
+    /// Nothing was sent and nothing ever will be: an invalid URL, say. It is not repeated.
+    Final,
+    /// It may have been sent, and taken effect: a reset connection, a time-out. The default for every error.
+    Lost,
+    /// Nothing was sent, for now: the connection was refused, say.
+    NotSent,
+}
+
+type Classify = Arc<dyn Fn(&dyn Any) -> Option<ErrorClass> + Send + Sync>;
+
+/// What the application told about its errors.
+#[derive(Clone, Default)]
+pub(super) struct ErrorClasses(Vec<Classify>);
+
+impl ErrorClasses {
+    pub(super) fn add<E: 'static>(&mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) {
+        self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
+    }
+
+    pub(super) fn of<E: 'static>(&self, error: &E) -> ErrorClass {
+        let told = self.0.iter().rev().find_map(|classify| classify(error));
+        told.or_else(|| known(error)).unwrap_or(ErrorClass::Lost)
+    }
+}
+
+#[cfg(feature = "reqwest")]
+fn known(error: &dyn Any) -> Option<ErrorClass> {
+    error.downcast_ref().map(|error: &reqwest::Error| match error {
+        error if error.is_builder() => ErrorClass::Final,
+        error if error.is_connect() => ErrorClass::NotSent,
+        _ => ErrorClass::Lost,
+    })
+}
+
+#[cfg(not(feature = "reqwest"))]
+fn known(_: &dyn Any) -> Option<ErrorClass> {
+    None
+}
+
+impl fmt::Debug for ErrorClasses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ErrorClasses({})", self.0.len())
+    }
+}

@@ -1,0 +1,119 @@
+//! Keys that survive a crash: derived from what our own caller sent.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+use uuid::Builder;
+
+use crate::error::{Error, ErrorKind};
+use crate::protocol::Scope;
+
+/// Derives a key for a call further on from the key that our own caller sent, so that a retry after a crash of ours makes the very
+/// same key again.
+///
+/// It is HMAC-SHA-256 (RFC 2104) under a secret, over scope, inbound key and step, each preceded by its length as four bytes,
+/// big-endian; its first 16 bytes are given as a UUID of version 8 (RFC 9562 section 5.8), which every provider's bounds have room
+/// for and which serves as a client-made id as well. Never pass the inbound key itself on: whoever made it would share a name
+/// space with all others at the third party, and could ask there for answers that are not his.
+///
+/// All processes, and all versions of a program that may see a retry, need the same secret.
+///
+/// ```
+/// use tower_idempotency::client::{KeyDeriver, KeyOrigin};
+///
+/// # fn main() -> Result<(), tower_idempotency::Error> {
+/// let keys = KeyDeriver::new(b"32 bytes from the secret manager")?;
+/// let origin = KeyOrigin::new("order-4711", "charge").with_scope("tenant-7".to_owned());
+/// assert_eq!(keys.derive(&origin), keys.derive(&origin.clone()));
+/// assert_ne!(keys.derive(&origin), keys.derive(&KeyOrigin::new("order-4711", "charge")));
+/// assert_eq!(keys.derive(&origin).len(), 36);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct KeyDeriver(Hmac<Sha256>);
+
+impl KeyDeriver {
+    /// Keys under this secret, of at least 16 bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Configuration`] when the secret is shorter.
+    pub fn new(secret: &[u8]) -> Result<Self, Error> {
+        const SHORT: Error = Error::new(
+            ErrorKind::Configuration,
+            "the secret for derived keys is shorter than 16 bytes; take 32 bytes from a cryptographic generator",
+        );
+        match Hmac::new_from_slice(secret) {
+            Ok(mac) if secret.len() >= 16 => Ok(Self(mac)),
+            _ => Err(SHORT),
+        }
+    }
+
+    /// The key for this call, as a UUID in its usual form of 36 characters.
+    #[must_use]
+    pub fn derive(&self, origin: &KeyOrigin) -> String {
+        let mut text = [0; 36];
+        self.encode(origin, &mut text).to_owned()
+    }
+
+    pub(super) fn encode<'t>(&self, origin: &KeyOrigin, text: &'t mut [u8; 36]) -> &'t str {
+        let mut mac = self.0.clone();
+        let scope = origin.scope.as_ref().map(Scope::as_bytes);
+        for part in [scope.unwrap_or_default(), origin.key.as_bytes(), origin.step.as_bytes()] {
+            mac.update(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes());
+            mac.update(part);
+        }
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&mac.finalize().into_bytes()[..16]);
+        Builder::from_custom_bytes(bytes)
+            .into_uuid()
+            .hyphenated()
+            .encode_lower(text)
+    }
+}
+
+impl fmt::Debug for KeyDeriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyDeriver(..)")
+    }
+}
+
+/// What a call further on is made for: the key that our own caller sent, the step of our work, and whose key it is. As an
+/// extension of a request it tells [`KeyMaker::derived`](super::KeyMaker::derived) what to derive from. Its `Debug` form hides
+/// the key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeyOrigin {
+    scope: Option<Scope>,
+    key: String,
+    step: Cow<'static, str>,
+}
+
+impl KeyOrigin {
+    /// For the call `step` on behalf of a request, event or job named `key`. Two calls of one job need two steps.
+    #[must_use]
+    pub fn new(key: impl Into<String>, step: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            scope: None,
+            key: key.into(),
+            step: step.into(),
+        }
+    }
+
+    /// Whose key it is; none by default. Needed wherever two callers could send the same key.
+    #[must_use]
+    pub fn with_scope(mut self, scope: impl Into<Scope>) -> Self {
+        self.scope = Some(scope.into());
+        self
+    }
+}
+
+impl fmt::Debug for KeyOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyOrigin")
+            .field("step", &self.step)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,290 @@
+//! The layer that adds the key.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http::{Method, Request};
+use pin_project_lite::pin_project;
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::maker::{Cause, KeyMaker, Outgoing};
+use super::place::{place_first_sent, InBody, InHeader, PlaceKey};
+use super::profile::Profile;
+use crate::protocol::KeyError;
+
+/// Gives every logical request of a client one idempotency key.
+///
+/// It goes *outside* of whatever repeats requests (a retry, a redirect, a hedge), so that all attempts carry the same key.
+///
+/// ```
+/// use std::convert::Infallible;
+/// use http::{Request, Response};
+/// use tower::{service_fn, ServiceBuilder, ServiceExt};
+/// use tower_idempotency::client::{IdempotencyKeyLayer, Profile};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// let http = service_fn(|request: Request<String>| async move {
+///     assert_eq!(request.headers()["idempotency-key"].len(), 36);
+///     Ok::<_, Infallible>(Response::new("charged"))
+/// });
+/// let client = ServiceBuilder::new().layer(IdempotencyKeyLayer::new(Profile::stripe())).service(http);
+/// let request = Request::post("/v1/charges").body("amount=100".to_owned()).unwrap();
+/// assert_eq!(client.oneshot(request).await.unwrap().into_body(), "charged");
+/// # }
+/// ```
+///
+/// # Defaults
+///
+/// | setting | default |
+/// |---|---|
+/// | [maker](Self::with_maker) | [`KeyMaker::uuid_v4`] |
+/// | [methods](Self::with_methods) | POST and PATCH; everything else passes untouched |
+/// | place | the header field of the [`Profile`] |
+///
+/// A key that the caller has set wins, if the server would take it: too long or given twice, it is an error and nothing is sent.
+///
+/// # What it does not promise
+///
+/// With a random key, a crash between two attempts makes a second effect: see [`KeyDeriver`](super::KeyDeriver). Whether the
+/// server heeds the key, and for how long, is the server's to say.
+#[derive(Clone)]
+pub struct IdempotencyKeyLayer<P = InHeader> {
+    settings: Arc<Settings>,
+    place: P,
+}
+
+#[derive(Clone)]
+struct Settings {
+    profile: Profile,
+    maker: KeyMaker,
+    methods: Vec<Method>,
+}
+
+impl IdempotencyKeyLayer {
+    /// Keys for a server of this profile.
+    #[must_use]
+    pub fn new(profile: Profile) -> Self {
+        let settings = Settings {
+            profile,
+            maker: KeyMaker::default(),
+            methods: vec![Method::POST, Method::PATCH],
+        };
+        Self {
+            settings: Arc::new(settings),
+            place: InHeader,
+        }
+    }
+}
+
+impl<P> IdempotencyKeyLayer<P> {
+    /// Who makes the keys; [`KeyMaker::uuid_v4`] by default.
+    #[must_use]
+    pub fn with_maker(mut self, maker: KeyMaker) -> Self {
+        Arc::make_mut(&mut self.settings).maker = maker;
+        self
+    }
+
+    /// The methods whose requests get a key; POST and PATCH by default, for the others are idempotent by themselves (RFC 9110 section
+    /// 9.2.2).
+    #[must_use]
+    pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
+        Arc::make_mut(&mut self.settings).methods = methods.into_iter().collect();
+        self
+    }
+
+    /// Puts the key into the body instead of a header field, by a function that also decides what becomes of a key which is there
+    /// already.
+    ///
+    /// ```
+    /// use http::Request;
+    /// use tower_idempotency::client::{IdempotencyKeyLayer, Profile};
+    ///
+    /// let square = IdempotencyKeyLayer::new(Profile::draft()).with_body_key(|request: &mut Request<String>, key: &str| {
+    ///     let mut body: serde_json::Value = serde_json::from_str(request.body())?;
+    ///     body["idempotency_key"] = key.into();
+    ///     *request.body_mut() = body.to_string();
+    ///     Ok::<_, serde_json::Error>(())
+    /// });
+    /// # drop(square);
+    /// ```
+    #[must_use]
+    pub fn with_body_key<B, F, E>(self, place: F) -> IdempotencyKeyLayer<InBody<F>>
+    where
+        F: Fn(&mut Request<B>, &str) -> Result<(), E>,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        IdempotencyKeyLayer {
+            settings: self.settings,
+            place: InBody(place),
+        }
+    }
+}
+
+impl<P> fmt::Debug for IdempotencyKeyLayer<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IdempotencyKeyLayer")
+            .field("profile", &self.settings.profile)
+            .field("maker", &self.settings.maker)
+            .field("methods", &self.settings.methods)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, P: Clone> Layer<S> for IdempotencyKeyLayer<P> {
+    type Service = Keyed<S, P>;
+
+    fn layer(&self, inner: S) -> Keyed<S, P> {
+        Keyed {
+            inner,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// A client whose requests have keys; made by [`IdempotencyKeyLayer`].
+#[derive(Clone, Debug)]
+pub struct Keyed<S, P = InHeader> {
+    inner: S,
+    layer: IdempotencyKeyLayer<P>,
+}
+
+impl<S, P> Keyed<S, P> {
+    /// The client within.
+    pub const fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// Gives a request its key.
+    fn key<B, E>(&self, request: &mut Request<B>) -> Result<(), KeyedError<E>>
+    where
+        P: PlaceKey<B>,
+    {
+        let Settings {
+            profile,
+            maker,
+            methods,
+        } = &*self.layer.settings;
+        if !methods.contains(request.method()) {
+            return Ok(());
+        }
+        let place = &self.layer.place;
+        if !place.is_placed(profile, request).map_err(KeyedError::Key)? {
+            let head = Outgoing {
+                method: request.method(),
+                uri: request.uri(),
+                headers: request.headers(),
+                extensions: request.extensions(),
+            };
+            let mut text = [0; 36];
+            let key = maker.make(head, &mut text).map_err(KeyedError::Maker)?;
+            place.place(profile, request, &key).map_err(KeyedError::of)?;
+        }
+        place_first_sent(profile, request);
+        Ok(())
+    }
+}
+
+impl<S, P, B> Service<Request<B>> for Keyed<S, P>
+where
+    S: Service<Request<B>>,
+    P: PlaceKey<B>,
+{
+    type Response = S::Response;
+    type Error = KeyedError<S::Error>;
+    type Future = KeyFuture<S::Future, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx).map_err(KeyedError::Service)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let state = match self.key(&mut request) {
+            Ok(()) => State::Sent {
+                future: self.inner.call(request),
+            },
+            Err(error) => State::Refused { error: Some(error) },
+        };
+        KeyFuture { state }
+    }
+}
+
+pin_project! {
+    /// The future of [`Keyed`].
+    #[derive(Debug)]
+    pub struct KeyFuture<F, E> {
+        #[pin]
+        state: State<F, E>,
+    }
+}
+
+pin_project! {
+    #[project = StateProjection]
+    #[derive(Debug)]
+    enum State<F, E> {
+        Refused { error: Option<KeyedError<E>> },
+        Sent { #[pin] future: F },
+    }
+}
+
+impl<F, T, E> Future for KeyFuture<F, E>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    type Output = Result<T, KeyedError<E>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().state.project() {
+            StateProjection::Sent { future } => future.poll(cx).map_err(KeyedError::Service),
+            StateProjection::Refused { error } => match error.take() {
+                Some(error) => Poll::Ready(Err(error)),
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+/// Why a request with a key failed.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum KeyedError<E> {
+    /// The server would not take the key. Nothing was sent.
+    Key(KeyError),
+    /// The maker made no key, or it could not be put into the body. Nothing was sent.
+    Maker(Box<dyn std::error::Error + Send + Sync>),
+    /// The client's own error.
+    Service(E),
+}
+
+impl<E> KeyedError<E> {
+    fn of(cause: Cause) -> Self {
+        match cause.downcast::<KeyError>() {
+            Ok(error) => Self::Key(*error),
+            Err(cause) => Self::Maker(cause),
+        }
+    }
+}
+
+impl<E> fmt::Display for KeyedError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Key(_) => "the request was not sent: the server would not take its idempotency key",
+            Self::Maker(_) => "the request was not sent: no idempotency key could be made for it",
+            Self::Service(_) => "the client failed",
+        })
+    }
+}
+
+impl<E: std::error::Error + 'static> std::error::Error for KeyedError<E> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Key(error) => Some(error),
+            Self::Maker(cause) => Some(&**cause),
+            Self::Service(error) => Some(error),
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Where a key goes: into a header field, or into the body.
+
+use std::fmt;
+
+use bytes::Bytes;
+use http::header::HeaderValue;
+use http::Request;
+
+use super::maker::Cause;
+use super::profile::Profile;
+use crate::clock::http_date;
+use crate::protocol::{quoted, InvalidKey, KeyError, KeyParser, KeySyntax};
+
+/// Where the key of a request goes: [`InHeader`], the default, or [`InBody`].
+pub trait PlaceKey<B> {
+    /// Whether the caller has set a key.
+    ///
+    /// # Errors
+    ///
+    /// When the caller has set one that the server would not take.
+    fn is_placed(&self, profile: &Profile, request: &Request<B>) -> Result<bool, KeyError>;
+
+    /// Puts the key into the request.
+    ///
+    /// # Errors
+    ///
+    /// Whatever hinders it; nothing is sent then.
+    fn place(
+        &self,
+        profile: &Profile,
+        request: &mut Request<B>,
+        key: &str,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// The key goes into the header field of the [`Profile`].
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct InHeader;
+
+impl<B> PlaceKey<B> for InHeader {
+    fn is_placed(&self, profile: &Profile, request: &Request<B>) -> Result<bool, KeyError> {
+        let mut lines = request.headers().get_all(&profile.header).iter();
+        let Some(value) = lines.next() else {
+            return Ok(false);
+        };
+        if lines.next().is_some() {
+            return Err(KeyError::new(InvalidKey::Repeated));
+        }
+        parser(profile).check_value(value.as_bytes()).map(|()| true)
+    }
+
+    fn place(&self, profile: &Profile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
+        parser(profile).check(key)?;
+        let bytes = if profile.quoted {
+            quoted(key)
+        } else {
+            key.as_bytes().to_vec()
+        };
+        let mut value = HeaderValue::from_maybe_shared(Bytes::from(bytes))?;
+        value.set_sensitive(true);
+        request.headers_mut().insert(profile.header.clone(), value);
+        Ok(())
+    }
+}
+
+fn parser(profile: &Profile) -> KeyParser {
+    KeyParser {
+        syntax: KeySyntax::Lenient,
+        max_len: profile.max_len,
+        validator: None,
+    }
+}
+
+/// The date of the first attempt, where the server wants it and the caller has not set it.
+pub(super) fn place_first_sent<B>(profile: &Profile, request: &mut Request<B>) {
+    let Some(name) = &profile.first_sent else {
+        return;
+    };
+    if !request.headers().contains_key(name) {
+        if let Ok(date) = HeaderValue::from_str(&http_date()) {
+            request.headers_mut().insert(name.clone(), date);
+        }
+    }
+}
+
+/// The key goes into the body, by a function that knows its form: a field of a JSON object, as Square has it. Made by
+/// [`IdempotencyKeyLayer::with_body_key`](super::IdempotencyKeyLayer::with_body_key).
+#[derive(Clone)]
+pub struct InBody<F>(pub(super) F);
+
+impl<B, F, E> PlaceKey<B> for InBody<F>
+where
+    F: Fn(&mut Request<B>, &str) -> Result<(), E>,
+    E: Into<Cause>,
+{
+    fn is_placed(&self, _: &Profile, _: &Request<B>) -> Result<bool, KeyError> {
+        Ok(false)
+    }
+
+    fn place(&self, profile: &Profile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
+        parser(profile).check(key)?;
+        (self.0)(request, key).map_err(Into::into)?;
+        request.extensions_mut().insert(IsKeyed);
+        Ok(())
+    }
+}
+
+impl<F> fmt::Debug for InBody<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("InBody(..)")
+    }
+}
+
+/// Extension of a request whose key is in its body.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IsKeyed;

@@ -1,0 +1,48 @@
+//! The other half of an integration: calls to others that must take effect once, although we are retried and may crash.
+//!
+//! What can be promised depends on what the third party offers:
+//!
+//! | the third party offers | use | promise |
+//! |---|---|---|
+//! | idempotency keys | [`IdempotencyKeyLayer`], with a key that is [derived](KeyDeriver) from what our own caller sent | one effect, also across crashes of ours, as long as the other side keeps its keys |
+//! | ids made by the client | [`KeyDeriver::derive`], or [`Attempt::id`], as the id | one effect: a second creation meets the first |
+//! | drafts: create one, then a transition that is idempotent by nature | `Once::step` | one effect: at worst a second draft that is never confirmed |
+//! | an existence check | `Once::run_or_recover`, or [`OnceLayer::with_recovery`] | one effect, if the check shuts out the lost attempt or that has settled before it is asked |
+//! | nothing | `Once` or [`OnceLayer`] | at most once, or at least once: choose; what is unknown is reported as unknown |
+//!
+//! # Where the layers go
+//!
+//! Outermost first: [`OnceLayer`], where the answers are to be recorded; [`IdempotencyKeyLayer`], so that one logical request has
+//! one key; `CallLayer` or `tower::retry` with `RetryPolicy` (feature `retry`), whose attempts all carry that key; a time-out for
+//! each attempt; redirects; the client.
+//!
+//! # What it does not promise
+//!
+//! A third party that keeps its keys for a day knows nothing of them on the next: everything here ends with the other side's
+//! retention. And nobody can tell a lost request from a lost answer where the other side offers nothing to tell them by; what
+//! came of such a call is unknown, and is never reported as done or as failed.
+
+mod classes;
+mod keys;
+mod once;
+#[cfg(feature = "follow-redirect")]
+mod redirect;
+#[cfg(feature = "reqwest")]
+mod reqwest;
+#[cfg(feature = "retry")]
+mod retry;
+
+#[cfg(feature = "reqwest")]
+pub use self::reqwest::{ReqwestFuture, ReqwestService};
+pub use classes::ErrorClass;
+pub use keys::{
+    Advice, IdempotencyKeyLayer, InBody, InHeader, KeyDeriver, KeyFuture, KeyMaker, KeyOrigin, Keyed, KeyedError,
+    Meaning, Outgoing, PlaceKey, Profile,
+};
+#[cfg(feature = "once")]
+pub use once::{once, Done, Failure, Once, Steps};
+pub use once::{Attempt, Found, LostCall, OnceClient, OnceError, OnceFuture, OnceLayer};
+#[cfg(feature = "follow-redirect")]
+pub use redirect::KeyAtHome;
+#[cfg(feature = "retry")]
+pub use retry::{Call, CallError, CallFuture, CallLayer, CallOutcome, CloneBody, Delivery, Pause, RetryPolicy};

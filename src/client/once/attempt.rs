@@ -1,0 +1,93 @@
+//! What a call may know about its attempt, and what a check may say about the one before it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use uuid::Builder;
+
+use crate::protocol::{Fence, Fingerprint, Grant, StorageKey};
+
+/// The attempt under which a call is made.
+#[derive(Clone)]
+pub struct Attempt {
+    key: StorageKey,
+    fingerprint: Fingerprint,
+    grant: Grant,
+    lost: Arc<AtomicBool>,
+}
+
+impl Attempt {
+    pub(super) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant) -> Self {
+        Self {
+            key,
+            fingerprint,
+            grant,
+            lost: Arc::default(),
+        }
+    }
+
+    /// The number of this attempt under its key, from 1. One that failed without effect and released its key is not counted.
+    #[must_use]
+    pub const fn number(&self) -> u32 {
+        self.grant.attempt
+    }
+
+    /// Grows with every attempt under a key. Hand it to a third party that can refuse an older one: it is what shuts a lost
+    /// attempt out whose request is still under way.
+    #[must_use]
+    pub const fn fence(&self) -> Fence {
+        self.grant.owner.fence
+    }
+
+    /// A key or an id for the third party: a UUID (version 8, RFC 9562 section 5.8), the same in every attempt under this key and
+    /// input, another for each `name`, and without a way back to the key.
+    ///
+    /// A third party that takes it as an idempotency key, or as the id of what is to be created, has one effect however often the
+    /// call runs. Where keys can be guessed and the third party shows things to whoever names their id, set a secret.
+    #[must_use]
+    pub fn id(&self, name: &str) -> String {
+        let mut hasher = blake3::Hasher::new_derive_key("tower-idempotency 2026 id for a third party");
+        hasher.update(self.key.as_bytes());
+        hasher.update(self.fingerprint.digest());
+        hasher.update(name.as_bytes());
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        Builder::from_custom_bytes(bytes).into_uuid().to_string()
+    }
+
+    /// Whether the key is still held, as far as the last renewal knows. Once it is not, what this attempt returns is dropped.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        !self.lost.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) const fn grant(&self) -> Grant {
+        self.grant
+    }
+}
+
+impl fmt::Debug for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attempt")
+            .field("number", &self.number())
+            .field("fence", &self.fence())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What an existence check found out about a lost attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
+pub enum Found<T> {
+    /// It took effect, and this is what came of it: it is recorded and given.
+    Happened(T),
+    /// It had no effect and never will: the call is made.
+    NotHappened,
+    /// Nobody knows: the call is not made; the next one asks again, until the attempts are used up.
+    Unknown,
+}

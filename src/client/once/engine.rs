@@ -1,0 +1,361 @@
+//! One call, once: the claim, the check, the run, the record.
+//!
+//! It all happens in a task of its own, which a caller that goes away does not end: what was begun is recorded.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures::FutureExt;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::attempt::{Attempt, Found};
+use super::terms::Terms;
+use crate::clock::{within, Deadline};
+use crate::error::Error;
+use crate::protocol::{
+    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Renewal, Status, StorageKey,
+};
+use crate::store::{in_time, Patience, Store};
+use crate::telemetry::{self, Event};
+
+/// How long a waiter goes without looking, should it not be woken.
+const POLL: Duration = Duration::from_secs(1);
+
+/// The call itself.
+pub(super) trait Work: Send + 'static {
+    /// What a caller gets of a run.
+    type Given: Send + 'static;
+
+    /// Asks what became of a lost attempt.
+    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Found<Ended<Self::Given>>> + Send;
+
+    /// Makes the call.
+    fn run(self, attempt: Attempt) -> impl Future<Output = Ended<Self::Given>> + Send;
+}
+
+/// How a call ended.
+pub(super) struct Ended<G> {
+    pub(super) given: G,
+    pub(super) verdict: Verdict,
+}
+
+/// What becomes of the key.
+pub(super) enum Verdict {
+    /// Nobody knows whether it took effect.
+    GiveUp,
+    /// It took effect.
+    Keep(Outcome),
+    /// It had no effect.
+    Release,
+}
+
+/// What came of it all.
+pub(super) enum Settled<G> {
+    /// It ran, now, and this is what came of it.
+    Ran {
+        given: G,
+        recorded: Result<(), Error>,
+        attempt: u32,
+    },
+    /// It did not run.
+    Refused(Refused),
+    /// It ran before.
+    Replay(Answer),
+}
+
+/// Why it did not run, or why what it gave is not to be given.
+pub(super) enum Refused {
+    InFlight(Duration),
+    Mismatch,
+    NotKept,
+    NotRun(Error),
+    Unknown,
+}
+
+/// A key, what is asked under it, and on which terms.
+pub(super) struct Job<St> {
+    pub(super) store: St,
+    pub(super) key: StorageKey,
+    pub(super) fingerprint: Fingerprint,
+    pub(super) if_lost: IfLost,
+    pub(super) terms: Terms,
+}
+
+impl<St: Store + Clone> Job<St> {
+    /// Sees to it that the call is made once.
+    pub(super) async fn settle<W: Work>(self, work: W) -> Settled<W::Given> {
+        let (sender, receiver) = oneshot::channel();
+        tokio::spawn(self.drive(work, sender));
+        // Without an answer the runtime has ended under the task.
+        receiver.await.unwrap_or(Settled::Refused(Refused::Unknown))
+    }
+
+    async fn drive<W: Work>(self, work: W, caller: oneshot::Sender<Settled<W::Given>>) {
+        let nonce = Nonce::random();
+        let deadline = Deadline::after(self.terms.wait);
+        let settled = match self.claim(nonce, &caller, deadline).await {
+            Ok(Ok((grant, is_first))) => {
+                // Nothing has run, and nobody waits for it.
+                if caller.is_closed() {
+                    self.release(grant.owner).await;
+                    return;
+                }
+                self.own(grant, is_first, work, deadline).await
+            }
+            Ok(Err(settled)) => settled,
+            Err(error) => {
+                drop(caller.send(Settled::Refused(Refused::NotRun(error))));
+                return self.release_behind(nonce).await;
+            }
+        };
+        drop(caller.send(settled));
+    }
+
+    /// Claims the key, waiting for whoever has it: the grant, and whether the call may be made without asking first; or what came
+    /// of it without a run.
+    async fn claim<G>(
+        &self,
+        nonce: Nonce,
+        caller: &oneshot::Sender<Settled<G>>,
+        deadline: Deadline,
+    ) -> Result<Result<(Grant, bool), Settled<G>>, Error> {
+        let mut watch = None;
+        loop {
+            let refused = match self.claim_once(nonce).await? {
+                Decision::Execute(grant) => return Ok(Ok((grant, true))),
+                Decision::Recover(grant) => return Ok(Ok((grant, false))),
+                Decision::Replay(answer) => return Ok(Err(Settled::Replay(answer))),
+                Decision::Mismatch => Refused::Mismatch,
+                Decision::NotKept => Refused::NotKept,
+                Decision::Unknown => Refused::Unknown,
+                Decision::Wait { left } if deadline.left().is_zero() || caller.is_closed() => Refused::InFlight(left),
+                Decision::Wait { left } => {
+                    self.wait(&mut watch, left.min(deadline.left())).await;
+                    continue;
+                }
+            };
+            return Ok(Err(Settled::Refused(refused)));
+        }
+    }
+
+    /// Subscribes, so that the next look misses nothing; or waits, where that was done before the last look.
+    async fn wait(&self, watch: &mut Option<St::Watch>, longest: Duration) {
+        let pause = longest.clamp(Duration::from_millis(1), POLL);
+        match watch.take() {
+            Some(watch) => drop(within(pause, watch).await),
+            None => match in_time(self.terms.store_timeout, self.store.watch(&self.key)).await {
+                Ok(subscribed) => *watch = Some(subscribed),
+                Err(_) => drop(within(pause, std::future::pending::<()>()).await),
+            },
+        }
+    }
+
+    /// A claim whose reply is lost is repeated with the same nonce.
+    async fn claim_once(&self, nonce: Nonce) -> Result<Decision, Error> {
+        let Terms {
+            lease,
+            retention,
+            max_attempts,
+            ..
+        } = self.terms;
+        let claim = Claim {
+            key: self.key,
+            fingerprint: self.fingerprint,
+            nonce,
+            lease,
+            retention,
+            if_lost: self.if_lost,
+            max_attempts,
+        };
+        match in_time(self.terms.store_timeout, self.store.claim(&claim)).await {
+            Err(error) if Patience::repeats(&error) => {
+                telemetry::failure(Event::ClaimRepeated, &error);
+                in_time(self.terms.store_timeout, self.store.claim(&claim)).await
+            }
+            done => done,
+        }
+    }
+
+    /// Ends a claim of unknown fate: nothing has run under it, and it would hold the key for a lease, or for ever.
+    async fn release_behind(&self, nonce: Nonce) {
+        let patience = self.patience();
+        let claimed = patience.persist(|| self.claim_once(nonce)).await;
+        if let Ok(Decision::Execute(grant) | Decision::Recover(grant)) = claimed {
+            telemetry::event(Event::ReleasedBehind);
+            self.release(grant.owner).await;
+        }
+    }
+
+    /// The key is ours.
+    async fn own<W: Work>(&self, grant: Grant, is_first: bool, mut work: W, deadline: Deadline) -> Settled<W::Given> {
+        let attempt = Attempt::new(self.key, self.fingerprint, grant);
+        let renewal = Renewing::begin(self, &attempt);
+        let found = if is_first {
+            Found::NotHappened
+        } else {
+            self.ask(&mut work, &attempt).await
+        };
+        let ended = match found {
+            Found::Happened(ended) => Some(ended),
+            Found::NotHappened => unwound(work.run(attempt.clone())).await,
+            Found::Unknown => None,
+        };
+        if let Some(Ended {
+            verdict: Verdict::Keep(outcome),
+            given,
+        }) = ended
+        {
+            let completion = self.complete(grant.owner, &outcome).await;
+            drop(renewal);
+            return self.completed(completion, given, &attempt, deadline).await;
+        }
+        drop(renewal);
+        match &ended {
+            Some(Ended {
+                verdict: Verdict::Release,
+                ..
+            }) => self.release(grant.owner).await,
+            _ => self.give_up(grant.owner).await,
+        }
+        match ended {
+            Some(Ended { given, .. }) => Settled::Ran {
+                given,
+                recorded: Ok(()),
+                attempt: grant.attempt,
+            },
+            None => Settled::Refused(Refused::Unknown),
+        }
+    }
+
+    /// What became of the attempt before this one. A check that panics has found nothing out.
+    async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Found<Ended<W::Given>> {
+        tokio::time::sleep(self.terms.settling).await;
+        unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
+    }
+
+    async fn completed<G>(
+        &self,
+        completion: Result<Completion, Error>,
+        given: G,
+        attempt: &Attempt,
+        deadline: Deadline,
+    ) -> Settled<G> {
+        let recorded = match completion {
+            Ok(Completion::Completed) => Ok(()),
+            Ok(Completion::Superseded(Some(outcome))) => return replayed(outcome),
+            Ok(Completion::Superseded(None)) => {
+                telemetry::event(Event::Superseded);
+                return self.stand_by(deadline).await;
+            }
+            Err(error) => {
+                telemetry::failure(Event::Unrecorded, &error);
+                Err(error)
+            }
+        };
+        Settled::Ran {
+            given,
+            recorded,
+            attempt: attempt.number(),
+        }
+    }
+
+    /// Somebody took the key over, and is at it: what this attempt gave is dropped, and what the key will hold is given.
+    async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
+        let mut watch = None;
+        loop {
+            let snapshot = in_time(self.terms.store_timeout, self.store.peek(&self.key)).await;
+            let left = match snapshot {
+                Ok(Some(snapshot)) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
+                    Status::Completed(outcome) => return replayed(outcome),
+                    Status::InFlight { left } if !deadline.left().is_zero() => left,
+                    Status::InFlight { .. } | Status::Lost | Status::Unknown => {
+                        return Settled::Refused(Refused::Unknown)
+                    }
+                },
+                _ => return Settled::Refused(Refused::Unknown),
+            };
+            self.wait(&mut watch, left.min(deadline.left())).await;
+        }
+    }
+
+    async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
+        let retention = self.terms.retention;
+        let patience = self.patience();
+        patience
+            .persist(|| self.store.complete(&self.key, owner, outcome, retention))
+            .await
+    }
+
+    /// Frees the key. Without the store, the lease ends it a little later.
+    async fn release(&self, owner: Owner) {
+        let patience = self.patience();
+        if let Err(error) = patience.persist(|| self.store.release(&self.key, owner)).await {
+            telemetry::failure(Event::Unrecorded, &error);
+        }
+    }
+
+    /// Ends the lease at once: the attempt is lost, as far as anybody knows. Without the store, it ends a little later.
+    async fn give_up(&self, owner: Owner) {
+        let patience = self.patience();
+        if let Err(error) = patience
+            .persist(|| self.store.renew(&self.key, owner, Duration::ZERO))
+            .await
+        {
+            telemetry::failure(Event::Unrecorded, &error);
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience {
+            operation: self.terms.store_timeout,
+            in_all: self.terms.completion_timeout,
+        }
+    }
+}
+
+/// Nothing where the application's code panics.
+async fn unwound<T>(work: impl Future<Output = T>) -> Option<T> {
+    AssertUnwindSafe(work).catch_unwind().await.ok()
+}
+
+fn replayed<G>(outcome: Outcome) -> Settled<G> {
+    match outcome {
+        Outcome::Kept(answer) => Settled::Replay(answer),
+        Outcome::Tombstone => Settled::Refused(Refused::NotKept),
+    }
+}
+
+/// Renews a lease at a third of it, until it is dropped.
+struct Renewing(Option<JoinHandle<()>>);
+
+impl Renewing {
+    fn begin<St: Store + Clone>(job: &Job<St>, attempt: &Attempt) -> Self {
+        let grant = attempt.grant();
+        let Some(lease) = grant.lease else {
+            return Self(None);
+        };
+        let (store, key, attempt) = (job.store.clone(), job.key, attempt.clone());
+        let timeout = job.terms.store_timeout;
+        // In a task of its own: a call that blocks its thread does not lose its lease.
+        Self(Some(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(lease / 3).await;
+                match in_time(timeout, store.renew(&key, grant.owner, lease)).await {
+                    Ok(Renewal::Renewed) => {}
+                    Ok(Renewal::Superseded) => return attempt.lose(),
+                    Err(error) => telemetry::failure(Event::RenewalFailed, &error),
+                }
+            }
+        })))
+    }
+}
+
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}

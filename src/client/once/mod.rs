@@ -1,0 +1,21 @@
+//! Calls that are made once, and their answers kept: [`OnceLayer`] for HTTP, `once` for everything else (feature `once`).
+
+mod attempt;
+mod engine;
+mod failure;
+mod http;
+#[cfg(feature = "once")]
+mod steps;
+mod terms;
+#[cfg(feature = "once")]
+mod values;
+
+pub use self::http::{LostCall, OnceClient, OnceFuture, OnceLayer};
+pub use attempt::{Attempt, Found};
+#[cfg(feature = "once")]
+pub use failure::Failure;
+pub use failure::OnceError;
+#[cfg(feature = "once")]
+pub use steps::Steps;
+#[cfg(feature = "once")]
+pub use values::{once, Done, Once};

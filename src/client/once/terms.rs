@@ -1,0 +1,120 @@
+//! The settings that all one-time calls share.
+
+use std::time::Duration;
+
+use crate::protocol::{KeySpace, Secret};
+
+#[derive(Clone, Debug)]
+pub(super) struct Terms {
+    pub(super) space: KeySpace,
+    pub(super) lease: Duration,
+    pub(super) retention: Duration,
+    pub(super) wait: Duration,
+    pub(super) max_attempts: u32,
+    pub(super) settling: Duration,
+    pub(super) store_timeout: Duration,
+    pub(super) completion_timeout: Duration,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            space: KeySpace::default(),
+            lease: Duration::from_secs(30),
+            retention: Duration::from_secs(24 * 60 * 60),
+            wait: Duration::from_secs(30),
+            max_attempts: 5,
+            settling: Duration::ZERO,
+            store_timeout: Duration::from_secs(5),
+            completion_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Terms {
+    pub(super) fn set_secret(&mut self, secret: &[u8]) {
+        assert!(
+            secret.len() >= 16,
+            "the secret of one-time calls is shorter than 16 bytes; take 32 random ones",
+        );
+        self.space.secret = Some(Secret::new(secret));
+    }
+
+    /// Below a millisecond the lease would be over before it is renewed.
+    pub(super) fn set_lease(&mut self, lease: Duration) {
+        self.lease = lease.max(Duration::from_millis(1));
+    }
+}
+
+/// The setters of [`Terms`], for whatever has them.
+macro_rules! term_setters {
+    () => {
+        /// Separates these calls from others in the same store; empty by default.
+        #[must_use]
+        pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
+            self.terms().space.namespace = namespace.into();
+            self
+        }
+
+        /// Keys the hashes of the keys, so that who reads the store, or an id made of one, cannot test guesses; none by default.
+        /// Every process needs the same.
+        ///
+        /// # Panics
+        ///
+        /// If it is shorter than 16 bytes.
+        #[must_use]
+        pub fn with_secret(mut self, secret: &[u8]) -> Self {
+            self.terms().set_secret(secret);
+            self
+        }
+
+        /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default. It is renewed at a third
+        /// while the call runs.
+        #[must_use]
+        pub fn with_lease(mut self, lease: std::time::Duration) -> Self {
+            self.terms().set_lease(lease);
+            self
+        }
+
+        /// How long an answer is kept, from its completion; 24 hours by default. It should exceed the time over which your own
+        /// callers, queues and jobs retry.
+        #[must_use]
+        pub fn with_retention(mut self, retention: std::time::Duration) -> Self {
+            self.terms().retention = retention;
+            self
+        }
+
+        /// How long to wait for another process, or another task, that is making the same call; 30 s by default.
+        #[must_use]
+        pub fn with_wait(mut self, wait: std::time::Duration) -> Self {
+            self.terms().wait = wait;
+            self
+        }
+
+        /// How many attempts a key gets in all; 5 by default, 1 or more. Then its outcome is unknown until it is resolved.
+        #[must_use]
+        pub fn with_max_attempts(mut self, attempts: u32) -> Self {
+            self.terms().max_attempts = attempts.max(1);
+            self
+        }
+
+        /// How long to let a lost attempt's request settle before it is asked what became of it; not at all by default. A request
+        /// of a caller that died may still be under way: asked too early, the third party truly says that nothing is there, and
+        /// then it arrives. This narrows the gap; only a third party that refuses an older [fence](Attempt::fence) shuts it.
+        #[must_use]
+        pub fn with_settling(mut self, delay: std::time::Duration) -> Self {
+            self.terms().settling = delay;
+            self
+        }
+
+        /// How long one operation of the store may take, and for how long it is repeated when it is to record what came of a call; 5 s
+        /// and 10 s by default.
+        #[must_use]
+        pub fn with_store_timeouts(mut self, operation: std::time::Duration, recording: std::time::Duration) -> Self {
+            let terms = self.terms();
+            (terms.store_timeout, terms.completion_timeout) = (operation, recording);
+            self
+        }
+    };
+}
+pub(super) use term_setters;

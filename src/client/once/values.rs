@@ -1,0 +1,364 @@
+//! One-time calls of any kind, whose answers are kept as JSON.
+
+use std::fmt;
+use std::future::{ready, Future};
+use std::marker::PhantomData;
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+
+use super::attempt::{Attempt, Found};
+use super::engine::{Ended, Job, Settled, Verdict, Work};
+use super::failure::{Failure, OnceError};
+use super::steps::{Place, Steps};
+use super::terms::{term_setters, Terms};
+use crate::error::{Error, ErrorKind};
+use crate::protocol::{Answer, Fingerprint, IfLost, Outcome, Scope};
+use crate::store::Store;
+
+/// The head of a kept answer: the form of its body, which is JSON. Answers to HTTP requests begin with 1.
+const JSON: &[u8] = &[2];
+
+/// A call under `key` that is made once, across tasks, processes and crashes, as far as the store reaches.
+///
+/// ```
+/// use tower_idempotency::client::{once, Attempt, Failure};
+/// use tower_idempotency::MemoryStore;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// async fn send(_: Attempt) -> Result<String, Failure<std::io::Error>> {
+///     Ok("message 4711".to_owned())
+/// }
+///
+/// let store = MemoryStore::new();
+/// let first = once(store.clone(), "welcome-mail/user-7").run(send).await.unwrap();
+/// let again = once(store, "welcome-mail/user-7").run(send).await.unwrap();
+/// assert_eq!(again.value(), first.value());
+/// assert!(!first.is_replay() && again.is_replay());
+/// # }
+/// ```
+///
+/// The call runs in a task of its own: dropping the future does not end it, and what came of it is recorded. It must be made within a
+/// tokio runtime.
+#[must_use = "nothing happens before `run`"]
+pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
+    Once {
+        store,
+        key: key.into(),
+        scope: None,
+        input: None,
+        if_lost: IfLost::Refuse,
+        terms: Terms::default(),
+        place: None,
+    }
+}
+
+/// A call to be made once; made by [`once`] and [`Steps::step`].
+///
+/// # What it promises
+///
+/// At most one call, by default: when an attempt is lost (its process died, its lease ran out, it failed with
+/// [`Failure::Unknown`]), its outcome is [`OnceError::Unknown`] from then on, until it is resolved at the store.
+/// [`at_least_once`](Self::at_least_once) makes the call again, which is right where the third party heeds the
+/// [id](Attempt::id); [`run_or_recover`](Self::run_or_recover) asks first.
+///
+/// A panic of the call is an unknown outcome.
+///
+/// # Defaults
+///
+/// | setting | default |
+/// |---|---|
+/// | [lease](Self::with_lease) | 30 s, renewed at a third |
+/// | [retention](Self::with_retention) | 24 h from the completion |
+/// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
+/// | [attempts](Self::with_max_attempts) | 5 |
+/// | [settling](Self::with_settling) before an existence check | none |
+/// | [input](Self::with_input), [scope](Self::with_scope), [namespace](Self::with_namespace), [secret](Self::with_secret) | none |
+#[derive(Clone)]
+pub struct Once<St> {
+    store: St,
+    key: String,
+    scope: Option<Scope>,
+    input: Option<Fingerprint>,
+    if_lost: IfLost,
+    terms: Terms,
+    place: Option<Place>,
+}
+
+impl<St> Once<St> {
+    term_setters!();
+
+    fn terms(&mut self) -> &mut Terms {
+        &mut self.terms
+    }
+
+    /// Whose key it is; none by default. Needed wherever two callers could name the same key.
+    #[must_use]
+    pub fn with_scope(mut self, scope: impl Into<Scope>) -> Self {
+        self.scope = Some(scope.into());
+        self
+    }
+
+    /// What the call is made with. Under the same key another input is [`OnceError::Mismatch`]; without any, all calls under a key
+    /// count as the same.
+    #[must_use]
+    pub fn with_input(mut self, input: impl AsRef<[u8]>) -> Self {
+        self.input = Some(Fingerprint::of(input.as_ref()));
+        self
+    }
+
+    /// Makes the call again when an attempt was lost, instead of leaving it unknown. For calls that may have their effect twice, or
+    /// whose third party heeds the [id](Attempt::id) of the attempt.
+    #[must_use]
+    pub fn at_least_once(mut self) -> Self {
+        self.if_lost = IfLost::Execute;
+        self
+    }
+
+    pub(super) fn at(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+}
+
+impl<St: Store + Clone> Once<St> {
+    /// A job of several calls under this key, each of which is made once.
+    #[must_use]
+    pub fn steps(self) -> Steps<St> {
+        Steps::new(self)
+    }
+
+    /// Makes the call, unless it was made: then gives what it gave.
+    ///
+    /// # Errors
+    ///
+    /// Every kind of [`OnceError`]; which of them leave open whether the call took effect,
+    /// [`may_have_happened`](OnceError::may_have_happened) tells.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped before the call began, it does not begin. Dropped later, it goes on and is recorded.
+    pub async fn run<T, E, F, Fut>(self, call: F) -> Result<Done<T>, OnceError<T, E>>
+    where
+        T: Serialize + DeserializeOwned + Send + 'static,
+        E: Send + 'static,
+        F: FnOnce(Attempt) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
+    {
+        let never = |_| ready(Found::Unknown);
+        self.settle(never, call).await
+    }
+
+    /// Makes the call, unless it was made. After an attempt that was lost, `check` is asked first what became of it; it may be asked
+    /// several times, never twice at once.
+    ///
+    /// # What it does not promise
+    ///
+    /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Attempt::fence) at the third party
+    /// before it looks, or where that attempt's request has settled before the check. A request that arrives after the check has
+    /// an effect of its own; [`with_settling`](Self::with_settling) narrows that gap.
+    ///
+    /// # Errors
+    ///
+    /// As for [`run`](Self::run).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`run`](Self::run).
+    pub async fn run_or_recover<T, E, C, CFut, F, Fut>(mut self, check: C, call: F) -> Result<Done<T>, OnceError<T, E>>
+    where
+        T: Serialize + DeserializeOwned + Send + 'static,
+        E: Send + 'static,
+        C: FnOnce(Attempt) -> CFut + Send + 'static,
+        CFut: Future<Output = Found<T>> + Send + 'static,
+        F: FnOnce(Attempt) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
+    {
+        self.if_lost = IfLost::Recover;
+        self.settle(check, call).await
+    }
+
+    async fn settle<T, E, C, CFut, F, Fut>(self, check: C, call: F) -> Result<Done<T>, OnceError<T, E>>
+    where
+        T: Serialize + DeserializeOwned + Send + 'static,
+        E: Send + 'static,
+        C: FnOnce(Attempt) -> CFut + Send + 'static,
+        CFut: Future<Output = Found<T>> + Send + 'static,
+        F: FnOnce(Attempt) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
+    {
+        const EMPTY: Error = Error::new(
+            ErrorKind::Configuration,
+            "the key of a one-time call is empty; name what it is made for",
+        );
+        if self.key.is_empty() {
+            return Err(OnceError::NotRun(EMPTY));
+        }
+        let place = self.place.clone();
+        let work = Typed {
+            check: Some(check),
+            call,
+            types: PhantomData,
+        };
+        let settled = self.job().settle(work).await;
+        match settled {
+            Settled::Ran {
+                given: Ok(value),
+                recorded: Ok(()),
+                attempt,
+            } => Ok(Done {
+                value,
+                attempt: Some(attempt),
+            }),
+            Settled::Ran {
+                given: Ok(given),
+                recorded: Err(error),
+                ..
+            } => Err(OnceError::Unrecorded {
+                given: Box::new(given),
+                error,
+            }),
+            Settled::Ran {
+                given: Err(Failure::NotDone(error)),
+                ..
+            } => Err(OnceError::Failed(error)),
+            Settled::Ran {
+                given: Err(Failure::Unknown(error)),
+                ..
+            } => Err(OnceError::Unknown(Some(error))),
+            Settled::Replay(answer) => match decode(&answer) {
+                Ok(value) => Ok(Done { value, attempt: None }),
+                Err(cause) => Err(OnceError::Unreadable(cause)),
+            },
+            Settled::Refused(refused) => Err(match (OnceError::refused(refused), place) {
+                (OnceError::Mismatch, Some(place)) => OnceError::StepChanged {
+                    position: place.position(),
+                },
+                (error, _) => error,
+            }),
+        }
+    }
+
+    fn job(self) -> Job<St> {
+        let input = self.input.unwrap_or(Fingerprint::NONE);
+        let step = self.place.as_ref().map(Place::number);
+        Job {
+            key: self.terms.space.call_key(self.scope.as_ref(), &self.key, step),
+            fingerprint: self.place.map_or(input, |place| place.fingerprint(&input)),
+            store: self.store,
+            if_lost: self.if_lost,
+            terms: self.terms,
+        }
+    }
+}
+
+impl<St> fmt::Debug for Once<St> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Once")
+            .field("if_lost", &self.if_lost)
+            .field("terms", &self.terms)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a one-time call gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Done<T> {
+    value: T,
+    attempt: Option<u32>,
+}
+
+impl<T> Done<T> {
+    /// What it gave.
+    #[must_use]
+    pub const fn value(&self) -> &T {
+        &self.value
+    }
+
+    /// What it gave, by value.
+    #[must_use]
+    pub fn into_value(self) -> T {
+        self.value
+    }
+
+    /// Whether the call was made earlier, and this is its kept answer.
+    #[must_use]
+    pub const fn is_replay(&self) -> bool {
+        self.attempt.is_none()
+    }
+
+    /// Which attempt under the key this was, from 1; `None` for a replay.
+    #[must_use]
+    pub const fn attempt(&self) -> Option<u32> {
+        self.attempt
+    }
+}
+
+type Types<T, E, CFut, Fut> = PhantomData<fn() -> (T, E, CFut, Fut)>;
+
+/// A check and a call, and the types that they speak of.
+struct Typed<C, F, T, E, CFut, Fut> {
+    check: Option<C>,
+    call: F,
+    types: Types<T, E, CFut, Fut>,
+}
+
+impl<C, F, T, E, CFut, Fut> Work for Typed<C, F, T, E, CFut, Fut>
+where
+    T: Serialize + Send + 'static,
+    E: Send + 'static,
+    C: FnOnce(Attempt) -> CFut + Send + 'static,
+    CFut: Future<Output = Found<T>> + Send + 'static,
+    F: FnOnce(Attempt) -> Fut + Send + 'static,
+    Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
+{
+    type Given = Result<T, Failure<E>>;
+
+    async fn ask(&mut self, attempt: &Attempt) -> Found<Ended<Self::Given>> {
+        let Some(check) = self.check.take() else {
+            return Found::Unknown;
+        };
+        match check(attempt.clone()).await {
+            Found::Happened(value) => Found::Happened(kept(value)),
+            Found::NotHappened => Found::NotHappened,
+            Found::Unknown => Found::Unknown,
+        }
+    }
+
+    async fn run(self, attempt: Attempt) -> Ended<Self::Given> {
+        match (self.call)(attempt).await {
+            Ok(value) => kept(value),
+            Err(failure) => Ended {
+                verdict: match failure {
+                    Failure::NotDone(_) => Verdict::Release,
+                    Failure::Unknown(_) => Verdict::GiveUp,
+                },
+                given: Err(failure),
+            },
+        }
+    }
+}
+
+/// A value that JSON has no form for is given and not kept: the call was made, and is not made again.
+fn kept<T: Serialize, E>(value: T) -> Ended<Result<T, Failure<E>>> {
+    let outcome = match serde_json::to_vec(&value) {
+        Ok(body) => Outcome::Kept(Answer {
+            head: Bytes::from_static(JSON),
+            body: body.into(),
+        }),
+        Err(_) => Outcome::Tombstone,
+    };
+    Ended {
+        given: Ok(value),
+        verdict: Verdict::Keep(outcome),
+    }
+}
+
+fn decode<T: DeserializeOwned>(answer: &Answer) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
+    if answer.head != JSON {
+        return Err("the kept answer is that of an HTTP request, or of a newer version of this crate".into());
+    }
+    Ok(serde_json::from_slice(&answer.body)?)
+}

@@ -1,0 +1,67 @@
+//! `Retry-After`, in both of its forms.
+
+use std::time::{Duration, SystemTime};
+
+use http::header::{HeaderMap, DATE, RETRY_AFTER};
+
+use crate::clock::wall_clock;
+
+/// How long the server asks to wait (RFC 9110 section 10.2.3): a number of seconds, or a date, which is taken by the server's
+/// own clock where the answer tells it. What is neither says nothing.
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
+        // More seconds than fit are more than anybody waits.
+        return Some(Duration::from_secs(value.parse().unwrap_or(u64::MAX)));
+    }
+    let until = httpdate::parse_http_date(value).ok()?;
+    let now = date(headers).unwrap_or_else(wall_clock);
+    Some(until.duration_since(now).unwrap_or_default())
+}
+
+fn date(headers: &HeaderMap) -> Option<SystemTime> {
+    httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(fields: &[(&'static str, &str)]) -> Option<Duration> {
+        let fields = fields
+            .iter()
+            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
+        retry_after(&fields.collect())
+    }
+
+    #[test]
+    fn both_forms_are_read_and_nonsense_says_nothing() {
+        const SECOND: Duration = Duration::from_secs(1);
+        assert_eq!(asked(&[("retry-after", "7")]), Some(SECOND * 7));
+        assert_eq!(asked(&[("retry-after", " 0 ")]), Some(Duration::ZERO));
+        assert_eq!(
+            asked(&[("retry-after", "99999999999999999999999")]),
+            Some(Duration::from_secs(u64::MAX))
+        );
+        for nonsense in ["", "-1", "1.5", "soon", "1 2"] {
+            assert_eq!(asked(&[("retry-after", nonsense)]), None, "{nonsense:?}");
+        }
+        assert_eq!(asked(&[]), None);
+    }
+
+    #[test]
+    fn a_date_is_taken_by_the_servers_clock() {
+        let until = ("retry-after", "Fri, 31 Dec 1999 23:59:59 GMT");
+        assert_eq!(
+            asked(&[until, ("date", "Fri, 31 Dec 1999 23:59:49 GMT")]),
+            Some(Duration::from_secs(10))
+        );
+        // It is past, by whatever clock.
+        assert_eq!(
+            asked(&[until, ("date", "Sat, 01 Jan 2000 00:00:00 GMT")]),
+            Some(Duration::ZERO)
+        );
+        assert_eq!(asked(&[until]), Some(Duration::ZERO));
+        assert_eq!(asked(&[until, ("date", "yesterday")]), Some(Duration::ZERO));
+    }
+}

@@ -1,0 +1,12 @@
+//! Sending again what may be sent again: [`RetryPolicy`] decides, for `tower::retry`; [`CallLayer`] also says what became of it.
+
+mod after;
+mod body;
+mod call;
+mod policy;
+mod report;
+
+pub use body::CloneBody;
+pub use call::{Call, CallError, CallFuture, CallLayer};
+pub use policy::{Pause, RetryPolicy};
+pub use report::{CallOutcome, Delivery};

@@ -1,0 +1,290 @@
+//! What may be sent again, when, and how often.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Method, Request, Response};
+use pin_project_lite::pin_project;
+use tokio::time::Sleep;
+use tower::retry::budget::{Budget, TpsBudget};
+use tower::retry::Policy;
+
+use super::super::classes::{ErrorClass, ErrorClasses};
+use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
+use super::after::retry_after;
+use super::body::CloneBody;
+use super::report::Report;
+use crate::clock::Deadline;
+
+/// Decides for `tower::retry` what is sent again: only what has a key, or is idempotent by its method (RFC 9110 section 9.2.2).
+///
+/// Errors of the client, time-outs among them, are repeated; so are the answers that the [`Profile`] names, after what
+/// `Retry-After` asks for, or else after a random time between nothing and a bound that doubles with every attempt ("full
+/// jitter").
+///
+/// # Defaults
+///
+/// | setting | default |
+/// |---|---|
+/// | [attempts](Self::with_max_attempts) | 5 |
+/// | [back-off](Self::with_backoff) | 200 ms, doubled up to 20 s |
+/// | [horizon](Self::with_horizon) | 60 s, and at most nine tenths of the profile's retention |
+/// | [budget](Self::with_budget) | tower's: a fifth of the requests, and 10 a second |
+/// | [errors](Self::with_errors) | every error may have taken effect; with the feature `reqwest`, its own are known |
+///
+/// # What it does not promise
+///
+/// A request that is given up is not undone: an attempt whose answer was lost may have taken effect. [`CallLayer`](super::CallLayer)
+/// tells such a call from one that failed.
+#[derive(Clone)]
+pub struct RetryPolicy {
+    settings: Arc<Settings>,
+    sent: u32,
+    deadline: Option<Deadline>,
+}
+
+#[derive(Clone)]
+struct Settings {
+    profile: Profile,
+    max_attempts: u32,
+    first_pause: Duration,
+    longest_pause: Duration,
+    horizon: Duration,
+    budget: Arc<TpsBudget>,
+    classes: ErrorClasses,
+}
+
+impl RetryPolicy {
+    /// For a server of this profile.
+    #[must_use]
+    pub fn new(profile: Profile) -> Self {
+        let settings = Settings {
+            profile,
+            max_attempts: 5,
+            first_pause: Duration::from_millis(200),
+            longest_pause: Duration::from_secs(20),
+            horizon: Duration::from_secs(60),
+            budget: Arc::default(),
+            classes: ErrorClasses::default(),
+        };
+        Self {
+            settings: Arc::new(settings),
+            sent: 0,
+            deadline: None,
+        }
+    }
+
+    /// How often a request is sent in all; 5 by default, 1 or more.
+    #[must_use]
+    pub fn with_max_attempts(mut self, attempts: u32) -> Self {
+        self.settings().max_attempts = attempts.max(1);
+        self
+    }
+
+    /// The bound of the random pause before the second attempt, and the greatest bound, reached by doubling; 200 ms and 20 s by
+    /// default.
+    #[must_use]
+    pub fn with_backoff(mut self, first: Duration, longest: Duration) -> Self {
+        let settings = self.settings();
+        (settings.first_pause, settings.longest_pause) = (first, longest.max(first));
+        self
+    }
+
+    /// For how long after the first attempt another one may begin; 60 s by default. Beyond nine tenths of the profile's retention
+    /// nothing is repeated, whatever is set: the server could have forgotten the key.
+    #[must_use]
+    pub fn with_horizon(mut self, horizon: Duration) -> Self {
+        self.settings().horizon = horizon;
+        self
+    }
+
+    /// What all requests together may repeat, shared by clones. By default tower's own: a fifth of what succeeds, and 10 a second,
+    /// over the last 10 seconds.
+    #[must_use]
+    pub fn with_budget(mut self, budget: TpsBudget) -> Self {
+        self.settings().budget = Arc::new(budget);
+        self
+    }
+
+    /// Tells what an error of the client's says about the effect; without it, every error may have taken effect. For several types,
+    /// call it several times.
+    ///
+    /// ```
+    /// use std::io;
+    /// use tower_idempotency::client::{ErrorClass, Profile, RetryPolicy};
+    ///
+    /// let policy = RetryPolicy::new(Profile::stripe()).with_errors(|error: &io::Error| match error.kind() {
+    ///     io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+    ///     io::ErrorKind::InvalidInput => ErrorClass::Final,
+    ///     _ => ErrorClass::Lost,
+    /// });
+    /// # drop(policy);
+    /// ```
+    #[must_use]
+    pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) -> Self {
+        self.settings().classes.add(classify);
+        self
+    }
+
+    fn settings(&mut self) -> &mut Settings {
+        Arc::make_mut(&mut self.settings)
+    }
+
+    pub(super) fn profile(&self) -> &Profile {
+        &self.settings.profile
+    }
+
+    /// Whether to repeat after this end of an attempt, and what it says about the effect.
+    pub(super) fn read<R, E: 'static>(&self, result: &Result<Response<R>, E>) -> (Advice, Meaning) {
+        let Settings { profile, classes, .. } = &*self.settings;
+        match result {
+            Ok(response) => {
+                let (status, headers) = (response.status(), response.headers());
+                (profile.advice(status, headers), profile.meaning(status, headers))
+            }
+            Err(error) => match classes.of(error) {
+                ErrorClass::Final => (Advice::Final, Meaning::NotTaken),
+                ErrorClass::Lost => (Advice::Repeat, Meaning::Unknown),
+                ErrorClass::NotSent => (Advice::Repeat, Meaning::NotTaken),
+            },
+        }
+    }
+
+    fn may_repeat<B>(&self, request: &Request<B>) -> bool {
+        is_idempotent(request.method())
+            || request.headers().contains_key(&self.settings.profile.header)
+            || request.extensions().get::<IsKeyed>().is_some()
+    }
+
+    /// The time until the next attempt, if there is one.
+    fn pause<R, E>(&self, result: &Result<Response<R>, E>) -> Option<Duration> {
+        let settings = &*self.settings;
+        if self.sent >= settings.max_attempts {
+            return None;
+        }
+        let asked = result
+            .as_ref()
+            .ok()
+            .and_then(|response| retry_after(response.headers()));
+        let pause = match asked {
+            // Not all at the same moment.
+            Some(asked) => asked.saturating_add(up_to(settings.first_pause)),
+            None => up_to(bound(settings.first_pause, settings.longest_pause, self.sent)),
+        };
+        (pause < self.deadline?.left()).then_some(pause)
+    }
+}
+
+/// RFC 9110 section 9.2.2.
+fn is_idempotent(method: &Method) -> bool {
+    method.is_safe() || [Method::PUT, Method::DELETE].contains(method)
+}
+
+/// The bound of the pause after `sent` attempts.
+fn bound(first: Duration, longest: Duration, sent: u32) -> Duration {
+    let doubled = 2_u32.saturating_pow(sent.saturating_sub(1));
+    first.saturating_mul(doubled).min(longest)
+}
+
+fn up_to(bound: Duration) -> Duration {
+    bound.mul_f64(rand::random_range(0.0..=1.0))
+}
+
+impl<B, R, E> Policy<Request<B>, Response<R>, E> for RetryPolicy
+where
+    B: CloneBody,
+    E: 'static,
+{
+    type Future = Pause;
+
+    fn retry(&mut self, request: &mut Request<B>, result: &mut Result<Response<R>, E>) -> Option<Pause> {
+        self.sent += 1;
+        let (advice, meaning) = self.read(result);
+        if let Some(report) = request.extensions().get::<Report>() {
+            report.enter(meaning);
+        }
+        if advice == Advice::Final {
+            self.settings.budget.deposit();
+            return None;
+        }
+        let pause = self.pause(result)?;
+        self.settings.budget.withdraw().then(|| Pause {
+            sleep: Deadline::after(pause).sleep(),
+        })
+    }
+
+    fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
+        if self.sent == 0 {
+            let Settings { horizon, profile, .. } = &*self.settings;
+            let known = profile.retention.mul_f64(0.9);
+            self.deadline = Some(Deadline::after((*horizon).min(known)));
+        }
+        if !self.may_repeat(request) {
+            return None;
+        }
+        let mut clone = Request::new(request.body().try_clone()?);
+        clone.method_mut().clone_from(request.method());
+        clone.uri_mut().clone_from(request.uri());
+        *clone.version_mut() = request.version();
+        clone.headers_mut().clone_from(request.headers());
+        clone.extensions_mut().clone_from(request.extensions());
+        Some(clone)
+    }
+}
+
+impl fmt::Debug for RetryPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let settings = &*self.settings;
+        f.debug_struct("RetryPolicy")
+            .field("profile", &settings.profile)
+            .field("max_attempts", &settings.max_attempts)
+            .field("first_pause", &settings.first_pause)
+            .field("longest_pause", &settings.longest_pause)
+            .field("horizon", &settings.horizon)
+            .field("errors", &settings.classes)
+            .finish_non_exhaustive()
+    }
+}
+
+pin_project! {
+    /// The pause before another attempt.
+    #[derive(Debug)]
+    pub struct Pause {
+        #[pin]
+        sleep: Sleep,
+    }
+}
+
+impl Future for Pause {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.project().sleep.poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bound_doubles_up_to_the_longest_and_never_overflows() {
+        let bound = |sent| bound(Duration::from_millis(200), Duration::from_secs(20), sent).as_millis();
+        assert_eq!(
+            [1, 2, 3, 7, 8, 9, 40, u32::MAX].map(bound),
+            [200, 400, 800, 12_800, 20_000, 20_000, 20_000, 20_000]
+        );
+    }
+
+    #[test]
+    fn the_jitter_is_full() {
+        let bound = Duration::from_secs(1);
+        let pauses: Vec<Duration> = (0..1000).map(|_| up_to(bound)).collect();
+        assert!(pauses.iter().all(|pause| *pause <= bound));
+        assert!(pauses.iter().any(|pause| *pause < bound / 10) && pauses.iter().any(|pause| *pause > bound * 9 / 10));
+    }
+}

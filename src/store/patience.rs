@@ -1,0 +1,68 @@
+//! How long a store is given, and how often it is asked again.
+
+use std::future::Future;
+use std::time::Duration;
+
+use futures::FutureExt;
+
+use crate::clock::{within, Deadline};
+use crate::error::{Error, ErrorKind};
+use crate::telemetry::{self, Event};
+
+/// An operation of the store, given up as failed after `timeout`.
+pub(crate) fn in_time<T>(
+    timeout: Duration,
+    operation: impl Future<Output = Result<T, Error>>,
+) -> impl Future<Output = Result<T, Error>> {
+    const LATE: Error = Error::new(
+        ErrorKind::StoreUnavailable,
+        "the idempotency store did not answer in time",
+    );
+    within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
+}
+
+/// How long a store is given for what must be recorded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// For one operation.
+    pub(crate) operation: Duration,
+    /// For all repetitions of it.
+    pub(crate) in_all: Duration,
+}
+
+impl Patience {
+    /// Whether an operation that failed like this may succeed when it is repeated.
+    pub(crate) fn repeats(error: &Error) -> bool {
+        error.kind() == ErrorKind::StoreUnavailable
+    }
+
+    /// Does an operation, and repeats it while the store fails.
+    pub(crate) async fn persist<T, F>(self, operation: impl Fn() -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        match in_time(self.operation, operation()).await {
+            Ok(done) => Ok(done),
+            Err(error) => Box::pin(self.persist_again(operation, error)).await,
+        }
+    }
+
+    async fn persist_again<T, F>(self, operation: impl Fn() -> F, mut last: Error) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+        let mut pause = Duration::from_millis(20);
+        let deadline = Deadline::after(self.in_all);
+        while Self::repeats(&last) && !deadline.left().is_zero() {
+            telemetry::failure(Event::CompletionRepeated, &last);
+            drop(within(pause.min(deadline.left()), std::future::pending::<()>()).await);
+            pause = LONGEST_PAUSE.min(pause * 2);
+            match in_time(self.operation, operation()).await {
+                Ok(done) => return Ok(done),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+}
