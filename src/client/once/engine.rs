@@ -3,7 +3,7 @@
 //! It all happens in a task of its own, which a caller that goes away does not end: what was begun is recorded.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -54,11 +54,7 @@ pub(super) enum Verdict {
 /// What came of it all.
 pub(super) enum Settled<G> {
     /// It ran, now, and this is what came of it.
-    Ran {
-        given: G,
-        recorded: Result<(), Error>,
-        attempt: u32,
-    },
+    Ran { given: G, recorded: Result<(), Error> },
     /// It did not run.
     Refused(Refused),
     /// It ran before.
@@ -191,6 +187,10 @@ impl<St: Store + Clone> Job<St> {
     /// The key is ours.
     async fn own<W: Work>(&self, grant: Grant, is_first: bool, mut work: W, deadline: Deadline) -> Settled<W::Given> {
         let attempt = Attempt::new(self.key, self.fingerprint, grant);
+        let mut held = Held {
+            job: self,
+            owner: Some(grant.owner),
+        };
         let renewal = Renewing::begin(self, &attempt);
         let found = if is_first {
             Found::NotHappened
@@ -208,8 +208,9 @@ impl<St: Store + Clone> Job<St> {
         }) = ended
         {
             let completion = self.complete(grant.owner, &outcome).await;
+            held.owner = None;
             drop(renewal);
-            return self.completed(completion, given, &attempt, deadline).await;
+            return self.completed(completion, given, deadline).await;
         }
         drop(renewal);
         match &ended {
@@ -219,11 +220,11 @@ impl<St: Store + Clone> Job<St> {
             }) => self.release(grant.owner).await,
             _ => self.give_up(grant.owner).await,
         }
+        held.owner = None;
         match ended {
             Some(Ended { given, .. }) => Settled::Ran {
                 given,
                 recorded: Ok(()),
-                attempt: grant.attempt,
             },
             None => Settled::Refused(Refused::Unknown),
         }
@@ -235,13 +236,7 @@ impl<St: Store + Clone> Job<St> {
         unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
     }
 
-    async fn completed<G>(
-        &self,
-        completion: Result<Completion, Error>,
-        given: G,
-        attempt: &Attempt,
-        deadline: Deadline,
-    ) -> Settled<G> {
+    async fn completed<G>(&self, completion: Result<Completion, Error>, given: G, deadline: Deadline) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
             Ok(Completion::Superseded(Some(outcome))) => return replayed(outcome),
@@ -254,11 +249,7 @@ impl<St: Store + Clone> Job<St> {
                 Err(error)
             }
         };
-        Settled::Ran {
-            given,
-            recorded,
-            attempt: attempt.number(),
-        }
+        Settled::Ran { given, recorded }
     }
 
     /// Somebody took the key over, and is at it: what this attempt gave is dropped, and what the key will hold is given.
@@ -324,6 +315,26 @@ fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
         Outcome::Kept(answer) => Settled::Replay(answer),
         Outcome::Tombstone => Settled::Refused(Refused::NotKept),
+    }
+}
+
+/// A key whose attempt is under way. Dropped with an owner, by a runtime that ends, it gives the lease up where the store can do so
+/// at once: a store in this process knows no other end of a lease.
+struct Held<'j, St: Store> {
+    job: &'j Job<St>,
+    owner: Option<Owner>,
+}
+
+impl<St: Store> Drop for Held<'_, St> {
+    fn drop(&mut self) {
+        if let Some(owner) = self.owner {
+            let job = self.job;
+            // The code of a store may panic where its runtime has gone. Without it the lease ends by itself.
+            drop(catch_unwind(AssertUnwindSafe(|| {
+                telemetry::event(Event::Abandoned);
+                drop(job.store.renew(&job.key, owner, Duration::ZERO).now_or_never());
+            })));
+        }
     }
 }
 

@@ -181,7 +181,7 @@ impl<St> OnceLayer<St> {
     }
 
     /// Changes the head of a request before it is sent: puts the fence into it, or an [id](Attempt::id), for a third party that heeds
-    /// them. The attempt is an extension of the request, too.
+    /// them. The attempt is an extension of the request, too, and of the answer that it got.
     #[must_use]
     pub fn on_attempt(mut self, change: impl Fn(&mut Parts, &Attempt) + Send + Sync + 'static) -> Self {
         self.settings().on_attempt = Some(Arc::new(change));
@@ -382,12 +382,10 @@ where
         Settled::Ran {
             given: Given::Answer(given),
             recorded: Ok(()),
-            ..
         } => Ok(given),
         Settled::Ran {
             given: Given::Answer(given),
             recorded: Err(error),
-            ..
         } => Err(OnceError::Unrecorded {
             given: Box::new(given),
             error,
@@ -396,9 +394,15 @@ where
             given: Given::Broken, ..
         } => Err(OnceError::NotKept),
         Settled::Ran {
-            given: Given::Error(error),
+            given: Given::Error(error, attempt),
             ..
-        } => Err(failed(&settings, error)),
+        } => Err(match failed(&settings, error) {
+            // Of an attempt that was lost before this one, and not asked about, it says nothing.
+            OnceError::Failed(error) if attempt > 1 && settings.if_lost == IfLost::Execute => {
+                OnceError::Unknown(Some(error))
+            }
+            failed => failed,
+        }),
         Settled::Replay(answer) => replay(&settings, &answer),
         Settled::Refused(refused) => Err(OnceError::refused(refused)),
     }
@@ -479,7 +483,8 @@ enum Given<R, E> {
     Answer(Response<R>),
     /// The answer broke off while it was read.
     Broken,
-    Error(E),
+    /// And the number of the attempt.
+    Error(E, u32),
 }
 
 impl<S, B, R> Work for HttpCall<S, B>
@@ -530,15 +535,19 @@ where
         if let Some(change) = &settings.on_attempt {
             change(&mut head, &attempt);
         }
-        head.extensions.insert(attempt);
+        head.extensions.insert(attempt.clone());
+        let number = attempt.number();
         match service.call(Request::from_parts(head, body.rebuild())).await {
-            Ok(response) => settings.answered(response).await,
+            Ok(mut response) => {
+                response.extensions_mut().insert(attempt);
+                settings.answered(response).await
+            }
             Err(error) => Ended {
                 verdict: match settings.classes.of(&error) {
                     ErrorClass::Final | ErrorClass::NotSent => Verdict::Release,
                     ErrorClass::Lost => Verdict::GiveUp,
                 },
-                given: Given::Error(error),
+                given: Given::Error(error, number),
             },
         }
     }

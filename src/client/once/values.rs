@@ -197,6 +197,7 @@ impl<St: Store + Clone> Once<St> {
             return Err(OnceError::NotRun(EMPTY));
         }
         let place = self.place.clone();
+        let asks = self.if_lost == IfLost::Recover;
         let work = Typed {
             check: Some(check),
             call,
@@ -205,29 +206,27 @@ impl<St: Store + Clone> Once<St> {
         let settled = self.job().settle(work).await;
         match settled {
             Settled::Ran {
-                given: Ok(value),
+                given: (Ok(value), attempt),
                 recorded: Ok(()),
-                attempt,
             } => Ok(Done {
                 value,
                 attempt: Some(attempt),
             }),
             Settled::Ran {
-                given: Ok(given),
+                given: (Ok(given), _),
                 recorded: Err(error),
-                ..
             } => Err(OnceError::Unrecorded {
                 given: Box::new(given),
                 error,
             }),
             Settled::Ran {
-                given: Err(Failure::NotDone(error)),
+                given: (Err(failure), attempt),
                 ..
-            } => Err(OnceError::Failed(error)),
-            Settled::Ran {
-                given: Err(Failure::Unknown(error)),
-                ..
-            } => Err(OnceError::Unknown(Some(error))),
+            } => Err(match failure {
+                // Of an attempt that was lost before this one, and not asked about, it says nothing.
+                Failure::NotDone(error) if attempt == 1 || asks => OnceError::Failed(error),
+                Failure::NotDone(error) | Failure::Unknown(error) => OnceError::Unknown(Some(error)),
+            }),
             Settled::Replay(answer) => match decode(&answer) {
                 Ok(value) => Ok(Done { value, attempt: None }),
                 Err(cause) => Err(OnceError::Unreadable(cause)),
@@ -314,35 +313,36 @@ where
     F: FnOnce(Attempt) -> Fut + Send + 'static,
     Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
 {
-    type Given = Result<T, Failure<E>>;
+    type Given = (Result<T, Failure<E>>, u32);
 
     async fn ask(&mut self, attempt: &Attempt) -> Found<Ended<Self::Given>> {
         let Some(check) = self.check.take() else {
             return Found::Unknown;
         };
         match check(attempt.clone()).await {
-            Found::Happened(value) => Found::Happened(kept(value)),
+            Found::Happened(value) => Found::Happened(kept(value, attempt.number())),
             Found::NotHappened => Found::NotHappened,
             Found::Unknown => Found::Unknown,
         }
     }
 
     async fn run(self, attempt: Attempt) -> Ended<Self::Given> {
+        let number = attempt.number();
         match (self.call)(attempt).await {
-            Ok(value) => kept(value),
+            Ok(value) => kept(value, number),
             Err(failure) => Ended {
                 verdict: match failure {
                     Failure::NotDone(_) => Verdict::Release,
                     Failure::Unknown(_) => Verdict::GiveUp,
                 },
-                given: Err(failure),
+                given: (Err(failure), number),
             },
         }
     }
 }
 
 /// A value that JSON has no form for is given and not kept: the call was made, and is not made again.
-fn kept<T: Serialize, E>(value: T) -> Ended<Result<T, Failure<E>>> {
+fn kept<T: Serialize, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
     let outcome = match serde_json::to_vec(&value) {
         Ok(body) => Outcome::Kept(Answer {
             head: Bytes::from_static(JSON),
@@ -351,7 +351,7 @@ fn kept<T: Serialize, E>(value: T) -> Ended<Result<T, Failure<E>>> {
         Err(_) => Outcome::Tombstone,
     };
     Ended {
-        given: Ok(value),
+        given: (Ok(value), attempt),
         verdict: Verdict::Keep(outcome),
     }
 }
