@@ -1,0 +1,355 @@
+//! One key per logical request: who makes it, where it goes, and where it does not.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+
+use http::{HeaderName, Method, Request, Response};
+use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, KeyedError, Profile};
+use tower_idempotency::{ErrorKind, InvalidKey, Scope};
+
+type Sent = Arc<Mutex<Vec<http::HeaderMap>>>;
+
+/// Sends requests through a layer, and says with which headers they arrived.
+async fn send(
+    layer: &IdempotencyKeyLayer,
+    requests: impl IntoIterator<Item = Request<()>>,
+) -> (Sent, Vec<Result<(), KeyedError<Infallible>>>) {
+    let sent = Sent::default();
+    let seen = Arc::clone(&sent);
+    let mut client = layer.layer(service_fn(move |request: Request<()>| {
+        seen.lock().unwrap().push(request.headers().clone());
+        async { Ok::<_, Infallible>(Response::new(())) }
+    }));
+    let mut ended = Vec::new();
+    for request in requests {
+        ended.push(client.ready().await.unwrap().call(request).await.map(drop));
+    }
+    (sent, ended)
+}
+
+async fn only(layer: &IdempotencyKeyLayer, request: Request<()>) -> http::HeaderMap {
+    let (sent, ended) = send(layer, [request]).await;
+    assert!(matches!(ended[..], [Ok(())]), "{ended:?}");
+    let sent = sent.lock().unwrap();
+    assert_eq!(sent.len(), 1);
+    sent[0].clone()
+}
+
+fn post() -> Request<()> {
+    Request::post("https://bank.example/charges").body(()).unwrap()
+}
+
+fn value<'h>(headers: &'h http::HeaderMap, name: &str) -> &'h str {
+    assert_eq!(headers.get_all(name).iter().count(), 1, "{name}");
+    headers[name].to_str().unwrap()
+}
+
+#[tokio::test]
+async fn every_logical_request_has_a_key_of_its_own_and_hides_it() {
+    let layer = IdempotencyKeyLayer::new(Profile::stripe());
+    let (sent, _) = send(&layer, (0..100).map(|_| post())).await;
+    let sent = sent.lock().unwrap();
+    let keys: std::collections::HashSet<&str> = sent.iter().map(|headers| value(headers, "idempotency-key")).collect();
+    assert_eq!(keys.len(), 100);
+    assert!(sent.iter().all(|headers| headers["idempotency-key"].is_sensitive()));
+    let shown = format!("{:?}", sent[0]);
+    assert!(keys.iter().all(|key| !shown.contains(key)), "{shown}");
+}
+
+#[tokio::test]
+async fn post_and_patch_get_a_key_and_the_others_do_not_unless_asked() {
+    let every = || {
+        ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "POST", "PATCH"]
+            .map(|method| Request::builder().method(method).uri("/").body(()).unwrap())
+    };
+    let keyed = |sent: &Sent| -> Vec<bool> {
+        let sent = sent.lock().unwrap();
+        sent.iter()
+            .map(|headers| headers.contains_key("idempotency-key"))
+            .collect()
+    };
+    let layer = IdempotencyKeyLayer::new(Profile::stripe());
+    let (sent, _) = send(&layer, every()).await;
+    assert_eq!(keyed(&sent), [false, false, false, false, false, true, true]);
+    let (sent, _) = send(&layer.with_methods([Method::PUT]), every()).await;
+    assert_eq!(keyed(&sent), [false, false, false, true, false, false, false]);
+}
+
+#[tokio::test]
+async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
+    let layer = IdempotencyKeyLayer::new(Profile::adyen());
+    let with = |keys: &[&str]| {
+        let mut request = post();
+        for key in keys {
+            request.headers_mut().append("idempotency-key", key.parse().unwrap());
+        }
+        request
+    };
+    let headers = only(&layer, with(&["mine"])).await;
+    assert_eq!(value(&headers, "idempotency-key"), "mine");
+    let too_long = "k".repeat(65);
+    for (keys, reason) in [
+        (&["one", "two"][..], InvalidKey::Repeated),
+        (&[""], InvalidKey::Empty),
+        (&[too_long.as_str()], InvalidKey::TooLong),
+        (&["a b"], InvalidKey::NotVisibleAscii),
+    ] {
+        let (sent, ended) = send(&layer, [with(keys)]).await;
+        assert!(sent.lock().unwrap().is_empty(), "nothing is sent with {keys:?}");
+        assert!(
+            matches!(&ended[0], Err(KeyedError::Key(error)) if error.reason() == reason),
+            "{keys:?}: {ended:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn profiles_say_where_the_key_goes_and_in_which_form() {
+    let maker = || KeyMaker::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));
+    for (profile, header, form) in [
+        (Profile::draft(), "idempotency-key", r#""a\"b\\c""#),
+        (Profile::stripe(), "idempotency-key", r#"a"b\c"#),
+        (Profile::adyen(), "idempotency-key", r#"a"b\c"#),
+        (Profile::paypal(), "paypal-request-id", r#"a"b\c"#),
+        (Profile::checkout(), "cko-idempotency-key", r#"a"b\c"#),
+        (Profile::repeatable_requests(), "repeatability-request-id", r#"a"b\c"#),
+        (
+            Profile::draft()
+                .with_header(HeaderName::from_static("x-key"))
+                .with_quotes(false),
+            "x-key",
+            r#"a"b\c"#,
+        ),
+    ] {
+        let layer = IdempotencyKeyLayer::new(profile).with_maker(maker());
+        let headers = only(&layer, post()).await;
+        assert_eq!(value(&headers, header), form);
+    }
+}
+
+#[tokio::test]
+async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
+    let layer = IdempotencyKeyLayer::new(Profile::repeatable_requests());
+    let headers = only(&layer, post()).await;
+    let date = value(&headers, "repeatability-first-sent");
+    assert!(date.ends_with(" GMT") && date.len() == 29, "{date}");
+
+    let mut own = post();
+    for (name, value) in [
+        ("repeatability-request-id", "mine"),
+        ("repeatability-first-sent", "Fri, 31 Dec 1999 23:59:59 GMT"),
+    ] {
+        own.headers_mut().insert(name, value.parse().unwrap());
+    }
+    let headers = only(&layer, own.clone()).await;
+    assert_eq!(headers, *own.headers());
+    own.headers_mut().remove("repeatability-first-sent");
+    assert_eq!(value(&only(&layer, own).await, "repeatability-request-id"), "mine");
+}
+
+#[tokio::test]
+async fn a_maker_that_fails_or_makes_what_the_server_would_not_take_sends_nothing() {
+    let layer = |maker| IdempotencyKeyLayer::new(Profile::adyen()).with_maker(maker);
+    let failing = KeyMaker::from_fn(|_| Err::<String, _>("the vault is closed"));
+    let (sent, ended) = send(&layer(failing), [post()]).await;
+    assert!(sent.lock().unwrap().is_empty());
+    let error = ended.into_iter().next().unwrap().unwrap_err();
+    assert_eq!(
+        std::error::Error::source(&error).unwrap().to_string(),
+        "the vault is closed"
+    );
+
+    for (key, reason) in [
+        (String::new(), InvalidKey::Empty),
+        ("k".repeat(65), InvalidKey::TooLong),
+        ("schlüssel".to_owned(), InvalidKey::NotVisibleAscii),
+        ("a\r\nx-admin: 1".to_owned(), InvalidKey::NotVisibleAscii),
+    ] {
+        let made = key.clone();
+        let maker = KeyMaker::from_fn(move |_| Ok::<_, Infallible>(made.clone()));
+        let (sent, ended) = send(&layer(maker), [post()]).await;
+        assert!(sent.lock().unwrap().is_empty());
+        assert!(
+            matches!(&ended[0], Err(KeyedError::Key(error)) if error.reason() == reason),
+            "{key:?}: {ended:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn random_keys_are_uuids_of_their_version() {
+    for (maker, version) in [(KeyMaker::uuid_v4(), '4'), (KeyMaker::uuid_v7(), '7')] {
+        let headers = only(&IdempotencyKeyLayer::new(Profile::stripe()).with_maker(maker), post()).await;
+        let key = value(&headers, "idempotency-key");
+        let dashes: Vec<usize> = key.match_indices('-').map(|(at, _)| at).collect();
+        assert_eq!(
+            (key.len(), dashes, key.chars().nth(14)),
+            (36, vec![8, 13, 18, 23], Some(version)),
+            "{key}"
+        );
+    }
+    // Version 7 is in order of time.
+    let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::uuid_v7());
+    let earlier = only(&layer, post()).await;
+    tokio::time::sleep(std::time::Duration::from_millis(3)).await;
+    let later = only(&layer, post()).await;
+    assert!(value(&earlier, "idempotency-key") < value(&later, "idempotency-key"));
+}
+
+#[tokio::test]
+async fn a_derived_key_survives_a_crash_and_tells_scopes_keys_and_steps_apart() {
+    let keys = || KeyDeriver::new(&[7; 32]).unwrap();
+    let derived = |origin: KeyOrigin| {
+        let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys()));
+        let mut request = post();
+        request.extensions_mut().insert(origin);
+        async move { value(&only(&layer, request).await, "idempotency-key").to_owned() }
+    };
+    let origin = || KeyOrigin::new("order-1", "charge").with_scope("a".to_owned());
+    let key = derived(origin()).await;
+    assert_eq!(key, derived(origin()).await, "another process, after a crash");
+    assert!(!key.contains("order-1"));
+    for other in [
+        KeyOrigin::new("order-1", "charge"),
+        KeyOrigin::new("order-1", "charge").with_scope("b".to_owned()),
+        KeyOrigin::new("order-2", "charge").with_scope("a".to_owned()),
+        KeyOrigin::new("order-1", "refund").with_scope("a".to_owned()),
+        KeyOrigin::new("order-1c", "harge").with_scope("a".to_owned()),
+    ] {
+        assert_ne!(key, derived(other).await);
+    }
+    let other_secret = KeyDeriver::new(&[8; 32]).unwrap();
+    assert_ne!(key, other_secret.derive(&origin()));
+
+    let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys()));
+    let (sent, ended) = send(&layer, [post()]).await;
+    assert!(
+        sent.lock().unwrap().is_empty() && matches!(&ended[0], Err(KeyedError::Maker(_))),
+        "{ended:?}"
+    );
+    assert_eq!(KeyDeriver::new(&[7; 15]).unwrap_err().kind(), ErrorKind::Configuration);
+}
+
+/// Computed elsewhere, by Python's `hmac` and `uuid`: other programs can make the same keys.
+#[test]
+fn a_derived_key_is_hmac_sha_256_as_documented() {
+    let keys = KeyDeriver::new(b"0123456789abcdef0123456789abcdef").unwrap();
+    assert_eq!(
+        keys.derive(&KeyOrigin::new("order-4711", "charge")),
+        "3733eb3b-d38e-8963-afa9-9e92306d9236"
+    );
+    let scoped = KeyOrigin::new("order-4711", "charge").with_scope(Scope::of(["tenant-7"]));
+    assert_eq!(keys.derive(&scoped), "b1ab8298-dc31-8b62-a1f6-19596e25f28e");
+    assert_eq!(
+        format!("{keys:?} {scoped:?}"),
+        "KeyDeriver(..) KeyOrigin { step: \"charge\", .. }"
+    );
+}
+
+#[tokio::test]
+async fn a_key_goes_into_the_body_where_the_server_wants_it_there() {
+    let layer = IdempotencyKeyLayer::new(Profile::draft().with_max_len(45))
+        .with_maker(KeyMaker::from_fn(|request| {
+            request.headers["x-order"]
+                .to_str()
+                .map(|order| format!("order-{order}"))
+        }))
+        .with_body_key(|request: &mut Request<String>, key: &str| {
+            let mut body: serde_json::Value = serde_json::from_str(request.body())?;
+            body["idempotency_key"] = key.into();
+            *request.body_mut() = body.to_string();
+            Ok::<_, serde_json::Error>(())
+        });
+    let mut client = ServiceBuilder::new()
+        .layer(layer)
+        .service(service_fn(|request: Request<String>| async move {
+            assert!(!request.headers().contains_key("idempotency-key"));
+            Ok::<_, Infallible>(Response::new(request.into_body()))
+        }));
+    let mut send = |body: &str| {
+        let request = Request::post("/v2/payments")
+            .header("x-order", "7")
+            .body(body.to_owned())
+            .unwrap();
+        client.call(request)
+    };
+    let sent = send(r#"{"amount":1}"#).await.unwrap().into_body();
+    assert_eq!(sent, r#"{"amount":1,"idempotency_key":"order-7"}"#);
+    assert!(matches!(send("no JSON").await, Err(KeyedError::Maker(_))));
+}
+
+#[cfg(feature = "follow-redirect")]
+mod redirects {
+    use super::*;
+    use http::header::LOCATION;
+    use http::StatusCode;
+    use tower_http::follow_redirect::policy::{clone_body_fn, Limited, PolicyExt};
+    use tower_http::follow_redirect::FollowRedirectLayer;
+    use tower_idempotency::client::KeyAtHome;
+
+    /// Follows from `/0` over the given places; what arrived where, under which key.
+    async fn follow(places: &'static [&'static str], at_home: bool) -> Vec<(String, Option<String>)> {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let arrived = Arc::clone(&seen);
+        let server = service_fn(move |request: Request<String>| {
+            let mut arrived = arrived.lock().unwrap();
+            let key = request.headers().get("idempotency-key");
+            assert_eq!((request.method(), request.body().as_str()), (&Method::POST, "amount=1"));
+            arrived.push((
+                request.uri().to_string(),
+                key.map(|key| key.to_str().unwrap().to_owned()),
+            ));
+            let mut response = Response::new(String::new());
+            if let Some(place) = places.get(arrived.len() - 1) {
+                *response.status_mut() = StatusCode::from_u16(307 + u16::try_from(arrived.len() % 2).unwrap()).unwrap();
+                response.headers_mut().insert(LOCATION, place.parse().unwrap());
+            }
+            async { Ok::<_, Infallible>(response) }
+        });
+        let body = clone_body_fn(|body: &String| Some(body.clone()));
+        let profile = Profile::stripe();
+        let limited = Limited::new(9).and::<_, String, ()>(body);
+        let keys = IdempotencyKeyLayer::new(profile.clone());
+        let request = Request::post("http://bank.example/0")
+            .body("amount=1".to_owned())
+            .unwrap();
+        if at_home {
+            let policy = limited.and::<_, String, ()>(KeyAtHome::new(&profile));
+            let redirects = FollowRedirectLayer::with_policy(policy);
+            let client = ServiceBuilder::new().layer(keys).layer(redirects).service(server);
+            client.oneshot(request).await.unwrap();
+        } else {
+            let redirects = FollowRedirectLayer::with_policy(limited);
+            let client = ServiceBuilder::new().layer(keys).layer(redirects).service(server);
+            client.oneshot(request).await.unwrap();
+        }
+        let seen = seen.lock().unwrap();
+        seen.clone()
+    }
+
+    #[tokio::test]
+    async fn every_hop_within_an_origin_carries_the_same_key() {
+        let hops = follow(&["/1", "http://BANK.example:80/2"], true).await;
+        assert_eq!(hops.len(), 3);
+        assert!(
+            hops[0].1.is_some() && hops.iter().all(|hop| hop.1 == hops[0].1),
+            "{hops:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_key_does_not_leave_its_origin_unless_asked() {
+        for elsewhere in [
+            &["https://bank.example/1", "https://bank.example/2"][..],
+            &["http://thief.example/1", "http://bank.example/back"],
+            &["http://bank.example:8080/1", "/2"],
+        ] {
+            let hops = follow(elsewhere, true).await;
+            let keys: Vec<bool> = hops.iter().map(|hop| hop.1.is_some()).collect();
+            assert_eq!(keys, [true, false, false], "{hops:?}");
+        }
+        let hops = follow(&["http://partner.example/1"], false).await;
+        assert!(hops[1].1.is_some(), "without the policy, it was asked for: {hops:?}");
+    }
+}
