@@ -79,7 +79,7 @@
 //!
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
 //! event (level `WARN`, `INFO` for `rescued`; field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path: `abandoned`, `claim-repeated`,
-//! `completion-repeated`, `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
+//! `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
 //! `store-failed`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`,
 //! `unrecorded`.
 //!
