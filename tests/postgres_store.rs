@@ -306,6 +306,19 @@ async fn expired_rows_count_as_absent_and_are_swept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_over_a_server_that_has_vanished_ends() {
+    let server = PostgresServer::start();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let builder = PostgresStore::builder().with_timeout(Duration::from_millis(200));
+    let store = builder.connect(&server.url_by(proxy.address.port())).await.unwrap();
+    store.migrate().await.unwrap();
+    while store.sweep().await.is_err() {}
+    proxy.set(Fate::Swallow(Direction::ToClient));
+    let swept = tokio::time::timeout(Duration::from_secs(60), store.sweep()).await;
+    assert_eq!(swept.expect("it ends").unwrap_err().kind(), ErrorKind::StoreUnavailable);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_processes_may_make_the_table_at_once_in_a_schema_of_its_own() {
     let server = PostgresServer::start();
     let pool = PgPoolOptions::new()

@@ -1,9 +1,11 @@
 //! Effect and answer in one transaction of the handler's: exactly once, whatever becomes of the commit.
 
-#[path = "support/postgres.rs"]
+mod behind;
+#[path = "../support/postgres.rs"]
 mod postgres;
-#[path = "support/proxy.rs"]
+#[path = "../support/proxy.rs"]
 mod proxy;
+mod renewals;
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,12 +22,11 @@ use axum::Router;
 use bytes::Bytes;
 use futures::future::join_all;
 use postgres::PostgresServer;
-use proxy::{Direction, Fate, Proxy};
 use sqlx::PgPool;
 use tower::ServiceExt;
 use tower_idempotency::protocol::{Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey};
 use tower_idempotency::{
-    Drain, ErrorKind, IdempotencyLayer, Lease, MemoryStore, OnError, OnLost, PostgresStore, Store,
+    BoxStore, ErrorKind, IdempotencyLayer, Lease, MemoryStore, OnError, OnLost, PostgresStore, Store,
 };
 
 /// What a handler does with its transaction.
@@ -241,6 +242,20 @@ async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_winners_bytes() {
     let (status, _, body) = send(&router, "k").await;
     assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"the winner's"[..]));
     assert_eq!(bench.payments().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_is_found_in_a_box_and_behind_an_arc() {
+    let bench = Bench::new(Ending::Commit).await;
+    let boxed = || BoxStore::new(bench.store.clone());
+    async fn works<S: Store>(bench: &Bench, key: &str, store: S) {
+        let router = Router::new().route("/payments", post(pay));
+        let router = router.layer(IdempotencyLayer::new(store)).with_state(bench.app.clone());
+        assert_eq!(send(&router, key).await.0, StatusCode::CREATED, "{key}");
+    }
+    works(&bench, "arc", Arc::new(bench.store.clone())).await;
+    works(&bench, "box", boxed()).await;
+    works(&bench, "box-behind-an-arc", Arc::new(boxed())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -494,267 +509,66 @@ async fn a_completion_that_was_given_up_and_committed_all_the_same_is_what_every
     assert!(given_up.load(Ordering::SeqCst) > 0, "no completion was given up");
 }
 
-/// A layer whose store is cut off when its handler has completed, and that gives its caller up soon.
-struct CutOff {
-    bench: Bench,
-    proxy: Proxy,
-    router: Router,
-    drain: Drain,
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_lost_before_the_completion_leaves_the_key_free() {
+    let bench = Bench::new(Ending::Commit).await;
+    let runs = Arc::clone(&bench.app.runs);
+    let router = with_handler(&bench, move |pool, lease| {
+        let is_first = runs.fetch_add(1, Ordering::SeqCst) == 0;
+        async move {
+            let mut transaction = pool.begin().await.unwrap();
+            insert(&mut transaction).await;
+            if is_first {
+                let own = sqlx::query_scalar::<_, i32>("SELECT pg_backend_pid()");
+                let own = own.fetch_one(&mut *transaction).await.unwrap();
+                // Waits until it has ended, for a minute at most.
+                let end = sqlx::query_scalar("SELECT pg_terminate_backend($1, 60000)").bind(own);
+                assert!(end.fetch_one(&pool).await.unwrap_or(false));
+            }
+            match lease.complete_in(&mut transaction, "paid").await {
+                Ok(answer) => {
+                    transaction.commit().await.unwrap();
+                    answer
+                }
+                Err(_) => StatusCode::CONFLICT.into_response(),
+            }
+        }
+    });
+    let router = router.await;
+    // What a handler says of a failure of ours is not kept.
+    assert_eq!(send(&router, "k").await.0, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(send(&router, "k").await.0, StatusCode::OK);
+    assert_eq!((bench.payments().await, bench.runs()), (1, 2));
 }
 
-impl CutOff {
-    async fn new(
-        commits: bool,
-        set: impl FnOnce(IdempotencyLayer<PostgresStore>) -> IdempotencyLayer<PostgresStore>,
-    ) -> Self {
-        let bench = Bench::new(Ending::Commit).await;
-        let proxy = Proxy::to(([127, 0, 0, 1], bench.server.port()).into()).await;
-        let store = PostgresStore::connect(&bench.server.url_by(proxy.address.port())).await;
-        // A lease that no test sees the end of: what ends an attempt is not that.
-        let layer = IdempotencyLayer::new(store.unwrap())
-            .with_lease(HOUR)
-            .with_wait(Duration::ZERO);
-        let layer = set(layer.with_completion_timeout(Duration::from_secs(1)));
-        let drain = layer.drain();
-        let (app, cut) = (bench.app.clone(), proxy.clone());
-        let handler = move |lease: Lease| {
-            let (app, cut) = (app.clone(), cut.clone());
-            async move {
-                let is_first = app.runs.fetch_add(1, Ordering::SeqCst) == 0;
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_follows_a_rollback_says_success() {
+    let bench = Bench::new(Ending::Commit).await;
+    for on_error in [OnError::Keep, OnError::Release, OnError::Unknown] {
+        for ending in ["panics", "fails", "answers", "predicate-panics"] {
+            let handler = move |State(app): State<App>, lease: Lease| async move {
                 let mut transaction = app.pool.begin().await.unwrap();
                 insert(&mut transaction).await;
                 let answer = lease.complete_in(&mut transaction, "paid").await.unwrap();
-                if is_first {
-                    cut.set(Fate::CutAfter(Direction::ToServer, 0));
+                transaction.rollback().await.unwrap();
+                match ending {
+                    "panics" => panic!("rolled back"),
+                    "fails" => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+                    "answers" => answer,
+                    _ => StatusCode::PAYMENT_REQUIRED.into_response(),
                 }
-                if commits || !is_first {
-                    transaction.commit().await.unwrap();
-                } else {
-                    transaction.rollback().await.unwrap();
-                }
-                answer
+            };
+            let mut layer = bench.layer().on_error(on_error);
+            if ending == "predicate-panics" {
+                layer = layer.keep_if(|_| panic!("the predicate"));
             }
-        };
-        let router = Router::new().route("/payments", post(handler)).layer(layer);
-        let this = Self {
-            bench,
-            proxy,
-            router,
-            drain,
-        };
-        let (status, _, body) = send(&this.router, "k").await;
-        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body:?}");
-        assert!(
-            String::from_utf8_lossy(&body).contains("could not be recorded"),
-            "{body:?}"
-        );
-        this
-    }
-
-    /// The store is back, and has been asked.
-    async fn heal(&self) {
-        assert_eq!(self.drain.running(), 1);
-        self.proxy.heal();
-        self.drain.wait().await;
-        assert_eq!(self.drain.running(), 0);
-    }
-
-    /// Sends again; a connection that the cut has killed may be found dead first.
-    async fn again(&self) -> (StatusCode, HeaderMap, Bytes) {
-        loop {
-            let got = send(&self.router, "k").await;
-            if got.0 != StatusCode::SERVICE_UNAVAILABLE {
-                return got;
+            let router = Router::new().route("/payments", post(handler)).layer(layer);
+            let router = router.with_state(bench.app.clone());
+            for _ in 0..2 {
+                let (status, ..) = send(&router, &format!("{on_error:?}-{ending}")).await;
+                assert!(!status.is_success(), "{on_error:?}, {ending}: {status}");
             }
         }
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rollback_that_could_not_be_seen_is_seen_when_the_store_is_back() {
-    let cut_off = CutOff::new(false, |layer| layer).await;
-    cut_off.heal().await;
-    let (status, headers, body) = cut_off.again().await;
-    assert_eq!((status, &body[..]), (StatusCode::OK, &b"paid"[..]));
-    assert!(!headers.contains_key("idempotent-replayed"));
-    assert_eq!((cut_off.bench.payments().await, cut_off.bench.runs()), (1, 2));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rollback_is_seen_also_where_others_took_the_outcome_for_unknown_meanwhile() {
-    let cut_off = CutOff::new(false, |layer| layer).await;
-    let store = &cut_off.bench.store;
-    let key: Vec<u8> = sqlx::query_scalar("UPDATE idempotency_records SET lease_until = 0 RETURNING key")
-        .fetch_one(store.pool())
-        .await
-        .unwrap();
-    let key = StorageKey::from_bytes(key.try_into().unwrap());
-    let refused = Claim {
-        fingerprint: store.peek(&key).await.unwrap().unwrap().fingerprint,
-        if_lost: IfLost::Refuse,
-        ..claim(key)
-    };
-    assert_eq!(store.claim(&refused).await.unwrap(), Decision::Unknown);
-    cut_off.heal().await;
-    assert_eq!(cut_off.again().await.0, StatusCode::OK);
-    assert_eq!((cut_off.bench.payments().await, cut_off.bench.runs()), (1, 2));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
-    for on_error in [OnError::Release, OnError::Keep, OnError::Unknown] {
-        let cut_off = CutOff::new(true, |layer| layer.on_error(on_error)).await;
-        cut_off.heal().await;
-        let (status, headers, body) = cut_off.again().await;
-        assert_eq!((status, &body[..]), (StatusCode::OK, &b"paid"[..]), "{on_error:?}");
-        assert_eq!(headers["idempotent-replayed"], "true");
-        assert_eq!((cut_off.bench.payments().await, cut_off.bench.runs()), (1, 1));
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
-    for (on_error, status) in [
-        (OnError::Keep, StatusCode::INTERNAL_SERVER_ERROR),
-        (OnError::Unknown, StatusCode::CONFLICT),
-    ] {
-        let cut_off = CutOff::new(false, |layer| layer.on_error(on_error)).await;
-        cut_off.heal().await;
-        for _ in 0..2 {
-            let (given, headers, _) = cut_off.again().await;
-            assert_eq!(given, status, "{on_error:?}");
-            let is_replay = headers.contains_key("idempotent-replayed");
-            assert_eq!(is_replay, on_error == OnError::Keep);
-        }
-        assert_eq!((cut_off.bench.payments().await, cut_off.bench.runs()), (0, 1));
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_stays_away_is_not_asked_for_ever() {
-    let soon = |layer: IdempotencyLayer<PostgresStore>| layer.with_completion_timeout(Duration::from_millis(10));
-    let cut_off = CutOff::new(false, soon).await;
-    cut_off.drain.wait().await;
-    assert_eq!(cut_off.drain.running(), 0);
-    cut_off.proxy.heal();
-    assert_eq!(cut_off.again().await.0, StatusCode::CONFLICT);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_transaction_rolled_back_after_its_caller_was_refused_leaves_its_key_free() {
-    let bench = Bench::new(Ending::Commit).await;
-    let (late, mut open) = tokio::sync::mpsc::channel(1);
-    let runs = Arc::clone(&bench.app.runs);
-    let handler = move |State(app): State<App>, lease: Lease| {
-        let (late, runs) = (late.clone(), Arc::clone(&runs));
-        async move {
-            let mut transaction = app.pool.begin().await.unwrap();
-            insert(&mut transaction).await;
-            let answer = lease.complete_in(&mut transaction, "paid").await.unwrap();
-            if runs.fetch_add(1, Ordering::SeqCst) == 0 {
-                late.send(transaction).await.unwrap();
-            } else {
-                transaction.commit().await.unwrap();
-            }
-            answer
-        }
-    };
-    let layer = bench.layer().with_store_timeout(Duration::from_secs(1));
-    let layer = layer.with_completion_timeout(Duration::from_secs(1));
-    let drain = layer.drain();
-    let router = Router::new().route("/payments", post(handler)).layer(layer);
-    let router = router.with_state(bench.app.clone());
-    assert_eq!(send(&router, "k").await.0, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(drain.running(), 1);
-    open.recv().await.unwrap().rollback().await.unwrap();
-    drain.wait().await;
-    let mut status = StatusCode::SERVICE_UNAVAILABLE;
-    while status == StatusCode::SERVICE_UNAVAILABLE {
-        status = send(&router, "k").await.0;
-    }
-    assert_eq!((status, bench.runs(), bench.payments().await), (StatusCode::OK, 2, 1));
-}
-
-/// A handler that has completed, in a transaction that is or is not good for it, waits until it may end; another waits beside it.
-async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
-    let bench = Bench::new(Ending::Commit).await;
-    let (end, _) = tokio::sync::broadcast::channel::<()>(1);
-    let (ready, mut waiting) = tokio::sync::mpsc::channel(2);
-    let waits = end.clone();
-    let handler = move |State(app): State<App>, lease: Lease| {
-        let (mut may_end, ready) = (waits.subscribe(), ready.clone());
-        async move {
-            let mut transaction = app.pool.begin().await.unwrap();
-            let mut answer = "beside".into_response();
-            if lease.key().as_str() == "completing" {
-                if !completes {
-                    let fails = sqlx::query("SELECT 1 / 0").execute(&mut *transaction).await;
-                    assert!(fails.is_err());
-                }
-                let completion = lease.complete_in(&mut transaction, "completed").await;
-                assert_eq!(completion.is_ok(), completes);
-                answer = completion.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response());
-            }
-            ready
-                .send((lease.key().as_str().to_owned(), *lease.storage_key()))
-                .await
-                .unwrap();
-            may_end.recv().await.unwrap();
-            transaction.commit().await.unwrap();
-            answer
-        }
-    };
-    let layer = bench.layer().with_lease(Duration::from_secs(1));
-    let router = Router::new().route("/payments", post(handler)).layer(layer);
-    let router = router.with_state(bench.app.clone());
-    let sends = ["completing", "beside"].map(|key| {
-        let router = router.clone();
-        tokio::spawn(async move { send(&router, key).await.0 })
-    });
-    let mut keys = std::collections::HashMap::new();
-    for _ in 0..2 {
-        let (name, key) = waiting.recv().await.unwrap();
-        keys.insert(name, key);
-    }
-    let lease_until = |name: &str| {
-        let lease = sqlx::query_scalar::<_, i64>("SELECT lease_until FROM idempotency_records WHERE key = $1");
-        let lease = lease.bind(keys[name].as_bytes().to_vec());
-        async { lease.fetch_one(bench.store.pool()).await.unwrap() }
-    };
-    let (first, mut last, mut renewals) = (lease_until("completing").await, lease_until("beside").await, 0);
-    while renewals < 6 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let now = lease_until("beside").await;
-        renewals += usize::from(now > last);
-        last = now;
-    }
-    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
-    let renewed = Renewed {
-        completing: lease_until("completing").await > first,
-        waiting_for_locks: sqlx::query_scalar(waiting).fetch_one(bench.store.pool()).await.unwrap(),
-    };
-    end.send(()).unwrap();
-    let statuses = join_all(sends).await.into_iter().map(Result::unwrap);
-    let completed = if completes { 200 } else { 500 };
-    assert!(statuses.eq([completed, 200]));
-    renewed
-}
-
-/// What was seen while the lease of the handler beside was renewed several times.
-#[derive(Debug)]
-struct Renewed {
-    completing: bool,
-    waiting_for_locks: i64,
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn renewals_do_not_queue_up_behind_a_transaction_that_has_completed() {
-    let seen = renewed_while_handlers_wait(true).await;
-    // One may have been under way.
-    assert!(!seen.completing && seen.waiting_for_locks <= 1, "{seen:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_completion_that_failed_leaves_the_lease_renewed() {
-    assert!(renewed_while_handlers_wait(false).await.completing);
+    assert_eq!(bench.payments().await, 0);
 }
