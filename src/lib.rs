@@ -69,7 +69,9 @@
 //! | `conformance` | `store::conformance`: checks that a store of your own keeps the contract, for tests |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
 //! | `postgres` | `PostgresStore`, and `Lease::complete_in` for effect and answer in one transaction; needs Rust 1.94 |
+//! | `postgres-rustls` | `postgres`, with TLS by rustls and ring |
 //! | `redis` | `RedisStore`, for Redis 7, Valkey and Cluster; needs Rust 1.88 |
+//! | `redis-rustls` | `redis`, with TLS by rustls and ring |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
 //!
