@@ -69,7 +69,9 @@
 //! | `conformance` | `store::conformance`: checks that a store of your own keeps the contract, for tests |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
 //! | `postgres` | `PostgresStore`, and `Lease::complete_in` for effect and answer in one transaction; needs Rust 1.94 |
+//! | `postgres-rustls` | `postgres`, with TLS by rustls and ring |
 //! | `redis` | `RedisStore`, for Redis 7, Valkey and Cluster; needs Rust 1.88 |
+//! | `redis-rustls` | `redis`, with TLS by rustls and ring |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
 //!
@@ -79,7 +81,7 @@
 //!
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
 //! event (level `WARN`, `INFO` for `rescued`; field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path: `abandoned`, `claim-repeated`,
-//! `completion-repeated`, `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
+//! `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
 //! `store-failed`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`,
 //! `unrecorded`.
 //!

@@ -18,6 +18,9 @@ pub(crate) enum Event {
     ClaimRepeated,
     /// A completion failed and was repeated.
     CompletionRepeated,
+    /// What became of a transaction was found out after its caller had been refused.
+    #[cfg(feature = "postgres")]
+    DecidedBehind,
     /// The caller hung up; its execution went on in the background.
     Rescued,
     /// A claim of unknown fate was released behind the refusal.
@@ -53,6 +56,8 @@ impl Event {
             Self::Abandoned => "abandoned",
             Self::ClaimRepeated => "claim-repeated",
             Self::CompletionRepeated => "completion-repeated",
+            #[cfg(feature = "postgres")]
+            Self::DecidedBehind => "decided-behind",
             Self::Rescued => "rescued",
             Self::ReleasedBehind => "released-behind",
             Self::RenewalFailed => "renewal-failed",
@@ -78,6 +83,8 @@ impl Event {
             Self::Abandoned => "an execution was dropped before it ended; its lease was given up",
             Self::ClaimRepeated => "a claim failed and is repeated",
             Self::CompletionRepeated => "a completion failed and is repeated",
+            #[cfg(feature = "postgres")]
+            Self::DecidedBehind => "a transaction of unknown fate was decided",
             Self::HandlerFailed => "the handler panicked or its service failed",
             Self::ReleasedBehind => "a claim of unknown fate was released",
             Self::RenewalFailed => "a lease could not be renewed",

@@ -58,6 +58,49 @@ async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_far_away()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_where_claims_are_decided_at_once() {
+    let mut polls = 0;
+    while !leave_after(polls, RemoteStore::deciding_at_once(), Handler::new().yielding(3)).await {
+        polls += 1;
+    }
+    assert!(polls >= 9, "only {polls} await points were tried");
+}
+
+/// Callers of few keys, of whom each third leaves after a few polls.
+async fn storm<St: Store + Clone>(store: St) {
+    const KEYS: usize = 301;
+    let handler = Handler::new().yielding(1);
+    let layer = IdempotencyLayer::new(store);
+    let service = layer.layer(handler.clone());
+    let callers: Vec<_> = (0..20 * KEYS)
+        .map(|n| {
+            let sent = post(&format!("key-{}", n % KEYS), "pay");
+            let service = service.clone();
+            tokio::spawn(async move {
+                if n % 3 == 0 {
+                    return drop(poll_then_drop(n % 5, service.oneshot(sent)).await);
+                }
+                assert_eq!(send(&service, sent).await.status(), 201);
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    tokio::time::timeout(Duration::from_secs(60), layer.drain().wait())
+        .await
+        .expect("nothing runs for ever");
+    assert_eq!((handler.runs(), handler.finished()), (KEYS, KEYS));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn each_key_runs_once_in_a_storm_of_callers_that_leave() {
+    storm(MemoryStore::new()).await;
+    storm(RemoteStore::deciding_at_once()).await;
+    storm(RemoteStore::new()).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_waiter_that_leaves_at_any_await_point_disturbs_nobody() {
     for polls in 0..12 {
         let handler = Handler::new().taking(Duration::from_secs(1));

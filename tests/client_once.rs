@@ -582,8 +582,10 @@ mod steps {
             Ok::<_, Failure<String>>(attempt.number())
         });
         next.await.unwrap();
-        let ids = ids.lock().unwrap();
-        assert_ne!(ids[0], ids[1]);
+        {
+            let ids = ids.lock().unwrap();
+            assert_ne!(ids[0], ids[1]);
+        }
         // A step of another input is not this job's.
         let mut other = once(store, "order-1").with_input("four shirts").steps();
         assert!(matches!(

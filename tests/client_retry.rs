@@ -444,9 +444,12 @@ mod stripe {
     use super::*;
     use std::collections::HashMap;
 
+    type Kept = (String, Option<u16>);
+
     #[derive(Clone, Default)]
     struct Stripe {
-        kept: Arc<Mutex<HashMap<String, (String, Option<u16>)>>>,
+        /// The parameters under each key, and the status of the answer, once there is one.
+        kept: Arc<Mutex<HashMap<String, Kept>>>,
         charges: Arc<AtomicUsize>,
         /// The answer of the next charge, and how many requests are answered 409 before it ends.
         next: Arc<Mutex<(u16, usize)>>,

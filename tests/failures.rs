@@ -575,3 +575,49 @@ async fn recovery_asks_before_it_runs() {
         zombie.abort();
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_that_panics_runs_nothing_and_is_asked_again() {
+    for store in [RemoteStore::new(), RemoteStore::deciding_at_once()] {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let check = OnLost::recover(move |_| {
+            let asked = count.fetch_add(1, Ordering::SeqCst);
+            assert_ne!(asked, 0, "before its future");
+            async move {
+                tokio::task::yield_now().await;
+                assert_ne!(asked, 1, "in its future");
+                Recovered::NotHappened
+            }
+        });
+        let handler = Handler::new().answering(|n| match n {
+            1 => text(StatusCode::INTERNAL_SERVER_ERROR, "of unknown effect"),
+            _ => text(StatusCode::CREATED, "run again"),
+        });
+        let layer = IdempotencyLayer::new(store).on_error(OnError::Unknown).on_lost(check);
+        let service = layer.layer(handler.clone());
+        assert_eq!(send(&service, post("k", "pay")).await.status(), 500);
+        for panics in 1..=2 {
+            assert_eq!(send(&service, post("k", "pay")).await.code(), "outcome-unknown");
+            assert_eq!((asked.load(Ordering::SeqCst), handler.runs()), (panics, 1));
+        }
+        assert_eq!(send(&service, post("k", "pay")).await.body, "run again");
+        assert!(send(&service, post("k", "pay")).await.is_replay());
+        assert_eq!((asked.load(Ordering::SeqCst), handler.runs()), (3, 2));
+        layer.drain().wait().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fingerprint_function_that_panics_leaves_nothing_behind() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let layer = IdempotencyLayer::new(RemoteStore::deciding_at_once()).with_fingerprint(move |_, body| {
+        assert_ne!(count.fetch_add(1, Ordering::SeqCst), 0, "the first time");
+        body.to_vec()
+    });
+    let service = layer.layer(Handler::new());
+    assert!(start(&service, post("k", "pay")).await.unwrap_err().is_panic());
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    layer.drain().wait().await;
+}

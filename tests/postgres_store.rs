@@ -225,6 +225,23 @@ async fn a_server_that_loses_its_power_keeps_what_it_said_it_kept() {
     }
 }
 
+/// Each of the idle connections is dead; before, as many operations as there were of them failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_operation_after_a_restart_of_the_server_succeeds() {
+    let mut server = PostgresServer::start();
+    let store = PostgresStore::connect(&server.url()).await.unwrap();
+    let claims: Vec<Claim> = (0..64).map(claim).collect();
+    join_all(claims.iter().map(|claim| store.claim(claim))).await;
+    while store.pool().num_idle() < 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    server.kill();
+    server.run();
+    // Younger connections are not asked whether they are well.
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    assert!(matches!(store.claim(&claim(99)).await, Ok(Decision::Execute(_))));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_is_woken_and_only_then_a_notification_is_sent() {
     let server = PostgresServer::start();
@@ -286,6 +303,19 @@ async fn expired_rows_count_as_absent_and_are_swept() {
         .await
         .unwrap();
     assert_eq!(left, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_over_a_server_that_has_vanished_ends() {
+    let server = PostgresServer::start();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let builder = PostgresStore::builder().with_timeout(Duration::from_millis(200));
+    let store = builder.connect(&server.url_by(proxy.address.port())).await.unwrap();
+    store.migrate().await.unwrap();
+    while store.sweep().await.is_err() {}
+    proxy.set(Fate::Swallow(Direction::ToClient));
+    let swept = tokio::time::timeout(Duration::from_secs(60), store.sweep()).await;
+    assert_eq!(swept.expect("it ends").unwrap_err().kind(), ErrorKind::StoreUnavailable);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,6 +45,9 @@ enum Found {
     Unknown,
 }
 
+/// The refusal after a failure that nobody may repeat.
+const HELD: Refusal = Refusal::held(RefusalKind::HandlerFailed);
+
 impl<St: Store, S> Exchange<St, S> {
     /// Asks what became of the attempt before this one, and runs the handler if nothing did.
     pub(super) async fn recover_and_execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
@@ -278,13 +281,11 @@ impl<St: Store, S> Exchange<St, S> {
         let verdict = self.settings.keep.of_failure();
         let refusal = match verdict {
             Verdict::Release => Refusal::new(RefusalKind::HandlerFailed),
-            Verdict::GiveUp | Verdict::Keep => Refusal::held(RefusalKind::HandlerFailed),
+            Verdict::GiveUp | Verdict::Keep => HELD,
         };
         match verdict {
             Verdict::Keep => {
-                let (head, bytes) = refusal.render(&self.settings.refusals).into_parts();
-                let body = Collected { bytes, trailers: None };
-                let answer = self.settings.answer_headers.store(&head, &body);
+                let (head, body, answer) = self.settings.failure_to_keep();
                 let retention = self.settings.retention;
                 if let Some(response) = self.conclude(&Outcome::Kept(answer.clone()), retention).await {
                     return response;
@@ -382,6 +383,16 @@ impl<St: Store, S> Exchange<St, S> {
     fn owned(&self) -> Option<(&St, &StorageKey, Owner)> {
         let Hold { shared, flight, .. } = &self.hold;
         Some((&shared.store, &flight.storage_key, self.hold.owner()?))
+    }
+}
+
+impl Values {
+    /// What is given and stored as the answer of a handler that failed, where that is kept.
+    pub(super) fn failure_to_keep(&self) -> (response::Parts, Collected, Answer) {
+        let (head, bytes) = HELD.render(&self.refusals).into_parts();
+        let body = Collected { bytes, trailers: None };
+        let answer = self.answer_headers.store(&head, &body);
+        (head, body, answer)
     }
 }
 

@@ -108,7 +108,7 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// How many executions and releases run without a caller now.
+    /// How many executions, releases and questions to the store run without a caller now.
     #[must_use]
     pub fn running(&self) -> usize {
         self.tracker.running.load(Ordering::Acquire)

@@ -341,7 +341,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// 10 s by default: how long a completion is repeated while the store fails. Then, under [`OnLost::Refuse`], the caller gets its
-    /// answer and the key stays claimed; else 503.
+    /// answer and the key stays claimed; else 503. What became of a transaction of the handler's
+    /// (`Lease::complete_in`, feature `postgres`) is then asked for twelve times as long, without the caller.
     pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
         self.values().completion_timeout = timeout;
         self

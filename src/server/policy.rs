@@ -282,15 +282,4 @@ mod tests {
         };
         assert_eq!(verdict(&success_only, 200, both), Verdict::Release);
     }
-
-    #[test]
-    fn event_streams_and_upgrades_are_streams() {
-        let stream = |status: u16, content_type: &str| {
-            let response = Response::builder().status(status).header("content-type", content_type);
-            is_stream(&response.body(()).unwrap().into_parts().0)
-        };
-        assert!(stream(200, "Text/Event-Stream; charset=utf-8"));
-        assert!(stream(101, "text/plain"));
-        assert!(!stream(200, "text/plain"));
-    }
 }

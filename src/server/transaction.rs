@@ -2,24 +2,29 @@
 //!
 //! What came of the transaction is not asked of the handler, which may not know: a commit whose reply was lost may have taken
 //! effect. It is read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal
-//! that succeeds proves that it was rolled back.
+//! that succeeds proves that it was rolled back. Where the record cannot be read for so long that the caller is refused, a task
+//! goes on behind the refusal.
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Response, StatusCode};
 use sqlx::postgres::PgConnection;
+use tokio::runtime::Handle;
 
 use super::exchange::{Cargo, Exchange, Read};
 use super::execution::{persist, retention, Ended};
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
+use super::policy::Verdict;
 use super::settings::Values;
+use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
-use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
-use crate::store::{BoxStore, PostgresStore, Store};
+use crate::protocol::{Answer, Completion, Outcome, Owner, Renewal, Status, StorageKey};
+use crate::store::{in_time, BoxStore, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 
 /// Where a lease finds the store and the settings of its layer.
@@ -98,7 +103,10 @@ impl Lease {
     /// Do it last before the commit: from here on the record is locked, and duplicates wait. Then commit, and return the
     /// response. If the commit fails, return any error: the layer reads from the record whether it took effect all the same,
     /// and if so, gives the recorded answer instead. If the transaction was not committed, the attempt counts as failed
-    /// ([`OnError`](crate::OnError)), also where the handler returns this response.
+    /// ([`OnError`](crate::OnError)), also where the handler returns this response. Where the record cannot be read, the caller is
+    /// refused (503) after [`with_completion_timeout`](crate::IdempotencyLayer::with_completion_timeout); a task asks on for
+    /// twelve times as long, two minutes by default, so that what was rolled back can run again. [`Drain`](crate::Drain) waits for
+    /// it.
     ///
     /// A handler whose every effect is in the transaction may run again after a crash: set
     /// [`OnLost::Execute`](crate::OnLost::Execute), else a key whose process was killed is refused until somebody resolves it.
@@ -173,10 +181,14 @@ impl<St: Store, S> Exchange<St, S> {
             return Ok(self.superseded().await);
         };
         let (settings, key) = (&self.settings, &flight.storage_key);
-        if let Ok(Some(snapshot)) = persist(settings, || shared.store.peek(key)).await {
-            if let (true, Status::Completed(Outcome::Kept(answer))) = (snapshot.fence == owner.fence, snapshot.status) {
-                return Ok(self.committed(answer));
+        match persist(settings, || shared.store.peek(key)).await {
+            Ok(Some(snapshot)) if snapshot.fence == owner.fence => {
+                if let Status::Completed(Outcome::Kept(answer)) = snapshot.status {
+                    return Ok(self.committed(answer));
+                }
             }
+            Ok(_) => {}
+            Err(error) => return Ok(self.undecided(&error)),
         }
         match persist(settings, || shared.store.renew(key, owner, settings.lease)).await {
             Ok(Renewal::Renewed) => self.rolled_back(ended).await,
@@ -223,11 +235,57 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Whether the transaction was committed cannot be found out now. The lease ends the attempt, unless the record is completed
-    /// after all; whoever asks next is told.
+    /// Whether the transaction was committed cannot be found out now. It is asked on behind the refusal; whoever asks next is
+    /// told.
     fn undecided<R: RebuildBody>(&mut self, error: &Error) -> Response<R> {
         telemetry::failure(Event::Unrecorded, error);
+        let Hold { shared, flight, .. } = &self.hold;
+        let asked_on = (self.hold.owner(), Handle::try_current());
+        if let ((Some(owner), Ok(runtime)), ErrorKind::StoreUnavailable) = (asked_on, error.kind()) {
+            let behind = end_behind(
+                Arc::clone(shared),
+                Arc::clone(&self.settings),
+                flight.storage_key,
+                owner,
+            );
+            shared.tracker.spawn(&runtime, behind);
+        }
         self.hold.end_ownership();
         self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
+    }
+}
+
+/// Ends an attempt of which nobody knows whether its transaction was committed, as soon as the store can be asked; without an
+/// answer in time, the lease ends it.
+async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, key: StorageKey, owner: Owner) {
+    /// How many times as long as a completion is repeated for its caller.
+    const PATIENCE: u32 = 12;
+    // Where it is the transaction that stays open, each question leaves one more of the server's backends waiting for its lock.
+    const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+    let mut pause = Duration::from_millis(100);
+    let deadline = Deadline::after(settings.completion_timeout.saturating_mul(PATIENCE));
+    while !deadline.left().is_zero() {
+        tokio::time::sleep(pause.min(deadline.left())).await;
+        pause = LONGEST_PAUSE.min(pause * 2);
+        match in_time(settings.store_timeout, end(&shared.store, &settings, &key, owner)).await {
+            Ok(()) => return telemetry::event(Event::DecidedBehind),
+            Err(error) if error.kind() == ErrorKind::StoreUnavailable => {}
+            Err(error) => return telemetry::failure(Event::Unrecorded, &error),
+        }
+    }
+}
+
+/// Does what is done after a handler that failed. It waits for the lock on the record, and changes nothing where the transaction
+/// was committed: so it need not be asked first, and an owner whose outcome counts as unknown by now can do it still, which
+/// could renew no longer.
+async fn end<St: Store>(store: &St, settings: &Values, key: &StorageKey, owner: Owner) -> Result<(), Error> {
+    match settings.keep.of_failure() {
+        Verdict::GiveUp => store.renew(key, owner, Duration::ZERO).await.map(drop),
+        Verdict::Keep => {
+            let failure = Outcome::Kept(settings.failure_to_keep().2);
+            let completion = store.complete(key, owner, &failure, settings.retention);
+            completion.await.map(drop)
+        }
+        Verdict::Release => store.release(key, owner).await.map(drop),
     }
 }

@@ -53,7 +53,7 @@ impl BoxStore {
     /// | URL | store | feature |
     /// |---|---|---|
     /// | `memory:` | [`MemoryStore`] | |
-    /// | `redis://..`, `rediss://..` | Redis or Valkey | `redis` |
+    /// | `redis://..`, `rediss://..` | Redis or Valkey | `redis`, `redis-rustls` |
     /// | `postgres://..`, `postgresql://..` | PostgreSQL | `postgres` |
     ///
     /// # Errors

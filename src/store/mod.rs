@@ -15,6 +15,8 @@ mod patience;
 mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(any(feature = "postgres-rustls", feature = "redis-rustls"))]
+mod tls;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! The Redis store against its contract, against the pure record, and against servers that fail.
 
+mod cluster;
 mod contract;
 mod faults;
 mod kit;

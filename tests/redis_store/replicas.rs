@@ -62,7 +62,7 @@ async fn an_outcome_that_too_few_replicas_have_is_an_error_until_they_have_it() 
 }
 
 #[tokio::test]
-async fn a_cluster_holds_records_under_one_key_each() {
+async fn a_cluster_of_one_node_forgets_scripts_and_says_that_it_has_no_replicas() {
     let server = RedisServer::with(&["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"]);
     server.tell::<()>("CLUSTER ADDSLOTSRANGE 0 16383");
     server.wait_for_cluster();

@@ -49,6 +49,7 @@ struct Remote {
     clock: Clock,
     yields: AtomicUsize,
     timers: AtomicBool,
+    at_once: AtomicBool,
     faults: Mutex<HashMap<&'static str, Vec<Fault>>>,
     calls: Mutex<HashMap<&'static str, usize>>,
 }
@@ -81,6 +82,13 @@ impl RemoteStore {
     /// Operations need the timers of a tokio runtime, as those of a real client do.
     pub fn set_timers(&self, timers: bool) {
         self.0.timers.store(timers, Ordering::SeqCst);
+    }
+
+    /// Decides claims at once, as a store in this process does, though its owners must renew.
+    pub fn deciding_at_once() -> Self {
+        let store = Self::new();
+        store.0.at_once.store(true, Ordering::SeqCst);
+        store
     }
 
     /// The next calls of `operation` go wrong like this, one after the other.
@@ -119,6 +127,17 @@ impl RemoteStore {
         &self.0.clock
     }
 
+    fn apply<R>(&self, key: &StorageKey, transition: impl FnOnce(Option<&Record>) -> Transition<R>) -> R {
+        let mut records = self.0.records.lock().unwrap();
+        let Transition { reply, change } = transition(records.get(key));
+        match change {
+            Change::Keep => {}
+            Change::Put(record) => drop(records.insert(*key, record)),
+            Change::Remove => drop(records.remove(key)),
+        }
+        reply
+    }
+
     async fn call<R>(
         &self,
         operation: &'static str,
@@ -143,16 +162,7 @@ impl RemoteStore {
             Some(Fault::Hang) => return std::future::pending().await,
             Some(Fault::After) | None => {}
         }
-        let reply = {
-            let mut records = self.0.records.lock().unwrap();
-            let Transition { reply, change } = transition(records.get(key));
-            match change {
-                Change::Keep => {}
-                Change::Put(record) => drop(records.insert(*key, record)),
-                Change::Remove => drop(records.remove(key)),
-            }
-            reply
-        };
+        let reply = self.apply(key, transition);
         yield_times(self.0.yields.load(Ordering::SeqCst)).await;
         if self.0.timers.load(Ordering::SeqCst) {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -171,6 +181,15 @@ impl Store for RemoteStore {
         let now = || self.0.clock.now();
         self.call("claim", &claim.key, |record| Record::claim(record, claim, now()))
             .await
+    }
+
+    fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
+        if !self.0.at_once.load(Ordering::SeqCst) {
+            return None;
+        }
+        Some(Ok(self.apply(&claim.key, |record| {
+            Record::claim(record, claim, self.0.clock.now())
+        })))
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {

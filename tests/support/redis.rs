@@ -79,6 +79,13 @@ impl RedisServer {
         self.port
     }
 
+    /// Puts a file into the server's folder.
+    pub fn give(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.folder.join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
     /// Ends the server without a word (SIGKILL).
     pub fn kill(&mut self) {
         drop(self.child.kill());

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{Connection, Executor, Row};
 
-use super::error::failed;
+use super::error::{failed, of_connect};
 use super::lent::{bounded, sound};
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
@@ -90,7 +90,7 @@ impl PostgresStoreBuilder {
                 })
             })
             .connect_with(options);
-        let pool = sound(pool).await?.map_err(failed)?;
+        let pool = sound(Box::pin(pool)).await?.map_err(of_connect)?;
         self.with_pool(pool)
     }
 

@@ -54,3 +54,24 @@ pub(super) fn failed(error: sqlx::Error) -> Error {
         _ => Error::unavailable(Cause::of(&error)),
     }
 }
+
+/// A connection that could not be made: what will not mend by itself is a matter of configuration.
+pub(super) fn of_connect(error: sqlx::Error) -> Error {
+    const TLS: Error = Error::new(
+        ErrorKind::Configuration,
+        "the database does not speak TLS, or this program does not: enable the feature `postgres-rustls`, or change `sslmode`",
+    );
+    #[cfg(feature = "postgres-rustls")]
+    if crate::store::tls::is_certificate_refused(&error) {
+        const CERTIFICATE: Error = Error::new(
+            ErrorKind::Configuration,
+            "the database's certificate is not trusted, or is for another host or time; name the file of its authority in the \
+             URL's `sslrootcert`",
+        );
+        return CERTIFICATE.with_source(Cause::of(&error));
+    }
+    match error {
+        sqlx::Error::Tls(_) => TLS.with_source(Cause::of(&error)),
+        error => failed(error),
+    }
+}

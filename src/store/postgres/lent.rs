@@ -19,7 +19,8 @@ pub(super) struct Lent(Option<PoolConnection<Postgres>>);
 
 impl Lent {
     pub(super) async fn from(pool: &PgPool) -> Result<Self, Error> {
-        let acquired = sound(pool.acquire()).await?;
+        // In a box: it has room for the making of a connection, with TLS, and every operation would carry that twice.
+        let acquired = sound(Box::pin(pool.acquire())).await?;
         acquired.map(|connection| Self(Some(connection))).map_err(failed)
     }
 

@@ -70,7 +70,8 @@ impl RedisStoreBuilder {
 
     /// Connects to `redis://[user:password@]host[:port][/database]`.
     ///
-    /// With TLS (`rediss://`) where `redis` has one of its TLS features.
+    /// With TLS (`rediss://`) where the feature `redis-rustls` is enabled, or one of `redis`'s own. The system's authorities are
+    /// trusted then; for another, make a client (`redis::Client::build_with_tls`) and use [`connect_client`](Self::connect_client).
     ///
     /// # Errors
     ///
@@ -83,13 +84,18 @@ impl RedisStoreBuilder {
     }
 
     /// Connects with a client of yours, whose address, credentials and TLS settings count. The store makes its own connection
-    /// from it, with RESP3 and without delay.
+    /// from it, with RESP3 and without delay. For TLS with the feature `redis-rustls`, ring becomes the process's default provider
+    /// of cryptography where none was installed before.
     ///
     /// # Errors
     ///
     /// As of [`connect`](Self::connect).
     pub async fn connect_client(self, client: Client) -> Result<RedisStore, Error> {
         self.validate()?;
+        #[cfg(feature = "redis-rustls")]
+        if let redis::ConnectionAddr::TcpTls { .. } = client.get_connection_info().addr() {
+            crate::store::tls::choose_provider();
+        }
         let client = self.tuned(&client).map_err(failure::of_connect)?;
         // Once without the manager, which would try a wrong password seven times.
         let probe = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECTION_TIMEOUT));

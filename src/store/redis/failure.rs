@@ -59,6 +59,15 @@ pub(super) fn of_connect(error: RedisError) -> Error {
     const CREDENTIALS: &str = "the Redis server refused the credentials, or asks for some";
     const OLD: &str = "the Redis server is too old: version 7.0 or newer is needed";
     const UNREACHABLE: &str = "the Redis server cannot be reached";
+    #[cfg(feature = "redis-rustls")]
+    if crate::store::tls::is_certificate_refused(&error) {
+        const CERTIFICATE: Error = Error::new(
+            ErrorKind::Configuration,
+            "the Redis server's certificate is not trusted, or is for another host or time; use the host's name in the URL, and \
+             hand a client that trusts its authority to `RedisStore::from_client`",
+        );
+        return CERTIFICATE.with_source(error);
+    }
     let (kind, what) = match (error.kind(), error.code()) {
         (redis::ErrorKind::InvalidClientConfig, _) => (ErrorKind::Configuration, CLIENT),
         (redis::ErrorKind::RESP3NotSupported, _) => (ErrorKind::Configuration, OLD),

@@ -1,7 +1,11 @@
 //! Effect and answer in one transaction of the handler's: exactly once, whatever becomes of the commit.
 
-#[path = "support/postgres.rs"]
+mod behind;
+#[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/proxy.rs"]
+mod proxy;
+mod renewals;
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +25,9 @@ use postgres::PostgresServer;
 use sqlx::PgPool;
 use tower::ServiceExt;
 use tower_idempotency::protocol::{Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey};
-use tower_idempotency::{ErrorKind, IdempotencyLayer, Lease, MemoryStore, OnLost, PostgresStore, Store};
+use tower_idempotency::{
+    BoxStore, ErrorKind, IdempotencyLayer, Lease, MemoryStore, OnError, OnLost, PostgresStore, Store,
+};
 
 /// What a handler does with its transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,6 +242,20 @@ async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_winners_bytes() {
     let (status, _, body) = send(&router, "k").await;
     assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"the winner's"[..]));
     assert_eq!(bench.payments().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_is_found_in_a_box_and_behind_an_arc() {
+    let bench = Bench::new(Ending::Commit).await;
+    let boxed = || BoxStore::new(bench.store.clone());
+    async fn works<S: Store>(bench: &Bench, key: &str, store: S) {
+        let router = Router::new().route("/payments", post(pay));
+        let router = router.layer(IdempotencyLayer::new(store)).with_state(bench.app.clone());
+        assert_eq!(send(&router, key).await.0, StatusCode::CREATED, "{key}");
+    }
+    works(&bench, "arc", Arc::new(bench.store.clone())).await;
+    works(&bench, "box", boxed()).await;
+    works(&bench, "box-behind-an-arc", Arc::new(boxed())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -487,4 +507,68 @@ async fn a_completion_that_was_given_up_and_committed_all_the_same_is_what_every
         );
     }
     assert!(given_up.load(Ordering::SeqCst) > 0, "no completion was given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_lost_before_the_completion_leaves_the_key_free() {
+    let bench = Bench::new(Ending::Commit).await;
+    let runs = Arc::clone(&bench.app.runs);
+    let router = with_handler(&bench, move |pool, lease| {
+        let is_first = runs.fetch_add(1, Ordering::SeqCst) == 0;
+        async move {
+            let mut transaction = pool.begin().await.unwrap();
+            insert(&mut transaction).await;
+            if is_first {
+                let own = sqlx::query_scalar::<_, i32>("SELECT pg_backend_pid()");
+                let own = own.fetch_one(&mut *transaction).await.unwrap();
+                // Waits until it has ended, for a minute at most.
+                let end = sqlx::query_scalar("SELECT pg_terminate_backend($1, 60000)").bind(own);
+                assert!(end.fetch_one(&pool).await.unwrap_or(false));
+            }
+            match lease.complete_in(&mut transaction, "paid").await {
+                Ok(answer) => {
+                    transaction.commit().await.unwrap();
+                    answer
+                }
+                Err(_) => StatusCode::CONFLICT.into_response(),
+            }
+        }
+    });
+    let router = router.await;
+    // What a handler says of a failure of ours is not kept.
+    assert_eq!(send(&router, "k").await.0, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(send(&router, "k").await.0, StatusCode::OK);
+    assert_eq!((bench.payments().await, bench.runs()), (1, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_follows_a_rollback_says_success() {
+    let bench = Bench::new(Ending::Commit).await;
+    for on_error in [OnError::Keep, OnError::Release, OnError::Unknown] {
+        for ending in ["panics", "fails", "answers", "predicate-panics"] {
+            let handler = move |State(app): State<App>, lease: Lease| async move {
+                let mut transaction = app.pool.begin().await.unwrap();
+                insert(&mut transaction).await;
+                let answer = lease.complete_in(&mut transaction, "paid").await.unwrap();
+                transaction.rollback().await.unwrap();
+                match ending {
+                    "panics" => panic!("rolled back"),
+                    "fails" => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+                    "answers" => answer,
+                    _ => StatusCode::PAYMENT_REQUIRED.into_response(),
+                }
+            };
+            let mut layer = bench.layer().on_error(on_error);
+            if ending == "predicate-panics" {
+                layer = layer.keep_if(|_| panic!("the predicate"));
+            }
+            let router = Router::new().route("/payments", post(handler)).layer(layer);
+            let router = router.with_state(bench.app.clone());
+            for _ in 0..2 {
+                let (status, ..) = send(&router, &format!("{on_error:?}-{ending}")).await;
+                assert!(!status.is_success(), "{on_error:?}, {ending}: {status}");
+            }
+        }
+    }
+    assert_eq!(bench.payments().await, 0);
 }

@@ -1,0 +1,97 @@
+//! Leases while a handler's transaction is open.
+
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use axum::routing::post;
+use axum::Router;
+use futures::future::join_all;
+use tower_idempotency::Lease;
+
+use super::{send, App, Bench, Ending};
+
+/// A handler that has completed, in a transaction that is or is not good for it, waits until it may end; another waits beside it.
+async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
+    let bench = Bench::new(Ending::Commit).await;
+    let (end, _) = tokio::sync::broadcast::channel::<()>(1);
+    let (ready, mut waiting) = tokio::sync::mpsc::channel(2);
+    let waits = end.clone();
+    let handler = move |State(app): State<App>, lease: Lease| {
+        let (mut may_end, ready) = (waits.subscribe(), ready.clone());
+        async move {
+            let mut transaction = app.pool.begin().await.unwrap();
+            let mut answer = "beside".into_response();
+            if lease.key().as_str() == "completing" {
+                if !completes {
+                    let fails = sqlx::query("SELECT 1 / 0").execute(&mut *transaction).await;
+                    assert!(fails.is_err());
+                }
+                let completion = lease.complete_in(&mut transaction, "completed").await;
+                assert_eq!(completion.is_ok(), completes);
+                answer = completion.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response());
+            }
+            ready
+                .send((lease.key().as_str().to_owned(), *lease.storage_key()))
+                .await
+                .unwrap();
+            may_end.recv().await.unwrap();
+            transaction.commit().await.unwrap();
+            answer
+        }
+    };
+    let layer = bench.layer().with_lease(Duration::from_secs(1));
+    let router = Router::new().route("/payments", post(handler)).layer(layer);
+    let router = router.with_state(bench.app.clone());
+    let sends = ["completing", "beside"].map(|key| {
+        let router = router.clone();
+        tokio::spawn(async move { send(&router, key).await.0 })
+    });
+    let mut keys = std::collections::HashMap::new();
+    for _ in 0..2 {
+        let (name, key) = waiting.recv().await.unwrap();
+        keys.insert(name, key);
+    }
+    let lease_until = |name: &str| {
+        let lease = sqlx::query_scalar::<_, i64>("SELECT lease_until FROM idempotency_records WHERE key = $1");
+        let lease = lease.bind(keys[name].as_bytes().to_vec());
+        async { lease.fetch_one(bench.store.pool()).await.unwrap() }
+    };
+    let (first, mut last, mut renewals) = (lease_until("completing").await, lease_until("beside").await, 0);
+    while renewals < 6 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let now = lease_until("beside").await;
+        renewals += usize::from(now > last);
+        last = now;
+    }
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    let renewed = Renewed {
+        completing: lease_until("completing").await > first,
+        waiting_for_locks: sqlx::query_scalar(waiting).fetch_one(bench.store.pool()).await.unwrap(),
+    };
+    end.send(()).unwrap();
+    let statuses = join_all(sends).await.into_iter().map(Result::unwrap);
+    let completed = if completes { 200 } else { 500 };
+    assert!(statuses.eq([completed, 200]));
+    renewed
+}
+
+/// What was seen while the lease of the handler beside was renewed several times.
+#[derive(Debug)]
+struct Renewed {
+    completing: bool,
+    waiting_for_locks: i64,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renewals_do_not_queue_up_behind_a_transaction_that_has_completed() {
+    let seen = renewed_while_handlers_wait(true).await;
+    // One may have been under way.
+    assert!(!seen.completing && seen.waiting_for_locks <= 1, "{seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_that_failed_leaves_the_lease_renewed() {
+    assert!(renewed_while_handlers_wait(false).await.completing);
+}
