@@ -58,7 +58,7 @@
 //! # Where to begin
 //!
 //! [`IdempotencyLayer`] is the layer and its own builder; its page has the table of defaults. [`Store`] is where records live,
-//! with its contract; [`MemoryStore`] is the embedded default, [`BoxStore`] one that is chosen at run time. [`Lease`] is what a handler may know. [`protocol`] holds the
+//! with its contract; [`client`] makes calls to others. [`MemoryStore`] is the embedded default, [`BoxStore`] one that is chosen at run time. [`Lease`] is what a handler may know. [`protocol`] holds the
 //! record as pure functions, for stores of your own.
 //!
 //! # Features
@@ -67,11 +67,15 @@
 //! |---|---|
 //! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`Attempt`] and [`IdempotencyKey`] |
 //! | `conformance` | `store::conformance`: checks that a store of your own keeps the contract, for tests |
+//! | `follow-redirect` | [`client::KeyAtHome`](client), which keeps a key from redirects to another origin |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
+//! | `once` | `client::once`, for calls of any kind that are to be made once |
 //! | `postgres` | `PostgresStore`, and `Lease::complete_in` for effect and answer in one transaction; needs Rust 1.94 |
 //! | `postgres-rustls` | `postgres`, with TLS by rustls and ring |
 //! | `redis` | `RedisStore`, for Redis 7, Valkey and Cluster; needs Rust 1.88 |
 //! | `redis-rustls` | `redis`, with TLS by rustls and ring |
+//! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
+//! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer` |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
 //!
