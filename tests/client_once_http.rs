@@ -1,0 +1,329 @@
+//! Calls over HTTP that are made once: what each answer does to the key, and what comes back.
+
+mod support;
+
+use std::future::ready;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::join_all;
+use http::{Request, Response};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use support::{Fault, RemoteStore};
+use tower::{service_fn, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{Attempt, ErrorClass, Found, OnceError, OnceLayer, Profile};
+use tower_idempotency::ErrorKind;
+
+type Answer = Response<Full<Bytes>>;
+type Ended = Result<Answer, OnceError<Answer, io::Error>>;
+
+/// A third party that counts what arrives, and answers as it is told.
+#[derive(Clone, Default)]
+struct Party {
+    arrived: Arc<AtomicUsize>,
+    heads: Arc<Mutex<Vec<http::HeaderMap>>>,
+}
+
+impl Party {
+    fn arrived(&self) -> usize {
+        self.arrived.load(Ordering::SeqCst)
+    }
+
+    /// Sends a request through the layer; the party answers with `act`.
+    async fn send(
+        &self,
+        layer: &OnceLayer<RemoteStore>,
+        request: Request<Full<Bytes>>,
+        act: impl Fn(usize) -> io::Result<Answer> + Clone + Send + Sync + 'static,
+    ) -> Ended {
+        let party = self.clone();
+        let http = service_fn(move |request: Request<Full<Bytes>>| {
+            party.heads.lock().unwrap().push(request.headers().clone());
+            let arrival = party.arrived.fetch_add(1, Ordering::SeqCst) + 1;
+            let act = act.clone();
+            async move {
+                tokio::task::yield_now().await;
+                act(arrival)
+            }
+        });
+        ServiceBuilder::new().layer(layer).service(http).oneshot(request).await
+    }
+}
+
+fn answer(status: u16) -> io::Result<Answer> {
+    let response = Response::builder()
+        .status(status)
+        .header("x-id", "17")
+        .header("set-cookie", "a=b");
+    Ok(response.body(Full::from("created")).unwrap())
+}
+
+fn request(body: &'static str) -> Request<Full<Bytes>> {
+    let request = Request::post("https://bank.example/orders").header("idempotency-key", "k");
+    request
+        .header("authorization", "Bearer of today")
+        .body(Full::from(body))
+        .unwrap()
+}
+
+async fn body(response: Answer) -> Bytes {
+    response.into_body().collect().await.unwrap().to_bytes()
+}
+
+fn layer() -> (RemoteStore, OnceLayer<RemoteStore>) {
+    let store = RemoteStore::new();
+    (store.clone(), OnceLayer::new(store, Profile::draft()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_is_sent_once_and_its_answer_given_byte_for_byte() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let first = party.send(&layer, request("3 shirts"), |_| answer(201)).await.unwrap();
+    assert_eq!(first.extensions().get::<Attempt>().unwrap().number(), 1);
+    let mut later = request("3 shirts");
+    later
+        .headers_mut()
+        .insert("authorization", "Bearer of tomorrow".parse().unwrap());
+    let again = party.send(&layer, later, |_| answer(500)).await.unwrap();
+    assert_eq!(
+        (first.status(), again.status(), party.arrived()),
+        (again.status(), first.status(), 1)
+    );
+    assert_eq!(again.headers()["idempotent-replayed"], "true");
+    assert!(again.headers()["x-id"] == "17" && !again.headers().contains_key("set-cookie"));
+    assert_eq!(body(first).await, body(again).await);
+    let other = party.send(&layer, request("4 shirts"), |_| answer(201)).await;
+    assert!(matches!(other, Err(OnceError::Mismatch)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_at_once_send_one_request() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let all = join_all((0..50).map(|_| party.send(&layer, request("x"), |_| answer(200)))).await;
+    assert!(all.iter().all(Result::is_ok));
+    assert_eq!(party.arrived(), 1);
+}
+
+/// Whether the same call is sent again after an answer, by the meaning of its status.
+#[tokio::test(start_paused = true)]
+async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
+    for (status, kept, sent) in [
+        (200, true, 1),
+        (302, true, 1),
+        (402, true, 1),
+        (409, true, 1),
+        (422, true, 1),
+        (400, false, 2),
+        (401, false, 2),
+        (404, false, 2),
+        (413, false, 2),
+        (425, false, 2),
+        (429, false, 2),
+        (500, false, 1),
+        (503, false, 1),
+        (504, false, 1),
+        (408, false, 1),
+    ] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let first = party.send(&layer, request("x"), move |_| answer(status)).await.unwrap();
+        assert_eq!(first.status(), status, "the answer is given as it is");
+        let later = party.send(&layer, request("x"), |_| answer(200)).await;
+        assert_eq!(party.arrived(), sent, "{status}");
+        match later {
+            Ok(later) => assert_eq!(later.headers().contains_key("idempotent-replayed"), kept, "{status}"),
+            Err(error) => assert!(
+                sent == 1 && matches!(error, OnceError::Unknown(None)),
+                "{status}: {error:?}"
+            ),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
+    let lost = |_| Err(io::Error::from(io::ErrorKind::ConnectionReset));
+    let refused = |_| Err(io::Error::from(io::ErrorKind::ConnectionRefused));
+    let ((_, plain), party) = (layer(), Party::default());
+    let classified = plain.clone().with_errors(|error: &io::Error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+        _ => ErrorClass::Lost,
+    });
+    assert!(matches!(
+        party.send(&classified, request("x"), refused).await,
+        Err(OnceError::Failed(_))
+    ));
+    assert!(matches!(
+        party.send(&classified, request("x"), lost).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert!(matches!(
+        party.send(&classified, request("x"), |_| answer(200)).await,
+        Err(OnceError::Unknown(None))
+    ));
+    assert_eq!(party.arrived(), 2);
+    // At least once, then: and a refused connection says nothing of the attempt before.
+    let again = classified.at_least_once().with_namespace("again");
+    assert!(matches!(
+        party.send(&again, request("x"), lost).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert!(matches!(
+        party.send(&again, request("x"), refused).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert_eq!(
+        party
+            .send(&again, request("x"), |_| answer(200))
+            .await
+            .unwrap()
+            .status(),
+        200
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_call_is_asked_about_and_what_is_found_is_kept() {
+    let lost = |_| Err(io::Error::from(io::ErrorKind::TimedOut));
+    for (found, status) in [(true, 200), (false, 201)] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&asked);
+        let layer = layer.with_recovery(move |lost| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            assert_eq!(
+                (&*lost.key, lost.attempt.number(), lost.head.uri.path()),
+                ("k", 2, "/orders")
+            );
+            assert!(!format!("{lost:?}").contains("Bearer"));
+            ready(if found {
+                Found::Happened(Response::new(Bytes::from("found")))
+            } else {
+                Found::NotHappened
+            })
+        });
+        party.send(&layer, request("x"), lost).await.unwrap_err();
+        let given = party.send(&layer, request("x"), |_| answer(201)).await.unwrap();
+        assert_eq!(given.status(), status);
+        assert_eq!(party.arrived(), if found { 1 } else { 2 });
+        let again = party.send(&layer, request("x"), |_| answer(500)).await.unwrap();
+        assert_eq!((again.status().as_u16(), asked.load(Ordering::SeqCst)), (status, 1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_fence_and_an_id_can_be_put_into_the_request_and_the_key_taken_off() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer.at_least_once().without_sending_key().on_attempt(|head, attempt| {
+        head.headers.insert("x-fence", attempt.fence().as_u64().into());
+        head.headers.insert("x-order-id", attempt.id("order").parse().unwrap());
+    });
+    for status in [500, 200] {
+        party.send(&layer, request("x"), move |_| answer(status)).await.unwrap();
+    }
+    let heads = party.heads.lock().unwrap();
+    let fence = |at: usize| heads[at]["x-fence"].to_str().unwrap().parse::<u64>().unwrap();
+    assert!(fence(0) < fence(1) && heads[0]["x-order-id"] == heads[1]["x-order-id"]);
+    assert!(heads.iter().all(|head| !head.contains_key("idempotency-key")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
+    let ((_, plain), party) = (layer(), Party::default());
+    let bare = || Request::post("/").body(Full::from("x")).unwrap();
+    let two = || {
+        let mut request = request("x");
+        request.headers_mut().append("idempotency-key", "l".parse().unwrap());
+        request
+    };
+    let bad = || {
+        let mut request = bare();
+        request.headers_mut().insert("idempotency-key", "a b".parse().unwrap());
+        request
+    };
+    for (layer, request) in [
+        (plain.clone(), bare()),
+        (plain.clone(), two()),
+        (plain.clone(), bad()),
+        (plain.clone().with_key(|_| None), request("x")),
+        (plain.clone().with_key(|_| Some(String::new())), request("x")),
+        (plain.clone().with_scope(|_| None), request("x")),
+        (plain.clone().with_limits(3, 3), request("four")),
+    ] {
+        let ended = party.send(&layer, request, |_| answer(200)).await;
+        assert!(
+            matches!(&ended, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::Configuration),
+            "{ended:?}"
+        );
+    }
+    assert_eq!(party.arrived(), 0);
+    let named = plain.with_key(|head| Some(head.uri.path().to_owned()));
+    assert!(party.send(&named, bare(), |_| answer(200)).await.is_ok());
+    // What is not covered passes untouched.
+    let read = Request::get("/").body(Full::default()).unwrap();
+    assert!(party.send(&named, read, |_| answer(200)).await.is_ok());
+    assert_eq!(party.arrived(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() {
+    for is_stream in [false, true] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let layer = layer.with_limits(100, 4);
+        let given = party.send(&layer, request("x"), move |_| {
+            let mut response = answer(200)?;
+            if is_stream {
+                response
+                    .headers_mut()
+                    .insert("content-type", "text/event-stream".parse().unwrap());
+            }
+            Ok(response)
+        });
+        assert_eq!(body(given.await.unwrap()).await, "created");
+        assert!(matches!(
+            party.send(&layer, request("x"), |_| answer(200)).await,
+            Err(OnceError::NotKept)
+        ));
+        assert_eq!(party.arrived(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_breaks_off_is_not_called_failed() {
+    let (_, layer) = layer();
+    let http = service_fn(|_: Request<Full<Bytes>>| {
+        let frames = [
+            Ok(http_body::Frame::data(Bytes::from("half"))),
+            Err(io::Error::other("reset")),
+        ];
+        let body = http_body_util::StreamBody::new(futures::stream::iter(frames));
+        ready(Ok::<_, io::Error>(Response::new(UnsyncBoxBody::new(body))))
+    });
+    let client = ServiceBuilder::new().layer(layer).service(http);
+    for _ in 0..2 {
+        assert!(matches!(
+            client.clone().oneshot(request("x")).await,
+            Err(OnceError::NotKept)
+        ));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
+    let ((store, layer), party) = (layer(), Party::default());
+    store.fail("claim", [Fault::Before; 2]);
+    let before = party.send(&layer, request("x"), |_| answer(200)).await.unwrap_err();
+    assert!(matches!(&before, OnceError::NotRun(error) if error.kind() == ErrorKind::StoreUnavailable));
+    assert!(!before.may_have_happened() && party.arrived() == 0);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    store.fail("complete", [Fault::Before; 100]);
+    let after = party.send(&layer, request("x"), |_| answer(200)).await.unwrap_err();
+    assert!(
+        matches!(&after, OnceError::Unrecorded { given, .. } if given.status() == 200),
+        "{after:?}"
+    );
+    assert!(after.may_have_happened() && party.arrived() == 1);
+}
