@@ -144,14 +144,28 @@ async fn through_proxy(server: &PostgresServer) -> (PostgresStore, Proxy) {
     (PostgresStore::builder().with_pool(pool).unwrap(), proxy)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_operation_that_is_cut_after_any_byte_can_be_repeated() {
+/// A server, a store on it, and four behind proxies.
+async fn behind_proxies() -> (PostgresServer, PostgresStore, Vec<(PostgresStore, Proxy)>) {
     let server = PostgresServer::start();
     let direct = PostgresStore::connect(&server.url()).await.unwrap();
-    let (proxied, proxy) = through_proxy(&server).await;
-    let cuts = proxy::cut_after_every_byte(&proxied, &direct, &proxy).await;
+    let proxied = join_all((0..4).map(|_| through_proxy(&server))).await;
+    (server, direct, proxied)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_is_cut_after_any_byte_can_be_repeated() {
+    let (_server, direct, proxied) = behind_proxies().await;
+    let cuts = proxy::cut_after_every_byte(proxied, &direct).await;
     println!("{cuts} cuts");
     assert!(cuts > 1_000, "{cuts}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_is_cut_while_it_is_prepared_can_be_repeated() {
+    let (_server, direct, proxied) = behind_proxies().await;
+    let cuts = proxy::cut_while_preparing(proxied, &direct).await;
+    println!("{cuts} cuts");
+    assert!(cuts > 2_000, "{cuts}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

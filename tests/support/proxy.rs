@@ -176,8 +176,9 @@ impl Operation {
         Self::Resolve,
     ];
 
-    /// Does it through the proxy while that cuts; then looks from elsewhere, and repeats it as the layer does.
-    async fn survive<S: Store>(self, proxied: &S, direct: &S, cut: impl FnOnce()) {
+    /// Does it through the proxy while that cuts; then looks from elsewhere, and repeats it as the layer does. Says whether its
+    /// reply came.
+    async fn survive<S: Store>(self, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
         let claim = fresh();
         let key = &claim.key;
         match self {
@@ -186,29 +187,33 @@ impl Operation {
             Self::Peek => {
                 let owner = granted(direct, &claim).await.owner;
                 cut();
-                if let Some(snapshot) = judged(proxied.peek(key).await) {
-                    assert_eq!(snapshot.unwrap().fence, owner.fence);
+                let peeked = judged(proxied.peek(key).await);
+                if let Some(snapshot) = &peeked {
+                    assert_eq!(snapshot.as_ref().unwrap().fence, owner.fence);
                 }
+                peeked.is_some()
             }
             Self::Release => {
                 let owner = granted(direct, &claim).await.owner;
                 cut();
-                judged(proxied.release(key, owner).await);
+                let released = judged(proxied.release(key, owner).await);
                 assert_eq!(direct.release(key, owner).await.unwrap(), Release::Released);
                 assert_eq!(direct.peek(key).await.unwrap(), None);
+                released.is_some()
             }
             Self::Renew => {
                 let owner = granted(direct, &claim).await.owner;
                 cut();
-                judged(proxied.renew(key, owner, HOUR).await);
+                let renewed = judged(proxied.renew(key, owner, HOUR).await);
                 assert_eq!(direct.renew(key, owner, HOUR).await.unwrap(), Renewal::Renewed);
+                renewed.is_some()
             }
             Self::Resolve => {
                 let owner = granted(direct, &claim).await.owner;
                 direct.renew(key, owner, Duration::ZERO).await.unwrap();
                 let found = Resolution::Completed(kept(), HOUR);
                 cut();
-                judged(proxied.resolve(key, owner.fence, &found).await);
+                let resolved = judged(proxied.resolve(key, owner.fence, &found).await);
                 let repeated = direct.resolve(key, owner.fence, &found).await.unwrap();
                 assert!(matches!(repeated, Resolved::Resolved | Resolved::Conflict(Some(_))));
                 let replay = direct
@@ -219,18 +224,19 @@ impl Operation {
                     .await
                     .unwrap();
                 assert!(matches!(replay, Decision::Replay(_)));
+                resolved.is_some()
             }
         }
     }
 }
 
-async fn survive_claim<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce()) {
+async fn survive_claim<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
     cut();
     let first = judged(proxied.claim(claim).await);
     let repeated = granted(direct, claim).await;
     assert_eq!(repeated.attempt, 1);
-    if let Some(first) = first {
-        assert_eq!(first, Decision::Execute(repeated));
+    if let Some(first) = &first {
+        assert_eq!(*first, Decision::Execute(repeated));
     }
     assert!(matches!(
         direct
@@ -242,12 +248,13 @@ async fn survive_claim<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: im
             .unwrap(),
         Decision::Wait { .. }
     ));
+    first.is_some()
 }
 
-async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce()) {
+async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
     let owner = granted(direct, claim).await.owner;
     cut();
-    judged(proxied.complete(&claim.key, owner, &kept(), HOUR).await);
+    let completed = judged(proxied.complete(&claim.key, owner, &kept(), HOUR).await);
     let repeated = direct.complete(&claim.key, owner, &kept(), HOUR).await.unwrap();
     assert_eq!(repeated, Completion::Completed);
     let replay = direct
@@ -258,6 +265,7 @@ async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut:
         .await
         .unwrap();
     assert!(matches!(replay, Decision::Replay(answer) if Outcome::Kept(answer.clone()) == kept()));
+    completed.is_some()
 }
 
 /// What came through; everything else must be the error of a store that cannot be reached.
@@ -271,33 +279,82 @@ fn judged<T>(result: Result<T, Error>) -> Option<T> {
     }
 }
 
-/// Cuts every operation after every byte, in both directions. Says how many cuts there were.
-pub async fn cut_after_every_byte<S: Store>(proxied: &S, direct: &S, proxy: &Proxy) -> usize {
-    let mut cuts = 0;
-    for operation in Operation::ALL {
-        for direction in [Direction::ToServer, Direction::ToClient] {
-            // Cut before the first byte is to be cut after none.
-            for bytes in 1.. {
-                // Connects again, and prepares what is to be sent.
-                operation.survive(proxied, direct, || {}).await;
-                operation
-                    .survive(proxied, direct, || proxy.set(Fate::CutAfter(direction, bytes)))
-                    .await;
-                if !proxy.heal() {
-                    assert!(bytes > 10, "{operation:?} sends nothing");
-                    break;
-                }
-                cuts += 1;
-                reconnected(proxied).await;
-            }
-        }
-    }
-    cuts
+/// Where operations are cut.
+#[derive(Clone, Copy, Debug)]
+struct Cuts {
+    /// What the connection is made by: the operation itself, which is then prepared, or another.
+    prepared: bool,
+    first: usize,
+    step: usize,
 }
 
-async fn reconnected(store: &impl Store) {
+/// Cuts every operation after every byte, in both directions. Says how many cuts there were.
+///
+/// Most of the time goes by with connections that are made again, so each of several stores, each behind a proxy of its own,
+/// takes its share of the bytes.
+pub async fn cut_after_every_byte<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S) -> usize {
+    cut_everywhere(proxied, direct, true, 1).await
+}
+
+/// Cuts every operation, in both directions, where it is the first of its kind on its connection and says much more; after every
+/// fifth byte.
+pub async fn cut_while_preparing<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S) -> usize {
+    cut_everywhere(proxied, direct, false, 5).await
+}
+
+async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, prepared: bool, step: usize) -> usize {
+    let stores = proxied.len();
+    let shares = proxied.into_iter().enumerate().map(|(share, (store, proxy))| {
+        let direct = direct.clone();
+        let cuts = Cuts {
+            prepared,
+            // Cut before the first byte is to be cut after none.
+            first: 1 + share * step,
+            step: stores * step,
+        };
+        tokio::spawn(async move {
+            let mut made = 0;
+            for operation in Operation::ALL {
+                for direction in [Direction::ToServer, Direction::ToClient] {
+                    made += cut(operation, direction, cuts, (&store, &proxy), &direct).await;
+                }
+            }
+            made
+        })
+    });
+    let made = futures::future::join_all(shares.collect::<Vec<_>>()).await;
+    made.into_iter().map(Result::unwrap).sum()
+}
+
+/// Cuts until there are no more bytes.
+async fn cut<S: Store>(
+    operation: Operation,
+    direction: Direction,
+    cuts: Cuts,
+    (proxied, proxy): (&S, &Proxy),
+    direct: &S,
+) -> usize {
+    let before = match operation {
+        _ if cuts.prepared => operation,
+        Operation::Peek => Operation::Renew,
+        _ => Operation::Peek,
+    };
+    for (made, bytes) in (cuts.first..).step_by(cuts.step).enumerate() {
+        connected(before, proxied, direct).await;
+        let cut = || proxy.set(Fate::CutAfter(direction, bytes));
+        operation.survive(proxied, direct, cut).await;
+        if !proxy.heal() {
+            assert!(bytes > 10, "{operation:?} sends nothing");
+            return made;
+        }
+    }
+    unreachable!()
+}
+
+/// Connects again, and does an operation.
+async fn connected<S: Store>(operation: Operation, proxied: &S, direct: &S) {
     for _ in 0..100 {
-        if store.peek(&StorageKey::from_bytes([0; 32])).await.is_ok() {
+        if operation.survive(proxied, direct, || {}).await {
             return;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
