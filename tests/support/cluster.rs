@@ -45,11 +45,16 @@ pub struct Process {
 
 impl Process {
     pub fn start(store: &str, mode: Mode, ledger: &Path) -> Self {
+        Self::with_lease(LEASE, store, mode, ledger)
+    }
+
+    pub fn with_lease(lease: Duration, store: &str, mode: Mode, ledger: &Path) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "serve_if_told", "--nocapture", "--test-threads=1"])
             .env("SERVE_STORE", store)
             .env("SERVE_MODE", format!("{mode:?}"))
             .env("SERVE_LEDGER", ledger)
+            .env("SERVE_LEASE", lease.as_secs().to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -101,6 +106,7 @@ pub fn serve_if_told() {
         _ => Mode::Transaction,
     };
     let ledger = PathBuf::from(std::env::var_os("SERVE_LEDGER").unwrap());
+    let lease = std::env::var("SERVE_LEASE").unwrap().parse().unwrap();
     let ledger = OpenOptions::new().append(true).create(true).open(ledger).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -123,7 +129,7 @@ pub fn serve_if_told() {
         };
         let layer = IdempotencyLayer::new(store)
             .on_lost(on_lost)
-            .with_lease(LEASE)
+            .with_lease(Duration::from_secs(lease))
             .with_max_attempts(1_000);
         let router = Router::new().route("/", post(effect)).layer(layer).with_state(app);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -132,6 +138,7 @@ pub fn serve_if_told() {
     });
 }
 
+/// Short, so that what was killed or stopped is soon lost.
 pub const LEASE: Duration = Duration::from_secs(1);
 
 /// Has an effect, with some time before and after it; answers with what no other run would answer.
