@@ -116,11 +116,13 @@ pub mod client;
 mod clock;
 mod error;
 mod http;
+mod job;
 pub mod protocol;
 mod server;
 mod sharded;
 pub mod store;
 mod telemetry;
+mod uncut;
 
 pub use self::clock::{Clock, Timestamp};
 pub use self::error::{Error, ErrorKind};

@@ -1,4 +1,4 @@
-//! What a call may know about its attempt, and what a check may say about the one before it.
+//! What a job may know about its attempt, and what a check may say about the one before it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    pub(super) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant) -> Self {
+    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant) -> Self {
         Self {
             key,
             fingerprint,
@@ -62,11 +62,11 @@ impl Attempt {
         !self.lost.load(Ordering::Relaxed)
     }
 
-    pub(super) fn lose(&self) {
+    pub(crate) fn lose(&self) {
         self.lost.store(true, Ordering::Relaxed);
     }
 
-    pub(super) const fn grant(&self) -> Grant {
+    pub(crate) const fn grant(&self) -> Grant {
         self.grant
     }
 }
