@@ -14,7 +14,15 @@ pub struct Attempt {
     key: StorageKey,
     fingerprint: Fingerprint,
     grant: Grant,
-    lost: Arc<AtomicBool>,
+    marks: Arc<Marks>,
+}
+
+#[derive(Default)]
+struct Marks {
+    is_lost: AtomicBool,
+    /// Something was told to complete it within a transaction.
+    #[cfg(feature = "postgres")]
+    is_in_transaction: AtomicBool,
 }
 
 impl Attempt {
@@ -23,7 +31,7 @@ impl Attempt {
             key,
             fingerprint,
             grant,
-            lost: Arc::default(),
+            marks: Arc::default(),
         }
     }
 
@@ -59,15 +67,31 @@ impl Attempt {
     /// Whether the key is still held, as far as the last renewal knows. Once it is not, what this attempt returns is dropped.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        !self.lost.load(Ordering::Relaxed)
+        !self.marks.is_lost.load(Ordering::Relaxed)
     }
 
     pub(crate) fn lose(&self) {
-        self.lost.store(true, Ordering::Relaxed);
+        self.marks.is_lost.store(true, Ordering::Relaxed);
     }
 
     pub(crate) const fn grant(&self) -> Grant {
         self.grant
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(crate) const fn key(&self) -> &StorageKey {
+        &self.key
+    }
+
+    /// From here on, only the record tells how the attempt ended.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn set_in_transaction(&self) {
+        self.marks.is_in_transaction.store(true, Ordering::Release);
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(crate) fn is_in_transaction(&self) -> bool {
+        self.marks.is_in_transaction.load(Ordering::Acquire)
     }
 }
 

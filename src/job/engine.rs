@@ -208,6 +208,13 @@ impl<St: Store + Clone> Job<St> {
             Found::NotHappened => unwound(work.run(attempt.clone())).await,
             Found::Unknown => None,
         };
+        #[cfg(feature = "postgres")]
+        if attempt.is_in_transaction() {
+            drop(renewal);
+            let settled = self.after_transaction(grant.owner, ended, deadline).await;
+            held.owner = None;
+            return settled;
+        }
         if let Some(Ended {
             verdict: Verdict::Keep(outcome),
             given,
@@ -219,14 +226,20 @@ impl<St: Store + Clone> Job<St> {
             return self.completed(completion, given, deadline).await;
         }
         drop(renewal);
+        let settled = self.unkept(grant.owner, ended).await;
+        held.owner = None;
+        settled
+    }
+
+    /// The end of an attempt that leaves nothing to keep.
+    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Option<Ended<G>>) -> Settled<G> {
         match &ended {
             Some(Ended {
                 verdict: Verdict::Release,
                 ..
-            }) => self.release(grant.owner).await,
-            _ => self.give_up(grant.owner).await,
+            }) => self.release(owner).await,
+            _ => self.give_up(owner).await,
         }
-        held.owner = None;
         match ended {
             Some(Ended { given, .. }) => Settled::Ran {
                 given,
@@ -259,17 +272,18 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Somebody took the key over, and is at it: what this attempt gave is dropped, and what the key will hold is given.
-    async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
+    pub(super) async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
         let mut watch = None;
         loop {
             let snapshot = in_time(self.terms.store_timeout, self.store.peek(&self.key)).await;
             let left = match snapshot {
                 Ok(Some(snapshot)) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
                     Status::Completed(outcome) => return replayed(outcome),
-                    Status::InFlight { left } if !deadline.left().is_zero() => left,
-                    Status::InFlight { .. } | Status::Lost | Status::Unknown => {
-                        return Settled::Refused(Refused::Unknown)
+                    Status::InFlight { left } if deadline.left().is_zero() => {
+                        return Settled::Refused(Refused::InFlight(left))
                     }
+                    Status::InFlight { left } => left,
+                    Status::Lost | Status::Unknown => return Settled::Refused(Refused::Unknown),
                 },
                 _ => return Settled::Refused(Refused::Unknown),
             };
@@ -286,7 +300,7 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Frees the key. Without the store, the lease ends it a little later.
-    async fn release(&self, owner: Owner) {
+    pub(super) async fn release(&self, owner: Owner) {
         let patience = self.patience();
         if let Err(error) = patience.persist(|| self.store.release(&self.key, owner)).await {
             telemetry::failure(Event::Unrecorded, &error);
@@ -304,7 +318,7 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    fn patience(&self) -> Patience {
+    pub(super) fn patience(&self) -> Patience {
         Patience {
             operation: self.terms.store_timeout,
             in_all: self.terms.completion_timeout,
@@ -335,7 +349,7 @@ async fn unwound<T>(work: impl Future<Output = T>) -> Option<T> {
     AssertUnwindSafe(work).catch_unwind().await.ok()
 }
 
-fn replayed<G>(outcome: Outcome) -> Settled<G> {
+pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
         Outcome::Kept(answer) => Settled::Replay(answer),
         Outcome::Tombstone => Settled::Refused(Refused::NotKept),
@@ -377,6 +391,11 @@ impl Renewing {
         Self(Some(tokio::spawn(async move {
             loop {
                 tokio::time::sleep(lease / 3).await;
+                // The record is locked by now, which keeps others out.
+                #[cfg(feature = "postgres")]
+                if attempt.is_in_transaction() {
+                    return;
+                }
                 match in_time(timeout, store.renew(&key, grant.owner, lease)).await {
                     Ok(Renewal::Renewed) => {}
                     Ok(Renewal::Superseded) => return attempt.lose(),
