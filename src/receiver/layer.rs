@@ -9,11 +9,11 @@ use futures::future::BoxFuture;
 use futures::FutureExt;
 use tower_layer::Layer;
 
-use super::id::MessageId;
+use super::id::{InvalidMessageId, MessageId};
 use super::lease::Lease;
 use super::service::Receiver;
 use crate::job::{Found, OnError, Terms};
-use crate::protocol::IfLost;
+use crate::protocol::{IfLost, StorageKey};
 
 type IdFn<M> = Arc<dyn Fn(&M) -> MessageId + Send + Sync>;
 type PayloadFn<M> = Arc<dyn for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync>;
@@ -243,6 +243,23 @@ impl<St, M> ReceiverLayer<St, M> {
         let terms = &mut self.settings().terms;
         (terms.store_timeout, terms.completion_timeout) = (operation, recording);
         self
+    }
+
+    /// The name of a message's record in the store: for `Store::peek` and `Store::resolve`.
+    ///
+    /// # Errors
+    ///
+    /// When the id is too long.
+    pub fn storage_key(&self, id: impl Into<MessageId>) -> Result<StorageKey, InvalidMessageId> {
+        let id = id.into();
+        id.check()?;
+        Ok(self.settings.storage_key(&id))
+    }
+}
+
+impl<M> Settings<M> {
+    pub(super) fn storage_key(&self, id: &MessageId) -> StorageKey {
+        self.terms.space.message_key(&self.consumer, id.parts())
     }
 }
 

@@ -178,7 +178,7 @@ where
         };
         let job = Job {
             store: self.store.clone(),
-            key: settings.terms.space.message_key(&settings.consumer, id.parts()),
+            key: settings.storage_key(id),
             fingerprint,
             if_lost: settings.if_lost,
             terms: settings.terms.clone(),
