@@ -39,6 +39,7 @@
 //! after its retention.
 
 mod id;
+pub mod ids;
 #[cfg(feature = "postgres")]
 mod inbox;
 mod layer;
