@@ -123,7 +123,7 @@ pub fn amqp<I: AsRef<[u8]>>(message_id: Option<I>) -> MessageId {
     optional("amqp", message_id)
 }
 
-/// A message over NATS: the header `Nats-Msg-Id`. `JetStream` itself removes copies for two minutes only, by default.
+/// A message over NATS: the header `Nats-Msg-Id`. JetStream itself removes copies for two minutes only, by default.
 #[must_use]
 pub fn nats<I: AsRef<[u8]>>(msg_id: Option<I>) -> MessageId {
     optional("nats", msg_id)
