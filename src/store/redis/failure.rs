@@ -18,12 +18,6 @@ pub(super) const LATE: Error = Error::new(
     "the Redis server did not answer within the response timeout",
 );
 
-/// The runtime shut down, or the operation's task panicked.
-pub(super) const CUT_OFF: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "the operation was cut off: its runtime shuts down",
-);
-
 /// Redis is spoken to from tokio alone.
 pub(super) const NO_RUNTIME: Error = Error::new(
     ErrorKind::StoreUnavailable,
