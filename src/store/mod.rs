@@ -17,8 +17,6 @@ mod postgres;
 mod redis;
 #[cfg(any(feature = "postgres-rustls", feature = "redis-rustls"))]
 mod tls;
-#[cfg(any(feature = "postgres", feature = "redis"))]
-mod uncut;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -25,12 +25,12 @@ use self::table::Statements;
 pub(crate) use self::table::TableName;
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
-use super::uncut::uncut;
 use super::{BoxStore, Store};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
 };
+use crate::uncut::uncut;
 
 /// Keeps records in a table of a PostgreSQL server (13 or later), for any number of processes (feature `postgres`).
 ///

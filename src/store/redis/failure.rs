@@ -18,6 +18,12 @@ pub(super) const LATE: Error = Error::new(
     "the Redis server did not answer within the response timeout",
 );
 
+/// A defect of the client's. Whether anything was sent is not known.
+pub(super) const PANICKED: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "the Redis client panicked over what it got, or over what it was given",
+);
+
 /// Redis is spoken to from tokio alone.
 pub(super) const NO_RUNTIME: Error = Error::new(
     ErrorKind::StoreUnavailable,

@@ -11,10 +11,12 @@ mod watch;
 
 use std::fmt;
 use std::future::{ready, Future};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::Either;
+use futures::FutureExt;
 use redis::aio::ConnectionManager;
 use redis::cluster_async::ClusterConnection;
 
@@ -177,7 +179,8 @@ impl Store for RedisStore {
 fn uncut<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> impl Future<Output = Result<T, Error>> + Send {
-    match super::uncut::uncut(operation) {
+    let sound = AssertUnwindSafe(operation).catch_unwind();
+    match crate::uncut::uncut(sound.map(|done| done.unwrap_or(Err(failure::PANICKED)))) {
         Some(operation) => Either::Left(operation),
         None => Either::Right(ready(Err(failure::NO_RUNTIME))),
     }
