@@ -24,6 +24,9 @@ use tower_service::Service;
 /// # }
 /// ```
 ///
+/// Bodies stream in both directions, and an answer has its trailers. `reqwest::Response::from` gives the answer in `reqwest`'s own type,
+/// with its `text` and `json`; it does not know the URL any more.
+///
 /// A time-out of `reqwest` is one of each attempt. Repetition is better left to `CallLayer`, which knows of keys; what `reqwest`
 /// repeats by itself was refused by the connection before it was sent.
 #[derive(Clone, Debug)]
