@@ -116,21 +116,25 @@ pub mod client;
 mod clock;
 mod error;
 mod http;
+mod job;
 pub mod protocol;
+pub mod receiver;
 mod server;
 mod sharded;
 pub mod store;
 mod telemetry;
+mod uncut;
 
 pub use self::clock::{Clock, Timestamp};
 pub use self::error::{Error, ErrorKind};
 pub use self::http::{Body, RebuildBody, Refusal, RefusalKind};
+pub use self::job::OnError;
 pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};
 #[cfg(feature = "axum")]
 pub use self::server::NotGuarded;
 pub use self::server::{
-    Attempt, DoNotKeep, Drain, Idempotency, IdempotencyLayer, Keep, Lease, OnError, OnLost, RecoverFn, Recovered,
-    Recovery, ResponseFuture, RetainFor, Settings,
+    Attempt, DoNotKeep, Drain, Idempotency, IdempotencyLayer, Keep, Lease, OnLost, RecoverFn, Recovered, Recovery,
+    ResponseFuture, RetainFor, Settings,
 };
 #[cfg(feature = "postgres")]
 pub use self::store::PostgresStore;

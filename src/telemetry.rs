@@ -149,9 +149,9 @@ pub(crate) fn finished(span: Option<&Span>, outcome: &'static str) {
 }
 
 #[cfg(feature = "metrics")]
-pub(crate) use with_metrics::{count_event, count_request, in_flight, store_figures, Times};
+pub(crate) use with_metrics::{count_event, count_message, count_request, in_flight, store_figures, Times};
 #[cfg(not(feature = "metrics"))]
-pub(crate) use without_metrics::{count_event, count_request, in_flight, store_figures, Times};
+pub(crate) use without_metrics::{count_event, count_message, count_request, in_flight, store_figures, Times};
 
 #[cfg(feature = "metrics")]
 mod with_metrics {
@@ -162,6 +162,10 @@ mod with_metrics {
 
     pub(crate) fn count_event(event: Event) {
         counter!("idempotency_events_total", "event" => event.name()).increment(1);
+    }
+
+    pub(crate) fn count_message(outcome: &'static str) {
+        counter!("idempotency_messages_total", "outcome" => outcome).increment(1);
     }
 
     pub(crate) fn count_request(outcome: &'static str) {
@@ -230,6 +234,8 @@ mod without_metrics {
     use super::Event;
 
     pub(crate) const fn count_event(_: Event) {}
+
+    pub(crate) const fn count_message(_: &'static str) {}
 
     pub(crate) const fn count_request(_: &'static str) {}
 

@@ -34,6 +34,7 @@ mod retry;
 
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::{ReqwestFuture, ReqwestService};
+pub use crate::job::{Attempt, Found};
 pub use classes::ErrorClass;
 pub use keys::{
     Advice, IdempotencyKeyLayer, InBody, InHeader, KeyDeriver, KeyFuture, KeyMaker, KeyOrigin, Keyed, KeyedError,
@@ -41,7 +42,7 @@ pub use keys::{
 };
 #[cfg(feature = "once")]
 pub use once::{once, Done, Failure, Once, Steps};
-pub use once::{Attempt, Found, LostCall, OnceClient, OnceError, OnceFuture, OnceLayer};
+pub use once::{LostCall, OnceClient, OnceError, OnceFuture, OnceLayer};
 #[cfg(feature = "follow-redirect")]
 pub use redirect::KeyAtHome;
 #[cfg(feature = "retry")]

@@ -281,6 +281,19 @@ impl KeySpace {
         self.hash(Scope::of(parts).as_bytes())
     }
 
+    /// The storage key of a message. It has two parts more than that of a request, so that it meets neither that nor a call's.
+    pub(crate) fn message_key(&self, consumer: &str, id: &Scope) -> StorageKey {
+        let parts = [
+            self.namespace.as_bytes(),
+            consumer.as_bytes(),
+            id.as_bytes(),
+            &[],
+            &[],
+            &[],
+        ];
+        self.hash(Scope::of(parts).as_bytes())
+    }
+
     fn hash(&self, bytes: &[u8]) -> StorageKey {
         StorageKey(match &self.secret {
             Some(secret) => *blake3::keyed_hash(&secret.0, bytes).as_bytes(),

@@ -28,6 +28,6 @@ pub use layer::IdempotencyLayer;
 #[cfg(feature = "axum")]
 pub use lease::NotGuarded;
 pub use lease::{Attempt, Lease};
-pub use policy::{DoNotKeep, Keep, OnError, OnLost, RecoverFn, Recovered, Recovery, RetainFor};
+pub use policy::{DoNotKeep, Keep, OnLost, RecoverFn, Recovered, Recovery, RetainFor};
 pub use service::Idempotency;
 pub use settings::Settings;

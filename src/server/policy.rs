@@ -9,21 +9,8 @@ use futures::future::BoxFuture;
 use http::{request, response, Response, StatusCode};
 
 use crate::http::Refusal;
+use crate::job::OnError;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
-
-/// What a failure of the handler does to its key: a 5xx answer, a 408 (of a time-out within the layer, say), a panic, or an error
-/// of the service.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum OnError {
-    /// The failure is kept and replayed, as Stripe does. A panic and an error of the service become a 500.
-    Keep,
-    /// The failure passes through, and the next attempt runs. For handlers that have no effect when they fail.
-    #[default]
-    Release,
-    /// The failure passes through, and the key is treated as if its owner had vanished: see [`OnLost`].
-    Unknown,
-}
 
 /// What happens to a key whose owner vanished in the middle, so that nobody knows how far it came.
 #[derive(Clone, Default)]

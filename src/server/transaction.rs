@@ -5,7 +5,6 @@
 //! that succeeds proves that it was rolled back. Where the record cannot be read for so long that the caller is refused, a task
 //! goes on behind the refusal.
 
-use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Owner, Renewal, Status, StorageKey};
-use crate::store::{in_time, BoxStore, PostgresStore, Store};
+use crate::store::{in_time, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 
 /// Where a lease finds the store and the settings of its layer.
@@ -49,12 +48,7 @@ trait AnyStore: Send + Sync {
 
 impl<St: Store> AnyStore for Shared<St> {
     fn postgres(&self) -> Option<&PostgresStore> {
-        let store: &dyn Any = &self.store;
-        let shared = || Some(&**store.downcast_ref::<Arc<PostgresStore>>()?);
-        let boxed = || store.downcast_ref::<BoxStore>()?.downcast_ref();
-        let shared_box = || store.downcast_ref::<Arc<BoxStore>>()?.downcast_ref();
-        let found = store.downcast_ref().or_else(shared);
-        found.or_else(boxed).or_else(shared_box)
+        PostgresStore::within(&self.store)
     }
 }
 

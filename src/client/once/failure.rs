@@ -4,8 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use super::engine::Refused;
 use crate::error::Error;
+use crate::job::Refused;
 
 /// How a call failed, as the call itself says.
 ///

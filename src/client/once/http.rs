@@ -18,12 +18,11 @@ use tower_service::Service;
 
 use super::super::classes::{ErrorClass, ErrorClasses};
 use super::super::keys::{Meaning, Profile};
-use super::attempt::{Attempt, Found};
-use super::engine::{Ended, Job, Settled, Verdict, Work};
 use super::failure::OnceError;
-use super::terms::{term_setters, Terms};
+use super::terms::term_setters;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, AnswerHeaders, Collected, Fingerprinting, RebuildBody, Shortfall};
+use crate::job::{Attempt, Ended, Found, Job, Settled, Terms, Verdict, Work};
 use crate::protocol::{Answer, Fingerprint, IfLost, KeyParser, Outcome, Scope};
 use crate::store::Store;
 

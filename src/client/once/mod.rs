@@ -1,7 +1,5 @@
 //! Calls that are made once, and their answers kept: [`OnceLayer`] for HTTP, `once` for everything else (feature `once`).
 
-mod attempt;
-mod engine;
 mod failure;
 mod http;
 #[cfg(feature = "once")]
@@ -11,7 +9,6 @@ mod terms;
 mod values;
 
 pub use self::http::{LostCall, OnceClient, OnceFuture, OnceLayer};
-pub use attempt::{Attempt, Found};
 #[cfg(feature = "once")]
 pub use failure::Failure;
 pub use failure::OnceError;

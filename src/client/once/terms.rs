@@ -1,51 +1,5 @@
 //! The settings that all one-time calls share.
 
-use std::time::Duration;
-
-use crate::protocol::{KeySpace, Secret};
-
-#[derive(Clone, Debug)]
-pub(super) struct Terms {
-    pub(super) space: KeySpace,
-    pub(super) lease: Duration,
-    pub(super) retention: Duration,
-    pub(super) wait: Duration,
-    pub(super) max_attempts: u32,
-    pub(super) settling: Duration,
-    pub(super) store_timeout: Duration,
-    pub(super) completion_timeout: Duration,
-}
-
-impl Default for Terms {
-    fn default() -> Self {
-        Self {
-            space: KeySpace::default(),
-            lease: Duration::from_secs(30),
-            retention: Duration::from_secs(24 * 60 * 60),
-            wait: Duration::from_secs(30),
-            max_attempts: 5,
-            settling: Duration::ZERO,
-            store_timeout: Duration::from_secs(5),
-            completion_timeout: Duration::from_secs(10),
-        }
-    }
-}
-
-impl Terms {
-    pub(super) fn set_secret(&mut self, secret: &[u8]) {
-        assert!(
-            secret.len() >= 16,
-            "the secret of one-time calls is shorter than 16 bytes; take 32 random ones",
-        );
-        self.space.secret = Some(Secret::new(secret));
-    }
-
-    /// Below a millisecond the lease would be over before it is renewed.
-    pub(super) fn set_lease(&mut self, lease: Duration) {
-        self.lease = lease.max(Duration::from_millis(1));
-    }
-}
-
 /// The setters of [`Terms`], for whatever has them.
 macro_rules! term_setters {
     () => {

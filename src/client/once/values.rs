@@ -8,12 +8,11 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 
-use super::attempt::{Attempt, Found};
-use super::engine::{Ended, Job, Settled, Verdict, Work};
 use super::failure::{Failure, OnceError};
 use super::steps::{Place, Steps};
-use super::terms::{term_setters, Terms};
+use super::terms::term_setters;
 use crate::error::{Error, ErrorKind};
+use crate::job::{Attempt, Ended, Found, Job, Settled, Terms, Verdict, Work};
 use crate::protocol::{Answer, Fingerprint, IfLost, Outcome, Scope};
 use crate::store::Store;
 

@@ -9,6 +9,7 @@ mod sweep;
 mod table;
 mod watch;
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,7 @@ use self::sweep::Sweeping;
 use self::table::{Statements, TableName};
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
-use super::Store;
+use super::{BoxStore, Store};
 use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
@@ -129,6 +130,15 @@ impl PostgresStore {
         retention: Duration,
     ) -> Result<Completion, Error> {
         self.on(connection).complete_once(key, owner, outcome, retention).await
+    }
+
+    /// The PostgreSQL store that a store of a type unknown is, shared, boxed or both.
+    pub(crate) fn within(store: &dyn Any) -> Option<&Self> {
+        let shared = || Some(&**store.downcast_ref::<Arc<Self>>()?);
+        let boxed = || store.downcast_ref::<BoxStore>()?.downcast_ref();
+        let shared_box = || store.downcast_ref::<Arc<BoxStore>>()?.downcast_ref();
+        let found = store.downcast_ref().or_else(shared);
+        found.or_else(boxed).or_else(shared_box)
     }
 
     fn on<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {

@@ -132,6 +132,10 @@ impl RedisStoreBuilder {
     /// Uses a Redis Cluster, with the connection's own timeouts and retries. One key per record: every operation goes to one
     /// node.
     ///
+    /// Build its client with `retries(0)`: the store itself follows a key to another node, and the layer asks again when a node is
+    /// gone. The client's own way of following (`redis` 1.8) starves under load while a slot moves, until it has moved: then keys in
+    /// that slot take 503, though none runs twice.
+    ///
     /// The nodes cannot push to it, so [`watch`](crate::Store::watch) never resolves and whoever waits polls. Never let it read from
     /// replicas. Its retries are safe: an operation that arrives twice acts once.
     ///

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::time::Duration;
+use std::vec::IntoIter;
 
 use redis::aio::{ConnectionLike, ConnectionManager};
 use redis::cluster_async::ClusterConnection;
 use redis::{cmd, Cmd, Pipeline, RedisError, RedisFuture, Value};
 
 use super::failure;
+use super::redirection::{self, Redirection};
 use super::scripts::{Reply, Script};
 use crate::clock::within;
 use crate::error::Error;
@@ -74,15 +76,13 @@ impl Connection {
 
     async fn send(&mut self, command: Cmd, replication: Option<Replication>) -> Result<(Value, bool), RedisError> {
         let Some(Replication { replicas, timeout }) = replication else {
-            let value = self.req_packed_command(&command).await?.extract_error()?;
-            return Ok((value, true));
+            let value = self.values(&[&command]).await?.next().unwrap_or_default();
+            return Ok((value.extract_error()?, true));
         };
         // WAIT counts who has what *its own connection* wrote, so it must go right behind the write.
         let mut wait = cmd("WAIT");
         wait.arg(replicas).arg(millis(timeout));
-        let mut pipeline = redis::pipe();
-        pipeline.add_command(command).add_command(wait);
-        let mut values = self.req_packed_commands(&pipeline, 0, 2).await?.into_iter();
+        let mut values = self.values(&[&command, &wait]).await?;
         let value = values.next().unwrap_or_default().extract_error()?;
         // A WAIT that fails knows of no replica; what came before it happened all the same.
         let have = match values.next() {
@@ -90,6 +90,34 @@ impl Connection {
             _ => 0,
         };
         Ok((value, have >= replicas))
+    }
+
+    /// What the node that has the key says to each command; nothing comes between them.
+    async fn values(&mut self, commands: &[&Cmd]) -> Result<IntoIter<Value>, RedisError> {
+        let mut told = self.values_of_first_node(commands).await;
+        for _ in 0..redirection::MOST {
+            let (Self::Cluster(connection), Err(error)) = (&mut *self, &told) else {
+                break;
+            };
+            let Some(redirection) = Redirection::of(error) else {
+                break;
+            };
+            told = Box::pin(redirection.follow(connection, commands)).await;
+        }
+        told.map(Vec::into_iter)
+    }
+
+    async fn values_of_first_node(&mut self, commands: &[&Cmd]) -> Result<Vec<Value>, RedisError> {
+        if let [command] = commands {
+            let value = self.req_packed_command(command).await?;
+            // A node's refusal may come as a value.
+            return value.extract_error().map(|value| vec![value]);
+        }
+        let mut pipeline = redis::pipe();
+        for command in commands {
+            pipeline.add_command((*command).clone());
+        }
+        self.req_packed_commands(&pipeline, 0, commands.len()).await
     }
 }
 

@@ -5,6 +5,7 @@ mod check;
 mod connection;
 mod failure;
 mod operations;
+mod redirection;
 mod scripts;
 mod watch;
 

@@ -1,4 +1,4 @@
-//! What a call may know about its attempt, and what a check may say about the one before it.
+//! What a job may know about its attempt, and what a check may say about the one before it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,16 +14,24 @@ pub struct Attempt {
     key: StorageKey,
     fingerprint: Fingerprint,
     grant: Grant,
-    lost: Arc<AtomicBool>,
+    marks: Arc<Marks>,
+}
+
+#[derive(Default)]
+struct Marks {
+    is_lost: AtomicBool,
+    /// Something was told to complete it within a transaction.
+    #[cfg(feature = "postgres")]
+    is_in_transaction: AtomicBool,
 }
 
 impl Attempt {
-    pub(super) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant) -> Self {
+    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant) -> Self {
         Self {
             key,
             fingerprint,
             grant,
-            lost: Arc::default(),
+            marks: Arc::default(),
         }
     }
 
@@ -59,15 +67,31 @@ impl Attempt {
     /// Whether the key is still held, as far as the last renewal knows. Once it is not, what this attempt returns is dropped.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        !self.lost.load(Ordering::Relaxed)
+        !self.marks.is_lost.load(Ordering::Relaxed)
     }
 
-    pub(super) fn lose(&self) {
-        self.lost.store(true, Ordering::Relaxed);
+    pub(crate) fn lose(&self) {
+        self.marks.is_lost.store(true, Ordering::Relaxed);
     }
 
-    pub(super) const fn grant(&self) -> Grant {
+    pub(crate) const fn grant(&self) -> Grant {
         self.grant
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(crate) const fn key(&self) -> &StorageKey {
+        &self.key
+    }
+
+    /// From here on, only the record tells how the attempt ended.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn set_in_transaction(&self) {
+        self.marks.is_in_transaction.store(true, Ordering::Release);
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(crate) fn is_in_transaction(&self) -> bool {
+        self.marks.is_in_transaction.load(Ordering::Acquire)
     }
 }
 

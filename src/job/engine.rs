@@ -1,30 +1,32 @@
-//! One call, once: the claim, the check, the run, the record.
+//! One job, once: the claim, the check, the run, the record.
 //!
-//! It all happens in a task of its own, which a caller that goes away does not end: what was begun is recorded.
+//! It is polled where its caller polls. A caller that goes away does not end it: the rest goes on in a task of its own, and what was
+//! begun is recorded.
 
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::attempt::{Attempt, Found};
 use super::terms::Terms;
 use crate::clock::{within, Deadline};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Renewal, Status, StorageKey,
 };
 use crate::store::{in_time, Patience, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::uncut;
 
 /// How long a waiter goes without looking, should it not be woken.
 const POLL: Duration = Duration::from_secs(1);
 
 /// The call itself.
-pub(super) trait Work: Send + 'static {
+pub(crate) trait Work: Send + 'static {
     /// What a caller gets of a run.
     type Given: Send + 'static;
 
@@ -36,13 +38,13 @@ pub(super) trait Work: Send + 'static {
 }
 
 /// How a call ended.
-pub(super) struct Ended<G> {
-    pub(super) given: G,
-    pub(super) verdict: Verdict,
+pub(crate) struct Ended<G> {
+    pub(crate) given: G,
+    pub(crate) verdict: Verdict,
 }
 
 /// What becomes of the key.
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// Nobody knows whether it took effect.
     GiveUp,
     /// It took effect.
@@ -52,7 +54,7 @@ pub(super) enum Verdict {
 }
 
 /// What came of it all.
-pub(super) enum Settled<G> {
+pub(crate) enum Settled<G> {
     /// It ran, now, and this is what came of it.
     Ran { given: G, recorded: Result<(), Error> },
     /// It did not run.
@@ -62,7 +64,7 @@ pub(super) enum Settled<G> {
 }
 
 /// Why it did not run, or why what it gave is not to be given.
-pub(super) enum Refused {
+pub(crate) enum Refused {
     InFlight(Duration),
     Mismatch,
     NotKept,
@@ -71,42 +73,46 @@ pub(super) enum Refused {
 }
 
 /// A key, what is asked under it, and on which terms.
-pub(super) struct Job<St> {
-    pub(super) store: St,
-    pub(super) key: StorageKey,
-    pub(super) fingerprint: Fingerprint,
-    pub(super) if_lost: IfLost,
-    pub(super) terms: Terms,
+pub(crate) struct Job<St> {
+    pub(crate) store: St,
+    pub(crate) key: StorageKey,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) if_lost: IfLost,
+    pub(crate) terms: Terms,
 }
 
 impl<St: Store + Clone> Job<St> {
-    /// Sees to it that the call is made once.
-    pub(super) async fn settle<W: Work>(self, work: W) -> Settled<W::Given> {
-        let (sender, receiver) = oneshot::channel();
-        tokio::spawn(self.drive(work, sender));
-        // Without an answer the runtime has ended under the task.
-        receiver.await.unwrap_or(Settled::Refused(Refused::Unknown))
+    /// Sees to it that the work is done once.
+    pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Given> {
+        const NO_RUNTIME: Error = Error::new(
+            ErrorKind::Configuration,
+            "what is to happen once must be begun within a tokio runtime",
+        );
+        let caller = Caller(Arc::new(()));
+        match uncut(self.drive(work, caller.absence())) {
+            Some(driven) => driven.await,
+            None => Settled::Refused(Refused::NotRun(NO_RUNTIME)),
+        }
     }
 
-    async fn drive<W: Work>(self, work: W, caller: oneshot::Sender<Settled<W::Given>>) {
+    async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Given> {
         let nonce = Nonce::random();
         let deadline = Deadline::after(self.terms.wait);
-        let settled = match self.claim(nonce, &caller, deadline).await {
+        match self.claim(nonce, &absence, deadline).await {
             Ok(Ok((grant, is_first))) => {
                 // Nothing has run, and nobody waits for it.
-                if caller.is_closed() {
+                if absence.is_true() {
                     self.release(grant.owner).await;
-                    return;
+                    return Settled::Refused(Refused::InFlight(Duration::ZERO));
                 }
                 self.own(grant, is_first, work, deadline).await
             }
             Ok(Err(settled)) => settled,
             Err(error) => {
-                drop(caller.send(Settled::Refused(Refused::NotRun(error))));
-                return self.release_behind(nonce).await;
+                tokio::spawn(async move { self.release_behind(nonce).await });
+                Settled::Refused(Refused::NotRun(error))
             }
-        };
-        drop(caller.send(settled));
+        }
     }
 
     /// Claims the key, waiting for whoever has it: the grant, and whether the call may be made without asking first; or what came
@@ -114,7 +120,7 @@ impl<St: Store + Clone> Job<St> {
     async fn claim<G>(
         &self,
         nonce: Nonce,
-        caller: &oneshot::Sender<Settled<G>>,
+        absence: &Absence,
         deadline: Deadline,
     ) -> Result<Result<(Grant, bool), Settled<G>>, Error> {
         let mut watch = None;
@@ -126,7 +132,7 @@ impl<St: Store + Clone> Job<St> {
                 Decision::Mismatch => Refused::Mismatch,
                 Decision::NotKept => Refused::NotKept,
                 Decision::Unknown => Refused::Unknown,
-                Decision::Wait { left } if deadline.left().is_zero() || caller.is_closed() => Refused::InFlight(left),
+                Decision::Wait { left } if deadline.left().is_zero() || absence.is_true() => Refused::InFlight(left),
                 Decision::Wait { left } => {
                     self.wait(&mut watch, left.min(deadline.left())).await;
                     continue;
@@ -202,6 +208,13 @@ impl<St: Store + Clone> Job<St> {
             Found::NotHappened => unwound(work.run(attempt.clone())).await,
             Found::Unknown => None,
         };
+        #[cfg(feature = "postgres")]
+        if attempt.is_in_transaction() {
+            drop(renewal);
+            let settled = self.after_transaction(grant.owner, ended, deadline).await;
+            held.owner = None;
+            return settled;
+        }
         if let Some(Ended {
             verdict: Verdict::Keep(outcome),
             given,
@@ -213,14 +226,20 @@ impl<St: Store + Clone> Job<St> {
             return self.completed(completion, given, deadline).await;
         }
         drop(renewal);
+        let settled = self.unkept(grant.owner, ended).await;
+        held.owner = None;
+        settled
+    }
+
+    /// The end of an attempt that leaves nothing to keep.
+    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Option<Ended<G>>) -> Settled<G> {
         match &ended {
             Some(Ended {
                 verdict: Verdict::Release,
                 ..
-            }) => self.release(grant.owner).await,
-            _ => self.give_up(grant.owner).await,
+            }) => self.release(owner).await,
+            _ => self.give_up(owner).await,
         }
-        held.owner = None;
         match ended {
             Some(Ended { given, .. }) => Settled::Ran {
                 given,
@@ -253,17 +272,18 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Somebody took the key over, and is at it: what this attempt gave is dropped, and what the key will hold is given.
-    async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
+    pub(super) async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
         let mut watch = None;
         loop {
             let snapshot = in_time(self.terms.store_timeout, self.store.peek(&self.key)).await;
             let left = match snapshot {
                 Ok(Some(snapshot)) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
                     Status::Completed(outcome) => return replayed(outcome),
-                    Status::InFlight { left } if !deadline.left().is_zero() => left,
-                    Status::InFlight { .. } | Status::Lost | Status::Unknown => {
-                        return Settled::Refused(Refused::Unknown)
+                    Status::InFlight { left } if deadline.left().is_zero() => {
+                        return Settled::Refused(Refused::InFlight(left))
                     }
+                    Status::InFlight { left } => left,
+                    Status::Lost | Status::Unknown => return Settled::Refused(Refused::Unknown),
                 },
                 _ => return Settled::Refused(Refused::Unknown),
             };
@@ -280,7 +300,7 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Frees the key. Without the store, the lease ends it a little later.
-    async fn release(&self, owner: Owner) {
+    pub(super) async fn release(&self, owner: Owner) {
         let patience = self.patience();
         if let Err(error) = patience.persist(|| self.store.release(&self.key, owner)).await {
             telemetry::failure(Event::Unrecorded, &error);
@@ -298,11 +318,29 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    fn patience(&self) -> Patience {
+    pub(super) fn patience(&self) -> Patience {
         Patience {
             operation: self.terms.store_timeout,
             in_all: self.terms.completion_timeout,
         }
+    }
+}
+
+/// Whoever waits for what comes of a job.
+struct Caller(Arc<()>);
+
+impl Caller {
+    fn absence(&self) -> Absence {
+        Absence(Arc::downgrade(&self.0))
+    }
+}
+
+/// Whether the caller has gone away.
+struct Absence(Weak<()>);
+
+impl Absence {
+    fn is_true(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 
@@ -311,7 +349,7 @@ async fn unwound<T>(work: impl Future<Output = T>) -> Option<T> {
     AssertUnwindSafe(work).catch_unwind().await.ok()
 }
 
-fn replayed<G>(outcome: Outcome) -> Settled<G> {
+pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
         Outcome::Kept(answer) => Settled::Replay(answer),
         Outcome::Tombstone => Settled::Refused(Refused::NotKept),
@@ -353,6 +391,11 @@ impl Renewing {
         Self(Some(tokio::spawn(async move {
             loop {
                 tokio::time::sleep(lease / 3).await;
+                // The record is locked by now, which keeps others out.
+                #[cfg(feature = "postgres")]
+                if attempt.is_in_transaction() {
+                    return;
+                }
                 match in_time(timeout, store.renew(&key, grant.owner, lease)).await {
                     Ok(Renewal::Renewed) => {}
                     Ok(Renewal::Superseded) => return attempt.lose(),

@@ -1,0 +1,13 @@
+//! A job that is done once: a call to others, or the handling of a message.
+
+mod attempt;
+mod engine;
+mod on_error;
+mod terms;
+#[cfg(feature = "postgres")]
+mod transaction;
+
+pub use attempt::{Attempt, Found};
+pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work};
+pub use on_error::OnError;
+pub(crate) use terms::Terms;

@@ -1,0 +1,47 @@
+//! The settings that all jobs share.
+
+use std::time::Duration;
+
+use crate::protocol::{KeySpace, Secret};
+
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    pub(crate) space: KeySpace,
+    pub(crate) lease: Duration,
+    pub(crate) retention: Duration,
+    pub(crate) wait: Duration,
+    pub(crate) max_attempts: u32,
+    pub(crate) settling: Duration,
+    pub(crate) store_timeout: Duration,
+    pub(crate) completion_timeout: Duration,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            space: KeySpace::default(),
+            lease: Duration::from_secs(30),
+            retention: Duration::from_secs(24 * 60 * 60),
+            wait: Duration::from_secs(30),
+            max_attempts: 5,
+            settling: Duration::ZERO,
+            store_timeout: Duration::from_secs(5),
+            completion_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Terms {
+    pub(crate) fn set_secret(&mut self, secret: &[u8]) {
+        assert!(
+            secret.len() >= 16,
+            "the secret is shorter than 16 bytes; take 32 random ones",
+        );
+        self.space.secret = Some(Secret::new(secret));
+    }
+
+    /// Below a millisecond the lease would be over before it is renewed.
+    pub(crate) fn set_lease(&mut self, lease: Duration) {
+        self.lease = lease.max(Duration::from_millis(1));
+    }
+}

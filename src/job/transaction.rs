@@ -1,0 +1,81 @@
+//! The end of work that recorded itself within a transaction of its own.
+//!
+//! What came of the transaction is not asked of the work, which may not know: a commit whose reply was lost may have taken effect. It is
+//! read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal that succeeds proves
+//! that it was rolled back.
+
+use super::engine::{replayed, Ended, Job, Settled, Verdict};
+use crate::clock::Deadline;
+use crate::error::{Error, ErrorKind};
+use crate::protocol::{Owner, Renewal, Status};
+use crate::store::Store;
+use crate::telemetry::{self, Event};
+
+const ROLLED_BACK: Error = Error::new(
+    ErrorKind::Configuration,
+    "what recorded itself in a transaction said that it was done, and the transaction was not committed; commit it first",
+);
+
+const UNKNOWN: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "whether the transaction was committed cannot be found out now",
+);
+
+impl<St: Store + Clone> Job<St> {
+    pub(super) async fn after_transaction<G>(
+        &self,
+        owner: Owner,
+        ended: Option<Ended<G>>,
+        deadline: Deadline,
+    ) -> Settled<G> {
+        let patience = self.patience();
+        match patience.persist(|| self.store.peek(&self.key)).await {
+            Ok(Some(snapshot)) if snapshot.fence == owner.fence => {
+                if let Status::Completed(outcome) = snapshot.status {
+                    return match ended {
+                        Some(Ended {
+                            given,
+                            verdict: Verdict::Keep(_),
+                        }) => ran(given, Ok(())),
+                        _ => replayed(outcome),
+                    };
+                }
+            }
+            Ok(_) => {}
+            Err(error) => return undecided(ended, error),
+        }
+        let lease = self.terms.lease;
+        match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
+            Ok(Renewal::Renewed) => self.rolled_back(owner, ended).await,
+            Ok(Renewal::Superseded) => self.stand_by(deadline).await,
+            Err(error) => undecided(ended, error),
+        }
+    }
+
+    async fn rolled_back<G>(&self, owner: Owner, ended: Option<Ended<G>>) -> Settled<G> {
+        telemetry::event(Event::RolledBack);
+        match ended {
+            Some(Ended {
+                given,
+                verdict: Verdict::Keep(_),
+            }) => {
+                self.release(owner).await;
+                ran(given, Err(ROLLED_BACK))
+            }
+            ended => self.unkept(owner, ended).await,
+        }
+    }
+}
+
+/// The lease, which is not renewed any more, ends the attempt.
+fn undecided<G>(ended: Option<Ended<G>>, error: Error) -> Settled<G> {
+    telemetry::failure(Event::Unrecorded, &error);
+    match ended {
+        Some(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
+        None => Settled::Refused(super::Refused::Unknown),
+    }
+}
+
+const fn ran<G>(given: G, recorded: Result<(), Error>) -> Settled<G> {
+    Settled::Ran { given, recorded }
+}

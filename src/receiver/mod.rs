@@ -1,0 +1,51 @@
+//! Receiving: brokers deliver at least once, webhooks are sent again until they are answered; here each message is handled once.
+//!
+//! [`ReceiverLayer`] makes any tower service of any type of message an idempotent receiver (Hohpe and Woolf, *Enterprise Integration
+//! Patterns*). It marks a message as handled only *after* its handler, so that one whose handler fails is not lost.
+//!
+//! ```
+//! use std::convert::Infallible;
+//! use tower::{service_fn, ServiceBuilder, ServiceExt};
+//! use tower_idempotency::receiver::{Disposition, Receipt, ReceiverLayer};
+//! use tower_idempotency::MemoryStore;
+//!
+//! struct Order { id: String }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let consumer = ServiceBuilder::new()
+//!     .layer(ReceiverLayer::new(MemoryStore::new(), "billing").with_id(|order: &Order| order.id.clone()))
+//!     .service(service_fn(|_: Order| async { Ok::<_, Infallible>("billed") }));
+//!
+//! let order = || Order { id: "order-7".to_owned() };
+//! let first = consumer.clone().oneshot(order()).await;
+//! let again = consumer.oneshot(order()).await;
+//! assert!(matches!(first, Ok(Receipt::First("billed"))));
+//! assert!(matches!(again, Ok(Receipt::Duplicate)));
+//! assert_eq!(Disposition::of(&again), Disposition::Acknowledge);
+//! # }
+//! ```
+//!
+//! # What it promises
+//!
+//! | the handler's effect is in | strongest promise | what it needs |
+//! |---|---|---|
+//! | the same PostgreSQL as the record | exactly once | `Lease::complete_in`, or an `Inbox` (feature `postgres`) |
+//! | a third party that heeds a key or an id | exactly once | [`Lease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
+//! | a third party that can be asked | exactly once, if the question shuts the lost attempt out | [`with_recovery`](ReceiverLayer::with_recovery) |
+//! | anything else | at most once (the default), or [at least once](ReceiverLayer::at_least_once) | |
+//!
+//! Order is not promised: what is redelivered comes later than it did. Neither is anything about a message that is redelivered
+//! after its retention.
+
+mod id;
+mod layer;
+mod lease;
+mod receipt;
+mod service;
+
+pub use id::{InvalidMessageId, MessageId};
+pub use layer::{OnMismatch, OnMissingId, ReceiverLayer};
+pub use lease::Lease;
+pub use receipt::{Disposition, Receipt, ReceiveError};
+pub use service::{Receiver, ReceiverFuture};

@@ -1,0 +1,278 @@
+//! The service: one delivery.
+
+use std::fmt;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures::future::BoxFuture;
+use futures::FutureExt;
+use tower_service::Service;
+
+use super::id::MessageId;
+use super::layer::{OnMismatch, OnMissingId, Settings};
+use super::lease::Lease;
+use super::receipt::{name_of, Receipt, ReceiveError};
+use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Verdict, Work};
+use crate::protocol::{Fingerprint, Outcome};
+use crate::store::Store;
+use crate::telemetry::{self, Event};
+
+/// A service that handles each message once; made by [`ReceiverLayer`](super::ReceiverLayer).
+pub struct Receiver<S, St, M> {
+    inner: S,
+    store: St,
+    settings: Arc<Settings<M>>,
+}
+
+impl<S, St, M> Receiver<S, St, M> {
+    pub(super) const fn new(inner: S, store: St, settings: Arc<Settings<M>>) -> Self {
+        Self { inner, store, settings }
+    }
+}
+
+impl<S: Clone, St: Clone, M> Clone for Receiver<S, St, M> {
+    fn clone(&self) -> Self {
+        Self::new(self.inner.clone(), self.store.clone(), Arc::clone(&self.settings))
+    }
+}
+
+impl<S: fmt::Debug, St, M> fmt::Debug for Receiver<S, St, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Receiver")
+            .field("inner", &self.inner)
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, St, M> Service<M> for Receiver<S, St, M>
+where
+    St: Store + Clone,
+    M: Send + 'static,
+    S: Service<M> + Clone + Send + 'static,
+    S::Response: Send + 'static,
+    S::Error: Send + 'static,
+    S::Future: Send,
+{
+    type Response = Receipt<S::Response>;
+    type Error = ReceiveError<S::Error>;
+    type Future = ReceiverFuture<S::Response, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx).map_err(ReceiveError::Handler)
+    }
+
+    fn call(&mut self, message: M) -> Self::Future {
+        // The service that was polled ready is the one that is called.
+        let clone = self.inner.clone();
+        let ready = std::mem::replace(&mut self.inner, clone);
+        let delivery = Delivery {
+            service: ready,
+            message,
+            store: self.store.clone(),
+            settings: Arc::clone(&self.settings),
+        };
+        ReceiverFuture {
+            received: Box::pin(delivery.receive()),
+        }
+    }
+}
+
+/// The future of a [`Receiver`].
+///
+/// # Cancel safety
+///
+/// Dropped before the handler began, it does not begin. Dropped later, the handler goes on in a task of its own, and what came of it is
+/// recorded.
+#[must_use = "futures do nothing unless they are polled"]
+pub struct ReceiverFuture<T, E> {
+    received: BoxFuture<'static, Received<T, E>>,
+}
+
+type Received<T, E> = Result<Receipt<T>, ReceiveError<E>>;
+
+impl<T, E> Future for ReceiverFuture<T, E> {
+    type Output = Received<T, E>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.received.as_mut().poll(cx)
+    }
+}
+
+impl<T, E> fmt::Debug for ReceiverFuture<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReceiverFuture").finish_non_exhaustive()
+    }
+}
+
+/// A message that has come, and the service that is to handle it.
+struct Delivery<S, St, M> {
+    service: S,
+    message: M,
+    store: St,
+    settings: Arc<Settings<M>>,
+}
+
+/// What a handler came to.
+enum Given<T, E> {
+    Failed(E),
+    Handled(T),
+    /// A check found out that the message was handled.
+    Known,
+    Panicked,
+}
+
+impl<S, St, M> Delivery<S, St, M>
+where
+    St: Store + Clone,
+    M: Send + 'static,
+    S: Service<M> + Send + 'static,
+    S::Response: Send + 'static,
+    S::Error: Send + 'static,
+    S::Future: Send,
+{
+    async fn receive(self) -> Received<S::Response, S::Error> {
+        let received = match self.id() {
+            Ok(Some(id)) => self.once(&id).await,
+            Ok(None) => {
+                telemetry::count_message("unprotected");
+                return match handled(self.service, self.message).await {
+                    Given::Handled(output) => Ok(Receipt::First(output)),
+                    Given::Failed(error) => Err(ReceiveError::Handler(error)),
+                    Given::Known | Given::Panicked => Err(ReceiveError::Panicked),
+                };
+            }
+            Err(error) => Err(error),
+        };
+        telemetry::count_message(name_of(&received));
+        received
+    }
+
+    /// The message's id; none if it is to be handled without one.
+    fn id(&self) -> Result<Option<MessageId>, ReceiveError<S::Error>> {
+        let settings = &self.settings;
+        let id = (settings.id)(&self.message);
+        id.check().map_err(ReceiveError::InvalidId)?;
+        if !id.is_missing() {
+            return Ok(Some(id));
+        }
+        match (settings.on_missing_id, &settings.payload) {
+            (OnMissingId::FromPayload, Some(payload)) => {
+                let digest = blake3::hash(payload(&self.message));
+                // No producer's id has three parts, two of them empty, and 32 bytes.
+                Ok(Some(MessageId::of([&[], &[], &digest.as_bytes()[..]])))
+            }
+            (OnMissingId::Unprotected, _) => Ok(None),
+            _ => Err(ReceiveError::MissingId),
+        }
+    }
+
+    async fn once(self, id: &MessageId) -> Received<S::Response, S::Error> {
+        let settings = Arc::clone(&self.settings);
+        let fingerprint = match &settings.payload {
+            Some(payload) => Fingerprint::of(payload(&self.message)),
+            None => Fingerprint::NONE,
+        };
+        let job = Job {
+            store: self.store.clone(),
+            key: settings.storage_key(id),
+            fingerprint,
+            if_lost: settings.if_lost,
+            terms: settings.terms.clone(),
+        };
+        match job.settle(self).await {
+            Settled::Ran { given, recorded } => match (given, recorded) {
+                (Given::Failed(error), _) => Err(ReceiveError::Handler(error)),
+                (Given::Panicked, _) => Err(ReceiveError::Panicked),
+                (_, Err(error)) => Err(ReceiveError::Unrecorded(error)),
+                (Given::Handled(output), Ok(())) => Ok(Receipt::First(output)),
+                (Given::Known, Ok(())) => Ok(Receipt::Duplicate),
+            },
+            Settled::Replay(_) => Ok(Receipt::Duplicate),
+            Settled::Refused(refused) => match refused {
+                Refused::InFlight(left) => Ok(Receipt::InFlight {
+                    retry_after: left.min(settings.terms.lease),
+                }),
+                Refused::Mismatch => match settings.on_mismatch {
+                    OnMismatch::Error => Err(ReceiveError::Mismatch),
+                    OnMismatch::Duplicate => {
+                        telemetry::count_message("mismatch");
+                        Ok(Receipt::Duplicate)
+                    }
+                },
+                Refused::NotKept => Ok(Receipt::Duplicate),
+                Refused::NotRun(error) => {
+                    telemetry::failure(Event::StoreFailed, &error);
+                    Err(ReceiveError::Store(error))
+                }
+                Refused::Unknown => Ok(Receipt::Unknown),
+            },
+        }
+    }
+
+    fn lease(&self, attempt: &Attempt) -> Lease {
+        #[cfg(feature = "postgres")]
+        return Lease::new(attempt.clone(), self.store.clone(), self.settings.terms.retention);
+        #[cfg(not(feature = "postgres"))]
+        Lease::new(attempt.clone())
+    }
+}
+
+impl<S, St, M> Work for Delivery<S, St, M>
+where
+    St: Store + Clone,
+    M: Send + 'static,
+    S: Service<M> + Send + 'static,
+    S::Response: Send + 'static,
+    S::Error: Send + 'static,
+    S::Future: Send,
+{
+    type Given = Given<S::Response, S::Error>;
+
+    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Found<Ended<Self::Given>>> + Send {
+        let check = self.settings.check.as_ref();
+        let asked = check.map(|check| check(&self.message, self.lease(attempt)));
+        async move {
+            match asked {
+                Some(asked) => match asked.await {
+                    Found::Happened(()) => Found::Happened(Ended {
+                        given: Given::Known,
+                        verdict: Verdict::Keep(Outcome::Tombstone),
+                    }),
+                    Found::NotHappened => Found::NotHappened,
+                    Found::Unknown => Found::Unknown,
+                },
+                None => Found::Unknown,
+            }
+        }
+    }
+
+    async fn run(mut self, attempt: Attempt) -> Ended<Self::Given> {
+        if let Some(pass) = &self.settings.pass_lease {
+            let lease = self.lease(&attempt);
+            pass(&mut self.message, lease);
+        }
+        let given = handled(self.service, self.message).await;
+        let verdict = match (&given, self.settings.on_error) {
+            (Given::Handled(_) | Given::Known, _) | (_, OnError::Keep) => Verdict::Keep(Outcome::Tombstone),
+            (_, OnError::Release) => Verdict::Release,
+            (_, OnError::Unknown) => Verdict::GiveUp,
+        };
+        Ended { given, verdict }
+    }
+}
+
+async fn handled<S: Service<M>, M>(mut service: S, message: M) -> Given<S::Response, S::Error> {
+    let handling = AssertUnwindSafe(async move { service.call(message).await });
+    match handling.catch_unwind().await {
+        Ok(Ok(output)) => Given::Handled(output),
+        Ok(Err(error)) => Given::Failed(error),
+        Err(_) => {
+            telemetry::event(Event::HandlerFailed);
+            Given::Panicked
+        }
+    }
+}
