@@ -6,9 +6,8 @@
 //!
 //! A draft has no effect, so a lost one may be made again; to send a draft twice is to send it once, so that may be repeated, too. What
 //! must not happen is that the *second* step forgets which draft it is to send: the first step's result is recorded in a store
-//! that survives the process (that of `custom_store`; in production Redis or PostgreSQL). The job runs in a process of its own, twice at
-//! once, as a queue may deliver it. The process is killed when the third party has made the draft but not yet said so, then again when
-//! it has sent the invoice but not yet said so.
+//! that survives the process (that of `custom_store`; in production Redis or PostgreSQL). The job runs in a process of its own, which is
+//! killed when the third party has made the draft but not yet said so, then again when it has sent the invoice but not yet said so.
 //!
 //! One invoice is sent. What is left behind is a draft that nobody will ever send.
 
@@ -84,7 +83,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, party, directory] = &arguments[..] {
         let store = DirectoryStore::open(directory.into(), Clock::system())?;
-        return tokio::try_join!(invoice(store.clone(), party), invoice(store, party)).map(|_| ());
+        return invoice(store, party).await;
     }
 
     let invoices = Invoices::default();

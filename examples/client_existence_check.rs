@@ -6,8 +6,8 @@
 //!
 //! `OnceLayer` records the answer of every call in a store that survives the process (that of `custom_store`; in production Redis or
 //! PostgreSQL). Where the caller died before there was an answer, the next one asks: if the order is found, it is recorded and given; if
-//! not, it is made. The callers, two at once, run in a process of their own, which is killed when the order was taken and not yet answered,
-//! or when the request was sent and not yet taken. Another process takes over, and there is one order.
+//! not, it is made. The caller runs in a process of its own, which is killed when the order was taken and not yet answered, or when the
+//! request was sent and not yet taken. Another process takes over, and there is one order.
 //!
 //! # Where the window remains
 //!
@@ -91,7 +91,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, party, directory, reference] = &arguments[..] {
         let store = DirectoryStore::open(directory.into(), Clock::system())?;
-        return tokio::try_join!(order(store.clone(), party, reference), order(store, party, reference)).map(|_| ());
+        return order(store, party, reference).await;
     }
 
     let orders = Orders::default();

@@ -120,7 +120,7 @@ impl ThirdParty {
 
     async fn hang(&self) {
         self.stuck.notify_one();
-        pending().await
+        pending::<()>().await;
     }
 }
 
