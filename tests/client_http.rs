@@ -181,7 +181,10 @@ mod with_reqwest {
     async fn redirects_within_an_origin_carry_key_and_body() {
         let server = redirecting(None).await;
         let answer = send(built(), &server.url("/0")).await.unwrap();
-        assert_eq!(answer.status(), StatusCode::CREATED);
+        assert_eq!(
+            (answer.status(), answer.url().as_str()),
+            (StatusCode::CREATED, &*server.url("/2"))
+        );
         assert_eq!(answer.text().await.unwrap(), "charged");
         assert_eq!(server.paths_of_one_request(), ["/0", "/1", "/2"]);
     }
