@@ -117,6 +117,8 @@ mod clock;
 mod error;
 mod http;
 mod job;
+#[cfg(feature = "postgres")]
+pub mod outbox;
 pub mod protocol;
 pub mod receiver;
 mod server;

@@ -25,6 +25,9 @@ pub(crate) enum Event {
     Rescued,
     /// A claim of unknown fate was released behind the refusal.
     ReleasedBehind,
+    /// The messages of an outbox could not be read or deleted; it is tried again later.
+    #[cfg(feature = "postgres")]
+    RelayFailed,
     /// A lease could not be renewed; it is tried again while it lasts.
     RenewalFailed,
     /// The handler panicked or its service failed.
@@ -59,6 +62,8 @@ impl Event {
             #[cfg(feature = "postgres")]
             Self::DecidedBehind => "decided-behind",
             Self::Rescued => "rescued",
+            #[cfg(feature = "postgres")]
+            Self::RelayFailed => "relay-failed",
             Self::ReleasedBehind => "released-behind",
             Self::RenewalFailed => "renewal-failed",
             Self::HandlerFailed => "handler-failed",
@@ -86,6 +91,8 @@ impl Event {
             #[cfg(feature = "postgres")]
             Self::DecidedBehind => "a transaction of unknown fate was decided",
             Self::HandlerFailed => "the handler panicked or its service failed",
+            #[cfg(feature = "postgres")]
+            Self::RelayFailed => "the messages of an outbox could not be published",
             Self::ReleasedBehind => "a claim of unknown fate was released",
             Self::RenewalFailed => "a lease could not be renewed",
             Self::Rescued => "the caller left; its execution goes on",

@@ -8,7 +8,7 @@ const FLOORS: [&[&str]; 6] = [
     &["protocol", "telemetry"],
     &["http", "store"],
     &["job"],
-    &["client", "receiver", "server"],
+    &["client", "outbox", "receiver", "server"],
     &["lib"],
 ];
 

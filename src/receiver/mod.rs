@@ -39,12 +39,16 @@
 //! after its retention.
 
 mod id;
+#[cfg(feature = "postgres")]
+mod inbox;
 mod layer;
 mod lease;
 mod receipt;
 mod service;
 
 pub use id::{InvalidMessageId, MessageId};
+#[cfg(feature = "postgres")]
+pub use inbox::Inbox;
 pub use layer::{OnMismatch, OnMissingId, ReceiverLayer};
 pub use lease::Lease;
 pub use receipt::{Disposition, Receipt, ReceiveError};

@@ -26,6 +26,8 @@ pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 pub(crate) use patience::{in_time, Patience};
 #[cfg(feature = "postgres")]
+pub(crate) use postgres::{failed, TableName};
+#[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]
 pub use redis::{RedisStore, RedisStoreBuilder, RedisWatch};

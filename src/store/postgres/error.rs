@@ -35,16 +35,15 @@ fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
 
 /// An operation that failed.
 #[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
-pub(super) fn failed(error: sqlx::Error) -> Error {
+pub(crate) fn failed(error: sqlx::Error) -> Error {
     const OTHER_TABLE: Error = Error::new(
         ErrorKind::Configuration,
-        "the table of the records does not fit; make it with `PostgresStore::migrate`, or compare its columns with \
-         `PostgresStore::schema`",
+        "the table does not fit; make it with `migrate`, or compare its columns with `schema`",
     );
     const DENIED: Error = Error::new(
         ErrorKind::Configuration,
-        "the database refused the role, its password or its rights; it needs SELECT, INSERT, UPDATE and DELETE on the table of \
-         the records",
+        "the database refused the role, its password or its rights; it needs SELECT, INSERT, UPDATE and DELETE on the \
+         table",
     );
     match code(&error).as_deref() {
         // Undefined column, function and table; datatype mismatch.

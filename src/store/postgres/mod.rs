@@ -17,10 +17,12 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgPool};
 
 pub use self::connect::PostgresStoreBuilder;
+pub(crate) use self::error::failed;
 use self::lent::{bounded, Lent};
 use self::operations::Connection;
 use self::sweep::Sweeping;
-use self::table::{Statements, TableName};
+use self::table::Statements;
+pub(crate) use self::table::TableName;
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
 use super::{BoxStore, Store};

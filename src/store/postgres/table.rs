@@ -9,14 +9,14 @@ use crate::error::{Error, ErrorKind};
 
 /// A table's name, with a schema or without. It goes into statements as text, so only plain identifiers are taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct TableName {
+pub(crate) struct TableName {
     schema: Option<String>,
     name: String,
 }
 
 impl TableName {
     /// `name` or `schema.name`, each of 1 to 48 characters out of a to z, 0 to 9 and `_`, beginning with a letter or `_`.
-    pub(super) fn parse(text: &str) -> Result<Self, Error> {
+    pub(crate) fn parse(text: &str) -> Result<Self, Error> {
         const INVALID: Error = Error::new(
             ErrorKind::Configuration,
             "the name of the table cannot be used; write `name` or `schema.name`, each of 1 to 48 characters out of a-z, 0-9 \
@@ -35,8 +35,17 @@ impl TableName {
         })
     }
 
+    /// A name that is known to be one.
+    pub(crate) fn of(name: &'static str) -> Self {
+        debug_assert!(is_identifier(name), "{name}");
+        Self {
+            schema: None,
+            name: name.to_owned(),
+        }
+    }
+
     /// The table without its schema: also the name of the channel of its notifications.
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 }
