@@ -143,10 +143,20 @@ impl Example {
     }
 }
 
-/// What an example prints that ends by itself; it ends well only if the effects were as it promises.
-#[cfg(feature = "retry")]
+#[cfg(any(feature = "retry", all(feature = "reqwest", feature = "webhooks")))]
 async fn run(name: &str) -> String {
+    run_with(name, &[]).await
+}
+
+/// What an example prints that ends by itself; it ends well only if the effects were as it promises.
+#[cfg(any(
+    feature = "postgres",
+    feature = "retry",
+    all(feature = "reqwest", feature = "webhooks")
+))]
+async fn run_with(name: &str, environment: &[(&str, &str)]) -> String {
     let mut command = Command::new(binary(name));
+    command.envs(environment.iter().copied());
     // `reqwest` heeds the environment's proxies, and a proxy elsewhere does not reach this machine's own servers.
     command.env("NO_PROXY", "127.0.0.1");
     let ended = timeout(PATIENCE, command.kill_on_drop(true).stdin(Stdio::null()).output());
@@ -543,9 +553,37 @@ mod clients {
     }
 }
 
+#[cfg(all(feature = "reqwest", feature = "webhooks"))]
+#[tokio::test]
+async fn webhooks_are_handled_once_and_forged_ones_never() {
+    let printed = run("webhooks").await;
+    assert_eq!(
+        printed.matches("200 OK: handled paid as number 1\n").count(),
+        2,
+        "{printed}"
+    );
+    assert_eq!(
+        printed.matches("200 OK: handled shipped as number 2\n").count(),
+        1,
+        "{printed}"
+    );
+    assert_eq!(printed.matches("409 Conflict").count(), 2, "{printed}");
+    assert_eq!(printed.matches("401 Unauthorized").count(), 2, "{printed}");
+}
+
 #[cfg(feature = "postgres")]
 #[path = "support/postgres.rs"]
 mod postgres;
+
+#[cfg(feature = "postgres")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_outbox_sends_twice_is_shipped_once() {
+    let server = postgres::PostgresServer::start();
+    let printed = run_with("outbox", &[("DATABASE_URL", &server.url())]).await;
+    assert_eq!(printed.matches("time: First(())\n").count(), 16, "{printed}");
+    assert_eq!(printed.matches("time: Duplicate\n").count(), 16, "{printed}");
+    assert!(printed.ends_with("16 orders paid, 16 shipped\n"), "{printed}");
+}
 
 #[cfg(feature = "postgres")]
 mod postgres_transaction {
