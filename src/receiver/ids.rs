@@ -181,7 +181,8 @@ mod tests {
 
     #[test]
     fn fields_are_found_and_absent_or_empty_ones_are_missing() {
-        let of: [(fn(&HeaderMap) -> MessageId, &str); 5] = [
+        type IdOf = fn(&HeaderMap) -> MessageId;
+        let of: [(IdOf, &str); 5] = [
             (standard_webhooks, "webhook-id"),
             (github, "x-github-delivery"),
             (shopify, "x-shopify-event-id"),
