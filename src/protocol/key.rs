@@ -162,7 +162,7 @@ impl KeyParser {
     }
 }
 
-/// Looks at every byte, without a branch for each: 2 ns for a UUID instead of 25.
+/// Looks at every byte and branches once: stopping at the first bad one takes three times as long for a good key.
 fn is_visible_ascii(key: &str) -> bool {
     key.bytes().fold(true, |so_far, byte| so_far & byte.is_ascii_graphic())
 }
