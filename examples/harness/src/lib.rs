@@ -10,6 +10,7 @@ mod rabbit;
 #[path = "../../../tests/support/redis.rs"]
 mod redis_server;
 mod server;
+mod told;
 
 pub use fleet::{this_test, Fleet};
 pub use ledger::Ledger;
@@ -18,6 +19,7 @@ pub use postgres_server::PostgresServer;
 pub use rabbit::RabbitServer;
 pub use redis_server::RedisServer;
 pub use server::Folder;
+pub use told::Told;
 
 use std::time::Duration;
 

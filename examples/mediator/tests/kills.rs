@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
 use async_nats::HeaderMap;
-use harness::{Fleet, Folder, Ledger, NatsServer, PostgresServer, RedisServer};
+use harness::{Fleet, Folder, Ledger, NatsServer, PostgresServer, RedisServer, Told};
 use mediator::{disposition, Broker, Event, Mediation, Party, Promise, Settings, Switches};
 use sqlx::PgPool;
 use tower::{service_fn, Layer, Service};
@@ -34,9 +34,6 @@ const MODES: [Mode; 4] = [Mode::Keys, Mode::NoKeys, Mode::Refuse, Mode::Transact
 
 /// Short, so that what was killed is soon delivered again, and soon lost.
 const LEASE: Duration = Duration::from_secs(1);
-
-/// Of so many acknowledgements one is lost.
-const LOSES_ONE_IN: u32 = 10;
 
 fn settings() -> Settings {
     Settings {
@@ -105,7 +102,7 @@ impl Seen {
 async fn run(mode: Mode, url: &str) -> Seen {
     let messages = harness::number_from("MESSAGES", 300);
     let (server, folder) = (NatsServer::start(), Folder::new("kills"));
-    let [effects, told] = ["effects", "told"].map(|name| Ledger::open(&folder.file(name)));
+    let (effects, told) = (Ledger::open(&folder.file("effects")), Told::open(&folder.file("told")));
     let switches = Switches {
         heeds_keys: mode == Mode::Keys,
         slowness: 20,
@@ -155,7 +152,7 @@ async fn run(mode: Mode, url: &str) -> Seen {
 
     let mut seen = Seen {
         messages,
-        receipts: told.counts(),
+        receipts: told.receipts(),
         effects: effects.counts(),
         handled: HashSet::new(),
         dead: HashSet::new(),
@@ -178,7 +175,7 @@ async fn run(mode: Mode, url: &str) -> Seen {
             seen.effects.insert(message, count.try_into().unwrap());
         }
     }
-    let redelivered = told.lines().iter().filter(|line| !line.ends_with(" 1")).count();
+    let redelivered = told.redeliveries();
     eprintln!(
         "{mode:?} over {}: {messages} messages stored {stored} times, {kills} kills, {redelivered} redeliveries, {} dead, \
          calls repeated {} times; {:?}",
@@ -257,7 +254,7 @@ fn consume_if_told() {
     };
     let mode = MODES.into_iter().find(|known| format!("{known:?}") == mode).unwrap();
     let effects = Ledger::open(variable("CONSUME_EFFECTS").as_ref());
-    let told = Ledger::open(variable("CONSUME_TOLD").as_ref());
+    let told = Told::open(variable("CONSUME_TOLD").as_ref());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -305,7 +302,7 @@ fn consume_if_told() {
 /// Consumes until the process is killed.
 async fn consume<S, T, E>(
     broker: &Broker,
-    told: Ledger,
+    told: Told,
     receiver: S,
     disposition: fn(&Result<Receipt<T>, ReceiveError<E>>) -> Disposition,
 ) where
@@ -315,18 +312,8 @@ async fn consume<S, T, E>(
     E: Send + 'static,
 {
     let decide = move |message: &Message, received| {
-        let receipt = match &received {
-            Ok(Receipt::First(_)) => "First",
-            Ok(Receipt::Duplicate) => "Duplicate",
-            Ok(Receipt::InFlight { .. }) => "InFlight",
-            Ok(Receipt::Unknown) => "Unknown",
-            Err(ReceiveError::Handler(_)) => "Handler",
-            Err(_) => "Error",
-        };
-        told.note(&format!("{receipt} {}", message.info().unwrap().delivered));
-        let disposition = disposition(&received);
-        let is_lost = disposition == Disposition::Acknowledge && harness::one_in(LOSES_ONE_IN);
-        (!is_lost).then_some(disposition)
+        let is_first = message.info().unwrap().delivered == 1;
+        told.note(is_first, &received, disposition(&received))
     };
     broker.consume(receiver, decide).await.unwrap();
 }
