@@ -50,6 +50,21 @@ pub fn batches(messages: usize) -> impl Iterator<Item = Vec<usize>> {
     })
 }
 
+/// Waits until something is so.
+///
+/// # Panics
+///
+/// If it is not so within ten minutes.
+pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    for _ in 0..6_000 {
+        if is_so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("it does not come that {what}");
+}
+
 /// A random time up to so many milliseconds.
 pub fn up_to(millis: u64) -> Duration {
     Duration::from_millis(rand::random_range(0..=millis))

@@ -140,10 +140,11 @@ async fn run(mode: Mode, url: &str) -> Seen {
         }
         fleet.kill_one();
     }
-    while !broker.is_drained().await.unwrap() {
+    harness::until("all messages are settled", async || {
         fleet.check();
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        broker.is_drained().await.unwrap()
+    })
+    .await;
     let kills = fleet.kills();
     drop(fleet);
     let stored = broker.stored().await.unwrap();

@@ -85,10 +85,11 @@ async fn run(url: &str) -> Seen {
     let kills = fleet.kills();
     // What a consumer has is not counted as waiting, until the consumer is gone.
     loop {
-        while broker.waiting().await.unwrap() > 0 {
+        harness::until("no order waits", async || {
             fleet.check();
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+            broker.waiting().await.unwrap() == 0
+        })
+        .await;
         tokio::time::sleep(2 * LEASE).await;
         drop(fleet);
         tokio::time::sleep(Duration::from_millis(500)).await;

@@ -80,10 +80,11 @@ async fn run(url: &str) -> Seen {
         fleet.kill_one();
     }
     let kills = fleet.kills();
-    while broker.waiting().await.unwrap() > 0 {
+    harness::until("all orders are settled", async || {
         fleet.check();
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        broker.waiting().await.unwrap() == 0
+    })
+    .await;
     drop(fleet);
 
     let mut seen = Seen {
@@ -181,12 +182,7 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_stream_and_blocks_no_
     }
     broker.publish(Some("1"), "another order of this id").await.unwrap();
     broker.publish(None, "without an id").await.unwrap();
-    for _ in 0..600 {
-        if broker.waiting().await.unwrap() == 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    harness::until("all orders are settled", async || broker.waiting().await.unwrap() == 0).await;
     let mut dead = broker.dead().await.unwrap();
     dead.sort_unstable();
     assert_eq!(dead, ["another order of this id", "poison", "without an id"]);
