@@ -1,8 +1,9 @@
 //! What comes from the broker, as its handler sees it.
 
 use async_nats::header::NATS_MESSAGE_ID;
-use async_nats::{jetstream, HeaderMap, HeaderName};
+use async_nats::{jetstream, HeaderMap};
 use bytes::Bytes;
+use tower_idempotency::receiver::ids::{self, CloudEvents};
 use tower_idempotency::receiver::{Lease, MessageId};
 
 /// An event.
@@ -27,14 +28,14 @@ impl Event {
     }
 }
 
-/// A CloudEvent in binary mode has source and id, which are one together; everything else has the id of NATS.
+/// That of a CloudEvent in binary mode; everything else has the id of NATS.
 fn id(headers: &HeaderMap) -> MessageId {
-    let header = |name: HeaderName| headers.get(name).map(|value| value.as_str());
-    let [source, id] = ["ce-source", "ce-id"].map(HeaderName::from_static);
-    match (header(source), header(id)) {
-        (Some(source), Some(id)) => MessageId::of([source, id]),
-        _ => MessageId::from(header(NATS_MESSAGE_ID)),
+    let header = |name: &str| Some(headers.get(name)?.as_str());
+    let event = ids::cloud_event_in(CloudEvents::Nats, header);
+    if event.is_missing() {
+        return ids::nats(header(NATS_MESSAGE_ID.as_ref()));
     }
+    event
 }
 
 #[cfg(test)]
@@ -52,8 +53,8 @@ mod tests {
     #[test]
     fn source_and_id_of_a_cloud_event_are_one() {
         let event = [("ce-source", "/shop"), ("ce-id", "7"), ("Nats-Msg-Id", "8")];
-        assert_eq!(of(&event), MessageId::of(["/shop", "7"]));
-        assert_eq!(of(&event[1..]), MessageId::from("8"));
+        assert_eq!(of(&event), ids::cloud_event("/shop", "7"));
+        assert_eq!(of(&event[1..]), ids::nats(Some("8")));
         assert!(of(&event[..1]).is_missing() && of(&[]).is_missing());
         assert_ne!(of(&event), of(&[("ce-source", "/other"), ("ce-id", "7")]));
     }

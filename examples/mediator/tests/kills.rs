@@ -14,7 +14,7 @@ use mediator::{disposition, Broker, Event, Mediation, Party, Promise, Settings, 
 use sqlx::PgPool;
 use tower::{service_fn, Layer, Service};
 use tower_idempotency::protocol::Status;
-use tower_idempotency::receiver::{Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::receiver::{ids, Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{BoxStore, Error, Store};
 
 /// What the consumers do with a message.
@@ -58,9 +58,9 @@ fn headers(message: usize) -> HeaderMap {
 
 fn id(message: usize) -> MessageId {
     if message.is_multiple_of(2) {
-        MessageId::from(message.to_string())
+        ids::nats(Some(message.to_string()))
     } else {
-        MessageId::of(["/kills", &message.to_string()])
+        ids::cloud_event("/kills", message.to_string())
     }
 }
 

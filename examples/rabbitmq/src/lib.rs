@@ -17,7 +17,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
-use tower_idempotency::receiver::{Disposition, Lease, MessageId, Receipt, ReceiveError};
+use tower_idempotency::receiver::{ids, Disposition, Lease, MessageId, Receipt, ReceiveError};
 
 /// Whatever can go wrong outside of a message.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -40,7 +40,7 @@ impl Order {
     fn of(delivery: &Delivery) -> Self {
         let id = delivery.properties.message_id().as_ref();
         Self {
-            id: MessageId::from(id.map(|id| id.as_str())),
+            id: ids::amqp(id.map(|id| id.as_str())),
             payload: delivery.data.clone(),
             lease: None,
         }

@@ -12,7 +12,7 @@ use rabbitmq::{deliveries, Broker, Order, Settings};
 use sqlx::PgPool;
 use tower::{service_fn, Layer, Service};
 use tower_idempotency::protocol::Status;
-use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::receiver::{ids, Disposition, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{BoxStore, MemoryStore, Store};
 
 /// Short, so that what was killed is soon lost.
@@ -110,7 +110,7 @@ async fn run(url: &str) -> Seen {
     }
     let layer = layer(store.clone());
     for order in 0..orders {
-        let key = layer.storage_key(order.to_string()).unwrap();
+        let key = layer.storage_key(ids::amqp(Some(order.to_string()))).unwrap();
         let record = store.peek(&key).await.unwrap();
         if record.is_some_and(|record| matches!(record.status, Status::Completed(_))) {
             seen.handled.insert(order);
