@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
+use futures::future::try_join_all;
 use harness::{Fleet, Folder, Ledger, PostgresServer, RabbitServer, RedisServer, Told};
 use lapin::message::Delivery;
 use rabbitmq::{deliveries, Broker, Order, Settings};
@@ -75,11 +76,13 @@ async fn run(url: &str) -> Seen {
     let (mut fleet, mut sent) = (start(), 0);
     for batch in harness::batches(orders) {
         tokio::time::sleep(Duration::from_millis(100) + harness::up_to(100)).await;
-        for order in batch {
+        sent += batch.len();
+        // All at once, so that the kill finds consumers at work.
+        let published = batch.iter().map(async |order| {
             let order = order.to_string();
-            broker.publish(Some(&order), &order).await.unwrap();
-            sent += 1;
-        }
+            broker.publish(Some(&order), &order).await
+        });
+        try_join_all(published).await.unwrap();
         fleet.kill_one();
     }
     let kills = fleet.kills();
