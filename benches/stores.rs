@@ -1,10 +1,16 @@
 //! What is left of a store's speed behind the layer.
 //!
-//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of the README in about 4 minutes, with
-//! `-- --quick` a rough one in 30 seconds; words such as `-- redis replay 64` choose lines. It starts a Redis (`appendfsync everysec`) and a PostgreSQL (its defaults) of its own,
-//! which share the machine with the callers. Beside the layer, the raw store does the same round trips with nothing around
-//! them: Redis one minimal script per claim and per completion, PostgreSQL one minimal statement. The two take turns in short
-//! rounds, so that whatever slows the machine down slows both; figures are medians over the rounds.
+//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of the README in about 5 minutes, with
+//! `-- --quick` a rough one in a minute; words such as `-- redis replay 64` choose lines. It starts a Redis (`appendfsync
+//! everysec`) and a PostgreSQL (its defaults) of its own, which share the machine with the callers.
+//!
+//! Three do the same round trips and take turns in short rounds, so that whatever slows the machine down slows all of them;
+//! figures are medians over the rounds:
+//!
+//! * *server*: one minimal script or statement per claim and per completion, on a connection like the store's. It judges
+//!   nothing: no time, no owner, no fingerprint, no damage.
+//! * *store*: the store itself, with claims and answers that are made before the clock runs. No request, no HTTP, no layer.
+//! * *layer*: an HTTP request with a body through the layer over that store, and its answer read.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 #[path = "stores/counting.rs"]
@@ -17,14 +23,16 @@ mod redis_server;
 mod subjects;
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use counting::counting;
 use futures::future::join_all;
 use postgres::PostgresServer;
 use redis_server::RedisServer;
-use subjects::{pool, postgres_store, redis_store, Kind, Layered, RawPostgres, RawRedis, Subject, EXECUTED};
+use subjects::{pool, postgres_store, redis_store, Kind, Layered, RawPostgres, RawRedis, Stored, Subject, EXECUTED};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Barrier;
 
 const CALLERS: [usize; 4] = [1, 16, 64, 256];
 
@@ -34,12 +42,8 @@ const KEYS_PER_CALLER: usize = 8;
 /// Bytes of a record without an answer.
 const CLAIMED: usize = 96;
 
-/// How long one line of the table is measured, and how long one side's turn is.
-#[derive(Clone, Copy)]
-struct Effort {
-    line: Duration,
-    turn: Duration,
-}
+/// How long one side's turn is.
+const TURN: Duration = Duration::from_millis(100);
 
 /// One line of the table.
 struct Line {
@@ -49,12 +53,19 @@ struct Line {
 }
 
 /// One side's turn.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Turn {
     requests: f64,
     seconds: f64,
     cpu_seconds: f64,
 }
+
+/// A turn of each side.
+type Round = [Turn; 3];
+
+const SERVER: usize = 0;
+const STORE: usize = 1;
+const LAYER: usize = 2;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -62,39 +73,40 @@ fn main() {
     if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }
-    let (line, turn) = if arguments.iter().any(|argument| argument == "--quick") {
-        (1_200, 100)
+    let effort = Duration::from_millis(if arguments.iter().any(|argument| argument == "--quick") {
+        1_800
     } else {
-        (11_000, 250)
-    };
-    let effort = Effort {
-        line: Duration::from_millis(line),
-        turn: Duration::from_millis(turn),
-    };
+        15_000
+    });
     let runtime = Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.expect("a runtime starts");
-    println!("| store | request | callers | raw, 1/s | layer, 1/s | ratio | target | CPU raw, µs | CPU layer, µs | round trips |");
-    println!("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|");
+    println!(
+        "| store | request | callers | server, 1/s | store, 1/s | layer, 1/s | layer : store | target | layer : server | CPU of \
+         each, µs | round trips |"
+    );
+    println!("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
     over_redis(&runtime, effort);
     over_postgres(&runtime, effort);
-    println!(
-        "\nCPU: of the client's process, per request. Round trips: of the layer, per request, counted at the server."
-    );
+    println!("\nCPU: of the client's process, per request. Round trips: of store and layer, per request, counted at the server.");
 }
 
-fn over_redis(runtime: &Runtime, effort: Effort) {
+fn over_redis(runtime: &Runtime, effort: Duration) {
     let server = RedisServer::with(&["--appendfsync", "everysec"]);
-    let layered = Layered::over(runtime.block_on(redis_store(&server.url())));
+    let store = runtime.block_on(redis_store(&server.url()));
+    let layered = Layered::over(store.clone());
     runtime.block_on(layered.run(Kind::First, layered.job(0)));
     let record = server.tell::<String>("RANDOMKEY");
     let completed = server.tell::<usize>(&format!("STRLEN {record}"));
     let raw = runtime.block_on(RawRedis::connect(&server.url(), CLAIMED, completed));
     let raw = raw.expect("the server that was just started");
+    // In front of the head stands its length.
+    let stored = Stored::over(store, completed - CLAIMED - 4);
     for kind in [Kind::Replay, Kind::First] {
-        let trips = per_request(runtime, &layered, kind, || {
-            server.calls("evalsha") + server.calls("eval")
-        });
-        let trips = format!("{trips:.2}");
+        let calls = || server.calls("evalsha") + server.calls("eval");
+        let trips = [
+            per_request(runtime, &stored, kind, calls),
+            per_request(runtime, &layered, kind, calls),
+        ];
         for callers in CALLERS {
             server.tell::<()>("FLUSHALL");
             let line = Line {
@@ -102,35 +114,40 @@ fn over_redis(runtime: &Runtime, effort: Effort) {
                 kind,
                 callers,
             };
-            line.measure(runtime, effort, &raw, &layered, &trips);
+            line.measure(runtime, effort, (&raw, &stored, &layered), trips);
         }
     }
 }
 
-fn over_postgres(runtime: &Runtime, effort: Effort) {
+fn over_postgres(runtime: &Runtime, effort: Duration) {
     let server = PostgresServer::start();
     let url = server.url();
-    let (layered, admin) = runtime.block_on(async {
-        let store = postgres_store(&url).await;
-        (
-            Layered::over(store),
-            pool(&url).await.expect("the server that was just started"),
-        )
+    let (store, admin) = runtime.block_on(async {
+        let admin = pool(&url).await.expect("the server that was just started");
+        (postgres_store(&url).await, admin)
     });
+    let layered = Layered::over(store.clone());
     runtime.block_on(layered.run(Kind::First, layered.job(0)));
     let answer = "SELECT octet_length(head) + octet_length(body) FROM idempotency_records";
     let answer = runtime.block_on(sqlx::query_scalar::<_, i32>(answer).fetch_one(&admin));
     let answer = answer.ok().and_then(|bytes| usize::try_from(bytes).ok());
-    let completed = CLAIMED + answer.expect("an answer was kept");
-    let raw = runtime.block_on(RawPostgres::connect(&url, CLAIMED, completed));
+    let answer = answer.expect("an answer was kept");
+    let raw = runtime.block_on(RawPostgres::connect(&url, CLAIMED, CLAIMED + answer));
     let raw = raw.expect("the server that was just started");
+    let stored = Stored::over(store, answer);
     let address = ([127, 0, 0, 1], server.port()).into();
     let (proxy, counts) = runtime.block_on(counting(address)).expect("a port is free");
-    let counted = Layered::over(runtime.block_on(postgres_store(&server.url_by(proxy.port()))));
+    let store = runtime.block_on(postgres_store(&server.url_by(proxy.port())));
+    let (counted_store, counted_layer) = (Stored::over(store.clone(), answer), Layered::over(store));
     for kind in [Kind::Replay, Kind::First] {
-        let trips = per_request(runtime, &counted, kind, || counts.executions.load(Ordering::SeqCst));
-        let trips = format!("{trips:.2}");
-        let exchanges = per_request(runtime, &counted, kind, || counts.exchanges.load(Ordering::SeqCst));
+        let calls = || counts.executions.load(Ordering::SeqCst);
+        let trips = [
+            per_request(runtime, &counted_store, kind, calls),
+            per_request(runtime, &counted_layer, kind, calls),
+        ];
+        let exchanges = per_request(runtime, &counted_layer, kind, || {
+            counts.exchanges.load(Ordering::SeqCst)
+        });
         eprintln!("    {exchanges:.2} exchanges a request, the pool's pings of connections that come back among them");
         for callers in CALLERS {
             let truncate = format!("TRUNCATE idempotency_records, {}", RawPostgres::TABLE);
@@ -143,7 +160,7 @@ fn over_postgres(runtime: &Runtime, effort: Effort) {
                 kind,
                 callers,
             };
-            line.measure(runtime, effort, &raw, &layered, &trips);
+            line.measure(runtime, effort, (&raw, &stored, &layered), trips);
         }
     }
 }
@@ -186,55 +203,80 @@ impl Line {
         words.all(|word| own.split(' ').any(|own| own == word))
     }
 
-    fn measure<R: Subject, L: Subject>(&self, runtime: &Runtime, effort: Effort, raw: &R, layer: &L, trips: &str) {
+    fn measure<R: Subject, S: Subject, L: Subject>(
+        &self,
+        runtime: &Runtime,
+        effort: Duration,
+        (raw, store, layer): (&R, &S, &L),
+        trips: [f64; 2],
+    ) {
         if !self.is_wanted() {
             return;
         }
         let mut raw = Side::new(runtime, raw, self);
+        let mut store = Side::new(runtime, store, self);
         let mut layer = Side::new(runtime, layer, self);
-        // Warms both up, and finds out how much a turn holds.
+        // Warms all of them up, and finds out how much a turn holds.
         for _ in 0..2 {
-            raw.warm_up(effort.turn);
-            layer.warm_up(effort.turn);
+            raw.warm_up(TURN);
+            store.warm_up(TURN);
+            layer.warm_up(TURN);
         }
         let started = Instant::now();
         let mut rounds = Vec::new();
-        while started.elapsed() < effort.line {
-            rounds.push(if rounds.len() % 2 == 0 {
-                let raw = raw.turn();
-                (raw, layer.turn())
-            } else {
-                let layer = layer.turn();
-                (raw.turn(), layer)
-            });
+        while started.elapsed() < effort {
+            let mut round = [Turn::default(); 3];
+            // Each is as often the first as the last.
+            for place in 0..round.len() {
+                let side = (place + rounds.len()) % round.len();
+                round[side] = match side {
+                    SERVER => raw.turn(),
+                    STORE => store.turn(),
+                    _ => layer.turn(),
+                };
+            }
+            rounds.push(round);
         }
-        let ratio = median(&rounds, |(raw, layer)| layer.speed() / raw.speed());
-        let (raw_speed, layer_speed) = (
-            median(&rounds, |(raw, _)| raw.speed()),
-            median(&rounds, |(_, layer)| layer.speed()),
-        );
+        self.print(&rounds, trips);
+    }
+
+    fn print(&self, rounds: &[Round], [store_trips, layer_trips]: [f64; 2]) {
+        let speed = |side: usize| median(rounds, |round| round[side].speed());
+        let to_store = |round: &Round| round[LAYER].speed() / round[STORE].speed();
+        let to_server = |round: &Round| round[LAYER].speed() / round[SERVER].speed();
         // The system counts in steps of 10 ms: only the sum says something.
-        let cpu = |side: fn(&(Turn, Turn)) -> Turn| {
-            let turns = rounds.iter().map(side);
+        let cpu = |side: usize| {
+            let turns = rounds.iter().map(|round| round[side]);
             let (seconds, requests) = turns.fold((0.0, 0.0), |(seconds, requests), turn| {
                 (seconds + turn.cpu_seconds, requests + turn.requests)
             });
             seconds / requests * 1e6
         };
-        let (raw_cpu, layer_cpu) = (cpu(|(raw, _)| *raw), cpu(|(_, layer)| *layer));
-        let (store, callers) = (self.store, self.callers);
         let kind = match self.kind {
             Kind::First => "first run",
             Kind::Replay => "replay",
         };
         println!(
-            "| {store} | {kind} | {callers} | {raw_speed:.0} | {layer_speed:.0} | {ratio:.2} | ≥ 0.85 | {raw_cpu:.1} | {layer_cpu:.1} \
-             | {trips} |"
+            "| {} | {kind} | {} | {:.0} | {:.0} | {:.0} | {:.2} | ≥ 0.85 | {:.2} | {:.1}, {:.1}, {:.1} | {store_trips:.2}, \
+             {layer_trips:.2} |",
+            self.store,
+            self.callers,
+            speed(SERVER),
+            speed(STORE),
+            speed(LAYER),
+            median(rounds, to_store),
+            median(rounds, to_server),
+            cpu(SERVER),
+            cpu(STORE),
+            cpu(LAYER),
         );
-        let (low, high) = quartiles(&rounds, |(raw, layer)| layer.speed() / raw.speed());
+        let (low, high) = quartiles(rounds, to_store);
+        let to_server = quartiles(rounds, to_server);
         eprintln!(
-            "    {} rounds, quartiles of the ratio {low:.2} and {high:.2}",
-            rounds.len()
+            "    {} rounds, quartiles of the ratio to the store {low:.2} and {high:.2}, to the server {:.2} and {:.2}",
+            rounds.len(),
+            to_server.0,
+            to_server.1
         );
     }
 }
@@ -286,29 +328,32 @@ impl<'a, S: Subject> Side<'a, S> {
     /// Every caller sends its requests one after the other.
     fn send(&self, keys: &[Vec<u64>]) -> Turn {
         let requests = keys.iter().map(Vec::len).sum::<usize>() as f64;
-        let jobs: Vec<Vec<S::Job>> = keys
-            .iter()
-            .map(|keys| keys.iter().map(|key| self.subject.job(*key)).collect())
-            .collect();
         let executed = EXECUTED.load(Ordering::Relaxed);
-        let (started, cpu) = (Instant::now(), cpu_seconds());
-        self.runtime.block_on(async {
-            let callers = jobs.into_iter().map(|jobs| {
-                let (subject, kind) = (self.subject.clone(), self.kind);
+        let (seconds, cpu_seconds) = self.runtime.block_on(async {
+            let ready = Arc::new(Barrier::new(keys.len() + 1));
+            let callers = keys.iter().map(|keys| {
+                let (subject, kind, ready, keys) = (self.subject.clone(), self.kind, Arc::clone(&ready), keys.clone());
                 tokio::spawn(async move {
+                    // Made where they will be used up: else the allocator would have memory of one thread freed by another.
+                    let jobs: Vec<S::Job> = keys.into_iter().map(|key| subject.job(key)).collect();
+                    ready.wait().await;
                     for job in jobs {
                         subject.run(kind, job).await;
                     }
                 })
             });
+            let callers: Vec<_> = callers.collect();
+            ready.wait().await;
+            let (started, cpu) = (Instant::now(), cpu_seconds());
             for caller in join_all(callers).await {
                 caller.expect("every request is answered as it should be");
             }
+            (started.elapsed().as_secs_f64(), cpu_seconds() - cpu)
         });
         let turn = Turn {
             requests,
-            seconds: started.elapsed().as_secs_f64(),
-            cpu_seconds: cpu_seconds() - cpu,
+            seconds,
+            cpu_seconds,
         };
         let executed = EXECUTED.load(Ordering::Relaxed) - executed;
         assert!(self.kind == Kind::First || executed == 0, "a replay ran");
@@ -334,17 +379,17 @@ fn cpu_seconds() -> f64 {
     ticks.sum::<f64>() / TICKS_PER_SECOND
 }
 
-fn sorted(rounds: &[(Turn, Turn)], figure: impl Fn(&(Turn, Turn)) -> f64) -> Vec<f64> {
+fn sorted(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> Vec<f64> {
     let mut figures: Vec<f64> = rounds.iter().map(figure).collect();
     figures.sort_by(f64::total_cmp);
     figures
 }
 
-fn median(rounds: &[(Turn, Turn)], figure: impl Fn(&(Turn, Turn)) -> f64) -> f64 {
+fn median(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> f64 {
     sorted(rounds, figure)[rounds.len() / 2]
 }
 
-fn quartiles(rounds: &[(Turn, Turn)], figure: impl Fn(&(Turn, Turn)) -> f64) -> (f64, f64) {
+fn quartiles(rounds: &[Round], figure: impl Fn(&Round) -> f64) -> (f64, f64) {
     let sorted = sorted(rounds, figure);
     (sorted[sorted.len() / 4], sorted[sorted.len() * 3 / 4])
 }

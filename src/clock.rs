@@ -55,7 +55,7 @@ pub(crate) fn unix_millis() -> u64 {
 }
 
 /// The time by the machine's clock.
-#[cfg(feature = "retry")]
+#[cfg(any(feature = "retry", feature = "webhooks"))]
 #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
 pub(crate) fn wall_clock() -> SystemTime {
     SystemTime::now()

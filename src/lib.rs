@@ -58,8 +58,9 @@
 //! # Where to begin
 //!
 //! [`IdempotencyLayer`] is the layer and its own builder; its page has the table of defaults. [`Store`] is where records live,
-//! with its contract; [`client`] makes calls to others. [`MemoryStore`] is the embedded default, [`BoxStore`] one that is chosen at run time. [`Lease`] is what a handler may know. [`protocol`] holds the
-//! record as pure functions, for stores of your own.
+//! with its contract; [`MemoryStore`] is the embedded default, [`BoxStore`] one that is chosen at run time. [`Lease`] is what a handler
+//! may know. [`client`] makes calls to others; [`receiver`] handles messages and webhooks; `outbox` (feature `postgres`) sends messages
+//! out of a transaction. [`protocol`] holds the record as pure functions, for stores of your own.
 //!
 //! # Features
 //!
@@ -70,12 +71,14 @@
 //! | `follow-redirect` | [`client::KeyAtHome`](client), which keeps a key from redirects to another origin |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
 //! | `once` | `client::once`, for calls of any kind that are to be made once |
-//! | `postgres` | `PostgresStore`, and `Lease::complete_in` for effect and answer in one transaction; needs Rust 1.94 |
+//! | `postgres` | `PostgresStore`; `Lease::complete_in` for effect and answer in one transaction; `receiver::Inbox` and `outbox`; needs Rust 1.94 |
 //! | `postgres-rustls` | `postgres`, with TLS by rustls and ring |
 //! | `redis` | `RedisStore`, for Redis 7, Valkey and Cluster; needs Rust 1.88 |
 //! | `redis-rustls` | `redis`, with TLS by rustls and ring |
 //! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
 //! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer` |
+//! | `testing` | `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do |
+//! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
 //!
@@ -85,7 +88,7 @@
 //!
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
 //! event (level `WARN`, `INFO` for `rescued`; field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path: `abandoned`, `claim-repeated`,
-//! `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`, `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
+//! `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`, `relay-failed` (feature `postgres`), `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`),
 //! `store-failed`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`,
 //! `unrecorded`.
 //!
@@ -94,6 +97,7 @@
 //! | name | kind | labels | what |
 //! |---|---|---|---|
 //! | `idempotency_requests_total` | counter | `outcome` | requests by outcome: `executed`, `replayed`, `waited` (for an answer that is not kept), `unprotected`, or the [code](Refusal::code) of the refusal |
+//! | `idempotency_messages_total` | counter | `outcome` | deliveries by outcome: `first`, `duplicate`, `in-flight`, `unknown`, `unprotected`, `handler-failed`, `panicked`, `mismatch`, `missing-id`, `invalid-id`, `store-failed`, `unrecorded` |
 //! | `idempotency_events_total` | counter | `event` | unusual paths, as above |
 //! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
 //! | `idempotency_layer_seconds` | histogram | | time in the layer, without the handler and without waiting |

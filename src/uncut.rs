@@ -44,3 +44,40 @@ impl<T> Drop for Uncut<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{catch_unwind, AssertUnwindSafe};
+
+    use futures::FutureExt;
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_dropped_half_way_goes_on() {
+        let (go_on, told_to) = oneshot::channel();
+        let (done, is_done) = oneshot::channel();
+        let mut operation = uncut(async move {
+            let told: Result<(), _> = told_to.await;
+            done.send(told).unwrap();
+        });
+        assert!(operation.as_mut().unwrap().now_or_never().is_none());
+        drop(operation);
+        go_on.send(()).unwrap();
+        assert_eq!(is_done.await, Ok(Ok(())));
+    }
+
+    #[tokio::test]
+    async fn what_has_panicked_is_not_polled_again() {
+        let mut operation = uncut(async { panic!("the driver's") }).unwrap();
+        let polled = catch_unwind(AssertUnwindSafe(|| (&mut operation).now_or_never()));
+        assert!(polled.map(|_: Option<()>| ()).is_err());
+        assert!((&mut operation).now_or_never().is_none());
+    }
+
+    #[test]
+    fn outside_of_a_runtime_there_is_no_operation() {
+        assert!(uncut(async {}).is_none());
+    }
+}

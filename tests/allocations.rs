@@ -10,6 +10,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::layer::util::Identity;
 use tower::{Layer, Service};
+use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile};
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
 type Ours = Response<Full<Bytes>>;
@@ -42,7 +43,8 @@ fn request(method: &str, key: Option<&str>, body: &Bytes) -> Request<Full<Bytes>
 /// What is allocated while a service answers a request that was made before.
 fn allocated<S>(service: &mut S, request: Request<Full<Bytes>>) -> (AllocationInfo, Ours)
 where
-    S: Service<Request<Full<Bytes>>, Response = Ours, Error = Infallible>,
+    S: Service<Request<Full<Bytes>>, Response = Ours>,
+    S::Error: std::fmt::Debug,
 {
     let mut response = None;
     let mut request = Some(request);
@@ -120,4 +122,57 @@ fn a_record_takes_as_much_memory_as_the_docs_say() {
     println!("{each} bytes for a record with its small answer");
     // "0.8 to 0.9 KiB each with an answer of a few bytes", in the docs of `MemoryStore`; tables that grow make it vary.
     assert!((500..1_000).contains(&each), "{each} bytes for a record");
+}
+
+/// A client that names the host, as hyper-util's does.
+#[derive(Clone)]
+struct Naming;
+
+impl Service<Request<Full<Bytes>>> for Naming {
+    type Response = Ours;
+    type Error = Infallible;
+    type Future = Ready<Result<Ours, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: Request<Full<Bytes>>) -> Self::Future {
+        let host = http::HeaderValue::from_static("bank.example");
+        request.headers_mut().insert(http::header::HOST, host);
+        Echo.call(request)
+    }
+}
+
+#[test]
+fn a_key_takes_an_allocation_or_two_and_what_gets_none_takes_nothing() {
+    let body = Bytes::from(vec![7; 200]);
+    let outgoing = |method: &str, key: Option<&str>| {
+        let mut request = request(method, key, &body);
+        request.extensions_mut().insert(KeyOrigin::new("order-1", "charge"));
+        request
+    };
+    let keys = KeyDeriver::new(&[7; 32]).unwrap();
+    let function = KeyMaker::from_fn(|_| Ok::<_, Infallible>("order-1".repeat(5)));
+    block_on(ready(()));
+    for (name, maker, profile, most) in [
+        ("random, version 4", KeyMaker::uuid_v4(), Profile::stripe(), 1),
+        ("random, version 7", KeyMaker::uuid_v7(), Profile::stripe(), 1),
+        ("derived", KeyMaker::derived(keys), Profile::stripe(), 1),
+        ("in quotes", KeyMaker::uuid_v4(), Profile::draft(), 2),
+        ("by a function", function, Profile::stripe(), 2),
+    ] {
+        let mut client = IdempotencyKeyLayer::new(profile).with_maker(maker).layer(Naming);
+        // The thread's random numbers allocate once.
+        drop(allocated(&mut client, outgoing("POST", None)));
+        let more = |client: &mut _, method, key| {
+            let (bare, _) = allocated(&mut Naming, outgoing(method, key));
+            let (ours, _) = allocated(client, outgoing(method, key));
+            ours.count_total - bare.count_total
+        };
+        let added = more(&mut client, "POST", None);
+        assert!((1..=most).contains(&added), "{name}: {added} allocations");
+        assert_eq!(more(&mut client, "GET", None), 0, "{name}: not covered");
+        assert_eq!(more(&mut client, "POST", Some("mine")), 0, "{name}: set by the caller");
+    }
 }

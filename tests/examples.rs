@@ -143,6 +143,30 @@ impl Example {
     }
 }
 
+#[cfg(any(feature = "retry", all(feature = "reqwest", feature = "webhooks")))]
+async fn run(name: &str) -> String {
+    run_with(name, &[]).await
+}
+
+/// What an example prints that ends by itself; it ends well only if the effects were as it promises.
+#[cfg(any(
+    feature = "postgres",
+    feature = "retry",
+    all(feature = "reqwest", feature = "webhooks")
+))]
+async fn run_with(name: &str, environment: &[(&str, &str)]) -> String {
+    let mut command = Command::new(binary(name));
+    command.envs(environment.iter().copied());
+    // `reqwest` heeds the environment's proxies, and a proxy elsewhere does not reach this machine's own servers.
+    command.env("NO_PROXY", "127.0.0.1");
+    let ended = timeout(PATIENCE, command.kill_on_drop(true).stdin(Stdio::null()).output());
+    let ended = ended.await.expect("it ends in time").expect("it can be run");
+    let printed = String::from_utf8(ended.stdout).expect("text");
+    let error = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{name}: {printed}\n{error}");
+    printed
+}
+
 /// Where cargo puts examples: beside the folder of this very test.
 fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the path of this test");
@@ -461,9 +485,105 @@ mod conformance_target {
     }
 }
 
+#[cfg(feature = "retry")]
+mod clients {
+    use super::run;
+
+    #[tokio::test]
+    async fn a_bank_with_keys_charges_once() {
+        let printed = run("client_stripe_like").await;
+        assert!(printed.contains("order-4711: ch_1 after 4 attempts"), "{printed}");
+        assert!(
+            printed.ends_with("the bank charged [\"4200\", \"1700\"]\n"),
+            "{printed}"
+        );
+    }
+
+    #[tokio::test]
+    async fn an_id_of_our_own_makes_one_transfer() {
+        let printed = run("client_generated_id").await;
+        assert_eq!(printed.matches("payout-31 was made before\n").count(), 2, "{printed}");
+        assert!(
+            printed.ends_with("the third party transferred [1700, 4200]\n"),
+            "{printed}"
+        );
+    }
+
+    #[cfg(all(feature = "once", feature = "reqwest"))]
+    #[tokio::test]
+    async fn a_job_of_steps_is_resumed_after_each_kill() {
+        let printed = run("client_drafts").await;
+        // The draft that was recorded is not made again, however often the job runs.
+        assert_eq!(printed.matches("at a draft\n").count(), 2, "{printed}");
+        assert_eq!(printed.matches("at sending it\n").count(), 2, "{printed}");
+        assert!(printed.ends_with("2 drafts, of which 1 was sent\n"), "{printed}");
+    }
+
+    #[cfg(feature = "reqwest")]
+    #[tokio::test]
+    async fn a_lost_call_is_asked_about() {
+        let printed = run("client_existence_check").await;
+        for asked in ["asks for taken: found\n", "asks for not-taken: not found\n"] {
+            assert_eq!(printed.matches(asked).count(), 1, "{printed}");
+        }
+        assert!(
+            printed.contains("the third party has [\"taken\", \"not-taken\"]\n"),
+            "{printed}"
+        );
+    }
+
+    #[cfg(feature = "reqwest")]
+    #[tokio::test]
+    async fn the_layers_go_around_reqwest() {
+        let printed = run("reqwest_client").await;
+        assert!(printed.starts_with("ch_1 after 3 attempts"), "{printed}");
+        assert!(printed.ends_with("the bank charged [\"4200\"]\n"), "{printed}");
+    }
+
+    #[cfg(feature = "reqwest")]
+    #[tokio::test]
+    async fn a_chain_charges_once_for_each_purpose() {
+        let printed = run("client_chain").await;
+        assert_eq!(printed.matches("the shop takes the order\n").count(), 2, "{printed}");
+        assert!(
+            printed.contains("after 3 attempts: ordered, paid by ch_1 and ch_2\n"),
+            "{printed}"
+        );
+        assert!(printed.ends_with("the bank charged [\"4200\", \"490\"]\n"), "{printed}");
+    }
+}
+
+#[cfg(all(feature = "reqwest", feature = "webhooks"))]
+#[tokio::test]
+async fn webhooks_are_handled_once_and_forged_ones_never() {
+    let printed = run("webhooks").await;
+    assert_eq!(
+        printed.matches("200 OK: handled paid as number 1\n").count(),
+        2,
+        "{printed}"
+    );
+    assert_eq!(
+        printed.matches("200 OK: handled shipped as number 2\n").count(),
+        1,
+        "{printed}"
+    );
+    assert_eq!(printed.matches("409 Conflict").count(), 2, "{printed}");
+    assert_eq!(printed.matches("401 Unauthorized").count(), 2, "{printed}");
+}
+
 #[cfg(feature = "postgres")]
 #[path = "support/postgres.rs"]
 mod postgres;
+
+#[cfg(feature = "postgres")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_outbox_sends_twice_is_shipped_once() {
+    let server = postgres::PostgresServer::start();
+    let printed = run_with("outbox", &[("DATABASE_URL", &server.url())]).await;
+    assert_eq!(printed.matches("time: First(())\n").count(), 16, "{printed}");
+    assert_eq!(printed.matches("time: Duplicate\n").count(), 16, "{printed}");
+    assert!(printed.ends_with("16 orders paid, 16 shipped\n"), "{printed}");
+}
 
 #[cfg(feature = "postgres")]
 mod postgres_transaction {

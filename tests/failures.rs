@@ -505,6 +505,10 @@ async fn attempts_are_counted_fenced_and_capped() {
             .lock()
             .unwrap()
             .push((lease.attempt(), lease.fence(), lease.derive_key("charge")));
+        let id = lease.derive_id("charge");
+        assert_eq!(id.replace('-', "")[..12], lease.derive_key("charge")[..12]);
+        assert_ne!(id, lease.derive_id("refund"));
+        assert_eq!((id.len(), &id[14..15]), (36, "8"), "a UUID of version 8");
         async { Ok::<_, std::convert::Infallible>(text(StatusCode::BAD_GATEWAY, "failed")) }
     });
     let layer = IdempotencyLayer::new(store)

@@ -1,4 +1,4 @@
-//! What is measured: the layer over a store, and beside it the same round trips with nothing around them.
+//! What is measured: the layer over a store, the store alone, and the bare server, in the same round trips.
 
 use std::convert::Infallible;
 use std::future::{ready, Future, Ready};
@@ -8,13 +8,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, LOCATION, USER_AGENT};
-use http::{Response, StatusCode};
+use http::{HeaderValue, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::{Client, IntoConnectionInfo, ProtocolVersion, Script};
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use tower::util::ServiceFn;
 use tower::{Layer, ServiceExt};
+use tower_idempotency::protocol::{
+    Answer, Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey,
+};
 use tower_idempotency::{Idempotency, IdempotencyLayer, PostgresStore, RedisStore, Store};
 
 /// Bytes of a request's body, and of an answer's.
@@ -67,7 +70,7 @@ fn pay(request: Request) -> Answered {
     EXECUTED.fetch_add(1, Ordering::Relaxed);
     let answer = Response::builder()
         .status(StatusCode::CREATED)
-        .header(CONTENT_TYPE, "application/json")
+        .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
         .header(LOCATION, "/payments/4711")
         .body(Full::new(Bytes::from_static(&[b'x'; SIZE])));
     ready(Ok(answer.expect("every part of the answer is valid")))
@@ -83,12 +86,14 @@ impl<St: Store> Subject for Layered<St> {
     type Job = Request;
 
     fn job(&self, key: u64) -> Request {
-        let request = http::Request::post("/payments")
-            .header(HOST, "api.example.com")
-            .header(USER_AGENT, "payments-client/1.4.2")
-            .header(ACCEPT, "application/json")
-            .header(AUTHORIZATION, "Bearer 3f1c9a7e5b2d48f0a6c4e8d2b0f1a3c5")
-            .header(CONTENT_TYPE, "application/json")
+        // As from a server's connection: names and values are slices of what was read, not allocations of their own.
+        let given = HeaderValue::from_static;
+        let request = http::Request::post(Uri::from_static("/payments"))
+            .header(HOST, given("api.example.com"))
+            .header(USER_AGENT, given("payments-client/1.4.2"))
+            .header(ACCEPT, given("application/json"))
+            .header(AUTHORIZATION, given("Bearer 3f1c9a7e5b2d48f0a6c4e8d2b0f1a3c5"))
+            .header(CONTENT_TYPE, given("application/json"))
             .header("idempotency-key", format!("4b1c9a7e-5b2d-48f0-a6c4-{key:012x}"))
             .body(Full::new(Bytes::from_static(&[b'y'; SIZE])));
         request.expect("every part of the request is valid")
@@ -100,6 +105,78 @@ impl<St: Store> Subject for Layered<St> {
         let body = response.into_body().collect().await;
         assert_eq!(body.map(|body| body.to_bytes().len()), Ok(SIZE));
     }
+}
+
+/// The store with nothing around it: what it is asked is made before the clock runs.
+pub(crate) struct Stored<St> {
+    store: Arc<St>,
+    outcome: Arc<Outcome>,
+}
+
+impl<St: Store> Stored<St> {
+    /// Keeps answers of so many bytes.
+    pub(crate) fn over(store: St, answer: usize) -> Self {
+        let outcome = Outcome::Kept(Answer {
+            head: vec![b'h'; answer.saturating_sub(SIZE)].into(),
+            body: vec![b'x'; SIZE].into(),
+        });
+        Self {
+            store: Arc::new(store),
+            outcome: Arc::new(outcome),
+        }
+    }
+}
+
+impl<St> Clone for Stored<St> {
+    fn clone(&self) -> Self {
+        Self {
+            store: Arc::clone(&self.store),
+            outcome: Arc::clone(&self.outcome),
+        }
+    }
+}
+
+/// A day, as the layer keeps answers.
+const RETENTION: Duration = Duration::from_secs(86_400);
+
+impl<St: Store> Subject for Stored<St> {
+    type Job = Claim;
+
+    fn job(&self, key: u64) -> Claim {
+        Claim {
+            key: StorageKey::from_bytes(spread(key)),
+            fingerprint: Fingerprint::of(b"pay"),
+            nonce: Nonce::random(),
+            lease: Duration::from_secs(30),
+            retention: RETENTION,
+            if_lost: IfLost::Refuse,
+            max_attempts: 5,
+        }
+    }
+
+    async fn run(&self, kind: Kind, claim: Claim) {
+        match self.store.claim(&claim).await {
+            Ok(Decision::Replay(answer)) => assert_eq!((kind, answer.body.len()), (Kind::Replay, SIZE)),
+            Ok(Decision::Execute(grant)) => {
+                let completion = self.store.complete(&claim.key, grant.owner, &self.outcome, RETENTION);
+                assert_eq!(
+                    (kind, completion.await.ok()),
+                    (Kind::First, Some(Completion::Completed))
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A key as the store's are: spread like a hash.
+fn spread(key: u64) -> [u8; 32] {
+    let mixed = |n: u64| n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+    let mut bytes = [0; 32];
+    for (at, part) in bytes.chunks_exact_mut(8).enumerate() {
+        part.copy_from_slice(&mixed(key.rotate_left(u32::try_from(at).unwrap_or(0) * 16)));
+    }
+    bytes
 }
 
 pub(crate) async fn redis_store(url: &str) -> RedisStore {
@@ -222,13 +299,7 @@ impl Subject for RawPostgres {
     type Job = [u8; 32];
 
     fn job(&self, key: u64) -> [u8; 32] {
-        // Spread like a hash, as the store's keys are.
-        let mixed = |n: u64| n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
-        let mut bytes = [0; 32];
-        for (at, part) in bytes.chunks_exact_mut(8).enumerate() {
-            part.copy_from_slice(&mixed(key.rotate_left(u32::try_from(at).unwrap_or(0) * 16)));
-        }
-        bytes
+        spread(key)
     }
 
     async fn run(&self, kind: Kind, key: [u8; 32]) {

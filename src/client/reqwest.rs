@@ -7,7 +7,7 @@ use std::task::{ready, Context, Poll};
 
 use http::{Request, Response};
 use pin_project_lite::pin_project;
-use reqwest::{Body, Client, ClientBuilder};
+use reqwest::{Body, Client, ClientBuilder, ResponseBuilderExt};
 use tower_service::Service;
 
 /// A `reqwest::Client` as a tower service over `http` types, for the layers of this module to go around.
@@ -23,6 +23,9 @@ use tower_service::Service;
 /// # Ok(())
 /// # }
 /// ```
+///
+/// Bodies stream in both directions, and an answer has its trailers. `reqwest::Response::from` gives the answer in `reqwest`'s own type,
+/// with its URL, `text` and `json`.
 ///
 /// A time-out of `reqwest` is one of each attempt. Repetition is better left to `CallLayer`, which knows of keys; what `reqwest`
 /// repeats by itself was refused by the connection before it was sent.
@@ -99,13 +102,23 @@ impl Future for ReqwestFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProjection::Sent { future } => Poll::Ready(ready!(future.poll(cx)).map(Response::from)),
+            StateProjection::Sent { future } => Poll::Ready(ready!(future.poll(cx)).map(into_http)),
             StateProjection::Invalid { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error)),
                 None => Poll::Pending,
             },
         }
     }
+}
+
+/// With the URL in the extension by which `reqwest` knows it again.
+fn into_http(response: reqwest::Response) -> Response<Body> {
+    let named = Response::builder().url(response.url().clone()).body(());
+    let mut response = Response::from(response);
+    if let Ok(named) = named {
+        response.extensions_mut().extend(named.into_parts().0.extensions);
+    }
+    response
 }
 
 impl fmt::Debug for ReqwestFuture {

@@ -15,7 +15,8 @@ use http_body_util::{BodyExt, Full};
 ///
 /// The layer leaves the types of your bodies alone: what it does not guard passes through untouched and unboxed. What it
 /// guards it has to read, and then it needs a way back. That is this trait. It is implemented for `axum::body::Body` (feature
-/// `axum`), for the boxed bodies and `Full` of `http-body-util`, and for [`Body`], which wraps any other.
+/// `axum`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies and `Full` of `http-body-util`, and for [`Body`], which
+/// wraps any other.
 #[diagnostic::on_unimplemented(
     message = "the idempotency layer reads `{Self}` and cannot make it again",
     label = "not a body that can be made again from bytes",
@@ -174,6 +175,20 @@ impl RebuildBody for axum::body::Body {
                 trailers: None,
             } => Self::from(front),
             body => Self::new(body),
+        }
+    }
+}
+
+#[cfg(feature = "reqwest")]
+impl RebuildBody for reqwest::Body {
+    fn rebuild(body: Body<Self>) -> Self {
+        match body {
+            Body {
+                front,
+                rest: None,
+                trailers: None,
+            } => Self::from(front),
+            body => Self::wrap(body),
         }
     }
 }

@@ -48,6 +48,8 @@ pub enum RefusalKind {
     HandlerFailed,
     /// The request's key cannot be used. 400.
     InvalidKey(InvalidKey),
+    /// The webhook is not genuine, or has no id. 401.
+    InvalidWebhook,
     /// A key is required and missing. 400.
     MissingKey,
     /// It is not known whose key it is: the application's function found no scope. 500.
@@ -212,6 +214,7 @@ impl Refusal {
         let status = match self.kind {
             RefusalKind::InvalidKey(_) | RefusalKind::MissingKey | RefusalKind::Mismatch | RefusalKind::BodyBroken => 3,
             RefusalKind::BodyTimeout => 4,
+            RefusalKind::InvalidWebhook => 16,
             RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
             RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
             RefusalKind::Outstanding => 10,
@@ -276,7 +279,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 17] = [
+    const ALL: [RefusalKind; 18] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
         RefusalKind::BodyBroken,
@@ -294,6 +297,7 @@ mod tests {
         RefusalKind::StoreFull,
         RefusalKind::StoreUnavailable,
         RefusalKind::TooManyWaiters,
+        RefusalKind::InvalidWebhook,
     ];
 
     fn rendered(refusal: Refusal, style: &RefusalStyle) -> (http::response::Parts, Bytes) {

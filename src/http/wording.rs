@@ -28,6 +28,7 @@ impl RefusalKind {
                 detail: KeyError::new(reason).detail(),
                 ..INVALID_KEY
             },
+            RefusalKind::InvalidWebhook => INVALID_WEBHOOK,
             RefusalKind::MissingKey => MISSING_KEY,
             RefusalKind::MissingScope => MISSING_SCOPE,
             RefusalKind::Mismatch => MISMATCH,
@@ -97,6 +98,14 @@ const INVALID_KEY: Wording = Wording {
     code: "key-invalid",
     title: "Idempotency-Key is invalid",
     detail: "",
+    retryable: false,
+};
+
+const INVALID_WEBHOOK: Wording = Wording {
+    status: StatusCode::UNAUTHORIZED,
+    code: "webhook-invalid",
+    title: "The webhook cannot be verified",
+    detail: "Its signature, its timestamp or its id is missing or wrong. Nothing was processed.",
     retryable: false,
 };
 

@@ -105,6 +105,12 @@ impl<R> Transition<R> {
             change: Change::Remove,
         }
     }
+
+    /// The answer, where nothing is to be changed.
+    #[cfg(any(feature = "postgres", feature = "redis"))]
+    pub(crate) fn unchanged(self) -> Option<R> {
+        matches!(self.change, Change::Keep).then_some(self.reply)
+    }
 }
 
 impl Record {

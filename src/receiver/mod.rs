@@ -38,14 +38,21 @@
 //! Order is not promised: what is redelivered comes later than it did. Neither is anything about a message that is redelivered
 //! after its retention.
 
+mod batch;
 mod id;
+pub mod ids;
 #[cfg(feature = "postgres")]
 mod inbox;
 mod layer;
 mod lease;
 mod receipt;
 mod service;
+#[cfg(feature = "testing")]
+pub mod testing;
+#[cfg(feature = "webhooks")]
+pub mod webhooks;
 
+pub use batch::{receive_all, Batch};
 pub use id::{InvalidMessageId, MessageId};
 #[cfg(feature = "postgres")]
 pub use inbox::Inbox;

@@ -22,7 +22,8 @@ use crate::telemetry::{self, Event, Times};
 /// One guarded request, from when its body was read.
 ///
 /// Its parts stay in their places while the steps, which borrow them, come and go: passed on by value, each would lie in the
-/// future of every step that it goes through. Steps that are rarely taken are boxed for the same reason.
+/// future of every step that it goes through. Steps that not every exchange takes are boxed for the same reason, and so is the
+/// claim, whose size is the store's: allocators have short ways for less than a kilobyte.
 pub(super) struct Exchange<St: Store, S> {
     pub(super) hold: Hold<St>,
     pub(super) settings: Arc<Values>,
@@ -110,7 +111,7 @@ impl<St: Store, S> Exchange<St, S> {
                 Joined::Lead => {
                     return match self.cargo {
                         Cargo::Admitted(_) => self.lead().await,
-                        _ => Ok(self.stand_by().await),
+                        _ => Ok(Box::pin(self.stand_by()).await),
                     };
                 }
             }
@@ -150,11 +151,11 @@ impl<St: Store, S> Exchange<St, S> {
         match self.claim().await {
             Claimed::Run(grant) => {
                 self.own(grant);
-                self.execute(grant).await
+                Box::pin(self.execute(grant)).await
             }
             Claimed::Recover(grant) => {
                 self.own(grant);
-                self.recover_and_execute(grant).await
+                Box::pin(self.recover_and_execute(grant)).await
             }
             Claimed::Settled(landing) => Ok(self.settle(landing)),
             Claimed::Unprotected => {
@@ -165,7 +166,7 @@ impl<St: Store, S> Exchange<St, S> {
                 self.cargo = Cargo::Nothing;
                 self.hold.flight.set_guarded(false);
                 self.hold.flight.confirm();
-                Ok(self.stand_by().await)
+                Ok(Box::pin(self.stand_by()).await)
             }
         }
     }
@@ -174,7 +175,8 @@ impl<St: Store, S> Exchange<St, S> {
     async fn claim(&mut self) -> Claimed {
         let flight = &self.hold.flight;
         let claim = self.settings.claim(flight.storage_key, flight.fingerprint);
-        match in_time(self.settings.store_timeout, self.hold.shared.store.claim(&claim)).await {
+        let asked = in_time(self.settings.store_timeout, self.hold.shared.store.claim(&claim));
+        match Box::pin(asked).await {
             Ok(decision) => claimed(decision),
             Err(error) => Box::pin(self.claim_again(&claim, error)).await,
         }

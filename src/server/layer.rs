@@ -102,6 +102,17 @@ impl<St: Store> IdempotencyLayer<St> {
             .with_wait(Duration::ZERO)
     }
 
+    /// Sets what webhooks need behind a `receiver::webhooks::WebhookLayer` (feature `webhooks`): POST only, the key required, 409 with
+    /// `Retry-After` at once while the first is outstanding, 7 days of retention, and no fingerprint: who it is has been verified, and
+    /// providers change what does not matter when they send again.
+    pub fn webhooks(self) -> Self {
+        self.require_key()
+            .with_methods([Method::POST])
+            .with_wait(Duration::ZERO)
+            .with_retention(Duration::from_secs(7 * 24 * 60 * 60))
+            .dangerously_without_fingerprint()
+    }
+
     /// `Idempotency-Key` by default: the header field that carries the key.
     pub fn with_header(mut self, name: HeaderName) -> Self {
         self.values().header = name;

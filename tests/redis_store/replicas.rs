@@ -10,7 +10,7 @@ use super::support::Timer;
 use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
 
 async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
-    let builder = RedisStore::builder().with_replication(replicas, Duration::from_millis(300));
+    let builder = RedisStore::builder().with_replication(replicas, Duration::from_secs(1));
     builder.connect(&server.url()).await.unwrap()
 }
 

@@ -17,7 +17,7 @@ use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::receiver::{Disposition, ReceiveError, Receiver, ReceiverLayer};
 use tower_idempotency::RedisStore;
 
-use crate::{producer, Delivery, DEAD, ORDERS, RETRY};
+use crate::{producer, Delivery, Place, DEAD, ORDERS, RETRY};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -127,7 +127,7 @@ impl Worker {
             .map(|message| self.settle(message.map(|message| message.detach().into())))
             .buffered(AT_ONCE);
         while let Some(delivery) = settled.next().await {
-            let Delivery { partition, offset, .. } = delivery?;
+            let Place { partition, offset, .. } = delivery?.place;
             match consumer.store_offset(topic, partition, offset) {
                 // The partition is somebody else's by now, who is sent the message again.
                 Err(KafkaError::StoreOffset(RDKafkaErrorCode::State)) => {}
@@ -140,7 +140,7 @@ impl Worker {
     /// Sees to it that the message needs not come again.
     async fn settle(&self, delivery: KafkaResult<Delivery>) -> Result<Delivery, Error> {
         let delivery = delivery?;
-        self.deliveries.note(format_args!("came {}", delivery.place()));
+        self.deliveries.note(format_args!("came {}", delivery.place));
         tokio::time::sleep(delivery.wait).await;
         let received = loop {
             let received = self.receiver.clone().oneshot(delivery.clone()).await;

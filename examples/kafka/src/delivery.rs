@@ -1,11 +1,12 @@
 //! A message as it came.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::Message;
-use tower_idempotency::receiver::MessageId;
+use tower_idempotency::receiver::{ids, MessageId};
 
 use crate::MESSAGE_ID;
 
@@ -15,15 +16,43 @@ const FAILURES: &str = "failures";
 const WAIT: &str = "wait-ms";
 const REASON: &str = "reason";
 
-/// A message as it came.
-#[derive(Clone, Debug)]
-pub struct Delivery {
+/// A place in a topic: `topic/partition/offset`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
     pub topic: String,
     pub partition: i32,
     pub offset: i64,
+}
+
+impl Place {
+    fn id(&self) -> MessageId {
+        ids::kafka_offset(&self.topic, self.partition, self.offset)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('/');
+        let place = Self {
+            topic: parts.next()?.to_owned(),
+            partition: parts.next()?.parse().ok()?,
+            offset: parts.next()?.parse().ok()?,
+        };
+        parts.next().is_none().then_some(place)
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.topic, self.partition, self.offset)
+    }
+}
+
+/// A message as it came.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    pub place: Place,
     pub name: String,
     id: Option<Vec<u8>>,
-    origin: String,
+    origin: Place,
     /// How often its handler has failed.
     pub failures: u32,
     /// How long it is to be left alone.
@@ -32,40 +61,32 @@ pub struct Delivery {
 
 impl From<OwnedMessage> for Delivery {
     fn from(message: OwnedMessage) -> Self {
-        let (topic, partition, offset) = (message.topic(), message.partition(), message.offset());
+        let place = Place {
+            topic: message.topic().to_owned(),
+            partition: message.partition(),
+            offset: message.offset(),
+        };
         let text = |name| header(&message, name).and_then(|value| String::from_utf8(value).ok());
+        let origin = text(ORIGIN).and_then(|text| Place::parse(&text));
         Self {
-            topic: topic.to_owned(),
-            partition,
-            offset,
             name: String::from_utf8_lossy(message.payload().unwrap_or_default()).into_owned(),
             id: header(&message, MESSAGE_ID),
-            origin: text(ORIGIN).unwrap_or_else(|| format!("{topic}/{partition}/{offset}")),
+            origin: origin.unwrap_or_else(|| place.clone()),
             failures: number(text(FAILURES)),
             wait: Duration::from_millis(number(text(WAIT))),
+            place,
         }
     }
 }
 
 impl Delivery {
-    /// What its producer called it; else where it was first found. A producer's id never equals a place: that has two parts.
+    /// What its producer called it; else where it was first found.
     #[must_use]
     pub fn message_id(&self) -> MessageId {
         match &self.id {
-            Some(id) => MessageId::from(id.as_slice()),
-            None => MessageId::of(["place", &self.origin]),
+            Some(id) => ids::kafka(Some(id)),
+            None => self.origin.id(),
         }
-    }
-
-    #[must_use]
-    pub fn place(&self) -> String {
-        let Self {
-            topic,
-            partition,
-            offset,
-            ..
-        } = self;
-        format!("{topic}/{partition}/{offset}")
     }
 
     /// The headers under which it goes to another topic.
@@ -79,9 +100,9 @@ impl Delivery {
             None => headers,
         };
         let wait = wait.as_millis().to_string();
-        let failures = failures.to_string();
+        let (origin, failures) = (self.origin.to_string(), failures.to_string());
         [
-            (ORIGIN, self.origin.as_str()),
+            (ORIGIN, origin.as_str()),
             (FAILURES, &failures),
             (WAIT, &wait),
             (REASON, reason),

@@ -14,7 +14,7 @@ mod overview;
 
 pub use brokers::Brokers;
 pub use consumer::{consume, Settings};
-pub use delivery::Delivery;
+pub use delivery::{Delivery, Place};
 pub use overview::Overview;
 
 use std::time::Duration;

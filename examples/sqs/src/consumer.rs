@@ -16,7 +16,7 @@ use futures::{FutureExt, StreamExt};
 use queue_kit::{unless_told, up_to, word, Book};
 use tokio::time::timeout;
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::receiver::{Disposition, MessageId, Receiver, ReceiverLayer};
+use tower_idempotency::receiver::{ids, Disposition, MessageId, Receiver, ReceiverLayer};
 use tower_idempotency::RedisStore;
 
 use crate::{client, Error, MESSAGE_ID};
@@ -102,18 +102,18 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
     }
 }
 
-/// What its producer called it; else the deduplication id, which producers choose, too; else SQS's own id. Each is told apart from the
-/// others.
+/// What its producer called it; else the deduplication id, which producers choose, too; else SQS's own id.
 fn message_id(message: &Message) -> MessageId {
     let attributes = message.message_attributes.as_ref();
     if let Some(id) = attributes.and_then(|attributes| attributes.get(MESSAGE_ID)?.string_value()) {
-        return MessageId::from(id);
+        return MessageId::of(["attribute", id]);
     }
     let system = message.attributes.as_ref();
-    match system.and_then(|system| system.get(&MessageSystemAttributeName::MessageDeduplicationId)) {
-        Some(id) => MessageId::of(["deduplication", id]),
-        None => MessageId::of(["sqs", message.message_id().unwrap_or_default()]),
-    }
+    let deduplication = system.and_then(|system| system.get(&MessageSystemAttributeName::MessageDeduplicationId));
+    ids::sqs(
+        message.message_id().unwrap_or_default(),
+        deduplication.map(String::as_str),
+    )
 }
 
 struct Consumer {

@@ -52,14 +52,13 @@ impl<B> PlaceKey<B> for InHeader {
 
     fn place(&self, profile: &Profile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
         parser(profile).check(key)?;
-        let bytes = if profile.quoted {
-            quoted(key)
+        let mut value = if profile.quoted {
+            HeaderValue::from_maybe_shared(Bytes::from(quoted(key)))?
         } else {
-            key.as_bytes().to_vec()
+            HeaderValue::from_str(key)?
         };
-        let mut value = HeaderValue::from_maybe_shared(Bytes::from(bytes))?;
         value.set_sensitive(true);
-        request.headers_mut().insert(profile.header.clone(), value);
+        request.headers_mut().insert(&profile.header, value);
         Ok(())
     }
 }

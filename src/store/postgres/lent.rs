@@ -46,19 +46,23 @@ impl Drop for Lent {
 }
 
 /// What an operation came to, or why it was given up: it took too long, or the driver panicked.
-pub(super) async fn bounded<T>(
+///
+/// Plain functions, these two: an async one would have room for what it is given, and again for what it makes of it.
+pub(super) fn bounded<T>(
     limit: Duration,
     operation: impl Future<Output = Result<T, Error>>,
-) -> Result<Result<T, Error>, Error> {
+) -> impl Future<Output = Result<Result<T, Error>, Error>> {
     const LATE: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not answer in time");
-    within(limit, sound(operation)).await.map_err(|_| LATE)?
+    within(limit, sound(operation)).map(|done| done.unwrap_or(Err(LATE)))
 }
 
 /// What comes of talking to a server. Over some messages that no server sends, sqlx 0.9 panics.
-pub(super) async fn sound<T>(talk: impl Future<Output = T>) -> Result<T, Error> {
+pub(super) fn sound<T>(talk: impl Future<Output = T>) -> impl Future<Output = Result<T, Error>> {
     const NONSENSE: Error = Error::new(
         ErrorKind::StoreUnavailable,
         "what answered is no PostgreSQL server, or the connection was damaged",
     );
-    AssertUnwindSafe(talk).catch_unwind().await.map_err(|_| NONSENSE)
+    AssertUnwindSafe(talk)
+        .catch_unwind()
+        .map(|told| told.map_err(|_| NONSENSE))
 }

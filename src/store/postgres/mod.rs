@@ -26,10 +26,11 @@ pub(crate) use self::table::TableName;
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
 use super::{BoxStore, Store};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
 };
+use crate::uncut::uncut;
 
 /// Keeps records in a table of a PostgreSQL server (13 or later), for any number of processes (feature `postgres`).
 ///
@@ -155,16 +156,17 @@ impl PostgresStore {
         Ok((Lent::from(&self.0.pool).await?, self.0.timeout))
     }
 
-    /// Runs an operation in a task of its own: dropped half-way, it might never have been sent.
+    /// Runs an operation to its end: dropped half-way, it might never have been sent.
     async fn undroppable<T, F>(&self, operation: impl FnOnce(Self) -> F) -> Result<T, Error>
     where
         T: Send + 'static,
         F: std::future::Future<Output = Result<T, Error>> + Send + 'static,
     {
-        match tokio::spawn(operation(self.clone())).await {
-            Ok(done) => done,
-            Err(error) => Err(Error::unavailable(error)),
-        }
+        const NO_RUNTIME: Error = Error::new(
+            ErrorKind::StoreUnavailable,
+            "a PostgreSQL store must be used from within a tokio runtime",
+        );
+        uncut(operation(self.clone())).ok_or(NO_RUNTIME)?.await
     }
 }
 

@@ -49,7 +49,7 @@ impl Connection<'_> {
             match seen {
                 Some((record, now)) if changed => return Ok(record.decision(claim, now)),
                 Some((record, now)) => {
-                    if let Some(reply) = unchanged(Record::claim(Some(&record), claim, now)) {
+                    if let Some(reply) = Record::claim(Some(&record), claim, now).unchanged() {
                         return Ok(reply);
                     }
                 }
@@ -179,7 +179,7 @@ impl Connection<'_> {
                 Some((record, now)) => (Some(record), *now),
                 None => (None, Timestamp::default()),
             };
-            if let Some(reply) = unchanged(transition(record, now)) {
+            if let Some(reply) = transition(record, now).unchanged() {
                 return Ok(reply);
             }
         }
@@ -200,11 +200,6 @@ const CONTENDED: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "a record was changed by others again and again while it was asked for; repeat the request",
 );
-
-/// The reply, if nothing was to be changed.
-fn unchanged<R>(transition: Transition<R>) -> Option<R> {
-    matches!(transition.change, Change::Keep).then_some(transition.reply)
-}
 
 fn prepared<'q>(statement: &Statement) -> Bound<'q> {
     sqlx::query(statement.safe())

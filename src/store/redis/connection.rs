@@ -47,26 +47,26 @@ impl Connection {
     /// Runs a script in one round trip; in two where the server does not know it.
     pub(super) async fn run(
         mut self,
-        script: &Script,
-        key: &[u8],
-        arguments: &[&[u8]],
+        script: &'static Script,
+        key: Vec<u8>,
+        by_digest: Cmd,
         replication: Option<Replication>,
         limit: Duration,
     ) -> Exchanged {
         let limit = limit.saturating_add(replication.map_or(Duration::ZERO, |replication| replication.timeout));
         let exchange = async {
-            let known = self.send(script.by_digest(key, arguments), replication).await;
+            let known = self.send(&by_digest, replication).await;
             match known {
                 // Nothing ran, so nothing is repeated.
                 Err(error) if failure::is_unknown_script(&error) => {
-                    self.send(script.by_source(key, arguments), replication).await
+                    Box::pin(self.send(&script.by_source(&by_digest), replication)).await
                 }
                 known => known,
             }
         };
         match within(limit, exchange).await {
             Ok(Ok((value, is_replicated))) => Exchanged {
-                reply: Reply::of(value, key).map_err(Failed::Other),
+                reply: Reply::of(value, &key).map_err(Failed::Other),
                 is_replicated,
             },
             Ok(Err(error)) => Exchanged::failed(Failed::Redis(error)),
@@ -74,15 +74,23 @@ impl Connection {
         }
     }
 
-    async fn send(&mut self, command: Cmd, replication: Option<Replication>) -> Result<(Value, bool), RedisError> {
-        let Some(Replication { replicas, timeout }) = replication else {
-            let value = self.values(&[&command]).await?.next().unwrap_or_default();
-            return Ok((value.extract_error()?, true));
-        };
+    async fn send(&mut self, command: &Cmd, replication: Option<Replication>) -> Result<(Value, bool), RedisError> {
+        if let Some(replication) = replication {
+            return Box::pin(self.send_on(command, replication)).await;
+        }
+        let value = self.values(&[command]).await?.next().unwrap_or_default();
+        Ok((value.extract_error()?, true))
+    }
+
+    async fn send_on(
+        &mut self,
+        command: &Cmd,
+        Replication { replicas, timeout }: Replication,
+    ) -> Result<(Value, bool), RedisError> {
         // WAIT counts who has what *its own connection* wrote, so it must go right behind the write.
         let mut wait = cmd("WAIT");
         wait.arg(replicas).arg(millis(timeout));
-        let mut values = self.values(&[&command, &wait]).await?;
+        let mut values = self.values(&[command, &wait]).await?;
         let value = values.next().unwrap_or_default().extract_error()?;
         // A WAIT that fails knows of no replica; what came before it happened all the same.
         let have = match values.next() {

@@ -18,10 +18,10 @@ pub(super) const LATE: Error = Error::new(
     "the Redis server did not answer within the response timeout",
 );
 
-/// The runtime shut down, or the operation's task panicked.
-pub(super) const CUT_OFF: Error = Error::new(
+/// A defect of the client's. Whether anything was sent is not known.
+pub(super) const PANICKED: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the operation was cut off: its runtime shuts down",
+    "the Redis client panicked over what it got, or over what it was given",
 );
 
 /// Redis is spoken to from tokio alone.

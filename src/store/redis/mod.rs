@@ -10,13 +10,15 @@ mod scripts;
 mod watch;
 
 use std::fmt;
-use std::future::Future;
+use std::future::{ready, Future};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::Either;
+use futures::FutureExt;
 use redis::aio::ConnectionManager;
 use redis::cluster_async::ClusterConnection;
-use tokio::runtime::Handle;
 
 pub use self::builder::RedisStoreBuilder;
 use self::operations::Server;
@@ -173,12 +175,13 @@ impl Store for RedisStore {
     }
 }
 
-/// Runs an operation in a task of its own: the client never sends a request whose future was dropped before it was written.
-async fn uncut<T: Send + 'static>(
+/// Runs an operation to its end: the client never sends a request whose future was dropped before it was written.
+fn uncut<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
-) -> Result<T, Error> {
-    match Handle::try_current() {
-        Ok(runtime) => runtime.spawn(operation).await.unwrap_or(Err(failure::CUT_OFF)),
-        Err(_) => Err(failure::NO_RUNTIME),
+) -> impl Future<Output = Result<T, Error>> + Send {
+    let sound = AssertUnwindSafe(operation).catch_unwind();
+    match crate::uncut::uncut(sound.map(|done| done.unwrap_or(Err(failure::PANICKED)))) {
+        Some(operation) => Either::Left(operation),
+        None => Either::Right(ready(Err(failure::NO_RUNTIME))),
     }
 }

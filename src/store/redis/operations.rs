@@ -1,9 +1,8 @@
 //! The operations of the store: what the scripts are told, and what they say.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
-
-use bytes::Bytes;
 
 use super::connection::{Connection, Exchanged, Replication};
 use super::failure;
@@ -57,6 +56,12 @@ impl Server {
     }
 
     async fn ask(&self, claim: &Claim) -> Result<(Decision, bool), Error> {
+        let Exchanged { reply, is_replicated } = self.asked(claim).await;
+        let reply = reply.map_err(|failed| failed.read_by(failure::of_claim))?;
+        Ok((decision(reply, claim)?, is_replicated))
+    }
+
+    fn asked(&self, claim: &Claim) -> impl Future<Output = Exchanged> + Send + use<> {
         let mut fingerprint = [claim.fingerprint.algorithm(); 33];
         fingerprint[1..].copy_from_slice(claim.fingerprint.digest());
         let if_lost: &[u8] = match claim.if_lost {
@@ -75,9 +80,7 @@ impl Server {
             max_attempts.as_bytes(),
             self.is_to_replicate(),
         ];
-        let Exchanged { reply, is_replicated } = self.run(&scripts::CLAIM, &claim.key, &arguments, true).await;
-        let reply = reply.map_err(|failed| failed.read_by(failure::of_claim))?;
-        Ok((decision(reply, claim)?, is_replicated))
+        self.run(&scripts::CLAIM, &claim.key, &arguments, true)
     }
 
     pub(super) async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
@@ -102,8 +105,8 @@ impl Server {
     ) -> Result<Completion, Error> {
         let owner = bytes_of(owner);
         let (state, retention) = (state_of(outcome), micros(retention));
-        let [length, head, body] = &parts_of(outcome);
-        let arguments: [&[u8]; 6] = [&owner, state, retention.as_bytes(), length, head, body];
+        let answer = answer_of(outcome);
+        let arguments: [&[u8]; 4] = [&owner, state, retention.as_bytes(), &answer];
         let exchanged = self.run(&scripts::COMPLETE, key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"completed")?;
         match reply.word() {
@@ -132,13 +135,12 @@ impl Server {
         resolution: &Resolution,
     ) -> Result<Resolved, Error> {
         let fence = fence.as_u64().to_le_bytes();
-        let (state, parts, retention): (&[u8], _, _) = match resolution {
-            Resolution::Absent => (b"", <[Bytes; 3]>::default(), Duration::ZERO),
-            Resolution::Completed(outcome, retention) => (state_of(outcome), parts_of(outcome), *retention),
+        let (state, answer, retention): (&[u8], _, _) = match resolution {
+            Resolution::Absent => (b"", Vec::new(), Duration::ZERO),
+            Resolution::Completed(outcome, retention) => (state_of(outcome), answer_of(outcome), *retention),
         };
-        let [length, head, body] = &parts;
         let retention = micros(retention);
-        let arguments: [&[u8]; 6] = [&fence, state, retention.as_bytes(), length, head, body];
+        let arguments: [&[u8]; 4] = [&fence, state, retention.as_bytes(), &answer];
         let exchanged = self.run(&scripts::RESOLVE, key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"resolved")?;
         match reply.word() {
@@ -155,8 +157,7 @@ impl Server {
         if reply.word() == b"absent" {
             return Ok(None);
         }
-        let now = Timestamp::from_micros(reply.number()?);
-        let record = record_in(&mut reply)?.ok_or(failure::STRANGE)?;
+        let (record, now) = record_at(&mut reply)?;
         if record.is_completed() && !is_replicated {
             return Err(failure::NOT_REPLICATED);
         }
@@ -179,13 +180,19 @@ impl Server {
         watches.watch(channel, &self.connection, self.response_timeout).await
     }
 
-    async fn run(&self, script: &Script, key: &StorageKey, arguments: &[&[u8]], must_last: bool) -> Exchanged {
+    /// Not async: the arguments need not outlast the command that they are put into.
+    fn run(
+        &self,
+        script: &'static Script,
+        key: &StorageKey,
+        arguments: &[&[u8]],
+        must_last: bool,
+    ) -> impl Future<Output = Exchanged> + Send + use<> {
         let replication = self.replication.filter(|_| must_last);
         let name = self.name_of(key);
+        let command = script.by_digest(&name, arguments);
         let connection = self.connection.clone();
-        connection
-            .run(script, &name, arguments, replication, self.response_timeout)
-            .await
+        connection.run(script, name, command, replication, self.response_timeout)
     }
 
     /// The record's key, which is its channel too: the prefix and lower-case hexadecimal digits.
@@ -206,15 +213,16 @@ fn decision(mut reply: Reply, claim: &Claim) -> Result<Decision, Error> {
         b"execute" => Ok(Decision::Execute(grant_in(&mut reply, claim)?)),
         b"recover" => Ok(Decision::Recover(grant_in(&mut reply, claim)?)),
         b"mismatch" => Ok(Decision::Mismatch),
+        b"record" => {
+            let (record, now) = record_at(&mut reply)?;
+            let transition = Record::claim(Some(&record), claim, now);
+            // The script would have changed what is to be changed.
+            transition.unchanged().ok_or(failure::STRANGE)
+        }
         b"unknown" => Ok(Decision::Unknown),
         b"wait" => Ok(Decision::Wait {
             left: Duration::from_micros(reply.number()?),
         }),
-        b"done" => match outcome_in(&mut reply)? {
-            Some(Outcome::Kept(answer)) => Ok(Decision::Replay(answer)),
-            Some(Outcome::Tombstone) => Ok(Decision::NotKept),
-            None => Err(failure::STRANGE),
-        },
         _ => Err(failure::STRANGE),
     }
 }
@@ -227,6 +235,13 @@ fn grant_in(reply: &mut Reply, claim: &Claim) -> Result<Grant, Error> {
         attempt: u32::try_from(reply.number()?).map_err(|_| failure::STRANGE)?,
         lease: Some(claim.lease.min(LONGEST)),
     })
+}
+
+/// A record, and the time at which the server showed it.
+fn record_at(reply: &mut Reply) -> Result<(Record, Timestamp), Error> {
+    let now = Timestamp::from_micros(reply.number()?);
+    let record = record_in(reply)?.ok_or(failure::STRANGE)?;
+    Ok((record, now))
 }
 
 fn record_in(reply: &mut Reply) -> Result<Option<Record>, Error> {
@@ -259,13 +274,13 @@ const fn state_of(outcome: &Outcome) -> &'static [u8] {
     }
 }
 
-/// What stands in the record behind its fixed part: length of the head, head, body.
-fn parts_of(outcome: &Outcome) -> [Bytes; 3] {
+/// What stands in the record behind its fixed part.
+fn answer_of(outcome: &Outcome) -> Vec<u8> {
     match outcome {
-        Outcome::Tombstone => Default::default(),
+        Outcome::Tombstone => Vec::new(),
         Outcome::Kept(Answer { head, body }) => {
             let length = u32::try_from(head.len()).unwrap_or(u32::MAX).to_le_bytes();
-            [Bytes::copy_from_slice(&length), head.clone(), body.clone()]
+            [&length[..], head, body].concat()
         }
     }
 }

@@ -1,15 +1,12 @@
 -- ARGV: owner
-local record, refusal = read()
-if refusal then return refusal end
-if not record then return {'released'} end
-if record.state >= TOMBSTONE or not is_owned(record, ARGV[1]) then return {'superseded'} end
+if not state then return {key, 'released'} end
+if state >= TOMBSTONE or string.sub(bytes, 37, 60) ~= ARGV[1] then return {key, 'superseded'} end
 -- Only when nobody else ever held the key is there nothing that a deletion would hide.
-if record.attempt == 1 then
-  redis.call('DEL', key)
-elseif record.state == IN_FLIGHT then
-  lease_for(record, 0)
-  refusal = put(record)
-  if refusal then return refusal end
+if attempt == 1 then
+  state = nil
+elseif state == UNKNOWN then
+  return {key, 'released'}
+else
+  lease, ends, expires = 0, now, now + retention
 end
-wake()
-return {'released'}
+reply, wakes = {key, 'released'}, true

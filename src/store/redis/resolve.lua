@@ -1,15 +1,10 @@
--- ARGV: fence, state (empty: it had no effect), retention, then length of the head, head and body of a kept answer
-local record, refusal = read()
-if refusal then return refusal end
-if not record then return {'conflict'} end
-local owner_may_live = record.state >= TOMBSTONE or left(record) > 0
-if owner_may_live or struct.pack('<I8', record.fence) ~= ARGV[1] then return {'conflict', record.fence} end
+-- ARGV: fence, state (empty: it had no effect), retention, and what stands in the record behind its header
+if not state then return {key, 'conflict'} end
+local owner_may_live = state >= TOMBSTONE or left > 0
+if owner_may_live or string.sub(bytes, 53, 60) ~= ARGV[1] then return {key, 'conflict', fence} end
+reply, wakes = {key, 'resolved'}, true
 if ARGV[2] == '' then
-  redis.call('DEL', key)
+  state = nil
 else
-  end_with(record, tonumber(ARGV[2]), tonumber(ARGV[3]))
-  refusal = put(record, ARGV[4] .. ARGV[5] .. ARGV[6])
-  if refusal then return refusal end
+  state, ends, expires, answer = tonumber(ARGV[2]), 0, now + tonumber(ARGV[3]), ARGV[4]
 end
-wake()
-return {'resolved'}

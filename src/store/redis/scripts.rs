@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use redis::{cmd, Cmd, Value};
+use redis::{cmd, Arg, Cmd, Value};
 
 use super::failure;
 use crate::error::{Error, ErrorKind};
@@ -19,28 +19,23 @@ pub(super) struct Script {
 ///
 /// Every reply begins with the key that was asked for: should a connection ever fall out of step with its questions, nobody is
 /// given what belongs to another key.
-macro_rules! script {
-    ($file:literal) => {
-        script!("", $file)
-    };
+macro_rules! changing {
     ($flags:literal, $file:literal) => {
         Script::new(concat!(
             $flags,
             include_str!("prelude.lua"),
-            "local function operation()\n",
             include_str!($file),
-            "end\nlocal reply = operation()\nif reply.err then return reply end\n",
-            "table.insert(reply, 1, key)\nreturn reply\n"
+            include_str!("finale.lua")
         ))
     };
 }
 
-pub(super) static CLAIM: Script = script!("claim.lua");
-pub(super) static COMPLETE: Script = script!("#!lua flags=allow-oom\n", "complete.lua");
-pub(super) static PEEK: Script = script!("peek.lua");
-pub(super) static RELEASE: Script = script!("#!lua flags=allow-oom\n", "release.lua");
-pub(super) static RENEW: Script = script!("#!lua flags=allow-oom\n", "renew.lua");
-pub(super) static RESOLVE: Script = script!("#!lua flags=allow-oom\n", "resolve.lua");
+pub(super) static CLAIM: Script = changing!("", "claim.lua");
+pub(super) static COMPLETE: Script = changing!("#!lua flags=allow-oom\n", "complete.lua");
+pub(super) static PEEK: Script = Script::new(concat!(include_str!("prelude.lua"), include_str!("peek.lua")));
+pub(super) static RELEASE: Script = changing!("#!lua flags=allow-oom\n", "release.lua");
+pub(super) static RENEW: Script = changing!("#!lua flags=allow-oom\n", "renew.lua");
+pub(super) static RESOLVE: Script = changing!("#!lua flags=allow-oom\n", "resolve.lua");
 
 impl Script {
     const fn new(source: &'static str) -> Self {
@@ -52,25 +47,34 @@ impl Script {
 
     /// Runs the script by its digest; the server answers NOSCRIPT when it does not know it (any more).
     pub(super) fn by_digest(&self, key: &[u8], arguments: &[&[u8]]) -> Cmd {
+        // Names, lengths and ends of lines included.
+        const BESIDE: usize = 128;
+        const EACH: usize = 12;
         let digest = self
             .digest
             .get_or_init(|| redis::Script::new(self.source).get_hash().to_owned());
-        call("EVALSHA", digest, key, arguments)
+        let bytes = arguments
+            .iter()
+            .fold(key.len(), |sum, argument| sum + argument.len() + EACH);
+        let mut command = Cmd::with_capacity(4 + arguments.len(), BESIDE + bytes);
+        command.arg("EVALSHA").arg(digest.as_bytes()).arg(1).arg(key);
+        for argument in arguments {
+            command.arg(*argument);
+        }
+        command
     }
 
-    /// Runs the script from its source, which teaches it to the server in the same step.
-    pub(super) fn by_source(&self, key: &[u8], arguments: &[&[u8]]) -> Cmd {
-        call("EVAL", self.source, key, arguments)
+    /// Runs the same from the script's source, which teaches it to the server in the same step.
+    pub(super) fn by_source(&self, by_digest: &Cmd) -> Cmd {
+        let mut command = cmd("EVAL");
+        command.arg(self.source);
+        for argument in by_digest.args_iter().skip(2) {
+            if let Arg::Simple(argument) = argument {
+                command.arg(argument);
+            }
+        }
+        command
     }
-}
-
-fn call(name: &str, script: &str, key: &[u8], arguments: &[&[u8]]) -> Cmd {
-    let mut command = cmd(name);
-    command.arg(script).arg(1).arg(key);
-    for argument in arguments {
-        command.arg(*argument);
-    }
-    command
 }
 
 /// What a script returned: a word, and what belongs to it.

@@ -1,0 +1,95 @@
+//! The whole chain: a customer pays a shop once, and the shop charges a bank once for each purpose, whoever repeats what.
+//!
+//! ```text
+//! cargo run --features axum,reqwest,retry --example client_chain
+//! ```
+//!
+//! The customer's request carries a key, which the shop's `IdempotencyLayer` takes. The handler derives the keys of its own calls
+//! from its lease: the same when the handler runs again, others for other requests and purposes, and never the customer's own key,
+//! which the bank has no business with. The bank's answers are lost until the shop gives up and answers 502; the shop's answer is
+//! lost, too; the customer's client asks again. There is one charge for the goods and one for the shipping.
+
+mod third_party;
+
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::Router;
+use http::Request;
+use third_party::bank::Bank;
+use third_party::{Accident, ThirdParty};
+use tower::{BoxError, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{CallLayer, Delivery, IdempotencyKeyLayer, Profile, ReqwestService, RetryPolicy};
+use tower_idempotency::{IdempotencyLayer, Lease, MemoryStore};
+
+/// Sends a request; a key that it has already is left alone.
+async fn call(profile: Profile, attempts: u32, request: Request<String>) -> Result<reqwest::Response, BoxError> {
+    let retries = RetryPolicy::new(profile.clone())
+        .with_backoff(Duration::from_millis(50), Duration::from_secs(1))
+        .with_max_attempts(attempts);
+    let client = ServiceBuilder::new()
+        .layer(IdempotencyKeyLayer::new(profile))
+        .layer(CallLayer::new(retries))
+        .service(ReqwestService::build(reqwest::Client::builder())?);
+    Ok(client.oneshot(request).await?.into())
+}
+
+async fn charge(bank: &ThirdParty, lease: &Lease, purpose: &str, amount: &str) -> Result<String, BoxError> {
+    let request = Request::post(bank.url("/v1/charges"))
+        .header("idempotency-key", lease.derive_id(purpose))
+        .body(amount.to_owned())?;
+    let answer = call(Profile::stripe(), 2, request).await?.error_for_status()?;
+    Ok(answer.text().await?)
+}
+
+/// The shop.
+async fn order(State(bank): State<ThirdParty>, lease: Lease) -> Response {
+    println!("the shop takes the order");
+    let charges = async {
+        let goods = charge(&bank, &lease, "goods", "4200").await?;
+        let shipping = charge(&bank, &lease, "shipping", "490").await?;
+        Ok::<_, BoxError>(format!("ordered, paid by {goods} and {shipping}"))
+    };
+    match charges.await {
+        Ok(paid) => (StatusCode::CREATED, paid).into_response(),
+        Err(error) => {
+            println!("the shop gives up: {error}");
+            StatusCode::BAD_GATEWAY.into_response()
+        }
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let bank = Bank::default();
+    let at_bank = ThirdParty::serve(bank.app()).await?;
+    let shop = Router::new()
+        .route("/orders", post(order))
+        .layer(IdempotencyLayer::new(MemoryStore::new()).require_key())
+        .with_state(at_bank.clone());
+    let at_shop = ThirdParty::serve(shop).await?;
+
+    at_bank.expect([
+        Accident::AnswerLost,
+        Accident::AnswerLost,
+        Accident::None,
+        Accident::AnswerLost,
+    ]);
+    at_shop.expect([Accident::None, Accident::AnswerLost]);
+    let request = Request::post(at_shop.url("/orders")).body("2 teapots".to_owned())?;
+    let answer = call(Profile::draft(), 5, request).await?.error_for_status()?;
+    let delivery = *answer
+        .extensions()
+        .get::<Delivery>()
+        .ok_or("the layer reports every call")?;
+    let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
+    println!("the customer has after {attempts} attempts: {}", answer.text().await?);
+
+    println!("the bank charged {:?}", bank.charges());
+    assert_eq!((attempts, is_replay), (3, true));
+    assert_eq!(bank.charges(), ["4200", "490"], "one charge for each purpose");
+    Ok(())
+}

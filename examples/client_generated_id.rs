@@ -1,0 +1,107 @@
+//! One transfer at a third party that takes ids made by its clients: a second creation meets the first.
+//!
+//! ```text
+//! cargo run --features retry --example client_generated_id
+//! ```
+//!
+//! The id is derived from the job that the transfer is made for, so that every attempt, and every process that runs the job after a
+//! crash, makes the same one. It goes into the body; that it is there makes the request one that may be repeated.
+
+mod third_party;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::routing::post;
+use axum::{Json, Router};
+use http::{Request, StatusCode};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde::Deserialize;
+use serde_json::{json, Value};
+use third_party::{Accident, ThirdParty};
+use tower::{BoxError, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{
+    CallLayer, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile, RetryPolicy,
+};
+
+/// The third party's: amounts by id. An id that is taken is refused by 409.
+type Transfers = Arc<Mutex<HashMap<String, u64>>>;
+
+#[derive(Deserialize)]
+struct Transfer {
+    id: String,
+    amount: u64,
+}
+
+async fn create(State(transfers): State<Transfers>, Json(new): Json<Transfer>) -> StatusCode {
+    let mut transfers = transfers.lock().unwrap_or_else(PoisonError::into_inner);
+    if transfers.contains_key(&new.id) {
+        return StatusCode::CONFLICT;
+    }
+    transfers.insert(new.id, new.amount);
+    StatusCode::CREATED
+}
+
+/// Where the id goes.
+fn put_id(request: &mut Request<String>, id: &str) -> Result<(), serde_json::Error> {
+    let mut transfer: Value = serde_json::from_str(request.body())?;
+    transfer["id"] = id.into();
+    *request.body_mut() = transfer.to_string();
+    Ok(())
+}
+
+/// The job: transfers an amount, in a client that was never used before, as it is after a crash.
+async fn transfer(party: &ThirdParty, payout: &str, amount: u64) -> Result<StatusCode, BoxError> {
+    let ids = KeyDeriver::new(b"32 bytes from the secret manager")?;
+    let retries = RetryPolicy::new(Profile::draft()).with_backoff(Duration::from_millis(50), Duration::from_secs(1));
+    let client = ServiceBuilder::new()
+        .layer(
+            IdempotencyKeyLayer::new(Profile::draft())
+                .with_maker(KeyMaker::derived(ids))
+                .with_body_key(put_id),
+        )
+        .layer(CallLayer::new(retries))
+        .service(Client::builder(TokioExecutor::new()).build_http::<String>());
+
+    let mut request = Request::post(party.url("/transfers"))
+        .header("content-type", "application/json")
+        .body(json!({ "amount": amount }).to_string())?;
+    request.extensions_mut().insert(KeyOrigin::new(payout, "transfer"));
+    let status = client.oneshot(request).await?.status();
+    match status {
+        StatusCode::CREATED => println!("{payout} is made"),
+        // Nobody else makes this id: it is ours, of an attempt whose answer was lost.
+        StatusCode::CONFLICT => println!("{payout} was made before"),
+        other => return Err(format!("{payout} was refused: {other}").into()),
+    }
+    Ok(status)
+}
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let transfers = Transfers::default();
+    let app = Router::new()
+        .route("/transfers", post(create))
+        .with_state(Arc::clone(&transfers));
+    let party = ThirdParty::serve(app).await?;
+
+    party.expect([Accident::Overload, Accident::AnswerLost]);
+    assert_eq!(transfer(&party, "payout-31", 4200).await?, StatusCode::CONFLICT);
+    // It crashed before it took a note of that, and is started again.
+    assert_eq!(transfer(&party, "payout-31", 4200).await?, StatusCode::CONFLICT);
+    assert_eq!(transfer(&party, "payout-32", 1700).await?, StatusCode::CREATED);
+
+    let mut amounts: Vec<u64> = transfers
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .values()
+        .copied()
+        .collect();
+    amounts.sort_unstable();
+    println!("the third party transferred {amounts:?}");
+    assert_eq!(amounts, [1700, 4200], "one transfer for each payout");
+    Ok(())
+}

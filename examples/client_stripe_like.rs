@@ -1,0 +1,73 @@
+//! One charge at a third party that takes idempotency keys, whatever becomes of the answers and of us.
+//!
+//! ```text
+//! cargo run --features retry --example client_stripe_like
+//! ```
+//!
+//! It serves the bank itself, on a free port, and sees to the accidents: an answer is lost, a request is turned away, an answer comes
+//! too late. All attempts carry one key, so the bank charges once and repeats its answer. Then the process "crashes" and the job runs
+//! again: its key is derived from the order, so it is the same.
+
+mod third_party;
+
+use std::io;
+use std::time::Duration;
+
+use http::Request;
+use http_body_util::BodyExt;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use third_party::bank::Bank;
+use third_party::{Accident, ThirdParty};
+use tower::timeout::TimeoutLayer;
+use tower::{BoxError, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{
+    CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile, RetryPolicy,
+};
+
+/// The job: charges an order, in a client that was never used before, as it is after a crash.
+async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, BoxError> {
+    let keys = KeyDeriver::new(b"32 bytes from the secret manager")?;
+    let retries = RetryPolicy::new(Profile::stripe()).with_backoff(Duration::from_millis(50), Duration::from_secs(1));
+    let client = ServiceBuilder::new()
+        .layer(IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys)))
+        .layer(CallLayer::new(retries))
+        // tower's boxed error is no `Error`, and could not be a source.
+        .map_err(io::Error::other::<BoxError>)
+        .layer(TimeoutLayer::new(Duration::from_millis(500)))
+        .service(Client::builder(TokioExecutor::new()).build_http::<String>());
+
+    let mut request = Request::post(bank.url("/v1/charges")).body(amount.to_owned())?;
+    request.extensions_mut().insert(KeyOrigin::new(order, "charge"));
+    let response = client.oneshot(request).await?;
+
+    let delivery = *response
+        .extensions()
+        .get::<Delivery>()
+        .ok_or("the layer reports every call")?;
+    assert_eq!(delivery.outcome(), CallOutcome::Answered);
+    let id = String::from_utf8(response.into_body().collect().await?.to_bytes().into())?;
+    let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
+    println!("{order}: {id} after {attempts} attempts, the answer is a replay: {is_replay}");
+    Ok(id)
+}
+
+#[tokio::main]
+async fn main() -> Result<(), BoxError> {
+    let bank = Bank::default();
+    let party = ThirdParty::serve(bank.app()).await?;
+    party.expect([
+        Accident::AnswerLost,
+        Accident::Overload,
+        Accident::Slow(Duration::from_secs(5)),
+    ]);
+    let first = charge(&party, "order-4711", "4200").await?;
+    // It crashed before it took a note of that, and is started again.
+    let again = charge(&party, "order-4711", "4200").await?;
+    let other = charge(&party, "order-4712", "1700").await?;
+
+    println!("the bank charged {:?}", bank.charges());
+    assert_eq!(bank.charges(), ["4200", "1700"], "one charge for each order");
+    assert!(first == again && first != other);
+    Ok(())
+}

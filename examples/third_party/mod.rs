@@ -1,0 +1,146 @@
+//! What the client examples call: a third party on a free port, and the accidents that happen on the way to it.
+#![allow(dead_code, reason = "every example has accidents of its own")]
+
+pub(crate) mod bank;
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::http::{Request, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::Command;
+use tokio::sync::Notify;
+use tower::ServiceExt;
+
+/// What happens to one request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Accident {
+    /// It takes effect, and the connection breaks before the answer.
+    AnswerLost,
+    /// It takes effect, and no answer comes.
+    AnswerStuck,
+    /// Nothing.
+    None,
+    /// It is refused by 503 and has no effect.
+    Overload,
+    /// It has no effect, and no answer comes.
+    RequestStuck,
+    /// It takes effect, and the answer comes late.
+    Slow(Duration),
+}
+
+/// A third party that runs in this process. Clones are the same one.
+#[derive(Clone)]
+pub(crate) struct ThirdParty {
+    address: SocketAddr,
+    app: Router,
+    accidents: Arc<Mutex<VecDeque<Accident>>>,
+    stuck: Arc<Notify>,
+}
+
+impl ThirdParty {
+    pub(crate) async fn serve(app: Router) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let party = Self {
+            address: listener.local_addr()?,
+            app,
+            accidents: Arc::default(),
+            stuck: Arc::default(),
+        };
+        let serving = party.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serving.clone().connect(stream));
+            }
+        });
+        Ok(party)
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
+    /// What happens to the next requests, one after the other.
+    pub(crate) fn expect(&self, accidents: impl IntoIterator<Item = Accident>) {
+        let mut coming = self.accidents.lock().unwrap_or_else(PoisonError::into_inner);
+        coming.extend(accidents);
+    }
+
+    /// Runs a process until one of its requests is stuck, and then ends it as a power cut does.
+    pub(crate) async fn crash(&self, process: &mut Command) -> io::Result<()> {
+        let mut process = process.kill_on_drop(true).spawn()?;
+        tokio::select! {
+            () = self.stuck.notified() => process.kill().await,
+            ended = process.wait() => Err(io::Error::other(format!("it was to be killed, and ended: {}", ended?))),
+        }
+    }
+
+    async fn connect(self, stream: TcpStream) {
+        let answer = service_fn(|request| self.answer(request));
+        // A connection that breaks is what the examples are about.
+        drop(
+            http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), answer)
+                .await,
+        );
+    }
+
+    /// An error breaks the connection.
+    async fn answer(&self, request: Request<Incoming>) -> io::Result<Response> {
+        let accident = self
+            .accidents
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front();
+        match accident {
+            Some(Accident::Overload) => return Ok(StatusCode::SERVICE_UNAVAILABLE.into_response()),
+            Some(Accident::RequestStuck) => self.hang().await,
+            _ => {}
+        }
+        let Ok(response) = self.app.clone().oneshot(request).await;
+        match accident {
+            Some(Accident::AnswerLost) => return Err(io::ErrorKind::ConnectionReset.into()),
+            Some(Accident::AnswerStuck) => self.hang().await,
+            Some(Accident::Slow(time)) => tokio::time::sleep(time).await,
+            _ => {}
+        }
+        Ok(response)
+    }
+
+    async fn hang(&self) {
+        self.stuck.notify_one();
+        pending::<()>().await;
+    }
+}
+
+/// A folder that goes when this is dropped.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn new(name: &str) -> io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("tower-idempotency-{name}-{}", std::process::id()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}

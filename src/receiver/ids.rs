@@ -1,0 +1,258 @@
+//! Where others keep the id of a message.
+//!
+//! Functions over header maps and plain fields, so that any client of any broker will do; they are given to
+//! [`with_id`](super::ReceiverLayer::with_id). Each puts the name of its kind before the id, so that a consumer may get messages
+//! from several. What is not there is [missing](MessageId::is_missing).
+//!
+//! ```
+//! use tower_idempotency::receiver::{ids, ReceiverLayer};
+//! use tower_idempotency::MemoryStore;
+//!
+//! type Request = http::Request<bytes::Bytes>;
+//! let layer = ReceiverLayer::new(MemoryStore::new(), "billing").with_id(|request: &Request| ids::github(request.headers()));
+//! ```
+//!
+//! The names of the fields are those of the providers' documentation in 2026.
+
+use http::{HeaderMap, HeaderName};
+
+use super::id::MessageId;
+
+/// How a CloudEvent travels in "binary mode", in which its attributes are headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CloudEvents {
+    /// Application properties `cloudEvents:id` or `cloudEvents_id` (AMQP binding, section 3.1.3).
+    Amqp,
+    /// Header fields `ce-id` (HTTP binding, section 3.1.3). Their values are compared as they were sent, percent signs and all.
+    Http,
+    /// Headers `ce_id` (Kafka binding, section 3.2.3).
+    Kafka,
+    /// Headers `ce-id` (NATS binding, section 3.2.3).
+    Nats,
+}
+
+impl CloudEvents {
+    const fn names(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Amqp => &[
+                ("cloudEvents:source", "cloudEvents:id"),
+                ("cloudEvents_source", "cloudEvents_id"),
+            ],
+            Self::Http | Self::Nats => &[("ce-source", "ce-id")],
+            Self::Kafka => &[("ce_source", "ce_id")],
+        }
+    }
+}
+
+/// A CloudEvent: producers must see to it that source *and* id are unique together (CloudEvents 1.0.2, section "id"), and an id alone
+/// says nothing.
+#[must_use]
+pub fn cloud_event(source: impl AsRef<[u8]>, id: impl AsRef<[u8]>) -> MessageId {
+    let (source, id) = (source.as_ref(), id.as_ref());
+    if source.is_empty() || id.is_empty() {
+        return MessageId::missing();
+    }
+    MessageId::of([b"cloudevents", source, id])
+}
+
+/// A CloudEvent in binary mode, whose headers are looked up by `header`.
+///
+/// ```
+/// use std::collections::HashMap;
+/// use tower_idempotency::receiver::ids::{cloud_event, cloud_event_in, CloudEvents};
+///
+/// let headers = HashMap::from([("ce_source", "/orders"), ("ce_id", "7")]);
+/// let id = cloud_event_in(CloudEvents::Kafka, |name| headers.get(name).copied());
+/// assert_eq!(id, cloud_event("/orders", "7"));
+/// ```
+pub fn cloud_event_in<V: AsRef<[u8]>>(binding: CloudEvents, header: impl Fn(&str) -> Option<V>) -> MessageId {
+    let found = binding
+        .names()
+        .iter()
+        .find_map(|(source, id)| Some(cloud_event(header(source)?, header(id)?)));
+    found.unwrap_or_else(MessageId::missing)
+}
+
+/// A CloudEvent over HTTP in binary mode.
+#[must_use]
+pub fn cloud_event_over_http(headers: &HeaderMap) -> MessageId {
+    cloud_event_in(CloudEvents::Http, |name| headers.get(name))
+}
+
+/// A webhook by Standard Webhooks 1.0: `webhook-id`, the same in every attempt.
+#[must_use]
+pub fn standard_webhooks(headers: &HeaderMap) -> MessageId {
+    field("standard-webhooks", headers, "webhook-id")
+}
+
+/// A webhook of GitHub's: `X-GitHub-Delivery`, which a redelivery repeats.
+#[must_use]
+pub fn github(headers: &HeaderMap) -> MessageId {
+    field("github", headers, "x-github-delivery")
+}
+
+/// A webhook of Shopify's: shop, topic and `X-Shopify-Event-Id`, or `X-Shopify-Webhook-Id` where there is no such field. One event can
+/// cause webhooks of several topics.
+#[must_use]
+pub fn shopify(headers: &HeaderMap) -> MessageId {
+    let value = |name: &str| headers.get(name).map_or(&b""[..], |value| value.as_bytes());
+    let ids = ["x-shopify-event-id", "x-shopify-webhook-id"];
+    let id = ids.iter().map(|name| value(name)).find(|id| !id.is_empty());
+    let shop = [value("x-shopify-shop-domain"), value("x-shopify-topic")];
+    id.map_or_else(MessageId::missing, |id| {
+        MessageId::of([b"shopify", shop[0], shop[1], id])
+    })
+}
+
+/// A webhook of Twilio's: `I-Twilio-Idempotency-Token`.
+#[must_use]
+pub fn twilio(headers: &HeaderMap) -> MessageId {
+    field("twilio", headers, "i-twilio-idempotency-token")
+}
+
+/// An event of Stripe's: the member `id` of its body, `evt_...`.
+#[must_use]
+pub fn stripe(event: impl AsRef<[u8]>) -> MessageId {
+    named("stripe", event.as_ref())
+}
+
+/// A message over AMQP: the property `message-id`, where its producer sets one.
+#[must_use]
+pub fn amqp<I: AsRef<[u8]>>(message_id: Option<I>) -> MessageId {
+    optional("amqp", message_id)
+}
+
+/// A message over NATS: the header `Nats-Msg-Id`. JetStream itself removes copies for two minutes only, by default.
+#[must_use]
+pub fn nats<I: AsRef<[u8]>>(msg_id: Option<I>) -> MessageId {
+    optional("nats", msg_id)
+}
+
+/// A message of Kafka's under an id that its producer put into a header.
+#[must_use]
+pub fn kafka<I: AsRef<[u8]>>(header: Option<I>) -> MessageId {
+    optional("kafka", header)
+}
+
+/// A message of Kafka's by its place. It tells redeliveries to one consumer, whose name should be the group's, but not what the
+/// producer sent twice; and it starts again from zero where a topic is made again.
+#[must_use]
+pub fn kafka_offset(topic: &str, partition: i32, offset: i64) -> MessageId {
+    let (partition, offset) = (partition.to_be_bytes(), offset.to_be_bytes());
+    MessageId::of([b"kafka-offset", topic.as_bytes(), &partition, &offset])
+}
+
+/// A message of Amazon SQS: its `MessageDeduplicationId` (FIFO queues), which its producer chose; else the queue's own `MessageId`,
+/// which does not tell what the producer sent twice.
+#[must_use]
+pub fn sqs(message_id: &str, deduplication_id: Option<&str>) -> MessageId {
+    match deduplication_id.filter(|id| !id.is_empty()) {
+        Some(id) => named("sqs-deduplication", id.as_bytes()),
+        None => named("sqs", message_id.as_bytes()),
+    }
+}
+
+fn field(kind: &str, headers: &HeaderMap, name: &'static str) -> MessageId {
+    optional(kind, headers.get(HeaderName::from_static(name)))
+}
+
+fn optional<I: AsRef<[u8]>>(kind: &str, id: Option<I>) -> MessageId {
+    id.map_or_else(MessageId::missing, |id| named(kind, id.as_ref()))
+}
+
+fn named(kind: &str, id: &[u8]) -> MessageId {
+    if id.is_empty() {
+        return MessageId::missing();
+    }
+    MessageId::of([kind.as_bytes(), id])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        let fields = fields
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), http::HeaderValue::from_static(value)));
+        fields.collect()
+    }
+
+    #[test]
+    fn fields_are_found_and_absent_or_empty_ones_are_missing() {
+        type IdOf = fn(&HeaderMap) -> MessageId;
+        let of: [(IdOf, &str); 5] = [
+            (standard_webhooks, "webhook-id"),
+            (github, "x-github-delivery"),
+            (shopify, "x-shopify-event-id"),
+            (shopify, "x-shopify-webhook-id"),
+            (twilio, "i-twilio-idempotency-token"),
+        ];
+        for (id, name) in of {
+            let [one, two, empty] = ["1", "2", ""].map(|value| id(&headers(&[(name, value)])));
+            assert_ne!(one, two, "{name}");
+            assert!(
+                !one.is_missing() && empty.is_missing() && id(&headers(&[])).is_missing(),
+                "{name}"
+            );
+        }
+        assert!(amqp(None::<&str>).is_missing() && nats(Some("")).is_missing() && kafka(Some(b"")).is_missing());
+        assert!(stripe("").is_missing() && sqs("", None).is_missing());
+    }
+
+    #[test]
+    fn kinds_do_not_meet() {
+        let all = [
+            standard_webhooks(&headers(&[("webhook-id", "1")])),
+            github(&headers(&[("x-github-delivery", "1")])),
+            twilio(&headers(&[("i-twilio-idempotency-token", "1")])),
+            shopify(&headers(&[("x-shopify-event-id", "1")])),
+            shopify(&headers(&[("x-shopify-event-id", "1"), ("x-shopify-topic", "t")])),
+            shopify(&headers(&[("x-shopify-event-id", "1"), ("x-shopify-shop-domain", "t")])),
+            stripe("1"),
+            amqp(Some("1")),
+            nats(Some("1")),
+            kafka(Some("1")),
+            sqs("1", None),
+            sqs("1", Some("1")),
+            cloud_event("1", "1"),
+            kafka_offset("1", 1, 1),
+            kafka_offset("1", 1, 2),
+            kafka_offset("1", 2, 1),
+            kafka_offset("2", 1, 1),
+            MessageId::from("1"),
+        ];
+        for (at, one) in all.iter().enumerate() {
+            assert!(all[at + 1..].iter().all(|other| one != other), "{at}");
+        }
+    }
+
+    #[test]
+    fn a_cloud_event_is_source_and_id_together_in_every_binding() {
+        let id = cloud_event("/a", "1");
+        assert_ne!(id, cloud_event("/b", "1"));
+        assert_ne!(id, cloud_event("/a1", ""));
+        assert!(cloud_event("/a", "").is_missing() && cloud_event("", "1").is_missing());
+        for (binding, source_name, id_name) in [
+            (CloudEvents::Amqp, "cloudEvents:source", "cloudEvents:id"),
+            (CloudEvents::Amqp, "cloudEvents_source", "cloudEvents_id"),
+            (CloudEvents::Http, "ce-source", "ce-id"),
+            (CloudEvents::Kafka, "ce_source", "ce_id"),
+            (CloudEvents::Nats, "ce-source", "ce-id"),
+        ] {
+            let both = |name: &str| match name {
+                name if name == source_name => Some("/a"),
+                name if name == id_name => Some("1"),
+                _ => None,
+            };
+            assert_eq!(cloud_event_in(binding, both), id, "{binding:?}");
+            let alone = |name: &str| (name == id_name).then_some("1");
+            assert!(cloud_event_in(binding, alone).is_missing(), "{binding:?}");
+        }
+        assert_eq!(
+            cloud_event_over_http(&headers(&[("ce-source", "/a"), ("ce-id", "1")])),
+            id
+        );
+    }
+}

@@ -1,0 +1,226 @@
+//! A test kit for handlers of messages: delivers each message again in every way in which brokers do, and reports what differs.
+
+use std::fmt::{self, Debug};
+use std::future::Future;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
+
+use futures::future::join;
+
+use super::receipt::Disposition;
+
+/// How a message is delivered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Scenario {
+    /// The process dies where its handling waits for this time, counted from 1: between effect and acknowledgement, say. Then the
+    /// message is delivered again.
+    Crash {
+        /// How often it was polled.
+        polls: usize,
+    },
+    /// It is delivered and acknowledged, and delivered once more.
+    Twice,
+    /// It is delivered twice at the same time.
+    TwiceAtOnce,
+}
+
+/// What differs from a message that is delivered once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Difference<O> {
+    /// How the message was delivered.
+    pub scenario: Scenario,
+    /// What was observed in the end.
+    pub observed: O,
+    /// What the broker was told in the end.
+    pub disposition: Disposition,
+}
+
+/// What came of all scenarios.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report<O> {
+    /// What was observed of a message that was delivered once.
+    pub once: O,
+    /// What differs.
+    pub differences: Vec<Difference<O>>,
+    /// Messages that ended rejected: a crash left their outcome unknown, and somebody must look.
+    pub rejected: Vec<Scenario>,
+    /// How many scenarios there were.
+    pub scenarios: usize,
+}
+
+impl<O: Debug> Report<O> {
+    /// Panics where something differs from a message that is delivered once.
+    ///
+    /// # Panics
+    ///
+    /// With all differences.
+    #[track_caller]
+    #[expect(clippy::panic, reason = "it is for tests")]
+    pub fn assert_same(&self) {
+        if !self.differences.is_empty() {
+            panic!(
+                "delivered once, a message comes to {:?}; but: {:#?}",
+                self.once, self.differences
+            );
+        }
+    }
+}
+
+/// How often a message is delivered before the kit gives up.
+const MOST_DELIVERIES: usize = 10_000;
+
+/// Delivers messages again in every way in which brokers do, and compares what is observed with a message that is delivered once.
+///
+/// `message` makes message number `n`, each with an id of its own. `deliver` hands one to the handler under test, be it bare or behind
+/// a [`ReceiverLayer`](super::ReceiverLayer), and says what the broker is told. `observe` looks at the effects of message number `n`.
+///
+/// A message that is to be [delivered again](Disposition::Redeliver) is, every 10 ms, until it is not. A crash ends the runtime in which
+/// a message is handled; it needs a store whose leases end soon (a memory store, or a short lease), and a handler without threads of
+/// its own.
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering};
+/// use std::sync::Arc;
+/// use tower::{service_fn, Layer, ServiceExt};
+/// use tower_idempotency::receiver::testing::redeliver;
+/// use tower_idempotency::receiver::{Disposition, ReceiverLayer};
+/// use tower_idempotency::MemoryStore;
+///
+/// # #[tokio::main]
+/// # async fn main() {
+/// let effects = Arc::new([const { AtomicUsize::new(0) }; 100]);
+/// let counted = Arc::clone(&effects);
+/// let handler = service_fn(move |n: usize| {
+///     let effects = Arc::clone(&counted);
+///     async move {
+///         effects[n].fetch_add(1, Ordering::SeqCst);
+///         tokio::task::yield_now().await;
+///         Ok::<_, std::io::Error>(())
+///     }
+/// });
+/// let receiver = ReceiverLayer::new(MemoryStore::new(), "billing").with_id(|n: &usize| *n as u64).layer(handler);
+/// let deliver = move |n| {
+///     let receiver = receiver.clone();
+///     async move { Disposition::of(&receiver.oneshot(n).await) }
+/// };
+/// let report = redeliver(|n| n, deliver, |n| std::future::ready(effects[n].load(Ordering::SeqCst))).await;
+/// report.assert_same();
+/// # }
+/// ```
+pub async fn redeliver<M, D, DFut, W, WFut, O>(
+    message: impl Fn(usize) -> M + Send + Sync,
+    deliver: D,
+    observe: W,
+) -> Report<O>
+where
+    M: Send + 'static,
+    D: Fn(M) -> DFut + Clone + Send + Sync + 'static,
+    DFut: Future<Output = Disposition> + Send,
+    W: Fn(usize) -> WFut + Send + Sync,
+    WFut: Future<Output = O> + Send,
+    O: PartialEq + Send,
+{
+    settle(&message, &deliver, 0).await;
+    let mut report = Report {
+        once: observe(0).await,
+        differences: Vec::new(),
+        rejected: Vec::new(),
+        scenarios: 0,
+    };
+    let mut scenarios = vec![Scenario::Twice, Scenario::TwiceAtOnce, Scenario::Crash { polls: 1 }];
+    while let Some(scenario) = scenarios.pop() {
+        report.scenarios += 1;
+        let number = report.scenarios;
+        let first = match scenario {
+            Scenario::Crash { polls } => {
+                if crash(deliver.clone(), message(number), polls).await {
+                    scenarios.push(Scenario::Crash { polls: polls + 1 });
+                }
+                None
+            }
+            Scenario::Twice => Some(settle(&message, &deliver, number).await),
+            Scenario::TwiceAtOnce => {
+                let both = join(deliver(message(number)), deliver(message(number))).await;
+                Some(both.0)
+            }
+        };
+        let disposition = settle(&message, &deliver, number).await;
+        let observed = observe(number).await;
+        if disposition == Disposition::Reject || first == Some(Disposition::Reject) {
+            report.rejected.push(scenario);
+        }
+        if observed != report.once {
+            report.differences.push(Difference {
+                scenario,
+                observed,
+                disposition,
+            });
+        }
+    }
+    report
+}
+
+/// Delivers a message until it is not to be delivered again.
+async fn settle<M, D, DFut>(message: &(impl Fn(usize) -> M + Sync), deliver: &D, number: usize) -> Disposition
+where
+    M: Send,
+    D: Fn(M) -> DFut + Sync,
+    DFut: Future<Output = Disposition> + Send,
+{
+    let mut last = Disposition::Redeliver(None);
+    for _ in 0..MOST_DELIVERIES {
+        last = deliver(message(number)).await;
+        match last {
+            Disposition::Redeliver(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Disposition::Acknowledge | Disposition::Reject => break,
+        }
+    }
+    last
+}
+
+/// Handles a message in a runtime of its own, which ends after so many polls. False if the handling ended before.
+async fn crash<M, D, DFut>(deliver: D, message: M, polls: usize) -> bool
+where
+    M: Send + 'static,
+    D: Fn(M) -> DFut + Send + 'static,
+    DFut: Future<Output = Disposition> + Send,
+{
+    let dying = move || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+            return false;
+        };
+        let has_died = runtime.block_on(async {
+            let mut handling = pin!(deliver(message));
+            let mut polled = 0;
+            std::future::poll_fn(|cx| {
+                if handling.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(false);
+                }
+                polled += 1;
+                if polled < polls {
+                    Poll::Pending
+                } else {
+                    Poll::Ready(true)
+                }
+            })
+            .await
+        });
+        runtime.shutdown_background();
+        has_died
+    };
+    tokio::task::spawn_blocking(dying).await.unwrap_or(false)
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Crash { polls } => write!(f, "a crash after {polls} polls"),
+            Self::Twice => f.write_str("delivered twice"),
+            Self::TwiceAtOnce => f.write_str("delivered twice at once"),
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The layer that verifies webhooks.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use http::header::{HeaderName, HeaderValue};
+use http::{Request, Response};
+use tower_layer::Layer;
+use tower_service::Service;
+
+use super::VerifyWebhook;
+use crate::clock::{wall_clock, within};
+use crate::http::{collect, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall};
+use crate::receiver::id::MessageId;
+use crate::telemetry;
+
+const KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// Verifies webhooks, and gives each its id as `Idempotency-Key`, for an [`IdempotencyLayer`](crate::IdempotencyLayer) within; see the
+/// [module](super). A key that the sender set itself is taken off.
+///
+/// What is not genuine is refused with 401, whatever its fault, and reaches nothing behind. The body is read for it: 2 MiB at most (413
+/// beyond), within 30 seconds (408), both [settings](Self::with_body_bounds).
+#[derive(Clone)]
+pub struct WebhookLayer {
+    settings: Arc<Settings>,
+}
+
+struct Settings {
+    verify: Arc<dyn VerifyWebhook>,
+    limit: usize,
+    timeout: Duration,
+}
+
+impl WebhookLayer {
+    /// Verifies as `provider` signs.
+    #[must_use]
+    pub fn new(provider: impl VerifyWebhook) -> Self {
+        let settings = Settings {
+            verify: Arc::new(provider),
+            limit: 2 << 20,
+            timeout: Duration::from_secs(30),
+        };
+        Self {
+            settings: Arc::new(settings),
+        }
+    }
+
+    /// How long a body may be, in bytes, and how long it may take to come; 2 MiB and 30 s by default.
+    #[must_use]
+    pub fn with_body_bounds(self, bytes: usize, timeout: Duration) -> Self {
+        let settings = Settings {
+            verify: Arc::clone(&self.settings.verify),
+            limit: bytes,
+            timeout,
+        };
+        Self {
+            settings: Arc::new(settings),
+        }
+    }
+}
+
+impl<S> Layer<S> for WebhookLayer {
+    type Service = WebhookService<S>;
+
+    fn layer(&self, inner: S) -> WebhookService<S> {
+        WebhookService {
+            inner,
+            settings: Arc::clone(&self.settings),
+        }
+    }
+}
+
+/// A service that only genuine webhooks reach; made by [`WebhookLayer`].
+#[derive(Clone)]
+pub struct WebhookService<S> {
+    inner: S,
+    settings: Arc<Settings>,
+}
+
+impl<S, B, R> Service<Request<B>> for WebhookService<S>
+where
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    B: RebuildBody + Send + 'static,
+    B::Error: Send,
+    R: RebuildBody,
+{
+    type Response = Response<R>;
+    type Error = S::Error;
+    type Future = WebhookFuture<R, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> WebhookFuture<R, S::Error> {
+        // The service that was polled ready is the one that is called.
+        let clone = self.inner.clone();
+        let mut ready = std::mem::replace(&mut self.inner, clone);
+        let settings = Arc::clone(&self.settings);
+        let answered = Box::pin(async move {
+            match verified(&settings, request).await {
+                Ok(request) => ready.call(request).await,
+                Err(kind) => {
+                    let refusal = Refusal::new(kind);
+                    telemetry::finished(None, refusal.code());
+                    Ok(refusal.into_response(&RefusalStyle::default()))
+                }
+            }
+        });
+        WebhookFuture { answered }
+    }
+}
+
+/// The request with its id as its key, if it is genuine.
+async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> Result<Request<B>, RefusalKind> {
+    let (mut head, body) = request.into_parts();
+    let read = within(settings.timeout, collect(body, settings.limit)).await;
+    let body = match read {
+        Ok(Ok(body)) => body,
+        Ok(Err(Shortfall::TooLarge(_))) => return Err(RefusalKind::BodyTooLarge),
+        Ok(Err(Shortfall::Broken(_))) => return Err(RefusalKind::BodyBroken),
+        Err(_) => return Err(RefusalKind::BodyTimeout),
+    };
+    let id = settings.verify.verify(&head.headers, &body.bytes, wall_clock());
+    let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());
+    let key = id.as_ref().and_then(key_of).ok_or(RefusalKind::InvalidWebhook)?;
+    head.headers.insert(KEY, key);
+    Ok(Request::from_parts(head, body.rebuild()))
+}
+
+/// A digest: any id fits into a header field then, and none stands there.
+fn key_of(id: &MessageId) -> Option<HeaderValue> {
+    let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", id.parts().as_bytes());
+    HeaderValue::from_str(blake3::Hash::from(digest).to_hex().as_str()).ok()
+}
+
+/// The future of a [`WebhookService`].
+#[must_use = "futures do nothing unless they are polled"]
+pub struct WebhookFuture<R, E> {
+    answered: BoxFuture<'static, Result<Response<R>, E>>,
+}
+
+impl<R, E> Future for WebhookFuture<R, E> {
+    type Output = Result<Response<R>, E>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.answered.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for WebhookLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WebhookLayer")
+            .field("limit", &self.settings.limit)
+            .field("timeout", &self.settings.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for WebhookService<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WebhookService")
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<R, E> fmt::Debug for WebhookFuture<R, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WebhookFuture").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,151 @@
+//! The test kit for handlers finds what it is to find, and batches.
+
+use std::collections::HashMap;
+use std::future::ready;
+use std::sync::{Arc, Mutex};
+
+use tower::{service_fn, Layer, ServiceExt};
+use tower_idempotency::receiver::testing::{redeliver, Report, Scenario};
+use tower_idempotency::receiver::{receive_all, Disposition, Receipt, ReceiverLayer};
+use tower_idempotency::MemoryStore;
+
+#[derive(Clone, Default)]
+struct World(Arc<Mutex<HashMap<usize, usize>>>);
+
+impl World {
+    fn take_effect(&self, number: usize) {
+        *self.0.lock().unwrap().entry(number).or_default() += 1;
+    }
+
+    fn effects(&self, number: usize) -> usize {
+        self.0.lock().unwrap().get(&number).copied().unwrap_or(0)
+    }
+
+    /// An effect between two waits.
+    async fn handle(self, number: usize) -> Result<(), String> {
+        tokio::task::yield_now().await;
+        self.take_effect(number);
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+}
+
+fn layer(store: MemoryStore) -> ReceiverLayer<MemoryStore, usize> {
+    ReceiverLayer::new(store, "billing").with_id(|number: &usize| *number as u64)
+}
+
+async fn behind(layer: ReceiverLayer<MemoryStore, usize>) -> Report<usize> {
+    let world = World::default();
+    let handled = world.clone();
+    let receiver = layer.layer(service_fn(move |number| handled.clone().handle(number)));
+    let deliver = move |number| {
+        let receiver = receiver.clone();
+        async move { Disposition::of(&receiver.oneshot(number).await) }
+    };
+    redeliver(|number| number, deliver, |number| ready(world.effects(number))).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bare_handler_differs_in_every_way() {
+    let world = World::default();
+    let handled = world.clone();
+    let deliver = move |number| {
+        let handled = handled.clone();
+        async move {
+            handled.handle(number).await.unwrap();
+            Disposition::Acknowledge
+        }
+    };
+    let report = redeliver(|number| number, deliver, |number| ready(world.effects(number))).await;
+    assert_eq!(report.once, 1);
+    let differ = |scenario| {
+        report
+            .differences
+            .iter()
+            .any(|found| found.scenario == scenario && found.observed > 1)
+    };
+    assert!(differ(Scenario::Twice) && differ(Scenario::TwiceAtOnce), "{report:?}");
+    assert!(
+        differ(Scenario::Crash { polls: 2 }),
+        "between effect and acknowledgement: {report:?}"
+    );
+    assert!(!differ(Scenario::Crash { polls: 1 }), "before the effect: {report:?}");
+    let shown = std::panic::catch_unwind(|| report.assert_same()).unwrap_err();
+    assert!(shown.downcast_ref::<String>().unwrap().contains("Twice"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_receiver_only_what_is_set_differs() {
+    // At most once: a crash leaves some without an effect, and none with two.
+    let report = behind(layer(MemoryStore::new())).await;
+    assert!(report.differences.iter().all(|found| found.observed == 0), "{report:?}");
+    assert!(
+        report
+            .differences
+            .iter()
+            .all(|found| matches!(found.scenario, Scenario::Crash { .. })),
+        "{report:?}"
+    );
+    assert!(!report.rejected.is_empty() && report.scenarios >= 5, "{report:?}");
+    // At least once: none is rejected, and none is without an effect.
+    let report = behind(layer(MemoryStore::new()).at_least_once()).await;
+    assert_eq!(report.rejected, []);
+    assert!(report.differences.iter().all(|found| found.observed == 2), "{report:?}");
+    assert!(!report.differences.is_empty(), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_effect_that_heeds_ids_is_the_same_in_every_way() {
+    // The world takes each number once, as a third party does that heeds an id.
+    let world = World::default();
+    let handled = world.clone();
+    let receiver = layer(MemoryStore::new())
+        .at_least_once()
+        .layer(service_fn(move |number| {
+            let world = handled.clone();
+            async move {
+                tokio::task::yield_now().await;
+                if world.effects(number) == 0 {
+                    world.take_effect(number);
+                }
+                tokio::task::yield_now().await;
+                Ok::<_, String>(())
+            }
+        }));
+    let deliver = move |number| {
+        let receiver = receiver.clone();
+        async move { Disposition::of(&receiver.oneshot(number).await) }
+    };
+    let report = redeliver(|number| number, deliver, |number| ready(world.effects(number))).await;
+    report.assert_same();
+    assert!(report.scenarios >= 5 && report.rejected.is_empty(), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_says_which_to_acknowledge() {
+    let world = World::default();
+    let handled = world.clone();
+    let receiver = layer(MemoryStore::new()).layer(service_fn(move |number| {
+        let world = handled.clone();
+        async move {
+            if number % 10 == 3 {
+                return Err("no".to_owned());
+            }
+            world.handle(number).await
+        }
+    }));
+    for at_once in [0, 1, 7, 1_000] {
+        let batch = receive_all(&receiver, 0..100, at_once).await;
+        assert_eq!(batch.received().len(), 100);
+        assert!(batch.failed().eq((0..100).filter(|number| number % 10 == 3)));
+        assert_eq!(batch.acknowledged().count(), 90);
+    }
+    assert!((0..100).all(|number| world.effects(number) == usize::from(number % 10 != 3)));
+    // Two copies in one batch.
+    let batch = receive_all(&receiver, [200, 201, 200], 3).await.into_received();
+    assert!(matches!(batch[0], Ok(Receipt::First(()))));
+    assert!(matches!(batch[2], Ok(Receipt::InFlight { .. })), "{batch:?}");
+    let batch = receive_all(&receiver, [300, 301, 300], 1).await;
+    assert_eq!(batch.acknowledged().count(), 3);
+    assert_eq!((world.effects(200), world.effects(300)), (1, 1));
+}
