@@ -174,5 +174,7 @@ fn the_example_does_what_it_says() {
 #[test]
 fn the_example_fails_without_the_receiver() {
     let output = Command::new(PROGRAM).env("UNPROTECTED", "1").output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(!output.status.success(), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("that is not what was promised"), "{told}");
 }

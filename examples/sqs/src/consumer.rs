@@ -206,7 +206,7 @@ impl Consumer {
     }
 }
 
-/// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 4 s.
+/// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 5 s.
 #[derive(Clone)]
 struct Handler {
     effects: Arc<Book>,
@@ -229,7 +229,7 @@ impl Service<Message> for Handler {
                 return Err(format!("{name} cannot be handled"));
             }
             if name.starts_with("slow") {
-                tokio::time::sleep(Duration::from_secs(4)).await;
+                tokio::time::sleep(Duration::from_secs(5)).await;
             }
             tokio::time::sleep(up_to(Duration::from_millis(10))).await;
             effects.note(name);
