@@ -94,7 +94,7 @@ async fn killed_and_paused_workers_repeat_no_effect_and_lose_no_job() {
     }
     let start = || Process::start(&mut world.settings.command(PROGRAM));
     let _last = start();
-    world.kill(start, kills, messages / (kills + 2)).await;
+    world.kill(start, kills, messages / (3 * kills)).await;
     queue.until_ended().await.unwrap();
 
     let dead = queue.dead().unwrap();

@@ -109,7 +109,7 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
         send(&producer, &copies).await.unwrap();
     }
     let start = || Process::start(&mut world.settings.command(PROGRAM));
-    world.kill(start, kills, messages / (kills + 2)).await;
+    world.kill(start, kills, messages / (3 * kills)).await;
 
     let dead = Overview::new(&world.settings).dead().unwrap();
     let names = orders.into_iter().map(|order| order.name);

@@ -97,7 +97,7 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
         }
     }
     let start = || Process::start(&mut world.settings.command(PROGRAM));
-    world.kill(start, kills, messages / (kills + 2)).await;
+    world.kill(start, kills, messages / (3 * kills)).await;
 
     let dead = world.dead.drain().await.unwrap();
     let outcome = Outcome::of(names, &world.effects.tally(), &dead);
