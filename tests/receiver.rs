@@ -144,6 +144,19 @@ async fn a_message_is_handled_once_by_each_consumer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_first_message_takes_two_round_trips_and_a_duplicate_one() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let receiver = layer(store.clone()).layer(handler.clone());
+    let calls = || ["claim", "complete", "release", "renew", "peek"].map(|operation| store.calls(operation));
+    assert!(deliver(&receiver, message("m")).await.is_ok());
+    assert_eq!(calls(), [1, 1, 0, 0, 0]);
+    for _ in 0..10 {
+        assert!(deliver(&receiver, message("m")).await.is_ok());
+    }
+    assert_eq!(calls(), [11, 1, 0, 0, 0]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn of_many_deliveries_at_once_one_is_handled_and_the_others_come_again() {
     let (store, handler) = (
         RemoteStore::new(),
