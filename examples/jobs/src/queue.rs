@@ -1,0 +1,94 @@
+//! The queue as its producer sees it.
+
+use std::fmt;
+use std::time::Duration;
+
+use apalis::prelude::TaskSink;
+use apalis_redis::RedisStorage;
+use queue_kit::RedisServer;
+
+use crate::{config, Charge, Error};
+
+/// The queue as its producer sees it.
+pub struct Queue<'r> {
+    redis: &'r RedisServer,
+    storage: RedisStorage<Charge>,
+    pushed: usize,
+}
+
+impl<'r> Queue<'r> {
+    /// # Errors
+    ///
+    /// As apalis has them.
+    pub async fn open(redis: &'r RedisServer) -> Result<Self, Error> {
+        let connection = apalis_redis::connect(redis.url()).await?;
+        Ok(Self {
+            redis,
+            storage: RedisStorage::new(connection).with_config(config()),
+            pushed: 0,
+        })
+    }
+
+    /// # Errors
+    ///
+    /// As apalis has them.
+    pub async fn push(&mut self, order: &str) -> Result<(), Error> {
+        let order = order.to_owned();
+        self.storage.push(Charge { order }).await?;
+        self.pushed += 1;
+        Ok(())
+    }
+
+    /// How many tasks are at an end, done or dead.
+    #[must_use]
+    pub fn ended(&self) -> usize {
+        let config = config();
+        [config.done_jobs_set(), config.dead_jobs_set()]
+            .iter()
+            .map(|set| self.redis.tell::<usize>(&format!("SCARD {set}")))
+            .sum()
+    }
+
+    /// Waits until all are.
+    ///
+    /// # Errors
+    ///
+    /// When that takes more than two minutes.
+    pub async fn until_ended(&self) -> Result<(), Error> {
+        for _ in 0..600 {
+            if self.ended() >= self.pushed {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Err(format!("{} of {} tasks ended", self.ended(), self.pushed).into())
+    }
+
+    /// The orders of the dead tasks.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be read.
+    pub fn dead(&self) -> Result<Vec<String>, Error> {
+        let config = config();
+        let mut orders = Vec::new();
+        for id in self
+            .redis
+            .tell::<Vec<String>>(&format!("SMEMBERS {}", config.dead_jobs_set()))
+        {
+            let job = self
+                .redis
+                .tell::<Vec<u8>>(&format!("HGET {} {id}", config.job_data_hash()));
+            orders.push(serde_json::from_slice::<Charge>(&job)?.order);
+        }
+        Ok(orders)
+    }
+}
+
+impl fmt::Debug for Queue<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue")
+            .field("pushed", &self.pushed)
+            .finish_non_exhaustive()
+    }
+}

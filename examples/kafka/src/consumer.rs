@@ -1,0 +1,220 @@
+//! A process of consumers: one for the orders, and one for those that are tried again.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
+use queue_kit::{unless_told, up_to, word, Book};
+use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::ClientConfig;
+use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::receiver::{Disposition, ReceiveError, Receiver, ReceiverLayer};
+use tower_idempotency::RedisStore;
+
+use crate::{producer, Delivery, Place, DEAD, ORDERS, RETRY};
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// How many messages of a consumer are handled at a time.
+const AT_ONCE: usize = 8;
+
+/// After so many failures a message is dead.
+const FAILURES: u32 = 3;
+
+/// What a process of consumers is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub servers: String,
+    /// The group; also the name under which the receiver keeps its records.
+    pub group: String,
+    /// The URL of the Redis with the records.
+    pub store: String,
+    /// Where the effects are counted.
+    pub effects: PathBuf,
+    /// Where each delivery is noted, and what came of it.
+    pub deliveries: PathBuf,
+    /// How often offsets are committed.
+    pub commit_every: Duration,
+    /// How long a record outlives the consumer that claimed it, if that dies.
+    pub lease: Duration,
+}
+
+impl Settings {
+    /// The same process as this one, told to consume.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(["consume", &self.servers, &self.group, &self.store])
+            .args([&self.effects, &self.deliveries])
+            .arg(self.commit_every.as_millis().to_string())
+            .arg(self.lease.as_millis().to_string());
+        command
+    }
+
+    /// What [`command`](Self::command) tells, after the first word.
+    pub fn from_arguments(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
+        let mut next = || arguments.next();
+        Some(Self {
+            servers: next()?,
+            group: next()?,
+            store: next()?,
+            effects: next()?.into(),
+            deliveries: next()?.into(),
+            commit_every: Duration::from_millis(next()?.parse().ok()?),
+            lease: Duration::from_millis(next()?.parse().ok()?),
+        })
+    }
+
+    pub(crate) fn client(&self, topic: &str) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", &self.servers)
+            .set("group.id", format!("{}.{topic}", self.group))
+            .set("auto.offset.reset", "earliest")
+            // What is stored is committed; and only what is settled is stored.
+            .set("enable.auto.offset.store", "false")
+            .set("enable.auto.commit", "true")
+            .set("auto.commit.interval.ms", self.commit_every.as_millis().to_string())
+            .set("session.timeout.ms", "1500")
+            .set("heartbeat.interval.ms", "300");
+        config
+    }
+}
+
+/// Consumes until something breaks.
+///
+/// # Errors
+///
+/// As `librdkafka` and the store have them.
+pub async fn consume(settings: Settings) -> Result<(), Error> {
+    let store = RedisStore::connect(&settings.store).await?;
+    let handler = Handler {
+        effects: Arc::new(Book::open(&settings.effects)),
+    };
+    let layer = ReceiverLayer::new(store, settings.group.as_str())
+        .with_id(Delivery::message_id)
+        .with_lease(settings.lease);
+    let worker = Worker {
+        receiver: unless_told(layer).layer(handler),
+        producer: producer(&settings.servers)?,
+        deliveries: Arc::new(Book::open(&settings.deliveries)),
+    };
+    tokio::try_join!(worker.run(&settings, ORDERS), worker.run(&settings, RETRY))?;
+    Ok(())
+}
+
+#[derive(Clone)]
+struct Worker {
+    receiver: Receiver<Handler, RedisStore, Delivery>,
+    producer: FutureProducer,
+    deliveries: Arc<Book>,
+}
+
+impl Worker {
+    async fn run(&self, settings: &Settings, topic: &str) -> Result<(), Error> {
+        let consumer: StreamConsumer = settings.client(topic).create()?;
+        consumer.subscribe(&[topic])?;
+        // In the order of their offsets: what is stored is settled, and so is all before it.
+        let mut settled = consumer
+            .stream()
+            .map(|message| self.settle(message.map(|message| message.detach().into())))
+            .buffered(AT_ONCE);
+        while let Some(delivery) = settled.next().await {
+            let Place { partition, offset, .. } = delivery?.place;
+            match consumer.store_offset(topic, partition, offset) {
+                // The partition is somebody else's by now, who is sent the message again.
+                Err(KafkaError::StoreOffset(RDKafkaErrorCode::State)) => {}
+                stored => stored?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Sees to it that the message needs not come again.
+    async fn settle(&self, delivery: KafkaResult<Delivery>) -> Result<Delivery, Error> {
+        let delivery = delivery?;
+        self.deliveries.note(format_args!("came {}", delivery.place));
+        tokio::time::sleep(delivery.wait).await;
+        let received = loop {
+            let received = self.receiver.clone().oneshot(delivery.clone()).await;
+            match received {
+                // It would be the same with every message: the partition waits.
+                Err(ReceiveError::Store(_)) => tokio::time::sleep(Duration::from_secs(1)).await,
+                received => break received,
+            }
+        };
+        let word = word(&received);
+        self.deliveries.note(format_args!("{word} {}", delivery.name));
+        let failures = delivery.failures;
+        match Disposition::of(&received) {
+            Disposition::Acknowledge => {}
+            Disposition::Redeliver(Some(after)) => self.move_to(RETRY, &delivery, failures, after, word).await?,
+            Disposition::Redeliver(None) if failures + 1 < FAILURES => {
+                let pause = Duration::from_millis(100) * 2_u32.pow(failures);
+                self.move_to(RETRY, &delivery, failures + 1, pause, word).await?;
+            }
+            Disposition::Redeliver(None) | Disposition::Reject => {
+                self.move_to(DEAD, &delivery, failures + 1, Duration::ZERO, word)
+                    .await?;
+            }
+        }
+        Ok(delivery)
+    }
+
+    /// Returns when the brokers have it. If this process dies before the offset is committed, it is moved again: a copy more.
+    async fn move_to(
+        &self,
+        topic: &str,
+        delivery: &Delivery,
+        failures: u32,
+        wait: Duration,
+        reason: &str,
+    ) -> KafkaResult<()> {
+        let record = FutureRecord::<(), _>::to(topic)
+            .payload(&delivery.name)
+            .headers(delivery.headers(failures, wait, reason));
+        let sent = self.producer.send(record, Duration::from_secs(10)).await;
+        sent.map_err(|(error, _)| error)?;
+        Ok(())
+    }
+}
+
+/// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 3 s.
+#[derive(Clone)]
+struct Handler {
+    effects: Arc<Book>,
+}
+
+impl Service<Delivery> for Handler {
+    type Response = ();
+    type Error = String;
+    type Future = BoxFuture<'static, Result<(), String>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), String>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, delivery: Delivery) -> Self::Future {
+        let effects = Arc::clone(&self.effects);
+        async move {
+            if delivery.name.starts_with("poison") {
+                return Err(format!("{} cannot be handled", delivery.name));
+            }
+            if delivery.name.starts_with("slow") {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+            }
+            tokio::time::sleep(up_to(Duration::from_millis(10))).await;
+            effects.note(&delivery.name);
+            tokio::time::sleep(up_to(Duration::from_millis(5))).await;
+            Ok(())
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,174 @@
+//! Consumers of one group that are killed at random, and messages that are sent up to three times: at most one effect each, and none
+//! is lost. `MESSAGES` says how many messages, `KILLS` how many kills.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::time::Duration;
+
+use kafka::{producer, send, Brokers, Order, Overview, Settings};
+use queue_kit::{number, up_to, Book, Folder, Outcome, Process, RedisServer};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_kafka");
+
+struct World {
+    _brokers: Brokers,
+    _redis: RedisServer,
+    _folder: Folder,
+    settings: Settings,
+    effects: Book,
+    deliveries: Book,
+}
+
+impl World {
+    fn new() -> Self {
+        let (brokers, redis, folder) = (
+            Brokers::start().unwrap(),
+            RedisServer::start(),
+            Folder::new("kafka-kills"),
+        );
+        let (effects, deliveries) = (folder.book("effects"), folder.book("deliveries"));
+        let settings = Settings {
+            servers: brokers.servers(),
+            group: "billing".to_owned(),
+            store: redis.url(),
+            effects: effects.path().to_owned(),
+            deliveries: deliveries.path().to_owned(),
+            commit_every: Duration::from_millis(300),
+            lease: Duration::from_secs(1),
+        };
+        Self {
+            _brokers: brokers,
+            _redis: redis,
+            _folder: folder,
+            settings,
+            effects,
+            deliveries,
+        }
+    }
+
+    /// Kills one of two consumers, again and again, each time after some effects more, and starts another in its place; then waits for
+    /// the end.
+    async fn kill(&self, start: impl Fn() -> Process, kills: usize, effects_between: usize) {
+        let mut consumers = [start(), start()];
+        for kill in 0..kills {
+            self.progress(effects_between).await;
+            tokio::time::sleep(up_to(Duration::from_millis(50))).await;
+            let victim = &mut consumers[kill % 2];
+            assert!(victim.is_up(), "a consumer ended by itself");
+            victim.kill();
+            *victim = start();
+        }
+        Overview::new(&self.settings).until_done().await.unwrap();
+        assert!(consumers.iter_mut().all(Process::is_up), "a consumer ended by itself");
+    }
+
+    async fn progress(&self, effects: usize) {
+        let enough = self.effects.lines().len() + effects;
+        for _ in 0..2_000 {
+            if self.effects.lines().len() >= enough {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("no progress within 20 s: {:?}", self.words());
+    }
+
+    /// What came of how many deliveries.
+    fn words(&self) -> BTreeMap<String, usize> {
+        let mut words = BTreeMap::new();
+        for line in self.deliveries.lines() {
+            let word = line.split(' ').next().unwrap_or_default();
+            *words.entry(word.to_owned()).or_default() += 1;
+        }
+        words
+    }
+
+    /// How many places in a topic were delivered more than once.
+    fn redelivered(&self) -> usize {
+        let tally = self.deliveries.tally();
+        tally
+            .iter()
+            .filter(|(line, times)| line.starts_with("came ") && **times > 1)
+            .count()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
+    let world = World::new();
+    let (messages, kills) = (number("MESSAGES", 2_000), number("KILLS", 5));
+    let names = (0..messages).map(|number| match number % 100 {
+        99 => format!("poison-{number}"),
+        _ => format!("order-{number}"),
+    });
+    let orders: Vec<Order> = names.map(Order::new).collect();
+    let producer = producer(&world.settings.servers).unwrap();
+    // Once, twice or three times.
+    for copy in 0..3 {
+        let copies: Vec<Order> = orders.iter().skip(copy).step_by(copy + 1).cloned().collect();
+        send(&producer, &copies).await.unwrap();
+    }
+    let start = || Process::start(&mut world.settings.command(PROGRAM));
+    world.kill(start, kills, messages / (3 * kills)).await;
+
+    let dead = Overview::new(&world.settings).dead().unwrap();
+    let names = orders.into_iter().map(|order| order.name);
+    let outcome = Outcome::of(names, &world.effects.tally(), &dead);
+    let (words, redelivered) = (world.words(), world.redelivered());
+    println!("{messages} messages, {kills} kills, {redelivered} places redelivered: {words:?}");
+    println!(
+        "one effect: {}; none, and a dead letter: {}",
+        outcome.once, outcome.dead
+    );
+    assert!(outcome.is_as_promised(), "{outcome:?}");
+
+    let poisons = dead.iter().filter(|name| name.starts_with("poison")).count();
+    assert!(
+        poisons >= messages / 100,
+        "what cannot be handled is among the dead letters"
+    );
+    assert!(
+        outcome.dead <= messages / 100 + kills * 16,
+        "more dead letters than were killed: {outcome:?}"
+    );
+    assert!(
+        kills > 0 && redelivered > 0,
+        "nothing was redelivered, so nothing was tested"
+    );
+    assert!(words["duplicate"] > 0, "no duplicate came, so nothing was tested");
+    assert!(words["unknown"] > 0, "no handler was killed, so nothing was tested");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_receiver_the_same_kills_repeat_effects() {
+    let world = World::new();
+    let orders: Vec<Order> = (0..500).map(|number| Order::new(format!("order-{number}"))).collect();
+    send(&producer(&world.settings.servers).unwrap(), &orders)
+        .await
+        .unwrap();
+    let start = || Process::start(world.settings.command(PROGRAM).env("UNPROTECTED", "1"));
+    world.kill(start, 2, 150).await;
+    let outcome = Outcome::of(orders.into_iter().map(|order| order.name), &world.effects.tally(), &[]);
+    assert!(!outcome.repeated.is_empty(), "each was sent once: {outcome:?}");
+}
+
+#[test]
+fn the_example_does_what_it_says() {
+    let output = Command::new(PROGRAM).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{told}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let last = "effects: 29 messages had one each; dead letters: [\"poison-1\"]";
+    assert!(told.contains(last), "{told}");
+}
+
+#[test]
+fn the_example_fails_without_the_receiver() {
+    let output = Command::new(PROGRAM).env("UNPROTECTED", "1").output().unwrap();
+    assert!(!output.status.success(), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("that is not what was promised"), "{told}");
+}

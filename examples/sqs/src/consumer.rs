@@ -1,0 +1,241 @@
+//! One process that consumes a queue.
+
+use std::path::PathBuf;
+use std::pin::pin;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName};
+use aws_sdk_sqs::Client;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use queue_kit::{unless_told, up_to, word, Book};
+use tokio::time::timeout;
+use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::receiver::{ids, Disposition, MessageId, Receiver, ReceiverLayer};
+use tower_idempotency::RedisStore;
+
+use crate::{client, Error, MESSAGE_ID};
+
+/// What a consumer is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub server: String,
+    pub queue: String,
+    /// Where the dead letters go.
+    pub dead: String,
+    /// The URL of the Redis with the records.
+    pub store: String,
+    /// Where the effects are counted.
+    pub effects: PathBuf,
+    /// Where each delivery is noted, and what came of it.
+    pub deliveries: PathBuf,
+    /// The queue's own, in seconds.
+    pub visibility: Duration,
+    /// Whether it is extended while a handler runs.
+    pub extends: bool,
+    /// How long a record outlives the consumer that claimed it, if that dies.
+    pub lease: Duration,
+    /// Every so many deletions one is not sent, as if it had got lost; 0 for none.
+    pub lose_every: usize,
+}
+
+impl Settings {
+    /// The same process as this one, told to consume.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(["consume", &self.server, &self.queue, &self.dead, &self.store])
+            .args([&self.effects, &self.deliveries])
+            .arg(self.visibility.as_secs().to_string())
+            .arg(self.extends.to_string())
+            .arg(self.lease.as_millis().to_string())
+            .arg(self.lose_every.to_string());
+        command
+    }
+
+    /// What [`command`](Self::command) tells, after the first word.
+    pub fn from_arguments(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
+        let mut next = || arguments.next();
+        Some(Self {
+            server: next()?,
+            queue: next()?,
+            dead: next()?,
+            store: next()?,
+            effects: next()?.into(),
+            deliveries: next()?.into(),
+            visibility: Duration::from_secs(next()?.parse().ok()?),
+            extends: next()?.parse().ok()?,
+            lease: Duration::from_millis(next()?.parse().ok()?),
+            lose_every: next()?.parse().ok()?,
+        })
+    }
+}
+
+/// Consumes until something breaks.
+///
+/// # Errors
+///
+/// As the client and the store have them.
+pub async fn consume(settings: Settings) -> Result<(), Error> {
+    let store = RedisStore::connect(&settings.store).await?;
+    let handler = Handler {
+        effects: Arc::new(Book::open(&settings.effects)),
+    };
+    let layer = ReceiverLayer::new(store, "billing")
+        .with_id(message_id)
+        .with_lease(settings.lease);
+    let consumer = Consumer {
+        receiver: unless_told(layer).layer(handler),
+        client: client(&settings.server),
+        deliveries: Book::open(&settings.deliveries),
+        deletions: AtomicUsize::new(0),
+        settings,
+    };
+    loop {
+        consumer.batch().await?;
+    }
+}
+
+/// What its producer called it; else the deduplication id, which producers choose, too; else SQS's own id.
+fn message_id(message: &Message) -> MessageId {
+    let attributes = message.message_attributes.as_ref();
+    if let Some(id) = attributes.and_then(|attributes| attributes.get(MESSAGE_ID)?.string_value()) {
+        return MessageId::of(["attribute", id]);
+    }
+    let system = message.attributes.as_ref();
+    let deduplication = system.and_then(|system| system.get(&MessageSystemAttributeName::MessageDeduplicationId));
+    ids::sqs(
+        message.message_id().unwrap_or_default(),
+        deduplication.map(String::as_str),
+    )
+}
+
+struct Consumer {
+    receiver: Receiver<Handler, RedisStore, Message>,
+    client: Client,
+    deliveries: Book,
+    settings: Settings,
+    deletions: AtomicUsize,
+}
+
+impl Consumer {
+    /// Up to ten messages at once; those that are settled are deleted, whatever becomes of the others.
+    async fn batch(&self) -> Result<(), Error> {
+        let receive = self.client.receive_message().queue_url(&self.settings.queue);
+        let received = receive
+            .max_number_of_messages(10)
+            .wait_time_seconds(1)
+            .message_attribute_names(MESSAGE_ID)
+            .message_system_attribute_names(MessageSystemAttributeName::MessageDeduplicationId)
+            .send()
+            .await?;
+        let messages = received.messages.unwrap_or_default();
+        let settling: FuturesUnordered<_> = messages.iter().map(|message| self.settle(message)).collect();
+        let mut settled = settling.ready_chunks(10);
+        while let Some(handles) = settled.next().await {
+            let handles = handles.into_iter().collect::<Result<Vec<_>, _>>()?;
+            self.delete(handles.into_iter().flatten()).await?;
+        }
+        Ok(())
+    }
+
+    /// The handle by which to delete it; none if it is to come again.
+    async fn settle(&self, message: &Message) -> Result<Option<String>, Error> {
+        let body = message.body().unwrap_or_default();
+        self.deliveries.note(format_args!("came {body}"));
+        let handle = message.receipt_handle().unwrap_or_default();
+        let mut handling = pin!(self.receiver.clone().oneshot(message.clone()));
+        let received = loop {
+            match timeout(self.settings.visibility / 2, &mut handling).await {
+                Ok(received) => break received,
+                Err(_) if self.settings.extends => self.hide(handle, self.settings.visibility).await?,
+                Err(_) => {}
+            }
+        };
+        self.deliveries.note(format_args!("{} {body}", word(&received)));
+        match Disposition::of(&received) {
+            Disposition::Acknowledge => return Ok(Some(handle.to_owned())),
+            Disposition::Redeliver(after) => self.hide(handle, after.unwrap_or(Duration::from_secs(1))).await?,
+            Disposition::Reject => {
+                let letter = self.client.send_message().queue_url(&self.settings.dead);
+                letter.message_body(body).send().await?;
+                return Ok(Some(handle.to_owned()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Leaves it invisible for so long, from now on; SQS counts in seconds.
+    async fn hide(&self, handle: &str, time: Duration) -> Result<(), Error> {
+        let seconds = i32::try_from(time.as_millis().div_ceil(1_000))?;
+        let change = self.client.change_message_visibility().queue_url(&self.settings.queue);
+        let changed = change.receipt_handle(handle).visibility_timeout(seconds).send().await;
+        match changed.map_err(aws_sdk_sqs::error::SdkError::into_service_error) {
+            // Another delivery of it is settled already.
+            Err(error) if error.is_message_not_inflight() || error.is_receipt_handle_is_invalid() => Ok(()),
+            changed => Ok(changed.map(drop)?),
+        }
+    }
+    /// What is not deleted, because the request or its answer gets lost, comes again: it is a duplicate.
+    async fn delete(&self, handles: impl Iterator<Item = String>) -> Result<(), Error> {
+        let mut entries = Vec::new();
+        for handle in handles {
+            let deletion = self.deletions.fetch_add(1, Ordering::Relaxed) + 1;
+            if self.settings.lose_every > 0 && deletion.is_multiple_of(self.settings.lose_every) {
+                self.deliveries.note("lost");
+                continue;
+            }
+            let entry = DeleteMessageBatchRequestEntry::builder().id(deletion.to_string());
+            entries.push(entry.receipt_handle(handle).build()?);
+        }
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let delete = self.client.delete_message_batch().queue_url(&self.settings.queue);
+        let deleted = delete.set_entries(Some(entries)).send().await?;
+        for failed in deleted.failed() {
+            self.deliveries.note(format_args!("not-deleted {}", failed.code()));
+        }
+        Ok(())
+    }
+}
+
+/// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 5 s.
+#[derive(Clone)]
+struct Handler {
+    effects: Arc<Book>,
+}
+
+impl Service<Message> for Handler {
+    type Response = ();
+    type Error = String;
+    type Future = BoxFuture<'static, Result<(), String>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), String>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, message: Message) -> Self::Future {
+        let effects = Arc::clone(&self.effects);
+        async move {
+            let name = message.body().unwrap_or_default();
+            if name.starts_with("poison") {
+                return Err(format!("{name} cannot be handled"));
+            }
+            if name.starts_with("slow") {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+            tokio::time::sleep(up_to(Duration::from_millis(10))).await;
+            effects.note(name);
+            tokio::time::sleep(up_to(Duration::from_millis(5))).await;
+            Ok(())
+        }
+        .boxed()
+    }
+}
