@@ -258,8 +258,8 @@ impl<St: Store + Clone> Job<St> {
     async fn completed<G>(&self, completion: Result<Completion, Error>, given: G, deadline: Deadline) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
-            Ok(Completion::Superseded(Some(outcome))) => return replayed(outcome),
-            Ok(Completion::Superseded(None)) => {
+            // What superseded this attempt may be the answer to another input: it is looked up.
+            Ok(Completion::Superseded(_)) => {
                 telemetry::event(Event::Superseded);
                 return self.stand_by(deadline).await;
             }
