@@ -386,7 +386,8 @@ impl Renewing {
             return Self(None);
         };
         let (store, key, attempt) = (job.store.clone(), job.key, attempt.clone());
-        let timeout = job.terms.store_timeout;
+        // One that hangs leaves time for another, a third later, before the lease is over.
+        let timeout = job.terms.store_timeout.min(lease / 6);
         // In a task of its own: a call that blocks its thread does not lose its lease.
         Self(Some(tokio::spawn(async move {
             loop {
