@@ -193,9 +193,7 @@ where
             },
             Settled::Replay(_) => Ok(Receipt::Duplicate),
             Settled::Refused(refused) => match refused {
-                Refused::InFlight(left) => Ok(Receipt::InFlight {
-                    retry_after: left.min(settings.terms.lease),
-                }),
+                Refused::InFlight(retry_after) => Ok(Receipt::InFlight { retry_after }),
                 Refused::Mismatch => match settings.on_mismatch {
                     OnMismatch::Error => Err(ReceiveError::Mismatch),
                     OnMismatch::Duplicate => {
