@@ -23,7 +23,7 @@ const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
 fn receiver(handled: &Arc<AtomicUsize>) -> Result<Router, tower_idempotency::Error> {
     let layers = ServiceBuilder::new()
-        .layer(WebhookLayer::new(StandardWebhooks::new([SECRET])?))
+        .layer(WebhookLayer::new("billing", StandardWebhooks::new([SECRET])?))
         .layer(IdempotencyLayer::new(MemoryStore::new()).webhooks());
     let handled = Arc::clone(handled);
     let handle = move |event: String| async move {

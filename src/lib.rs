@@ -134,12 +134,12 @@ mod uncut;
 pub use self::clock::{Clock, Timestamp};
 pub use self::error::{Error, ErrorKind};
 pub use self::http::{Body, RebuildBody, Refusal, RefusalKind};
-pub use self::job::OnError;
+pub use self::job::{Drain, OnError};
 pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};
 #[cfg(feature = "axum")]
 pub use self::server::NotGuarded;
 pub use self::server::{
-    Attempt, DoNotKeep, Drain, Idempotency, IdempotencyLayer, Keep, Lease, OnLost, RecoverFn, Recovered, Recovery,
+    Attempt, DoNotKeep, Idempotency, IdempotencyLayer, Keep, Lease, OnLost, RecoverFn, Recovered, Recovery,
     ResponseFuture, RetainFor, Settings,
 };
 #[cfg(feature = "postgres")]

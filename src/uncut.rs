@@ -2,23 +2,72 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
+use tokio::sync::futures::Notified;
+use tokio::sync::Notify;
 
 /// An operation that is polled in its place. Dropped half-way, the rest of it goes on in a task of its own, and only who leaves
 /// pays for one.
 pub(crate) struct Uncut<T: 'static> {
     operation: Option<BoxFuture<'static, T>>,
     runtime: Handle,
+    tracker: Option<Arc<Tracker>>,
+}
+
+/// Counts what runs without a caller.
+#[derive(Debug, Default)]
+pub(crate) struct Tracker {
+    running: AtomicUsize,
+    ended: Notify,
+}
+
+struct Running(Arc<Tracker>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.ended.notify_waiters();
+        }
+    }
+}
+
+impl Tracker {
+    pub(crate) fn spawn(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
+        self.running.fetch_add(1, Ordering::AcqRel);
+        let running = Running(Arc::clone(self));
+        runtime.spawn(async move {
+            work.await;
+            drop(running);
+        });
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Wakes whoever waits when the last one ends.
+    pub(crate) fn ended(&self) -> Notified<'_> {
+        self.ended.notified()
+    }
 }
 
 /// Runs an operation to its end; `None` outside of a runtime.
-pub(crate) fn uncut<T>(operation: impl Future<Output = T> + Send + 'static) -> Option<Uncut<T>> {
+pub(crate) fn uncut<T>(
+    operation: impl Future<Output = T> + Send + 'static,
+    tracker: Option<Arc<Tracker>>,
+) -> Option<Uncut<T>> {
     let runtime = Handle::try_current().ok()?;
     let operation: Option<BoxFuture<'static, T>> = Some(Box::pin(operation));
-    Some(Uncut { operation, runtime })
+    Some(Uncut {
+        operation,
+        runtime,
+        tracker,
+    })
 }
 
 impl<T> Future for Uncut<T> {
@@ -40,7 +89,11 @@ impl<T> Future for Uncut<T> {
 impl<T> Drop for Uncut<T> {
     fn drop(&mut self) {
         if let Some(operation) = self.operation.take() {
-            self.runtime.spawn(async move { drop(operation.await) });
+            let rest = async move { drop(operation.await) };
+            match &self.tracker {
+                Some(tracker) => tracker.spawn(&self.runtime, rest),
+                None => drop(self.runtime.spawn(rest)),
+            }
         }
     }
 }
@@ -58,10 +111,13 @@ mod tests {
     async fn what_is_dropped_half_way_goes_on() {
         let (go_on, told_to) = oneshot::channel();
         let (done, is_done) = oneshot::channel();
-        let mut operation = uncut(async move {
-            let told: Result<(), _> = told_to.await;
-            done.send(told).unwrap();
-        });
+        let mut operation = uncut(
+            async move {
+                let told: Result<(), _> = told_to.await;
+                done.send(told).unwrap();
+            },
+            None,
+        );
         assert!(operation.as_mut().unwrap().now_or_never().is_none());
         drop(operation);
         go_on.send(()).unwrap();
@@ -70,7 +126,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_has_panicked_is_not_polled_again() {
-        let mut operation = uncut(async { panic!("the driver's") }).unwrap();
+        let mut operation = uncut(async { panic!("the driver's") }, None).unwrap();
         let polled = catch_unwind(AssertUnwindSafe(|| (&mut operation).now_or_never()));
         assert!(polled.map(|_: Option<()>| ()).is_err());
         assert!((&mut operation).now_or_never().is_none());
@@ -78,6 +134,6 @@ mod tests {
 
     #[test]
     fn outside_of_a_runtime_there_is_no_operation() {
-        assert!(uncut(async {}).is_none());
+        assert!(uncut(async {}, None).is_none());
     }
 }

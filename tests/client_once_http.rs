@@ -114,6 +114,9 @@ async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
     for (status, kept, sent) in [
         (200, true, 1),
         (302, true, 1),
+        (303, true, 1),
+        (307, false, 2),
+        (308, false, 2),
         (402, true, 1),
         (409, true, 1),
         (422, true, 1),

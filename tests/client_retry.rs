@@ -140,6 +140,7 @@ async fn the_table_of_statuses_and_profiles() {
                 409 if name == "stripe" => Meaning::Unknown,
                 501 => Meaning::Answered { settles: false },
                 408 | 500.. => Meaning::Unknown,
+                307 | 308 => Meaning::Answered { settles: false },
                 200..=399 | 402 | 409 | 410 | 412 | 422 => Meaning::Answered { settles: true },
                 _ => Meaning::Answered { settles: false },
             };

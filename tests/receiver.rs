@@ -409,6 +409,23 @@ async fn a_delivery_that_is_dropped_anywhere_is_handled_to_the_end_or_not_at_all
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_shutdown_can_wait_for_handlers_whose_deliveries_were_dropped() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(100))]),
+    );
+    let layer = layer(store);
+    let (receiver, drain) = (layer.layer(handler.clone()), layer.drain());
+    drain.wait().await;
+    let dropped = tokio::time::timeout(Duration::from_secs(1), deliver(&receiver, message("m"))).await;
+    assert!(dropped.is_err());
+    assert_eq!((drain.running(), handler.counts()), (1, (1, 0)));
+    drain.wait().await;
+    assert_eq!((drain.running(), handler.counts()), (0, (1, 1)));
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
         let (store, handler) = (RemoteStore::new(), Handler::default());

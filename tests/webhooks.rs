@@ -50,7 +50,7 @@ fn webhook(id: &str, body: &str) -> Request<Body> {
 }
 
 fn standard() -> WebhookLayer {
-    WebhookLayer::new(StandardWebhooks::new([BASE64.encode(&SECRET)]).unwrap())
+    WebhookLayer::new("a", StandardWebhooks::new([BASE64.encode(&SECRET)]).unwrap())
 }
 
 /// An application that counts what reaches it, and what its store records.
@@ -218,7 +218,7 @@ async fn bodies_are_bounded_in_length_and_time() {
 
 #[tokio::test(start_paused = true)]
 async fn other_providers_are_verified_as_they_sign() {
-    let app = App::new(WebhookLayer::new(GitHubWebhooks::new(["hush"]).unwrap()));
+    let app = App::new(WebhookLayer::new("a", GitHubWebhooks::new(["hush"]).unwrap()));
     let github = |delivery: &str, body: &'static str| {
         let signature = HEXLOWER.encode(&mac(b"hush", body.as_bytes()));
         Request::post("/webhooks")
@@ -233,7 +233,7 @@ async fn other_providers_are_verified_as_they_sign() {
     assert_eq!(app.counts(), (1, 1));
     app.is_refused(github("", "push")).await;
 
-    let app = App::new(WebhookLayer::new(StripeWebhooks::new(["old", "new"]).unwrap()));
+    let app = App::new(WebhookLayer::new("a", StripeWebhooks::new(["old", "new"]).unwrap()));
     let stripe = |secret: &str, body: &'static str| {
         let seconds = now();
         let signature = HEXLOWER.encode(&mac(secret.as_bytes(), format!("{seconds}.{body}").as_bytes()));
@@ -264,7 +264,7 @@ impl VerifyWebhook for Trusting {
 
 #[tokio::test(start_paused = true)]
 async fn ids_of_any_bytes_become_keys_and_impossible_ones_do_not() {
-    let app = App::new(WebhookLayer::new(Trusting));
+    let app = App::new(WebhookLayer::new("a", Trusting));
     let send = |body: Vec<u8>| app.send(Request::post("/webhooks").body(Body::from(body)).unwrap());
     for body in [vec![0xff, 0], vec![b'"'], vec![b'x'; 4_096]] {
         assert_eq!(send(body.clone()).await.0, StatusCode::ACCEPTED);

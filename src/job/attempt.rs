@@ -35,7 +35,8 @@ impl Attempt {
         }
     }
 
-    /// The number of this attempt under its key, from 1. One that failed without effect and released its key is not counted.
+    /// The number of this attempt under its key, from 1. One that failed without effect and released its key is not counted, as
+    /// long as none was lost before it; after one that was, all count.
     #[must_use]
     pub const fn number(&self) -> u32 {
         self.grant.attempt

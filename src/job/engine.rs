@@ -5,10 +5,12 @@
 
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use super::attempt::{Attempt, Found};
@@ -16,7 +18,8 @@ use super::terms::Terms;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Renewal, Status, StorageKey,
+    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Snapshot,
+    Status, StorageKey,
 };
 use crate::store::{in_time, Patience, Store};
 use crate::telemetry::{self, Event};
@@ -88,11 +91,15 @@ impl<St: Store + Clone> Job<St> {
             ErrorKind::Configuration,
             "what is to happen once must be begun within a tokio runtime",
         );
-        let caller = Caller(Arc::new(()));
-        match uncut(self.drive(work, caller.absence())) {
-            Some(driven) => driven.await,
-            None => Settled::Refused(Refused::NotRun(NO_RUNTIME)),
-        }
+        let tracker = Arc::clone(&self.terms.tracker);
+        let (caller, absence) = Caller::new();
+        let Some(driven) = uncut(self.drive(work, absence), Some(tracker)) else {
+            return Settled::Refused(Refused::NotRun(NO_RUNTIME));
+        };
+        let driven = pin!(driven);
+        // Declared last, so that it goes first, before the rest of the work is handed over.
+        let _caller = caller;
+        driven.await
     }
 
     async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Given> {
@@ -105,11 +112,14 @@ impl<St: Store + Clone> Job<St> {
                     self.release(grant.owner).await;
                     return Settled::Refused(Refused::InFlight(Duration::ZERO));
                 }
-                self.own(grant, is_first, work, deadline).await
+                self.own(grant, is_first, work, deadline, &absence).await
             }
             Ok(Err(settled)) => settled,
             Err(error) => {
-                tokio::spawn(async move { self.release_behind(nonce).await });
+                if Patience::repeats(&error) {
+                    let tracker = Arc::clone(&self.terms.tracker);
+                    tracker.spawn(&Handle::current(), async move { self.release_behind(nonce).await });
+                }
                 Settled::Refused(Refused::NotRun(error))
             }
         }
@@ -190,6 +200,12 @@ impl<St: Store + Clone> Job<St> {
     /// Ends a claim of unknown fate: nothing has run under it, and it would hold the key for a lease, or for ever.
     async fn release_behind(&self, nonce: Nonce) {
         let patience = self.patience();
+        // Of a key that is lost, the claim has not arrived: to repeat it would use an attempt up for nothing.
+        let may_hold = |snapshot: &Snapshot| matches!(snapshot.status, Status::InFlight { .. });
+        match patience.persist(|| self.store.peek(&self.key)).await {
+            Ok(snapshot) if snapshot.as_ref().is_none_or(may_hold) => {}
+            _ => return,
+        }
         let claimed = patience.persist(|| self.claim_once(nonce)).await;
         if let Ok(Decision::Execute(grant) | Decision::Recover(grant)) = claimed {
             telemetry::event(Event::ReleasedBehind);
@@ -198,7 +214,14 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// The key is ours.
-    async fn own<W: Work>(&self, grant: Grant, is_first: bool, mut work: W, deadline: Deadline) -> Settled<W::Given> {
+    async fn own<W: Work>(
+        &self,
+        grant: Grant,
+        is_first: bool,
+        mut work: W,
+        deadline: Deadline,
+        absence: &Absence,
+    ) -> Settled<W::Given> {
         let attempt = Attempt::new(self.key, self.fingerprint, grant);
         let mut held = Held {
             job: self,
@@ -212,6 +235,13 @@ impl<St: Store + Clone> Job<St> {
         };
         let ended = match found {
             Found::Happened(ended) => Some(ended),
+            Found::NotHappened if absence.is_true() => {
+                // It found that nothing runs, and nothing is begun for nobody.
+                drop(renewal);
+                self.release(grant.owner).await;
+                held.owner = None;
+                return Settled::Refused(Refused::InFlight(Duration::ZERO));
+            }
             Found::NotHappened => unwound(work.run(attempt.clone())).await,
             Found::Unknown => None,
         };
@@ -233,19 +263,23 @@ impl<St: Store + Clone> Job<St> {
             return self.completed(completion, given, deadline).await;
         }
         drop(renewal);
-        let settled = self.unkept(grant.owner, ended).await;
+        let settled = self.unkept(grant.owner, ended, deadline).await;
         held.owner = None;
         settled
     }
 
     /// The end of an attempt that leaves nothing to keep.
-    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Option<Ended<G>>) -> Settled<G> {
-        match &ended {
+    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Option<Ended<G>>, deadline: Deadline) -> Settled<G> {
+        let is_superseded = match &ended {
             Some(Ended {
                 verdict: Verdict::Release,
                 ..
-            }) => self.release(owner).await,
-            _ => self.give_up(owner).await,
+            }) => self.release(owner).await == Some(Release::Superseded),
+            _ => self.give_up(owner).await == Some(Renewal::Superseded),
+        };
+        if is_superseded {
+            telemetry::event(Event::Superseded);
+            return self.stand_by(deadline).await;
         }
         match ended {
             Some(Ended { given, .. }) => Settled::Ran {
@@ -307,22 +341,17 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Frees the key. Without the store, the lease ends it a little later.
-    pub(super) async fn release(&self, owner: Owner) {
+    pub(super) async fn release(&self, owner: Owner) -> Option<Release> {
         let patience = self.patience();
-        if let Err(error) = patience.persist(|| self.store.release(&self.key, owner)).await {
-            telemetry::failure(Event::Unrecorded, &error);
-        }
+        let released = patience.persist(|| self.store.release(&self.key, owner)).await;
+        told(released)
     }
 
     /// Ends the lease at once: the attempt is lost, as far as anybody knows. Without the store, it ends a little later.
-    async fn give_up(&self, owner: Owner) {
+    async fn give_up(&self, owner: Owner) -> Option<Renewal> {
         let patience = self.patience();
-        if let Err(error) = patience
-            .persist(|| self.store.renew(&self.key, owner, Duration::ZERO))
-            .await
-        {
-            telemetry::failure(Event::Unrecorded, &error);
-        }
+        let given_up = patience.persist(|| self.store.renew(&self.key, owner, Duration::ZERO));
+        told(given_up.await)
     }
 
     pub(super) fn patience(&self) -> Patience {
@@ -333,12 +362,19 @@ impl<St: Store + Clone> Job<St> {
     }
 }
 
+/// What a store said, if it could be asked.
+fn told<R>(said: Result<R, Error>) -> Option<R> {
+    said.map_err(|error| telemetry::failure(Event::Unrecorded, &error)).ok()
+}
+
 /// Whoever waits for what comes of a job.
-struct Caller(Arc<()>);
+struct Caller(#[expect(dead_code, reason = "its count is what matters")] Arc<()>);
 
 impl Caller {
-    fn absence(&self) -> Absence {
-        Absence(Arc::downgrade(&self.0))
+    fn new() -> (Self, Absence) {
+        let caller = Arc::new(());
+        let absence = Absence(Arc::downgrade(&caller));
+        (Self(caller), absence)
     }
 }
 

@@ -1,6 +1,7 @@
 //! A job that is done once: a call to others, or the handling of a message.
 
 mod attempt;
+mod drain;
 mod engine;
 mod on_error;
 mod terms;
@@ -8,6 +9,7 @@ mod terms;
 mod transaction;
 
 pub use attempt::{Attempt, Found};
+pub use drain::Drain;
 pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work};
 pub use on_error::OnError;
 pub(crate) use terms::Terms;

@@ -1,8 +1,10 @@
 //! The settings that all jobs share.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::protocol::{KeySpace, Secret};
+use crate::protocol::KeySpace;
+use crate::uncut::Tracker;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Terms {
@@ -14,6 +16,7 @@ pub(crate) struct Terms {
     pub(crate) settling: Duration,
     pub(crate) store_timeout: Duration,
     pub(crate) completion_timeout: Duration,
+    pub(crate) tracker: Arc<Tracker>,
 }
 
 impl Default for Terms {
@@ -27,19 +30,12 @@ impl Default for Terms {
             settling: Duration::ZERO,
             store_timeout: Duration::from_secs(5),
             completion_timeout: Duration::from_secs(10),
+            tracker: Arc::default(),
         }
     }
 }
 
 impl Terms {
-    pub(crate) fn set_secret(&mut self, secret: &[u8]) {
-        assert!(
-            secret.len() >= 16,
-            "the secret is shorter than 16 bytes; take 32 random ones",
-        );
-        self.space.secret = Some(Secret::new(secret));
-    }
-
     /// Below a millisecond the lease would be over before it is renewed.
     pub(crate) fn set_lease(&mut self, lease: Duration) {
         self.lease = lease.max(Duration::from_millis(1));

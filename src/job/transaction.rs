@@ -46,13 +46,13 @@ impl<St: Store + Clone> Job<St> {
         }
         let lease = self.terms.lease;
         match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
-            Ok(Renewal::Renewed) => self.rolled_back(owner, ended).await,
+            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, deadline).await,
             Ok(Renewal::Superseded) => self.stand_by(deadline).await,
             Err(error) => undecided(ended, error),
         }
     }
 
-    async fn rolled_back<G>(&self, owner: Owner, ended: Option<Ended<G>>) -> Settled<G> {
+    async fn rolled_back<G>(&self, owner: Owner, ended: Option<Ended<G>>, deadline: Deadline) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
             Some(Ended {
@@ -62,7 +62,7 @@ impl<St: Store + Clone> Job<St> {
                 self.release(owner).await;
                 ran(given, Err(ROLLED_BACK))
             }
-            ended => self.unkept(owner, ended).await,
+            ended => self.unkept(owner, ended, deadline).await,
         }
     }
 }

@@ -3,7 +3,10 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
+
+use futures::FutureExt;
 
 use super::message::OutboxMessage;
 use super::table::Outbox;
@@ -82,7 +85,8 @@ where
     E: Send,
 {
     /// Publishes what is due, at most one batch, one after the other. It holds a transaction open meanwhile: give `publish` a time-out.
-    /// One that fails is tried again later, and keeps none behind it from being published.
+    /// One that fails, or panics, is tried again later, and keeps
+    /// none behind it from being published.
     ///
     /// # Cancel safety
     ///
@@ -98,7 +102,9 @@ where
         let mut count = Published::default();
         for (position, message) in outbox.take(&mut transaction, self.batch).await? {
             let failures = message.failures();
-            if (self.publish)(message).await.is_ok() {
+            // One that makes `publish` panic must not hold up all others for ever.
+            let publishing = AssertUnwindSafe(async { (self.publish)(message).await });
+            if matches!(publishing.catch_unwind().await, Ok(Ok(()))) {
                 published.push(position);
                 count.published += 1;
             } else {

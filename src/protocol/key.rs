@@ -281,6 +281,15 @@ impl KeySpace {
         self.hash(Scope::of(parts).as_bytes())
     }
 
+    /// Panics where the secret is too short to be one.
+    pub(crate) fn set_secret(&mut self, secret: &[u8]) {
+        assert!(
+            secret.len() >= 16,
+            "the secret is shorter than 16 bytes; take 32 random ones",
+        );
+        self.secret = Some(Secret::new(secret));
+    }
+
     /// The storage key of a message. It has two parts more than that of a request, so that it meets neither that nor a call's.
     pub(crate) fn message_key(&self, consumer: &str, id: &Scope) -> StorageKey {
         let parts = [

@@ -38,7 +38,8 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// The messages of a consumer; the same ones that a [`ReceiverLayer`](super::ReceiverLayer) of this name has.
+    /// The messages of a consumer; the same ones that a [`ReceiverLayer`](super::ReceiverLayer) of this name, namespace and secret has,
+    /// as long as that compares no payloads.
     #[must_use]
     pub fn new(store: PostgresStore, consumer: impl Into<String>) -> Self {
         Self {
@@ -60,6 +61,17 @@ impl Inbox {
     #[must_use]
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
         self.space.namespace = namespace.into();
+        self
+    }
+
+    /// Keys the hashes of the ids, as [`ReceiverLayer::with_secret`](super::ReceiverLayer::with_secret) does; none by default.
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 16 bytes.
+    #[must_use]
+    pub fn with_secret(mut self, secret: &[u8]) -> Self {
+        self.space.set_secret(secret);
         self
     }
 

@@ -12,7 +12,7 @@ use tower_layer::Layer;
 use super::id::{InvalidMessageId, MessageId};
 use super::lease::Lease;
 use super::service::Receiver;
-use crate::job::{Found, OnError, Terms};
+use crate::job::{Drain, Found, OnError, Terms};
 use crate::protocol::{IfLost, StorageKey};
 
 type IdFn<M> = Arc<dyn Fn(&M) -> MessageId + Send + Sync>;
@@ -193,7 +193,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// If it is shorter than 16 bytes.
     #[must_use]
     pub fn with_secret(mut self, secret: &[u8]) -> Self {
-        self.settings().terms.set_secret(secret);
+        self.settings().terms.space.set_secret(secret);
         self
     }
 
@@ -222,7 +222,7 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// After how many attempts in all a message whose attempts are lost is unknown all the same; 5 by default, 1 or more. It stops a
-    /// message that kills whoever handles it.
+    /// message that kills whoever handles it. Once one was lost, those that fail after it count as well.
     #[must_use]
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().terms.max_attempts = attempts.max(1);
@@ -243,6 +243,13 @@ impl<St, M> ReceiverLayer<St, M> {
         let terms = &mut self.settings().terms;
         (terms.store_timeout, terms.completion_timeout) = (operation, recording);
         self
+    }
+
+    /// Waits for handlers that go on although their deliveries were dropped: before the process ends, stop taking messages, then
+    /// wait. Else the runtime's end stops them in the middle.
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        Drain::new(&self.settings.terms.tracker)
     }
 
     /// The name of a message's record in the store: for `Store::peek` and `Store::resolve`.

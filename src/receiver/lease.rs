@@ -19,8 +19,8 @@ impl Lease {
         Self { attempt }
     }
 
-    /// The number of this attempt at the message, from 1. One that failed and released its key is not counted: the broker counts
-    /// deliveries.
+    /// The number of this attempt at the message, from 1. One that failed and released its key is not counted (the broker counts
+    /// deliveries), as long as none was lost before it; after one that was, all count.
     #[must_use]
     pub const fn attempt(&self) -> u32 {
         self.attempt.number()

@@ -6,6 +6,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::FutureExt;
@@ -15,9 +16,9 @@ use super::id::MessageId;
 use super::layer::{OnMismatch, OnMissingId, Settings};
 use super::lease::Lease;
 use super::receipt::{name_of, Receipt, ReceiveError};
-use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Verdict, Work};
-use crate::protocol::{Fingerprint, Outcome};
-use crate::store::Store;
+use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Terms, Verdict, Work};
+use crate::protocol::{Fingerprint, Outcome, Status, StorageKey};
+use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
 
 /// A service that handles each message once; made by [`ReceiverLayer`](super::ReceiverLayer).
@@ -176,9 +177,10 @@ where
             Some(payload) => Fingerprint::of(payload(&self.message)),
             None => Fingerprint::NONE,
         };
+        let (store, key) = (self.store.clone(), settings.storage_key(id));
         let job = Job {
             store: self.store.clone(),
-            key: settings.storage_key(id),
+            key,
             fingerprint,
             if_lost: settings.if_lost,
             terms: settings.terms.clone(),
@@ -198,7 +200,7 @@ where
                     OnMismatch::Error => Err(ReceiveError::Mismatch),
                     OnMismatch::Duplicate => {
                         telemetry::count_message("mismatch");
-                        Ok(Receipt::Duplicate)
+                        as_duplicate(&store, &key, &settings.terms).await
                     }
                 },
                 Refused::NotKept => Ok(Receipt::Duplicate),
@@ -253,18 +255,41 @@ where
     }
 
     async fn run(mut self, attempt: Attempt) -> Ended<Self::Given> {
-        if let Some(pass) = &self.settings.pass_lease {
-            let lease = self.lease(&attempt);
-            pass(&mut self.message, lease);
-        }
-        let given = handled(self.service, self.message).await;
-        let verdict = match (&given, self.settings.on_error) {
+        let settings = Arc::clone(&self.settings);
+        let passed = catch_unwind(AssertUnwindSafe(|| {
+            if let Some(pass) = &settings.pass_lease {
+                let lease = self.lease(&attempt);
+                pass(&mut self.message, lease);
+            }
+        }));
+        let given = match passed {
+            Ok(()) => handled(self.service, self.message).await,
+            Err(_) => Given::Panicked,
+        };
+        let verdict = match (&given, settings.on_error) {
             (Given::Handled(_) | Given::Known, _) | (_, OnError::Keep) => Verdict::Keep(Outcome::Tombstone),
             (_, OnError::Release) => Verdict::Release,
             (_, OnError::Unknown) => Verdict::GiveUp,
         };
         Ended { given, verdict }
     }
+}
+
+/// What came of a message that had another payload: nothing is a duplicate of what is not recorded.
+async fn as_duplicate<T, E>(store: &impl Store, key: &StorageKey, terms: &Terms) -> Received<T, E> {
+    let snapshot = in_time(terms.store_timeout, store.peek(key)).await;
+    Ok(
+        match snapshot.map_err(ReceiveError::Store)?.map(|snapshot| snapshot.status) {
+            Some(Status::Completed(_)) => Receipt::Duplicate,
+            Some(Status::InFlight { left }) => Receipt::InFlight {
+                retry_after: left.min(terms.lease),
+            },
+            Some(Status::Lost | Status::Unknown) => Receipt::Unknown,
+            None => Receipt::InFlight {
+                retry_after: Duration::ZERO,
+            },
+        },
+    )
 }
 
 async fn handled<S: Service<M>, M>(mut service: S, message: M) -> Given<S::Response, S::Error> {

@@ -13,7 +13,8 @@ use tokio::runtime::Handle;
 
 use super::arrival::{Arrived, Arriving};
 use super::flights::Flight;
-use super::guard::Tracker;
+use crate::telemetry::{self, Event};
+use crate::uncut::Tracker;
 
 pin_project! {
     /// The future of an answer of [`Idempotency`](super::Idempotency).
@@ -150,8 +151,11 @@ impl<R, E> Drop for Underway<R, E> {
     fn drop(&mut self) {
         if let Some(exchange) = self.exchange.take() {
             if self.flight.is_guarded() {
-                self.tracker
-                    .rescue(self.runtime.as_ref(), async move { drop(exchange.await) });
+                // Without a runtime it is dropped, and its guards give up.
+                if let Some(runtime) = &self.runtime {
+                    telemetry::event(Event::Rescued);
+                    self.tracker.spawn(runtime, async move { drop(exchange.await) });
+                }
             }
         }
     }

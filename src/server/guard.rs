@@ -1,10 +1,9 @@
 //! What keeps an execution alive and its key held: tracking of what runs without a caller, renewal, giving up.
 
 use std::fmt;
-use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -12,14 +11,14 @@ use futures::future::{select, Either};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
 
 use super::flights::{Flight, Flights, Joined, Landing};
 use super::settings::Waiting;
-use crate::clock::within;
+use crate::job::Drain;
 use crate::protocol::{Grant, Owner, Renewal};
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::Tracker;
 
 /// What a layer and its clones share.
 pub(super) struct Shared<St> {
@@ -40,105 +39,10 @@ impl<St> Shared<St> {
     }
 }
 
-/// Counts what runs without a caller.
-#[derive(Debug, Default)]
-pub(super) struct Tracker {
-    running: AtomicUsize,
-    ended: Notify,
-}
-
-struct Running(Arc<Tracker>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if self.0.running.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.ended.notify_waiters();
-        }
-    }
-}
-
-impl Tracker {
-    /// Lets the rest of an exchange go on in a task of its own. Without a runtime it is dropped, and its guards give up.
-    pub(super) fn rescue(self: &Arc<Self>, runtime: Option<&Handle>, rest: impl Future<Output = ()> + Send + 'static) {
-        if let Some(runtime) = runtime {
-            telemetry::event(Event::Rescued);
-            self.spawn(runtime, rest);
-        }
-    }
-
-    pub(super) fn spawn(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
-        self.running.fetch_add(1, Ordering::AcqRel);
-        let running = Running(Arc::clone(self));
-        runtime.spawn(async move {
-            work.await;
-            drop(running);
-        });
-    }
-}
-
 impl<St> Shared<St> {
     pub(super) fn drain(&self) -> Drain {
-        Drain {
-            tracker: Arc::clone(&self.tracker),
-            flights: Arc::clone(&self.flights),
-        }
-    }
-}
-
-/// Waits for executions that go on without their callers; made by [`IdempotencyLayer::drain`](super::IdempotencyLayer::drain).
-///
-/// Stop taking requests first, then wait, then end the process:
-///
-/// ```no_run
-/// # use axum::{routing::post, Router};
-/// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-/// # async fn serve(listener: tokio::net::TcpListener) -> std::io::Result<()> {
-/// let idempotency = IdempotencyLayer::new(MemoryStore::new());
-/// let drain = idempotency.drain();
-/// let app = Router::new().route("/payments", post(|| async { "paid" })).layer(idempotency);
-/// axum::serve(listener, app).with_graceful_shutdown(async { tokio::signal::ctrl_c().await.unwrap() }).await?;
-/// drain.wait().await;
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone)]
-pub struct Drain {
-    tracker: Arc<Tracker>,
-    flights: Arc<Flights>,
-}
-
-impl Drain {
-    /// How many executions, releases and questions to the store run without a caller now.
-    #[must_use]
-    pub fn running(&self) -> usize {
-        self.tracker.running.load(Ordering::Acquire)
-    }
-
-    /// Resolves once no execution runs, with a caller or without. Put a time-out around it: a handler that never ends never lets it resolve.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping it changes nothing.
-    pub async fn wait(&self) {
-        // A server may say that it has stopped a moment before it drops its last requests, of which the tracker then hears.
-        const MOMENT: Duration = Duration::from_millis(5);
-        loop {
-            let mut ended = pin!(self.tracker.ended.notified());
-            ended.as_mut().enable();
-            if self.running() > 0 {
-                ended.await;
-            } else if self.flights.any_guarded() {
-                drop(within(MOMENT, ended).await);
-            } else {
-                return;
-            }
-        }
-    }
-}
-
-impl fmt::Debug for Drain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Drain").field("running", &self.running()).finish()
+        let flights = Arc::clone(&self.flights);
+        Drain::new(&self.tracker).while_busy(move || flights.any_guarded())
     }
 }
 

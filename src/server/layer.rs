@@ -10,13 +10,13 @@ use http::request::Parts;
 use http::{response, Method, Response};
 use tower_layer::Layer;
 
-use super::guard::{Drain, Shared};
+use super::guard::Shared;
 use super::policy::OnLost;
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
 use crate::http::{BodyForm, Collected, Refusal, RefusalStyle};
-use crate::job::OnError;
+use crate::job::{Drain, OnError};
 use crate::protocol::{CanonicalJson, KeyError, KeySyntax, Outcome, Scope, Secret, StorageKey};
 use crate::store::Store;
 

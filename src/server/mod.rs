@@ -23,7 +23,6 @@ mod settings;
 mod transaction;
 
 pub use future::ResponseFuture;
-pub use guard::Drain;
 pub use layer::IdempotencyLayer;
 #[cfg(feature = "axum")]
 pub use lease::NotGuarded;

@@ -240,6 +240,8 @@ impl Profile {
             // RFC 9110 section 15.6.2: the server knows no such method.
             501 => Meaning::Answered { settles: is_replay },
             408 | 500.. => Meaning::Unknown,
+            // RFC 9110 sections 15.4.8 and 15.4.9: the same request is to be made elsewhere. A 302 may as well point to what was made.
+            307 | 308 => Meaning::Answered { settles: is_replay },
             // A 4xx may come from somebody who never saw the key's records: a gateway, an expired login, a bound on sizes.
             200..=399 | 402 | 409 | 410 | 412 | 422 => Meaning::Answered { settles: true },
             _ => Meaning::Answered { settles: is_replay },

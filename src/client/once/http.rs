@@ -10,6 +10,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::FutureExt;
+use http::header::HOST;
 use http::request::Parts;
 use http::{Method, Request, Response};
 use pin_project_lite::pin_project;
@@ -22,7 +23,7 @@ use super::failure::OnceError;
 use super::terms::term_setters;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, AnswerHeaders, Collected, Fingerprinting, RebuildBody, Shortfall};
-use crate::job::{Attempt, Ended, Found, Job, Settled, Terms, Verdict, Work};
+use crate::job::{Attempt, Drain, Ended, Found, Job, Settled, Terms, Verdict, Work};
 use crate::protocol::{Answer, Fingerprint, IfLost, KeyParser, Outcome, Scope};
 use crate::store::Store;
 
@@ -150,6 +151,12 @@ impl<St> OnceLayer<St> {
         Arc::make_mut(&mut self.settings)
     }
 
+    /// Waits for what goes on without its caller: before the process ends, stop calling, then wait.
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        Drain::new(&self.settings.terms.tracker)
+    }
+
     /// The methods whose requests are made once; POST and PATCH by default.
     #[must_use]
     pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
@@ -187,7 +194,8 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Sends a request again whose attempt was lost, instead of leaving it unknown.
+    /// Sends a request again whose attempt was lost, instead of leaving it unknown. [Without its key](Self::without_sending_key),
+    /// an answer to it that is no success leaves the outcome unknown: it may say that the lost attempt was there before.
     #[must_use]
     pub fn at_least_once(mut self) -> Self {
         self.settings().if_lost = IfLost::Execute;
@@ -393,6 +401,9 @@ where
             given: Given::Broken, ..
         } => Err(OnceError::NotKept),
         Settled::Ran {
+            given: Given::Doubtful, ..
+        } => Err(OnceError::Unknown(None)),
+        Settled::Ran {
             given: Given::Error(error, attempt),
             ..
         } => Err(match failed(&settings, error) {
@@ -459,9 +470,23 @@ where
     })
 }
 
-/// Who we are is no part of what was asked: credentials change between attempts.
+/// Who is asked for what. Who we are is no part of it: credentials change between attempts.
 fn fingerprint(head: &Parts, body: &Collected) -> Fingerprint {
-    Fingerprinting::default().of(head, &body.bytes, true)
+    let request = Fingerprinting::default().of(head, &body.bytes, true);
+    let scheme = head.uri.scheme_str().unwrap_or_default();
+    let host = head.uri.host().or_else(|| head.headers.get(HOST)?.to_str().ok());
+    let port = head.uri.port_u16().or(match scheme {
+        "http" => Some(80),
+        "https" => Some(443),
+        _ => None,
+    });
+    let host = host.unwrap_or_default().to_ascii_lowercase();
+    let origin = [
+        scheme.as_bytes(),
+        host.as_bytes(),
+        &port.unwrap_or_default().to_be_bytes(),
+    ];
+    Fingerprint::of(Scope::of([Scope::of(origin).as_bytes(), request.digest()]).as_bytes())
 }
 
 fn replay<R: RebuildBody, E>(settings: &Settings, answer: &Answer) -> Outcomes<R, E> {
@@ -482,6 +507,8 @@ enum Given<R, E> {
     Answer(Response<R>),
     /// The answer broke off while it was read.
     Broken,
+    /// An answer that leaves open what became of an attempt that was lost before.
+    Doubtful,
     /// And the number of the attempt.
     Error(E, u32),
 }
@@ -537,6 +564,11 @@ where
         head.extensions.insert(attempt.clone());
         let number = attempt.number();
         match service.call(Request::from_parts(head, body.rebuild())).await {
+            // It may say no more than that the lost attempt was there before.
+            Ok(response) if number > 1 && settings.is_doubtful(&response) => Ended {
+                given: Given::Doubtful,
+                verdict: Verdict::GiveUp,
+            },
             Ok(mut response) => {
                 response.extensions_mut().insert(attempt);
                 settings.answered(response).await
@@ -571,6 +603,12 @@ impl Settings {
             Err(Shortfall::Broken(_)) => Given::Broken,
         };
         Ended { given, verdict }
+    }
+
+    /// Whether an answer leaves open what became of an attempt that was lost before, at a third party that knows nothing of keys.
+    fn is_doubtful<R>(&self, response: &Response<R>) -> bool {
+        let is_asked_blindly = self.if_lost == IfLost::Execute && !self.send_key;
+        is_asked_blindly && !response.status().is_success() && !self.profile.is_replay(response.headers())
     }
 
     /// What an answer means, over all the attempts that were made for it.

@@ -18,7 +18,7 @@ macro_rules! term_setters {
         /// If it is shorter than 16 bytes.
         #[must_use]
         pub fn with_secret(mut self, secret: &[u8]) -> Self {
-            self.terms().set_secret(secret);
+            self.terms().space.set_secret(secret);
             self
         }
 
@@ -45,7 +45,8 @@ macro_rules! term_setters {
             self
         }
 
-        /// How many attempts a key gets in all; 5 by default, 1 or more. Then its outcome is unknown until it is resolved.
+        /// How many attempts a key gets in all; 5 by default, 1 or more. Then its outcome is unknown until it is resolved. Those that
+        /// failed without effect count from when one was lost.
         #[must_use]
         pub fn with_max_attempts(mut self, attempts: u32) -> Self {
             self.terms().max_attempts = attempts.max(1);

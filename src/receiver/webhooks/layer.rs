@@ -16,13 +16,15 @@ use tower_service::Service;
 use super::VerifyWebhook;
 use crate::clock::{wall_clock, within};
 use crate::http::{collect, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall};
+use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// Verifies webhooks, and gives each its id as `Idempotency-Key`, for an [`IdempotencyLayer`](crate::IdempotencyLayer) within; see the
-/// [module](super). A key that the sender set itself is taken off.
+/// [module](super). A key that the sender set itself is replaced; an inner layer that looks into another header field would trust the
+/// sender's.
 ///
 /// What is not genuine is refused with 401, whatever its fault, and reaches nothing behind. The body is read for it: 2 MiB at most (413
 /// beyond), within 30 seconds (408), both [settings](Self::with_body_bounds).
@@ -32,16 +34,19 @@ pub struct WebhookLayer {
 }
 
 struct Settings {
+    source: String,
     verify: Arc<dyn VerifyWebhook>,
     limit: usize,
     timeout: Duration,
 }
 
 impl WebhookLayer {
-    /// Verifies as `provider` signs.
+    /// Verifies as `provider` signs. `source` names who sends, in a word of yours: an id is unique for its sender alone, and who holds
+    /// another secret could otherwise send one that has come from somebody else.
     #[must_use]
-    pub fn new(provider: impl VerifyWebhook) -> Self {
+    pub fn new(source: impl Into<String>, provider: impl VerifyWebhook) -> Self {
         let settings = Settings {
+            source: source.into(),
             verify: Arc::new(provider),
             limit: 2 << 20,
             timeout: Duration::from_secs(30),
@@ -55,6 +60,7 @@ impl WebhookLayer {
     #[must_use]
     pub fn with_body_bounds(self, bytes: usize, timeout: Duration) -> Self {
         let settings = Settings {
+            source: self.settings.source.clone(),
             verify: Arc::clone(&self.settings.verify),
             limit: bytes,
             timeout,
@@ -130,14 +136,18 @@ async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
     };
     let id = settings.verify.verify(&head.headers, &body.bytes, wall_clock());
     let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());
-    let key = id.as_ref().and_then(key_of).ok_or(RefusalKind::InvalidWebhook)?;
+    let key = id
+        .as_ref()
+        .and_then(|id| key_of(&settings.source, id))
+        .ok_or(RefusalKind::InvalidWebhook)?;
     head.headers.insert(KEY, key);
     Ok(Request::from_parts(head, body.rebuild()))
 }
 
 /// A digest: any id fits into a header field then, and none stands there.
-fn key_of(id: &MessageId) -> Option<HeaderValue> {
-    let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", id.parts().as_bytes());
+fn key_of(source: &str, id: &MessageId) -> Option<HeaderValue> {
+    let named = Scope::of([source.as_bytes(), id.parts().as_bytes()]);
+    let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", named.as_bytes());
     HeaderValue::from_str(blake3::Hash::from(digest).to_hex().as_str()).ok()
 }
 

@@ -14,11 +14,14 @@
 //!
 //! let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 //! let layers = ServiceBuilder::new()
-//!     .layer(WebhookLayer::new(StandardWebhooks::new([secret])?))
+//!     .layer(WebhookLayer::new("billing", StandardWebhooks::new([secret])?))
 //!     .layer(IdempotencyLayer::new(MemoryStore::new()).webhooks());
 //! Ok(Router::new().route("/webhooks", post(|| async { "thanks" })).layer(layers))
 //! # }
 //! ```
+//!
+//! Several secrets of one provider are for the time in which they are changed, not for several senders: give each of those a layer and
+//! a source of its own.
 
 mod layer;
 mod providers;

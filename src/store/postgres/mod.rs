@@ -166,7 +166,7 @@ impl PostgresStore {
             ErrorKind::StoreUnavailable,
             "a PostgreSQL store must be used from within a tokio runtime",
         );
-        uncut(operation(self.clone())).ok_or(NO_RUNTIME)?.await
+        uncut(operation(self.clone()), None).ok_or(NO_RUNTIME)?.await
     }
 }
 

@@ -180,7 +180,7 @@ fn uncut<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> impl Future<Output = Result<T, Error>> + Send {
     let sound = AssertUnwindSafe(operation).catch_unwind();
-    match crate::uncut::uncut(sound.map(|done| done.unwrap_or(Err(failure::PANICKED)))) {
+    match crate::uncut::uncut(sound.map(|done| done.unwrap_or(Err(failure::PANICKED))), None) {
         Some(operation) => Either::Left(operation),
         None => Either::Right(ready(Err(failure::NO_RUNTIME))),
     }

@@ -1,4 +1,4 @@
-//! More of a reviewer's attempts; each test states what should hold.
+//! What uses up an attempt, and what is kept of a refusal.
 #![cfg(all(feature = "once", feature = "retry"))]
 
 mod support;
@@ -18,12 +18,13 @@ use tower_idempotency::client::{once, Done, Failure, OnceError, OnceLayer, Profi
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::MemoryStore;
 
-/// "One that failed and released its key is not counted": neither by the number, nor by the attempts that a message has.
+/// One that released its key is not counted, until one was lost: from then on all are, since the evidence must stay.
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_released_its_key_is_not_counted() {
+async fn attempts_are_counted_from_when_one_was_lost() {
     let store = RemoteStore::new();
     let numbers = Arc::new(Mutex::new(Vec::new()));
     for end in [
+        Failure::NotDone("0"),
         Failure::Unknown("lost"),
         Failure::NotDone("1"),
         Failure::NotDone("2"),
@@ -39,7 +40,7 @@ async fn an_attempt_that_released_its_key_is_not_counted() {
             .await;
         assert!(done.is_err());
     }
-    assert_eq!(*numbers.lock().unwrap(), [1, 2, 2, 2]);
+    assert_eq!(*numbers.lock().unwrap(), [1, 1, 2, 3, 4]);
 }
 
 /// Nothing runs when the store fails at the claim, so nothing should be used up.
@@ -69,10 +70,10 @@ async fn a_store_that_fails_at_claims_uses_no_attempts_up() {
     assert!(matches!(last, Ok(Receipt::First(()))), "{last:?}");
 }
 
-/// A load balancer in front of the third party sends to a login, or to https: nothing was done.
+/// A load balancer in front of the third party sends to https: nothing was done.
 #[tokio::test]
 async fn a_redirect_of_a_gatekeeper_is_not_kept_as_the_answer() {
-    for status in [StatusCode::FOUND, StatusCode::TEMPORARY_REDIRECT] {
+    for status in [StatusCode::TEMPORARY_REDIRECT, StatusCode::PERMANENT_REDIRECT] {
         let calls = Arc::new(AtomicUsize::new(0));
         let http = service_fn(move |_: Request<Full<Bytes>>| {
             let first = calls.fetch_add(1, Ordering::SeqCst) == 0;

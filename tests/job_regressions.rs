@@ -1,4 +1,4 @@
-//! A reviewer's attempts to break jobs that are done once. Each test states what should hold.
+//! What a reviewer broke in jobs that are done once: calls, messages, webhooks; each test states what holds.
 #![cfg(all(feature = "axum", feature = "once", feature = "webhooks"))]
 
 mod support;
@@ -297,6 +297,7 @@ async fn two_senders_of_one_webhook_id_are_both_heard() {
         });
         ServiceBuilder::new()
             .layer(WebhookLayer::new(
+                name,
                 StandardWebhooks::new([BASE64.encode(&secret)]).unwrap(),
             ))
             .layer(IdempotencyLayer::new(store.clone()).webhooks())

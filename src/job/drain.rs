@@ -1,0 +1,79 @@
+//! The wait for what runs without a caller.
+
+use std::fmt;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::within;
+use crate::uncut::Tracker;
+
+/// Waits for executions that go on without their callers; made by `drain` of the layers.
+///
+/// Stop taking requests first, then wait, then end the process:
+///
+/// ```no_run
+/// # use axum::{routing::post, Router};
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+/// # async fn serve(listener: tokio::net::TcpListener) -> std::io::Result<()> {
+/// let idempotency = IdempotencyLayer::new(MemoryStore::new());
+/// let drain = idempotency.drain();
+/// let app = Router::new().route("/payments", post(|| async { "paid" })).layer(idempotency);
+/// axum::serve(listener, app).with_graceful_shutdown(async { tokio::signal::ctrl_c().await.unwrap() }).await?;
+/// drain.wait().await;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Drain {
+    tracker: Arc<Tracker>,
+    /// Whether something runs of which the tracker may hear yet.
+    is_busy: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl Drain {
+    pub(crate) fn new(tracker: &Arc<Tracker>) -> Self {
+        Self {
+            tracker: Arc::clone(tracker),
+            is_busy: None,
+        }
+    }
+
+    pub(crate) fn while_busy(mut self, is_busy: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.is_busy = Some(Arc::new(is_busy));
+        self
+    }
+
+    /// How many executions, releases and questions to the store run without a caller now.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.tracker.running()
+    }
+
+    /// Resolves once no execution runs without a caller; of an [`IdempotencyLayer`](crate::IdempotencyLayer), with one neither. Put a time-out around it: a handler that never ends never lets it resolve.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it changes nothing.
+    pub async fn wait(&self) {
+        // A server may say that it has stopped a moment before it drops its last requests, of which the tracker then hears.
+        const MOMENT: Duration = Duration::from_millis(5);
+        loop {
+            let mut ended = pin!(self.tracker.ended());
+            ended.as_mut().enable();
+            if self.running() > 0 {
+                ended.await;
+            } else if self.is_busy.as_ref().is_some_and(|is_busy| is_busy()) {
+                drop(within(MOMENT, ended).await);
+            } else {
+                return;
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Drain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drain").field("running", &self.running()).finish()
+    }
+}
