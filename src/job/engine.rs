@@ -132,7 +132,9 @@ impl<St: Store + Clone> Job<St> {
                 Decision::Mismatch => Refused::Mismatch,
                 Decision::NotKept => Refused::NotKept,
                 Decision::Unknown => Refused::Unknown,
-                Decision::Wait { left } if deadline.left().is_zero() || absence.is_true() => Refused::InFlight(left),
+                Decision::Wait { left } if deadline.left().is_zero() || absence.is_true() => {
+                    Refused::InFlight(self.worth_waiting(left))
+                }
                 Decision::Wait { left } => {
                     self.wait(&mut watch, left.min(deadline.left())).await;
                     continue;
@@ -152,6 +154,11 @@ impl<St: Store + Clone> Job<St> {
                 Err(_) => drop(within(pause, std::future::pending::<()>()).await),
             },
         }
+    }
+
+    /// In a store in this process leases have no end, and nobody waits for that.
+    fn worth_waiting(&self, left: Duration) -> Duration {
+        left.min(self.terms.lease)
     }
 
     /// A claim whose reply is lost is repeated with the same nonce.
@@ -258,8 +265,8 @@ impl<St: Store + Clone> Job<St> {
     async fn completed<G>(&self, completion: Result<Completion, Error>, given: G, deadline: Deadline) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
-            Ok(Completion::Superseded(Some(outcome))) => return replayed(outcome),
-            Ok(Completion::Superseded(None)) => {
+            // What superseded this attempt may be the answer to another input: it is looked up.
+            Ok(Completion::Superseded(_)) => {
                 telemetry::event(Event::Superseded);
                 return self.stand_by(deadline).await;
             }
@@ -280,7 +287,7 @@ impl<St: Store + Clone> Job<St> {
                 Ok(Some(snapshot)) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
                     Status::Completed(outcome) => return replayed(outcome),
                     Status::InFlight { left } if deadline.left().is_zero() => {
-                        return Settled::Refused(Refused::InFlight(left))
+                        return Settled::Refused(Refused::InFlight(self.worth_waiting(left)))
                     }
                     Status::InFlight { left } => left,
                     Status::Lost | Status::Unknown => return Settled::Refused(Refused::Unknown),
@@ -386,7 +393,8 @@ impl Renewing {
             return Self(None);
         };
         let (store, key, attempt) = (job.store.clone(), job.key, attempt.clone());
-        let timeout = job.terms.store_timeout;
+        // One that hangs leaves time for another, a third later, before the lease is over.
+        let timeout = job.terms.store_timeout.min(lease / 6);
         // In a task of its own: a call that blocks its thread does not lose its lease.
         Self(Some(tokio::spawn(async move {
             loop {

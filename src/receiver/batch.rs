@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 
 use futures::stream::{iter, StreamExt};
+use futures::FutureExt;
 use tower_service::Service;
 
 use super::receipt::{Disposition, Receipt, ReceiveError};
@@ -73,13 +74,19 @@ where
     T: Send,
     E: Send,
 {
-    let deliveries = messages.into_iter().map(|message| {
+    let deliveries = messages.into_iter().enumerate().map(|(place, message)| {
         let mut service = service.clone();
-        async move {
+        let delivery = async move {
             poll_fn(|cx| service.poll_ready(cx)).await?;
             service.call(message).await
-        }
+        };
+        delivery.map(move |received| (place, received))
     });
-    let received = iter(deliveries).buffered(at_once.max(1)).collect().await;
-    Batch { received }
+    // Not `buffered`: there, those that are done wait for a slow one before them, and keep others from beginning.
+    let received = iter(deliveries).buffer_unordered(at_once.max(1));
+    let mut received: Vec<_> = received.collect().await;
+    received.sort_unstable_by_key(|(place, _)| *place);
+    Batch {
+        received: received.into_iter().map(|(_, received)| received).collect(),
+    }
 }

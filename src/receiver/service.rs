@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -193,9 +193,7 @@ where
             },
             Settled::Replay(_) => Ok(Receipt::Duplicate),
             Settled::Refused(refused) => match refused {
-                Refused::InFlight(left) => Ok(Receipt::InFlight {
-                    retry_after: left.min(settings.terms.lease),
-                }),
+                Refused::InFlight(retry_after) => Ok(Receipt::InFlight { retry_after }),
                 Refused::Mismatch => match settings.on_mismatch {
                     OnMismatch::Error => Err(ReceiveError::Mismatch),
                     OnMismatch::Duplicate => {
@@ -234,10 +232,14 @@ where
 
     fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Found<Ended<Self::Given>>> + Send {
         let check = self.settings.check.as_ref();
-        let asked = check.map(|check| check(&self.message, self.lease(attempt)));
+        // The engine catches what panics within a future; a check may do so before it has made one.
+        let asked = check.map(|check| {
+            let ask = || check(&self.message, self.lease(attempt));
+            catch_unwind(AssertUnwindSafe(ask))
+        });
         async move {
             match asked {
-                Some(asked) => match asked.await {
+                Some(Ok(asked)) => match asked.await {
                     Found::Happened(()) => Found::Happened(Ended {
                         given: Given::Known,
                         verdict: Verdict::Keep(Outcome::Tombstone),
@@ -245,7 +247,7 @@ where
                     Found::NotHappened => Found::NotHappened,
                     Found::Unknown => Found::Unknown,
                 },
-                None => Found::Unknown,
+                Some(Err(_)) | None => Found::Unknown,
             }
         }
     }

@@ -39,8 +39,8 @@ const JSON: &[u8] = &[2];
 /// # }
 /// ```
 ///
-/// The call runs in a task of its own: dropping the future does not end it, and what came of it is recorded. It must be made within a
-/// tokio runtime.
+/// The call runs in its caller's task. Dropping the future does not end it: the rest goes on in a task of its own, and what came of it
+/// is recorded. It must be made within a tokio runtime.
 #[must_use = "nothing happens before `run`"]
 pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
     Once {

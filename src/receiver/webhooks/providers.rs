@@ -21,7 +21,8 @@ pub struct StandardWebhooks(Secrets);
 #[derive(Clone, Debug)]
 pub struct StripeWebhooks(Secrets);
 
-/// GitHub's: `X-Hub-Signature-256`. It sends no timestamp: who records a webhook can send it again, until it is forgotten here.
+/// GitHub's: `X-Hub-Signature-256`, over the body alone. The id is in a header field that is not signed, and there is no timestamp: who
+/// records a webhook can send it again under another id.
 #[derive(Clone, Debug)]
 pub struct GitHubWebhooks(Secrets);
 

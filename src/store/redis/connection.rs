@@ -53,7 +53,9 @@ impl Connection {
         replication: Option<Replication>,
         limit: Duration,
     ) -> Exchanged {
-        let limit = limit.saturating_add(replication.map_or(Duration::ZERO, |replication| replication.timeout));
+        // Where the script is unknown, the server waits for replicas twice: the first time for nothing.
+        let waiting = replication.map_or(Duration::ZERO, |replication| replication.timeout.saturating_mul(2));
+        let limit = limit.saturating_add(waiting);
         let exchange = async {
             let known = self.send(&by_digest, replication).await;
             match known {

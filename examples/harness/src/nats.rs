@@ -1,0 +1,57 @@
+//! A NATS server with JetStream.
+
+use std::process::Command;
+use std::time::Duration;
+
+use crate::server::{free_port, Folder, Server};
+
+/// A running `nats-server`, its streams on its disk.
+pub struct NatsServer {
+    server: Server,
+    folder: Folder,
+    port: u16,
+}
+
+impl NatsServer {
+    /// Starts it.
+    ///
+    /// # Panics
+    ///
+    /// If it does not start.
+    pub fn start() -> Self {
+        let mut last = String::new();
+        // Between finding a port and taking it, another process may take it.
+        for _ in 0..5 {
+            let (folder, port) = (Folder::new("nats"), free_port());
+            let mut server = spawn(&folder, port);
+            match server.wait_until_up(port, PATIENCE) {
+                Ok(()) => return Self { server, folder, port },
+                Err(error) => last = error,
+            }
+        }
+        panic!("{last}");
+    }
+
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Ends it without a word (SIGKILL), and starts it again on its port and disk.
+    ///
+    /// # Panics
+    ///
+    /// If it does not start again.
+    pub fn restart(&mut self) {
+        self.server.kill();
+        self.server = spawn(&self.folder, self.port);
+        self.server.wait_until_up(self.port, PATIENCE).unwrap();
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn spawn(folder: &Folder, port: u16) -> Server {
+    let mut command = Command::new("nats-server");
+    let command = command.args(["-a", "127.0.0.1", "-p", &port.to_string(), "-js", "-sd"]);
+    Server::spawn("nats-server", command.arg(folder.path()), folder)
+}

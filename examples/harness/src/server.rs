@@ -1,0 +1,95 @@
+//! A child process that serves, and its folder.
+
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// A temporary folder; removed with its value, unless the test fails: then its logs tell why.
+#[derive(Debug)]
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// A new one, whose name begins so.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be made.
+    pub fn new(name: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("{name}-{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The path of a file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            drop(std::fs::remove_dir_all(&self.0));
+        }
+    }
+}
+
+/// Killed with its value, also by a panic.
+pub(crate) struct Server {
+    name: &'static str,
+    child: Child,
+}
+
+impl Server {
+    /// Starts a server; its words go into the folder.
+    pub(crate) fn spawn(name: &'static str, command: &mut Command, folder: &Folder) -> Self {
+        let log = folder.file("log");
+        let log = File::options().create(true).append(true).open(log).unwrap();
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| panic!("this needs `{name}`, which ./test installs ({error})"));
+        Self { name, child }
+    }
+
+    /// Waits until somebody listens on the port.
+    pub(crate) fn wait_until_up(&mut self, port: u16, patience: Duration) -> Result<(), String> {
+        let name = self.name;
+        for _ in 0..patience.as_millis() / 20 {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return Err(format!("{name} ended with {status}"));
+            }
+            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(format!("{name} does not listen within {patience:?}"))
+    }
+
+    pub(crate) fn kill(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}

@@ -1,0 +1,61 @@
+//! What comes from the broker, as its handler sees it.
+
+use async_nats::header::NATS_MESSAGE_ID;
+use async_nats::{jetstream, HeaderMap};
+use bytes::Bytes;
+use tower_idempotency::receiver::ids::{self, CloudEvents};
+use tower_idempotency::receiver::{Lease, MessageId};
+
+/// An event.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// What its producer chose once, and sends with every copy.
+    pub id: MessageId,
+    /// What it says.
+    pub payload: Bytes,
+    /// The attempt under which it is handled; the receiver puts it here.
+    pub lease: Option<Lease>,
+}
+
+impl Event {
+    /// The event in a message.
+    pub fn of(message: &jetstream::Message) -> Self {
+        Self {
+            id: message.headers.as_ref().map_or_else(MessageId::missing, id),
+            payload: message.payload.clone(),
+            lease: None,
+        }
+    }
+}
+
+/// That of a CloudEvent in binary mode; everything else has the id of NATS.
+fn id(headers: &HeaderMap) -> MessageId {
+    let header = |name: &str| Some(headers.get(name)?.as_str());
+    let event = ids::cloud_event_in(CloudEvents::Nats, header);
+    if event.is_missing() {
+        return ids::nats(header(NATS_MESSAGE_ID.as_ref()));
+    }
+    event
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(headers: &[(&'static str, &str)]) -> MessageId {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.insert(*name, *value);
+        }
+        id(&map)
+    }
+
+    #[test]
+    fn source_and_id_of_a_cloud_event_are_one() {
+        let event = [("ce-source", "/shop"), ("ce-id", "7"), ("Nats-Msg-Id", "8")];
+        assert_eq!(of(&event), ids::cloud_event("/shop", "7"));
+        assert_eq!(of(&event[1..]), ids::nats(Some("8")));
+        assert!(of(&event[..1]).is_missing() && of(&[]).is_missing());
+        assert_ne!(of(&event), of(&[("ce-source", "/other"), ("ce-id", "7")]));
+    }
+}

@@ -1,0 +1,86 @@
+//! Starts a broker, sends orders up to three times, and one that always fails; handles them in two consumers, and counts.
+//!
+//! `cargo run -p rabbitmq` keeps its records in memory; `cargo run -p rabbitmq redis://127.0.0.1/` or `postgres://..` over there.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use harness::{Folder, Ledger, RabbitServer};
+use rabbitmq::{Broker, Error, Order, Settings};
+use tower::{service_fn, Layer};
+use tower_idempotency::receiver::{Disposition, ReceiverLayer};
+use tower_idempotency::BoxStore;
+
+const ORDERS: usize = 10;
+
+#[tokio::main]
+async fn main() -> Result<ExitCode, Error> {
+    let store = std::env::args().nth(1).unwrap_or_else(|| "memory:".to_owned());
+    let store = BoxStore::from_url(&store).await?;
+    let folder = Folder::new("rabbitmq");
+    let ledger = Ledger::open(&folder.file("ledger"));
+    let server = RabbitServer::start();
+    let settings = Settings {
+        max_deliver: 5,
+        pause: Duration::from_millis(20),
+        ..Settings::default()
+    };
+    let broker = Broker::connect(&server.url(), settings).await?;
+    for consumer in ["A", "B"] {
+        let broker = Broker::connect(&server.url(), settings).await?;
+        tokio::spawn(consume(consumer, broker, store.clone(), ledger.clone()));
+    }
+    // A new run of this program sends other orders.
+    let run = std::process::id();
+    broker.publish(Some(&format!("{run}-poison")), "poison").await?;
+    for copy in 0..3 {
+        for order in (0..ORDERS).filter(|order| order % 3 >= copy) {
+            broker
+                .publish(Some(&format!("{run}-{order}")), &order.to_string())
+                .await?;
+        }
+    }
+    let mut dead = Vec::new();
+    for _ in 0..300 {
+        dead.extend(broker.take_dead().await?);
+        if !dead.is_empty() && broker.waiting().await? == 0 && ledger.counts().len() == ORDERS {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let orders = ledger.counts();
+    println!("effects of each order: {:?}", orders.values().collect::<Vec<_>>());
+    let is_once = orders.len() == ORDERS && orders.values().all(|effects| *effects == 1) && dead == [b"poison"];
+    println!(
+        "{}",
+        if is_once {
+            "one effect each, and the poison is dead"
+        } else {
+            "NOT as promised"
+        }
+    );
+    Ok(if is_once { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn consume(name: &'static str, broker: Broker, store: BoxStore, ledger: Ledger) -> Result<(), Error> {
+    let handler = service_fn(move |order: Order| {
+        let ledger = ledger.clone();
+        async move {
+            let order = String::from_utf8_lossy(&order.payload).into_owned();
+            if order == "poison" {
+                return Err("nobody can handle this");
+            }
+            ledger.enter(&order);
+            Ok(order)
+        }
+    });
+    let receiver = ReceiverLayer::new(store, "orders")
+        .with_id(|order: &Order| order.id.clone())
+        .with_payload(|order| &order.payload)
+        .layer(handler);
+    let decide = move |_: &_, received| {
+        println!("{name}: {received:?}");
+        Disposition::of(&received)
+    };
+    broker.consume(receiver, decide).await
+}

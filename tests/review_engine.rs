@@ -1,0 +1,323 @@
+//! A reviewer's attempts to break jobs that are done once. Each test states what should hold.
+#![cfg(all(feature = "axum", feature = "once", feature = "webhooks"))]
+
+mod support;
+
+use std::convert::Infallible;
+use std::future::{pending, ready, Ready};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use data_encoding::BASE64;
+use hmac::{Hmac, KeyInit, Mac};
+use http::{Request, Response, StatusCode};
+use http_body_util::Full;
+use sha2::Sha256;
+use support::{Fault, RemoteStore};
+use tokio::sync::Notify;
+use tower::{service_fn, Layer, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{once, Done, Failure, Found, OnceError, OnceLayer, Profile};
+use tower_idempotency::protocol::Resolution;
+use tower_idempotency::receiver::webhooks::{StandardWebhooks, WebhookLayer};
+use tower_idempotency::receiver::{receive_all, OnMismatch, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, Store};
+
+type Ended = Result<Done<usize>, OnceError<usize, String>>;
+
+const LEASE: Duration = Duration::from_secs(30);
+
+/// An attempt that cannot renew its lease, and goes on when it is told to.
+fn stalled(
+    store: &RemoteStore,
+    input: &'static str,
+    end: Result<usize, Failure<String>>,
+) -> (Arc<Notify>, tokio::task::JoinHandle<Ended>) {
+    store.fail("renew", [Fault::Before; 50]);
+    let go_on = Arc::new(Notify::new());
+    let told = Arc::clone(&go_on);
+    let call = once(store.clone(), "k").with_input(input).at_least_once();
+    let running = tokio::spawn(call.run(move |_| async move {
+        told.notified().await;
+        end
+    }));
+    (go_on, running)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_whose_call_fails_does_not_call_it_failed() {
+    let store = RemoteStore::new();
+    let (go_on, first) = stalled(&store, "one", Err(Failure::NotDone("refused".to_owned())));
+    tokio::time::sleep(LEASE * 2).await;
+    let second: Ended = once(store.clone(), "k")
+        .with_input("one")
+        .at_least_once()
+        .run(|_| ready(Ok(2)))
+        .await;
+    assert_eq!(second.unwrap().into_value(), 2);
+    go_on.notify_one();
+    // DESIGN rule 6: a superseded owner drops its own result and serves what the key holds.
+    let first = first.await.unwrap();
+    assert!(matches!(&first, Ok(done) if *done.value() == 2), "{first:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_is_not_given_the_answer_to_another_input() {
+    let store = RemoteStore::new();
+    let (go_on, first) = stalled(&store, "one", Ok(1));
+    tokio::time::sleep(LEASE * 2).await;
+    let (key, _) = store.only();
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
+    let second: Ended = once(store.clone(), "k").with_input("two").run(|_| ready(Ok(2))).await;
+    assert_eq!(second.unwrap().into_value(), 2);
+    go_on.notify_one();
+    let first = first.await.unwrap();
+    assert!(!matches!(&first, Ok(done) if *done.value() == 2), "I4: {first:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_renewal_that_hangs_does_not_lose_a_short_lease() {
+    let store = RemoteStore::new();
+    let runs = Arc::new(AtomicUsize::new(0));
+    let call = |time| {
+        let runs = Arc::clone(&runs);
+        let call = once(store.clone(), "k")
+            .with_lease(Duration::from_secs(5))
+            .with_wait(Duration::ZERO)
+            .at_least_once();
+        call.run(move |_| async move {
+            runs.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(time).await;
+            Ok::<_, Failure<String>>(0)
+        })
+    };
+    store.fail("renew", [Fault::Hang]);
+    let first = tokio::spawn(call(Duration::from_secs(20)));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let second = call(Duration::ZERO).await;
+    assert!(matches!(second, Err(OnceError::InFlight { .. })), "{second:?}");
+    assert!(first.await.unwrap().is_ok());
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_goes_away_during_the_check_begins_nothing() {
+    let store = RemoteStore::new();
+    let lost: Ended = once(store.clone(), "k")
+        .run(|_| ready(Err(Failure::Unknown("reset".to_owned()))))
+        .await;
+    assert!(lost.is_err());
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let again = once(store.clone(), "k").run_or_recover(
+        |_| async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            Found::NotHappened
+        },
+        move |_| async move {
+            counted.fetch_add(1, Ordering::SeqCst);
+            Ok::<_, Failure<String>>(1_usize)
+        },
+    );
+    assert!(tokio::time::timeout(Duration::from_secs(1), again).await.is_err());
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    // "Dropped before the call began, it does not begin."
+    assert_eq!(runs.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn what_is_left_in_a_memory_store_is_a_time_that_one_can_wait() {
+    let store = MemoryStore::new();
+    let first = tokio::spawn(once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>()));
+    tokio::task::yield_now().await;
+    let second: Ended = once(store, "k").with_wait(Duration::ZERO).run(|_| ready(Ok(2))).await;
+    first.abort();
+    assert!(
+        matches!(second, Err(OnceError::InFlight { left }) if left <= LEASE),
+        "{second:?}"
+    );
+}
+
+fn to(host: &str) -> Request<Full<Bytes>> {
+    Request::post(format!("https://{host}/pay"))
+        .header("idempotency-key", "k")
+        .body(Full::from("100"))
+        .unwrap()
+}
+
+#[tokio::test]
+async fn one_host_does_not_answer_for_another() {
+    let http = service_fn(|request: Request<Full<Bytes>>| async move {
+        let host = request.uri().host().unwrap().to_owned();
+        Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(host)))
+    });
+    let client = OnceLayer::new(MemoryStore::new(), Profile::draft()).layer(http);
+    client.clone().oneshot(to("a.example")).await.unwrap();
+    let other = client.oneshot(to("b.example")).await;
+    assert!(
+        !matches!(&other, Ok(answer) if answer.headers().contains_key("idempotent-replayed")),
+        "the call to b.example was never made, and a.example's answer was given: {other:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_after_a_lost_attempt_is_not_kept_where_the_party_knows_no_keys() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let http = service_fn(move |_: Request<Full<Bytes>>| {
+        // The order was made, and the answer lost; then it is there already.
+        let first = calls.fetch_add(1, Ordering::SeqCst) == 0;
+        async move {
+            if first {
+                return Err("reset");
+            }
+            let mut answer = Response::new(Full::<Bytes>::from("there already"));
+            *answer.status_mut() = StatusCode::CONFLICT;
+            Ok(answer)
+        }
+    });
+    let client = OnceLayer::new(MemoryStore::new(), Profile::draft())
+        .without_sending_key()
+        .at_least_once()
+        .layer(http);
+    assert!(matches!(
+        client.clone().oneshot(to("a.example")).await,
+        Err(OnceError::Unknown(_))
+    ));
+    let second = client.oneshot(to("a.example")).await;
+    assert!(
+        matches!(second, Err(OnceError::Unknown(_))),
+        "the call took effect, and a failure is recorded for it: {second:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_check_that_panics_before_its_future_has_found_nothing_out() {
+    #[expect(clippy::panic, reason = "as the application does")]
+    fn panics() -> Ready<Found<()>> {
+        panic!("the check's")
+    }
+    let store = RemoteStore::new();
+    let layer = ReceiverLayer::new(store.clone(), "c")
+        .with_id(|id: &u64| *id)
+        .on_error(OnError::Unknown);
+    let failing = layer.clone().layer(service_fn(|_: u64| ready(Err::<(), _>("no"))));
+    assert!(failing.oneshot(7).await.is_err());
+    let receiver = layer
+        .with_recovery(|_, _| panics())
+        .layer(service_fn(|_: u64| ready(Ok::<_, &str>(()))));
+    let received = tokio::spawn(receiver.oneshot(7)).await;
+    assert!(
+        matches!(received, Ok(Ok(Receipt::Unknown))),
+        "the consumer's task dies: {received:?}"
+    );
+}
+
+#[tokio::test]
+async fn what_panics_before_the_handler_began_leaves_the_message_free() {
+    #[expect(clippy::panic, reason = "as the application does")]
+    fn panics() {
+        panic!("the application's")
+    }
+    let receiver = ReceiverLayer::new(MemoryStore::new(), "c")
+        .with_id(|id: &u64| *id)
+        .pass_lease(|_, _| panics())
+        .layer(service_fn(|_: u64| ready(Ok::<_, &str>(()))));
+    let first = receiver.clone().oneshot(7).await;
+    let again = receiver.oneshot(7).await;
+    assert!(
+        matches!(again, Err(ReceiveError::Panicked)),
+        "nothing ran, yet: {first:?}, {again:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_payload_is_no_duplicate_while_nothing_is_recorded() {
+    let layer = ReceiverLayer::new(MemoryStore::new(), "c")
+        .with_id(|_: &&'static [u8]| 7_u64)
+        .with_payload(|payload| payload)
+        .on_mismatch(OnMismatch::Duplicate);
+    let receiver = layer.layer(service_fn(|_: &'static [u8]| async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Err::<(), _>("no")
+    }));
+    let first = tokio::spawn(receiver.clone().oneshot(&b"sent at 1"[..]));
+    tokio::task::yield_now().await;
+    let second = receiver.oneshot(&b"sent at 2"[..]).await;
+    assert!(first.await.unwrap().is_err(), "the handler failed");
+    assert!(
+        !matches!(second, Ok(Receipt::Duplicate)),
+        "a copy was acknowledged, and nothing is recorded: {second:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_message_does_not_hold_up_its_batch() {
+    let handled = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&handled);
+    let handler = service_fn(move |id: u64| {
+        let handled = Arc::clone(&counted);
+        async move {
+            if id == 0 {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+            }
+            handled.fetch_add(1, Ordering::SeqCst);
+            Ok::<_, Infallible>(())
+        }
+    });
+    let receiver = ReceiverLayer::new(MemoryStore::new(), "c")
+        .with_id(|id: &u64| *id)
+        .layer(handler);
+    let batch = receive_all(&receiver, 0..10, 2);
+    assert!(tokio::time::timeout(Duration::from_secs(1), batch).await.is_err());
+    assert_eq!(handled.load(Ordering::SeqCst), 9);
+}
+
+fn mac(secret: &[u8], content: &[u8]) -> Vec<u8> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret).unwrap();
+    mac.update(content);
+    mac.finalize().into_bytes().to_vec()
+}
+
+#[expect(clippy::disallowed_methods, reason = "webhooks carry the time of day")]
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+#[tokio::test]
+async fn two_senders_of_one_webhook_id_are_both_heard() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let store = MemoryStore::new();
+    let app = |secret: [u8; 24], name: &'static str| {
+        let runs = Arc::clone(&runs);
+        let handler = service_fn(move |_: Request<Full<Bytes>>| {
+            runs.fetch_add(1, Ordering::SeqCst);
+            async move { Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(name))) }
+        });
+        ServiceBuilder::new()
+            .layer(WebhookLayer::new(
+                StandardWebhooks::new([BASE64.encode(&secret)]).unwrap(),
+            ))
+            .layer(IdempotencyLayer::new(store.clone()).webhooks())
+            .service(handler)
+    };
+    let request = |path: &str, secret: [u8; 24]| {
+        let (now, body) = (now(), format!("of {path}"));
+        let signature = BASE64.encode(&mac(&secret, format!("msg_1.{now}.{body}").as_bytes()));
+        Request::post(path)
+            .header("webhook-id", "msg_1")
+            .header("webhook-timestamp", now)
+            .header("webhook-signature", format!("v1,{signature}"))
+            .body(Full::from(body))
+            .unwrap()
+    };
+    let first = app([1; 24], "one").oneshot(request("/one", [1; 24])).await.unwrap();
+    let second = app([2; 24], "two").oneshot(request("/two", [2; 24])).await.unwrap();
+    assert_eq!(first.status(), 200);
+    assert_eq!(
+        runs.load(Ordering::SeqCst),
+        2,
+        "the second sender's webhook was answered with the first one's answer: {second:?}"
+    );
+}
