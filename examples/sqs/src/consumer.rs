@@ -206,7 +206,7 @@ impl Consumer {
     }
 }
 
-/// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 5 s.
+/// Takes up to 100 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 5 s.
 #[derive(Clone)]
 struct Handler {
     effects: Arc<Book>,
@@ -231,9 +231,9 @@ impl Service<Message> for Handler {
             if name.starts_with("slow") {
                 tokio::time::sleep(Duration::from_secs(5)).await;
             }
-            tokio::time::sleep(up_to(Duration::from_millis(10))).await;
+            tokio::time::sleep(up_to(Duration::from_millis(100))).await;
             effects.note(name);
-            tokio::time::sleep(up_to(Duration::from_millis(5))).await;
+            tokio::time::sleep(up_to(Duration::from_millis(50))).await;
             Ok(())
         }
         .boxed()

@@ -82,7 +82,7 @@ impl World {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let world = World::new().await;
-    let (messages, kills) = (number("MESSAGES", 200), number("KILLS", 5));
+    let (messages, kills) = (number("MESSAGES", 100), number("KILLS", 5));
     let names = (0..messages).map(|number| match number % 50 {
         49 => format!("poison-{number}"),
         _ => format!("order-{number}"),
