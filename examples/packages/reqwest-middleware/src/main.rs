@@ -1,14 +1,14 @@
 //! One charge by `reqwest-middleware`: the layers of a tower client as a middleware of a `ClientWithMiddleware`.
 //!
 //! ```text
-//! cargo run --manifest-path examples/reqwest-middleware/Cargo.toml
+//! cargo run --manifest-path examples/packages/Cargo.toml -p reqwest-middleware-example
 //! ```
 //!
 //! It serves the bank itself, on a free port. An answer is lost and another comes after the time-out; all attempts carry one key, which
 //! is derived from the order, and the bank charges once. Middlewares that come after this one see every attempt, those before it one
 //! call.
 
-#[path = "../../third_party/mod.rs"]
+#[path = "../../../third_party/mod.rs"]
 mod third_party;
 
 use std::error::Error as StdError;

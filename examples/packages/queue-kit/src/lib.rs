@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tower_idempotency::receiver::{MessageId, OnMissingId, Receipt, ReceiveError, ReceiverLayer};
 
-#[path = "../../../tests/support/redis.rs"]
+#[path = "../../../../tests/support/redis.rs"]
 mod server;
 
 pub use server::RedisServer;

@@ -4,10 +4,10 @@
 mod fleet;
 mod ledger;
 mod nats;
-#[path = "../../../tests/support/postgres.rs"]
+#[path = "../../../../tests/support/postgres.rs"]
 mod postgres_server;
 mod rabbit;
-#[path = "../../../tests/support/redis.rs"]
+#[path = "../../../../tests/support/redis.rs"]
 mod redis_server;
 mod server;
 mod told;
