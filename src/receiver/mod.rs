@@ -37,6 +37,16 @@
 //!
 //! Order is not promised: what is redelivered comes later than it did. Neither is anything about a message that is redelivered
 //! after its retention.
+//!
+//! # Where it goes
+//!
+//! Directly around the handler, inside of whatever acknowledges: a framework that looks at the result of its innermost service, as
+//! `apalis` does for its jobs, must have the receiver as that service, or it never hears of duplicates. A broker's limit of deliveries
+//! counts those that were only [in flight](Receipt::InFlight), too: leave room for them. And a handler that may run for longer than the
+//! broker waits must tell the broker so (JetStream's progress, SQS's visibility timeout): the receiver keeps its second copy from
+//! running, not from coming.
+//!
+//! Functions that are given to the layer must not panic; those that identify a message run in the consumer's own task.
 
 mod batch;
 mod id;
