@@ -150,8 +150,9 @@ async fn measure(body: usize, duplicates: bool, time: Duration) {
     let mut figures = [const { Vec::new() }; SUBJECTS];
     let started = Instant::now();
     while started.elapsed() < time {
+        let first = figures[0].len();
         for turn in 0..SUBJECTS {
-            let subject = (figures[0].len() + turn) % SUBJECTS;
+            let subject = (first + turn) % SUBJECTS;
             let each = subjects.batch(subject, duplicates).await;
             figures[subject].push(each);
         }
