@@ -1,4 +1,4 @@
-//! `cargo run -p jobs`: a queue of jobs, and workers that pause and that are killed, in four acts.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p jobs`: a queue of jobs, and workers that pause and that are killed, in four acts.
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! `cargo run -p kafka`: brokers, a store, and consumers that are killed and joined, in four acts.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p kafka`: brokers, a store, and consumers that are killed and joined, in four acts.
 
 use std::process::ExitCode;
 use std::time::Duration;

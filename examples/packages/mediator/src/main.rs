@@ -1,7 +1,7 @@
 //! Starts a broker and a third party that loses every second answer, sends events up to three times, mediates in two consumers,
 //! and counts the orders.
 //!
-//! `cargo run -p mediator` keeps its records in memory; `cargo run -p mediator redis://127.0.0.1/` or `postgres://..` over there.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p mediator` keeps its records in memory; `cargo run -p mediator redis://127.0.0.1/` or `postgres://..` over there.
 
 use std::process::ExitCode;
 use std::time::Duration;

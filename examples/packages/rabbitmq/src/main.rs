@@ -1,6 +1,6 @@
 //! Starts a broker, sends orders up to three times, and one that always fails; handles them in two consumers, and counts.
 //!
-//! `cargo run -p rabbitmq` keeps its records in memory; `cargo run -p rabbitmq redis://127.0.0.1/` or `postgres://..` over there.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p rabbitmq` keeps its records in memory; `cargo run -p rabbitmq redis://127.0.0.1/` or `postgres://..` over there.
 
 use std::process::ExitCode;
 use std::time::Duration;

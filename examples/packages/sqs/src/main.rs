@@ -1,4 +1,4 @@
-//! `cargo run -p sqs`: a server that speaks SQS, a store, and consumers, in five acts at once.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p sqs`: a server that speaks SQS, a store, and consumers, in five acts at once.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
