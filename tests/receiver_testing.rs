@@ -75,6 +75,24 @@ async fn a_bare_handler_differs_in_every_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_panics_is_not_taken_for_one_that_has_ended() {
+    let panicked = Arc::new(Mutex::new(false));
+    let deliver = move |number: usize| {
+        let panicked = Arc::clone(&panicked);
+        async move {
+            // The first crash is tried as number 1; what is delivered again after it does not panic.
+            let is_first = number == 1 && !std::mem::replace(&mut *panicked.lock().unwrap(), true);
+            if is_first {
+                std::panic::resume_unwind(Box::new("the consumer panics, as planned"));
+            }
+            Disposition::Acknowledge
+        }
+    };
+    let tested = tokio::spawn(redeliver(|number| number, deliver, |_| ready(1)));
+    assert!(tested.await.unwrap_err().is_panic());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn behind_a_receiver_only_what_is_set_differs() {
     // At most once: a crash leaves some without an effect, and none with two.
     let report = behind(layer(MemoryStore::new())).await;

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Debug};
 use std::future::Future;
+use std::panic::resume_unwind;
 use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
@@ -46,7 +47,8 @@ pub struct Report<O> {
     pub once: O,
     /// What differs.
     pub differences: Vec<Difference<O>>,
-    /// Messages that ended rejected: a crash left their outcome unknown, and somebody must look.
+    /// Messages that did not end acknowledged: a crash left their outcome unknown, and somebody must look; or they were to be delivered
+    /// again for ever.
     pub rejected: Vec<Scenario>,
     /// How many scenarios there were.
     pub scenarios: usize,
@@ -77,6 +79,7 @@ const MOST_DELIVERIES: usize = 10_000;
 ///
 /// `message` makes message number `n`, each with an id of its own. `deliver` hands one to the handler under test, be it bare or behind
 /// a [`ReceiverLayer`](super::ReceiverLayer), and says what the broker is told. `observe` looks at the effects of message number `n`.
+/// A panic of any of them is one of the kit's.
 ///
 /// A message that is to be [delivered again](Disposition::Redeliver) is, every 10 ms, until it is not. A crash ends the runtime in which
 /// a message is handled; it needs a store whose leases end soon (a memory store, or a short lease), and a handler without threads of
@@ -150,7 +153,7 @@ where
         };
         let disposition = settle(&message, &deliver, number).await;
         let observed = observe(number).await;
-        if disposition == Disposition::Reject || first == Some(Disposition::Reject) {
+        if disposition != Disposition::Acknowledge || first == Some(Disposition::Reject) {
             report.rejected.push(scenario);
         }
         if observed != report.once {
@@ -182,7 +185,9 @@ where
     last
 }
 
-/// Handles a message in a runtime of its own, which ends after so many polls. False if the handling ended before.
+/// Handles a message in a runtime of its own, which ends after so many polls. False if the handling ended before. A panic of the
+/// handling goes on: taken for an end, it would leave the crashes after it untried.
+#[expect(clippy::panic, reason = "it is for tests")]
 async fn crash<M, D, DFut>(deliver: D, message: M, polls: usize) -> bool
 where
     M: Send + 'static,
@@ -190,9 +195,7 @@ where
     DFut: Future<Output = Disposition> + Send,
 {
     let dying = move || {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
-            return false;
-        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let has_died = runtime.block_on(async {
             let mut handling = pin!(deliver(message));
             let mut polled = 0;
@@ -210,9 +213,13 @@ where
             .await
         });
         runtime.shutdown_background();
-        has_died
+        Ok::<_, std::io::Error>(has_died)
     };
-    tokio::task::spawn_blocking(dying).await.unwrap_or(false)
+    match tokio::task::spawn_blocking(dying).await {
+        Ok(Ok(has_died)) => has_died,
+        Ok(Err(error)) => panic!("no runtime can be made to crash: {error}"),
+        Err(error) => resume_unwind(error.into_panic()),
+    }
 }
 
 impl fmt::Display for Scenario {
