@@ -42,8 +42,12 @@ const KEYS_PER_CALLER: usize = 8;
 /// Bytes of a record without an answer.
 const CLAIMED: usize = 96;
 
-/// How long one side's turn is.
+/// How long one side's turn is, at most.
 const TURN: Duration = Duration::from_millis(100);
+
+/// How many requests a turn holds, at most: they are made before it, and ten thousand, of a kilobyte and a half each, would lie in the
+/// machine's memory when the layer gets to them. A server has just read the request that it handles: it lies in the caches.
+const REQUESTS_PER_TURN: usize = 1_500;
 
 /// One line of the table.
 struct Line {
@@ -312,8 +316,9 @@ impl<'a, S: Subject> Side<'a, S> {
     fn warm_up(&mut self, turn: Duration) {
         let nanos = Duration::from_secs_f64(self.turn().seconds).as_nanos().max(1);
         let requests = self.requests_per_caller as u128 * turn.as_nanos() / nanos;
+        let requests = usize::try_from(requests).unwrap_or(usize::MAX);
         // Fewer than a handful, and the slowest caller's last request is all that is measured.
-        self.requests_per_caller = usize::try_from(requests).unwrap_or(usize::MAX).max(4);
+        self.requests_per_caller = requests.min(REQUESTS_PER_TURN / self.held.len()).max(4);
     }
 
     fn turn(&mut self) -> Turn {

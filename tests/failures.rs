@@ -351,6 +351,28 @@ async fn a_store_that_fails_at_the_claim_runs_nothing_and_the_claim_is_released_
     }
 }
 
+/// Nothing ran when the store failed at the claim, so of a key whose owner was lost nothing is used up.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_at_claims_of_a_lost_key_uses_no_attempts_up() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().answering(|run| {
+        assert!(run > 1, "the first run is lost");
+        text(StatusCode::CREATED, "paid")
+    });
+    let layer = IdempotencyLayer::new(store.clone())
+        .on_lost(OnLost::Execute)
+        .on_error(OnError::Unknown);
+    let service = layer.layer(handler.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 500);
+    for _ in 0..6 {
+        store.fail("claim", [Fault::Before; 2]);
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "store-unavailable");
+        layer.drain().wait().await;
+    }
+    let last = send(&service, post("k", "pay")).await;
+    assert_eq!((last.status(), handler.runs()), (201, 2));
+}
+
 #[tokio::test]
 async fn a_record_that_cannot_be_read_is_never_taken_for_absent() {
     let store = RemoteStore::new();

@@ -21,7 +21,7 @@ use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Snapshot,
     Status, StorageKey,
 };
-use crate::store::{in_time, Patience, Store};
+use crate::store::{claim_in_time, in_time, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::uncut;
 
@@ -188,10 +188,10 @@ impl<St: Store + Clone> Job<St> {
             if_lost: self.if_lost,
             max_attempts,
         };
-        match in_time(self.terms.store_timeout, self.store.claim(&claim)).await {
+        match claim_in_time(self.terms.store_timeout, &self.store, &claim).await {
             Err(error) if Patience::repeats(&error) => {
                 telemetry::failure(Event::ClaimRepeated, &error);
-                in_time(self.terms.store_timeout, self.store.claim(&claim)).await
+                claim_in_time(self.terms.store_timeout, &self.store, &claim).await
             }
             done => done,
         }

@@ -15,8 +15,8 @@ use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
-use crate::store::{in_time, Store};
+use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Snapshot, Status, StorageKey};
+use crate::store::{claim_in_time, in_time, Store};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, from when its body was read.
@@ -175,7 +175,7 @@ impl<St: Store, S> Exchange<St, S> {
     async fn claim(&mut self) -> Claimed {
         let flight = &self.hold.flight;
         let claim = self.settings.claim(flight.storage_key, flight.fingerprint);
-        let asked = in_time(self.settings.store_timeout, self.hold.shared.store.claim(&claim));
+        let asked = claim_in_time(self.settings.store_timeout, &self.hold.shared.store, &claim);
         match Box::pin(asked).await {
             Ok(decision) => claimed(decision),
             Err(error) => Box::pin(self.claim_again(&claim, error)).await,
@@ -187,7 +187,7 @@ impl<St: Store, S> Exchange<St, S> {
             return self.claim_failed(claim, &error);
         }
         telemetry::failure(Event::ClaimRepeated, &error);
-        match in_time(self.settings.store_timeout, self.hold.shared.store.claim(claim)).await {
+        match claim_in_time(self.settings.store_timeout, &self.hold.shared.store, claim).await {
             Ok(decision) => claimed(decision),
             Err(error) => self.claim_failed(claim, &error),
         }
@@ -421,21 +421,33 @@ impl Values {
     }
 }
 
-/// Releases a claim of which it is not known whether it arrived: repeated with its nonce, it says so.
+/// Releases a claim of which it is not known whether it arrived.
 async fn release_behind<St: Store>(shared: Arc<Shared<St>>, claim: Claim, timeout: Duration) {
     const TRIES: u32 = 6;
     for attempt in 0..TRIES {
-        match in_time(timeout, shared.store.claim(&claim)).await {
-            Ok(Decision::Execute(grant) | Decision::Recover(grant)) => {
-                let release = shared.store.release(&claim.key, grant.owner);
-                if in_time(timeout, release).await.is_ok() {
-                    return telemetry::event(Event::ReleasedBehind);
-                }
-            }
-            Ok(_) => return,
+        match release_if_granted(&shared.store, &claim, timeout).await {
+            Ok(true) => return telemetry::event(Event::ReleasedBehind),
+            Ok(false) => return,
             Err(_) => {}
         }
         // It is not known when the store comes back; after the last try the lease ends the claim.
         tokio::time::sleep(Duration::from_millis(250) * 2_u32.pow(attempt)).await;
+    }
+}
+
+/// Repeats a claim, which says by its nonce whether it was granted, and releases it if so.
+async fn release_if_granted<St: Store>(store: &St, claim: &Claim, timeout: Duration) -> Result<bool, Error> {
+    // Of a key that is lost, the claim has not arrived: to repeat it would use an attempt up for nothing.
+    let snapshot = in_time(timeout, store.peek(&claim.key)).await?;
+    let may_be_granted = |snapshot: &Snapshot| matches!(snapshot.status, Status::InFlight { .. });
+    if !snapshot.as_ref().is_none_or(may_be_granted) {
+        return Ok(false);
+    }
+    match claim_in_time(timeout, store, claim).await? {
+        Decision::Execute(grant) | Decision::Recover(grant) => {
+            in_time(timeout, store.release(&claim.key, grant.owner)).await?;
+            Ok(true)
+        }
+        _ => Ok(false),
     }
 }

@@ -129,6 +129,8 @@ trait Erased: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn claim<'a>(&'a self, claim: &'a Claim) -> Reply<'a, Decision>;
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>>;
+
+    fn claim_limit(&self) -> Option<Duration>;
     fn renew<'a>(&'a self, key: &'a StorageKey, owner: Owner, lease: Duration) -> Reply<'a, Renewal>;
     fn complete<'a>(
         &'a self,
@@ -155,6 +157,10 @@ impl<S: Store> Erased for S {
 
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
         Store::claim_now(self, claim)
+    }
+
+    fn claim_limit(&self) -> Option<Duration> {
+        Store::claim_limit(self)
     }
 
     fn renew<'a>(&'a self, key: &'a StorageKey, owner: Owner, lease: Duration) -> Reply<'a, Renewal> {
@@ -200,6 +206,10 @@ impl Store for BoxStore {
 
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
         self.store.claim_now(claim)
+    }
+
+    fn claim_limit(&self) -> Option<Duration> {
+        self.store.claim_limit()
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
-pub(crate) use patience::{in_time, Patience};
+pub(crate) use patience::{claim_in_time, in_time, Patience};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{failed, TableName};
 #[cfg(feature = "postgres")]
@@ -86,6 +86,12 @@ pub trait Store: Send + Sync + 'static {
     /// Any [`ErrorKind`](crate::ErrorKind); the claim has *not* taken effect, and the layer asks again with [`claim`](Self::claim).
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
         let _ = claim;
+        None
+    }
+
+    /// How long a claim takes at most, before it fails by itself; `None`, the default, where nothing ends it. Whoever gives it
+    /// that long, or longer, needs no timer of his own, which would cost as much as a hash of the request.
+    fn claim_limit(&self) -> Option<Duration> {
         None
     }
 
@@ -157,6 +163,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
 
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
         (**self).claim_now(claim)
+    }
+
+    fn claim_limit(&self) -> Option<Duration> {
+        (**self).claim_limit()
     }
 
     fn renew(

@@ -3,10 +3,13 @@
 use std::future::Future;
 use std::time::Duration;
 
+use futures::future::Either;
 use futures::FutureExt;
 
+use super::Store;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
+use crate::protocol::{Claim, Decision};
 use crate::telemetry::{self, Event};
 
 /// An operation of the store, given up as failed after `timeout`.
@@ -19,6 +22,19 @@ pub(crate) fn in_time<T>(
         "the idempotency store did not answer in time",
     );
     within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
+}
+
+/// Claims a key; given up as failed after `timeout`, unless the store itself gives it up earlier.
+pub(crate) fn claim_in_time<'c, St: Store>(
+    timeout: Duration,
+    store: &'c St,
+    claim: &'c Claim,
+) -> impl Future<Output = Result<Decision, Error>> + Send + use<'c, St> {
+    let asked = store.claim(claim);
+    match store.claim_limit() {
+        Some(limit) if limit <= timeout => Either::Left(asked),
+        _ => Either::Right(in_time(timeout, asked)),
+    }
 }
 
 /// How long a store is given for what must be recorded.

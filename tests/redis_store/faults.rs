@@ -1,10 +1,11 @@
 //! Servers that die, hang, fill up, and connections that break.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tower::Layer;
 use tower_idempotency::protocol::{Decision, Status};
-use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
+use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::support::{post, send, Handler, Timer};
 use super::{claim, completed, connect, eventually, granted, kept, replayed, RedisServer, HOUR};
@@ -57,6 +58,9 @@ async fn a_server_that_hangs_is_late_and_the_same_nonce_gets_the_same_grant_afte
         .connect(&server.url())
         .await
         .unwrap();
+    // The layer may rely on it, so it must be told through whatever wraps the store.
+    let boxed = BoxStore::new(Arc::new(store.clone()));
+    assert_eq!(boxed.claim_limit(), Some(Duration::from_millis(100)));
     completed(&store, 9, "warm").await;
     server.signal("-STOP");
     let error = store.claim(&claim(1, 1)).await.unwrap_err();

@@ -18,6 +18,7 @@ async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
 async fn a_claim_that_too_few_replicas_have_is_refused_and_leaves_nothing() {
     let server = RedisServer::start();
     let store = replicated(&server, 1).await;
+    assert_eq!(store.claim_limit(), None);
     let error = store.claim(&claim(1, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
     assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 0);

@@ -140,6 +140,10 @@ impl Store for RedisStore {
         self.0.claim(claim).await
     }
 
+    fn claim_limit(&self) -> Option<Duration> {
+        self.0.claim_limit()
+    }
+
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
         let (server, key) = (Arc::clone(&self.0), *key);
         uncut(async move { server.renew(&key, owner, lease).await }).await

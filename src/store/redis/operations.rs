@@ -40,6 +40,11 @@ impl Server {
         super::uncut(async move { server.claim_on_replicas(&claim).await }).await
     }
 
+    /// One that waits for replicas may have to release what it claimed, too.
+    pub(super) fn claim_limit(&self) -> Option<Duration> {
+        self.replication.is_none().then_some(self.response_timeout)
+    }
+
     /// Grants only what enough replicas know of, and shows no answer that they do not have: they could not tell, should the
     /// server be lost.
     async fn claim_on_replicas(&self, claim: &Claim) -> Result<Decision, Error> {
