@@ -82,19 +82,25 @@ fn main() {
     } else {
         15_000
     });
-    let runtime = Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.expect("a runtime starts");
     println!(
         "| store | request | callers | server, 1/s | store, 1/s | layer, 1/s | layer : store | target | layer : server | CPU of \
          each, µs | round trips |"
     );
     println!("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
-    over_redis(&runtime, effort);
-    over_postgres(&runtime, effort);
+    let (one, many) = CALLERS.split_at(1);
+    // A caller that is alone would be handed from thread to thread, or not, as it happens.
+    over_redis(&runtime(Builder::new_current_thread()), effort, one);
+    over_redis(&runtime(Builder::new_multi_thread()), effort, many);
+    over_postgres(&runtime(Builder::new_current_thread()), effort, one);
+    over_postgres(&runtime(Builder::new_multi_thread()), effort, many);
     println!("\nCPU: of the client's process, per request. Round trips: of store and layer, per request, counted at the server.");
 }
 
-fn over_redis(runtime: &Runtime, effort: Duration) {
+fn runtime(mut builder: Builder) -> Runtime {
+    builder.enable_all().build().expect("a runtime starts")
+}
+
+fn over_redis(runtime: &Runtime, effort: Duration, callers: &[usize]) {
     let server = RedisServer::with(&["--appendfsync", "everysec"]);
     let store = runtime.block_on(redis_store(&server.url()));
     let layered = Layered::over(store.clone());
@@ -111,7 +117,7 @@ fn over_redis(runtime: &Runtime, effort: Duration) {
             per_request(runtime, &stored, kind, calls),
             per_request(runtime, &layered, kind, calls),
         ];
-        for callers in CALLERS {
+        for &callers in callers {
             server.tell::<()>("FLUSHALL");
             let line = Line {
                 store: "Redis",
@@ -123,7 +129,7 @@ fn over_redis(runtime: &Runtime, effort: Duration) {
     }
 }
 
-fn over_postgres(runtime: &Runtime, effort: Duration) {
+fn over_postgres(runtime: &Runtime, effort: Duration, callers: &[usize]) {
     let server = PostgresServer::start();
     let url = server.url();
     let (store, admin) = runtime.block_on(async {
@@ -153,7 +159,7 @@ fn over_postgres(runtime: &Runtime, effort: Duration) {
             counts.exchanges.load(Ordering::SeqCst)
         });
         eprintln!("    {exchanges:.2} exchanges a request, the pool's pings of connections that come back among them");
-        for callers in CALLERS {
+        for &callers in callers {
             let truncate = format!("TRUNCATE idempotency_records, {}", RawPostgres::TABLE);
             let emptied = sqlx::raw_sql(sqlx::AssertSqlSafe(truncate));
             runtime

@@ -1,12 +1,18 @@
 //! The five rows of "Calling others", each with callers that are killed, answers that are lost and the job run twice in parallel: the
 //! third party counts its effects. With `KILLS=1000`, so many kills for each.
+//!
+//! Kills come at random. Beside them, in one process, the connection is cut after every byte of every exchange.
 
 #[path = "support/callers.rs"]
 mod callers;
 #[path = "support/postgres.rs"]
 mod postgres;
+#[path = "support/proxy.rs"]
+mod proxy;
 #[path = "support/redis.rs"]
 mod redis;
+
+use std::collections::BTreeMap;
 
 use callers::{Row, Seen};
 use postgres::PostgresServer;
@@ -38,6 +44,35 @@ async fn one_effect_for_each_call(row: Row) -> [Seen; 2] {
         );
     }
     all
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_an_exchange_is_cut_the_party_has_one_effect() {
+    for row in [Row::Keys, Row::Ids, Row::Drafts, Row::Check] {
+        let seen = callers::cuts(row).await;
+        assert!(seen.jobs > 150, "{row:?}: {seen:?}");
+        assert_eq!(seen.effects, BTreeMap::from([(1, seen.jobs)]), "{row:?}: {seen:?}");
+        assert_eq!(seen.unknown, 0, "{row:?}: every call ended");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_an_exchange_is_cut_a_party_that_offers_nothing_has_what_was_chosen() {
+    let seen = callers::cuts(Row::AtMostOnce).await;
+    assert!(
+        seen.jobs > 150 && seen.effects.keys().all(|effects| *effects <= 1),
+        "{seen:?}"
+    );
+    assert!(seen.unknown > 100 && seen.done_without_effect == 0, "{seen:?}");
+    let seen = callers::cuts(Row::AtLeastOnce).await;
+    assert!(
+        seen.jobs > 150 && seen.effects.keys().all(|effects| *effects >= 1),
+        "{seen:?}"
+    );
+    assert!(
+        seen.effects.keys().any(|effects| *effects > 1) && seen.unknown == 0,
+        "{seen:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,8 @@ use tower_idempotency::client::{
 };
 use tower_idempotency::BoxStore;
 
+use super::proxy::{Direction, Fate, Proxy};
+
 /// What the third party offers, and how it is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Row {
@@ -60,7 +62,11 @@ pub(crate) struct Seen {
 
 /// The third party.
 #[derive(Clone, Default)]
-struct Party(Arc<Mutex<Books>>);
+struct Party {
+    books: Arc<Mutex<Books>>,
+    /// It answers every request, and at once.
+    reliable: bool,
+}
 
 #[derive(Default)]
 struct Books {
@@ -93,9 +99,12 @@ impl Party {
 
     /// What a request is answered: now and then not at all, after its effect.
     async fn answered(self, act: impl FnOnce(&mut Books) -> Response) -> Response {
+        if self.reliable {
+            return act(&mut self.books.lock().unwrap());
+        }
         let pause = || tokio::time::sleep(Duration::from_millis(rand::random_range(0..15)));
         pause().await;
-        let answer = act(&mut self.0.lock().unwrap());
+        let answer = act(&mut self.books.lock().unwrap());
         pause().await;
         if rand::random_range(0..8) == 0 {
             let broken = iter([Err::<bytes::Bytes, _>(std::io::Error::other("lost"))]);
@@ -232,7 +241,7 @@ pub(crate) async fn kills(store: &str, row: Row) -> Seen {
 }
 
 fn seen(party: &Party, told: &str) -> Seen {
-    let books = party.0.lock().unwrap();
+    let books = party.books.lock().unwrap();
     let effects = (0..JOBS).map(|job| books.effects.get(&job.to_string()).copied().unwrap_or(0));
     let effects: Vec<usize> = effects.collect();
     let mut outcomes: BTreeMap<usize, HashSet<&str>> = BTreeMap::new();
@@ -252,6 +261,75 @@ fn seen(party: &Party, told: &str) -> Seen {
         done_without_effect: (0..JOBS).filter(|job| done(job) && effects[*job] == 0).count(),
         effects,
     }
+}
+
+/// What came of all jobs in which a connection was cut.
+#[derive(Debug, Default)]
+pub(crate) struct Cut {
+    /// Jobs, and so cuts.
+    pub(crate) jobs: usize,
+    /// Effects at the third party, by how many jobs had so many.
+    pub(crate) effects: BTreeMap<usize, usize>,
+    /// Callers who were told that the outcome is unknown.
+    pub(crate) unknown: usize,
+    /// Jobs that a caller was told to be done, and that were not.
+    pub(crate) done_without_effect: usize,
+}
+
+/// Jobs that two callers do at the same time, in one process. The connection to the third party is cut in each, after one byte
+/// more than in the one before: through everything that the callers say, and then through everything that they are told.
+pub(crate) async fn cuts(row: Row) -> Cut {
+    /// Each has a party and a proxy of its own, and takes its share of the bytes.
+    const SHARES: usize = 8;
+    let shares = (0..SHARES).map(|share| tokio::spawn(cut_share(row, share, SHARES)));
+    let mut all = Cut::default();
+    for cut in futures::future::join_all(shares).await {
+        let cut = cut.unwrap();
+        all.jobs += cut.jobs;
+        all.unknown += cut.unknown;
+        all.done_without_effect += cut.done_without_effect;
+        for (effects, jobs) in cut.effects {
+            *all.effects.entry(effects).or_default() += jobs;
+        }
+    }
+    eprintln!("{row:?}: {all:?}");
+    all
+}
+
+async fn cut_share(row: Row, first: usize, step: usize) -> Cut {
+    let party = Party {
+        reliable: true,
+        ..Party::default()
+    };
+    let proxy = Proxy::to(party.start().await).await;
+    let http = reqwest::Client::builder().pool_max_idle_per_host(0).build();
+    let jobs = Jobs {
+        store: BoxStore::from_url("memory:").await.unwrap(),
+        http: http.unwrap(),
+        party: proxy.address.to_string(),
+    };
+    let mut seen = Cut::default();
+    for direction in [Direction::ToServer, Direction::ToClient] {
+        for bytes in (first..).step_by(step) {
+            let job = seen.jobs;
+            proxy.set(Fate::CutAfter(direction, bytes));
+            let both = async { tokio::join!(jobs.settle(row, job), jobs.settle(row, job)) };
+            let ((_, one), (_, other)) = tokio::select! {
+                told = both => told,
+                never = proxy.heal_behind_the_cut() => match never {},
+            };
+            let effects = party.books.lock().unwrap().effects.get(&job.to_string()).copied();
+            let effects = effects.unwrap_or(0);
+            seen.jobs += 1;
+            seen.unknown += [one, other].iter().filter(|told| **told == "unknown").count();
+            seen.done_without_effect += usize::from([one, other].contains(&"done") && effects == 0);
+            *seen.effects.entry(effects).or_default() += 1;
+            if !proxy.was_cut() {
+                break;
+            }
+        }
+    }
+    seen
 }
 
 /// The body of the test that is no test: does the jobs, if this process was started by [`Caller::start`].
@@ -283,6 +361,10 @@ pub(crate) fn call_if_told() {
             std::io::Write::write_all(&mut told, format!("{job} {outcome}\n").as_bytes()).unwrap();
         }
     });
+}
+
+fn fence(attempt: &Attempt) -> [(&'static str, String); 1] {
+    [("x-fence", attempt.fence().as_u64().to_string())]
 }
 
 type Ended = Result<String, OnceError<String, reqwest::Error>>;
@@ -378,7 +460,6 @@ impl Jobs {
     /// Row 4: asks first, raising the fence.
     async fn check(&self, job: usize) -> Ended {
         let (asking, creating) = (self.clone(), self.clone());
-        let fence = |attempt: &Attempt| [("x-fence", attempt.fence().as_u64().to_string())];
         let (find, create) = (format!("find/{job}"), format!("create/{job}"));
         let check = move |attempt: Attempt| async move {
             match asking.post(&find, &fence(&attempt)).await {

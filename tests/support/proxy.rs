@@ -2,7 +2,9 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -45,6 +47,8 @@ pub struct Proxy {
 struct State {
     fate: Mutex<Fate>,
     cut: Notify,
+    /// Whether a cut was made since the fate was set.
+    was_cut: AtomicBool,
 }
 
 impl Proxy {
@@ -54,6 +58,7 @@ impl Proxy {
         let state = Arc::new(State {
             fate: Mutex::new(Fate::Pass),
             cut: Notify::new(),
+            was_cut: AtomicBool::new(false),
         });
         let shared = Arc::clone(&state);
         tokio::spawn(async move {
@@ -74,6 +79,25 @@ impl Proxy {
 
     pub fn set(&self, fate: Fate) {
         *self.state.fate.lock().unwrap() = fate;
+        self.state.was_cut.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether a cut was made since the fate was set.
+    pub fn was_cut(&self) -> bool {
+        self.state.was_cut.load(Ordering::SeqCst)
+    }
+
+    /// Lets everything pass again as soon as a cut was made, again and again.
+    pub async fn heal_behind_the_cut(&self) -> Infallible {
+        loop {
+            let mut cut = std::pin::pin!(self.state.cut.notified());
+            cut.as_mut().enable();
+            if !self.was_cut() {
+                cut.await;
+            }
+            self.heal();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Lets everything pass again; says whether a cut was made. TCP does not leave bytes out: a connection of which some were
@@ -105,6 +129,7 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, direction: Direct
             return;
         }
         if cut {
+            state.was_cut.store(true, Ordering::SeqCst);
             state.cut.notify_waiters();
             return;
         }
