@@ -142,7 +142,7 @@ where
         let tracker = Arc::clone(&shared.tracker);
         let (flight, exchange) = match decided {
             Decided::Execute(vacancy, grant) => {
-                let flight = vacancy.take(flight, grant);
+                let flight = vacancy.take(flight.granted(grant));
                 let hold = Hold::granted(Arc::clone(&shared), Arc::clone(&flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 let lease = Lease::new(&hold, &settings, grant);
@@ -153,7 +153,7 @@ where
                 (flight, in_span(flow, span))
             }
             Decided::Recover(vacancy, grant) => {
-                let flight = vacancy.take(flight, grant);
+                let flight = vacancy.take(flight.granted(grant));
                 let hold = Hold::granted(Arc::clone(&shared), Arc::clone(&flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 drop(entered);
@@ -161,6 +161,14 @@ where
                 let mut exchange = Exchange::new(hold, settings, span.clone(), times, cargo);
                 let flow = async move { exchange.recover_and_execute(grant).await };
                 (flight, in_span(flow, span))
+            }
+            Decided::Undecided(vacancy) => {
+                let flight = vacancy.take(flight);
+                let hold = Hold::seated(Arc::clone(&shared), Arc::clone(&flight));
+                drop(entered);
+                let cargo = Cargo::Admitted(Box::new(admitted));
+                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo);
+                (flight, in_span(exchange.run(), span))
             }
             Decided::Settled(_) | Decided::Otherwise => {
                 let flight = Arc::new(flight);
@@ -183,7 +191,9 @@ enum Decided<'f> {
     Recover(Vacancy<'f>, Grant),
     /// Nothing needs to run.
     Settled(Landing),
-    /// Somebody else is at it, or only an await can tell.
+    /// Only an await can tell.
+    Undecided(Vacancy<'f>),
+    /// Somebody else is at it, or the store failed.
     Otherwise,
 }
 
@@ -196,7 +206,8 @@ fn decide<'f, St: Store>(shared: &'f Shared<St>, claim: &Claim) -> Decided<'f> {
         Some(Ok(Decision::Execute(grant))) => Decided::Execute(vacancy, grant),
         Some(Ok(Decision::Recover(grant))) => Decided::Recover(vacancy, grant),
         Some(Ok(decision)) => Landing::of(decision).map_or(Decided::Otherwise, Decided::Settled),
-        None | Some(Err(_)) => Decided::Otherwise,
+        None => Decided::Undecided(vacancy),
+        Some(Err(_)) => Decided::Otherwise,
     }
 }
 

@@ -85,7 +85,7 @@ impl Flight {
     }
 
     /// One whose request was granted its key already.
-    fn granted(mut self, grant: Grant) -> Self {
+    pub(super) fn granted(mut self, grant: Grant) -> Self {
         self.guarded = AtomicBool::new(true);
         self.confirmed = AtomicBool::new(true);
         self.held = OnceLock::from(grant);
@@ -256,9 +256,9 @@ pub(super) enum Joined {
 pub(super) struct Vacancy<'f>(MutexGuard<'f, HashMap<StorageKey, Arc<Flight>, KeyHasher>>);
 
 impl Vacancy<'_> {
-    /// Takes the seat, until it is [left](Flights::leave), for a request that was granted its key.
-    pub(super) fn take(mut self, flight: Flight, grant: Grant) -> Arc<Flight> {
-        let flight = Arc::new(flight.granted(grant));
+    /// Takes the seat, until it is [left](Flights::leave).
+    pub(super) fn take(mut self, flight: Flight) -> Arc<Flight> {
+        let flight = Arc::new(flight);
         self.0.insert(flight.storage_key, Arc::clone(&flight));
         flight
     }

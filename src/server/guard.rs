@@ -76,14 +76,23 @@ impl<St: Store> Hold<St> {
 
     /// A request that has both already.
     pub(super) fn granted(shared: Arc<Shared<St>>, flight: Arc<Flight>, grant: Grant) -> Self {
+        let mut hold = Self::seated(shared, flight);
+        hold.own(grant);
+        hold
+    }
+
+    /// A request that has the seat.
+    pub(super) const fn seated(shared: Arc<Shared<St>>, flight: Arc<Flight>) -> Self {
         let mut hold = Self::new(shared, flight);
         hold.seated = true;
-        hold.own(grant);
         hold
     }
 
     /// Asks for the seat.
     pub(super) fn join(&mut self, waiting: &Waiting) -> Joined {
+        if self.seated {
+            return Joined::Lead;
+        }
         let joined = self.shared.flights.join(&self.flight, waiting);
         self.seated = matches!(joined, Joined::Lead);
         joined

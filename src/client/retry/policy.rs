@@ -191,7 +191,8 @@ fn bound(first: Duration, longest: Duration, sent: u32) -> Duration {
 }
 
 fn up_to(bound: Duration) -> Duration {
-    bound.mul_f64(rand::random_range(0.0..=1.0))
+    let nanos = u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX);
+    Duration::from_nanos(rand::random_range(0..=nanos))
 }
 
 impl<B, R, E> Policy<Request<B>, Response<R>, E> for RetryPolicy
@@ -281,7 +282,8 @@ mod tests {
     }
 
     #[test]
-    fn the_jitter_is_full() {
+    fn the_jitter_is_full_and_has_no_bound_that_is_too_long() {
+        assert!(up_to(Duration::MAX) > Duration::ZERO);
         let bound = Duration::from_secs(1);
         let pauses: Vec<Duration> = (0..1000).map(|_| up_to(bound)).collect();
         assert!(pauses.iter().all(|pause| *pause <= bound));

@@ -1,0 +1,256 @@
+//! The layer and its settings.
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::FutureExt;
+use http::request::Parts;
+use http::{Method, Response};
+use tower_layer::Layer;
+
+use super::service::OnceClient;
+use crate::client::classes::{ErrorClass, ErrorClasses};
+use crate::client::keys::Profile;
+use crate::client::once::terms::term_setters;
+use crate::http::AnswerHeaders;
+use crate::job::{Attempt, Drain, Found, Terms};
+use crate::protocol::{IfLost, Scope};
+
+type KeyFn = Arc<dyn Fn(&Parts) -> Option<String> + Send + Sync>;
+type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
+type AttemptFn = Arc<dyn Fn(&mut Parts, &Attempt) + Send + Sync>;
+type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>> + Send + Sync>;
+
+/// Makes each logical request of a client once, across tasks, processes and crashes, as far as the store reaches: the answer is
+/// recorded, and whoever makes the same call again is given it. It is the [`IdempotencyLayer`](crate::IdempotencyLayer) turned
+/// around, for a third party that has no idempotency of its own.
+///
+/// It needs a key that is the same when the call is repeated after a crash, so the key comes from outside: by the header field of the
+/// [`Profile`], set by the caller or by an [`IdempotencyKeyLayer`](crate::client::IdempotencyKeyLayer) around this layer with a derived
+/// key, or [from the request](Self::with_key). A request without one is not sent.
+///
+/// ```
+/// use std::convert::Infallible;
+/// use bytes::Bytes;
+/// use http::{Request, Response};
+/// use http_body_util::Full;
+/// use tower::{service_fn, ServiceBuilder, ServiceExt};
+/// use tower_idempotency::client::{OnceLayer, Profile};
+/// use tower_idempotency::MemoryStore;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// let http = service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, Infallible>(Response::new(Full::from("sent"))) });
+/// let client = ServiceBuilder::new()
+///     .layer(OnceLayer::new(MemoryStore::new(), Profile::draft()))
+///     .service(http);
+/// let mail = || Request::post("/mails").header("idempotency-key", "welcome-7").body(Full::from("hello")).unwrap();
+/// client.clone().oneshot(mail()).await.unwrap();
+/// let again = client.oneshot(mail()).await.unwrap();
+/// assert_eq!(again.headers()["idempotent-replayed"], "true");
+/// # }
+/// ```
+///
+/// # What it promises
+///
+/// At most one call, by default: when an attempt is lost, the outcome of its key is [`OnceError::Unknown`] until it is resolved.
+/// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
+///
+/// What an answer does to the key follows from what it [means](Profile::meaning): dealt with, it is kept, and so is a 4xx that comes
+/// of the request itself; one of a gatekeeper (400, 401, 403, 404, 413, ...), a 425 or a 429 passes through and frees the key; after a 5xx, a 408
+/// or an error of the client the attempt counts as lost, unless the [error is known](Self::with_errors) to come before the sending.
+///
+/// # Defaults
+///
+/// | setting | default |
+/// |---|---|
+/// | [methods](Self::with_methods) | POST and PATCH; everything else passes untouched |
+/// | [lease](Self::with_lease) | 30 s, renewed at a third |
+/// | [retention](Self::with_retention) | 24 h from the completion |
+/// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
+/// | [attempts](Self::with_max_attempts) | 5 |
+/// | [bounds](Self::with_limits) of the request's and the answer's body | 2 MiB each |
+/// | what is compared | method, target and body; not `Authorization`, which is ours |
+#[derive(Clone)]
+pub struct OnceLayer<St> {
+    pub(super) store: St,
+    pub(super) settings: Arc<Settings>,
+}
+
+#[derive(Clone)]
+pub(super) struct Settings {
+    pub(super) profile: Profile,
+    pub(super) terms: Terms,
+    pub(super) methods: Vec<Method>,
+    pub(super) key: Option<KeyFn>,
+    pub(super) scope: Option<ScopeFn>,
+    pub(super) send_key: bool,
+    pub(super) on_attempt: Option<AttemptFn>,
+    pub(super) if_lost: IfLost,
+    pub(super) check: Option<CheckFn>,
+    pub(super) classes: ErrorClasses,
+    pub(super) request_limit: usize,
+    pub(super) answer_limit: usize,
+    pub(super) answers: AnswerHeaders,
+}
+
+/// A call that was lost, to be looked into. Its `Debug` form hides key and headers.
+#[non_exhaustive]
+pub struct LostCall {
+    /// The key of the call.
+    pub key: String,
+    /// The attempt that asks. Raise its [fence](Attempt::fence) at the third party before you look there.
+    pub attempt: Attempt,
+    /// The head of the request.
+    pub head: Parts,
+}
+
+impl<St> OnceLayer<St> {
+    /// Records the answers of a server of this profile in `store`.
+    #[must_use]
+    pub fn new(store: St, profile: Profile) -> Self {
+        let settings = Settings {
+            profile,
+            terms: Terms::default(),
+            methods: vec![Method::POST, Method::PATCH],
+            key: None,
+            scope: None,
+            send_key: true,
+            on_attempt: None,
+            if_lost: IfLost::Refuse,
+            check: None,
+            classes: ErrorClasses::default(),
+            request_limit: 2 << 20,
+            answer_limit: 2 << 20,
+            answers: AnswerHeaders::default(),
+        };
+        Self {
+            store,
+            settings: Arc::new(settings),
+        }
+    }
+
+    term_setters!();
+
+    fn terms(&mut self) -> &mut Terms {
+        &mut self.settings().terms
+    }
+
+    fn settings(&mut self) -> &mut Settings {
+        Arc::make_mut(&mut self.settings)
+    }
+
+    /// Waits for what goes on without its caller: before the process ends, stop calling, then wait.
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        Drain::new(&self.settings.terms.tracker)
+    }
+
+    /// The methods whose requests are made once; POST and PATCH by default.
+    #[must_use]
+    pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
+        self.settings().methods = methods.into_iter().collect();
+        self
+    }
+
+    /// Takes the key from the request by a function, instead of from the profile's header field. `None` or an empty key: the request is
+    /// not sent.
+    #[must_use]
+    pub fn with_key(mut self, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
+        self.settings().key = Some(Arc::new(key));
+        self
+    }
+
+    /// Whose key it is; nobody's by default. Needed wherever two callers could send the same key. `None`: the request is not sent.
+    #[must_use]
+    pub fn with_scope(mut self, scope: impl Fn(&Parts) -> Option<Scope> + Send + Sync + 'static) -> Self {
+        self.settings().scope = Some(Arc::new(scope));
+        self
+    }
+
+    /// Takes the profile's header field off before the request is sent; it stays by default.
+    #[must_use]
+    pub fn without_sending_key(mut self) -> Self {
+        self.settings().send_key = false;
+        self
+    }
+
+    /// Changes the head of a request before it is sent: puts the fence into it, or an [id](Attempt::id), for a third party that heeds
+    /// them. The attempt is an extension of the request, too, and of the answer that it got.
+    #[must_use]
+    pub fn on_attempt(mut self, change: impl Fn(&mut Parts, &Attempt) + Send + Sync + 'static) -> Self {
+        self.settings().on_attempt = Some(Arc::new(change));
+        self
+    }
+
+    /// Sends a request again whose attempt was lost, instead of leaving it unknown. [Without its key](Self::without_sending_key),
+    /// an answer to it that is no success leaves the outcome unknown: it may say that the lost attempt was there before.
+    #[must_use]
+    pub fn at_least_once(mut self) -> Self {
+        self.settings().if_lost = IfLost::Execute;
+        self
+    }
+
+    /// Asks what became of an attempt that was lost, before the request is sent again.
+    ///
+    /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Attempt::fence) at the third party
+    /// before it looks, or where that attempt's request has settled before the check ([`with_settling`](Self::with_settling) narrows
+    /// the gap). A request that arrives after the check has an effect of its own.
+    #[must_use]
+    pub fn with_recovery<F>(mut self, check: impl Fn(LostCall) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Found<Response<Bytes>>> + Send + 'static,
+    {
+        let settings = self.settings();
+        settings.if_lost = IfLost::Recover;
+        settings.check = Some(Arc::new(move |lost| check(lost).boxed()));
+        self
+    }
+
+    /// Tells what an error of the client's says about the effect; without it, every error may have taken effect. For several types,
+    /// call it several times.
+    #[must_use]
+    pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) -> Self {
+        self.settings().classes.add(classify);
+        self
+    }
+
+    /// The bounds of the request's body, beyond which it is not sent, and of the answer's, beyond which it is given and not kept; in
+    /// bytes, 2 MiB each by default.
+    #[must_use]
+    pub fn with_limits(mut self, request: usize, answer: usize) -> Self {
+        let settings = self.settings();
+        (settings.request_limit, settings.answer_limit) = (request, answer);
+        self
+    }
+}
+
+impl<St> fmt::Debug for OnceLayer<St> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnceLayer")
+            .field("profile", &self.settings.profile)
+            .field("terms", &self.settings.terms)
+            .field("methods", &self.settings.methods)
+            .field("if_lost", &self.settings.if_lost)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LostCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LostCall")
+            .field("attempt", &self.attempt)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, St: Clone> Layer<S> for OnceLayer<St> {
+    type Service = OnceClient<S, St>;
+
+    fn layer(&self, inner: S) -> OnceClient<S, St> {
+        OnceClient::new(inner, self.clone())
+    }
+}

@@ -1,0 +1,259 @@
+//! The service: names a request's call, makes it once, and tells its caller what came of it.
+
+use std::fmt;
+use std::future::Future;
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures::future::BoxFuture;
+use http::header::HOST;
+use http::request::Parts;
+use http::{Request, Response};
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use super::call::{Given, HttpCall};
+use super::layer::{OnceLayer, Settings};
+use crate::client::classes::ErrorClass;
+use crate::client::once::failure::OnceError;
+use crate::error::{Error, ErrorKind};
+use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
+use crate::job::{Job, Settled};
+use crate::protocol::{Answer, Fingerprint, IfLost, KeyParser, Scope};
+use crate::store::Store;
+
+/// A client whose requests are made once; made by [`OnceLayer`].
+#[derive(Clone, Debug)]
+pub struct OnceClient<S, St> {
+    inner: S,
+    layer: OnceLayer<St>,
+}
+
+impl<S, St> OnceClient<S, St> {
+    pub(super) const fn new(inner: S, layer: OnceLayer<St>) -> Self {
+        Self { inner, layer }
+    }
+}
+
+impl<S, St, B, R> Service<Request<B>> for OnceClient<S, St>
+where
+    St: Store + Clone,
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send + 'static,
+    B: RebuildBody + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    R: RebuildBody + Send + 'static,
+    R::Error: Send,
+{
+    type Response = Response<R>;
+    type Error = OnceError<Response<R>, S::Error>;
+    type Future = OnceFuture<S::Future, R, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx).map_err(OnceError::Failed)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let settings = &self.layer.settings;
+        let state = if settings.methods.contains(request.method()) {
+            // The service that was polled ready is the one that is called.
+            let clone = self.inner.clone();
+            let ready = std::mem::replace(&mut self.inner, clone);
+            let call = make(ready, self.layer.store.clone(), Arc::clone(settings), request);
+            State::Guarded { future: Box::pin(call) }
+        } else {
+            State::Passed {
+                future: self.inner.call(request),
+                settings: Arc::clone(settings),
+            }
+        };
+        OnceFuture { state }
+    }
+}
+
+type Outcomes<R, E> = Result<Response<R>, OnceError<Response<R>, E>>;
+
+pin_project! {
+    /// The future of [`OnceClient`].
+    pub struct OnceFuture<F, R, E> {
+        #[pin]
+        state: State<F, R, E>,
+    }
+}
+
+pin_project! {
+    #[project = StateProjection]
+    enum State<F, R, E> {
+        Guarded { future: BoxFuture<'static, Outcomes<R, E>> },
+        Passed { #[pin] future: F, settings: Arc<Settings> },
+    }
+}
+
+impl<F, R, E: 'static> Future for OnceFuture<F, R, E>
+where
+    F: Future<Output = Result<Response<R>, E>>,
+{
+    type Output = Outcomes<R, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().state.project() {
+            StateProjection::Guarded { future } => future.as_mut().poll(cx),
+            StateProjection::Passed { future, settings } => future.poll(cx).map_err(|error| failed(settings, error)),
+        }
+    }
+}
+
+impl<F, R, E> fmt::Debug for OnceFuture<F, R, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnceFuture").finish_non_exhaustive()
+    }
+}
+
+fn failed<R, E: 'static>(settings: &Settings, error: E) -> OnceError<Response<R>, E> {
+    match settings.classes.of(&error) {
+        ErrorClass::Final | ErrorClass::NotSent => OnceError::Failed(error),
+        ErrorClass::Lost => OnceError::Unknown(Some(error)),
+    }
+}
+
+/// Makes a call once, or gives what it gave.
+async fn make<S, St, B, R>(service: S, store: St, settings: Arc<Settings>, request: Request<B>) -> Outcomes<R, S::Error>
+where
+    St: Store + Clone,
+    S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+    S::Future: Send,
+    S::Error: Send + 'static,
+    B: RebuildBody + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    R: RebuildBody + Send + 'static,
+    R::Error: Send,
+{
+    let (head, body) = request.into_parts();
+    let (key, scope) = name(&settings, &head).map_err(OnceError::NotRun)?;
+    let body = read(body, settings.request_limit).await.map_err(OnceError::NotRun)?;
+    let job = Job {
+        store,
+        key: settings.terms.space.call_key(scope.as_ref(), &key, None),
+        fingerprint: fingerprint(&head, &body),
+        if_lost: settings.if_lost,
+        terms: settings.terms.clone(),
+    };
+    let work = HttpCall {
+        service,
+        settings: Arc::clone(&settings),
+        key,
+        head,
+        body,
+        type_of_body: PhantomData,
+    };
+    match job.settle(work).await {
+        Settled::Ran {
+            given: Given::Answer(given),
+            recorded: Ok(()),
+        } => Ok(given),
+        Settled::Ran {
+            given: Given::Answer(given),
+            recorded: Err(error),
+        } => Err(OnceError::Unrecorded {
+            given: Box::new(given),
+            error,
+        }),
+        Settled::Ran {
+            given: Given::Broken, ..
+        } => Err(OnceError::NotKept),
+        Settled::Ran {
+            given: Given::Doubtful, ..
+        } => Err(OnceError::Unknown(None)),
+        Settled::Ran {
+            given: Given::Error(error, attempt),
+            ..
+        } => Err(match failed(&settings, error) {
+            // Of an attempt that was lost before this one, and not asked about, it says nothing.
+            OnceError::Failed(error) if attempt > 1 && settings.if_lost == IfLost::Execute => {
+                OnceError::Unknown(Some(error))
+            }
+            failed => failed,
+        }),
+        Settled::Replay(answer) => replay(&settings, &answer),
+        Settled::Refused(refused) => Err(OnceError::refused(refused)),
+    }
+}
+
+/// The key of a request, and whose it is.
+fn name(settings: &Settings, head: &Parts) -> Result<(String, Option<Scope>), Error> {
+    const NO_KEY: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request has no idempotency key to be made once by; set one, or put an IdempotencyKeyLayer with derived keys around the OnceLayer",
+    );
+    const TWO_KEYS: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request has more than one idempotency key",
+    );
+    const BAD_KEY: Error = Error::new(ErrorKind::Configuration, "the request's idempotency key cannot be used");
+    const NO_SCOPE: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request has no scope, and the layer asks for one",
+    );
+    let key = match &settings.key {
+        Some(key) => key(head).filter(|key| !key.is_empty()).ok_or(NO_KEY)?,
+        None => {
+            let mut lines = head.headers.get_all(&settings.profile.header).iter();
+            let value = lines.next().ok_or(NO_KEY)?;
+            if lines.next().is_some() {
+                return Err(TWO_KEYS);
+            }
+            let key = KeyParser::default().parse(value.as_bytes());
+            key.map_err(|error| BAD_KEY.with_source(error))?.as_str().to_owned()
+        }
+    };
+    match &settings.scope {
+        None => Ok((key, None)),
+        Some(scope) => Ok((key, Some(scope(head).ok_or(NO_SCOPE)?))),
+    }
+}
+
+async fn read<B>(body: B, limit: usize) -> Result<Collected, Error>
+where
+    B: RebuildBody,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    const TOO_LONG: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request's body is longer than the bound of the OnceLayer; raise it by `with_limits`",
+    );
+    const BROKEN: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request's body broke off while it was read",
+    );
+    collect(body, limit).await.map_err(|shortfall| match shortfall {
+        Shortfall::TooLarge(_) => TOO_LONG,
+        Shortfall::Broken(error) => BROKEN.with_source(error),
+    })
+}
+
+/// Who is asked for what. Who we are is no part of it: credentials change between attempts.
+fn fingerprint(head: &Parts, body: &Collected) -> Fingerprint {
+    let request = Fingerprinting::default().of(head, &body.bytes, true);
+    let scheme = head.uri.scheme_str().unwrap_or_default();
+    let host = head.uri.host().or_else(|| head.headers.get(HOST)?.to_str().ok());
+    let port = head.uri.port_u16().or(match scheme {
+        "http" => Some(80),
+        "https" => Some(443),
+        _ => None,
+    });
+    let host = host.unwrap_or_default().to_ascii_lowercase();
+    let origin = [
+        scheme.as_bytes(),
+        host.as_bytes(),
+        &port.unwrap_or_default().to_be_bytes(),
+    ];
+    Fingerprint::of(Scope::of([Scope::of(origin).as_bytes(), request.digest()]).as_bytes())
+}
+
+fn replay<R: RebuildBody, E>(settings: &Settings, answer: &Answer) -> Outcomes<R, E> {
+    let replayed = settings.answers.replay(answer, true);
+    replayed.map_err(|_| OnceError::Unreadable("the kept answer is not that of an HTTP request".into()))
+}
