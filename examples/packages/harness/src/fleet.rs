@@ -49,6 +49,22 @@ impl<F: Fn() -> Command> Fleet<F> {
         }
     }
 
+    /// Starts another in the place of each that has ended by itself. Says how many those were.
+    ///
+    /// # Panics
+    ///
+    /// If one cannot be started.
+    pub fn replace_ended(&mut self) -> usize {
+        let mut ended = 0;
+        for member in &mut self.members {
+            if member.try_wait().unwrap().is_some() {
+                *member = spawn((self.start)());
+                ended += 1;
+            }
+        }
+        ended
+    }
+
     /// How many were killed.
     pub fn kills(&self) -> usize {
         self.kills

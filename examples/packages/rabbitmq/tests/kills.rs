@@ -4,6 +4,7 @@
 //! `MESSAGES=10000` makes it longer; some consumer is killed for every 25 of them.
 
 use std::collections::{BTreeMap, HashSet};
+use std::process::Command;
 use std::time::Duration;
 
 use futures::future::try_join_all;
@@ -46,6 +47,17 @@ struct Seen {
     dead: HashSet<usize>,
 }
 
+/// A process that consumes.
+fn consumer(server: &RabbitServer, store: &str, folder: &Folder) -> Command {
+    let mut command = harness::this_test("consume_if_told");
+    command
+        .env("CONSUME_BROKER", server.url())
+        .env("CONSUME_STORE", store)
+        .env("CONSUME_EFFECTS", folder.file("effects"))
+        .env("CONSUME_TOLD", folder.file("told"));
+    command
+}
+
 /// Sends orders while the consumers are killed, and waits until all are settled.
 async fn run(url: &str) -> Seen {
     let orders = harness::number_from("MESSAGES", 200);
@@ -62,17 +74,7 @@ async fn run(url: &str) -> Seen {
         table.execute(pool).await.unwrap();
     }
     let broker = Broker::connect(&server.url(), settings()).await.unwrap();
-    let start = || {
-        Fleet::start(2, || {
-            let mut command = harness::this_test("consume_if_told");
-            command
-                .env("CONSUME_BROKER", server.url())
-                .env("CONSUME_STORE", url)
-                .env("CONSUME_EFFECTS", folder.file("effects"))
-                .env("CONSUME_TOLD", folder.file("told"));
-            command
-        })
-    };
+    let start = || Fleet::start(2, || consumer(&server, url, &folder));
     let (mut fleet, mut sent) = (start(), 0);
     for batch in harness::batches(orders) {
         tokio::time::sleep(Duration::from_millis(100) + harness::up_to(100)).await;
@@ -211,6 +213,33 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_queue_and_blocks_no_o
     assert_eq!((runs["poison"], runs.values().sum::<usize>()), (5, 105));
 }
 
+/// Where lost orders are refused it kills one; whatever that one had in hand is lost with it, and everything else goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_kills_its_consumer_kills_one_and_blocks_no_other() {
+    let (server, redis, folder) = (RabbitServer::start(), RedisServer::start(), Folder::new("deadly"));
+    let broker = Broker::connect(&server.url(), settings()).await.unwrap();
+    let effects = Ledger::open(&folder.file("effects"));
+    let orders: Vec<String> = (0..100).map(|order| order.to_string()).collect();
+    let (before, behind) = orders.split_at(50);
+    for order in before.iter().chain([&"deadly".to_owned()]).chain(behind) {
+        broker.publish(Some(order), order).await.unwrap();
+    }
+    let mut fleet = Fleet::start(2, || consumer(&server, &redis.url(), &folder));
+    let (mut died, mut dead) = (0, HashSet::new());
+    harness::until("every order is settled", async || {
+        died += fleet.replace_ended();
+        let letters = broker.take_dead().await.unwrap();
+        dead.extend(letters.into_iter().map(|letter| String::from_utf8(letter).unwrap()));
+        let effects = effects.counts();
+        let is_settled = |order: &String| effects.contains_key(order) || dead.contains(order);
+        dead.contains("deadly") && orders.iter().all(is_settled)
+    })
+    .await;
+    assert_eq!(died, 1);
+    assert!(dead.len() <= usize::from(settings().concurrency), "{dead:?}");
+    assert!(effects.counts().values().all(|effects| *effects == 1));
+}
+
 /// No test: consumes until it is killed, where [`run`] has started this process.
 #[test]
 fn consume_if_told() {
@@ -236,6 +265,9 @@ fn consume_if_told() {
                 let effects = effects.clone();
                 async move {
                     pause().await;
+                    if order.payload == b"deadly" {
+                        std::process::exit(1);
+                    }
                     effects.enter(&String::from_utf8_lossy(&order.payload));
                     pause().await;
                     Ok::<_, rabbitmq::Error>(())

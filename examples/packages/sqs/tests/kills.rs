@@ -51,10 +51,38 @@ impl World {
         }
     }
 
-    /// Kills one of two consumers, again and again, each time after some effects more, and starts another in its place; then waits for
-    /// the end.
-    async fn kill(&self, start: impl Fn() -> Process, kills: usize, effects_between: usize) {
+    /// Sends all, a part at a time: moto looks at every message of a queue for every request.
+    async fn send(&self, names: &[String]) {
+        const PART: usize = 200;
+        for part in names.chunks(PART) {
+            while self.queue.length().await.unwrap() > PART {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            for name in part {
+                self.queue.send(name).await.unwrap();
+            }
+        }
+    }
+
+    /// Sends all, and meanwhile kills one of two consumers, again and again, each time after some effects more, and starts another in
+    /// its place; then waits for the end.
+    async fn run(&self, sent: &[String], start: impl Fn() -> Process, kills: usize, effects_between: usize) {
         let mut consumers = [start(), start()];
+        tokio::join!(
+            self.send(sent),
+            self.kill(&mut consumers, start, kills, effects_between)
+        );
+        self.queue.until_empty().await.unwrap();
+        assert!(consumers.iter_mut().all(Process::is_up), "a consumer ended by itself");
+    }
+
+    async fn kill(
+        &self,
+        consumers: &mut [Process; 2],
+        start: impl Fn() -> Process,
+        kills: usize,
+        effects_between: usize,
+    ) {
         for kill in 0..kills {
             self.progress(effects_between).await;
             let victim = &mut consumers[kill % 2];
@@ -63,8 +91,6 @@ impl World {
             victim.kill();
             *victim = start();
         }
-        self.queue.until_empty().await.unwrap();
-        assert!(consumers.iter_mut().all(Process::is_up), "a consumer ended by itself");
     }
 
     async fn progress(&self, effects: usize) {
@@ -82,22 +108,22 @@ impl World {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let world = World::new().await;
-    let (messages, kills) = (number("MESSAGES", 100), number("KILLS", 5));
+    let messages = number("MESSAGES", 100);
+    let kills = number("KILLS", 5.max(messages / 25));
     let names = (0..messages).map(|number| match number % 50 {
         49 => format!("poison-{number}"),
         _ => format!("order-{number}"),
     });
     let names: Vec<String> = names.collect();
     // Once, twice or three times.
-    let mut sent = 0;
-    for copy in 0..3 {
-        for name in names.iter().skip(copy).step_by(copy + 1) {
-            world.queue.send(name).await.unwrap();
-            sent += 1;
-        }
-    }
+    let copies = |number: usize| 1 + usize::from(number % 2 == 1) + usize::from(number % 3 == 2);
+    let sent = names.iter().enumerate();
+    let sent: Vec<String> = sent
+        .flat_map(|(number, name)| std::iter::repeat_n(name.clone(), copies(number)))
+        .collect();
     let start = || Process::start(&mut world.settings.command(PROGRAM));
-    world.kill(start, kills, messages / (3 * kills)).await;
+    world.run(&sent, start, kills, messages / (3 * kills)).await;
+    let sent = sent.len();
 
     let dead = world.dead.drain().await.unwrap();
     let outcome = Outcome::of(names, &world.effects.tally(), &dead);
@@ -132,11 +158,8 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
 async fn without_the_receiver_the_same_kills_repeat_effects() {
     let world = World::new().await;
     let names: Vec<String> = (0..60).map(|number| format!("order-{number}")).collect();
-    for name in &names {
-        world.queue.send(name).await.unwrap();
-    }
     let start = || Process::start(world.settings.command(PROGRAM).env("UNPROTECTED", "1"));
-    world.kill(start, 2, 15).await;
+    world.run(&names, start, 2, 15).await;
     let outcome = Outcome::of(names, &world.effects.tally(), &[]);
     assert!(!outcome.repeated.is_empty(), "each was sent once: {outcome:?}");
 }
