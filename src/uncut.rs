@@ -23,7 +23,17 @@ pub(crate) struct Uncut<T: 'static> {
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
     running: AtomicUsize,
+    attended: AtomicUsize,
     ended: Notify,
+}
+
+/// Something that runs with a caller, as long as this lives.
+pub(crate) struct Attended<'t>(&'t Tracker);
+
+impl Drop for Attended<'_> {
+    fn drop(&mut self) {
+        self.0.attended.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 struct Running(Arc<Tracker>);
@@ -44,6 +54,16 @@ impl Tracker {
             work.await;
             drop(running);
         });
+    }
+
+    /// Counts what has a caller, who may go away at any moment.
+    pub(crate) fn attend(&self) -> Attended<'_> {
+        self.attended.fetch_add(1, Ordering::AcqRel);
+        Attended(self)
+    }
+
+    pub(crate) fn attended(&self) -> usize {
+        self.attended.load(Ordering::Acquire)
     }
 
     pub(crate) fn running(&self) -> usize {

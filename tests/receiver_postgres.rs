@@ -4,6 +4,7 @@
 mod postgres;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use sqlx::PgPool;
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::outbox::{Outbox, OutboxMessage, Published};
 use tower_idempotency::receiver::{Disposition, Inbox, Lease, Receipt, ReceiveError, ReceiverLayer};
-use tower_idempotency::{BoxStore, Error, ErrorKind, MemoryStore, PostgresStore, Store};
+use tower_idempotency::{BoxStore, Error, ErrorKind, MemoryStore, OnError, PostgresStore, Store};
 
 struct Bench {
     _server: PostgresServer,
@@ -480,4 +481,60 @@ async fn an_outbox_says_what_is_wrong() {
         .contains("CREATE TABLE IF NOT EXISTS \"idempotency_outbox\""));
     let shown = format!("{outbox:?} {:?}", OutboxMessage::new("t", "secret").with_id("secret"));
     assert!(!shown.contains("secret"), "{shown}");
+}
+
+/// A handler may retry its transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_that_failed_leaves_the_lease_renewed() {
+    let bench = Bench::new().await;
+    let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (pool, now, top) = (bench.pool.clone(), Arc::clone(&running), Arc::clone(&most));
+    let layer = layer(bench.store.clone()).with_lease(Duration::from_secs(2));
+    let receiver = layer.layer(service_fn(move |message: Message| {
+        let (pool, now, top) = (pool.clone(), Arc::clone(&now), Arc::clone(&top));
+        async move {
+            top.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            let lease = message.lease.unwrap();
+            let mut transaction = pool.begin().await.unwrap();
+            let fails = sqlx::query("SELECT 1 / 0").execute(&mut *transaction).await;
+            assert!(fails.is_err());
+            assert!(lease.complete_in(&mut transaction).await.is_err());
+            transaction.rollback().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let mut transaction = pool.begin().await.unwrap();
+            take_effect(&mut transaction, &message.id).await;
+            let completed = lease.complete_in(&mut transaction).await;
+            now.fetch_sub(1, Ordering::SeqCst);
+            completed.map_err(|error| error.to_string())?;
+            transaction.commit().await.map_err(|error| error.to_string())
+        }
+    }));
+    let first = tokio::spawn(receiver.clone().oneshot(message("m")));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let second = receiver.oneshot(message("m")).await;
+    let first = first.await.unwrap();
+    assert!(
+        matches!(
+            (&first, &second),
+            (Ok(Receipt::First(())), Ok(Receipt::InFlight { .. }))
+        ),
+        "{first:?}, {second:?}"
+    );
+    assert_eq!((most.load(Ordering::SeqCst), bench.effects("m").await), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_that_counts_as_handled_does_so_after_a_rollback_too() {
+    let bench = Bench::new().await;
+    let runs = Arc::new(AtomicUsize::new(0));
+    let (pool, counted) = (bench.pool.clone(), Arc::clone(&runs));
+    let layer = layer(bench.store.clone()).on_error(OnError::Keep);
+    let receiver = layer.layer(service_fn(move |message: Message| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        handle(pool.clone(), message, Ending::RollBackAndFail)
+    }));
+    assert!(receiver.clone().oneshot(message("m")).await.is_err());
+    let again = receiver.oneshot(message("m")).await;
+    assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
 }

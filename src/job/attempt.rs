@@ -23,6 +23,9 @@ struct Marks {
     /// Something was told to complete it within a transaction.
     #[cfg(feature = "postgres")]
     is_in_transaction: AtomicBool,
+    /// That was done, as far as is known.
+    #[cfg(feature = "postgres")]
+    is_completed: AtomicBool,
 }
 
 impl Attempt {
@@ -56,9 +59,18 @@ impl Attempt {
     /// call runs. Where keys can be guessed and the third party shows things to whoever names their id, set a secret.
     #[must_use]
     pub fn id(&self, name: &str) -> String {
+        self.derive(&self.fingerprint, name)
+    }
+
+    /// The same, whatever the input is: for what is one thing by its key alone.
+    pub(crate) fn id_of_key(&self, name: &str) -> String {
+        self.derive(&Fingerprint::NONE, name)
+    }
+
+    fn derive(&self, input: &Fingerprint, name: &str) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("tower-idempotency 2026 id for a third party");
         hasher.update(self.key.as_bytes());
-        hasher.update(self.fingerprint.digest());
+        hasher.update(input.digest());
         hasher.update(name.as_bytes());
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
@@ -87,7 +99,19 @@ impl Attempt {
     /// From here on, only the record tells how the attempt ended.
     #[cfg(feature = "postgres")]
     pub(crate) fn set_in_transaction(&self) {
+        self.marks.is_completed.store(false, Ordering::Release);
         self.marks.is_in_transaction.store(true, Ordering::Release);
+    }
+
+    /// Its record is completed, and locked until the transaction ends.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn set_completed(&self) {
+        self.marks.is_completed.store(true, Ordering::Release);
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(super) fn is_completed(&self) -> bool {
+        self.marks.is_completed.load(Ordering::Acquire)
     }
 
     #[cfg(feature = "postgres")]

@@ -39,6 +39,12 @@ impl Drain {
         }
     }
 
+    /// Waits for what runs with a caller, too: one that was aborted a moment ago is yet to leave its work behind.
+    pub(crate) fn of_all(tracker: &Arc<Tracker>) -> Self {
+        let attending = Arc::clone(tracker);
+        Self::new(tracker).while_busy(move || attending.attended() > 0)
+    }
+
     pub(crate) fn while_busy(mut self, is_busy: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         self.is_busy = Some(Arc::new(is_busy));
         self
@@ -50,7 +56,8 @@ impl Drain {
         self.tracker.running()
     }
 
-    /// Resolves once no execution runs without a caller; of an [`IdempotencyLayer`](crate::IdempotencyLayer), with one neither. Put a time-out around it: a handler that never ends never lets it resolve.
+    /// Resolves once no execution runs, with a caller or without. Put a time-out around it: a handler that never ends never lets it
+    /// resolve.
     ///
     /// # Cancel safety
     ///

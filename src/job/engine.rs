@@ -28,6 +28,11 @@ use crate::uncut::uncut;
 /// How long a waiter goes without looking, should it not be woken.
 const POLL: Duration = Duration::from_secs(1);
 
+pub(crate) const NO_RUNTIME: Error = Error::new(
+    ErrorKind::Configuration,
+    "what is to happen once must be begun within a tokio runtime",
+);
+
 /// The call itself.
 pub(crate) trait Work: Send + 'static {
     /// What a caller gets of a run.
@@ -52,6 +57,8 @@ pub(crate) enum Verdict {
     GiveUp,
     /// It took effect.
     Keep(Outcome),
+    /// It failed, and is not to be done again.
+    KeepFailure(Outcome),
     /// It had no effect.
     Release,
 }
@@ -72,7 +79,11 @@ pub(crate) enum Refused {
     Mismatch,
     NotKept,
     NotRun(Error),
+    /// A check could not tell what became of a lost attempt; the next one asks again.
+    Undecided,
     Unknown,
+    /// It ran, somebody else took the key over, and what the key holds cannot be read.
+    Unread(Error),
 }
 
 /// A key, what is asked under it, and on which terms.
@@ -87,13 +98,11 @@ pub(crate) struct Job<St> {
 impl<St: Store + Clone> Job<St> {
     /// Sees to it that the work is done once.
     pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Given> {
-        const NO_RUNTIME: Error = Error::new(
-            ErrorKind::Configuration,
-            "what is to happen once must be begun within a tokio runtime",
-        );
         let tracker = Arc::clone(&self.terms.tracker);
+        // Declared first, so that it goes last, when the tracker knows of the rest.
+        let _attended = tracker.attend();
         let (caller, absence) = Caller::new();
-        let Some(driven) = uncut(self.drive(work, absence), Some(tracker)) else {
+        let Some(driven) = uncut(self.drive(work, absence), Some(Arc::clone(&tracker))) else {
             return Settled::Refused(Refused::NotRun(NO_RUNTIME));
         };
         let driven = pin!(driven);
@@ -233,6 +242,10 @@ impl<St: Store + Clone> Job<St> {
         } else {
             self.ask(&mut work, &attempt).await
         };
+        let without_end = match found {
+            Found::Unknown if attempt.number() < self.terms.max_attempts => Refused::Undecided,
+            _ => Refused::Unknown,
+        };
         let ended = match found {
             Found::Happened(ended) => Some(ended),
             Found::NotHappened if absence.is_true() => {
@@ -248,12 +261,12 @@ impl<St: Store + Clone> Job<St> {
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
             drop(renewal);
-            let settled = self.after_transaction(grant.owner, ended, deadline).await;
+            let settled = self.after_transaction(grant.owner, ended, without_end, deadline).await;
             held.owner = None;
             return settled;
         }
         if let Some(Ended {
-            verdict: Verdict::Keep(outcome),
+            verdict: Verdict::Keep(outcome) | Verdict::KeepFailure(outcome),
             given,
         }) = ended
         {
@@ -263,13 +276,19 @@ impl<St: Store + Clone> Job<St> {
             return self.completed(completion, given, deadline).await;
         }
         drop(renewal);
-        let settled = self.unkept(grant.owner, ended, deadline).await;
+        let settled = self.unkept(grant.owner, ended, without_end, deadline).await;
         held.owner = None;
         settled
     }
 
     /// The end of an attempt that leaves nothing to keep.
-    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Option<Ended<G>>, deadline: Deadline) -> Settled<G> {
+    pub(super) async fn unkept<G>(
+        &self,
+        owner: Owner,
+        ended: Option<Ended<G>>,
+        without_end: Refused,
+        deadline: Deadline,
+    ) -> Settled<G> {
         let is_superseded = match &ended {
             Some(Ended {
                 verdict: Verdict::Release,
@@ -286,7 +305,7 @@ impl<St: Store + Clone> Job<St> {
                 given,
                 recorded: Ok(()),
             },
-            None => Settled::Refused(Refused::Unknown),
+            None => Settled::Refused(without_end),
         }
     }
 
@@ -296,7 +315,12 @@ impl<St: Store + Clone> Job<St> {
         unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
     }
 
-    async fn completed<G>(&self, completion: Result<Completion, Error>, given: G, deadline: Deadline) -> Settled<G> {
+    pub(super) async fn completed<G>(
+        &self,
+        completion: Result<Completion, Error>,
+        given: G,
+        deadline: Deadline,
+    ) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
             // What superseded this attempt may be the answer to another input: it is looked up.
@@ -316,14 +340,24 @@ impl<St: Store + Clone> Job<St> {
     pub(super) async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
         let mut watch = None;
         loop {
-            let snapshot = in_time(self.terms.store_timeout, self.store.peek(&self.key)).await;
+            let snapshot = match in_time(self.terms.store_timeout, self.store.peek(&self.key)).await {
+                Ok(snapshot) => snapshot,
+                Err(error) => {
+                    telemetry::failure(Event::StoreFailed, &error);
+                    return Settled::Refused(Refused::Unread(error));
+                }
+            };
             let left = match snapshot {
-                Ok(Some(snapshot)) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
+                Some(snapshot) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
                     Status::Completed(outcome) => return replayed(outcome),
                     Status::InFlight { left } if deadline.left().is_zero() => {
                         return Settled::Refused(Refused::InFlight(self.worth_waiting(left)))
                     }
                     Status::InFlight { left } => left,
+                    // The next one takes it over.
+                    Status::Lost if self.if_lost != IfLost::Refuse => {
+                        return Settled::Refused(Refused::InFlight(Duration::ZERO))
+                    }
                     Status::Lost | Status::Unknown => return Settled::Refused(Refused::Unknown),
                 },
                 _ => return Settled::Refused(Refused::Unknown),
@@ -332,7 +366,7 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
+    pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
         let retention = self.terms.retention;
         let patience = self.patience();
         patience
@@ -435,10 +469,10 @@ impl Renewing {
         Self(Some(tokio::spawn(async move {
             loop {
                 tokio::time::sleep(lease / 3).await;
-                // The record is locked by now, which keeps others out.
+                // The record is locked until the transaction ends, which keeps others out.
                 #[cfg(feature = "postgres")]
-                if attempt.is_in_transaction() {
-                    return;
+                if attempt.is_completed() {
+                    continue;
                 }
                 match in_time(timeout, store.renew(&key, grant.owner, lease)).await {
                     Ok(Renewal::Renewed) => {}

@@ -10,6 +10,6 @@ mod transaction;
 
 pub use attempt::{Attempt, Found};
 pub use drain::Drain;
-pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work};
+pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
 pub use on_error::OnError;
 pub(crate) use terms::Terms;

@@ -4,7 +4,7 @@
 //! read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal that succeeds proves
 //! that it was rolled back.
 
-use super::engine::{replayed, Ended, Job, Settled, Verdict};
+use super::engine::{replayed, Ended, Job, Refused, Settled, Verdict};
 use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Owner, Renewal, Status};
@@ -26,6 +26,7 @@ impl<St: Store + Clone> Job<St> {
         &self,
         owner: Owner,
         ended: Option<Ended<G>>,
+        without_end: Refused,
         deadline: Deadline,
     ) -> Settled<G> {
         let patience = self.patience();
@@ -35,7 +36,7 @@ impl<St: Store + Clone> Job<St> {
                     return match ended {
                         Some(Ended {
                             given,
-                            verdict: Verdict::Keep(_),
+                            verdict: Verdict::Keep(_) | Verdict::KeepFailure(_),
                         }) => ran(given, Ok(())),
                         _ => replayed(outcome),
                     };
@@ -46,13 +47,19 @@ impl<St: Store + Clone> Job<St> {
         }
         let lease = self.terms.lease;
         match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
-            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, deadline).await,
+            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, without_end, deadline).await,
             Ok(Renewal::Superseded) => self.stand_by(deadline).await,
             Err(error) => undecided(ended, error),
         }
     }
 
-    async fn rolled_back<G>(&self, owner: Owner, ended: Option<Ended<G>>, deadline: Deadline) -> Settled<G> {
+    async fn rolled_back<G>(
+        &self,
+        owner: Owner,
+        ended: Option<Ended<G>>,
+        without_end: Refused,
+        deadline: Deadline,
+    ) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
             Some(Ended {
@@ -62,7 +69,14 @@ impl<St: Store + Clone> Job<St> {
                 self.release(owner).await;
                 ran(given, Err(ROLLED_BACK))
             }
-            ended => self.unkept(owner, ended, deadline).await,
+            Some(Ended {
+                given,
+                verdict: Verdict::KeepFailure(outcome),
+            }) => {
+                let completion = self.complete(owner, &outcome).await;
+                self.completed(completion, given, deadline).await
+            }
+            ended => self.unkept(owner, ended, without_end, deadline).await,
         }
     }
 }
@@ -72,7 +86,7 @@ fn undecided<G>(ended: Option<Ended<G>>, error: Error) -> Settled<G> {
     telemetry::failure(Event::Unrecorded, &error);
     match ended {
         Some(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
-        None => Settled::Refused(super::Refused::Unknown),
+        None => Settled::Refused(Refused::Unknown),
     }
 }
 

@@ -78,6 +78,9 @@ impl Inbox {
     /// Notes that a message is handled. [`Receipt::First`]: make its effect in the same transaction and commit. Otherwise roll back: it is
     /// a duplicate, or a [`ReceiverLayer`](super::ReceiverLayer) has it.
     ///
+    /// Where you commit all the same, for the sake of other messages, note each in a savepoint of its own, and roll back to that: else a
+    /// message that a layer has lost is written down as unknown.
+    ///
     /// While another transaction notes the same message, it waits for the end of that one. Note several messages in one order
     /// everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one. Use READ COMMITTED,
     /// PostgreSQL's default.

@@ -119,7 +119,8 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// What must be the same in all messages of one id; nothing by default.
+    /// What must be the same in all messages of one id; nothing by default. A message that was handled before this was set, or after it
+    /// was taken away, has nothing to compare, and is a duplicate.
     #[must_use]
     pub fn with_payload(mut self, payload: impl for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync + 'static) -> Self {
         self.settings().payload = Some(Arc::new(payload));
@@ -249,7 +250,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// wait. Else the runtime's end stops them in the middle.
     #[must_use]
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.settings.terms.tracker)
+        Drain::of_all(&self.settings.terms.tracker)
     }
 
     /// The name of a message's record in the store: for `Store::peek` and `Store::resolve`.
@@ -262,9 +263,37 @@ impl<St, M> ReceiverLayer<St, M> {
         id.check()?;
         Ok(self.settings.storage_key(&id))
     }
+
+    /// The name of the record of this very message, also where its [payload](OnMissingId::FromPayload) stands for its id; `None` where
+    /// it has no record.
+    ///
+    /// # Errors
+    ///
+    /// When the id is too long.
+    pub fn storage_key_of(&self, message: &M) -> Result<Option<StorageKey>, InvalidMessageId> {
+        let id = self.settings.id_of(message)?;
+        Ok(id.map(|id| self.settings.storage_key(&id)))
+    }
 }
 
 impl<M> Settings<M> {
+    /// The message's id, or what stands for it; none if it has neither.
+    pub(super) fn id_of(&self, message: &M) -> Result<Option<MessageId>, InvalidMessageId> {
+        let id = (self.id)(message);
+        id.check()?;
+        if !id.is_missing() {
+            return Ok(Some(id));
+        }
+        Ok(match (self.on_missing_id, &self.payload) {
+            (OnMissingId::FromPayload, Some(payload)) => {
+                let digest = blake3::hash(payload(message));
+                // No producer's id has three parts, two of them empty, and 32 bytes.
+                Some(MessageId::of([&[], &[], &digest.as_bytes()[..]]))
+            }
+            _ => None,
+        })
+    }
+
     pub(super) fn storage_key(&self, id: &MessageId) -> StorageKey {
         self.terms.space.message_key(&self.consumer, id.parts())
     }

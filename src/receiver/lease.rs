@@ -33,10 +33,10 @@ impl Lease {
     }
 
     /// A key or an id for a third party: a UUID (version 8), the same in every attempt at this message, another for each `name`, and
-    /// without a way back to the message's id. See [`Attempt::id`](crate::client::Attempt::id).
+    /// without a way back to the message's id; the payload makes no difference. See [`Attempt::id`](crate::client::Attempt::id).
     #[must_use]
     pub fn id(&self, name: &str) -> String {
-        self.attempt.id(name)
+        self.attempt.id_of_key(name)
     }
 
     /// Whether the message is still held, as far as the last renewal knows. Once it is not, somebody else may be handling it.
@@ -86,7 +86,7 @@ mod transaction {
         /// Records that the message is handled *within a transaction of yours*, on the PostgreSQL server that has the records: its
         /// effect and that it was handled commit together, or neither does.
         ///
-        /// Do it last before the commit. If the commit fails, return any error: the receiver reads from the record whether it took
+        /// Do it last before the commit, and return when that is rolled back: from here on the lease is not renewed, unless this failed. If the commit fails, return any error: the receiver reads from the record whether it took
         /// effect all the same. Since every effect of such a handler is in the transaction, set
         /// [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use READ COMMITTED, PostgreSQL's default.
         ///
@@ -111,7 +111,10 @@ mod transaction {
             let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);
             let completion = store.complete_in(connection, key, owner, &Outcome::Tombstone, self.home.retention);
             match completion.await? {
-                Completion::Completed => Ok(()),
+                Completion::Completed => {
+                    self.attempt.set_completed();
+                    Ok(())
+                }
                 Completion::Superseded(_) => Err(SUPERSEDED),
             }
         }

@@ -11,13 +11,15 @@ use crate::error::Error;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever acknowledges must handle every case")]
 pub enum Receipt<T> {
-    /// It was handled, now, and that is recorded. Acknowledge it.
+    /// It was handled, now, and that is recorded (unless it had no id, and was to be handled
+    /// [all the same](super::OnMissingId::Unprotected)). Acknowledge it.
     First(T),
     /// It was handled before. Acknowledge it.
     Duplicate,
-    /// It is being handled elsewhere, and may yet fail there. Do not acknowledge it; have it delivered again later.
+    /// It is being handled elsewhere, and may yet fail there; or a check could not tell what became of a lost attempt, and is to be
+    /// asked again. Do not acknowledge it; have it delivered again later.
     InFlight {
-        /// When to try again: what is left of the other's lease, which that may renew.
+        /// When to try again: what is left of the other's lease, which that may renew; a whole lease, where a check is to be asked again.
         retry_after: Duration,
     },
     /// An attempt was lost, and nobody knows whether it had its effect; nothing runs. Put it where somebody looks at it (a dead-letter
@@ -41,7 +43,8 @@ pub enum ReceiveError<E> {
     Panicked,
     /// The store failed. Nothing ran.
     Store(Error),
-    /// The handler said that it was done, and that could not be recorded, or its transaction was not committed.
+    /// The handler said that it was done, and that could not be recorded, its transaction was not committed, or what another attempt
+    /// came to, which had taken the message over, cannot be read.
     Unrecorded(Error),
 }
 

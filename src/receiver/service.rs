@@ -16,10 +16,11 @@ use super::id::MessageId;
 use super::layer::{OnMismatch, OnMissingId, Settings};
 use super::lease::Lease;
 use super::receipt::{name_of, Receipt, ReceiveError};
-use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Terms, Verdict, Work};
-use crate::protocol::{Fingerprint, Outcome, Status, StorageKey};
+use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Verdict, Work, NO_RUNTIME};
+use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::uncut;
 
 /// A service that handles each message once; made by [`ReceiverLayer`](super::ReceiverLayer).
 pub struct Receiver<S, St, M> {
@@ -140,11 +141,7 @@ where
             Ok(Some(id)) => self.once(&id).await,
             Ok(None) => {
                 telemetry::count_message("unprotected");
-                return match handled(self.service, self.message).await {
-                    Given::Handled(output) => Ok(Receipt::First(output)),
-                    Given::Failed(error) => Err(ReceiveError::Handler(error)),
-                    Given::Known | Given::Panicked => Err(ReceiveError::Panicked),
-                };
+                return self.unprotected().await;
             }
             Err(error) => Err(error),
         };
@@ -154,20 +151,26 @@ where
 
     /// The message's id; none if it is to be handled without one.
     fn id(&self) -> Result<Option<MessageId>, ReceiveError<S::Error>> {
-        let settings = &self.settings;
-        let id = (settings.id)(&self.message);
-        id.check().map_err(ReceiveError::InvalidId)?;
-        if !id.is_missing() {
-            return Ok(Some(id));
+        let id = self.settings.id_of(&self.message).map_err(ReceiveError::InvalidId)?;
+        if id.is_none() && self.settings.on_missing_id != OnMissingId::Unprotected {
+            return Err(ReceiveError::MissingId);
         }
-        match (settings.on_missing_id, &settings.payload) {
-            (OnMissingId::FromPayload, Some(payload)) => {
-                let digest = blake3::hash(payload(&self.message));
-                // No producer's id has three parts, two of them empty, and 32 bytes.
-                Ok(Some(MessageId::of([&[], &[], &digest.as_bytes()[..]])))
-            }
-            (OnMissingId::Unprotected, _) => Ok(None),
-            _ => Err(ReceiveError::MissingId),
+        Ok(id)
+    }
+
+    /// Handles the message as often as it comes.
+    async fn unprotected(self) -> Received<S::Response, S::Error> {
+        let tracker = Arc::clone(&self.settings.terms.tracker);
+        // Declared first, so that it goes last, when the tracker knows of the rest.
+        let _attended = tracker.attend();
+        let handling = handled(self.service, self.message);
+        let Some(handling) = uncut(handling, Some(Arc::clone(&tracker))) else {
+            return Err(ReceiveError::Store(NO_RUNTIME));
+        };
+        match handling.await {
+            Given::Handled(output) => Ok(Receipt::First(output)),
+            Given::Failed(error) => Err(ReceiveError::Handler(error)),
+            Given::Known | Given::Panicked => Err(ReceiveError::Panicked),
         }
     }
 
@@ -196,19 +199,17 @@ where
             Settled::Replay(_) => Ok(Receipt::Duplicate),
             Settled::Refused(refused) => match refused {
                 Refused::InFlight(retry_after) => Ok(Receipt::InFlight { retry_after }),
-                Refused::Mismatch => match settings.on_mismatch {
-                    OnMismatch::Error => Err(ReceiveError::Mismatch),
-                    OnMismatch::Duplicate => {
-                        telemetry::count_message("mismatch");
-                        as_duplicate(&store, &key, &settings.terms).await
-                    }
-                },
+                Refused::Mismatch => settings.mismatched(&store, &key, fingerprint).await,
                 Refused::NotKept => Ok(Receipt::Duplicate),
                 Refused::NotRun(error) => {
                     telemetry::failure(Event::StoreFailed, &error);
                     Err(ReceiveError::Store(error))
                 }
+                Refused::Undecided => Ok(Receipt::InFlight {
+                    retry_after: settings.terms.lease,
+                }),
                 Refused::Unknown => Ok(Receipt::Unknown),
+                Refused::Unread(error) => Err(ReceiveError::Unrecorded(error)),
             },
         }
     }
@@ -267,7 +268,8 @@ where
             Err(_) => Given::Panicked,
         };
         let verdict = match (&given, settings.on_error) {
-            (Given::Handled(_) | Given::Known, _) | (_, OnError::Keep) => Verdict::Keep(Outcome::Tombstone),
+            (Given::Handled(_) | Given::Known, _) => Verdict::Keep(Outcome::Tombstone),
+            (_, OnError::Keep) => Verdict::KeepFailure(Outcome::Tombstone),
             (_, OnError::Release) => Verdict::Release,
             (_, OnError::Unknown) => Verdict::GiveUp,
         };
@@ -275,21 +277,35 @@ where
     }
 }
 
-/// What came of a message that had another payload: nothing is a duplicate of what is not recorded.
-async fn as_duplicate<T, E>(store: &impl Store, key: &StorageKey, terms: &Terms) -> Received<T, E> {
-    let snapshot = in_time(terms.store_timeout, store.peek(key)).await;
-    Ok(
-        match snapshot.map_err(ReceiveError::Store)?.map(|snapshot| snapshot.status) {
-            Some(Status::Completed(_)) => Receipt::Duplicate,
-            Some(Status::InFlight { left }) => Receipt::InFlight {
-                retry_after: left.min(terms.lease),
+impl<M> Settings<M> {
+    /// What came of a message whose payload is not the recorded one. Nothing is a duplicate of what is not recorded.
+    async fn mismatched<T, E>(&self, store: &impl Store, key: &StorageKey, fingerprint: Fingerprint) -> Received<T, E> {
+        let snapshot = in_time(self.terms.store_timeout, store.peek(key)).await;
+        let Some(snapshot) = snapshot.map_err(ReceiveError::Store)? else {
+            return Ok(Receipt::InFlight {
+                retry_after: Duration::ZERO,
+            });
+        };
+        // From before payloads were compared, or after: there is nothing to compare.
+        let is_compared = ![snapshot.fingerprint, fingerprint].contains(&Fingerprint::NONE);
+        if is_compared && self.on_mismatch == OnMismatch::Error {
+            return Err(ReceiveError::Mismatch);
+        }
+        if is_compared {
+            telemetry::count_message("mismatch");
+        }
+        Ok(match snapshot.status {
+            Status::Completed(_) => Receipt::Duplicate,
+            Status::InFlight { left } => Receipt::InFlight {
+                retry_after: left.min(self.terms.lease),
             },
-            Some(Status::Lost | Status::Unknown) => Receipt::Unknown,
-            None => Receipt::InFlight {
+            // The next delivery of the recorded one takes it over.
+            Status::Lost if self.if_lost != IfLost::Refuse => Receipt::InFlight {
                 retry_after: Duration::ZERO,
             },
-        },
-    )
+            Status::Lost | Status::Unknown => Receipt::Unknown,
+        })
+    }
 }
 
 async fn handled<S: Service<M>, M>(mut service: S, message: M) -> Given<S::Response, S::Error> {

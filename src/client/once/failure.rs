@@ -73,7 +73,7 @@ impl<T, E> OnceError<T, E> {
             Refused::Mismatch => Self::Mismatch,
             Refused::NotKept => Self::NotKept,
             Refused::NotRun(error) => Self::NotRun(error),
-            Refused::Unknown => Self::Unknown(None),
+            Refused::Undecided | Refused::Unknown | Refused::Unread(_) => Self::Unknown(None),
         }
     }
 
