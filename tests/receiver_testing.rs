@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::ready;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tower::{service_fn, Layer, ServiceExt};
@@ -166,4 +167,18 @@ async fn a_batch_says_which_to_acknowledge() {
     let batch = receive_all(&receiver, [300, 301, 300], 1).await;
     assert_eq!(batch.acknowledged().count(), 3);
     assert_eq!((world.effects(200), world.effects(300)), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_copy_that_is_rejected_is_reported() {
+    let deliveries = Arc::new([const { AtomicUsize::new(0) }; 100]);
+    let deliver = move |number: usize| {
+        let delivery = deliveries[number].fetch_add(1, Ordering::SeqCst);
+        ready(match delivery {
+            1 => Disposition::Reject,
+            _ => Disposition::Acknowledge,
+        })
+    };
+    let report = redeliver(|number| number, deliver, |_| ready(())).await;
+    assert!(report.rejected.contains(&Scenario::TwiceAtOnce), "{report:?}");
 }

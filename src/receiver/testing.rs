@@ -138,22 +138,22 @@ where
     while let Some(scenario) = scenarios.pop() {
         report.scenarios += 1;
         let number = report.scenarios;
-        let first = match scenario {
+        let is_rejected = match scenario {
             Scenario::Crash { polls } => {
                 if crash(deliver.clone(), message(number), polls).await {
                     scenarios.push(Scenario::Crash { polls: polls + 1 });
                 }
-                None
+                false
             }
-            Scenario::Twice => Some(settle(&message, &deliver, number).await),
+            Scenario::Twice => settle(&message, &deliver, number).await == Disposition::Reject,
             Scenario::TwiceAtOnce => {
-                let both = join(deliver(message(number)), deliver(message(number))).await;
-                Some(both.0)
+                let (one, other) = join(deliver(message(number)), deliver(message(number))).await;
+                [one, other].contains(&Disposition::Reject)
             }
         };
         let disposition = settle(&message, &deliver, number).await;
         let observed = observe(number).await;
-        if disposition != Disposition::Acknowledge || first == Some(Disposition::Reject) {
+        if disposition != Disposition::Acknowledge || is_rejected {
             report.rejected.push(scenario);
         }
         if observed != report.once {
