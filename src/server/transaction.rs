@@ -106,7 +106,8 @@ impl Lease {
     /// [`OnLost::Execute`](crate::OnLost::Execute), else a key whose process was killed is refused until somebody resolves it.
     /// Use READ COMMITTED, PostgreSQL's default: at the stricter levels a mere duplicate in another process can make the
     /// transaction fail. Do not complete within a savepoint that may be rolled back while its transaction is committed. The
-    /// lease is not renewed from here on: the lock on the record keeps others out until the transaction ends.
+    /// lease is not renewed from here on: the lock on the record keeps others out until the transaction ends. When you have rolled
+    /// it back, return.
     ///
     /// # Cancel safety
     ///
