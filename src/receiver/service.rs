@@ -163,8 +163,7 @@ where
         match (settings.on_missing_id, &settings.payload) {
             (OnMissingId::FromPayload, Some(payload)) => {
                 let digest = blake3::hash(payload(&self.message));
-                // No producer's id has three parts, two of them empty, and 32 bytes.
-                Ok(Some(MessageId::of([&[], &[], &digest.as_bytes()[..]])))
+                Ok(Some(MessageId::with_optional("payload", [&digest.as_bytes()[..]])))
             }
             (OnMissingId::Unprotected, _) => Ok(None),
             _ => Err(ReceiveError::MissingId),
