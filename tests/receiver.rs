@@ -322,6 +322,21 @@ async fn a_message_without_an_id_is_treated_as_set() {
     ));
 }
 
+/// Only the length of all parts was looked at: the second message without an id was a duplicate of the first.
+#[tokio::test]
+async fn an_empty_id_beside_a_source_is_no_id() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let with_source = layer(store.clone()).with_id(|message: &Message| MessageId::of([&b"shop-2"[..], &message.id]));
+    let receiver = with_source.layer(handler.clone());
+    for payload in ["a", "b"] {
+        let received = deliver(&receiver, message("").with(payload)).await;
+        assert!(matches!(received, Err(ReceiveError::MissingId)));
+    }
+    assert_eq!((handler.counts(), store.calls("claim")), ((0, 0), 0));
+    assert!(MessageId::of(["", "7"]).is_missing() && MessageId::of::<&str>([]).is_missing());
+    assert!(!MessageId::of(["shop-2", "7"]).is_missing());
+}
+
 #[tokio::test(start_paused = true)]
 async fn another_payload_under_an_id_is_an_error_or_a_duplicate() {
     let (store, handler) = (RemoteStore::new(), Handler::default());

@@ -1,13 +1,14 @@
 //! Webhooks over HTTP: verified before anything is recorded, handled once, answered alike.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::{to_bytes, Body};
-use axum::http::{HeaderMap, Request, StatusCode};
-use axum::response::IntoResponse;
-use axum::routing::post;
+use axum::http::{HeaderMap, Method, Request, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, post};
 use axum::Router;
 use bytes::Bytes;
 use data_encoding::{BASE64, HEXLOWER};
@@ -15,12 +16,13 @@ use futures::future::join_all;
 use futures::stream;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
-use tower::{ServiceBuilder, ServiceExt};
+use tower::{service_fn, ServiceBuilder, ServiceExt};
+use tower_idempotency::protocol::Status;
 use tower_idempotency::receiver::webhooks::{
     GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, WebhookLayer,
 };
-use tower_idempotency::receiver::MessageId;
-use tower_idempotency::{IdempotencyLayer, MemoryStore, Refusal, RefusalKind};
+use tower_idempotency::receiver::{ids, MessageId};
+use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, Refusal, RefusalKind, Scope, Store};
 
 const SECRET: [u8; 24] = [7; 24];
 
@@ -61,6 +63,21 @@ struct App {
 }
 
 impl App {
+    /// One whose handler answers its n-th run so, under `webhooks()` as changed.
+    fn answering(
+        change: impl FnOnce(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>,
+        answer: impl Fn(usize) -> Response + Clone + Send + Sync + 'static,
+    ) -> Self {
+        let (runs, store) = (Arc::new(AtomicUsize::new(0)), MemoryStore::new());
+        let counted = Arc::clone(&runs);
+        let handler = move || async move { answer(counted.fetch_add(1, Ordering::SeqCst) + 1) };
+        let layers = ServiceBuilder::new()
+            .layer(standard())
+            .layer(change(IdempotencyLayer::new(store.clone()).webhooks()));
+        let router = Router::new().route("/webhooks", any(handler)).layer(layers);
+        Self { router, runs, store }
+    }
+
     fn new(webhooks: WebhookLayer) -> Self {
         let (runs, store) = (Arc::new(AtomicUsize::new(0)), MemoryStore::new());
         let counted = Arc::clone(&runs);
@@ -147,6 +164,7 @@ async fn what_is_not_genuine_reaches_nothing_and_leaves_no_record() {
         .await;
     app.is_refused(at(now() - 301, "msg_1", "paid")).await;
     app.is_refused(at(now() + 302, "msg_1", "paid")).await;
+    app.is_refused(at(u64::MAX, "msg_1", "paid")).await;
     assert_eq!(app.counts(), (0, 0));
     // Nor does a forged copy of one that was handled get its answer.
     let (status, ..) = app.send(webhook("msg_1", "paid")).await;
@@ -274,4 +292,203 @@ async fn ids_of_any_bytes_become_keys_and_impossible_ones_do_not() {
     assert_eq!(send(vec![b'x'; 4_097]).await.0, StatusCode::UNAUTHORIZED);
     assert_eq!(send(Vec::new()).await.0, StatusCode::UNAUTHORIZED);
     assert_eq!(app.counts(), (3, 3));
+}
+
+/// A refusal was kept for 7 days: a handler that was mended never got what it had refused.
+#[tokio::test(start_paused = true)]
+async fn a_webhook_that_its_handler_refused_runs_again() {
+    for refused in [422, 404, 302] {
+        let refused = StatusCode::from_u16(refused).unwrap();
+        let app = App::answering(
+            |layer| layer,
+            move |run| match run {
+                1 => refused.into_response(),
+                _ => "mended".into_response(),
+            },
+        );
+        assert_eq!(app.send(webhook("msg_1", "paid")).await.0, refused);
+        for _ in 0..2 {
+            let (status, _, body, _) = app.send(webhook("msg_1", "paid")).await;
+            assert_eq!((status, &body[..]), (StatusCode::OK, &b"mended"[..]));
+        }
+        assert_eq!(app.counts(), (2, 1));
+    }
+    let gone = |_| {
+        let mut gone = StatusCode::GONE.into_response();
+        gone.extensions_mut().insert(Keep);
+        gone
+    };
+    let app = App::answering(|layer| layer, gone);
+    for _ in 0..2 {
+        assert_eq!(app.send(webhook("msg_1", "paid")).await.0, StatusCode::GONE);
+    }
+    assert_eq!(app.counts(), (1, 1));
+}
+
+/// No signature covers the method, and the layer within guards POST only: under PUT the same webhook ran again.
+#[tokio::test(start_paused = true)]
+async fn only_post_is_taken() {
+    let app = App::answering(|layer| layer, |_| "thanks".into_response());
+    assert_eq!(app.send(webhook("msg_1", "paid")).await.0, StatusCode::OK);
+    for method in [Method::PUT, Method::GET, Method::PUT, Method::PATCH] {
+        let mut again = webhook("msg_1", "paid");
+        *again.method_mut() = method;
+        let (status, headers, _, refusal) = app.send(again).await;
+        assert_eq!(
+            (status, refusal),
+            (StatusCode::METHOD_NOT_ALLOWED, Some(RefusalKind::InvalidWebhookMethod))
+        );
+        assert_eq!(headers["allow"], "POST");
+    }
+    assert_eq!(app.counts(), (1, 1));
+}
+
+/// The key is no secret: whoever sees it once could send it with a request of its own, and take the webhook's place.
+#[tokio::test(start_paused = true)]
+async fn a_clients_own_request_does_not_take_a_webhooks_key() {
+    let seen = Arc::new(Mutex::new(None));
+    let keep = Arc::clone(&seen);
+    let observe = move |headers: HeaderMap| async move {
+        *keep.lock().unwrap() = headers.get("idempotency-key").cloned();
+    };
+    let observer = Router::new().route("/webhooks", post(observe)).layer(standard());
+    observer.oneshot(webhook("msg_1", "paid")).await.unwrap();
+    let key = seen.lock().unwrap().take().unwrap();
+
+    let app = App::new(standard());
+    let clients = Router::new()
+        .route("/webhooks", post(|| async { "a client's" }))
+        .layer(IdempotencyLayer::new(app.store.clone()));
+    let request = Request::post("/webhooks").header("idempotency-key", key);
+    let response = clients.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    let (status, _, body, _) = app.send(webhook("msg_1", "paid")).await;
+    assert_eq!((status, &body[..]), (StatusCode::ACCEPTED, &b"run 1 of 4 bytes"[..]));
+    assert_eq!(app.counts(), (1, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_record_of_a_webhook_can_be_named() {
+    let id = ids::standard_webhooks(webhook("msg_1", "").headers());
+    let own = Scope::from("own");
+    let preset = Scope::of(["tower-idempotency", "webhooks"]);
+    let scoped = own.clone();
+    let change = move |layer: IdempotencyLayer<MemoryStore>| {
+        let scope = scoped.clone();
+        layer.with_scope(move |_| scope.clone())
+    };
+    for (app, scope) in [
+        (App::answering(|layer| layer, |_| "thanks".into_response()), preset),
+        (App::answering(change, |_| "thanks".into_response()), own),
+    ] {
+        let idempotency = IdempotencyLayer::new(app.store.clone()).webhooks();
+        let key = idempotency.storage_key(Some(&scope), &standard().key(&id)).unwrap();
+        assert!(app.store.peek(&key).await.unwrap().is_none());
+        app.send(webhook("msg_1", "paid")).await;
+        let record = app.store.peek(&key).await.unwrap().unwrap();
+        assert!(matches!(record.status, Status::Completed(_)));
+        assert_eq!(app.counts(), (1, 1));
+    }
+}
+
+/// Id `msg_1`, T and the body `T2.5` have the signature of id `msg_1.T`, T2 and the body `5`.
+#[tokio::test(start_paused = true)]
+async fn the_parts_of_a_webhook_cannot_be_shifted() {
+    let app = App::new(standard());
+    let (sent, later) = (now(), now() + 1);
+    let genuine = at(sent, "msg_1", &format!("{later}.5"));
+    let mut shifted = at(later, &format!("msg_1.{sent}"), "5");
+    let signature = &genuine.headers()["webhook-signature"];
+    assert_eq!(shifted.headers()["webhook-signature"], signature);
+    shifted.headers_mut().insert("webhook-signature", signature.clone());
+    assert_eq!(app.send(genuine).await.0, StatusCode::ACCEPTED);
+    app.is_refused(shifted).await;
+    assert_eq!(app.counts(), (1, 1));
+}
+
+/// Duplicates got 409 for ever, and providers disable who never answers with 2xx.
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_of_which_the_answer_was_not_kept_gets_a_bare_200() {
+    let long = || "x".repeat(1_000).into_response();
+    let stream = || ([("content-type", "text/event-stream")], "data: x").into_response();
+    let answers: [fn() -> Response; 2] = [long, stream];
+    for answer in answers {
+        let app = App::answering(|layer| layer.with_answer_limit(100), move |_| answer());
+        let (status, headers, body, _) = app.send(webhook("msg_1", "paid")).await;
+        assert_eq!((status, body.is_empty()), (StatusCode::OK, false));
+        assert!(!headers.contains_key("idempotent-replayed"));
+        for _ in 0..2 {
+            let (status, headers, body, refusal) = app.send(webhook("msg_1", "paid")).await;
+            assert_eq!((status, &body[..], refusal), (StatusCode::OK, &b""[..], None));
+            assert_eq!(headers["idempotent-replayed"], "true");
+        }
+        assert_eq!(app.counts(), (1, 1));
+    }
+    // What was no success is not called one, even if its answer broke off.
+    let broken = || {
+        let lost = stream::iter([Err::<Bytes, _>(std::io::Error::other("lost"))]);
+        let body = Body::from_stream(lost);
+        (StatusCode::UNPROCESSABLE_ENTITY, body).into_response()
+    };
+    let long = || (StatusCode::UNPROCESSABLE_ENTITY, "x".repeat(1_000)).into_response();
+    let answers: [fn() -> Response; 2] = [broken, long];
+    for answer in answers {
+        let app = App::answering(
+            |layer| layer.with_answer_limit(100),
+            move |run| match run {
+                1 => answer(),
+                _ => "mended".into_response(),
+            },
+        );
+        assert!(!app.send(webhook("msg_1", "paid")).await.0.is_success());
+        assert_eq!(&app.send(webhook("msg_1", "paid")).await.2[..], b"mended");
+        assert_eq!(app.counts(), (2, 1));
+    }
+}
+
+/// The service within was ready for each request whose body was read: forgers who sent none took all of its permits.
+#[tokio::test(start_paused = true)]
+async fn what_is_not_verified_takes_nothing_of_the_service_within() {
+    let handler = service_fn(|_: Request<Body>| async { Ok::<_, Infallible>(Response::new(Body::empty())) });
+    let service = ServiceBuilder::new()
+        .layer(standard())
+        .concurrency_limit(1)
+        .service(handler);
+    let mut stalled = webhook("msg_1", "paid");
+    *stalled.body_mut() = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
+    let stalled = tokio::spawn(service.clone().oneshot(stalled));
+    tokio::task::yield_now().await;
+    for _ in 0..2 {
+        let genuine = service.clone().oneshot(webhook("msg_2", "paid"));
+        let answered = tokio::time::timeout(Duration::from_secs(1), genuine).await;
+        assert_eq!(answered.unwrap().unwrap().status(), StatusCode::OK);
+    }
+    let refused = stalled.await.unwrap().unwrap();
+    assert_eq!(refused.status(), StatusCode::REQUEST_TIMEOUT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_body_of_what_has_no_signature_is_not_read() {
+    let app = App::new(standard());
+    let is_polled = Arc::new(AtomicBool::new(false));
+    let body = || {
+        let is_polled = Arc::clone(&is_polled);
+        Body::from_stream(stream::poll_fn(move |_| {
+            is_polled.store(true, Ordering::SeqCst);
+            std::task::Poll::Ready(None::<Result<Bytes, std::io::Error>>)
+        }))
+    };
+    let mut unsigned = webhook("msg_1", "paid");
+    unsigned.headers_mut().remove("webhook-signature");
+    *unsigned.body_mut() = body();
+    app.is_refused(unsigned).await;
+    let mut put = webhook("msg_1", "paid");
+    *put.method_mut() = Method::PUT;
+    *put.body_mut() = body();
+    assert_eq!(app.send(put).await.0, StatusCode::METHOD_NOT_ALLOWED);
+    assert!(!is_polled.load(Ordering::SeqCst));
+    let mut forged = webhook("msg_1", "paid");
+    *forged.body_mut() = body();
+    app.is_refused(forged).await;
+    assert!(is_polled.load(Ordering::SeqCst));
 }

@@ -7,7 +7,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{response, Response, StatusCode};
 
-use super::body::Collected;
+use super::body::{Body, Collected};
 use super::RebuildBody;
 use crate::protocol::Answer;
 
@@ -73,14 +73,27 @@ impl AnswerHeaders {
     pub(crate) fn replay<B: RebuildBody>(&self, answer: &Answer, marked: bool) -> Result<Response<B>, CorruptAnswer> {
         let (mut head, ()) = Response::new(()).into_parts();
         let trailers = decode(&answer.head, &mut head).ok_or(CorruptAnswer)?;
-        if let (true, Some((name, value))) = (marked, &self.marker) {
-            head.headers.insert(name, value.clone());
+        if marked {
+            self.mark(&mut head.headers);
         }
         let body = Collected {
             bytes: answer.body.clone(),
             trailers,
         };
         Ok(Response::from_parts(head, body.rebuild()))
+    }
+
+    /// An empty 200 instead of an answer that was not kept, marked as a replay.
+    pub(crate) fn bare_replay<B: RebuildBody>(&self) -> Response<B> {
+        let mut response = Response::new(B::rebuild(Body::from_bytes(Bytes::new())));
+        self.mark(response.headers_mut());
+        response
+    }
+
+    fn mark(&self, headers: &mut HeaderMap) {
+        if let Some((name, value)) = &self.marker {
+            headers.insert(name, value.clone());
+        }
     }
 
     /// Writes the headers that repetitions carry and returns their number.
@@ -336,7 +349,7 @@ mod tests {
             trailers: Some(HeaderMap::from_iter([(header::ETAG, HeaderValue::from_static("t"))])),
         };
         let answer = headers.store(&response(&[]), &body);
-        let again: Response<crate::Body<Full<Bytes>>> = headers.replay(&answer, true).unwrap();
+        let again: Response<Body<Full<Bytes>>> = headers.replay(&answer, true).unwrap();
         let collected = block_on(again.into_body().collect()).unwrap();
         assert_eq!(collected.trailers().unwrap()[header::ETAG], "t");
     }

@@ -50,6 +50,8 @@ pub enum RefusalKind {
     InvalidKey(InvalidKey),
     /// The webhook is not genuine, or has no id. 401.
     InvalidWebhook,
+    /// The webhook came by another method than POST. 405.
+    InvalidWebhookMethod,
     /// A key is required and missing. 400.
     MissingKey,
     /// It is not known whose key it is: the application's function found no scope. 500.
@@ -215,6 +217,7 @@ impl Refusal {
             RefusalKind::InvalidKey(_) | RefusalKind::MissingKey | RefusalKind::Mismatch | RefusalKind::BodyBroken => 3,
             RefusalKind::BodyTimeout => 4,
             RefusalKind::InvalidWebhook => 16,
+            RefusalKind::InvalidWebhookMethod => 12,
             RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
             RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
             RefusalKind::Outstanding => 10,
@@ -279,7 +282,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 18] = [
+    const ALL: [RefusalKind; 19] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
         RefusalKind::BodyBroken,
@@ -298,6 +301,7 @@ mod tests {
         RefusalKind::StoreUnavailable,
         RefusalKind::TooManyWaiters,
         RefusalKind::InvalidWebhook,
+        RefusalKind::InvalidWebhookMethod,
     ];
 
     fn rendered(refusal: Refusal, style: &RefusalStyle) -> (http::response::Parts, Bytes) {

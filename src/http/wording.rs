@@ -29,6 +29,7 @@ impl RefusalKind {
                 ..INVALID_KEY
             },
             RefusalKind::InvalidWebhook => INVALID_WEBHOOK,
+            RefusalKind::InvalidWebhookMethod => INVALID_WEBHOOK_METHOD,
             RefusalKind::MissingKey => MISSING_KEY,
             RefusalKind::MissingScope => MISSING_SCOPE,
             RefusalKind::Mismatch => MISMATCH,
@@ -106,6 +107,14 @@ const INVALID_WEBHOOK: Wording = Wording {
     code: "webhook-invalid",
     title: "The webhook cannot be verified",
     detail: "Its signature, its timestamp or its id is missing or wrong. Nothing was processed.",
+    retryable: false,
+};
+
+const INVALID_WEBHOOK_METHOD: Wording = Wording {
+    status: StatusCode::METHOD_NOT_ALLOWED,
+    code: "webhook-method",
+    title: "A webhook comes by POST",
+    detail: "No signature covers the method, so that only one is taken. Nothing was processed.",
     retryable: false,
 };
 

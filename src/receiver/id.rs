@@ -21,6 +21,7 @@ pub struct MessageId {
     parts: Scope,
     /// Of all parts, in bytes.
     length: usize,
+    is_missing: bool,
 }
 
 /// The most bytes that an id may have.
@@ -28,11 +29,36 @@ const MAX_LENGTH: usize = 4096;
 
 impl MessageId {
     /// An id of several parts, such as a source and its id; no two lists of parts run together.
+    ///
+    /// It is [missing](Self::is_missing) when it has no part, or when any of them is empty: else all messages of a source that come without
+    /// an id would be one.
+    ///
+    /// ```
+    /// use tower_idempotency::receiver::MessageId;
+    ///
+    /// assert!(MessageId::of(["shop-2", ""]).is_missing());
+    /// ```
     #[must_use]
     pub fn of<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> Self {
-        let mut length = 0;
-        let parts = Scope::of(parts.into_iter().inspect(|part| length += part.as_ref().len()));
-        Self { parts, length }
+        let (mut length, mut is_missing) = (0, false);
+        let parts = Scope::of(parts.into_iter().inspect(|part| {
+            length += part.as_ref().len();
+            is_missing |= part.as_ref().is_empty();
+        }));
+        Self {
+            parts,
+            length,
+            is_missing: is_missing || length == 0,
+        }
+    }
+
+    /// An id of which some parts may be empty. It meets none of [`of`](Self::of)'s: before its kind it has a part that is empty.
+    pub(super) fn with_optional<'p>(kind: &'p str, parts: impl IntoIterator<Item = &'p [u8]>) -> Self {
+        let all = [&[], kind.as_bytes()].into_iter().chain(parts);
+        Self {
+            is_missing: false,
+            ..Self::of(all)
+        }
     }
 
     /// No id. What becomes of the message is for [`on_missing_id`](super::ReceiverLayer::on_missing_id) to say.
@@ -41,10 +67,10 @@ impl MessageId {
         Self::of([""])
     }
 
-    /// Whether there is none, or an empty one.
+    /// Whether there is none, or one of which a part is empty.
     #[must_use]
     pub const fn is_missing(&self) -> bool {
-        self.length == 0
+        self.is_missing
     }
 
     pub(super) const fn check(&self) -> Result<(), InvalidMessageId> {

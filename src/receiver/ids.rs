@@ -49,14 +49,11 @@ impl CloudEvents {
 /// says nothing.
 #[must_use]
 pub fn cloud_event(source: impl AsRef<[u8]>, id: impl AsRef<[u8]>) -> MessageId {
-    let (source, id) = (source.as_ref(), id.as_ref());
-    if source.is_empty() || id.is_empty() {
-        return MessageId::missing();
-    }
-    MessageId::of([b"cloudevents", source, id])
+    MessageId::of([b"cloudevents", source.as_ref(), id.as_ref()])
 }
 
-/// A CloudEvent in binary mode, whose headers are looked up by `header`.
+/// A CloudEvent in binary mode, whose headers are looked up by `header`. Where a binding has two names for each, the first pair of
+/// which neither is absent or empty counts.
 ///
 /// ```
 /// use std::collections::HashMap;
@@ -67,11 +64,9 @@ pub fn cloud_event(source: impl AsRef<[u8]>, id: impl AsRef<[u8]>) -> MessageId 
 /// assert_eq!(id, cloud_event("/orders", "7"));
 /// ```
 pub fn cloud_event_in<V: AsRef<[u8]>>(binding: CloudEvents, header: impl Fn(&str) -> Option<V>) -> MessageId {
-    let found = binding
-        .names()
-        .iter()
-        .find_map(|(source, id)| Some(cloud_event(header(source)?, header(id)?)));
-    found.unwrap_or_else(MessageId::missing)
+    let pairs = binding.names().iter();
+    let mut ids = pairs.filter_map(|(source, id)| Some(cloud_event(header(source)?, header(id)?)));
+    ids.find(|id| !id.is_missing()).unwrap_or_else(MessageId::missing)
 }
 
 /// A CloudEvent over HTTP in binary mode.
@@ -101,7 +96,7 @@ pub fn shopify(headers: &HeaderMap) -> MessageId {
     let id = ids.iter().map(|name| value(name)).find(|id| !id.is_empty());
     let shop = [value("x-shopify-shop-domain"), value("x-shopify-topic")];
     id.map_or_else(MessageId::missing, |id| {
-        MessageId::of([b"shopify", shop[0], shop[1], id])
+        MessageId::with_optional("shopify", [shop[0], shop[1], id])
     })
 }
 
@@ -143,14 +138,21 @@ pub fn kafka_offset(topic: &str, partition: i32, offset: i64) -> MessageId {
     MessageId::of([b"kafka-offset", topic.as_bytes(), &partition, &offset])
 }
 
-/// A message of Amazon SQS: its `MessageDeduplicationId` (FIFO queues), which its producer chose; else the queue's own `MessageId`,
-/// which does not tell what the producer sent twice.
+/// A message of Amazon SQS: the queue's own `MessageId`. It tells redeliveries, but not what the producer sent twice.
 #[must_use]
-pub fn sqs(message_id: &str, deduplication_id: Option<&str>) -> MessageId {
-    match deduplication_id.filter(|id| !id.is_empty()) {
-        Some(id) => named("sqs-deduplication", id.as_bytes()),
-        None => named("sqs", message_id.as_bytes()),
-    }
+pub fn sqs(message_id: &str) -> MessageId {
+    named("sqs", message_id.as_bytes())
+}
+
+/// A message of a FIFO queue of Amazon SQS: its `MessageGroupId` and its `MessageDeduplicationId`, for producers that never use a
+/// deduplication id of a group for a second message.
+///
+/// **Not** where the queue has `ContentBasedDeduplication`, nor where ids are used again: SQS compares deduplication ids for 5 minutes
+/// only, the receiver for its whole retention, 7 days by default. There the id is a hash of the body, and a second message with an equal
+/// body, or a used id, would be acknowledged and never handled. Take [`sqs`] there, or an id that the producer put into an attribute.
+#[must_use]
+pub fn sqs_fifo(message_group_id: &str, deduplication_id: &str) -> MessageId {
+    MessageId::of(["sqs-fifo", message_group_id, deduplication_id])
 }
 
 fn field(kind: &str, headers: &HeaderMap, name: &'static str) -> MessageId {
@@ -162,9 +164,6 @@ fn optional<I: AsRef<[u8]>>(kind: &str, id: Option<I>) -> MessageId {
 }
 
 fn named(kind: &str, id: &[u8]) -> MessageId {
-    if id.is_empty() {
-        return MessageId::missing();
-    }
     MessageId::of([kind.as_bytes(), id])
 }
 
@@ -198,7 +197,8 @@ mod tests {
             );
         }
         assert!(amqp(None::<&str>).is_missing() && nats(Some("")).is_missing() && kafka(Some(b"")).is_missing());
-        assert!(stripe("").is_missing() && sqs("", None).is_missing());
+        assert!(stripe("").is_missing() && sqs("").is_missing());
+        assert!(sqs_fifo("", "1").is_missing() && sqs_fifo("1", "").is_missing());
     }
 
     #[test]
@@ -214,8 +214,11 @@ mod tests {
             amqp(Some("1")),
             nats(Some("1")),
             kafka(Some("1")),
-            sqs("1", None),
-            sqs("1", Some("1")),
+            sqs("1"),
+            sqs_fifo("1", "1"),
+            sqs_fifo("1", "2"),
+            // The same deduplication id in another group is another message.
+            sqs_fifo("2", "1"),
             cloud_event("1", "1"),
             kafka_offset("1", 1, 1),
             kafka_offset("1", 1, 2),
@@ -254,5 +257,29 @@ mod tests {
             cloud_event_over_http(&headers(&[("ce-source", "/a"), ("ce-id", "1")])),
             id
         );
+    }
+
+    /// The first pair was found, and was missing, so that the second was never looked for.
+    #[test]
+    fn an_empty_pair_does_not_hide_a_good_one() {
+        for (source, id) in [("", "1"), ("/b", ""), ("", "")] {
+            let header = |name: &str| match name {
+                "cloudEvents:source" => Some(source),
+                "cloudEvents:id" => Some(id),
+                "cloudEvents_source" => Some("/a"),
+                "cloudEvents_id" => Some("2"),
+                _ => None,
+            };
+            assert_eq!(cloud_event_in(CloudEvents::Amqp, header), cloud_event("/a", "2"));
+        }
+    }
+
+    #[test]
+    fn optional_parts_may_be_empty_and_meet_no_id_of_a_users() {
+        let shopify = shopify(&headers(&[("x-shopify-event-id", "1")]));
+        assert!(!shopify.is_missing());
+        assert_ne!(shopify, MessageId::of(["shopify", "", "", "1"]));
+        let same_parts = MessageId::of(["", "shopify", "", "", "1"]);
+        assert!(same_parts.is_missing() && same_parts != shopify);
     }
 }

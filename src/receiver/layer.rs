@@ -287,8 +287,7 @@ impl<M> Settings<M> {
         Ok(match (self.on_missing_id, &self.payload) {
             (OnMissingId::FromPayload, Some(payload)) => {
                 let digest = blake3::hash(payload(message));
-                // No producer's id has three parts, two of them empty, and 32 bytes.
-                Some(MessageId::of([&[], &[], &digest.as_bytes()[..]]))
+                Some(MessageId::with_optional("payload", [&digest.as_bytes()[..]]))
             }
             _ => None,
         })

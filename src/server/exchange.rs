@@ -391,6 +391,10 @@ impl Values {
                     self.refuse(span, self.later(RefusalKind::StoreUnavailable))
                 }
             },
+            Landing::Refused(refusal) if self.bare_replay && refusal.kind() == RefusalKind::AnswerNotKept => {
+                telemetry::finished(span, "replayed");
+                self.answer_headers.bare_replay()
+            }
             Landing::Refused(refusal) => self.refuse(span, *refusal),
             Landing::Handover => self.refuse(span, self.later(RefusalKind::Outstanding)),
         }

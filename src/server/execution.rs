@@ -25,8 +25,8 @@ use crate::telemetry::{self, Event};
 pub(super) enum Ended<R, E> {
     /// With an answer that was read to its end.
     Answered(Read),
-    /// With an answer that broke off while it was read.
-    Broken,
+    /// With an answer of this head that broke off while it was read.
+    Broken(response::Parts),
     /// With an error of the service.
     Failed(E),
     /// With a panic.
@@ -134,7 +134,9 @@ impl<St: Store, S> Exchange<St, S> {
                 self.cargo = Cargo::Answered(read);
                 Ok(self.answered().await)
             }
-            Ended::Broken => Ok(self.broken().await),
+            // A tombstone would be answered with 200, which is not what this answer was about to say.
+            Ended::Broken(head) if self.settings.bare_replay && !head.status.is_success() => Ok(self.failed().await),
+            Ended::Broken(_) => Ok(self.broken().await),
             Ended::Failed(error) => {
                 let _: Response<R> = self.failed().await;
                 Err(error)
@@ -432,7 +434,7 @@ where
     }
     match collect(body, limit).await {
         Ok(body) => Ended::Answered(Read { head, body }),
-        Err(Shortfall::Broken(_)) => Ended::Broken,
+        Err(Shortfall::Broken(_)) => Ended::Broken(head),
         Err(Shortfall::TooLarge(body)) => Ended::Streaming(Response::from_parts(head, R::rebuild(body))),
     }
 }

@@ -102,14 +102,27 @@ impl<St: Store> IdempotencyLayer<St> {
             .with_wait(Duration::ZERO)
     }
 
-    /// Sets what webhooks need behind a `receiver::webhooks::WebhookLayer` (feature `webhooks`): POST only, the key required, 409 with
-    /// `Retry-After` at once while the first is outstanding, 7 days of retention, and no fingerprint: who it is has been verified, and
-    /// providers change what does not matter when they send again.
-    pub fn webhooks(self) -> Self {
+    /// Sets what webhooks need behind a `receiver::webhooks::WebhookLayer` (feature `webhooks`); what has a setting of its own can
+    /// be set otherwise afterwards:
+    ///
+    /// * POST only, the key required, 409 with `Retry-After` at once while the first is outstanding, 7 days of retention.
+    /// * No fingerprint: who it is has been verified, and providers change what does not matter when they send again.
+    /// * Only 2xx answers are kept. After any other the next delivery runs the handler again, which may have been mended by then; for
+    ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures follow [`on_error`](Self::on_error).
+    /// * A duplicate of which the answer was not kept, being too long or forgotten for want of room, gets a bare 200 instead of 409
+    ///   `answer-not-kept`: providers stop sending to who never answers with 2xx.
+    /// * The scope `Scope::of(["tower-idempotency", "webhooks"])`, so that no request with a key of a client's own takes a webhook's, on
+    ///   whatever layer of the same store.
+    pub fn webhooks(mut self) -> Self {
+        let values = self.values();
+        values.keep.keep_if = None;
+        values.keep.success_only = true;
+        values.bare_replay = true;
         self.require_key()
             .with_methods([Method::POST])
             .with_wait(Duration::ZERO)
             .with_retention(Duration::from_secs(7 * 24 * 60 * 60))
+            .with_scope(|_| Scope::of(["tower-idempotency", "webhooks"]))
             .dangerously_without_fingerprint()
     }
 

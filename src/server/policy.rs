@@ -147,6 +147,8 @@ pub(super) type KeepIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
 pub(super) struct KeepPolicy {
     pub(super) on_error: OnError,
     pub(super) keep_if: Option<KeepIf>,
+    /// Whether answers that are neither 2xx nor failures are released, too.
+    pub(super) success_only: bool,
 }
 
 /// What becomes of an answer.
@@ -182,6 +184,7 @@ impl KeepPolicy {
             return self.of_failure();
         }
         match response.status {
+            status if self.success_only && !status.is_success() => Verdict::Release,
             StatusCode::UNAUTHORIZED
             | StatusCode::FORBIDDEN
             | StatusCode::PROXY_AUTHENTICATION_REQUIRED
@@ -208,6 +211,7 @@ impl fmt::Debug for KeepPolicy {
         f.debug_struct("KeepPolicy")
             .field("on_error", &self.on_error)
             .field("keep_if", &self.keep_if.is_some())
+            .field("success_only", &self.success_only)
             .finish()
     }
 }
@@ -248,6 +252,28 @@ mod tests {
             assert_eq!(verdict(&policy, 408, |_| {}), wanted);
             assert_eq!(verdict(&policy, 429, |_| {}), Verdict::Release);
         }
+    }
+
+    #[test]
+    fn success_alone_is_kept_where_that_is_asked_for_and_failures_follow_their_setting() {
+        let policy = KeepPolicy {
+            success_only: true,
+            on_error: OnError::Unknown,
+            ..KeepPolicy::default()
+        };
+        for status in [200, 202, 204] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
+        }
+        for status in [302, 304, 400, 401, 404, 409, 410, 422, 429] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Release, "{status}");
+        }
+        for status in [408, 500, 503] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::GiveUp, "{status}");
+        }
+        let gone = verdict(&policy, 410, |parts| {
+            parts.extensions.insert(Keep);
+        });
+        assert_eq!(gone, Verdict::Keep);
     }
 
     #[test]

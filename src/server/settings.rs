@@ -35,6 +35,8 @@ pub(super) struct Values {
     pub(super) on_lost: OnLost,
     pub(super) max_attempts: u32,
     pub(super) answer_headers: AnswerHeaders,
+    /// Whether a duplicate of which the answer was not kept gets a bare 200 instead of a refusal.
+    pub(super) bare_replay: bool,
     pub(super) refusals: RefusalStyle,
     pub(super) retention: Duration,
     pub(super) lease: Duration,
@@ -70,6 +72,7 @@ impl Default for Values {
             on_lost: OnLost::default(),
             max_attempts: 5,
             answer_headers: AnswerHeaders::default(),
+            bare_replay: false,
             refusals: RefusalStyle::default(),
             retention: Duration::from_secs(24 * 60 * 60),
             lease: Duration::from_secs(30),
@@ -98,6 +101,7 @@ impl fmt::Debug for Values {
             .field("body_limit", &self.body_limit)
             .field("answer_limit", &self.answer_limit)
             .field("keep", &self.keep)
+            .field("bare_replay", &self.bare_replay)
             .field("on_lost", &self.on_lost)
             .field("max_attempts", &self.max_attempts)
             .field("refusals", &self.refusals)

@@ -1,15 +1,15 @@
 //! The layer that verifies webhooks.
 
 use std::fmt;
-use std::future::Future;
+use std::future::{poll_fn, Future};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use http::header::{HeaderName, HeaderValue};
-use http::{Request, Response};
+use http::header::{HeaderName, HeaderValue, ALLOW};
+use http::{Method, Request, Response};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -26,8 +26,14 @@ const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// [module](super). A key that the sender set itself is replaced; an inner layer that looks into another header field would trust the
 /// sender's.
 ///
-/// What is not genuine is refused with 401, whatever its fault, and reaches nothing behind. The body is read for it: 2 MiB at most (413
-/// beyond), within 30 seconds (408), both [settings](Self::with_body_bounds).
+/// What is not genuine is refused with 401, whatever its fault, and reaches nothing behind. The body is read for it, unless there is no
+/// signature at all: 2 MiB at most (413 beyond), within 30 seconds (408), both [settings](Self::with_body_bounds).
+///
+/// Anything but POST is refused with 405: no signature covers the method, and under another one the same webhook would run again. A
+/// provider's challenge by GET is to be routed past this layer.
+///
+/// The layer is ready at all times. The service within becomes ready for what has been verified, so that who forges takes none of its
+/// permits; what sheds load by readiness belongs within.
 #[derive(Clone)]
 pub struct WebhookLayer {
     settings: Arc<Settings>,
@@ -69,6 +75,30 @@ impl WebhookLayer {
             settings: Arc::new(settings),
         }
     }
+
+    /// The key that the webhook of this id gets, for
+    /// [`IdempotencyLayer::storage_key`](crate::IdempotencyLayer::storage_key): to look up its record, or to resolve one whose outcome is
+    /// unknown.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
+    /// # use tower_idempotency::receiver::{ids, webhooks::WebhookLayer};
+    /// # async fn look_up(webhooks: WebhookLayer, store: MemoryStore) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tower_idempotency::Scope;
+    ///
+    /// let idempotency = IdempotencyLayer::new(store).webhooks();
+    /// // The scope that `webhooks()` sets.
+    /// let scope = Scope::of(["tower-idempotency", "webhooks"]);
+    /// let key = idempotency.storage_key(Some(&scope), &webhooks.key(&ids::stripe("evt_1")))?;
+    /// let record = idempotency.store().peek(&key).await?;
+    /// # let _ = record;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn key(&self, id: &MessageId) -> String {
+        key_of(&self.settings.source, id)
+    }
 }
 
 impl<S> Layer<S> for WebhookLayer {
@@ -101,32 +131,46 @@ where
     type Error = S::Error;
     type Future = WebhookFuture<R, S::Error>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<B>) -> WebhookFuture<R, S::Error> {
-        // The service that was polled ready is the one that is called.
-        let clone = self.inner.clone();
-        let mut ready = std::mem::replace(&mut self.inner, clone);
-        let settings = Arc::clone(&self.settings);
+        let (mut inner, settings) = (self.inner.clone(), Arc::clone(&self.settings));
         let answered = Box::pin(async move {
             match verified(&settings, request).await {
-                Ok(request) => ready.call(request).await,
-                Err(kind) => {
-                    let refusal = Refusal::new(kind);
-                    telemetry::finished(None, refusal.code());
-                    Ok(refusal.into_response(&RefusalStyle::default()))
+                Ok(request) => {
+                    // The service that was polled ready is the one that is called.
+                    poll_fn(|cx| inner.poll_ready(cx)).await?;
+                    inner.call(request).await
                 }
+                Err(kind) => Ok(refused(kind)),
             }
         });
         WebhookFuture { answered }
     }
 }
 
+fn refused<R: RebuildBody>(kind: RefusalKind) -> Response<R> {
+    let refusal = Refusal::new(kind);
+    telemetry::finished(None, refusal.code());
+    let mut response = refusal.into_response(&RefusalStyle::default());
+    if kind == RefusalKind::InvalidWebhookMethod {
+        // RFC 9110 section 15.5.6: "The origin server MUST generate an Allow header field in a 405 response".
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
+    }
+    response
+}
+
 /// The request with its id as its key, if it is genuine.
 async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> Result<Request<B>, RefusalKind> {
     let (mut head, body) = request.into_parts();
+    if head.method != Method::POST {
+        return Err(RefusalKind::InvalidWebhookMethod);
+    }
+    if !settings.verify.is_signed(&head.headers) {
+        return Err(RefusalKind::InvalidWebhook);
+    }
     let read = within(settings.timeout, collect(body, settings.limit)).await;
     let body = match read {
         Ok(Ok(body)) => body,
@@ -136,19 +180,17 @@ async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
     };
     let id = settings.verify.verify(&head.headers, &body.bytes, wall_clock());
     let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());
-    let key = id
-        .as_ref()
-        .and_then(|id| key_of(&settings.source, id))
-        .ok_or(RefusalKind::InvalidWebhook)?;
+    let key = id.and_then(|id| HeaderValue::try_from(key_of(&settings.source, &id)).ok());
+    let key = key.ok_or(RefusalKind::InvalidWebhook)?;
     head.headers.insert(KEY, key);
     Ok(Request::from_parts(head, body.rebuild()))
 }
 
 /// A digest: any id fits into a header field then, and none stands there.
-fn key_of(source: &str, id: &MessageId) -> Option<HeaderValue> {
+fn key_of(source: &str, id: &MessageId) -> String {
     let named = Scope::of([source.as_bytes(), id.parts().as_bytes()]);
     let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", named.as_bytes());
-    HeaderValue::from_str(blake3::Hash::from(digest).to_hex().as_str()).ok()
+    blake3::Hash::from(digest).to_hex().to_string()
 }
 
 /// The future of a [`WebhookService`].

@@ -1,8 +1,8 @@
 //! Webhooks: their signatures are verified before anything is recorded, and their ids become the keys of the server's layer.
 //!
 //! A webhook is an HTTP request that is sent again until it is answered with 2xx. [`WebhookLayer`] verifies it and hands its id on as
-//! its key; the [`IdempotencyLayer`](crate::IdempotencyLayer) within answers a duplicate with what the first one got, and one in
-//! flight with 409 and `Retry-After`.
+//! its key; the [`IdempotencyLayer`](crate::IdempotencyLayer) within answers a duplicate with the 2xx that the first one got, and one in
+//! flight with 409 and `Retry-After`. What its handler answers otherwise is not kept: the next delivery runs it again.
 //!
 //! ```
 //! # #[cfg(feature = "axum")]
@@ -39,6 +39,13 @@ use super::id::MessageId;
 
 /// Tells whether a webhook is genuine, and which it is.
 pub trait VerifyWebhook: Send + Sync + 'static {
+    /// Whether it carries a signature at all, be it a good one or not; `true` by default. What does not is refused before its body is
+    /// read.
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        let _ = headers;
+        true
+    }
+
     /// The id of a webhook that was sent with these headers and this body and came at this time.
     ///
     /// # Errors
@@ -51,7 +58,7 @@ pub trait VerifyWebhook: Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum InvalidWebhook {
-    /// It has no id, or a body that should hold one cannot be read.
+    /// It has no id, one that this provider cannot have sent, or a body that should hold one cannot be read.
     Id,
     /// It has no signature, or none that fits: it was altered, is somebody else's, or the secret is another.
     Signature,
@@ -62,7 +69,7 @@ pub enum InvalidWebhook {
 impl fmt::Display for InvalidWebhook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Id => "the webhook has no id",
+            Self::Id => "the webhook has no id, or an impossible one",
             Self::Signature => "the webhook has no signature that fits",
             Self::Timestamp => "the webhook's timestamp is missing, or more than five minutes away",
         })

@@ -11,8 +11,14 @@ use crate::error::{Error, ErrorKind};
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 
+const GITHUB_SIGNATURE: &str = "x-hub-signature-256";
+const SHOPIFY_SIGNATURE: &str = "x-shopify-hmac-sha256";
+const STANDARD_SIGNATURE: &str = "webhook-signature";
+const STRIPE_SIGNATURE: &str = "stripe-signature";
+
 /// Standard Webhooks 1.0: `webhook-id`, `webhook-timestamp`, and `webhook-signature` with one or more signatures of the kind `v1`. The
-/// timestamp may be five minutes away, either way.
+/// timestamp may be five minutes away, either way. An id with a `.` in it is none: the signature covers id, timestamp and body with dots
+/// between them, and could then be read in two ways.
 #[derive(Clone, Debug)]
 pub struct StandardWebhooks(Secrets);
 
@@ -53,18 +59,23 @@ impl StandardWebhooks {
 }
 
 impl VerifyWebhook for StandardWebhooks {
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        headers.contains_key(STANDARD_SIGNATURE)
+    }
+
     fn verify(&self, headers: &HeaderMap, body: &[u8], now: SystemTime) -> Result<MessageId, InvalidWebhook> {
-        let id = ids::standard_webhooks(headers);
-        if id.is_missing() {
+        let id = present(ids::standard_webhooks(headers))?;
+        let id_bytes = headers.get("webhook-id").map_or(&b""[..], |id| id.as_bytes());
+        // Of `msg_1.T.T2.5` nothing says where the id ends. A timestamp, which must be a number, has none.
+        if id_bytes.contains(&b'.') {
             return Err(InvalidWebhook::Id);
         }
         let timestamp = text(headers, "webhook-timestamp").ok_or(InvalidWebhook::Timestamp)?;
-        let signatures = text(headers, "webhook-signature").ok_or(InvalidWebhook::Signature)?;
+        let signatures = text(headers, STANDARD_SIGNATURE).ok_or(InvalidWebhook::Signature)?;
         let signatures: Vec<_> = signatures
             .split(' ')
             .filter_map(|signature| BASE64.decode(signature.strip_prefix("v1,")?.as_bytes()).ok())
             .collect();
-        let id_bytes = headers.get("webhook-id").map_or(&b""[..], |id| id.as_bytes());
         let signed = [id_bytes, b".", timestamp.as_bytes(), b".", body];
         self.0.verify(&signed, &signatures)?;
         // Only what is genuine is told more.
@@ -85,8 +96,12 @@ impl StripeWebhooks {
 }
 
 impl VerifyWebhook for StripeWebhooks {
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        headers.contains_key(STRIPE_SIGNATURE)
+    }
+
     fn verify(&self, headers: &HeaderMap, body: &[u8], now: SystemTime) -> Result<MessageId, InvalidWebhook> {
-        let header = text(headers, "stripe-signature").ok_or(InvalidWebhook::Signature)?;
+        let header = text(headers, STRIPE_SIGNATURE).ok_or(InvalidWebhook::Signature)?;
         let all = |name: &'static str| {
             let pairs = header.split(',').filter_map(|pair| pair.split_once('='));
             pairs
@@ -98,11 +113,7 @@ impl VerifyWebhook for StripeWebhooks {
         self.0.verify(&[timestamp.as_bytes(), b".", body], &signatures)?;
         is_recent(timestamp, now)?;
         let event: serde_json::Value = serde_json::from_slice(body).map_err(|_| InvalidWebhook::Id)?;
-        let id = ids::stripe(event["id"].as_str().unwrap_or_default());
-        if id.is_missing() {
-            return Err(InvalidWebhook::Id);
-        }
-        Ok(id)
+        present(ids::stripe(event["id"].as_str().unwrap_or_default()))
     }
 }
 
@@ -118,9 +129,12 @@ impl GitHubWebhooks {
 }
 
 impl VerifyWebhook for GitHubWebhooks {
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        headers.contains_key(GITHUB_SIGNATURE)
+    }
+
     fn verify(&self, headers: &HeaderMap, body: &[u8], _: SystemTime) -> Result<MessageId, InvalidWebhook> {
-        let signature =
-            text(headers, "x-hub-signature-256").and_then(|signature| hex(signature.strip_prefix("sha256=")?));
+        let signature = text(headers, GITHUB_SIGNATURE).and_then(|signature| hex(signature.strip_prefix("sha256=")?));
         self.0.verify(&[body], &[signature.ok_or(InvalidWebhook::Signature)?])?;
         present(ids::github(headers))
     }
@@ -138,8 +152,12 @@ impl ShopifyWebhooks {
 }
 
 impl VerifyWebhook for ShopifyWebhooks {
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        headers.contains_key(SHOPIFY_SIGNATURE)
+    }
+
     fn verify(&self, headers: &HeaderMap, body: &[u8], _: SystemTime) -> Result<MessageId, InvalidWebhook> {
-        let signature = text(headers, "x-shopify-hmac-sha256").and_then(|text| BASE64.decode(text.as_bytes()).ok());
+        let signature = text(headers, SHOPIFY_SIGNATURE).and_then(|text| BASE64.decode(text.as_bytes()).ok());
         self.0.verify(&[body], &[signature.ok_or(InvalidWebhook::Signature)?])?;
         present(ids::shopify(headers))
     }
@@ -164,7 +182,9 @@ fn present(id: MessageId) -> Result<MessageId, InvalidWebhook> {
 mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
+    use hmac::{Hmac, KeyInit, Mac};
     use http::{HeaderName, HeaderValue};
+    use sha2::Sha256;
 
     use super::*;
 
@@ -269,12 +289,63 @@ mod tests {
             let verified = scheme.verify(&standard(SIGNATURE), BODY, at(now));
             assert_eq!(verified.is_ok(), is_genuine, "{now}");
         }
-        for nonsense in ["", "+1614265330", "-1", "1e9", " 1", "99999999999999999999999"] {
+        for nonsense in [
+            "",
+            "+1614265330",
+            "-1",
+            "1e9",
+            " 1",
+            "1614265330.5",
+            "18446744073709551615",
+            "99999999999999999999999",
+        ] {
             assert_eq!(
                 is_recent(nonsense, at(SENT)),
                 Err(InvalidWebhook::Timestamp),
                 "{nonsense}"
             );
+        }
+    }
+
+    /// `msg_1`, T and the body `T2.5` were signed; id `msg_1.T`, T2 and the body `5` have the same signature.
+    #[test]
+    fn the_signed_parts_cannot_be_shifted() {
+        let scheme = StandardWebhooks::new([SECRET]).unwrap();
+        let signature = |content: &str| {
+            let mut mac = Hmac::<Sha256>::new_from_slice(&BASE64.decode(&SECRET.as_bytes()[6..]).unwrap()).unwrap();
+            mac.update(content.as_bytes());
+            format!("v1,{}", BASE64.encode(&mac.finalize().into_bytes()))
+        };
+        let signature = signature("msg_1.1614265330.1614265331.5");
+        let sent = |id, timestamp| {
+            headers(&[
+                ("webhook-id", id),
+                ("webhook-timestamp", timestamp),
+                ("webhook-signature", &signature),
+            ])
+        };
+        let verify = |headers: &HeaderMap, body: &[u8]| scheme.verify(headers, body, at(SENT));
+        assert!(verify(&sent("msg_1", "1614265330"), b"1614265331.5").is_ok());
+        let shifted = verify(&sent("msg_1.1614265330", "1614265331"), b"5");
+        assert_eq!(shifted, Err(InvalidWebhook::Id));
+        let shifted = verify(&sent("msg_1", "1614265330.1614265331"), b"5");
+        assert_eq!(shifted, Err(InvalidWebhook::Timestamp));
+    }
+
+    #[test]
+    fn what_has_no_signature_is_told_by_its_head() {
+        let schemes: [(Box<dyn VerifyWebhook>, &str); 4] = [
+            (Box::new(StandardWebhooks::new([SECRET]).unwrap()), "webhook-signature"),
+            (Box::new(StripeWebhooks::new(["hush"]).unwrap()), "stripe-signature"),
+            (Box::new(GitHubWebhooks::new(["hush"]).unwrap()), "x-hub-signature-256"),
+            (
+                Box::new(ShopifyWebhooks::new(["hush"]).unwrap()),
+                "x-shopify-hmac-sha256",
+            ),
+        ];
+        for (scheme, name) in schemes {
+            assert!(scheme.is_signed(&headers(&[(name, "")])), "{name}");
+            assert!(!scheme.is_signed(&headers(&[("x-hub-signature", "1")])), "{name}");
         }
     }
 

@@ -102,18 +102,19 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
     }
 }
 
-/// What its producer called it; else the deduplication id, which producers choose, too; else SQS's own id.
+/// What its producer called it; else, in a FIFO queue, group and deduplication id, which this producer uses for one message only; else
+/// SQS's own id.
 fn message_id(message: &Message) -> MessageId {
     let attributes = message.message_attributes.as_ref();
     if let Some(id) = attributes.and_then(|attributes| attributes.get(MESSAGE_ID)?.string_value()) {
         return MessageId::of(["attribute", id]);
     }
-    let system = message.attributes.as_ref();
-    let deduplication = system.and_then(|system| system.get(&MessageSystemAttributeName::MessageDeduplicationId));
-    ids::sqs(
-        message.message_id().unwrap_or_default(),
-        deduplication.map(String::as_str),
-    )
+    let system = |name| message.attributes.as_ref()?.get(&name);
+    let group = system(MessageSystemAttributeName::MessageGroupId);
+    match group.zip(system(MessageSystemAttributeName::MessageDeduplicationId)) {
+        Some((group, deduplication)) => ids::sqs_fifo(group, deduplication),
+        None => ids::sqs(message.message_id().unwrap_or_default()),
+    }
 }
 
 struct Consumer {
@@ -133,6 +134,7 @@ impl Consumer {
             .wait_time_seconds(1)
             .message_attribute_names(MESSAGE_ID)
             .message_system_attribute_names(MessageSystemAttributeName::MessageDeduplicationId)
+            .message_system_attribute_names(MessageSystemAttributeName::MessageGroupId)
             .send()
             .await?;
         let messages = received.messages.unwrap_or_default();

@@ -1,7 +1,8 @@
 //! Consumers of SQS queues that handle each message once.
 //!
-//! * The **id** is what the producer put into the attribute `message-id`. Where it put none, it is the deduplication id of a FIFO queue,
-//!   and else SQS's own id: that tells redeliveries apart from news, and not what a producer sends twice.
+//! * The **id** is what the producer put into the attribute `message-id`. Where it put none, it is group and deduplication id of a FIFO
+//!   queue, whose producer here names each message once and for good (with `ContentBasedDeduplication` it would not do), and else SQS's
+//!   own id: that tells redeliveries apart from news, and not what a producer sends twice.
 //! * The **visibility timeout** is extended while the handler runs. Should the message be delivered again all the same, it is in
 //!   flight, and stays invisible until the other delivery's lease is over.
 //! * A message is **deleted** when it is settled, and so are, of a batch, those that are.

@@ -56,7 +56,7 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 ///
 /// # What it promises
 ///
-/// At most one call, by default: when an attempt is lost, the outcome of its key is [`OnceError::Unknown`] until it is resolved.
+/// At most one call, by default: when an attempt is lost, the outcome of its key is [`OnceError::Unknown`](crate::client::OnceError::Unknown) until it is resolved.
 /// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
 ///
 /// What an answer does to the key follows from what it [means](Profile::meaning): dealt with, it is kept, and so is a 4xx that comes
