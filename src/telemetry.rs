@@ -25,7 +25,13 @@ pub(crate) enum Event {
     Rescued,
     /// A claim of unknown fate was released behind the refusal.
     ReleasedBehind,
-    /// The messages of an outbox could not be read or deleted; it is tried again later.
+    /// A message of an outbox could not be published; it is tried again later.
+    #[cfg(feature = "postgres")]
+    MessageFailed,
+    /// The row of a message of an outbox could not be read; it is tried again later.
+    #[cfg(feature = "postgres")]
+    MessageUnreadable,
+    /// The messages of an outbox could not be taken, or what became of them not be told; it is tried again later.
     #[cfg(feature = "postgres")]
     RelayFailed,
     /// A lease could not be renewed; it is tried again while it lasts.
@@ -63,6 +69,10 @@ impl Event {
             Self::DecidedBehind => "decided-behind",
             Self::Rescued => "rescued",
             #[cfg(feature = "postgres")]
+            Self::MessageFailed => "message-failed",
+            #[cfg(feature = "postgres")]
+            Self::MessageUnreadable => "message-unreadable",
+            #[cfg(feature = "postgres")]
             Self::RelayFailed => "relay-failed",
             Self::ReleasedBehind => "released-behind",
             Self::RenewalFailed => "renewal-failed",
@@ -92,7 +102,11 @@ impl Event {
             Self::DecidedBehind => "a transaction of unknown fate was decided",
             Self::HandlerFailed => "the handler panicked or its service failed",
             #[cfg(feature = "postgres")]
-            Self::RelayFailed => "the messages of an outbox could not be published",
+            Self::MessageFailed => "a message of an outbox could not be published",
+            #[cfg(feature = "postgres")]
+            Self::MessageUnreadable => "the row of a message of an outbox could not be read",
+            #[cfg(feature = "postgres")]
+            Self::RelayFailed => "the messages of an outbox could not be taken, or what became of them not be told",
             Self::ReleasedBehind => "a claim of unknown fate was released",
             Self::RenewalFailed => "a lease could not be renewed",
             Self::Rescued => "the caller left; its execution goes on",
@@ -126,6 +140,13 @@ pub(crate) fn failure(event: Event, error: &Error) {
     count_event(event);
     let cause = std::error::Error::source(error);
     tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause, "{}", event.message());
+}
+
+/// A message of an outbox that is tried again later. `position` names its row: its id may be somebody's key.
+#[cfg(feature = "postgres")]
+pub(crate) fn message_failed(event: Event, position: i64, failures: i32, error: &dyn std::fmt::Display) {
+    count_event(event);
+    tracing::warn!(target: TARGET, event = event.name(), position, failures, error = %error, "{}", event.message());
 }
 
 /// The span of a guarded request, where somebody listens.

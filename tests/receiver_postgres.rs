@@ -1,22 +1,19 @@
-//! Messages whose effect is in PostgreSQL: handled in one transaction with it, and sent out of one.
+//! Messages whose effect is in PostgreSQL: handled in one transaction with it.
 
 #[path = "support/postgres.rs"]
 mod postgres;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::{join_all, BoxFuture};
-use futures::FutureExt;
+use futures::future::join_all;
 use postgres::PostgresServer;
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::PgPool;
 use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::outbox::{Outbox, OutboxMessage, Published};
 use tower_idempotency::receiver::{Disposition, Inbox, Lease, Receipt, ReceiveError, ReceiverLayer};
-use tower_idempotency::{BoxStore, Error, ErrorKind, MemoryStore, OnError, PostgresStore, Store};
+use tower_idempotency::{BoxStore, ErrorKind, MemoryStore, OnError, PostgresStore, Store};
 
 struct Bench {
     _server: PostgresServer,
@@ -250,237 +247,6 @@ async fn an_inbox_refuses_what_has_no_id_or_a_huge_one() {
     assert!(matches!(missing, Err(ReceiveError::MissingId)));
     let huge = inbox.receive(&mut connection, "x".repeat(5_000)).await;
     assert!(matches!(huge, Err(ReceiveError::InvalidId(_))));
-}
-
-/// Takes what it is told to publish, or fails.
-#[derive(Clone, Default)]
-struct Broker {
-    got: Arc<Mutex<Vec<OutboxMessage>>>,
-    refused: Arc<Mutex<HashMap<String, usize>>>,
-}
-
-impl Broker {
-    fn publish(
-        &self,
-    ) -> impl Fn(OutboxMessage) -> BoxFuture<'static, Result<(), &'static str>> + Send + Sync + 'static {
-        let broker = self.clone();
-        move |message| {
-            let broker = broker.clone();
-            async move {
-                tokio::task::yield_now().await;
-                if let Some(left) = broker
-                    .refused
-                    .lock()
-                    .unwrap()
-                    .get_mut(message.topic())
-                    .filter(|left| **left > 0)
-                {
-                    *left -= 1;
-                    return Err("not now");
-                }
-                broker.got.lock().unwrap().push(message);
-                Ok(())
-            }
-            .boxed()
-        }
-    }
-
-    fn topics(&self) -> Vec<String> {
-        let got = self.got.lock().unwrap();
-        got.iter().map(|message| message.topic().to_owned()).collect()
-    }
-}
-
-async fn put(bench: &Bench, outbox: &Outbox, message: &OutboxMessage) -> bool {
-    let mut transaction = bench.pool.begin().await.unwrap();
-    let is_new = outbox.put(&mut transaction, message).await.unwrap();
-    transaction.commit().await.unwrap();
-    is_new
-}
-
-fn published(published: u32, failed: u32) -> Published {
-    let mut count = Published::default();
-    (count.published, count.failed) = (published, failed);
-    count
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_message_is_published_as_it_was_put_if_its_transaction_is_committed() {
-    let bench = Bench::new().await;
-    let outbox = Outbox::new(bench.pool.clone());
-    join_all((0..8).map(|_| outbox.migrate()))
-        .await
-        .into_iter()
-        .for_each(Result::unwrap);
-    let broker = Broker::default();
-    let relay = outbox.relay(broker.publish());
-    let message = OutboxMessage::new("orders.paid", vec![0, 0xff, 7])
-        .add_header("trace", "1")
-        .add_header("trace", "\u{e4} \"{},\\")
-        .with_id("paid-7");
-    let mut transaction = bench.pool.begin().await.unwrap();
-    outbox.put(&mut transaction, &message).await.unwrap();
-    assert_eq!(
-        relay.publish_once().await.unwrap(),
-        published(0, 0),
-        "it is not committed yet"
-    );
-    transaction.rollback().await.unwrap();
-    assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
-
-    assert!(put(&bench, &outbox, &message).await);
-    assert!(!put(&bench, &outbox, &message).await, "it waits already");
-    assert_eq!(outbox.waiting().await.unwrap(), 1);
-    assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));
-    assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
-    assert_eq!(outbox.waiting().await.unwrap(), 0);
-    assert_eq!(*broker.got.lock().unwrap(), [message]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_published_waits_and_holds_nothing_up() {
-    let bench = Bench::new().await;
-    let outbox = Outbox::in_table(bench.pool.clone(), "public.outgoing").unwrap();
-    outbox.migrate().await.unwrap();
-    let broker = Broker::default();
-    broker.refused.lock().unwrap().insert("poison".to_owned(), 2);
-    let pause = Duration::from_millis(1);
-    let (publish, panics) = (broker.publish(), Arc::new(Mutex::new(2)));
-    let publish = move |message: OutboxMessage| {
-        let mut left = panics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if message.topic() == "panic" && *left > 0 {
-            *left -= 1;
-            panic!("the publisher panics, as planned");
-        }
-        publish(message)
-    };
-    let relay = outbox.relay(publish).with_pauses(pause, pause);
-    for topic in ["poison", "a", "panic", "b"] {
-        assert!(put(&bench, &outbox, &OutboxMessage::new(topic, "x")).await);
-    }
-    assert_eq!(relay.publish_once().await.unwrap(), published(2, 2));
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    assert_eq!(relay.publish_once().await.unwrap(), published(0, 2));
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    assert_eq!(relay.publish_once().await.unwrap(), published(2, 0));
-    assert_eq!(broker.topics()[..2], ["a", "b"]);
-    let got = broker.got.lock().unwrap()[2..].to_vec();
-    assert!(
-        got.len() == 2 && got.iter().all(|message| message.failures() == 2),
-        "{got:?}"
-    );
-
-    // With the pauses that are set by default it is not tried again at once.
-    broker.refused.lock().unwrap().insert("poison".to_owned(), 1);
-    assert!(put(&bench, &outbox, &OutboxMessage::new("poison", "x")).await);
-    let patient = outbox.relay(broker.publish());
-    assert_eq!(patient.publish_once().await.unwrap(), published(0, 1));
-    assert_eq!(patient.publish_once().await.unwrap(), published(0, 0));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn relays_share_the_work_and_a_relay_that_dies_has_its_messages_published_again() {
-    const MESSAGES: usize = 300;
-    let bench = Bench::new().await;
-    let outbox = Outbox::new(bench.pool.clone());
-    outbox.migrate().await.unwrap();
-    for number in 0..MESSAGES {
-        assert!(put(&bench, &outbox, &OutboxMessage::new(number.to_string(), "x")).await);
-    }
-    let broker = Broker::default();
-    let relay = || {
-        outbox
-            .relay(broker.publish())
-            .with_batch(7)
-            .with_interval(Duration::from_millis(5))
-    };
-    // Half-way through a batch, dropped.
-    let mut dying = Box::pin({
-        let relay = relay();
-        async move { relay.publish_once().await.unwrap() }
-    });
-    while broker.got.lock().unwrap().len() < 3 {
-        assert!(futures::poll!(&mut dying).is_pending());
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    drop(dying);
-    let seen_by_the_dead = broker.topics();
-    let relays: Vec<_> = (0..4).map(|_| tokio::spawn(relay().run())).collect();
-    while outbox.waiting().await.unwrap() > 0 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    relays.iter().for_each(tokio::task::JoinHandle::abort);
-    let mut copies: HashMap<String, Vec<String>> = HashMap::new();
-    for message in broker.got.lock().unwrap().iter() {
-        copies
-            .entry(message.topic().to_owned())
-            .or_default()
-            .push(message.id().to_owned());
-    }
-    assert_eq!(copies.len(), MESSAGES, "none is lost");
-    for (topic, ids) in &copies {
-        let expected = if seen_by_the_dead.contains(topic) { 2 } else { 1 };
-        assert_eq!(ids.len(), expected, "{topic}");
-        assert!(ids.iter().all(|id| *id == ids[0]), "every copy has the same id");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_goes_out_twice_comes_in_once() {
-    let bench = Bench::new().await;
-    let outbox = Outbox::new(bench.pool.clone());
-    outbox.migrate().await.unwrap();
-    assert!(put(&bench, &outbox, &OutboxMessage::new("orders", "x").with_id("paid-7")).await);
-    let inbox = Inbox::new(bench.store.clone(), "shipping");
-    let (pool, receipts) = (bench.pool.clone(), Arc::new(Mutex::new(Vec::new())));
-    let noted = Arc::clone(&receipts);
-    // Its acknowledgement is lost the first time.
-    let relay = outbox.relay(move |message: OutboxMessage| {
-        let (pool, inbox, noted) = (pool.clone(), inbox.clone(), Arc::clone(&noted));
-        async move {
-            let mut transaction = pool.begin().await.unwrap();
-            let receipt = inbox.receive(&mut transaction, message.id()).await.unwrap();
-            if receipt == Receipt::First(()) {
-                take_effect(&mut transaction, message.id()).await;
-                transaction.commit().await.unwrap();
-            }
-            noted.lock().unwrap().push(receipt);
-            if message.failures() == 0 {
-                Err("lost")
-            } else {
-                Ok(())
-            }
-        }
-    });
-    let relay = relay.with_pauses(Duration::from_millis(1), Duration::from_millis(1));
-    assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));
-    assert_eq!(*receipts.lock().unwrap(), [Receipt::First(()), Receipt::Duplicate]);
-    assert_eq!(bench.effects("paid-7").await, 1);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_outbox_says_what_is_wrong() {
-    let bench = Bench::new().await;
-    let wrong = Outbox::in_table(bench.pool.clone(), "a table").unwrap_err();
-    assert_eq!(wrong.kind(), ErrorKind::Configuration);
-    let outbox = Outbox::new(bench.pool.clone());
-    let missing: Error = outbox.waiting().await.unwrap_err();
-    assert_eq!(missing.kind(), ErrorKind::Configuration, "{missing}");
-    assert!(missing.to_string().contains("migrate"), "{missing}");
-    outbox.migrate().await.unwrap();
-    let mut connection = bench.pool.acquire().await.unwrap();
-    let nameless = outbox
-        .put(&mut connection, &OutboxMessage::new("t", "x").with_id(""))
-        .await
-        .unwrap_err();
-    assert_eq!(nameless.kind(), ErrorKind::Configuration);
-    assert!(outbox
-        .schema()
-        .contains("CREATE TABLE IF NOT EXISTS \"idempotency_outbox\""));
-    let shown = format!("{outbox:?} {:?}", OutboxMessage::new("t", "secret").with_id("secret"));
-    assert!(!shown.contains("secret"), "{shown}");
 }
 
 /// A handler may retry its transaction.

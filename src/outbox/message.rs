@@ -19,7 +19,7 @@ pub struct OutboxMessage {
 }
 
 impl OutboxMessage {
-    /// A message under a new id, a UUID of version 7 (RFC 9562).
+    /// A message under a new id, a UUID of version 7 (RFC 9562). The topic holds no zero character.
     #[must_use]
     pub fn new(topic: impl Into<String>, payload: impl Into<Bytes>) -> Self {
         let mut random = [0; 10];
@@ -34,15 +34,15 @@ impl OutboxMessage {
         }
     }
 
-    /// Gives it an id of yours, such as one derived from what brought it about ([`Lease::id`](crate::receiver::Lease::id)); not empty.
-    /// Put twice under one id, it waits once.
+    /// Gives it an id of yours, such as one derived from what brought it about ([`Lease::id`](crate::receiver::Lease::id)): 1 to 255
+    /// bytes, none of them zero. Put twice under one id, it waits once.
     #[must_use]
     pub fn with_id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();
         self
     }
 
-    /// Adds a header. PostgreSQL stores no text with a zero character.
+    /// Adds a header, without zero characters.
     #[must_use]
     pub fn add_header(mut self, name: impl Into<String>, content: impl Into<String>) -> Self {
         self.headers.push((name.into(), content.into()));
@@ -73,7 +73,7 @@ impl OutboxMessage {
         &self.payload
     }
 
-    /// How often it could not be published.
+    /// How often it was tried before: could not be published, or was taken by a relay that died.
     #[must_use]
     pub const fn failures(&self) -> u32 {
         self.failures

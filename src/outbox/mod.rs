@@ -2,8 +2,9 @@
 //!
 //! To change a database and to tell a broker about it are two systems, and a crash between them loses the message, or sends one about a
 //! change that never was. An [`Outbox`] writes the message into a table, in the transaction of the change; a [`Relay`] publishes it
-//! afterwards, and may publish it twice: it crashed before it could note that it had. Every copy carries the same
-//! [id](OutboxMessage::id), by which a [receiver](crate::receiver) on the other side handles it once.
+//! afterwards, and may publish it twice: it crashed before it could note that it had, or stood still for longer than the
+//! [lease](Relay::with_lease) on what it took. Every copy carries the same [id](OutboxMessage::id), by which a
+//! [receiver](crate::receiver) on the other side handles it once.
 //!
 //! ```no_run
 //! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
@@ -26,7 +27,8 @@
 //! # }
 //! ```
 //!
-//! Order is not promised: several relays share the work, and what could not be published is tried again later.
+//! Order is not promised: several relays share the work, and what could not be published is tried again later. One message stops
+//! no other, even where it kills the relay, or its row cannot be read.
 
 mod message;
 mod relay;

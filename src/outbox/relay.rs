@@ -9,26 +9,48 @@ use std::time::Duration;
 use futures::FutureExt;
 
 use super::message::OutboxMessage;
-use super::table::Outbox;
+use super::table::{Claim, Outbox, Taken, Terms};
+use crate::clock::{within, Deadline};
 use crate::error::Error;
-use crate::store::failed;
 use crate::telemetry::{self, Event};
 
+/// The shortest pause, and how long a relay rests that could publish nothing of what it took.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+
+/// The longest lease.
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// The longest pause and interval, 100 years: PostgreSQL's time ends in the year 294,276.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// Publishes the messages of an [`Outbox`], and deletes those that are published. Any number may run at once, in any number of
-/// processes: they share the work.
+/// processes: they share the work. None holds a transaction open while it publishes.
 ///
 /// | setting | default |
 /// |---|---|
 /// | [batch](Self::with_batch) | 100 messages |
+/// | [batch's payloads](Self::with_batch_bytes) in all | 8 MiB |
 /// | [interval](Self::with_interval) at which it looks for new ones | 1 s, give or take a half |
+/// | [lease](Self::with_lease) on what it took | 1 min |
 /// | [pause](Self::with_pauses) before a message is tried again that could not be published | 1 s, doubled each time, at most 5 min |
+///
+/// # When a relay dies
+///
+/// What it had taken, a batch at most, comes again when the lease and the pause are over: what it had published, a second time.
+/// Then each is taken alone, since it may be what killed the relay. Such a message delays no other, and itself by growing pauses.
+///
+/// # When `publish` fails
+///
+/// Where it returns an error, panics, or has not ended when the lease has, its message is tried again after a pause; no attempt is
+/// the last. It is reported as an event `message-failed` with the `position` of its row, the attempts so far (`failures`), and the
+/// **text of the error**: let that hold nothing secret. A row that cannot be read, since somebody else wrote it, is postponed
+/// likewise, and reported as `message-unreadable`.
 #[must_use]
 pub struct Relay<P> {
     outbox: Outbox,
     publish: P,
-    batch: u32,
     interval: Duration,
-    pauses: (Duration, Duration),
+    terms: Terms,
 }
 
 /// What one look at the outbox came to.
@@ -41,40 +63,71 @@ pub struct Published {
     pub failed: u32,
 }
 
+/// What became of the messages that were taken.
+#[derive(Default)]
+struct Ends {
+    published: Vec<Claim>,
+    failed: Vec<Claim>,
+    untried: Vec<Claim>,
+}
+
 impl<P> Relay<P> {
     pub(super) const fn new(outbox: Outbox, publish: P) -> Self {
         Self {
             outbox,
             publish,
-            batch: 100,
             interval: Duration::from_secs(1),
-            pauses: (Duration::from_secs(1), Duration::from_secs(300)),
+            terms: Terms {
+                messages: 100,
+                bytes: 8 * 1024 * 1024,
+                lease: Duration::from_secs(60),
+                pauses: (Duration::from_secs(1), Duration::from_secs(300)),
+            },
         }
     }
 
-    /// How many messages are published within one transaction: so many are published again after a crash, at most. 100 by default, 1
-    /// or more.
+    /// How many messages are taken at once: so many are published again after a crash, at most. 100 by default, 1 or more.
     pub fn with_batch(mut self, messages: u32) -> Self {
-        self.batch = messages.max(1);
+        self.terms.messages = messages.max(1);
         self
     }
 
-    /// How often to look for new messages; 1 s by default, at least 1 ms.
+    /// How many bytes the payloads of a batch have in all, topics and headers not counted; 8 MiB by default. A message whose payload
+    /// alone exceeds it is a batch by itself.
+    pub fn with_batch_bytes(mut self, bytes: u64) -> Self {
+        self.terms.bytes = bytes;
+        self
+    }
+
+    /// How often to look for new messages; 1 s by default, at least 1 ms, at most 100 years.
     pub fn with_interval(mut self, interval: Duration) -> Self {
-        self.interval = interval.max(Duration::from_millis(1));
+        self.interval = interval.clamp(Duration::from_millis(1), LONGEST);
+        self
+    }
+
+    /// How long what was taken is kept from other relays; 1 min by default, at least 100 ms, at most 1 day.
+    ///
+    /// In the last third no further message of a batch is begun; they are given back. What is being published when the lease ends is
+    /// given up, as failed. So make it three times as long as `publish` may take, or more. What a relay that died had taken waits so
+    /// long. And if a relay stands still for longer, as when its machine sleeps, another publishes the messages too.
+    pub fn with_lease(mut self, lease: Duration) -> Self {
+        self.terms.lease = lease.clamp(Duration::from_millis(100), DAY);
         self
     }
 
     /// How long to wait before a message is tried again that could not be published: at first, doubled each time, and at most; 1 s and
-    /// 5 min by default.
+    /// 5 min by default, each at least 10 ms and at most 100 years.
     pub fn with_pauses(mut self, first: Duration, longest: Duration) -> Self {
-        self.pauses = (first, longest);
+        self.terms.pauses = (
+            first.clamp(SHORTEST_PAUSE, LONGEST),
+            longest.clamp(SHORTEST_PAUSE, LONGEST),
+        );
         self
     }
 
-    fn pause(&self, failures: u32) -> Duration {
-        let (first, longest) = self.pauses;
-        first.saturating_mul(1 << failures.min(20)).min(longest)
+    /// Relays that were started together drift apart.
+    fn until_next_look(&self) -> Duration {
+        self.interval.mul_f64(0.5 + rand::random::<f64>())
     }
 }
 
@@ -82,53 +135,92 @@ impl<P, F, E> Relay<P>
 where
     P: Fn(OutboxMessage) -> F + Send + Sync,
     F: Future<Output = Result<(), E>> + Send,
-    E: Send,
+    E: fmt::Display + Send,
 {
-    /// Publishes what is due, at most one batch, one after the other. It holds a transaction open meanwhile: give `publish` a time-out.
-    /// One that fails, or panics, is tried again later, and keeps
-    /// none behind it from being published.
+    /// Publishes what is due, at most one batch, one message after the other. One that fails keeps none behind it from being
+    /// published.
     ///
     /// # Cancel safety
     ///
-    /// Dropped half-way, what was published in this batch is published again.
+    /// Dropped half-way, it leaves what it took as a relay that [died](Self#when-a-relay-dies).
     ///
     /// # Errors
     ///
-    /// When the database fails. What was published in this batch is published again.
+    /// When the database fails. What was published in this batch is published again, as if the relay had died.
     pub async fn publish_once(&self) -> Result<Published, Error> {
-        let outbox = &self.outbox;
-        let mut transaction = outbox.pool.begin().await.map_err(failed)?;
-        let mut published = Vec::new();
-        let mut count = Published::default();
-        for (position, message) in outbox.take(&mut transaction, self.batch).await? {
-            let failures = message.failures();
-            // One that makes `publish` panic must not hold up all others for ever.
-            let publishing = AssertUnwindSafe(async { (self.publish)(message).await });
-            if matches!(publishing.catch_unwind().await, Ok(Ok(()))) {
-                published.push(position);
-                count.published += 1;
-            } else {
-                outbox
-                    .postpone(&mut transaction, position, self.pause(failures))
-                    .await?;
-                count.failed += 1;
-            }
-        }
-        outbox.delete(&mut transaction, &published).await?;
-        transaction.commit().await.map_err(failed)?;
-        Ok(count)
+        // Begun before the server's, it ends before it.
+        let lease = Deadline::after(self.terms.lease);
+        let taken = self.outbox.take(&self.terms).await?;
+        let ends = self.publish_all(taken, lease).await;
+        self.outbox.delete(&ends.published).await?;
+        self.outbox.postpone(&ends.failed, self.terms.pauses).await?;
+        self.outbox.give_back(&ends.untried).await?;
+        Ok(ends.count())
     }
 
     /// Publishes for as long as it is polled; end it by dropping it. A database that fails is asked again at the next interval.
     pub async fn run(self) -> Infallible {
         loop {
-            match self.publish_once().await {
-                Ok(count) if count.published + count.failed >= self.batch => continue,
-                Ok(_) => {}
-                Err(error) => telemetry::failure(Event::RelayFailed, &error),
+            let pause = match self.publish_once().await {
+                Ok(count) if count.published > 0 => continue,
+                Ok(count) if count.failed > 0 => SHORTEST_PAUSE.min(self.interval),
+                Ok(_) => self.until_next_look(),
+                Err(error) => {
+                    telemetry::failure(Event::RelayFailed, &error);
+                    self.until_next_look()
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn publish_all(&self, taken: Vec<Taken>, lease: Deadline) -> Ends {
+        let mut ends = Ends::default();
+        for Taken { claim, message } in taken {
+            // The first is tried however little is left, or a lease too short would publish nothing and say nothing.
+            if ends.is_begun() && lease.left() < self.terms.lease / 3 {
+                ends.untried.push(claim);
+                continue;
             }
-            // Relays that were started together drift apart.
-            tokio::time::sleep(self.interval.mul_f64(0.5 + rand::random::<f64>())).await;
+            let result = match message {
+                Ok(message) => self
+                    .publish(message, lease)
+                    .await
+                    .map_err(|error| (Event::MessageFailed, error)),
+                Err(error) => Err((Event::MessageUnreadable, error.to_string())),
+            };
+            match result {
+                Ok(()) => ends.published.push(claim),
+                Err((event, error)) => {
+                    telemetry::message_failed(event, claim.position, claim.failures, &error);
+                    ends.failed.push(claim);
+                }
+            }
+        }
+        ends
+    }
+
+    async fn publish(&self, message: OutboxMessage, lease: Deadline) -> Result<(), String> {
+        // One that makes `publish` panic must not hold up all others for ever.
+        let publishing = AssertUnwindSafe(async { (self.publish)(message).await }).catch_unwind();
+        match within(lease.left(), publishing).await {
+            Ok(Ok(result)) => result.map_err(|error| error.to_string()),
+            Ok(Err(_)) => Err("`publish` panicked".to_owned()),
+            Err(_) => Err("`publish` did not end within the lease".to_owned()),
+        }
+    }
+}
+
+impl Ends {
+    fn is_begun(&self) -> bool {
+        !(self.published.is_empty() && self.failed.is_empty())
+    }
+
+    fn count(&self) -> Published {
+        let count = |claims: &[Claim]| u32::try_from(claims.len()).unwrap_or(u32::MAX);
+        Published {
+            published: count(&self.published),
+            failed: count(&self.failed),
         }
     }
 }
@@ -136,9 +228,8 @@ where
 impl<P> fmt::Debug for Relay<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Relay")
-            .field("batch", &self.batch)
             .field("interval", &self.interval)
-            .field("pauses", &self.pauses)
+            .field("terms", &self.terms)
             .finish_non_exhaustive()
     }
 }

@@ -4,8 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgPool, PgRow};
-use sqlx::{AssertSqlSafe, Executor, Row};
+use sqlx::postgres::{PgArguments, PgConnection, PgPool, PgRow};
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, Executor, Postgres, Row};
 
 use super::message::OutboxMessage;
 use super::relay::Relay;
@@ -15,13 +16,14 @@ use crate::store::{failed, TableName};
 /// A table of messages that are to be sent once their transaction is committed. See the [module](super).
 #[derive(Clone)]
 pub struct Outbox {
-    pub(super) pool: PgPool,
+    pool: PgPool,
     statements: Arc<Statements>,
 }
 
 #[derive(Debug)]
 struct Statements {
     delete: String,
+    give_back: String,
     postpone: String,
     put: String,
     schema: String,
@@ -31,37 +33,55 @@ struct Statements {
 
 impl Statements {
     fn new(table: &TableName) -> Self {
-        let schema = include_str!("sql/schema.sql");
-        let schema = schema
-            .replace("{table}", &table.to_string())
-            .replace("{name}", table.name());
+        let text = |template: &str| {
+            template
+                .replace("{table}", &table.to_string())
+                .replace("{name}", table.name())
+        };
         Self {
-            delete: format!("DELETE FROM {table} WHERE position = ANY($1)"),
-            postpone: format!(
-                "UPDATE {table} SET failures = failures + 1, publish_at = clock_timestamp() + make_interval(secs => $2) \
-                 WHERE position = $1"
-            ),
-            put: format!(
+            // Whoever published it: it is published, so that no other need be.
+            delete: text("DELETE FROM {table} WHERE position = ANY($1)"),
+            give_back: text(include_str!("sql/give_back.sql")),
+            postpone: text(include_str!("sql/postpone.sql")),
+            put: text(
                 "INSERT INTO {table} (id, topic, names, contents, payload) VALUES ($1, $2, $3, $4, $5) \
-                 ON CONFLICT (id) DO NOTHING"
+                 ON CONFLICT (id) DO NOTHING",
             ),
-            schema,
-            take: format!(
-                "SELECT position, id, topic, names, contents, payload, failures FROM {table} \
-                 WHERE publish_at <= clock_timestamp() ORDER BY publish_at, position LIMIT $1 FOR UPDATE SKIP LOCKED"
-            ),
-            waiting: format!("SELECT count(*) FROM {table}"),
+            schema: text(include_str!("sql/schema.sql")),
+            take: text(include_str!("sql/take.sql")),
+            waiting: text("SELECT count(*) FROM {table}"),
         }
     }
 }
 
-/// A statement of this file, in which only the parsed name of a table was put.
+/// A statement of this module, in which only the parsed name of a table was put.
 fn safe(text: &str) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.to_owned())
 }
 
-/// A message and its row.
-pub(super) type Taken = (i64, OutboxMessage);
+type Bound = Query<'static, Postgres, PgArguments>;
+
+/// How a relay takes messages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub(super) messages: u32,
+    pub(super) bytes: u64,
+    pub(super) lease: Duration,
+    pub(super) pauses: (Duration, Duration),
+}
+
+/// A row that a relay has taken. While its count of attempts stays, no other has taken it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Claim {
+    pub(super) position: i64,
+    pub(super) failures: i32,
+}
+
+/// What was taken, and the message if its row can be read.
+pub(super) struct Taken {
+    pub(super) claim: Claim,
+    pub(super) message: sqlx::Result<OutboxMessage>,
+}
 
 impl Outbox {
     /// The outbox in the table `idempotency_outbox` of a database of yours, which is that of the effects.
@@ -110,18 +130,15 @@ impl Outbox {
     /// Puts a message into the outbox, within a transaction of yours: it is sent if that is committed. False where a message of this
     /// id waits already; then nothing changes. (One that was published is not remembered.)
     ///
+    /// The id has 1 to 255 bytes. Neither it nor the topic nor a header holds a zero character, which PostgreSQL does not store; a
+    /// payload may.
+    ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) when the id is empty, or the table is not there;
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the server cannot be reached. Roll the transaction back.
+    /// [`Configuration`](ErrorKind::Configuration) when the message is not so, which is found before anything is sent, or the table
+    /// is not there; [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the server cannot be reached. Roll the transaction back.
     pub async fn put(&self, connection: &mut PgConnection, message: &OutboxMessage) -> Result<bool, Error> {
-        const NO_ID: Error = Error::new(
-            ErrorKind::Configuration,
-            "the message has an empty id, so that its copies could not be told from others",
-        );
-        if message.id.is_empty() {
-            return Err(NO_ID);
-        }
+        check(message)?;
         let (names, contents): (Vec<_>, Vec<_>) = message.headers.iter().cloned().unzip();
         let put = sqlx::query(safe(&self.statements.put))
             .bind(&message.id)
@@ -149,42 +166,120 @@ impl Outbox {
         Relay::new(self.clone(), publish)
     }
 
-    /// Takes messages that are due and that no other relay has, and locks them until the transaction ends.
-    pub(super) async fn take(&self, connection: &mut PgConnection, most: u32) -> Result<Vec<Taken>, Error> {
-        let take = sqlx::query(safe(&self.statements.take)).bind(i64::from(most));
-        let rows = take.fetch_all(connection).await.map_err(failed)?;
-        rows.iter().map(|row| read(row).map_err(failed)).collect()
+    /// Takes messages that are due and that no other relay has: as many as the terms allow of those that nobody took before, or one
+    /// that was taken and never told of. Each counts one more attempt, and is not due again before the lease and its pause are over.
+    pub(super) async fn take(&self, terms: &Terms) -> Result<Vec<Taken>, Error> {
+        let (first, longest) = terms.pauses;
+        let take = sqlx::query(safe(&self.statements.take))
+            .bind(i64::from(terms.messages))
+            .bind(i64::try_from(terms.bytes).unwrap_or(i64::MAX))
+            .bind(terms.lease.as_secs_f64())
+            .bind(first.as_secs_f64())
+            .bind(longest.as_secs_f64());
+        let rows = take.fetch_all(&self.pool).await.map_err(failed)?;
+        let taken: sqlx::Result<Vec<_>> = rows.iter().map(Taken::read).collect();
+        let mut taken = taken.map_err(failed)?;
+        taken.sort_unstable_by_key(|taken| taken.claim.position);
+        Ok(taken)
     }
 
-    pub(super) async fn delete(&self, connection: &mut PgConnection, published: &[i64]) -> Result<(), Error> {
-        let delete = sqlx::query(safe(&self.statements.delete)).bind(published);
-        delete.execute(connection).await.map(drop).map_err(failed)
+    /// Deletes what was published, whoever has taken it since.
+    pub(super) async fn delete(&self, published: &[Claim]) -> Result<(), Error> {
+        self.tell(&self.statements.delete, published, |delete, positions, _| {
+            delete.bind(positions)
+        })
+        .await
     }
 
-    pub(super) async fn postpone(
+    /// Lets what could not be published wait, unless another has taken or deleted it.
+    pub(super) async fn postpone(&self, claims: &[Claim], pauses: (Duration, Duration)) -> Result<(), Error> {
+        let (first, longest) = pauses;
+        self.tell(&self.statements.postpone, claims, |postpone, positions, failures| {
+            postpone
+                .bind(positions)
+                .bind(failures)
+                .bind(first.as_secs_f64())
+                .bind(longest.as_secs_f64())
+        })
+        .await
+    }
+
+    /// Makes what was not tried due at once, as if it had not been taken, unless another has taken or deleted it.
+    pub(super) async fn give_back(&self, claims: &[Claim]) -> Result<(), Error> {
+        self.tell(&self.statements.give_back, claims, |give_back, positions, failures| {
+            give_back.bind(positions).bind(failures)
+        })
+        .await
+    }
+
+    async fn tell(
         &self,
-        connection: &mut PgConnection,
-        position: i64,
-        pause: Duration,
+        statement: &str,
+        claims: &[Claim],
+        bind: impl FnOnce(Bound, Vec<i64>, Vec<i32>) -> Bound,
     ) -> Result<(), Error> {
-        let postpone = sqlx::query(safe(&self.statements.postpone)).bind(position);
-        let postpone = postpone.bind(pause.as_secs_f64()).execute(connection);
-        postpone.await.map(drop).map_err(failed)
+        if claims.is_empty() {
+            return Ok(());
+        }
+        let (positions, failures) = claims.iter().map(|claim| (claim.position, claim.failures)).unzip();
+        let query = bind(sqlx::query(safe(statement)), positions, failures);
+        query.execute(&self.pool).await.map(drop).map_err(failed)
     }
 }
 
-fn read(row: &PgRow) -> sqlx::Result<Taken> {
+/// What PostgreSQL could never store.
+fn check(message: &OutboxMessage) -> Result<(), Error> {
+    const LONGEST_ID: usize = 255;
+    const ID: Error = Error::new(
+        ErrorKind::Configuration,
+        "the id of a message has 1 to 255 bytes; where yours is longer, use a hash of it",
+    );
+    const ZERO: Error = Error::new(
+        ErrorKind::Configuration,
+        "the id, the topic or a header of a message holds a zero character, which PostgreSQL does not store; encode it, or put \
+         it into the payload",
+    );
+    let headers = message.headers.iter().flat_map(|(name, content)| [name, content]);
+    if !(1..=LONGEST_ID).contains(&message.id.len()) {
+        return Err(ID);
+    }
+    if headers
+        .chain([&message.id, &message.topic])
+        .any(|text| text.contains('\0'))
+    {
+        return Err(ZERO);
+    }
+    Ok(())
+}
+
+impl Taken {
+    /// Fails only where the table is another one.
+    fn read(row: &PgRow) -> sqlx::Result<Self> {
+        let claim = Claim {
+            position: row.try_get("position")?,
+            failures: row.try_get("failures")?,
+        };
+        let message = read(row, claim.failures);
+        Ok(Self { claim, message })
+    }
+}
+
+fn read(row: &PgRow, failures: i32) -> sqlx::Result<OutboxMessage> {
     let (names, contents): (Vec<String>, Vec<String>) = (row.try_get("names")?, row.try_get("contents")?);
+    if names.len() != contents.len() {
+        return Err(sqlx::Error::Decode(
+            "the headers have not as many names as contents".into(),
+        ));
+    }
     let payload: Vec<u8> = row.try_get("payload")?;
-    let failures: i32 = row.try_get("failures")?;
-    let message = OutboxMessage {
+    Ok(OutboxMessage {
         id: row.try_get("id")?,
         topic: row.try_get("topic")?,
         headers: names.into_iter().zip(contents).collect(),
         payload: payload.into(),
-        failures: u32::try_from(failures).unwrap_or(0),
-    };
-    Ok((row.try_get("position")?, message))
+        // That under way has not failed yet.
+        failures: u32::try_from(failures.saturating_sub(1)).unwrap_or(0),
+    })
 }
 
 impl fmt::Debug for Outbox {

@@ -6,8 +6,11 @@ CREATE TABLE IF NOT EXISTS {table} (
     names      text[]      NOT NULL,                             -- of the headers
     contents   text[]      NOT NULL,                             -- of the headers, in the same order
     payload    bytea       NOT NULL,
-    failures   integer     NOT NULL DEFAULT 0,                   -- attempts to publish it
+    failures   integer     NOT NULL DEFAULT 0,                   -- attempts to publish it, that under way included
+    suspect    boolean     NOT NULL DEFAULT false,               -- taken, and nobody has told yet what became of it
     put_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    publish_at timestamptz NOT NULL DEFAULT clock_timestamp()    -- not before
+    publish_at timestamptz NOT NULL DEFAULT clock_timestamp(),   -- not before
+    CONSTRAINT {name}_headers
+        CHECK (cardinality(names) = cardinality(contents) AND array_position(names || contents, NULL) IS NULL)
 );
 CREATE INDEX IF NOT EXISTS {name}_publish_at ON {table} (publish_at, position);
