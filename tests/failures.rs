@@ -373,6 +373,20 @@ async fn a_store_that_fails_at_claims_of_a_lost_key_uses_no_attempts_up() {
     assert_eq!((last.status(), handler.runs()), (201, 2));
 }
 
+/// The claim arrived, its reply was lost, and its lease was over before the store could be asked: it is still ours to release.
+#[tokio::test(start_paused = true)]
+async fn a_claim_whose_lease_ended_while_the_store_was_away_is_released_behind() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::After, Fault::Before]);
+    store.fail("peek", [Fault::Before; 3]);
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
+    let service = layer.layer(handler.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "store-unavailable");
+    layer.drain().wait().await;
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+}
+
 #[tokio::test]
 async fn a_record_that_cannot_be_read_is_never_taken_for_absent() {
     let store = RemoteStore::new();

@@ -255,7 +255,7 @@ async fn a_completion_that_failed_leaves_the_lease_renewed() {
     let bench = Bench::new().await;
     let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (pool, now, top) = (bench.pool.clone(), Arc::clone(&running), Arc::clone(&most));
-    let layer = layer(bench.store.clone()).with_lease(Duration::from_secs(2));
+    let layer = layer(bench.store.clone()).with_lease(Duration::from_secs(6));
     let receiver = layer.layer(service_fn(move |message: Message| {
         let (pool, now, top) = (pool.clone(), Arc::clone(&now), Arc::clone(&top));
         async move {
@@ -266,7 +266,7 @@ async fn a_completion_that_failed_leaves_the_lease_renewed() {
             assert!(fails.is_err());
             assert!(lease.complete_in(&mut transaction).await.is_err());
             transaction.rollback().await.unwrap();
-            tokio::time::sleep(Duration::from_secs(5)).await;
+            tokio::time::sleep(Duration::from_secs(14)).await;
             let mut transaction = pool.begin().await.unwrap();
             take_effect(&mut transaction, &message.id).await;
             let completed = lease.complete_in(&mut transaction).await;
@@ -276,7 +276,7 @@ async fn a_completion_that_failed_leaves_the_lease_renewed() {
         }
     }));
     let first = tokio::spawn(receiver.clone().oneshot(message("m")));
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(9)).await;
     let second = receiver.oneshot(message("m")).await;
     let first = first.await.unwrap();
     assert!(

@@ -119,7 +119,7 @@ async fn another_payload_of_a_lost_message_is_not_rejected_where_it_may_be_handl
     let received = receiver.oneshot(message("m", "sent at 2")).await;
     assert_eq!(
         Disposition::of(&received),
-        Disposition::Redeliver(Some(Duration::ZERO)),
+        Disposition::Redeliver(Some(Duration::from_secs(30))),
         "{received:?}"
     );
 }
@@ -183,6 +183,17 @@ async fn payloads_that_are_compared_from_now_on_make_no_handled_message_a_mismat
     assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
     let again = comparing().layer(handler()).oneshot(message("n", "b")).await;
     assert!(matches!(again, Err(ReceiveError::Mismatch)), "{again:?}");
+
+    // What was lost before, nobody who compares can take over.
+    let failing = service_fn(|_: Message| ready(Err::<(), _>("reset")));
+    let losing = layer(store.clone()).at_least_once().on_error(OnError::Unknown);
+    assert!(losing.layer(failing).oneshot(message("o", "a")).await.is_err());
+    let again = comparing()
+        .at_least_once()
+        .layer(handler())
+        .oneshot(message("o", "a"))
+        .await;
+    assert!(matches!(again, Ok(Receipt::Unknown)), "{again:?}");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::clock::within;
 use crate::uncut::Tracker;
 
-/// Waits for executions that go on without their callers; made by `drain` of the layers.
+/// Waits for executions, also those that go on without their callers; made by `drain` of the layers.
 ///
 /// Stop taking requests first, then wait, then end the process:
 ///
@@ -56,8 +56,8 @@ impl Drain {
         self.tracker.running()
     }
 
-    /// Resolves once no execution runs, with a caller or without. Put a time-out around it: a handler that never ends never lets it
-    /// resolve.
+    /// Resolves once no execution runs, with a caller or without. Finish or drop what you have begun first: a future that is held
+    /// and not polled is waited for. Put a time-out around it: a handler that never ends never lets it resolve.
     ///
     /// # Cancel safety
     ///
@@ -68,9 +68,11 @@ impl Drain {
         loop {
             let mut ended = pin!(self.tracker.ended());
             ended.as_mut().enable();
+            // Read first: what leaves its caller is counted as running before it is no longer busy.
+            let busy = self.is_busy.as_ref().is_some_and(|is_busy| is_busy());
             if self.running() > 0 {
                 ended.await;
-            } else if self.is_busy.as_ref().is_some_and(|is_busy| is_busy()) {
+            } else if busy {
                 drop(within(MOMENT, ended).await);
             } else {
                 return;

@@ -21,7 +21,7 @@ use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Snapshot,
     Status, StorageKey,
 };
-use crate::store::{claim_in_time, in_time, Patience, Store};
+use crate::store::{claim_in_time, in_time, lease_of_a_late_claim, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::uncut;
 
@@ -209,8 +209,13 @@ impl<St: Store + Clone> Job<St> {
     /// Ends a claim of unknown fate: nothing has run under it, and it would hold the key for a lease, or for ever.
     async fn release_behind(&self, nonce: Nonce) {
         let patience = self.patience();
-        // Of a key that is lost, the claim has not arrived: to repeat it would use an attempt up for nothing.
-        let may_hold = |snapshot: &Snapshot| matches!(snapshot.status, Status::InFlight { .. });
+        let lease = lease_of_a_late_claim(self.terms.lease, self.terms.store_timeout);
+        let may_hold = |snapshot: &Snapshot| match snapshot.status {
+            Status::InFlight { .. } => true,
+            // Before the lease is over, the lost one is another's: to repeat the claim would use an attempt up for nothing.
+            Status::Lost => lease.left().is_zero(),
+            Status::Completed(_) | Status::Unknown => false,
+        };
         match patience.persist(|| self.store.peek(&self.key)).await {
             Ok(snapshot) if snapshot.as_ref().is_none_or(may_hold) => {}
             _ => return,
@@ -476,7 +481,14 @@ impl Renewing {
                 }
                 match in_time(timeout, store.renew(&key, grant.owner, lease)).await {
                     Ok(Renewal::Renewed) => {}
-                    Ok(Renewal::Superseded) => return attempt.lose(),
+                    Ok(Renewal::Superseded) => {
+                        // It waited for the very transaction that completes the record.
+                        #[cfg(feature = "postgres")]
+                        if attempt.is_completed() {
+                            return;
+                        }
+                        return attempt.lose();
+                    }
                     Err(error) => telemetry::failure(Event::RenewalFailed, &error),
                 }
             }

@@ -28,7 +28,8 @@
 //! ```
 //!
 //! Order is not promised: several relays share the work, and what could not be published is tried again later. One message stops
-//! no other, even where it kills the relay, or its row cannot be read.
+//! no other, even where it kills the relay, or its row cannot be read; where it kills the relay or hangs, those that were taken with
+//! it wait for a lease.
 
 mod message;
 mod relay;

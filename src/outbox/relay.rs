@@ -14,7 +14,7 @@ use crate::clock::{within, Deadline};
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 
-/// The shortest pause, and how long a relay rests that could publish nothing of what it took.
+/// The shortest pause, and how long a relay rests at first that could publish nothing of what it took.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 
 /// The longest lease.
@@ -137,8 +137,8 @@ where
     F: Future<Output = Result<(), E>> + Send,
     E: fmt::Display + Send,
 {
-    /// Publishes what is due, at most one batch, one message after the other. One that fails keeps none behind it from being
-    /// published.
+    /// Publishes what is due, at most one batch, one message after the other, those first that were tried the least. One that fails
+    /// keeps none behind it from being published; one that hangs delays them, by a lease at most, and comes after them the next time.
     ///
     /// # Cancel safety
     ///
@@ -146,24 +146,36 @@ where
     ///
     /// # Errors
     ///
-    /// When the database fails. What was published in this batch is published again, as if the relay had died.
+    /// When the database fails. Of what it could not note, it is as if the relay had died.
     pub async fn publish_once(&self) -> Result<Published, Error> {
         // Begun before the server's, it ends before it.
         let lease = Deadline::after(self.terms.lease);
         let taken = self.outbox.take(&self.terms).await?;
         let ends = self.publish_all(taken, lease).await;
-        self.outbox.delete(&ends.published).await?;
-        self.outbox.postpone(&ends.failed, self.terms.pauses).await?;
-        self.outbox.give_back(&ends.untried).await?;
+        let noted = [
+            self.outbox.delete(&ends.published).await,
+            self.outbox.postpone(&ends.failed, self.terms.pauses).await,
+            self.outbox.give_back(&ends.untried).await,
+        ];
+        noted.into_iter().collect::<Result<(), Error>>()?;
         Ok(ends.count())
     }
 
-    /// Publishes for as long as it is polled; end it by dropping it. A database that fails is asked again at the next interval.
+    /// Publishes for as long as it is polled; end it by dropping it, which leaves a batch, at most, as a relay that
+    /// [died](Self#when-a-relay-dies). A database that fails is asked again at the next interval. After a look that could publish
+    /// nothing of what it took it rests, for 10 ms at first and twice as long each time, up to the interval.
     pub async fn run(self) -> Infallible {
+        let mut rest = SHORTEST_PAUSE;
         loop {
             let pause = match self.publish_once().await {
-                Ok(count) if count.published > 0 => continue,
-                Ok(count) if count.failed > 0 => SHORTEST_PAUSE.min(self.interval),
+                Ok(count) if count.published > 0 => {
+                    rest = SHORTEST_PAUSE;
+                    continue;
+                }
+                Ok(count) if count.failed > 0 => {
+                    rest = rest.saturating_mul(2).min(LONGEST);
+                    (rest / 2).min(self.interval)
+                }
                 Ok(_) => self.until_next_look(),
                 Err(error) => {
                     telemetry::failure(Event::RelayFailed, &error);

@@ -179,7 +179,8 @@ impl Outbox {
         let rows = take.fetch_all(&self.pool).await.map_err(failed)?;
         let taken: sqlx::Result<Vec<_>> = rows.iter().map(Taken::read).collect();
         let mut taken = taken.map_err(failed)?;
-        taken.sort_unstable_by_key(|taken| taken.claim.position);
+        // Those that hang take the lease's time from those behind them.
+        taken.sort_unstable_by_key(|taken| (taken.claim.failures, taken.claim.position));
         Ok(taken)
     }
 

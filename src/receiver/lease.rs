@@ -86,7 +86,7 @@ mod transaction {
         /// Records that the message is handled *within a transaction of yours*, on the PostgreSQL server that has the records: its
         /// effect and that it was handled commit together, or neither does.
         ///
-        /// Do it last before the commit, and return when that is rolled back: from here on the lease is not renewed, unless this failed. If the commit fails, return any error: the receiver reads from the record whether it took
+        /// Do it last before the commit. Once it has succeeded, the lease is not renewed any more: if you then roll back, return. If the commit fails, return any error: the receiver reads from the record whether it took
         /// effect all the same. Since every effect of such a handler is in the transaction, set
         /// [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use READ COMMITTED, PostgreSQL's default.
         ///

@@ -299,9 +299,9 @@ impl<M> Settings<M> {
             Status::InFlight { left } => Receipt::InFlight {
                 retry_after: left.min(self.terms.lease),
             },
-            // The next delivery of the recorded one takes it over.
-            Status::Lost if self.if_lost != IfLost::Refuse => Receipt::InFlight {
-                retry_after: Duration::ZERO,
+            // A delivery with the recorded payload takes it over.
+            Status::Lost if is_compared && self.if_lost != IfLost::Refuse => Receipt::InFlight {
+                retry_after: self.terms.lease,
             },
             Status::Lost | Status::Unknown => Receipt::Unknown,
         })

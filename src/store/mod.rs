@@ -24,7 +24,7 @@ use std::time::Duration;
 
 pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
-pub(crate) use patience::{claim_in_time, in_time, Patience};
+pub(crate) use patience::{claim_in_time, in_time, lease_of_a_late_claim, Patience};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{failed, TableName};
 #[cfg(feature = "postgres")]

@@ -37,6 +37,11 @@ pub(crate) fn claim_in_time<'c, St: Store>(
     }
 }
 
+/// When the lease is over, at the earliest, of a claim that has just failed the second time, and may have been granted the first.
+pub(crate) fn lease_of_a_late_claim(lease: Duration, timeout: Duration) -> Deadline {
+    Deadline::after(lease.saturating_sub(timeout.saturating_mul(2)))
+}
+
 /// How long a store is given for what must be recorded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {

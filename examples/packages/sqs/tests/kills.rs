@@ -117,10 +117,14 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let names: Vec<String> = names.collect();
     // Once, twice or three times.
     let copies = |number: usize| 1 + usize::from(number % 2 == 1) + usize::from(number % 3 == 2);
-    let sent = names.iter().enumerate();
-    let sent: Vec<String> = sent
-        .flat_map(|(number, name)| std::iter::repeat_n(name.clone(), copies(number)))
-        .collect();
+    let mut sent = Vec::new();
+    for part in (0..messages).collect::<Vec<_>>().chunks(100) {
+        // Some come while the first is in flight, others when it is done.
+        for copy in 0..3 {
+            let copied = part.iter().filter(|number| copies(**number) > copy);
+            sent.extend(copied.map(|number| names[*number].clone()));
+        }
+    }
     let start = || Process::start(&mut world.settings.command(PROGRAM));
     world.run(&sent, start, kills, messages / (3 * kills)).await;
     let sent = sent.len();
