@@ -148,7 +148,12 @@ impl Queue {
             if received.is_empty() {
                 return Ok(bodies);
             }
-            bodies.extend(received.into_iter().filter_map(|message| message.body));
+            for message in received {
+                // Left in, it would be visible again before the last one is taken.
+                let delete = self.client.delete_message().queue_url(&self.url);
+                delete.set_receipt_handle(message.receipt_handle).send().await?;
+                bodies.extend(message.body);
+            }
         }
     }
 
