@@ -18,10 +18,10 @@ use super::terms::Terms;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Snapshot,
-    Status, StorageKey,
+    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
+    StorageKey,
 };
-use crate::store::{claim_in_time, in_time, lease_of_a_late_claim, Patience, Store};
+use crate::store::{claim_in_time, in_time, LateClaim, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::uncut;
 
@@ -209,15 +209,9 @@ impl<St: Store + Clone> Job<St> {
     /// Ends a claim of unknown fate: nothing has run under it, and it would hold the key for a lease, or for ever.
     async fn release_behind(&self, nonce: Nonce) {
         let patience = self.patience();
-        let lease = lease_of_a_late_claim(self.terms.lease, self.terms.store_timeout);
-        let may_hold = |snapshot: &Snapshot| match snapshot.status {
-            Status::InFlight { .. } => true,
-            // Before the lease is over, the lost one is another's: to repeat the claim would use an attempt up for nothing.
-            Status::Lost => lease.left().is_zero(),
-            Status::Completed(_) | Status::Unknown => false,
-        };
+        let late = LateClaim::new(self.terms.lease, self.terms.store_timeout);
         match patience.persist(|| self.store.peek(&self.key)).await {
-            Ok(snapshot) if snapshot.as_ref().is_none_or(may_hold) => {}
+            Ok(snapshot) if late.may_be_granted(snapshot.as_ref()) => {}
             _ => return,
         }
         let claimed = patience.persist(|| self.claim_once(nonce)).await;
@@ -247,12 +241,8 @@ impl<St: Store + Clone> Job<St> {
         } else {
             self.ask(&mut work, &attempt).await
         };
-        let without_end = match found {
-            Found::Unknown if attempt.number() < self.terms.max_attempts => Refused::Undecided,
-            _ => Refused::Unknown,
-        };
         let ended = match found {
-            Found::Happened(ended) => Some(ended),
+            Found::Happened(ended) => Ok(ended),
             Found::NotHappened if absence.is_true() => {
                 // It found that nothing runs, and nothing is begun for nobody.
                 drop(renewal);
@@ -260,17 +250,18 @@ impl<St: Store + Clone> Job<St> {
                 held.owner = None;
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
-            Found::NotHappened => unwound(work.run(attempt.clone())).await,
-            Found::Unknown => None,
+            Found::NotHappened => unwound(work.run(attempt.clone())).await.ok_or(Refused::Unknown),
+            Found::Unknown if attempt.number() < self.terms.max_attempts => Err(Refused::Undecided),
+            Found::Unknown => Err(Refused::Unknown),
         };
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
             drop(renewal);
-            let settled = self.after_transaction(grant.owner, ended, without_end, deadline).await;
+            let settled = self.after_transaction(grant.owner, ended, deadline).await;
             held.owner = None;
             return settled;
         }
-        if let Some(Ended {
+        if let Ok(Ended {
             verdict: Verdict::Keep(outcome) | Verdict::KeepFailure(outcome),
             given,
         }) = ended
@@ -281,7 +272,7 @@ impl<St: Store + Clone> Job<St> {
             return self.completed(completion, given, deadline).await;
         }
         drop(renewal);
-        let settled = self.unkept(grant.owner, ended, without_end, deadline).await;
+        let settled = self.unkept(grant.owner, ended, deadline).await;
         held.owner = None;
         settled
     }
@@ -290,12 +281,11 @@ impl<St: Store + Clone> Job<St> {
     pub(super) async fn unkept<G>(
         &self,
         owner: Owner,
-        ended: Option<Ended<G>>,
-        without_end: Refused,
+        ended: Result<Ended<G>, Refused>,
         deadline: Deadline,
     ) -> Settled<G> {
         let is_superseded = match &ended {
-            Some(Ended {
+            Ok(Ended {
                 verdict: Verdict::Release,
                 ..
             }) => self.release(owner).await == Some(Release::Superseded),
@@ -306,11 +296,11 @@ impl<St: Store + Clone> Job<St> {
             return self.stand_by(deadline).await;
         }
         match ended {
-            Some(Ended { given, .. }) => Settled::Ran {
+            Ok(Ended { given, .. }) => Settled::Ran {
                 given,
                 recorded: Ok(()),
             },
-            None => Settled::Refused(without_end),
+            Err(refused) => Settled::Refused(refused),
         }
     }
 

@@ -25,8 +25,7 @@ impl<St: Store + Clone> Job<St> {
     pub(super) async fn after_transaction<G>(
         &self,
         owner: Owner,
-        ended: Option<Ended<G>>,
-        without_end: Refused,
+        ended: Result<Ended<G>, Refused>,
         deadline: Deadline,
     ) -> Settled<G> {
         let patience = self.patience();
@@ -34,7 +33,7 @@ impl<St: Store + Clone> Job<St> {
             Ok(Some(snapshot)) if snapshot.fence == owner.fence => {
                 if let Status::Completed(outcome) = snapshot.status {
                     return match ended {
-                        Some(Ended {
+                        Ok(Ended {
                             given,
                             verdict: Verdict::Keep(_) | Verdict::KeepFailure(_),
                         }) => ran(given, Ok(())),
@@ -47,46 +46,40 @@ impl<St: Store + Clone> Job<St> {
         }
         let lease = self.terms.lease;
         match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
-            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, without_end, deadline).await,
+            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, deadline).await,
             Ok(Renewal::Superseded) => self.stand_by(deadline).await,
             Err(error) => undecided(ended, error),
         }
     }
 
-    async fn rolled_back<G>(
-        &self,
-        owner: Owner,
-        ended: Option<Ended<G>>,
-        without_end: Refused,
-        deadline: Deadline,
-    ) -> Settled<G> {
+    async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, deadline: Deadline) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
-            Some(Ended {
+            Ok(Ended {
                 given,
                 verdict: Verdict::Keep(_),
             }) => {
                 self.release(owner).await;
                 ran(given, Err(ROLLED_BACK))
             }
-            Some(Ended {
+            Ok(Ended {
                 given,
                 verdict: Verdict::KeepFailure(outcome),
             }) => {
                 let completion = self.complete(owner, &outcome).await;
                 self.completed(completion, given, deadline).await
             }
-            ended => self.unkept(owner, ended, without_end, deadline).await,
+            ended => self.unkept(owner, ended, deadline).await,
         }
     }
 }
 
 /// The lease, which is not renewed any more, ends the attempt.
-fn undecided<G>(ended: Option<Ended<G>>, error: Error) -> Settled<G> {
+fn undecided<G>(ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
     telemetry::failure(Event::Unrecorded, &error);
     match ended {
-        Some(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
-        None => Settled::Refused(Refused::Unknown),
+        Ok(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
+        Err(refused) => Settled::Refused(refused),
     }
 }
 

@@ -15,8 +15,8 @@ use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Snapshot, Status, StorageKey};
-use crate::store::{claim_in_time, in_time, lease_of_a_late_claim, Store};
+use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
+use crate::store::{claim_in_time, in_time, LateClaim, Store};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, from when its body was read.
@@ -428,9 +428,9 @@ impl Values {
 /// Releases a claim of which it is not known whether it arrived.
 async fn release_behind<St: Store>(shared: Arc<Shared<St>>, claim: Claim, timeout: Duration) {
     const TRIES: u32 = 6;
-    let lease = lease_of_a_late_claim(claim.lease, timeout);
+    let late = LateClaim::new(claim.lease, timeout);
     for attempt in 0..TRIES {
-        match release_if_granted(&shared.store, &claim, timeout, lease).await {
+        match release_if_granted(&shared.store, &claim, timeout, &late).await {
             Ok(true) => return telemetry::event(Event::ReleasedBehind),
             Ok(false) => return,
             Err(_) => {}
@@ -445,16 +445,10 @@ async fn release_if_granted<St: Store>(
     store: &St,
     claim: &Claim,
     timeout: Duration,
-    lease: Deadline,
+    late: &LateClaim,
 ) -> Result<bool, Error> {
     let snapshot = in_time(timeout, store.peek(&claim.key)).await?;
-    let may_be_granted = |snapshot: &Snapshot| match snapshot.status {
-        Status::InFlight { .. } => true,
-        // Before the lease is over, the lost one is another's: to repeat the claim would use an attempt up for nothing.
-        Status::Lost => lease.left().is_zero(),
-        Status::Completed(_) | Status::Unknown => false,
-    };
-    if !snapshot.as_ref().is_none_or(may_be_granted) {
+    if !late.may_be_granted(snapshot.as_ref()) {
         return Ok(false);
     }
     match claim_in_time(timeout, store, claim).await? {

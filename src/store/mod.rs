@@ -24,7 +24,7 @@ use std::time::Duration;
 
 pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
-pub(crate) use patience::{claim_in_time, in_time, lease_of_a_late_claim, Patience};
+pub(crate) use patience::{claim_in_time, in_time, LateClaim, Patience};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{failed, TableName};
 #[cfg(feature = "postgres")]
@@ -90,7 +90,7 @@ pub trait Store: Send + Sync + 'static {
     }
 
     /// How long a claim takes at most, before it fails by itself; `None`, the default, where nothing ends it. Whoever gives it
-    /// that long, or longer, needs no timer of his own, which would cost as much as a hash of the request.
+    /// that long, or longer, needs no timer of his own.
     fn claim_limit(&self) -> Option<Duration> {
         None
     }

@@ -9,7 +9,7 @@ use futures::FutureExt;
 use super::Store;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Claim, Decision};
+use crate::protocol::{Claim, Decision, Snapshot, Status};
 use crate::telemetry::{self, Event};
 
 /// An operation of the store, given up as failed after `timeout`.
@@ -37,9 +37,29 @@ pub(crate) fn claim_in_time<'c, St: Store>(
     }
 }
 
-/// When the lease is over, at the earliest, of a claim that has just failed the second time, and may have been granted the first.
-pub(crate) fn lease_of_a_late_claim(lease: Duration, timeout: Duration) -> Deadline {
-    Deadline::after(lease.saturating_sub(timeout.saturating_mul(2)))
+/// A claim that has just failed the second time, and may have been granted.
+pub(crate) struct LateClaim {
+    /// When its lease is over, at the earliest.
+    lease: Deadline,
+}
+
+impl LateClaim {
+    pub(crate) fn new(lease: Duration, timeout: Duration) -> Self {
+        Self {
+            lease: Deadline::after(lease.saturating_sub(timeout.saturating_mul(2))),
+        }
+    }
+
+    /// Whether the record can be its own. If not, to repeat it could use an attempt up for nothing.
+    pub(crate) fn may_be_granted(&self, snapshot: Option<&Snapshot>) -> bool {
+        match snapshot.map(|snapshot| &snapshot.status) {
+            // It may yet arrive.
+            None | Some(Status::InFlight { .. }) => true,
+            // Before its lease is over, the lost one is another's.
+            Some(Status::Lost) => self.lease.left().is_zero(),
+            Some(Status::Completed(_) | Status::Unknown) => false,
+        }
+    }
 }
 
 /// How long a store is given for what must be recorded.
