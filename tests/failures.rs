@@ -387,6 +387,19 @@ async fn a_claim_whose_lease_ended_while_the_store_was_away_is_released_behind()
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
 }
 
+/// The layer's time-out is 5 s: what a store gives itself beyond that does not hold up a caller, and below it no timer is made.
+#[tokio::test(start_paused = true)]
+async fn a_store_is_trusted_with_its_claims_up_to_the_layers_time_out() {
+    for (limit, is_trusted) in [(5, true), (6, false)] {
+        let store = RemoteStore::new();
+        store.set_claim_limit(Duration::from_secs(limit));
+        store.fail("claim", [Fault::Hang; 2]);
+        let service = IdempotencyLayer::new(store).layer(Handler::new());
+        let asked = tokio::time::timeout(Duration::from_secs(60), send(&service, post("k", "pay"))).await;
+        assert_eq!(asked.is_err(), is_trusted, "{limit}");
+    }
+}
+
 #[tokio::test]
 async fn a_record_that_cannot_be_read_is_never_taken_for_absent() {
     let store = RemoteStore::new();

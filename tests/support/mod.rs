@@ -50,6 +50,7 @@ struct Remote {
     yields: AtomicUsize,
     timers: AtomicBool,
     at_once: AtomicBool,
+    claim_limit: Mutex<Option<Duration>>,
     faults: Mutex<HashMap<&'static str, Vec<Fault>>>,
     calls: Mutex<HashMap<&'static str, usize>>,
 }
@@ -82,6 +83,11 @@ impl RemoteStore {
     /// Operations need the timers of a tokio runtime, as those of a real client do.
     pub fn set_timers(&self, timers: bool) {
         self.0.timers.store(timers, Ordering::SeqCst);
+    }
+
+    /// Says that it ends its claims by itself in this time, and does not.
+    pub fn set_claim_limit(&self, limit: Duration) {
+        *self.0.claim_limit.lock().unwrap() = Some(limit);
     }
 
     /// Decides claims at once, as a store in this process does, though its owners must renew.
@@ -181,6 +187,10 @@ impl Store for RemoteStore {
         let now = || self.0.clock.now();
         self.call("claim", &claim.key, |record| Record::claim(record, claim, now()))
             .await
+    }
+
+    fn claim_limit(&self) -> Option<Duration> {
+        *self.0.claim_limit.lock().unwrap()
     }
 
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
