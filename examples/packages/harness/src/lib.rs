@@ -1,27 +1,34 @@
-//! What the examples' tests share: servers of their own, on free ports and in temporary folders, each ended by its process id; a
-//! ledger in which effects are counted; consumers that are killed at random times and started again.
+//! What the examples' programs and tests share: servers of their own, on free ports and in temporary folders, each ended by its
+//! process id; ledgers in which effects are counted; consumers that are killed at random times and started again.
 
-mod fleet;
 mod ledger;
 mod nats;
+mod outcome;
 #[path = "../../../../tests/support/postgres.rs"]
 mod postgres_server;
+mod process;
 mod rabbit;
 #[path = "../../../../tests/support/redis.rs"]
 mod redis_server;
+mod run;
 mod server;
 mod told;
 
-pub use fleet::{this_test, Fleet};
 pub use ledger::Ledger;
 pub use nats::NatsServer;
+pub use outcome::Outcome;
 pub use postgres_server::PostgresServer;
+pub use process::{assert_fails_unprotected, assert_says, this_test, Fleet, Process};
 pub use rabbit::RabbitServer;
 pub use redis_server::RedisServer;
+pub use run::{play, Error, Part, Run, Seen, Work};
 pub use server::Folder;
-pub use told::Told;
+pub use told::{word, Told};
 
+use std::process::Command;
 use std::time::Duration;
+
+use tower_idempotency::receiver::{MessageId, OnMissingId, ReceiverLayer};
 
 /// A number from the environment, or its default: `MESSAGES=10000 cargo test`.
 ///
@@ -73,4 +80,22 @@ pub fn up_to(millis: u64) -> Duration {
 /// Whether something happens once in so many times.
 pub fn one_in(times: u32) -> bool {
     rand::random_range(0..times) == 0
+}
+
+const UNPROTECTED: &str = "UNPROTECTED";
+
+/// The layer; or, in an [`unprotected`] process, one that lets every delivery through: for the tests of the tests.
+pub fn unless_told<St, M>(layer: ReceiverLayer<St, M>) -> ReceiverLayer<St, M> {
+    if std::env::var_os(UNPROTECTED).is_none() {
+        return layer;
+    }
+    layer
+        .with_id(|_| MessageId::missing())
+        .on_missing_id(OnMissingId::Unprotected)
+}
+
+/// A program whose layers are to let every delivery through.
+pub fn unprotected(mut program: Command) -> Command {
+    program.env(UNPROTECTED, "1");
+    program
 }

@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+use crate::{Ledger, Process};
 
 /// A temporary folder; removed with its value, unless the test fails: then its logs tell why.
 #[derive(Debug)]
@@ -20,7 +22,7 @@ impl Folder {
     pub fn new(name: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("{name}-{}-{count}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("idempotency-{name}-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -32,6 +34,15 @@ impl Folder {
     /// The path of a file in it.
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
+    }
+
+    /// A ledger in it.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be opened.
+    pub fn ledger(&self, name: &str) -> Ledger {
+        Ledger::open(&self.file(name))
     }
 }
 
@@ -46,7 +57,7 @@ impl Drop for Folder {
 /// Killed with its value, also by a panic.
 pub(crate) struct Server {
     name: &'static str,
-    child: Child,
+    process: Process,
 }
 
 impl Server {
@@ -54,21 +65,16 @@ impl Server {
     pub(crate) fn spawn(name: &'static str, command: &mut Command, folder: &Folder) -> Self {
         let log = folder.file("log");
         let log = File::options().create(true).append(true).open(log).unwrap();
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap_or_else(|error| panic!("this needs `{name}`, which ./test installs ({error})"));
-        Self { name, child }
+        let process = Process::start(command.stdout(log.try_clone().unwrap()).stderr(log));
+        Self { name, process }
     }
 
     /// Waits until somebody listens on the port.
     pub(crate) fn wait_until_up(&mut self, port: u16, patience: Duration) -> Result<(), String> {
         let name = self.name;
         for _ in 0..patience.as_millis() / 20 {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return Err(format!("{name} ended with {status}"));
+            if !self.process.is_up() {
+                return Err(format!("{name} ended by itself"));
             }
             if TcpStream::connect(("127.0.0.1", port)).is_ok() {
                 return Ok(());
@@ -79,14 +85,7 @@ impl Server {
     }
 
     pub(crate) fn kill(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.kill();
+        self.process.kill();
     }
 }
 

@@ -22,6 +22,10 @@ impl Told {
         Self(Ledger::open(path))
     }
 
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
     /// Notes a delivery. What to tell the broker; nothing, if that is to be lost.
     ///
     /// # Panics
@@ -33,15 +37,7 @@ impl Told {
         received: &Result<Receipt<T>, ReceiveError<E>>,
         disposition: Disposition,
     ) -> Option<Disposition> {
-        let receipt = match received {
-            Ok(Receipt::First(_)) => "First",
-            Ok(Receipt::Duplicate) => "Duplicate",
-            Ok(Receipt::InFlight { .. }) => "InFlight",
-            Ok(Receipt::Unknown) => "Unknown",
-            Err(ReceiveError::Handler(_)) => "Handler",
-            Err(_) => "Error",
-        };
-        self.0.note(&format!("{receipt} {is_first_delivery}"));
+        self.0.note(format_args!("{} {is_first_delivery}", word(received)));
         let is_lost = disposition == Disposition::Acknowledge && crate::one_in(LOSES_ONE_IN);
         (!is_lost).then_some(disposition)
     }
@@ -62,5 +58,17 @@ impl Told {
     /// If it cannot be read.
     pub fn redeliveries(&self) -> usize {
         self.0.lines().iter().filter(|line| line.ends_with(" false")).count()
+    }
+}
+
+/// One word for what came of a delivery.
+pub const fn word<T, E>(received: &Result<Receipt<T>, ReceiveError<E>>) -> &'static str {
+    match received {
+        Ok(Receipt::First(_)) => "first",
+        Ok(Receipt::Duplicate) => "duplicate",
+        Ok(Receipt::InFlight { .. }) => "in-flight",
+        Ok(Receipt::Unknown) => "unknown",
+        Err(ReceiveError::Handler(_) | ReceiveError::Panicked) => "failed",
+        Err(_) => "not-received",
     }
 }

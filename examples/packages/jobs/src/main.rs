@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use harness::{Folder, Outcome, Process, RedisServer};
 use jobs::{work, Error, Queue, Settings};
-use queue_kit::{Folder, Outcome, Process, RedisServer};
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, Error> {
@@ -20,7 +20,7 @@ async fn main() -> Result<ExitCode, Error> {
 
 async fn acts(program: &str) -> Result<ExitCode, Error> {
     let (redis, folder) = (RedisServer::start(), Folder::new("jobs"));
-    let (effects, runs) = (folder.book("effects"), folder.book("runs"));
+    let (effects, runs) = (folder.ledger("effects"), folder.ledger("runs"));
     let settings = Settings {
         redis: redis.url(),
         effects: effects.path().to_owned(),

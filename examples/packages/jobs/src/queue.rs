@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use apalis::prelude::TaskSink;
 use apalis_redis::RedisStorage;
-use queue_kit::RedisServer;
+use harness::RedisServer;
 
 use crate::{config, Charge, Error};
 

@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use apalis::prelude::{AbortError, RetryAfterError, Task, WorkerBuilder};
 use apalis_redis::RedisStorage;
-use queue_kit::{unless_told, up_to, word, Book};
+use harness::{unless_told, up_to, word, Ledger};
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_idempotency::receiver::{Disposition, ReceiverLayer};
 use tower_idempotency::RedisStore;
@@ -62,19 +61,18 @@ impl Settings {
 pub async fn work(settings: Settings) -> Result<(), Error> {
     let store = RedisStore::connect(&settings.redis).await?;
     let connection = apalis_redis::connect(settings.redis.as_str()).await?;
-    let (effects, runs) = (Book::open(&settings.effects), Arc::new(Book::open(&settings.runs)));
-    let effects = Arc::new(effects);
+    let (effects, runs) = (Ledger::open(&settings.effects), Ledger::open(&settings.runs));
     let layer = ReceiverLayer::new(store, "charges")
         .with_id(|task: &Task<Charge>| task.args.order.clone())
         .with_lease(settings.lease);
     let receiver = ServiceBuilder::new()
         .layer(unless_told(layer))
-        .service(service_fn(move |task| charge(Arc::clone(&effects), task)));
+        .service(service_fn(move |task| charge(effects.clone(), task)));
     for number in 0.. {
-        let (receiver, runs) = (receiver.clone(), Arc::clone(&runs));
-        let ended = Arc::clone(&runs);
+        let (receiver, runs) = (receiver.clone(), runs.clone());
+        let ended = runs.clone();
         let once = service_fn(move |task: Task<Charge>| {
-            let (receiver, runs) = (receiver.clone(), Arc::clone(&runs));
+            let (receiver, runs) = (receiver.clone(), runs.clone());
             async move {
                 let (order, attempt) = (task.args.order.clone(), task.attempt());
                 runs.note(format_args!("came {order} {attempt}"));
@@ -105,7 +103,7 @@ fn verdict(disposition: Disposition, attempt: usize) -> Result<(), Error> {
 
 /// Takes up to 10 ms, has its effect, and takes a little longer. What is `flaky` fails at first, a `poison` always; what is `slow` takes
 /// 2 s.
-async fn charge(effects: Arc<Book>, task: Task<Charge>) -> Result<(), Error> {
+async fn charge(effects: Ledger, task: Task<Charge>) -> Result<(), Error> {
     let order = &task.args.order;
     if order.starts_with("poison") || (order.starts_with("flaky") && task.attempt() < ATTEMPTS) {
         return Err(format!("{order} cannot be charged").into());
@@ -113,8 +111,8 @@ async fn charge(effects: Arc<Book>, task: Task<Charge>) -> Result<(), Error> {
     if order.starts_with("slow") {
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
-    tokio::time::sleep(up_to(Duration::from_millis(10))).await;
+    tokio::time::sleep(up_to(10)).await;
     effects.note(order);
-    tokio::time::sleep(up_to(Duration::from_millis(5))).await;
+    tokio::time::sleep(up_to(5)).await;
     Ok(())
 }

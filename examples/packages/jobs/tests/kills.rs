@@ -4,8 +4,10 @@
 use std::process::Command;
 use std::time::Duration;
 
+use harness::{
+    assert_fails_unprotected, assert_says, number_from, Fleet, Folder, Ledger, Outcome, Process, RedisServer,
+};
 use jobs::{Queue, Settings};
-use queue_kit::{number, up_to, Book, Folder, Outcome, Process, RedisServer};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_jobs");
 
@@ -13,14 +15,14 @@ struct World {
     redis: RedisServer,
     _folder: Folder,
     settings: Settings,
-    effects: Book,
-    runs: Book,
+    effects: Ledger,
+    runs: Ledger,
 }
 
 impl World {
     fn new() -> Self {
         let (redis, folder) = (RedisServer::start(), Folder::new("jobs-kills"));
-        let (effects, runs) = (folder.book("effects"), folder.book("runs"));
+        let (effects, runs) = (folder.ledger("effects"), folder.ledger("runs"));
         let settings = Settings {
             redis: redis.url(),
             effects: effects.path().to_owned(),
@@ -36,16 +38,13 @@ impl World {
         }
     }
 
-    /// Ends one of two workers, again and again, each time after some effects more, and starts another in its place. Every third is
-    /// paused for longer than its heartbeat and its leases last, and goes on.
-    async fn kill(&self, start: impl Fn() -> Process, kills: usize, effects_between: usize) {
-        let (mut workers, mut paused) = ([start(), start()], Vec::new());
+    /// Ends one of three workers, again and again, each time after some effects more, and starts another in its place. Every third is
+    /// paused for longer than its heartbeat and its leases last, and goes on; all work when this returns.
+    async fn kill(&self, start: impl Fn() -> Command, kills: usize, effects_between: usize) -> impl Sized {
+        let (mut workers, mut paused) = (Fleet::start(3, start), Vec::new());
         for kill in 0..kills {
-            self.progress(effects_between).await;
-            tokio::time::sleep(up_to(Duration::from_millis(20))).await;
-            let victim = &mut workers[kill % 2];
-            assert!(victim.is_up(), "a worker ended by itself");
-            let mut victim = std::mem::replace(victim, start());
+            workers.progress(&self.effects, effects_between).await;
+            let mut victim = workers.replace_one();
             if kill % 3 == 2 {
                 victim.signal("-STOP");
                 paused.push(victim);
@@ -58,25 +57,16 @@ impl World {
             worker.signal("-CONT");
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
-        assert!(workers.iter_mut().chain(&mut paused).all(Process::is_up));
-    }
-
-    async fn progress(&self, effects: usize) {
-        let enough = self.effects.lines().len() + effects;
-        for _ in 0..4_000 {
-            if self.effects.lines().len() >= enough {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        panic!("no progress within 20 s");
+        workers.check();
+        assert!(paused.iter_mut().all(Process::is_up), "a worker ended by itself");
+        (workers, paused)
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_and_paused_workers_repeat_no_effect_and_lose_no_job() {
     let world = World::new();
-    let (messages, kills) = (number("MESSAGES", 500), number("KILLS", 6));
+    let (messages, kills) = (number_from("MESSAGES", 500), number_from("KILLS", 6));
     let names = (0..messages).map(|number| match number % 100 {
         49 => format!("flaky-{number}"),
         99 => format!("poison-{number}"),
@@ -92,9 +82,8 @@ async fn killed_and_paused_workers_repeat_no_effect_and_lose_no_job() {
             pushed += 1;
         }
     }
-    let start = || Process::start(&mut world.settings.command(PROGRAM));
-    let _last = start();
-    world.kill(start, kills, messages / (3 * kills)).await;
+    let start = || world.settings.command(PROGRAM);
+    let _workers = world.kill(start, kills, messages / (3 * kills)).await;
     queue.until_ended().await.unwrap();
 
     let dead = queue.dead().unwrap();
@@ -145,9 +134,8 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
     for name in &names {
         queue.push(name).await.unwrap();
     }
-    let start = || Process::start(world.settings.command(PROGRAM).env("UNPROTECTED", "1"));
-    let _last = start();
-    world.kill(start, 4, 20).await;
+    let start = || harness::unprotected(world.settings.command(PROGRAM));
+    let _workers = world.kill(start, 4, 20).await;
     queue.until_ended().await.unwrap();
     let outcome = Outcome::of(names, &world.effects.tally(), &[]);
     assert!(!outcome.repeated.is_empty(), "each was enqueued once: {outcome:?}");
@@ -155,26 +143,15 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
 
 #[test]
 fn the_example_does_what_it_says() {
-    let output = Command::new(PROGRAM).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{told}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    for line in [
+    let lines = [
         "10 jobs, each enqueued twice, and two workers: 10 effects",
         "5 failures, 1 effect, dead: [\"poison-1\"]",
         "effects: 12 of 14 jobs had one each",
-    ] {
-        assert!(told.contains(line), "{line}: {told}");
-    }
+    ];
+    assert_says(PROGRAM, &lines);
 }
 
 #[test]
 fn the_example_fails_without_the_receiver() {
-    let output = Command::new(PROGRAM).env("UNPROTECTED", "1").output().unwrap();
-    assert!(!output.status.success(), "{output:?}");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("that is not what was promised"), "{told}");
+    assert_fails_unprotected(PROGRAM);
 }

@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use queue_kit::{unless_told, up_to, word, Book};
+use harness::{unless_told, up_to, word, Ledger};
 use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -96,7 +95,7 @@ impl Settings {
 pub async fn consume(settings: Settings) -> Result<(), Error> {
     let store = RedisStore::connect(&settings.store).await?;
     let handler = Handler {
-        effects: Arc::new(Book::open(&settings.effects)),
+        effects: Ledger::open(&settings.effects),
     };
     let layer = ReceiverLayer::new(store, settings.group.as_str())
         .with_id(Delivery::message_id)
@@ -104,7 +103,7 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
     let worker = Worker {
         receiver: unless_told(layer).layer(handler),
         producer: producer(&settings.servers)?,
-        deliveries: Arc::new(Book::open(&settings.deliveries)),
+        deliveries: Ledger::open(&settings.deliveries),
     };
     tokio::try_join!(worker.run(&settings, ORDERS), worker.run(&settings, RETRY))?;
     Ok(())
@@ -114,7 +113,7 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
 struct Worker {
     receiver: Receiver<Handler, RedisStore, Delivery>,
     producer: FutureProducer,
-    deliveries: Arc<Book>,
+    deliveries: Ledger,
 }
 
 impl Worker {
@@ -189,7 +188,7 @@ impl Worker {
 /// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 3 s.
 #[derive(Clone)]
 struct Handler {
-    effects: Arc<Book>,
+    effects: Ledger,
 }
 
 impl Service<Delivery> for Handler {
@@ -202,7 +201,7 @@ impl Service<Delivery> for Handler {
     }
 
     fn call(&mut self, delivery: Delivery) -> Self::Future {
-        let effects = Arc::clone(&self.effects);
+        let effects = self.effects.clone();
         async move {
             if delivery.name.starts_with("poison") {
                 return Err(format!("{} cannot be handled", delivery.name));
@@ -210,9 +209,9 @@ impl Service<Delivery> for Handler {
             if delivery.name.starts_with("slow") {
                 tokio::time::sleep(Duration::from_secs(3)).await;
             }
-            tokio::time::sleep(up_to(Duration::from_millis(10))).await;
+            tokio::time::sleep(up_to(10)).await;
             effects.note(&delivery.name);
-            tokio::time::sleep(up_to(Duration::from_millis(5))).await;
+            tokio::time::sleep(up_to(5)).await;
             Ok(())
         }
         .boxed()

@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use harness::{Folder, Outcome, Process, RedisServer};
 use kafka::{consume, producer, send, Brokers, Order, Overview, Settings, ORDERS};
-use queue_kit::{Folder, Outcome, Process, RedisServer};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -22,7 +22,7 @@ async fn main() -> Result<ExitCode, Error> {
 
 async fn acts(program: &str) -> Result<ExitCode, Error> {
     let (brokers, redis, folder) = (Brokers::start()?, RedisServer::start(), Folder::new("kafka"));
-    let (effects, deliveries) = (folder.book("effects"), folder.book("deliveries"));
+    let (effects, deliveries) = (folder.ledger("effects"), folder.ledger("deliveries"));
     let settings = Settings {
         servers: brokers.servers(),
         group: "billing".to_owned(),

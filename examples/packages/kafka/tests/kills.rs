@@ -1,12 +1,11 @@
 //! Consumers of one group that are killed at random, and messages that are sent up to three times: at most one effect each, and none
 //! is lost. `MESSAGES` says how many messages, `KILLS` how many kills.
 
-use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::Duration;
 
+use harness::{assert_fails_unprotected, assert_says, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
 use kafka::{producer, send, Brokers, Order, Overview, Settings};
-use queue_kit::{number, up_to, Book, Folder, Outcome, Process, RedisServer};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_kafka");
 
@@ -15,8 +14,8 @@ struct World {
     _redis: RedisServer,
     _folder: Folder,
     settings: Settings,
-    effects: Book,
-    deliveries: Book,
+    effects: Ledger,
+    deliveries: Ledger,
 }
 
 impl World {
@@ -26,7 +25,7 @@ impl World {
             RedisServer::start(),
             Folder::new("kafka-kills"),
         );
-        let (effects, deliveries) = (folder.book("effects"), folder.book("deliveries"));
+        let (effects, deliveries) = (folder.ledger("effects"), folder.ledger("deliveries"));
         let settings = Settings {
             servers: brokers.servers(),
             group: "billing".to_owned(),
@@ -48,39 +47,11 @@ impl World {
 
     /// Kills one of two consumers, again and again, each time after some effects more, and starts another in its place; then waits for
     /// the end.
-    async fn kill(&self, start: impl Fn() -> Process, kills: usize, effects_between: usize) {
-        let mut consumers = [start(), start()];
-        for kill in 0..kills {
-            self.progress(effects_between).await;
-            tokio::time::sleep(up_to(Duration::from_millis(50))).await;
-            let victim = &mut consumers[kill % 2];
-            assert!(victim.is_up(), "a consumer ended by itself");
-            victim.kill();
-            *victim = start();
-        }
+    async fn kill(&self, start: impl Fn() -> Command, kills: usize, effects_between: usize) {
+        let mut consumers = Fleet::start(2, start);
+        consumers.kill_one_by_one(kills, &self.effects, effects_between).await;
         Overview::new(&self.settings).until_done().await.unwrap();
-        assert!(consumers.iter_mut().all(Process::is_up), "a consumer ended by itself");
-    }
-
-    async fn progress(&self, effects: usize) {
-        let enough = self.effects.lines().len() + effects;
-        for _ in 0..2_000 {
-            if self.effects.lines().len() >= enough {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("no progress within 20 s: {:?}", self.words());
-    }
-
-    /// What came of how many deliveries.
-    fn words(&self) -> BTreeMap<String, usize> {
-        let mut words = BTreeMap::new();
-        for line in self.deliveries.lines() {
-            let word = line.split(' ').next().unwrap_or_default();
-            *words.entry(word.to_owned()).or_default() += 1;
-        }
-        words
+        consumers.check();
     }
 
     /// How many places in a topic were delivered more than once.
@@ -96,7 +67,7 @@ impl World {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let world = World::new();
-    let (messages, kills) = (number("MESSAGES", 2_000), number("KILLS", 5));
+    let (messages, kills) = (number_from("MESSAGES", 2_000), number_from("KILLS", 5));
     let names = (0..messages).map(|number| match number % 100 {
         99 => format!("poison-{number}"),
         _ => format!("order-{number}"),
@@ -108,13 +79,13 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
         let copies: Vec<Order> = orders.iter().skip(copy).step_by(copy + 1).cloned().collect();
         send(&producer, &copies).await.unwrap();
     }
-    let start = || Process::start(&mut world.settings.command(PROGRAM));
+    let start = || world.settings.command(PROGRAM);
     world.kill(start, kills, messages / (3 * kills)).await;
 
     let dead = Overview::new(&world.settings).dead().unwrap();
     let names = orders.into_iter().map(|order| order.name);
     let outcome = Outcome::of(names, &world.effects.tally(), &dead);
-    let (words, redelivered) = (world.words(), world.redelivered());
+    let (words, redelivered) = (world.deliveries.counts(), world.redelivered());
     println!("{messages} messages, {kills} kills, {redelivered} places redelivered: {words:?}");
     println!(
         "one effect: {}; none, and a dead letter: {}",
@@ -146,7 +117,7 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
     send(&producer(&world.settings.servers).unwrap(), &orders)
         .await
         .unwrap();
-    let start = || Process::start(world.settings.command(PROGRAM).env("UNPROTECTED", "1"));
+    let start = || harness::unprotected(world.settings.command(PROGRAM));
     world.kill(start, 2, 150).await;
     let outcome = Outcome::of(orders.into_iter().map(|order| order.name), &world.effects.tally(), &[]);
     assert!(!outcome.repeated.is_empty(), "each was sent once: {outcome:?}");
@@ -154,21 +125,11 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
 
 #[test]
 fn the_example_does_what_it_says() {
-    let output = Command::new(PROGRAM).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{told}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
     let last = "effects: 29 messages had one each; dead letters: [\"poison-1\"]";
-    assert!(told.contains(last), "{told}");
+    assert_says(PROGRAM, &[last]);
 }
 
 #[test]
 fn the_example_fails_without_the_receiver() {
-    let output = Command::new(PROGRAM).env("UNPROTECTED", "1").output().unwrap();
-    assert!(!output.status.success(), "{output:?}");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("that is not what was promised"), "{told}");
+    assert_fails_unprotected(PROGRAM);
 }

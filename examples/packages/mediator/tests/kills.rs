@@ -3,19 +3,16 @@
 //!
 //! `MESSAGES=10000` makes it longer; some consumer is killed for every 25 of them.
 
-use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
 use async_nats::HeaderMap;
-use harness::{Fleet, Folder, Ledger, NatsServer, PostgresServer, RedisServer, Told};
+use harness::{Fleet, NatsServer, Part, PostgresServer, RedisServer, Run, Seen, Told};
 use mediator::{disposition, Broker, Event, Mediation, Party, Promise, Settings, Switches};
-use sqlx::PgPool;
 use tower::{service_fn, Layer, Service};
-use tower_idempotency::protocol::Status;
 use tower_idempotency::receiver::{ids, Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer};
-use tower_idempotency::{BoxStore, Error, Store};
+use tower_idempotency::{BoxStore, MemoryStore};
 
 /// What the consumers do with a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,63 +67,26 @@ fn layer(store: BoxStore) -> ReceiverLayer<BoxStore, Event> {
         .with_payload(|event| &event.payload)
         .with_lease(LEASE)
         .with_max_attempts(1_000)
-        .pass_lease(|event: &mut Event, lease| event.lease = Some(lease))
 }
 
-/// What came of a run.
-struct Seen {
-    messages: usize,
-    /// How many deliveries got each receipt.
-    receipts: BTreeMap<String, usize>,
-    /// Effects of each message.
-    effects: BTreeMap<String, usize>,
-    /// Messages whose record says that they were handled.
-    handled: HashSet<usize>,
-    /// Messages in the dead-letter place.
-    dead: HashSet<usize>,
-    /// Calls that the third party knew already.
-    repeated: usize,
-}
-
-impl Seen {
-    fn effects(&self, message: usize) -> usize {
-        self.effects.get(&message.to_string()).copied().unwrap_or(0)
-    }
-
-    fn receipts(&self, name: &str) -> usize {
-        self.receipts.get(name).copied().unwrap_or(0)
-    }
-}
-
-/// Sends messages while the consumers are killed, and waits until all are settled.
-async fn run(mode: Mode, url: &str) -> Seen {
+/// Sends messages while the consumers are killed, and waits until all are settled. What came of it, and how many calls the third party
+/// knew already.
+async fn run(mode: Mode, url: &str) -> (Seen, usize) {
     let messages = harness::number_from("MESSAGES", 300);
-    let (server, folder) = (NatsServer::start(), Folder::new("kills"));
-    let (effects, told) = (Ledger::open(&folder.file("effects")), Told::open(&folder.file("told")));
+    let (server, run) = (NatsServer::start(), Run::over(url).await);
     let switches = Switches {
         heeds_keys: mode == Mode::Keys,
         slowness: 20,
         loses_one_in: 20,
     };
-    let party = Party::new(effects.clone(), switches);
+    let party = Party::new(run.effects().clone(), switches);
     let orders = format!("http://{}/orders", party.serve().await.unwrap());
-    // The first one also makes the table, where there is one.
-    let store = BoxStore::from_url(url).await.unwrap();
-    if mode == Mode::Transaction {
-        let pool = PgPool::connect(url).await.unwrap();
-        let table = sqlx::raw_sql("CREATE TABLE effects (message text NOT NULL)");
-        table.execute(&pool).await.unwrap();
-    }
     let broker = Broker::connect(&server.url(), settings()).await.unwrap();
     let mut fleet = Fleet::start(2, || {
-        let mut command = harness::this_test("consume_if_told");
+        let mut command = run.consumer(&server.url());
         command
             .env("CONSUME_MODE", format!("{mode:?}"))
-            .env("CONSUME_BROKER", server.url())
-            .env("CONSUME_STORE", url)
-            .env("CONSUME_ORDERS", &orders)
-            .env("CONSUME_EFFECTS", folder.file("effects"))
-            .env("CONSUME_TOLD", folder.file("told"));
+            .env("CONSUME_ORDERS", &orders);
         command
     });
     let undertaker = broker.clone();
@@ -151,158 +111,103 @@ async fn run(mode: Mode, url: &str) -> Seen {
     // The broker itself drops a copy that comes within about 100 ms.
     assert!(stored > sent * 9 / 10, "of {sent} copies the broker has kept {stored}");
 
-    let mut seen = Seen {
-        messages,
-        receipts: told.receipts(),
-        effects: effects.counts(),
-        handled: HashSet::new(),
-        dead: HashSet::new(),
-        repeated: party.repeated(),
-    };
-    for payload in broker.dead().await.unwrap() {
-        seen.dead.insert(String::from_utf8_lossy(&payload).parse().unwrap());
-    }
-    let layer = layer(store.clone());
-    for message in 0..messages {
-        let record = store.peek(&layer.storage_key(id(message)).unwrap()).await.unwrap();
-        if record.is_some_and(|record| matches!(record.status, Status::Completed(_))) {
-            seen.handled.insert(message);
-        }
-    }
-    if mode == Mode::Transaction {
-        let pool = PgPool::connect(url).await.unwrap();
-        let rows = sqlx::query_as::<_, (String, i64)>("SELECT message, count(*) FROM effects GROUP BY message");
-        for (message, count) in rows.fetch_all(&pool).await.unwrap() {
-            seen.effects.insert(message, count.try_into().unwrap());
-        }
-    }
-    let redelivered = told.redeliveries();
+    let layer = layer(BoxStore::new(MemoryStore::new()));
+    let key = |message| layer.storage_key(id(message)).unwrap();
+    let seen = run.seen(messages, broker.dead().await.unwrap(), key).await;
+    let repeated = party.repeated();
     eprintln!(
-        "{mode:?} over {}: {messages} messages stored {stored} times, {kills} kills, {redelivered} redeliveries, {} dead, \
-         calls repeated {} times; {:?}",
-        url.split(':').next().unwrap_or_default(),
-        seen.dead.len(),
-        seen.repeated,
-        seen.receipts,
+        "{mode:?}: {messages} messages stored {stored} times, {kills} kills, calls repeated {repeated} times; {seen}"
     );
-    assert!(kills >= messages / 25 && redelivered > 0 && seen.receipts("Duplicate") > 0);
-    for message in 0..messages {
-        let (handled, dead) = (seen.handled.contains(&message), seen.dead.contains(&message));
-        assert!(handled || dead, "{message} was lost");
-    }
-    seen
-}
-
-fn exactly_one_each(seen: &Seen) {
-    for message in 0..seen.messages {
-        assert_eq!(seen.effects(message), 1, "{message}");
-    }
-    assert_eq!(seen.dead, HashSet::new());
-}
-
-fn at_most_one_each(seen: &Seen) {
-    for message in 0..seen.messages {
-        let effects = seen.effects(message);
-        assert!(effects <= 1, "{message}: {effects}");
-        if seen.handled.contains(&message) && !seen.dead.contains(&message) {
-            assert_eq!(effects, 1, "{message} was handled");
-        }
-    }
-    // Some were killed between their claim and their record.
-    assert!(!seen.dead.is_empty(), "nothing was lost, so that nothing was refused");
+    assert!(kills >= messages / 25);
+    (seen, repeated)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_party_that_heeds_keys_has_one_effect_each_over_redis() {
-    let seen = run(Mode::Keys, &RedisServer::start().url()).await;
-    exactly_one_each(&seen);
-    assert!(seen.repeated > 0, "no key was sent twice, so that none was needed");
+    let (seen, repeated) = run(Mode::Keys, &RedisServer::start().url()).await;
+    seen.assert_one_effect_each();
+    assert!(repeated > 0, "no key was sent twice, so that none was needed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_party_that_heeds_keys_has_one_effect_each_over_postgres() {
-    let seen = run(Mode::Keys, &PostgresServer::start().url()).await;
-    exactly_one_each(&seen);
-    assert!(seen.repeated > 0, "no key was sent twice, so that none was needed");
+    let (seen, repeated) = run(Mode::Keys, &PostgresServer::start().url()).await;
+    seen.assert_one_effect_each();
+    assert!(repeated > 0, "no key was sent twice, so that none was needed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_party_without_keys_has_at_most_one_effect_each() {
-    at_most_one_each(&run(Mode::NoKeys, &RedisServer::start().url()).await);
+    let (seen, _) = run(Mode::NoKeys, &RedisServer::start().url()).await;
+    seen.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_redis() {
-    at_most_one_each(&run(Mode::Refuse, &RedisServer::start().url()).await);
+    let (seen, _) = run(Mode::Refuse, &RedisServer::start().url()).await;
+    seen.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_postgres() {
-    at_most_one_each(&run(Mode::Refuse, &PostgresServer::start().url()).await);
+    let (seen, _) = run(Mode::Refuse, &PostgresServer::start().url()).await;
+    seen.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_the_transaction_of_the_record_there_is_one_effect_each() {
-    exactly_one_each(&run(Mode::Transaction, &PostgresServer::start().url()).await);
+    let (seen, _) = run(Mode::Transaction, &PostgresServer::start().url()).await;
+    seen.assert_one_effect_each();
 }
 
-/// No test: consumes until it is killed, where [`run`] has started this process.
+/// No test: consumes until it is killed, where a [`Run`] has started this process.
 #[test]
 fn consume_if_told() {
-    let variable = |name: &str| std::env::var(name).unwrap();
-    let Ok(mode) = std::env::var("CONSUME_MODE") else {
-        return;
-    };
-    let mode = MODES.into_iter().find(|known| format!("{known:?}") == mode).unwrap();
-    let effects = Ledger::open(variable("CONSUME_EFFECTS").as_ref());
-    let told = Told::open(variable("CONSUME_TOLD").as_ref());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build();
-    runtime.unwrap().block_on(async {
-        let url = variable("CONSUME_STORE");
-        let store = BoxStore::from_url(&url).await.unwrap();
-        let broker = Broker::connect(&variable("CONSUME_BROKER"), settings()).await.unwrap();
+    harness::play(async |part: Part| {
+        let variable = |name: &str| std::env::var(name).unwrap();
+        let mode = variable("CONSUME_MODE");
+        let mode = MODES.into_iter().find(|known| format!("{known:?}") == mode).unwrap();
+        let mediation = |promise| Mediation {
+            url: variable("CONSUME_ORDERS"),
+            promise,
+            lease: LEASE,
+            max_attempts: 1_000,
+        };
         match mode {
-            Mode::Keys | Mode::NoKeys => {
-                let mediation = Mediation {
-                    url: variable("CONSUME_ORDERS"),
-                    promise: if mode == Mode::Keys {
-                        Promise::ExactlyOnce
-                    } else {
-                        Promise::AtMostOnce
-                    },
-                    lease: LEASE,
-                    max_attempts: 1_000,
-                };
-                consume(&broker, told, mediation.over(store).unwrap(), disposition).await;
-            }
-            Mode::Refuse => {
-                let handler = service_fn(move |event: Event| {
-                    let effects = effects.clone();
-                    async move {
-                        pause().await;
-                        effects.enter(&String::from_utf8_lossy(&event.payload));
-                        pause().await;
-                        Ok::<_, Error>(())
-                    }
-                });
-                consume(&broker, told, layer(store).layer(handler), Disposition::of).await;
-            }
+            Mode::Keys => mediate(part, mediation(Promise::ExactlyOnce)).await,
+            Mode::NoKeys => mediate(part, mediation(Promise::AtMostOnce)).await,
+            Mode::Refuse => handle(part, layer).await,
             Mode::Transaction => {
-                let pool = PgPool::connect(&url).await.unwrap();
-                let handler = service_fn(move |event| take_effect(pool.clone(), event));
-                let receiver = layer(store).at_least_once().layer(handler);
-                consume(&broker, told, receiver, Disposition::of).await;
+                let in_transaction = |store| {
+                    let layer = layer(store).at_least_once();
+                    layer.pass_lease(|event, lease| event.lease = Some(lease))
+                };
+                handle(part, in_transaction).await;
             }
         }
     });
 }
 
-/// Consumes until the process is killed.
+async fn mediate(part: Part, mediation: Mediation) {
+    let mediator = mediation.over(part.store).unwrap();
+    consume(&part.broker, part.told, mediator, disposition).await;
+}
+
+async fn handle(part: Part, layer: impl FnOnce(BoxStore) -> ReceiverLayer<BoxStore, Event>) {
+    let work = part.work;
+    let handler = service_fn(move |event: Event| {
+        let work = work.clone();
+        async move {
+            work.take_effect(&String::from_utf8_lossy(&event.payload), event.lease)
+                .await
+        }
+    });
+    let receiver = layer(part.store).layer(handler);
+    consume(&part.broker, part.told, receiver, Disposition::of).await;
+}
+
 async fn consume<S, T, E>(
-    broker: &Broker,
+    broker: &str,
     told: Told,
     receiver: S,
     disposition: fn(&Result<Receipt<T>, ReceiveError<E>>) -> Disposition,
@@ -316,21 +221,6 @@ async fn consume<S, T, E>(
         let is_first = message.info().unwrap().delivered == 1;
         told.note(is_first, &received, disposition(&received))
     };
+    let broker = Broker::connect(broker, settings()).await.unwrap();
     broker.consume(receiver, decide).await.unwrap();
-}
-
-async fn pause() {
-    tokio::time::sleep(harness::up_to(20)).await;
-}
-
-async fn take_effect(pool: PgPool, event: Event) -> Result<(), mediator::Error> {
-    pause().await;
-    let mut transaction = pool.begin().await?;
-    let message = String::from_utf8_lossy(&event.payload).into_owned();
-    let insert = sqlx::query("INSERT INTO effects (message) VALUES ($1)").bind(message);
-    insert.execute(&mut *transaction).await?;
-    pause().await;
-    event.lease.ok_or("no lease")?.complete_in(&mut transaction).await?;
-    transaction.commit().await?;
-    Ok(())
 }

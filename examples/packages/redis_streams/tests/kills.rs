@@ -3,16 +3,13 @@
 //!
 //! `MESSAGES=10000` makes it longer; some consumer is killed for every 25 of them.
 
-use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
-use harness::{Fleet, Folder, Ledger, PostgresServer, RedisServer, Told};
+use harness::{Fleet, Folder, Part, PostgresServer, RedisServer, Run, Seen};
 use redis_streams::{Broker, Delivery, Order, Settings};
-use sqlx::PgPool;
-use tower::{service_fn, Layer, Service};
-use tower_idempotency::protocol::Status;
-use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, ReceiverLayer};
-use tower_idempotency::{BoxStore, MemoryStore, Store};
+use tower::{service_fn, Layer};
+use tower_idempotency::receiver::{Disposition, ReceiverLayer};
+use tower_idempotency::{BoxStore, MemoryStore};
 
 /// Short, so that what was killed is soon lost.
 const LEASE: Duration = Duration::from_secs(1);
@@ -31,44 +28,14 @@ fn layer(store: BoxStore) -> ReceiverLayer<BoxStore, Order> {
         .with_payload(|order| order.payload.as_bytes())
         .with_lease(LEASE)
         .with_max_attempts(1_000)
-        .pass_lease(|order: &mut Order, lease| order.lease = Some(lease))
-}
-
-/// What came of a run.
-struct Seen {
-    orders: usize,
-    effects: BTreeMap<String, usize>,
-    /// Orders whose record says that they were handled.
-    handled: HashSet<usize>,
-    /// Orders in the dead-letter stream.
-    dead: HashSet<usize>,
 }
 
 /// Sends orders while the consumers are killed, and waits until all are settled.
 async fn run(url: &str) -> Seen {
     let orders = harness::number_from("MESSAGES", 200);
-    let (server, folder) = (RedisServer::start(), Folder::new("kills"));
-    let (effects, told) = (Ledger::open(&folder.file("effects")), Told::open(&folder.file("told")));
-    // The first one also makes the table, where there is one.
-    let store = BoxStore::from_url(url).await.unwrap();
-    let pool = match url.starts_with("postgres") {
-        true => Some(PgPool::connect(url).await.unwrap()),
-        false => None,
-    };
-    if let Some(pool) = &pool {
-        let table = sqlx::raw_sql("CREATE TABLE effects (message text NOT NULL)");
-        table.execute(pool).await.unwrap();
-    }
+    let (server, run) = (RedisServer::start(), Run::over(url).await);
     let broker = Broker::connect(&server.url(), "producer", settings()).await.unwrap();
-    let mut fleet = Fleet::start(2, || {
-        let mut command = harness::this_test("consume_if_told");
-        command
-            .env("CONSUME_BROKER", server.url())
-            .env("CONSUME_STORE", url)
-            .env("CONSUME_EFFECTS", folder.file("effects"))
-            .env("CONSUME_TOLD", folder.file("told"));
-        command
-    });
+    let mut fleet = Fleet::start(2, || run.consumer(&server.url()));
     let mut sent = 0;
     for batch in harness::batches(orders) {
         tokio::time::sleep(Duration::from_millis(100) + harness::up_to(100)).await;
@@ -87,70 +54,24 @@ async fn run(url: &str) -> Seen {
     .await;
     drop(fleet);
 
-    let mut seen = Seen {
-        orders,
-        effects: effects.counts(),
-        handled: HashSet::new(),
-        dead: HashSet::new(),
-    };
-    for payload in broker.dead().await.unwrap() {
-        seen.dead.insert(payload.parse().unwrap());
-    }
-    let layer = layer(store.clone());
-    for order in 0..orders {
-        let key = layer.storage_key(order.to_string()).unwrap();
-        let record = store.peek(&key).await.unwrap();
-        if record.is_some_and(|record| matches!(record.status, Status::Completed(_))) {
-            seen.handled.insert(order);
-        }
-    }
-    if let Some(pool) = &pool {
-        let rows = sqlx::query_as::<_, (String, i64)>("SELECT message, count(*) FROM effects GROUP BY message");
-        for (order, count) in rows.fetch_all(pool).await.unwrap() {
-            seen.effects.insert(order, count.try_into().unwrap());
-        }
-    }
-    let (receipts, redeliveries) = (told.receipts(), told.redeliveries());
-    eprintln!(
-        "over {}: {orders} orders sent {sent} times, {kills} kills, {redeliveries} redeliveries, {} dead; {receipts:?}",
-        url.split(':').next().unwrap_or_default(),
-        seen.dead.len(),
-    );
-    assert!(kills > 0 && redeliveries > 0 && receipts.contains_key("Duplicate"));
-    for order in 0..orders {
-        let is_settled = seen.handled.contains(&order) || seen.dead.contains(&order);
-        assert!(is_settled, "{order} was lost");
-    }
+    let layer = layer(BoxStore::new(MemoryStore::new()));
+    let key = |order: usize| layer.storage_key(order.to_string()).unwrap();
+    let seen = run.seen(orders, broker.dead().await.unwrap(), key).await;
+    eprintln!("{orders} orders sent {sent} times, {kills} kills; {seen}");
+    assert!(kills > 0);
     seen
-}
-
-impl Seen {
-    fn effects(&self, order: usize) -> usize {
-        self.effects.get(&order.to_string()).copied().unwrap_or(0)
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_redis() {
     let seen = run(&RedisServer::start().url()).await;
-    for order in 0..seen.orders {
-        let effects = seen.effects(order);
-        assert!(effects <= 1, "{order}: {effects}");
-        if seen.handled.contains(&order) && !seen.dead.contains(&order) {
-            assert_eq!(effects, 1, "{order} was handled");
-        }
-    }
-    // Some were killed between their claim and their record.
-    assert!(!seen.dead.is_empty(), "nothing was lost, so that nothing was refused");
+    seen.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_the_transaction_of_the_record_there_is_one_effect_each() {
     let seen = run(&PostgresServer::start().url()).await;
-    for order in 0..seen.orders {
-        assert_eq!(seen.effects(order), 1, "{order}");
-    }
-    assert_eq!(seen.dead, HashSet::new());
+    seen.assert_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -163,7 +84,7 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_stream_and_blocks_no_
     };
     let broker = Broker::connect(&server.url(), "consumer", settings).await.unwrap();
     let folder = Folder::new("poison");
-    let [runs, counting] = [(); 2].map(|()| Ledger::open(&folder.file("runs")));
+    let [runs, counting] = [(); 2].map(|()| folder.ledger("runs"));
     let handler = service_fn(move |order: Order| {
         let order = order.payload;
         counting.note(&order);
@@ -190,67 +111,32 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_stream_and_blocks_no_
     assert_eq!((runs["poison"], runs.values().sum::<usize>()), (5, 105));
 }
 
-/// No test: consumes until it is killed, where [`run`] has started this process.
+/// No test: consumes until it is killed, where a [`Run`] has started this process.
 #[test]
 fn consume_if_told() {
-    let variable = |name: &str| std::env::var(name).unwrap();
-    let Ok(url) = std::env::var("CONSUME_STORE") else {
-        return;
-    };
-    let effects = Ledger::open(variable("CONSUME_EFFECTS").as_ref());
-    let told = Told::open(variable("CONSUME_TOLD").as_ref());
-    let name = std::process::id().to_string();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build();
-    runtime.unwrap().block_on(async {
-        let store = BoxStore::from_url(&url).await.unwrap();
-        let broker = Broker::connect(&variable("CONSUME_BROKER"), name, settings())
-            .await
-            .unwrap();
-        if url.starts_with("postgres") {
-            let pool = PgPool::connect(&url).await.unwrap();
-            let handler = service_fn(move |order| take_effect(pool.clone(), order));
-            consume(&broker, told, layer(store).at_least_once().layer(handler)).await;
-        } else {
+    harness::play(
+        async |Part {
+                   broker,
+                   store,
+                   told,
+                   work,
+               }: Part| {
+            let name = std::process::id().to_string();
+            let broker = Broker::connect(&broker, name, settings()).await.unwrap();
+            let layer = match work.has_transactions() {
+                true => layer(store)
+                    .at_least_once()
+                    .pass_lease(|order, lease| order.lease = Some(lease)),
+                false => layer(store),
+            };
             let handler = service_fn(move |order: Order| {
-                let effects = effects.clone();
-                async move {
-                    pause().await;
-                    effects.enter(&order.payload);
-                    pause().await;
-                    Ok::<_, redis_streams::Error>(())
-                }
+                let work = work.clone();
+                async move { work.take_effect(&order.payload, order.lease).await }
             });
-            consume(&broker, told, layer(store).layer(handler)).await;
-        }
-    });
-}
-
-async fn consume<S, T, E>(broker: &Broker, told: Told, receiver: S)
-where
-    S: Service<Order, Response = Receipt<T>, Error = ReceiveError<E>> + Clone + Send + 'static,
-    S::Future: Send,
-    T: Send + 'static,
-    E: Send + 'static,
-{
-    let decide =
-        move |delivery: &Delivery, received| told.note(delivery.number == 1, &received, Disposition::of(&received));
-    broker.consume(receiver, decide).await.unwrap();
-}
-
-async fn pause() {
-    tokio::time::sleep(harness::up_to(40)).await;
-}
-
-async fn take_effect(pool: PgPool, order: Order) -> Result<(), redis_streams::Error> {
-    pause().await;
-    let mut transaction = pool.begin().await?;
-    let insert = sqlx::query("INSERT INTO effects (message) VALUES ($1)").bind(order.payload);
-    insert.execute(&mut *transaction).await?;
-    pause().await;
-    order.lease.ok_or("no lease")?.complete_in(&mut transaction).await?;
-    transaction.commit().await?;
-    Ok(())
+            let decide = move |delivery: &Delivery, received: Result<_, _>| {
+                told.note(delivery.number == 1, &received, Disposition::of(&received))
+            };
+            broker.consume(layer.layer(handler), decide).await.unwrap();
+        },
+    );
 }

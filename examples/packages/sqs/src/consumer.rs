@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use aws_sdk_sqs::Client;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use queue_kit::{unless_told, up_to, word, Book};
+use harness::{unless_told, up_to, word, Ledger};
 use tokio::time::timeout;
 use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::receiver::{ids, Disposition, MessageId, Receiver, ReceiverLayer};
@@ -85,7 +84,7 @@ impl Settings {
 pub async fn consume(settings: Settings) -> Result<(), Error> {
     let store = RedisStore::connect(&settings.store).await?;
     let handler = Handler {
-        effects: Arc::new(Book::open(&settings.effects)),
+        effects: Ledger::open(&settings.effects),
     };
     let layer = ReceiverLayer::new(store, "billing")
         .with_id(message_id)
@@ -93,7 +92,7 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
     let consumer = Consumer {
         receiver: unless_told(layer).layer(handler),
         client: client(&settings.server),
-        deliveries: Book::open(&settings.deliveries),
+        deliveries: Ledger::open(&settings.deliveries),
         deletions: AtomicUsize::new(0),
         settings,
     };
@@ -120,7 +119,7 @@ fn message_id(message: &Message) -> MessageId {
 struct Consumer {
     receiver: Receiver<Handler, RedisStore, Message>,
     client: Client,
-    deliveries: Book,
+    deliveries: Ledger,
     settings: Settings,
     deletions: AtomicUsize,
 }
@@ -211,7 +210,7 @@ impl Consumer {
 /// Takes up to 100 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 5 s.
 #[derive(Clone)]
 struct Handler {
-    effects: Arc<Book>,
+    effects: Ledger,
 }
 
 impl Service<Message> for Handler {
@@ -224,7 +223,7 @@ impl Service<Message> for Handler {
     }
 
     fn call(&mut self, message: Message) -> Self::Future {
-        let effects = Arc::clone(&self.effects);
+        let effects = self.effects.clone();
         async move {
             let name = message.body().unwrap_or_default();
             if name.starts_with("poison") {
@@ -233,9 +232,9 @@ impl Service<Message> for Handler {
             if name.starts_with("slow") {
                 tokio::time::sleep(Duration::from_secs(5)).await;
             }
-            tokio::time::sleep(up_to(Duration::from_millis(100))).await;
+            tokio::time::sleep(up_to(100)).await;
             effects.note(name);
-            tokio::time::sleep(up_to(Duration::from_millis(50))).await;
+            tokio::time::sleep(up_to(50)).await;
             Ok(())
         }
         .boxed()

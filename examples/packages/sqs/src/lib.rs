@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use aws_sdk_sqs::config::retry::RetryConfig;
 use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
-use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, MessageAttributeValue, QueueAttributeName};
 use aws_sdk_sqs::{Client, Config};
 
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -148,11 +148,16 @@ impl Queue {
             if received.is_empty() {
                 return Ok(bodies);
             }
-            for message in received {
-                // Left in, it would be visible again before the last one is taken.
-                let delete = self.client.delete_message().queue_url(&self.url);
-                delete.set_receipt_handle(message.receipt_handle).send().await?;
+            // Left in, they would be visible again before the last one is taken.
+            let mut delete = self.client.delete_message_batch().queue_url(&self.url);
+            for (number, message) in received.into_iter().enumerate() {
+                let entry = DeleteMessageBatchRequestEntry::builder().id(number.to_string());
+                delete = delete.entries(entry.set_receipt_handle(message.receipt_handle).build()?);
                 bodies.extend(message.body);
+            }
+            let failed = delete.send().await?.failed;
+            if let [failure, ..] = failed.as_slice() {
+                return Err(format!("a message cannot be deleted: {}", failure.code).into());
             }
         }
     }

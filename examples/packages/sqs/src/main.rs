@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use queue_kit::{Book, Folder, Outcome, Process, RedisServer};
+use harness::{Folder, Ledger, Outcome, Process, RedisServer};
 use sqs::{client, consume, Error, Moto, Queue, Settings, WINDOW};
 
 #[tokio::main]
@@ -45,13 +45,13 @@ struct Stage {
     folder: Folder,
 }
 
-/// A queue with its dead letters, and its books.
+/// A queue with its dead letters, and its ledgers.
 struct Act<'s> {
     stage: &'s Stage,
     queue: Queue,
     dead: Queue,
-    effects: Book,
-    deliveries: Book,
+    effects: Ledger,
+    deliveries: Ledger,
 }
 
 impl Stage {
@@ -62,8 +62,8 @@ impl Stage {
             stage: self,
             queue: Queue::create(&client, name, visibility, Some(&dead)).await?,
             dead,
-            effects: self.folder.book(&format!("{name}-effects")),
-            deliveries: self.folder.book(&format!("{name}-deliveries")),
+            effects: self.folder.ledger(&format!("{name}-effects")),
+            deliveries: self.folder.ledger(&format!("{name}-deliveries")),
         })
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use queue_kit::Process;
+use harness::Process;
 
 const REQUIREMENTS: &str = include_str!("../requirements.txt");
 

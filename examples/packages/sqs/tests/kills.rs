@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use queue_kit::{number, up_to, Book, Folder, Outcome, Process, RedisServer};
+use harness::{assert_fails_unprotected, assert_says, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
 use sqs::{client, Moto, Queue, Settings};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sqs");
@@ -16,14 +16,14 @@ struct World {
     queue: Queue,
     dead: Queue,
     settings: Settings,
-    effects: Book,
-    deliveries: Book,
+    effects: Ledger,
+    deliveries: Ledger,
 }
 
 impl World {
     async fn new() -> Self {
         let (moto, redis, folder) = (Moto::start().unwrap(), RedisServer::start(), Folder::new("sqs-kills"));
-        let (effects, deliveries) = (folder.book("effects"), folder.book("deliveries"));
+        let (effects, deliveries) = (folder.ledger("effects"), folder.ledger("deliveries"));
         let (client, visibility) = (client(&moto.url()), Duration::from_secs(2));
         let dead = Queue::create(&client, "dead", visibility, None).await.unwrap();
         let queue = Queue::create(&client, "orders", visibility, Some(&dead)).await.unwrap();
@@ -66,50 +66,22 @@ impl World {
 
     /// Sends all, and meanwhile kills one of two consumers, again and again, each time after some effects more, and starts another in
     /// its place; then waits for the end.
-    async fn run(&self, sent: &[String], start: impl Fn() -> Process, kills: usize, effects_between: usize) {
-        let mut consumers = [start(), start()];
+    async fn run(&self, sent: &[String], start: impl Fn() -> Command, kills: usize, effects_between: usize) {
+        let mut consumers = Fleet::start(2, start);
         tokio::join!(
             self.send(sent),
-            self.kill(&mut consumers, start, kills, effects_between)
+            consumers.kill_one_by_one(kills, &self.effects, effects_between)
         );
         self.queue.until_empty().await.unwrap();
-        assert!(consumers.iter_mut().all(Process::is_up), "a consumer ended by itself");
-    }
-
-    async fn kill(
-        &self,
-        consumers: &mut [Process; 2],
-        start: impl Fn() -> Process,
-        kills: usize,
-        effects_between: usize,
-    ) {
-        for kill in 0..kills {
-            self.progress(effects_between).await;
-            let victim = &mut consumers[kill % 2];
-            tokio::time::sleep(up_to(Duration::from_millis(20))).await;
-            assert!(victim.is_up(), "a consumer ended by itself");
-            victim.kill();
-            *victim = start();
-        }
-    }
-
-    async fn progress(&self, effects: usize) {
-        let enough = self.effects.lines().len() + effects;
-        for _ in 0..4_000 {
-            if self.effects.lines().len() >= enough {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        panic!("no progress within 20 s");
+        consumers.check();
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let world = World::new().await;
-    let messages = number("MESSAGES", 100);
-    let kills = number("KILLS", 5.max(messages / 25));
+    let messages = number_from("MESSAGES", 100);
+    let kills = number_from("KILLS", 5.max(messages / 25));
     let names = (0..messages).map(|number| match number % 50 {
         49 => format!("poison-{number}"),
         _ => format!("order-{number}"),
@@ -125,7 +97,7 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
             sent.extend(copied.map(|number| names[*number].clone()));
         }
     }
-    let start = || Process::start(&mut world.settings.command(PROGRAM));
+    let start = || world.settings.command(PROGRAM);
     world.run(&sent, start, kills, messages / (3 * kills)).await;
     let sent = sent.len();
 
@@ -162,7 +134,7 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
 async fn without_the_receiver_the_same_kills_repeat_effects() {
     let world = World::new().await;
     let names: Vec<String> = (0..60).map(|number| format!("order-{number}")).collect();
-    let start = || Process::start(world.settings.command(PROGRAM).env("UNPROTECTED", "1"));
+    let start = || harness::unprotected(world.settings.command(PROGRAM));
     world.run(&names, start, 2, 15).await;
     let outcome = Outcome::of(names, &world.effects.tally(), &[]);
     assert!(!outcome.repeated.is_empty(), "each was sent once: {outcome:?}");
@@ -170,27 +142,16 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
 
 #[test]
 fn the_example_does_what_it_says() {
-    let output = Command::new(PROGRAM).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{told}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    for line in [
+    let lines = [
         "which is extended: 1 deliveries, 0 of them told",
         "sent twice holds 1; with another copy after its window of 2 s, 2: 1 effect, 1 duplicate",
         "duplicates, 10 effects",
         "a batch of 10 of which one fails: 9 effects; that one failed 5 times and is one of 1 dead letters",
-    ] {
-        assert!(told.contains(line), "{line}: {told}");
-    }
+    ];
+    assert_says(PROGRAM, &lines);
 }
 
 #[test]
 fn the_example_fails_without_the_receiver() {
-    let output = Command::new(PROGRAM).env("UNPROTECTED", "1").output().unwrap();
-    assert!(!output.status.success(), "{output:?}");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(told.contains("that is not what was promised"), "{told}");
+    assert_fails_unprotected(PROGRAM);
 }
