@@ -19,6 +19,7 @@ mod json;
 mod key;
 mod record;
 mod scratch;
+mod storage_key;
 mod structured;
 
 pub use claim::{
@@ -30,7 +31,9 @@ pub(crate) use codec::Columns;
 pub use fingerprint::Fingerprint;
 pub(crate) use fingerprint::Hasher;
 pub use json::CanonicalJson;
-pub use key::{IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope, StorageKey};
-pub(crate) use key::{KeyHasher, KeyParser, KeySpace, Secret};
+pub(crate) use key::KeyParser;
+pub use key::{IdempotencyKey, InvalidKey, KeyError, KeySyntax};
 pub use record::{Change, Record, Transition};
+pub(crate) use storage_key::{KeyHasher, KeySpace};
+pub use storage_key::{Scope, StorageKey};
 pub(crate) use structured::quoted;

@@ -17,7 +17,7 @@ use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
 use crate::http::{BodyForm, Collected, Refusal, RefusalStyle};
 use crate::job::{Drain, OnError};
-use crate::protocol::{CanonicalJson, KeyError, KeySyntax, Outcome, Scope, Secret, StorageKey};
+use crate::protocol::{CanonicalJson, KeyError, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
 
 /// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
@@ -204,7 +204,7 @@ impl<St: Store> IdempotencyLayer<St> {
                 "the secret of an idempotency layer is shorter than 16 bytes; take 32 random ones",
             ));
         }
-        self.values().space.secret = Some(Secret::new(secret));
+        self.values().space.set_secret(secret);
         Ok(self)
     }
 

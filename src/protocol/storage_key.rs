@@ -1,0 +1,270 @@
+//! The name of a record: what the client's key, the scope it lives in and the layer's own settings become.
+
+use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
+
+use sha2::{Digest, Sha256};
+
+use super::key::IdempotencyKey;
+use super::scratch::Scratch;
+
+/// Whose keys these are: a tenant, an account, a user.
+///
+/// The same key in two scopes is two keys. Build it from what *authenticated* the request, never from what the client may
+/// choose freely. Its `Debug` form hides the value.
+///
+/// ```
+/// use tower_idempotency::Scope;
+///
+/// assert_ne!(Scope::of(["a", "bc"]), Scope::of(["ab", "c"]));
+/// assert_eq!(Scope::from("tenant-7"), Scope::of(["tenant-7"]));
+/// ```
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Scope(Vec<u8>);
+
+impl Scope {
+    /// A scope of several parts, in order; each is stored with its length, so that no two lists of parts run together.
+    #[must_use]
+    pub fn of<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> Self {
+        let mut bytes = Vec::with_capacity(48);
+        for part in parts {
+            let part = part.as_ref();
+            bytes.extend_from_slice(&prefix(part));
+            bytes.extend_from_slice(part);
+        }
+        Self(bytes)
+    }
+
+    /// The parts with their lengths.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl<P: AsRef<[u8]> + ?Sized> From<&P> for Scope {
+    fn from(part: &P) -> Self {
+        Self::of([part])
+    }
+}
+
+impl From<String> for Scope {
+    fn from(part: String) -> Self {
+        Self::of([part])
+    }
+}
+
+impl fmt::Debug for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scope(..)")
+    }
+}
+
+/// A secret that keys the hash of storage keys, so that who reads the store cannot test guesses of a client's key.
+#[derive(Clone)]
+pub(crate) struct Secret([u8; blake3::KEY_LEN]);
+
+impl Secret {
+    pub(crate) fn new(material: &[u8]) -> Self {
+        Self(blake3::derive_key("tower-idempotency 2026 storage key", material))
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// The namespace and secret under which a layer keeps its keys.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct KeySpace {
+    pub(crate) namespace: String,
+    pub(crate) secret: Option<Secret>,
+}
+
+impl KeySpace {
+    /// SHA-256, or keyed BLAKE3 where there is a secret, over the length-prefixed namespace, scope and key.
+    pub(crate) fn storage_key(&self, scope: Option<&Scope>, key: &IdempotencyKey) -> StorageKey {
+        let mut bytes = Scratch::new();
+        let mut push = |part: &[u8]| {
+            bytes.push(&prefix(part));
+            bytes.push(part);
+        };
+        push(self.namespace.as_bytes());
+        // "No scope" and "a scope without parts" are two things.
+        push(scope.map_or(&[], |_| &[1]));
+        push(scope.map_or(&[], |scope| &scope.0));
+        push(key.as_str().as_bytes());
+        self.hash(bytes.as_slice())
+    }
+
+    /// The storage key of a call to others. It has one part more than that of a request, so that the two never meet.
+    pub(crate) fn call_key(&self, scope: Option<&Scope>, key: &str, step: Option<u32>) -> StorageKey {
+        let scope_bytes = scope.map_or(&[][..], Scope::as_bytes);
+        let step = step.map(u32::to_be_bytes);
+        let parts = [
+            self.namespace.as_bytes(),
+            scope.map_or(&[], |_| &[1]),
+            scope_bytes,
+            key.as_bytes(),
+            step.as_ref().map_or(&[][..], |step| &step[..]),
+        ];
+        self.hash(Scope::of(parts).as_bytes())
+    }
+
+    /// Panics where the secret is too short to be one.
+    pub(crate) fn set_secret(&mut self, secret: &[u8]) {
+        assert!(
+            secret.len() >= 16,
+            "the secret is shorter than 16 bytes; take 32 random ones",
+        );
+        self.secret = Some(Secret::new(secret));
+    }
+
+    /// The storage key of a message. It has two parts more than that of a request, so that it meets neither that nor a call's.
+    pub(crate) fn message_key(&self, consumer: &str, id: &Scope) -> StorageKey {
+        let parts = [
+            self.namespace.as_bytes(),
+            consumer.as_bytes(),
+            id.as_bytes(),
+            &[],
+            &[],
+            &[],
+        ];
+        self.hash(Scope::of(parts).as_bytes())
+    }
+
+    fn hash(&self, bytes: &[u8]) -> StorageKey {
+        StorageKey(match &self.secret {
+            Some(secret) => *blake3::keyed_hash(&secret.0, bytes).as_bytes(),
+            None => Sha256::digest(bytes).into(),
+        })
+    }
+}
+
+fn prefix(part: &[u8]) -> [u8; 4] {
+    u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes()
+}
+
+/// The name of a record in a store: a hash of 32 bytes over namespace, scope and key. The raw key is stored nowhere.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StorageKey([u8; 32]);
+
+impl StorageKey {
+    /// A storage key of the given bytes, which must be a hash: stores spread and compare them as such.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 32 bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for StorageKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StorageKey(..)")
+    }
+}
+
+/// Hashes storage keys, which are hashes already, for maps in this process.
+///
+/// Two words of the key are folded with a random seed per map: clients choose their keys and could otherwise look for many
+/// that fall into one bucket.
+#[derive(Clone, Debug)]
+pub(crate) struct KeyHasher {
+    seed: (u64, u64),
+    state: u64,
+}
+
+impl KeyHasher {
+    pub(crate) fn random() -> Self {
+        let random = RandomState::new();
+        Self {
+            seed: (random.hash_one(0_u8), random.hash_one(1_u8)),
+            state: 0,
+        }
+    }
+}
+
+impl BuildHasher for KeyHasher {
+    type Hasher = Self;
+
+    fn build_hasher(&self) -> Self {
+        self.clone()
+    }
+}
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            if let Some(part) = bytes.get(at..at + 8) {
+                word.copy_from_slice(part);
+            }
+            u64::from_le_bytes(word)
+        };
+        let product = u128::from(word(0) ^ self.seed.0) * u128::from(word(8) ^ self.seed.1);
+        let folded = (product ^ (product >> 64)) & u128::from(u64::MAX);
+        self.state = u64::try_from(folded).unwrap_or(0);
+    }
+
+    // The length of the array that is hashed; always the same.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::key::KeyParser;
+    use super::*;
+
+    fn key(text: &str) -> IdempotencyKey {
+        KeyParser::default().parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn namespace_scope_and_key_do_not_run_together() {
+        let space = |namespace: &str| KeySpace {
+            namespace: namespace.into(),
+            secret: None,
+        };
+        let names = [
+            space("").storage_key(None, &key("abc")),
+            space("a").storage_key(None, &key("bc")),
+            space("").storage_key(Some(&Scope::from("a")), &key("bc")),
+            space("").storage_key(Some(&Scope::from("ab")), &key("c")),
+            space("").storage_key(Some(&Scope::of(["a", "b"])), &key("c")),
+            space("").storage_key(Some(&Scope::of::<&str>([])), &key("abc")),
+            space("").storage_key(Some(&Scope::from("")), &key("abc")),
+        ];
+        for (at, one) in names.iter().enumerate() {
+            assert!(names[at + 1..].iter().all(|other| one != other), "{at}");
+        }
+    }
+
+    #[test]
+    fn a_secret_changes_the_storage_key_and_the_same_secret_gives_the_same() {
+        let with = |secret: Option<&[u8]>| KeySpace {
+            namespace: String::new(),
+            secret: secret.map(Secret::new),
+        };
+        let name = |secret| with(secret).storage_key(None, &key("k"));
+        assert_eq!(name(Some(b"one")), name(Some(b"one")));
+        assert_ne!(name(Some(b"one")), name(Some(b"two")));
+        assert_ne!(name(Some(b"one")), name(None));
+    }
+
+    #[test]
+    fn debug_forms_hide_what_they_hold() {
+        assert_eq!(format!("{:?}", Scope::from("tenant")), "Scope(..)");
+        assert_eq!(format!("{:?}", Secret::new(b"s")), "Secret(..)");
+        assert_eq!(format!("{:?}", StorageKey::from_bytes([7; 32])), "StorageKey(..)");
+    }
+}
