@@ -4,16 +4,16 @@
 //! begun is recorded.
 
 use std::future::Future;
-use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
 
 use super::attempt::{Attempt, Found};
+use super::held::Held;
 use super::terms::Terms;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
@@ -231,11 +231,7 @@ impl<St: Store + Clone> Job<St> {
         absence: &Absence,
     ) -> Settled<W::Given> {
         let attempt = Attempt::new(self.key, self.fingerprint, grant);
-        let mut held = Held {
-            job: self,
-            owner: Some(grant.owner),
-        };
-        let renewal = Renewing::begin(self, &attempt);
+        let mut held = Held::begin(self, &attempt);
         let found = if is_first {
             Found::NotHappened
         } else {
@@ -245,9 +241,9 @@ impl<St: Store + Clone> Job<St> {
             Found::Happened(ended) => Ok(ended),
             Found::NotHappened if absence.is_true() => {
                 // It found that nothing runs, and nothing is begun for nobody.
-                drop(renewal);
+                held.stop_renewing();
                 self.release(grant.owner).await;
-                held.owner = None;
+                held.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
             Found::NotHappened => unwound(work.run(attempt.clone())).await.ok_or(Refused::Unknown),
@@ -256,9 +252,9 @@ impl<St: Store + Clone> Job<St> {
         };
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
-            drop(renewal);
+            held.stop_renewing();
             let settled = self.after_transaction(grant.owner, ended, deadline).await;
-            held.owner = None;
+            held.end();
             return settled;
         }
         if let Ok(Ended {
@@ -267,13 +263,12 @@ impl<St: Store + Clone> Job<St> {
         }) = ended
         {
             let completion = self.complete(grant.owner, &outcome).await;
-            held.owner = None;
-            drop(renewal);
+            held.end();
             return self.completed(completion, given, deadline).await;
         }
-        drop(renewal);
+        held.stop_renewing();
         let settled = self.unkept(grant.owner, ended, deadline).await;
-        held.owner = None;
+        held.end();
         settled
     }
 
@@ -425,71 +420,5 @@ pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
         Outcome::Kept(answer) => Settled::Replay(answer),
         Outcome::Tombstone => Settled::Refused(Refused::NotKept),
-    }
-}
-
-/// A key whose attempt is under way. Dropped with an owner, by a runtime that ends, it gives the lease up where the store can do so
-/// at once: a store in this process knows no other end of a lease.
-struct Held<'j, St: Store> {
-    job: &'j Job<St>,
-    owner: Option<Owner>,
-}
-
-impl<St: Store> Drop for Held<'_, St> {
-    fn drop(&mut self) {
-        if let Some(owner) = self.owner {
-            let job = self.job;
-            // The code of a store may panic where its runtime has gone. Without it the lease ends by itself.
-            drop(catch_unwind(AssertUnwindSafe(|| {
-                telemetry::event(Event::Abandoned);
-                drop(job.store.renew(&job.key, owner, Duration::ZERO).now_or_never());
-            })));
-        }
-    }
-}
-
-/// Renews a lease at a third of it, until it is dropped.
-struct Renewing(Option<JoinHandle<()>>);
-
-impl Renewing {
-    fn begin<St: Store + Clone>(job: &Job<St>, attempt: &Attempt) -> Self {
-        let grant = attempt.grant();
-        let Some(lease) = grant.lease else {
-            return Self(None);
-        };
-        let (store, key, attempt) = (job.store.clone(), job.key, attempt.clone());
-        // One that hangs leaves time for another, a third later, before the lease is over.
-        let timeout = job.terms.store_timeout.min(lease / 6);
-        // In a task of its own: a call that blocks its thread does not lose its lease.
-        Self(Some(tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(lease / 3).await;
-                // The record is locked until the transaction ends, which keeps others out.
-                #[cfg(feature = "postgres")]
-                if attempt.is_completed() {
-                    continue;
-                }
-                match in_time(timeout, store.renew(&key, grant.owner, lease)).await {
-                    Ok(Renewal::Renewed) => {}
-                    Ok(Renewal::Superseded) => {
-                        // It waited for the very transaction that completes the record.
-                        #[cfg(feature = "postgres")]
-                        if attempt.is_completed() {
-                            return;
-                        }
-                        return attempt.lose();
-                    }
-                    Err(error) => telemetry::failure(Event::RenewalFailed, &error),
-                }
-            }
-        })))
-    }
-}
-
-impl Drop for Renewing {
-    fn drop(&mut self) {
-        if let Some(task) = &self.0 {
-            task.abort();
-        }
     }
 }

@@ -3,6 +3,7 @@
 mod attempt;
 mod drain;
 mod engine;
+mod held;
 mod on_error;
 mod terms;
 #[cfg(feature = "postgres")]
