@@ -89,8 +89,8 @@
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
 //! event (level `WARN`, `INFO` for `rescued`; field `event`, and `error`, `kind` and `cause` where there is an error) per unusual
 //! path: `abandoned`, `claim-repeated`, `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`,
-//! `message-failed` and `message-unreadable` (feature `postgres`), `relay-failed` (feature `postgres`), `released-behind`,
-//! `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`, `superseded`, `sweep-failed` (feature
+//! `message-failed` and `message-unreadable` (feature `postgres`), `recorded-behind`, `relay-failed` (feature `postgres`),
+//! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`, `superseded`, `sweep-failed` (feature
 //! `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`, `unrecorded`. Those of messages have the fields `error`,
 //! `position` (of the row) and `failures` (attempts so far); the `error` of `message-failed` is the text of your own.
 //!

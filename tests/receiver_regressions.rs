@@ -299,3 +299,160 @@ async fn a_panic_within_a_batch_is_that_messages_own() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_blocks_its_thread_keeps_its_message() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let store = RemoteStore::new();
+    let receiver = ReceiverLayer::new(store.clone(), "c")
+        .with_id(|id: &u64| *id)
+        .with_lease(Duration::from_secs(1))
+        .layer(service_fn(move |_: u64| {
+            let counted = Arc::clone(&counted);
+            async move {
+                counted.fetch_add(1, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(2_500));
+                Ok::<_, Infallible>(())
+            }
+        }));
+    let first = tokio::spawn(receiver.clone().oneshot(7));
+    while runs.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let second = receiver.oneshot(7).await;
+    assert!(
+        matches!(second, Ok(Receipt::InFlight { .. })),
+        "its lease was renewed {} times: {second:?}",
+        store.calls("renew")
+    );
+    assert!(matches!(first.await.unwrap(), Ok(Receipt::First(()))));
+}
+
+/// Many leases are renewed by one task, each at its third, and those that ended no more.
+#[tokio::test(start_paused = true)]
+async fn each_lease_is_renewed_at_its_third_and_by_nobody_after_its_end() {
+    let store = RemoteStore::new();
+    let receiver = |lease: u64| {
+        ReceiverLayer::new(store.clone(), "c")
+            .with_id(|(id, _): &(u64, u64)| *id)
+            .with_lease(Duration::from_secs(lease))
+            .layer(service_fn(|(_, seconds)| async move {
+                tokio::time::sleep(Duration::from_secs(seconds)).await;
+                Ok::<_, Infallible>(())
+            }))
+    };
+    let (short, long) = (receiver(3), receiver(30));
+    let deliveries = [
+        short.clone().oneshot((1, 10)),
+        short.oneshot((2, 20)),
+        long.oneshot((3, 60)),
+    ];
+    for received in futures::future::join_all(deliveries).await {
+        assert!(matches!(received, Ok(Receipt::First(()))));
+    }
+    let renewals = store.calls("renew");
+    assert!(
+        (30..=36).contains(&renewals),
+        "9 and 19 and 5, or one more each: {renewals}"
+    );
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(store.calls("renew"), renewals);
+}
+
+/// The handler said that it failed; the store, down for a minute, was told of it for ten seconds.
+#[tokio::test(start_paused = true)]
+async fn a_message_whose_handler_failed_while_the_store_was_down_is_handled_again() {
+    let store = RemoteStore::new();
+    let runs = Arc::new(AtomicUsize::new(0));
+    let (counted, down) = (Arc::clone(&runs), store.clone());
+    let layer = ReceiverLayer::new(store.clone(), "c").with_id(|id: &u64| *id);
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(move |_: u64| {
+        let is_first = counted.fetch_add(1, Ordering::SeqCst) == 0;
+        if is_first {
+            go_down(&down);
+        }
+        ready(if is_first { Err("the database is down") } else { Ok(()) })
+    }));
+    let first = receiver.clone().oneshot(7).await;
+    assert_eq!(Disposition::of(&first), Disposition::Redeliver(None), "{first:?}");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    store.heal();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    drain.wait().await;
+    let again = receiver.oneshot(7).await;
+    assert!(matches!(again, Ok(Receipt::First(()))), "{again:?}");
+}
+
+fn go_down(store: &RemoteStore) {
+    for operation in ["claim", "renew", "release", "complete", "peek", "watch"] {
+        store.fail(operation, [Fault::Before; 10_000]);
+    }
+}
+
+/// It was handled, and that could not be recorded for a minute: then it was refused as unknown for ever.
+#[tokio::test(start_paused = true)]
+async fn what_was_handled_while_the_store_was_down_is_a_duplicate_when_it_is_back() {
+    let store = RemoteStore::new();
+    let down = store.clone();
+    let layer = ReceiverLayer::new(store.clone(), "c").with_id(|id: &u64| *id);
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(move |_: u64| {
+        go_down(&down);
+        ready(Ok::<_, Infallible>(()))
+    }));
+    let first = receiver.clone().oneshot(7).await;
+    assert!(matches!(first, Err(ReceiveError::Unrecorded(_))), "{first:?}");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    store.heal();
+    drain.wait().await;
+    let again = receiver.oneshot(7).await;
+    assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
+}
+
+/// A failover: the claim was written, its reply was lost, and the store came back half a minute later. Nothing ran.
+#[tokio::test(start_paused = true)]
+async fn a_message_that_never_ran_is_not_unknown_because_the_store_was_away() {
+    let store = RemoteStore::new();
+    let layer = ReceiverLayer::new(store.clone(), "c").with_id(|id: &u64| *id);
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(|_: u64| ready(Ok::<_, Infallible>(()))));
+    store.fail("claim", [Fault::After]);
+    store.fail("claim", [Fault::Before; 1_000]);
+    store.fail("peek", [Fault::Before; 1_000]);
+    let first = receiver.clone().oneshot(7).await;
+    assert!(matches!(first, Err(ReceiveError::Store(_))), "{first:?}");
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    store.heal();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    drain.wait().await;
+    let again = receiver.oneshot(7).await;
+    assert!(
+        matches!(again, Ok(Receipt::First(()))),
+        "no handler ever ran: {again:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_panic_of_poll_ready_is_one_messages_own() {
+    #[derive(Clone)]
+    struct Panics;
+    impl tower::Service<u64> for Panics {
+        type Response = ();
+        type Error = &'static str;
+        type Future = std::future::Ready<Result<(), &'static str>>;
+        fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), &'static str>> {
+            panic!("planned")
+        }
+        fn call(&mut self, _: u64) -> Self::Future {
+            ready(Ok(()))
+        }
+    }
+    let receiver = ReceiverLayer::new(MemoryStore::new(), "c")
+        .with_id(|id: &u64| *id)
+        .layer(Panics);
+    let batch = receive_all(&receiver, [1, 2], 2).await;
+    assert_eq!(batch.failed().collect::<Vec<_>>(), [0, 1]);
+}

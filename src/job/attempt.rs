@@ -109,9 +109,11 @@ impl Attempt {
         self.marks.is_completed.store(true, Ordering::Release);
     }
 
-    #[cfg(feature = "postgres")]
     pub(super) fn is_completed(&self) -> bool {
-        self.marks.is_completed.load(Ordering::Acquire)
+        #[cfg(feature = "postgres")]
+        return self.marks.is_completed.load(Ordering::Acquire);
+        #[cfg(not(feature = "postgres"))]
+        false
     }
 
     #[cfg(feature = "postgres")]

@@ -87,6 +87,7 @@ pub(crate) enum Refused {
 }
 
 /// A key, what is asked under it, and on which terms.
+#[derive(Clone)]
 pub(crate) struct Job<St> {
     pub(crate) store: St,
     pub(crate) key: StorageKey,
@@ -208,17 +209,24 @@ impl<St: Store + Clone> Job<St> {
 
     /// Ends a claim of unknown fate: nothing has run under it, and it would hold the key for a lease, or for ever.
     async fn release_behind(&self, nonce: Nonce) {
-        let patience = self.patience();
         let late = LateClaim::new(self.terms.lease, self.terms.store_timeout);
-        match patience.persist(|| self.store.peek(&self.key)).await {
-            Ok(snapshot) if late.may_be_granted(snapshot.as_ref()) => {}
-            _ => return,
+        if let Err(error) = self.release_late(&late, nonce).await {
+            telemetry::failure(Event::Unrecorded, &error);
         }
-        let claimed = patience.persist(|| self.claim_once(nonce)).await;
-        if let Ok(Decision::Execute(grant) | Decision::Recover(grant)) = claimed {
+    }
+
+    async fn release_late(&self, late: &LateClaim, nonce: Nonce) -> Result<(), Error> {
+        let patience = self.patience_behind();
+        let snapshot = patience.persist(|| self.store.peek(&self.key)).await?;
+        if !late.may_be_granted(snapshot.as_ref()) {
+            return Ok(());
+        }
+        let claimed = patience.persist(|| self.claim_once(nonce)).await?;
+        if let Decision::Execute(grant) | Decision::Recover(grant) = claimed {
             telemetry::event(Event::ReleasedBehind);
             self.release(grant.owner).await;
         }
+        Ok(())
     }
 
     /// The key is ours.
@@ -358,16 +366,31 @@ impl<St: Store + Clone> Job<St> {
 
     pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
         let retention = self.terms.retention;
-        let patience = self.patience();
-        patience
-            .persist(|| self.store.complete(&self.key, owner, outcome, retention))
-            .await
+        let completing = self
+            .patience()
+            .persist(|| self.store.complete(&self.key, owner, outcome, retention));
+        let completion = completing.await;
+        if let Err(error) = &completion {
+            let outcome = outcome.clone();
+            self.end_behind(error, move |job| async move {
+                let completing = job
+                    .patience_behind()
+                    .persist(|| job.store.complete(&job.key, owner, &outcome, retention));
+                completing.await.map(drop)
+            });
+        }
+        completion
     }
 
-    /// Frees the key. Without the store, the lease ends it a little later.
+    /// Frees the key.
     pub(super) async fn release(&self, owner: Owner) -> Option<Release> {
-        let patience = self.patience();
-        let released = patience.persist(|| self.store.release(&self.key, owner)).await;
+        let released = self.patience().persist(|| self.store.release(&self.key, owner)).await;
+        if let Err(error) = &released {
+            self.end_behind(error, move |job| async move {
+                let releasing = job.patience_behind().persist(|| job.store.release(&job.key, owner));
+                releasing.await.map(drop)
+            });
+        }
         told(released)
     }
 
@@ -376,6 +399,33 @@ impl<St: Store + Clone> Job<St> {
         let patience = self.patience();
         let given_up = patience.persist(|| self.store.renew(&self.key, owner, Duration::ZERO));
         told(given_up.await)
+    }
+
+    /// Goes on telling a store that is away how an attempt ended: what comes of that is no longer the caller's. Without it, the
+    /// attempt would count as lost.
+    fn end_behind<F>(&self, error: &Error, end: impl FnOnce(Self) -> F)
+    where
+        F: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        let Ok(runtime) = Handle::try_current() else { return };
+        if Patience::repeats(error) {
+            let ending = end(self.clone());
+            self.terms.tracker.spawn(&runtime, async move {
+                match ending.await {
+                    Ok(()) => telemetry::event(Event::RecordedBehind),
+                    Err(error) => telemetry::failure(Event::Unrecorded, &error),
+                }
+            });
+        }
+    }
+
+    /// For what goes on without a caller: twelve times as long.
+    fn patience_behind(&self) -> Patience {
+        let patience = self.patience();
+        Patience {
+            in_all: patience.in_all.saturating_mul(12),
+            ..patience
+        }
     }
 
     pub(super) fn patience(&self) -> Patience {

@@ -5,6 +5,7 @@ mod drain;
 mod engine;
 mod held;
 mod on_error;
+mod renewals;
 mod terms;
 #[cfg(feature = "postgres")]
 mod transaction;

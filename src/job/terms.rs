@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::renewals::{Renewals, SHORTEST_LEASE};
 use crate::protocol::KeySpace;
 use crate::uncut::Tracker;
 
@@ -17,6 +18,7 @@ pub(crate) struct Terms {
     pub(crate) store_timeout: Duration,
     pub(crate) completion_timeout: Duration,
     pub(crate) tracker: Arc<Tracker>,
+    pub(crate) renewals: Arc<Renewals>,
 }
 
 impl Default for Terms {
@@ -31,13 +33,13 @@ impl Default for Terms {
             store_timeout: Duration::from_secs(5),
             completion_timeout: Duration::from_secs(10),
             tracker: Arc::default(),
+            renewals: Arc::default(),
         }
     }
 }
 
 impl Terms {
-    /// Below a millisecond the lease would be over before it is renewed.
     pub(crate) fn set_lease(&mut self, lease: Duration) {
-        self.lease = lease.max(Duration::from_millis(1));
+        self.lease = lease.max(SHORTEST_LEASE);
     }
 }

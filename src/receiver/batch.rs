@@ -1,6 +1,7 @@
 //! Several messages at once.
 
 use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
 
 use futures::stream::{iter, StreamExt};
 use futures::FutureExt;
@@ -80,7 +81,8 @@ where
             poll_fn(|cx| service.poll_ready(cx)).await?;
             service.call(message).await
         };
-        delivery.map(move |received| (place, received))
+        let delivery = AssertUnwindSafe(delivery).catch_unwind();
+        delivery.map(move |received| (place, received.unwrap_or(Err(ReceiveError::Panicked))))
     });
     // Not `buffered`: there, those that are done wait for a slow one before them, and keep others from beginning.
     let received = iter(deliveries).buffer_unordered(at_once.max(1));

@@ -198,7 +198,7 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 ms. It is renewed at a
+    /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 s. It is renewed at a
     /// third while the handler runs, however long that takes.
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {

@@ -22,8 +22,8 @@ macro_rules! term_setters {
             self
         }
 
-        /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default. It is renewed at a third
-        /// while the call runs.
+        /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 s. It is
+        /// renewed at a third while the call runs.
         #[must_use]
         pub fn with_lease(mut self, lease: std::time::Duration) -> Self {
             self.terms().set_lease(lease);
