@@ -403,21 +403,26 @@ async fn a_store_that_fails_at_the_recording_is_asked_again_and_then_the_caller_
         assert!(party.run(once(store, "k")).await.unwrap().is_replay());
         assert_eq!(party.effects(), 1);
     }
-    let (party, store) = (Party::default(), RemoteStore::new());
-    store.fail("complete", [Fault::Before; 100]);
-    let error = party.run(once(store.clone(), "k")).await.unwrap_err();
-    assert!(
-        matches!(&error, OnceError::Unrecorded { given, .. } if **given == 1),
-        "{error:?}"
-    );
-    assert!(error.may_have_happened());
-    store.heal();
-    tokio::time::sleep(Duration::from_secs(60)).await;
-    assert!(matches!(
-        party.run(once(store, "k")).await,
-        Err(OnceError::Unknown(None))
-    ));
-    assert_eq!(party.effects(), 1);
+    for absence in [60, 600] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        store.fail("complete", [Fault::Before; 10_000]);
+        let error = party.run(once(store.clone(), "k")).await.unwrap_err();
+        assert!(
+            matches!(&error, OnceError::Unrecorded { given, .. } if **given == 1),
+            "{error:?}"
+        );
+        assert!(error.may_have_happened());
+        tokio::time::sleep(Duration::from_secs(absence)).await;
+        store.heal();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let again = party.run(once(store, "k")).await;
+        match absence {
+            // It was recorded, late, when the store was back.
+            60 => assert!(again.unwrap().is_replay()),
+            _ => assert!(matches!(again, Err(OnceError::Unknown(None)))),
+        }
+        assert_eq!(party.effects(), 1);
+    }
 }
 
 #[tokio::test(start_paused = true)]

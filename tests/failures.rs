@@ -471,6 +471,28 @@ async fn a_release_that_fails_for_a_while_is_repeated() {
     assert_eq!((store.len(), store.calls("release")), (0, 3));
 }
 
+/// A failover: the store was away for a minute, in which handlers ended. Their keys were refused for a day.
+#[tokio::test(start_paused = true)]
+async fn what_ended_while_the_store_was_away_is_recorded_when_it_is_back() {
+    for (status, is_kept) in [(StatusCode::CREATED, true), (StatusCode::SERVICE_UNAVAILABLE, false)] {
+        let (store, handler) = (RemoteStore::new(), Handler::new());
+        let handler = handler.answering(move |_| text(status, "paid"));
+        let layer = IdempotencyLayer::new(store.clone());
+        let drain = layer.drain();
+        let service = layer.layer(handler.clone());
+        for operation in ["complete", "peek", "release", "renew"] {
+            store.fail(operation, [Fault::Before; 10_000]);
+        }
+        assert_eq!(send(&service, post("k", "pay")).await.status(), status);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        store.heal();
+        drain.wait().await;
+        let again = send(&service, post("k", "pay")).await;
+        assert_eq!((again.status(), again.is_replay()), (status.as_u16(), is_kept));
+        assert_eq!(handler.runs(), if is_kept { 1 } else { 2 });
+    }
+}
+
 #[tokio::test]
 async fn a_full_store_refuses_new_keys_loudly_and_replays_all_the_same() {
     let store = MemoryStore::builder().with_record_budget(2).build();

@@ -2,6 +2,8 @@
 
 #[path = "support/postgres.rs"]
 mod postgres;
+#[path = "support/proxy.rs"]
+mod proxy;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -10,6 +12,7 @@ use std::time::Duration;
 use futures::future::{join_all, BoxFuture};
 use futures::FutureExt;
 use postgres::PostgresServer;
+use proxy::{Direction, Fate, Proxy};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::PgPool;
 use tokio::sync::Notify;
@@ -698,6 +701,7 @@ async fn a_look_reads_what_is_due_and_not_what_waits() {
         .await;
     assert!(put(&bench, &outbox, &OutboxMessage::new("due", "x")).await);
     let relay = outbox.relay(Broker::default().publish());
+    let relay = relay.with_pauses(SHORT, Duration::from_secs(2 * 86_400));
     bench.execute("SELECT pg_stat_force_next_flush()").await;
     let before = bench.number(READ).await;
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));
@@ -705,4 +709,75 @@ async fn a_look_reads_what_is_due_and_not_what_waits() {
     bench.execute("SELECT pg_stat_force_next_flush()").await;
     let read = bench.number(READ).await - before;
     assert!((1..1_000).contains(&read), "{read}");
+}
+
+/// As after a failover to a server whose clock is behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_goes_back_holds_up_no_message() {
+    let bench = Bench::new().await;
+    let outbox = bench.outbox(&["t"]).await;
+    bench
+        .execute(
+            "UPDATE idempotency_outbox SET put_at = put_at + interval '1 h', publish_at = publish_at + interval '1 h'",
+        )
+        .await;
+    let relay = outbox.relay(|_| async { Ok::<_, std::io::Error>(()) });
+    assert_eq!(relay.publish_once().await.unwrap().published, 0, "it is made due");
+    assert_eq!(relay.publish_once().await.unwrap().published, 1);
+}
+
+/// A connection whose other end has gone without a word (a failover, a firewall that forgot it): the relay waited for its reply for
+/// ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_whose_connection_went_dead_asks_again_over_another() {
+    let bench = Bench::new().await;
+    let outbox = bench.outbox(&[]).await;
+    let proxy = Proxy::to(([127, 0, 0, 1], bench._server.port()).into()).await;
+    let url = bench._server.url_by(proxy.address.port());
+    let pool = PgPoolOptions::new().max_connections(5).connect(&url).await.unwrap();
+    let published = Arc::new(Notify::new());
+    let told = Arc::clone(&published);
+    let relay = Outbox::new(pool)
+        .with_timeout(Duration::from_secs(1))
+        .relay(move |_| {
+            told.notify_one();
+            async { Ok::<_, std::io::Error>(()) }
+        })
+        .with_interval(Duration::from_millis(100));
+    let relay = tokio::spawn(relay.run());
+    // It looks, and waits for the server; the reply is lost. All that comes later passes.
+    let mut lock = bench.pool.begin().await.unwrap();
+    sqlx::raw_sql("LOCK TABLE idempotency_outbox IN ACCESS EXCLUSIVE MODE")
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    proxy.set(Fate::Swallow(Direction::ToClient));
+    lock.rollback().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    proxy.set(Fate::Pass);
+    assert!(put(&bench, &outbox, &OutboxMessage::new("late", "x")).await);
+    published.notified().await;
+    relay.abort();
+}
+
+/// An error whose text cannot be made must not end the relay.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_whose_text_panics_fails_its_message_only() {
+    struct Wordless;
+    impl std::fmt::Display for Wordless {
+        fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            panic!("planned")
+        }
+    }
+    let bench = Bench::new().await;
+    let outbox = bench.outbox(&["a", "b"]).await;
+    let relay = outbox.relay(|message: OutboxMessage| async move {
+        match message.topic() {
+            "a" => Err(Wordless),
+            _ => Ok(()),
+        }
+    });
+    let published = relay.publish_once().await.unwrap();
+    assert_eq!((published.published, published.failed), (1, 1));
 }

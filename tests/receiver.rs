@@ -469,25 +469,35 @@ async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
 
 #[tokio::test(start_paused = true)]
 async fn a_store_that_vanishes_between_effect_and_completion_acknowledges_nothing() {
-    for (again_runs, fault) in [(false, Fault::Before), (true, Fault::Before), (false, Fault::After)] {
+    const SHORT: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_secs(600);
+    for (again_runs, fault, absence) in [
+        (false, Fault::Before, SHORT),
+        (true, Fault::Before, SHORT),
+        (false, Fault::Before, LONG),
+        (true, Fault::Before, LONG),
+        (false, Fault::After, LONG),
+    ] {
         let (store, handler) = (RemoteStore::new(), Handler::default());
         let mut layer = layer(store.clone());
         if again_runs {
             layer = layer.at_least_once();
         }
         let receiver = layer.layer(handler.clone());
-        store.fail("complete", [fault; 1_000]);
+        store.fail("complete", [fault; 10_000]);
         let unrecorded = deliver(&receiver, message("m")).await;
         assert!(matches!(unrecorded, Err(ReceiveError::Unrecorded(_))), "{unrecorded:?}");
         assert_eq!(disposition(&unrecorded), Disposition::Redeliver(None));
         assert_eq!(handler.counts(), (1, 1));
+        tokio::time::sleep(absence).await;
         store.heal();
-        tokio::time::sleep(Duration::from_secs(60)).await;
+        tokio::time::sleep(SHORT).await;
         let again = deliver(&receiver, message("m")).await;
-        match (fault, again_runs) {
-            (Fault::After, _) => assert!(matches!(again, Ok(Receipt::Duplicate))),
-            (_, true) => assert!(matches!(again, Ok(Receipt::First(2)))),
-            _ => assert!(matches!(again, Ok(Receipt::Unknown))),
+        match (fault, absence, again_runs) {
+            // It was recorded, late, when the store was back.
+            (Fault::After, ..) | (_, SHORT, _) => assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}"),
+            (_, _, true) => assert!(matches!(again, Ok(Receipt::First(2))), "{again:?}"),
+            _ => assert!(matches!(again, Ok(Receipt::Unknown)), "{again:?}"),
         }
     }
     // A short failure is waited out.

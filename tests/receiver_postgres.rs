@@ -304,3 +304,59 @@ async fn a_failure_that_counts_as_handled_does_so_after_a_rollback_too() {
     assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
     assert_eq!(runs.load(Ordering::SeqCst), 1);
 }
+
+/// A handler hangs between `complete_in` and the commit, and its message is delivered again meanwhile: each delivery left backends
+/// behind that waited for its lock.
+#[tokio::test(flavor = "multi_thread")]
+async fn deliveries_that_meet_an_open_transaction_leave_no_connections_behind() {
+    let bench = Bench::new().await;
+    let pool = PgPoolOptions::new()
+        .max_connections(4)
+        .connect(&bench._server.url())
+        .await
+        .unwrap();
+    let store = PostgresStore::builder().with_pool(pool.clone()).unwrap();
+    let layer = layer(store)
+        .with_lease(Duration::from_secs(1))
+        .with_store_timeouts(Duration::from_secs(1), Duration::from_secs(2));
+    let (open, is_open) = tokio::sync::oneshot::channel();
+    let (open, pool) = (Arc::new(std::sync::Mutex::new(Some(open))), pool.clone());
+    let receiver = layer.layer(service_fn(move |message: Message| {
+        let (pool, open) = (pool.clone(), Arc::clone(&open));
+        async move {
+            let mut transaction = pool.begin().await.unwrap();
+            let completed = message.lease.unwrap().complete_in(&mut transaction).await;
+            completed.map_err(|error| error.to_string())?;
+            open.lock().unwrap().take().unwrap().send(()).unwrap();
+            std::future::pending::<Result<(), String>>().await
+        }
+    }));
+    tokio::spawn(receiver.clone().oneshot(message("7")));
+    is_open.await.unwrap();
+    let waiting = || async {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+        sqlx::query_scalar::<_, i64>(query)
+            .fetch_one(&bench.pool)
+            .await
+            .unwrap()
+    };
+    // The lease, which is not renewed any more, is over.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for _ in 0..6 {
+        let received = receiver.clone().oneshot(message("7")).await;
+        assert!(matches!(received, Ok(Receipt::InFlight { .. })), "{received:?}");
+        assert_eq!(waiting().await, 0);
+    }
+}
+
+/// Handled, committed and forgotten at once: the look behind the transaction found no record, and took that for a lost attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_committed_is_not_rejected_because_its_record_is_over() {
+    let bench = Bench::new().await;
+    let pool = bench.pool.clone();
+    let receiver = layer(bench.store.clone())
+        .with_retention(Duration::ZERO)
+        .layer(service_fn(move |message| handle(pool.clone(), message, Ending::Commit)));
+    let received = receiver.oneshot(message("7")).await;
+    assert!(matches!(received, Ok(Receipt::First(()))), "{received:?}");
+}

@@ -13,11 +13,14 @@ use futures::FutureExt;
 use support::{Fault, RemoteStore};
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::client::Found;
-use tower_idempotency::protocol::Status;
+use tower_idempotency::protocol::{
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, Status,
+    StorageKey,
+};
 use tower_idempotency::receiver::{
     receive_all, Disposition, Lease, OnMismatch, OnMissingId, Receipt, ReceiveError, ReceiverLayer,
 };
-use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, Store};
+use tower_idempotency::{Error, IdempotencyLayer, MemoryStore, OnError, Store};
 
 #[derive(Clone, Default)]
 struct Message {
@@ -455,4 +458,85 @@ async fn a_panic_of_poll_ready_is_one_messages_own() {
         .layer(Panics);
     let batch = receive_all(&receiver, [1, 2], 2).await;
     assert_eq!(batch.failed().collect::<Vec<_>>(), [0, 1]);
+}
+
+type Race = Arc<Mutex<Option<Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send>>>>;
+
+/// A store at which something happens before the next look at a record.
+#[derive(Clone)]
+struct Racing(MemoryStore, Race);
+
+impl Store for Racing {
+    type Watch = <MemoryStore as Store>::Watch;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        self.0.claim(claim).await
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        self.0.renew(key, owner, lease).await
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        self.0.complete(key, owner, outcome, retention).await
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        self.0.release(key, owner).await
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+        self.0.resolve(key, fence, resolution).await
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        let race = self.1.lock().unwrap().take();
+        if let Some(race) = race {
+            race().await;
+        }
+        self.0.peek(key).await
+    }
+
+    async fn watch(&self, key: &StorageKey) -> Result<Self::Watch, Error> {
+        self.0.watch(key).await
+    }
+}
+
+/// Between the claim and the look, the other payload's handler failed, and a copy of this very message was handled.
+#[tokio::test]
+async fn a_message_is_no_mismatch_of_its_own_copy() {
+    let (race, fail) = (Race::default(), Arc::new(tokio::sync::Notify::new()));
+    let (store, told) = (Racing(MemoryStore::new(), Arc::clone(&race)), Arc::clone(&fail));
+    let receiver = ReceiverLayer::new(store, "c")
+        .with_id(|_: &String| 7_u64)
+        .with_payload(|payload: &String| payload.as_bytes())
+        .layer(service_fn(move |payload: String| {
+            let told = Arc::clone(&told);
+            async move {
+                if payload == "a" {
+                    told.notified().await;
+                    return Err("no".to_owned());
+                }
+                Ok(())
+            }
+        }));
+    let first = tokio::spawn(receiver.clone().oneshot("a".to_owned()));
+    tokio::task::yield_now().await;
+    let copy = receiver.clone();
+    *race.lock().unwrap() = Some(Box::new(move || {
+        Box::pin(async move {
+            fail.notify_one();
+            assert!(first.await.unwrap().is_err());
+            assert!(matches!(copy.oneshot("b".to_owned()).await, Ok(Receipt::First(()))));
+        })
+    }));
+    let received = receiver.clone().oneshot("b".to_owned()).await;
+    assert!(matches!(received, Ok(Receipt::InFlight { .. })), "{received:?}");
+    assert!(matches!(receiver.oneshot("b".to_owned()).await, Ok(Receipt::Duplicate)));
 }

@@ -1,5 +1,7 @@
 //! Webhooks over HTTP: verified before anything is recorded, handled once, answered alike.
 
+mod support;
+
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,6 +18,7 @@ use futures::future::join_all;
 use futures::stream;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
+use support::{Fault, RemoteStore};
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_idempotency::protocol::Status;
 use tower_idempotency::receiver::webhooks::{
@@ -491,4 +494,91 @@ async fn the_body_of_what_has_no_signature_is_not_read() {
     *forged.body_mut() = body();
     app.is_refused(forged).await;
     assert!(is_polled.load(Ordering::SeqCst));
+}
+
+/// A provider sends an event to each endpoint that subscribed to it, under one id: each has a name of its own.
+#[tokio::test]
+async fn each_of_two_handlers_gets_an_event_that_was_sent_to_both() {
+    let (store, runs) = (MemoryStore::new(), Arc::new(AtomicUsize::new(0)));
+    let endpoint = |consumer: &str, secret: &str| {
+        let runs = Arc::clone(&runs);
+        let handler = move || async move {
+            runs.fetch_add(1, Ordering::SeqCst);
+        };
+        let layers = ServiceBuilder::new()
+            .layer(WebhookLayer::new(consumer, StripeWebhooks::new([secret]).unwrap()))
+            .layer(IdempotencyLayer::new(store.clone()).webhooks());
+        Router::new().route("/webhooks", post(handler)).layer(layers)
+    };
+    let event = |secret: &str| {
+        let (now, body) = (now(), r#"{"id":"evt_1"}"#);
+        let signature = HEXLOWER.encode(&mac(secret.as_bytes(), format!("{now}.{body}").as_bytes()));
+        let request = Request::post("/webhooks").header("stripe-signature", format!("t={now},v1={signature}"));
+        request.body(Body::from(body)).unwrap()
+    };
+    for (consumer, secret, runs_after) in [
+        ("stripe-accounting", "one", 1),
+        ("stripe-shipping", "two", 2),
+        ("stripe-accounting", "one", 2),
+    ] {
+        let answer = endpoint(consumer, secret).oneshot(event(secret)).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        assert_eq!(runs.load(Ordering::SeqCst), runs_after);
+    }
+}
+
+/// The base of an application has settings for its clients' keys, which the key of a webhook need not meet.
+#[tokio::test]
+async fn webhooks_runs_once_on_whatever_layer_it_is_set() {
+    type Base = fn(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>;
+    let bases: [(&str, Base); 5] = [
+        ("header", |layer| layer.with_header("x-request-key".parse().unwrap())),
+        ("ietf", IdempotencyLayer::ietf),
+        ("length", |layer| layer.with_max_key_length(36)),
+        ("stripe", IdempotencyLayer::stripe),
+        ("validator", |layer| layer.with_key_validator(|key| key.len() == 36)),
+    ];
+    for (name, base) in bases {
+        let runs = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&runs);
+        let handler = move || async move {
+            // The first fails, which is not kept.
+            match counted.fetch_add(1, Ordering::SeqCst) {
+                0 => StatusCode::INTERNAL_SERVER_ERROR,
+                _ => StatusCode::OK,
+            }
+        };
+        let layers = ServiceBuilder::new()
+            .layer(standard())
+            .layer(base(IdempotencyLayer::new(MemoryStore::new())).webhooks());
+        let app = Router::new().route("/webhooks", post(handler)).layer(layers);
+        for (forged, status) in [("k1", 500), ("k2", 200), ("k3", 200)] {
+            let mut request = webhook("msg_1", "x");
+            // No signature covers it.
+            request.headers_mut().insert("x-request-key", forged.parse().unwrap());
+            let answer = app.clone().oneshot(request).await.unwrap();
+            assert_eq!(answer.status(), status, "{name}");
+        }
+        assert_eq!(runs.load(Ordering::SeqCst), 2, "{name}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_webhook_is_acknowledged_whose_outcome_is_not_recorded() {
+    let store = RemoteStore::new();
+    store.fail("complete", [Fault::Before; 10_000]);
+    let layer = IdempotencyLayer::new(store.clone()).webhooks();
+    let drain = layer.drain();
+    let layers = ServiceBuilder::new().layer(standard()).layer(layer);
+    let app = Router::new()
+        .route("/webhooks", post(|| async { "thanks" }))
+        .layer(layers);
+    let first = app.clone().oneshot(webhook("msg_1", "x")).await.unwrap();
+    assert_eq!(first.status(), StatusCode::SERVICE_UNAVAILABLE);
+    store.heal();
+    drain.wait().await;
+    // It was recorded, late.
+    let again = app.oneshot(webhook("msg_1", "x")).await.unwrap();
+    assert_eq!(again.status(), StatusCode::OK);
+    assert!(again.headers().contains_key("idempotent-replayed"));
 }

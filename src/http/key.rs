@@ -4,6 +4,9 @@ use http::header::{HeaderMap, HeaderName};
 
 use crate::protocol::{IdempotencyKey, InvalidKey, KeyError, KeyParser};
 
+/// Where a key stands, unless something else is set.
+pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
 /// What a request says about its key.
 #[derive(Debug)]
 pub(crate) enum FoundKey {

@@ -12,6 +12,6 @@ pub(crate) use answer::{is_stream, AnswerHeaders};
 pub(crate) use body::{collect, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
-pub(crate) use key::{find_key, FoundKey};
+pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::RefusalStyle;
 pub use refusal::{Refusal, RefusalKind};

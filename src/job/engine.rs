@@ -33,6 +33,11 @@ pub(crate) const NO_RUNTIME: Error = Error::new(
     "what is to happen once must be begun within a tokio runtime",
 );
 
+const FORGOTTEN: Error = Error::new(
+    ErrorKind::Superseded,
+    "somebody else took the key over, and what came of that is forgotten already",
+);
+
 /// The call itself.
 pub(crate) trait Work: Send + 'static {
     /// What a caller gets of a run.
@@ -216,7 +221,7 @@ impl<St: Store + Clone> Job<St> {
     }
 
     async fn release_late(&self, late: &LateClaim, nonce: Nonce) -> Result<(), Error> {
-        let patience = self.patience_behind();
+        let patience = self.patience().behind();
         let snapshot = patience.persist(|| self.store.peek(&self.key)).await?;
         if !late.may_be_granted(snapshot.as_ref()) {
             return Ok(());
@@ -358,7 +363,8 @@ impl<St: Store + Clone> Job<St> {
                     }
                     Status::Lost | Status::Unknown => return Settled::Refused(Refused::Unknown),
                 },
-                _ => return Settled::Refused(Refused::Unknown),
+                Some(_) => return Settled::Refused(Refused::Unknown),
+                None => return Settled::Refused(Refused::Unread(FORGOTTEN)),
             };
             self.wait(&mut watch, left.min(deadline.left())).await;
         }
@@ -374,7 +380,8 @@ impl<St: Store + Clone> Job<St> {
             let outcome = outcome.clone();
             self.end_behind(error, move |job| async move {
                 let completing = job
-                    .patience_behind()
+                    .patience()
+                    .behind()
                     .persist(|| job.store.complete(&job.key, owner, &outcome, retention));
                 completing.await.map(drop)
             });
@@ -387,7 +394,7 @@ impl<St: Store + Clone> Job<St> {
         let released = self.patience().persist(|| self.store.release(&self.key, owner)).await;
         if let Err(error) = &released {
             self.end_behind(error, move |job| async move {
-                let releasing = job.patience_behind().persist(|| job.store.release(&job.key, owner));
+                let releasing = job.patience().behind().persist(|| job.store.release(&job.key, owner));
                 releasing.await.map(drop)
             });
         }
@@ -416,15 +423,6 @@ impl<St: Store + Clone> Job<St> {
                     Err(error) => telemetry::failure(Event::Unrecorded, &error),
                 }
             });
-        }
-    }
-
-    /// For what goes on without a caller: twelve times as long.
-    fn patience_behind(&self) -> Patience {
-        let patience = self.patience();
-        Patience {
-            in_all: patience.in_all.saturating_mul(12),
-            ..patience
         }
     }
 

@@ -39,6 +39,11 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// What it had taken, a batch at most, comes again when the lease and the pause are over: what it had published, a second time.
 /// Then each is taken alone, since it may be what killed the relay. Such a message delays no other, and itself by growing pauses.
 ///
+/// # When the server's clock goes back
+///
+/// What is put later is due at once, and what waits for longer than a lease and the longest pause becomes due at the next look. So
+/// give all relays of a table the same pauses, or the one with the shortest decides.
+///
 /// # When `publish` fails
 ///
 /// Where it returns an error, panics, or has not ended when the lease has, its message is tried again after a pause; no attempt is
@@ -214,9 +219,9 @@ where
 
     async fn publish(&self, message: OutboxMessage, lease: Deadline) -> Result<(), String> {
         // One that makes `publish` panic must not hold up all others for ever.
-        let publishing = AssertUnwindSafe(async { (self.publish)(message).await }).catch_unwind();
-        match within(lease.left(), publishing).await {
-            Ok(Ok(result)) => result.map_err(|error| error.to_string()),
+        let publish = async { (self.publish)(message).await.map_err(|error| error.to_string()) };
+        match within(lease.left(), AssertUnwindSafe(publish).catch_unwind()).await {
+            Ok(Ok(result)) => result,
             Ok(Err(_)) => Err("`publish` panicked".to_owned()),
             Err(_) => Err("`publish` did not end within the lease".to_owned()),
         }

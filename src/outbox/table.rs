@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::TryFutureExt;
 use sqlx::postgres::{PgArguments, PgConnection, PgPool, PgRow};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Executor, Postgres, Row};
@@ -11,13 +12,14 @@ use sqlx::{AssertSqlSafe, Executor, Postgres, Row};
 use super::message::OutboxMessage;
 use super::relay::Relay;
 use crate::error::{Error, ErrorKind};
-use crate::store::{failed, TableName};
+use crate::store::{bounded, failed, Lent, TableName};
 
 /// A table of messages that are to be sent once their transaction is committed. See the [module](super).
 #[derive(Clone)]
 pub struct Outbox {
     pool: PgPool,
     statements: Arc<Statements>,
+    timeout: Duration,
 }
 
 #[derive(Debug)]
@@ -100,8 +102,19 @@ impl Outbox {
     }
 
     fn of(pool: PgPool, table: &TableName) -> Self {
-        let statements = Arc::new(Statements::new(table));
-        Self { pool, statements }
+        Self {
+            pool,
+            statements: Arc::new(Statements::new(table)),
+            timeout: Duration::from_secs(30),
+        }
+    }
+
+    /// How long an operation on the table may take, [`put`](Self::put) and [`migrate`](Self::migrate) apart; 30 s by default. Then its
+    /// connection is closed: the other end may have gone without a word. The making of a connection is bounded by the pool.
+    #[must_use]
+    pub const fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
     }
 
     /// The SQL that makes the table and its index, for your own migrations. It can be run again.
@@ -111,6 +124,10 @@ impl Outbox {
     }
 
     /// Makes the table where there is none. Safe to call from many processes at once.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped half-way, it has made the table or not; call it again.
     ///
     /// # Errors
     ///
@@ -132,6 +149,13 @@ impl Outbox {
     ///
     /// The id has 1 to 255 bytes. Neither it nor the topic nor a header holds a zero character, which PostgreSQL does not store; a
     /// payload may.
+    ///
+    /// While another transaction that put the same id is open, it waits for the end of that one. Where ids can meet, put several
+    /// messages in one order everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped half-way, it may be there or not: roll the transaction back.
     ///
     /// # Errors
     ///
@@ -156,8 +180,10 @@ impl Outbox {
     ///
     /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the server cannot be reached.
     pub async fn waiting(&self) -> Result<u64, Error> {
-        let count = sqlx::query(safe(&self.statements.waiting)).fetch_one(&self.pool).await;
-        let count: i64 = count.and_then(|row| row.try_get(0)).map_err(failed)?;
+        let mut lent = Lent::from(&self.pool).await?;
+        let counting = sqlx::query(safe(&self.statements.waiting)).fetch_one(lent.connection()?);
+        let counted = bounded(self.timeout, counting.map_err(failed)).await;
+        let count: i64 = lent.give_back(counted)?.try_get(0).map_err(failed)?;
         Ok(u64::try_from(count).unwrap_or(0))
     }
 
@@ -176,7 +202,9 @@ impl Outbox {
             .bind(terms.lease.as_secs_f64())
             .bind(first.as_secs_f64())
             .bind(longest.as_secs_f64());
-        let rows = take.fetch_all(&self.pool).await.map_err(failed)?;
+        let mut lent = Lent::from(&self.pool).await?;
+        let taken = bounded(self.timeout, take.fetch_all(lent.connection()?).map_err(failed)).await;
+        let rows = lent.give_back(taken)?;
         let taken: sqlx::Result<Vec<_>> = rows.iter().map(Taken::read).collect();
         let mut taken = taken.map_err(failed)?;
         // Those that hang take the lease's time from those behind them.
@@ -224,7 +252,9 @@ impl Outbox {
         }
         let (positions, failures) = claims.iter().map(|claim| (claim.position, claim.failures)).unzip();
         let query = bind(sqlx::query(safe(statement)), positions, failures);
-        query.execute(&self.pool).await.map(drop).map_err(failed)
+        let mut lent = Lent::from(&self.pool).await?;
+        let told = bounded(self.timeout, query.execute(lent.connection()?).map_err(failed)).await;
+        lent.give_back(told).map(drop)
     }
 }
 

@@ -25,7 +25,11 @@ use crate::store::PostgresStore;
 ///     sqlx::query("UPDATE accounts SET balance = balance + 100 WHERE id = 7").execute(&mut *transaction).await?;
 ///     transaction.commit().await?;
 /// }
-/// // Acknowledge it now.
+/// if receipt.is_handled() {
+///     // Acknowledge it.
+/// } else {
+///     // A receiver layer has it, or lost it: let it be delivered again.
+/// }
 /// # Ok(())
 /// # }
 /// ```
@@ -84,6 +88,10 @@ impl Inbox {
     /// While another transaction notes the same message, it waits for the end of that one. Note several messages in one order
     /// everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one. Use READ COMMITTED,
     /// PostgreSQL's default.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped half-way, the message may be noted or not: roll the transaction back.
     ///
     /// # Errors
     ///

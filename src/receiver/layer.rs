@@ -37,6 +37,10 @@ type CheckFn<M> = Arc<dyn Fn(&M, Lease) -> BoxFuture<'static, Found<()>> + Send 
 /// | [lease](Self::with_lease) | 30 s, renewed at a third |
 /// | [retention](Self::with_retention) | 7 days from the end of the handler |
 /// | [wait](Self::with_wait) for another delivery in flight | none |
+///
+/// A message takes a record for its retention, and a [`MemoryStore`](crate::MemoryStore) has room for 1,000,000: at 7 days that is 1.6
+/// messages a second. Over its bound new messages are refused, loudly, and duplicates known as before.
+#[must_use = "a layer does nothing until it is put around a service"]
 pub struct ReceiverLayer<St, M> {
     store: St,
     settings: Arc<Settings<M>>,
@@ -82,7 +86,6 @@ pub enum OnMissingId {
 impl<St, M> ReceiverLayer<St, M> {
     /// Records in `store` which messages `consumer` has handled. Two consumers of one message both handle it; all processes of one
     /// consumer need the same name.
-    #[must_use]
     pub fn new(store: St, consumer: impl Into<String>) -> Self {
         let terms = Terms {
             retention: Duration::from_secs(7 * 24 * 60 * 60),
@@ -113,7 +116,6 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Which message it is: what its producer chose once, and sends with every copy. A broker's own number of a delivery will not
     /// do where the producer sends again.
-    #[must_use]
     pub fn with_id<I: Into<MessageId>>(mut self, id: impl Fn(&M) -> I + Send + Sync + 'static) -> Self {
         self.settings().id = Arc::new(move |message| id(message).into());
         self
@@ -121,21 +123,18 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// What must be the same in all messages of one id; nothing by default. A message that was handled before this was set, or after it
     /// was taken away, has nothing to compare, and is a duplicate.
-    #[must_use]
     pub fn with_payload(mut self, payload: impl for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync + 'static) -> Self {
         self.settings().payload = Some(Arc::new(payload));
         self
     }
 
     /// What becomes of a message whose id came with another payload before; an error by default. It is counted either way.
-    #[must_use]
     pub fn on_mismatch(mut self, on_mismatch: OnMismatch) -> Self {
         self.settings().on_mismatch = on_mismatch;
         self
     }
 
     /// What becomes of a message without an id; refused by default.
-    #[must_use]
     pub fn on_missing_id(mut self, on_missing_id: OnMissingId) -> Self {
         self.settings().on_missing_id = on_missing_id;
         self
@@ -143,7 +142,6 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// What becomes of a message whose handler fails or panics; by default it may be handled again. How often, the broker counts: give
     /// its queue a limit of deliveries and a dead-letter place.
-    #[must_use]
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.settings().on_error = on_error;
         self
@@ -151,7 +149,6 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Handles a message again whose attempt was lost, instead of leaving it unknown. For handlers whose effect may come twice, or is
     /// in a transaction with the record, or at a third party that heeds [`Lease::id`].
-    #[must_use]
     pub fn at_least_once(mut self) -> Self {
         self.settings().if_lost = IfLost::Execute;
         self
@@ -162,7 +159,6 @@ impl<St, M> ReceiverLayer<St, M> {
     /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Lease::fence) at the third party
     /// before it looks, or where what that attempt sent has settled before the check ([`with_settling`](Self::with_settling) narrows
     /// the gap).
-    #[must_use]
     pub fn with_recovery<F>(mut self, check: impl Fn(&M, Lease) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Found<()>> + Send + 'static,
@@ -173,15 +169,14 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Puts the lease of the attempt into the message, for its handler.
-    #[must_use]
+    /// Puts the lease of the attempt into the message, for its handler. A message that is handled [unprotected](OnMissingId::Unprotected)
+    /// has none.
     pub fn pass_lease(mut self, pass: impl Fn(&mut M, Lease) + Send + Sync + 'static) -> Self {
         self.settings().pass_lease = Some(Arc::new(pass));
         self
     }
 
     /// Separates these messages from others in the same store; empty by default.
-    #[must_use]
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
         self.settings().terms.space.namespace = namespace.into();
         self
@@ -192,7 +187,6 @@ impl<St, M> ReceiverLayer<St, M> {
     /// # Panics
     ///
     /// If it is shorter than 16 bytes.
-    #[must_use]
     pub fn with_secret(mut self, secret: &[u8]) -> Self {
         self.settings().terms.space.set_secret(secret);
         self
@@ -200,7 +194,6 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 s. It is renewed at a
     /// third while the handler runs, however long that takes.
-    #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.settings().terms.set_lease(lease);
         self
@@ -208,30 +201,27 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// How long a handled message is remembered, from the end of its handler; 7 days by default. It should exceed everything that can
     /// deliver a message again: the broker's own retention, the dead-letter queue included, and the producer's retries.
-    #[must_use]
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.settings().terms.retention = retention;
         self
     }
 
     /// How long a delivery waits for another one of the same message that is in flight; not at all by default. Waiting takes the
-    /// consumer's time and the broker's patience.
-    #[must_use]
+    /// consumer's time and the broker's patience. One with [another payload](OnMismatch::Duplicate) does not wait.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.settings().terms.wait = wait;
         self
     }
 
     /// After how many attempts in all a message whose attempts are lost is unknown all the same; 5 by default, 1 or more. It stops a
-    /// message that kills whoever handles it. Once one was lost, those that fail after it count as well.
-    #[must_use]
+    /// message that kills whoever handles it. Once one was lost, those that fail after it count as well, and so do deliveries that
+    /// took the message over and were dropped before its handler began: give a delivery the time that your store takes.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().terms.max_attempts = attempts.max(1);
         self
     }
 
     /// How long to let what a lost attempt sent settle before the [check](Self::with_recovery); not at all by default.
-    #[must_use]
     pub fn with_settling(mut self, delay: Duration) -> Self {
         self.settings().terms.settling = delay;
         self
@@ -239,7 +229,6 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// How long one operation of the store may take, and for how long it is repeated when it is to record that a message was handled;
     /// 5 s and 10 s by default.
-    #[must_use]
     pub fn with_store_timeouts(mut self, operation: Duration, recording: Duration) -> Self {
         let terms = &mut self.settings().terms;
         (terms.store_timeout, terms.completion_timeout) = (operation, recording);
@@ -248,7 +237,6 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Waits for handlers that go on although their deliveries were dropped: before the process ends, stop taking messages, then
     /// wait. Else the runtime's end stops them in the middle.
-    #[must_use]
     pub fn drain(&self) -> Drain {
         Drain::of_all(&self.settings.terms.tracker)
     }

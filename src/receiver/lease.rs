@@ -86,9 +86,14 @@ mod transaction {
         /// Records that the message is handled *within a transaction of yours*, on the PostgreSQL server that has the records: its
         /// effect and that it was handled commit together, or neither does.
         ///
-        /// Do it last before the commit. Once it has succeeded, the lease is not renewed any more: if you then roll back, return. If the commit fails, return any error: the receiver reads from the record whether it took
-        /// effect all the same. Since every effect of such a handler is in the transaction, set
+        /// Do it last before the commit. Once it has succeeded, the lease is not renewed any more: if you then roll back, return. If the
+        /// commit fails, return any error: the receiver reads from the record whether it took effect all the same, for which that is
+        /// kept for a minute at least. Since every effect of such a handler is in the transaction, set
         /// [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use READ COMMITTED, PostgreSQL's default.
+        ///
+        /// # Cancel safety
+        ///
+        /// Dropped half-way, it may have taken effect or not; the receiver finds out after the transaction.
         ///
         /// # Errors
         ///
@@ -105,11 +110,14 @@ mod transaction {
                 ErrorKind::Superseded,
                 "the message is handled already, or another attempt has taken it over; roll the transaction back",
             );
+            /// The record is looked at after the transaction.
+            const SHORTEST_RETENTION: Duration = Duration::from_secs(60);
             let store = PostgresStore::within(&*self.home.store).ok_or(NO_POSTGRES)?;
             // Before it is sent: dropped from here on, it may have arrived.
             self.attempt.set_in_transaction();
             let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);
-            let completion = store.complete_in(connection, key, owner, &Outcome::Tombstone, self.home.retention);
+            let retention = self.home.retention.max(SHORTEST_RETENTION);
+            let completion = store.complete_in(connection, key, owner, &Outcome::Tombstone, retention);
             match completion.await? {
                 Completion::Completed => {
                     self.attempt.set_completed();

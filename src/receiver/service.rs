@@ -286,6 +286,12 @@ impl<M> Settings<M> {
                 retry_after: Duration::ZERO,
             });
         };
+        // In the meantime a copy of this very message took the key.
+        if snapshot.fingerprint == fingerprint {
+            return Ok(Receipt::InFlight {
+                retry_after: Duration::ZERO,
+            });
+        }
         // From before payloads were compared, or after: there is nothing to compare.
         let is_compared = ![snapshot.fingerprint, fingerprint].contains(&Fingerprint::NONE);
         if is_compared && self.on_mismatch == OnMismatch::Error {

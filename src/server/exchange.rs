@@ -391,7 +391,7 @@ impl Values {
                     self.refuse(span, self.later(RefusalKind::StoreUnavailable))
                 }
             },
-            Landing::Refused(refusal) if self.bare_replay && refusal.kind() == RefusalKind::AnswerNotKept => {
+            Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::AnswerNotKept => {
                 telemetry::finished(span, "replayed");
                 self.answer_headers.bare_replay()
             }
@@ -427,7 +427,8 @@ impl Values {
 
 /// Releases a claim of which it is not known whether it arrived.
 async fn release_behind<St: Store>(shared: Arc<Shared<St>>, claim: Claim, timeout: Duration) {
-    const TRIES: u32 = 6;
+    // With growing pauses for about two minutes.
+    const TRIES: u32 = 9;
     let late = LateClaim::new(claim.lease, timeout);
     for attempt in 0..TRIES {
         match release_if_granted(&shared.store, &claim, timeout, &late).await {

@@ -3,15 +3,17 @@
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
 use http::{response, Request, Response};
+use tokio::runtime::Handle;
 use tower_service::Service;
 
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
-use super::guard::Hold;
+use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::policy::{OnLost, Recovered, Recovery, RetainFor, Verdict};
 use super::settings::Values;
@@ -135,7 +137,7 @@ impl<St: Store, S> Exchange<St, S> {
                 Ok(self.answered().await)
             }
             // A tombstone would be answered with 200, which is not what this answer was about to say.
-            Ended::Broken(head) if self.settings.bare_replay && !head.status.is_success() => Ok(self.failed().await),
+            Ended::Broken(head) if self.settings.acknowledges && !head.status.is_success() => Ok(self.failed().await),
             Ended::Broken(_) => Ok(self.broken().await),
             Ended::Failed(error) => {
                 let _: Response<R> = self.failed().await;
@@ -338,32 +340,47 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// The outcome could not be recorded. Under `OnLost::Refuse` nobody will run again, so the caller may have its answer;
-    /// elsewhere the next attempt runs, and the caller must not believe that this one counts.
+    /// elsewhere the next attempt runs, and the caller must not believe that this one counts. Nor is a webhook acknowledged of
+    /// which nothing is recorded.
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
         self.hold.end_ownership();
         match self.settings.on_lost {
-            OnLost::Refuse => None,
-            OnLost::Execute | OnLost::Recover(_) => Some(self.later(RefusalKind::OutcomeUnrecorded)),
+            OnLost::Refuse if !self.settings.acknowledges => None,
+            _ => Some(self.later(RefusalKind::OutcomeUnrecorded)),
         }
     }
 
     async fn complete(&mut self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
-        match self.owned() {
+        let completion = match self.owned() {
             Some((store, key, owner)) => {
                 persist(&self.settings, || store.complete(key, owner, outcome, retention)).await
             }
             None => Ok(Completion::Superseded(None)),
+        };
+        if let Err(error) = &completion {
+            let outcome = outcome.clone();
+            self.end_behind(error, move |shared, key, owner, patience| async move {
+                let completing = patience.persist(|| shared.store.complete(&key, owner, &outcome, retention));
+                completing.await.map(drop)
+            });
         }
+        completion
     }
 
-    /// Ends the attempt without an outcome. Where the store cannot be reached, the lease does so later.
+    /// Ends the attempt without an outcome.
     async fn release(&mut self) -> Release {
         self.hold.flight.end_renewal();
         let released = match self.owned() {
             Some((store, key, owner)) => persist(&self.settings, || store.release(key, owner)).await,
             None => Ok(Release::Superseded),
         };
+        if let Err(error) = &released {
+            self.end_behind(error, |shared, key, owner, patience| async move {
+                let releasing = patience.persist(|| shared.store.release(&key, owner));
+                releasing.await.map(drop)
+            });
+        }
         self.hold.end_ownership();
         released.unwrap_or_else(|error| {
             telemetry::failure(Event::Unrecorded, &error);
@@ -380,6 +397,27 @@ impl<St: Store, S> Exchange<St, S> {
             }
         }
         self.hold.end_ownership();
+    }
+
+    /// Goes on telling a store that is away how the attempt ended: what comes of that is no longer the caller's. Without it, the
+    /// attempt would count as lost.
+    fn end_behind<F>(&self, error: &Error, end: impl FnOnce(Arc<Shared<St>>, StorageKey, Owner, Patience) -> F)
+    where
+        F: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        let (Some((_, key, owner)), Ok(runtime)) = (self.owned(), Handle::try_current()) else {
+            return;
+        };
+        if Patience::repeats(error) {
+            let shared = Arc::clone(&self.hold.shared);
+            let ending = end(Arc::clone(&shared), *key, owner, patience(&self.settings).behind());
+            shared.tracker.spawn(&runtime, async move {
+                match ending.await {
+                    Ok(()) => telemetry::event(Event::RecordedBehind),
+                    Err(error) => telemetry::failure(Event::Unrecorded, &error),
+                }
+            });
+        }
     }
 
     fn owned(&self) -> Option<(&St, &StorageKey, Owner)> {
@@ -444,11 +482,14 @@ pub(super) fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> imp
 where
     F: Future<Output = Result<T, Error>>,
 {
-    let patience = Patience {
+    patience(settings).persist(operation)
+}
+
+const fn patience(settings: &Values) -> Patience {
+    Patience {
         operation: settings.store_timeout,
         in_all: settings.completion_timeout,
-    };
-    patience.persist(operation)
+    }
 }
 
 pub(super) fn retention(settings: &Values, head: &response::Parts) -> Duration {

@@ -15,9 +15,9 @@ use super::policy::OnLost;
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
-use crate::http::{BodyForm, Collected, Refusal, RefusalStyle};
+use crate::http::{BodyForm, Collected, Refusal, RefusalStyle, IDEMPOTENCY_KEY};
 use crate::job::{Drain, OnError};
-use crate::protocol::{CanonicalJson, KeyError, KeySyntax, Outcome, Scope, StorageKey};
+use crate::protocol::{CanonicalJson, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
 
 /// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
@@ -105,10 +105,12 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Sets what webhooks need behind a `receiver::webhooks::WebhookLayer` (feature `webhooks`); what has a setting of its own can
     /// be set otherwise afterwards:
     ///
-    /// * POST only, the key required, 409 with `Retry-After` at once while the first is outstanding, 7 days of retention.
+    /// * POST only, 409 with `Retry-After` at once while the first is outstanding, 7 days of retention.
+    /// * The key that a `WebhookLayer` gives, and no other: required, in `Idempotency-Key`, without a validator of yours.
     /// * No fingerprint: who it is has been verified, and providers change what does not matter when they send again.
     /// * Only 2xx answers are kept. After any other the next delivery runs the handler again, which may have been mended by then; for
-    ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures follow [`on_error`](Self::on_error).
+    ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures release the key.
+    /// * No answer is given of which nothing is recorded, since a 2xx acknowledges: 503 instead.
     /// * A duplicate of which the answer was not kept, being too long or forgotten for want of room, gets a bare 200 instead of 409
     ///   `answer-not-kept`: providers stop sending to who never answers with 2xx.
     /// * The scope `Scope::of(["tower-idempotency", "webhooks"])`, so that no request with a key of a client's own takes a webhook's, on
@@ -117,8 +119,11 @@ impl<St: Store> IdempotencyLayer<St> {
         let values = self.values();
         values.keep.keep_if = None;
         values.keep.success_only = true;
-        values.bare_replay = true;
+        values.acknowledges = true;
+        values.header = IDEMPOTENCY_KEY;
+        values.parser = KeyParser::default();
         self.require_key()
+            .on_error(OnError::Release)
             .with_methods([Method::POST])
             .with_wait(Duration::ZERO)
             .with_retention(Duration::from_secs(7 * 24 * 60 * 60))

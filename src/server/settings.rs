@@ -9,7 +9,7 @@ use http::request::Parts;
 use http::Method;
 
 use super::policy::{KeepPolicy, OnLost};
-use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle};
+use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle, IDEMPOTENCY_KEY};
 use crate::protocol::{KeyParser, KeySpace, Scope};
 
 /// The settings of a layer, to be chosen from by [`with_selector`](super::IdempotencyLayer::with_selector). Made by
@@ -35,8 +35,9 @@ pub(super) struct Values {
     pub(super) on_lost: OnLost,
     pub(super) max_attempts: u32,
     pub(super) answer_headers: AnswerHeaders,
-    /// Whether a duplicate of which the answer was not kept gets a bare 200 instead of a refusal.
-    pub(super) bare_replay: bool,
+    /// Whether a 2xx acknowledges: none is given of which nothing is recorded, and a duplicate of which the answer was not kept
+    /// gets a bare 200 instead of a refusal.
+    pub(super) acknowledges: bool,
     pub(super) refusals: RefusalStyle,
     pub(super) retention: Duration,
     pub(super) lease: Duration,
@@ -58,7 +59,7 @@ pub(super) struct Waiting {
 impl Default for Values {
     fn default() -> Self {
         Self {
-            header: HeaderName::from_static("idempotency-key"),
+            header: IDEMPOTENCY_KEY,
             parser: KeyParser::default(),
             space: KeySpace::default(),
             required: false,
@@ -72,7 +73,7 @@ impl Default for Values {
             on_lost: OnLost::default(),
             max_attempts: 5,
             answer_headers: AnswerHeaders::default(),
-            bare_replay: false,
+            acknowledges: false,
             refusals: RefusalStyle::default(),
             retention: Duration::from_secs(24 * 60 * 60),
             lease: Duration::from_secs(30),
@@ -101,7 +102,7 @@ impl fmt::Debug for Values {
             .field("body_limit", &self.body_limit)
             .field("answer_limit", &self.answer_limit)
             .field("keep", &self.keep)
-            .field("bare_replay", &self.bare_replay)
+            .field("acknowledges", &self.acknowledges)
             .field("on_lost", &self.on_lost)
             .field("max_attempts", &self.max_attempts)
             .field("refusals", &self.refusals)

@@ -26,7 +26,7 @@ pub use boxed::BoxStore;
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 pub(crate) use patience::{claim_in_time, in_time, LateClaim, Patience};
 #[cfg(feature = "postgres")]
-pub(crate) use postgres::{failed, TableName};
+pub(crate) use postgres::{bounded, failed, Lent, TableName};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]

@@ -77,6 +77,12 @@ impl Patience {
         error.kind() == ErrorKind::StoreUnavailable
     }
 
+    /// For what goes on when nobody waits for it any more: twelve times as long.
+    pub(crate) const fn behind(mut self) -> Self {
+        self.in_all = self.in_all.saturating_mul(12);
+        self
+    }
+
     /// Does an operation, and repeats it while the store fails.
     pub(crate) async fn persist<T, F>(self, operation: impl Fn() -> F) -> Result<T, Error>
     where

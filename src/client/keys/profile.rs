@@ -7,6 +7,8 @@ use std::time::Duration;
 use http::header::{HeaderMap, HeaderName, RETRY_AFTER};
 use http::StatusCode;
 
+use crate::http::IDEMPOTENCY_KEY;
+
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 type InFlightFn = Arc<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
@@ -75,7 +77,7 @@ impl Profile {
     #[must_use]
     pub fn draft() -> Self {
         Self {
-            header: HeaderName::from_static("idempotency-key"),
+            header: IDEMPOTENCY_KEY,
             quoted: true,
             max_len: 255,
             first_sent: None,

@@ -8,23 +8,21 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use http::header::{HeaderName, HeaderValue, ALLOW};
+use http::header::{HeaderValue, ALLOW};
 use http::{Method, Request, Response};
 use tower_layer::Layer;
 use tower_service::Service;
 
 use super::VerifyWebhook;
 use crate::clock::{wall_clock, within};
-use crate::http::{collect, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall};
+use crate::http::{collect, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall, IDEMPOTENCY_KEY};
 use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;
 
-const KEY: HeaderName = HeaderName::from_static("idempotency-key");
-
 /// Verifies webhooks, and gives each its id as `Idempotency-Key`, for an [`IdempotencyLayer`](crate::IdempotencyLayer) within; see the
 /// [module](super). A key that the sender set itself is replaced; an inner layer that looks into another header field would trust the
-/// sender's.
+/// sender's: [`webhooks`](crate::IdempotencyLayer::webhooks) sets the right one.
 ///
 /// What is not genuine is refused with 401, whatever its fault, and reaches nothing behind. The body is read for it, unless there is no
 /// signature at all: 2 MiB at most (413 beyond), within 30 seconds (408), both [settings](Self::with_body_bounds).
@@ -40,19 +38,23 @@ pub struct WebhookLayer {
 }
 
 struct Settings {
-    source: String,
+    consumer: String,
     verify: Arc<dyn VerifyWebhook>,
     limit: usize,
     timeout: Duration,
 }
 
 impl WebhookLayer {
-    /// Verifies as `provider` signs. `source` names who sends, in a word of yours: an id is unique for its sender alone, and who holds
-    /// another secret could otherwise send one that has come from somebody else.
+    /// Verifies as `provider` signs. `consumer` names, in a word of yours, who handles what comes from whom: `"stripe-accounting"`.
+    ///
+    /// Two layers of one name over one store take a webhook of one id for one webhook. So give each sender a name of its own, since
+    /// ids are unique for their sender alone, and who holds another secret could otherwise send what has come from somebody else.
+    /// And give each route with a **handler of its own** a name of its own: a provider sends one event, under one id, to every endpoint
+    /// that subscribed to it, and the second would be answered without being handled.
     #[must_use]
-    pub fn new(source: impl Into<String>, provider: impl VerifyWebhook) -> Self {
+    pub fn new(consumer: impl Into<String>, provider: impl VerifyWebhook) -> Self {
         let settings = Settings {
-            source: source.into(),
+            consumer: consumer.into(),
             verify: Arc::new(provider),
             limit: 2 << 20,
             timeout: Duration::from_secs(30),
@@ -66,7 +68,7 @@ impl WebhookLayer {
     #[must_use]
     pub fn with_body_bounds(self, bytes: usize, timeout: Duration) -> Self {
         let settings = Settings {
-            source: self.settings.source.clone(),
+            consumer: self.settings.consumer.clone(),
             verify: Arc::clone(&self.settings.verify),
             limit: bytes,
             timeout,
@@ -97,7 +99,7 @@ impl WebhookLayer {
     /// ```
     #[must_use]
     pub fn key(&self, id: &MessageId) -> String {
-        key_of(&self.settings.source, id)
+        key_of(&self.settings.consumer, id)
     }
 }
 
@@ -180,15 +182,15 @@ async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
     };
     let id = settings.verify.verify(&head.headers, &body.bytes, wall_clock());
     let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());
-    let key = id.and_then(|id| HeaderValue::try_from(key_of(&settings.source, &id)).ok());
+    let key = id.and_then(|id| HeaderValue::try_from(key_of(&settings.consumer, &id)).ok());
     let key = key.ok_or(RefusalKind::InvalidWebhook)?;
-    head.headers.insert(KEY, key);
+    head.headers.insert(IDEMPOTENCY_KEY, key);
     Ok(Request::from_parts(head, body.rebuild()))
 }
 
 /// A digest: any id fits into a header field then, and none stands there.
-fn key_of(source: &str, id: &MessageId) -> String {
-    let named = Scope::of([source.as_bytes(), id.parts().as_bytes()]);
+fn key_of(consumer: &str, id: &MessageId) -> String {
+    let named = Scope::of([consumer.as_bytes(), id.parts().as_bytes()]);
     let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", named.as_bytes());
     blake3::Hash::from(digest).to_hex().to_string()
 }

@@ -20,8 +20,11 @@
 //! # }
 //! ```
 //!
-//! Several secrets of one provider are for the time in which they are changed, not for several senders: give each of those a layer and
-//! a source of its own.
+//! Several secrets of one provider are for the time in which they are changed, not for several senders: give each of those, and each
+//! route with a handler of its own, a layer with a [name](WebhookLayer::new) of its own.
+//!
+//! As anywhere, a handler that was killed leaves nobody who knows: its webhook gets 409 `outcome-unknown` until you
+//! [resolve](crate::Store::resolve) it, or runs again under [`OnLost::Execute`](crate::OnLost::Execute).
 
 mod layer;
 mod providers;

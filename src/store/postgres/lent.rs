@@ -15,22 +15,22 @@ use crate::error::{Error, ErrorKind};
 
 /// A connection of the pool. Dropped before it is given back, it is closed: an operation is under way on it, whose reply may
 /// never come, and whoever got it next would wait for that.
-pub(super) struct Lent(Option<PoolConnection<Postgres>>);
+pub(crate) struct Lent(Option<PoolConnection<Postgres>>);
 
 impl Lent {
-    pub(super) async fn from(pool: &PgPool) -> Result<Self, Error> {
+    pub(crate) async fn from(pool: &PgPool) -> Result<Self, Error> {
         // In a box: it has room for the making of a connection, with TLS, and every operation would carry that twice.
         let acquired = sound(Box::pin(pool.acquire())).await?;
         acquired.map(|connection| Self(Some(connection))).map_err(failed)
     }
 
-    pub(super) fn connection(&mut self) -> Result<&mut PgConnection, Error> {
+    pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, Error> {
         const GONE: Error = Error::new(ErrorKind::StoreUnavailable, "the connection was given back already");
         self.0.as_deref_mut().ok_or(GONE)
     }
 
     /// Ends an operation; one that was [given up](bounded) ends its connection.
-    pub(super) fn give_back<T>(mut self, done: Result<Result<T, Error>, Error>) -> Result<T, Error> {
+    pub(crate) fn give_back<T>(mut self, done: Result<Result<T, Error>, Error>) -> Result<T, Error> {
         let done = done?;
         drop(self.0.take());
         done
@@ -48,7 +48,7 @@ impl Drop for Lent {
 /// What an operation came to, or why it was given up: it took too long, or the driver panicked.
 ///
 /// Plain functions, these two: an async one would have room for what it is given, and again for what it makes of it.
-pub(super) fn bounded<T>(
+pub(crate) fn bounded<T>(
     limit: Duration,
     operation: impl Future<Output = Result<T, Error>>,
 ) -> impl Future<Output = Result<Result<T, Error>, Error>> {

@@ -18,7 +18,7 @@ use sqlx::postgres::{PgConnection, PgPool};
 
 pub use self::connect::PostgresStoreBuilder;
 pub(crate) use self::error::failed;
-use self::lent::{bounded, Lent};
+pub(crate) use self::lent::{bounded, Lent};
 use self::operations::Connection;
 use self::sweep::Sweeping;
 use self::table::Statements;

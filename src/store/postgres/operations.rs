@@ -27,6 +27,7 @@ type Bound<'q> = Query<'q, Postgres, PgArguments>;
 impl Connection<'_> {
     pub(super) async fn claim(&mut self, claim: &Claim) -> Result<Decision, Error> {
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
+        let mut pause = Duration::from_millis(5);
         for attempt in 0..TRIES {
             let is_first = attempt == 0;
             let text = if is_first {
@@ -51,6 +52,13 @@ impl Connection<'_> {
                 Some((record, now)) => {
                     if let Some(reply) = Record::claim(Some(&record), claim, now).unchanged() {
                         return Ok(reply);
+                    }
+                    if !is_first && pause > LONGEST_PAUSE {
+                        return Ok(LOCKED);
+                    }
+                    if !is_first {
+                        tokio::time::sleep(pause).await;
+                        pause *= 2;
                     }
                 }
                 None => {}
@@ -195,6 +203,14 @@ impl Connection<'_> {
 /// How often a statement is repeated that others got ahead of. Each time somebody else has changed the row, so one is seldom
 /// repeated twice.
 const TRIES: usize = 64;
+
+/// Between looks at a record that others have locked: for a moment, who claims or watches it; for longer, a transaction in which it
+/// is being completed.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+const LOCKED: Decision = Decision::Wait {
+    left: Duration::from_secs(1),
+};
 
 const CONTENDED: Error = Error::new(
     ErrorKind::StoreUnavailable,
