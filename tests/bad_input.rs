@@ -10,6 +10,7 @@ use http::{Request, StatusCode};
 use proptest::prelude::*;
 use support::{frames, full, post, request, send, text, AnyBody, Got, Handler, Play};
 use tower::Layer;
+use tower_idempotency::receiver::ReceiverLayer;
 use tower_idempotency::{ErrorKind, IdempotencyLayer, KeySyntax, MemoryStore, Refusal, RefusalKind, Scope};
 
 fn with_keys(keys: &[&[u8]]) -> Request<AnyBody> {
@@ -216,6 +217,8 @@ async fn refusals_show_nothing_of_the_request_or_of_the_first_one() {
 
 #[test]
 fn bad_configuration_fails_at_construction() {
+    let receiver = ReceiverLayer::<_, ()>::new(MemoryStore::new(), "c").with_secret(b"short");
+    assert_eq!(receiver.unwrap_err().kind(), ErrorKind::Configuration);
     assert_eq!(
         layer().with_secret(b"short").unwrap_err().kind(),
         ErrorKind::Configuration

@@ -73,7 +73,7 @@ async fn a_call_is_made_once_and_its_answer_given_again() {
             once(store.clone(), "l"),
             once(store.clone(), "k").with_scope("tenant-7"),
             once(store.clone(), "k").with_namespace("mails"),
-            once(store.clone(), "k").with_secret(&[7; 32]),
+            once(store.clone(), "k").with_secret(&[7; 32]).unwrap(),
         ] {
             assert!(!party.run(other).await.unwrap().is_replay());
         }

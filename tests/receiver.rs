@@ -133,7 +133,7 @@ async fn a_message_is_handled_once_by_each_consumer() {
     let others = [
         ReceiverLayer::new(store.clone(), "shipping").with_id(|message: &Message| message.id.clone()),
         layer(store.clone()).with_namespace("test"),
-        layer(store.clone()).with_secret(&[7; 32]),
+        layer(store.clone()).with_secret(&[7; 32]).unwrap(),
         layer(store.clone()).with_id(|message: &Message| MessageId::of([b"shop-2".as_slice(), &message.id])),
     ];
     for other in others {
@@ -668,7 +668,7 @@ fn nothing_is_begun_outside_of_a_runtime() {
 
 #[test]
 fn what_is_shown_holds_no_id() {
-    let receiver = layer(MemoryStore::new()).with_secret(&[7; 32]).layer(7_u8);
+    let receiver = layer(MemoryStore::new()).with_secret(&[7; 32]).unwrap().layer(7_u8);
     let shown = format!("{receiver:?} {:?}", MessageId::from("secret-id"));
     assert!(shown.contains("billing") && !shown.contains("secret-id"), "{shown}");
 }

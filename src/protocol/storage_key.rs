@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::key::IdempotencyKey;
 use super::scratch::Scratch;
+use crate::error::{Error, ErrorKind};
 
 /// Whose keys these are: a tenant, an account, a user.
 ///
@@ -112,13 +113,16 @@ impl KeySpace {
         self.hash(Scope::of(parts).as_bytes())
     }
 
-    /// Panics where the secret is too short to be one.
-    pub(crate) fn set_secret(&mut self, secret: &[u8]) {
-        assert!(
-            secret.len() >= 16,
-            "the secret is shorter than 16 bytes; take 32 random ones",
+    pub(crate) fn set_secret(&mut self, secret: &[u8]) -> Result<(), Error> {
+        const SHORT: Error = Error::new(
+            ErrorKind::Configuration,
+            "the secret for the keys in a store is shorter than 16 bytes; take 32 random ones",
         );
+        if secret.len() < 16 {
+            return Err(SHORT);
+        }
         self.secret = Some(Secret::new(secret));
+        Ok(())
     }
 
     /// The storage key of a message. It has two parts more than that of a request, so that it meets neither that nor a call's.

@@ -70,13 +70,12 @@ impl Inbox {
 
     /// Keys the hashes of the ids, as [`ReceiverLayer::with_secret`](super::ReceiverLayer::with_secret) does; none by default.
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// If it is shorter than 16 bytes.
-    #[must_use]
-    pub fn with_secret(mut self, secret: &[u8]) -> Self {
-        self.space.set_secret(secret);
-        self
+    /// [`Configuration`](ErrorKind::Configuration) when it is shorter than 16 bytes.
+    pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
+        self.space.set_secret(secret)?;
+        Ok(self)
     }
 
     /// Notes that a message is handled. [`Receipt::First`]: make its effect in the same transaction and commit. Otherwise roll back: it is

@@ -12,6 +12,7 @@ use tower_layer::Layer;
 use super::id::{InvalidMessageId, MessageId};
 use super::lease::Lease;
 use super::service::Receiver;
+use crate::error::Error;
 use crate::job::{Drain, Found, OnError, Terms};
 use crate::protocol::{IfLost, StorageKey};
 
@@ -184,12 +185,12 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Keys the hashes of the ids, so that who reads the store cannot test guesses; none by default. Every process needs the same.
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// If it is shorter than 16 bytes.
-    pub fn with_secret(mut self, secret: &[u8]) -> Self {
-        self.settings().terms.space.set_secret(secret);
-        self
+    /// [`Configuration`](crate::ErrorKind::Configuration) when it is shorter than 16 bytes.
+    pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
+        self.settings().terms.space.set_secret(secret)?;
+        Ok(self)
     }
 
     /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 s. It is renewed at a
@@ -228,7 +229,7 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// How long one operation of the store may take, and for how long it is repeated when it is to record that a message was handled;
-    /// 5 s and 10 s by default.
+    /// 5 s and 10 s by default. Without its caller it is repeated for twelve times as long, two minutes.
     pub fn with_store_timeouts(mut self, operation: Duration, recording: Duration) -> Self {
         let terms = &mut self.settings().terms;
         (terms.store_timeout, terms.completion_timeout) = (operation, recording);

@@ -203,13 +203,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// [`ErrorKind::Configuration`] when the secret is shorter than 16 bytes.
     pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
-        if secret.len() < 16 {
-            return Err(Error::new(
-                ErrorKind::Configuration,
-                "the secret of an idempotency layer is shorter than 16 bytes; take 32 random ones",
-            ));
-        }
-        self.values().space.set_secret(secret);
+        self.values().space.set_secret(secret)?;
         Ok(self)
     }
 
@@ -371,8 +365,9 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// 10 s by default: how long a completion is repeated while the store fails. Then, under [`OnLost::Refuse`], the caller gets its
-    /// answer and the key stays claimed; else 503. What became of a transaction of the handler's
-    /// (`Lease::complete_in`, feature `postgres`) is then asked for twelve times as long, without the caller.
+    /// answer and the key stays claimed; else 503. Without the caller the store is told for twelve times as long, two minutes, how the
+    /// handler ended, and asked what became of a transaction of its own (`Lease::complete_in`, feature `postgres`): so that after an
+    /// outage answers are replayed, and failed keys free. After a longer one they are of unknown outcome.
     pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
         self.values().completion_timeout = timeout;
         self

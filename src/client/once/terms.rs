@@ -13,13 +13,12 @@ macro_rules! term_setters {
         /// Keys the hashes of the keys, so that who reads the store, or an id made of one, cannot test guesses; none by default.
         /// Every process needs the same.
         ///
-        /// # Panics
+        /// # Errors
         ///
-        /// If it is shorter than 16 bytes.
-        #[must_use]
-        pub fn with_secret(mut self, secret: &[u8]) -> Self {
-            self.terms().space.set_secret(secret);
-            self
+        /// [`Configuration`](crate::ErrorKind::Configuration) when it is shorter than 16 bytes.
+        pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, crate::Error> {
+            self.terms().space.set_secret(secret)?;
+            Ok(self)
         }
 
         /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 s. It is
@@ -63,7 +62,7 @@ macro_rules! term_setters {
         }
 
         /// How long one operation of the store may take, and for how long it is repeated when it is to record what came of a call; 5 s
-        /// and 10 s by default.
+        /// and 10 s by default. Without its caller it is repeated for twelve times as long, two minutes.
         #[must_use]
         pub fn with_store_timeouts(mut self, operation: std::time::Duration, recording: std::time::Duration) -> Self {
             let terms = self.terms();
