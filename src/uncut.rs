@@ -56,6 +56,16 @@ impl Tracker {
         });
     }
 
+    /// Runs what a store that is away is to be told when it is back, unless too much is running already: then leases tell it. What
+    /// was under way when the store went away comes first, and is what matters.
+    pub(crate) fn spawn_behind(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
+        /// A store that is away for two minutes must not cost a task for every request in them.
+        const MOST: usize = 4_096;
+        if self.running() < MOST {
+            self.spawn(runtime, work);
+        }
+    }
+
     /// Counts what has a caller, who may go away at any moment.
     pub(crate) fn attend(&self) -> Attended<'_> {
         self.attended.fetch_add(1, Ordering::AcqRel);

@@ -351,6 +351,24 @@ async fn a_store_that_fails_at_the_claim_runs_nothing_and_the_claim_is_released_
     }
 }
 
+/// A store that is away for minutes leaves a task for each of the requests that were under way, and not for all that come.
+#[tokio::test(start_paused = true)]
+async fn an_outage_leaves_a_bounded_number_of_tasks_which_end_with_it() {
+    let store = RemoteStore::new();
+    let layer = IdempotencyLayer::new(store.clone());
+    let (drain, service) = (layer.drain(), layer.layer(Handler::new()));
+    for operation in ["claim", "peek"] {
+        store.fail(operation, [Fault::Before; 200_000]);
+    }
+    for key in 0..5_000 {
+        assert_eq!(send(&service, post(&key.to_string(), "pay")).await.status(), 503);
+    }
+    assert_eq!(drain.running(), 4_096);
+    store.heal();
+    drain.wait().await;
+    assert_eq!((drain.running(), store.len()), (0, 0));
+}
+
 /// Nothing ran when the store failed at the claim, so of a key whose owner was lost nothing is used up.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_fails_at_claims_of_a_lost_key_uses_no_attempts_up() {

@@ -133,7 +133,7 @@ impl<St: Store + Clone> Job<St> {
             Err(error) => {
                 if Patience::repeats(&error) {
                     let tracker = Arc::clone(&self.terms.tracker);
-                    tracker.spawn(&Handle::current(), async move { self.release_behind(nonce).await });
+                    tracker.spawn_behind(&Handle::current(), async move { self.release_behind(nonce).await });
                 }
                 Settled::Refused(Refused::NotRun(error))
             }
@@ -417,7 +417,7 @@ impl<St: Store + Clone> Job<St> {
         let Ok(runtime) = Handle::try_current() else { return };
         if Patience::repeats(error) {
             let ending = end(self.clone());
-            self.terms.tracker.spawn(&runtime, async move {
+            self.terms.tracker.spawn_behind(&runtime, async move {
                 match ending.await {
                     Ok(()) => telemetry::event(Event::RecordedBehind),
                     Err(error) => telemetry::failure(Event::Unrecorded, &error),

@@ -206,7 +206,7 @@ impl<St: Store, S> Exchange<St, S> {
                     claim.clone(),
                     self.settings.store_timeout,
                 );
-                self.hold.shared.tracker.spawn(&runtime, behind);
+                self.hold.shared.tracker.spawn_behind(&runtime, behind);
             }
         }
         // A record that cannot be read is somebody's: nobody may run on it.

@@ -411,7 +411,7 @@ impl<St: Store, S> Exchange<St, S> {
         if Patience::repeats(error) {
             let shared = Arc::clone(&self.hold.shared);
             let ending = end(Arc::clone(&shared), *key, owner, patience(&self.settings).behind());
-            shared.tracker.spawn(&runtime, async move {
+            shared.tracker.spawn_behind(&runtime, async move {
                 match ending.await {
                     Ok(()) => telemetry::event(Event::RecordedBehind),
                     Err(error) => telemetry::failure(Event::Unrecorded, &error),

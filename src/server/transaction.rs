@@ -243,7 +243,7 @@ impl<St: Store, S> Exchange<St, S> {
                 flight.storage_key,
                 owner,
             );
-            shared.tracker.spawn(&runtime, behind);
+            shared.tracker.spawn_behind(&runtime, behind);
         }
         self.hold.end_ownership();
         self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
