@@ -310,12 +310,12 @@ async fn a_handler_that_blocks_its_thread_keeps_its_message() {
     let store = RemoteStore::new();
     let receiver = ReceiverLayer::new(store.clone(), "c")
         .with_id(|id: &u64| *id)
-        .with_lease(Duration::from_secs(1))
+        .with_lease(Duration::from_secs(2))
         .layer(service_fn(move |_: u64| {
             let counted = Arc::clone(&counted);
             async move {
                 counted.fetch_add(1, Ordering::SeqCst);
-                std::thread::sleep(Duration::from_millis(2_500));
+                std::thread::sleep(Duration::from_secs(5));
                 Ok::<_, Infallible>(())
             }
         }));
@@ -323,7 +323,7 @@ async fn a_handler_that_blocks_its_thread_keeps_its_message() {
     while runs.load(Ordering::SeqCst) == 0 {
         tokio::task::yield_now().await;
     }
-    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    tokio::time::sleep(Duration::from_millis(3_500)).await;
     let second = receiver.oneshot(7).await;
     assert!(
         matches!(second, Ok(Receipt::InFlight { .. })),
