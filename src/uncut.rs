@@ -24,7 +24,22 @@ pub(crate) struct Uncut<T: 'static> {
 pub(crate) struct Tracker {
     running: AtomicUsize,
     attended: AtomicUsize,
+    behind: AtomicUsize,
+    held: AtomicUsize,
     ended: Notify,
+}
+
+/// Something that a store is to be told later.
+struct Behind {
+    tracker: Arc<Tracker>,
+    bytes: usize,
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        self.tracker.behind.fetch_sub(1, Ordering::AcqRel);
+        self.tracker.held.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
 }
 
 /// Something that runs with a caller, as long as this lives.
@@ -56,13 +71,27 @@ impl Tracker {
         });
     }
 
-    /// Runs what a store that is away is to be told when it is back, unless too much is running already: then leases tell it. What
-    /// was under way when the store went away comes first, and is what matters.
-    pub(crate) fn spawn_behind(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
-        /// A store that is away for two minutes must not cost a task for every request in them.
-        const MOST: usize = 4_096;
-        if self.running() < MOST {
-            self.spawn(runtime, work);
+    /// Runs what a store that is away is to be told when it is back, and holds so many bytes for it; unless too much is held already:
+    /// then the leases tell it. What was under way when the store went away comes first, and is what matters.
+    pub(crate) fn spawn_behind(
+        self: &Arc<Self>,
+        runtime: &Handle,
+        bytes: usize,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) {
+        const MOST: usize = 1_024;
+        const MOST_BYTES: usize = 64 << 20;
+        let behind = Behind {
+            tracker: Arc::clone(self),
+            bytes,
+        };
+        let others = self.behind.fetch_add(1, Ordering::AcqRel);
+        let held = self.held.fetch_add(bytes, Ordering::AcqRel).saturating_add(bytes);
+        if others < MOST && held <= MOST_BYTES {
+            self.spawn(runtime, async move {
+                work.await;
+                drop(behind);
+            });
         }
     }
 

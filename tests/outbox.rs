@@ -757,7 +757,8 @@ async fn a_relay_whose_connection_went_dead_asks_again_over_another() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     proxy.set(Fate::Pass);
     assert!(put(&bench, &outbox, &OutboxMessage::new("late", "x")).await);
-    published.notified().await;
+    let publishing = tokio::time::timeout(Duration::from_secs(60), published.notified());
+    publishing.await.expect("the relay asks again");
     relay.abort();
 }
 

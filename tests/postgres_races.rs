@@ -20,7 +20,7 @@ use tower::ServiceExt;
 use tower_idempotency::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Renewal, StorageKey,
 };
-use tower_idempotency::{IdempotencyLayer, Lease, PostgresStore, Store};
+use tower_idempotency::{IdempotencyLayer, Lease, OnLost, PostgresStore, Store};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -236,4 +236,84 @@ async fn callers_that_leave_and_transactions_that_end_anyhow_come_to_one_effect_
         assert_eq!(send(&key).await, (StatusCode::CREATED, first));
         assert_eq!(effects(store.pool(), &key).await, 1, "{key}");
     }
+}
+
+/// A transaction that takes longer than the lease, which is not renewed once it is completed: who asks in another process waits for the
+/// lock, and is not told that somebody was interrupted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_duplicate_waits_for_the_transaction_that_completes_its_key() {
+    let (_server, store) = started().await;
+    for on_lost in [OnLost::Refuse, OnLost::Execute] {
+        let key = format!("{on_lost:?}");
+        let process = || {
+            let pool = store.pool().clone();
+            let handler = move |lease: Lease| async move {
+                let mut transaction = pool.begin().await.unwrap();
+                let completed = lease.complete_in(&mut transaction, (StatusCode::CREATED, "paid"));
+                let answer = completed.await.unwrap();
+                tokio::time::sleep(Duration::from_millis(3_500)).await;
+                transaction.commit().await.unwrap();
+                answer
+            };
+            let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
+            Router::new()
+                .route("/", post(handler))
+                .layer(layer.on_lost(on_lost.clone()))
+        };
+        let request = || {
+            let request = Request::post("/").header("idempotency-key", &key);
+            request.body(Body::empty()).unwrap()
+        };
+        let first = tokio::spawn(process().oneshot(request()));
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let second = process().oneshot(request()).await.unwrap();
+        assert_eq!(second.status(), StatusCode::CREATED, "{key}");
+        assert!(second.headers().contains_key("idempotent-replayed"));
+        assert_eq!(first.await.unwrap().unwrap().status(), StatusCode::CREATED);
+    }
+}
+
+/// The claim of an expired record was written, and its commit took longer than the store was given: it waited for a standby. Nothing
+/// ran, and nobody had the key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_was_granted_late_leaves_its_key_free() {
+    let (_server, store) = started().await;
+    let second = Duration::from_secs(1);
+    let layer = IdempotencyLayer::new(store.clone())
+        .with_lease(3 * second)
+        .with_wait(second)
+        .with_store_timeout(second);
+    let drain = layer.drain();
+    let app = |retention| {
+        let layer = layer.clone().with_retention(retention);
+        Router::new().route("/", post(|| async { "paid" })).layer(layer)
+    };
+    let request = || {
+        Request::post("/")
+            .header("idempotency-key", "k")
+            .body(Body::empty())
+            .unwrap()
+    };
+    let standby = async |name: &str| {
+        let set = format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(set))
+            .execute(store.pool())
+            .await
+            .unwrap();
+        sqlx::raw_sql("SELECT pg_reload_conf()")
+            .execute(store.pool())
+            .await
+            .unwrap();
+        tokio::time::sleep(second / 3).await;
+    };
+    assert_eq!(app(second).oneshot(request()).await.unwrap().status(), StatusCode::OK);
+    tokio::time::sleep(2 * second).await;
+    standby("nobody").await;
+    let refused = app(HOUR).oneshot(request()).await.unwrap();
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+    standby("").await;
+    drain.wait().await;
+    tokio::time::sleep(4 * second).await;
+    let answer = app(HOUR).oneshot(request()).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
 }

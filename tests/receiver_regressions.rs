@@ -14,8 +14,8 @@ use support::{Fault, RemoteStore};
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::client::Found;
 use tower_idempotency::protocol::{
-    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, Status,
-    StorageKey,
+    Claim, Completion, Decision, Fence, Fingerprint, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution,
+    Resolved, Snapshot, Status, StorageKey,
 };
 use tower_idempotency::receiver::{
     receive_all, Disposition, Lease, OnMismatch, OnMissingId, Receipt, ReceiveError, ReceiverLayer,
@@ -539,4 +539,71 @@ async fn a_message_is_no_mismatch_of_its_own_copy() {
     let received = receiver.clone().oneshot("b".to_owned()).await;
     assert!(matches!(received, Ok(Receipt::InFlight { .. })), "{received:?}");
     assert!(matches!(receiver.oneshot("b".to_owned()).await, Ok(Receipt::Duplicate)));
+}
+
+/// One runtime that is not polled for now, as where a thread handles one message after another; one whose blocking threads are all
+/// taken: neither keeps others from renewing.
+#[test]
+fn each_lease_is_renewed_by_its_own_runtime() {
+    let store = RemoteStore::new();
+    let receiver = ReceiverLayer::new(store, "c")
+        .with_id(|(id, _): &(u64, u64)| *id)
+        .with_lease(Duration::from_secs(2))
+        .at_least_once()
+        .layer(service_fn(|(_, millis): (u64, u64)| async move {
+            tokio::time::sleep(Duration::from_millis(millis)).await;
+            Ok::<_, Infallible>(())
+        }));
+    let one = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let two = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build();
+    one.block_on(receiver.clone().oneshot((1, 300))).unwrap();
+    two.unwrap().block_on(async {
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        tokio::task::spawn_blocking(move || assert!(ended.recv().is_err()));
+        let first = tokio::spawn(receiver.clone().oneshot((2, 5_000)));
+        tokio::time::sleep(Duration::from_millis(3_500)).await;
+        let second = receiver.clone().oneshot((2, 0)).await;
+        drop(end);
+        assert!(matches!(second, Ok(Receipt::InFlight { .. })), "{second:?}");
+        first.await.unwrap().unwrap();
+    });
+}
+
+/// A process died with the message, and the store was away for a minute, in which the message was delivered six times. The claims that
+/// were released behind those deliveries took the lost one over, each of them.
+#[tokio::test(start_paused = true)]
+async fn late_releases_use_up_no_attempts() {
+    let store = RemoteStore::new();
+    let layer = ReceiverLayer::new(store.clone(), "c")
+        .with_id(|id: &u64| *id)
+        .at_least_once();
+    let claim = Claim {
+        key: layer.storage_key(7_u64).unwrap(),
+        fingerprint: Fingerprint::NONE,
+        nonce: Nonce::random(),
+        lease: Duration::from_secs(30),
+        retention: Duration::from_secs(7 * 86_400),
+        if_lost: IfLost::Execute,
+        max_attempts: 5,
+    };
+    drop(store.claim(&claim).await.unwrap());
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(|_: u64| ready(Ok::<_, Infallible>(()))));
+    go_down(&store);
+    for _ in 0..6 {
+        assert!(receiver.clone().oneshot(7).await.is_err());
+        tokio::time::sleep(Duration::from_secs(5)).await;
+    }
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    store.heal();
+    drain.wait().await;
+    let again = receiver.oneshot(7).await;
+    assert!(matches!(again, Ok(Receipt::First(()))), "{again:?}");
 }

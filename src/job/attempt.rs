@@ -91,7 +91,6 @@ impl Attempt {
         self.grant
     }
 
-    #[cfg(feature = "postgres")]
     pub(crate) const fn key(&self) -> &StorageKey {
         &self.key
     }

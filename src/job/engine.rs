@@ -21,7 +21,7 @@ use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
     StorageKey,
 };
-use crate::store::{claim_in_time, in_time, LateClaim, Patience, Store};
+use crate::store::{claim_in_time, end_late, in_time, release_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::uncut;
 
@@ -92,7 +92,6 @@ pub(crate) enum Refused {
 }
 
 /// A key, what is asked under it, and on which terms.
-#[derive(Clone)]
 pub(crate) struct Job<St> {
     pub(crate) store: St,
     pub(crate) key: StorageKey,
@@ -131,10 +130,7 @@ impl<St: Store + Clone> Job<St> {
             }
             Ok(Err(settled)) => settled,
             Err(error) => {
-                if Patience::repeats(&error) {
-                    let tracker = Arc::clone(&self.terms.tracker);
-                    tracker.spawn_behind(&Handle::current(), async move { self.release_behind(nonce).await });
-                }
+                self.release_behind(&error, nonce);
                 Settled::Refused(Refused::NotRun(error))
             }
         }
@@ -188,21 +184,7 @@ impl<St: Store + Clone> Job<St> {
 
     /// A claim whose reply is lost is repeated with the same nonce.
     async fn claim_once(&self, nonce: Nonce) -> Result<Decision, Error> {
-        let Terms {
-            lease,
-            retention,
-            max_attempts,
-            ..
-        } = self.terms;
-        let claim = Claim {
-            key: self.key,
-            fingerprint: self.fingerprint,
-            nonce,
-            lease,
-            retention,
-            if_lost: self.if_lost,
-            max_attempts,
-        };
+        let claim = self.claim_of(nonce);
         match claim_in_time(self.terms.store_timeout, &self.store, &claim).await {
             Err(error) if Patience::repeats(&error) => {
                 telemetry::failure(Event::ClaimRepeated, &error);
@@ -212,26 +194,26 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Ends a claim of unknown fate: nothing has run under it, and it would hold the key for a lease, or for ever.
-    async fn release_behind(&self, nonce: Nonce) {
-        let late = LateClaim::new(self.terms.lease, self.terms.store_timeout);
-        if let Err(error) = self.release_late(&late, nonce).await {
-            telemetry::failure(Event::Unrecorded, &error);
+    /// Ends a claim of unknown fate.
+    fn release_behind(&self, error: &Error, nonce: Nonce) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        if Patience::repeats(error) {
+            let (store, claim, patience) = (self.store.clone(), self.claim_of(nonce), self.patience().behind());
+            let tracker = &self.terms.tracker;
+            tracker.spawn_behind(&runtime, 0, async move { release_late(&store, &claim, patience).await });
         }
     }
 
-    async fn release_late(&self, late: &LateClaim, nonce: Nonce) -> Result<(), Error> {
-        let patience = self.patience().behind();
-        let snapshot = patience.persist(|| self.store.peek(&self.key)).await?;
-        if !late.may_be_granted(snapshot.as_ref()) {
-            return Ok(());
+    const fn claim_of(&self, nonce: Nonce) -> Claim {
+        Claim {
+            key: self.key,
+            fingerprint: self.fingerprint,
+            nonce,
+            lease: self.terms.lease,
+            retention: self.terms.retention,
+            if_lost: self.if_lost,
+            max_attempts: self.terms.max_attempts,
         }
-        let claimed = patience.persist(|| self.claim_once(nonce)).await?;
-        if let Decision::Execute(grant) | Decision::Recover(grant) = claimed {
-            telemetry::event(Event::ReleasedBehind);
-            self.release(grant.owner).await;
-        }
-        Ok(())
     }
 
     /// The key is ours.
@@ -372,19 +354,11 @@ impl<St: Store + Clone> Job<St> {
 
     pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
         let retention = self.terms.retention;
-        let completing = self
-            .patience()
-            .persist(|| self.store.complete(&self.key, owner, outcome, retention));
+        let patience = self.patience();
+        let completing = patience.persist(|| self.store.complete(&self.key, owner, outcome, retention));
         let completion = completing.await;
         if let Err(error) = &completion {
-            let outcome = outcome.clone();
-            self.end_behind(error, move |job| async move {
-                let completing = job
-                    .patience()
-                    .behind()
-                    .persist(|| job.store.complete(&job.key, owner, &outcome, retention));
-                completing.await.map(drop)
-            });
+            self.end_behind(error, owner, End::Completed(outcome.clone(), retention));
         }
         completion
     }
@@ -393,10 +367,7 @@ impl<St: Store + Clone> Job<St> {
     pub(super) async fn release(&self, owner: Owner) -> Option<Release> {
         let released = self.patience().persist(|| self.store.release(&self.key, owner)).await;
         if let Err(error) = &released {
-            self.end_behind(error, move |job| async move {
-                let releasing = job.patience().behind().persist(|| job.store.release(&job.key, owner));
-                releasing.await.map(drop)
-            });
+            self.end_behind(error, owner, End::Released);
         }
         told(released)
     }
@@ -408,29 +379,20 @@ impl<St: Store + Clone> Job<St> {
         told(given_up.await)
     }
 
-    /// Goes on telling a store that is away how an attempt ended: what comes of that is no longer the caller's. Without it, the
-    /// attempt would count as lost.
-    fn end_behind<F>(&self, error: &Error, end: impl FnOnce(Self) -> F)
-    where
-        F: Future<Output = Result<(), Error>> + Send + 'static,
-    {
+    /// Goes on telling a store that is away how an attempt ended: what comes of that is no longer the caller's.
+    fn end_behind(&self, error: &Error, owner: Owner, end: End) {
         let Ok(runtime) = Handle::try_current() else { return };
         if Patience::repeats(error) {
-            let ending = end(self.clone());
-            self.terms.tracker.spawn_behind(&runtime, async move {
-                match ending.await {
-                    Ok(()) => telemetry::event(Event::RecordedBehind),
-                    Err(error) => telemetry::failure(Event::Unrecorded, &error),
-                }
+            let (store, key, patience) = (self.store.clone(), self.key, self.patience().behind());
+            let tracker = &self.terms.tracker;
+            tracker.spawn_behind(&runtime, end.bytes(), async move {
+                end_late(&store, &key, owner, &end, patience).await;
             });
         }
     }
 
     pub(super) fn patience(&self) -> Patience {
-        Patience {
-            operation: self.terms.store_timeout,
-            in_all: self.terms.completion_timeout,
-        }
+        Patience::new(self.terms.store_timeout, self.terms.completion_timeout)
     }
 }
 

@@ -5,7 +5,6 @@ mod drain;
 mod engine;
 mod held;
 mod on_error;
-mod renewals;
 mod terms;
 #[cfg(feature = "postgres")]
 mod transaction;

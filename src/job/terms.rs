@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::renewals::{Renewals, SHORTEST_LEASE};
 use crate::protocol::KeySpace;
 use crate::uncut::Tracker;
 
@@ -18,7 +17,6 @@ pub(crate) struct Terms {
     pub(crate) store_timeout: Duration,
     pub(crate) completion_timeout: Duration,
     pub(crate) tracker: Arc<Tracker>,
-    pub(crate) renewals: Arc<Renewals>,
 }
 
 impl Default for Terms {
@@ -33,13 +31,14 @@ impl Default for Terms {
             store_timeout: Duration::from_secs(5),
             completion_timeout: Duration::from_secs(10),
             tracker: Arc::default(),
-            renewals: Arc::default(),
         }
     }
 }
 
 impl Terms {
     pub(crate) fn set_lease(&mut self, lease: Duration) {
+        /// A shorter one may be over before a busy machine has renewed it.
+        const SHORTEST_LEASE: Duration = Duration::from_secs(1);
         self.lease = lease.max(SHORTEST_LEASE);
     }
 }

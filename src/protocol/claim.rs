@@ -240,6 +240,8 @@ pub enum Resolved {
 pub struct Snapshot {
     /// What was asked under the key.
     pub fingerprint: Fingerprint,
+    /// The nonce of whoever made the current or last attempt.
+    pub nonce: Nonce,
     /// The fence of the current or last attempt.
     pub fence: Fence,
     /// The number of the current or last attempt.

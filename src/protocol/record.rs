@@ -216,6 +216,7 @@ impl Record {
         let record = Self::live(record, now)?;
         Some(Snapshot {
             fingerprint: record.fingerprint,
+            nonce: record.owner.nonce,
             fence: record.owner.fence,
             attempt: record.attempt,
             status: record.status(now),

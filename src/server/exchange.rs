@@ -10,13 +10,13 @@ use tower_service::Service;
 use tracing::Span;
 
 use super::flights::{Flight, Follower, Joined, Landing};
-use super::guard::{Hold, Shared};
+use super::guard::Hold;
 use super::settings::Values;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
-use crate::store::{claim_in_time, in_time, LateClaim, Store};
+use crate::store::{claim_in_time, in_time, release_late, Store};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, from when its body was read.
@@ -201,12 +201,11 @@ impl<St: Store, S> Exchange<St, S> {
         }
         if error.kind() == ErrorKind::StoreUnavailable {
             if let Ok(runtime) = Handle::try_current() {
-                let behind = release_behind(
-                    Arc::clone(&self.hold.shared),
-                    claim.clone(),
-                    self.settings.store_timeout,
-                );
-                self.hold.shared.tracker.spawn_behind(&runtime, behind);
+                let (shared, claim) = (Arc::clone(&self.hold.shared), claim.clone());
+                let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
+                tracker.spawn_behind(&runtime, 0, async move {
+                    release_late(&shared.store, &claim, patience).await;
+                });
             }
         }
         // A record that cannot be read is somebody's: nobody may run on it.
@@ -422,41 +421,5 @@ impl Values {
 
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
         Refusal::retry_after(kind, self.retry_after)
-    }
-}
-
-/// Releases a claim of which it is not known whether it arrived.
-async fn release_behind<St: Store>(shared: Arc<Shared<St>>, claim: Claim, timeout: Duration) {
-    // With growing pauses for about two minutes.
-    const TRIES: u32 = 9;
-    let late = LateClaim::new(claim.lease, timeout);
-    for attempt in 0..TRIES {
-        match release_if_granted(&shared.store, &claim, timeout, &late).await {
-            Ok(true) => return telemetry::event(Event::ReleasedBehind),
-            Ok(false) => return,
-            Err(_) => {}
-        }
-        // It is not known when the store comes back; after the last try the lease ends the claim.
-        tokio::time::sleep(Duration::from_millis(250) * 2_u32.pow(attempt)).await;
-    }
-}
-
-/// Repeats a claim, which says by its nonce whether it was granted, and releases it if so.
-async fn release_if_granted<St: Store>(
-    store: &St,
-    claim: &Claim,
-    timeout: Duration,
-    late: &LateClaim,
-) -> Result<bool, Error> {
-    let snapshot = in_time(timeout, store.peek(&claim.key)).await?;
-    if !late.may_be_granted(snapshot.as_ref()) {
-        return Ok(false);
-    }
-    match claim_in_time(timeout, store, claim).await? {
-        Decision::Execute(grant) | Decision::Recover(grant) => {
-            in_time(timeout, store.release(&claim.key, grant.owner)).await?;
-            Ok(true)
-        }
-        _ => Ok(false),
     }
 }

@@ -13,14 +13,14 @@ use tower_service::Service;
 
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
-use super::guard::{Hold, Shared};
+use super::guard::Hold;
 use super::lease::Lease;
 use super::policy::{OnLost, Recovered, Recovery, RetainFor, Verdict};
 use super::settings::Values;
 use crate::error::Error;
 use crate::http::{collect, is_stream, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Answer, Completion, Grant, Outcome, Owner, Release, StorageKey};
-use crate::store::{Patience, Store};
+use crate::store::{end_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
 
 /// How the handler ended.
@@ -359,11 +359,7 @@ impl<St: Store, S> Exchange<St, S> {
             None => Ok(Completion::Superseded(None)),
         };
         if let Err(error) = &completion {
-            let outcome = outcome.clone();
-            self.end_behind(error, move |shared, key, owner, patience| async move {
-                let completing = patience.persist(|| shared.store.complete(&key, owner, &outcome, retention));
-                completing.await.map(drop)
-            });
+            self.end_behind(error, End::Completed(outcome.clone(), retention));
         }
         completion
     }
@@ -376,10 +372,7 @@ impl<St: Store, S> Exchange<St, S> {
             None => Ok(Release::Superseded),
         };
         if let Err(error) = &released {
-            self.end_behind(error, |shared, key, owner, patience| async move {
-                let releasing = patience.persist(|| shared.store.release(&key, owner));
-                releasing.await.map(drop)
-            });
+            self.end_behind(error, End::Released);
         }
         self.hold.end_ownership();
         released.unwrap_or_else(|error| {
@@ -399,23 +392,16 @@ impl<St: Store, S> Exchange<St, S> {
         self.hold.end_ownership();
     }
 
-    /// Goes on telling a store that is away how the attempt ended: what comes of that is no longer the caller's. Without it, the
-    /// attempt would count as lost.
-    fn end_behind<F>(&self, error: &Error, end: impl FnOnce(Arc<Shared<St>>, StorageKey, Owner, Patience) -> F)
-    where
-        F: Future<Output = Result<(), Error>> + Send + 'static,
-    {
+    /// Goes on telling a store that is away how the attempt ended: what comes of that is no longer the caller's.
+    fn end_behind(&self, error: &Error, end: End) {
         let (Some((_, key, owner)), Ok(runtime)) = (self.owned(), Handle::try_current()) else {
             return;
         };
         if Patience::repeats(error) {
-            let shared = Arc::clone(&self.hold.shared);
-            let ending = end(Arc::clone(&shared), *key, owner, patience(&self.settings).behind());
-            shared.tracker.spawn_behind(&runtime, async move {
-                match ending.await {
-                    Ok(()) => telemetry::event(Event::RecordedBehind),
-                    Err(error) => telemetry::failure(Event::Unrecorded, &error),
-                }
+            let (key, shared, patience) = (*key, Arc::clone(&self.hold.shared), self.settings.patience().behind());
+            let tracker = Arc::clone(&shared.tracker);
+            tracker.spawn_behind(&runtime, end.bytes(), async move {
+                end_late(&shared.store, &key, owner, &end, patience).await;
             });
         }
     }
@@ -427,6 +413,10 @@ impl<St: Store, S> Exchange<St, S> {
 }
 
 impl Values {
+    pub(super) const fn patience(&self) -> Patience {
+        Patience::new(self.store_timeout, self.completion_timeout)
+    }
+
     /// What is given and stored as the answer of a handler that failed, where that is kept.
     pub(super) fn failure_to_keep(&self) -> (response::Parts, Collected, Answer) {
         let (head, bytes) = HELD.render(&self.refusals).into_parts();
@@ -482,14 +472,7 @@ pub(super) fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> imp
 where
     F: Future<Output = Result<T, Error>>,
 {
-    patience(settings).persist(operation)
-}
-
-const fn patience(settings: &Values) -> Patience {
-    Patience {
-        operation: settings.store_timeout,
-        in_all: settings.completion_timeout,
-    }
+    settings.patience().persist(operation)
 }
 
 pub(super) fn retention(settings: &Values, head: &response::Parts) -> Duration {

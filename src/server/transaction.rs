@@ -243,7 +243,7 @@ impl<St: Store, S> Exchange<St, S> {
                 flight.storage_key,
                 owner,
             );
-            shared.tracker.spawn_behind(&runtime, behind);
+            shared.tracker.spawn_behind(&runtime, 0, behind);
         }
         self.hold.end_ownership();
         self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
@@ -253,12 +253,10 @@ impl<St: Store, S> Exchange<St, S> {
 /// Ends an attempt of which nobody knows whether its transaction was committed, as soon as the store can be asked; without an
 /// answer in time, the lease ends it.
 async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, key: StorageKey, owner: Owner) {
-    /// How many times as long as a completion is repeated for its caller.
-    const PATIENCE: u32 = 12;
     // Where it is the transaction that stays open, each question leaves one more of the server's backends waiting for its lock.
     const LONGEST_PAUSE: Duration = Duration::from_secs(15);
     let mut pause = Duration::from_millis(100);
-    let deadline = Deadline::after(settings.completion_timeout.saturating_mul(PATIENCE));
+    let deadline = Deadline::after(settings.patience().behind().in_all);
     while !deadline.left().is_zero() {
         tokio::time::sleep(pause.min(deadline.left())).await;
         pause = LONGEST_PAUSE.min(pause * 2);

@@ -9,6 +9,7 @@
 mod boxed;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod late;
 mod memory;
 mod patience;
 #[cfg(feature = "postgres")]
@@ -23,8 +24,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use boxed::BoxStore;
+pub(crate) use late::{end_late, release_late, End};
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
-pub(crate) use patience::{claim_in_time, in_time, LateClaim, Patience};
+pub(crate) use patience::{claim_in_time, in_time, Patience};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{bounded, failed, Lent, TableName};
 #[cfg(feature = "postgres")]

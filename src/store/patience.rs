@@ -9,7 +9,7 @@ use futures::FutureExt;
 use super::Store;
 use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Claim, Decision, Snapshot, Status};
+use crate::protocol::{Claim, Decision};
 use crate::telemetry::{self, Event};
 
 /// An operation of the store, given up as failed after `timeout`.
@@ -37,31 +37,6 @@ pub(crate) fn claim_in_time<'c, St: Store>(
     }
 }
 
-/// A claim that has just failed the second time, and may have been granted.
-pub(crate) struct LateClaim {
-    /// When its lease is over, at the earliest.
-    lease: Deadline,
-}
-
-impl LateClaim {
-    pub(crate) fn new(lease: Duration, timeout: Duration) -> Self {
-        Self {
-            lease: Deadline::after(lease.saturating_sub(timeout.saturating_mul(2))),
-        }
-    }
-
-    /// Whether the record can be its own. If not, to repeat it could use an attempt up for nothing.
-    pub(crate) fn may_be_granted(&self, snapshot: Option<&Snapshot>) -> bool {
-        match snapshot.map(|snapshot| &snapshot.status) {
-            // It may yet arrive.
-            None | Some(Status::InFlight { .. }) => true,
-            // Before its lease is over, the lost one is another's.
-            Some(Status::Lost) => self.lease.left().is_zero(),
-            Some(Status::Completed(_) | Status::Unknown) => false,
-        }
-    }
-}
-
 /// How long a store is given for what must be recorded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
@@ -69,9 +44,19 @@ pub(crate) struct Patience {
     pub(crate) operation: Duration,
     /// For all repetitions of it.
     pub(crate) in_all: Duration,
+    /// Between them, at most.
+    pause: Duration,
 }
 
 impl Patience {
+    pub(crate) const fn new(operation: Duration, in_all: Duration) -> Self {
+        Self {
+            operation,
+            in_all,
+            pause: Duration::from_secs(1),
+        }
+    }
+
     /// Whether an operation that failed like this may succeed when it is repeated.
     pub(crate) fn repeats(error: &Error) -> bool {
         error.kind() == ErrorKind::StoreUnavailable
@@ -80,6 +65,7 @@ impl Patience {
     /// For what goes on when nobody waits for it any more: twelve times as long.
     pub(crate) const fn behind(mut self) -> Self {
         self.in_all = self.in_all.saturating_mul(12);
+        self.pause = Duration::from_secs(5);
         self
     }
 
@@ -98,13 +84,12 @@ impl Patience {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        const LONGEST_PAUSE: Duration = Duration::from_secs(1);
         let mut pause = Duration::from_millis(20);
         let deadline = Deadline::after(self.in_all);
         while Self::repeats(&last) && !deadline.left().is_zero() {
             telemetry::failure(Event::CompletionRepeated, &last);
             drop(within(pause.min(deadline.left()), std::future::pending::<()>()).await);
-            pause = LONGEST_PAUSE.min(pause * 2);
+            pause = self.pause.min(pause * 2);
             match in_time(self.operation, operation()).await {
                 Ok(done) => return Ok(done),
                 Err(error) => last = error,

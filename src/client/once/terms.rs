@@ -16,7 +16,7 @@ macro_rules! term_setters {
         /// # Errors
         ///
         /// [`Configuration`](crate::ErrorKind::Configuration) when it is shorter than 16 bytes.
-        pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, crate::Error> {
+        pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, crate::error::Error> {
             self.terms().space.set_secret(secret)?;
             Ok(self)
         }

@@ -2,11 +2,11 @@
 -- What was taken, and of which nobody told what became, may have killed its relay: it is taken alone.
 -- `statement_timestamp()` is stable, so that the index is searched up to it; `clock_timestamp()` would read all of it.
 WITH early AS (
-    -- Nothing waits for longer than a lease and the longest pause, unless the server's clock has gone back since.
+    -- Nothing that nobody has waits for longer than the longest pause, unless the server's clock has gone back since.
     UPDATE {table} SET publish_at = statement_timestamp()
     WHERE position = ANY (ARRAY(
         SELECT position FROM {table}
-        WHERE publish_at > statement_timestamp() + make_interval(secs => $3::float8 + greatest($4::float8, $5::float8) + 1)
+        WHERE NOT suspect AND publish_at > statement_timestamp() + make_interval(secs => $3::float8 + greatest($4::float8, $5::float8) + 1)
         ORDER BY publish_at LIMIT $1 FOR UPDATE SKIP LOCKED
     ))
 ), first AS MATERIALIZED (

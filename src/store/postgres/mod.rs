@@ -114,7 +114,7 @@ impl PostgresStore {
     ///
     /// As for [`Store::claim`]. Roll the transaction back.
     pub async fn claim_in(&self, connection: &mut PgConnection, claim: &Claim) -> Result<Decision, Error> {
-        self.on(connection).claim(claim).await
+        self.on(connection).claim(claim, None).await
     }
 
     /// Records an outcome within a transaction of yours. Anything but [`Completion::Completed`] means that somebody else holds
@@ -176,7 +176,9 @@ impl Store for PostgresStore {
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         self.start_sweeper();
         let (mut lent, timeout) = self.lend().await?;
-        let done = bounded(timeout, self.on(lent.connection()?).claim(claim)).await;
+        // The server gives up first, or a backend of it would go on waiting.
+        let lock_timeout = Some(timeout / 5 * 4);
+        let done = bounded(timeout, self.on(lent.connection()?).claim(claim, lock_timeout)).await;
         lent.give_back(done)
     }
 

@@ -25,9 +25,10 @@ pub(super) struct Connection<'c> {
 type Bound<'q> = Query<'q, Postgres, PgArguments>;
 
 impl Connection<'_> {
-    pub(super) async fn claim(&mut self, claim: &Claim) -> Result<Decision, Error> {
+    /// Waits for so long for a transaction that has the record locked, or for as long as it takes.
+    pub(super) async fn claim(&mut self, claim: &Claim, lock_timeout: Option<Duration>) -> Result<Decision, Error> {
+        let lock_timeout = lock_timeout.map(|timeout| format!("{}ms", timeout.as_millis().clamp(1, 86_400_000)));
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
-        let mut pause = Duration::from_millis(5);
         for attempt in 0..TRIES {
             let is_first = attempt == 0;
             let text = if is_first {
@@ -42,7 +43,10 @@ impl Connection<'_> {
                 .bind(micros(claim.lease))
                 .bind(micros(claim.retention));
             if !is_first {
-                statement = statement.bind(if_lost(claim.if_lost)).bind(attempts);
+                statement = statement
+                    .bind(if_lost(claim.if_lost))
+                    .bind(attempts)
+                    .bind(lock_timeout.clone());
             }
             let Some(Row { changed, seen }) = self.ask(statement).await? else {
                 continue;
@@ -52,13 +56,6 @@ impl Connection<'_> {
                 Some((record, now)) => {
                     if let Some(reply) = Record::claim(Some(&record), claim, now).unchanged() {
                         return Ok(reply);
-                    }
-                    if !is_first && pause > LONGEST_PAUSE {
-                        return Ok(LOCKED);
-                    }
-                    if !is_first {
-                        tokio::time::sleep(pause).await;
-                        pause *= 2;
                     }
                 }
                 None => {}
@@ -203,14 +200,6 @@ impl Connection<'_> {
 /// How often a statement is repeated that others got ahead of. Each time somebody else has changed the row, so one is seldom
 /// repeated twice.
 const TRIES: usize = 64;
-
-/// Between looks at a record that others have locked: for a moment, who claims or watches it; for longer, a transaction in which it
-/// is being completed.
-const LONGEST_PAUSE: Duration = Duration::from_millis(50);
-
-const LOCKED: Decision = Decision::Wait {
-    left: Duration::from_secs(1),
-};
 
 const CONTENDED: Error = Error::new(
     ErrorKind::StoreUnavailable,

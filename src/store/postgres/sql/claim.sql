@@ -1,7 +1,10 @@
--- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention, $6 if lost: 0 execute, 1 recover, 2 refuse, $7 attempts in all.
--- No row: another claim was committed since this statement began. Ask again. A row that is locked is not waited for: a transaction
--- of the application's may keep it locked for as long as it likes, and who waits here is a backend of the server's.
-WITH seen AS (
+-- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention, $6 if lost: 0 execute, 1 recover, 2 refuse, $7 attempts in all,
+-- $8 how long to wait for a lock, NULL in a transaction of the application's. Another one may keep the row locked for as long as it
+-- likes: a statement that nobody waits for any more would keep a backend of the server's waiting with it.
+-- No row: another claim was committed since this statement began. Ask again.
+WITH bounded AS MATERIALIZED (
+    SELECT CASE WHEN $8::text IS NOT NULL THEN set_config('lock_timeout', $8, true) END
+), seen AS (
     SELECT r.*, {now} AS now FROM {table} r WHERE r.key = $1
 ), settled AS (
     -- What a claim changes nothing about is not locked either.
@@ -9,16 +12,12 @@ WITH seen AS (
     WHERE r.version <> 1
        OR NOT {expired}
           AND (r.fingerprint <> $2 OR r.state <> 0 OR r.nonce <> $3 AND r.now < r.lease_until AND r.lease_until <= r.now + r.lease)
-), free AS MATERIALIZED (
-    SELECT FROM {table} f
-    WHERE f.key = $1 AND EXISTS (SELECT FROM seen) AND NOT EXISTS (SELECT FROM settled)
-    FOR UPDATE SKIP LOCKED
 ), claimed AS (
     INSERT INTO {table} AS r
         (key, version, state, kind, fingerprint, nonce, fence, attempt, lease, retention, lease_until, expires)
     SELECT $1, 1, 0, 0, $2, $3, greatest(now, 1), 1, $4, $5, now + $4, now + $4 + $5
-    FROM (SELECT {now} AS now) clock
-    WHERE NOT EXISTS (SELECT FROM seen) OR EXISTS (SELECT FROM free)
+    FROM (SELECT {now} AS now FROM bounded) clock
+    WHERE NOT EXISTS (SELECT FROM settled)
     ON CONFLICT (key) DO UPDATE SET
         (state, kind, fingerprint, nonce, fence, attempt, lease, retention, lease_until, expires, head, body) = (
             SELECT
