@@ -24,7 +24,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// Publishes the messages of an [`Outbox`], and deletes those that are published. Any number may run at once, in any number of
-/// processes: they share the work. None holds a transaction open while it publishes.
+/// processes: they share the work. Each publishes one message after the other, and none holds a transaction open while it does.
 ///
 /// | setting | default |
 /// |---|---|
@@ -47,7 +47,7 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// # When `publish` fails
 ///
 /// Where it returns an error, panics, or has not ended when the lease has, its message is tried again after a pause; no attempt is
-/// the last. It is reported as an event `message-failed` with the `position` of its row, the attempts so far (`failures`), and the
+/// the last. To give one up, look at its [`failures`](OutboxMessage::failures), put it where somebody looks, and return `Ok`. It is reported as an event `message-failed` with the `position` of its row, the attempts so far (`failures`), and the
 /// **text of the error**: let that hold nothing secret. A row that cannot be read, since somebody else wrote it, is postponed
 /// likewise, and reported as `message-unreadable`.
 #[must_use]
@@ -167,7 +167,7 @@ where
     }
 
     /// Publishes for as long as it is polled; end it by dropping it, which leaves a batch, at most, as a relay that
-    /// [died](Self#when-a-relay-dies). A database that fails is asked again at the next interval. After a look that could publish
+    /// [died](Self#when-a-relay-dies). To end without that, call [`publish_once`](Self::publish_once) in a loop of your own. A database that fails is asked again at the next interval. After a look that could publish
     /// nothing of what it took it rests, for 10 ms at first and twice as long each time, up to the interval.
     pub async fn run(self) -> Infallible {
         let mut rest = SHORTEST_PAUSE;

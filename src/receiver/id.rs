@@ -110,9 +110,22 @@ impl From<Vec<u8>> for MessageId {
     }
 }
 
-impl From<u64> for MessageId {
-    fn from(id: u64) -> Self {
-        Self::of([id.to_string()])
+/// In decimal: `7`, be it of which type, and `"7"` are one.
+macro_rules! from_number {
+    ($($number:ty),*) => {$(
+        impl From<$number> for MessageId {
+            fn from(id: $number) -> Self {
+                Self::of([id.to_string()])
+            }
+        }
+    )*};
+}
+
+from_number!(i32, i64, u32, u64, u128);
+
+impl From<&String> for MessageId {
+    fn from(id: &String) -> Self {
+        Self::of([id])
     }
 }
 

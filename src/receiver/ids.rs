@@ -112,7 +112,8 @@ pub fn stripe(event: impl AsRef<[u8]>) -> MessageId {
     named("stripe", event.as_ref())
 }
 
-/// A message over AMQP: the property `message-id`, where its producer sets one.
+/// A message over AMQP: the property `message-id`. Brokers set none, and few clients do by themselves: have the producer set it first, or
+/// say what to do [without](super::ReceiverLayer::on_missing_id), for it rejects every message.
 #[must_use]
 pub fn amqp<I: AsRef<[u8]>>(message_id: Option<I>) -> MessageId {
     optional("amqp", message_id)
@@ -149,7 +150,8 @@ pub fn sqs(message_id: &str) -> MessageId {
 ///
 /// **Not** where the queue has `ContentBasedDeduplication`, nor where ids are used again: SQS compares deduplication ids for 5 minutes
 /// only, the receiver for its whole retention, 7 days by default. There the id is a hash of the body, and a second message with an equal
-/// body, or a used id, would be acknowledged and never handled. Take [`sqs`] there, or an id that the producer put into an attribute.
+/// body, or a used id, would be acknowledged and never handled. Take [`sqs`] there, or an id that the producer put into an attribute,
+/// `MessageId::of(["attribute", id])`. SQS tells both only to a `ReceiveMessage` that asks for them; an empty one is missing.
 #[must_use]
 pub fn sqs_fifo(message_group_id: &str, deduplication_id: &str) -> MessageId {
     MessageId::of(["sqs-fifo", message_group_id, deduplication_id])

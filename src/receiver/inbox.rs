@@ -17,7 +17,8 @@ use crate::store::PostgresStore;
 ///
 /// ```no_run
 /// # async fn example(pool: sqlx::PgPool, inbox: tower_idempotency::receiver::Inbox) -> Result<(), Box<dyn std::error::Error>> {
-/// use tower_idempotency::receiver::Receipt;
+/// use std::convert::Infallible;
+/// use tower_idempotency::receiver::{Disposition, Receipt};
 ///
 /// let mut transaction = pool.begin().await?;
 /// let receipt = inbox.receive(&mut transaction, "message-7").await?;
@@ -25,10 +26,11 @@ use crate::store::PostgresStore;
 ///     sqlx::query("UPDATE accounts SET balance = balance + 100 WHERE id = 7").execute(&mut *transaction).await?;
 ///     transaction.commit().await?;
 /// }
-/// if receipt.is_handled() {
-///     // Acknowledge it.
-/// } else {
-///     // A receiver layer has it, or lost it: let it be delivered again.
+/// // Anything but a commit that succeeded: have it delivered again. If it took effect, the next copy is a duplicate.
+/// match Disposition::of::<_, Infallible>(&Ok(receipt)) {
+///     Disposition::Acknowledge => { /* ack */ }
+///     Disposition::Redeliver(_after) => { /* a receiver layer has it */ }
+///     Disposition::Reject => { /* and has lost it */ }
 /// }
 /// # Ok(())
 /// # }

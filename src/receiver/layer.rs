@@ -116,7 +116,8 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// Which message it is: what its producer chose once, and sends with every copy. A broker's own number of a delivery will not
-    /// do where the producer sends again.
+    /// do where the producer sends again. The id is owned: `order.id.clone()`. **Without this, every message is
+    /// [refused](OnMissingId::Refuse)**.
     pub fn with_id<I: Into<MessageId>>(mut self, id: impl Fn(&M) -> I + Send + Sync + 'static) -> Self {
         self.settings().id = Arc::new(move |message| id(message).into());
         self
@@ -243,6 +244,29 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// The name of a message's record in the store: for `Store::peek` and `Store::resolve`.
+    ///
+    /// What to do with a message of [unknown](super::Receipt::Unknown) outcome, once somebody has found out what became of it:
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::receiver::ReceiverLayer;
+    /// use tower_idempotency::protocol::{Outcome, Resolution};
+    /// use tower_idempotency::Store;
+    ///
+    /// # async fn resolve<St: Store + Clone>(store: St, layer: ReceiverLayer<St, ()>, had_its_effect: bool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let key = layer.storage_key("order-7")?;
+    /// if let Some(record) = store.peek(&key).await? {
+    ///     let resolution = match had_its_effect {
+    ///         true => Resolution::Completed(Outcome::Tombstone, Duration::from_secs(7 * 24 * 60 * 60)),
+    ///         false => Resolution::Absent,
+    ///     };
+    ///     // Refused, if another attempt began since.
+    ///     store.resolve(&key, record.fence, &resolution).await?;
+    /// }
+    /// // Now deliver it again: a duplicate, or handled anew.
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

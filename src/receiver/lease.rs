@@ -33,7 +33,8 @@ impl Lease {
     }
 
     /// A key or an id for a third party: a UUID (version 8), the same in every attempt at this message, another for each `name`, and
-    /// without a way back to the message's id; the payload makes no difference. See [`Attempt::id`](crate::client::Attempt::id).
+    /// without a way back to the message's id; the payload makes no difference. Another consumer's name, namespace or secret does, though:
+    /// whoever is renamed makes other ids. See [`Attempt::id`](crate::client::Attempt::id).
     #[must_use]
     pub fn id(&self, name: &str) -> String {
         self.attempt.id_of_key(name)
@@ -83,7 +84,7 @@ mod transaction {
             Self { attempt, home }
         }
 
-        /// Records that the message is handled *within a transaction of yours*, on the PostgreSQL server that has the records: its
+        /// Records that the message is handled *within a transaction of yours*, in the database that has the records: its
         /// effect and that it was handled commit together, or neither does.
         ///
         /// Do it last before the commit. Once it has succeeded, the lease is not renewed any more: if you then roll back, return. If the

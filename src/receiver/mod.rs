@@ -30,10 +30,14 @@
 //!
 //! | the handler's effect is in | strongest promise | what it needs |
 //! |---|---|---|
-//! | the same PostgreSQL as the record | exactly once | `Lease::complete_in`, or an `Inbox` (feature `postgres`) |
+//! | the same PostgreSQL as the record | exactly once | `Lease::complete_in` with [`at_least_once`](ReceiverLayer::at_least_once), or an `Inbox` (feature `postgres`) |
 //! | a third party that heeds a key or an id | exactly once | [`Lease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
 //! | a third party that can be asked | exactly once, if the question shuts the lost attempt out | [`with_recovery`](ReceiverLayer::with_recovery) |
-//! | anything else | at most once (the default), or [at least once](ReceiverLayer::at_least_once) | |
+//! | anything else | at most once across crashes (the default), or [at least once](ReceiverLayer::at_least_once) | |
+//!
+//! A handler that returns an error or panics has its message handled again, by default: where it may have had its effect by then, say
+//! so with [`on_error`](ReceiverLayer::on_error). One whose process died leaves the message [in flight](Receipt::InFlight) until the
+//! lease is over, and then [unknown](Receipt::Unknown). The lease comes into the message by [`pass_lease`](ReceiverLayer::pass_lease).
 //!
 //! Order is not promised: what is redelivered comes later than it did. Neither is anything about a message that is redelivered
 //! after its retention.

@@ -23,7 +23,7 @@ pub enum Receipt<T> {
         retry_after: Duration,
     },
     /// An attempt was lost, and nobody knows whether it had its effect; nothing runs. Put it where somebody looks at it (a dead-letter
-    /// queue), ask, and `Store::resolve` its key.
+    /// queue), ask, and resolve its key ([how](super::ReceiverLayer::storage_key)). Delivered again unresolved, it is unknown again.
     Unknown,
 }
 
@@ -113,7 +113,7 @@ impl<E> fmt::Display for ReceiveError<E> {
             Self::MissingId => "the message has no id; set `with_id`, or say with `on_missing_id` what to do without",
             Self::Panicked => "the handler of the message panicked",
             Self::Store(_) => "the store failed, so that the message was not handled",
-            Self::Unrecorded(_) => "the message was handled, and that is not recorded",
+            Self::Unrecorded(_) => "what came of the message is not recorded",
         })
     }
 }
