@@ -264,6 +264,16 @@ async fn ids_are_any_bytes_but_not_endless() {
         assert!(matches!(deliver(&receiver, message(id)).await, Ok(Receipt::Duplicate)));
     }
     assert_eq!(store.len(), 4);
+    // Numbers are what they are in decimal, whatever their type.
+    let seven = [
+        MessageId::from(7_i32),
+        7_i64.into(),
+        7_u32.into(),
+        7_u64.into(),
+        7_u128.into(),
+        (&"7".to_owned()).into(),
+    ];
+    assert!(seven.iter().all(|id| *id == MessageId::from("7")));
     let huge = deliver(&receiver, message(vec![b'x'; 4097])).await;
     assert!(matches!(&huge, Err(ReceiveError::InvalidId(error)) if error.length() == 4097));
     assert_eq!(disposition(&huge), Disposition::Reject);
