@@ -24,21 +24,49 @@ pub(crate) struct Uncut<T: 'static> {
 pub(crate) struct Tracker {
     running: AtomicUsize,
     attended: AtomicUsize,
-    behind: AtomicUsize,
+    claims: AtomicUsize,
+    ends: AtomicUsize,
     held: AtomicUsize,
     ended: Notify,
 }
 
-/// Something that a store is to be told later.
+/// What a store is to be told later. The two are counted apart: claims fail all the while that a store is away, and must not keep it
+/// from being told how those ended that were under way before.
+#[derive(Clone, Copy)]
+pub(crate) enum Word {
+    /// That a claim of unknown fate is void.
+    Claim,
+    /// How an attempt ended, in so many bytes.
+    End(usize),
+}
+
+impl Word {
+    const fn bytes(self) -> usize {
+        match self {
+            Self::Claim => 0,
+            Self::End(bytes) => bytes,
+        }
+    }
+}
+
 struct Behind {
     tracker: Arc<Tracker>,
-    bytes: usize,
+    word: Word,
+}
+
+impl Behind {
+    fn count(&self) -> &AtomicUsize {
+        match self.word {
+            Word::Claim => &self.tracker.claims,
+            Word::End(_) => &self.tracker.ends,
+        }
+    }
 }
 
 impl Drop for Behind {
     fn drop(&mut self) {
-        self.tracker.behind.fetch_sub(1, Ordering::AcqRel);
-        self.tracker.held.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.count().fetch_sub(1, Ordering::AcqRel);
+        self.tracker.held.fetch_sub(self.word.bytes(), Ordering::AcqRel);
     }
 }
 
@@ -71,23 +99,23 @@ impl Tracker {
         });
     }
 
-    /// Runs what a store that is away is to be told when it is back, and holds so many bytes for it; unless too much is held already:
-    /// then the leases tell it. What was under way when the store went away comes first, and is what matters.
+    /// Runs what a store that is away is to be told when it is back; unless too much of its kind is under way already: then the
+    /// leases tell it.
     pub(crate) fn spawn_behind(
         self: &Arc<Self>,
         runtime: &Handle,
-        bytes: usize,
+        word: Word,
         work: impl Future<Output = ()> + Send + 'static,
     ) {
         const MOST: usize = 1_024;
         const MOST_BYTES: usize = 64 << 20;
         let behind = Behind {
             tracker: Arc::clone(self),
-            bytes,
+            word,
         };
-        let others = self.behind.fetch_add(1, Ordering::AcqRel);
-        let held = self.held.fetch_add(bytes, Ordering::AcqRel).saturating_add(bytes);
-        if others < MOST && held <= MOST_BYTES {
+        let others = behind.count().fetch_add(1, Ordering::AcqRel);
+        let held = self.held.fetch_add(word.bytes(), Ordering::AcqRel);
+        if others < MOST && held.saturating_add(word.bytes()) <= MOST_BYTES {
             self.spawn(runtime, async move {
                 work.await;
                 drop(behind);

@@ -375,6 +375,29 @@ async fn claims_that_are_released_late_use_no_attempts_up() {
     owner.abort();
 }
 
+/// The store went away while a handler ran. The claims that failed all the while must not keep it from being told how that ended.
+#[tokio::test(start_paused = true)]
+async fn claims_that_fail_do_not_crowd_out_what_ended() {
+    let store = RemoteStore::new();
+    let layer = IdempotencyLayer::new(store.clone());
+    let (drain, handler) = (layer.drain(), Handler::new().taking(Duration::from_secs(15)));
+    let service = layer.layer(handler.clone());
+    let owner = start(&service, post("k", "pay"));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for operation in ["claim", "complete", "peek", "renew"] {
+        store.fail(operation, [Fault::Before; 200_000]);
+    }
+    for key in 0..1_500 {
+        assert_eq!(send(&service, post(&key.to_string(), "pay")).await.status(), 503);
+    }
+    assert_eq!(owner.await.unwrap().status(), 201);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    store.heal();
+    drain.wait().await;
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+    assert_eq!(handler.runs(), 1);
+}
+
 /// A store that is away for minutes leaves a task for each of the requests that were under way, and not for all that come.
 #[tokio::test(start_paused = true)]
 async fn an_outage_leaves_a_bounded_number_of_tasks_which_end_with_it() {

@@ -23,7 +23,7 @@ use crate::protocol::{
 };
 use crate::store::{claim_in_time, end_late, in_time, release_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
-use crate::uncut::uncut;
+use crate::uncut::{uncut, Word};
 
 /// How long a waiter goes without looking, should it not be woken.
 const POLL: Duration = Duration::from_secs(1);
@@ -200,7 +200,9 @@ impl<St: Store + Clone> Job<St> {
         if Patience::repeats(error) {
             let (store, claim, patience) = (self.store.clone(), self.claim_of(nonce), self.patience().behind());
             let tracker = &self.terms.tracker;
-            tracker.spawn_behind(&runtime, 0, async move { release_late(&store, &claim, patience).await });
+            tracker.spawn_behind(&runtime, Word::Claim, async move {
+                release_late(&store, &claim, patience).await;
+            });
         }
     }
 
@@ -385,7 +387,7 @@ impl<St: Store + Clone> Job<St> {
         if Patience::repeats(error) {
             let (store, key, patience) = (self.store.clone(), self.key, self.patience().behind());
             let tracker = &self.terms.tracker;
-            tracker.spawn_behind(&runtime, end.bytes(), async move {
+            tracker.spawn_behind(&runtime, Word::End(end.bytes()), async move {
                 end_late(&store, &key, owner, &end, patience).await;
             });
         }

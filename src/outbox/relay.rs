@@ -42,7 +42,7 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// # When the server's clock goes back
 ///
 /// What is put later is due at once, and what waits for longer than a lease and the longest pause, and that no relay has taken, becomes
-/// due at the next look. So give all relays of a table the same pauses, or the one with the shortest decides.
+/// due at the next look; what a relay that died had taken waits until the clock is where it was. So give all relays of a table the same pauses, or the one with the shortest decides.
 ///
 /// # When `publish` fails
 ///

@@ -121,7 +121,7 @@ macro_rules! from_number {
     )*};
 }
 
-from_number!(i32, i64, u32, u64, u128);
+from_number!(i8, i16, i32, i64, i128, isize, u8, u16, u32, u64, u128, usize);
 
 impl From<&String> for MessageId {
     fn from(id: &String) -> Self {

@@ -18,6 +18,7 @@ use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
 use crate::store::{claim_in_time, in_time, release_late, Store};
 use crate::telemetry::{self, Event, Times};
+use crate::uncut::Word;
 
 /// One guarded request, from when its body was read.
 ///
@@ -203,7 +204,7 @@ impl<St: Store, S> Exchange<St, S> {
             if let Ok(runtime) = Handle::try_current() {
                 let (shared, claim) = (Arc::clone(&self.hold.shared), claim.clone());
                 let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
-                tracker.spawn_behind(&runtime, 0, async move {
+                tracker.spawn_behind(&runtime, Word::Claim, async move {
                     release_late(&shared.store, &claim, patience).await;
                 });
             }

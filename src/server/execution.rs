@@ -22,6 +22,7 @@ use crate::http::{collect, is_stream, Collected, RebuildBody, Refusal, RefusalKi
 use crate::protocol::{Answer, Completion, Grant, Outcome, Owner, Release, StorageKey};
 use crate::store::{end_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::Word;
 
 /// How the handler ended.
 pub(super) enum Ended<R, E> {
@@ -400,7 +401,7 @@ impl<St: Store, S> Exchange<St, S> {
         if Patience::repeats(error) {
             let (key, shared, patience) = (*key, Arc::clone(&self.hold.shared), self.settings.patience().behind());
             let tracker = Arc::clone(&shared.tracker);
-            tracker.spawn_behind(&runtime, end.bytes(), async move {
+            tracker.spawn_behind(&runtime, Word::End(end.bytes()), async move {
                 end_late(&shared.store, &key, owner, &end, patience).await;
             });
         }

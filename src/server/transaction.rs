@@ -25,6 +25,7 @@ use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Owner, Renewal, Status, StorageKey};
 use crate::store::{in_time, PostgresStore, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::Word;
 
 /// Where a lease finds the store and the settings of its layer.
 #[derive(Clone)]
@@ -53,7 +54,7 @@ impl<St: Store> AnyStore for Shared<St> {
 }
 
 impl Lease {
-    /// Records `answer` as the outcome of this attempt *within a transaction of the handler's*, on the PostgreSQL server that has
+    /// Records `answer` as the outcome of this attempt *within a transaction of the handler's*, in the PostgreSQL database that has
     /// the records: effect and answer commit together, or neither does. Returns the response to give once the transaction is
     /// committed; see [`complete_response_in`](Self::complete_response_in), which this is for whatever axum takes as a response.
     ///
@@ -243,7 +244,7 @@ impl<St: Store, S> Exchange<St, S> {
                 flight.storage_key,
                 owner,
             );
-            shared.tracker.spawn_behind(&runtime, 0, behind);
+            shared.tracker.spawn_behind(&runtime, Word::End(0), behind);
         }
         self.hold.end_ownership();
         self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))

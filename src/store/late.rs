@@ -42,8 +42,7 @@ pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Own
     }
 }
 
-/// Ends a claim of unknown fate, under which nothing has run and nothing will: it would hold the key for a lease, or make it count as
-/// lost.
+/// Ends a claim of unknown fate, on which nothing was built: it would hold the key for a lease, or make it count as lost.
 pub(crate) async fn release_late<St: Store>(store: &St, claim: &Claim, patience: Patience) {
     match patience.persist(|| release_if_granted(store, claim)).await {
         Ok(true) => telemetry::event(Event::ReleasedBehind),
@@ -61,7 +60,7 @@ async fn release_if_granted<St: Store>(store: &St, claim: &Claim) -> Result<bool
         Some(Snapshot { nonce, fence, .. }) if nonce == claim.nonce => Owner { nonce, fence },
         // It is another's, of whose attempts none is to be used up.
         Some(_) => return Ok(false),
-        // It may yet arrive: whichever comes first, both are one grant.
+        // It may be arriving now: then both are one grant. One that arrives after this is ended by its lease.
         None => match store.claim(claim).await? {
             Decision::Execute(grant) | Decision::Recover(grant) => grant.owner,
             _ => return Ok(false),

@@ -176,8 +176,8 @@ impl Store for PostgresStore {
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         self.start_sweeper();
         let (mut lent, timeout) = self.lend().await?;
-        // The server gives up first, or a backend of it would go on waiting.
-        let lock_timeout = Some(timeout / 5 * 4);
+        // The server gives up first, or a backend of it would go on waiting: for whoever else waits, and for the transaction.
+        let lock_timeout = Some(timeout / 5 * 2);
         let done = bounded(timeout, self.on(lent.connection()?).claim(claim, lock_timeout)).await;
         lent.give_back(done)
     }
