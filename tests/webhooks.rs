@@ -582,3 +582,19 @@ async fn no_webhook_is_acknowledged_whose_outcome_is_not_recorded() {
     assert_eq!(again.status(), StatusCode::OK);
     assert!(again.headers().contains_key("idempotent-replayed"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn no_webhook_runs_unprotected_whatever_its_base_allows() {
+    let (store, runs) = (RemoteStore::new(), Arc::new(AtomicUsize::new(0)));
+    store.fail("claim", [Fault::Before; 1_000]);
+    let counted = Arc::clone(&runs);
+    let handler = move || async move {
+        counted.fetch_add(1, Ordering::SeqCst);
+    };
+    let layer = IdempotencyLayer::new(store).dangerously_run_unprotected_when_the_store_fails();
+    let layers = ServiceBuilder::new().layer(standard()).layer(layer.webhooks());
+    let app = Router::new().route("/webhooks", post(handler)).layer(layers);
+    let refused = app.oneshot(webhook("msg_1", "x")).await.unwrap();
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(runs.load(Ordering::SeqCst), 0);
+}

@@ -12,8 +12,8 @@ use crate::protocol::{Owner, Renewal};
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
 
-/// Has the lease of a key renewed, at a third of it. Dropped before its [`end`](Self::end), by a runtime that ends, it gives the lease up where the
-/// store can do so at once: a store in this process knows no other end of a lease.
+/// Has the lease of a key renewed, at a third of it. Dropped before its [`end`](Self::end), by a runtime that ends, it gives the lease
+/// up where the store can do so at once: a store in this process knows no other end of a lease.
 pub(super) struct Held<'j, St: Store> {
     job: &'j Job<St>,
     owner: Option<Owner>,

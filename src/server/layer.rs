@@ -368,7 +368,8 @@ impl<St: Store> IdempotencyLayer<St> {
     /// 10 s by default: how long a completion is repeated while the store fails. Then, under [`OnLost::Refuse`], the caller gets its
     /// answer and the key stays claimed; else 503. Without the caller the store is told for twelve times as long, two minutes, how the
     /// handler ended, and asked what became of a transaction of its own (`Lease::complete_in`, feature `postgres`): so that after an
-    /// outage answers are replayed, and failed keys free: 1,024 of them with 64 MiB of answers, at the most. After a longer one they are of unknown outcome.
+    /// outage answers are replayed, and failed keys free: 1,024 of them with 64 MiB of answers, at the most. After a longer one they
+    /// are of unknown outcome.
     pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
         self.values().completion_timeout = timeout;
         self

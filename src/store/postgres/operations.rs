@@ -25,9 +25,8 @@ pub(super) struct Connection<'c> {
 type Bound<'q> = Query<'q, Postgres, PgArguments>;
 
 impl Connection<'_> {
-    /// Waits for so long for a transaction that has the record locked, or for as long as it takes.
+    /// Waits for so long for a transaction that has a record locked which the claim would change, or for as long as it takes.
     pub(super) async fn claim(&mut self, claim: &Claim, lock_timeout: Option<Duration>) -> Result<Decision, Error> {
-        let lock_timeout = lock_timeout.map(|timeout| format!("{}ms", timeout.as_millis().clamp(1, 86_400_000)));
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
         for attempt in 0..TRIES {
             let is_first = attempt == 0;
@@ -43,10 +42,9 @@ impl Connection<'_> {
                 .bind(micros(claim.lease))
                 .bind(micros(claim.retention));
             if !is_first {
-                statement = statement
-                    .bind(if_lost(claim.if_lost))
-                    .bind(attempts)
-                    .bind(lock_timeout.clone());
+                let lock_timeout =
+                    lock_timeout.map(|timeout| format!("{}ms", timeout.as_millis().clamp(1, 86_400_000)));
+                statement = statement.bind(if_lost(claim.if_lost)).bind(attempts).bind(lock_timeout);
             }
             let Some(Row { changed, seen }) = self.ask(statement).await? else {
                 continue;
