@@ -5,13 +5,16 @@
 
 use std::fmt;
 use std::future::Future;
+use std::panic::catch_unwind;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_timer::Delay;
 use pin_project_lite::pin_project;
+use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, Sleep};
 
 /// A moment by the clock of a store: microseconds since the Unix epoch.
@@ -102,10 +105,12 @@ impl Clock {
         Self(Source::Manual(Arc::new(AtomicU64::new(start.0))))
     }
 
-    /// Moves a manual clock forward; clocks of the machine cannot be moved and ignore the call.
+    /// Moves a manual clock forward, at most to [`Timestamp::MAX`]. The machine's clock ignores the call.
     pub fn advance(&self, duration: Duration) {
         if let Source::Manual(now) = &self.0 {
-            now.fetch_add(micros(duration), Ordering::SeqCst);
+            let later = |now| Some(Timestamp(now).saturating_add(duration).0);
+            // The function always returns a time, so the update cannot fail.
+            let _ = now.fetch_update(Ordering::SeqCst, Ordering::SeqCst, later);
         }
     }
 
@@ -153,8 +158,93 @@ impl Deadline {
         self.0.saturating_duration_since(Instant::now())
     }
 
-    pub(crate) fn sleep(self) -> Sleep {
-        tokio::time::sleep_until(self.0)
+    pub(crate) fn sleep(self) -> Timer {
+        Timer::at(self)
+    }
+}
+
+/// A timer that ends after `duration`.
+pub(crate) fn sleep(duration: Duration) -> Timer {
+    Deadline::after(duration).sleep()
+}
+
+pin_project! {
+    /// A timer for every runtime: tokio's where the runtime has timers, otherwise that of a thread of this process.
+    ///
+    /// A tokio runtime that was built without `enable_time` panics when a timer is made, and tokio gives no way to ask first.
+    /// The panic is caught once for each such runtime, and logged. From then on the thread serves this runtime.
+    #[project = TimerProjection]
+    #[derive(Debug)]
+    pub(crate) enum Timer {
+        Tokio { #[pin] sleep: Sleep },
+        Thread { #[pin] delay: Delay },
+    }
+}
+
+impl Timer {
+    fn at(deadline: Deadline) -> Self {
+        if let Some(runtime) = Handle::try_current().ok().map(|runtime| runtime.id()) {
+            if !WithoutTimers::includes(runtime) {
+                if let Ok(sleep) = catch_unwind(move || tokio::time::sleep_until(deadline.0)) {
+                    return Self::Tokio { sleep };
+                }
+                WithoutTimers::add(runtime);
+            }
+        }
+        let delay = Delay::new(deadline.left());
+        Self::Thread { delay }
+    }
+
+    /// A timer that does not find out whether the runtime has timers, for tasks that start in runtimes which may have no need of
+    /// any. It still follows tokio's time where a test has paused it.
+    #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
+    pub(crate) fn of_any_runtime(duration: Duration) -> Self {
+        let (before, real, after) = (Instant::now(), std::time::Instant::now(), Instant::now());
+        if before.into_std() <= real && real <= after.into_std() {
+            let delay = Delay::new(duration);
+            return Self::Thread { delay };
+        }
+        let sleep = tokio::time::sleep(duration);
+        Self::Tokio { sleep }
+    }
+}
+
+impl Future for Timer {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        match self.project() {
+            TimerProjection::Tokio { sleep } => sleep.poll(cx),
+            TimerProjection::Thread { delay } => delay.poll(cx),
+        }
+    }
+}
+
+/// The runtimes of this process that are known to have no timers: the last 64 of them.
+struct WithoutTimers;
+
+static ANY_WITHOUT_TIMERS: AtomicBool = AtomicBool::new(false);
+static WITHOUT_TIMERS: Mutex<Vec<Id>> = Mutex::new(Vec::new());
+
+impl WithoutTimers {
+    /// Takes no lock in a process whose runtimes all have timers.
+    fn includes(runtime: Id) -> bool {
+        ANY_WITHOUT_TIMERS.load(Ordering::Acquire)
+            && WITHOUT_TIMERS
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .contains(&runtime)
+    }
+
+    fn add(runtime: Id) {
+        const MOST: usize = 64;
+        tracing::warn!("the tokio runtime has no timers, so a thread of its own times requests; call `enable_time`");
+        let mut known = WITHOUT_TIMERS.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MOST {
+            known.remove(0);
+        }
+        known.push(runtime);
+        ANY_WITHOUT_TIMERS.store(true, Ordering::Release);
     }
 }
 
@@ -184,7 +274,7 @@ pin_project! {
         future: F,
         limit: Duration,
         // In a box: most futures are ready at once, and should not carry the room for it.
-        timer: Option<Pin<Box<Sleep>>>,
+        timer: Option<Pin<Box<Timer>>>,
     }
 }
 

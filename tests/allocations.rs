@@ -73,20 +73,26 @@ fn a_request_that_is_not_covered_is_not_buffered_boxed_or_copied() {
 }
 
 #[test]
-fn a_large_answer_is_kept_and_replayed_without_a_copy() {
+fn a_large_response_is_copied_once_for_the_store_and_replayed_without_a_copy() {
+    const OTHER: u64 = 32 << 10;
     let body = Bytes::from(vec![7; 512 << 10]);
     let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
+    let mut given = Vec::new();
     for n in 0..3 {
         let (info, response) = allocated(&mut layer, request("POST", Some("k"), &body));
+        // The store keeps a copy, because the response may be a slice of a larger buffer.
+        let copied = if n == 0 { 512 << 10 } else { 0 };
         assert!(
-            info.bytes_total < 32 << 10,
+            (copied..copied + OTHER).contains(&info.bytes_total),
             "{} bytes for request {n}",
             info.bytes_total
         );
         assert_eq!(response.headers().contains_key("idempotent-replayed"), n > 0);
-        let answer = block_on(response.into_body().collect()).unwrap().to_bytes();
-        assert_eq!(answer.as_ptr(), body.as_ptr());
+        given.push(block_on(response.into_body().collect()).unwrap().to_bytes());
     }
+    assert_eq!(given[0].as_ptr(), body.as_ptr());
+    assert_eq!(given[1].as_ptr(), given[2].as_ptr());
+    assert_eq!(given[2], body);
 }
 
 #[test]
@@ -120,8 +126,8 @@ fn a_record_takes_as_much_memory_as_the_docs_say() {
     });
     let each = held.bytes_current / i64::from(RECORDS);
     println!("{each} bytes for a record with its small answer");
-    // "0.8 to 0.9 KiB each with an answer of a few bytes", in the docs of `MemoryStore`; tables that grow make it vary.
-    assert!((500..1_000).contains(&each), "{each} bytes for a record");
+    // "0.5 to 0.7 KiB each with an answer of a few bytes", in the docs of `MemoryStore`; tables that grow make it vary.
+    assert!((400..800).contains(&each), "{each} bytes for a record");
 }
 
 /// A client that names the host, as hyper-util's does.

@@ -125,3 +125,20 @@ fn features_show_in_few_places() {
         );
     }
 }
+
+/// A runtime may have no timers, and tokio's then panic. `clock` has timers for every runtime.
+#[test]
+fn only_the_clock_makes_timers() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    // The driver of PostgreSQL needs the runtime's timers itself; the conformance suite belongs to tests.
+    let excepted = |file: &Path| {
+        file.ends_with("clock.rs")
+            || file.ends_with("postgres/watch.rs")
+            || file.to_string_lossy().contains("/conformance/")
+    };
+    for file in sources(&src).iter().filter(|file| !excepted(file)) {
+        let source = fs::read_to_string(file).unwrap();
+        let timers = source.matches("tokio::time::").count();
+        assert_eq!(timers, 0, "{}: take timers from `crate::clock`", file.display());
+    }
+}

@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use super::attempt::{Attempt, Found};
 use super::held::Held;
 use super::terms::Terms;
-use crate::clock::{within, Deadline};
+use crate::clock::{sleep, within, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
@@ -298,7 +298,7 @@ impl<St: Store + Clone> Job<St> {
 
     /// What became of the attempt before this one. A check that panics has found nothing out.
     async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Found<Ended<W::Given>> {
-        tokio::time::sleep(self.terms.settling).await;
+        sleep(self.terms.settling).await;
         unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
     }
 
@@ -360,7 +360,7 @@ impl<St: Store + Clone> Job<St> {
         let completing = patience.persist(|| self.store.complete(&self.key, owner, outcome, retention));
         let completion = completing.await;
         if let Err(error) = &completion {
-            self.end_behind(error, owner, End::Completed(outcome.clone(), retention));
+            self.end_behind(error, owner, End::completed(outcome, retention));
         }
         completion
     }

@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::attempt::Attempt;
 use super::engine::Job;
+use crate::clock::sleep;
 use crate::protocol::{Owner, Renewal};
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
@@ -72,7 +73,7 @@ impl<St: Store> Drop for Held<'_, St> {
 async fn renew<St: Store>(store: St, attempt: Attempt, lease: Duration, timeout: Duration) {
     let owner = attempt.grant().owner;
     while attempt.is_held() {
-        tokio::time::sleep(lease / 3).await;
+        sleep(lease / 3).await;
         // A completed record is locked until its transaction ends, which keeps others out.
         if attempt.is_completed() {
             continue;

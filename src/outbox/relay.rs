@@ -10,7 +10,7 @@ use futures::FutureExt;
 
 use super::message::OutboxMessage;
 use super::table::{Claim, Outbox, Taken, Terms};
-use crate::clock::{within, Deadline};
+use crate::clock::{sleep, within, Deadline};
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 
@@ -187,7 +187,7 @@ where
                     self.until_next_look()
                 }
             };
-            tokio::time::sleep(pause).await;
+            sleep(pause).await;
         }
     }
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use rand::Rng;
 
 use super::{Fingerprint, StorageKey};
+use crate::clock::Timestamp;
 
 /// 128 random bits by which a claim and its owner are recognised. Chosen *before* the claim, so that a claim whose reply was
 /// lost can be repeated.
@@ -58,6 +59,11 @@ impl Fence {
     #[must_use]
     pub const fn as_u64(self) -> u64 {
         self.0
+    }
+
+    /// The fence of an attempt that begins at `now` and comes after the attempt with this fence.
+    pub(crate) fn next(self, now: Timestamp) -> Self {
+        Self(now.as_micros().max(self.0.saturating_add(1)))
     }
 }
 
@@ -161,6 +167,20 @@ impl Answer {
         self.head.len() + self.body.len()
     }
 
+    /// Copies head and body into one allocation of exactly their length.
+    ///
+    /// The bytes of an answer may be slices of far larger buffers: of a cache, of a file, of a connection. A store that keeps them in
+    /// this process and counts them must keep a copy, or it holds more than it counts.
+    #[must_use]
+    pub fn to_exact(&self) -> Self {
+        let mut whole = Vec::with_capacity(self.len());
+        whole.extend_from_slice(&self.head);
+        whole.extend_from_slice(&self.body);
+        let mut head = Bytes::from(whole);
+        let body = head.split_off(self.head.len());
+        Self { head, body }
+    }
+
     /// Whether head and body are empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -182,6 +202,16 @@ pub enum Outcome {
     Kept(Answer),
     /// With an answer that is not kept: nobody runs again, and nobody gets it.
     Tombstone,
+}
+
+impl Outcome {
+    /// The same outcome, with an answer that holds no memory beyond its own bytes.
+    pub(crate) fn to_exact(&self) -> Self {
+        match self {
+            Self::Kept(answer) => Self::Kept(answer.to_exact()),
+            Self::Tombstone => Self::Tombstone,
+        }
+    }
 }
 
 /// The answer to a renewal.

@@ -117,8 +117,18 @@ impl Record {
     /// Answers a claim.
     #[must_use]
     pub fn claim(record: Option<&Self>, claim: &Claim, now: Timestamp) -> Transition<Decision> {
+        Self::claim_above(record, claim, now, Fence::default())
+    }
+
+    /// Answers a claim with a fence greater than `floor`, for stores that remember the fences of records that are gone (I9).
+    pub(crate) fn claim_above(
+        record: Option<&Self>,
+        claim: &Claim,
+        now: Timestamp,
+        floor: Fence,
+    ) -> Transition<Decision> {
         let Some(record) = Self::live(record, now) else {
-            return Self::first(claim, now);
+            return Self::first(claim, now, floor);
         };
         if record.fingerprint != claim.fingerprint {
             return Transition::keep(Decision::Mismatch);
@@ -129,7 +139,7 @@ impl Record {
             State::Unknown => Transition::keep(Decision::Unknown),
             // The reply to this very claim was lost: the same grant again, of the same kind.
             State::InFlight { .. } if record.owner.nonce == claim.nonce => record.clone().granted(claim, now),
-            State::InFlight { until } => record.contended(*until, claim, now),
+            State::InFlight { until } => record.contended(*until, claim, now, floor),
         }
     }
 
@@ -254,6 +264,11 @@ impl Record {
         self
     }
 
+    /// The fence of the current or last attempt.
+    pub(crate) const fn fence(&self) -> Fence {
+        self.owner.fence
+    }
+
     /// Whether the record has ended.
     #[must_use]
     pub const fn is_completed(&self) -> bool {
@@ -268,12 +283,12 @@ impl Record {
         record.filter(|record| !record.is_expired(now))
     }
 
-    fn first(claim: &Claim, now: Timestamp) -> Transition<Decision> {
+    fn first(claim: &Claim, now: Timestamp, floor: Fence) -> Transition<Decision> {
         let record = Self {
             fingerprint: claim.fingerprint,
             owner: Owner {
                 nonce: claim.nonce,
-                fence: Fence::new(now.as_micros().max(1)),
+                fence: floor.next(now),
             },
             attempt: 1,
             kind: GrantKind::Execute,
@@ -286,7 +301,7 @@ impl Record {
     }
 
     /// A key that somebody else holds, or held until its lease ran out.
-    fn contended(&self, until: Timestamp, claim: &Claim, now: Timestamp) -> Transition<Decision> {
+    fn contended(&self, until: Timestamp, claim: &Claim, now: Timestamp, floor: Fence) -> Transition<Decision> {
         let until_at_most = self.until_at_most(until, now);
         if now < until_at_most {
             let left = until_at_most.saturating_since(now);
@@ -309,7 +324,7 @@ impl Record {
         let taken_over = Self {
             owner: Owner {
                 nonce: claim.nonce,
-                fence: Fence::new(now.as_micros().max(self.owner.fence.as_u64().saturating_add(1))),
+                fence: self.owner.fence.max(floor).next(now),
             },
             attempt: self.attempt.saturating_add(1),
             kind,

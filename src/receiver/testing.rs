@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures::future::join;
 
 use super::receipt::Disposition;
+use crate::clock::sleep;
 
 /// How a message is delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -178,7 +179,7 @@ where
     for _ in 0..MOST_DELIVERIES {
         last = deliver(message(number)).await;
         match last {
-            Disposition::Redeliver(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Disposition::Redeliver(_) => sleep(Duration::from_millis(10)).await,
             Disposition::Acknowledge | Disposition::Reject => break,
         }
     }

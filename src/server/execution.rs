@@ -360,7 +360,7 @@ impl<St: Store, S> Exchange<St, S> {
             None => Ok(Completion::Superseded(None)),
         };
         if let Err(error) = &completion {
-            self.end_behind(error, End::Completed(outcome.clone(), retention));
+            self.end_behind(error, End::completed(outcome, retention));
         }
         completion
     }

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 
 use super::flights::{Flight, Flights, Joined, Landing};
 use super::settings::Waiting;
+use crate::clock::sleep;
 use crate::job::Drain;
 use crate::protocol::{Grant, Owner, Renewal};
 use crate::store::{in_time, Store};
@@ -221,7 +222,7 @@ async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing
     // Each runs by itself: one that hangs must not hold up the others.
     let mut renewals = FuturesUnordered::new();
     loop {
-        let mut tick = pin!(tokio::time::sleep(TICK));
+        let mut tick = pin!(sleep(TICK));
         while !renewals.is_empty() {
             if let Either::Left(_) = select(tick.as_mut(), renewals.next()).await {
                 break;

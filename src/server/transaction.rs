@@ -19,7 +19,7 @@ use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::policy::Verdict;
 use super::settings::Values;
-use crate::clock::Deadline;
+use crate::clock::{sleep, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Owner, Renewal, Status, StorageKey};
@@ -259,7 +259,7 @@ async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, k
     let mut pause = Duration::from_millis(100);
     let deadline = Deadline::after(settings.patience().behind().in_all);
     while !deadline.left().is_zero() {
-        tokio::time::sleep(pause.min(deadline.left())).await;
+        sleep(pause.min(deadline.left())).await;
         pause = LONGEST_PAUSE.min(pause * 2);
         match in_time(settings.store_timeout, end(&shared.store, &settings, &key, owner)).await {
             Ok(()) => return telemetry::event(Event::DecidedBehind),

@@ -15,6 +15,11 @@ pub(crate) enum End {
 }
 
 impl End {
+    /// The end with this outcome. Holds an exact copy of its bytes, since they are counted while they wait for the store.
+    pub(crate) fn completed(outcome: &Outcome, retention: Duration) -> Self {
+        Self::Completed(outcome.to_exact(), retention)
+    }
+
     /// What it takes of memory.
     pub(crate) fn bytes(&self) -> usize {
         match self {

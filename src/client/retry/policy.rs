@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use http::{Method, Request, Response};
 use pin_project_lite::pin_project;
-use tokio::time::Sleep;
 use tower::retry::budget::{Budget, TpsBudget};
 use tower::retry::Policy;
 
@@ -18,7 +17,7 @@ use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
 use super::after::retry_after;
 use super::body::CloneBody;
 use super::report::Report;
-use crate::clock::Deadline;
+use crate::clock::{sleep, Deadline, Timer};
 
 /// Decides for `tower::retry` what is sent again: only what has a key, or is idempotent by its method (RFC 9110 section 9.2.2).
 ///
@@ -213,9 +212,7 @@ where
             return None;
         }
         let pause = self.pause(result)?;
-        self.settings.budget.withdraw().then(|| Pause {
-            sleep: Deadline::after(pause).sleep(),
-        })
+        self.settings.budget.withdraw().then(|| Pause { sleep: sleep(pause) })
     }
 
     fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
@@ -256,7 +253,7 @@ pin_project! {
     #[derive(Debug)]
     pub struct Pause {
         #[pin]
-        sleep: Sleep,
+        sleep: Timer,
     }
 }
 

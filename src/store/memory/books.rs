@@ -1,4 +1,8 @@
 //! The books of a memory store: what is open, what is done, and what it costs.
+//!
+//! Two rules keep the books right whatever the order in which threads and clocks move. The shard of a key orders everything that
+//! happens to it, so the time is read under its lock: a time from before would let a fence or an expiry go back. And moka only
+//! holds the records. When one may go is decided by the clock of the store, never by moka's own.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,29 +12,34 @@ use std::time::Duration;
 use moka::sync::Cache;
 use tokio::sync::Notify;
 
-use super::freeing::{Done, FreeExpired};
-use super::ledger::{KeptAnswer, Ledger};
+use super::ledger::{AgedAnswer, Ledger};
 use super::{Counted, Figures, MemoryWatch};
 use crate::clock::{Clock, Timestamp};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Answer, Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal,
-    Resolution, Resolved, Snapshot, StorageKey, Transition,
+    Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal, Resolution,
+    Resolved, Snapshot, StorageKey, Transition,
 };
 use crate::sharded::{lock, Sharded};
 
 pub(super) struct Books {
     clock: Clock,
     record_budget: u64,
+    byte_budget: u64,
     /// Everything that has not ended: in flight, lost, unknown.
     open: Sharded<StorageKey, Open, KeyHasher>,
-    /// Everything that has ended. A key is never in neither: it enters here before it leaves `open`.
-    done: Cache<StorageKey, Arc<Done>, KeyHasher>,
+    /// Everything that has ended. A live key is never in neither: it enters here before it leaves `open`.
+    done: Cache<StorageKey, Arc<Record>, KeyHasher>,
     ledger: Mutex<Ledger>,
+    /// The highest fence of any key. It outlives the records, so that a fence grows even after a release and when the clock
+    /// stands still or goes back (I9).
+    last_fence: AtomicU64,
     records: AtomicU64,
     in_flight: AtomicU64,
     waiters: Arc<AtomicU64>,
     pub(super) sweeping: AtomicBool,
+    /// Ends the sweeping task together with the store.
+    pub(super) closed: Arc<Notify>,
 }
 
 struct Open {
@@ -40,53 +49,77 @@ struct Open {
 
 type Shard = HashMap<StorageKey, Open, KeyHasher>;
 
+/// How many expired records are freed in one go.
+const PORTION: usize = 256;
+
 impl Books {
     pub(super) fn new(clock: Clock, record_budget: u64, byte_budget: u64) -> Self {
         let hasher = KeyHasher::random();
         Self {
             clock,
             record_budget,
+            byte_budget,
             open: Sharded::new(hasher.clone()),
-            done: Cache::builder().expire_after(FreeExpired).build_with_hasher(hasher),
+            done: Cache::builder().build_with_hasher(hasher),
             ledger: Mutex::new(Ledger::new(byte_budget)),
+            last_fence: AtomicU64::new(0),
             records: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
             waiters: Arc::default(),
             sweeping: AtomicBool::new(false),
+            closed: Arc::default(),
         }
     }
 
     pub(super) fn claim(self: &Arc<Self>, claim: &Claim) -> Result<Decision, Error> {
+        const FULL: Error = Error::new(
+            ErrorKind::StoreFull,
+            "the memory store has reached its record budget; raise it to new keys per second × retention in seconds",
+        );
         self.start_sweeper();
         // The owner lives as long as the store, so its lease has no end.
         let claim = Claim {
             lease: Duration::MAX,
             ..claim.clone()
         };
-        let now = self.clock.now();
+        let mut decision = self.try_claim(&claim);
+        let mut is_more_expired = true;
+        while decision.is_none() && is_more_expired {
+            is_more_expired = self.free_some();
+            decision = self.try_claim(&claim);
+        }
+        decision.map(unleased).ok_or(FULL)
+    }
+
+    /// Decides a claim; `None` where a new record exceeds the budget.
+    fn try_claim(&self, claim: &Claim) -> Option<Decision> {
         let mut shard = self.open.lock(&claim.key);
-        let decision = match shard.get_mut(&claim.key) {
-            Some(open) if !open.record.is_expired(now) => {
-                let transition = Record::claim(Some(&open.record), &claim, now);
-                if let Change::Put(record) = transition.change {
-                    open.record = record;
-                }
-                transition.reply
+        let now = self.clock.now();
+        let floor = Fence::new(self.last_fence.load(Ordering::Relaxed));
+        if let Some(open) = shard.get_mut(&claim.key).filter(|open| !open.record.is_expired(now)) {
+            let transition = Record::claim_above(Some(&open.record), claim, now, floor);
+            if let Change::Put(record) = transition.change {
+                self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
+                open.record = record;
             }
-            expired => {
-                let reserved = expired.is_some();
-                let done = self.done.get(&claim.key);
-                let transition = Record::claim(done.as_ref().map(|done| &done.record), &claim, now);
-                if let Change::Put(record) = transition.change {
-                    if !reserved {
-                        self.reserve(now)?;
-                    }
-                    shard.insert(claim.key, Open { record, watchers: None });
+            return Some(transition.reply);
+        }
+        let done = self.done.get(&claim.key);
+        let transition = Record::claim_above(done.as_deref(), claim, now, floor);
+        if let Change::Put(record) = transition.change {
+            self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
+            // The new record takes over the place of one that has expired.
+            match (shard.remove(&claim.key), done) {
+                (Some(abandoned), _) => abandoned.wake(),
+                (None, Some(done)) => {
+                    self.remove_done(&claim.key, &done);
+                    self.in_flight.fetch_add(1, Ordering::Relaxed);
                 }
-                transition.reply
+                (None, None) => self.reserve()?,
             }
-        };
-        Ok(unleased(decision))
+            shard.insert(claim.key, Open { record, watchers: None });
+        }
+        Some(transition.reply)
     }
 
     pub(super) fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Renewal {
@@ -102,8 +135,9 @@ impl Books {
         outcome: &Outcome,
         retention: Duration,
     ) -> Completion {
+        let outcome = self.to_keep(outcome);
         self.change_open(key, |record, now| {
-            Record::complete(record, owner, outcome, retention, now)
+            Record::complete(record, owner, &outcome, retention, now)
         })
     }
 
@@ -112,15 +146,19 @@ impl Books {
     }
 
     pub(super) fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Resolved {
-        self.change_open(key, |record, now| Record::resolve(record, fence, resolution, now))
+        let resolution = match resolution {
+            Resolution::Completed(outcome, retention) => Resolution::Completed(self.to_keep(outcome), *retention),
+            Resolution::Absent => Resolution::Absent,
+        };
+        self.change_open(key, |record, now| Record::resolve(record, fence, &resolution, now))
     }
 
     pub(super) fn peek(&self, key: &StorageKey) -> Option<Snapshot> {
-        let now = self.clock.now();
         let shard = self.open.lock(key);
+        let now = self.clock.now();
         match shard.get(key) {
             Some(open) => Record::peek(Some(&open.record), now),
-            None => Record::peek(self.done.get(key).as_ref().map(|done| &done.record), now),
+            None => Record::peek(self.done.get(key).as_deref(), now),
         }
     }
 
@@ -142,19 +180,22 @@ impl Books {
         key: &StorageKey,
         transition: impl FnOnce(Option<&Record>, Timestamp) -> Transition<R>,
     ) -> R {
-        let now = self.clock.now();
-        let mut shrinking = Vec::new();
         let mut shard = self.open.lock(key);
+        let now = self.clock.now();
         let Some(open) = shard.get_mut(key) else {
-            return transition(self.done.get(key).as_ref().map(|done| &done.record), now).reply;
+            return transition(self.done.get(key).as_deref(), now).reply;
         };
         let Transition { reply, change } = transition(Some(&open.record), now);
         match change {
-            Change::Keep => return reply,
+            Change::Keep => {}
             Change::Put(record) if record.is_completed() => {
-                let record = self.settle(key, record, now, &mut shrinking);
-                self.done.insert(*key, Arc::new(Done::new(record, now)));
+                let exceeds = lock(&self.ledger).enter(key, &record);
+                self.done.insert(*key, Arc::new(record));
                 self.close(&mut shard, key);
+                drop(shard);
+                if exceeds {
+                    self.shrink_oldest();
+                }
             }
             Change::Put(record) => {
                 open.record = record;
@@ -165,25 +206,25 @@ impl Books {
                 self.close(&mut shard, key);
             }
         }
-        drop(shard);
-        shrinking.iter().for_each(|answer| self.shrink(answer, now));
         reply
     }
 
-    /// Reserves a record, or refuses.
-    fn reserve(&self, now: Timestamp) -> Result<(), Error> {
-        const FULL: Error = Error::new(
-            ErrorKind::StoreFull,
-            "the memory store has reached its record budget; raise it to new keys per second × retention in seconds",
-        );
-        if !self.try_reserve() {
-            self.strike_expired(now);
-            if !self.try_reserve() {
-                return Err(FULL);
+    /// An outcome as it is stored: an exact copy, since its bytes may be slices of larger buffers, and what is counted must be what
+    /// is held. An answer over the whole budget becomes a tombstone.
+    fn to_keep(&self, outcome: &Outcome) -> Outcome {
+        match outcome {
+            Outcome::Kept(answer) if u64::try_from(answer.len()).is_ok_and(|len| len <= self.byte_budget) => {
+                outcome.to_exact()
             }
+            Outcome::Kept(_) | Outcome::Tombstone => Outcome::Tombstone,
         }
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+    }
+
+    /// Reserves a record, or refuses.
+    fn reserve(&self) -> Option<()> {
+        self.try_reserve().then(|| {
+            self.in_flight.fetch_add(1, Ordering::Relaxed);
+        })
     }
 
     fn try_reserve(&self) -> bool {
@@ -194,23 +235,7 @@ impl Books {
         false
     }
 
-    /// Enters a record that has ended in the ledger and returns it as it is to be stored.
-    fn settle(&self, key: &StorageKey, record: Record, now: Timestamp, shrinking: &mut Vec<KeptAnswer>) -> Record {
-        let expires = record.expires_at();
-        let mut ledger = lock(&self.ledger);
-        match record.answer().map(size) {
-            Some(bytes) if ledger.fits(bytes) => {
-                ledger.enter_kept(*key, expires, bytes, now, |answer| shrinking.push(answer));
-                record
-            }
-            _ => {
-                ledger.enter_tombstone(expires);
-                record.into_tombstone()
-            }
-        }
-    }
-
-    /// Takes a record out of `open` and wakes who watched it.
+    /// Takes a record out of `open` and wakes its watchers.
     fn close(&self, shard: &mut Shard, key: &StorageKey) {
         if let Some(open) = shard.remove(key) {
             self.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -218,35 +243,69 @@ impl Books {
         }
     }
 
-    /// Turns an answer into a tombstone, unless its record has gone since.
-    fn shrink(&self, answer: &KeptAnswer, now: Timestamp) {
-        let _shard = self.open.lock(&answer.key);
-        let Some(done) = self.done.get(&answer.key) else { return };
-        if done.record.expires_at() == answer.expires {
-            let tombstone = done.record.clone().into_tombstone();
-            self.done.insert(answer.key, Arc::new(Done::new(tombstone, now)));
+    /// Turns the oldest answers into tombstones until the budget holds. Locks one shard at a time; the caller holds none.
+    fn shrink_oldest(&self) {
+        loop {
+            let oldest = lock(&self.ledger).pop_oldest();
+            let Some(oldest) = oldest else { return };
+            self.shrink(&oldest);
         }
     }
 
-    fn strike_expired(&self, now: Timestamp) {
-        let expired = lock(&self.ledger).expire(now);
-        self.records.fetch_sub(expired, Ordering::Relaxed);
+    /// Turns an answer into a tombstone, unless its record has gone since.
+    fn shrink(&self, answer: &AgedAnswer) {
+        let _shard = self.open.lock(&answer.key);
+        let Some(done) = self.done.get(&answer.key).filter(|done| done.fence() == answer.fence) else {
+            return;
+        };
+        lock(&self.ledger).count_off(&done);
+        let tombstone = Record::clone(&done).into_tombstone();
+        self.done.insert(answer.key, Arc::new(tombstone));
     }
 
-    pub(super) fn sweep(&self) {
+    /// Takes a record out of `done`. The caller holds the lock of its shard, and counts the record itself.
+    fn remove_done(&self, key: &StorageKey, done: &Record) {
+        lock(&self.ledger).count_off(done);
+        self.done.invalidate(key);
+    }
+
+    /// Frees a portion of the completed records that have expired. Returns whether there may be more.
+    pub(super) fn free_some(&self) -> bool {
         let now = self.clock.now();
-        self.strike_expired(now);
+        let expired = lock(&self.ledger).pop_expired(now, PORTION);
+        for key in &expired {
+            let _shard = self.open.lock(key);
+            // A record that took its place has an entry of its own.
+            if let Some(done) = self.done.get(key).filter(|done| done.is_expired(now)) {
+                self.remove_done(key, &done);
+                self.records.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        expired.len() == PORTION
+    }
+
+    /// Frees the records that expired without an end: given up, or of unknown outcome.
+    pub(super) fn free_abandoned(&self) {
         let mut abandoned = 0;
         self.open.each(|shard| {
+            let now = self.clock.now();
             shard.retain(|_, open| {
                 let expired = open.record.is_expired(now);
-                abandoned += u64::from(expired);
+                if expired {
+                    abandoned += 1;
+                    open.wake();
+                }
                 !expired
             });
         });
         self.records.fetch_sub(abandoned, Ordering::Relaxed);
         self.in_flight.fetch_sub(abandoned, Ordering::Relaxed);
         self.done.run_pending_tasks();
+    }
+
+    pub(super) fn sweep(&self) {
+        while self.free_some() {}
+        self.free_abandoned();
     }
 
     pub(super) fn figures(&self) -> Figures {
@@ -279,8 +338,4 @@ fn unleased(decision: Decision) -> Decision {
         }
         other => other,
     }
-}
-
-fn size(answer: &Answer) -> u64 {
-    u64::try_from(answer.len()).unwrap_or(u64::MAX)
 }

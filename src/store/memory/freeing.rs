@@ -1,94 +1,74 @@
-//! How a memory store frees what has expired: moka's own expiry, driven by a task of the store.
+//! The task of a memory store that frees expired records.
 
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use moka::Expiry;
+use futures::future::{select, Either};
 use tokio::runtime::Handle;
 
 use super::books::Books;
 use super::Figures;
-use crate::clock::Timestamp;
-use crate::protocol::{Record, StorageKey};
+use crate::clock::Timer;
 use crate::telemetry;
 
 impl Books {
-    /// Makes sure that the sweeper runs, where there is a runtime to run it.
+    /// Starts the sweeping task, unless it runs. Outside of a runtime, every claim frees a few records instead.
     pub(super) fn start_sweeper(self: &Arc<Self>) {
         if self.sweeping.load(Ordering::Relaxed) {
             return;
         }
-        let Ok(runtime) = Handle::try_current() else { return };
+        let Ok(runtime) = Handle::try_current() else {
+            self.free_some();
+            return;
+        };
         if !self.sweeping.swap(true, Ordering::Relaxed) {
             runtime.spawn(sweep_every_second(Sweeper(Arc::downgrade(self))));
         }
     }
 }
 
-/// The store that a sweeping task works for. Dropped with its runtime, it lets the next claim start another.
+impl Drop for Books {
+    fn drop(&mut self) {
+        self.closed.notify_one();
+    }
+}
+
+/// The store that a sweeping task works for. If it drops with its runtime, the next claim starts another task.
 struct Sweeper(Weak<Books>);
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
-        if let Some(inner) = self.0.upgrade() {
-            inner.sweeping.store(false, Ordering::Relaxed);
+        if let Some(books) = self.0.upgrade() {
+            books.sweeping.store(false, Ordering::Relaxed);
         }
     }
 }
 
 async fn sweep_every_second(sweeper: Sweeper) {
+    const SECOND: Duration = Duration::from_secs(1);
+    let Some(closed) = sweeper.0.upgrade().map(|books| Arc::clone(&books.closed)) else {
+        return;
+    };
     loop {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        match sweeper.0.upgrade() {
-            Some(inner) => {
-                inner.sweep();
-                let Figures {
-                    records,
-                    bytes,
-                    in_flight,
-                    waiters,
-                } = inner.figures();
-                telemetry::store_figures(records, bytes, in_flight, waiters);
-            }
-            None => return,
+        // Of its own accord: the runtime may have no timers, and a claim must not spawn a task that panics.
+        let tick = pin!(Timer::of_any_runtime(SECOND));
+        if let Either::Right(_) = select(tick, pin!(closed.notified())).await {
+            return;
         }
-    }
-}
-
-/// A record that has ended, with the time after which its memory may be freed.
-pub(super) struct Done {
-    pub(super) record: Record,
-    free_after: Duration,
-}
-
-impl Done {
-    pub(super) fn new(record: Record, now: Timestamp) -> Self {
-        // moka counts in nanoseconds; no process lives for a century.
-        const CENTURY: Duration = Duration::from_secs(100 * 365 * 86_400);
-        let left = record.expires_at().saturating_since(now);
-        Self {
-            record,
-            free_after: left.min(CENTURY) + Duration::from_secs(1),
+        while sweeper.0.upgrade().is_some_and(|books| books.free_some()) {
+            // Other tasks of this runtime come between the portions.
+            tokio::task::yield_now().await;
         }
-    }
-}
-
-/// Tells moka when it may free a record. The record itself decides whether it has expired; this only comes after.
-pub(super) struct FreeExpired;
-
-impl Expiry<StorageKey, Arc<Done>> for FreeExpired {
-    fn expire_after_create(&self, _: &StorageKey, done: &Arc<Done>, _: Instant) -> Option<Duration> {
-        Some(done.free_after)
-    }
-
-    fn expire_after_update(
-        &self,
-        _: &StorageKey,
-        done: &Arc<Done>,
-        _: Instant,
-        _: Option<Duration>,
-    ) -> Option<Duration> {
-        Some(done.free_after)
+        let Some(books) = sweeper.0.upgrade() else { return };
+        books.free_abandoned();
+        let Figures {
+            records,
+            bytes,
+            in_flight,
+            waiters,
+        } = books.figures();
+        telemetry::store_figures(records, bytes, in_flight, waiters);
     }
 }

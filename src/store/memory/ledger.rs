@@ -1,35 +1,30 @@
-//! What a memory store holds and what it costs: records by the second in which they expire, kept answers by age.
+//! The ledger of a memory store: completed records by the second in which they expire, their answers by age.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::clock::Timestamp;
-use crate::protocol::StorageKey;
+use crate::protocol::{Fence, Record, StorageKey};
 
-/// Counts completed records and the bytes of their answers. Knows nothing of the cache that holds them: what it says follows
-/// from the records' own expiry, whenever the cache gets round to freeing them.
+/// Knows which completed records may be due for removal, and how many bytes of answers the store holds.
+///
+/// The ledger only proposes: the store looks each proposed record up under the lock of its shard. It counts bytes off when
+/// it removes or shrinks a record, with the size that this record has then. An entry whose record has gone meanwhile is
+/// therefore harmless, in whatever order clocks and locks let things happen.
 #[derive(Debug)]
 pub(super) struct Ledger {
     byte_budget: u64,
     bytes: u64,
-    kept: usize,
-    by_age: VecDeque<KeptAnswer>,
-    by_second: BTreeMap<u64, Second>,
+    answers: usize,
+    by_age: VecDeque<AgedAnswer>,
+    by_second: BTreeMap<u64, Vec<StorageKey>>,
 }
 
-/// A kept answer that may have to shrink.
+/// An answer that may have to shrink: that of the attempt with this fence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct KeptAnswer {
+pub(super) struct AgedAnswer {
     pub(super) key: StorageKey,
-    pub(super) expires: Timestamp,
-    bytes: u64,
-}
-
-/// The records that expire within one second.
-#[derive(Debug, Default)]
-struct Second {
-    records: u64,
-    kept: usize,
-    bytes: u64,
+    pub(super) fence: Fence,
+    expires: Timestamp,
 }
 
 impl Ledger {
@@ -37,7 +32,7 @@ impl Ledger {
         Self {
             byte_budget,
             bytes: 0,
-            kept: 0,
+            answers: 0,
             by_age: VecDeque::new(),
             by_second: BTreeMap::new(),
         }
@@ -47,74 +42,55 @@ impl Ledger {
         self.bytes
     }
 
-    /// Whether an answer of this size can be kept at all.
-    pub(super) const fn fits(&self, bytes: u64) -> bool {
-        bytes <= self.byte_budget
+    /// Enters a record that has completed. Returns whether the answers now exceed the budget.
+    pub(super) fn enter(&mut self, key: &StorageKey, record: &Record) -> bool {
+        let expires = record.expires_at();
+        self.by_second.entry(second_of(expires)).or_default().push(*key);
+        if let Some(answer) = record.answer() {
+            self.answers += 1;
+            self.bytes = self.bytes.saturating_add(size(answer.len()));
+            self.by_age.push_back(AgedAnswer {
+                key: *key,
+                fence: record.fence(),
+                expires,
+            });
+        }
+        self.bytes > self.byte_budget
     }
 
-    /// Enters a record that ended with a tombstone.
-    pub(super) fn enter_tombstone(&mut self, expires: Timestamp) {
-        self.second(expires).records += 1;
-    }
-
-    /// Enters a record that ended with an answer; the answers that must shrink for it are handed to `shrink`, oldest first.
-    pub(super) fn enter_kept(
-        &mut self,
-        key: StorageKey,
-        expires: Timestamp,
-        bytes: u64,
-        now: Timestamp,
-        mut shrink: impl FnMut(KeptAnswer),
-    ) {
-        let second = self.second(expires);
-        second.records += 1;
-        second.kept += 1;
-        second.bytes += bytes;
-        self.kept += 1;
-        self.bytes += bytes;
-        self.by_age.push_back(KeptAnswer { key, expires, bytes });
-        while self.bytes > self.byte_budget {
-            let Some(oldest) = self.by_age.pop_front() else { break };
-            if self.forget_answer(&oldest, now) {
-                shrink(oldest);
-            }
+    /// Counts off the answer of a record that the store removes or shrinks.
+    pub(super) fn count_off(&mut self, record: &Record) {
+        if let Some(answer) = record.answer() {
+            self.answers = self.answers.saturating_sub(1);
+            self.bytes = self.bytes.saturating_sub(size(answer.len()));
         }
     }
 
-    /// Strikes the records that have expired and returns how many there were.
-    pub(super) fn expire(&mut self, now: Timestamp) -> u64 {
-        let mut records = 0;
-        while let Some(entry) = self.by_second.first_entry() {
-            if *entry.key() > now.as_micros() / MICROS {
+    /// Takes the oldest answer out for shrinking, while the answers exceed the budget.
+    pub(super) fn pop_oldest(&mut self) -> Option<AgedAnswer> {
+        (self.bytes > self.byte_budget).then(|| self.by_age.pop_front())?
+    }
+
+    /// Takes out at most `limit` keys whose second of expiry has passed.
+    pub(super) fn pop_expired(&mut self, now: Timestamp, limit: usize) -> Vec<StorageKey> {
+        let mut expired = Vec::new();
+        while let Some(mut second) = self.by_second.first_entry() {
+            let room = limit - expired.len();
+            if room == 0 || *second.key() > now.as_micros() / MICROS {
                 break;
             }
-            let second = entry.remove();
-            records += second.records;
-            self.kept -= second.kept;
-            self.bytes -= second.bytes;
+            let keys = second.get_mut();
+            expired.extend(keys.drain(keys.len().saturating_sub(room)..));
+            if keys.is_empty() {
+                second.remove();
+            }
         }
-        // Retentions differ, so the ages are not in the order of expiry: dead entries are swept once they are the majority.
-        if self.by_age.len() > 2 * self.kept + 64 {
+        // Retentions differ, so the ages are not in the order of expiry. Sweep the dead entries once they are the majority.
+        if self.by_age.len() > 2 * self.answers + 64 {
             self.by_age.retain(|answer| answer.expires > now);
             self.by_age.shrink_to(2 * self.by_age.len());
         }
-        records
-    }
-
-    /// Takes the bytes of an answer off, unless its second has done so; says whether the answer is still there to shrink.
-    fn forget_answer(&mut self, answer: &KeptAnswer, now: Timestamp) -> bool {
-        let Some(second) = self.by_second.get_mut(&second_of(answer.expires)) else {
-            return false;
-        };
-        second.bytes -= answer.bytes;
-        second.kept -= 1;
-        self.bytes -= answer.bytes;
-        self.kept -= 1;
-        answer.expires > now
-    }
-
-    fn second(&mut self, expires: Timestamp) -> &mut Second {
-        self.by_second.entry(second_of(expires)).or_default()
+        expired
     }
 }
 
@@ -125,9 +101,16 @@ const fn second_of(expires: Timestamp) -> u64 {
     expires.as_micros() / MICROS + 1
 }
 
+fn size(bytes: usize) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::protocol::{Answer, Change, Claim, Fingerprint, IfLost, Nonce, Outcome, Owner};
 
     fn key(n: u8) -> StorageKey {
         StorageKey::from_bytes([n; 32])
@@ -137,45 +120,83 @@ mod tests {
         Timestamp::from_micros(second * MICROS)
     }
 
-    #[test]
-    fn the_oldest_answers_shrink_when_the_bytes_are_used_up() {
-        let mut ledger = Ledger::new(100);
-        let mut shrunk = Vec::new();
-        for n in 0..5 {
-            ledger.enter_kept(key(n), at(50), 40, at(1), |answer| shrunk.push(answer.key));
-        }
-        assert_eq!(shrunk, [key(0), key(1), key(2)]);
-        assert_eq!(ledger.bytes(), 80);
-        assert_eq!(ledger.expire(at(52)), 5);
-        assert_eq!(ledger.bytes(), 0);
+    /// A record that completed now and lives for some seconds, with an answer of that many bytes.
+    fn completed(now: u64, seconds: u64, bytes: usize) -> Record {
+        let claim = Claim {
+            key: key(0),
+            fingerprint: Fingerprint::of(b"pay"),
+            nonce: Nonce::from_bytes([1; 16]),
+            lease: Duration::from_secs(30),
+            retention: Duration::from_secs(30),
+            if_lost: IfLost::Refuse,
+            max_attempts: 5,
+        };
+        let Change::Put(record) = Record::claim(None, &claim, at(now)).change else {
+            panic!("a first claim is granted");
+        };
+        let owner = Owner {
+            nonce: claim.nonce,
+            fence: record.fence(),
+        };
+        let outcome = Outcome::Kept(Answer {
+            head: vec![0; bytes].into(),
+            ..Answer::default()
+        });
+        let Change::Put(record) =
+            Record::complete(Some(&record), owner, &outcome, Duration::from_secs(seconds), at(now)).change
+        else {
+            panic!("the owner completes");
+        };
+        record
     }
 
     #[test]
-    fn a_record_counts_until_its_second_has_passed() {
+    fn the_oldest_answers_shrink_when_the_bytes_are_used_up() {
         let mut ledger = Ledger::new(100);
-        ledger.enter_tombstone(at(10));
-        assert_eq!(ledger.expire(at(10)), 0);
-        assert_eq!(ledger.expire(at(11)), 1);
+        let record = completed(1, 49, 40);
+        let mut shrunk = Vec::new();
+        for n in 0..5 {
+            ledger.enter(&key(n), &record);
+            while let Some(oldest) = ledger.pop_oldest() {
+                shrunk.push(oldest.key);
+                ledger.count_off(&record);
+            }
+        }
+        assert_eq!(shrunk, [key(0), key(1), key(2)]);
+        assert_eq!(ledger.bytes(), 80);
+    }
+
+    #[test]
+    fn a_record_is_due_only_when_its_second_has_passed() {
+        let mut ledger = Ledger::new(100);
+        ledger.enter(&key(1), &completed(1, 9, 0));
+        assert!(ledger.pop_expired(at(10), 9).is_empty());
+        assert_eq!(ledger.pop_expired(at(11), 9), [key(1)]);
+        assert!(ledger.by_second.is_empty());
+    }
+
+    #[test]
+    fn the_records_of_one_second_are_taken_in_portions() {
+        let mut ledger = Ledger::new(100);
+        for n in 0..10 {
+            ledger.enter(&key(n), &completed(1, u64::from(n) / 6, 0));
+        }
+        let portions = [(); 4].map(|()| ledger.pop_expired(at(50), 4).len());
+        assert_eq!(portions, [4, 4, 2, 0]);
     }
 
     #[test]
     fn expired_answers_do_not_pile_up_behind_one_that_lives_long() {
         let mut ledger = Ledger::new(u64::MAX);
-        ledger.enter_kept(key(0), at(1_000_000), 1, at(0), |_| {});
-        for second in 0..10_000 {
-            ledger.enter_kept(key(1), at(second), 1, at(second), |_| {});
-            ledger.expire(at(second));
+        ledger.enter(&key(0), &completed(0, 1_000_000, 1));
+        for second in 1..10_000 {
+            let record = completed(second, 0, 1);
+            ledger.enter(&key(1), &record);
+            for _ in ledger.pop_expired(at(second + 1), usize::MAX) {
+                ledger.count_off(&record);
+            }
         }
         assert!(ledger.by_age.len() < 200, "{}", ledger.by_age.len());
-        assert_eq!(ledger.kept, 2);
-    }
-
-    #[test]
-    fn an_expired_answer_is_not_taken_off_twice() {
-        let mut ledger = Ledger::new(100);
-        ledger.enter_kept(key(0), at(5), 80, at(1), |_| {});
-        ledger.enter_kept(key(1), at(50), 80, at(7), |answer| panic!("{answer:?} has expired"));
-        ledger.expire(at(7));
-        assert_eq!(ledger.bytes(), 80);
+        assert_eq!(ledger.answers, 1);
     }
 }

@@ -1,4 +1,4 @@
-//! The embedded default: records in this process, answers in a moka cache.
+//! The embedded default: records in this process, completed ones in a moka cache.
 
 mod books;
 mod freeing;
@@ -39,7 +39,7 @@ use crate::protocol::{
 ///
 /// # Defaults
 ///
-/// * 1,000,000 records, 0.8 to 0.9 KiB each with an answer of a few bytes
+/// * 1,000,000 records, 0.5 to 0.7 KiB each with an answer of a few bytes
 /// * 256 MiB of kept answers
 /// * the machine's monotonic clock
 ///
@@ -111,7 +111,8 @@ impl MemoryStoreBuilder {
         self
     }
 
-    /// At most this many bytes of kept answers (headers and bodies); 256 MiB by default.
+    /// At most this many bytes of kept answers (headers and bodies); 256 MiB by default. The store keeps copies of exactly these
+    /// bytes, so a small slice of a large buffer costs no more than it counts.
     #[must_use]
     pub fn with_byte_budget(mut self, bytes: u64) -> Self {
         self.byte_budget = bytes;

@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 use super::error::failed;
 use super::lent::bounded;
 use super::{Inner, PostgresStore};
+use crate::clock::sleep;
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 
@@ -80,7 +81,7 @@ impl Drop for Sweeper {
 async fn sweep_now_and_then(sweeper: Sweeper, interval: Duration) {
     loop {
         // Processes that were started together drift apart.
-        tokio::time::sleep(interval.mul_f64(0.5 + rand::random::<f64>())).await;
+        sleep(interval.mul_f64(0.5 + rand::random::<f64>())).await;
         let Some(inner) = sweeper.0.upgrade() else { return };
         if let Err(error) = PostgresStore(inner).sweep().await {
             telemetry::failure(Event::SweepFailed, &error);

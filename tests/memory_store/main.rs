@@ -1,5 +1,9 @@
 //! The memory store against its contract, clause by clause, and its bounds.
 
+mod bytes_held;
+mod clocks;
+mod runtimes;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::sync::Arc;
