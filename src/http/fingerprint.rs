@@ -6,18 +6,34 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::header::{HeaderName, AUTHORIZATION};
 use http::request::Parts;
-use http::Uri;
+use http::{HeaderMap, Uri};
+
+use super::authority::Authority;
 
 use crate::protocol::CanonicalJson;
 use crate::protocol::{Fingerprint, Hasher};
 
 type Digest = Arc<dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync>;
 
-/// What of a request counts as "the same request".
-#[derive(Clone, Debug, Default)]
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// The parts of a request that make it "the same request".
+#[derive(Clone, Debug)]
 pub(crate) struct Fingerprinting {
     pub(crate) body: BodyForm,
     pub(crate) headers: Vec<HeaderName>,
+    /// Whether the authority counts where no scope is set.
+    pub(crate) authority: bool,
+}
+
+impl Default for Fingerprinting {
+    fn default() -> Self {
+        Self {
+            body: BodyForm::default(),
+            headers: Vec::new(),
+            authority: true,
+        }
+    }
 }
 
 #[derive(Clone, Default)]
@@ -31,7 +47,7 @@ pub(crate) enum BodyForm {
 }
 
 impl Fingerprinting {
-    /// The fingerprint of a request; without a scope, who sent it is a part of what was asked.
+    /// The fingerprint of a request. Without a scope, its credentials and the host that it was sent to are parts of it (I4).
     pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
         if matches!(self.body, BodyForm::Nothing) {
             return Fingerprint::NONE;
@@ -49,17 +65,28 @@ impl Fingerprinting {
         hasher.field(parts.method.as_str().as_bytes());
         hasher.field(uri.path().as_bytes());
         hasher.field(uri.query().unwrap_or_default().as_bytes());
-        let authorization = (!scoped).then_some(&AUTHORIZATION);
-        for name in authorization.into_iter().chain(&self.headers) {
-            let mut lines: u32 = 0;
-            for value in parts.headers.get_all(name) {
-                hasher.field(value.as_bytes());
-                lines += 1;
+        if !scoped {
+            add_lines(&mut hasher, &parts.headers, &AUTHORIZATION);
+            add_lines(&mut hasher, &parts.headers, &X_API_KEY);
+            if self.authority {
+                Authority::of(uri, &parts.headers).add_to(&mut hasher);
             }
-            hasher.field(&lines.to_le_bytes());
+        }
+        for name in &self.headers {
+            add_lines(&mut hasher, &parts.headers, name);
         }
         hasher.finish()
     }
+}
+
+/// Adds the lines of a header field, and their number.
+fn add_lines(hasher: &mut Hasher, headers: &HeaderMap, name: &HeaderName) {
+    let mut lines: u32 = 0;
+    for value in headers.get_all(name) {
+        hasher.field(value.as_bytes());
+        lines += 1;
+    }
+    hasher.field(&lines.to_le_bytes());
 }
 
 /// The target that the client sent: a nested axum router strips the prefix off `uri`, and two nested routers with equal
@@ -118,13 +145,41 @@ mod tests {
     }
 
     #[test]
-    fn authorization_counts_unless_there_is_a_scope() {
+    fn credentials_and_the_host_count_unless_there_is_a_scope() {
         let f = Fingerprinting::default();
-        let alice = parts("POST", "/", &[("authorization", "Bearer alice")]);
-        let mallory = parts("POST", "/", &[("authorization", "Bearer mallory")]);
-        let body = Bytes::new();
-        assert_ne!(f.of(&alice, &body, false), f.of(&mallory, &body, false));
-        assert_eq!(f.of(&alice, &body, true), f.of(&mallory, &body, true));
+        for (name, alice, mallory) in [
+            ("authorization", "Bearer alice", "Bearer mallory"),
+            ("x-api-key", "alice", "mallory"),
+            ("host", "alice.shop.example", "mallory.shop.example"),
+        ] {
+            let alice = parts("POST", "/", &[(name, alice)]);
+            let mallory = parts("POST", "/", &[(name, mallory)]);
+            let body = Bytes::new();
+            assert_ne!(f.of(&alice, &body, false), f.of(&mallory, &body, false), "{name}");
+            assert_eq!(f.of(&alice, &body, true), f.of(&mallory, &body, true), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_host_can_be_left_out_and_credentials_still_count() {
+        let without = Fingerprinting {
+            authority: false,
+            ..Fingerprinting::default()
+        };
+        let to = |host| parts("POST", "/", &[("host", host), ("x-api-key", "1")]);
+        assert_eq!(of(&without, &to("a.example"), ""), of(&without, &to("b.example"), ""));
+        let other = parts("POST", "/", &[("host", "a.example"), ("x-api-key", "2")]);
+        assert_ne!(of(&without, &to("a.example"), ""), of(&without, &other, ""));
+    }
+
+    #[test]
+    fn a_header_field_that_was_chosen_counts_with_a_scope_too() {
+        let chosen = Fingerprinting {
+            headers: vec![X_API_KEY],
+            ..Fingerprinting::default()
+        };
+        let by = |key| chosen.of(&parts("POST", "/", &[("x-api-key", key)]), &Bytes::new(), true);
+        assert_ne!(by("1"), by("2"));
     }
 
     #[test]

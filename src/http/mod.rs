@@ -2,6 +2,7 @@
 //! refusals. Knows no store.
 
 mod answer;
+mod authority;
 mod body;
 mod fingerprint;
 mod key;

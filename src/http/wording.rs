@@ -139,7 +139,8 @@ const MISMATCH: Wording = Wording {
     status: StatusCode::UNPROCESSABLE_ENTITY,
     code: "key-reused",
     title: "Idempotency-Key is already used",
-    detail: "This key belongs to another request. Repeat that request unchanged, or choose a new key for this one.",
+    detail: "This key belongs to another request or to other credentials. Repeat that request unchanged, or choose a new key for \
+                         this one.",
     retryable: false,
 };
 

@@ -119,6 +119,13 @@ impl Hasher {
         self.count += 1;
     }
 
+    /// Adds a field in lower case.
+    pub(crate) fn field_in_lower_case(&mut self, field: &[u8]) {
+        self.fields.push_in_lower_case(field);
+        self.fields.push(&length(field).to_le_bytes()[..4]);
+        self.count += 1;
+    }
+
     pub(crate) fn finish(mut self) -> Fingerprint {
         self.fields.push(&self.count.to_le_bytes());
         self.fields.push(&self.body_len.to_le_bytes());
@@ -161,6 +168,13 @@ mod tests {
         for (at, one) in all.iter().enumerate() {
             assert!(all[at + 1..].iter().all(|other| one != other), "{at}");
         }
+    }
+
+    #[test]
+    fn a_field_in_lower_case_is_the_same_field() {
+        let mut mixed = Hasher::over_bytes(b"");
+        mixed.field_in_lower_case(b"Shop.Example");
+        assert_eq!(mixed.finish(), fingerprint(&[b"shop.example"], b""));
     }
 
     #[test]

@@ -32,6 +32,17 @@ impl Scratch {
         self.long.extend_from_slice(bytes);
     }
 
+    pub(super) fn push_in_lower_case(&mut self, bytes: &[u8]) {
+        let start = self.as_slice().len();
+        self.push(bytes);
+        let pushed = if self.long.is_empty() {
+            &mut self.short[start..self.len]
+        } else {
+            &mut self.long[start..]
+        };
+        pushed.make_ascii_lowercase();
+    }
+
     pub(super) fn as_slice(&self) -> &[u8] {
         if self.long.is_empty() {
             &self.short[..self.len]
@@ -53,6 +64,15 @@ mod tests {
             let mut scratch = Scratch::new();
             parts.iter().for_each(|part| scratch.push(part));
             prop_assert_eq!(scratch.as_slice(), &parts.concat()[..]);
+        }
+
+        #[test]
+        fn only_what_is_pushed_in_lower_case_is(before in "[A-Z]{0,250}", pushed in "[A-Z]{0,250}") {
+            let mut scratch = Scratch::new();
+            scratch.push(before.as_bytes());
+            scratch.push_in_lower_case(pushed.as_bytes());
+            let wanted = before + &pushed.to_lowercase();
+            prop_assert_eq!(scratch.as_slice(), wanted.as_bytes());
         }
     }
 }

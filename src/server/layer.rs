@@ -49,7 +49,7 @@ use crate::store::Store;
 /// | header | `Idempotency-Key`, quoted or bare, 1 to 255 bytes of visible ASCII |
 /// | methods | POST and PATCH; others pass, also where a key is required |
 /// | no key | the request passes through |
-/// | scope | none; `Authorization` is a part of the fingerprint |
+/// | scope | none; `Authorization`, `X-Api-Key` and the host name are parts of the fingerprint |
 /// | fingerprint | method, path, query, body bytes |
 /// | body limits | 2 MiB for requests, 2 MiB for stored answers |
 /// | request body timeout | 30 s |
@@ -172,9 +172,9 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// The function returns a [`Scope`], or an `Option` of one; `None` is refused with 500 `scope-missing`, since nobody may share
     /// keys with those of whom nothing is known. Build the scope from what authenticated the request (an extension set by a layer
-    /// further out), and set one wherever callers are told apart by anything but `Authorization`, a session cookie above all:
-    /// without a scope, only `Authorization` is compared. With a scope it is left out of the fingerprint, so that a renewed
-    /// token still gets the replay.
+    /// further out), and set one wherever callers are told apart by anything but `Authorization`, `X-Api-Key` or the host name, a
+    /// session cookie above all: without a scope, only these three are compared. With a scope all three are left out of the
+    /// fingerprint, so that a renewed token still gets the replay.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Scope};
@@ -214,6 +214,14 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
+    /// Leaves the authority out of the fingerprint, for a service that clients reach by several names. By default it counts where no
+    /// scope is set: `:authority` or `Host`, without letter case and default ports, unless it is an IP address. Behind a proxy that
+    /// sets `Host` anew, add the field that has the client's: `add_fingerprint_header` with `X-Forwarded-Host`.
+    pub fn without_authority_in_fingerprint(mut self) -> Self {
+        self.values().fingerprinting.authority = false;
+        self
+    }
+
     /// Not by default: compares bodies as canonical JSON, so that the order of members, white space, spelling of numbers and the
     /// left-out members make no difference. A body that is no JSON is compared by its bytes.
     pub fn with_json_fingerprint(mut self, json: CanonicalJson) -> Self {
@@ -222,7 +230,7 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// Not by default: compares bodies by what this function makes of them. Method, path, query, chosen headers and, without a
-    /// scope, `Authorization` still count.
+    /// scope, the credentials and the host name still count.
     pub fn with_fingerprint(mut self, of_body: impl Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync + 'static) -> Self {
         self.values().fingerprinting.body = BodyForm::Custom(Arc::new(of_body));
         self
@@ -280,7 +288,8 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// `Idempotent-Replayed: true` by default: how a replayed answer is marked; `None`: not at all.
+    /// `Idempotent-Replayed: true` by default: how a replayed answer is marked; `None`: not at all. An answer with as many headers as
+    /// a `HeaderMap` takes, 24,576, is replayed without the mark.
     pub fn with_marker(mut self, marker: Option<(HeaderName, HeaderValue)>) -> Self {
         self.values().answer_headers.marker = marker;
         self
