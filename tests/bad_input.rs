@@ -329,3 +329,45 @@ proptest! {
         })?;
     }
 }
+
+/// Fills a map up to its limit and returns the number of fields.
+fn fill(headers: &mut http::HeaderMap) -> usize {
+    let name = |n: usize| HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+    while headers
+        .try_insert(name(headers.len()), HeaderValue::from_static("1"))
+        .is_ok()
+    {}
+    headers.len()
+}
+
+/// The mark of a replay is one header too many, and `HeaderMap::insert` panics.
+#[tokio::test]
+async fn a_response_with_as_many_headers_as_a_map_takes_is_replayed_without_a_mark() {
+    let handler = Handler::new().answering(|_| {
+        let mut trailers = http::HeaderMap::new();
+        fill(&mut trailers);
+        let mut response = http::Response::new(frames(vec![Play::Data("made"), Play::Trailers(trailers)]));
+        fill(response.headers_mut());
+        response
+    });
+    let service = layer().layer(handler.clone());
+    let first = send(&service, post("k", "")).await;
+    let again = send(&service, post("k", "")).await;
+    assert_eq!((again.status(), &again.body[..]), (200, &b"made"[..]));
+    assert!(first.head.headers.len() > 20_000 && !again.is_replay());
+    assert_eq!(again.head.headers, first.head.headers);
+    assert_eq!(again.trailers, first.trailers);
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test]
+async fn a_request_with_as_many_headers_as_a_map_takes_is_guarded() {
+    let handler = Handler::new();
+    let service = layer().layer(handler.clone());
+    for is_replay in [false, true] {
+        let mut full = post("k", "");
+        fill(full.headers_mut());
+        assert_eq!(send(&service, full).await.is_replay(), is_replay);
+    }
+    assert_eq!(handler.runs(), 1);
+}

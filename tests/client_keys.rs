@@ -353,3 +353,14 @@ mod redirects {
         assert!(hops[1].1.is_some(), "without the policy, it was asked for: {hops:?}");
     }
 }
+
+#[tokio::test]
+async fn a_request_that_has_no_room_for_its_key_is_not_sent() {
+    let mut full = post();
+    let headers = full.headers_mut();
+    let name = |n: usize| HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+    while headers.try_insert(name(headers.len()), "1".parse().unwrap()).is_ok() {}
+    let (sent, ended) = send(&IdempotencyKeyLayer::new(Profile::stripe()), [full]).await;
+    assert!(sent.lock().unwrap().is_empty());
+    assert!(ended[0].is_err());
+}

@@ -9,14 +9,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use support::{frames, full, got, post, request, send, text, AnyBody, Handler, Play};
 use tower::buffer::BufferLayer;
 use tower::limit::ConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
-use tower_idempotency::{Body, Idempotency, IdempotencyLayer, Lease, MemoryStore, Refusal, ResponseFuture};
+use tower_idempotency::{Body, Idempotency, IdempotencyLayer, Lease, MemoryStore, Refusal, ResponseFuture, Scope};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new())
@@ -272,4 +272,108 @@ fn everything_public_is_send_and_what_is_shared_is_sync() {
     sync::<MemoryStore>();
     send::<tower_idempotency::Drain>();
     sync::<tower_idempotency::Error>();
+}
+
+fn with(headers: &[(&'static str, &'static str)], uri: &str) -> Request<AnyBody> {
+    let mut request = Request::post(uri).header("idempotency-key", "k");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    request.body(full("{}")).unwrap()
+}
+
+/// One deployment serves many tenants, told apart by their host names or their keys.
+#[tokio::test]
+async fn another_caller_gets_422_and_never_the_response() {
+    for (name, alice, mallory) in [
+        ("host", "alice.shop.example", "mallory.shop.example"),
+        ("authorization", "Bearer alice", "Bearer mallory"),
+        ("x-api-key", "alice", "mallory"),
+    ] {
+        let handler = Handler::new();
+        let service = layer().layer(handler.clone());
+        send(&service, with(&[(name, alice)], "/orders")).await;
+        for other in [with(&[(name, mallory)], "/orders"), with(&[], "/orders")] {
+            let refused = send(&service, other).await;
+            assert_eq!((refused.status(), refused.code()), (422, "key-reused"), "{name}");
+            assert!(std::str::from_utf8(&refused.body)
+                .unwrap()
+                .contains("or to other credentials"));
+        }
+        assert!(send(&service, with(&[(name, alice)], "/orders")).await.is_replay());
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_host_is_the_same_in_http_2_and_http_1_and_an_address_is_none() {
+    let service = layer().layer(Handler::new());
+    send(&service, with(&[("host", "shop.example")], "/orders")).await;
+    for same in [
+        with(&[], "https://shop.example/orders"),
+        with(&[("host", "Shop.Example:443")], "/orders"),
+        with(&[("host", "shop.example")], "https://shop.example:443/orders"),
+    ] {
+        assert!(send(&service, same).await.is_replay());
+    }
+    // A client that balances by address retries on another node.
+    let service = layer().layer(Handler::new());
+    send(&service, with(&[("host", "10.0.0.1:3000")], "/orders")).await;
+    for node in [
+        with(&[("host", "10.0.0.2:3000")], "/orders"),
+        with(&[], "http://[2001:db8::2]:3000/orders"),
+        with(&[], "/orders"),
+    ] {
+        assert!(send(&service, node).await.is_replay());
+    }
+}
+
+#[tokio::test]
+async fn with_a_scope_neither_credentials_nor_the_host_are_compared() {
+    let service = layer().with_scope(|_| Scope::from("alice")).layer(Handler::new());
+    let old = [("authorization", "old"), ("x-api-key", "old"), ("host", "a.example")];
+    send(&service, with(&old, "/orders")).await;
+    let new = [("authorization", "new"), ("x-api-key", "new"), ("host", "b.example")];
+    assert!(send(&service, with(&new, "/orders")).await.is_replay());
+    // A header field that was chosen is compared all the same.
+    let chosen = layer()
+        .with_scope(|_| Scope::from("alice"))
+        .add_fingerprint_header("x-api-key".parse().unwrap())
+        .layer(Handler::new());
+    send(&chosen, with(&old, "/orders")).await;
+    assert_eq!(send(&chosen, with(&new, "/orders")).await.status(), 422);
+}
+
+#[tokio::test]
+async fn a_service_with_several_names_can_leave_the_host_out() {
+    let service = layer().without_authority_in_fingerprint().layer(Handler::new());
+    send(&service, with(&[("host", "a.example"), ("x-api-key", "1")], "/orders")).await;
+    let elsewhere = with(&[("host", "b.example"), ("x-api-key", "1")], "/orders");
+    assert!(send(&service, elsewhere).await.is_replay());
+    let mallory = with(&[("host", "a.example"), ("x-api-key", "2")], "/orders");
+    assert_eq!(send(&service, mallory).await.status(), 422);
+}
+
+#[tokio::test]
+async fn a_sensitive_header_stays_sensitive_when_it_is_replayed() {
+    let handler = Handler::new().answering(|_| {
+        let mut secret = HeaderValue::from_static("secret-1");
+        secret.set_sensitive(true);
+        let trailers = HeaderMap::from_iter([("x-signature".parse().unwrap(), secret.clone())]);
+        let mut response = Response::new(frames(vec![Play::Data("made"), Play::Trailers(trailers)]));
+        response.headers_mut().insert("x-api-secret", secret);
+        response.headers_mut().insert("x-open", HeaderValue::from_static("1"));
+        response
+    });
+    let service = layer().layer(handler);
+    for _ in 0..2 {
+        let got = send(&service, post("k", "")).await;
+        assert!(
+            got.head.headers["x-api-secret"].is_sensitive(),
+            "{:?}",
+            got.head.headers
+        );
+        assert!(!got.head.headers["x-open"].is_sensitive());
+        assert!(got.trailers.unwrap()["x-signature"].is_sensitive());
+    }
 }

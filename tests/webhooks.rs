@@ -598,3 +598,27 @@ async fn no_webhook_runs_unprotected_whatever_its_base_allows() {
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(runs.load(Ordering::SeqCst), 0);
 }
+
+/// A provider may know an endpoint by several names.
+#[tokio::test]
+async fn a_webhook_is_one_by_whatever_host_name_it_comes() {
+    let app = App::new(standard());
+    for host in ["hooks.example", "old-hooks.example"] {
+        let mut delivery = webhook("msg_1", "paid");
+        delivery.headers_mut().insert("host", host.parse().unwrap());
+        delivery.headers_mut().insert("x-api-key", host.parse().unwrap());
+        assert_eq!(app.send(delivery).await.0, StatusCode::ACCEPTED);
+    }
+    assert_eq!(app.counts(), (1, 1));
+}
+
+#[tokio::test]
+async fn a_webhook_that_has_no_room_for_its_key_is_refused() {
+    let app = App::new(standard());
+    let mut full = webhook("msg_1", "paid");
+    let headers = full.headers_mut();
+    let name = |n: usize| http::HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+    while headers.try_insert(name(headers.len()), "1".parse().unwrap()).is_ok() {}
+    app.is_refused(full).await;
+    assert_eq!(app.counts(), (0, 0));
+}

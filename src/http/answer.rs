@@ -1,10 +1,11 @@
 //! From response to stored answer and back.
 //!
 //! The head of an [`Answer`] is, in this order: version (1 byte), status (2), number of headers (4), number of trailers (4),
-//! then for each its name with a length of 2 bytes and its value with a length of 4; all numbers little-endian.
+//! then for each its name with a length of 2 bytes and its value with a length of 4; all numbers little-endian. The highest bit of a
+//! value's length marks a sensitive value, which neither `Debug` nor HPACK may show.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue, MaxSizeReached};
 use http::{response, Response, StatusCode};
 
 use super::body::{Body, Collected};
@@ -13,8 +14,8 @@ use crate::protocol::Answer;
 
 const VERSION: u8 = 1;
 
-/// A body up to this length is copied next to its head: one allocation, and no larger buffer is held for its sake.
-const COPIED: usize = 4096;
+/// Marks a sensitive value, in its length.
+const SENSITIVE: u32 = 1 << 31;
 
 /// A stored answer that cannot be read.
 #[derive(Debug, PartialEq, Eq)]
@@ -47,8 +48,7 @@ impl AnswerHeaders {
         let no_trailers = HeaderMap::new();
         let trailers = body.trailers.as_ref().unwrap_or(&no_trailers);
         let connection = options_of(&parts.headers);
-        let copied = body.bytes.len() <= COPIED;
-        let mut out = BytesMut::with_capacity(256 + if copied { body.bytes.len() } else { 0 });
+        let mut out = BytesMut::with_capacity(256);
         out.put_u8(VERSION);
         out.put_u16_le(parts.status.as_u16());
         out.put_u64_le(0);
@@ -56,17 +56,10 @@ impl AnswerHeaders {
         let trailers = self.put_all(&mut out, trailers, &connection);
         out[3..7].copy_from_slice(&headers.to_le_bytes());
         out[7..11].copy_from_slice(&trailers.to_le_bytes());
-        let head_len = out.len();
-        if copied {
-            out.put_slice(&body.bytes);
+        Answer {
+            head: out.freeze(),
+            body: body.bytes.clone(),
         }
-        let mut head = out.freeze();
-        let body = if copied {
-            head.split_off(head_len)
-        } else {
-            body.bytes.clone()
-        };
-        Answer { head, body }
     }
 
     /// The response that repeats a stored answer, marked as such if asked.
@@ -90,9 +83,11 @@ impl AnswerHeaders {
         response
     }
 
+    /// Marks a replay. A response with as many headers as a map takes is replayed without the mark: it is the same response, and the
+    /// mark is not a part of it.
     fn mark(&self, headers: &mut HeaderMap) {
         if let Some((name, value)) = &self.marker {
-            headers.insert(name, value.clone());
+            let _: Result<_, MaxSizeReached> = headers.try_insert(name, value.clone());
         }
     }
 
@@ -106,9 +101,16 @@ impl AnswerHeaders {
             let (Ok(name_len), Ok(value_len)) = (u16::try_from(name.as_str().len()), u32::try_from(value.len())) else {
                 continue;
             };
+            if value_len >= SENSITIVE {
+                continue;
+            }
             out.put_u16_le(name_len);
             out.put_slice(name.as_str().as_bytes());
-            out.put_u32_le(value_len);
+            out.put_u32_le(if value.is_sensitive() {
+                value_len | SENSITIVE
+            } else {
+                value_len
+            });
             out.put_slice(value.as_bytes());
             count += 1;
         }
@@ -220,11 +222,11 @@ fn decode_fields(encoded: &Bytes, rest: &mut &[u8], count: u32, fields: &mut Hea
     for _ in 0..count {
         let name_len = usize::from(rest.try_get_u16_le().ok()?);
         let name = HeaderName::from_bytes(take(rest, name_len)?).ok()?;
-        let value_len = usize::try_from(rest.try_get_u32_le().ok()?).ok()?;
-        let value = encoded.slice_ref(take(rest, value_len)?);
-        fields
-            .try_append(name, HeaderValue::from_maybe_shared(value).ok()?)
-            .ok()?;
+        let value_len = rest.try_get_u32_le().ok()?;
+        let value = encoded.slice_ref(take(rest, usize::try_from(value_len & !SENSITIVE).ok()?)?);
+        let mut value = HeaderValue::from_maybe_shared(value).ok()?;
+        value.set_sensitive(value_len & SENSITIVE != 0);
+        fields.try_append(name, value).ok()?;
     }
     Some(())
 }
@@ -355,15 +357,61 @@ mod tests {
     }
 
     #[test]
-    fn a_long_body_is_shared_and_a_short_one_is_copied_beside_its_head() {
-        let headers = AnswerHeaders::default();
-        let long = Collected {
-            bytes: vec![1; COPIED + 1].into(),
-            trailers: None,
+    fn a_body_is_not_copied_on_its_way_to_the_store() {
+        let body = collected(b"body");
+        let stored = AnswerHeaders::default().store(&response(&[]), &body);
+        assert_eq!(stored.body.as_ptr(), body.bytes.as_ptr());
+    }
+
+    #[test]
+    fn sensitive_values_of_headers_and_trailers_stay_sensitive_and_others_do_not_become_so() {
+        let mut secret = HeaderValue::from_static("secret");
+        secret.set_sensitive(true);
+        let fields = HeaderMap::from_iter([
+            (header::ETAG, secret.clone()),
+            (header::LINK, HeaderValue::from_static("open")),
+        ]);
+        let mut parts = response(&[]);
+        parts.headers = fields.clone();
+        parts.headers.append(header::LINK, secret);
+        let body = Collected {
+            bytes: Bytes::new(),
+            trailers: Some(fields),
         };
-        assert_eq!(headers.store(&response(&[]), &long).body.as_ptr(), long.bytes.as_ptr());
-        let short = headers.store(&response(&[]), &collected(b"short"));
-        assert_eq!(short.body.as_ptr(), short.head.as_ptr().wrapping_add(short.head.len()));
+        let headers = AnswerHeaders::default();
+        let again: Response<Body<Full<Bytes>>> = headers.replay(&headers.store(&parts, &body), true).unwrap();
+        let links: Vec<_> = again.headers().get_all(header::LINK).iter().collect();
+        assert_eq!(
+            links.iter().map(|link| link.is_sensitive()).collect::<Vec<_>>(),
+            [false, true]
+        );
+        assert_eq!(
+            (links[0].as_bytes(), links[1].as_bytes()),
+            (&b"open"[..], &b"secret"[..])
+        );
+        assert!(again.headers()[header::ETAG].is_sensitive());
+        let trailers = block_on(again.into_body().collect())
+            .unwrap()
+            .trailers()
+            .unwrap()
+            .clone();
+        assert!(trailers[header::ETAG].is_sensitive() && !trailers[header::LINK].is_sensitive());
+    }
+
+    #[test]
+    fn as_many_headers_as_a_map_takes_are_replayed_though_no_mark_fits() {
+        let mut parts = response(&[]);
+        let name = |n: u32| HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+        let fits = |n: &u32| {
+            parts
+                .headers
+                .try_insert(name(*n), HeaderValue::from_static("1"))
+                .is_ok()
+        };
+        let count = (0..40_000).take_while(fits).count();
+        let again = again(&parts);
+        assert_eq!(again.headers().len(), count);
+        assert_eq!(again.headers(), &parts.headers);
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HeaderValue, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{HeaderMap, HeaderValue, MaxSizeReached, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use http::{Response, StatusCode};
 
 use super::wording::Wording;
@@ -158,13 +158,21 @@ impl Refusal {
             RefusalStyle::Problem { type_base } => self.problem(type_base),
             RefusalStyle::Stripe => self.stripe(),
         };
-        let headers = response.headers_mut();
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        if let Some(seconds) = self.retry_after_seconds() {
-            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        if self.protect(response.headers_mut()).is_err() {
+            // An own renderer has left no room for them, and without them a cache could give the refusal to others.
+            return self.render(&RefusalStyle::default());
         }
         response.extensions_mut().insert(self);
         response
+    }
+
+    /// Sets the headers of every refusal, in whatever style.
+    fn protect(self, headers: &mut HeaderMap) -> Result<(), MaxSizeReached> {
+        headers.try_insert(CACHE_CONTROL, HeaderValue::from_static("no-store"))?;
+        if let Some(seconds) = self.retry_after_seconds() {
+            headers.try_insert(RETRY_AFTER, HeaderValue::from(seconds))?;
+        }
+        Ok(())
     }
 
     /// A problem document (RFC 9457). Every word in it is static and free of quotes, or was checked when it was set.
@@ -389,5 +397,22 @@ mod tests {
         let (parts, body) = rendered(Refusal::new(RefusalKind::Mismatch), &RefusalStyle::Custom(teapot));
         assert_eq!((parts.status.as_u16(), &body[..]), (418, &b"key-reused"[..]));
         assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
+    }
+
+    #[test]
+    fn an_own_renderer_that_leaves_no_room_for_the_headers_that_protect_is_overruled() {
+        let full: Renderer = Arc::new(|_| {
+            let mut response = Response::new(Bytes::new());
+            let name = |n: u32| http::HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+            let headers = response.headers_mut();
+            while headers
+                .try_insert(name(headers.len().try_into().unwrap()), HeaderValue::from_static("1"))
+                .is_ok()
+            {}
+            response
+        });
+        let (parts, _) = rendered(Refusal::new(RefusalKind::Mismatch), &RefusalStyle::Custom(full));
+        assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
+        assert_eq!(parts.status, StatusCode::UNPROCESSABLE_ENTITY);
     }
 }

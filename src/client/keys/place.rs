@@ -3,7 +3,7 @@
 use std::fmt;
 
 use bytes::Bytes;
-use http::header::HeaderValue;
+use http::header::{HeaderValue, MaxSizeReached};
 use http::Request;
 
 use super::maker::Cause;
@@ -58,7 +58,7 @@ impl<B> PlaceKey<B> for InHeader {
             HeaderValue::from_str(key)?
         };
         value.set_sensitive(true);
-        request.headers_mut().insert(&profile.header, value);
+        request.headers_mut().try_insert(&profile.header, value)?;
         Ok(())
     }
 }
@@ -78,7 +78,8 @@ pub(super) fn place_first_sent<B>(profile: &Profile, request: &mut Request<B>) {
     };
     if !request.headers().contains_key(name) {
         if let Ok(date) = HeaderValue::from_str(&http_date()) {
-            request.headers_mut().insert(name.clone(), date);
+            // Without room for it, the server refuses the request for want of the date.
+            let _: Result<_, MaxSizeReached> = request.headers_mut().try_insert(name.clone(), date);
         }
     }
 }
