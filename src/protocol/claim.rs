@@ -42,9 +42,12 @@ impl fmt::Debug for Nonce {
     }
 }
 
-/// A number that grows with every attempt under a key, for ever: `max(last + 1, store time in µs)`.
+/// A number that grows with every attempt under a key: `max(last + 1, store time in µs)`.
 ///
-/// Hand it to a third party that can refuse older ones.
+/// Hand it to a third party that can refuse older ones. While the record lives, the fence grows whatever the store's clock does. A
+/// release and the end of the retention delete the record, and with it the last fence. A memory store remembers the highest one
+/// all the same. The next fence of a store on a server is then the time of that server, so it grows unless the server's clock was
+/// set back in the meantime.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fence(u64);
 

@@ -111,6 +111,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// Records how the owner's attempt ended, for `retention` from now.
     ///
+    /// The bytes of an answer may be slices of larger buffers. A store that keeps them in this process keeps
+    /// [a copy](crate::protocol::Answer::to_exact).
+    ///
     /// # Errors
     ///
     /// Any [`ErrorKind`](crate::ErrorKind); the completion may have taken effect and can be repeated.

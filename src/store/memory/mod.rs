@@ -97,7 +97,8 @@ impl MemoryStore {
         self.0.figures()
     }
 
-    /// Strikes what has expired and frees its memory. The store does so itself, once a second, while a tokio runtime runs.
+    /// Frees the records that have expired by the store's clock. The store does so itself: once a second while a tokio runtime runs,
+    /// with or without timers, and elsewhere with every claim.
     pub fn sweep(&self) {
         self.0.sweep();
     }
