@@ -69,6 +69,14 @@ pub(crate) fn http_date() -> String {
     httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_millis(unix_millis()))
 }
 
+/// A time as HTTP writes it; none before 1970 or after 9999, for which HTTP has no form.
+pub(crate) fn http_date_of(time: SystemTime) -> Option<String> {
+    /// 9999-12-31T23:59:59Z.
+    const LAST: Duration = Duration::from_secs(253_402_300_799);
+    let since_epoch = time.duration_since(UNIX_EPOCH).ok()?;
+    (since_epoch <= LAST).then(|| httpdate::fmt_http_date(time))
+}
+
 /// Whole microseconds of a duration, at most `u64::MAX` (584,000 years).
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)

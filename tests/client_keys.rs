@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, UNIX_EPOCH};
 
 use http::{HeaderName, Method, Request, Response};
 use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
@@ -123,7 +124,11 @@ async fn profiles_say_where_the_key_goes_and_in_which_form() {
         ),
     ] {
         let layer = IdempotencyKeyLayer::new(profile).with_maker(maker());
-        let headers = only(&layer, post()).await;
+        let mut request = post();
+        request
+            .extensions_mut()
+            .insert(KeyOrigin::new("order", "charge").with_first_sent(UNIX_EPOCH));
+        let headers = only(&layer, request).await;
         assert_eq!(value(&headers, header), form);
     }
 }
@@ -144,8 +149,51 @@ async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
     }
     let headers = only(&layer, own.clone()).await;
     assert_eq!(headers, *own.headers());
-    own.headers_mut().remove("repeatability-first-sent");
-    assert_eq!(value(&only(&layer, own).await, "repeatability-request-id"), "mine");
+}
+
+/// A key that was not made at random just now may have been sent by a process that crashed. With a date of today, the server takes
+/// the retry for a new request once its record of the key is gone.
+#[tokio::test]
+async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_sent() {
+    const NAME: &str = "repeatability-first-sent";
+    let keys = KeyDeriver::new(b"32 bytes from the secret manager").unwrap();
+    let plain = || IdempotencyKeyLayer::new(Profile::repeatable_requests());
+    let derived = || plain().with_maker(KeyMaker::derived(keys.clone()));
+    let by_function = plain().with_maker(KeyMaker::from_fn(|_| Ok::<_, Infallible>("order-7".to_owned())));
+    let origin = KeyOrigin::new("order-7", "charge");
+    let from = |origin: &KeyOrigin| {
+        let mut request = post();
+        request.extensions_mut().insert(origin.clone());
+        request
+    };
+    let mut own = post();
+    own.headers_mut()
+        .insert("repeatability-request-id", "mine".parse().unwrap());
+
+    for (layer, request) in [
+        (derived(), from(&origin)),
+        (by_function, post()),
+        (plain(), own.clone()),
+        // HTTP has no form for this date.
+        (
+            derived(),
+            from(&origin.clone().with_first_sent(UNIX_EPOCH - Duration::from_secs(1))),
+        ),
+    ] {
+        let (sent, ended) = send(&layer, [request]).await;
+        assert!(matches!(ended[..], [Err(KeyedError::FirstSent)]), "{ended:?}");
+        assert_eq!(sent.lock().unwrap().len(), 0);
+    }
+
+    let dated = origin.with_first_sent(UNIX_EPOCH + Duration::from_secs(946_684_799));
+    let (first, again) = (
+        only(&derived(), from(&dated)).await,
+        only(&derived(), from(&dated)).await,
+    );
+    assert_eq!(first, again, "the process crashed in between");
+    assert_eq!(value(&first, NAME), "Fri, 31 Dec 1999 23:59:59 GMT");
+    own.extensions_mut().insert(dated);
+    assert_eq!(value(&only(&plain(), own).await, NAME), "Fri, 31 Dec 1999 23:59:59 GMT");
 }
 
 #[tokio::test]
@@ -192,7 +240,7 @@ async fn random_keys_are_uuids_of_their_version() {
     // Version 7 is in order of time.
     let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::uuid_v7());
     let earlier = only(&layer, post()).await;
-    tokio::time::sleep(std::time::Duration::from_millis(3)).await;
+    tokio::time::sleep(Duration::from_millis(3)).await;
     let later = only(&layer, post()).await;
     assert!(value(&earlier, "idempotency-key") < value(&later, "idempotency-key"));
 }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::time::SystemTime;
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
@@ -89,6 +90,7 @@ pub struct KeyOrigin {
     scope: Option<Scope>,
     key: String,
     step: Cow<'static, str>,
+    pub(super) first_sent: Option<SystemTime>,
 }
 
 impl KeyOrigin {
@@ -99,7 +101,18 @@ impl KeyOrigin {
             scope: None,
             key: key.into(),
             step: step.into(),
+            first_sent: None,
         }
+    }
+
+    /// Sets the time that a server of [`Profile::repeatable_requests`](super::Profile::repeatable_requests) gets as the date of the
+    /// first attempt. Default: none. Take a time that is the same in every attempt, also in those after a crash, such as the time at
+    /// which the job was enqueued: from this date the server knows whether its record of the key may be gone by now. With a later
+    /// date it takes a retry for a new request, and has a second effect.
+    #[must_use]
+    pub const fn with_first_sent(mut self, time: SystemTime) -> Self {
+        self.first_sent = Some(time);
+        self
     }
 
     /// Whose key it is; none by default. Needed wherever two callers could send the same key.

@@ -12,7 +12,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::maker::{Cause, KeyMaker, Outgoing};
-use super::place::{place_first_sent, InBody, InHeader, PlaceKey};
+use super::place::{place_first_sent, InBody, InHeader, NoFirstSent, PlaceKey};
 use super::profile::Profile;
 use crate::protocol::KeyError;
 
@@ -173,6 +173,7 @@ impl<S, P> Keyed<S, P> {
             return Ok(());
         }
         let place = &self.layer.place;
+        let mut is_new = false;
         if !place.is_placed(profile, request).map_err(KeyedError::Key)? {
             let head = Outgoing {
                 method: request.method(),
@@ -183,9 +184,9 @@ impl<S, P> Keyed<S, P> {
             let mut text = [0; 36];
             let key = maker.make(head, &mut text).map_err(KeyedError::Maker)?;
             place.place(profile, request, &key).map_err(KeyedError::of)?;
+            is_new = maker.is_random();
         }
-        place_first_sent(profile, request);
-        Ok(())
+        place_first_sent(profile, request, is_new).map_err(|NoFirstSent| KeyedError::FirstSent)
     }
 }
 
@@ -252,6 +253,11 @@ where
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum KeyedError<E> {
+    /// The server wants the date of the first attempt, and nothing shows it. Nothing was sent.
+    ///
+    /// Only a key that the layer has just made at random cannot have been sent before. For any other one, put the time into the
+    /// request's [`KeyOrigin`](super::KeyOrigin::with_first_sent), or set the header field.
+    FirstSent,
     /// The server would not take the key. Nothing was sent.
     Key(KeyError),
     /// The maker made no key, or it could not be put into the body. Nothing was sent.
@@ -272,6 +278,10 @@ impl<E> KeyedError<E> {
 impl<E> fmt::Display for KeyedError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::FirstSent => {
+                "the request was not sent: the server wants the date of its first attempt; set it by `KeyOrigin::with_first_sent`, \
+                 or as a header field"
+            }
             Self::Key(_) => "the request was not sent: the server would not take its idempotency key",
             Self::Maker(_) => "the request was not sent: no idempotency key could be made for it",
             Self::Service(_) => "the client failed",
@@ -282,6 +292,7 @@ impl<E> fmt::Display for KeyedError<E> {
 impl<E: std::error::Error + 'static> std::error::Error for KeyedError<E> {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
+            Self::FirstSent => None,
             Self::Key(error) => Some(error),
             Self::Maker(cause) => Some(&**cause),
             Self::Service(error) => Some(error),

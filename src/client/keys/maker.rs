@@ -76,6 +76,11 @@ impl KeyMaker {
         })))
     }
 
+    /// Whether every key is new, so that the attempt that carries it is the first one.
+    pub(super) const fn is_random(&self) -> bool {
+        matches!(self.0, Make::UuidV4 | Make::UuidV7)
+    }
+
     /// Makes a key; in `text`, where it is a UUID.
     pub(super) fn make<'t>(&self, request: Outgoing<'_>, text: &'t mut [u8; 36]) -> Result<Cow<'t, str>, Cause> {
         const NO_ORIGIN: &str = "the request has no `KeyOrigin` among its extensions to derive its key from";

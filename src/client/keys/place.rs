@@ -6,9 +6,10 @@ use bytes::Bytes;
 use http::header::{HeaderValue, MaxSizeReached};
 use http::Request;
 
+use super::derive::KeyOrigin;
 use super::maker::Cause;
 use super::profile::Profile;
-use crate::clock::http_date;
+use crate::clock::{http_date, http_date_of};
 use crate::protocol::{quoted, InvalidKey, KeyError, KeyParser, KeySyntax};
 
 /// Where the key of a request goes: [`InHeader`], the default, or [`InBody`].
@@ -71,17 +72,32 @@ fn parser(profile: &Profile) -> KeyParser {
     }
 }
 
-/// The date of the first attempt, where the server wants it and the caller has not set it.
-pub(super) fn place_first_sent<B>(profile: &Profile, request: &mut Request<B>) {
+/// Why a request has no date of its first attempt.
+#[derive(Debug)]
+pub(super) struct NoFirstSent;
+
+/// Sets the date of the first attempt, where the server wants one and the caller has not set it. It is the date of now only if the key
+/// `is_new`: any other key may have been sent before, by a process that crashed.
+pub(super) fn place_first_sent<B>(
+    profile: &Profile,
+    request: &mut Request<B>,
+    is_new: bool,
+) -> Result<(), NoFirstSent> {
     let Some(name) = &profile.first_sent else {
-        return;
+        return Ok(());
     };
-    if !request.headers().contains_key(name) {
-        if let Ok(date) = HeaderValue::from_str(&http_date()) {
-            // Without room for it, the server refuses the request for want of the date.
-            let _: Result<_, MaxSizeReached> = request.headers_mut().try_insert(name.clone(), date);
-        }
+    if request.headers().contains_key(name) {
+        return Ok(());
     }
+    let origin = request.extensions().get::<KeyOrigin>();
+    let date = match origin.and_then(|origin| origin.first_sent) {
+        Some(time) => http_date_of(time),
+        None => is_new.then(http_date),
+    };
+    let date = date.and_then(|date| HeaderValue::from_maybe_shared(Bytes::from(date)).ok());
+    let date = date.ok_or(NoFirstSent)?;
+    let placed = request.headers_mut().try_insert(name.clone(), date);
+    placed.map(drop).map_err(|_: MaxSizeReached| NoFirstSent)
 }
 
 /// The key goes into the body, by a function that knows its form: a field of a JSON object, as Square has it. Made by

@@ -138,7 +138,9 @@ impl Profile {
     }
 
     /// OASIS Repeatable Requests 1.0: `Repeatability-Request-ID` as it is and `Repeatability-First-Sent`, the date of the first
-    /// attempt, unchanged in every later one. The specification leaves the retention to the server; 24 hours here.
+    /// attempt, unchanged in every later one, also after a crash: with a key that is not made at random, the date comes from
+    /// [`KeyOrigin::with_first_sent`](super::KeyOrigin::with_first_sent) or from the caller, and without one nothing is sent. The
+    /// specification leaves the retention to the server; 24 hours here.
     #[must_use]
     pub fn repeatable_requests() -> Self {
         Self {
