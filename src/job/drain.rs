@@ -8,7 +8,8 @@ use std::time::Duration;
 use crate::clock::within;
 use crate::uncut::Tracker;
 
-/// Waits for executions, also those that go on without their callers; made by `drain` of the layers.
+/// Waits for executions, also those that go on without their callers; made by `drain` of the layers. `Drain::default()` makes
+/// one for calls of `client::once`, each of which joins it by `with_drain`.
 ///
 /// Stop taking requests first, then wait, then end the process:
 ///
@@ -27,7 +28,7 @@ use crate::uncut::Tracker;
 #[derive(Clone)]
 pub struct Drain {
     tracker: Arc<Tracker>,
-    /// Whether something runs of which the tracker may hear yet.
+    /// Whether executions run that the tracker does not count yet.
     is_busy: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
 
@@ -39,10 +40,9 @@ impl Drain {
         }
     }
 
-    /// Waits for what runs with a caller, too: one that was aborted a moment ago is yet to leave its work behind.
-    pub(crate) fn of_all(tracker: &Arc<Tracker>) -> Self {
-        let attending = Arc::clone(tracker);
-        Self::new(tracker).while_busy(move || attending.attended() > 0)
+    #[cfg(feature = "once")]
+    pub(crate) fn tracker(&self) -> Arc<Tracker> {
+        Arc::clone(&self.tracker)
     }
 
     pub(crate) fn while_busy(mut self, is_busy: impl Fn() -> bool + Send + Sync + 'static) -> Self {
@@ -70,7 +70,7 @@ impl Drain {
             let mut ended = pin!(self.tracker.ended());
             ended.as_mut().enable();
             // Read first: what leaves its caller is counted as running before it is no longer busy.
-            let busy = self.is_busy.as_ref().is_some_and(|is_busy| is_busy());
+            let busy = self.tracker.attended() > 0 || self.is_busy.as_ref().is_some_and(|is_busy| is_busy());
             if self.running() > 0 {
                 ended.await;
             } else if busy {
@@ -79,6 +79,13 @@ impl Drain {
                 return;
             }
         }
+    }
+}
+
+impl Default for Drain {
+    /// Waits for nothing, until calls of `client::once` join it.
+    fn default() -> Self {
+        Self::new(&Arc::default())
     }
 }
 

@@ -240,7 +240,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// Waits for handlers that go on although their deliveries were dropped: before the process ends, stop taking messages, then
     /// wait. Else the runtime's end stops them in the middle.
     pub fn drain(&self) -> Drain {
-        Drain::of_all(&self.settings.terms.tracker)
+        Drain::new(&self.settings.terms.tracker)
     }
 
     /// The name of a message's record in the store: for `Store::peek` and `Store::resolve`.

@@ -40,8 +40,8 @@ pub enum OnceError<T, E> {
     },
     /// The key was used for another input. Nothing ran.
     Mismatch,
-    /// The call was made, and its answer was not kept: it was too long, a stream, or broke off. Nothing ran now, or nothing runs
-    /// again.
+    /// The call was made, and its answer was not kept: it was too long, a stream, or broke off, or it was a value that JSON cannot
+    /// hold. Nothing ran now, or nothing runs again.
     NotKept,
     /// The store failed, or the call is not set up soundly. Nothing ran.
     NotRun(Error),
@@ -54,7 +54,8 @@ pub enum OnceError<T, E> {
     /// Nobody knows whether the call took effect: it was lost, or its existence check could not tell. With the error of an attempt
     /// that was made now. Ask the third party, then `Store::resolve` the key.
     Unknown(Option<E>),
-    /// An answer is kept that is none of `T`: the type has changed since. Nothing ran.
+    /// The stored answer cannot be read as a `T`: the type has changed since. Nothing ran. A version of the program that has the type
+    /// can read it.
     Unreadable(Box<dyn StdError + Send + Sync>),
     /// The call was made and this is its answer, but it could not be recorded: another attempt may make it again, or find its
     /// outcome unknown.

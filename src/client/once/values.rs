@@ -3,6 +3,7 @@
 use std::fmt;
 use std::future::{ready, Future};
 use std::marker::PhantomData;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -12,9 +13,10 @@ use super::failure::{Failure, OnceError};
 use super::steps::{Place, Steps};
 use super::terms::term_setters;
 use crate::error::{Error, ErrorKind};
-use crate::job::{Attempt, Ended, Found, Job, Settled, Terms, Verdict, Work};
+use crate::job::{Attempt, Drain, Ended, Found, Job, Settled, Terms, Verdict, Work};
 use crate::protocol::{Answer, Fingerprint, IfLost, Outcome, Scope};
 use crate::store::Store;
+use crate::telemetry::{self, Event};
 
 /// The head of a kept answer: the form of its body, which is JSON. Answers to HTTP requests begin with 1.
 const JSON: &[u8] = &[2];
@@ -41,6 +43,17 @@ const JSON: &[u8] = &[2];
 ///
 /// The call runs in its caller's task. Dropping the future does not end it: the rest goes on in a task of its own, and what came of it
 /// is recorded. It must be made within a tokio runtime.
+///
+/// # The value
+///
+/// The store holds the value as JSON, and every caller gets the value that is read from this JSON, the first caller too. So whatever
+/// JSON or the type's `serde` attributes drop (a skipped field, a `NaN` in an `Option`) is missing from the first result as well;
+/// floats keep every bit.
+///
+/// A value that JSON cannot hold, or that cannot be read back (a map whose keys are lists, a bare `NaN`, an infinity, more than 127
+/// levels of nesting, a `Serialize` that panics), is not stored. The call was made, so it is not made again: the first caller gets the
+/// value as it is, the record says only that the call was made, and every later caller gets [`OnceError::NotKept`]. An event
+/// `tombstone` shows it in the log.
 #[must_use = "nothing happens before `run`"]
 pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
     Once {
@@ -113,6 +126,36 @@ impl<St> Once<St> {
     #[must_use]
     pub fn at_least_once(mut self) -> Self {
         self.if_lost = IfLost::Execute;
+        self
+    }
+
+    /// Waits for this call, its clones and its steps, also where they go on without their callers. Take it before
+    /// [`run`](Self::run), which consumes the call. One drain for many calls is [`with_drain`](Self::with_drain)'s.
+    #[must_use]
+    pub fn drain(&self) -> Drain {
+        Drain::new(&self.terms.tracker)
+    }
+
+    /// Has `drain` wait for this call, too. Before the process ends, stop calling, then wait:
+    ///
+    /// ```
+    /// use tower_idempotency::client::{once, Failure};
+    /// use tower_idempotency::{Drain, MemoryStore};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let (store, drain) = (MemoryStore::new(), Drain::default());
+    /// let mail = |user: u32| {
+    ///     let call = once(store.clone(), format!("welcome-mail/{user}")).with_drain(&drain);
+    ///     call.run(|_| async { Ok::<_, Failure<std::io::Error>>("sent".to_owned()) })
+    /// };
+    /// mail(7).await.unwrap();
+    /// drain.wait().await;
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_drain(mut self, drain: &Drain) -> Self {
+        self.terms.tracker = drain.tracker();
         self
     }
 
@@ -305,7 +348,7 @@ struct Typed<C, F, T, E, CFut, Fut> {
 
 impl<C, F, T, E, CFut, Fut> Work for Typed<C, F, T, E, CFut, Fut>
 where
-    T: Serialize + Send + 'static,
+    T: Serialize + DeserializeOwned + Send + 'static,
     E: Send + 'static,
     C: FnOnce(Attempt) -> CFut + Send + 'static,
     CFut: Future<Output = Found<T>> + Send + 'static,
@@ -340,19 +383,32 @@ where
     }
 }
 
-/// A value that JSON has no form for is given and not kept: the call was made, and is not made again.
-fn kept<T: Serialize, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
-    let outcome = match serde_json::to_vec(&value) {
-        Ok(body) => Outcome::Kept(Answer {
-            head: Bytes::from_static(JSON),
-            body: body.into(),
-        }),
-        Err(_) => Outcome::Tombstone,
+/// The value that a replay will give, and its record; or the value as it is and a tombstone, where no replay could give it.
+fn kept<T: Serialize + DeserializeOwned, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
+    // The call has had its effect: a panic of the type's own code must not make that unknown.
+    let stored = catch_unwind(AssertUnwindSafe(|| round_trip(&value))).ok().flatten();
+    let (value, outcome) = match stored {
+        Some((body, read)) => {
+            let head = Bytes::from_static(JSON);
+            (read, Outcome::Kept(Answer { head, body }))
+        }
+        None => {
+            // Without the error, which may quote the value.
+            telemetry::event(Event::Tombstone);
+            (value, Outcome::Tombstone)
+        }
     };
     Ended {
         given: (Ok(value), attempt),
         verdict: Verdict::Keep(outcome),
     }
+}
+
+/// The form of a value in the store, and the value that is read from it.
+fn round_trip<T: Serialize + DeserializeOwned>(value: &T) -> Option<(Bytes, T)> {
+    let body = serde_json::to_vec(value).ok()?;
+    let read = serde_json::from_slice(&body).ok()?;
+    Some((body.into(), read))
 }
 
 fn decode<T: DeserializeOwned>(answer: &Answer) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {

@@ -146,7 +146,7 @@ impl<St> OnceLayer<St> {
     /// Waits for what goes on without its caller: before the process ends, stop calling, then wait.
     #[must_use]
     pub fn drain(&self) -> Drain {
-        Drain::of_all(&self.settings.terms.tracker)
+        Drain::new(&self.settings.terms.tracker)
     }
 
     /// The methods whose requests are made once; POST and PATCH by default.
