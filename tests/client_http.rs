@@ -159,6 +159,9 @@ fn charge<B: From<&'static str>>(url: &str) -> Request<B> {
     Request::post(url).body(B::from("amount=1")).unwrap()
 }
 
+#[path = "client_http/redirects.rs"]
+mod redirects;
+
 mod with_reqwest {
     use super::*;
     use reqwest::Body;
@@ -396,7 +399,7 @@ mod with_hyper {
     }
 
     #[tokio::test]
-    async fn a_key_stays_at_home_unless_it_is_asked_to_travel() {
+    async fn a_charge_stays_at_home_unless_the_policy_is_left_out() {
         let limited = || {
             let body = clone_body_fn(|body: &Full<Bytes>| Some(body.clone()));
             Limited::new(9).and::<_, Full<Bytes>, ()>(body)
@@ -410,12 +413,14 @@ mod with_hyper {
             } else {
                 follow(limited(), &server.url("/0")).await
             };
-            assert_eq!(status, StatusCode::CREATED);
             assert_eq!(server.paths_of_one_request(), ["/0", "/1", "/2"]);
             let there = other.arrived();
-            assert_eq!((there.len(), &*there[0].body), (1, "amount=1"));
-            let expected = if at_home { None } else { server.arrived()[0].key.clone() };
-            assert_eq!(there[0].key, expected);
+            if at_home {
+                assert_eq!((status, &*there), (StatusCode::TEMPORARY_REDIRECT, &[][..]));
+            } else {
+                assert_eq!((status, &*there[0].body), (StatusCode::CREATED, "amount=1"));
+                assert_eq!(there[0].key, server.arrived()[0].key);
+            }
         }
     }
 }

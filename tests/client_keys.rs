@@ -336,21 +336,30 @@ mod redirects {
     use tower_http::follow_redirect::FollowRedirectLayer;
     use tower_idempotency::client::KeyAtHome;
 
-    /// Follows from `/0` over the given places; what arrived where, under which key.
     async fn follow(places: &'static [&'static str], at_home: bool) -> Vec<(String, Option<String>)> {
+        follow_with(&Method::POST, &[307, 308], places, at_home).await
+    }
+
+    /// Follows from `/0` over the given places, each with the next of the statuses; what arrived where, under which key.
+    async fn follow_with(
+        method: &Method,
+        statuses: &'static [u16],
+        places: &'static [&'static str],
+        at_home: bool,
+    ) -> Vec<(String, Option<String>)> {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let arrived = Arc::clone(&seen);
         let server = service_fn(move |request: Request<String>| {
             let mut arrived = arrived.lock().unwrap();
             let key = request.headers().get("idempotency-key");
-            assert_eq!((request.method(), request.body().as_str()), (&Method::POST, "amount=1"));
             arrived.push((
                 request.uri().to_string(),
                 key.map(|key| key.to_str().unwrap().to_owned()),
             ));
             let mut response = Response::new(String::new());
             if let Some(place) = places.get(arrived.len() - 1) {
-                *response.status_mut() = StatusCode::from_u16(307 + u16::try_from(arrived.len() % 2).unwrap()).unwrap();
+                let status = statuses[(arrived.len() - 1) % statuses.len()];
+                *response.status_mut() = StatusCode::from_u16(status).unwrap();
                 response.headers_mut().insert(LOCATION, place.parse().unwrap());
             }
             async { Ok::<_, Infallible>(response) }
@@ -358,8 +367,10 @@ mod redirects {
         let body = clone_body_fn(|body: &String| Some(body.clone()));
         let profile = Profile::stripe();
         let limited = Limited::new(9).and::<_, String, ()>(body);
-        let keys = IdempotencyKeyLayer::new(profile.clone());
-        let request = Request::post("http://bank.example/0")
+        let keys = IdempotencyKeyLayer::new(profile.clone()).with_methods([method.clone()]);
+        let request = Request::builder()
+            .method(method)
+            .uri("http://bank.example/0")
             .body("amount=1".to_owned())
             .unwrap();
         if at_home {
@@ -386,19 +397,47 @@ mod redirects {
         );
     }
 
+    /// Ways to another origin, and on from there.
+    const ELSEWHERE: [&[&str]; 3] = [
+        &["https://bank.example/1", "https://bank.example/2"],
+        &["http://thief.example/1", "http://bank.example/back"],
+        &["http://bank.example:8080/1", "/2"],
+    ];
+
     #[tokio::test]
-    async fn a_key_does_not_leave_its_origin_unless_asked() {
-        for elsewhere in [
-            &["https://bank.example/1", "https://bank.example/2"][..],
-            &["http://thief.example/1", "http://bank.example/back"],
-            &["http://bank.example:8080/1", "/2"],
-        ] {
-            let hops = follow(elsewhere, true).await;
+    async fn a_request_that_is_not_safe_does_not_leave_its_origin() {
+        for method in [Method::POST, Method::PATCH, Method::PUT, Method::DELETE] {
+            for elsewhere in ELSEWHERE {
+                let hops = follow_with(&method, &[307, 308], elsewhere, true).await;
+                assert_eq!(hops.len(), 1, "{method}: {hops:?}");
+            }
+        }
+        let hops = follow(&["http://partner.example/1"], false).await;
+        assert!(
+            hops[1].1.is_some(),
+            "without the policy it travels, with its key: {hops:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_safe_request_leaves_its_origin_without_its_key() {
+        for elsewhere in ELSEWHERE {
+            let hops = follow_with(&Method::GET, &[307, 308], elsewhere, true).await;
             let keys: Vec<bool> = hops.iter().map(|hop| hop.1.is_some()).collect();
             assert_eq!(keys, [true, false, false], "{hops:?}");
         }
-        let hops = follow(&["http://partner.example/1"], false).await;
-        assert!(hops[1].1.is_some(), "without the policy, it was asked for: {hops:?}");
+    }
+
+    #[tokio::test]
+    async fn after_a_request_that_is_not_safe_no_other_request_is_made() {
+        for status in [&[301][..], &[302], &[303]] {
+            for method in [Method::POST, Method::PATCH, Method::PUT, Method::DELETE] {
+                let hops = follow_with(&method, status, &["/1"], true).await;
+                assert_eq!(hops.len(), 1, "{method} {status:?}: {hops:?}");
+            }
+            let hops = follow_with(&Method::GET, status, &["/1"], true).await;
+            assert_eq!(hops.len(), 2, "{status:?}: {hops:?}");
+        }
     }
 }
 

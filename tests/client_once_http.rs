@@ -146,6 +146,51 @@ async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
     }
 }
 
+/// A third party that charges and then answers with any status at all. Only a status by which a server says that it did nothing frees
+/// the key, and those are few.
+#[tokio::test(start_paused = true)]
+async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
+    const FREE: [u16; 23] = [
+        307, 308, 400, 401, 403, 404, 405, 406, 407, 411, 413, 414, 415, 416, 417, 421, 423, 425, 426, 428, 429, 431,
+        451,
+    ];
+    for status in 100..=999 {
+        let ((_, layer), party) = (layer(), Party::default());
+        for _ in 0..3 {
+            let ended = party.send(&layer, request("x"), move |_| answer(status)).await;
+            if let Err(error) = ended {
+                assert!(error.may_have_happened(), "{status}: {error:?}");
+            }
+        }
+        let expected = if FREE.contains(&status) { 3 } else { 1 };
+        assert_eq!(party.arrived(), expected, "{status}");
+    }
+}
+
+/// Two markers by which a server can claim what is not so.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_request() {
+    for (name, value) in [
+        ("idempotent-replayed", "true"),
+        ("stripe-should-retry", "true"),
+        ("retry-after", "0"),
+    ] {
+        for status in [200, 402, 409, 500, 503, 599, 999] {
+            let (store, party) = (RemoteStore::new(), Party::default());
+            let layer = OnceLayer::new(store, Profile::stripe());
+            for _ in 0..3 {
+                let ended = party.send(&layer, request("x"), move |_| {
+                    let mut response = answer(status)?;
+                    response.headers_mut().insert(name, value.parse().unwrap());
+                    Ok(response)
+                });
+                drop(ended.await);
+            }
+            assert_eq!(party.arrived(), 1, "{name} {status}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
     let lost = |_| Err(io::Error::from(io::ErrorKind::ConnectionReset));
@@ -269,6 +314,24 @@ async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
     let read = Request::get("/").body(Full::default()).unwrap();
     assert!(party.send(&named, read, |_| answer(200)).await.is_ok());
     assert_eq!(party.arrived(), 2);
+}
+
+/// Outside of what the layer covers, an error of a request with an effect is never called "failed": a redirect may lie between.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_covered_is_called_failed_only_if_it_is_safe() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer.with_errors(|_: &io::Error| ErrorClass::NotSent);
+    for (method, is_failed) in [("GET", true), ("HEAD", true), ("PUT", false), ("DELETE", false)] {
+        let request = Request::builder()
+            .method(method)
+            .uri("/")
+            .body(Full::default())
+            .unwrap();
+        let error = party
+            .send(&layer, request, |_| Err(io::ErrorKind::NotConnected.into()))
+            .await;
+        assert_eq!(matches!(error, Err(OnceError::Failed(_))), is_failed, "{method}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,6 +4,9 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
+#[cfg(feature = "reqwest")]
+use super::keys::KeyedError;
+
 /// What an error of a client says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever classifies must know every case")]
@@ -27,15 +30,22 @@ impl ErrorClasses {
         self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
     }
 
-    pub(super) fn of<E: 'static>(&self, error: &E) -> ErrorClass {
-        let told = self.0.iter().rev().find_map(|classify| classify(error));
-        told.or_else(|| known(error)).unwrap_or(ErrorClass::Lost)
+    /// The class of an error: by the application's word, or by what is known about the error. The latter holds only where the client
+    /// `is_vouched` for: elsewhere `reqwest` may have followed a redirect first, and its error does not show that.
+    pub(super) fn of<E: 'static>(&self, error: &E, is_vouched: bool) -> ErrorClass {
+        let set = self.0.iter().rev().find_map(|classify| classify(error));
+        let known = || is_vouched.then(|| known(error)).flatten();
+        set.or_else(known).unwrap_or(ErrorClass::Lost)
     }
 }
 
 #[cfg(feature = "reqwest")]
 fn known(error: &dyn Any) -> Option<ErrorClass> {
-    error.downcast_ref().map(|error: &reqwest::Error| match error {
+    let error = match error.downcast_ref() {
+        Some(KeyedError::Service(error)) => error,
+        _ => error.downcast_ref::<reqwest::Error>()?,
+    };
+    Some(match error {
         error if error.is_builder() => ErrorClass::Final,
         error if error.is_connect() => ErrorClass::NotSent,
         _ => ErrorClass::Lost,

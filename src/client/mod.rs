@@ -27,6 +27,7 @@ mod keys;
 mod once;
 #[cfg(feature = "follow-redirect")]
 mod redirect;
+mod report;
 #[cfg(feature = "reqwest")]
 mod reqwest;
 #[cfg(feature = "retry")]

@@ -1,16 +1,28 @@
 //! Redirects: a key stays with the server it was made for.
 
 use http::header::HeaderName;
-use http::{Request, Uri};
+use http::{Request, StatusCode, Uri};
 use tower_http::follow_redirect::policy::{Action, Attempt, Policy};
 
 use super::keys::Profile;
+use super::report::Report;
 
-/// A policy for `tower-http`'s redirects that takes the idempotency key off a request which is sent on to another origin (RFC 6454
-/// section 5): a key tells whoever knows it how to ask for the answer that is kept under it. Once off, it stays off.
+/// A policy for `tower-http`'s redirects that never lets another request speak for the one that was sent, and never hands an
+/// idempotency key to another origin (RFC 6454 section 5): whoever knows a key can ask for the response that is stored under it.
 ///
-/// It follows everything; put policies that do not beside it. Within an origin a 307 or 308 carries the key, as every attempt does.
-/// Without this policy, `tower-http` sends the key wherever it is redirected to: leave it away to ask for that.
+/// | the request | 301, 302, 303 | 307, 308 within the origin | 307, 308 to another origin |
+/// |---|---|---|---|
+/// | has a safe method (RFC 9110 section 9.2.1) | follows | follows | follows without the key |
+/// | has any other method | stops: the 3xx is the response | follows with the key | stops: the 307 or 308 is the response |
+///
+/// After a 303 the server has dealt with the request, so the status of the page that it points to, or an error on the way there, says
+/// nothing about the effect. The policy also reports the redirects that it follows to [`OnceLayer`](super::OnceLayer), `CallLayer`
+/// and `RetryPolicy` further out: an error or a refusal of a later hop then counts as "unknown", never as "not sent", whatever
+/// `with_errors` says about it.
+///
+/// `FollowRedirect` without this policy follows everything and sends the key along. Where the layers further out recognise it (by
+/// its type or by its responses) they report "unknown" for every error, and for every response that is neither a success nor a
+/// redirect. They do not recognise it within a box, so always put this policy into it.
 ///
 /// ```
 /// use bytes::Bytes;
@@ -30,28 +42,54 @@ use super::keys::Profile;
 #[derive(Clone, Debug)]
 pub struct KeyAtHome {
     fields: Vec<HeaderName>,
+    /// The target of the first request, once it is sent.
+    home: Option<Uri>,
     has_left: bool,
+    report: Option<Report>,
 }
 
 impl KeyAtHome {
-    /// Takes off the header fields of this profile.
+    /// Keeps the header fields of this profile at their origin.
     #[must_use]
     pub fn new(profile: &Profile) -> Self {
         let fields = profile.first_sent.iter().chain([&profile.header]);
         Self {
             fields: fields.cloned().collect(),
+            home: None,
             has_left: false,
+            report: None,
         }
     }
 }
 
 impl<B, E> Policy<B, E> for KeyAtHome {
     fn redirect(&mut self, attempt: &Attempt<'_>) -> Result<Action, E> {
-        self.has_left |= !is_same_origin(attempt.previous(), attempt.location());
-        Ok(Action::Follow)
+        let is_same_request = matches!(
+            attempt.status(),
+            StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT
+        );
+        let stays = is_same_request && is_same_origin(attempt.previous(), attempt.location());
+        Ok(if attempt.previous_method().is_safe() || stays {
+            Action::Follow
+        } else {
+            Action::Stop
+        })
     }
 
+    // Every request passes here, also one that another policy follows against the word of this one.
     fn on_request(&mut self, request: &mut Request<B>) {
+        let Some(home) = &self.home else {
+            self.home = Some(request.uri().clone());
+            self.report = request.extensions().get::<Report>().cloned();
+            if let Some(report) = &self.report {
+                report.watch();
+            }
+            return;
+        };
+        if let Some(report) = &self.report {
+            report.redirect();
+        }
+        self.has_left |= !is_same_origin(home, request.uri());
         if self.has_left {
             for field in &self.fields {
                 request.headers_mut().remove(field);
@@ -60,7 +98,7 @@ impl<B, E> Policy<B, E> for KeyAtHome {
     }
 }
 
-/// What cannot be compared is another origin.
+/// Whether two targets have the same origin. One that has no origin to compare counts as another.
 fn is_same_origin(one: &Uri, other: &Uri) -> bool {
     let (Some(scheme), Some(host)) = (one.scheme_str(), one.host()) else {
         return false;

@@ -3,12 +3,16 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll};
 
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
-use reqwest::{Body, Client, ClientBuilder, ResponseBuilderExt};
+use reqwest::redirect::{Action, Attempt, Policy};
+use reqwest::{Body, Client, ClientBuilder, ResponseBuilderExt, Url};
+use tokio::task::futures::TaskLocalFuture;
 use tower_service::Service;
+
+use super::report::Report;
 
 /// A `reqwest::Client` as a tower service over `http` types, for the layers of this module to go around.
 ///
@@ -24,41 +28,102 @@ use tower_service::Service;
 /// # }
 /// ```
 ///
-/// Bodies stream in both directions, and an answer has its trailers. `reqwest::Response::from` gives the answer in `reqwest`'s own type,
-/// with its URL, `text` and `json`.
+/// Bodies stream in both directions, and a response has its trailers. `reqwest::Response::from` gives the response in `reqwest`'s own
+/// type, with its URL, `text` and `json`.
 ///
-/// A time-out of `reqwest` is one of each attempt. Repetition is better left to `CallLayer`, which knows of keys; what `reqwest`
-/// repeats by itself was refused by the connection before it was sent.
+/// A time-out of `reqwest` covers one attempt, with the redirects that it follows.
 #[derive(Clone, Debug)]
-pub struct ReqwestService(Client);
+pub struct ReqwestService {
+    client: Client,
+    /// Whether a redirect or a retry that the client makes by itself would be reported.
+    is_transparent: bool,
+}
 
 impl ReqwestService {
-    /// Builds a client that follows up to 10 redirects within an origin, all of which carry the key, and none to another origin:
-    /// `reqwest` would send the key along. The answer is then the redirect itself.
+    /// Builds a client that follows up to 10 redirects, within an origin only, so that no other origin gets a key.
+    ///
+    /// After a method that is not safe (RFC 9110 section 9.2.1) it follows 307 and 308 only, which carry key and body. A 301, 302 or
+    /// 303 is the response: the server has dealt with the request, and the status of the page that the redirect points to says nothing
+    /// about the effect. A redirect that is not followed is the response, too; more than 10 are an error.
+    ///
+    /// The client repeats nothing by itself: `build` replaces the builder's `retry` and `redirect`. `CallLayer` repeats, and knows
+    /// which requests may be repeated.
     ///
     /// # Errors
     ///
     /// As `reqwest::ClientBuilder::build`.
     pub fn build(builder: ClientBuilder) -> Result<Self, reqwest::Error> {
-        let redirects = reqwest::redirect::Policy::custom(|attempt| {
-            let home = attempt.previous().last().map(reqwest::Url::origin);
-            if home.as_ref() != Some(&attempt.url().origin()) {
-                attempt.stop()
-            } else if attempt.previous().len() > 10 {
-                attempt.error("more than 10 redirects")
-            } else {
-                attempt.follow()
-            }
-        });
-        builder.redirect(redirects).build().map(Self)
+        let client = builder
+            .redirect(Policy::custom(follow))
+            .retry(reqwest::retry::never())
+            .build()?;
+        Ok(Self {
+            client,
+            is_transparent: true,
+        })
     }
 
-    /// Takes a client as it is, with its own redirects: it sends the key wherever it is redirected to, unless its policy says
-    /// otherwise.
+    /// Takes a client as it is, with its own redirects and retries. Its redirects send the key wherever they lead, unless its policy
+    /// says otherwise.
+    ///
+    /// `reqwest` does not show whether an error, or a response from the URL that was asked for, is that of the request or of another
+    /// one that the client sent afterwards. So after a method that is not safe, the layers of this crate report "unknown" for every
+    /// error after the sending began, and for every response that is neither a success nor a redirect: a
+    /// [`OnceLayer`](super::OnceLayer) does not free the key after a 401, 404 or 429. [`build`](Self::build) and
+    /// [`from_client_without_redirects`](Self::from_client_without_redirects) make a client whose statuses can be trusted.
     #[must_use]
     pub const fn from_client(client: Client) -> Self {
-        Self(client)
+        Self {
+            client,
+            is_transparent: false,
+        }
     }
+
+    /// Takes a client that follows no redirects and repeats nothing by itself: the caller vouches that it was built with
+    /// `redirect::Policy::none()` and without a `retry` policy. `reqwest`'s default retries are fine, since they repeat only what the
+    /// server has refused to process.
+    ///
+    /// With any other client, an error or a status of another request frees a key, and the next attempt has a second effect. Use
+    /// [`from_client`](Self::from_client) if in doubt.
+    #[must_use]
+    pub const fn from_client_without_redirects(client: Client) -> Self {
+        Self {
+            client,
+            is_transparent: true,
+        }
+    }
+}
+
+tokio::task_local! {
+    /// The request whose future is polled now: `reqwest` shows its redirect policy neither the method nor the extensions.
+    static SENT: Sent;
+}
+
+struct Sent {
+    is_safe: bool,
+    report: Option<Report>,
+}
+
+/// The redirect policy of [`ReqwestService::build`].
+fn follow(attempt: Attempt<'_>) -> Action {
+    const MOST: usize = 10;
+    let home = attempt.previous().last().map(Url::origin);
+    let is_same_request = matches!(
+        attempt.status(),
+        StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT
+    );
+    let may_follow = is_same_request || SENT.try_with(|sent| sent.is_safe).unwrap_or(false);
+    if !may_follow || home != Some(attempt.url().origin()) {
+        return attempt.stop();
+    }
+    if attempt.previous().len() > MOST {
+        return attempt.error("more than 10 redirects");
+    }
+    let report = SENT.try_with(|sent| sent.report.clone()).ok().flatten();
+    if let Some(report) = report {
+        report.redirect();
+    }
+    attempt.follow()
 }
 
 impl<B: Into<Body>> Service<Request<B>> for ReqwestService {
@@ -67,13 +132,21 @@ impl<B: Into<Body>> Service<Request<B>> for ReqwestService {
     type Future = ReqwestFuture;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), reqwest::Error>> {
-        self.0.poll_ready(cx)
+        self.client.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<B>) -> ReqwestFuture {
+        let is_safe = request.method().is_safe();
+        let report = request.extensions().get::<Report>().cloned();
+        if let Some(report) = &report {
+            report.send();
+        }
         let state = match reqwest::Request::try_from(request) {
             Ok(request) => State::Sent {
-                future: self.0.call(request),
+                report: report.clone(),
+                is_doubtful: !self.is_transparent && !is_safe,
+                has_waited: false,
+                future: SENT.scope(Sent { is_safe, report }, self.client.call(request)),
             },
             Err(error) => State::Invalid { error: Some(error) },
         };
@@ -93,7 +166,14 @@ pin_project! {
     #[project = StateProjection]
     enum State {
         Invalid { error: Option<reqwest::Error> },
-        Sent { #[pin] future: <Client as Service<reqwest::Request>>::Future },
+        Sent {
+            report: Option<Report>,
+            // Whether the client may redirect or repeat the request unseen.
+            is_doubtful: bool,
+            has_waited: bool,
+            #[pin]
+            future: TaskLocalFuture<Sent, <Client as Service<reqwest::Request>>::Future>,
+        },
     }
 }
 
@@ -102,7 +182,26 @@ impl Future for ReqwestFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProjection::Sent { future } => Poll::Ready(ready!(future.poll(cx)).map(into_http)),
+            StateProjection::Sent {
+                report,
+                is_doubtful,
+                has_waited,
+                future,
+            } => {
+                let polled = future.poll(cx);
+                let may_be_another = match &polled {
+                    // An error of the first poll comes before anything is sent.
+                    Poll::Pending => *is_doubtful,
+                    // Later, an invalid URL is the target of a redirect.
+                    Poll::Ready(Err(error)) => *has_waited && error.is_builder(),
+                    Poll::Ready(Ok(_)) => false,
+                };
+                *has_waited = true;
+                if let (true, Some(report)) = (may_be_another, report) {
+                    report.redirect();
+                }
+                polled.map_ok(into_http)
+            }
             StateProjection::Invalid { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error)),
                 None => Poll::Pending,
@@ -111,10 +210,15 @@ impl Future for ReqwestFuture {
     }
 }
 
-/// With the URL in the extension by which `reqwest` knows it again.
+/// A response with its URL in the extension from which `reqwest` reads it back.
 fn into_http(response: reqwest::Response) -> Response<Body> {
     let named = Response::builder().url(response.url().clone()).body(());
     let mut response = Response::from(response);
+    // A mark of the `FollowRedirect` within `reqwest`. One that a `FollowRedirect` around this service sets must stand out.
+    #[cfg(feature = "follow-redirect")]
+    response
+        .extensions_mut()
+        .remove::<tower_http::follow_redirect::RequestUri>();
     if let Ok(named) = named {
         response.extensions_mut().extend(named.into_parts().0.extensions);
     }

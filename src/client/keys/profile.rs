@@ -241,6 +241,8 @@ impl Profile {
             409 if self.is_in_flight(status, headers) => Meaning::Unknown,
             // RFC 8470 section 5.2 and RFC 6585 section 4: the server did not begin.
             425 | 429 => Meaning::NotTaken,
+            // An interim status, or an upgrade, is no response.
+            ..=199 => Meaning::Unknown,
             // RFC 9110 section 15.6.2: the server knows no such method.
             501 => Meaning::Answered { settles: is_replay },
             408 | 500.. => Meaning::Unknown,

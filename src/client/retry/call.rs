@@ -11,9 +11,10 @@ use tower::retry::{future::ResponseFuture, Retry};
 use tower_layer::Layer;
 use tower_service::Service;
 
+use super::super::report::Report;
 use super::body::CloneBody;
+use super::delivery::{CallOutcome, Delivery};
 use super::policy::RetryPolicy;
-use super::report::{CallOutcome, Delivery, Report};
 
 /// Repeats requests as a [`RetryPolicy`] says, and tells its caller what became of them: a [`Delivery`] among the extensions of
 /// every response, or a [`CallError`], which tells "unknown" from "not sent".
@@ -94,11 +95,16 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let report = Report::default();
-        request.extensions_mut().insert(report.clone());
+        let report = Report::of::<S>();
+        // The layers within report to this one, and this one reports to the layer around it.
+        let outer = request.extensions_mut().insert(report.clone());
+        if let Some(outer) = &outer {
+            outer.begin();
+        }
         CallFuture {
             attempts: self.retry.call(request),
             report,
+            outer,
             policy: self.policy.clone(),
         }
     }
@@ -110,6 +116,7 @@ pin_project! {
         #[pin]
         attempts: F,
         report: Report,
+        outer: Option<Report>,
         policy: RetryPolicy,
     }
 }
@@ -124,8 +131,12 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let result = ready!(this.attempts.poll(cx));
-        let (_, meaning) = this.policy.read(&result);
-        let (attempts, outcome) = this.report.sum(meaning);
+        let (_, meaning) = this.policy.read(&result, Some(this.report));
+        let (attempts, meaning) = this.report.sum(meaning);
+        if let Some(outer) = this.outer {
+            outer.enter(meaning);
+        }
+        let outcome = CallOutcome::from(meaning);
         Poll::Ready(match result {
             Ok(mut response) => {
                 let is_replay = this.policy.profile().is_replay(response.headers());

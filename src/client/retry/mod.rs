@@ -3,10 +3,10 @@
 mod after;
 mod body;
 mod call;
+mod delivery;
 mod policy;
-mod report;
 
 pub use body::CloneBody;
 pub use call::{Call, CallError, CallFuture, CallLayer};
+pub use delivery::{CallOutcome, Delivery};
 pub use policy::{Pause, RetryPolicy};
-pub use report::{CallOutcome, Delivery};

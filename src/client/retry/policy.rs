@@ -14,9 +14,9 @@ use tower::retry::Policy;
 
 use super::super::classes::{ErrorClass, ErrorClasses};
 use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
+use super::super::report::{meaning_of, Report};
 use super::after::retry_after;
 use super::body::CloneBody;
-use super::report::Report;
 use crate::clock::{sleep, Deadline, Timer};
 
 /// Decides for `tower::retry` what is sent again: only what has a key, or is idempotent by its method (RFC 9110 section 9.2.2).
@@ -138,19 +138,20 @@ impl RetryPolicy {
     }
 
     /// Whether to repeat after this end of an attempt, and what it says about the effect.
-    pub(super) fn read<R, E: 'static>(&self, result: &Result<Response<R>, E>) -> (Advice, Meaning) {
+    pub(super) fn read<R, E: 'static>(
+        &self,
+        result: &Result<Response<R>, E>,
+        report: Option<&Report>,
+    ) -> (Advice, Meaning) {
         let Settings { profile, classes, .. } = &*self.settings;
-        match result {
-            Ok(response) => {
-                let (status, headers) = (response.status(), response.headers());
-                (profile.advice(status, headers), profile.meaning(status, headers))
-            }
-            Err(error) => match classes.of(error) {
-                ErrorClass::Final => (Advice::Final, Meaning::NotTaken),
-                ErrorClass::Lost => (Advice::Repeat, Meaning::Unknown),
-                ErrorClass::NotSent => (Advice::Repeat, Meaning::NotTaken),
+        let advice = match result {
+            Ok(response) => profile.advice(response.status(), response.headers()),
+            Err(error) => match classes.of(error, true) {
+                ErrorClass::Final => Advice::Final,
+                ErrorClass::Lost | ErrorClass::NotSent => Advice::Repeat,
             },
-        }
+        };
+        (advice, meaning_of(profile, classes, report, result))
     }
 
     fn may_repeat<B>(&self, request: &Request<B>) -> bool {
@@ -203,8 +204,9 @@ where
 
     fn retry(&mut self, request: &mut Request<B>, result: &mut Result<Response<R>, E>) -> Option<Pause> {
         self.sent += 1;
-        let (advice, meaning) = self.read(result);
-        if let Some(report) = request.extensions().get::<Report>() {
+        let report = request.extensions().get::<Report>();
+        let (advice, meaning) = self.read(result, report);
+        if let Some(report) = report {
             report.enter(meaning);
         }
         if advice == Advice::Final {
@@ -220,6 +222,9 @@ where
             let Settings { horizon, profile, .. } = &*self.settings;
             let known = profile.retention.mul_f64(0.9);
             self.deadline = Some(Deadline::after((*horizon).min(known)));
+        }
+        if let Some(report) = request.extensions().get::<Report>() {
+            report.begin();
         }
         if !self.may_repeat(request) {
             return None;

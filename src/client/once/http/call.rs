@@ -4,12 +4,12 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use http::request::Parts;
-use http::{response, Request, Response};
+use http::{response, Request, Response, StatusCode};
 use tower_service::Service;
 
 use super::layer::{LostCall, Settings};
-use crate::client::classes::ErrorClass;
 use crate::client::keys::Meaning;
+use crate::client::report::{meaning_of, Report};
 use crate::http::{collect, is_stream, Collected, RebuildBody, Shortfall};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
@@ -31,8 +31,10 @@ pub(super) enum Given<R, E> {
     Broken,
     /// An answer that leaves open what became of an attempt that was lost before.
     Doubtful,
-    /// And the number of the attempt.
-    Error(E, u32),
+    /// The error of an attempt without effect.
+    Failed(E),
+    /// The error of an attempt that may have taken effect, or that followed one which may.
+    Lost(E),
 }
 
 impl<S, B, R> Work for HttpCall<S, B>
@@ -84,35 +86,54 @@ where
             change(&mut head, &attempt);
         }
         head.extensions.insert(attempt.clone());
-        let number = attempt.number();
-        match service.call(Request::from_parts(head, body.rebuild())).await {
+        let report = Report::of::<S>();
+        head.extensions.insert(report.clone());
+        let is_later = attempt.number() > 1;
+        let result = service.call(Request::from_parts(head, body.rebuild())).await;
+        let meaning = settings.meaning(&report, &result);
+        match result {
             // It may say no more than that the lost attempt was there before.
-            Ok(response) if number > 1 && settings.is_doubtful(&response) => Ended {
+            Ok(response) if is_later && settings.is_doubtful(&response) => Ended {
                 given: Given::Doubtful,
                 verdict: Verdict::GiveUp,
             },
             Ok(mut response) => {
                 response.extensions_mut().insert(attempt);
-                settings.answered(response).await
+                settings.answered(response, meaning).await
             }
-            Err(error) => Ended {
-                verdict: match settings.classes.of(&error) {
-                    ErrorClass::Final | ErrorClass::NotSent => Verdict::Release,
-                    ErrorClass::Lost => Verdict::GiveUp,
-                },
-                given: Given::Error(error, number),
-            },
+            Err(error) => settings.failed(error, meaning, is_later),
         }
     }
 }
 
 impl Settings {
-    /// Reads an answer, and decides what becomes of the key.
-    async fn answered<R: RebuildBody, E>(&self, response: Response<R>) -> Ended<Given<R, E>> {
-        let verdict = match self.meaning(&response) {
+    /// Decides how an error leaves the key.
+    fn failed<R, E>(&self, error: E, meaning: Meaning, is_later: bool) -> Ended<Given<R, E>> {
+        if meaning != Meaning::NotTaken {
+            return Ended {
+                given: Given::Lost(error),
+                verdict: Verdict::GiveUp,
+            };
+        }
+        // An earlier attempt was lost, and only `recover` asks about it.
+        let is_open = is_later && self.if_lost == IfLost::Execute;
+        Ended {
+            given: if is_open {
+                Given::Lost(error)
+            } else {
+                Given::Failed(error)
+            },
+            verdict: Verdict::Release,
+        }
+    }
+
+    /// Reads a response, and decides how it leaves the key.
+    async fn answered<R: RebuildBody, E>(&self, response: Response<R>, meaning: Meaning) -> Ended<Given<R, E>> {
+        let verdict = match meaning {
             Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
-            Meaning::Answered { settles: false } | Meaning::NotTaken => Verdict::Release,
-            Meaning::Unknown => Verdict::GiveUp,
+            Meaning::NotTaken => Verdict::Release,
+            Meaning::Answered { settles: false } if shows_no_effect(response.status()) => Verdict::Release,
+            Meaning::Answered { settles: false } | Meaning::Unknown => Verdict::GiveUp,
         };
         let (head, body) = response.into_parts();
         if !matches!(verdict, Verdict::Keep(_)) || is_stream(&head) {
@@ -133,15 +154,15 @@ impl Settings {
         is_asked_blindly && !response.status().is_success() && !self.profile.is_replay(response.headers())
     }
 
-    /// What an answer means, over all the attempts that were made for it.
-    fn meaning<R>(&self, response: &Response<R>) -> Meaning {
-        #[cfg(feature = "retry")]
-        if let Some(delivery) = response.extensions().get::<crate::client::retry::Delivery>() {
-            if delivery.outcome() == crate::client::retry::CallOutcome::Unknown {
-                return Meaning::Unknown;
-            }
+    /// What a result says about the effect of the call, over all the requests that the layers within sent for it.
+    fn meaning<R, E: 'static>(&self, report: &Report, result: &Result<Response<R>, E>) -> Meaning {
+        let own = meaning_of(&self.profile, &self.classes, Some(report), result);
+        match (result, report.sum(own).1) {
+            (_, Meaning::Unknown) => Meaning::Unknown,
+            // This layer reads a response by its own profile.
+            (Ok(_), _) => own,
+            (Err(_), sum) => sum,
         }
-        self.profile.meaning(response.status(), response.headers())
     }
 
     fn keep<R: RebuildBody, E>(&self, head: response::Parts, body: Collected) -> Ended<Given<R, E>> {
@@ -151,4 +172,14 @@ impl Settings {
             verdict: Verdict::Keep(Outcome::Kept(answer)),
         }
     }
+}
+
+/// Whether a response that does not [settle](Meaning::Answered) the effect shows that there is none: the same request is to be sent
+/// elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or a gatekeeper refused it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status
+/// without a registered meaning shows nothing: some proxies answer 499 after they have passed the request on.
+fn shows_no_effect(status: StatusCode) -> bool {
+    matches!(
+        status.as_u16(),
+        307 | 308 | 400 | 401 | 403..=407 | 411 | 413..=417 | 421 | 423 | 426 | 428 | 431 | 451
+    )
 }

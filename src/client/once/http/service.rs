@@ -21,7 +21,7 @@ use crate::client::once::failure::OnceError;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
 use crate::job::{Job, Settled};
-use crate::protocol::{Answer, Fingerprint, IfLost, KeyParser, Scope};
+use crate::protocol::{Answer, Fingerprint, KeyParser, Scope};
 use crate::store::Store;
 
 /// A client whose requests are made once; made by [`OnceLayer`].
@@ -66,6 +66,7 @@ where
             State::Guarded { future: Box::pin(call) }
         } else {
             State::Passed {
+                is_safe: request.method().is_safe(),
                 future: self.inner.call(request),
                 settings: Arc::clone(settings),
             }
@@ -88,7 +89,7 @@ pin_project! {
     #[project = StateProjection]
     enum State<F, R, E> {
         Guarded { future: BoxFuture<'static, Outcomes<R, E>> },
-        Passed { #[pin] future: F, settings: Arc<Settings> },
+        Passed { #[pin] future: F, settings: Arc<Settings>, is_safe: bool },
     }
 }
 
@@ -101,7 +102,11 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
             StateProjection::Guarded { future } => future.as_mut().poll(cx),
-            StateProjection::Passed { future, settings } => future.poll(cx).map_err(|error| failed(settings, error)),
+            StateProjection::Passed {
+                future,
+                settings,
+                is_safe,
+            } => future.poll(cx).map_err(|error| failed(settings, *is_safe, error)),
         }
     }
 }
@@ -112,10 +117,12 @@ impl<F, R, E> fmt::Debug for OnceFuture<F, R, E> {
     }
 }
 
-fn failed<R, E: 'static>(settings: &Settings, error: E) -> OnceError<Response<R>, E> {
-    match settings.classes.of(&error) {
-        ErrorClass::Final | ErrorClass::NotSent => OnceError::Failed(error),
-        ErrorClass::Lost => OnceError::Unknown(Some(error)),
+/// The error of a request that the layer does not cover. Such a request carries no report, so nothing shows whether the error is that
+/// of a later hop. Only a safe method has no effect anyway.
+fn failed<R, E: 'static>(settings: &Settings, is_safe: bool, error: E) -> OnceError<Response<R>, E> {
+    match settings.classes.of(&error, true) {
+        ErrorClass::Final | ErrorClass::NotSent if is_safe => OnceError::Failed(error),
+        _ => OnceError::Unknown(Some(error)),
     }
 }
 
@@ -168,15 +175,13 @@ where
             given: Given::Doubtful, ..
         } => Err(OnceError::Unknown(None)),
         Settled::Ran {
-            given: Given::Error(error, attempt),
+            given: Given::Failed(error),
             ..
-        } => Err(match failed(&settings, error) {
-            // Of an attempt that was lost before this one, and not asked about, it says nothing.
-            OnceError::Failed(error) if attempt > 1 && settings.if_lost == IfLost::Execute => {
-                OnceError::Unknown(Some(error))
-            }
-            failed => failed,
-        }),
+        } => Err(OnceError::Failed(error)),
+        Settled::Ran {
+            given: Given::Lost(error),
+            ..
+        } => Err(OnceError::Unknown(Some(error))),
         Settled::Replay(answer) => replay(&settings, &answer),
         Settled::Refused(refused) => Err(OnceError::refused(refused)),
     }

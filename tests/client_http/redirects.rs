@@ -1,0 +1,454 @@
+//! Redirects after a charge: the status or the error of another request never speaks for the charge, so none is made twice.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tower::util::BoxCloneService;
+use tower::Service;
+use tower_idempotency::client::{ErrorClass, OnceError};
+
+use super::*;
+
+/// A third party that charges, sends the client to `place`, and goes away.
+async fn charge_and_go_away(listener: TcpListener, status: u16, place: &str, charges: &AtomicUsize) {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut text = Vec::new();
+    while !text.windows(4).any(|at| at == b"\r\n\r\n") {
+        let mut more = [0; 1024];
+        let read = stream.read(&mut more).await.unwrap();
+        text.extend_from_slice(&more[..read]);
+    }
+    assert!(text.starts_with(b"POST /charges"), "{}", String::from_utf8_lossy(&text));
+    charges.fetch_add(1, Ordering::SeqCst);
+    drop(listener);
+    let response =
+        format!("HTTP/1.1 {status} Elsewhere\r\nlocation: {place}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    stream.write_all(response.as_bytes()).await.unwrap();
+    stream.shutdown().await.unwrap();
+}
+
+/// Places that a 3xx can name: pages that are there or not, the request's own target, other schemes, nonsense.
+const PLACES: [&str; 8] = [
+    "/charges/1",
+    "/charges",
+    "ftp://127.0.0.1/charges",
+    "mailto:charges",
+    "foo:80",
+    "http://[",
+    "",
+    "https://127.0.0.1:1/charges",
+];
+
+fn once() -> OnceLayer<MemoryStore> {
+    OnceLayer::new(MemoryStore::new(), Profile::stripe())
+}
+
+fn keyed<B: From<&'static str>>(url: &str) -> Request<B> {
+    let mut request = charge(url);
+    request
+        .headers_mut()
+        .insert("idempotency-key", "order-7".parse().unwrap());
+    request
+}
+
+fn pay(url: &str) -> Request<reqwest::Body> {
+    keyed(url)
+}
+
+fn plain() -> reqwest::ClientBuilder {
+    reqwest::Client::builder().no_proxy()
+}
+
+/// Every service over `reqwest`, built by us or by the application.
+fn services() -> [ReqwestService; 2] {
+    [
+        ReqwestService::build(plain()).unwrap(),
+        ReqwestService::from_client(plain().build().unwrap()),
+    ]
+}
+
+#[tokio::test]
+async fn a_charge_is_made_once_although_the_server_goes_away_after_its_redirect() {
+    for http in services() {
+        for status in [301, 302, 303, 307, 308] {
+            for place in PLACES {
+                let charges = AtomicUsize::new(0);
+                let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let url = format!("http://{}/charges", listener.local_addr().unwrap());
+                let client = ServiceBuilder::new().layer(once()).service(http.clone());
+                let serving = charge_and_go_away(listener, status, place, &charges);
+                let (first, ()) = tokio::join!(client.clone().oneshot(pay(&url)), serving);
+                // A 307 or 308 that was not followed says that nothing was done, and that is believed.
+                if matches!(&first, Ok(response) if [307, 308].contains(&response.status().as_u16())) {
+                    continue;
+                }
+                if let Err(error) = &first {
+                    assert!(error.may_have_happened(), "{status} {place}: {error:?}");
+                }
+                // A free key would be claimed, and the request would meet a closed port.
+                let again = client.oneshot(pay(&url)).await;
+                assert!(
+                    matches!(again, Ok(_) | Err(OnceError::Unknown(None))),
+                    "{status} {place}: {first:?}, then {again:?}"
+                );
+                assert_eq!(charges.load(Ordering::SeqCst), 1);
+            }
+        }
+    }
+}
+
+/// Charges at the first request, redirects to `place`, and refuses everything that follows.
+async fn charging_and_refusing(status: u16, place: &'static str, refusal: u16) -> Server {
+    Server::start(move |_, count| {
+        Ok(match count {
+            1 => redirect(StatusCode::from_u16(status).unwrap(), place),
+            _ => {
+                let mut response = text(StatusCode::from_u16(refusal).unwrap(), "");
+                response.headers_mut().insert("retry-after", "0".parse().unwrap());
+                response
+            }
+        })
+    })
+    .await
+}
+
+fn posts(server: &Server) -> usize {
+    let arrived = server.arrived();
+    arrived.iter().filter(|request| request.method == "POST").count()
+}
+
+#[tokio::test]
+async fn a_status_of_a_later_hop_does_not_free_the_key() {
+    for http in services() {
+        for status in [301, 302, 303] {
+            for refusal in [400, 401, 404, 409, 425, 429, 499, 501, 503] {
+                // The second place is the target of the request itself: no URL shows that another request was made.
+                for place in ["/charges/1", "/charges"] {
+                    let server = charging_and_refusing(status, place, refusal).await;
+                    let client = ServiceBuilder::new().layer(once()).service(http.clone());
+                    for _ in 0..3 {
+                        let paid = client.clone().oneshot(pay(&server.url("/charges"))).await;
+                        if let Err(error) = paid {
+                            assert!(error.may_have_happened(), "{status} {refusal} {place}: {error:?}");
+                        }
+                    }
+                    assert_eq!(posts(&server), 1, "{status} {refusal} {place}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_charge_that_was_redirected_is_not_reported_as_not_taken() {
+    for http in services() {
+        for place in PLACES {
+            let charges = AtomicUsize::new(0);
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}/charges", listener.local_addr().unwrap());
+            let client = ServiceBuilder::new()
+                .layer(keys())
+                .layer(calls(1))
+                .service(http.clone());
+            let serving = charge_and_go_away(listener, 303, place, &charges);
+            let (paid, ()) = tokio::join!(client.oneshot(charge::<reqwest::Body>(&url)), serving);
+            let outcome = match paid {
+                Ok(response) => response.extensions().get::<Delivery>().unwrap().outcome(),
+                Err(KeyedError::Service(error)) => error.outcome(),
+                Err(error) => panic!("{error}"),
+            };
+            assert_ne!(outcome, CallOutcome::NotTaken, "{place}");
+        }
+        for refusal in [404, 429, 503] {
+            let server = charging_and_refusing(303, "/charges", refusal).await;
+            let client = ServiceBuilder::new()
+                .layer(keys())
+                .layer(calls(1))
+                .service(http.clone());
+            let response = client
+                .oneshot(charge::<reqwest::Body>(&server.url("/charges")))
+                .await
+                .unwrap();
+            let outcome = response.extensions().get::<Delivery>().unwrap().outcome();
+            let is_303 = response.status() == StatusCode::SEE_OTHER;
+            assert_eq!(outcome == CallOutcome::Answered, is_303, "{refusal}: {outcome:?}");
+            assert_ne!(outcome, CallOutcome::NotTaken, "{refusal}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_that_is_not_followed_is_the_response_and_is_stored() {
+    for status in [301, 302, 303] {
+        let server = charging_and_refusing(status, "/charges/1", 404).await;
+        let client = ServiceBuilder::new()
+            .layer(once())
+            .service(ReqwestService::build(plain()).unwrap());
+        for _ in 0..2 {
+            let response = client.clone().oneshot(pay(&server.url("/charges"))).await.unwrap();
+            assert_eq!(response.status(), status);
+            assert_eq!(response.headers()[LOCATION], "/charges/1");
+        }
+        assert_eq!(server.arrived().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_page_is_still_read_over_redirects() {
+    for status in [301, 302, 303, 307, 308] {
+        let server = Server::start(move |path, _| {
+            Ok(match path {
+                "/0" => redirect(StatusCode::from_u16(status).unwrap(), "/1"),
+                _ => text(StatusCode::OK, "page"),
+            })
+        });
+        let server = server.await;
+        let client = ReqwestService::build(plain()).unwrap();
+        let request = Request::get(server.url("/0")).body(reqwest::Body::default()).unwrap();
+        assert_eq!(client.oneshot(request).await.unwrap().status(), StatusCode::OK);
+        assert_eq!(server.arrived().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_loop_ends_with_an_error_and_leaves_the_outcome_unknown() {
+    for http in services() {
+        let rounds = Server::start(|_, _| Ok(redirect(StatusCode::TEMPORARY_REDIRECT, "/charges"))).await;
+        let client = ServiceBuilder::new().layer(once()).service(http);
+        let error = client.clone().oneshot(pay(&rounds.url("/charges"))).await.unwrap_err();
+        assert!(
+            matches!(&error, OnceError::Unknown(Some(error)) if error.is_redirect()),
+            "{error:?}"
+        );
+        let hops = rounds.arrived().len();
+        let error = client.oneshot(pay(&rounds.url("/charges"))).await.unwrap_err();
+        assert!(matches!(error, OnceError::Unknown(None)), "{error:?}");
+        assert_eq!(rounds.arrived().len(), hops);
+    }
+}
+
+#[tokio::test]
+async fn a_status_of_the_request_itself_frees_the_key_where_the_client_shows_its_redirects() {
+    let without = plain().redirect(reqwest::redirect::Policy::none()).build().unwrap();
+    for http in [
+        ReqwestService::build(plain()).unwrap(),
+        ReqwestService::from_client_without_redirects(without),
+    ] {
+        let server = Server::start(|_, count| {
+            Ok(match count {
+                1 => text(StatusCode::TOO_MANY_REQUESTS, ""),
+                _ => text(StatusCode::CREATED, "charged"),
+            })
+        });
+        let server = server.await;
+        let client = ServiceBuilder::new().layer(once()).service(http);
+        let mut statuses = Vec::new();
+        for _ in 0..2 {
+            let paid = client.clone().oneshot(pay(&server.url("/charges"))).await.unwrap();
+            statuses.push(paid.status().as_u16());
+        }
+        assert_eq!(statuses, [429, 201]);
+    }
+}
+
+#[tokio::test]
+async fn an_error_before_the_sending_frees_the_key() {
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let refused = format!("http://{free}/charges");
+    for (http, is_ours) in services().into_iter().zip([true, false]) {
+        for url in [&*refused, "/relative", "ftp://127.0.0.1/"] {
+            let layered = ServiceBuilder::new().layer(once()).layer(keys()).service(http.clone());
+            let called = ServiceBuilder::new()
+                .layer(once())
+                .layer(keys())
+                .layer(calls(2))
+                .service(http.clone());
+            let failed = [
+                matches!(layered.oneshot(pay(url)).await, Err(OnceError::Failed(_))),
+                matches!(called.oneshot(pay(url)).await, Err(OnceError::Failed(_))),
+            ];
+            // Nothing shows whether another client was refused a connection for the request itself or for a later one.
+            let is_known = is_ours || url != refused;
+            assert_eq!(failed, [is_known; 2], "{url}, ours: {is_ours}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_client_repeats_by_itself_is_not_sent_again_under_a_once_layer() {
+    let again = || {
+        let again = reqwest::retry::for_host("127.0.0.1").classify_fn(|attempt| attempt.retryable());
+        plain().retry(again)
+    };
+    let server = Server::start(|_, _| Ok(text(StatusCode::SERVICE_UNAVAILABLE, ""))).await;
+    let client = ServiceBuilder::new()
+        .layer(once())
+        .service(ReqwestService::build(again()).unwrap());
+    client.oneshot(pay(&server.url("/charges"))).await.unwrap();
+    assert_eq!(server.arrived().len(), 1);
+    // A client that was taken as it is repeats. A refusal of the last attempt does not speak for the first.
+    let server = Server::start(|_, count| match count {
+        1 => Err(io::ErrorKind::ConnectionReset.into()),
+        _ => Ok(text(StatusCode::TOO_MANY_REQUESTS, "")),
+    });
+    let server = server.await;
+    let client = ServiceBuilder::new()
+        .layer(once())
+        .service(ReqwestService::from_client(again().build().unwrap()));
+    drop(client.clone().oneshot(pay(&server.url("/charges"))).await);
+    let arrived = server.arrived().len();
+    let error = client.oneshot(pay(&server.url("/charges"))).await.unwrap_err();
+    assert!(matches!(error, OnceError::Unknown(None)), "{error:?}");
+    assert_eq!(server.arrived().len(), arrived);
+}
+
+mod by_tower_http {
+    use super::*;
+    use tower_http::follow_redirect::FollowRedirect;
+
+    type Http = BoxCloneService<Request<Full<Bytes>>, Response<Full<Bytes>>, io::Error>;
+
+    /// A client whose third party charges and redirects; the next request fails, or is refused.
+    fn charging(place: &'static str, refusal: Option<u16>, charges: &Arc<AtomicUsize>) -> Http {
+        let charges = Arc::clone(charges);
+        BoxCloneService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
+            let is_charge = request.method() == "POST";
+            let first = !is_charge || charges.fetch_add(1, Ordering::SeqCst) == 0;
+            let response = match (is_charge, refusal) {
+                (true, _) if first => Response::builder().status(303).header(LOCATION, place),
+                (true, _) => Response::builder().status(201),
+                (false, Some(status)) => Response::builder().status(status),
+                (false, None) => return std::future::ready(Err(io::ErrorKind::ConnectionRefused.into())),
+            };
+            std::future::ready(Ok(response.body(Full::default()).unwrap()))
+        }))
+    }
+
+    /// The application's word: a refused connection comes before the sending, and everything else is final.
+    fn class(error: &io::Error) -> ErrorClass {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+            _ => ErrorClass::Final,
+        }
+    }
+
+    async fn is_charged_once<S>(client: S, charges: &AtomicUsize)
+    where
+        S: Service<Request<Full<Bytes>>, Error = OnceError<Response<Full<Bytes>>, io::Error>> + Clone,
+    {
+        for _ in 0..3 {
+            if let Err(error) = client.clone().oneshot(keyed("http://bank.example/charges")).await {
+                assert!(error.may_have_happened(), "{error:?}");
+            }
+        }
+        assert_eq!(charges.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn the_applications_word_about_a_later_hop_does_not_count() {
+        for refusal in [None, Some(404), Some(409), Some(429), Some(503)] {
+            for place in ["/charges/1", "/charges", "http://other.example/"] {
+                let store = MemoryStore::new();
+                let once = || OnceLayer::new(store.clone(), Profile::stripe()).with_errors(class);
+                // With our policy, and with none of ours.
+                let policy = Limited::new(5).and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()));
+                let charges = Arc::default();
+                let client = ServiceBuilder::new()
+                    .layer(once().with_namespace("ours"))
+                    .layer(FollowRedirectLayer::with_policy(policy))
+                    .service(charging(place, refusal, &charges));
+                is_charged_once(client, &charges).await;
+                let charges = Arc::default();
+                let client = ServiceBuilder::new()
+                    .layer(once().with_namespace("theirs"))
+                    .layer(FollowRedirectLayer::new())
+                    .service(charging(place, refusal, &charges));
+                is_charged_once(client, &charges).await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_policy_of_ours_that_another_one_overrules_still_reports_the_redirect() {
+        for refusal in [None, Some(404), Some(429)] {
+            let (store, charges) = (MemoryStore::new(), Arc::default());
+            let home = KeyAtHome::new(&Profile::stripe());
+            let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home, tower_http::follow_redirect::policy::Action::Follow);
+            let redirects = FollowRedirect::with_policy(charging("/charges", refusal, &charges), policy);
+            let client = ServiceBuilder::new()
+                .layer(OnceLayer::new(store.clone(), Profile::stripe()).with_errors(class))
+                // A box hides the type.
+                .service(BoxCloneService::new(redirects));
+            is_charged_once(client, &charges).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_status_that_has_passed_redirects_within_a_box_does_not_free_the_key() {
+        for place in ["/charges/1", "/charges"] {
+            let (store, charges) = (MemoryStore::new(), Arc::default());
+            let redirects: FollowRedirect<_> = FollowRedirect::new(charging(place, Some(429), &charges));
+            let client = ServiceBuilder::new()
+                .layer(OnceLayer::new(store.clone(), Profile::stripe()))
+                .service(BoxCloneService::new(redirects));
+            is_charged_once(client, &charges).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_later_hop_does_not_make_a_call_that_was_not_taken() {
+        for refusal in [None, Some(404), Some(429)] {
+            let charges = Arc::default();
+            let policy = RetryPolicy::new(Profile::stripe())
+                .with_max_attempts(1)
+                .with_errors(class);
+            let client = ServiceBuilder::new()
+                .layer(keys())
+                .layer(CallLayer::new(policy))
+                .layer(FollowRedirectLayer::new())
+                .service(charging("/charges", refusal, &charges));
+            let outcome = match client
+                .oneshot(charge::<Full<Bytes>>("http://bank.example/charges"))
+                .await
+            {
+                Ok(response) => response.extensions().get::<Delivery>().unwrap().outcome(),
+                Err(KeyedError::Service(error)) => error.outcome(),
+                Err(error) => panic!("{error}"),
+            };
+            assert_eq!(outcome, CallOutcome::Unknown, "{refusal:?}");
+        }
+    }
+
+    /// The origin that the bank redirects to charges, and its first response is lost.
+    #[tokio::test]
+    async fn a_charge_is_not_redirected_to_another_origin() {
+        let charges = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&charges);
+        let http = tower::service_fn(move |request: Request<Full<Bytes>>| {
+            let response = match request.uri().host() {
+                Some("bank.example") => Response::builder()
+                    .status(308)
+                    .header(LOCATION, "http://api.bank.example/charges"),
+                _ => {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    return std::future::ready(Err(io::Error::other("connection reset")));
+                }
+            };
+            std::future::ready(Ok(response.body(Full::<Bytes>::default()).unwrap()))
+        });
+        let policy = Limited::new(5)
+            .and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()))
+            .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
+        let client = ServiceBuilder::new()
+            .layer(keys())
+            .layer(calls(5))
+            .layer(FollowRedirectLayer::with_policy(policy))
+            .service(http);
+        let response = client
+            .oneshot(charge::<Full<Bytes>>("http://bank.example/charges"))
+            .await
+            .unwrap();
+        assert_eq!(response.status(), 308);
+        assert_eq!(charges.load(Ordering::SeqCst), 0);
+    }
+}
