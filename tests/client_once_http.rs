@@ -393,3 +393,161 @@ async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
     );
     assert!(after.may_have_happened() && party.arrived() == 1);
 }
+
+/// Retries within the layer: a third party without idempotency gets one request, unless it provably did not take it.
+#[cfg(feature = "retry")]
+mod with_retries {
+    use super::*;
+    use tower::retry::RetryLayer;
+    use tower::util::BoxCloneService;
+    use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, RetryPolicy};
+
+    /// What the third party does with a request.
+    #[derive(Clone, Copy, Debug)]
+    enum Act {
+        Say(u16),
+        Lost,
+        Refused,
+    }
+    use Act::{Lost, Refused, Say};
+
+    /// What the caller of the layer gets.
+    #[derive(Debug, PartialEq)]
+    enum Known {
+        Status(u16),
+        Failed,
+        Unknown,
+    }
+
+    type Client = BoxCloneService<Request<Full<Bytes>>, Known, Known>;
+
+    fn status(response: Answer) -> Known {
+        Known::Status(response.status().as_u16())
+    }
+
+    fn failure<E>(error: OnceError<Answer, E>) -> Known {
+        if let OnceError::Failed(_) = error {
+            return Known::Failed;
+        }
+        assert!(error.may_have_happened());
+        Known::Unknown
+    }
+
+    async fn send(client: Client, request: Request<Full<Bytes>>) -> Known {
+        client.oneshot(request).await.unwrap_or_else(|error| error)
+    }
+
+    /// The layers in the documented order, with either way to repeat, over a third party that acts as given; the last act is repeated.
+    fn clients(layer: &OnceLayer<RemoteStore>, acts: &'static [Act], arrived: &Arc<AtomicUsize>) -> [Client; 2] {
+        let policy = RetryPolicy::new(Profile::draft()).with_errors(|error: &io::Error| match error.kind() {
+            io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+            _ => ErrorClass::Lost,
+        });
+        let counted = Arc::clone(arrived);
+        let http = service_fn(move |_: Request<Full<Bytes>>| {
+            let count = counted.fetch_add(1, Ordering::SeqCst);
+            ready(match acts[count.min(acts.len() - 1)] {
+                Say(status) => answer(status),
+                Lost => Err(io::ErrorKind::ConnectionReset.into()),
+                Refused => Err(io::ErrorKind::ConnectionRefused.into()),
+            })
+        });
+        let keys = IdempotencyKeyLayer::new(Profile::draft());
+        let calls = ServiceBuilder::new()
+            .map_response(status)
+            .map_err(failure)
+            .layer(layer)
+            .layer(keys.clone())
+            .layer(CallLayer::new(policy.clone()))
+            .service(http.clone());
+        let retries = ServiceBuilder::new()
+            .map_response(status)
+            .map_err(failure)
+            .layer(layer)
+            .layer(keys)
+            .layer(RetryLayer::new(policy))
+            .service(http);
+        [BoxCloneService::new(calls), BoxCloneService::new(retries)]
+    }
+
+    /// Checks how many requests arrive for a call, what its caller gets, and whether another call would be sent.
+    async fn check(
+        configure: impl Fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>,
+        table: &[(&'static [Act], usize, Known, bool)],
+    ) {
+        for (acts, requests, expected, is_free) in table {
+            for way in 0..2 {
+                let arrived = Arc::new(AtomicUsize::new(0));
+                let layer = configure(layer().1);
+                let [mut client, other] = clients(&layer, acts, &arrived);
+                if way == 1 {
+                    client = other;
+                }
+                let got = send(client.clone(), request("x")).await;
+                assert_eq!(
+                    (arrived.load(Ordering::SeqCst), &got),
+                    (*requests, expected),
+                    "{acts:?} {way}"
+                );
+                send(client, request("x")).await;
+                let is_sent = arrived.load(Ordering::SeqCst) > *requests;
+                assert_eq!(is_sent, *is_free, "{acts:?} {way}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_is_repeated_only_if_it_was_provably_not_taken() {
+        let configurations: [fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>; 2] =
+            [|layer| layer, OnceLayer::without_sending_key];
+        for configure in configurations {
+            check(
+                configure,
+                &[
+                    (&[Lost], 1, Known::Unknown, false),
+                    (&[Say(500)], 1, Known::Status(500), false),
+                    (&[Say(503)], 1, Known::Status(503), false),
+                    (&[Say(408)], 1, Known::Status(408), false),
+                    (&[Refused, Say(201)], 2, Known::Status(201), false),
+                    (&[Say(429), Say(201)], 2, Known::Status(201), false),
+                    (&[Refused, Lost], 2, Known::Unknown, false),
+                    (&[Say(429), Say(503)], 2, Known::Status(503), false),
+                    (&[Refused], 5, Known::Failed, true),
+                    (&[Say(429)], 5, Known::Status(429), true),
+                    (&[Say(401)], 1, Known::Status(401), true),
+                ],
+            )
+            .await;
+        }
+    }
+
+    /// The refusal of a later attempt does not speak for the one that was lost before.
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_request_is_repeated_if_the_third_party_honours_keys() {
+        check(
+            OnceLayer::assume_keys_honoured,
+            &[
+                (&[Lost, Say(201)], 2, Known::Status(201), false),
+                (&[Say(503), Say(201)], 2, Known::Status(201), false),
+                (&[Lost, Say(422)], 2, Known::Status(422), false),
+                (&[Lost, Say(401)], 2, Known::Status(401), false),
+                (&[Lost, Say(429)], 5, Known::Status(429), false),
+                (&[Lost, Refused], 5, Known::Unknown, false),
+                (&[Refused], 5, Known::Failed, true),
+            ],
+        )
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_method_that_is_idempotent_is_no_reason_to_repeat() {
+        let arrived = Arc::new(AtomicUsize::new(0));
+        let layer = layer().1.with_methods([http::Method::PUT]);
+        for client in clients(&layer, &[Lost], &arrived) {
+            let mut put = request("x");
+            *put.method_mut() = http::Method::PUT;
+            assert_eq!(send(client, put).await, Known::Unknown);
+        }
+        assert_eq!(arrived.load(Ordering::SeqCst), 1);
+    }
+}

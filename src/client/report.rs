@@ -154,6 +154,11 @@ const fn has_passed_redirects<R>(_: &Response<R>) -> bool {
     false
 }
 
+/// An extension of requests that are made at most once: a retry further in may repeat them only if the server provably did not take
+/// them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OnlyUnsent;
+
 /// What the end of an attempt says about the effect of the request that was sent first.
 pub(super) fn meaning_of<R, E: 'static>(
     profile: &Profile,

@@ -14,7 +14,7 @@ use tower::retry::Policy;
 
 use super::super::classes::{ErrorClass, ErrorClasses};
 use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
-use super::super::report::{meaning_of, Report};
+use super::super::report::{meaning_of, OnlyUnsent, Report};
 use super::after::retry_after;
 use super::body::CloneBody;
 use crate::clock::{sleep, Deadline, Timer};
@@ -204,13 +204,19 @@ where
 
     fn retry(&mut self, request: &mut Request<B>, result: &mut Result<Response<R>, E>) -> Option<Pause> {
         self.sent += 1;
-        let report = request.extensions().get::<Report>();
+        let extensions = request.extensions();
+        let report = extensions.get::<Report>();
         let (advice, meaning) = self.read(result, report);
         if let Some(report) = report {
             report.enter(meaning);
         }
+        // A key in a header field does not show that the server deduplicates by it (`OnceLayer::assume_keys_honoured`).
+        let is_forbidden = meaning != Meaning::NotTaken && extensions.get::<OnlyUnsent>().is_some();
         if advice == Advice::Final {
             self.settings.budget.deposit();
+            return None;
+        }
+        if is_forbidden {
             return None;
         }
         let pause = self.pause(result)?;

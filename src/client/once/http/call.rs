@@ -9,7 +9,7 @@ use tower_service::Service;
 
 use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
-use crate::client::report::{meaning_of, Report};
+use crate::client::report::{meaning_of, OnlyUnsent, Report};
 use crate::http::{collect, is_stream, Collected, RebuildBody, Shortfall};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
@@ -88,6 +88,9 @@ where
         head.extensions.insert(attempt.clone());
         let report = Report::of::<S>();
         head.extensions.insert(report.clone());
+        if !settings.keys_are_honoured {
+            head.extensions.insert(OnlyUnsent);
+        }
         let is_later = attempt.number() > 1;
         let result = service.call(Request::from_parts(head, body.rebuild())).await;
         let meaning = settings.meaning(&report, &result);

@@ -88,6 +88,7 @@ pub(super) struct Settings {
     pub(super) key: Option<KeyFn>,
     pub(super) scope: Option<ScopeFn>,
     pub(super) send_key: bool,
+    pub(super) keys_are_honoured: bool,
     pub(super) on_attempt: Option<AttemptFn>,
     pub(super) if_lost: IfLost,
     pub(super) check: Option<CheckFn>,
@@ -119,6 +120,7 @@ impl<St> OnceLayer<St> {
             key: None,
             scope: None,
             send_key: true,
+            keys_are_honoured: false,
             on_attempt: None,
             if_lost: IfLost::Refuse,
             check: None,
@@ -175,6 +177,18 @@ impl<St> OnceLayer<St> {
     #[must_use]
     pub fn without_sending_key(mut self) -> Self {
         self.settings().send_key = false;
+        self
+    }
+
+    /// States that the third party deduplicates by the key that it is sent, so that a `RetryPolicy` within this layer may repeat a
+    /// request that was perhaps lost. By default it repeats a request only if the server provably did not take it: an error that is
+    /// [known](Self::with_errors) to come before the sending, a 425 or a 429.
+    ///
+    /// No [`Profile`] states this by itself: it says how a key is sent, and even a provider that takes keys does not take them at every
+    /// endpoint. If the statement is false, one call of this layer makes several.
+    #[must_use]
+    pub fn assume_keys_honoured(mut self) -> Self {
+        self.settings().keys_are_honoured = true;
         self
     }
 
