@@ -12,9 +12,19 @@
 //!
 //! # Where the layers go
 //!
-//! Outermost first: [`OnceLayer`], where the answers are to be recorded; [`IdempotencyKeyLayer`], so that one logical request has
-//! one key; `CallLayer` or `tower::retry` with `RetryPolicy` (feature `retry`), whose attempts all carry that key; a time-out for
-//! each attempt; redirects; the client.
+//! Outermost first:
+//!
+//! | layer | where the third party honours keys | where it offers nothing |
+//! |---|---|---|
+//! | [`OnceLayer`] | if its responses are to be recorded here, too; with [`assume_keys_honoured`](OnceLayer::assume_keys_honoured), so that a lost request is repeated | needed |
+//! | [`IdempotencyKeyLayer`] | needed: one logical request has one key | not needed: the caller names the call, in the header field or by [`OnceLayer::with_key`] |
+//! | `CallLayer`, or `tower::retry` with `RetryPolicy` (feature `retry`) | repeats under the same key | repeats only what was provably not taken: a refused connection, a 425, a 429 |
+//! | a time-out | for each attempt | for each attempt |
+//! | `FollowRedirect` with `KeyAtHome` in its policy (feature `follow-redirect`) | only around a client that follows no redirects | the same |
+//! | the client, such as `ReqwestService` (feature `reqwest`) | | |
+//!
+//! A retry of your own below [`OnceLayer`] makes several calls of one: the layer cannot stop it. A redirect of your own makes a
+//! later request speak for the first one: keep it out, or let `KeyAtHome` watch it.
 //!
 //! # What it does not promise
 //!

@@ -20,6 +20,9 @@ use super::report::Report;
 /// and `RetryPolicy` further out: an error or a refusal of a later hop then counts as "unknown", never as "not sent", whatever
 /// `with_errors` says about it.
 ///
+/// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. It goes there without its key, and
+/// `CallLayer` does not repeat it.
+///
 /// `FollowRedirect` without this policy follows everything and sends the key along. Where the layers further out recognise it (by
 /// its type or by its responses) they report "unknown" for every error, and for every response that is neither a success nor a
 /// redirect. They do not recognise it within a box, so always put this policy into it.
@@ -91,6 +94,9 @@ impl<B, E> Policy<B, E> for KeyAtHome {
         }
         self.has_left |= !is_same_origin(home, request.uri());
         if self.has_left {
+            if let (Some(report), false) = (&self.report, request.method().is_safe()) {
+                report.lose_key();
+            }
             for field in &self.fields {
                 request.headers_mut().remove(field);
             }

@@ -30,12 +30,24 @@ struct Progress {
 /// The hops of the current attempt.
 #[derive(Debug, Default)]
 struct Hops {
+    /// A request that is not safe was sent on without its key.
+    is_unkeyed: bool,
     /// A client of ours sends the attempt. It reports every redirect, so its own errors say whether the attempt was sent.
     is_sent: bool,
     /// A redirect was followed, or nothing rules out that one was.
     is_redirected: bool,
-    /// A redirect policy of ours reports every hop.
+    /// A redirect policy of ours reports every hop, of this attempt and of the next.
     is_watched: bool,
+}
+
+impl Hops {
+    /// Forgets the attempt that has ended.
+    fn forget(&mut self) {
+        *self = Self {
+            is_watched: self.is_watched,
+            ..Self::default()
+        };
+    }
 }
 
 impl Report {
@@ -61,7 +73,7 @@ impl Report {
         let mut progress = self.progress();
         progress.is_lost |= progress.is_open;
         progress.is_open = true;
-        progress.hops = Hops::default();
+        progress.hops.forget();
     }
 
     /// Records that a client of ours sends the attempt. If it does so twice, a retry between that is none of ours repeats it, and the
@@ -85,13 +97,25 @@ impl Report {
         self.progress().hops.is_redirected = true;
     }
 
+    /// Records that a request which is not safe is sent on without its key.
+    #[cfg(feature = "follow-redirect")]
+    pub(super) fn lose_key(&self) {
+        self.progress().hops.is_unkeyed = true;
+    }
+
+    /// Whether the attempt went on without its key: the server that it reached cannot recognise a repetition.
+    #[cfg(feature = "retry")]
+    pub(super) fn has_lost_key(&self) -> bool {
+        self.progress().hops.is_unkeyed
+    }
+
     /// Records the end of an attempt.
     pub(super) fn enter(&self, meaning: Meaning) {
         let mut progress = self.progress();
         progress.attempts += 1;
         progress.last = Some(meaning);
         progress.is_open = false;
-        progress.hops = Hops::default();
+        progress.hops.forget();
         match meaning {
             Meaning::Unknown => progress.is_lost = true,
             Meaning::Answered { settles: true } => progress.is_lost = false,

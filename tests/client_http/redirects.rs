@@ -419,23 +419,46 @@ mod by_tower_http {
         }
     }
 
-    /// The origin that the bank redirects to charges, and its first response is lost.
-    #[tokio::test]
-    async fn a_charge_is_not_redirected_to_another_origin() {
-        let charges = Arc::new(AtomicUsize::new(0));
-        let counted = Arc::clone(&charges);
-        let http = tower::service_fn(move |request: Request<Full<Bytes>>| {
+    /// The origin that the bank redirects to charges, and its responses are lost.
+    fn redirecting_to_another_origin(charges: &Arc<AtomicUsize>) -> Http {
+        let counted = Arc::clone(charges);
+        BoxCloneService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
             let response = match request.uri().host() {
                 Some("bank.example") => Response::builder()
                     .status(308)
                     .header(LOCATION, "http://api.bank.example/charges"),
                 _ => {
+                    assert!(!request.headers().contains_key("idempotency-key"));
                     counted.fetch_add(1, Ordering::SeqCst);
                     return std::future::ready(Err(io::Error::other("connection reset")));
                 }
             };
             std::future::ready(Ok(response.body(Full::<Bytes>::default()).unwrap()))
-        });
+        }))
+    }
+
+    #[tokio::test]
+    async fn a_charge_that_has_lost_its_key_is_not_repeated() {
+        let charges = Arc::default();
+        let home = KeyAtHome::new(&Profile::stripe());
+        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home, tower_http::follow_redirect::policy::Action::Follow)
+            .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
+        let client = ServiceBuilder::new()
+            .layer(keys())
+            .layer(calls(5))
+            .layer(FollowRedirectLayer::with_policy(overruled))
+            .service(redirecting_to_another_origin(&charges));
+        let Err(KeyedError::Service(error)) = client.oneshot(charge("http://bank.example/charges")).await else {
+            panic!("its response is lost");
+        };
+        assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Unknown));
+        assert_eq!(charges.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_charge_is_not_redirected_to_another_origin() {
+        let charges = Arc::default();
+        let http = redirecting_to_another_origin(&charges);
         let policy = Limited::new(5)
             .and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()))
             .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));

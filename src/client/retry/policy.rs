@@ -25,6 +25,11 @@ use crate::clock::{sleep, Deadline, Timer};
 /// `Retry-After` asks for, or else after a random time between nothing and a bound that doubles with every attempt ("full
 /// jitter").
 ///
+/// Under a [`OnceLayer`](super::super::OnceLayer) it repeats only what the server provably did not take: an error that is known to come
+/// before the sending, a 425 or a 429. A key in the header does not show that the server deduplicates by it;
+/// [`OnceLayer::assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured) states that it does. It learns of the `OnceLayer`
+/// by an extension of the request, so layers between the two must pass the extensions on.
+///
 /// # Defaults
 ///
 /// | setting | default |
@@ -109,8 +114,11 @@ impl RetryPolicy {
         self
     }
 
-    /// Tells what an error of the client's says about the effect; without it, every error may have taken effect. For several types,
-    /// call it several times.
+    /// Sets what an error of the client says about the effect. Default: every error may have taken effect. For several types, call it
+    /// several times.
+    ///
+    /// It counts only for the request itself: an error that may belong to a later hop of a redirect is never "not sent". If the client
+    /// follows redirects, put `KeyAtHome` into its policy, which shows the hops.
     ///
     /// ```
     /// use std::io;
@@ -207,6 +215,7 @@ where
         let extensions = request.extensions();
         let report = extensions.get::<Report>();
         let (advice, meaning) = self.read(result, report);
+        let has_lost_key = report.is_some_and(Report::has_lost_key);
         if let Some(report) = report {
             report.enter(meaning);
         }
@@ -216,7 +225,7 @@ where
             self.settings.budget.deposit();
             return None;
         }
-        if is_forbidden {
+        if is_forbidden || has_lost_key {
             return None;
         }
         let pause = self.pause(result)?;

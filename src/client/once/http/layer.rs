@@ -59,9 +59,17 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// At most one call, by default: when an attempt is lost, the outcome of its key is [`OnceError::Unknown`](crate::client::OnceError::Unknown) until it is resolved.
 /// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
 ///
-/// What an answer does to the key follows from what it [means](Profile::meaning): dealt with, it is kept, and so is a 4xx that comes
-/// of the request itself; one of a gatekeeper (400, 401, 403, 404, 413, ...), a 425 or a 429 passes through and frees the key; after a 5xx, a 408
-/// or an error of the client the attempt counts as lost, unless the [error is known](Self::with_errors) to come before the sending.
+/// What a response does to the key follows from what it [means](Profile::meaning):
+///
+/// | the response | the key |
+/// |---|---|
+/// | 2xx, 3xx but 307 and 308, 402, 409 (unless the profile reads it as in flight), 410, 412, 422, a replay | the response is stored |
+/// | 425, 429, and what a server or a gateway answers that did nothing: 307, 308, 400, 401, 403 to 407, 411, 413 to 417, 421, 423, 426, 428, 431, 451 | free: the response passes, the next call is made |
+/// | any other status: 408, 499, 5xx | the attempt counts as lost |
+/// | an error of the client | lost, unless the [error is known](Self::with_errors) to come before the sending |
+///
+/// Only the response to the request itself frees the key. After a redirect that was followed, or may have been, a success is stored, and
+/// everything else counts as lost.
 ///
 /// # Defaults
 ///
@@ -224,8 +232,11 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Tells what an error of the client's says about the effect; without it, every error may have taken effect. For several types,
-    /// call it several times.
+    /// Sets what an error of the client says about the effect. Default: every error may have taken effect, except for those of a
+    /// `ReqwestService` that come before the sending. For several types, call it several times.
+    ///
+    /// It counts only for the request itself: an error that may belong to a later hop of a redirect, or that follows an attempt which
+    /// was lost, is never "not sent". If the client follows redirects, put `KeyAtHome` into its policy, which shows the hops.
     #[must_use]
     pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) -> Self {
         self.settings().classes.add(classify);
