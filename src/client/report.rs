@@ -31,6 +31,7 @@ struct Progress {
 #[derive(Debug, Default)]
 struct Hops {
     /// A request that is not safe was sent on without its key.
+    #[cfg_attr(not(feature = "retry"), expect(dead_code, reason = "only a retry asks for it"))]
     is_unkeyed: bool,
     /// A client of ours sends the attempt. It reports every redirect, so its own errors say whether the attempt was sent.
     is_sent: bool,
@@ -92,7 +93,6 @@ impl Report {
     }
 
     /// Records that a redirect is followed, or that it cannot be ruled out.
-    #[cfg(any(feature = "follow-redirect", feature = "reqwest"))]
     pub(super) fn redirect(&self) {
         self.progress().hops.is_redirected = true;
     }

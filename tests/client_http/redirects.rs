@@ -177,6 +177,19 @@ async fn a_charge_that_was_redirected_is_not_reported_as_not_taken() {
     }
 }
 
+/// The outer layer sees the 429 of the later hop, and not where it comes from.
+#[tokio::test]
+async fn a_call_around_a_once_layer_is_not_reported_as_not_taken() {
+    let server = charging_and_refusing(303, "/charges", 429).await;
+    let client = ServiceBuilder::new()
+        .layer(calls(1))
+        .layer(once())
+        .service(ReqwestService::from_client(plain().build().unwrap()));
+    let response = client.oneshot(pay(&server.url("/charges"))).await.unwrap();
+    let outcome = response.extensions().get::<Delivery>().unwrap().outcome();
+    assert_eq!((response.status().as_u16(), outcome), (429, CallOutcome::Unknown));
+}
+
 #[tokio::test]
 async fn a_redirect_that_is_not_followed_is_the_response_and_is_stored() {
     for status in [301, 302, 303] {

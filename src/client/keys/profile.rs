@@ -233,7 +233,8 @@ impl Profile {
         }
     }
 
-    /// What an answer says about the effect of its request. A 5xx says nothing, but for 501; nor does a 408, or a 409 in flight.
+    /// What an answer says about the effect of its request. A 5xx says nothing, except for 501; nor does a 1xx,
+    /// a 408, or a 409 in flight.
     #[must_use]
     pub fn meaning(&self, status: StatusCode, headers: &HeaderMap) -> Meaning {
         let is_replay = self.is_replay(headers);

@@ -1,6 +1,8 @@
 //! Calls that are made once, and their answers kept: [`OnceLayer`] for HTTP, `once` for everything else (feature `once`).
 
 mod failure;
+#[cfg(feature = "once")]
+mod form;
 mod http;
 #[cfg(feature = "once")]
 mod steps;

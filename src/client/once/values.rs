@@ -3,23 +3,18 @@
 use std::fmt;
 use std::future::{ready, Future};
 use std::marker::PhantomData;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 
-use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 
 use super::failure::{Failure, OnceError};
+use super::form::{decode, encode};
 use super::steps::{Place, Steps};
 use super::terms::term_setters;
 use crate::error::{Error, ErrorKind};
 use crate::job::{Attempt, Drain, Ended, Found, Job, Settled, Terms, Verdict, Work};
-use crate::protocol::{Answer, Fingerprint, IfLost, Outcome, Scope};
+use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
-use crate::telemetry::{self, Event};
-
-/// The head of a kept answer: the form of its body, which is JSON. Answers to HTTP requests begin with 1.
-const JSON: &[u8] = &[2];
 
 /// A call under `key` that is made once, across tasks, processes and crashes, as far as the store reaches.
 ///
@@ -383,37 +378,11 @@ where
     }
 }
 
-/// The value that a replay will give, and its record; or the value as it is and a tombstone, where no replay could give it.
+/// The end of a call that returned `value`: the record, and what its caller gets.
 fn kept<T: Serialize + DeserializeOwned, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
-    // The call has had its effect: a panic of the type's own code must not make that unknown.
-    let stored = catch_unwind(AssertUnwindSafe(|| round_trip(&value))).ok().flatten();
-    let (value, outcome) = match stored {
-        Some((body, read)) => {
-            let head = Bytes::from_static(JSON);
-            (read, Outcome::Kept(Answer { head, body }))
-        }
-        None => {
-            // Without the error, which may quote the value.
-            telemetry::event(Event::Tombstone);
-            (value, Outcome::Tombstone)
-        }
-    };
+    let (value, outcome) = encode(value);
     Ended {
         given: (Ok(value), attempt),
         verdict: Verdict::Keep(outcome),
     }
-}
-
-/// The form of a value in the store, and the value that is read from it.
-fn round_trip<T: Serialize + DeserializeOwned>(value: &T) -> Option<(Bytes, T)> {
-    let body = serde_json::to_vec(value).ok()?;
-    let read = serde_json::from_slice(&body).ok()?;
-    Some((body.into(), read))
-}
-
-fn decode<T: DeserializeOwned>(answer: &Answer) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
-    if answer.head != JSON {
-        return Err("the kept answer is that of an HTTP request, or of a newer version of this crate".into());
-    }
-    Ok(serde_json::from_slice(&answer.body)?)
 }

@@ -87,13 +87,17 @@ where
         }
         head.extensions.insert(attempt.clone());
         let report = Report::of::<S>();
-        head.extensions.insert(report.clone());
+        let outer = head.extensions.insert(report.clone());
         if !settings.keys_are_honoured {
             head.extensions.insert(OnlyUnsent);
         }
         let is_later = attempt.number() > 1;
         let result = service.call(Request::from_parts(head, body.rebuild())).await;
         let meaning = settings.meaning(&report, &result);
+        // A layer further out sees the same response, and not what it stands for.
+        if let (Meaning::Unknown, Some(outer)) = (meaning, outer) {
+            outer.redirect();
+        }
         match result {
             // It may say no more than that the lost attempt was there before.
             Ok(response) if is_later && settings.is_doubtful(&response) => Ended {
