@@ -2,24 +2,27 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 
 /// Why something could not be done.
 ///
 /// Opaque: ask [`kind`](Self::kind) what to do about it and [`source`](StdError::source) what caused it. Neither its
 /// `Display` nor its `Debug` form ever holds a key, a body or a credential, as long as the causes that a store passes in
-/// do not.
+/// do not. Clones share the cause.
+#[derive(Clone)]
 pub struct Error {
     kind: ErrorKind,
     what: &'static str,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 /// What an [`Error`] means to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting, of the crate or of a server, does not make sense. Found when the value is constructed, but for what is changed on a
-    /// server later, such as a table that is dropped.
+    /// A setting of the crate or of a server is wrong: a URL, a missing table, a missing right, a server that is read-only or may evict
+    /// records. The constructors find most of these. Operations report what changes on the server later, such as a table that is
+    /// dropped or a primary that is demoted. A repetition fails as well until an operator has corrected the setting.
     Configuration,
     /// A record cannot be read: its bytes are damaged or of a newer version. It is somebody's live record, never "absent".
     CorruptRecord,
@@ -45,7 +48,7 @@ impl Error {
     /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        self.source = Some(Arc::from(source.into()));
         self
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::Span;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 pub(crate) const TARGET: &str = "tower_idempotency";
 
@@ -54,8 +54,12 @@ pub(crate) enum Event {
     /// A server does not tell its settings, so that they could not be checked.
     #[cfg(feature = "redis")]
     Unchecked,
-    /// The store failed at a claim, and the request was refused.
+    /// A record could not be read, and the request was refused.
+    RecordUnreadable,
+    /// The store failed, and the request was refused.
     StoreFailed,
+    /// The store is misconfigured, and the request was refused.
+    StoreMisconfigured,
     /// Expired records could not be deleted; it is tried again later.
     #[cfg(feature = "postgres")]
     SweepFailed,
@@ -86,7 +90,9 @@ impl Event {
             Self::Superseded => "superseded",
             #[cfg(feature = "redis")]
             Self::Unchecked => "unchecked",
+            Self::RecordUnreadable => "record-unreadable",
             Self::StoreFailed => "store-failed",
+            Self::StoreMisconfigured => "store-misconfigured",
             #[cfg(feature = "postgres")]
             Self::SweepFailed => "sweep-failed",
             #[cfg(feature = "postgres")]
@@ -114,7 +120,9 @@ impl Event {
             Self::ReleasedBehind => "a claim of unknown fate was released",
             Self::RenewalFailed => "a lease could not be renewed",
             Self::Rescued => "the caller left; its execution goes on",
+            Self::RecordUnreadable => "a record could not be read and the request was refused",
             Self::StoreFailed => "the store failed and the request was refused",
+            Self::StoreMisconfigured => "the store is misconfigured and the request was refused",
             #[cfg(feature = "postgres")]
             Self::SweepFailed => "expired records could not be deleted",
             #[cfg(feature = "postgres")]
@@ -140,10 +148,25 @@ pub(crate) fn event(event: Event) {
     }
 }
 
+/// Reports an error. Its level is ERROR where an operator has to act, because no repetition helps, and WARN otherwise.
 pub(crate) fn failure(event: Event, error: &Error) {
     count_event(event);
     let cause = std::error::Error::source(error);
-    tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause, "{}", event.message());
+    if matches!(error.kind(), ErrorKind::Configuration | ErrorKind::CorruptRecord) {
+        tracing::error!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause, "{}", event.message());
+    } else {
+        tracing::warn!(target: TARGET, event = event.name(), error = %error, kind = ?error.kind(), cause, "{}", event.message());
+    }
+}
+
+/// Reports an error of the store for which a request or a message is refused.
+pub(crate) fn store_failed(error: &Error) {
+    let event = match error.kind() {
+        ErrorKind::Configuration => Event::StoreMisconfigured,
+        ErrorKind::CorruptRecord => Event::RecordUnreadable,
+        _ => Event::StoreFailed,
+    };
+    failure(event, error);
 }
 
 /// A message of an outbox that is tried again later. `position` names its row: its id may be somebody's key.

@@ -392,6 +392,13 @@ async fn a_store_that_fails_at_the_claim_runs_nothing_and_leaves_nothing() {
         assert_eq!(party.run(once(store, "k")).await.unwrap().attempt(), Some(1));
     }
     let (party, store) = (Party::default(), RemoteStore::new());
+    store.fail("claim", [Fault::Misconfigured]);
+    let error = party.run(once(store.clone(), "k")).await.unwrap_err();
+    assert!(
+        matches!(&error, OnceError::NotRun(error) if error.kind() == ErrorKind::Configuration),
+        "{error:?}"
+    );
+    assert!(!error.may_have_happened());
     store.fail("claim", [Fault::Corrupt]);
     assert!(
         matches!(party.run(once(store, "k")).await, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::CorruptRecord)

@@ -465,14 +465,99 @@ async fn a_store_is_trusted_with_its_claims_up_to_the_layers_time_out() {
     }
 }
 
+/// Faults that last until an operator acts, with the code of their refusal.
+const LASTING: [(Fault, &str); 2] = [
+    (Fault::Misconfigured, "store-misconfigured"),
+    (Fault::Corrupt, "record-unreadable"),
+];
+
 #[tokio::test]
-async fn a_record_that_cannot_be_read_is_never_taken_for_absent() {
-    let store = RemoteStore::new();
-    store.fail("claim", [Fault::Corrupt]);
-    let handler = Handler::new();
+async fn a_misconfigured_store_and_an_unreadable_record_run_nothing_and_ask_for_no_retry() {
+    for (fault, code) in LASTING {
+        for unprotected in [false, true] {
+            let (store, handler) = (RemoteStore::new(), Handler::new());
+            store.fail("claim", [fault]);
+            let mut layer = IdempotencyLayer::new(store.clone());
+            if unprotected {
+                layer = layer.dangerously_run_unprotected_when_the_store_fails();
+            }
+            let service = layer.layer(handler.clone());
+            let refused = send(&service, post("k", "pay")).await;
+            assert_eq!((refused.status(), refused.code()), (500, code));
+            assert!(!refused.head.headers.contains_key("retry-after"));
+            let document: serde_json::Value = serde_json::from_slice(&refused.body).unwrap();
+            assert_eq!(
+                (&document["code"], &document["retryable"]),
+                (&code.into(), &false.into())
+            );
+            assert_eq!((handler.runs(), store.calls("claim")), (0, 1));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_waiter_for_another_process_learns_that_the_store_is_misconfigured_or_its_record_unreadable() {
+    for (fault, code) in LASTING {
+        let (store, handler) = (RemoteStore::new(), Handler::new());
+        let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+        let there = IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_secs(3_600)));
+        let owner = start(&there, post("k", "pay"));
+        while store.calls("claim") == 0 || store.len() == 0 {
+            tokio::task::yield_now().await;
+        }
+        store.fail("peek", [fault]);
+        let refused = send(&here, post("k", "pay")).await;
+        assert_eq!((refused.status(), refused.code(), handler.runs()), (500, code, 0));
+        owner.abort();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn grpc_and_stripe_clients_learn_that_a_retry_does_not_help_either() {
+    for (fault, code) in LASTING {
+        let store = RemoteStore::new();
+        store.fail("claim", [fault; 2]);
+        let layer = IdempotencyLayer::new(store);
+        let stripe = send(&layer.clone().stripe().layer(Handler::new()), post("k", "pay")).await;
+        let error: serde_json::Value = serde_json::from_slice(&stripe.body).unwrap();
+        assert_eq!((stripe.status(), &error["error"]["type"]), (500, &"api_error".into()));
+        assert_eq!(error["error"]["code"], code.replace('-', "_"));
+        let grpc = send(&layer.with_grpc_refusals().layer(Handler::new()), post("k", "pay")).await;
+        // INTERNAL, which gRPC's retry policies leave alone, unlike UNAVAILABLE.
+        assert_eq!(grpc.head.headers["grpc-status"], "13");
+        assert!(!grpc.head.headers.contains_key("retry-after"));
+    }
+}
+
+/// A failover: the old primary refuses writes until its name leads to the new one.
+#[tokio::test(start_paused = true)]
+async fn an_owner_records_its_response_once_a_misconfigured_store_is_corrected() {
+    let (store, handler) = (RemoteStore::new(), Handler::new());
+    store.fail("complete", [Fault::Misconfigured; 5]);
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "store-unavailable");
-    assert_eq!((handler.runs(), store.calls("claim")), (0, 1));
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert!(store.only().1.is_completed());
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+    // One that stays so for longer than the caller waits.
+    store.fail("complete", [Fault::Misconfigured; 30]);
+    assert_eq!(send(&service, post("k2", "pay")).await.status(), 201);
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert!(send(&service, post("k2", "pay")).await.is_replay());
+    assert_eq!(handler.runs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_whose_reply_was_lost_is_released_whatever_the_second_one_comes_to() {
+    for (fault, code) in LASTING {
+        let (store, handler) = (RemoteStore::new(), Handler::new());
+        store.fail("claim", [Fault::After, fault]);
+        let layer = IdempotencyLayer::new(store.clone());
+        let service = layer.layer(handler.clone());
+        assert_eq!(send(&service, post("k", "pay")).await.code(), code);
+        layer.drain().wait().await;
+        assert_eq!((store.len(), handler.runs()), (0, 0), "{fault:?}");
+        assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    }
 }
 
 #[tokio::test(start_paused = true)]

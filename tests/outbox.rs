@@ -278,6 +278,48 @@ async fn what_goes_out_twice_comes_in_once() {
     assert_eq!(bench.number("SELECT count(*) FROM effects").await, 1);
 }
 
+/// `CREATE TABLE IF NOT EXISTS` needs the right to make a table also where it is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_documented_rights_suffice() {
+    let bench = Bench::new().await;
+    bench.outbox(&[]).await;
+    let source = include_str!("../src/outbox/mod.rs");
+    let grants = source.lines().filter(|line| line.starts_with("//! GRANT "));
+    let grants: String = grants.map(|line| line.trim_start_matches("//!")).collect();
+    assert_eq!(grants.matches("GRANT").count(), 2);
+    bench
+        .execute("CREATE ROLE web LOGIN; REVOKE ALL ON SCHEMA public FROM public")
+        .await;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(grants))
+        .execute(&bench.pool)
+        .await
+        .unwrap();
+    let url = bench._server.url().replace("app@", "web@");
+    let pool = PgPoolOptions::new().connect(&url).await.unwrap();
+    let outbox = Outbox::new(pool.clone());
+    outbox.migrate().await.unwrap();
+    let mut connection = pool.acquire().await.unwrap();
+    for _ in 0..2 {
+        outbox
+            .put(&mut connection, &OutboxMessage::new("t", "x").with_id("7"))
+            .await
+            .unwrap();
+    }
+    let broker = Broker::default();
+    let relay = outbox.relay(|_| async { Err("not now") });
+    assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
+    bench.execute("UPDATE idempotency_outbox SET publish_at = now()").await;
+    assert_eq!(
+        outbox.relay(broker.publish()).publish_once().await.unwrap(),
+        published(1, 0)
+    );
+    assert_eq!(outbox.waiting().await.unwrap(), 0);
+    bench.execute("DROP TABLE idempotency_outbox").await;
+    let error = outbox.migrate().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+    assert!(error.to_string().contains("may not make it"), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outbox_says_what_is_wrong() {
     let bench = Bench::new().await;

@@ -4,6 +4,8 @@
 mod postgres;
 #[path = "support/proxy.rs"]
 mod proxy;
+#[path = "postgres_store/rights.rs"]
+mod rights;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

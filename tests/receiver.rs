@@ -18,7 +18,7 @@ use tower_idempotency::protocol::{Fence, Resolution};
 use tower_idempotency::receiver::{
     Disposition, Lease, MessageId, OnMismatch, OnMissingId, Receipt, ReceiveError, Receiver, ReceiverLayer,
 };
-use tower_idempotency::{MemoryStore, OnError, Store};
+use tower_idempotency::{ErrorKind, MemoryStore, OnError, Store};
 
 #[derive(Clone, Default)]
 struct Message {
@@ -468,13 +468,29 @@ async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
         );
     }
     let (store, handler) = (RemoteStore::new(), Handler::default());
-    store.fail("claim", [Fault::Corrupt]);
-    let receiver = layer(store).layer(handler.clone());
-    assert!(matches!(
-        deliver(&receiver, message("m")).await,
-        Err(ReceiveError::Store(_))
-    ));
+    let receiver = layer(store.clone()).layer(handler.clone());
+    for (fault, kind) in [
+        (Fault::Corrupt, ErrorKind::CorruptRecord),
+        (Fault::Misconfigured, ErrorKind::Configuration),
+    ] {
+        store.fail("claim", [fault]);
+        let failed = deliver(&receiver, message("m")).await;
+        assert!(
+            matches!(&failed, Err(ReceiveError::Store(error)) if error.kind() == kind),
+            "{failed:?}"
+        );
+        // It is neither acknowledged nor rejected: an operator may correct the store.
+        assert_eq!(disposition(&failed), Disposition::Redeliver(None));
+    }
     assert_eq!(handler.counts(), (0, 0));
+    // The first claim took effect and its reply was lost.
+    store.fail("claim", [Fault::After, Fault::Misconfigured]);
+    assert_eq!(
+        disposition(&deliver(&receiver, message("m")).await),
+        Disposition::Redeliver(None)
+    );
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(1))));
 }
 
 #[tokio::test(start_paused = true)]

@@ -182,6 +182,9 @@ async fn the_store_is_found_in_a_box_and_elsewhere_is_a_clear_error() {
     assert!(matches!(boxed, Ok(Receipt::First(()))), "{boxed:?}");
     let shared = deliver(&bench, Arc::new(bench.store.clone()), "shared", Ending::Commit).await;
     assert!(matches!(shared, Ok(Receipt::First(()))), "{shared:?}");
+    let nested = BoxStore::new(BoxStore::new(Arc::new(Arc::new(bench.store.clone()))));
+    let nested = deliver(&bench, Arc::new(nested), "nested", Ending::Commit).await;
+    assert!(matches!(nested, Ok(Receipt::First(()))), "{nested:?}");
     let elsewhere = deliver(&bench, MemoryStore::new(), "elsewhere", Ending::Commit).await;
     assert!(
         matches!(&elsewhere, Err(ReceiveError::Handler(error)) if error.contains("PostgresStore")),

@@ -66,6 +66,9 @@ fn logged() -> String {
             send(&service, post("secret-key", "card of Bob")).await;
             store.fail("claim", [Fault::Before; 2]);
             send(&service, post("secret-key", "card of Alice")).await;
+            store.fail("claim", [Fault::Misconfigured, Fault::Corrupt]);
+            send(&service, post("secret-key", "card of Alice")).await;
+            send(&service, post("secret-key", "card of Alice")).await;
             store.fail("complete", [Fault::Before; 100]);
             send(&service, post("secret-key-2", "card of Alice")).await;
         });
@@ -82,6 +85,8 @@ fn every_request_has_a_span_and_every_unusual_path_an_event() {
         "outcome=\"replayed\"",
         "outcome=\"key-reused\"",
         "outcome=\"store-unavailable\"",
+        "outcome=\"store-misconfigured\"",
+        "outcome=\"record-unreadable\"",
         "outcome=\"outcome-unknown\"",
         "attempt=1",
         "fence=",
@@ -91,6 +96,21 @@ fn every_request_has_a_span_and_every_unusual_path_an_event() {
         "event=\"unrecorded\"",
     ] {
         assert!(log.contains(told), "{told} is not in:\n{log}");
+    }
+}
+
+#[test]
+fn faults_that_an_operator_has_to_correct_are_errors_with_their_reason() {
+    let log = logged();
+    for (event, reason) in [
+        ("store-misconfigured", "the table does not exist"),
+        ("record-unreadable", "a record cannot be read"),
+        ("store-failed", "the idempotency store did not answer"),
+    ] {
+        let line = log.lines().find(|line| line.contains(&format!("event=\"{event}\"")));
+        let line = line.unwrap_or_else(|| panic!("no {event} in:\n{log}"));
+        assert!(line.contains(reason), "{line}");
+        assert_eq!(line.contains("ERROR"), event != "store-failed", "{line}");
     }
 }
 

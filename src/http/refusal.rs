@@ -66,8 +66,12 @@ pub enum RefusalKind {
     OutcomeUnknown,
     /// The request was worked on, and its outcome could not be recorded. 503.
     OutcomeUnrecorded,
+    /// The record of the key is damaged or of a newer version. 500.
+    RecordUnreadable,
     /// The store takes no new keys for now. 503.
     StoreFull,
+    /// The store cannot be used until an operator has corrected it: a missing table, a missing right, a read-only server. 500.
+    StoreMisconfigured,
     /// The store does not answer. 503.
     StoreUnavailable,
     /// Too many duplicates wait already. 409.
@@ -232,7 +236,9 @@ impl Refusal {
             RefusalKind::AnswerBroken
             | RefusalKind::HandlerFailed
             | RefusalKind::MissingScope
-            | RefusalKind::NotCovered => 13,
+            | RefusalKind::NotCovered
+            | RefusalKind::RecordUnreadable
+            | RefusalKind::StoreMisconfigured => 13,
             RefusalKind::OutcomeUnrecorded | RefusalKind::StoreFull | RefusalKind::StoreUnavailable => 14,
         };
         let mut response = response(StatusCode::OK, "application/grpc", String::new());
@@ -290,7 +296,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 19] = [
+    const ALL: [RefusalKind; 21] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
         RefusalKind::BodyBroken,
@@ -305,7 +311,9 @@ mod tests {
         RefusalKind::Outstanding,
         RefusalKind::OutcomeUnknown,
         RefusalKind::OutcomeUnrecorded,
+        RefusalKind::RecordUnreadable,
         RefusalKind::StoreFull,
+        RefusalKind::StoreMisconfigured,
         RefusalKind::StoreUnavailable,
         RefusalKind::TooManyWaiters,
         RefusalKind::InvalidWebhook,

@@ -37,7 +37,9 @@ impl RefusalKind {
             RefusalKind::Outstanding => OUTSTANDING,
             RefusalKind::OutcomeUnknown => OUTCOME_UNKNOWN,
             RefusalKind::OutcomeUnrecorded => OUTCOME_UNRECORDED,
+            RefusalKind::RecordUnreadable => RECORD_UNREADABLE,
             RefusalKind::StoreFull => STORE_FULL,
+            RefusalKind::StoreMisconfigured => STORE_MISCONFIGURED,
             RefusalKind::StoreUnavailable => STORE_UNAVAILABLE,
             RefusalKind::TooManyWaiters => TOO_MANY_WAITERS,
         }
@@ -177,12 +179,29 @@ const OUTCOME_UNRECORDED: Wording = Wording {
     retryable: true,
 };
 
+const RECORD_UNREADABLE: Wording = Wording {
+    status: StatusCode::INTERNAL_SERVER_ERROR,
+    code: "record-unreadable",
+    title: "The record of this key cannot be read",
+    detail: "The server holds a record of this key and cannot read it. An earlier request with this key may have been processed; look \
+                         up the result. Sending the request again does not process it again.",
+    retryable: false,
+};
+
 const STORE_FULL: Wording = Wording {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "store-full",
     title: "No new keys are taken for now",
     detail: "The server cannot record another key at the moment. Nothing was processed; send the request again later.",
     retryable: true,
+};
+
+const STORE_MISCONFIGURED: Wording = Wording {
+    status: StatusCode::INTERNAL_SERVER_ERROR,
+    code: "store-misconfigured",
+    title: "Keys cannot be checked",
+    detail: "The server is not set up to check this key. Sending the request again does not help until its operator has corrected that.",
+    retryable: false,
 };
 
 const STORE_UNAVAILABLE: Wording = Wording {

@@ -129,10 +129,7 @@ impl<St: Store + Clone> Job<St> {
                 self.own(grant, is_first, work, deadline, &absence).await
             }
             Ok(Err(settled)) => settled,
-            Err(error) => {
-                self.release_behind(&error, nonce);
-                Settled::Refused(Refused::NotRun(error))
-            }
+            Err(error) => Settled::Refused(Refused::NotRun(error)),
         }
     }
 
@@ -186,24 +183,26 @@ impl<St: Store + Clone> Job<St> {
     async fn claim_once(&self, nonce: Nonce) -> Result<Decision, Error> {
         let claim = self.claim_of(nonce);
         match claim_in_time(self.terms.store_timeout, &self.store, &claim).await {
-            Err(error) if Patience::repeats(&error) => {
+            Err(error) if error.kind() == ErrorKind::StoreUnavailable => {
                 telemetry::failure(Event::ClaimRepeated, &error);
-                claim_in_time(self.terms.store_timeout, &self.store, &claim).await
+                let again = claim_in_time(self.terms.store_timeout, &self.store, &claim).await;
+                // Whatever the store says now, the first claim may have taken effect.
+                if again.is_err() {
+                    self.release_behind(claim);
+                }
+                again
             }
             done => done,
         }
     }
 
     /// Ends a claim of unknown fate.
-    fn release_behind(&self, error: &Error, nonce: Nonce) {
+    fn release_behind(&self, claim: Claim) {
         let Ok(runtime) = Handle::try_current() else { return };
-        if Patience::repeats(error) {
-            let (store, claim, patience) = (self.store.clone(), self.claim_of(nonce), self.patience().behind());
-            let tracker = &self.terms.tracker;
-            tracker.spawn_behind(&runtime, Word::Claim, async move {
-                release_late(&store, &claim, patience).await;
-            });
-        }
+        let (store, patience) = (self.store.clone(), self.patience().behind());
+        self.terms.tracker.spawn_behind(&runtime, Word::Claim, async move {
+            release_late(&store, &claim, patience).await;
+        });
     }
 
     const fn claim_of(&self, nonce: Nonce) -> Claim {
@@ -330,7 +329,7 @@ impl<St: Store + Clone> Job<St> {
             let snapshot = match in_time(self.terms.store_timeout, self.store.peek(&self.key)).await {
                 Ok(snapshot) => snapshot,
                 Err(error) => {
-                    telemetry::failure(Event::StoreFailed, &error);
+                    telemetry::store_failed(&error);
                     return Settled::Refused(Refused::Unread(error));
                 }
             };

@@ -27,6 +27,18 @@
 //! # }
 //! ```
 //!
+//! # Rights
+//!
+//! A role that may make no tables can use a table that is there. It needs these rights. A role that only puts messages in needs INSERT and
+//! SELECT.
+//!
+//! ```sql
+//! GRANT USAGE ON SCHEMA public TO web;
+//! GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency_outbox TO web;
+//! ```
+//!
+//! # Order
+//!
 //! Order is not promised: several relays share the work, and what could not be published is tried again later. One message stops
 //! no other, even where it kills the relay, or its row cannot be read; where it kills the relay or hangs, those that were taken with
 //! it wait for a lease.

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Executor, Postgres, Row};
 use super::message::OutboxMessage;
 use super::relay::Relay;
 use crate::error::{Error, ErrorKind};
-use crate::store::{bounded, failed, Lent, TableName};
+use crate::store::{bounded, failed, not_made, Lent, TableName};
 
 /// A table of messages that are to be sent once their transaction is committed. See the [module](super).
 #[derive(Clone)]
@@ -26,6 +26,7 @@ pub struct Outbox {
 struct Statements {
     delete: String,
     give_back: String,
+    is_made: String,
     postpone: String,
     put: String,
     schema: String,
@@ -44,6 +45,7 @@ impl Statements {
             // Whoever published it: it is published, so that no other need be.
             delete: text("DELETE FROM {table} WHERE position = ANY($1)"),
             give_back: text(include_str!("sql/give_back.sql")),
+            is_made: text(include_str!("sql/is_made.sql")),
             postpone: text(include_str!("sql/postpone.sql")),
             put: text(
                 "INSERT INTO {table} (id, topic, names, contents, payload) VALUES ($1, $2, $3, $4, $5) \
@@ -123,7 +125,8 @@ impl Outbox {
         self.statements.schema.clone()
     }
 
-    /// Makes the table where there is none. Safe to call from many processes at once.
+    /// Makes the table and its index where they are missing; it needs no right to make anything where both are there. Safe to call from
+    /// many processes at once.
     ///
     /// # Cancel safety
     ///
@@ -136,11 +139,16 @@ impl Outbox {
     pub async fn migrate(&self) -> Result<(), Error> {
         // `IF NOT EXISTS` alone still fails when two make the same table at once.
         const LOCK: i64 = 0x1de3_907e_4c1e_0002;
+        // `CREATE TABLE IF NOT EXISTS` asks for the right to make a table before it looks for one.
+        let is_made = sqlx::query_scalar(safe(&self.statements.is_made)).fetch_one(&self.pool);
+        if is_made.await.map_err(failed)? {
+            return Ok(());
+        }
         let mut transaction = self.pool.begin().await.map_err(failed)?;
         let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
         lock.execute(&mut *transaction).await.map_err(failed)?;
         let schema = sqlx::raw_sql(safe(&self.statements.schema));
-        transaction.execute(schema).await.map_err(failed)?;
+        transaction.execute(schema).await.map_err(not_made)?;
         transaction.commit().await.map_err(failed)
     }
 

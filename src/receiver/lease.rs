@@ -58,8 +58,6 @@ impl fmt::Debug for Lease {
 
 #[cfg(feature = "postgres")]
 mod transaction {
-    use std::any::Any;
-    use std::sync::Arc;
     use std::time::Duration;
 
     use sqlx::postgres::PgConnection;
@@ -73,13 +71,13 @@ mod transaction {
     /// Where a lease finds the store of its receiver.
     #[derive(Clone)]
     pub(super) struct Home {
-        store: Arc<dyn Any + Send + Sync>,
+        store: Option<PostgresStore>,
         retention: Duration,
     }
 
     impl Lease {
-        pub(in super::super) fn new<St: Store>(attempt: Attempt, store: St, retention: Duration) -> Self {
-            let store: Arc<dyn Any + Send + Sync> = Arc::new(store);
+        pub(in super::super) fn new<St: Store>(attempt: Attempt, store: &St, retention: Duration) -> Self {
+            let store = PostgresStore::within(store).cloned();
             let home = Home { store, retention };
             Self { attempt, home }
         }
@@ -113,7 +111,7 @@ mod transaction {
             );
             /// The record is looked at after the transaction.
             const SHORTEST_RETENTION: Duration = Duration::from_secs(60);
-            let store = PostgresStore::within(&*self.home.store).ok_or(NO_POSTGRES)?;
+            let store = self.home.store.as_ref().ok_or(NO_POSTGRES)?;
             // Before it is sent: dropped from here on, it may have arrived.
             self.attempt.set_in_transaction();
             let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);

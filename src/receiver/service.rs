@@ -202,7 +202,7 @@ where
                 Refused::Mismatch => settings.mismatched(&store, &key, fingerprint).await,
                 Refused::NotKept => Ok(Receipt::Duplicate),
                 Refused::NotRun(error) => {
-                    telemetry::failure(Event::StoreFailed, &error);
+                    telemetry::store_failed(&error);
                     Err(ReceiveError::Store(error))
                 }
                 Refused::Undecided => Ok(Receipt::InFlight {
@@ -216,7 +216,7 @@ where
 
     fn lease(&self, attempt: &Attempt) -> Lease {
         #[cfg(feature = "postgres")]
-        return Lease::new(attempt.clone(), self.store.clone(), self.settings.terms.retention);
+        return Lease::new(attempt.clone(), &self.store, self.settings.terms.retention);
         #[cfg(not(feature = "postgres"))]
         Lease::new(attempt.clone())
     }
@@ -281,6 +281,7 @@ impl<M> Settings<M> {
     /// What came of a message whose payload is not the recorded one. Nothing is a duplicate of what is not recorded.
     async fn mismatched<T, E>(&self, store: &impl Store, key: &StorageKey, fingerprint: Fingerprint) -> Received<T, E> {
         let snapshot = in_time(self.terms.store_timeout, store.peek(key)).await;
+        let snapshot = snapshot.inspect_err(telemetry::store_failed);
         let Some(snapshot) = snapshot.map_err(ReceiveError::Store)? else {
             return Ok(Receipt::InFlight {
                 retry_after: Duration::ZERO,

@@ -185,35 +185,38 @@ impl<St: Store, S> Exchange<St, S> {
 
     async fn claim_again(&mut self, claim: &Claim, error: Error) -> Claimed {
         if error.kind() != ErrorKind::StoreUnavailable {
-            return self.claim_failed(claim, &error);
+            return self.claim_failed(&error);
         }
         telemetry::failure(Event::ClaimRepeated, &error);
         match claim_in_time(self.settings.store_timeout, &self.hold.shared.store, claim).await {
             Ok(decision) => claimed(decision),
-            Err(error) => self.claim_failed(claim, &error),
+            // Whatever the store says now, the first claim may have taken effect.
+            Err(error) => {
+                self.release_behind(claim);
+                self.claim_failed(&error)
+            }
+        }
+    }
+
+    /// Ends a claim of unknown fate.
+    fn release_behind(&self, claim: &Claim) {
+        if let Ok(runtime) = Handle::try_current() {
+            let (shared, claim) = (Arc::clone(&self.hold.shared), claim.clone());
+            let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
+            tracker.spawn_behind(&runtime, Word::Claim, async move {
+                release_late(&shared.store, &claim, patience).await;
+            });
         }
     }
 
     /// Nothing runs when the store fails, unless the application asked for it.
-    fn claim_failed(&self, claim: &Claim, error: &Error) -> Claimed {
-        telemetry::failure(Event::StoreFailed, error);
-        if error.kind() == ErrorKind::StoreFull {
-            return Claimed::Settled(Landing::Refused(self.later(RefusalKind::StoreFull)));
-        }
-        if error.kind() == ErrorKind::StoreUnavailable {
-            if let Ok(runtime) = Handle::try_current() {
-                let (shared, claim) = (Arc::clone(&self.hold.shared), claim.clone());
-                let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
-                tracker.spawn_behind(&runtime, Word::Claim, async move {
-                    release_late(&shared.store, &claim, patience).await;
-                });
-            }
-        }
-        // A record that cannot be read is somebody's: nobody may run on it.
+    fn claim_failed(&self, error: &Error) -> Claimed {
+        telemetry::store_failed(error);
+        // A record that cannot be read belongs to another request, and a store that is misconfigured stays so: nothing runs then.
         if self.settings.run_unprotected && error.kind() == ErrorKind::StoreUnavailable {
             return Claimed::Unprotected;
         }
-        Claimed::Settled(Landing::Refused(self.later(RefusalKind::StoreUnavailable)))
+        Claimed::Settled(Landing::Refused(self.settings.store_failed(error)))
     }
 
     async fn run_unprotected<B, R>(&mut self) -> Result<Response<R>, S::Error>
@@ -338,8 +341,8 @@ async fn outcome_elsewhere<St: Store>(
         let snapshot = match in_time(timeout, store.peek(&flight.storage_key)).await {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                telemetry::failure(Event::StoreFailed, &error);
-                return Some(Landing::Refused(settings.later(RefusalKind::StoreUnavailable)));
+                telemetry::store_failed(&error);
+                return Some(Landing::Refused(settings.store_failed(&error)));
             }
         };
         let Some(snapshot) = snapshot else {
@@ -387,8 +390,8 @@ impl Values {
                     response
                 }
                 Err(_) => {
-                    telemetry::failure(Event::StoreFailed, &CORRUPT);
-                    self.refuse(span, self.later(RefusalKind::StoreUnavailable))
+                    telemetry::store_failed(&CORRUPT);
+                    self.refuse(span, self.store_failed(&CORRUPT))
                 }
             },
             Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::AnswerNotKept => {
@@ -422,5 +425,15 @@ impl Values {
 
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
         Refusal::retry_after(kind, self.retry_after)
+    }
+
+    /// The refusal where the store failed. It asks for a repetition only if that can help.
+    fn store_failed(&self, error: &Error) -> Refusal {
+        match error.kind() {
+            ErrorKind::Configuration => Refusal::new(RefusalKind::StoreMisconfigured),
+            ErrorKind::CorruptRecord => Refusal::new(RefusalKind::RecordUnreadable),
+            ErrorKind::StoreFull => self.later(RefusalKind::StoreFull),
+            ErrorKind::StoreUnavailable | ErrorKind::Superseded => self.later(RefusalKind::StoreUnavailable),
+        }
     }
 }

@@ -23,7 +23,7 @@ use crate::clock::{sleep, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Owner, Renewal, Status, StorageKey};
-use crate::store::{in_time, PostgresStore, Store};
+use crate::store::{in_time, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::Word;
 
@@ -237,7 +237,7 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::failure(Event::Unrecorded, error);
         let Hold { shared, flight, .. } = &self.hold;
         let asked_on = (self.hold.owner(), Handle::try_current());
-        if let ((Some(owner), Ok(runtime)), ErrorKind::StoreUnavailable) = (asked_on, error.kind()) {
+        if let ((Some(owner), Ok(runtime)), true) = (asked_on, Patience::repeats(error)) {
             let behind = end_behind(
                 Arc::clone(shared),
                 Arc::clone(&self.settings),
@@ -263,7 +263,7 @@ async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, k
         pause = LONGEST_PAUSE.min(pause * 2);
         match in_time(settings.store_timeout, end(&shared.store, &settings, &key, owner)).await {
             Ok(()) => return telemetry::event(Event::DecidedBehind),
-            Err(error) if error.kind() == ErrorKind::StoreUnavailable => {}
+            Err(error) if Patience::repeats(&error) => {}
             Err(error) => return telemetry::failure(Event::Unrecorded, &error),
         }
     }

@@ -1,6 +1,5 @@
 //! A store that is chosen at run time.
 
-#[cfg(any(test, feature = "postgres"))]
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -80,12 +79,6 @@ impl BoxStore {
             )),
         }
     }
-
-    /// The store inside, if it is an `S`.
-    #[cfg(any(test, feature = "postgres"))]
-    pub(crate) fn downcast_ref<S: Store>(&self) -> Option<&S> {
-        self.store.as_any().downcast_ref()
-    }
 }
 
 impl fmt::Debug for BoxStore {
@@ -125,7 +118,7 @@ type Reply<'a, T> = BoxFuture<'a, Result<T, Error>>;
 
 /// [`Store`], in the form that a trait object can have.
 trait Erased: Send + Sync {
-    #[cfg(any(test, feature = "postgres"))]
+    /// The innermost store.
     fn as_any(&self) -> &dyn Any;
     fn claim<'a>(&'a self, claim: &'a Claim) -> Reply<'a, Decision>;
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>>;
@@ -146,9 +139,8 @@ trait Erased: Send + Sync {
 }
 
 impl<S: Store> Erased for S {
-    #[cfg(any(test, feature = "postgres"))]
     fn as_any(&self) -> &dyn Any {
-        self
+        Store::innermost(self)
     }
 
     fn claim<'a>(&'a self, claim: &'a Claim) -> Reply<'a, Decision> {
@@ -199,6 +191,10 @@ impl<S: Store> Erased for S {
 
 impl Store for BoxStore {
     type Watch = BoxFuture<'static, ()>;
+
+    fn innermost(&self) -> &dyn Any {
+        self.store.as_any()
+    }
 
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         self.store.claim(claim).await

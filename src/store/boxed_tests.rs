@@ -11,7 +11,7 @@ async fn refusal(url: &str) -> String {
 async fn memory_needs_no_feature_and_its_scheme_no_case() {
     for url in ["memory:", "memory://", "MEMORY:"] {
         let store = BoxStore::from_url(url).await.unwrap();
-        assert!(store.downcast_ref::<MemoryStore>().is_some(), "{url}");
+        assert!(store.innermost().is::<MemoryStore>(), "{url}");
     }
 }
 
@@ -62,12 +62,15 @@ async fn an_error_holds_nothing_of_the_url() {
 }
 
 #[test]
-fn the_store_inside_is_found_by_its_type_alone() {
-    let store = BoxStore::new(MemoryStore::new());
-    assert!(store.downcast_ref::<MemoryStore>().is_some());
-    assert!(store.downcast_ref::<Arc<MemoryStore>>().is_none());
-    // A box in a box is a store of its own.
-    assert!(BoxStore::new(store).downcast_ref::<MemoryStore>().is_none());
+fn the_innermost_store_is_found_at_any_depth() {
+    fn is_found(store: &impl Store) -> bool {
+        store.innermost().is::<MemoryStore>()
+    }
+    let shared = Arc::new(Arc::new(MemoryStore::new()));
+    let boxed = BoxStore::new(Arc::clone(&shared));
+    let deep = BoxStore::new(BoxStore::new(Arc::new(boxed.clone())));
+    assert!(is_found(&MemoryStore::new()) && is_found(&shared));
+    assert!(is_found(&boxed) && is_found(&deep) && is_found(&Arc::new(deep)));
 }
 
 #[test]

@@ -7,6 +7,8 @@
 //! Whether it keeps the contract is for the module `conformance` to say (feature `conformance`).
 
 mod boxed;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod checked;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod late;
@@ -19,6 +21,7 @@ mod redis;
 #[cfg(any(feature = "postgres-rustls", feature = "redis-rustls"))]
 mod tls;
 
+use std::any::Any;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +31,7 @@ pub(crate) use late::{end_late, release_late, End};
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 pub(crate) use patience::{claim_in_time, in_time, Patience};
 #[cfg(feature = "postgres")]
-pub(crate) use postgres::{bounded, failed, Lent, TableName};
+pub(crate) use postgres::{bounded, failed, not_made, Lent, TableName};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]
@@ -151,6 +154,15 @@ pub trait Store: Send + Sync + 'static {
     /// Any [`ErrorKind`](crate::ErrorKind).
     fn peek(&self, key: &StorageKey) -> impl Future<Output = Result<Option<Snapshot>, Error>> + Send;
 
+    /// The store that does the work: this one, or the one inside of an `Arc` or a [`BoxStore`], however deep.
+    #[doc(hidden)]
+    fn innermost(&self) -> &dyn Any
+    where
+        Self: Sized,
+    {
+        self
+    }
+
     /// Subscribes to changes of the record: from the moment this returns, a change resolves the watch.
     ///
     /// # Errors
@@ -159,8 +171,12 @@ pub trait Store: Send + Sync + 'static {
     fn watch(&self, key: &StorageKey) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
 }
 
-impl<S: Store + ?Sized> Store for Arc<S> {
+impl<S: Store> Store for Arc<S> {
     type Watch = S::Watch;
+
+    fn innermost(&self) -> &dyn Any {
+        (**self).innermost()
+    }
 
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send {
         (**self).claim(claim)

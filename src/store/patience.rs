@@ -57,9 +57,10 @@ impl Patience {
         }
     }
 
-    /// Whether an operation that failed like this may succeed when it is repeated.
+    /// Whether an owner repeats an operation that failed like this. An operator may correct a misconfigured store in time, and a
+    /// demoted primary is one until its name leads to the new primary.
     pub(crate) fn repeats(error: &Error) -> bool {
-        error.kind() == ErrorKind::StoreUnavailable
+        matches!(error.kind(), ErrorKind::Configuration | ErrorKind::StoreUnavailable)
     }
 
     /// For what goes on when nobody waits for it any more: twelve times as long.

@@ -256,6 +256,14 @@ async fn the_store_is_found_in_a_box_and_behind_an_arc() {
     works(&bench, "arc", Arc::new(bench.store.clone())).await;
     works(&bench, "box", boxed()).await;
     works(&bench, "box-behind-an-arc", Arc::new(boxed())).await;
+    let shared = BoxStore::new(Arc::new(bench.store.clone()));
+    works(&bench, "arc-in-a-box", shared.clone()).await;
+    works(
+        &bench,
+        "boxes-in-a-box",
+        BoxStore::new(BoxStore::new(Arc::new(Arc::new(shared)))),
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

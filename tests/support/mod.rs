@@ -66,6 +66,8 @@ pub enum Fault {
     Hang,
     /// The record cannot be read.
     Corrupt,
+    /// The store is misconfigured, and it has no effect.
+    Misconfigured,
 }
 
 impl RemoteStore {
@@ -165,6 +167,9 @@ impl RemoteStore {
         match fault {
             Some(Fault::Before) => return Err(Error::unavailable("connection refused")),
             Some(Fault::Corrupt) => return Err(Error::new(ErrorKind::CorruptRecord, "a record cannot be read")),
+            Some(Fault::Misconfigured) => {
+                return Err(Error::new(ErrorKind::Configuration, "the table does not exist"));
+            }
             Some(Fault::Hang) => return std::future::pending().await,
             Some(Fault::After) | None => {}
         }

@@ -4,16 +4,18 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use futures::FutureExt;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRow};
 use sqlx::{Connection, Executor, Row};
 
-use super::error::{failed, of_connect};
+use super::error::{failed, not_made, of_connect, DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY};
 use super::lent::{bounded, sound};
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;
 use super::{Inner, PostgresStore};
 use crate::error::{Error, ErrorKind};
+use crate::store::checked::Checked;
 
 /// How long a connection was idle that is asked whether it is well before it is used.
 const MAY_BE_DEAD: Duration = Duration::from_secs(1);
@@ -57,8 +59,8 @@ impl PostgresStoreBuilder {
     }
 
     /// A store with a pool of its own: 16 connections, 5 s to get one of them; one that was idle for a second is asked first whether
-    /// it is well, which is one round trip more. Neither makes nor checks the table; see
-    /// [`PostgresStore::migrate`] and [`PostgresStore::check`].
+    /// it is well, which is one round trip more. Does not make the table; see
+    /// [`PostgresStore::migrate`]. The first operation [checks](PostgresStore::check) it.
     ///
     /// # Errors
     ///
@@ -94,7 +96,7 @@ impl PostgresStoreBuilder {
         self.with_pool(pool)
     }
 
-    /// A store with a pool of yours. Of its connections one is taken for as long as somebody waits for another process. With
+    /// A store with a pool of yours. Does not make the table; the first operation [checks](PostgresStore::check) it. Of its connections one is taken for as long as somebody waits for another process. With
     /// `test_before_acquire`, which is on by default, each operation takes a second round trip.
     ///
     /// # Errors
@@ -115,6 +117,7 @@ impl PostgresStoreBuilder {
             watchers: Watchers::new(table.name()),
             sweeping: Sweeping::every(self.sweep_interval),
             timeout: self.timeout,
+            checked: Checked::not_yet(),
             table,
         })))
     }
@@ -127,7 +130,8 @@ impl PostgresStore {
         self.0.statements.schema.text().to_owned()
     }
 
-    /// Makes the table where there is none, within a minute. Safe to call from many processes at once.
+    /// Makes the table and its index where they are missing, within a minute; it needs no right to make anything where both are there.
+    /// Safe to call from many processes at once.
     ///
     /// # Errors
     ///
@@ -135,9 +139,13 @@ impl PostgresStore {
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
         const LONGEST: Duration = Duration::from_secs(60);
-        let (mut lent, _) = self.lend().await?;
+        // `CREATE TABLE IF NOT EXISTS` asks for the right to make a table before it looks for one.
+        if self.inspect().await?.is_some_and(|table| table.is_indexed) {
+            return Ok(());
+        }
+        let (mut lent, _) = self.lend_unchecked().await?;
         let connection = lent.connection()?;
-        let migration = async { self.migrate_on(connection).await.map_err(failed) };
+        let migration = async { self.migrate_on(connection).await.map_err(not_made) };
         let done = bounded(LONGEST, migration).await;
         lent.give_back(done)
     }
@@ -153,36 +161,73 @@ impl PostgresStore {
         transaction.commit().await
     }
 
-    /// Checks the server's version and the table: that it is there, has its columns, and is logged.
+    /// Checks the server and the table: that the server takes writes and is not too old, and that the table is there, has its columns, is
+    /// logged, and that the role has its rights.
+    ///
+    /// Each store does so once by itself: the first operations wait for one check. The check is repeated until it has passed.
     ///
     /// # Errors
     ///
     /// [`Configuration`](ErrorKind::Configuration), with what is wrong; [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
     /// server cannot be reached.
     pub async fn check(&self) -> Result<(), Error> {
-        let inspect = sqlx::query(self.0.statements.inspect.safe()).bind(self.0.table.to_string());
-        let (mut lent, timeout) = self.lend().await?;
-        let connection = lent.connection()?;
-        let asked = async { inspect.fetch_optional(connection).await.map_err(failed) };
-        let done = bounded(timeout, asked).await;
-        let row = lent.give_back(done)?;
-        let table = match row {
-            None => None,
-            Some(row) => Some(Table {
-                persistence: row.try_get("persistence").map_err(failed)?,
-                columns: row.try_get("columns").map_err(failed)?,
-                server: row.try_get("version").map_err(failed)?,
-            }),
+        check(self.inspect().await?.as_ref())?;
+        self.0.checked.pass();
+        Ok(())
+    }
+
+    /// The check before the first operation, which all operations share that begin meanwhile.
+    pub(super) async fn check_once(&self) -> Result<(), Error> {
+        let check = || {
+            let store = self.clone();
+            async move { store.check().await }.boxed()
         };
-        check(table.as_ref())
+        self.0.checked.check(check).await.map(drop)
+    }
+
+    /// The same within a transaction of the application's, which may see a table that others do not.
+    pub(super) async fn check_on(&self, connection: &mut PgConnection) -> Result<(), Error> {
+        if self.0.checked.passed().is_none() {
+            check(self.inspect_on(connection).await?.as_ref())?;
+            self.0.checked.pass();
+        }
+        Ok(())
+    }
+
+    async fn inspect(&self) -> Result<Option<Table>, Error> {
+        let (mut lent, timeout) = self.lend_unchecked().await?;
+        let inspected = bounded(timeout, self.inspect_on(lent.connection()?)).await;
+        lent.give_back(inspected)
+    }
+
+    async fn inspect_on(&self, connection: &mut PgConnection) -> Result<Option<Table>, Error> {
+        let inspect = sqlx::query(self.0.statements.inspect.safe()).bind(self.0.table.to_string());
+        let row = inspect.fetch_optional(connection).await.map_err(failed)?;
+        row.as_ref().map(Table::read).transpose().map_err(failed)
     }
 }
 
-/// What is said about the table.
+/// The server and the table, as the server describes them.
 struct Table {
     persistence: String,
     columns: Vec<String>,
+    is_indexed: bool,
+    missing_rights: Vec<String>,
+    is_read_only: bool,
     server: i32,
+}
+
+impl Table {
+    fn read(row: &PgRow) -> sqlx::Result<Self> {
+        Ok(Self {
+            persistence: row.try_get("persistence")?,
+            columns: row.try_get("columns")?,
+            is_indexed: row.try_get("indexed")?,
+            missing_rights: row.try_get("missing")?,
+            is_read_only: row.try_get("read_only")?,
+            server: row.try_get("version")?,
+        })
+    }
 }
 
 const COLUMNS: [&str; 15] = [
@@ -204,29 +249,33 @@ const COLUMNS: [&str; 15] = [
 ];
 
 fn check(table: Option<&Table>) -> Result<(), Error> {
-    let wrong = |what| Err(Error::new(ErrorKind::Configuration, what));
-    let Some(table) = table else {
-        return wrong("the table of the records does not exist; make it with `PostgresStore::migrate`");
-    };
+    const OLD: Error = Error::new(
+        ErrorKind::Configuration,
+        "the PostgreSQL server is too old; version 13 is the oldest that the store can use",
+    );
+    const UNLOGGED: Error = Error::new(
+        ErrorKind::Configuration,
+        "the table of the records is unlogged or temporary, so that a crash of the server empties it and every request runs again; \
+         run ALTER TABLE .. SET LOGGED",
+    );
+    let table = table.ok_or(NO_TABLE)?;
     if table.server < 130_000 {
-        return wrong("the PostgreSQL server is too old; version 13 is the oldest that the store can use");
+        return Err(OLD);
     }
-    if COLUMNS
-        .iter()
-        .any(|column| !table.columns.iter().any(|there| there == column))
-    {
-        return wrong(
-            "the table of the records has other columns; compare them with `PostgresStore::schema`, or choose another name \
-             with `with_table`",
-        );
+    if table.is_read_only {
+        return Err(READ_ONLY);
     }
-    match table.persistence.as_str() {
-        "p" => Ok(()),
-        _ => wrong(
-            "the table of the records is unlogged or temporary, so that a crash of the server empties it and every request runs \
-             again; run ALTER TABLE .. SET LOGGED",
-        ),
+    let has = |column: &&str| table.columns.iter().any(|there| there == column);
+    if !COLUMNS.iter().all(has) {
+        return Err(OTHER_TABLE);
     }
+    if !table.missing_rights.is_empty() {
+        return Err(DENIED.with_source(format!("the role lacks {}", table.missing_rights.join(", "))));
+    }
+    if table.persistence != "p" {
+        return Err(UNLOGGED);
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -237,6 +286,9 @@ mod tests {
         let mut table = Table {
             persistence: "p".to_owned(),
             columns: COLUMNS.map(str::to_owned).to_vec(),
+            is_indexed: true,
+            missing_rights: Vec::new(),
+            is_read_only: false,
             server: 150_000,
         };
         change(&mut table);
@@ -247,6 +299,8 @@ mod tests {
     fn what_is_wrong_is_said() {
         assert_eq!(said(|_| {}), "fine");
         assert_eq!(said(|table| table.columns.push("note text".to_owned())), "fine");
+        assert!(said(|table| table.is_read_only = true).contains("read-only"));
+        assert!(said(|table| table.missing_rights.push("DELETE".to_owned())).contains("lacks a right"));
         assert!(said(|table| table.server = 120_022).contains("too old"));
         assert!(said(|table| table.persistence = "u".to_owned()).contains("unlogged"));
         assert!(said(|table| table.columns[6] = "fence integer".to_owned()).contains("other columns"));

@@ -33,24 +33,73 @@ fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(DatabaseError::code)
 }
 
+pub(super) const NO_TABLE: Error = Error::new(
+    ErrorKind::Configuration,
+    "the table does not exist, or the role may not see its schema: call `migrate()`, or GRANT USAGE ON SCHEMA .. to the role",
+);
+pub(super) const OTHER_TABLE: Error = Error::new(
+    ErrorKind::Configuration,
+    "the table has other columns or constraints; compare it with `schema()`, or choose another name",
+);
+pub(super) const DENIED: Error = Error::new(
+    ErrorKind::Configuration,
+    "the role lacks a right on the table: GRANT SELECT, INSERT, UPDATE, DELETE ON .. to it",
+);
+pub(super) const READ_ONLY: Error = Error::new(
+    ErrorKind::Configuration,
+    "the database is read-only: the server is a standby, or `default_transaction_read_only` is on; connect to the primary, or turn it \
+     off for the role",
+);
+const REFUSED: Error = Error::new(
+    ErrorKind::Configuration,
+    "the database does not exist, or the server refused the role or its password",
+);
+const NOT_UNDERSTOOD: Error = Error::new(
+    ErrorKind::Configuration,
+    "the server does not understand a statement of the store, which needs PostgreSQL 13 or later",
+);
+const DAMAGED: Error = Error::new(
+    ErrorKind::CorruptRecord,
+    "the table or its index is damaged on the server's disk",
+);
+
 /// An operation that failed.
+///
+/// A fault that lasts until an operator corrects it is a matter of configuration. All others can pass by themselves, among them 53300
+/// (too many connections), 53100 (disk full), 57P03 (the server starts) and class 08.
 #[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
 pub(crate) fn failed(error: sqlx::Error) -> Error {
-    const OTHER_TABLE: Error = Error::new(
+    let code = code(&error);
+    let fault = match code.as_deref() {
+        // Undefined table; invalid schema name.
+        Some("42P01" | "3F000") => NO_TABLE,
+        // Undefined column and function; datatype mismatch; no unique constraint for ON CONFLICT; wrong type of object, such as a view;
+        // a NOT NULL column that is not ours; a generated column.
+        Some("42703" | "42883" | "42804" | "42P10" | "42809" | "23502" | "428C9") => OTHER_TABLE,
+        // Insufficient privilege.
+        Some("42501") => DENIED,
+        // Class 28: invalid authorization specification; undefined database.
+        Some("28000" | "28P01" | "3D000") => REFUSED,
+        // Read-only transaction, or a server in recovery.
+        Some("25006") => READ_ONLY,
+        // Syntax error.
+        Some("42601") => NOT_UNDERSTOOD,
+        // Data or index corrupted.
+        Some("XX001" | "XX002") => DAMAGED,
+        _ => return Error::unavailable(Cause::of(&error)),
+    };
+    fault.with_source(Cause::of(&error))
+}
+
+/// A migration that failed.
+pub(crate) fn not_made(error: sqlx::Error) -> Error {
+    const NOT_ALLOWED: Error = Error::new(
         ErrorKind::Configuration,
-        "the table does not fit; make it with `migrate`, or compare its columns with `schema`",
-    );
-    const DENIED: Error = Error::new(
-        ErrorKind::Configuration,
-        "the database refused the role, its password or its rights; it needs SELECT, INSERT, UPDATE and DELETE on the \
-         table",
+        "the table or its index is missing, and the role may not make it; run the SQL of `schema()` as a role that may",
     );
     match code(&error).as_deref() {
-        // Undefined column, function and table; datatype mismatch.
-        Some("42703" | "42883" | "42P01" | "42804") => OTHER_TABLE.with_source(Cause::of(&error)),
-        // Insufficient privilege; class 28: invalid authorization specification; undefined database.
-        Some("42501" | "28000" | "28P01" | "3D000") => DENIED.with_source(Cause::of(&error)),
-        _ => Error::unavailable(Cause::of(&error)),
+        Some("42501") => NOT_ALLOWED.with_source(Cause::of(&error)),
+        _ => failed(error),
     }
 }
 

@@ -9,7 +9,6 @@ mod sweep;
 mod table;
 mod watch;
 
-use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgPool};
 
 pub use self::connect::PostgresStoreBuilder;
-pub(crate) use self::error::failed;
+pub(crate) use self::error::{failed, not_made};
 pub(crate) use self::lent::{bounded, Lent};
 use self::operations::Connection;
 use self::sweep::Sweeping;
@@ -25,7 +24,8 @@ use self::table::Statements;
 pub(crate) use self::table::TableName;
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
-use super::{BoxStore, Store};
+use super::checked::Checked;
+use super::Store;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
@@ -53,6 +53,20 @@ use crate::uncut::uncut;
 /// [`migrate`](Self::migrate) makes the table, or runs the SQL of [`schema`](Self::schema) with your own migrations. Expired rows
 /// are deleted by a task of the store, in batches, every 60 s give or take a half.
 ///
+/// Before a store serves its first operation, it [checks](Self::check) the server and the table, once for all operations that wait for
+/// it. A table that is missing or does not fit, a missing right and a read-only server (a standby, or
+/// `default_transaction_read_only`) are errors of kind [`Configuration`](crate::ErrorKind::Configuration), then and later.
+///
+/// # Rights
+///
+/// A role that may make no tables can use a table that is there, with [`connect`](Self::connect) as well. It needs no more than these
+/// rights:
+///
+/// ```sql
+/// GRANT USAGE ON SCHEMA public TO web;
+/// GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency_records TO web;
+/// ```
+///
 /// ```no_run
 /// # async fn start() -> Result<(), tower_idempotency::Error> {
 /// use tower_idempotency::{IdempotencyLayer, PostgresStore};
@@ -76,13 +90,14 @@ struct Inner {
     pool: PgPool,
     table: TableName,
     timeout: Duration,
+    checked: Checked,
     statements: Statements,
     watchers: Arc<Watchers>,
     sweeping: Sweeping,
 }
 
 impl PostgresStore {
-    /// Connects by a URL, makes the table where there is none, and checks it.
+    /// Connects by a URL, makes the table and its index where they are missing, and checks the server and the table.
     ///
     /// # Errors
     ///
@@ -114,6 +129,7 @@ impl PostgresStore {
     ///
     /// As for [`Store::claim`]. Roll the transaction back.
     pub async fn claim_in(&self, connection: &mut PgConnection, claim: &Claim) -> Result<Decision, Error> {
+        self.check_on(connection).await?;
         self.on(connection).claim(claim, None).await
     }
 
@@ -135,13 +151,9 @@ impl PostgresStore {
         self.on(connection).complete_once(key, owner, outcome, retention).await
     }
 
-    /// The PostgreSQL store that a store of a type unknown is, shared, boxed or both.
-    pub(crate) fn within(store: &dyn Any) -> Option<&Self> {
-        let shared = || Some(&**store.downcast_ref::<Arc<Self>>()?);
-        let boxed = || store.downcast_ref::<BoxStore>()?.downcast_ref();
-        let shared_box = || store.downcast_ref::<Arc<BoxStore>>()?.downcast_ref();
-        let found = store.downcast_ref().or_else(shared);
-        found.or_else(boxed).or_else(shared_box)
+    /// The PostgreSQL store inside of another one.
+    pub(crate) fn within<S: Store>(store: &S) -> Option<&Self> {
+        store.innermost().downcast_ref()
     }
 
     fn on<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {
@@ -151,8 +163,15 @@ impl PostgresStore {
         }
     }
 
-    /// A connection for one operation, which gets so long.
+    /// A connection for one operation on a table that was checked, and how long the operation may take.
     async fn lend(&self) -> Result<(Lent, Duration), Error> {
+        if self.0.checked.passed().is_none() {
+            Box::pin(self.check_once()).await?;
+        }
+        self.lend_unchecked().await
+    }
+
+    async fn lend_unchecked(&self) -> Result<(Lent, Duration), Error> {
         Ok((Lent::from(&self.0.pool).await?, self.0.timeout))
     }
 

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgConnection};
 use sqlx::query::Query;
-use sqlx::Postgres;
+use sqlx::{Postgres, Row as _};
 
-use super::error::failed;
+use super::error::{failed, READ_ONLY};
 use super::row::{fence, fingerprint, if_lost, micros, outcome, Row};
 use super::table::{Statement, Statements};
 use crate::clock::Timestamp;
@@ -152,8 +152,12 @@ impl Connection<'_> {
 
     pub(super) async fn peek(&mut self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
         let statement = prepared(&self.statements.peek).bind(&key.as_bytes()[..]);
-        let row = self.ask(statement).await?;
-        let seen = row.and_then(|row| row.seen);
+        let row = statement.fetch_one(&mut *self.connection).await.map_err(failed)?;
+        // The other operations are writes, which a standby refuses.
+        if row.try_get("standby").map_err(failed)? {
+            return Err(READ_ONLY);
+        }
+        let seen = Row::read(&row)?.seen;
         Ok(seen.and_then(|(record, now)| Record::peek(Some(&record), now)))
     }
 

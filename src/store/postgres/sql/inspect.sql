@@ -1,7 +1,19 @@
--- $1 the table, with its schema and quoted as in SQL. How the table is stored, and which columns it has.
+-- $1 the table, with its schema and quoted as in SQL. How the table is stored, which columns, index and rights are there, and whether the
+-- server takes writes.
 SELECT c.relpersistence::text AS persistence,
-    coalesce(array_agg(a.attname::text || ' ' || format_type(a.atttypid, NULL)) FILTER (WHERE a.attname IS NOT NULL), '{}') AS columns,
+    ARRAY(
+        SELECT a.attname::text || ' ' || format_type(a.atttypid, NULL) FROM pg_attribute a
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    ) AS columns,
+    EXISTS (
+        SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = c.oid AND a.attname = 'expires'
+    ) AS indexed,
+    ARRAY(
+        SELECT needed FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS needed
+        WHERE NOT has_table_privilege(c.oid, needed)
+    ) AS missing,
+    pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean AS read_only,
     current_setting('server_version_num')::integer AS version
-FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+FROM pg_class c
 WHERE c.oid = to_regclass($1)
-GROUP BY c.relpersistence
