@@ -14,10 +14,10 @@ use super::support::{post, send, Got, Handler};
 use super::{claim, granted, kept, RedisServer, HOUR};
 
 /// Three nodes, each with a third of the slots.
-struct Cluster([RedisServer; 3]);
+pub(super) struct Cluster([RedisServer; 3]);
 
 impl Cluster {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let nodes = [(0, 5_460), (5_461, 10_922), (10_923, 16_383)].map(|(first, last)| {
             let node = RedisServer::with(&["--cluster-enabled", "yes"]);
             node.tell::<()>(&format!("CLUSTER ADDSLOTSRANGE {first} {last}"));
@@ -37,6 +37,15 @@ impl Cluster {
         let connection = client.get_async_connection().await.unwrap();
         let builder = RedisStore::builder().with_prefix(prefix);
         builder.use_cluster(connection).await.unwrap()
+    }
+
+    pub(super) fn urls(&self) -> [String; 3] {
+        [0, 1, 2].map(|at| self.0[at].url())
+    }
+
+    /// Runs a command on each node.
+    pub(super) fn tell(&self, words: &str) {
+        self.0.iter().for_each(|node| node.tell(words))
     }
 
     /// How many keys each node has.

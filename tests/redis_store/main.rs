@@ -10,6 +10,8 @@ mod oracle;
 #[path = "../support/proxy.rs"]
 mod proxy;
 mod replicas;
+mod rights;
+mod roles;
 #[path = "../support/redis.rs"]
 mod server;
 mod servers;

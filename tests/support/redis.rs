@@ -99,6 +99,12 @@ impl RedisServer {
         self.wait_until_up().unwrap();
     }
 
+    /// Starts it again with further settings.
+    pub fn restart_with(&mut self, settings: &[&str]) {
+        self.arguments.extend(settings.iter().map(|word| (*word).to_owned()));
+        self.restart();
+    }
+
     /// Stops the process for now (SIGSTOP), or lets it go on (SIGCONT).
     pub fn signal(&self, signal: &str) {
         let status = Command::new("kill")

@@ -6,9 +6,9 @@ use std::time::Duration;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::cluster_async::ClusterConnection;
 use redis::io::tcp::TcpSettings;
-use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ProtocolVersion, PushInfo};
+use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind};
 
-use super::check::check;
+use super::check::Checks;
 use super::connection::{Connection, Replication};
 use super::operations::Server;
 use super::watch::Watches;
@@ -76,7 +76,7 @@ impl RedisStoreBuilder {
     /// # Errors
     ///
     /// [`Configuration`](crate::ErrorKind::Configuration) when the URL or a setting makes no sense, the server refuses the
-    /// credentials, is older than 7.0 or may evict records; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it
+    /// credentials, is older than 7.0, is a replica or may evict records, or the user lacks a right; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it
     /// cannot be reached.
     pub async fn connect(self, url: &str) -> Result<RedisStore, Error> {
         let client = Client::open(url).map_err(failure::of_connect)?;
@@ -103,7 +103,8 @@ impl RedisStoreBuilder {
         drop(probed.map_err(failure::of_connect)?);
 
         let watches = Arc::new(Watches::default());
-        let pushed = Arc::clone(&watches);
+        let checks = Arc::new(self.checks());
+        let (pushed, broken) = (Arc::clone(&watches), Arc::clone(&checks));
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(CONNECTION_TIMEOUT))
             // Every exchange has its own limit.
@@ -111,11 +112,14 @@ impl RedisStoreBuilder {
             .set_min_delay(Duration::from_millis(20))
             .set_max_delay(Duration::from_millis(500))
             .set_push_sender(move |push: PushInfo| {
+                if push.kind == PushKind::Disconnection {
+                    broken.disconnected();
+                }
                 pushed.pushed(&push);
                 Ok::<_, std::convert::Infallible>(())
             });
         let manager = ConnectionManager::new_lazy_with_config(client, config).map_err(failure::of_connect)?;
-        self.build(Connection::Managed(manager), Some(watches)).await
+        self.build(Connection::Managed(manager), checks, Some(watches)).await
     }
 
     /// Uses a connection of yours, with its own timeouts and reconnection. Set `tcp_nodelay`.
@@ -126,7 +130,8 @@ impl RedisStoreBuilder {
     ///
     /// As of [`connect`](Self::connect).
     pub async fn use_connection_manager(self, connection: ConnectionManager) -> Result<RedisStore, Error> {
-        self.build(Connection::Managed(connection), None).await
+        let checks = Arc::new(self.checks());
+        self.build(Connection::Managed(connection), checks, None).await
     }
 
     /// Uses a Redis Cluster, with the connection's own timeouts and retries. One key per record: every operation goes to one
@@ -143,15 +148,27 @@ impl RedisStoreBuilder {
     ///
     /// As of [`connect`](Self::connect).
     pub async fn use_cluster(self, connection: ClusterConnection) -> Result<RedisStore, Error> {
-        self.build(Connection::Cluster(connection), None).await
+        let checks = Arc::new(self.checks());
+        self.build(Connection::Cluster(connection), checks, None).await
     }
 
-    async fn build(self, connection: Connection, watches: Option<Arc<Watches>>) -> Result<RedisStore, Error> {
-        self.validate()?;
+    fn checks(&self) -> Checks {
         let limit = self.response_timeout.max(CONNECTION_TIMEOUT);
-        check(connection.clone(), limit).await?;
+        let is_replicated = self.replication.is_some_and(|replication| replication.replicas > 0);
+        Checks::new(&self.prefix, is_replicated, limit)
+    }
+
+    async fn build(
+        self,
+        connection: Connection,
+        checks: Arc<Checks>,
+        watches: Option<Arc<Watches>>,
+    ) -> Result<RedisStore, Error> {
+        self.validate()?;
+        checks.check(&connection).await?;
         Ok(RedisStore(Arc::new(Server {
             connection,
+            checks,
             prefix: self.prefix,
             response_timeout: self.response_timeout,
             replication: self.replication.filter(|replication| replication.replicas > 0),

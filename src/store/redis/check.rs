@@ -1,45 +1,165 @@
-//! The look at a server before it is entrusted with records.
+//! The check of a server before a store uses it, and when the store repeats it.
 
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
+use futures::FutureExt;
 use redis::aio::ConnectionLike;
-use redis::{cmd, Value};
+use redis::{cmd, Cmd, RedisResult, Value};
 
 use super::connection::Connection;
-use super::failure::{self, WrongSetting};
-use crate::clock::within;
+use super::failure::{self, MissingCommands, WrongSetting};
+use crate::clock::{within, Clock};
 use crate::error::{Error, ErrorKind};
+use crate::store::checked::Checked;
 use crate::telemetry::{self, Event};
 
 const OLDEST: u32 = 7;
 
-/// Makes sure that a server runs our scripts and evicts nothing, as far as it tells.
+/// How old a check may be. Some changes show in no reply and break no connection: an operator changes the eviction policy, or
+/// demotes a primary whose replicas are writable.
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// Whether the server is known to be a primary that runs the scripts and evicts nothing.
 ///
-/// INFO and not CONFIG: managed services forbid the latter.
-pub(super) async fn check(mut connection: Connection, limit: Duration) -> Result<(), Error> {
-    // A Cluster's replicas answer for themselves, and are asked nothing else.
-    let sections: &[&str] = match connection {
-        Connection::Cluster(_) => &["server", "memory"],
-        Connection::Managed(_) => &["server", "memory", "replication"],
-    };
-    for section in sections {
-        let mut info = cmd("INFO");
-        info.arg(*section);
-        let sent = within(limit, connection.req_packed_command(&info)).await;
-        let told = sent.map_err(|_| failure::LATE)?.and_then(Value::extract_error);
-        match told {
-            Ok(value) => {
-                for node in texts(value) {
-                    judge(&node)?;
-                }
-            }
-            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
-                telemetry::failure(Event::Unchecked, &failure::of(error));
-            }
-            Err(error) => return Err(failure::of_connect(error)),
+/// The store checks it when it is made, and again before the next operation after a connection broke, after a reply of a server
+/// that was restarted or demoted, and after ten seconds.
+pub(super) struct Checks {
+    checked: Checked,
+    clock: Clock,
+    /// When the check is due, in microseconds.
+    due: AtomicU64,
+    question: Arc<Question>,
+}
+
+/// The parts of the check that depend on settings.
+struct Question {
+    /// A key with the prefix of the records, which no record has.
+    key: Vec<u8>,
+    is_replicated: bool,
+    limit: Duration,
+    /// Whether the server was reported already for not showing its settings.
+    is_reported: AtomicBool,
+}
+
+impl Checks {
+    pub(super) fn new(prefix: &str, is_replicated: bool, limit: Duration) -> Self {
+        Self {
+            checked: Checked::not_yet(),
+            clock: Clock::system(),
+            due: AtomicU64::new(u64::MAX),
+            question: Arc::new(Question {
+                key: [prefix.as_bytes(), b"check"].concat(),
+                is_replicated,
+                limit,
+                is_reported: AtomicBool::new(false),
+            }),
         }
     }
-    Ok(())
+
+    /// The epoch of the last check, if it stands.
+    pub(super) fn passed(&self) -> Option<u64> {
+        let epoch = self.checked.passed()?;
+        if self.clock.now().as_micros() < self.due.load(Ordering::Relaxed) {
+            return Some(epoch);
+        }
+        self.checked.expire(epoch);
+        None
+    }
+
+    /// Whether nothing has happened since `epoch` that asks for another check.
+    pub(super) fn stands(&self, epoch: u64) -> bool {
+        self.checked.passed() == Some(epoch)
+    }
+
+    /// Checks the server, together with the other operations that wait for that.
+    pub(super) async fn check(&self, connection: &Connection) -> Result<u64, Error> {
+        let question =
+            || -> BoxFuture<'static, Result<(), Error>> { Arc::clone(&self.question).ask(connection.clone()).boxed() };
+        let epoch = self.checked.check(question).await?;
+        let due = self.clock.now().saturating_add(LONGEST);
+        self.due.store(due.as_micros(), Ordering::Relaxed);
+        Ok(epoch)
+    }
+
+    pub(super) fn expire(&self, epoch: u64) {
+        self.checked.expire(epoch);
+    }
+
+    /// The connection broke: the next one may lead to another server.
+    pub(super) fn disconnected(&self) {
+        self.checked.expire_now();
+    }
+}
+
+impl fmt::Debug for Checks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Checks").field(&self.checked.passed().is_some()).finish()
+    }
+}
+
+impl Question {
+    async fn ask(self: Arc<Self>, mut connection: Connection) -> Result<(), Error> {
+        let asking = async {
+            self.ask_for_settings(&mut connection).await?;
+            self.ask_for_rights(&mut connection).await
+        };
+        within(self.limit, asking).await.unwrap_or(Err(failure::LATE))
+    }
+
+    /// Uses INFO instead of CONFIG, which managed services forbid.
+    async fn ask_for_settings(&self, connection: &mut Connection) -> Result<(), Error> {
+        // The client asks all nodes of a Cluster. A replica there leads every operation on to its primary.
+        let sections: &[&str] = match connection {
+            Connection::Cluster(_) => &["server", "memory"],
+            Connection::Managed(_) => &["server", "memory", "replication"],
+        };
+        for section in sections {
+            let mut info = cmd("INFO");
+            info.arg(*section);
+            match asked(connection, &info).await {
+                Ok(value) => {
+                    for node in texts(value) {
+                        judge(&node)?;
+                    }
+                }
+                Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
+                    if !self.is_reported.swap(true, Ordering::Relaxed) {
+                        telemetry::failure(Event::Unchecked, &Error::unavailable(error));
+                    }
+                }
+                Err(error) => return Err(failure::of_connect(error)),
+            }
+        }
+        Ok(())
+    }
+
+    async fn ask_for_rights(&self, connection: &mut Connection) -> Result<(), Error> {
+        const SCRIPT: &str = include_str!("check.lua");
+        let is_cluster = matches!(connection, Connection::Cluster(_));
+        let mut eval = cmd("EVAL");
+        eval.arg(SCRIPT).arg(1).arg(&self.key);
+        eval.arg(if self.is_replicated { "replicated" } else { "" });
+        eval.arg(if is_cluster { "cluster" } else { "" });
+        let told = connection.value(&eval).await;
+        let value = told.map_err(|error| connection.failed(error).read_by(failure::of_connect))?;
+        let Value::Array(missing) = value else {
+            return Err(failure::STRANGE);
+        };
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let commands = missing.into_iter().flat_map(texts).collect();
+        Err(failure::DENIED.with_source(MissingCommands(commands)))
+    }
+}
+
+async fn asked(connection: &mut Connection, command: &Cmd) -> RedisResult<Value> {
+    let value = connection.req_packed_command(command).await?;
+    value.extract_error()
 }
 
 /// One text, or one per node of a Cluster.
@@ -67,12 +187,8 @@ fn judge(info: &str) -> Result<(), Error> {
         }
     }
     if let Some(role @ "slave") = field(info, "role") {
-        return Err(wrong(
-            "the Redis server is a replica: connect to its primary, which alone knows who holds a key",
-            "role",
-            role,
-            "connect to the primary",
-        ));
+        let cause = WrongSetting::new("role", role, "connect to the primary");
+        return Err(failure::REPLICA.with_source(cause));
     }
     let is_limited = field(info, "maxmemory").is_some_and(|bytes| bytes != "0");
     match field(info, "maxmemory_policy") {
@@ -93,8 +209,7 @@ fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 fn wrong(what: &'static str, setting: &'static str, is: &str, wanted: &'static str) -> Error {
-    let is = is.to_owned();
-    Error::new(ErrorKind::Configuration, what).with_source(WrongSetting { setting, is, wanted })
+    Error::new(ErrorKind::Configuration, what).with_source(WrongSetting::new(setting, is, wanted))
 }
 
 #[cfg(test)]

@@ -3,14 +3,14 @@ local if_lost = ARGV[5]
 if not state then
   kind, fingerprint, nonce, fence, attempt = EXECUTE, ARGV[1], ARGV[2], math.max(now, 1), 1
 elseif fingerprint ~= ARGV[1] then
-  return {key, 'mismatch'}
+  return replica() or {key, 'mismatch'}
 elseif state ~= IN_FLIGHT or nonce ~= ARGV[2] and left > 0 and ends <= now + left then
   -- A claim changes nothing about it: the client decides by the record.
   if ARGV[7] == 'replicated' and state >= TOMBSTONE then
     -- WAIT asks only about what its own connection wrote.
     redis.call('PEXPIREAT', key, expiry())
   end
-  return {key, 'record', now, bytes}
+  return replica() or {key, 'record', now, bytes}
 elseif nonce == ARGV[2] then
   -- The reply to this very claim was lost: the same grant again, of the same kind.
   is_optional = left * 2 > tonumber(ARGV[3])

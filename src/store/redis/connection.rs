@@ -1,13 +1,16 @@
 //! The line to the server: one exchange, its time limit, and the wait for replicas.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 use std::vec::IntoIter;
 
+use futures::future::BoxFuture;
 use redis::aio::{ConnectionLike, ConnectionManager};
 use redis::cluster_async::ClusterConnection;
 use redis::{cmd, Cmd, Pipeline, RedisError, RedisFuture, Value};
 
+use super::check::Checks;
 use super::failure;
 use super::redirection::{self, Redirection};
 use super::scripts::{Reply, Script};
@@ -44,9 +47,10 @@ pub(super) enum Failed {
 }
 
 impl Connection {
-    /// Runs a script in one round trip; in two where the server does not know it.
+    /// Runs a script in one round trip on a server that was [checked](Checks); in more where the server does not know the script.
     pub(super) async fn run(
         mut self,
+        checks: Arc<Checks>,
         script: &'static Script,
         key: Vec<u8>,
         by_digest: Cmd,
@@ -57,13 +61,27 @@ impl Connection {
         let waiting = replication.map_or(Duration::ZERO, |replication| replication.timeout.saturating_mul(2));
         let limit = limit.saturating_add(waiting);
         let exchange = async {
-            let known = self.send(&by_digest, replication).await;
-            match known {
-                // Nothing ran, so nothing is repeated.
-                Err(error) if failure::is_unknown_script(&error) => {
-                    Box::pin(self.send(&script.by_source(&by_digest), replication)).await
+            let mut epoch = match checks.passed() {
+                Some(epoch) => epoch,
+                None => self.check(&checks).await?,
+            };
+            let mut told = self.send(&by_digest, replication).await;
+            if told.as_ref().is_err_and(failure::is_unknown_script) {
+                // Nothing ran, so nothing is repeated. The server was restarted, or is another one.
+                checks.expire(epoch);
+                epoch = self.check(&checks).await?;
+                told = Box::pin(self.send(&script.by_source(&by_digest), replication)).await;
+            }
+            match told {
+                // The connection broke meanwhile: the reply may come from the new one, whose server was not checked.
+                Ok(_) if !checks.stands(epoch) => self.check(&checks).await.and(told.map_err(Failed::Redis)),
+                Ok(told) => Ok(told),
+                Err(error) => {
+                    if failure::is_of_changed_server(&error) {
+                        checks.expire(epoch);
+                    }
+                    Err(self.failed(error))
                 }
-                known => known,
             }
         };
         match within(limit, exchange).await {
@@ -71,17 +89,35 @@ impl Connection {
                 reply: Reply::of(value, &key).map_err(Failed::Other),
                 is_replicated,
             },
-            Ok(Err(error)) => Exchanged::failed(Failed::Redis(error)),
+            Ok(Err(failed)) => Exchanged::failed(failed),
             Err(_) => Exchanged::failed(Failed::Other(failure::LATE)),
         }
+    }
+
+    /// In a box: an operation seldom checks, and its future should not carry the room for it.
+    fn check<'a>(&'a self, checks: &'a Checks) -> BoxFuture<'a, Result<u64, Failed>> {
+        Box::pin(async { checks.check(self).await.map_err(Failed::Other) })
+    }
+
+    pub(super) fn failed(&self, error: RedisError) -> Failed {
+        let other_node = match self {
+            Self::Cluster(_) => None,
+            Self::Managed(_) => failure::of_other_node(&error),
+        };
+        other_node.map_or(Failed::Redis(error), Failed::Other)
+    }
+
+    /// The reply to one command, from the node that has its key.
+    pub(super) async fn value(&mut self, command: &Cmd) -> Result<Value, RedisError> {
+        let value = self.values(&[command]).await?.next().unwrap_or_default();
+        value.extract_error()
     }
 
     async fn send(&mut self, command: &Cmd, replication: Option<Replication>) -> Result<(Value, bool), RedisError> {
         if let Some(replication) = replication {
             return Box::pin(self.send_on(command, replication)).await;
         }
-        let value = self.values(&[command]).await?.next().unwrap_or_default();
-        Ok((value.extract_error()?, true))
+        Ok((self.value(command).await?, true))
     }
 
     async fn send_on(

@@ -36,9 +36,76 @@ pub(super) const NOT_REPLICATED: Error = Error::new(
     "too few replicas of the Redis server acknowledged the write in time",
 );
 
+/// A replica may be behind its primary, and a demoted primary is one.
+pub(super) const REPLICA: Error = Error::new(
+    ErrorKind::Configuration,
+    "the Redis server is a replica, and only its primary knows which request holds a key; connect to the primary",
+);
+
+pub(super) const DENIED: Error = Error::new(
+    ErrorKind::Configuration,
+    "the Redis user lacks a right that the store needs: EVAL, EVALSHA, GET, SET, DEL, PEXPIREAT and TIME on keys with the store's prefix; \
+     the documentation of `RedisStore` has the line for ACL SETUSER",
+);
+
+const CREDENTIALS: Error = Error::new(
+    ErrorKind::Configuration,
+    "the Redis server refused the credentials, or asks for some",
+);
+
+const NO_SCRIPTS: Error = Error::new(
+    ErrorKind::Configuration,
+    "the Redis server does not know a command that the store needs: EVAL, EVALSHA, GET, SET, DEL, PEXPIREAT or TIME; enable them, without \
+     another name",
+);
+
+const CLUSTER: Error = Error::new(
+    ErrorKind::Configuration,
+    "the Redis server is a node of a Cluster, and another node has the key; connect by `RedisStore::from_cluster`",
+);
+
 /// The error of an operation.
 pub(super) fn of(error: RedisError) -> Error {
-    Error::unavailable(error)
+    match misconfiguration(&error) {
+        Some(fault) => fault.with_source(error),
+        None => Error::unavailable(error),
+    }
+}
+
+/// The reply of a server that fails until an operator corrects a setting; `None` for all others, which can pass by themselves.
+///
+/// Among the others are MISCONF (the server cannot save; the name misleads), NOREPLICAS, OOM, LOADING, BUSY, CLUSTERDOWN and
+/// TRYAGAIN.
+fn misconfiguration(error: &RedisError) -> Option<Error> {
+    if error.kind() == redis::ErrorKind::AuthenticationFailed {
+        return Some(CREDENTIALS);
+    }
+    let detail = error.detail().unwrap_or_default();
+    match error.code()? {
+        // MASTERDOWN: a replica that has lost its primary.
+        "READONLY" | "MASTERDOWN" => Some(REPLICA),
+        "NOPERM" => Some(DENIED),
+        "NOAUTH" | "WRONGPASS" => Some(CREDENTIALS),
+        // Redis 7.0 reports a missing right of a script like this, later versions with NOPERM.
+        "ERR" if detail.starts_with("The user executing the script can't") => Some(DENIED),
+        "ERR" if detail.starts_with("unknown command") || detail.starts_with("Unknown Redis command") => {
+            Some(NO_SCRIPTS)
+        }
+        _ => None,
+    }
+}
+
+/// The error of a connection to a single server, to which a node of a Cluster replied that another node has the key.
+pub(super) fn of_other_node(error: &RedisError) -> Option<Error> {
+    let is_other = error.kind() == redis::ErrorKind::Server(ServerErrorKind::Moved);
+    is_other.then(|| CLUSTER.with_source(error.clone()))
+}
+
+/// Whether the next reply may come from another server, or from one with another role.
+pub(super) fn is_of_changed_server(error: &RedisError) -> bool {
+    error.is_io_error()
+        || error.is_unrecoverable_error()
+        || matches!(error.code(), Some("READONLY" | "MASTERDOWN" | "LOADING" | "NOAUTH"))
 }
 
 /// The error of a claim: a server without memory takes no new keys.
@@ -56,7 +123,6 @@ pub(super) fn of_claim(error: RedisError) -> Error {
 /// The error of a connection that could not be made: what will not mend by itself is a matter of configuration.
 pub(super) fn of_connect(error: RedisError) -> Error {
     const CLIENT: &str = "the Redis server's URL or the client's settings make no sense";
-    const CREDENTIALS: &str = "the Redis server refused the credentials, or asks for some";
     const OLD: &str = "the Redis server is too old: version 7.0 or newer is needed";
     const UNREACHABLE: &str = "the Redis server cannot be reached";
     #[cfg(feature = "redis-rustls")]
@@ -68,15 +134,12 @@ pub(super) fn of_connect(error: RedisError) -> Error {
         );
         return CERTIFICATE.with_source(error);
     }
-    let (kind, what) = match (error.kind(), error.code()) {
-        (redis::ErrorKind::InvalidClientConfig, _) => (ErrorKind::Configuration, CLIENT),
-        (redis::ErrorKind::RESP3NotSupported, _) => (ErrorKind::Configuration, OLD),
-        (redis::ErrorKind::AuthenticationFailed, _) | (_, Some("NOAUTH" | "WRONGPASS")) => {
-            (ErrorKind::Configuration, CREDENTIALS)
-        }
-        _ => (ErrorKind::StoreUnavailable, UNREACHABLE),
+    let fault = match error.kind() {
+        redis::ErrorKind::InvalidClientConfig => Error::new(ErrorKind::Configuration, CLIENT),
+        redis::ErrorKind::RESP3NotSupported => Error::new(ErrorKind::Configuration, OLD),
+        _ => misconfiguration(&error).unwrap_or(Error::new(ErrorKind::StoreUnavailable, UNREACHABLE)),
     };
-    Error::new(kind, what).with_source(error)
+    fault.with_source(error)
 }
 
 /// Whether the server does not know the script, be it that it never did or that somebody flushed it.
@@ -87,9 +150,16 @@ pub(super) fn is_unknown_script(error: &RedisError) -> bool {
 /// A setting of the server with which it would lose records.
 #[derive(Debug)]
 pub(super) struct WrongSetting {
-    pub(super) setting: &'static str,
-    pub(super) is: String,
-    pub(super) wanted: &'static str,
+    setting: &'static str,
+    is: String,
+    wanted: &'static str,
+}
+
+impl WrongSetting {
+    pub(super) fn new(setting: &'static str, is: &str, wanted: &'static str) -> Self {
+        let is = is.to_owned();
+        Self { setting, is, wanted }
+    }
 }
 
 impl fmt::Display for WrongSetting {
@@ -99,3 +169,15 @@ impl fmt::Display for WrongSetting {
 }
 
 impl std::error::Error for WrongSetting {}
+
+/// The commands that the user may not run.
+#[derive(Debug)]
+pub(super) struct MissingCommands(pub(super) Vec<String>);
+
+impl fmt::Display for MissingCommands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the user may not run {} on the store's keys", self.0.join(", "))
+    }
+}
+
+impl std::error::Error for MissingCommands {}

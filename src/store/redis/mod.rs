@@ -54,11 +54,31 @@ use crate::protocol::{
 ///
 /// # What it asks of the server
 ///
-/// Version 7.0, and the policy `noeviction` where a `maxmemory` is set: any other throws live records away. Both are checked
-/// when the store is made; a server that does not tell (no permission for `INFO`) is used all the same, with the tracing event
-/// `unchecked`. A server that is full refuses new claims with
-/// [`StoreFull`](crate::ErrorKind::StoreFull); replays go on, and owners end what they were granted. Records are never read from
-/// replicas.
+/// It must be a primary, run version 7.0 or later, and have the policy `noeviction` where a `maxmemory` is set, because any other
+/// evicts live records. The store checks this when it is made. It checks it again before the next operation after a connection broke,
+/// after a reply that shows that the server was restarted or demoted, and every 10 s while it is used. A server that fails the check is
+/// an error of kind [`Configuration`](crate::ErrorKind::Configuration); nothing is read from it or written to it. Where the user may
+/// not run `INFO`, the store uses the server unchecked and reports the tracing event `unchecked`.
+///
+/// Records are never read from replicas. A primary that was demoted refuses all scripts from that moment on, as long as
+/// `replica-read-only` is `yes`, which is Redis's default; with `no`, the check finds it after 10 s at most.
+///
+/// A server that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull); replays go on, and owners end what
+/// they were granted.
+///
+/// # Rights
+///
+/// A user of its own (Redis ACL) needs these commands, on keys and shard channels with the store's prefix:
+///
+/// ```text
+/// ACL SETUSER app on >secret resetkeys ~idempotency:* resetchannels &idempotency:* -@all +eval +evalsha +get +set +del +pexpireat +time +spublish +ssubscribe +sunsubscribe +wait +info
+/// ```
+///
+/// Without `+spublish`, `+ssubscribe`, `+sunsubscribe` and the channels, waiters poll. Only
+/// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`. A Cluster also needs
+/// `+cluster|slots +ping +asking`.
+/// A user that lacks another command is an error of kind [`Configuration`](crate::ErrorKind::Configuration) when the store is made,
+/// whose cause names the command.
 ///
 /// # Waiting
 ///
@@ -87,7 +107,7 @@ impl RedisStore {
     /// # Errors
     ///
     /// [`Configuration`](crate::ErrorKind::Configuration) when the URL makes no sense, the server refuses the credentials, is older than
-    /// 7.0 or may evict records; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it cannot be reached.
+    /// 7.0, is a replica or may evict records, or the user lacks a right; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it cannot be reached.
     pub async fn connect(url: &str) -> Result<Self, Error> {
         Self::builder().connect(url).await
     }

@@ -4,11 +4,12 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::check::Checks;
 use super::connection::{Connection, Exchanged, Replication};
 use super::failure;
 use super::scripts::{self, Reply, Script};
 use super::watch::{RedisWatch, Watches};
-use crate::clock::Timestamp;
+use crate::clock::{within, Timestamp};
 use crate::error::Error;
 use crate::protocol::{
     Answer, Claim, Completion, Decision, Fence, Grant, IfLost, Outcome, Owner, Record, Release, Renewal, Resolution,
@@ -23,6 +24,7 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) connection: Connection,
+    pub(super) checks: Arc<Checks>,
     pub(super) prefix: String,
     pub(super) response_timeout: Duration,
     pub(super) replication: Option<Replication>,
@@ -182,6 +184,10 @@ impl Server {
             return Ok(RedisWatch::never());
         };
         let channel = self.name_of(key);
+        if self.checks.passed().is_none() {
+            let checking = within(self.response_timeout, self.checks.check(&self.connection));
+            Box::pin(checking).await.unwrap_or(Err(failure::LATE))?;
+        }
         watches.watch(channel, &self.connection, self.response_timeout).await
     }
 
@@ -197,7 +203,8 @@ impl Server {
         let name = self.name_of(key);
         let command = script.by_digest(&name, arguments);
         let connection = self.connection.clone();
-        connection.run(script, name, command, replication, self.response_timeout)
+        let checks = Arc::clone(&self.checks);
+        connection.run(checks, script, name, command, replication, self.response_timeout)
     }
 
     /// The record's key, which is its channel too: the prefix and lower-case hexadecimal digits.

@@ -43,3 +43,11 @@ end
 -- For finale.lua: what stands behind the header, the reply, whether somebody may wait for the change, and whether the reply is as
 -- good where a full server refuses the write.
 local answer, reply, wakes, is_optional = '', nil, false, false
+
+-- The error of a read-only replica, which may be behind; nil on a primary. The command changes nothing, because no time is earlier than
+-- 1 ms after the epoch. Only for a script that goes on without a write: after one write command, a server accepts all others although it
+-- is full.
+local function replica()
+  local tried = redis.pcall('PEXPIREAT', key, 1, 'GT')
+  return type(tried) == 'table' and string.find(tried.err, 'READONLY', 1, true) and tried or nil
+end

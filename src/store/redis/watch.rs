@@ -129,6 +129,7 @@ impl Channel {
     }
 }
 
+/// Any error is one of a store that is not available: the caller of a watch that cannot be had polls.
 async fn send(command: &'static str, channel: &[u8], mut connection: Connection, limit: Duration) -> Result<(), Error> {
     let mut command = cmd(command);
     command.arg(channel);
@@ -136,7 +137,7 @@ async fn send(command: &'static str, channel: &[u8], mut connection: Connection,
     sent.map_err(|_| failure::LATE)?
         .and_then(Value::extract_error)
         .map(drop)
-        .map_err(failure::of)
+        .map_err(Error::unavailable)
 }
 
 /// A place among those who wait for a channel.
