@@ -314,6 +314,15 @@ async fn the_documented_rights_suffice() {
         published(1, 0)
     );
     assert_eq!(outbox.waiting().await.unwrap(), 0);
+    bench
+        .execute("REVOKE UPDATE, DELETE ON idempotency_outbox FROM web")
+        .await;
+    outbox
+        .put(&mut connection, &OutboxMessage::new("t", "x"))
+        .await
+        .unwrap();
+    let error = outbox.relay(broker.publish()).publish_once().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration);
     bench.execute("DROP TABLE idempotency_outbox").await;
     let error = outbox.migrate().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Configuration);

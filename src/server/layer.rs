@@ -57,7 +57,7 @@ use crate::store::Store;
 /// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
 /// | retention, lease | 24 h from completion, 30 s renewed at a third |
 /// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |
-/// | store | 5 s for each operation; a failed claim is repeated once and then refused with 503 |
+/// | store | 5 s for each operation; a failed claim is repeated once and then refused with 503, a misconfigured store or an unreadable record with 500 |
 /// | memory | of a [`MemoryStore`](crate::MemoryStore): 1,000,000 records, 256 MiB of answers |
 /// | refusals | `application/problem+json` |
 #[must_use = "a layer does nothing until it is put around a service"]
@@ -391,7 +391,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// Not by default: when the store fails at a claim, runs the request without any protection, every time it is sent. Each such
-    /// request is reported as the event `unprotected`. There is no attempt then: a handler that takes a [`Lease`](crate::Lease) as an
+    /// request is reported as the event `unprotected`. A misconfigured store and an unreadable record are refused all the same, with 500.
+    /// There is no attempt then: a handler that takes a [`Lease`](crate::Lease) as an
     /// extractor has to take an `Option` of it.
     pub fn dangerously_run_unprotected_when_the_store_fails(mut self) -> Self {
         self.values().run_unprotected = true;

@@ -47,10 +47,11 @@ struct Question {
 
 impl Checks {
     pub(super) fn new(prefix: &str, is_replicated: bool, limit: Duration) -> Self {
+        let clock = Clock::system();
         Self {
             checked: Checked::not_yet(),
-            clock: Clock::system(),
-            due: AtomicU64::new(u64::MAX),
+            due: AtomicU64::new(clock.now().saturating_add(LONGEST).as_micros()),
+            clock,
             question: Arc::new(Question {
                 key: [prefix.as_bytes(), b"check"].concat(),
                 is_replicated,
@@ -63,11 +64,19 @@ impl Checks {
     /// The epoch of the last check, if it stands.
     pub(super) fn passed(&self) -> Option<u64> {
         let epoch = self.checked.passed()?;
-        if self.clock.now().as_micros() < self.due.load(Ordering::Relaxed) {
+        let (now, due) = (self.clock.now(), self.due.load(Ordering::Relaxed));
+        if now.as_micros() < due {
             return Some(epoch);
         }
-        self.checked.expire(epoch);
-        None
+        // Of many operations that come now, one makes the check due.
+        let next = now.saturating_add(LONGEST).as_micros();
+        let is_first = self
+            .due
+            .compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed);
+        if is_first.is_ok() {
+            self.checked.expire(epoch);
+        }
+        self.checked.passed()
     }
 
     /// Whether nothing has happened since `epoch` that asks for another check.
@@ -79,10 +88,7 @@ impl Checks {
     pub(super) async fn check(&self, connection: &Connection) -> Result<u64, Error> {
         let question =
             || -> BoxFuture<'static, Result<(), Error>> { Arc::clone(&self.question).ask(connection.clone()).boxed() };
-        let epoch = self.checked.check(question).await?;
-        let due = self.clock.now().saturating_add(LONGEST);
-        self.due.store(due.as_micros(), Ordering::Relaxed);
-        Ok(epoch)
+        self.checked.check(question).await
     }
 
     pub(super) fn expire(&self, epoch: u64) {
@@ -103,63 +109,70 @@ impl fmt::Debug for Checks {
 
 impl Question {
     async fn ask(self: Arc<Self>, mut connection: Connection) -> Result<(), Error> {
-        let asking = async {
-            self.ask_for_settings(&mut connection).await?;
-            self.ask_for_rights(&mut connection).await
-        };
-        within(self.limit, asking).await.unwrap_or(Err(failure::LATE))
-    }
-
-    /// Uses INFO instead of CONFIG, which managed services forbid.
-    async fn ask_for_settings(&self, connection: &mut Connection) -> Result<(), Error> {
-        // The client asks all nodes of a Cluster. A replica there leads every operation on to its primary.
-        let sections: &[&str] = match connection {
-            Connection::Cluster(_) => &["server", "memory"],
-            Connection::Managed(_) => &["server", "memory", "replication"],
-        };
-        for section in sections {
-            let mut info = cmd("INFO");
-            info.arg(*section);
-            match asked(connection, &info).await {
-                Ok(value) => {
-                    for node in texts(value) {
-                        judge(&node)?;
-                    }
-                }
-                Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
-                    if !self.is_reported.swap(true, Ordering::Relaxed) {
-                        telemetry::failure(Event::Unchecked, &Error::unavailable(error));
-                    }
-                }
-                Err(error) => return Err(failure::of_connect(error)),
-            }
+        let asking = within(self.limit, self.replies(&mut connection)).await;
+        let (settings, missing) = asking.map_err(|_| failure::LATE)?.map_err(failure::of_connect)?;
+        for section in settings {
+            self.judge_settings(section)?;
         }
-        Ok(())
+        let missing = missing.map_err(|error| connection.failed(error).read_by(failure::of_connect))?;
+        judge_rights(missing)
     }
 
-    async fn ask_for_rights(&self, connection: &mut Connection) -> Result<(), Error> {
-        const SCRIPT: &str = include_str!("check.lua");
+    /// The sections of INFO, and the commands that the user lacks. CONFIG would tell more, but managed services forbid it.
+    async fn replies(&self, connection: &mut Connection) -> RedisResult<(Vec<RedisResult<Value>>, RedisResult<Value>)> {
+        let [server, memory, replication] = ["server", "memory", "replication"].map(|section| {
+            let mut info = cmd("INFO");
+            info.arg(section);
+            info
+        });
+        let rights = self.rights(connection);
+        if let Connection::Managed(_) = connection {
+            let commands = [&server, &memory, &replication, &rights];
+            let mut replies: Vec<_> = connection.values(&commands).await?.map(Value::extract_error).collect();
+            let missing = replies.pop().unwrap_or(Ok(Value::Nil));
+            return Ok((replies, missing));
+        }
+        // The client asks all nodes of a Cluster. A replica there leads every operation on to its primary.
+        let mut settings = Vec::new();
+        for info in [server, memory] {
+            let told = connection.req_packed_command(&info).await;
+            settings.push(told.and_then(Value::extract_error));
+        }
+        Ok((settings, connection.value(&rights).await))
+    }
+
+    fn rights(&self, connection: &Connection) -> Cmd {
         let is_cluster = matches!(connection, Connection::Cluster(_));
         let mut eval = cmd("EVAL");
-        eval.arg(SCRIPT).arg(1).arg(&self.key);
+        eval.arg(include_str!("check.lua")).arg(1).arg(&self.key);
         eval.arg(if self.is_replicated { "replicated" } else { "" });
         eval.arg(if is_cluster { "cluster" } else { "" });
-        let told = connection.value(&eval).await;
-        let value = told.map_err(|error| connection.failed(error).read_by(failure::of_connect))?;
-        let Value::Array(missing) = value else {
-            return Err(failure::STRANGE);
-        };
-        if missing.is_empty() {
-            return Ok(());
+        eval
+    }
+
+    fn judge_settings(&self, section: RedisResult<Value>) -> Result<(), Error> {
+        match section {
+            Ok(value) => texts(value).iter().try_for_each(|node| judge(node)),
+            Err(error) if matches!(error.code(), Some("NOPERM" | "ERR")) => {
+                if !self.is_reported.swap(true, Ordering::Relaxed) {
+                    telemetry::failure(Event::Unchecked, &Error::unavailable(error));
+                }
+                Ok(())
+            }
+            Err(error) => Err(failure::of_connect(error)),
         }
-        let commands = missing.into_iter().flat_map(texts).collect();
-        Err(failure::DENIED.with_source(MissingCommands(commands)))
     }
 }
 
-async fn asked(connection: &mut Connection, command: &Cmd) -> RedisResult<Value> {
-    let value = connection.req_packed_command(command).await?;
-    value.extract_error()
+fn judge_rights(missing: Value) -> Result<(), Error> {
+    let Value::Array(missing) = missing else {
+        return Err(failure::STRANGE);
+    };
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let commands = missing.into_iter().flat_map(texts).collect();
+    Err(failure::DENIED.with_source(MissingCommands(commands)))
 }
 
 /// One text, or one per node of a Cluster.
@@ -215,6 +228,19 @@ fn wrong(what: &'static str, setting: &'static str, is: &str, wanted: &'static s
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_check_is_due_again_after_its_time() {
+        let checks = Checks::new("", false, Duration::from_secs(1));
+        for _ in 0..3 {
+            assert!(checks.passed().is_none());
+            checks.checked.pass();
+            let epoch = checks.passed().unwrap();
+            tokio::time::advance(LONGEST - Duration::from_millis(1)).await;
+            assert!(checks.stands(epoch) && checks.passed() == Some(epoch));
+            tokio::time::advance(Duration::from_millis(1)).await;
+        }
+    }
 
     #[test]
     fn an_old_server_is_refused_and_named() {

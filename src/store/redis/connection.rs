@@ -139,7 +139,7 @@ impl Connection {
     }
 
     /// What the node that has the key says to each command; nothing comes between them.
-    async fn values(&mut self, commands: &[&Cmd]) -> Result<IntoIter<Value>, RedisError> {
+    pub(super) async fn values(&mut self, commands: &[&Cmd]) -> Result<IntoIter<Value>, RedisError> {
         let mut told = self.values_of_first_node(commands).await;
         for _ in 0..redirection::MOST {
             let (Self::Cluster(connection), Err(error)) = (&mut *self, &told) else {
