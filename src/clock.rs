@@ -78,7 +78,7 @@ pub(crate) fn http_date_of(time: SystemTime) -> Option<String> {
 }
 
 /// Whole microseconds of a duration, at most `u64::MAX` (584,000 years).
-fn micros(duration: Duration) -> u64 {
+pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -258,10 +258,8 @@ impl WithoutTimers {
 
 /// Measures how long something takes.
 #[derive(Clone, Copy, Debug)]
-#[cfg(feature = "metrics")]
 pub(crate) struct Stopwatch(Instant);
 
-#[cfg(feature = "metrics")]
 impl Stopwatch {
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub(crate) fn start() -> Self {
@@ -271,6 +269,11 @@ impl Stopwatch {
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub(crate) fn elapsed(self) -> Duration {
         Instant::now().saturating_duration_since(self.0)
+    }
+
+    /// Whole microseconds, at most `u64::MAX`.
+    pub(crate) fn elapsed_micros(self) -> u64 {
+        micros(self.elapsed())
     }
 }
 

@@ -26,6 +26,8 @@ pub enum ErrorKind {
     Configuration,
     /// A record cannot be read: its bytes are damaged or of a newer version. It is somebody's live record, never "absent".
     CorruptRecord,
+    /// As many executions whose callers left run in this process as its limit allows. Nothing was claimed.
+    Overloaded,
     /// The store has reached its record budget and takes no new keys for now. Nothing was recorded.
     StoreFull,
     /// Another attempt has taken the key over, or it is completed already. What was done within a transaction must be rolled back.

@@ -21,6 +21,8 @@ pub(crate) enum Event {
     /// What became of a transaction was found out after its caller had been refused.
     #[cfg(feature = "postgres")]
     DecidedBehind,
+    /// As many executions whose callers left run as the limit allows; a new one was refused.
+    Overloaded,
     /// The end of an execution was recorded after its caller had been told that it is not.
     RecordedBehind,
     /// The caller hung up; its execution went on in the background.
@@ -73,6 +75,7 @@ impl Event {
             Self::CompletionRepeated => "completion-repeated",
             #[cfg(feature = "postgres")]
             Self::DecidedBehind => "decided-behind",
+            Self::Overloaded => "overloaded",
             Self::RecordedBehind => "recorded-behind",
             Self::Rescued => "rescued",
             #[cfg(feature = "postgres")]
@@ -116,6 +119,7 @@ impl Event {
             Self::MessageUnreadable => "the row of a message of an outbox could not be read",
             #[cfg(feature = "postgres")]
             Self::RelayFailed => "the messages of an outbox could not be taken, or what became of them not be told",
+            Self::Overloaded => "too many executions run whose callers left; a new one was refused",
             Self::RecordedBehind => "the end of an execution was recorded late",
             Self::ReleasedBehind => "a claim of unknown fate was released",
             Self::RenewalFailed => "a lease could not be renewed",

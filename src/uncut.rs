@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio::sync::futures::Notified;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
 /// An operation that is polled in its place. Dropped half-way, the rest of it goes on in a task of its own, and only who leaves
 /// pays for one.
@@ -19,10 +20,15 @@ pub(crate) struct Uncut<T: 'static> {
     tracker: Option<Arc<Tracker>>,
 }
 
+/// How many executions may run without a caller, by default, before no new ones begin.
+pub(crate) const MOST_DETACHED: usize = 16_384;
+
 /// Counts what runs without a caller.
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
     running: AtomicUsize,
+    /// Executions whose callers left: a part of those that run.
+    detached: AtomicUsize,
     attended: AtomicUsize,
     claims: AtomicUsize,
     ends: AtomicUsize,
@@ -79,6 +85,14 @@ impl Drop for Attended<'_> {
     }
 }
 
+struct Detached(Arc<Tracker>);
+
+impl Drop for Detached {
+    fn drop(&mut self) {
+        self.0.detached.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 struct Running(Arc<Tracker>);
 
 impl Drop for Running {
@@ -97,6 +111,22 @@ impl Tracker {
             work.await;
             drop(running);
         });
+    }
+
+    /// Continues an execution whose caller left. It is never refused, because its effect may have happened; [`detached`](Self::detached)
+    /// tells when no new one should begin.
+    pub(crate) fn detach(self: &Arc<Self>, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static) {
+        self.detached.fetch_add(1, Ordering::AcqRel);
+        let detached = Detached(Arc::clone(self));
+        self.spawn(runtime, async move {
+            rest.await;
+            drop(detached);
+        });
+    }
+
+    /// How many executions run whose callers left.
+    pub(crate) fn detached(&self) -> usize {
+        self.detached.load(Ordering::Acquire)
     }
 
     /// Runs what a store that is away is to be told when it is back; unless too much of its kind is under way already: then the
@@ -143,6 +173,16 @@ impl Tracker {
     }
 }
 
+/// Spawns a task that other threads can take over at once, even if the calling task blocks its thread next.
+///
+/// A worker thread of tokio keeps the task that was spawned last in a slot of its own, from which no other thread takes it. The empty
+/// task takes this slot, and the task moves to the queue.
+pub(crate) fn spawn_apart(runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    let spawned = runtime.spawn(task);
+    drop(runtime.spawn(std::future::ready(())));
+    spawned
+}
+
 /// Runs an operation to its end; `None` outside of a runtime.
 pub(crate) fn uncut<T>(
     operation: impl Future<Output = T> + Send + 'static,
@@ -178,7 +218,7 @@ impl<T> Drop for Uncut<T> {
         if let Some(operation) = self.operation.take() {
             let rest = async move { drop(operation.await) };
             match &self.tracker {
-                Some(tracker) => tracker.spawn(&self.runtime, rest),
+                Some(tracker) => tracker.detach(&self.runtime, rest),
                 None => drop(self.runtime.spawn(rest)),
             }
         }

@@ -21,8 +21,8 @@ use tower::{service_fn, Layer, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{once, Done, Failure, Found, OnceError, OnceLayer, Profile};
 use tower_idempotency::protocol::Resolution;
 use tower_idempotency::receiver::webhooks::{StandardWebhooks, WebhookLayer};
-use tower_idempotency::receiver::{receive_all, OnMismatch, Receipt, ReceiveError, ReceiverLayer};
-use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, Store};
+use tower_idempotency::receiver::{receive_all, Disposition, OnMismatch, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::{ErrorKind, IdempotencyLayer, MemoryStore, OnError, Store};
 
 type Ended = Result<Done<usize>, OnceError<usize, String>>;
 
@@ -100,6 +100,136 @@ async fn one_renewal_that_hangs_does_not_lose_a_short_lease() {
     assert!(matches!(second, Err(OnceError::InFlight { .. })), "{second:?}");
     assert!(first.await.unwrap().is_ok());
     assert_eq!(runs.load(Ordering::SeqCst), 1);
+}
+
+/// It waited by the deadline of the wait for its own claim, which was long over.
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_waits_for_the_winner_however_long_it_ran() {
+    let store = RemoteStore::new();
+    let (go_on, first) = stalled(&store, "one", Ok(1));
+    tokio::time::sleep(LEASE * 2).await;
+    let second = once(store.clone(), "k")
+        .with_input("one")
+        .at_least_once()
+        .run(|_| async {
+            tokio::time::sleep(LEASE / 2).await;
+            Ok::<_, Failure<String>>(2)
+        });
+    let second = tokio::spawn(second);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    go_on.notify_one();
+    let first = first.await.unwrap();
+    assert!(matches!(&first, Ok(done) if *done.value() == 2), "{first:?}");
+    assert!(second.await.unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_hangs_does_not_prolong_a_wait_for_another_call() {
+    let store = RemoteStore::new();
+    let first = tokio::spawn(once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>()));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let begin = support::Timer::start();
+    let second = tokio::spawn(
+        once(store.clone(), "k")
+            .with_wait(Duration::from_secs(1))
+            .with_store_timeouts(Duration::from_secs(20), Duration::from_secs(20))
+            .run(|_| ready(Ok::<_, Failure<String>>(2))),
+    );
+    support::yield_times(10).await;
+    store.fail("claim", [Fault::Hang; 100]);
+    let second = second.await.unwrap();
+    assert!(second.is_err_and(|error| matches!(error, OnceError::InFlight { .. } | OnceError::NotRun(_))));
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    first.abort();
+}
+
+/// The task that renews sleeps while its runtime is kept busy. The owner is polled, and sees that the renewal is overdue.
+#[test]
+fn a_call_that_keeps_its_runtime_busy_renews_its_lease_itself() {
+    let store = RemoteStore::new();
+    store.set_yields(0);
+    let call = |wait| {
+        let call = once(store.clone(), "k")
+            .with_lease(Duration::from_secs(1))
+            .at_least_once();
+        call.with_wait(wait)
+    };
+    let busy = call(Duration::ZERO).run(|_| async {
+        let mut polls = 0;
+        std::future::poll_fn(|cx| {
+            polls += 1;
+            std::thread::sleep(Duration::from_millis(100));
+            cx.waker().wake_by_ref();
+            if polls < 30 {
+                std::task::Poll::Pending
+            } else {
+                std::task::Poll::Ready(())
+            }
+        })
+        .await;
+        Ok::<_, Failure<String>>(1)
+    });
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let first = std::thread::spawn(move || runtime().block_on(async { tokio::spawn(busy).await.unwrap() }));
+    std::thread::sleep(Duration::from_secs(2));
+    let second: Ended = runtime().block_on(call(Duration::ZERO).run(|_| ready(Ok(2))));
+    assert!(matches!(second, Err(OnceError::InFlight { .. })), "{second:?}");
+    assert_eq!(first.join().unwrap().unwrap().into_value(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_whose_callers_left_are_bounded() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let http = service_fn(move |_: Request<Full<Bytes>>| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("paid")))
+        }
+    });
+    let layer = OnceLayer::new(MemoryStore::new(), Profile::draft()).with_max_detached(3);
+    let client = layer.layer(http);
+    let call = |n: usize| {
+        let request = Request::post("https://bank.example/pay").header("idempotency-key", n.to_string());
+        client
+            .clone()
+            .oneshot(request.body(Full::<Bytes>::from("100")).unwrap())
+    };
+    for n in 0..10 {
+        assert!(tokio::time::timeout(Duration::from_millis(10), call(n)).await.is_err() || n >= 3);
+    }
+    assert_eq!((runs.load(Ordering::SeqCst), layer.drain().running()), (3, 3));
+    let refused = call(10).await.unwrap_err();
+    assert!(matches!(refused, OnceError::NotRun(error) if error.kind() == ErrorKind::Overloaded));
+    layer.drain().wait().await;
+    assert!(call(10).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn messages_whose_deliveries_were_dropped_are_bounded() {
+    let layer = ReceiverLayer::new(MemoryStore::new(), "c")
+        .with_id(|id: &u64| *id)
+        .with_max_detached(3);
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(|_: u64| async {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        Ok::<_, Infallible>(())
+    }));
+    for id in 0..10 {
+        drop(tokio::time::timeout(Duration::from_millis(10), receiver.clone().oneshot(id)).await);
+    }
+    assert_eq!(drain.running(), 3);
+    let refused = receiver.clone().oneshot(10).await;
+    assert_eq!(Disposition::of(&refused), Disposition::Redeliver(None));
+    assert!(matches!(refused, Err(ReceiveError::Store(error)) if error.kind() == ErrorKind::Overloaded));
+    drain.wait().await;
+    assert!(matches!(receiver.oneshot(10).await, Ok(Receipt::First(()))));
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use uuid::Builder;
 
+use super::renewal::Schedule;
+use crate::clock::Stopwatch;
 use crate::protocol::{Fence, Fingerprint, Grant, StorageKey};
 
 /// The attempt under which a call is made.
@@ -17,9 +19,10 @@ pub struct Attempt {
     marks: Arc<Marks>,
 }
 
-#[derive(Default)]
 struct Marks {
     is_lost: AtomicBool,
+    /// Where the lease must be renewed.
+    schedule: Option<Schedule>,
     /// Something was told to complete it within a transaction.
     #[cfg(feature = "postgres")]
     is_in_transaction: AtomicBool,
@@ -29,12 +32,21 @@ struct Marks {
 }
 
 impl Attempt {
-    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant) -> Self {
+    /// The attempt that was granted by a claim that was made at `asked`.
+    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant, asked: Stopwatch) -> Self {
+        let marks = Marks {
+            is_lost: AtomicBool::new(false),
+            schedule: grant.lease.map(|lease| Schedule::new(lease, asked)),
+            #[cfg(feature = "postgres")]
+            is_in_transaction: AtomicBool::new(false),
+            #[cfg(feature = "postgres")]
+            is_completed: AtomicBool::new(false),
+        };
         Self {
             key,
             fingerprint,
             grant,
-            marks: Arc::default(),
+            marks: Arc::new(marks),
         }
     }
 
@@ -87,6 +99,10 @@ impl Attempt {
         self.marks.is_lost.store(true, Ordering::Relaxed);
     }
 
+    pub(super) fn schedule(&self) -> Option<&Schedule> {
+        self.marks.schedule.as_ref()
+    }
+
     pub(crate) const fn grant(&self) -> Grant {
         self.grant
     }
@@ -100,6 +116,14 @@ impl Attempt {
     pub(crate) fn set_in_transaction(&self) {
         self.marks.is_completed.store(false, Ordering::Release);
         self.marks.is_in_transaction.store(true, Ordering::Release);
+    }
+
+    /// The completion in a transaction failed. Renewals were left out after an earlier one, so the next is due now.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn set_completion_failed(&self) {
+        if let Some(schedule) = self.schedule() {
+            schedule.hurry();
+        }
     }
 
     /// Its record is completed, and locked until the transaction ends.

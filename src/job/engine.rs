@@ -15,13 +15,13 @@ use tokio::runtime::Handle;
 use super::attempt::{Attempt, Found};
 use super::held::Held;
 use super::terms::Terms;
-use crate::clock::{sleep, within, Deadline};
+use crate::clock::{sleep, within, Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
     StorageKey,
 };
-use crate::store::{claim_in_time, end_late, in_time, release_late, End, Patience, Store};
+use crate::store::{claim_in_time, end_late, in_time, limit_in_wait, release_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::{uncut, Word};
 
@@ -91,6 +91,15 @@ pub(crate) enum Refused {
     Unread(Error),
 }
 
+/// A key that was granted.
+struct Granted {
+    grant: Grant,
+    /// Whether the call may be made without a question about the attempt before.
+    is_first: bool,
+    /// Runs since before the claim.
+    asked: Stopwatch,
+}
+
 /// A key, what is asked under it, and on which terms.
 pub(crate) struct Job<St> {
     pub(crate) store: St,
@@ -103,6 +112,10 @@ pub(crate) struct Job<St> {
 impl<St: Store + Clone> Job<St> {
     /// Sees to it that the work is done once.
     pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Given> {
+        if let Err(overloaded) = self.terms.check_load() {
+            telemetry::event(Event::Overloaded);
+            return Settled::Refused(Refused::NotRun(overloaded));
+        }
         let tracker = Arc::clone(&self.terms.tracker);
         // Declared first, so that it goes last, when the tracker knows of the rest.
         let _attended = tracker.attend();
@@ -118,34 +131,31 @@ impl<St: Store + Clone> Job<St> {
 
     async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Given> {
         let nonce = Nonce::random();
-        let deadline = Deadline::after(self.terms.wait);
-        match self.claim(nonce, &absence, deadline).await {
-            Ok(Ok((grant, is_first))) => {
+        match self.claim(nonce, &absence).await {
+            Ok(Ok(granted)) => {
                 // Nothing has run, and nobody waits for it.
                 if absence.is_true() {
-                    self.release(grant.owner).await;
+                    self.release(granted.grant.owner).await;
                     return Settled::Refused(Refused::InFlight(Duration::ZERO));
                 }
-                self.own(grant, is_first, work, deadline, &absence).await
+                self.own(granted, work, &absence).await
             }
             Ok(Err(settled)) => settled,
             Err(error) => Settled::Refused(Refused::NotRun(error)),
         }
     }
 
-    /// Claims the key, waiting for whoever has it: the grant, and whether the call may be made without asking first; or what came
-    /// of it without a run.
-    async fn claim<G>(
-        &self,
-        nonce: Nonce,
-        absence: &Absence,
-        deadline: Deadline,
-    ) -> Result<Result<(Grant, bool), Settled<G>>, Error> {
-        let mut watch = None;
+    /// Claims the key, and waits for its owner if it has one: the grant, or the end without a run.
+    async fn claim<G>(&self, nonce: Nonce, absence: &Absence) -> Result<Result<Granted, Settled<G>>, Error> {
+        let deadline = Deadline::after(self.terms.wait);
+        // The first claim is not part of a wait.
+        let (mut watch, mut waiting) = (None, None);
         loop {
-            let refused = match self.claim_once(nonce).await? {
-                Decision::Execute(grant) => return Ok(Ok((grant, true))),
-                Decision::Recover(grant) => return Ok(Ok((grant, false))),
+            let asked = Stopwatch::start();
+            let granted = |grant, is_first| Granted { grant, is_first, asked };
+            let refused = match self.claim_once(nonce, waiting).await? {
+                Decision::Execute(grant) => return Ok(Ok(granted(grant, true))),
+                Decision::Recover(grant) => return Ok(Ok(granted(grant, false))),
                 Decision::Replay(answer) => return Ok(Err(Settled::Replay(answer))),
                 Decision::Mismatch => Refused::Mismatch,
                 Decision::NotKept => Refused::NotKept,
@@ -154,7 +164,8 @@ impl<St: Store + Clone> Job<St> {
                     Refused::InFlight(self.worth_waiting(left))
                 }
                 Decision::Wait { left } => {
-                    self.wait(&mut watch, left.min(deadline.left())).await;
+                    self.wait(&mut watch, left, deadline).await;
+                    waiting = Some(deadline);
                     continue;
                 }
             };
@@ -162,16 +173,24 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Subscribes, so that the next look misses nothing; or waits, where that was done before the last look.
-    async fn wait(&self, watch: &mut Option<St::Watch>, longest: Duration) {
-        let pause = longest.clamp(Duration::from_millis(1), POLL);
+    /// Subscribes, so that the next look misses nothing; or waits for a change, if the last look came after a subscription. The lease
+    /// of the owner ends in `left`.
+    async fn wait(&self, watch: &mut Option<St::Watch>, left: Duration, deadline: Deadline) {
+        let pause = || left.min(deadline.left()).clamp(Duration::from_millis(1), POLL);
+        let timeout = self.terms.store_timeout.min(deadline.left());
         match watch.take() {
-            Some(watch) => drop(within(pause, watch).await),
-            None => match in_time(self.terms.store_timeout, self.store.watch(&self.key)).await {
+            Some(watch) => drop(within(pause(), watch).await),
+            None => match in_time(timeout, self.store.watch(&self.key)).await {
                 Ok(subscribed) => *watch = Some(subscribed),
-                Err(_) => drop(within(pause, std::future::pending::<()>()).await),
+                Err(_) => drop(within(pause(), std::future::pending::<()>()).await),
             },
         }
+    }
+
+    /// How long the store may take now, within a wait or without one.
+    fn limit(&self, waiting: Option<Deadline>) -> Duration {
+        let timeout = self.terms.store_timeout;
+        waiting.map_or(timeout, |deadline| limit_in_wait(timeout, deadline))
     }
 
     /// In a store in this process leases have no end, and nobody waits for that.
@@ -180,12 +199,16 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// A claim whose reply is lost is repeated with the same nonce.
-    async fn claim_once(&self, nonce: Nonce) -> Result<Decision, Error> {
+    async fn claim_once(&self, nonce: Nonce, waiting: Option<Deadline>) -> Result<Decision, Error> {
         let claim = self.claim_of(nonce);
-        match claim_in_time(self.terms.store_timeout, &self.store, &claim).await {
+        match claim_in_time(self.limit(waiting), &self.store, &claim).await {
             Err(error) if error.kind() == ErrorKind::StoreUnavailable => {
-                telemetry::failure(Event::ClaimRepeated, &error);
-                let again = claim_in_time(self.terms.store_timeout, &self.store, &claim).await;
+                let again = if waiting.is_none_or(|wait| !wait.left().is_zero()) {
+                    telemetry::failure(Event::ClaimRepeated, &error);
+                    claim_in_time(self.limit(waiting), &self.store, &claim).await
+                } else {
+                    Err(error)
+                };
                 // Whatever the store says now, the first claim may have taken effect.
                 if again.is_err() {
                     self.release_behind(claim);
@@ -218,20 +241,14 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// The key is ours.
-    async fn own<W: Work>(
-        &self,
-        grant: Grant,
-        is_first: bool,
-        mut work: W,
-        deadline: Deadline,
-        absence: &Absence,
-    ) -> Settled<W::Given> {
-        let attempt = Attempt::new(self.key, self.fingerprint, grant);
+    async fn own<W: Work>(&self, granted: Granted, mut work: W, absence: &Absence) -> Settled<W::Given> {
+        let Granted { grant, is_first, asked } = granted;
+        let attempt = Attempt::new(self.key, self.fingerprint, grant, asked);
         let mut held = Held::begin(self, &attempt);
         let found = if is_first {
             Found::NotHappened
         } else {
-            self.ask(&mut work, &attempt).await
+            held.during(self.ask(&mut work, &attempt)).await
         };
         let ended = match found {
             Found::Happened(ended) => Ok(ended),
@@ -242,14 +259,17 @@ impl<St: Store + Clone> Job<St> {
                 held.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
-            Found::NotHappened => unwound(work.run(attempt.clone())).await.ok_or(Refused::Unknown),
+            Found::NotHappened => {
+                let ended = held.during(unwound(work.run(attempt.clone()))).await;
+                ended.ok_or(Refused::Unknown)
+            }
             Found::Unknown if attempt.number() < self.terms.max_attempts => Err(Refused::Undecided),
             Found::Unknown => Err(Refused::Unknown),
         };
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
             held.stop_renewing();
-            let settled = self.after_transaction(grant.owner, ended, deadline).await;
+            let settled = self.after_transaction(grant.owner, ended).await;
             held.end();
             return settled;
         }
@@ -260,21 +280,16 @@ impl<St: Store + Clone> Job<St> {
         {
             let completion = self.complete(grant.owner, &outcome).await;
             held.end();
-            return self.completed(completion, given, deadline).await;
+            return self.completed(completion, given).await;
         }
         held.stop_renewing();
-        let settled = self.unkept(grant.owner, ended, deadline).await;
+        let settled = self.unkept(grant.owner, ended).await;
         held.end();
         settled
     }
 
     /// The end of an attempt that leaves nothing to keep.
-    pub(super) async fn unkept<G>(
-        &self,
-        owner: Owner,
-        ended: Result<Ended<G>, Refused>,
-        deadline: Deadline,
-    ) -> Settled<G> {
+    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
         let is_superseded = match &ended {
             Ok(Ended {
                 verdict: Verdict::Release,
@@ -284,7 +299,7 @@ impl<St: Store + Clone> Job<St> {
         };
         if is_superseded {
             telemetry::event(Event::Superseded);
-            return self.stand_by(deadline).await;
+            return self.stand_by().await;
         }
         match ended {
             Ok(Ended { given, .. }) => Settled::Ran {
@@ -301,18 +316,13 @@ impl<St: Store + Clone> Job<St> {
         unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
     }
 
-    pub(super) async fn completed<G>(
-        &self,
-        completion: Result<Completion, Error>,
-        given: G,
-        deadline: Deadline,
-    ) -> Settled<G> {
+    pub(super) async fn completed<G>(&self, completion: Result<Completion, Error>, given: G) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
             // What superseded this attempt may be the answer to another input: it is looked up.
             Ok(Completion::Superseded(_)) => {
                 telemetry::event(Event::Superseded);
-                return self.stand_by(deadline).await;
+                return self.stand_by().await;
             }
             Err(error) => {
                 telemetry::failure(Event::Unrecorded, &error);
@@ -322,11 +332,13 @@ impl<St: Store + Clone> Job<St> {
         Settled::Ran { given, recorded }
     }
 
-    /// Somebody took the key over, and is at it: what this attempt gave is dropped, and what the key will hold is given.
-    pub(super) async fn stand_by<G>(&self, deadline: Deadline) -> Settled<G> {
-        let mut watch = None;
+    /// Another attempt took the key over: the output of this one is dropped, and the caller gets what the key will hold. It waits for
+    /// that anew, however long it waited for its own claim.
+    pub(super) async fn stand_by<G>(&self) -> Settled<G> {
+        let deadline = Deadline::after(self.terms.wait);
+        let (mut watch, mut waiting) = (None, None);
         loop {
-            let snapshot = match in_time(self.terms.store_timeout, self.store.peek(&self.key)).await {
+            let snapshot = match in_time(self.limit(waiting), self.store.peek(&self.key)).await {
                 Ok(snapshot) => snapshot,
                 Err(error) => {
                     telemetry::store_failed(&error);
@@ -349,7 +361,8 @@ impl<St: Store + Clone> Job<St> {
                 Some(_) => return Settled::Refused(Refused::Unknown),
                 None => return Settled::Refused(Refused::Unread(FORGOTTEN)),
             };
-            self.wait(&mut watch, left.min(deadline.left())).await;
+            self.wait(&mut watch, left, deadline).await;
+            waiting = Some(deadline);
         }
     }
 

@@ -1,10 +1,14 @@
 //! A key whose attempt is under way.
 
+use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::pin::pin;
 use std::time::Duration;
 
+use futures::future::poll_fn;
 use futures::FutureExt;
-use tokio::task::JoinHandle;
+use tokio::runtime::{Handle, Id};
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::attempt::Attempt;
 use super::engine::Job;
@@ -12,32 +16,87 @@ use crate::clock::sleep;
 use crate::protocol::{Owner, Renewal};
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::spawn_apart;
 
-/// Has the lease of a key renewed, at a third of it. Dropped before its [`end`](Self::end), by a runtime that ends, it gives the lease
-/// up where the store can do so at once: a store in this process knows no other end of a lease.
+/// Keeps the lease of a key renewed. Dropped before its [`end`](Self::end), by a runtime that ends, it gives the lease up where the
+/// store can do so at once: a store in this process knows no other end of a lease.
+///
+/// A task renews the lease, so that a call that blocks its thread does not lose it. The owner renews it as well, whenever it is polled
+/// and the task is late: the task's runtime may have ended, or serve no timers while the owner keeps it busy.
 pub(super) struct Held<'j, St: Store> {
     job: &'j Job<St>,
+    attempt: Attempt,
     owner: Option<Owner>,
-    renewal: Option<JoinHandle<()>>,
+    renewing: Option<Renewing>,
+}
+
+struct Renewing {
+    task: JoinHandle<()>,
+    /// The runtime of the task.
+    runtime: Id,
+    /// The last renewal that the owner began.
+    by_owner: Option<JoinHandle<()>>,
 }
 
 impl<'j, St: Store + Clone> Held<'j, St> {
     pub(super) fn begin(job: &'j Job<St>, attempt: &Attempt) -> Self {
-        let grant = attempt.grant();
-        let renewal = grant.lease.map(|lease| {
-            // One that hangs leaves time for another, a third later, before the lease is over.
-            let timeout = job.terms.store_timeout.min(lease / 6);
-            // In a task of its own: a call that blocks its thread does not lose its lease.
-            let renewal = tokio::spawn(renew(job.store.clone(), attempt.clone(), lease, timeout));
-            // The task that was spawned last waits in a slot of this very thread, from which no other thread takes it, and the call
-            // may block the thread now. So it is not to be the last.
-            drop(tokio::spawn(async {}));
-            renewal
-        });
-        Self {
+        let mut held = Self {
             job,
-            owner: Some(grant.owner),
-            renewal,
+            attempt: attempt.clone(),
+            owner: Some(attempt.grant().owner),
+            renewing: None,
+        };
+        if attempt.schedule().is_some() {
+            held.start_renewing();
+        }
+        held
+    }
+
+    fn start_renewing(&mut self) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        let task = spawn_apart(&runtime, renew_when_due(self.renewer()));
+        let old = self.renewing.replace(Renewing {
+            task,
+            runtime: runtime.id(),
+            by_owner: None,
+        });
+        if let Some(old) = old {
+            old.abort();
+        }
+    }
+
+    fn renewer(&self) -> Renewer<St> {
+        Renewer {
+            store: self.job.store.clone(),
+            attempt: self.attempt.clone(),
+            store_timeout: self.job.terms.store_timeout,
+        }
+    }
+
+    /// Polls the owner's work and looks after the lease at every poll.
+    pub(super) async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            self.look_after_lease();
+            work.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    fn look_after_lease(&mut self) {
+        let (Some(renewing), Some(schedule)) = (&self.renewing, self.attempt.schedule()) else {
+            return;
+        };
+        let Ok(runtime) = Handle::try_current() else { return };
+        if renewing.runtime != runtime.id() || renewing.task.is_finished() && self.attempt.is_held() {
+            self.start_renewing();
+        } else if !self.attempt.is_completed() && schedule.take_overdue() {
+            let renewal = spawn_apart(&runtime, self.renewer().renew());
+            if let Some(renewing) = &mut self.renewing {
+                if let Some(old) = renewing.by_owner.replace(renewal) {
+                    old.abort();
+                }
+            }
         }
     }
 }
@@ -45,14 +104,23 @@ impl<'j, St: Store + Clone> Held<'j, St> {
 impl<St: Store> Held<'_, St> {
     /// For the time in which its end is written.
     pub(super) fn stop_renewing(&mut self) {
-        if let Some(task) = self.renewal.take() {
-            task.abort();
+        if let Some(renewing) = self.renewing.take() {
+            renewing.abort();
         }
     }
 
     /// The attempt has had its end.
     pub(super) fn end(mut self) {
         self.owner = None;
+    }
+}
+
+impl Renewing {
+    fn abort(self) {
+        self.task.abort();
+        if let Some(renewal) = self.by_owner {
+            renewal.abort();
+        }
     }
 }
 
@@ -70,20 +138,50 @@ impl<St: Store> Drop for Held<'_, St> {
     }
 }
 
-async fn renew<St: Store>(store: St, attempt: Attempt, lease: Duration, timeout: Duration) {
-    let owner = attempt.grant().owner;
-    while attempt.is_held() {
-        sleep(lease / 3).await;
-        // A completed record is locked until its transaction ends, which keeps others out.
-        if attempt.is_completed() {
-            continue;
-        }
-        match in_time(timeout, store.renew(attempt.key(), owner, lease)).await {
+/// Renews one lease.
+#[derive(Clone)]
+struct Renewer<St> {
+    store: St,
+    attempt: Attempt,
+    store_timeout: Duration,
+}
+
+impl<St: Store> Renewer<St> {
+    async fn renew(self) {
+        let Some(schedule) = self.attempt.schedule() else {
+            return;
+        };
+        let (key, owner, lease) = (self.attempt.key(), self.attempt.grant().owner, schedule.lease());
+        // A renewal that hangs leaves time for another before the lease is over.
+        let timeout = self.store_timeout.min(lease / 6);
+        match in_time(timeout, self.store.renew(key, owner, lease)).await {
             Ok(Renewal::Renewed) => {}
             // Or it waited for the very transaction that completes the record.
-            Ok(Renewal::Superseded) if attempt.is_completed() => {}
-            Ok(Renewal::Superseded) => attempt.lose(),
-            Err(error) => telemetry::failure(Event::RenewalFailed, &error),
+            Ok(Renewal::Superseded) if self.attempt.is_completed() => {}
+            Ok(Renewal::Superseded) => self.attempt.lose(),
+            Err(error) => {
+                schedule.hurry();
+                telemetry::failure(Event::RenewalFailed, &error);
+            }
+        }
+    }
+}
+
+/// Begins each renewal in a task of its own: a store that panics, or another task that holds a connection and its thread, stops one
+/// renewal only. Dropped, it takes them along.
+async fn renew_when_due<St: Store + Clone>(renewer: Renewer<St>) {
+    let Some(schedule) = renewer.attempt.schedule() else {
+        return;
+    };
+    // Four looks for each renewal, because a renewal that failed is due again at once.
+    let pause = schedule.lease() / 12;
+    let mut renewals = JoinSet::new();
+    while renewer.attempt.is_held() {
+        sleep(pause).await;
+        while renewals.try_join_next().is_some() {}
+        // A completed record is locked until its transaction ends, which keeps others out.
+        if !renewer.attempt.is_completed() && schedule.take(Duration::ZERO) {
+            renewals.spawn(renewer.clone().renew());
         }
     }
 }

@@ -5,6 +5,7 @@ mod drain;
 mod engine;
 mod held;
 mod on_error;
+mod renewal;
 mod terms;
 #[cfg(feature = "postgres")]
 mod transaction;
@@ -13,4 +14,5 @@ pub use attempt::{Attempt, Found};
 pub use drain::Drain;
 pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
 pub use on_error::OnError;
+pub(crate) use renewal::Schedule;
 pub(crate) use terms::Terms;

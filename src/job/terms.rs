@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::error::{Error, ErrorKind};
 use crate::protocol::KeySpace;
-use crate::uncut::Tracker;
+use crate::uncut::{Tracker, MOST_DETACHED};
 
 #[derive(Clone, Debug)]
 pub(crate) struct Terms {
@@ -16,6 +17,7 @@ pub(crate) struct Terms {
     pub(crate) settling: Duration,
     pub(crate) store_timeout: Duration,
     pub(crate) completion_timeout: Duration,
+    pub(crate) max_detached: usize,
     pub(crate) tracker: Arc<Tracker>,
 }
 
@@ -30,12 +32,26 @@ impl Default for Terms {
             settling: Duration::ZERO,
             store_timeout: Duration::from_secs(5),
             completion_timeout: Duration::from_secs(10),
+            max_detached: MOST_DETACHED,
             tracker: Arc::default(),
         }
     }
 }
 
 impl Terms {
+    /// Refuses to begin another execution while too many run whose callers left.
+    pub(crate) fn check_load(&self) -> Result<(), Error> {
+        const OVERLOADED: Error = Error::new(
+            ErrorKind::Overloaded,
+            "too many executions run whose callers left; try again later, or raise `with_max_detached`",
+        );
+        if self.tracker.detached() < self.max_detached {
+            Ok(())
+        } else {
+            Err(OVERLOADED)
+        }
+    }
+
     pub(crate) fn set_lease(&mut self, lease: Duration) {
         /// A shorter one may be over before a busy machine has renewed it.
         const SHORTEST_LEASE: Duration = Duration::from_secs(1);

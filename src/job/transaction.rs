@@ -5,7 +5,6 @@
 //! that it was rolled back.
 
 use super::engine::{replayed, Ended, Job, Refused, Settled, Verdict};
-use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Owner, Renewal, Status};
 use crate::store::Store;
@@ -22,12 +21,7 @@ const UNKNOWN: Error = Error::new(
 );
 
 impl<St: Store + Clone> Job<St> {
-    pub(super) async fn after_transaction<G>(
-        &self,
-        owner: Owner,
-        ended: Result<Ended<G>, Refused>,
-        deadline: Deadline,
-    ) -> Settled<G> {
+    pub(super) async fn after_transaction<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
         let patience = self.patience();
         match patience.persist(|| self.store.peek(&self.key)).await {
             Ok(Some(snapshot)) if snapshot.fence == owner.fence => {
@@ -46,13 +40,13 @@ impl<St: Store + Clone> Job<St> {
         }
         let lease = self.terms.lease;
         match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
-            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, deadline).await,
-            Ok(Renewal::Superseded) => self.stand_by(deadline).await,
+            Ok(Renewal::Renewed) => self.rolled_back(owner, ended).await,
+            Ok(Renewal::Superseded) => self.stand_by().await,
             Err(error) => undecided(ended, error),
         }
     }
 
-    async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, deadline: Deadline) -> Settled<G> {
+    async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
             Ok(Ended {
@@ -67,9 +61,9 @@ impl<St: Store + Clone> Job<St> {
                 verdict: Verdict::KeepFailure(outcome),
             }) => {
                 let completion = self.complete(owner, &outcome).await;
-                self.completed(completion, given, deadline).await
+                self.completed(completion, given).await
             }
-            ended => self.unkept(owner, ended, deadline).await,
+            ended => self.unkept(owner, ended).await,
         }
     }
 }

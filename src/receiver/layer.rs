@@ -237,6 +237,14 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
+    /// Sets how many handlers may go on in this process although their deliveries were dropped. Beyond that no message is handled:
+    /// the delivery fails with [`Overloaded`](crate::ErrorKind::Overloaded), and the broker delivers it again. Default: 16,384. A handler
+    /// whose delivery was dropped is not stopped, so a consumer with a time-out of its own could otherwise start any number.
+    pub fn with_max_detached(mut self, executions: usize) -> Self {
+        self.settings().terms.max_detached = executions;
+        self
+    }
+
     /// Waits for handlers that go on although their deliveries were dropped: before the process ends, stop taking messages, then
     /// wait. Else the runtime's end stops them in the middle.
     pub fn drain(&self) -> Drain {

@@ -117,13 +117,16 @@ mod transaction {
             let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);
             let retention = self.home.retention.max(SHORTEST_RETENTION);
             let completion = store.complete_in(connection, key, owner, &Outcome::Tombstone, retention);
-            match completion.await? {
-                Completion::Completed => {
+            let completed = match completion.await {
+                Ok(Completion::Completed) => {
                     self.attempt.set_completed();
-                    Ok(())
+                    return Ok(());
                 }
-                Completion::Superseded(_) => Err(SUPERSEDED),
-            }
+                Ok(Completion::Superseded(_)) => Err(SUPERSEDED),
+                Err(error) => Err(error),
+            };
+            self.attempt.set_completion_failed();
+            completed
         }
     }
 }

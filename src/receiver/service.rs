@@ -16,6 +16,7 @@ use super::id::MessageId;
 use super::layer::{OnMismatch, OnMissingId, Settings};
 use super::lease::Lease;
 use super::receipt::{name_of, Receipt, ReceiveError};
+use crate::error::ErrorKind;
 use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Verdict, Work, NO_RUNTIME};
 use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
 use crate::store::{in_time, Store};
@@ -160,6 +161,10 @@ where
 
     /// Handles the message as often as it comes.
     async fn unprotected(self) -> Received<S::Response, S::Error> {
+        if let Err(overloaded) = self.settings.terms.check_load() {
+            telemetry::event(Event::Overloaded);
+            return Err(ReceiveError::Store(overloaded));
+        }
         let tracker = Arc::clone(&self.settings.terms.tracker);
         // Declared first, so that it goes last, when the tracker knows of the rest.
         let _attended = tracker.attend();
@@ -202,7 +207,9 @@ where
                 Refused::Mismatch => settings.mismatched(&store, &key, fingerprint).await,
                 Refused::NotKept => Ok(Receipt::Duplicate),
                 Refused::NotRun(error) => {
-                    telemetry::store_failed(&error);
+                    if error.kind() != ErrorKind::Overloaded {
+                        telemetry::store_failed(&error);
+                    }
                     Err(ReceiveError::Store(error))
                 }
                 Refused::Undecided => Ok(Receipt::InFlight {

@@ -29,7 +29,7 @@ use std::time::Duration;
 pub use boxed::BoxStore;
 pub(crate) use late::{end_late, release_late, End};
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
-pub(crate) use patience::{claim_in_time, in_time, Patience};
+pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{bounded, failed, not_made, Lent, TableName};
 #[cfg(feature = "postgres")]

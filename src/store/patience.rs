@@ -24,6 +24,15 @@ pub(crate) fn in_time<T>(
     within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
 }
 
+/// How long the store may take for the last look of a wait, so that it can answer although the time is up.
+pub(crate) const LAST_LOOK: Duration = Duration::from_millis(500);
+
+/// How long an operation of the store may take that is made while a request waits for another: what is left of the wait, or
+/// [`LAST_LOOK`] if that is longer.
+pub(crate) fn limit_in_wait(timeout: Duration, deadline: Deadline) -> Duration {
+    timeout.min(deadline.left().max(LAST_LOOK))
+}
+
 /// Claims a key; given up as failed after `timeout`, unless the store itself gives it up earlier.
 pub(crate) fn claim_in_time<'c, St: Store>(
     timeout: Duration,

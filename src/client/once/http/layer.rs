@@ -159,6 +159,14 @@ impl<St> OnceLayer<St> {
         Drain::new(&self.settings.terms.tracker)
     }
 
+    /// Sets how many calls may go on in this process although their callers left. Beyond that no call is made: it fails with
+    /// [`OnceError::NotRun`](crate::client::OnceError::NotRun) and [`Overloaded`](crate::ErrorKind::Overloaded). Default: 16,384.
+    #[must_use]
+    pub fn with_max_detached(mut self, executions: usize) -> Self {
+        self.terms().max_detached = executions;
+        self
+    }
+
     /// The methods whose requests are made once; POST and PATCH by default.
     #[must_use]
     pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
