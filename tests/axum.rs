@@ -391,6 +391,27 @@ async fn extractors_show_the_attempt_and_their_absence() {
     );
 }
 
+/// The rejection looked for `Idempotency-Key`, whatever header field the layer was set to.
+#[tokio::test]
+async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
+    async fn needs(_: Lease) {}
+
+    let layer = layer().with_header(header::HeaderName::from_static("x-request-key"));
+    let settings = layer.settings();
+    let selecting = layer.clone().with_selector(move |_| Some(settings.clone()));
+    for layer in [layer, selecting] {
+        let app = Router::new().route("/needs", any(needs)).layer(layer);
+        let (ours, usual) = (("x-request-key", "k"), ("idempotency-key", "k"));
+        assert_eq!(pay(&app, "/needs", &[ours], "").await.status, 200);
+        assert_eq!(pay(&app, "/needs", &[], "").await.status, 400);
+        assert_eq!(pay(&app, "/needs", &[usual], "").await.status, 400);
+        for (key, status) in [(ours, 500), (usual, 400)] {
+            let put = request(Method::PUT, "/needs", &[key], "");
+            assert_eq!(send(&app, put).await.status, status, "{key:?}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn extensions_in_a_response_tuple_reach_the_layer() {
     let runs = Runs::default();

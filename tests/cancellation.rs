@@ -4,7 +4,9 @@ mod support;
 
 use std::time::Duration;
 
-use support::{frames, got, poll_then_drop, post, request, send, Handler, Play, RemoteStore};
+use http::StatusCode;
+use support::{frames, got, poll_then_drop, post, request, send, start, text, Handler, Play, RemoteStore};
+use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
@@ -139,6 +141,61 @@ async fn a_watcher_of_another_process_that_leaves_hands_over_to_those_who_joined
     watcher.abort();
     assert_eq!(joined.await.unwrap().body, owner.await.unwrap().body);
     assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_claims_again_and_leaves_runs_to_its_end() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new().taking(Duration::from_secs(2));
+    let layer = IdempotencyLayer::new(store);
+    let here = layer.layer(handler.clone());
+    let owner = start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let waiter = start(&here, post("k", "pay"));
+    assert_eq!(owner.await.unwrap().status(), 502);
+    while handler.runs() == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    waiter.abort();
+    assert!(waiter.await.unwrap_err().is_cancelled());
+    layer.drain().wait().await;
+    assert_eq!((handler.runs(), handler.finished()), (1, 1));
+    assert!(send(&here, post("k", "pay")).await.is_replay());
+}
+
+/// A limit further out counts callers. A client that sent requests and hung up could start any number of executions.
+#[tokio::test(start_paused = true)]
+async fn executions_whose_callers_left_are_bounded() {
+    const MOST: usize = 100;
+    async fn check<St: Store + Clone>(store: St) {
+        let handler = Handler::new().taking(Duration::from_secs(20));
+        let layer = IdempotencyLayer::new(store.clone()).with_max_detached(MOST);
+        let service = GlobalConcurrencyLimitLayer::new(1).layer(layer.layer(handler.clone()));
+        assert_eq!(send(&service, post("before", "")).await.status(), 201);
+        for n in 0..10 * MOST {
+            let mut service = service.clone();
+            let answer = service.ready().await.unwrap().call(post(&n.to_string(), ""));
+            drop(poll_then_drop(6, answer).await);
+        }
+        assert_eq!(layer.drain().running(), MOST);
+        assert_eq!(handler.runs(), MOST + 1);
+        let refused = send(&service, post("new", "")).await;
+        assert_eq!((refused.status(), refused.code()), (503, "overloaded"));
+        assert!(refused.head.headers.contains_key("retry-after"));
+        let key = layer.storage_key(None, "new").unwrap();
+        assert_eq!(store.peek(&key).await.unwrap(), None, "nothing was claimed");
+        // Duplicates still get what there is, and wait for what there will be.
+        assert!(send(&service, post("before", "")).await.is_replay());
+        assert!(send(&service, post("0", "")).await.is_replay());
+        layer.drain().wait().await;
+        assert_eq!(send(&service, post("new", "")).await.status(), 201);
+    }
+    check(MemoryStore::new()).await;
+    check(RemoteStore::new()).await;
 }
 
 #[test]

@@ -2,13 +2,16 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore, Timer};
-use tower::Layer;
-use tower_idempotency::{DoNotKeep, Idempotency, IdempotencyLayer, MemoryStore, Store};
+use tower::limit::GlobalConcurrencyLimitLayer;
+use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::{DoNotKeep, Idempotency, IdempotencyLayer, MemoryStore, OnLost, Store};
 
 type Guarded<St> = Idempotency<Handler, St>;
 
@@ -162,19 +165,232 @@ async fn waiters_get_an_answer_that_is_not_kept_unmarked_and_the_next_request_ru
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiters_of_another_process_are_told_to_come_again_when_the_answer_is_not_kept() {
+async fn waiters_of_another_process_run_once_when_the_owner_frees_the_key() {
     let store = RemoteStore::new();
-    let handler = Handler::new()
+    let failing = Handler::new()
         .taking(Duration::from_secs(1))
         .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
-    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let handler = Handler::new().taking(Duration::from_secs(1));
+    let here = IdempotencyLayer::new(store.clone()).layer(failing.clone());
     let there = IdempotencyLayer::new(store).layer(handler.clone());
     let owner = start(&here, "k", "pay");
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let waiter = send(&there, post("k", "pay")).await;
-    assert_eq!((waiter.status(), waiter.code()), (409, "request-outstanding"));
-    assert!(waiter.head.headers.contains_key("retry-after"));
-    assert_eq!((owner.await.unwrap().status(), handler.runs()), (502, 1));
+    assert_one_answer(&storm(&there, 20).await);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((failing.runs(), handler.runs()), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_of_another_process_runs_when_the_owner_is_lost_and_lost_keys_run_again() {
+    let store = RemoteStore::new();
+    let handler = Handler::new();
+    let layer = || IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+    let owner = start(
+        &layer().layer(Handler::new().taking(Duration::from_secs(3_600))),
+        "k",
+        "pay",
+    );
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("renew", [Fault::Before; 1_000]);
+    let timer = Timer::start();
+    let layer = layer().with_wait(Duration::from_secs(60));
+    let waiter = send(&layer.layer(handler.clone()), post("k", "pay")).await;
+    assert_eq!((waiter.status(), waiter.is_replay(), handler.runs()), (201, false, 1));
+    assert!(timer.elapsed() < Duration::from_secs(31), "{:?}", timer.elapsed());
+    owner.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_takes_the_place_of_a_waiter_that_left_and_runs_when_the_key_is_free() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new();
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let follower = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    waiter.abort();
+    assert_eq!((follower.await.unwrap().status(), handler.runs()), (201, 1));
+    assert_eq!(owner.await.unwrap().status(), 502);
+}
+
+/// A waiter held what the service had reserved for it, or ran with a service that was not ready.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_claims_again() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new().taking(Duration::from_secs(1));
+    // Its service panics if it is called before it is ready.
+    let here = IdempotencyLayer::new(store).layer(GlobalConcurrencyLimitLayer::new(1).layer(handler.clone()));
+    let owner = support::start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = support::start(&here, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(send(&here, post("other", "pay")).await.status(), 201);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_whose_service_fails_before_it_claims_again_gets_the_error_of_its_service() {
+    #[derive(Clone)]
+    struct FailsLater(Arc<AtomicUsize>);
+
+    impl Service<Request<AnyBody>> for FailsLater {
+        type Response = Response<AnyBody>;
+        type Error = &'static str;
+        type Future = std::future::Ready<Result<Response<AnyBody>, &'static str>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+            let is_first = self.0.fetch_add(1, Ordering::SeqCst) == 0;
+            Poll::Ready(if is_first { Ok(()) } else { Err("closed") })
+        }
+
+        fn call(&mut self, _: Request<AnyBody>) -> Self::Future {
+            std::future::ready(Ok(text(StatusCode::CREATED, "called")))
+        }
+    }
+
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store.clone()).layer(FailsLater(Arc::default()));
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = here.oneshot(post("k", "pay")).await;
+    assert_eq!(waiter.unwrap_err(), "closed");
+    assert_eq!((owner.await.unwrap().status(), store.len()), (502, 0));
+}
+
+/// The key was released elsewhere and taken for another request. A waiter that had not looked since then spoke for the key.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_of_another_process_refuses_no_request_by_what_it_saw_before() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_millis(1_900))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let elsewhere = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    let here = IdempotencyLayer::new(store).layer(Handler::new());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    let waiter = start(&here, "k", "pay");
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(send(&elsewhere, post("k", "pay more")).await.status(), 201);
+    let timer = Timer::start();
+    let other = send(&here, post("k", "pay more")).await;
+    assert_eq!((other.status(), other.is_replay(), other.code()), (201, true, ""));
+    assert!(timer.elapsed() < Duration::from_millis(50), "{:?}", timer.elapsed());
+    assert_eq!(waiter.await.unwrap().code(), "key-reused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
+    let store = RemoteStore::new();
+    let slow = Handler::new().taking(Duration::from_secs(20));
+    let there = IdempotencyLayer::new(store.clone()).layer(slow.clone());
+    let layer = IdempotencyLayer::new(store.clone()).with_max_waiters(1, 3);
+    let here = layer.layer(slow.clone());
+    let owners: Vec<_> = (0..100)
+        .map(|n| support::start(&there, post(&n.to_string(), "")))
+        .collect();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let duplicates: Vec<_> = (0..100)
+        .map(|n| support::start(&here, post(&n.to_string(), "")))
+        .collect();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        duplicates.iter().filter(|duplicate| !duplicate.is_finished()).count(),
+        3
+    );
+    let mut codes: Vec<_> = Vec::new();
+    for duplicate in duplicates {
+        codes.push(duplicate.await.unwrap().code());
+    }
+    assert_eq!(codes.iter().filter(|code| **code == "too-many-waiters").count(), 97);
+    drop(owners);
+    // Without a wait no place is needed, and the places are free again.
+    let at_once = layer
+        .clone()
+        .with_wait(Duration::ZERO)
+        .with_max_waiters(0, 0)
+        .layer(slow.clone());
+    let _owner = support::start(&there, post("k", ""));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(send(&at_once, post("k", "")).await.code(), "request-outstanding");
+    assert_eq!(send(&here, post("k", "")).await.status(), 201);
+}
+
+/// A wait for an owner took over the deadline of a wait for the decision about another request's claim: the time-out of the store.
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_waits_no_longer_than_is_set_whatever_it_waits_for() {
+    let store = RemoteStore::new();
+    store.set_timers(true);
+    store.fail("claim", [Fault::Before, Fault::Before]);
+    let layer = IdempotencyLayer::new(store)
+        .with_wait(Duration::from_secs(1))
+        .with_store_timeout(Duration::from_secs(20));
+    let service = layer.layer(Handler::new().taking(Duration::from_secs(60)));
+    let refused = start(&service, "k", "another body");
+    tokio::task::yield_now().await;
+    // One of these two runs, and the other waits for it.
+    let timer = Timer::start();
+    let (one, two) = (start(&service, "k", "body"), start(&service, "k", "body"));
+    let waited = futures::future::select(one, two).await.factor_first().0.unwrap();
+    assert_eq!(
+        (refused.await.unwrap().status(), waited.code()),
+        (503, "request-outstanding")
+    );
+    assert!(
+        timer.elapsed() < Duration::from_secs(2),
+        "{:?} instead of 1 s",
+        timer.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_hangs_does_not_prolong_a_wait() {
+    for operation in ["peek", "claim"] {
+        let store = RemoteStore::new();
+        let owner = start(
+            &IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_secs(60))),
+            "k",
+            "pay",
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let here = IdempotencyLayer::new(store.clone())
+            .with_wait(Duration::from_secs(1))
+            .with_store_timeout(Duration::from_secs(20))
+            .layer(Handler::new());
+        store.fail(operation, [Fault::Hang; 100]);
+        // Of two bodies under one key, the second waits for the decision about the first.
+        let hanging = start(&here, "k", "pay");
+        tokio::task::yield_now().await;
+        let timer = Timer::start();
+        let waited = send(&here, post("k", "pay more")).await;
+        assert_eq!(waited.code(), "request-outstanding", "{operation}");
+        assert!(
+            timer.elapsed() < Duration::from_secs(2),
+            "{operation}: {:?}",
+            timer.elapsed()
+        );
+        if operation == "peek" {
+            assert_eq!(hanging.await.unwrap().code(), "request-outstanding");
+            assert!(timer.elapsed() < Duration::from_secs(2), "{:?}", timer.elapsed());
+        }
+        owner.abort();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,5 +1,7 @@
 //! The layer as a citizen of tower: readiness, backpressure, what passes through.
 
+#[path = "tower/nested.rs"]
+mod nested;
 mod support;
 
 use std::convert::Infallible;

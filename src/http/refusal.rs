@@ -66,6 +66,8 @@ pub enum RefusalKind {
     OutcomeUnknown,
     /// The request was worked on, and its outcome could not be recorded. 503.
     OutcomeUnrecorded,
+    /// Too many executions run whose callers left, so that no other begins. 503.
+    Overloaded,
     /// The record of the key is damaged or of a newer version. 500.
     RecordUnreadable,
     /// The store takes no new keys for now. 503.
@@ -239,7 +241,10 @@ impl Refusal {
             | RefusalKind::NotCovered
             | RefusalKind::RecordUnreadable
             | RefusalKind::StoreMisconfigured => 13,
-            RefusalKind::OutcomeUnrecorded | RefusalKind::StoreFull | RefusalKind::StoreUnavailable => 14,
+            RefusalKind::OutcomeUnrecorded
+            | RefusalKind::Overloaded
+            | RefusalKind::StoreFull
+            | RefusalKind::StoreUnavailable => 14,
         };
         let mut response = response(StatusCode::OK, "application/grpc", String::new());
         let headers = response.headers_mut();
@@ -296,7 +301,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 21] = [
+    const ALL: [RefusalKind; 22] = [
         RefusalKind::AnswerBroken,
         RefusalKind::AnswerNotKept,
         RefusalKind::BodyBroken,
@@ -311,6 +316,7 @@ mod tests {
         RefusalKind::Outstanding,
         RefusalKind::OutcomeUnknown,
         RefusalKind::OutcomeUnrecorded,
+        RefusalKind::Overloaded,
         RefusalKind::RecordUnreadable,
         RefusalKind::StoreFull,
         RefusalKind::StoreMisconfigured,

@@ -37,6 +37,7 @@ impl RefusalKind {
             RefusalKind::Outstanding => OUTSTANDING,
             RefusalKind::OutcomeUnknown => OUTCOME_UNKNOWN,
             RefusalKind::OutcomeUnrecorded => OUTCOME_UNRECORDED,
+            RefusalKind::Overloaded => OVERLOADED,
             RefusalKind::RecordUnreadable => RECORD_UNREADABLE,
             RefusalKind::StoreFull => STORE_FULL,
             RefusalKind::StoreMisconfigured => STORE_MISCONFIGURED,
@@ -176,6 +177,15 @@ const OUTCOME_UNRECORDED: Wording = Wording {
     code: "outcome-unknown",
     title: "The outcome is unknown",
     detail: "The request was processed, but its outcome could not be recorded. Send it again with the same key.",
+    retryable: true,
+};
+
+const OVERLOADED: Wording = Wording {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "overloaded",
+    title: "No new requests are processed for now",
+    detail:
+        "The server works on too many requests whose clients left. Nothing was processed; send the request again later.",
     retryable: true,
 };
 

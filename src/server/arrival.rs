@@ -88,7 +88,7 @@ impl<St: Store, S, B: RebuildBody> Arrival<St, S, B> {
 
 impl<St, S, B, R> Arriving<R, S::Error> for Arrival<St, S, B>
 where
-    S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send,
     S::Error: Send,
     St: Store,
@@ -132,7 +132,7 @@ where
             scoped,
         } = names;
         let fingerprint = settings.fingerprinting.of(&head, &body.bytes, scoped);
-        let decided = decide(&shared, &settings.claim(storage_key, fingerprint));
+        let decided = decide(&shared, &settings, &settings.claim(storage_key, fingerprint));
         if let Decided::Settled(landing) = decided {
             return Arrived::Answer(settings.land(span.as_deref(), &landing));
         }
@@ -193,12 +193,15 @@ enum Decided<'f> {
     Settled(Landing),
     /// Only an await can tell.
     Undecided(Vacancy<'f>),
-    /// Somebody else is at it, or the store failed.
+    /// Another request has the key, the store failed, or no execution may begin.
     Otherwise,
 }
 
 /// Claims a key at once, where its seat is free: others of this process find the seat taken, or the claim decided.
-fn decide<'f, St: Store>(shared: &'f Shared<St>, claim: &Claim) -> Decided<'f> {
+fn decide<'f, St: Store>(shared: &'f Shared<St>, settings: &Values, claim: &Claim) -> Decided<'f> {
+    if shared.is_overloaded(settings) {
+        return Decided::Otherwise;
+    }
     let Some(vacancy) = shared.flights.vacancy(&claim.key) else {
         return Decided::Otherwise;
     };

@@ -1,7 +1,6 @@
 //! The flow of one guarded request, from its key to its answer.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::request::Parts;
 use http::{response, Request, Response};
@@ -9,14 +8,14 @@ use tokio::runtime::Handle;
 use tower_service::Service;
 use tracing::Span;
 
-use super::flights::{Flight, Follower, Joined, Landing};
+use super::flights::{Follower, Joined, Landing, Undecided};
 use super::guard::Hold;
 use super::settings::Values;
-use crate::clock::{within, Deadline};
+use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Claim, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Status, StorageKey};
-use crate::store::{claim_in_time, in_time, release_late, Store};
+use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
+use crate::store::{claim_in_time, release_late, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
 use crate::uncut::Word;
 
@@ -31,8 +30,10 @@ pub(super) struct Exchange<St: Store, S> {
     /// Its span, where somebody listens.
     pub(super) span: Option<Box<Span>>,
     pub(super) times: Times,
-    /// When its time to wait is up; set when it begins to wait.
-    deadline: Option<Deadline>,
+    /// How long it may wait; set when it begins to wait, and taken off when it owns the key.
+    pub(super) wait: Option<Wait>,
+    /// Whether it claimed a key that was free when its time was up.
+    pub(super) has_claimed_late: bool,
     pub(super) cargo: Cargo<S>,
 }
 
@@ -41,12 +42,23 @@ pub(super) struct Exchange<St: Store, S> {
 pub(super) enum Cargo<S> {
     /// The request and the service that is ready for it, until the handler gets them or this request becomes a waiter.
     Admitted(Box<Admitted<S>>),
+    /// The request of a waiter that may claim the key again, with a service that is not ready.
+    Waiting(Box<Admitted<S>>),
     /// The answer of the handler, until it is recorded.
     Answered(Read),
     Nothing,
 }
 
-/// A request whose body is read apart, with the service that is ready for it.
+/// How long a request may wait in all, from the moment at which it begins to wait.
+#[derive(Clone, Copy)]
+pub(super) struct Wait {
+    /// For an owner.
+    pub(super) owner: Deadline,
+    /// For the decision about the claim of another request, which takes the store's time even where nobody waits for owners.
+    decision: Deadline,
+}
+
+/// A request whose body is read apart, with the service that is called with it.
 pub(super) struct Admitted<S> {
     pub(super) service: S,
     pub(super) head: Parts,
@@ -60,7 +72,7 @@ pub(super) struct Read {
 }
 
 /// What a claim came to.
-enum Claimed {
+pub(super) enum Claimed {
     Recover(Grant),
     Run(Grant),
     Settled(Landing),
@@ -81,7 +93,8 @@ impl<St: Store, S> Exchange<St, S> {
             settings,
             span,
             times,
-            deadline: None,
+            wait: None,
+            has_claimed_late: false,
             cargo,
         }
     }
@@ -89,7 +102,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// The order of checks: the key and the body are known to be good; then the claim, the mismatch before the wait.
     pub(super) async fn run<B, R>(mut self) -> Result<Response<R>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Send,
         B: RebuildBody + Send + 'static,
@@ -100,80 +113,106 @@ impl<St: Store, S> Exchange<St, S> {
             match self.hold.join(&self.settings.waiting) {
                 Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
                 Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
-                Joined::Undecided(follower) => {
-                    if !self.decided(follower).await {
-                        return Ok(self.refuse(self.later(RefusalKind::Outstanding)));
-                    }
-                }
+                Joined::Undecided(undecided) => match self.is_mismatch(undecided).await {
+                    Some(true) => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
+                    Some(false) => {}
+                    None => return Ok(self.refuse(self.later(RefusalKind::Outstanding))),
+                },
                 Joined::Follow(follower) => match self.follow(follower).await {
                     Landing::Handover => {}
                     landing => return Ok(self.land(&landing)),
                 },
-                Joined::Lead => {
-                    return match self.cargo {
-                        Cargo::Admitted(_) => self.lead().await,
-                        _ => Ok(Box::pin(self.stand_by()).await),
-                    };
-                }
+                Joined::Lead => return self.lead().await,
             }
         }
     }
 
-    /// Waits for another request of this process. A waiter never runs the handler itself, so it gives back what the service
-    /// has reserved for it.
-    async fn follow(&mut self, follower: Follower) -> Landing {
-        self.cargo = Cargo::Nothing;
-        let deadline = self.deadline();
-        let landing = self.times.waiting(follower.landing(deadline)).await;
+    /// Waits for another request of this process. Once that owns the key, this one never runs the handler, and drops its request. Before,
+    /// it may have to take the place of the other, and only gives back what the service has reserved for it.
+    async fn follow(&mut self, follower: Follower) -> Landing
+    where
+        S: Clone,
+    {
+        let deadline = self.wait().owner;
+        if follower.has_owner() {
+            self.cargo = Cargo::Nothing;
+        } else {
+            self.give_readiness_back();
+        }
+        let cargo = &mut self.cargo;
+        let landing = async {
+            if follower.owned(deadline).await {
+                *cargo = Cargo::Nothing;
+            }
+            follower.landing(deadline).await
+        };
+        let landing = self.times.waiting(landing).await;
         landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
     }
 
-    /// Waits until a claim for another request is decided, which takes the store's time even where nobody waits for handlers;
-    /// `false` when the time is up.
-    async fn decided(&mut self, follower: Follower) -> bool {
-        let waiting = &self.settings.waiting;
-        let patience = waiting.time.max(self.settings.store_timeout);
-        let deadline = *self.deadline.get_or_insert_with(|| Deadline::after(patience));
-        self.times.waiting(follower.decided(deadline)).await
+    /// Waits until it is decided whether the key belongs to another request; `None` when the time is up.
+    async fn is_mismatch(&mut self, undecided: Undecided) -> Option<bool> {
+        let deadline = self.wait().decision;
+        self.times.waiting(undecided.is_mismatch(deadline)).await
     }
 
-    /// Claims the key and does what the store decides.
+    /// Claims the key and does what the store decides. Waits for an owner elsewhere, and claims the key again when it is free.
     async fn lead<B, R>(&mut self) -> Result<Response<R>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Send,
         B: RebuildBody + Send + 'static,
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        // From here on a caller that leaves does not stop the exchange: its claim may have arrived.
-        self.hold.flight.set_guarded(true);
-        match self.claim().await {
-            Claimed::Run(grant) => {
-                self.own(grant);
-                Box::pin(self.execute(grant)).await
+        loop {
+            if matches!(self.cargo, Cargo::Admitted(_)) {
+                // From here on a caller that leaves does not stop the exchange: its claim may have arrived.
+                self.hold.flight.set_guarded(true);
+                let asked = Stopwatch::start();
+                match self.claim().await {
+                    Claimed::Run(grant) => {
+                        self.own(grant, asked);
+                        return Box::pin(self.execute(grant)).await;
+                    }
+                    Claimed::Recover(grant) => {
+                        self.own(grant, asked);
+                        return Box::pin(self.recover_and_execute(grant)).await;
+                    }
+                    Claimed::Settled(landing) => return Ok(self.settle(landing)),
+                    Claimed::Unprotected => {
+                        self.leave(Landing::Handover);
+                        return self.run_unprotected().await;
+                    }
+                    Claimed::Wait => {
+                        self.give_readiness_back();
+                        self.hold.flight.set_guarded(false);
+                    }
+                }
             }
-            Claimed::Recover(grant) => {
-                self.own(grant);
-                Box::pin(self.recover_and_execute(grant)).await
+            if let Some(end) = Box::pin(self.wait_for_owner_elsewhere()).await {
+                return end;
             }
-            Claimed::Settled(landing) => Ok(self.settle(landing)),
-            Claimed::Unprotected => {
-                self.leave(Landing::Handover);
-                self.run_unprotected().await
-            }
-            Claimed::Wait => {
-                self.cargo = Cargo::Nothing;
-                self.hold.flight.set_guarded(false);
-                self.hold.flight.confirm();
-                Ok(Box::pin(self.stand_by()).await)
-            }
+        }
+    }
+
+    /// Drops the service that is ready, and keeps a clone that is not, so that a waiter holds nothing that the service has reserved.
+    fn give_readiness_back(&mut self)
+    where
+        S: Clone,
+    {
+        if let Cargo::Admitted(mut admitted) = std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            admitted.service = admitted.service.clone();
+            self.cargo = Cargo::Waiting(admitted);
         }
     }
 
     /// Claims the key; a claim that failed is repeated once with its nonce.
     async fn claim(&mut self) -> Claimed {
+        if self.hold.shared.is_overloaded(&self.settings) {
+            return Box::pin(self.look()).await;
+        }
         let flight = &self.hold.flight;
         let claim = self.settings.claim(flight.storage_key, flight.fingerprint);
         let asked = claim_in_time(self.settings.store_timeout, &self.hold.shared.store, &claim);
@@ -235,17 +274,6 @@ impl<St: Store, S> Exchange<St, S> {
         service.call(request).await
     }
 
-    /// Waits for an owner elsewhere: subscribe, look, wait, in that order. Changes nothing.
-    pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
-        let deadline = self.deadline();
-        let waiting = outcome_elsewhere(&self.hold.shared.store, &self.settings, &self.hold.flight, deadline);
-        match self.times.waiting(waiting).await {
-            Some(landing) => self.settle(landing),
-            // The time of this request is up; those who joined later have some left, and look for themselves.
-            None => self.refuse(self.later(RefusalKind::Outstanding)),
-        }
-    }
-
     /// The request and its service, which are then gone.
     pub(super) fn unload(&mut self) -> Option<Box<Admitted<S>>> {
         match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
@@ -254,14 +282,15 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    fn deadline(&mut self) -> Deadline {
-        // Who does not wait for handlers may have waited for a claim, by a deadline of its own.
-        if self.settings.waiting.time.is_zero() {
-            return Deadline::after(Duration::ZERO);
-        }
-        *self
-            .deadline
-            .get_or_insert_with(|| Deadline::after(self.settings.waiting.time))
+    pub(super) fn wait(&mut self) -> Wait {
+        *self.wait.get_or_insert_with(|| {
+            let time = self.settings.waiting.time;
+            let shortest = self.settings.store_timeout.min(LAST_LOOK);
+            Wait {
+                owner: Deadline::after(time),
+                decision: Deadline::after(time.max(shortest)),
+            }
+        })
     }
 
     /// Tells those who wait what it came to, and answers.
@@ -327,46 +356,6 @@ impl Landing {
     }
 }
 
-/// What an owner elsewhere comes to; `None` when the time is up first.
-async fn outcome_elsewhere<St: Store>(
-    store: &St,
-    settings: &Values,
-    flight: &Flight,
-    deadline: Deadline,
-) -> Option<Landing> {
-    const POLL: Duration = Duration::from_millis(500);
-    let timeout = settings.store_timeout;
-    loop {
-        let watch = in_time(timeout, store.watch(&flight.storage_key)).await;
-        let snapshot = match in_time(timeout, store.peek(&flight.storage_key)).await {
-            Ok(snapshot) => snapshot,
-            Err(error) => {
-                telemetry::store_failed(&error);
-                return Some(Landing::Refused(settings.store_failed(&error)));
-            }
-        };
-        let Some(snapshot) = snapshot else {
-            return Some(Landing::Refused(settings.later(RefusalKind::Outstanding)));
-        };
-        if snapshot.fingerprint != flight.fingerprint {
-            return Some(Landing::Refused(Refusal::new(RefusalKind::Mismatch)));
-        }
-        flight.confirm();
-        if let Some(landing) = settings.landing_of(snapshot.status) {
-            return Some(landing);
-        }
-        // Even who does not wait has looked once: the key may hold the answer.
-        if deadline.left().is_zero() {
-            return None;
-        }
-        let pause = POLL.min(deadline.left());
-        match watch {
-            Ok(watch) => drop(within(pause, watch).await),
-            Err(_) => drop(within(pause, std::future::pending::<()>()).await),
-        }
-    }
-}
-
 impl Values {
     /// Asks for a key under these settings.
     pub(super) fn claim(&self, key: StorageKey, fingerprint: Fingerprint) -> Claim {
@@ -409,30 +398,17 @@ impl Values {
         refusal.into_response(&self.refusals)
     }
 
-    /// What a record says to those who wait; `None` while its owner is at it.
-    fn landing_of(&self, status: Status) -> Option<Landing> {
-        Some(match status {
-            Status::InFlight { .. } => return None,
-            Status::Completed(Outcome::Kept(answer)) => Landing::Answer { answer, kept: true },
-            Status::Completed(Outcome::Tombstone) => Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)),
-            Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
-            Status::Lost => Landing::Refused(match self.on_lost.in_protocol() {
-                IfLost::Refuse => Refusal::new(RefusalKind::OutcomeUnknown),
-                IfLost::Execute | IfLost::Recover => self.later(RefusalKind::Outstanding),
-            }),
-        })
-    }
-
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
         Refusal::retry_after(kind, self.retry_after)
     }
 
     /// The refusal where the store failed. It asks for a repetition only if that can help.
-    fn store_failed(&self, error: &Error) -> Refusal {
+    pub(super) fn store_failed(&self, error: &Error) -> Refusal {
         match error.kind() {
             ErrorKind::Configuration => Refusal::new(RefusalKind::StoreMisconfigured),
             ErrorKind::CorruptRecord => Refusal::new(RefusalKind::RecordUnreadable),
             ErrorKind::StoreFull => self.later(RefusalKind::StoreFull),
+            ErrorKind::Overloaded => self.later(RefusalKind::Overloaded),
             ErrorKind::StoreUnavailable | ErrorKind::Superseded => self.later(RefusalKind::StoreUnavailable),
         }
     }

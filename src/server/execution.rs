@@ -17,6 +17,7 @@ use super::guard::Hold;
 use super::lease::Lease;
 use super::policy::{OnLost, Recovered, Recovery, RetainFor, Verdict};
 use super::settings::Values;
+use crate::clock::Stopwatch;
 use crate::error::Error;
 use crate::http::{collect, is_stream, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Answer, Completion, Grant, Outcome, Owner, Release, StorageKey};
@@ -89,9 +90,11 @@ impl<St: Store, S> Exchange<St, S> {
         self.see_through(running).await
     }
 
-    /// Takes possession of what was granted.
-    pub(super) fn own(&mut self, grant: Grant) {
-        self.hold.own(grant);
+    /// Takes possession of what was granted to a claim that was made at `asked`.
+    pub(super) fn own(&mut self, grant: Grant, asked: Stopwatch) {
+        self.hold.own(grant, || asked);
+        // Should it have to wait for another owner later, that is a wait of its own.
+        self.wait = None;
         telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
     }
 
@@ -119,7 +122,7 @@ impl<St: Store, S> Exchange<St, S> {
         let Some(running) = running else {
             return Some(Box::new(Ended::Panicked));
         };
-        let running = self.times.outside(running);
+        let running = self.times.outside(self.hold.during(running));
         match AssertUnwindSafe(running).catch_unwind().await {
             Ok(Ended::Answered(read)) => {
                 self.cargo = Cargo::Answered(read);
@@ -164,7 +167,8 @@ impl<St: Store, S> Exchange<St, S> {
         let Ok(asked) = catch_unwind(AssertUnwindSafe(|| check.ask(recovery))) else {
             return Found::Unknown;
         };
-        match self.times.outside(AssertUnwindSafe(asked).catch_unwind()).await {
+        let asked = self.hold.during(AssertUnwindSafe(asked).catch_unwind());
+        match self.times.outside(asked).await {
             Ok(Recovered::Happened(answer)) => {
                 let (head, bytes) = answer.into_parts();
                 let body = Collected { bytes, trailers: None };
@@ -442,7 +446,8 @@ where
     R: RebuildBody,
 {
     let (mut service, mut request) = admitted.request();
-    request.extensions_mut().insert(lease);
+    let outer = request.extensions_mut().remove::<Lease>();
+    request.extensions_mut().insert(lease.within(outer));
     let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
     Some(Box::pin(ended(running, answer_limit)))
 }

@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::Duration;
 
+use tokio::runtime::{Handle, Id};
 use tokio::sync::Notify;
 
 use super::settings::Waiting;
-use crate::clock::{within, Deadline};
+use crate::clock::{within, Deadline, Stopwatch};
 use crate::http::Refusal;
+use crate::job::Schedule;
 use crate::protocol::{Answer, Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey};
 use crate::sharded::Sharded;
 
@@ -26,9 +28,13 @@ pub(super) struct Flight {
     guarded: AtomicBool,
     /// Whether others wait for it, or did.
     joined: AtomicBool,
-    /// Whether the store said that the key belongs to this flight's fingerprint.
-    confirmed: AtomicBool,
-    held: OnceLock<Grant>,
+    held: OnceLock<Held>,
+    /// How often it began to look at the record while it stood by for an owner elsewhere.
+    looks: AtomicU64,
+    /// The last of these looks that found the key to belong to its fingerprint.
+    confirmed_by: AtomicU64,
+    /// Asks for another look at once.
+    look_again: Notify,
     superseded: AtomicBool,
     /// Whether its handler has begun to complete in a transaction, of which it may not be known what became.
     #[cfg(feature = "postgres")]
@@ -41,11 +47,30 @@ pub(super) struct Flight {
     recorded_status: AtomicU16,
     /// Whether its lease is being given up, and must not be renewed again.
     ending: AtomicBool,
-    /// The tick at which its lease is to be renewed; 0 until it was looked at first.
-    renewal_due: AtomicU64,
     landing: OnceLock<Landing>,
     changed: Notify,
     waiters: AtomicUsize,
+}
+
+/// The key that a flight was granted.
+struct Held {
+    grant: Grant,
+    /// Where its lease must be renewed.
+    schedule: Option<Schedule>,
+    /// The runtime whose task renews it.
+    runtime: Option<Id>,
+}
+
+impl Held {
+    /// The grant of a claim that was made at `asked`.
+    fn new(grant: Grant, asked: impl FnOnce() -> Stopwatch) -> Self {
+        let runtime = grant.lease.and_then(|_| Handle::try_current().ok());
+        Self {
+            grant,
+            schedule: grant.lease.map(|lease| Schedule::new(lease, asked())),
+            runtime: runtime.map(|runtime| runtime.id()),
+        }
+    }
 }
 
 /// What a flight came to, for those who waited.
@@ -67,8 +92,10 @@ impl Flight {
             fingerprint,
             guarded: AtomicBool::new(false),
             joined: AtomicBool::new(false),
-            confirmed: AtomicBool::new(false),
             held: OnceLock::new(),
+            looks: AtomicU64::new(0),
+            confirmed_by: AtomicU64::new(0),
+            look_again: Notify::new(),
             superseded: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
             in_transaction: AtomicBool::new(false),
@@ -77,7 +104,6 @@ impl Flight {
             #[cfg(feature = "postgres")]
             recorded_status: AtomicU16::new(0),
             ending: AtomicBool::new(false),
-            renewal_due: AtomicU64::new(0),
             landing: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -87,8 +113,7 @@ impl Flight {
     /// One whose request was granted its key already.
     pub(super) fn granted(mut self, grant: Grant) -> Self {
         self.guarded = AtomicBool::new(true);
-        self.confirmed = AtomicBool::new(true);
-        self.held = OnceLock::from(grant);
+        self.held = OnceLock::from(Held::new(grant, Stopwatch::start));
         self
     }
 
@@ -101,26 +126,37 @@ impl Flight {
         self.guarded.load(Ordering::Acquire)
     }
 
-    /// Enters the grant.
-    pub(super) fn hold(&self, grant: Grant) {
-        if self.held.set(grant).is_ok() {
-            self.confirm();
-        }
-    }
-
-    /// From now on the key is known to belong to this flight's fingerprint, so that others are a mismatch.
-    pub(super) fn confirm(&self) {
-        if !self.confirmed.swap(true, Ordering::AcqRel) {
+    /// Enters the grant of a claim that was made at `asked`.
+    pub(super) fn hold(&self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
+        if self.held.get().is_none() && self.held.set(Held::new(grant, asked)).is_ok() {
             self.changed.notify_waiters();
         }
     }
 
-    fn is_confirmed(&self) -> bool {
-        self.confirmed.load(Ordering::Acquire)
+    pub(super) fn held(&self) -> Option<&Grant> {
+        self.held.get().map(|held| &held.grant)
     }
 
-    pub(super) fn held(&self) -> Option<&Grant> {
-        self.held.get()
+    /// Whether the key belongs to this flight's fingerprint for certain, because the flight owns it. Where it was taken over, or is about
+    /// to be given up, only the store knows.
+    fn is_owner(&self) -> bool {
+        self.held().is_some() && !self.is_superseded() && !self.is_ending()
+    }
+
+    /// Begins a look at the record; returns its number.
+    pub(super) fn begin_look(&self) -> u64 {
+        self.looks.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The look of this number found the key to belong to this flight's fingerprint.
+    pub(super) fn confirm(&self, look: u64) {
+        self.confirmed_by.store(look, Ordering::Release);
+        self.changed.notify_waiters();
+    }
+
+    /// Resolves when another request asks for a look.
+    pub(super) async fn asked_to_look(&self) {
+        self.look_again.notified().await;
     }
 
     /// The handler is about to complete in a transaction, with an answer of this status.
@@ -164,35 +200,49 @@ impl Flight {
         self.ending.store(true, Ordering::Relaxed);
     }
 
-    fn is_leased(&self) -> bool {
-        // A transaction that completes holds the record locked: a renewal would only wait for it, and so would whoever wants it.
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    /// The schedule of its lease, as long as it has one.
+    fn schedule(&self) -> Option<&Schedule> {
+        let schedule = self.held.get()?.schedule.as_ref()?;
+        (!self.is_superseded() && !self.is_ending()).then_some(schedule)
+    }
+
+    /// The schedule by which its lease is to be renewed now.
+    fn renewals(&self) -> Option<&Schedule> {
+        // A transaction that completes holds the record locked: a renewal would only wait for it, and so would another claim.
         #[cfg(feature = "postgres")]
         if self.is_in_transaction() && !self.has_transaction_failed() {
-            return false;
+            return None;
         }
-        !self.is_superseded()
-            && !self.ending.load(Ordering::Relaxed)
-            && self.held().is_some_and(|grant| grant.lease.is_some())
+        self.schedule()
     }
 
-    /// Whether the lease is to be renewed at this tick; if so, the next time is a third of the lease later.
-    pub(super) fn is_renewal_due(&self, tick: u64, length: Duration) -> bool {
-        let Some(lease) = self.held().and_then(|grant| grant.lease) else {
-            return false;
-        };
-        let due = self.renewal_due.load(Ordering::Relaxed);
-        if tick < due {
-            return false;
-        }
-        let third = u64::try_from((lease / 3).as_micros() / length.as_micros()).unwrap_or(u64::MAX);
-        self.renewal_due
-            .store(tick.saturating_add(third.max(1)), Ordering::Relaxed);
-        due > 0
+    /// Takes the renewal of the lease if the task of this runtime is to begin it within `soon`. The task of another runtime waits until
+    /// the renewal is overdue.
+    pub(super) fn take_renewal(&self, runtime: Id, soon: Duration) -> bool {
+        let is_mine = self.held.get().is_some_and(|held| held.runtime == Some(runtime));
+        self.renewals().is_some_and(|schedule| {
+            if is_mine {
+                schedule.take(soon)
+            } else {
+                schedule.take_overdue()
+            }
+        })
     }
 
-    /// The renewal failed: it is tried again at the next tick.
+    /// Takes a renewal that no task has begun although it is overdue.
+    pub(super) fn take_overdue_renewal(&self) -> bool {
+        self.renewals().is_some_and(Schedule::take_overdue)
+    }
+
+    /// A renewal failed or was left out: the next is due now.
     pub(super) fn hurry_renewal(&self) {
-        self.renewal_due.store(1, Ordering::Relaxed);
+        if let Some(schedule) = self.schedule() {
+            schedule.hurry();
+        }
     }
 
     fn land(&self, landing: Landing) {
@@ -213,17 +263,23 @@ impl Flight {
         }
     }
 
-    /// Waits until it is known whose fingerprint the key belongs to.
-    async fn decided(&self) {
-        self.until(|flight| (flight.is_confirmed() || flight.landing.get().is_some()).then_some(()))
-            .await;
+    /// Waits until it is known whether the key belongs to this flight's fingerprint, by a look that began after the one of number
+    /// `look`; `false` if the flight ended first.
+    async fn confirmed_after(&self, look: u64) -> bool {
+        self.until(|flight| {
+            if flight.is_owner() || flight.confirmed_by.load(Ordering::Acquire) > look {
+                return Some(true);
+            }
+            flight.landing.get().is_some().then_some(false)
+        })
+        .await
     }
 }
 
 impl fmt::Debug for Flight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Flight")
-            .field("held", &self.held.get())
+            .field("held", &self.held())
             .field("superseded", &self.is_superseded())
             .field("landed", &self.landing.get().is_some())
             .finish_non_exhaustive()
@@ -248,8 +304,8 @@ pub(super) enum Joined {
     Lead,
     /// Somebody else holds the key for another request.
     Mismatch,
-    /// Somebody else asks for the key for another request, and has no answer yet.
-    Undecided(Follower),
+    /// Another request with this key, but another fingerprint, has the seat, and whether the key is its own is not known yet.
+    Undecided(Undecided),
 }
 
 /// A seat that is free. Others who ask for a key of the same shard are held up.
@@ -284,10 +340,22 @@ impl Flights {
         if leader.fingerprint == flight.fingerprint {
             return self.admit(leader, limits).map_or(Joined::Full, Joined::Follow);
         }
-        if leader.is_confirmed() {
+        if leader.is_owner() {
             return Joined::Mismatch;
         }
-        self.admit(leader, limits).map_or(Joined::Full, Joined::Undecided)
+        // An owner elsewhere may have released the key since the last look, so only the next one counts.
+        let look = leader.looks.load(Ordering::Acquire);
+        leader.look_again.notify_one();
+        let undecided = |follower| Joined::Undecided(Undecided { follower, look });
+        self.admit(leader, limits).map_or(Joined::Full, undecided)
+    }
+
+    /// Whether this flight has the seat of its key.
+    pub(super) fn is_seated(&self, flight: &Arc<Flight>) -> bool {
+        let shard = self.table.lock(&flight.storage_key);
+        shard
+            .get(&flight.storage_key)
+            .is_some_and(|seated| Arc::ptr_eq(seated, flight))
     }
 
     /// The seat of a key, if it is free; nobody takes it while this is looked at.
@@ -309,8 +377,8 @@ impl Flights {
         }
     }
 
-    /// A place among those who wait for a flight, unless they are too many.
-    fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Option<Follower> {
+    /// A place among those who wait: for a flight, or as the flight that waits for an owner elsewhere. `None` if too many wait already.
+    pub(super) fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);
         // Made first, so that a refused one is counted off again.
@@ -321,17 +389,23 @@ impl Flights {
         (of_key < limits.per_key && in_all < limits.in_all).then_some(follower)
     }
 
-    /// The flights that hold a lease that must be renewed.
-    pub(super) fn leased(&self) -> Vec<Arc<Flight>> {
-        let mut leased = Vec::new();
+    /// The flights whose renewals the task of this runtime is to begin now; see [`Flight::take_renewal`].
+    pub(super) fn take_renewals(&self, runtime: Id, soon: Duration) -> Vec<Arc<Flight>> {
+        let mut due = Vec::new();
         self.table.each(|shard| {
-            leased.extend(shard.values().filter(|flight| flight.is_leased()).cloned());
+            due.extend(
+                shard
+                    .values()
+                    .filter(|flight| flight.take_renewal(runtime, soon))
+                    .cloned(),
+            );
         });
-        leased
+        due
     }
 
+    /// Whether a flight holds a lease, be it that its renewals are left out for the moment.
     pub(super) fn any_leased(&self) -> bool {
-        self.any(Flight::is_leased)
+        self.any(|flight| flight.schedule().is_some())
     }
 
     /// Whether something runs that goes on without its caller.
@@ -362,12 +436,35 @@ impl Follower {
         let landing = self.leader.until(|flight| flight.landing.get());
         within(deadline.left(), landing).await.ok().cloned()
     }
+
+    /// Whether the flight owns the key, or did.
+    pub(super) fn has_owner(&self) -> bool {
+        self.leader.held().is_some()
+    }
+
+    /// Waits until the flight owns the key; `false` when it ended first, or the time is up.
+    pub(super) async fn owned(&self, deadline: Deadline) -> bool {
+        let owned = self.leader.until(|flight| {
+            let has_landed = flight.landing.get().map(|_| false);
+            flight.held().map(|_| true).or(has_landed)
+        });
+        within(deadline.left(), owned).await.unwrap_or(false)
+    }
 }
 
-impl Follower {
-    /// Waits until it is known whose fingerprint the key belongs to; `false` when the time is up first.
-    pub(super) async fn decided(&self, deadline: Deadline) -> bool {
-        within(deadline.left(), self.leader.decided()).await.is_ok()
+/// A place among those who wait until a flight knows whether the key is its own.
+#[derive(Debug)]
+pub(super) struct Undecided {
+    follower: Follower,
+    /// The number of the last look that had begun.
+    look: u64,
+}
+
+impl Undecided {
+    /// Whether the key belongs to the flight's fingerprint; `Some(false)` if the flight ended first, `None` when the time is up.
+    pub(super) async fn is_mismatch(&self, deadline: Deadline) -> Option<bool> {
+        let confirmed = self.follower.leader.confirmed_after(self.look);
+        within(deadline.left(), confirmed).await.ok()
     }
 }
 

@@ -36,6 +36,7 @@ pin_project! {
         Passed { #[pin] future: F },
         Refused { response: Option<Box<Response<R>>> },
         Guarded { course: Course<R, E> },
+        Nested { future: BoxFuture<'static, Result<Response<R>, E>> },
     }
 }
 
@@ -70,6 +71,13 @@ impl<F, R, E> ResponseFuture<F, R, E> {
         }
     }
 
+    /// A request of which its store says whether a layer further out guards it already.
+    pub(super) fn nested(future: BoxFuture<'static, Result<Response<R>, E>>) -> Self {
+        Self {
+            kind: Kind::Nested { future },
+        }
+    }
+
     pub(super) fn guarded(arrival: Box<dyn Arriving<R, E>>) -> Self {
         Self {
             kind: Kind::Guarded {
@@ -93,6 +101,7 @@ where
                 None => Poll::Pending,
             },
             KindProjection::Guarded { course } => course.poll(cx),
+            KindProjection::Nested { future } => future.as_mut().poll(cx),
         }
     }
 }
@@ -154,7 +163,7 @@ impl<R, E> Drop for Underway<R, E> {
                 // Without a runtime it is dropped, and its guards give up.
                 if let Some(runtime) = &self.runtime {
                     telemetry::event(Event::Rescued);
-                    self.tracker.spawn(runtime, async move { drop(exchange.await) });
+                    self.tracker.detach(runtime, async move { drop(exchange.await) });
                 }
             }
         }

@@ -1,25 +1,25 @@
 //! What keeps an execution alive and its key held: tracking of what runs without a caller, renewal, giving up.
 
 use std::fmt;
+use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use futures::future::{select, Either};
-use futures::stream::FuturesUnordered;
-use futures::{FutureExt, StreamExt};
-use tokio::runtime::Handle;
+use futures::future::poll_fn;
+use futures::FutureExt;
+use tokio::runtime::{Handle, Id};
 
-use super::flights::{Flight, Flights, Joined, Landing};
-use super::settings::Waiting;
-use crate::clock::sleep;
+use super::flights::{Flight, Flights, Follower, Joined, Landing};
+use super::settings::{Values, Waiting};
+use crate::clock::{sleep, Stopwatch};
 use crate::job::Drain;
 use crate::protocol::{Grant, Owner, Renewal};
+use crate::sharded::lock;
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
-use crate::uncut::Tracker;
+use crate::uncut::{spawn_apart, Tracker};
 
 /// What a layer and its clones share.
 pub(super) struct Shared<St> {
@@ -41,6 +41,11 @@ impl<St> Shared<St> {
 }
 
 impl<St> Shared<St> {
+    /// Whether as many executions run without a caller as may, so that no other begins.
+    pub(super) fn is_overloaded(&self, settings: &Values) -> bool {
+        self.tracker.detached() >= settings.max_detached
+    }
+
     pub(super) fn drain(&self) -> Drain {
         let flights = Arc::clone(&self.flights);
         Drain::new(&self.tracker).while_busy(move || flights.any_guarded())
@@ -60,7 +65,9 @@ pub(super) struct Hold<St: Store> {
 
 struct Owned {
     owner: Owner,
-    /// Where a store that is not in this process gets its turn; it may be dropped elsewhere.
+    is_leased: bool,
+    /// The runtime that polled the request last, where it has a lease: its task renews the lease, and gives it up if the request is
+    /// dropped elsewhere.
     runtime: Option<Handle>,
 }
 
@@ -78,7 +85,7 @@ impl<St: Store> Hold<St> {
     /// A request that has both already.
     pub(super) fn granted(shared: Arc<Shared<St>>, flight: Arc<Flight>, grant: Grant) -> Self {
         let mut hold = Self::seated(shared, flight);
-        hold.own(grant);
+        hold.own(grant, Stopwatch::start);
         hold
     }
 
@@ -99,6 +106,11 @@ impl<St: Store> Hold<St> {
         joined
     }
 
+    /// A place among the duplicates that wait, for a request that waits for an owner elsewhere.
+    pub(super) fn wait(&self, waiting: &Waiting) -> Option<Follower> {
+        self.shared.flights.admit(Arc::clone(&self.flight), waiting)
+    }
+
     /// Tells those who wait what it came to, and leaves the seat.
     pub(super) fn leave(&mut self, landing: Landing) {
         if std::mem::take(&mut self.seated) {
@@ -106,16 +118,45 @@ impl<St: Store> Hold<St> {
         }
     }
 
-    /// Takes possession of what was granted.
-    pub(super) fn own(&mut self, grant: Grant) {
-        self.flight.hold(grant);
+    /// Takes possession of what was granted to a claim that was made at `asked`.
+    pub(super) fn own(&mut self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
+        self.flight.hold(grant, asked);
         telemetry::in_flight(1.0);
+        let is_leased = grant.lease.is_some();
+        let runtime = if is_leased { Handle::try_current().ok() } else { None };
+        if let Some(runtime) = &runtime {
+            self.shared.keep_renewed(runtime);
+        }
         self.owned = Some(Owned {
             owner: grant.owner,
-            runtime: grant.lease.and_then(|_| Handle::try_current().ok()),
+            is_leased,
+            runtime,
         });
-        if grant.lease.is_some() {
-            self.shared.keep_renewed();
+    }
+
+    /// Polls the application's work and looks after the lease at every poll: the task that renews it may be held up, by a runtime that
+    /// has ended or that serves no timers while the work keeps it busy.
+    pub(super) async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            self.look_after_lease();
+            work.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    fn look_after_lease(&mut self) {
+        let Some(owned) = self.owned.as_mut().filter(|owned| owned.is_leased) else {
+            return;
+        };
+        let Ok(runtime) = Handle::try_current() else { return };
+        if owned.runtime.as_ref().map(Handle::id) != Some(runtime.id()) {
+            self.shared.keep_renewed(&runtime);
+            owned.runtime = Some(runtime);
+        } else if self.flight.take_overdue_renewal() {
+            self.shared.keep_renewed(&runtime);
+            let (shared, flight) = (Arc::clone(&self.shared), Arc::clone(&self.flight));
+            drop(spawn_apart(&runtime, async move { shared.renew(&flight).await }));
         }
     }
 
@@ -162,37 +203,35 @@ impl<St: Store> Drop for Hold<St> {
     }
 }
 
-/// The task that renews the leases of a layer: one for all of them, for as long as there are any.
+/// The tasks that renew the leases of a layer: one for each runtime on which a lease was granted, as long as there are any leases. Each
+/// renews those of its runtime at a third of their length, and those of another runtime when they are overdue, which may have ended or
+/// be blocked.
 #[derive(Debug, Default)]
 struct Renewals {
-    running: AtomicBool,
-    /// Counts on for ever, also while no task runs.
-    tick: AtomicU64,
+    runtimes: Mutex<Vec<Id>>,
 }
 
 /// How often leases are looked at. The shortest lease is four times as long.
 const TICK: Duration = Duration::from_millis(250);
 
 impl<St: Store> Shared<St> {
-    /// Makes sure that the lease of a flight just granted will be renewed in time.
-    pub(super) fn keep_renewed(self: &Arc<Self>) {
-        let Ok(runtime) = Handle::try_current() else { return };
-        if self.renewal.running.swap(true, Ordering::AcqRel) {
-            return;
+    /// Makes sure that a task of this runtime renews leases.
+    fn keep_renewed(self: &Arc<Self>, runtime: &Handle) {
+        let id = runtime.id();
+        {
+            let mut runtimes = lock(&self.renewal.runtimes);
+            if runtimes.contains(&id) {
+                return;
+            }
+            runtimes.push(id);
         }
-        let renewing = Renewing(Arc::clone(&self.renewal));
-        let renewals = renew_while_any(Arc::downgrade(self), renewing);
-        // A task that is spawned or woken from here waits in a slot of this very thread, which no other thread may take it
-        // from, and the handler that is called next may block the thread. From a thread of the blocking pool it goes to all.
-        let spawner = runtime.clone();
-        runtime.spawn_blocking(move || drop(spawner.spawn(renewals)));
-    }
-
-    /// The flights whose leases are to be renewed at the next tick.
-    fn next_due(&self) -> impl Iterator<Item = Arc<Flight>> {
-        let tick = self.renewal.tick.fetch_add(1, Ordering::Relaxed) + 1;
-        let leased = self.flights.leased().into_iter();
-        leased.filter(move |flight| flight.is_renewal_due(tick, TICK))
+        let renewing = Renewing {
+            renewals: Arc::clone(&self.renewal),
+            runtime: id,
+            has_ended: false,
+        };
+        // The handler that is called next may block this thread.
+        drop(spawn_apart(runtime, renew_while_any(Arc::downgrade(self), renewing)));
     }
 
     async fn renew(&self, flight: &Flight) {
@@ -210,42 +249,45 @@ impl<St: Store> Shared<St> {
     }
 }
 
-struct Renewing(Arc<Renewals>);
+/// A task that renews, and its entry among the runtimes.
+struct Renewing {
+    renewals: Arc<Renewals>,
+    runtime: Id,
+    has_ended: bool,
+}
 
-impl Drop for Renewing {
-    fn drop(&mut self) {
-        self.0.running.store(false, Ordering::Release);
+impl Renewing {
+    /// Takes the entry off, unless there are leases. A lease that is granted later finds no entry, and starts another task.
+    fn ends(&mut self, any_leased: impl FnOnce() -> bool) -> bool {
+        let mut runtimes = lock(&self.renewals.runtimes);
+        self.has_ended = !any_leased();
+        if self.has_ended {
+            runtimes.retain(|runtime| *runtime != self.runtime);
+        }
+        self.has_ended
     }
 }
 
-async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, renewing: Renewing) {
-    // Each runs by itself: one that hangs must not hold up the others.
-    let mut renewals = FuturesUnordered::new();
-    loop {
-        let mut tick = pin!(sleep(TICK));
-        while !renewals.is_empty() {
-            if let Either::Left(_) = select(tick.as_mut(), renewals.next()).await {
-                break;
-            }
-        }
-        if renewals.is_empty() {
-            tick.await;
-        }
-        match shared.upgrade() {
-            Some(shared) if shared.flights.any_leased() => {
-                for flight in shared.next_due() {
-                    let shared = Arc::clone(&shared);
-                    renewals.push(async move { shared.renew(&flight).await });
-                }
-            }
-            _ => break,
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            lock(&self.renewals.runtimes).retain(|runtime| *runtime != self.runtime);
         }
     }
-    drop(renewing);
-    // A flight that was granted its lease between the last look and the end of this task starts another.
-    if let Some(shared) = shared.upgrade() {
-        if shared.flights.any_leased() {
-            shared.keep_renewed();
+}
+
+async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, mut renewing: Renewing) {
+    loop {
+        sleep(TICK).await;
+        let Some(shared) = shared.upgrade() else { return };
+        for flight in shared.flights.take_renewals(renewing.runtime, TICK) {
+            let shared = Arc::clone(&shared);
+            // In a task of its own: one that hangs or panics does not hold up the others, and one that waits for what a blocked thread
+            // holds is followed by another.
+            drop(tokio::spawn(async move { shared.renew(&flight).await }));
+        }
+        if renewing.ends(|| shared.flights.any_leased()) {
+            return;
         }
     }
 }

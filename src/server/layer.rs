@@ -37,10 +37,11 @@ use crate::store::Store;
 ///
 /// # Where to put it
 ///
-/// Outermost first: CORS, compression, authentication, rate limit, **idempotency**, handler. Outside of authentication, a
+/// Outermost first: CORS, compression, authentication, rate limit, **idempotency**, concurrency limit, timeout, handler. Outside of authentication, a
 /// stranger who learns a key would be given the stored answer. Inside of compression, one stored answer serves clients with
 /// different `Accept-Encoding`. Inside of CORS and the rate limit, their headers belong to the present request, and a
-/// refusal of theirs is never stored.
+/// refusal of theirs is never stored. A concurrency limit further out would count duplicates that merely wait, and would not count
+/// executions whose callers left.
 ///
 /// # Defaults
 ///
@@ -57,6 +58,7 @@ use crate::store::Store;
 /// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
 /// | retention, lease | 24 h from completion, 30 s renewed at a third |
 /// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |
+/// | executions whose callers left | at most 16,384; then new keys get 503 |
 /// | store | 5 s for each operation; a failed claim is repeated once and then refused with 503, a misconfigured store or an unreadable record with 500 |
 /// | memory | of a [`MemoryStore`](crate::MemoryStore): 1,000,000 records, 256 MiB of answers |
 /// | refusals | `application/problem+json` |
@@ -354,17 +356,32 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// 30 s by default: how long a duplicate waits for the outstanding request before it gets 409; zero: 409 at once.
+    /// Sets how long a duplicate waits for the request in flight before it gets 409; zero: 409 at once. Default: 30 s.
+    ///
+    /// This is the time for everything that one request waits for. Only the last look at the store, or the decision about the claim of
+    /// another request with this key, may take half a second longer. It must be shorter than every timeout further out.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.values().waiting.time = wait;
         self
     }
 
-    /// 16,384 and 65,536 by default: how many duplicates may wait in this process for one key, and in all; the next gets 409.
+    /// Sets how many duplicates may wait in this process for one key, and in all, whether the request in flight is in this process or in
+    /// another one; the next gets 409. Default: 16,384 and 65,536.
     pub fn with_max_waiters(mut self, per_key: usize, in_all: usize) -> Self {
         let waiting = &mut self.values().waiting;
         waiting.per_key = per_key;
         waiting.in_all = in_all;
+        self
+    }
+
+    /// Sets how many executions may go on in this process although their callers left. Beyond that, new keys get 503 `overloaded` with
+    /// `Retry-After` before anything is claimed; duplicates still get their responses. Default: 16,384.
+    ///
+    /// An execution whose caller left is never stopped, because its effect may have happened. So a client that sends requests and hangs
+    /// up could otherwise start any number of them, since limits further out count callers. A concurrency limit belongs
+    /// [inside this layer](Self#where-to-put-it), where it counts executions.
+    pub fn with_max_detached(mut self, executions: usize) -> Self {
+        self.values().max_detached = executions;
         self
     }
 

@@ -28,6 +28,8 @@ use crate::store::Store;
 pub struct Lease {
     flight: Arc<Flight>,
     grant: Grant,
+    /// The lease of a layer further out.
+    outer: Option<Arc<Lease>>,
     #[cfg(feature = "postgres")]
     home: Home,
 }
@@ -41,9 +43,40 @@ impl Lease {
         Self {
             flight: Arc::clone(&hold.flight),
             grant,
+            outer: None,
             #[cfg(feature = "postgres")]
             home: Home::new(&hold.shared, settings),
         }
+    }
+
+    /// This lease, of a layer within the one that gave `outer`.
+    pub(super) fn within(mut self, outer: Option<Self>) -> Self {
+        self.outer = outer.map(Arc::new);
+        self
+    }
+
+    /// Whether it is this lease, or one of a layer further out, for which the test holds.
+    pub(super) fn any(&self, mut test: impl FnMut(&Self) -> bool) -> bool {
+        let mut lease = Some(self);
+        while let Some(this) = lease {
+            if test(this) {
+                return true;
+            }
+            lease = this.outer.as_deref();
+        }
+        false
+    }
+
+    /// The owners of this storage key, in whatever stores.
+    pub(super) fn owners_of(&self, key: &StorageKey) -> Vec<Owner> {
+        let mut owners = Vec::new();
+        self.any(|lease| {
+            if lease.storage_key() == key {
+                owners.push(lease.owner());
+            }
+            false
+        });
+        owners
     }
 
     #[cfg(feature = "postgres")]
@@ -51,8 +84,7 @@ impl Lease {
         &self.home
     }
 
-    #[cfg(feature = "postgres")]
-    pub(super) fn flight(&self) -> &Flight {
+    pub(super) const fn flight(&self) -> &Arc<Flight> {
         &self.flight
     }
 
@@ -154,13 +186,19 @@ mod extract {
     use axum::extract::{FromRequestParts, OptionalFromRequestParts};
     use axum::response::{IntoResponse, Response};
     use http::request::Parts;
+    use http::HeaderName;
 
     use super::{Attempt, Lease};
-    use crate::http::{Refusal, RefusalKind, RefusalStyle};
+    use crate::http::{Refusal, RefusalKind, RefusalStyle, IDEMPOTENCY_KEY};
     use crate::protocol::IdempotencyKey;
 
-    /// The request has no key: 400. Or it has one, and its route or method is not covered by an
-    /// [`IdempotencyLayer`](crate::IdempotencyLayer): 500, for that is a mistake of the application.
+    /// The header field in which a layer looks for keys that passed the request on, where it is not `Idempotency-Key`.
+    #[derive(Clone)]
+    pub(in crate::server) struct KeyHeader(pub(in crate::server) HeaderName);
+
+    /// The rejection of a handler that takes a [`Lease`], an [`Attempt`] or an [`IdempotencyKey`] from a request that no
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards. A request without a key gets 400. A request with a key, in the header field
+    /// of the layer that passed it on, gets 500, because the application does not cover its route or method.
     #[derive(Clone, Copy, Debug)]
     pub struct NotGuarded {
         has_key: bool,
@@ -168,7 +206,10 @@ mod extract {
 
     impl NotGuarded {
         fn new(parts: &Parts) -> Self {
-            let has_key = parts.headers.contains_key("idempotency-key");
+            let has_key = match parts.extensions.get::<KeyHeader>() {
+                Some(KeyHeader(name)) => parts.headers.contains_key(name),
+                None => parts.headers.contains_key(IDEMPOTENCY_KEY),
+            };
             Self { has_key }
         }
     }
@@ -225,5 +266,7 @@ mod extract {
     extractor!(IdempotencyKey, |lease: &Lease| lease.key().clone());
 }
 
+#[cfg(feature = "axum")]
+pub(super) use extract::KeyHeader;
 #[cfg(feature = "axum")]
 pub use extract::NotGuarded;

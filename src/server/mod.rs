@@ -9,6 +9,7 @@
 //! rest of it moves to a task of its own: only an abandoned request pays for one.
 
 mod arrival;
+mod elsewhere;
 mod exchange;
 mod execution;
 mod flights;
@@ -16,6 +17,7 @@ mod future;
 mod guard;
 mod layer;
 mod lease;
+mod nested;
 mod policy;
 mod service;
 mod settings;

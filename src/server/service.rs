@@ -5,15 +5,20 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::request::Parts;
-use http::{Request, Response};
+use http::{Extensions, Request, Response};
 use tower_service::Service;
 
 use super::arrival::{Arrival, Names};
 use super::future::ResponseFuture;
 use super::guard::Shared;
 use super::layer::Selector;
+#[cfg(feature = "axum")]
+use super::lease::KeyHeader;
 use super::lease::Lease;
+use super::nested::Nested;
 use super::settings::{Settings, Values};
+#[cfg(feature = "axum")]
+use crate::http::IDEMPOTENCY_KEY;
 use crate::http::{find_key, FoundKey, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::IdempotencyKey;
 use crate::store::Store;
@@ -79,7 +84,11 @@ where
         let Some(selector) = &self.layer.selector else {
             let values = &self.layer.settings.0;
             return match values.admit(request.method(), request.headers()) {
-                Admission::Pass => ResponseFuture::passed(self.inner.call(request)),
+                Admission::Pass => {
+                    let mut request = request;
+                    values.mark_passed(request.extensions_mut());
+                    ResponseFuture::passed(self.inner.call(request))
+                }
                 Admission::Refuse(refusal) => values.refused(refusal),
                 Admission::Guard(key) => {
                     let values = Arc::clone(values);
@@ -88,12 +97,15 @@ where
                 }
             };
         };
-        let (head, body) = request.into_parts();
+        let (mut head, body) = request.into_parts();
         let Some(Settings(values)) = selector(&head) else {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         };
         match values.admit(&head.method, &head.headers) {
-            Admission::Pass => ResponseFuture::passed(self.inner.call(Request::from_parts(head, body))),
+            Admission::Pass => {
+                values.mark_passed(&mut head.extensions);
+                ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)))
+            }
             Admission::Refuse(refusal) => values.refused(refusal),
             Admission::Guard(key) => self.guard(key, values, head, body),
         }
@@ -109,7 +121,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         body: B,
     ) -> ResponseFuture<S::Future, R, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Send,
         B: RebuildBody + Send + 'static,
@@ -125,21 +137,36 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
             },
         };
         let storage_key = settings.space.storage_key(scope.as_ref(), &key);
-        // A layer further out guards this very key: two of them would wait for each other.
+        // Two layers that guard one record would wait for each other, so the inner one steps aside.
+        let shared = &self.layer.shared;
         let outer = head.extensions.get::<Lease>();
-        if outer.is_some_and(|lease| *lease.storage_key() == storage_key) {
+        let is_ours = |lease: &Lease| *lease.storage_key() == storage_key && shared.flights.is_seated(lease.flight());
+        if outer.is_some_and(|lease| lease.any(is_ours)) {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         }
+        let owners = outer.map_or_else(Vec::new, |lease| lease.owners_of(&storage_key));
         let names = Names {
             key,
             storage_key,
             scoped: scope.is_some(),
         };
-        // The service that was polled ready is the one that is called; its clone has yet to be.
+        // Call the service that was polled ready and leave its clone behind; the clone is not ready.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
-        let shared = Arc::clone(&self.layer.shared);
-        ResponseFuture::guarded(Box::new(Arrival::new(shared, settings, names, ready, head, body)))
+        let shared = Arc::clone(shared);
+        if owners.is_empty() {
+            return ResponseFuture::guarded(Box::new(Arrival::new(shared, settings, names, ready, head, body)));
+        }
+        let nested = Nested {
+            shared,
+            settings,
+            names,
+            service: ready,
+            head,
+            body,
+            owners,
+        };
+        ResponseFuture::nested(Box::pin(nested.settle()))
     }
 }
 
@@ -148,6 +175,21 @@ impl Values {
     fn refused<F, R: RebuildBody, E>(&self, refusal: Refusal) -> ResponseFuture<F, R, E> {
         telemetry::finished(telemetry::span().as_deref(), refusal.code());
         ResponseFuture::refused(refusal.into_response(&self.refusals))
+    }
+
+    /// Leaves word of the header field that has the key, for extractors that find no lease. Only where it is not the usual one: other
+    /// requests that are passed on cost nothing.
+    #[cfg_attr(
+        not(feature = "axum"),
+        expect(clippy::unused_self, reason = "there are no extractors")
+    )]
+    fn mark_passed(&self, extensions: &mut Extensions) {
+        #[cfg(feature = "axum")]
+        if self.header != IDEMPOTENCY_KEY {
+            extensions.insert(KeyHeader(self.header.clone()));
+        }
+        #[cfg(not(feature = "axum"))]
+        let _ = extensions;
     }
 
     fn admit(&self, method: &http::Method, headers: &http::HeaderMap) -> Admission {

@@ -11,6 +11,7 @@ use http::Method;
 use super::policy::{KeepPolicy, OnLost};
 use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle, IDEMPOTENCY_KEY};
 use crate::protocol::{KeyParser, KeySpace, Scope};
+use crate::uncut::MOST_DETACHED;
 
 /// The settings of a layer, to be chosen from by [`with_selector`](super::IdempotencyLayer::with_selector). Made by
 /// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.
@@ -42,6 +43,7 @@ pub(super) struct Values {
     pub(super) retention: Duration,
     pub(super) lease: Duration,
     pub(super) waiting: Waiting,
+    pub(super) max_detached: usize,
     pub(super) store_timeout: Duration,
     pub(super) completion_timeout: Duration,
     pub(super) retry_after: Duration,
@@ -82,6 +84,7 @@ impl Default for Values {
                 per_key: 16_384,
                 in_all: 65_536,
             },
+            max_detached: MOST_DETACHED,
             store_timeout: Duration::from_secs(5),
             completion_timeout: Duration::from_secs(10),
             retry_after: Duration::from_secs(1),
@@ -109,6 +112,7 @@ impl fmt::Debug for Values {
             .field("retention", &self.retention)
             .field("lease", &self.lease)
             .field("waiting", &self.waiting)
+            .field("max_detached", &self.max_detached)
             .finish_non_exhaustive()
     }
 }

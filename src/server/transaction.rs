@@ -137,16 +137,20 @@ impl Lease {
         let outcome = Outcome::Kept(answer);
         let retention = retention(settings, &head);
         // Before it is sent: dropped from here on, it may have arrived.
-        self.flight().set_in_transaction(head.status);
         self.flight().set_transaction_failed(true);
+        self.flight().set_in_transaction(head.status);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
-        match completion.await? {
-            Completion::Completed => {
+        let failure = match completion.await {
+            Ok(Completion::Completed) => {
                 self.flight().set_transaction_failed(false);
-                Ok(Response::from_parts(head, body.rebuild()))
+                return Ok(Response::from_parts(head, body.rebuild()));
             }
-            Completion::Superseded(_) => Err(SUPERSEDED),
-        }
+            Ok(Completion::Superseded(_)) => SUPERSEDED,
+            Err(error) => error,
+        };
+        // After an earlier completion that was rolled back, renewals were left out.
+        self.flight().hurry_renewal();
+        Err(failure)
     }
 }
 

@@ -1,0 +1,98 @@
+//! A layer within another one that has the same key.
+
+use std::sync::Arc;
+
+use http::request::Parts;
+use http::{Request, Response};
+use tower_service::Service;
+
+use super::arrival::{Arrival, Names};
+use super::future::ResponseFuture;
+use super::guard::Shared;
+use super::settings::Values;
+use crate::error::{Error, ErrorKind};
+use crate::http::RebuildBody;
+use crate::protocol::{Owner, Snapshot, Status, StorageKey};
+use crate::store::{in_time, Store};
+use crate::telemetry::{self, Event};
+
+/// A request whose storage key a layer further out has claimed, in the same store or in another one.
+///
+/// Equal names of keys do not tell, and neither do equal handles: two stores may have records of one name, and two handles may reach one
+/// store. The record itself tells. If it belongs to the attempt of the outer layer, both layers guard the same record and would wait for
+/// each other, so the inner one steps aside.
+pub(super) struct Nested<St, S, B> {
+    pub(super) shared: Arc<Shared<St>>,
+    pub(super) settings: Arc<Values>,
+    pub(super) names: Names,
+    pub(super) service: S,
+    pub(super) head: Parts,
+    pub(super) body: B,
+    /// The attempts of outer layers under this storage key.
+    pub(super) owners: Vec<Owner>,
+}
+
+impl<St, S, B, R> Nested<St, S, B>
+where
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+    St: Store,
+    B: RebuildBody + Send + 'static,
+    B::Error: Send,
+    R: RebuildBody + Send + 'static,
+    R::Error: Send,
+{
+    /// Passes the request on or guards it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped before the request is guarded, nothing has happened. Later, the future of the guarded request takes care of itself.
+    pub(super) async fn settle(self) -> Result<Response<R>, S::Error> {
+        let Self {
+            shared,
+            settings,
+            names,
+            mut service,
+            head,
+            body,
+            owners,
+        } = self;
+        match is_owned_by(&shared.store, &settings, &names.storage_key, &owners).await {
+            Ok(true) => {}
+            Ok(false) => {
+                let arrival = Arrival::new(shared, settings, names, service, head, body);
+                let guarded: ResponseFuture<S::Future, R, S::Error> = ResponseFuture::guarded(Box::new(arrival));
+                return guarded.await;
+            }
+            Err(error) => {
+                telemetry::store_failed(&error);
+                if !settings.run_unprotected || error.kind() != ErrorKind::StoreUnavailable {
+                    return Ok(settings.refuse(None, settings.store_failed(&error)));
+                }
+                telemetry::event(Event::Unprotected);
+            }
+        }
+        service.call(Request::from_parts(head, body)).await
+    }
+}
+
+/// Whether the record belongs to an attempt that is one of these. Looks once, and once more if the store fails, as for a claim.
+async fn is_owned_by<St: Store>(
+    store: &St,
+    settings: &Values,
+    key: &StorageKey,
+    owners: &[Owner],
+) -> Result<bool, Error> {
+    let peek = || in_time(settings.store_timeout, store.peek(key));
+    let peeked = match peek().await {
+        Err(error) if error.kind() == ErrorKind::StoreUnavailable => peek().await,
+        peeked => peeked,
+    };
+    Ok(peeked?.is_some_and(|snapshot| {
+        let Snapshot {
+            nonce, fence, status, ..
+        } = snapshot;
+        !matches!(status, Status::Completed(_)) && owners.contains(&Owner { nonce, fence })
+    }))
+}

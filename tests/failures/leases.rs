@@ -1,0 +1,154 @@
+//! Leases are renewed as long as their owners live, whatever else happens in the process.
+
+use std::future::poll_fn;
+use std::sync::mpsc;
+use std::task::Poll;
+use std::thread;
+use std::time::Duration;
+
+use http::{Request, StatusCode};
+use tokio::runtime::{Builder, Runtime};
+use tower::{service_fn, Layer};
+use tower_idempotency::{IdempotencyLayer, OnLost};
+
+use super::support::{post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
+
+const LEASE: Duration = Duration::from_secs(1);
+
+fn layer(store: &RemoteStore) -> IdempotencyLayer<RemoteStore> {
+    IdempotencyLayer::new(store.clone())
+        .with_lease(LEASE)
+        .on_lost(OnLost::Execute)
+}
+
+fn one_thread() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A request with the same key in another process, which would take over a key that is lost.
+async fn elsewhere(store: &RemoteStore, handler: &Handler) -> Got {
+    let there = layer(store).with_wait(Duration::ZERO).layer(handler.clone());
+    send(&there, post("k", "pay")).await
+}
+
+/// The renewal task was started through the pool for blocking work, which others may have filled.
+#[test]
+fn a_lease_is_renewed_while_the_blocking_pool_is_full() {
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (end, ended) = mpsc::channel::<()>();
+    runtime.spawn_blocking(move || assert!(ended.recv().is_err()));
+    runtime.block_on(async {
+        let store = RemoteStore::new();
+        let handler = Handler::new().taking(3 * LEASE);
+        let first = start(&layer(&store).layer(handler.clone()), post("k", "pay"));
+        tokio::time::sleep(2 * LEASE).await;
+        assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
+        assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
+    });
+    drop(end);
+}
+
+/// One task renewed the leases of all runtimes, and none did once its runtime stood still or ended.
+#[test]
+fn a_lease_is_renewed_on_its_own_runtime_whatever_became_of_the_first_one() {
+    for is_dropped in [false, true] {
+        let store = RemoteStore::new();
+        let layer = layer(&store);
+        let first = one_thread();
+        first.block_on(send(&layer.layer(Handler::new()), post("first", "pay")));
+        let first = (!is_dropped).then_some(first);
+        one_thread().block_on(async {
+            let handler = Handler::new().taking(3 * LEASE);
+            let owner = start(&layer.layer(handler.clone()), post("k", "pay"));
+            tokio::time::sleep(2 * LEASE).await;
+            assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
+            assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+        });
+        drop(first);
+    }
+}
+
+/// The runtime of the owner is blocked by a handler, and another one of the process sees that the renewal is overdue.
+#[test]
+fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
+    let store = RemoteStore::new();
+    let layer = layer(&store);
+    let blocking = layer.layer(service_fn(|_: Request<AnyBody>| async {
+        thread::sleep(3 * LEASE);
+        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "blocked"))
+    }));
+    let other = layer.layer(Handler::new().taking(3 * LEASE));
+    let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
+    let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
+    thread::sleep(2 * LEASE);
+    let handler = Handler::new();
+    let duplicate = one_thread().block_on(elsewhere(&store, &handler));
+    assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
+    assert_eq!(owner.join().unwrap().body, "blocked");
+    assert_eq!(beside.join().unwrap().status(), 201);
+}
+
+/// A handler that never lets its runtime come to the timers: the renewal task sleeps, and only the owner is polled.
+#[test]
+fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
+    let store = RemoteStore::new();
+    store.set_yields(0);
+    let busy = layer(&store).layer(service_fn(|_: Request<AnyBody>| async {
+        let mut polls = 0;
+        poll_fn(|cx| {
+            polls += 1;
+            thread::sleep(LEASE / 10);
+            cx.waker().wake_by_ref();
+            if polls < 30 {
+                Poll::Pending
+            } else {
+                Poll::Ready(())
+            }
+        })
+        .await;
+        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "busy"))
+    }));
+    let owner =
+        thread::spawn(move || one_thread().block_on(async move { start(&busy, post("k", "pay")).await.unwrap() }));
+    thread::sleep(2 * LEASE);
+    let handler = Handler::new();
+    let duplicate = one_thread().block_on(elsewhere(&store, &handler));
+    assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
+    assert_eq!(owner.join().unwrap().body, "busy");
+}
+
+/// The reply to a claim took most of the lease, which runs since the store decided.
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_renewed_in_time_after_a_claim_that_was_answered_late() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::After]);
+    store.set_timers(true);
+    let handler = Handler::new().taking(3 * LEASE);
+    let first = start(&layer(&store).layer(handler.clone()), post("k", "pay"));
+    tokio::time::sleep(2 * LEASE).await;
+    assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
+    assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
+}
+
+/// Renewals that fail or hang are repeated while the lease lasts.
+#[tokio::test(start_paused = true)]
+async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
+    for fault in [Fault::Before, Fault::Hang] {
+        let store = RemoteStore::new();
+        let handler = Handler::new().taking(3 * LEASE);
+        store.fail("renew", [fault]);
+        let first = start(&layer(&store).layer(handler.clone()), post("k", "pay"));
+        tokio::time::sleep(2 * LEASE).await;
+        assert_eq!(
+            elsewhere(&store, &handler).await.code(),
+            "request-outstanding",
+            "{fault:?}"
+        );
+        assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
+    }
+}
