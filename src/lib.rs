@@ -90,7 +90,7 @@
 //! event (field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path. The level is `ERROR` where the
 //! `kind` is `Configuration` or `CorruptRecord`, since an operator has to act; `INFO` for `rescued`; otherwise `WARN`. The events are
 //! `abandoned`, `claim-repeated`, `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`,
-//! `message-failed` and `message-unreadable` (feature `postgres`), `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
+//! `message-failed` and `message-unreadable` (feature `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
 //! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`, `store-misconfigured`, `superseded`, `sweep-failed` (feature
 //! `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`, `unrecorded`. Those of messages have the fields `error`,
 //! `position` (of the row) and `failures` (attempts so far); the `error` of `message-failed` is the text of your own.

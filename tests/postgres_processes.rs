@@ -50,6 +50,13 @@ async fn kills_leave_exactly_one_effect_where_it_shares_the_transaction_of_its_a
     assert!(counts.iter().all(|(_, count)| *count == 1), "{counts:?}");
 }
 
+/// Without its renewals, an execution that takes longer than its lease would be taken over while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_never_repeat_an_execution_that_lives_where_the_blocking_pools_are_full() {
+    let server = PostgresServer::start();
+    scenarios::kills(&server.url(), Mode::FullPool).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_zombie_changes_nothing_and_its_callers_get_the_winners_bytes() {
     let server = PostgresServer::start();

@@ -35,6 +35,13 @@ async fn kills_are_taken_over_where_lost_keys_are_executed() {
     scenarios::kills(&server.url(), Mode::Execute).await;
 }
 
+/// Without its renewals, an execution that takes longer than its lease would be taken over while it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_never_repeat_an_execution_that_lives_where_the_blocking_pools_are_full() {
+    let server = RedisServer::start();
+    scenarios::kills(&server.url(), Mode::FullPool).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_zombie_changes_nothing_and_its_callers_get_the_winners_bytes() {
     let server = RedisServer::start();

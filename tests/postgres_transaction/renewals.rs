@@ -8,7 +8,8 @@ use axum::response::IntoResponse;
 use axum::routing::post;
 use axum::Router;
 use futures::future::join_all;
-use tower_idempotency::Lease;
+use tower_idempotency::protocol::Status;
+use tower_idempotency::{Lease, Store};
 
 use super::{send, App, Bench, Ending};
 
@@ -94,4 +95,40 @@ async fn renewals_do_not_queue_up_behind_a_transaction_that_has_completed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_completion_that_failed_leaves_the_lease_renewed() {
     assert!(renewed_while_handlers_wait(false).await.completing);
+}
+
+/// While a transaction completes, the lease is not renewed, and the task that renews has nothing to do. It ended, and nobody renewed the
+/// lease after the transaction was rolled back and the next completion failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn renewals_go_on_at_once_after_a_completion_that_failed_behind_one_that_was_rolled_back() {
+    let bench = Bench::new(Ending::Commit).await;
+    let (ready, mut waiting) = tokio::sync::mpsc::channel(1);
+    let handler = move |State(app): State<App>, lease: Lease| {
+        let ready = ready.clone();
+        async move {
+            let mut transaction = app.pool.begin().await.unwrap();
+            drop(lease.complete_in(&mut transaction, "rolled back").await.unwrap());
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            transaction.rollback().await.unwrap();
+            let mut transaction = app.pool.begin().await.unwrap();
+            let fails = sqlx::query("SELECT 1 / 0").execute(&mut *transaction).await;
+            assert!(fails.is_err());
+            assert!(lease.complete_in(&mut transaction, "failed").await.is_err());
+            transaction.rollback().await.unwrap();
+            ready.send(*lease.storage_key()).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            StatusCode::INTERNAL_SERVER_ERROR
+        }
+    };
+    let layer = bench.layer().with_lease(Duration::from_secs(1));
+    let router = Router::new().route("/payments", post(handler)).layer(layer);
+    let router = router.with_state(bench.app.clone());
+    let sent = tokio::spawn(async move { send(&router, "k").await.0 });
+    let key = waiting.recv().await.unwrap();
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        let status = bench.store.peek(&key).await.unwrap().unwrap().status;
+        assert!(matches!(status, Status::InFlight { .. }), "{status:?}");
+    }
+    assert_eq!(sent.await.unwrap(), 500);
 }

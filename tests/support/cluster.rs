@@ -31,6 +31,8 @@ use tower_idempotency::{BoxStore, IdempotencyLayer, Lease, OnLost};
 pub enum Mode {
     /// `OnLost::Execute`, effects in the ledger.
     Execute,
+    /// The same in processes whose pool for blocking work is full; some executions take longer than a lease.
+    FullPool,
     /// `OnLost::Refuse`, effects in the ledger.
     Refuse,
     /// `OnLost::Execute`, effects in the same transaction as their answer.
@@ -102,17 +104,24 @@ pub fn serve_if_told() {
     let Ok(url) = std::env::var("SERVE_STORE") else { return };
     let mode = match std::env::var("SERVE_MODE").unwrap().as_str() {
         "Execute" => Mode::Execute,
+        "FullPool" => Mode::FullPool,
         "Refuse" => Mode::Refuse,
         _ => Mode::Transaction,
     };
     let ledger = PathBuf::from(std::env::var_os("SERVE_LEDGER").unwrap());
     let lease = std::env::var("SERVE_LEASE").unwrap().parse().unwrap();
     let ledger = OpenOptions::new().append(true).create(true).open(ledger).unwrap();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build();
-    runtime.unwrap().block_on(async {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime.worker_threads(2).enable_all();
+    if mode == Mode::FullPool {
+        runtime.max_blocking_threads(1);
+    }
+    runtime.build().unwrap().block_on(async {
+        if mode == Mode::FullPool {
+            tokio::task::spawn_blocking(|| loop {
+                std::thread::park();
+            });
+        }
         let store = BoxStore::from_url(&url).await.unwrap();
         let app = App {
             ledger: Arc::new(Mutex::new(ledger)),
@@ -125,7 +134,7 @@ pub fn serve_if_told() {
         };
         let on_lost = match mode {
             Mode::Refuse => OnLost::Refuse,
-            Mode::Execute | Mode::Transaction => OnLost::Execute,
+            Mode::Execute | Mode::FullPool | Mode::Transaction => OnLost::Execute,
         };
         let layer = IdempotencyLayer::new(store)
             .on_lost(on_lost)
@@ -164,12 +173,18 @@ async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Res
             Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
         };
     }
-    let written = tokio::task::spawn_blocking(move || {
+    let write = move || {
         let mut ledger = app.ledger.lock().unwrap();
         ledger.write_all(format!("{line}\n").as_bytes()).unwrap();
         ledger.sync_data().unwrap();
-    });
-    written.await.unwrap();
+    };
+    if app.mode == Mode::FullPool {
+        write();
+        let is_slow = rand::random_range(0..3) == 0;
+        tokio::time::sleep(LEASE.mul_f32(if is_slow { rand::random_range(1.5..2.5) } else { 0.0 })).await;
+    } else {
+        tokio::task::spawn_blocking(write).await.unwrap();
+    }
     pause("x-after").await;
     answer.into_response()
 }

@@ -62,6 +62,15 @@ fn wanted_kills() -> usize {
     std::env::var("KILLS").map_or(200, |kills| kills.parse().expect("KILLS is a number"))
 }
 
+/// How many processes are killed in this mode, and how long after the last kill the next follows, in milliseconds.
+fn pace(mode: Mode) -> (usize, std::ops::Range<u64>) {
+    match mode {
+        // Executions that take longer than a lease must have the time to end.
+        Mode::FullPool => (wanted_kills().div_ceil(10), 1_000..2_000),
+        Mode::Execute | Mode::Refuse | Mode::Transaction => (wanted_kills(), 20..120),
+    }
+}
+
 /// Clients retry while processes are killed at random. Says how many keys there were.
 pub async fn kills(store: &str, mode: Mode) -> usize {
     const PROCESSES: usize = 3;
@@ -95,8 +104,9 @@ pub async fn kills(store: &str, mode: Mode) -> usize {
         let (ledger, store, addresses) = (ledger.clone(), store.to_owned(), Arc::clone(&addresses));
         let processes = Arc::clone(&processes);
         tokio::task::spawn_blocking(move || {
-            for kill in 0..wanted_kills() {
-                std::thread::sleep(Duration::from_millis(rand::random_range(20..120)));
+            let (kills, pause) = pace(mode);
+            for kill in 0..kills {
+                std::thread::sleep(Duration::from_millis(rand::random_range(pause.clone())));
                 let at = kill % PROCESSES;
                 processes.lock().unwrap()[at].kill();
                 let process = Process::start(&store, mode, &ledger);
@@ -144,7 +154,7 @@ fn judge(seen: &Seen, mode: Mode, effects: &std::collections::BTreeMap<String, u
         let effects = effects.get(key).copied().unwrap_or(0);
         match mode {
             Mode::Refuse => assert!(effects <= 1, "{key} took effect {effects} times"),
-            Mode::Execute => assert!(
+            Mode::Execute | Mode::FullPool => assert!(
                 effects >= 1 && (effects == 1 || broken.contains_key(key)),
                 "{key}: {effects}"
             ),
@@ -162,7 +172,7 @@ fn judge(seen: &Seen, mode: Mode, effects: &std::collections::BTreeMap<String, u
     assert!(!broken.is_empty(), "no kill met a request");
     match mode {
         Mode::Refuse => assert!(unknown > 0, "no kill met an execution"),
-        Mode::Execute | Mode::Transaction => assert!(takeovers > 0, "nothing was taken over"),
+        Mode::Execute | Mode::FullPool | Mode::Transaction => assert!(takeovers > 0, "nothing was taken over"),
     }
 }
 
