@@ -122,19 +122,6 @@ fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
     assert_eq!(owner.join().unwrap().body, "busy");
 }
 
-/// The reply to a claim took most of the lease, which runs since the store decided.
-#[tokio::test(start_paused = true)]
-async fn a_lease_is_renewed_in_time_after_a_claim_that_was_answered_late() {
-    let store = RemoteStore::new();
-    store.fail("claim", [Fault::After]);
-    store.set_timers(true);
-    let handler = Handler::new().taking(3 * LEASE);
-    let first = start(&layer(&store).layer(handler.clone()), post("k", "pay"));
-    tokio::time::sleep(2 * LEASE).await;
-    assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
-    assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
-}
-
 /// Renewals that fail or hang are repeated while the lease lasts.
 #[tokio::test(start_paused = true)]
 async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
