@@ -96,28 +96,33 @@ impl Books {
         let mut shard = self.open.lock(&claim.key);
         let now = self.clock.now();
         let floor = Fence::new(self.last_fence.load(Ordering::Relaxed));
-        if let Some(open) = shard.get_mut(&claim.key).filter(|open| !open.record.is_expired(now)) {
-            let transition = Record::claim_above(Some(&open.record), claim, now, floor);
-            if let Change::Put(record) = transition.change {
-                self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
-                open.record = record;
+        let is_abandoned = match shard.get_mut(&claim.key) {
+            Some(open) if !open.record.is_expired(now) => {
+                let transition = Record::claim_above(Some(&open.record), claim, now, floor);
+                if let Change::Put(record) = transition.change {
+                    self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
+                    open.record = record;
+                }
+                return Some(transition.reply);
             }
-            return Some(transition.reply);
-        }
+            expired => expired.is_some(),
+        };
         let done = self.done.get(&claim.key);
         let transition = Record::claim_above(done.as_deref(), claim, now, floor);
         if let Change::Put(record) = transition.change {
-            self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
             // The new record takes over the place of one that has expired.
-            match (shard.remove(&claim.key), done) {
-                (Some(abandoned), _) => abandoned.wake(),
-                (None, Some(done)) => {
+            match done {
+                _ if is_abandoned => {}
+                Some(done) => {
                     self.remove_done(&claim.key, &done);
                     self.in_flight.fetch_add(1, Ordering::Relaxed);
                 }
-                (None, None) => self.reserve()?,
+                None => self.reserve()?,
             }
-            shard.insert(claim.key, Open { record, watchers: None });
+            self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
+            if let Some(abandoned) = shard.insert(claim.key, Open { record, watchers: None }) {
+                abandoned.wake();
+            }
         }
         Some(transition.reply)
     }
