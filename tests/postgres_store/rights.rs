@@ -96,7 +96,7 @@ async fn a_role_without_create_can_connect_to_a_table_that_is_there() {
     assert!(store.sweep().await.unwrap() > 0);
     let inbox = Inbox::new(PostgresStore::builder().with_pool(pool(&url).await).unwrap(), "billing");
     inbox
-        .receive(&mut *store.pool().acquire().await.unwrap(), "7")
+        .receive(&mut store.pool().acquire().await.unwrap(), "7")
         .await
         .unwrap();
 }

@@ -45,7 +45,7 @@ impl Cluster {
 
     /// Runs a command on each node.
     pub(super) fn tell(&self, words: &str) {
-        self.0.iter().for_each(|node| node.tell(words))
+        self.0.iter().for_each(|node| node.tell(words));
     }
 
     /// How many keys each node has.
