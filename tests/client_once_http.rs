@@ -421,11 +421,11 @@ mod with_retries {
 
     type Client = BoxCloneService<Request<Full<Bytes>>, Known, Known>;
 
-    fn status(response: Answer) -> Known {
+    fn status(response: &Answer) -> Known {
         Known::Status(response.status().as_u16())
     }
 
-    fn failure<E>(error: OnceError<Answer, E>) -> Known {
+    fn failure<E>(error: &OnceError<Answer, E>) -> Known {
         if let OnceError::Failed(_) = error {
             return Known::Failed;
         }
@@ -454,15 +454,15 @@ mod with_retries {
         });
         let keys = IdempotencyKeyLayer::new(Profile::draft());
         let calls = ServiceBuilder::new()
-            .map_response(status)
-            .map_err(failure)
+            .map_response(|response| status(&response))
+            .map_err(|error| failure(&error))
             .layer(layer)
             .layer(keys.clone())
             .layer(CallLayer::new(policy.clone()))
             .service(http.clone());
         let retries = ServiceBuilder::new()
-            .map_response(status)
-            .map_err(failure)
+            .map_response(|response| status(&response))
+            .map_err(|error| failure(&error))
             .layer(layer)
             .layer(keys)
             .layer(RetryLayer::new(policy))
