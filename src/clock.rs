@@ -277,15 +277,46 @@ impl Stopwatch {
     }
 }
 
+/// The time limit of something that usually ends at its first poll.
+///
+/// No timer exists before [`poll_over`](Self::poll_over) is called.
+#[derive(Debug)]
+pub(crate) enum Limit {
+    Set(Duration),
+    // The timer is boxed because few futures need one, and all of them would carry the room for it.
+    Running(Deadline, Option<Pin<Box<Timer>>>),
+}
+
+impl Limit {
+    /// Ready when the time is over. The time begins with the first call.
+    pub(crate) fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Self::Set(limit) = *self {
+            let deadline = Deadline::after(limit);
+            let timer = (!limit.is_zero()).then(|| Box::pin(deadline.sleep()));
+            *self = Self::Running(deadline, timer);
+        }
+        let Self::Running(deadline, timer) = self else {
+            return Poll::Pending;
+        };
+        // The timer alone does not do: what was polled before may have used up the task's budget, and tokio's timers are pending
+        // without one.
+        if deadline.left().is_zero() {
+            return Poll::Ready(());
+        }
+        match timer {
+            Some(timer) => timer.as_mut().poll(cx),
+            None => Poll::Pending,
+        }
+    }
+}
+
 pin_project! {
     /// Runs a future for a limited time; no timer is made for a future that is ready at its first poll.
     #[derive(Debug)]
     pub(crate) struct Within<F> {
         #[pin]
         future: F,
-        limit: Duration,
-        // In a box: most futures are ready at once, and should not carry the room for it.
-        timer: Option<Pin<Box<Timer>>>,
+        limit: Limit,
     }
 }
 
@@ -297,8 +328,7 @@ pub(crate) struct Elapsed;
 pub(crate) fn within<F: Future>(limit: Duration, future: F) -> Within<F> {
     Within {
         future,
-        limit,
-        timer: None,
+        limit: Limit::Set(limit),
     }
 }
 
@@ -310,11 +340,7 @@ impl<F: Future> Future for Within<F> {
         if let Poll::Ready(output) = this.future.poll(cx) {
             return Poll::Ready(Ok(output));
         }
-        let limit = *this.limit;
-        let timer = this
-            .timer
-            .get_or_insert_with(|| Box::pin(Deadline::after(limit).sleep()));
-        timer.as_mut().poll(cx).map(|()| Err(Elapsed))
+        this.limit.poll_over(cx).map(|()| Err(Elapsed))
     }
 }
 
@@ -346,6 +372,31 @@ mod tests {
             .is_err());
         let slow = tokio::time::sleep(Duration::from_millis(999));
         assert!(within(Duration::from_secs(1), slow).await.is_ok());
+    }
+
+    /// Tokio's timers are pending for a task that has used up its budget, and its `Timeout` makes up for that.
+    #[tokio::test(start_paused = true)]
+    async fn within_gives_up_a_future_that_uses_up_its_budget_in_every_poll() {
+        let greedy = std::future::poll_fn(|cx| {
+            while std::pin::pin!(tokio::task::consume_budget()).poll(cx).is_ready() {}
+            Poll::<()>::Pending
+        });
+        let limited = tokio::spawn(within(Duration::from_millis(5), greedy));
+        tokio::task::yield_now().await;
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(!limited.is_finished());
+        tokio::time::advance(Duration::from_millis(5)).await;
+        tokio::task::yield_now().await;
+        assert!(limited.is_finished());
+    }
+
+    #[test]
+    fn without_timers_within_waits_for_its_future() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let done = runtime.block_on(within(Duration::from_secs(60), tokio::task::yield_now()));
+        assert!(done.is_ok());
+        let elsewhere = within(Duration::from_secs(60), std::future::ready(()));
+        assert!(futures::executor::block_on(elsewhere).is_ok());
     }
 
     #[test]

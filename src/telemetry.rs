@@ -45,7 +45,7 @@ pub(crate) enum Event {
     /// A handler completed in a transaction that was not committed.
     #[cfg(feature = "postgres")]
     RolledBack,
-    /// An answer was too large, a stream or broken, and a tombstone took its place.
+    /// A response was too large, too slow, a stream or broken, and a tombstone took its place.
     Tombstone,
     /// The store could not record how an execution ended.
     Unrecorded,

@@ -93,6 +93,21 @@ async fn a_body_over_the_limit_is_413_announced_or_not_and_the_key_stays_free() 
     assert_eq!(send(&service, post("k", "0123456789")).await.status(), 201);
 }
 
+/// It has no length to bound and no pause to time, so that the server read it for ever.
+#[tokio::test(start_paused = true)]
+async fn a_body_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
+    let handler = Handler::new();
+    let service = layer().layer(handler.clone());
+    let sent = support::start(&service, request("k", support::empty_frames()));
+    support::advance(Duration::from_secs(29)).await;
+    assert!(!sent.is_finished());
+    support::advance(Duration::from_secs(1)).await;
+    assert!(sent.is_finished());
+    is_problem(&sent.await.unwrap(), 408, "body-timeout");
+    assert_eq!(handler.runs(), 0);
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+}
+
 #[tokio::test]
 async fn a_body_without_end_is_refused_at_the_limit() {
     let endless = futures::stream::repeat_with(|| Ok(http_body::Frame::data(Bytes::from_static(&[0; 1024]))));
@@ -237,6 +252,7 @@ async fn settings_of_nothing_and_of_for_ever_work() {
         let handler = Handler::new();
         let layer = layer()
             .with_body_timeout(time)
+            .with_response_timeout(time)
             .with_store_timeout(time)
             .with_completion_timeout(time);
         let layer = layer

@@ -377,6 +377,49 @@ async fn an_answer_that_breaks_off_is_not_called_failed() {
     }
 }
 
+/// A response that stalled was read for ever, and so was one of empty frames, which kept its thread as well.
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
+    let bodies: [fn() -> support::AnyBody; 2] = [
+        || support::stalling("front", std::future::pending()),
+        support::empty_frames,
+    ];
+    for body in bodies {
+        let (_, layer) = layer();
+        let drain = layer.drain();
+        let http = service_fn(move |_: Request<Full<Bytes>>| ready(Ok::<_, io::Error>(Response::new(body()))));
+        let client = ServiceBuilder::new().layer(layer).service(http);
+        let call = tokio::spawn(client.clone().oneshot(request("x")));
+        support::advance(Duration::from_secs(9)).await;
+        assert!(!call.is_finished());
+        support::advance(Duration::from_secs(1)).await;
+        assert!(call.is_finished());
+        assert_eq!(call.await.unwrap().unwrap().status(), 200);
+        assert!(matches!(client.oneshot(request("x")).await, Err(OnceError::NotKept)));
+        drain.wait().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_body_never_ends_is_not_sent() {
+    let bodies: [fn() -> support::AnyBody; 2] = [
+        || support::stalling("front", std::future::pending()),
+        support::empty_frames,
+    ];
+    for body in bodies {
+        let (store, layer) = layer();
+        let http = service_fn(|_: Request<support::AnyBody>| ready(answer(200)));
+        let client = ServiceBuilder::new().layer(layer).service(http);
+        let call = tokio::spawn(client.oneshot(request("x").map(|_| body())));
+        support::advance(Duration::from_secs(29)).await;
+        assert!(!call.is_finished());
+        support::advance(Duration::from_secs(1)).await;
+        assert!(call.is_finished());
+        assert!(matches!(call.await.unwrap(), Err(OnceError::NotRun(_))));
+        assert_eq!(store.calls("claim"), 0);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
     let ((store, layer), party) = (layer(), Party::default());

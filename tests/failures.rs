@@ -261,6 +261,148 @@ async fn an_answer_that_breaks_off_is_never_executed_again() {
     }
 }
 
+/// Counts up when it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A handler whose response has this status and stalls for ever after its first frame, and how many of its bodies were dropped.
+fn stalls(status: StatusCode) -> (Handler, Arc<AtomicUsize>) {
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&dropped);
+    let handler = Handler::new().answering(move |_| {
+        let counted = Counted(Arc::clone(&count));
+        let for_ever = async move {
+            std::future::pending::<()>().await;
+            drop(counted);
+        };
+        let mut response = Response::new(support::stalling("front", for_ever));
+        *response.status_mut() = status;
+        response
+    });
+    (handler, dropped)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
+    let store = RemoteStore::new();
+    let (handler, dropped) = stalls(StatusCode::OK);
+    let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(3));
+    let drain = layer.drain();
+    let service = layer.layer(handler.clone());
+    let begin = Timer::start();
+    let owner = tokio::spawn(service.clone().oneshot(post("k", "pay")));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let waiter = start(&service, post("k", "pay"));
+    let mut response = owner.await.unwrap().unwrap();
+    assert_eq!((begin.elapsed().as_secs(), response.status()), (10, StatusCode::OK));
+    assert!(store.only().1.is_completed(), "the tombstone comes first");
+    assert!(store.calls("renew") >= 6, "the lease is renewed while the body is read");
+    let front = response.body_mut().frame().await.unwrap().unwrap();
+    assert_eq!(front.into_data().unwrap(), "front");
+    assert_eq!(waiter.await.unwrap().code(), "answer-not-kept");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!((handler.runs(), dropped.load(Ordering::SeqCst)), (1, 0));
+    // The caller leaves in the middle of the stream.
+    drop(response);
+    assert_eq!(dropped.load(Ordering::SeqCst), 1);
+    drain.wait().await;
+}
+
+/// A response whose caller was gone was read for ever, so that its key was stuck and draining never ended.
+#[tokio::test(start_paused = true)]
+async fn a_response_that_stalls_without_a_caller_is_dropped() {
+    for (status, timeout, second) in [
+        (StatusCode::OK, 10, "answer-not-kept"),
+        (StatusCode::OK, 2, "answer-not-kept"),
+        (StatusCode::FORBIDDEN, 2, ""),
+    ] {
+        let (handler, dropped) = stalls(status);
+        let timeout = Duration::from_secs(timeout);
+        let layer = IdempotencyLayer::new(MemoryStore::new()).with_response_timeout(timeout);
+        let drain = layer.drain();
+        let service = layer.layer(handler.clone());
+        let owner = start(&service, post("k", "pay"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        owner.abort();
+        let begin = Timer::start();
+        drain.wait().await;
+        assert_eq!(begin.elapsed().as_secs() + 1, timeout.as_secs());
+        assert_eq!(dropped.load(Ordering::SeqCst), 1);
+        let again = service.clone().oneshot(post("k", "pay")).await.unwrap();
+        let code = again
+            .extensions()
+            .get::<tower_idempotency::Refusal>()
+            .map_or("", |refusal| refusal.code());
+        assert_eq!(code, second);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_that_stalls_and_is_not_to_be_stored_frees_its_key_and_streams_on() {
+    for (status, on_error, second) in [
+        (StatusCode::FORBIDDEN, OnError::Release, ""),
+        (StatusCode::BAD_GATEWAY, OnError::Release, ""),
+        (StatusCode::BAD_GATEWAY, OnError::Unknown, "outcome-unknown"),
+        (StatusCode::BAD_GATEWAY, OnError::Keep, "answer-not-kept"),
+    ] {
+        let (handler, _) = stalls(status);
+        let layer = IdempotencyLayer::new(MemoryStore::new()).on_error(on_error);
+        let service = layer.layer(handler.clone());
+        let first = service.clone().oneshot(post("k", "pay")).await.unwrap();
+        let again = service.clone().oneshot(post("k", "pay")).await.unwrap();
+        let code = again
+            .extensions()
+            .get::<tower_idempotency::Refusal>()
+            .map_or("", |refusal| refusal.code());
+        assert_eq!((first.status(), code), (status, second), "{on_error:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_that_is_slow_within_its_time_is_stored() {
+    let handler = Handler::new().answering(|_| {
+        Response::new(support::stalling(
+            "slow",
+            tokio::time::sleep(Duration::from_millis(9_900)),
+        ))
+    });
+    let service = on_memory(&handler);
+    assert_eq!(send(&service, post("k", "pay")).await.body, "slow");
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_of_empty_frames_without_end_ends_with_its_time() {
+    let handler = Handler::new().answering(|_| Response::new(support::empty_frames()));
+    let service = on_memory(&handler);
+    let owner = tokio::spawn(service.clone().oneshot(post("k", "pay")));
+    support::advance(Duration::from_secs(9)).await;
+    assert!(!owner.is_finished());
+    support::advance(Duration::from_secs(1)).await;
+    assert!(owner.is_finished());
+    assert_eq!(owner.await.unwrap().unwrap().status(), 200);
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+}
+
+#[test]
+fn bodies_are_read_on_a_runtime_without_timers() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("pa"), Play::Data("id")])));
+        let service = on_memory(&handler);
+        for is_replay in [false, true] {
+            let body = frames(vec![Play::Data("pa"), Play::Data("y")]);
+            let got = send(&service, request("k", body)).await;
+            assert_eq!((got.is_replay(), &got.body[..]), (is_replay, &b"paid"[..]));
+        }
+    });
+}
+
 #[tokio::test]
 async fn an_answer_whose_body_panics_counts_as_a_panic() {
     let handler = Handler::new().answering(|n| match n {

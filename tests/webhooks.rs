@@ -449,6 +449,22 @@ async fn a_duplicate_of_which_the_answer_was_not_kept_gets_a_bare_200() {
     }
 }
 
+/// A forger's body that is always ready kept its thread for ever.
+#[tokio::test(start_paused = true)]
+async fn a_webhook_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
+    let app = App::new(standard());
+    let mut endless = webhook("msg_1", "paid");
+    let empty = stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::new()));
+    *endless.body_mut() = Body::from_stream(empty);
+    let sent = tokio::spawn(app.router.clone().oneshot(endless));
+    support::advance(Duration::from_secs(29)).await;
+    assert!(!sent.is_finished());
+    support::advance(Duration::from_secs(1)).await;
+    assert!(sent.is_finished());
+    assert_eq!(sent.await.unwrap().unwrap().status(), StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(app.counts(), (0, 0));
+}
+
 /// The service within was ready for each request whose body was read: forgers who sent none took all of its permits.
 #[tokio::test(start_paused = true)]
 async fn what_is_not_verified_takes_nothing_of_the_service_within() {

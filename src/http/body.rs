@@ -4,12 +4,15 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{ready, Context, Poll};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
 use http_body_util::{BodyExt, Full};
+
+use crate::clock::Limit;
 
 /// A body type that can be made again from bytes that were read from it.
 ///
@@ -216,15 +219,23 @@ impl Collected {
 pub(crate) enum Shortfall<B: HttpBody> {
     /// It broke off.
     Broken(B::Error),
-    /// It is longer than the bound; this yields all of it.
+    /// It is longer than the limit; this yields all of it.
     TooLarge(Body<B>),
+    /// It took longer than the limit; this yields all of it.
+    TooSlow(Body<B>),
 }
 
-/// Reads a body to its end, but no more than `limit` bytes of it (and one frame).
-pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize) -> Collect<B> {
+/// The most frames that are read in one poll. Without a bound, a body that never ends and is always ready would keep its thread,
+/// and no timer could end it.
+const FRAMES_PER_POLL: usize = 128;
+
+/// Reads a body to its end, but no more than `limit` bytes of it (and one frame) and for no longer than `timeout`. No timer is made
+/// for a body that is complete at the first poll.
+pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
     Collect {
         body: Some(body),
         limit,
+        timeout: Limit::Set(timeout),
         read: Read::default(),
         trailers: None,
     }
@@ -236,8 +247,46 @@ pub(crate) struct Collect<B> {
     /// Until it ends.
     body: Option<B>,
     limit: usize,
+    timeout: Limit,
     read: Read,
     trailers: Option<HeaderMap>,
+}
+
+/// How the reading of a body ended.
+enum Stop<E> {
+    Broken(E),
+    Complete,
+    TooLarge,
+    TooSlow,
+}
+
+impl<B: RebuildBody> Collect<B> {
+    fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<Stop<B::Error>> {
+        let Some(body) = &mut self.body else {
+            return Poll::Pending;
+        };
+        if self.read.len() == 0 && exceeds(body.size_hint().lower(), self.limit) {
+            return Poll::Ready(Stop::TooLarge);
+        }
+        for _ in 0..FRAMES_PER_POLL {
+            let Some(frame) = ready!(Pin::new(&mut *body).poll_frame(cx)) else {
+                return Poll::Ready(Stop::Complete);
+            };
+            match frame.map(Frame::into_data) {
+                Ok(Ok(data)) => self.read.push(data, self.limit),
+                Ok(Err(frame)) => self.trailers = frame.into_trailers().ok(),
+                Err(error) => return Poll::Ready(Stop::Broken(error)),
+            }
+            if self.read.len() > self.limit {
+                return Poll::Ready(Stop::TooLarge);
+            }
+            if body.is_end_stream() {
+                return Poll::Ready(Stop::Complete);
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
 }
 
 impl<B: RebuildBody> Future for Collect<B> {
@@ -245,30 +294,21 @@ impl<B: RebuildBody> Future for Collect<B> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let Some(body) = &mut this.body else {
-            return Poll::Pending;
+        let stop = match this.poll_frames(cx) {
+            Poll::Ready(stop) => stop,
+            Poll::Pending if this.body.is_none() => return Poll::Pending,
+            Poll::Pending => {
+                ready!(this.timeout.poll_over(cx));
+                Stop::TooSlow
+            }
         };
-        let mut too_large = this.read.len() == 0 && exceeds(body.size_hint().lower(), this.limit);
-        while !too_large {
-            let Some(frame) = ready!(Pin::new(&mut *body).poll_frame(cx)) else {
-                break;
-            };
-            match frame.map(Frame::into_data) {
-                Ok(Ok(data)) => this.read.push(data, this.limit),
-                Ok(Err(frame)) => this.trailers = frame.into_trailers().ok(),
-                Err(error) => return Poll::Ready(Err(Shortfall::Broken(error))),
-            }
-            too_large = this.read.len() > this.limit;
-            if body.is_end_stream() {
-                break;
-            }
-        }
         let front = std::mem::take(&mut this.read).into_bytes();
         let (rest, trailers) = (this.body.take(), this.trailers.take());
-        Poll::Ready(if too_large {
-            Err(Shortfall::TooLarge(Body { front, rest, trailers }))
-        } else {
-            Ok(Collected { bytes: front, trailers })
+        Poll::Ready(match stop {
+            Stop::Broken(error) => Err(Shortfall::Broken(error)),
+            Stop::Complete => Ok(Collected { bytes: front, trailers }),
+            Stop::TooLarge => Err(Shortfall::TooLarge(Body { front, rest, trailers })),
+            Stop::TooSlow => Err(Shortfall::TooSlow(Body { front, rest, trailers })),
         })
     }
 }
@@ -319,7 +359,7 @@ mod tests {
     use std::convert::Infallible;
 
     use futures::executor::block_on;
-    use futures::stream;
+    use futures::stream::{self, StreamExt};
     use http_body_util::StreamBody;
 
     use super::*;
@@ -338,6 +378,11 @@ mod tests {
         StreamBody::new(stream::iter(frames)).boxed_unsync()
     }
 
+    /// Without a runtime: no timer may be needed.
+    fn reading<B: RebuildBody>(body: B, limit: usize) -> Collect<B> {
+        collect(body, limit, Duration::from_secs(10))
+    }
+
     fn drain<B: HttpBody<Data = Bytes, Error = Infallible> + Unpin>(body: B) -> (Bytes, Option<HeaderMap>) {
         let collected = block_on(body.collect()).unwrap();
         let trailers = collected.trailers().cloned();
@@ -346,7 +391,7 @@ mod tests {
 
     #[test]
     fn frames_and_trailers_come_back() {
-        let read = block_on(collect(frames(&["ab", "", "cd"], Some("t")), 4)).unwrap();
+        let read = block_on(reading(frames(&["ab", "", "cd"], Some("t")), 4)).unwrap();
         let (bytes, trailers) = drain(read.rebuild::<Frames>());
         assert_eq!(bytes, "abcd");
         assert_eq!(trailers.unwrap()[http::header::ETAG], "t");
@@ -354,7 +399,7 @@ mod tests {
 
     #[test]
     fn a_body_over_the_limit_is_handed_back_whole() {
-        let Err(Shortfall::TooLarge(body)) = block_on(collect(frames(&["ab", "cd", "ef"], Some("t")), 3)) else {
+        let Err(Shortfall::TooLarge(body)) = block_on(reading(frames(&["ab", "cd", "ef"], Some("t")), 3)) else {
             panic!("it fits")
         };
         let (bytes, trailers) = drain(Frames::rebuild(body));
@@ -362,12 +407,47 @@ mod tests {
         assert!(trailers.is_some());
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_stalls_is_handed_back_whole_when_its_time_is_over() {
+        let stalled = stream::iter([Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"ab")))]).chain(
+            stream::once(tokio::time::sleep(Duration::from_secs(11)))
+                .map(|()| Ok(Frame::data(Bytes::from_static(b"cd")))),
+        );
+        let body: Frames = StreamBody::new(stalled).boxed_unsync();
+        let Err(Shortfall::TooSlow(body)) = collect(body, 4, Duration::from_secs(10)).await else {
+            panic!("it was waited for")
+        };
+        assert_eq!(Frames::rebuild(body).collect().await.unwrap().to_bytes(), "abcd");
+    }
+
+    /// The task never came back from its poll, so that no timer could end it.
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_is_always_ready_ends_when_its_time_is_over() {
+        let empty = stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(Bytes::new())));
+        let body: Frames = StreamBody::new(empty).boxed_unsync();
+        let reading = tokio::spawn(collect(body, 4, Duration::from_secs(10)));
+        tokio::task::yield_now().await;
+        tokio::time::advance(Duration::from_secs(9)).await;
+        assert!(!reading.is_finished());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        tokio::task::yield_now().await;
+        assert!(reading.is_finished());
+        assert!(matches!(reading.await.unwrap(), Err(Shortfall::TooSlow(_))));
+    }
+
+    #[test]
+    fn many_frames_are_read_without_a_runtime() {
+        let many = vec!["x"; 3 * FRAMES_PER_POLL];
+        let all = block_on(reading(frames(&many, None), many.len())).unwrap();
+        assert_eq!(all.bytes.len(), many.len());
+    }
+
     #[test]
     fn a_single_frame_is_not_copied() {
         let frame = Bytes::from(vec![7; 1000]);
-        let read = block_on(collect(Full::new(frame.clone()), 1000)).unwrap();
+        let read = block_on(reading(Full::new(frame.clone()), 1000)).unwrap();
         assert_eq!(read.bytes.as_ptr(), frame.as_ptr());
-        let Err(Shortfall::TooLarge(body)) = block_on(collect(Full::new(frame), 999)) else {
+        let Err(Shortfall::TooLarge(body)) = block_on(reading(Full::new(frame), 999)) else {
             panic!()
         };
         assert_eq!(body.size_hint().exact(), Some(1000));

@@ -19,7 +19,6 @@ use super::future::Underway;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::settings::Values;
-use crate::clock::{within, Within};
 use crate::http::{collect, Collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;
@@ -35,7 +34,7 @@ pub(super) struct Arrival<St, S, B> {
     names: Names,
     service: S,
     head: Parts,
-    body: Within<Collect<B>>,
+    body: Collect<B>,
 }
 
 /// How the key of a request is called.
@@ -72,7 +71,7 @@ impl<St: Store, S, B: RebuildBody> Arrival<St, S, B> {
         head: Parts,
         body: B,
     ) -> Self {
-        let body = within(settings.body_timeout, collect(body, settings.body_limit));
+        let body = collect(body, settings.body_limit, settings.body_timeout);
         Self {
             shared,
             settings,
@@ -101,10 +100,10 @@ where
         let _entered = self.span.as_deref().map(Span::enter);
         Pin::new(&mut self.body).poll(cx).map(|read| {
             let kind = match read {
-                Ok(Ok(body)) => return Ok(body),
-                Ok(Err(Shortfall::Broken(_))) => RefusalKind::BodyBroken,
-                Ok(Err(Shortfall::TooLarge(_))) => RefusalKind::BodyTooLarge,
-                Err(_) => RefusalKind::BodyTimeout,
+                Ok(body) => return Ok(body),
+                Err(Shortfall::Broken(_)) => RefusalKind::BodyBroken,
+                Err(Shortfall::TooLarge(_)) => RefusalKind::BodyTooLarge,
+                Err(Shortfall::TooSlow(_)) => RefusalKind::BodyTimeout,
             };
             Err(Refusal::new(kind))
         })
@@ -146,7 +145,7 @@ where
                 let hold = Hold::granted(Arc::clone(&shared), Arc::clone(&flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 let lease = Lease::new(&hold, &settings, grant);
-                let running = start(admitted, lease, settings.answer_limit);
+                let running = start(admitted, lease, &settings);
                 drop(entered);
                 let mut exchange = Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing);
                 let flow = async move { exchange.see_through(running).await };

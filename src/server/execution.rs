@@ -35,7 +35,7 @@ pub(super) enum Ended<R, E> {
     Failed(E),
     /// With a panic.
     Panicked,
-    /// With an answer that cannot be kept: a stream, or longer than the limit.
+    /// With a response that cannot be stored: a stream, or one that is longer or takes longer than the limits allow.
     Streaming(Response<R>),
 }
 
@@ -85,7 +85,7 @@ impl<St: Store, S> Exchange<St, S> {
     {
         let running = self.unload().and_then(|admitted| {
             let lease = Lease::new(&self.hold, &self.settings, grant);
-            start(*admitted, lease, self.settings.answer_limit)
+            start(*admitted, lease, &self.settings)
         });
         self.see_through(running).await
     }
@@ -438,7 +438,7 @@ pub(super) type Running<F> = Pin<Box<F>>;
 pub(super) fn start<S, B, R>(
     admitted: Admitted<S>,
     lease: Lease,
-    answer_limit: usize,
+    settings: &Values,
 ) -> Option<Running<impl Future<Output = Ended<R, S::Error>> + use<S, B, R>>>
 where
     S: Service<Request<B>, Response = Response<R>>,
@@ -449,11 +449,15 @@ where
     let outer = request.extensions_mut().remove::<Lease>();
     request.extensions_mut().insert(lease.within(outer));
     let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
-    Some(Box::pin(ended(running, answer_limit)))
+    Some(Box::pin(ended(
+        running,
+        settings.answer_limit,
+        settings.response_timeout,
+    )))
 }
 
 /// Waits for the handler and reads its answer.
-async fn ended<F, R, E>(running: F, limit: usize) -> Ended<R, E>
+async fn ended<F, R, E>(running: F, limit: usize, timeout: Duration) -> Ended<R, E>
 where
     F: Future<Output = Result<Response<R>, E>>,
     R: RebuildBody,
@@ -466,10 +470,12 @@ where
     if is_stream(&head) {
         return Ended::Streaming(Response::from_parts(head, body));
     }
-    match collect(body, limit).await {
+    match collect(body, limit, timeout).await {
         Ok(body) => Ended::Answered(Read { head, body }),
         Err(Shortfall::Broken(_)) => Ended::Broken(head),
-        Err(Shortfall::TooLarge(body)) => Ended::Streaming(Response::from_parts(head, R::rebuild(body))),
+        Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => {
+            Ended::Streaming(Response::from_parts(head, R::rebuild(body)))
+        }
     }
 }
 

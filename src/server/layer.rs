@@ -53,7 +53,7 @@ use crate::store::Store;
 /// | scope | none; `Authorization`, `X-Api-Key` and the host name are parts of the fingerprint |
 /// | fingerprint | method, path, query, body bytes |
 /// | body limits | 2 MiB for requests, 2 MiB for stored answers |
-/// | request body timeout | 30 s |
+/// | body timeouts | 30 s for requests, 10 s for responses, counted from the head |
 /// | kept | 2xx, 3xx, 4xx except 401, 403, 407, 421, 425, 429, 431; not 408 and 5xx |
 /// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
 /// | retention, lease | 24 h from completion, 30 s renewed at a third |
@@ -91,8 +91,8 @@ impl<St: Store> IdempotencyLayer<St> {
             .with_wait(Duration::ZERO)
     }
 
-    /// Sets what Stripe's API does: POST only, the key as it stands and optional, answers kept for 24 hours, 5xx too (but not those
-    /// that say that nothing was done: 401, 403, 429 and the like), 409 at once while the first is outstanding, refusals in
+    /// Sets what Stripe's API does: POST only, the key as it stands and optional, answers kept for 24 hours, 5xx too (but not the 4xx
+    /// that the [table](Self#defaults) leaves out: 401, 404, 429 and the like), 409 at once while the first is outstanding, refusals in
     /// Stripe's shape, 400 for a key that belongs to another request.
     pub fn stripe(mut self) -> Self {
         self.values().refusals = RefusalStyle::Stripe;
@@ -113,8 +113,8 @@ impl<St: Store> IdempotencyLayer<St> {
     /// * Only 2xx answers are kept. After any other the next delivery runs the handler again, which may have been mended by then; for
     ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures release the key.
     /// * No answer is given of which nothing is recorded, since a 2xx acknowledges: 503 instead.
-    /// * A duplicate of which the answer was not kept, being too long or forgotten for want of room, gets a bare 200 instead of 409
-    ///   `answer-not-kept`: providers stop sending to who never answers with 2xx.
+    /// * A duplicate of a success whose response was not stored, because it was too long, too slow or dropped for want of room, gets a
+    ///   bare 200 instead of 409 `answer-not-kept`, because providers stop sending to an endpoint that never answers with 2xx.
     /// * The scope `Scope::of(["tower-idempotency", "webhooks"])`, so that no request with a key of a client's own takes a webhook's, on
     ///   whatever layer of the same store.
     pub fn webhooks(mut self) -> Self {
@@ -260,6 +260,19 @@ impl<St: Store> IdempotencyLayer<St> {
     /// `answer-not-kept`.
     pub fn with_answer_limit(mut self, bytes: usize) -> Self {
         self.values().answer_limit = bytes;
+        self
+    }
+
+    /// Sets how long the body of a response may take, counted from its head. Default: 10 s. Zero: the body must be complete at once.
+    ///
+    /// The layer reads the response before it records it, and renews the lease meanwhile. If the body is not complete in time, the
+    /// layer records that the request is done without its response, and streams the body on, beginning with what was read so far.
+    /// Duplicates then get 409 `answer-not-kept`. If the response is not to be stored, its key is released instead. A body whose
+    /// caller is gone is dropped at this point, so that every execution ends. This does not limit the handler: put a
+    /// `tower_http::timeout::TimeoutLayer` inside of this layer for that. On a runtime without timers, the limit takes effect at the
+    /// next frame that arrives after it.
+    pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
+        self.values().response_timeout = timeout;
         self
     }
 

@@ -32,6 +32,7 @@ pub(super) struct Values {
     pub(super) body_limit: usize,
     pub(super) body_timeout: Duration,
     pub(super) answer_limit: usize,
+    pub(super) response_timeout: Duration,
     pub(super) keep: KeepPolicy,
     pub(super) on_lost: OnLost,
     pub(super) max_attempts: u32,
@@ -71,6 +72,7 @@ impl Default for Values {
             body_limit: 2 << 20,
             body_timeout: Duration::from_secs(30),
             answer_limit: 2 << 20,
+            response_timeout: Duration::from_secs(10),
             keep: KeepPolicy::default(),
             on_lost: OnLost::default(),
             max_attempts: 5,
@@ -104,6 +106,7 @@ impl fmt::Debug for Values {
             .field("fingerprint", &self.fingerprinting)
             .field("body_limit", &self.body_limit)
             .field("answer_limit", &self.answer_limit)
+            .field("response_timeout", &self.response_timeout)
             .field("keep", &self.keep)
             .field("acknowledges", &self.acknowledges)
             .field("on_lost", &self.on_lost)

@@ -119,8 +119,8 @@ impl Lease {
     /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over, or this attempt has completed it already (in an
     /// earlier transaction whose commit took effect although its reply was lost, say): roll back (drop the transaction), and
     /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
-    /// store is no [`PostgresStore`], or the response is a stream, is longer than the layer's limit, or breaks off. Otherwise as
-    /// for [`Store::complete`]. In every case roll back.
+    /// store is no [`PostgresStore`], or the response is a stream, breaks off, or is longer or takes longer than the layer's limits.
+    /// Otherwise as for [`Store::complete`]. In every case roll back.
     pub async fn complete_response_in<B: RebuildBody>(
         &self,
         connection: &mut PgConnection,
@@ -132,7 +132,8 @@ impl Lease {
         if is_stream(&head) {
             return Err(NOT_KEPT);
         }
-        let body = collect(body, settings.answer_limit).await.map_err(|_| NOT_KEPT)?;
+        let reading = collect(body, settings.answer_limit, settings.response_timeout);
+        let body = reading.await.map_err(|_| NOT_KEPT)?;
         let answer = settings.answer_headers.store(&head, &body);
         let outcome = Outcome::Kept(answer);
         let retention = retention(settings, &head);
@@ -161,8 +162,8 @@ const NO_POSTGRES: Error = Error::new(
 
 const NOT_KEPT: Error = Error::new(
     ErrorKind::Configuration,
-    "the answer is a stream, longer than the layer's limit or broken, so that it cannot be completed in a transaction; shorten \
-     it or raise `with_answer_limit`",
+    "the response is a stream, broken, or longer or slower than the layer's limits, so that it cannot be completed in a \
+     transaction; shorten it, or raise `with_answer_limit` or `with_response_timeout`",
 );
 
 const SUPERSEDED: Error = Error::new(

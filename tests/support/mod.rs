@@ -275,6 +275,14 @@ pub async fn yield_times(times: usize) {
     }
 }
 
+/// Moves the paused clock forward, between what is ready before and what is ready then. The clock does not move by itself while a
+/// task wakes itself all the time.
+pub async fn advance(duration: Duration) {
+    yield_times(50).await;
+    tokio::time::advance(duration).await;
+    yield_times(50).await;
+}
+
 /// A handler that counts its runs and answers with their number.
 #[derive(Clone, Default)]
 pub struct Handler {
@@ -396,6 +404,19 @@ impl Body for Frames {
             Some(Play::Stall) => return Poll::Pending,
         })
     }
+}
+
+/// A body that yields `front`, then nothing until `rest` is over, then ends.
+pub fn stalling(front: &'static str, rest: impl Future<Output = ()> + Send + 'static) -> AnyBody {
+    let front = futures::stream::iter([Ok(Frame::data(Bytes::from_static(front.as_bytes())))]);
+    let rest = futures::StreamExt::filter_map(futures::stream::once(rest), |()| async { None });
+    http_body_util::StreamBody::new(futures::StreamExt::chain(front, rest)).boxed_unsync()
+}
+
+/// A body of empty frames without end, each ready at once.
+pub fn empty_frames() -> AnyBody {
+    let empty = futures::stream::repeat_with(|| Ok(Frame::data(Bytes::new())));
+    http_body_util::StreamBody::new(empty).boxed_unsync()
 }
 
 pub fn post(key: &str, body: impl Into<Bytes>) -> Request<AnyBody> {

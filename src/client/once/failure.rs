@@ -40,8 +40,8 @@ pub enum OnceError<T, E> {
     },
     /// The key was used for another input. Nothing ran.
     Mismatch,
-    /// The call was made, and its answer was not kept: it was too long, a stream, or broke off, or it was a value that JSON cannot
-    /// hold. Nothing ran now, or nothing runs again.
+    /// The call was made, and its response was not stored: it was too long, too slow, a stream, or broke off, or it was a value that
+    /// JSON cannot hold. Nothing ran now, or nothing runs again.
     NotKept,
     /// The store failed, or the call is not set up soundly. Nothing ran.
     NotRun(Error),

@@ -14,7 +14,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::VerifyWebhook;
-use crate::clock::{wall_clock, within};
+use crate::clock::wall_clock;
 use crate::http::{collect, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall, IDEMPOTENCY_KEY};
 use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
@@ -173,12 +173,11 @@ async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
     if !settings.verify.is_signed(&head.headers) {
         return Err(RefusalKind::InvalidWebhook);
     }
-    let read = within(settings.timeout, collect(body, settings.limit)).await;
-    let body = match read {
-        Ok(Ok(body)) => body,
-        Ok(Err(Shortfall::TooLarge(_))) => return Err(RefusalKind::BodyTooLarge),
-        Ok(Err(Shortfall::Broken(_))) => return Err(RefusalKind::BodyBroken),
-        Err(_) => return Err(RefusalKind::BodyTimeout),
+    let body = match collect(body, settings.limit, settings.timeout).await {
+        Ok(body) => body,
+        Err(Shortfall::Broken(_)) => return Err(RefusalKind::BodyBroken),
+        Err(Shortfall::TooLarge(_)) => return Err(RefusalKind::BodyTooLarge),
+        Err(Shortfall::TooSlow(_)) => return Err(RefusalKind::BodyTimeout),
     };
     let id = settings.verify.verify(&head.headers, &body.bytes, wall_clock());
     let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());

@@ -147,9 +147,11 @@ impl Settings {
             let given = Given::Answer(Response::from_parts(head, body));
             return Ended { given, verdict };
         }
-        let given = match collect(body, self.answer_limit).await {
+        let given = match collect(body, self.answer_limit, self.response_timeout).await {
             Ok(body) => return self.keep(head, body),
-            Err(Shortfall::TooLarge(body)) => Given::Answer(Response::from_parts(head, R::rebuild(body))),
+            Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => {
+                Given::Answer(Response::from_parts(head, R::rebuild(body)))
+            }
             Err(Shortfall::Broken(_)) => Given::Broken,
         };
         Ended { given, verdict }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -81,6 +82,7 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
 /// | [attempts](Self::with_max_attempts) | 5 |
 /// | [bounds](Self::with_limits) of the request's and the answer's body | 2 MiB each |
+/// | [time for the request's body](Self::with_body_timeout), [for the response's](Self::with_response_timeout) | 30 s, 10 s |
 /// | what is compared | method, target and body; not `Authorization`, which is ours |
 #[derive(Clone)]
 pub struct OnceLayer<St> {
@@ -103,6 +105,8 @@ pub(super) struct Settings {
     pub(super) classes: ErrorClasses,
     pub(super) request_limit: usize,
     pub(super) answer_limit: usize,
+    pub(super) body_timeout: Duration,
+    pub(super) response_timeout: Duration,
     pub(super) answers: AnswerHeaders,
 }
 
@@ -135,6 +139,8 @@ impl<St> OnceLayer<St> {
             classes: ErrorClasses::default(),
             request_limit: 2 << 20,
             answer_limit: 2 << 20,
+            body_timeout: Duration::from_secs(30),
+            response_timeout: Duration::from_secs(10),
             answers: AnswerHeaders::default(),
         };
         Self {
@@ -257,6 +263,23 @@ impl<St> OnceLayer<St> {
     pub fn with_limits(mut self, request: usize, answer: usize) -> Self {
         let settings = self.settings();
         (settings.request_limit, settings.answer_limit) = (request, answer);
+        self
+    }
+
+    /// Sets how long the request's body may take to end, which is read before the call. Default: 30 s. A request whose body takes
+    /// longer is not sent.
+    #[must_use]
+    pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
+        self.settings().body_timeout = timeout;
+        self
+    }
+
+    /// Sets how long the body of a response may take, counted from its head. Default: 10 s. A response that takes longer is not
+    /// stored: the call counts as made, its caller gets the response, which streams on, and whoever makes the call again gets
+    /// [`OnceError::NotKept`](crate::client::OnceError::NotKept).
+    #[must_use]
+    pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
+        self.settings().response_timeout = timeout;
         self
     }
 }

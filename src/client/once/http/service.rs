@@ -140,7 +140,7 @@ where
 {
     let (head, body) = request.into_parts();
     let (key, scope) = name(&settings, &head).map_err(OnceError::NotRun)?;
-    let body = read(body, settings.request_limit).await.map_err(OnceError::NotRun)?;
+    let body = read(&settings, body).await.map_err(OnceError::NotRun)?;
     let job = Job {
         store,
         key: settings.terms.space.call_key(scope.as_ref(), &key, None),
@@ -220,7 +220,7 @@ fn name(settings: &Settings, head: &Parts) -> Result<(String, Option<Scope>), Er
     }
 }
 
-async fn read<B>(body: B, limit: usize) -> Result<Collected, Error>
+async fn read<B>(settings: &Settings, body: B) -> Result<Collected, Error>
 where
     B: RebuildBody,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -233,8 +233,14 @@ where
         ErrorKind::Configuration,
         "the request's body broke off while it was read",
     );
-    collect(body, limit).await.map_err(|shortfall| match shortfall {
+    const TOO_SLOW: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request's body took longer than the OnceLayer allows; raise it by `with_body_timeout`",
+    );
+    let reading = collect(body, settings.request_limit, settings.body_timeout);
+    reading.await.map_err(|shortfall| match shortfall {
         Shortfall::TooLarge(_) => TOO_LONG,
+        Shortfall::TooSlow(_) => TOO_SLOW,
         Shortfall::Broken(error) => BROKEN.with_source(error),
     })
 }
