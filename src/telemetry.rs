@@ -40,7 +40,7 @@ pub(crate) enum Event {
     RelayFailed,
     /// A lease could not be renewed; it is tried again while it lasts.
     RenewalFailed,
-    /// The handler panicked or its service failed.
+    /// The handler panicked, its service failed, or a response broke off that was not to be stored.
     HandlerFailed,
     /// A handler completed in a transaction that was not committed.
     #[cfg(feature = "postgres")]

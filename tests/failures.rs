@@ -13,7 +13,9 @@ use http_body_util::BodyExt;
 use support::{frames, post, request, send, start, text, AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer};
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Resolution, Status};
-use tower_idempotency::{IdempotencyLayer, Keep, Lease, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store};
+use tower_idempotency::{
+    DoNotKeep, IdempotencyLayer, Keep, Lease, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store,
+};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -261,6 +263,88 @@ async fn an_answer_that_breaks_off_is_never_executed_again() {
     }
 }
 
+/// A body that broke off kept its key from running for a day, whatever its head said.
+#[tokio::test]
+async fn a_response_that_is_not_stored_frees_its_key_although_its_body_breaks_off() {
+    for (status, mark) in [
+        (401, false),
+        (403, false),
+        (429, false),
+        (500, false),
+        (503, false),
+        (200, true),
+    ] {
+        let handler = Handler::new().answering(move |n| {
+            if n > 1 {
+                return text(StatusCode::CREATED, "paid");
+            }
+            let mut response = Response::new(frames(vec![Play::Data("slow d"), Play::Break]));
+            *response.status_mut() = StatusCode::from_u16(status).unwrap();
+            if mark {
+                response.extensions_mut().insert(DoNotKeep);
+            }
+            response
+        });
+        let service = on_memory(&handler);
+        let first = send(&service, post("k", "pay")).await;
+        assert_eq!((first.status(), first.code()), (500, "handler-failed"), "{status}");
+        assert!(String::from_utf8_lossy(&first.body).contains("\"retryable\":true"));
+        assert_eq!(send(&service, post("k", "pay")).await.status(), 201, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_failure_whose_body_breaks_off_follows_the_setting_for_failures() {
+    for (on_error, first, second) in [
+        (OnError::Release, "handler-failed", "handler-failed"),
+        (OnError::Unknown, "handler-failed", "outcome-unknown"),
+        (OnError::Keep, "answer-broken", "answer-not-kept"),
+    ] {
+        let handler = Handler::new().answering(|_| {
+            let mut response = Response::new(frames(vec![Play::Data("fai"), Play::Break]));
+            *response.status_mut() = StatusCode::BAD_GATEWAY;
+            response
+        });
+        let layer = IdempotencyLayer::new(MemoryStore::new()).on_error(on_error);
+        let service = layer.layer(handler.clone());
+        let codes = [
+            send(&service, post("k", "pay")).await.code(),
+            send(&service, post("k", "pay")).await.code(),
+        ];
+        assert_eq!(codes, [first, second], "{on_error:?}");
+        assert_eq!(handler.runs(), if on_error == OnError::Release { 2 } else { 1 });
+    }
+}
+
+/// The tombstone lived for the layer's hour, and the request ran again after two.
+#[tokio::test]
+async fn a_response_without_its_body_is_done_for_as_long_as_its_head_asks() {
+    for (body, limit) in [("breaks", 100), ("long", 3)] {
+        let handler = Handler::new().answering(move |_| {
+            let mut response = match body {
+                "breaks" => Response::new(frames(vec![Play::Data("par"), Play::Break])),
+                _ => text(StatusCode::OK, "too long"),
+            };
+            response.extensions_mut().insert(RetainFor(DAY));
+            response
+        });
+        let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1));
+        let store = MemoryStore::builder().with_clock(clock.clone()).build();
+        let layer = IdempotencyLayer::new(store)
+            .with_retention(Duration::from_secs(3_600))
+            .with_answer_limit(limit);
+        let service = layer.layer(handler.clone());
+        send(&service, post("k", "pay")).await;
+        clock.advance(Duration::from_secs(7_200));
+        assert_eq!(
+            send(&service, post("k", "pay")).await.code(),
+            "answer-not-kept",
+            "{body}"
+        );
+        assert_eq!(handler.runs(), 1, "{body}");
+    }
+}
+
 /// Counts up when it is dropped.
 struct Counted(Arc<AtomicUsize>);
 
@@ -403,15 +487,22 @@ fn bodies_are_read_on_a_runtime_without_timers() {
     });
 }
 
+/// The panic of a body counted as one of the handler, and released the key of a success.
 #[tokio::test]
-async fn an_answer_whose_body_panics_counts_as_a_panic() {
-    let handler = Handler::new().answering(|n| match n {
-        1 => Response::new(frames(vec![Play::Data("x"), Play::Panic])),
-        _ => text(StatusCode::OK, "second"),
-    });
-    let service = on_memory(&handler);
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "handler-failed");
-    assert_eq!(send(&service, post("k", "pay")).await.body, "second");
+async fn a_response_whose_body_panics_has_broken_off() {
+    for (status, code, second) in [(200, "answer-broken", 409), (503, "handler-failed", 201)] {
+        let handler = Handler::new().answering(move |n| {
+            if n > 1 {
+                return text(StatusCode::CREATED, "second");
+            }
+            let mut response = Response::new(frames(vec![Play::Data("x"), Play::Panic]));
+            *response.status_mut() = StatusCode::from_u16(status).unwrap();
+            response
+        });
+        let service = on_memory(&handler);
+        assert_eq!(send(&service, post("k", "pay")).await.code(), code);
+        assert_eq!(send(&service, post("k", "pay")).await.status(), second);
+    }
 }
 
 #[tokio::test]
@@ -448,6 +539,111 @@ async fn an_event_stream_streams_after_its_tombstone() {
     assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "data: 1\n\n");
     assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
     assert_eq!(handler.runs(), 1);
+}
+
+// --- layers within layers ------------------------------------------------------------------------------------------
+
+/// A request with a key for each of two layers.
+fn with_two_keys() -> Request<AnyBody> {
+    let mut request = post("inner", "pay");
+    request.headers_mut().insert("x-outer-key", "outer".parse().unwrap());
+    request
+}
+
+fn outer() -> IdempotencyLayer<MemoryStore> {
+    IdempotencyLayer::new(MemoryStore::new()).with_header(header::HeaderName::from_static("x-outer-key"))
+}
+
+/// A refusal of an inner layer counted as "nothing happened", whatever it said.
+#[tokio::test]
+async fn a_failure_that_an_inner_layer_reports_is_a_failure() {
+    for (on_error, runs, codes) in [
+        (OnError::Unknown, 1, ["handler-failed", "outcome-unknown"]),
+        (OnError::Keep, 1, ["handler-failed", ""]),
+        (OnError::Release, 2, ["handler-failed", "handler-failed"]),
+    ] {
+        let handler = Handler::new().answering(|_| panic!("after the effect"));
+        let inner = IdempotencyLayer::new(MemoryStore::new());
+        let service = outer().on_error(on_error).layer(inner.layer(handler.clone()));
+        let first = send(&service, with_two_keys()).await;
+        let second = send(&service, with_two_keys()).await;
+        assert_eq!(
+            ([first.code(), second.code()], handler.runs()),
+            (codes, runs),
+            "{on_error:?}"
+        );
+        assert_eq!(second.is_replay(), on_error == OnError::Keep);
+    }
+}
+
+/// The inner layer forgets its key after an hour, and the outer one must not run it again then.
+#[tokio::test]
+async fn what_an_inner_layer_reports_as_done_is_done() {
+    let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1));
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let inner = IdempotencyLayer::new(store).with_retention(Duration::from_secs(3_600));
+    let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("par"), Play::Break])));
+    let service = outer().layer(inner.layer(handler.clone()));
+    assert_eq!(send(&service, with_two_keys()).await.code(), "answer-broken");
+    clock.advance(Duration::from_secs(7_200));
+    assert_eq!(send(&service, with_two_keys()).await.code(), "answer-not-kept");
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test]
+async fn what_an_inner_layer_refuses_before_its_handler_frees_the_outer_key() {
+    let handler = Handler::new();
+    let inner = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    send(&inner, post("inner", "another payment")).await;
+    let service = outer().on_error(OnError::Unknown).layer(inner);
+    for _ in 0..2 {
+        assert_eq!(send(&service, with_two_keys()).await.code(), "key-reused");
+    }
+    assert_eq!(handler.runs(), 1);
+}
+
+/// The inner attempt ran and lost its key to another request. What it is refused with says nothing about its own effect.
+#[tokio::test(start_paused = true)]
+async fn an_inner_attempt_that_ran_and_was_superseded_is_of_unknown_outcome() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(60));
+    let inner = IdempotencyLayer::new(store.clone());
+    let service = outer().on_error(OnError::Unknown).layer(inner.layer(handler.clone()));
+    let owner = start(&service, with_two_keys());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    store.fail("renew", [Fault::Before; 1_000]);
+    tokio::time::sleep(Duration::from_secs(40)).await;
+    let (key, _) = store.only();
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
+    store.heal();
+    let elsewhere = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    send(&elsewhere, post("inner", "another payment")).await;
+    assert_eq!(owner.await.unwrap().code(), "key-reused");
+    assert_eq!(send(&service, with_two_keys()).await.code(), "outcome-unknown");
+    assert_eq!(handler.runs(), 1);
+}
+
+/// The caller and the duplicates got the replay marker for a failure that no record holds.
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_could_not_be_recorded_is_not_marked_as_a_replay() {
+    for panics in [true, false] {
+        let store = RemoteStore::new();
+        store.fail("complete", [Fault::Before; 100]);
+        let handler = Handler::new().taking(Duration::from_secs(1)).answering(move |_| {
+            assert!(!panics, "after the effect");
+            text(StatusCode::BAD_GATEWAY, "failed")
+        });
+        let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Keep);
+        let service = layer.layer(handler.clone());
+        let owner = start(&service, post("k", "pay"));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let waiter = start(&service, post("k", "pay"));
+        for got in [owner.await.unwrap(), waiter.await.unwrap()] {
+            assert!(got.status() >= 500 && !got.is_replay(), "{panics}: {:?}", got.head);
+        }
+        assert_eq!(handler.runs(), 1);
+    }
 }
 
 // --- the store ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ use tower_idempotency::receiver::webhooks::{
     GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, WebhookLayer,
 };
 use tower_idempotency::receiver::{ids, MessageId};
-use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, Refusal, RefusalKind, Scope, Store};
+use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, OnError, Refusal, RefusalKind, Scope, Store};
 
 const SECRET: [u8; 24] = [7; 24];
 
@@ -446,6 +446,25 @@ async fn a_duplicate_of_which_the_answer_was_not_kept_gets_a_bare_200() {
         assert!(!app.send(webhook("msg_1", "paid")).await.0.is_success());
         assert_eq!(&app.send(webhook("msg_1", "paid")).await.2[..], b"mended");
         assert_eq!(app.counts(), (2, 1));
+    }
+}
+
+/// A failure that is stored, but too long to be stored whole, was called a success, and the provider stopped sending.
+#[tokio::test(start_paused = true)]
+async fn a_failure_whose_body_is_not_stored_is_never_called_a_success() {
+    let broken = || {
+        let lost = stream::iter([Err::<Bytes, _>(std::io::Error::other("lost"))]);
+        (StatusCode::BAD_GATEWAY, Body::from_stream(lost)).into_response()
+    };
+    let long = || (StatusCode::BAD_GATEWAY, "x".repeat(1_000)).into_response();
+    let answers: [fn() -> Response; 2] = [broken, long];
+    for answer in answers {
+        let change = |layer: IdempotencyLayer<_>| layer.with_answer_limit(100).on_error(OnError::Keep);
+        let app = App::answering(change, move |_| answer());
+        for _ in 0..3 {
+            assert!(app.send(webhook("msg_1", "paid")).await.0.is_server_error());
+        }
+        assert_eq!(app.counts(), (1, 1));
     }
 }
 

@@ -14,5 +14,5 @@ pub(crate) use body::{collect, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
-pub(crate) use refusal::RefusalStyle;
+pub(crate) use refusal::{Effect, RefusalStyle};
 pub use refusal::{Refusal, RefusalKind};

@@ -28,6 +28,21 @@ pub struct Refusal {
     retry_after: Option<Duration>,
     /// Whether the key holds the failure, so that a repetition does not help.
     held: bool,
+    /// Whether the handler had begun when the request was refused.
+    after_run: bool,
+}
+
+/// What a refusal says about the effect of its request, for the layers further out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// The request took effect, and its response is lost.
+    Done,
+    /// The handler failed, and may have had an effect.
+    Failed,
+    /// The request had no effect.
+    Nothing,
+    /// Nobody knows whether the request took effect.
+    Unknown,
 }
 
 /// The reasons for which the layer answers by itself.
@@ -36,7 +51,7 @@ pub struct Refusal {
 pub enum RefusalKind {
     /// The request was done, but its answer broke off and could not be kept. 500.
     AnswerBroken,
-    /// The request was done, and its answer was not kept. 409.
+    /// The request was done, and its response was not stored. 409.
     AnswerNotKept,
     /// The request's body broke off. 400.
     BodyBroken,
@@ -44,7 +59,7 @@ pub enum RefusalKind {
     BodyTimeout,
     /// The request's body is longer than the limit. 413.
     BodyTooLarge,
-    /// The handler panicked, or its service failed. 500.
+    /// The handler panicked, its service failed, or a response broke off that would not have been stored. 500.
     HandlerFailed,
     /// The request's key cannot be used. 400.
     InvalidKey(InvalidKey),
@@ -80,12 +95,41 @@ pub enum RefusalKind {
     TooManyWaiters,
 }
 
+impl RefusalKind {
+    const fn effect(self) -> Effect {
+        match self {
+            Self::AnswerBroken | Self::AnswerNotKept => Effect::Done,
+            Self::HandlerFailed => Effect::Failed,
+            // An unreadable record belongs to an earlier request, which may have taken effect.
+            Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => Effect::Unknown,
+            // The request did not get as far as the handler.
+            Self::BodyBroken
+            | Self::BodyTimeout
+            | Self::BodyTooLarge
+            | Self::InvalidKey(_)
+            | Self::InvalidWebhook
+            | Self::InvalidWebhookMethod
+            | Self::MissingKey
+            | Self::MissingScope
+            | Self::Mismatch
+            | Self::NotCovered
+            | Self::Outstanding
+            | Self::Overloaded
+            | Self::StoreFull
+            | Self::StoreMisconfigured
+            | Self::StoreUnavailable
+            | Self::TooManyWaiters => Effect::Nothing,
+        }
+    }
+}
+
 impl Refusal {
     pub(crate) const fn new(kind: RefusalKind) -> Self {
         Self {
             kind,
             retry_after: None,
             held: false,
+            after_run: false,
         }
     }
 
@@ -95,6 +139,7 @@ impl Refusal {
             kind,
             retry_after: None,
             held: true,
+            after_run: false,
         }
     }
 
@@ -103,6 +148,21 @@ impl Refusal {
             kind,
             retry_after: Some(after),
             held: false,
+            after_run: false,
+        }
+    }
+
+    /// The same refusal of a request whose handler had begun, whatever its kind says: another attempt took its key over.
+    pub(crate) const fn after_run(mut self) -> Self {
+        self.after_run = true;
+        self
+    }
+
+    /// What this refusal says about the effect of its request.
+    pub(crate) const fn effect(&self) -> Effect {
+        match self.kind.effect() {
+            Effect::Nothing if self.after_run => Effect::Unknown,
+            effect => effect,
         }
     }
 

@@ -284,7 +284,11 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// [`OnError::Release`] by default: what a failure of the handler does to its key.
+    /// Sets what a failure of the handler does to its key. Default: [`OnError::Release`].
+    ///
+    /// A refusal of another layer further in is judged by its kind, not by its status. A failure of the handler in there is a failure
+    /// here. An outcome that is unknown there is unknown here, and under [`OnError::Release`] it is asked for again. A request that is
+    /// done there is done here. Every other refusal means that nothing ran, and releases the key.
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.values().keep.on_error = on_error;
         self

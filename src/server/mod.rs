@@ -10,6 +10,7 @@
 
 mod arrival;
 mod elsewhere;
+mod ending;
 mod exchange;
 mod execution;
 mod flights;

@@ -1,14 +1,15 @@
 //! What is kept, and what becomes of failures.
 
 use std::fmt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::{request, response, Response, StatusCode};
+use http::{request, response, Extensions, Response, StatusCode};
 
-use crate::http::Refusal;
+use crate::http::{Effect, Refusal};
 use crate::job::OnError;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
 
@@ -151,26 +152,34 @@ pub(super) struct KeepPolicy {
     pub(super) success_only: bool,
 }
 
-/// What becomes of an answer.
+/// How an attempt ends, by the head of its response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Judgement {
+    pub(super) verdict: Verdict,
+    /// How long the outcome is stored, if one is.
+    pub(super) retention: Duration,
+}
+
+/// What becomes of the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
+    /// Nobody knows whether the request took effect: the key is treated as if its owner had vanished.
     GiveUp,
+    /// The response is stored.
     Keep,
+    /// The key is free again.
     Release,
+    /// The request took effect: a tombstone is stored, and the response passes.
+    Tombstone,
+    /// The application's predicate panicked after the effect: a tombstone is stored, and nobody gets the response.
+    Unjudged,
 }
 
 impl KeepPolicy {
-    /// The handler's own word wins, then the predicate, then the status.
-    pub(super) fn verdict(&self, response: &response::Parts) -> Verdict {
-        if !response.extensions.is_empty() {
-            // A refusal of another layer within says nothing about what was asked.
-            let refused = response.extensions.get::<Refusal>().is_some();
-            if refused || response.extensions.get::<DoNotKeep>().is_some() {
-                return Verdict::Release;
-            }
-            if response.extensions.get::<Keep>().is_some() {
-                return Verdict::Keep;
-            }
+    /// The handler's own mark wins, then a refusal of a layer further in, then the predicate, then the status.
+    fn verdict(&self, response: &response::Parts) -> Verdict {
+        if let Some(verdict) = self.of_marks(&response.extensions) {
+            return verdict;
         }
         if let Some(keep_if) = &self.keep_if {
             return if keep_if(response) {
@@ -183,16 +192,41 @@ impl KeepPolicy {
         if response.status.is_server_error() || response.status == StatusCode::REQUEST_TIMEOUT {
             return self.of_failure();
         }
-        match response.status {
-            status if self.success_only && !status.is_success() => Verdict::Release,
-            StatusCode::UNAUTHORIZED
-            | StatusCode::FORBIDDEN
-            | StatusCode::PROXY_AUTHENTICATION_REQUIRED
-            | StatusCode::MISDIRECTED_REQUEST
-            | StatusCode::TOO_EARLY
-            | StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => Verdict::Release,
-            _ => Verdict::Keep,
+        if (self.success_only && !response.status.is_success()) || is_passing(response.status) {
+            Verdict::Release
+        } else {
+            Verdict::Keep
+        }
+    }
+
+    fn of_marks(&self, marks: &Extensions) -> Option<Verdict> {
+        if marks.is_empty() {
+            return None;
+        }
+        let effect = marks.get::<Refusal>().map(Refusal::effect);
+        if effect == Some(Effect::Nothing) || marks.get::<DoNotKeep>().is_some() {
+            return Some(Verdict::Release);
+        }
+        if marks.get::<Keep>().is_some() {
+            return Some(Verdict::Keep);
+        }
+        Some(match (effect?, self.on_error) {
+            (Effect::Nothing, _) => Verdict::Release,
+            (Effect::Failed, _) => self.of_failure(),
+            (Effect::Done, _) => Verdict::Tombstone,
+            (Effect::Unknown, OnError::Release) => Verdict::Release,
+            // Stored, the refusal would hide the response from those who ask once the outcome is known.
+            (Effect::Unknown, OnError::Keep | OnError::Unknown) => Verdict::GiveUp,
+        })
+    }
+
+    /// How an attempt ends whose response has this head; `retention` is the layer's. This comes after the effect, so that a
+    /// predicate that panics must not let anybody run again.
+    pub(super) fn judge(&self, head: &response::Parts, retention: Duration) -> Judgement {
+        let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(head)));
+        Judgement {
+            verdict: verdict.unwrap_or(Verdict::Unjudged),
+            retention: retention_of(head).unwrap_or(retention),
         }
     }
 
@@ -204,6 +238,26 @@ impl KeepPolicy {
             OnError::Unknown => Verdict::GiveUp,
         }
     }
+}
+
+/// How long the handler asked to have its response stored.
+pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {
+    head.extensions.get().map(|RetainFor(retention)| *retention)
+}
+
+/// Whether a response of this status is not stored: the handler did not act, or what it says depends on header fields that are no
+/// part of the fingerprint, so that the same request may succeed later. A 408 and a 5xx are failures.
+const fn is_passing(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::UNAUTHORIZED
+            | StatusCode::FORBIDDEN
+            | StatusCode::PROXY_AUTHENTICATION_REQUIRED
+            | StatusCode::MISDIRECTED_REQUEST
+            | StatusCode::TOO_EARLY
+            | StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+    )
 }
 
 impl fmt::Debug for KeepPolicy {
@@ -219,6 +273,7 @@ impl fmt::Debug for KeepPolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::RefusalKind;
 
     fn verdict(policy: &KeepPolicy, status: u16, mark: impl FnOnce(&mut response::Parts)) -> Verdict {
         let mut parts = Response::builder().status(status).body(()).unwrap().into_parts().0;
@@ -251,6 +306,38 @@ mod tests {
             assert_eq!(verdict(&policy, 500, |_| {}), wanted);
             assert_eq!(verdict(&policy, 408, |_| {}), wanted);
             assert_eq!(verdict(&policy, 429, |_| {}), Verdict::Release);
+        }
+    }
+
+    /// Every refusal of an inner layer counted as "nothing happened".
+    #[test]
+    fn a_refusal_of_an_inner_layer_is_judged_by_what_it_says_about_the_effect() {
+        use RefusalKind::{AnswerBroken, AnswerNotKept, HandlerFailed, Mismatch, OutcomeUnknown, OutcomeUnrecorded};
+        use Verdict::{GiveUp, Keep, Release, Tombstone};
+        let of = |on_error, refusal: Refusal| {
+            let policy = KeepPolicy {
+                on_error,
+                ..KeepPolicy::default()
+            };
+            verdict(&policy, refusal.status().as_u16(), |parts| {
+                parts.extensions.insert(refusal);
+            })
+        };
+        for (refusal, by_keep, by_release, by_unknown) in [
+            (Refusal::new(HandlerFailed), Keep, Release, GiveUp),
+            (Refusal::new(OutcomeUnknown), GiveUp, Release, GiveUp),
+            (Refusal::new(OutcomeUnrecorded), GiveUp, Release, GiveUp),
+            (Refusal::new(AnswerBroken), Tombstone, Tombstone, Tombstone),
+            (Refusal::new(AnswerNotKept), Tombstone, Tombstone, Tombstone),
+            (Refusal::new(Mismatch), Release, Release, Release),
+            (Refusal::new(RefusalKind::Outstanding), Release, Release, Release),
+            (Refusal::new(RefusalKind::StoreUnavailable), Release, Release, Release),
+            // The inner handler ran, and another attempt took its key over.
+            (Refusal::new(Mismatch).after_run(), GiveUp, Release, GiveUp),
+        ] {
+            assert_eq!(of(OnError::Keep, refusal), by_keep, "{refusal:?}");
+            assert_eq!(of(OnError::Release, refusal), by_release, "{refusal:?}");
+            assert_eq!(of(OnError::Unknown, refusal), by_unknown, "{refusal:?}");
         }
     }
 

@@ -12,12 +12,13 @@ use http::{Response, StatusCode};
 use sqlx::postgres::PgConnection;
 use tokio::runtime::Handle;
 
+use super::ending::persist;
 use super::exchange::{Cargo, Exchange, Read};
-use super::execution::{persist, retention, Ended};
+use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
-use super::policy::Verdict;
+use super::policy::{retention_of, Verdict};
 use super::settings::Values;
 use crate::clock::{sleep, Deadline};
 use crate::error::{Error, ErrorKind};
@@ -136,7 +137,7 @@ impl Lease {
         let body = reading.await.map_err(|_| NOT_KEPT)?;
         let answer = settings.answer_headers.store(&head, &body);
         let outcome = Outcome::Kept(answer);
-        let retention = retention(settings, &head);
+        let retention = retention_of(&head).unwrap_or(settings.retention);
         // Before it is sent: dropped from here on, it may have arrived.
         self.flight().set_transaction_failed(true);
         self.flight().set_in_transaction(head.status);
@@ -220,6 +221,7 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::event(Event::RolledBack);
         let status = match (&self.cargo, ended.as_deref()) {
             (Cargo::Answered(read), None) => Some(read.head.status),
+            (_, Some(Ended::Broken(head))) => Some(head.status),
             (_, Some(Ended::Streaming(response))) => Some(response.status()),
             _ => None,
         };
@@ -280,11 +282,11 @@ async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, k
 async fn end<St: Store>(store: &St, settings: &Values, key: &StorageKey, owner: Owner) -> Result<(), Error> {
     match settings.keep.of_failure() {
         Verdict::GiveUp => store.renew(key, owner, Duration::ZERO).await.map(drop),
-        Verdict::Keep => {
+        Verdict::Release => store.release(key, owner).await.map(drop),
+        Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => {
             let failure = Outcome::Kept(settings.failure_to_keep().2);
             let completion = store.complete(key, owner, &failure, settings.retention);
             completion.await.map(drop)
         }
-        Verdict::Release => store.release(key, owner).await.map(drop),
     }
 }

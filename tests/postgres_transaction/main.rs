@@ -549,6 +549,29 @@ async fn a_connection_lost_before_the_completion_leaves_the_key_free() {
     assert_eq!((bench.payments().await, bench.runs()), (1, 2));
 }
 
+/// A success whose body broke off was recorded as done, although its transaction had been rolled back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_response_that_breaks_off_after_a_rollback_frees_the_key() {
+    let bench = Bench::new(Ending::Commit).await;
+    let runs = Arc::clone(&bench.app.runs);
+    let handler = move |pool: PgPool, lease: Lease| {
+        runs.fetch_add(1, Ordering::SeqCst);
+        async move {
+            let mut transaction = pool.begin().await.unwrap();
+            insert(&mut transaction).await;
+            drop(lease.complete_in(&mut transaction, "paid").await.unwrap());
+            transaction.rollback().await.unwrap();
+            let lost = futures::stream::iter([Err::<Bytes, _>(std::io::Error::other("lost"))]);
+            Body::from_stream(lost).into_response()
+        }
+    };
+    let router = with_handler(&bench, handler).await;
+    for _ in 0..2 {
+        assert_eq!(send(&router, "k").await.0, StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    assert_eq!((bench.payments().await, bench.runs()), (0, 2));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_follows_a_rollback_says_success() {
     let bench = Bench::new(Ending::Commit).await;
