@@ -54,7 +54,7 @@ use crate::store::Store;
 /// | fingerprint | method, path, query, body bytes |
 /// | body limits | 2 MiB for requests, 2 MiB for stored answers |
 /// | body timeouts | 30 s for requests, 10 s for responses, counted from the head |
-/// | kept | 2xx, 3xx, 4xx except 401, 403, 407, 421, 425, 429, 431; not 408 and 5xx |
+/// | stored | 2xx, 3xx, 4xx except 401, 403, 404, 405, 406, 407, 408, 412, 415, 417, 421, 425, 426, 428, 429, 431; not 5xx |
 /// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
 /// | retention, lease | 24 h from completion, 30 s renewed at a third |
 /// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |

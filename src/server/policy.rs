@@ -252,9 +252,17 @@ const fn is_passing(status: StatusCode) -> bool {
         status,
         StatusCode::UNAUTHORIZED
             | StatusCode::FORBIDDEN
+            | StatusCode::NOT_FOUND
+            | StatusCode::METHOD_NOT_ALLOWED
+            | StatusCode::NOT_ACCEPTABLE
             | StatusCode::PROXY_AUTHENTICATION_REQUIRED
+            | StatusCode::PRECONDITION_FAILED
+            | StatusCode::UNSUPPORTED_MEDIA_TYPE
+            | StatusCode::EXPECTATION_FAILED
             | StatusCode::MISDIRECTED_REQUEST
             | StatusCode::TOO_EARLY
+            | StatusCode::UPGRADE_REQUIRED
+            | StatusCode::PRECONDITION_REQUIRED
             | StatusCode::TOO_MANY_REQUESTS
             | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
     )
@@ -284,10 +292,13 @@ mod tests {
     #[test]
     fn definite_answers_are_kept_and_passing_ones_are_not() {
         let policy = KeepPolicy::default();
-        for status in [200, 201, 204, 301, 400, 404, 409, 410, 422] {
+        for status in [200, 201, 204, 301, 400, 402, 409, 410, 411, 413, 422, 424, 451] {
             assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
         }
-        for status in [401, 403, 407, 408, 421, 425, 429, 431, 500, 502, 503, 504] {
+        let passing = [
+            401, 403, 404, 405, 406, 407, 408, 412, 415, 417, 421, 425, 426, 428, 429, 431,
+        ];
+        for status in passing.into_iter().chain([500, 502, 503, 504]) {
             assert_eq!(verdict(&policy, status, |_| {}), Verdict::Release, "{status}");
         }
     }
