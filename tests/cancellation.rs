@@ -157,9 +157,8 @@ async fn a_waiter_that_claims_again_and_leaves_runs_to_its_end() {
     tokio::time::sleep(Duration::from_millis(10)).await;
     let waiter = start(&here, post("k", "pay"));
     assert_eq!(owner.await.unwrap().status(), 502);
-    while handler.runs() == 0 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((handler.runs(), handler.finished()), (1, 0));
     waiter.abort();
     assert!(waiter.await.unwrap_err().is_cancelled());
     layer.drain().wait().await;
