@@ -165,7 +165,7 @@ impl Drop for PostgresServer {
 }
 
 /// The user and group `postgres`, where this process is root: the server refuses to run as that.
-fn unprivileged() -> Option<(u32, u32)> {
+pub fn unprivileged() -> Option<(u32, u32)> {
     let id = |arguments: &[&str]| {
         let output = Command::new("id").args(arguments).output().unwrap();
         String::from_utf8(output.stdout).unwrap().trim().parse::<u32>().ok()

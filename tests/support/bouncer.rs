@@ -1,0 +1,85 @@
+//! A PgBouncer in front of a test's own PostgreSQL server.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use super::postgres::{free_port, is_open, unprivileged, PostgresServer};
+
+/// A pooler on a free port; it ends with this value.
+pub struct Bouncer {
+    child: Child,
+    port: u16,
+    settings: PathBuf,
+}
+
+impl Bouncer {
+    /// A pooler that lends a server for one `transaction`, `session` or `statement`, with further lines of its settings.
+    pub fn start(server: &PostgresServer, mode: &str, further: &str) -> Self {
+        let port = free_port();
+        let settings = server.give(&format!("pgbouncer-{port}.ini"), &settings(server, port, mode, further));
+        Self {
+            child: run(&settings, port),
+            port,
+            settings,
+        }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Ends it, and starts it again on the same port in another mode.
+    pub fn restart(&mut self, server: &PostgresServer, mode: &str, further: &str) {
+        self.stop();
+        std::fs::write(&self.settings, settings(server, self.port, mode, further)).unwrap();
+        self.child = run(&self.settings, self.port);
+    }
+
+    fn stop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Bouncer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn settings(server: &PostgresServer, port: u16, mode: &str, further: &str) -> String {
+    format!(
+        "[databases]\npostgres = host=127.0.0.1 port={} user=app\n\
+         [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n\
+         pool_mode = {mode}\ndefault_pool_size = 12\n{further}\n",
+        server.port()
+    )
+}
+
+fn run(settings: &Path, port: u16) -> Child {
+    let installed = Path::new("/usr/sbin/pgbouncer");
+    let mut command = Command::new(if installed.exists() {
+        installed
+    } else {
+        Path::new("pgbouncer")
+    });
+    command.arg("-q").arg(settings).stdin(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    // It refuses to run as root, as the server does.
+    if let Some((user, group)) = unprivileged() {
+        command.uid(user).gid(group);
+    }
+    let mut child = command.spawn().expect("pgbouncer is not there; `./test` installs it");
+    for _ in 0..800 {
+        if is_open(port) {
+            return child;
+        }
+        std::thread::sleep(Duration::from_millis(25));
+    }
+    child.kill().unwrap();
+    panic!("pgbouncer does not answer: {:?}", child.wait());
+}
