@@ -833,3 +833,55 @@ async fn an_error_whose_text_panics_fails_its_message_only() {
     let published = relay.publish_once().await.unwrap();
     assert_eq!((published.published, published.failed), (1, 1));
 }
+
+/// At repeatable read and above, 30 of 360 looks failed, and relays published 273 of 500 messages again.
+#[tokio::test(flavor = "multi_thread")]
+async fn relays_share_the_work_at_every_default_isolation() {
+    let server = PostgresServer::start();
+    let own = PgPoolOptions::new()
+        .max_connections(2)
+        .connect(&server.url())
+        .await
+        .unwrap();
+    for isolation in ["read committed", "repeatable read", "serializable"] {
+        let set = format!("ALTER ROLE app SET default_transaction_isolation = '{isolation}'");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(set)).execute(&own).await.unwrap();
+        let pool = PgPoolOptions::new()
+            .max_connections(16)
+            .connect(&server.url())
+            .await
+            .unwrap();
+        let outbox = Outbox::new(pool.clone());
+        outbox.migrate().await.unwrap();
+        let mut transaction = pool.begin().await.unwrap();
+        for _ in 0..500 {
+            outbox
+                .put(&mut transaction, &OutboxMessage::new("t", "x"))
+                .await
+                .unwrap();
+        }
+        transaction.commit().await.unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let relays = (0..6).map(|_| {
+            let (outbox, seen) = (outbox.clone(), Arc::clone(&seen));
+            tokio::spawn(async move {
+                let relay = outbox.relay(move |message: OutboxMessage| {
+                    seen.lock().unwrap().push(message.id().to_owned());
+                    async { Ok::<_, String>(()) }
+                });
+                let relay = relay.with_batch(7);
+                while outbox.waiting().await.unwrap() > 0 {
+                    relay.publish_once().await.unwrap();
+                }
+            })
+        });
+        for relayed in join_all(relays).await {
+            relayed.unwrap();
+        }
+        let mut seen = seen.lock().unwrap().clone();
+        assert_eq!(seen.len(), 500, "{isolation}");
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), 500, "{isolation}: some were published twice");
+    }
+}

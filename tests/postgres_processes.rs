@@ -35,13 +35,34 @@ async fn kills_are_taken_over_where_lost_keys_are_executed() {
     scenarios::kills(&server.url(), Mode::Execute).await;
 }
 
+/// Each process has one connection, for its claims, completions, renewals and waiters.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_never_make_an_effect_twice_over_a_pool_of_one_connection() {
+    let server = PostgresServer::start();
+    scenarios::kills(&format!("{}#one", server.url()), Mode::Refuse).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_leave_exactly_one_effect_where_it_shares_the_transaction_of_its_answer() {
     let server = PostgresServer::start();
+    kills_in_transactions(&server, "").await;
+}
+
+/// Transactions of the handler are serializable, and so are the statements over a pool that the store leaves as it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_leave_exactly_one_effect_where_the_role_is_serializable() {
+    let server = PostgresServer::start();
+    let pool = sqlx::PgPool::connect(&server.url()).await.unwrap();
+    let set = sqlx::query("ALTER ROLE app SET default_transaction_isolation = 'serializable'");
+    set.execute(&pool).await.unwrap();
+    kills_in_transactions(&server, "#one").await;
+}
+
+async fn kills_in_transactions(server: &PostgresServer, fragment: &str) {
     let pool = sqlx::PgPool::connect(&server.url()).await.unwrap();
     let create = sqlx::query("CREATE TABLE payments (id bigserial PRIMARY KEY, note text NOT NULL)");
     create.execute(&pool).await.unwrap();
-    let keys = scenarios::kills(&server.url(), Mode::Transaction).await;
+    let keys = scenarios::kills(&format!("{}{fragment}", server.url()), Mode::Transaction).await;
     let counts: Vec<(String, i64)> = {
         let rows = sqlx::query_as("SELECT note, count(*) FROM payments GROUP BY note");
         rows.fetch_all(&pool).await.unwrap()

@@ -1,11 +1,19 @@
 //! The store in PostgreSQL, against servers of each test's own.
 
+#[path = "support/bouncer.rs"]
+mod bouncer;
+#[path = "postgres/pooler.rs"]
+mod pooler;
 #[path = "support/postgres.rs"]
 mod postgres;
 #[path = "support/proxy.rs"]
 mod proxy;
-#[path = "postgres_store/rights.rs"]
+#[path = "postgres/rights.rs"]
 mod rights;
+#[path = "postgres/sessions.rs"]
+mod sessions;
+#[path = "postgres/waits.rs"]
+mod waits;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -4,66 +4,54 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::TryFutureExt;
-use sqlx::postgres::{PgArguments, PgConnection, PgPool, PgRow};
-use sqlx::query::Query;
-use sqlx::{AssertSqlSafe, Executor, Postgres, Row};
+use sqlx::postgres::{PgConnection, PgPool, PgRow};
+use sqlx::{Connection, Executor, Row};
 
 use super::message::OutboxMessage;
 use super::relay::Relay;
 use crate::error::{Error, ErrorKind};
-use crate::store::{bounded, failed, not_made, Lent, TableName};
+use crate::store::{attended, failed, not_made, Bound, Gate, Lent, Sending, Statement, TableName, Within};
 
 /// A table of messages that are to be sent once their transaction is committed. See the [module](super).
 #[derive(Clone)]
 pub struct Outbox {
     pool: PgPool,
-    statements: Arc<Statements>,
+    shared: Arc<Shared>,
     timeout: Duration,
+    pooled: bool,
 }
 
-#[derive(Debug)]
+struct Shared {
+    gate: Gate,
+    statements: Statements,
+}
+
 struct Statements {
-    delete: String,
-    give_back: String,
-    is_made: String,
-    postpone: String,
-    put: String,
-    schema: String,
-    take: String,
-    waiting: String,
+    delete: Statement,
+    give_back: Statement,
+    is_made: Statement,
+    postpone: Statement,
+    put: Statement,
+    schema: Statement,
+    take: Statement,
+    waiting: Statement,
 }
 
 impl Statements {
     fn new(table: &TableName) -> Self {
-        let text = |template: &str| {
-            template
-                .replace("{table}", &table.to_string())
-                .replace("{name}", table.name())
-        };
+        let statement = |name, template| Statement::new(name, template, table);
         Self {
-            // Whoever published it: it is published, so that no other need be.
-            delete: text("DELETE FROM {table} WHERE position = ANY($1)"),
-            give_back: text(include_str!("sql/give_back.sql")),
-            is_made: text(include_str!("sql/is_made.sql")),
-            postpone: text(include_str!("sql/postpone.sql")),
-            put: text(
-                "INSERT INTO {table} (id, topic, names, contents, payload) VALUES ($1, $2, $3, $4, $5) \
-                 ON CONFLICT (id) DO NOTHING",
-            ),
-            schema: text(include_str!("sql/schema.sql")),
-            take: text(include_str!("sql/take.sql")),
-            waiting: text("SELECT count(*) FROM {table}"),
+            delete: statement("delete", include_str!("sql/delete.sql")),
+            give_back: statement("give_back", include_str!("sql/give_back.sql")),
+            is_made: statement("is_made", include_str!("sql/is_made.sql")),
+            postpone: statement("postpone", include_str!("sql/postpone.sql")),
+            put: statement("put", include_str!("sql/put.sql")),
+            schema: statement("schema", include_str!("sql/schema.sql")),
+            take: statement("take", include_str!("sql/take.sql")),
+            waiting: statement("waiting", include_str!("sql/waiting.sql")),
         }
     }
 }
-
-/// A statement of this module, in which only the parsed name of a table was put.
-fn safe(text: &str) -> AssertSqlSafe<String> {
-    AssertSqlSafe(text.to_owned())
-}
-
-type Bound = Query<'static, Postgres, PgArguments>;
 
 /// How a relay takes messages.
 #[derive(Clone, Copy, Debug)]
@@ -106,13 +94,27 @@ impl Outbox {
     fn of(pool: PgPool, table: &TableName) -> Self {
         Self {
             pool,
-            statements: Arc::new(Statements::new(table)),
+            shared: Arc::new(Shared {
+                gate: Gate::default(),
+                statements: Statements::new(table),
+            }),
             timeout: Duration::from_secs(30),
+            pooled: false,
         }
     }
 
-    /// How long an operation on the table may take, [`put`](Self::put) and [`migrate`](Self::migrate) apart; 30 s by default. Then its
-    /// connection is closed: the other end may have gone without a word. The making of a connection is bounded by the pool.
+    /// Works behind a pooler that lends a server for one transaction at a time, such as PgBouncer with `pool_mode = transaction`: each
+    /// operation is a transaction of unnamed statements. Without this setting, such a pooler is refused by the first operation of a
+    /// relay.
+    #[must_use]
+    pub const fn with_transaction_pooler(mut self) -> Self {
+        self.pooled = true;
+        self
+    }
+
+    /// Sets how long an operation on the table may take, [`put`](Self::put) and [`migrate`](Self::migrate) apart; 30 s by default.
+    /// After that its caller gets an error; its connection stays in use until the server has answered. The making of a connection is
+    /// bounded by the pool.
     #[must_use]
     pub const fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -122,7 +124,7 @@ impl Outbox {
     /// The SQL that makes the table and its index, for your own migrations. It can be run again.
     #[must_use]
     pub fn schema(&self) -> String {
-        self.statements.schema.clone()
+        self.shared.statements.schema.text().to_owned()
     }
 
     /// Makes the table and its index where they are missing; it needs no right to make anything where both are there. Safe to call from
@@ -138,16 +140,16 @@ impl Outbox {
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
         // `IF NOT EXISTS` alone still fails when two make the same table at once.
-        const LOCK: i64 = 0x1de3_907e_4c1e_0002;
         // `CREATE TABLE IF NOT EXISTS` asks for the right to make a table before it looks for one.
-        let is_made = sqlx::query_scalar(safe(&self.statements.is_made)).fetch_one(&self.pool);
-        if is_made.await.map_err(failed)? {
+        let rows = self.ask(|statements| &statements.is_made, |is_made| is_made).await?;
+        let row = rows.first().ok_or_else(|| failed(sqlx::Error::RowNotFound))?;
+        if row.try_get("changed").map_err(failed)? {
             return Ok(());
         }
-        let mut transaction = self.pool.begin().await.map_err(failed)?;
-        let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
-        lock.execute(&mut *transaction).await.map_err(failed)?;
-        let schema = sqlx::raw_sql(safe(&self.statements.schema));
+        const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock(2153723918930542594)";
+        let mut connection = self.pool.acquire().await.map_err(failed)?;
+        let mut transaction = connection.begin_with(BEGIN).await.map_err(failed)?;
+        let schema = sqlx::raw_sql(self.shared.statements.schema.safe());
         transaction.execute(schema).await.map_err(not_made)?;
         transaction.commit().await.map_err(failed)
     }
@@ -172,14 +174,16 @@ impl Outbox {
     pub async fn put(&self, connection: &mut PgConnection, message: &OutboxMessage) -> Result<bool, Error> {
         check(message)?;
         let (names, contents): (Vec<_>, Vec<_>) = message.headers.iter().cloned().unzip();
-        let put = sqlx::query(safe(&self.statements.put))
-            .bind(&message.id)
-            .bind(&message.topic)
-            .bind(names)
-            .bind(contents)
-            .bind(&message.payload[..]);
-        let put = put.execute(connection).await.map_err(failed)?;
-        Ok(put.rows_affected() == 1)
+        let bound = |put: Bound<'static>| {
+            put.bind(message.id.clone())
+                .bind(message.topic.clone())
+                .bind(names.clone())
+                .bind(contents.clone())
+                .bind(message.payload.to_vec())
+        };
+        let put = &self.shared.statements.put;
+        let row = self.sending().ask_one(connection, Within::Callers, put, bound).await?;
+        row.try_get("changed").map_err(failed)
     }
 
     /// How many messages are not published yet, those of open transactions apart. Reads the whole table.
@@ -188,10 +192,9 @@ impl Outbox {
     ///
     /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the server cannot be reached.
     pub async fn waiting(&self) -> Result<u64, Error> {
-        let mut lent = Lent::from(&self.pool).await?;
-        let counting = sqlx::query(safe(&self.statements.waiting)).fetch_one(lent.connection()?);
-        let counted = bounded(self.timeout, counting.map_err(failed)).await;
-        let count: i64 = lent.give_back(counted)?.try_get(0).map_err(failed)?;
+        let rows = self.ask(|statements| &statements.waiting, |waiting| waiting).await?;
+        let row = rows.first().ok_or_else(|| failed(sqlx::Error::RowNotFound))?;
+        let count: i64 = row.try_get("changed").map_err(failed)?;
         Ok(u64::try_from(count).unwrap_or(0))
     }
 
@@ -203,16 +206,16 @@ impl Outbox {
     /// Takes messages that are due and that no other relay has: as many as the terms allow of those that nobody took before, or one
     /// that was taken and never told of. Each counts one more attempt, and is not due again before the lease and its pause are over.
     pub(super) async fn take(&self, terms: &Terms) -> Result<Vec<Taken>, Error> {
-        let (first, longest) = terms.pauses;
-        let take = sqlx::query(safe(&self.statements.take))
-            .bind(i64::from(terms.messages))
-            .bind(i64::try_from(terms.bytes).unwrap_or(i64::MAX))
-            .bind(terms.lease.as_secs_f64())
-            .bind(first.as_secs_f64())
-            .bind(longest.as_secs_f64());
-        let mut lent = Lent::from(&self.pool).await?;
-        let taken = bounded(self.timeout, take.fetch_all(lent.connection()?).map_err(failed)).await;
-        let rows = lent.give_back(taken)?;
+        let terms = *terms;
+        let bind = move |take: Bound<'static>| {
+            let (first, longest) = terms.pauses;
+            take.bind(i64::from(terms.messages))
+                .bind(i64::try_from(terms.bytes).unwrap_or(i64::MAX))
+                .bind(terms.lease.as_secs_f64())
+                .bind(first.as_secs_f64())
+                .bind(longest.as_secs_f64())
+        };
+        let rows = self.ask(|statements| &statements.take, bind).await?;
         let taken: sqlx::Result<Vec<_>> = rows.iter().map(Taken::read).collect();
         let mut taken = taken.map_err(failed)?;
         // Those that hang take the lease's time from those behind them.
@@ -220,49 +223,72 @@ impl Outbox {
         Ok(taken)
     }
 
-    /// Deletes what was published, whoever has taken it since.
+    /// Deletes what was published, whoever has taken it since: it is published, so that no other need be.
     pub(super) async fn delete(&self, published: &[Claim]) -> Result<(), Error> {
-        self.tell(&self.statements.delete, published, |delete, positions, _| {
-            delete.bind(positions)
-        })
+        self.record(
+            |statements| &statements.delete,
+            published,
+            |delete, positions, _| delete.bind(positions),
+        )
         .await
     }
 
     /// Lets what could not be published wait, unless another has taken or deleted it.
     pub(super) async fn postpone(&self, claims: &[Claim], pauses: (Duration, Duration)) -> Result<(), Error> {
         let (first, longest) = pauses;
-        self.tell(&self.statements.postpone, claims, |postpone, positions, failures| {
-            postpone
-                .bind(positions)
-                .bind(failures)
-                .bind(first.as_secs_f64())
-                .bind(longest.as_secs_f64())
-        })
-        .await
+        let bind = move |postpone: Bound<'static>, positions, failures| {
+            let postpone = postpone.bind(positions).bind(failures);
+            postpone.bind(first.as_secs_f64()).bind(longest.as_secs_f64())
+        };
+        self.record(|statements| &statements.postpone, claims, bind).await
     }
 
     /// Makes what was not tried due at once, as if it had not been taken, unless another has taken or deleted it.
     pub(super) async fn give_back(&self, claims: &[Claim]) -> Result<(), Error> {
-        self.tell(&self.statements.give_back, claims, |give_back, positions, failures| {
-            give_back.bind(positions).bind(failures)
-        })
-        .await
+        let bind = |give_back: Bound<'static>, positions, failures| give_back.bind(positions).bind(failures);
+        self.record(|statements| &statements.give_back, claims, bind).await
     }
 
-    async fn tell(
+    /// Records what became of claims. The last parameter of `of` before the question is its lock timeout.
+    async fn record(
         &self,
-        statement: &str,
+        of: impl Fn(&Statements) -> &Statement + Send + 'static,
         claims: &[Claim],
-        bind: impl FnOnce(Bound, Vec<i64>, Vec<i32>) -> Bound,
+        bind: impl Fn(Bound<'static>, Vec<i64>, Vec<i32>) -> Bound<'static> + Send + Sync + 'static,
     ) -> Result<(), Error> {
         if claims.is_empty() {
             return Ok(());
         }
-        let (positions, failures) = claims.iter().map(|claim| (claim.position, claim.failures)).unzip();
-        let query = bind(sqlx::query(safe(statement)), positions, failures);
+        let (positions, failures): (Vec<i64>, Vec<i32>) =
+            claims.iter().map(|claim| (claim.position, claim.failures)).unzip();
+        let lock_timeout = self.sending().lock_timeout(Within::Own).map(str::to_owned);
+        let bound = move |statement: Bound<'static>| {
+            bind(statement, positions.clone(), failures.clone()).bind(lock_timeout.clone())
+        };
+        let rows = self.ask(of, bound).await?;
+        // One row says that it is done.
+        rows.first().map(drop).ok_or_else(|| failed(sqlx::Error::RowNotFound))
+    }
+
+    fn sending(&self) -> Sending {
+        Sending::new(self.timeout, self.pooled)
+    }
+
+    /// Sends a statement on a connection of the pool. It goes on when its caller leaves or has waited for too long.
+    async fn ask(
+        &self,
+        of: impl Fn(&Statements) -> &Statement + Send + 'static,
+        bind: impl Fn(Bound<'static>) -> Bound<'static> + Send + Sync + 'static,
+    ) -> Result<Vec<PgRow>, Error> {
+        let (sending, shared) = (self.sending(), Arc::clone(&self.shared));
+        shared.gate.pass(&self.pool, &sending).await?;
         let mut lent = Lent::from(&self.pool).await?;
-        let told = bounded(self.timeout, query.execute(lent.connection()?).map_err(failed)).await;
-        lent.give_back(told).map(drop)
+        let asking = async move {
+            let statement = of(&shared.statements);
+            let rows = sending.ask(lent.connection()?, Within::Own, statement, bind).await;
+            lent.give_back(rows)
+        };
+        attended(self.timeout, &self.pool, asking).await
     }
 }
 

@@ -88,7 +88,8 @@ impl Inbox {
     ///
     /// While another transaction notes the same message, it waits for the end of that one. Note several messages in one order
     /// everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one. Use READ COMMITTED,
-    /// PostgreSQL's default.
+    /// PostgreSQL's default: at the stricter levels a transaction that met another one fails with
+    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable), and only you can run all of it again.
     ///
     /// # Cancel safety
     ///

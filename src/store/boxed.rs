@@ -55,6 +55,8 @@ impl BoxStore {
     /// | `redis://..`, `rediss://..` | Redis or Valkey | `redis`, `redis-rustls` |
     /// | `postgres://..`, `postgresql://..` | PostgreSQL | `postgres` |
     ///
+    /// Behind a pooler in transaction mode, such as PgBouncer, add `transaction_pooler=true` to the query of a PostgreSQL URL.
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::Configuration`] when the URL is none of these, or the feature that it needs is not enabled; else what the

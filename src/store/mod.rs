@@ -31,7 +31,7 @@ pub(crate) use late::{end_late, release_late, End};
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK};
 #[cfg(feature = "postgres")]
-pub(crate) use postgres::{bounded, failed, not_made, Lent, TableName};
+pub(crate) use postgres::{attended, failed, not_made, Bound, Gate, Lent, Sending, Statement, TableName, Within};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]

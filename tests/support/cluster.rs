@@ -122,7 +122,7 @@ pub fn serve_if_told() {
                 std::thread::park();
             });
         }
-        let store = BoxStore::from_url(&url).await.unwrap();
+        let (url, store) = open(&url).await;
         let app = App {
             ledger: Arc::new(Mutex::new(ledger)),
             mode,
@@ -145,6 +145,19 @@ pub fn serve_if_told() {
         println!("listening on {}", listener.local_addr().unwrap());
         axum::serve(listener, router).await.unwrap();
     });
+}
+
+/// The store of a URL, and the URL without its fragment. The fragment `one` asks for a pool of one connection.
+async fn open(url: &str) -> (String, BoxStore) {
+    #[cfg(feature = "postgres")]
+    if let Some((url, "one")) = url.split_once('#') {
+        let pool = sqlx::postgres::PgPoolOptions::new().max_connections(1);
+        let builder = tower_idempotency::PostgresStore::builder();
+        let store = builder.with_pool(pool.connect(url).await.unwrap()).unwrap();
+        store.migrate().await.unwrap();
+        return (url.to_owned(), BoxStore::new(store));
+    }
+    (url.to_owned(), BoxStore::from_url(url).await.unwrap())
 }
 
 /// Short, so that what was killed or stopped is soon lost.

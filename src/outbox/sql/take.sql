@@ -1,4 +1,4 @@
--- $1 messages, $2 bytes of payload, $3 lease, $4 first pause, $5 longest pause, all three in seconds.
+-- $1 messages, $2 bytes of payload, $3 lease, $4 first pause, $5 longest pause, all three in seconds, $6 question.
 -- What was taken, and of which nobody told what became, may have killed its relay: it is taken alone.
 -- `statement_timestamp()` is stable, so that the index is searched up to it; `clock_timestamp()` would read all of it.
 WITH early AS (
@@ -32,4 +32,4 @@ UPDATE {table} SET
         + make_interval(secs => $3::float8 + least($5::float8, $4::float8 * 2::float8 ^ least(failures, 20)))
 -- As an array, so that the rows are always found by their index.
 WHERE position = ANY (ARRAY(SELECT position FROM chosen))
-RETURNING position, id, topic, names, contents, payload, failures
+RETURNING position, id, topic, names, contents, payload, failures, {tag} AS statement, $6::bigint AS question

@@ -6,10 +6,13 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRow};
-use sqlx::{Connection, Executor, Row};
+use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 
+use super::ask::{Bound, Failed, Sending, Within};
 use super::error::{failed, not_made, of_connect, DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY};
-use super::lent::{bounded, sound};
+use super::lent::{attended, sound};
+use super::pooler::{refuse_pooler, Gate};
+use super::pursuit::Pursuits;
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;
@@ -27,6 +30,7 @@ pub struct PostgresStoreBuilder {
     table: String,
     sweep_interval: Duration,
     timeout: Duration,
+    pooled: bool,
 }
 
 impl PostgresStoreBuilder {
@@ -35,6 +39,7 @@ impl PostgresStoreBuilder {
             table: "idempotency_records".to_owned(),
             sweep_interval: Duration::from_secs(60),
             timeout: Duration::from_secs(5),
+            pooled: false,
         }
     }
 
@@ -52,9 +57,25 @@ impl PostgresStoreBuilder {
         self
     }
 
-    /// How long an operation may take once it has its connection, which is closed after that; 5 s by default.
+    /// Sets how long an operation may take once it has its connection; 5 s by default. After that its caller gets an error. The server
+    /// ends statements that wait for a lock earlier, after two fifths of that. The connection stays in use until the server has
+    /// answered, because a backend of the server goes on when its connection is closed: so no more of them wait than the pool has
+    /// connections. A claim that is granted after its caller has left is released.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// Works behind a pooler that lends a server for one transaction at a time, such as PgBouncer with `pool_mode = transaction`. Each
+    /// operation then is a transaction of unnamed statements, of four round trips in place of one, and waiters look every 250 ms in
+    /// place of listening. In a URL, `transaction_pooler=true` does the same.
+    ///
+    /// Without this setting such a pooler is refused: by [`connect`](Self::connect), or by the first operation over a pool of yours.
+    ///
+    /// Transactions of yours in which you call [`PostgresStore::complete_in`] and the like work too. Set
+    /// `statement_cache_capacity(0)` for your own statements over a pool of yours.
+    pub const fn with_transaction_pooler(mut self) -> Self {
+        self.pooled = true;
         self
     }
 
@@ -62,10 +83,14 @@ impl PostgresStoreBuilder {
     /// it is well, which is one round trip more. Does not make the table; see
     /// [`PostgresStore::migrate`]. The first operation [checks](PostgresStore::check) it.
     ///
+    /// What the role or the database sets for sessions does not matter to this pool: its sessions are READ COMMITTED, wait two
+    /// fifths of the [timeout](Self::with_timeout) for a lock and four fifths for a statement, see every row or fail, and commit
+    /// synchronously. Use a pool of your own for statements that need longer.
+    ///
     /// # Errors
     ///
     /// As for [`PostgresStore::connect`].
-    pub async fn connect(self, url: &str) -> Result<PostgresStore, Error> {
+    pub async fn connect(mut self, url: &str) -> Result<PostgresStore, Error> {
         const URL: Error = Error::new(
             ErrorKind::Configuration,
             "the URL of the database cannot be used; write postgres://user:password@host:port/database",
@@ -76,12 +101,33 @@ impl PostgresStoreBuilder {
         {
             return Err(URL);
         }
-        let options = PgConnectOptions::from_str(url).map_err(|_| URL)?;
+        let (url, pooled) = transaction_pooler(url).ok_or(URL)?;
+        self.pooled = pooled.unwrap_or(self.pooled);
+        let mut options = PgConnectOptions::from_str(&url).map_err(|_| URL)?;
+        let gate = if self.pooled {
+            // PgBouncer refuses startup parameters that it does not know.
+            options = options.extra_float_digits(None).statement_cache_capacity(0);
+            Gate::default()
+        } else {
+            // Before the first session is set, because that would be the session of whoever is given this server next.
+            Box::pin(refuse_pooler(&options)).await?;
+            Gate::open()
+        };
+        let session: Option<Arc<str>> = (!self.pooled).then(|| session(self.timeout).into());
         let pool = PgPoolOptions::new()
             .max_connections(16)
             .acquire_timeout(Duration::from_secs(5))
             // Else each operation takes two round trips.
             .test_before_acquire(false)
+            .after_connect(move |connection, _| {
+                let session = session.clone();
+                Box::pin(async move {
+                    if let Some(session) = session {
+                        connection.execute(sqlx::raw_sql(AssertSqlSafe(session))).await?;
+                    }
+                    Ok(())
+                })
+            })
             // After a restart of the server every idle connection is dead, and more than one question would fail.
             .before_acquire(|connection, about| {
                 Box::pin(async move {
@@ -93,34 +139,73 @@ impl PostgresStoreBuilder {
             })
             .connect_with(options);
         let pool = sound(Box::pin(pool)).await?.map_err(of_connect)?;
-        self.with_pool(pool)
+        self.build(pool, gate)
     }
 
-    /// A store with a pool of yours. Does not make the table; the first operation [checks](PostgresStore::check) it. Of its connections one is taken for as long as somebody waits for another process. With
-    /// `test_before_acquire`, which is on by default, each operation takes a second round trip.
+    /// A store with a pool of yours. Does not make the table; the first operation [checks](PostgresStore::check) it.
+    ///
+    /// An operation waits for a connection for 5 s or its timeout, whichever is longer. One of the connections is taken for as long as somebody waits for another process; where it has a
+    /// single one, waiters look every 250 ms in place of listening. With `test_before_acquire`, which is on by default, each operation
+    /// takes a second round trip.
+    ///
+    /// The sessions of your pool are left as they are. Statements do not depend on their isolation: one that fails because of it is
+    /// repeated in a transaction that is READ COMMITTED. An acknowledged record survives a crash of the server only where the
+    /// sessions do not set `synchronous_commit = off`.
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) when the name of the table cannot be used, or the pool has a single connection.
+    /// [`Configuration`](ErrorKind::Configuration) when the name of the table cannot be used.
     pub fn with_pool(self, pool: PgPool) -> Result<PostgresStore, Error> {
-        const TOO_SMALL: Error = Error::new(
-            ErrorKind::Configuration,
-            "the pool has a single connection, and whoever waits for another process would take it; allow at least 2",
-        );
-        if pool.options().get_max_connections() < 2 {
-            return Err(TOO_SMALL);
-        }
+        self.build(pool, Gate::default())
+    }
+
+    fn build(self, pool: PgPool, gate: Gate) -> Result<PostgresStore, Error> {
         let table = TableName::parse(&self.table)?;
+        let polls = self.pooled || pool.options().get_max_connections() < 2;
         Ok(PostgresStore(Arc::new(Inner {
             pool,
+            sending: Sending::new(self.timeout, self.pooled),
             statements: Statements::new(&table),
-            watchers: Watchers::new(table.name()),
+            watchers: Watchers::new(table.name(), polls),
             sweeping: Sweeping::every(self.sweep_interval),
             timeout: self.timeout,
             checked: Checked::not_yet(),
+            gate,
+            pursuits: Pursuits::default(),
             table,
         })))
     }
+}
+
+/// The URL without `transaction_pooler`, and what that says; nothing where it is neither true nor false.
+fn transaction_pooler(url: &str) -> Option<(String, Option<bool>)> {
+    let Some((url, query)) = url.split_once('?') else {
+        return Some((url.to_owned(), None));
+    };
+    let (ours, others): (Vec<&str>, Vec<&str>) = query
+        .split('&')
+        .partition(|pair| pair.split('=').next() == Some("transaction_pooler"));
+    let pooled = match ours.last() {
+        None => None,
+        Some(&"transaction_pooler=true") => Some(true),
+        Some(&"transaction_pooler=false") => Some(false),
+        Some(_) => return None,
+    };
+    Some((format!("{url}?{}", others.join("&")), pooled))
+}
+
+/// Sets all of a session that the statements rely on, whatever the role or the database sets. With `row_security = off` a statement
+/// fails where a policy would hide rows from it: a hidden record would count as absent.
+fn session(timeout: Duration) -> String {
+    let millis = |timeout: Duration| timeout.as_millis().clamp(1, 86_400_000);
+    format!(
+        "SET default_transaction_isolation = 'read committed'; \
+         SET default_transaction_deferrable = off; SET row_security = off; SET TimeZone = 'UTC'; SET lock_timeout = '{}ms'; \
+         SET statement_timeout = '{}ms'; \
+         SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
+        millis(timeout / 5 * 2),
+        millis(timeout / 5 * 4)
+    )
 }
 
 impl PostgresStore {
@@ -143,19 +228,20 @@ impl PostgresStore {
         if self.inspect().await?.is_some_and(|table| table.is_indexed) {
             return Ok(());
         }
-        let (mut lent, _) = self.lend_unchecked().await?;
-        let connection = lent.connection()?;
-        let migration = async { self.migrate_on(connection).await.map_err(not_made) };
-        let done = bounded(LONGEST, migration).await;
-        lent.give_back(done)
+        let mut lent = self.lend_unchecked().await?;
+        let store = self.clone();
+        let migrating = async move {
+            let migrated = store.migrate_on(lent.connection()?).await;
+            lent.give_back(migrated.map_err(|error| Failed::refused(not_made(error))))
+        };
+        attended(LONGEST, &self.0.pool, migrating).await
     }
 
     async fn migrate_on(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
-        // `IF NOT EXISTS` alone still fails when two make the same table at once.
-        const LOCK: i64 = 0x1de3_907e_4c1e_0001;
-        let mut transaction = connection.begin().await?;
-        let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
-        lock.execute(&mut *transaction).await?;
+        // `IF NOT EXISTS` alone still fails when two make the same table at once. The session's timeouts are those of short statements.
+        const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '60s'; \
+             SET LOCAL statement_timeout = '60s'; SELECT pg_advisory_xact_lock(2153723918930542593)";
+        let mut transaction = connection.begin_with(BEGIN).await?;
         let schema = sqlx::raw_sql(self.0.statements.schema.safe());
         transaction.execute(schema).await?;
         transaction.commit().await
@@ -186,24 +272,37 @@ impl PostgresStore {
     }
 
     /// The same within a transaction of the application's, which may see a table that others do not.
-    pub(super) async fn check_on(&self, connection: &mut PgConnection) -> Result<(), Error> {
+    pub(super) async fn check_on(&self, connection: &mut PgConnection) -> Result<(), Failed> {
         if self.0.checked.passed().is_none() {
-            check(self.inspect_on(connection).await?.as_ref())?;
+            let table = self.inspect_on(connection, Within::Callers).await?;
+            check(table.as_ref()).map_err(Failed::refused)?;
             self.0.checked.pass();
         }
         Ok(())
     }
 
     async fn inspect(&self) -> Result<Option<Table>, Error> {
-        let (mut lent, timeout) = self.lend_unchecked().await?;
-        let inspected = bounded(timeout, self.inspect_on(lent.connection()?)).await;
-        lent.give_back(inspected)
+        let mut lent = self.lend_unchecked().await?;
+        let store = self.clone();
+        let inspecting = async move {
+            let table = store.inspect_on(lent.connection()?, Within::Own).await;
+            lent.give_back(table)
+        };
+        attended(self.0.timeout, &self.0.pool, inspecting).await
     }
 
-    async fn inspect_on(&self, connection: &mut PgConnection) -> Result<Option<Table>, Error> {
-        let inspect = sqlx::query(self.0.statements.inspect.safe()).bind(self.0.table.to_string());
-        let row = inspect.fetch_optional(connection).await.map_err(failed)?;
-        row.as_ref().map(Table::read).transpose().map_err(failed)
+    async fn inspect_on(&self, connection: &mut PgConnection, within: Within) -> Result<Option<Table>, Failed> {
+        let Inner {
+            sending,
+            statements,
+            table,
+            ..
+        } = &*self.0;
+        let table = table.to_string();
+        let bind = |inspect: Bound<'static>| inspect.bind(table.clone());
+        let rows = sending.ask(connection, within, &statements.inspect, bind).await?;
+        let table = rows.first().map(Table::read).transpose();
+        table.map_err(|error| Failed::refused(failed(error)))
     }
 }
 
@@ -214,6 +313,8 @@ struct Table {
     is_indexed: bool,
     missing_rights: Vec<String>,
     is_read_only: bool,
+    /// Whether a policy of row-level security applies to the role.
+    is_filtered: bool,
     server: i32,
 }
 
@@ -225,6 +326,7 @@ impl Table {
             is_indexed: row.try_get("indexed")?,
             missing_rights: row.try_get("missing")?,
             is_read_only: row.try_get("read_only")?,
+            is_filtered: row.try_get("filtered")?,
             server: row.try_get("version")?,
         })
     }
@@ -258,6 +360,11 @@ fn check(table: Option<&Table>) -> Result<(), Error> {
         "the table of the records is unlogged or temporary, so that a crash of the server empties it and every request runs again; \
          run ALTER TABLE .. SET LOGGED",
     );
+    const FILTERED: Error = Error::new(
+        ErrorKind::Configuration,
+        "row-level security applies to the role, and a record that it hides would count as absent; make the role the owner of the table, \
+         or grant it BYPASSRLS",
+    );
     let table = table.ok_or(NO_TABLE)?;
     if table.server < 130_000 {
         return Err(OLD);
@@ -271,6 +378,9 @@ fn check(table: Option<&Table>) -> Result<(), Error> {
     }
     if !table.missing_rights.is_empty() {
         return Err(DENIED.with_source(format!("the role lacks {}", table.missing_rights.join(", "))));
+    }
+    if table.is_filtered {
+        return Err(FILTERED);
     }
     if table.persistence != "p" {
         return Err(UNLOGGED);
@@ -289,6 +399,7 @@ mod tests {
             is_indexed: true,
             missing_rights: Vec::new(),
             is_read_only: false,
+            is_filtered: false,
             server: 150_000,
         };
         change(&mut table);
@@ -300,6 +411,7 @@ mod tests {
         assert_eq!(said(|_| {}), "fine");
         assert_eq!(said(|table| table.columns.push("note text".to_owned())), "fine");
         assert!(said(|table| table.is_read_only = true).contains("read-only"));
+        assert!(said(|table| table.is_filtered = true).contains("row-level security"));
         assert!(said(|table| table.missing_rights.push("DELETE".to_owned())).contains("lacks a right"));
         assert!(said(|table| table.server = 120_022).contains("too old"));
         assert!(said(|table| table.persistence = "u".to_owned()).contains("unlogged"));

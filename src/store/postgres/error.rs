@@ -29,7 +29,7 @@ impl fmt::Display for Cause {
 impl std::error::Error for Cause {}
 
 /// What the server calls the error; PostgreSQL, appendix A.
-fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+pub(super) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(DatabaseError::code)
 }
 

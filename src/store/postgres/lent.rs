@@ -1,20 +1,35 @@
 //! A connection that is lent for one operation.
+//!
+//! A socket that is closed does not end what the server does for it: a backend would go on waiting, for a lock or a standby, that no
+//! pool counts any more. So an operation that nobody waits for keeps its connection until the server has answered.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::time::Duration;
 
+use futures::future::{select, Either};
 use futures::FutureExt;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnection, PgPool};
-use sqlx::Postgres;
+use sqlx::{Connection, Postgres};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
+use super::ask::{Failed, Fate};
 use super::error::failed;
-use crate::clock::within;
+use crate::clock::{within, Deadline};
 use crate::error::{Error, ErrorKind};
+use crate::uncut::uncut;
 
-/// A connection of the pool. Dropped before it is given back, it is closed: an operation is under way on it, whose reply may
-/// never come, and whoever got it next would wait for that.
+pub(super) const LATE: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not answer in time");
+
+pub(super) const NO_RUNTIME: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "a PostgreSQL store must be used from within a tokio runtime",
+);
+
+/// A connection of the pool. Dropped before it is given back, it is closed: its next reply would be to this operation.
 pub(crate) struct Lent(Option<PoolConnection<Postgres>>);
 
 impl Lent {
@@ -24,14 +39,21 @@ impl Lent {
         acquired.map(|connection| Self(Some(connection))).map_err(failed)
     }
 
-    pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, Error> {
+    pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, Failed> {
         const GONE: Error = Error::new(ErrorKind::StoreUnavailable, "the connection was given back already");
-        self.0.as_deref_mut().ok_or(GONE)
+        self.0.as_deref_mut().ok_or(Failed::refused(GONE))
     }
 
-    /// Ends an operation; one that was [given up](bounded) ends its connection.
-    pub(crate) fn give_back<T>(mut self, done: Result<Result<T, Error>, Error>) -> Result<T, Error> {
-        let done = done?;
+    /// Ends an operation; one whose reply is not known ends its connection.
+    pub(crate) fn give_back<T>(mut self, done: Result<T, Failed>) -> Result<T, Failed> {
+        // sqlx asks a connection whether it is well when it comes back, and would wait for a dead one without a bound.
+        const LONGEST: Duration = Duration::from_secs(5);
+        if matches!(&done, Err(failed) if failed.fate == Fate::Unknown) {
+            return done;
+        }
+        if let (Some(connection), Ok(runtime)) = (&mut self.0, Handle::try_current()) {
+            runtime.spawn(within(LONGEST, connection.return_to_pool()));
+        }
         drop(self.0.take());
         done
     }
@@ -45,15 +67,86 @@ impl Drop for Lent {
     }
 }
 
-/// What an operation came to, or why it was given up: it took too long, or the driver panicked.
-///
-/// Plain functions, these two: an async one would have room for what it is given, and again for what it makes of it.
-pub(crate) fn bounded<T>(
+/// Runs an operation, which owns its connection. Its caller gets an error after `limit`, and may leave earlier; the operation goes on
+/// in a task of its own until the server has answered.
+pub(crate) async fn attended<T: Send + 'static>(
     limit: Duration,
-    operation: impl Future<Output = Result<T, Error>>,
-) -> impl Future<Output = Result<Result<T, Error>, Error>> {
-    const LATE: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not answer in time");
-    within(limit, sound(operation)).map(|done| done.unwrap_or(Err(LATE)))
+    pool: &PgPool,
+    operation: impl Future<Output = Result<T, Failed>> + Send + 'static,
+) -> Result<T, Error> {
+    let pool = pool.clone();
+    let operation = async move {
+        let hurry = Notify::const_new();
+        patient(limit, &pool, &hurry, operation).await
+    };
+    let operation = uncut(operation, None).ok_or(NO_RUNTIME)?;
+    let done = within(limit, operation).await.unwrap_or(Err(Failed::unknown(LATE)));
+    done.map_err(Error::from)
+}
+
+/// Runs an operation to its end, however long its server takes; unless that server answers others and does nothing for anybody: then
+/// the connection is dead, and this end of it was not told. That is found out after `limit` and now and then, and when `hurry` says
+/// that a caller waits.
+pub(super) async fn patient<T>(
+    limit: Duration,
+    pool: &PgPool,
+    hurry: &Notify,
+    operation: impl Future<Output = Result<T, Failed>>,
+) -> Result<T, Failed> {
+    const SHORTEST: Duration = Duration::from_millis(500);
+    const VANISHED: Error = Error::new(ErrorKind::StoreUnavailable, "the connection to the database was lost");
+    let (earliest, mut pause) = (Deadline::after(limit), limit);
+    let mut operation = pin!(sound(operation));
+    let mut hurried = pin!(hurry.notified());
+    loop {
+        let waits = async {
+            drop(within(pause, hurried.as_mut()).await);
+            drop(within(earliest.left(), std::future::pending::<()>()).await);
+        };
+        let mut done = match select(operation.as_mut(), pin!(waits)).await {
+            Either::Left((done, _)) => Some(done),
+            Either::Right(_) => None,
+        };
+        if done.is_none() {
+            // From here on, so that a caller that comes while the server is asked is not missed.
+            hurried.set(hurry.notified());
+            if !Box::pin(may_be_at_it(pool, limit)).await {
+                // It may have ended while the server was asked.
+                done = Some(
+                    operation
+                        .as_mut()
+                        .now_or_never()
+                        .unwrap_or(Ok(Err(Failed::unknown(VANISHED)))),
+                );
+            }
+        }
+        if let Some(done) = done {
+            return done.unwrap_or_else(|error| Err(Failed::unknown(error)));
+        }
+        pause = limit.max(SHORTEST) * 2;
+    }
+}
+
+/// Whether the server does something for this role that has taken half as long as an operation may, as far as can be found out.
+async fn may_be_at_it(pool: &PgPool, limit: Duration) -> bool {
+    const LONGEST: Duration = Duration::from_secs(5);
+    const ACTIVE: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity \
+        WHERE usename = current_user AND pid <> pg_backend_pid() AND (state = 'active' OR state = 'disabled') \
+          AND query_start < clock_timestamp() - make_interval(secs => $1))::text";
+    let asked = async {
+        let mut connection = PgConnection::connect_with(&pool.connect_options()).await?;
+        let text = ACTIVE.replace("$1", &format!("{:.3}", limit.as_secs_f64().min(86_400.0) / 2.0));
+        // A simple query is one message, which no pooler takes apart.
+        let row = sqlx::raw_sql(sqlx::AssertSqlSafe(text))
+            .fetch_one(&mut connection)
+            .await?;
+        connection.close().await?;
+        sqlx::Row::try_get::<String, _>(&row, 0)
+    };
+    match within(LONGEST, sound(asked)).await {
+        Ok(Ok(Ok(is_active))) => is_active != "false",
+        _ => true,
+    }
 }
 
 /// What comes of talking to a server. Over some messages that no server sends, sqlx 0.9 panics.

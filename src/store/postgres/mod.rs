@@ -1,9 +1,12 @@
 //! A store in PostgreSQL: one row per key, one statement per operation, all times by the server's clock.
 
+mod ask;
 mod connect;
 mod error;
 mod lent;
 mod operations;
+mod pooler;
+mod pursuit;
 mod row;
 mod sweep;
 mod table;
@@ -15,17 +18,23 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgPool};
 
+use self::ask::Failed;
+pub(crate) use self::ask::{Bound, Sending, Within};
 pub use self::connect::PostgresStoreBuilder;
 pub(crate) use self::error::{failed, not_made};
-pub(crate) use self::lent::{bounded, Lent};
+use self::lent::NO_RUNTIME;
+pub(crate) use self::lent::{attended, Lent};
 use self::operations::Connection;
+pub(crate) use self::pooler::Gate;
+use self::pursuit::Pursuits;
 use self::sweep::Sweeping;
 use self::table::Statements;
-pub(crate) use self::table::TableName;
+pub(crate) use self::table::{Statement, TableName};
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
 use super::checked::Checked;
 use super::Store;
+use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
@@ -47,6 +56,24 @@ use crate::uncut::uncut;
 /// locks nothing. A claim that takes over, repeats or finds the row expired takes one more, and so does a completion that is
 /// repeated or superseded. A store also holds one connection for as long as somebody waits for another process. Notifications are
 /// sent only for keys that somebody waits for, because each holds a lock that all commits of the server share.
+///
+/// # When the server does not answer
+///
+/// The server ends a statement that waits for a lock; the caller gets an error after the [timeout](PostgresStoreBuilder::with_timeout).
+/// The connection stays in use until the server has answered, so no more backends wait than the pool has connections. A commit that
+/// waits for a synchronous standby is never cancelled, because a cancel commits it where no standby has it. A claim whose fate is
+/// unknown is looked up until it is known, at most 1,024 at a time, and a grant that reached nobody is released. That goes on after a
+/// layer has been drained, for as long as the store lives.
+///
+/// # Isolation
+///
+/// Every statement of the store does the same at every default isolation of the role. Within transactions of yours use READ COMMITTED:
+/// at the stricter levels, one that meets another fails, and is to be rolled back and run again.
+///
+/// # Poolers
+///
+/// A pooler in session mode needs no setting. One in transaction mode needs
+/// [`with_transaction_pooler`](PostgresStoreBuilder::with_transaction_pooler), and is refused without it.
 ///
 /// # Set-up
 ///
@@ -91,7 +118,10 @@ struct Inner {
     table: TableName,
     timeout: Duration,
     checked: Checked,
+    sending: Sending,
     statements: Statements,
+    gate: Gate,
+    pursuits: Pursuits,
     watchers: Arc<Watchers>,
     sweeping: Sweeping,
 }
@@ -115,7 +145,7 @@ impl PostgresStore {
         PostgresStoreBuilder::new()
     }
 
-    /// The pool of connections.
+    /// The pool of connections. The store's own pool has sessions that are [set for it](PostgresStoreBuilder::connect).
     #[must_use]
     pub fn pool(&self) -> &PgPool {
         &self.0.pool
@@ -129,8 +159,10 @@ impl PostgresStore {
     ///
     /// As for [`Store::claim`]. Roll the transaction back.
     pub async fn claim_in(&self, connection: &mut PgConnection, claim: &Claim) -> Result<Decision, Error> {
-        self.check_on(connection).await?;
-        self.on(connection).claim(claim, None).await
+        if let Err(failed) = self.check_on(connection).await {
+            return Err(failed.error);
+        }
+        Ok(self.within_callers(connection).claim(claim).await?)
     }
 
     /// Records an outcome within a transaction of yours. Anything but [`Completion::Completed`] means that somebody else holds
@@ -148,7 +180,8 @@ impl PostgresStore {
         outcome: &Outcome,
         retention: Duration,
     ) -> Result<Completion, Error> {
-        self.on(connection).complete_once(key, owner, outcome, retention).await
+        let mut connection = self.within_callers(connection);
+        Ok(connection.complete_once(key, owner, outcome, retention).await?)
     }
 
     /// The PostgreSQL store inside of another one.
@@ -159,20 +192,44 @@ impl PostgresStore {
     fn on<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {
         Connection {
             connection,
+            sending: &self.0.sending,
             statements: &self.0.statements,
+            within: Within::Own,
         }
     }
 
-    /// A connection for one operation on a table that was checked, and how long the operation may take.
-    async fn lend(&self) -> Result<(Lent, Duration), Error> {
+    /// A connection on which a transaction of the application's is open.
+    fn within_callers<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {
+        Connection {
+            within: Within::Callers,
+            ..self.on(connection)
+        }
+    }
+
+    /// A connection for one operation on a table that was checked.
+    async fn lend(&self) -> Result<Lent, Error> {
         if self.0.checked.passed().is_none() {
             Box::pin(self.check_once()).await?;
         }
         self.lend_unchecked().await
     }
 
-    async fn lend_unchecked(&self) -> Result<(Lent, Duration), Error> {
-        Ok((Lent::from(&self.0.pool).await?, self.0.timeout))
+    async fn lend_unchecked(&self) -> Result<Lent, Error> {
+        const LONGEST: Duration = Duration::from_secs(5);
+        self.0.gate.pass(&self.0.pool, &self.0.sending).await?;
+        // Where all connections of the pool wait for the server, another operation need not wait for as long.
+        let lent = within(LONGEST.max(self.0.timeout), Lent::from(&self.0.pool)).await;
+        lent.unwrap_or(Err(BUSY))
+    }
+
+    /// Runs an operation on a connection of the pool. It goes on when its caller leaves or has waited for too long.
+    async fn operate<T, F>(&self, operation: impl FnOnce(Self, Lent) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: std::future::Future<Output = Result<T, Failed>> + Send + 'static,
+    {
+        let lent = self.lend().await?;
+        attended(self.0.timeout, &self.0.pool, operation(self.clone(), lent)).await
     }
 
     /// Runs an operation to its end: dropped half-way, it might never have been sent.
@@ -181,10 +238,6 @@ impl PostgresStore {
         T: Send + 'static,
         F: std::future::Future<Output = Result<T, Error>> + Send + 'static,
     {
-        const NO_RUNTIME: Error = Error::new(
-            ErrorKind::StoreUnavailable,
-            "a PostgreSQL store must be used from within a tokio runtime",
-        );
         uncut(operation(self.clone()), None).ok_or(NO_RUNTIME)?.await
     }
 }
@@ -194,17 +247,16 @@ impl Store for PostgresStore {
 
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         self.start_sweeper();
-        let (mut lent, timeout) = self.lend().await?;
-        // The server gives up first, or a backend of it would go on waiting: for whoever else waits, and for the transaction.
-        let lock_timeout = Some(timeout / 5 * 2);
-        let done = bounded(timeout, self.on(lent.connection()?).claim(claim, lock_timeout)).await;
-        lent.give_back(done)
+        self.claim_and_pursue(claim).await
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
-        let (mut lent, timeout) = self.lend().await?;
-        let done = bounded(timeout, self.on(lent.connection()?).renew(key, owner, lease)).await;
-        lent.give_back(done)
+        let key = *key;
+        self.operate(move |store, mut lent| async move {
+            let done = store.on(lent.connection()?).renew(&key, owner, lease).await;
+            lent.give_back(done)
+        })
+        .await
     }
 
     async fn complete(
@@ -216,10 +268,12 @@ impl Store for PostgresStore {
     ) -> Result<Completion, Error> {
         let (key, outcome) = (*key, outcome.clone());
         self.undroppable(move |store| async move {
-            let (mut lent, timeout) = store.lend().await?;
-            let mut connection = store.on(lent.connection()?);
-            let done = bounded(timeout, connection.complete(&key, owner, &outcome, retention)).await;
-            lent.give_back(done)
+            let completing = move |store: Self, mut lent: Lent| async move {
+                let mut connection = store.on(lent.connection()?);
+                let done = connection.complete(&key, owner, &outcome, retention).await;
+                lent.give_back(done)
+            };
+            store.operate(completing).await
         })
         .await
     }
@@ -227,33 +281,51 @@ impl Store for PostgresStore {
     async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
         let key = *key;
         self.undroppable(move |store| async move {
-            let (mut lent, timeout) = store.lend().await?;
-            let done = bounded(timeout, store.on(lent.connection()?).release(&key, owner)).await;
-            lent.give_back(done)
+            let releasing = move |store: Self, mut lent: Lent| async move {
+                let done = store.on(lent.connection()?).release(&key, owner).await;
+                lent.give_back(done)
+            };
+            store.operate(releasing).await
         })
         .await
     }
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
-        let (mut lent, timeout) = self.lend().await?;
-        let done = bounded(timeout, self.on(lent.connection()?).resolve(key, fence, resolution)).await;
-        lent.give_back(done)
+        let (key, resolution) = (*key, resolution.clone());
+        self.operate(move |store, mut lent| async move {
+            let done = store.on(lent.connection()?).resolve(&key, fence, &resolution).await;
+            lent.give_back(done)
+        })
+        .await
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        let (mut lent, timeout) = self.lend().await?;
-        let done = bounded(timeout, self.on(lent.connection()?).peek(key)).await;
-        lent.give_back(done)
+        let key = *key;
+        self.operate(move |store, mut lent| async move {
+            let done = store.on(lent.connection()?).peek(&key).await;
+            lent.give_back(done)
+        })
+        .await
     }
 
     async fn watch(&self, key: &StorageKey) -> Result<PostgresWatch, Error> {
-        let watch = self.0.watchers.register(&self.0.pool, key).await?;
-        let (mut lent, timeout) = self.lend().await?;
-        let done = bounded(timeout, self.on(lent.connection()?).watch(key)).await;
-        lent.give_back(done)?;
+        let Some(watch) = self.0.watchers.register(&self.0.pool, key).await? else {
+            return Ok(PostgresWatch::pause());
+        };
+        let key = *key;
+        self.operate(move |store, mut lent| async move {
+            let done = store.on(lent.connection()?).watch(&key).await;
+            lent.give_back(done)
+        })
+        .await?;
         Ok(watch)
     }
 }
+
+const BUSY: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "no connection of the pool is free; all of them are in use or wait for the database",
+);
 
 impl fmt::Debug for PostgresStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

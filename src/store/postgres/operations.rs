@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgArguments, PgConnection};
-use sqlx::query::Query;
-use sqlx::{Postgres, Row as _};
+use sqlx::postgres::PgConnection;
+use sqlx::Row as _;
 
-use super::error::{failed, READ_ONLY};
+use super::ask::{Bound, Failed, Sending, Within};
+use super::error::READ_ONLY;
 use super::row::{fence, fingerprint, if_lost, micros, outcome, Row};
 use super::table::{Statement, Statements};
 use crate::clock::Timestamp;
@@ -19,38 +19,51 @@ use crate::protocol::{
 /// A connection with the statements for its table.
 pub(super) struct Connection<'c> {
     pub(super) connection: &'c mut PgConnection,
+    pub(super) sending: &'c Sending,
     pub(super) statements: &'c Statements,
+    pub(super) within: Within,
 }
 
-type Bound<'q> = Query<'q, Postgres, PgArguments>;
-
-impl Connection<'_> {
-    /// Waits for so long for a transaction that has a record locked which the claim would change, or for as long as it takes.
-    pub(super) async fn claim(&mut self, claim: &Claim, lock_timeout: Option<Duration>) -> Result<Decision, Error> {
+impl<'q> Connection<'q> {
+    /// Claims a key. A claim that waited for another transaction had its time taken before, and is asked again, because its lease
+    /// would be too short by the wait.
+    pub(super) async fn claim(&mut self, claim: &'q Claim) -> Result<Decision, Failed> {
+        const AT_ONCE: Duration = Duration::from_millis(10);
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
-        for attempt in 0..TRIES {
-            let is_first = attempt == 0;
-            let text = if is_first {
-                &self.statements.begin
-            } else {
-                &self.statements.claim
+        let lock_timeout = self.sending.lock_timeout(self.within);
+        for tries in 0..TRIES {
+            let bound = |statement: Bound<'q>| {
+                let statement = statement
+                    .bind(&claim.key.as_bytes()[..])
+                    .bind(fingerprint(&claim.fingerprint))
+                    .bind(&claim.nonce.as_bytes()[..])
+                    .bind(micros(claim.lease))
+                    .bind(micros(claim.retention));
+                match tries {
+                    0 => statement.bind(lock_timeout),
+                    _ => statement.bind(if_lost(claim.if_lost)).bind(attempts).bind(lock_timeout),
+                }
             };
-            let mut statement = prepared(text)
-                .bind(&claim.key.as_bytes()[..])
-                .bind(fingerprint(&claim.fingerprint))
-                .bind(&claim.nonce.as_bytes()[..])
-                .bind(micros(claim.lease))
-                .bind(micros(claim.retention));
-            if !is_first {
-                let lock_timeout =
-                    lock_timeout.map(|timeout| format!("{}ms", timeout.as_millis().clamp(1, 86_400_000)));
-                statement = statement.bind(if_lost(claim.if_lost)).bind(attempts).bind(lock_timeout);
-            }
-            let Some(Row { changed, seen }) = self.ask(statement).await? else {
-                continue;
+            let text = match tries {
+                0 => &self.statements.begin,
+                _ => &self.statements.claim,
             };
+            let rows = self.sending.ask(self.connection, self.within, text, bound).await?;
+            // No row: another claim was committed since the statement began.
+            let Some(row) = rows.first() else { continue };
+            let Row {
+                changed,
+                seen,
+                leased_for,
+            } = Row::read(row).map_err(Failed::refused)?;
             match seen {
-                Some((record, now)) if changed => return Ok(record.decision(claim, now)),
+                Some((record, now)) if changed => {
+                    let decision = record.decision(claim, now);
+                    let is_granted = matches!(decision, Decision::Execute(_) | Decision::Recover(_));
+                    if !is_granted || leased_for < AT_ONCE || tries + 1 == TRIES {
+                        return Ok(decision);
+                    }
+                }
                 Some((record, now)) => {
                     if let Some(reply) = Record::claim(Some(&record), claim, now).unchanged() {
                         return Ok(reply);
@@ -59,23 +72,33 @@ impl Connection<'_> {
                 None => {}
             }
         }
-        Err(CONTENDED)
+        Err(Failed::refused(CONTENDED))
     }
 
-    pub(super) async fn renew(&mut self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
-        let bound = |statements: &Statements| owned(&statements.renew, key, owner).bind(micros(lease));
+    pub(super) async fn renew(
+        &mut self,
+        key: &'q StorageKey,
+        owner: Owner,
+        lease: Duration,
+    ) -> Result<Renewal, Failed> {
+        let lock_timeout = self.sending.lock_timeout(self.within);
+        let bound = |statement: Bound<'q>| {
+            let statement = owned(statement, key, owner).bind(micros(lease));
+            statement.bind(lock_timeout)
+        };
         let transition = |record: Option<&Record>, now| Record::renew(record, owner, lease, now);
-        self.change(bound, Renewal::Renewed, transition).await
+        self.change(&self.statements.renew, bound, Renewal::Renewed, transition)
+            .await
     }
 
     /// Completes in a transaction that an effect is a part of: what is completed already, even by this owner, has had its effect.
     pub(super) async fn complete_once(
         &mut self,
-        key: &StorageKey,
+        key: &'q StorageKey,
         owner: Owner,
-        ended: &Outcome,
+        ended: &'q Outcome,
         retention: Duration,
-    ) -> Result<Completion, Error> {
+    ) -> Result<Completion, Failed> {
         let transition = |record: Option<&Record>, now| {
             let mut transition = Record::complete(record, owner, ended, retention, now);
             if let (Change::Keep, Completion::Completed) = (&transition.change, &transition.reply) {
@@ -90,95 +113,106 @@ impl Connection<'_> {
 
     pub(super) async fn complete(
         &mut self,
-        key: &StorageKey,
+        key: &'q StorageKey,
         owner: Owner,
-        ended: &Outcome,
+        ended: &'q Outcome,
         retention: Duration,
-    ) -> Result<Completion, Error> {
+    ) -> Result<Completion, Failed> {
         let transition = |record: Option<&Record>, now| Record::complete(record, owner, ended, retention, now);
         self.completed_by(key, owner, ended, retention, transition).await
     }
 
     async fn completed_by(
         &mut self,
-        key: &StorageKey,
+        key: &'q StorageKey,
         owner: Owner,
-        ended: &Outcome,
+        ended: &'q Outcome,
         retention: Duration,
         transition: impl Fn(Option<&Record>, Timestamp) -> Transition<Completion>,
-    ) -> Result<Completion, Error> {
+    ) -> Result<Completion, Failed> {
         let (state, head, body) = outcome(ended);
-        let bound_to = |text: &Statement| {
-            let statement = owned(text, key, owner).bind(state);
-            statement
-                .bind(head.map(<[u8]>::to_vec))
-                .bind(body.map(<[u8]>::to_vec))
-                .bind(micros(retention))
+        let lock_timeout = self.sending.lock_timeout(self.within);
+        let bound = |statement: Bound<'q>| {
+            let statement = owned(statement, key, owner).bind(state);
+            let statement = statement.bind(head).bind(body).bind(micros(retention));
+            statement.bind(lock_timeout)
         };
-        if self.ask(bound_to(&self.statements.finish)).await?.is_some() {
+        let finish = &self.statements.finish;
+        let finished = self.sending.ask(self.connection, self.within, finish, bound).await?;
+        if !finished.is_empty() {
             return Ok(Completion::Completed);
         }
-        let bound = |statements: &Statements| bound_to(&statements.complete);
-        self.change(bound, Completion::Completed, transition).await
+        let complete = &self.statements.complete;
+        self.change(complete, bound, Completion::Completed, transition).await
     }
 
-    pub(super) async fn release(&mut self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
-        let bound = |statements: &Statements| owned(&statements.release, key, owner);
+    pub(super) async fn release(&mut self, key: &'q StorageKey, owner: Owner) -> Result<Release, Failed> {
+        let lock_timeout = self.sending.lock_timeout(self.within);
+        let bound = |statement: Bound<'q>| owned(statement, key, owner).bind(lock_timeout);
         let transition = |record: Option<&Record>, now| Record::release(record, owner, now);
-        self.change(bound, Release::Released, transition).await
+        self.change(&self.statements.release, bound, Release::Released, transition)
+            .await
     }
 
     pub(super) async fn resolve(
         &mut self,
-        key: &StorageKey,
+        key: &'q StorageKey,
         expected: Fence,
-        resolution: &Resolution,
-    ) -> Result<Resolved, Error> {
+        resolution: &'q Resolution,
+    ) -> Result<Resolved, Failed> {
         let ((state, head, body), retention) = match resolution {
             Resolution::Absent => ((-1, None, None), Duration::ZERO),
             Resolution::Completed(ended, retention) => (outcome(ended), *retention),
         };
-        let bound = |statements: &Statements| {
-            let statement = prepared(&statements.resolve).bind(key.as_bytes().to_vec());
+        let lock_timeout = self.sending.lock_timeout(self.within);
+        let bound = |statement: Bound<'q>| {
+            let statement = statement.bind(&key.as_bytes()[..]);
             let statement = statement.bind(fence(expected)).bind(state);
-            statement
-                .bind(head.map(<[u8]>::to_vec))
-                .bind(body.map(<[u8]>::to_vec))
-                .bind(micros(retention))
+            let statement = statement.bind(head).bind(body).bind(micros(retention));
+            statement.bind(lock_timeout)
         };
         let transition = |record: Option<&Record>, now| Record::resolve(record, expected, resolution, now);
-        self.change(bound, Resolved::Resolved, transition).await
+        self.change(&self.statements.resolve, bound, Resolved::Resolved, transition)
+            .await
     }
 
-    pub(super) async fn peek(&mut self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        let statement = prepared(&self.statements.peek).bind(&key.as_bytes()[..]);
-        let row = statement.fetch_one(&mut *self.connection).await.map_err(failed)?;
+    pub(super) async fn peek(&mut self, key: &'q StorageKey) -> Result<Option<Snapshot>, Failed> {
+        let bound = |statement: Bound<'q>| statement.bind(&key.as_bytes()[..]);
+        let row = self.ask(&self.statements.peek, bound).await?;
         // The other operations are writes, which a standby refuses.
-        if row.try_get("standby").map_err(failed)? {
-            return Err(READ_ONLY);
+        if row.try_get("standby").unwrap_or(true) {
+            return Err(Failed::refused(READ_ONLY));
         }
-        let seen = Row::read(&row)?.seen;
+        let seen = Row::read(&row).map_err(Failed::refused)?.seen;
         Ok(seen.and_then(|(record, now)| Record::peek(Some(&record), now)))
     }
 
-    pub(super) async fn watch(&mut self, key: &StorageKey) -> Result<(), Error> {
-        let statement = prepared(&self.statements.watch).bind(&key.as_bytes()[..]);
-        statement.execute(&mut *self.connection).await.map_err(failed)?;
-        Ok(())
+    pub(super) async fn watch(&mut self, key: &'q StorageKey) -> Result<(), Failed> {
+        let bound = |statement: Bound<'q>| statement.bind(&key.as_bytes()[..]);
+        self.ask(&self.statements.watch, bound).await.map(drop)
+    }
+
+    /// Deletes expired rows, at most `limit`, and says how many there were.
+    pub(super) async fn sweep(&mut self, limit: i64) -> Result<u64, Failed> {
+        let row = self
+            .ask(&self.statements.sweep, |statement| statement.bind(limit))
+            .await?;
+        let swept: i64 = row.try_get("swept").unwrap_or(0);
+        Ok(u64::try_from(swept).unwrap_or(0))
     }
 
     /// A statement that changes the record or does not, and shows what it saw. The two may disagree: what is seen is from
     /// before the statement, what is changed may be newer. Then it is asked again.
     async fn change<R>(
         &mut self,
-        bound: impl Fn(&Statements) -> Bound<'static>,
+        text: &Statement,
+        bound: impl Fn(Bound<'q>) -> Bound<'q> + Send + Sync,
         reply: R,
         transition: impl Fn(Option<&Record>, Timestamp) -> Transition<R>,
-    ) -> Result<R, Error> {
+    ) -> Result<R, Failed> {
         for _ in 0..TRIES {
-            let Some(Row { changed, seen }) = self.ask(bound(self.statements)).await? else {
-                continue;
-            };
+            let row = self.ask(text, &bound).await?;
+            let Row { changed, seen, .. } = Row::read(&row).map_err(Failed::refused)?;
             if changed {
                 return Ok(reply);
             }
@@ -190,12 +224,15 @@ impl Connection<'_> {
                 return Ok(reply);
             }
         }
-        Err(CONTENDED)
+        Err(Failed::refused(CONTENDED))
     }
 
-    async fn ask(&mut self, statement: Bound<'_>) -> Result<Option<Row>, Error> {
-        let row = statement.fetch_optional(&mut *self.connection).await.map_err(failed)?;
-        row.as_ref().map(Row::read).transpose()
+    async fn ask(
+        &mut self,
+        text: &Statement,
+        bound: impl Fn(Bound<'q>) -> Bound<'q> + Send + Sync,
+    ) -> Result<sqlx::postgres::PgRow, Failed> {
+        self.sending.ask_one(self.connection, self.within, text, bound).await
     }
 }
 
@@ -208,13 +245,10 @@ const CONTENDED: Error = Error::new(
     "a record was changed by others again and again while it was asked for; repeat the request",
 );
 
-fn prepared<'q>(statement: &Statement) -> Bound<'q> {
-    sqlx::query(statement.safe())
-}
-
-fn owned<'q>(statement: &Statement, key: &StorageKey, owner: Owner) -> Bound<'q> {
-    prepared(statement)
-        .bind(key.as_bytes().to_vec())
+/// Binds the key and its owner.
+fn owned<'q>(statement: Bound<'q>, key: &'q StorageKey, owner: Owner) -> Bound<'q> {
+    statement
+        .bind(&key.as_bytes()[..])
         .bind(owner.nonce.as_bytes().to_vec())
         .bind(fence(owner.fence))
 }

@@ -16,19 +16,33 @@ pub(super) struct Row {
     pub(super) changed: bool,
     /// The record, `None` where there is no row, and the server's time.
     pub(super) seen: Option<(Record, Timestamp)>,
+    /// How long ago the record was given its lease.
+    pub(super) leased_for: Duration,
 }
 
 impl Row {
     pub(super) fn read(row: &PgRow) -> Result<Self, Error> {
         let changed = row.try_get("changed").map_err(unreadable)?;
         let Some(version) = row.try_get::<Option<i16>, _>("version").map_err(unreadable)? else {
-            return Ok(Self { changed, seen: None });
+            return Ok(Self {
+                changed,
+                seen: None,
+                leased_for: Duration::ZERO,
+            });
         };
         if version != VERSION {
             return Err(NEWER);
         }
         let seen = Some(record(row).map_err(unreadable)?.ok_or(DAMAGED)?);
-        Ok(Self { changed, seen })
+        let leased_at = number(row, "lease_until").zip(number(row, "lease"));
+        let leased_at = leased_at.map(|(until, lease)| until.saturating_sub(lease));
+        let leased_for = number(row, "now").zip(leased_at);
+        let leased_for = leased_for.map_or(0, |(now, leased_at)| now.saturating_sub(leased_at));
+        Ok(Self {
+            changed,
+            seen,
+            leased_for: Duration::from_micros(leased_for),
+        })
     }
 }
 

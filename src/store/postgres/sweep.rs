@@ -4,11 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures::TryFutureExt;
 use tokio::runtime::Handle;
 
-use super::error::failed;
-use super::lent::bounded;
+use super::lent::Lent;
 use super::{Inner, PostgresStore};
 use crate::clock::sleep;
 use crate::error::Error;
@@ -38,16 +36,16 @@ impl PostgresStore {
     ///
     /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when the server cannot be reached; some rows may be deleted.
     pub async fn sweep(&self) -> Result<u64, Error> {
-        const BATCH: u64 = 1_000;
+        const BATCH: i64 = 1_000;
         let mut swept = 0;
         loop {
-            let statement = sqlx::query(self.0.statements.sweep.safe()).bind(i64::try_from(BATCH).unwrap_or(i64::MAX));
-            let (mut lent, timeout) = self.lend().await?;
-            let deleting = statement.execute(lent.connection()?);
-            let done = bounded(timeout, deleting.map_err(failed)).await;
-            let deleted = lent.give_back(done)?.rows_affected();
+            let deleting = |store: Self, mut lent: Lent| async move {
+                let done = store.on(lent.connection()?).sweep(BATCH).await;
+                lent.give_back(done)
+            };
+            let deleted = self.operate(deleting).await?;
             swept += deleted;
-            if deleted < BATCH {
+            if deleted < BATCH.unsigned_abs() {
                 return Ok(swept);
             }
         }

@@ -65,12 +65,21 @@ impl fmt::Display for TableName {
     }
 }
 
-/// The text of a statement, made once for a table.
+/// The text of a statement, made once for a table, and the tag by which its rows are known.
 #[derive(Clone, Debug)]
-pub(super) struct Statement(Arc<str>);
+pub(crate) struct Statement {
+    tag: Arc<str>,
+    text: Arc<str>,
+}
 
 impl Statement {
-    fn new(template: &str, table: &TableName) -> Self {
+    /// A statement from a template. Its last parameter is the question that [`ask`](super::ask::Sending::ask) binds; each row that it returns
+    /// repeats that question and a tag of the `name` and the table, so that the row of another statement, or of the same on another
+    /// table, is never taken for one of this one.
+    pub(crate) fn new(name: &'static str, template: &str, table: &TableName) -> Self {
+        // Evaluated before the statement asks for the lock on a row, because the server evaluates it to find that row.
+        const BOUNDED: &str =
+            "CASE WHEN {at}::text IS NULL THEN true ELSE set_config('lock_timeout', {at}, true) <> '' END";
         const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
         const COLUMNS: &str =
             "r.version, r.state, r.kind, r.fingerprint, r.nonce, r.fence, r.attempt, r.lease, r.retention, \
@@ -78,7 +87,9 @@ impl Statement {
         const EXPIRED: &str =
             "({at} >= r.expires AND NOT (r.state = 0 AND {at} < least(r.lease_until, {at} + r.lease)))";
         const LOST: &str = "(r.state = 1 OR r.state = 0 AND {at} >= least(r.lease_until, {at} + r.lease))";
+        let tag = format!("{name} {table}");
         let text = template
+            .replace("{tag}", &format!("'{tag}'"))
             .replace("{expired}", &EXPIRED.replace("{at}", "r.now"))
             .replace("{expired_now}", &EXPIRED.replace("{at}", NOW))
             .replace("{lost_now}", &LOST.replace("{at}", NOW))
@@ -87,16 +98,31 @@ impl Statement {
             .replace("{notify}", "pg_notify('{name}', encode(r.key, 'hex'))::text")
             .replace("{name}", table.name())
             .replace("{table}", &table.to_string());
-        Self(text.into())
+        let text = (1..10)
+            .map(|number| format!("${number}"))
+            .fold(text, |text, parameter| {
+                text.replace(
+                    &format!("{{bounded {parameter}}}"),
+                    &BOUNDED.replace("{at}", &parameter),
+                )
+            });
+        Self {
+            tag: tag.into(),
+            text: text.into(),
+        }
     }
 
-    pub(super) fn text(&self) -> &str {
-        &self.0
+    pub(crate) fn tag(&self) -> &str {
+        &self.tag
     }
 
-    /// Its text holds nothing but this file's templates and an identifier that was parsed.
-    pub(super) fn safe(&self) -> AssertSqlSafe<Arc<str>> {
-        AssertSqlSafe(Arc::clone(&self.0))
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Its text holds nothing but the templates of this crate and an identifier that was parsed.
+    pub(crate) fn safe(&self) -> AssertSqlSafe<Arc<str>> {
+        AssertSqlSafe(Arc::clone(&self.text))
     }
 }
 
@@ -119,20 +145,20 @@ pub(super) struct Statements {
 
 impl Statements {
     pub(super) fn new(table: &TableName) -> Self {
-        let statement = |template| Statement::new(template, table);
+        let statement = |name, template| Statement::new(name, template, table);
         Self {
-            begin: statement(include_str!("sql/begin.sql")),
-            claim: statement(include_str!("sql/claim.sql")),
-            complete: statement(include_str!("sql/complete.sql")),
-            finish: statement(include_str!("sql/finish.sql")),
-            inspect: statement(include_str!("sql/inspect.sql")),
-            peek: statement(include_str!("sql/peek.sql")),
-            release: statement(include_str!("sql/release.sql")),
-            renew: statement(include_str!("sql/renew.sql")),
-            resolve: statement(include_str!("sql/resolve.sql")),
-            schema: statement(include_str!("sql/schema.sql")),
-            sweep: statement(include_str!("sql/sweep.sql")),
-            watch: statement(include_str!("sql/watch.sql")),
+            begin: statement("begin", include_str!("sql/begin.sql")),
+            claim: statement("claim", include_str!("sql/claim.sql")),
+            complete: statement("complete", include_str!("sql/complete.sql")),
+            finish: statement("finish", include_str!("sql/finish.sql")),
+            inspect: statement("inspect", include_str!("sql/inspect.sql")),
+            peek: statement("peek", include_str!("sql/peek.sql")),
+            release: statement("release", include_str!("sql/release.sql")),
+            renew: statement("renew", include_str!("sql/renew.sql")),
+            resolve: statement("resolve", include_str!("sql/resolve.sql")),
+            schema: statement("schema", include_str!("sql/schema.sql")),
+            sweep: statement("sweep", include_str!("sql/sweep.sql")),
+            watch: statement("watch", include_str!("sql/watch.sql")),
         }
     }
 }
@@ -183,6 +209,8 @@ mod tests {
             "{lost",
             "{columns}",
             "{notify}",
+            "{bounded",
+            "{tag}",
         ] {
             assert!(!all.contains(placeholder), "{placeholder}");
         }

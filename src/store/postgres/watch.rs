@@ -12,6 +12,7 @@ use pin_project_lite::pin_project;
 use sqlx::postgres::{PgListener, PgPool};
 use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{watch, Notify};
+use tokio::time::Sleep;
 
 use super::error::failed;
 use crate::error::Error;
@@ -21,6 +22,8 @@ use crate::sharded::lock;
 /// Everybody of this process who waits for a record to change.
 pub(super) struct Watchers {
     channel: String,
+    /// Whether nobody listens, because a pooler would take the connection away, or because the pool has no other.
+    polls: bool,
     state: Mutex<State>,
 }
 
@@ -37,22 +40,30 @@ struct Waiting {
 }
 
 impl Watchers {
-    pub(super) fn new(channel: &str) -> Arc<Self> {
+    pub(super) fn new(channel: &str, polls: bool) -> Arc<Self> {
         Arc::new(Self {
             channel: channel.to_owned(),
+            polls,
             state: Mutex::default(),
         })
     }
 
-    /// Waits until the listener listens, and registers.
-    pub(super) async fn register(self: &Arc<Self>, pool: &PgPool, key: &StorageKey) -> Result<PostgresWatch, Error> {
+    /// Waits until the listener listens, and registers; nothing where nobody listens.
+    pub(super) async fn register(
+        self: &Arc<Self>,
+        pool: &PgPool,
+        key: &StorageKey,
+    ) -> Result<Option<PostgresWatch>, Error> {
+        if self.polls {
+            return Ok(None);
+        }
         let mut listening = self.listener(pool);
         let lost = || Error::unavailable("the connection that listens was lost");
         listening.wait_for(|listening| *listening).await.map_err(|_| lost())?;
         let watch = self.enter(key);
         // It may have ended before it could know of this one.
         listening.has_changed().map_err(|_| lost())?;
-        Ok(watch)
+        Ok(Some(watch))
     }
 
     fn enter(self: &Arc<Self>, key: &StorageKey) -> PostgresWatch {
@@ -63,11 +74,13 @@ impl Watchers {
         });
         waiting.count += 1;
         PostgresWatch {
-            // Receives what is notified from now on, also before it is polled.
-            changed: Arc::clone(&waiting.changed).notified_owned(),
-            _registered: Registered {
-                watchers: Arc::downgrade(self),
-                key: *key,
+            waits: Waits::Notified {
+                // Receives what is notified from now on, also before it is polled.
+                changed: Arc::clone(&waiting.changed).notified_owned(),
+                _registered: Registered {
+                    watchers: Arc::downgrade(self),
+                    key: *key,
+                },
             },
         }
     }
@@ -152,12 +165,39 @@ fn key_of(payload: &str) -> Option<StorageKey> {
 
 pin_project! {
     /// Resolves when a record of a [`PostgresStore`](super::PostgresStore) has changed, or may have while the connection that
-    /// listens was lost.
+    /// listens was lost. Where nobody listens, behind a pooler or over a pool of one connection, it resolves after 250 ms.
     #[derive(Debug)]
     pub struct PostgresWatch {
         #[pin]
-        changed: OwnedNotified,
-        _registered: Registered,
+        waits: Waits,
+    }
+}
+
+pin_project! {
+    #[project = WaitsProjected]
+    #[derive(Debug)]
+    enum Waits {
+        Notified {
+            #[pin]
+            changed: OwnedNotified,
+            _registered: Registered,
+        },
+        Pause {
+            // In a box: its waiter carries the room for it all the while.
+            pause: Pin<Box<Sleep>>,
+        },
+    }
+}
+
+impl PostgresWatch {
+    /// Resolves after a pause, when the record is to be looked at.
+    pub(super) fn pause() -> Self {
+        const POLL: Duration = Duration::from_millis(250);
+        Self {
+            waits: Waits::Pause {
+                pause: Box::pin(tokio::time::sleep(POLL)),
+            },
+        }
     }
 }
 
@@ -165,7 +205,10 @@ impl Future for PostgresWatch {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.project().changed.poll(cx)
+        match self.project().waits.project() {
+            WaitsProjected::Notified { changed, .. } => changed.poll(cx),
+            WaitsProjected::Pause { pause } => pause.as_mut().poll(cx),
+        }
     }
 }
 

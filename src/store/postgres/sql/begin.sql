@@ -1,4 +1,4 @@
--- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention. What most claims come to: a key that nobody had, or one about which
+-- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention, $6 lock timeout or NULL, $7 question. What most claims come to: a key that nobody had, or one about which
 -- a claim changes nothing. Whatever else is seen is for claim.sql, whose many expressions a server needs longer to set up than
 -- to evaluate. No row: another claim was committed since this statement began.
 WITH seen AS (
@@ -8,10 +8,10 @@ WITH seen AS (
         (key, version, state, kind, fingerprint, nonce, fence, attempt, lease, retention, lease_until, expires)
     SELECT $1, 1, 0, 0, $2, $3, greatest(now, 1), 1, $4, $5, now + $4, now + $4 + $5
     FROM (SELECT {now} AS now) clock
-    WHERE NOT EXISTS (SELECT FROM seen)
+    WHERE NOT EXISTS (SELECT FROM seen) AND {bounded $6}
     ON CONFLICT (key) DO NOTHING
     RETURNING r.*, {now} AS now
 )
-SELECT true AS changed, {columns} FROM claimed r
+SELECT true AS changed, {columns}, {tag} AS statement, $7::bigint AS question FROM claimed r
 UNION ALL
-SELECT false, {columns} FROM seen r
+SELECT false, {columns}, {tag}, $7 FROM seen r

@@ -57,6 +57,7 @@ WITH bounded AS MATERIALIZED (
               AND (r.nonce = $3 OR {now} >= r.lease_until OR r.lease = 0 OR r.lease_until > {now} + r.lease))
     RETURNING r.*, {now} AS now
 )
-SELECT true AS changed, {columns}, CASE WHEN r.watched AND r.attempt > 1 THEN {notify} END AS told FROM claimed r
+SELECT true AS changed, {columns}, CASE WHEN r.watched AND r.attempt > 1 THEN {notify} END AS told,
+    {tag} AS statement, $9::bigint AS question FROM claimed r
 UNION ALL
-SELECT false, {columns}, NULL::text FROM seen r WHERE NOT EXISTS (SELECT FROM claimed)
+SELECT false, {columns}, NULL::text, {tag}, $9 FROM seen r WHERE NOT EXISTS (SELECT FROM claimed)

@@ -1,4 +1,4 @@
--- $1 the table, with its schema and quoted as in SQL. How the table is stored, which columns, index and rights are there, and whether the
+-- $1 the table, with its schema and quoted as in SQL, $2 question. How the table is stored, which columns, index and rights are there, and whether the
 -- server takes writes.
 SELECT c.relpersistence::text AS persistence,
     ARRAY(
@@ -14,6 +14,8 @@ SELECT c.relpersistence::text AS persistence,
         WHERE NOT has_table_privilege(c.oid, needed)
     ) AS missing,
     pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean AS read_only,
-    current_setting('server_version_num')::integer AS version
+    row_security_active(c.oid) AS filtered,
+    current_setting('server_version_num')::integer AS version,
+    {tag} AS statement, $2::bigint AS question
 FROM pg_class c
 WHERE c.oid = to_regclass($1)

@@ -1,8 +1,12 @@
--- $1 how many at most. Deletes what has expired; rows that somebody works on are left for the next time.
-DELETE FROM {table} WHERE key IN (
-    SELECT r.key FROM {table} r
-    WHERE r.version = 1 AND r.expires <= {now} AND {expired_now}
-    ORDER BY r.expires
-    LIMIT $1
-    FOR UPDATE SKIP LOCKED
+-- $1 how many at most, $2 question. Deletes what has expired; rows that somebody works on are left for the next time.
+WITH swept AS (
+    DELETE FROM {table} WHERE key IN (
+        SELECT r.key FROM {table} r
+        WHERE r.version = 1 AND r.expires <= {now} AND {expired_now}
+        ORDER BY r.expires
+        LIMIT $1
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING key
 )
+SELECT count(*) AS swept, {tag} AS statement, $2::bigint AS question FROM swept

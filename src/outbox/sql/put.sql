@@ -1,0 +1,7 @@
+-- $1 id, $2 topic, $3 names and $4 contents of the headers, $5 payload, $6 question.
+WITH put AS (
+    INSERT INTO {table} (id, topic, names, contents, payload) VALUES ($1, $2, $3, $4, $5)
+    ON CONFLICT (id) DO NOTHING
+    RETURNING position
+)
+SELECT EXISTS (SELECT FROM put) AS changed, {tag} AS statement, $6::bigint AS question

@@ -1,0 +1,398 @@
+//! Claims whose caller gave up before their fate was known.
+//!
+//! The server may still grant such a claim, or have granted it, to nobody. So it is pursued until its fate is known, and a grant is
+//! released. A caller that repeats the claim takes it over: while a statement of it is under way, the caller gets its reply; otherwise
+//! the pursuit ends, and the caller asks. A grant thus has one holder at any time: a caller, or the pursuit, which releases it.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, Notify, Semaphore};
+
+use super::ask::{Failed, Fate};
+use super::lent::{patient, Lent, LATE, NO_RUNTIME};
+use super::{Inner, PostgresStore};
+use crate::clock::within;
+use crate::error::Error;
+use crate::protocol::{Claim, Decision, Nonce, Owner, Status};
+use crate::sharded::lock;
+use crate::telemetry::{self, Event};
+use crate::uncut::uncut;
+
+/// How many claims are pursued at most; the leases end the others.
+const MOST: usize = 1_024;
+
+/// How many claims are looked up at once.
+const LOOKS: usize = 2;
+
+/// The longest pause before a claim of unknown fate is looked up again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+type Reply = Result<Decision, Failed>;
+
+/// The claims that are pursued, by their nonces.
+pub(super) struct Pursuits {
+    /// Looks at the server, so that they leave the pool to callers.
+    turns: Semaphore,
+    /// How many there are, so that the usual claim takes no lock.
+    count: AtomicUsize,
+    open: Mutex<Open>,
+    /// A caller waits for a statement that is under way, whose connection may be dead.
+    hurry: Notify,
+}
+
+#[derive(Default)]
+struct Open {
+    claims: HashMap<Nonce, Pursued>,
+    rests: u64,
+}
+
+enum Pursued {
+    /// A statement of it is under way; its reply goes to the caller that came last.
+    Asked(Option<oneshot::Sender<Reply>>),
+    /// It is looked up later, by the task that has this number.
+    Resting(u64),
+}
+
+/// What a look at a claim came to.
+enum Look {
+    /// Its fate is known, and a grant was released.
+    Known,
+    /// Its reply went to a caller that repeated it.
+    Over,
+    Unknown,
+}
+
+impl Look {
+    const fn of(is_known: bool) -> Self {
+        match is_known {
+            true => Self::Known,
+            false => Self::Unknown,
+        }
+    }
+}
+
+/// Where the reply to a claim goes.
+enum Goes {
+    /// To its caller, who is still there.
+    Back(Reply),
+    /// It went to a caller that repeated the claim.
+    Over,
+    /// Nowhere.
+    Nowhere(Reply),
+}
+
+impl Default for Pursuits {
+    fn default() -> Self {
+        Self {
+            turns: Semaphore::new(LOOKS),
+            count: AtomicUsize::new(0),
+            open: Mutex::default(),
+            hurry: Notify::new(),
+        }
+    }
+}
+
+impl Pursuits {
+    fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Acquire) == 0
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Open) -> T) -> T {
+        let mut open = lock(&self.open);
+        let changed = change(&mut open);
+        self.count.store(open.claims.len(), Ordering::Release);
+        changed
+    }
+
+    /// The caller of a claim that is under way has left.
+    fn abandon(&self, nonce: Nonce) {
+        self.change(|open| open.claims.insert(nonce, Pursued::Asked(None)));
+    }
+
+    /// Waits for a claim that is under way.
+    fn join(&self, nonce: Nonce) -> Option<oneshot::Receiver<Reply>> {
+        if self.is_empty() {
+            return None;
+        }
+        match lock(&self.open).claims.get_mut(&nonce) {
+            Some(Pursued::Asked(caller)) => {
+                let (sender, receiver) = oneshot::channel();
+                *caller = Some(sender);
+                self.hurry.notify_waiters();
+                Some(receiver)
+            }
+            _ => None,
+        }
+    }
+
+    /// Ends a pursuit, because a caller asks again: whether there was one, or nothing where a statement is under way.
+    fn take_over(&self, nonce: Nonce) -> Option<bool> {
+        if self.is_empty() {
+            return Some(false);
+        }
+        self.change(|open| match open.claims.get(&nonce) {
+            None => Some(false),
+            Some(Pursued::Asked(_)) => None,
+            Some(Pursued::Resting(_)) => Some(open.claims.remove(&nonce).is_some()),
+        })
+    }
+
+    /// Sends a reply where it goes. One that leaves the fate of the claim unknown goes to its own caller only: a later one asks again.
+    fn reply(&self, nonce: Nonce, reply: Reply, is_known: bool) -> Goes {
+        if self.is_empty() {
+            return Goes::Back(reply);
+        }
+        self.change(|open| {
+            let Some(Pursued::Asked(caller)) = open.claims.get_mut(&nonce) else {
+                return Goes::Back(reply);
+            };
+            match caller.take().filter(|_| is_known) {
+                None => Goes::Nowhere(reply),
+                Some(caller) => match caller.send(reply) {
+                    Err(reply) => Goes::Nowhere(reply),
+                    Ok(()) => {
+                        open.claims.remove(&nonce);
+                        Goes::Over
+                    }
+                },
+            }
+        })
+    }
+
+    /// Its fate is known.
+    fn close(&self, nonce: Nonce) {
+        self.change(|open| open.claims.remove(&nonce));
+    }
+
+    /// Its fate is to be looked up later, by the task with this number; nothing where too many are pursued.
+    fn rest(&self, nonce: Nonce) -> Option<u64> {
+        self.change(|open| {
+            open.claims.remove(&nonce);
+            if open.claims.len() >= MOST {
+                return None;
+            }
+            open.rests += 1;
+            open.claims.insert(nonce, Pursued::Resting(open.rests));
+            Some(open.rests)
+        })
+    }
+
+    /// Goes on with a pursuit, unless it was taken over.
+    fn resume(&self, nonce: Nonce, rest: u64) -> bool {
+        self.change(|open| match open.claims.get_mut(&nonce) {
+            Some(Pursued::Resting(number)) if *number == rest => {
+                open.claims.insert(nonce, Pursued::Asked(None));
+                true
+            }
+            _ => false,
+        })
+    }
+}
+
+/// A caller of a claim. Dropped while a statement is under way, it leaves the claim to the pursuit.
+struct Caller<'s> {
+    pursuits: &'s Pursuits,
+    waits_for: Option<Nonce>,
+}
+
+impl Drop for Caller<'_> {
+    fn drop(&mut self) {
+        if let Some(nonce) = self.waits_for {
+            self.pursuits.abandon(nonce);
+        }
+    }
+}
+
+/// A caller that waits for the reply to an earlier statement. Dropped when that has come and was not taken, it has it released.
+struct Joined<'s> {
+    store: &'s PostgresStore,
+    claim: &'s Claim,
+    receiver: oneshot::Receiver<Reply>,
+}
+
+impl Drop for Joined<'_> {
+    fn drop(&mut self) {
+        self.receiver.close();
+        if let (Ok(Ok(_)), Ok(runtime)) = (self.receiver.try_recv(), Handle::try_current()) {
+            self.store.pursue(&runtime, self.claim, Duration::ZERO);
+        }
+    }
+}
+
+impl PostgresStore {
+    /// Claims a key. The statement goes on when its caller leaves, and a grant that reaches nobody is released.
+    pub(super) async fn claim_and_pursue(&self, claim: &Claim) -> Result<Decision, Error> {
+        let (pursuits, nonce) = (&self.0.pursuits, claim.nonce);
+        let (lent, is_doubtful) = loop {
+            if let Some(receiver) = pursuits.join(nonce) {
+                match Box::pin(self.joined(claim, receiver)).await {
+                    Some(reply) => return reply.map_err(Error::from),
+                    None => continue,
+                }
+            }
+            let lent = self.lend().await?;
+            match pursuits.take_over(nonce) {
+                Some(is_doubtful) => break (lent, is_doubtful),
+                None => drop(lent.give_back(Ok(()))),
+            }
+        };
+        let claiming = self.clone().claim_to_the_end(lent, claim.clone(), is_doubtful);
+        let mut claiming = uncut(claiming, None).ok_or(NO_RUNTIME)?;
+        // Declared after the statement, so that the claim is abandoned before its task begins.
+        let mut caller = Caller {
+            pursuits,
+            waits_for: Some(nonce),
+        };
+        let done = within(self.0.timeout, &mut claiming).await;
+        if done.is_ok() {
+            caller.waits_for = None;
+        }
+        done.unwrap_or(Err(Failed::unknown(LATE))).map_err(Error::from)
+    }
+
+    async fn await_server<T>(&self, asked: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
+        patient(self.0.timeout, &self.0.pool, &self.0.pursuits.hurry, asked).await
+    }
+
+    /// The reply to a statement of an earlier caller; nothing where the pursuit has ended.
+    async fn joined(&self, claim: &Claim, receiver: oneshot::Receiver<Reply>) -> Option<Reply> {
+        let mut joined = Joined {
+            store: self,
+            claim,
+            receiver,
+        };
+        match within(self.0.timeout, &mut joined.receiver).await {
+            Ok(reply) => reply.ok(),
+            Err(_) => Some(Err(Failed::unknown(LATE))),
+        }
+    }
+
+    /// A statement that claims, and what remains to be done where its caller has left.
+    async fn claim_to_the_end(self, mut lent: Lent, claim: Claim, is_doubtful: bool) -> Reply {
+        let asked = async { self.on(lent.connection()?).claim(&claim).await };
+        let reply = self.await_server(asked).await;
+        let is_known = is_known(&reply, is_doubtful);
+        match self.0.pursuits.reply(claim.nonce, reply, is_known) {
+            Goes::Back(reply) => {
+                if let (false, Ok(runtime)) = (is_known, Handle::try_current()) {
+                    self.pursue(&runtime, &claim, self.0.timeout);
+                }
+                lent.give_back(reply)
+            }
+            Goes::Over => lent.give_back(Err(Failed::refused(LATE))),
+            Goes::Nowhere(reply) => {
+                if self.end_claim(lent, &claim, reply, is_known).await {
+                    self.0.pursuits.close(claim.nonce);
+                } else if let Ok(runtime) = Handle::try_current() {
+                    self.pursue(&runtime, &claim, self.0.timeout);
+                }
+                Err(Failed::unknown(LATE))
+            }
+        }
+    }
+
+    /// Releases what was granted to nobody. False where the fate of the claim is still unknown.
+    async fn end_claim(&self, mut lent: Lent, claim: &Claim, reply: Reply, is_known: bool) -> bool {
+        match reply {
+            Ok(Decision::Execute(grant) | Decision::Recover(grant)) => {
+                let released = self.release_on(&mut lent, claim, grant.owner).await;
+                lent.give_back(released).is_ok()
+            }
+            reply => {
+                drop(lent.give_back(reply));
+                is_known
+            }
+        }
+    }
+
+    async fn release_on(&self, lent: &mut Lent, claim: &Claim, owner: Owner) -> Result<(), Failed> {
+        let released = async { self.on(lent.connection()?).release(&claim.key, owner).await };
+        self.await_server(released).await?;
+        telemetry::event(Event::ReleasedBehind);
+        Ok(())
+    }
+
+    /// Looks a claim up again after a pause, unless a caller takes it over, until its fate is known.
+    fn pursue(&self, runtime: &Handle, claim: &Claim, pause: Duration) {
+        match self.0.pursuits.rest(claim.nonce) {
+            Some(rest) => drop(runtime.spawn(pursue(Arc::downgrade(&self.0), claim.clone(), rest, pause))),
+            None => telemetry::failure(Event::Unrecorded, &LATE),
+        }
+    }
+
+    /// Looks a claim up, and releases its grant.
+    async fn look_up(&self, claim: &Claim) -> Look {
+        let Ok(mut lent) = self.lend().await else {
+            return Look::Unknown;
+        };
+        let peeked = async { self.on(lent.connection()?).peek(&claim.key).await };
+        match self.await_server(peeked).await {
+            Ok(Some(seen)) if seen.nonce == claim.nonce && !matches!(seen.status, Status::Completed(_)) => {
+                let owner = Owner {
+                    nonce: seen.nonce,
+                    fence: seen.fence,
+                };
+                let released = self.release_on(&mut lent, claim, owner).await;
+                Look::of(lent.give_back(released).is_ok())
+            }
+            // It is another's, and none of its attempts is to be used up.
+            Ok(Some(_)) => Look::of(lent.give_back(Ok(())).is_ok()),
+            // It may be arriving now: then both are one grant.
+            Ok(None) => {
+                let asked = async { self.on(lent.connection()?).claim(claim).await };
+                let reply = self.await_server(asked).await;
+                let is_known = is_known(&reply, true);
+                match self.0.pursuits.reply(claim.nonce, reply, is_known) {
+                    Goes::Over => {
+                        drop(lent.give_back(Ok(())));
+                        Look::Over
+                    }
+                    Goes::Back(reply) | Goes::Nowhere(reply) => {
+                        Look::of(self.end_claim(lent, claim, reply, is_known).await)
+                    }
+                }
+            }
+            Err(failed) => Look::of(lent.give_back(Err::<(), _>(failed)).is_ok()),
+        }
+    }
+}
+
+/// Whether a reply tells the fate of its claim. Where an earlier statement of the same claim may be under way, that this one was
+/// refused says nothing about the other: it may have waited for that.
+fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
+    match reply {
+        Ok(_) => true,
+        Err(failed) => failed.fate == Fate::Refused && !is_doubtful,
+    }
+}
+
+/// Ends with the store: then nobody asks for its keys here any more.
+async fn pursue(inner: Weak<Inner>, claim: Claim, mut rest: u64, mut pause: Duration) {
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).clamp(Duration::from_secs(1), LONGEST_PAUSE);
+        let Some(store) = inner.upgrade().map(PostgresStore) else {
+            return;
+        };
+        let Ok(_turn) = store.0.pursuits.turns.acquire().await else {
+            return;
+        };
+        if !store.0.pursuits.resume(claim.nonce, rest) {
+            return;
+        }
+        match store.look_up(&claim).await {
+            Look::Known => return store.0.pursuits.close(claim.nonce),
+            Look::Over => return,
+            Look::Unknown => {}
+        }
+        match store.0.pursuits.rest(claim.nonce) {
+            Some(next) => rest = next,
+            None => return telemetry::failure(Event::Unrecorded, &LATE),
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Statements that wait, for a lock or a standby, when their callers have left.
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use tower::{service_fn, Layer, ServiceExt};
+use tower_idempotency::protocol::{Decision, Nonce, Resolution, Status, StorageKey};
+use tower_idempotency::receiver::{Inbox, Receipt, ReceiverLayer};
+use tower_idempotency::{ErrorKind, PostgresStore, Store};
+
+use super::postgres::PostgresServer;
+use super::proxy::{Direction, Fate, Proxy};
+use super::{claim, granted, kept, Claim, HOUR};
+
+const MILLI: Duration = Duration::from_millis(1);
+
+async fn pool(url: &str, connections: u32) -> PgPool {
+    let pool = PgPoolOptions::new()
+        .max_connections(connections)
+        .test_before_acquire(false);
+    pool.connect(url).await.unwrap()
+}
+
+/// A store over a pool of four connections, and another pool.
+async fn started(server: &PostgresServer, timeout: Duration) -> (PostgresStore, PgPool) {
+    let builder = PostgresStore::builder().with_timeout(timeout);
+    let store = builder.with_pool(pool(&server.url(), 4).await).unwrap();
+    store.migrate().await.unwrap();
+    (store, pool(&server.url(), 5).await)
+}
+
+/// How many backends wait for a lock or a standby.
+async fn waiting(pool: &PgPool) -> i64 {
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' OR wait_event = 'SyncRep'";
+    sqlx::query_scalar(waiting).fetch_one(pool).await.unwrap()
+}
+
+async fn until_nothing_waits(pool: &PgPool) {
+    for _ in 0..500 {
+        if waiting(pool).await == 0 {
+            return;
+        }
+        tokio::time::sleep(10 * MILLI).await;
+    }
+    panic!("{} backends still wait", waiting(pool).await);
+}
+
+/// Commits wait for a standby of this name; for none where it is empty.
+async fn standby(pool: &PgPool, name: &str) {
+    let set = format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(set)).execute(pool).await.unwrap();
+    sqlx::raw_sql("SELECT pg_reload_conf()").execute(pool).await.unwrap();
+    let shown = || async {
+        let shown: String = sqlx::query_scalar("SHOW synchronous_standby_names")
+            .fetch_one(pool)
+            .await
+            .unwrap();
+        shown
+    };
+    while shown().await != name {
+        tokio::time::sleep(10 * MILLI).await;
+    }
+    // The checkpointer tells the backends of it.
+    tokio::time::sleep(300 * MILLI).await;
+}
+
+/// Until the driver has asked the connection whether it is well, which it does when it comes back to the pool.
+async fn until_idle(store: &PostgresStore) {
+    while store.peek(&claim(1).key).await.is_err() {}
+    while store.pool().num_idle() == 0 {
+        tokio::time::sleep(MILLI).await;
+    }
+}
+
+fn again(claim: &Claim) -> Claim {
+    Claim {
+        nonce: Nonce::random(),
+        ..claim.clone()
+    }
+}
+
+/// The server ends each; before, only claims that changed a row had a limit.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_statement_that_waits_for_a_row_ends_in_the_server() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 500 * MILLI).await;
+    let held = Claim {
+        lease: Duration::ZERO,
+        ..claim(1)
+    };
+    let (key, owner) = (held.key, granted(&store, &held).await.owner);
+    let mut transaction = own.begin().await.unwrap();
+    let lock = sqlx::query("SELECT FROM idempotency_records FOR UPDATE");
+    lock.execute(&mut *transaction).await.unwrap();
+    store.claim_in(&mut transaction, &claim(2)).await.unwrap();
+    let outcome = kept(b"x");
+    let refused = [
+        store.claim(&held).await.map(drop).unwrap_err(),
+        store.claim(&claim(2)).await.map(drop).unwrap_err(),
+        store.renew(&key, owner, HOUR).await.map(drop).unwrap_err(),
+        store.complete(&key, owner, &outcome, HOUR).await.map(drop).unwrap_err(),
+        store.release(&key, owner).await.map(drop).unwrap_err(),
+        store
+            .resolve(&key, owner.fence, &Resolution::Absent)
+            .await
+            .map(drop)
+            .unwrap_err(),
+    ];
+    for error in refused {
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+        // The server's words, not the client's: lock not available.
+        assert!(format!("{error:?}").contains("55P03"), "{error:?}");
+    }
+    assert_eq!(waiting(&own).await, 0);
+    // What waits for nobody is not kept waiting.
+    assert!(store.peek(&key).await.unwrap().is_some());
+    drop(store.watch(&key).await.unwrap());
+    store.sweep().await.unwrap();
+}
+
+/// 54 backends waited, from a pool of four: each attempt closed its connection and made another.
+#[tokio::test(flavor = "multi_thread")]
+async fn claims_that_meet_an_open_inbox_leave_no_backends_behind() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 300 * MILLI).await;
+    let inbox = Inbox::new(store.clone(), "billing");
+    let mut transaction = own.begin().await.unwrap();
+    assert_eq!(inbox.receive(&mut transaction, "7").await.unwrap(), Receipt::First(()));
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let layer = ReceiverLayer::new(store, "billing")
+        .with_id(|id: &String| id.clone())
+        .with_lease(1_000 * MILLI)
+        .with_store_timeouts(500 * MILLI, 100 * MILLI);
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(move |_: String| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async { Ok::<_, Infallible>(()) }
+    }));
+    for _ in 0..6 {
+        let received = receiver.clone().oneshot("7".to_owned()).await;
+        assert!(received.is_err(), "{received:?}");
+        assert!(waiting(&own).await <= 4);
+    }
+    drain.wait().await;
+    until_nothing_waits(&own).await;
+    // Nobody handled it, so that it is nobody's: it was lost, and rejected, where a claim was granted to nobody.
+    transaction.rollback().await.unwrap();
+    tokio::time::sleep(1_500 * MILLI).await;
+    assert_eq!(receiver.oneshot("7".to_owned()).await.unwrap(), Receipt::First(()));
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
+}
+
+/// The server takes the lock on a table before any statement can set a timeout for itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_locked_table_takes_no_more_backends_than_the_pool_has() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 200 * MILLI).await;
+    granted(&store, &claim(100)).await;
+    let mut transaction = own.begin().await.unwrap();
+    let lock = sqlx::raw_sql("LOCK TABLE idempotency_records IN ACCESS EXCLUSIVE MODE");
+    lock.execute(&mut *transaction).await.unwrap();
+    for turn in 0..3 {
+        let claims = (0..8).map(|key| {
+            let (store, claim) = (store.clone(), claim(8 * turn + key));
+            tokio::spawn(async move { tokio::time::timeout(300 * MILLI, store.claim(&claim)).await })
+        });
+        for claimed in join_all(claims).await {
+            assert!(!matches!(claimed.unwrap(), Ok(Ok(_))));
+        }
+        assert!(waiting(&own).await <= 4);
+    }
+    transaction.rollback().await.unwrap();
+    until_nothing_waits(&own).await;
+    // Those four were granted to nobody, and are released.
+    for key in 0..24 {
+        let claim = claim(key);
+        for tries in 0.. {
+            match store.claim(&claim).await {
+                Ok(Decision::Execute(_)) => break,
+                other => assert!(tries < 100, "{key}: {other:?}"),
+            }
+            tokio::time::sleep(20 * MILLI).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_burns_no_key() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 300 * MILLI).await;
+    standby(&own, "away").await;
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let layer = ReceiverLayer::new(store, "billing")
+        .with_id(|id: &String| id.clone())
+        .with_lease(1_000 * MILLI)
+        .with_store_timeouts(500 * MILLI, 100 * MILLI);
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(move |_: String| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        async { Ok::<_, Infallible>(()) }
+    }));
+    for id in 0..8 {
+        let received = receiver.clone().oneshot(id.to_string()).await;
+        assert!(received.is_err(), "{received:?}");
+        assert!(waiting(&own).await <= 4);
+    }
+    drain.wait().await;
+    // Nothing was cancelled, because a cancel commits where no standby has it.
+    assert!(waiting(&own).await > 0);
+    standby(&own, "").await;
+    until_nothing_waits(&own).await;
+    tokio::time::sleep(1_500 * MILLI).await;
+    for id in 0..8 {
+        let received = receiver.clone().oneshot(id.to_string()).await;
+        assert_eq!(received.unwrap(), Receipt::First(()), "{id}");
+    }
+    assert_eq!(runs.load(Ordering::SeqCst), 8);
+}
+
+/// The pursuit of the first must not release what the repetition was granted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 1_000 * MILLI).await;
+    for drops in [false, true] {
+        let claim = claim(u8::from(drops));
+        standby(&own, "away").await;
+        if drops {
+            let left = tokio::time::timeout(200 * MILLI, store.claim(&claim)).await;
+            assert!(left.is_err());
+        } else {
+            assert!(store.claim(&claim).await.is_err());
+        }
+        let repeated = tokio::spawn({
+            let (store, claim) = (store.clone(), claim.clone());
+            async move {
+                loop {
+                    if let Ok(decision) = store.claim(&claim).await {
+                        return decision;
+                    }
+                }
+            }
+        });
+        tokio::time::sleep(300 * MILLI).await;
+        // The repetition waits for the statement of the first, and sends none.
+        assert_eq!(waiting(&own).await, 1);
+        standby(&own, "").await;
+        let Decision::Execute(grant) = repeated.await.unwrap() else {
+            panic!("not granted")
+        };
+        // A pursuit that went on would look at it after the store's timeout.
+        tokio::time::sleep(2_500 * MILLI).await;
+        let seen = store.peek(&claim.key).await.unwrap().unwrap();
+        assert_eq!((seen.nonce, seen.fence), (claim.nonce, grant.owner.fence));
+        assert!(matches!(seen.status, Status::InFlight { .. }));
+    }
+}
+
+/// Whether the server had the claim is not known to anybody; nobody repeats it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_whose_connection_was_lost_is_pursued() {
+    let server = PostgresServer::start();
+    let direct = PostgresStore::connect(&server.url()).await.unwrap();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let builder = PostgresStore::builder().with_timeout(300 * MILLI);
+    let through = pool(&server.url_by(proxy.address.port()), 2).await;
+    let store = builder.with_pool(through).unwrap();
+    for turn in 0..4 {
+        let claim = Claim {
+            key: StorageKey::from_bytes(rand::random()),
+            ..claim(0)
+        };
+        until_idle(&store).await;
+        if turn % 2 == 0 {
+            proxy.set(Fate::CutAfter(Direction::ToClient, 1));
+            assert!(store.claim(&claim).await.is_err());
+        } else {
+            proxy.set(Fate::Swallow(Direction::ToClient));
+            assert!(store.claim(&claim).await.is_err());
+        }
+        proxy.heal();
+        for tries in 0.. {
+            match direct.claim(&again(&claim)).await.unwrap() {
+                Decision::Execute(grant) => {
+                    assert_eq!(grant.attempt, 1);
+                    break;
+                }
+                other => assert!(matches!(other, Decision::Wait { .. }) && tries < 200, "{other:?}"),
+            }
+            tokio::time::sleep(50 * MILLI).await;
+        }
+    }
+}
+
+/// A half-open connection, which no end was told of: the server answers others, and has nothing to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_dead_leaves_the_pool() {
+    let server = PostgresServer::start();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let through = pool(&server.url_by(proxy.address.port()), 1).await;
+    let builder = PostgresStore::builder().with_timeout(300 * MILLI);
+    let store = builder.with_pool(through).unwrap();
+    store.migrate().await.unwrap();
+    until_idle(&store).await;
+    proxy.set(Fate::Swallow(Direction::ToClient));
+    assert!(store.peek(&claim(1).key).await.is_err());
+    // The bytes that were swallowed are gone, and the connection stays.
+    proxy.pass();
+    let mut tries = 0;
+    while store.peek(&claim(1).key).await.is_err() {
+        tries += 1;
+        assert!(tries < 20, "the pool has no connection any more");
+    }
+}
+
+/// Its lease was too short by the wait, or over when the claim was granted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_waited_has_its_whole_lease() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 5_000 * MILLI).await;
+    let wait = 1_200 * MILLI;
+    let first = Claim {
+        lease: 1_000 * MILLI,
+        ..claim(1)
+    };
+    let mut transaction = own.begin().await.unwrap();
+    let inserted = store.claim_in(&mut transaction, &again(&first)).await.unwrap();
+    assert!(matches!(inserted, Decision::Execute(_)));
+    let (granted, ()) = tokio::join!(store.claim(&first), async {
+        tokio::time::sleep(wait).await;
+        transaction.rollback().await.unwrap();
+    });
+    let Decision::Execute(grant) = granted.unwrap() else {
+        panic!("not granted")
+    };
+    let seen = store.peek(&first.key).await.unwrap().unwrap();
+    assert_eq!(seen.fence, grant.owner.fence);
+    let Status::InFlight { left } = seen.status else {
+        panic!("{seen:?}")
+    };
+    assert!(left > 700 * MILLI, "{left:?}");
+}
