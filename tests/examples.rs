@@ -434,7 +434,7 @@ mod custom_store {
         ] {
             std::fs::write(directory.record(), damaged).expect("a damaged record");
             let answer = shop.post("/orders", KEY, "two teapots").await;
-            answer.assert_refused(503, "store-unavailable");
+            answer.assert_refused(500, "record-unreadable");
         }
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::{oneshot, Notify, Semaphore};
 use super::ask::{Failed, Fate};
 use super::lent::{patient, Lent, LATE, NO_RUNTIME};
 use super::{Inner, PostgresStore};
-use crate::clock::within;
+use crate::clock::{sleep, within};
 use crate::error::Error;
 use crate::protocol::{Claim, Decision, Nonce, Owner, Status};
 use crate::sharded::lock;
@@ -374,7 +374,7 @@ fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
 /// Ends with the store: then nobody asks for its keys here any more.
 async fn pursue(inner: Weak<Inner>, claim: Claim, mut rest: u64, mut pause: Duration) {
     loop {
-        tokio::time::sleep(pause).await;
+        sleep(pause).await;
         pause = (pause * 2).clamp(Duration::from_secs(1), LONGEST_PAUSE);
         let Some(store) = inner.upgrade().map(PostgresStore) else {
             return;
