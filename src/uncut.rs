@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
@@ -27,13 +27,22 @@ pub(crate) const MOST_DETACHED: usize = 16_384;
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
     running: AtomicUsize,
-    /// Executions whose callers left: a part of those that run.
-    detached: AtomicUsize,
     attended: AtomicUsize,
-    claims: AtomicUsize,
-    ends: AtomicUsize,
-    held: AtomicUsize,
+    bounded: Arc<Bounded>,
     ended: Notify,
+}
+
+/// The counts of work without a caller that has an upper bound.
+#[derive(Debug, Default)]
+struct Bounded {
+    /// Executions whose callers left.
+    detached: AtomicUsize,
+    /// Claims that are to be released once the store is back.
+    claims: AtomicUsize,
+    /// Ends that are to be recorded once the store is back.
+    ends: AtomicUsize,
+    /// The bytes of those ends.
+    held: AtomicUsize,
 }
 
 /// What a store is to be told later. The two are counted apart: claims fail all the while that a store is away, and must not keep it
@@ -63,8 +72,8 @@ struct Behind {
 impl Behind {
     fn count(&self) -> &AtomicUsize {
         match self.word {
-            Word::Claim => &self.tracker.claims,
-            Word::End(_) => &self.tracker.ends,
+            Word::Claim => &self.tracker.bounded.claims,
+            Word::End(_) => &self.tracker.bounded.ends,
         }
     }
 }
@@ -72,7 +81,7 @@ impl Behind {
 impl Drop for Behind {
     fn drop(&mut self) {
         self.count().fetch_sub(1, Ordering::AcqRel);
-        self.tracker.held.fetch_sub(self.word.bytes(), Ordering::AcqRel);
+        self.tracker.bounded.held.fetch_sub(self.word.bytes(), Ordering::AcqRel);
     }
 }
 
@@ -89,7 +98,7 @@ struct Detached(Arc<Tracker>);
 
 impl Drop for Detached {
     fn drop(&mut self) {
-        self.0.detached.fetch_sub(1, Ordering::AcqRel);
+        self.0.bounded.detached.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -104,6 +113,15 @@ impl Drop for Running {
 }
 
 impl Tracker {
+    /// A tracker that shares its bounds with all others that are made here, for work that has no layer to share a tracker.
+    pub(crate) fn with_bounds_of_process() -> Self {
+        static OF_PROCESS: LazyLock<Arc<Bounded>> = LazyLock::new(Arc::default);
+        Self {
+            bounded: Arc::clone(&OF_PROCESS),
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn spawn(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
         self.running.fetch_add(1, Ordering::AcqRel);
         let running = Running(Arc::clone(self));
@@ -116,7 +134,7 @@ impl Tracker {
     /// Continues an execution whose caller left. It is never refused, because its effect may have happened; [`detached`](Self::detached)
     /// tells when no new one should begin.
     pub(crate) fn detach(self: &Arc<Self>, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static) {
-        self.detached.fetch_add(1, Ordering::AcqRel);
+        self.bounded.detached.fetch_add(1, Ordering::AcqRel);
         let detached = Detached(Arc::clone(self));
         self.spawn(runtime, async move {
             rest.await;
@@ -126,7 +144,7 @@ impl Tracker {
 
     /// How many executions run whose callers left.
     pub(crate) fn detached(&self) -> usize {
-        self.detached.load(Ordering::Acquire)
+        self.bounded.detached.load(Ordering::Acquire)
     }
 
     /// Runs what a store that is away is to be told when it is back; unless too much of its kind is under way already: then the
@@ -144,7 +162,7 @@ impl Tracker {
             word,
         };
         let others = behind.count().fetch_add(1, Ordering::AcqRel);
-        let held = self.held.fetch_add(word.bytes(), Ordering::AcqRel);
+        let held = self.bounded.held.fetch_add(word.bytes(), Ordering::AcqRel);
         if others < MOST && held.saturating_add(word.bytes()) <= MOST_BYTES {
             self.spawn(runtime, async move {
                 work.await;
@@ -249,6 +267,16 @@ mod tests {
         drop(operation);
         go_on.send(()).unwrap();
         assert_eq!(is_done.await, Ok(Ok(())));
+    }
+
+    #[tokio::test]
+    async fn trackers_with_the_bounds_of_the_process_count_together_and_wait_apart() {
+        let (one, other) = (Tracker::with_bounds_of_process(), Tracker::with_bounds_of_process());
+        let (one, other) = (Arc::new(one), Arc::new(other));
+        one.detach(&Handle::current(), std::future::pending());
+        assert_eq!((one.detached(), other.detached()), (1, 1));
+        assert_eq!((one.running(), other.running()), (1, 0));
+        assert_eq!(Tracker::default().detached(), 0);
     }
 
     #[tokio::test]

@@ -22,7 +22,7 @@ use tower_idempotency::client::{once, Done, Failure, Found, OnceError, OnceLayer
 use tower_idempotency::protocol::Resolution;
 use tower_idempotency::receiver::webhooks::{StandardWebhooks, WebhookLayer};
 use tower_idempotency::receiver::{receive_all, Disposition, OnMismatch, Receipt, ReceiveError, ReceiverLayer};
-use tower_idempotency::{ErrorKind, IdempotencyLayer, MemoryStore, OnError, Store};
+use tower_idempotency::{Drain, ErrorKind, IdempotencyLayer, MemoryStore, OnError, Store};
 
 type Ended = Result<Done<usize>, OnceError<usize, String>>;
 
@@ -208,6 +208,28 @@ async fn calls_whose_callers_left_are_bounded() {
     let refused = call(10).await.unwrap_err();
     assert!(matches!(refused, OnceError::NotRun(error) if error.kind() == ErrorKind::Overloaded));
     layer.drain().wait().await;
+    assert!(call(10).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_by_value_whose_callers_left_are_bounded() {
+    let (store, drain) = (MemoryStore::new(), Drain::default());
+    let call = |n: usize| {
+        let call = once(store.clone(), n.to_string())
+            .with_drain(&drain)
+            .with_max_detached(3);
+        call.run(|_| async {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            Ok::<_, Failure<Infallible>>(1)
+        })
+    };
+    for n in 0..10 {
+        assert!(tokio::time::timeout(Duration::from_millis(10), call(n)).await.is_err() || n >= 3);
+    }
+    assert_eq!(drain.running(), 3);
+    let refused = call(10).await.unwrap_err();
+    assert!(matches!(refused, OnceError::NotRun(error) if error.kind() == ErrorKind::Overloaded));
+    drain.wait().await;
     assert!(call(10).await.is_ok());
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::future::{ready, Future};
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -15,6 +16,7 @@ use crate::error::{Error, ErrorKind};
 use crate::job::{Attempt, Drain, Ended, Found, Job, Settled, Terms, Verdict, Work};
 use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
+use crate::uncut::Tracker;
 
 /// A call under `key` that is made once, across tasks, processes and crashes, as far as the store reaches.
 ///
@@ -57,7 +59,11 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
         scope: None,
         input: None,
         if_lost: IfLost::Refuse,
-        terms: Terms::default(),
+        terms: Terms {
+            // Each call can be waited for by itself, and all calls of a process share the bounds.
+            tracker: Arc::new(Tracker::with_bounds_of_process()),
+            ..Terms::default()
+        },
         place: None,
     }
 }
@@ -151,6 +157,15 @@ impl<St> Once<St> {
     #[must_use]
     pub fn with_drain(mut self, drain: &Drain) -> Self {
         self.terms.tracker = drain.tracker();
+        self
+    }
+
+    /// Sets how many calls may go on although their callers left, in all calls of this process, or of this
+    /// [drain](Self::with_drain) if there is one. Beyond that no call is made: it fails with [`OnceError::NotRun`] and
+    /// [`Overloaded`](crate::ErrorKind::Overloaded). Default: 16,384.
+    #[must_use]
+    pub fn with_max_detached(mut self, executions: usize) -> Self {
+        self.terms.max_detached = executions;
         self
     }
 
