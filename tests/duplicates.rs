@@ -220,6 +220,32 @@ async fn a_follower_takes_the_place_of_a_waiter_that_left_and_runs_when_the_key_
     assert_eq!(owner.await.unwrap().status(), 502);
 }
 
+/// A duplicate that followed a second waiter dropped its request, and was told that a free key is being worked on.
+#[tokio::test(start_paused = true)]
+async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new();
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut waiters = Vec::new();
+    for _ in 0..4 {
+        waiters.push(start(&here, "k", "pay"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let last = waiters.pop().unwrap();
+    for waiter in waiters {
+        waiter.abort();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!((last.await.unwrap().status(), handler.runs()), (201, 1));
+    assert_eq!(owner.await.unwrap().status(), 502);
+}
+
 /// A waiter held what the service had reserved for it, or ran with a service that was not ready.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_claims_again() {

@@ -202,10 +202,14 @@ impl<St: Store, S> Exchange<St, S> {
     where
         S: Clone,
     {
-        if let Cargo::Admitted(mut admitted) = std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            admitted.service = admitted.service.clone();
-            self.cargo = Cargo::Waiting(admitted);
-        }
+        self.cargo = match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            Cargo::Admitted(mut admitted) => {
+                admitted.service = admitted.service.clone();
+                Cargo::Waiting(admitted)
+            }
+            // It has given it back before, when it followed another request.
+            cargo => cargo,
+        };
     }
 
     /// Claims the key; a claim that failed is repeated once with its nonce.
