@@ -166,6 +166,33 @@ async fn a_waiter_that_claims_again_and_leaves_runs_to_its_end() {
     assert!(send(&here, post("k", "pay")).await.is_replay());
 }
 
+/// Such a request waited without its caller, was counted as an execution, held up a shutdown, and ran once the key was free.
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_caller_leaves_while_it_claims_does_not_wait_for_an_owner_elsewhere() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(store);
+    let here = layer.layer(handler.clone());
+    let owner = start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let leaving = here.clone().oneshot(post("k", "pay"));
+    assert!(poll_then_drop(1, leaving).await.is_none());
+    let joined = start(&here, post("k", "pay more"));
+    let drain = layer.drain();
+    assert_eq!(drain.running(), 1, "its claim may have arrived");
+    let timely = tokio::time::timeout(Duration::from_secs(1), drain.wait()).await;
+    timely.expect("nobody waits for it");
+    assert_eq!(joined.await.unwrap().code(), "key-reused");
+    assert_eq!(owner.await.unwrap().status(), 502);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(handler.runs(), 0);
+    assert_eq!(send(&here, post("k", "pay")).await.status(), 201);
+}
+
 /// A limit further out counts callers. A client that sent requests and hung up could start any number of executions.
 #[tokio::test(start_paused = true)]
 async fn executions_whose_callers_left_are_bounded() {

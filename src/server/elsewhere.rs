@@ -71,6 +71,10 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     async fn outcome_elsewhere(&mut self) -> Elsewhere {
+        // The caller left during the claim or the run, and nobody gets the response. Those that joined look for themselves.
+        if self.hold.flight.is_detached() {
+            return Elsewhere::TimeUp;
+        }
         let deadline = self.wait().owner;
         let waiting = outcome_elsewhere(&self.hold.shared.store, &self.settings, &self.hold.flight, deadline);
         self.times.waiting(waiting).await

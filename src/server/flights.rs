@@ -26,6 +26,8 @@ pub(super) struct Flight {
     pub(super) fingerprint: Fingerprint,
     /// Whether the rest of the exchange must go on without its caller.
     guarded: AtomicBool,
+    /// Whether it goes on although its caller left.
+    detached: AtomicBool,
     /// Whether others wait for it, or did.
     joined: AtomicBool,
     held: OnceLock<Held>,
@@ -91,6 +93,7 @@ impl Flight {
             storage_key,
             fingerprint,
             guarded: AtomicBool::new(false),
+            detached: AtomicBool::new(false),
             joined: AtomicBool::new(false),
             held: OnceLock::new(),
             looks: AtomicU64::new(0),
@@ -124,6 +127,15 @@ impl Flight {
 
     pub(super) fn is_guarded(&self) -> bool {
         self.guarded.load(Ordering::Acquire)
+    }
+
+    /// The caller left, and the exchange goes on.
+    pub(super) fn set_detached(&self) {
+        self.detached.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_detached(&self) -> bool {
+        self.detached.load(Ordering::Acquire)
     }
 
     /// Enters the grant of a claim that was made at `asked`.

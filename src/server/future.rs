@@ -163,6 +163,7 @@ impl<R, E> Drop for Underway<R, E> {
                 // Without a runtime it is dropped, and its guards give up.
                 if let Some(runtime) = &self.runtime {
                     telemetry::event(Event::Rescued);
+                    self.flight.set_detached();
                     self.tracker.detach(runtime, async move { drop(exchange.await) });
                 }
             }
