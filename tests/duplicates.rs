@@ -266,6 +266,30 @@ async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_cla
     assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 2));
 }
 
+/// A request that waited for the decision about another one held what that one needed to be ready, until the wait of one was over.
+#[tokio::test(start_paused = true)]
+async fn a_request_with_another_body_reserves_nothing_while_the_claim_of_a_waiter_is_undecided() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let here = IdempotencyLayer::new(store).layer(GlobalConcurrencyLimitLayer::new(1).layer(handler.clone()));
+    let owner = support::start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = support::start(&here, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let timer = Timer::start();
+    // The key is free before its body is complete, so that the waiter waits for its service by then.
+    let slow = support::stalling("pay more", tokio::time::sleep(Duration::from_secs(3)));
+    let other = support::start(&here, support::request("k", slow));
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 1));
+    assert_eq!(other.await.unwrap().code(), "key-reused");
+    assert!(timer.elapsed() < Duration::from_secs(4), "{:?}", timer.elapsed());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_waiter_whose_service_fails_before_it_claims_again_gets_the_error_of_its_service() {
     #[derive(Clone)]

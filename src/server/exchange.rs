@@ -150,8 +150,13 @@ impl<St: Store, S> Exchange<St, S> {
         landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
     }
 
-    /// Waits until it is decided whether the key belongs to another request; `None` when the time is up.
-    async fn is_mismatch(&mut self, undecided: Undecided) -> Option<bool> {
+    /// Waits until it is decided whether the key belongs to another request; `None` when the time is up. That request may need what the
+    /// service has reserved for this one, before it can claim the key again.
+    async fn is_mismatch(&mut self, undecided: Undecided) -> Option<bool>
+    where
+        S: Clone,
+    {
+        self.give_readiness_back();
         let deadline = self.wait().decision;
         self.times.waiting(undecided.is_mismatch(deadline)).await
     }
