@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 /// pays for one.
 pub(crate) struct Uncut<T: 'static> {
     operation: Option<BoxFuture<'static, T>>,
+    /// The runtime that polled it last, since the runtime in which it was made may have ended.
     runtime: Handle,
     tracker: Option<Arc<Tracker>>,
 }
@@ -226,6 +227,9 @@ impl<T> Future for Uncut<T> {
         let polled = operation.as_mut().poll(cx);
         if polled.is_pending() {
             self.operation = Some(operation);
+            if let Ok(runtime) = Handle::try_current() {
+                self.runtime = runtime;
+            }
         }
         polled
     }
@@ -267,6 +271,21 @@ mod tests {
         drop(operation);
         go_on.send(()).unwrap();
         assert_eq!(is_done.await, Ok(Ok(())));
+    }
+
+    #[test]
+    fn what_is_dropped_after_the_runtime_in_which_it_was_made_goes_on_where_it_was_polled_last() {
+        let runtime = || tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (first, last) = (runtime(), runtime());
+        let (go_on, told_to) = oneshot::channel::<()>();
+        let (done, is_done) = oneshot::channel();
+        let work = async move { done.send(told_to.await).unwrap() };
+        let mut operation = first.block_on(async { uncut(work, None).unwrap() });
+        last.block_on(async { assert!((&mut operation).now_or_never().is_none()) });
+        drop(first);
+        drop(operation);
+        go_on.send(()).unwrap();
+        assert_eq!(last.block_on(is_done), Ok(Ok(())));
     }
 
     #[tokio::test]

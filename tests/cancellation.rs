@@ -290,6 +290,30 @@ fn a_future_dropped_outside_of_its_runtime_is_rescued_on_it() {
     assert!(runtime.block_on(send(&service, post("k", "pay"))).is_replay());
 }
 
+/// The rest was handed to the runtime of the first poll, which had ended.
+#[test]
+fn a_future_that_outlives_the_runtime_of_its_first_poll_is_rescued_on_that_of_its_last() {
+    let handler = Handler::new().yielding(20);
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let mut service = layer.layer(handler.clone());
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (first, last) = (runtime(), runtime());
+    let mut future = Box::pin(service.call(post("k", "pay")));
+    for runtime in [&first, &last] {
+        runtime.block_on(async { assert!(futures::poll!(&mut future).is_pending()) });
+    }
+    drop(first);
+    drop(future);
+    last.block_on(layer.drain().wait());
+    assert_eq!((handler.runs(), handler.finished()), (1, 1));
+    assert!(last.block_on(send(&service, post("k", "pay"))).is_replay());
+}
+
 #[test]
 fn a_future_dropped_after_its_runtime_does_not_panic_whatever_its_store_needs() {
     let store = RemoteStore::new();

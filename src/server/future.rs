@@ -52,7 +52,7 @@ pub(super) struct Underway<R: 'static, E: 'static> {
     exchange: Option<BoxFuture<'static, Result<Response<R>, E>>>,
     flight: Arc<Flight>,
     tracker: Arc<Tracker>,
-    /// The runtime that it was polled on: it may be dropped elsewhere.
+    /// The runtime that polled it last: it may be dropped elsewhere, and the runtime of its first poll may have ended.
     runtime: Option<Handle>,
 }
 
@@ -148,8 +148,8 @@ impl<R, E> Underway<R, E> {
         let polled = exchange.as_mut().poll(cx);
         if polled.is_pending() {
             self.exchange = Some(exchange);
-            if self.runtime.is_none() {
-                self.runtime = Handle::try_current().ok();
+            if let Ok(runtime) = Handle::try_current() {
+                self.runtime = Some(runtime);
             }
         }
         polled
