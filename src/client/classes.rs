@@ -30,8 +30,9 @@ impl ErrorClasses {
         self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
     }
 
-    /// The class of an error: by the application's word, or by what is known about the error. The latter holds only where the client
-    /// `is_vouched` for: elsewhere `reqwest` may have followed a redirect first, and its error does not show that.
+    /// Classifies an error by the application's functions. If none of them knows it, and the client `is_vouched` for,
+    /// classifies it by its own type. A client that nobody vouches for may have followed a redirect first, and an error
+    /// of `reqwest` does not show that.
     pub(super) fn of<E: 'static>(&self, error: &E, is_vouched: bool) -> ErrorClass {
         let set = self.0.iter().rev().find_map(|classify| classify(error));
         let known = || is_vouched.then(|| known(error)).flatten();

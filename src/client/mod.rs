@@ -16,15 +16,16 @@
 //!
 //! | layer | where the third party honours keys | where it offers nothing |
 //! |---|---|---|
-//! | [`OnceLayer`] | if its responses are to be recorded here, too; with [`assume_keys_honoured`](OnceLayer::assume_keys_honoured), so that a lost request is repeated | needed |
-//! | [`IdempotencyKeyLayer`] | needed: one logical request has one key | not needed: the caller names the call, in the header field or by [`OnceLayer::with_key`] |
-//! | `CallLayer`, or `tower::retry` with `RetryPolicy` (feature `retry`) | repeats under the same key | repeats only what was provably not taken: a refused connection, a 425, a 429 |
+//! | [`OnceLayer`] | if you record its responses on this side, too; with [`assume_keys_honoured`](OnceLayer::assume_keys_honoured), so that retries repeat a lost request | needed |
+//! | [`IdempotencyKeyLayer`] | needed: one logical request has one key | not needed; the caller sets the key of the call, in the header field or by [`OnceLayer::with_key`] |
+//! | `CallLayer`, or `tower::retry` with `RetryPolicy` (feature `retry`) | repeats under the same key | repeats a request only if the server provably did not take it: a refused connection, a 425, a 429 |
 //! | a time-out | for each attempt | for each attempt |
 //! | `FollowRedirect` with `KeyAtHome` in its policy (feature `follow-redirect`) | only around a client that follows no redirects | the same |
 //! | the client, such as `ReqwestService` (feature `reqwest`) | | |
 //!
-//! A retry of your own below [`OnceLayer`] makes several calls of one: the layer cannot stop it. A redirect of your own makes a
-//! later request speak for the first one: keep it out, or let `KeyAtHome` watch it.
+//! Do not put a retry of your own below [`OnceLayer`]: it can send one call several times, and the layer cannot prevent
+//! that. Do not follow redirects on your own without `KeyAtHome`, because the layers would take the response to a later
+//! request for the response to the first one.
 //!
 //! # What it does not promise
 //!

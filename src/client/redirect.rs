@@ -7,25 +7,27 @@ use tower_http::follow_redirect::policy::{Action, Attempt, Policy};
 use super::keys::Profile;
 use super::report::Report;
 
-/// A policy for `tower-http`'s redirects that never lets another request speak for the one that was sent, and never hands an
-/// idempotency key to another origin (RFC 6454 section 5): whoever knows a key can ask for the response that is stored under it.
+/// A redirect policy for `tower-http`. With it, the layers never take the response to a redirected request for the
+/// response to the request that was sent. It never sends an idempotency key to another origin (RFC 6454 section 5),
+/// because anyone who knows a key can ask for the response that is stored under it.
 ///
 /// | the request | 301, 302, 303 | 307, 308 within the origin | 307, 308 to another origin |
 /// |---|---|---|---|
 /// | has a safe method (RFC 9110 section 9.2.1) | follows | follows | follows without the key |
 /// | has any other method | stops: the 3xx is the response | follows with the key | stops: the 307 or 308 is the response |
 ///
-/// After a 303 the server has dealt with the request, so the status of the page that it points to, or an error on the way there, says
-/// nothing about the effect. The policy also reports the redirects that it follows to [`OnceLayer`](super::OnceLayer), `CallLayer`
-/// and `RetryPolicy` further out: an error or a refusal of a later hop then counts as "unknown", never as "not sent", whatever
-/// `with_errors` says about it.
+/// A server that responds with 303 has processed the request, so a failure of the page that the 303 points to, or an
+/// error on the way there, says nothing about the effect. The policy also reports the redirects that it follows to
+/// [`OnceLayer`](super::OnceLayer), `CallLayer` and `RetryPolicy` further out. These layers then count an error or a
+/// refusal of a later hop as "unknown", never as "not sent", even if `with_errors` classifies it otherwise.
 ///
-/// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. It goes there without its key, and
-/// `CallLayer` does not repeat it.
+/// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. `KeyAtHome` then
+/// removes the key from the request, and `CallLayer` does not repeat it.
 ///
-/// `FollowRedirect` without this policy follows everything and sends the key along. Where the layers further out recognise it (by
-/// its type or by its responses) they report "unknown" for every error, and for every response that is neither a success nor a
-/// redirect. They do not recognise it within a box, so always put this policy into it.
+/// `FollowRedirect` without this policy follows every redirect and sends the key along. If the layers further out
+/// recognise a `FollowRedirect` (by its type or by its responses), they report "unknown" for every error, and for every
+/// response that is neither a success nor a redirect. They cannot recognise a `FollowRedirect` inside a boxed service,
+/// so always put this policy into it.
 ///
 /// ```
 /// use bytes::Bytes;
@@ -45,7 +47,7 @@ use super::report::Report;
 #[derive(Clone, Debug)]
 pub struct KeyAtHome {
     fields: Vec<HeaderName>,
-    /// The target of the first request, once it is sent.
+    /// The target of the first request, once that request is sent.
     home: Option<Uri>,
     has_left: bool,
     report: Option<Report>,
@@ -79,7 +81,7 @@ impl<B, E> Policy<B, E> for KeyAtHome {
         })
     }
 
-    // Every request passes here, also one that another policy follows against the word of this one.
+    // `FollowRedirect` calls this for every request, also if another policy overrules this one and follows a redirect.
     fn on_request(&mut self, request: &mut Request<B>) {
         let Some(home) = &self.home else {
             self.home = Some(request.uri().clone());
@@ -104,7 +106,8 @@ impl<B, E> Policy<B, E> for KeyAtHome {
     }
 }
 
-/// Whether two targets have the same origin. One that has no origin to compare counts as another.
+/// Whether two targets have the same origin. A target without a scheme, host or known port has no origin, so the result
+/// is false.
 fn is_same_origin(one: &Uri, other: &Uri) -> bool {
     let (Some(scheme), Some(host)) = (one.scheme_str(), one.host()) else {
         return false;

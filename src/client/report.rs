@@ -1,4 +1,4 @@
-//! The evidence that a request collects on its way: how often it was sent, where to, and how each attempt ended.
+//! The evidence about one call: its attempts, the redirects that they followed, and the result of each attempt.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,10 +7,10 @@ use http::{Response, StatusCode};
 use super::classes::{ErrorClass, ErrorClasses};
 use super::keys::{Meaning, Profile};
 
-/// The evidence about one call; an extension of its request, shared with the layers further in.
+/// The evidence about one call. It is an extension of the request, so layers further in share it.
 ///
-/// A status or an error says something about the request that was asked about only if no other request stands between them: a
-/// redirect that was followed, or an earlier attempt that was lost.
+/// A status or an error describes the effect of the call only if it belongs to the request of the caller, and not to a
+/// redirect that was followed, and only if no earlier attempt was lost.
 #[derive(Clone, Debug)]
 pub(super) struct Report(Arc<Mutex<Progress>>);
 
@@ -20,7 +20,7 @@ struct Progress {
     last: Option<Meaning>,
     /// An attempt was lost, and no later response has settled its effect.
     is_lost: bool,
-    /// An attempt has begun that no layer has judged yet.
+    /// An attempt has begun, and no layer has judged it yet.
     is_open: bool,
     hops: Hops,
     /// Whether the service follows redirects, as far as its type shows.
@@ -33,11 +33,12 @@ struct Hops {
     /// A request that is not safe was sent on without its key.
     #[cfg_attr(not(feature = "retry"), expect(dead_code, reason = "only a retry asks for it"))]
     is_unkeyed: bool,
-    /// A client of ours sends the attempt. It reports every redirect, so its own errors say whether the attempt was sent.
+    /// A client of this crate sends the attempt. The client reports every redirect, so its errors show whether the
+    /// attempt was sent.
     is_sent: bool,
-    /// A redirect was followed, or nothing rules out that one was.
+    /// A redirect was followed, or may have been followed.
     is_redirected: bool,
-    /// A redirect policy of ours reports every hop, of this attempt and of the next.
+    /// A redirect policy of this crate reports every hop of this attempt and of later attempts.
     is_watched: bool,
 }
 
@@ -68,7 +69,7 @@ impl Report {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins an attempt. An earlier one that no layer has judged counts as lost.
+    /// Begins an attempt. An earlier attempt that no layer has judged counts as lost.
     #[cfg(feature = "retry")]
     pub(super) fn begin(&self) {
         let mut progress = self.progress();
@@ -77,8 +78,8 @@ impl Report {
         progress.hops.forget();
     }
 
-    /// Records that a client of ours sends the attempt. If it does so twice, a retry between that is none of ours repeats it, and the
-    /// first request counts as lost.
+    /// Records that a client of this crate sends the attempt. If the client sends one attempt twice, a foreign retry
+    /// layer has repeated it, and the first request counts as lost.
     #[cfg(feature = "reqwest")]
     pub(super) fn send(&self) {
         let mut progress = self.progress();
@@ -86,24 +87,25 @@ impl Report {
         progress.hops.is_sent = true;
     }
 
-    /// Records that a redirect policy of ours sees the attempt, and will see its redirects.
+    /// Records that a redirect policy of this crate sees the attempt and all of its redirects.
     #[cfg(feature = "follow-redirect")]
     pub(super) fn watch(&self) {
         self.progress().hops.is_watched = true;
     }
 
-    /// Records that a redirect is followed, or that it cannot be ruled out.
+    /// Records that a redirect is followed, or may be followed unseen.
     pub(super) fn redirect(&self) {
         self.progress().hops.is_redirected = true;
     }
 
-    /// Records that a request which is not safe is sent on without its key.
+    /// Records that an unsafe request goes to another origin without its key.
     #[cfg(feature = "follow-redirect")]
     pub(super) fn lose_key(&self) {
         self.progress().hops.is_unkeyed = true;
     }
 
-    /// Whether the attempt went on without its key: the server that it reached cannot recognise a repetition.
+    /// Whether the attempt went to another origin without its key, so that the server there cannot recognise a
+    /// repetition.
     #[cfg(feature = "retry")]
     pub(super) fn has_lost_key(&self) -> bool {
         self.progress().hops.is_unkeyed
@@ -123,7 +125,8 @@ impl Report {
         }
     }
 
-    /// The number of attempts, and what is known about their effect; `last` is the end of the last one, if no layer has judged it.
+    /// Returns the number of attempts, and what is known about their effect. `last` is the result of the last attempt,
+    /// and counts only if no layer has judged that attempt.
     pub(super) fn sum(&self, last: Meaning) -> (u32, Meaning) {
         let is_judged = {
             let progress = self.progress();
@@ -159,14 +162,14 @@ impl Report {
 
 /// Whether a service contains a `FollowRedirect`, of any version of `tower-http`.
 ///
-/// Without a policy of ours in it, `FollowRedirect` leaves no other trace of an error that belongs to a later hop: it takes off the
-/// extensions of what it sends on. A box around it hides the type, so this is a second line of defence; the first is
-/// [`KeyAtHome`](super::KeyAtHome).
+/// `FollowRedirect` removes the extensions of the requests that it redirects. So without a policy of this crate, only
+/// the type of the service shows that an error may belong to a later hop. A box around the service hides that type, so
+/// this function is a second line of defence; the first one is [`KeyAtHome`](super::KeyAtHome).
 fn follows_redirects<S>() -> bool {
     std::any::type_name::<S>().contains("::FollowRedirect<")
 }
 
-/// Whether a `FollowRedirect` has handed this response out. It marks every response, also one that it did not redirect.
+/// Whether this response comes from a `FollowRedirect`, which marks every response, also one that it did not redirect.
 #[cfg(feature = "follow-redirect")]
 fn has_passed_redirects<R>(response: &Response<R>) -> bool {
     let uri = response.extensions().get::<tower_http::follow_redirect::RequestUri>();
@@ -178,12 +181,12 @@ const fn has_passed_redirects<R>(_: &Response<R>) -> bool {
     false
 }
 
-/// An extension of requests that are made at most once: a retry further in may repeat them only if the server provably did not take
-/// them.
+/// An extension of requests that are sent at most once. A retry layer further in may repeat such a request only if the
+/// server provably did not take it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OnlyUnsent;
 
-/// What the end of an attempt says about the effect of the request that was sent first.
+/// Returns what the result of an attempt says about the effect of the request that was sent first.
 pub(super) fn meaning_of<R, E: 'static>(
     profile: &Profile,
     classes: &ErrorClasses,
@@ -202,8 +205,9 @@ pub(super) fn meaning_of<R, E: 'static>(
     }
 }
 
-/// What the status of a later hop says about the first request: a 404, 409, 429 or 503 is that of another request. A success shows
-/// that the first one was dealt with, and so does a redirect that is not to be sent again (RFC 9110 section 15.4).
+/// Returns what the status of a later hop says about the first request. A 404, 409, 429 or 503 belongs to the later
+/// request, and says nothing. A success shows that the server has processed the first request, and so does a redirect
+/// other than 307 and 308 (RFC 9110 section 15.4).
 fn after_redirect(status: StatusCode) -> Meaning {
     match status.as_u16() {
         200..=306 => Meaning::Answered { settles: true },

@@ -35,19 +35,21 @@ use super::report::Report;
 #[derive(Clone, Debug)]
 pub struct ReqwestService {
     client: Client,
-    /// Whether a redirect or a retry that the client makes by itself would be reported.
+    /// Whether the client makes no redirect and no retry without a report.
     is_transparent: bool,
 }
 
 impl ReqwestService {
-    /// Builds a client that follows up to 10 redirects, within an origin only, so that no other origin gets a key.
+    /// Builds a client that follows up to 10 redirects. It follows them only within an origin, so no other origin gets
+    /// a key.
     ///
-    /// After a method that is not safe (RFC 9110 section 9.2.1) it follows 307 and 308 only, which carry key and body. A 301, 302 or
-    /// 303 is the response: the server has dealt with the request, and the status of the page that the redirect points to says nothing
-    /// about the effect. A redirect that is not followed is the response, too; more than 10 are an error.
+    /// After a method that is not safe (RFC 9110 section 9.2.1) it follows 307 and 308 only, which carry key and body.
+    /// It returns a 301, 302 or 303 as the response, because the server has processed the request, and the status of
+    /// the page that the redirect points to says nothing about the effect. It returns every other redirect that it does
+    /// not follow as the response, too. More than 10 redirects are an error.
     ///
-    /// The client repeats nothing by itself: `build` replaces the builder's `retry` and `redirect`. `CallLayer` repeats, and knows
-    /// which requests may be repeated.
+    /// The client repeats no request by itself, because `build` replaces the builder's `retry` and `redirect`. Use
+    /// `CallLayer` for retries; it knows which requests it may repeat.
     ///
     /// # Errors
     ///
@@ -63,14 +65,15 @@ impl ReqwestService {
         })
     }
 
-    /// Takes a client as it is, with its own redirects and retries. Its redirects send the key wherever they lead, unless its policy
-    /// says otherwise.
+    /// Takes a client as it is, with its own redirects and retries. The client sends the key to every origin that it is
+    /// redirected to, unless its own policy prevents that.
     ///
-    /// `reqwest` does not show whether an error, or a response from the URL that was asked for, is that of the request or of another
-    /// one that the client sent afterwards. So after a method that is not safe, the layers of this crate report "unknown" for every
-    /// error after the sending began, and for every response that is neither a success nor a redirect: a
-    /// [`OnceLayer`](super::OnceLayer) does not free the key after a 401, 404 or 429. [`build`](Self::build) and
-    /// [`from_client_without_redirects`](Self::from_client_without_redirects) make a client whose statuses can be trusted.
+    /// `reqwest` does not show whether an error, or a response from the requested URL, belongs to the request or to a
+    /// later request that the client sent by itself. So after a method that is not safe, the layers of this crate
+    /// report "unknown" for every error after the sending began, and for every response that is neither a success nor a
+    /// redirect: a [`OnceLayer`](super::OnceLayer) does not free the key after a 401, 404 or 429.
+    /// [`build`](Self::build) and [`from_client_without_redirects`](Self::from_client_without_redirects) make a client
+    /// whose statuses can be trusted.
     #[must_use]
     pub const fn from_client(client: Client) -> Self {
         Self {
@@ -79,12 +82,12 @@ impl ReqwestService {
         }
     }
 
-    /// Takes a client that follows no redirects and repeats nothing by itself: the caller vouches that it was built with
-    /// `redirect::Policy::none()` and without a `retry` policy. `reqwest`'s default retries are fine, since they repeat only what the
-    /// server has refused to process.
+    /// Takes a client that follows no redirects and repeats nothing by itself. The caller of this function vouches that
+    /// the client was built with `redirect::Policy::none()` and without a `retry` policy. `reqwest`'s default retries
+    /// are fine, since they repeat only what the server has refused to process.
     ///
-    /// With any other client, an error or a status of another request frees a key, and the next attempt has a second effect. Use
-    /// [`from_client`](Self::from_client) if in doubt.
+    /// With any other client, the error or the status of a later request can free a key, and the next attempt can have
+    /// a second effect. Use [`from_client`](Self::from_client) if in doubt.
     #[must_use]
     pub const fn from_client_without_redirects(client: Client) -> Self {
         Self {
@@ -95,7 +98,8 @@ impl ReqwestService {
 }
 
 tokio::task_local! {
-    /// The request whose future is polled now: `reqwest` shows its redirect policy neither the method nor the extensions.
+    /// The request whose future is being polled. The redirect policy needs it, because `reqwest` passes the policy
+    /// neither the method nor the extensions.
     static SENT: Sent;
 }
 
@@ -190,9 +194,9 @@ impl Future for ReqwestFuture {
             } => {
                 let polled = future.poll(cx);
                 let may_be_another = match &polled {
-                    // An error of the first poll comes before anything is sent.
+                    // An error at the first poll comes before the client has sent anything.
                     Poll::Pending => *is_doubtful,
-                    // Later, an invalid URL is the target of a redirect.
+                    // After the first poll, an invalid URL must be the target of a redirect.
                     Poll::Ready(Err(error)) => *has_waited && error.is_builder(),
                     Poll::Ready(Ok(_)) => false,
                 };
@@ -210,11 +214,12 @@ impl Future for ReqwestFuture {
     }
 }
 
-/// A response with its URL in the extension from which `reqwest` reads it back.
+/// Converts a response, and puts its URL into the extension from which `reqwest::Response::from` reads it.
 fn into_http(response: reqwest::Response) -> Response<Body> {
     let named = Response::builder().url(response.url().clone()).body(());
     let mut response = Response::from(response);
-    // A mark of the `FollowRedirect` within `reqwest`. One that a `FollowRedirect` around this service sets must stand out.
+    // Remove the mark of the `FollowRedirect` inside `reqwest`, so that only a `FollowRedirect` around this service
+    // leaves a mark.
     #[cfg(feature = "follow-redirect")]
     response
         .extensions_mut()

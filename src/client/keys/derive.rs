@@ -105,10 +105,11 @@ impl KeyOrigin {
         }
     }
 
-    /// Sets the time that a server of [`Profile::repeatable_requests`](super::Profile::repeatable_requests) gets as the date of the
-    /// first attempt. Default: none. Take a time that is the same in every attempt, also in those after a crash, such as the time at
-    /// which the job was enqueued: from this date the server knows whether its record of the key may be gone by now. With a later
-    /// date it takes a retry for a new request, and has a second effect.
+    /// Sets the date of the first attempt, which [`Profile::repeatable_requests`](super::Profile::repeatable_requests)
+    /// sends to the server. Default: none. Use a time that is the same in every attempt, including those after a crash,
+    /// such as the time at which the job was enqueued. From this date the server knows whether its record of the key
+    /// may have expired. With a later date, the server could take a retry for a new request and perform the effect
+    /// twice.
     #[must_use]
     pub const fn with_first_sent(mut self, time: SystemTime) -> Self {
         self.first_sent = Some(time);

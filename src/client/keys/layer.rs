@@ -253,10 +253,11 @@ where
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum KeyedError<E> {
-    /// The server wants the date of the first attempt, and nothing shows it. Nothing was sent.
+    /// The server requires the date of the first attempt, and the request does not show it. Nothing was sent.
     ///
-    /// Only a key that the layer has just made at random cannot have been sent before. For any other one, put the time into the
-    /// request's [`KeyOrigin`](super::KeyOrigin::with_first_sent), or set the header field.
+    /// The layer dates a request by itself only if it has just made the key at random, because no earlier attempt can
+    /// have sent such a key. For any other key, put the time into the request's
+    /// [`KeyOrigin`](super::KeyOrigin::with_first_sent), or set the header field.
     FirstSent,
     /// The server would not take the key. Nothing was sent.
     Key(KeyError),
@@ -279,8 +280,8 @@ impl<E> fmt::Display for KeyedError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::FirstSent => {
-                "the request was not sent: the server wants the date of its first attempt; set it by `KeyOrigin::with_first_sent`, \
-                 or as a header field"
+                "the request was not sent because the server requires the date of its first attempt; set the date by \
+                 `KeyOrigin::with_first_sent`, or as a header field"
             }
             Self::Key(_) => "the request was not sent: the server would not take its idempotency key",
             Self::Maker(_) => "the request was not sent: no idempotency key could be made for it",

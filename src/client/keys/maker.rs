@@ -76,7 +76,7 @@ impl KeyMaker {
         })))
     }
 
-    /// Whether every key is new, so that the attempt that carries it is the first one.
+    /// Whether every key is made at random, so that no earlier attempt can have carried it.
     pub(super) const fn is_random(&self) -> bool {
         matches!(self.0, Make::UuidV4 | Make::UuidV7)
     }

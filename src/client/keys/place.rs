@@ -72,12 +72,13 @@ fn parser(profile: &Profile) -> KeyParser {
     }
 }
 
-/// Why a request has no date of its first attempt.
+/// The error of a request whose first attempt has no known date.
 #[derive(Debug)]
 pub(super) struct NoFirstSent;
 
-/// Sets the date of the first attempt, where the server wants one and the caller has not set it. It is the date of now only if the key
-/// `is_new`: any other key may have been sent before, by a process that crashed.
+/// Sets the date of the first attempt, if the server requires one and the caller has not set it. Takes the date from
+/// the request's [`KeyOrigin`], or uses the present date if the key `is_new`. A process that crashed may have sent any
+/// other key before.
 pub(super) fn place_first_sent<B>(
     profile: &Profile,
     request: &mut Request<B>,

@@ -137,10 +137,11 @@ impl Profile {
         }
     }
 
-    /// OASIS Repeatable Requests 1.0: `Repeatability-Request-ID` as it is and `Repeatability-First-Sent`, the date of the first
-    /// attempt, unchanged in every later one, also after a crash: with a key that is not made at random, the date comes from
-    /// [`KeyOrigin::with_first_sent`](super::KeyOrigin::with_first_sent) or from the caller, and without one nothing is sent. The
-    /// specification leaves the retention to the server; 24 hours here.
+    /// OASIS Repeatable Requests 1.0: `Repeatability-Request-ID` as it is and `Repeatability-First-Sent`, the date of
+    /// the first attempt, unchanged in every later one, also after a crash. If the layer did not make the key at
+    /// random, set the date by [`KeyOrigin::with_first_sent`](super::KeyOrigin::with_first_sent) or as a header field;
+    /// without a date, the layer does not send the request. The specification leaves the retention to the server; this
+    /// profile assumes 24 hours.
     #[must_use]
     pub fn repeatable_requests() -> Self {
         Self {
@@ -242,7 +243,7 @@ impl Profile {
             409 if self.is_in_flight(status, headers) => Meaning::Unknown,
             // RFC 8470 section 5.2 and RFC 6585 section 4: the server did not begin.
             425 | 429 => Meaning::NotTaken,
-            // An interim status, or an upgrade, is no response.
+            // An interim status or an upgrade is not a final response.
             ..=199 => Meaning::Unknown,
             // RFC 9110 section 15.6.2: the server knows no such method.
             501 => Meaning::Answered { settles: is_replay },

@@ -40,8 +40,8 @@ pub enum OnceError<T, E> {
     },
     /// The key was used for another input. Nothing ran.
     Mismatch,
-    /// The call was made, and its response was not stored: it was too long, too slow, a stream, or broke off, or it was a value that
-    /// JSON cannot hold. Nothing ran now, or nothing runs again.
+    /// The call was made, and its result was not stored. A response was too long, too slow, a stream, or broke off, or
+    /// JSON could not hold a value. The call is not made again.
     NotKept,
     /// The store failed, or the call is not set up soundly. Nothing ran.
     NotRun(Error),
@@ -54,8 +54,8 @@ pub enum OnceError<T, E> {
     /// Nobody knows whether the call took effect: it was lost, or its existence check could not tell. With the error of an attempt
     /// that was made now. Ask the third party, then `Store::resolve` the key.
     Unknown(Option<E>),
-    /// The stored answer cannot be read as a `T`: the type has changed since. Nothing ran. A version of the program that has the type
-    /// can read it.
+    /// The stored answer cannot be read as a `T`, because the type has changed since. Nothing ran. A version of the
+    /// program with the earlier type can still read the answer.
     Unreadable(Box<dyn StdError + Send + Sync>),
     /// The call was made and this is its answer, but it could not be recorded: another attempt may make it again, or find its
     /// outcome unknown.

@@ -1,4 +1,4 @@
-//! The form of a value in the store: JSON.
+//! Values as the store holds them, in JSON.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -12,20 +12,21 @@ use crate::telemetry::{self, Event};
 /// The head of a stored value. Responses to HTTP requests begin with 1.
 const JSON: &[u8] = &[2];
 
-/// The record of a value, and the value that a replay will give. If no replay could give it, the value as it is and a tombstone.
+/// Returns the value as a replay will return it, and the outcome to store. If JSON cannot hold the value, returns the
+/// value unchanged and a tombstone.
 pub(super) fn encode<T: Serialize + DeserializeOwned>(value: T) -> (T, Outcome) {
-    // The call has had its effect: a panic of the type's own code must not make that unknown.
+    // The call has taken effect, so a panic in the type's own code must not make the outcome unknown.
     let stored = catch_unwind(AssertUnwindSafe(|| round_trip(&value))).ok().flatten();
     if let Some((body, read)) = stored {
         let head = Bytes::from_static(JSON);
         return (read, Outcome::Kept(Answer { head, body }));
     }
-    // Without the error, which may quote the value.
+    // The event leaves out the error, which may quote the value.
     telemetry::event(Event::Tombstone);
     (value, Outcome::Tombstone)
 }
 
-/// The form of a value, and the value that is read from it.
+/// Returns the JSON of a value, and the value read from that JSON.
 fn round_trip<T: Serialize + DeserializeOwned>(value: &T) -> Option<(Bytes, T)> {
     let body = serde_json::to_vec(value).ok()?;
     let read = serde_json::from_slice(&body).ok()?;

@@ -43,14 +43,14 @@ use crate::uncut::Tracker;
 ///
 /// # The value
 ///
-/// The store holds the value as JSON, and every caller gets the value that is read from this JSON, the first caller too. So whatever
-/// JSON or the type's `serde` attributes drop (a skipped field, a `NaN` in an `Option`) is missing from the first result as well;
-/// floats keep every bit.
+/// The store holds the value as JSON, and every caller, including the first one, gets the value that is read from this
+/// JSON. If JSON or the type's `serde` attributes drop a part of the value (a skipped field, a `NaN` in an `Option`),
+/// the first result lacks that part, too. Floats keep every bit.
 ///
-/// A value that JSON cannot hold, or that cannot be read back (a map whose keys are lists, a bare `NaN`, an infinity, more than 127
-/// levels of nesting, a `Serialize` that panics), is not stored. The call was made, so it is not made again: the first caller gets the
-/// value as it is, the record says only that the call was made, and every later caller gets [`OnceError::NotKept`]. An event
-/// `tombstone` shows it in the log.
+/// A value that JSON cannot hold, or that cannot be read back (a map whose keys are lists, a bare `NaN`, an infinity,
+/// more than 127 levels of nesting, a `Serialize` that panics), is not stored. The call was made, so it is not made
+/// again. The first caller gets the value unchanged, the record says only that the call was made, and every later
+/// caller gets [`OnceError::NotKept`]. The log has an event `tombstone` for each such value.
 #[must_use = "nothing happens before `run`"]
 pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
     Once {
@@ -130,14 +130,15 @@ impl<St> Once<St> {
         self
     }
 
-    /// Waits for this call, its clones and its steps, also where they go on without their callers. Take it before
-    /// [`run`](Self::run), which consumes the call. One drain for many calls is [`with_drain`](Self::with_drain)'s.
+    /// Returns a drain that waits for this call, its clones and its steps, also if they continue after their callers
+    /// have left. Call this before [`run`](Self::run), which consumes the call. To use one drain for many calls, see
+    /// [`with_drain`](Self::with_drain).
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain::new(&self.terms.tracker)
     }
 
-    /// Has `drain` wait for this call, too. Before the process ends, stop calling, then wait:
+    /// Makes `drain` wait for this call, too. Before the process ends, stop making calls, then wait:
     ///
     /// ```
     /// use tower_idempotency::client::{once, Failure};
@@ -393,7 +394,7 @@ where
     }
 }
 
-/// The end of a call that returned `value`: the record, and what its caller gets.
+/// Ends a call that returned `value`: returns the outcome to store, and the value for the caller.
 fn kept<T: Serialize + DeserializeOwned, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
     let (value, outcome) = encode(value);
     Ended {

@@ -96,7 +96,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let report = Report::of::<S>();
-        // The layers within report to this one, and this one reports to the layer around it.
+        // Inner layers report to this layer, and this layer reports to the layer around it.
         let outer = request.extensions_mut().insert(report.clone());
         if let Some(outer) = &outer {
             outer.begin();

@@ -6,11 +6,12 @@ use super::super::keys::Meaning;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CallOutcome {
-    /// The server dealt with it: the effect is as the answer says.
+    /// The server processed the call, and its answer describes the effect.
     Answered,
-    /// It had no effect: nothing was sent, or the server says that it did not begin.
+    /// The call had no effect. Nothing was sent, or the server says that it did not begin.
     NotTaken,
-    /// It may have taken effect or not, or may still do. Ask again under the same key, or ask the other side what it knows.
+    /// Nobody knows whether the call took effect; it may still do so later. Send it again under the same key, or ask
+    /// the third party about it.
     Unknown,
 }
 
@@ -24,7 +25,7 @@ impl From<Meaning> for CallOutcome {
     }
 }
 
-/// How an answer came about. [`CallLayer`](super::CallLayer) puts it among the extensions of every response.
+/// The history of a response. [`CallLayer`](super::CallLayer) adds it to the extensions of every response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
     pub(super) attempts: u32,
@@ -33,13 +34,13 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// How often the request was sent, this time: 1 or more.
+    /// Returns how often this call sent the request: 1 or more.
     #[must_use]
     pub const fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// Whether the server says that it repeats an earlier answer.
+    /// Whether the server says that this is the replay of an earlier answer.
     #[must_use]
     pub const fn is_replay(&self) -> bool {
         self.is_replay

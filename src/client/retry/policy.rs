@@ -25,10 +25,12 @@ use crate::clock::{sleep, Deadline, Timer};
 /// `Retry-After` asks for, or else after a random time between nothing and a bound that doubles with every attempt ("full
 /// jitter").
 ///
-/// Under a [`OnceLayer`](super::super::OnceLayer) it repeats only what the server provably did not take: an error that is known to come
-/// before the sending, a 425 or a 429. A key in the header does not show that the server deduplicates by it;
-/// [`OnceLayer::assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured) states that it does. It learns of the `OnceLayer`
-/// by an extension of the request, so layers between the two must pass the extensions on.
+/// Under a [`OnceLayer`](super::super::OnceLayer) it repeats a request only if the server provably did not take it,
+/// that is, after an error that is known to come before the sending, a 425 or a 429. A key in the header does not show
+/// that the server deduplicates by it;
+/// [`OnceLayer::assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured) states that the server does. The
+/// policy recognises the `OnceLayer` by an extension of the request, so layers between the two must pass the extensions
+/// on.
 ///
 /// # Defaults
 ///
@@ -114,11 +116,13 @@ impl RetryPolicy {
         self
     }
 
-    /// Sets what an error of the client says about the effect. Default: every error may have taken effect. For several types, call it
-    /// several times.
+    /// Sets what an error of the client says about the effect. Default: every error may have taken effect, except for
+    /// an error of `reqwest` that comes before the sending (feature `reqwest`). For several types, call it several
+    /// times.
     ///
-    /// It counts only for the request itself: an error that may belong to a later hop of a redirect is never "not sent". If the client
-    /// follows redirects, put `KeyAtHome` into its policy, which shows the hops.
+    /// The policy uses this classification only for an error of the request itself. An error that may belong to a later
+    /// hop of a redirect never counts as "not sent". If the client follows redirects, put `KeyAtHome` into its policy,
+    /// so that this policy knows the hops.
     ///
     /// ```
     /// use std::io;

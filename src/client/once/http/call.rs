@@ -33,7 +33,7 @@ pub(super) enum Given<R, E> {
     Doubtful,
     /// The error of an attempt without effect.
     Failed(E),
-    /// The error of an attempt that may have taken effect, or that followed one which may.
+    /// The error of an attempt that may have taken effect, or that followed a lost attempt.
     Lost(E),
 }
 
@@ -94,7 +94,7 @@ where
         let is_later = attempt.number() > 1;
         let result = service.call(Request::from_parts(head, body.rebuild())).await;
         let meaning = settings.meaning(&report, &result);
-        // A layer further out sees the same response, and not what it stands for.
+        // A layer further out sees the same response, but not the doubt about it, so report the doubt.
         if let (Meaning::Unknown, Some(outer)) = (meaning, outer) {
             outer.redirect();
         }
@@ -114,7 +114,7 @@ where
 }
 
 impl Settings {
-    /// Decides how an error leaves the key.
+    /// Decides what an error does to the key.
     fn failed<R, E>(&self, error: E, meaning: Meaning, is_later: bool) -> Ended<Given<R, E>> {
         if meaning != Meaning::NotTaken {
             return Ended {
@@ -122,7 +122,7 @@ impl Settings {
                 verdict: Verdict::GiveUp,
             };
         }
-        // An earlier attempt was lost, and only `recover` asks about it.
+        // An earlier attempt was lost, and without a recovery function nobody has asked about its effect.
         let is_open = is_later && self.if_lost == IfLost::Execute;
         Ended {
             given: if is_open {
@@ -134,7 +134,7 @@ impl Settings {
         }
     }
 
-    /// Reads a response, and decides how it leaves the key.
+    /// Reads a response, and decides what it does to the key.
     async fn answered<R: RebuildBody, E>(&self, response: Response<R>, meaning: Meaning) -> Ended<Given<R, E>> {
         let verdict = match meaning {
             Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
@@ -163,12 +163,12 @@ impl Settings {
         is_asked_blindly && !response.status().is_success() && !self.profile.is_replay(response.headers())
     }
 
-    /// What a result says about the effect of the call, over all the requests that the layers within sent for it.
+    /// Returns what a result says about the effect of the call, including all requests that inner layers sent for it.
     fn meaning<R, E: 'static>(&self, report: &Report, result: &Result<Response<R>, E>) -> Meaning {
         let own = meaning_of(&self.profile, &self.classes, Some(report), result);
         match (result, report.sum(own).1) {
             (_, Meaning::Unknown) => Meaning::Unknown,
-            // This layer reads a response by its own profile.
+            // This layer interprets a response by its own profile.
             (Ok(_), _) => own,
             (Err(_), sum) => sum,
         }
@@ -183,9 +183,10 @@ impl Settings {
     }
 }
 
-/// Whether a response that does not [settle](Meaning::Answered) the effect shows that there is none: the same request is to be sent
-/// elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or a gatekeeper refused it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status
-/// without a registered meaning shows nothing: some proxies answer 499 after they have passed the request on.
+/// Whether a response that does not [settle](Meaning::Answered) the effect shows that the request had no effect. The
+/// server asks the client to send the same request elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or it refused the
+/// request before acting on it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status without a registered meaning shows
+/// nothing; some proxies respond with 499 after they have passed the request on.
 fn shows_no_effect(status: StatusCode) -> bool {
     matches!(
         status.as_u16(),

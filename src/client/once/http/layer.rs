@@ -65,12 +65,12 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// | the response | the key |
 /// |---|---|
 /// | 2xx, 3xx but 307 and 308, 402, 409 (unless the profile reads it as in flight), 410, 412, 422, a replay | the response is stored |
-/// | 425, 429, and what a server or a gateway answers that did nothing: 307, 308, 400, 401, 403 to 407, 411, 413 to 417, 421, 423, 426, 428, 431, 451 | free: the response passes, the next call is made |
+/// | 425, 429, and the statuses of a server or a gateway that did nothing: 307, 308, 400, 401, 403 to 407, 411, 413 to 417, 421, 423, 426, 428, 431, 451 | free: the caller gets the response, and the next call is made |
 /// | any other status: 408, 499, 5xx | the attempt counts as lost |
-/// | an error of the client | lost, unless the [error is known](Self::with_errors) to come before the sending |
+/// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
 ///
-/// Only the response to the request itself frees the key. After a redirect that was followed, or may have been, a success is stored, and
-/// everything else counts as lost.
+/// Only a response to the request itself frees the key. If the client followed a redirect, or may have followed one,
+/// the layer stores a success or a redirect other than 307 and 308, and counts everything else as lost.
 ///
 /// # Defaults
 ///
@@ -165,8 +165,9 @@ impl<St> OnceLayer<St> {
         Drain::new(&self.settings.terms.tracker)
     }
 
-    /// Sets how many calls may go on in this process although their callers left. Beyond that no call is made: it fails with
-    /// [`OnceError::NotRun`](crate::client::OnceError::NotRun) and [`Overloaded`](crate::ErrorKind::Overloaded). Default: 16,384.
+    /// Sets how many calls may continue in this process after their callers have left. At this limit, the layer makes
+    /// no new call, and fails with [`OnceError::NotRun`](crate::client::OnceError::NotRun) and
+    /// [`Overloaded`](crate::ErrorKind::Overloaded). Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
         self.terms().max_detached = executions;
@@ -202,12 +203,13 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// States that the third party deduplicates by the key that it is sent, so that a `RetryPolicy` within this layer may repeat a
-    /// request that was perhaps lost. By default it repeats a request only if the server provably did not take it: an error that is
-    /// [known](Self::with_errors) to come before the sending, a 425 or a 429.
+    /// States that the third party deduplicates requests by their key, so that a `RetryPolicy` inside this layer may
+    /// repeat a request that may be lost. By default the policy repeats a request only if the server provably did not
+    /// take it, that is, after an error that is [known](Self::with_errors) to come before the sending, a 425 or a 429.
     ///
-    /// No [`Profile`] states this by itself: it says how a key is sent, and even a provider that takes keys does not take them at every
-    /// endpoint. If the statement is false, one call of this layer makes several.
+    /// No [`Profile`] implies this. A profile describes how a key is sent, and even a provider that honours keys does
+    /// not honour them at every endpoint. If the statement is false, one call through this layer can have several
+    /// effects.
     #[must_use]
     pub fn assume_keys_honoured(mut self) -> Self {
         self.settings().keys_are_honoured = true;
@@ -246,11 +248,13 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Sets what an error of the client says about the effect. Default: every error may have taken effect, except for those of a
-    /// `ReqwestService` that come before the sending. For several types, call it several times.
+    /// Sets what an error of the client says about the effect. Default: every error may have taken effect, except for
+    /// an error before the sending, if the client is a `ReqwestService` from `build` or
+    /// `from_client_without_redirects`. For several types, call it several times.
     ///
-    /// It counts only for the request itself: an error that may belong to a later hop of a redirect, or that follows an attempt which
-    /// was lost, is never "not sent". If the client follows redirects, put `KeyAtHome` into its policy, which shows the hops.
+    /// The layer uses this classification only for an error of the request itself. An error that may belong to a later
+    /// hop of a redirect, or that follows a lost attempt, never counts as "not sent". If the client follows redirects,
+    /// put `KeyAtHome` into its policy, so that the layer knows the hops.
     #[must_use]
     pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) -> Self {
         self.settings().classes.add(classify);
@@ -266,17 +270,17 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Sets how long the request's body may take to end, which is read before the call. Default: 30 s. A request whose body takes
-    /// longer is not sent.
+    /// Sets how long the layer may take to read the request's body, which it does before the call. Default: 30 s. The
+    /// layer does not send a request whose body takes longer.
     #[must_use]
     pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
         self.settings().body_timeout = timeout;
         self
     }
 
-    /// Sets how long the body of a response may take, counted from its head. Default: 10 s. A response that takes longer is not
-    /// stored: the call counts as made, its caller gets the response, which streams on, and whoever makes the call again gets
-    /// [`OnceError::NotKept`](crate::client::OnceError::NotKept).
+    /// Sets how long the body of a response may take, counted from its head. Default: 10 s. The layer does not store a
+    /// response that takes longer. If its status would be stored, the call counts as made: its caller gets the response
+    /// as a stream, and later callers get [`OnceError::NotKept`](crate::client::OnceError::NotKept).
     #[must_use]
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.settings().response_timeout = timeout;

@@ -117,8 +117,9 @@ impl<F, R, E> fmt::Debug for OnceFuture<F, R, E> {
     }
 }
 
-/// The error of a request that the layer does not cover. Such a request carries no report, so nothing shows whether the error is that
-/// of a later hop. Only a safe method has no effect anyway.
+/// The error of a request that the layer does not cover. Such a request carries no report, so the layer cannot know
+/// whether the error belongs to a later hop. It trusts the class of the error only after a safe method, which has no
+/// effect.
 fn failed<R, E: 'static>(settings: &Settings, is_safe: bool, error: E) -> OnceError<Response<R>, E> {
     match settings.classes.of(&error, true) {
         ErrorClass::Final | ErrorClass::NotSent if is_safe => OnceError::Failed(error),
