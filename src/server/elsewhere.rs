@@ -1,4 +1,4 @@
-//! Waiting for an owner that is not in this process.
+//! The wait for an owner in another process.
 
 use std::future::{pending, Future};
 use std::pin::pin;
@@ -35,14 +35,16 @@ enum Elsewhere {
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// Waits for the owner elsewhere; `None` when the key is free and this request can claim it, with a service that is ready again.
+    /// Waits for the owner in another process. Returns `None` when the key is free and this request can claim it; the
+    /// service is then ready again.
     pub(super) async fn wait_for_owner_elsewhere<B, R>(&mut self) -> Option<Result<Response<R>, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
         R: RebuildBody,
     {
         let waiting = self.settings.waiting;
-        // Counted before it costs the store a subscription. Without a wait there is only one look.
+        // Count the waiter before the store makes a subscription for it. A request that may not wait only looks once,
+        // so the limit does not apply.
         let place = self.hold.wait(&waiting);
         if place.is_none() && !waiting.time.is_zero() {
             return Some(Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))));
@@ -56,12 +58,13 @@ impl<St: Store, S> Exchange<St, S> {
                 Some(Err(error)) => Some(Err(error)),
                 None => Some(Ok(self.refuse(self.later(RefusalKind::Overloaded)))),
             },
-            // The time of this request is up; those that joined later have some left, and look for themselves.
+            // The time of this request is up. Requests that joined later still have time, and look at the record
+            // themselves.
             Elsewhere::Free | Elsewhere::TimeUp => Some(Ok(self.refuse(self.later(RefusalKind::Outstanding)))),
         }
     }
 
-    /// The response to an owner whose key was taken over: what the key holds in the end.
+    /// Returns the response for an owner whose key was taken over: the outcome that the key holds in the end.
     pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
         match self.outcome_elsewhere().await {
             Elsewhere::Landed(landing) => self.settle(landing),
@@ -80,7 +83,8 @@ impl<St: Store, S> Exchange<St, S> {
         self.times.waiting(waiting).await
     }
 
-    /// Whether this request still has what it takes to run. When its time is up, it claims a free key once more, and no more than that.
+    /// Whether this request can still run: it has kept its request and service, and has time left. After its time is
+    /// up, it may claim a free key once.
     fn may_claim_again(&mut self) -> bool {
         let is_time_up = self.wait().owner.left().is_zero();
         let may = matches!(self.cargo, Cargo::Waiting(_)) && !(is_time_up && self.has_claimed_late);
@@ -88,7 +92,7 @@ impl<St: Store, S> Exchange<St, S> {
         may
     }
 
-    /// Gets the service ready that gave its readiness back; `None` if it is not ready in time.
+    /// Waits until the service is ready again; `None` if the time is up first.
     async fn get_ready<B>(&mut self) -> Option<Result<(), S::Error>>
     where
         S: Service<Request<B>>,
@@ -104,7 +108,8 @@ impl<St: Store, S> Exchange<St, S> {
         Some(ready)
     }
 
-    /// Looks at the record in place of a claim, because no execution may begin: duplicates still get what there is.
+    /// Looks at the record instead of claiming the key, because no execution may begin. Duplicates still get the
+    /// outcome that the record holds.
     pub(super) async fn look(&mut self) -> Claimed {
         let flight = &self.hold.flight;
         let peeked = self.hold.shared.store.peek(&flight.storage_key);
@@ -126,7 +131,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 }
 
-/// Waits for an owner elsewhere: subscribe, look, wait, in that order. Changes nothing.
+/// Waits for an owner in another process: subscribes, looks and waits, in that order. Changes no record.
 async fn outcome_elsewhere<St: Store>(store: &St, settings: &Values, flight: &Flight, deadline: Deadline) -> Elsewhere {
     const POLL: Duration = Duration::from_millis(500);
     let timeout = settings.store_timeout;
@@ -142,7 +147,7 @@ async fn outcome_elsewhere<St: Store>(store: &St, settings: &Values, flight: &Fl
         let look = flight.begin_look();
         let snapshot = match in_time(limit, store.peek(&flight.storage_key)).await {
             Ok(snapshot) => snapshot,
-            // It was given up because the wait is over, which says nothing about the store.
+            // The look failed because the wait is over, which says nothing about the store.
             Err(_) if limit < timeout && deadline.left().is_zero() => return Elsewhere::TimeUp,
             Err(error) => {
                 telemetry::store_failed(&error);
@@ -162,7 +167,7 @@ async fn outcome_elsewhere<St: Store>(store: &St, settings: &Values, flight: &Fl
             }
             Seen::InFlight => flight.confirm(look),
         }
-        // A request that may not wait has looked once, because the key may hold the response.
+        // Even a request that may not wait looks once, because the key may hold the response.
         if deadline.left().is_zero() {
             return Elsewhere::TimeUp;
         }

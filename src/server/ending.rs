@@ -1,4 +1,4 @@
-//! The ends of an execution: what is recorded, and what the caller and the duplicates get.
+//! The ends of an execution: the outcome that is recorded, and the responses for the caller and the duplicates.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -22,10 +22,10 @@ use crate::uncut::Word;
 /// The refusal after a failure that must not be repeated.
 const HELD: Refusal = Refusal::held(RefusalKind::HandlerFailed);
 
-/// Whether the outcome was recorded; or the response to give instead of the handler's.
+/// Whether the outcome was recorded, or the response that replaces the handler's response.
 type Concluded<R> = Result<Recorded, Response<R>>;
 
-/// Whether an outcome is in the store. What is not must not be marked as a replay.
+/// Whether an outcome is in the store. A response that is not in the store must not be marked as a replay.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Recorded {
     Yes,
@@ -33,12 +33,12 @@ enum Recorded {
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// How the attempt ends, by the head of its response.
+    /// Decides how the attempt ends, by the head of its response.
     pub(super) fn judge(&self, head: &response::Parts) -> Judgement {
         self.settings.keep.judge(head, self.settings.retention)
     }
 
-    /// Records the response that is the cargo, and returns it.
+    /// Records the response in the cargo, and returns it.
     pub(super) async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
         let Cargo::Answered(Read { head, body }) = &self.cargo else {
             return self.settle(Landing::Refused(HELD));
@@ -86,22 +86,23 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Records the response of a lost attempt, and returns it as the replay that it is. It is stored whatever its head says, since
-    /// the request took effect.
+    /// Records the response of a lost attempt, and returns it as a replay. The response is stored regardless of its
+    /// head, because the request took effect.
     pub(super) async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
         let Cargo::Answered(Read { head, body }) = &self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
         let answer = self.settings.answer_headers.store(head, body);
         let retention = retention_of(head).unwrap_or(self.settings.retention);
-        // If this cannot be recorded, the caller is refused, and the next attempt asks again.
+        // If the store does not record the response, the caller gets a refusal, and the next attempt asks again.
         match self.conclude(&Outcome::Kept(answer.clone()), retention).await {
             Ok(_) => self.settle(Landing::Answer { answer, kept: true }),
             Err(response) => response,
         }
     }
 
-    /// The end of a response that was not read to its end: the record comes first, then the response streams.
+    /// Ends an execution whose response was not read to its end. Writes the record first, then lets the response
+    /// stream.
     pub(super) async fn streaming<R: RebuildBody>(&mut self, response: Response<R>) -> Response<R> {
         let (head, body) = response.into_parts();
         let judgement = self.judge(&head);
@@ -125,7 +126,7 @@ impl<St: Store, S> Exchange<St, S> {
         Response::from_parts(head, body)
     }
 
-    /// The end of a response that is lost: its body broke off, or the application's predicate panicked.
+    /// Ends an execution whose response is lost, because its body broke off or the application's predicate panicked.
     pub(super) async fn broken<R: RebuildBody>(&mut self, judgement: Judgement, status: StatusCode) -> Response<R> {
         match judgement.verdict {
             Verdict::Release | Verdict::GiveUp => {
@@ -142,7 +143,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// The end of a handler that panicked or whose service failed. There is no response but ours.
+    /// Ends an execution whose handler panicked or whose service failed. The handler gave no response, so the layer
+    /// makes one.
     pub(super) async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
         match self.settings.keep.of_failure() {
@@ -160,7 +162,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// The end of a failure that is not stored.
+    /// Ends an execution with a failure that is not stored.
     async fn failed_as<R: RebuildBody>(&mut self, verdict: Verdict) -> Response<R> {
         if let Err(response) = self.without_outcome(verdict).await {
             return response;
@@ -171,7 +173,7 @@ impl<St: Store, S> Exchange<St, S> {
         }))
     }
 
-    /// Records an end without an outcome: the key is released, or given up.
+    /// Ends the attempt without an outcome: releases the key, or gives it up.
     async fn without_outcome<R: RebuildBody>(&mut self, verdict: Verdict) -> Result<(), Response<R>> {
         if verdict != Verdict::Release {
             self.give_up().await;
@@ -183,14 +185,15 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Records that the request is done, without its response. Returns what duplicates get.
+    /// Records that the request took effect, without its response. Returns the result for the duplicates.
     async fn without_body<R: RebuildBody>(
         &mut self,
         judgement: Judgement,
         status: StatusCode,
     ) -> Result<Landing, Response<R>> {
         telemetry::event(Event::Tombstone);
-        // A duplicate of an acknowledged tombstone gets a 200, which a response that was no success must not become.
+        // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response was no success, store
+        // a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {
             let (_, _, answer) = self.settings.failure_to_keep();
             return self.keep_failure(answer, judgement.retention).await;
@@ -199,7 +202,7 @@ impl<St: Store, S> Exchange<St, S> {
         Ok(Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)))
     }
 
-    /// Records a failure. Returns what duplicates get.
+    /// Records a failure. Returns the result for the duplicates.
     async fn keep_failure<R: RebuildBody>(
         &mut self,
         answer: Answer,
@@ -215,7 +218,7 @@ impl<St: Store, S> Exchange<St, S> {
         self.not_completed(completion).await
     }
 
-    /// The rest of a completion that may not have succeeded.
+    /// Handles a completion that may have failed.
     async fn not_completed<R: RebuildBody>(&mut self, completion: Result<Completion, Error>) -> Concluded<R> {
         match completion {
             Ok(Completion::Completed) => {
@@ -230,8 +233,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Another attempt took the key over: the result of this one is dropped, and the caller gets what the key holds, if it was made
-    /// for the same request. That is looked up, because what superseded this attempt may belong to another request.
+    /// Another attempt took the key over. Drops the result of this attempt, and returns the outcome that the key holds.
+    /// The other attempt may belong to another request, so this looks at the record and compares its fingerprint.
     pub(super) async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
         self.hold.end_ownership();
@@ -244,9 +247,9 @@ impl<St: Store, S> Exchange<St, S> {
         response
     }
 
-    /// The outcome could not be recorded. Under `OnLost::Refuse` nobody will run again, so the caller may have its answer;
-    /// elsewhere the next attempt runs, and the caller must not believe that this one counts. Nor is a webhook acknowledged of
-    /// which nothing is recorded.
+    /// Handles an outcome that the store did not record. Under `OnLost::Refuse` no later attempt runs, so the caller
+    /// may get its response (`None`). Otherwise the next attempt runs again, so the caller gets a refusal. The sender
+    /// of a webhook gets a refusal, too, because a delivery without a record must not be acknowledged.
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
         self.hold.end_ownership();
@@ -289,7 +292,7 @@ impl<St: Store, S> Exchange<St, S> {
     pub(super) async fn give_up(&mut self) {
         self.hold.flight.end_renewal();
         if let Some((store, key, owner)) = self.owned() {
-            // Without the store the lease ends it, a little later.
+            // If the store fails, the attempt ends a little later with its lease.
             if let Err(error) = persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await {
                 telemetry::failure(Event::Unrecorded, &error);
             }
@@ -297,7 +300,8 @@ impl<St: Store, S> Exchange<St, S> {
         self.hold.end_ownership();
     }
 
-    /// Goes on telling a store that is away how the attempt ended: what comes of that is no longer the caller's.
+    /// Continues to report the end of the attempt to a store that does not answer, in a task for which the caller does
+    /// not wait.
     fn end_behind(&self, error: &Error, end: End) {
         let (Some((_, key, owner)), Ok(runtime)) = (self.owned(), Handle::try_current()) else {
             return;
@@ -322,7 +326,8 @@ impl Values {
         Patience::new(self.store_timeout, self.completion_timeout)
     }
 
-    /// What is given and stored as the answer of a handler that failed, where that is kept.
+    /// Returns the response of a handler that failed, and the form in which it is stored, for settings that store
+    /// failures.
     pub(super) fn failure_to_keep(&self) -> (response::Parts, Collected, Answer) {
         let (head, bytes) = HELD.render(&self.refusals).into_parts();
         let body = Collected { bytes, trailers: None };
@@ -331,7 +336,8 @@ impl Values {
     }
 }
 
-/// Does an operation, and repeats it while the store fails for as long as is set; the lease is renewed meanwhile.
+/// Runs an operation, and repeats it while the store fails, for as long as the settings allow. The lease is renewed
+/// meanwhile.
 pub(super) fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> impl Future<Output = Result<T, Error>>
 where
     F: Future<Output = Result<T, Error>>,

@@ -30,9 +30,9 @@ pub(super) struct Exchange<St: Store, S> {
     /// Its span, where somebody listens.
     pub(super) span: Option<Box<Span>>,
     pub(super) times: Times,
-    /// How long it may wait; set when it begins to wait, and taken off when it owns the key.
+    /// The deadlines of its wait. Set when it begins to wait, and cleared when it owns the key.
     pub(super) wait: Option<Wait>,
-    /// Whether it claimed a key that was free when its time was up.
+    /// Whether it has claimed a free key once more after its time was up.
     pub(super) has_claimed_late: bool,
     pub(super) cargo: Cargo<S>,
 }
@@ -49,12 +49,13 @@ pub(super) enum Cargo<S> {
     Nothing,
 }
 
-/// How long a request may wait in all, from the moment at which it begins to wait.
+/// The deadlines of one request, counted from the moment when it begins to wait.
 #[derive(Clone, Copy)]
 pub(super) struct Wait {
-    /// For an owner.
+    /// The deadline of the wait for an owner.
     pub(super) owner: Deadline,
-    /// For the decision about the claim of another request, which takes the store's time even where nobody waits for owners.
+    /// The deadline of the wait for the decision about the claim of another request. That decision needs the store, so
+    /// this wait has some time even if requests do not wait for owners.
     decision: Deadline,
 }
 
@@ -127,8 +128,9 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Waits for another request of this process. Once that owns the key, this one never runs the handler, and drops its request. Before,
-    /// it may have to take the place of the other, and only gives back what the service has reserved for it.
+    /// Waits for another request of this process. Once the other request owns the key, this request never runs the
+    /// handler, so it drops its request and service. Until then, it may have to take the place of the other request, so
+    /// it only gives back the capacity that the service has reserved.
     async fn follow(&mut self, follower: Follower) -> Landing
     where
         S: Clone,
@@ -150,8 +152,8 @@ impl<St: Store, S> Exchange<St, S> {
         landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
     }
 
-    /// Waits until it is decided whether the key belongs to another request; `None` when the time is up. That request may need what the
-    /// service has reserved for this one, before it can claim the key again.
+    /// Waits for the decision whether the key belongs to another request; `None` if the time is up first. Before the wait it gives back
+    /// what the service reserved for this request, because the other request may need it to claim the key again.
     async fn is_mismatch(&mut self, undecided: Undecided) -> Option<bool>
     where
         S: Clone,
@@ -161,7 +163,8 @@ impl<St: Store, S> Exchange<St, S> {
         self.times.waiting(undecided.is_mismatch(deadline)).await
     }
 
-    /// Claims the key and does what the store decides. Waits for an owner elsewhere, and claims the key again when it is free.
+    /// Claims the key, and acts on the decision of the store. If the owner is in another process, waits, and claims the
+    /// key again when it is free.
     async fn lead<B, R>(&mut self) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
@@ -173,7 +176,8 @@ impl<St: Store, S> Exchange<St, S> {
     {
         loop {
             if matches!(self.cargo, Cargo::Admitted(_)) {
-                // From here on a caller that leaves does not stop the exchange: its claim may have arrived.
+                // From here on the exchange continues if its caller leaves, because the store may have received the
+                // claim.
                 self.hold.flight.set_guarded(true);
                 let asked = Stopwatch::start();
                 match self.claim().await {
@@ -202,7 +206,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Drops the service that is ready, and keeps a clone that is not, so that a waiter holds nothing that the service has reserved.
+    /// Replaces the ready service by a clone that is not ready, so that a waiter holds no capacity of the service.
     fn give_readiness_back(&mut self)
     where
         S: Clone,
@@ -238,7 +242,7 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::failure(Event::ClaimRepeated, &error);
         match claim_in_time(self.settings.store_timeout, &self.hold.shared.store, claim).await {
             Ok(decision) => claimed(decision),
-            // Whatever the store says now, the first claim may have taken effect.
+            // The first claim may have taken effect even though the second one failed.
             Err(error) => {
                 self.release_behind(claim);
                 self.claim_failed(&error)
@@ -246,7 +250,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Ends a claim of unknown fate.
+    /// Releases a key whose claim may have taken effect, in a task of its own.
     fn release_behind(&self, claim: &Claim) {
         if let Ok(runtime) = Handle::try_current() {
             let (shared, claim) = (Arc::clone(&self.hold.shared), claim.clone());
@@ -257,10 +261,12 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Nothing runs when the store fails, unless the application asked for it.
+    /// Decides about a request whose claim failed. The request does not run, unless the application has allowed
+    /// unprotected runs.
     fn claim_failed(&self, error: &Error) -> Claimed {
         telemetry::store_failed(error);
-        // A record that cannot be read belongs to another request, and a store that is misconfigured stays so: nothing runs then.
+        // If a record cannot be read, an earlier attempt may have run. If the store is misconfigured, every request
+        // would run unprotected. So refuse both.
         if self.settings.run_unprotected && error.kind() == ErrorKind::StoreUnavailable {
             return Claimed::Unprotected;
         }
@@ -411,7 +417,7 @@ impl Values {
         Refusal::retry_after(kind, self.retry_after)
     }
 
-    /// The refusal where the store failed. It asks for a repetition only if that can help.
+    /// Returns the refusal after an error of the store. It has `Retry-After` only if a retry can help.
     pub(super) fn store_failed(&self, error: &Error) -> Refusal {
         match error.kind() {
             ErrorKind::Configuration => Refusal::new(RefusalKind::StoreMisconfigured),

@@ -82,10 +82,10 @@ impl<St: Store, S> Exchange<St, S> {
         self.see_through(running).await
     }
 
-    /// Takes possession of what was granted to a claim that was made at `asked`.
+    /// Makes this request the owner of the key. `asked` was started before the claim.
     pub(super) fn own(&mut self, grant: Grant, asked: Stopwatch) {
         self.hold.own(grant, || asked);
-        // Should it have to wait for another owner later, that is a wait of its own.
+        // If another owner takes the key over later, the wait for that owner has its full time.
         self.wait = None;
         telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
     }
@@ -213,7 +213,7 @@ where
     if is_stream(&head) {
         return Ended::Streaming(Response::from_parts(head, body));
     }
-    // A body that panics breaks off like any other. The handler has ended, and its head tells how.
+    // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
     match AssertUnwindSafe(collect(body, limit, timeout)).catch_unwind().await {
         Ok(Ok(body)) => Ended::Answered(Read { head, body }),
         Ok(Err(Shortfall::Broken(_))) | Err(_) => Ended::Broken(head),

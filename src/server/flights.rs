@@ -31,11 +31,11 @@ pub(super) struct Flight {
     /// Whether others wait for it, or did.
     joined: AtomicBool,
     held: OnceLock<Held>,
-    /// How often it began to look at the record while it stood by for an owner elsewhere.
+    /// How often this flight has begun to look at the record while it waits for an owner in another process.
     looks: AtomicU64,
-    /// The last of these looks that found the key to belong to its fingerprint.
+    /// The number of the last look that found this flight's fingerprint in the record.
     confirmed_by: AtomicU64,
-    /// Asks for another look at once.
+    /// Makes the flight look at the record at once.
     look_again: Notify,
     superseded: AtomicBool,
     /// Whether its handler has begun to complete in a transaction, of which it may not be known what became.
@@ -57,14 +57,14 @@ pub(super) struct Flight {
 /// The key that a flight was granted.
 struct Held {
     grant: Grant,
-    /// Where its lease must be renewed.
+    /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
     schedule: Option<Schedule>,
-    /// The runtime whose task renews it.
+    /// The runtime whose task renews the lease.
     runtime: Option<Id>,
 }
 
 impl Held {
-    /// The grant of a claim that was made at `asked`.
+    /// Enters a grant. `asked` was started before the claim.
     fn new(grant: Grant, asked: impl FnOnce() -> Stopwatch) -> Self {
         let runtime = grant.lease.and_then(|_| Handle::try_current().ok());
         Self {
@@ -138,7 +138,7 @@ impl Flight {
         self.detached.load(Ordering::Acquire)
     }
 
-    /// Enters the grant of a claim that was made at `asked`.
+    /// Enters the grant of this flight. `asked` returns a stopwatch that was started before the claim.
     pub(super) fn hold(&self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
         if self.held.get().is_none() && self.held.set(Held::new(grant, asked)).is_ok() {
             self.changed.notify_waiters();
@@ -149,8 +149,8 @@ impl Flight {
         self.held.get().map(|held| &held.grant)
     }
 
-    /// Whether the key belongs to this flight's fingerprint for certain, because the flight owns it. Where it was taken over, or is about
-    /// to be given up, only the store knows.
+    /// Whether this flight owns the key, so that the key certainly belongs to its fingerprint. If another attempt has
+    /// taken the key over, or the flight is about to give it up, only the store knows the fingerprint.
     fn is_owner(&self) -> bool {
         self.held().is_some() && !self.is_superseded() && !self.is_ending()
     }
@@ -160,7 +160,7 @@ impl Flight {
         self.looks.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The look of this number found the key to belong to this flight's fingerprint.
+    /// Notes that the look of this number found this flight's fingerprint in the record.
     pub(super) fn confirm(&self, look: u64) {
         self.confirmed_by.store(look, Ordering::Release);
         self.changed.notify_waiters();
@@ -216,15 +216,16 @@ impl Flight {
         self.ending.load(Ordering::Relaxed)
     }
 
-    /// The schedule of its lease, as long as it has one.
+    /// The schedule of its lease, as long as the flight holds a lease.
     fn schedule(&self) -> Option<&Schedule> {
         let schedule = self.held.get()?.schedule.as_ref()?;
         (!self.is_superseded() && !self.is_ending()).then_some(schedule)
     }
 
-    /// The schedule by which its lease is to be renewed now.
+    /// The schedule of its lease, unless renewals are skipped for the moment.
     fn renewals(&self) -> Option<&Schedule> {
-        // A transaction that completes holds the record locked: a renewal would only wait for it, and so would another claim.
+        // A transaction that completes locks the record. A renewal would only wait for the lock, and so would the claim
+        // of another attempt.
         #[cfg(feature = "postgres")]
         if self.is_in_transaction() && !self.has_transaction_failed() {
             return None;
@@ -232,8 +233,8 @@ impl Flight {
         self.schedule()
     }
 
-    /// Takes the renewal of the lease if the task of this runtime is to begin it within `soon`. The task of another runtime waits until
-    /// the renewal is overdue.
+    /// Takes the renewal of the lease for the task of this runtime. If the lease was granted on this runtime, the
+    /// renewal may be due within `soon`; otherwise it must be overdue.
     pub(super) fn take_renewal(&self, runtime: Id, soon: Duration) -> bool {
         let is_mine = self.held.get().is_some_and(|held| held.runtime == Some(runtime));
         self.renewals().is_some_and(|schedule| {
@@ -250,7 +251,7 @@ impl Flight {
         self.renewals().is_some_and(Schedule::take_overdue)
     }
 
-    /// A renewal failed or was left out: the next is due now.
+    /// Makes the next renewal due now, because one failed or was skipped.
     pub(super) fn hurry_renewal(&self) {
         if let Some(schedule) = self.schedule() {
             schedule.hurry();
@@ -275,8 +276,8 @@ impl Flight {
         }
     }
 
-    /// Waits until it is known whether the key belongs to this flight's fingerprint, by a look that began after the one of number
-    /// `look`; `false` if the flight ended first.
+    /// Waits until the flight owns the key, or a look with a higher number than `look` has found the flight's
+    /// fingerprint in the record. Returns `false` if the flight ends first.
     async fn confirmed_after(&self, look: u64) -> bool {
         self.until(|flight| {
             if flight.is_owner() || flight.confirmed_by.load(Ordering::Acquire) > look {
@@ -316,7 +317,7 @@ pub(super) enum Joined {
     Lead,
     /// Somebody else holds the key for another request.
     Mismatch,
-    /// Another request with this key, but another fingerprint, has the seat, and whether the key is its own is not known yet.
+    /// A request with another fingerprint has the seat of this key, and does not know yet whether it will own the key.
     Undecided(Undecided),
 }
 
@@ -355,7 +356,7 @@ impl Flights {
         if leader.is_owner() {
             return Joined::Mismatch;
         }
-        // An owner elsewhere may have released the key since the last look, so only the next one counts.
+        // An owner in another process may have released the key since the last look, so wait for the next look.
         let look = leader.looks.load(Ordering::Acquire);
         leader.look_again.notify_one();
         let undecided = |follower| Joined::Undecided(Undecided { follower, look });
@@ -389,7 +390,8 @@ impl Flights {
         }
     }
 
-    /// A place among those who wait: for a flight, or as the flight that waits for an owner elsewhere. `None` if too many wait already.
+    /// Counts a waiter: a duplicate that waits for a flight, or the flight itself if it waits for an owner in another
+    /// process. `None` if too many wait already.
     pub(super) fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);
@@ -401,7 +403,8 @@ impl Flights {
         (of_key < limits.per_key && in_all < limits.in_all).then_some(follower)
     }
 
-    /// The flights whose renewals the task of this runtime is to begin now; see [`Flight::take_renewal`].
+    /// Takes the renewals that the task of this runtime must begin now, and returns their flights; see
+    /// [`Flight::take_renewal`].
     pub(super) fn take_renewals(&self, runtime: Id, soon: Duration) -> Vec<Arc<Flight>> {
         let mut due = Vec::new();
         self.table.each(|shard| {
@@ -415,7 +418,7 @@ impl Flights {
         due
     }
 
-    /// Whether a flight holds a lease, be it that its renewals are left out for the moment.
+    /// Whether any flight holds a lease, including leases whose renewals are skipped for the moment.
     pub(super) fn any_leased(&self) -> bool {
         self.any(|flight| flight.schedule().is_some())
     }
@@ -449,12 +452,12 @@ impl Follower {
         within(deadline.left(), landing).await.ok().cloned()
     }
 
-    /// Whether the flight owns the key, or did.
+    /// Whether the flight owns the key, or has owned it.
     pub(super) fn has_owner(&self) -> bool {
         self.leader.held().is_some()
     }
 
-    /// Waits until the flight owns the key; `false` when it ended first, or the time is up.
+    /// Waits until the flight owns the key; `false` if the flight ends or the time is up first.
     pub(super) async fn owned(&self, deadline: Deadline) -> bool {
         let owned = self.leader.until(|flight| {
             let has_landed = flight.landing.get().map(|_| false);
@@ -464,16 +467,17 @@ impl Follower {
     }
 }
 
-/// A place among those who wait until a flight knows whether the key is its own.
+/// A place among the requests that wait until a flight knows whether the key belongs to its fingerprint.
 #[derive(Debug)]
 pub(super) struct Undecided {
     follower: Follower,
-    /// The number of the last look that had begun.
+    /// The number of the last look that had begun when the wait began.
     look: u64,
 }
 
 impl Undecided {
-    /// Whether the key belongs to the flight's fingerprint; `Some(false)` if the flight ended first, `None` when the time is up.
+    /// Waits until it is known whether the key belongs to the flight's fingerprint. `Some(false)` if the flight ends
+    /// first, `None` if the time is up first.
     pub(super) async fn is_mismatch(&self, deadline: Deadline) -> Option<bool> {
         let confirmed = self.follower.leader.confirmed_after(self.look);
         within(deadline.left(), confirmed).await.ok()

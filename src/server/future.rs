@@ -71,7 +71,7 @@ impl<F, R, E> ResponseFuture<F, R, E> {
         }
     }
 
-    /// A request of which its store says whether a layer further out guards it already.
+    /// A request for which the store must show whether a layer further out already guards the same record.
     pub(super) fn nested(future: BoxFuture<'static, Result<Response<R>, E>>) -> Self {
         Self {
             kind: Kind::Nested { future },

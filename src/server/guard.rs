@@ -41,7 +41,7 @@ impl<St> Shared<St> {
 }
 
 impl<St> Shared<St> {
-    /// Whether as many executions run without a caller as may, so that no other begins.
+    /// Whether the limit of executions without a caller is reached, so that no new execution may begin.
     pub(super) fn is_overloaded(&self, settings: &Values) -> bool {
         self.tracker.detached() >= settings.max_detached
     }
@@ -66,8 +66,8 @@ pub(super) struct Hold<St: Store> {
 struct Owned {
     owner: Owner,
     is_leased: bool,
-    /// The runtime that polled the request last, where it has a lease: its task renews the lease, and gives it up if the request is
-    /// dropped elsewhere.
+    /// The runtime that polled the request last, if the request has a lease. If the request is dropped outside of any
+    /// runtime, the lease is given up on this one.
     runtime: Option<Handle>,
 }
 
@@ -106,7 +106,7 @@ impl<St: Store> Hold<St> {
         joined
     }
 
-    /// A place among the duplicates that wait, for a request that waits for an owner elsewhere.
+    /// Counts this request among the waiters, because it waits for an owner in another process.
     pub(super) fn wait(&self, waiting: &Waiting) -> Option<Follower> {
         self.shared.flights.admit(Arc::clone(&self.flight), waiting)
     }
@@ -118,7 +118,7 @@ impl<St: Store> Hold<St> {
         }
     }
 
-    /// Takes possession of what was granted to a claim that was made at `asked`.
+    /// Makes this request the owner of the key. `asked` returns a stopwatch that was started before the claim.
     pub(super) fn own(&mut self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
         self.flight.hold(grant, asked);
         telemetry::in_flight(1.0);
@@ -134,8 +134,8 @@ impl<St: Store> Hold<St> {
         });
     }
 
-    /// Polls the application's work and looks after the lease at every poll: the task that renews it may be held up, by a runtime that
-    /// has ended or that serves no timers while the work keeps it busy.
+    /// Polls the application's work, and renews the lease if it is overdue at a poll. The task that renews the lease is
+    /// late if its runtime has ended, or if the work keeps the runtime so busy that the runtime serves no timers.
     pub(super) async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         poll_fn(|cx| {
@@ -203,9 +203,9 @@ impl<St: Store> Drop for Hold<St> {
     }
 }
 
-/// The tasks that renew the leases of a layer: one for each runtime on which a lease was granted, as long as there are any leases. Each
-/// renews those of its runtime at a third of their length, and those of another runtime when they are overdue, which may have ended or
-/// be blocked.
+/// The tasks that renew the leases of a layer. Each runtime that polls an owner has one such task, as long as the layer
+/// has any leases. The task renews a lease of its own runtime after each third of the lease. It renews a lease of
+/// another runtime only when the renewal is overdue, because that runtime may have ended or be blocked.
 #[derive(Debug, Default)]
 struct Renewals {
     runtimes: Mutex<Vec<Id>>,
@@ -215,7 +215,7 @@ struct Renewals {
 const TICK: Duration = Duration::from_millis(250);
 
 impl<St: Store> Shared<St> {
-    /// Makes sure that a task of this runtime renews leases.
+    /// Starts the task that renews leases on this runtime, unless it runs.
     fn keep_renewed(self: &Arc<Self>, runtime: &Handle) {
         let id = runtime.id();
         {
@@ -230,7 +230,7 @@ impl<St: Store> Shared<St> {
             runtime: id,
             has_ended: false,
         };
-        // The handler that is called next may block this thread.
+        // Let another thread run the task, because the handler that is called next may block this one.
         drop(spawn_apart(runtime, renew_while_any(Arc::downgrade(self), renewing)));
     }
 
@@ -249,7 +249,7 @@ impl<St: Store> Shared<St> {
     }
 }
 
-/// A task that renews, and its entry among the runtimes.
+/// A task that renews leases, and its entry in the list of runtimes.
 struct Renewing {
     renewals: Arc<Renewals>,
     runtime: Id,
@@ -257,7 +257,7 @@ struct Renewing {
 }
 
 impl Renewing {
-    /// Takes the entry off, unless there are leases. A lease that is granted later finds no entry, and starts another task.
+    /// Removes the entry if no leases are left. The next lease then finds no entry, and starts another task.
     fn ends(&mut self, any_leased: impl FnOnce() -> bool) -> bool {
         let mut runtimes = lock(&self.renewals.runtimes);
         self.has_ended = !any_leased();
@@ -282,8 +282,8 @@ async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, mut renewing: Rene
         let Some(shared) = shared.upgrade() else { return };
         for flight in shared.flights.take_renewals(renewing.runtime, TICK) {
             let shared = Arc::clone(&shared);
-            // In a task of its own: one that hangs or panics does not hold up the others, and one that waits for what a blocked thread
-            // holds is followed by another.
+            // Begin each renewal in its own task. A renewal that hangs or panics does not delay the others, and if one
+            // waits for a blocked thread, a later one can still succeed.
             drop(tokio::spawn(async move { shared.renew(&flight).await }));
         }
         if renewing.ends(|| shared.flights.any_leased()) {

@@ -37,11 +37,11 @@ use crate::store::Store;
 ///
 /// # Where to put it
 ///
-/// Outermost first: CORS, compression, authentication, rate limit, **idempotency**, concurrency limit, timeout, handler. Outside of authentication, a
-/// stranger who learns a key would be given the stored answer. Inside of compression, one stored answer serves clients with
-/// different `Accept-Encoding`. Inside of CORS and the rate limit, their headers belong to the present request, and a
-/// refusal of theirs is never stored. A concurrency limit further out would count duplicates that merely wait, and would not count
-/// executions whose callers left.
+/// Outermost first: CORS, compression, authentication, rate limit, **idempotency**, concurrency limit, timeout,
+/// handler. Outside of authentication, a stranger who learns a key would be given the stored answer. Inside of
+/// compression, one stored answer serves clients with different `Accept-Encoding`. Inside of CORS and the rate limit,
+/// their headers belong to the present request, and a refusal of theirs is never stored. A concurrency limit further
+/// out would count duplicates that only wait, and would miss executions whose callers left.
 ///
 /// # Defaults
 ///
@@ -50,7 +50,7 @@ use crate::store::Store;
 /// | header | `Idempotency-Key`, quoted or bare, 1 to 255 bytes of visible ASCII |
 /// | methods | POST and PATCH; others pass, also where a key is required |
 /// | no key | the request passes through |
-/// | scope | none; `Authorization`, `X-Api-Key` and the host name are parts of the fingerprint |
+/// | scope | none; then the fingerprint includes `Authorization`, `X-Api-Key` and the host name |
 /// | fingerprint | method, path, query, body bytes |
 /// | body limits | 2 MiB for requests, 2 MiB for stored answers |
 /// | body timeouts | 30 s for requests, 10 s for responses, counted from the head |
@@ -59,7 +59,7 @@ use crate::store::Store;
 /// | retention, lease | 24 h from completion, 30 s renewed at a third |
 /// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |
 /// | executions whose callers left | at most 16,384; then new keys get 503 |
-/// | store | 5 s for each operation; a failed claim is repeated once and then refused with 503, a misconfigured store or an unreadable record with 500 |
+/// | store | 5 s for each operation; a failed claim is repeated once, then the request is refused with 503; if the store is misconfigured or the record unreadable, with 500 and without a repetition |
 /// | memory | of a [`MemoryStore`](crate::MemoryStore): 1,000,000 records, 256 MiB of answers |
 /// | refusals | `application/problem+json` |
 #[must_use = "a layer does nothing until it is put around a service"]
@@ -91,9 +91,9 @@ impl<St: Store> IdempotencyLayer<St> {
             .with_wait(Duration::ZERO)
     }
 
-    /// Sets what Stripe's API does: POST only, the key as it stands and optional, answers kept for 24 hours, 5xx too (but not the 4xx
-    /// that the [table](Self#defaults) leaves out: 401, 404, 429 and the like), 409 at once while the first is outstanding, refusals in
-    /// Stripe's shape, 400 for a key that belongs to another request.
+    /// Sets what Stripe's API does: POST only, the key as it stands and optional, answers kept for 24 hours, also 5xx
+    /// and 408 (but not the other 4xx that the [table](Self#defaults) leaves out, such as 401, 404 and 429), 409 at
+    /// once while the first is outstanding, refusals in Stripe's shape, 400 for a key that belongs to another request.
     pub fn stripe(mut self) -> Self {
         self.values().refusals = RefusalStyle::Stripe;
         self.values().required = false;
@@ -113,8 +113,9 @@ impl<St: Store> IdempotencyLayer<St> {
     /// * Only 2xx answers are kept. After any other the next delivery runs the handler again, which may have been mended by then; for
     ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures release the key.
     /// * No answer is given of which nothing is recorded, since a 2xx acknowledges: 503 instead.
-    /// * A duplicate of a success whose response was not stored, because it was too long, too slow or dropped for want of room, gets a
-    ///   bare 200 instead of 409 `answer-not-kept`, because providers stop sending to an endpoint that never answers with 2xx.
+    /// * If the response of a success was not stored (it was too long, too slow, or dropped for want of room), a
+    ///   duplicate gets a bare 200 instead of 409 `answer-not-kept`. Providers stop sending to an endpoint that never
+    ///   answers with 2xx.
     /// * The scope `Scope::of(["tower-idempotency", "webhooks"])`, so that no request with a key of a client's own takes a webhook's, on
     ///   whatever layer of the same store.
     pub fn webhooks(mut self) -> Self {
@@ -172,11 +173,12 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// None by default: whose key it is. The same key in two scopes is two keys.
     ///
-    /// The function returns a [`Scope`], or an `Option` of one; `None` is refused with 500 `scope-missing`, since nobody may share
-    /// keys with those of whom nothing is known. Build the scope from what authenticated the request (an extension set by a layer
-    /// further out), and set one wherever callers are told apart by anything but `Authorization`, `X-Api-Key` or the host name, a
-    /// session cookie above all: without a scope, only these three are compared. With a scope all three are left out of the
-    /// fingerprint, so that a renewed token still gets the replay.
+    /// The function returns a [`Scope`], or an `Option` of one; `None` is refused with 500 `scope-missing`, since
+    /// nobody may share keys with those of whom nothing is known. Build the scope from what authenticated the request
+    /// (an extension set by a layer further out), and set one wherever your application identifies callers by anything
+    /// other than `Authorization`, `X-Api-Key` or the host name, such as a session cookie. Without a scope, the layer
+    /// compares only these three. With a scope, the fingerprint includes none of them, so that a caller with a renewed
+    /// token still gets the replay.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Scope};
@@ -216,9 +218,10 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Leaves the authority out of the fingerprint, for a service that clients reach by several names. By default it counts where no
-    /// scope is set: `:authority` or `Host`, without letter case and default ports, unless it is an IP address. Behind a proxy that
-    /// sets `Host` anew, add the field that has the client's: `add_fingerprint_header` with `X-Forwarded-Host`.
+    /// Leaves the authority out of the fingerprint, for a service that clients reach by several names. By default, and
+    /// only without a scope, the fingerprint includes `:authority` or `Host`, ignoring letter case and default ports.
+    /// An IP address is always left out. If a proxy replaces `Host`, add the field in which the proxy passes the
+    /// client's value on, for example `X-Forwarded-Host`, by [`add_fingerprint_header`](Self::add_fingerprint_header).
     pub fn without_authority_in_fingerprint(mut self) -> Self {
         self.values().fingerprinting.authority = false;
         self
@@ -231,8 +234,8 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Not by default: compares bodies by what this function makes of them. Method, path, query, chosen headers and, without a
-    /// scope, the credentials and the host name still count.
+    /// Not by default: compares bodies by what this function makes of them. The layer still compares method, path,
+    /// query, chosen headers and, without a scope, the credentials and the host name.
     pub fn with_fingerprint(mut self, of_body: impl Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync + 'static) -> Self {
         self.values().fingerprinting.body = BodyForm::Custom(Arc::new(of_body));
         self
@@ -265,12 +268,13 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets how long the body of a response may take, counted from its head. Default: 10 s. Zero: the body must be complete at once.
     ///
-    /// The layer reads the response before it records it, and renews the lease meanwhile. If the body is not complete in time, the
-    /// layer records that the request is done without its response, and streams the body on, beginning with what was read so far.
-    /// Duplicates then get 409 `answer-not-kept`. If the response is not to be stored, its key is released instead. A body whose
-    /// caller is gone is dropped at this point, so that every execution ends. This does not limit the handler: put a
-    /// `tower_http::timeout::TimeoutLayer` inside of this layer for that. On a runtime without timers, the limit takes effect at the
-    /// next frame that arrives after it.
+    /// The layer reads the response before it records it, and renews the lease meanwhile. If the body is not complete
+    /// in time, the layer records that the request is done without its response, and streams the body on, beginning
+    /// with what was read so far. Duplicates then get 409 `answer-not-kept`. If the response is one that the layer does
+    /// not store, it releases the key or gives it up instead. If the caller has left, the layer drops the body at this
+    /// point, so that every execution ends. This timeout does not limit the handler; put a
+    /// `tower_http::timeout::TimeoutLayer` inside this layer for that. On a runtime without timers, a thread of this
+    /// process measures the time.
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.values().response_timeout = timeout;
         self
@@ -286,9 +290,11 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets what a failure of the handler does to its key. Default: [`OnError::Release`].
     ///
-    /// A refusal of another layer further in is judged by its kind, not by its status. A failure of the handler in there is a failure
-    /// here. An outcome that is unknown there is unknown here, and under [`OnError::Release`] it is asked for again. A request that is
-    /// done there is done here. Every other refusal means that nothing ran, and releases the key.
+    /// If the response is the refusal of another idempotency layer further in, this layer judges it by its
+    /// [kind](crate::RefusalKind), not by its status. If the inner handler failed, this setting applies. If the inner
+    /// outcome is unknown, the key is released under [`OnError::Release`], and otherwise its outcome is unknown here,
+    /// too. If the inner request took effect, this layer records a tombstone. Every other refusal means that nothing
+    /// ran, and releases the key.
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.values().keep.on_error = on_error;
         self
@@ -307,8 +313,8 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// `Idempotent-Replayed: true` by default: how a replayed answer is marked; `None`: not at all. An answer with as many headers as
-    /// a `HeaderMap` takes, 24,576, is replayed without the mark.
+    /// `Idempotent-Replayed: true` by default: how a replayed answer is marked; `None`: not at all. An answer that
+    /// fills a `HeaderMap` up to its limit of 24,576 headers is replayed without the mark.
     pub fn with_marker(mut self, marker: Option<(HeaderName, HeaderValue)>) -> Self {
         self.values().answer_headers.marker = marker;
         self
@@ -375,15 +381,17 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets how long a duplicate waits for the request in flight before it gets 409; zero: 409 at once. Default: 30 s.
     ///
-    /// This is the time for everything that one request waits for. Only the last look at the store, or the decision about the claim of
-    /// another request with this key, may take half a second longer. It must be shorter than every timeout further out.
+    /// This time covers all waits of one request. Only the last look at the store, or the decision about the claim of
+    /// another request with this key, may take half a second longer. Set a time that is shorter than every timeout
+    /// further out.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.values().waiting.time = wait;
         self
     }
 
-    /// Sets how many duplicates may wait in this process for one key, and in all, whether the request in flight is in this process or in
-    /// another one; the next gets 409. Default: 16,384 and 65,536.
+    /// Sets how many duplicates may wait in this process for one key, and for all keys together. The next duplicate
+    /// gets 409. A duplicate counts whether the request in flight runs in this process or in another one. Default:
+    /// 16,384 and 65,536.
     pub fn with_max_waiters(mut self, per_key: usize, in_all: usize) -> Self {
         let waiting = &mut self.values().waiting;
         waiting.per_key = per_key;
@@ -391,12 +399,13 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Sets how many executions may go on in this process although their callers left. Beyond that, new keys get 503 `overloaded` with
-    /// `Retry-After` before anything is claimed; duplicates still get their responses. Default: 16,384.
+    /// Sets how many executions may continue in this process after their callers have left. At this limit, requests
+    /// with new keys get 503 `overloaded` with `Retry-After`, and the layer claims nothing for them. Duplicates still
+    /// get their responses. Default: 16,384.
     ///
-    /// An execution whose caller left is never stopped, because its effect may have happened. So a client that sends requests and hangs
-    /// up could otherwise start any number of them, since limits further out count callers. A concurrency limit belongs
-    /// [inside this layer](Self#where-to-put-it), where it counts executions.
+    /// The layer never stops an execution whose caller left, because its effect may have happened. Limits further out
+    /// count callers, so without this limit a client that sends requests and hangs up could start any number of
+    /// executions. Put a concurrency limit [inside this layer](Self#where-to-put-it), where it counts executions.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
         self.values().max_detached = executions;
         self
@@ -424,10 +433,10 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Not by default: when the store fails at a claim, runs the request without any protection, every time it is sent. Each such
-    /// request is reported as the event `unprotected`. A misconfigured store and an unreadable record are refused all the same, with 500.
-    /// There is no attempt then: a handler that takes a [`Lease`](crate::Lease) as an
-    /// extractor has to take an `Option` of it.
+    /// Not by default: when the store fails at a claim, runs the request without any protection, every time it is sent.
+    /// Each such request is reported as the event `unprotected`. If the store is misconfigured or the record is
+    /// unreadable, the layer still refuses the request, with 500. An unprotected request has no attempt, so a handler
+    /// that takes a [`Lease`](crate::Lease) as an extractor has to take an `Option` of it.
     pub fn dangerously_run_unprotected_when_the_store_fails(mut self) -> Self {
         self.values().run_unprotected = true;
         self

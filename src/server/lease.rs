@@ -49,13 +49,13 @@ impl Lease {
         }
     }
 
-    /// This lease, of a layer within the one that gave `outer`.
+    /// Returns this lease as the lease of a layer inside the layer that gave `outer`.
     pub(super) fn within(mut self, outer: Option<Self>) -> Self {
         self.outer = outer.map(Arc::new);
         self
     }
 
-    /// Whether it is this lease, or one of a layer further out, for which the test holds.
+    /// Whether the test holds for this lease or for a lease of a layer further out.
     pub(super) fn any(&self, mut test: impl FnMut(&Self) -> bool) -> bool {
         let mut lease = Some(self);
         while let Some(this) = lease {
@@ -67,7 +67,7 @@ impl Lease {
         false
     }
 
-    /// The owners of this storage key, in whatever stores.
+    /// The owners of this storage key among this lease and the leases further out, in any store.
     pub(super) fn owners_of(&self, key: &StorageKey) -> Vec<Owner> {
         let mut owners = Vec::new();
         self.any(|lease| {
@@ -192,13 +192,15 @@ mod extract {
     use crate::http::{Refusal, RefusalKind, RefusalStyle, IDEMPOTENCY_KEY};
     use crate::protocol::IdempotencyKey;
 
-    /// The header field in which a layer looks for keys that passed the request on, where it is not `Idempotency-Key`.
+    /// The header field that holds the key, set by a layer that passed the request on, if the field is not
+    /// `Idempotency-Key`.
     #[derive(Clone)]
     pub(in crate::server) struct KeyHeader(pub(in crate::server) HeaderName);
 
-    /// The rejection of a handler that takes a [`Lease`], an [`Attempt`] or an [`IdempotencyKey`] from a request that no
-    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards. A request without a key gets 400. A request with a key, in the header field
-    /// of the layer that passed it on, gets 500, because the application does not cover its route or method.
+    /// The rejection of a [`Lease`], an [`Attempt`] or an [`IdempotencyKey`] as an extractor, if no
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the request. A request without a key gets 400. A request
+    /// with a key gets 500, because the application does not cover its route or method. The key counts in the header
+    /// field of the layer that passed the request on, otherwise in `Idempotency-Key`.
     #[derive(Clone, Copy, Debug)]
     pub struct NotGuarded {
         has_key: bool,

@@ -1,4 +1,4 @@
-//! A layer within another one that has the same key.
+//! A layer inside another layer with the same key.
 
 use std::sync::Arc;
 
@@ -18,9 +18,10 @@ use crate::telemetry::{self, Event};
 
 /// A request whose storage key a layer further out has claimed, in the same store or in another one.
 ///
-/// Equal names of keys do not tell, and neither do equal handles: two stores may have records of one name, and two handles may reach one
-/// store. The record itself tells. If it belongs to the attempt of the outer layer, both layers guard the same record and would wait for
-/// each other, so the inner one steps aside.
+/// Neither the name of the key nor the handle of the store shows whether both layers guard the same record: two stores
+/// may have records of the same name, and two handles may reach the same store. So the inner layer looks at the record
+/// in its own store. If the record belongs to the attempt of the outer layer, both layers would wait for each other, so
+/// the inner layer passes the request on.
 pub(super) struct Nested<St, S, B> {
     pub(super) shared: Arc<Shared<St>>,
     pub(super) settings: Arc<Values>,
@@ -28,7 +29,7 @@ pub(super) struct Nested<St, S, B> {
     pub(super) service: S,
     pub(super) head: Parts,
     pub(super) body: B,
-    /// The attempts of outer layers under this storage key.
+    /// The owners under this storage key in outer layers.
     pub(super) owners: Vec<Owner>,
 }
 
@@ -47,7 +48,8 @@ where
     ///
     /// # Cancel safety
     ///
-    /// Dropped before the request is guarded, nothing has happened. Later, the future of the guarded request takes care of itself.
+    /// If this future is dropped before the request is guarded, nothing has happened. After that, the rules of a
+    /// guarded request apply.
     pub(super) async fn settle(self) -> Result<Response<R>, S::Error> {
         let Self {
             shared,
@@ -77,7 +79,7 @@ where
     }
 }
 
-/// Whether the record belongs to an attempt that is one of these. Looks once, and once more if the store fails, as for a claim.
+/// Whether the record belongs to one of these owners. If the store fails, looks once more, as for a claim.
 async fn is_owned_by<St: Store>(
     store: &St,
     settings: &Values,

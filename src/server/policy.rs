@@ -152,31 +152,32 @@ pub(super) struct KeepPolicy {
     pub(super) success_only: bool,
 }
 
-/// How an attempt ends, by the head of its response.
+/// The end of an attempt, decided by the head of its response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) verdict: Verdict,
-    /// How long the outcome is stored, if one is.
+    /// How long an outcome is stored, if the verdict stores one.
     pub(super) retention: Duration,
 }
 
-/// What becomes of the key.
+/// The effect of the attempt's end on its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Nobody knows whether the request took effect: the key is treated as if its owner had vanished.
+    /// Nobody knows whether the request took effect. The key is treated as if its owner had vanished.
     GiveUp,
     /// The response is stored.
     Keep,
     /// The key is free again.
     Release,
-    /// The request took effect: a tombstone is stored, and the response passes.
+    /// The request took effect. A tombstone is stored, and the caller gets the response.
     Tombstone,
-    /// The application's predicate panicked after the effect: a tombstone is stored, and nobody gets the response.
+    /// The application's predicate panicked after the effect. A tombstone is stored, and nobody gets the response.
     Unjudged,
 }
 
 impl KeepPolicy {
-    /// The handler's own mark wins, then a refusal of a layer further in, then the predicate, then the status.
+    /// Decides by the handler's own mark, then by a refusal of a layer further in, then by the predicate, then by the
+    /// status. A refusal that denies the effect wins over [`Keep`].
     fn verdict(&self, response: &response::Parts) -> Verdict {
         if let Some(verdict) = self.of_marks(&response.extensions) {
             return verdict;
@@ -215,13 +216,13 @@ impl KeepPolicy {
             (Effect::Failed, _) => self.of_failure(),
             (Effect::Done, _) => Verdict::Tombstone,
             (Effect::Unknown, OnError::Release) => Verdict::Release,
-            // Stored, the refusal would hide the response from those who ask once the outcome is known.
+            // If the refusal were stored, later requests would get it even after the outcome has become known.
             (Effect::Unknown, OnError::Keep | OnError::Unknown) => Verdict::GiveUp,
         })
     }
 
-    /// How an attempt ends whose response has this head; `retention` is the layer's. This comes after the effect, so that a
-    /// predicate that panics must not let anybody run again.
+    /// Decides how an attempt ends, by the head of its response; `retention` is the layer's setting. The handler has
+    /// already run, so if the predicate panics, the key must not become free.
     pub(super) fn judge(&self, head: &response::Parts, retention: Duration) -> Judgement {
         let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(head)));
         Judgement {
@@ -245,8 +246,9 @@ pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {
     head.extensions.get().map(|RetainFor(retention)| *retention)
 }
 
-/// Whether a response of this status is not stored: the handler did not act, or what it says depends on header fields that are no
-/// part of the fingerprint, so that the same request may succeed later. A 408 and a 5xx are failures.
+/// Whether a response of this status is passed on without being stored. With these statuses, the handler did not act,
+/// or the response depends on header fields outside the fingerprint, so the same request may succeed later. A 408 and a
+/// 5xx are failures instead.
 const fn is_passing(status: StatusCode) -> bool {
     matches!(
         status,
@@ -320,7 +322,7 @@ mod tests {
         }
     }
 
-    /// Every refusal of an inner layer counted as "nothing happened".
+    /// Every refusal of an inner layer counted as a sign that the request had no effect.
     #[test]
     fn a_refusal_of_an_inner_layer_is_judged_by_what_it_says_about_the_effect() {
         use RefusalKind::{AnswerBroken, AnswerNotKept, HandlerFailed, Mismatch, OutcomeUnknown, OutcomeUnrecorded};

@@ -137,7 +137,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
             },
         };
         let storage_key = settings.space.storage_key(scope.as_ref(), &key);
-        // Two layers that guard one record would wait for each other, so the inner one steps aside.
+        // Two layers that guard the same record would wait for each other, so the inner layer passes the request on.
         let shared = &self.layer.shared;
         let outer = head.extensions.get::<Lease>();
         let is_ours = |lease: &Lease| *lease.storage_key() == storage_key && shared.flights.is_seated(lease.flight());
@@ -177,8 +177,8 @@ impl Values {
         ResponseFuture::refused(refusal.into_response(&self.refusals))
     }
 
-    /// Leaves word of the header field that has the key, for extractors that find no lease. Only where it is not the usual one: other
-    /// requests that are passed on cost nothing.
+    /// Adds the name of the header field with the key to the extensions, for extractors that find no lease. Does so
+    /// only if the name is not `Idempotency-Key`, so that all other requests are passed on at no cost.
     #[cfg_attr(
         not(feature = "axum"),
         expect(clippy::unused_self, reason = "there are no extractors")

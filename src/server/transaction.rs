@@ -150,7 +150,7 @@ impl Lease {
             Ok(Completion::Superseded(_)) => SUPERSEDED,
             Err(error) => error,
         };
-        // After an earlier completion that was rolled back, renewals were left out.
+        // Renewals were skipped since an earlier completion that was rolled back.
         self.flight().hurry_renewal();
         Err(failure)
     }
