@@ -69,7 +69,7 @@ pub(crate) fn http_date() -> String {
     httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_millis(unix_millis()))
 }
 
-/// A time as HTTP writes it; none before 1970 or after 9999, for which HTTP has no form.
+/// Formats a time as HTTP does; `None` before 1970 or after 9999, because HTTP has no form for such a time.
 pub(crate) fn http_date_of(time: SystemTime) -> Option<String> {
     /// 9999-12-31T23:59:59Z.
     const LAST: Duration = Duration::from_secs(253_402_300_799);
@@ -177,7 +177,8 @@ pub(crate) fn sleep(duration: Duration) -> Timer {
 }
 
 pin_project! {
-    /// A timer for every runtime: tokio's where the runtime has timers, otherwise that of a thread of this process.
+    /// A timer for every runtime. It is tokio's if the runtime has timers; otherwise a thread of this process provides
+    /// it.
     ///
     /// A tokio runtime that was built without `enable_time` panics when a timer is made, and tokio gives no way to ask first.
     /// The panic is caught once for each such runtime, and logged. From then on the thread serves this runtime.
@@ -203,8 +204,9 @@ impl Timer {
         Self::Thread { delay }
     }
 
-    /// A timer that does not find out whether the runtime has timers, for tasks that start in runtimes which may have no need of
-    /// any. It still follows tokio's time where a test has paused it.
+    /// A timer that works without testing whether the runtime has timers, for background tasks: the application may run
+    /// them on a runtime that needs no timers, and must get no panic and no warning. The timer still follows tokio's
+    /// time if a test has paused it.
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub(crate) fn of_any_runtime(duration: Duration) -> Self {
         let (before, real, after) = (Instant::now(), std::time::Instant::now(), Instant::now());
@@ -228,14 +230,14 @@ impl Future for Timer {
     }
 }
 
-/// The runtimes of this process that are known to have no timers: the last 64 of them.
+/// The last 64 runtimes of this process that were found to have no timers.
 struct WithoutTimers;
 
 static ANY_WITHOUT_TIMERS: AtomicBool = AtomicBool::new(false);
 static WITHOUT_TIMERS: Mutex<Vec<Id>> = Mutex::new(Vec::new());
 
 impl WithoutTimers {
-    /// Takes no lock in a process whose runtimes all have timers.
+    /// Takes no lock as long as all runtimes of the process have timers.
     fn includes(runtime: Id) -> bool {
         ANY_WITHOUT_TIMERS.load(Ordering::Acquire)
             && WITHOUT_TIMERS
@@ -246,7 +248,9 @@ impl WithoutTimers {
 
     fn add(runtime: Id) {
         const MOST: usize = 64;
-        tracing::warn!("the tokio runtime has no timers, so a thread of its own times requests; call `enable_time`");
+        tracing::warn!(
+            "the tokio runtime has no timers, so a separate thread measures the time of requests; call `enable_time`"
+        );
         let mut known = WITHOUT_TIMERS.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= MOST {
             known.remove(0);
@@ -283,12 +287,12 @@ impl Stopwatch {
 #[derive(Debug)]
 pub(crate) enum Limit {
     Set(Duration),
-    // The timer is boxed because few futures need one, and all of them would carry the room for it.
+    // The timer is boxed because few futures need one, and without the box every future would be larger by its size.
     Running(Deadline, Option<Pin<Box<Timer>>>),
 }
 
 impl Limit {
-    /// Ready when the time is over. The time begins with the first call.
+    /// Resolves when the time is over. The time starts with the first call.
     pub(crate) fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Self::Set(limit) = *self {
             let deadline = Deadline::after(limit);
@@ -298,8 +302,8 @@ impl Limit {
         let Self::Running(deadline, timer) = self else {
             return Poll::Pending;
         };
-        // The timer alone does not do: what was polled before may have used up the task's budget, and tokio's timers are pending
-        // without one.
+        // Check the deadline, too. An earlier poll may have used up the task's budget, and without a budget tokio's
+        // timers stay pending.
         if deadline.left().is_zero() {
             return Poll::Ready(());
         }

@@ -21,7 +21,7 @@ pub(crate) enum Event {
     /// What became of a transaction was found out after its caller had been refused.
     #[cfg(feature = "postgres")]
     DecidedBehind,
-    /// As many executions whose callers left run as the limit allows; a new one was refused.
+    /// The limit of executions whose callers left is reached, so a new one was refused.
     Overloaded,
     /// The end of an execution was recorded after its caller had been told that it is not.
     RecordedBehind,
@@ -40,7 +40,7 @@ pub(crate) enum Event {
     RelayFailed,
     /// A lease could not be renewed; it is tried again while it lasts.
     RenewalFailed,
-    /// The handler panicked, its service failed, or a response broke off that was not to be stored.
+    /// The handler panicked, its service failed, or a response broke off that would not have been stored.
     HandlerFailed,
     /// A handler completed in a transaction that was not committed.
     #[cfg(feature = "postgres")]
@@ -152,7 +152,7 @@ pub(crate) fn event(event: Event) {
     }
 }
 
-/// Reports an error. Its level is ERROR where an operator has to act, because no repetition helps, and WARN otherwise.
+/// Reports an error. The level is ERROR if an operator has to act because no retry helps, and WARN otherwise.
 pub(crate) fn failure(event: Event, error: &Error) {
     count_event(event);
     let cause = std::error::Error::source(error);
@@ -163,7 +163,7 @@ pub(crate) fn failure(event: Event, error: &Error) {
     }
 }
 
-/// Reports an error of the store for which a request or a message is refused.
+/// Reports an error of the store because of which a request or a message is refused.
 pub(crate) fn store_failed(error: &Error) {
     let event = match error.kind() {
         ErrorKind::Configuration => Event::StoreMisconfigured,

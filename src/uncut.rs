@@ -21,7 +21,7 @@ pub(crate) struct Uncut<T: 'static> {
     tracker: Option<Arc<Tracker>>,
 }
 
-/// How many executions may run without a caller, by default, before no new ones begin.
+/// The default limit of executions without a caller. At this limit, no new executions begin.
 pub(crate) const MOST_DETACHED: usize = 16_384;
 
 /// Counts what runs without a caller.
@@ -132,8 +132,8 @@ impl Tracker {
         });
     }
 
-    /// Continues an execution whose caller left. It is never refused, because its effect may have happened; [`detached`](Self::detached)
-    /// tells when no new one should begin.
+    /// Continues an execution whose caller has left. This never fails, because the effect may have happened. Check
+    /// [`detached`](Self::detached) before a new execution begins.
     pub(crate) fn detach(self: &Arc<Self>, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static) {
         self.bounded.detached.fetch_add(1, Ordering::AcqRel);
         let detached = Detached(Arc::clone(self));
@@ -143,7 +143,7 @@ impl Tracker {
         });
     }
 
-    /// How many executions run whose callers left.
+    /// Returns the number of running executions whose callers have left.
     pub(crate) fn detached(&self) -> usize {
         self.bounded.detached.load(Ordering::Acquire)
     }
@@ -192,10 +192,10 @@ impl Tracker {
     }
 }
 
-/// Spawns a task that other threads can take over at once, even if the calling task blocks its thread next.
+/// Spawns a task that another thread can run at once, even if the calling task then blocks its own thread.
 ///
-/// A worker thread of tokio keeps the task that was spawned last in a slot of its own, from which no other thread takes it. The empty
-/// task takes this slot, and the task moves to the queue.
+/// A worker thread of tokio keeps the task that was spawned last in a private slot, from which no other thread takes
+/// it. So this function spawns an empty task afterwards, which takes the slot and moves the first task to the queue.
 pub(crate) fn spawn_apart(runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
     let spawned = runtime.spawn(task);
     drop(runtime.spawn(std::future::ready(())));

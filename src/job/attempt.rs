@@ -21,7 +21,7 @@ pub struct Attempt {
 
 struct Marks {
     is_lost: AtomicBool,
-    /// Where the lease must be renewed.
+    /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
     schedule: Option<Schedule>,
     /// Something was told to complete it within a transaction.
     #[cfg(feature = "postgres")]
@@ -32,7 +32,7 @@ struct Marks {
 }
 
 impl Attempt {
-    /// The attempt that was granted by a claim that was made at `asked`.
+    /// Makes the attempt of a grant. `asked` was started before the claim.
     pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant, asked: Stopwatch) -> Self {
         let marks = Marks {
             is_lost: AtomicBool::new(false),
@@ -118,7 +118,8 @@ impl Attempt {
         self.marks.is_in_transaction.store(true, Ordering::Release);
     }
 
-    /// The completion in a transaction failed. Renewals were left out after an earlier one, so the next is due now.
+    /// Notes that a completion in a transaction failed. The lease may not have been renewed since an earlier
+    /// completion, so its renewal is due now.
     #[cfg(feature = "postgres")]
     pub(crate) fn set_completion_failed(&self) {
         if let Some(schedule) = self.schedule() {

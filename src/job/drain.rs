@@ -8,8 +8,8 @@ use std::time::Duration;
 use crate::clock::within;
 use crate::uncut::Tracker;
 
-/// Waits for executions, also those that go on without their callers; made by `drain` of the layers. `Drain::default()` makes
-/// one for calls of `client::once`, each of which joins it by `with_drain`.
+/// Waits for executions, also those that continue after their callers have left. `drain` of a layer returns one.
+/// `Drain::default()` makes one for calls of `client::once`, which join it by `with_drain`.
 ///
 /// Stop taking requests first, then wait, then end the process:
 ///
@@ -83,7 +83,7 @@ impl Drain {
 }
 
 impl Default for Drain {
-    /// Waits for nothing, until calls of `client::once` join it.
+    /// Makes a drain that waits for nothing until calls of `client::once` join it.
     fn default() -> Self {
         Self::new(&Arc::default())
     }

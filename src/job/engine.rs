@@ -94,9 +94,9 @@ pub(crate) enum Refused {
 /// A key that was granted.
 struct Granted {
     grant: Grant,
-    /// Whether the call may be made without a question about the attempt before.
+    /// Whether the call may be made without asking about an earlier attempt.
     is_first: bool,
-    /// Runs since before the claim.
+    /// A stopwatch that was started before the claim.
     asked: Stopwatch,
 }
 
@@ -145,10 +145,10 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Claims the key, and waits for its owner if it has one: the grant, or the end without a run.
+    /// Claims the key, and waits while another owner has it. Returns the grant, or the result if nothing runs.
     async fn claim<G>(&self, nonce: Nonce, absence: &Absence) -> Result<Result<Granted, Settled<G>>, Error> {
         let deadline = Deadline::after(self.terms.wait);
-        // The first claim is not part of a wait.
+        // The first claim comes before any wait, so the deadline does not limit it.
         let (mut watch, mut waiting) = (None, None);
         loop {
             let asked = Stopwatch::start();
@@ -173,8 +173,8 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Subscribes, so that the next look misses nothing; or waits for a change, if the last look came after a subscription. The lease
-    /// of the owner ends in `left`.
+    /// Subscribes first, so that the next look at the record misses no change. If a subscription exists already, waits
+    /// for a change. The lease of the owner ends in `left`.
     async fn wait(&self, watch: &mut Option<St::Watch>, left: Duration, deadline: Deadline) {
         let pause = || left.min(deadline.left()).clamp(Duration::from_millis(1), POLL);
         let timeout = self.terms.store_timeout.min(deadline.left());
@@ -187,7 +187,8 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// How long the store may take now, within a wait or without one.
+    /// Returns how long the next operation of the store may take. `waiting` is the deadline of the wait, if the job
+    /// waits.
     fn limit(&self, waiting: Option<Deadline>) -> Duration {
         let timeout = self.terms.store_timeout;
         waiting.map_or(timeout, |deadline| limit_in_wait(timeout, deadline))
@@ -209,7 +210,7 @@ impl<St: Store + Clone> Job<St> {
                 } else {
                     Err(error)
                 };
-                // Whatever the store says now, the first claim may have taken effect.
+                // The first claim may have taken effect even though the second one failed.
                 if again.is_err() {
                     self.release_behind(claim);
                 }
@@ -332,8 +333,9 @@ impl<St: Store + Clone> Job<St> {
         Settled::Ran { given, recorded }
     }
 
-    /// Another attempt took the key over: the output of this one is dropped, and the caller gets what the key will hold. It waits for
-    /// that anew, however long it waited for its own claim.
+    /// Another attempt took the key over. This attempt drops its own output, and its caller gets the outcome that the
+    /// other attempt records. This wait has its full time, regardless of how long the caller waited before its own
+    /// claim.
     pub(super) async fn stand_by<G>(&self) -> Settled<G> {
         let deadline = Deadline::after(self.terms.wait);
         let (mut watch, mut waiting) = (None, None);

@@ -18,11 +18,13 @@ use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::spawn_apart;
 
-/// Keeps the lease of a key renewed. Dropped before its [`end`](Self::end), by a runtime that ends, it gives the lease up where the
-/// store can do so at once: a store in this process knows no other end of a lease.
+/// Renews the lease of a key until the attempt [ends](Self::end). If a runtime that shuts down drops this value
+/// earlier, it gives the lease up, provided that the store can do so without waiting. In a store in this process, a
+/// lease has no other end.
 ///
-/// A task renews the lease, so that a call that blocks its thread does not lose it. The owner renews it as well, whenever it is polled
-/// and the task is late: the task's runtime may have ended, or serve no timers while the owner keeps it busy.
+/// A task renews the lease, so that a call that blocks its thread does not lose the lease. The owner renews the lease
+/// as well if it is polled while the task is late. The task is late if its runtime has ended, or if the owner keeps the
+/// runtime so busy that the runtime serves no timers.
 pub(super) struct Held<'j, St: Store> {
     job: &'j Job<St>,
     attempt: Attempt,
@@ -34,7 +36,7 @@ struct Renewing {
     task: JoinHandle<()>,
     /// The runtime of the task.
     runtime: Id,
-    /// The last renewal that the owner began.
+    /// The last renewal that the owner began by itself.
     by_owner: Option<JoinHandle<()>>,
 }
 
@@ -73,7 +75,7 @@ impl<'j, St: Store + Clone> Held<'j, St> {
         }
     }
 
-    /// Polls the owner's work and looks after the lease at every poll.
+    /// Polls the owner's work, and renews the lease if it is overdue at a poll.
     pub(super) async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         poll_fn(|cx| {
@@ -152,7 +154,7 @@ impl<St: Store> Renewer<St> {
             return;
         };
         let (key, owner, lease) = (self.attempt.key(), self.attempt.grant().owner, schedule.lease());
-        // A renewal that hangs leaves time for another before the lease is over.
+        // A renewal that hangs must leave time for another one before the lease ends.
         let timeout = self.store_timeout.min(lease / 6);
         match in_time(timeout, self.store.renew(key, owner, lease)).await {
             Ok(Renewal::Renewed) => {}
@@ -167,19 +169,20 @@ impl<St: Store> Renewer<St> {
     }
 }
 
-/// Begins each renewal in a task of its own: a store that panics, or another task that holds a connection and its thread, stops one
-/// renewal only. Dropped, it takes them along.
+/// Begins each renewal in its own task, so that a store that panics or hangs stops only one renewal. Dropping this
+/// future aborts these tasks.
 async fn renew_when_due<St: Store + Clone>(renewer: Renewer<St>) {
     let Some(schedule) = renewer.attempt.schedule() else {
         return;
     };
-    // Four looks for each renewal, because a renewal that failed is due again at once.
+    // Look four times in each period, because a renewal that failed is due again at once.
     let pause = schedule.lease() / 12;
     let mut renewals = JoinSet::new();
     while renewer.attempt.is_held() {
         sleep(pause).await;
         while renewals.try_join_next().is_some() {}
-        // A completed record is locked until its transaction ends, which keeps others out.
+        // The transaction of a completed record locks the record until the transaction ends, and the lock keeps other
+        // owners out.
         if !renewer.attempt.is_completed() && schedule.take(Duration::ZERO) {
             renewals.spawn(renewer.clone().renew());
         }

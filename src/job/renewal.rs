@@ -1,26 +1,26 @@
-//! When a lease must be renewed.
+//! The schedule by which a lease is renewed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::{micros, Stopwatch};
 
-/// The schedule of one lease: a renewal is due after each third of its length, so that one may fail or hang and the next still comes
-/// in time.
+/// The schedule of one lease. A renewal is due after each third of the lease, so that if one renewal fails or hangs,
+/// the next one still comes in time.
 ///
-/// A task renews the lease when it is due. That task may be held up by what it does not control (a runtime that ended, a thread that is
-/// blocked), so everything else that looks after the lease renews it once it is overdue.
+/// A task renews the lease when a renewal is due. That task can be late, because its runtime has ended or a thread is
+/// blocked. So the owner and the tasks of other runtimes renew the lease once the renewal is overdue.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     lease: Duration,
-    /// Runs since before the lease began.
+    /// A stopwatch that was started before the lease began.
     since: Stopwatch,
-    /// In microseconds.
+    /// The time of the next renewal, in microseconds on `since`.
     due: AtomicU64,
 }
 
 impl Schedule {
-    /// The schedule of a lease that began after `since`.
+    /// Makes the schedule of a lease that began after `since` was started.
     pub(crate) fn new(lease: Duration, since: Stopwatch) -> Self {
         Self {
             lease,
@@ -33,13 +33,14 @@ impl Schedule {
         self.lease
     }
 
-    /// Takes the renewal that is due now or within `soon`. Of several callers one takes it; the next renewal is due a third later.
+    /// Takes the renewal that is due now or within `soon`. If several callers try, one of them succeeds. The next
+    /// renewal is due a third of the lease later.
     pub(crate) fn take(&self, soon: Duration) -> bool {
         let now = self.since.elapsed_micros();
         self.take_if(now, |due| now.saturating_add(micros(soon)) >= due)
     }
 
-    /// Takes a renewal that nobody took for a sixth of the lease after it was due.
+    /// Takes a renewal that nobody has taken within a sixth of the lease after it was due.
     pub(crate) fn take_overdue(&self) -> bool {
         let now = self.since.elapsed_micros();
         let sixth = micros(self.lease / 6);
@@ -56,7 +57,7 @@ impl Schedule {
                 .is_ok()
     }
 
-    /// Makes a renewal due now, because the last one failed or was left out.
+    /// Makes a renewal due now, because the last renewal failed or was skipped.
     pub(crate) fn hurry(&self) {
         self.due.fetch_min(self.since.elapsed_micros(), Ordering::Relaxed);
     }

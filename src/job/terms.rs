@@ -39,7 +39,7 @@ impl Default for Terms {
 }
 
 impl Terms {
-    /// Refuses to begin another execution while too many run whose callers left.
+    /// Fails if too many executions run whose callers have left.
     pub(crate) fn check_load(&self) -> Result<(), Error> {
         const OVERLOADED: Error = Error::new(
             ErrorKind::Overloaded,
