@@ -29,8 +29,8 @@
 //!
 //! # Rights
 //!
-//! A role that may make no tables can use a table that is there. It needs these rights. A role that only puts messages in needs INSERT and
-//! SELECT.
+//! A role that may not make tables can use an existing table. It needs the rights below. A role that only puts messages
+//! into the outbox needs INSERT and SELECT.
 //!
 //! ```sql
 //! GRANT USAGE ON SCHEMA public TO web;

@@ -103,18 +103,18 @@ impl Outbox {
         }
     }
 
-    /// Works behind a pooler that lends a server for one transaction at a time, such as PgBouncer with `pool_mode = transaction`: each
-    /// operation is a transaction of unnamed statements. Without this setting, such a pooler is refused by the first operation of a
-    /// relay.
+    /// Prepares the outbox for a pooler that lends a server for one transaction at a time, such as PgBouncer with
+    /// `pool_mode = transaction`. Each operation of a relay is then a transaction of unnamed statements. Without this
+    /// setting, the first operation that takes a connection from the pool refuses such a pooler.
     #[must_use]
     pub const fn with_transaction_pooler(mut self) -> Self {
         self.pooled = true;
         self
     }
 
-    /// Sets how long an operation on the table may take, [`put`](Self::put) and [`migrate`](Self::migrate) apart; 30 s by default.
-    /// After that its caller gets an error; its connection stays in use until the server has answered. The making of a connection is
-    /// bounded by the pool.
+    /// Sets how long an operation on the table may take. Default: 30 s. It does not limit [`put`](Self::put), nor the
+    /// making of the table by [`migrate`](Self::migrate). After this time the caller gets an error, and the connection
+    /// stays in use until the server has answered. The pool limits how long the operation waits for a connection.
     #[must_use]
     pub const fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -127,8 +127,8 @@ impl Outbox {
         self.shared.statements.schema.text().to_owned()
     }
 
-    /// Makes the table and its index where they are missing; it needs no right to make anything where both are there. Safe to call from
-    /// many processes at once.
+    /// Makes the table and its index if they are missing. If both exist, the role needs no right to make them. Many
+    /// processes may call this at once.
     ///
     /// # Cancel safety
     ///
@@ -139,8 +139,8 @@ impl Outbox {
     /// [`Configuration`](ErrorKind::Configuration) when the role may not, [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
-        // `IF NOT EXISTS` alone still fails when two make the same table at once.
-        // `CREATE TABLE IF NOT EXISTS` asks for the right to make a table before it looks for one.
+        // `IF NOT EXISTS` alone still fails when two make the same table at once. PostgreSQL checks the right to make a
+        // table before it looks whether `CREATE TABLE IF NOT EXISTS` finds one.
         let rows = self.ask(|statements| &statements.is_made, |is_made| is_made).await?;
         let row = rows.first().ok_or_else(|| failed(sqlx::Error::RowNotFound))?;
         if row.try_get("changed").map_err(failed)? {
@@ -223,7 +223,7 @@ impl Outbox {
         Ok(taken)
     }
 
-    /// Deletes what was published, whoever has taken it since: it is published, so that no other need be.
+    /// Deletes published messages, even if another relay has taken them since, so that no relay publishes them again.
     pub(super) async fn delete(&self, published: &[Claim]) -> Result<(), Error> {
         self.record(
             |statements| &statements.delete,
@@ -249,7 +249,8 @@ impl Outbox {
         self.record(|statements| &statements.give_back, claims, bind).await
     }
 
-    /// Records what became of claims. The last parameter of `of` before the question is its lock timeout.
+    /// Records the results of claims. In the statement of `of`, the last parameter before the question is the lock
+    /// timeout.
     async fn record(
         &self,
         of: impl Fn(&Statements) -> &Statement + Send + 'static,
@@ -266,7 +267,7 @@ impl Outbox {
             bind(statement, positions.clone(), failures.clone()).bind(lock_timeout.clone())
         };
         let rows = self.ask(of, bound).await?;
-        // One row says that it is done.
+        // The statement returns one row when it is done.
         rows.first().map(drop).ok_or_else(|| failed(sqlx::Error::RowNotFound))
     }
 
@@ -274,7 +275,7 @@ impl Outbox {
         Sending::new(self.timeout, self.pooled)
     }
 
-    /// Sends a statement on a connection of the pool. It goes on when its caller leaves or has waited for too long.
+    /// Sends a statement on a connection of the pool. The statement continues if its caller leaves or times out.
     async fn ask(
         &self,
         of: impl Fn(&Statements) -> &Statement + Send + 'static,

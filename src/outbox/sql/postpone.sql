@@ -1,5 +1,5 @@
--- $1 positions, $2 the failures when they were taken, $3 first pause, $4 longest pause, both in seconds, $5 lock timeout,
--- $6 question.
+-- $1 positions, $2 their failures at the time of the take, $3 first pause, $4 longest pause, both in seconds, $5 lock
+-- timeout, $6 question.
 WITH changed AS (
     UPDATE {table} SET
         suspect = false,

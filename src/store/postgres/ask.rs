@@ -1,7 +1,8 @@
-//! How a statement is sent, and how its rows are known to be its own.
+//! Sends statements, and checks that the rows in a reply belong to the statement.
 //!
-//! A pooler that changes servers between two messages of one statement, or a connection whose replies are out of step, gives rows of
-//! another statement. So each statement carries a random question, which its rows repeat beside a tag of the statement and its table.
+//! A pooler that changes servers between two messages of one statement can return the rows of another statement, and so
+//! can a connection whose replies are out of step. So each statement carries a random number, the question. Its rows
+//! repeat the question, and a tag of the statement and its table.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,18 +17,19 @@ use crate::error::{Error, ErrorKind};
 
 pub(crate) type Bound<'q> = Query<'q, Postgres, PgArguments>;
 
-/// How often a statement is repeated that the server ended because of another transaction.
+/// How often a statement is repeated after the server has ended it because of another transaction.
 const TRIES: usize = 8;
 
-/// The longest lock timeout that is sent.
+/// The longest lock timeout that is sent, in milliseconds.
 const DAY: u128 = 86_400_000;
 
-/// How the statements of a store or an outbox are sent.
+/// The way in which a store or an outbox sends its statements.
 #[derive(Clone, Debug)]
 pub(crate) struct Sending {
-    /// Behind a pooler that lends a server for one transaction at a time, no statement has a name, and each has a transaction.
+    /// Whether a pooler lends a server for one transaction at a time. Then no statement has a name, and each runs in
+    /// its own transaction.
     pooled: bool,
-    /// Begins a transaction whose isolation and timeouts do not depend on the session.
+    /// The SQL that begins a transaction whose isolation and timeouts do not depend on the session.
     begin: Arc<str>,
     /// How long a statement waits for a lock.
     lock_timeout: Arc<str>,
@@ -36,13 +38,13 @@ pub(crate) struct Sending {
 /// The transaction that a statement runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Within {
-    /// One of its own.
+    /// A transaction of the statement's own.
     Own,
-    /// One of the application's, which alone can repeat it.
+    /// A transaction of the application, which only the application can repeat.
     Callers,
 }
 
-/// Why a statement failed, and what that says about its effect.
+/// The error of a statement, and what is known about its effect.
 #[derive(Debug)]
 pub(crate) struct Failed {
     pub(crate) error: Error,
@@ -52,9 +54,9 @@ pub(crate) struct Failed {
 /// The effect of a statement that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// The server said that the statement failed: it has no effect, and the connection is fine.
+    /// The server reported that the statement failed. It has no effect, and the connection can be used again.
     Refused,
-    /// The reply did not come, or was the reply to something else. The connection is of no use any more.
+    /// No reply came, or the reply belongs to another statement. The connection must be closed.
     Unknown,
 }
 
@@ -81,7 +83,7 @@ impl From<Failed> for Error {
 }
 
 impl Sending {
-    /// A statement that takes longer than `timeout` has no caller any more.
+    /// Makes the settings for statements whose caller waits for `timeout`.
     pub(crate) fn new(timeout: Duration, pooled: bool) -> Self {
         let millis = |timeout: Duration| timeout.as_millis().clamp(1, DAY);
         // A claim may take two statements.
@@ -102,7 +104,7 @@ impl Sending {
         self.pooled
     }
 
-    /// The lock timeout to bind: in a transaction of the application's its own session decides.
+    /// Returns the lock timeout to bind; `None` in a transaction of the application, where the session decides.
     pub(crate) fn lock_timeout(&self, within: Within) -> Option<&str> {
         match within {
             Within::Own => Some(&self.lock_timeout),
@@ -110,7 +112,8 @@ impl Sending {
         }
     }
 
-    /// Sends a statement and gives its rows, each of which is its own. `bind` binds all parameters but the last, the question.
+    /// Sends a statement, checks that every row belongs to it, and returns the rows. `bind` binds all parameters but
+    /// the last, which is the question.
     pub(crate) async fn ask<'q>(
         &self,
         connection: &mut PgConnection,
@@ -137,7 +140,7 @@ impl Sending {
         }
     }
 
-    /// The one row of a statement that always has one.
+    /// Sends a statement that always has exactly one row, and returns the row.
     pub(crate) async fn ask_one<'q>(
         &self,
         connection: &mut PgConnection,
@@ -177,14 +180,14 @@ impl Sending {
     }
 }
 
-/// Whether a row is of this very statement.
+/// Whether a row belongs to this execution of the statement.
 fn is_reply(row: &PgRow, statement: &Statement, question: i64) -> bool {
     row.try_get("statement").is_ok_and(|tag: &str| tag == statement.tag())
         && row.try_get("question").is_ok_and(|repeated: i64| repeated == question)
 }
 
-/// Whether a statement that failed so had no effect and may succeed in a transaction that is READ COMMITTED: serialization failure,
-/// deadlock (PostgreSQL, appendix A).
+/// Whether a statement with this error had no effect, and may succeed in a READ COMMITTED transaction. The codes are
+/// serialization failure and deadlock (PostgreSQL, appendix A).
 fn is_repeated(error: &sqlx::Error) -> bool {
     matches!(code(error).as_deref(), Some("40001" | "40P01"))
 }
@@ -193,12 +196,14 @@ fn told(error: sqlx::Error, within: Within) -> Failed {
     let code = code(&error).map(std::borrow::Cow::into_owned);
     match code.as_deref() {
         Some("40001" | "40P01") if within == Within::Callers => Failed::refused(ROLL_BACK.with_source(failed(error))),
-        // Duplicate and undefined prepared statement; a statement with other parameters.
+        // Codes of a pooler that mixes statements up: duplicate prepared statement, undefined prepared statement, wrong
+        // parameters.
         Some("42P05" | "26000" | "08P01") => Failed {
             error: POOLER.with_source(failed(error)),
             fate: Fate::Unknown,
         },
-        // Connection exceptions, operator intervention but for a cancel, errors of the system and of the server.
+        // After a cancel the connection is fine. After a connection exception (08), any other operator intervention
+        // (57), a system error (58) or an internal error (XX), it is not.
         Some("57014") => Failed::refused(failed(error)),
         Some(code) if !["08", "57", "58", "XX"].iter().any(|class| code.starts_with(class)) => {
             Failed::refused(failed(error))
@@ -215,14 +220,14 @@ pub(crate) const POOLER: Error = Error::new(
 
 pub(crate) const MIXED_UP: Error = Error::new(
     ErrorKind::Configuration,
-    "the database replied to another statement than it was asked; behind a pooler in transaction mode set \
+    "the reply of the database belongs to another statement; if a pooler in transaction mode is in between, set \
      `with_transaction_pooler`",
 );
 
 const ROLL_BACK: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the transaction met another one that changed the same record, or they waited for each other; roll it back and run all of it \
-     again, best at READ COMMITTED",
+    "the transaction changed the same record as another one, or the two waited for each other; \
+     roll it back and run all of it again, best at READ COMMITTED",
 );
 
 #[cfg(test)]

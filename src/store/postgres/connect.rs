@@ -57,35 +57,39 @@ impl PostgresStoreBuilder {
         self
     }
 
-    /// Sets how long an operation may take once it has its connection; 5 s by default. After that its caller gets an error. The server
-    /// ends statements that wait for a lock earlier, after two fifths of that. The connection stays in use until the server has
-    /// answered, because a backend of the server goes on when its connection is closed: so no more of them wait than the pool has
-    /// connections. A claim that is granted after its caller has left is released.
+    /// Sets how long an operation may take once it has its connection; 5 s by default. After that the caller gets an
+    /// error. The server ends a statement earlier if it waits for a lock for two fifths of this time. The connection
+    /// stays in use until the server has answered, because a backend of the server continues after its connection is
+    /// closed. So the number of waiting backends never exceeds the number of connections in the pool. If a claim is
+    /// granted after its caller has left, the store releases the key.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Works behind a pooler that lends a server for one transaction at a time, such as PgBouncer with `pool_mode = transaction`. Each
-    /// operation then is a transaction of unnamed statements, of four round trips in place of one, and waiters look every 250 ms in
-    /// place of listening. In a URL, `transaction_pooler=true` does the same.
+    /// Prepares the store for a pooler that lends a server for one transaction at a time, such as PgBouncer with
+    /// `pool_mode = transaction`. Each operation is then a transaction of unnamed statements, which takes four round
+    /// trips instead of one. Waiters look at the record every 250 ms instead of listening. In a URL,
+    /// `transaction_pooler=true` does the same.
     ///
-    /// Without this setting such a pooler is refused: by [`connect`](Self::connect), or by the first operation over a pool of yours.
+    /// Without this setting, [`connect`](Self::connect) refuses such a pooler, and over a pool of yours, the first
+    /// operation does.
     ///
-    /// Transactions of yours in which you call [`PostgresStore::complete_in`] and the like work too. Set
-    /// `statement_cache_capacity(0)` for your own statements over a pool of yours.
+    /// [`PostgresStore::complete_in`] and [`PostgresStore::claim_in`] work in your own transactions, too. On a pool of
+    /// yours, set `statement_cache_capacity(0)` for your own statements.
     pub const fn with_transaction_pooler(mut self) -> Self {
         self.pooled = true;
         self
     }
 
-    /// A store with a pool of its own: 16 connections, 5 s to get one of them; one that was idle for a second is asked first whether
-    /// it is well, which is one round trip more. Does not make the table; see
-    /// [`PostgresStore::migrate`]. The first operation [checks](PostgresStore::check) it.
+    /// A store with a pool of its own: 16 connections, 5 s to get one of them; the store tests a connection that was
+    /// idle for a second before it uses it, which takes one more round trip. Does not make the table; see
+    /// [`PostgresStore::migrate`]. The first operation [checks](PostgresStore::check) the table.
     ///
-    /// What the role or the database sets for sessions does not matter to this pool: its sessions are READ COMMITTED, wait two
-    /// fifths of the [timeout](Self::with_timeout) for a lock and four fifths for a statement, see every row or fail, and commit
-    /// synchronously. Use a pool of your own for statements that need longer.
+    /// The sessions of this pool do not depend on the settings of the role or the database, unless a transaction pooler
+    /// is set. They are READ COMMITTED and commit synchronously. They limit the wait for a lock to two fifths of the
+    /// [timeout](Self::with_timeout), and a statement to four fifths. A statement fails if a policy would hide rows
+    /// from it. Use a pool of your own for statements that need longer.
     ///
     /// # Errors
     ///
@@ -109,7 +113,8 @@ impl PostgresStoreBuilder {
             options = options.extra_float_digits(None).statement_cache_capacity(0);
             Gate::default()
         } else {
-            // Before the first session is set, because that would be the session of whoever is given this server next.
+            // Check before the first session is set, because behind a pooler the settings would stay with the server,
+            // and the next client would get them.
             Box::pin(refuse_pooler(&options)).await?;
             Gate::open()
         };
@@ -142,15 +147,17 @@ impl PostgresStoreBuilder {
         self.build(pool, gate)
     }
 
-    /// A store with a pool of yours. Does not make the table; the first operation [checks](PostgresStore::check) it.
+    /// A store with a pool of yours. Does not make the table; the first operation [checks](PostgresStore::check) the
+    /// table.
     ///
-    /// An operation waits for a connection for 5 s or its timeout, whichever is longer. One of the connections is taken for as long as somebody waits for another process; where it has a
-    /// single one, waiters look every 250 ms in place of listening. With `test_before_acquire`, which is on by default, each operation
+    /// An operation waits for a connection for 5 s or its timeout, whichever is longer. While a request waits for
+    /// another process, the store uses one of the connections to listen. If the pool has a single connection, waiters
+    /// look at the record every 250 ms instead. With `test_before_acquire`, which is on by default, each operation
     /// takes a second round trip.
     ///
-    /// The sessions of your pool are left as they are. Statements do not depend on their isolation: one that fails because of it is
-    /// repeated in a transaction that is READ COMMITTED. An acknowledged record survives a crash of the server only where the
-    /// sessions do not set `synchronous_commit = off`.
+    /// The store does not change the sessions of your pool. Its statements work at every isolation level: if one fails
+    /// because of the level, the store repeats it in a READ COMMITTED transaction. An acknowledged record survives a
+    /// crash of the server only if the sessions do not set `synchronous_commit = off`.
     ///
     /// # Errors
     ///
@@ -177,7 +184,8 @@ impl PostgresStoreBuilder {
     }
 }
 
-/// The URL without `transaction_pooler`, and what that says; nothing where it is neither true nor false.
+/// Returns the URL without `transaction_pooler`, and the value of that parameter; `None` if the value is neither true
+/// nor false.
 fn transaction_pooler(url: &str) -> Option<(String, Option<bool>)> {
     let Some((url, query)) = url.split_once('?') else {
         return Some((url.to_owned(), None));
@@ -194,8 +202,8 @@ fn transaction_pooler(url: &str) -> Option<(String, Option<bool>)> {
     Some((format!("{url}?{}", others.join("&")), pooled))
 }
 
-/// Sets all of a session that the statements rely on, whatever the role or the database sets. With `row_security = off` a statement
-/// fails where a policy would hide rows from it: a hidden record would count as absent.
+/// Returns the SQL that sets all session settings on which the statements rely. With `row_security = off`, a statement
+/// fails if a policy would hide rows from it; otherwise a hidden record would count as absent.
 fn session(timeout: Duration) -> String {
     let millis = |timeout: Duration| timeout.as_millis().clamp(1, 86_400_000);
     format!(
@@ -215,8 +223,8 @@ impl PostgresStore {
         self.0.statements.schema.text().to_owned()
     }
 
-    /// Makes the table and its index where they are missing, within a minute; it needs no right to make anything where both are there.
-    /// Safe to call from many processes at once.
+    /// Makes the table and its index if they are missing; fails after one minute. If both exist, the role needs no
+    /// right to make them. Many processes may call this at once.
     ///
     /// # Errors
     ///
@@ -224,7 +232,7 @@ impl PostgresStore {
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
         const LONGEST: Duration = Duration::from_secs(60);
-        // `CREATE TABLE IF NOT EXISTS` asks for the right to make a table before it looks for one.
+        // PostgreSQL checks the right to make a table before it looks whether `CREATE TABLE IF NOT EXISTS` finds one.
         if self.inspect().await?.is_some_and(|table| table.is_indexed) {
             return Ok(());
         }
@@ -238,7 +246,8 @@ impl PostgresStore {
     }
 
     async fn migrate_on(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
-        // `IF NOT EXISTS` alone still fails when two make the same table at once. The session's timeouts are those of short statements.
+        // `IF NOT EXISTS` alone still fails if two sessions make the same table at once. The timeouts of the session
+        // are too short for a migration.
         const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '60s'; \
              SET LOCAL statement_timeout = '60s'; SELECT pg_advisory_xact_lock(2153723918930542593)";
         let mut transaction = connection.begin_with(BEGIN).await?;
@@ -247,22 +256,24 @@ impl PostgresStore {
         transaction.commit().await
     }
 
-    /// Checks the server and the table: that the server takes writes and is not too old, and that the table is there, has its columns, is
-    /// logged, and that the role has its rights.
+    /// Checks the server, the table and the role. The server must take writes and have version 13 or later. The table
+    /// must exist, have its columns and be logged. The role must have the rights, and row-level security must not apply
+    /// to it.
     ///
-    /// Each store does so once by itself: the first operations wait for one check. The check is repeated until it has passed.
+    /// Each store does this by itself before its first operation; operations that begin meanwhile wait for the same
+    /// check. If the check fails, the next operation repeats it.
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration), with what is wrong; [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
-    /// server cannot be reached.
+    /// [`Configuration`](ErrorKind::Configuration) when the check fails;
+    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the server cannot be reached.
     pub async fn check(&self) -> Result<(), Error> {
         check(self.inspect().await?.as_ref())?;
         self.0.checked.pass();
         Ok(())
     }
 
-    /// The check before the first operation, which all operations share that begin meanwhile.
+    /// Runs the check before the first operation. Operations that begin meanwhile share the run.
     pub(super) async fn check_once(&self) -> Result<(), Error> {
         let check = || {
             let store = self.clone();
@@ -271,7 +282,7 @@ impl PostgresStore {
         self.0.checked.check(check).await.map(drop)
     }
 
-    /// The same within a transaction of the application's, which may see a table that others do not.
+    /// Runs the check in a transaction of the application, which may see a table that other transactions do not.
     pub(super) async fn check_on(&self, connection: &mut PgConnection) -> Result<(), Failed> {
         if self.0.checked.passed().is_none() {
             let table = self.inspect_on(connection, Within::Callers).await?;
@@ -306,7 +317,7 @@ impl PostgresStore {
     }
 }
 
-/// The server and the table, as the server describes them.
+/// The state of the server and the table, as the server reports it.
 struct Table {
     persistence: String,
     columns: Vec<String>,

@@ -47,8 +47,8 @@ pub(super) const DENIED: Error = Error::new(
 );
 pub(super) const READ_ONLY: Error = Error::new(
     ErrorKind::Configuration,
-    "the database is read-only: the server is a standby, or `default_transaction_read_only` is on; connect to the primary, or turn it \
-     off for the role",
+    "the database is read-only, because the server is a standby or `default_transaction_read_only` is on; connect to the \
+     primary, or turn the setting off for the role",
 );
 const REFUSED: Error = Error::new(
     ErrorKind::Configuration,
@@ -65,16 +65,16 @@ const DAMAGED: Error = Error::new(
 
 /// An operation that failed.
 ///
-/// A fault that lasts until an operator corrects it is a matter of configuration. All others can pass by themselves, among them 53300
-/// (too many connections), 53100 (disk full), 57P03 (the server starts) and class 08.
+/// An error that lasts until an operator acts is of kind `Configuration`. All other errors can pass by themselves, such
+/// as 53300 (too many connections), 53100 (disk full), 57P03 (the server starts) and class 08.
 #[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
 pub(crate) fn failed(error: sqlx::Error) -> Error {
     let code = code(&error);
     let fault = match code.as_deref() {
         // Undefined table; invalid schema name.
         Some("42P01" | "3F000") => NO_TABLE,
-        // Undefined column and function; datatype mismatch; no unique constraint for ON CONFLICT; wrong type of object, such as a view;
-        // a NOT NULL column that is not ours; a generated column.
+        // Undefined column and function; datatype mismatch; no unique constraint for ON CONFLICT; wrong type of object,
+        // such as a view; a foreign NOT NULL column; a generated column.
         Some("42703" | "42883" | "42804" | "42P10" | "42809" | "23502" | "428C9") => OTHER_TABLE,
         // Insufficient privilege.
         Some("42501") => DENIED,

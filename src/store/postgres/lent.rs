@@ -1,7 +1,8 @@
 //! A connection that is lent for one operation.
 //!
-//! A socket that is closed does not end what the server does for it: a backend would go on waiting, for a lock or a standby, that no
-//! pool counts any more. So an operation that nobody waits for keeps its connection until the server has answered.
+//! Closing a socket does not stop the work of its backend. The backend would continue to wait for a lock or a standby,
+//! and no pool would count it. So an operation whose caller has left keeps its connection until the server has
+//! answered.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -29,7 +30,8 @@ pub(super) const NO_RUNTIME: Error = Error::new(
     "a PostgreSQL store must be used from within a tokio runtime",
 );
 
-/// A connection of the pool. Dropped before it is given back, it is closed: its next reply would be to this operation.
+/// A connection of the pool. If it is dropped before it is given back, the connection is closed, because its next reply
+/// would belong to this operation.
 pub(crate) struct Lent(Option<PoolConnection<Postgres>>);
 
 impl Lent {
@@ -44,9 +46,10 @@ impl Lent {
         self.0.as_deref_mut().ok_or(Failed::refused(GONE))
     }
 
-    /// Ends an operation; one whose reply is not known ends its connection.
+    /// Ends an operation, and gives the connection back. If the fate of the operation is unknown, closes the
+    /// connection.
     pub(crate) fn give_back<T>(mut self, done: Result<T, Failed>) -> Result<T, Failed> {
-        // sqlx asks a connection whether it is well when it comes back, and would wait for a dead one without a bound.
+        // sqlx pings a connection that comes back to the pool, and would wait for a dead connection without a bound.
         const LONGEST: Duration = Duration::from_secs(5);
         if matches!(&done, Err(failed) if failed.fate == Fate::Unknown) {
             return done;
@@ -67,8 +70,8 @@ impl Drop for Lent {
     }
 }
 
-/// Runs an operation, which owns its connection. Its caller gets an error after `limit`, and may leave earlier; the operation goes on
-/// in a task of its own until the server has answered.
+/// Runs an operation that owns its connection. The caller gets an error after `limit`, and may leave earlier. The
+/// operation then continues in its own task until the server has answered.
 pub(crate) async fn attended<T: Send + 'static>(
     limit: Duration,
     pool: &PgPool,
@@ -84,9 +87,9 @@ pub(crate) async fn attended<T: Send + 'static>(
     done.map_err(Error::from)
 }
 
-/// Runs an operation to its end, however long its server takes; unless that server answers others and does nothing for anybody: then
-/// the connection is dead, and this end of it was not told. That is found out after `limit` and now and then, and when `hurry` says
-/// that a caller waits.
+/// Runs an operation until the server has answered, however long that takes. Fails only if the connection is dead
+/// without a notice: another connection can ask the server, and the server is working on nothing that could be this
+/// operation. Looks for this after `limit`, then at intervals, and when `hurry` reports that a caller waits.
 pub(super) async fn patient<T>(
     limit: Duration,
     pool: &PgPool,
@@ -108,10 +111,10 @@ pub(super) async fn patient<T>(
             Either::Right(_) => None,
         };
         if done.is_none() {
-            // From here on, so that a caller that comes while the server is asked is not missed.
+            // Subscribe before the server is asked, so that no caller that comes meanwhile is missed.
             hurried.set(hurry.notified());
             if !Box::pin(may_be_at_it(pool, limit)).await {
-                // It may have ended while the server was asked.
+                // The operation may have ended while the server was asked.
                 done = Some(
                     operation
                         .as_mut()
@@ -127,7 +130,8 @@ pub(super) async fn patient<T>(
     }
 }
 
-/// Whether the server does something for this role that has taken half as long as an operation may, as far as can be found out.
+/// Whether the server may be working on the operation: it runs something for this role that has taken at least half of
+/// `limit`, or it cannot be asked.
 async fn may_be_at_it(pool: &PgPool, limit: Duration) -> bool {
     const LONGEST: Duration = Duration::from_secs(5);
     const ACTIVE: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity \
@@ -136,7 +140,7 @@ async fn may_be_at_it(pool: &PgPool, limit: Duration) -> bool {
     let asked = async {
         let mut connection = PgConnection::connect_with(&pool.connect_options()).await?;
         let text = ACTIVE.replace("$1", &format!("{:.3}", limit.as_secs_f64().min(86_400.0) / 2.0));
-        // A simple query is one message, which no pooler takes apart.
+        // A simple query is one message, which no pooler can split.
         let row = sqlx::raw_sql(sqlx::AssertSqlSafe(text))
             .fetch_one(&mut connection)
             .await?;

@@ -59,34 +59,38 @@ use crate::uncut::uncut;
 ///
 /// # When the server does not answer
 ///
-/// The server ends a statement that waits for a lock; the caller gets an error after the [timeout](PostgresStoreBuilder::with_timeout).
-/// The connection stays in use until the server has answered, so no more backends wait than the pool has connections. A commit that
-/// waits for a synchronous standby is never cancelled, because a cancel commits it where no standby has it. A claim whose fate is
-/// unknown is looked up until it is known, at most 1,024 at a time, and a grant that reached nobody is released. That goes on after a
-/// layer has been drained, for as long as the store lives.
+/// The server ends a statement that waits too long for a lock. The caller gets an error after the
+/// [timeout](PostgresStoreBuilder::with_timeout). The connection stays in use until the server has answered, so no more
+/// backends wait than the pool has connections. The store never cancels a commit that waits for a synchronous standby,
+/// because a cancelled wait leaves the commit on the primary alone. If the fate of a claim is unknown, the store looks
+/// the claim up until it knows, for at most 1,024 claims at a time, and releases a grant that reached no caller. It
+/// continues after a layer has been drained, as long as the store lives.
 ///
 /// # Isolation
 ///
-/// Every statement of the store does the same at every default isolation of the role. Within transactions of yours use READ COMMITTED:
-/// at the stricter levels, one that meets another fails, and is to be rolled back and run again.
+/// The store works the same at every default isolation level of the role. Use READ COMMITTED for your own transactions.
+/// At the stricter levels, a transaction that conflicts with another one fails, and you have to roll it back and run it
+/// again.
 ///
 /// # Poolers
 ///
-/// A pooler in session mode needs no setting. One in transaction mode needs
-/// [`with_transaction_pooler`](PostgresStoreBuilder::with_transaction_pooler), and is refused without it.
+/// A pooler in session mode needs no setting. A pooler in transaction mode needs
+/// [`with_transaction_pooler`](PostgresStoreBuilder::with_transaction_pooler); without it, the store refuses the
+/// pooler.
 ///
 /// # Set-up
 ///
 /// [`migrate`](Self::migrate) makes the table, or runs the SQL of [`schema`](Self::schema) with your own migrations. Expired rows
 /// are deleted by a task of the store, in batches, every 60 s give or take a half.
 ///
-/// Before a store serves its first operation, it [checks](Self::check) the server and the table, once for all operations that wait for
-/// it. A table that is missing or does not fit, a missing right and a read-only server (a standby, or
-/// `default_transaction_read_only`) are errors of kind [`Configuration`](crate::ErrorKind::Configuration), then and later.
+/// Before a store serves its first operation, it [checks](Self::check) the server and the table; all operations that
+/// wait share one check. If the table is missing or has other columns, a right is missing, or the server is read-only
+/// (a standby, or `default_transaction_read_only`), this check and later operations fail with
+/// [`Configuration`](crate::ErrorKind::Configuration).
 ///
 /// # Rights
 ///
-/// A role that may make no tables can use a table that is there, with [`connect`](Self::connect) as well. It needs no more than these
+/// A role that may not make tables can use an existing table, also with [`connect`](Self::connect). It needs only these
 /// rights:
 ///
 /// ```sql
@@ -184,7 +188,8 @@ impl PostgresStore {
         Ok(connection.complete_once(key, owner, outcome, retention).await?)
     }
 
-    /// The PostgreSQL store inside of another one.
+    /// Returns the PostgreSQL store inside any number of boxes and `Arc`s; `None` if the innermost store is another
+    /// one.
     pub(crate) fn within<S: Store>(store: &S) -> Option<&Self> {
         store.innermost().downcast_ref()
     }
@@ -198,7 +203,7 @@ impl PostgresStore {
         }
     }
 
-    /// A connection on which a transaction of the application's is open.
+    /// The statements on a connection with an open transaction of the application.
     fn within_callers<'c>(&'c self, connection: &'c mut PgConnection) -> Connection<'c> {
         Connection {
             within: Within::Callers,
@@ -206,7 +211,7 @@ impl PostgresStore {
         }
     }
 
-    /// A connection for one operation on a table that was checked.
+    /// Checks the table if that is due, and lends a connection for one operation.
     async fn lend(&self) -> Result<Lent, Error> {
         if self.0.checked.passed().is_none() {
             Box::pin(self.check_once()).await?;
@@ -217,12 +222,12 @@ impl PostgresStore {
     async fn lend_unchecked(&self) -> Result<Lent, Error> {
         const LONGEST: Duration = Duration::from_secs(5);
         self.0.gate.pass(&self.0.pool, &self.0.sending).await?;
-        // Where all connections of the pool wait for the server, another operation need not wait for as long.
+        // If all connections of the pool wait for the server, another operation must not wait as long as they do.
         let lent = within(LONGEST.max(self.0.timeout), Lent::from(&self.0.pool)).await;
         lent.unwrap_or(Err(BUSY))
     }
 
-    /// Runs an operation on a connection of the pool. It goes on when its caller leaves or has waited for too long.
+    /// Runs an operation on a connection of the pool. The operation continues if its caller leaves or times out.
     async fn operate<T, F>(&self, operation: impl FnOnce(Self, Lent) -> F) -> Result<T, Error>
     where
         T: Send + 'static,

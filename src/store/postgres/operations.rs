@@ -25,8 +25,8 @@ pub(super) struct Connection<'c> {
 }
 
 impl<'q> Connection<'q> {
-    /// Claims a key. A claim that waited for another transaction had its time taken before, and is asked again, because its lease
-    /// would be too short by the wait.
+    /// Claims a key. The lease begins at a time that the statement reads before it waits for another transaction. So if
+    /// a claim has waited, claims again, because its lease would be shorter by the wait.
     pub(super) async fn claim(&mut self, claim: &'q Claim) -> Result<Decision, Failed> {
         const AT_ONCE: Duration = Duration::from_millis(10);
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
@@ -179,7 +179,7 @@ impl<'q> Connection<'q> {
     pub(super) async fn peek(&mut self, key: &'q StorageKey) -> Result<Option<Snapshot>, Failed> {
         let bound = |statement: Bound<'q>| statement.bind(&key.as_bytes()[..]);
         let row = self.ask(&self.statements.peek, bound).await?;
-        // The other operations are writes, which a standby refuses.
+        // A standby refuses the other operations by itself, because they are writes.
         if row.try_get("standby").unwrap_or(true) {
             return Err(Failed::refused(READ_ONLY));
         }
@@ -192,7 +192,7 @@ impl<'q> Connection<'q> {
         self.ask(&self.statements.watch, bound).await.map(drop)
     }
 
-    /// Deletes expired rows, at most `limit`, and says how many there were.
+    /// Deletes at most `limit` expired rows, and returns their number.
     pub(super) async fn sweep(&mut self, limit: i64) -> Result<u64, Failed> {
         let row = self
             .ask(&self.statements.sweep, |statement| statement.bind(limit))

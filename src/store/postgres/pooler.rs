@@ -1,7 +1,7 @@
 //! The detection of a pooler in transaction mode.
 //!
-//! Such a pooler lends a server for one transaction at a time. Statements that consist of several messages, named statements, LISTEN
-//! and session settings then go to servers that know nothing of each other.
+//! Such a pooler lends a server for one transaction at a time. The messages of one statement, named statements, LISTEN
+//! and session settings can then reach different servers, which know nothing of each other.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -16,12 +16,13 @@ use super::lent::{sound, LATE};
 use crate::clock::within;
 use crate::error::Error;
 
-/// Lets operations pass once it is known that no pooler in transaction mode is in between, or that they are prepared for one.
+/// Lets operations pass if they are prepared for a pooler in transaction mode, or once a check has found no such
+/// pooler.
 #[derive(Debug, Default)]
 pub(crate) struct Gate(OnceCell<()>);
 
 impl Gate {
-    /// A gate of a pool whose options were [checked](refuse_pooler).
+    /// Makes the gate of a pool whose options were [checked](refuse_pooler).
     pub(super) fn open() -> Self {
         Self(OnceCell::new_with(Some(())))
     }
@@ -36,7 +37,8 @@ impl Gate {
     }
 }
 
-/// Fails where connections lead through a pooler in transaction mode. Opens two, which are closed again.
+/// Fails if connections lead through a pooler in transaction mode. Opens two connections for this, and closes them
+/// again.
 pub(super) async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), Error> {
     const LONGEST: Duration = Duration::from_secs(10);
     let asked = within(LONGEST, sound(Box::pin(is_pooled(options))))
@@ -46,17 +48,18 @@ pub(super) async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), Erro
         Ok(false) => Ok(()),
         Ok(true) => Err(POOLER),
         Err(error) => match code(&error).as_deref() {
-            // A server that takes no more connections: what a pooler mixes up is noticed later.
+            // The server takes no more connections. If a pooler mixes statements up, the tags of the rows show it
+            // later.
             Some("53300") => Ok(()),
-            // PgBouncer's words for a startup parameter that it does not know, and for BEGIN in statement mode.
+            // PgBouncer's code for an unknown startup parameter, and for BEGIN in statement mode.
             Some("08P01") => Err(POOLER.with_source(failed(error))),
             _ => Err(of_connect(error)),
         },
     }
 }
 
-/// Whether two connections share servers, or one changes its server. One of them holds a transaction open meanwhile, so that the
-/// other cannot be given the same server by chance.
+/// Whether two connections share a server, or one of them changes its server. One of them keeps a transaction open, so
+/// that a pooler must give the other one another server.
 async fn is_pooled(options: &PgConnectOptions) -> sqlx::Result<bool> {
     const ROUNDS: usize = 3;
     const LONGEST: Duration = Duration::from_secs(5);
@@ -83,7 +86,7 @@ async fn is_pooled(options: &PgConnectOptions) -> sqlx::Result<bool> {
     Ok(false)
 }
 
-/// The process that serves a connection. A simple query is one message, which no pooler takes apart.
+/// Returns the process that serves a connection. A simple query is one message, which no pooler can split.
 async fn server_of(connection: &mut PgConnection, text: &'static str) -> sqlx::Result<i32> {
     let rows = sqlx::raw_sql(text).fetch_all(connection).await?;
     rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)

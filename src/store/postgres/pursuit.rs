@@ -1,8 +1,9 @@
 //! Claims whose caller gave up before their fate was known.
 //!
-//! The server may still grant such a claim, or have granted it, to nobody. So it is pursued until its fate is known, and a grant is
-//! released. A caller that repeats the claim takes it over: while a statement of it is under way, the caller gets its reply; otherwise
-//! the pursuit ends, and the caller asks. A grant thus has one holder at any time: a caller, or the pursuit, which releases it.
+//! The server may grant such a claim although no caller waits for it. So the store pursues the claim until its fate is
+//! known, and releases the grant. A caller that repeats the claim takes it over from the pursuit. If a statement of the
+//! claim is still running, the caller gets its reply. Otherwise the pursuit ends, and the caller sends its own
+//! statement. So a grant has one holder at any time: a caller, or the pursuit, which releases it.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -23,10 +24,10 @@ use crate::sharded::lock;
 use crate::telemetry::{self, Event};
 use crate::uncut::uncut;
 
-/// How many claims are pursued at most; the leases end the others.
+/// The largest number of claims that are pursued. If there are more, their grants end with their leases.
 const MOST: usize = 1_024;
 
-/// How many claims are looked up at once.
+/// The largest number of claims that are looked up at once.
 const LOOKS: usize = 2;
 
 /// The longest pause before a claim of unknown fate is looked up again.
@@ -36,12 +37,12 @@ type Reply = Result<Decision, Failed>;
 
 /// The claims that are pursued, by their nonces.
 pub(super) struct Pursuits {
-    /// Looks at the server, so that they leave the pool to callers.
+    /// Limits the looks that run at once, so that they leave connections of the pool to callers.
     turns: Semaphore,
-    /// How many there are, so that the usual claim takes no lock.
+    /// The number of pursued claims, so that a claim takes no lock while there are none.
     count: AtomicUsize,
     open: Mutex<Open>,
-    /// A caller waits for a statement that is under way, whose connection may be dead.
+    /// Notifies a running statement that a caller waits for it, because its connection may be dead.
     hurry: Notify,
 }
 
@@ -52,17 +53,17 @@ struct Open {
 }
 
 enum Pursued {
-    /// A statement of it is under way; its reply goes to the caller that came last.
+    /// A statement of the claim is running. Its reply goes to the last caller that repeated the claim.
     Asked(Option<oneshot::Sender<Reply>>),
-    /// It is looked up later, by the task that has this number.
+    /// The task with this number will look the claim up later.
     Resting(u64),
 }
 
-/// What a look at a claim came to.
+/// The result of looking a claim up.
 enum Look {
-    /// Its fate is known, and a grant was released.
+    /// The fate of the claim is known, and its grant, if any, was released.
     Known,
-    /// Its reply went to a caller that repeated it.
+    /// The reply went to a caller that repeated the claim.
     Over,
     Unknown,
 }
@@ -76,13 +77,13 @@ impl Look {
     }
 }
 
-/// Where the reply to a claim goes.
+/// The receiver of the reply to a claim.
 enum Goes {
-    /// To its caller, who is still there.
+    /// The caller of the statement, which still waits.
     Back(Reply),
-    /// It went to a caller that repeated the claim.
+    /// A caller that repeated the claim, and has the reply already.
     Over,
-    /// Nowhere.
+    /// No caller.
     Nowhere(Reply),
 }
 
@@ -109,12 +110,12 @@ impl Pursuits {
         changed
     }
 
-    /// The caller of a claim that is under way has left.
+    /// Begins the pursuit of a claim whose statement is running and whose caller has left.
     fn abandon(&self, nonce: Nonce) {
         self.change(|open| open.claims.insert(nonce, Pursued::Asked(None)));
     }
 
-    /// Waits for a claim that is under way.
+    /// Returns a receiver for the reply to the running statement of a claim; `None` if no such statement is pursued.
     fn join(&self, nonce: Nonce) -> Option<oneshot::Receiver<Reply>> {
         if self.is_empty() {
             return None;
@@ -130,7 +131,8 @@ impl Pursuits {
         }
     }
 
-    /// Ends a pursuit, because a caller asks again: whether there was one, or nothing where a statement is under way.
+    /// Ends the pursuit of a claim that a caller repeats. Returns whether the claim was pursued; `None` if a statement
+    /// of it is running, so that the caller must wait for its reply.
     fn take_over(&self, nonce: Nonce) -> Option<bool> {
         if self.is_empty() {
             return Some(false);
@@ -142,7 +144,8 @@ impl Pursuits {
         })
     }
 
-    /// Sends a reply where it goes. One that leaves the fate of the claim unknown goes to its own caller only: a later one asks again.
+    /// Sends a reply to the caller that waits for it. A reply that leaves the fate of the claim unknown goes only to
+    /// the caller of its own statement; a later caller asks again.
     fn reply(&self, nonce: Nonce, reply: Reply, is_known: bool) -> Goes {
         if self.is_empty() {
             return Goes::Back(reply);
@@ -164,12 +167,13 @@ impl Pursuits {
         })
     }
 
-    /// Its fate is known.
+    /// Ends the pursuit of a claim whose fate is known.
     fn close(&self, nonce: Nonce) {
         self.change(|open| open.claims.remove(&nonce));
     }
 
-    /// Its fate is to be looked up later, by the task with this number; nothing where too many are pursued.
+    /// Plans to look the claim up later, and returns the number for the task that does so; `None` if too many claims
+    /// are pursued.
     fn rest(&self, nonce: Nonce) -> Option<u64> {
         self.change(|open| {
             open.claims.remove(&nonce);
@@ -182,7 +186,7 @@ impl Pursuits {
         })
     }
 
-    /// Goes on with a pursuit, unless it was taken over.
+    /// Continues a pursuit. Returns false if a caller has taken the claim over.
     fn resume(&self, nonce: Nonce, rest: u64) -> bool {
         self.change(|open| match open.claims.get_mut(&nonce) {
             Some(Pursued::Resting(number)) if *number == rest => {
@@ -194,7 +198,7 @@ impl Pursuits {
     }
 }
 
-/// A caller of a claim. Dropped while a statement is under way, it leaves the claim to the pursuit.
+/// A caller of a claim. If it is dropped while its statement is running, the pursuit takes the claim.
 struct Caller<'s> {
     pursuits: &'s Pursuits,
     waits_for: Option<Nonce>,
@@ -208,7 +212,8 @@ impl Drop for Caller<'_> {
     }
 }
 
-/// A caller that waits for the reply to an earlier statement. Dropped when that has come and was not taken, it has it released.
+/// A caller that waits for the reply to an earlier statement. If it is dropped with an unread reply, the pursuit looks
+/// the claim up and releases its grant.
 struct Joined<'s> {
     store: &'s PostgresStore,
     claim: &'s Claim,
@@ -225,7 +230,7 @@ impl Drop for Joined<'_> {
 }
 
 impl PostgresStore {
-    /// Claims a key. The statement goes on when its caller leaves, and a grant that reaches nobody is released.
+    /// Claims a key. The statement continues if its caller leaves, and a grant that reaches no caller is released.
     pub(super) async fn claim_and_pursue(&self, claim: &Claim) -> Result<Decision, Error> {
         let (pursuits, nonce) = (&self.0.pursuits, claim.nonce);
         let (lent, is_doubtful) = loop {
@@ -243,7 +248,8 @@ impl PostgresStore {
         };
         let claiming = self.clone().claim_to_the_end(lent, claim.clone(), is_doubtful);
         let mut claiming = uncut(claiming, None).ok_or(NO_RUNTIME)?;
-        // Declared after the statement, so that the claim is abandoned before its task begins.
+        // Declared after the statement so that it drops first: the claim must be abandoned before the statement
+        // continues in a task.
         let mut caller = Caller {
             pursuits,
             waits_for: Some(nonce),
@@ -259,7 +265,7 @@ impl PostgresStore {
         patient(self.0.timeout, &self.0.pool, &self.0.pursuits.hurry, asked).await
     }
 
-    /// The reply to a statement of an earlier caller; nothing where the pursuit has ended.
+    /// Waits for the reply to the statement of an earlier caller; `None` if the pursuit has ended without a reply.
     async fn joined(&self, claim: &Claim, receiver: oneshot::Receiver<Reply>) -> Option<Reply> {
         let mut joined = Joined {
             store: self,
@@ -272,7 +278,7 @@ impl PostgresStore {
         }
     }
 
-    /// A statement that claims, and what remains to be done where its caller has left.
+    /// Sends the statement of a claim. If its caller has left, releases the grant, or hands the claim to the pursuit.
     async fn claim_to_the_end(self, mut lent: Lent, claim: Claim, is_doubtful: bool) -> Reply {
         let asked = async { self.on(lent.connection()?).claim(&claim).await };
         let reply = self.await_server(asked).await;
@@ -296,7 +302,7 @@ impl PostgresStore {
         }
     }
 
-    /// Releases what was granted to nobody. False where the fate of the claim is still unknown.
+    /// Releases a grant that reached no caller. Returns false if the fate of the claim is still unknown.
     async fn end_claim(&self, mut lent: Lent, claim: &Claim, reply: Reply, is_known: bool) -> bool {
         match reply {
             Ok(Decision::Execute(grant) | Decision::Recover(grant)) => {
@@ -317,7 +323,7 @@ impl PostgresStore {
         Ok(())
     }
 
-    /// Looks a claim up again after a pause, unless a caller takes it over, until its fate is known.
+    /// Spawns a task that looks the claim up after pauses, until its fate is known or a caller takes it over.
     fn pursue(&self, runtime: &Handle, claim: &Claim, pause: Duration) {
         match self.0.pursuits.rest(claim.nonce) {
             Some(rest) => drop(runtime.spawn(pursue(Arc::downgrade(&self.0), claim.clone(), rest, pause))),
@@ -325,7 +331,7 @@ impl PostgresStore {
         }
     }
 
-    /// Looks a claim up, and releases its grant.
+    /// Looks a claim up in the table, and releases its grant.
     async fn look_up(&self, claim: &Claim) -> Look {
         let Ok(mut lent) = self.lend().await else {
             return Look::Unknown;
@@ -340,9 +346,11 @@ impl PostgresStore {
                 let released = self.release_on(&mut lent, claim, owner).await;
                 Look::of(lent.give_back(released).is_ok())
             }
-            // It is another's, and none of its attempts is to be used up.
+            // The record belongs to another claim or is completed. Do not claim again, because that could use up an
+            // attempt.
             Ok(Some(_)) => Look::of(lent.give_back(Ok(())).is_ok()),
-            // It may be arriving now: then both are one grant.
+            // The first statement may still arrive. Claim with the same nonce, so that both statements get the same
+            // grant, and release it.
             Ok(None) => {
                 let asked = async { self.on(lent.connection()?).claim(claim).await };
                 let reply = self.await_server(asked).await;
@@ -362,8 +370,9 @@ impl PostgresStore {
     }
 }
 
-/// Whether a reply tells the fate of its claim. Where an earlier statement of the same claim may be under way, that this one was
-/// refused says nothing about the other: it may have waited for that.
+/// Whether a reply shows the fate of its claim. If an earlier statement of the same claim may still be running
+/// (`is_doubtful`), a refusal of this statement says nothing about the earlier one, which may hold the lock for which
+/// this one waited.
 fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
     match reply {
         Ok(_) => true,
@@ -371,7 +380,7 @@ fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
     }
 }
 
-/// Ends with the store: then nobody asks for its keys here any more.
+/// Looks a claim up until its fate is known. Ends when the store is dropped.
 async fn pursue(inner: Weak<Inner>, claim: Claim, mut rest: u64, mut pause: Duration) {
     loop {
         sleep(pause).await;

@@ -16,7 +16,7 @@ pub(super) struct Row {
     pub(super) changed: bool,
     /// The record, `None` where there is no row, and the server's time.
     pub(super) seen: Option<(Record, Timestamp)>,
-    /// How long ago the record was given its lease.
+    /// The time since the lease of the record began.
     pub(super) leased_for: Duration,
 }
 

@@ -65,7 +65,7 @@ impl fmt::Display for TableName {
     }
 }
 
-/// The text of a statement, made once for a table, and the tag by which its rows are known.
+/// The text of a statement, made once for a table, and the tag that its rows repeat.
 #[derive(Clone, Debug)]
 pub(crate) struct Statement {
     tag: Arc<str>,
@@ -73,11 +73,12 @@ pub(crate) struct Statement {
 }
 
 impl Statement {
-    /// A statement from a template. Its last parameter is the question that [`ask`](super::ask::Sending::ask) binds; each row that it returns
-    /// repeats that question and a tag of the `name` and the table, so that the row of another statement, or of the same on another
-    /// table, is never taken for one of this one.
+    /// Makes a statement from a template. Its last parameter is the question that [`ask`](super::ask::Sending::ask)
+    /// binds. Each row repeats that question, and a tag of the `name` and the table. So the store never takes a row of
+    /// another statement, or of the same statement on another table, for a row of this one.
     pub(crate) fn new(name: &'static str, template: &str, table: &TableName) -> Self {
-        // Evaluated before the statement asks for the lock on a row, because the server evaluates it to find that row.
+        // The server evaluates this expression to find the row, so the lock timeout is set before the statement waits
+        // for the lock on that row.
         const BOUNDED: &str =
             "CASE WHEN {at}::text IS NULL THEN true ELSE set_config('lock_timeout', {at}, true) <> '' END";
         const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
@@ -120,7 +121,7 @@ impl Statement {
         &self.text
     }
 
-    /// Its text holds nothing but the templates of this crate and an identifier that was parsed.
+    /// Returns the text as safe SQL, because it consists only of a template of this crate and of a parsed identifier.
     pub(crate) fn safe(&self) -> AssertSqlSafe<Arc<str>> {
         AssertSqlSafe(Arc::clone(&self.text))
     }

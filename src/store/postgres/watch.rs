@@ -22,7 +22,8 @@ use crate::sharded::lock;
 /// Everybody of this process who waits for a record to change.
 pub(super) struct Watchers {
     channel: String,
-    /// Whether nobody listens, because a pooler would take the connection away, or because the pool has no other.
+    /// Whether waiters poll instead of listening, because a pooler would take the connection away, or because the pool
+    /// has no second connection.
     polls: bool,
     state: Mutex<State>,
 }
@@ -48,7 +49,7 @@ impl Watchers {
         })
     }
 
-    /// Waits until the listener listens, and registers; nothing where nobody listens.
+    /// Waits until the listener listens, and registers a watch; `None` if waiters poll.
     pub(super) async fn register(
         self: &Arc<Self>,
         pool: &PgPool,
@@ -75,7 +76,7 @@ impl Watchers {
         waiting.count += 1;
         PostgresWatch {
             waits: Waits::Notified {
-                // Receives what is notified from now on, also before it is polled.
+                // This receives notifications from now on, even before it is polled.
                 changed: Arc::clone(&waiting.changed).notified_owned(),
                 _registered: Registered {
                     watchers: Arc::downgrade(self),
@@ -164,8 +165,9 @@ fn key_of(payload: &str) -> Option<StorageKey> {
 }
 
 pin_project! {
-    /// Resolves when a record of a [`PostgresStore`](super::PostgresStore) has changed, or may have while the connection that
-    /// listens was lost. Where nobody listens, behind a pooler or over a pool of one connection, it resolves after 250 ms.
+    /// Resolves when a record of a [`PostgresStore`](super::PostgresStore) has changed, or may have while the
+    /// connection that listens was lost. Behind a transaction pooler, or over a pool of one connection, no connection
+    /// listens, and this resolves after 250 ms.
     #[derive(Debug)]
     pub struct PostgresWatch {
         #[pin]
@@ -183,14 +185,14 @@ pin_project! {
             _registered: Registered,
         },
         Pause {
-            // In a box: its waiter carries the room for it all the while.
+            // Boxed, because otherwise every waiter would be larger by its size.
             pause: Pin<Box<Sleep>>,
         },
     }
 }
 
 impl PostgresWatch {
-    /// Resolves after a pause, when the record is to be looked at.
+    /// Returns a watch that resolves after a pause, so that its caller looks at the record.
     pub(super) fn pause() -> Self {
         const POLL: Duration = Duration::from_millis(250);
         Self {

@@ -1,6 +1,7 @@
--- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention, $6 lock timeout or NULL, $7 question. What most claims come to: a key that nobody had, or one about which
--- a claim changes nothing. Whatever else is seen is for claim.sql, whose many expressions a server needs longer to set up than
--- to evaluate. No row: another claim was committed since this statement began.
+-- $1 key, $2 fingerprint, $3 nonce, $4 lease, $5 retention, $6 lock timeout or NULL, $7 question. Decides most claims:
+-- the key is free, or the claim changes nothing about its record. Whatever else is seen is for claim.sql, whose many
+-- expressions a server needs longer to set up than to evaluate. No row: another claim was committed since this
+-- statement began.
 WITH seen AS (
     SELECT r.*, {now} AS now FROM {table} r WHERE r.key = $1
 ), claimed AS (

@@ -1,5 +1,5 @@
--- $1 the table, with its schema and quoted as in SQL, $2 question. How the table is stored, which columns, index and rights are there, and whether the
--- server takes writes.
+-- $1 the table, with its schema and quoted as in SQL, $2 question. Returns how the table is stored, its columns,
+-- whether its index exists, the missing rights, and whether the server is read-only.
 SELECT c.relpersistence::text AS persistence,
     ARRAY(
         SELECT a.attname::text || ' ' || format_type(a.atttypid, NULL) FROM pg_attribute a

@@ -1,4 +1,5 @@
--- $1 key, $2 nonce, $3 fence, $4 lock timeout or NULL, $5 question. Only an attempt that was the only one ever leaves nothing behind.
+-- $1 key, $2 nonce, $3 fence, $4 lock timeout or NULL, $5 question. The release deletes the record only if this was the
+-- first attempt.
 WITH deleted AS (
     DELETE FROM {table} r
     WHERE r.key = $1 AND r.version = 1 AND r.nonce = $2 AND r.fence = $3 AND r.state IN (0, 1) AND r.attempt = 1

@@ -1,4 +1,4 @@
--- $1 key, $2 nonce, $3 fence, $4 lease, $5 lock timeout or NULL, $6 question. A lease of zero is given up.
+-- $1 key, $2 nonce, $3 fence, $4 lease, $5 lock timeout or NULL, $6 question. A lease of zero gives the key up.
 WITH renewed AS (
     UPDATE {table} r
     SET lease = $4, lease_until = {now} + $4, expires = {now} + $4 + r.retention

@@ -1,4 +1,5 @@
--- $1 how many at most, $2 question. Deletes what has expired; rows that somebody works on are left for the next time.
+-- $1 how many at most, $2 question. Deletes expired rows. Skips rows that another transaction has locked; the next
+-- sweep deletes them.
 WITH swept AS (
     DELETE FROM {table} WHERE key IN (
         SELECT r.key FROM {table} r

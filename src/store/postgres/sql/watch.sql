@@ -1,5 +1,5 @@
--- $1 key, $2 question. Notifications cost every commit of the server: only who is waited for sends one. A row that a transaction
--- has locked is left alone, for who waits polls as well.
+-- $1 key, $2 question. A notification slows every commit of the server, so only a record with a waiter sends one. Skips
+-- a row that a transaction has locked, because waiters poll as well.
 WITH watched AS (
     UPDATE {table} r SET watched = true
     WHERE r.key IN (
