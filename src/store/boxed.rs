@@ -55,7 +55,8 @@ impl BoxStore {
     /// | `redis://..`, `rediss://..` | Redis or Valkey | `redis`, `redis-rustls` |
     /// | `postgres://..`, `postgresql://..` | PostgreSQL | `postgres` |
     ///
-    /// Behind a pooler in transaction mode, such as PgBouncer, add `transaction_pooler=true` to the query of a PostgreSQL URL.
+    /// If PostgreSQL is behind a pooler in transaction mode, such as PgBouncer, add `transaction_pooler=true` to the
+    /// query of the URL.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! A check of a server that must pass before a store uses it.
+//! A check that a server must pass before a store uses the server.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
@@ -9,10 +9,10 @@ use futures::FutureExt;
 use crate::error::{Error, ErrorKind};
 use crate::sharded::lock;
 
-/// Remembers whether a server was checked since the last event that may have changed it.
+/// Remembers whether a server was checked after the last event that may have changed the server.
 ///
-/// The operations that meet an unchecked server share one run of the check and its result. Afterwards an operation loads two
-/// atomics.
+/// Operations that find the server unchecked share one run of the check, and its result. After a check that passed, an
+/// operation only loads two atomics.
 #[derive(Debug)]
 pub(super) struct Checked {
     /// Counts the events after which the check must run again.
@@ -24,7 +24,7 @@ pub(super) struct Checked {
 
 type Check = BoxFuture<'static, Result<(), Error>>;
 
-/// A check under way. The waiting operations own the future, so that it ends with the last of them.
+/// A check that is running. The waiting operations own its future, so the check ends when the last of them is dropped.
 #[derive(Debug)]
 struct Running {
     epoch: u64,
@@ -32,7 +32,7 @@ struct Running {
 }
 
 impl Checked {
-    /// A server that was not checked yet.
+    /// The state of a server that was not checked yet.
     pub(super) const fn not_yet() -> Self {
         Self {
             epoch: AtomicU64::new(1),
@@ -51,7 +51,8 @@ impl Checked {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Notes that the server may have changed since `epoch`. Of many operations that notice the same change, the first one counts.
+    /// Notes that the server may have changed since `epoch`. If several operations notice the same change, only the
+    /// first one has an effect.
     #[cfg(feature = "redis")]
     pub(super) fn expire(&self, epoch: u64) {
         let next = epoch.saturating_add(1);
@@ -66,7 +67,7 @@ impl Checked {
         self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Notes that a check passed which began in `epoch`.
+    /// Notes that a check has passed in the current epoch.
     #[cfg(any(test, feature = "postgres"))]
     pub(super) fn pass(&self) {
         self.passed.fetch_max(self.epoch(), Ordering::AcqRel);
@@ -78,7 +79,7 @@ impl Checked {
     ///
     /// The check's error, which all operations that wait for this run get.
     pub(super) async fn check(&self, check: impl Fn() -> Check) -> Result<u64, Error> {
-        /// A server that changes during so many checks in a row is not used for now.
+        /// The number of checks in a row after which an operation fails, if the server changes during each of them.
         const MOST: usize = 4;
         const RESTLESS: Error = Error::new(
             ErrorKind::StoreUnavailable,
@@ -95,7 +96,7 @@ impl Checked {
         self.passed().ok_or(RESTLESS)
     }
 
-    /// The check under way in this epoch, or a new one.
+    /// Joins the check that is running in this epoch, or begins a new one.
     fn join(&self, check: impl Fn() -> Check) -> (u64, Shared<Check>) {
         let mut running = lock(&self.running);
         let epoch = self.epoch();

@@ -15,7 +15,8 @@ pub(crate) enum End {
 }
 
 impl End {
-    /// The end with this outcome. Holds an exact copy of its bytes, since they are counted while they wait for the store.
+    /// Makes the end of an attempt with this outcome. Holds an exact copy of the bytes, because the tracker counts them
+    /// while they wait for the store.
     pub(crate) fn completed(outcome: &Outcome, retention: Duration) -> Self {
         Self::Completed(outcome.to_exact(), retention)
     }

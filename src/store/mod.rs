@@ -114,8 +114,8 @@ pub trait Store: Send + Sync + 'static {
 
     /// Records how the owner's attempt ended, for `retention` from now.
     ///
-    /// The bytes of an answer may be slices of larger buffers. A store that keeps them in this process keeps
-    /// [a copy](crate::protocol::Answer::to_exact).
+    /// The bytes of an answer may be slices of larger buffers. A store that holds answers in this process must
+    /// [copy](crate::protocol::Answer::to_exact) them.
     ///
     /// # Errors
     ///
@@ -154,7 +154,7 @@ pub trait Store: Send + Sync + 'static {
     /// Any [`ErrorKind`](crate::ErrorKind).
     fn peek(&self, key: &StorageKey) -> impl Future<Output = Result<Option<Snapshot>, Error>> + Send;
 
-    /// The store that does the work: this one, or the one inside of an `Arc` or a [`BoxStore`], however deep.
+    /// Returns the store that does the work: this store, or the store inside any number of `Arc`s and [`BoxStore`]s.
     #[doc(hidden)]
     fn innermost(&self) -> &dyn Any
     where

@@ -24,11 +24,11 @@ pub(crate) fn in_time<T>(
     within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
 }
 
-/// How long the store may take for the last look of a wait, so that it can answer although the time is up.
+/// The time for the last look of a wait, so that the store can still answer after the time of the wait is up.
 pub(crate) const LAST_LOOK: Duration = Duration::from_millis(500);
 
-/// How long an operation of the store may take that is made while a request waits for another: what is left of the wait, or
-/// [`LAST_LOOK`] if that is longer.
+/// Returns how long an operation of the store may take while a request waits for another one: the rest of the wait, but
+/// at least [`LAST_LOOK`], and at most `timeout`.
 pub(crate) fn limit_in_wait(timeout: Duration, deadline: Deadline) -> Duration {
     timeout.min(deadline.left().max(LAST_LOOK))
 }
@@ -66,8 +66,9 @@ impl Patience {
         }
     }
 
-    /// Whether an owner repeats an operation that failed like this. An operator may correct a misconfigured store in time, and a
-    /// demoted primary is one until its name leads to the new primary.
+    /// Whether an owner repeats an operation that failed with this error. A misconfigured store is worth a repetition,
+    /// because an operator may correct it in time. A demoted primary counts as misconfigured until its name resolves to
+    /// the new primary.
     pub(crate) fn repeats(error: &Error) -> bool {
         matches!(error.kind(), ErrorKind::Configuration | ErrorKind::StoreUnavailable)
     }

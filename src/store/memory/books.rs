@@ -1,8 +1,9 @@
 //! The books of a memory store: what is open, what is done, and what it costs.
 //!
-//! Two rules keep the books right whatever the order in which threads and clocks move. The shard of a key orders everything that
-//! happens to it, so the time is read under its lock: a time from before would let a fence or an expiry go back. And moka only
-//! holds the records. When one may go is decided by the clock of the store, never by moka's own.
+//! Two rules keep the books correct in every order of threads and clocks. First, the lock of a key's shard orders all
+//! changes of the key, so the store reads the time under that lock. A time that was read earlier could let a fence or
+//! an expiry go back. Second, moka only holds the records. The clock of the store decides when a record expires, never
+//! moka's own clock.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -31,14 +32,14 @@ pub(super) struct Books {
     /// Everything that has ended. A live key is never in neither: it enters here before it leaves `open`.
     done: Cache<StorageKey, Arc<Record>, KeyHasher>,
     ledger: Mutex<Ledger>,
-    /// The highest fence of any key. It outlives the records, so that a fence grows even after a release and when the clock
-    /// stands still or goes back (I9).
+    /// The highest fence of any key. The store keeps it when records go, so that fences grow even after a release, and
+    /// if the clock stands still or goes back (I9).
     last_fence: AtomicU64,
     records: AtomicU64,
     in_flight: AtomicU64,
     waiters: Arc<AtomicU64>,
     pub(super) sweeping: AtomicBool,
-    /// Ends the sweeping task together with the store.
+    /// Ends the sweeping task when the store is dropped.
     pub(super) closed: Arc<Notify>,
 }
 
@@ -49,7 +50,7 @@ struct Open {
 
 type Shard = HashMap<StorageKey, Open, KeyHasher>;
 
-/// How many expired records are freed in one go.
+/// The number of expired records that are freed at a time.
 const PORTION: usize = 256;
 
 impl Books {
@@ -91,7 +92,7 @@ impl Books {
         decision.map(unleased).ok_or(FULL)
     }
 
-    /// Decides a claim; `None` where a new record exceeds the budget.
+    /// Decides a claim; `None` if it needs a new record beyond the budget.
     fn try_claim(&self, claim: &Claim) -> Option<Decision> {
         let mut shard = self.open.lock(&claim.key);
         let now = self.clock.now();
@@ -110,7 +111,7 @@ impl Books {
         let done = self.done.get(&claim.key);
         let transition = Record::claim_above(done.as_deref(), claim, now, floor);
         if let Change::Put(record) = transition.change {
-            // The new record takes over the place of one that has expired.
+            // If the new record replaces an expired one, the count of records stays the same.
             match done {
                 _ if is_abandoned => {}
                 Some(done) => {
@@ -214,8 +215,8 @@ impl Books {
         reply
     }
 
-    /// An outcome as it is stored: an exact copy, since its bytes may be slices of larger buffers, and what is counted must be what
-    /// is held. An answer over the whole budget becomes a tombstone.
+    /// Returns the outcome to store. It is an exact copy, because the bytes may be slices of larger buffers, and the
+    /// store must hold as many bytes as it counts. An answer larger than the whole budget becomes a tombstone.
     fn to_keep(&self, outcome: &Outcome) -> Outcome {
         match outcome {
             Outcome::Kept(answer) if u64::try_from(answer.len()).is_ok_and(|len| len <= self.byte_budget) => {
@@ -225,7 +226,7 @@ impl Books {
         }
     }
 
-    /// Reserves a record, or refuses.
+    /// Reserves the place of a new record; `None` if the budget is used up.
     fn reserve(&self) -> Option<()> {
         self.try_reserve().then(|| {
             self.in_flight.fetch_add(1, Ordering::Relaxed);
@@ -248,7 +249,8 @@ impl Books {
         }
     }
 
-    /// Turns the oldest answers into tombstones until the budget holds. Locks one shard at a time; the caller holds none.
+    /// Turns the oldest answers into tombstones until the rest fits into the budget. Locks one shard at a time, so the
+    /// caller must hold none.
     fn shrink_oldest(&self) {
         loop {
             let oldest = lock(&self.ledger).pop_oldest();
@@ -257,7 +259,7 @@ impl Books {
         }
     }
 
-    /// Turns an answer into a tombstone, unless its record has gone since.
+    /// Turns an answer into a tombstone, unless its record is gone already.
     fn shrink(&self, answer: &AgedAnswer) {
         let _shard = self.open.lock(&answer.key);
         let Some(done) = self.done.get(&answer.key).filter(|done| done.fence() == answer.fence) else {
@@ -268,19 +270,20 @@ impl Books {
         self.done.insert(answer.key, Arc::new(tombstone));
     }
 
-    /// Takes a record out of `done`. The caller holds the lock of its shard, and counts the record itself.
+    /// Removes a record from `done`. The caller must hold the lock of the record's shard, and must update the count of
+    /// records.
     fn remove_done(&self, key: &StorageKey, done: &Record) {
         lock(&self.ledger).count_off(done);
         self.done.invalidate(key);
     }
 
-    /// Frees a portion of the completed records that have expired. Returns whether there may be more.
+    /// Frees a portion of the expired completed records. Returns whether more may have expired.
     pub(super) fn free_some(&self) -> bool {
         let now = self.clock.now();
         let expired = lock(&self.ledger).pop_expired(now, PORTION);
         for key in &expired {
             let _shard = self.open.lock(key);
-            // A record that took its place has an entry of its own.
+            // A newer record of this key has its own entry in the ledger.
             if let Some(done) = self.done.get(key).filter(|done| done.is_expired(now)) {
                 self.remove_done(key, &done);
                 self.records.fetch_sub(1, Ordering::Relaxed);
@@ -289,7 +292,7 @@ impl Books {
         expired.len() == PORTION
     }
 
-    /// Frees the records that expired without an end: given up, or of unknown outcome.
+    /// Frees the expired records that were never completed: attempts that were given up, or whose outcome is unknown.
     pub(super) fn free_abandoned(&self) {
         let mut abandoned = 0;
         self.open.each(|shard| {

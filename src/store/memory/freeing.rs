@@ -14,7 +14,8 @@ use crate::clock::Timer;
 use crate::telemetry;
 
 impl Books {
-    /// Starts the sweeping task, unless it runs. Outside of a runtime, every claim frees a few records instead.
+    /// Starts the sweeping task, unless it runs already. Outside a tokio runtime, every claim frees a portion of the
+    /// expired records instead.
     pub(super) fn start_sweeper(self: &Arc<Self>) {
         if self.sweeping.load(Ordering::Relaxed) {
             return;
@@ -35,7 +36,7 @@ impl Drop for Books {
     }
 }
 
-/// The store that a sweeping task works for. If it drops with its runtime, the next claim starts another task.
+/// The store that a sweeping task works for. If the runtime drops the task, the next claim starts another one.
 struct Sweeper(Weak<Books>);
 
 impl Drop for Sweeper {
@@ -52,13 +53,14 @@ async fn sweep_every_second(sweeper: Sweeper) {
         return;
     };
     loop {
-        // Of its own accord: the runtime may have no timers, and a claim must not spawn a task that panics.
+        // Use a timer that needs none of the runtime's timers, because the runtime may have none, and a claim must not
+        // spawn a task that panics.
         let tick = pin!(Timer::of_any_runtime(SECOND));
         if let Either::Right(_) = select(tick, pin!(closed.notified())).await {
             return;
         }
         while sweeper.0.upgrade().is_some_and(|books| books.free_some()) {
-            // Other tasks of this runtime come between the portions.
+            // Let other tasks of this runtime run between the portions.
             tokio::task::yield_now().await;
         }
         let Some(books) = sweeper.0.upgrade() else { return };

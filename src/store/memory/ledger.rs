@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::clock::Timestamp;
 use crate::protocol::{Fence, Record, StorageKey};
 
-/// Knows which completed records may be due for removal, and how many bytes of answers the store holds.
+/// The list of completed records by the time at which they may be removed, and the number of bytes in the store's
+/// answers.
 ///
-/// The ledger only proposes: the store looks each proposed record up under the lock of its shard. It counts bytes off when
-/// it removes or shrinks a record, with the size that this record has then. An entry whose record has gone meanwhile is
-/// therefore harmless, in whatever order clocks and locks let things happen.
+/// The ledger only proposes records. The store looks each of them up under the lock of its shard. When the store
+/// removes or shrinks a record, it subtracts the size that the record has at that moment. So an entry whose record is
+/// gone does no harm, in any order of clocks and locks.
 #[derive(Debug)]
 pub(super) struct Ledger {
     byte_budget: u64,
@@ -19,7 +20,7 @@ pub(super) struct Ledger {
     by_second: BTreeMap<u64, Vec<StorageKey>>,
 }
 
-/// An answer that may have to shrink: that of the attempt with this fence.
+/// An answer that may have to become a tombstone, named by its key and the fence of its attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AgedAnswer {
     pub(super) key: StorageKey,
@@ -58,7 +59,7 @@ impl Ledger {
         self.bytes > self.byte_budget
     }
 
-    /// Counts off the answer of a record that the store removes or shrinks.
+    /// Subtracts the answer of a record that the store removes or shrinks.
     pub(super) fn count_off(&mut self, record: &Record) {
         if let Some(answer) = record.answer() {
             self.answers = self.answers.saturating_sub(1);
@@ -66,12 +67,12 @@ impl Ledger {
         }
     }
 
-    /// Takes the oldest answer out for shrinking, while the answers exceed the budget.
+    /// Removes and returns the oldest answer, if the answers exceed the budget.
     pub(super) fn pop_oldest(&mut self) -> Option<AgedAnswer> {
         (self.bytes > self.byte_budget).then(|| self.by_age.pop_front())?
     }
 
-    /// Takes out at most `limit` keys whose second of expiry has passed.
+    /// Removes and returns at most `limit` keys whose second of expiry has passed.
     pub(super) fn pop_expired(&mut self, now: Timestamp, limit: usize) -> Vec<StorageKey> {
         let mut expired = Vec::new();
         while let Some(mut second) = self.by_second.first_entry() {
@@ -85,7 +86,8 @@ impl Ledger {
                 second.remove();
             }
         }
-        // Retentions differ, so the ages are not in the order of expiry. Sweep the dead entries once they are the majority.
+        // Retentions differ, so `by_age` is not in the order of expiry. Remove its dead entries once they are the
+        // majority.
         if self.by_age.len() > 2 * self.answers + 64 {
             self.by_age.retain(|answer| answer.expires > now);
             self.by_age.shrink_to(2 * self.by_age.len());

@@ -97,8 +97,8 @@ impl MemoryStore {
         self.0.figures()
     }
 
-    /// Frees the records that have expired by the store's clock. The store does so itself: once a second while a tokio runtime runs,
-    /// with or without timers, and elsewhere with every claim.
+    /// Frees the records that have expired by the store's clock. The store also does this by itself, once a second in a
+    /// tokio runtime (with or without timers), and outside a runtime with every claim.
     pub fn sweep(&self) {
         self.0.sweep();
     }
@@ -112,8 +112,8 @@ impl MemoryStoreBuilder {
         self
     }
 
-    /// At most this many bytes of kept answers (headers and bodies); 256 MiB by default. The store keeps copies of exactly these
-    /// bytes, so a small slice of a large buffer costs no more than it counts.
+    /// At most this many bytes of kept answers (headers and bodies); 256 MiB by default. The store copies exactly these
+    /// bytes, so a small slice of a large buffer takes no more memory than the store counts.
     #[must_use]
     pub fn with_byte_budget(mut self, bytes: u64) -> Self {
         self.byte_budget = bytes;

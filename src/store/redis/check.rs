@@ -1,4 +1,4 @@
-//! The check of a server before a store uses it, and when the store repeats it.
+//! The check of a server before a store uses the server, and the times at which the store repeats the check.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,29 +19,29 @@ use crate::telemetry::{self, Event};
 
 const OLDEST: u32 = 7;
 
-/// How old a check may be. Some changes show in no reply and break no connection: an operator changes the eviction policy, or
-/// demotes a primary whose replicas are writable.
+/// The time after which the check is repeated. Some changes show in no reply and break no connection, for example if an
+/// operator changes the eviction policy, or demotes a primary with `replica-read-only no`.
 const LONGEST: Duration = Duration::from_secs(10);
 
 /// Whether the server is known to be a primary that runs the scripts and evicts nothing.
 ///
-/// The store checks it when it is made, and again before the next operation after a connection broke, after a reply of a server
-/// that was restarted or demoted, and after ten seconds.
+/// The store checks the server when the store is made. It checks again before the next operation after a connection
+/// broke, after a reply that shows a restart or a demotion, and after ten seconds.
 pub(super) struct Checks {
     checked: Checked,
     clock: Clock,
-    /// When the check is due, in microseconds.
+    /// The time at which the next check is due, in microseconds.
     due: AtomicU64,
     question: Arc<Question>,
 }
 
-/// The parts of the check that depend on settings.
+/// The check, with the settings on which it depends.
 struct Question {
     /// A key with the prefix of the records, which no record has.
     key: Vec<u8>,
     is_replicated: bool,
     limit: Duration,
-    /// Whether the server was reported already for not showing its settings.
+    /// Whether the event was reported already that the server does not show its settings.
     is_reported: AtomicBool,
 }
 
@@ -61,14 +61,14 @@ impl Checks {
         }
     }
 
-    /// The epoch of the last check, if it stands.
+    /// The epoch of the last check, if that check has passed and no new one is due.
     pub(super) fn passed(&self) -> Option<u64> {
         let epoch = self.checked.passed()?;
         let (now, due) = (self.clock.now(), self.due.load(Ordering::Relaxed));
         if now.as_micros() < due {
             return Some(epoch);
         }
-        // Of many operations that come now, one makes the check due.
+        // If many operations come now, only one of them makes the check due.
         let next = now.saturating_add(LONGEST).as_micros();
         let is_first = self
             .due
@@ -79,12 +79,12 @@ impl Checks {
         self.checked.passed()
     }
 
-    /// Whether nothing has happened since `epoch` that asks for another check.
+    /// Whether no event since `epoch` requires another check.
     pub(super) fn stands(&self, epoch: u64) -> bool {
         self.checked.passed() == Some(epoch)
     }
 
-    /// Checks the server, together with the other operations that wait for that.
+    /// Checks the server, and shares the run with other operations that wait for the check.
     pub(super) async fn check(&self, connection: &Connection) -> Result<u64, Error> {
         let question =
             || -> BoxFuture<'static, Result<(), Error>> { Arc::clone(&self.question).ask(connection.clone()).boxed() };
@@ -95,7 +95,7 @@ impl Checks {
         self.checked.expire(epoch);
     }
 
-    /// The connection broke: the next one may lead to another server.
+    /// Notes that the connection broke, because the next one may lead to another server.
     pub(super) fn disconnected(&self) {
         self.checked.expire_now();
     }
@@ -118,7 +118,8 @@ impl Question {
         judge_rights(missing)
     }
 
-    /// The sections of INFO, and the commands that the user lacks. CONFIG would tell more, but managed services forbid it.
+    /// Returns the sections of INFO, and the commands that the user lacks. CONFIG would show more, but managed services
+    /// forbid it.
     async fn replies(&self, connection: &mut Connection) -> RedisResult<(Vec<RedisResult<Value>>, RedisResult<Value>)> {
         let [server, memory, replication] = ["server", "memory", "replication"].map(|section| {
             let mut info = cmd("INFO");
@@ -132,7 +133,8 @@ impl Question {
             let missing = replies.pop().unwrap_or(Ok(Value::Nil));
             return Ok((replies, missing));
         }
-        // The client asks all nodes of a Cluster. A replica there leads every operation on to its primary.
+        // The client sends INFO to all nodes of a Cluster. Do not ask for their roles, because a replica there
+        // redirects every operation to its primary.
         let mut settings = Vec::new();
         for info in [server, memory] {
             let told = connection.req_packed_command(&info).await;

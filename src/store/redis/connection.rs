@@ -47,7 +47,8 @@ pub(super) enum Failed {
 }
 
 impl Connection {
-    /// Runs a script in one round trip on a server that was [checked](Checks); in more where the server does not know the script.
+    /// Runs a script on a server that was [checked](Checks). This takes one round trip, or more if the server does not
+    /// know the script.
     pub(super) async fn run(
         mut self,
         checks: Arc<Checks>,
@@ -67,13 +68,14 @@ impl Connection {
             };
             let mut told = self.send(&by_digest, replication).await;
             if told.as_ref().is_err_and(failure::is_unknown_script) {
-                // Nothing ran, so nothing is repeated. The server was restarted, or is another one.
+                // The script did not run, so it is safe to send it again. The server was restarted, or is another one.
                 checks.expire(epoch);
                 epoch = self.check(&checks).await?;
                 told = Box::pin(self.send(&script.by_source(&by_digest), replication)).await;
             }
             match told {
-                // The connection broke meanwhile: the reply may come from the new one, whose server was not checked.
+                // The connection broke meanwhile, so the reply may come from the new connection, whose server was not
+                // checked.
                 Ok(_) if !checks.stands(epoch) => self.check(&checks).await.and(told.map_err(Failed::Redis)),
                 Ok(told) => Ok(told),
                 Err(error) => {
@@ -94,7 +96,7 @@ impl Connection {
         }
     }
 
-    /// In a box: an operation seldom checks, and its future should not carry the room for it.
+    /// Boxed, because an operation seldom checks, and otherwise every operation's future would be larger.
     fn check<'a>(&'a self, checks: &'a Checks) -> BoxFuture<'a, Result<u64, Failed>> {
         Box::pin(async { checks.check(self).await.map_err(Failed::Other) })
     }
@@ -107,7 +109,7 @@ impl Connection {
         other_node.map_or(Failed::Redis(error), Failed::Other)
     }
 
-    /// The reply to one command, from the node that has its key.
+    /// Returns the reply to one command, from the node that has its key.
     pub(super) async fn value(&mut self, command: &Cmd) -> Result<Value, RedisError> {
         let value = self.values(&[command]).await?.next().unwrap_or_default();
         value.extract_error()

@@ -36,7 +36,7 @@ pub(super) const NOT_REPLICATED: Error = Error::new(
     "too few replicas of the Redis server acknowledged the write in time",
 );
 
-/// A replica may be behind its primary, and a demoted primary is one.
+/// A replica may be behind its primary. A primary that was demoted is a replica, too.
 pub(super) const REPLICA: Error = Error::new(
     ErrorKind::Configuration,
     "the Redis server is a replica, and only its primary knows which request holds a key; connect to the primary",
@@ -50,13 +50,13 @@ pub(super) const DENIED: Error = Error::new(
 
 const CREDENTIALS: Error = Error::new(
     ErrorKind::Configuration,
-    "the Redis server refused the credentials, or asks for some",
+    "the Redis server refused the credentials, or requires some; correct the credentials",
 );
 
 const NO_SCRIPTS: Error = Error::new(
     ErrorKind::Configuration,
-    "the Redis server does not know a command that the store needs: EVAL, EVALSHA, GET, SET, DEL, PEXPIREAT or TIME; enable them, without \
-     another name",
+    "the Redis server does not know a command that the store needs: EVAL, EVALSHA, GET, SET, DEL, PEXPIREAT or TIME; enable them \
+     under their own names",
 );
 
 const CLUSTER: Error = Error::new(
@@ -72,7 +72,8 @@ pub(super) fn of(error: RedisError) -> Error {
     }
 }
 
-/// The reply of a server that fails until an operator corrects a setting; `None` for all others, which can pass by themselves.
+/// Returns the error for a reply that lasts until an operator corrects a setting; `None` for all other replies, which
+/// can pass by themselves.
 ///
 /// Among the others are MISCONF (the server cannot save; the name misleads), NOREPLICAS, OOM, LOADING, BUSY, CLUSTERDOWN and
 /// TRYAGAIN.
@@ -82,7 +83,7 @@ fn misconfiguration(error: &RedisError) -> Option<Error> {
     }
     let detail = error.detail().unwrap_or_default();
     match error.code()? {
-        // MASTERDOWN: a replica that has lost its primary.
+        // A replica that has lost its primary replies with MASTERDOWN.
         "READONLY" | "MASTERDOWN" => Some(REPLICA),
         "NOPERM" => Some(DENIED),
         "NOAUTH" | "WRONGPASS" => Some(CREDENTIALS),
@@ -95,7 +96,8 @@ fn misconfiguration(error: &RedisError) -> Option<Error> {
     }
 }
 
-/// The error of a connection to a single server, to which a node of a Cluster replied that another node has the key.
+/// Returns the error if a store for a single server has reached a node of a Cluster, and that node replied that another
+/// node has the key.
 pub(super) fn of_other_node(error: &RedisError) -> Option<Error> {
     let is_other = error.kind() == redis::ErrorKind::Server(ServerErrorKind::Moved);
     is_other.then(|| CLUSTER.with_source(error.clone()))

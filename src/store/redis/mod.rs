@@ -54,31 +54,32 @@ use crate::protocol::{
 ///
 /// # What it asks of the server
 ///
-/// It must be a primary, run version 7.0 or later, and have the policy `noeviction` where a `maxmemory` is set, because any other
-/// evicts live records. The store checks this when it is made. It checks it again before the next operation after a connection broke,
-/// after a reply that shows that the server was restarted or demoted, and every 10 s while it is used. A server that fails the check is
-/// an error of kind [`Configuration`](crate::ErrorKind::Configuration); nothing is read from it or written to it. Where the user may
-/// not run `INFO`, the store uses the server unchecked and reports the tracing event `unchecked`.
+/// The server must be a primary and run version 7.0 or later. If it has a `maxmemory`, its policy must be `noeviction`,
+/// because any other policy evicts live records. The store checks this when it is made. It checks again before the next
+/// operation after a connection broke, after a reply that shows that the server was restarted or demoted, and every 10
+/// s while operations run. If a server fails the check, operations fail with
+/// [`Configuration`](crate::ErrorKind::Configuration), and the store neither reads records from the server nor writes
+/// any to it. If the user may not run `INFO`, the store cannot see these settings; it uses the server, and reports the
+/// tracing event `unchecked`.
 ///
-/// Records are never read from replicas. A primary that was demoted refuses all scripts from that moment on, as long as
-/// `replica-read-only` is `yes`, which is Redis's default; with `no`, the check finds it after 10 s at most.
+/// The store never reads records from replicas. A demoted primary refuses all scripts at once if its
+/// `replica-read-only` is `yes`, which is Redis's default. With `no`, the check finds the demotion after 10 s at most.
 ///
-/// A server that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull); replays go on, and owners end what
-/// they were granted.
+/// A server that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull). Replays still work, and
+/// owners can still end their attempts.
 ///
 /// # Rights
 ///
-/// A user of its own (Redis ACL) needs these commands, on keys and shard channels with the store's prefix:
+/// A dedicated user (Redis ACL) needs these commands, on keys and shard channels with the store's prefix:
 ///
 /// ```text
 /// ACL SETUSER app on >secret resetkeys ~idempotency:* resetchannels &idempotency:* -@all +eval +evalsha +get +set +del +pexpireat +time +spublish +ssubscribe +sunsubscribe +wait +info
 /// ```
 ///
 /// Without `+spublish`, `+ssubscribe`, `+sunsubscribe` and the channels, waiters poll. Only
-/// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`. A Cluster also needs
-/// `+cluster|slots +ping +asking`.
-/// A user that lacks another command is an error of kind [`Configuration`](crate::ErrorKind::Configuration) when the store is made,
-/// whose cause names the command.
+/// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`. A Cluster also needs `+cluster|slots +ping
+/// +asking`. If the user lacks any other of these commands except `+info`, making the store fails with
+/// [`Configuration`](crate::ErrorKind::Configuration), and the cause names the command.
 ///
 /// # Waiting
 ///

@@ -129,7 +129,7 @@ impl Channel {
     }
 }
 
-/// Any error is one of a store that is not available: the caller of a watch that cannot be had polls.
+/// Every error here is of kind `StoreUnavailable`, because a caller that gets no watch polls instead.
 async fn send(command: &'static str, channel: &[u8], mut connection: Connection, limit: Duration) -> Result<(), Error> {
     let mut command = cmd(command);
     command.arg(channel);
