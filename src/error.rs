@@ -20,13 +20,14 @@ pub struct Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting of the crate or of a server is wrong: a URL, a missing table, a missing right, a server that is read-only or may evict
-    /// records. The constructors find most of these. Operations report what changes on the server later, such as a table that is
-    /// dropped or a primary that is demoted. A repetition fails as well until an operator has corrected the setting.
+    /// A setting of the crate or of a server is wrong: a URL, a missing table, a missing right, a server that is
+    /// read-only or may evict records. The constructors find most of these. Operations report what changes on the
+    /// server later, such as a table that is dropped or a primary that is demoted. Retries fail until an operator has
+    /// corrected the setting.
     Configuration,
     /// A record cannot be read: its bytes are damaged or of a newer version. It is somebody's live record, never "absent".
     CorruptRecord,
-    /// As many executions whose callers left run in this process as its limit allows. Nothing was claimed.
+    /// This process runs as many executions without a caller as its limit allows. Nothing was claimed.
     Overloaded,
     /// The store has reached its record budget and takes no new keys for now. Nothing was recorded.
     StoreFull,

@@ -86,14 +86,16 @@
 //!
 //! Everything is reported under the target `tower_idempotency`; no key, body, header value or credential is ever a part of it.
 //!
-//! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and `fence`; and an
-//! event (field `event`, and `error`, `kind` and `cause` where there is an error) per unusual path. The level is `ERROR` where the
-//! `kind` is `Configuration` or `CorruptRecord`, since an operator has to act; `INFO` for `rescued`; otherwise `WARN`. The events are
-//! `abandoned`, `claim-repeated`, `completion-repeated`, `decided-behind` (feature `postgres`), `handler-failed`,
-//! `message-failed` and `message-unreadable` (feature `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
-//! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`, `store-misconfigured`, `superseded`, `sweep-failed` (feature
-//! `postgres`), `tombstone`, `unchecked` (feature `redis`), `unprotected`, `unrecorded`. Those of messages have the fields `error`,
-//! `position` (of the row) and `failures` (attempts so far); the `error` of `message-failed` is the text of your own.
+//! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and
+//! `fence`; and an event (field `event`, and `error`, `kind` and `cause` if there is an error) per unusual path. The
+//! level is `ERROR` if the `kind` is `Configuration` or `CorruptRecord`, because an operator has to act. It is `INFO`
+//! for `rescued`, and `WARN` otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`,
+//! `decided-behind` (feature `postgres`), `handler-failed`, `message-failed` and `message-unreadable` (feature
+//! `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
+//! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
+//! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature
+//! `redis`), `unprotected`, `unrecorded`. Those of messages have the fields `error`, `position` (of the row) and
+//! `failures` (attempts so far); the `error` of `message-failed` is the text of your own.
 //!
 //! With the feature `metrics`:
 //!

@@ -14,7 +14,7 @@ use crate::protocol::Answer;
 
 const VERSION: u8 = 1;
 
-/// Marks a sensitive value, in its length.
+/// The bit of a value's length that marks the value as sensitive.
 const SENSITIVE: u32 = 1 << 31;
 
 /// A stored answer that cannot be read.
@@ -83,8 +83,8 @@ impl AnswerHeaders {
         response
     }
 
-    /// Marks a replay. A response with as many headers as a map takes is replayed without the mark: it is the same response, and the
-    /// mark is not a part of it.
+    /// Marks a replay. If the header map has no room for the mark, the response is replayed without it, because the
+    /// mark is not a part of the response.
     fn mark(&self, headers: &mut HeaderMap) {
         if let Some((name, value)) = &self.marker {
             let _: Result<_, MaxSizeReached> = headers.try_insert(name, value.clone());

@@ -10,18 +10,20 @@ use crate::protocol::Hasher;
 /// The host that a request was sent to: `:authority` or the absolute target of its line, otherwise its `Host` (RFC 9112 section
 /// 3.2.2, RFC 9113 section 8.3.1).
 ///
-/// Equal authorities are one, however they are written: letter case, user information and the default ports of HTTP and HTTPS make
-/// no difference. HTTP/1.1 does not name the scheme, so both ports are left out in either scheme.
+/// Two spellings of one authority are equal: letter case, user information and the default ports of HTTP and HTTPS make
+/// no difference. An HTTP/1.1 request does not name its scheme, so both default ports are ignored for both schemes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Authority<'r> {
-    /// No host, or an IP address: a client that balances by address retries on another node, and no tenant has such a name.
+    /// No host, or an IP address. An address does not count, because a client that balances its load over addresses may
+    /// retry on another node, and an address names no tenant.
     Unnamed,
     Named(Name<'r>),
-    /// A request that names its host twice and differently, or in a form that no host has. Each line counts as it stands.
+    /// A request that repeats `Host`, names two different hosts, or names a host that cannot be parsed. Every `Host`
+    /// line and the target count byte by byte.
     Doubtful(Option<&'r str>, &'r HeaderMap),
 }
 
-/// A host name, in any letter case, and a port that is no default.
+/// A host name, in any letter case, and a port unless it is a default port.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Name<'r> {
     host: &'r [u8],
@@ -46,15 +48,16 @@ impl<'r> Authority<'r> {
             _ if is_repeated => Self::Doubtful(target, headers),
             (None, None) => Self::Unnamed,
             (Some(Some(one)), None) | (None, Some(Some(one))) => one,
-            // A client that balances by address keeps the name of its service in `Host`.
+            // A client that balances its load over addresses sends the name of the service in `Host`.
             (Some(Some(Self::Unnamed)), Some(Some(one))) | (Some(Some(one)), Some(Some(Self::Unnamed))) => one,
             (Some(Some(one)), Some(Some(two))) if one == two => one,
             _ => Self::Doubtful(target, headers),
         }
     }
 
-    /// Adds its fields. They cannot be taken for others: the number of a header's lines, which is the field before them, has four
-    /// bytes, the last field of a name two, and that of a doubtful authority eight.
+    /// Adds the fields of this authority. No other combination of fields hashes the same, because their last fields
+    /// differ in length: the number of a header's lines, which comes before them, has four bytes, a port two, and the
+    /// mark of a doubtful authority eight.
     pub(super) fn add_to(self, hasher: &mut Hasher) {
         match self {
             Self::Unnamed => {}
@@ -76,7 +79,7 @@ impl<'r> Authority<'r> {
     }
 }
 
-/// Reads `[userinfo@]host[:port]`; `None` where it is none.
+/// Parses `[userinfo@]host[:port]`; `None` if the text has another form.
 fn read(authority: &[u8]) -> Option<Authority<'_>> {
     let host_and_port = match authority.iter().rposition(|byte| *byte == b'@') {
         Some(at) => &authority[at + 1..],

@@ -219,18 +219,18 @@ impl Collected {
 pub(crate) enum Shortfall<B: HttpBody> {
     /// It broke off.
     Broken(B::Error),
-    /// It is longer than the limit; this yields all of it.
+    /// The body is longer than the limit. The value yields the whole body, including the part that was read.
     TooLarge(Body<B>),
-    /// It took longer than the limit; this yields all of it.
+    /// The body took longer than the limit. The value yields the whole body, including the part that was read.
     TooSlow(Body<B>),
 }
 
-/// The most frames that are read in one poll. Without a bound, a body that never ends and is always ready would keep its thread,
-/// and no timer could end it.
+/// The largest number of frames that one poll reads. Without a bound, an endless body that is always ready would never
+/// return from the poll, and no timer could end it.
 const FRAMES_PER_POLL: usize = 128;
 
-/// Reads a body to its end, but no more than `limit` bytes of it (and one frame) and for no longer than `timeout`. No timer is made
-/// for a body that is complete at the first poll.
+/// Reads a body to its end. Stops with the frame that exceeds `limit` bytes, or after `timeout`. Makes no timer if the
+/// body is complete at the first poll.
 pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
     Collect {
         body: Some(body),
@@ -378,7 +378,7 @@ mod tests {
         StreamBody::new(stream::iter(frames)).boxed_unsync()
     }
 
-    /// Without a runtime: no timer may be needed.
+    /// Runs without a runtime, so making a timer would show.
     fn reading<B: RebuildBody>(body: B, limit: usize) -> Collect<B> {
         collect(body, limit, Duration::from_secs(10))
     }
@@ -420,7 +420,7 @@ mod tests {
         assert_eq!(Frames::rebuild(body).collect().await.unwrap().to_bytes(), "abcd");
     }
 
-    /// The task never came back from its poll, so that no timer could end it.
+    /// The task never returned from its poll, so no timer could end it.
     #[tokio::test(start_paused = true)]
     async fn a_body_that_is_always_ready_ends_when_its_time_is_over() {
         let empty = stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(Bytes::new())));

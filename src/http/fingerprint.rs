@@ -22,7 +22,7 @@ const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 pub(crate) struct Fingerprinting {
     pub(crate) body: BodyForm,
     pub(crate) headers: Vec<HeaderName>,
-    /// Whether the authority counts where no scope is set.
+    /// Whether the fingerprint includes the authority if no scope is set.
     pub(crate) authority: bool,
 }
 
@@ -47,7 +47,8 @@ pub(crate) enum BodyForm {
 }
 
 impl Fingerprinting {
-    /// The fingerprint of a request. Without a scope, its credentials and the host that it was sent to are parts of it (I4).
+    /// Returns the fingerprint of a request. Without a scope, the fingerprint includes the credentials and the host of
+    /// the request (I4).
     pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
         if matches!(self.body, BodyForm::Nothing) {
             return Fingerprint::NONE;

@@ -81,7 +81,7 @@ pub enum RefusalKind {
     OutcomeUnknown,
     /// The request was worked on, and its outcome could not be recorded. 503.
     OutcomeUnrecorded,
-    /// Too many executions run whose callers left, so that no other begins. 503.
+    /// The limit of executions without a caller is reached, so no new execution begins. 503.
     Overloaded,
     /// The record of the key is damaged or of a newer version. 500.
     RecordUnreadable,
@@ -100,9 +100,9 @@ impl RefusalKind {
         match self {
             Self::AnswerBroken | Self::AnswerNotKept => Effect::Done,
             Self::HandlerFailed => Effect::Failed,
-            // An unreadable record belongs to an earlier request, which may have taken effect.
+            // The unreadable record may belong to an earlier attempt that took effect.
             Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => Effect::Unknown,
-            // The request did not get as far as the handler.
+            // The handler did not get the request.
             Self::BodyBroken
             | Self::BodyTimeout
             | Self::BodyTooLarge
@@ -152,7 +152,8 @@ impl Refusal {
         }
     }
 
-    /// The same refusal of a request whose handler had begun, whatever its kind says: another attempt took its key over.
+    /// Marks this refusal as one of a request whose handler had begun. Another attempt took the key over, so the kind
+    /// alone says nothing about the effect of this request.
     pub(crate) const fn after_run(mut self) -> Self {
         self.after_run = true;
         self
@@ -225,14 +226,15 @@ impl Refusal {
             RefusalStyle::Stripe => self.stripe(),
         };
         if self.protect(response.headers_mut()).is_err() {
-            // An own renderer has left no room for them, and without them a cache could give the refusal to others.
+            // The application's renderer has left no room for these headers. Without them, a cache could return the
+            // refusal to other clients.
             return self.render(&RefusalStyle::default());
         }
         response.extensions_mut().insert(self);
         response
     }
 
-    /// Sets the headers of every refusal, in whatever style.
+    /// Sets the headers that a refusal has in every style.
     fn protect(self, headers: &mut HeaderMap) -> Result<(), MaxSizeReached> {
         headers.try_insert(CACHE_CONTROL, HeaderValue::from_static("no-store"))?;
         if let Some(seconds) = self.retry_after_seconds() {

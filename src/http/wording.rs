@@ -185,7 +185,8 @@ const OVERLOADED: Wording = Wording {
     code: "overloaded",
     title: "No new requests are processed for now",
     detail:
-        "The server works on too many requests whose clients left. Nothing was processed; send the request again later.",
+        "The server still works on too many requests whose clients have disconnected. This request was not processed; \
+         send it again later.",
     retryable: true,
 };
 
@@ -210,7 +211,8 @@ const STORE_MISCONFIGURED: Wording = Wording {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "store-misconfigured",
     title: "Keys cannot be checked",
-    detail: "The server is not set up to check this key. Sending the request again does not help until its operator has corrected that.",
+    detail: "The server is not set up to check this key. Sending the request again does not help until the operator \
+             of the server has corrected the setting.",
     retryable: false,
 };
 

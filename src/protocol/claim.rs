@@ -44,9 +44,10 @@ impl fmt::Debug for Nonce {
 
 /// A number that grows with every attempt under a key: `max(last + 1, store time in µs)`.
 ///
-/// Hand it to a third party that can refuse older ones. While the record lives, the fence grows whatever the store's clock does. A
-/// release and the end of the retention delete the record, and with it the last fence. A memory store remembers the highest one
-/// all the same. The next fence of a store on a server is then the time of that server, so it grows unless the server's clock was
+/// Pass it to a third party that can refuse requests with an older fence. While the record exists, its fence grows even
+/// if the store's clock is set back. The release of a first attempt and the end of the retention delete the record and
+/// its fence. After that, a memory store still gives a higher fence, because it remembers the highest fence that it has
+/// given. A store on a server takes the server's time as the next fence, which is higher unless the server's clock was
 /// set back in the meantime.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fence(u64);
@@ -64,7 +65,7 @@ impl Fence {
         self.0
     }
 
-    /// The fence of an attempt that begins at `now` and comes after the attempt with this fence.
+    /// Returns the fence of the attempt that follows the attempt with this fence, and begins at `now`.
     pub(crate) fn next(self, now: Timestamp) -> Self {
         Self(now.as_micros().max(self.0.saturating_add(1)))
     }
@@ -172,8 +173,9 @@ impl Answer {
 
     /// Copies head and body into one allocation of exactly their length.
     ///
-    /// The bytes of an answer may be slices of far larger buffers: of a cache, of a file, of a connection. A store that keeps them in
-    /// this process and counts them must keep a copy, or it holds more than it counts.
+    /// The bytes of an answer may be slices of far larger buffers, such as those of a cache, a file or a connection. A
+    /// store that holds answers in this process and counts their bytes must copy them. Otherwise it holds more memory
+    /// than it counts.
     #[must_use]
     pub fn to_exact(&self) -> Self {
         let mut whole = Vec::with_capacity(self.len());
@@ -208,7 +210,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The same outcome, with an answer that holds no memory beyond its own bytes.
+    /// Returns the same outcome, with an answer that uses no memory beyond its own bytes.
     pub(crate) fn to_exact(&self) -> Self {
         match self {
             Self::Kept(answer) => Self::Kept(answer.to_exact()),

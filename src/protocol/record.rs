@@ -120,7 +120,8 @@ impl Record {
         Self::claim_above(record, claim, now, Fence::default())
     }
 
-    /// Answers a claim with a fence greater than `floor`, for stores that remember the fences of records that are gone (I9).
+    /// Decides a claim, and grants it with a fence greater than `floor`. For stores that remember the fences of deleted
+    /// records (I9).
     pub(crate) fn claim_above(
         record: Option<&Self>,
         claim: &Claim,

@@ -86,10 +86,11 @@ impl Inbox {
     /// Where you commit all the same, for the sake of other messages, note each in a savepoint of its own, and roll back to that: else a
     /// message that a layer has lost is written down as unknown.
     ///
-    /// While another transaction notes the same message, it waits for the end of that one. Note several messages in one order
-    /// everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one. Use READ COMMITTED,
-    /// PostgreSQL's default: at the stricter levels a transaction that met another one fails with
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable), and only you can run all of it again.
+    /// While another transaction notes the same message, it waits for the end of that one. Note several messages in one
+    /// order everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one.
+    /// Use READ COMMITTED, PostgreSQL's default. At the stricter levels, a transaction that conflicts with another one
+    /// fails with [`StoreUnavailable`](ErrorKind::StoreUnavailable), and your code has to run the whole transaction
+    /// again.
     ///
     /// # Cancel safety
     ///

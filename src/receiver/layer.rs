@@ -237,9 +237,11 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets how many handlers may go on in this process although their deliveries were dropped. Beyond that no message is handled:
-    /// the delivery fails with [`Overloaded`](crate::ErrorKind::Overloaded), and the broker delivers it again. Default: 16,384. A handler
-    /// whose delivery was dropped is not stopped, so a consumer with a time-out of its own could otherwise start any number.
+    /// Sets how many handlers may continue in this process after their deliveries were dropped. Default: 16,384. At
+    /// this limit, the layer handles no new message: the delivery fails with
+    /// [`Overloaded`](crate::ErrorKind::Overloaded), and the broker delivers the message again. The layer does not stop
+    /// a handler whose delivery was dropped, so without a limit a consumer with its own timeout could start any number
+    /// of handlers.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
         self.settings().terms.max_detached = executions;
         self

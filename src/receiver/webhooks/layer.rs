@@ -183,7 +183,8 @@ async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
     let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());
     let key = id.and_then(|id| HeaderValue::try_from(key_of(&settings.consumer, &id)).ok());
     let key = key.ok_or(RefusalKind::InvalidWebhook)?;
-    // A request that has no room for its key cannot be told from another delivery, so the handler must not see it.
+    // Without its key, a request cannot be distinguished from other deliveries, so refuse one that has no room for the
+    // key.
     let placed = head.headers.try_insert(IDEMPOTENCY_KEY, key);
     placed.map_err(|_| RefusalKind::InvalidWebhook)?;
     Ok(Request::from_parts(head, body.rebuild()))
