@@ -80,7 +80,7 @@ fn a_large_response_is_copied_once_for_the_store_and_replayed_without_a_copy() {
     let mut given = Vec::new();
     for n in 0..3 {
         let (info, response) = allocated(&mut layer, request("POST", Some("k"), &body));
-        // The store keeps a copy, because the response may be a slice of a larger buffer.
+        // The store makes a copy, because the response may be a slice of a larger buffer.
         let copied = if n == 0 { 512 << 10 } else { 0 };
         assert!(
             (copied..copied + OTHER).contains(&info.bytes_total),

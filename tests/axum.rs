@@ -403,7 +403,7 @@ async fn extractors_show_the_attempt_and_their_absence() {
     );
 }
 
-/// The rejection looked for `Idempotency-Key`, whatever header field the layer was set to.
+/// The rejection looked for `Idempotency-Key` even if the layer was set to another header field.
 #[tokio::test]
 async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
     async fn needs(_: Lease) {}

@@ -93,7 +93,7 @@ async fn a_body_over_the_limit_is_413_announced_or_not_and_the_key_stays_free() 
     assert_eq!(send(&service, post("k", "0123456789")).await.status(), 201);
 }
 
-/// It has no length to bound and no pause to time, so that the server read it for ever.
+/// Such a body has no length to bound and no pause to time, so the server read it for ever.
 #[tokio::test(start_paused = true)]
 async fn a_body_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
     let handler = Handler::new();
@@ -356,7 +356,7 @@ fn fill(headers: &mut http::HeaderMap) -> usize {
     headers.len()
 }
 
-/// The mark of a replay is one header too many, and `HeaderMap::insert` panics.
+/// The mark of a replay was one header too many, and `HeaderMap::insert` panicked.
 #[tokio::test]
 async fn a_response_with_as_many_headers_as_a_map_takes_is_replayed_without_a_mark() {
     let handler = Handler::new().answering(|_| {

@@ -214,7 +214,7 @@ async fn executions_whose_callers_left_are_bounded() {
         assert!(refused.head.headers.contains_key("retry-after"));
         let key = layer.storage_key(None, "new").unwrap();
         assert_eq!(store.peek(&key).await.unwrap(), None, "nothing was claimed");
-        // Duplicates still get what there is, and wait for what there will be.
+        // Duplicates still get a stored response, or wait for one.
         assert!(send(&service, post("before", "")).await.is_replay());
         assert!(send(&service, post("0", "")).await.is_replay());
         layer.drain().wait().await;

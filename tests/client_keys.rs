@@ -151,8 +151,8 @@ async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
     assert_eq!(headers, *own.headers());
 }
 
-/// A key that was not made at random just now may have been sent by a process that crashed. With a date of today, the server takes
-/// the retry for a new request once its record of the key is gone.
+/// A key that was not made at random just now may have been sent by a process that crashed. If the retry has the
+/// present date, the server takes it for a new request once its record of the key is gone.
 #[tokio::test]
 async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_sent() {
     const NAME: &str = "repeatability-first-sent";
@@ -340,7 +340,8 @@ mod redirects {
         follow_with(&Method::POST, &[307, 308], places, at_home).await
     }
 
-    /// Follows from `/0` over the given places, each with the next of the statuses; what arrived where, under which key.
+    /// Follows redirects from `/0` over the given places, with the given statuses in order. Returns which requests
+    /// arrived where, and under which key.
     async fn follow_with(
         method: &Method,
         statuses: &'static [u16],
@@ -397,7 +398,7 @@ mod redirects {
         );
     }
 
-    /// Ways to another origin, and on from there.
+    /// Redirects to another origin, and further ones from there.
     const ELSEWHERE: [&[&str]; 3] = [
         &["https://bank.example/1", "https://bank.example/2"],
         &["http://thief.example/1", "http://bank.example/back"],

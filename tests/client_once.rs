@@ -481,7 +481,7 @@ where
     (first, run(once(store, "k"), value).await)
 }
 
-/// Numbers were written in decimal and read back with another last bit.
+/// Floats were written in decimal, and some came back with another last bit.
 #[tokio::test]
 async fn a_replay_gives_every_float_that_the_first_run_gave() {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -535,7 +535,7 @@ async fn the_first_caller_gets_what_a_replay_gives() {
     );
 }
 
-/// A value whose own code panics, when it is written or when it is read.
+/// A value whose own code panics when the value is written or read.
 #[derive(Clone, Debug)]
 struct Panics {
     when_read: bool,
@@ -578,7 +578,7 @@ async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made
     is_given_once((0..200).fold(Nested(Vec::new()), |inner, _| Nested(vec![inner]))).await;
     is_given_once(Panics { when_read: true }).await;
     is_given_once(Panics { when_read: false }).await;
-    // What a check finds is stored like what a call returns.
+    // The result of a check is stored like the result of a call.
     let store = MemoryStore::new();
     let lost = once(store.clone(), "k").run(|_| ready(Err::<f64, _>(unknown()))).await;
     assert!(matches!(lost, Err(OnceError::Unknown(Some(_)))));

@@ -146,8 +146,8 @@ async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
     }
 }
 
-/// A third party that charges and then answers with any status at all. Only a status by which a server says that it did nothing frees
-/// the key, and those are few.
+/// A third party that charges and then responds with any status. The key becomes free only after the few statuses that
+/// mean that the server did nothing.
 #[tokio::test(start_paused = true)]
 async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
     const FREE: [u16; 23] = [
@@ -167,7 +167,7 @@ async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
     }
 }
 
-/// Two markers by which a server can claim what is not so.
+/// Two markers with which a server can make a false claim.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_request() {
     for (name, value) in [
@@ -316,7 +316,7 @@ async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
     assert_eq!(party.arrived(), 2);
 }
 
-/// Outside of what the layer covers, an error of a request with an effect is never called "failed": a redirect may lie between.
+/// If the layer does not cover an unsafe request, its error is never `Failed`, because a redirect may have come first.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_is_not_covered_is_called_failed_only_if_it_is_safe() {
     let ((_, layer), party) = (layer(), Party::default());
@@ -377,7 +377,7 @@ async fn an_answer_that_breaks_off_is_not_called_failed() {
     }
 }
 
-/// A response that stalled was read for ever, and so was one of empty frames, which kept its thread as well.
+/// The layer read a response that stalled for ever. It read endless empty frames for ever, too, and blocked its thread.
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
     let bodies: [fn() -> support::AnyBody; 2] = [
@@ -437,7 +437,8 @@ async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
     assert!(after.may_have_happened() && party.arrived() == 1);
 }
 
-/// Retries within the layer: a third party without idempotency gets one request, unless it provably did not take it.
+/// Retries inside the layer. A third party without idempotency gets one request, unless it provably did not take the
+/// first one.
 #[cfg(feature = "retry")]
 mod with_retries {
     use super::*;
@@ -480,7 +481,8 @@ mod with_retries {
         client.oneshot(request).await.unwrap_or_else(|error| error)
     }
 
-    /// The layers in the documented order, with either way to repeat, over a third party that acts as given; the last act is repeated.
+    /// The layers in the documented order, with either retry layer, over a third party that performs the given acts; it
+    /// repeats the last act.
     fn clients(layer: &OnceLayer<RemoteStore>, acts: &'static [Act], arrived: &Arc<AtomicUsize>) -> [Client; 2] {
         let policy = RetryPolicy::new(Profile::draft()).with_errors(|error: &io::Error| match error.kind() {
             io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
@@ -513,7 +515,7 @@ mod with_retries {
         [BoxCloneService::new(calls), BoxCloneService::new(retries)]
     }
 
-    /// Checks how many requests arrive for a call, what its caller gets, and whether another call would be sent.
+    /// Checks how many requests a call sends, the result for its caller, and whether the next call would be sent.
     async fn check(
         configure: impl Fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>,
         table: &[(&'static [Act], usize, Known, bool)],
@@ -564,7 +566,7 @@ mod with_retries {
         }
     }
 
-    /// The refusal of a later attempt does not speak for the one that was lost before.
+    /// The refusal of a later attempt says nothing about the attempt that was lost before.
     #[tokio::test(start_paused = true)]
     async fn a_lost_request_is_repeated_if_the_third_party_honours_keys() {
         check(

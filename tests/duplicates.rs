@@ -220,7 +220,7 @@ async fn a_follower_takes_the_place_of_a_waiter_that_left_and_runs_when_the_key_
     assert_eq!(owner.await.unwrap().status(), 502);
 }
 
-/// A duplicate that followed a second waiter dropped its request, and was told that a free key is being worked on.
+/// A duplicate that followed a second waiter dropped its request. Later it got 409 although the key was free.
 #[tokio::test(start_paused = true)]
 async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free() {
     let store = RemoteStore::new();
@@ -246,7 +246,7 @@ async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free(
     assert_eq!(owner.await.unwrap().status(), 502);
 }
 
-/// A waiter held what the service had reserved for it, or ran with a service that was not ready.
+/// A waiter held the capacity that the service had reserved, or ran with a service that was not ready.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_claims_again() {
     let store = RemoteStore::new();
@@ -323,7 +323,8 @@ async fn a_waiter_whose_service_fails_before_it_claims_again_gets_the_error_of_i
     assert_eq!((owner.await.unwrap().status(), store.len()), (502, 0));
 }
 
-/// The key was released elsewhere and taken for another request. A waiter that had not looked since then spoke for the key.
+/// Another process released the key, and another request took it. A waiter that had not looked since then decided by
+/// its old look.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_of_another_process_refuses_no_request_by_what_it_saw_before() {
     let store = RemoteStore::new();
@@ -370,7 +371,7 @@ async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
     }
     assert_eq!(codes.iter().filter(|code| **code == "too-many-waiters").count(), 97);
     drop(owners);
-    // Without a wait no place is needed, and the places are free again.
+    // A request that does not wait needs no place, and the places are free again.
     let at_once = layer
         .clone()
         .with_wait(Duration::ZERO)
@@ -382,7 +383,8 @@ async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
     assert_eq!(send(&here, post("k", "")).await.status(), 201);
 }
 
-/// A wait for an owner took over the deadline of a wait for the decision about another request's claim: the time-out of the store.
+/// A wait for an owner inherited the deadline of an earlier wait, the one for the decision about another request's
+/// claim, which was the timeout of the store.
 #[tokio::test(start_paused = true)]
 async fn a_duplicate_waits_no_longer_than_is_set_whatever_it_waits_for() {
     let store = RemoteStore::new();

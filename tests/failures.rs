@@ -263,7 +263,8 @@ async fn an_answer_that_breaks_off_is_never_executed_again() {
     }
 }
 
-/// A body that broke off kept its key from running for a day, whatever its head said.
+/// After a body that broke off, the key could not run again for a day, even if the head had a status that releases the
+/// key.
 #[tokio::test]
 async fn a_response_that_is_not_stored_frees_its_key_although_its_body_breaks_off() {
     for (status, mark) in [
@@ -397,7 +398,7 @@ async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
     drain.wait().await;
 }
 
-/// A response whose caller was gone was read for ever, so that its key was stuck and draining never ended.
+/// The layer read a response whose caller was gone for ever, so the key was stuck and draining never ended.
 #[tokio::test(start_paused = true)]
 async fn a_response_that_stalls_without_a_caller_is_dropped() {
     for (status, timeout, second) in [
@@ -554,7 +555,7 @@ fn outer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).with_header(header::HeaderName::from_static("x-outer-key"))
 }
 
-/// A refusal of an inner layer counted as "nothing happened", whatever it said.
+/// Every refusal of an inner layer counted as a sign that the request had no effect.
 #[tokio::test]
 async fn a_failure_that_an_inner_layer_reports_is_a_failure() {
     for (on_error, runs, codes) in [
@@ -602,7 +603,7 @@ async fn what_an_inner_layer_refuses_before_its_handler_frees_the_outer_key() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// The inner attempt ran and lost its key to another request. What it is refused with says nothing about its own effect.
+/// The inner attempt ran and lost its key to another request. Its refusal says nothing about its own effect.
 #[tokio::test(start_paused = true)]
 async fn an_inner_attempt_that_ran_and_was_superseded_is_of_unknown_outcome() {
     let store = RemoteStore::new();
@@ -624,7 +625,7 @@ async fn an_inner_attempt_that_ran_and_was_superseded_is_of_unknown_outcome() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// The caller and the duplicates got the replay marker for a failure that no record holds.
+/// The caller and the duplicates got the replay marker, although no record holds the failure.
 #[tokio::test(start_paused = true)]
 async fn a_failure_that_could_not_be_recorded_is_not_marked_as_a_replay() {
     for panics in [true, false] {
@@ -878,7 +879,7 @@ async fn an_owner_records_its_response_once_a_misconfigured_store_is_corrected()
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
     assert!(store.only().1.is_completed());
     assert!(send(&service, post("k", "pay")).await.is_replay());
-    // One that stays so for longer than the caller waits.
+    // The old primary stays read-only for longer than the caller waits.
     store.fail("complete", [Fault::Misconfigured; 30]);
     assert_eq!(send(&service, post("k2", "pay")).await.status(), 201);
     tokio::time::sleep(Duration::from_secs(120)).await;

@@ -102,7 +102,7 @@ async fn one_renewal_that_hangs_does_not_lose_a_short_lease() {
     assert_eq!(runs.load(Ordering::SeqCst), 1);
 }
 
-/// It waited by the deadline of the wait for its own claim, which was long over.
+/// The superseded owner waited until the deadline of its own claim, which was long over.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_owner_waits_for_the_winner_however_long_it_ran() {
     let store = RemoteStore::new();
@@ -143,7 +143,7 @@ async fn a_store_that_hangs_does_not_prolong_a_wait_for_another_call() {
     first.abort();
 }
 
-/// The task that renews sleeps while its runtime is kept busy. The owner is polled, and sees that the renewal is overdue.
+/// The renewal task sleeps while its runtime is busy. The owner is polled, and finds the renewal overdue.
 #[test]
 fn a_call_that_keeps_its_runtime_busy_renews_its_lease_itself() {
     let store = RemoteStore::new();

@@ -278,7 +278,7 @@ async fn what_goes_out_twice_comes_in_once() {
     assert_eq!(bench.number("SELECT count(*) FROM effects").await, 1);
 }
 
-/// `CREATE TABLE IF NOT EXISTS` needs the right to make a table also where it is there.
+/// `CREATE TABLE IF NOT EXISTS` needs the right to make a table even if the table exists.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_documented_rights_suffice() {
     let bench = Bench::new().await;

@@ -48,7 +48,8 @@ async fn kills_leave_exactly_one_effect_where_it_shares_the_transaction_of_its_a
     kills_in_transactions(&server, "").await;
 }
 
-/// Transactions of the handler are serializable, and so are the statements over a pool that the store leaves as it is.
+/// The transactions of the handler are serializable, and so are the store's statements, because the store does not
+/// change the sessions of this pool.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_leave_exactly_one_effect_where_the_role_is_serializable() {
     let server = PostgresServer::start();

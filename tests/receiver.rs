@@ -479,7 +479,7 @@ async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
             matches!(&failed, Err(ReceiveError::Store(error)) if error.kind() == kind),
             "{failed:?}"
         );
-        // It is neither acknowledged nor rejected: an operator may correct the store.
+        // The message is neither acknowledged nor rejected, because an operator may correct the store.
         assert_eq!(disposition(&failed), Disposition::Redeliver(None));
     }
     assert_eq!(handler.counts(), (0, 0));

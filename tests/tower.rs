@@ -284,7 +284,7 @@ fn with(headers: &[(&'static str, &'static str)], uri: &str) -> Request<AnyBody>
     request.body(full("{}")).unwrap()
 }
 
-/// One deployment serves many tenants, told apart by their host names or their keys.
+/// One deployment serves many tenants, and identifies them by their host names or their API keys.
 #[tokio::test]
 async fn another_caller_gets_422_and_never_the_response() {
     for (name, alice, mallory) in [
@@ -318,7 +318,7 @@ async fn a_host_is_the_same_in_http_2_and_http_1_and_an_address_is_none() {
     ] {
         assert!(send(&service, same).await.is_replay());
     }
-    // A client that balances by address retries on another node.
+    // A client that balances its load over addresses retries on another node.
     let service = layer().layer(Handler::new());
     send(&service, with(&[("host", "10.0.0.1:3000")], "/orders")).await;
     for node in [

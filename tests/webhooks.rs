@@ -449,7 +449,7 @@ async fn a_duplicate_of_which_the_answer_was_not_kept_gets_a_bare_200() {
     }
 }
 
-/// A failure that is stored, but too long to be stored whole, was called a success, and the provider stopped sending.
+/// A failure that was too long to be stored was acknowledged as a success, and the provider stopped sending.
 #[tokio::test(start_paused = true)]
 async fn a_failure_whose_body_is_not_stored_is_never_called_a_success() {
     let broken = || {
@@ -468,7 +468,7 @@ async fn a_failure_whose_body_is_not_stored_is_never_called_a_success() {
     }
 }
 
-/// A forger's body that is always ready kept its thread for ever.
+/// A forged request with an endless body that is always ready blocked its thread for ever.
 #[tokio::test(start_paused = true)]
 async fn a_webhook_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
     let app = App::new(standard());

@@ -1,4 +1,5 @@
-//! Redirects after a charge: the status or the error of another request never speaks for the charge, so none is made twice.
+//! Redirects after a charge. The layers never take the status or the error of a later request for that of the charge,
+//! so no charge is made twice.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -27,7 +28,7 @@ async fn charge_and_go_away(listener: TcpListener, status: u16, place: &str, cha
     stream.shutdown().await.unwrap();
 }
 
-/// Places that a 3xx can name: pages that are there or not, the request's own target, other schemes, nonsense.
+/// Targets of a 3xx: pages that exist or do not, the request's own target, other schemes, invalid URLs.
 const PLACES: [&str; 8] = [
     "/charges/1",
     "/charges",
@@ -59,7 +60,7 @@ fn plain() -> reqwest::ClientBuilder {
     reqwest::Client::builder().no_proxy()
 }
 
-/// Every service over `reqwest`, built by us or by the application.
+/// Every service over `reqwest`, built by this crate or by the application.
 fn services() -> [ReqwestService; 2] {
     [
         ReqwestService::build(plain()).unwrap(),
@@ -78,14 +79,15 @@ async fn a_charge_is_made_once_although_the_server_goes_away_after_its_redirect(
                 let client = ServiceBuilder::new().layer(once()).service(http.clone());
                 let serving = charge_and_go_away(listener, status, place, &charges);
                 let (first, ()) = tokio::join!(client.clone().oneshot(pay(&url)), serving);
-                // A 307 or 308 that was not followed says that nothing was done, and that is believed.
+                // A 307 or 308 that the client did not follow means that the server did nothing, and the layer relies
+                // on that.
                 if matches!(&first, Ok(response) if [307, 308].contains(&response.status().as_u16())) {
                     continue;
                 }
                 if let Err(error) = &first {
                     assert!(error.may_have_happened(), "{status} {place}: {error:?}");
                 }
-                // A free key would be claimed, and the request would meet a closed port.
+                // If the key were free, the layer would claim it, and the request would reach a closed port.
                 let again = client.oneshot(pay(&url)).await;
                 assert!(
                     matches!(again, Ok(_) | Err(OnceError::Unknown(None))),
@@ -122,7 +124,7 @@ async fn a_status_of_a_later_hop_does_not_free_the_key() {
     for http in services() {
         for status in [301, 302, 303] {
             for refusal in [400, 401, 404, 409, 425, 429, 499, 501, 503] {
-                // The second place is the target of the request itself: no URL shows that another request was made.
+                // The second place is the target of the request itself, so no URL shows that another request was made.
                 for place in ["/charges/1", "/charges"] {
                     let server = charging_and_refusing(status, place, refusal).await;
                     let client = ServiceBuilder::new().layer(once()).service(http.clone());
@@ -177,7 +179,7 @@ async fn a_charge_that_was_redirected_is_not_reported_as_not_taken() {
     }
 }
 
-/// The outer layer sees the 429 of the later hop, and not where it comes from.
+/// The outer layer sees the 429, but not that it comes from a later hop.
 #[tokio::test]
 async fn a_call_around_a_once_layer_is_not_reported_as_not_taken() {
     let server = charging_and_refusing(303, "/charges", 429).await;
@@ -280,7 +282,8 @@ async fn an_error_before_the_sending_frees_the_key() {
                 matches!(layered.oneshot(pay(url)).await, Err(OnceError::Failed(_))),
                 matches!(called.oneshot(pay(url)).await, Err(OnceError::Failed(_))),
             ];
-            // Nothing shows whether another client was refused a connection for the request itself or for a later one.
+            // With any other client, nothing shows whether the refused connection belongs to the request itself or to a
+            // later one.
             let is_known = is_ours || url != refused;
             assert_eq!(failed, [is_known; 2], "{url}, ours: {is_ours}");
         }
@@ -302,7 +305,8 @@ async fn what_a_client_repeats_by_itself_is_not_sent_again_under_a_once_layer() 
         .service(ReqwestService::build(again()).unwrap());
     client.oneshot(pay(&server.url("/charges"))).await.unwrap();
     assert_eq!(server.arrived().len(), 1);
-    // A client that was taken as it is repeats. A refusal of the last attempt does not speak for the first.
+    // `from_client` takes a client with its own retries. The refusal of the last attempt says nothing about the first
+    // one.
     let server = Server::start(|_, count| match count {
         1 => Err(io::ErrorKind::ConnectionReset.into()),
         _ => Ok(text(StatusCode::TOO_MANY_REQUESTS, "")),
@@ -340,7 +344,7 @@ mod by_tower_http {
         }))
     }
 
-    /// The application's word: a refused connection comes before the sending, and everything else is final.
+    /// The application's classification: a refused connection comes before the sending, and every other error is final.
     fn class(error: &io::Error) -> ErrorClass {
         match error.kind() {
             io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
@@ -366,7 +370,7 @@ mod by_tower_http {
             for place in ["/charges/1", "/charges", "http://other.example/"] {
                 let store = MemoryStore::new();
                 let once = || OnceLayer::new(store.clone(), Profile::stripe()).with_errors(class);
-                // With our policy, and with none of ours.
+                // With the policy of this crate, and without it.
                 let policy = Limited::new(5).and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()));
                 let charges = Arc::default();
                 let client = ServiceBuilder::new()

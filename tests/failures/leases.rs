@@ -1,4 +1,4 @@
-//! Leases are renewed as long as their owners live, whatever else happens in the process.
+//! Leases are renewed as long as their owners live, even if runtimes end, threads block or renewals fail.
 
 use std::future::poll_fn;
 use std::sync::mpsc;
@@ -25,13 +25,13 @@ fn one_thread() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// A request with the same key in another process, which would take over a key that is lost.
+/// A request with the same key in another process. It would take the key over if the lease ended.
 async fn elsewhere(store: &RemoteStore, handler: &Handler) -> Got {
     let there = layer(store).with_wait(Duration::ZERO).layer(handler.clone());
     send(&there, post("k", "pay")).await
 }
 
-/// The renewal task was started through the pool for blocking work, which others may have filled.
+/// The renewal task was started through the pool for blocking work, which the application may have filled.
 #[test]
 fn a_lease_is_renewed_while_the_blocking_pool_is_full() {
     let runtime = Builder::new_multi_thread()
@@ -53,7 +53,7 @@ fn a_lease_is_renewed_while_the_blocking_pool_is_full() {
     drop(end);
 }
 
-/// One task renewed the leases of all runtimes, and none did once its runtime stood still or ended.
+/// One task renewed the leases of all runtimes. When its runtime was blocked or ended, nothing renewed them.
 #[test]
 fn a_lease_is_renewed_on_its_own_runtime_whatever_became_of_the_first_one() {
     for is_dropped in [false, true] {
@@ -73,7 +73,7 @@ fn a_lease_is_renewed_on_its_own_runtime_whatever_became_of_the_first_one() {
     }
 }
 
-/// The runtime of the owner is blocked by a handler, and another one of the process sees that the renewal is overdue.
+/// A handler blocks the runtime of the owner. The task of another runtime finds the renewal overdue.
 #[test]
 fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
     let store = RemoteStore::new();
@@ -93,7 +93,8 @@ fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
     assert_eq!(beside.join().unwrap().status(), 201);
 }
 
-/// A handler that never lets its runtime come to the timers: the renewal task sleeps, and only the owner is polled.
+/// A handler keeps its runtime so busy that the timers never fire. The renewal task sleeps, and only the owner is
+/// polled.
 #[test]
 fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
     let store = RemoteStore::new();

@@ -1,4 +1,4 @@
-//! The byte budget counts the memory that is held, not the slices that were handed over.
+//! The byte budget counts the memory that the store holds, even if the answers are slices of larger buffers.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -15,7 +15,8 @@ use super::{claim, granted, HOUR};
 
 const BUFFER: usize = 1 << 20;
 
-/// Buffers as a cache, a file or a proxy hands out slices of them, and how many bytes of them are alive.
+/// A source of slices of large buffers, like a cache, a file or a proxy, and the number of bytes of its buffers that
+/// are alive.
 #[derive(Clone, Default)]
 struct Buffers(Arc<AtomicUsize>);
 
@@ -118,7 +119,7 @@ async fn an_answer_over_the_whole_budget_is_neither_kept_nor_held() {
     assert_eq!(store.claim(&claim(1, 1)).await.unwrap(), Decision::NotKept);
 }
 
-/// 64 MiB of deferred writes may wait for a store that is away. They counted slices, too.
+/// At most 64 MiB of deferred writes may wait for an unreachable store. This limit counted the slices, too.
 #[tokio::test(start_paused = true)]
 async fn a_deferred_write_holds_no_buffer_of_its_response() {
     let buffers = Buffers::default();

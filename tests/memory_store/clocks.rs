@@ -44,7 +44,8 @@ fn complete(store: &MemoryStore, key: u8, outcome: &Outcome, retention: Duration
     block_on(store.complete(&claim.key, grant.owner, outcome, retention)).unwrap()
 }
 
-/// The store read the clock before it held the lock, so a thread that had waited was given an older fence than the one before it.
+/// The store read the clock before it held the lock, so a thread that had waited for the lock got a lower fence than
+/// the thread before it.
 #[test]
 fn the_fence_grows_from_owner_to_owner_among_many_threads() {
     let store = MemoryStore::new();
@@ -54,7 +55,7 @@ fn the_fence_grows_from_owner_to_owner_among_many_threads() {
         for _ in 0..4 {
             scope.spawn(|| {
                 for _ in 0..50_000 {
-                    // Only the owner gets here, one after the other.
+                    // Only owners get here, one after the other.
                     let claim = any_claim(1);
                     if let Some(grant) = grant_of(&store, &claim) {
                         let fence = grant.owner.fence.as_u64();
@@ -69,7 +70,7 @@ fn the_fence_grows_from_owner_to_owner_among_many_threads() {
     assert_eq!(not_grown.into_inner(), 0);
 }
 
-/// After each of these ends the record is gone, and nothing of it tells how high the fence was.
+/// After each of these ends the record is gone, and its fence with it.
 #[tokio::test]
 async fn the_fence_grows_while_the_clock_stands_still_and_the_records_go() {
     let store = MemoryStore::builder().with_clock(clock()).build();
@@ -96,7 +97,7 @@ async fn the_fence_grows_while_the_clock_stands_still_and_the_records_go() {
                 let absent = Resolution::Absent;
                 store.resolve(&claim.key, owner.fence, &absent).await.unwrap();
             }
-            // Lost: the next claim takes it over.
+            // The attempt is lost, and the next claim takes the key over.
             _ => drop(store.renew(&claim.key, owner, Duration::ZERO).await.unwrap()),
         }
         store.sweep();
@@ -155,8 +156,9 @@ impl ArcWake for Gate {
     }
 }
 
-/// A completion that waited for its shard entered its record under a second that had been struck in the meantime. Taking off what an
-/// older answer of that second had held made the count underflow, and the completion of a third key panicked after its effect.
+/// A completion that waited for its shard entered its record under a second that the sweep had already removed. When
+/// the store then subtracted an older answer of that second, the count underflowed, and the completion of a third key
+/// panicked after its effect.
 #[test]
 fn a_completion_that_waits_for_its_shard_does_not_upset_the_ledger() {
     let clock = Clock::manual(Timestamp::from_micros(10_000_000));
@@ -255,7 +257,7 @@ fn the_books_balance_after_threads_have_raced() {
     assert_eq!((figures.records, figures.bytes, figures.in_flight), (0, 0, 0));
 }
 
-/// moka frees by the machine's clock. The record lives by the store's, which stands still here.
+/// moka expired records by the machine's clock. The record must live by the store's clock, which stands still here.
 #[test]
 fn a_record_lives_by_the_clock_of_its_store() {
     let clock = clock();

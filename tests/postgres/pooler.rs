@@ -28,7 +28,7 @@ async fn pool(server: &PostgresServer, bouncer: &Bouncer, cached: usize) -> PgPo
         .unwrap()
 }
 
-/// The life of a key; says what was read that cannot be.
+/// Runs the whole life of a key. Returns the impossible states that it has read.
 async fn live(store: PostgresStore, claim: Claim) -> Result<Option<String>, Error> {
     let key = &claim.key;
     let grant = match store.claim(&claim).await? {
@@ -55,7 +55,7 @@ async fn live(store: PostgresStore, claim: Claim) -> Result<Option<String>, Erro
     }
 }
 
-/// The lives of 240 keys, twelve at a time: what was wrong, and the errors.
+/// Runs the lives of 240 keys, twelve at a time. Returns the impossible states, and the errors.
 async fn lives(store: &PostgresStore) -> (Vec<String>, Vec<Error>) {
     let (mut wrong, mut errors) = (Vec::new(), Vec::new());
     for _ in 0..20 {
@@ -94,7 +94,7 @@ async fn every_operation_gets_its_own_rows_behind_a_transaction_pooler() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_contract_is_kept_behind_a_transaction_pooler() {
     let server = PostgresServer::start();
-    // As Debian sets it up, so that it takes no parameter of sqlx.
+    // The default settings of Debian, which refuse the startup parameter of sqlx.
     let bouncer = Bouncer::start(&server, "transaction", "");
     let url = format!("{}?transaction_pooler=true", server.url_by(bouncer.port()));
     conformance::all(&BoxStore::from_url(&url).await.unwrap()).await;
@@ -116,7 +116,7 @@ async fn a_transaction_pooler_is_refused_at_the_start_without_the_setting() {
         ];
         if !further.is_empty() {
             let pool = pool(&server, &bouncer, 0).await;
-            // Several servers are idle, so that the next is not the last one by itself.
+            // Several servers are idle, so the next one is not always the last one.
             join_all((0..8).map(|_| sqlx::raw_sql("SELECT pg_sleep(0.2)").execute(&pool))).await;
             let store = PostgresStore::builder().with_pool(pool.clone()).unwrap();
             errors.push(store.claim(&claim(1)).await.map(drop).unwrap_err());
@@ -134,7 +134,7 @@ async fn a_transaction_pooler_is_refused_at_the_start_without_the_setting() {
     }
 }
 
-/// The settings of the store's sessions would be those of whichever client gets the server next.
+/// The settings of the store's sessions would stay with the server, and the next client would get them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_pooler_keeps_the_sessions_of_its_servers() {
     let server = PostgresServer::start();
@@ -167,7 +167,7 @@ async fn a_pooler_in_session_mode_raises_no_alarm() {
     }
 }
 
-/// A pooler that nobody could detect, because it came later.
+/// The check cannot find this pooler, because it comes later.
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_another_statement_are_errors() {
     let server = PostgresServer::start();

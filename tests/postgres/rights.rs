@@ -26,7 +26,8 @@ async fn tell(pool: &PgPool, sql: &str) {
         .unwrap();
 }
 
-/// The URL of a role that may do with the table what the documentation of `PostgresStore` asks for, and make none.
+/// The URL of a role with the rights on the table that the documentation of `PostgresStore` lists. The role may not
+/// make tables.
 async fn role_with_documented_rights(server: &PostgresServer, own: &PgPool) -> String {
     let source = include_str!("../../src/store/postgres/mod.rs");
     let grants = source.lines().filter(|line| line.starts_with("/// GRANT "));
@@ -76,7 +77,7 @@ async fn assert_nothing_runs(store: &PostgresStore) {
     assert_eq!(Disposition::of(&received), Disposition::Redeliver(None), "{received:?}");
 }
 
-/// `CREATE TABLE IF NOT EXISTS` needs the right to make a table also where it is there.
+/// `CREATE TABLE IF NOT EXISTS` needs the right to make a table even if the table exists.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_without_create_can_connect_to_a_table_that_is_there() {
     let server = PostgresServer::start();
@@ -87,7 +88,7 @@ async fn a_role_without_create_can_connect_to_a_table_that_is_there() {
     BoxStore::from_url(&url).await.unwrap();
     store.migrate().await.unwrap();
     conformance::all(&store).await;
-    // It waits on a connection that listens, it notifies, and it sweeps.
+    // The role can wait on a connection that listens, notify, and sweep.
     let owner = granted(&store, &claim(9)).await.owner;
     let watch = store.watch(&claim(9).key).await.unwrap();
     store.complete(&claim(9).key, owner, &kept(b"a"), HOUR).await.unwrap();
@@ -118,7 +119,7 @@ async fn a_role_that_lacks_a_right_is_refused_by_its_name() {
         assert_misconfigured("claim", store.claim(&claim(1)), "lacks a right").await;
         assert_nothing_runs(&store).await;
         tell(&own, &format!("GRANT {right} ON idempotency_records TO web")).await;
-        // Nothing remembers the failure.
+        // The store does not remember the failure.
         store.peek(&claim(1).key).await.unwrap();
     }
     tell(&own, "REVOKE INSERT ON idempotency_records FROM web").await;
@@ -159,7 +160,7 @@ async fn a_table_that_is_missing_is_found_before_the_first_request_is_served() {
     assert_misconfigured("claim", unlogged.claim(&claim(2)), "unlogged").await;
 }
 
-/// What changes after the check shows in the errors of the server.
+/// If the table changes after the check, the errors of the server show it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_changed_later_is_misconfigured_and_says_why() {
     let server = PostgresServer::start();

@@ -1,4 +1,4 @@
-//! What a role or a database sets for its sessions does not change what the store does.
+//! The settings of a role or a database for its sessions do not change the behaviour of the store.
 
 use futures::future::join_all;
 use sqlx::postgres::{PgPool, PgPoolOptions};
@@ -53,7 +53,7 @@ async fn of_many_claims_at_once_one_is_granted_at_every_default_isolation() {
     }
 }
 
-/// All at once, as a role for reports might have them.
+/// All settings at once, as a role for reports might have them.
 const STRANGE: &str = "
     CREATE SCHEMA elsewhere;
     ALTER ROLE app SET default_transaction_isolation = 'serializable';
@@ -133,7 +133,7 @@ async fn rows_that_a_policy_hides_are_an_error() {
     }
 }
 
-/// They cannot be repeated within the transaction, which has failed as a whole.
+/// The store cannot repeat these statements inside the transaction, which has failed as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_of_the_application_that_meets_another_is_to_be_run_again() {
     let server = PostgresServer::start();

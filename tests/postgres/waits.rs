@@ -1,4 +1,4 @@
-//! Statements that wait, for a lock or a standby, when their callers have left.
+//! Statements that wait for a lock or a standby after their callers have left.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -64,11 +64,11 @@ async fn standby(pool: &PgPool, name: &str) {
     while shown().await != name {
         tokio::time::sleep(10 * MILLI).await;
     }
-    // The checkpointer tells the backends of it.
+    // The checkpointer passes the setting on to the backends.
     tokio::time::sleep(300 * MILLI).await;
 }
 
-/// Until the driver has asked the connection whether it is well, which it does when it comes back to the pool.
+/// Waits until the driver has pinged the connection, which it does when the connection comes back to the pool.
 async fn until_idle(store: &PostgresStore) {
     while store.peek(&claim(1).key).await.is_err() {}
     while store.pool().num_idle() == 0 {
@@ -83,7 +83,7 @@ fn again(claim: &Claim) -> Claim {
     }
 }
 
-/// The server ends each; before, only claims that changed a row had a limit.
+/// The server ends each of these operations. Earlier, only claims that changed a row had a limit.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_statement_that_waits_for_a_row_ends_in_the_server() {
     let server = PostgresServer::start();
@@ -116,7 +116,7 @@ async fn every_statement_that_waits_for_a_row_ends_in_the_server() {
         assert!(format!("{error:?}").contains("55P03"), "{error:?}");
     }
     assert_eq!(waiting(&own).await, 0);
-    // What waits for nobody is not kept waiting.
+    // An operation that waits for no lock is not delayed.
     assert!(store.peek(&key).await.unwrap().is_some());
     drop(store.watch(&key).await.unwrap());
     store.sweep().await.unwrap();
@@ -148,7 +148,8 @@ async fn claims_that_meet_an_open_inbox_leave_no_backends_behind() {
     }
     drain.wait().await;
     until_nothing_waits(&own).await;
-    // Nobody handled it, so that it is nobody's: it was lost, and rejected, where a claim was granted to nobody.
+    // No consumer handled the message, so its key must be free. Earlier, a claim was granted to no caller, and the
+    // message was lost and rejected.
     transaction.rollback().await.unwrap();
     tokio::time::sleep(1_500 * MILLI).await;
     assert_eq!(receiver.oneshot("7".to_owned()).await.unwrap(), Receipt::First(()));
@@ -176,7 +177,7 @@ async fn a_locked_table_takes_no_more_backends_than_the_pool_has() {
     }
     transaction.rollback().await.unwrap();
     until_nothing_waits(&own).await;
-    // Those four were granted to nobody, and are released.
+    // Those four claims were granted to no caller, and the store releases them.
     for key in 0..24 {
         let claim = claim(key);
         for tries in 0.. {
@@ -211,7 +212,7 @@ async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_bur
         assert!(waiting(&own).await <= 4);
     }
     drain.wait().await;
-    // Nothing was cancelled, because a cancel commits where no standby has it.
+    // Nothing was cancelled, because a cancelled wait leaves the commit on the primary alone.
     assert!(waiting(&own).await > 0);
     standby(&own, "").await;
     until_nothing_waits(&own).await;
@@ -223,7 +224,7 @@ async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_bur
     assert_eq!(runs.load(Ordering::SeqCst), 8);
 }
 
-/// The pursuit of the first must not release what the repetition was granted.
+/// The pursuit of the first claim must not release the grant of the repeated claim.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
     let server = PostgresServer::start();
@@ -248,13 +249,13 @@ async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
             }
         });
         tokio::time::sleep(300 * MILLI).await;
-        // The repetition waits for the statement of the first, and sends none.
+        // The repeated claim waits for the statement of the first one, and sends no statement.
         assert_eq!(waiting(&own).await, 1);
         standby(&own, "").await;
         let Decision::Execute(grant) = repeated.await.unwrap() else {
             panic!("not granted")
         };
-        // A pursuit that went on would look at it after the store's timeout.
+        // A pursuit that continued would look the claim up after the store's timeout.
         tokio::time::sleep(2_500 * MILLI).await;
         let seen = store.peek(&claim.key).await.unwrap().unwrap();
         assert_eq!((seen.nonce, seen.fence), (claim.nonce, grant.owner.fence));
@@ -262,7 +263,7 @@ async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
     }
 }
 
-/// Whether the server had the claim is not known to anybody; nobody repeats it.
+/// Nobody knows whether the server received the claim, and nobody repeats it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_whose_connection_was_lost_is_pursued() {
     let server = PostgresServer::start();
@@ -298,7 +299,8 @@ async fn a_claim_whose_connection_was_lost_is_pursued() {
     }
 }
 
-/// A half-open connection, which no end was told of: the server answers others, and has nothing to do.
+/// A half-open connection, about which neither end was informed. The server answers other connections, and has nothing
+/// to do.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_dead_leaves_the_pool() {
     let server = PostgresServer::start();
@@ -310,7 +312,7 @@ async fn a_connection_that_is_dead_leaves_the_pool() {
     until_idle(&store).await;
     proxy.set(Fate::Swallow(Direction::ToClient));
     assert!(store.peek(&claim(1).key).await.is_err());
-    // The bytes that were swallowed are gone, and the connection stays.
+    // The proxy has dropped the bytes, but keeps the connection open.
     proxy.pass();
     let mut tries = 0;
     while store.peek(&claim(1).key).await.is_err() {
@@ -319,7 +321,7 @@ async fn a_connection_that_is_dead_leaves_the_pool() {
     }
 }
 
-/// Its lease was too short by the wait, or over when the claim was granted.
+/// The lease of such a claim was shorter by the wait, or over when the claim was granted.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_that_waited_has_its_whole_lease() {
     let server = PostgresServer::start();

@@ -97,8 +97,8 @@ async fn a_completion_that_failed_leaves_the_lease_renewed() {
     assert!(renewed_while_handlers_wait(false).await.completing);
 }
 
-/// While a transaction completes, the lease is not renewed, and the task that renews has nothing to do. It ended, and nobody renewed the
-/// lease after the transaction was rolled back and the next completion failed.
+/// While a transaction completes, the lease is not renewed, so the renewal task has nothing to do. The task ended then.
+/// After the transaction was rolled back and the next completion failed, nothing renewed the lease.
 #[tokio::test(flavor = "multi_thread")]
 async fn renewals_go_on_at_once_after_a_completion_that_failed_behind_one_that_was_rolled_back() {
     let bench = Bench::new(Ending::Commit).await;

@@ -1,4 +1,4 @@
-//! Users with too few rights, and the ones whose rights suffice.
+//! Users with too few rights, and users with just enough rights.
 
 use std::error::Error as _;
 use std::time::Duration;

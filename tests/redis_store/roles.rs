@@ -1,4 +1,5 @@
-//! Servers that stop to be what the store needs while it uses them: demoted primaries, other servers, new settings.
+//! Servers that no longer meet the store's requirements while the store uses them: demoted primaries, other servers,
+//! new settings.
 
 use std::future::Future;
 use std::time::Duration;
@@ -12,7 +13,8 @@ use super::cluster::Cluster;
 use super::support::{post, send, Handler};
 use super::{claim, completed, connect, eventually, granted, kept, replayed, RedisServer, HOUR};
 
-/// Makes the server a replica of another one, as an operator does or Sentinel, and waits until it has its records.
+/// Makes the server a replica of another one, as an operator or Sentinel does, and waits until it has the records of
+/// its primary.
 fn demote(old: &RedisServer, new: &RedisServer) {
     new.tell::<()>("REPLICAOF NO ONE");
     old.tell::<()>(&format!("REPLICAOF 127.0.0.1 {}", new.port()));
@@ -149,7 +151,8 @@ async fn a_server_that_may_evict_after_a_restart_is_refused_before_it_is_asked()
     assert_evicting_server_is_refused(server, store).await;
 }
 
-/// Another user of the same connection may notice first that it broke, or nobody: the client connects again by itself.
+/// Another user of the same connection may be the first to notice that it broke, or nobody may notice, because the
+/// client connects again by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_of_the_applications_is_checked_after_a_restart_too() {
     for protocol in ["resp2", "resp3"] {

@@ -31,7 +31,7 @@ use tower_idempotency::{BoxStore, IdempotencyLayer, Lease, OnLost};
 pub enum Mode {
     /// `OnLost::Execute`, effects in the ledger.
     Execute,
-    /// The same in processes whose pool for blocking work is full; some executions take longer than a lease.
+    /// Like `Execute`, in processes whose pool for blocking work is full; some executions take longer than a lease.
     FullPool,
     /// `OnLost::Refuse`, effects in the ledger.
     Refuse,

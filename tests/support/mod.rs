@@ -66,7 +66,7 @@ pub enum Fault {
     Hang,
     /// The record cannot be read.
     Corrupt,
-    /// The store is misconfigured, and it has no effect.
+    /// The operation fails because the store is misconfigured, and has no effect.
     Misconfigured,
 }
 
@@ -275,8 +275,8 @@ pub async fn yield_times(times: usize) {
     }
 }
 
-/// Moves the paused clock forward, between what is ready before and what is ready then. The clock does not move by itself while a
-/// task wakes itself all the time.
+/// Moves the paused clock forward, after all tasks that are ready have run, and lets tasks that become ready run. The
+/// clock does not move by itself while a task wakes itself all the time.
 pub async fn advance(duration: Duration) {
     yield_times(50).await;
     tokio::time::advance(duration).await;

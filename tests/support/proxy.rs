@@ -100,7 +100,7 @@ impl Proxy {
         }
     }
 
-    /// Lets everything pass again, also on connections of which bytes were swallowed.
+    /// Lets everything pass again, also on connections whose bytes were dropped.
     pub fn pass(&self) {
         *self.state.fate.lock().unwrap() = Fate::Pass;
     }

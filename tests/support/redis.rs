@@ -99,7 +99,7 @@ impl RedisServer {
         self.wait_until_up().unwrap();
     }
 
-    /// Starts it again with further settings.
+    /// Restarts the server with further settings.
     pub fn restart_with(&mut self, settings: &[&str]) {
         self.arguments.extend(settings.iter().map(|word| (*word).to_owned()));
         self.restart();

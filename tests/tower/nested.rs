@@ -7,8 +7,8 @@ use tower_idempotency::{BoxStore, IdempotencyLayer, MemoryStore, Store};
 
 use super::support::{post, send, Fault, Handler, RemoteStore, Timer};
 
-/// Two processes, each with an outer layer on a store of its own and an inner layer on the store that both share. The inner one took the
-/// outer one's key for its own and stepped aside.
+/// Two processes, each with an outer layer on its own store and an inner layer on a shared store. The inner layer took
+/// the key of the outer layer for its own, and passed the request on unguarded.
 #[tokio::test]
 async fn an_inner_layer_guards_its_store_whatever_outer_layers_guard_in_others() {
     let shared = RemoteStore::new();
@@ -27,7 +27,7 @@ async fn an_inner_layer_guards_its_store_whatever_outer_layers_guard_in_others()
     assert_eq!((handler.runs(), shared.calls("claim")), (1, 3));
 }
 
-/// Handles that do not look alike may reach one store: cloned, boxed, or connected twice.
+/// Different handles may reach the same store: clones, boxes, or two connections.
 #[tokio::test(start_paused = true)]
 async fn an_inner_layer_steps_aside_for_an_outer_one_on_the_same_store_however_that_is_reached() {
     async fn check<In: Store, Out: Store>(inner: In, outer: Out) {
@@ -83,7 +83,7 @@ async fn an_inner_layer_that_cannot_look_runs_nothing() {
         (refused.status(), refused.code(), handler.runs()),
         (503, "store-unavailable", 0)
     );
-    // One failure is made good by a second look, and nothing of the refusal was stored.
+    // After one failure the layer looks again, and it stored nothing of the refusal.
     inner.fail("peek", [Fault::Before]);
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
     assert_eq!(handler.runs(), 1);
