@@ -238,10 +238,9 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// Sets how many handlers may continue in this process after their deliveries were dropped. Default: 16,384. At
-    /// this limit, the layer handles no new message: the delivery fails with
-    /// [`Overloaded`](crate::ErrorKind::Overloaded), and the broker delivers the message again. The layer does not stop
-    /// a handler whose delivery was dropped, so without a limit a consumer with its own timeout could start any number
-    /// of handlers.
+    /// this limit, every delivery fails with [`Overloaded`](crate::ErrorKind::Overloaded), even if its message was
+    /// handled already, and the broker delivers the message again. The layer does not stop a handler whose delivery was
+    /// dropped, so without a limit a consumer with its own timeout could start any number of handlers.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
         self.settings().terms.max_detached = executions;
         self

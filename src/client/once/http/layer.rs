@@ -165,9 +165,9 @@ impl<St> OnceLayer<St> {
         Drain::new(&self.settings.terms.tracker)
     }
 
-    /// Sets how many calls may continue in this process after their callers have left. At this limit, the layer makes
-    /// no new call, and fails with [`OnceError::NotRun`](crate::client::OnceError::NotRun) and
-    /// [`Overloaded`](crate::ErrorKind::Overloaded). Default: 16,384.
+    /// Sets how many calls may continue in this process after their callers have left. At this limit, every call fails
+    /// with [`OnceError::NotRun`](crate::client::OnceError::NotRun) and [`Overloaded`](crate::ErrorKind::Overloaded),
+    /// even if its response is stored already. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
         self.terms().max_detached = executions;
