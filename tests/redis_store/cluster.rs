@@ -213,3 +213,31 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
     assert_eq!(cluster.sizes().iter().sum::<usize>(), keys);
     assert_eq!(moved.to.tell::<usize>("DBSIZE"), keys);
 }
+
+/// The repeated check of the servers asked every node, so one dead node made the keys of all others unavailable.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_node_takes_only_its_own_keys_with_it() {
+    const KEYS: u16 = 24;
+    let claim_of = |number: u16| {
+        let mut key = [0; 32];
+        key[..2].copy_from_slice(&number.to_be_bytes());
+        Claim {
+            key: StorageKey::from_bytes(key),
+            ..claim(0, 1)
+        }
+    };
+    for dead in 0..3 {
+        let mut cluster = Cluster::start();
+        cluster.tell("CONFIG SET cluster-require-full-coverage no");
+        let store = cluster.store("idempotency:").await;
+        cluster.0[dead].kill();
+        let mut granted = 0;
+        for number in (0..KEYS).chain(0..KEYS) {
+            granted += usize::from(store.claim(&claim_of(number)).await.is_ok());
+        }
+        assert!(
+            granted > usize::from(KEYS),
+            "node {dead} is dead: {granted} of {KEYS} claims, made twice"
+        );
+    }
+}

@@ -9,14 +9,11 @@ use redis::io::tcp::TcpSettings;
 use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind};
 
 use super::check::Checks;
-use super::connection::{Connection, Replication};
+use super::connection::{Connection, Replication, CONNECTION_TIMEOUT};
 use super::operations::Server;
 use super::watch::Watches;
 use super::{failure, RedisStore};
 use crate::error::{Error, ErrorKind};
-
-/// How long a connection may take to be made.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Sets up a [`RedisStore`]; see there for the defaults.
 #[derive(Clone, Debug)]
@@ -153,9 +150,8 @@ impl RedisStoreBuilder {
     }
 
     fn checks(&self) -> Checks {
-        let limit = self.response_timeout.max(CONNECTION_TIMEOUT);
         let is_replicated = self.replication.is_some_and(|replication| replication.replicas > 0);
-        Checks::new(&self.prefix, is_replicated, limit)
+        Checks::new(&self.prefix, is_replicated, self.response_timeout)
     }
 
     async fn build(

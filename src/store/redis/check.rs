@@ -10,7 +10,7 @@ use futures::FutureExt;
 use redis::aio::ConnectionLike;
 use redis::{cmd, Cmd, RedisResult, Value};
 
-use super::connection::Connection;
+use super::connection::{Connection, CONNECTION_TIMEOUT};
 use super::failure::{self, MissingCommands, WrongSetting};
 use crate::clock::{within, Clock};
 use crate::error::{Error, ErrorKind};
@@ -26,7 +26,8 @@ const LONGEST: Duration = Duration::from_secs(10);
 /// Whether the server is known to be a primary that runs the scripts and evicts nothing.
 ///
 /// The store checks the server when the store is made. It checks again before the next operation after a connection
-/// broke, after a reply that shows a restart or a demotion, and after ten seconds.
+/// broke, after a reply that shows a restart or a demotion, and after ten seconds. An error of one node
+/// of a Cluster says nothing about the others.
 pub(super) struct Checks {
     checked: Checked,
     clock: Clock,
@@ -41,12 +42,15 @@ struct Question {
     key: Vec<u8>,
     is_replicated: bool,
     limit: Duration,
+    /// How long the nodes of a Cluster have for a repeated check, so that the operation that waits for it has time left.
+    limit_of_repetition: Duration,
+    has_passed: AtomicBool,
     /// Whether the event was reported already that the server does not show its settings.
     is_reported: AtomicBool,
 }
 
 impl Checks {
-    pub(super) fn new(prefix: &str, is_replicated: bool, limit: Duration) -> Self {
+    pub(super) fn new(prefix: &str, is_replicated: bool, response_timeout: Duration) -> Self {
         let clock = Clock::system();
         Self {
             checked: Checked::not_yet(),
@@ -55,7 +59,9 @@ impl Checks {
             question: Arc::new(Question {
                 key: [prefix.as_bytes(), b"check"].concat(),
                 is_replicated,
-                limit,
+                limit: response_timeout.max(CONNECTION_TIMEOUT),
+                limit_of_repetition: response_timeout / 4,
+                has_passed: AtomicBool::new(false),
                 is_reported: AtomicBool::new(false),
             }),
         }
@@ -108,8 +114,27 @@ impl fmt::Debug for Checks {
 }
 
 impl Question {
-    async fn ask(self: Arc<Self>, mut connection: Connection) -> Result<(), Error> {
-        let asking = within(self.limit, self.replies(&mut connection)).await;
+    /// Checks the server. The nodes of a Cluster fail one by one, and an operation on the key of a dead node fails by itself. So once a
+    /// Cluster has passed, nodes that do not reply do not make the keys of the others unavailable.
+    async fn ask(self: Arc<Self>, connection: Connection) -> Result<(), Error> {
+        let is_cluster = matches!(connection, Connection::Cluster(_));
+        let may_be_silent = is_cluster && self.has_passed.load(Ordering::Relaxed);
+        let limit = if may_be_silent {
+            self.limit_of_repetition
+        } else {
+            self.limit
+        };
+        match self.ask_within(limit, connection).await {
+            Err(error) if may_be_silent && error.kind() == ErrorKind::StoreUnavailable => Ok(()),
+            asked => {
+                self.has_passed.fetch_or(asked.is_ok(), Ordering::Relaxed);
+                asked
+            }
+        }
+    }
+
+    async fn ask_within(&self, limit: Duration, mut connection: Connection) -> Result<(), Error> {
+        let asking = within(limit, self.replies(&mut connection)).await;
         let (settings, missing) = asking.map_err(|_| failure::LATE)?.map_err(failure::of_connect)?;
         for section in settings {
             self.judge_settings(section)?;

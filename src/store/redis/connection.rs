@@ -17,6 +17,9 @@ use super::scripts::{Reply, Script};
 use crate::clock::within;
 use crate::error::Error;
 
+/// How long a connection may take to be made.
+pub(super) const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// A connection of either kind; clones share it.
 #[derive(Clone)]
 pub(super) enum Connection {
@@ -79,7 +82,8 @@ impl Connection {
                 Ok(_) if !checks.stands(epoch) => self.check(&checks).await.and(told.map_err(Failed::Redis)),
                 Ok(told) => Ok(told),
                 Err(error) => {
-                    if failure::is_of_changed_server(&error) {
+                    // In a Cluster, the nodes redirect to the new primary, and one that is down would expire the check all the time.
+                    if matches!(self, Self::Managed(_)) && failure::is_of_changed_server(&error) {
                         checks.expire(epoch);
                     }
                     Err(self.failed(error))

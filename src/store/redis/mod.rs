@@ -62,6 +62,8 @@ use crate::protocol::{
 /// any to it. If the user may not run `INFO`, the store cannot see these settings; it uses the server, and reports the
 /// tracing event `unchecked`.
 ///
+/// The repeated checks of a Cluster leave out nodes that do not reply, so that a dead node takes only its own keys with it.
+///
 /// The store never reads records from replicas. A demoted primary refuses all scripts at once if its
 /// `replica-read-only` is `yes`, which is Redis's default. With `no`, the check finds the demotion after 10 s at most.
 ///
