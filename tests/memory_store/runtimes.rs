@@ -11,6 +11,7 @@ use http::Request;
 use tokio::sync::Notify;
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::client::{once, Done, OnceError};
+use tower_idempotency::protocol::Renewal;
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
@@ -70,6 +71,26 @@ fn a_memory_store_frees_itself_without_timers_and_without_a_runtime() {
         clock.advance(Duration::from_secs(1));
     }
     assert!(store.figures().records < 5, "{:?}", store.figures());
+}
+
+/// Nothing freed such a record outside of a runtime, so a store that was full of them stayed full.
+#[test]
+fn records_that_expired_without_an_end_make_room_without_a_runtime() {
+    let clock = clock();
+    let store = MemoryStore::builder()
+        .with_clock(clock.clone())
+        .with_record_budget(8)
+        .build();
+    for n in 0..200 {
+        let grant = block_on(granted(&store, &claim(n, 1)));
+        let given_up = block_on(store.renew(&claim(n, 1).key, grant.owner, Duration::ZERO));
+        assert_eq!(given_up.unwrap(), Renewal::Renewed);
+        if n % 8 == 7 {
+            assert!(block_on(store.claim(&claim(n + 1, 1))).is_err(), "none has expired yet");
+            clock.advance(2 * HOUR);
+        }
+    }
+    assert!(store.figures().records <= 8, "{:?}", store.figures());
 }
 
 fn never(_: Request<AnyBody>) -> impl Future<Output = Result<http::Response<AnyBody>, Infallible>> {

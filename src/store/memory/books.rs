@@ -39,6 +39,8 @@ pub(super) struct Books {
     in_flight: AtomicU64,
     waiters: Arc<AtomicU64>,
     pub(super) sweeping: AtomicBool,
+    /// The second in which a claim last freed expired records that were never completed.
+    abandoned_freed_in: AtomicU64,
     /// Ends the sweeping task when the store is dropped.
     pub(super) closed: Arc<Notify>,
 }
@@ -68,6 +70,7 @@ impl Books {
             in_flight: AtomicU64::new(0),
             waiters: Arc::default(),
             sweeping: AtomicBool::new(false),
+            abandoned_freed_in: AtomicU64::new(u64::MAX),
             closed: Arc::default(),
         }
     }
@@ -87,6 +90,11 @@ impl Books {
         let mut is_more_expired = true;
         while decision.is_none() && is_more_expired {
             is_more_expired = self.free_some();
+            decision = self.try_claim(&claim);
+        }
+        // The sweeping task may not run: there is no runtime, or nothing drives it.
+        if decision.is_none() && self.may_free_abandoned() {
+            self.free_abandoned();
             decision = self.try_claim(&claim);
         }
         decision.map(unleased).ok_or(FULL)
@@ -290,6 +298,12 @@ impl Books {
             }
         }
         expired.len() == PORTION
+    }
+
+    /// Whether a claim that finds the store full may look through all open records. It may once a second.
+    fn may_free_abandoned(&self) -> bool {
+        let second = self.clock.now().as_micros() / 1_000_000;
+        self.abandoned_freed_in.swap(second, Ordering::Relaxed) != second
     }
 
     /// Frees the expired records that were never completed: attempts that were given up, or whose outcome is unknown.

@@ -98,7 +98,8 @@ impl MemoryStore {
     }
 
     /// Frees the records that have expired by the store's clock. The store also does this by itself, once a second in a
-    /// tokio runtime (with or without timers), and outside a runtime with every claim.
+    /// tokio runtime (with or without timers), and outside a runtime with every claim. There, a claim frees
+    /// records that were never completed only if the store is full.
     pub fn sweep(&self) {
         self.0.sweep();
     }
