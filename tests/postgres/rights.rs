@@ -252,3 +252,23 @@ async fn a_primary_that_became_a_standby_shows_and_changes_no_records() {
     assert_misconfigured("connect", PostgresStore::connect(&server.url()), "read-only").await;
     assert_nothing_runs(&store).await;
 }
+
+/// The check looked at the partitioned table alone, which is logged whatever its partitions are.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_with_an_unlogged_partition_is_refused() {
+    let server = PostgresServer::start();
+    let own = pool(&server.url()).await;
+    let store = PostgresStore::builder().with_pool(own.clone()).unwrap();
+    store.migrate().await.unwrap();
+    tell(
+        &own,
+        "ALTER TABLE idempotency_records RENAME TO logged;
+        CREATE TABLE idempotency_records (LIKE logged INCLUDING ALL) PARTITION BY HASH (key);
+        CREATE TABLE part PARTITION OF idempotency_records FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+    )
+    .await;
+    granted(&store, &claim(1)).await;
+    tell(&own, "ALTER TABLE part SET UNLOGGED").await;
+    let unlogged = PostgresStore::builder().with_pool(own).unwrap();
+    assert_misconfigured("claim", unlogged.claim(&claim(2)), "unlogged").await;
+}
