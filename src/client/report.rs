@@ -23,6 +23,8 @@ struct Progress {
     /// An attempt has begun, and no layer has judged it yet.
     is_open: bool,
     hops: Hops,
+    /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
+    is_redirected_around: bool,
     /// Whether the service follows redirects, as far as its type shows.
     follows: fn() -> bool,
 }
@@ -61,6 +63,7 @@ impl Report {
             is_lost: false,
             is_open: false,
             hops: Hops::default(),
+            is_redirected_around: false,
             follows: follows_redirects::<S>,
         })))
     }
@@ -95,7 +98,9 @@ impl Report {
 
     /// Records that a redirect is followed, or may be followed unseen.
     pub(super) fn redirect(&self) {
-        self.progress().hops.is_redirected = true;
+        let mut progress = self.progress();
+        progress.hops.is_redirected = true;
+        progress.is_redirected_around |= progress.last.is_some() && !progress.is_open;
     }
 
     /// Records that an unsafe request goes to another origin without its key.
@@ -114,6 +119,12 @@ impl Report {
     /// Records the end of an attempt.
     pub(super) fn enter(&self, meaning: Meaning) {
         let mut progress = self.progress();
+        // A retry within the redirects cannot know that it judges another request.
+        let meaning = match meaning {
+            Meaning::Answered { settles: true } => meaning,
+            _ if progress.is_redirected_around => Meaning::Unknown,
+            _ => meaning,
+        };
         progress.attempts += 1;
         progress.last = Some(meaning);
         progress.is_open = false;
@@ -151,7 +162,9 @@ impl Report {
             is_watched,
             ..
         } = progress.hops;
-        is_redirected || (!is_watched && ((progress.follows)() || response.is_some_and(has_passed_redirects)))
+        is_redirected
+            || progress.is_redirected_around
+            || (!is_watched && ((progress.follows)() || response.is_some_and(has_passed_redirects)))
     }
 
     /// Whether the client reports its redirects, so that its own errors say whether the request was sent.

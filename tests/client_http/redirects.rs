@@ -324,7 +324,7 @@ async fn what_a_client_repeats_by_itself_is_not_sent_again_under_a_once_layer() 
 
 mod by_tower_http {
     use super::*;
-    use tower_http::follow_redirect::FollowRedirect;
+    use tower_http::follow_redirect::{policy, FollowRedirect};
 
     type Http = BoxCloneService<Request<Full<Bytes>>, Response<Full<Bytes>>, io::Error>;
 
@@ -352,9 +352,10 @@ mod by_tower_http {
         }
     }
 
-    async fn is_charged_once<S>(client: S, charges: &AtomicUsize)
+    async fn is_charged_once<S, E>(client: S, charges: &AtomicUsize)
     where
-        S: Service<Request<Full<Bytes>>, Error = OnceError<Response<Full<Bytes>>, io::Error>> + Clone,
+        S: Service<Request<Full<Bytes>>, Error = OnceError<Response<Full<Bytes>>, E>> + Clone,
+        E: std::fmt::Debug,
     {
         for _ in 0..3 {
             if let Err(error) = client.clone().oneshot(keyed("http://bank.example/charges")).await {
@@ -393,7 +394,7 @@ mod by_tower_http {
         for refusal in [None, Some(404), Some(429)] {
             let (store, charges) = (MemoryStore::new(), Arc::default());
             let home = KeyAtHome::new(&Profile::stripe());
-            let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home, tower_http::follow_redirect::policy::Action::Follow);
+            let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home, policy::Action::Follow);
             let redirects = FollowRedirect::with_policy(charging("/charges", refusal, &charges), policy);
             let client = ServiceBuilder::new()
                 .layer(OnceLayer::new(store.clone(), Profile::stripe()).with_errors(class))
@@ -439,6 +440,35 @@ mod by_tower_http {
         }
     }
 
+    /// A retry within the redirects begins a new attempt with each hop, which made the report of the redirect before it disappear.
+    #[tokio::test]
+    async fn a_retry_within_the_redirects_does_not_hide_them() {
+        for refusal in [None, Some(404), Some(429)] {
+            let once_more = || {
+                RetryPolicy::new(Profile::stripe())
+                    .with_max_attempts(1)
+                    .with_errors(class)
+            };
+            let home = || {
+                let (home, follow) = (KeyAtHome::new(&Profile::stripe()), policy::Action::Follow);
+                PolicyExt::or::<_, Full<Bytes>, ()>(home, follow)
+            };
+            let charges = Arc::default();
+            let retried = tower::retry::Retry::new(once_more(), charging("/charges", refusal, &charges));
+            let client = ServiceBuilder::new()
+                .layer(once().with_errors(class))
+                .service(FollowRedirect::with_policy(retried, home()));
+            is_charged_once(client, &charges).await;
+            let charges = Arc::default();
+            let client = ServiceBuilder::new()
+                .layer(once())
+                .layer(FollowRedirectLayer::with_policy(home()))
+                .layer(CallLayer::new(once_more()))
+                .service(charging("/charges", refusal, &charges));
+            is_charged_once(client, &charges).await;
+        }
+    }
+
     /// The origin that the bank redirects to charges, and its responses are lost.
     fn redirecting_to_another_origin(charges: &Arc<AtomicUsize>) -> Http {
         let counted = Arc::clone(charges);
@@ -461,7 +491,7 @@ mod by_tower_http {
     async fn a_charge_that_has_lost_its_key_is_not_repeated() {
         let charges = Arc::default();
         let home = KeyAtHome::new(&Profile::stripe());
-        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home, tower_http::follow_redirect::policy::Action::Follow)
+        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home, policy::Action::Follow)
             .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
         let client = ServiceBuilder::new()
             .layer(keys())
