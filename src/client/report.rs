@@ -20,6 +20,8 @@ struct Progress {
     last: Option<Meaning>,
     /// An attempt was lost, and no later response has settled its effect.
     is_lost: bool,
+    /// A response has shown that the server dealt with the request. A later attempt that was not taken does not change that.
+    is_settled: bool,
     /// An attempt has begun, and no layer has judged it yet.
     is_open: bool,
     hops: Hops,
@@ -61,6 +63,7 @@ impl Report {
             attempts: 0,
             last: None,
             is_lost: false,
+            is_settled: false,
             is_open: false,
             hops: Hops::default(),
             is_redirected_around: false,
@@ -122,7 +125,7 @@ impl Report {
         // A retry within the redirects cannot know that it judges another request.
         let meaning = match meaning {
             Meaning::Answered { settles: true } => meaning,
-            _ if progress.is_redirected_around => Meaning::Unknown,
+            _ if progress.is_redirected_around || progress.is_settled => Meaning::Unknown,
             _ => meaning,
         };
         progress.attempts += 1;
@@ -131,7 +134,7 @@ impl Report {
         progress.hops.forget();
         match meaning {
             Meaning::Unknown => progress.is_lost = true,
-            Meaning::Answered { settles: true } => progress.is_lost = false,
+            Meaning::Answered { settles: true } => (progress.is_lost, progress.is_settled) = (false, true),
             Meaning::Answered { settles: false } | Meaning::NotTaken => {}
         }
     }
@@ -260,6 +263,10 @@ mod tests {
             (&[Unknown, NotTaken], Unknown),
             (&[Unknown, NotTaken, SETTLED], SETTLED),
             (&[NotTaken, Unknown], Unknown),
+            // A 202 that is repeated until the server is done: what comes after it does not undo the effect.
+            (&[SETTLED, NotTaken], Unknown),
+            (&[SETTLED, REFUSED], Unknown),
+            (&[SETTLED, NotTaken, SETTLED], SETTLED),
         ] {
             assert_eq!(outcome(meanings), expected, "{meanings:?}");
         }
