@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
@@ -115,8 +115,9 @@ impl Drop for Running {
 
 impl Tracker {
     /// A tracker that shares its bounds with all others that are made here, for work that has no layer to share a tracker.
+    #[cfg(any(test, feature = "once"))]
     pub(crate) fn with_bounds_of_process() -> Self {
-        static OF_PROCESS: LazyLock<Arc<Bounded>> = LazyLock::new(Arc::default);
+        static OF_PROCESS: std::sync::LazyLock<Arc<Bounded>> = std::sync::LazyLock::new(Arc::default);
         Self {
             bounded: Arc::clone(&OF_PROCESS),
             ..Self::default()
@@ -280,7 +281,9 @@ mod tests {
         let (go_on, told_to) = oneshot::channel::<()>();
         let (done, is_done) = oneshot::channel();
         let work = async move { done.send(told_to.await).unwrap() };
-        let mut operation = first.block_on(async { uncut(work, None).unwrap() });
+        let entered = first.enter();
+        let mut operation = uncut(work, None).unwrap();
+        drop(entered);
         last.block_on(async { assert!((&mut operation).now_or_never().is_none()) });
         drop(first);
         drop(operation);

@@ -3,14 +3,11 @@
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::{pending, Future};
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::executor::block_on;
 use http::Request;
-use tokio::sync::Notify;
 use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::client::{once, Done, OnceError};
 use tower_idempotency::protocol::Renewal;
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
@@ -128,14 +125,20 @@ fn leases_are_renewed_without_the_runtimes_timers() {
     });
 }
 
+#[cfg(feature = "once")]
 #[test]
 fn calls_that_are_made_once_need_no_timers_of_the_runtime() {
+    use std::sync::Arc;
+
+    use tokio::sync::Notify;
+    use tower_idempotency::client::{once, Done, Failure, OnceError};
+
     without_timers(async {
         let (store, may_end) = (RemoteStore::new(), Arc::new(Notify::new()));
         let call = |may_end: Arc<Notify>| {
             once(store.clone(), "k").run(|_| async move {
                 may_end.notified().await;
-                Ok::<_, tower_idempotency::client::Failure<String>>(7)
+                Ok::<_, Failure<String>>(7)
             })
         };
         let first = tokio::spawn(call(Arc::clone(&may_end)));

@@ -272,3 +272,20 @@ async fn a_table_with_an_unlogged_partition_is_refused() {
     let unlogged = PostgresStore::builder().with_pool(own).unwrap();
     assert_misconfigured("claim", unlogged.claim(&claim(2)), "unlogged").await;
 }
+
+/// A view counted as logged, whatever table it shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_in_place_of_the_table_is_refused() {
+    let server = PostgresServer::start();
+    let own = pool(&server.url()).await;
+    let store = PostgresStore::builder().with_pool(own.clone()).unwrap();
+    store.migrate().await.unwrap();
+    tell(
+        &own,
+        "ALTER TABLE idempotency_records RENAME TO unlogged;
+        ALTER TABLE unlogged SET UNLOGGED;
+        CREATE VIEW idempotency_records AS SELECT * FROM unlogged",
+    )
+    .await;
+    assert_misconfigured("claim", store.claim(&claim(1)), "other columns").await;
+}

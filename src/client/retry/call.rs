@@ -151,7 +151,11 @@ where
             Err(source) => Err(CallError {
                 source,
                 attempts,
-                outcome,
+                // An earlier attempt had a response, which the caller never sees.
+                outcome: match outcome {
+                    CallOutcome::Answered => CallOutcome::Unknown,
+                    outcome => outcome,
+                },
             }),
         })
     }

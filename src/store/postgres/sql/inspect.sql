@@ -1,13 +1,14 @@
 -- $1 the table, with its schema and quoted as in SQL, $2 question. Returns how the table is stored, its columns,
 -- whether its index exists, the missing rights, and whether the server is read-only. The rows of a
--- partitioned table are in its partitions, each of which may be unlogged.
+-- partitioned table are in its partitions, each of which may be unlogged. A view has no columns here, because the
+-- check cannot see how its rows are stored.
 SELECT coalesce(
         (SELECT p.relpersistence FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid WHERE p.relpersistence <> 'p' LIMIT 1),
         c.relpersistence
     )::text AS persistence,
     ARRAY(
         SELECT a.attname::text || ' ' || format_type(a.atttypid, NULL) FROM pg_attribute a
-        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p')
     ) AS columns,
     EXISTS (
         SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
