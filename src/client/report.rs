@@ -35,7 +35,10 @@ struct Progress {
 #[derive(Debug, Default)]
 struct Hops {
     /// A request that is not safe was sent on without its key.
-    #[cfg_attr(not(feature = "retry"), expect(dead_code, reason = "only a retry asks for it"))]
+    #[cfg_attr(
+        not(any(feature = "follow-redirect", feature = "retry")),
+        expect(dead_code, reason = "a redirect policy sets it and a retry reads it")
+    )]
     is_unkeyed: bool,
     /// A client of this crate sends the attempt. The client reports every redirect, so its errors show whether the
     /// attempt was sent.
