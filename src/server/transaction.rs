@@ -261,7 +261,7 @@ impl<St: Store, S> Exchange<St, S> {
 /// Ends an attempt of which nobody knows whether its transaction was committed, as soon as the store can be asked; without an
 /// answer in time, the lease ends it.
 async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, key: StorageKey, owner: Owner) {
-    // Where it is the transaction that stays open, each question leaves one more of the server's backends waiting for its lock.
+    // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
     const LONGEST_PAUSE: Duration = Duration::from_secs(15);
     let mut pause = Duration::from_millis(100);
     let deadline = Deadline::after(settings.patience().behind().in_all);
