@@ -32,7 +32,7 @@ pub struct Refusal {
     after_run: bool,
 }
 
-/// What a refusal says about the effect of its request, for the layers further out.
+/// The effect of a refused request, as far as its refusal shows it to the layers further out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// The request took effect, and its response is lost.
@@ -159,7 +159,7 @@ impl Refusal {
         self
     }
 
-    /// What this refusal says about the effect of its request.
+    /// Returns the effect of the request, as far as this refusal shows it.
     pub(crate) const fn effect(&self) -> Effect {
         match self.kind.effect() {
             Effect::Nothing if self.after_run => Effect::Unknown,

@@ -53,7 +53,7 @@ pub enum Advice {
     Repeat,
 }
 
-/// What an answer says about the effect of its request.
+/// The meaning of an answer for the effect of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever asks must handle every case")]
 pub enum Meaning {
@@ -234,7 +234,7 @@ impl Profile {
         }
     }
 
-    /// What an answer says about the effect of its request. A 5xx says nothing, except for 501; nor does a 1xx,
+    /// Returns the meaning of an answer for the effect of its request. A 5xx says nothing, except for 501; nor does a 1xx,
     /// a 408, or a 409 in flight.
     #[must_use]
     pub fn meaning(&self, status: StatusCode, headers: &HeaderMap) -> Meaning {

@@ -193,7 +193,7 @@ impl<E> CallError<E> {
         self.attempts
     }
 
-    /// What is known about the effect: never [`CallOutcome::Answered`].
+    /// Returns the knowledge about the effect; never [`CallOutcome::Answered`].
     #[must_use]
     pub const fn outcome(&self) -> CallOutcome {
         self.outcome

@@ -2,7 +2,7 @@
 
 use super::super::keys::Meaning;
 
-/// What is known about the effect of a call.
+/// The knowledge about the effect of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CallOutcome {
@@ -46,7 +46,7 @@ impl Delivery {
         self.is_replay
     }
 
-    /// What is known about the effect.
+    /// Returns the knowledge about the effect.
     #[must_use]
     pub const fn outcome(&self) -> CallOutcome {
         self.outcome

@@ -60,7 +60,7 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// At most one call, by default: when an attempt is lost, the outcome of its key is [`OnceError::Unknown`](crate::client::OnceError::Unknown) until it is resolved.
 /// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
 ///
-/// What a response does to the key follows from what it [means](Profile::meaning):
+/// The effect of a response on the key follows from its [meaning](Profile::meaning):
 ///
 /// | the response | the key |
 /// |---|---|
