@@ -52,7 +52,10 @@ async fn the_documented_rights_suffice() {
 async fn the_documented_rights_suffice_in_a_cluster() {
     let cluster = Cluster::start();
     let line = documented("ACL SETUSER app on").replace("+info", "+info +cluster|slots +ping +asking");
-    assert_eq!(documented("+cluster|slots"), "`+cluster|slots +ping +asking`.");
+    assert_eq!(
+        documented("+cluster|slots"),
+        "A Cluster also needs `+cluster|slots +ping +asking`."
+    );
     cluster.tell(&line);
     let urls = cluster.urls().map(|url| url.replace("redis://", "redis://app:secret@"));
     let client = ClusterClientBuilder::new(urls).retries(0).build().unwrap();

@@ -16,6 +16,14 @@ use super::{claim, completed, connect, eventually, granted, kept, replayed, Redi
 /// Makes the server a replica of another one, as an operator or Sentinel does, and waits until it has the records of
 /// its primary.
 fn demote(old: &RedisServer, new: &RedisServer) {
+    // Replication keeps the order of writes, so a replica that has the last one has all of them.
+    old.tell::<()>("SET last 1");
+    for _ in 0..400 {
+        if new.tell::<Option<String>>("GET last").is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(25));
+    }
     new.tell::<()>("REPLICAOF NO ONE");
     old.tell::<()>(&format!("REPLICAOF 127.0.0.1 {}", new.port()));
     old.wait_for("replication", "master_link_status:up");

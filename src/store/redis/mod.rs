@@ -79,8 +79,9 @@ use crate::protocol::{
 /// ```
 ///
 /// Without `+spublish`, `+ssubscribe`, `+sunsubscribe` and the channels, waiters poll. Only
-/// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`. A Cluster also needs `+cluster|slots +ping
-/// +asking`. If the user lacks any other of these commands except `+info`, making the store fails with
+/// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`.
+/// A Cluster also needs `+cluster|slots +ping +asking`.
+/// If the user lacks any other of these commands except `+info`, making the store fails with
 /// [`Configuration`](crate::ErrorKind::Configuration), and the cause names the command.
 ///
 /// # Waiting
