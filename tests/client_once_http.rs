@@ -446,7 +446,7 @@ mod with_retries {
     use tower::util::BoxCloneService;
     use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, RetryPolicy};
 
-    /// What the third party does with a request.
+    /// The behaviour of the third party towards a request.
     #[derive(Clone, Copy, Debug)]
     enum Act {
         Say(u16),
@@ -455,7 +455,7 @@ mod with_retries {
     }
     use Act::{Lost, Refused, Say};
 
-    /// What the caller of the layer gets.
+    /// The result for the caller of the layer.
     #[derive(Debug, PartialEq)]
     enum Known {
         Status(u16),

@@ -17,7 +17,7 @@ use crate::protocol::{Fingerprint, IfLost, Outcome, Snapshot, Status};
 use crate::store::{in_time, limit_in_wait, Store};
 use crate::telemetry::{self, Event};
 
-/// What a record means for a request that does not own it.
+/// The meaning of a record for a request that does not own it.
 enum Seen {
     /// The next claim is granted.
     Free,
