@@ -81,6 +81,14 @@ impl<'r> Authority<'r> {
 
 /// Parses `[userinfo@]host[:port]`; `None` if the text has another form.
 fn read(authority: &[u8]) -> Option<Authority<'_>> {
+    // Most hosts are a plain name without a port.
+    let is_plain = authority.iter().all(|byte| IS_PLAIN[usize::from(*byte)]);
+    if is_plain && authority.last().is_some_and(u8::is_ascii_alphabetic) {
+        return Some(Authority::Named(Name {
+            host: authority,
+            port: None,
+        }));
+    }
     let host_and_port = match authority.iter().rposition(|byte| *byte == b'@') {
         Some(at) => &authority[at + 1..],
         None => authority,
@@ -110,6 +118,17 @@ fn read(authority: &[u8]) -> Option<Authority<'_>> {
         })
     })
 }
+
+/// Letters, digits, dots and hyphens.
+const IS_PLAIN: [bool; 256] = {
+    let mut is_plain = [false; 256];
+    let mut byte = 0_u8;
+    while byte < 128 {
+        is_plain[byte as usize] = byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-';
+        byte += 1;
+    }
+    is_plain
+};
 
 /// Whether a host is an IPv4 address, or an IPv6 address in brackets, perhaps with a zone.
 fn is_ip_address(host: &[u8]) -> bool {

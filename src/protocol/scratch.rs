@@ -18,13 +18,20 @@ impl Scratch {
         }
     }
 
+    #[inline]
     pub(super) fn push(&mut self, bytes: &[u8]) {
         let end = self.len + bytes.len();
         if let (true, Some(free)) = (self.long.is_empty(), self.short.get_mut(self.len..end)) {
             free.copy_from_slice(bytes);
             self.len = end;
-            return;
+        } else {
+            self.push_to_long(bytes);
         }
+    }
+
+    #[cold]
+    fn push_to_long(&mut self, bytes: &[u8]) {
+        let end = self.len + bytes.len();
         if self.long.is_empty() {
             self.long.reserve(2 * end);
             self.long.extend_from_slice(&self.short[..self.len]);
