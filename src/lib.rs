@@ -90,7 +90,7 @@
 //! `fence`; and an event (field `event`, and `error`, `kind` and `cause` if there is an error) per unusual path. The
 //! level is `ERROR` if the `kind` is `Configuration` or `CorruptRecord`, because an operator has to act. It is `INFO`
 //! for `rescued`, and `WARN` otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`,
-//! `decided-behind` (feature `postgres`), `handler-failed`, `message-failed` and `message-unreadable` (feature
+//! `decided-behind` (feature `postgres`), `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable` (feature
 //! `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
 //! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
 //! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature

@@ -37,7 +37,8 @@ impl<K: Eq + Hash, V, S: BuildHasher + Clone> Sharded<K, V, S> {
     }
 }
 
-/// Locks a mutex whose data is valid even when a panic poisoned it: no user code runs inside our critical sections.
+/// Locks a mutex. Its data is valid even after a panic: the only foreign code that runs under such a lock is
+/// [`Store::claim_now`](crate::Store::claim_now), which does not touch the data.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

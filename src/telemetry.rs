@@ -18,6 +18,8 @@ pub(crate) enum Event {
     ClaimRepeated,
     /// A completion failed and was repeated.
     CompletionRepeated,
+    /// A look at the record of an owner in another process failed and was repeated.
+    LookRepeated,
     /// What became of a transaction was found out after its caller had been refused.
     #[cfg(feature = "postgres")]
     DecidedBehind,
@@ -73,6 +75,7 @@ impl Event {
             Self::Abandoned => "abandoned",
             Self::ClaimRepeated => "claim-repeated",
             Self::CompletionRepeated => "completion-repeated",
+            Self::LookRepeated => "look-repeated",
             #[cfg(feature = "postgres")]
             Self::DecidedBehind => "decided-behind",
             Self::Overloaded => "overloaded",
@@ -110,6 +113,7 @@ impl Event {
             Self::Abandoned => "an execution was dropped before it ended; its lease was given up",
             Self::ClaimRepeated => "a claim failed and is repeated",
             Self::CompletionRepeated => "a completion failed and is repeated",
+            Self::LookRepeated => "a look at a record failed and is repeated",
             #[cfg(feature = "postgres")]
             Self::DecidedBehind => "a transaction of unknown fate was decided",
             Self::HandlerFailed => "the handler panicked or its service failed",

@@ -24,6 +24,9 @@ pub(crate) struct Uncut<T: 'static> {
 /// The default limit of executions without a caller. At this limit, no new executions begin.
 pub(crate) const MOST_DETACHED: usize = 16_384;
 
+/// The limit of the claims, and of the ends of attempts, that wait for a store to be back.
+const MOST_BEHIND: usize = 1_024;
+
 /// Counts what runs without a caller.
 #[derive(Debug, Default)]
 pub(crate) struct Tracker {
@@ -149,15 +152,20 @@ impl Tracker {
         self.bounded.detached.load(Ordering::Acquire)
     }
 
-    /// Runs what a store that is away is to be told when it is back; unless too much of its kind is under way already: then the
-    /// leases tell it.
+    /// Whether so many claims got no reply that no more may be sent. A store that is back may grant each of them, and each
+    /// must then be released.
+    pub(crate) fn has_many_lost_claims(&self) -> bool {
+        self.bounded.claims.load(Ordering::Acquire) >= MOST_BEHIND
+    }
+
+    /// Tells a store later what it could not be told now. No lost claim is dropped, because
+    /// [no more are sent](Self::has_many_lost_claims) when there are many. Ends have an upper bound; beyond it, the leases end the attempts.
     pub(crate) fn spawn_behind(
         self: &Arc<Self>,
         runtime: &Handle,
         word: Word,
         work: impl Future<Output = ()> + Send + 'static,
     ) {
-        const MOST: usize = 1_024;
         const MOST_BYTES: usize = 64 << 20;
         let behind = Behind {
             tracker: Arc::clone(self),
@@ -165,7 +173,8 @@ impl Tracker {
         };
         let others = behind.count().fetch_add(1, Ordering::AcqRel);
         let held = self.bounded.held.fetch_add(word.bytes(), Ordering::AcqRel);
-        if others < MOST && held.saturating_add(word.bytes()) <= MOST_BYTES {
+        let has_room = others < MOST_BEHIND && held.saturating_add(word.bytes()) <= MOST_BYTES;
+        if has_room || matches!(word, Word::Claim) {
             self.spawn(runtime, async move {
                 work.await;
                 drop(behind);

@@ -445,6 +445,102 @@ async fn a_store_that_hangs_does_not_prolong_a_wait() {
     }
 }
 
+/// A claim after a wait had the whole timeout of the store, twice.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_follows_a_wait_ends_with_the_wait_and_nothing_runs() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let here = IdempotencyLayer::new(store.clone())
+        .with_wait(Duration::from_secs(2))
+        .with_store_timeout(Duration::from_secs(20))
+        .dangerously_run_unprotected_when_the_store_fails()
+        .layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let timer = Timer::start();
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("claim", [Fault::Hang; 10]);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(waiter.await.unwrap().code(), "request-outstanding");
+    assert!(timer.elapsed() < Duration::from_secs(3), "{:?}", timer.elapsed());
+    assert_eq!(handler.runs(), 0);
+    store.heal();
+    assert_eq!(send(&here, post("k", "pay")).await.status(), 201);
+}
+
+/// The claim of a waiter got no reply, and reached the store when the owner had released the key. The waiter then waited
+/// for itself.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_the_store_grants_late_is_the_claim_of_the_request_that_waits() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_millis(3_200))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    // The owner releases the key at 3.2 s, the claim arrives at 3.3 s, and the waiter looks at 3.6 s.
+    store.delay_claim(Duration::from_millis(3_200));
+    let timer = Timer::start();
+    let waiter = send(&here, post("k", "pay")).await;
+    assert_eq!((waiter.status(), waiter.is_replay(), handler.runs()), (201, false, 1));
+    assert!(timer.elapsed() < Duration::from_secs(4), "{:?}", timer.elapsed());
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(store.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_look_that_fails_once_does_not_end_a_wait() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(3));
+    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("peek", [Fault::Before]);
+    let waiters = storm(&here, 20).await;
+    assert!(waiters
+        .iter()
+        .all(|waiter| waiter.status() == 201 && waiter.is_replay()));
+    assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+    let owner = start(&there, "other", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("peek", [Fault::Before; 2]);
+    assert_eq!(send(&here, post("other", "pay")).await.code(), "store-unavailable");
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+/// Without a wait, each failed look was taken for one that was cut short.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_may_not_wait_learns_why_the_store_failed() {
+    for (fault, code) in [
+        (Fault::Before, "store-unavailable"),
+        (Fault::Misconfigured, "store-misconfigured"),
+        (Fault::Corrupt, "record-unreadable"),
+        (Fault::Hang, "request-outstanding"),
+    ] {
+        let store = RemoteStore::new();
+        let layer = || IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
+        let owner = start(
+            &layer().layer(Handler::new().taking(Duration::from_secs(3))),
+            "k",
+            "pay",
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        store.fail("peek", [fault; 2]);
+        let refused = send(&layer().layer(Handler::new()), post("k", "pay")).await;
+        assert_eq!(refused.code(), code, "{fault:?}");
+        assert_eq!(owner.await.unwrap().status(), 201);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn waiters_are_bounded_for_a_key_and_in_all() {
     let handler = Handler::new().taking(Duration::from_secs(1));

@@ -620,9 +620,82 @@ async fn an_inner_attempt_that_ran_and_was_superseded_is_of_unknown_outcome() {
     store.heal();
     let elsewhere = IdempotencyLayer::new(store.clone()).layer(Handler::new());
     send(&elsewhere, post("inner", "another payment")).await;
-    assert_eq!(owner.await.unwrap().code(), "key-reused");
+    assert_eq!(owner.await.unwrap().code(), "outcome-unknown");
     assert_eq!(send(&service, with_two_keys()).await.code(), "outcome-unknown");
     assert_eq!(handler.runs(), 1);
+}
+
+/// An owner whose key another process takes over after 30 s, while the handler of the owner takes 60 s.
+async fn superseded<S>(store: &RemoteStore, owner: S) -> Got
+where
+    S: tower::Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + Sync + 'static,
+    S::Future: Send,
+    S::Error: std::fmt::Debug + Send,
+{
+    let taken_over = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        store.fail("renew", [Fault::Before; 1_000]);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        store.heal();
+        let elsewhere = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+        let second = send(&elsewhere.layer(Handler::new()), post("k", "pay")).await;
+        assert_eq!((second.status(), second.is_replay()), (201, false));
+    };
+    tokio::join!(send(&owner, post("k", "pay")), taken_over).0
+}
+
+/// An owner that gave its key up, or whose service failed, served its own result although the key held another one.
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_serves_what_the_key_holds_however_it_ended() {
+    for on_error in [OnError::Release, OnError::Unknown, OnError::Keep] {
+        for ending in ["failure", "panic", "broken body", "stream"] {
+            let store = RemoteStore::new();
+            let layer = IdempotencyLayer::new(store.clone())
+                .on_lost(OnLost::Execute)
+                .on_error(on_error);
+            let handler = Handler::new().taking(Duration::from_secs(60)).answering(move |_| {
+                let mut response = match ending {
+                    "panic" => panic!("after the effect"),
+                    "broken body" => Response::new(frames(vec![Play::Data("par"), Play::Break])),
+                    _ => text(StatusCode::OK, "failed"),
+                };
+                if ending == "stream" {
+                    let kind = "text/event-stream".parse().unwrap();
+                    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+                }
+                *response.status_mut() = StatusCode::BAD_GATEWAY;
+                response
+            });
+            let got = superseded(&store, layer.layer(handler)).await;
+            assert_eq!((got.status(), got.is_replay()), (201, true), "{on_error:?}, {ending}");
+        }
+        let store = RemoteStore::new();
+        let layer = IdempotencyLayer::new(store.clone())
+            .on_lost(OnLost::Execute)
+            .on_error(on_error);
+        let failing = service_fn(|_: Request<AnyBody>| async {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            Err::<Response<AnyBody>, _>("disconnected")
+        });
+        let got = superseded(&store, layer.layer(failing)).await;
+        assert_eq!((got.status(), got.is_replay()), (201, true), "{on_error:?}");
+    }
+}
+
+/// The refusal said that nothing was processed.
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_that_cannot_read_the_record_does_not_say_that_nothing_was_processed() {
+    for fault in [Fault::Before, Fault::Misconfigured] {
+        let store = RemoteStore::new();
+        let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+        let failing = store.clone();
+        let handler = Handler::new().taking(Duration::from_secs(60)).answering(move |_| {
+            failing.fail("peek", [fault; 10]);
+            text(StatusCode::CREATED, "too late")
+        });
+        let got = superseded(&store, layer.layer(handler)).await;
+        assert_eq!((got.status(), got.code()), (503, "outcome-unknown"), "{fault:?}");
+    }
 }
 
 /// The caller and the duplicates got the replay marker, although no record holds the failure.
@@ -714,6 +787,50 @@ async fn claims_that_are_released_late_use_no_attempts_up() {
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
     assert_eq!(handler.runs(), 1);
     owner.abort();
+}
+
+/// The store took claims and gave no reply. Beyond 1,024 of them, nothing released the keys that it had granted, and
+/// requests that never ran were of unknown outcome.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_grants_claims_without_a_reply_holds_no_key_for_nobody() {
+    let (store, handler) = (RemoteStore::new(), Handler::new());
+    let layer = IdempotencyLayer::new(store.clone());
+    let service = layer.layer(handler.clone());
+    store.fail("claim", [Fault::After; 10_000]);
+    for operation in ["peek", "release"] {
+        store.fail(operation, [Fault::Before; 200_000]);
+    }
+    let keys = || (0..2_000).map(|n| n.to_string());
+    for key in keys() {
+        assert_eq!(send(&service, post(&key, "pay")).await.code(), "store-unavailable");
+    }
+    assert_eq!(store.calls("claim"), 2 * 1_024);
+    store.heal();
+    layer.drain().wait().await;
+    assert_eq!((store.len(), handler.runs()), (0, 0));
+    for key in keys() {
+        assert_eq!(send(&service, post(&key, "pay")).await.status(), 201);
+    }
+}
+
+/// While many claims are lost, a duplicate still gets its response, and an application that allows it runs unprotected.
+#[tokio::test(start_paused = true)]
+async fn requests_are_served_while_many_claims_are_lost() {
+    let (store, handler) = (RemoteStore::new(), Handler::new());
+    let layer = IdempotencyLayer::new(store.clone());
+    let service = layer.layer(handler.clone());
+    assert_eq!(send(&service, post("done", "pay")).await.status(), 201);
+    store.fail("claim", [Fault::Before; 10_000]);
+    store.fail("release", [Fault::Before; 200_000]);
+    for n in 0..1_024 {
+        assert_eq!(send(&service, post(&n.to_string(), "pay")).await.status(), 503);
+    }
+    assert!(send(&service, post("done", "pay")).await.is_replay());
+    assert_eq!(send(&service, post("new", "pay")).await.code(), "store-unavailable");
+    let unprotected = layer.clone().dangerously_run_unprotected_when_the_store_fails();
+    let unprotected = unprotected.layer(handler.clone());
+    assert_eq!(send(&unprotected, post("new", "pay")).await.status(), 201);
+    assert_eq!(handler.runs(), 2);
 }
 
 /// The store went away while a handler ran. The claims that failed all the while must not keep it from being told how that ended.

@@ -123,6 +123,21 @@ impl RefusalKind {
     }
 }
 
+impl RefusalKind {
+    /// Returns the kind that takes the place of this one if the handler has run and lost the key to another attempt;
+    /// `None` if this kind says nothing false about that request.
+    pub(crate) const fn after_run(self) -> Option<Self> {
+        match self {
+            // The key belongs to another request by now.
+            Self::Mismatch => Some(Self::OutcomeUnknown),
+            Self::Overloaded | Self::StoreFull | Self::StoreMisconfigured | Self::StoreUnavailable => {
+                Some(Self::OutcomeUnrecorded)
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Refusal {
     pub(crate) const fn new(kind: RefusalKind) -> Self {
         Self {

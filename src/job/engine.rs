@@ -21,7 +21,9 @@ use crate::protocol::{
     Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
     StorageKey,
 };
-use crate::store::{claim_in_time, end_late, in_time, limit_in_wait, release_late, End, Patience, Store};
+use crate::store::{
+    claim_in_time, end_late, in_time, limit_in_wait, release_late, End, LostClaim, Patience, Store, MANY_LOST_CLAIMS,
+};
 use crate::telemetry::{self, Event};
 use crate::uncut::{uncut, Word};
 
@@ -117,6 +119,9 @@ impl<St: Store + Clone> Job<St> {
             return Settled::Refused(Refused::NotRun(overloaded));
         }
         let tracker = Arc::clone(&self.terms.tracker);
+        if tracker.has_many_lost_claims() {
+            return Settled::Refused(Refused::NotRun(MANY_LOST_CLAIMS));
+        }
         // Declared first, so that it goes last, when the tracker knows of the rest.
         let _attended = tracker.attend();
         let (caller, absence) = Caller::new();
@@ -150,10 +155,17 @@ impl<St: Store + Clone> Job<St> {
         let deadline = Deadline::after(self.terms.wait);
         // The first claim comes before any wait, so the deadline does not limit it.
         let (mut watch, mut waiting) = (None, None);
+        let mut lost = None;
         loop {
             let asked = Stopwatch::start();
+            let decision = self.claim_once(nonce, waiting, &mut lost).await?;
+            if matches!(decision, Decision::Execute(_) | Decision::Recover(_)) {
+                if let Some(lost) = lost.take() {
+                    LostClaim::granted(lost);
+                }
+            }
             let granted = |grant, is_first| Granted { grant, is_first, asked };
-            let refused = match self.claim_once(nonce, waiting).await? {
+            let refused = match decision {
                 Decision::Execute(grant) => return Ok(Ok(granted(grant, true))),
                 Decision::Recover(grant) => return Ok(Ok(granted(grant, false))),
                 Decision::Replay(answer) => return Ok(Err(Settled::Replay(answer))),
@@ -199,34 +211,34 @@ impl<St: Store + Clone> Job<St> {
         left.min(self.terms.lease)
     }
 
-    /// A claim whose reply is lost is repeated with the same nonce.
-    async fn claim_once(&self, nonce: Nonce, waiting: Option<Deadline>) -> Result<Decision, Error> {
+    /// Claims the key. A claim that got no reply is repeated with the same nonce, and kept in `lost`.
+    async fn claim_once(
+        &self,
+        nonce: Nonce,
+        waiting: Option<Deadline>,
+        lost: &mut Option<LostClaim>,
+    ) -> Result<Decision, Error> {
         let claim = self.claim_of(nonce);
         match claim_in_time(self.limit(waiting), &self.store, &claim).await {
             Err(error) if error.kind() == ErrorKind::StoreUnavailable => {
-                let again = if waiting.is_none_or(|wait| !wait.left().is_zero()) {
-                    telemetry::failure(Event::ClaimRepeated, &error);
-                    claim_in_time(self.limit(waiting), &self.store, &claim).await
-                } else {
-                    Err(error)
-                };
-                // The first claim may have taken effect even though the second one failed.
-                if again.is_err() {
-                    self.release_behind(claim);
+                lost.get_or_insert_with(|| self.lost(claim.clone()));
+                if waiting.is_some_and(|wait| wait.left().is_zero()) {
+                    return Err(error);
                 }
-                again
+                telemetry::failure(Event::ClaimRepeated, &error);
+                claim_in_time(self.limit(waiting), &self.store, &claim).await
             }
             done => done,
         }
     }
 
-    /// Ends a claim of unknown fate.
-    fn release_behind(&self, claim: Claim) {
-        let Ok(runtime) = Handle::try_current() else { return };
+    fn lost(&self, claim: Claim) -> LostClaim {
         let (store, patience) = (self.store.clone(), self.patience().behind());
-        self.terms.tracker.spawn_behind(&runtime, Word::Claim, async move {
-            release_late(&store, &claim, patience).await;
-        });
+        let release = {
+            let claim = claim.clone();
+            async move { release_late(&store, &claim, patience).await }
+        };
+        LostClaim::new(claim, &self.terms.tracker, release)
     }
 
     const fn claim_of(&self, nonce: Nonce) -> Claim {

@@ -162,7 +162,7 @@ impl<St: Store> Renewer<St> {
             Ok(Renewal::Superseded) if self.attempt.is_completed() => {}
             Ok(Renewal::Superseded) => self.attempt.lose(),
             Err(error) => {
-                schedule.hurry();
+                schedule.repeat();
                 telemetry::failure(Event::RenewalFailed, &error);
             }
         }

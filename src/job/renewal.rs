@@ -57,7 +57,16 @@ impl Schedule {
                 .is_ok()
     }
 
-    /// Makes a renewal due now, because the last renewal failed or was skipped.
+    /// Makes a renewal due after a short pause, because the last renewal failed. Without the pause, a store that fails
+    /// at once would get renewals without end.
+    pub(crate) fn repeat(&self) {
+        let pause = micros(self.lease / 24);
+        let due = self.since.elapsed_micros().saturating_add(pause);
+        self.due.fetch_min(due, Ordering::Relaxed);
+    }
+
+    /// Makes a renewal due now, because renewals were skipped.
+    #[cfg(any(test, feature = "postgres"))]
     pub(crate) fn hurry(&self) {
         self.due.fetch_min(self.since.elapsed_micros(), Ordering::Relaxed);
     }
@@ -96,11 +105,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_renewal_that_failed_is_due_at_once_and_not_yet_overdue() {
+    async fn a_renewal_that_failed_is_due_after_a_pause_and_not_yet_overdue() {
         let schedule = Schedule::new(LEASE, Stopwatch::start());
         pass(4).await;
         assert!(schedule.take(Duration::ZERO));
-        schedule.hurry();
+        schedule.repeat();
+        assert!(!schedule.take(Duration::ZERO));
+        tokio::time::advance(LEASE / 24).await;
         assert!(!schedule.take_overdue());
         assert!(schedule.take(Duration::ZERO));
     }

@@ -136,7 +136,7 @@ where
             return Arrived::Answer(settings.land(span.as_deref(), &landing));
         }
         // Only from here on it needs a place where others find it.
-        let flight = Flight::new(key, storage_key, fingerprint);
+        let flight = Flight::new(key, storage_key, fingerprint, settings.store_timeout);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
         let (flight, exchange) = match decided {
@@ -198,7 +198,7 @@ enum Decided<'f> {
 
 /// Claims a key at once, where its seat is free: others of this process find the seat taken, or the claim decided.
 fn decide<'f, St: Store>(shared: &'f Shared<St>, settings: &Values, claim: &Claim) -> Decided<'f> {
-    if shared.is_overloaded(settings) {
+    if shared.barred(settings).is_some() {
         return Decided::Otherwise;
     }
     let Some(vacancy) = shared.flights.vacancy(&claim.key) else {

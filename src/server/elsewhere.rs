@@ -10,11 +10,13 @@ use tower_service::Service;
 
 use super::exchange::{Cargo, Claimed, Exchange};
 use super::flights::{Flight, Landing};
+use super::guard::Barred;
 use super::settings::Values;
 use crate::clock::{within, Deadline};
+use crate::error::ErrorKind;
 use crate::http::{RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Fingerprint, IfLost, Outcome, Snapshot, Status};
-use crate::store::{in_time, limit_in_wait, Store};
+use crate::protocol::{Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status};
+use crate::store::{in_time, limit_in_wait, Store, LATE, MANY_LOST_CLAIMS};
 use crate::telemetry::{self, Event};
 
 /// The meaning of a record for a request that does not own it.
@@ -56,7 +58,8 @@ impl<St: Store, S> Exchange<St, S> {
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
                 Some(Err(error)) => Some(Err(error)),
-                None => Some(Ok(self.refuse(self.later(RefusalKind::Overloaded)))),
+                // The service took no request in time.
+                None => Some(Ok(self.refuse(self.later(RefusalKind::Outstanding)))),
             },
             // The time of this request is up. Requests that joined later still have time, and look at the record
             // themselves.
@@ -67,8 +70,12 @@ impl<St: Store, S> Exchange<St, S> {
     /// Returns the response for an owner whose key was taken over: the outcome that the key holds in the end.
     pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
         match self.outcome_elsewhere().await {
+            Elsewhere::Landed(Landing::Refused(refusal)) => {
+                let refusal = refusal.kind().after_run().map_or(refusal, |kind| self.later(kind));
+                self.settle(Landing::Refused(refusal))
+            }
             Elsewhere::Landed(landing) => self.settle(landing),
-            Elsewhere::Free => self.settle(Landing::Refused(self.later(RefusalKind::Outstanding))),
+            Elsewhere::Free => self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded))),
             Elsewhere::TimeUp => self.refuse(self.later(RefusalKind::Outstanding)),
         }
     }
@@ -79,7 +86,14 @@ impl<St: Store, S> Exchange<St, S> {
             return Elsewhere::TimeUp;
         }
         let deadline = self.wait().owner;
-        let waiting = outcome_elsewhere(&self.hold.shared.store, &self.settings, &self.hold.flight, deadline);
+        let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
+        let waiting = outcome_elsewhere(
+            &self.hold.shared.store,
+            &self.settings,
+            &self.hold.flight,
+            ours,
+            deadline,
+        );
         self.times.waiting(waiting).await
     }
 
@@ -108,22 +122,24 @@ impl<St: Store, S> Exchange<St, S> {
         Some(ready)
     }
 
-    /// Looks at the record instead of claiming the key, because no execution may begin. Duplicates still get the
-    /// outcome that the record holds.
-    pub(super) async fn look(&mut self) -> Claimed {
+    /// Looks at the record instead of claiming the key, because no key may be claimed. Duplicates still get the outcome
+    /// that the record holds.
+    pub(super) async fn look(&mut self, barred: Barred) -> Claimed {
         let flight = &self.hold.flight;
         let peeked = self.hold.shared.store.peek(&flight.storage_key);
         let seen = match in_time(self.settings.store_timeout, peeked).await {
             Ok(snapshot) => self.settings.see(&flight.fingerprint, snapshot),
+            Err(error) if barred == Barred::LostClaims => return self.claim_failed(&error),
             Err(error) => {
                 telemetry::store_failed(&error);
                 Seen::Landed(Landing::Refused(self.settings.store_failed(&error)))
             }
         };
-        match seen {
-            Seen::Landed(landing) => Claimed::Settled(landing),
-            Seen::InFlight => Claimed::Wait,
-            Seen::Free => {
+        match (seen, barred) {
+            (Seen::Landed(landing), _) => Claimed::Settled(landing),
+            (Seen::InFlight, _) => Claimed::Wait,
+            (Seen::Free, Barred::LostClaims) => self.claim_failed(&MANY_LOST_CLAIMS),
+            (Seen::Free, Barred::Detached) => {
                 telemetry::event(Event::Overloaded);
                 Claimed::Settled(Landing::Refused(self.later(RefusalKind::Overloaded)))
             }
@@ -131,10 +147,18 @@ impl<St: Store, S> Exchange<St, S> {
     }
 }
 
-/// Waits for an owner in another process: subscribes, looks and waits, in that order. Changes no record.
-async fn outcome_elsewhere<St: Store>(store: &St, settings: &Values, flight: &Flight, deadline: Deadline) -> Elsewhere {
+/// Waits for an owner in another process: subscribes, looks and waits, in that order. Changes no record. `ours` is the
+/// nonce of a claim of this request that got no reply; if the store granted it later, another claim gets the same grant.
+async fn outcome_elsewhere<St: Store>(
+    store: &St,
+    settings: &Values,
+    flight: &Flight,
+    ours: Option<Nonce>,
+    deadline: Deadline,
+) -> Elsewhere {
     const POLL: Duration = Duration::from_millis(500);
     let timeout = settings.store_timeout;
+    let mut may_fail = true;
     loop {
         let watch = if deadline.left().is_zero() {
             None
@@ -145,15 +169,30 @@ async fn outcome_elsewhere<St: Store>(store: &St, settings: &Values, flight: &Fl
         };
         let limit = limit_in_wait(timeout, deadline);
         let look = flight.begin_look();
-        let snapshot = match in_time(limit, store.peek(&flight.storage_key)).await {
+        let looked = match within(limit, store.peek(&flight.storage_key)).await {
+            Ok(looked) => looked,
+            // The look was cut short because the wait is over, which says nothing about the store.
+            Err(_) if limit < timeout => return Elsewhere::TimeUp,
+            Err(_) => Err(LATE),
+        };
+        let snapshot = match looked {
             Ok(snapshot) => snapshot,
-            // The look failed because the wait is over, which says nothing about the store.
-            Err(_) if limit < timeout && deadline.left().is_zero() => return Elsewhere::TimeUp,
+            // The owner still runs, so one failed look does not end the wait.
+            Err(error) if may_fail && error.kind() == ErrorKind::StoreUnavailable && !deadline.left().is_zero() => {
+                telemetry::failure(Event::LookRepeated, &error);
+                may_fail = false;
+                drop(within(POLL.min(deadline.left()), pending::<()>()).await);
+                continue;
+            }
             Err(error) => {
                 telemetry::store_failed(&error);
                 return Elsewhere::Landed(Landing::Refused(settings.store_failed(&error)));
             }
         };
+        may_fail = true;
+        if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
+            return Elsewhere::Free;
+        }
         let is_same = snapshot
             .as_ref()
             .is_some_and(|seen| seen.fingerprint == flight.fingerprint);
@@ -174,6 +213,10 @@ async fn outcome_elsewhere<St: Store>(store: &St, settings: &Values, flight: &Fl
         let (watched, asked) = (pin!(watched(watch)), pin!(flight.asked_to_look()));
         drop(within(POLL.min(deadline.left()), select(watched, asked)).await);
     }
+}
+
+fn is_granted_to(seen: &Snapshot, nonce: Option<Nonce>) -> bool {
+    Some(seen.nonce) == nonce && matches!(seen.status, Status::InFlight { .. })
 }
 
 async fn watched(watch: Option<impl Future<Output = ()>>) {

@@ -14,7 +14,7 @@ use super::policy::{retention_of, Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Answer, Completion, Outcome, Owner, Release, StorageKey};
+use crate::protocol::{Answer, Completion, Outcome, Owner, Release, Renewal, StorageKey};
 use crate::store::{end_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::Word;
@@ -66,7 +66,9 @@ impl<St: Store, S> Exchange<St, S> {
                 Recorded::No
             }
             Verdict::GiveUp => {
-                Box::pin(self.give_up()).await;
+                if let Renewal::Superseded = Box::pin(self.give_up()).await {
+                    return Box::pin(self.superseded()).await;
+                }
                 Recorded::No
             }
             Verdict::Tombstone => {
@@ -175,14 +177,14 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends the attempt without an outcome: releases the key, or gives it up.
     async fn without_outcome<R: RebuildBody>(&mut self, verdict: Verdict) -> Result<(), Response<R>> {
-        if verdict != Verdict::Release {
-            self.give_up().await;
-            return Ok(());
+        let is_superseded = match verdict {
+            Verdict::Release => self.release().await == Release::Superseded,
+            _ => self.give_up().await == Renewal::Superseded,
+        };
+        if is_superseded {
+            return Err(self.superseded().await);
         }
-        match self.release().await {
-            Release::Superseded => Err(self.superseded().await),
-            Release::Released => Ok(()),
-        }
+        Ok(())
     }
 
     /// Records that the request took effect, without its response. Returns the result for the duplicates.
@@ -237,6 +239,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// The other attempt may belong to another request, so this looks at the record and compares its fingerprint.
     pub(super) async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
+        self.is_superseded = true;
         self.hold.end_ownership();
         self.hold.flight.set_superseded();
         self.hold.flight.set_guarded(false);
@@ -289,15 +292,19 @@ impl<St: Store, S> Exchange<St, S> {
         })
     }
 
-    pub(super) async fn give_up(&mut self) {
+    /// Ends the lease at once, and keeps the evidence of the attempt.
+    pub(super) async fn give_up(&mut self) -> Renewal {
         self.hold.flight.end_renewal();
-        if let Some((store, key, owner)) = self.owned() {
-            // If the store fails, the attempt ends a little later with its lease.
-            if let Err(error) = persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await {
-                telemetry::failure(Event::Unrecorded, &error);
-            }
-        }
+        let given_up = match self.owned() {
+            Some((store, key, owner)) => persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await,
+            None => Ok(Renewal::Superseded),
+        };
         self.hold.end_ownership();
+        given_up.unwrap_or_else(|error| {
+            // The attempt ends a little later with its lease.
+            telemetry::failure(Event::Unrecorded, &error);
+            Renewal::Renewed
+        })
     }
 
     /// Continues to report the end of the attempt to a store that does not answer, in a task for which the caller does

@@ -1,10 +1,10 @@
 //! The flow of one guarded request, from its key to its answer.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::request::Parts;
 use http::{response, Request, Response};
-use tokio::runtime::Handle;
 use tower_service::Service;
 use tracing::Span;
 
@@ -15,9 +15,8 @@ use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
-use crate::store::{claim_in_time, release_late, Store, LAST_LOOK};
+use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
-use crate::uncut::Word;
 
 /// One guarded request, from when its body was read.
 ///
@@ -34,6 +33,10 @@ pub(super) struct Exchange<St: Store, S> {
     pub(super) wait: Option<Wait>,
     /// Whether it has claimed a free key once more after its time was up.
     pub(super) has_claimed_late: bool,
+    /// Whether another attempt took the key over from this one.
+    pub(super) is_superseded: bool,
+    /// A claim that got no reply.
+    pub(super) lost_claim: Option<Box<LostClaim>>,
     pub(super) cargo: Cargo<S>,
 }
 
@@ -77,6 +80,8 @@ pub(super) enum Claimed {
     Recover(Grant),
     Run(Grant),
     Settled(Landing),
+    /// The wait of this request was over before the store replied.
+    TimeUp,
     Unprotected,
     Wait,
 }
@@ -96,6 +101,8 @@ impl<St: Store, S> Exchange<St, S> {
             times,
             wait: None,
             has_claimed_late: false,
+            is_superseded: false,
+            lost_claim: None,
             cargo,
         }
     }
@@ -176,9 +183,6 @@ impl<St: Store, S> Exchange<St, S> {
     {
         loop {
             if matches!(self.cargo, Cargo::Admitted(_)) {
-                // From here on the exchange continues if its caller leaves, because the store may have received the
-                // claim.
-                self.hold.flight.set_guarded(true);
                 let asked = Stopwatch::start();
                 match self.claim().await {
                     Claimed::Run(grant) => {
@@ -190,6 +194,8 @@ impl<St: Store, S> Exchange<St, S> {
                         return Box::pin(self.recover_and_execute(grant)).await;
                     }
                     Claimed::Settled(landing) => return Ok(self.settle(landing)),
+                    // Requests that joined later still have time, and claim the key themselves.
+                    Claimed::TimeUp => return Ok(self.refuse(self.later(RefusalKind::Outstanding))),
                     Claimed::Unprotected => {
                         self.leave(Landing::Handover);
                         return self.run_unprotected().await;
@@ -221,49 +227,85 @@ impl<St: Store, S> Exchange<St, S> {
         };
     }
 
-    /// Claims the key; a claim that failed is repeated once with its nonce.
+    /// Claims the key. A claim that failed is repeated once, with the same nonce.
     async fn claim(&mut self) -> Claimed {
-        if self.hold.shared.is_overloaded(&self.settings) {
-            return Box::pin(self.look()).await;
+        if let Some(barred) = self.hold.shared.barred(&self.settings) {
+            return Box::pin(self.look(barred)).await;
         }
-        let flight = &self.hold.flight;
-        let claim = self.settings.claim(flight.storage_key, flight.fingerprint);
-        let asked = claim_in_time(self.settings.store_timeout, &self.hold.shared.store, &claim);
+        let claim = match &self.lost_claim {
+            Some(lost) => lost.claim().clone(),
+            None => self
+                .settings
+                .claim(self.hold.flight.storage_key, self.hold.flight.fingerprint),
+        };
+        // From here on the exchange continues if its caller leaves, because the store may have received the claim.
+        self.hold.flight.set_guarded(true);
+        let asked = claim_in_time(self.limit(), &self.hold.shared.store, &claim);
         match Box::pin(asked).await {
-            Ok(decision) => claimed(decision),
-            Err(error) => Box::pin(self.claim_again(&claim, error)).await,
+            Ok(decision) => self.decided(decision),
+            Err(error) => Box::pin(self.claim_again(claim, error)).await,
         }
     }
 
-    async fn claim_again(&mut self, claim: &Claim, error: Error) -> Claimed {
+    /// Returns how long the next claim may take. After a wait, the claim must not outlast the wait.
+    fn limit(&self) -> Duration {
+        let timeout = self.settings.store_timeout;
+        self.wait.map_or(timeout, |wait| limit_in_wait(timeout, wait.owner))
+    }
+
+    fn is_wait_over(&self) -> bool {
+        self.wait.is_some_and(|wait| wait.owner.left().is_zero())
+    }
+
+    async fn claim_again(&mut self, claim: Claim, error: Error) -> Claimed {
         if error.kind() != ErrorKind::StoreUnavailable {
             return self.claim_failed(&error);
         }
         telemetry::failure(Event::ClaimRepeated, &error);
-        match claim_in_time(self.settings.store_timeout, &self.hold.shared.store, claim).await {
-            Ok(decision) => claimed(decision),
-            // The first claim may have taken effect even though the second one failed.
+        if self.lost_claim.is_none() {
+            self.lost_claim = Some(self.lost(claim.clone()));
+        }
+        // The claim failed because the wait is over, which says nothing about the store.
+        if self.is_wait_over() {
+            return Claimed::TimeUp;
+        }
+        match claim_in_time(self.limit(), &self.hold.shared.store, &claim).await {
+            Ok(decision) => self.decided(decision),
+            Err(error) if error.kind() == ErrorKind::StoreUnavailable && self.is_wait_over() => Claimed::TimeUp,
             Err(error) => {
-                self.release_behind(claim);
+                // Begin the release before other requests for this key go on.
+                self.lost_claim = None;
                 self.claim_failed(&error)
             }
         }
     }
 
-    /// Releases a key whose claim may have taken effect, in a task of its own.
-    fn release_behind(&self, claim: &Claim) {
-        if let Ok(runtime) = Handle::try_current() {
-            let (shared, claim) = (Arc::clone(&self.hold.shared), claim.clone());
-            let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
-            tracker.spawn_behind(&runtime, Word::Claim, async move {
-                release_late(&shared.store, &claim, patience).await;
-            });
+    /// Keeps a claim that got no reply, until this exchange ends or owns the key.
+    fn lost(&self, claim: Claim) -> Box<LostClaim> {
+        let shared = Arc::clone(&self.hold.shared);
+        let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
+        let release = {
+            let claim = claim.clone();
+            async move { release_late(&shared.store, &claim, patience).await }
+        };
+        Box::new(LostClaim::new(claim, &tracker, release))
+    }
+
+    fn decided(&mut self, decision: Decision) -> Claimed {
+        let granted = match decision {
+            Decision::Execute(grant) => Claimed::Run(grant),
+            Decision::Recover(grant) => Claimed::Recover(grant),
+            decision => return Landing::of(decision).map_or(Claimed::Wait, Claimed::Settled),
+        };
+        if let Some(lost) = self.lost_claim.take() {
+            lost.granted();
         }
+        granted
     }
 
     /// Decides about a request whose claim failed. The request does not run, unless the application has allowed
     /// unprotected runs.
-    fn claim_failed(&self, error: &Error) -> Claimed {
+    pub(super) fn claim_failed(&self, error: &Error) -> Claimed {
         telemetry::store_failed(error);
         // If a record cannot be read, an earlier attempt may have run. If the store is misconfigured, every request
         // would run unprotected. So refuse both.
@@ -348,14 +390,6 @@ impl<S> Admitted<S> {
 }
 
 const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored answer cannot be read");
-
-fn claimed(decision: Decision) -> Claimed {
-    match decision {
-        Decision::Execute(grant) => Claimed::Run(grant),
-        Decision::Recover(grant) => Claimed::Recover(grant),
-        decision => Landing::of(decision).map_or(Claimed::Wait, Claimed::Settled),
-    }
-}
 
 impl Landing {
     /// What a decision comes to that lets nothing run; `None` where it is to wait.

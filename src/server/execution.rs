@@ -16,7 +16,7 @@ use super::policy::{OnLost, Recovered, Recovery};
 use super::settings::Values;
 use crate::clock::Stopwatch;
 use crate::http::{collect, is_stream, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
-use crate::protocol::Grant;
+use crate::protocol::{Grant, Renewal};
 use crate::store::Store;
 use crate::telemetry;
 
@@ -59,7 +59,9 @@ impl<St: Store, S> Exchange<St, S> {
             Found::Happened => Ok(self.happened().await),
             Found::Nothing => self.execute(grant).await,
             Found::Unknown => {
-                self.give_up().await;
+                if let Renewal::Superseded = self.give_up().await {
+                    return Ok(self.superseded().await);
+                }
                 Ok(self.settle(Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))
             }
         }
@@ -137,8 +139,13 @@ impl<St: Store, S> Exchange<St, S> {
                 Ok(self.broken(judgement, head.status).await)
             }
             Ended::Failed(error) => {
-                let _: Response<R> = self.failed().await;
-                Err(error)
+                let response = self.failed().await;
+                // The key may hold the response of the attempt that took it over.
+                if self.is_superseded {
+                    Ok(response)
+                } else {
+                    Err(error)
+                }
             }
             Ended::Panicked => Ok(self.failed().await),
             Ended::Streaming(response) => Ok(self.streaming(response).await),

@@ -24,6 +24,8 @@ pub(super) struct Flight {
     pub(super) key: IdempotencyKey,
     pub(super) storage_key: StorageKey,
     pub(super) fingerprint: Fingerprint,
+    /// How long one renewal may take, at most.
+    pub(super) store_timeout: Duration,
     /// Whether the rest of the exchange must go on without its caller.
     guarded: AtomicBool,
     /// Whether it goes on although its caller left.
@@ -87,11 +89,17 @@ pub(super) enum Landing {
 }
 
 impl Flight {
-    pub(super) fn new(key: IdempotencyKey, storage_key: StorageKey, fingerprint: Fingerprint) -> Self {
+    pub(super) fn new(
+        key: IdempotencyKey,
+        storage_key: StorageKey,
+        fingerprint: Fingerprint,
+        store_timeout: Duration,
+    ) -> Self {
         Self {
             key,
             storage_key,
             fingerprint,
+            store_timeout,
             guarded: AtomicBool::new(false),
             detached: AtomicBool::new(false),
             joined: AtomicBool::new(false),
@@ -226,11 +234,23 @@ impl Flight {
     fn renewals(&self) -> Option<&Schedule> {
         // A transaction that completes locks the record. A renewal would only wait for the lock, and so would the claim
         // of another attempt.
-        #[cfg(feature = "postgres")]
-        if self.is_in_transaction() && !self.has_transaction_failed() {
+        if self.is_completing() {
             return None;
         }
         self.schedule()
+    }
+
+    /// Whether a transaction of the handler completes the record, or has completed it.
+    #[cfg(feature = "postgres")]
+    pub(super) fn is_completing(&self) -> bool {
+        self.is_in_transaction() && !self.has_transaction_failed()
+    }
+
+    /// Whether a transaction of the handler completes the record; never, because no store has transactions.
+    #[cfg(not(feature = "postgres"))]
+    #[expect(clippy::unused_self, reason = "with the feature `postgres` the flight knows it")]
+    pub(super) const fn is_completing(&self) -> bool {
+        false
     }
 
     /// Takes the renewal of the lease for the task of this runtime. If the lease was granted on this runtime, the
@@ -251,7 +271,15 @@ impl Flight {
         self.renewals().is_some_and(Schedule::take_overdue)
     }
 
-    /// Makes the next renewal due now, because one failed or was skipped.
+    /// Makes the next renewal due soon, because one failed.
+    pub(super) fn repeat_renewal(&self) {
+        if let Some(schedule) = self.schedule() {
+            schedule.repeat();
+        }
+    }
+
+    /// Makes the next renewal due now, because renewals were skipped.
+    #[cfg(feature = "postgres")]
     pub(super) fn hurry_renewal(&self) {
         if let Some(schedule) = self.schedule() {
             schedule.hurry();

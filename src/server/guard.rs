@@ -21,6 +21,15 @@ use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::{spawn_apart, Tracker};
 
+/// The reason why no key may be claimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Barred {
+    /// The limit of executions without a caller is reached.
+    Detached,
+    /// Too many claims got no reply from the store.
+    LostClaims,
+}
+
 /// What a layer and its clones share.
 pub(super) struct Shared<St> {
     pub(super) store: St,
@@ -41,9 +50,12 @@ impl<St> Shared<St> {
 }
 
 impl<St> Shared<St> {
-    /// Whether the limit of executions without a caller is reached, so that no new execution may begin.
-    pub(super) fn is_overloaded(&self, settings: &Values) -> bool {
-        self.tracker.detached() >= settings.max_detached
+    /// Returns the reason why no key may be claimed at the moment; `None` if keys may be claimed.
+    pub(super) fn barred(&self, settings: &Values) -> Option<Barred> {
+        if self.tracker.detached() >= settings.max_detached {
+            return Some(Barred::Detached);
+        }
+        self.tracker.has_many_lost_claims().then_some(Barred::LostClaims)
     }
 
     pub(super) fn drain(&self) -> Drain {
@@ -238,11 +250,15 @@ impl<St: Store> Shared<St> {
         let Some((owner, lease)) = flight.held().and_then(|grant| Some((grant.owner, grant.lease?))) else {
             return;
         };
-        match in_time(lease / 3, self.store.renew(&flight.storage_key, owner, lease)).await {
+        // A renewal that hangs must leave time for another one before the lease ends.
+        let timeout = flight.store_timeout.min(lease / 6);
+        match in_time(timeout, self.store.renew(&flight.storage_key, owner, lease)).await {
             Ok(Renewal::Renewed) => {}
+            // The renewal may have waited for the transaction that completes the record.
+            Ok(Renewal::Superseded) if flight.is_completing() => {}
             Ok(Renewal::Superseded) => flight.set_superseded(),
             Err(error) => {
-                flight.hurry_renewal();
+                flight.repeat_renewal();
                 telemetry::failure(Event::RenewalFailed, &error);
             }
         }

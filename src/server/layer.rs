@@ -381,9 +381,10 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets how long a duplicate waits for the request in flight before it gets 409; zero: 409 at once. Default: 30 s.
     ///
-    /// This time covers all waits of one request. Only the last look at the store, or the decision about the claim of
-    /// another request with this key, may take half a second longer. Set a time that is shorter than every timeout
-    /// further out.
+    /// This time covers all waits of one request until the request owns its key. Only the last operation of the store,
+    /// or the decision about the claim of another request with this key, may take half a second longer. An owner whose
+    /// key another attempt takes over waits once more for as long, for the outcome of that attempt. Set a time that is
+    /// shorter than every timeout further out.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.values().waiting.time = wait;
         self
@@ -417,11 +418,17 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// 10 s by default: how long a completion is repeated while the store fails. Then, under [`OnLost::Refuse`], the caller gets its
-    /// answer and the key stays claimed; else 503. Without the caller the store is told for twelve times as long, two minutes, how the
-    /// handler ended, and asked what became of a transaction of its own (`Lease::complete_in`, feature `postgres`): so that after an
-    /// outage answers are replayed, and failed keys free: 1,024 of them with 64 MiB of answers, at the most. After a longer one they
-    /// are of unknown outcome.
+    /// Sets how long the layer repeats a completion while the store fails. Default: 10 s.
+    ///
+    /// After this time, under [`OnLost::Refuse`], the caller gets its response and the key stays claimed; otherwise the
+    /// caller gets 503. The layer then goes on for twelve times as long (two minutes) without the caller: it tells the
+    /// store how the handler ended, and asks what became of a transaction of the handler (`Lease::complete_in`, feature
+    /// `postgres`). It does so for at most 1,024 executions, with 64 MiB of responses. An execution beyond that, or one
+    /// that ended before a longer outage, is of unknown outcome.
+    ///
+    /// For the same time the layer tries to release a key whose claim got no reply, because the store may have granted
+    /// the claim. While there are 1,024 such keys or more, the layer sends no further claims: a duplicate still gets
+    /// its response, and any other request gets 503.
     pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
         self.values().completion_timeout = timeout;
         self

@@ -1,11 +1,67 @@
 //! What a store that was away is told when it is back, and nobody waits for.
 
+use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
+use tokio::runtime::Handle;
+
 use super::{Patience, Store};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Completion, Decision, Outcome, Owner, Release, Snapshot, Status, StorageKey};
 use crate::telemetry::{self, Event};
+use crate::uncut::{Tracker, Word};
+
+/// The error while [so many claims](Tracker::has_many_lost_claims) got no reply that no more are sent.
+pub(crate) const MANY_LOST_CLAIMS: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "too many claims got no reply from the idempotency store; no more are sent until it has answered",
+);
+
+/// A claim that got no reply. The store may have granted it, or may still grant it. So the claims that follow have the
+/// same nonce: whichever of them the store grants, it is one grant.
+///
+/// When this is dropped, a task of its own releases the key if the store granted it to this claim.
+pub(crate) struct LostClaim {
+    claim: Claim,
+    /// `None` once the grant has an owner, or outside of a runtime.
+    release: Option<(Handle, BoxFuture<'static, ()>)>,
+    tracker: Arc<Tracker>,
+}
+
+impl LostClaim {
+    /// `release` releases the key if the store granted it to `claim`; see [`release_late`].
+    pub(crate) fn new(
+        claim: Claim,
+        tracker: &Arc<Tracker>,
+        release: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
+        let runtime = Handle::try_current().ok();
+        Self {
+            claim,
+            release: runtime.map(|runtime| (runtime, Box::pin(release) as BoxFuture<'static, ()>)),
+            tracker: Arc::clone(tracker),
+        }
+    }
+
+    pub(crate) const fn claim(&self) -> &Claim {
+        &self.claim
+    }
+
+    /// A later claim with the same nonce was granted, so the key has an owner.
+    pub(crate) fn granted(mut self) {
+        self.release = None;
+    }
+}
+
+impl Drop for LostClaim {
+    fn drop(&mut self) {
+        if let Some((runtime, release)) = self.release.take() {
+            self.tracker.spawn_behind(&runtime, Word::Claim, release);
+        }
+    }
+}
 
 /// How an attempt ended.
 pub(crate) enum End {

@@ -27,9 +27,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use boxed::BoxStore;
-pub(crate) use late::{end_late, release_late, End};
+pub(crate) use late::{end_late, release_late, End, LostClaim, MANY_LOST_CLAIMS};
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
-pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK};
+pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK, LATE};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{attended, failed, not_made, Bound, Gate, Lent, Sending, Statement, TableName, Within};
 #[cfg(feature = "postgres")]
@@ -78,7 +78,9 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); unless it is [`StoreFull`](crate::ErrorKind::StoreFull), the claim may have taken effect.
+    /// Any [`ErrorKind`](crate::ErrorKind). With [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) the claim may have
+    /// taken effect: the layer repeats it, and releases the key later if the store has granted it. With any other kind the
+    /// claim has taken no effect.
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send;
 
     /// Asks for a key without waiting; `None`, the default: only [`claim`](Self::claim) can tell.

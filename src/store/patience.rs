@@ -12,15 +12,16 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Decision};
 use crate::telemetry::{self, Event};
 
+pub(crate) const LATE: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "the idempotency store did not answer in time",
+);
+
 /// An operation of the store, given up as failed after `timeout`.
 pub(crate) fn in_time<T>(
     timeout: Duration,
     operation: impl Future<Output = Result<T, Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
-    const LATE: Error = Error::new(
-        ErrorKind::StoreUnavailable,
-        "the idempotency store did not answer in time",
-    );
     within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
 }
 

@@ -123,6 +123,34 @@ fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
     assert_eq!(owner.join().unwrap().body, "busy");
 }
 
+/// The owner noticed by itself that its renewal was overdue. Its renewal hung for so long that the next one came after
+/// the end of the lease.
+#[test]
+fn a_lease_outlives_an_overdue_renewal_that_hangs() {
+    const LEASE: Duration = Duration::from_secs(6);
+    let store = RemoteStore::new();
+    let layer = layer(&store).with_lease(LEASE);
+    let blocking = layer.layer(service_fn(|_: Request<AnyBody>| async {
+        thread::sleep(LEASE * 4 / 3);
+        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "blocked"))
+    }));
+    let other = layer.layer(Handler::new().taking(LEASE * 4 / 3));
+    let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
+    let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
+    // Both leases get a renewal that hangs: the one of the other runtime after a third of the lease, and that of the
+    // blocked runtime after half of it.
+    store.fail("renew", [Fault::Hang; 2]);
+    thread::sleep(LEASE * 3 / 4);
+    let (handler, runtime) = (Handler::new(), one_thread());
+    for _ in 0..100 {
+        let duplicate = runtime.block_on(elsewhere(&store, &handler));
+        assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
+        thread::sleep(LEASE / 200);
+    }
+    assert_eq!(owner.join().unwrap().body, "blocked");
+    assert_eq!(beside.join().unwrap().status(), 201);
+}
+
 /// Renewals that fail or hang are repeated while the lease lasts.
 #[tokio::test(start_paused = true)]
 async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {

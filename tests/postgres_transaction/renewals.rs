@@ -132,3 +132,34 @@ async fn renewals_go_on_at_once_after_a_completion_that_failed_behind_one_that_w
     }
     assert_eq!(sent.await.unwrap(), 500);
 }
+
+/// A renewal waited for the transaction that completed the record. Then the lease seemed lost, although the response of
+/// this attempt is the one that everybody gets.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_that_waited_for_the_completing_transaction_does_not_lose_the_lease() {
+    let bench = Bench::new(Ending::Commit).await;
+    let handler = |State(app): State<App>, lease: Lease| async move {
+        let mut transaction = app.pool.begin().await.unwrap();
+        let lock = sqlx::query("SELECT FROM idempotency_records WHERE key = $1 FOR UPDATE");
+        let lock = lock.bind(lease.storage_key().as_bytes().to_vec());
+        lock.execute(&mut *transaction).await.unwrap();
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+        let waiting = || sqlx::query_scalar::<_, i64>(waiting).fetch_one(&app.pool);
+        while waiting().await.unwrap() == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let completion = lease.complete_in(&mut transaction, "paid").await;
+        transaction.commit().await.unwrap();
+        while waiting().await.unwrap() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(lease.is_held());
+        completion.unwrap()
+    };
+    let layer = bench.layer().with_lease(Duration::from_secs(6));
+    let router = Router::new().route("/payments", post(handler)).layer(layer);
+    let (status, headers, body) = send(&router.with_state(bench.app.clone()), "k").await;
+    assert_eq!((status, &body[..]), (StatusCode::OK, &b"paid"[..]));
+    assert!(!headers.contains_key("idempotent-replayed"));
+}

@@ -51,6 +51,7 @@ struct Remote {
     timers: AtomicBool,
     at_once: AtomicBool,
     claim_limit: Mutex<Option<Duration>>,
+    late_claim: Mutex<Option<Duration>>,
     faults: Mutex<HashMap<&'static str, Vec<Fault>>>,
     calls: Mutex<HashMap<&'static str, usize>>,
 }
@@ -90,6 +91,11 @@ impl RemoteStore {
     /// Says that it ends its claims by itself in this time, and does not.
     pub fn set_claim_limit(&self, limit: Duration) {
         *self.0.claim_limit.lock().unwrap() = Some(limit);
+    }
+
+    /// The next claim fails, and takes effect so much later.
+    pub fn delay_claim(&self, delay: Duration) {
+        *self.0.late_claim.lock().unwrap() = Some(delay);
     }
 
     /// Decides claims at once, as a store in this process does, though its owners must renew.
@@ -190,6 +196,15 @@ impl Store for RemoteStore {
 
     async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         let now = || self.0.clock.now();
+        let late = self.0.late_claim.lock().unwrap().take();
+        if let Some(delay) = late {
+            let (store, claim) = (self.clone(), claim.clone());
+            tokio::spawn(async move {
+                tokio::time::sleep(delay).await;
+                store.apply(&claim.key, |record| Record::claim(record, &claim, store.0.clock.now()));
+            });
+            return Err(Error::unavailable("connection reset"));
+        }
         self.call("claim", &claim.key, |record| Record::claim(record, claim, now()))
             .await
     }

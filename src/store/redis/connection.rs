@@ -77,10 +77,14 @@ impl Connection {
                 told = Box::pin(self.send(&script.by_source(&by_digest), replication)).await;
             }
             match told {
+                Ok(told) if checks.stands(epoch) => Ok(told),
                 // The connection broke meanwhile, so the reply may come from the new connection, whose server was not
-                // checked.
-                Ok(_) if !checks.stands(epoch) => self.check(&checks).await.and(told.map_err(Failed::Redis)),
-                Ok(told) => Ok(told),
+                // checked. If that server must not be used, the fate of the operation is unknown, and the next
+                // operation finds the reason.
+                Ok(told) => match self.check(&checks).await {
+                    Ok(_) => Ok(told),
+                    Err(_) => Err(Failed::Other(failure::CHANGED)),
+                },
                 Err(error) => {
                     // In a Cluster, the nodes redirect to the new primary, and one that is down would expire the check all the time.
                     if matches!(self, Self::Managed(_)) && failure::is_of_changed_server(&error) {

@@ -18,6 +18,13 @@ pub(super) const LATE: Error = Error::new(
     "the Redis server did not answer within the response timeout",
 );
 
+/// The connection broke, and the next one leads to a server that must not be used. Whether the operation took effect
+/// is not known.
+pub(super) const CHANGED: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "the connection to the Redis server broke, and the next one leads to another server",
+);
+
 /// A defect of the client's. Whether anything was sent is not known.
 pub(super) const PANICKED: Error = Error::new(
     ErrorKind::StoreUnavailable,
