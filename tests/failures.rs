@@ -4,6 +4,7 @@
 mod leases;
 mod support;
 
+use std::iter::repeat_n;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -798,7 +799,7 @@ async fn a_store_that_grants_claims_without_a_reply_holds_no_key_for_nobody() {
     let service = layer.layer(handler.clone());
     store.fail("claim", [Fault::After; 10_000]);
     for operation in ["peek", "release"] {
-        store.fail(operation, [Fault::Before; 200_000]);
+        store.fail(operation, repeat_n(Fault::Before, 200_000));
     }
     let keys = || (0..2_000).map(|n| n.to_string());
     for key in keys() {
@@ -821,7 +822,7 @@ async fn requests_are_served_while_many_claims_are_lost() {
     let service = layer.layer(handler.clone());
     assert_eq!(send(&service, post("done", "pay")).await.status(), 201);
     store.fail("claim", [Fault::Before; 10_000]);
-    store.fail("release", [Fault::Before; 200_000]);
+    store.fail("release", repeat_n(Fault::Before, 200_000));
     for n in 0..1_024 {
         assert_eq!(send(&service, post(&n.to_string(), "pay")).await.status(), 503);
     }
@@ -843,7 +844,7 @@ async fn claims_that_fail_do_not_crowd_out_what_ended() {
     let owner = start(&service, post("k", "pay"));
     tokio::time::sleep(Duration::from_secs(1)).await;
     for operation in ["claim", "complete", "peek", "renew"] {
-        store.fail(operation, [Fault::Before; 200_000]);
+        store.fail(operation, repeat_n(Fault::Before, 200_000));
     }
     for key in 0..1_500 {
         assert_eq!(send(&service, post(&key.to_string(), "pay")).await.status(), 503);
@@ -863,7 +864,7 @@ async fn an_outage_leaves_a_bounded_number_of_tasks_which_end_with_it() {
     let layer = IdempotencyLayer::new(store.clone());
     let (drain, service) = (layer.drain(), layer.layer(Handler::new()));
     for operation in ["claim", "peek"] {
-        store.fail(operation, [Fault::Before; 200_000]);
+        store.fail(operation, repeat_n(Fault::Before, 200_000));
     }
     for key in 0..5_000 {
         assert_eq!(send(&service, post(&key.to_string(), "pay")).await.status(), 503);

@@ -294,7 +294,7 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends the lease at once, and keeps the evidence of the attempt.
     pub(super) async fn give_up(&mut self) -> Renewal {
-        self.hold.flight.end_renewal();
+        self.hold.flight.set_given_up();
         let given_up = match self.owned() {
             Some((store, key, owner)) => persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await,
             None => Ok(Renewal::Superseded),

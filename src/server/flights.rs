@@ -51,6 +51,7 @@ pub(super) struct Flight {
     recorded_status: AtomicU16,
     /// Whether its lease is being given up, and must not be renewed again.
     ending: AtomicBool,
+    given_up: AtomicBool,
     landing: OnceLock<Landing>,
     changed: Notify,
     waiters: AtomicUsize,
@@ -115,6 +116,7 @@ impl Flight {
             #[cfg(feature = "postgres")]
             recorded_status: AtomicU16::new(0),
             ending: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
             landing: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -218,6 +220,16 @@ impl Flight {
     /// From here on the lease is not renewed: it is about to be given up.
     pub(super) fn end_renewal(&self) {
         self.ending.store(true, Ordering::Relaxed);
+    }
+
+    /// From here on the lease is not renewed, and a renewal that is under way must not prolong it.
+    pub(super) fn set_given_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        self.end_renewal();
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
     }
 
     fn is_ending(&self) -> bool {

@@ -253,6 +253,10 @@ impl<St: Store> Shared<St> {
         // A renewal that hangs must leave time for another one before the lease ends.
         let timeout = flight.store_timeout.min(lease / 6);
         match in_time(timeout, self.store.renew(&flight.storage_key, owner, lease)).await {
+            // The renewal may have reached the store after the end of the lease.
+            Ok(Renewal::Renewed) if flight.is_given_up() => {
+                drop(in_time(timeout, self.store.renew(&flight.storage_key, owner, Duration::ZERO)).await);
+            }
             Ok(Renewal::Renewed) => {}
             // The renewal may have waited for the transaction that completes the record.
             Ok(Renewal::Superseded) if flight.is_completing() => {}

@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::{Request, StatusCode};
 use tokio::runtime::{Builder, Runtime};
 use tower::{service_fn, Layer};
-use tower_idempotency::{IdempotencyLayer, OnLost};
+use tower_idempotency::{IdempotencyLayer, OnError, OnLost};
 
 use super::support::{post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
 
@@ -167,4 +167,23 @@ async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
         );
         assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
     }
+}
+
+/// A renewal was under way when the handler failed. It reached the store last, and held the key for another lease.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up() {
+    let store = RemoteStore::new();
+    let layer = IdempotencyLayer::new(store.clone())
+        .on_error(OnError::Unknown)
+        .on_lost(OnLost::Execute);
+    // The renewal begins at 10 s, and the handler ends at 11 s.
+    store.fail("renew", [Fault::Slow(3)]);
+    let failing = Handler::new()
+        .taking(Duration::from_secs(11))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    assert_eq!(send(&layer.layer(failing), post("k", "pay")).await.status(), 502);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let handler = Handler::new();
+    assert_eq!(elsewhere(&store, &handler).await.status(), 201);
+    assert_eq!(handler.runs(), 1);
 }

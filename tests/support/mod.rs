@@ -65,6 +65,8 @@ pub enum Fault {
     After,
     /// It never returns and has no effect.
     Hang,
+    /// It succeeds after so many seconds.
+    Slow(u8),
     /// The record cannot be read.
     Corrupt,
     /// The operation fails because the store is misconfigured, and has no effect.
@@ -177,6 +179,7 @@ impl RemoteStore {
                 return Err(Error::new(ErrorKind::Configuration, "the table does not exist"));
             }
             Some(Fault::Hang) => return std::future::pending().await,
+            Some(Fault::Slow(seconds)) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
             Some(Fault::After) | None => {}
         }
         let reply = self.apply(key, transition);
