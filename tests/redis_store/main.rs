@@ -5,6 +5,7 @@ mod contract;
 mod faults;
 mod kit;
 mod layers;
+mod logins;
 mod network;
 mod oracle;
 #[path = "../support/proxy.rs"]

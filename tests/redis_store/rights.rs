@@ -48,6 +48,44 @@ async fn the_documented_rights_suffice() {
     assert!(denied.is_empty(), "{denied:?}");
 }
 
+/// Without `+select`, the start failed with "cannot be reached".
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_other_than_0_needs_select_and_the_start_names_it() {
+    let server = RedisServer::start();
+    server.tell::<()>(&documented("ACL SETUSER app on"));
+    let url = format!("{}/1", url(&server));
+    let error = RedisStore::connect(&url).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
+    assert!(error.to_string().contains("SELECT"), "{error}");
+    assert_eq!(
+        documented("`+select`"),
+        "A database other than 0 (`redis://127.0.0.1/1`) also needs `+select`."
+    );
+    server.tell::<()>("ACL SETUSER app +select");
+    server.tell::<()>("ACL LOG RESET");
+    let store = RedisStore::connect(&url).await.unwrap();
+    conformance::all(&store).await;
+    let denied: Vec<redis::Value> = server.run(redis::cmd("ACL").arg("LOG"));
+    assert!(denied.is_empty(), "{denied:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_does_not_exist_is_refused_by_its_number() {
+    let server = RedisServer::with(&["--databases", "4"]);
+    for database in [4, 99] {
+        let url = format!("{}{database}", server.url());
+        let error = RedisStore::connect(&url).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
+        assert!(error.to_string().contains("database"), "{error}");
+        let cause = error.source().unwrap().to_string();
+        assert!(cause.contains(&format!("database {database}")), "{cause}");
+    }
+    RedisStore::connect(&format!("{}3", server.url())).await.unwrap();
+    let node = RedisServer::with(&["--cluster-enabled", "yes"]);
+    let error = RedisStore::connect(&format!("{}1", node.url())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_documented_rights_suffice_in_a_cluster() {
     let cluster = Cluster::start();

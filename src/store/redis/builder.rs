@@ -6,10 +6,12 @@ use std::time::Duration;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::cluster_async::ClusterConnection;
 use redis::io::tcp::TcpSettings;
-use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind};
+use redis::{Client, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind};
+use tokio::runtime::Handle;
 
 use super::check::Checks;
-use super::connection::{Connection, Replication, CONNECTION_TIMEOUT};
+use super::connection::{Connection, Replication};
+use super::managed::{self, Managed, CONNECTION_TIMEOUT};
 use super::operations::Server;
 use super::watch::Watches;
 use super::{failure, RedisStore};
@@ -94,10 +96,10 @@ impl RedisStoreBuilder {
             crate::store::tls::choose_provider();
         }
         let client = self.tuned(&client).map_err(failure::of_connect)?;
-        // Once without the manager, which would try a wrong password seven times.
-        let probe = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECTION_TIMEOUT));
-        let probed = client.get_multiplexed_async_connection_with_config(&probe).await;
-        drop(probed.map_err(failure::of_connect)?);
+        let runtime = Handle::try_current().map_err(|_| failure::NO_RUNTIME)?;
+        let database = client.get_connection_info().redis_settings().db();
+        let logged_in = managed::log_in_once(&client).await;
+        logged_in.map_err(|error| failure::of_login(error, database))?;
 
         let watches = Arc::new(Watches::default());
         let checks = Arc::new(self.checks());
@@ -115,20 +117,26 @@ impl RedisStoreBuilder {
                 pushed.pushed(&push);
                 Ok::<_, std::convert::Infallible>(())
             });
-        let manager = ConnectionManager::new_lazy_with_config(client, config).map_err(failure::of_connect)?;
-        self.build(Connection::Managed(manager), checks, Some(watches)).await
+        let managed = Managed::made(client, config, runtime).map_err(failure::of_connect)?;
+        self.build(Connection::Managed(managed), checks, Some(watches)).await
     }
 
     /// Uses a connection of yours, with its own timeouts and reconnection. Set `tcp_nodelay`.
     ///
     /// The server cannot push to it, so [`watch`](crate::Store::watch) never resolves and whoever waits polls.
     ///
+    /// A `ConnectionManager` (`redis` 1.8) connects again after an I/O error only. If the server refuses the login for
+    /// longer than the manager's own retries take, for example because an operator has removed the user, the manager
+    /// returns that refusal forever, and every operation fails until the application makes a new manager and a new
+    /// store. A store that makes its own connection ([`connect_client`](Self::connect_client)) logs in again.
+    ///
     /// # Errors
     ///
     /// As of [`connect`](Self::connect).
     pub async fn use_connection_manager(self, connection: ConnectionManager) -> Result<RedisStore, Error> {
         let checks = Arc::new(self.checks());
-        self.build(Connection::Managed(connection), checks, None).await
+        let managed = Managed::given(connection);
+        self.build(Connection::Managed(managed), checks, None).await
     }
 
     /// Uses a Redis Cluster, with the connection's own timeouts and retries. One key per record: every operation goes to one

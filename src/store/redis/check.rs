@@ -10,8 +10,9 @@ use futures::FutureExt;
 use redis::aio::ConnectionLike;
 use redis::{cmd, Cmd, RedisResult, Value};
 
-use super::connection::{Connection, CONNECTION_TIMEOUT};
+use super::connection::Connection;
 use super::failure::{self, MissingCommands, WrongSetting};
+use super::managed::CONNECTION_TIMEOUT;
 use crate::clock::{within, Clock};
 use crate::error::{Error, ErrorKind};
 use crate::store::checked::Checked;
@@ -135,7 +136,8 @@ impl Question {
 
     async fn ask_within(&self, limit: Duration, mut connection: Connection) -> Result<(), Error> {
         let asking = within(limit, self.replies(&mut connection)).await;
-        let (settings, missing) = asking.map_err(|_| failure::LATE)?.map_err(failure::of_connect)?;
+        let replies = asking.map_err(|_| failure::LATE)?;
+        let (settings, missing) = replies.map_err(|error| failure::of_login(error, connection.get_db()))?;
         for section in settings {
             self.judge_settings(section)?;
         }
@@ -152,9 +154,17 @@ impl Question {
             info
         });
         let rights = self.rights(connection);
-        if let Connection::Managed(_) = connection {
-            let commands = [&server, &memory, &replication, &rights];
-            let mut replies: Vec<_> = connection.values(&commands).await?.map(Value::extract_error).collect();
+        if let Connection::Managed(managed) = connection {
+            let (commands, managed) = ([&server, &memory, &replication, &rights], Arc::clone(managed));
+            let replies = match connection.values(&commands).await {
+                // A refusal of the whole pipeline belongs to the login, because each command has its own reply.
+                Err(refusal) if !refusal.is_io_error() => {
+                    managed.log_in_again(refusal).await?;
+                    connection.values(&commands).await?
+                }
+                replies => replies?,
+            };
+            let mut replies: Vec<_> = replies.map(Value::extract_error).collect();
             let missing = replies.pop().unwrap_or(Ok(Value::Nil));
             return Ok((replies, missing));
         }

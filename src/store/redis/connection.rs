@@ -6,25 +6,23 @@ use std::time::Duration;
 use std::vec::IntoIter;
 
 use futures::future::BoxFuture;
-use redis::aio::{ConnectionLike, ConnectionManager};
+use redis::aio::ConnectionLike;
 use redis::cluster_async::ClusterConnection;
 use redis::{cmd, Cmd, Pipeline, RedisError, RedisFuture, Value};
 
 use super::check::Checks;
 use super::failure;
+use super::managed::Managed;
 use super::redirection::{self, Redirection};
 use super::scripts::{Reply, Script};
 use crate::clock::within;
 use crate::error::Error;
 
-/// How long a connection may take to be made.
-pub(super) const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// A connection of either kind; clones share it.
 #[derive(Clone)]
 pub(super) enum Connection {
     Cluster(ClusterConnection),
-    Managed(ConnectionManager),
+    Managed(Arc<Managed>),
 }
 
 /// How many replicas must have a write, and how long they have for it.
@@ -221,7 +219,10 @@ impl ConnectionLike for Connection {
     fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
         match self {
             Self::Cluster(connection) => connection.req_packed_command(command),
-            Self::Managed(connection) => connection.req_packed_command(command),
+            Self::Managed(managed) => {
+                let mut manager = managed.manager();
+                Box::pin(async move { manager.send_packed_command(command).await })
+            }
         }
     }
 
@@ -233,14 +234,17 @@ impl ConnectionLike for Connection {
     ) -> RedisFuture<'a, Vec<Value>> {
         match self {
             Self::Cluster(connection) => connection.req_packed_commands(pipeline, offset, count),
-            Self::Managed(connection) => connection.req_packed_commands(pipeline, offset, count),
+            Self::Managed(managed) => {
+                let mut manager = managed.manager();
+                Box::pin(async move { manager.send_packed_commands(pipeline, offset, count).await })
+            }
         }
     }
 
     fn get_db(&self) -> i64 {
         match self {
             Self::Cluster(connection) => connection.get_db(),
-            Self::Managed(connection) => connection.get_db(),
+            Self::Managed(managed) => managed.manager().get_db(),
         }
     }
 }

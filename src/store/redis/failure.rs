@@ -57,7 +57,7 @@ pub(super) const DENIED: Error = Error::new(
 
 const CREDENTIALS: Error = Error::new(
     ErrorKind::Configuration,
-    "the Redis server refused the credentials, or requires some; correct the credentials",
+    "the Redis server refused the credentials, or requires some; correct them on the server, or make a store with others",
 );
 
 const NO_SCRIPTS: Error = Error::new(
@@ -151,6 +151,27 @@ pub(super) fn of_connect(error: RedisError) -> Error {
     fault.with_source(error)
 }
 
+/// The error of a login with this database. The client sends SELECT for every database other than 0, and reports the
+/// refusal without its code.
+pub(super) fn of_login(error: RedisError, database: i64) -> Error {
+    const NO_SELECT: Error = Error::new(
+        ErrorKind::Configuration,
+        "the Redis user may not run SELECT, which every database other than 0 needs; grant `+select`, or use database 0",
+    );
+    const NO_DATABASE: Error = Error::new(
+        ErrorKind::Configuration,
+        "the Redis server does not have the database of the URL or the client; use another one, or raise `databases` on the server",
+    );
+    let detail = error.detail().unwrap_or_default();
+    let fault = match detail {
+        "DB index is out of range" | "invalid DB index" | "SELECT is not allowed in cluster mode" => NO_DATABASE,
+        _ if detail.to_ascii_lowercase().contains("'select'") => NO_SELECT,
+        // SELECT also fails for reasons that pass by themselves, such as a busy script.
+        _ => return of_connect(error),
+    };
+    fault.with_source(NotSelected { database, error })
+}
+
 /// Whether the server does not know the script, be it that it never did or that somebody flushed it.
 pub(super) fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoScript)
@@ -178,6 +199,25 @@ impl fmt::Display for WrongSetting {
 }
 
 impl std::error::Error for WrongSetting {}
+
+/// A database that the server did not let the client select.
+#[derive(Debug)]
+struct NotSelected {
+    database: i64,
+    error: RedisError,
+}
+
+impl fmt::Display for NotSelected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the server refused to select database {}", self.database)
+    }
+}
+
+impl std::error::Error for NotSelected {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
 
 /// The commands that the user may not run.
 #[derive(Debug)]

@@ -4,6 +4,7 @@ mod builder;
 mod check;
 mod connection;
 mod failure;
+mod managed;
 mod operations;
 mod redirection;
 mod scripts;
@@ -81,6 +82,7 @@ use crate::protocol::{
 /// Without `+spublish`, `+ssubscribe`, `+sunsubscribe` and the channels, waiters poll. Only
 /// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`.
 /// A Cluster also needs `+cluster|slots +ping +asking`.
+/// A database other than 0 (`redis://127.0.0.1/1`) also needs `+select`.
 /// If the user lacks any other of these commands except `+info`, making the store fails with
 /// [`Configuration`](crate::ErrorKind::Configuration), and the cause names the command.
 ///
@@ -92,8 +94,12 @@ use crate::protocol::{
 ///
 /// # Connections
 ///
-/// All operations share one connection, which mends itself; nothing is repeated behind the caller's back. It needs a tokio
-/// runtime with I/O and timers, and lives on the runtime in which the store was made.
+/// All operations share one connection. If it breaks, the store connects again. If the server refuses the login, for
+/// example because an operator has removed the user, operations fail with the server's refusal, and the store logs in
+/// again with a later operation, at most once a second. On a connection of yours, the connection alone decides whether
+/// it connects again; see [`use_connection_manager`](RedisStoreBuilder::use_connection_manager). The store repeats
+/// no operation by itself. It needs a tokio runtime with I/O and timers, and lives on the runtime in which it was
+/// made.
 ///
 /// # Defaults
 ///
