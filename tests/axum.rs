@@ -12,10 +12,11 @@ use axum::http::{header, HeaderMap, HeaderValue, Method, Request, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Extension, Json, Router};
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Full};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt;
+use tower_idempotency::client::{OnceLayer, Profile};
 use tower_idempotency::{
     Attempt, CanonicalJson, DoNotKeep, IdempotencyKey, IdempotencyLayer, Keep, Lease, MemoryStore, Scope,
 };
@@ -573,4 +574,65 @@ async fn a_layer_over_the_whole_app_sees_unknown_routes_too_and_leaves_health_al
     let app = Router::new().route("/health", get(|| async { "ok" })).layer(layer());
     assert_eq!(send(&app, request(Method::GET, "/health", &[], "")).await.body, "ok");
     assert_eq!(pay(&app, "/nowhere", &[KEY], "").await.status, 404);
+}
+
+/// Forwards each request to `/debit` and to `/credit`, and returns both responses.
+async fn forward_twice<S, E>(service: S, request: Request<Body>) -> String
+where
+    S: tower::Service<Request<Full<Bytes>>, Response = http::Response<Full<Bytes>>, Error = E, Future: Send>
+        + Clone
+        + Send,
+    E: std::fmt::Debug,
+{
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    let mut responses = Vec::new();
+    for path in ["/debit", "/credit"] {
+        let mut request = Request::from_parts(head.clone(), Full::new(body.clone()));
+        *request.uri_mut() = format!("http://bank.example{path}").parse().unwrap();
+        let response = match service.clone().oneshot(request).await {
+            Ok(response) => {
+                let body = response.into_body().collect().await.unwrap().to_bytes();
+                String::from_utf8(body.into()).unwrap()
+            }
+            Err(error) => format!("{error:?}"),
+        };
+        responses.push(response);
+    }
+    responses.join(", ")
+}
+
+/// The fingerprint of the call held the target of the request that the app had received, so the second call got the
+/// response to the first.
+#[tokio::test]
+async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
+    let bank = tower::service_fn(|request: Request<Full<Bytes>>| async move {
+        let done = Full::from(request.uri().path().to_owned());
+        Ok::<_, std::convert::Infallible>(http::Response::new(done))
+    });
+    let once = OnceLayer::new(MemoryStore::new(), Profile::draft());
+    let client = tower::ServiceBuilder::new().layer(once).service(bank);
+    let handler = move |request: Request<Body>| forward_twice(client, request);
+    let app = Router::new().route("/pay", post(handler));
+    assert_eq!(pay(&app, "/pay", &[KEY], "x").await.body, "/debit, Mismatch");
+}
+
+#[tokio::test]
+async fn a_layer_that_gets_a_forwarded_request_compares_its_own_target() {
+    let bank = |uri: http::Uri| async move { uri.path().to_owned() };
+    let bank = Router::new().route("/{path}", post(bank)).layer(layer());
+    let bank = tower::service_fn(move |request: Request<Full<Bytes>>| {
+        let bank = bank.clone();
+        async move {
+            let (head, body) = bank.oneshot(request.map(Body::new)).await?.into_parts();
+            let body = body.collect().await.unwrap().to_bytes();
+            Ok::<_, std::convert::Infallible>(match head.status {
+                StatusCode::OK => http::Response::new(Full::new(body)),
+                status => http::Response::new(Full::from(status.as_str().to_owned())),
+            })
+        }
+    });
+    let handler = move |request: Request<Body>| forward_twice(bank, request);
+    let app = Router::new().route("/pay", post(handler));
+    assert_eq!(pay(&app, "/pay", &[KEY], "x").await.body, "/debit, 422");
 }

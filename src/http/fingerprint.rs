@@ -47,9 +47,19 @@ pub(crate) enum BodyForm {
 }
 
 impl Fingerprinting {
-    /// Returns the fingerprint of a request. Without a scope, the fingerprint includes the credentials and the host of
-    /// the request (I4).
+    /// Returns the fingerprint of a request that a server received. Without a scope, the fingerprint includes the
+    /// credentials and the host of the request (I4).
     pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
+        self.of_target(uri_as_received(parts), parts, body, scoped)
+    }
+
+    /// Returns the fingerprint of a request that a client sends, without credentials and host. Its extensions do not
+    /// count. If the application forwards a request that it has received, they describe the received request.
+    pub(crate) fn of_call(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
+        self.of_target(&parts.uri, parts, body, true)
+    }
+
+    fn of_target(&self, uri: &Uri, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
         if matches!(self.body, BodyForm::Nothing) {
             return Fingerprint::NONE;
         }
@@ -62,7 +72,6 @@ impl Fingerprinting {
             }
             BodyForm::Json(json) => Hasher::over_json(json, body),
         };
-        let uri = uri_as_sent(parts);
         hasher.field(parts.method.as_str().as_bytes());
         hasher.field(uri.path().as_bytes());
         hasher.field(uri.query().unwrap_or_default().as_bytes());
@@ -75,6 +84,13 @@ impl Fingerprinting {
         }
         for name in &self.headers {
             add_lines(&mut hasher, &parts.headers, name);
+        }
+        // A router has stripped a prefix, or the application has forwarded the request to another target.
+        if uri != &parts.uri {
+            let authority = parts.uri.authority().map(http::uri::Authority::as_str);
+            hasher.field(authority.unwrap_or_default().as_bytes());
+            hasher.field(parts.uri.path().as_bytes());
+            hasher.field(parts.uri.query().unwrap_or_default().as_bytes());
         }
         hasher.finish()
     }
@@ -90,9 +106,9 @@ fn add_lines(hasher: &mut Hasher, headers: &HeaderMap, name: &HeaderName) {
     hasher.field(&lines.to_le_bytes());
 }
 
-/// The target that the client sent: a nested axum router strips the prefix off `uri`, and two nested routers with equal
-/// inner paths would answer for each other.
-fn uri_as_sent(parts: &Parts) -> &Uri {
+/// Returns the target that the client sent. A nested axum router strips its prefix from `uri`, so without the original
+/// target, two nested routers with equal inner paths would replay each other's responses.
+fn uri_as_received(parts: &Parts) -> &Uri {
     #[cfg(feature = "axum")]
     if let Some(original) = parts.extensions.get::<axum::extract::OriginalUri>() {
         return &original.0;
@@ -221,6 +237,35 @@ mod tests {
             of(&nothing, &parts("POST", "/a", &[]), "a"),
             of(&nothing, &parts("PATCH", "/b", &[]), "b")
         );
+    }
+
+    #[cfg(feature = "axum")]
+    #[test]
+    fn a_forwarded_request_counts_by_its_own_target_too() {
+        let forwarded = |uri: &str| {
+            let mut parts = parts("POST", uri, &[]);
+            let original = axum::extract::OriginalUri(Uri::from_static("/pay"));
+            parts.extensions.insert(original);
+            parts
+        };
+        let (f, body) = (Fingerprinting::default(), Bytes::new());
+        let targets = [
+            "/pay",
+            "/debit",
+            "/debit?x",
+            "http://a.example/debit",
+            "http://b.example/debit",
+        ]
+        .map(forwarded);
+        for (at, one) in targets.iter().enumerate() {
+            for other in &targets[at + 1..] {
+                assert_ne!(f.of(one, &body, true), f.of(other, &body, true), "{one:?} {other:?}");
+            }
+        }
+        // A call goes to the host of its URI, which the client layer adds by itself.
+        assert_ne!(f.of_call(&targets[0], &body), f.of_call(&targets[1], &body));
+        let call = parts("POST", "/debit", &[]);
+        assert_eq!(f.of_call(&targets[1], &body), f.of_call(&call, &body));
     }
 
     #[cfg(feature = "axum")]

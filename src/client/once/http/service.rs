@@ -246,9 +246,10 @@ where
     })
 }
 
-/// Who is asked for what. Who we are is no part of it: credentials change between attempts.
+/// Returns the fingerprint of a call: its target, its method and its body. Credentials do not count, because they may
+/// change between attempts.
 fn fingerprint(head: &Parts, body: &Collected) -> Fingerprint {
-    let request = Fingerprinting::default().of(head, &body.bytes, true);
+    let request = Fingerprinting::default().of_call(head, &body.bytes);
     let scheme = head.uri.scheme_str().unwrap_or_default();
     let host = head.uri.host().or_else(|| head.headers.get(HOST)?.to_str().ok());
     let port = head.uri.port_u16().or(match scheme {
