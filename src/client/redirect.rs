@@ -5,9 +5,9 @@ use http::{Request, StatusCode, Uri};
 use tower_http::follow_redirect::policy::{Action, Attempt, Policy};
 
 use super::keys::Profile;
-use super::report::Report;
+use super::report::{OnlyUnsent, Report};
 
-/// A redirect policy for `tower-http`. With it, the layers never take the response to a redirected request for the
+/// A redirect policy for `tower-http` 0.7. With it, the layers never take the response to a redirected request for the
 /// response to the request that was sent. It never sends an idempotency key to another origin (RFC 6454 section 5),
 /// because anyone who knows a key can ask for the response that is stored under it.
 ///
@@ -24,10 +24,16 @@ use super::report::Report;
 /// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. `KeyAtHome` then
 /// removes the key from the request, and `CallLayer` does not repeat it.
 ///
-/// `FollowRedirect` without this policy follows every redirect and sends the key along. If the layers further out
-/// recognise a `FollowRedirect` (by its type or by its responses), they report "unknown" for every error, and for every
-/// response that is neither a success nor a redirect. They cannot recognise a `FollowRedirect` inside a boxed service,
-/// so always put this policy into it.
+/// `FollowRedirect` without this policy follows every redirect and sends the key along. Every `FollowRedirect` needs a
+/// policy of its own, because a policy does not see the redirects that another `FollowRedirect` follows. If the layers
+/// further out recognise a `FollowRedirect` without this policy, they report "unknown" for every error, and for every
+/// response that is neither a success nor a redirect. They recognise it by its type, in every version of `tower-http`,
+/// and by the mark that version 0.7 puts into each response. They cannot recognise it inside a boxed service if a
+/// request fails with an error, so always put this policy into it.
+///
+/// The policy puts the extensions that the layers of this crate need back into redirected requests, so
+/// `preserve_extensions(false)` is safe. Put it behind other policies that change the extensions, such as
+/// `FilterCredentials`.
 ///
 /// ```
 /// use bytes::Bytes;
@@ -51,6 +57,7 @@ pub struct KeyAtHome {
     home: Option<Uri>,
     has_left: bool,
     report: Option<Report>,
+    only_unsent: Option<OnlyUnsent>,
 }
 
 impl KeyAtHome {
@@ -63,6 +70,7 @@ impl KeyAtHome {
             home: None,
             has_left: false,
             report: None,
+            only_unsent: None,
         }
     }
 }
@@ -84,15 +92,24 @@ impl<B, E> Policy<B, E> for KeyAtHome {
     // `FollowRedirect` calls this for every request, also if another policy overrules this one and follows a redirect.
     fn on_request(&mut self, request: &mut Request<B>) {
         let Some(home) = &self.home else {
-            self.home = Some(request.uri().clone());
-            self.report = request.extensions().get::<Report>().cloned();
-            if let Some(report) = &self.report {
-                report.watch();
+            let target = request.uri().clone();
+            let extensions = request.extensions_mut();
+            self.only_unsent = extensions.get().copied();
+            if let Some(report) = extensions.get_mut::<Report>() {
+                *report = report.watch(&target);
+                self.report = Some(report.clone());
             }
+            self.home = Some(target);
             return;
         };
+        // The redirect may have dropped the extensions of the first request.
+        let extensions = request.extensions_mut();
+        if let Some(only_unsent) = self.only_unsent {
+            extensions.insert(only_unsent);
+        }
         if let Some(report) = &self.report {
             report.redirect();
+            extensions.insert(report.clone());
         }
         self.has_left |= !is_same_origin(home, request.uri());
         if self.has_left {
@@ -129,6 +146,26 @@ fn port(uri: &Uri) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_later_hop_has_the_extensions_of_the_first() {
+        let mut policy = KeyAtHome::new(&Profile::stripe());
+        let mut on_request = |request: &mut Request<()>| Policy::<(), ()>::on_request(&mut policy, request);
+        let mut first = Request::post("http://a.example/").body(()).unwrap();
+        first.extensions_mut().insert(Report::of::<()>());
+        first.extensions_mut().insert(OnlyUnsent);
+        on_request(&mut first);
+        let mut later = Request::post("http://a.example/v2").body(()).unwrap();
+        on_request(&mut later);
+        assert!(later.extensions().get::<Report>().is_some());
+        assert!(later.extensions().get::<OnlyUnsent>().is_some());
+        let mut policy = KeyAtHome::new(&Profile::stripe());
+        for target in ["http://a.example/", "http://a.example/v2"] {
+            let mut request = Request::post(target).body(()).unwrap();
+            Policy::<(), ()>::on_request(&mut policy, &mut request);
+            assert!(request.extensions().is_empty(), "without layers further out");
+        }
+    }
 
     #[test]
     fn an_origin_is_scheme_host_and_port() {

@@ -12,7 +12,12 @@ use super::keys::{Meaning, Profile};
 /// A status or an error describes the effect of the call only if it belongs to the request of the caller, and not to a
 /// redirect that was followed, and only if no earlier attempt was lost.
 #[derive(Clone, Debug)]
-pub(super) struct Report(Arc<Mutex<Progress>>);
+pub(super) struct Report {
+    progress: Arc<Mutex<Progress>>,
+    /// The number of redirect policies of this crate that the request has passed.
+    #[cfg(feature = "follow-redirect")]
+    watches: usize,
+}
 
 #[derive(Debug)]
 struct Progress {
@@ -27,8 +32,14 @@ struct Progress {
     hops: Hops,
     /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
     is_redirected_around: bool,
-    /// Whether the service follows redirects, as far as its type shows.
-    follows: fn() -> bool,
+    /// The number of redirect policies of this crate that have seen a request of this call. Each of them reports all
+    /// redirects of its own `FollowRedirect`.
+    watches: usize,
+    /// The target of the first request that such a policy has seen.
+    #[cfg(feature = "follow-redirect")]
+    target: Option<http::Uri>,
+    /// The number of `FollowRedirect`s in the service, as far as its type shows.
+    follows: fn() -> usize,
 }
 
 /// The hops of the current attempt.
@@ -45,24 +56,43 @@ struct Hops {
     is_sent: bool,
     /// A redirect was followed, or may have been followed.
     is_redirected: bool,
-    /// A redirect policy of this crate reports every hop of this attempt and of later attempts.
-    is_watched: bool,
+    /// The number of redirect policies of this crate that have seen the request of this attempt.
+    #[cfg(feature = "follow-redirect")]
+    watches: usize,
 }
 
-impl Hops {
-    /// Forgets the attempt that has ended.
-    fn forget(&mut self) {
-        *self = Self {
-            is_watched: self.is_watched,
-            ..Self::default()
-        };
+impl Progress {
+    /// Records that another request than the caller's is sent.
+    fn redirect(&mut self) {
+        self.hops.is_redirected = true;
+        self.is_redirected_around |= self.is_judged();
+    }
+
+    /// Whether a layer has judged the last attempt, and no other attempt has begun.
+    const fn is_judged(&self) -> bool {
+        self.last.is_some() && !self.is_open
+    }
+
+    /// Whether the mark of a `FollowRedirect` shows that the response may belong to another request. `FollowRedirect`
+    /// (`tower-http` 0.7) marks every response with the target of the request, also if it followed no redirect. The marks
+    /// of other versions have other types.
+    #[cfg(feature = "follow-redirect")]
+    fn is_marked<R>(&self, response: &Response<R>) -> bool {
+        let mark = response.extensions().get::<tower_http::follow_redirect::RequestUri>();
+        mark.is_some_and(|mark| self.target.as_ref() != Some(&mark.0))
+    }
+
+    #[cfg(not(feature = "follow-redirect"))]
+    #[expect(clippy::unused_self, reason = "another set of features uses it")]
+    const fn is_marked<R>(&self, _: &Response<R>) -> bool {
+        false
     }
 }
 
 impl Report {
     /// A report for a request that `S` is going to send.
     pub(super) fn of<S>() -> Self {
-        Self(Arc::new(Mutex::new(Progress {
+        let progress = Progress {
             attempts: 0,
             last: None,
             is_lost: false,
@@ -70,12 +100,20 @@ impl Report {
             is_open: false,
             hops: Hops::default(),
             is_redirected_around: false,
-            follows: follows_redirects::<S>,
-        })))
+            watches: 0,
+            #[cfg(feature = "follow-redirect")]
+            target: None,
+            follows: follow_redirects_in::<S>,
+        };
+        Self {
+            progress: Arc::new(Mutex::new(progress)),
+            #[cfg(feature = "follow-redirect")]
+            watches: 0,
+        }
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins an attempt. An earlier attempt that no layer has judged counts as lost.
@@ -84,7 +122,7 @@ impl Report {
         let mut progress = self.progress();
         progress.is_lost |= progress.is_open;
         progress.is_open = true;
-        progress.hops.forget();
+        progress.hops = Hops::default();
     }
 
     /// Records that a client of this crate sends the attempt. If the client sends one attempt twice, a foreign retry
@@ -96,17 +134,34 @@ impl Report {
         progress.hops.is_sent = true;
     }
 
-    /// Records that a redirect policy of this crate sees the attempt and all of its redirects.
+    /// Records that a redirect policy of this crate sees a request, and will report its redirects. Returns the report for
+    /// the layers and policies further in.
+    ///
+    /// A policy sees each request of its `FollowRedirect` as a first one. If it has seen a request of this attempt
+    /// before, a layer further out has followed a redirect or repeated the request, so this one is another request. Two
+    /// policies that see the same request do not count as that, because each passes its number on.
     #[cfg(feature = "follow-redirect")]
-    pub(super) fn watch(&self) {
-        self.progress().hops.is_watched = true;
+    #[must_use]
+    pub(super) fn watch(&self, target: &http::Uri) -> Self {
+        let mut progress = self.progress();
+        if progress.target.is_none() {
+            progress.target = Some(target.clone());
+        }
+        if progress.hops.watches > self.watches {
+            progress.redirect();
+        }
+        let watches = self.watches + 1;
+        progress.hops.watches = progress.hops.watches.max(watches);
+        progress.watches = progress.watches.max(watches);
+        Self {
+            progress: Arc::clone(&self.progress),
+            watches,
+        }
     }
 
     /// Records that a redirect is followed, or may be followed unseen.
     pub(super) fn redirect(&self) {
-        let mut progress = self.progress();
-        progress.hops.is_redirected = true;
-        progress.is_redirected_around |= progress.last.is_some() && !progress.is_open;
+        self.progress().redirect();
     }
 
     /// Records that an unsafe request goes to another origin without its key.
@@ -134,7 +189,7 @@ impl Report {
         progress.attempts += 1;
         progress.last = Some(meaning);
         progress.is_open = false;
-        progress.hops.forget();
+        progress.hops = Hops::default();
         match meaning {
             Meaning::Unknown => progress.is_lost = true,
             Meaning::Answered { settles: true } => (progress.is_lost, progress.is_settled) = (false, true),
@@ -145,10 +200,7 @@ impl Report {
     /// Returns the number of attempts, and what is known about their effect. `last` is the result of the last attempt,
     /// and counts only if no layer has judged that attempt.
     pub(super) fn sum(&self, last: Meaning) -> (u32, Meaning) {
-        let is_judged = {
-            let progress = self.progress();
-            progress.last.is_some() && !progress.is_open
-        };
+        let is_judged = self.progress().is_judged();
         if !is_judged {
             self.enter(last);
         }
@@ -163,14 +215,10 @@ impl Report {
     /// Whether a response or an error may belong to a later hop of a redirect.
     fn may_be_redirected<R>(&self, response: Option<&Response<R>>) -> bool {
         let progress = self.progress();
-        let Hops {
-            is_redirected,
-            is_watched,
-            ..
-        } = progress.hops;
-        is_redirected
+        progress.hops.is_redirected
             || progress.is_redirected_around
-            || (!is_watched && ((progress.follows)() || response.is_some_and(has_passed_redirects)))
+            || (progress.follows)() > progress.watches
+            || response.is_some_and(|response| progress.is_marked(response))
     }
 
     /// Whether the client reports its redirects, so that its own errors say whether the request was sent.
@@ -179,29 +227,20 @@ impl Report {
     }
 }
 
-/// Whether a service contains a `FollowRedirect`, of any version of `tower-http`.
+/// Returns the number of `FollowRedirect`s in a service, of any version of `tower-http`.
 ///
-/// `FollowRedirect` removes the extensions of the requests that it redirects. So without a policy of this crate, only
-/// the type of the service shows that an error may belong to a later hop. A box around the service hides that type, so
-/// this function is a second line of defence; the first one is [`KeyAtHome`](super::KeyAtHome).
-fn follows_redirects<S>() -> bool {
-    std::any::type_name::<S>().contains("::FollowRedirect<")
-}
-
-/// Whether this response comes from a `FollowRedirect`, which marks every response, also one that it did not redirect.
-#[cfg(feature = "follow-redirect")]
-fn has_passed_redirects<R>(response: &Response<R>) -> bool {
-    let uri = response.extensions().get::<tower_http::follow_redirect::RequestUri>();
-    uri.is_some()
-}
-
-#[cfg(not(feature = "follow-redirect"))]
-const fn has_passed_redirects<R>(_: &Response<R>) -> bool {
-    false
+/// A `FollowRedirect` without a policy of this crate does not report its redirects, so only the type of the service
+/// shows that an error may belong to a later hop. A box around the service hides that type, so this function is a second
+/// line of defence; the first one is [`KeyAtHome`](super::KeyAtHome).
+fn follow_redirects_in<S>() -> usize {
+    std::any::type_name::<S>().matches("::FollowRedirect<").count()
 }
 
 /// An extension of requests that are sent at most once. A retry layer further in may repeat such a request only if the
 /// server provably did not take it.
+///
+/// Layers between the two must keep the extensions of the request. [`KeyAtHome`](super::KeyAtHome) puts this one back
+/// into the requests of later hops.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OnlyUnsent;
 
@@ -297,7 +336,8 @@ mod tests {
     #[test]
     fn a_service_that_follows_redirects_is_known_by_its_type() {
         use tower_http::follow_redirect::FollowRedirect;
-        assert!(follows_redirects::<Option<FollowRedirect<String>>>());
-        assert!(!follows_redirects::<Option<String>>());
+        assert_eq!(follow_redirects_in::<Option<String>>(), 0);
+        assert_eq!(follow_redirects_in::<Option<FollowRedirect<String>>>(), 1);
+        assert_eq!(follow_redirects_in::<FollowRedirect<FollowRedirect<String>>>(), 2);
     }
 }

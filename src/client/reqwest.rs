@@ -218,12 +218,6 @@ impl Future for ReqwestFuture {
 fn into_http(response: reqwest::Response) -> Response<Body> {
     let named = Response::builder().url(response.url().clone()).body(());
     let mut response = Response::from(response);
-    // Remove the mark of the `FollowRedirect` inside `reqwest`, so that only a `FollowRedirect` around this service
-    // leaves a mark.
-    #[cfg(feature = "follow-redirect")]
-    response
-        .extensions_mut()
-        .remove::<tower_http::follow_redirect::RequestUri>();
     if let Ok(named) = named {
         response.extensions_mut().extend(named.into_parts().0.extensions);
     }

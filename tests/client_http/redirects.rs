@@ -469,6 +469,117 @@ mod by_tower_http {
         }
     }
 
+    fn home() -> KeyAtHome {
+        KeyAtHome::new(&Profile::stripe())
+    }
+
+    /// The policy inside sees each hop of the layer outside as a first request.
+    #[tokio::test]
+    async fn a_second_follow_redirect_further_out_does_not_free_the_key() {
+        for refusal in [None, Some(404), Some(409), Some(429)] {
+            for place in ["/charges/1", "/charges", "http://other.example/"] {
+                let (boxed, plain) = (Arc::default(), Arc::default());
+                // Across origins, the layer outside drops the extensions, so an error shows nothing if the type is hidden.
+                if refusal.is_some() || place.starts_with('/') {
+                    let inner = FollowRedirect::with_policy(charging(place, refusal, &boxed), home());
+                    let outer: FollowRedirect<_> = FollowRedirect::new(BoxCloneService::new(inner));
+                    let client = ServiceBuilder::new()
+                        .layer(once().with_errors(class))
+                        .service(BoxCloneService::new(outer));
+                    is_charged_once(client, &boxed).await;
+                }
+                let client = ServiceBuilder::new()
+                    .layer(once().with_errors(class))
+                    .layer(FollowRedirectLayer::new())
+                    .layer(FollowRedirectLayer::with_policy(home()))
+                    .service(charging(place, refusal, &plain));
+                is_charged_once(client, &plain).await;
+            }
+        }
+    }
+
+    /// The later hop of the layer outside fails before it reaches the policy inside.
+    #[tokio::test]
+    async fn an_error_between_two_follow_redirects_does_not_free_the_key() {
+        let charges = Arc::default();
+        let client = ServiceBuilder::new()
+            .layer(once().with_errors(class))
+            .layer(FollowRedirectLayer::new())
+            .map_err(|error: tower::BoxError| *error.downcast::<io::Error>().unwrap())
+            .filter(|request: Request<Full<Bytes>>| match request.method().as_str() {
+                "POST" => Ok(request),
+                _ => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
+            })
+            .layer(FollowRedirectLayer::with_policy(home()))
+            .service(charging("/charges", None, &charges));
+        is_charged_once(client, &charges).await;
+    }
+
+    /// Two policies, for two profiles or in two layers, see the same request.
+    #[tokio::test]
+    async fn policies_that_see_the_same_request_do_not_report_a_redirect() {
+        let refusing = |count: &Arc<AtomicUsize>| {
+            let count = Arc::clone(count);
+            BoxCloneService::new(tower::service_fn(move |_: Request<Full<Bytes>>| {
+                let status = [429, 201][count.fetch_add(1, Ordering::SeqCst).min(1)];
+                let response = Response::builder().status(status);
+                std::future::ready(Ok::<_, io::Error>(response.body(Full::<Bytes>::default()).unwrap()))
+            }))
+        };
+        async fn is_sent_again<S, E>(client: S)
+        where
+            S: Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = E> + Clone,
+            E: std::fmt::Debug,
+        {
+            for status in [429, 201] {
+                let response = client.clone().oneshot(keyed("http://bank.example/charges")).await;
+                assert_eq!(response.unwrap().status(), status);
+            }
+        }
+        let both = home().and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::draft()));
+        let count = Arc::default();
+        let client = ServiceBuilder::new()
+            .layer(once())
+            .layer(FollowRedirectLayer::with_policy(both))
+            .service(refusing(&count));
+        is_sent_again(client).await;
+        let count = Arc::default();
+        let client = ServiceBuilder::new()
+            .layer(once())
+            .layer(FollowRedirectLayer::with_policy(home()))
+            .layer(FollowRedirectLayer::with_policy(home()))
+            .service(refusing(&count));
+        is_sent_again(client).await;
+    }
+
+    /// A redirect that drops the extensions of the request hid from the retries inside it that they are within a
+    /// `OnceLayer`.
+    #[tokio::test]
+    async fn a_charge_that_was_redirected_without_its_extensions_is_not_repeated() {
+        for keeps in [true, false] {
+            let charges = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&charges);
+            let http = tower::service_fn(move |request: Request<Full<Bytes>>| {
+                std::future::ready(if request.uri().path() == "/charges" {
+                    let response = Response::builder().status(307).header(LOCATION, "/v2/charges");
+                    Ok(response.body(Full::<Bytes>::default()).unwrap())
+                } else {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    Err(io::Error::other("connection reset"))
+                })
+            });
+            let policy = home().and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
+            let client = ServiceBuilder::new()
+                .layer(once())
+                .layer(FollowRedirectLayer::with_policy(policy).preserve_extensions(keeps))
+                .layer(calls(5))
+                .service(http);
+            let error = client.oneshot(keyed("http://bank.example/charges")).await.unwrap_err();
+            assert!(error.may_have_happened(), "{error:?}");
+            assert_eq!(charges.load(Ordering::SeqCst), 1, "keeps extensions: {keeps}");
+        }
+    }
+
     /// The origin that the bank redirects to charges, and its responses are lost.
     fn redirecting_to_another_origin(charges: &Arc<AtomicUsize>) -> Http {
         let counted = Arc::clone(charges);
