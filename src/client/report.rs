@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use http::{Response, StatusCode};
+use http::{Response, StatusCode, Uri};
 
 use super::classes::{ErrorClass, ErrorClasses};
 use super::keys::{Meaning, Profile};
@@ -36,8 +36,7 @@ struct Progress {
     /// redirects of its own `FollowRedirect`.
     watches: usize,
     /// The target of the first request that such a policy has seen.
-    #[cfg(feature = "follow-redirect")]
-    target: Option<http::Uri>,
+    target: Option<Uri>,
     /// The number of `FollowRedirect`s in the service, as far as its type shows.
     follows: fn() -> usize,
 }
@@ -72,21 +71,6 @@ impl Progress {
     const fn is_judged(&self) -> bool {
         self.last.is_some() && !self.is_open
     }
-
-    /// Whether the mark of a `FollowRedirect` shows that the response may belong to another request. `FollowRedirect`
-    /// (`tower-http` 0.7) marks every response with the target of the request, also if it followed no redirect. The marks
-    /// of other versions have other types.
-    #[cfg(feature = "follow-redirect")]
-    fn is_marked<R>(&self, response: &Response<R>) -> bool {
-        let mark = response.extensions().get::<tower_http::follow_redirect::RequestUri>();
-        mark.is_some_and(|mark| self.target.as_ref() != Some(&mark.0))
-    }
-
-    #[cfg(not(feature = "follow-redirect"))]
-    #[expect(clippy::unused_self, reason = "another set of features uses it")]
-    const fn is_marked<R>(&self, _: &Response<R>) -> bool {
-        false
-    }
 }
 
 impl Report {
@@ -101,7 +85,6 @@ impl Report {
             hops: Hops::default(),
             is_redirected_around: false,
             watches: 0,
-            #[cfg(feature = "follow-redirect")]
             target: None,
             follows: follow_redirects_in::<S>,
         };
@@ -142,7 +125,7 @@ impl Report {
     /// policies that see the same request do not count as that, because each passes its number on.
     #[cfg(feature = "follow-redirect")]
     #[must_use]
-    pub(super) fn watch(&self, target: &http::Uri) -> Self {
+    pub(super) fn watch(&self, target: &Uri) -> Self {
         let mut progress = self.progress();
         if progress.target.is_none() {
             progress.target = Some(target.clone());
@@ -218,7 +201,9 @@ impl Report {
         progress.hops.is_redirected
             || progress.is_redirected_around
             || (progress.follows)() > progress.watches
-            || response.is_some_and(|response| progress.is_marked(response))
+            || response
+                .and_then(target_in_mark)
+                .is_some_and(|target| progress.target.as_ref() != Some(target))
     }
 
     /// Whether the client reports its redirects, so that its own errors say whether the request was sent.
@@ -234,6 +219,19 @@ impl Report {
 /// line of defence; the first one is [`KeyAtHome`](super::KeyAtHome).
 fn follow_redirects_in<S>() -> usize {
     std::any::type_name::<S>().matches("::FollowRedirect<").count()
+}
+
+/// Returns the target of the request that a response belongs to. `FollowRedirect` of `tower-http` 0.7 marks every response
+/// with it, also if it followed no redirect. The marks of other versions have other types.
+#[cfg(feature = "follow-redirect")]
+fn target_in_mark<R>(response: &Response<R>) -> Option<&Uri> {
+    let mark = response.extensions().get::<tower_http::follow_redirect::RequestUri>()?;
+    Some(&mark.0)
+}
+
+#[cfg(not(feature = "follow-redirect"))]
+const fn target_in_mark<R>(_: &Response<R>) -> Option<&Uri> {
+    None
 }
 
 /// An extension of requests that are sent at most once. A retry layer further in may repeat such a request only if the
