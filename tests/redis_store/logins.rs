@@ -56,6 +56,25 @@ async fn a_store_works_again_after_its_user_was_removed_and_created_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_first_operation_after_a_refused_login_succeeds() {
+    let server = RedisServer::start();
+    server.tell::<()>(USER);
+    let store = RedisStore::connect(&url(&server)).await.unwrap();
+    let before = server.calls("hello");
+    server.tell::<()>("ACL DELUSER app");
+    // The client tries seven times by itself.
+    for _ in 0..400 {
+        if server.calls("hello") >= before + 7 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    assert_eq!(server.calls("hello"), before + 7);
+    server.tell::<()>(USER);
+    granted(&store, &claim(1, 1)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_works_again_after_it_might_not_select_its_database() {
     let server = RedisServer::start();
     server.tell::<()>(USER);
