@@ -1,33 +1,49 @@
 //! A check that a server must pass before a store uses the server.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use futures::future::{BoxFuture, Shared, WeakShared};
 use futures::FutureExt;
+use tokio::runtime::{Handle, Id};
 
+use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::sharded::lock;
 
+/// The age from which no further operation joins a run. With the default timeouts, a check ends earlier by itself. An
+/// older run may wait for something that no longer happens, so the next operation begins another run.
+const LONGEST_RUN: Duration = Duration::from_secs(30);
+
 /// Remembers whether a server was checked after the last event that may have changed the server.
 ///
-/// Operations that find the server unchecked share one run of the check, and its result. After a check that passed, an
-/// operation only loads two atomics.
+/// Operations of one runtime that find the server unchecked share one run of the check, and its result. Each runtime
+/// has a run of its own, because timers and sockets belong to the runtime that made them. A run of a runtime that is
+/// blocked, or that nothing drives, would hang, and with it the operations of all other runtimes.
+///
+/// After a check that passed, an operation only loads two atomics.
 #[derive(Debug)]
 pub(super) struct Checked {
     /// Counts the events after which the check must run again.
     epoch: AtomicU64,
     /// The epoch in which the last check that passed began.
     passed: AtomicU64,
-    running: Mutex<Option<Running>>,
+    /// At most one run per runtime.
+    running: Mutex<Vec<Running>>,
 }
 
 type Check = BoxFuture<'static, Result<(), Error>>;
 
-/// A check that is running. The waiting operations own its future, so the check ends when the last of them is dropped.
+/// A run of the check. The waiting operations own its future, so the run ends when the last of them is dropped.
 #[derive(Debug)]
 struct Running {
     epoch: u64,
+    /// The runtime whose operations share the run.
+    runtime: Option<Id>,
+    /// The time until which operations join the run.
+    open_until: Deadline,
     check: WeakShared<Check>,
 }
 
@@ -37,7 +53,7 @@ impl Checked {
         Self {
             epoch: AtomicU64::new(1),
             passed: AtomicU64::new(0),
-            running: Mutex::new(None),
+            running: Mutex::new(Vec::new()),
         }
     }
 
@@ -77,7 +93,7 @@ impl Checked {
     ///
     /// # Errors
     ///
-    /// The check's error, which all operations that wait for this run get.
+    /// The check's error, which all operations that share this run get. An operation that comes later begins a new run.
     pub(super) async fn check(&self, check: impl Fn() -> Check) -> Result<u64, Error> {
         /// The number of checks in a row after which an operation fails, if the server changes during each of them.
         const MOST: usize = 4;
@@ -96,18 +112,46 @@ impl Checked {
         self.passed().ok_or(RESTLESS)
     }
 
-    /// Joins the check that is running in this epoch, or begins a new one.
+    /// Joins the run of this epoch and runtime, or begins a new one.
     fn join(&self, check: impl Fn() -> Check) -> (u64, Shared<Check>) {
+        let runtime = Handle::try_current().ok().map(|runtime| runtime.id());
         let mut running = lock(&self.running);
         let epoch = self.epoch();
-        let current = running.as_ref().filter(|running| running.epoch == epoch);
-        if let Some(joined) = current.and_then(|running| running.check.upgrade()) {
+        running.retain(|run| run.epoch == epoch && run.is_joinable());
+        let own = running.iter().find(|run| run.runtime == runtime);
+        if let Some(joined) = own.and_then(|run| run.check.upgrade()) {
             return (epoch, joined);
         }
-        let begun = check().shared();
-        *running = begun.downgrade().map(|check| Running { epoch, check });
+        let begun = sound(check()).shared();
+        running.retain(|run| run.runtime != runtime);
+        running.extend(begun.downgrade().map(|check| Running {
+            epoch,
+            runtime,
+            open_until: Deadline::after(LONGEST_RUN),
+            check,
+        }));
         (epoch, begun)
     }
+}
+
+impl Running {
+    /// Whether the run has no result yet, and may still get one. An operation keeps its handle until it is polled or
+    /// dropped, so the handles of a run may long outlive its result.
+    fn is_joinable(&self) -> bool {
+        let has_no_result = |check: Shared<Check>| check.peek().is_none();
+        self.check.upgrade().is_some_and(has_no_result) && !self.open_until.left().is_zero()
+    }
+}
+
+/// Returns the check with an error in place of a panic. Otherwise the panic would spread to every operation that shares
+/// the run.
+fn sound(check: Check) -> Check {
+    const PANICKED: Error = Error::new(
+        ErrorKind::StoreUnavailable,
+        "the check of the server panicked; this is a bug of the store or its client library, please report it",
+    );
+    let checked = AssertUnwindSafe(check).catch_unwind();
+    checked.map(|result| result.unwrap_or(Err(PANICKED))).boxed()
 }
 
 #[cfg(all(test, feature = "redis"))]
@@ -116,6 +160,8 @@ mod tests {
     use std::sync::Arc;
 
     use futures::future::join_all;
+    use futures::poll;
+    use tokio::runtime::{Builder, Runtime};
     use tokio::sync::Notify;
 
     use super::*;
@@ -188,5 +234,84 @@ mod tests {
         gate.notify_one();
         checked.check(&check).await.unwrap();
         assert_eq!(runs.load(Ordering::SeqCst), 2);
+    }
+
+    /// A check whose first run does `first`. All later runs pass.
+    fn first(first: impl Fn() -> Check) -> impl Fn() -> Check {
+        let runs = AtomicUsize::new(0);
+        move || match runs.fetch_add(1, Ordering::SeqCst) {
+            0 => first(),
+            _ => std::future::ready(Ok(())).boxed(),
+        }
+    }
+
+    fn runtime() -> Runtime {
+        Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_failed_check_is_repeated_although_an_operation_has_not_seen_its_result() {
+        for kind in [ErrorKind::StoreUnavailable, ErrorKind::Configuration] {
+            let failing = move || -> Check {
+                async move {
+                    tokio::task::yield_now().await;
+                    Err(Error::new(kind, "the server is restarting"))
+                }
+                .boxed()
+            };
+            let (check, checked) = (first(failing), Checked::not_yet());
+            // A blocked thread polls this operation no more, so the operation keeps its handle.
+            let mut blocked = Box::pin(checked.check(&check));
+            assert!(poll!(&mut blocked).is_pending());
+            assert_eq!(checked.check(&check).await.unwrap_err().kind(), kind);
+            checked.check(&check).await.unwrap();
+            assert_eq!(blocked.await.unwrap_err().kind(), kind);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_check_that_panics_fails_all_operations_that_share_it_and_is_repeated() {
+        let gate = Arc::<Notify>::default();
+        let panicking = || -> Check {
+            let gate = Arc::clone(&gate);
+            async move {
+                gate.notified().await;
+                panic!("a reply that no server sends")
+            }
+            .boxed()
+        };
+        let (check, checked) = (first(panicking), Checked::not_yet());
+        let mut blocked = Box::pin(checked.check(&check));
+        assert!(poll!(&mut blocked).is_pending());
+        let sharing = join_all((0..3).map(|_| checked.check(&check)));
+        let (results, ()) = tokio::join!(sharing, async { gate.notify_one() });
+        for result in results {
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+        }
+        checked.check(&check).await.unwrap();
+        assert_eq!(blocked.await.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+    }
+
+    #[test]
+    fn a_check_of_a_runtime_that_nothing_drives_holds_up_no_other_runtime() {
+        let (stopped, other) = (runtime(), runtime());
+        let (check, checked) = (first(|| std::future::pending().boxed()), Checked::not_yet());
+        let mut waiting = Box::pin(checked.check(&check));
+        stopped.block_on(async { assert!(poll!(&mut waiting).is_pending()) });
+        let result = other.block_on(async { checked.check(&check).now_or_never() });
+        result.expect("the operation waits for the other runtime").unwrap();
+        // A check that passed counts for all runtimes.
+        assert!(checked.passed().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_check_that_hangs_is_replaced_after_its_longest_time() {
+        let (check, checked) = (first(|| std::future::pending().boxed()), Checked::not_yet());
+        let mut hanging = Box::pin(checked.check(&check));
+        assert!(poll!(&mut hanging).is_pending());
+        tokio::time::advance(LONGEST_RUN - Duration::from_millis(1)).await;
+        assert!(checked.check(&check).now_or_never().is_none());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        checked.check(&check).now_or_never().unwrap().unwrap();
     }
 }

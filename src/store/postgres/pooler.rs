@@ -6,34 +6,46 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use futures::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool};
 use sqlx::{Connection, Row};
-use tokio::sync::OnceCell;
 
 use super::ask::{Sending, POOLER};
 use super::error::{code, failed, of_connect};
 use super::lent::{sound, LATE};
 use crate::clock::within;
 use crate::error::Error;
+use crate::store::checked::Checked;
 
 /// Lets operations pass if they are prepared for a pooler in transaction mode, or once a check has found no such
-/// pooler.
-#[derive(Debug, Default)]
-pub(crate) struct Gate(OnceCell<()>);
+/// pooler. Operations of one runtime share a run of the check.
+#[derive(Debug)]
+pub(crate) struct Gate(Checked);
 
 impl Gate {
     /// Makes the gate of a pool whose options were [checked](refuse_pooler).
     pub(super) fn open() -> Self {
-        Self(OnceCell::new_with(Some(())))
+        let checked = Checked::not_yet();
+        checked.pass();
+        Self(checked)
     }
 
     pub(crate) async fn pass(&self, pool: &PgPool, sending: &Sending) -> Result<(), Error> {
-        if sending.is_pooled() || self.0.initialized() {
+        if sending.is_pooled() || self.0.passed().is_some() {
             return Ok(());
         }
-        let options = pool.connect_options();
-        let checked = Box::pin(self.0.get_or_try_init(|| async move { refuse_pooler(&options).await }));
-        checked.await.copied()
+        let check = || {
+            let options = pool.connect_options();
+            async move { refuse_pooler(&options).await }.boxed()
+        };
+        Box::pin(self.0.check(check)).await.map(drop)
+    }
+}
+
+impl Default for Gate {
+    /// Makes the gate of a pool that was not checked yet.
+    fn default() -> Self {
+        Self(Checked::not_yet())
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::sync::{watch, Notify};
 use tokio::time::Sleep;
 
 use super::error::failed;
+use crate::clock::within;
 use crate::error::Error;
 use crate::protocol::StorageKey;
 use crate::sharded::lock;
@@ -49,18 +50,23 @@ impl Watchers {
         })
     }
 
-    /// Waits until the listener listens, and registers a watch; `None` if waiters poll.
+    /// Waits until the listener listens, and registers a watch; `None` if waiters poll. They also poll if the listener
+    /// takes too long to start, because it runs in the runtime of one waiter, which may be blocked.
     pub(super) async fn register(
         self: &Arc<Self>,
         pool: &PgPool,
         key: &StorageKey,
     ) -> Result<Option<PostgresWatch>, Error> {
+        const LONGEST: Duration = Duration::from_secs(1);
         if self.polls {
             return Ok(None);
         }
         let mut listening = self.listener(pool);
         let lost = || Error::unavailable("the connection that listens was lost");
-        listening.wait_for(|listening| *listening).await.map_err(|_| lost())?;
+        match within(LONGEST, listening.wait_for(|listening| *listening)).await {
+            Ok(listens) => drop(listens.map_err(|_| lost())?),
+            Err(_) => return Ok(None),
+        }
         let watch = self.enter(key);
         // It may have ended before it could know of this one.
         listening.has_changed().map_err(|_| lost())?;
