@@ -2,6 +2,8 @@
 
 #[path = "support/bouncer.rs"]
 mod bouncer;
+#[path = "postgres/checks.rs"]
+mod checks;
 #[path = "postgres/pooler.rs"]
 mod pooler;
 #[path = "support/postgres.rs"]

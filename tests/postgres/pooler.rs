@@ -5,11 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::join_all;
-use futures::poll;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::Row;
-use tokio::runtime::{Builder, Runtime};
-use tokio::time::timeout;
 use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::protocol::{Completion, Decision, Nonce, Outcome, StorageKey};
 use tower_idempotency::receiver::{Inbox, Receipt};
@@ -19,8 +16,6 @@ use tower_idempotency::{BoxStore, Error, ErrorKind, PostgresStore, Store};
 use super::bouncer::Bouncer;
 use super::postgres::PostgresServer;
 use super::{claim, granted, kept, Claim, HOUR};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// sqlx sends this parameter when it connects; PgBouncer refuses it by default.
 const BEARS_SQLX: &str = "ignore_startup_parameters = extra_float_digits";
@@ -289,49 +284,5 @@ async fn a_waiter_learns_of_the_end_behind_a_transaction_pooler() {
     let owner = granted(&store, &claim).await.owner;
     let watch = store.watch(&claim.key).await.unwrap();
     store.complete(&claim.key, owner, &kept(b"paid"), HOUR).await.unwrap();
-    timeout(Duration::from_secs(5), watch).await.unwrap();
-}
-
-fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_all().build().unwrap()
-}
-
-/// The permit of the check stayed with an operation that nothing polled, and the operations of all other runtimes waited
-/// for it without a limit.
-#[test]
-fn a_runtime_that_is_blocked_during_the_check_holds_up_no_other_runtime() {
-    let server = PostgresServer::start();
-    let (blocked, other) = (runtime(), runtime());
-    let key = claim(1).key;
-    let store = other.block_on(async {
-        let made = PostgresStore::connect(&server.url()).await.unwrap();
-        let pool = PgPoolOptions::new().connect_lazy(&server.url()).unwrap();
-        drop(made);
-        PostgresStore::builder().with_pool(pool).unwrap()
-    });
-    let mut checking = Box::pin(store.peek(&key));
-    blocked.block_on(async { assert!(poll!(&mut checking).is_pending()) });
-    let seen = other.block_on(async { timeout(4 * SECOND, store.peek(&key)).await });
-    assert_eq!(seen.expect("the operation waits for the other runtime").unwrap(), None);
-    blocked.block_on(async { drop(checking) });
-}
-
-/// The listener runs in the runtime of the first waiter. The waiters of other runtimes waited for its start, and did not
-/// look at their records meanwhile.
-#[test]
-fn a_runtime_that_is_blocked_before_it_listens_delays_no_waiter_of_another_runtime() {
-    let server = PostgresServer::start();
-    let (blocked, other) = (runtime(), runtime());
-    let key = claim(1).key;
-    let store = other.block_on(async { PostgresStore::connect(&server.url()).await.unwrap() });
-    let mut listening = Box::pin(store.watch(&key));
-    blocked.block_on(async { assert!(poll!(&mut listening).is_pending()) });
-    other.block_on(async {
-        let watch = timeout(4 * SECOND, store.watch(&key)).await;
-        let watch = watch.expect("the waiter waits for the other runtime").unwrap();
-        timeout(4 * SECOND, watch)
-            .await
-            .expect("the watch makes its waiter look");
-    });
-    blocked.block_on(async { drop(listening) });
+    tokio::time::timeout(Duration::from_secs(5), watch).await.unwrap();
 }
