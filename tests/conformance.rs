@@ -169,6 +169,7 @@ noticed! {
     the_unknown_can_be_completed: CompleteUnknownRefused, late_completions_heal, 11, differential;
     nobody_resolves_what_is_alive: ResolveAlive, late_completions_heal, 11, differential;
     a_resolution_compares_the_fence: ResolveByAnyFence, late_completions_heal, 11, differential;
+    a_resolution_ends_the_ownership: ResolveKeepsOwner, late_completions_heal, 11, differential;
     nobody_resolves_what_is_completed: ResolveCompleted, late_completions_heal, 11, differential;
     a_tombstone_never_runs_again: TombstoneRunsAgain, exact_answers, 12, differential;
     an_answer_is_bytes_not_text: AnswerInUtf8, exact_answers, 12, differential;

@@ -592,6 +592,36 @@ async fn what_an_inner_layer_reports_as_done_is_done() {
     assert_eq!(handler.runs(), 1);
 }
 
+/// The completion of the late owner counted as a repeated one. Its caller got another response than all duplicates.
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_comes_back_after_a_resolution_returns_the_response_that_stands() {
+    for fails in [false, true] {
+        let store = RemoteStore::new();
+        let handler = Handler::new()
+            .taking(Duration::from_secs(60))
+            .answering(move |_| match fails {
+                true => text(StatusCode::BAD_GATEWAY, "the owner's"),
+                false => text(StatusCode::CREATED, "the owner's"),
+            });
+        let layer = IdempotencyLayer::new(store.clone());
+        let service = layer.layer(handler.clone());
+        let owner = start(&service, post("k", "pay"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        store.fail("renew", [Fault::Before; 1_000]);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        let (key, _) = store.only();
+        let fence = store.peek(&key).await.unwrap().unwrap().fence;
+        let found = Response::builder().status(201).body("found".into()).unwrap();
+        let resolution = Resolution::Completed(layer.outcome_of(found), DAY);
+        store.resolve(&key, fence, &resolution).await.unwrap();
+        let duplicate = send(&layer.layer(handler.clone()), post("k", "pay")).await;
+        for got in [duplicate, owner.await.unwrap(), send(&service, post("k", "pay")).await] {
+            assert_eq!((got.status(), &got.body[..]), (201, &b"found"[..]), "{fails}");
+        }
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
 #[tokio::test]
 async fn what_an_inner_layer_refuses_before_its_handler_frees_the_outer_key() {
     let handler = Handler::new();

@@ -19,7 +19,7 @@ use support::{Fault, RemoteStore};
 use tokio::sync::Notify;
 use tower::{service_fn, Layer, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{once, Done, Failure, Found, OnceError, OnceLayer, Profile};
-use tower_idempotency::protocol::Resolution;
+use tower_idempotency::protocol::{Resolution, Resolved, Status};
 use tower_idempotency::receiver::webhooks::{StandardWebhooks, WebhookLayer};
 use tower_idempotency::receiver::{receive_all, Disposition, OnMismatch, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{Drain, ErrorKind, IdempotencyLayer, MemoryStore, OnError, Store};
@@ -75,6 +75,33 @@ async fn a_superseded_owner_is_not_given_the_answer_to_another_input() {
     go_on.notify_one();
     let first = first.await.unwrap();
     assert!(!matches!(&first, Ok(done) if *done.value() == 2), "I4: {first:?}");
+}
+
+/// The completion of the late owner counted as a repeated one. Its caller got another value than all later calls.
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_comes_back_after_a_resolution_returns_the_value_that_stands() {
+    let (store, elsewhere) = (RemoteStore::new(), RemoteStore::new());
+    let (go_on, first) = stalled(&store, "one", Ok(1));
+    tokio::time::sleep(LEASE * 2).await;
+    let found: Ended = once(elsewhere.clone(), "k")
+        .with_input("one")
+        .run(|_| ready(Ok(2)))
+        .await;
+    assert_eq!(found.unwrap().into_value(), 2);
+    let (key, _) = elsewhere.only();
+    let Status::Completed(outcome) = elsewhere.peek(&key).await.unwrap().unwrap().status else {
+        panic!("the value was not stored");
+    };
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    let resolution = Resolution::Completed(outcome, LEASE * 100);
+    assert_eq!(
+        store.resolve(&key, fence, &resolution).await.unwrap(),
+        Resolved::Resolved
+    );
+    go_on.notify_one();
+    assert_eq!(first.await.unwrap().unwrap().into_value(), 2);
+    let again: Ended = once(store.clone(), "k").with_input("one").run(|_| ready(Ok(3))).await;
+    assert_eq!(again.unwrap().into_value(), 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -24,7 +24,8 @@ impl<St: Store + Clone> Job<St> {
     pub(super) async fn after_transaction<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
         let patience = self.patience();
         match patience.persist(|| self.store.peek(&self.key)).await {
-            Ok(Some(snapshot)) if snapshot.fence == owner.fence => {
+            // The fence alone does not tell: a resolution may have completed the record with another outcome.
+            Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 if let Status::Completed(outcome) = snapshot.status {
                     return match ended {
                         Ok(Ended {

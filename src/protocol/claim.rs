@@ -34,6 +34,15 @@ impl Nonce {
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
     }
+
+    /// Returns another nonce, with the first byte inverted. A record that a resolution completed has this nonce in
+    /// place of its owner's, so that it belongs to nobody. Unlike a reserved value, it differs from every nonce that a
+    /// claim may choose for this attempt.
+    pub(super) const fn disowned(self) -> Self {
+        let Self(mut bytes) = self;
+        bytes[0] = !bytes[0];
+        Self(bytes)
+    }
 }
 
 impl fmt::Debug for Nonce {
@@ -275,7 +284,7 @@ pub enum Resolved {
 pub struct Snapshot {
     /// What was asked under the key.
     pub fingerprint: Fingerprint,
-    /// The nonce of whoever made the current or last attempt.
+    /// The nonce of the current or last attempt. If a resolution completed the record, a nonce that differs from it.
     pub nonce: Nonce,
     /// The fence of the current or last attempt.
     pub fence: Fence,

@@ -197,7 +197,8 @@ impl Record {
         Transition::keep(Release::Released)
     }
 
-    /// Answers an operator or a hook that found out what became of a lost attempt.
+    /// Decides a resolution by an operator or a hook that found out the fate of a lost attempt. A record that it
+    /// completes has no owner any more.
     #[must_use]
     pub fn resolve(
         record: Option<&Self>,
@@ -215,7 +216,10 @@ impl Record {
         match resolution {
             Resolution::Absent => Transition::remove(Resolved::Resolved),
             Resolution::Completed(outcome, retention) => {
-                let done = record.clone().completed(outcome.clone(), *retention, now);
+                let mut done = record.clone().completed(outcome.clone(), *retention, now);
+                // The owner may still be alive, and its own outcome may differ. If it stayed the owner, its completion
+                // would count as a repeated one, and its caller would get another response than all others (I2).
+                done.owner.nonce = record.owner.nonce.disowned();
                 Transition::put(Resolved::Resolved, done)
             }
         }

@@ -324,6 +324,26 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
     assert_eq!(store.granted(&claim(3)).attempt, 1);
 }
 
+#[test]
+fn an_owner_that_comes_back_after_a_resolution_gets_the_outcome_that_stands() {
+    for is_unknown in [true, false] {
+        let mut store = One::new();
+        let owner = store.granted(&claim(1)).owner;
+        store.pass(LEASE);
+        if is_unknown {
+            assert_eq!(store.claim(&claim(2)), Decision::Unknown);
+        }
+        let found = Resolution::Completed(kept("found"), RETENTION);
+        assert_eq!(store.resolve(owner.fence, &found), Resolved::Resolved);
+        let stands = Completion::Superseded(Some(kept("found")));
+        assert_eq!(store.complete(owner, &kept("late")), stands);
+        assert_eq!(store.renew(owner, LEASE), Renewal::Superseded);
+        assert_eq!(store.release(owner), Release::Superseded);
+        // The same claim comes again, for example from a client that never got the reply.
+        assert!(matches!(store.claim(&claim(1)), Decision::Replay(answer) if answer.body == "found"));
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Claim(u8, IfLost, bool),
@@ -331,6 +351,7 @@ enum Step {
     Pass(u32),
     Release(u8),
     Renew(u8, u32),
+    Resolve(u8),
 }
 
 fn a_step() -> impl Strategy<Value = Step> {
@@ -341,6 +362,7 @@ fn a_step() -> impl Strategy<Value = Step> {
         (0_u32..70).prop_map(Step::Pass),
         (0_u8..5).prop_map(Step::Release),
         (0_u8..5, 0_u32..40).prop_map(|(n, lease)| Step::Renew(n, lease)),
+        (0_u8..5).prop_map(Step::Resolve),
     ]
 }
 
@@ -354,6 +376,20 @@ struct Ledger {
 }
 
 impl Ledger {
+    fn see_outcome(&mut self, outcome: &Outcome) -> Result<(), TestCaseError> {
+        match outcome {
+            Outcome::Kept(answer) => self.see_answer(answer),
+            Outcome::Tombstone => Ok(()),
+        }
+    }
+
+    fn see_answer(&mut self, answer: &Answer) -> Result<(), TestCaseError> {
+        let is_only_one = self.answers.iter().all(|seen| seen == answer);
+        prop_assert!(is_only_one, "two answers under one key");
+        self.answers.push(answer.clone());
+        Ok(())
+    }
+
     fn see(&mut self, nonce: u8, decision: &Decision, same_body: bool) -> Result<(), TestCaseError> {
         match decision {
             Decision::Execute(grant) | Decision::Recover(grant) => {
@@ -370,11 +406,7 @@ impl Ledger {
             }
             Decision::Replay(answer) => {
                 prop_assert!(same_body, "an answer for another body");
-                prop_assert!(
-                    self.answers.iter().all(|seen| seen == answer),
-                    "two answers under one key"
-                );
-                self.answers.push(answer.clone());
+                self.see_answer(answer)?;
             }
             Decision::Mismatch => prop_assert!(self.seen_grant),
             Decision::NotKept | Decision::Unknown | Decision::Wait { .. } => {}
@@ -411,7 +443,12 @@ proptest! {
                         let outcome = Outcome::Kept(Answer { head: "h".into(), body: body.into() });
                         let retention = Duration::from_secs(1_000_000);
                         let done = Record::complete(store.record.as_ref(), *owner, &outcome, retention, store.now);
-                        store.apply(done);
+                        // The owner's caller gets the owner's response, or the one that stands.
+                        match store.apply(done) {
+                            Completion::Completed => ledger.see_outcome(&outcome)?,
+                            Completion::Superseded(Some(stands)) => ledger.see_outcome(&stands)?,
+                            Completion::Superseded(None) => {}
+                        }
                     }
                 }
                 Step::Pass(seconds) => store.pass(Duration::from_secs(seconds.into())),
@@ -423,6 +460,12 @@ proptest! {
                             ledger = Ledger { last_fence: ledger.last_fence, ..Ledger::default() };
                             store.pass(Duration::from_micros(1));
                         }
+                    }
+                }
+                Step::Resolve(nonce) => {
+                    if let Some(owner) = ledger.owners.get(&nonce).copied() {
+                        let found = Resolution::Completed(kept("found"), Duration::from_secs(1_000_000));
+                        store.resolve(owner.fence, &found);
                     }
                 }
                 Step::Renew(nonce, lease) => {

@@ -184,7 +184,8 @@ impl<St: Store, S> Exchange<St, S> {
         };
         let (settings, key) = (&self.settings, &flight.storage_key);
         match persist(settings, || shared.store.peek(key)).await {
-            Ok(Some(snapshot)) if snapshot.fence == owner.fence => {
+            // The fence alone does not tell: a resolution may have completed the record with another outcome.
+            Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 if let Status::Completed(Outcome::Kept(answer)) = snapshot.status {
                     return Ok(self.committed(answer));
                 }

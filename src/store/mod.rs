@@ -57,7 +57,10 @@ use crate::protocol::{
 /// 8. **The fence grows** with every owner of a key, as long as its record lives.
 /// 9. **A release leaves evidence.** It deletes the record only when the owner's attempt was the only one ever.
 /// 10. **Attempts are capped** by the claim's `max_attempts`; then the outcome is unknown.
-/// 11. **Late completions heal.** The last owner of a lost or unknown record can still complete it.
+/// 11. **Late completions heal.** The last owner of a lost or unknown record can still complete it. A record that
+///     `resolve` has completed has no owner any more, because the operator's outcome may differ from the owner's. The
+///     late owner gets [`Superseded`](crate::protocol::Completion::Superseded) with the outcome that stands, and `peek`
+///     shows another nonce than the owner's.
 /// 12. **Exact answers.** What is read back equals what was completed, byte for byte.
 /// 13. **Durable before done.** When `complete` returns, the outcome survives whatever the store promises to survive.
 /// 14. **Unreadable is not absent.** A record that cannot be read is an error of kind
@@ -137,7 +140,8 @@ pub trait Store: Send + Sync + 'static {
     /// Any [`ErrorKind`](crate::ErrorKind); the release may have taken effect and can be repeated.
     fn release(&self, key: &StorageKey, owner: Owner) -> impl Future<Output = Result<Release, Error>> + Send;
 
-    /// Ends a lost or unknown attempt by what an operator or a hook found out, if `fence` is still its fence.
+    /// Ends a lost or unknown attempt by what an operator or a hook found out, if `fence` is still its fence. If this
+    /// completes the record, the record gets a nonce that no claim has, so that the attempt does not own it any more.
     ///
     /// # Errors
     ///

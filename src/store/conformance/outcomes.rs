@@ -3,16 +3,18 @@
 use bytes::Bytes;
 
 use super::owning::strangers;
-use super::probe::{kept, random, Probe, RETENTION};
+use super::probe::{kept, random, Probe, LEASE, RETENTION};
 use crate::protocol::{
-    Answer, Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Resolution, Resolved, Status,
+    Answer, Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution, Resolved, Status,
 };
 use crate::store::Store;
 
-/// Clause 11: the last owner of a lost or unknown record can still complete it; so can whoever resolves it by its fence.
+/// Clause 11: the last owner of a lost or unknown record can still complete it. A resolution by its fence can complete
+/// it, too, and ends the ownership.
 ///
-/// Checked that the outcome is replayed from then on; and that nobody resolves by another fence, nor what is in flight or
-/// completed.
+/// Checks that the outcome is replayed from then on, and that an owner that completes, renews or releases after a
+/// resolution changes nothing and gets the outcome that stands. Checks also that nobody resolves by another fence, and
+/// that no resolution applies to a record in flight or completed.
 pub async fn late_completions_heal<S: Store>(store: &S) {
     const CLAUSE: &str = "11 (late completions heal)";
     let outcome = kept("head", "late");
@@ -28,6 +30,7 @@ pub async fn late_completions_heal<S: Store>(store: &S) {
                 let resolution = Resolution::Completed(outcome.clone(), RETENTION);
                 let resolved = probe.resolve(owner.fence, &resolution).await;
                 probe.case.same("a resolution", &resolved, &Resolved::Resolved);
+                owner_is_superseded(&probe, owner, &outcome).await;
             } else {
                 let completion = probe.complete(owner, &outcome).await;
                 let what = "a late completion by the last owner";
@@ -37,6 +40,34 @@ pub async fn late_completions_heal<S: Store>(store: &S) {
         }
     }
     resolves_by_fence(store, CLAUSE).await;
+}
+
+/// The owner comes back after a resolution has completed its record.
+async fn owner_is_superseded<S: Store>(probe: &Probe<'_, S>, owner: Owner, stands: &Outcome) {
+    let before = probe.look().await;
+    let is_owned = before.as_ref().is_some_and(|seen| seen.nonce == owner.nonce);
+    probe.case.check(
+        !is_owned,
+        "`peek` shows the owner's nonce in a record that a resolution completed",
+    );
+    for own in [kept("head", "the owner's"), Outcome::Tombstone, stands.clone()] {
+        let completion = probe.complete(owner, &own).await;
+        let superseded = Completion::Superseded(Some(stands.clone()));
+        probe
+            .case
+            .same("a completion by the owner after a resolution", &completion, &superseded);
+    }
+    let renewal = probe.renew(owner, LEASE).await;
+    probe
+        .case
+        .same("a renewal after a resolution", &renewal, &Renewal::Superseded);
+    let release = probe.release(owner).await;
+    probe
+        .case
+        .same("a release after a resolution", &release, &Release::Superseded);
+    probe
+        .case
+        .same("the record after its owner came back", &probe.look().await, &before);
 }
 
 /// A resolution is for the attempt that it names, if that is over and did not end.

@@ -7,4 +7,6 @@ if ARGV[2] == '' then
   state = nil
 else
   state, ends, expires, answer = tonumber(ARGV[2]), 0, now + tonumber(ARGV[3]), ARGV[4]
+  -- The owner may still be alive. With another nonce in the record, its own completion is no repeated one.
+  nonce = string.char(255 - string.byte(nonce)) .. string.sub(nonce, 2)
 end

@@ -54,6 +54,7 @@ pub(crate) enum Rule {
     ResolveAlive,
     ResolveByAnyFence,
     ResolveCompleted,
+    ResolveKeepsOwner,
     ResolveTwoSteps,
     RetentionForgotten,
     TakesUnbounded,

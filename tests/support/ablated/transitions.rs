@@ -201,7 +201,11 @@ impl Ablated {
                 return Record::resolve(Some(&lost), fence, resolution, now);
             }
         }
-        Record::resolve(record, fence, resolution, now)
+        let mut resolved = Record::resolve(record, fence, resolution, now);
+        if let (Rule::ResolveKeepsOwner, Change::Put(completed)) = (self.rule, &resolved.change) {
+            resolved.change = Change::Put(with_nonce(completed, owner_of(known).nonce));
+        }
+        resolved
     }
 }
 
@@ -216,6 +220,12 @@ fn owner_of(record: &Record) -> Owner {
 fn with_attempt(record: &Record, attempt: u32) -> Record {
     let mut bytes = record.to_bytes().to_vec();
     bytes[ATTEMPT].copy_from_slice(&attempt.to_le_bytes());
+    Record::from_bytes(bytes.into()).unwrap()
+}
+
+fn with_nonce(record: &Record, nonce: Nonce) -> Record {
+    let mut bytes = record.to_bytes().to_vec();
+    bytes[NONCE].copy_from_slice(nonce.as_bytes());
     Record::from_bytes(bytes.into()).unwrap()
 }
 

@@ -1,12 +1,12 @@
 -- $1 key, $2 fence, $3 state: -1 absent, 2 tombstone, 3 kept, $4 head, $5 body, $6 retention, $7 lock timeout or NULL,
--- $8 question.
+-- $8 question. The owner may still be alive. With another nonce in the record, its own completion is no repeated one.
 WITH deleted AS (
     DELETE FROM {table} r
     WHERE $3 = -1 AND r.key = $1 AND r.version = 1 AND r.fence = $2 AND {lost_now} AND NOT {expired_now} AND {bounded $7}
     RETURNING r.key, r.watched
 ), completed AS (
     UPDATE {table} r
-    SET state = $3, head = $4, body = $5, expires = {now} + $6
+    SET state = $3, head = $4, body = $5, expires = {now} + $6, nonce = set_byte(r.nonce, 0, 255 - get_byte(r.nonce, 0))
     WHERE $3 <> -1 AND r.key = $1 AND r.version = 1 AND r.fence = $2 AND {lost_now} AND NOT {expired_now} AND {bounded $7}
     RETURNING r.key, r.watched
 ), changed AS (
