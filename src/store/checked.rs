@@ -154,7 +154,7 @@ fn sound(check: Check) -> Check {
     checked.map(|result| result.unwrap_or(Err(PANICKED))).boxed()
 }
 
-#[cfg(all(test, feature = "redis"))]
+#[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::sync::Arc;
@@ -181,6 +181,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "redis")]
     fn gate_opened() -> Arc<Notify> {
         let gate = Arc::<Notify>::default();
         gate.notify_one();
@@ -200,6 +201,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "redis")]
     #[tokio::test]
     async fn a_check_that_began_before_the_last_event_does_not_count() {
         let (runs, gate, checked) = (Arc::default(), Arc::<Notify>::default(), Checked::not_yet());

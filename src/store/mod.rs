@@ -86,10 +86,11 @@ pub trait Store: Send + Sync + 'static {
     /// claim has taken no effect.
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send;
 
-    /// Asks for a key without waiting; `None`, the default: only [`claim`](Self::claim) can tell.
+    /// Claims a key without waiting. Returns `None`, which is the default, if only [`claim`](Self::claim) can decide.
     ///
-    /// For stores whose records lie in this process: the layer then spares a replay all that an execution needs. It asks while
-    /// it holds a lock, so the answer must not take longer than a look into a map.
+    /// This is for stores whose records are in this process. The layer then spares a replay all that an execution
+    /// needs. It calls this while it holds a lock, so this must take no longer than a look into a map. A store that has
+    /// to make room for the record first returns `None`, and makes room in `claim`.
     ///
     /// # Errors
     ///

@@ -51,6 +51,42 @@ async fn granted(store: &MemoryStore, claim: &Claim) -> Grant {
     }
 }
 
+/// The layer holds a lock while it calls `claim_now`. In a full store, the call looked through all open records.
+#[tokio::test]
+async fn claim_now_frees_no_records_and_leaves_that_to_claim() {
+    const RECORDS: u8 = 200;
+    for is_completed in [true, false] {
+        let clock = clock();
+        let builder = MemoryStore::builder().with_record_budget(RECORDS.into());
+        let store = builder.with_clock(clock.clone()).build();
+        for key in 0..RECORDS {
+            let (claim, owner) = match store.claim_now(&claim(key, 1)) {
+                Some(Ok(Decision::Execute(grant))) => (claim(key, 1), grant.owner),
+                other => panic!("{other:?}"),
+            };
+            if is_completed {
+                store.complete(&claim.key, owner, &kept("x"), HOUR).await.unwrap();
+            } else {
+                store.renew(&claim.key, owner, Duration::ZERO).await.unwrap();
+            }
+        }
+        // Claims that need no new record are decided at once.
+        let again = store.claim_now(&claim(0, 2)).unwrap().unwrap();
+        let unchanged = matches!(again, Decision::Replay(_) | Decision::Unknown);
+        assert!(unchanged, "{again:?}");
+        assert!(store.claim_now(&claim(RECORDS, 1)).is_none());
+        assert_eq!(
+            store.claim(&claim(RECORDS, 1)).await.unwrap_err().kind(),
+            ErrorKind::StoreFull
+        );
+        clock.advance(2 * HOUR);
+        assert!(store.claim_now(&claim(RECORDS, 1)).is_none());
+        assert_eq!(store.figures().records, u64::from(RECORDS));
+        granted(&store, &claim(RECORDS, 1)).await;
+        assert_eq!(store.figures().records, 1);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_concurrent_claims_exactly_one_is_granted() {
     let store = MemoryStore::new();

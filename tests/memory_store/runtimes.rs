@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::executor::block_on;
 use http::Request;
 use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::protocol::Renewal;
+use tower_idempotency::protocol::{Decision, Renewal};
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
@@ -43,6 +43,25 @@ fn a_memory_store_spawns_no_task_that_panics() {
     });
     // The runtime has one thread, this one.
     assert_eq!(PANICS.get(), 0);
+}
+
+/// The layer holds a lock while it calls `claim_now`. Without a runtime, each call freed a portion of the records.
+#[test]
+fn claim_now_frees_no_records_without_a_runtime_either() {
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let Some(Ok(Decision::Execute(grant))) = store.claim_now(&claim(1, 1)) else {
+        panic!("a first claim is granted at once");
+    };
+    let key = claim(1, 1).key;
+    block_on(store.complete(&key, grant.owner, &kept("x"), HOUR)).unwrap();
+    assert!(matches!(store.claim_now(&claim(1, 2)), Some(Ok(Decision::Replay(_)))));
+    clock.advance(2 * HOUR);
+    assert!(store.claim_now(&claim(2, 1)).is_none());
+    assert_eq!(store.figures().records, 1);
+    block_on(granted(&store, &claim(2, 1)));
+    assert_eq!(store.figures().records, 1);
+    assert!(store.claim_now(&claim(3, 1)).is_some());
 }
 
 #[test]

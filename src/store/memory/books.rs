@@ -80,12 +80,11 @@ impl Books {
             ErrorKind::StoreFull,
             "the memory store has reached its record budget; raise it to new keys per second × retention in seconds",
         );
-        self.start_sweeper();
-        // The owner lives as long as the store, so its lease has no end.
-        let claim = Claim {
-            lease: Duration::MAX,
-            ..claim.clone()
-        };
+        // Without a sweeping task, each claim frees a portion of the expired records.
+        if !self.start_sweeper() {
+            self.free_some();
+        }
+        let claim = endless(claim);
         let mut decision = self.try_claim(&claim);
         let mut is_more_expired = true;
         while decision.is_none() && is_more_expired {
@@ -98,6 +97,15 @@ impl Books {
             decision = self.try_claim(&claim);
         }
         decision.map(unleased).ok_or(FULL)
+    }
+
+    /// Decides a claim without freeing any records; `None` if records must be freed first. The caller may hold a lock,
+    /// and to free records takes long: it may look through all open records.
+    pub(super) fn claim_now(self: &Arc<Self>, claim: &Claim) -> Option<Decision> {
+        if !self.start_sweeper() && lock(&self.ledger).has_expired(self.clock.now()) {
+            return None;
+        }
+        self.try_claim(&endless(claim)).map(unleased)
     }
 
     /// Decides a claim; `None` if it needs a new record beyond the budget.
@@ -345,6 +353,14 @@ impl Open {
         if let Some(watchers) = &self.watchers {
             watchers.notify_waiters();
         }
+    }
+}
+
+/// Returns the claim with a lease without end, because the owner lives as long as the store.
+fn endless(claim: &Claim) -> Claim {
+    Claim {
+        lease: Duration::MAX,
+        ..claim.clone()
     }
 }
 

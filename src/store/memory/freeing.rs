@@ -14,19 +14,18 @@ use crate::clock::Timer;
 use crate::telemetry;
 
 impl Books {
-    /// Starts the sweeping task, unless it runs already. Outside a tokio runtime, every claim frees a portion of the
-    /// expired records instead.
-    pub(super) fn start_sweeper(self: &Arc<Self>) {
+    /// Starts the sweeping task, unless it runs already. Returns false outside a tokio runtime, where no task can run.
+    pub(super) fn start_sweeper(self: &Arc<Self>) -> bool {
         if self.sweeping.load(Ordering::Relaxed) {
-            return;
+            return true;
         }
         let Ok(runtime) = Handle::try_current() else {
-            self.free_some();
-            return;
+            return false;
         };
         if !self.sweeping.swap(true, Ordering::Relaxed) {
             runtime.spawn(sweep_every_second(Sweeper(Arc::downgrade(self))));
         }
+        true
     }
 }
 

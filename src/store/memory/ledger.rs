@@ -72,6 +72,12 @@ impl Ledger {
         (self.bytes > self.byte_budget).then(|| self.by_age.pop_front())?
     }
 
+    /// Whether the second of expiry of any record has passed.
+    pub(super) fn has_expired(&self, now: Timestamp) -> bool {
+        let first = self.by_second.first_key_value();
+        first.is_some_and(|(second, _)| *second <= now.as_micros() / MICROS)
+    }
+
     /// Removes and returns at most `limit` keys whose second of expiry has passed.
     pub(super) fn pop_expired(&mut self, now: Timestamp, limit: usize) -> Vec<StorageKey> {
         let mut expired = Vec::new();

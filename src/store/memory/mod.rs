@@ -193,7 +193,7 @@ impl Store for MemoryStore {
     }
 
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
-        Some(self.0.claim(claim))
+        self.0.claim_now(claim).map(Ok)
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
