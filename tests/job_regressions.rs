@@ -15,7 +15,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use http::{Request, Response, StatusCode};
 use http_body_util::Full;
 use sha2::Sha256;
-use support::{Fault, RemoteStore};
+use support::{Fault, RemoteStore, Timer};
 use tokio::sync::Notify;
 use tower::{service_fn, Layer, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{once, Done, Failure, Found, OnceError, OnceLayer, Profile};
@@ -155,7 +155,7 @@ async fn a_store_that_hangs_does_not_prolong_a_wait_for_another_call() {
     let store = RemoteStore::new();
     let first = tokio::spawn(once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>()));
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let begin = support::Timer::start();
+    let begin = Timer::start();
     let second = tokio::spawn(
         once(store.clone(), "k")
             .with_wait(Duration::from_secs(1))
@@ -258,6 +258,70 @@ async fn calls_by_value_whose_callers_left_are_bounded() {
     assert!(matches!(refused, OnceError::NotRun(error) if error.kind() == ErrorKind::Overloaded));
     drain.wait().await;
     assert!(call(10).await.is_ok());
+}
+
+/// The job waited for the outcome of the other attempt for the whole wait, although nobody was there to get it.
+#[tokio::test(start_paused = true)]
+async fn a_superseded_job_waits_for_no_outcome_once_its_caller_has_left() {
+    for leaves_during_the_run in [true, false] {
+        let (store, drain, go_on) = (RemoteStore::new(), Drain::default(), Arc::new(Notify::new()));
+        store.fail("renew", [Fault::Before; 1_000]);
+        let told = Arc::clone(&go_on);
+        let call = once(store.clone(), "k").at_least_once().with_drain(&drain);
+        let first = tokio::spawn(call.run(move |_| async move {
+            told.notified().await;
+            Ok::<_, Failure<Infallible>>(1)
+        }));
+        tokio::time::sleep(LEASE * 2).await;
+        let second = once(store.clone(), "k").at_least_once();
+        let second = tokio::spawn(second.run(|_| async {
+            tokio::time::sleep(LEASE * 100).await;
+            Ok::<_, Failure<Infallible>>(2)
+        }));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        store.heal();
+        if leaves_during_the_run {
+            first.abort();
+        }
+        go_on.notify_one();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        first.abort();
+        let left = Timer::start();
+        drop(first.await);
+        drain.wait().await;
+        assert!(left.elapsed() < Duration::from_secs(1), "{:?}", left.elapsed());
+        second.abort();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_of_no_executions_without_callers_counts_as_one() {
+    let once: Ended = once(MemoryStore::new(), "k")
+        .with_max_detached(0)
+        .run(|_| ready(Ok(1)))
+        .await;
+    assert_eq!(once.unwrap().into_value(), 1);
+
+    let http = service_fn(|_: Request<Full<Bytes>>| ready(Ok::<_, Infallible>(Response::new(Full::from("paid")))));
+    let client = OnceLayer::new(MemoryStore::new(), Profile::draft()).with_max_detached(0);
+    let request = Request::post("https://bank.example/pay").header("idempotency-key", "k");
+    let response = client
+        .layer(http)
+        .oneshot(request.body(Full::<Bytes>::from("100")).unwrap())
+        .await;
+    assert_eq!(response.unwrap().status(), 200);
+
+    let receiver = ReceiverLayer::new(MemoryStore::new(), "c")
+        .with_id(|id: &u64| *id)
+        .with_max_detached(0);
+    let receiver = receiver.layer(service_fn(|_: u64| ready(Ok::<_, Infallible>(()))));
+    assert!(matches!(receiver.oneshot(1).await, Ok(Receipt::First(()))));
+
+    let handler = support::Handler::new();
+    let server = IdempotencyLayer::new(MemoryStore::new())
+        .with_max_detached(0)
+        .layer(handler.clone());
+    assert_eq!(support::send(&server, support::post("k", "pay")).await.status(), 201);
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,12 +3,14 @@
 //! It is polled where its caller polls. A caller that goes away does not end it: the rest goes on in a task of its own, and what was
 //! begun is recorded.
 
-use std::future::Future;
+use std::future::{poll_fn, Future};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
+use futures::future::select;
 use futures::FutureExt;
 use tokio::runtime::Handle;
 
@@ -282,7 +284,7 @@ impl<St: Store + Clone> Job<St> {
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
             held.stop_renewing();
-            let settled = self.after_transaction(grant.owner, ended).await;
+            let settled = self.after_transaction(grant.owner, ended, absence).await;
             held.end();
             return settled;
         }
@@ -293,16 +295,21 @@ impl<St: Store + Clone> Job<St> {
         {
             let completion = self.complete(grant.owner, &outcome).await;
             held.end();
-            return self.completed(completion, given).await;
+            return self.completed(completion, given, absence).await;
         }
         held.stop_renewing();
-        let settled = self.unkept(grant.owner, ended).await;
+        let settled = self.unkept(grant.owner, ended, absence).await;
         held.end();
         settled
     }
 
     /// The end of an attempt that leaves nothing to keep.
-    pub(super) async fn unkept<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
+    pub(super) async fn unkept<G>(
+        &self,
+        owner: Owner,
+        ended: Result<Ended<G>, Refused>,
+        absence: &Absence,
+    ) -> Settled<G> {
         let is_superseded = match &ended {
             Ok(Ended {
                 verdict: Verdict::Release,
@@ -312,7 +319,7 @@ impl<St: Store + Clone> Job<St> {
         };
         if is_superseded {
             telemetry::event(Event::Superseded);
-            return self.stand_by().await;
+            return self.stand_by(absence).await;
         }
         match ended {
             Ok(Ended { given, .. }) => Settled::Ran {
@@ -329,13 +336,18 @@ impl<St: Store + Clone> Job<St> {
         unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
     }
 
-    pub(super) async fn completed<G>(&self, completion: Result<Completion, Error>, given: G) -> Settled<G> {
+    pub(super) async fn completed<G>(
+        &self,
+        completion: Result<Completion, Error>,
+        given: G,
+        absence: &Absence,
+    ) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
             // What superseded this attempt may be the answer to another input: it is looked up.
             Ok(Completion::Superseded(_)) => {
                 telemetry::event(Event::Superseded);
-                return self.stand_by().await;
+                return self.stand_by(absence).await;
             }
             Err(error) => {
                 telemetry::failure(Event::Unrecorded, &error);
@@ -347,11 +359,14 @@ impl<St: Store + Clone> Job<St> {
 
     /// Another attempt took the key over. This attempt drops its own output, and its caller gets the outcome that the
     /// other attempt records. This wait has its full time, regardless of how long the caller waited before its own
-    /// claim.
-    pub(super) async fn stand_by<G>(&self) -> Settled<G> {
+    /// claim. It ends when the caller leaves, because nobody gets the outcome then.
+    pub(super) async fn stand_by<G>(&self, absence: &Absence) -> Settled<G> {
         let deadline = Deadline::after(self.terms.wait);
         let (mut watch, mut waiting) = (None, None);
         loop {
+            if absence.is_true() {
+                return Settled::Refused(Refused::InFlight(Duration::ZERO));
+            }
             let snapshot = match in_time(self.limit(waiting), self.store.peek(&self.key)).await {
                 Ok(snapshot) => snapshot,
                 Err(error) => {
@@ -375,7 +390,7 @@ impl<St: Store + Clone> Job<St> {
                 Some(_) => return Settled::Refused(Refused::Unknown),
                 None => return Settled::Refused(Refused::Unread(FORGOTTEN)),
             };
-            self.wait(&mut watch, left, deadline).await;
+            drop(select(pin!(self.wait(&mut watch, left, deadline)), absence.begins()).await);
             waiting = Some(deadline);
         }
     }
@@ -441,11 +456,20 @@ impl Caller {
 }
 
 /// Whether the caller has gone away.
-struct Absence(Weak<()>);
+pub(super) struct Absence(Weak<()>);
 
 impl Absence {
     fn is_true(&self) -> bool {
         self.0.strong_count() == 0
+    }
+
+    /// Waits until the caller leaves. This needs no waker: the rest of the job then moves to a task, whose first poll
+    /// finds the caller gone.
+    fn begins(&self) -> impl Future<Output = ()> + Unpin + '_ {
+        poll_fn(|_| match self.is_true() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
     }
 }
 

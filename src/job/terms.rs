@@ -52,6 +52,11 @@ impl Terms {
         }
     }
 
+    /// Sets the limit of executions whose callers have left, at least 1: a limit of zero would refuse every execution.
+    pub(crate) fn set_max_detached(&mut self, executions: usize) {
+        self.max_detached = executions.max(1);
+    }
+
     pub(crate) fn set_lease(&mut self, lease: Duration) {
         /// A shorter one may be over before a busy machine has renewed it.
         const SHORTEST_LEASE: Duration = Duration::from_secs(1);

@@ -4,7 +4,7 @@
 //! read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal that succeeds proves
 //! that it was rolled back.
 
-use super::engine::{replayed, Ended, Job, Refused, Settled, Verdict};
+use super::engine::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Owner, Renewal, Status};
 use crate::store::Store;
@@ -21,7 +21,12 @@ const UNKNOWN: Error = Error::new(
 );
 
 impl<St: Store + Clone> Job<St> {
-    pub(super) async fn after_transaction<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
+    pub(super) async fn after_transaction<G>(
+        &self,
+        owner: Owner,
+        ended: Result<Ended<G>, Refused>,
+        absence: &Absence,
+    ) -> Settled<G> {
         let patience = self.patience();
         match patience.persist(|| self.store.peek(&self.key)).await {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
@@ -41,13 +46,13 @@ impl<St: Store + Clone> Job<St> {
         }
         let lease = self.terms.lease;
         match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
-            Ok(Renewal::Renewed) => self.rolled_back(owner, ended).await,
-            Ok(Renewal::Superseded) => self.stand_by().await,
+            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, absence).await,
+            Ok(Renewal::Superseded) => self.stand_by(absence).await,
             Err(error) => undecided(ended, error),
         }
     }
 
-    async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>) -> Settled<G> {
+    async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, absence: &Absence) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
             Ok(Ended {
@@ -62,9 +67,9 @@ impl<St: Store + Clone> Job<St> {
                 verdict: Verdict::KeepFailure(outcome),
             }) => {
                 let completion = self.complete(owner, &outcome).await;
-                self.completed(completion, given).await
+                self.completed(completion, given, absence).await
             }
-            ended => self.unkept(owner, ended).await,
+            ended => self.unkept(owner, ended, absence).await,
         }
     }
 }

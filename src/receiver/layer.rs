@@ -237,12 +237,12 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets how many handlers may continue in this process after their deliveries were dropped. Default: 16,384. At
-    /// this limit, every delivery fails with [`Overloaded`](crate::ErrorKind::Overloaded), even if its message was
-    /// handled already, and the broker delivers the message again. The layer does not stop a handler whose delivery was
-    /// dropped, so without a limit a consumer with its own timeout could start any number of handlers.
+    /// Sets how many handlers may continue in this process after their deliveries were dropped. At least 1. Default:
+    /// 16,384. At this limit, every delivery fails with [`Overloaded`](crate::ErrorKind::Overloaded), even if its
+    /// message was handled already, and the broker delivers the message again. The layer does not stop a handler whose
+    /// delivery was dropped, so without a limit a consumer with its own timeout could start any number of handlers.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.settings().terms.max_detached = executions;
+        self.settings().terms.set_max_detached(executions);
         self
     }
 

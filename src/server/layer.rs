@@ -402,13 +402,13 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets how many executions may continue in this process after their callers have left. At this limit, requests
     /// with new keys get 503 `overloaded` with `Retry-After`, and the layer claims nothing for them. Duplicates still
-    /// get their responses. Default: 16,384.
+    /// get their responses. At least 1. Default: 16,384.
     ///
     /// The layer never stops an execution whose caller left, because its effect may have happened. Limits further out
     /// count callers, so without this limit a client that sends requests and hangs up could start any number of
     /// executions. Put a concurrency limit [inside this layer](Self#where-to-put-it), where it counts executions.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.values().max_detached = executions;
+        self.values().max_detached = executions.max(1);
         self
     }
 

@@ -163,10 +163,10 @@ impl<St> Once<St> {
 
     /// Sets how many calls may go on although their callers left, in all calls of this process, or of this
     /// [drain](Self::with_drain) if there is one. Beyond that no call is made: it fails with [`OnceError::NotRun`] and
-    /// [`Overloaded`](crate::ErrorKind::Overloaded). Default: 16,384.
+    /// [`Overloaded`](crate::ErrorKind::Overloaded). At least 1. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.terms.max_detached = executions;
+        self.terms.set_max_detached(executions);
         self
     }
 

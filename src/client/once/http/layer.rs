@@ -167,10 +167,10 @@ impl<St> OnceLayer<St> {
 
     /// Sets how many calls may continue in this process after their callers have left. At this limit, every call fails
     /// with [`OnceError::NotRun`](crate::client::OnceError::NotRun) and [`Overloaded`](crate::ErrorKind::Overloaded),
-    /// even if its response is stored already. Default: 16,384.
+    /// even if its response is stored already. At least 1. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.terms().max_detached = executions;
+        self.terms().set_max_detached(executions);
         self
     }
 
