@@ -94,18 +94,24 @@ fn kept() -> Outcome {
     })
 }
 
-async fn held(store: &impl Store) -> (StorageKey, Owner) {
-    let key = StorageKey::from_bytes(rand::random());
-    let claim = claim(&key);
-    // The store is given little time, and a busy machine may need more.
+/// The reply of an honest server. The store is given little time, and a busy machine may need more.
+async fn answered<T>(operation: impl AsyncFn() -> Result<T, Error>) -> T {
     for _ in 0..20 {
-        match store.claim(&claim).await {
-            Ok(Decision::Execute(grant)) => return (key, grant.owner),
-            Ok(other) => panic!("{other:?}"),
+        match operation().await {
+            Ok(reply) => return reply,
             Err(error) => assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error}"),
         }
     }
     panic!("the server is honest and does not answer");
+}
+
+async fn held(store: &impl Store) -> (StorageKey, Owner) {
+    let key = StorageKey::from_bytes(rand::random());
+    let claim = claim(&key);
+    match answered(async || store.claim(&claim).await).await {
+        Decision::Execute(grant) => (key, grant.owner),
+        other => panic!("{other:?}"),
+    }
 }
 
 /// The operation ends in time, with the error of a server that cannot be used.
@@ -150,7 +156,8 @@ async fn bears(store: &impl Store, liar: &Liar, nonsense: &Nonsense) {
     liar.be_honest();
     reconnected(store).await;
     // Arrived or not, nobody else has it.
-    assert!(matches!(store.claim(&fresh).await.unwrap(), Decision::Execute(grant) if grant.attempt == 1));
+    let claimed = answered(async || store.claim(&fresh).await).await;
+    assert!(matches!(claimed, Decision::Execute(grant) if grant.attempt == 1));
     liar.lie(nonsense);
     assert_refused("peek", nonsense, store.peek(&key)).await;
     liar.be_honest();
@@ -161,10 +168,10 @@ async fn bears(store: &impl Store, liar: &Liar, nonsense: &Nonsense) {
     assert_refused("peek", nonsense, store.peek(&key)).await;
     liar.be_honest();
     reconnected(store).await;
-    let done = store.complete(&key, owner, &kept(), HOUR).await;
-    assert_eq!(done.unwrap(), Completion::Completed);
-    let seen = store.peek(&key).await.unwrap().unwrap();
-    assert_eq!(seen.status, Status::Completed(kept()));
+    let done = answered(async || store.complete(&key, owner, &kept(), HOUR).await).await;
+    assert_eq!(done, Completion::Completed);
+    let seen = answered(async || store.peek(&key).await).await;
+    assert_eq!(seen.unwrap().status, Status::Completed(kept()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
