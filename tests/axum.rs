@@ -617,6 +617,33 @@ async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
     assert_eq!(pay(&app, "/pay", &[KEY], "x").await.body, "/debit, Mismatch");
 }
 
+/// Within a nested router, the authority counted byte by byte, whatever was set.
+#[tokio::test]
+async fn a_nested_router_compares_the_authority_as_any_other() {
+    let nested = |layer: IdempotencyLayer<MemoryStore>| {
+        let inner = Router::new().route("/pay", post(handler)).layer(layer);
+        Router::new().nest("/api", inner).with_state(Runs::default())
+    };
+    let same = |a: &'static str, b: &'static str, app: Router| async move {
+        let first = pay(&app, a, &[KEY], "x").await;
+        let second = pay(&app, b, &[KEY], "x").await;
+        assert_eq!(first.status, 201);
+        second.status == 201 && second.is_replay()
+    };
+    let (one, two) = ("http://10.0.0.3/api/pay", "http://10.0.0.7/api/pay");
+    assert!(same(one, two, nested(layer())).await, "addresses");
+    let (one, two) = ("http://a.example/api/pay", "http://b.example/api/pay");
+    assert!(!same(one, two, nested(layer())).await, "names");
+    assert!(
+        same(one, two, nested(layer().without_authority_in_fingerprint())).await,
+        "left out"
+    );
+    assert!(
+        same(one, "http://A.example:80/api/pay", nested(layer())).await,
+        "spellings"
+    );
+}
+
 #[tokio::test]
 async fn a_layer_that_gets_a_forwarded_request_compares_its_own_target() {
     let bank = |uri: http::Uri| async move { uri.path().to_owned() };

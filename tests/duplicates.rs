@@ -517,6 +517,50 @@ async fn a_look_that_fails_once_does_not_end_a_wait() {
     assert_eq!(owner.await.unwrap().status(), 201);
 }
 
+/// The last look of the waiter failed, and its followers, who had time left, got its refusal.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_whose_last_look_fails_refuses_no_one_that_follows_it() {
+    let store = RemoteStore::new();
+    let there = IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_secs(6)));
+    let here = IdempotencyLayer::new(store.clone())
+        .with_wait(Duration::from_secs(4))
+        .layer(Handler::new());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let first = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(3_800)).await;
+    let follower = start(&here, "k", "pay");
+    store.fail("peek", [Fault::Before]);
+    assert_eq!(first.await.unwrap().code(), "store-unavailable");
+    assert!(follower.await.unwrap().is_replay());
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+/// The store granted the claim of a waiter late, while no claims were sent because many were lost. The waiter asked the
+/// store again and again.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_the_store_grants_late_is_taken_while_many_claims_are_lost() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_millis(3_200))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.delay_claim(Duration::from_millis(3_200));
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("claim", vec![Fault::Before; 100_000]);
+    let others = (0..1_024).map(|n| support::start(&here, post(&n.to_string(), "pay")));
+    futures::future::join_all(others.collect::<Vec<_>>()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(send(&here, post("new", "pay")).await.code(), "store-unavailable");
+    assert_eq!(owner.await.unwrap().status(), 502);
+    store.heal();
+    assert_eq!(waiter.await.unwrap().status(), 201);
+}
+
 /// Without a wait, each failed look was taken for one that was cut short.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_may_not_wait_learns_why_the_store_failed() {

@@ -87,8 +87,10 @@ impl Fingerprinting {
         }
         // A router has stripped a prefix, or the application has forwarded the request to another target.
         if uri != &parts.uri {
-            let authority = parts.uri.authority().map(http::uri::Authority::as_str);
-            hasher.field(authority.unwrap_or_default().as_bytes());
+            let is_same = uri.authority() == parts.uri.authority();
+            if !scoped && self.authority && !is_same {
+                Authority::of(&parts.uri, &HeaderMap::new()).add_to(&mut hasher);
+            }
             hasher.field(parts.uri.path().as_bytes());
             hasher.field(parts.uri.query().unwrap_or_default().as_bytes());
         }

@@ -33,6 +33,8 @@ enum Elsewhere {
     /// The key can be claimed.
     Free,
     Landed(Landing),
+    /// The time is up, and the last look failed.
+    Failed(Refusal),
     TimeUp,
 }
 
@@ -55,6 +57,7 @@ impl<St: Store, S> Exchange<St, S> {
         drop(place);
         match elsewhere {
             Elsewhere::Landed(landing) => Some(Ok(self.settle(landing))),
+            Elsewhere::Failed(refusal) => Some(Ok(self.refuse(refusal))),
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
                 Some(Err(error)) => Some(Err(error)),
@@ -71,12 +74,22 @@ impl<St: Store, S> Exchange<St, S> {
     pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
         match self.outcome_elsewhere().await {
             Elsewhere::Landed(Landing::Refused(refusal)) => {
-                let refusal = refusal.kind().after_run().map_or(refusal, |kind| self.later(kind));
+                let refusal = self.after_run(refusal);
                 self.settle(Landing::Refused(refusal))
             }
+            Elsewhere::Failed(refusal) => self.refuse(self.after_run(refusal)),
             Elsewhere::Landed(landing) => self.settle(landing),
             Elsewhere::Free => self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded))),
             Elsewhere::TimeUp => self.refuse(self.later(RefusalKind::Outstanding)),
+        }
+    }
+
+    /// A refusal that says nothing false about a request whose handler has run.
+    fn after_run(&self, refusal: Refusal) -> Refusal {
+        match refusal.kind().after_run() {
+            None => refusal,
+            Some(RefusalKind::OutcomeUnknown) => Refusal::new(RefusalKind::OutcomeUnknown),
+            Some(kind) => self.later(kind),
         }
     }
 
@@ -128,7 +141,15 @@ impl<St: Store, S> Exchange<St, S> {
         let flight = &self.hold.flight;
         let peeked = self.hold.shared.store.peek(&flight.storage_key);
         let seen = match in_time(self.settings.store_timeout, peeked).await {
-            Ok(snapshot) => self.settings.see(&flight.fingerprint, snapshot),
+            Ok(snapshot) => {
+                let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
+                if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
+                    // The key is released behind the refusal.
+                    Seen::Free
+                } else {
+                    self.settings.see(&flight.fingerprint, snapshot)
+                }
+            }
             Err(error) if barred == Barred::LostClaims => return self.claim_failed(&error),
             Err(error) => {
                 telemetry::store_failed(&error);
@@ -177,8 +198,13 @@ async fn outcome_elsewhere<St: Store>(
         };
         let snapshot = match looked {
             Ok(snapshot) => snapshot,
+            // The owner may still run. Requests that joined later still have time, and look themselves.
+            Err(error) if deadline.left().is_zero() => {
+                telemetry::store_failed(&error);
+                return Elsewhere::Failed(settings.store_failed(&error));
+            }
             // The owner still runs, so one failed look does not end the wait.
-            Err(error) if may_fail && error.kind() == ErrorKind::StoreUnavailable && !deadline.left().is_zero() => {
+            Err(error) if may_fail && error.kind() == ErrorKind::StoreUnavailable => {
                 telemetry::failure(Event::LookRepeated, &error);
                 may_fail = false;
                 drop(within(POLL.min(deadline.left()), pending::<()>()).await);
@@ -216,7 +242,7 @@ async fn outcome_elsewhere<St: Store>(
 }
 
 fn is_granted_to(seen: &Snapshot, nonce: Option<Nonce>) -> bool {
-    Some(seen.nonce) == nonce && matches!(seen.status, Status::InFlight { .. })
+    Some(seen.nonce) == nonce && matches!(seen.status, Status::InFlight { .. } | Status::Lost)
 }
 
 async fn watched(watch: Option<impl Future<Output = ()>>) {

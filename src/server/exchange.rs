@@ -9,7 +9,7 @@ use tower_service::Service;
 use tracing::Span;
 
 use super::flights::{Follower, Joined, Landing, Undecided};
-use super::guard::Hold;
+use super::guard::{Barred, Hold};
 use super::settings::Values;
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
@@ -229,7 +229,9 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Claims the key. A claim that failed is repeated once, with the same nonce.
     async fn claim(&mut self) -> Claimed {
-        if let Some(barred) = self.hold.shared.barred(&self.settings) {
+        let barred = self.hold.shared.barred(&self.settings);
+        // The repetition of a lost claim adds no further lost claim.
+        if let Some(barred) = barred.filter(|barred| *barred == Barred::Detached || self.lost_claim.is_none()) {
             return Box::pin(self.look(barred)).await;
         }
         let claim = match &self.lost_claim {

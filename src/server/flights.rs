@@ -50,7 +50,6 @@ pub(super) struct Flight {
     #[cfg(feature = "postgres")]
     recorded_status: AtomicU16,
     /// Whether its lease is being given up, and must not be renewed again.
-    ending: AtomicBool,
     given_up: AtomicBool,
     landing: OnceLock<Landing>,
     changed: Notify,
@@ -115,7 +114,6 @@ impl Flight {
             transaction_failed: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
             recorded_status: AtomicU16::new(0),
-            ending: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
             landing: OnceLock::new(),
             changed: Notify::new(),
@@ -162,7 +160,7 @@ impl Flight {
     /// Whether this flight owns the key, so that the key certainly belongs to its fingerprint. If another attempt has
     /// taken the key over, or the flight is about to give it up, only the store knows the fingerprint.
     fn is_owner(&self) -> bool {
-        self.held().is_some() && !self.is_superseded() && !self.is_ending()
+        self.held().is_some() && !self.is_superseded() && !self.is_given_up()
     }
 
     /// Begins a look at the record; returns its number.
@@ -217,29 +215,19 @@ impl Flight {
         self.superseded.load(Ordering::Relaxed)
     }
 
-    /// From here on the lease is not renewed: it is about to be given up.
-    pub(super) fn end_renewal(&self) {
-        self.ending.store(true, Ordering::Relaxed);
-    }
-
     /// From here on the lease is not renewed, and a renewal that is under way must not prolong it.
     pub(super) fn set_given_up(&self) {
         self.given_up.store(true, Ordering::Relaxed);
-        self.end_renewal();
     }
 
     pub(super) fn is_given_up(&self) -> bool {
         self.given_up.load(Ordering::Relaxed)
     }
 
-    fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Relaxed)
-    }
-
     /// The schedule of its lease, as long as the flight holds a lease.
     fn schedule(&self) -> Option<&Schedule> {
         let schedule = self.held.get()?.schedule.as_ref()?;
-        (!self.is_superseded() && !self.is_ending()).then_some(schedule)
+        (!self.is_superseded() && !self.is_given_up()).then_some(schedule)
     }
 
     /// The schedule of its lease, unless renewals are skipped for the moment.

@@ -184,6 +184,7 @@ impl<St: Store> Hold<St> {
     }
 
     fn give_up(&self, owned: &Owned) {
+        self.flight.set_given_up();
         let (shared, flight, owner) = (Arc::clone(&self.shared), Arc::clone(&self.flight), owned.owner);
         let mut renewal = Box::pin(async move {
             if let Err(error) = shared.store.renew(&flight.storage_key, owner, Duration::ZERO).await {

@@ -172,18 +172,34 @@ async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
 /// A renewal was under way when the handler failed. It reached the store last, and held the key for another lease.
 #[tokio::test(start_paused = true)]
 async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up() {
-    let store = RemoteStore::new();
-    let layer = IdempotencyLayer::new(store.clone())
-        .on_error(OnError::Unknown)
-        .on_lost(OnLost::Execute);
-    // The renewal begins at 10 s, and the handler ends at 11 s.
-    store.fail("renew", [Fault::Slow(3)]);
-    let failing = Handler::new()
-        .taking(Duration::from_secs(11))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
-    assert_eq!(send(&layer.layer(failing), post("k", "pay")).await.status(), 502);
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    let handler = Handler::new();
-    assert_eq!(elsewhere(&store, &handler).await.status(), 201);
-    assert_eq!(handler.runs(), 1);
+    for (on_error, is_second) in [(OnError::Unknown, false), (OnError::Release, true)] {
+        let store = RemoteStore::new();
+        let layer = || {
+            IdempotencyLayer::new(store.clone())
+                .on_error(on_error)
+                .on_lost(OnLost::Execute)
+        };
+        if is_second {
+            // A release keeps the record of a key that another attempt has held.
+            let handler = Handler::new().taking(Duration::from_secs(3_600));
+            drop(start(&layer().layer(handler), post("k", "pay")));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            store.fail("renew", [Fault::Before; 1_000]);
+            tokio::time::sleep(Duration::from_secs(40)).await;
+        }
+        let failing = Handler::new()
+            .taking(Duration::from_secs(11))
+            .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        let owner = start(&layer().layer(failing), post("k", "pay"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        store.heal();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        // The renewal begins at 10 s, and the handler ends at 11 s.
+        store.fail("renew", [Fault::Slow(3)]);
+        assert_eq!(owner.await.unwrap().status(), 502);
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let handler = Handler::new();
+        assert_eq!(elsewhere(&store, &handler).await.status(), 201, "{on_error:?}");
+        assert_eq!(handler.runs(), 1);
+    }
 }

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use redis::cluster::ClusterClient;
+use tower::Layer;
 use tower_idempotency::protocol::{Completion, Decision, Release};
-use tower_idempotency::{ErrorKind, RedisStore, Store};
+use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
-use super::support::Timer;
+use super::support::{post, send, Handler, Timer};
 use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
 
 async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
@@ -15,13 +16,44 @@ async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
 }
 
 #[tokio::test]
-async fn a_claim_that_too_few_replicas_have_is_refused_and_leaves_nothing() {
+async fn a_claim_that_too_few_replicas_have_is_refused_and_a_layer_releases_its_key() {
     let server = RedisServer::start();
     let store = replicated(&server, 1).await;
     assert_eq!(store.claim_limit(), None);
     let error = store.claim(&claim(1, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
     assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 0);
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(replicated(&server, 1).await);
+    let service = layer.layer(handler.clone());
+    let refused = send(&service, post("k", "pay")).await;
+    assert_eq!((refused.code(), handler.runs()), ("store-unavailable", 0));
+    let _replica = server.replica();
+    layer.drain().wait().await;
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+}
+
+/// The claim was cut off while it waited for replicas. It released the key later, although the repeated claim had it by
+/// then.
+#[tokio::test]
+async fn a_claim_that_was_cut_off_does_not_release_the_key_of_its_repetition() {
+    let server = RedisServer::start();
+    let replica = server.replica();
+    let store = replicated(&server, 1).await;
+    granted(&store, &claim(2, 1)).await;
+    replica.signal("-STOP");
+    let cut = tokio::time::timeout(Duration::from_millis(500), store.claim(&claim(1, 1))).await;
+    assert!(cut.is_err());
+    // The repetition is behind the first claim on the connection, and the replica is back between the two.
+    let repetition = tokio::spawn({
+        let store = store.clone();
+        async move { super::eventually(|| async { store.claim(&claim(1, 1)).await }).await }
+    });
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    replica.signal("-CONT");
+    assert!(matches!(repetition.await.unwrap(), Decision::Execute(_)));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use redis::{cmd, AsyncConnectionConfig, Client, RedisError, RedisResult};
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
-use crate::clock::{Clock, Timestamp};
+use crate::clock::{within, Clock, Timestamp};
 
 /// How long a connection may take to be made.
 pub(super) const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -106,8 +106,8 @@ impl Login {
         }
         let mut manager = ConnectionManager::new_lazy_with_config(self.client.clone(), self.config.clone())?;
         if tried.is_ok() {
-            // Connects. The reply does not matter.
-            drop(manager.send_packed_command(&cmd("TIME")).await);
+            // Connects. The reply does not matter, and the manager connects by itself if there is none in time.
+            drop(within(CONNECTION_TIMEOUT, manager.send_packed_command(&cmd("TIME"))).await);
         }
         Ok(manager)
     }

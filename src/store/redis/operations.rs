@@ -33,33 +33,25 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) async fn claim(self: &Arc<Self>, claim: &Claim) -> Result<Decision, Error> {
-        if self.replication.is_none() {
-            return self.ask(claim).await.map(|(decision, _)| decision);
-        }
-        // In one task with the release behind it, which must not be cut off.
-        let (server, claim) = (Arc::clone(self), claim.clone());
-        super::uncut(async move { server.claim_on_replicas(&claim).await }).await
-    }
-
-    /// One that waits for replicas may have to release what it claimed, too.
-    pub(super) fn claim_limit(&self) -> Option<Duration> {
-        self.replication.is_none().then_some(self.response_timeout)
-    }
-
-    /// Grants only what enough replicas know of, and shows no answer that they do not have: they could not tell, should the
-    /// server be lost.
-    async fn claim_on_replicas(&self, claim: &Claim) -> Result<Decision, Error> {
+    /// Claims a key. Grants only what enough replicas know of, and shows no response that they do not have: they could
+    /// not tell, should the server be lost.
+    pub(super) async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
         let (decision, is_replicated) = self.ask(claim).await?;
         match decision {
             Decision::Execute(grant) | Decision::Recover(grant) if !is_replicated => {
-                // Nothing ran. If the release fails too, the layer's own comes behind it.
+                // Nothing ran. A caller that gives the claim up cuts this off, too: then a claim with the same nonce may
+                // have the grant already. Of a caller that waits here, a later claim comes behind the release.
                 drop(self.release(&claim.key, grant.owner).await);
                 Err(failure::NOT_REPLICATED)
             }
             Decision::Replay(_) | Decision::NotKept if !is_replicated => Err(failure::NOT_REPLICATED),
             decision => Ok(decision),
         }
+    }
+
+    /// One that waits for replicas may have to release what it claimed, too.
+    pub(super) fn claim_limit(&self) -> Option<Duration> {
+        self.replication.is_none().then_some(self.response_timeout)
     }
 
     async fn ask(&self, claim: &Claim) -> Result<(Decision, bool), Error> {
