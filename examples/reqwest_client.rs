@@ -5,7 +5,7 @@
 //! ```
 //!
 //! It serves the bank itself, on a free port. An answer is lost and another comes after the time-out of the `reqwest::Client`; all
-//! attempts carry one key, and the bank charges once. With `reqwest-middleware`, see `examples/reqwest-middleware`.
+//! attempts carry one key, and the bank charges once. With `reqwest-middleware`, see `examples/packages/reqwest-middleware`.
 
 mod third_party;
 

@@ -444,6 +444,7 @@ mod with_retries {
     use super::*;
     use tower::retry::RetryLayer;
     use tower::util::BoxCloneService;
+    use tower::{Layer, Service};
     use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, RetryPolicy};
 
     /// The behaviour of the third party towards a request.
@@ -481,9 +482,14 @@ mod with_retries {
         client.oneshot(request).await.unwrap_or_else(|error| error)
     }
 
-    /// The layers in the documented order, with either retry layer, over a third party that performs the given acts; it
-    /// repeats the last act.
-    fn clients(layer: &OnceLayer<RemoteStore>, acts: &'static [Act], arrived: &Arc<AtomicUsize>) -> [Client; 2] {
+    /// The layers in the documented order, with either retry layer, with or without a layer for keys, over a third party
+    /// that performs the given acts; it repeats the last act.
+    fn clients(
+        layer: &OnceLayer<RemoteStore>,
+        has_keys: bool,
+        acts: &'static [Act],
+        arrived: &Arc<AtomicUsize>,
+    ) -> [Client; 2] {
         let policy = RetryPolicy::new(Profile::draft()).with_errors(|error: &io::Error| match error.kind() {
             io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
             _ => ErrorClass::Lost,
@@ -497,34 +503,43 @@ mod with_retries {
                 Refused => Err(io::ErrorKind::ConnectionRefused.into()),
             })
         });
-        let keys = IdempotencyKeyLayer::new(Profile::draft());
         let calls = ServiceBuilder::new()
-            .map_response(|response| status(&response))
-            .map_err(|error| failure(&error))
-            .layer(layer)
-            .layer(keys.clone())
             .layer(CallLayer::new(policy.clone()))
             .service(http.clone());
-        let retries = ServiceBuilder::new()
+        let retries = ServiceBuilder::new().layer(RetryLayer::new(policy)).service(http);
+        if has_keys {
+            let keys = IdempotencyKeyLayer::new(Profile::draft());
+            [once(layer, keys.layer(calls)), once(layer, keys.layer(retries))]
+        } else {
+            [once(layer, calls), once(layer, retries)]
+        }
+    }
+
+    fn once<S, E>(layer: &OnceLayer<RemoteStore>, service: S) -> Client
+    where
+        S: Service<Request<Full<Bytes>>, Response = Answer, Error = E> + Clone + Send + Sync + 'static,
+        S::Future: Send,
+        E: Send + 'static,
+    {
+        let client = ServiceBuilder::new()
             .map_response(|response| status(&response))
             .map_err(|error| failure(&error))
             .layer(layer)
-            .layer(keys)
-            .layer(RetryLayer::new(policy))
-            .service(http);
-        [BoxCloneService::new(calls), BoxCloneService::new(retries)]
+            .service(service);
+        BoxCloneService::new(client)
     }
 
     /// Checks how many requests a call sends, the result for its caller, and whether the next call would be sent.
     async fn check(
         configure: impl Fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>,
+        has_keys: bool,
         table: &[(&'static [Act], usize, Known, bool)],
     ) {
         for (acts, requests, expected, is_free) in table {
             for way in 0..2 {
                 let arrived = Arc::new(AtomicUsize::new(0));
                 let layer = configure(layer().1);
-                let [mut client, other] = clients(&layer, acts, &arrived);
+                let [mut client, other] = clients(&layer, has_keys, acts, &arrived);
                 if way == 1 {
                     client = other;
                 }
@@ -545,9 +560,14 @@ mod with_retries {
     async fn a_request_is_repeated_only_if_it_was_provably_not_taken() {
         let configurations: [fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>; 2] =
             [|layer| layer, OnceLayer::without_sending_key];
-        for configure in configurations {
+        // Without a key in the request, too, because a request that was not taken can always be sent again.
+        for (configure, has_keys) in configurations
+            .into_iter()
+            .flat_map(|layer| [(layer, true), (layer, false)])
+        {
             check(
                 configure,
+                has_keys,
                 &[
                     (&[Lost], 1, Known::Unknown, false),
                     (&[Say(500)], 1, Known::Status(500), false),
@@ -571,6 +591,7 @@ mod with_retries {
     async fn a_lost_request_is_repeated_if_the_third_party_honours_keys() {
         check(
             OnceLayer::assume_keys_honoured,
+            true,
             &[
                 (&[Lost, Say(201)], 2, Known::Status(201), false),
                 (&[Say(503), Say(201)], 2, Known::Status(201), false),
@@ -588,7 +609,7 @@ mod with_retries {
     async fn a_method_that_is_idempotent_is_no_reason_to_repeat() {
         let arrived = Arc::new(AtomicUsize::new(0));
         let layer = layer().1.with_methods([http::Method::PUT]);
-        for client in clients(&layer, &[Lost], &arrived) {
+        for client in clients(&layer, true, &[Lost], &arrived) {
             let mut put = request("x");
             *put.method_mut() = http::Method::PUT;
             assert_eq!(send(client, put).await, Known::Unknown);

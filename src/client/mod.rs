@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | idempotency keys | [`IdempotencyKeyLayer`], with a key that is [derived](KeyDeriver) from what our own caller sent | one effect, also across crashes of ours, as long as the other side keeps its keys |
 //! | ids made by the client | [`KeyDeriver::derive`], [`Attempt::id`] or [`Lease::derive_id`](crate::Lease::derive_id) as the id | one effect: a second creation meets the first |
-//! | drafts: create one, then a transition that is idempotent by nature | `Once::step` | one effect: at worst a second draft that is never confirmed |
+//! | drafts: create one, then a transition that is idempotent by nature | `Once::steps` | one effect: at worst a second draft that is never confirmed |
 //! | an existence check | `Once::run_or_recover`, or [`OnceLayer::with_recovery`] | one effect, if the check shuts out the lost attempt or that has settled before it is asked |
 //! | nothing | `Once` or [`OnceLayer`] | at most once, or at least once: choose; what is unknown is reported as unknown |
 //!

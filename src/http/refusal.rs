@@ -77,9 +77,9 @@ pub enum RefusalKind {
     NotCovered,
     /// A request with this key is being worked on. 409.
     Outstanding,
-    /// An earlier attempt was lost, and whether it took effect is not known. 409.
+    /// An earlier attempt was lost, and whether it took effect is not known. 409, code `outcome-unknown`, not retryable.
     OutcomeUnknown,
-    /// The request was worked on, and its outcome could not be recorded. 503.
+    /// The request was worked on, and its outcome could not be recorded. 503, code `outcome-unknown`, retryable.
     OutcomeUnrecorded,
     /// The limit of executions without a caller is reached, so no new execution begins. 503.
     Overloaded,

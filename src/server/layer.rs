@@ -481,14 +481,18 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// # use tower_idempotency::{protocol::{Resolution, Status}, IdempotencyLayer, MemoryStore, Scope, Store};
+    /// # use tower_idempotency::{protocol::{Resolution, Resolved, Status}, IdempotencyLayer, MemoryStore, Scope, Store};
     /// # async fn resolve(idempotency: IdempotencyLayer<MemoryStore>) -> Result<(), Box<dyn std::error::Error>> {
     /// let key = idempotency.storage_key(Some(&Scope::from("account 7")), "k-1")?;
-    /// if let Some(lost) = idempotency.store().peek(&key).await? {
-    ///     // You looked at the bank: the payment was made.
+    /// let Some(record) = idempotency.store().peek(&key).await? else {
+    ///     return Err("no record: another scope, namespace or secret, or the retention is over".into());
+    /// };
+    /// if let Status::Lost | Status::Unknown = record.status {
+    ///     // You looked at the bank: the payment was made. `Resolution::Absent` would free the key.
     ///     let answer = idempotency.outcome_of(http::Response::new("paid".into()));
     ///     let found = Resolution::Completed(answer, Duration::from_secs(86_400));
-    ///     idempotency.store().resolve(&key, lost.fence, &found).await?;
+    ///     let resolved = idempotency.store().resolve(&key, record.fence, &found).await?;
+    ///     assert_eq!(resolved, Resolved::Resolved, "another attempt has the key by now");
     /// }
     /// # Ok(())
     /// # }

@@ -21,8 +21,8 @@ pub enum OnLost {
     Execute,
     /// The next request asks first, through the function given to [`OnLost::recover`].
     Recover(RecoverFn),
-    /// The next request is refused with 409 `outcome-unknown`, until the old owner completes late or somebody resolves it:
-    /// at-most-once.
+    /// The next request is refused with 409 `outcome-unknown`, until the old owner completes late, somebody resolves the
+    /// key, or the retention is over: at most once within the retention.
     #[default]
     Refuse,
 }

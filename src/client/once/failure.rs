@@ -52,7 +52,8 @@ pub enum OnceError<T, E> {
         position: usize,
     },
     /// Nobody knows whether the call took effect: it was lost, or its existence check could not tell. With the error of an attempt
-    /// that was made now. Ask the third party, then `Store::resolve` the key.
+    /// that was made now. Ask the third party whether the call took effect. After the retention of the key, the next call
+    /// is made, so a call that took effect must not be repeated then.
     Unknown(Option<E>),
     /// The stored answer cannot be read as a `T`, because the type has changed since. Nothing ran. A version of the
     /// program with the earlier type can still read the answer.

@@ -72,8 +72,9 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
 ///
 /// # What it promises
 ///
-/// At most one call, by default: when an attempt is lost (its process died, its lease ran out, it failed with
-/// [`Failure::Unknown`]), its outcome is [`OnceError::Unknown`] from then on, until it is resolved at the store.
+/// At most one call within the retention, by default: when an attempt is lost (its process died, its lease ran out, it
+/// failed with [`Failure::Unknown`]), its outcome is [`OnceError::Unknown`] from then on, until the retention is over. The
+/// next call after that is made.
 /// [`at_least_once`](Self::at_least_once) makes the call again, which is right where the third party heeds the
 /// [id](Attempt::id); [`run_or_recover`](Self::run_or_recover) asks first.
 ///

@@ -19,7 +19,8 @@ use super::after::retry_after;
 use super::body::CloneBody;
 use crate::clock::{sleep, Deadline, Timer};
 
-/// Decides for `tower::retry` what is sent again: only what has a key, or is idempotent by its method (RFC 9110 section 9.2.2).
+/// Decides for `tower::retry` what is sent again: only a request that has a key, is idempotent by its method (RFC 9110
+/// section 9.2.2), or is made under a [`OnceLayer`](super::super::OnceLayer).
 ///
 /// Errors of the client, time-outs among them, are repeated; so are the answers that the [`Profile`] names, after what
 /// `Retry-After` asks for, or else after a random time between nothing and a bound that doubles with every attempt ("full
@@ -170,6 +171,8 @@ impl RetryPolicy {
         is_idempotent(request.method())
             || request.headers().contains_key(&self.settings.profile.header)
             || request.extensions().get::<IsKeyed>().is_some()
+            // Under a `OnceLayer` only a request is repeated that was provably not taken.
+            || request.extensions().get::<OnlyUnsent>().is_some()
     }
 
     /// The time until the next attempt, if there is one.

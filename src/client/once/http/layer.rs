@@ -57,7 +57,9 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 ///
 /// # What it promises
 ///
-/// At most one call, by default: when an attempt is lost, the outcome of its key is [`OnceError::Unknown`](crate::client::OnceError::Unknown) until it is resolved.
+/// At most one call within the retention, by default. When an attempt is lost, its own caller gets the response, if
+/// there is one, or [`OnceError::Unknown`](crate::client::OnceError::Unknown). Every later call with its key gets
+/// `OnceError::Unknown`, until the retention is over. The next call after that is made.
 /// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
 ///
 /// The effect of a response on the key follows from its [meaning](Profile::meaning):
