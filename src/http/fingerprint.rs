@@ -261,9 +261,11 @@ mod tests {
         .map(forwarded);
         for (at, one) in targets.iter().enumerate() {
             for other in &targets[at + 1..] {
-                assert_ne!(f.of(one, &body, true), f.of(other, &body, true), "{one:?} {other:?}");
+                assert_ne!(f.of(one, &body, false), f.of(other, &body, false), "{one:?} {other:?}");
             }
         }
+        // A scope takes the place of the host.
+        assert_eq!(f.of(&targets[3], &body, true), f.of(&targets[4], &body, true));
         // A call goes to the host of its URI, which the client layer adds by itself.
         assert_ne!(f.of_call(&targets[0], &body), f.of_call(&targets[1], &body));
         let call = parts("POST", "/debit", &[]);
