@@ -34,6 +34,7 @@
 //! came of such a call is unknown, and is never reported as done or as failed.
 
 mod classes;
+mod follows;
 mod keys;
 mod once;
 #[cfg(feature = "follow-redirect")]

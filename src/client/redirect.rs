@@ -31,6 +31,10 @@ use super::report::{OnlyUnsent, Report};
 /// and by the mark that version 0.7 puts into each response. They cannot recognise it inside a boxed service if a
 /// request fails with an error, so always put this policy into it.
 ///
+/// The type must show this policy. Combine it with others by `and` or `or`; the layers do not look into a policy type of
+/// your own that has this one as a field. If the service is an `Either` of a `FollowRedirect` with this
+/// policy and one without it, the layers cannot see which of them sends the request, so they report "unknown", too.
+///
 /// The policy puts the extensions that the layers of this crate need back into redirected requests, so
 /// `preserve_extensions(false)` is safe. Put it behind other policies that change the extensions, such as
 /// `FilterCredentials`.
@@ -82,11 +86,13 @@ impl<B, E> Policy<B, E> for KeyAtHome {
             StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT
         );
         let stays = is_same_request && is_same_origin(attempt.previous(), attempt.location());
-        Ok(if attempt.previous_method().is_safe() || stays {
-            Action::Follow
-        } else {
-            Action::Stop
-        })
+        if attempt.previous_method().is_safe() || stays {
+            return Ok(Action::Follow);
+        }
+        if let Some(report) = &self.report {
+            report.stop();
+        }
+        Ok(Action::Stop)
     }
 
     // `FollowRedirect` calls this for every request, also if another policy overrules this one and follows a redirect.
@@ -146,6 +152,7 @@ fn port(uri: &Uri) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::follows::{follows_of, Follows};
 
     #[test]
     fn a_later_hop_has_the_extensions_of_the_first() {
@@ -182,5 +189,57 @@ mod tests {
             assert!(!same("http://a.example/", other), "{other}");
         }
         assert!(!same("ftp://a.example/", "ftp://a.example/"));
+    }
+
+    #[test]
+    fn each_visible_follow_redirect_is_judged_by_its_own_policy() {
+        use tower_http::follow_redirect::policy::{redirect_fn, And, Limited, Or};
+        use tower_http::follow_redirect::FollowRedirect;
+        type Both<S, A, B> = tower::util::Either<FollowRedirect<S, A>, FollowRedirect<S, B>>;
+        struct Choice<A, B>(A, B);
+        fn naming<P>(_: &P) -> impl Policy<(), ()> {
+            redirect_fn(|_| {
+                Ok::<_, ()>(if size_of::<P>() == 0 {
+                    Action::Stop
+                } else {
+                    Action::Follow
+                })
+            })
+        }
+        fn of<P>(_: &P) -> Follows {
+            follows_of::<FollowRedirect<(), P>>()
+        }
+        type Strict = And<And<Limited, KeyAtHome>, KeyAtHome>;
+        assert_eq!(follows_of::<Option<String>>(), Follows::Obedient);
+        assert_eq!(follows_of::<FollowRedirect<fn(u8) -> u8, Strict>>(), Follows::Obedient);
+        assert_eq!(
+            follows_of::<Both<Box<dyn Fn(u8) -> String>, Strict, KeyAtHome>>(),
+            Follows::Obedient
+        );
+        assert_eq!(follows_of::<Both<(), Strict, Limited>>(), Follows::Silent);
+        for standard in [
+            follows_of::<Option<FollowRedirect<String>>>(),
+            follows_of::<FollowRedirect<FollowRedirect<(), Strict>>>(),
+            follows_of::<FollowRedirect<FollowRedirect<()>, Strict>>(),
+            follows_of::<FollowRedirect<FollowRedirect<(), Strict>, Limited>>(),
+        ] {
+            assert_eq!(standard, Follows::Silent);
+        }
+        let home = KeyAtHome::new(&Profile::stripe());
+        assert!(std::any::type_name_of_val(&naming(&home)).contains("KeyAtHome"));
+        assert_eq!(of(&naming(&home)), Follows::Silent, "a mention is no policy");
+        assert_eq!(
+            follows_of::<FollowRedirect<(), Or<KeyAtHome, Limited>>>(),
+            Follows::Reporting
+        );
+        assert_eq!(
+            follows_of::<FollowRedirect<(), And<Or<Limited, KeyAtHome>, Limited>>>(),
+            Follows::Reporting
+        );
+        assert_eq!(follows_of::<FollowRedirect<(), Box<KeyAtHome>>>(), Follows::Reporting);
+        assert_eq!(
+            follows_of::<FollowRedirect<(), Choice<KeyAtHome, Limited>>>(),
+            Follows::Silent
+        );
     }
 }

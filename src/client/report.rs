@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use http::{Response, StatusCode, Uri};
 
 use super::classes::{ErrorClass, ErrorClasses};
+use super::follows::{follows_of, Follows};
 use super::keys::{Meaning, Profile};
 
 /// The evidence about one call. It is an extension of the request, so layers further in share it.
@@ -32,13 +33,11 @@ struct Progress {
     hops: Hops,
     /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
     is_redirected_around: bool,
-    /// The number of redirect policies of this crate that have seen a request of this call. Each of them reports all
-    /// redirects of its own `FollowRedirect`.
-    watches: usize,
-    /// The target of the first request that such a policy has seen.
+    /// The target of the last attempt, as the outermost redirect policy of this crate has seen it. The layers read it after
+    /// the attempt has ended.
     target: Option<Uri>,
-    /// The number of `FollowRedirect`s in the service, as far as its type shows.
-    follows: fn() -> usize,
+    /// Returns the redirects that the service may follow, as far as its type shows.
+    follows: fn() -> Follows,
 }
 
 /// The hops of the current attempt.
@@ -55,6 +54,9 @@ struct Hops {
     is_sent: bool,
     /// A redirect was followed, or may have been followed.
     is_redirected: bool,
+    /// A redirect policy of this crate has stopped at a redirect, so that redirect is the response. Any other result
+    /// shows that a layer further out has followed it.
+    is_stopped: bool,
     /// The number of redirect policies of this crate that have seen the request of this attempt.
     #[cfg(feature = "follow-redirect")]
     watches: usize,
@@ -84,9 +86,8 @@ impl Report {
             is_open: false,
             hops: Hops::default(),
             is_redirected_around: false,
-            watches: 0,
             target: None,
-            follows: follow_redirects_in::<S>,
+            follows: follows_of::<S>,
         };
         Self {
             progress: Arc::new(Mutex::new(progress)),
@@ -127,7 +128,7 @@ impl Report {
     #[must_use]
     pub(super) fn watch(&self, target: &Uri) -> Self {
         let mut progress = self.progress();
-        if progress.target.is_none() {
+        if self.watches == 0 && progress.hops.watches == 0 {
             progress.target = Some(target.clone());
         }
         if progress.hops.watches > self.watches {
@@ -135,11 +136,27 @@ impl Report {
         }
         let watches = self.watches + 1;
         progress.hops.watches = progress.hops.watches.max(watches);
-        progress.watches = progress.watches.max(watches);
         Self {
             progress: Arc::clone(&self.progress),
             watches,
         }
+    }
+
+    /// Takes over the target from the report of a layer further in, whose call has ended.
+    pub(super) fn adopt(&self, inner: &Self) {
+        // A policy between the two layers has recorded its own target, and marks the response with that one.
+        #[cfg(feature = "follow-redirect")]
+        if self.watches > 0 {
+            return;
+        }
+        let target = inner.progress().target.clone();
+        self.progress().target = target;
+    }
+
+    /// Records that a redirect policy returns a redirect as the response.
+    #[cfg(feature = "follow-redirect")]
+    pub(super) fn stop(&self) {
+        self.progress().hops.is_stopped = true;
     }
 
     /// Records that a redirect is followed, or may be followed unseen.
@@ -198,27 +215,24 @@ impl Report {
     /// Whether a response or an error may belong to a later hop of a redirect.
     fn may_be_redirected<R>(&self, response: Option<&Response<R>>) -> bool {
         let progress = self.progress();
+        let is_redirect = response.is_some_and(|response| response.status().is_redirection());
         progress.hops.is_redirected
             || progress.is_redirected_around
-            || (progress.follows)() > progress.watches
+            || (progress.hops.is_stopped && !is_redirect)
             || response
                 .and_then(target_in_mark)
                 .is_some_and(|target| progress.target.as_ref() != Some(target))
+            || match (progress.follows)() {
+                Follows::Obedient => false,
+                Follows::Reporting => progress.target.is_none(),
+                Follows::Silent => true,
+            }
     }
 
     /// Whether the client reports its redirects, so that its own errors say whether the request was sent.
     fn is_vouched(&self) -> bool {
         self.progress().hops.is_sent
     }
-}
-
-/// Returns the number of `FollowRedirect`s in a service, of any version of `tower-http`.
-///
-/// A `FollowRedirect` without a policy of this crate does not report its redirects, so only the type of the service
-/// shows that an error may belong to a later hop. A box around the service hides that type, so this function is a second
-/// line of defence; the first one is [`KeyAtHome`](super::KeyAtHome).
-fn follow_redirects_in<S>() -> usize {
-    std::any::type_name::<S>().matches("::FollowRedirect<").count()
 }
 
 /// Returns the target of the request that a response belongs to. `FollowRedirect` of `tower-http` 0.7 marks every response
@@ -328,14 +342,5 @@ mod tests {
             (2, Meaning::Unknown),
             "its own end counts"
         );
-    }
-
-    #[cfg(feature = "follow-redirect")]
-    #[test]
-    fn a_service_that_follows_redirects_is_known_by_its_type() {
-        use tower_http::follow_redirect::FollowRedirect;
-        assert_eq!(follow_redirects_in::<Option<String>>(), 0);
-        assert_eq!(follow_redirects_in::<Option<FollowRedirect<String>>>(), 1);
-        assert_eq!(follow_redirects_in::<FollowRedirect<FollowRedirect<String>>>(), 2);
     }
 }

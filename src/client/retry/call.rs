@@ -134,6 +134,7 @@ where
         let (_, meaning) = this.policy.read(&result, Some(this.report));
         let (attempts, meaning) = this.report.sum(meaning);
         if let Some(outer) = this.outer {
+            outer.adopt(this.report);
             outer.enter(meaning);
         }
         let outcome = CallOutcome::from(meaning);

@@ -94,9 +94,12 @@ where
         let is_later = attempt.number() > 1;
         let result = service.call(Request::from_parts(head, body.rebuild())).await;
         let meaning = settings.meaning(&report, &result);
-        // A layer further out sees the same response, but not the doubt about it, so report the doubt.
-        if let (Meaning::Unknown, Some(outer)) = (meaning, outer) {
-            outer.redirect();
+        if let Some(outer) = outer {
+            outer.adopt(&report);
+            // A layer further out sees the same response, but not the doubt about it, so report the doubt.
+            if meaning == Meaning::Unknown {
+                outer.redirect();
+            }
         }
         match result {
             // It may say no more than that the lost attempt was there before.
