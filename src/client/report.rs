@@ -16,7 +16,6 @@ use super::keys::{Meaning, Profile};
 pub(super) struct Report {
     progress: Arc<Mutex<Progress>>,
     /// The number of redirect policies of this crate that the request has passed.
-    #[cfg(feature = "follow-redirect")]
     watches: usize,
 }
 
@@ -33,9 +32,9 @@ struct Progress {
     hops: Hops,
     /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
     is_redirected_around: bool,
-    /// The target of the last attempt, as the outermost redirect policy of this crate has seen it. The layers read it after
-    /// the attempt has ended.
-    target: Option<Uri>,
+    /// The target of the last attempt, as each redirect policy of this crate has seen it, outermost first. The layers read
+    /// it after the attempt has ended.
+    targets: Vec<Uri>,
     /// Returns the redirects that the service may follow, as far as its type shows.
     follows: fn() -> Follows,
 }
@@ -69,6 +68,12 @@ impl Progress {
         self.is_redirected_around |= self.is_judged();
     }
 
+    /// Sets the target behind a number of redirect policies.
+    fn set_target(&mut self, watches: usize, target: Uri) {
+        self.targets.truncate(watches);
+        self.targets.push(target);
+    }
+
     /// Whether a layer has judged the last attempt, and no other attempt has begun.
     const fn is_judged(&self) -> bool {
         self.last.is_some() && !self.is_open
@@ -86,12 +91,11 @@ impl Report {
             is_open: false,
             hops: Hops::default(),
             is_redirected_around: false,
-            target: None,
+            targets: Vec::new(),
             follows: follows_of::<S>,
         };
         Self {
             progress: Arc::new(Mutex::new(progress)),
-            #[cfg(feature = "follow-redirect")]
             watches: 0,
         }
     }
@@ -128,11 +132,10 @@ impl Report {
     #[must_use]
     pub(super) fn watch(&self, target: &Uri) -> Self {
         let mut progress = self.progress();
-        if self.watches == 0 && progress.hops.watches == 0 {
-            progress.target = Some(target.clone());
-        }
         if progress.hops.watches > self.watches {
             progress.redirect();
+        } else {
+            progress.set_target(self.watches, target.clone());
         }
         let watches = self.watches + 1;
         progress.hops.watches = progress.hops.watches.max(watches);
@@ -144,13 +147,10 @@ impl Report {
 
     /// Takes over the target from the report of a layer further in, whose call has ended.
     pub(super) fn adopt(&self, inner: &Self) {
-        // A policy between the two layers has recorded its own target, and marks the response with that one.
-        #[cfg(feature = "follow-redirect")]
-        if self.watches > 0 {
-            return;
+        let target = inner.progress().targets.first().cloned();
+        if let Some(target) = target {
+            self.progress().set_target(self.watches, target);
         }
-        let target = inner.progress().target.clone();
-        self.progress().target = target;
     }
 
     /// Records that a redirect policy returns a redirect as the response.
@@ -215,16 +215,18 @@ impl Report {
     /// Whether a response or an error may belong to a later hop of a redirect.
     fn may_be_redirected<R>(&self, response: Option<&Response<R>>) -> bool {
         let progress = self.progress();
+        // The mark in a response comes from the first policy behind this layer.
+        let target = progress.targets.get(self.watches);
         let is_redirect = response.is_some_and(|response| response.status().is_redirection());
         progress.hops.is_redirected
             || progress.is_redirected_around
             || (progress.hops.is_stopped && !is_redirect)
             || response
                 .and_then(target_in_mark)
-                .is_some_and(|target| progress.target.as_ref() != Some(target))
+                .is_some_and(|marked| target != Some(marked))
             || match (progress.follows)() {
                 Follows::Obedient => false,
-                Follows::Reporting => progress.target.is_none(),
+                Follows::Reporting => target.is_none(),
                 Follows::Silent => true,
             }
     }

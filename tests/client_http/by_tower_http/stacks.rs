@@ -19,6 +19,23 @@ fn saying(statuses: &'static [u16]) -> Http {
     }))
 }
 
+/// A client whose type shows its layers.
+trait Client:
+    Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = io::Error, Future: Send>
+    + Clone
+    + Send
+    + 'static
+{
+}
+
+impl<S> Client for S where
+    S: Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = io::Error, Future: Send>
+        + Clone
+        + Send
+        + 'static
+{
+}
+
 /// The rule of the layers without any redirect: a declined card is stored, and a status or an error that denies the
 /// effect frees the key. `stack` puts layers around the client.
 async fn statuses_count<S, E>(stack: impl Fn(OnceLayer<MemoryStore>, Http) -> S)
@@ -150,18 +167,32 @@ async fn a_layer_between_does_not_hide_the_policy_from_the_layer_around_it() {
         ServiceBuilder::new().layer(once).service(BoxCloneService::new(client))
     })
     .await;
-    // A redirect policy on either side of the call, and a layer that rewrites the target between them.
-    statuses_count(|once, http| {
-        let calls = CallLayer::new(once_sent());
-        let client = ServiceBuilder::new().map_err(CallError::into_source).layer(calls);
-        let client = client
+}
+
+/// A layer between the two policies rewrites the target.
+#[tokio::test]
+async fn a_layer_between_two_policies_knows_the_target_of_the_inner_one() {
+    fn node(http: Http) -> impl Client {
+        ServiceBuilder::new()
             .map_request(|mut request: Request<Full<Bytes>>| {
                 *request.uri_mut() = "http://node.example/".parse().unwrap();
                 request
             })
-            .layer(redirects())
-            .service(http);
+            .layer(FollowRedirectLayer::with_policy(home()))
+            .service(http)
+    }
+    let redirects = || FollowRedirectLayer::with_policy(home());
+    statuses_count(|once, http| {
+        let calls = CallLayer::new(once_sent());
+        let client = ServiceBuilder::new().map_err(CallError::into_source).layer(calls);
+        let client = client.service(node(http));
         ServiceBuilder::new().layer(once).layer(redirects()).service(client)
+    })
+    .await;
+    statuses_count(|once, http| {
+        let retries = tower::retry::RetryLayer::new(once_sent());
+        let client = ServiceBuilder::new().layer(once).layer(redirects()).layer(retries);
+        client.service(node(http))
     })
     .await;
 }
@@ -187,9 +218,7 @@ async fn a_once_layer_does_not_hide_the_policy_from_a_call_around_it() {
 #[tokio::test]
 async fn each_attempt_has_its_own_target() {
     /// Sends each attempt to another node. The first node is overloaded, and the second one declines the card.
-    fn nodes(
-    ) -> impl Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = io::Error, Future: Send> + Clone + Send
-    {
+    fn nodes(statuses: &'static [u16]) -> impl Client {
         let count = Arc::new(AtomicUsize::new(0));
         ServiceBuilder::new()
             .map_request(move |mut request: Request<Full<Bytes>>| {
@@ -198,7 +227,7 @@ async fn each_attempt_has_its_own_target() {
                 request
             })
             .layer(FollowRedirectLayer::with_policy(home()))
-            .service(saying(&[429, 402, 201]))
+            .service(saying(statuses))
     }
     let twice = || {
         RetryPolicy::new(Profile::stripe())
@@ -218,19 +247,25 @@ async fn each_attempt_has_its_own_target() {
         }
     }
     let calls = ServiceBuilder::new().layer(once()).layer(CallLayer::new(twice()));
-    is_declined_once(calls.service(nodes())).await;
+    is_declined_once(calls.service(nodes(&[429, 402, 201]))).await;
+    let calls = ServiceBuilder::new()
+        .layer(once().assume_keys_honoured())
+        .layer(CallLayer::new(twice()));
+    is_declined_once(calls.service(nodes(&[503, 402, 201]))).await;
     let retries = ServiceBuilder::new()
         .layer(once())
         .layer(tower::retry::RetryLayer::new(twice()));
-    is_declined_once(retries.service(nodes())).await;
+    is_declined_once(retries.service(nodes(&[429, 402, 201]))).await;
     // A retry around calls.
     let calls = ServiceBuilder::new()
         .layer(once())
         .layer(tower::retry::RetryLayer::new(twice()))
         .map_err(CallError::into_source)
         .layer(CallLayer::new(once_sent()));
-    is_declined_once(calls.service(nodes())).await;
-    let call = ServiceBuilder::new().layer(CallLayer::new(twice())).service(nodes());
+    is_declined_once(calls.service(nodes(&[429, 402, 201]))).await;
+    let call = ServiceBuilder::new()
+        .layer(CallLayer::new(twice()))
+        .service(nodes(&[429, 402, 201]));
     let response = call.oneshot(keyed("http://bank.example/charges")).await.unwrap();
     let delivery = response.extensions().get::<Delivery>().unwrap();
     assert_eq!((delivery.attempts(), delivery.outcome()), (2, CallOutcome::Answered));
