@@ -26,21 +26,26 @@ pub(super) fn follows_of<S>() -> Follows {
 }
 
 fn in_name(name: &str) -> Follows {
-    let found = name.match_indices("::FollowRedirect<");
-    let each = found.map(|(at, found)| of_one(&name[..at], &name[at + found.len()..]));
-    each.max().unwrap_or(Follows::Obedient)
+    let all = |found: &'static str, arguments| {
+        let each = name.match_indices(found);
+        each.map(move |(at, _)| of_one(&name[..at], &name[at + found.len()..], arguments))
+    };
+    let services = all("::FollowRedirect<", 2);
+    // The type of a `Buffer` has the future of its service, and not the service.
+    let futures = all("::follow_redirect::ResponseFuture<", 3);
+    services.chain(futures).max().unwrap_or(Follows::Obedient)
 }
 
-/// Judges one `FollowRedirect` by the text before and after its name.
-fn of_one(before: &str, after: &str) -> Follows {
+/// Judges one `FollowRedirect`, or its future, by the text before and after its name. The policy is its last argument.
+fn of_one(before: &str, after: &str, number: usize) -> Follows {
     let path = before.rsplit(|char| !is_of_path(char)).next();
-    if path != Some("tower_http::follow_redirect") {
+    if !matches!(path, Some("tower_http" | "tower_http::follow_redirect")) {
         return Follows::Silent;
     }
-    // A type name omits the standard policy, because that one is the default.
-    let mut arguments = Arguments(Some(after));
-    match (arguments.next(), arguments.next(), arguments.next()) {
-        (Some(_), Some(policy), None) => of_policy(policy),
+    // The name omits the standard policy of a `FollowRedirect`, because that one is the default.
+    let arguments = || Arguments(Some(after));
+    match arguments().last() {
+        Some(policy) if arguments().count() == number => of_policy(policy),
         _ => Follows::Silent,
     }
 }

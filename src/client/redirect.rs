@@ -29,10 +29,11 @@ use super::report::{OnlyUnsent, Report};
 /// further out recognise a `FollowRedirect` without this policy, they report "unknown" for every error, and for every
 /// response that is neither a success nor a redirect. They recognise it by its type, in every version of `tower-http`,
 /// and by the mark that version 0.7 puts into each response. They cannot recognise it inside a boxed service if a
-/// request fails with an error, so always put this policy into it.
+/// request fails with an error, or if a `FollowRedirect` further out replaces the mark, so always put this policy into
+/// it.
 ///
-/// The type must show this policy. Combine it with others by `and` or `or`; the layers do not look into a policy type of
-/// your own that has this one as a field. If the service is an `Either` of a `FollowRedirect` with this
+/// The type of the `FollowRedirect` must show this policy. Combine the policy with others by `and` or `or`; the layers do
+/// not see it in a field of a policy type of your own. If the service is an `Either` of a `FollowRedirect` with this
 /// policy and one without it, the layers cannot see which of them sends the request, so they report "unknown", too.
 ///
 /// The policy puts the extensions that the layers of this crate need back into redirected requests, so
@@ -193,8 +194,9 @@ mod tests {
 
     #[test]
     fn each_visible_follow_redirect_is_judged_by_its_own_policy() {
-        use tower_http::follow_redirect::policy::{redirect_fn, And, Limited, Or};
+        use tower_http::follow_redirect::policy::{redirect_fn, And, Limited, Or, Standard};
         use tower_http::follow_redirect::FollowRedirect;
+        use tower_service::Service;
         type Both<S, A, B> = tower::util::Either<FollowRedirect<S, A>, FollowRedirect<S, B>>;
         struct Choice<A, B>(A, B);
         fn naming<P>(_: &P) -> impl Policy<(), ()> {
@@ -217,6 +219,11 @@ mod tests {
             Follows::Obedient
         );
         assert_eq!(follows_of::<Both<(), Strict, Limited>>(), Follows::Silent);
+        type Buffered<P> =
+            tower::buffer::Buffer<Request<String>, <FollowRedirect<Http, P> as Service<Request<String>>>::Future>;
+        type Http = tower::util::BoxCloneService<Request<String>, http::Response<String>, std::io::Error>;
+        assert_eq!(follows_of::<Buffered<Strict>>(), Follows::Obedient);
+        assert_eq!(follows_of::<Buffered<Standard>>(), Follows::Silent);
         for standard in [
             follows_of::<Option<FollowRedirect<String>>>(),
             follows_of::<FollowRedirect<FollowRedirect<(), Strict>>>(),

@@ -107,6 +107,20 @@ async fn a_policy_within_a_box_does_not_vouch_for_a_follow_redirect_around_it() 
     }
 }
 
+/// The type of a buffer shows the future of its service, and not the service.
+#[tokio::test]
+async fn a_buffer_does_not_hide_a_follow_redirect() {
+    for place in ["/charges", "http://other.example/"] {
+        let charges = Arc::default();
+        let client = ServiceBuilder::new()
+            .layer(once().with_errors(|_: &tower::BoxError| ErrorClass::NotSent))
+            .buffer(8)
+            .layer(FollowRedirectLayer::new())
+            .service(charging(place, None, &charges));
+        is_charged_once(client, &charges).await;
+    }
+}
+
 /// A policy that is overruled and has no report because a layer has dropped the extensions of the request.
 #[tokio::test]
 async fn an_overruled_policy_without_the_extensions_does_not_free_the_key() {
