@@ -4,6 +4,8 @@
 mod bouncer;
 #[path = "postgres/checks.rs"]
 mod checks;
+#[path = "postgres/open_transactions.rs"]
+mod open_transactions;
 #[path = "postgres/pooler.rs"]
 mod pooler;
 #[path = "support/postgres.rs"]
@@ -331,6 +333,25 @@ async fn expired_rows_count_as_absent_and_are_swept() {
     assert_eq!(left, 2);
 }
 
+/// The sweep sent the same batch again and again, and the server ended it each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_of_rows_that_are_slow_to_delete_takes_smaller_batches() {
+    let server = PostgresServer::start();
+    let builder = PostgresStore::builder().with_timeout(Duration::from_millis(500));
+    let store = builder.connect(&server.url()).await.unwrap();
+    store.migrate().await.unwrap();
+    granted(&store, &claim(0)).await;
+    // The server ends a statement after 400 ms, and 40 rows take 2 s.
+    let slow = "INSERT INTO idempotency_records \
+            SELECT sha256(number::text::bytea), version, 2, kind, fingerprint, nonce, fence, attempt, lease, retention, 0, 0 \
+            FROM idempotency_records, generate_series(1, 40) AS number; \
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.05); RETURN OLD; END'; \
+        CREATE TRIGGER slow BEFORE DELETE ON idempotency_records FOR EACH ROW EXECUTE FUNCTION wait()";
+    sqlx::raw_sql(slow).execute(store.pool()).await.unwrap();
+    assert_eq!(store.sweep().await.unwrap(), 40);
+    assert_eq!(store.sweep().await.unwrap(), 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_over_a_server_that_has_vanished_ends() {
     let server = PostgresServer::start();
@@ -364,6 +385,16 @@ async fn many_processes_may_make_the_table_at_once_in_a_schema_of_its_own() {
     store.check().await.unwrap();
     assert_eq!(granted(&store, &claim(1)).await.attempt, 1);
     assert!(store.schema().contains("\"shop\".\"keys\""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_scheme_of_a_url_has_no_case() {
+    let server = PostgresServer::start();
+    for scheme in ["POSTGRES", "Postgres", "PostgreSQL"] {
+        let url = server.url().replace("postgres://", &format!("{scheme}://"));
+        BoxStore::from_url(&url).await.unwrap();
+        PostgresStore::connect(&url).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

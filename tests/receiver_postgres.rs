@@ -2,6 +2,8 @@
 
 #[path = "support/postgres.rs"]
 mod postgres;
+#[path = "support/proxy.rs"]
+mod proxy;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -9,6 +11,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use postgres::PostgresServer;
+use proxy::{Direction, Fate, Proxy};
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::PgPool;
 use tower::{service_fn, Layer, ServiceExt};
@@ -366,4 +369,86 @@ async fn what_is_committed_is_not_rejected_because_its_record_is_over() {
         .layer(service_fn(move |message| handle(pool.clone(), message, Ending::Commit)));
     let received = receiver.oneshot(message("7")).await;
     assert!(matches!(received, Ok(Receipt::First(()))), "{received:?}");
+}
+
+/// Delivers a message whose store is cut off when its handler has completed, until its caller has left. Then lets the
+/// store be reached again, and waits for what goes on.
+async fn cut_off(bench: &Bench, id: &str, commits: bool, on_error: OnError, ending: Ending) -> Received {
+    let proxy = Proxy::to(([127, 0, 0, 1], bench._server.port()).into()).await;
+    let store = PostgresStore::connect(&bench._server.url_by(proxy.address.port())).await;
+    // No test sees the end of this lease.
+    let layer = layer(store.unwrap())
+        .on_error(on_error)
+        .with_lease(Duration::from_secs(3_600))
+        .with_store_timeouts(Duration::from_secs(1), Duration::from_secs(1));
+    let drain = layer.drain();
+    let (pool, cut) = (bench.pool.clone(), proxy.clone());
+    let receiver = layer.layer(service_fn(move |message: Message| {
+        let (pool, cut) = (pool.clone(), cut.clone());
+        async move {
+            let mut transaction = pool.begin().await.unwrap();
+            take_effect(&mut transaction, &message.id).await;
+            message.lease.unwrap().complete_in(&mut transaction).await.unwrap();
+            cut.set(Fate::CutAfter(Direction::ToServer, 0));
+            if commits {
+                transaction.commit().await.unwrap();
+            } else {
+                transaction.rollback().await.unwrap();
+            }
+            match ending {
+                Ending::Commit => Ok(()),
+                _ => Err("failed".to_owned()),
+            }
+        }
+    }));
+    let received = receiver.oneshot(message(id)).await;
+    assert_eq!(drain.running(), 1, "{received:?}");
+    proxy.heal();
+    drain.wait().await;
+    received
+}
+
+/// Such a message counted as lost when its lease was over, and under `Refuse` it was rejected.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_that_could_not_be_seen_is_seen_when_the_store_is_back() {
+    let bench = Bench::new().await;
+    for (id, on_error, ending) in [
+        ("success", OnError::Release, Ending::Commit),
+        ("failure", OnError::Release, Ending::RollBackAndFail),
+    ] {
+        let received = cut_off(&bench, id, false, on_error, ending).await;
+        assert!(received.is_err(), "{received:?}");
+        assert_eq!(bench.effects(id).await, 0);
+        let again = deliver(&bench, bench.store.clone(), id, Ending::Commit).await;
+        assert!(matches!(again, Ok(Receipt::First(()))), "{id}: {again:?}");
+        assert_eq!(bench.effects(id).await, 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
+    let bench = Bench::new().await;
+    for on_error in [OnError::Release, OnError::Keep, OnError::Unknown] {
+        for ending in [Ending::Commit, Ending::RollBackAndFail] {
+            let id = format!("{on_error:?} {ending:?}");
+            drop(cut_off(&bench, &id, true, on_error, ending).await);
+            let again = deliver(&bench, bench.store.clone(), &id, Ending::Commit).await;
+            assert!(matches!(again, Ok(Receipt::Duplicate)), "{id}: {again:?}");
+            assert_eq!(bench.effects(&id).await, 1);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
+    let bench = Bench::new().await;
+    drop(cut_off(&bench, "keep", false, OnError::Keep, Ending::RollBackAndFail).await);
+    let again = deliver(&bench, bench.store.clone(), "keep", Ending::Commit).await;
+    assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
+    drop(cut_off(&bench, "unknown", false, OnError::Unknown, Ending::RollBackAndFail).await);
+    let refusing = ReceiverLayer::new(bench.store.clone(), "billing").with_id(|message: &Message| message.id.clone());
+    let refusing = refusing.layer(service_fn(|_: Message| async { Ok::<_, String>(()) }));
+    let again = refusing.oneshot(message("unknown")).await;
+    assert!(matches!(again, Ok(Receipt::Unknown)), "{again:?}");
+    assert_eq!((bench.effects("keep").await, bench.effects("unknown").await), (0, 0));
 }

@@ -4,11 +4,14 @@
 //! read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal that succeeds proves
 //! that it was rolled back.
 
+use tokio::runtime::Handle;
+
 use super::engine::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Owner, Renewal, Status};
-use crate::store::Store;
+use crate::store::{decide_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
+use crate::uncut::Word;
 
 const ROLLED_BACK: Error = Error::new(
     ErrorKind::Configuration,
@@ -42,13 +45,13 @@ impl<St: Store + Clone> Job<St> {
                 }
             }
             Ok(_) => {}
-            Err(error) => return undecided(ended, error),
+            Err(error) => return self.undecided(owner, ended, error),
         }
         let lease = self.terms.lease;
         match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
             Ok(Renewal::Renewed) => self.rolled_back(owner, ended, absence).await,
             Ok(Renewal::Superseded) => self.stand_by(absence).await,
-            Err(error) => undecided(ended, error),
+            Err(error) => self.undecided(owner, ended, error),
         }
     }
 
@@ -72,14 +75,32 @@ impl<St: Store + Clone> Job<St> {
             ended => self.unkept(owner, ended, absence).await,
         }
     }
-}
 
-/// The lease, which is not renewed any more, ends the attempt.
-fn undecided<G>(ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
-    telemetry::failure(Event::Unrecorded, &error);
-    match ended {
-        Ok(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
-        Err(refused) => Settled::Refused(refused),
+    /// The caller leaves without knowing whether the transaction was committed. A task asks on, so that a transaction
+    /// that was rolled back frees its key. Otherwise the attempt would count as lost when its lease is over.
+    fn undecided<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
+        telemetry::failure(Event::Unrecorded, &error);
+        if let (Ok(runtime), true) = (Handle::try_current(), Patience::repeats(&error)) {
+            let end = self.end_after_rollback(&ended);
+            let (store, key, patience) = (self.store.clone(), self.key, self.patience().behind());
+            let tracker = &self.terms.tracker;
+            tracker.spawn_behind(&runtime, Word::End(end.bytes()), async move {
+                decide_late(&store, &key, owner, &end, patience).await;
+            });
+        }
+        match ended {
+            Ok(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
+            Err(refused) => Settled::Refused(refused),
+        }
+    }
+
+    /// Returns the end that [`rolled_back`](Self::rolled_back) records.
+    fn end_after_rollback<G>(&self, ended: &Result<Ended<G>, Refused>) -> End {
+        match ended.as_ref().map(|ended| &ended.verdict) {
+            Ok(Verdict::Keep(_) | Verdict::Release) => End::Released,
+            Ok(Verdict::KeepFailure(outcome)) => End::completed(outcome, self.terms.retention),
+            Ok(Verdict::GiveUp) | Err(_) => End::GivenUp,
+        }
     }
 }
 

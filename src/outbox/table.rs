@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgPool, PgRow};
-use sqlx::{Connection, Executor, Row};
+use sqlx::Row;
 
 use super::message::OutboxMessage;
 use super::relay::Relay;
 use crate::error::{Error, ErrorKind};
-use crate::store::{attended, failed, not_made, Bound, Gate, Lent, Sending, Statement, TableName, Within};
+use crate::store::{attended, failed, make_table, Bound, Gate, Lent, Sending, Statement, TableName, Within};
 
 /// A table of messages that are to be sent once their transaction is committed. See the [module](super).
 #[derive(Clone)]
@@ -24,6 +24,8 @@ pub struct Outbox {
 struct Shared {
     gate: Gate,
     statements: Statements,
+    /// The name of the table without its schema.
+    table: Arc<str>,
 }
 
 struct Statements {
@@ -97,6 +99,7 @@ impl Outbox {
             shared: Arc::new(Shared {
                 gate: Gate::default(),
                 statements: Statements::new(table),
+                table: Arc::clone(table.name()),
             }),
             timeout: Duration::from_secs(30),
             pooled: false,
@@ -127,31 +130,33 @@ impl Outbox {
         self.shared.statements.schema.text().to_owned()
     }
 
-    /// Makes the table and its index if they are missing. If both exist, the role needs no right to make them. Many
-    /// processes may call this at once.
+    /// Makes the table and its index if they are missing; fails after one minute. If both exist, the role needs no right
+    /// to make them. Many processes may call this at once.
     ///
     /// # Cancel safety
     ///
-    /// Dropped half-way, it has made the table or not; call it again.
+    /// A migration that has begun continues if this future is dropped.
     ///
     /// # Errors
     ///
     /// [`Configuration`](ErrorKind::Configuration) when the role may not, [`StoreUnavailable`](ErrorKind::StoreUnavailable) when the
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
-        // `IF NOT EXISTS` alone still fails when two make the same table at once. PostgreSQL checks the right to make a
-        // table before it looks whether `CREATE TABLE IF NOT EXISTS` finds one.
+        const LONGEST: Duration = Duration::from_secs(60);
+        const LOCK: i64 = 2_153_723_918_930_542_594;
+        // PostgreSQL checks the right to make a table before it looks whether `CREATE TABLE IF NOT EXISTS` finds one.
         let rows = self.ask(|statements| &statements.is_made, |is_made| is_made).await?;
         let row = rows.first().ok_or_else(|| failed(sqlx::Error::RowNotFound))?;
         if row.try_get("changed").map_err(failed)? {
             return Ok(());
         }
-        const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock(2153723918930542594)";
-        let mut connection = self.pool.acquire().await.map_err(failed)?;
-        let mut transaction = connection.begin_with(BEGIN).await.map_err(failed)?;
-        let schema = sqlx::raw_sql(self.shared.statements.schema.safe());
-        transaction.execute(schema).await.map_err(not_made)?;
-        transaction.commit().await.map_err(failed)
+        let shared = Arc::clone(&self.shared);
+        let mut lent = Lent::from(&self.pool).await?;
+        let migrating = async move {
+            let migrated = make_table(lent.connection()?, LOCK, &shared.statements.schema).await;
+            lent.give_back(migrated)
+        };
+        attended(LONGEST, &self.pool, &self.shared.table, migrating).await
     }
 
     /// Puts a message into the outbox, within a transaction of yours: it is sent if that is committed. False where a message of this
@@ -216,7 +221,7 @@ impl Outbox {
                 .bind(longest.as_secs_f64())
         };
         let rows = self.ask(|statements| &statements.take, bind).await?;
-        let taken: sqlx::Result<Vec<_>> = rows.iter().map(Taken::read).collect();
+        let taken: sqlx::Result<Vec<_>> = rows.iter().filter_map(|row| Taken::read(row).transpose()).collect();
         let mut taken = taken.map_err(failed)?;
         // Those that hang take the lease's time from those behind them.
         taken.sort_unstable_by_key(|taken| (taken.claim.failures, taken.claim.position));
@@ -289,7 +294,7 @@ impl Outbox {
             let rows = sending.ask(lent.connection()?, Within::Own, statement, bind).await;
             lent.give_back(rows)
         };
-        attended(self.timeout, &self.pool, asking).await
+        attended(self.timeout, &self.pool, &self.shared.table, asking).await
     }
 }
 
@@ -319,14 +324,18 @@ fn check(message: &OutboxMessage) -> Result<(), Error> {
 }
 
 impl Taken {
-    /// Fails only where the table is another one.
-    fn read(row: &PgRow) -> sqlx::Result<Self> {
+    /// Reads a message; `None` from the row that shows that no message is due. Fails only if the table has other
+    /// columns.
+    fn read(row: &PgRow) -> sqlx::Result<Option<Self>> {
+        let Some(position) = row.try_get("position")? else {
+            return Ok(None);
+        };
         let claim = Claim {
-            position: row.try_get("position")?,
+            position,
             failures: row.try_get("failures")?,
         };
         let message = read(row, claim.failures);
-        Ok(Self { claim, message })
+        Ok(Some(Self { claim, message }))
     }
 }
 

@@ -6,7 +6,6 @@
 //! goes on behind the refusal.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{Response, StatusCode};
 use sqlx::postgres::PgConnection;
@@ -20,11 +19,10 @@ use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::policy::{retention_of, Verdict};
 use super::settings::Values;
-use crate::clock::{sleep, Deadline};
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
-use crate::protocol::{Answer, Completion, Outcome, Owner, Renewal, Status, StorageKey};
-use crate::store::{in_time, Patience, PostgresStore, Store};
+use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
+use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::Word;
 
@@ -246,48 +244,26 @@ impl<St: Store, S> Exchange<St, S> {
         let Hold { shared, flight, .. } = &self.hold;
         let asked_on = (self.hold.owner(), Handle::try_current());
         if let ((Some(owner), Ok(runtime)), true) = (asked_on, Patience::repeats(error)) {
-            let behind = end_behind(
-                Arc::clone(shared),
-                Arc::clone(&self.settings),
-                flight.storage_key,
-                owner,
-            );
-            shared.tracker.spawn_behind(&runtime, Word::End(0), behind);
+            let (end, patience) = (end_of_failure(&self.settings), self.settings.patience().behind());
+            let (store, key) = (Arc::clone(shared), flight.storage_key);
+            shared
+                .tracker
+                .spawn_behind(&runtime, Word::End(end.bytes()), async move {
+                    decide_late(&store.store, &key, owner, &end, patience).await;
+                });
         }
         self.hold.end_ownership();
         self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
     }
 }
 
-/// Ends an attempt of which nobody knows whether its transaction was committed, as soon as the store can be asked; without an
-/// answer in time, the lease ends it.
-async fn end_behind<St: Store>(shared: Arc<Shared<St>>, settings: Arc<Values>, key: StorageKey, owner: Owner) {
-    // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
-    const LONGEST_PAUSE: Duration = Duration::from_secs(15);
-    let mut pause = Duration::from_millis(100);
-    let deadline = Deadline::after(settings.patience().behind().in_all);
-    while !deadline.left().is_zero() {
-        sleep(pause.min(deadline.left())).await;
-        pause = LONGEST_PAUSE.min(pause * 2);
-        match in_time(settings.store_timeout, end(&shared.store, &settings, &key, owner)).await {
-            Ok(()) => return telemetry::event(Event::DecidedBehind),
-            Err(error) if Patience::repeats(&error) => {}
-            Err(error) => return telemetry::failure(Event::Unrecorded, &error),
-        }
-    }
-}
-
-/// Does what is done after a handler that failed. It waits for the lock on the record, and changes nothing where the transaction
-/// was committed: so it need not be asked first, and an owner whose outcome counts as unknown by now can do it still, which
-/// could renew no longer.
-async fn end<St: Store>(store: &St, settings: &Values, key: &StorageKey, owner: Owner) -> Result<(), Error> {
+/// Returns the end of an attempt whose handler has failed.
+fn end_of_failure(settings: &Values) -> End {
     match settings.keep.of_failure() {
-        Verdict::GiveUp => store.renew(key, owner, Duration::ZERO).await.map(drop),
-        Verdict::Release => store.release(key, owner).await.map(drop),
+        Verdict::GiveUp => End::GivenUp,
+        Verdict::Release => End::Released,
         Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => {
-            let failure = Outcome::Kept(settings.failure_to_keep().2);
-            let completion = store.complete(key, owner, &failure, settings.retention);
-            completion.await.map(drop)
+            End::completed(&Outcome::Kept(settings.failure_to_keep().2), settings.retention)
         }
     }
 }

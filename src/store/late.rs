@@ -7,8 +7,14 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 
+#[cfg(feature = "postgres")]
+use super::in_time;
 use super::{Patience, Store};
+#[cfg(feature = "postgres")]
+use crate::clock::{sleep, Deadline};
 use crate::error::{Error, ErrorKind};
+#[cfg(feature = "postgres")]
+use crate::protocol::Renewal;
 use crate::protocol::{Claim, Completion, Decision, Outcome, Owner, Release, Snapshot, Status, StorageKey};
 use crate::telemetry::{self, Event};
 use crate::uncut::{Tracker, Word};
@@ -68,6 +74,9 @@ pub(crate) enum End {
     /// With an outcome, which is kept for so long.
     Completed(Outcome, Duration),
     Released,
+    /// Without a result; the lease ends at once.
+    #[cfg(feature = "postgres")]
+    GivenUp,
 }
 
 impl End {
@@ -82,25 +91,52 @@ impl End {
         match self {
             Self::Completed(Outcome::Kept(answer), _) => answer.head.len() + answer.body.len(),
             Self::Completed(Outcome::Tombstone, _) | Self::Released => 0,
+            #[cfg(feature = "postgres")]
+            Self::GivenUp => 0,
         }
+    }
+
+    /// Records the end. Returns false if the owner has lost the key.
+    async fn record<St: Store>(&self, store: &St, key: &StorageKey, owner: Owner) -> Result<bool, Error> {
+        Ok(match self {
+            Self::Completed(outcome, retention) => {
+                let completion = store.complete(key, owner, outcome, *retention).await?;
+                completion == Completion::Completed
+            }
+            Self::Released => store.release(key, owner).await? != Release::Superseded,
+            #[cfg(feature = "postgres")]
+            Self::GivenUp => store.renew(key, owner, Duration::ZERO).await? != Renewal::Superseded,
+        })
     }
 }
 
 /// Tells how an attempt ended, which would else count as lost. Whoever took the key over since is not disturbed.
 pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
-    let told = patience.persist(|| async {
-        Ok(match end {
-            End::Completed(outcome, retention) => {
-                let completion = store.complete(key, owner, outcome, *retention).await?;
-                completion == Completion::Completed
-            }
-            End::Released => store.release(key, owner).await? != Release::Superseded,
-        })
-    });
+    let told = patience.persist(|| end.record(store, key, owner));
     match told.await {
         Ok(true) => telemetry::event(Event::RecordedBehind),
         Ok(false) => telemetry::event(Event::Superseded),
         Err(error) => telemetry::failure(Event::Unrecorded, &error),
+    }
+}
+
+/// Ends an attempt after a transaction of unknown fate, as soon as the store can be asked. `end` is the end that follows
+/// from a rollback. It waits for the lock that an open transaction holds on the record, and changes nothing if the
+/// transaction was committed. If the store does not answer in time, the lease ends the attempt.
+#[cfg(feature = "postgres")]
+pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
+    // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
+    const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+    let mut pause = Duration::from_millis(100);
+    let deadline = Deadline::after(patience.in_all);
+    while !deadline.left().is_zero() {
+        sleep(pause.min(deadline.left())).await;
+        pause = LONGEST_PAUSE.min(pause * 2);
+        match in_time(patience.operation, end.record(store, key, owner)).await {
+            Ok(_) => return telemetry::event(Event::DecidedBehind),
+            Err(error) if Patience::repeats(&error) => {}
+            Err(error) => return telemetry::failure(Event::Unrecorded, &error),
+        }
     }
 }
 

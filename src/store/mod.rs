@@ -27,11 +27,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use boxed::BoxStore;
+#[cfg(feature = "postgres")]
+pub(crate) use late::decide_late;
 pub(crate) use late::{end_late, release_late, End, LostClaim, MANY_LOST_CLAIMS};
 pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
 pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK, LATE};
 #[cfg(feature = "postgres")]
-pub(crate) use postgres::{attended, failed, not_made, Bound, Gate, Lent, Sending, Statement, TableName, Within};
+pub(crate) use postgres::{attended, failed, make_table, Bound, Gate, Lent, Sending, Statement, TableName, Within};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]
@@ -68,7 +70,8 @@ use crate::protocol::{
 /// 15. **Bounded.** A store that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull) and evicts no record
 ///     before its expiry. It may turn the oldest kept answers into tombstones.
 /// 16. **Subscribe, then look.** When `watch` has returned, every later change that ends the attempt wakes its future: a completion, a
-///     release, a lease that is given up, a resolution. It may wake without cause, and the caller polls as well.
+///     release, a lease that is given up, a resolution. It may wake without cause, and the caller polls as well. A store may
+///     miss a change by a transaction that was open when `watch` returned, and must then say so.
 ///
 /// # Cancel safety
 ///

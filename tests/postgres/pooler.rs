@@ -4,14 +4,19 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use axum::routing::post;
+use axum::Router;
 use futures::future::join_all;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::Row;
+use tower::ServiceExt;
 use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::protocol::{Completion, Decision, Nonce, Outcome, StorageKey};
 use tower_idempotency::receiver::{Inbox, Receipt};
 use tower_idempotency::store::conformance;
-use tower_idempotency::{BoxStore, Error, ErrorKind, PostgresStore, Store};
+use tower_idempotency::{BoxStore, Error, ErrorKind, IdempotencyLayer, PostgresStore, Store};
 
 use super::bouncer::Bouncer;
 use super::postgres::PostgresServer;
@@ -272,6 +277,54 @@ async fn transactions_of_the_application_work_behind_a_transaction_pooler() {
     published.sort_by_key(|id| id.parse::<u8>().unwrap());
     assert_eq!(published, (0..48).map(|number| number.to_string()).collect::<Vec<_>>());
     assert_eq!(outbox.waiting().await.unwrap(), 0);
+}
+
+/// PgBouncer reports all of its own errors with the code for a protocol violation, which was taken for a mix-up of
+/// statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_behind_a_pooler_is_no_misconfiguration() {
+    let mut server = PostgresServer::start();
+    PostgresStore::connect(&server.url()).await.unwrap();
+    let soon = format!("{BEARS_SQLX}\nserver_connect_timeout = 1\nserver_login_retry = 1\nquery_wait_timeout = 1");
+    for mode in ["session", "transaction"] {
+        let bouncer = Bouncer::start(&server, mode, &format!("{soon}\ndefault_pool_size = 40"));
+        let url = server.url_by(bouncer.port());
+        let url = match mode {
+            "transaction" => format!("{url}?transaction_pooler=true"),
+            _ => url,
+        };
+        let store = PostgresStore::connect(&url).await.unwrap();
+        let layer = IdempotencyLayer::new(store.clone()).with_store_timeout(Duration::from_secs(5));
+        let router = Router::new().route("/payments", post(|| async { "paid" })).layer(layer);
+        let send = |key: &str| {
+            let request = Request::post("/payments").header("idempotency-key", key);
+            router.clone().oneshot(request.body(Body::empty()).unwrap())
+        };
+        assert_eq!(send(&format!("{mode}-before")).await.unwrap().status(), StatusCode::OK);
+        server.kill();
+        let mut errors = vec![PostgresStore::connect(&url).await.map(drop).unwrap_err()];
+        for _ in 0..2 {
+            errors.push(store.claim(&claim(1)).await.map(drop).unwrap_err());
+            errors.push(store.peek(&claim(1).key).await.map(drop).unwrap_err());
+        }
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{mode}: {error:?}");
+        }
+        let refused = send(&format!("{mode}-during")).await.unwrap();
+        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let body = axum::body::to_bytes(refused.into_body(), 10_000).await.unwrap();
+        let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(problem["retryable"], true, "{problem}");
+        server.run();
+        for tries in 0.. {
+            match send(&format!("{mode}-during")).await.unwrap().status() {
+                StatusCode::OK => break,
+                other => assert!(tries < 100, "{mode}: {other}"),
+            }
+            // PgBouncer itself tries once a second.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

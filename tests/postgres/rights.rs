@@ -289,3 +289,34 @@ async fn a_view_in_place_of_the_table_is_refused() {
     .await;
     assert_misconfigured("claim", store.claim(&claim(1)), "other columns").await;
 }
+
+/// A claim in a transaction of the application vouched for the whole pool, whose role may lack rights; and the pool
+/// vouched for the application, from whose role a policy may hide rows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_counts_only_where_it_ran() {
+    let server = PostgresServer::start();
+    let own = PostgresStore::connect(&server.url()).await.unwrap();
+    let app = own.pool();
+    tell(
+        app,
+        "CREATE ROLE web LOGIN; GRANT SELECT, INSERT, UPDATE ON idempotency_records TO web",
+    )
+    .await;
+    let web = pool(&server.url().replace("app@", "web@")).await;
+    let store = PostgresStore::builder().with_pool(web.clone()).unwrap();
+    let mut transaction = app.begin().await.unwrap();
+    store.claim_in(&mut transaction, &claim(1)).await.unwrap();
+    transaction.commit().await.unwrap();
+    assert_misconfigured("claim", store.claim(&claim(2)), "lacks a right").await;
+    tell(
+        app,
+        "GRANT DELETE ON idempotency_records TO web; ALTER TABLE idempotency_records ENABLE ROW LEVEL SECURITY",
+    )
+    .await;
+    let store = PostgresStore::builder().with_pool(app.clone()).unwrap();
+    store.check().await.unwrap();
+    let mut transaction = web.begin().await.unwrap();
+    let held = claim(1);
+    let claimed = store.claim_in(&mut transaction, &held);
+    assert_misconfigured("claim_in", claimed, "row-level security").await;
+}

@@ -24,12 +24,15 @@ WITH early AS (
     SELECT position FROM first WHERE suspect
     UNION ALL
     SELECT position FROM summed WHERE number = 1 OR bytes <= $2
+), taken AS (
+    UPDATE {table} SET
+        failures = failures + 1,
+        suspect = true,
+        publish_at = statement_timestamp()
+            + make_interval(secs => $3::float8 + least($5::float8, $4::float8 * 2::float8 ^ least(failures, 20)))
+    -- As an array, so that the rows are always found by their index.
+    WHERE position = ANY (ARRAY(SELECT position FROM chosen))
+    RETURNING position, id, topic, names, contents, payload, failures
 )
-UPDATE {table} SET
-    failures = failures + 1,
-    suspect = true,
-    publish_at = statement_timestamp()
-        + make_interval(secs => $3::float8 + least($5::float8, $4::float8 * 2::float8 ^ least(failures, 20)))
--- As an array, so that the rows are always found by their index.
-WHERE position = ANY (ARRAY(SELECT position FROM chosen))
-RETURNING position, id, topic, names, contents, payload, failures, {tag} AS statement, $6::bigint AS question
+-- Returns one row also if nothing was taken, because the tag shows in which transaction the statement ran.
+SELECT taken.*, {tag} AS statement, $6::bigint AS question FROM (SELECT) one LEFT JOIN taken ON true

@@ -12,7 +12,9 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::error::{code, failed};
-use super::table::Statement;
+use super::progress::note_statement;
+use super::session::{end_open_transaction, IS_BEGUN};
+use super::table::{Statement, IN_OPEN_TRANSACTION};
 use crate::error::{Error, ErrorKind};
 
 pub(crate) type Bound<'q> = Query<'q, Postgres, PgArguments>;
@@ -49,6 +51,8 @@ pub(crate) enum Within {
 pub(crate) struct Failed {
     pub(crate) error: Error,
     pub(crate) fate: Fate,
+    /// Whether the server has ended the statement because it took too long, or because an operator cancelled it.
+    pub(crate) is_cancelled: bool,
 }
 
 /// The effect of a statement that failed.
@@ -65,6 +69,7 @@ impl Failed {
         Self {
             error,
             fate: Fate::Refused,
+            is_cancelled: false,
         }
     }
 
@@ -72,6 +77,7 @@ impl Failed {
         Self {
             error,
             fate: Fate::Unknown,
+            is_cancelled: false,
         }
     }
 }
@@ -90,7 +96,7 @@ impl Sending {
         let lock_timeout = format!("{}ms", millis(timeout / 5 * 2));
         let begin = format!(
             "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_timeout}'; \
-             SET LOCAL statement_timeout = '{}ms'",
+             SET LOCAL statement_timeout = '{}ms'; {IS_BEGUN}",
             millis(timeout / 5 * 4)
         );
         Self {
@@ -114,6 +120,9 @@ impl Sending {
 
     /// Sends a statement, checks that every row belongs to it, and returns the rows. `bind` binds all parameters but
     /// the last, which is the question.
+    ///
+    /// If an earlier user of the session has left a transaction open, ends it and sends the statement again. This is
+    /// not found if the statement returns no row. So a statement whose rows decide something always returns one.
     pub(crate) async fn ask<'q>(
         &self,
         connection: &mut PgConnection,
@@ -123,21 +132,54 @@ impl Sending {
     ) -> Result<Vec<PgRow>, Failed> {
         let question: i64 = rand::random();
         let bound = || bind(sqlx::query(statement.safe()).persistent(!self.pooled)).bind(question);
-        let rows = if within == Within::Own && self.pooled {
-            self.ask_in_transaction(connection, &bound).await
-        } else {
-            match bound().fetch_all(&mut *connection).await {
-                Err(error) if within == Within::Own && is_repeated(&error) => {
-                    Box::pin(self.ask_in_transaction(connection, &bound)).await
-                }
-                rows => rows,
-            }
-        };
-        let rows = rows.map_err(|error| told(error, within))?;
-        match rows.iter().all(|row| is_reply(row, statement, question)) {
-            true => Ok(rows),
-            false => Err(Failed::unknown(MIXED_UP)),
+        let first = self.reply(connection, within, statement, question, &bound).await;
+        match first {
+            Ok(Reply { rows, is_alone: true }) => return Ok(rows),
+            Err(fault) if within == Within::Callers || !fault.may_be_left_open => return Err(fault.failed),
+            _ => {}
         }
+        let ended = Box::pin(end_open_transaction(connection)).await;
+        if !ended.map_err(|error| Failed::unknown(failed(error)))? {
+            return first.map(|reply| reply.rows).map_err(|fault| fault.failed);
+        }
+        match Box::pin(self.reply(connection, within, statement, question, &bound)).await {
+            Ok(Reply { rows, is_alone: true }) => Ok(rows),
+            Ok(_) => Err(Failed::unknown(LEFT_OPEN)),
+            Err(fault) => Err(fault.failed),
+        }
+    }
+
+    /// Sends a statement, and repeats it while it meets other transactions.
+    async fn reply<'q>(
+        &self,
+        connection: &mut PgConnection,
+        within: Within,
+        statement: &Statement,
+        question: i64,
+        bound: &(impl Fn() -> Bound<'q> + Send + Sync),
+    ) -> Result<Reply, Fault> {
+        let is_transaction = within == Within::Own && self.pooled;
+        let asked = if is_transaction {
+            self.ask_in_transaction(connection, bound).await?
+        } else {
+            note_statement();
+            bound().fetch_all(&mut *connection).await
+        };
+        let (rows, is_transaction) = match asked {
+            Err(error) if within == Within::Own && !is_transaction && is_repeated(&error) => {
+                (Box::pin(self.ask_in_transaction(connection, bound)).await?, true)
+            }
+            asked => (asked, is_transaction),
+        };
+        let rows = rows.map_err(|error| self.told(error, within))?;
+        let mut is_alone = true;
+        for row in &rows {
+            let suffix = suffix(row, statement, question)
+                .ok_or(MIXED_UP)
+                .map_err(Failed::unknown)?;
+            is_alone &= suffix.is_empty() || within == Within::Callers || is_transaction;
+        }
+        Ok(Reply { rows, is_alone })
     }
 
     /// Sends a statement that always has exactly one row, and returns the row.
@@ -155,35 +197,110 @@ impl Sending {
         }
     }
 
+    /// Runs a statement in a transaction of its own. The inner result is that of the statement.
     async fn ask_in_transaction<'q>(
         &self,
         connection: &mut PgConnection,
         bound: &(impl Fn() -> Bound<'q> + Send + Sync),
-    ) -> sqlx::Result<Vec<PgRow>> {
+    ) -> Result<sqlx::Result<Vec<PgRow>>, Fault> {
+        let lost = |error| Failed::unknown(failed(error));
         let mut tries = 0;
         loop {
             let begin = AssertSqlSafe(Arc::clone(&self.begin));
-            let mut transaction = connection.begin_with(begin).await?;
-            match bound().fetch_all(&mut *transaction).await {
-                Ok(rows) => {
-                    transaction.commit().await?;
-                    return Ok(rows);
-                }
-                Err(error) if tries < TRIES && is_repeated(&error) => transaction.rollback().await?,
+            note_statement();
+            let mut transaction = connection.begin_with(begin).await.map_err(not_begun)?;
+            note_statement();
+            let rows = bound().fetch_all(&mut *transaction).await;
+            note_statement();
+            match rows {
+                Ok(rows) => return Ok(transaction.commit().await.map(|()| rows)),
                 Err(error) => {
-                    transaction.rollback().await?;
-                    return Err(error);
+                    transaction.rollback().await.map_err(lost)?;
+                    if tries == TRIES || !is_repeated(&error) {
+                        return Ok(Err(error));
+                    }
                 }
             }
             tries += 1;
         }
     }
+
+    fn told(&self, error: sqlx::Error, within: Within) -> Fault {
+        let code = code(&error).map(std::borrow::Cow::into_owned);
+        let is_of = |classes: &[&str]| {
+            code.as_deref()
+                .is_some_and(|code| classes.iter().any(|class| code.starts_with(class)))
+        };
+        let failed = match code.as_deref() {
+            Some("40001" | "40P01") if within == Within::Callers => {
+                Failed::refused(ROLL_BACK.with_source(failed(error)))
+            }
+            // Codes of a pooler that mixes statements up: duplicate prepared statement, undefined prepared statement.
+            Some("42P05" | "26000") => Failed::unknown(POOLER.with_source(failed(error))),
+            Some("08P01") if !self.pooled && is_mix_up(&error) => Failed::unknown(POOLER.with_source(failed(error))),
+            // In a failed transaction, which is not the statement's.
+            Some("25P02") if within == Within::Own => Failed::unknown(failed(error)),
+            // After a cancel the connection is fine. After a connection exception (08), any other operator intervention
+            // (57), a system error (58) or an internal error (XX), it is not.
+            Some("57014") => Failed {
+                is_cancelled: true,
+                ..Failed::refused(failed(error))
+            },
+            Some(_) if !is_of(BROKEN) => Failed::refused(failed(error)),
+            _ => Failed::unknown(failed(error)),
+        };
+        Fault {
+            failed,
+            may_be_left_open: code.as_deref() == Some("57014") || code.is_some() && !is_of(BROKEN),
+        }
+    }
 }
 
-/// Whether a row belongs to this execution of the statement.
-fn is_reply(row: &PgRow, statement: &Statement, question: i64) -> bool {
-    row.try_get("statement").is_ok_and(|tag: &str| tag == statement.tag())
-        && row.try_get("question").is_ok_and(|repeated: i64| repeated == question)
+/// The classes of errors after which a connection is closed.
+const BROKEN: &[&str] = &["08", "57", "58", "XX"];
+
+/// The reply to a statement.
+struct Reply {
+    rows: Vec<PgRow>,
+    /// Whether the statement ran in no transaction of an earlier user. False may be wrong behind a pooler that adds
+    /// messages of its own.
+    is_alone: bool,
+}
+
+/// A statement that failed.
+struct Fault {
+    failed: Failed,
+    /// Whether the session may be in a transaction that an earlier user has left open.
+    may_be_left_open: bool,
+}
+
+impl From<Failed> for Fault {
+    fn from(failed: Failed) -> Self {
+        Self {
+            failed,
+            may_be_left_open: false,
+        }
+    }
+}
+
+/// The error of BEGIN. Part of the message may have taken effect, and sqlx does not count the transaction, so it would
+/// stay open in the pool.
+fn not_begun(error: sqlx::Error) -> Fault {
+    let may_be_left_open = code(&error).is_some_and(|code| !BROKEN.iter().any(|class| code.starts_with(class)));
+    Fault {
+        failed: Failed::unknown(failed(error)),
+        may_be_left_open,
+    }
+}
+
+/// Returns what follows the tag of the statement in a row; `None` if the row does not belong to this execution of the
+/// statement.
+fn suffix<'r>(row: &'r PgRow, statement: &Statement, question: i64) -> Option<&'r str> {
+    let tag: &str = row.try_get("statement").ok()?;
+    let suffix = tag.strip_prefix(statement.tag())?;
+    let is_known = suffix.is_empty() || suffix == IN_OPEN_TRANSACTION;
+    let repeated: i64 = row.try_get("question").ok()?;
+    (is_known && repeated == question).then_some(suffix)
 }
 
 /// Whether a statement with this error had no effect, and may succeed in a READ COMMITTED transaction. The codes are
@@ -192,25 +309,17 @@ fn is_repeated(error: &sqlx::Error) -> bool {
     matches!(code(error).as_deref(), Some("40001" | "40P01"))
 }
 
-fn told(error: sqlx::Error, within: Within) -> Failed {
-    let code = code(&error).map(std::borrow::Cow::into_owned);
-    match code.as_deref() {
-        Some("40001" | "40P01") if within == Within::Callers => Failed::refused(ROLL_BACK.with_source(failed(error))),
-        // Codes of a pooler that mixes statements up: duplicate prepared statement, undefined prepared statement, wrong
-        // parameters.
-        Some("42P05" | "26000" | "08P01") => Failed {
-            error: POOLER.with_source(failed(error)),
-            fate: Fate::Unknown,
-        },
-        // After a cancel the connection is fine. After a connection exception (08), any other operator intervention
-        // (57), a system error (58) or an internal error (XX), it is not.
-        Some("57014") => Failed::refused(failed(error)),
-        Some(code) if !["08", "57", "58", "XX"].iter().any(|class| code.starts_with(class)) => {
-            Failed::refused(failed(error))
-        }
-        _ => Failed::unknown(failed(error)),
-    }
+/// Whether the server reports a protocol violation (08P01) because it took the parameters of another statement.
+/// PgBouncer uses the same code for all of its own errors, most of which are those of an outage.
+fn is_mix_up(error: &sqlx::Error) -> bool {
+    let message = error.as_database_error().map(sqlx::error::DatabaseError::message);
+    message.is_some_and(|message| message.starts_with("bind message supplies"))
 }
+
+const LEFT_OPEN: Error = Error::new(
+    ErrorKind::StoreUnavailable,
+    "a session of the pool had an open transaction of an earlier user, and could not be freed from it",
+);
 
 pub(crate) const POOLER: Error = Error::new(
     ErrorKind::Configuration,

@@ -1,6 +1,7 @@
 //! How a store gets its connections and its table.
 
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,19 +10,24 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRo
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 
 use super::ask::{Bound, Failed, Sending, Within};
-use super::error::{failed, not_made, of_connect, DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY};
+use super::error::{failed, of_connect, DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY};
 use super::lent::{attended, sound};
+use super::migration::make_table;
 use super::pooler::{refuse_pooler, Gate};
 use super::pursuit::Pursuits;
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;
 use super::{Inner, PostgresStore};
+use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::store::checked::Checked;
 
-/// How long a connection was idle that is asked whether it is well before it is used.
+/// The idle time after which the store tests a connection before it uses it.
 const MAY_BE_DEAD: Duration = Duration::from_secs(1);
+
+/// The time limit of this test, because the other end of a dead connection may never answer.
+const LONGEST_TEST: Duration = Duration::from_secs(1);
 
 /// Sets up a [`PostgresStore`]; see there for the defaults.
 #[derive(Clone, Debug)]
@@ -83,7 +89,7 @@ impl PostgresStoreBuilder {
     }
 
     /// A store with a pool of its own: 16 connections, 5 s to get one of them; the store tests a connection that was
-    /// idle for a second before it uses it, which takes one more round trip. Does not make the table; see
+    /// idle for a second before it uses it, which takes one more round trip and at most a second. Does not make the table; see
     /// [`PostgresStore::migrate`]. The first operation [checks](PostgresStore::check) the table.
     ///
     /// The sessions of this pool do not depend on the settings of the role or the database, unless a transaction pooler
@@ -99,9 +105,11 @@ impl PostgresStoreBuilder {
             ErrorKind::Configuration,
             "the URL of the database cannot be used; write postgres://user:password@host:port/database",
         );
-        if !["postgres://", "postgresql://"]
+        // "Schemes are case-insensitive" (RFC 3986, section 3.1).
+        let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+        if !["postgres", "postgresql"]
             .iter()
-            .any(|scheme| url.starts_with(scheme))
+            .any(|known| scheme.eq_ignore_ascii_case(known))
         {
             return Err(URL);
         }
@@ -139,7 +147,9 @@ impl PostgresStoreBuilder {
                     if about.idle_for < MAY_BE_DEAD {
                         return Ok(true);
                     }
-                    Ok(connection.ping().await.is_ok())
+                    // After an error sqlx closes the connection without a message to the server.
+                    let tested = within(LONGEST_TEST, connection.ping()).await;
+                    tested.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
                 })
             })
             .connect_with(options);
@@ -177,6 +187,7 @@ impl PostgresStoreBuilder {
             sweeping: Sweeping::every(self.sweep_interval),
             timeout: self.timeout,
             checked: Checked::not_yet(),
+            is_checked_for_callers: AtomicBool::new(false),
             gate,
             pursuits: Pursuits::default(),
             table,
@@ -232,6 +243,7 @@ impl PostgresStore {
     /// server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
         const LONGEST: Duration = Duration::from_secs(60);
+        const LOCK: i64 = 2_153_723_918_930_542_593;
         // PostgreSQL checks the right to make a table before it looks whether `CREATE TABLE IF NOT EXISTS` finds one.
         if self.inspect().await?.is_some_and(|table| table.is_indexed) {
             return Ok(());
@@ -239,21 +251,10 @@ impl PostgresStore {
         let mut lent = self.lend_unchecked().await?;
         let store = self.clone();
         let migrating = async move {
-            let migrated = store.migrate_on(lent.connection()?).await;
-            lent.give_back(migrated.map_err(|error| Failed::refused(not_made(error))))
+            let migrated = make_table(lent.connection()?, LOCK, &store.0.statements.schema).await;
+            lent.give_back(migrated)
         };
-        attended(LONGEST, &self.0.pool, migrating).await
-    }
-
-    async fn migrate_on(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
-        // `IF NOT EXISTS` alone still fails if two sessions make the same table at once. The timeouts of the session
-        // are too short for a migration.
-        const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '60s'; \
-             SET LOCAL statement_timeout = '60s'; SELECT pg_advisory_xact_lock(2153723918930542593)";
-        let mut transaction = connection.begin_with(BEGIN).await?;
-        let schema = sqlx::raw_sql(self.0.statements.schema.safe());
-        transaction.execute(schema).await?;
-        transaction.commit().await
+        attended(LONGEST, &self.0.pool, self.0.table.name(), migrating).await
     }
 
     /// Checks the server, the table and the role. The server must take writes and have version 13 or later. The table
@@ -282,12 +283,14 @@ impl PostgresStore {
         self.0.checked.check(check).await.map(drop)
     }
 
-    /// Runs the check in a transaction of the application, which may see a table that other transactions do not.
+    /// Runs the check in a transaction of the application before the first claim in such a transaction. The role and
+    /// the `search_path` of the application may differ from those of the pool, and its transaction may see a table that
+    /// others do not. So this check says nothing about the pool, nor the check of the pool about this.
     pub(super) async fn check_on(&self, connection: &mut PgConnection) -> Result<(), Failed> {
-        if self.0.checked.passed().is_none() {
+        if !self.0.is_checked_for_callers.load(Ordering::Acquire) {
             let table = self.inspect_on(connection, Within::Callers).await?;
             check(table.as_ref()).map_err(Failed::refused)?;
-            self.0.checked.pass();
+            self.0.is_checked_for_callers.store(true, Ordering::Release);
         }
         Ok(())
     }
@@ -299,7 +302,7 @@ impl PostgresStore {
             let table = store.inspect_on(lent.connection()?, Within::Own).await;
             lent.give_back(table)
         };
-        attended(self.0.timeout, &self.0.pool, inspecting).await
+        attended(self.0.timeout, &self.0.pool, self.0.table.name(), inspecting).await
     }
 
     async fn inspect_on(&self, connection: &mut PgConnection, within: Within) -> Result<Option<Table>, Failed> {
@@ -311,9 +314,12 @@ impl PostgresStore {
         } = &*self.0;
         let table = table.to_string();
         let bind = |inspect: Bound<'static>| inspect.bind(table.clone());
-        let rows = sending.ask(connection, within, &statements.inspect, bind).await?;
-        let table = rows.first().map(Table::read).transpose();
-        table.map_err(|error| Failed::refused(failed(error)))
+        let row = sending.ask_one(connection, within, &statements.inspect, bind).await?;
+        let exists = row.try_get("exists").and_then(|exists: bool| match exists {
+            true => Table::read(&row).map(Some),
+            false => Ok(None),
+        });
+        exists.map_err(|error| Failed::refused(failed(error)))
     }
 }
 

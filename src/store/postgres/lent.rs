@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{select, Either};
@@ -19,7 +20,8 @@ use tokio::sync::Notify;
 
 use super::ask::{Failed, Fate};
 use super::error::failed;
-use crate::clock::{within, Deadline};
+use super::progress::Progress;
+use crate::clock::{sleep, within};
 use crate::error::{Error, ErrorKind};
 use crate::uncut::uncut;
 
@@ -70,17 +72,18 @@ impl Drop for Lent {
     }
 }
 
-/// Runs an operation that owns its connection. The caller gets an error after `limit`, and may leave earlier. The
-/// operation then continues in its own task until the server has answered.
+/// Runs an operation on `table` that owns its connection. The caller gets an error after `limit`, and may leave
+/// earlier. The operation then continues in its own task until the server has answered.
 pub(crate) async fn attended<T: Send + 'static>(
     limit: Duration,
     pool: &PgPool,
+    table: &Arc<str>,
     operation: impl Future<Output = Result<T, Failed>> + Send + 'static,
 ) -> Result<T, Error> {
-    let pool = pool.clone();
+    let (pool, table) = (pool.clone(), Arc::clone(table));
     let operation = async move {
         let hurry = Notify::const_new();
-        patient(limit, &pool, &hurry, operation).await
+        patient(limit, &pool, &table, &hurry, operation).await
     };
     let operation = uncut(operation, None).ok_or(NO_RUNTIME)?;
     let done = within(limit, operation).await.unwrap_or(Err(Failed::unknown(LATE)));
@@ -89,22 +92,30 @@ pub(crate) async fn attended<T: Send + 'static>(
 
 /// Runs an operation until the server has answered, however long that takes. Fails only if the connection is dead
 /// without a notice: another connection can ask the server, and the server is working on nothing that could be this
-/// operation. Looks for this after `limit`, then at intervals, and when `hurry` reports that a caller waits.
+/// operation. Looks for this `limit` after the operation has sent its last statement, then at intervals, and when
+/// `hurry` reports that a caller waits.
 pub(super) async fn patient<T>(
     limit: Duration,
     pool: &PgPool,
+    table: &str,
     hurry: &Notify,
     operation: impl Future<Output = Result<T, Failed>>,
 ) -> Result<T, Failed> {
     const SHORTEST: Duration = Duration::from_millis(500);
     const VANISHED: Error = Error::new(ErrorKind::StoreUnavailable, "the connection to the database was lost");
-    let (earliest, mut pause) = (Deadline::after(limit), limit);
-    let mut operation = pin!(sound(operation));
+    let (progress, mut pause) = (Progress::start(), limit);
+    let mut operation = pin!(sound(progress.watch(operation)));
     let mut hurried = pin!(hurry.notified());
     loop {
         let waits = async {
             drop(within(pause, hurried.as_mut()).await);
-            drop(within(earliest.left(), std::future::pending::<()>()).await);
+            loop {
+                let left = limit.saturating_sub(progress.elapsed());
+                if left.is_zero() {
+                    break;
+                }
+                sleep(left).await;
+            }
         };
         let mut done = match select(operation.as_mut(), pin!(waits)).await {
             Either::Left((done, _)) => Some(done),
@@ -113,7 +124,7 @@ pub(super) async fn patient<T>(
         if done.is_none() {
             // Subscribe before the server is asked, so that no caller that comes meanwhile is missed.
             hurried.set(hurry.notified());
-            if !Box::pin(may_be_at_it(pool, limit)).await {
+            if !Box::pin(may_be_at_it(pool, table, progress.elapsed())).await {
                 // The operation may have ended while the server was asked.
                 done = Some(
                     operation
@@ -130,16 +141,32 @@ pub(super) async fn patient<T>(
     }
 }
 
-/// Whether the server may be working on the operation: it runs something for this role that has taken at least half of
-/// `limit`, or it cannot be asked.
-async fn may_be_at_it(pool: &PgPool, limit: Duration) -> bool {
+/// Asks whether a backend may be working on an operation on `{table}` that sent its last statement `{waited}` seconds
+/// ago. Without `SET LOCAL ROLE NONE`, a role that was set would hide the work of the role that has logged in. The server
+/// measures a statement from its last message on, and an earlier one may have waited for a lock, so half of the time is
+/// enough. A backend of another role may have a connection of the pool from before its options were changed. Its state
+/// and its type are hidden, but its locks are not, and it keeps them until its commit is over.
+const IS_AT_IT: &str = "BEGIN READ ONLY; SET LOCAL ROLE NONE; \
+    SELECT EXISTS (SELECT FROM pg_stat_activity a \
+        WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() \
+          AND coalesce(a.backend_type, 'client backend') = 'client backend' \
+          AND CASE \
+            WHEN a.usename <> session_user THEN EXISTS ( \
+                SELECT FROM pg_locks l JOIN pg_class c ON c.oid = l.relation \
+                WHERE l.pid = a.pid AND c.relname = '{table}') \
+            WHEN a.state IS NULL OR a.query_start IS NULL OR a.state = 'disabled' THEN true \
+            ELSE a.state = 'active' AND a.query_start < clock_timestamp() - make_interval(secs => {waited} / 2) \
+          END)::text; \
+    COMMIT";
+
+/// Whether the server may be working on the operation, which sent its last statement so long ago; true if the server
+/// cannot be asked.
+async fn may_be_at_it(pool: &PgPool, table: &str, waited: Duration) -> bool {
     const LONGEST: Duration = Duration::from_secs(5);
-    const ACTIVE: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity \
-        WHERE usename = current_user AND pid <> pg_backend_pid() AND (state = 'active' OR state = 'disabled') \
-          AND query_start < clock_timestamp() - make_interval(secs => $1))::text";
     let asked = async {
         let mut connection = PgConnection::connect_with(&pool.connect_options()).await?;
-        let text = ACTIVE.replace("$1", &format!("{:.3}", limit.as_secs_f64().min(86_400.0) / 2.0));
+        let waited = format!("{:.3}", waited.as_secs_f64().min(86_400.0));
+        let text = IS_AT_IT.replace("{table}", table).replace("{waited}", &waited);
         // A simple query is one message, which no pooler can split.
         let row = sqlx::raw_sql(sqlx::AssertSqlSafe(text))
             .fetch_one(&mut connection)

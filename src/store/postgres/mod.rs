@@ -4,15 +4,19 @@ mod ask;
 mod connect;
 mod error;
 mod lent;
+mod migration;
 mod operations;
 mod pooler;
+mod progress;
 mod pursuit;
 mod row;
+mod session;
 mod sweep;
 mod table;
 mod watch;
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,9 +25,10 @@ use sqlx::postgres::{PgConnection, PgPool};
 use self::ask::Failed;
 pub(crate) use self::ask::{Bound, Sending, Within};
 pub use self::connect::PostgresStoreBuilder;
-pub(crate) use self::error::{failed, not_made};
+pub(crate) use self::error::failed;
 use self::lent::NO_RUNTIME;
 pub(crate) use self::lent::{attended, Lent};
+pub(crate) use self::migration::make_table;
 use self::operations::Connection;
 pub(crate) use self::pooler::Gate;
 use self::pursuit::Pursuits;
@@ -65,6 +70,12 @@ use crate::uncut::uncut;
 /// because a cancelled wait leaves the commit on the primary alone. If the fate of a claim is unknown, the store looks
 /// the claim up until it knows, for at most 1,024 claims at a time, and releases a grant that reached no caller. It
 /// continues after a layer has been drained, as long as the store lives.
+///
+/// # Sessions of a pool
+///
+/// An application that drops `pool.begin()` while it waits, for example by a time limit, leaves an open transaction in a
+/// session of the pool. The store finds this in the reply to its own statement. It rolls the transaction back, and sends
+/// the statement again. So an operation that has succeeded is committed.
 ///
 /// # Isolation
 ///
@@ -122,6 +133,8 @@ struct Inner {
     table: TableName,
     timeout: Duration,
     checked: Checked,
+    /// Whether the check has passed in a transaction of the application.
+    is_checked_for_callers: AtomicBool,
     sending: Sending,
     statements: Statements,
     gate: Gate,
@@ -234,7 +247,13 @@ impl PostgresStore {
         F: std::future::Future<Output = Result<T, Failed>> + Send + 'static,
     {
         let lent = self.lend().await?;
-        attended(self.0.timeout, &self.0.pool, operation(self.clone(), lent)).await
+        attended(
+            self.0.timeout,
+            &self.0.pool,
+            self.0.table.name(),
+            operation(self.clone(), lent),
+        )
+        .await
     }
 
     /// Runs an operation to its end: dropped half-way, it might never have been sent.

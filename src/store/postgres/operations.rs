@@ -25,9 +25,20 @@ pub(super) struct Connection<'c> {
 }
 
 impl<'q> Connection<'q> {
+    /// Claims a key. If a claim fails after an earlier statement of it was granted, its fate is unknown: the key is held,
+    /// and the store must pursue it.
+    pub(super) async fn claim(&mut self, claim: &'q Claim) -> Result<Decision, Failed> {
+        let mut was_granted = false;
+        let claimed = self.claim_repeatedly(claim, &mut was_granted).await;
+        claimed.map_err(|failed| match was_granted {
+            true => Failed::unknown(failed.error),
+            false => failed,
+        })
+    }
+
     /// Claims a key. The lease begins at a time that the statement reads before it waits for another transaction. So if
     /// a claim has waited, claims again, because its lease would be shorter by the wait.
-    pub(super) async fn claim(&mut self, claim: &'q Claim) -> Result<Decision, Failed> {
+    async fn claim_repeatedly(&mut self, claim: &'q Claim, was_granted: &mut bool) -> Result<Decision, Failed> {
         const AT_ONCE: Duration = Duration::from_millis(10);
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
         let lock_timeout = self.sending.lock_timeout(self.within);
@@ -63,6 +74,7 @@ impl<'q> Connection<'q> {
                     if !is_granted || leased_for < AT_ONCE || tries + 1 == TRIES {
                         return Ok(decision);
                     }
+                    *was_granted = true;
                 }
                 Some((record, now)) => {
                     if let Some(reply) = Record::claim(Some(&record), claim, now).unchanged() {

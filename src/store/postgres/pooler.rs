@@ -63,11 +63,19 @@ pub(super) async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), Erro
             // The server takes no more connections. If a pooler mixes statements up, the tags of the rows show it
             // later.
             Some("53300") => Ok(()),
-            // PgBouncer's code for an unknown startup parameter, and for BEGIN in statement mode.
-            Some("08P01") => Err(POOLER.with_source(failed(error))),
+            Some("08P01") if is_of_pooler(&error) => Err(POOLER.with_source(failed(error))),
             _ => Err(of_connect(error)),
         },
     }
+}
+
+/// Whether a pooler refuses a startup parameter, or a transaction in statement mode. PgBouncer uses one code for all of
+/// its errors, also for those of an outage.
+fn is_of_pooler(error: &sqlx::Error) -> bool {
+    let message = error.as_database_error().map(sqlx::error::DatabaseError::message);
+    message.is_some_and(|message| {
+        message.starts_with("unsupported startup parameter") || message.contains("statement pooling mode")
+    })
 }
 
 /// Whether two connections share a server, or one of them changes its server. One of them keeps a transaction open, so

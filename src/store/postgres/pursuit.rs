@@ -167,9 +167,23 @@ impl Pursuits {
         })
     }
 
-    /// Ends the pursuit of a claim whose fate is known.
-    fn close(&self, nonce: Nonce) {
-        self.change(|open| open.claims.remove(&nonce));
+    /// Ends the pursuit of a claim by a task that has ended, or was dropped with its runtime. `rest` is the number of the
+    /// task; `None` if a statement of the claim was running.
+    fn end(&self, nonce: Nonce, rest: Option<u64>) {
+        if self.is_empty() {
+            return;
+        }
+        self.change(|open| {
+            let is_its_own = match (open.claims.get(&nonce), rest) {
+                (Some(Pursued::Resting(number)), Some(rest)) => *number == rest,
+                // A caller that waits for the reply finds that none comes, and asks by itself.
+                (Some(Pursued::Asked(_)), None) => true,
+                _ => false,
+            };
+            if is_its_own {
+                open.claims.remove(&nonce);
+            }
+        });
     }
 
     /// Plans to look the claim up later, and returns the number for the task that does so; `None` if too many claims
@@ -195,6 +209,38 @@ impl Pursuits {
             }
             _ => false,
         })
+    }
+}
+
+/// A pursuing task. When it is dropped, its pursuit ends. A runtime that ends drops its tasks early; the lease then ends
+/// a grant.
+struct Pursuer {
+    inner: Weak<Inner>,
+    nonce: Nonce,
+    at: At,
+}
+
+/// The state of a pursuing task.
+#[derive(Clone, Copy)]
+enum At {
+    /// A statement of the claim may be running.
+    Asking,
+    /// The task with this number waits before it looks the claim up.
+    Resting(u64),
+    /// The pursuit has ended, or another task or caller continues it.
+    End,
+}
+
+impl Drop for Pursuer {
+    fn drop(&mut self) {
+        let rest = match self.at {
+            At::Asking => None,
+            At::Resting(rest) => Some(rest),
+            At::End => return,
+        };
+        if let Some(inner) = self.inner.upgrade() {
+            inner.pursuits.end(self.nonce, rest);
+        }
     }
 }
 
@@ -246,7 +292,8 @@ impl PostgresStore {
                 None => drop(lent.give_back(Ok(()))),
             }
         };
-        let claiming = self.clone().claim_to_the_end(lent, claim.clone(), is_doubtful);
+        let pursuer = self.pursuer(nonce, At::Asking);
+        let claiming = self.clone().claim_to_the_end(lent, claim.clone(), is_doubtful, pursuer);
         let mut claiming = uncut(claiming, None).ok_or(NO_RUNTIME)?;
         // Declared after the statement so that it drops first: the claim must be abandoned before the statement
         // continues in a task.
@@ -262,7 +309,8 @@ impl PostgresStore {
     }
 
     async fn await_server<T>(&self, asked: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
-        patient(self.0.timeout, &self.0.pool, &self.0.pursuits.hurry, asked).await
+        let Inner { pool, table, .. } = &*self.0;
+        patient(self.0.timeout, pool, table.name(), &self.0.pursuits.hurry, asked).await
     }
 
     /// Waits for the reply to the statement of an earlier caller; `None` if the pursuit has ended without a reply.
@@ -279,24 +327,29 @@ impl PostgresStore {
     }
 
     /// Sends the statement of a claim. If its caller has left, releases the grant, or hands the claim to the pursuit.
-    async fn claim_to_the_end(self, mut lent: Lent, claim: Claim, is_doubtful: bool) -> Reply {
+    async fn claim_to_the_end(self, mut lent: Lent, claim: Claim, is_doubtful: bool, mut pursuer: Pursuer) -> Reply {
         let asked = async { self.on(lent.connection()?).claim(&claim).await };
         let reply = self.await_server(asked).await;
         let is_known = is_known(&reply, is_doubtful);
         match self.0.pursuits.reply(claim.nonce, reply, is_known) {
             Goes::Back(reply) => {
+                pursuer.at = At::End;
                 if let (false, Ok(runtime)) = (is_known, Handle::try_current()) {
                     self.pursue(&runtime, &claim, self.0.timeout);
                 }
                 lent.give_back(reply)
             }
-            Goes::Over => lent.give_back(Err(Failed::refused(LATE))),
+            Goes::Over => {
+                pursuer.at = At::End;
+                lent.give_back(Err(Failed::refused(LATE)))
+            }
             Goes::Nowhere(reply) => {
-                if self.end_claim(lent, &claim, reply, is_known).await {
-                    self.0.pursuits.close(claim.nonce);
-                } else if let Ok(runtime) = Handle::try_current() {
+                let is_known = self.end_claim(lent, &claim, reply, is_known).await;
+                if let (false, Ok(runtime)) = (is_known, Handle::try_current()) {
+                    pursuer.at = At::End;
                     self.pursue(&runtime, &claim, self.0.timeout);
                 }
+                drop(pursuer);
                 Err(Failed::unknown(LATE))
             }
         }
@@ -323,10 +376,21 @@ impl PostgresStore {
         Ok(())
     }
 
+    fn pursuer(&self, nonce: Nonce, at: At) -> Pursuer {
+        Pursuer {
+            inner: Arc::downgrade(&self.0),
+            nonce,
+            at,
+        }
+    }
+
     /// Spawns a task that looks the claim up after pauses, until its fate is known or a caller takes it over.
     fn pursue(&self, runtime: &Handle, claim: &Claim, pause: Duration) {
         match self.0.pursuits.rest(claim.nonce) {
-            Some(rest) => drop(runtime.spawn(pursue(Arc::downgrade(&self.0), claim.clone(), rest, pause))),
+            Some(rest) => {
+                let pursuer = self.pursuer(claim.nonce, At::Resting(rest));
+                runtime.spawn(pursue(pursuer, claim.clone(), rest, pause));
+            }
             None => telemetry::failure(Event::Unrecorded, &LATE),
         }
     }
@@ -381,27 +445,108 @@ fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
 }
 
 /// Looks a claim up until its fate is known. Ends when the store is dropped.
-async fn pursue(inner: Weak<Inner>, claim: Claim, mut rest: u64, mut pause: Duration) {
+async fn pursue(mut pursuer: Pursuer, claim: Claim, mut rest: u64, mut pause: Duration) {
     loop {
         sleep(pause).await;
         pause = (pause * 2).clamp(Duration::from_secs(1), LONGEST_PAUSE);
-        let Some(store) = inner.upgrade().map(PostgresStore) else {
+        let Some(store) = pursuer.inner.upgrade().map(PostgresStore) else {
             return;
         };
         let Ok(_turn) = store.0.pursuits.turns.acquire().await else {
             return;
         };
         if !store.0.pursuits.resume(claim.nonce, rest) {
+            pursuer.at = At::End;
             return;
         }
+        pursuer.at = At::Asking;
         match store.look_up(&claim).await {
-            Look::Known => return store.0.pursuits.close(claim.nonce),
-            Look::Over => return,
+            // Dropping the pursuer ends the pursuit.
+            Look::Known => return,
+            Look::Over => {
+                pursuer.at = At::End;
+                return;
+            }
             Look::Unknown => {}
         }
         match store.0.pursuits.rest(claim.nonce) {
             Some(next) => rest = next,
-            None => return telemetry::failure(Event::Unrecorded, &LATE),
+            None => {
+                pursuer.at = At::End;
+                return telemetry::failure(Event::Unrecorded, &LATE);
+            }
         }
+        pursuer.at = At::Resting(rest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::PgPool;
+    use tokio::runtime::{Builder, Runtime};
+
+    use super::*;
+    use crate::protocol::{Fingerprint, IfLost, StorageKey};
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+
+    fn claim() -> Claim {
+        Claim {
+            key: StorageKey::from_bytes([1; 32]),
+            fingerprint: Fingerprint::of(b"pay"),
+            nonce: Nonce::random(),
+            lease: HOUR,
+            retention: HOUR,
+            if_lost: IfLost::Refuse,
+            max_attempts: 1,
+        }
+    }
+
+    fn runtime() -> Runtime {
+        Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    /// Such entries stayed until the process ended, and took the places of other claims.
+    #[test]
+    fn pursuits_end_with_the_runtime_of_their_tasks() {
+        let (lasting, ending) = (runtime(), runtime());
+        let _entered = lasting.enter();
+        // Nothing listens at this address, and no test waits for it.
+        let pool = PgPool::connect_lazy("postgres://app@127.0.0.1:1/postgres").unwrap();
+        let store = PostgresStore::builder().with_pool(pool).unwrap();
+        let pursuits = &store.0.pursuits;
+        for _ in 0..10 {
+            store.pursue(ending.handle(), &claim(), HOUR);
+        }
+        // These tasks look their claims up, two of them at once.
+        for _ in 0..10 {
+            store.pursue(ending.handle(), &claim(), Duration::ZERO);
+        }
+        ending.block_on(tokio::task::yield_now());
+        assert!(!pursuits.is_empty());
+        let abandoned = claim().nonce;
+        let running = store.pursuer(abandoned, At::Asking);
+        pursuits.abandon(abandoned);
+        drop((running, ending));
+        assert!(pursuits.is_empty());
+        // A runtime that has ended drops the task at once.
+        let ended = runtime();
+        let handle = ended.handle().clone();
+        drop(ended);
+        store.pursue(&handle, &claim(), HOUR);
+        assert!(pursuits.is_empty());
+    }
+
+    #[test]
+    fn a_task_that_is_dropped_leaves_the_pursuit_of_another_task() {
+        let pursuits = Pursuits::default();
+        let nonce = Nonce::random();
+        let first = pursuits.rest(nonce).unwrap();
+        let second = pursuits.rest(nonce).unwrap();
+        pursuits.end(nonce, Some(first));
+        pursuits.end(nonce, None);
+        assert!(!pursuits.is_empty());
+        pursuits.end(nonce, Some(second));
+        assert!(pursuits.is_empty());
     }
 }

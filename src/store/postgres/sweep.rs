@@ -1,6 +1,6 @@
 //! The deletion of expired rows.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -12,11 +12,17 @@ use crate::clock::sleep;
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 
-/// Whether the sweeping task runs, and how often it sweeps.
+/// The largest number of rows that one statement deletes.
+const LARGEST_BATCH: u32 = 1_000;
+
+/// Whether the sweeping task runs, how often it sweeps, and in which batches.
 #[derive(Debug)]
 pub(super) struct Sweeping {
     running: AtomicBool,
     interval: Duration,
+    /// The number of rows that the next statement deletes. It shrinks if a statement fails, and grows with each sweep
+    /// that succeeds.
+    batch: AtomicU32,
 }
 
 impl Sweeping {
@@ -24,31 +30,61 @@ impl Sweeping {
         Self {
             running: AtomicBool::new(false),
             interval,
+            batch: AtomicU32::new(LARGEST_BATCH),
         }
+    }
+
+    fn batch(&self) -> u32 {
+        self.batch.load(Ordering::Relaxed)
+    }
+
+    fn set_batch(&self, batch: u32) {
+        self.batch.store(batch.clamp(1, LARGEST_BATCH), Ordering::Relaxed);
     }
 }
 
 impl PostgresStore {
-    /// Deletes what has expired, in batches of 1,000, and says how many rows there were. The store does so itself while it is
-    /// used.
+    /// Deletes expired rows in batches of at most 1,000, and returns their number. The store does so itself while it is
+    /// used. If the server ends a statement because it takes too long, the next batch has half the size.
     ///
     /// # Errors
     ///
-    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when the server cannot be reached; some rows may be deleted.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when the server cannot be reached, or a single row takes
+    /// too long; some rows may be deleted.
     pub async fn sweep(&self) -> Result<u64, Error> {
-        const BATCH: i64 = 1_000;
+        let sweeping = &self.0.sweeping;
         let mut swept = 0;
         loop {
-            let deleting = |store: Self, mut lent: Lent| async move {
-                let done = store.on(lent.connection()?).sweep(BATCH).await;
-                lent.give_back(done)
-            };
-            let deleted = self.operate(deleting).await?;
-            swept += deleted;
-            if deleted < BATCH.unsigned_abs() {
-                return Ok(swept);
+            let batch = sweeping.batch();
+            match self.sweep_batch(batch).await {
+                Ok(Ok(deleted)) => {
+                    swept += deleted;
+                    if deleted < u64::from(batch) {
+                        sweeping.set_batch(batch.saturating_mul(2));
+                        return Ok(swept);
+                    }
+                }
+                // The server has rolled the statement back.
+                Ok(Err(_)) if batch > 1 => sweeping.set_batch(batch / 2),
+                // The statement may continue in the server, so this sweep sends no other one.
+                Ok(Err(error)) | Err(error) => {
+                    sweeping.set_batch(batch / 2);
+                    return Err(error);
+                }
             }
         }
+    }
+
+    /// Deletes at most `batch` expired rows. The inner error is that of a statement which took too long.
+    async fn sweep_batch(&self, batch: u32) -> Result<Result<u64, Error>, Error> {
+        let deleting = move |store: Self, mut lent: Lent| async move {
+            let done = store.on(lent.connection()?).sweep(i64::from(batch)).await;
+            match lent.give_back(done) {
+                Err(failed) if failed.is_cancelled => Ok(Err(failed.error)),
+                done => done.map(Ok),
+            }
+        };
+        self.operate(deleting).await
     }
 
     pub(super) fn start_sweeper(&self) {

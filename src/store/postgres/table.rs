@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use sqlx::AssertSqlSafe;
 
+use super::session::IS_ALONE;
 use crate::error::{Error, ErrorKind};
 
 /// A table's name, with a schema or without. It goes into statements as text, so only plain identifiers are taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TableName {
     schema: Option<String>,
-    name: String,
+    name: Arc<str>,
 }
 
 impl TableName {
@@ -31,7 +32,7 @@ impl TableName {
         }
         Ok(Self {
             schema: schema.map(str::to_owned),
-            name: name.to_owned(),
+            name: name.into(),
         })
     }
 
@@ -40,12 +41,12 @@ impl TableName {
         debug_assert!(is_identifier(name), "{name}");
         Self {
             schema: None,
-            name: name.to_owned(),
+            name: name.into(),
         }
     }
 
     /// The table without its schema: also the name of the channel of its notifications.
-    pub(crate) fn name(&self) -> &str {
+    pub(crate) const fn name(&self) -> &Arc<str> {
         &self.name
     }
 }
@@ -65,6 +66,9 @@ impl fmt::Display for TableName {
     }
 }
 
+/// The suffix of the tag in the rows of a statement that has not begun its transaction.
+pub(super) const IN_OPEN_TRANSACTION: &str = " in an open transaction";
+
 /// The text of a statement, made once for a table, and the tag that its rows repeat.
 #[derive(Clone, Debug)]
 pub(crate) struct Statement {
@@ -75,7 +79,8 @@ pub(crate) struct Statement {
 impl Statement {
     /// Makes a statement from a template. Its last parameter is the question that [`ask`](super::ask::Sending::ask)
     /// binds. Each row repeats that question, and a tag of the `name` and the table. So the store never takes a row of
-    /// another statement, or of the same statement on another table, for a row of this one.
+    /// another statement, or of the same statement on another table, for a row of this one. The tag of a statement that
+    /// runs in a transaction which was open before has a [suffix](IN_OPEN_TRANSACTION).
     pub(crate) fn new(name: &'static str, template: &str, table: &TableName) -> Self {
         // The server evaluates this expression to find the row, so the lock timeout is set before the statement waits
         // for the lock on that row.
@@ -90,7 +95,10 @@ impl Statement {
         const LOST: &str = "(r.state = 1 OR r.state = 0 AND {at} >= least(r.lease_until, {at} + r.lease))";
         let tag = format!("{name} {table}");
         let text = template
-            .replace("{tag}", &format!("'{tag}'"))
+            .replace(
+                "{tag}",
+                &format!("CASE WHEN {IS_ALONE} THEN '{tag}' ELSE '{tag}{IN_OPEN_TRANSACTION}' END"),
+            )
             .replace("{expired}", &EXPIRED.replace("{at}", "r.now"))
             .replace("{expired_now}", &EXPIRED.replace("{at}", NOW))
             .replace("{lost_now}", &LOST.replace("{at}", NOW))

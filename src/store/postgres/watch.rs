@@ -15,6 +15,7 @@ use tokio::sync::{watch, Notify};
 use tokio::time::Sleep;
 
 use super::error::failed;
+use super::session::end_open_transaction;
 use crate::clock::within;
 use crate::error::Error;
 use crate::protocol::StorageKey;
@@ -155,6 +156,8 @@ async fn listen(watchers: Weak<Watchers>, pool: PgPool, channel: String, listeni
 
 async fn connected(pool: &PgPool, channel: &str) -> Result<PgListener, Error> {
     let mut listener = PgListener::connect_with(pool).await.map_err(failed)?;
+    // In a transaction, LISTEN takes effect at the commit.
+    end_open_transaction(&mut listener).await.map_err(failed)?;
     listener.listen(channel).await.map_err(failed)?;
     Ok(listener)
 }
@@ -174,6 +177,9 @@ pin_project! {
     /// Resolves when a record of a [`PostgresStore`](super::PostgresStore) has changed, or may have while the
     /// connection that listens was lost. Behind a transaction pooler, or over a pool of one connection, no connection
     /// listens, and this resolves after 250 ms.
+    ///
+    /// It may miss the end of an attempt whose row was locked when the watch began, for example by a transaction that
+    /// completes the record. The layers look at the record every second or more often, so they wait at most that long.
     #[derive(Debug)]
     pub struct PostgresWatch {
         #[pin]

@@ -1,0 +1,34 @@
+//! The making of a table.
+
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection, Executor};
+
+use super::ask::Failed;
+use super::error::{failed, not_made};
+use super::progress::note_statement;
+use super::session::end_open_transaction;
+use super::table::Statement;
+
+/// Runs the SQL of `schema`. Several processes may do so at once; `lock` is the number of an advisory lock by which
+/// they wait for each other. The server ends each wait, and each statement, after 60 s.
+pub(crate) async fn make_table(connection: &mut PgConnection, lock: i64, schema: &Statement) -> Result<(), Failed> {
+    let lost = |error| Failed::unknown(failed(error));
+    end_open_transaction(connection).await.map_err(lost)?;
+    // `IF NOT EXISTS` alone still fails if two sessions make the same table at once. The timeouts of the session may be
+    // too short for a migration, or missing.
+    let begin = format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = '60s'; \
+         SELECT pg_advisory_xact_lock({lock})"
+    );
+    note_statement();
+    // After a failure in the middle of this message the transaction is open, and sqlx does not count it.
+    let begun = connection.begin_with(AssertSqlSafe(begin)).await;
+    let mut transaction = begun.map_err(|error| Failed::unknown(not_made(error)))?;
+    note_statement();
+    if let Err(error) = transaction.execute(sqlx::raw_sql(schema.safe())).await {
+        transaction.rollback().await.map_err(lost)?;
+        return Err(Failed::refused(not_made(error)));
+    }
+    note_statement();
+    transaction.commit().await.map_err(lost)
+}
