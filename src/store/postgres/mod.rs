@@ -91,8 +91,22 @@ use crate::uncut::uncut;
 ///
 /// # Set-up
 ///
-/// [`migrate`](Self::migrate) makes the table, or runs the SQL of [`schema`](Self::schema) with your own migrations. Expired rows
-/// are deleted by a task of the store, in batches, every 60 s give or take a half.
+/// [`connect`](Self::connect) makes the table if it is missing and the role may create it. For a role that may not,
+/// make the table beforehand: call [`migrate`](Self::migrate) as another role, or run the SQL of
+/// [`schema`](Self::schema) with your migrations. This prints it without a table:
+///
+/// ```
+/// # use tower_idempotency::PostgresStore;
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let pool = sqlx::PgPool::connect_lazy("postgres://localhost/app")?;
+/// println!("{}", PostgresStore::builder().with_pool(pool)?.schema());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Over a pool of yours nothing is checked before the first operation, so call [`check`](Self::check) at the start of
+/// your program. A task of the store deletes expired rows in batches, every 60 s give or take a half.
 ///
 /// Before a store serves its first operation, it [checks](Self::check) the server and the table; all operations that
 /// wait share one check. If the table is missing or has other columns, a right is missing, or the server is read-only
