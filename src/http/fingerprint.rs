@@ -87,9 +87,10 @@ impl Fingerprinting {
         }
         // A router has stripped a prefix, or the application has forwarded the request to another target.
         if uri != &parts.uri {
-            let is_same = uri.authority() == parts.uri.authority();
-            if !scoped && self.authority && !is_same {
-                Authority::of(&parts.uri, &HeaderMap::new()).add_to(&mut hasher);
+            // A router keeps the authority. If it is another one, the application has chosen it, so it counts even if it
+            // is an address, and with a scope.
+            if let Some(authority) = parts.uri.authority().filter(|chosen| uri.authority() != Some(chosen)) {
+                hasher.field(authority.as_str().as_bytes());
             }
             hasher.field(parts.uri.path().as_bytes());
             hasher.field(parts.uri.query().unwrap_or_default().as_bytes());
@@ -261,11 +262,9 @@ mod tests {
         .map(forwarded);
         for (at, one) in targets.iter().enumerate() {
             for other in &targets[at + 1..] {
-                assert_ne!(f.of(one, &body, false), f.of(other, &body, false), "{one:?} {other:?}");
+                assert_ne!(f.of(one, &body, true), f.of(other, &body, true), "{one:?} {other:?}");
             }
         }
-        // A scope takes the place of the host.
-        assert_eq!(f.of(&targets[3], &body, true), f.of(&targets[4], &body, true));
         // A call goes to the host of its URI, which the client layer adds by itself.
         assert_ne!(f.of_call(&targets[0], &body), f.of_call(&targets[1], &body));
         let call = parts("POST", "/debit", &[]);

@@ -277,7 +277,7 @@ impl Outbox {
     }
 
     fn sending(&self) -> Sending {
-        Sending::new(self.timeout, self.pooled)
+        Sending::new(self.timeout, self.pooled, false)
     }
 
     /// Sends a statement on a connection of the pool. The statement continues if its caller leaves or times out.

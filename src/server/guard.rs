@@ -262,6 +262,10 @@ impl<St: Store> Shared<St> {
             // The renewal may have waited for the transaction that completes the record.
             Ok(Renewal::Superseded) if flight.is_completing() => {}
             Ok(Renewal::Superseded) => flight.set_superseded(),
+            Err(error) if flight.is_given_up() => {
+                telemetry::failure(Event::RenewalFailed, &error);
+                drop(in_time(timeout, self.store.renew(&flight.storage_key, owner, Duration::ZERO)).await);
+            }
             Err(error) => {
                 flight.repeat_renewal();
                 telemetry::failure(Event::RenewalFailed, &error);

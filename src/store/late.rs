@@ -128,7 +128,8 @@ pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: 
     // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
     const LONGEST_PAUSE: Duration = Duration::from_secs(15);
     let mut pause = Duration::from_millis(100);
-    let deadline = Deadline::after(patience.in_all);
+    // Asks at least once.
+    let deadline = Deadline::after(patience.in_all.max(pause));
     while !deadline.left().is_zero() {
         sleep(pause.min(deadline.left())).await;
         pause = LONGEST_PAUSE.min(pause * 2);

@@ -144,6 +144,13 @@ async fn a_store_reads_no_old_record_in_an_open_transaction() {
     assert!(matches!(store.claim(&claim(1)).await.unwrap(), Decision::Replay(_)));
 }
 
+/// A pool lends its idle connections in turn.
+async fn drop_begin_in_each(pool: &PgPool) {
+    for _ in 0..pool.size() {
+        drop_begin(pool).await;
+    }
+}
+
 /// sqlx raises its count of open transactions only after the reply to BEGIN.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_begin_that_was_dropped_does_not_swallow_a_completion() {
@@ -160,9 +167,9 @@ async fn a_begin_that_was_dropped_does_not_swallow_a_completion() {
         };
         store.check().await.unwrap();
         let claim = claim(u8::from(is_own));
-        drop_begin(&pool).await;
+        drop_begin_in_each(&pool).await;
         let owner = granted(&store, &claim).await.owner;
-        drop_begin(&pool).await;
+        drop_begin_in_each(&pool).await;
         store.complete(&claim.key, owner, &kept(b"paid"), HOUR).await.unwrap();
         pool.close().await;
         let other = PostgresStore::connect(&server.url()).await.unwrap();

@@ -4,10 +4,11 @@
 //! can a connection whose replies are out of step. So each statement carries a random number, the question. Its rows
 //! repeat the question, and a tag of the statement and its table.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgArguments, PgConnection, PgRow};
+use sqlx::postgres::{PgArguments, PgConnection, PgDatabaseError, PgRow};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
@@ -35,6 +36,9 @@ pub(crate) struct Sending {
     begin: Arc<str>,
     /// How long a statement waits for a lock.
     lock_timeout: Arc<str>,
+    /// Whether only the store has used the sessions, which it has set up. Then they have its timeouts, and none has an
+    /// open transaction.
+    is_private: Arc<AtomicBool>,
 }
 
 /// The transaction that a statement runs in.
@@ -90,7 +94,7 @@ impl From<Failed> for Error {
 
 impl Sending {
     /// Makes the settings for statements whose caller waits for `timeout`.
-    pub(crate) fn new(timeout: Duration, pooled: bool) -> Self {
+    pub(crate) fn new(timeout: Duration, pooled: bool, is_private: bool) -> Self {
         let millis = |timeout: Duration| timeout.as_millis().clamp(1, DAY);
         // A claim may take two statements.
         let lock_timeout = format!("{}ms", millis(timeout / 5 * 2));
@@ -103,19 +107,26 @@ impl Sending {
             pooled,
             begin: begin.into(),
             lock_timeout: lock_timeout.into(),
+            is_private: Arc::new(AtomicBool::new(is_private)),
         }
+    }
+
+    /// Notes that others may use the sessions from now on.
+    pub(super) fn share(&self) {
+        self.is_private.store(false, Ordering::Release);
+    }
+
+    fn is_private(&self) -> bool {
+        self.is_private.load(Ordering::Acquire)
     }
 
     pub(crate) const fn is_pooled(&self) -> bool {
         self.pooled
     }
 
-    /// Returns the lock timeout to bind; `None` in a transaction of the application, where the session decides.
+    /// Returns the lock timeout to bind; `None` where the session has one, and in a transaction of the application.
     pub(crate) fn lock_timeout(&self, within: Within) -> Option<&str> {
-        match within {
-            Within::Own => Some(&self.lock_timeout),
-            Within::Callers => None,
-        }
+        (within == Within::Own && !self.is_private()).then_some(&*self.lock_timeout)
     }
 
     /// Sends a statement, checks that every row belongs to it, and returns the rows. `bind` binds all parameters but
@@ -131,7 +142,11 @@ impl Sending {
         bind: impl Fn(Bound<'q>) -> Bound<'q> + Send + Sync,
     ) -> Result<Vec<PgRow>, Failed> {
         let question: i64 = rand::random();
-        let bound = || bind(sqlx::query(statement.safe()).persistent(!self.pooled)).bind(question);
+        let is_private = self.is_private();
+        let bound = || {
+            let query = sqlx::query(statement.safe(is_private));
+            bind(query.persistent(!self.pooled)).bind(question)
+        };
         let first = self.reply(connection, within, statement, question, &bound).await;
         match first {
             Ok(Reply { rows, is_alone: true }) => return Ok(rows),
@@ -312,8 +327,10 @@ fn is_repeated(error: &sqlx::Error) -> bool {
 /// Whether the server reports a protocol violation (08P01) because it took the parameters of another statement.
 /// PgBouncer uses the same code for all of its own errors, most of which are those of an outage.
 fn is_mix_up(error: &sqlx::Error) -> bool {
-    let message = error.as_database_error().map(sqlx::error::DatabaseError::message);
-    message.is_some_and(|message| message.starts_with("bind message supplies"))
+    // The server names the function that reports the error, in no language. PgBouncer names none.
+    let error = error.as_database_error();
+    let error = error.and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    error.is_some_and(|error| error.routine() == Some("exec_bind_message"))
 }
 
 const LEFT_OPEN: Error = Error::new(
@@ -346,7 +363,7 @@ mod tests {
     #[test]
     fn a_lock_timeout_is_never_zero_which_would_be_none() {
         for timeout in [Duration::ZERO, Duration::from_nanos(1), Duration::MAX] {
-            let sending = Sending::new(timeout, false);
+            let sending = Sending::new(timeout, false, false);
             let millis: u128 = sending.lock_timeout.trim_end_matches("ms").parse().unwrap();
             assert!((1..=DAY).contains(&millis), "{timeout:?}: {millis}");
             assert_eq!(sending.lock_timeout(Within::Callers), None);

@@ -154,7 +154,9 @@ impl PostgresStoreBuilder {
             })
             .connect_with(options);
         let pool = sound(Box::pin(pool)).await?.map_err(of_connect)?;
-        self.build(pool, gate)
+        // Behind a pooler in transaction mode, the sessions belong to all of its clients.
+        let is_private = !self.pooled;
+        self.build(pool, gate, is_private)
     }
 
     /// A store with a pool of yours. Does not make the table; the first operation [checks](PostgresStore::check) the
@@ -166,22 +168,23 @@ impl PostgresStoreBuilder {
     /// takes a second round trip.
     ///
     /// The store does not change the sessions of your pool. Its statements work at every isolation level: if one fails
-    /// because of the level, the store repeats it in a READ COMMITTED transaction. An acknowledged record survives a
+    /// because of the level, the store repeats it in a READ COMMITTED transaction. A transaction that is open in a session
+    /// when the store gets it, for example because an `after_connect` hook began it, is rolled back. An acknowledged record survives a
     /// crash of the server only if the sessions do not set `synchronous_commit = off`.
     ///
     /// # Errors
     ///
     /// [`Configuration`](ErrorKind::Configuration) when the name of the table cannot be used.
     pub fn with_pool(self, pool: PgPool) -> Result<PostgresStore, Error> {
-        self.build(pool, Gate::default())
+        self.build(pool, Gate::default(), false)
     }
 
-    fn build(self, pool: PgPool, gate: Gate) -> Result<PostgresStore, Error> {
+    fn build(self, pool: PgPool, gate: Gate, is_private: bool) -> Result<PostgresStore, Error> {
         let table = TableName::parse(&self.table)?;
         let polls = self.pooled || pool.options().get_max_connections() < 2;
         Ok(PostgresStore(Arc::new(Inner {
             pool,
-            sending: Sending::new(self.timeout, self.pooled),
+            sending: Sending::new(self.timeout, self.pooled, is_private),
             statements: Statements::new(&table),
             watchers: Watchers::new(table.name(), polls),
             sweeping: Sweeping::every(self.sweep_interval),

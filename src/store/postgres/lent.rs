@@ -145,15 +145,17 @@ pub(super) async fn patient<T>(
 /// ago. Without `SET LOCAL ROLE NONE`, a role that was set would hide the work of the role that has logged in. The server
 /// measures a statement from its last message on, and an earlier one may have waited for a lock, so half of the time is
 /// enough. A backend of another role may have a connection of the pool from before its options were changed. Its state
-/// and its type are hidden, but its locks are not, and it keeps them until its commit is over.
+/// and its type are hidden, but its locks are not, and it keeps them until its commit is over. A reader, such as a dump,
+/// does not count, and neither does a vacuum, which has no user.
 const IS_AT_IT: &str = "BEGIN READ ONLY; SET LOCAL ROLE NONE; \
     SELECT EXISTS (SELECT FROM pg_stat_activity a \
-        WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() \
+        WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.usesysid IS NOT NULL \
           AND coalesce(a.backend_type, 'client backend') = 'client backend' \
           AND CASE \
             WHEN a.usename <> session_user THEN EXISTS ( \
                 SELECT FROM pg_locks l JOIN pg_class c ON c.oid = l.relation \
-                WHERE l.pid = a.pid AND c.relname = '{table}') \
+                WHERE l.pid = a.pid AND c.relname = '{table}' \
+                  AND (NOT l.granted OR l.mode <> 'AccessShareLock')) \
             WHEN a.state IS NULL OR a.query_start IS NULL OR a.state = 'disabled' THEN true \
             ELSE a.state = 'active' AND a.query_start < clock_timestamp() - make_interval(secs => {waited} / 2) \
           END)::text; \

@@ -25,7 +25,7 @@ pub(crate) async fn make_table(connection: &mut PgConnection, lock: i64, schema:
     let begun = connection.begin_with(AssertSqlSafe(begin)).await;
     let mut transaction = begun.map_err(|error| Failed::unknown(not_made(error)))?;
     note_statement();
-    if let Err(error) = transaction.execute(sqlx::raw_sql(schema.safe())).await {
+    if let Err(error) = transaction.execute(sqlx::raw_sql(schema.safe(true))).await {
         transaction.rollback().await.map_err(lost)?;
         return Err(Failed::refused(not_made(error)));
     }

@@ -177,8 +177,11 @@ impl PostgresStore {
     }
 
     /// The pool of connections. The store's own pool has sessions that are [set for it](PostgresStoreBuilder::connect).
+    /// Once you have called this, the store no longer relies on them, because you may change a session or leave a
+    /// transaction open. Each of its statements then takes some microseconds longer.
     #[must_use]
     pub fn pool(&self) -> &PgPool {
+        self.0.sending.share();
         &self.0.pool
     }
 

@@ -20,8 +20,8 @@ const LARGEST_BATCH: u32 = 1_000;
 pub(super) struct Sweeping {
     running: AtomicBool,
     interval: Duration,
-    /// The number of rows that the next statement deletes. It shrinks if a statement fails, and grows with each sweep
-    /// that succeeds.
+    /// The number of rows that the next statement deletes. It shrinks if a statement takes too long, and grows with each
+    /// statement that succeeds.
     batch: AtomicU32,
 }
 
@@ -59,18 +59,16 @@ impl PostgresStore {
             match self.sweep_batch(batch).await {
                 Ok(Ok(deleted)) => {
                     swept += deleted;
+                    sweeping.set_batch(batch.saturating_mul(2));
                     if deleted < u64::from(batch) {
-                        sweeping.set_batch(batch.saturating_mul(2));
                         return Ok(swept);
                     }
                 }
                 // The server has rolled the statement back.
                 Ok(Err(_)) if batch > 1 => sweeping.set_batch(batch / 2),
-                // The statement may continue in the server, so this sweep sends no other one.
-                Ok(Err(error)) | Err(error) => {
-                    sweeping.set_batch(batch / 2);
-                    return Err(error);
-                }
+                Ok(Err(error)) => return Err(error),
+                // If the server was reached, the statement may continue there, so this sweep sends no other one.
+                Err(error) => return Err(error),
             }
         }
     }

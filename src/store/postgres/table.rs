@@ -74,6 +74,8 @@ pub(super) const IN_OPEN_TRANSACTION: &str = " in an open transaction";
 pub(crate) struct Statement {
     tag: Arc<str>,
     text: Arc<str>,
+    /// The text for sessions in which no transaction can be open. Its rows have the tag without a suffix.
+    private: Arc<str>,
 }
 
 impl Statement {
@@ -95,10 +97,6 @@ impl Statement {
         const LOST: &str = "(r.state = 1 OR r.state = 0 AND {at} >= least(r.lease_until, {at} + r.lease))";
         let tag = format!("{name} {table}");
         let text = template
-            .replace(
-                "{tag}",
-                &format!("CASE WHEN {IS_ALONE} THEN '{tag}' ELSE '{tag}{IN_OPEN_TRANSACTION}' END"),
-            )
             .replace("{expired}", &EXPIRED.replace("{at}", "r.now"))
             .replace("{expired_now}", &EXPIRED.replace("{at}", NOW))
             .replace("{lost_now}", &LOST.replace("{at}", NOW))
@@ -115,9 +113,11 @@ impl Statement {
                     &BOUNDED.replace("{at}", &parameter),
                 )
             });
+        let marked = format!("CASE WHEN {IS_ALONE} THEN '{tag}' ELSE '{tag}{IN_OPEN_TRANSACTION}' END");
         Self {
+            text: text.replace("{tag}", &marked).into(),
+            private: text.replace("{tag}", &format!("'{tag}'")).into(),
             tag: tag.into(),
-            text: text.into(),
         }
     }
 
@@ -130,8 +130,8 @@ impl Statement {
     }
 
     /// Returns the text as safe SQL, because it consists only of a template of this crate and of a parsed identifier.
-    pub(crate) fn safe(&self) -> AssertSqlSafe<Arc<str>> {
-        AssertSqlSafe(Arc::clone(&self.text))
+    pub(crate) fn safe(&self, is_private: bool) -> AssertSqlSafe<Arc<str>> {
+        AssertSqlSafe(Arc::clone(if is_private { &self.private } else { &self.text }))
     }
 }
 
