@@ -12,9 +12,16 @@ use super::keys::{Meaning, Profile};
 ///
 /// A status or an error describes the effect of the call only if it belongs to the request of the caller, and not to a
 /// redirect that was followed, and only if no earlier attempt was lost.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Report {
     progress: Arc<Mutex<Progress>>,
+    /// The number of this copy. A layer that sends a request twice must clone the request, and the extensions with it,
+    /// so two layers see the same copy only if they see the same attempt.
+    #[cfg_attr(
+        not(any(feature = "follow-redirect", feature = "retry")),
+        expect(dead_code, reason = "a redirect policy passes it on and a retry reads it")
+    )]
+    copy: u64,
     /// The number of redirect policies of this crate that the request has passed.
     watches: usize,
 }
@@ -27,9 +34,13 @@ struct Progress {
     is_lost: bool,
     /// A response has shown that the server dealt with the request. A later attempt that was not taken does not change that.
     is_settled: bool,
-    /// An attempt has begun, and no layer has judged it yet.
-    is_open: bool,
+    /// The copy whose attempt has begun. It is `None` once a layer has judged the attempt.
+    open: Option<u64>,
+    /// The number of copies of the report.
+    copies: u64,
     hops: Hops,
+    /// In some attempt, a request that is not safe was sent on without its key.
+    is_unkeyed: bool,
     /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
     is_redirected_around: bool,
     /// The target of the last attempt, as each redirect policy of this crate has seen it, outermost first. The layers read
@@ -42,12 +53,6 @@ struct Progress {
 /// The hops of the current attempt.
 #[derive(Debug, Default)]
 struct Hops {
-    /// A request that is not safe was sent on without its key.
-    #[cfg_attr(
-        not(any(feature = "follow-redirect", feature = "retry")),
-        expect(dead_code, reason = "a redirect policy sets it and a retry reads it")
-    )]
-    is_unkeyed: bool,
     /// A client of this crate sends the attempt. The client reports every redirect, so its errors show whether the
     /// attempt was sent.
     is_sent: bool,
@@ -76,7 +81,19 @@ impl Progress {
 
     /// Whether a layer has judged the last attempt, and no other attempt has begun.
     const fn is_judged(&self) -> bool {
-        self.last.is_some() && !self.is_open
+        self.last.is_some() && self.open.is_none()
+    }
+}
+
+impl Clone for Report {
+    fn clone(&self) -> Self {
+        let mut progress = self.progress();
+        progress.copies += 1;
+        Self {
+            progress: Arc::clone(&self.progress),
+            copy: progress.copies,
+            watches: self.watches,
+        }
     }
 }
 
@@ -88,14 +105,17 @@ impl Report {
             last: None,
             is_lost: false,
             is_settled: false,
-            is_open: false,
+            open: None,
+            copies: 0,
             hops: Hops::default(),
+            is_unkeyed: false,
             is_redirected_around: false,
             targets: Vec::new(),
             follows: follows_of::<S>,
         };
         Self {
             progress: Arc::new(Mutex::new(progress)),
+            copy: 0,
             watches: 0,
         }
     }
@@ -104,12 +124,16 @@ impl Report {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins an attempt. An earlier attempt that no layer has judged counts as lost.
+    /// Begins an attempt. An earlier attempt that no layer has judged counts as lost. If a layer further out has begun
+    /// the attempt with the same copy, nothing changes.
     #[cfg(feature = "retry")]
     pub(super) fn begin(&self) {
         let mut progress = self.progress();
-        progress.is_lost |= progress.is_open;
-        progress.is_open = true;
+        if progress.open == Some(self.copy) {
+            return;
+        }
+        progress.is_lost |= progress.open.is_some();
+        progress.open = Some(self.copy);
         progress.hops = Hops::default();
     }
 
@@ -141,15 +165,21 @@ impl Report {
         progress.hops.watches = progress.hops.watches.max(watches);
         Self {
             progress: Arc::clone(&self.progress),
+            copy: self.copy,
             watches,
         }
     }
 
-    /// Takes over the target from the report of a layer further in, whose call has ended.
+    /// Takes over the target and the loss of the key from the report of a layer further in, whose call has ended.
     pub(super) fn adopt(&self, inner: &Self) {
-        let target = inner.progress().targets.first().cloned();
+        let (target, is_unkeyed) = {
+            let inner = inner.progress();
+            (inner.targets.first().cloned(), inner.is_unkeyed)
+        };
+        let mut progress = self.progress();
+        progress.is_unkeyed |= is_unkeyed;
         if let Some(target) = target {
-            self.progress().set_target(self.watches, target);
+            progress.set_target(self.watches, target);
         }
     }
 
@@ -167,14 +197,14 @@ impl Report {
     /// Records that an unsafe request goes to another origin without its key.
     #[cfg(feature = "follow-redirect")]
     pub(super) fn lose_key(&self) {
-        self.progress().hops.is_unkeyed = true;
+        self.progress().is_unkeyed = true;
     }
 
-    /// Whether the attempt went to another origin without its key, so that the server there cannot recognise a
+    /// Whether an attempt went to another origin without its key, so that the server there cannot recognise a
     /// repetition.
     #[cfg(feature = "retry")]
     pub(super) fn has_lost_key(&self) -> bool {
-        self.progress().hops.is_unkeyed
+        self.progress().is_unkeyed
     }
 
     /// Records the end of an attempt.
@@ -188,7 +218,7 @@ impl Report {
         };
         progress.attempts += 1;
         progress.last = Some(meaning);
-        progress.is_open = false;
+        progress.open = None;
         progress.hops = Hops::default();
         match meaning {
             Meaning::Unknown => progress.is_lost = true,
@@ -330,11 +360,20 @@ mod tests {
 
     #[cfg(feature = "retry")]
     #[test]
-    fn an_attempt_that_nobody_judged_is_lost() {
+    fn an_attempt_that_no_layer_judged_is_lost() {
+        let report = Report::of::<()>();
+        let repeated = report.clone();
+        report.begin();
+        repeated.begin();
+        assert_eq!(report.sum(Meaning::NotTaken).1, Meaning::Unknown);
         let report = Report::of::<()>();
         report.begin();
         report.begin();
-        assert_eq!(report.sum(Meaning::NotTaken).1, Meaning::Unknown);
+        assert_eq!(
+            report.sum(Meaning::NotTaken),
+            (1, Meaning::NotTaken),
+            "two layers begin one attempt"
+        );
         let report = Report::of::<()>();
         report.begin();
         report.enter(Meaning::NotTaken);

@@ -34,7 +34,8 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// Returns how often this call sent the request: 1 or more.
+    /// Returns how often this call sent the request: 1 or more. All attempts of another `CallLayer` further in count as
+    /// one.
     #[must_use]
     pub const fn attempts(&self) -> u32 {
         self.attempts

@@ -223,11 +223,13 @@ where
         let report = extensions.get::<Report>();
         let (advice, meaning) = self.read(result, report);
         let has_lost_key = report.is_some_and(Report::has_lost_key);
-        if let Some(report) = report {
-            report.enter(meaning);
-        }
+        // If a layer further in has judged the attempt, its result counts, because only that layer has seen the hops.
+        let known = report.map_or(meaning, |report| report.sum(meaning).1);
+        // A layer between the two may have replaced the response by that of another request.
+        let is_replaced = result.is_ok() && meaning != Meaning::NotTaken;
         // A key in a header field does not show that the server deduplicates by it (`OnceLayer::assume_keys_honoured`).
-        let is_forbidden = meaning != Meaning::NotTaken && extensions.get::<OnlyUnsent>().is_some();
+        let may_have_effect = known != Meaning::NotTaken || is_replaced;
+        let is_forbidden = may_have_effect && extensions.get::<OnlyUnsent>().is_some();
         if advice == Advice::Final {
             self.settings.budget.deposit();
             return None;

@@ -2,6 +2,7 @@
 //! status of a charge counts.
 
 use tower::limit::ConcurrencyLimitLayer;
+use tower::retry::RetryLayer;
 use tower::util::option_layer;
 
 use super::*;
@@ -69,6 +70,12 @@ fn once_sent() -> RetryPolicy {
     RetryPolicy::new(Profile::stripe())
         .with_max_attempts(1)
         .with_errors(class)
+}
+
+fn twice() -> RetryPolicy {
+    once_sent()
+        .with_max_attempts(2)
+        .with_backoff(Duration::ZERO, Duration::ZERO)
 }
 
 fn both() -> policy::And<KeyAtHome, KeyAtHome> {
@@ -204,7 +211,7 @@ async fn a_layer_between_two_policies_knows_the_target_of_the_inner_one() {
     })
     .await;
     statuses_count(|once, http| {
-        let retries = tower::retry::RetryLayer::new(once_sent());
+        let retries = RetryLayer::new(once_sent());
         let client = ServiceBuilder::new().layer(once).layer(redirects()).layer(retries);
         client.service(node(http))
     })
@@ -243,12 +250,6 @@ async fn each_attempt_has_its_own_target() {
             .layer(FollowRedirectLayer::with_policy(home()))
             .service(saying(statuses))
     }
-    let twice = || {
-        RetryPolicy::new(Profile::stripe())
-            .with_max_attempts(2)
-            .with_backoff(Duration::ZERO, Duration::ZERO)
-            .with_errors(class)
-    };
     async fn is_declined_once<S, E>(client: S)
     where
         S: Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = OnceError<Response<Full<Bytes>>, E>>
@@ -266,21 +267,243 @@ async fn each_attempt_has_its_own_target() {
         .layer(once().assume_keys_honoured())
         .layer(CallLayer::new(twice()));
     is_declined_once(calls.service(nodes(&[503, 402, 201]))).await;
-    let retries = ServiceBuilder::new()
-        .layer(once())
-        .layer(tower::retry::RetryLayer::new(twice()));
+    let retries = ServiceBuilder::new().layer(once()).layer(RetryLayer::new(twice()));
     is_declined_once(retries.service(nodes(&[429, 402, 201]))).await;
     // A retry around calls.
     let calls = ServiceBuilder::new()
         .layer(once())
-        .layer(tower::retry::RetryLayer::new(twice()))
+        .layer(RetryLayer::new(twice()))
         .map_err(CallError::into_source)
         .layer(CallLayer::new(once_sent()));
     is_declined_once(calls.service(nodes(&[429, 402, 201]))).await;
+    let calls = ServiceBuilder::new()
+        .layer(once().assume_keys_honoured())
+        .layer(RetryLayer::new(twice()))
+        .map_err(CallError::into_source)
+        .layer(CallLayer::new(once_sent()));
+    is_declined_once(calls.service(nodes(&[503, 402, 201]))).await;
     let call = ServiceBuilder::new()
         .layer(CallLayer::new(twice()))
         .service(nodes(&[429, 402, 201]));
     let response = call.oneshot(keyed("http://bank.example/charges")).await.unwrap();
     let delivery = response.extensions().get::<Delivery>().unwrap();
     assert_eq!((delivery.attempts(), delivery.outcome()), (2, CallOutcome::Answered));
+}
+
+/// Calls `$check` with each stack of two retries: a retry around calls, calls around calls, and a retry around a retry.
+/// `$once` is the layer around both, and the policies are those of the outer and of the inner retry.
+macro_rules! with_nested {
+    ($check:expr, $once:expr, $outer:expr, $inner:expr, $http:expr) => {
+        $check(
+            ServiceBuilder::new()
+                .layer($once)
+                .layer(RetryLayer::new($outer))
+                .map_err(CallError::into_source)
+                .layer(CallLayer::new($inner))
+                .service($http),
+        )
+        .await;
+        $check(
+            ServiceBuilder::new()
+                .layer($once)
+                .layer(CallLayer::new($outer))
+                .map_err(CallError::into_source)
+                .layer(CallLayer::new($inner))
+                .service($http),
+        )
+        .await;
+        $check(
+            ServiceBuilder::new()
+                .layer($once)
+                .layer(RetryLayer::new($outer))
+                .layer(RetryLayer::new($inner))
+                .service($http),
+        )
+        .await;
+    };
+}
+
+/// Both layers begin one attempt, and the second beginning counted the attempt as lost.
+#[tokio::test]
+async fn a_retry_around_another_one_does_not_count_its_attempt_as_lost() {
+    statuses_count(|once, http| {
+        let calls = ServiceBuilder::new().layer(once).layer(RetryLayer::new(once_sent()));
+        calls
+            .map_err(CallError::into_source)
+            .layer(CallLayer::new(once_sent()))
+            .service(http)
+    })
+    .await;
+    statuses_count(|once, http| {
+        let calls = ServiceBuilder::new().layer(once).layer(CallLayer::new(once_sent()));
+        calls
+            .map_err(CallError::into_source)
+            .layer(CallLayer::new(once_sent()))
+            .service(http)
+    })
+    .await;
+    statuses_count(|once, http| {
+        let calls = ServiceBuilder::new().layer(once).layer(CallLayer::new(once_sent()));
+        let redirects = FollowRedirectLayer::with_policy(home());
+        calls.layer(redirects).layer(RetryLayer::new(once_sent())).service(http)
+    })
+    .await;
+}
+
+/// The outer retry read the refusal of a later hop as a refusal of the charge.
+#[tokio::test]
+async fn a_retry_around_another_one_takes_over_its_doubt() {
+    for refusal in [None, Some(404), Some(429), Some(503)] {
+        let overruled = || PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow);
+        let redirects = |charges: &Arc<AtomicUsize>| {
+            FollowRedirect::with_policy(charging("/charges/1", refusal, charges), overruled())
+        };
+        for inner in [once_sent, twice] {
+            let charges = Arc::new(AtomicUsize::new(0));
+            let once = || once().with_errors(class);
+            with_nested!(
+                |client| {
+                    charges.store(0, Ordering::SeqCst);
+                    is_charged_once(client, &charges)
+                },
+                once(),
+                twice(),
+                inner(),
+                redirects(&charges)
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_retry_around_another_one_takes_over_the_doubt_of_reqwest() {
+    let http = || ReqwestService::from_client(plain().build().unwrap());
+    with_nested!(
+        |client| async move {
+            let server = charging_and_refusing(303, "/charges/1", 429).await;
+            drop(ServiceExt::oneshot(client, pay(&server.url("/charges"))).await);
+            assert_eq!(posts(&server), 1);
+        },
+        once(),
+        twice(),
+        once_sent(),
+        http()
+    );
+}
+
+/// A foreign retry between two retries of this crate loses the first attempt, and the second one is not taken.
+#[tokio::test]
+async fn an_attempt_that_a_foreign_retry_repeated_stays_lost() {
+    /// Repeats every request once.
+    #[derive(Clone)]
+    struct Foreign(bool);
+    impl tower::retry::Policy<Request<Full<Bytes>>, Response<Full<Bytes>>, io::Error> for Foreign {
+        type Future = std::future::Ready<()>;
+        fn retry(
+            &mut self,
+            _: &mut Request<Full<Bytes>>,
+            _: &mut Result<Response<Full<Bytes>>, io::Error>,
+        ) -> Option<Self::Future> {
+            std::mem::take(&mut self.0).then(|| std::future::ready(()))
+        }
+        fn clone_request(&mut self, request: &Request<Full<Bytes>>) -> Option<Request<Full<Bytes>>> {
+            Some(request.clone())
+        }
+    }
+    let count = Arc::new(AtomicUsize::new(0));
+    let sent = Arc::clone(&count);
+    let http = tower::service_fn(move |_: Request<Full<Bytes>>| {
+        let status = [503, 429, 201][sent.fetch_add(1, Ordering::SeqCst).min(2)];
+        std::future::ready(Ok::<_, io::Error>(
+            Response::builder().status(status).body(Full::default()).unwrap(),
+        ))
+    });
+    let client = ServiceBuilder::new()
+        .layer(once())
+        .layer(RetryLayer::new(twice()))
+        .layer(RetryLayer::new(Foreign(true)))
+        .layer(RetryLayer::new(twice()))
+        .service(http);
+    let response = client.oneshot(keyed("http://bank.example/charges")).await.unwrap();
+    assert_eq!((response.status().as_u16(), count.load(Ordering::SeqCst)), (429, 2));
+}
+
+/// A layer between the two retries sends the charge elsewhere after a 429, past the inner retry.
+#[tokio::test]
+async fn a_response_that_the_inner_retry_has_not_seen_is_no_reason_to_repeat() {
+    let elsewhere = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&elsewhere);
+    let first = ServiceBuilder::new()
+        .layer(RetryLayer::new(once_sent()))
+        .service(saying(&[429]));
+    let either = tower::service_fn(move |request: Request<Full<Bytes>>| {
+        let (first, counted) = (first.clone(), Arc::clone(&counted));
+        async move {
+            let refused = first.oneshot(request).await?;
+            assert_eq!(refused.status(), 429);
+            counted.fetch_add(1, Ordering::SeqCst);
+            Ok::<_, io::Error>(Response::builder().status(503).body(Full::default()).unwrap())
+        }
+    });
+    let client = ServiceBuilder::new()
+        .layer(once())
+        .layer(RetryLayer::new(twice()))
+        .service(either);
+    is_charged_once(client, &elsewhere).await;
+}
+
+/// The report of the outer layer did not have the loss.
+#[tokio::test]
+async fn a_call_around_another_one_knows_that_the_charge_has_lost_its_key() {
+    let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow)
+        .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
+    let every_error = || twice().with_errors(|_: &io::Error| ErrorClass::Lost);
+    let charges = Arc::new(AtomicUsize::new(0));
+    let redirects = || FollowRedirect::with_policy(redirecting_to_another_origin(&charges), overruled.clone());
+    with_nested!(
+        |client| async {
+            charges.store(0, Ordering::SeqCst);
+            drop(ServiceExt::oneshot(client, keyed("http://bank.example/charges")).await);
+            assert_eq!(charges.load(Ordering::SeqCst), 1);
+        },
+        CallLayer::new(every_error()),
+        every_error(),
+        every_error(),
+        redirects()
+    );
+}
+
+/// Each attempt ended at both layers, and the outer one counted both ends.
+#[tokio::test]
+async fn an_attempt_through_two_layers_counts_once() {
+    fn delivery<B>(response: &Response<B>) -> (u32, CallOutcome) {
+        let delivery = response.extensions().get::<Delivery>().unwrap();
+        (delivery.attempts(), delivery.outcome())
+    }
+    for (statuses, expected) in [
+        (&[402][..], (1, CallOutcome::Answered)),
+        (&[401], (1, CallOutcome::Answered)),
+        (&[429, 402], (2, CallOutcome::Answered)),
+        (&[429, 429], (2, CallOutcome::NotTaken)),
+        (&[503, 429], (2, CallOutcome::Unknown)),
+        (&[0, 429], (2, CallOutcome::NotTaken)),
+    ] {
+        let calls = || ServiceBuilder::new().layer(CallLayer::new(twice()));
+        let http = || saying(statuses);
+        let inner = CallLayer::new(once_sent());
+        let call = calls()
+            .map_err(CallError::into_source)
+            .layer(inner.clone())
+            .service(http());
+        let response = call.oneshot(keyed("http://bank.example/charges")).await.unwrap();
+        assert_eq!(delivery(&response), expected, "a call around a call: {statuses:?}");
+        let call = calls().layer(RetryLayer::new(once_sent())).service(http());
+        let response = call.oneshot(keyed("http://bank.example/charges")).await.unwrap();
+        assert_eq!(delivery(&response), expected, "a call around a retry: {statuses:?}");
+        let retries = ServiceBuilder::new().layer(RetryLayer::new(once_sent()));
+        let retries = retries.map_err(CallError::into_source).layer(inner).service(http());
+        let call = calls().service(retries);
+        let response = call.oneshot(keyed("http://bank.example/charges")).await.unwrap();
+        assert_eq!(delivery(&response), expected, "three layers: {statuses:?}");
+    }
 }
