@@ -188,7 +188,7 @@ impl<E> CallError<E> {
         }
     }
 
-    /// How often the request was sent.
+    /// Returns how often this call sent the request. All attempts of another [`CallLayer`] further in count as one.
     #[must_use]
     pub const fn attempts(&self) -> u32 {
         self.attempts
