@@ -66,7 +66,7 @@ impl Schedule {
     }
 
     /// Makes a renewal due now, because renewals were skipped.
-    #[cfg(any(test, feature = "postgres"))]
+    #[cfg(feature = "postgres")]
     pub(crate) fn hurry(&self) {
         self.due.fetch_min(self.since.elapsed_micros(), Ordering::Relaxed);
     }
