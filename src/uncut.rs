@@ -158,7 +158,7 @@ impl Tracker {
         self.bounded.claims.load(Ordering::Acquire) >= MOST_BEHIND
     }
 
-    /// Tells a store later what it could not be told now. No lost claim is dropped, because
+    /// Reports to a store later what could not be reported now. No lost claim is dropped, because
     /// [no more are sent](Self::has_many_lost_claims) when there are many. Ends have an upper bound; beyond it, the leases end the attempts.
     pub(crate) fn spawn_behind(
         self: &Arc<Self>,
