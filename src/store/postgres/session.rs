@@ -7,6 +7,7 @@
 //! The store finds such sessions at no further round trip. The marker [`IS_ALONE`] in each row shows whether the
 //! statement began its transaction by itself. After an error, a probe shows whether the session is in a failed
 //! transaction. No other user has the session meanwhile, so the store ends the transaction, and repeats its statement.
+//! The rows of the store's own pool have no marker until the application asks for that pool.
 
 use sqlx::{Executor, Postgres, Row};
 

@@ -49,7 +49,7 @@ impl Server {
         }
     }
 
-    /// One that waits for replicas may have to release what it claimed, too.
+    /// A claim that waits for replicas has no limit here, because it may also have to release the key.
     pub(super) fn claim_limit(&self) -> Option<Duration> {
         self.replication.is_none().then_some(self.response_timeout)
     }
