@@ -23,7 +23,7 @@ pub struct Settings {
     pub redis: String,
     /// Where the effects are counted.
     pub effects: PathBuf,
-    /// Where each run is noted, and what came of it.
+    /// Where each delivery of a job is noted, with its result, and each run of the charge that it began.
     pub runs: PathBuf,
     /// How long a record outlives the worker that claimed it, if that dies.
     pub lease: Duration,
@@ -65,9 +65,10 @@ pub async fn work(settings: Settings) -> Result<(), Error> {
     let layer = ReceiverLayer::new(store, "charges")
         .with_id(|task: &Task<Charge>| task.args.order.clone())
         .with_lease(settings.lease);
-    let receiver = ServiceBuilder::new()
-        .layer(unless_told(layer))
-        .service(service_fn(move |task| charge(effects.clone(), task)));
+    let receiver = ServiceBuilder::new().layer(unless_told(layer)).service({
+        let runs = runs.clone();
+        service_fn(move |task| charge(effects.clone(), runs.clone(), task))
+    });
     for number in 0.. {
         let (receiver, runs) = (receiver.clone(), runs.clone());
         let ended = runs.clone();
@@ -103,8 +104,9 @@ fn verdict(disposition: Disposition, attempt: usize) -> Result<(), Error> {
 
 /// Takes up to 10 ms, has its effect, and takes a little longer. What is `flaky` fails at first, a `poison` always; what is `slow` takes
 /// 2 s.
-async fn charge(effects: Ledger, task: Task<Charge>) -> Result<(), Error> {
+async fn charge(effects: Ledger, runs: Ledger, task: Task<Charge>) -> Result<(), Error> {
     let order = &task.args.order;
+    runs.note(format_args!("began {order}"));
     if order.starts_with("poison") || (order.starts_with("flaky") && task.attempt() < ATTEMPTS) {
         return Err(format!("{order} cannot be charged").into());
     }
