@@ -149,6 +149,20 @@ async fn the_layer_serves_through_a_restart() {
 }
 
 #[tokio::test]
+async fn a_server_with_too_few_replicas_is_unavailable_for_writes_and_still_replays() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    completed(&store, 1, "a").await;
+    server.tell::<()>("CONFIG SET min-replicas-to-write 1");
+    let error = store.claim(&claim(2, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    assert!(format!("{error:?}").contains("NOREPLICAS"), "{error:?}");
+    assert_eq!(replayed(&store, 1).await.body, "a");
+    server.tell::<()>("CONFIG SET min-replicas-to-write 0");
+    granted(&store, &claim(2, 1)).await;
+}
+
+#[tokio::test]
 async fn a_server_that_cannot_save_is_unavailable_for_writes_and_still_replays() {
     let server = RedisServer::with(&["--appendonly", "no", "--save", "3600 1"]);
     let store = connect(&server).await;

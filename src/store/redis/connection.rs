@@ -67,12 +67,13 @@ impl Connection {
                 Some(epoch) => epoch,
                 None => self.check(&checks).await?,
             };
-            let mut told = self.send(&by_digest, replication).await;
-            if told.as_ref().is_err_and(failure::is_unknown_script) {
-                // The script did not run, so it is safe to send it again. The server was restarted, or is another one.
-                checks.expire(epoch);
-                epoch = self.check(&checks).await?;
-                told = Box::pin(self.send(&script.by_source(&by_digest), replication)).await;
+            let mut told = self.tell(&checks, &mut epoch, script, &by_digest, replication).await?;
+            if let (Err(refusal), Some(instead)) = (&told, script.instead()) {
+                if failure::is_of_refused_writes(refusal) {
+                    let by_digest = instead.by_digest_with(&by_digest);
+                    let telling = self.tell(&checks, &mut epoch, instead, &by_digest, replication);
+                    told = Box::pin(telling).await?;
+                }
             }
             match told {
                 Ok(told) if checks.stands(epoch) => Ok(told),
@@ -100,6 +101,25 @@ impl Connection {
             Ok(Err(failed)) => Exchanged::failed(failed),
             Err(_) => Exchanged::failed(Failed::Other(failure::LATE)),
         }
+    }
+
+    /// Runs a script by its digest, or from its source if the server does not know it.
+    async fn tell(
+        &mut self,
+        checks: &Checks,
+        epoch: &mut u64,
+        script: &Script,
+        by_digest: &Cmd,
+        replication: Option<Replication>,
+    ) -> Result<Result<(Value, bool), RedisError>, Failed> {
+        let told = self.send(by_digest, replication).await;
+        if !told.as_ref().is_err_and(failure::is_unknown_script) {
+            return Ok(told);
+        }
+        // The script did not run, so it is safe to send it again. The server was restarted, or is another one.
+        checks.expire(*epoch);
+        *epoch = self.check(checks).await?;
+        Ok(Box::pin(self.send(&script.by_source(by_digest), replication)).await)
     }
 
     /// Boxed, because an operation seldom checks, and otherwise every operation's future would be larger.

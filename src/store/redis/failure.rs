@@ -177,6 +177,12 @@ pub(super) fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
+/// Whether the server takes no writes for now: it has no memory left (OOM), cannot save its data (MISCONF), or has too few
+/// replicas (NOREPLICAS). It refuses a script with flags before the script runs.
+pub(super) fn is_of_refused_writes(error: &RedisError) -> bool {
+    matches!(error.code(), Some("OOM" | "MISCONF" | "NOREPLICAS"))
+}
+
 /// A setting of the server with which it would lose records.
 #[derive(Debug)]
 pub(super) struct WrongSetting {

@@ -69,7 +69,7 @@ use crate::protocol::{
 /// `replica-read-only` is `yes`, which is Redis's default. With `no`, the check finds the demotion after 10 s at most.
 ///
 /// A server that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull). Replays still work, and
-/// owners can still end their attempts.
+/// owners can still end their attempts. While a server refuses writes, a claim takes one more round trip.
 ///
 /// # Rights
 ///

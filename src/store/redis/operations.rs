@@ -79,7 +79,12 @@ impl Server {
             max_attempts.as_bytes(),
             self.is_to_replicate(),
         ];
-        self.run(&scripts::CLAIM, &claim.key, &arguments, true)
+        // Each script that is sent waits for the replicas again, so only one is sent.
+        let script = match self.replication {
+            Some(_) => &scripts::CLAIM_WITHOUT_FLAGS,
+            None => &scripts::CLAIM,
+        };
+        self.run(script, &claim.key, &arguments, true)
     }
 
     pub(super) async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {

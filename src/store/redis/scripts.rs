@@ -12,37 +12,63 @@ use crate::error::{Error, ErrorKind};
 pub(super) struct Script {
     source: &'static str,
     digest: OnceLock<String>,
+    /// The script to run if the server refuses this one because it takes no writes.
+    instead: Option<&'static Script>,
 }
 
-/// A script with the flags it is run with. Without flags, a server that is full or cannot save its data refuses the script's
-/// writes, but not its reads: a claim that replays needs none. With `allow-oom`, an owner can renew and end what it was granted.
+/// A script that may change the record, with its flags.
+///
+/// A server that is full or cannot save its data refuses the writes of a script without flags, but not its reads. With
+/// `allow-oom`, an owner can renew and end what it was granted. A replica refuses all scripts with flags, at no cost.
 ///
 /// Every reply begins with the key that was asked for: should a connection ever fall out of step with its questions, nobody is
 /// given what belongs to another key.
 macro_rules! changing {
-    ($flags:literal, $file:literal) => {
-        Script::new(concat!(
+    ($flags:literal, $role:literal, $file:literal) => {
+        concat!(
             $flags,
             include_str!("prelude.lua"),
+            include_str!($role),
             include_str!($file),
             include_str!("finale.lua")
-        ))
+        )
     };
 }
 
-pub(super) static CLAIM: Script = changing!("", "claim.lua");
-pub(super) static COMPLETE: Script = changing!("#!lua flags=allow-oom\n", "complete.lua");
-pub(super) static PEEK: Script = Script::new(concat!(include_str!("prelude.lua"), include_str!("peek.lua")));
-pub(super) static RELEASE: Script = changing!("#!lua flags=allow-oom\n", "release.lua");
-pub(super) static RENEW: Script = changing!("#!lua flags=allow-oom\n", "renew.lua");
-pub(super) static RESOLVE: Script = changing!("#!lua flags=allow-oom\n", "resolve.lua");
+pub(super) static CLAIM: Script = Script {
+    source: changing!("#!lua\n", "primary.lua", "claim.lua"),
+    digest: OnceLock::new(),
+    instead: Some(&CLAIM_WITHOUT_FLAGS),
+};
+/// The same for a server that refuses writes. A claim that changes nothing, such as one that replays, needs none.
+pub(super) static CLAIM_WITHOUT_FLAGS: Script = Script::new(changing!("", "replica.lua", "claim.lua"));
+pub(super) static COMPLETE: Script = Script::new(changing!("#!lua flags=allow-oom\n", "primary.lua", "complete.lua"));
+pub(super) static PEEK: Script = Script::new(concat!(
+    include_str!("prelude.lua"),
+    include_str!("replica.lua"),
+    include_str!("peek.lua")
+));
+pub(super) static RELEASE: Script = Script::new(changing!("#!lua flags=allow-oom\n", "primary.lua", "release.lua"));
+pub(super) static RENEW: Script = Script::new(changing!("#!lua flags=allow-oom\n", "primary.lua", "renew.lua"));
+pub(super) static RESOLVE: Script = Script::new(changing!("#!lua flags=allow-oom\n", "primary.lua", "resolve.lua"));
 
 impl Script {
     const fn new(source: &'static str) -> Self {
         Self {
             source,
             digest: OnceLock::new(),
+            instead: None,
         }
+    }
+
+    /// Returns the script to run if the server refuses this one because it takes no writes.
+    pub(super) const fn instead(&self) -> Option<&'static Self> {
+        self.instead
+    }
+
+    fn digest(&self) -> &str {
+        let digest = || redis::Script::new(self.source).get_hash().to_owned();
+        self.digest.get_or_init(digest)
     }
 
     /// Runs the script by its digest; the server answers NOSCRIPT when it does not know it (any more).
@@ -50,31 +76,37 @@ impl Script {
         // Names, lengths and ends of lines included.
         const BESIDE: usize = 128;
         const EACH: usize = 12;
-        let digest = self
-            .digest
-            .get_or_init(|| redis::Script::new(self.source).get_hash().to_owned());
         let bytes = arguments
             .iter()
             .fold(key.len(), |sum, argument| sum + argument.len() + EACH);
         let mut command = Cmd::with_capacity(4 + arguments.len(), BESIDE + bytes);
-        command.arg("EVALSHA").arg(digest.as_bytes()).arg(1).arg(key);
+        command.arg("EVALSHA").arg(self.digest().as_bytes()).arg(1).arg(key);
         for argument in arguments {
             command.arg(*argument);
         }
         command
     }
 
+    /// Runs the script with the key and the arguments of another one, by its digest.
+    pub(super) fn by_digest_with(&self, other: &Cmd) -> Cmd {
+        with_arguments_of(other, "EVALSHA", self.digest())
+    }
+
     /// Runs the same from the script's source, which teaches it to the server in the same step.
     pub(super) fn by_source(&self, by_digest: &Cmd) -> Cmd {
-        let mut command = cmd("EVAL");
-        command.arg(self.source);
-        for argument in by_digest.args_iter().skip(2) {
-            if let Arg::Simple(argument) = argument {
-                command.arg(argument);
-            }
-        }
-        command
+        with_arguments_of(by_digest, "EVAL", self.source)
     }
+}
+
+fn with_arguments_of(other: &Cmd, name: &str, script: &str) -> Cmd {
+    let mut command = cmd(name);
+    command.arg(script);
+    for argument in other.args_iter().skip(2) {
+        if let Arg::Simple(argument) = argument {
+            command.arg(argument);
+        }
+    }
+    command
 }
 
 /// What a script returned: a word, and what belongs to it.
