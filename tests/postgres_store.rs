@@ -16,6 +16,8 @@ mod proxy;
 mod rights;
 #[path = "postgres/sessions.rs"]
 mod sessions;
+#[path = "postgres/spare.rs"]
+mod spare;
 #[path = "postgres/waits.rs"]
 mod waits;
 

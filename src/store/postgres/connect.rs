@@ -15,6 +15,7 @@ use super::lent::{attended, sound};
 use super::migration::make_table;
 use super::pooler::{refuse_pooler, Gate};
 use super::pursuit::Pursuits;
+use super::spare::{Spare, MAY_BE_DEAD};
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;
@@ -22,9 +23,6 @@ use super::{Inner, PostgresStore};
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::store::checked::Checked;
-
-/// The idle time after which the store tests a connection before it uses it.
-const MAY_BE_DEAD: Duration = Duration::from_secs(1);
 
 /// The time limit of this test, because the other end of a dead connection may never answer.
 const LONGEST_TEST: Duration = Duration::from_secs(1);
@@ -181,7 +179,12 @@ impl PostgresStoreBuilder {
 
     fn build(self, pool: PgPool, gate: Gate, is_private: bool) -> Result<PostgresStore, Error> {
         let table = TableName::parse(&self.table)?;
-        let polls = self.pooled || pool.options().get_max_connections() < 2;
+        let connections = pool.options().get_max_connections();
+        let polls = self.pooled || connections < 2;
+        let spare = match is_private {
+            true => Spare::of_own_pool(connections),
+            false => Arc::default(),
+        };
         Ok(PostgresStore(Arc::new(Inner {
             pool,
             sending: Sending::new(self.timeout, self.pooled, is_private),
@@ -193,6 +196,7 @@ impl PostgresStoreBuilder {
             is_checked_for_callers: AtomicBool::new(false),
             gate,
             pursuits: Pursuits::default(),
+            spare,
             table,
         })))
     }

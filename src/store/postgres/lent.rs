@@ -12,15 +12,14 @@ use std::time::Duration;
 
 use futures::future::{select, Either};
 use futures::FutureExt;
-use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnection, PgPool};
-use sqlx::{Connection, Postgres};
-use tokio::runtime::Handle;
+use sqlx::Connection;
 use tokio::sync::Notify;
 
 use super::ask::{Failed, Fate};
 use super::error::failed;
 use super::progress::Progress;
+use super::spare::{Spare, Turn, Used};
 use crate::clock::{sleep, within};
 use crate::error::{Error, ErrorKind};
 use crate::uncut::uncut;
@@ -34,40 +33,81 @@ pub(super) const NO_RUNTIME: Error = Error::new(
 
 /// A connection of the pool. If it is dropped before it is given back, the connection is closed, because its next reply
 /// would belong to this operation.
-pub(crate) struct Lent(Option<PoolConnection<Postgres>>);
+pub(crate) struct Lent {
+    used: Option<Used>,
+    /// The place for the connection between two operations, if it belongs to a store.
+    spare: Option<Arc<Spare>>,
+    /// Ends after the connection was given back.
+    _turn: Turn,
+}
+
+async fn acquire(pool: &PgPool) -> Result<Used, Error> {
+    // In a box: it has room for the making of a connection, with TLS, and every operation would carry that twice.
+    let acquired = sound(Box::pin(pool.acquire())).await?;
+    acquired.map(Used::new).map_err(failed)
+}
 
 impl Lent {
     pub(crate) async fn from(pool: &PgPool) -> Result<Self, Error> {
-        // In a box: it has room for the making of a connection, with TLS, and every operation would carry that twice.
-        let acquired = sound(Box::pin(pool.acquire())).await?;
-        acquired.map(|connection| Self(Some(connection))).map_err(failed)
+        Ok(Self {
+            used: Some(acquire(pool).await?),
+            spare: None,
+            _turn: None,
+        })
+    }
+
+    /// Lends a connection that the store has kept, if nobody waits for one.
+    pub(super) fn from_spare(spare: &Arc<Spare>) -> Option<Self> {
+        let turn = spare.turn_now()?;
+        let used = spare.take()?;
+        Some(Self::of(spare, used, turn))
+    }
+
+    /// Lends a connection of a store, which may keep it afterwards.
+    pub(super) async fn from_store(spare: &Arc<Spare>, pool: &PgPool) -> Result<Self, Error> {
+        let turn = spare.turn().await;
+        if let Some(used) = spare.take() {
+            return Ok(Self::of(spare, used, turn));
+        }
+        let waiting = spare.wait();
+        let acquired = acquire(pool).await;
+        drop(waiting);
+        Ok(Self::of(spare, acquired?, turn))
+    }
+
+    fn of(spare: &Arc<Spare>, used: Used, turn: Turn) -> Self {
+        Self {
+            used: Some(used),
+            spare: Some(Arc::clone(spare)),
+            _turn: turn,
+        }
     }
 
     pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, Failed> {
         const GONE: Error = Error::new(ErrorKind::StoreUnavailable, "the connection was given back already");
-        self.0.as_deref_mut().ok_or(Failed::refused(GONE))
+        let used = self.used.as_mut().ok_or(Failed::refused(GONE))?;
+        Ok(&mut used.connection)
     }
 
     /// Ends an operation, and gives the connection back. If the fate of the operation is unknown, closes the
     /// connection.
     pub(crate) fn give_back<T>(mut self, done: Result<T, Failed>) -> Result<T, Failed> {
-        // sqlx pings a connection that comes back to the pool, and would wait for a dead connection without a bound.
-        const LONGEST: Duration = Duration::from_secs(5);
         if matches!(&done, Err(failed) if failed.fate == Fate::Unknown) {
             return done;
         }
-        if let (Some(connection), Ok(runtime)) = (&mut self.0, Handle::try_current()) {
-            runtime.spawn(within(LONGEST, connection.return_to_pool()));
+        match (self.used.take(), &self.spare) {
+            (Some(used), Some(spare)) if done.is_ok() => spare.keep(used),
+            (Some(used), _) => used.put_back(),
+            (None, _) => {}
         }
-        drop(self.0.take());
         done
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            drop(connection.detach());
+        if let Some(used) = self.used.take() {
+            used.close();
         }
     }
 }

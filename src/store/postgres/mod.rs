@@ -11,6 +11,7 @@ mod progress;
 mod pursuit;
 mod row;
 mod session;
+mod spare;
 mod sweep;
 mod table;
 mod watch;
@@ -32,6 +33,7 @@ pub(crate) use self::migration::make_table;
 use self::operations::Connection;
 pub(crate) use self::pooler::Gate;
 use self::pursuit::Pursuits;
+use self::spare::Spare;
 use self::sweep::Sweeping;
 use self::table::Statements;
 pub(crate) use self::table::{Statement, TableName};
@@ -153,6 +155,7 @@ struct Inner {
     statements: Statements,
     gate: Gate,
     pursuits: Pursuits,
+    spare: Arc<Spare>,
     watchers: Arc<Watchers>,
     sweeping: Sweeping,
 }
@@ -178,10 +181,12 @@ impl PostgresStore {
 
     /// The pool of connections. The store's own pool has sessions that are [set for it](PostgresStoreBuilder::connect).
     /// Once you have called this, the store no longer relies on them, because you may change a session or leave a
-    /// transaction open. Each of its statements then takes some microseconds longer.
+    /// transaction open. Each of its statements then takes some microseconds longer, and the store no longer keeps
+    /// connections between its operations.
     #[must_use]
     pub fn pool(&self) -> &PgPool {
         self.0.sending.share();
+        self.0.spare.end();
         &self.0.pool
     }
 
@@ -252,8 +257,15 @@ impl PostgresStore {
     async fn lend_unchecked(&self) -> Result<Lent, Error> {
         const LONGEST: Duration = Duration::from_secs(5);
         self.0.gate.pass(&self.0.pool, &self.0.sending).await?;
+        if let Some(lent) = Lent::from_spare(&self.0.spare) {
+            return Ok(lent);
+        }
         // If all connections of the pool wait for the server, another operation must not wait as long as they do.
-        let lent = within(LONGEST.max(self.0.timeout), Lent::from(&self.0.pool)).await;
+        let lent = within(
+            LONGEST.max(self.0.timeout),
+            Lent::from_store(&self.0.spare, &self.0.pool),
+        )
+        .await;
         lent.unwrap_or(Err(BUSY))
     }
 
@@ -350,7 +362,7 @@ impl Store for PostgresStore {
     }
 
     async fn watch(&self, key: &StorageKey) -> Result<PostgresWatch, Error> {
-        let Some(watch) = self.0.watchers.register(&self.0.pool, key).await? else {
+        let Some(watch) = self.0.watchers.register(&self.0.pool, &self.0.spare, key).await? else {
             return Ok(PostgresWatch::pause());
         };
         let key = *key;

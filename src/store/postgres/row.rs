@@ -16,7 +16,7 @@ pub(super) struct Row {
     pub(super) changed: bool,
     /// The record, `None` where there is no row, and the server's time.
     pub(super) seen: Option<(Record, Timestamp)>,
-    /// The time since the lease of the record began.
+    /// The time since the lease of a changed record began.
     pub(super) leased_for: Duration,
 }
 
@@ -34,16 +34,19 @@ impl Row {
             return Err(NEWER);
         }
         let seen = Some(record(row).map_err(unreadable)?.ok_or(DAMAGED)?);
-        let leased_at = number(row, "lease_until").zip(number(row, "lease"));
-        let leased_at = leased_at.map(|(until, lease)| until.saturating_sub(lease));
-        let leased_for = number(row, "now").zip(leased_at);
-        let leased_for = leased_for.map_or(0, |(now, leased_at)| now.saturating_sub(leased_at));
+        let leased_for = changed.then(|| leased_for(row)).flatten();
         Ok(Self {
             changed,
             seen,
-            leased_for: Duration::from_micros(leased_for),
+            leased_for: leased_for.unwrap_or_default(),
         })
     }
+}
+
+fn leased_for(row: &PgRow) -> Option<Duration> {
+    let leased_at = number(row, "lease_until")?.saturating_sub(number(row, "lease")?);
+    let leased_for = number(row, "now")?.saturating_sub(leased_at);
+    Some(Duration::from_micros(leased_for))
 }
 
 /// The layout that this release writes.

@@ -16,6 +16,7 @@ use tokio::time::Sleep;
 
 use super::error::failed;
 use super::session::end_open_transaction;
+use super::spare::Spare;
 use crate::clock::within;
 use crate::error::Error;
 use crate::protocol::StorageKey;
@@ -56,13 +57,14 @@ impl Watchers {
     pub(super) async fn register(
         self: &Arc<Self>,
         pool: &PgPool,
+        spare: &Arc<Spare>,
         key: &StorageKey,
     ) -> Result<Option<PostgresWatch>, Error> {
         const LONGEST: Duration = Duration::from_secs(1);
         if self.polls {
             return Ok(None);
         }
-        let mut listening = self.listener(pool);
+        let mut listening = self.listener(pool, spare);
         let lost = || Error::unavailable("the connection that listens was lost");
         match within(LONGEST, listening.wait_for(|listening| *listening)).await {
             Ok(listens) => drop(listens.map_err(|_| lost())?),
@@ -94,7 +96,7 @@ impl Watchers {
     }
 
     /// Makes sure that somebody listens.
-    fn listener(self: &Arc<Self>, pool: &PgPool) -> watch::Receiver<bool> {
+    fn listener(self: &Arc<Self>, pool: &PgPool, spare: &Arc<Spare>) -> watch::Receiver<bool> {
         let mut state = lock(&self.state);
         if let Some(listening) = state
             .listening
@@ -106,7 +108,8 @@ impl Watchers {
         let (sender, receiver) = watch::channel(false);
         state.listening = Some(receiver.clone());
         drop(state);
-        tokio::spawn(listen(Arc::downgrade(self), pool.clone(), self.channel.clone(), sender));
+        let connecting = connected(pool.clone(), Arc::clone(spare), self.channel.clone());
+        tokio::spawn(listen(Arc::downgrade(self), connecting, sender));
         receiver
     }
 
@@ -130,9 +133,13 @@ impl Watchers {
 
 /// Listens while anybody waits, and a little longer. Ends when the connection is lost: who waits is woken, and whoever
 /// waits next starts another.
-async fn listen(watchers: Weak<Watchers>, pool: PgPool, channel: String, listening: watch::Sender<bool>) {
+async fn listen(
+    watchers: Weak<Watchers>,
+    connecting: impl Future<Output = Result<PgListener, Error>>,
+    listening: watch::Sender<bool>,
+) {
     const LINGER: Duration = Duration::from_secs(10);
-    if let Ok(mut listener) = connected(&pool, &channel).await {
+    if let Ok(mut listener) = connecting.await {
         listening.send_replace(true);
         loop {
             let received = tokio::time::timeout(LINGER, listener.try_recv()).await;
@@ -154,11 +161,14 @@ async fn listen(watchers: Weak<Watchers>, pool: PgPool, channel: String, listeni
     }
 }
 
-async fn connected(pool: &PgPool, channel: &str) -> Result<PgListener, Error> {
-    let mut listener = PgListener::connect_with(pool).await.map_err(failed)?;
+async fn connected(pool: PgPool, spare: Arc<Spare>, channel: String) -> Result<PgListener, Error> {
+    let waiting = spare.wait();
+    let listener = PgListener::connect_with(&pool).await;
+    drop(waiting);
+    let mut listener = listener.map_err(failed)?;
     // In a transaction, LISTEN takes effect at the commit.
     end_open_transaction(&mut listener).await.map_err(failed)?;
-    listener.listen(channel).await.map_err(failed)?;
+    listener.listen(&channel).await.map_err(failed)?;
     Ok(listener)
 }
 
