@@ -1,14 +1,15 @@
 //! What is left of a store's speed behind the layer.
 //!
 //! `cargo bench --features axum,redis,postgres --bench stores` prints the table of the README in about 5 minutes, with
-//! `-- --quick` a rough one in a minute; words such as `-- redis replay 64` choose lines. It starts a Redis (`appendfsync
-//! everysec`) and a PostgreSQL (its defaults) of its own, which share the machine with the callers.
+//! `-- --quick` a rough one in a minute; words such as `-- redis replay 64` choose lines. `-- --shared-pool` measures the
+//! PostgreSQL store on a pool of the application instead of its own. The benchmark starts a Redis (`appendfsync everysec`)
+//! and a PostgreSQL (its defaults), which share the machine with the callers.
 //!
 //! Three do the same round trips and take turns in short rounds, so that whatever slows the machine down slows all of them;
 //! figures are medians over the rounds:
 //!
-//! * *server*: one minimal script or statement per claim and per completion, on a connection like the store's. It judges
-//!   nothing: no time, no owner, no fingerprint, no damage.
+//! * *server*: one minimal script or statement per claim and per completion, in PostgreSQL on a pool of the application.
+//!   It judges nothing: no time, no owner, no fingerprint, no damage.
 //! * *store*: the store itself, with claims and answers that are made before the clock runs. No request, no HTTP, no layer.
 //! * *layer*: an HTTP request with a body through the layer over that store, and its answer read.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
@@ -158,7 +159,7 @@ fn over_postgres(runtime: &Runtime, effort: Duration, callers: &[usize]) {
         let exchanges = per_request(runtime, &counted_layer, kind, || {
             counts.exchanges.load(Ordering::SeqCst)
         });
-        eprintln!("    {exchanges:.2} exchanges a request, the pool's pings of connections that come back among them");
+        eprintln!("    {exchanges:.2} exchanges a request, with the tests of connections that come back to the pool");
         for &callers in callers {
             let truncate = format!("TRUNCATE idempotency_records, {}", RawPostgres::TABLE);
             let emptied = sqlx::raw_sql(sqlx::AssertSqlSafe(truncate));

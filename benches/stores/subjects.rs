@@ -248,22 +248,26 @@ impl Subject for RawRedis {
     }
 }
 
-/// A pool as `PostgresStore::connect` makes it.
+/// A pool as an application makes it. sqlx tests each connection that comes back to it.
 pub(crate) async fn pool(url: &str) -> sqlx::Result<PgPool> {
     let options = PgPoolOptions::new().max_connections(16).acquire_timeout(PATIENCE);
     options.test_before_acquire(false).connect(url).await
 }
 
-/// The store on such a pool, with its table.
+/// The store with its table, on a pool of its own, or with `--shared-pool` on one of the application.
 pub(crate) async fn postgres_store(url: &str) -> PostgresStore {
-    let pool = pool(url).await.expect("the server that was just started");
     let builder = PostgresStore::builder().with_timeout(PATIENCE);
-    let store = builder.with_pool(pool).expect("the name of the table is the default");
+    let store = if std::env::args().any(|argument| argument == "--shared-pool") {
+        let pool = pool(url).await.expect("the server that was just started");
+        builder.with_pool(pool).expect("the name of the table is the default")
+    } else {
+        builder.connect(url).await.expect("the server that was just started")
+    };
     store.migrate().await.expect("the role may make tables");
     store
 }
 
-/// One minimal statement per claim and one per completion, on a pool like the store's.
+/// One minimal statement per claim and one per completion, on a pool of as many connections as the store's.
 #[derive(Clone)]
 pub(crate) struct RawPostgres {
     pool: PgPool,
