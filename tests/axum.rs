@@ -617,7 +617,7 @@ async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
     assert_eq!(pay(&app, "/pay", &[KEY], "x").await.body, "/debit, Mismatch");
 }
 
-/// Within a nested router, the authority counted byte by byte, whatever was set.
+/// In a nested router, the layer hashed the raw authority despite its settings.
 #[tokio::test]
 async fn a_nested_router_compares_the_authority_as_any_other() {
     let nested = |layer: IdempotencyLayer<MemoryStore>| {

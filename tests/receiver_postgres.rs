@@ -371,8 +371,8 @@ async fn what_is_committed_is_not_rejected_because_its_record_is_over() {
     assert!(matches!(received, Ok(Receipt::First(()))), "{received:?}");
 }
 
-/// Delivers a message whose store is cut off when its handler has completed, until its caller has left. Then lets the
-/// store be reached again, and waits for what goes on.
+/// Delivers a message, and cuts its store off between `complete_in` and the end of the transaction. Then reconnects the
+/// store, and waits for the deferred work.
 async fn cut_off(bench: &Bench, id: &str, commits: bool, on_error: OnError, ending: Ending) -> Received {
     let proxy = Proxy::to(([127, 0, 0, 1], bench._server.port()).into()).await;
     let store = PostgresStore::connect(&bench._server.url_by(proxy.address.port())).await;

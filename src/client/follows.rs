@@ -8,16 +8,16 @@ pub(super) enum Follows {
     /// Every visible `FollowRedirect` has a `KeyAtHome`, but another policy may overrule it. The redirects are known only if
     /// that `KeyAtHome` can report them.
     Reporting,
-    /// A visible `FollowRedirect` follows redirects without a report.
+    /// A visible `FollowRedirect` might not report its redirects.
     Silent,
 }
 
 /// The name of `KeyAtHome`, which exists only with its feature.
 const KEY_AT_HOME: &str = "tower_idempotency::client::redirect::KeyAtHome";
 
-/// Judges each `FollowRedirect` in a service, of any version of `tower-http`, by its own policy. Their number does not count,
-/// because the name of one type can contain another one several times (`Either<Limit<S>, S>`), and one `FollowRedirect` can
-/// have several policies.
+/// Judges each `FollowRedirect` in a service, of any version of `tower-http`, by its own policy. Does not count them,
+/// because a type name can contain another one several times (`Either<Limit<S>, S>`), and one `FollowRedirect` can have
+/// several policies.
 ///
 /// A box around the service hides its type, so this function is a second line of defence; the first one is
 /// [`KeyAtHome`](super::KeyAtHome).

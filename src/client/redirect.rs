@@ -28,9 +28,8 @@ use super::report::{OnlyUnsent, Report};
 /// policy of its own, because a policy does not see the redirects that another `FollowRedirect` follows. If the layers
 /// further out recognise a `FollowRedirect` without this policy, they report "unknown" for every error, and for every
 /// response that is neither a success nor a redirect. They recognise it by its type, in every version of `tower-http`,
-/// and by the mark that version 0.7 puts into each response. They cannot recognise it inside a boxed service if a
-/// request fails with an error, or if a `FollowRedirect` further out replaces the mark, so always put this policy into
-/// it.
+/// and by the mark that version 0.7 puts into each response. They cannot recognise it in a boxed service after an
+/// error, or if an outer `FollowRedirect` replaces the mark. So give every `FollowRedirect` this policy.
 ///
 /// The type of the `FollowRedirect` must show this policy. Combine the policy with others by `and` or `or`; the layers do
 /// not see it in a field of a policy type of your own. If the service is an `Either` of a `FollowRedirect` with this

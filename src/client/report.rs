@@ -15,8 +15,8 @@ use super::keys::{Meaning, Profile};
 #[derive(Debug)]
 pub(super) struct Report {
     progress: Arc<Mutex<Progress>>,
-    /// The number of this copy. A layer that sends a request twice must clone the request, and the extensions with it,
-    /// so two layers see the same copy only if they see the same attempt.
+    /// The number of this copy. A retry clones the request and its extensions for each attempt, so two layers with the
+    /// same copy see the same attempt.
     #[cfg_attr(
         not(any(feature = "follow-redirect", feature = "retry")),
         expect(dead_code, reason = "a redirect policy passes it on and a retry reads it")
@@ -43,8 +43,8 @@ struct Progress {
     is_unkeyed: bool,
     /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
     is_redirected_around: bool,
-    /// The target of the last attempt, as each redirect policy of this crate has seen it, outermost first. The layers read
-    /// it after the attempt has ended.
+    /// The targets of the last attempt, one for each redirect policy of this crate, outermost first. The layers read
+    /// them after the attempt.
     targets: Vec<Uri>,
     /// Returns the redirects that the service may follow, as far as its type shows.
     follows: fn() -> Follows,
@@ -73,7 +73,7 @@ impl Progress {
         self.is_redirected_around |= self.is_judged();
     }
 
-    /// Sets the target behind a number of redirect policies.
+    /// Sets the target that the redirect policy at the depth `watches` sees.
     fn set_target(&mut self, watches: usize, target: Uri) {
         self.targets.truncate(watches);
         self.targets.push(target);

@@ -87,8 +87,8 @@ impl Fingerprinting {
         }
         // A router has stripped a prefix, or the application has forwarded the request to another target.
         if uri != &parts.uri {
-            // A router keeps the authority. If it is another one, the application has chosen it, so it counts even if it
-            // is an address, and with a scope.
+            // A router keeps the authority. The application chose any other one, so it counts, even if it is an IP
+            // address or a scope is set.
             if let Some(authority) = parts.uri.authority().filter(|chosen| uri.authority() != Some(chosen)) {
                 hasher.field(authority.as_str().as_bytes());
             }

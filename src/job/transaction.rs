@@ -76,8 +76,9 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// The caller leaves without knowing whether the transaction was committed. A task asks on, so that a transaction
-    /// that was rolled back frees its key. Otherwise the attempt would count as lost when its lease is over.
+    /// The caller leaves without knowing whether the transaction was committed. A task keeps asking the store, and
+    /// records the end of the attempt after a rollback. Otherwise the attempt would count as lost when its lease is
+    /// over.
     fn undecided<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
         telemetry::failure(Event::Unrecorded, &error);
         if let (Ok(runtime), true) = (Handle::try_current(), Patience::repeats(&error)) {

@@ -130,8 +130,8 @@ impl Outbox {
         self.shared.statements.schema.text().to_owned()
     }
 
-    /// Makes the table and its index if they are missing; fails after one minute. If both exist, the role needs no right
-    /// to make them. Many processes may call this at once.
+    /// Makes the table and its index if they are missing. Waits for them for at most 60 s. If both exist, the role
+    /// needs no right to make them. Many processes may call this at once.
     ///
     /// # Cancel safety
     ///

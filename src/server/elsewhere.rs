@@ -84,7 +84,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// A refusal that says nothing false about a request whose handler has run.
+    /// Returns a refusal that is still true after the handler has run.
     fn after_run(&self, refusal: Refusal) -> Refusal {
         match refusal.kind().after_run() {
             None => refusal,
@@ -144,7 +144,7 @@ impl<St: Store, S> Exchange<St, S> {
             Ok(snapshot) => {
                 let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
                 if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
-                    // The key is released behind the refusal.
+                    // A task releases the key after the refusal.
                     Seen::Free
                 } else {
                     self.settings.see(&flight.fingerprint, snapshot)

@@ -110,7 +110,7 @@ impl End {
     }
 }
 
-/// Tells how an attempt ended, which would else count as lost. Whoever took the key over since is not disturbed.
+/// Records the end of an attempt, which would count as lost otherwise. Changes nothing after a takeover.
 pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
     let told = patience.persist(|| end.record(store, key, owner));
     match told.await {
@@ -120,9 +120,9 @@ pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Own
     }
 }
 
-/// Ends an attempt after a transaction of unknown fate, as soon as the store can be asked. `end` is the end that follows
-/// from a rollback. It waits for the lock that an open transaction holds on the record, and changes nothing if the
-/// transaction was committed. If the store does not answer in time, the lease ends the attempt.
+/// Ends an attempt after a transaction of unknown fate, as soon as the store can be asked. `end` is the end after a
+/// rollback. The operation waits for the lock that an open transaction holds on the record, and changes nothing after a
+/// commit. If the store does not answer in time, the lease ends the attempt.
 #[cfg(feature = "postgres")]
 pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
     // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.

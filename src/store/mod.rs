@@ -70,8 +70,9 @@ use crate::protocol::{
 /// 15. **Bounded.** A store that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull) and evicts no record
 ///     before its expiry. It may turn the oldest kept answers into tombstones.
 /// 16. **Subscribe, then look.** When `watch` has returned, every later change that ends the attempt wakes its future: a completion, a
-///     release, a lease that is given up, a resolution. It may wake without cause, and the caller polls as well. A store may
-///     miss a change by a transaction that was open when `watch` returned, and must then say so.
+///     release, a lease that is given up, a resolution. The exception is a change by a transaction that was open when
+///     `watch` returned, if the documentation of the store says so. The future may wake without cause, and the caller
+///     polls as well.
 ///
 /// # Cancel safety
 ///

@@ -14,7 +14,8 @@ use tower_idempotency::{PostgresStore, Store};
 use super::postgres::PostgresServer;
 use super::{claim, granted, kept, Claim, HOUR};
 
-/// The ways in which an application may leave a transaction open. The last two make every statement of a store fail.
+/// The ways in which an application may leave a transaction open. In the second, fourth and fifth, every write of a
+/// store fails.
 const LEFT_OPEN: [&str; 5] = [
     "BEGIN",
     "BEGIN; SET LOCAL search_path = pg_catalog",

@@ -290,8 +290,8 @@ async fn a_view_in_place_of_the_table_is_refused() {
     assert_misconfigured("claim", store.claim(&claim(1)), "other columns").await;
 }
 
-/// A claim in a transaction of the application vouched for the whole pool, whose role may lack rights; and the pool
-/// vouched for the application, from whose role a policy may hide rows.
+/// The check of an application's transaction counted for the pool, whose role may lack rights. The check of the pool
+/// counted for the application, whose role might not see all rows.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_counts_only_where_it_ran() {
     let server = PostgresServer::start();

@@ -231,7 +231,7 @@ async fn backends_of_a_hidden_role_count_against_the_pool() {
     }
 }
 
-/// The commit was younger than half of the timeout when it was looked for, because the statement before it took long.
+/// The statement took so long that the commit was younger than half of the timeout when the store looked.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operation_of_several_statements_is_not_given_up_during_the_last_one() {
     let server = PostgresServer::start();

@@ -171,7 +171,7 @@ impl RetryPolicy {
         is_idempotent(request.method())
             || request.headers().contains_key(&self.settings.profile.header)
             || request.extensions().get::<IsKeyed>().is_some()
-            // Under a `OnceLayer` only a request is repeated that was provably not taken.
+            // Under a `OnceLayer`, the policy repeats only requests that the server did not take.
             || request.extensions().get::<OnlyUnsent>().is_some()
     }
 
@@ -225,7 +225,7 @@ where
         let has_lost_key = report.is_some_and(Report::has_lost_key);
         // If a layer further in has judged the attempt, its result counts, because only that layer has seen the hops.
         let known = report.map_or(meaning, |report| report.sum(meaning).1);
-        // A layer between the two may have replaced the response by that of another request.
+        // A layer between this retry and the inner layer may have replaced the response.
         let is_replaced = result.is_ok() && meaning != Meaning::NotTaken;
         // A key in a header field does not show that the server deduplicates by it (`OnceLayer::assume_keys_honoured`).
         let may_have_effect = known != Meaning::NotTaken || is_replaced;

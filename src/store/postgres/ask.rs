@@ -36,8 +36,7 @@ pub(crate) struct Sending {
     begin: Arc<str>,
     /// How long a statement waits for a lock.
     lock_timeout: Arc<str>,
-    /// Whether only the store has used the sessions, which it has set up. Then they have its timeouts, and none has an
-    /// open transaction.
+    /// Whether only the store uses the sessions. If so, each session has the store's timeouts and no open transaction.
     is_private: Arc<AtomicBool>,
 }
 
@@ -132,8 +131,8 @@ impl Sending {
     /// Sends a statement, checks that every row belongs to it, and returns the rows. `bind` binds all parameters but
     /// the last, which is the question.
     ///
-    /// If an earlier user of the session has left a transaction open, ends it and sends the statement again. This is
-    /// not found if the statement returns no row. So a statement whose rows decide something always returns one.
+    /// If an earlier user of the session has left a transaction open, ends it and sends the statement again. A reply
+    /// without rows cannot show such a transaction, so no caller decides anything by such a reply.
     pub(crate) async fn ask<'q>(
         &self,
         connection: &mut PgConnection,
@@ -164,7 +163,7 @@ impl Sending {
         }
     }
 
-    /// Sends a statement, and repeats it while it meets other transactions.
+    /// Sends a statement, and repeats it after a conflict or a deadlock.
     async fn reply<'q>(
         &self,
         connection: &mut PgConnection,
@@ -253,7 +252,7 @@ impl Sending {
             // Codes of a pooler that mixes statements up: duplicate prepared statement, undefined prepared statement.
             Some("42P05" | "26000") => Failed::unknown(POOLER.with_source(failed(error))),
             Some("08P01") if !self.pooled && is_mix_up(&error) => Failed::unknown(POOLER.with_source(failed(error))),
-            // In a failed transaction, which is not the statement's.
+            // A transaction of an earlier user has failed.
             Some("25P02") if within == Within::Own => Failed::unknown(failed(error)),
             // After a cancel the connection is fine. After a connection exception (08), any other operator intervention
             // (57), a system error (58) or an internal error (XX), it is not.
@@ -271,14 +270,14 @@ impl Sending {
     }
 }
 
-/// The classes of errors after which a connection is closed.
+/// The classes of errors that break a connection. The error 57014 does not, although it is of class 57.
 const BROKEN: &[&str] = &["08", "57", "58", "XX"];
 
 /// The reply to a statement.
 struct Reply {
     rows: Vec<PgRow>,
-    /// Whether the statement ran in no transaction of an earlier user. False may be wrong behind a pooler that adds
-    /// messages of its own.
+    /// Whether the statement ran outside of an earlier user's transaction. A pooler that adds messages can cause a
+    /// wrong `false`.
     is_alone: bool,
 }
 
@@ -298,8 +297,8 @@ impl From<Failed> for Fault {
     }
 }
 
-/// The error of BEGIN. Part of the message may have taken effect, and sqlx does not count the transaction, so it would
-/// stay open in the pool.
+/// Judges an error of BEGIN. The transaction may be open although sqlx does not count it, so the session must not go
+/// back to the pool with it.
 fn not_begun(error: sqlx::Error) -> Fault {
     let may_be_left_open = code(&error).is_some_and(|code| !BROKEN.iter().any(|class| code.starts_with(class)));
     Fault {
@@ -327,7 +326,7 @@ fn is_repeated(error: &sqlx::Error) -> bool {
 /// Whether the server reports a protocol violation (08P01) because it took the parameters of another statement.
 /// PgBouncer uses the same code for all of its own errors, most of which are those of an outage.
 fn is_mix_up(error: &sqlx::Error) -> bool {
-    // The server names the function that reports the error, in no language. PgBouncer names none.
+    // The server adds the name of its C function, which it never translates. PgBouncer adds none.
     let error = error.as_database_error();
     let error = error.and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
     error.is_some_and(|error| error.routine() == Some("exec_bind_message"))
@@ -335,7 +334,7 @@ fn is_mix_up(error: &sqlx::Error) -> bool {
 
 const LEFT_OPEN: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "a session of the pool had an open transaction of an earlier user, and could not be freed from it",
+    "a transaction that the application left open in a session of the pool could not be ended; try again",
 );
 
 pub(crate) const POOLER: Error = Error::new(

@@ -24,7 +24,7 @@ use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::store::checked::Checked;
 
-/// The time limit of this test, because the other end of a dead connection may never answer.
+/// Limits the test of an idle connection, because a dead peer may never answer.
 const LONGEST_TEST: Duration = Duration::from_secs(1);
 
 /// Sets up a [`PostgresStore`]; see there for the defaults.
@@ -166,9 +166,9 @@ impl PostgresStoreBuilder {
     /// takes a second round trip.
     ///
     /// The store does not change the sessions of your pool. Its statements work at every isolation level: if one fails
-    /// because of the level, the store repeats it in a READ COMMITTED transaction. A transaction that is open in a session
-    /// when the store gets it, for example because an `after_connect` hook began it, is rolled back. An acknowledged record survives a
-    /// crash of the server only if the sessions do not set `synchronous_commit = off`.
+    /// because of the level, the store repeats it in a READ COMMITTED transaction. If the store gets a session with an
+    /// open transaction, for example from an `after_connect` hook, it rolls the transaction back. An acknowledged
+    /// record survives a crash of the server only if the sessions do not set `synchronous_commit = off`.
     ///
     /// # Errors
     ///
@@ -241,8 +241,8 @@ impl PostgresStore {
         self.0.statements.schema.text().to_owned()
     }
 
-    /// Makes the table and its index if they are missing; fails after one minute. If both exist, the role needs no
-    /// right to make them. Many processes may call this at once.
+    /// Makes the table and its index if they are missing. Waits for them for at most 60 s. If both exist, the role
+    /// needs no right to make them. Many processes may call this at once.
     ///
     /// # Errors
     ///
@@ -292,7 +292,7 @@ impl PostgresStore {
 
     /// Runs the check in a transaction of the application before the first claim in such a transaction. The role and
     /// the `search_path` of the application may differ from those of the pool, and its transaction may see a table that
-    /// others do not. So this check says nothing about the pool, nor the check of the pool about this.
+    /// others do not. So this check and the check of the pool cannot replace each other.
     pub(super) async fn check_on(&self, connection: &mut PgConnection) -> Result<(), Failed> {
         if !self.0.is_checked_for_callers.load(Ordering::Acquire) {
             let table = self.inspect_on(connection, Within::Callers).await?;

@@ -132,7 +132,7 @@ pub(crate) async fn attended<T: Send + 'static>(
 
 /// Runs an operation until the server has answered, however long that takes. Fails only if the connection is dead
 /// without a notice: another connection can ask the server, and the server is working on nothing that could be this
-/// operation. Looks for this `limit` after the operation has sent its last statement, then at intervals, and when
+/// operation. Asks the server once `limit` has passed since the operation's last statement, then at intervals, and when
 /// `hurry` reports that a caller waits.
 pub(super) async fn patient<T>(
     limit: Duration,
@@ -182,11 +182,11 @@ pub(super) async fn patient<T>(
 }
 
 /// Asks whether a backend may be working on an operation on `{table}` that sent its last statement `{waited}` seconds
-/// ago. Without `SET LOCAL ROLE NONE`, a role that was set would hide the work of the role that has logged in. The server
-/// measures a statement from its last message on, and an earlier one may have waited for a lock, so half of the time is
-/// enough. A backend of another role may have a connection of the pool from before its options were changed. Its state
-/// and its type are hidden, but its locks are not, and it keeps them until its commit is over. A reader, such as a dump,
-/// does not count, and neither does a vacuum, which has no user.
+/// ago. Without `SET LOCAL ROLE NONE`, a role that was set would hide the work of the role that has logged in. The
+/// server counts from the statement's last message, and an earlier message may have waited for a lock, so half of
+/// `{waited}` is enough. A pool whose options were changed may have older backends of another role. PostgreSQL hides
+/// their state and type, but not their locks, which they keep until the commit has ended. A reader that has its lock,
+/// such as a dump, does not count, and neither does autovacuum, which has no user.
 const IS_AT_IT: &str = "BEGIN READ ONLY; SET LOCAL ROLE NONE; \
     SELECT EXISTS (SELECT FROM pg_stat_activity a \
         WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.usesysid IS NOT NULL \

@@ -25,8 +25,8 @@ pub(super) struct Connection<'c> {
 }
 
 impl<'q> Connection<'q> {
-    /// Claims a key. If a claim fails after an earlier statement of it was granted, its fate is unknown: the key is held,
-    /// and the store must pursue it.
+    /// Claims a key. If the claim fails after an earlier try got the key, reports an unknown fate, so that the store
+    /// releases the key later.
     pub(super) async fn claim(&mut self, claim: &'q Claim) -> Result<Decision, Failed> {
         let mut was_granted = false;
         let claimed = self.claim_repeatedly(claim, &mut was_granted).await;

@@ -167,8 +167,8 @@ impl Pursuits {
         })
     }
 
-    /// Ends the pursuit of a claim by a task that has ended, or was dropped with its runtime. `rest` is the number of the
-    /// task; `None` if a statement of the claim was running.
+    /// Ends the pursuit of a claim when its task ends or is dropped. `rest` is the number of a waiting task; `None` if
+    /// a statement of the claim was running.
     fn end(&self, nonce: Nonce, rest: Option<u64>) {
         if self.is_empty() {
             return;
@@ -212,8 +212,7 @@ impl Pursuits {
     }
 }
 
-/// A pursuing task. When it is dropped, its pursuit ends. A runtime that ends drops its tasks early; the lease then ends
-/// a grant.
+/// A pursuing task. Dropping it ends its pursuit. If the runtime ends early, a grant stays until its lease ends.
 struct Pursuer {
     inner: Weak<Inner>,
     nonce: Nonce,

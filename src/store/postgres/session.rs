@@ -4,10 +4,11 @@
 //! dropped before, for example by a time limit, leaves the transaction open in a session that goes back to its pool. A
 //! statement in such a session succeeds, and is rolled back later.
 //!
-//! The store finds such sessions at no further round trip. The marker [`IS_ALONE`] in each row shows whether the
-//! statement began its transaction by itself. After an error, a probe shows whether the session is in a failed
-//! transaction. No other user has the session meanwhile, so the store ends the transaction, and repeats its statement.
-//! The rows of the store's own pool have no marker until the application asks for that pool.
+//! The store checks for such sessions. After a success, the check needs no further round trip, because the marker
+//! [`IS_ALONE`] in each row shows whether the statement began its transaction by itself. After an error, a probe shows
+//! whether the session is in a failed transaction. No other user has the session meanwhile, so the store ends the
+//! transaction, and repeats its statement. The rows of the store's own pool have no marker until the application asks
+//! for that pool.
 
 use sqlx::{Executor, Postgres, Row};
 
@@ -16,20 +17,20 @@ use super::progress::note_statement;
 
 /// The SQL for whether a statement of the extended protocol began its transaction by itself.
 ///
-/// PostgreSQL takes the time of the Bind message for the start of a transaction that this message begins. It takes the
-/// same time for the portal, which has no name, and which the function behind the view `pg_cursors` shows. So the two
-/// times are equal, and a transaction that was open before began earlier. `statement_timestamp()` does not serve,
-/// because it is the time of the Execute message.
+/// If a Bind message begins a transaction, PostgreSQL gives the transaction and the unnamed portal the time of that
+/// message. `pg_cursor()` shows the time of the portal. If the two times differ, the transaction was open before the
+/// message. `statement_timestamp()` does not serve, because it is the time of the Execute message.
 ///
-/// The function takes about 15 µs, so it is called only if the two messages are not less than 10 µs apart. The client
-/// sends them together, while an earlier transaction began at least two messages and a reply before.
+/// The function takes about 15 µs, so the SQL calls it only if the transaction began more than 10 µs before the Execute
+/// message. The client sends Bind and Execute together, while an earlier transaction began at least two messages and a
+/// reply before.
 pub(super) const IS_ALONE: &str = "pg_catalog.statement_timestamp() - pg_catalog.transaction_timestamp() \
      BETWEEN interval '0' AND interval '10 microseconds' \
      OR EXISTS (SELECT FROM pg_catalog.pg_cursor() WHERE name = '' \
      AND creation_time = pg_catalog.transaction_timestamp())";
 
-/// The SQL that fails in a transaction which began with an earlier message. It must be a part of the message that begins
-/// the transaction, so that the two times are equal.
+/// The SQL that fails in a transaction which began with an earlier message. Send it in one message with BEGIN, because
+/// the two times differ otherwise.
 pub(super) const IS_BEGUN: &str = "SELECT set_config('transaction_isolation', 'an earlier transaction is open', true) \
      WHERE transaction_timestamp() <> statement_timestamp()";
 

@@ -4,8 +4,8 @@
 //! connections of its own pool, and the next operation takes the one that was used last. A connection goes back to the
 //! pool after [some operations](MOST_USES), so that the pool can test it and end it after its lifetime.
 //!
-//! The pool does not know that a kept connection is free. So nothing is kept while somebody waits for the pool. An
-//! operation that would have to wait for a connection waits for a [`Turn`] instead.
+//! The pool does not know that a kept connection is free. So nothing is kept while somebody waits for the pool. Each
+//! operation first takes a [`Turn`], and the store has as many turns as its pool has connections.
 
 use std::mem::take;
 use std::sync::{Arc, Mutex};

@@ -73,7 +73,7 @@ impl PostgresStore {
         }
     }
 
-    /// Deletes at most `batch` expired rows. The inner error is that of a statement which took too long.
+    /// Deletes at most `batch` expired rows. The inner error is that of a statement that was cancelled.
     async fn sweep_batch(&self, batch: u32) -> Result<Result<u64, Error>, Error> {
         let deleting = move |store: Self, mut lent: Lent| async move {
             let done = store.on(lent.connection()?).sweep(i64::from(batch)).await;

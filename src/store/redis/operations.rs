@@ -39,8 +39,8 @@ impl Server {
         let (decision, is_replicated) = self.ask(claim).await?;
         match decision {
             Decision::Execute(grant) | Decision::Recover(grant) if !is_replicated => {
-                // Nothing ran. A caller that gives the claim up cuts this off, too: then a claim with the same nonce may
-                // have the grant already. Of a caller that waits here, a later claim comes behind the release.
+                // Nothing ran. A caller that drops this future also stops the release. That is intended, because its
+                // retry may own the grant by then. If the caller waits here, its next claim follows the release.
                 drop(self.release(&claim.key, grant.owner).await);
                 Err(failure::NOT_REPLICATED)
             }

@@ -40,7 +40,8 @@ pub(super) static CLAIM: Script = Script {
     digest: OnceLock::new(),
     instead: Some(&CLAIM_WITHOUT_FLAGS),
 };
-/// The same for a server that refuses writes. A claim that changes nothing, such as one that replays, needs none.
+/// The same without flags, for replication and for a server that refuses writes. Without replication, a claim that
+/// replays needs no write.
 pub(super) static CLAIM_WITHOUT_FLAGS: Script = Script::new(changing!("", "replica.lua", "claim.lua"));
 pub(super) static COMPLETE: Script = Script::new(changing!("#!lua flags=allow-oom\n", "primary.lua", "complete.lua"));
 pub(super) static PEEK: Script = Script::new(concat!(

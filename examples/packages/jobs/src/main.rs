@@ -65,8 +65,8 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     paused.signal("-CONT");
     queue.until_ended().await?;
     println!(
-        "a worker paused in the midst of a job, another was given it, and the first went on: it was delivered {} times, {} of them told \
-         that it is in flight, {} that it is done",
+        "a worker paused in the midst of a job, another was given it, and the first went on: {} deliveries of the job, {} refused \
+         as in flight, {} reported as done",
         count(&runs.lines(), "came slow-1"),
         count(&runs.lines(), "in-flight slow-1"),
         count(&runs.lines(), "duplicate slow-1")
