@@ -29,7 +29,8 @@ use super::report::{OnlyUnsent, Report};
 /// further out recognise a `FollowRedirect` without this policy, they report "unknown" for every error, and for every
 /// response that is neither a success nor a redirect. They recognise it by its type, in every version of `tower-http`,
 /// and by the mark that version 0.7 puts into each response. They cannot recognise it in a boxed service after an
-/// error, or if an outer `FollowRedirect` replaces the mark. So give every `FollowRedirect` this policy.
+/// error, if it is of another version, if it redirects to the same URI, or if an outer `FollowRedirect` replaces the mark.
+/// So give every `FollowRedirect` this policy.
 ///
 /// The type of the `FollowRedirect` must show this policy. Combine the policy with others by `and` or `or`; the layers do
 /// not see it in a field of a policy type of your own. If the service is an `Either` of a `FollowRedirect` with this
@@ -159,7 +160,7 @@ mod tests {
         let mut policy = KeyAtHome::new(&Profile::stripe());
         let mut on_request = |request: &mut Request<()>| Policy::<(), ()>::on_request(&mut policy, request);
         let mut first = Request::post("http://a.example/").body(()).unwrap();
-        first.extensions_mut().insert(Report::of::<()>());
+        first.extensions_mut().insert(Report::of::<()>(None));
         first.extensions_mut().insert(OnlyUnsent);
         on_request(&mut first);
         let mut later = Request::post("http://a.example/v2").body(()).unwrap();

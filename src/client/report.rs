@@ -1,5 +1,6 @@
 //! The evidence about one call: its attempts, the redirects that they followed, and the result of each attempt.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::{Response, StatusCode, Uri};
@@ -24,6 +25,9 @@ pub(super) struct Report {
     copy: u64,
     /// The number of redirect policies of this crate that the request has passed.
     watches: usize,
+    /// In some attempt, a request that is not safe was sent on without its key. The layers around this one share it,
+    /// because they may see the end of the attempt before this layer does, for example after a time limit.
+    is_unkeyed: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -39,8 +43,6 @@ struct Progress {
     /// The number of copies of the report.
     copies: u64,
     hops: Hops,
-    /// In some attempt, a request that is not safe was sent on without its key.
-    is_unkeyed: bool,
     /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
     is_redirected_around: bool,
     /// The targets of the last attempt, one for each redirect policy of this crate, outermost first. The layers read
@@ -49,6 +51,8 @@ struct Progress {
     /// Returns the redirects that the service may follow, as far as its type shows.
     follows: fn() -> Follows,
 }
+
+const SETTLED: Meaning = Meaning::Answered { settles: true };
 
 /// The hops of the current attempt.
 #[derive(Debug, Default)]
@@ -93,13 +97,14 @@ impl Clone for Report {
             progress: Arc::clone(&self.progress),
             copy: progress.copies,
             watches: self.watches,
+            is_unkeyed: Arc::clone(&self.is_unkeyed),
         }
     }
 }
 
 impl Report {
-    /// A report for a request that `S` is going to send.
-    pub(super) fn of<S>() -> Self {
+    /// A report for a request that `S` is going to send. `outer` is the report of the layer around this one.
+    pub(super) fn of<S>(outer: Option<&Self>) -> Self {
         let progress = Progress {
             attempts: 0,
             last: None,
@@ -108,7 +113,6 @@ impl Report {
             open: None,
             copies: 0,
             hops: Hops::default(),
-            is_unkeyed: false,
             is_redirected_around: false,
             targets: Vec::new(),
             follows: follows_of::<S>,
@@ -117,6 +121,7 @@ impl Report {
             progress: Arc::new(Mutex::new(progress)),
             copy: 0,
             watches: 0,
+            is_unkeyed: outer.map(|outer| Arc::clone(&outer.is_unkeyed)).unwrap_or_default(),
         }
     }
 
@@ -167,19 +172,15 @@ impl Report {
             progress: Arc::clone(&self.progress),
             copy: self.copy,
             watches,
+            is_unkeyed: Arc::clone(&self.is_unkeyed),
         }
     }
 
-    /// Takes over the target and the loss of the key from the report of a layer further in, whose call has ended.
+    /// Takes over the target from the report of a layer further in, whose call has ended.
     pub(super) fn adopt(&self, inner: &Self) {
-        let (target, is_unkeyed) = {
-            let inner = inner.progress();
-            (inner.targets.first().cloned(), inner.is_unkeyed)
-        };
-        let mut progress = self.progress();
-        progress.is_unkeyed |= is_unkeyed;
+        let target = inner.progress().targets.first().cloned();
         if let Some(target) = target {
-            progress.set_target(self.watches, target);
+            self.progress().set_target(self.watches, target);
         }
     }
 
@@ -197,14 +198,14 @@ impl Report {
     /// Records that an unsafe request goes to another origin without its key.
     #[cfg(feature = "follow-redirect")]
     pub(super) fn lose_key(&self) {
-        self.progress().is_unkeyed = true;
+        self.is_unkeyed.store(true, Ordering::Release);
     }
 
     /// Whether an attempt went to another origin without its key, so that the server there cannot recognise a
     /// repetition.
     #[cfg(feature = "retry")]
     pub(super) fn has_lost_key(&self) -> bool {
-        self.progress().is_unkeyed
+        self.is_unkeyed.load(Ordering::Acquire)
     }
 
     /// Records the end of an attempt.
@@ -212,7 +213,7 @@ impl Report {
         let mut progress = self.progress();
         // A retry within the redirects cannot know that it judges another request.
         let meaning = match meaning {
-            Meaning::Answered { settles: true } => meaning,
+            SETTLED => meaning,
             _ if progress.is_redirected_around || progress.is_settled => Meaning::Unknown,
             _ => meaning,
         };
@@ -222,21 +223,24 @@ impl Report {
         progress.hops = Hops::default();
         match meaning {
             Meaning::Unknown => progress.is_lost = true,
-            Meaning::Answered { settles: true } => (progress.is_lost, progress.is_settled) = (false, true),
+            SETTLED => (progress.is_lost, progress.is_settled) = (false, true),
             Meaning::Answered { settles: false } | Meaning::NotTaken => {}
         }
     }
 
     /// Returns the number of attempts, and what is known about their effect. `last` is the result of the last attempt,
-    /// and counts only if no layer has judged that attempt.
+    /// as the caller of this function reads it. If a layer further in has judged that attempt, its judgement counts. But
+    /// if it has seen that the server processed the request, and the caller sees a refusal, then the refusal is the
+    /// response to another request.
     pub(super) fn sum(&self, last: Meaning) -> (u32, Meaning) {
         let is_judged = self.progress().is_judged();
         if !is_judged {
             self.enter(last);
         }
         let progress = self.progress();
-        let meaning = match progress.last {
-            Some(meaning) if !progress.is_lost => meaning,
+        let meaning = match (progress.last, last) {
+            (Some(SETTLED), Meaning::NotTaken | Meaning::Answered { settles: false }) => Meaning::Unknown,
+            (Some(meaning), _) if !progress.is_lost => meaning,
             _ => Meaning::Unknown,
         };
         (progress.attempts, meaning)
@@ -256,7 +260,8 @@ impl Report {
                 .is_some_and(|marked| target != Some(marked))
             || match (progress.follows)() {
                 Follows::Obedient => false,
-                Follows::Reporting => target.is_none(),
+                // A report that has passed a policy shows that the policies report.
+                Follows::Reporting => self.watches == 0 && target.is_none(),
                 Follows::Silent => true,
             }
     }
@@ -321,11 +326,10 @@ fn after_redirect(status: StatusCode) -> Meaning {
 mod tests {
     use super::*;
 
-    const SETTLED: Meaning = Meaning::Answered { settles: true };
     const REFUSED: Meaning = Meaning::Answered { settles: false };
 
     fn outcome(meanings: &[Meaning]) -> Meaning {
-        let report = Report::of::<()>();
+        let report = Report::of::<()>(None);
         for meaning in meanings {
             report.enter(*meaning);
         }
@@ -361,12 +365,12 @@ mod tests {
     #[cfg(feature = "retry")]
     #[test]
     fn an_attempt_that_no_layer_judged_is_lost() {
-        let report = Report::of::<()>();
+        let report = Report::of::<()>(None);
         let repeated = report.clone();
         report.begin();
         repeated.begin();
         assert_eq!(report.sum(Meaning::NotTaken).1, Meaning::Unknown);
-        let report = Report::of::<()>();
+        let report = Report::of::<()>(None);
         report.begin();
         report.begin();
         assert_eq!(
@@ -374,7 +378,7 @@ mod tests {
             (1, Meaning::NotTaken),
             "two layers begin one attempt"
         );
-        let report = Report::of::<()>();
+        let report = Report::of::<()>(None);
         report.begin();
         report.enter(Meaning::NotTaken);
         report.begin();

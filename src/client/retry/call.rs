@@ -95,9 +95,10 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let report = Report::of::<S>();
         // Inner layers report to this layer, and this layer reports to the layer around it.
-        let outer = request.extensions_mut().insert(report.clone());
+        let outer = request.extensions_mut().remove::<Report>();
+        let report = Report::of::<S>(outer.as_ref());
+        request.extensions_mut().insert(report.clone());
         if let Some(outer) = &outer {
             outer.begin();
         }

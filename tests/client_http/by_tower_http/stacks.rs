@@ -146,6 +146,53 @@ async fn an_overruled_policy_without_the_extensions_does_not_free_the_key() {
     }
 }
 
+/// The retry stops at the redirect and sees the charge settled. The `FollowRedirect` in the box then follows the redirect,
+/// drops the extensions, and ends at the same URI, so nothing but the judgement of the retry shows the redirect.
+#[tokio::test]
+async fn a_refusal_after_a_retry_has_seen_the_charge_settled_does_not_free_the_key() {
+    for refusal in [None, Some(404), Some(429)] {
+        let charges = Arc::default();
+        let redirects = FollowRedirectLayer::with_policy(home());
+        let http = || charging("/charges", refusal, &charges);
+        let retried = ServiceBuilder::new()
+            .layer(FollowRedirectLayer::new().preserve_extensions(false))
+            .layer(RetryLayer::new(once_sent()))
+            .layer(redirects.clone());
+        let around = ServiceBuilder::new().layer(once().with_errors(class));
+        is_charged_once(around.service(BoxCloneService::new(retried.service(http()))), &charges).await;
+        charges.store(0, Ordering::SeqCst);
+        let called = ServiceBuilder::new()
+            .layer(FollowRedirectLayer::new().preserve_extensions(false))
+            .map_err(CallError::into_source)
+            .layer(CallLayer::new(once_sent()))
+            .layer(redirects);
+        let around = ServiceBuilder::new().layer(once().with_errors(class));
+        is_charged_once(around.service(BoxCloneService::new(called.service(http()))), &charges).await;
+    }
+}
+
+/// A retry shares the report of the layer around the redirects, and looked for the target of a policy further in.
+#[tokio::test]
+async fn a_policy_combined_by_or_does_not_hide_the_statuses_from_a_retry_behind_it() {
+    statuses_count(|once, http| {
+        let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Stop);
+        ServiceBuilder::new()
+            .layer(once)
+            .layer(FollowRedirectLayer::with_policy(policy))
+            .layer(RetryLayer::new(once_sent()))
+            .service(http)
+    })
+    .await;
+    statuses_count(|once, http| {
+        ServiceBuilder::new()
+            .layer(once)
+            .layer(FollowRedirectLayer::with_policy(Box::new(home())))
+            .layer(RetryLayer::new(once_sent()))
+            .service(http)
+    })
+    .await;
+}
+
 /// The type of an optional layer contains the type of the service twice.
 #[tokio::test]
 async fn an_optional_layer_does_not_count_a_follow_redirect_twice() {
@@ -471,6 +518,34 @@ async fn a_call_around_another_one_knows_that_the_charge_has_lost_its_key() {
         every_error(),
         redirects()
     );
+}
+
+/// A time limit between the two layers drops the inner one, which reported the loss only at its end.
+#[tokio::test(start_paused = true)]
+async fn a_loss_of_the_key_is_known_further_out_before_the_call_has_ended() {
+    let charges = Arc::new(AtomicUsize::new(0));
+    let http = redirecting_to_another_origin(&charges);
+    let hanging = tower::service_fn(move |request: Request<Full<Bytes>>| {
+        let http = http.clone();
+        async move {
+            match http.oneshot(request).await {
+                Ok(response) => Ok(response),
+                Err(_) => std::future::pending::<Result<_, io::Error>>().await,
+            }
+        }
+    });
+    let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow)
+        .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
+    let lost = |_: &tower::BoxError| ErrorClass::Lost;
+    let client = ServiceBuilder::new()
+        .layer(CallLayer::new(twice().with_errors(lost)))
+        .timeout(Duration::from_secs(1))
+        .layer(CallLayer::new(once_sent()))
+        .layer(FollowRedirectLayer::with_policy(overruled))
+        .service(hanging);
+    let error = client.oneshot(keyed("http://bank.example/charges")).await.unwrap_err();
+    assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Unknown));
+    assert_eq!(charges.load(Ordering::SeqCst), 1);
 }
 
 /// Each attempt ended at both layers, and the outer one counted both ends.

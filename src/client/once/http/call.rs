@@ -86,8 +86,9 @@ where
             change(&mut head, &attempt);
         }
         head.extensions.insert(attempt.clone());
-        let report = Report::of::<S>();
-        let outer = head.extensions.insert(report.clone());
+        let outer = head.extensions.remove::<Report>();
+        let report = Report::of::<S>(outer.as_ref());
+        head.extensions.insert(report.clone());
         if !settings.keys_are_honoured {
             head.extensions.insert(OnlyUnsent);
         }
