@@ -277,7 +277,7 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends the attempt without an outcome.
     async fn release(&mut self) -> Release {
-        self.hold.flight.set_given_up();
+        self.hold.flight.set_released();
         let released = match self.owned() {
             Some((store, key, owner)) => persist(&self.settings, || store.release(key, owner)).await,
             None => Ok(Release::Superseded),

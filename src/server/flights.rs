@@ -51,6 +51,8 @@ pub(super) struct Flight {
     recorded_status: AtomicU16,
     /// Whether its lease is being given up, and must not be renewed again.
     given_up: AtomicBool,
+    /// Whether its key is being released.
+    released: AtomicBool,
     landing: OnceLock<Landing>,
     changed: Notify,
     waiters: AtomicUsize,
@@ -115,6 +117,7 @@ impl Flight {
             #[cfg(feature = "postgres")]
             recorded_status: AtomicU16::new(0),
             given_up: AtomicBool::new(false),
+            released: AtomicBool::new(false),
             landing: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -222,6 +225,16 @@ impl Flight {
 
     pub(super) fn is_given_up(&self) -> bool {
         self.given_up.load(Ordering::Relaxed)
+    }
+
+    /// From here on the key is released, so a renewal that is under way must not prolong the lease.
+    pub(super) fn set_released(&self) {
+        self.released.store(true, Ordering::Relaxed);
+        self.set_given_up();
+    }
+
+    pub(super) fn is_released(&self) -> bool {
+        self.released.load(Ordering::Relaxed)
     }
 
     /// The schedule of its lease, as long as the flight holds a lease.

@@ -255,21 +255,30 @@ impl<St: Store> Shared<St> {
         let timeout = flight.store_timeout.min(lease / 6);
         match in_time(timeout, self.store.renew(&flight.storage_key, owner, lease)).await {
             // The renewal may have reached the store after the end of the lease.
-            Ok(Renewal::Renewed) if flight.is_given_up() => {
-                drop(in_time(timeout, self.store.renew(&flight.storage_key, owner, Duration::ZERO)).await);
-            }
+            Ok(Renewal::Renewed) if flight.is_given_up() => self.take_back(flight, owner, timeout).await,
             Ok(Renewal::Renewed) => {}
             // The renewal may have waited for the transaction that completes the record.
             Ok(Renewal::Superseded) if flight.is_completing() => {}
             Ok(Renewal::Superseded) => flight.set_superseded(),
             Err(error) if flight.is_given_up() => {
                 telemetry::failure(Event::RenewalFailed, &error);
-                drop(in_time(timeout, self.store.renew(&flight.storage_key, owner, Duration::ZERO)).await);
+                self.take_back(flight, owner, timeout).await;
             }
             Err(error) => {
                 flight.repeat_renewal();
                 telemetry::failure(Event::RenewalFailed, &error);
             }
+        }
+    }
+
+    /// Ends a lease that a renewal may have prolonged after its end. A release that is under way may come later than
+    /// this, and until then a lease of zero would look like the end of a lost attempt, so this releases the key as well.
+    async fn take_back(&self, flight: &Flight, owner: Owner, timeout: Duration) {
+        let key = &flight.storage_key;
+        if flight.is_released() {
+            drop(in_time(timeout, self.store.release(key, owner)).await);
+        } else {
+            drop(in_time(timeout, self.store.renew(key, owner, Duration::ZERO)).await);
         }
     }
 }

@@ -169,6 +169,26 @@ async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
     }
 }
 
+/// A renewal was under way when the handler failed. The server ended the lease before the release reached the store, so
+/// callers were told that the outcome is unknown.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_under_way_does_not_make_a_key_unknown_that_is_released() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(11))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Release);
+    let owner = start(&layer.layer(failing), post("k", "pay"));
+    // The renewal begins at 10 s and ends at 13 s. The first release hangs from 11 s to 16 s.
+    store.fail("renew", [Fault::Slow(3)]);
+    store.fail("release", [Fault::Hang]);
+    tokio::time::sleep(Duration::from_secs(14)).await;
+    let handler = Handler::new();
+    assert_eq!(elsewhere(&store, &handler).await.status(), 201);
+    // The first caller gets the response that the key holds by now.
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
 /// A renewal was under way when the handler failed. It reached the store last, and held the key for another lease.
 #[tokio::test(start_paused = true)]
 async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up() {
