@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use super::in_time;
 use super::{Patience, Store};
 #[cfg(feature = "postgres")]
-use crate::clock::{sleep, Deadline};
+use crate::clock::{sleep, Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "postgres")]
 use crate::protocol::Renewal;
@@ -125,6 +125,7 @@ pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Own
 /// commit. If the store does not answer in time, the lease ends the attempt.
 #[cfg(feature = "postgres")]
 pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
+    const SECOND: Duration = Duration::from_secs(1);
     // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
     const LONGEST_PAUSE: Duration = Duration::from_secs(15);
     let mut pause = Duration::from_millis(100);
@@ -132,8 +133,12 @@ pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: 
     let deadline = Deadline::after(patience.in_all.max(pause));
     while !deadline.left().is_zero() {
         sleep(pause.min(deadline.left())).await;
-        pause = LONGEST_PAUSE.min(pause * 2);
-        match in_time(patience.operation, end.record(store, key, owner)).await {
+        let asked = Stopwatch::start();
+        let answer = in_time(patience.operation, end.record(store, key, owner)).await;
+        // A store that fails at once may be back at any moment, before the lease ends.
+        let has_waited = asked.elapsed() >= SECOND;
+        pause = if has_waited { LONGEST_PAUSE } else { SECOND }.min(pause * 2);
+        match answer {
             Ok(_) => return telemetry::event(Event::DecidedBehind),
             Err(error) if Patience::repeats(&error) => {}
             Err(error) => return telemetry::failure(Event::Unrecorded, &error),

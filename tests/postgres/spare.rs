@@ -9,6 +9,7 @@ use tower_idempotency::protocol::{Completion, StorageKey};
 use tower_idempotency::{PostgresStore, Store};
 
 use super::postgres::PostgresServer;
+use super::proxy::{Direction, Fate, Proxy};
 use super::{claim, granted, kept, HOUR};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -23,9 +24,13 @@ async fn pool(server: &PostgresServer) -> PgPool {
 /// Makes a store whose pool has all of its connections, and which keeps all of them: as many claims as there are
 /// connections run at once, because they wait for a lock.
 async fn keeping(server: &PostgresServer, other: &PgPool) -> PostgresStore {
+    keeping_by(&server.url(), other).await
+}
+
+async fn keeping_by(url: &str, other: &PgPool) -> PostgresStore {
     // The claims wait for the lock for at most two fifths of this.
     let builder = PostgresStore::builder().with_timeout(60 * SECOND);
-    let store = builder.connect(&server.url()).await.unwrap();
+    let store = builder.connect(url).await.unwrap();
     store.migrate().await.unwrap();
     let mut locked = other.begin().await.unwrap();
     let lock = "LOCK TABLE idempotency_records IN EXCLUSIVE MODE";
@@ -111,6 +116,22 @@ async fn kept_connections_that_have_died_are_tested_before_they_are_used() {
     for key in 0..CONNECTIONS {
         granted(&store, &claim(100 + key)).await;
     }
+}
+
+/// The network has forgotten all connections. All kept ones held the pool for 5 s, the time that an operation may wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn kept_connections_that_never_answer_delay_an_operation_for_a_second() {
+    let server = PostgresServer::start();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let store = keeping_by(&server.url_by(proxy.address.port()), &pool(&server).await).await;
+    sleep(SECOND + SECOND / 10).await;
+    proxy.set(Fate::Swallow(Direction::ToClient));
+    let claiming = tokio::spawn(async move { granted(&store, &claim(100)).await });
+    // The tests are sent, and their replies are lost.
+    sleep(SECOND / 2).await;
+    proxy.set(Fate::Pass);
+    let granted = timeout(4 * SECOND, claiming).await;
+    granted.expect("the connections are given up").unwrap();
 }
 
 #[test]

@@ -15,7 +15,7 @@ use super::lent::{attended, sound};
 use super::migration::make_table;
 use super::pooler::{refuse_pooler, Gate};
 use super::pursuit::Pursuits;
-use super::spare::{Spare, MAY_BE_DEAD};
+use super::spare::{Spare, LONGEST_TEST, MAY_BE_DEAD};
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;
@@ -23,9 +23,6 @@ use super::{Inner, PostgresStore};
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::store::checked::Checked;
-
-/// Limits the test of an idle connection, because a dead peer may never answer.
-const LONGEST_TEST: Duration = Duration::from_secs(1);
 
 /// Sets up a [`PostgresStore`]; see there for the defaults.
 #[derive(Clone, Debug)]
@@ -228,7 +225,8 @@ fn session(timeout: Duration) -> String {
         "SET default_transaction_isolation = 'read committed'; \
          SET default_transaction_deferrable = off; SET row_security = off; SET TimeZone = 'UTC'; SET lock_timeout = '{}ms'; \
          SET statement_timeout = '{}ms'; \
-         SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
+         SELECT set_config('synchronous_commit', \
+             CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, false)",
         millis(timeout / 5 * 2),
         millis(timeout / 5 * 4)
     )

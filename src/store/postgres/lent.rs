@@ -37,8 +37,8 @@ pub(crate) struct Lent {
     used: Option<Used>,
     /// The place for the connection between two operations, if it belongs to a store.
     spare: Option<Arc<Spare>>,
-    /// Ends after the connection was given back.
-    _turn: Turn,
+    /// Ends when the connection is free again.
+    turn: Turn,
 }
 
 async fn acquire(pool: &PgPool) -> Result<Used, Error> {
@@ -52,7 +52,7 @@ impl Lent {
         Ok(Self {
             used: Some(acquire(pool).await?),
             spare: None,
-            _turn: None,
+            turn: None,
         })
     }
 
@@ -79,7 +79,7 @@ impl Lent {
         Self {
             used: Some(used),
             spare: Some(Arc::clone(spare)),
-            _turn: turn,
+            turn,
         }
     }
 
@@ -96,8 +96,8 @@ impl Lent {
             return done;
         }
         match (self.used.take(), &self.spare) {
-            (Some(used), Some(spare)) if done.is_ok() => spare.keep(used),
-            (Some(used), _) => used.put_back(),
+            (Some(used), Some(spare)) if done.is_ok() => spare.keep(used, self.turn.take()),
+            (Some(used), _) => used.put_back(self.turn.take()),
             (None, _) => {}
         }
         done

@@ -260,12 +260,13 @@ impl PostgresStore {
         if let Some(lent) = Lent::from_spare(&self.0.spare) {
             return Ok(lent);
         }
+        // The connections of the store's own pool serve nothing but short operations.
+        let longest = match self.0.spare.is_of_own_pool() {
+            true => LONGEST,
+            false => LONGEST.max(self.0.timeout),
+        };
         // If all connections of the pool wait for the server, another operation must not wait as long as they do.
-        let lent = within(
-            LONGEST.max(self.0.timeout),
-            Lent::from_store(&self.0.spare, &self.0.pool),
-        )
-        .await;
+        let lent = within(longest, Lent::from_store(&self.0.spare, &self.0.pool)).await;
         lent.unwrap_or(Err(BUSY))
     }
 

@@ -22,6 +22,13 @@ use crate::sharded::lock;
 /// The idle time after which a connection is tested before it is used.
 pub(super) const MAY_BE_DEAD: Duration = Duration::from_secs(1);
 
+/// The time limit of the test of an idle connection, because a dead peer may never answer. An operation that finds all
+/// kept connections dead waits for these tests.
+pub(super) const LONGEST_TEST: Duration = Duration::from_secs(1);
+
+/// The time limit of the test after an operation. It is longer, because a server that has just answered is alive.
+const LONGEST_RETURN: Duration = Duration::from_secs(5);
+
 /// The number of operations after which a connection goes back to the pool.
 const MOST_USES: u32 = 64;
 
@@ -76,6 +83,11 @@ impl Spare {
         }
     }
 
+    /// Whether the pool belongs to the store.
+    pub(super) const fn is_of_own_pool(&self) -> bool {
+        self.turns.is_some()
+    }
+
     pub(super) async fn turn(&self) -> Turn {
         match &self.turns {
             Some(turns) => Arc::clone(turns).acquire_owned().await.ok(),
@@ -99,7 +111,7 @@ impl Spare {
     }
 
     /// Keeps a connection on which an operation has succeeded, or gives it back to the pool.
-    pub(super) fn keep(&self, mut used: Used) {
+    pub(super) fn keep(&self, mut used: Used, turn: Turn) {
         used.uses += 1;
         let mut state = lock(&self.state);
         if state.keeps && state.waiting == 0 && used.uses < MOST_USES {
@@ -109,7 +121,7 @@ impl Spare {
             });
         } else {
             drop(state);
-            used.put_back();
+            used.put_back(turn);
         }
     }
 
@@ -164,12 +176,19 @@ impl Used {
         Self { connection, uses: 0 }
     }
 
-    /// Gives the connection back to the pool, which tests it. Outside of a runtime, closes it.
-    pub(super) fn put_back(mut self) {
-        // The pool would wait for a dead connection without a bound.
-        const LONGEST: Duration = Duration::from_secs(5);
+    /// Gives the connection back to the pool after an operation. The turn ends when the pool has the connection.
+    pub(super) fn put_back(self, turn: Turn) {
+        self.put_back_within(LONGEST_RETURN, turn);
+    }
+
+    /// Gives the connection back to the pool, which tests it. Outside of a runtime, closes it. The pool itself would wait
+    /// for a dead connection without a bound.
+    fn put_back_within(mut self, limit: Duration, turn: Turn) {
         match Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn(within(LONGEST, self.connection.return_to_pool()))),
+            Ok(runtime) => drop(runtime.spawn(async move {
+                drop(within(limit, self.connection.return_to_pool()).await);
+                drop(turn);
+            })),
             Err(_) => self.close(),
         }
     }
@@ -182,6 +201,6 @@ impl Used {
 
 fn put_back(kept: Vec<Kept>) {
     for kept in kept {
-        kept.used.put_back();
+        kept.used.put_back_within(LONGEST_TEST, None);
     }
 }

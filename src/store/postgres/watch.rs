@@ -16,7 +16,7 @@ use tokio::time::Sleep;
 
 use super::error::failed;
 use super::session::end_open_transaction;
-use super::spare::Spare;
+use super::spare::{Spare, Turn};
 use crate::clock::within;
 use crate::error::Error;
 use crate::protocol::StorageKey;
@@ -135,11 +135,11 @@ impl Watchers {
 /// waits next starts another.
 async fn listen(
     watchers: Weak<Watchers>,
-    connecting: impl Future<Output = Result<PgListener, Error>>,
+    connecting: impl Future<Output = Result<(PgListener, Turn), Error>>,
     listening: watch::Sender<bool>,
 ) {
     const LINGER: Duration = Duration::from_secs(10);
-    if let Ok(mut listener) = connecting.await {
+    if let Ok((mut listener, _turn)) = connecting.await {
         listening.send_replace(true);
         loop {
             let received = tokio::time::timeout(LINGER, listener.try_recv()).await;
@@ -161,15 +161,19 @@ async fn listen(
     }
 }
 
-async fn connected(pool: PgPool, spare: Arc<Spare>, channel: String) -> Result<PgListener, Error> {
+/// Makes the listener. It holds its turn as long as it has its connection.
+async fn connected(pool: PgPool, spare: Arc<Spare>, channel: String) -> Result<(PgListener, Turn), Error> {
+    let turn = spare.turn().await;
     let waiting = spare.wait();
     let listener = PgListener::connect_with(&pool).await;
     drop(waiting);
     let mut listener = listener.map_err(failed)?;
+    // The waiters look for themselves once the connection is lost, and the next one makes another listener.
+    listener.eager_reconnect(false);
     // In a transaction, LISTEN takes effect at the commit.
     end_open_transaction(&mut listener).await.map_err(failed)?;
     listener.listen(&channel).await.map_err(failed)?;
-    Ok(listener)
+    Ok((listener, turn))
 }
 
 fn key_of(payload: &str) -> Option<StorageKey> {
