@@ -28,9 +28,10 @@ use super::report::{OnlyUnsent, Report};
 /// policy of its own, because a policy does not see the redirects that another `FollowRedirect` follows. If the layers
 /// further out recognise a `FollowRedirect` without this policy, they report "unknown" for every error, and for every
 /// response that is neither a success nor a redirect. They recognise it by its type, in every version of `tower-http`,
-/// and by the mark that version 0.7 puts into each response. They cannot recognise it in a boxed service after an
-/// error, if it is of another version, if it redirects to the same URI, or if an outer `FollowRedirect` replaces the mark.
-/// So give every `FollowRedirect` this policy.
+/// and by the mark that version 0.7 puts into each response. In a boxed service, they do not recognise it in four
+/// cases: after an error, in another version, after a redirect to the same URI, and behind an outer `FollowRedirect` that
+/// replaces the mark. Nor do they recognise a later hop if a layer drops the extensions of the request on its way to a
+/// second `FollowRedirect`. So give every `FollowRedirect` this policy, and keep the extensions.
 ///
 /// The type of the `FollowRedirect` must show this policy. Combine the policy with others by `and` or `or`; the layers do
 /// not see it in a field of a policy type of your own. If the service is an `Either` of a `FollowRedirect` with this

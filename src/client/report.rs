@@ -1,6 +1,6 @@
 //! The evidence about one call: its attempts, the redirects that they followed, and the result of each attempt.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::{Response, StatusCode, Uri};
@@ -198,14 +198,14 @@ impl Report {
     /// Records that an unsafe request goes to another origin without its key.
     #[cfg(feature = "follow-redirect")]
     pub(super) fn lose_key(&self) {
-        self.is_unkeyed.store(true, Ordering::Release);
+        self.is_unkeyed.store(true, std::sync::atomic::Ordering::Release);
     }
 
     /// Whether an attempt went to another origin without its key, so that the server there cannot recognise a
     /// repetition.
     #[cfg(feature = "retry")]
     pub(super) fn has_lost_key(&self) -> bool {
-        self.is_unkeyed.load(Ordering::Acquire)
+        self.is_unkeyed.load(std::sync::atomic::Ordering::Acquire)
     }
 
     /// Records the end of an attempt.
@@ -229,9 +229,9 @@ impl Report {
     }
 
     /// Returns the number of attempts, and what is known about their effect. `last` is the result of the last attempt,
-    /// as the caller of this function reads it. If a layer further in has judged that attempt, its judgement counts. But
-    /// if it has seen that the server processed the request, and the caller sees a refusal, then the refusal is the
-    /// response to another request.
+    /// as the caller of this function reads it. If a layer further in has judged that attempt, its judgement counts. If
+    /// that layer saw the request processed but the caller sees a refusal, the refusal belongs to another request, and the
+    /// result is unknown.
     pub(super) fn sum(&self, last: Meaning) -> (u32, Meaning) {
         let is_judged = self.progress().is_judged();
         if !is_judged {
@@ -260,7 +260,7 @@ impl Report {
                 .is_some_and(|marked| target != Some(marked))
             || match (progress.follows)() {
                 Follows::Obedient => false,
-                // A report that has passed a policy shows that the policies report.
+                // This copy has passed a policy, so that policy reports. Policies further in are not known.
                 Follows::Reporting => self.watches == 0 && target.is_none(),
                 Follows::Silent => true,
             }

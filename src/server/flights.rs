@@ -220,14 +220,14 @@ impl Flight {
 
     /// From here on the lease is not renewed, and a renewal that is under way must not prolong it.
     pub(super) fn set_given_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
+        self.given_up.store(true, Ordering::Release);
     }
 
     pub(super) fn is_given_up(&self) -> bool {
-        self.given_up.load(Ordering::Relaxed)
+        self.given_up.load(Ordering::Acquire)
     }
 
-    /// From here on the key is released, so a renewal that is under way must not prolong the lease.
+    /// From here on the key is being released. A renewal that is under way must not hold it.
     pub(super) fn set_released(&self) {
         self.released.store(true, Ordering::Relaxed);
         self.set_given_up();

@@ -271,8 +271,8 @@ impl<St: Store> Shared<St> {
         }
     }
 
-    /// Ends a lease that a renewal may have prolonged after its end. A release that is under way may come later than
-    /// this, and until then a lease of zero would look like the end of a lost attempt, so this releases the key as well.
+    /// Ends a lease that a renewal may have prolonged after its end. If the key is being released, releases it here, too:
+    /// the other release may arrive later, and until then a lease of zero would look like a lost attempt.
     async fn take_back(&self, flight: &Flight, owner: Owner, timeout: Duration) {
         let key = &flight.storage_key;
         if flight.is_released() {

@@ -125,9 +125,10 @@ pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Own
 /// commit. If the store does not answer in time, the lease ends the attempt.
 #[cfg(feature = "postgres")]
 pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
-    const SECOND: Duration = Duration::from_secs(1);
     // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
-    const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+    const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+    const LONGEST_PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
+    let at_once = Duration::from_millis(250).min(patience.operation / 2);
     let mut pause = Duration::from_millis(100);
     // Asks at least once.
     let deadline = Deadline::after(patience.in_all.max(pause));
@@ -135,9 +136,12 @@ pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: 
         sleep(pause.min(deadline.left())).await;
         let asked = Stopwatch::start();
         let answer = in_time(patience.operation, end.record(store, key, owner)).await;
-        // A store that fails at once may be back at any moment, before the lease ends.
-        let has_waited = asked.elapsed() >= SECOND;
-        pause = if has_waited { LONGEST_PAUSE } else { SECOND }.min(pause * 2);
+        // After a failure at once, asks again within a second, to notice the store's return before the lease ends.
+        let longest = match asked.elapsed() < at_once {
+            true => LONGEST_PAUSE_AFTER_FAILURE,
+            false => LONGEST_PAUSE,
+        };
+        pause = longest.min(pause * 2);
         match answer {
             Ok(_) => return telemetry::event(Event::DecidedBehind),
             Err(error) if Patience::repeats(&error) => {}

@@ -260,7 +260,7 @@ impl PostgresStore {
         if let Some(lent) = Lent::from_spare(&self.0.spare) {
             return Ok(lent);
         }
-        // The connections of the store's own pool serve nothing but short operations.
+        // An operation waits for a connection of the store's own pool for 5 s, as documented.
         let longest = match self.0.spare.is_of_own_pool() {
             true => LONGEST,
             false => LONGEST.max(self.0.timeout),

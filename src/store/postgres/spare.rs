@@ -26,7 +26,8 @@ pub(super) const MAY_BE_DEAD: Duration = Duration::from_secs(1);
 /// kept connections dead waits for these tests.
 pub(super) const LONGEST_TEST: Duration = Duration::from_secs(1);
 
-/// The time limit of the test after an operation. It is longer, because a server that has just answered is alive.
+/// The time limit of the test after an operation. Longer, because the server has just answered, so it is more likely slow
+/// than dead.
 const LONGEST_RETURN: Duration = Duration::from_secs(5);
 
 /// The number of operations after which a connection goes back to the pool.
@@ -201,6 +202,8 @@ impl Used {
 
 fn put_back(kept: Vec<Kept>) {
     for kept in kept {
-        kept.used.put_back_within(LONGEST_TEST, None);
+        let is_idle = kept.since.elapsed() >= MAY_BE_DEAD;
+        let limit = if is_idle { LONGEST_TEST } else { LONGEST_RETURN };
+        kept.used.put_back_within(limit, None);
     }
 }

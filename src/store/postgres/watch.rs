@@ -161,14 +161,15 @@ async fn listen(
     }
 }
 
-/// Makes the listener. It holds its turn as long as it has its connection.
+/// Makes the listener, and its turn. The turn ends with the listener, whose connection goes back to the pool a little
+/// later.
 async fn connected(pool: PgPool, spare: Arc<Spare>, channel: String) -> Result<(PgListener, Turn), Error> {
     let turn = spare.turn().await;
     let waiting = spare.wait();
     let listener = PgListener::connect_with(&pool).await;
     drop(waiting);
     let mut listener = listener.map_err(failed)?;
-    // The waiters look for themselves once the connection is lost, and the next one makes another listener.
+    // After a loss, `listen` wakes all waiters, and the next waiter starts a new listener.
     listener.eager_reconnect(false);
     // In a transaction, LISTEN takes effect at the commit.
     end_open_transaction(&mut listener).await.map_err(failed)?;
