@@ -84,7 +84,8 @@ impl PostgresStoreBuilder {
     }
 
     /// A store with a pool of its own: 16 connections, 5 s to get one of them; the store tests a connection that was
-    /// idle for a second before it uses it, which takes one more round trip and at most a second. Does not make the table; see
+    /// idle for a second before it uses it, which takes one more round trip and at most a second. The store keeps
+    /// these connections between its operations, so an operation takes one round trip. Does not make the table; see
     /// [`PostgresStore::migrate`]. The first operation [checks](PostgresStore::check) the table.
     ///
     /// The sessions of this pool do not depend on the settings of the role or the database, unless a transaction pooler
