@@ -15,9 +15,11 @@ use axum::http::{header, HeaderMap, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, MethodRouter};
 use axum::{Json, Router};
-use futures::stream;
+use futures::{stream, StreamExt};
 use serde::{Deserialize, Serialize};
-use tower_idempotency::{BoxStore, CanonicalJson, DoNotKeep, IdempotencyLayer, Keep, KeySyntax, OnError, Scope};
+use tower_idempotency::{
+    BoxStore, CanonicalJson, DoNotKeep, IdempotencyLayer, Keep, KeySyntax, OnError, Scope, StoreOutcomeOnly,
+};
 
 #[derive(Clone, Default)]
 struct Counters(Arc<Mutex<HashMap<String, Count>>>);
@@ -70,11 +72,15 @@ async fn handler(State(counters): State<Counters>, headers: HeaderMap, _body: By
 
 fn body(tag: &str, n: u64, headers: &HeaderMap) -> Response {
     let bytes = [(header::CONTENT_TYPE, "application/octet-stream")];
+    let text = [(header::CONTENT_TYPE, "text/plain")];
     match control(headers, "x-test-kind").unwrap_or("json") {
         "bin" => (bytes, Bytes::from_static(b"\x00\xff\xfe\x80\r\n")).into_response(),
         "big" => (bytes, vec![b'b'; number(headers, "x-test-size").unwrap_or(0)]).into_response(),
         "empty" => Body::empty().into_response(),
-        "stream" => ([(header::CONTENT_TYPE, "text/plain")], chunks()).into_response(),
+        "stream" => (text, chunks()).into_response(),
+        "ndjson" => ([(header::CONTENT_TYPE, "application/x-ndjson")], lines()).into_response(),
+        "slow-text" => (text, lines()).into_response(),
+        "stall" => (text, stalled()).into_response(),
         _ => Json(serde_json::json!({ "tag": tag, "n": n })).into_response(),
     }
 }
@@ -90,10 +96,28 @@ fn chunks() -> Body {
     }))
 }
 
+/// Four lines of JSON, 500 ms apart, the first at once.
+fn lines() -> Body {
+    Body::from_stream(stream::unfold(0_u8, |sent| async move {
+        if sent == 4 {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(if sent == 0 { 0 } else { 500 })).await;
+        Some((Ok::<_, Infallible>(format!("{{\"line\":{sent}}}\n")), sent + 1))
+    }))
+}
+
+/// Ten bytes, and then neither more nor an end.
+fn stalled() -> Body {
+    let first = stream::once(async { Ok::<_, Infallible>("0123456789") });
+    Body::from_stream(first.chain(stream::pending()))
+}
+
 fn decorate(response: &mut Response, n: u64, asked: &HeaderMap) {
     match control(asked, "x-test-keep") {
         Some("yes") => drop(response.extensions_mut().insert(Keep)),
         Some("no") => drop(response.extensions_mut().insert(DoNotKeep)),
+        Some("outcome") => drop(response.extensions_mut().insert(StoreOutcomeOnly)),
         _ => {}
     }
     let headers = response.headers_mut();
@@ -106,6 +130,18 @@ fn decorate(response: &mut Response, n: u64, asked: &HeaderMap) {
     }
     if asked.contains_key("x-test-set-cookie") {
         headers.insert(header::SET_COOKIE, format!("sid={n}").parse().unwrap());
+    }
+    if let Some(coding) = asked.get("x-test-transfer-encoding") {
+        headers.insert(header::TRANSFER_ENCODING, coding.clone());
+    }
+    if asked.contains_key("x-test-exchange-fields") {
+        headers.insert("x-request-id", HeaderValue::from(n));
+        headers.insert("ratelimit", HeaderValue::from_static("\"default\";r=50;t=30"));
+        headers.insert("x-ratelimit-remaining", HeaderValue::from_static("50"));
+        headers.insert("authentication-info", HeaderValue::from_static("nextnonce=\"1\""));
+        headers.insert("clear-site-data", HeaderValue::from_static("\"cache\""));
+        let parent = HeaderValue::from_static("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+        headers.insert("traceparent", parent);
     }
     if asked.contains_key("x-test-latin1") {
         headers.insert("x-latin1", HeaderValue::from_bytes(b"caf\xe9").unwrap());
@@ -135,6 +171,10 @@ fn app(store: BoxStore) -> Router {
         ("/short", layer.clone().with_retention(Duration::from_secs(1))),
         ("/small", layer.clone().with_body_limit(1024).with_answer_limit(1024)),
         ("/stripe", layer.clone().stripe()),
+        (
+            "/impatient",
+            layer.clone().with_response_timeout(Duration::from_millis(500)),
+        ),
     ];
     let mut app = Router::new().route("/executions", get(executions));
     for (path, layer) in routes {

@@ -213,7 +213,7 @@ async fn a_flood_of_large_answers_shrinks_the_oldest_and_runs_nothing_again() {
         send(&service, post(&format!("k-{n}"), "x")).await;
         assert!(store.figures().bytes <= 100_000);
     }
-    assert_eq!(send(&service, post("k-0", "x")).await.code(), "answer-not-kept");
+    assert_eq!(send(&service, post("k-0", "x")).await.code(), "response-not-stored");
     assert!(send(&service, post("k-99", "x")).await.is_replay());
     assert_eq!((store.figures().records, handler.runs()), (100, 100));
 }
@@ -288,7 +288,7 @@ async fn settings_of_nothing_and_of_for_ever_work() {
         .layer(Handler::new());
     assert_eq!(send(&service, post("k", "")).await.status(), 201);
     assert_eq!(send(&service, post("k", "x")).await.code(), "body-too-large");
-    assert_eq!(send(&service, post("k", "")).await.code(), "answer-not-kept");
+    assert_eq!(send(&service, post("k", "")).await.code(), "response-not-stored");
 }
 
 #[tokio::test]

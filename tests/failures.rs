@@ -111,7 +111,7 @@ async fn an_unknown_outcome_can_be_resolved() {
         .resolve(&key, fence, &Resolution::Completed(Outcome::Tombstone, DAY))
         .await
         .unwrap();
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
     assert_eq!(handler.runs(), 1);
 }
 
@@ -257,9 +257,9 @@ async fn an_answer_that_breaks_off_is_never_executed_again() {
         let handler = Handler::new().answering(move |_| Response::new(frames(play.lock().unwrap().take().unwrap())));
         let service = on_memory(&handler);
         let first = send(&service, post("k", "pay")).await;
-        assert_eq!((first.status(), first.code()), (500, "answer-broken"));
+        assert_eq!((first.status(), first.code()), (500, "response-broken"));
         let again = send(&service, post("k", "pay")).await;
-        assert_eq!((again.status(), again.code()), (409, "answer-not-kept"));
+        assert_eq!((again.status(), again.code()), (409, "response-not-stored"));
         assert_eq!(handler.runs(), 1);
     }
 }
@@ -300,7 +300,7 @@ async fn a_failure_whose_body_breaks_off_follows_the_setting_for_failures() {
     for (on_error, first, second) in [
         (OnError::Release, "handler-failed", "handler-failed"),
         (OnError::Unknown, "handler-failed", "outcome-unknown"),
-        (OnError::Keep, "answer-broken", "answer-not-kept"),
+        (OnError::Keep, "response-broken", "response-not-stored"),
     ] {
         let handler = Handler::new().answering(|_| {
             let mut response = Response::new(frames(vec![Play::Data("fai"), Play::Break]));
@@ -340,7 +340,7 @@ async fn a_response_without_its_body_is_done_for_as_long_as_its_head_asks() {
         clock.advance(Duration::from_secs(7_200));
         assert_eq!(
             send(&service, post("k", "pay")).await.code(),
-            "answer-not-kept",
+            "response-not-stored",
             "{body}"
         );
         assert_eq!(handler.runs(), 1, "{body}");
@@ -390,8 +390,8 @@ async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
     assert!(store.calls("renew") >= 6, "the lease is renewed while the body is read");
     let front = response.body_mut().frame().await.unwrap().unwrap();
     assert_eq!(front.into_data().unwrap(), "front");
-    assert_eq!(waiter.await.unwrap().code(), "answer-not-kept");
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!(waiter.await.unwrap().code(), "response-not-stored");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
     assert_eq!((handler.runs(), dropped.load(Ordering::SeqCst)), (1, 0));
     // The caller leaves in the middle of the stream.
     drop(response);
@@ -403,8 +403,8 @@ async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
 #[tokio::test(start_paused = true)]
 async fn a_response_that_stalls_without_a_caller_is_dropped() {
     for (status, timeout, second) in [
-        (StatusCode::OK, 10, "answer-not-kept"),
-        (StatusCode::OK, 2, "answer-not-kept"),
+        (StatusCode::OK, 10, "response-not-stored"),
+        (StatusCode::OK, 2, "response-not-stored"),
         (StatusCode::FORBIDDEN, 2, ""),
     ] {
         let (handler, dropped) = stalls(status);
@@ -434,7 +434,7 @@ async fn a_response_that_stalls_and_is_not_to_be_stored_frees_its_key_and_stream
         (StatusCode::FORBIDDEN, OnError::Release, ""),
         (StatusCode::BAD_GATEWAY, OnError::Release, ""),
         (StatusCode::BAD_GATEWAY, OnError::Unknown, "outcome-unknown"),
-        (StatusCode::BAD_GATEWAY, OnError::Keep, "answer-not-kept"),
+        (StatusCode::BAD_GATEWAY, OnError::Keep, "response-not-stored"),
     ] {
         let (handler, _) = stalls(status);
         let layer = IdempotencyLayer::new(MemoryStore::new()).on_error(on_error);
@@ -472,7 +472,7 @@ async fn a_response_of_empty_frames_without_end_ends_with_its_time() {
     support::advance(Duration::from_secs(1)).await;
     assert!(owner.is_finished());
     assert_eq!(owner.await.unwrap().unwrap().status(), 200);
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
 }
 
 #[test]
@@ -492,7 +492,7 @@ fn bodies_are_read_on_a_runtime_without_timers() {
 /// The panic of a body counted as one of the handler, and released the key of a success.
 #[tokio::test]
 async fn a_response_whose_body_panics_has_broken_off() {
-    for (status, code, second) in [(200, "answer-broken", 409), (503, "handler-failed", 201)] {
+    for (status, code, second) in [(200, "response-broken", 409), (503, "handler-failed", 201)] {
         let handler = Handler::new().answering(move |n| {
             if n > 1 {
                 return text(StatusCode::CREATED, "second");
@@ -522,7 +522,7 @@ async fn an_answer_too_large_to_keep_reaches_its_caller_whole_and_never_runs_aga
         let first = send(&service, post("k", "pay")).await;
         assert_eq!((first.status(), &first.body[..]), (200, &b"0123456789"[..]));
         let again = send(&service, post("k", "pay")).await;
-        assert_eq!((again.status(), again.code()), (409, "answer-not-kept"));
+        assert_eq!((again.status(), again.code()), (409, "response-not-stored"));
         assert_eq!(handler.runs(), 1);
     }
 }
@@ -539,7 +539,7 @@ async fn an_event_stream_streams_after_its_tombstone() {
     let service = on_memory(&handler);
     let mut body = service.clone().oneshot(post("k", "pay")).await.unwrap().into_body();
     assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "data: 1\n\n");
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "answer-not-kept");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
     assert_eq!(handler.runs(), 1);
 }
 
@@ -586,9 +586,9 @@ async fn what_an_inner_layer_reports_as_done_is_done() {
     let inner = IdempotencyLayer::new(store).with_retention(Duration::from_secs(3_600));
     let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("par"), Play::Break])));
     let service = outer().layer(inner.layer(handler.clone()));
-    assert_eq!(send(&service, with_two_keys()).await.code(), "answer-broken");
+    assert_eq!(send(&service, with_two_keys()).await.code(), "response-broken");
     clock.advance(Duration::from_secs(7_200));
-    assert_eq!(send(&service, with_two_keys()).await.code(), "answer-not-kept");
+    assert_eq!(send(&service, with_two_keys()).await.code(), "response-not-stored");
     assert_eq!(handler.runs(), 1);
 }
 

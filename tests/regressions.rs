@@ -178,7 +178,7 @@ async fn a_predicate_that_panics_comes_after_the_effect_and_nobody_runs_again() 
     };
     assert_eq!(
         (one.unwrap(), two.unwrap()),
-        (500.try_into().unwrap(), "answer-not-kept")
+        (500.try_into().unwrap(), "response-not-stored")
     );
 }
 

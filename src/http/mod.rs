@@ -7,12 +7,14 @@ mod body;
 mod fingerprint;
 mod key;
 mod refusal;
+mod streams;
 mod wording;
 
-pub(crate) use answer::{is_stream, AnswerHeaders};
+pub(crate) use answer::{reframe, AnswerHeaders};
 pub(crate) use body::{collect, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::{Effect, RefusalStyle};
 pub use refusal::{Refusal, RefusalKind};
+pub(crate) use streams::StreamTypes;

@@ -50,9 +50,9 @@ pub(crate) enum Effect {
 #[non_exhaustive]
 pub enum RefusalKind {
     /// The request was done, but its answer broke off and could not be kept. 500.
-    AnswerBroken,
+    ResponseBroken,
     /// The request was done, and its response was not stored. 409.
-    AnswerNotKept,
+    ResponseNotStored,
     /// The request's body broke off. 400.
     BodyBroken,
     /// The request's body did not come within the time set. 408.
@@ -98,7 +98,7 @@ pub enum RefusalKind {
 impl RefusalKind {
     const fn effect(self) -> Effect {
         match self {
-            Self::AnswerBroken | Self::AnswerNotKept => Effect::Done,
+            Self::ResponseBroken | Self::ResponseNotStored => Effect::Done,
             Self::HandlerFailed => Effect::Failed,
             // The unreadable record may belong to an earlier attempt that took effect.
             Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => Effect::Unknown,
@@ -287,7 +287,7 @@ impl Refusal {
         } = self.kind.wording();
         let (status, kind) = match self.kind {
             RefusalKind::Mismatch => (StatusCode::BAD_REQUEST, "idempotency_error"),
-            RefusalKind::AnswerNotKept | RefusalKind::Outstanding | RefusalKind::OutcomeUnknown => {
+            RefusalKind::ResponseNotStored | RefusalKind::Outstanding | RefusalKind::OutcomeUnknown => {
                 (status, "idempotency_error")
             }
             _ if status.is_server_error() => (status, "api_error"),
@@ -310,9 +310,9 @@ impl Refusal {
             RefusalKind::InvalidWebhook => 16,
             RefusalKind::InvalidWebhookMethod => 12,
             RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
-            RefusalKind::AnswerNotKept | RefusalKind::OutcomeUnknown => 9,
+            RefusalKind::ResponseNotStored | RefusalKind::OutcomeUnknown => 9,
             RefusalKind::Outstanding => 10,
-            RefusalKind::AnswerBroken
+            RefusalKind::ResponseBroken
             | RefusalKind::HandlerFailed
             | RefusalKind::MissingScope
             | RefusalKind::NotCovered
@@ -379,8 +379,8 @@ mod tests {
     use super::*;
 
     const ALL: [RefusalKind; 22] = [
-        RefusalKind::AnswerBroken,
-        RefusalKind::AnswerNotKept,
+        RefusalKind::ResponseBroken,
+        RefusalKind::ResponseNotStored,
         RefusalKind::BodyBroken,
         RefusalKind::BodyTimeout,
         RefusalKind::BodyTooLarge,

@@ -18,8 +18,8 @@ pub(super) struct Wording {
 impl RefusalKind {
     pub(super) const fn wording(self) -> Wording {
         match self {
-            RefusalKind::AnswerBroken => ANSWER_BROKEN,
-            RefusalKind::AnswerNotKept => ANSWER_NOT_KEPT,
+            RefusalKind::ResponseBroken => RESPONSE_BROKEN,
+            RefusalKind::ResponseNotStored => RESPONSE_NOT_STORED,
             RefusalKind::BodyBroken => BODY_BROKEN,
             RefusalKind::BodyTimeout => BODY_TIMEOUT,
             RefusalKind::BodyTooLarge => BODY_TOO_LARGE,
@@ -47,18 +47,18 @@ impl RefusalKind {
     }
 }
 
-const ANSWER_BROKEN: Wording = Wording {
+const RESPONSE_BROKEN: Wording = Wording {
     status: StatusCode::INTERNAL_SERVER_ERROR,
-    code: "answer-broken",
+    code: "response-broken",
     title: "The answer broke off",
     detail: "The request was processed, but its answer broke off and could not be kept. Look up the result; \
                          sending the request again does not process it again.",
     retryable: false,
 };
 
-const ANSWER_NOT_KEPT: Wording = Wording {
+const RESPONSE_NOT_STORED: Wording = Wording {
     status: StatusCode::CONFLICT,
-    code: "answer-not-kept",
+    code: "response-not-stored",
     title: "The answer was not kept",
     detail: "A request with this key was processed, and its answer is not available for replay. Look up the \
                          result; the request is not processed again.",

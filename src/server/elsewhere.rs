@@ -263,7 +263,7 @@ impl Values {
         Seen::Landed(match snapshot.status {
             Status::InFlight { .. } => return Seen::InFlight,
             Status::Completed(Outcome::Kept(answer)) => Landing::Answer { answer, kept: true },
-            Status::Completed(Outcome::Tombstone) => Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)),
+            Status::Completed(Outcome::Tombstone) => Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
             Status::Lost if self.on_lost.in_protocol() != IfLost::Refuse => return Seen::Free,
             Status::Lost | Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
         })

@@ -4,13 +4,15 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::TRANSFER_ENCODING;
 use http::{response, Response, StatusCode};
 use tokio::runtime::Handle;
 
 use super::exchange::{Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::guard::Hold;
-use super::policy::{retention_of, Judgement, OnLost, Verdict};
+use super::marks::retention_of;
+use super::policy::{Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
 use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
@@ -33,17 +35,12 @@ enum Recorded {
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// Decides how the attempt ends, by the head of its response.
-    pub(super) fn judge(&self, head: &response::Parts) -> Judgement {
-        self.settings.keep.judge(head, self.settings.retention)
-    }
-
     /// Records the response in the cargo, and returns it.
     pub(super) async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Answered(Read { head, body }) = &self.cargo else {
+        let Cargo::Answered(Read { head, body, judgement }) = &self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
-        let (judgement, status) = (self.judge(head), head.status);
+        let (judgement, status) = (*judgement, head.status);
         let answer = self.settings.answer_headers.store(head, body);
         let recorded = match judgement.verdict {
             Verdict::Keep => {
@@ -71,19 +68,14 @@ impl<St: Store, S> Exchange<St, S> {
                 }
                 Recorded::No
             }
-            Verdict::Tombstone => {
-                if let Err(response) = Box::pin(self.without_body(judgement, status)).await {
-                    return response;
-                }
-                Recorded::No
-            }
-            Verdict::Unjudged => return Box::pin(self.broken(judgement, status)).await,
+            // The layer does not read responses with these verdicts.
+            Verdict::Tombstone | Verdict::Unjudged => return Box::pin(self.broken(judgement, status)).await,
         };
         let kept = recorded == Recorded::Yes;
         self.leave(Landing::Answer { answer, kept });
         self.finished("executed");
         match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Answered(Read { head, body }) => Response::from_parts(head, body.rebuild()),
+            Cargo::Answered(read) => read.into_response(),
             _ => self.refuse(HELD),
         }
     }
@@ -91,11 +83,11 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records the response of a lost attempt, and returns it as a replay. The response is stored regardless of its
     /// head, because the request took effect.
     pub(super) async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Answered(Read { head, body }) = &self.cargo else {
+        let Cargo::Answered(Read { head, body, judgement }) = &self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
         let answer = self.settings.answer_headers.store(head, body);
-        let retention = retention_of(head).unwrap_or(self.settings.retention);
+        let retention = judgement.retention;
         // If the store does not record the response, the caller gets a refusal, and the next attempt asks again.
         match self.conclude(&Outcome::Kept(answer.clone()), retention).await {
             Ok(_) => self.settle(Landing::Answer { answer, kept: true }),
@@ -105,12 +97,15 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends an execution whose response was not read to its end. Writes the record first, then lets the response
     /// stream.
-    pub(super) async fn streaming<R: RebuildBody>(&mut self, response: Response<R>) -> Response<R> {
-        let (head, body) = response.into_parts();
-        let judgement = self.judge(&head);
+    pub(super) async fn streaming<R: RebuildBody>(
+        &mut self,
+        mut response: Response<R>,
+        judgement: Judgement,
+    ) -> Response<R> {
+        let status = response.status();
         let landing = match judgement.verdict {
-            Verdict::Unjudged => return self.broken(judgement, head.status).await,
-            Verdict::Keep | Verdict::Tombstone => self.without_body(judgement, head.status).await,
+            Verdict::Unjudged => return self.broken(judgement, status).await,
+            Verdict::Keep | Verdict::Tombstone => self.without_body(judgement, status).await,
             Verdict::Release => {
                 let released = self.without_outcome(Verdict::Release).await;
                 released.map(|()| Landing::Refused(self.later(RefusalKind::Outstanding)))
@@ -125,7 +120,9 @@ impl<St: Store, S> Exchange<St, S> {
             Err(response) => return response,
         }
         self.finished("executed");
-        Response::from_parts(head, body)
+        // The server frames the response by the length of its body, also if the handler has set a transfer coding.
+        response.headers_mut().remove(TRANSFER_ENCODING);
+        response
     }
 
     /// Ends an execution whose response is lost, because its body broke off or the application's predicate panicked.
@@ -140,7 +137,7 @@ impl<St: Store, S> Exchange<St, S> {
                     Ok(landing) => self.leave(landing),
                     Err(response) => return response,
                 }
-                self.refuse(Refusal::new(RefusalKind::AnswerBroken))
+                self.refuse(Refusal::new(RefusalKind::ResponseBroken))
             }
         }
     }
@@ -201,7 +198,7 @@ impl<St: Store, S> Exchange<St, S> {
             return self.keep_failure(answer, judgement.retention).await;
         }
         self.conclude(&Outcome::Tombstone, judgement.retention).await?;
-        Ok(Landing::Refused(Refusal::new(RefusalKind::AnswerNotKept)))
+        Ok(Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)))
     }
 
     /// Records a failure. Returns the result for the duplicates.
@@ -329,6 +326,19 @@ impl<St: Store, S> Exchange<St, S> {
 }
 
 impl Values {
+    /// Decides how an attempt ends, by the head of its response.
+    pub(super) fn judge(&self, head: &response::Parts) -> Judgement {
+        self.keep.judge(head, self.retention)
+    }
+
+    /// Returns the decision about the response of a lost attempt that took effect: store it.
+    pub(super) fn happened(&self, head: &response::Parts) -> Judgement {
+        Judgement {
+            verdict: Verdict::Keep,
+            retention: retention_of(head).unwrap_or(self.retention),
+        }
+    }
+
     pub(super) const fn patience(&self) -> Patience {
         Patience::new(self.store_timeout, self.completion_timeout)
     }

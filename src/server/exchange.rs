@@ -10,10 +10,11 @@ use tracing::Span;
 
 use super::flights::{Follower, Joined, Landing, Undecided};
 use super::guard::{Barred, Hold};
+use super::policy::Judgement;
 use super::settings::Values;
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
-use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{reframe, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
 use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
@@ -69,10 +70,11 @@ pub(super) struct Admitted<S> {
     pub(super) body: Collected,
 }
 
-/// An answer that was read to its end.
+/// A response that was read to its end, and the decision about it.
 pub(super) struct Read {
     pub(super) head: response::Parts,
     pub(super) body: Collected,
+    pub(super) judgement: Judgement,
 }
 
 /// What a claim came to.
@@ -383,6 +385,15 @@ impl<St: Store, S> Exchange<St, S> {
     }
 }
 
+impl Read {
+    /// Returns the response for the first caller.
+    pub(super) fn into_response<R: RebuildBody>(self) -> Response<R> {
+        let Self { mut head, body, .. } = self;
+        reframe(&mut head.headers);
+        Response::from_parts(head, body.rebuild())
+    }
+}
+
 impl<S> Admitted<S> {
     /// The request as the handler gets it, and the service to call.
     pub(super) fn request<B: RebuildBody>(self) -> (S, Request<B>) {
@@ -398,7 +409,7 @@ impl Landing {
     pub(super) fn of(decision: Decision) -> Option<Self> {
         let kind = match decision {
             Decision::Replay(answer) => return Some(Self::Answer { answer, kept: true }),
-            Decision::NotKept => RefusalKind::AnswerNotKept,
+            Decision::NotKept => RefusalKind::ResponseNotStored,
             Decision::Mismatch => RefusalKind::Mismatch,
             Decision::Unknown => RefusalKind::OutcomeUnknown,
             Decision::Execute(_) | Decision::Recover(_) | Decision::Wait { .. } => return None,
@@ -434,7 +445,7 @@ impl Values {
                     self.refuse(span, self.store_failed(&CORRUPT))
                 }
             },
-            Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::AnswerNotKept => {
+            Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::ResponseNotStored => {
                 telemetry::finished(span, "replayed");
                 self.answer_headers.bare_replay()
             }

@@ -3,35 +3,39 @@
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use http::{response, Request, Response};
+use http::{Request, Response, StatusCode};
 use tower_service::Service;
 
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::lease::Lease;
-use super::policy::{OnLost, Recovered, Recovery};
+use super::marks::StreamResponse;
+use super::policy::{Judgement, OnLost, Recovered, Recovery, Verdict};
 use super::settings::Values;
 use crate::clock::Stopwatch;
-use crate::http::{collect, is_stream, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::http::{collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Grant, Renewal};
 use crate::store::Store;
 use crate::telemetry;
 
 /// How the handler ended.
 pub(super) enum Ended<R, E> {
-    /// With an answer that was read to its end.
+    /// With a response that was read to its end.
     Answered(Read),
-    /// With a response of this head whose body broke off or panicked while it was read.
-    Broken(response::Parts),
+    /// With a response that is lost: its body broke off or panicked while it was read, or the application's predicate
+    /// panicked.
+    Broken(StatusCode, Judgement),
     /// With an error of the service.
     Failed(E),
     /// With a panic.
     Panicked,
-    /// With a response that cannot be stored: a stream, or one that is longer or takes longer than the limits allow.
-    Streaming(Response<R>),
+    /// With a response that is passed on before its body has ended. It is not to be stored, or it cannot be: it is a
+    /// stream, or it is longer or takes longer than the limits allow.
+    Streaming(Response<R>, Judgement),
 }
 
 /// What became of a lost attempt.
@@ -134,10 +138,7 @@ impl<St: Store, S> Exchange<St, S> {
                 self.cargo = Cargo::Answered(read);
                 Ok(self.answered().await)
             }
-            Ended::Broken(head) => {
-                let judgement = self.judge(&head);
-                Ok(self.broken(judgement, head.status).await)
-            }
+            Ended::Broken(status, judgement) => Ok(self.broken(judgement, status).await),
             Ended::Failed(error) => {
                 let response = self.failed().await;
                 // The key may hold the response of the attempt that took it over.
@@ -148,7 +149,7 @@ impl<St: Store, S> Exchange<St, S> {
                 }
             }
             Ended::Panicked => Ok(self.failed().await),
-            Ended::Streaming(response) => Ok(self.streaming(response).await),
+            Ended::Streaming(response, judgement) => Ok(self.streaming(response, judgement).await),
         }
     }
 
@@ -172,7 +173,8 @@ impl<St: Store, S> Exchange<St, S> {
             Ok(Recovered::Happened(answer)) => {
                 let (head, bytes) = answer.into_parts();
                 let body = Collected { bytes, trailers: None };
-                self.cargo = Cargo::Answered(Read { head, body });
+                let judgement = self.settings.happened(&head);
+                self.cargo = Cargo::Answered(Read { head, body, judgement });
                 Found::Happened
             }
             Ok(Recovered::NotHappened) => Found::Nothing,
@@ -188,7 +190,7 @@ pub(super) type Running<F> = Pin<Box<F>>;
 pub(super) fn start<S, B, R>(
     admitted: Admitted<S>,
     lease: Lease,
-    settings: &Values,
+    settings: &Arc<Values>,
 ) -> Option<Running<impl Future<Output = Ended<R, S::Error>> + use<S, B, R>>>
 where
     S: Service<Request<B>, Response = Response<R>>,
@@ -199,15 +201,11 @@ where
     let outer = request.extensions_mut().remove::<Lease>();
     request.extensions_mut().insert(lease.within(outer));
     let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
-    Some(Box::pin(ended(
-        running,
-        settings.answer_limit,
-        settings.response_timeout,
-    )))
+    Some(Box::pin(ended(running, Arc::clone(settings))))
 }
 
-/// Waits for the handler and reads its answer.
-async fn ended<F, R, E>(running: F, limit: usize, timeout: Duration) -> Ended<R, E>
+/// Waits for the handler, decides about its response, and reads a response that is to be stored.
+async fn ended<F, R, E>(running: F, settings: Arc<Values>) -> Ended<R, E>
 where
     F: Future<Output = Result<Response<R>, E>>,
     R: RebuildBody,
@@ -217,15 +215,27 @@ where
         Err(error) => return Ended::Failed(error),
     };
     let (head, body) = response.into_parts();
-    if is_stream(&head) {
-        return Ended::Streaming(Response::from_parts(head, body));
+    let judgement = settings.judge(&head);
+    let timeout = match judgement.verdict {
+        Verdict::Keep => settings.response_timeout,
+        // A response that is not stored must not wait for its end. If its body is complete already, the duplicates in
+        // this process get it, too.
+        Verdict::Release | Verdict::GiveUp => Duration::ZERO,
+        Verdict::Tombstone => return Ended::Streaming(Response::from_parts(head, body), judgement),
+        Verdict::Unjudged => return Ended::Broken(head.status, judgement),
+    };
+    if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
+        return Ended::Streaming(Response::from_parts(head, body), judgement);
     }
     // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
-    match AssertUnwindSafe(collect(body, limit, timeout)).catch_unwind().await {
-        Ok(Ok(body)) => Ended::Answered(Read { head, body }),
-        Ok(Err(Shortfall::Broken(_))) | Err(_) => Ended::Broken(head),
+    match AssertUnwindSafe(collect(body, settings.answer_limit, timeout))
+        .catch_unwind()
+        .await
+    {
+        Ok(Ok(body)) => Ended::Answered(Read { head, body, judgement }),
+        Ok(Err(Shortfall::Broken(_))) | Err(_) => Ended::Broken(head.status, judgement),
         Ok(Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body))) => {
-            Ended::Streaming(Response::from_parts(head, R::rebuild(body)))
+            Ended::Streaming(Response::from_parts(head, R::rebuild(body)), judgement)
         }
     }
 }

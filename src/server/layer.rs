@@ -11,11 +11,11 @@ use http::{response, Method, Response};
 use tower_layer::Layer;
 
 use super::guard::Shared;
-use super::policy::OnLost;
+use super::policy::{OnLost, Statuses};
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
-use crate::http::{BodyForm, Collected, Refusal, RefusalStyle, IDEMPOTENCY_KEY};
+use crate::http::{BodyForm, Collected, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
 use crate::job::{Drain, OnError};
 use crate::protocol::{CanonicalJson, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
@@ -91,12 +91,18 @@ impl<St: Store> IdempotencyLayer<St> {
             .with_wait(Duration::ZERO)
     }
 
-    /// Sets what Stripe's API does: POST only, the key as it stands and optional, answers kept for 24 hours, also 5xx
-    /// and 408 (but not the other 4xx that the [table](Self#defaults) leaves out, such as 401, 404 and 429), 409 at
-    /// once while the first is outstanding, refusals in Stripe's shape, 400 for a key that belongs to another request.
+    /// Sets the behaviour of Stripe's API: POST only, the key as it stands and optional, responses stored for 24 hours,
+    /// 409 at once while the first request is in flight, refusals in Stripe's shape, 400 for a key that belongs to
+    /// another request.
+    ///
+    /// The layer stores 5xx and 408, too, but not 400 and 422, because Stripe does not save the results of requests
+    /// that fail validation, nor the other 4xx that the [table](Self#defaults) leaves out, such as 401, 404 and 429.
     pub fn stripe(mut self) -> Self {
-        self.values().refusals = RefusalStyle::Stripe;
-        self.values().required = false;
+        let values = self.values();
+        values.refusals = RefusalStyle::Stripe;
+        values.required = false;
+        values.keep.keep_if = None;
+        values.keep.statuses = Statuses::Stripe;
         self.with_key_syntax(KeySyntax::Raw)
             .with_methods([Method::POST])
             .on_error(OnError::Keep)
@@ -114,14 +120,14 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures release the key.
     /// * No answer is given of which nothing is recorded, since a 2xx acknowledges: 503 instead.
     /// * If the response of a success was not stored (it was too long, too slow, or dropped for want of room), a
-    ///   duplicate gets a bare 200 instead of 409 `answer-not-kept`. Providers stop sending to an endpoint that never
+    ///   duplicate gets a bare 200 instead of 409 `response-not-stored`. Providers stop sending to an endpoint that never
     ///   answers with 2xx.
     /// * The scope `Scope::of(["tower-idempotency", "webhooks"])`, so that no request with a key of a client's own takes a webhook's, on
     ///   whatever layer of the same store.
     pub fn webhooks(mut self) -> Self {
         let values = self.values();
         values.keep.keep_if = None;
-        values.keep.success_only = true;
+        values.keep.statuses = Statuses::SuccessOnly;
         values.acknowledges = true;
         values.run_unprotected = false;
         values.header = IDEMPOTENCY_KEY;
@@ -260,7 +266,7 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// 2 MiB by default: the longest body that is stored. A longer answer reaches its caller, and duplicates get 409
-    /// `answer-not-kept`.
+    /// `response-not-stored`.
     pub fn with_answer_limit(mut self, bytes: usize) -> Self {
         self.values().answer_limit = bytes;
         self
@@ -268,15 +274,27 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets how long the body of a response may take, counted from its head. Default: 10 s. Zero: the body must be complete at once.
     ///
-    /// The layer reads the response before it records it, and renews the lease meanwhile. If the body is not complete
-    /// in time, the layer records that the request is done without its response, and streams the body on, beginning
-    /// with what was read so far. Duplicates then get 409 `answer-not-kept`. If the response is one that the layer does
-    /// not store, it releases the key or gives it up instead. If the caller has left, the layer drops the body at this
-    /// point, so that every execution ends. This timeout does not limit the handler; put a
+    /// The layer reads a response that it stores before it records it, and renews the lease meanwhile. If the body is not
+    /// complete in time, the layer records that the request is done without its response, and streams the body on,
+    /// beginning with what was read so far. Duplicates then get 409 `response-not-stored`. If the caller has left, the
+    /// layer drops the body at this point, so that every execution ends. A response that the layer does not store
+    /// streams at once. This timeout does not limit the handler; put a
     /// `tower_http::timeout::TimeoutLayer` inside this layer for that. On a runtime without timers, a thread of this
     /// process measures the time.
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.values().response_timeout = timeout;
+        self
+    }
+
+    /// Sets the media types by which the layer knows a response as a stream; replaces the whole list. Letter case and
+    /// parameters do not count. Default: `text/event-stream`, `application/x-ndjson`, `application/jsonl`,
+    /// `application/json-seq`, `application/stream+json` and `multipart/x-mixed-replace`.
+    ///
+    /// A stream reaches its caller from the first byte. If the response is one that the layer stores, the layer first
+    /// stores a tombstone, so duplicates get 409 `response-not-stored`, and the handler never runs again. Status 101 is
+    /// always a stream. A handler marks any other stream with [`StreamResponse`](crate::StreamResponse).
+    pub fn with_stream_types(mut self, types: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.values().streams = StreamTypes::new(types);
         self
     }
 

@@ -18,6 +18,7 @@ mod future;
 mod guard;
 mod layer;
 mod lease;
+mod marks;
 mod nested;
 mod policy;
 mod service;
@@ -30,6 +31,7 @@ pub use layer::IdempotencyLayer;
 #[cfg(feature = "axum")]
 pub use lease::NotGuarded;
 pub use lease::{Attempt, Lease};
-pub use policy::{DoNotKeep, Keep, OnLost, RecoverFn, Recovered, Recovery, RetainFor};
+pub use marks::{DoNotKeep, Keep, RetainFor, StoreOutcomeOnly, StreamResponse};
+pub use policy::{OnLost, RecoverFn, Recovered, Recovery};
 pub use service::Idempotency;
 pub use settings::Settings;

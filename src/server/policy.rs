@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{request, response, Extensions, Response, StatusCode};
 
+use super::marks::{retention_of, DoNotKeep, Keep, StoreOutcomeOnly};
 use crate::http::{Effect, Refusal};
 use crate::job::OnError;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
@@ -115,44 +116,29 @@ impl fmt::Debug for OnLost {
     }
 }
 
-/// Response extension by which a handler asks that its answer be kept, whatever its status.
-///
-/// ```
-/// use tower_idempotency::Keep;
-///
-/// let mut response = http::Response::new("declined by the bank");
-/// *response.status_mut() = http::StatusCode::BAD_GATEWAY;
-/// response.extensions_mut().insert(Keep);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
-pub struct Keep;
-
-/// Response extension by which a handler asks that its answer not be kept: the next request with the key runs again.
-///
-/// For an answer that had no effect, such as "try again later". It wins over [`Keep`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
-pub struct DoNotKeep;
-
-/// Response extension by which a handler sets how long its answer is kept, from its completion; the layer's retention by
-/// default.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_structs, reason = "a mark has this one field")]
-pub struct RetainFor(pub Duration);
-
 pub(super) type KeepIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
 
-/// Decides what becomes of an answer.
+/// The rules that decide which responses are stored.
 #[derive(Clone, Default)]
 pub(super) struct KeepPolicy {
     pub(super) on_error: OnError,
     pub(super) keep_if: Option<KeepIf>,
-    /// Whether answers that are neither 2xx nor failures are released, too.
-    pub(super) success_only: bool,
+    pub(super) statuses: Statuses,
 }
 
-/// The end of an attempt, decided by the head of its response.
+/// The statuses whose responses are stored, apart from failures, for which [`OnError`] decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Statuses {
+    /// All but those with which the handler did not act, or which depend on fields outside the fingerprint.
+    #[default]
+    Definite,
+    /// The same, without 400 and 422, because Stripe does not save the results of requests that fail validation.
+    Stripe,
+    /// Only 2xx.
+    SuccessOnly,
+}
+
+/// The end of an attempt, decided by its response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) verdict: Verdict,
@@ -193,10 +179,10 @@ impl KeepPolicy {
         if response.status.is_server_error() || response.status == StatusCode::REQUEST_TIMEOUT {
             return self.of_failure();
         }
-        if (self.success_only && !response.status.is_success()) || is_passing(response.status) {
-            Verdict::Release
-        } else {
+        if self.statuses.include(response.status) {
             Verdict::Keep
+        } else {
+            Verdict::Release
         }
     }
 
@@ -207,6 +193,9 @@ impl KeepPolicy {
         let effect = marks.get::<Refusal>().map(Refusal::effect);
         if effect == Some(Effect::Nothing) || marks.get::<DoNotKeep>().is_some() {
             return Some(Verdict::Release);
+        }
+        if marks.get::<StoreOutcomeOnly>().is_some() {
+            return Some(Verdict::Tombstone);
         }
         if marks.get::<Keep>().is_some() {
             return Some(Verdict::Keep);
@@ -221,7 +210,7 @@ impl KeepPolicy {
         })
     }
 
-    /// Decides how an attempt ends, by the head of its response; `retention` is the layer's setting. The handler has
+    /// Decides how an attempt ends, by the head of its response. `retention` is the layer's setting. The handler has
     /// already run, so if the predicate panics, the key must not become free.
     pub(super) fn judge(&self, head: &response::Parts, retention: Duration) -> Judgement {
         let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(head)));
@@ -231,7 +220,7 @@ impl KeepPolicy {
         }
     }
 
-    /// What becomes of a failure without an answer.
+    /// Decides how an attempt ends whose handler failed without a response.
     pub(super) const fn of_failure(&self) -> Verdict {
         match self.on_error {
             OnError::Keep => Verdict::Keep,
@@ -241,9 +230,17 @@ impl KeepPolicy {
     }
 }
 
-/// How long the handler asked to have its response stored.
-pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {
-    head.extensions.get().map(|RetainFor(retention)| *retention)
+impl Statuses {
+    fn include(self, status: StatusCode) -> bool {
+        match self {
+            Self::Definite => !is_passing(status),
+            Self::Stripe => {
+                let is_failed_validation = matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY);
+                !is_failed_validation && !is_passing(status)
+            }
+            Self::SuccessOnly => status.is_success(),
+        }
+    }
 }
 
 /// Whether a response of this status is passed on without being stored. With these statuses, the handler did not act,
@@ -275,7 +272,7 @@ impl fmt::Debug for KeepPolicy {
         f.debug_struct("KeepPolicy")
             .field("on_error", &self.on_error)
             .field("keep_if", &self.keep_if.is_some())
-            .field("success_only", &self.success_only)
+            .field("statuses", &self.statuses)
             .finish()
     }
 }
@@ -325,7 +322,9 @@ mod tests {
     /// Every refusal of an inner layer counted as a sign that the request had no effect.
     #[test]
     fn a_refusal_of_an_inner_layer_is_judged_by_what_it_says_about_the_effect() {
-        use RefusalKind::{AnswerBroken, AnswerNotKept, HandlerFailed, Mismatch, OutcomeUnknown, OutcomeUnrecorded};
+        use RefusalKind::{
+            HandlerFailed, Mismatch, OutcomeUnknown, OutcomeUnrecorded, ResponseBroken, ResponseNotStored,
+        };
         use Verdict::{GiveUp, Keep, Release, Tombstone};
         let of = |on_error, refusal: Refusal| {
             let policy = KeepPolicy {
@@ -340,8 +339,8 @@ mod tests {
             (Refusal::new(HandlerFailed), Keep, Release, GiveUp),
             (Refusal::new(OutcomeUnknown), GiveUp, Release, GiveUp),
             (Refusal::new(OutcomeUnrecorded), GiveUp, Release, GiveUp),
-            (Refusal::new(AnswerBroken), Tombstone, Tombstone, Tombstone),
-            (Refusal::new(AnswerNotKept), Tombstone, Tombstone, Tombstone),
+            (Refusal::new(ResponseBroken), Tombstone, Tombstone, Tombstone),
+            (Refusal::new(ResponseNotStored), Tombstone, Tombstone, Tombstone),
             (Refusal::new(Mismatch), Release, Release, Release),
             (Refusal::new(RefusalKind::Outstanding), Release, Release, Release),
             (Refusal::new(RefusalKind::StoreUnavailable), Release, Release, Release),
@@ -357,7 +356,7 @@ mod tests {
     #[test]
     fn success_alone_is_kept_where_that_is_asked_for_and_failures_follow_their_setting() {
         let policy = KeepPolicy {
-            success_only: true,
+            statuses: Statuses::SuccessOnly,
             on_error: OnError::Unknown,
             ..KeepPolicy::default()
         };
@@ -394,5 +393,36 @@ mod tests {
             parts.extensions.insert(DoNotKeep);
         };
         assert_eq!(verdict(&success_only, 200, both), Verdict::Release);
+    }
+
+    #[test]
+    fn an_outcome_without_its_response_is_stored_whatever_the_status_unless_there_is_a_veto() {
+        let policy = KeepPolicy::default();
+        for status in [200, 404, 503] {
+            let marked = verdict(&policy, status, |parts| {
+                parts.extensions.insert(Keep);
+                parts.extensions.insert(StoreOutcomeOnly);
+            });
+            assert_eq!(marked, Verdict::Tombstone, "{status}");
+        }
+        let vetoed = verdict(&policy, 200, |parts| {
+            parts.extensions.insert(StoreOutcomeOnly);
+            parts.extensions.insert(DoNotKeep);
+        });
+        assert_eq!(vetoed, Verdict::Release);
+    }
+
+    #[test]
+    fn stripe_saves_no_failed_validation_and_definite_failures_all_the_same() {
+        let policy = KeepPolicy {
+            statuses: Statuses::Stripe,
+            ..KeepPolicy::default()
+        };
+        for status in [200, 402, 409] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
+        }
+        for status in [400, 401, 404, 422, 429] {
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Release, "{status}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use http::request::Parts;
 use http::Method;
 
 use super::policy::{KeepPolicy, OnLost};
-use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle, IDEMPOTENCY_KEY};
+use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{KeyParser, KeySpace, Scope};
 use crate::uncut::MOST_DETACHED;
 
@@ -33,6 +33,7 @@ pub(super) struct Values {
     pub(super) body_timeout: Duration,
     pub(super) answer_limit: usize,
     pub(super) response_timeout: Duration,
+    pub(super) streams: StreamTypes,
     pub(super) keep: KeepPolicy,
     pub(super) on_lost: OnLost,
     pub(super) max_attempts: u32,
@@ -73,6 +74,7 @@ impl Default for Values {
             body_timeout: Duration::from_secs(30),
             answer_limit: 2 << 20,
             response_timeout: Duration::from_secs(10),
+            streams: StreamTypes::default(),
             keep: KeepPolicy::default(),
             on_lost: OnLost::default(),
             max_attempts: 5,
@@ -107,6 +109,7 @@ impl fmt::Debug for Values {
             .field("body_limit", &self.body_limit)
             .field("answer_limit", &self.answer_limit)
             .field("response_timeout", &self.response_timeout)
+            .field("streams", &self.streams)
             .field("keep", &self.keep)
             .field("acknowledges", &self.acknowledges)
             .field("on_lost", &self.on_lost)

@@ -12,15 +12,16 @@ use sqlx::postgres::PgConnection;
 use tokio::runtime::Handle;
 
 use super::ending::persist;
-use super::exchange::{Cargo, Exchange, Read};
+use super::exchange::{Cargo, Exchange};
 use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
-use super::policy::{retention_of, Verdict};
+use super::marks::{retention_of, StreamResponse};
+use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, is_stream, RebuildBody, RefusalKind};
+use crate::http::{collect, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -128,7 +129,7 @@ impl Lease {
         let Home { store, settings } = self.home();
         let store = store.postgres().ok_or(NO_POSTGRES)?;
         let (head, body) = response.into_parts();
-        if is_stream(&head) {
+        if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
             return Err(NOT_KEPT);
         }
         let reading = collect(body, settings.answer_limit, settings.response_timeout);
@@ -205,14 +206,14 @@ impl<St: Store, S> Exchange<St, S> {
             Cargo::Answered(read) => Some(read),
             _ => None,
         };
-        let given = given.filter(|Read { head, body }| self.settings.answer_headers.store(head, body) == answer);
+        let given = given.filter(|read| self.settings.answer_headers.store(&read.head, &read.body) == answer);
         let landing = Landing::Answer { answer, kept: true };
-        let Some(Read { head, body }) = given else {
+        let Some(given) = given else {
             return self.settle(landing);
         };
         self.leave(landing);
         self.finished("executed");
-        Response::from_parts(head, body.rebuild())
+        given.into_response()
     }
 
     /// Nothing took effect. An answer that says otherwise is not given: a success, or one of the status that was to be recorded.
@@ -220,8 +221,8 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::event(Event::RolledBack);
         let status = match (&self.cargo, ended.as_deref()) {
             (Cargo::Answered(read), None) => Some(read.head.status),
-            (_, Some(Ended::Broken(head))) => Some(head.status),
-            (_, Some(Ended::Streaming(response))) => Some(response.status()),
+            (_, Some(Ended::Broken(status, _))) => Some(*status),
+            (_, Some(Ended::Streaming(response, _))) => Some(response.status()),
             _ => None,
         };
         let says_otherwise = |status: StatusCode| {

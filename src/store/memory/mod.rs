@@ -33,7 +33,7 @@ use crate::protocol::{
 /// * over the **record budget**, new keys are refused with [`StoreFull`](crate::ErrorKind::StoreFull) (the layer answers 503); replays
 ///   go on. A record lives for its whole retention, so the budget to set is *new keys per second × retention in seconds*.
 /// * over the **byte budget**, the oldest kept answers shrink to tombstones: their keys still never run again, and their
-///   duplicates get 409 `answer-not-kept`.
+///   duplicates get 409 `response-not-stored`.
 ///
 /// Clones share one store.
 ///

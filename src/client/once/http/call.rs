@@ -10,7 +10,7 @@ use tower_service::Service;
 use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
 use crate::client::report::{meaning_of, OnlyUnsent, Report};
-use crate::http::{collect, is_stream, Collected, RebuildBody, Shortfall};
+use crate::http::{collect, Collected, RebuildBody, Shortfall, StreamTypes};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
@@ -147,7 +147,7 @@ impl Settings {
             Meaning::Answered { settles: false } | Meaning::Unknown => Verdict::GiveUp,
         };
         let (head, body) = response.into_parts();
-        if !matches!(verdict, Verdict::Keep(_)) || is_stream(&head) {
+        if !matches!(verdict, Verdict::Keep(_)) || StreamTypes::default().include(&head) {
             let given = Given::Answer(Response::from_parts(head, body));
             return Ended { given, verdict };
         }

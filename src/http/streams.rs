@@ -1,0 +1,87 @@
+//! Responses that are known as streams by their heads.
+
+use http::{header, response};
+
+/// Media types whose responses are streams: they may not end, or their readers need each part at once.
+const KNOWN: [&str; 6] = [
+    // HTML Living Standard, section 9.2.
+    "text/event-stream",
+    // JSON, a value a line.
+    "application/x-ndjson",
+    "application/jsonl",
+    // RFC 7464.
+    "application/json-seq",
+    "application/stream+json",
+    // Several versions of one resource, each of which replaces the one before: cameras.
+    "multipart/x-mixed-replace",
+];
+
+/// The media types by which a response is known as a stream.
+#[derive(Clone, Debug)]
+pub(crate) struct StreamTypes(Vec<String>);
+
+impl Default for StreamTypes {
+    fn default() -> Self {
+        Self::new(KNOWN)
+    }
+}
+
+impl StreamTypes {
+    pub(crate) fn new(types: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self(types.into_iter().map(Into::into).collect())
+    }
+
+    /// Whether a response is a stream: by its media type, whose parameters do not count, or because it is not HTTP any
+    /// more (101).
+    pub(crate) fn include(&self, response: &response::Parts) -> bool {
+        response.status.is_informational()
+            || response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+                let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
+                let essence = essence.trim_ascii();
+                self.0
+                    .iter()
+                    .any(|known| essence.eq_ignore_ascii_case(known.as_bytes()))
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Response;
+
+    use super::*;
+
+    fn is_stream(types: &StreamTypes, status: u16, content_type: &str) -> bool {
+        let response = Response::builder().status(status).header("content-type", content_type);
+        types.include(&response.body(()).unwrap().into_parts().0)
+    }
+
+    #[test]
+    fn known_types_and_upgrades_are_streams_in_any_spelling() {
+        let types = StreamTypes::default();
+        for known in KNOWN {
+            assert!(is_stream(&types, 200, known), "{known}");
+            assert!(
+                is_stream(&types, 200, &format!("{}; charset=utf-8", known.to_uppercase())),
+                "{known}"
+            );
+        }
+        assert!(is_stream(&types, 101, "text/plain"));
+        for other in [
+            "text/plain",
+            "application/json",
+            "text/event-streams",
+            "x; text/event-stream",
+            "",
+        ] {
+            assert!(!is_stream(&types, 200, other), "{other}");
+        }
+    }
+
+    #[test]
+    fn an_own_list_replaces_the_known_types() {
+        let types = StreamTypes::new(["Application/X-Rows"]);
+        assert!(is_stream(&types, 200, "application/x-rows"));
+        assert!(!is_stream(&types, 200, "text/event-stream"));
+    }
+}

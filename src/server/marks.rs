@@ -1,0 +1,118 @@
+//! Marks: response extensions by which a handler decides what the layer does with one response.
+
+use std::time::Duration;
+
+use http::response;
+
+/// Response extension: the layer stores this response whatever its status.
+///
+/// In axum, a mark is also a part of a response, so a handler or an error type returns it in a tuple:
+///
+/// ```
+/// # #[cfg(feature = "axum")]
+/// # mod example {
+/// use axum::http::StatusCode;
+/// use axum::response::{IntoResponse, Response};
+/// use tower_idempotency::{DoNotKeep, Keep};
+///
+/// enum PaymentError {
+///     BankIsClosed,
+///     Declined,
+/// }
+///
+/// impl IntoResponse for PaymentError {
+///     fn into_response(self) -> Response {
+///         match self {
+///             // Nothing happened, so the same request may run again.
+///             Self::BankIsClosed => (StatusCode::CONFLICT, DoNotKeep, "the bank is closed").into_response(),
+///             // This is final, although the status says "bad gateway".
+///             Self::Declined => (StatusCode::BAD_GATEWAY, Keep, "declined by the bank").into_response(),
+///         }
+///     }
+/// }
+///
+/// async fn pay() -> Result<&'static str, PaymentError> {
+///     Err(PaymentError::Declined)
+/// }
+///
+/// // The error type of another crate takes a mark in the return type.
+/// async fn refund() -> Result<&'static str, (DoNotKeep, StatusCode)> {
+///     Err((DoNotKeep, StatusCode::CONFLICT))
+/// }
+/// # }
+/// ```
+///
+/// Elsewhere, insert the mark into the extensions:
+///
+/// ```
+/// use tower_idempotency::Keep;
+///
+/// let mut response = http::Response::new("declined by the bank");
+/// *response.status_mut() = http::StatusCode::BAD_GATEWAY;
+/// response.extensions_mut().insert(Keep);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
+pub struct Keep;
+
+/// Response extension: the layer does not store this response, and the next request with the key runs again.
+///
+/// For a response without an effect, such as "try again later". It wins over every other mark. The layer frees the key
+/// and then streams the response, so a caller may get its first bytes before the rest exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
+pub struct DoNotKeep;
+
+/// Response extension: the layer stores that the request took effect, but not its response.
+///
+/// For one-time secrets, such as a new API key, which must not lie in a store. The layer stores a tombstone whatever
+/// the status, and the response then reaches its caller. Every duplicate gets 409 `response-not-stored`, also one that
+/// waited meanwhile, and the handler never runs again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
+pub struct StoreOutcomeOnly;
+
+/// Response extension: the layer does not wait for the end of this response's body.
+///
+/// For a response whose body takes long or never ends. If the response is one that the layer stores, the layer stores
+/// a tombstone instead, and the body streams from its first byte. Duplicates get 409 `response-not-stored`, and the
+/// handler never runs again. Without this mark the layer knows a stream by its `Content-Type`; see
+/// [`with_stream_types`](crate::IdempotencyLayer::with_stream_types).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
+pub struct StreamResponse;
+
+/// Response extension: how long the layer stores this outcome, counted from its completion. Default: the layer's
+/// [retention](crate::IdempotencyLayer::with_retention).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a mark has this one field")]
+pub struct RetainFor(pub Duration);
+
+/// Returns how long the handler asked to have its outcome stored.
+pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {
+    head.extensions.get().map(|RetainFor(retention)| *retention)
+}
+
+#[cfg(feature = "axum")]
+mod parts {
+    use std::convert::Infallible;
+
+    use axum::response::{IntoResponseParts, ResponseParts};
+
+    use super::{DoNotKeep, Keep, RetainFor, StoreOutcomeOnly, StreamResponse};
+
+    macro_rules! response_part {
+        ($($mark:ty),*) => {$(
+            impl IntoResponseParts for $mark {
+                type Error = Infallible;
+
+                fn into_response_parts(self, mut parts: ResponseParts) -> Result<ResponseParts, Infallible> {
+                    parts.extensions_mut().insert(self);
+                    Ok(parts)
+                }
+            }
+        )*};
+    }
+
+    response_part!(DoNotKeep, Keep, RetainFor, StoreOutcomeOnly, StreamResponse);
+}
