@@ -1,5 +1,8 @@
 //! The layer in an axum app, with every default of its table, over a real server where the connection matters.
 
+#[path = "axum/framing.rs"]
+mod framing;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};

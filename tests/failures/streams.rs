@@ -1,0 +1,342 @@
+//! Responses that reach their callers before their bodies have ended.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{header, HeaderValue, Response, StatusCode};
+use http_body_util::BodyExt;
+use tower::{Layer, ServiceExt};
+use tower_idempotency::protocol::{Outcome, Status};
+use tower_idempotency::{
+    DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, RetainFor, Store, StoreOutcomeOnly, StreamResponse,
+};
+
+use super::code_of;
+use crate::support::{self, post, send, start, text, AnyBody, Handler, RemoteStore, Timer};
+
+/// Counts up when it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A handler whose response has this status and stalls for ever after its first frame, and how many of its bodies were dropped.
+fn stalls(status: StatusCode) -> (Handler, Arc<AtomicUsize>) {
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&dropped);
+    let handler = Handler::new().answering(move |_| {
+        let counted = Counted(Arc::clone(&count));
+        let for_ever = async move {
+            std::future::pending::<()>().await;
+            drop(counted);
+        };
+        let mut response = Response::new(support::stalling("front", for_ever));
+        *response.status_mut() = status;
+        response
+    });
+    (handler, dropped)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
+    let store = RemoteStore::new();
+    let (handler, dropped) = stalls(StatusCode::OK);
+    let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(3));
+    let drain = layer.drain();
+    let service = layer.layer(handler.clone());
+    let begin = Timer::start();
+    let owner = tokio::spawn(service.clone().oneshot(post("k", "pay")));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let waiter = start(&service, post("k", "pay"));
+    let mut response = owner.await.unwrap().unwrap();
+    assert_eq!((begin.elapsed().as_secs(), response.status()), (10, StatusCode::OK));
+    assert!(store.only().1.is_completed(), "the tombstone comes first");
+    assert!(store.calls("renew") >= 6, "the lease is renewed while the body is read");
+    let front = response.body_mut().frame().await.unwrap().unwrap();
+    assert_eq!(front.into_data().unwrap(), "front");
+    assert_eq!(waiter.await.unwrap().code(), "response-not-stored");
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
+    assert_eq!((handler.runs(), dropped.load(Ordering::SeqCst)), (1, 0));
+    // The caller leaves in the middle of the stream.
+    drop(response);
+    assert_eq!(dropped.load(Ordering::SeqCst), 1);
+    drain.wait().await;
+}
+
+/// The layer read a response whose caller was gone for ever, so the key was stuck and draining never ended.
+#[tokio::test(start_paused = true)]
+async fn a_response_that_stalls_without_a_caller_is_dropped() {
+    for timeout in [10, 2] {
+        let (handler, dropped) = stalls(StatusCode::OK);
+        let timeout = Duration::from_secs(timeout);
+        let layer = IdempotencyLayer::new(MemoryStore::new()).with_response_timeout(timeout);
+        let drain = layer.drain();
+        let service = layer.layer(handler.clone());
+        let owner = start(&service, post("k", "pay"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        owner.abort();
+        let begin = Timer::start();
+        drain.wait().await;
+        assert_eq!(begin.elapsed().as_secs() + 1, timeout.as_secs());
+        assert_eq!(dropped.load(Ordering::SeqCst), 1);
+        let again = service.clone().oneshot(post("k", "pay")).await.unwrap();
+        assert_eq!(code_of(&again), "response-not-stored");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_response_that_stalls_and_is_not_to_be_stored_frees_its_key_and_streams_on() {
+    for (status, on_error, second) in [
+        (StatusCode::FORBIDDEN, OnError::Release, ""),
+        (StatusCode::BAD_GATEWAY, OnError::Release, ""),
+        (StatusCode::BAD_GATEWAY, OnError::Unknown, "outcome-unknown"),
+        (StatusCode::BAD_GATEWAY, OnError::Keep, "response-not-stored"),
+    ] {
+        let (handler, _) = stalls(status);
+        let layer = IdempotencyLayer::new(MemoryStore::new()).on_error(on_error);
+        let service = layer.layer(handler.clone());
+        let first = service.clone().oneshot(post("k", "pay")).await.unwrap();
+        let again = service.clone().oneshot(post("k", "pay")).await.unwrap();
+        assert_eq!((first.status(), code_of(&again)), (status, second), "{on_error:?}");
+    }
+}
+
+/// Changes a response before the handler returns it.
+type Change = fn(&mut Response<AnyBody>);
+
+/// A handler whose responses stall for ever after their first frame.
+fn endless(change: Change) -> Handler {
+    Handler::new().answering(move |_| {
+        let mut response = Response::new(support::stalling("front", std::future::pending()));
+        change(&mut response);
+        response
+    })
+}
+
+fn set_type(response: &mut Response<AnyBody>, media_type: &'static str) {
+    let media_type = HeaderValue::from_static(media_type);
+    response.headers_mut().insert(header::CONTENT_TYPE, media_type);
+}
+
+/// Sends a request, and returns its response and the first bytes of its body. Fails if they take any time.
+async fn first_bytes(service: &impl Serve) -> Response<AnyBody> {
+    let begin = Timer::start();
+    let mut response = service.clone().oneshot(post("k", "pay")).await.unwrap();
+    let front = response.body_mut().frame().await.unwrap().unwrap().into_data().unwrap();
+    assert_eq!(front, "front");
+    assert_eq!(begin.elapsed(), Duration::ZERO);
+    response
+}
+
+/// A service of these tests.
+trait Serve:
+    tower::Service<http::Request<AnyBody>, Response = Response<AnyBody>, Error = std::convert::Infallible, Future: Send>
+    + Clone
+    + Send
+    + 'static
+{
+}
+
+impl<S> Serve for S where
+    S: tower::Service<
+            http::Request<AnyBody>,
+            Response = Response<AnyBody>,
+            Error = std::convert::Infallible,
+            Future: Send,
+        > + Clone
+        + Send
+        + 'static
+{
+}
+
+/// An endless response with a veto delivered no byte at all.
+#[tokio::test(start_paused = true)]
+async fn a_response_that_is_not_stored_streams_at_once_and_frees_its_key() {
+    let changes: [(&str, Change); 4] = [
+        ("a veto", |response| {
+            response.extensions_mut().insert(DoNotKeep);
+        }),
+        ("a veto beside another mark", |response| {
+            response.extensions_mut().insert(StoreOutcomeOnly);
+            response.extensions_mut().insert(DoNotKeep);
+        }),
+        ("a status that is not stored", |response| {
+            *response.status_mut() = StatusCode::NOT_FOUND
+        }),
+        ("a failure", |response| *response.status_mut() = StatusCode::BAD_GATEWAY),
+    ];
+    for (name, change) in changes {
+        let handler = endless(change);
+        let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+        let first = first_bytes(&service).await;
+        drop(first_bytes(&service).await);
+        assert_eq!(handler.runs(), 2, "{name}");
+        drop(first);
+    }
+    let handler = endless(|_| {});
+    let layer = IdempotencyLayer::new(MemoryStore::new()).keep_if(|_| false);
+    let service = layer.layer(handler.clone());
+    drop(first_bytes(&service).await);
+    drop(first_bytes(&service).await);
+    assert_eq!(handler.runs(), 2);
+}
+
+/// Only server-sent events streamed; NDJSON was held back until the limits.
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte() {
+    let changes: [(&str, Change); 5] = [
+        ("server-sent events", |response| set_type(response, "text/event-stream")),
+        ("NDJSON", |response| {
+            set_type(response, "Application/X-NDJSON; charset=utf-8")
+        }),
+        ("JSON sequences", |response| set_type(response, "application/json-seq")),
+        ("a mark", |response| {
+            response.extensions_mut().insert(StreamResponse);
+        }),
+        ("a mark on a failure that is stored", |response| {
+            *response.status_mut() = StatusCode::BAD_GATEWAY;
+            response.extensions_mut().insert(Keep);
+            response.extensions_mut().insert(StreamResponse);
+        }),
+    ];
+    for (name, change) in changes {
+        let handler = endless(change);
+        let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+        let first = first_bytes(&service).await;
+        assert_eq!(
+            send(&service, post("k", "pay")).await.code(),
+            "response-not-stored",
+            "{name}"
+        );
+        drop(first);
+        assert_eq!(
+            send(&service, post("k", "pay")).await.code(),
+            "response-not-stored",
+            "{name}"
+        );
+        assert_eq!(handler.runs(), 1, "{name}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_own_list_of_stream_types_replaces_the_known_ones() {
+    let layer = IdempotencyLayer::new(MemoryStore::new()).with_stream_types(["application/x-rows"]);
+    let rows = layer.layer(endless(|response| set_type(response, "application/x-rows")));
+    drop(first_bytes(&rows).await);
+    let stored = Handler::new().answering(|_| {
+        let mut response = text(StatusCode::OK, "{}\n");
+        set_type(&mut response, "application/x-ndjson");
+        response
+    });
+    let service = layer.layer(stored);
+    send(&service, post("other", "pay")).await;
+    assert!(send(&service, post("other", "pay")).await.is_replay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_is_complete_at_once_reaches_the_duplicates_in_its_process() {
+    let handler = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "the bank is down"));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let both = [start(&service, post("k", "pay")), start(&service, post("k", "pay"))];
+    for got in both {
+        let got = got.await.unwrap();
+        assert_eq!(
+            (got.status(), &got.body[..], got.is_replay()),
+            (502, &b"the bank is down"[..], false)
+        );
+    }
+    assert_eq!(handler.runs(), 1);
+}
+
+/// A one-time secret lay in the store for a day.
+#[tokio::test(start_paused = true)]
+async fn a_secret_reaches_its_first_caller_and_no_store() {
+    for status in [StatusCode::CREATED, StatusCode::BAD_GATEWAY, StatusCode::NOT_FOUND] {
+        let handler = Handler::new().taking(Duration::from_secs(1)).answering(move |_| {
+            let mut response = text(status, "sk_live_1");
+            response.extensions_mut().insert(StoreOutcomeOnly);
+            response.extensions_mut().insert(RetainFor(Duration::from_secs(60)));
+            response
+        });
+        let store = MemoryStore::new();
+        let layer = IdempotencyLayer::new(store.clone());
+        let service = layer.layer(handler.clone());
+        let first = start(&service, post("k", "pay"));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let waiter = start(&service, post("k", "pay"));
+        let first = first.await.unwrap();
+        assert_eq!((first.status(), &first.body[..]), (status.as_u16(), &b"sk_live_1"[..]));
+        assert_eq!(waiter.await.unwrap().code(), "response-not-stored", "{status}");
+        assert_eq!(
+            send(&service, post("k", "pay")).await.code(),
+            "response-not-stored",
+            "{status}"
+        );
+        assert_eq!(handler.runs(), 1);
+        let key = layer.storage_key(None, "k").unwrap();
+        let record = store.peek(&key).await.unwrap().unwrap();
+        assert!(
+            matches!(record.status, Status::Completed(Outcome::Tombstone)),
+            "{:?}",
+            record.status
+        );
+    }
+}
+
+/// Callers leave at every stage of endless responses: before the head, while the layer reads, and in the stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let handler = {
+        let dropped = Arc::clone(&dropped);
+        Handler::new().answering(move |n| {
+            let counted = Counted(Arc::clone(&dropped));
+            let body = if n % 2 == 0 {
+                let for_ever = async move {
+                    std::future::pending::<()>().await;
+                    drop(counted);
+                };
+                support::stalling("front", for_ever)
+            } else {
+                // Ready at every poll, so that only the limits end it.
+                let lines = futures::stream::repeat_with(move || {
+                    let _ = &counted;
+                    Ok(http_body::Frame::data(bytes::Bytes::from_static(&[b'x'; 1024])))
+                });
+                http_body_util::StreamBody::new(lines).boxed_unsync()
+            };
+            let mut response = Response::new(body);
+            match n % 3 {
+                0 => set_type(&mut response, "application/x-ndjson"),
+                1 => *response.status_mut() = StatusCode::BAD_GATEWAY,
+                _ => {}
+            }
+            response
+        })
+    };
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .with_response_timeout(Duration::from_millis(200))
+        .with_answer_limit(8 * 1024);
+    let (service, drain) = (layer.layer(handler.clone()), layer.drain());
+    for n in 0..10_000 {
+        let request = service.clone().oneshot(post(&format!("k-{n}"), "pay"));
+        if n % 4 == 0 {
+            // Left while it waits for the rest of the body, or with the response in hand.
+            drop(support::poll_then_drop(3, request).await);
+        } else {
+            let response = tokio::time::timeout(Duration::from_millis(u64::from(n % 3 == 0)), request).await;
+            if let Ok(Ok(mut response)) = response {
+                let _ = response.body_mut().frame().await;
+            }
+        }
+    }
+    drain.wait().await;
+    assert!(handler.runs() > 5_000, "{}", handler.runs());
+    assert_eq!(dropped.load(Ordering::SeqCst), handler.runs(), "every body was dropped");
+}
