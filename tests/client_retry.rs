@@ -169,7 +169,7 @@ fn what_a_server_says_wins_over_the_status() {
         (Profile::stripe(), 409, "stripe-should-retry", "false", Final),
         (Profile::stripe(), 402, "stripe-should-retry", "true", Repeat),
         (Profile::stripe(), 500, "stripe-should-retry", "perhaps", Repeat),
-        // What is replayed will be replayed for ever.
+        // The server would replay the response again and again.
         (Profile::stripe(), 500, "idempotent-replayed", "true", Final),
         (Profile::draft(), 503, "idempotent-replayed", "?1", Final),
         (Profile::adyen(), 422, "transient-error", "true", Repeat),
@@ -193,6 +193,40 @@ fn what_a_server_says_wins_over_the_status() {
     assert_eq!(custom.advice(StatusCode::CONFLICT, &headers("retry-after", "1")), Final);
     assert_eq!(custom.advice(StatusCode::IM_A_TEAPOT, &http::HeaderMap::new()), Repeat);
     assert_eq!(custom.advice(StatusCode::BAD_GATEWAY, &http::HeaderMap::new()), Final);
+}
+
+/// As Stripe's own clients do: the header field of the response wins over its status, and `Retry-After` sets the pause.
+#[tokio::test(start_paused = true)]
+async fn the_policy_obeys_stripe_should_retry() {
+    const NO: (&str, &str) = ("stripe-should-retry", "false");
+    const YES: (&str, &str) = ("stripe-should-retry", "true");
+    const AFTER: (&str, &str) = ("retry-after", "7");
+    for status in [400, 402, 409, 429, 500, 503] {
+        let called = post(Profile::stripe(), &[Answer(status, &[NO, AFTER]), OK]).await;
+        assert_eq!((called.attempts(), called.status), (1, Some(status)), "{status}");
+        let called = post(Profile::stripe(), &[Answer(status, &[YES]), OK]).await;
+        assert_eq!((called.attempts(), called.status), (2, Some(200)), "{status}");
+        let called = post(Profile::stripe(), &[Answer(status, &[YES, AFTER]), OK]).await;
+        assert!(
+            (7.0..7.3).contains(&called.at[1].as_secs_f64()),
+            "{status} {:?}",
+            called.at
+        );
+        // The field does not make a request safe to repeat.
+        let without_key = request(&Method::POST, false);
+        let called = call(policy(Profile::stripe()), without_key, &[Answer(status, &[YES]), OK]).await;
+        assert_eq!(called.attempts(), 1, "{status} without a key");
+        // Another provider's field is no advice.
+        let called = post(Profile::draft(), &[Answer(400, &[YES]), OK]).await;
+        assert_eq!(called.attempts(), 1);
+    }
+    let called = post(Profile::stripe(), &[Answer(500, &[YES])]).await;
+    assert_eq!(called.attempts(), 5, "the number of attempts bounds it");
+    // The server knows better than the replay marker whether another attempt helps.
+    let replayed = Answer(500, &[YES, ("idempotent-replayed", "true")]);
+    assert_eq!(post(Profile::stripe(), &[replayed, OK]).await.attempts(), 2);
+    let replayed = Answer(500, &[("idempotent-replayed", "true")]);
+    assert_eq!(post(Profile::stripe(), &[replayed, OK]).await.attempts(), 1);
 }
 
 #[tokio::test(start_paused = true)]

@@ -188,7 +188,8 @@ impl Profile {
         self
     }
 
-    /// The header field by which the server says whether to ask again: `true` or `false`. It wins over the status.
+    /// Sets the header field in which the server says whether to send the request again, by `true` or `false`. It wins over
+    /// the status and over the replay marker. Without such a field, or with any other value, the status decides.
     #[must_use]
     pub fn with_repeat_marker(mut self, header: Option<HeaderName>) -> Self {
         self.should_repeat = header;
@@ -222,12 +223,12 @@ impl Profile {
     /// Whether to ask again after an answer.
     #[must_use]
     pub fn advice(&self, status: StatusCode, headers: &HeaderMap) -> Advice {
-        // What is replayed will be replayed for ever.
-        if self.is_replay(headers) {
-            return Advice::Final;
-        }
         let says = says(headers, self.should_repeat.as_ref());
-        if says.unwrap_or_else(|| self.is_in_flight(status, headers) || self.repeated.contains(&status)) {
+        let is_repeated = || {
+            // The server would replay a stored response again and again.
+            !self.is_replay(headers) && (self.is_in_flight(status, headers) || self.repeated.contains(&status))
+        };
+        if says.unwrap_or_else(is_repeated) {
             Advice::Repeat
         } else {
             Advice::Final
