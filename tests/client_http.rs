@@ -159,6 +159,9 @@ fn charge<B: From<&'static str>>(url: &str) -> Request<B> {
     Request::post(url).body(B::from("amount=1")).unwrap()
 }
 
+#[path = "client_http/bodies.rs"]
+mod bodies;
+
 #[path = "client_http/redirects.rs"]
 mod redirects;
 

@@ -377,6 +377,21 @@ async fn an_answer_that_breaks_off_is_not_called_failed() {
     }
 }
 
+/// A client other than hyper may not check the length. The layer stored the front of the response.
+#[tokio::test(start_paused = true)]
+async fn a_response_that_ends_before_its_declared_length_is_not_stored() {
+    let ((_, layer), party) = (layer(), Party::default());
+    for _ in 0..2 {
+        let given = party.send(&layer, request("x"), |_| {
+            let mut response = answer(201)?;
+            response.headers_mut().insert("content-length", "8".parse().unwrap());
+            Ok(response)
+        });
+        assert!(matches!(given.await, Err(OnceError::NotKept)));
+    }
+    assert_eq!(party.arrived(), 1);
+}
+
 /// The layer read a response that stalled for ever. It read endless empty frames for ever, too, and blocked its thread.
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {

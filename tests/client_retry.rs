@@ -15,8 +15,8 @@ use tokio::time::Instant;
 use tower::retry::budget::TpsBudget;
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    Advice, CallError, CallLayer, CallOutcome, CloneBody, Delivery, ErrorClass, IdempotencyKeyLayer, KeyedError,
-    Meaning, Profile, RetryPolicy,
+    Advice, CallError, CallLayer, CallOutcome, CloneBody, CollectError, Delivery, ErrorClass, IdempotencyKeyLayer,
+    KeyedError, Meaning, Profile, RetryPolicy,
 };
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
@@ -419,6 +419,124 @@ impl tower::Service<Request<String>> for NotReady {
 
     fn call(&mut self, _: Request<String>) -> Self::Future {
         unreachable!("it was not ready")
+    }
+}
+
+/// The error said "the client failed" for every call, however often it was sent.
+#[tokio::test(start_paused = true)]
+async fn an_error_says_what_happened_and_has_the_cause() {
+    use std::error::Error;
+    let failed = |attempts: u32, kind: io::ErrorKind| async move {
+        let policy = policy(Profile::draft())
+            .with_max_attempts(attempts)
+            .with_errors(|error: &io::Error| match error.kind() {
+                io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+                _ => ErrorClass::Lost,
+            });
+        let client = ServiceBuilder::new()
+            .layer(IdempotencyKeyLayer::new(Profile::draft()))
+            .layer(CallLayer::new(policy))
+            .service(service_fn(move |_: Request<String>| {
+                ready(Err::<Response<()>, _>(io::Error::from(kind)))
+            }));
+        client.oneshot(request(&Method::POST, true)).await.unwrap_err()
+    };
+    for (attempts, kind, text) in [
+        (
+            5,
+            io::ErrorKind::ConnectionReset,
+            "the HTTP call failed after 5 attempts; outcome unknown",
+        ),
+        (
+            1,
+            io::ErrorKind::TimedOut,
+            "the HTTP call failed after 1 attempt; outcome unknown",
+        ),
+        (
+            2,
+            io::ErrorKind::ConnectionRefused,
+            "the HTTP call failed after 2 attempts; no effect",
+        ),
+    ] {
+        let error = failed(attempts, kind).await;
+        assert_eq!(error.to_string(), text);
+        let cause = error.source().unwrap().downcast_ref::<io::Error>().unwrap();
+        assert_eq!(cause.kind(), kind, "the next error in the chain is the cause");
+        let KeyedError::Service(error) = error else {
+            panic!("{error}")
+        };
+        assert_eq!(error.to_string(), text);
+        assert!(error.source().unwrap().is::<io::Error>());
+    }
+    let client = ServiceBuilder::new()
+        .layer(CallLayer::new(policy(Profile::draft())))
+        .service(NotReady);
+    let error = client.oneshot(request(&Method::POST, true)).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the HTTP call failed before its first attempt; no effect"
+    );
+}
+
+/// A client that does not check the length of a body, as hyper does.
+#[tokio::test(start_paused = true)]
+async fn a_body_that_ends_before_its_declared_length_is_lost() {
+    let arrivals = Arc::new(AtomicUsize::new(0));
+    let arrived = Arc::clone(&arrivals);
+    let http = service_fn(move |request: Request<String>| {
+        let is_short = arrived.fetch_add(1, Ordering::SeqCst) == 0 && request.method() != Method::HEAD;
+        let response = Response::builder().header("content-length", "7");
+        let text = if is_short { "half" } else { "charged" };
+        ready(Ok::<_, io::Error>(response.body(Full::<Bytes>::from(text)).unwrap()))
+    });
+    let calls = CallLayer::new(policy(Profile::draft())).collect_responses();
+    let client = ServiceBuilder::new().layer(calls).service(http);
+    let send = |keyed| client.clone().oneshot(request(&Method::POST, keyed));
+    let response = send(true).await.unwrap();
+    assert_eq!(response.extensions().get::<Delivery>().unwrap().attempts(), 2);
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
+
+    arrivals.store(0, Ordering::SeqCst);
+    let error = send(false).await.unwrap_err();
+    assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Answered));
+    match error.into_source() {
+        CollectError::Body(error) => {
+            let text = "the body of the response with status 200 ended after 4 of its declared 7 bytes";
+            assert_eq!((error.status(), error.to_string()), (StatusCode::OK, text.to_owned()));
+        }
+        error => panic!("{error}"),
+    }
+}
+
+/// A replayed response whose body was lost is requested again, although a complete one would be final.
+#[tokio::test(start_paused = true)]
+async fn a_lost_body_is_requested_again_whatever_its_head_advises() {
+    for (status, name, value) in [
+        (200, "idempotent-replayed", "true"),
+        (500, "idempotent-replayed", "true"),
+        (402, "stripe-should-retry", "false"),
+    ] {
+        let arrivals = Arc::new(AtomicUsize::new(0));
+        let arrived = Arc::clone(&arrivals);
+        let http = service_fn(move |_: Request<String>| {
+            let declared = if arrived.fetch_add(1, Ordering::SeqCst) == 0 {
+                8
+            } else {
+                7
+            };
+            let response = Response::builder().status(status).header(name, value);
+            let response = response.header("content-length", declared);
+            ready(Ok::<_, io::Error>(
+                response.body(Full::<Bytes>::from("charged")).unwrap(),
+            ))
+        });
+        let calls = CallLayer::new(policy(Profile::stripe())).collect_responses();
+        let client = ServiceBuilder::new().layer(calls).service(http);
+        let response = client.oneshot(request(&Method::POST, true)).await.unwrap();
+        assert_eq!(
+            (response.status().as_u16(), arrivals.load(Ordering::SeqCst)),
+            (status, 2)
+        );
     }
 }
 

@@ -36,6 +36,7 @@
 mod classes;
 mod follows;
 mod keys;
+mod length;
 mod once;
 #[cfg(feature = "follow-redirect")]
 mod redirect;
@@ -59,4 +60,7 @@ pub use once::{LostCall, OnceClient, OnceError, OnceFuture, OnceLayer};
 #[cfg(feature = "follow-redirect")]
 pub use redirect::KeyAtHome;
 #[cfg(feature = "retry")]
-pub use retry::{Call, CallError, CallFuture, CallLayer, CallOutcome, CloneBody, Delivery, Pause, RetryPolicy};
+pub use retry::{
+    BodyError, Call, CallError, CallFuture, CallLayer, CallOutcome, CloneBody, CollectError, CollectingCall,
+    CollectingCallFuture, CollectingCallLayer, Delivery, Pause, RetryPolicy,
+};

@@ -276,7 +276,8 @@ impl<E> KeyedError<E> {
     }
 }
 
-impl<E> fmt::Display for KeyedError<E> {
+impl<E: fmt::Display> fmt::Display for KeyedError<E> {
+    /// Shows a [`Service`](Self::Service) error as that error shows itself.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::FirstSent => {
@@ -285,7 +286,7 @@ impl<E> fmt::Display for KeyedError<E> {
             }
             Self::Key(_) => "the request was not sent: the server would not take its idempotency key",
             Self::Maker(_) => "the request was not sent: no idempotency key could be made for it",
-            Self::Service(_) => "the client failed",
+            Self::Service(error) => return error.fmt(f),
         })
     }
 }
@@ -296,7 +297,8 @@ impl<E: std::error::Error + 'static> std::error::Error for KeyedError<E> {
             Self::FirstSent => None,
             Self::Key(error) => Some(error),
             Self::Maker(cause) => Some(&**cause),
-            Self::Service(error) => Some(error),
+            // Display shows this error already, so the chain goes on with its cause.
+            Self::Service(error) => error.source(),
         }
     }
 }

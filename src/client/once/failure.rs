@@ -1,4 +1,4 @@
-//! How a one-time call can fail.
+//! The errors of one-time calls.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -7,16 +7,16 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::job::Refused;
 
-/// How a call failed, as the call itself says.
+/// The failure of a call, as the call itself classifies it.
 ///
-/// `?` makes of every other error an [`Unknown`](Self::Unknown): that is the only safe guess.
+/// `?` turns every other error into [`Unknown`](Self::Unknown), because no other class is safe.
 #[cfg(feature = "once")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "there is no third")]
 pub enum Failure<E> {
-    /// It had no effect and never will: the key is free for the next attempt.
+    /// The call had no effect and never will have one. The key is free for the next attempt.
     NotDone(E),
-    /// It may have had an effect: a lost connection, a time-out, a 5xx.
+    /// The call may have had an effect. Examples are a lost connection, a timeout and a 5xx.
     Unknown(E),
 }
 
@@ -27,15 +27,15 @@ impl<E> From<E> for Failure<E> {
     }
 }
 
-/// Why a one-time call has no answer to give. `T` is what it would have given, `E` its own error.
+/// The error of a one-time call. `T` is the type of its result, `E` the error of the call itself.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum OnceError<T, E> {
-    /// The call was made now and failed without effect. The next one runs.
+    /// The call was made now, and failed without effect. The next call runs.
     Failed(E),
-    /// Somebody else is making the call, and has been for as long as was to be waited.
+    /// Another caller is making the same call, and did not finish within the waiting time.
     InFlight {
-        /// What is left of the other's lease.
+        /// The time that is left of the other caller's lease.
         left: Duration,
     },
     /// The key was used for another input. Nothing ran.
@@ -43,27 +43,27 @@ pub enum OnceError<T, E> {
     /// The call was made, and its result was not stored. A response was too long, too slow, a stream, or broke off, or
     /// JSON could not hold a value. The call is not made again.
     NotKept,
-    /// The store failed, or the call is not set up soundly. Nothing ran.
+    /// The store failed, or the configuration of the call is wrong. Nothing ran.
     NotRun(Error),
-    /// The key was used by a job with another list of steps, or another input. Nothing ran. A job that has begun needs the list that it
-    /// began with; give jobs with another list another namespace.
+    /// The key was used by a job with another list of steps, or another input. Nothing ran. A job that has begun needs the
+    /// list of steps that it began with; give jobs with another list another namespace.
     StepChanged {
         /// The first step that differs, counted from 0.
         position: usize,
     },
-    /// Nobody knows whether the call took effect: it was lost, or its existence check could not tell. With the error of an attempt
-    /// that was made now. Ask the third party whether the call took effect. After the retention of the key, the next call
-    /// is made, so a call that took effect must not be repeated then.
+    /// It is unknown whether the call took effect, because an attempt was lost, or its existence check could not decide.
+    /// Holds the error of an attempt that was made now. Ask the third party whether the call took effect. The next call
+    /// after the retention of the key is made, so do not repeat a call that took effect.
     Unknown(Option<E>),
-    /// The stored answer cannot be read as a `T`, because the type has changed since. Nothing ran. A version of the
-    /// program with the earlier type can still read the answer.
+    /// The stored response cannot be read as a `T`, because the type has changed since. Nothing ran. A version of the
+    /// program with the earlier type can still read the response.
     Unreadable(Box<dyn StdError + Send + Sync>),
-    /// The call was made and this is its answer, but it could not be recorded: another attempt may make it again, or find its
+    /// The call was made, but its response could not be recorded. Another attempt may make the call again, or find its
     /// outcome unknown.
     Unrecorded {
-        /// The answer.
+        /// The response.
         given: Box<T>,
-        /// Why it is not recorded.
+        /// The error of the store.
         error: Error,
     },
 }
@@ -79,7 +79,7 @@ impl<T, E> OnceError<T, E> {
         }
     }
 
-    /// Whether the call may have taken effect although there is no answer: [`InFlight`](Self::InFlight), [`NotKept`](Self::NotKept),
+    /// Whether the call may have taken effect. That is so for [`InFlight`](Self::InFlight), [`NotKept`](Self::NotKept),
     /// [`Unknown`](Self::Unknown), [`Unreadable`](Self::Unreadable) and [`Unrecorded`](Self::Unrecorded).
     #[must_use]
     pub const fn may_have_happened(&self) -> bool {
@@ -93,15 +93,22 @@ impl<T, E> OnceError<T, E> {
 impl<T, E> fmt::Display for OnceError<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Failed(_) => "the call failed and had no effect",
-            Self::InFlight { .. } => "somebody else is making the same call",
-            Self::Mismatch => "the key was used for a call with another input",
-            Self::NotKept => "the call was made, and its answer was not kept",
+            Self::Failed(_) => "the call failed; no effect",
+            Self::InFlight { left } => {
+                return write!(f, "another caller is making the same call; its lease ends in {left:?}");
+            }
+            Self::Mismatch => "the call was not made: its key was used with another input; use a new key",
+            Self::NotKept => "the call was made, but its response was not stored; ask the third party for the result",
             Self::NotRun(_) => "the call was not made",
-            Self::StepChanged { .. } => "the key was used by a job with another list of steps",
-            Self::Unknown(_) => "whether the call took effect is not known",
-            Self::Unreadable(_) => "the kept answer cannot be read as the type that is asked for",
-            Self::Unrecorded { .. } => "the call was made, and its answer could not be recorded",
+            Self::StepChanged { position } => {
+                return write!(
+                    f,
+                    "the job was not continued: its steps differ from the recorded ones at step {position}"
+                );
+            }
+            Self::Unknown(_) => "the call may have taken effect; outcome unknown: ask the third party",
+            Self::Unreadable(_) => "the call was made, but its stored response cannot be read as the requested type",
+            Self::Unrecorded { .. } => "the call was made, but its response could not be recorded",
         })
     }
 }

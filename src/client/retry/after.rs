@@ -1,4 +1,4 @@
-//! `Retry-After`, in both of its forms.
+//! Reads both forms of `Retry-After`.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,12 +6,12 @@ use http::header::{HeaderMap, DATE, RETRY_AFTER};
 
 use crate::clock::wall_clock;
 
-/// How long the server asks to wait (RFC 9110 section 10.2.3): a number of seconds, or a date, which is taken by the server's
-/// own clock where the answer tells it. What is neither says nothing.
+/// Returns how long the server asks the client to wait (RFC 9110 section 10.2.3). The field is a number of seconds, or a
+/// date, which is relative to the `Date` of the response if there is one. Any other value counts as no value.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // More seconds than fit are more than anybody waits.
+        // A number of seconds that does not fit is longer than every horizon.
         return Some(Duration::from_secs(value.parse().unwrap_or(u64::MAX)));
     }
     let until = httpdate::parse_http_date(value).ok()?;
@@ -56,7 +56,7 @@ mod tests {
             asked(&[until, ("date", "Fri, 31 Dec 1999 23:59:49 GMT")]),
             Some(Duration::from_secs(10))
         );
-        // It is past, by whatever clock.
+        // The date has passed, by every clock.
         assert_eq!(
             asked(&[until, ("date", "Sat, 01 Jan 2000 00:00:00 GMT")]),
             Some(Duration::ZERO)

@@ -1,4 +1,4 @@
-//! Bodies that can be sent again.
+//! Request bodies that can be sent again.
 
 use bytes::Buf;
 use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
@@ -6,11 +6,11 @@ use http_body_util::{Either, Empty, Full};
 
 use crate::http::Body;
 
-/// A body that can perhaps be sent more than once.
+/// A request body that can possibly be sent more than once.
 ///
-/// A request whose body cannot be cloned is sent once, and its answer given as it is.
+/// The policy sends a request whose body cannot be cloned once, and the caller gets the result of that attempt.
 pub trait CloneBody: Sized {
-    /// The same body again; `None`: it can be sent only once, a stream for example.
+    /// Returns the same body again, or `None` if it can be sent only once, as a stream can.
     fn try_clone(&self) -> Option<Self>;
 }
 
@@ -54,14 +54,14 @@ impl<B: CloneBody> CloneBody for Body<B> {
 }
 
 impl<D, E> CloneBody for BoxBody<D, E> {
-    /// Nobody knows what is in the box.
+    /// Returns `None`, because the box hides the body.
     fn try_clone(&self) -> Option<Self> {
         None
     }
 }
 
 impl<D, E> CloneBody for UnsyncBoxBody<D, E> {
-    /// Nobody knows what is in the box.
+    /// Returns `None`, because the box hides the body.
     fn try_clone(&self) -> Option<Self> {
         None
     }

@@ -1,4 +1,4 @@
-//! One logical call: repeated as the policy says, and reported.
+//! One logical call: sends its attempts as the policy decides, and reports the outcome.
 
 use std::fmt;
 use std::future::Future;
@@ -16,11 +16,19 @@ use super::body::CloneBody;
 use super::delivery::{CallOutcome, Delivery};
 use super::policy::RetryPolicy;
 
-/// Repeats requests as a [`RetryPolicy`] says, and tells its caller what became of them: a [`Delivery`] among the extensions of
-/// every response, or a [`CallError`], which tells "unknown" from "not sent".
+/// Retries requests as a [`RetryPolicy`] decides, and reports the outcome: every response has a [`Delivery`] among its
+/// extensions, and a [`CallError`] distinguishes "outcome unknown" from "no effect".
 ///
-/// It goes within [`IdempotencyKeyLayer`](super::super::IdempotencyKeyLayer). Who does not want to know takes
-/// `tower::retry::RetryLayer` with the same policy.
+/// Put it inside of [`IdempotencyKeyLayer`](super::super::IdempotencyKeyLayer), so that all attempts carry one key.
+/// If you do not need the report, use `tower::retry::RetryLayer` with the same policy.
+///
+/// # Response bodies
+///
+/// The layer judges a response by its head and hands on the body as a stream. If the body breaks off later, the caller
+/// gets an error from the body, and the layer does not retry. [`collect_responses`](Self::collect_responses) makes the
+/// layer read the body within a bound, and treat a body that breaks off or stalls like a lost response.
+///
+/// # Example
 ///
 /// ```
 /// use std::io;
@@ -44,6 +52,7 @@ use super::policy::RetryPolicy;
 ///     Ok(response) => println!("sent {} times", response.extensions().get::<Delivery>().unwrap().attempts()),
 ///     Err(KeyedError::Service(error)) => {
 ///         assert_eq!((error.attempts(), error.outcome()), (2, CallOutcome::Unknown));
+///         assert_eq!(error.to_string(), "the HTTP call failed after 2 attempts; outcome unknown");
 ///     }
 ///     Err(_) => unreachable!("a random key is always taken"),
 /// }
@@ -55,7 +64,7 @@ pub struct CallLayer {
 }
 
 impl CallLayer {
-    /// Repeats as `policy` says.
+    /// Retries as `policy` decides.
     #[must_use]
     pub const fn new(policy: RetryPolicy) -> Self {
         Self { policy }
@@ -73,7 +82,7 @@ impl<S> Layer<S> for CallLayer {
     }
 }
 
-/// A client that repeats what it may and reports what became of it; made by [`CallLayer`].
+/// A client that retries requests and reports the outcome. Made by [`CallLayer`].
 #[derive(Clone, Debug)]
 pub struct Call<S> {
     retry: Retry<RetryPolicy, S>,
@@ -150,15 +159,14 @@ where
                 response.extensions_mut().insert(delivery);
                 Ok(response)
             }
-            Err(source) => Err(CallError {
-                source,
-                attempts,
-                // An earlier attempt had a response, which the caller never sees.
-                outcome: match outcome {
+            Err(source) => {
+                let outcome = match outcome {
+                    // A layer further in saw a response, and the caller never sees its status.
                     CallOutcome::Answered => CallOutcome::Unknown,
                     outcome => outcome,
-                },
-            }),
+                };
+                Err(CallError::new(source, attempts, outcome))
+            }
         })
     }
 }
@@ -171,7 +179,7 @@ impl<F> fmt::Debug for CallFuture<F> {
     }
 }
 
-/// A call that got no answer.
+/// The error of a call that got no response, or (with [`collect_responses`](CallLayer::collect_responses)) no complete one.
 #[derive(Debug)]
 pub struct CallError<E> {
     source: E,
@@ -180,7 +188,19 @@ pub struct CallError<E> {
 }
 
 impl<E> CallError<E> {
-    /// The client was not ready.
+    pub(super) const fn new(source: E, attempts: u32, outcome: CallOutcome) -> Self {
+        Self {
+            source,
+            attempts,
+            outcome,
+        }
+    }
+
+    pub(super) fn map<T>(self, change: impl FnOnce(E) -> T) -> CallError<T> {
+        CallError::new(change(self.source), self.attempts, self.outcome)
+    }
+
+    /// The error of a client that did not become ready.
     const fn before(source: E) -> Self {
         Self {
             source,
@@ -195,13 +215,15 @@ impl<E> CallError<E> {
         self.attempts
     }
 
-    /// Returns the knowledge about the effect; never [`CallOutcome::Answered`].
+    /// Returns the knowledge about the effect. It is [`CallOutcome::Answered`] only if the head of a response came and its
+    /// body was lost ([`CollectError::Body`](super::CollectError::Body)). To get that response, send the call again under
+    /// the same key.
     #[must_use]
     pub const fn outcome(&self) -> CallOutcome {
         self.outcome
     }
 
-    /// The error of the last attempt.
+    /// Returns the error of the last attempt.
     #[must_use]
     pub fn into_source(self) -> E {
         self.source
@@ -210,9 +232,15 @@ impl<E> CallError<E> {
 
 impl<E> fmt::Display for CallError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.attempts {
+            0 => f.write_str("the HTTP call failed before its first attempt")?,
+            1 => f.write_str("the HTTP call failed after 1 attempt")?,
+            attempts => write!(f, "the HTTP call failed after {attempts} attempts")?,
+        }
         f.write_str(match self.outcome {
-            CallOutcome::NotTaken => "the call had no effect: the request could not be sent",
-            _ => "the call got no answer: whether it took effect is not known",
+            CallOutcome::Answered => "; the server has processed it, but the response was lost",
+            CallOutcome::NotTaken => "; no effect",
+            CallOutcome::Unknown => "; outcome unknown",
         })
     }
 }

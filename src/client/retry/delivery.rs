@@ -6,11 +6,11 @@ use super::super::keys::Meaning;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CallOutcome {
-    /// The server processed the call, and its answer describes the effect.
+    /// The server processed the call, and its response describes the effect.
     Answered,
-    /// The call had no effect. Nothing was sent, or the server says that it did not begin.
+    /// The call had no effect. Either no attempt was sent, or the server says that it did not begin.
     NotTaken,
-    /// Nobody knows whether the call took effect; it may still do so later. Send it again under the same key, or ask
+    /// It is unknown whether the call took effect; it may still do so later. Send it again under the same key, or ask
     /// the third party about it.
     Unknown,
 }
@@ -41,7 +41,7 @@ impl Delivery {
         self.attempts
     }
 
-    /// Whether the server says that this is the replay of an earlier answer.
+    /// Whether the server marks this response as the replay of an earlier one.
     #[must_use]
     pub const fn is_replay(&self) -> bool {
         self.is_replay

@@ -1,12 +1,17 @@
-//! Sending again what may be sent again: [`RetryPolicy`] decides, for `tower::retry`; [`CallLayer`] also says what became of it.
+//! Retries of requests: [`RetryPolicy`] decides for `tower::retry`; [`CallLayer`] also reports the outcome, and can collect
+//! the response.
 
 mod after;
 mod body;
 mod call;
+mod collect;
 mod delivery;
 mod policy;
+mod whole;
 
 pub use body::CloneBody;
 pub use call::{Call, CallError, CallFuture, CallLayer};
+pub use collect::{BodyError, CollectError};
 pub use delivery::{CallOutcome, Delivery};
 pub use policy::{Pause, RetryPolicy};
+pub use whole::{CollectingCall, CollectingCallFuture, CollectingCallLayer};

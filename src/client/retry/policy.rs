@@ -1,4 +1,4 @@
-//! What may be sent again, when, and how often.
+//! Decides which requests are sent again, when, and how often.
 
 use std::fmt;
 use std::future::Future;
@@ -17,14 +17,18 @@ use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
 use super::super::report::{meaning_of, OnlyUnsent, Report};
 use super::after::retry_after;
 use super::body::CloneBody;
+use super::collect::IsLost;
 use crate::clock::{sleep, Deadline, Timer};
 
-/// Decides for `tower::retry` what is sent again: only a request that has a key, is idempotent by its method (RFC 9110
-/// section 9.2.2), or is made under a [`OnceLayer`](super::super::OnceLayer).
+/// Decides for `tower::retry` which requests are sent again: only a request that has a key, is idempotent by its method
+/// (RFC 9110 section 9.2.2), or is made under a [`OnceLayer`](super::super::OnceLayer).
 ///
-/// Errors of the client, time-outs among them, are repeated; so are the answers that the [`Profile`] names, after what
-/// `Retry-After` asks for, or else after a random time between nothing and a bound that doubles with every attempt ("full
-/// jitter").
+/// The policy repeats such a request after an error of the client, such as a timeout, and after a response that the
+/// [`Profile`] [names](Profile::advice). It waits for the time in `Retry-After`. Without that field it waits for a random
+/// time between zero and a bound that doubles with every attempt ("full jitter").
+///
+/// The policy sees the head of a response. A body that breaks off later is not its business, unless the
+/// [`CallLayer`](super::CallLayer) [collects](super::CallLayer::collect_responses) the body.
 ///
 /// Under a [`OnceLayer`](super::super::OnceLayer) it repeats a request only if the server provably did not take it,
 /// that is, after an error that is known to come before the sending, a 425 or a 429. A key in the header does not show
@@ -45,8 +49,8 @@ use crate::clock::{sleep, Deadline, Timer};
 ///
 /// # What it does not promise
 ///
-/// A request that is given up is not undone: an attempt whose answer was lost may have taken effect. [`CallLayer`](super::CallLayer)
-/// tells such a call from one that failed.
+/// The policy cannot undo a request. An attempt whose response was lost may have taken effect.
+/// [`CallLayer`](super::CallLayer) distinguishes such a call from one that had no effect.
 #[derive(Clone)]
 pub struct RetryPolicy {
     settings: Arc<Settings>,
@@ -66,7 +70,7 @@ struct Settings {
 }
 
 impl RetryPolicy {
-    /// For a server of this profile.
+    /// Makes a policy for a server of this profile.
     #[must_use]
     pub fn new(profile: Profile) -> Self {
         let settings = Settings {
@@ -85,15 +89,15 @@ impl RetryPolicy {
         }
     }
 
-    /// How often a request is sent in all; 5 by default, 1 or more.
+    /// Sets how often a request is sent in all. At least 1. Default: 5.
     #[must_use]
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().max_attempts = attempts.max(1);
         self
     }
 
-    /// The bound of the random pause before the second attempt, and the greatest bound, reached by doubling; 200 ms and 20 s by
-    /// default.
+    /// Sets the bound of the random pause before the second attempt, and the longest bound. The bound doubles with every
+    /// attempt. Default: 200 ms and 20 s.
     #[must_use]
     pub fn with_backoff(mut self, first: Duration, longest: Duration) -> Self {
         let settings = self.settings();
@@ -101,16 +105,16 @@ impl RetryPolicy {
         self
     }
 
-    /// For how long after the first attempt another one may begin; 60 s by default. Beyond nine tenths of the profile's retention
-    /// nothing is repeated, whatever is set: the server could have forgotten the key.
+    /// Sets how long after the first attempt another one may begin. Default: 60 s. The policy never repeats a request after
+    /// nine tenths of the profile's retention, because the server may have forgotten the key.
     #[must_use]
     pub fn with_horizon(mut self, horizon: Duration) -> Self {
         self.settings().horizon = horizon;
         self
     }
 
-    /// What all requests together may repeat, shared by clones. By default tower's own: a fifth of what succeeds, and 10 a second,
-    /// over the last 10 seconds.
+    /// Sets the number of retries that all requests may make together. Clones of the policy share it. Default: tower's own
+    /// budget, which allows a fifth of the requests that succeed, and 10 a second, over the last 10 seconds.
     #[must_use]
     pub fn with_budget(mut self, budget: TpsBudget) -> Self {
         self.settings().budget = Arc::new(budget);
@@ -150,7 +154,7 @@ impl RetryPolicy {
         &self.settings.profile
     }
 
-    /// Whether to repeat after this end of an attempt, and what it says about the effect.
+    /// Returns whether to repeat the request after this result of an attempt, and what the result says about the effect.
     pub(super) fn read<R, E: 'static>(
         &self,
         result: &Result<Response<R>, E>,
@@ -158,6 +162,8 @@ impl RetryPolicy {
     ) -> (Advice, Meaning) {
         let Settings { profile, classes, .. } = &*self.settings;
         let advice = match result {
+            // The response never reached the caller, so what its head advises does not count.
+            Ok(response) if response.extensions().get::<IsLost>().is_some() => Advice::Repeat,
             Ok(response) => profile.advice(response.status(), response.headers()),
             Err(error) => match classes.of(error, true) {
                 ErrorClass::Final => Advice::Final,
@@ -175,7 +181,7 @@ impl RetryPolicy {
             || request.extensions().get::<OnlyUnsent>().is_some()
     }
 
-    /// The time until the next attempt, if there is one.
+    /// Returns the time until the next attempt, if there is one.
     fn pause<R, E>(&self, result: &Result<Response<R>, E>) -> Option<Duration> {
         let settings = &*self.settings;
         if self.sent >= settings.max_attempts {
@@ -186,7 +192,7 @@ impl RetryPolicy {
             .ok()
             .and_then(|response| retry_after(response.headers()));
         let pause = match asked {
-            // Not all at the same moment.
+            // Add a random time, so that not all clients come at the same moment.
             Some(asked) => asked.saturating_add(up_to(settings.first_pause)),
             None => up_to(bound(settings.first_pause, settings.longest_pause, self.sent)),
         };
@@ -194,12 +200,12 @@ impl RetryPolicy {
     }
 }
 
-/// RFC 9110 section 9.2.2.
+/// Whether the method is idempotent (RFC 9110 section 9.2.2).
 fn is_idempotent(method: &Method) -> bool {
     method.is_safe() || [Method::PUT, Method::DELETE].contains(method)
 }
 
-/// The bound of the pause after `sent` attempts.
+/// Returns the bound of the pause after `sent` attempts.
 fn bound(first: Duration, longest: Duration, sent: u32) -> Duration {
     let doubled = 2_u32.saturating_pow(sent.saturating_sub(1));
     first.saturating_mul(doubled).min(longest)

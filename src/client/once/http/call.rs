@@ -1,20 +1,21 @@
-//! One attempt: what is sent, what is asked about a lost one, and what an answer does to the key.
+//! One attempt: sends the request, or asks about a lost attempt, and decides the effect of the result on the key.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 use http::request::Parts;
-use http::{response, Request, Response, StatusCode};
+use http::{response, Method, Request, Response, StatusCode};
 use tower_service::Service;
 
 use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
+use crate::client::length::{cut_short, has_body};
 use crate::client::report::{meaning_of, OnlyUnsent, Report};
 use crate::http::{collect, Collected, RebuildBody, Shortfall, StreamTypes};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
-/// A call that is to be made.
+/// The work of one call.
 pub(super) struct HttpCall<S, B> {
     pub(super) service: S,
     pub(super) settings: Arc<Settings>,
@@ -24,12 +25,12 @@ pub(super) struct HttpCall<S, B> {
     pub(super) type_of_body: PhantomData<fn(B)>,
 }
 
-/// What an attempt gives its caller.
+/// The result of an attempt for its caller.
 pub(super) enum Given<R, E> {
     Answer(Response<R>),
-    /// The answer broke off while it was read.
+    /// The body of the response broke off, or ended before its declared length.
     Broken,
-    /// An answer that leaves open what became of an attempt that was lost before.
+    /// A response that does not show whether an earlier, lost attempt took effect.
     Doubtful,
     /// The error of an attempt without effect.
     Failed(E),
@@ -92,7 +93,7 @@ where
         if !settings.keys_are_honoured {
             head.extensions.insert(OnlyUnsent);
         }
-        let is_later = attempt.number() > 1;
+        let (is_later, method) = (attempt.number() > 1, head.method.clone());
         let result = service.call(Request::from_parts(head, body.rebuild())).await;
         let meaning = settings.meaning(&report, &result);
         if let Some(outer) = outer {
@@ -103,14 +104,14 @@ where
             }
         }
         match result {
-            // It may say no more than that the lost attempt was there before.
+            // It may only mean that the lost attempt arrived before.
             Ok(response) if is_later && settings.is_doubtful(&response) => Ended {
                 given: Given::Doubtful,
                 verdict: Verdict::GiveUp,
             },
             Ok(mut response) => {
                 response.extensions_mut().insert(attempt);
-                settings.answered(response, meaning).await
+                settings.answered(&method, response, meaning).await
             }
             Err(error) => settings.failed(error, meaning, is_later),
         }
@@ -121,10 +122,14 @@ impl Settings {
     /// Decides what an error does to the key.
     fn failed<R, E>(&self, error: E, meaning: Meaning, is_later: bool) -> Ended<Given<R, E>> {
         if meaning != Meaning::NotTaken {
-            return Ended {
-                given: Given::Lost(error),
-                verdict: Verdict::GiveUp,
+            let verdict = match meaning {
+                // A `CallLayer` saw the head of the response and lost its body. To send the request again would repeat
+                // the effect, also under `at_least_once`.
+                Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
+                _ => Verdict::GiveUp,
             };
+            let given = Given::Lost(error);
+            return Ended { given, verdict };
         }
         // An earlier attempt was lost, and without a recovery function nobody has asked about its effect.
         let is_open = is_later && self.if_lost == IfLost::Execute;
@@ -139,7 +144,12 @@ impl Settings {
     }
 
     /// Reads a response, and decides what it does to the key.
-    async fn answered<R: RebuildBody, E>(&self, response: Response<R>, meaning: Meaning) -> Ended<Given<R, E>> {
+    async fn answered<R: RebuildBody, E>(
+        &self,
+        method: &Method,
+        response: Response<R>,
+        meaning: Meaning,
+    ) -> Ended<Given<R, E>> {
         let verdict = match meaning {
             Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
             Meaning::NotTaken => Verdict::Release,
@@ -152,6 +162,7 @@ impl Settings {
             return Ended { given, verdict };
         }
         let given = match collect(body, self.answer_limit, self.response_timeout).await {
+            Ok(body) if has_body(method, head.status) && cut_short(&head, body.bytes.len()).is_some() => Given::Broken,
             Ok(body) => return self.keep(head, body),
             Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => {
                 Given::Answer(Response::from_parts(head, R::rebuild(body)))
@@ -161,7 +172,7 @@ impl Settings {
         Ended { given, verdict }
     }
 
-    /// Whether an answer leaves open what became of an attempt that was lost before, at a third party that knows nothing of keys.
+    /// Whether a response does not show if an earlier, lost attempt took effect, because the third party knows no keys.
     fn is_doubtful<R>(&self, response: &Response<R>) -> bool {
         let is_asked_blindly = self.if_lost == IfLost::Execute && !self.send_key;
         is_asked_blindly && !response.status().is_success() && !self.profile.is_replay(response.headers())
