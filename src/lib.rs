@@ -77,7 +77,7 @@
 //! | `redis` | `RedisStore`, for Redis 7, Valkey and Cluster; needs Rust 1.88 |
 //! | `redis-rustls` | `redis`, with TLS by rustls and ring |
 //! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
-//! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer` |
+//! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer`, which reports the outcome of a call and can collect its response |
 //! | `testing` | `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do |
 //! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks |
 //!

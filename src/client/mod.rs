@@ -1,25 +1,76 @@
-//! The other half of an integration: calls to others that must take effect once, although we are retried and may crash.
+//! Calls to other systems that must take effect once, although our own callers retry and our process may crash.
 //!
-//! What can be promised depends on what the third party offers:
+//! The guarantee depends on what the third party supports:
 //!
-//! | the third party offers | use | promise |
+//! | the third party supports | use | guarantee |
 //! |---|---|---|
-//! | idempotency keys | [`IdempotencyKeyLayer`], with a key that is [derived](KeyDeriver) from what our own caller sent | one effect, also across crashes of ours, as long as the other side keeps its keys |
-//! | ids made by the client | [`KeyDeriver::derive`], [`Attempt::id`] or [`Lease::derive_id`](crate::Lease::derive_id) as the id | one effect: a second creation meets the first |
-//! | drafts: create one, then a transition that is idempotent by nature | `Once::steps` | one effect: at worst a second draft that is never confirmed |
-//! | an existence check | `Once::run_or_recover`, or [`OnceLayer::with_recovery`] | one effect, if the check shuts out the lost attempt or that has settled before it is asked |
-//! | nothing | `Once` or [`OnceLayer`] | at most once, or at least once: choose; what is unknown is reported as unknown |
+//! | idempotency keys | [`IdempotencyKeyLayer`], with a key that is [derived](KeyDeriver) from the key of our own caller | one effect, also after a crash, as long as the third party stores its keys |
+//! | ids made by the client | [`KeyDeriver::derive`], [`Attempt::id`] or [`Lease::derive_id`](crate::Lease::derive_id) as the id | one effect, because a second creation conflicts with the first |
+//! | drafts: creation of a draft, then an idempotent transition | `Once::steps`, then `Steps::step` for each of the two | one effect; at worst a second draft that nobody confirms |
+//! | an existence check | `Once::run_or_recover`, or [`OnceLayer::with_recovery`] | one effect, if the check blocks the lost attempt, or that attempt has settled before the check |
+//! | nothing | `Once` or [`OnceLayer`] | at most once or at least once; choose. An unknown outcome is reported as unknown |
+//!
+//! # A complete client
+//!
+//! It needs the features `retry` and `reqwest`. A retry after a crash derives the same key from the order, so the third
+//! party charges once.
+//!
+//! ```no_run
+//! # #[cfg(all(feature = "retry", feature = "reqwest"))]
+//! # mod example {
+//! use std::time::Duration;
+//!
+//! use http::Request;
+//! use tower::{BoxError, ServiceBuilder, ServiceExt};
+//! use tower_idempotency::client::{
+//!     CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, KeyedError, Profile,
+//!     ReqwestService, RetryPolicy,
+//! };
+//!
+//! async fn charge(order: &str, secret: &[u8]) -> Result<String, BoxError> {
+//!     // Build the client once, and clone it for each call.
+//!     let keys = KeyMaker::derived(KeyDeriver::new(secret)?);
+//!     let http = ReqwestService::build(reqwest::Client::builder().timeout(Duration::from_secs(10)))?;
+//!     let client = ServiceBuilder::new()
+//!         .layer(IdempotencyKeyLayer::new(Profile::stripe()).with_maker(keys))
+//!         .layer(CallLayer::new(RetryPolicy::new(Profile::stripe())).collect_responses())
+//!         .service(http);
+//!
+//!     let request = Request::post("https://api.stripe.com/v1/charges")
+//!         .header("content-type", "application/x-www-form-urlencoded")
+//!         .extension(KeyOrigin::new(order, "charge"))
+//!         .body(reqwest::Body::from("amount=4200&currency=eur"))?;
+//!     match client.oneshot(request).await {
+//!         Ok(response) => {
+//!             let delivery = *response.extensions().get::<Delivery>().ok_or("every response has one")?;
+//!             let response = reqwest::Response::from(response);
+//!             println!("{} after {} attempts", response.status(), delivery.attempts());
+//!             if delivery.outcome() == CallOutcome::Unknown {
+//!                 return Err("the charge may have taken effect: send it again later, under the same key".into());
+//!             }
+//!             Ok(response.error_for_status()?.text().await?)
+//!         }
+//!         // "the HTTP call failed after 5 attempts; outcome unknown"
+//!         Err(KeyedError::Service(error)) if error.outcome() != CallOutcome::NotTaken => {
+//!             println!("{error}: send it again later, under the same key");
+//!             Err(error.into())
+//!         }
+//!         Err(error) => Err(error.into()),
+//!     }
+//! }
+//! # }
+//! ```
 //!
 //! # Where the layers go
 //!
 //! Outermost first:
 //!
-//! | layer | where the third party honours keys | where it offers nothing |
+//! | layer | if the third party honours keys | if it supports nothing |
 //! |---|---|---|
-//! | [`OnceLayer`] | if you record its responses on this side, too; with [`assume_keys_honoured`](OnceLayer::assume_keys_honoured), so that retries repeat a lost request | needed |
+//! | [`OnceLayer`] | if you also record its responses on this side; with [`assume_keys_honoured`](OnceLayer::assume_keys_honoured), so that retries repeat a lost request | needed |
 //! | [`IdempotencyKeyLayer`] | needed: one logical request has one key | not needed; the caller sets the key of the call, in the header field or by [`OnceLayer::with_key`] |
-//! | `CallLayer`, or `tower::retry` with `RetryPolicy` (feature `retry`) | repeats under the same key | repeats a request only if the server provably did not take it: a refused connection, a 425, a 429 |
-//! | a time-out | for each attempt | for each attempt |
+//! | `CallLayer`, or `tower::retry` with `RetryPolicy` (feature `retry`) | repeats a request under the same key | repeats a request only if the server provably did not take it: a refused connection, a 425, a 429 |
+//! | a timeout | for each attempt | for each attempt |
 //! | `FollowRedirect` with `KeyAtHome` in its policy (feature `follow-redirect`) | only around a client that follows no redirects | the same |
 //! | the client, such as `ReqwestService` (feature `reqwest`) | | |
 //!
@@ -27,11 +78,16 @@
 //! that. Do not follow redirects on your own without `KeyAtHome`, because the layers would take the response to a later
 //! request for the response to the first one.
 //!
-//! # What it does not promise
+//! A timeout of tower covers an attempt up to the head of its response. `CallLayer::collect_responses` bounds the body,
+//! and repeats a request whose response breaks off or stalls. Without it, `CallLayer` and `RetryPolicy` judge heads
+//! only, and an error in the body reaches the caller. [`OnceLayer`] always collects the responses that it stores. It
+//! never stores a part of a response; a response that broke off counts as made and not stored.
 //!
-//! A third party that keeps its keys for a day knows nothing of them on the next: everything here ends with the other side's
-//! retention. And nobody can tell a lost request from a lost answer where the other side offers nothing to tell them by; what
-//! came of such a call is unknown, and is never reported as done or as failed.
+//! # Limits of the guarantee
+//!
+//! All guarantees end with the retention of the third party: a third party that stores its keys for a day does not
+//! recognise them on the next day. If the third party supports nothing, a lost request cannot be distinguished from a
+//! lost response. The outcome of such a call is reported as unknown, never as done or as failed.
 
 mod classes;
 mod follows;

@@ -18,7 +18,8 @@ use crate::protocol::KeyError;
 
 /// Gives every logical request of a client one idempotency key.
 ///
-/// It goes *outside* of whatever repeats requests (a retry, a redirect, a hedge), so that all attempts carry the same key.
+/// Put it *outside* of every layer that repeats requests (a retry, a redirect, a hedge), so that all attempts carry the
+/// same key.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -43,15 +44,16 @@ use crate::protocol::KeyError;
 /// | setting | default |
 /// |---|---|
 /// | [maker](Self::with_maker) | [`KeyMaker::uuid_v4`] |
-/// | [methods](Self::with_methods) | POST and PATCH; everything else passes untouched |
+/// | [methods](Self::with_methods) | POST and PATCH; other requests pass unchanged |
 /// | place | the header field of the [`Profile`] |
 ///
-/// A key that the caller has set wins, if the server would take it: too long or given twice, it is an error and nothing is sent.
+/// A key that the caller has set wins. If the server would reject it, because it is too long or there are two, the call
+/// fails and nothing is sent.
 ///
-/// # What it does not promise
+/// # Limits of the guarantee
 ///
-/// With a random key, a crash between two attempts makes a second effect: see [`KeyDeriver`](super::KeyDeriver). Whether the
-/// server heeds the key, and for how long, is the server's to say.
+/// With a random key, a crash between two attempts can cause a second effect; use a [`KeyDeriver`](super::KeyDeriver). The
+/// server decides whether it honours the key, and for how long.
 #[derive(Clone)]
 pub struct IdempotencyKeyLayer<P = InHeader> {
     settings: Arc<Settings>,
@@ -66,7 +68,7 @@ struct Settings {
 }
 
 impl IdempotencyKeyLayer {
-    /// Keys for a server of this profile.
+    /// Makes keys for a server of this profile.
     #[must_use]
     pub fn new(profile: Profile) -> Self {
         let settings = Settings {
@@ -82,23 +84,23 @@ impl IdempotencyKeyLayer {
 }
 
 impl<P> IdempotencyKeyLayer<P> {
-    /// Who makes the keys; [`KeyMaker::uuid_v4`] by default.
+    /// Sets how keys are made. Default: [`KeyMaker::uuid_v4`].
     #[must_use]
     pub fn with_maker(mut self, maker: KeyMaker) -> Self {
         Arc::make_mut(&mut self.settings).maker = maker;
         self
     }
 
-    /// The methods whose requests get a key; POST and PATCH by default, for the others are idempotent by themselves (RFC 9110 section
-    /// 9.2.2).
+    /// Sets the methods whose requests get a key. Default: POST and PATCH, because the other common methods are idempotent
+    /// (RFC 9110 section 9.2.2).
     #[must_use]
     pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         Arc::make_mut(&mut self.settings).methods = methods.into_iter().collect();
         self
     }
 
-    /// Puts the key into the body instead of a header field, by a function that also decides what becomes of a key which is there
-    /// already.
+    /// Puts the key into the body instead of a header field. The function also decides whether a key that the body already
+    /// has stays.
     ///
     /// ```
     /// use http::Request;
@@ -146,7 +148,7 @@ impl<S, P: Clone> Layer<S> for IdempotencyKeyLayer<P> {
     }
 }
 
-/// A client whose requests have keys; made by [`IdempotencyKeyLayer`].
+/// A client whose requests have keys. Made by [`IdempotencyKeyLayer`].
 #[derive(Clone, Debug)]
 pub struct Keyed<S, P = InHeader> {
     inner: S,
@@ -154,7 +156,7 @@ pub struct Keyed<S, P = InHeader> {
 }
 
 impl<S, P> Keyed<S, P> {
-    /// The client within.
+    /// Returns the inner client.
     pub const fn get_ref(&self) -> &S {
         &self.inner
     }
@@ -249,7 +251,7 @@ where
     }
 }
 
-/// Why a request with a key failed.
+/// The error of a request with a key.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum KeyedError<E> {
@@ -259,7 +261,7 @@ pub enum KeyedError<E> {
     /// have sent such a key. For any other key, put the time into the request's
     /// [`KeyOrigin`](super::KeyOrigin::with_first_sent), or set the header field.
     FirstSent,
-    /// The server would not take the key. Nothing was sent.
+    /// The server would not accept the key. Nothing was sent.
     Key(KeyError),
     /// The maker made no key, or it could not be put into the body. Nothing was sent.
     Maker(Box<dyn std::error::Error + Send + Sync>),
@@ -284,7 +286,7 @@ impl<E: fmt::Display> fmt::Display for KeyedError<E> {
                 "the request was not sent because the server requires the date of its first attempt; set the date by \
                  `KeyOrigin::with_first_sent`, or as a header field"
             }
-            Self::Key(_) => "the request was not sent: the server would not take its idempotency key",
+            Self::Key(_) => "the request was not sent: the server would not accept its idempotency key",
             Self::Maker(_) => "the request was not sent: no idempotency key could be made for it",
             Self::Service(error) => return error.fmt(f),
         })

@@ -1,4 +1,4 @@
-//! How a server takes idempotency keys, and what its answers mean.
+//! How a server accepts idempotency keys, and what its responses mean.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,10 +13,10 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 type InFlightFn = Arc<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
 
-/// How a server takes idempotency keys, and what its answers mean to whoever thinks of asking again.
+/// How a server accepts idempotency keys, and what its responses mean for a retry.
 ///
-/// The presets hold what the providers publish; where one publishes nothing, the default of [`Profile::draft`] stands and the preset
-/// says so. Every part can be changed.
+/// The presets follow the documentation of the providers. Where a provider documents nothing, the preset uses the default
+/// of [`Profile::draft`] and says so. Every part can be changed.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,33 +47,34 @@ pub struct Profile {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "there is no third")]
 pub enum Advice {
-    /// No: this is the answer.
+    /// No. This response is the result.
     Final,
     /// Yes, later.
     Repeat,
 }
 
-/// The meaning of an answer for the effect of its request.
+/// The meaning of a response for the effect of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever asks must handle every case")]
 pub enum Meaning {
-    /// The server dealt with the request; the effect is as the answer says.
+    /// The server processed the request, and the response describes the effect.
     Answered {
-        /// Whether that holds for earlier attempts under the key as well, whose answers were lost. A gatekeeper that stands in
-        /// front of the key's records cannot know: of a 401, 403 or 413, say, this is false.
+        /// Whether this also holds for earlier attempts under the key whose responses were lost. It is false for a status
+        /// such as 401, 403 or 413, because a gateway in front of the key's records may have sent it.
         settles: bool,
     },
-    /// The server says that it did not begin.
+    /// The server says that it did not begin to process the request.
     NotTaken,
-    /// Whether it took effect is not known.
+    /// It is unknown whether the request took effect.
     Unknown,
 }
 
 impl Profile {
-    /// draft-ietf-httpapi-idempotency-key-header-07, as [`IdempotencyLayer`](crate::IdempotencyLayer) serves it: `Idempotency-Key`,
-    /// a structured-field string in quotes, up to 255 bytes; replays marked by `Idempotent-Replayed`; a 409 with `Retry-After` is in
-    /// flight. Asked again after 408, 425, 429, 500, 502, 503 and 504. The draft leaves the retention to the server; 24 hours
-    /// here.
+    /// draft-ietf-httpapi-idempotency-key-header-07, as [`IdempotencyLayer`](crate::IdempotencyLayer) serves it.
+    ///
+    /// The field is `Idempotency-Key`, a structured-field string in quotes, up to 255 bytes. `Idempotent-Replayed` marks a
+    /// replay. A 409 with `Retry-After` means that the first request is in flight. The client sends a request again after
+    /// 408, 425, 429, 500, 502, 503 and 504. The draft leaves the retention to the server; this profile assumes 24 hours.
     #[must_use]
     pub fn draft() -> Self {
         Self {
@@ -92,8 +93,10 @@ impl Profile {
         }
     }
 
-    /// Stripe: `Idempotency-Key` as it is, up to 255 bytes, kept for at least 24 hours; `Stripe-Should-Retry` decides where it is
-    /// sent, every 409 is in flight. Answers of 500 are replayed, and mean "indeterminate".
+    /// Stripe: `Idempotency-Key` without quotes, up to 255 bytes, stored for at least 24 hours.
+    ///
+    /// `Stripe-Should-Retry` decides about a retry if the response has it. Every 409 means that the first request is in
+    /// flight. Stripe replays a 500, and its outcome is unknown.
     #[must_use]
     pub fn stripe() -> Self {
         Self {
@@ -103,7 +106,8 @@ impl Profile {
         }
     }
 
-    /// Adyen: `Idempotency-Key` as it is, up to 64 bytes, kept for at least 7 days; `transient-error` decides where it is sent.
+    /// Adyen: `Idempotency-Key` without quotes, up to 64 bytes, stored for at least 7 days. `transient-error` decides about
+    /// a retry if the response has it.
     #[must_use]
     pub fn adyen() -> Self {
         Self {
@@ -113,7 +117,8 @@ impl Profile {
         }
     }
 
-    /// PayPal: `PayPal-Request-Id` as it is, up to 108 bytes (older endpoints take 38), kept for 6 hours or more, by endpoint.
+    /// PayPal: `PayPal-Request-Id` without quotes, up to 108 bytes (older endpoints accept 38), stored for 6 hours or more,
+    /// depending on the endpoint.
     #[must_use]
     pub fn paypal() -> Self {
         Self {
@@ -126,7 +131,8 @@ impl Profile {
         }
     }
 
-    /// Checkout.com: `Cko-Idempotency-Key` as it is, kept for 24 hours. Its greatest length is not known to us: 255 here.
+    /// Checkout.com: `Cko-Idempotency-Key` without quotes, stored for 24 hours. The greatest length is not documented; this
+    /// profile assumes 255 bytes.
     #[must_use]
     pub fn checkout() -> Self {
         Self {
@@ -137,7 +143,7 @@ impl Profile {
         }
     }
 
-    /// OASIS Repeatable Requests 1.0: `Repeatability-Request-ID` as it is and `Repeatability-First-Sent`, the date of
+    /// OASIS Repeatable Requests 1.0: `Repeatability-Request-ID` without quotes and `Repeatability-First-Sent`, the date of
     /// the first attempt, unchanged in every later one, also after a crash. If the layer did not make the key at
     /// random, set the date by [`KeyOrigin::with_first_sent`](super::KeyOrigin::with_first_sent) or as a header field;
     /// without a date, the layer does not send the request. The specification leaves the retention to the server; this
@@ -153,35 +159,36 @@ impl Profile {
         }
     }
 
-    /// The header field that carries the key.
+    /// Sets the header field that carries the key.
     #[must_use]
     pub fn with_header(mut self, header: HeaderName) -> Self {
         self.header = header;
         self
     }
 
-    /// Whether the key is sent as a structured-field string in quotes (RFC 9651 section 3.3.3) or as it is.
+    /// Sets whether the key is sent in quotes, as a structured-field string (RFC 9651 section 3.3.3).
     #[must_use]
     pub const fn with_quotes(mut self, quoted: bool) -> Self {
         self.quoted = quoted;
         self
     }
 
-    /// The greatest length of a key in bytes, without quotes. A longer one is an error, and nothing is sent.
+    /// Sets the greatest length of a key in bytes, without quotes. A longer key is an error, and nothing is sent.
     #[must_use]
     pub const fn with_max_len(mut self, bytes: usize) -> Self {
         self.max_len = bytes;
         self
     }
 
-    /// For how long the server knows a key. Nothing is repeated beyond nine tenths of it.
+    /// Sets how long the server stores a key. The client repeats no request after nine tenths of this time.
     #[must_use]
     pub const fn with_retention(mut self, retention: Duration) -> Self {
         self.retention = retention;
         self
     }
 
-    /// The header field that marks an answer as replayed, by the value `true`; `None`: the server does not say.
+    /// Sets the header field that marks a response as a replay, by the value `true`. `None` means that the server marks no
+    /// replay.
     #[must_use]
     pub fn with_replay_marker(mut self, header: Option<HeaderName>) -> Self {
         self.replayed = header;
@@ -196,21 +203,22 @@ impl Profile {
         self
     }
 
-    /// How a 409 is recognised as "the first request is still in flight", by its headers. Any other 409 is final.
+    /// Sets how to recognise, by its headers, a 409 that means "the first request is still in flight". Every other 409 is
+    /// final.
     #[must_use]
     pub fn with_in_flight(mut self, is_in_flight: impl Fn(&HeaderMap) -> bool + Send + Sync + 'static) -> Self {
         self.in_flight = Arc::new(is_in_flight);
         self
     }
 
-    /// The statuses after which a request is sent again, instead of 408, 425, 429, 500, 502, 503 and 504.
+    /// Sets the statuses after which a request is sent again. Default: 408, 425, 429, 500, 502, 503 and 504.
     #[must_use]
     pub fn with_repeated(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
         self.repeated = statuses.into_iter().collect();
         self
     }
 
-    /// Whether an answer repeats that of an earlier attempt, as far as the server says.
+    /// Whether the server marks the response as a replay.
     #[must_use]
     pub fn is_replay(&self, headers: &HeaderMap) -> bool {
         says(headers, self.replayed.as_ref()) == Some(true)
@@ -220,7 +228,7 @@ impl Profile {
         status == StatusCode::CONFLICT && (self.in_flight)(headers)
     }
 
-    /// Whether to ask again after an answer.
+    /// Whether to send the request again after a response with this status and these headers.
     #[must_use]
     pub fn advice(&self, status: StatusCode, headers: &HeaderMap) -> Advice {
         let says = says(headers, self.should_repeat.as_ref());
@@ -235,8 +243,8 @@ impl Profile {
         }
     }
 
-    /// Returns the meaning of an answer for the effect of its request. A 5xx says nothing, except for 501; nor does a 1xx,
-    /// a 408, or a 409 in flight.
+    /// Returns the meaning of a response for the effect of its request. A 5xx other than 501 leaves the effect unknown, and
+    /// so do a 1xx, a 408 and a 409 in flight.
     #[must_use]
     pub fn meaning(&self, status: StatusCode, headers: &HeaderMap) -> Meaning {
         let is_replay = self.is_replay(headers);
@@ -249,16 +257,17 @@ impl Profile {
             // RFC 9110 section 15.6.2: the server knows no such method.
             501 => Meaning::Answered { settles: is_replay },
             408 | 500.. => Meaning::Unknown,
-            // RFC 9110 sections 15.4.8 and 15.4.9: the same request is to be made elsewhere. A 302 may as well point to what was made.
+            // RFC 9110 sections 15.4.8 and 15.4.9: the client is to send the same request elsewhere. A 302 can also point to
+            // the result.
             307 | 308 => Meaning::Answered { settles: is_replay },
-            // A 4xx may come from somebody who never saw the key's records: a gateway, an expired login, a bound on sizes.
+            // Any other 4xx may come from a component that never saw the key's records, such as a gateway or a size limit.
             200..=399 | 402 | 409 | 410 | 412 | 422 => Meaning::Answered { settles: true },
             _ => Meaning::Answered { settles: is_replay },
         }
     }
 }
 
-/// The word of a header field, if it is there and is one.
+/// Returns the boolean in a header field, if the field is there and holds one.
 fn says(headers: &HeaderMap, name: Option<&HeaderName>) -> Option<bool> {
     let value = headers.get(name?)?.as_bytes();
     // `?1` is a boolean of RFC 9651.

@@ -22,6 +22,8 @@ use super::policy::RetryPolicy;
 /// Put it inside of [`IdempotencyKeyLayer`](super::super::IdempotencyKeyLayer), so that all attempts carry one key.
 /// If you do not need the report, use `tower::retry::RetryLayer` with the same policy.
 ///
+/// A complete client is in the docs of [`client`](crate::client).
+///
 /// # Response bodies
 ///
 /// The layer judges a response by its head and hands on the body as a stream. If the body breaks off later, the caller

@@ -56,17 +56,19 @@ use crate::http::RebuildBody;
 /// ```
 /// use bytes::Bytes;
 /// use http_body_util::Full;
+/// use hyper::body::Incoming;
 /// use hyper_util::client::legacy::Client;
 /// use hyper_util::rt::TokioExecutor;
 /// use tower::ServiceBuilder;
 /// use tower_http::map_response_body::MapResponseBodyLayer;
 /// use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, Profile, RetryPolicy};
+/// use tower_idempotency::Body;
 ///
 /// let http = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
 /// let client = ServiceBuilder::new()
 ///     .layer(IdempotencyKeyLayer::new(Profile::stripe()))
 ///     .layer(CallLayer::new(RetryPolicy::new(Profile::stripe())).collect_responses())
-///     .layer(MapResponseBodyLayer::new(tower_idempotency::Body::new))
+///     .layer(MapResponseBodyLayer::new(Body::<Incoming>::new))
 ///     .service(http);
 /// # drop(client);
 /// ```

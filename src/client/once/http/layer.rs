@@ -25,13 +25,13 @@ type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 type AttemptFn = Arc<dyn Fn(&mut Parts, &Attempt) + Send + Sync>;
 type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>> + Send + Sync>;
 
-/// Makes each logical request of a client once, across tasks, processes and crashes, as far as the store reaches: the answer is
-/// recorded, and whoever makes the same call again is given it. It is the [`IdempotencyLayer`](crate::IdempotencyLayer) turned
-/// around, for a third party that has no idempotency of its own.
+/// Makes each logical request of a client once, across all tasks, processes and crashes that share the store. The layer
+/// records the response, and returns it to every later caller of the same call. It is the client-side counterpart of
+/// [`IdempotencyLayer`](crate::IdempotencyLayer), for a third party without idempotency.
 ///
-/// It needs a key that is the same when the call is repeated after a crash, so the key comes from outside: by the header field of the
-/// [`Profile`], set by the caller or by an [`IdempotencyKeyLayer`](crate::client::IdempotencyKeyLayer) around this layer with a derived
-/// key, or [from the request](Self::with_key). A request without one is not sent.
+/// The key of a call must be the same after a crash. So the caller sets it in the header field of the [`Profile`], or an
+/// [`IdempotencyKeyLayer`](crate::client::IdempotencyKeyLayer) around this layer derives it, or a function
+/// [reads it from the request](Self::with_key). The layer does not send a request without a key.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -71,6 +71,12 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// | any other status: 408, 499, 5xx | the attempt counts as lost |
 /// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
 ///
+/// The layer reads the body of a response before it stores the response, and never stores a part of a body. If the body
+/// breaks off, or ends before its declared length, its caller and every later caller get
+/// [`OnceError::NotKept`](crate::client::OnceError::NotKept), because the head shows that the call was made. A body over the
+/// limit of bytes or time goes to its caller as a stream, and later callers get `NotKept`. A response without a declared
+/// length and without chunks ends with its connection, so the layer cannot see that it broke off (RFC 9112 section 8).
+///
 /// Only a response to the request itself frees the key. If the client followed a redirect, or may have followed one,
 /// the layer stores a success or a redirect other than 307 and 308, and counts everything else as lost.
 ///
@@ -78,12 +84,12 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 ///
 /// | setting | default |
 /// |---|---|
-/// | [methods](Self::with_methods) | POST and PATCH; everything else passes untouched |
+/// | [methods](Self::with_methods) | POST and PATCH; other requests pass unchanged |
 /// | [lease](Self::with_lease) | 30 s, renewed at a third |
 /// | [retention](Self::with_retention) | 24 h from the completion |
 /// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
 /// | [attempts](Self::with_max_attempts) | 5 |
-/// | [bounds](Self::with_limits) of the request's and the answer's body | 2 MiB each |
+/// | [limits](Self::with_limits) for the bodies of request and response | 2 MiB each |
 /// | [time for the request's body](Self::with_body_timeout), [for the response's](Self::with_response_timeout) | 30 s, 10 s |
 /// | what is compared | method, target and body; not `Authorization`, which is ours |
 #[derive(Clone)]
@@ -112,19 +118,19 @@ pub(super) struct Settings {
     pub(super) answers: AnswerHeaders,
 }
 
-/// A call that was lost, to be looked into. Its `Debug` form hides key and headers.
+/// A lost call, for the recovery check. Its `Debug` form hides key and headers.
 #[non_exhaustive]
 pub struct LostCall {
     /// The key of the call.
     pub key: String,
-    /// The attempt that asks. Raise its [fence](Attempt::fence) at the third party before you look there.
+    /// The attempt that asks. Raise its [fence](Attempt::fence) at the third party before you look for the effect.
     pub attempt: Attempt,
     /// The head of the request.
     pub head: Parts,
 }
 
 impl<St> OnceLayer<St> {
-    /// Records the answers of a server of this profile in `store`.
+    /// Records the responses of a server of this profile in `store`.
     #[must_use]
     pub fn new(store: St, profile: Profile) -> Self {
         let settings = Settings {
@@ -161,7 +167,8 @@ impl<St> OnceLayer<St> {
         Arc::make_mut(&mut self.settings)
     }
 
-    /// Waits for what goes on without its caller: before the process ends, stop calling, then wait.
+    /// Returns a handle that waits for the calls that continue without their callers. Before the process ends, stop calling,
+    /// then wait.
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain::new(&self.settings.terms.tracker)
@@ -176,29 +183,30 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// The methods whose requests are made once; POST and PATCH by default.
+    /// Sets the methods whose requests are made once. Default: POST and PATCH.
     #[must_use]
     pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.settings().methods = methods.into_iter().collect();
         self
     }
 
-    /// Takes the key from the request by a function, instead of from the profile's header field. `None` or an empty key: the request is
-    /// not sent.
+    /// Reads the key from the request by a function, instead of from the profile's header field. If it returns `None` or an
+    /// empty key, the request is not sent.
     #[must_use]
     pub fn with_key(mut self, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.settings().key = Some(Arc::new(key));
         self
     }
 
-    /// Whose key it is; nobody's by default. Needed wherever two callers could send the same key. `None`: the request is not sent.
+    /// Sets the owner of a key. Default: no owner. Needed wherever two callers can send the same key. If the function returns
+    /// `None`, the request is not sent.
     #[must_use]
     pub fn with_scope(mut self, scope: impl Fn(&Parts) -> Option<Scope> + Send + Sync + 'static) -> Self {
         self.settings().scope = Some(Arc::new(scope));
         self
     }
 
-    /// Takes the profile's header field off before the request is sent; it stays by default.
+    /// Removes the profile's header field before the request is sent. By default the field stays.
     #[must_use]
     pub fn without_sending_key(mut self) -> Self {
         self.settings().send_key = false;
@@ -218,27 +226,29 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Changes the head of a request before it is sent: puts the fence into it, or an [id](Attempt::id), for a third party that heeds
-    /// them. The attempt is an extension of the request, too, and of the answer that it got.
+    /// Changes the head of a request before it is sent, for example to add the fence or an [id](Attempt::id) for a third party
+    /// that checks them. The attempt is also an extension of the request and of its response.
     #[must_use]
     pub fn on_attempt(mut self, change: impl Fn(&mut Parts, &Attempt) + Send + Sync + 'static) -> Self {
         self.settings().on_attempt = Some(Arc::new(change));
         self
     }
 
-    /// Sends a request again whose attempt was lost, instead of leaving it unknown. [Without its key](Self::without_sending_key),
-    /// an answer to it that is no success leaves the outcome unknown: it may say that the lost attempt was there before.
+    /// Sends the request of a lost attempt again, instead of leaving its outcome unknown. If the request goes out
+    /// [without its key](Self::without_sending_key), a response other than a success leaves the outcome unknown, because it
+    /// may only mean that the lost attempt arrived before.
     #[must_use]
     pub fn at_least_once(mut self) -> Self {
         self.settings().if_lost = IfLost::Execute;
         self
     }
 
-    /// Asks what became of an attempt that was lost, before the request is sent again.
+    /// Calls `check` before the request of a lost attempt is sent again, to find out whether that attempt took effect.
     ///
-    /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Attempt::fence) at the third party
-    /// before it looks, or where that attempt's request has settled before the check ([`with_settling`](Self::with_settling) narrows
-    /// the gap). A request that arrives after the check has an effect of its own.
+    /// The guarantee of one effect needs a check that blocks the lost attempt, by raising the [fence](Attempt::fence) at the
+    /// third party before it looks for the effect, or an attempt that has settled before the check
+    /// ([`with_settling`](Self::with_settling) narrows the gap). A request that arrives after the check has an effect of its
+    /// own.
     #[must_use]
     pub fn with_recovery<F>(mut self, check: impl Fn(LostCall) -> F + Send + Sync + 'static) -> Self
     where
@@ -263,8 +273,8 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// The bounds of the request's body, beyond which it is not sent, and of the answer's, beyond which it is given and not kept; in
-    /// bytes, 2 MiB each by default.
+    /// Sets the limits for the bodies of request and response, in bytes. The layer does not send a request over the limit. It
+    /// passes a response over the limit to its caller, and does not store it. Default: 2 MiB each.
     #[must_use]
     pub fn with_limits(mut self, request: usize, answer: usize) -> Self {
         let settings = self.settings();
