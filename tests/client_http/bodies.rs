@@ -193,12 +193,12 @@ fn collecting() -> CollectingCallLayer {
     calls.with_response_limit(LIMIT).with_response_timeout(PATIENCE)
 }
 
-fn request<B: From<&'static str>>(method: Method, url: &str, key: Option<&str>) -> Request<B> {
-    let mut request = Request::builder().method(&method).uri(url);
+fn request<B: From<&'static str>>(method: &Method, url: &str, key: Option<&str>) -> Request<B> {
+    let mut request = Request::builder().method(method).uri(url);
     if let Some(key) = key {
         request = request.header("idempotency-key", key);
     }
-    let body = if method == Method::POST { "amount=1" } else { "" };
+    let body = if *method == Method::POST { "amount=1" } else { "" };
     request.body(B::from(body)).unwrap()
 }
 
@@ -209,13 +209,13 @@ async fn send_as(http: Http, calls: &CollectingCallLayer, method: Method, url: &
                 .layer(calls)
                 .layer(MapResponseBodyLayer::new(Body::new))
                 .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
-            let got = client.oneshot(request(method, url, key)).await?;
+            let got = client.oneshot(request(&method, url, key)).await?;
             Ok(got.map(|body| body.map_err(Into::into).boxed_unsync()))
         }
         Http::Reqwest => {
             let http = ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap();
             let client = ServiceBuilder::new().layer(calls).service(http);
-            let got = client.oneshot(request::<reqwest::Body>(method, url, key)).await?;
+            let got = client.oneshot(request::<reqwest::Body>(&method, url, key)).await?;
             // `reqwest` finds its own extension, with the URL.
             let got = reqwest::Response::from(got);
             assert_eq!(got.url().as_str(), url);
@@ -354,7 +354,7 @@ async fn a_declared_length_over_the_limit_that_is_wrong_is_an_error_of_the_strea
     let send = || {
         client
             .clone()
-            .oneshot(request::<reqwest::Body>(Method::POST, &server.url, Some("k")))
+            .oneshot(request::<reqwest::Body>(&Method::POST, &server.url, Some("k")))
     };
     send().await.unwrap().into_body().collect().await.unwrap_err();
     assert!(matches!(send().await, Err(OnceError::NotKept)));
@@ -441,7 +441,7 @@ async fn without_collecting_a_body_that_breaks_off_reaches_the_caller() {
     let server = RawServer::start(&[BROKEN[0], WHOLE]).await;
     let http = ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap();
     let client = ServiceBuilder::new().layer(calls(3)).service(http);
-    let request = request::<reqwest::Body>(Method::POST, &server.url, Some("k"));
+    let request = request::<reqwest::Body>(&Method::POST, &server.url, Some("k"));
     let got = client.oneshot(request).await.unwrap();
     assert_eq!(delivery(&got), (1, CallOutcome::Answered));
     got.into_body().collect().await.unwrap_err();
@@ -454,23 +454,23 @@ async fn twice(
     url: &str,
     calls: Option<CollectingCallLayer>,
 ) -> [Result<Bytes, bool>; 2] {
-    fn is_unknown<T, E: std::fmt::Debug>(error: OnceError<T, E>) -> bool {
+    fn is_unknown<T, E: std::fmt::Debug>(error: &OnceError<T, E>) -> bool {
         assert!(error.may_have_happened());
         matches!(error, OnceError::Unknown(_))
     }
     let http = ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap();
     let mut results = Vec::new();
     for _ in 0..2 {
-        let request = request::<reqwest::Body>(Method::POST, url, Some("k"));
+        let request = request::<reqwest::Body>(&Method::POST, url, Some("k"));
         let http = http.clone();
         let got = match calls.clone() {
             Some(calls) => {
                 let client = ServiceBuilder::new().layer(layer.clone()).layer(calls).service(http);
-                client.oneshot(request).await.map_err(is_unknown)
+                client.oneshot(request).await.map_err(|error| is_unknown(&error))
             }
             None => {
                 let client = ServiceBuilder::new().layer(layer.clone()).service(http);
-                client.oneshot(request).await.map_err(is_unknown)
+                client.oneshot(request).await.map_err(|error| is_unknown(&error))
             }
         };
         results.push(match got {
@@ -525,7 +525,7 @@ async fn a_call_made_once_streams_a_body_that_stalls_and_does_not_store_it() {
         let send = || {
             client
                 .clone()
-                .oneshot(request::<reqwest::Body>(Method::POST, &server.url, Some("k")))
+                .oneshot(request::<reqwest::Body>(&Method::POST, &server.url, Some("k")))
         };
         let got = timeout(PATIENCE, send()).await.expect("it streams").unwrap();
         assert_eq!(got.status(), StatusCode::CREATED);
@@ -533,5 +533,47 @@ async fn a_call_made_once_streams_a_body_that_stalls_and_does_not_store_it() {
         drop(got);
         server.all_have_left().await;
         assert_eq!(server.requests(), 1);
+    }
+}
+
+/// HTTP/2 resets the stream of one response and keeps the connection.
+#[tokio::test]
+async fn a_body_that_breaks_off_over_http2_is_retried() {
+    for declared in [None, Some("100"), Some("3")] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let arrivals = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&arrivals);
+        let service = service_fn(move |_: Request<Incoming>| {
+            let is_broken = counted.fetch_add(1, Ordering::SeqCst) == 0;
+            async move {
+                let end = (is_broken && declared.is_none()).then(|| Err(io::Error::other("broken")));
+                let frames = [Ok(Frame::data(Bytes::from("charged")))].into_iter().chain(end);
+                let mut response = Response::new(StreamBody::new(stream::iter(frames)));
+                if let (true, Some(declared)) = (is_broken, declared) {
+                    let declared = declared.parse().unwrap();
+                    response.headers_mut().insert(http::header::CONTENT_LENGTH, declared);
+                }
+                Ok::<_, Infallible>(response)
+            }
+        });
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                tokio::spawn(connection.serve_connection(TokioIo::new(stream), service.clone()));
+            }
+        });
+        let http = Client::builder(TokioExecutor::new())
+            .http2_only(true)
+            .build_http::<Full<Bytes>>();
+        let client = ServiceBuilder::new()
+            .layer(collecting())
+            .layer(MapResponseBodyLayer::new(Body::new))
+            .service(http);
+        let got = timeout(PATIENCE, client.oneshot(request(&Method::POST, &url, Some("k"))));
+        let got = got.await.expect("the call ends").unwrap();
+        assert_eq!(delivery(&got), (2, CallOutcome::Answered), "{declared:?}");
+        assert_eq!(got.into_body().collect().await.unwrap().to_bytes(), "charged");
+        assert_eq!(arrivals.load(Ordering::SeqCst), 2);
     }
 }
