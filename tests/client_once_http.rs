@@ -377,6 +377,52 @@ async fn an_answer_that_breaks_off_is_not_called_failed() {
     }
 }
 
+#[test]
+fn every_error_says_whether_the_call_was_made_and_has_its_cause() {
+    use std::error::Error;
+    type Failed = OnceError<(), io::Error>;
+    let reset = || io::Error::from(io::ErrorKind::ConnectionReset);
+    let left = Duration::from_secs(12);
+    let errors: [(Failed, &str, bool); 8] = [
+        (OnceError::Failed(reset()), "failed; no effect", true),
+        (
+            OnceError::InFlight { left },
+            "another caller is making the same call; its lease ends in 12s",
+            false,
+        ),
+        (
+            OnceError::Mismatch,
+            "was not made: its key was used with another input",
+            false,
+        ),
+        (OnceError::NotKept, "was made, but its response was not stored", false),
+        (
+            OnceError::StepChanged { position: 2 },
+            "was not continued: its steps differ",
+            false,
+        ),
+        (
+            OnceError::Unknown(Some(reset())),
+            "may have taken effect; outcome unknown",
+            true,
+        ),
+        (
+            OnceError::Unknown(None),
+            "may have taken effect; outcome unknown",
+            false,
+        ),
+        (
+            OnceError::Unreadable("a type".into()),
+            "was made, but its stored response cannot be read",
+            true,
+        ),
+    ];
+    for (error, text, has_cause) in errors {
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(error.source().is_some(), has_cause, "{error}");
+    }
+}
+
 /// A client other than hyper may not check the length. The layer stored the front of the response.
 #[tokio::test(start_paused = true)]
 async fn a_response_that_ends_before_its_declared_length_is_not_stored() {

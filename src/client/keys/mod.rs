@@ -1,4 +1,5 @@
-//! One key per logical request: who takes it ([`Profile`]), who makes it ([`KeyMaker`]), who adds it ([`IdempotencyKeyLayer`]).
+//! One key per logical request. [`KeyMaker`] makes it, [`IdempotencyKeyLayer`] adds it, and a [`Profile`] describes the server
+//! that accepts it.
 
 mod derive;
 mod layer;
