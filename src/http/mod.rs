@@ -17,4 +17,4 @@ pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::{Effect, RefusalStyle};
 pub use refusal::{Refusal, RefusalKind};
-pub(crate) use streams::StreamTypes;
+pub(crate) use streams::{is_stream, StreamTypes};

@@ -16,33 +16,38 @@ const KNOWN: [&str; 6] = [
     "multipart/x-mixed-replace",
 ];
 
-/// The media types by which a response is known as a stream.
-#[derive(Clone, Debug)]
-pub(crate) struct StreamTypes(Vec<String>);
-
-impl Default for StreamTypes {
-    fn default() -> Self {
-        Self::new(KNOWN)
-    }
-}
+/// The media types by which a response is known as a stream. Default: [`KNOWN`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StreamTypes(Option<Vec<String>>);
 
 impl StreamTypes {
     pub(crate) fn new(types: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        Self(types.into_iter().map(Into::into).collect())
+        Self(Some(types.into_iter().map(Into::into).collect()))
     }
 
-    /// Whether a response is a stream: by its media type, whose parameters do not count, or because it is not HTTP any
-    /// more (101).
+    /// Whether a response is a stream: by its media type, or because it is not HTTP any more (101).
     pub(crate) fn include(&self, response: &response::Parts) -> bool {
-        response.status.is_informational()
-            || response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-                let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
-                let essence = essence.trim_ascii();
-                self.0
-                    .iter()
-                    .any(|known| essence.eq_ignore_ascii_case(known.as_bytes()))
-            })
+        match &self.0 {
+            None => is_stream(response),
+            Some(types) => response.status.is_informational() || has_type(response, types),
+        }
     }
+}
+
+/// Whether a response is a stream by the [`KNOWN`] types.
+pub(crate) fn is_stream(response: &response::Parts) -> bool {
+    response.status.is_informational() || has_type(response, &KNOWN)
+}
+
+/// Whether the media type of a response is one of these. Its parameters do not count.
+fn has_type(response: &response::Parts, types: &[impl AsRef<str>]) -> bool {
+    response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+        let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
+        let essence = essence.trim_ascii();
+        types
+            .iter()
+            .any(|known| essence.eq_ignore_ascii_case(known.as_ref().as_bytes()))
+    })
 }
 
 #[cfg(test)]

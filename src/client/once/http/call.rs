@@ -11,7 +11,7 @@ use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
 use crate::client::length::{cut_short, has_body};
 use crate::client::report::{meaning_of, OnlyUnsent, Report};
-use crate::http::{collect, Collected, RebuildBody, Shortfall, StreamTypes};
+use crate::http::{collect, is_stream, Collected, RebuildBody, Shortfall};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
@@ -157,7 +157,7 @@ impl Settings {
             Meaning::Answered { settles: false } | Meaning::Unknown => Verdict::GiveUp,
         };
         let (head, body) = response.into_parts();
-        if !matches!(verdict, Verdict::Keep(_)) || StreamTypes::default().include(&head) {
+        if !matches!(verdict, Verdict::Keep(_)) || is_stream(&head) {
             let given = Given::Answer(Response::from_parts(head, body));
             return Ended { given, verdict };
         }
