@@ -91,10 +91,10 @@
 //! `fence`; and an event (field `event`, and `error`, `kind` and `cause` if there is an error) per unusual path. The
 //! level is `ERROR` if the `kind` is `Configuration` or `CorruptRecord`, because an operator has to act. It is `INFO`
 //! for `rescued`, and `WARN` otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`,
-//! `decided-behind` (feature `postgres`), `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable` (feature
+//! `decided-behind` (feature `postgres`), `error-unclassified`, `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable` (feature
 //! `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
 //! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
-//! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `unchecked` (feature
+//! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `type-mismatch`, `unchecked` (feature
 //! `redis`), `unprotected`, `unrecorded`. Those of messages have the fields `error`, `position` (of the row) and
 //! `failures` (attempts so far); the `error` of `message-failed` is the text of your own.
 //!
@@ -103,7 +103,7 @@
 //! | name | kind | labels | what |
 //! |---|---|---|---|
 //! | `idempotency_requests_total` | counter | `outcome` | requests by outcome: `executed`, `replayed`, `waited` (for an answer that is not kept), `unprotected`, or the [code](Refusal::code) of the refusal |
-//! | `idempotency_messages_total` | counter | `outcome` | deliveries by outcome: `first`, `duplicate`, `in-flight`, `unknown`, `unprotected`, `handler-failed`, `panicked`, `mismatch`, `missing-id`, `invalid-id`, `store-failed`, `unrecorded` |
+//! | `idempotency_messages_total` | counter | `outcome` | deliveries by outcome: `first`, `duplicate`, `in-flight`, `unknown`, `unprotected`, `handler-failed`, `panicked`, `mismatch`, `type-mismatch`, `missing-id`, `invalid-id`, `rejected`, `store-failed`, `unrecorded` |
 //! | `idempotency_events_total` | counter | `event` | unusual paths, as above |
 //! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
 //! | `idempotency_layer_seconds` | histogram | | time in the layer, without the handler and without waiting |

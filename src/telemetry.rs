@@ -40,6 +40,8 @@ pub(crate) enum Event {
     /// The messages of an outbox could not be taken, or what became of them not be told; it is tried again later.
     #[cfg(feature = "postgres")]
     RelayFailed,
+    /// The error of a message's handler is not of the type that the classifier takes.
+    ErrorUnclassified,
     /// A lease could not be renewed; it is tried again while it lasts.
     RenewalFailed,
     /// The handler panicked, its service failed, or a response broke off that would not have been stored.
@@ -49,6 +51,8 @@ pub(crate) enum Event {
     RolledBack,
     /// A response was too large, too slow, a stream or broken, and a tombstone took its place.
     Tombstone,
+    /// Two messages of different types came under one id.
+    TypeMismatch,
     /// The store could not record how an execution ended.
     Unrecorded,
     /// The store failed and the request ran without protection, as configured.
@@ -89,8 +93,10 @@ impl Event {
             Self::RelayFailed => "relay-failed",
             Self::ReleasedBehind => "released-behind",
             Self::RenewalFailed => "renewal-failed",
+            Self::ErrorUnclassified => "error-unclassified",
             Self::HandlerFailed => "handler-failed",
             Self::Tombstone => "tombstone",
+            Self::TypeMismatch => "type-mismatch",
             Self::Unrecorded => "unrecorded",
             Self::Unprotected => "unprotected",
             Self::Superseded => "superseded",
@@ -116,6 +122,9 @@ impl Event {
             Self::LookRepeated => "a look at a record failed and is repeated",
             #[cfg(feature = "postgres")]
             Self::DecidedBehind => "a transaction of unknown fate was decided",
+            Self::ErrorUnclassified => {
+                "the handler's error is not of the type that `with_error_class` takes, so it was not classified"
+            }
             Self::HandlerFailed => "the handler panicked or its service failed",
             #[cfg(feature = "postgres")]
             Self::MessageFailed => "a message of an outbox could not be published",
@@ -141,6 +150,9 @@ impl Event {
                 "the Redis server does not tell its settings; make sure that it is version 7.0 or later, with maxmemory-policy noeviction"
             }
             Self::Tombstone => "an answer cannot be kept; its key will not run again",
+            Self::TypeMismatch => {
+                "two messages under one id differ in type; make the type a part of the id: `MessageId::of([\"cancelled\", id])`"
+            }
             Self::Unprotected => "the store failed and the request runs without protection",
             Self::Unrecorded => "the end of an execution could not be recorded",
         }

@@ -174,6 +174,7 @@ noticed! {
     a_tombstone_never_runs_again: TombstoneRunsAgain, exact_answers, 12, differential;
     an_answer_is_bytes_not_text: AnswerInUtf8, exact_answers, 12, differential;
     an_answer_ends_where_it_ends: AnswerTrimmed, exact_answers, 12, differential;
+    a_rejection_can_be_resolved: RejectedIsCompleted, rejection_is_unknown, 17, differential;
 }
 
 // On paused time: they are noticed by waiting.

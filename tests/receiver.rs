@@ -698,3 +698,8 @@ fn what_is_shown_holds_no_id() {
     let shown = format!("{receiver:?} {:?}", MessageId::from("secret-id"));
     assert!(shown.contains("billing") && !shown.contains("secret-id"), "{shown}");
 }
+
+#[path = "receiver/rejections.rs"]
+mod rejections;
+#[path = "receiver/types.rs"]
+mod types;

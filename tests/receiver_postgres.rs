@@ -15,7 +15,8 @@ use proxy::{Direction, Fate, Proxy};
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::PgPool;
 use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::receiver::{Disposition, Inbox, Lease, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::protocol::Resolution;
+use tower_idempotency::receiver::{Disposition, HandlerErrorClass, Inbox, Lease, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{BoxStore, ErrorKind, MemoryStore, OnError, PostgresStore, Store};
 
 struct Bench {
@@ -309,6 +310,70 @@ async fn a_failure_that_counts_as_handled_does_so_after_a_rollback_too() {
     let again = receiver.oneshot(message("m")).await;
     assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
     assert_eq!(runs.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejection_is_recorded_after_a_rollback_and_does_not_undo_a_commit() {
+    let bench = Bench::new().await;
+    for (id, ending, effects) in [
+        ("rolled back", Ending::RollBackAndFail, 0),
+        ("committed", Ending::CommitAndFail, 1),
+    ] {
+        let runs = Arc::new(AtomicUsize::new(0));
+        let (pool, counted) = (bench.pool.clone(), Arc::clone(&runs));
+        let layer = layer(bench.store.clone())
+            .at_least_once()
+            .with_error_class(|_: &String| HandlerErrorClass::Reject);
+        let receiver = layer.layer(service_fn(move |message: Message| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            handle(pool.clone(), message, ending)
+        }));
+        let received = receiver.clone().oneshot(message(id)).await;
+        let again = receiver.oneshot(message(id)).await;
+        let is_right = match ending {
+            Ending::CommitAndFail => matches!((&received, &again), (Ok(Receipt::Duplicate), Ok(Receipt::Duplicate))),
+            _ => matches!(
+                (&received, &again),
+                (Err(ReceiveError::Rejected(Some(_))), Ok(Receipt::Unknown))
+            ),
+        };
+        assert!(is_right, "{received:?}, {again:?}");
+        assert_eq!((runs.load(Ordering::SeqCst), bench.effects(id).await), (1, effects));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inbox_remembers_what_was_rejected() {
+    let bench = Bench::new().await;
+    let inbox = Inbox::new(bench.store.clone(), "billing");
+    let rejects = |commits: bool| {
+        let (inbox, pool) = (inbox.clone(), bench.pool.clone());
+        async move {
+            let mut transaction = pool.begin().await.unwrap();
+            let rejected = inbox.reject(&mut transaction, "poison").await.unwrap();
+            if commits {
+                transaction.commit().await.unwrap();
+            }
+            rejected
+        }
+    };
+    for (commits, receipt) in [
+        (false, Receipt::First(())),
+        (true, Receipt::First(())),
+        (true, Receipt::Unknown),
+    ] {
+        assert_eq!(rejects(commits).await, receipt);
+    }
+    assert_eq!(receive(&bench, &inbox, "poison").await, Receipt::Unknown);
+    assert_eq!(receive(&bench, &inbox, "another").await, Receipt::First(()));
+    let key = layer(bench.store.clone()).storage_key("poison").unwrap();
+    let record = bench.store.peek(&key).await.unwrap().unwrap();
+    bench
+        .store
+        .resolve(&key, record.fence, &Resolution::Absent)
+        .await
+        .unwrap();
+    assert_eq!(receive(&bench, &inbox, "poison").await, Receipt::First(()));
 }
 
 /// A handler hangs between `complete_in` and the commit, and its message is delivered again meanwhile: each delivery left backends

@@ -2,14 +2,14 @@
 
 mod support;
 
+use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use support::{post, send, Fault, Handler, RemoteStore};
-use tower::Layer;
-#[cfg(feature = "metrics")]
-use tower_idempotency::MemoryStore;
-use tower_idempotency::{IdempotencyLayer, OnLost};
+use tower::{service_fn, Layer, ServiceExt};
+use tower_idempotency::receiver::{HandlerErrorClass, ReceiverLayer};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, OnLost};
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -41,6 +41,27 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Everything logged while a store with faults serves a few requests.
 fn logged() -> String {
+    logged_during(async {
+        let store = RemoteStore::new();
+        let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+        let service = layer
+            .with_completion_timeout(Duration::from_secs(1))
+            .layer(Handler::new());
+        send(&service, post("secret-key", "card of Alice")).await;
+        send(&service, post("secret-key", "card of Alice")).await;
+        send(&service, post("secret-key", "card of Bob")).await;
+        store.fail("claim", [Fault::Before; 2]);
+        send(&service, post("secret-key", "card of Alice")).await;
+        store.fail("claim", [Fault::Misconfigured, Fault::Corrupt]);
+        send(&service, post("secret-key", "card of Alice")).await;
+        send(&service, post("secret-key", "card of Alice")).await;
+        store.fail("complete", [Fault::Before; 100]);
+        send(&service, post("secret-key-2", "card of Alice")).await;
+    })
+}
+
+/// Everything logged while a future runs.
+fn logged_during(run: impl Future<Output = ()>) -> String {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let log = Log::default();
     let subscriber = tracing_subscriber::fmt()
@@ -55,23 +76,7 @@ fn logged() -> String {
             .start_paused(true)
             .build()
             .unwrap();
-        runtime.block_on(async {
-            let store = RemoteStore::new();
-            let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
-            let service = layer
-                .with_completion_timeout(Duration::from_secs(1))
-                .layer(Handler::new());
-            send(&service, post("secret-key", "card of Alice")).await;
-            send(&service, post("secret-key", "card of Alice")).await;
-            send(&service, post("secret-key", "card of Bob")).await;
-            store.fail("claim", [Fault::Before; 2]);
-            send(&service, post("secret-key", "card of Alice")).await;
-            store.fail("claim", [Fault::Misconfigured, Fault::Corrupt]);
-            send(&service, post("secret-key", "card of Alice")).await;
-            send(&service, post("secret-key", "card of Alice")).await;
-            store.fail("complete", [Fault::Before; 100]);
-            send(&service, post("secret-key-2", "card of Alice")).await;
-        });
+        runtime.block_on(run);
     });
     let bytes = log.0.lock().unwrap().clone();
     String::from_utf8(bytes).unwrap()
@@ -120,6 +125,63 @@ fn no_key_and_no_body_is_ever_logged() {
     for secret in ["secret-key", "Alice", "Bob"] {
         assert!(!log.contains(secret), "{log}");
     }
+}
+
+enum Event {
+    Placed(u64),
+    Cancelled(u64),
+}
+
+fn id_of(event: &Event) -> u64 {
+    match event {
+        Event::Placed(id) | Event::Cancelled(id) => *id,
+    }
+}
+
+/// The receiver acknowledged the cancellation of an order as a duplicate of its placement, and nobody heard of it.
+#[test]
+fn a_duplicate_of_another_type_is_reported() {
+    type Events = ReceiverLayer<MemoryStore, Event>;
+    let set_ups: [fn(Events) -> Events; 2] = [
+        |layer| layer,
+        |layer| {
+            layer.with_type(|event| match event {
+                Event::Placed(_) => "secret-placed",
+                Event::Cancelled(_) => "secret-cancelled",
+            })
+        },
+    ];
+    for set_up in set_ups {
+        for (events, reports) in [
+            ([Event::Placed(7), Event::Cancelled(7)], 1),
+            ([Event::Placed(7), Event::Placed(7)], 0),
+            ([Event::Placed(7), Event::Cancelled(8)], 0),
+        ] {
+            let layer = set_up(ReceiverLayer::new(MemoryStore::new(), "billing").with_id(id_of));
+            let log = logged_during(async {
+                for event in events {
+                    // Each consumer of a process has a clone of the layer.
+                    let handler = service_fn(|_: Event| async { Ok::<_, std::io::Error>(()) });
+                    let _ = layer.clone().layer(handler).oneshot(event).await;
+                }
+            });
+            let lines = log.lines().filter(|line| line.contains("event=\"type-mismatch\""));
+            assert_eq!(lines.filter(|line| line.contains("WARN")).count(), reports, "{log}");
+            assert!(!log.contains("secret"), "{log}");
+        }
+    }
+}
+
+#[test]
+fn an_error_that_the_classifier_does_not_take_is_reported() {
+    let log = logged_during(async {
+        let layer = ReceiverLayer::new(MemoryStore::new(), "billing")
+            .with_id(|id: &u64| *id)
+            .with_error_class(|_: &std::io::Error| HandlerErrorClass::Reject);
+        let handler = service_fn(|_: u64| async { Err::<(), _>("no") });
+        assert!(layer.layer(handler).oneshot(7).await.is_err());
+    });
+    assert!(log.contains("event=\"error-unclassified\""), "{log}");
 }
 
 #[cfg(feature = "metrics")]

@@ -66,7 +66,7 @@ pub(crate) enum Verdict {
     GiveUp,
     /// It took effect.
     Keep(Outcome),
-    /// It failed, and is not to be done again.
+    /// It failed, and is not to be done again. With [`Outcome::Rejected`] an operator can allow another run.
     KeepFailure(Outcome),
     /// It had no effect.
     Release,
@@ -481,6 +481,7 @@ async fn unwound<T>(work: impl Future<Output = T>) -> Option<T> {
 pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
         Outcome::Kept(answer) => Settled::Replay(answer),
+        Outcome::Rejected => Settled::Refused(Refused::Unknown),
         Outcome::Tombstone => Settled::Refused(Refused::NotKept),
     }
 }

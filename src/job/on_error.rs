@@ -1,13 +1,17 @@
-//! What a failure does to its key.
+//! The effect of a failure on its key.
 
-/// What a failure of the handler does to its key: a panic, an error of the service, or, over HTTP, a 5xx answer or a 408 (of a time-out
-/// within the layer, say).
+/// The effect of a failure of the handler on its key. A failure is a panic, an error of the service, or, over HTTP, a 5xx or a
+/// 408 (of a timeout inside the layer, say).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnError {
-    /// Over HTTP the failure is kept and replayed, as Stripe does; a panic and an error of the service become a 500. A message counts
-    /// as handled.
+    /// Over HTTP the layer stores and replays the failure, as Stripe does. A panic and an error of the service become a 500. A
+    /// message counts as handled.
     Keep,
+    /// A message is rejected for good, also if its handler panicked. The receiver handles no copy of it until an operator resolves
+    /// it, and [`Disposition::of`](crate::receiver::Disposition::of) sends it to the dead-letter place. Over HTTP the same as
+    /// [`Unknown`](Self::Unknown).
+    Reject,
     /// The failure passes through, and the next attempt runs. For handlers that have no effect when they fail.
     #[default]
     Release,

@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 
 use super::engine::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Owner, Renewal, Status};
+use crate::protocol::{Outcome, Owner, Renewal, Status};
 use crate::store::{decide_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::Word;
@@ -38,7 +38,8 @@ impl<St: Store + Clone> Job<St> {
                     return match ended {
                         Ok(Ended {
                             given,
-                            verdict: Verdict::Keep(_) | Verdict::KeepFailure(_),
+                            // A rejection does not undo a commit: the message is handled, as every copy hears.
+                            verdict: Verdict::Keep(_) | Verdict::KeepFailure(Outcome::Kept(_) | Outcome::Tombstone),
                         }) => ran(given, Ok(())),
                         _ => replayed(outcome),
                     };

@@ -39,7 +39,7 @@ impl Record {
         let mut out = BytesMut::with_capacity(FIXED + 4 + self.answer().map_or(0, Answer::len));
         let (state, until) = match &self.state {
             State::InFlight { until } => (IN_FLIGHT, *until),
-            State::Unknown => (UNKNOWN, Timestamp::default()),
+            State::Unknown | State::Completed(Outcome::Rejected) => (UNKNOWN, Timestamp::default()),
             State::Completed(Outcome::Tombstone) => (TOMBSTONE, Timestamp::default()),
             State::Completed(Outcome::Kept(_)) => (KEPT, Timestamp::default()),
         };

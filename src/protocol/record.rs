@@ -57,8 +57,11 @@ pub(super) enum GrantKind {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum State {
+    /// Never with [`Outcome::Rejected`], which makes the record unknown.
     Completed(Outcome),
-    InFlight { until: Timestamp },
+    InFlight {
+        until: Timestamp,
+    },
     Unknown,
 }
 
@@ -137,7 +140,7 @@ impl Record {
         match &record.state {
             State::Completed(Outcome::Kept(answer)) => Transition::keep(Decision::Replay(answer.clone())),
             State::Completed(Outcome::Tombstone) => Transition::keep(Decision::NotKept),
-            State::Unknown => Transition::keep(Decision::Unknown),
+            State::Unknown | State::Completed(Outcome::Rejected) => Transition::keep(Decision::Unknown),
             // The reply to this very claim was lost: the same grant again, of the same kind.
             State::InFlight { .. } if record.owner.nonce == claim.nonce => record.clone().granted(claim, now),
             State::InFlight { until } => record.contended(*until, claim, now, floor),
@@ -381,7 +384,11 @@ impl Record {
 
     fn completed(mut self, outcome: Outcome, retention: Duration, now: Timestamp) -> Self {
         self.expires = now.saturating_add(retention);
-        self.state = State::Completed(outcome);
+        self.state = match outcome {
+            // An operator can resolve what is unknown, but not what is completed.
+            Outcome::Rejected => State::Unknown,
+            outcome => State::Completed(outcome),
+        };
         self
     }
 

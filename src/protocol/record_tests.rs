@@ -379,7 +379,7 @@ impl Ledger {
     fn see_outcome(&mut self, outcome: &Outcome) -> Result<(), TestCaseError> {
         match outcome {
             Outcome::Kept(answer) => self.see_answer(answer),
-            Outcome::Tombstone => Ok(()),
+            Outcome::Rejected | Outcome::Tombstone => Ok(()),
         }
     }
 

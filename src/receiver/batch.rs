@@ -9,45 +9,56 @@ use tower_service::Service;
 
 use super::receipt::{Disposition, Receipt, ReceiveError};
 
-/// What came of each message of a batch, in the order in which they were given.
+/// The results of the messages of a batch, in the order of the messages.
 #[derive(Debug)]
 pub struct Batch<T, E> {
     received: Vec<Result<Receipt<T>, ReceiveError<E>>>,
 }
 
 impl<T, E> Batch<T, E> {
-    /// What came of each message.
+    /// Returns the result of each message.
     pub fn received(&self) -> &[Result<Receipt<T>, ReceiveError<E>>] {
         &self.received
     }
 
-    /// The same, by value.
-    #[must_use = "it is what to acknowledge"]
+    /// Returns the result of each message, by value.
+    #[must_use = "the results say what to acknowledge"]
     pub fn into_received(self) -> Vec<Result<Receipt<T>, ReceiveError<E>>> {
         self.received
     }
 
-    /// What to tell the broker about each message.
+    /// Returns the disposition of each message, for the broker.
     pub fn dispositions(&self) -> impl Iterator<Item = Disposition> + '_ {
         self.received.iter().map(Disposition::of)
     }
 
-    /// The places of the messages to acknowledge, from 0.
+    /// Returns the positions of the messages to acknowledge, from 0.
     pub fn acknowledged(&self) -> impl Iterator<Item = usize> + '_ {
-        let all = self.dispositions().enumerate();
-        all.filter_map(|(place, disposition)| (disposition == Disposition::Acknowledge).then_some(place))
+        self.positions(|disposition| disposition == Disposition::Acknowledge)
     }
 
-    /// The places of the messages that must not be acknowledged, from 0: what Amazon calls `batchItemFailures`.
+    /// Returns the positions of the messages that must not be acknowledged, from 0. AWS Lambda calls them
+    /// `batchItemFailures`. SQS delivers them again, also those to [reject](Self::rejected): move these to the dead-letter queue
+    /// yourself and leave them out, or let the queue's `maxReceiveCount` move them. A copy of a rejected message costs one
+    /// question to the store.
     pub fn failed(&self) -> impl Iterator<Item = usize> + '_ {
+        self.positions(|disposition| disposition != Disposition::Acknowledge)
+    }
+
+    /// Returns the positions of the messages to put into the dead-letter place, from 0.
+    pub fn rejected(&self) -> impl Iterator<Item = usize> + '_ {
+        self.positions(|disposition| disposition == Disposition::Reject)
+    }
+
+    fn positions<'b>(&'b self, is_wanted: impl Fn(Disposition) -> bool + 'b) -> impl Iterator<Item = usize> + 'b {
         let all = self.dispositions().enumerate();
-        all.filter_map(|(place, disposition)| (disposition != Disposition::Acknowledge).then_some(place))
+        all.filter_map(move |(position, disposition)| is_wanted(disposition).then_some(position))
     }
 }
 
-/// Receives all messages of a batch, `at_once` of them at a time (1 or more), each under a key of its own: one that fails holds up
-/// none of the others. Two copies of one message in a batch are handled once; where they meet, the second is
-/// [in flight](Receipt::InFlight), or waits if the layer does.
+/// Receives all messages of a batch, `at_once` of them at a time (at least 1), each under a key of its own. A message that fails
+/// does not delay the others. Two copies of one message in a batch are handled once. If the first copy is still being handled,
+/// the second one is [in flight](Receipt::InFlight), or waits if the layer does.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -66,7 +77,7 @@ impl<T, E> Batch<T, E> {
 ///
 /// # Cancel safety
 ///
-/// As for [`ReceiverFuture`](super::ReceiverFuture): what was begun goes on and is recorded, what was not is not begun.
+/// As for [`ReceiverFuture`](super::ReceiverFuture): handlers that have begun continue and are recorded. No other begins.
 pub async fn receive_all<S, I, T, E>(service: &S, messages: I, at_once: usize) -> Batch<T, E>
 where
     S: Service<I::Item, Response = Receipt<T>, Error = ReceiveError<E>> + Clone + Send + Sync,
@@ -84,7 +95,7 @@ where
         let delivery = AssertUnwindSafe(delivery).catch_unwind();
         delivery.map(move |received| (place, received.unwrap_or(Err(ReceiveError::Panicked))))
     });
-    // Not `buffered`: there, those that are done wait for a slow one before them, and keep others from beginning.
+    // Not `buffered`, which keeps finished messages behind a slow one, so that no others begin.
     let received = iter(deliveries).buffer_unordered(at_once.max(1));
     let mut received: Vec<_> = received.collect().await;
     received.sort_unstable_by_key(|(place, _)| *place);

@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::protocol::Scope;
 
-/// What makes two deliveries the same message. Made of a string, of bytes, of a number, or of an `Option` of one of them; or
-/// [of several parts](Self::of).
+/// The identity of a message: two deliveries with one id are the same message. Converts from a string, bytes, a number, or an
+/// `Option` of one of them, or is made [of several parts](Self::of).
 ///
 /// ```
 /// use tower_idempotency::receiver::MessageId;
@@ -15,11 +15,53 @@ use crate::protocol::Scope;
 /// assert_eq!(MessageId::from(None::<String>), MessageId::from(""));
 /// ```
 ///
-/// Any bytes will do, UTF-8 or not; 1 to 4096 of them in all. An id that several sources give out is none: add the source.
+/// An id is 1 to 4096 bytes in all, UTF-8 or not. If several sources give out ids, add the source.
+///
+/// # Enums of messages
+///
+/// The id of the thing that a message is about is not the id of the message. If an order is placed and then cancelled, the
+/// two messages need two ids. Under one id the cancellation is a duplicate, and the consumer acknowledges it without handling
+/// it:
+///
+/// ```
+/// use tower::{service_fn, Layer, ServiceExt};
+/// use tower_idempotency::receiver::{MessageId, Receipt, ReceiverLayer};
+/// use tower_idempotency::MemoryStore;
+///
+/// enum Event {
+///     OrderPlaced { id: u64 },
+///     OrderCancelled { id: u64 },
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// let handler = service_fn(|_: Event| async { Ok::<_, std::io::Error>(()) });
+///
+/// // Wrong: one id for both. The layer logs a WARN event `type-mismatch`.
+/// let trap = ReceiverLayer::new(MemoryStore::new(), "billing").with_id(|event: &Event| match event {
+///     Event::OrderPlaced { id } | Event::OrderCancelled { id } => *id,
+/// });
+/// let trap = trap.layer(handler);
+/// assert!(matches!(trap.clone().oneshot(Event::OrderPlaced { id: 1 }).await, Ok(Receipt::First(()))));
+/// assert!(matches!(trap.oneshot(Event::OrderCancelled { id: 1 }).await, Ok(Receipt::Duplicate)));
+///
+/// // Right: the type is a part of the id.
+/// let layer = ReceiverLayer::new(MemoryStore::new(), "billing").with_id(|event: &Event| match event {
+///     Event::OrderPlaced { id } => MessageId::of(["placed", &id.to_string()]),
+///     Event::OrderCancelled { id } => MessageId::of(["cancelled", &id.to_string()]),
+/// });
+/// let consumer = layer.layer(handler);
+/// assert!(matches!(consumer.clone().oneshot(Event::OrderPlaced { id: 1 }).await, Ok(Receipt::First(()))));
+/// assert!(matches!(consumer.oneshot(Event::OrderCancelled { id: 1 }).await, Ok(Receipt::First(()))));
+/// # }
+/// ```
+///
+/// [`ReceiverLayer::with_type`](super::ReceiverLayer::with_type) makes the mistake an error, and lists the cases that go unnoticed
+/// without it.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct MessageId {
     parts: Scope,
-    /// Of all parts, in bytes.
+    /// The length of all parts, in bytes.
     length: usize,
     is_missing: bool,
 }
@@ -28,10 +70,10 @@ pub struct MessageId {
 const MAX_LENGTH: usize = 4096;
 
 impl MessageId {
-    /// An id of several parts, such as a source and its id; no two lists of parts run together.
+    /// Makes an id of several parts, such as a source and its id. Two different lists of parts are two ids.
     ///
-    /// It is [missing](Self::is_missing) when it has no part, or when any of them is empty: else all messages of a source that come without
-    /// an id would be one.
+    /// The id is [missing](Self::is_missing) if it has no part or an empty part. Otherwise all messages of a source that come without
+    /// an id would be one message.
     ///
     /// ```
     /// use tower_idempotency::receiver::MessageId;
@@ -52,7 +94,7 @@ impl MessageId {
         }
     }
 
-    /// An id of which some parts may be empty. It meets none of [`of`](Self::of)'s: before its kind it has a part that is empty.
+    /// Makes an id whose parts may be empty. It differs from every id of [`of`](Self::of), because it begins with an empty part.
     pub(super) fn with_optional<'p>(kind: &'p str, parts: impl IntoIterator<Item = &'p [u8]>) -> Self {
         let all = [&[], kind.as_bytes()].into_iter().chain(parts);
         Self {
@@ -61,13 +103,13 @@ impl MessageId {
         }
     }
 
-    /// No id. What becomes of the message is for [`on_missing_id`](super::ReceiverLayer::on_missing_id) to say.
+    /// Returns the id of a message that has none. [`on_missing_id`](super::ReceiverLayer::on_missing_id) decides about the message.
     #[must_use]
     pub fn missing() -> Self {
         Self::of([""])
     }
 
-    /// Whether there is none, or one of which a part is empty.
+    /// Returns whether the message has no id, or an id with an empty part.
     #[must_use]
     pub const fn is_missing(&self) -> bool {
         self.is_missing
@@ -110,7 +152,7 @@ impl From<Vec<u8>> for MessageId {
     }
 }
 
-/// In decimal: `7`, be it of which type, and `"7"` are one.
+/// In decimal: `7` of any type and `"7"` are one id.
 macro_rules! from_number {
     ($($number:ty),*) => {$(
         impl From<$number> for MessageId {
@@ -148,7 +190,7 @@ pub struct InvalidMessageId {
 }
 
 impl InvalidMessageId {
-    /// How long it is, in bytes.
+    /// Returns its length in bytes.
     #[must_use]
     pub const fn length(&self) -> usize {
         self.length

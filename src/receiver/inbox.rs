@@ -1,4 +1,4 @@
-//! Receipt and effect in one transaction, without a claim before.
+//! Receipt and effect in one transaction, without an earlier claim.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,8 +11,8 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Completion, Decision, Fingerprint, Grant, IfLost, KeySpace, Nonce, Outcome};
 use crate::store::PostgresStore;
 
-/// Notes within a transaction of yours that a message is handled: for handlers that touch nothing but that database. The message and
-/// its effect are there together, or neither is, and nothing is claimed before; a handler that does more needs a
+/// Records within a transaction of yours that a message is handled, for handlers that touch nothing but that database. The record
+/// and the effect commit together, or neither does, and nothing is claimed earlier. A handler that does more needs a
 /// [`ReceiverLayer`](super::ReceiverLayer).
 ///
 /// ```no_run
@@ -26,11 +26,11 @@ use crate::store::PostgresStore;
 ///     sqlx::query("UPDATE accounts SET balance = balance + 100 WHERE id = 7").execute(&mut *transaction).await?;
 ///     transaction.commit().await?;
 /// }
-/// // Anything but a commit that succeeded: have it delivered again. If it took effect, the next copy is a duplicate.
+/// // If the commit fails, have the message delivered again. If the commit took effect, the next copy is a duplicate.
 /// match Disposition::of::<_, Infallible>(&Ok(receipt)) {
 ///     Disposition::Acknowledge => { /* ack */ }
-///     Disposition::Redeliver(_after) => { /* a receiver layer has it */ }
-///     Disposition::Reject => { /* and has lost it */ }
+///     Disposition::Redeliver(_after) => { /* a receiver layer is handling it */ }
+///     Disposition::Reject => { /* it was rejected before, or a receiver layer has lost it */ }
 /// }
 /// # Ok(())
 /// # }
@@ -44,8 +44,8 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// The messages of a consumer; the same ones that a [`ReceiverLayer`](super::ReceiverLayer) of this name, namespace and secret has,
-    /// as long as that compares no payloads.
+    /// Creates the inbox of a consumer. It shares the records of a [`ReceiverLayer`](super::ReceiverLayer) of this name, namespace
+    /// and secret that compares neither payloads nor types.
     #[must_use]
     pub fn new(store: PostgresStore, consumer: impl Into<String>) -> Self {
         Self {
@@ -56,21 +56,22 @@ impl Inbox {
         }
     }
 
-    /// How long a handled message is remembered; 7 days by default.
+    /// Sets how long the store remembers a handled or rejected message. Default: 7 days.
     #[must_use]
     pub const fn with_retention(mut self, retention: Duration) -> Self {
         self.retention = retention;
         self
     }
 
-    /// Separates these messages from others in the same store; empty by default.
+    /// Sets a name that separates these messages from others in the same store. Default: empty.
     #[must_use]
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
         self.space.namespace = namespace.into();
         self
     }
 
-    /// Keys the hashes of the ids, as [`ReceiverLayer::with_secret`](super::ReceiverLayer::with_secret) does; none by default.
+    /// Sets a secret that keys the hashes of the ids, as [`ReceiverLayer::with_secret`](super::ReceiverLayer::with_secret) does.
+    /// Default: none.
     ///
     /// # Errors
     ///
@@ -80,21 +81,21 @@ impl Inbox {
         Ok(self)
     }
 
-    /// Notes that a message is handled. [`Receipt::First`]: make its effect in the same transaction and commit. Otherwise roll back: it is
-    /// a duplicate, or a [`ReceiverLayer`](super::ReceiverLayer) has it.
+    /// Records that a message is handled. [`Receipt::First`]: make its effect in the same transaction and commit. Otherwise roll
+    /// back: the message is a duplicate, was [rejected](Self::reject), or a [`ReceiverLayer`](super::ReceiverLayer) has it.
     ///
-    /// Where you commit all the same, for the sake of other messages, note each in a savepoint of its own, and roll back to that: else a
-    /// message that a layer has lost is written down as unknown.
+    /// If you commit in any case, for the sake of other messages, record each message in a savepoint of its own, and roll back to
+    /// the savepoint. Otherwise a message that a layer has lost is recorded as unknown.
     ///
-    /// While another transaction notes the same message, it waits for the end of that one. Note several messages in one
-    /// order everywhere, sorted by id, say; else two transactions can wait for each other until PostgreSQL ends one.
+    /// While another transaction records the same message, this waits for the end of that transaction. Record several messages in
+    /// one order everywhere, such as sorted by id. Otherwise two transactions can wait for each other until PostgreSQL ends one.
     /// Use READ COMMITTED, PostgreSQL's default. At the stricter levels, a transaction that conflicts with another one
     /// fails with [`StoreUnavailable`](ErrorKind::StoreUnavailable), and your code has to run the whole transaction
     /// again.
     ///
     /// # Cancel safety
     ///
-    /// Dropped half-way, the message may be noted or not: roll the transaction back.
+    /// If the future is dropped half-way, the message may be recorded or not: roll the transaction back.
     ///
     /// # Errors
     ///
@@ -105,7 +106,35 @@ impl Inbox {
         connection: &mut PgConnection,
         id: impl Into<MessageId> + Send,
     ) -> Result<Receipt<()>, ReceiveError<Error>> {
-        let id = id.into();
+        self.record(connection, id.into(), Outcome::Tombstone).await
+    }
+
+    /// Records that a message is rejected for good, because no delivery of it can succeed. Roll back the transaction of its effect
+    /// first, then call this in a transaction of its own, and commit. [`Receipt::First`]: put the message into the dead-letter
+    /// place. Every later copy is [`Receipt::Unknown`] until an operator
+    /// [resolves](super::ReceiverLayer::storage_key) the key. Any other receipt is as for [`receive`](Self::receive).
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`receive`](Self::receive).
+    ///
+    /// # Errors
+    ///
+    /// As for [`receive`](Self::receive).
+    pub async fn reject(
+        &self,
+        connection: &mut PgConnection,
+        id: impl Into<MessageId> + Send,
+    ) -> Result<Receipt<()>, ReceiveError<Error>> {
+        self.record(connection, id.into(), Outcome::Rejected).await
+    }
+
+    async fn record(
+        &self,
+        connection: &mut PgConnection,
+        id: MessageId,
+        outcome: Outcome,
+    ) -> Result<Receipt<()>, ReceiveError<Error>> {
         id.check().map_err(ReceiveError::InvalidId)?;
         if id.is_missing() {
             return Err(ReceiveError::MissingId);
@@ -122,7 +151,9 @@ impl Inbox {
         };
         let decision = self.store.claim_in(connection, &claim).await;
         match decision.map_err(ReceiveError::Store)? {
-            Decision::Execute(grant) | Decision::Recover(grant) => self.complete(connection, &claim, grant).await,
+            Decision::Execute(grant) | Decision::Recover(grant) => {
+                self.complete(connection, &claim, grant, &outcome).await
+            }
             Decision::NotKept | Decision::Replay(_) => Ok(Receipt::Duplicate),
             Decision::Wait { left } => Ok(Receipt::InFlight { retry_after: left }),
             Decision::Unknown => Ok(Receipt::Unknown),
@@ -135,15 +166,15 @@ impl Inbox {
         connection: &mut PgConnection,
         claim: &Claim,
         grant: Grant,
+        outcome: &Outcome,
     ) -> Result<Receipt<()>, ReceiveError<Error>> {
         const TAKEN: Error = Error::new(
             ErrorKind::Superseded,
             "the message was taken over within the transaction; roll back",
         );
-        let outcome = Outcome::Tombstone;
         let completion = self
             .store
-            .complete_in(connection, &claim.key, grant.owner, &outcome, self.retention);
+            .complete_in(connection, &claim.key, grant.owner, outcome, self.retention);
         match completion.await.map_err(ReceiveError::Store)? {
             Completion::Completed => Ok(Receipt::First(())),
             Completion::Superseded(_) => Err(ReceiveError::Store(TAKEN)),

@@ -9,7 +9,9 @@ use futures::future::BoxFuture;
 use futures::FutureExt;
 use tower_layer::Layer;
 
+use super::classes::{ErrorClasses, HandlerErrorClass};
 use super::id::{InvalidMessageId, MessageId};
+use super::kinds::Variants;
 use super::lease::Lease;
 use super::service::Receiver;
 use crate::error::Error;
@@ -17,30 +19,33 @@ use crate::job::{Drain, Found, OnError, Terms};
 use crate::protocol::{IfLost, StorageKey};
 
 type IdFn<M> = Arc<dyn Fn(&M) -> MessageId + Send + Sync>;
+type TypeFn<M> = Arc<dyn for<'m> Fn(&'m M) -> &'m str + Send + Sync>;
 type PayloadFn<M> = Arc<dyn for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync>;
 type LeaseFn<M> = Arc<dyn Fn(&mut M, Lease) + Send + Sync>;
 type CheckFn<M> = Arc<dyn Fn(&M, Lease) -> BoxFuture<'static, Found<()>> + Send + Sync>;
 
-/// Makes a service of messages handle each one once, across tasks, processes and crashes, as far as the store reaches. The
-/// [module](super) says what it promises.
+/// Makes a service of messages handle each message once, across tasks, processes and crashes, as far as the store reaches. The
+/// [module](super) lists the guarantees.
 ///
 /// # Defaults
 ///
 /// | setting | default |
 /// |---|---|
 /// | [id](Self::with_id) | none: set it |
+/// | [type](Self::with_type) | not compared; a duplicate of another variant is reported |
 /// | [payload](Self::with_payload) | not compared |
 /// | [missing id](Self::on_missing_id) | refused |
 /// | [other payload under the same id](Self::on_mismatch) | an error |
 /// | [failed handler](Self::on_error) | the message may be handled again |
+/// | [errors that reject](Self::with_error_class) | none |
 /// | lost attempt | unknown, and not handled again; or [at least once](Self::at_least_once), or a [question](Self::with_recovery) |
-/// | [attempts](Self::with_max_attempts) lost before it is unknown all the same | 5 |
+/// | [attempts](Self::with_max_attempts) lost before the message is unknown in any case | 5 |
 /// | [lease](Self::with_lease) | 30 s, renewed at a third |
 /// | [retention](Self::with_retention) | 7 days from the end of the handler |
 /// | [wait](Self::with_wait) for another delivery in flight | none |
 ///
-/// A message takes a record for its retention, and a [`MemoryStore`](crate::MemoryStore) has room for 1,000,000: at 7 days that is 1.6
-/// messages a second. Over its bound new messages are refused, loudly, and duplicates known as before.
+/// Each message takes a record for its retention. A [`MemoryStore`](crate::MemoryStore) has room for 1,000,000 records, which at
+/// 7 days is 1.6 messages a second. At this bound the store refuses new messages with an error, and still knows duplicates.
 #[must_use = "a layer does nothing until it is put around a service"]
 pub struct ReceiverLayer<St, M> {
     store: St,
@@ -51,42 +56,48 @@ pub(super) struct Settings<M> {
     pub(super) consumer: String,
     pub(super) terms: Terms,
     pub(super) id: IdFn<M>,
+    pub(super) kind: Option<TypeFn<M>>,
     pub(super) payload: Option<PayloadFn<M>>,
     pub(super) pass_lease: Option<LeaseFn<M>>,
     pub(super) check: Option<CheckFn<M>>,
+    pub(super) error_classes: ErrorClasses,
     pub(super) if_lost: IfLost,
     pub(super) on_error: OnError,
     pub(super) on_mismatch: OnMismatch,
     pub(super) on_missing_id: OnMissingId,
+    /// Shared by all clones of the layer, so that they compare with each other.
+    pub(super) variants: Arc<Variants>,
 }
 
-/// What becomes of a message whose id came with another payload before.
+/// The treatment of a message whose id came with another payload before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnMismatch {
-    /// It is a duplicate. For producers that change what does not matter, such as the time of sending.
+    /// It is a duplicate. For producers that change irrelevant parts, such as the time of sending. A message of another
+    /// [type](ReceiverLayer::with_type) is an error all the same.
     Duplicate,
     /// It is an error, [`ReceiveError::Mismatch`](super::ReceiveError::Mismatch).
     #[default]
     Error,
 }
 
-/// What becomes of a message without an id, or with an empty one.
+/// The treatment of a message without an id, or with an empty one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnMissingId {
-    /// Its [payload](ReceiverLayer::with_payload) is its id: two messages with equal payloads are one. Without a payload, it is refused.
+    /// Its [payload](ReceiverLayer::with_payload) is its id: two messages with equal payloads are one. Without a payload, the
+    /// layer refuses the message.
     FromPayload,
     /// It is an error, [`ReceiveError::MissingId`](super::ReceiveError::MissingId).
     #[default]
     Refuse,
-    /// It is handled as often as it comes.
+    /// The layer handles every delivery of it.
     Unprotected,
 }
 
 impl<St, M> ReceiverLayer<St, M> {
-    /// Records in `store` which messages `consumer` has handled. Two consumers of one message both handle it; all processes of one
-    /// consumer need the same name.
+    /// Creates a layer that records in `store` which messages `consumer` has handled. Two consumers of one message both handle
+    /// it. All processes of one consumer need the same name.
     pub fn new(store: St, consumer: impl Into<String>) -> Self {
         let terms = Terms {
             retention: Duration::from_secs(7 * 24 * 60 * 60),
@@ -97,13 +108,16 @@ impl<St, M> ReceiverLayer<St, M> {
             consumer: consumer.into(),
             terms,
             id: Arc::new(|_| MessageId::missing()),
+            kind: None,
             payload: None,
             pass_lease: None,
             check: None,
+            error_classes: ErrorClasses::default(),
             if_lost: IfLost::Refuse,
             on_error: OnError::default(),
             on_mismatch: OnMismatch::default(),
             on_missing_id: OnMissingId::default(),
+            variants: Arc::new(Variants::new()),
         };
         Self {
             store,
@@ -115,37 +129,127 @@ impl<St, M> ReceiverLayer<St, M> {
         Arc::make_mut(&mut self.settings)
     }
 
-    /// Which message it is: what its producer chose once, and sends with every copy. A broker's own number of a delivery will not
-    /// do where the producer sends again. The id is owned: `order.id.clone()`. **Without this, every message is
-    /// [refused](OnMissingId::Refuse)**.
+    /// Sets the id of a message: the one that its producer chose once and sends with every copy. A number that the broker gives
+    /// to each delivery does not work if the producer sends a message again. The function returns an owned id, such as
+    /// `order.id.clone()`. **Without an id, the layer [refuses](OnMissingId::Refuse) every message.**
+    ///
+    /// If several messages are about one thing, the id of that thing is not enough. Make the type a part of the id, as in
+    /// [`MessageId`]'s example. Otherwise the cancellation of order 1 counts as a duplicate of its placement, and is acknowledged
+    /// without being handled.
     pub fn with_id<I: Into<MessageId>>(mut self, id: impl Fn(&M) -> I + Send + Sync + 'static) -> Self {
         self.settings().id = Arc::new(move |message| id(message).into());
         self
     }
 
-    /// What must be the same in all messages of one id; nothing by default. A message that was handled before this was set, or after it
-    /// was taken away, has nothing to compare, and is a duplicate.
+    /// Sets the type of a message, such as `"order-cancelled"`, which must be the same in all messages of one id. A message of
+    /// another type is [`ReceiveError::TypeMismatch`](super::ReceiveError::TypeMismatch), and a WARN event `type-mismatch`
+    /// reports it. The store holds the first 8 bytes of a hash of the type. Default: none.
+    ///
+    /// Without this setting, the layer compares the variant of an enum (`std::mem::discriminant`) of each duplicate with that of
+    /// the last 8,192 messages of this process, and reports a difference by the same event. The duplicate is acknowledged, and
+    /// **its handler does not run**. The layer does not notice
+    ///
+    /// * a message whose predecessor another process handled, or this process before it restarted,
+    /// * a message with more than some 8,192 others between it and its predecessor,
+    /// * types inside of a struct, such as a body that the handler parses: set their type here.
+    ///
+    /// A record from before this was set has no type, so nothing is compared with it.
+    pub fn with_type(mut self, kind: impl for<'m> Fn(&'m M) -> &'m str + Send + Sync + 'static) -> Self {
+        self.settings().kind = Some(Arc::new(kind));
+        self
+    }
+
+    /// Sets the bytes that must be the same in all messages of one id. Default: none. A message that was handled before this was
+    /// set, or after it was removed, has nothing to compare and is a duplicate.
+    ///
+    /// The function returns a slice of the message, so a message that is parsed must carry the bytes that it was parsed from:
+    ///
+    /// ```
+    /// use tower_idempotency::receiver::ReceiverLayer;
+    /// use tower_idempotency::MemoryStore;
+    ///
+    /// enum Order { Placed { id: String }, Cancelled { id: String } }
+    /// struct Delivery { order: Order, raw: bytes::Bytes }
+    ///
+    /// let layer = ReceiverLayer::new(MemoryStore::new(), "billing").with_payload(|delivery: &Delivery| &delivery.raw);
+    /// ```
+    ///
+    /// Bytes that a serializer makes again need not be equal from one build of the program to the next.
     pub fn with_payload(mut self, payload: impl for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync + 'static) -> Self {
         self.settings().payload = Some(Arc::new(payload));
         self
     }
 
-    /// What becomes of a message whose id came with another payload before; an error by default. It is counted either way.
+    /// Sets the treatment of a message whose id came with another payload before. Default: an error. The metric counts it in
+    /// either case.
     pub fn on_mismatch(mut self, on_mismatch: OnMismatch) -> Self {
         self.settings().on_mismatch = on_mismatch;
         self
     }
 
-    /// What becomes of a message without an id; refused by default.
+    /// Sets the treatment of a message without an id. Default: the layer refuses it.
     pub fn on_missing_id(mut self, on_missing_id: OnMissingId) -> Self {
         self.settings().on_missing_id = on_missing_id;
         self
     }
 
-    /// What becomes of a message whose handler fails or panics; by default it may be handled again. How often, the broker counts: give
-    /// its queue a limit of deliveries and a dead-letter place.
+    /// Sets the treatment of a message whose handler returns an error or panics. Default: [`OnError::Release`], so that the
+    /// message may be handled again. The broker counts the deliveries: give its queue a limit of deliveries and a dead-letter
+    /// place. [`OnError::Reject`] rejects each such message at once. To reject only some errors, use
+    /// [`with_error_class`](Self::with_error_class).
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.settings().on_error = on_error;
+        self
+    }
+
+    /// Sets the function that separates errors that another delivery may mend from those that no delivery mends. `E` is the error
+    /// type of the service. Default: every error follows [`on_error`](Self::on_error).
+    ///
+    /// ```
+    /// # use tower::{service_fn, Layer, ServiceExt};
+    /// use tower_idempotency::receiver::{Disposition, HandlerErrorClass, Receipt, ReceiveError, ReceiverLayer};
+    /// use tower_idempotency::MemoryStore;
+    ///
+    /// #[derive(Debug, PartialEq)]
+    /// enum BillingError { DatabaseDown, NoSuchCurrency }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let layer = ReceiverLayer::new(MemoryStore::new(), "billing")
+    ///     .with_id(|order: &u64| *order)
+    ///     .with_error_class(|error: &BillingError| match error {
+    ///         BillingError::DatabaseDown => HandlerErrorClass::Redeliver,
+    ///         BillingError::NoSuchCurrency => HandlerErrorClass::Reject,
+    ///     });
+    /// let consumer = layer.layer(service_fn(|_: u64| async { Err::<(), _>(BillingError::NoSuchCurrency) }));
+    ///
+    /// let rejected = consumer.clone().oneshot(7).await;
+    /// assert!(matches!(rejected, Err(ReceiveError::Rejected(Some(BillingError::NoSuchCurrency)))));
+    /// assert_eq!(Disposition::of(&rejected), Disposition::Reject);
+    ///
+    /// // A copy that the broker had sent already. The handler does not run again.
+    /// let copy = consumer.oneshot(7).await;
+    /// assert!(matches!(copy, Ok(Receipt::Unknown)));
+    /// assert_eq!(Disposition::of(&copy), Disposition::Reject);
+    /// # }
+    /// ```
+    ///
+    /// The record of a rejected message is [unknown](crate::protocol::Status::Unknown) for the retention, also under
+    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery). To handle the message after a repair,
+    /// [resolve](Self::storage_key) its key as absent, then move the message from the dead-letter place back to its queue.
+    ///
+    /// * If the store fails while the layer records the rejection, the delivery is rejected all the same. The layer goes on
+    ///   recording for two minutes. Until then a copy is in flight, and afterwards a lost attempt.
+    /// * A handler that has committed its message with `Lease::complete_in` has handled it, even if it returns an error then.
+    /// * A panic has no error to classify. It follows [`on_error`](Self::on_error).
+    /// * An error of `poll_ready` is not classified, because nothing ran.
+    /// * If `E` is not the error type of the service, no error is classified, and a WARN event `error-unclassified` reports each.
+    ///   A service behind tower's `Buffer` or `Timeout` has the error type `tower::BoxError`.
+    pub fn with_error_class<E: 'static>(
+        mut self,
+        classify: impl Fn(&E) -> HandlerErrorClass + Send + Sync + 'static,
+    ) -> Self {
+        self.settings().error_classes = ErrorClasses::by(classify);
         self
     }
 
@@ -156,11 +260,11 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Asks what became of an attempt that was lost, before the message is handled again.
+    /// Sets a check that asks whether a lost attempt took effect, before the message is handled again.
     ///
-    /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Lease::fence) at the third party
-    /// before it looks, or where what that attempt sent has settled before the check ([`with_settling`](Self::with_settling) narrows
-    /// the gap).
+    /// The guarantee is one effect if the check also blocks the lost attempt, by raising the [fence](Lease::fence) at the third
+    /// party before it looks, or if the requests of that attempt have settled before the check
+    /// ([`with_settling`](Self::with_settling) narrows the gap).
     pub fn with_recovery<F>(mut self, check: impl Fn(&M, Lease) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Found<()>> + Send + 'static,
@@ -178,13 +282,14 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Separates these messages from others in the same store; empty by default.
+    /// Sets a name that separates these messages from others in the same store. Default: empty.
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
         self.settings().terms.space.namespace = namespace.into();
         self
     }
 
-    /// Keys the hashes of the ids, so that who reads the store cannot test guesses; none by default. Every process needs the same.
+    /// Sets a secret that keys the hashes of the ids, so that a reader of the store cannot test guesses. Default: none. Every
+    /// process needs the same secret.
     ///
     /// # Errors
     ///
@@ -194,43 +299,45 @@ impl<St, M> ReceiverLayer<St, M> {
         Ok(self)
     }
 
-    /// How long an attempt may go without a sign of life before it counts as lost; 30 s by default, at least 1 s. It is renewed at a
-    /// third while the handler runs, however long that takes.
+    /// Sets how long an attempt may go without a renewal before it counts as lost. At least 1 s. Default: 30 s. The layer renews
+    /// the lease at a third while the handler runs, however long that takes.
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.settings().terms.set_lease(lease);
         self
     }
 
-    /// How long a handled message is remembered, from the end of its handler; 7 days by default. It should exceed everything that can
-    /// deliver a message again: the broker's own retention, the dead-letter queue included, and the producer's retries.
+    /// Sets how long the store remembers a handled message, from the end of its handler. Default: 7 days. It should exceed
+    /// everything that can deliver a message again: the broker's own retention, the dead-letter queue included, and the
+    /// producer's retries.
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.settings().terms.retention = retention;
         self
     }
 
-    /// How long a delivery waits for another one of the same message that is in flight; not at all by default. Waiting takes the
-    /// consumer's time and the broker's patience. One with [another payload](OnMismatch::Duplicate) does not wait.
+    /// Sets how long a delivery waits for another one of the same message that is in flight. Default: not at all. Waiting takes
+    /// the consumer's time and the broker's patience. A delivery with [another payload](OnMismatch::Duplicate) does not wait.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.settings().terms.wait = wait;
         self
     }
 
-    /// After how many attempts in all a message whose attempts are lost is unknown all the same; 5 by default, 1 or more. It stops a
-    /// message that kills whoever handles it. Once one was lost, those that fail after it count as well, and so do deliveries that
-    /// took the message over and were dropped before its handler began: give a delivery the time that your store takes.
+    /// Sets after how many attempts in all a message whose attempts are lost is unknown in any case. At least 1. Default: 5. The
+    /// limit stops a message that kills every process that handles it. Once an attempt was lost, attempts that fail after it count
+    /// as well, and so do deliveries that took the message over and were dropped before its handler began. So give a delivery
+    /// the time that your store takes.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().terms.max_attempts = attempts.max(1);
         self
     }
 
-    /// How long to let what a lost attempt sent settle before the [check](Self::with_recovery); not at all by default.
+    /// Sets how long the requests of a lost attempt may settle before the [check](Self::with_recovery). Default: not at all.
     pub fn with_settling(mut self, delay: Duration) -> Self {
         self.settings().terms.settling = delay;
         self
     }
 
-    /// How long one operation of the store may take, and for how long it is repeated when it is to record that a message was handled;
-    /// 5 s and 10 s by default. Without its caller it is repeated for twelve times as long, two minutes.
+    /// Sets how long one operation of the store may take, and for how long the layer repeats the operation that records a handled
+    /// message. Default: 5 s and 10 s. Without its caller the layer repeats it for twelve times as long, two minutes.
     pub fn with_store_timeouts(mut self, operation: Duration, recording: Duration) -> Self {
         let terms = &mut self.settings().terms;
         (terms.store_timeout, terms.completion_timeout) = (operation, recording);
@@ -246,15 +353,16 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Waits for handlers that go on although their deliveries were dropped: before the process ends, stop taking messages, then
-    /// wait. Else the runtime's end stops them in the middle.
+    /// Returns a drain that waits for handlers that continue after their deliveries were dropped. Before the process ends, stop
+    /// taking messages, then wait. Otherwise the end of the runtime stops the handlers in the middle.
     pub fn drain(&self) -> Drain {
         Drain::new(&self.settings.terms.tracker)
     }
 
-    /// The name of a message's record in the store: for `Store::peek` and `Store::resolve`.
+    /// Returns the name of a message's record in the store, for `Store::peek` and `Store::resolve`.
     ///
-    /// What to do with a message of [unknown](super::Receipt::Unknown) outcome, once somebody has found out what became of it:
+    /// An operator resolves a message of [unknown](super::Receipt::Unknown) outcome, or a
+    /// [rejected](super::ReceiveError::Rejected) one, once it is known whether it had its effect:
     ///
     /// ```
     /// # use std::time::Duration;
@@ -269,10 +377,10 @@ impl<St, M> ReceiverLayer<St, M> {
     ///         true => Resolution::Completed(Outcome::Tombstone, Duration::from_secs(7 * 24 * 60 * 60)),
     ///         false => Resolution::Absent,
     ///     };
-    ///     // Refused, if another attempt began since.
+    ///     // The store refuses if another attempt has begun since.
     ///     store.resolve(&key, record.fence, &resolution).await?;
     /// }
-    /// // Now deliver it again: a duplicate, or handled anew.
+    /// // Now deliver it again. It is a duplicate, or it is handled.
     /// # Ok(())
     /// # }
     /// ```
@@ -286,8 +394,8 @@ impl<St, M> ReceiverLayer<St, M> {
         Ok(self.settings.storage_key(&id))
     }
 
-    /// The name of the record of this very message, also where its [payload](OnMissingId::FromPayload) stands for its id; `None` where
-    /// it has no record.
+    /// Returns the name of this message's record, also if its [payload](OnMissingId::FromPayload) is its id. Returns `None` if
+    /// the message has no record.
     ///
     /// # Errors
     ///
@@ -299,7 +407,7 @@ impl<St, M> ReceiverLayer<St, M> {
 }
 
 impl<M> Settings<M> {
-    /// The message's id, or what stands for it; none if it has neither.
+    /// Returns the message's id, or the hash of its payload in place of the id.
     pub(super) fn id_of(&self, message: &M) -> Result<Option<MessageId>, InvalidMessageId> {
         let id = (self.id)(message);
         id.check()?;
@@ -343,13 +451,16 @@ impl<M> Clone for Settings<M> {
             consumer: self.consumer.clone(),
             terms: self.terms.clone(),
             id: Arc::clone(&self.id),
+            kind: self.kind.clone(),
             payload: self.payload.clone(),
             pass_lease: self.pass_lease.clone(),
             check: self.check.clone(),
+            error_classes: self.error_classes.clone(),
             if_lost: self.if_lost,
             on_error: self.on_error,
             on_mismatch: self.on_mismatch,
             on_missing_id: self.on_missing_id,
+            variants: Arc::clone(&self.variants),
         }
     }
 }
@@ -360,6 +471,7 @@ impl<M> fmt::Debug for Settings<M> {
             .field("consumer", &self.consumer)
             .field("terms", &self.terms)
             .field("if_lost", &self.if_lost)
+            .field("error_classes", &self.error_classes)
             .field("on_error", &self.on_error)
             .field("on_mismatch", &self.on_mismatch)
             .field("on_missing_id", &self.on_missing_id)

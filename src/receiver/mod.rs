@@ -1,7 +1,7 @@
-//! Receiving: brokers deliver at least once, webhooks are sent again until they are answered; here each message is handled once.
+//! Receives messages and webhooks: brokers and webhook senders deliver at least once, and the receiver handles each message once.
 //!
 //! [`ReceiverLayer`] makes any tower service of any type of message an idempotent receiver (Hohpe and Woolf, *Enterprise Integration
-//! Patterns*). It marks a message as handled only *after* its handler, so that one whose handler fails is not lost.
+//! Patterns*). It marks a message as handled only *after* its handler, so that a message whose handler fails is not lost.
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -26,37 +26,47 @@
 //! # }
 //! ```
 //!
-//! # What it promises
+//! # Guarantees
 //!
-//! | the handler's effect is in | strongest promise | what it needs |
+//! | the handler's effect is in | strongest guarantee | requirement |
 //! |---|---|---|
-//! | the same PostgreSQL as the record | exactly once | `Lease::complete_in` with [`at_least_once`](ReceiverLayer::at_least_once), or an `Inbox` (feature `postgres`) |
-//! | a third party that heeds a key or an id | exactly once | [`Lease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
-//! | a third party that can be asked | exactly once, if the question shuts the lost attempt out | [`with_recovery`](ReceiverLayer::with_recovery) |
+//! | the PostgreSQL database that also holds the record | exactly once | `Lease::complete_in` with [`at_least_once`](ReceiverLayer::at_least_once), or an `Inbox` (feature `postgres`) |
+//! | a third party that deduplicates by a key or an id | exactly once | [`Lease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
+//! | a third party that can be asked | exactly once, if asking also blocks the lost attempt | [`with_recovery`](ReceiverLayer::with_recovery) |
 //! | anything else | at most once across crashes (the default), or [at least once](ReceiverLayer::at_least_once) | |
 //!
-//! A handler that returns an error or panics has its message handled again, by default: where it may have had its effect by then, say
-//! so with [`on_error`](ReceiverLayer::on_error). One whose process died leaves the message [in flight](Receipt::InFlight) until the
-//! lease is over, and then [unknown](Receipt::Unknown). The lease comes into the message by [`pass_lease`](ReceiverLayer::pass_lease).
+//! A process that dies leaves its message [in flight](Receipt::InFlight) until the lease is over, and then
+//! [unknown](Receipt::Unknown). [`pass_lease`](ReceiverLayer::pass_lease) puts the lease into the message.
 //!
-//! Order is not promised: what is redelivered comes later than it did. Neither is anything about a message that is redelivered
-//! after its retention.
+//! Messages that are delivered again lose their place in the order. Nothing is known of a message that is delivered again after its
+//! retention.
 //!
-//! # Where it goes
+//! # Failures
 //!
-//! Directly around the handler, inside of whatever acknowledges: a framework that looks at the result of its innermost service, as
-//! `apalis` does for its jobs, must have the receiver as that service, or it never hears of duplicates. A broker's limit of deliveries
-//! counts those that were only [in flight](Receipt::InFlight), too: leave room for them. And a handler that may run for longer than the
-//! broker waits must tell the broker so (JetStream's progress, SQS's visibility timeout): the receiver keeps its second copy from
-//! running, not from coming.
+//! | failure | default | setting |
+//! |---|---|---|
+//! | an error that another delivery may mend, or a panic | handled again | [`on_error`](ReceiverLayer::on_error), if the handler may have had its effect when it fails |
+//! | an error that no delivery mends (a poison message) | handled again, until the broker's limit of deliveries | [`with_error_class`](ReceiverLayer::with_error_class) rejects it at once and remembers that |
+//! | another message under the id of a handled one | acknowledged, and **not handled** | a [`MessageId`] of several parts; [`with_type`](ReceiverLayer::with_type) and [`with_payload`](ReceiverLayer::with_payload) notice it |
 //!
-//! Functions that are given to the layer must not panic; those that identify a message run in the consumer's own task.
+//! # Place
+//!
+//! Put the layer directly around the handler, inside of the code that acknowledges. A framework that reads the result of its innermost
+//! service, as `apalis` does, needs the receiver as that service. Otherwise it does not hear of duplicates.
+//!
+//! A broker's limit of deliveries also counts deliveries that were only [in flight](Receipt::InFlight), so leave room for them. A
+//! handler that may run for longer than the broker waits must tell the broker so (JetStream's progress, SQS's visibility
+//! timeout). The receiver does not run the second copy, but it cannot keep the broker from sending it.
+//!
+//! Functions that are given to the layer must not panic. The functions that identify a message run in the consumer's own task.
 
 mod batch;
+mod classes;
 mod id;
 pub mod ids;
 #[cfg(feature = "postgres")]
 mod inbox;
+mod kinds;
 mod layer;
 mod lease;
 mod receipt;
@@ -67,6 +77,7 @@ pub mod testing;
 pub mod webhooks;
 
 pub use batch::{receive_all, Batch};
+pub use classes::HandlerErrorClass;
 pub use id::{InvalidMessageId, MessageId};
 #[cfg(feature = "postgres")]
 pub use inbox::Inbox;

@@ -1,4 +1,4 @@
-//! What came of a delivery, and what to tell the broker.
+//! The result of a delivery, and its disposition for the broker.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -7,31 +7,33 @@ use std::time::Duration;
 use super::id::InvalidMessageId;
 use crate::error::Error;
 
-/// What came of a delivery.
+/// The result of a delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever acknowledges must handle every case")]
 pub enum Receipt<T> {
-    /// It was handled, now, and that is recorded (unless it had no id, and was to be handled
-    /// [all the same](super::OnMissingId::Unprotected)). Acknowledge it.
+    /// The handler handled it now, and the store recorded that (except for a message without an id that is handled
+    /// [unprotected](super::OnMissingId::Unprotected)). Acknowledge it.
     First(T),
-    /// It was handled before. Acknowledge it.
+    /// It was handled before, and the handler did not run. Acknowledge it.
     Duplicate,
-    /// It is being handled elsewhere, and may yet fail there; or a check could not tell what became of a lost attempt, and is to be
-    /// asked again. Do not acknowledge it; have it delivered again later.
+    /// Another delivery of it is being handled and may still fail, or a check could not find out whether a lost attempt took effect
+    /// and has to run again. Do not acknowledge it. Have it delivered again later.
     InFlight {
-        /// When to try again: what is left of the other's lease, which that may renew; a whole lease, where a check is to be asked again.
+        /// When to try again: the rest of the other delivery's lease, which that delivery may renew; a whole lease if a check has
+        /// to run again.
         retry_after: Duration,
     },
-    /// An attempt was lost, and nobody knows whether it had its effect; nothing runs. Put it where somebody looks at it (a dead-letter
-    /// queue), ask, and resolve its key ([how](super::ReceiverLayer::storage_key)). Delivered again unresolved, it is unknown again.
+    /// An attempt was lost, and it is not known whether it had its effect; or a delivery of it was
+    /// [rejected](ReceiveError::Rejected) before. The handler did not run. Put it into the dead-letter place, find out about its
+    /// effect, and [resolve](super::ReceiverLayer::storage_key) its key. Until then every delivery of it is unknown.
     Unknown,
 }
 
-/// Why a delivery has no receipt. None of them may be acknowledged.
+/// The reason why a delivery has no receipt. Do not acknowledge any of them.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum ReceiveError<E> {
-    /// The handler failed, with its own error. By default the message may be handled again.
+    /// The handler returned this error. By default the message may be handled again.
     Handler(E),
     /// The message has an id that is too long. Nothing ran.
     InvalidId(InvalidMessageId),
@@ -39,29 +41,46 @@ pub enum ReceiveError<E> {
     Mismatch,
     /// The message has no id, and none could be made. Nothing ran.
     MissingId,
+    /// The handler rejected the message for good, with this error; `None` if it panicked under
+    /// [`OnError::Reject`](crate::OnError::Reject). A later copy is [`Receipt::Unknown`], which is rejected too.
+    Rejected(Option<E>),
     /// The handler panicked. By default the message may be handled again.
     Panicked,
     /// The store failed. Nothing ran.
     Store(Error),
-    /// The handler said that it was done, and that could not be recorded, its transaction was not committed, or what another attempt
-    /// came to, which had taken the message over, cannot be read.
+    /// A message of another [type](super::ReceiverLayer::with_type) came under this id before. Nothing ran. Make the type a part
+    /// of the id: `MessageId::of(["cancelled", id])`.
+    TypeMismatch,
+    /// The handler succeeded, but the store could not record that, or the handler did not commit its transaction. Or another
+    /// attempt took the message over, and the result of that attempt cannot be read.
     Unrecorded(Error),
 }
 
-/// What to tell the broker about a delivery.
+/// What the broker has to do with a delivery.
+///
+/// | broker | acknowledge | redeliver | reject |
+/// |---|---|---|---|
+/// | RabbitMQ | `basic.ack` | publish to a queue with a TTL that dead-letters back, then `basic.ack`; or `basic.nack` with `requeue` | `basic.reject` without `requeue`, to the queue's dead-letter exchange |
+/// | SQS | `DeleteMessage` | `ChangeMessageVisibility` | `SendMessage` to the dead-letter queue, then `DeleteMessage` |
+/// | Kafka | commit the offset | produce to a retry topic, then commit | produce to a dead-letter topic, then commit |
+/// | NATS JetStream | `Ack` | `Nak` with a delay | publish to a dead-letter subject, then `Term` |
+/// | Redis streams | `XACK` | leave it pending | `XADD` to a dead-letter stream, then `XACK` |
+///
+/// If a rejection takes two steps, its process may die between them. The copy that comes then is
+/// [unknown](Receipt::Unknown) and is rejected again, so the dead-letter place may hold a message twice, but never loses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_enums, reason = "a broker knows no fourth")]
 pub enum Disposition {
-    /// It is done: acknowledge it.
+    /// Acknowledge it.
     Acknowledge,
-    /// Have it delivered again, not before so long; `None` where the broker's own pause will do.
+    /// Have it delivered again, after this time. `None`: after the broker's own pause.
     Redeliver(Option<Duration>),
-    /// Another delivery will not help: put it into the dead-letter place.
+    /// Put it into the dead-letter place, because another delivery would not help.
     Reject,
 }
 
 impl Disposition {
-    /// What to tell the broker. [`Receipt::Unknown`] is rejected; match on it first where something else is wanted.
+    /// Returns the disposition of a delivery. [`Receipt::Unknown`] is rejected; match on it first for another treatment.
     #[must_use]
     pub const fn of<T, E>(delivered: &Result<Receipt<T>, ReceiveError<E>>) -> Self {
         match delivered {
@@ -74,20 +93,26 @@ impl Disposition {
                 | ReceiveError::Unrecorded(_),
             ) => Self::Redeliver(None),
             Ok(Receipt::Unknown)
-            | Err(ReceiveError::InvalidId(_) | ReceiveError::Mismatch | ReceiveError::MissingId) => Self::Reject,
+            | Err(
+                ReceiveError::InvalidId(_)
+                | ReceiveError::Mismatch
+                | ReceiveError::MissingId
+                | ReceiveError::Rejected(_)
+                | ReceiveError::TypeMismatch,
+            ) => Self::Reject,
         }
     }
 }
 
 impl<T> Receipt<T> {
-    /// Whether the message has been handled, now or before.
+    /// Returns whether the message has been handled, now or before.
     #[must_use]
     pub const fn is_handled(&self) -> bool {
         matches!(self, Self::First(_) | Self::Duplicate)
     }
 }
 
-/// The name under which a delivery is counted.
+/// Returns the name under which the metric counts a delivery.
 pub(super) const fn name_of<T, E>(delivered: &Result<Receipt<T>, ReceiveError<E>>) -> &'static str {
     match delivered {
         Ok(Receipt::First(_)) => "first",
@@ -99,7 +124,9 @@ pub(super) const fn name_of<T, E>(delivered: &Result<Receipt<T>, ReceiveError<E>
         Err(ReceiveError::Mismatch) => "mismatch",
         Err(ReceiveError::MissingId) => "missing-id",
         Err(ReceiveError::Panicked) => "panicked",
+        Err(ReceiveError::Rejected(_)) => "rejected",
         Err(ReceiveError::Store(_)) => "store-failed",
+        Err(ReceiveError::TypeMismatch) => "type-mismatch",
         Err(ReceiveError::Unrecorded(_)) => "unrecorded",
     }
 }
@@ -110,10 +137,14 @@ impl<E> fmt::Display for ReceiveError<E> {
             Self::Handler(_) => "the handler of the message failed",
             Self::InvalidId(_) => "the message has an id that cannot be used",
             Self::Mismatch => "another payload came under the id of the message before",
-            Self::MissingId => "the message has no id; set `with_id`, or say with `on_missing_id` what to do without",
+            Self::MissingId => "the message has no id; set `with_id`, or choose another treatment with `on_missing_id`",
             Self::Panicked => "the handler of the message panicked",
+            Self::Rejected(_) => "the handler rejected the message for good",
+            Self::TypeMismatch => {
+                "a message of another type came under the id of the message before; make the type a part of the id"
+            }
             Self::Store(_) => "the store failed, so that the message was not handled",
-            Self::Unrecorded(_) => "what came of the message is not recorded",
+            Self::Unrecorded(_) => "the message may have been handled, but its outcome is not recorded",
         })
     }
 }
@@ -121,10 +152,10 @@ impl<E> fmt::Display for ReceiveError<E> {
 impl<E: StdError + 'static> StdError for ReceiveError<E> {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
-            Self::Handler(error) => Some(error),
+            Self::Handler(error) | Self::Rejected(Some(error)) => Some(error),
             Self::InvalidId(error) => Some(error),
             Self::Store(error) | Self::Unrecorded(error) => Some(error),
-            Self::Mismatch | Self::MissingId | Self::Panicked => None,
+            Self::Mismatch | Self::MissingId | Self::Panicked | Self::Rejected(None) | Self::TypeMismatch => None,
         }
     }
 }

@@ -13,6 +13,7 @@ use futures::FutureExt;
 use tower_service::Service;
 
 use super::id::MessageId;
+use super::kinds::{difference, fingerprint, Difference, Variant};
 use super::layer::{OnMismatch, OnMissingId, Settings};
 use super::lease::Lease;
 use super::receipt::{name_of, Receipt, ReceiveError};
@@ -69,7 +70,7 @@ where
     }
 
     fn call(&mut self, message: M) -> Self::Future {
-        // The service that was polled ready is the one that is called.
+        // Call the service that was polled ready and leave its clone behind; the clone is not ready.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
         let delivery = Delivery {
@@ -88,8 +89,8 @@ where
 ///
 /// # Cancel safety
 ///
-/// Dropped before the handler began, it does not begin. Dropped later, the handler goes on in a task of its own, and what came of it is
-/// recorded.
+/// If the future is dropped before the handler begins, the handler does not begin. If it is dropped later, the handler continues in
+/// a task of its own, and the layer records its result.
 #[must_use = "futures do nothing unless they are polled"]
 pub struct ReceiverFuture<T, E> {
     received: BoxFuture<'static, Received<T, E>>,
@@ -111,7 +112,7 @@ impl<T, E> fmt::Debug for ReceiverFuture<T, E> {
     }
 }
 
-/// A message that has come, and the service that is to handle it.
+/// A delivery of a message, and the service that handles it.
 struct Delivery<S, St, M> {
     service: S,
     message: M,
@@ -119,9 +120,10 @@ struct Delivery<S, St, M> {
     settings: Arc<Settings<M>>,
 }
 
-/// What a handler came to.
+/// The result of a handler.
 enum Given<T, E> {
-    Failed(E),
+    /// It failed; with the treatment of its key.
+    Failed(E, OnError),
     Handled(T),
     /// A check found out that the message was handled.
     Known,
@@ -150,7 +152,7 @@ where
         received
     }
 
-    /// The message's id; none if it is to be handled without one.
+    /// Returns the message's id, or `None` to handle it without one.
     fn id(&self) -> Result<Option<MessageId>, ReceiveError<S::Error>> {
         let id = self.settings.id_of(&self.message).map_err(ReceiveError::InvalidId)?;
         if id.is_none() && self.settings.on_missing_id != OnMissingId::Unprotected {
@@ -159,32 +161,31 @@ where
         Ok(id)
     }
 
-    /// Handles the message as often as it comes.
+    /// Handles the message without a record.
     async fn unprotected(self) -> Received<S::Response, S::Error> {
         if let Err(overloaded) = self.settings.terms.check_load() {
             telemetry::event(Event::Overloaded);
             return Err(ReceiveError::Store(overloaded));
         }
         let tracker = Arc::clone(&self.settings.terms.tracker);
-        // Declared first, so that it goes last, when the tracker knows of the rest.
+        // Declared first so that it drops last, when the tracker knows of the rest.
         let _attended = tracker.attend();
-        let handling = handled(self.service, self.message);
+        let on_error = self.settings.on_error;
+        let handling = handled(self.service, self.message, self.settings);
         let Some(handling) = uncut(handling, Some(Arc::clone(&tracker))) else {
             return Err(ReceiveError::Store(NO_RUNTIME));
         };
         match handling.await {
             Given::Handled(output) => Ok(Receipt::First(output)),
-            Given::Failed(error) => Err(ReceiveError::Handler(error)),
-            Given::Known | Given::Panicked => Err(ReceiveError::Panicked),
+            Given::Failed(error, end) => Err(failed(error, end)),
+            Given::Known | Given::Panicked => Err(panicked(on_error)),
         }
     }
 
     async fn once(self, id: &MessageId) -> Received<S::Response, S::Error> {
         let settings = Arc::clone(&self.settings);
-        let fingerprint = match &settings.payload {
-            Some(payload) => Fingerprint::of(payload(&self.message)),
-            None => Fingerprint::NONE,
-        };
+        let fingerprint = settings.fingerprint(&self.message);
+        let variant = Variant::of(&self.message);
         let (store, key) = (self.store.clone(), settings.storage_key(id));
         let job = Job {
             store: self.store.clone(),
@@ -193,10 +194,10 @@ where
             if_lost: settings.if_lost,
             terms: settings.terms.clone(),
         };
-        match job.settle(self).await {
+        let received = match job.settle(self).await {
             Settled::Ran { given, recorded } => match (given, recorded) {
-                (Given::Failed(error), _) => Err(ReceiveError::Handler(error)),
-                (Given::Panicked, _) => Err(ReceiveError::Panicked),
+                (Given::Failed(error, end), _) => Err(failed(error, end)),
+                (Given::Panicked, _) => Err(panicked(settings.on_error)),
                 (_, Err(error)) => Err(ReceiveError::Unrecorded(error)),
                 (Given::Handled(output), Ok(())) => Ok(Receipt::First(output)),
                 (Given::Known, Ok(())) => Ok(Receipt::Duplicate),
@@ -218,7 +219,9 @@ where
                 Refused::Unknown => Ok(Receipt::Unknown),
                 Refused::Unread(error) => Err(ReceiveError::Unrecorded(error)),
             },
-        }
+        };
+        settings.compare_variants(&key, variant, &received);
+        received
     }
 
     fn lease(&self, attempt: &Attempt) -> Lease {
@@ -242,7 +245,7 @@ where
 
     fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Found<Ended<Self::Given>>> + Send {
         let check = self.settings.check.as_ref();
-        // The engine catches what panics within a future; a check may do so before it has made one.
+        // The engine catches a panic of the future, but not a panic of the function that makes the future.
         let asked = check.map(|check| {
             let ask = || check(&self.message, self.lease(attempt));
             catch_unwind(AssertUnwindSafe(ask))
@@ -271,21 +274,64 @@ where
             }
         }));
         let given = match passed {
-            Ok(()) => handled(self.service, self.message).await,
+            Ok(()) => handled(self.service, self.message, Arc::clone(&settings)).await,
             Err(_) => Given::Panicked,
         };
-        let verdict = match (&given, settings.on_error) {
-            (Given::Handled(_) | Given::Known, _) => Verdict::Keep(Outcome::Tombstone),
-            (_, OnError::Keep) => Verdict::KeepFailure(Outcome::Tombstone),
-            (_, OnError::Release) => Verdict::Release,
-            (_, OnError::Unknown) => Verdict::GiveUp,
+        let verdict = match &given {
+            Given::Handled(_) | Given::Known => Verdict::Keep(Outcome::Tombstone),
+            Given::Failed(_, end) => verdict_of(*end),
+            Given::Panicked => verdict_of(settings.on_error),
         };
         Ended { given, verdict }
     }
 }
 
+/// Returns the end of a message whose handler failed.
+const fn verdict_of(end: OnError) -> Verdict {
+    match end {
+        OnError::Keep => Verdict::KeepFailure(Outcome::Tombstone),
+        OnError::Reject => Verdict::KeepFailure(Outcome::Rejected),
+        OnError::Release => Verdict::Release,
+        OnError::Unknown => Verdict::GiveUp,
+    }
+}
+
+/// Returns the result of a delivery whose handler failed. A rejection that could not be recorded is one all the same: the
+/// message then lies in the dead-letter place, and only a copy of it may be handled again.
+fn failed<E>(error: E, end: OnError) -> ReceiveError<E> {
+    match end {
+        OnError::Reject => ReceiveError::Rejected(Some(error)),
+        OnError::Keep | OnError::Release | OnError::Unknown => ReceiveError::Handler(error),
+    }
+}
+
+/// Returns the result of a delivery whose handler panicked.
+fn panicked<E>(on_error: OnError) -> ReceiveError<E> {
+    match on_error {
+        OnError::Reject => ReceiveError::Rejected(None),
+        OnError::Keep | OnError::Release | OnError::Unknown => ReceiveError::Panicked,
+    }
+}
+
 impl<M> Settings<M> {
-    /// What came of a message whose payload is not the recorded one. Nothing is a duplicate of what is not recorded.
+    fn fingerprint(&self, message: &M) -> Fingerprint {
+        let kind = self.kind.as_ref().map(|kind| kind(message));
+        let payload = self.payload.as_ref().map(|payload| payload(message));
+        fingerprint(kind, payload)
+    }
+
+    /// Warns about a duplicate that is another variant of its enum than the message that came before it. A
+    /// [type](super::ReceiverLayer::with_type) that is set makes it a mismatch instead.
+    fn compare_variants<T, E>(&self, key: &StorageKey, variant: Variant, received: &Received<T, E>) {
+        match received {
+            _ if self.kind.is_some() => {}
+            Ok(Receipt::First(_)) => self.variants.remember(key, variant),
+            Ok(Receipt::Duplicate) if self.variants.differs(key, variant) => telemetry::event(Event::TypeMismatch),
+            _ => {}
+        }
+    }
+
+    /// Returns the result of a message whose fingerprint is not the recorded one. Without a record there is no duplicate.
     async fn mismatched<T, E>(&self, store: &impl Store, key: &StorageKey, fingerprint: Fingerprint) -> Received<T, E> {
         let snapshot = in_time(self.terms.store_timeout, store.peek(key)).await;
         let snapshot = snapshot.inspect_err(telemetry::store_failed);
@@ -294,14 +340,18 @@ impl<M> Settings<M> {
                 retry_after: Duration::ZERO,
             });
         };
-        // In the meantime a copy of this very message took the key.
+        // A copy of this very message has taken the key in the meantime.
         if snapshot.fingerprint == fingerprint {
             return Ok(Receipt::InFlight {
                 retry_after: Duration::ZERO,
             });
         }
-        // From before payloads were compared, or after: there is nothing to compare.
-        let is_compared = ![snapshot.fingerprint, fingerprint].contains(&Fingerprint::NONE);
+        let difference = difference(&snapshot.fingerprint, &fingerprint);
+        if difference == Difference::Type {
+            telemetry::event(Event::TypeMismatch);
+            return Err(ReceiveError::TypeMismatch);
+        }
+        let is_compared = difference == Difference::Payload;
         if is_compared && self.on_mismatch == OnMismatch::Error {
             return Err(ReceiveError::Mismatch);
         }
@@ -313,7 +363,7 @@ impl<M> Settings<M> {
             Status::InFlight { left } => Receipt::InFlight {
                 retry_after: left.min(self.terms.lease),
             },
-            // A delivery with the recorded payload takes it over.
+            // A delivery with the recorded payload takes the key over.
             Status::Lost if is_compared && self.if_lost != IfLost::Refuse => Receipt::InFlight {
                 retry_after: self.terms.lease,
             },
@@ -322,11 +372,21 @@ impl<M> Settings<M> {
     }
 }
 
-async fn handled<S: Service<M>, M>(mut service: S, message: M) -> Given<S::Response, S::Error> {
-    let handling = AssertUnwindSafe(async move { service.call(message).await });
+/// Handles the message. A classifier that panics counts as a handler that panics.
+async fn handled<S, M>(mut service: S, message: M, settings: Arc<Settings<M>>) -> Given<S::Response, S::Error>
+where
+    S: Service<M, Error: 'static>,
+{
+    let handling = AssertUnwindSafe(async move {
+        let handled = service.call(message).await;
+        handled.map_err(|error| {
+            let end = settings.error_classes.end_of(&error, settings.on_error);
+            (error, end)
+        })
+    });
     match handling.catch_unwind().await {
         Ok(Ok(output)) => Given::Handled(output),
-        Ok(Err(error)) => Given::Failed(error),
+        Ok(Err((error, end))) => Given::Failed(error, end),
         Err(_) => {
             telemetry::event(Event::HandlerFailed);
             Given::Panicked

@@ -263,7 +263,9 @@ impl Values {
         Seen::Landed(match snapshot.status {
             Status::InFlight { .. } => return Seen::InFlight,
             Status::Completed(Outcome::Kept(answer)) => Landing::Answer { answer, kept: true },
-            Status::Completed(Outcome::Tombstone) => Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
+            Status::Completed(Outcome::Rejected | Outcome::Tombstone) => {
+                Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored))
+            }
             Status::Lost if self.on_lost.in_protocol() != IfLost::Refuse => return Seen::Free,
             Status::Lost | Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
         })

@@ -206,7 +206,7 @@ impl KeepPolicy {
             (Effect::Done, _) => Verdict::Tombstone,
             (Effect::Unknown, OnError::Release) => Verdict::Release,
             // If the refusal were stored, later requests would get it even after the outcome has become known.
-            (Effect::Unknown, OnError::Keep | OnError::Unknown) => Verdict::GiveUp,
+            (Effect::Unknown, OnError::Keep | OnError::Reject | OnError::Unknown) => Verdict::GiveUp,
         })
     }
 
@@ -225,7 +225,7 @@ impl KeepPolicy {
         match self.on_error {
             OnError::Keep => Verdict::Keep,
             OnError::Release => Verdict::Release,
-            OnError::Unknown => Verdict::GiveUp,
+            OnError::Reject | OnError::Unknown => Verdict::GiveUp,
         }
     }
 }
@@ -307,6 +307,7 @@ mod tests {
         for (on_error, wanted) in [
             (OnError::Keep, Verdict::Keep),
             (OnError::Release, Verdict::Release),
+            (OnError::Reject, Verdict::GiveUp),
             (OnError::Unknown, Verdict::GiveUp),
         ] {
             let policy = KeepPolicy {

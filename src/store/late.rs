@@ -90,7 +90,7 @@ impl End {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Completed(Outcome::Kept(answer), _) => answer.head.len() + answer.body.len(),
-            Self::Completed(Outcome::Tombstone, _) | Self::Released => 0,
+            Self::Completed(Outcome::Rejected | Outcome::Tombstone, _) | Self::Released => 0,
             #[cfg(feature = "postgres")]
             Self::GivenUp => 0,
         }

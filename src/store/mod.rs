@@ -73,6 +73,9 @@ use crate::protocol::{
 ///     release, a lease that is given up, a resolution. The exception is a change by a transaction that was open when
 ///     `watch` returned, if the documentation of the store says so. The future may wake without cause, and the caller
 ///     polls as well.
+/// 17. **A rejection is unknown.** A completion with [`Rejected`](crate::protocol::Outcome::Rejected) makes the record
+///     unknown, for the retention of the completion and for every claim, also one that would take over a lost key. Only
+///     `resolve` or a later completion of the same owner changes that.
 ///
 /// # Cancel safety
 ///

@@ -118,10 +118,10 @@ async fn play(step: Step, model: &mut Model, store: &RedisStore, key: StorageKey
         }
         Step::Complete(nonce, body) => {
             if let Some((mine, its)) = model.owner(nonce) {
-                let outcome = if body % 4 == 0 {
-                    Outcome::Tombstone
-                } else {
-                    kept(body.to_string())
+                let outcome = match body % 4 {
+                    0 => Outcome::Tombstone,
+                    1 => Outcome::Rejected,
+                    _ => kept(body.to_string()),
                 };
                 let wanted = model.apply(|record, now| Record::complete(record, mine, &outcome, HOUR, now));
                 assert_eq!(store.complete(&key, its, &outcome, HOUR).await.unwrap(), wanted);

@@ -56,7 +56,7 @@ pub use claiming::{attempts_are_capped, fence_grows, fingerprint_first, repeatab
 pub use concurrency::{atomic, one_owner};
 pub use differential::differential;
 pub use helped::{bounded, durable, unreadable_is_not_absent};
-pub use outcomes::{exact_answers, late_completions_heal};
+pub use outcomes::{exact_answers, late_completions_heal, rejection_is_unknown};
 pub use owning::{owners_only, release_leaves_evidence};
 pub use time::{own_clock, record_outlives_lease};
 pub use watching::subscribe_then_look;
@@ -76,6 +76,7 @@ pub async fn all<S: Store + Clone>(store: &S) {
     Box::pin(attempts_are_capped(store)).await;
     Box::pin(late_completions_heal(store)).await;
     Box::pin(exact_answers(store)).await;
+    Box::pin(rejection_is_unknown(store)).await;
     Box::pin(subscribe_then_look(store)).await;
     Box::pin(own_clock(store)).await;
     Box::pin(record_outlives_lease(store)).await;

@@ -1,4 +1,4 @@
-//! Clauses about outcomes: 11 and 12.
+//! Clauses about outcomes: 11, 12 and 17.
 
 use bytes::Bytes;
 
@@ -132,6 +132,32 @@ pub async fn exact_answers<S: Store>(store: &S) {
     let probe = Probe::new(store, CLAUSE);
     probe.completed(&Outcome::Tombstone).await;
     replays(&probe, &Outcome::Tombstone).await;
+}
+
+/// Clause 17: a completion with a rejection makes the record unknown, for every claim.
+///
+/// Checks claims of each kind with attempts left, that the owner can repeat the rejection, that `peek` shows the record
+/// as unknown, and that a resolution frees the key.
+pub async fn rejection_is_unknown<S: Store>(store: &S) {
+    const CLAUSE: &str = "17 (a rejection is unknown)";
+    for probe in Probe::both_ways(store, CLAUSE) {
+        let owner = probe.completed(&Outcome::Rejected).await;
+        for if_lost in [IfLost::Execute, IfLost::Recover, IfLost::Refuse] {
+            let decision = probe.ask(&probe.case.claim(if_lost)).await;
+            let what = format!("a claim ({if_lost:?}) of what was rejected");
+            probe.case.same(&what, &decision, &Decision::Unknown);
+        }
+        let status = probe.status().await;
+        let what = "the status after a rejection";
+        probe.case.same(what, &status, &Some(Status::Unknown));
+        let completion = probe.complete(owner, &Outcome::Rejected).await;
+        let what = "a repeated rejection";
+        probe.case.same(what, &completion, &Completion::Completed);
+        let resolved = probe.resolve(owner.fence, &Resolution::Absent).await;
+        let what = "a resolution of what was rejected";
+        probe.case.same(what, &resolved, &Resolved::Resolved);
+        probe.first().await;
+    }
 }
 
 /// Everybody who asks gets the outcome.

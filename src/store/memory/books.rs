@@ -239,6 +239,7 @@ impl Books {
                 outcome.to_exact()
             }
             Outcome::Kept(_) | Outcome::Tombstone => Outcome::Tombstone,
+            Outcome::Rejected => Outcome::Rejected,
         }
     }
 

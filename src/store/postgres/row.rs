@@ -136,6 +136,7 @@ pub(super) const fn if_lost(if_lost: IfLost) -> i16 {
 /// State, head and body of an outcome.
 pub(super) fn outcome(outcome: &Outcome) -> (i16, Option<&[u8]>, Option<&[u8]>) {
     match outcome {
+        Outcome::Rejected => (1, None, None),
         Outcome::Tombstone => (2, None, None),
         Outcome::Kept(answer) => (3, Some(&answer.head), Some(&answer.body)),
     }

@@ -278,6 +278,7 @@ fn bytes_of(owner: Owner) -> [u8; 24] {
 /// The state's number in the record.
 const fn state_of(outcome: &Outcome) -> &'static [u8] {
     match outcome {
+        Outcome::Rejected => b"1",
         Outcome::Tombstone => b"2",
         Outcome::Kept(_) => b"3",
     }
@@ -286,7 +287,7 @@ const fn state_of(outcome: &Outcome) -> &'static [u8] {
 /// What stands in the record behind its fixed part.
 fn answer_of(outcome: &Outcome) -> Vec<u8> {
     match outcome {
-        Outcome::Tombstone => Vec::new(),
+        Outcome::Rejected | Outcome::Tombstone => Vec::new(),
         Outcome::Kept(Answer { head, body }) => {
             let length = u32::try_from(head.len()).unwrap_or(u32::MAX).to_le_bytes();
             [&length[..], head, body].concat()

@@ -41,6 +41,7 @@ pub(crate) enum Rule {
     FingerprintOfCompletedIgnored,
     FullIsUnavailable,
     LeaseIsExpiry,
+    RejectedIsCompleted,
     ReleaseByAnybody,
     ReleaseErases,
     ReleaseKeepsOnlyAttempt,

@@ -153,6 +153,8 @@ impl Ablated {
                 head: alter(head),
                 body: alter(body),
             }),
+            Outcome::Rejected if self.is(Rule::RejectedIsCompleted) => Outcome::Tombstone,
+            Outcome::Rejected => Outcome::Rejected,
             Outcome::Tombstone => Outcome::Tombstone,
         }
     }

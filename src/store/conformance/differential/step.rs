@@ -16,7 +16,7 @@ pub(super) struct Step {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Action {
     Claim(Asked),
-    Complete { by: By, answer: Option<u8> },
+    Complete { by: By, ending: Ending },
     Release { by: By },
     Renew { by: By, give_up: bool },
     Resolve { by: By, found: Found },
@@ -43,6 +43,14 @@ pub(super) enum By {
     OtherNonce,
     Owner,
     Predecessor(usize),
+}
+
+/// The outcome of a completion.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ending {
+    Answer(u8),
+    Rejected,
+    Tombstone,
 }
 
 /// What a resolution says.
@@ -73,7 +81,7 @@ impl Step {
             },
             14..16 => Action::Complete {
                 by,
-                answer: (!chance(random, 4)).then(|| random.random()),
+                ending: Ending::random(random),
             },
             16..18 => Action::Release { by },
             _ => Action::Resolve {
@@ -111,6 +119,18 @@ impl By {
             3 => Self::OtherNonce,
             4 => Self::Predecessor(which),
             _ => Self::Owner,
+        }
+    }
+}
+
+impl Ending {
+    fn random(random: &mut StdRng) -> Self {
+        if chance(random, 4) {
+            return Self::Tombstone;
+        }
+        match random.random() {
+            0..64 => Self::Rejected,
+            answer => Self::Answer(answer),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
-use super::step::{Action, Asked, By, Found, CLAIMANTS};
+use super::step::{Action, Asked, By, Ending, Found, CLAIMANTS};
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
 use crate::protocol::{
@@ -51,8 +51,12 @@ impl Twin {
         let now = self.clock.now();
         match action {
             Action::Claim(asked) => self.claim(store, asked, now).await?,
-            Action::Complete { by, answer } => {
-                let outcome = answer.map_or(Outcome::Tombstone, |answer| kept([answer, b'\n'].to_vec(), "body"));
+            Action::Complete { by, ending } => {
+                let outcome = match ending {
+                    Ending::Answer(answer) => kept([answer, b'\n'].to_vec(), "body"),
+                    Ending::Rejected => Outcome::Rejected,
+                    Ending::Tombstone => Outcome::Tombstone,
+                };
                 let by = self.pair(by);
                 let wanted = Record::complete(self.record.as_ref(), by.model, &outcome, RETENTION, now);
                 let wanted = self.apply(wanted);

@@ -1,4 +1,4 @@
--- $1 key, $2 nonce, $3 fence, $4 state: 2 tombstone, 3 kept, $5 head, $6 body, $7 retention, $8 lock timeout or NULL, $9 question.
+-- $1 key, $2 nonce, $3 fence, $4 state: 1 unknown, 2 tombstone, 3 kept, $5 head, $6 body, $7 retention, $8 lock timeout or NULL, $9 question.
 WITH completed AS (
     UPDATE {table} r
     SET state = $4, head = $5, body = $6, expires = {now} + $7

@@ -1,4 +1,4 @@
--- $1 key, $2 fence, $3 state: -1 absent, 2 tombstone, 3 kept, $4 head, $5 body, $6 retention, $7 lock timeout or NULL,
+-- $1 key, $2 fence, $3 state: -1 absent, 1 unknown, 2 tombstone, 3 kept, $4 head, $5 body, $6 retention, $7 lock timeout or NULL,
 -- $8 question. The owner may still be alive. With another nonce in the record, its own completion is no repeated one.
 WITH deleted AS (
     DELETE FROM {table} r

@@ -1,0 +1,212 @@
+//! The types of messages: a set type is a part of the fingerprint, and the variant of an enum is remembered for a while.
+//!
+//! An enum of messages sets a trap. If the id of an order is the id of all of its messages, then the cancellation of the
+//! order counts as a duplicate of its placement. It is acknowledged and never handled.
+
+use std::hash::{Hash, Hasher};
+use std::mem::discriminant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::OnceLock;
+
+use crate::protocol::{Fingerprint, StorageKey};
+
+/// The id of the algorithm "BLAKE3 of the type in 8 bytes, then of the payload in 24 bytes, zeros without a payload".
+const TYPED: u8 = 4;
+const TYPE: usize = 8;
+const PAYLOAD: usize = 32 - TYPE;
+
+/// Returns the fingerprint of a message: of its type and its payload, as far as the layer compares them.
+pub(super) fn fingerprint(kind: Option<&str>, payload: Option<&[u8]>) -> Fingerprint {
+    let Some(kind) = kind else {
+        return payload.map_or(Fingerprint::NONE, Fingerprint::of);
+    };
+    let mut digest = [0; 32];
+    digest[..TYPE].copy_from_slice(&blake3::hash(kind.as_bytes()).as_bytes()[..TYPE]);
+    if let Some(payload) = payload {
+        digest[TYPE..].copy_from_slice(&blake3::hash(payload).as_bytes()[..PAYLOAD]);
+    }
+    Fingerprint::new(TYPED, digest)
+}
+
+/// The parts of a fingerprint that can be compared.
+struct Parts<'f> {
+    kind: Option<&'f [u8]>,
+    payload: Option<&'f [u8]>,
+}
+
+impl<'f> Parts<'f> {
+    fn of(fingerprint: &'f Fingerprint) -> Self {
+        let digest = fingerprint.digest();
+        let (kind, payload) = match fingerprint.algorithm() {
+            TYPED => (Some(&digest[..TYPE]), Some(&digest[TYPE..])),
+            _ if *fingerprint == Fingerprint::NONE => (None, None),
+            // Made from the payload alone.
+            _ => (None, Some(&digest[..PAYLOAD])),
+        };
+        Self {
+            kind,
+            payload: payload.filter(|payload| payload.iter().any(|byte| *byte != 0)),
+        }
+    }
+}
+
+/// The difference between two messages of one id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Difference {
+    /// None that both fingerprints show. One of them is from before the layer compared types or payloads, or from after.
+    Nothing,
+    Payload,
+    Type,
+}
+
+/// Compares the parts that both fingerprints have.
+pub(super) fn difference(recorded: &Fingerprint, own: &Fingerprint) -> Difference {
+    let (recorded, own) = (Parts::of(recorded), Parts::of(own));
+    let differ = |pair: Option<(&[u8], &[u8])>| pair.is_some_and(|(one, other)| one != other);
+    if differ(recorded.kind.zip(own.kind)) {
+        Difference::Type
+    } else if differ(recorded.payload.zip(own.payload)) {
+        Difference::Payload
+    } else {
+        Difference::Nothing
+    }
+}
+
+/// The variant of an enum, as one byte; the same for all values of another type. It differs between builds of the program,
+/// so it is never stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Variant(u8);
+
+impl Variant {
+    pub(super) fn of<M>(message: &M) -> Self {
+        let mut hasher = Fold(0);
+        discriminant(message).hash(&mut hasher);
+        Self(hasher.0)
+    }
+}
+
+/// Folds a number into a byte. The numbers from 0 to 255 stay different, so only an enum with more variants has variants
+/// that look alike.
+struct Fold(u8);
+
+impl Hasher for Fold {
+    fn finish(&self) -> u64 {
+        u64::from(self.0)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = bytes.iter().fold(self.0, |sum, byte| sum.wrapping_mul(31) ^ byte);
+    }
+}
+
+/// The variants of the messages that this process received last: one word for each, the tag of the key above the variant.
+/// A message takes the place of an older one that has the same place.
+pub(super) struct Variants {
+    places: OnceLock<Box<[AtomicU64; PLACES]>>,
+}
+
+/// How many messages are remembered, in 64 KiB.
+const PLACES: usize = 8_192;
+
+impl Variants {
+    pub(super) const fn new() -> Self {
+        Self {
+            places: OnceLock::new(),
+        }
+    }
+
+    /// Remembers the variant of a message that was handled now.
+    pub(super) fn remember(&self, key: &StorageKey, variant: Variant) {
+        let (place, tag) = self.place_of(key);
+        place.store(tag | u64::from(variant.0), Ordering::Relaxed);
+    }
+
+    /// Returns true if a message of another variant came under the key of a duplicate before. Remembers the variant if none
+    /// is known.
+    pub(super) fn differs(&self, key: &StorageKey, variant: Variant) -> bool {
+        let (place, tag) = self.place_of(key);
+        let known = place.load(Ordering::Relaxed);
+        if known & TAG != tag {
+            place.store(tag | u64::from(variant.0), Ordering::Relaxed);
+            return false;
+        }
+        known != tag | u64::from(variant.0)
+    }
+
+    /// Returns the place of a key and its tag, which is never zero. The key is a hash, so all of its bytes are random.
+    fn place_of(&self, key: &StorageKey) -> (&AtomicU64, u64) {
+        let places = self
+            .places
+            .get_or_init(|| Box::new([const { AtomicU64::new(0) }; PLACES]));
+        let bytes = key.as_bytes();
+        let (place, tag) = (u16::from_le_bytes([bytes[0], bytes[1]]), &bytes[2..10]);
+        let tag = tag.iter().fold(0, |tag, byte| tag << 8 | u64::from(*byte));
+        (&places[usize::from(place) % PLACES], tag & TAG | 0x100)
+    }
+}
+
+const TAG: u64 = !0xFF;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    enum Event {
+        Placed(u64),
+        Cancelled { id: u64 },
+    }
+
+    #[test]
+    fn variants_differ_whatever_they_hold() {
+        let of = |event: Event| match &event {
+            Event::Placed(id) | Event::Cancelled { id } => (*id, Variant::of(&event)),
+        };
+        assert_eq!(of(Event::Placed(1)).1, of(Event::Placed(2)).1);
+        assert_ne!(of(Event::Placed(1)).1, of(Event::Cancelled { id: 1 }).1);
+        assert_eq!(Variant::of(&1), Variant::of(&2));
+    }
+
+    #[test]
+    fn a_later_variant_under_a_key_is_noticed_until_the_place_is_taken() {
+        let variants = Variants::new();
+        let key = |first, tag| {
+            let mut bytes = [0; 32];
+            (bytes[0], bytes[8]) = (first, tag);
+            StorageKey::from_bytes(bytes)
+        };
+        assert!(!variants.differs(&key(1, 1), Variant(0)));
+        assert!(!variants.differs(&key(1, 1), Variant(0)));
+        assert!(variants.differs(&key(1, 1), Variant(1)));
+        // Handled again after its retention.
+        variants.remember(&key(1, 1), Variant(1));
+        assert!(!variants.differs(&key(1, 1), Variant(1)));
+        assert!(!variants.differs(&key(2, 1), Variant(1)));
+        // Another key takes the place.
+        assert!(!variants.differs(&key(1, 2), Variant(1)));
+        assert!(!variants.differs(&key(1, 1), Variant(1)));
+    }
+
+    #[test]
+    fn fingerprints_are_compared_in_the_parts_that_both_have() {
+        let all = [
+            fingerprint(None, None),
+            fingerprint(None, Some(b"1")),
+            fingerprint(Some("placed"), None),
+            fingerprint(Some("placed"), Some(b"1")),
+        ];
+        for (one, other) in all.iter().flat_map(|one| all.iter().map(move |other| (one, other))) {
+            assert_eq!(difference(one, other), Difference::Nothing);
+        }
+        for kind in [None, Some("placed")] {
+            let differs = difference(&fingerprint(kind, Some(b"2")), &fingerprint(Some("placed"), Some(b"1")));
+            assert_eq!(differs, Difference::Payload);
+        }
+        for payload in [None, Some(&b"1"[..])] {
+            let differs = difference(
+                &fingerprint(Some("cancelled"), payload),
+                &fingerprint(Some("placed"), Some(b"1")),
+            );
+            assert_eq!(differs, Difference::Type);
+        }
+    }
+}
