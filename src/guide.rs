@@ -2,11 +2,19 @@
 //!
 //! | page | question |
 //! |---|---|
-//! | [`responses`] | Which responses are stored, and why? |
 //! | [`layers`] | How does the layer fit among timeouts, CORS, routes and other layers? |
+//! | [`responses`] | Which responses are stored, and why? |
+//! | [`testing`] | How do I test my handlers? |
 
 #[doc = include_str!("../docs/layers.md")]
 pub mod layers {}
 
 #[doc = include_str!("../docs/responses.md")]
 pub mod responses {}
+
+#[cfg(any(
+    not(doctest),
+    all(feature = "axum", feature = "conformance", feature = "postgres", feature = "testing")
+))]
+#[doc = include_str!("../docs/testing.md")]
+pub mod testing {}

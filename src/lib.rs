@@ -63,6 +63,8 @@
 //! may know. [`client`] makes calls to others; [`receiver`] handles messages and webhooks; `outbox` (feature `postgres`) sends messages
 //! out of a transaction. [`protocol`] holds the record as pure functions, for stores of your own.
 //!
+//! The [guides](guide) answer questions about one subject each.
+//!
 //! # Features
 //!
 //! | feature | adds |
@@ -78,7 +80,7 @@
 //! | `redis-rustls` | `redis`, with TLS by rustls and ring |
 //! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
 //! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer`, which reports the outcome of a call and can collect its response |
-//! | `testing` | `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do |
+//! | `testing` | `testing::TestLease`, leases for unit tests of handlers; `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do |
 //! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
@@ -136,6 +138,8 @@ mod server;
 mod sharded;
 pub mod store;
 mod telemetry;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod uncut;
 
 pub use self::clock::{Clock, Timestamp};

@@ -376,6 +376,63 @@ async fn an_inbox_remembers_what_was_rejected() {
     assert_eq!(receive(&bench, &inbox, "poison").await, Receipt::First(()));
 }
 
+#[cfg(feature = "testing")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_made_lease_completes_in_a_transaction_if_its_key_is_claimed() {
+    use tower_idempotency::protocol::Status;
+    use tower_idempotency::testing::TestLease;
+    use tower_idempotency::Body;
+
+    let bench = Bench::new().await;
+    let response = || http::Response::new(Body::new(http_body_util::Full::new(bytes::Bytes::from("paid"))));
+    let unclaimed = TestLease::new("order-7");
+    let mut transaction = bench.pool.begin().await.unwrap();
+    let errors = [
+        unclaimed
+            .for_receiver()
+            .complete_in(&mut transaction)
+            .await
+            .unwrap_err(),
+        unclaimed
+            .for_server()
+            .complete_response_in(&mut transaction, response())
+            .await
+            .unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::Configuration);
+        assert!(error.to_string().contains("`TestLease::claimed_in`"), "{error}");
+    }
+    drop(transaction);
+
+    for (key, is_request) in [("request", true), ("message", false)] {
+        let made = TestLease::new(key).claimed_in(&bench.store).await.unwrap();
+        for is_first in [true, false] {
+            let mut transaction = bench.pool.begin().await.unwrap();
+            let completed = if is_request {
+                let completed = made
+                    .for_server()
+                    .complete_response_in(&mut transaction, response())
+                    .await;
+                completed.map(drop)
+            } else {
+                made.for_receiver().complete_in(&mut transaction).await
+            };
+            assert_eq!(completed.is_ok(), is_first, "{completed:?}");
+            transaction.commit().await.unwrap();
+        }
+        let record = bench
+            .store
+            .peek(made.for_server().storage_key())
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(matches!(record.status, Status::Completed(_)), "{record:?}");
+        let again = TestLease::new(key).claimed_in(&bench.store).await;
+        assert_eq!(again.unwrap_err().kind(), ErrorKind::Superseded);
+    }
+}
+
 /// A handler hangs between `complete_in` and the commit, and its message is delivered again meanwhile: each delivery left backends
 /// behind that waited for its lock.
 #[tokio::test(flavor = "multi_thread")]

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tower::{service_fn, Layer, ServiceExt};
+use tower_idempotency::protocol::Fence;
 use tower_idempotency::receiver::testing::{redeliver, Report, Scenario};
 use tower_idempotency::receiver::{receive_all, Disposition, Receipt, ReceiverLayer};
+use tower_idempotency::testing::TestLease;
 use tower_idempotency::MemoryStore;
 
 #[derive(Clone, Default)]
@@ -181,4 +183,44 @@ async fn a_second_copy_that_is_rejected_is_reported() {
     };
     let report = redeliver(|number| number, deliver, |_| ready(())).await;
     assert!(report.rejected.contains(&Scenario::TwiceAtOnce), "{report:?}");
+}
+
+#[test]
+fn a_made_lease_has_what_the_test_sets() {
+    let first = TestLease::new("order-7");
+    let later = first.clone().with_attempt(3).with_fence(Fence::new(30));
+    for (made, attempt, fence) in [(&first, 1, 1), (&later, 3, 30)] {
+        let (server, receiver, client) = (made.for_server(), made.for_receiver(), made.for_client());
+        let seen = [server.attempt().number(), receiver.attempt(), client.number()];
+        assert_eq!(seen, [attempt; 3]);
+        let fences = [server.fence(), receiver.fence(), client.fence()];
+        assert_eq!(fences, [Fence::new(fence); 3]);
+        assert_eq!(server.key().as_str(), "order-7");
+        assert!(server.is_held() && receiver.is_held() && client.is_held());
+    }
+    let lost = later.superseded();
+    assert!(!(lost.for_server().is_held() || lost.for_receiver().is_held() || lost.for_client().is_held()));
+}
+
+#[test]
+fn made_leases_of_one_key_derive_the_same_ids_in_every_attempt() {
+    let ids = |made: &TestLease| {
+        let (server, receiver, client) = (made.for_server(), made.for_receiver(), made.for_client());
+        [
+            server.derive_key("a"),
+            server.derive_id("a"),
+            receiver.id("a"),
+            client.id("a"),
+        ]
+    };
+    let first = ids(&TestLease::new("order-7"));
+    assert_eq!(first, ids(&TestLease::new("order-7").with_attempt(2)));
+    let other = ids(&TestLease::new("order-8"));
+    assert!(first.iter().zip(&other).all(|(one, other)| one != other));
+}
+
+#[test]
+#[should_panic(expected = "not visible ASCII")]
+fn a_made_lease_has_no_key_that_no_client_could_send() {
+    let _ = TestLease::new("no spaces");
 }

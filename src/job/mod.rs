@@ -4,6 +4,8 @@ mod attempt;
 mod drain;
 mod engine;
 mod held;
+#[cfg(feature = "testing")]
+mod made;
 mod on_error;
 mod renewal;
 mod terms;
@@ -13,6 +15,10 @@ mod transaction;
 pub use attempt::{Attempt, Found};
 pub use drain::Drain;
 pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
+#[cfg(feature = "testing")]
+pub(crate) use made::Made;
+#[cfg(all(feature = "testing", feature = "postgres"))]
+pub(crate) use made::MADE_WITHOUT_STORE;
 pub use on_error::OnError;
 pub(crate) use renewal::Schedule;
 pub(crate) use terms::Terms;

@@ -1,4 +1,4 @@
-//! What a handler may know about its attempt.
+//! The attempt under which a message is handled.
 
 use std::fmt;
 
@@ -19,28 +19,39 @@ impl Lease {
         Self { attempt }
     }
 
-    /// The number of this attempt at the message, from 1. One that failed and released its key is not counted (the broker counts
-    /// deliveries), as long as none was lost before it; after one that was, all count.
+    /// Returns a lease that a test made.
+    #[cfg(feature = "testing")]
+    pub(crate) fn made(made: &crate::job::Made) -> Self {
+        Self {
+            attempt: made.attempt(),
+            #[cfg(feature = "postgres")]
+            home: transaction::Home::made(made),
+        }
+    }
+
+    /// Returns the number of this attempt at the message, from 1. An attempt that failed and released its key does not count (the
+    /// broker counts deliveries). Once an attempt was lost, all later ones count.
     #[must_use]
     pub const fn attempt(&self) -> u32 {
         self.attempt.number()
     }
 
-    /// Grows with every attempt at a message. Hand it to whatever can refuse an older one.
+    /// Returns the fence, which grows with every attempt at a message. Pass it to a third party that can refuse an older fence.
     #[must_use]
     pub const fn fence(&self) -> Fence {
         self.attempt.fence()
     }
 
-    /// A key or an id for a third party: a UUID (version 8), the same in every attempt at this message, another for each `name`, and
-    /// without a way back to the message's id; the payload makes no difference. Another consumer's name, namespace or secret does, though:
-    /// whoever is renamed makes other ids. See [`Attempt::id`](crate::client::Attempt::id).
+    /// Returns a key or an id for a third party: a UUID (version 8) that is the same in every attempt at this message, differs for
+    /// each `name`, and does not reveal the message's id. It does not depend on the payload, but on the consumer's name, the
+    /// namespace and the secret, so a renamed consumer makes other ids. See [`Attempt::id`](crate::client::Attempt::id).
     #[must_use]
     pub fn id(&self, name: &str) -> String {
         self.attempt.id_of_key(name)
     }
 
-    /// Whether the message is still held, as far as the last renewal knows. Once it is not, somebody else may be handling it.
+    /// Returns whether this attempt still holds the message, as far as the last renewal knows. Otherwise another attempt may be
+    /// handling the message.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.attempt.is_held()
@@ -68,51 +79,63 @@ mod transaction {
     use crate::protocol::{Completion, Outcome};
     use crate::store::{PostgresStore, Store};
 
-    /// Where a lease finds the store of its receiver.
+    const NO_POSTGRES: Error = Error::new(
+        ErrorKind::Configuration,
+        "the receiver's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a \
+         PostgresStore",
+    );
+
+    /// The store of the lease's receiver.
     #[derive(Clone)]
     pub(super) struct Home {
-        store: Option<PostgresStore>,
+        store: Result<PostgresStore, Error>,
         retention: Duration,
+    }
+
+    #[cfg(feature = "testing")]
+    impl Home {
+        pub(super) fn made(made: &crate::job::Made) -> Self {
+            Self {
+                store: made.store.clone().ok_or(crate::job::MADE_WITHOUT_STORE),
+                retention: Duration::ZERO,
+            }
+        }
     }
 
     impl Lease {
         pub(in super::super) fn new<St: Store>(attempt: Attempt, store: &St, retention: Duration) -> Self {
-            let store = PostgresStore::within(store).cloned();
+            let store = PostgresStore::within(store).cloned().ok_or(NO_POSTGRES);
             let home = Home { store, retention };
             Self { attempt, home }
         }
 
-        /// Records that the message is handled *within a transaction of yours*, in the database that has the records: its
-        /// effect and that it was handled commit together, or neither does.
+        /// Records that the message is handled *within a transaction of yours*, in the database that holds the records. The effect
+        /// and the record commit together, or neither does.
         ///
-        /// Do it last before the commit. Once it has succeeded, the lease is not renewed any more: if you then roll back, return. If the
-        /// commit fails, return any error: the receiver reads from the record whether it took effect all the same, for which that is
-        /// kept for a minute at least. Since every effect of such a handler is in the transaction, set
+        /// Call this last before the commit. From then on the lease is not renewed: if you roll back, return. If the commit fails,
+        /// return any error. The receiver reads from the record whether the commit took effect, for which the store holds the record
+        /// for at least a minute. Since every effect of such a handler is in the transaction, set
         /// [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use READ COMMITTED, PostgreSQL's default.
         ///
         /// # Cancel safety
         ///
-        /// Dropped half-way, it may have taken effect or not; the receiver finds out after the transaction.
+        /// If the future is dropped half-way, the completion may have taken effect or not. The receiver finds out after the
+        /// transaction.
         ///
         /// # Errors
         ///
-        /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the message over, or it is handled already; roll back and
-        /// return any error. [`Configuration`](ErrorKind::Configuration) when the receiver's store is no [`PostgresStore`]. Otherwise as
-        /// for [`Store::complete`]. In every case roll back.
+        /// [`Superseded`](ErrorKind::Superseded) if another attempt has taken the message over, or the message is handled already: roll
+        /// back and return any error. [`Configuration`](ErrorKind::Configuration) if the receiver's store is no [`PostgresStore`], or
+        /// the lease was made for a test without a store. Otherwise as for [`Store::complete`]. In every case roll back.
         pub async fn complete_in(&self, connection: &mut PgConnection) -> Result<(), Error> {
-            const NO_POSTGRES: Error = Error::new(
-                ErrorKind::Configuration,
-                "the receiver's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a \
-                 PostgresStore",
-            );
             const SUPERSEDED: Error = Error::new(
                 ErrorKind::Superseded,
                 "the message is handled already, or another attempt has taken it over; roll the transaction back",
             );
-            /// The record is looked at after the transaction.
+            /// The receiver reads the record after the transaction.
             const SHORTEST_RETENTION: Duration = Duration::from_secs(60);
-            let store = self.home.store.as_ref().ok_or(NO_POSTGRES)?;
-            // Before it is sent: dropped from here on, it may have arrived.
+            let store = self.home.store.as_ref().map_err(Clone::clone)?;
+            // Before the completion is sent, because a completion that is dropped may have arrived.
             self.attempt.set_in_transaction();
             let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);
             let retention = self.home.retention.max(SHORTEST_RETENTION);

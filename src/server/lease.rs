@@ -2,12 +2,16 @@
 
 use std::fmt;
 use std::sync::Arc;
+#[cfg(feature = "testing")]
+use std::time::Duration;
 
 use super::flights::Flight;
 use super::guard::Hold;
 use super::settings::Values;
 #[cfg(feature = "postgres")]
 use super::transaction::Home;
+#[cfg(feature = "testing")]
+use crate::protocol::Fingerprint;
 use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
 use crate::store::Store;
 
@@ -46,6 +50,22 @@ impl Lease {
             outer: None,
             #[cfg(feature = "postgres")]
             home: Home::new(&hold.shared, settings),
+        }
+    }
+
+    /// Returns a lease that a test made.
+    #[cfg(feature = "testing")]
+    pub(crate) fn made(key: IdempotencyKey, made: &crate::job::Made) -> Self {
+        let flight = Flight::new(key, made.storage_key, Fingerprint::NONE, Duration::ZERO).granted(made.grant);
+        if made.is_superseded {
+            flight.set_superseded();
+        }
+        Self {
+            flight: Arc::new(flight),
+            grant: made.grant,
+            outer: None,
+            #[cfg(feature = "postgres")]
+            home: Home::made(made),
         }
     }
 

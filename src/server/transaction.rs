@@ -43,13 +43,35 @@ impl Home {
     }
 }
 
+#[cfg(feature = "testing")]
+impl Home {
+    /// Returns the home of a lease that a test made, with the default settings of a layer.
+    pub(super) fn made(made: &crate::job::Made) -> Self {
+        Self {
+            store: Arc::new(MadeStore(made.store.clone())),
+            settings: Arc::default(),
+        }
+    }
+}
+
 trait AnyStore: Send + Sync {
-    fn postgres(&self) -> Option<&PostgresStore>;
+    fn postgres(&self) -> Result<&PostgresStore, Error>;
+}
+
+/// The store of a lease that a test made, if there is one.
+#[cfg(feature = "testing")]
+struct MadeStore(Option<PostgresStore>);
+
+#[cfg(feature = "testing")]
+impl AnyStore for MadeStore {
+    fn postgres(&self) -> Result<&PostgresStore, Error> {
+        self.0.as_ref().ok_or(crate::job::MADE_WITHOUT_STORE)
+    }
 }
 
 impl<St: Store> AnyStore for Shared<St> {
-    fn postgres(&self) -> Option<&PostgresStore> {
-        PostgresStore::within(&self.store)
+    fn postgres(&self) -> Result<&PostgresStore, Error> {
+        PostgresStore::within(&self.store).ok_or(NO_POSTGRES)
     }
 }
 
@@ -127,7 +149,7 @@ impl Lease {
         response: Response<B>,
     ) -> Result<Response<B>, Error> {
         let Home { store, settings } = self.home();
-        let store = store.postgres().ok_or(NO_POSTGRES)?;
+        let store = store.postgres()?;
         let (head, body) = response.into_parts();
         if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
             return Err(NOT_KEPT);
