@@ -107,7 +107,22 @@ impl Clock {
         })
     }
 
-    /// A clock that stands still until [`advance`](Self::advance) is called; clones share the time. For tests.
+    /// Returns a clock that stands still until [`advance`](Self::advance) is called. Clones share the time. For tests of
+    /// retention, without a sleep:
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_idempotency::{Clock, MemoryStore, Timestamp};
+    ///
+    /// let clock = Clock::manual(Timestamp::from_micros(0));
+    /// let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    /// // A day later for the store:
+    /// clock.advance(Duration::from_secs(24 * 60 * 60));
+    /// assert_eq!(clock.now(), Timestamp::from_micros(86_400_000_000));
+    /// # drop(store);
+    /// ```
+    ///
+    /// Waits and timeouts of a layer follow the runtime's clock instead: see the [guide](crate::guide::testing#time).
     #[must_use]
     pub fn manual(start: Timestamp) -> Self {
         Self(Source::Manual(Arc::new(AtomicU64::new(start.0))))

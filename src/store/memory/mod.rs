@@ -121,7 +121,8 @@ impl MemoryStoreBuilder {
         self
     }
 
-    /// The clock that decides about expiry; the machine's monotonic clock by default.
+    /// Sets the clock that decides about expiry. Default: the machine's monotonic clock. Tests set a
+    /// [manual](Clock::manual) one.
     #[must_use]
     pub fn with_clock(mut self, clock: Clock) -> Self {
         self.clock = clock;

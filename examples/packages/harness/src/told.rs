@@ -69,6 +69,7 @@ pub const fn word<T, E>(received: &Result<Receipt<T>, ReceiveError<E>>) -> &'sta
         Ok(Receipt::InFlight { .. }) => "in-flight",
         Ok(Receipt::Unknown) => "unknown",
         Err(ReceiveError::Handler(_) | ReceiveError::Panicked) => "failed",
+        Err(ReceiveError::Rejected(_)) => "rejected",
         Err(_) => "not-received",
     }
 }

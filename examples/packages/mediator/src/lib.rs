@@ -17,7 +17,7 @@ mod party;
 
 pub use broker::{Broker, Settings};
 pub use event::Event;
-pub use mediation::{disposition, Mediation, MediationError, Mediator, Promise, Received};
+pub use mediation::{Mediation, MediationError, Mediator, Promise, Received};
 pub use party::{Party, Switches};
 
 /// Whatever can go wrong outside of a message.

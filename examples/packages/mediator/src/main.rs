@@ -10,8 +10,8 @@ use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
 use async_nats::HeaderMap;
 use harness::{Folder, Ledger, NatsServer};
-use mediator::{disposition, Broker, Error, Mediation, Party, Promise, Received, Settings, Switches};
-use tower_idempotency::receiver::Receipt;
+use mediator::{Broker, Error, Mediation, Party, Promise, Received, Settings, Switches};
+use tower_idempotency::receiver::{Disposition, Receipt};
 use tower_idempotency::BoxStore;
 
 const EVENTS: usize = 10;
@@ -89,7 +89,7 @@ async fn consume(name: &'static str, broker: Broker, mediation: Mediation, store
             Ok(receipt) => println!("{name}: event {event}: {receipt:?}"),
             Err(error) => println!("{name}: event {event}: {error}: {}", source(error)),
         }
-        Some(disposition(&received))
+        Some(Disposition::of(&received))
     };
     broker.consume(mediation.over(store)?, decide).await
 }

@@ -12,7 +12,7 @@ use tower_idempotency::client::{
     once, Attempt, CallError, CallLayer, CallOutcome, Delivery, Failure, IdempotencyKeyLayer, KeyMaker, KeyedError,
     OnceError, Outgoing, Profile, ReqwestService, RetryPolicy,
 };
-use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, Receiver, ReceiverLayer};
+use tower_idempotency::receiver::{HandlerErrorClass, Receipt, ReceiveError, Receiver, ReceiverLayer};
 use tower_idempotency::BoxStore;
 
 use crate::{Error, Event};
@@ -56,11 +56,11 @@ pub type Mediator = Receiver<BoxCloneSyncService<Event, String, MediationError>,
 /// What came of a delivery.
 pub type Received = Result<Receipt<String>, ReceiveError<MediationError>>;
 
-/// What to tell the broker.
-pub fn disposition(received: &Received) -> Disposition {
-    match received {
-        Err(ReceiveError::Handler(MediationError::Refused(_) | MediationError::Unknown)) => Disposition::Reject,
-        received => Disposition::of(received),
+/// Only an error that can go away is worth another delivery.
+fn class_of(error: &MediationError) -> HandlerErrorClass {
+    match error {
+        MediationError::Again(_) => HandlerErrorClass::Redeliver,
+        MediationError::Refused(_) | MediationError::Unknown => HandlerErrorClass::Reject,
     }
 }
 
@@ -75,6 +75,7 @@ impl Mediation {
             .with_id(|event: &Event| event.id.clone())
             .with_payload(|event| &event.payload)
             .pass_lease(|event: &mut Event, lease| event.lease = Some(lease))
+            .with_error_class(class_of)
             .with_lease(self.lease)
             .with_max_attempts(self.max_attempts)
             // An event may be handled again: the call within it is made as often as is promised.

@@ -9,7 +9,7 @@ use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
 use async_nats::HeaderMap;
 use harness::{Fleet, NatsServer, Part, PostgresServer, RedisServer, Run, Seen, Told};
-use mediator::{disposition, Broker, Event, Mediation, Party, Promise, Settings, Switches};
+use mediator::{Broker, Event, Mediation, Party, Promise, Settings, Switches};
 use tower::{service_fn, Layer, Service};
 use tower_idempotency::receiver::{ids, Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{BoxStore, MemoryStore};
@@ -190,7 +190,7 @@ fn consume_if_told() {
 
 async fn mediate(part: Part, mediation: Mediation) {
     let mediator = mediation.over(part.store).unwrap();
-    consume(&part.broker, part.told, mediator, disposition).await;
+    consume(&part.broker, part.told, mediator).await;
 }
 
 async fn handle(part: Part, layer: impl FnOnce(BoxStore) -> ReceiverLayer<BoxStore, Event>) {
@@ -203,15 +203,11 @@ async fn handle(part: Part, layer: impl FnOnce(BoxStore) -> ReceiverLayer<BoxSto
         }
     });
     let receiver = layer(part.store).layer(handler);
-    consume(&part.broker, part.told, receiver, Disposition::of).await;
+    consume(&part.broker, part.told, receiver).await;
 }
 
-async fn consume<S, T, E>(
-    broker: &str,
-    told: Told,
-    receiver: S,
-    disposition: fn(&Result<Receipt<T>, ReceiveError<E>>) -> Disposition,
-) where
+async fn consume<S, T, E>(broker: &str, told: Told, receiver: S)
+where
     S: Service<Event, Response = Receipt<T>, Error = ReceiveError<E>> + Clone + Send + 'static,
     S::Future: Send,
     T: Send + 'static,
@@ -219,7 +215,7 @@ async fn consume<S, T, E>(
 {
     let decide = move |message: &Message, received| {
         let is_first = message.info().unwrap().delivered == 1;
-        told.note(is_first, &received, disposition(&received))
+        told.note(is_first, &received, Disposition::of(&received))
     };
     let broker = Broker::connect(broker, settings()).await.unwrap();
     broker.consume(receiver, decide).await.unwrap();
