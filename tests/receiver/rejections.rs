@@ -18,8 +18,10 @@ fn is_copy_of_a_rejected_one(received: &Received) -> bool {
     matches!(received, Ok(Receipt::Unknown)) && disposition(received) == Disposition::Reject
 }
 
+type SetUp = fn(ReceiverLayer<RemoteStore, Message>) -> ReceiverLayer<RemoteStore, Message>;
+
 /// The settings that decide about a lost attempt. A rejected one is not lost.
-fn if_lost<St>() -> [fn(ReceiverLayer<St, Message>) -> ReceiverLayer<St, Message>; 3] {
+fn if_lost() -> [SetUp; 3] {
     [
         |layer| layer,
         ReceiverLayer::at_least_once,
