@@ -153,6 +153,8 @@ impl<St, M> ReceiverLayer<St, M> {
     /// * a message with more than some 8,192 others between it and its predecessor,
     /// * types inside of a struct, such as a body that the handler parses: set their type here.
     ///
+    /// If the variants of your enum are not types of messages, set the same type for all of them, and nothing is reported.
+    ///
     /// A record from before this was set has no type, so nothing is compared with it.
     pub fn with_type(mut self, kind: impl for<'m> Fn(&'m M) -> &'m str + Send + Sync + 'static) -> Self {
         self.settings().kind = Some(Arc::new(kind));

@@ -1,4 +1,4 @@
-//! What a handler may know about its attempt.
+//! The attempt under which a handler runs.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
 use crate::store::Store;
 
 /// The attempt under which a handler runs. It is an extension of every guarded request, and an axum extractor (feature
-/// `axum`).
+/// `axum`). Unit tests of handlers make one with `testing::TestLease` (feature `testing`).
 ///
 /// ```
 /// use tower_idempotency::Lease;
@@ -108,54 +108,55 @@ impl Lease {
         &self.flight
     }
 
-    /// The client's key.
+    /// Returns the client's key.
     #[must_use]
     pub fn key(&self) -> &IdempotencyKey {
         &self.flight.key
     }
 
-    /// Grows with every attempt under a key. Hand it to whatever can refuse an older one.
+    /// Returns the fence, which grows with every attempt under a key. Pass it to a third party that can refuse an older fence.
     #[must_use]
     pub const fn fence(&self) -> Fence {
         self.grant.owner.fence
     }
 
-    /// The name of the record in the store.
+    /// Returns the name of the record in the store.
     #[must_use]
     pub fn storage_key(&self) -> &StorageKey {
         &self.flight.storage_key
     }
 
-    /// Nonce and fence. With the [storage key](Self::storage_key), what a store of your own needs to complete within a transaction.
+    /// Returns nonce and fence. A store of your own needs them and the [storage key](Self::storage_key) to complete a key within a
+    /// transaction.
     #[must_use]
     pub const fn owner(&self) -> Owner {
         self.grant.owner
     }
 
-    /// Which attempt this is.
+    /// Returns the number of this attempt.
     #[must_use]
     pub const fn attempt(&self) -> Attempt {
         Attempt(self.grant.attempt)
     }
 
-    /// Whether the key is still held, as far as the last renewal knows. Once it is not, an answer of this attempt is dropped.
+    /// Returns whether this attempt still holds the key, as far as the last renewal knows. Otherwise the layer discards the
+    /// response of this attempt.
     #[must_use]
     pub fn is_held(&self) -> bool {
         !self.flight.is_superseded()
     }
 
-    /// A key for a call further on: 64 hexadecimal digits, the same in every attempt under this key and request, another for
-    /// each `step`, and without a way back to the client's key.
+    /// Returns a key for a call to a third party: 64 hexadecimal digits that are the same in every attempt under this key and
+    /// request, differ for each `step`, and do not reveal the client's key.
     ///
-    /// A third party that takes idempotency keys and gets this one makes the call take effect once, even if the handler runs
-    /// again.
+    /// A third party that deduplicates by this key makes the call take effect once, even if the handler runs again.
     #[must_use]
     pub fn derive_key(&self, step: &str) -> String {
         self.derive(step).to_hex().to_string()
     }
 
-    /// [`derive_key`](Self::derive_key) as a UUID (version 8, RFC 9562 section 5.8), of 36 characters: for a third party that takes ids
-    /// made by its clients, or only short keys.
+    /// Returns [`derive_key`](Self::derive_key) as a UUID (version 8, RFC 9562 section 5.8) of 36 characters, for a third party that
+    /// takes ids of its clients, or only short keys.
     #[must_use]
     pub fn derive_id(&self, step: &str) -> String {
         let mut bytes = [0; 16];
@@ -181,18 +182,18 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// Which attempt under a key this is: 1 for the first.
+/// The number of an attempt under a key: 1 for the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Attempt(u32);
 
 impl Attempt {
-    /// The number of the attempt, from 1.
+    /// Returns the number of the attempt, from 1.
     #[must_use]
     pub const fn number(self) -> u32 {
         self.0
     }
 
-    /// Whether no earlier attempt was lost. One that failed and released its key is not counted.
+    /// Returns whether no earlier attempt was lost. An attempt that failed and released its key does not count.
     #[must_use]
     pub const fn is_first(self) -> bool {
         self.0 == 1
