@@ -57,7 +57,6 @@
 //!
 //! # Where to begin
 //!
-//! The [guides](guide) answer questions about one subject each.
 //! [`IdempotencyLayer`] is the layer and its own builder; its page has the table of defaults. [`Store`] is where records live,
 //! with its contract; [`MemoryStore`] is the embedded default, [`BoxStore`] one that is chosen at run time. [`Lease`] is what a handler
 //! may know. [`client`] makes calls to others; [`receiver`] handles messages and webhooks; `outbox` (feature `postgres`) sends messages
