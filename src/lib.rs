@@ -79,8 +79,8 @@
 //! | `redis-rustls` | `redis`, with TLS by rustls and ring |
 //! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
 //! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer`, which reports the outcome of a call and can collect its response |
-//! | `testing` | `testing::TestLease`, leases for unit tests of handlers; `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do |
-//! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks |
+//! | `testing` | `testing::TestLease`, leases for unit tests of handlers; `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do, and signs webhooks for tests |
+//! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks; brings in `ring` |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
 //!
@@ -96,8 +96,10 @@
 //! `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
 //! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
 //! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `type-mismatch`, `unchecked` (feature
-//! `redis`), `unprotected`, `unrecorded`. Those of messages have the fields `error`, `position` (of the row) and
+//! `redis`), `unprotected`, `unrecorded`, `webhook-rejected` (feature `webhooks`). Those of messages have the fields `error`, `position` (of the row) and
 //! `failures` (attempts so far); the `error` of `message-failed` is the text of your own.
+//! `webhook-rejected` has the fields `consumer` (the name of the `WebhookLayer`) and `reason`: `body`, `id`, `missing-header`, `secret`,
+//! `signature` or `timestamp`. The response never says which.
 //!
 //! With the feature `metrics`:
 //!
@@ -106,6 +108,7 @@
 //! | `idempotency_requests_total` | counter | `outcome` | requests by outcome: `executed`, `replayed`, `waited` (for an answer that is not kept), `unprotected`, or the [code](Refusal::code) of the refusal |
 //! | `idempotency_messages_total` | counter | `outcome` | deliveries by outcome: `first`, `duplicate`, `in-flight`, `unknown`, `unprotected`, `handler-failed`, `panicked`, `mismatch`, `type-mismatch`, `missing-id`, `invalid-id`, `rejected`, `store-failed`, `unrecorded` |
 //! | `idempotency_events_total` | counter | `event` | unusual paths, as above |
+//! | `idempotency_webhooks_rejected_total` | counter | `reason` | webhooks that were rejected with 401, by reason, as above (feature `webhooks`) |
 //! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
 //! | `idempotency_layer_seconds` | histogram | | time in the layer, without the handler and without waiting |
 //! | `idempotency_in_flight` | gauge | | executions under way |

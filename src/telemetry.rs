@@ -71,6 +71,9 @@ pub(crate) enum Event {
     /// Expired records could not be deleted; it is tried again later.
     #[cfg(feature = "postgres")]
     SweepFailed,
+    /// A webhook could not be verified, and was rejected.
+    #[cfg(feature = "webhooks")]
+    WebhookRejected,
 }
 
 impl Event {
@@ -109,6 +112,8 @@ impl Event {
             Self::SweepFailed => "sweep-failed",
             #[cfg(feature = "postgres")]
             Self::RolledBack => "rolled-back",
+            #[cfg(feature = "webhooks")]
+            Self::WebhookRejected => "webhook-rejected",
         }
     }
 }
@@ -155,6 +160,8 @@ impl Event {
             }
             Self::Unprotected => "the store failed and the request runs without protection",
             Self::Unrecorded => "the end of an execution could not be recorded",
+            #[cfg(feature = "webhooks")]
+            Self::WebhookRejected => "a webhook could not be verified and was rejected",
         }
     }
 }
@@ -196,6 +203,15 @@ pub(crate) fn message_failed(event: Event, position: i64, failures: i32, error: 
     tracing::warn!(target: TARGET, event = event.name(), position, failures, error = %error, "{}", event.message());
 }
 
+/// Reports the reason for which a webhook is rejected. `consumer` is the name of the layer, which the application has chosen.
+#[cfg(feature = "webhooks")]
+pub(crate) fn webhook_rejected(consumer: &str, reason: &'static str) {
+    let event = Event::WebhookRejected;
+    count_event(event);
+    count_webhook_rejected(reason);
+    tracing::warn!(target: TARGET, event = event.name(), consumer, reason, "{}", event.message());
+}
+
 /// The span of a guarded request, where somebody listens.
 pub(crate) fn span() -> Option<Box<Span>> {
     let span = tracing::debug_span!(
@@ -228,6 +244,11 @@ pub(crate) use with_metrics::{count_event, count_message, count_request, in_flig
 #[cfg(not(feature = "metrics"))]
 pub(crate) use without_metrics::{count_event, count_message, count_request, in_flight, store_figures, Times};
 
+#[cfg(all(feature = "metrics", feature = "webhooks"))]
+use with_metrics::count_webhook_rejected;
+#[cfg(all(not(feature = "metrics"), feature = "webhooks"))]
+use without_metrics::count_webhook_rejected;
+
 #[cfg(feature = "metrics")]
 mod with_metrics {
     use metrics::{counter, gauge, histogram};
@@ -245,6 +266,11 @@ mod with_metrics {
 
     pub(crate) fn count_request(outcome: &'static str) {
         counter!("idempotency_requests_total", "outcome" => outcome).increment(1);
+    }
+
+    #[cfg(feature = "webhooks")]
+    pub(crate) fn count_webhook_rejected(reason: &'static str) {
+        counter!("idempotency_webhooks_rejected_total", "reason" => reason).increment(1);
     }
 
     pub(crate) fn in_flight(change: f64) {
@@ -313,6 +339,9 @@ mod without_metrics {
     pub(crate) const fn count_message(_: &'static str) {}
 
     pub(crate) const fn count_request(_: &'static str) {}
+
+    #[cfg(feature = "webhooks")]
+    pub(crate) const fn count_webhook_rejected(_: &'static str) {}
 
     pub(crate) const fn in_flight(_: f64) {}
 

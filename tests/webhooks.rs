@@ -1,6 +1,14 @@
 //! Webhooks over HTTP: verified before anything is recorded, handled once, answered alike.
 
+#[path = "webhooks/bits.rs"]
+mod bits;
+#[path = "webhooks/senders.rs"]
+mod senders;
+#[path = "webhooks/signer.rs"]
+mod signer;
 mod support;
+#[path = "webhooks/vectors.rs"]
+mod vectors;
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -22,7 +30,7 @@ use support::{Fault, RemoteStore};
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_idempotency::protocol::Status;
 use tower_idempotency::receiver::webhooks::{
-    GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, WebhookLayer,
+    GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, Webhook, WebhookLayer,
 };
 use tower_idempotency::receiver::{ids, MessageId};
 use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, OnError, Refusal, RefusalKind, Scope, Store};
@@ -278,8 +286,8 @@ async fn other_providers_are_verified_as_they_sign() {
 struct Trusting;
 
 impl VerifyWebhook for Trusting {
-    fn verify(&self, _: &HeaderMap, body: &[u8], _: SystemTime) -> Result<MessageId, InvalidWebhook> {
-        Ok(MessageId::from(body))
+    fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
+        Ok(MessageId::from(webhook.body()))
     }
 }
 

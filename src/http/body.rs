@@ -7,7 +7,7 @@ use std::task::{ready, Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::HeaderMap;
+use http::{Extensions, HeaderMap};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
 use http_body_util::{BodyExt, Full};
@@ -228,6 +228,23 @@ pub(crate) enum Shortfall<B: HttpBody> {
 /// The largest number of frames that one poll reads. Without a bound, an endless body that is always ready would never
 /// return from the poll, and no timer could end it.
 const FRAMES_PER_POLL: usize = 128;
+
+/// How long a body may be, and how long it may take to arrive.
+///
+/// A layer that reads a body leaves its bounds in the request's extensions. Layers inside use them in place of their own, so that one
+/// setting governs all of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BodyBounds {
+    pub(crate) bytes: usize,
+    pub(crate) timeout: Duration,
+}
+
+impl BodyBounds {
+    /// Returns the bounds of an outer layer, or these bounds if no outer layer has read the body.
+    pub(crate) fn of_outer_or_self(self, extensions: &Extensions) -> Self {
+        extensions.get().copied().unwrap_or(self)
+    }
+}
 
 /// Reads a body to its end. Stops with the frame that exceeds `limit` bytes, or after `timeout`. Makes no timer if the
 /// body is complete at the first poll.

@@ -111,7 +111,7 @@ fn add_lines(hasher: &mut Hasher, headers: &HeaderMap, name: &HeaderName) {
 
 /// Returns the target that the client sent. A nested axum router strips its prefix from `uri`, so without the original
 /// target, two nested routers with equal inner paths would replay each other's responses.
-fn uri_as_received(parts: &Parts) -> &Uri {
+pub(crate) fn uri_as_received(parts: &Parts) -> &Uri {
     #[cfg(feature = "axum")]
     if let Some(original) = parts.extensions.get::<axum::extract::OriginalUri>() {
         return &original.0;

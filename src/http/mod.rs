@@ -11,8 +11,10 @@ mod streams;
 mod wording;
 
 pub(crate) use answer::{reframe, AnswerHeaders};
-pub(crate) use body::{collect, Collect, Collected, Shortfall};
+pub(crate) use body::{collect, BodyBounds, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
+#[cfg(feature = "webhooks")]
+pub(crate) use fingerprint::uri_as_received;
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::{Effect, RefusalStyle};

@@ -75,41 +75,79 @@ pub fn cloud_event_over_http(headers: &HeaderMap) -> MessageId {
     cloud_event_in(CloudEvents::Http, |name| headers.get(name))
 }
 
-/// A webhook by Standard Webhooks 1.0: `webhook-id`, the same in every attempt.
+/// A webhook of Standard Webhooks 1.0 or Svix: `webhook-id`, or `svix-id` if there is no such field. Both names mean the same webhook. The
+/// id is the same in every attempt.
 #[must_use]
 pub fn standard_webhooks(headers: &HeaderMap) -> MessageId {
-    field("standard-webhooks", headers, "webhook-id")
+    let id = headers.get("webhook-id").or_else(|| headers.get("svix-id"));
+    optional("standard-webhooks", id)
 }
 
-/// A webhook of GitHub's: `X-GitHub-Delivery`, which a redelivery repeats.
+#[cfg(feature = "webhooks")]
+pub(super) fn standard_webhook(id: &str) -> MessageId {
+    named("standard-webhooks", id.as_bytes())
+}
+
+/// A webhook of GitHub: `X-GitHub-Delivery`, which a redelivery repeats.
 #[must_use]
 pub fn github(headers: &HeaderMap) -> MessageId {
     field("github", headers, "x-github-delivery")
 }
 
-/// A webhook of Shopify's: shop, topic and `X-Shopify-Event-Id`, or `X-Shopify-Webhook-Id` where there is no such field. One event can
-/// cause webhooks of several topics.
+const SHOPIFY_IDS: [&str; 2] = ["x-shopify-event-id", "x-shopify-webhook-id"];
+const SHOPIFY_SHOP: [&str; 2] = ["x-shopify-shop-domain", "x-shopify-topic"];
+
+/// The fields that make up the id of a webhook of Shopify.
+#[cfg(feature = "webhooks")]
+pub(super) const SHOPIFY: [&str; 4] = [SHOPIFY_IDS[0], SHOPIFY_IDS[1], SHOPIFY_SHOP[0], SHOPIFY_SHOP[1]];
+
+/// A webhook of Shopify: shop, topic and `X-Shopify-Event-Id`, or `X-Shopify-Webhook-Id` if there is no such field. One event can cause
+/// webhooks of several topics.
 #[must_use]
 pub fn shopify(headers: &HeaderMap) -> MessageId {
     let value = |name: &str| headers.get(name).map_or(&b""[..], |value| value.as_bytes());
-    let ids = ["x-shopify-event-id", "x-shopify-webhook-id"];
-    let id = ids.iter().map(|name| value(name)).find(|id| !id.is_empty());
-    let shop = [value("x-shopify-shop-domain"), value("x-shopify-topic")];
+    let id = SHOPIFY_IDS.iter().map(|name| value(name)).find(|id| !id.is_empty());
+    let shop = SHOPIFY_SHOP.map(value);
     id.map_or_else(MessageId::missing, |id| {
         MessageId::with_optional("shopify", [shop[0], shop[1], id])
     })
 }
 
-/// A webhook of Twilio's: `I-Twilio-Idempotency-Token`.
+/// A webhook of Twilio: `I-Twilio-Idempotency-Token`.
 #[must_use]
 pub fn twilio(headers: &HeaderMap) -> MessageId {
     field("twilio", headers, "i-twilio-idempotency-token")
 }
 
-/// An event of Stripe's: the member `id` of its body, `evt_...`.
+/// An event of Stripe: the member `id` of its body, `evt_...`.
 #[must_use]
 pub fn stripe(event: impl AsRef<[u8]>) -> MessageId {
     named("stripe", event.as_ref())
+}
+
+/// An event of Slack: the member `event_id` of its body, `Ev...`. Slash commands and interactions have none.
+#[must_use]
+pub fn slack(event: impl AsRef<[u8]>) -> MessageId {
+    named("slack", event.as_ref())
+}
+
+/// An event of Square: the member `event_id` of its body.
+#[must_use]
+pub fn square(event: impl AsRef<[u8]>) -> MessageId {
+    named("square", event.as_ref())
+}
+
+/// An event of PayPal: the member `id` of its body, `WH-...`.
+#[must_use]
+pub fn paypal(event: impl AsRef<[u8]>) -> MessageId {
+    named("paypal", event.as_ref())
+}
+
+/// A standard notification of Adyen: the members `eventCode`, `pspReference` and `success` of its item. Adyen repeats the first two when
+/// it sends a notification again. With another `success` it is a notification of its own, because the outcome has changed.
+#[must_use]
+pub fn adyen(event_code: impl AsRef<[u8]>, psp_reference: impl AsRef<[u8]>, success: impl AsRef<[u8]>) -> MessageId {
+    MessageId::of([b"adyen", event_code.as_ref(), psp_reference.as_ref(), success.as_ref()])
 }
 
 /// A message over AMQP: the property `message-id`. Brokers set none, and few clients do by themselves: have the producer set it first, or
@@ -183,8 +221,9 @@ mod tests {
     #[test]
     fn fields_are_found_and_absent_or_empty_ones_are_missing() {
         type IdOf = fn(&HeaderMap) -> MessageId;
-        let of: [(IdOf, &str); 5] = [
+        let of: [(IdOf, &str); 6] = [
             (standard_webhooks, "webhook-id"),
+            (standard_webhooks, "svix-id"),
             (github, "x-github-delivery"),
             (shopify, "x-shopify-event-id"),
             (shopify, "x-shopify-webhook-id"),
@@ -200,7 +239,17 @@ mod tests {
         }
         assert!(amqp(None::<&str>).is_missing() && nats(Some("")).is_missing() && kafka(Some(b"")).is_missing());
         assert!(stripe("").is_missing() && sqs("").is_missing());
+        assert!(slack("").is_missing() && square("").is_missing() && paypal("").is_missing());
+        assert!(adyen("", "1", "true").is_missing() && adyen("CAPTURE", "", "true").is_missing());
+        assert!(adyen("CAPTURE", "1", "").is_missing());
         assert!(sqs_fifo("", "1").is_missing() && sqs_fifo("1", "").is_missing());
+    }
+
+    #[test]
+    fn svix_and_standard_names_mean_the_same_webhook() {
+        let standard = standard_webhooks(&headers(&[("webhook-id", "1"), ("svix-id", "2")]));
+        assert_eq!(standard, standard_webhooks(&headers(&[("webhook-id", "1")])));
+        assert_eq!(standard, standard_webhooks(&headers(&[("svix-id", "1")])));
     }
 
     #[test]
@@ -213,6 +262,12 @@ mod tests {
             shopify(&headers(&[("x-shopify-event-id", "1"), ("x-shopify-topic", "t")])),
             shopify(&headers(&[("x-shopify-event-id", "1"), ("x-shopify-shop-domain", "t")])),
             stripe("1"),
+            slack("1"),
+            square("1"),
+            paypal("1"),
+            adyen("CAPTURE", "1", "true"),
+            adyen("CAPTURE", "1", "false"),
+            adyen("REFUND", "1", "true"),
             amqp(Some("1")),
             nats(Some("1")),
             kafka(Some("1")),

@@ -1,4 +1,8 @@
-//! A test kit for handlers of messages: delivers each message again in every way in which brokers do, and reports what differs.
+//! A test kit for handlers of messages: delivers each message again in every way in which brokers do, and reports what differs. With the
+//! feature `webhooks`, `WebhookSigner` signs webhooks as the providers do.
+
+#[cfg(feature = "webhooks")]
+mod webhooks;
 
 use std::fmt::{self, Debug};
 use std::future::Future;
@@ -11,6 +15,9 @@ use futures::future::join;
 
 use super::receipt::Disposition;
 use crate::clock::sleep;
+
+#[cfg(feature = "webhooks")]
+pub use self::webhooks::WebhookSigner;
 
 /// How a message is delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -19,7 +19,7 @@ use super::future::Underway;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::settings::Values;
-use crate::http::{collect, Collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::http::{collect, BodyBounds, Collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Times};
@@ -71,7 +71,12 @@ impl<St: Store, S, B: RebuildBody> Arrival<St, S, B> {
         head: Parts,
         body: B,
     ) -> Self {
-        let body = collect(body, settings.body_limit, settings.body_timeout);
+        let bounds = BodyBounds {
+            bytes: settings.body_limit,
+            timeout: settings.body_timeout,
+        }
+        .of_outer_or_self(&head.extensions);
+        let body = collect(body, bounds.bytes, bounds.timeout);
         Self {
             shared,
             settings,

@@ -13,73 +13,114 @@ use http::{Method, Request, Response};
 use tower_layer::Layer;
 use tower_service::Service;
 
-use super::VerifyWebhook;
+use super::{InvalidWebhook, VerifyWebhook, Webhook};
 use crate::clock::wall_clock;
-use crate::http::{collect, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall, IDEMPOTENCY_KEY};
+use crate::http::{collect, BodyBounds, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall, IDEMPOTENCY_KEY};
 use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;
 
-/// Verifies webhooks, and gives each its id as `Idempotency-Key`, for an [`IdempotencyLayer`](crate::IdempotencyLayer) within; see the
-/// [module](super). A key that the sender set itself is replaced; an inner layer that looks into another header field would trust the
-/// sender's: [`webhooks`](crate::IdempotencyLayer::webhooks) sets the right one.
+/// Verifies webhooks and passes the id of each on as `Idempotency-Key`, for an [`IdempotencyLayer`](crate::IdempotencyLayer) inside; see
+/// the [module](super). The layer replaces a key that the sender has set. An inner layer that reads another header field would trust the
+/// sender's key; [`webhooks`](crate::IdempotencyLayer::webhooks) sets the right field.
 ///
-/// What is not genuine is refused with 401, whatever its fault, and reaches nothing behind. The body is read for it, unless there is no
-/// signature at all: 2 MiB at most (413 beyond), within 30 seconds (408), both [settings](Self::with_body_bounds).
+/// A webhook that cannot be verified gets 401, the same for every [reason](InvalidWebhook), and reaches nothing inside. The reason is in
+/// the event `webhook-rejected` and in the metric `idempotency_webhooks_rejected_total`.
 ///
-/// Anything but POST is refused with 405: no signature covers the method, and under another one the same webhook would run again. A
-/// provider's challenge by GET is to be routed past this layer.
+/// The layer reads the body, unless a header field that the signature needs is missing: at most 2 MiB (413 beyond) within 30 seconds
+/// (408). [One setting](Self::with_body_bounds) governs this layer and the `IdempotencyLayer` inside.
 ///
-/// The layer is ready at all times. The service within becomes ready for what has been verified, so that who forges takes none of its
-/// permits; what sheds load by readiness belongs within.
+/// Methods other than POST get 405. No signature covers the method, so under another method the same webhook could run again. A
+/// provider's challenge by GET can [pass](Self::pass_challenges).
+///
+/// The layer is always ready. It waits for the service inside after it has verified a webhook, so forged requests take none of the
+/// service's permits. Put a layer that sheds load by readiness inside.
 #[derive(Clone)]
 pub struct WebhookLayer {
     settings: Arc<Settings>,
 }
 
+#[derive(Clone)]
 struct Settings {
     consumer: String,
     verify: Arc<dyn VerifyWebhook>,
-    limit: usize,
-    timeout: Duration,
+    bounds: BodyBounds,
+    pass_challenges: bool,
 }
 
 impl WebhookLayer {
-    /// Verifies as `provider` signs. `consumer` names, in a word of yours, who handles what comes from whom: `"stripe-accounting"`.
+    /// Verifies webhooks as `provider` signs them. `consumer` is a name of your choice for the handler and the sender, such as
+    /// `"stripe-accounting"`. It is part of the log events.
     ///
-    /// Two layers of one name over one store take a webhook of one id for one webhook. So give each sender a name of its own, since
-    /// ids are unique for their sender alone, and who holds another secret could otherwise send what has come from somebody else.
-    /// And give each route with a **handler of its own** a name of its own: a provider sends one event, under one id, to every endpoint
-    /// that subscribed to it, and the second would be answered without being handled.
+    /// Two layers of one name over one store take webhooks of one id for the same webhook. So give each sender a name of its own, because
+    /// ids are unique for their sender only, and the holder of another secret could otherwise send a webhook in the place of somebody
+    /// else's. And give each route with a **handler of its own** a name of its own: a provider sends one event, under one id, to every
+    /// endpoint that subscribed to it, and the second endpoint would return a response without handling the event.
     #[must_use]
     pub fn new(consumer: impl Into<String>, provider: impl VerifyWebhook) -> Self {
         let settings = Settings {
             consumer: consumer.into(),
             verify: Arc::new(provider),
-            limit: 2 << 20,
-            timeout: Duration::from_secs(30),
+            bounds: BodyBounds {
+                bytes: 2 << 20,
+                timeout: Duration::from_secs(30),
+            },
+            pass_challenges: false,
         };
         Self {
             settings: Arc::new(settings),
         }
     }
 
-    /// How long a body may be, in bytes, and how long it may take to come; 2 MiB and 30 s by default.
+    /// Sets how long a body may be, in bytes, and how long it may take to arrive. Default: 2 MiB and 30 s.
+    ///
+    /// These bounds also replace those of an [`IdempotencyLayer`](crate::IdempotencyLayer) inside, so there is nothing to set there. An
+    /// extractor of the handler can have a limit of its own: axum's is 2 MB, and `DefaultBodyLimit` sets it.
     #[must_use]
-    pub fn with_body_bounds(self, bytes: usize, timeout: Duration) -> Self {
-        let settings = Settings {
-            consumer: self.settings.consumer.clone(),
-            verify: Arc::clone(&self.settings.verify),
-            limit: bytes,
-            timeout,
-        };
-        Self {
-            settings: Arc::new(settings),
-        }
+    pub fn with_body_bounds(mut self, bytes: usize, timeout: Duration) -> Self {
+        Arc::make_mut(&mut self.settings).bounds = BodyBounds { bytes, timeout };
+        self
     }
 
-    /// The key that the webhook of this id gets, for
-    /// [`IdempotencyLayer::storage_key`](crate::IdempotencyLayer::storage_key): to look up its record, or to resolve one whose outcome is
+    /// Passes GET and HEAD requests to the handler **without any verification**. Default: they get 405.
+    ///
+    /// Some providers send a challenge by GET when a webhook is set up, and expect it back: `hub.challenge` from Meta, `challenge` from
+    /// Dropbox. Trello sends HEAD. The handler of the GET route answers the challenge and **must not take effects**, because anybody can
+    /// send such a request. Compare what the challenge offers for it, such as Meta's `hub.verify_token`.
+    ///
+    /// These requests get no key: the layer removes an `Idempotency-Key` that the client has sent, so a layer inside claims nothing.
+    /// They go into the service inside like any unverified traffic, with its permits and limits.
+    ///
+    /// ```
+    /// # #[cfg(feature = "axum")]
+    /// # fn app(
+    /// #     meta: impl tower_idempotency::receiver::webhooks::VerifyWebhook,
+    /// # ) -> Result<axum::Router, tower_idempotency::Error> {
+    /// use std::collections::HashMap;
+    /// use axum::{extract::Query, http::StatusCode, routing::get, Router};
+    /// use tower::ServiceBuilder;
+    /// use tower_idempotency::{receiver::webhooks::WebhookLayer, IdempotencyLayer, MemoryStore};
+    ///
+    /// async fn challenge(Query(query): Query<HashMap<String, String>>) -> Result<String, StatusCode> {
+    ///     let is_ours = query.get("hub.verify_token").is_some_and(|token| token == "my token");
+    ///     let challenge = query.get("hub.challenge").filter(|_| is_ours);
+    ///     challenge.cloned().ok_or(StatusCode::FORBIDDEN)
+    /// }
+    ///
+    /// let layers = ServiceBuilder::new()
+    ///     .layer(WebhookLayer::new("meta", meta).pass_challenges())
+    ///     .layer(IdempotencyLayer::new(MemoryStore::new()).webhooks());
+    /// Ok(Router::new().route("/meta", get(challenge).post(|| async { "thanks" })).layer(layers))
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn pass_challenges(mut self) -> Self {
+        Arc::make_mut(&mut self.settings).pass_challenges = true;
+        self
+    }
+
+    /// Returns the key that the webhook of this id gets. Pass it to
+    /// [`IdempotencyLayer::storage_key`](crate::IdempotencyLayer::storage_key) to look up the record, or to resolve one whose outcome is
     /// unknown.
     ///
     /// ```
@@ -114,7 +155,7 @@ impl<S> Layer<S> for WebhookLayer {
     }
 }
 
-/// A service that only genuine webhooks reach; made by [`WebhookLayer`].
+/// The service of a [`WebhookLayer`]: only verified webhooks reach the service inside.
 #[derive(Clone)]
 pub struct WebhookService<S> {
     inner: S,
@@ -139,58 +180,87 @@ where
 
     fn call(&mut self, request: Request<B>) -> WebhookFuture<R, S::Error> {
         let (mut inner, settings) = (self.inner.clone(), Arc::clone(&self.settings));
-        let answered = Box::pin(async move {
-            match verified(&settings, request).await {
+        let response = Box::pin(async move {
+            match admitted(&settings, request).await {
                 Ok(request) => {
-                    // The service that was polled ready is the one that is called.
+                    // Call the service that was polled ready.
                     poll_fn(|cx| inner.poll_ready(cx)).await?;
                     inner.call(request).await
                 }
-                Err(kind) => Ok(refused(kind)),
+                Err(rejection) => Ok(settings.reject(rejection)),
             }
         });
-        WebhookFuture { answered }
+        WebhookFuture { response }
     }
 }
 
-fn refused<R: RebuildBody>(kind: RefusalKind) -> Response<R> {
-    let refusal = Refusal::new(kind);
-    telemetry::finished(None, refusal.code());
-    let mut response = refusal.into_response(&RefusalStyle::default());
-    if kind == RefusalKind::InvalidWebhookMethod {
-        // RFC 9110 section 15.5.6: "The origin server MUST generate an Allow header field in a 405 response".
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
-    }
-    response
+/// Why a request does not reach the service inside.
+enum Rejection {
+    Invalid(InvalidWebhook),
+    Refused(RefusalKind),
 }
 
-/// The request with its id as its key, if it is genuine.
-async fn verified<B: RebuildBody>(settings: &Settings, request: Request<B>) -> Result<Request<B>, RefusalKind> {
+impl Settings {
+    fn reject<R: RebuildBody>(&self, rejection: Rejection) -> Response<R> {
+        let kind = match rejection {
+            Rejection::Invalid(reason) => {
+                telemetry::webhook_rejected(&self.consumer, reason.reason());
+                RefusalKind::InvalidWebhook
+            }
+            Rejection::Refused(kind) => kind,
+        };
+        let refusal = Refusal::new(kind);
+        telemetry::finished(None, refusal.code());
+        let mut response = refusal.into_response(&RefusalStyle::default());
+        if kind == RefusalKind::InvalidWebhookMethod {
+            // RFC 9110 section 15.5.6: "The origin server MUST generate an Allow header field in a 405 response".
+            let allowed = match self.pass_challenges {
+                true => "GET, HEAD, POST",
+                false => "POST",
+            };
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+        }
+        response
+    }
+}
+
+/// Returns the request for the service inside: a verified webhook with its id as its key, or a challenge without a key.
+async fn admitted<B: RebuildBody>(settings: &Settings, request: Request<B>) -> Result<Request<B>, Rejection> {
     let (mut head, body) = request.into_parts();
+    if settings.pass_challenges && matches!(head.method, Method::GET | Method::HEAD) {
+        head.headers.remove(IDEMPOTENCY_KEY);
+        return Ok(Request::from_parts(head, body));
+    }
     if head.method != Method::POST {
-        return Err(RefusalKind::InvalidWebhookMethod);
+        return Err(Rejection::Refused(RefusalKind::InvalidWebhookMethod));
     }
     if !settings.verify.is_signed(&head.headers) {
-        return Err(RefusalKind::InvalidWebhook);
+        return Err(Rejection::Invalid(InvalidWebhook::MissingHeader));
     }
-    let body = match collect(body, settings.limit, settings.timeout).await {
-        Ok(body) => body,
-        Err(Shortfall::Broken(_)) => return Err(RefusalKind::BodyBroken),
-        Err(Shortfall::TooLarge(_)) => return Err(RefusalKind::BodyTooLarge),
-        Err(Shortfall::TooSlow(_)) => return Err(RefusalKind::BodyTimeout),
-    };
-    let id = settings.verify.verify(&head.headers, &body.bytes, wall_clock());
-    let id = id.ok().filter(|id| !id.is_missing() && id.check().is_ok());
-    let key = id.and_then(|id| HeaderValue::try_from(key_of(&settings.consumer, &id)).ok());
-    let key = key.ok_or(RefusalKind::InvalidWebhook)?;
+    let bounds = settings.bounds;
+    let body = collect(body, bounds.bytes, bounds.timeout).await.map_err(|shortfall| {
+        Rejection::Refused(match shortfall {
+            Shortfall::Broken(_) => RefusalKind::BodyBroken,
+            Shortfall::TooLarge(_) => RefusalKind::BodyTooLarge,
+            Shortfall::TooSlow(_) => RefusalKind::BodyTimeout,
+        })
+    })?;
+    let webhook = Webhook::new(&head, &body.bytes, wall_clock());
+    let id = settings.verify.verify(&webhook).map_err(Rejection::Invalid)?;
+    if id.is_missing() || id.check().is_err() {
+        return Err(Rejection::Invalid(InvalidWebhook::Id));
+    }
+    let key = HeaderValue::try_from(key_of(&settings.consumer, &id));
+    let key = key.map_err(|_| Rejection::Invalid(InvalidWebhook::Id))?;
     // Without its key, a request cannot be distinguished from other deliveries, so refuse one that has no room for the
     // key.
     let placed = head.headers.try_insert(IDEMPOTENCY_KEY, key);
-    placed.map_err(|_| RefusalKind::InvalidWebhook)?;
+    placed.map_err(|_| Rejection::Invalid(InvalidWebhook::Id))?;
+    head.extensions.insert(bounds);
     Ok(Request::from_parts(head, body.rebuild()))
 }
 
-/// A digest: any id fits into a header field then, and none stands there.
+/// Returns a digest of the id. A digest fits into a header field whatever the id is, and does not show the id there.
 fn key_of(consumer: &str, id: &MessageId) -> String {
     let named = Scope::of([consumer.as_bytes(), id.parts().as_bytes()]);
     let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", named.as_bytes());
@@ -200,22 +270,23 @@ fn key_of(consumer: &str, id: &MessageId) -> String {
 /// The future of a [`WebhookService`].
 #[must_use = "futures do nothing unless they are polled"]
 pub struct WebhookFuture<R, E> {
-    answered: BoxFuture<'static, Result<Response<R>, E>>,
+    response: BoxFuture<'static, Result<Response<R>, E>>,
 }
 
 impl<R, E> Future for WebhookFuture<R, E> {
     type Output = Result<Response<R>, E>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.answered.as_mut().poll(cx)
+        self.response.as_mut().poll(cx)
     }
 }
 
 impl fmt::Debug for WebhookLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WebhookLayer")
-            .field("limit", &self.settings.limit)
-            .field("timeout", &self.settings.timeout)
+            .field("consumer", &self.settings.consumer)
+            .field("bounds", &self.settings.bounds)
+            .field("pass_challenges", &self.settings.pass_challenges)
             .finish_non_exhaustive()
     }
 }

@@ -1,8 +1,8 @@
-//! Webhooks: their signatures are verified before anything is recorded, and their ids become the keys of the server's layer.
+//! Webhooks: the layer verifies their signatures before anything is recorded, and turns their ids into the keys of the server's layer.
 //!
-//! A webhook is an HTTP request that is sent again until it is answered with 2xx. [`WebhookLayer`] verifies it and hands its id on as
-//! its key; the [`IdempotencyLayer`](crate::IdempotencyLayer) within answers a duplicate with the 2xx that the first one got, and one in
-//! flight with 409 and `Retry-After`. What its handler answers otherwise is not kept: the next delivery runs it again.
+//! A webhook is an HTTP request that the provider sends again until it gets a 2xx. [`WebhookLayer`] verifies it and passes its id on as
+//! its key. The [`IdempotencyLayer`](crate::IdempotencyLayer) inside answers a duplicate with the 2xx that the first delivery got, and a
+//! duplicate of one in flight with 409 and `Retry-After`. It stores no other response, so the next delivery runs the handler again.
 //!
 //! ```
 //! # #[cfg(feature = "axum")]
@@ -20,63 +20,48 @@
 //! # }
 //! ```
 //!
-//! Several secrets of one provider are for the time in which they are changed, not for several senders: give each of those, and each
+//! Several secrets of one provider are for the time in which a secret is replaced, not for several senders. Give each sender, and each
 //! route with a handler of its own, a layer with a [name](WebhookLayer::new) of its own.
 //!
-//! As anywhere, a handler that was killed leaves nobody who knows: its webhook gets 409 `outcome-unknown` until you
+//! If the process of a handler dies, nobody knows how far it came: its webhook gets 409 `outcome-unknown` until you
 //! [resolve](crate::Store::resolve) it, or runs again under [`OnLost::Execute`](crate::OnLost::Execute).
+//!
+//! # Providers
+//!
+//! | provider | signed | id | protection against a recorded copy |
+//! |---|---|---|---|
+//! | [`StandardWebhooks`], also Svix | id, time, body | signed | five minutes, then the time is too old |
+//! | [`StripeWebhooks`] | time, body | signed | five minutes |
+//! | [`SlackWebhooks`] | time, body | signed | five minutes |
+//! | [`SquareWebhooks`] | URL, body | signed | as long as the record is retained |
+//! | [`AdyenWebhooks`] | eight members of the body | signed | as long as the record is retained |
+//! | [`AdyenPlatformWebhooks`] | body | digest of the body | as long as the record is retained |
+//! | [`PayPalWebhooks`] | time, CRC-32 of the body | covered by CRC-32 only | three days, but a body with the same CRC-32 passes |
+//! | [`TwilioWebhooks`] | URL, parameters or body | **not signed** | none under another id |
+//! | [`GitHubWebhooks`] | body | **not signed** | none under another id |
+//! | [`ShopifyWebhooks`] | body | **not signed** | none under another id |
+//!
+//! Within the time that the last column names, a recorded copy is a duplicate and does not run. Each provider's page has the details.
+//! Header fields other than those of the signature are never signed: do not decide anything by them.
+//!
+//! Signatures are compared in constant time and read strictly. A signature has one spelling: lower-case hexadecimal, or base64 with
+//! padding and without stray bits. A field that the check reads must not be repeated.
+//!
+//! # Tests of your own
+//!
+//! With the feature `testing`, `receiver::testing::WebhookSigner` signs requests as each provider does.
 
+mod fields;
 mod layer;
 mod providers;
 mod signature;
-
-use std::fmt;
-use std::time::SystemTime;
-
-use http::HeaderMap;
+mod verify;
 
 pub use layer::{WebhookFuture, WebhookLayer, WebhookService};
-pub use providers::{GitHubWebhooks, ShopifyWebhooks, StandardWebhooks, StripeWebhooks};
-
-use super::id::MessageId;
-
-/// Tells whether a webhook is genuine, and which it is.
-pub trait VerifyWebhook: Send + Sync + 'static {
-    /// Whether it carries a signature at all, be it a good one or not; `true` by default. What does not is refused before its body is
-    /// read.
-    fn is_signed(&self, headers: &HeaderMap) -> bool {
-        let _ = headers;
-        true
-    }
-
-    /// The id of a webhook that was sent with these headers and this body and came at this time.
-    ///
-    /// # Errors
-    ///
-    /// When it is not genuine, or nothing that this provider sends.
-    fn verify(&self, headers: &HeaderMap, body: &[u8], now: SystemTime) -> Result<MessageId, InvalidWebhook>;
-}
-
-/// What is wrong with a webhook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum InvalidWebhook {
-    /// It has no id, one that this provider cannot have sent, or a body that should hold one cannot be read.
-    Id,
-    /// It has no signature, or none that fits: it was altered, is somebody else's, or the secret is another.
-    Signature,
-    /// Its timestamp is missing, or more than five minutes away.
-    Timestamp,
-}
-
-impl fmt::Display for InvalidWebhook {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Id => "the webhook has no id, or an impossible one",
-            Self::Signature => "the webhook has no signature that fits",
-            Self::Timestamp => "the webhook's timestamp is missing, or more than five minutes away",
-        })
-    }
-}
-
-impl std::error::Error for InvalidWebhook {}
+#[cfg(feature = "testing")]
+pub(super) use providers::signing;
+pub use providers::{
+    AdyenPlatformWebhooks, AdyenWebhooks, GitHubWebhooks, PayPalWebhooks, ShopifyWebhooks, SlackWebhooks,
+    SquareWebhooks, StandardWebhooks, StripeWebhooks, TwilioWebhooks,
+};
+pub use verify::{InvalidWebhook, VerifyWebhook, Webhook};

@@ -1,4 +1,4 @@
-//! HMAC-SHA-256 under one of several secrets, and how far a timestamp may be away.
+//! HMAC-SHA-256 under one of several secrets, and the age of a timestamp.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -9,29 +9,35 @@ use sha2::Sha256;
 use super::InvalidWebhook;
 use crate::error::{Error, ErrorKind};
 
-/// The secrets that are valid at the time: more than one while they are changed.
+/// The largest difference between a timestamp and the clock of this machine, in either direction. The providers' own libraries use the
+/// same.
+pub(super) const TOLERANCE: Duration = Duration::from_secs(5 * 60);
+
+/// The error for an empty list of secrets, and for an empty secret.
+pub(super) const NO_SECRET: Error = Error::new(
+    ErrorKind::Configuration,
+    "a webhook secret is empty or none is given, so no webhook could be verified; take it from the provider's settings",
+);
+
+/// The secrets that are valid at present; more than one while a secret is being replaced.
 #[derive(Clone)]
 pub(super) struct Secrets(Vec<Hmac<Sha256>>);
 
 impl Secrets {
     pub(super) fn new<S: AsRef<[u8]>>(secrets: impl IntoIterator<Item = S>) -> Result<Self, Error> {
-        const NONE: Error = Error::new(
-            ErrorKind::Configuration,
-            "no secret is given, or an empty one, so that no webhook could be verified; take it from the provider's settings",
-        );
         let macs = secrets.into_iter().map(|secret| {
             let secret = secret.as_ref();
             let mac = Hmac::new_from_slice(secret).ok();
-            mac.filter(|_| !secret.is_empty()).ok_or(NONE)
+            mac.filter(|_| !secret.is_empty()).ok_or(NO_SECRET)
         });
         let macs: Vec<_> = macs.collect::<Result<_, _>>()?;
         if macs.is_empty() {
-            return Err(NONE);
+            return Err(NO_SECRET);
         }
         Ok(Self(macs))
     }
 
-    /// Whether one of the signatures is that of the parts, run together, under one of the secrets. Compares in constant time.
+    /// Checks that one of the signatures fits the concatenated parts under one of the secrets. Compares in constant time.
     pub(super) fn verify(&self, parts: &[&[u8]], signatures: &[Vec<u8>]) -> Result<(), InvalidWebhook> {
         let fits = |mac: &Hmac<Sha256>| {
             let mut mac = mac.clone();
@@ -54,9 +60,8 @@ impl fmt::Debug for Secrets {
     }
 }
 
-/// Whether a timestamp, in seconds since the Unix epoch, is at most five minutes away, either way.
+/// Checks that a timestamp in seconds since the Unix epoch is within [`TOLERANCE`].
 pub(super) fn is_recent(seconds: &str, now: SystemTime) -> Result<(), InvalidWebhook> {
-    const TOLERANCE: Duration = Duration::from_secs(5 * 60);
     let digits = !seconds.is_empty() && seconds.bytes().all(|byte| byte.is_ascii_digit());
     let seconds: u64 = seconds
         .parse()

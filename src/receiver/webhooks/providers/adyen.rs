@@ -1,0 +1,171 @@
+//! Adyen: standard notifications, and webhooks for platforms.
+
+use data_encoding::HEXLOWER_PERMISSIVE;
+use http::HeaderMap;
+use serde_json::Value;
+
+use super::unique_json;
+use crate::error::{Error, ErrorKind};
+use crate::receiver::id::MessageId;
+use crate::receiver::ids;
+use crate::receiver::webhooks::fields::{base64, field, present};
+use crate::receiver::webhooks::signature::Secrets;
+use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
+
+const PLATFORM_SIGNATURE: &str = "hmacsignature";
+
+/// Adyen's standard webhooks, for payments: a `NotificationRequestItem` in JSON, with its signature in
+/// `additionalData.hmacSignature`.
+///
+/// * **Signed**: eight members of the item, and **nothing else**: `pspReference`, `originalReference`, `merchantAccountCode`,
+///   `merchantReference`, `amount.value`, `amount.currency`, `eventCode` and `success`. Everything else, such as `live`, `reason`,
+///   `eventDate` and the rest of `additionalData`, can be changed by anybody who has recorded a webhook. Take no decision by it.
+/// * **Id**: `eventCode`, `pspReference` and `success` together. Adyen repeats the first two when it sends a notification again, and a
+///   notification whose outcome has changed is another one.
+/// * **Replays**: there is no signed timestamp. A recorded webhook is a duplicate for as long as its record is retained, 7 days by
+///   default, and runs again after that.
+///
+/// A body must have exactly one item. Adyen sends one per body in JSON, and a body of several items could not be one message: Adyen
+/// may group them differently when it sends them again. A body with several items is rejected.
+///
+/// The signed members are joined with `:` and without escapes, as Adyen's libraries do. Only `merchantReference`, which is yours, may
+/// have a `:`; in another member it would let the parts be shifted, so the webhook is rejected. A body in which an object has a member
+/// twice is rejected, because your parser could read the other one.
+#[derive(Clone, Debug)]
+pub struct AdyenWebhooks(Secrets);
+
+/// Adyen's webhooks for platforms, banking, terminals and management: `HmacSignature` over the body.
+///
+/// * **Signed**: the body.
+/// * **Id**: a digest of the body, because these webhooks have no id in common. A webhook that Adyen sends again with another body runs
+///   again.
+/// * **Replays**: there is no timestamp that the check could compare. A recorded webhook is a duplicate for as long as its record is
+///   retained, 7 days by default, and runs again after that.
+#[derive(Clone, Debug)]
+pub struct AdyenPlatformWebhooks(Secrets);
+
+impl AdyenWebhooks {
+    /// Verifies with these HMAC keys in hexadecimal, as Adyen's Customer Area shows them.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not hexadecimal.
+    pub fn new<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Self, Error> {
+        Ok(Self(secrets(hmac_keys)?))
+    }
+}
+
+impl AdyenPlatformWebhooks {
+    /// Verifies with these HMAC keys in hexadecimal, as Adyen's Customer Area shows them.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not hexadecimal.
+    pub fn new<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Self, Error> {
+        Ok(Self(secrets(hmac_keys)?))
+    }
+}
+
+fn secrets<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Secrets, Error> {
+    let keys: Vec<_> = hmac_keys.into_iter().map(decoded_key).collect::<Result<_, _>>()?;
+    Secrets::new(keys)
+}
+
+/// Returns the bytes of a key.
+pub(in crate::receiver) fn decoded_key<S: AsRef<str>>(hmac_key: S) -> Result<Vec<u8>, Error> {
+    const NO_HEX: Error = Error::new(
+        ErrorKind::Configuration,
+        "an HMAC key for webhooks of Adyen is not hexadecimal; take it from the Customer Area, where it has 64 digits",
+    );
+    let key = hmac_key.as_ref().trim();
+    HEXLOWER_PERMISSIVE.decode(key.as_bytes()).map_err(|_| NO_HEX)
+}
+
+impl VerifyWebhook for AdyenWebhooks {
+    fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
+        let body = unique_json::parse(webhook.body()).ok_or(InvalidWebhook::Body)?;
+        let item = Item::only_of(&body).ok_or(InvalidWebhook::Body)?;
+        let signature = item.0["additionalData"]["hmacSignature"].as_str();
+        let signature = signature.and_then(base64).ok_or(InvalidWebhook::Signature)?;
+        let signed = item.signed_text().ok_or(InvalidWebhook::Body)?;
+        self.0.verify(&[signed.as_bytes()], &[signature])?;
+        let [event, reference, success] = ["eventCode", "pspReference", "success"].map(|name| item.text(name));
+        present(ids::adyen(
+            event.unwrap_or_default(),
+            reference.unwrap_or_default(),
+            success.unwrap_or_default(),
+        ))
+    }
+}
+
+/// A `NotificationRequestItem`.
+pub(in crate::receiver) struct Item<'b>(&'b Value);
+
+impl<'b> Item<'b> {
+    /// Returns the item of a body that has exactly one.
+    pub(in crate::receiver) fn only_of(body: &'b Value) -> Option<Self> {
+        match body["notificationItems"].as_array()?.as_slice() {
+            [item] => {
+                let item = &item["NotificationRequestItem"];
+                item.is_object().then_some(Self(item))
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns a member that holds a string; an absent one is empty.
+    fn text(&self, name: &str) -> Option<&'b str> {
+        match &self.0[name] {
+            Value::Null => Some(""),
+            value => value.as_str(),
+        }
+    }
+
+    /// Returns the text that the signature covers, unless a part is of the wrong type or could be shifted.
+    pub(in crate::receiver) fn signed_text(&self) -> Option<String> {
+        let amount = &self.0["amount"];
+        let value = match &amount["value"] {
+            Value::Null => String::new(),
+            value => value.as_i64()?.to_string(),
+        };
+        let currency = match &amount["currency"] {
+            Value::Null => "",
+            currency => currency.as_str()?,
+        };
+        let parts = [
+            self.text("pspReference")?,
+            self.text("originalReference")?,
+            self.text("merchantAccountCode")?,
+            self.text("merchantReference")?,
+            &value,
+            currency,
+            self.text("eventCode")?,
+            self.text("success")?,
+        ];
+        let may_have_a_colon = 3;
+        let shifts = |(at, part): (usize, &&str)| at != may_have_a_colon && part.contains(':');
+        (!parts.iter().enumerate().any(shifts)).then(|| parts.join(":"))
+    }
+}
+
+/// Puts a signature into the only item of a body.
+#[cfg(feature = "testing")]
+pub(in crate::receiver) fn sign_item(body: &mut Value, signature: String) {
+    body["notificationItems"][0]["NotificationRequestItem"]["additionalData"]["hmacSignature"] = signature.into();
+}
+
+impl VerifyWebhook for AdyenPlatformWebhooks {
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        headers.contains_key(PLATFORM_SIGNATURE)
+    }
+
+    fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
+        let signature = base64(field(webhook.headers(), PLATFORM_SIGNATURE, InvalidWebhook::Signature)?);
+        self.0
+            .verify(&[webhook.body()], &[signature.ok_or(InvalidWebhook::Signature)?])?;
+        Ok(MessageId::of([
+            b"adyen-platform".as_slice(),
+            blake3::hash(webhook.body()).as_bytes(),
+        ]))
+    }
+}

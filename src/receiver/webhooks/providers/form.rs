@@ -1,0 +1,39 @@
+//! Forms (`application/x-www-form-urlencoded`), read strictly.
+
+use std::collections::BTreeSet;
+
+/// A name and its value, decoded.
+pub(super) type Pair = (Vec<u8>, Vec<u8>);
+
+/// Returns the different pairs of a form, sorted by name and then by value.
+///
+/// Returns nothing if a pair has no `=`, or if an escape is malformed or has lower-case digits. Senders write `%2B` and not `%2b`;
+/// accepting both would let a bit of the body change without a change of the pairs.
+pub(super) fn pairs(form: &[u8]) -> Option<BTreeSet<Pair>> {
+    if form.is_empty() {
+        return Some(BTreeSet::new());
+    }
+    form.split(|byte| *byte == b'&').map(pair).collect()
+}
+
+fn pair(text: &[u8]) -> Option<Pair> {
+    let at = text.iter().position(|byte| *byte == b'=')?;
+    Some((decoded(&text[..at])?, decoded(&text[at + 1..])?))
+}
+
+fn decoded(text: &[u8]) -> Option<Vec<u8>> {
+    let (mut decoded, mut rest) = (Vec::with_capacity(text.len()), text);
+    while let Some((&first, after)) = rest.split_first() {
+        rest = after;
+        decoded.push(match first {
+            b'+' => b' ',
+            b'%' => {
+                let (digits, after) = rest.split_at_checked(2)?;
+                rest = after;
+                data_encoding::HEXUPPER.decode(digits).ok()?[0]
+            }
+            other => other,
+        });
+    }
+    Some(decoded)
+}

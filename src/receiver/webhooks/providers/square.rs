@@ -1,0 +1,69 @@
+//! Square.
+
+use std::fmt;
+
+use http::HeaderMap;
+
+use crate::error::{Error, ErrorKind};
+use crate::receiver::id::MessageId;
+use crate::receiver::ids;
+use crate::receiver::webhooks::fields::{base64, field, member, present};
+use crate::receiver::webhooks::signature::Secrets;
+use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
+
+const SIGNATURE: &str = "x-square-hmacsha256-signature";
+
+/// Square: `X-Square-HmacSha256-Signature`.
+///
+/// * **Signed**: the notification URL and the body. The URL is the one that is entered at Square, so it does not matter what a proxy
+///   changes.
+/// * **Id**: `event_id` in the body.
+/// * **Replays**: there is no timestamp that the check could compare. A recorded webhook is a duplicate for as long as its record is
+///   retained, 7 days by default, and runs again after that.
+#[derive(Clone)]
+pub struct SquareWebhooks {
+    url: String,
+    keys: Secrets,
+}
+
+impl SquareWebhooks {
+    /// Verifies for this notification URL, exactly as it is entered at Square, with these signature keys.
+    ///
+    /// # Errors
+    ///
+    /// [`Configuration`](ErrorKind::Configuration) if the URL or a key is empty, or if there is no key.
+    pub fn new<S: AsRef<[u8]>>(
+        notification_url: impl Into<String>,
+        signature_keys: impl IntoIterator<Item = S>,
+    ) -> Result<Self, Error> {
+        let url = notification_url.into();
+        if url.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Configuration,
+                "the notification URL for webhooks of Square is empty; enter it as in the settings of the subscription",
+            ));
+        }
+        let keys = Secrets::new(signature_keys)?;
+        Ok(Self { url, keys })
+    }
+}
+
+impl VerifyWebhook for SquareWebhooks {
+    fn is_signed(&self, headers: &HeaderMap) -> bool {
+        headers.contains_key(SIGNATURE)
+    }
+
+    fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
+        let signature = base64(field(webhook.headers(), SIGNATURE, InvalidWebhook::Signature)?);
+        let signed = [self.url.as_bytes(), webhook.body()];
+        self.keys
+            .verify(&signed, &[signature.ok_or(InvalidWebhook::Signature)?])?;
+        present(ids::square(member(webhook.body(), "event_id").unwrap_or_default()))
+    }
+}
+
+impl fmt::Debug for SquareWebhooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SquareWebhooks").finish_non_exhaustive()
+    }
+}
