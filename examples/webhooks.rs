@@ -1,21 +1,20 @@
-//! Webhooks that are verified, handled once, and answered alike: the sender and the receiver in one program.
+//! Verified webhooks that are handled once: the sender and the receiver in one program.
 //!
-//! `cargo run --features axum,reqwest,webhooks --example webhooks` sends a webhook, sends it again, three times at once, forged, and six
-//! minutes late. It ends with an error if the receiver handled anything but the first one.
+//! `cargo run --features axum,reqwest,testing,webhooks --example webhooks` sends a webhook twice, another three times at once, a forged one,
+//! and one that is six minutes late. It ends with an error if the receiver did not handle exactly the first two.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
+use axum::http::Request;
 use axum::routing::post;
 use axum::Router;
-use data_encoding::BASE64;
 use futures::future::join_all;
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
 use tokio::net::TcpListener;
 use tower::ServiceBuilder;
+use tower_idempotency::receiver::testing::WebhookSigner;
 use tower_idempotency::receiver::webhooks::{StandardWebhooks, WebhookLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
@@ -41,19 +40,10 @@ struct Sender {
 
 impl Sender {
     /// Signs as Standard Webhooks says, and sends.
-    async fn send(&self, id: &str, body: &'static str, at: SystemTime, secret: &str) -> Result<String, Box<dyn Error>> {
-        let seconds = at.duration_since(UNIX_EPOCH)?.as_secs();
-        let secret = BASE64.decode(secret.trim_start_matches("whsec_").as_bytes())?;
-        let mut mac = Hmac::<Sha256>::new_from_slice(&secret)?;
-        mac.update(format!("{id}.{seconds}.{body}").as_bytes());
-        let signature = BASE64.encode(&mac.finalize().into_bytes());
-        let request = self.http.post(&self.url).body(body);
-        let request = request
-            .header("webhook-id", id)
-            .header("webhook-timestamp", seconds)
-            .header("webhook-signature", format!("v1,{signature}"));
-        let answer = request.send().await?;
-        Ok(format!("{}: {}", answer.status(), answer.text().await?))
+    async fn send(&self, id: &str, body: &'static str, signer: &WebhookSigner) -> Result<String, Box<dyn Error>> {
+        let request = Request::post(&self.url).header("webhook-id", id).body(body)?;
+        let response = self.http.execute(signer.sign(request).try_into()?).await?;
+        Ok(format!("{}: {}", response.status(), response.text().await?))
     }
 }
 
@@ -65,25 +55,19 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let url = format!("http://{}/webhooks", listener.local_addr()?);
     let router = receiver(&handled)?;
     tokio::spawn(async move { axum::serve(listener, router).await });
-    let (sender, now) = (
-        Sender {
-            http: reqwest::Client::new(),
-            url,
-        },
-        SystemTime::now(),
-    );
+    let http = reqwest::Client::new();
+    let sender = Sender { http, url };
+    let signer = WebhookSigner::standard(SECRET);
 
-    println!("the first    {}", sender.send("msg_1", "paid", now, SECRET).await?);
-    println!("again        {}", sender.send("msg_1", "paid", now, SECRET).await?);
-    for answer in join_all((0..3).map(|_| sender.send("msg_2", "shipped", now, SECRET))).await {
-        println!("three at once {}", answer?);
+    println!("the first    {}", sender.send("msg_1", "paid", &signer).await?);
+    println!("again        {}", sender.send("msg_1", "paid", &signer).await?);
+    for response in join_all((0..3).map(|_| sender.send("msg_2", "shipped", &signer))).await {
+        println!("three at once {}", response?);
     }
-    let forged = sender
-        .send("msg_3", "paid", now, "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")
-        .await?;
-    println!("forged       {forged}");
-    let late = now - Duration::from_secs(360);
-    println!("late         {}", sender.send("msg_4", "paid", late, SECRET).await?);
+    let forger = WebhookSigner::standard("whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA");
+    println!("forged       {}", sender.send("msg_3", "paid", &forger).await?);
+    let late = signer.at(SystemTime::now() - Duration::from_secs(360));
+    println!("late         {}", sender.send("msg_4", "paid", &late).await?);
 
     match handled.load(Ordering::SeqCst) {
         2 => Ok(()),

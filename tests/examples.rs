@@ -143,7 +143,10 @@ impl Example {
     }
 }
 
-#[cfg(any(feature = "retry", all(feature = "reqwest", feature = "webhooks")))]
+#[cfg(any(
+    feature = "retry",
+    all(feature = "reqwest", feature = "testing", feature = "webhooks")
+))]
 async fn run(name: &str) -> String {
     run_with(name, &[]).await
 }
@@ -152,7 +155,7 @@ async fn run(name: &str) -> String {
 #[cfg(any(
     feature = "postgres",
     feature = "retry",
-    all(feature = "reqwest", feature = "webhooks")
+    all(feature = "reqwest", feature = "testing", feature = "webhooks")
 ))]
 async fn run_with(name: &str, environment: &[(&str, &str)]) -> String {
     let mut command = Command::new(binary(name));
@@ -553,7 +556,7 @@ mod clients {
     }
 }
 
-#[cfg(all(feature = "reqwest", feature = "webhooks"))]
+#[cfg(all(feature = "reqwest", feature = "testing", feature = "webhooks"))]
 #[tokio::test]
 async fn webhooks_are_handled_once_and_forged_ones_never() {
     let printed = run("webhooks").await;

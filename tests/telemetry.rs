@@ -232,3 +232,100 @@ fn metrics_count_outcomes_events_and_the_store() {
     assert!(value("idempotency_store_bytes", None) > 1.0);
     assert!(!format!("{snapshot:?}").contains("secret-key"));
 }
+
+/// Sends webhooks that are rejected for four reasons. Returns the bodies of the responses.
+#[cfg(all(feature = "webhooks", feature = "testing"))]
+async fn send_rejected_webhooks() -> Vec<bytes::Bytes> {
+    use bytes::Bytes;
+    use http::{Request, Response, StatusCode};
+    use http_body_util::{BodyExt, Full};
+    use tower::{service_fn, ServiceExt};
+    use tower_idempotency::receiver::testing::WebhookSigner;
+    use tower_idempotency::receiver::webhooks::{StripeWebhooks, WebhookLayer};
+
+    let handler = service_fn(|_: Request<Full<Bytes>>| async {
+        Ok::<_, std::convert::Infallible>(Response::new(Full::default()))
+    });
+    let service = WebhookLayer::new("billing", StripeWebhooks::new(["hush"]).unwrap()).layer(handler);
+    let request = || Request::post("/").body(r#"{"id":"evt_secret"}"#).unwrap();
+    let unsigned = request().map(Bytes::from);
+    let forged = WebhookSigner::stripe("other").sign(request());
+    let old = WebhookSigner::stripe("hush").at(std::time::UNIX_EPOCH).sign(request());
+    let nameless = WebhookSigner::stripe("hush").sign(Request::post("/").body("{}").unwrap());
+    let mut bodies = Vec::new();
+    for request in [unsigned, forged, old, nameless] {
+        let response = service.clone().oneshot(request.map(Full::new)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+        bodies.push(response.into_body().collect().await.unwrap().to_bytes());
+    }
+    bodies
+}
+
+#[cfg(all(feature = "webhooks", feature = "testing"))]
+#[test]
+fn the_reason_of_a_rejected_webhook_is_logged_and_never_in_the_response() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let bodies = runtime.block_on(send_rejected_webhooks());
+        assert!(bodies.iter().all(|body| *body == bodies[0]), "{bodies:?}");
+    });
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    for reason in ["missing-header", "signature", "timestamp", "id"] {
+        let line = log.lines().find(|line| line.contains(&format!("reason=\"{reason}\"")));
+        let line = line.unwrap_or_else(|| panic!("no {reason} in:\n{log}"));
+        for part in [
+            "WARN",
+            "tower_idempotency",
+            "event=\"webhook-rejected\"",
+            "consumer=\"billing\"",
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+    }
+    for secret in ["hush", "evt_secret", "v1="] {
+        assert!(!log.contains(secret), "{log}");
+    }
+}
+
+#[cfg(all(feature = "metrics", feature = "webhooks", feature = "testing"))]
+#[test]
+fn the_reason_of_a_rejected_webhook_is_a_label() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let snapshot = metrics::with_local_recorder(&recorder, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(send_rejected_webhooks());
+        snapshotter.snapshot().into_vec()
+    });
+    let count = |name: &str, label: &str| {
+        let found = snapshot.iter().find(|(key, ..)| {
+            let mut labels = key.key().labels().map(metrics::Label::value);
+            key.key().name() == name && labels.any(|value| value == label)
+        });
+        match found.map(|(.., value)| value) {
+            Some(DebugValue::Counter(count)) => *count,
+            other => panic!("{name} {label}: {other:?}"),
+        }
+    };
+    for reason in ["missing-header", "signature", "timestamp", "id"] {
+        assert_eq!(count("idempotency_webhooks_rejected_total", reason), 1, "{reason}");
+    }
+    assert_eq!(count("idempotency_requests_total", "webhook-invalid"), 4);
+    assert_eq!(count("idempotency_events_total", "webhook-rejected"), 4);
+}

@@ -245,6 +245,85 @@ async fn bodies_are_bounded_in_length_and_time() {
     assert_eq!(app.counts(), (1, 1));
 }
 
+/// The layer inside had a limit of its own, so a webhook that was within the limit of the layer outside got 413 all the same.
+#[tokio::test(start_paused = true)]
+async fn one_setting_bounds_the_body_for_both_layers() {
+    let bounded = |inner: fn(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>| {
+        let inner = inner(IdempotencyLayer::new(MemoryStore::new()).webhooks());
+        let layers = ServiceBuilder::new()
+            .layer(standard().with_body_bounds(3 << 20, Duration::from_secs(10)))
+            .layer(inner);
+        Router::new()
+            .route("/webhooks", post(|| async { "thanks" }))
+            .layer(layers)
+    };
+    for app in [bounded(|layer| layer), bounded(|layer| layer.with_body_limit(1_000))] {
+        let long = webhook("msg_1", &"x".repeat(3 << 20));
+        assert_eq!(app.clone().oneshot(long).await.unwrap().status(), StatusCode::OK);
+        let too_long = webhook("msg_2", &"x".repeat((3 << 20) + 1));
+        let refused = app.oneshot(too_long).await.unwrap();
+        assert_eq!(refused.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    }
+    // The bounds still hold inside, for a body that a layer between has replaced, and only there.
+    let replaced = |bytes: usize| {
+        let layers = ServiceBuilder::new()
+            .layer(standard().with_body_bounds(1_000, Duration::from_secs(10)))
+            .map_request(move |request: Request<Body>| request.map(|_| Body::from("x".repeat(bytes))))
+            .layer(IdempotencyLayer::new(MemoryStore::new()).webhooks());
+        Router::new()
+            .route("/webhooks", post(|| async { "thanks" }))
+            .layer(layers)
+    };
+    for (bytes, status) in [(1_000, StatusCode::OK), (1_001, StatusCode::PAYLOAD_TOO_LARGE)] {
+        let response = replaced(bytes).oneshot(webhook("msg_1", "paid")).await.unwrap();
+        assert_eq!(response.status(), status);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_challenge_by_get_passes_without_a_key_where_it_is_allowed() {
+    let (store, runs) = (MemoryStore::new(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&runs);
+    let handler = move |method: Method, headers: HeaderMap| async move {
+        counted.fetch_add(1, Ordering::SeqCst);
+        assert_eq!(headers.contains_key("idempotency-key"), method == Method::POST);
+        "the challenge"
+    };
+    let layers = ServiceBuilder::new()
+        .layer(standard().pass_challenges())
+        .layer(IdempotencyLayer::new(store.clone()).webhooks());
+    let app = Router::new().route("/webhooks", any(handler)).layer(layers);
+    let challenge = |method: Method| {
+        let request = Request::builder().method(method).uri("/webhooks?hub.challenge=1");
+        let request = request.header("idempotency-key", "a").header("idempotency-key", "b");
+        request.body(Body::empty()).unwrap()
+    };
+    for _ in 0..2 {
+        for method in [Method::GET, Method::HEAD] {
+            let response = app.clone().oneshot(challenge(method)).await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK);
+            assert!(!response.headers().contains_key("idempotent-replayed"));
+        }
+    }
+    assert_eq!((runs.load(Ordering::SeqCst), store.figures().records), (4, 0));
+    for method in [Method::PUT, Method::DELETE, Method::OPTIONS] {
+        let response = app.clone().oneshot(challenge(method)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
+        assert_eq!(response.headers()["allow"], "GET, HEAD, POST");
+    }
+    let unsigned = app.clone().oneshot(challenge(Method::POST)).await.unwrap();
+    assert_eq!(unsigned.status(), StatusCode::UNAUTHORIZED);
+    let genuine = app.oneshot(webhook("msg_1", "paid")).await.unwrap();
+    assert_eq!(genuine.status(), StatusCode::OK);
+    assert_eq!((runs.load(Ordering::SeqCst), store.figures().records), (5, 1));
+    // A layer inside that guards GET as well claims nothing for a challenge.
+    let guarded = IdempotencyLayer::new(store.clone()).with_methods([Method::GET, Method::POST]);
+    let layers = ServiceBuilder::new().layer(standard().pass_challenges()).layer(guarded);
+    let app = Router::new().route("/webhooks", any(|| async {})).layer(layers);
+    app.oneshot(challenge(Method::GET)).await.unwrap();
+    assert_eq!(store.figures().records, 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn other_providers_are_verified_as_they_sign() {
     let app = App::new(WebhookLayer::new("a", GitHubWebhooks::new(["hush"]).unwrap()));
