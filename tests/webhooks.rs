@@ -1,4 +1,4 @@
-//! Webhooks over HTTP: verified before anything is recorded, handled once, answered alike.
+//! Webhooks over HTTP: the layer verifies each before anything is recorded, runs it once, and gives duplicates the same response.
 
 #[path = "webhooks/bits.rs"]
 mod bits;
@@ -66,7 +66,7 @@ fn standard() -> WebhookLayer {
     WebhookLayer::new("a", StandardWebhooks::new([BASE64.encode(&SECRET)]).unwrap())
 }
 
-/// An application that counts what reaches it, and what its store records.
+/// An application that counts the requests that reach its handler, and the records of its store.
 struct App {
     router: Router,
     runs: Arc<AtomicUsize>,
@@ -74,7 +74,7 @@ struct App {
 }
 
 impl App {
-    /// One whose handler answers its n-th run so, under `webhooks()` as changed.
+    /// Makes an application whose handler returns `answer(n)` in its n-th run. `change` changes the settings of `webhooks()`.
     fn answering(
         change: impl FnOnce(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>,
         answer: impl Fn(usize) -> Response + Clone + Send + Sync + 'static,
@@ -138,17 +138,17 @@ impl App {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_duplicate_gets_the_same_answer_and_runs_nothing() {
+async fn a_duplicate_gets_the_same_response_and_runs_nothing() {
     let app = App::new(standard());
     let (status, _, first, _) = app.send(webhook("msg_1", "paid")).await;
     assert_eq!((status, &first[..]), (StatusCode::ACCEPTED, &b"run 1 of 4 bytes"[..]));
-    // Sent again later, it has another timestamp and another signature.
+    // A webhook that is sent again later has another timestamp and another signature.
     for seconds in [now() - 60, now(), now() + 60] {
         let (status, headers, again, _) = app.send(at(seconds, "msg_1", "paid")).await;
         assert_eq!((status, &again), (StatusCode::ACCEPTED, &first));
         assert_eq!(headers["idempotent-replayed"], "true");
     }
-    // Providers change what does not matter.
+    // Providers change insignificant parts of the body when they send again.
     let (status, _, again, _) = app.send(webhook("msg_1", "paid, and sent again")).await;
     assert_eq!((status, &again), (StatusCode::ACCEPTED, &first));
     app.send(webhook("msg_2", "paid")).await;
@@ -156,7 +156,7 @@ async fn a_duplicate_gets_the_same_answer_and_runs_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_not_genuine_reaches_nothing_and_leaves_no_record() {
+async fn a_forged_webhook_reaches_nothing_and_leaves_no_record() {
     let app = App::new(standard());
     let altered = |change: &dyn Fn(&mut Request<Body>)| {
         let mut request = webhook("msg_1", "paid");
@@ -177,7 +177,7 @@ async fn what_is_not_genuine_reaches_nothing_and_leaves_no_record() {
     app.is_refused(at(now() + 302, "msg_1", "paid")).await;
     app.is_refused(at(u64::MAX, "msg_1", "paid")).await;
     assert_eq!(app.counts(), (0, 0));
-    // Nor does a forged copy of one that was handled get its answer.
+    // A forged copy of a webhook that was handled does not get its response either.
     let (status, ..) = app.send(webhook("msg_1", "paid")).await;
     assert_eq!(status, StatusCode::ACCEPTED);
     app.is_refused(altered(&|request| *request.body_mut() = Body::from("forged")))
@@ -187,7 +187,7 @@ async fn what_is_not_genuine_reaches_nothing_and_leaves_no_record() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_of_the_senders_own_counts_for_nothing() {
+async fn a_key_that_the_sender_has_set_is_ignored() {
     let app = App::new(standard());
     for key in ["a", "b"] {
         let mut request = webhook("msg_1", "paid");
@@ -201,7 +201,7 @@ async fn a_key_of_the_senders_own_counts_for_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_in_flight_is_sent_away_at_once_and_one_that_failed_runs_again() {
+async fn a_duplicate_in_flight_gets_409_and_a_failed_webhook_runs_again() {
     let app = App::new(standard());
     let all = join_all((0..5).map(|_| app.send(webhook("msg_1", "slow")))).await;
     let accepted = all
@@ -264,7 +264,7 @@ async fn one_setting_bounds_the_body_for_both_layers() {
         let refused = app.oneshot(too_long).await.unwrap();
         assert_eq!(refused.status(), StatusCode::PAYLOAD_TOO_LARGE);
     }
-    // The bounds still hold inside, for a body that a layer between has replaced, and only there.
+    // The bounds still hold inside for a body that a layer in between has replaced.
     let replaced = |bytes: usize| {
         let layers = ServiceBuilder::new()
             .layer(standard().with_body_bounds(1_000, Duration::from_secs(10)))
@@ -361,7 +361,7 @@ async fn other_providers_are_verified_as_they_sign() {
     app.is_refused(stripe("new", "{}")).await;
 }
 
-/// A provider of the application's own, whose ids are as they come.
+/// A provider of the application's own that takes the body as the id.
 struct Trusting;
 
 impl VerifyWebhook for Trusting {
@@ -384,7 +384,7 @@ async fn ids_of_any_bytes_become_keys_and_impossible_ones_do_not() {
     assert_eq!(app.counts(), (3, 3));
 }
 
-/// A refusal was kept for 7 days: a handler that was mended never got what it had refused.
+/// A refusal was stored for 7 days, so a handler that was corrected never got the webhook that it had refused.
 #[tokio::test(start_paused = true)]
 async fn a_webhook_that_its_handler_refused_runs_again() {
     for refused in [422, 404, 302] {
@@ -415,7 +415,7 @@ async fn a_webhook_that_its_handler_refused_runs_again() {
     assert_eq!(app.counts(), (1, 1));
 }
 
-/// No signature covers the method, and the layer within guards POST only: under PUT the same webhook ran again.
+/// No signature covers the method, and the layer inside guards POST only, so under PUT the same webhook ran again.
 #[tokio::test(start_paused = true)]
 async fn only_post_is_taken() {
     let app = App::answering(|layer| layer, |_| "thanks".into_response());
@@ -433,7 +433,7 @@ async fn only_post_is_taken() {
     assert_eq!(app.counts(), (1, 1));
 }
 
-/// The key is no secret: whoever sees it once could send it with a request of its own, and take the webhook's place.
+/// The key is no secret. A client that has seen it could send it with its own request and take the webhook's place.
 #[tokio::test(start_paused = true)]
 async fn a_clients_own_request_does_not_take_a_webhooks_key() {
     let seen = Arc::new(Mutex::new(None));
@@ -496,9 +496,9 @@ async fn the_parts_of_a_webhook_cannot_be_shifted() {
     assert_eq!(app.counts(), (1, 1));
 }
 
-/// Duplicates got 409 for ever, and providers disable who never answers with 2xx.
+/// Duplicates got 409 forever, and providers disable an endpoint that never returns 2xx.
 #[tokio::test(start_paused = true)]
-async fn a_duplicate_of_which_the_answer_was_not_kept_gets_a_bare_200() {
+async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
     let long = || "x".repeat(1_000).into_response();
     let stream = || ([("content-type", "text/event-stream")], "data: x").into_response();
     let answers: [fn() -> Response; 2] = [long, stream];
@@ -514,7 +514,7 @@ async fn a_duplicate_of_which_the_answer_was_not_kept_gets_a_bare_200() {
         }
         assert_eq!(app.counts(), (1, 1));
     }
-    // What was no success is not called one, even if its answer broke off.
+    // A response that was no success is not reported as a success, even if it broke off.
     let broken = || {
         let lost = stream::iter([Err::<Bytes, _>(std::io::Error::other("lost"))]);
         let body = Body::from_stream(lost);
@@ -555,9 +555,9 @@ async fn a_failure_whose_body_is_not_stored_is_never_called_a_success() {
     }
 }
 
-/// A forged request with an endless body that is always ready blocked its thread for ever.
+/// A forged request with an endless body that is always ready blocked its thread forever.
 #[tokio::test(start_paused = true)]
-async fn a_webhook_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
+async fn a_webhook_of_endless_empty_frames_is_refused_after_its_timeout() {
     let app = App::new(standard());
     let mut endless = webhook("msg_1", "paid");
     let empty = stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::new()));
@@ -571,9 +571,9 @@ async fn a_webhook_of_empty_frames_without_end_is_refused_when_its_time_is_over(
     assert_eq!(app.counts(), (0, 0));
 }
 
-/// The service within was ready for each request whose body was read: forgers who sent none took all of its permits.
+/// The layer held a permit of the service inside while it read a body, so forged requests without a body took all of them.
 #[tokio::test(start_paused = true)]
-async fn what_is_not_verified_takes_nothing_of_the_service_within() {
+async fn an_unverified_webhook_takes_no_permit_of_the_service_inside() {
     let handler = service_fn(|_: Request<Body>| async { Ok::<_, Infallible>(Response::new(Body::empty())) });
     let service = ServiceBuilder::new()
         .layer(standard())
@@ -593,7 +593,7 @@ async fn what_is_not_verified_takes_nothing_of_the_service_within() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_body_of_what_has_no_signature_is_not_read() {
+async fn the_body_of_an_unsigned_webhook_is_not_read() {
     let app = App::new(standard());
     let is_polled = Arc::new(AtomicBool::new(false));
     let body = || {
@@ -618,7 +618,7 @@ async fn the_body_of_what_has_no_signature_is_not_read() {
     assert!(is_polled.load(Ordering::SeqCst));
 }
 
-/// A provider sends an event to each endpoint that subscribed to it, under one id: each has a name of its own.
+/// A provider sends an event under one id to each endpoint that subscribed to it, so each layer has a name of its own.
 #[tokio::test]
 async fn each_of_two_handlers_gets_an_event_that_was_sent_to_both() {
     let (store, runs) = (MemoryStore::new(), Arc::new(AtomicUsize::new(0)));
@@ -649,9 +649,9 @@ async fn each_of_two_handlers_gets_an_event_that_was_sent_to_both() {
     }
 }
 
-/// The base of an application has settings for its clients' keys, which the key of a webhook need not meet.
+/// An application's layer has settings for its clients' keys. The key of a webhook need not meet them.
 #[tokio::test]
-async fn webhooks_runs_once_on_whatever_layer_it_is_set() {
+async fn the_preset_runs_webhooks_once_on_every_base_layer() {
     type Base = fn(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>;
     let bases: [(&str, Base); 5] = [
         ("header", |layer| layer.with_header("x-request-key".parse().unwrap())),
@@ -664,7 +664,7 @@ async fn webhooks_runs_once_on_whatever_layer_it_is_set() {
         let runs = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&runs);
         let handler = move || async move {
-            // The first fails, which is not kept.
+            // The first run fails, and the failure is not stored.
             match counted.fetch_add(1, Ordering::SeqCst) {
                 0 => StatusCode::INTERNAL_SERVER_ERROR,
                 _ => StatusCode::OK,
@@ -699,7 +699,7 @@ async fn no_webhook_is_acknowledged_whose_outcome_is_not_recorded() {
     assert_eq!(first.status(), StatusCode::SERVICE_UNAVAILABLE);
     store.heal();
     drain.wait().await;
-    // It was recorded, late.
+    // The outcome was recorded late.
     let again = app.oneshot(webhook("msg_1", "x")).await.unwrap();
     assert_eq!(again.status(), StatusCode::OK);
     assert!(again.headers().contains_key("idempotent-replayed"));
@@ -721,9 +721,9 @@ async fn no_webhook_runs_unprotected_whatever_its_base_allows() {
     assert_eq!(runs.load(Ordering::SeqCst), 0);
 }
 
-/// A provider may know an endpoint by several names.
+/// A provider may know an endpoint by several host names.
 #[tokio::test]
-async fn a_webhook_is_one_by_whatever_host_name_it_comes() {
+async fn a_webhook_is_the_same_under_every_host_name() {
     let app = App::new(standard());
     for host in ["hooks.example", "old-hooks.example"] {
         let mut delivery = webhook("msg_1", "paid");

@@ -105,7 +105,7 @@ fn a_signer_says_why_it_cannot_sign() {
         ("the key", || drop(WebhookSigner::adyen("no hex"))),
         ("the private key", || drop(WebhookSigner::paypal("1", "no PEM"))),
         ("the body", || {
-            drop(WebhookSigner::adyen(ADYEN_KEY).sign(Request::new("{}")))
+            drop(WebhookSigner::adyen(ADYEN_KEY).sign(Request::new("{}")));
         }),
     ];
     for (what, make) in cases {

@@ -117,6 +117,32 @@ fn one_fitting_signature_of_several_is_enough() {
     }
 }
 
+/// A forged webhook with thousands of signatures, parameters or elements would cost as much work or memory.
+#[test]
+fn what_is_read_before_the_signature_is_checked_is_bounded() {
+    for (others, is_genuine) in [(15, true), (16, false)] {
+        let expected = if is_genuine {
+            None
+        } else {
+            Some(InvalidWebhook::Signature)
+        };
+        let many = format!("{}{ED25519_SIGNATURE}", "v1a,AAAA ".repeat(others));
+        assert_eq!(standard_v1a().verify_with("webhook-signature", &many).err(), expected);
+        let many = stripe().headers[0].1.clone() + &",v1=00".repeat(others);
+        assert_eq!(stripe().verify_with("stripe-signature", &many).err(), expected);
+    }
+    let mut sender = twilio();
+    for (parameters, reason) in [(1_000, InvalidWebhook::Signature), (1_001, InvalidWebhook::Body)] {
+        sender.body = vec!["a=b"; parameters].join("&").into_bytes();
+        assert_eq!(sender.verify_at(0), Err(reason));
+    }
+    let mut sender = adyen();
+    sender.body.resize(256 << 10, b' ');
+    assert!(sender.verify_at(0).is_ok());
+    sender.body.push(b' ');
+    assert_eq!(sender.verify_at(0), Err(InvalidWebhook::Body));
+}
+
 #[test]
 fn a_signature_of_a_kind_without_a_key_is_a_matter_of_the_secret() {
     for (sender, provider) in [(standard_v1a(), STANDARD_SECRET), (standard(), ED25519_KEY)] {

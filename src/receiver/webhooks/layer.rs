@@ -194,7 +194,8 @@ where
     }
 }
 
-/// Why a request does not reach the service inside.
+/// The reason for which a request does not reach the service inside.
+#[derive(Clone, Copy)]
 enum Rejection {
     Invalid(InvalidWebhook),
     Refused(RefusalKind),

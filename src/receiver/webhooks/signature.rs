@@ -13,6 +13,10 @@ use crate::error::{Error, ErrorKind};
 /// same.
 pub(super) const TOLERANCE: Duration = Duration::from_secs(5 * 60);
 
+/// The largest number of signatures that one webhook may carry. Senders have two while they replace a secret. Without a bound, a forged
+/// webhook with thousands of signatures would cost as many checks.
+pub(super) const MAX_SIGNATURES: usize = 16;
+
 /// The error for an empty list of secrets, and for an empty secret.
 pub(super) const NO_SECRET: Error = Error::new(
     ErrorKind::Configuration,

@@ -14,6 +14,10 @@ use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 const PLATFORM_SIGNATURE: &str = "hmacsignature";
 
+/// The longest standard notification, in bytes. It is parsed before its signature is checked, and a parsed body takes many times its
+/// length, so a forged one must not be as long as other bodies. Adyen's have a few KiB.
+const MAX_BODY: usize = 256 << 10;
+
 /// Adyen's standard webhooks, for payments: a `NotificationRequestItem` in JSON, with its signature in
 /// `additionalData.hmacSignature`.
 ///
@@ -25,7 +29,7 @@ const PLATFORM_SIGNATURE: &str = "hmacsignature";
 /// * **Replays**: there is no signed timestamp. A recorded webhook is a duplicate for as long as its record is retained, 7 days by
 ///   default, and runs again after that.
 ///
-/// A body must have exactly one item. Adyen sends one per body in JSON, and a body of several items could not be one message: Adyen
+/// A body must have at most 256 KiB and exactly one item. Adyen sends one per body in JSON, and a body of several items could not be one message: Adyen
 /// may group them differently when it sends them again. A body with several items is rejected.
 ///
 /// The signed members are joined with `:` and without escapes, as Adyen's libraries do. Only `merchantReference`, which is yours, may
@@ -83,6 +87,9 @@ pub(in crate::receiver) fn decoded_key<S: AsRef<str>>(hmac_key: S) -> Result<Vec
 
 impl VerifyWebhook for AdyenWebhooks {
     fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
+        if webhook.body().len() > MAX_BODY {
+            return Err(InvalidWebhook::Body);
+        }
         let body = unique_json::parse(webhook.body()).ok_or(InvalidWebhook::Body)?;
         let item = Item::only_of(&body).ok_or(InvalidWebhook::Body)?;
         let signature = item.0["additionalData"]["hmacSignature"].as_str();

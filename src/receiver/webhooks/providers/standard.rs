@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind};
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, present};
-use crate::receiver::webhooks::signature::{is_recent, Secrets, NO_SECRET};
+use crate::receiver::webhooks::signature::{is_recent, Secrets, MAX_SIGNATURES, NO_SECRET};
 use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 /// The names of the three fields.
@@ -32,8 +32,8 @@ const SVIX: Names = Names {
 
 /// Standard Webhooks 1.0, and Svix, which uses other names for the same fields.
 ///
-/// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, `v1` (HMAC) or `v1a` (Ed25519); one that fits
-///   is enough.
+/// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, up to 16, `v1` (HMAC) or `v1a` (Ed25519); one
+///   that fits is enough.
 /// * **Id**: `webhook-id`. An id with a `.` is rejected: the signature covers id, timestamp and body with dots between them, and could
 ///   then be read in two ways.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and the id is signed.
@@ -101,6 +101,9 @@ impl StandardWebhooks {
 
     /// Checks that one of the signatures fits under one of the secrets and keys.
     fn check(&self, signatures: &str, signed: &[&[u8]; 5]) -> Result<(), InvalidWebhook> {
+        if signatures.split(' ').count() > MAX_SIGNATURES {
+            return Err(InvalidWebhook::Signature);
+        }
         let of_kind = |kind: &'static str| signatures.split(' ').filter_map(move |one| one.strip_prefix(kind));
         let shared: Vec<_> = of_kind("v1,").filter_map(base64).collect();
         if let Some(secrets) = &self.secrets {

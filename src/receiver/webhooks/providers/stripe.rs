@@ -6,12 +6,12 @@ use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{field, hex, member, present};
-use crate::receiver::webhooks::signature::{is_recent, Secrets};
+use crate::receiver::webhooks::signature::{is_recent, Secrets, MAX_SIGNATURES};
 use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 const SIGNATURE: &str = "stripe-signature";
 
-/// Stripe: `Stripe-Signature` with a timestamp and one or more signatures of the kind `v1`.
+/// Stripe: `Stripe-Signature` with a timestamp and one or more signatures of the kind `v1`, up to 16.
 ///
 /// * **Signed**: the timestamp and the body. One fitting signature is enough; Stripe sends two while a secret is being replaced.
 /// * **Id**: the event's `id` in the body.
@@ -44,6 +44,9 @@ impl VerifyWebhook for StripeWebhooks {
                 .map(|(_, value)| value)
         };
         let timestamp = all("t").next().ok_or(InvalidWebhook::Timestamp)?;
+        if all("v1").count() > MAX_SIGNATURES {
+            return Err(InvalidWebhook::Signature);
+        }
         let signatures: Vec<_> = all("v1").filter_map(hex).collect();
         self.0
             .verify(&[timestamp.as_bytes(), b".", webhook.body()], &signatures)?;

@@ -21,7 +21,8 @@ const SIGNATURE: &str = "x-twilio-signature";
 ///
 /// * **Signed**: the full URL, and either the parameters of a form or, if the URL has the query parameter `bodySHA256`, the body's hash.
 ///   In a form, names and values are joined without separators, so a signature also fits a form in which the end of a name has moved
-///   into its value; the order of parameters, and whether an equal one is repeated, are not signed either.
+///   into its value; the order of parameters, and whether an equal one is repeated, are not signed either. A form may have up to 1,000
+///   parameters.
 /// * **Id**: `I-Twilio-Idempotency-Token`, which Twilio repeats when it sends a webhook again. It is **not signed**, and the signed
 ///   parts have no id: two presses of a key in one call can have equal parameters.
 /// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under another token, and it runs again.
