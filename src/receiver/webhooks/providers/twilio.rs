@@ -28,6 +28,8 @@ const SIGNATURE: &str = "x-twilio-signature";
 /// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under another token, and it runs again.
 ///   Make the handler safe against an old event, by the `CallSid` or `MessageSid` and the state that it reports.
 ///
+/// Choose POST for the webhook at Twilio. The layer rejects GET, whose parameters would be in the URL.
+///
 /// HMAC-SHA-1 is what Twilio offers. The weaknesses of SHA-1 against collisions do not break HMAC.
 #[derive(Clone)]
 pub struct TwilioWebhooks {
