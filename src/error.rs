@@ -1,5 +1,6 @@
 //! The one error type of the crate.
 
+use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
@@ -87,6 +88,41 @@ impl fmt::Debug for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+type Classify<C> = Arc<dyn Fn(&dyn Any) -> Option<C> + Send + Sync>;
+
+/// The functions by which an application classifies errors, each for one type of error.
+pub(crate) struct Classifiers<C>(Vec<Classify<C>>);
+
+impl<C> Classifiers<C> {
+    pub(crate) fn add<E: 'static>(&mut self, classify: impl Fn(&E) -> C + Send + Sync + 'static) {
+        self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
+    }
+
+    /// Returns the class of an error; `None` if no function takes errors of its type. Of several functions for one
+    /// type, the last one decides.
+    pub(crate) fn of<E: 'static>(&self, error: &E) -> Option<C> {
+        self.0.iter().rev().find_map(|classify| classify(error))
+    }
+}
+
+impl<C> Clone for Classifiers<C> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<C> Default for Classifiers<C> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<C> fmt::Debug for Classifiers<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Classifiers({})", self.0.len())
     }
 }
 

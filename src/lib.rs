@@ -153,7 +153,7 @@ pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, Ke
 pub use self::server::NotGuarded;
 pub use self::server::{
     Attempt, DoNotKeep, Idempotency, IdempotencyLayer, Keep, Lease, OnLost, RecoverFn, Recovered, Recovery,
-    ResponseFuture, RetainFor, Settings, StoreOutcomeOnly, StreamResponse,
+    ResponseFuture, RetainFor, ServiceFailure, Settings, StoreOutcomeOnly, StreamResponse,
 };
 #[cfg(feature = "postgres")]
 pub use self::store::PostgresStore;

@@ -2,6 +2,8 @@
 
 #[path = "tower/nested.rs"]
 mod nested;
+#[path = "tower/rejections.rs"]
+mod rejections;
 mod support;
 
 use std::convert::Infallible;

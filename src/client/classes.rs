@@ -1,11 +1,10 @@
 //! What the errors of a client say about the effect of a request.
 
 use std::any::Any;
-use std::fmt;
-use std::sync::Arc;
 
 #[cfg(feature = "reqwest")]
 use super::keys::KeyedError;
+use crate::error::Classifiers;
 
 /// What an error of a client says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,24 +18,21 @@ pub enum ErrorClass {
     NotSent,
 }
 
-type Classify = Arc<dyn Fn(&dyn Any) -> Option<ErrorClass> + Send + Sync>;
-
-/// What the application told about its errors.
-#[derive(Clone, Default)]
-pub(super) struct ErrorClasses(Vec<Classify>);
+/// The classes that the application has set for the errors of its client.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ErrorClasses(Classifiers<ErrorClass>);
 
 impl ErrorClasses {
     pub(super) fn add<E: 'static>(&mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) {
-        self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
+        self.0.add(classify);
     }
 
     /// Classifies an error by the application's functions. If none of them knows it, and the client `is_vouched` for,
     /// classifies it by its own type. A client that nobody vouches for may have followed a redirect first, and an error
     /// of `reqwest` does not show that.
     pub(super) fn of<E: 'static>(&self, error: &E, is_vouched: bool) -> ErrorClass {
-        let set = self.0.iter().rev().find_map(|classify| classify(error));
         let known = || is_vouched.then(|| known(error)).flatten();
-        set.or_else(known).unwrap_or(ErrorClass::Lost)
+        self.0.of(error).or_else(known).unwrap_or(ErrorClass::Lost)
     }
 }
 
@@ -56,10 +52,4 @@ fn known(error: &dyn Any) -> Option<ErrorClass> {
 #[cfg(not(feature = "reqwest"))]
 fn known(_: &dyn Any) -> Option<ErrorClass> {
     None
-}
-
-impl fmt::Debug for ErrorClasses {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ErrorClasses({})", self.0.len())
-    }
 }

@@ -75,6 +75,8 @@ pub enum RefusalKind {
     Mismatch,
     /// The handler asks for a key where no layer covers the request. 500.
     NotCovered,
+    /// The service inside did not take the request, and nothing was processed. 503.
+    NotRun,
     /// A request with this key is being worked on. 409.
     Outstanding,
     /// An earlier attempt was lost, and whether it took effect is not known. 409, code `outcome-unknown`, not retryable.
@@ -113,6 +115,7 @@ impl RefusalKind {
             | Self::MissingScope
             | Self::Mismatch
             | Self::NotCovered
+            | Self::NotRun
             | Self::Outstanding
             | Self::Overloaded
             | Self::StoreFull
@@ -318,7 +321,8 @@ impl Refusal {
             | RefusalKind::NotCovered
             | RefusalKind::RecordUnreadable
             | RefusalKind::StoreMisconfigured => 13,
-            RefusalKind::OutcomeUnrecorded
+            RefusalKind::NotRun
+            | RefusalKind::OutcomeUnrecorded
             | RefusalKind::Overloaded
             | RefusalKind::StoreFull
             | RefusalKind::StoreUnavailable => 14,
@@ -378,7 +382,7 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 22] = [
+    const ALL: [RefusalKind; 23] = [
         RefusalKind::ResponseBroken,
         RefusalKind::ResponseNotStored,
         RefusalKind::BodyBroken,
@@ -390,6 +394,7 @@ mod tests {
         RefusalKind::MissingScope,
         RefusalKind::Mismatch,
         RefusalKind::NotCovered,
+        RefusalKind::NotRun,
         RefusalKind::Outstanding,
         RefusalKind::OutcomeUnknown,
         RefusalKind::OutcomeUnrecorded,

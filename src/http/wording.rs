@@ -34,6 +34,7 @@ impl RefusalKind {
             RefusalKind::MissingScope => MISSING_SCOPE,
             RefusalKind::Mismatch => MISMATCH,
             RefusalKind::NotCovered => NOT_COVERED,
+            RefusalKind::NotRun => NOT_RUN,
             RefusalKind::Outstanding => OUTSTANDING,
             RefusalKind::OutcomeUnknown => OUTCOME_UNKNOWN,
             RefusalKind::OutcomeUnrecorded => OUTCOME_UNRECORDED,
@@ -153,6 +154,14 @@ const NOT_COVERED: Wording = Wording {
     title: "The operation is not idempotent here",
     detail: "The server asks for a key where it does not make use of one. Nothing was processed.",
     retryable: false,
+};
+
+const NOT_RUN: Wording = Wording {
+    status: StatusCode::SERVICE_UNAVAILABLE,
+    code: "not-run",
+    title: "The request was not taken",
+    detail: "The service could not take the request. Nothing was processed; send the request again later.",
+    retryable: true,
 };
 
 const OUTSTANDING: Wording = Wording {

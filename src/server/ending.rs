@@ -161,6 +161,15 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
+    /// Ends an execution whose request did not reach the handler, as the application has classified the error of the
+    /// service. The caller gets the error; its duplicates get a refusal.
+    pub(super) async fn not_run<R: RebuildBody>(&mut self) -> Response<R> {
+        if let Err(response) = self.without_outcome(Verdict::Release).await {
+            return response;
+        }
+        self.settle(Landing::Refused(self.later(RefusalKind::NotRun)))
+    }
+
     /// Ends an execution with a failure that is not stored.
     async fn failed_as<R: RebuildBody>(&mut self, verdict: Verdict) -> Response<R> {
         if let Err(response) = self.without_outcome(verdict).await {

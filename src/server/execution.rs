@@ -10,6 +10,7 @@ use futures::FutureExt;
 use http::{Request, Response, StatusCode};
 use tower_service::Service;
 
+use super::errors::ServiceFailure;
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::lease::Lease;
@@ -97,7 +98,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Waits for the handler and records how it ended. Without a future it has panicked already.
-    pub(super) async fn see_through<R: RebuildBody, E>(
+    pub(super) async fn see_through<R: RebuildBody, E: 'static>(
         &mut self,
         running: Option<Running<impl Future<Output = Ended<R, E>>>>,
     ) -> Result<Response<R>, E> {
@@ -132,7 +133,10 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Records an end that came without an answer to keep.
-    pub(super) async fn without_answer<R: RebuildBody, E>(&mut self, ended: Ended<R, E>) -> Result<Response<R>, E> {
+    pub(super) async fn without_answer<R: RebuildBody, E: 'static>(
+        &mut self,
+        ended: Ended<R, E>,
+    ) -> Result<Response<R>, E> {
         match ended {
             Ended::Answered(read) => {
                 self.cargo = Cargo::Answered(read);
@@ -140,7 +144,10 @@ impl<St: Store, S> Exchange<St, S> {
             }
             Ended::Broken(status, judgement) => Ok(self.broken(judgement, status).await),
             Ended::Failed(error) => {
-                let response = self.failed().await;
+                let response = match self.settings.errors.of(&error) {
+                    ServiceFailure::Failed => self.failed().await,
+                    ServiceFailure::NotRun => self.not_run().await,
+                };
                 // The key may hold the response of the attempt that took it over.
                 if self.is_superseded {
                     Ok(response)

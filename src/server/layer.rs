@@ -10,6 +10,7 @@ use http::request::Parts;
 use http::{response, Method, Response};
 use tower_layer::Layer;
 
+use super::errors::ServiceFailure;
 use super::guard::Shared;
 use super::policy::{OnLost, Statuses};
 use super::service::Idempotency;
@@ -315,6 +316,43 @@ impl<St: Store> IdempotencyLayer<St> {
     /// ran, and releases the key.
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.values().keep.on_error = on_error;
+        self
+    }
+
+    /// Sets the meaning of an error of the inner service. Default: every error is [`ServiceFailure::Failed`], and
+    /// [`on_error`](Self::on_error) decides. For several types of errors, call it several times.
+    ///
+    /// If an error means that the request did not reach the handler ([`ServiceFailure::NotRun`]), the layer releases
+    /// the key under every [`OnError`], and duplicates in flight get 503 `not-run`. Without a classification, a request
+    /// that a load shedder inside rejects has an unknown outcome under [`OnError::Unknown`], although nothing ran.
+    ///
+    /// ```
+    /// use tower::{buffer, load_shed, BoxError};
+    /// use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, ServiceFailure};
+    ///
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .on_error(OnError::Unknown)
+    ///     .with_errors(|error: &BoxError| {
+    ///         // `LoadShed` had no capacity, or the service behind a `Buffer` was not ready or is gone.
+    ///         let not_run = error.is::<load_shed::error::Overloaded>()
+    ///             || error.is::<buffer::error::ServiceError>()
+    ///             || error.is::<buffer::error::Closed>();
+    ///         if not_run { ServiceFailure::NotRun } else { ServiceFailure::Failed }
+    ///     });
+    /// # let _ = layer;
+    /// ```
+    ///
+    /// The function gets errors of the inner service's type only, and only the outermost value: do not search its
+    /// sources. The layer recognises no error by itself, because a handler that calls other services may return an
+    /// `Overloaded` of one of its clients after it had an effect. If your handler returns errors of such clients, wrap
+    /// them in a type of your own. `Closed` also reports a panic within `Service::call` behind a `Buffer`; leave it out
+    /// if a service there acts before it returns its future. An expired `tower::timeout` is a failure, because the
+    /// handler was running. An error of `poll_ready` needs no classification, because no key is claimed yet.
+    ///
+    /// In an axum app, services have no errors: a `HandleErrorLayer` around the load shedder makes a response of its
+    /// error. Insert [`DoNotKeep`](crate::DoNotKeep) into the extensions of that response, and the layer releases the key.
+    pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ServiceFailure + Send + Sync + 'static) -> Self {
+        self.values().errors.add(classify);
         self
     }
 

@@ -11,6 +11,7 @@
 mod arrival;
 mod elsewhere;
 mod ending;
+mod errors;
 mod exchange;
 mod execution;
 mod flights;
@@ -26,6 +27,7 @@ mod settings;
 #[cfg(feature = "postgres")]
 mod transaction;
 
+pub use errors::ServiceFailure;
 pub use future::ResponseFuture;
 pub use layer::IdempotencyLayer;
 #[cfg(feature = "axum")]

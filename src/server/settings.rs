@@ -8,6 +8,7 @@ use http::header::HeaderName;
 use http::request::Parts;
 use http::Method;
 
+use super::errors::ServiceErrors;
 use super::policy::{KeepPolicy, OnLost};
 use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{KeyParser, KeySpace, Scope};
@@ -35,6 +36,7 @@ pub(super) struct Values {
     pub(super) response_timeout: Duration,
     pub(super) streams: StreamTypes,
     pub(super) keep: KeepPolicy,
+    pub(super) errors: ServiceErrors,
     pub(super) on_lost: OnLost,
     pub(super) max_attempts: u32,
     pub(super) answer_headers: AnswerHeaders,
@@ -76,6 +78,7 @@ impl Default for Values {
             response_timeout: Duration::from_secs(10),
             streams: StreamTypes::default(),
             keep: KeepPolicy::default(),
+            errors: ServiceErrors::default(),
             on_lost: OnLost::default(),
             max_attempts: 5,
             answer_headers: AnswerHeaders::default(),
@@ -111,6 +114,7 @@ impl fmt::Debug for Values {
             .field("response_timeout", &self.response_timeout)
             .field("streams", &self.streams)
             .field("keep", &self.keep)
+            .field("errors", &self.errors)
             .field("acknowledges", &self.acknowledges)
             .field("on_lost", &self.on_lost)
             .field("max_attempts", &self.max_attempts)

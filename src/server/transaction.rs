@@ -195,7 +195,7 @@ const SUPERSEDED: Error = Error::new(
 
 impl<St: Store, S> Exchange<St, S> {
     /// The end of a handler that completed in a transaction of its own. Without `ended`, its answer is the cargo.
-    pub(super) async fn after_transaction<R: RebuildBody, E>(
+    pub(super) async fn after_transaction<R: RebuildBody, E: 'static>(
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
     ) -> Result<Response<R>, E> {
@@ -239,7 +239,10 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Nothing took effect. An answer that says otherwise is not given: a success, or one of the status that was to be recorded.
-    async fn rolled_back<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Result<Response<R>, E> {
+    async fn rolled_back<R: RebuildBody, E: 'static>(
+        &mut self,
+        ended: Option<Box<Ended<R, E>>>,
+    ) -> Result<Response<R>, E> {
         telemetry::event(Event::RolledBack);
         let status = match (&self.cargo, ended.as_deref()) {
             (Cargo::Answered(read), None) => Some(read.head.status),
