@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
+use axum::error_handling::HandleErrorLayer;
 use axum::extract::State;
 use axum::http::{header, HeaderMap, HeaderValue, Method, Request, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -18,10 +19,10 @@ use axum::{Extension, Json, Router};
 use http_body_util::{BodyExt, Full};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tower::ServiceExt;
+use tower::{BoxError, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{OnceLayer, Profile};
 use tower_idempotency::{
-    Attempt, CanonicalJson, DoNotKeep, IdempotencyKey, IdempotencyLayer, Keep, Lease, MemoryStore, Scope,
+    Attempt, CanonicalJson, DoNotKeep, IdempotencyKey, IdempotencyLayer, Keep, Lease, MemoryStore, OnError, Scope,
 };
 
 /// What came back.
@@ -423,8 +424,39 @@ async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
         assert_eq!(pay(&app, "/needs", &[usual], "").await.status, 400);
         for (key, status) in [(ours, 500), (usual, 400)] {
             let put = request(Method::PUT, "/needs", &[key], "");
-            assert_eq!(send(&app, put).await.status, status, "{key:?}");
+            let refused = send(&app, put).await;
+            assert_eq!(refused.status, status, "{key:?}");
+            // It also named `Idempotency-Key`, whatever the field was.
+            let body = std::str::from_utf8(&refused.body).unwrap();
+            assert_eq!(body.contains("x-request-key is missing"), status == 400, "{body}");
+            assert!(!body.contains("Idempotency-Key"), "{body}");
         }
+    }
+}
+
+/// Services in axum have no errors: a `HandleErrorLayer` makes a response of one, and the layer judges that response.
+#[tokio::test(start_paused = true)]
+async fn a_load_shedder_behind_an_error_handler_frees_the_key_by_a_mark() {
+    async fn slow() {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    async fn rejected(_: BoxError) -> impl IntoResponse {
+        (StatusCode::SERVICE_UNAVAILABLE, Extension(DoNotKeep), "busy")
+    }
+
+    for on_error in [OnError::Keep, OnError::Release, OnError::Unknown] {
+        let inside = ServiceBuilder::new()
+            .layer(layer().on_error(on_error))
+            .layer(HandleErrorLayer::new(rejected))
+            .load_shed()
+            .concurrency_limit(1);
+        let app = Router::new().route("/", post(slow).layer(inside));
+        let (one, two) = ([("idempotency-key", "one")], [("idempotency-key", "two")]);
+        let (first, second) = tokio::join!(pay(&app, "/", &one, ""), pay(&app, "/", &two, ""));
+        let shed = if first.status == 503 { one } else { two };
+        assert_eq!(first.status + second.status, 200 + 503, "{on_error:?}");
+        let again = pay(&app, "/", &shed, "").await;
+        assert_eq!((again.status, again.is_replay()), (200, false), "{on_error:?}");
     }
 }
 
@@ -614,7 +646,7 @@ async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
         Ok::<_, std::convert::Infallible>(http::Response::new(done))
     });
     let once = OnceLayer::new(MemoryStore::new(), Profile::draft());
-    let client = tower::ServiceBuilder::new().layer(once).service(bank);
+    let client = ServiceBuilder::new().layer(once).service(bank);
     let handler = move |request: Request<Body>| forward_twice(client, request);
     let app = Router::new().route("/pay", post(handler));
     assert_eq!(pay(&app, "/pay", &[KEY], "x").await.body, "/debit, Mismatch");

@@ -293,7 +293,7 @@ async fn settings_of_nothing_and_of_for_ever_work() {
 
 #[tokio::test]
 async fn a_refusal_can_be_rendered_otherwise() {
-    let own = |refusal: &Refusal| {
+    let own = |refusal: &Refusal, _: &http::request::Parts| {
         assert_eq!(refusal.kind(), RefusalKind::MissingKey);
         http::Response::builder()
             .status(418)

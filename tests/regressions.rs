@@ -135,7 +135,7 @@ async fn a_failure_that_is_kept_is_rendered_once() {
     let n = Arc::new(AtomicUsize::new(0));
     let s = IdempotencyLayer::new(MemoryStore::new())
         .on_error(OnError::Keep)
-        .with_refusals(move |r| {
+        .with_refusals(move |r, _| {
             let mut x = Response::new(Bytes::from(format!("incident {}", n.fetch_add(1, Ordering::SeqCst))));
             *x.status_mut() = r.status();
             x

@@ -2,6 +2,8 @@
 
 #[path = "tower/nested.rs"]
 mod nested;
+#[path = "tower/presets.rs"]
+mod presets;
 #[path = "tower/rejections.rs"]
 mod rejections;
 mod support;

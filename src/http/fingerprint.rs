@@ -4,12 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{HeaderName, AUTHORIZATION};
+use http::header::{HeaderName, AUTHORIZATION, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderMap, Uri};
 
 use super::authority::Authority;
-
+use super::multipart;
 use crate::protocol::CanonicalJson;
 use crate::protocol::{Fingerprint, Hasher};
 
@@ -22,6 +22,8 @@ const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 pub(crate) struct Fingerprinting {
     pub(crate) body: BodyForm,
     pub(crate) headers: Vec<HeaderName>,
+    /// Whether multipart bodies are compared without their boundaries.
+    pub(crate) multipart: bool,
     /// Whether the fingerprint includes the authority if no scope is set.
     pub(crate) authority: bool,
 }
@@ -31,6 +33,7 @@ impl Default for Fingerprinting {
         Self {
             body: BodyForm::default(),
             headers: Vec::new(),
+            multipart: false,
             authority: true,
         }
     }
@@ -63,7 +66,9 @@ impl Fingerprinting {
         if matches!(self.body, BodyForm::Nothing) {
             return Fingerprint::NONE;
         }
-        let mut hasher = match &self.body {
+        let over_parts = self.over_parts(&parts.headers, body);
+        let is_in_parts = over_parts.is_some();
+        let mut hasher = over_parts.unwrap_or_else(|| match &self.body {
             BodyForm::Bytes | BodyForm::Nothing => Hasher::over_bytes(body),
             BodyForm::Custom(digest) => {
                 let mut hasher = Hasher::over_bytes(&digest(parts, body));
@@ -71,7 +76,7 @@ impl Fingerprinting {
                 hasher
             }
             BodyForm::Json(json) => Hasher::over_json(json, body),
-        };
+        });
         hasher.field(parts.method.as_str().as_bytes());
         hasher.field(uri.path().as_bytes());
         hasher.field(uri.query().unwrap_or_default().as_bytes());
@@ -83,6 +88,10 @@ impl Fingerprinting {
             }
         }
         for name in &self.headers {
+            // The content type with the boundary would make every retry another request. It is included without.
+            if is_in_parts && name == CONTENT_TYPE {
+                continue;
+            }
             add_lines(&mut hasher, &parts.headers, name);
         }
         // A router has stripped a prefix, or the application has forwarded the request to another target.
@@ -96,6 +105,15 @@ impl Fingerprinting {
             hasher.field(parts.uri.query().unwrap_or_default().as_bytes());
         }
         hasher.finish()
+    }
+
+    /// Begins with the parts of a multipart body, if they are to be compared. A function of the application compares
+    /// every body by itself.
+    fn over_parts(&self, headers: &HeaderMap, body: &[u8]) -> Option<Hasher> {
+        if !self.multipart || matches!(self.body, BodyForm::Custom(_)) {
+            return None;
+        }
+        multipart::over_parts(headers, body)
     }
 }
 
@@ -228,6 +246,47 @@ mod tests {
         assert_eq!(of(&length, &post, "aa"), of(&length, &post, "bb"));
         assert_ne!(of(&length, &post, "aa"), of(&length, &post, "a"));
         assert_ne!(of(&length, &post, "aa"), of(&length, &parts("POST", "/x", &[]), "aa"));
+    }
+
+    #[test]
+    fn a_multipart_body_is_compared_by_its_parts_where_that_is_set() {
+        let with = |multipart, body| Fingerprinting {
+            body,
+            multipart,
+            headers: vec![CONTENT_TYPE],
+            ..Fingerprinting::default()
+        };
+        let upload = |boundary: &str, content: &str| {
+            let content_type = format!("multipart/form-data; boundary={boundary}");
+            let body = format!("--{boundary}\r\n\r\n{content}\r\n--{boundary}--\r\n");
+            (
+                parts("POST", "/", &[("content-type", &content_type)]),
+                Bytes::from(body),
+            )
+        };
+        let of = |f: &Fingerprinting, (parts, body): (Parts, Bytes)| f.of(&parts, &body, false);
+        let json = || BodyForm::Json(CanonicalJson::new());
+        for form in [BodyForm::Bytes, json()] {
+            let on = with(true, form);
+            assert_eq!(of(&on, upload("x", "1")), of(&on, upload("y", "1")));
+            assert_ne!(of(&on, upload("x", "1")), of(&on, upload("y", "2")));
+            assert_ne!(
+                of(&on, upload("x", "\r\n--x")),
+                of(&on, upload("y", "\r\n--y")),
+                "malformed"
+            );
+        }
+        let off = with(false, BodyForm::Bytes);
+        assert_ne!(of(&off, upload("x", "1")), of(&off, upload("y", "1")));
+        let custom = with(true, BodyForm::Custom(Arc::new(|_, body| body.to_vec())));
+        assert_ne!(of(&custom, upload("x", "1")), of(&custom, upload("y", "1")));
+        let on = with(true, json());
+        let of_json = |body: &'static str| of(&on, (parts("POST", "/", &[]), Bytes::from(body)));
+        assert_eq!(
+            of_json("{\"a\":1,\"b\":2}"),
+            of_json("{\"b\":2,\"a\":1}"),
+            "other bodies are still JSON"
+        );
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Refusals: answers that the layer gives by itself.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HeaderMap, HeaderValue, MaxSizeReached, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{HeaderMap, HeaderName, HeaderValue, MaxSizeReached, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use http::request::Parts;
 use http::{Response, StatusCode};
 
 use super::wording::Wording;
@@ -22,7 +24,7 @@ use crate::protocol::InvalidKey;
 ///     }
 /// }
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     kind: RefusalKind,
     retry_after: Option<Duration>,
@@ -30,6 +32,8 @@ pub struct Refusal {
     held: bool,
     /// Whether the handler had begun when the request was refused.
     after_run: bool,
+    /// The header field with the key, if it is not `Idempotency-Key`. Set when the refusal is rendered.
+    header: Option<Box<HeaderName>>,
 }
 
 /// The effect of a refused request, as far as its refusal shows it to the layers further out.
@@ -148,6 +152,7 @@ impl Refusal {
             retry_after: None,
             held: false,
             after_run: false,
+            header: None,
         }
     }
 
@@ -158,6 +163,7 @@ impl Refusal {
             retry_after: None,
             held: true,
             after_run: false,
+            header: None,
         }
     }
 
@@ -167,6 +173,7 @@ impl Refusal {
             retry_after: Some(after),
             held: false,
             after_run: false,
+            header: None,
         }
     }
 
@@ -203,10 +210,16 @@ impl Refusal {
         self.kind.wording().code
     }
 
-    /// The reason as a title. Three of them are the words of draft-ietf-httpapi-idempotency-key-header-07 section 2.7.
+    /// Returns the reason as a title. Three titles are those of draft-ietf-httpapi-idempotency-key-header-07 section
+    /// 2.7. If the layer reads the key from [another header field](crate::IdempotencyLayer::with_header), the title
+    /// names that field, in lower case.
     #[must_use]
-    pub fn title(&self) -> &'static str {
-        self.kind.wording().title
+    pub fn title(&self) -> Cow<'static, str> {
+        let title = self.kind.wording().title;
+        match &self.header {
+            None => Cow::Borrowed(title),
+            Some(header) => Cow::Owned(title.replace("Idempotency-Key", header.as_str())),
+        }
     }
 
     /// What happened and what to do about it. Holds nothing of any request.
@@ -229,48 +242,60 @@ impl Refusal {
         Some(rounded_up.max(1))
     }
 
-    /// The response in the given style, with `Cache-Control: no-store`, `Retry-After` where it applies, and this refusal as an
-    /// extension.
-    pub(crate) fn into_response<B: RebuildBody>(self, style: &RefusalStyle) -> Response<B> {
-        self.render(style).map(|bytes| B::rebuild(Body::from_bytes(bytes)))
+    /// Returns the response as the layer renders it, with `Cache-Control: no-store`, `Retry-After` where it applies, and
+    /// this refusal as an extension. `head` is the head of the refused request.
+    pub(crate) fn into_response<B: RebuildBody>(self, rendering: &Rendering, head: Option<&Parts>) -> Response<B> {
+        self.render(rendering, head)
+            .map(|bytes| B::rebuild(Body::from_bytes(bytes)))
     }
 
-    /// The same with its body as bytes.
-    pub(crate) fn render(self, style: &RefusalStyle) -> Response<Bytes> {
-        let mut response = match style {
-            RefusalStyle::Custom(render) => render(&self),
-            RefusalStyle::Grpc => self.grpc(),
-            RefusalStyle::Problem { type_base } => self.problem(type_base),
-            RefusalStyle::Stripe => self.stripe(),
+    /// Returns the same response with its body as bytes.
+    pub(crate) fn render(mut self, rendering: &Rendering, head: Option<&Parts>) -> Response<Bytes> {
+        self.header.clone_from(&rendering.header);
+        let mut response = match (&rendering.style, head) {
+            (RefusalStyle::Custom(render), Some(head)) => render(&self, head),
+            // Every layer with a renderer of its own passes the head.
+            (RefusalStyle::Custom(_), None) => self.problem(PROBLEM_BASE),
+            (RefusalStyle::Grpc, _) => self.grpc(),
+            (RefusalStyle::Problem { type_base }, _) => self.problem(type_base),
+            (RefusalStyle::Stripe, _) => self.stripe(),
         };
-        if self.protect(response.headers_mut()).is_err() {
+        if self
+            .protect(response.headers_mut(), rendering.should_retry.as_ref())
+            .is_err()
+        {
             // The application's renderer has left no room for these headers. Without them, a cache could return the
             // refusal to other clients.
-            return self.render(&RefusalStyle::default());
+            let plain = Rendering {
+                style: RefusalStyle::default(),
+                ..rendering.clone()
+            };
+            return self.render(&plain, head);
         }
         response.extensions_mut().insert(self);
         response
     }
 
     /// Sets the headers that a refusal has in every style.
-    fn protect(self, headers: &mut HeaderMap) -> Result<(), MaxSizeReached> {
+    fn protect(&self, headers: &mut HeaderMap, should_retry: Option<&HeaderName>) -> Result<(), MaxSizeReached> {
         headers.try_insert(CACHE_CONTROL, HeaderValue::from_static("no-store"))?;
         if let Some(seconds) = self.retry_after_seconds() {
             headers.try_insert(RETRY_AFTER, HeaderValue::from(seconds))?;
         }
+        if let Some(name) = should_retry {
+            let advice = if self.is_retryable() { "true" } else { "false" };
+            headers.try_insert(name.clone(), HeaderValue::from_static(advice))?;
+        }
         Ok(())
     }
 
-    /// A problem document (RFC 9457). Every word in it is static and free of quotes, or was checked when it was set.
+    /// A problem document (RFC 9457). No word in it needs to be escaped: the texts are static and free of quotes, the
+    /// base was checked when it was set, and a field name is a token (RFC 9110 section 5.1).
     fn problem(&self, type_base: &str) -> Response<Bytes> {
         let Wording {
-            status,
-            code,
-            title,
-            detail,
-            ..
+            status, code, detail, ..
         } = self.kind.wording();
-        let retryable = self.is_retryable();
+        let (title, retryable) = (self.title(), self.is_retryable());
         let body = format!(
             "{{\"type\":\"{type_base}{code}\",\"title\":\"{title}\",\"status\":{},\"detail\":\"{detail}\",\
              \"code\":\"{code}\",\"retryable\":{retryable}}}",
@@ -282,11 +307,7 @@ impl Refusal {
     /// The shape of Stripe's errors; a mismatch is 400 there.
     fn stripe(&self) -> Response<Bytes> {
         let Wording {
-            status,
-            code,
-            title,
-            detail,
-            ..
+            status, code, detail, ..
         } = self.kind.wording();
         let (status, kind) = match self.kind {
             RefusalKind::Mismatch => (StatusCode::BAD_REQUEST, "idempotency_error"),
@@ -300,6 +321,7 @@ impl Refusal {
             RefusalKind::Outstanding => "idempotency_key_in_use".to_owned(),
             _ => code.replace('-', "_"),
         };
+        let title = self.title();
         let body =
             format!("{{\"error\":{{\"type\":\"{kind}\",\"code\":\"{code}\",\"message\":\"{title}: {detail}\"}}}}");
         response(status, "application/json", body)
@@ -344,9 +366,30 @@ fn response(status: StatusCode, content_type: &'static str, body: String) -> Res
     response
 }
 
-pub(crate) type Renderer = Arc<dyn Fn(&Refusal) -> Response<Bytes> + Send + Sync>;
+pub(crate) type Renderer = Arc<dyn Fn(&Refusal, &Parts) -> Response<Bytes> + Send + Sync>;
 
-/// How refusals look.
+/// How a layer renders its refusals.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rendering {
+    pub(crate) style: RefusalStyle,
+    /// The header field with the key, if it is not `Idempotency-Key`.
+    pub(crate) header: Option<Box<HeaderName>>,
+    /// The header field that tells the client's SDK whether a retry can help.
+    pub(crate) should_retry: Option<HeaderName>,
+}
+
+impl Rendering {
+    /// Copies the head of a request for a refusal that may come after the handler has got the request. Copies nothing
+    /// if no renderer will read it.
+    pub(crate) fn keep_head(&self, head: &Parts) -> Option<Box<Parts>> {
+        match self.style {
+            RefusalStyle::Custom(_) => Some(Box::new(head.clone())),
+            RefusalStyle::Grpc | RefusalStyle::Problem { .. } | RefusalStyle::Stripe => None,
+        }
+    }
+}
+
+/// The form of refusals.
 #[derive(Clone)]
 pub(crate) enum RefusalStyle {
     Custom(Renderer),
@@ -355,10 +398,12 @@ pub(crate) enum RefusalStyle {
     Stripe,
 }
 
+const PROBLEM_BASE: &str = "urn:problem-type:idempotency:";
+
 impl Default for RefusalStyle {
     fn default() -> Self {
         Self::Problem {
-            type_base: "urn:problem-type:idempotency:".into(),
+            type_base: PROBLEM_BASE.into(),
         }
     }
 }
@@ -409,7 +454,17 @@ mod tests {
     ];
 
     fn rendered(refusal: Refusal, style: &RefusalStyle) -> (http::response::Parts, Bytes) {
-        let (parts, body) = refusal.into_response::<Full<Bytes>>(style).into_parts();
+        let rendering = Rendering {
+            style: style.clone(),
+            ..Rendering::default()
+        };
+        rendered_as(refusal, &rendering)
+    }
+
+    fn rendered_as(refusal: Refusal, rendering: &Rendering) -> (http::response::Parts, Bytes) {
+        let head = http::Request::post("/pay").body(()).unwrap().into_parts().0;
+        let response = refusal.into_response::<Full<Bytes>>(rendering, Some(&head));
+        let (parts, body) = response.into_parts();
         (parts, block_on(body.collect()).unwrap().to_bytes())
     }
 
@@ -449,6 +504,44 @@ mod tests {
     }
 
     #[test]
+    fn a_title_names_the_header_field_of_the_key_in_every_style() {
+        for style in [RefusalStyle::default(), RefusalStyle::Stripe] {
+            let rendering = Rendering {
+                style,
+                header: Some(Box::new(HeaderName::from_static("x-!#$%&'*+.^_`|~key"))),
+                should_retry: None,
+            };
+            for kind in ALL {
+                let (parts, body) = rendered_as(Refusal::new(kind), &rendering);
+                let text = serde_json::from_slice::<Value>(&body).unwrap().to_string();
+                let named = Refusal::new(kind).title().contains("Idempotency-Key");
+                assert_eq!(text.contains("x-!#$%&'*+.^_`|~key"), named, "{text}");
+                assert!(!text.contains("Idempotency-Key"), "{text}");
+                let refusal = parts.extensions.get::<Refusal>().unwrap();
+                assert_eq!(refusal.title().contains("~key"), named);
+            }
+        }
+    }
+
+    #[test]
+    fn advice_about_retries_is_the_refusals_own() {
+        let rendering = Rendering {
+            style: RefusalStyle::Stripe,
+            header: None,
+            should_retry: Some(HeaderName::from_static("stripe-should-retry")),
+        };
+        for kind in ALL {
+            for refusal in [Refusal::new(kind), Refusal::held(kind)] {
+                let wanted = refusal.is_retryable().to_string();
+                let (parts, _) = rendered_as(refusal, &rendering);
+                assert_eq!(parts.headers["stripe-should-retry"], wanted, "{kind:?}");
+            }
+            let (parts, _) = rendered(Refusal::new(kind), &RefusalStyle::Stripe);
+            assert!(!parts.headers.contains_key("stripe-should-retry"));
+        }
+    }
+
+    #[test]
     fn retry_after_is_rounded_up_and_at_least_one_second() {
         for (millis, seconds) in [(0, "1"), (1, "1"), (1_000, "1"), (1_001, "2")] {
             let refusal = Refusal::retry_after(RefusalKind::Outstanding, Duration::from_millis(millis));
@@ -484,7 +577,8 @@ mod tests {
 
     #[test]
     fn an_own_renderer_keeps_the_headers_that_protect() {
-        let teapot: Renderer = Arc::new(|refusal| {
+        let teapot: Renderer = Arc::new(|refusal, head| {
+            assert_eq!(head.uri, "/pay");
             Response::builder()
                 .status(418)
                 .body(Bytes::from(refusal.code()))
@@ -497,9 +591,9 @@ mod tests {
 
     #[test]
     fn an_own_renderer_that_leaves_no_room_for_the_headers_that_protect_is_overruled() {
-        let full: Renderer = Arc::new(|_| {
+        let full: Renderer = Arc::new(|_, _| {
             let mut response = Response::new(Bytes::new());
-            let name = |n: u32| http::HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
+            let name = |n: u32| HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
             let headers = response.headers_mut();
             while headers
                 .try_insert(name(headers.len().try_into().unwrap()), HeaderValue::from_static("1"))

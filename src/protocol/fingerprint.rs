@@ -26,6 +26,9 @@ impl Fingerprint {
     pub const JSON: u8 = 2;
     /// Id of the algorithm "whatever a function of the application returned".
     pub const CUSTOM: u8 = 3;
+    /// Id of the algorithm "the parts of a multipart body and its content type without the boundary, then method, path,
+    /// query and headers".
+    pub const MULTIPART: u8 = 4;
 
     /// A fingerprint of a digest that was made with the algorithm of the given id (0 to 127 belong to this crate).
     #[must_use]
@@ -101,6 +104,19 @@ impl Hasher {
         }
         let sha = Sha256::new().chain_update(hasher.finalize().as_bytes());
         Self::new(sha, Fingerprint::JSON, len)
+    }
+
+    /// Begins with the pieces of a body, each behind its length, as `split` passes them on. Returns `None` if `split`
+    /// does.
+    pub(crate) fn over_parts(split: impl FnOnce(&mut dyn FnMut(&[u8])) -> Option<()>) -> Option<Self> {
+        let (mut hasher, mut len) = (blake3::Hasher::new(), 0);
+        split(&mut |piece| {
+            hasher.update(&length(piece).to_le_bytes());
+            hasher.update(piece);
+            len += length(piece);
+        })?;
+        let sha = Sha256::new().chain_update(hasher.finalize().as_bytes());
+        Some(Self::new(sha, Fingerprint::MULTIPART, len))
     }
 
     fn new(sha: Sha256, algorithm: u8, body_len: u64) -> Self {

@@ -16,13 +16,18 @@ pub enum KeySyntax {
     Lenient,
     /// The value as it stands: `"k"` and `k` are two keys.
     Raw,
+    /// The value as it stands, with spaces between visible characters, as Stripe takes it. Other characters are refused
+    /// as in every syntax. Two clients may encode the same text differently, and would then send two keys for one
+    /// operation.
+    RawWithSpaces,
     /// A structured-field string and nothing else (RFC 9651 section 3.3.3). Parameters are ignored.
     Strict,
 }
 
 /// A key as a client chose it, read from its header field.
 ///
-/// 1 to 255 bytes (the upper bound is a setting) of visible ASCII; case matters. Its `Debug` form hides the value.
+/// 1 to 255 bytes (the upper bound is a setting) of visible ASCII; case matters. Only
+/// [`KeySyntax::RawWithSpaces`] allows spaces, and only between other characters. Its `Debug` form hides the value.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(Box<str>);
 
@@ -46,7 +51,7 @@ impl fmt::Debug for IdempotencyKey {
 pub enum InvalidKey {
     /// It has no characters.
     Empty,
-    /// A character is not visible ASCII (0x21 to 0x7E).
+    /// A character is not visible ASCII (0x21 to 0x7E), nor a space where the syntax allows spaces.
     NotVisibleAscii,
     /// It is not a structured-field string, or begins like one and does not end like one.
     NotAString,
@@ -131,11 +136,21 @@ impl KeyParser {
         let refusal = match key {
             "" => InvalidKey::Empty,
             key if key.len() > self.max_len => InvalidKey::TooLong,
-            key if !is_visible_ascii(key) => InvalidKey::NotVisibleAscii,
+            key if !self.is_well_formed(key) => InvalidKey::NotVisibleAscii,
             key if self.validator.as_ref().is_some_and(|valid| !valid(key)) => InvalidKey::Refused,
             _ => return Ok(()),
         };
         Err(KeyError::new(refusal))
+    }
+
+    fn is_well_formed(&self, key: &str) -> bool {
+        match self.syntax {
+            // RFC 9110 section 5.5: a field value neither begins nor ends with white space.
+            KeySyntax::RawWithSpaces => {
+                key.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) && key.trim_ascii() == key
+            }
+            KeySyntax::Lenient | KeySyntax::Raw | KeySyntax::Strict => is_visible_ascii(key),
+        }
     }
 
     /// Whether the value of a header field is a key by the rules.
@@ -151,7 +166,7 @@ impl KeyParser {
             KeySyntax::Lenient if quoted => structured::string_item(value).ok_or(InvalidKey::NotAString),
             KeySyntax::Strict if value.is_empty() => Err(InvalidKey::Empty),
             KeySyntax::Strict => structured::string_item(value).ok_or(InvalidKey::NotAString),
-            KeySyntax::Lenient | KeySyntax::Raw => std::str::from_utf8(value)
+            KeySyntax::Lenient | KeySyntax::Raw | KeySyntax::RawWithSpaces => std::str::from_utf8(value)
                 .map(Cow::Borrowed)
                 .map_err(|_| InvalidKey::NotVisibleAscii),
         }
@@ -200,6 +215,24 @@ mod tests {
         assert_eq!(lenient.parse(b"\"k-1\";v=2").unwrap(), lenient.parse(b" k-1 ").unwrap());
         let raw = parser(KeySyntax::Raw);
         assert_ne!(raw.parse(b"\"k-1\"").unwrap(), raw.parse(b"k-1").unwrap());
+    }
+
+    #[test]
+    fn only_the_syntax_with_spaces_takes_spaces_and_only_between_characters() {
+        let spaced = parser(KeySyntax::RawWithSpaces);
+        assert_eq!(spaced.parse(b" order 7  \"a\" \t").unwrap().as_str(), "order 7  \"a\"");
+        for bad in [&b"a\tb"[..], b"a\x01b", b"a\x7f", b"caf\xe9", "caf\u{e9}".as_bytes()] {
+            assert_eq!(reason(KeySyntax::RawWithSpaces, bad), Some(InvalidKey::NotVisibleAscii));
+        }
+        assert_eq!(reason(KeySyntax::RawWithSpaces, b"   "), Some(InvalidKey::Empty));
+        assert!(
+            spaced.check(" a").is_err() && spaced.check("a ").is_err(),
+            "HTTP would trim them"
+        );
+        for syntax in [KeySyntax::Lenient, KeySyntax::Raw] {
+            assert_eq!(reason(syntax, b"a b"), Some(InvalidKey::NotVisibleAscii));
+        }
+        assert_eq!(reason(KeySyntax::Strict, b"\"a b\""), Some(InvalidKey::NotVisibleAscii));
     }
 
     #[test]

@@ -128,7 +128,7 @@ where
         let entered = span.as_deref().map(Span::enter);
         let body = match body {
             Ok(body) => body,
-            Err(refusal) => return Arrived::Answer(settings.refuse(span.as_deref(), refusal)),
+            Err(refusal) => return Arrived::Answer(settings.refuse(span.as_deref(), Some(&head), refusal)),
         };
         let Names {
             key,
@@ -138,10 +138,11 @@ where
         let fingerprint = settings.fingerprinting.of(&head, &body.bytes, scoped);
         let decided = decide(&shared, &settings, &settings.claim(storage_key, fingerprint));
         if let Decided::Settled(landing) = decided {
-            return Arrived::Answer(settings.land(span.as_deref(), &landing));
+            return Arrived::Answer(settings.land(span.as_deref(), Some(&head), &landing));
         }
         // Only from here on it needs a place where others find it.
         let flight = Flight::new(key, storage_key, fingerprint, settings.store_timeout);
+        let seen = settings.refusals.keep_head(&head);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
         let (flight, exchange) = match decided {
@@ -152,7 +153,7 @@ where
                 let lease = Lease::new(&hold, &settings, grant);
                 let running = start(admitted, lease, &settings);
                 drop(entered);
-                let mut exchange = Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing);
+                let mut exchange = Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing, seen);
                 let flow = async move { exchange.see_through(running).await };
                 (flight, in_span(flow, span))
             }
@@ -162,7 +163,7 @@ where
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 drop(entered);
                 let cargo = Cargo::Admitted(Box::new(admitted));
-                let mut exchange = Exchange::new(hold, settings, span.clone(), times, cargo);
+                let mut exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen);
                 let flow = async move { exchange.recover_and_execute(grant).await };
                 (flight, in_span(flow, span))
             }
@@ -171,7 +172,7 @@ where
                 let hold = Hold::seated(Arc::clone(&shared), Arc::clone(&flight));
                 drop(entered);
                 let cargo = Cargo::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo);
+                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen);
                 (flight, in_span(exchange.run(), span))
             }
             Decided::Settled(_) | Decided::Otherwise => {
@@ -179,7 +180,7 @@ where
                 let hold = Hold::new(Arc::clone(&shared), Arc::clone(&flight));
                 drop(entered);
                 let cargo = Cargo::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo);
+                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen);
                 (flight, in_span(exchange.run(), span))
             }
         };

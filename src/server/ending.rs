@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::TRANSFER_ENCODING;
-use http::{response, Response, StatusCode};
+use http::{request, response, Response, StatusCode};
 use tokio::runtime::Handle;
 
 use super::exchange::{Cargo, Exchange, Read};
@@ -83,9 +83,10 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records the response of a lost attempt, and returns it as a replay. The response is stored regardless of its
     /// head, because the request took effect.
     pub(super) async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Answered(Read { head, body, judgement }) = &self.cargo else {
+        let Cargo::Answered(Read { head, body, judgement }) = &mut self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
+        self.settings.advise(head, Verdict::Keep);
         let answer = self.settings.answer_headers.store(head, body);
         let retention = judgement.retention;
         // If the store does not record the response, the caller gets a refusal, and the next attempt asks again.
@@ -148,7 +149,7 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::event(Event::HandlerFailed);
         match self.settings.keep.of_failure() {
             Verdict::Keep => {
-                let (head, body, answer) = self.settings.failure_to_keep();
+                let (head, body, answer) = self.settings.failure_to_keep(self.head.as_deref());
                 let retention = self.settings.retention;
                 match self.keep_failure(answer, retention).await {
                     Ok(landing) => self.leave(landing),
@@ -203,7 +204,7 @@ impl<St: Store, S> Exchange<St, S> {
         // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response was no success, store
         // a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {
-            let (_, _, answer) = self.settings.failure_to_keep();
+            let (_, _, answer) = self.settings.failure_to_keep(self.head.as_deref());
             return self.keep_failure(answer, judgement.retention).await;
         }
         self.conclude(&Outcome::Tombstone, judgement.retention).await?;
@@ -251,7 +252,7 @@ impl<St: Store, S> Exchange<St, S> {
         self.hold.flight.set_guarded(false);
         let mut response = self.stand_by().await;
         if let Some(refusal) = response.extensions_mut().get_mut::<Refusal>() {
-            *refusal = refusal.after_run();
+            *refusal = refusal.clone().after_run();
         }
         response
     }
@@ -354,8 +355,8 @@ impl Values {
 
     /// Returns the response of a handler that failed, and the form in which it is stored, for settings that store
     /// failures.
-    pub(super) fn failure_to_keep(&self) -> (response::Parts, Collected, Answer) {
-        let (head, bytes) = HELD.render(&self.refusals).into_parts();
+    pub(super) fn failure_to_keep(&self, head: Option<&request::Parts>) -> (response::Parts, Collected, Answer) {
+        let (head, bytes) = HELD.render(&self.refusals, head).into_parts();
         let body = Collected { bytes, trailers: None };
         let answer = self.answer_headers.store(&head, &body);
         (head, body, answer)

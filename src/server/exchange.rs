@@ -39,6 +39,8 @@ pub(super) struct Exchange<St: Store, S> {
     /// A claim that got no reply.
     pub(super) lost_claim: Option<Box<LostClaim>>,
     pub(super) cargo: Cargo<S>,
+    /// A copy of the request's head, for an application that renders refusals.
+    pub(super) head: Option<Box<Parts>>,
 }
 
 /// What an exchange carries at the moment.
@@ -95,6 +97,7 @@ impl<St: Store, S> Exchange<St, S> {
         span: Option<Box<Span>>,
         times: Times,
         cargo: Cargo<S>,
+        head: Option<Box<Parts>>,
     ) -> Self {
         Self {
             hold,
@@ -106,6 +109,7 @@ impl<St: Store, S> Exchange<St, S> {
             is_superseded: false,
             lost_claim: None,
             cargo,
+            head,
         }
     }
 
@@ -368,11 +372,12 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// The response to what this request, or the one it waited for, came to.
     fn land<R: RebuildBody>(&self, landing: &Landing) -> Response<R> {
-        self.settings.land(self.span.as_deref(), landing)
+        self.settings.land(self.span.as_deref(), self.head.as_deref(), landing)
     }
 
     pub(super) fn refuse<R: RebuildBody>(&self, refusal: Refusal) -> Response<R> {
-        self.settings.refuse(self.span.as_deref(), refusal)
+        self.settings
+            .refuse(self.span.as_deref(), self.head.as_deref(), refusal)
     }
 
     pub(super) fn finished(&self, outcome: &'static str) {
@@ -432,8 +437,13 @@ impl Values {
         }
     }
 
-    /// The response to what a request came to.
-    pub(super) fn land<R: RebuildBody>(&self, span: Option<&Span>, landing: &Landing) -> Response<R> {
+    /// Returns the response for a request with this head.
+    pub(super) fn land<R: RebuildBody>(
+        &self,
+        span: Option<&Span>,
+        head: Option<&Parts>,
+        landing: &Landing,
+    ) -> Response<R> {
         match landing {
             Landing::Answer { answer, kept } => match self.answer_headers.replay(answer, *kept) {
                 Ok(response) => {
@@ -442,22 +452,27 @@ impl Values {
                 }
                 Err(_) => {
                     telemetry::store_failed(&CORRUPT);
-                    self.refuse(span, self.store_failed(&CORRUPT))
+                    self.refuse(span, head, self.store_failed(&CORRUPT))
                 }
             },
             Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::ResponseNotStored => {
                 telemetry::finished(span, "replayed");
                 self.answer_headers.bare_replay()
             }
-            Landing::Refused(refusal) => self.refuse(span, *refusal),
-            Landing::Handover => self.refuse(span, self.later(RefusalKind::Outstanding)),
+            Landing::Refused(refusal) => self.refuse(span, head, refusal.clone()),
+            Landing::Handover => self.refuse(span, head, self.later(RefusalKind::Outstanding)),
         }
     }
 
-    /// The response of a refusal.
-    pub(super) fn refuse<R: RebuildBody>(&self, span: Option<&Span>, refusal: Refusal) -> Response<R> {
+    /// Returns the response of a refusal for a request with this head.
+    pub(super) fn refuse<R: RebuildBody>(
+        &self,
+        span: Option<&Span>,
+        head: Option<&Parts>,
+        refusal: Refusal,
+    ) -> Response<R> {
         telemetry::finished(span, refusal.code());
-        refusal.into_response(&self.refusals)
+        refusal.into_response(&self.refusals, head)
     }
 
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {

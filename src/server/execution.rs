@@ -221,8 +221,9 @@ where
         Ok(response) => response,
         Err(error) => return Ended::Failed(error),
     };
-    let (head, body) = response.into_parts();
+    let (mut head, body) = response.into_parts();
     let judgement = settings.judge(&head);
+    settings.advise(&mut head, judgement.verdict);
     let timeout = match judgement.verdict {
         Verdict::Keep => settings.response_timeout,
         // A response that is not stored must not wait for its end. If its body is complete already, the duplicates in

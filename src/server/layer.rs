@@ -12,7 +12,7 @@ use tower_layer::Layer;
 
 use super::errors::ServiceFailure;
 use super::guard::Shared;
-use super::policy::{OnLost, Statuses};
+use super::policy::{OnLost, Statuses, Verdict};
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
@@ -86,7 +86,9 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Sets what draft-ietf-httpapi-idempotency-key-header-07 says: the key is required (section 2.7), a structured-field
     /// string (section 2.1), and a request that comes while the first is outstanding gets 409 at once (section 2.6).
     pub fn ietf(mut self) -> Self {
-        self.values().refusals = RefusalStyle::default();
+        let refusals = &mut self.values().refusals;
+        refusals.style = RefusalStyle::default();
+        refusals.should_retry = None;
         self.with_key_syntax(KeySyntax::Strict)
             .require_key()
             .with_wait(Duration::ZERO)
@@ -98,13 +100,25 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// The layer stores 5xx and 408, too, but not 400 and 422, because Stripe does not save the results of requests
     /// that fail validation, nor the other 4xx that the [table](Self#defaults) leaves out, such as 401, 404 and 429.
+    ///
+    /// Stripe's SDKs send a request again after 409 and 5xx, unless `Stripe-Should-Retry` says otherwise. So every
+    /// refusal says `true` or `false`, and a failed response whose key does not become free says `false`, the first
+    /// time and in each replay. [`with_should_retry_header`](Self::with_should_retry_header) changes or removes it.
+    ///
+    /// Keys may have spaces between other characters. The fingerprint includes `Stripe-Account`, also beside a scope: a
+    /// request for another account under the same key gets 400, and never the response of the first account.
     pub fn stripe(mut self) -> Self {
+        const STRIPE_ACCOUNT: HeaderName = HeaderName::from_static("stripe-account");
         let values = self.values();
-        values.refusals = RefusalStyle::Stripe;
+        values.refusals.style = RefusalStyle::Stripe;
+        values.refusals.should_retry = Some(HeaderName::from_static("stripe-should-retry"));
         values.required = false;
         values.keep.keep_if = None;
         values.keep.statuses = Statuses::Stripe;
-        self.with_key_syntax(KeySyntax::Raw)
+        if !values.fingerprinting.headers.contains(&STRIPE_ACCOUNT) {
+            values.fingerprinting.headers.push(STRIPE_ACCOUNT);
+        }
+        self.with_key_syntax(KeySyntax::RawWithSpaces)
             .with_methods([Method::POST])
             .on_error(OnError::Keep)
             .with_retention(Duration::from_secs(24 * 60 * 60))
@@ -131,7 +145,7 @@ impl<St: Store> IdempotencyLayer<St> {
         values.keep.statuses = Statuses::SuccessOnly;
         values.acknowledges = true;
         values.run_unprotected = false;
-        values.header = IDEMPOTENCY_KEY;
+        values.set_header(IDEMPOTENCY_KEY);
         values.parser = KeyParser::default();
         self.require_key()
             .on_error(OnError::Release)
@@ -142,9 +156,12 @@ impl<St: Store> IdempotencyLayer<St> {
             .dangerously_without_fingerprint()
     }
 
-    /// `Idempotency-Key` by default: the header field that carries the key.
+    /// Sets the header field that carries the key. Default: `Idempotency-Key`. Refusals name this field.
+    ///
+    /// For an API that has the key in the body, a small middleware outside of this layer can copy it into the header
+    /// field: see `examples/key_in_body.rs`.
     pub fn with_header(mut self, name: HeaderName) -> Self {
-        self.values().header = name;
+        self.values().set_header(name);
         self
     }
 
@@ -238,6 +255,19 @@ impl<St: Store> IdempotencyLayer<St> {
     /// left-out members make no difference. A body that is no JSON is compared by its bytes.
     pub fn with_json_fingerprint(mut self, json: CanonicalJson) -> Self {
         self.values().fingerprinting.body = BodyForm::Json(json);
+        self
+    }
+
+    /// Compares multipart bodies by their parts, without the boundary. Default: by their bytes.
+    ///
+    /// Browsers, `reqwest` and other clients choose a new random boundary for each request, so by default the retry of
+    /// an upload is another request and gets 422. With this setting, the fingerprint includes the content type without
+    /// its boundary, and the header fields and the content of each part. A part that is multipart itself has a boundary
+    /// of its own, which is compared. Bodies that are not multipart are compared as before. So are malformed ones, and
+    /// those in which the boundary also stands within a part. This setting does not apply beside
+    /// [`with_fingerprint`](Self::with_fingerprint).
+    pub fn with_multipart_fingerprint(mut self) -> Self {
+        self.values().fingerprinting.multipart = true;
         self
     }
 
@@ -402,7 +432,7 @@ impl<St: Store> IdempotencyLayer<St> {
                 "the base of problem types has a character that no URI has; percent-encode it",
             ));
         }
-        self.values().refusals = RefusalStyle::Problem { type_base: base.into() };
+        self.values().refusals.style = RefusalStyle::Problem { type_base: base.into() };
         Ok(self)
     }
 
@@ -410,14 +440,47 @@ impl<St: Store> IdempotencyLayer<St> {
     /// counts as an answer to keep: judge it with [`keep_if`](Self::keep_if), where it is in the headers, or let the handler say
     /// [`DoNotKeep`](crate::DoNotKeep).
     pub fn with_grpc_refusals(mut self) -> Self {
-        self.values().refusals = RefusalStyle::Grpc;
+        self.values().refusals.style = RefusalStyle::Grpc;
         self
     }
 
-    /// Problem documents by default: how refusals look. `Cache-Control: no-store` and `Retry-After` are added to what this
-    /// function makes.
-    pub fn with_refusals(mut self, render: impl Fn(&Refusal) -> Response<Bytes> + Send + Sync + 'static) -> Self {
-        self.values().refusals = RefusalStyle::Custom(Arc::new(render));
+    /// Sets a function that renders refusals. Default: problem documents. The layer adds `Cache-Control: no-store` and
+    /// `Retry-After`.
+    ///
+    /// The function gets the refusal and the head of the refused request, for example to read a request id or to
+    /// negotiate the content. The layer copies the head of each request that it does not answer at once, because the
+    /// handler gets the original; without this setting it copies nothing. If the layer stores a failure of the handler
+    /// ([`OnError::Keep`]), the function renders it once, for the first request, and duplicates get the same response.
+    ///
+    /// ```
+    /// use http::Response;
+    /// use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    ///
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_refusals(|refusal, head| {
+    ///     let mut response = Response::new(format!("{}: {}", refusal.title(), refusal.detail()).into());
+    ///     *response.status_mut() = refusal.status();
+    ///     if let Some(id) = head.headers.get("x-request-id") {
+    ///         response.headers_mut().insert("x-request-id", id.clone());
+    ///     }
+    ///     response
+    /// });
+    /// # let _ = layer;
+    /// ```
+    pub fn with_refusals(
+        mut self,
+        render: impl Fn(&Refusal, &Parts) -> Response<Bytes> + Send + Sync + 'static,
+    ) -> Self {
+        self.values().refusals.style = RefusalStyle::Custom(Arc::new(render));
+        self
+    }
+
+    /// Sets the header field that tells the client's SDK whether a retry can help, `true` or `false`. Default: none;
+    /// [`stripe`](Self::stripe) sets `Stripe-Should-Retry`. Other SDKs read `X-Should-Retry`.
+    ///
+    /// Every refusal has the field. A response of the handler has it, with `false`, if its status is 4xx or 5xx and the
+    /// key does not become free, because a retry would get the same response or a refusal.
+    pub fn with_should_retry_header(mut self, name: Option<HeaderName>) -> Self {
+        self.values().refusals.should_retry = name;
         self
     }
 
@@ -566,7 +629,8 @@ impl<St: Store> IdempotencyLayer<St> {
     /// A response as it is stored and replayed, without the headers that are never replayed; for [`Store::resolve`].
     #[must_use]
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
-        let (head, bytes) = response.into_parts();
+        let (mut head, bytes) = response.into_parts();
+        self.settings.0.advise(&mut head, Verdict::Keep);
         let body = Collected { bytes, trailers: None };
         Outcome::Kept(self.settings.0.answer_headers.store(&head, &body))
     }

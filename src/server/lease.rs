@@ -210,7 +210,7 @@ mod extract {
     use http::HeaderName;
 
     use super::{Attempt, Lease};
-    use crate::http::{Refusal, RefusalKind, RefusalStyle, IDEMPOTENCY_KEY};
+    use crate::http::{Refusal, RefusalKind, Rendering, IDEMPOTENCY_KEY};
     use crate::protocol::IdempotencyKey;
 
     /// The header field that holds the key, set by a layer that passed the request on, if the field is not
@@ -221,19 +221,24 @@ mod extract {
     /// The rejection of a [`Lease`], an [`Attempt`] or an [`IdempotencyKey`] as an extractor, if no
     /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the request. A request without a key gets 400. A request
     /// with a key gets 500, because the application does not cover its route or method. The key counts in the header
-    /// field of the layer that passed the request on, otherwise in `Idempotency-Key`.
-    #[derive(Clone, Copy, Debug)]
+    /// field of the layer that passed the request on, otherwise in `Idempotency-Key`, and the response names that field.
+    #[derive(Clone, Debug)]
     pub struct NotGuarded {
         has_key: bool,
+        /// The header field with the key, if it is not `Idempotency-Key`.
+        header: Option<Box<HeaderName>>,
     }
 
     impl NotGuarded {
         fn new(parts: &Parts) -> Self {
-            let has_key = match parts.extensions.get::<KeyHeader>() {
-                Some(KeyHeader(name)) => parts.headers.contains_key(name),
-                None => parts.headers.contains_key(IDEMPOTENCY_KEY),
-            };
-            Self { has_key }
+            let header = parts.extensions.get::<KeyHeader>();
+            let header = header.map(|KeyHeader(name)| Box::new(name.clone()));
+            Self {
+                has_key: parts
+                    .headers
+                    .contains_key(header.as_deref().unwrap_or(&IDEMPOTENCY_KEY)),
+                header,
+            }
         }
     }
 
@@ -244,17 +249,21 @@ mod extract {
             } else {
                 RefusalKind::MissingKey
             };
-            Refusal::new(kind).into_response(&RefusalStyle::default())
+            let rendering = Rendering {
+                header: self.header,
+                ..Rendering::default()
+            };
+            Refusal::new(kind).into_response(&rendering, None)
         }
     }
 
     impl std::fmt::Display for NotGuarded {
         fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str(if self.has_key {
-                "the route or method is not covered by an IdempotencyLayer"
-            } else {
-                "the request has no idempotency key"
-            })
+            if self.has_key {
+                return f.write_str("the route or method is not covered by an IdempotencyLayer");
+            }
+            let header = self.header.as_deref().map_or("Idempotency-Key", HeaderName::as_str);
+            write!(f, "the request has no idempotency key in the header field {header}")
         }
     }
 

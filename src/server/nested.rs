@@ -70,7 +70,7 @@ where
             Err(error) => {
                 telemetry::store_failed(&error);
                 if !settings.run_unprotected || error.kind() != ErrorKind::StoreUnavailable {
-                    return Ok(settings.refuse(None, settings.store_failed(&error)));
+                    return Ok(settings.refuse(None, Some(&head), settings.store_failed(&error)));
                 }
                 telemetry::event(Event::Unprotected);
             }

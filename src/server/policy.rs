@@ -348,9 +348,9 @@ mod tests {
             // The inner handler ran, and another attempt took its key over.
             (Refusal::new(Mismatch).after_run(), GiveUp, Release, GiveUp),
         ] {
-            assert_eq!(of(OnError::Keep, refusal), by_keep, "{refusal:?}");
-            assert_eq!(of(OnError::Release, refusal), by_release, "{refusal:?}");
-            assert_eq!(of(OnError::Unknown, refusal), by_unknown, "{refusal:?}");
+            assert_eq!(of(OnError::Keep, refusal.clone()), by_keep, "{refusal:?}");
+            assert_eq!(of(OnError::Release, refusal.clone()), by_release, "{refusal:?}");
+            assert_eq!(of(OnError::Unknown, refusal.clone()), by_unknown, "{refusal:?}");
         }
     }
 

@@ -89,7 +89,7 @@ where
                     values.mark_passed(request.extensions_mut());
                     ResponseFuture::passed(self.inner.call(request))
                 }
-                Admission::Refuse(refusal) => values.refused(refusal),
+                Admission::Refuse(refusal) => values.refused(refusal, &request.into_parts().0),
                 Admission::Guard(key) => {
                     let values = Arc::clone(values);
                     let (head, body) = request.into_parts();
@@ -106,7 +106,7 @@ where
                 values.mark_passed(&mut head.extensions);
                 ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)))
             }
-            Admission::Refuse(refusal) => values.refused(refusal),
+            Admission::Refuse(refusal) => values.refused(refusal, &head),
             Admission::Guard(key) => self.guard(key, values, head, body),
         }
     }
@@ -132,7 +132,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         let scope = match &settings.scope {
             None => None,
             Some(scope) => match scope(&head) {
-                None => return settings.refused(Refusal::new(RefusalKind::MissingScope)),
+                None => return settings.refused(Refusal::new(RefusalKind::MissingScope), &head),
                 scope => scope,
             },
         };
@@ -171,10 +171,10 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
 }
 
 impl Values {
-    /// The answer to a request that is refused by its head.
-    fn refused<F, R: RebuildBody, E>(&self, refusal: Refusal) -> ResponseFuture<F, R, E> {
+    /// Returns the response to a request that is refused by its head.
+    fn refused<F, R: RebuildBody, E>(&self, refusal: Refusal, head: &Parts) -> ResponseFuture<F, R, E> {
         telemetry::finished(telemetry::span().as_deref(), refusal.code());
-        ResponseFuture::refused(refusal.into_response(&self.refusals))
+        ResponseFuture::refused(refusal.into_response(&self.refusals, Some(head)))
     }
 
     /// Adds the name of the header field with the key to the extensions, for extractors that find no lease. Does so

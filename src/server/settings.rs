@@ -4,13 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::HeaderName;
+use http::header::{HeaderName, HeaderValue};
 use http::request::Parts;
-use http::Method;
+use http::{response, Method};
 
 use super::errors::ServiceErrors;
-use super::policy::{KeepPolicy, OnLost};
-use crate::http::{AnswerHeaders, Fingerprinting, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
+use super::policy::{KeepPolicy, OnLost, Verdict};
+use crate::http::{AnswerHeaders, Fingerprinting, Rendering, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{KeyParser, KeySpace, Scope};
 use crate::uncut::MOST_DETACHED;
 
@@ -43,7 +43,7 @@ pub(super) struct Values {
     /// Whether a 2xx acknowledges: none is given of which nothing is recorded, and a duplicate of which the answer was not kept
     /// gets a bare 200 instead of a refusal.
     pub(super) acknowledges: bool,
-    pub(super) refusals: RefusalStyle,
+    pub(super) refusals: Rendering,
     pub(super) retention: Duration,
     pub(super) lease: Duration,
     pub(super) waiting: Waiting,
@@ -83,7 +83,7 @@ impl Default for Values {
             max_attempts: 5,
             answer_headers: AnswerHeaders::default(),
             acknowledges: false,
-            refusals: RefusalStyle::default(),
+            refusals: Rendering::default(),
             retention: Duration::from_secs(24 * 60 * 60),
             lease: Duration::from_secs(30),
             waiting: Waiting {
@@ -96,6 +96,26 @@ impl Default for Values {
             completion_timeout: Duration::from_secs(10),
             retry_after: Duration::from_secs(1),
             run_unprotected: false,
+        }
+    }
+}
+
+impl Values {
+    pub(super) fn set_header(&mut self, name: HeaderName) {
+        self.refusals.header = (name != IDEMPOTENCY_KEY).then(|| Box::new(name.clone()));
+        self.header = name;
+    }
+
+    /// Marks a failed response whose key does not become free, so that the client's SDK does not send the request again
+    /// in vain. The mark is stored with the response.
+    pub(super) fn advise(&self, head: &mut response::Parts, verdict: Verdict) {
+        let Some(name) = &self.refusals.should_retry else {
+            return;
+        };
+        let is_failure = head.status.is_client_error() || head.status.is_server_error();
+        if is_failure && verdict != Verdict::Release {
+            // A response with as many headers as a map holds goes without the mark.
+            drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
         }
     }
 }

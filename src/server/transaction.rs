@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use http::{Response, StatusCode};
+use http::{request, Response, StatusCode};
 use sqlx::postgres::PgConnection;
 use tokio::runtime::Handle;
 
@@ -150,12 +150,13 @@ impl Lease {
     ) -> Result<Response<B>, Error> {
         let Home { store, settings } = self.home();
         let store = store.postgres()?;
-        let (head, body) = response.into_parts();
+        let (mut head, body) = response.into_parts();
         if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
             return Err(NOT_KEPT);
         }
         let reading = collect(body, settings.answer_limit, settings.response_timeout);
         let body = reading.await.map_err(|_| NOT_KEPT)?;
+        settings.advise(&mut head, Verdict::Keep);
         let answer = settings.answer_headers.store(&head, &body);
         let outcome = Outcome::Kept(answer);
         let retention = retention_of(&head).unwrap_or(settings.retention);
@@ -270,7 +271,8 @@ impl<St: Store, S> Exchange<St, S> {
         let Hold { shared, flight, .. } = &self.hold;
         let asked_on = (self.hold.owner(), Handle::try_current());
         if let ((Some(owner), Ok(runtime)), true) = (asked_on, Patience::repeats(error)) {
-            let (end, patience) = (end_of_failure(&self.settings), self.settings.patience().behind());
+            let end = end_of_failure(&self.settings, self.head.as_deref());
+            let patience = self.settings.patience().behind();
             let (store, key) = (Arc::clone(shared), flight.storage_key);
             shared
                 .tracker
@@ -284,12 +286,12 @@ impl<St: Store, S> Exchange<St, S> {
 }
 
 /// Returns the end of an attempt whose handler has failed.
-fn end_of_failure(settings: &Values) -> End {
+fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> End {
     match settings.keep.of_failure() {
         Verdict::GiveUp => End::GivenUp,
         Verdict::Release => End::Released,
         Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => {
-            End::completed(&Outcome::Kept(settings.failure_to_keep().2), settings.retention)
+            End::completed(&Outcome::Kept(settings.failure_to_keep(head).2), settings.retention)
         }
     }
 }

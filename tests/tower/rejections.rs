@@ -16,7 +16,7 @@ use tower::timeout::TimeoutLayer;
 use tower::{buffer, load_shed, BoxError, Layer, Service, ServiceBuilder, ServiceExt};
 use tower_idempotency::{IdempotencyLayer, OnError, ServiceFailure};
 
-use super::support::{advance, got, post, send, text, AnyBody, Got, Handler, RemoteStore};
+use super::support::{advance, got, post, send, text, yield_times, AnyBody, Got, Handler, RemoteStore};
 
 const EVERY: [OnError; 3] = [OnError::Keep, OnError::Release, OnError::Unknown];
 
@@ -103,9 +103,13 @@ async fn a_request_whose_buffer_has_closed_frees_its_key_under_every_setting() {
         let store = RemoteStore::new();
         let (buffer, worker) = Buffer::pair(Handler::new(), 8);
         let mut service = layer(&store, on_error).layer(buffer);
-        service.ready().await.unwrap();
-        drop(worker);
-        let error = service.call(post("k", "x")).await.unwrap_err();
+        let running = service.ready().await.unwrap().call(post("k", "x"));
+        let closing = async {
+            yield_times(50).await;
+            drop(worker);
+        };
+        let (result, ()) = tokio::join!(running, closing);
+        let error = result.unwrap_err();
         assert!(error.is::<buffer::error::Closed>(), "{on_error:?}: {error}");
         assert_eq!((store.len(), store.calls("claim")), (0, 1), "{on_error:?}");
     }

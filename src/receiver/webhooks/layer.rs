@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{InvalidWebhook, VerifyWebhook, Webhook};
 use crate::clock::wall_clock;
-use crate::http::{collect, BodyBounds, RebuildBody, Refusal, RefusalKind, RefusalStyle, Shortfall, IDEMPOTENCY_KEY};
+use crate::http::{collect, BodyBounds, RebuildBody, Refusal, RefusalKind, Rendering, Shortfall, IDEMPOTENCY_KEY};
 use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;
@@ -212,7 +212,7 @@ impl Settings {
         };
         let refusal = Refusal::new(kind);
         telemetry::finished(None, refusal.code());
-        let mut response = refusal.into_response(&RefusalStyle::default());
+        let mut response = refusal.into_response(&Rendering::default(), None);
         if kind == RefusalKind::InvalidWebhookMethod {
             // RFC 9110 section 15.5.6: "The origin server MUST generate an Allow header field in a 405 response".
             let allowed = match self.pass_challenges {

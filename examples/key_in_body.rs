@@ -1,0 +1,144 @@
+//! A key in the body: for an API whose key is a member of its JSON requests, such as Square's `idempotency_key`.
+//!
+//! ```text
+//! cargo run --features axum --example key_in_body
+//! ```
+//!
+//! A small middleware outside of the layer reads the body within bounds of size and time, and copies the member into
+//! the header field of the layer. The member alone decides: a header that the client sent as well must say the same, and
+//! a header without the member is dropped. The example sends itself requests, and ends with an error if one of its
+//! claims is false.
+
+use std::time::Duration;
+
+use axum::body::{to_bytes, Body, Bytes};
+use axum::extract::Request;
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::middleware::{from_fn, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+use futures::stream;
+use http_body_util::LengthLimitError;
+use serde::Deserialize;
+use tokio::time::timeout;
+use tower::ServiceExt;
+use tower_idempotency::{Attempt, IdempotencyLayer, KeySyntax, MemoryStore};
+
+const KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const LONGEST_BODY: usize = 64 * 1024;
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// The member with the key; other members do not matter here. The parser refuses a body that has the member twice,
+/// because the handler could read the other one.
+#[derive(Deserialize)]
+struct Keyed {
+    idempotency_key: Option<String>,
+}
+
+/// Moves the key from the body to the header field.
+async fn key_from_body(mut request: Request, next: Next) -> Response {
+    match move_key(&mut request).await {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+async fn move_key(request: &mut Request) -> Result<(), (StatusCode, &'static str)> {
+    let body = read(std::mem::take(request.body_mut())).await?;
+    let is_repeated = request.headers().get_all(KEY).iter().nth(1).is_some();
+    let sent = request.headers_mut().remove(KEY);
+    let Ok(Keyed { idempotency_key }) = serde_json::from_slice(&body) else {
+        let problem = "The body is not a JSON object with at most one `idempotency_key`, a string.";
+        return Err((StatusCode::BAD_REQUEST, problem));
+    };
+    if let Some(key) = idempotency_key {
+        let Ok(mut value) = HeaderValue::from_str(&key) else {
+            return Err((StatusCode::BAD_REQUEST, "The key has a character that is not ASCII."));
+        };
+        if is_repeated || sent.is_some_and(|sent| sent != value) {
+            return Err((StatusCode::BAD_REQUEST, "The header and the body have different keys."));
+        }
+        value.set_sensitive(true);
+        request.headers_mut().insert(KEY, value);
+    }
+    *request.body_mut() = Body::from(body);
+    Ok(())
+}
+
+/// Reads a body within the bounds. The layer inside has bounds of its own, but it gets the body after this function.
+async fn read(body: Body) -> Result<Bytes, (StatusCode, &'static str)> {
+    match timeout(LONGEST_WAIT, to_bytes(body, LONGEST_BODY)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(error)) if error.into_inner().is::<LengthLimitError>() => {
+            Err((StatusCode::PAYLOAD_TOO_LARGE, "The body is too long."))
+        }
+        Ok(Err(_)) => Err((StatusCode::BAD_REQUEST, "The body broke off.")),
+        Err(_) => Err((StatusCode::REQUEST_TIMEOUT, "The body took too long.")),
+    }
+}
+
+#[derive(Deserialize)]
+struct Payment {
+    amount: u32,
+}
+
+async fn pay(attempt: Attempt, Json(payment): Json<Payment>) -> (StatusCode, String) {
+    let receipt = format!("paid {} in attempt {}", payment.amount, attempt.number());
+    (StatusCode::CREATED, receipt)
+}
+
+/// The value of the header is the key as it stands (`KeySyntax::Raw`), as it was in the body.
+fn app() -> Router {
+    let idempotency = IdempotencyLayer::new(MemoryStore::new())
+        .with_key_syntax(KeySyntax::Raw)
+        .require_key();
+    Router::new()
+        .route("/payments", post(pay))
+        .layer(idempotency)
+        .layer(from_fn(key_from_body))
+}
+
+/// Sends a payment, and returns its status and whether the response is a replay.
+async fn send(app: &Router, header: &[&'static str], body: impl Into<Body>) -> (u16, bool) {
+    let mut request = Request::post("/payments").header("content-type", "application/json");
+    for key in header {
+        request = request.header(KEY, *key);
+    }
+    let request = request.body(body.into()).expect("a request");
+    let Ok(response) = app.clone().oneshot(request).await;
+    let is_replay = response.headers().contains_key("idempotent-replayed");
+    (response.status().as_u16(), is_replay)
+}
+
+#[tokio::main(flavor = "current_thread", start_paused = true)]
+async fn main() {
+    let app = app();
+    let payment = r#"{"idempotency_key":"k-1","amount":100}"#;
+    assert_eq!(send(&app, &[], payment).await, (201, false));
+    assert_eq!(send(&app, &[], payment).await, (201, true));
+    let dearer = r#"{"idempotency_key":"k-1","amount":900}"#;
+    assert_eq!(send(&app, &[], dearer).await, (422, false), "another request");
+
+    // A header counts for nothing unless it says the same.
+    assert_eq!(send(&app, &["k-1"], payment).await, (201, true));
+    assert_eq!(send(&app, &["k-2"], payment).await, (400, false));
+    assert_eq!(send(&app, &["k-1", "k-2"], payment).await, (400, false));
+    assert_eq!(send(&app, &["k-1"], r#"{"amount":100}"#).await, (400, false), "no key");
+
+    for body in [
+        "",
+        "no JSON",
+        r#"{"idempotency_key":7,"amount":1}"#,
+        r#"{"idempotency_key":"","amount":1}"#,
+        r#"{"idempotency_key":"two\nlines","amount":1}"#,
+        r#"{"idempotency_key":"a","idempotency_key":"b","amount":1}"#,
+    ] {
+        assert_eq!(send(&app, &[], body).await, (400, false), "{body}");
+    }
+    let long = "x".repeat(LONGEST_BODY + 1);
+    assert_eq!(send(&app, &[], long).await, (413, false));
+    let stalled = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
+    assert_eq!(send(&app, &[], stalled).await, (408, false));
+    println!("each payment was made once, under the key of its body");
+}
