@@ -450,7 +450,8 @@ async fn a_load_shedder_behind_an_error_handler_frees_the_key_by_a_mark() {
             .layer(HandleErrorLayer::new(rejected))
             .load_shed()
             .concurrency_limit(1);
-        let app = Router::new().route("/", post(slow).layer(inside));
+        // Without a state, axum applies the layers to each request anew, and each one has a limit of its own.
+        let app: Router = Router::new().route("/", post(slow).layer(inside)).with_state(());
         let (one, two) = ([("idempotency-key", "one")], [("idempotency-key", "two")]);
         let (first, second) = tokio::join!(pay(&app, "/", &one, ""), pay(&app, "/", &two, ""));
         let shed = if first.status == 503 { one } else { two };
