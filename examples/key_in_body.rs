@@ -9,6 +9,7 @@
 //! a header without the member is dropped. The example sends itself requests, and ends with an error if one of its
 //! claims is false.
 
+use std::error::Error;
 use std::time::Duration;
 
 use axum::body::{to_bytes, Body, Bytes};
@@ -70,7 +71,7 @@ async fn move_key(request: &mut Request) -> Result<(), (StatusCode, &'static str
 async fn read(body: Body) -> Result<Bytes, (StatusCode, &'static str)> {
     match timeout(LONGEST_WAIT, to_bytes(body, LONGEST_BODY)).await {
         Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) if error.into_inner().is::<LengthLimitError>() => {
+        Ok(Err(error)) if error.source().is_some_and(<dyn Error>::is::<LengthLimitError>) => {
             Err((StatusCode::PAYLOAD_TOO_LARGE, "The body is too long."))
         }
         Ok(Err(_)) => Err((StatusCode::BAD_REQUEST, "The body broke off.")),

@@ -38,11 +38,12 @@ fn layer(store: &RemoteStore, on_error: OnError) -> IdempotencyLayer<RemoteStore
 }
 
 /// Sends a request whose service may fail.
-async fn try_send<S, E>(service: &S, key: &str) -> Result<Got, E>
+fn try_send<S, E>(service: &S, key: &str) -> impl Future<Output = Result<Got, E>> + use<S, E>
 where
     S: Service<Request<AnyBody>, Response = Response<AnyBody>, Error = E> + Clone,
 {
-    Ok(got(service.clone().oneshot(post(key, "x")).await?).await)
+    let responding = service.clone().oneshot(post(key, "x"));
+    async move { Ok(got(responding.await?).await) }
 }
 
 #[tokio::test(start_paused = true)]
