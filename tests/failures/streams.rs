@@ -123,9 +123,9 @@ fn set_type(response: &mut Response<AnyBody>, media_type: &'static str) {
 }
 
 /// Sends a request, and returns its response and the first bytes of its body. Fails if they take any time.
-async fn first_bytes(service: &impl Serve) -> Response<AnyBody> {
+async fn first_bytes(service: impl Serve) -> Response<AnyBody> {
     let begin = Timer::start();
-    let mut response = service.clone().oneshot(post("k", "pay")).await.unwrap();
+    let mut response = service.oneshot(post("k", "pay")).await.unwrap();
     let front = response.body_mut().frame().await.unwrap().unwrap().into_data().unwrap();
     assert_eq!(front, "front");
     assert_eq!(begin.elapsed(), Duration::ZERO);
@@ -165,23 +165,25 @@ async fn a_response_that_is_not_stored_streams_at_once_and_frees_its_key() {
             response.extensions_mut().insert(DoNotKeep);
         }),
         ("a status that is not stored", |response| {
-            *response.status_mut() = StatusCode::NOT_FOUND
+            *response.status_mut() = StatusCode::NOT_FOUND;
         }),
-        ("a failure", |response| *response.status_mut() = StatusCode::BAD_GATEWAY),
+        ("a failure", |response| {
+            *response.status_mut() = StatusCode::BAD_GATEWAY;
+        }),
     ];
     for (name, change) in changes {
         let handler = endless(change);
         let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
-        let first = first_bytes(&service).await;
-        drop(first_bytes(&service).await);
+        let first = first_bytes(service.clone()).await;
+        drop(first_bytes(service.clone()).await);
         assert_eq!(handler.runs(), 2, "{name}");
         drop(first);
     }
     let handler = endless(|_| {});
     let layer = IdempotencyLayer::new(MemoryStore::new()).keep_if(|_| false);
     let service = layer.layer(handler.clone());
-    drop(first_bytes(&service).await);
-    drop(first_bytes(&service).await);
+    drop(first_bytes(service.clone()).await);
+    drop(first_bytes(service.clone()).await);
     assert_eq!(handler.runs(), 2);
 }
 
@@ -191,7 +193,7 @@ async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte(
     let changes: [(&str, Change); 5] = [
         ("server-sent events", |response| set_type(response, "text/event-stream")),
         ("NDJSON", |response| {
-            set_type(response, "Application/X-NDJSON; charset=utf-8")
+            set_type(response, "Application/X-NDJSON; charset=utf-8");
         }),
         ("JSON sequences", |response| set_type(response, "application/json-seq")),
         ("a mark", |response| {
@@ -206,7 +208,7 @@ async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte(
     for (name, change) in changes {
         let handler = endless(change);
         let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
-        let first = first_bytes(&service).await;
+        let first = first_bytes(service.clone()).await;
         assert_eq!(
             send(&service, post("k", "pay")).await.code(),
             "response-not-stored",
@@ -226,7 +228,7 @@ async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte(
 async fn an_own_list_of_stream_types_replaces_the_known_ones() {
     let layer = IdempotencyLayer::new(MemoryStore::new()).with_stream_types(["application/x-rows"]);
     let rows = layer.layer(endless(|response| set_type(response, "application/x-rows")));
-    drop(first_bytes(&rows).await);
+    drop(first_bytes(rows).await);
     let stored = Handler::new().answering(|_| {
         let mut response = text(StatusCode::OK, "{}\n");
         set_type(&mut response, "application/x-ndjson");
