@@ -307,6 +307,15 @@ pub(crate) enum Limit {
 }
 
 impl Limit {
+    /// Sets the time that is left, counted from the next call of [`poll_over`](Self::poll_over), unless less is left.
+    pub(crate) fn shorten(&mut self, to: Duration) {
+        let left = match self {
+            Self::Set(limit) => *limit,
+            Self::Running(deadline, _) => deadline.left(),
+        };
+        *self = Self::Set(left.min(to));
+    }
+
     /// Resolves when the time is over. The time starts with the first call.
     pub(crate) fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Self::Set(limit) = *self {

@@ -2,9 +2,14 @@
 //!
 //! | page | question |
 //! |---|---|
+//! | `grpc` (feature `tonic`) | How do gRPC services use the layer? |
 //! | [`layers`] | How does the layer fit among timeouts, CORS, routes and other layers? |
 //! | [`responses`] | Which responses are stored, and why? |
 //! | [`testing`] | How do I test my handlers? |
+
+#[cfg(feature = "tonic")]
+#[doc = include_str!("../docs/grpc.md")]
+pub mod grpc {}
 
 #[doc = include_str!("../docs/layers.md")]
 pub mod layers {}

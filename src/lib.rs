@@ -80,6 +80,7 @@
 //! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
 //! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer`, which reports the outcome of a call and can collect its response |
 //! | `testing` | `testing::TestLease`, leases for unit tests of handlers; `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do, and signs webhooks for tests |
+//! | `tonic` | gRPC services: [`IdempotencyLayer::grpc`](crate::IdempotencyLayer), [`RebuildBody`] for the body of tonic 0.14, marks on a `tonic::Status` |
 //! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks; brings in `ring` |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.
@@ -146,6 +147,8 @@ mod uncut;
 
 pub use self::clock::{Clock, Timestamp};
 pub use self::error::{Error, ErrorKind};
+#[cfg(feature = "tonic")]
+pub use self::http::{grpc_response, MarkStatus};
 pub use self::http::{Body, RebuildBody, Refusal, RefusalKind};
 pub use self::job::{Drain, OnError};
 pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};

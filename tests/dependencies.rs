@@ -77,7 +77,8 @@ fn version(text: &str) -> (u32, u32) {
 
 #[test]
 fn every_dependency_has_a_licence_that_products_may_ship_with() {
-    let shipped = shipped("axum,follow-redirect,metrics,once,postgres-rustls,redis-rustls,reqwest,retry,webhooks");
+    let shipped =
+        shipped("axum,follow-redirect,metrics,once,postgres-rustls,redis-rustls,reqwest,retry,tonic,webhooks");
     assert!(shipped.len() > 20, "{}", shipped.len());
     for package in shipped {
         let licence = package["license"].as_str().unwrap_or("none");
@@ -97,6 +98,7 @@ fn no_dependency_asks_for_a_newer_rust_than_its_feature_declares() {
         ("once", ours),
         ("reqwest", ours),
         ("retry", ours),
+        ("tonic", ours),
         ("webhooks", ours),
         ("redis", "1.88"),
         ("redis-rustls", "1.88"),

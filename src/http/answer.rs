@@ -64,6 +64,11 @@ impl AnswerHeaders {
 
     /// The response that repeats a stored answer, marked as such if asked.
     pub(crate) fn replay<B: RebuildBody>(&self, answer: &Answer, marked: bool) -> Result<Response<B>, CorruptAnswer> {
+        Ok(self.replay_in_parts(answer, marked)?.map(Collected::rebuild))
+    }
+
+    /// The same with its body in parts.
+    pub(crate) fn replay_in_parts(&self, answer: &Answer, marked: bool) -> Result<Response<Collected>, CorruptAnswer> {
         let (mut head, ()) = Response::new(()).into_parts();
         let trailers = decode(&answer.head, &mut head).ok_or(CorruptAnswer)?;
         if marked {
@@ -73,7 +78,7 @@ impl AnswerHeaders {
             bytes: answer.body.clone(),
             trailers,
         };
-        Ok(Response::from_parts(head, body.rebuild()))
+        Ok(Response::from_parts(head, body))
     }
 
     /// An empty 200 instead of an answer that was not kept, marked as a replay.

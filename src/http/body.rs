@@ -12,20 +12,24 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
 use http_body_util::{BodyExt, Full};
 
+use super::grpc::FirstMessage;
 use crate::clock::Limit;
 
 /// A body type that can be made again from bytes that were read from it.
 ///
 /// The layer leaves the types of your bodies alone: what it does not guard passes through untouched and unboxed. What it
 /// guards it has to read, and then it needs a way back. That is this trait. It is implemented for `axum::body::Body` (feature
-/// `axum`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies and `Full` of `http-body-util`, and for [`Body`], which
+/// `axum`), for `tonic::body::Body` (feature `tonic`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies and `Full` of `http-body-util`, and for [`Body`], which
 /// wraps any other.
 #[diagnostic::on_unimplemented(
     message = "the idempotency layer reads `{Self}` and cannot make it again",
     label = "not a body that can be made again from bytes",
     note = "in an axum app, enable the feature `axum` of `tower-idempotency`",
-    note = "elsewhere, put `tower_http::map_request_body::MapRequestBodyLayer::new(tower_idempotency::Body::new)` (and \
-            `MapResponseBodyLayer` likewise) around the layer, or box the body with `http_body_util::BodyExt::boxed_unsync`"
+    note = "around a tonic service, enable the feature `tonic` of `tower-idempotency`",
+    note = "otherwise wrap the body by `tower_idempotency::Body::new`: the body of a request with \
+            `tower_http::map_request_body::MapRequestBodyLayer` outside of this layer, the body of a response with \
+            `tower_http::map_response_body::MapResponseBodyLayer` inside of this layer",
+    note = "or box the body at the same place with `http_body_util::BodyExt::boxed_unsync`"
 )]
 pub trait RebuildBody: HttpBody<Data = Bytes> + Unpin + Sized {
     /// The body that yields what `body` yields.
@@ -196,6 +200,16 @@ impl RebuildBody for reqwest::Body {
     }
 }
 
+#[cfg(feature = "tonic")]
+impl RebuildBody for tonic::body::Body {
+    fn rebuild(body: Body<Self>) -> Self {
+        match body.rest {
+            Some(unread) if body.front.is_empty() && body.trailers.is_none() => unread,
+            rest => Self::new(Body { rest, ..body }),
+        }
+    }
+}
+
 /// A body that was read to its end.
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
@@ -253,8 +267,22 @@ pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize, timeout: Duration) 
         body: Some(body),
         limit,
         timeout: Limit::Set(timeout),
+        first_message: None,
         read: Read::default(),
         trailers: None,
+    }
+}
+
+/// The time within which a gRPC response must end after its first message. A server sends the status of a unary call
+/// together with its message, so a response that goes on for longer is a stream, and its caller must not wait for its
+/// end.
+const AFTER_FIRST_MESSAGE: Duration = Duration::from_millis(100);
+
+/// Reads a gRPC body to its end, as [`collect`] does. Stops 100 ms after the first message at the latest.
+pub(crate) fn collect_messages<B: RebuildBody>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
+    Collect {
+        first_message: Some(FirstMessage::default()),
+        ..collect(body, limit, timeout)
     }
 }
 
@@ -265,6 +293,8 @@ pub(crate) struct Collect<B> {
     body: Option<B>,
     limit: usize,
     timeout: Limit,
+    /// Looks for the end of the first message, until it has come.
+    first_message: Option<FirstMessage>,
     read: Read,
     trailers: Option<HeaderMap>,
 }
@@ -290,7 +320,13 @@ impl<B: RebuildBody> Collect<B> {
                 return Poll::Ready(Stop::Complete);
             };
             match frame.map(Frame::into_data) {
-                Ok(Ok(data)) => self.read.push(data, self.limit),
+                Ok(Ok(data)) => {
+                    if self.first_message.as_mut().is_some_and(|first| first.ends_with(&data)) {
+                        self.first_message = None;
+                        self.timeout.shorten(AFTER_FIRST_MESSAGE);
+                    }
+                    self.read.push(data, self.limit);
+                }
                 Ok(Err(frame)) => self.trailers = frame.into_trailers().ok(),
                 Err(error) => return Poll::Ready(Stop::Broken(error)),
             }

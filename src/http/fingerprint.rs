@@ -9,6 +9,8 @@ use http::request::Parts;
 use http::{HeaderMap, Uri};
 
 use super::authority::Authority;
+#[cfg(feature = "tonic")]
+use super::grpc;
 use super::multipart;
 use crate::protocol::CanonicalJson;
 use crate::protocol::{Fingerprint, Hasher};
@@ -16,6 +18,10 @@ use crate::protocol::{Fingerprint, Hasher};
 type Digest = Arc<dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync>;
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// The largest number of compressed messages in a request that are decompressed. A body with more counts as it is.
+#[cfg(feature = "tonic")]
+const MOST_COMPRESSED: usize = 1_024;
 
 /// The parts of a request that make it "the same request".
 #[derive(Clone, Debug)]
@@ -44,6 +50,9 @@ pub(crate) enum BodyForm {
     #[default]
     Bytes,
     Custom(Digest),
+    /// The messages, whatever their compression.
+    #[cfg(feature = "tonic")]
+    Grpc,
     Json(CanonicalJson),
     /// Nothing is compared, not even the method.
     Nothing,
@@ -51,18 +60,22 @@ pub(crate) enum BodyForm {
 
 impl Fingerprinting {
     /// Returns the fingerprint of a request that a server received. Without a scope, the fingerprint includes the
-    /// credentials and the host of the request (I4).
-    pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
-        self.of_target(uri_as_received(parts), parts, body, scoped)
+    /// credentials and the host of the request (I4). `limit` bounds what a compressed body becomes.
+    pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool, limit: usize) -> Fingerprint {
+        self.of_target(uri_as_received(parts), parts, body, scoped, limit)
     }
 
     /// Returns the fingerprint of a request that a client sends, without credentials and host. Its extensions do not
     /// count. If the application forwards a request that it has received, they describe the received request.
     pub(crate) fn of_call(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
-        self.of_target(&parts.uri, parts, body, true)
+        self.of_target(&parts.uri, parts, body, true, body.len())
     }
 
-    fn of_target(&self, uri: &Uri, parts: &Parts, body: &Bytes, scoped: bool) -> Fingerprint {
+    #[cfg_attr(
+        not(feature = "tonic"),
+        expect(unused_variables, reason = "only bodies of gRPC are decompressed")
+    )]
+    fn of_target(&self, uri: &Uri, parts: &Parts, body: &Bytes, scoped: bool, limit: usize) -> Fingerprint {
         if matches!(self.body, BodyForm::Nothing) {
             return Fingerprint::NONE;
         }
@@ -75,6 +88,8 @@ impl Fingerprinting {
                 hasher.field(b"custom");
                 hasher
             }
+            #[cfg(feature = "tonic")]
+            BodyForm::Grpc => over_messages(&parts.headers, body, limit),
             BodyForm::Json(json) => Hasher::over_json(json, body),
         });
         hasher.field(parts.method.as_str().as_bytes());
@@ -117,6 +132,26 @@ impl Fingerprinting {
     }
 }
 
+/// Begins with the plain form of a gRPC body, so that its compression makes no difference. A body that has no plain form
+/// counts as it is, with the name of its encoding.
+#[cfg(feature = "tonic")]
+fn over_messages(headers: &HeaderMap, body: &Bytes, limit: usize) -> Hasher {
+    let encoding = headers.get(grpc::GRPC_ENCODING);
+    let limits = grpc::Limits {
+        bytes: limit,
+        compressed: MOST_COMPRESSED,
+    };
+    match grpc::plain(body, encoding, limits) {
+        Ok(plain) => Hasher::over_bytes(&plain),
+        Err(_) => {
+            let mut hasher = Hasher::over_bytes(body);
+            hasher.field(encoding.map_or(&b""[..], |name| name.as_bytes()));
+            hasher.field(b"grpc-encoding");
+            hasher
+        }
+    }
+}
+
 /// Adds the lines of a header field, and their number.
 fn add_lines(hasher: &mut Hasher, headers: &HeaderMap, name: &HeaderName) {
     let mut lines: u32 = 0;
@@ -142,6 +177,8 @@ impl fmt::Debug for BodyForm {
         f.write_str(match self {
             Self::Bytes => "Bytes",
             Self::Custom(_) => "Custom",
+            #[cfg(feature = "tonic")]
+            Self::Grpc => "Grpc",
             Self::Json(_) => "Json",
             Self::Nothing => "Nothing",
         })
@@ -163,7 +200,7 @@ mod tests {
     }
 
     fn of(fingerprinting: &Fingerprinting, parts: &Parts, body: &'static str) -> Fingerprint {
-        fingerprinting.of(parts, &Bytes::from_static(body.as_bytes()), false)
+        fingerprinting.of(parts, &Bytes::from_static(body.as_bytes()), false, 0)
     }
 
     #[test]
@@ -193,8 +230,8 @@ mod tests {
             let alice = parts("POST", "/", &[(name, alice)]);
             let mallory = parts("POST", "/", &[(name, mallory)]);
             let body = Bytes::new();
-            assert_ne!(f.of(&alice, &body, false), f.of(&mallory, &body, false), "{name}");
-            assert_eq!(f.of(&alice, &body, true), f.of(&mallory, &body, true), "{name}");
+            assert_ne!(f.of(&alice, &body, false, 0), f.of(&mallory, &body, false, 0), "{name}");
+            assert_eq!(f.of(&alice, &body, true, 0), f.of(&mallory, &body, true, 0), "{name}");
         }
     }
 
@@ -216,7 +253,7 @@ mod tests {
             headers: vec![X_API_KEY],
             ..Fingerprinting::default()
         };
-        let by = |key| chosen.of(&parts("POST", "/", &[("x-api-key", key)]), &Bytes::new(), true);
+        let by = |key| chosen.of(&parts("POST", "/", &[("x-api-key", key)]), &Bytes::new(), true, 0);
         assert_ne!(by("1"), by("2"));
     }
 
@@ -264,7 +301,7 @@ mod tests {
                 Bytes::from(body),
             )
         };
-        let of = |f: &Fingerprinting, (parts, body): (Parts, Bytes)| f.of(&parts, &body, false);
+        let of = |f: &Fingerprinting, (parts, body): (Parts, Bytes)| f.of(&parts, &body, false, 0);
         let json = || BodyForm::Json(CanonicalJson::new());
         for form in [BodyForm::Bytes, json()] {
             let on = with(true, form);
@@ -321,7 +358,11 @@ mod tests {
         .map(forwarded);
         for (at, one) in targets.iter().enumerate() {
             for other in &targets[at + 1..] {
-                assert_ne!(f.of(one, &body, true), f.of(other, &body, true), "{one:?} {other:?}");
+                assert_ne!(
+                    f.of(one, &body, true, 0),
+                    f.of(other, &body, true, 0),
+                    "{one:?} {other:?}"
+                );
             }
         }
         // A call goes to the host of its URI, which the client layer adds by itself.

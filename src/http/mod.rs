@@ -5,6 +5,7 @@ mod answer;
 mod authority;
 mod body;
 mod fingerprint;
+mod grpc;
 mod key;
 mod multipart;
 mod refusal;
@@ -12,11 +13,16 @@ mod streams;
 mod wording;
 
 pub(crate) use answer::{reframe, AnswerHeaders};
-pub(crate) use body::{collect, BodyBounds, Collect, Collected, Shortfall};
+pub(crate) use body::{collect, collect_messages, BodyBounds, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 #[cfg(feature = "webhooks")]
 pub(crate) use fingerprint::uri_as_received;
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
+#[cfg(feature = "tonic")]
+pub(crate) use grpc::add_marks;
+#[cfg(feature = "tonic")]
+pub use grpc::{grpc_response, MarkStatus};
+pub(crate) use grpc::{result_of as grpc_result, with_trailers, Accepted, Outcome as GrpcOutcome};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::{Effect, RefusalStyle, Rendering};
 pub use refusal::{Refusal, RefusalKind};

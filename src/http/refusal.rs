@@ -63,6 +63,8 @@ pub enum RefusalKind {
     BodyTimeout,
     /// The request's body is longer than the limit. 413.
     BodyTooLarge,
+    /// The request was done, and its stored response has an encoding (`grpc-encoding`) that this client does not accept. 406.
+    EncodingNotAccepted,
     /// The handler panicked, its service failed, or a response broke off that would not have been stored. 500.
     HandlerFailed,
     /// The request's key cannot be used. 400.
@@ -104,7 +106,7 @@ pub enum RefusalKind {
 impl RefusalKind {
     const fn effect(self) -> Effect {
         match self {
-            Self::ResponseBroken | Self::ResponseNotStored => Effect::Done,
+            Self::ResponseBroken | Self::ResponseNotStored | Self::EncodingNotAccepted => Effect::Done,
             Self::HandlerFailed => Effect::Failed,
             // The unreadable record may belong to an earlier attempt that took effect.
             Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => Effect::Unknown,
@@ -256,7 +258,8 @@ impl Refusal {
             (RefusalStyle::Custom(render), Some(head)) => render(&self, head),
             // Every layer with a renderer of its own passes the head.
             (RefusalStyle::Custom(_), None) => self.problem(PROBLEM_BASE),
-            (RefusalStyle::Grpc, _) => self.grpc(),
+            #[cfg(feature = "tonic")]
+            (RefusalStyle::Grpc, _) => super::grpc::render(&self),
             (RefusalStyle::Problem { type_base }, _) => self.problem(type_base),
             (RefusalStyle::Stripe, _) => self.stripe(),
         };
@@ -326,35 +329,6 @@ impl Refusal {
             format!("{{\"error\":{{\"type\":\"{kind}\",\"code\":\"{code}\",\"message\":\"{title}: {detail}\"}}}}");
         response(status, "application/json", body)
     }
-
-    /// A gRPC answer that consists of trailers only (the gRPC protocol over HTTP/2, "Responses").
-    fn grpc(&self) -> Response<Bytes> {
-        let status = match self.kind {
-            RefusalKind::InvalidKey(_) | RefusalKind::MissingKey | RefusalKind::Mismatch | RefusalKind::BodyBroken => 3,
-            RefusalKind::BodyTimeout => 4,
-            RefusalKind::InvalidWebhook => 16,
-            RefusalKind::InvalidWebhookMethod => 12,
-            RefusalKind::BodyTooLarge | RefusalKind::TooManyWaiters => 8,
-            RefusalKind::ResponseNotStored | RefusalKind::OutcomeUnknown => 9,
-            RefusalKind::Outstanding => 10,
-            RefusalKind::ResponseBroken
-            | RefusalKind::HandlerFailed
-            | RefusalKind::MissingScope
-            | RefusalKind::NotCovered
-            | RefusalKind::RecordUnreadable
-            | RefusalKind::StoreMisconfigured => 13,
-            RefusalKind::NotRun
-            | RefusalKind::OutcomeUnrecorded
-            | RefusalKind::Overloaded
-            | RefusalKind::StoreFull
-            | RefusalKind::StoreUnavailable => 14,
-        };
-        let mut response = response(StatusCode::OK, "application/grpc", String::new());
-        let headers = response.headers_mut();
-        headers.insert("grpc-status", HeaderValue::from(status));
-        headers.insert("grpc-message", HeaderValue::from_static(self.kind.wording().code));
-        response
-    }
 }
 
 fn response(status: StatusCode, content_type: &'static str, body: String) -> Response<Bytes> {
@@ -384,7 +358,9 @@ impl Rendering {
     pub(crate) fn keep_head(&self, head: &Parts) -> Option<Box<Parts>> {
         match self.style {
             RefusalStyle::Custom(_) => Some(Box::new(head.clone())),
-            RefusalStyle::Grpc | RefusalStyle::Problem { .. } | RefusalStyle::Stripe => None,
+            #[cfg(feature = "tonic")]
+            RefusalStyle::Grpc => None,
+            RefusalStyle::Problem { .. } | RefusalStyle::Stripe => None,
         }
     }
 }
@@ -393,8 +369,11 @@ impl Rendering {
 #[derive(Clone)]
 pub(crate) enum RefusalStyle {
     Custom(Renderer),
+    #[cfg(feature = "tonic")]
     Grpc,
-    Problem { type_base: Arc<str> },
+    Problem {
+        type_base: Arc<str>,
+    },
     Stripe,
 }
 
@@ -412,6 +391,7 @@ impl fmt::Debug for RefusalStyle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Custom(_) => "Custom",
+            #[cfg(feature = "tonic")]
             Self::Grpc => "Grpc",
             Self::Problem { .. } => "Problem",
             Self::Stripe => "Stripe",
@@ -427,12 +407,13 @@ mod tests {
 
     use super::*;
 
-    const ALL: [RefusalKind; 23] = [
+    const ALL: [RefusalKind; 24] = [
         RefusalKind::ResponseBroken,
         RefusalKind::ResponseNotStored,
         RefusalKind::BodyBroken,
         RefusalKind::BodyTimeout,
         RefusalKind::BodyTooLarge,
+        RefusalKind::EncodingNotAccepted,
         RefusalKind::HandlerFailed,
         RefusalKind::InvalidKey(InvalidKey::NotAString),
         RefusalKind::MissingKey,
@@ -565,14 +546,49 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "tonic")]
     #[test]
-    fn grpc_has_its_status_in_a_header() {
-        let (parts, body) = rendered(Refusal::new(RefusalKind::Outstanding), &RefusalStyle::Grpc);
-        assert_eq!(
-            (parts.status, &parts.headers["grpc-status"]),
-            (StatusCode::OK, &HeaderValue::from_static("10"))
-        );
-        assert!(body.is_empty());
+    fn every_grpc_refusal_has_a_sentence_a_reason_and_a_delay_where_a_retry_helps() {
+        use tonic::{Code, Status};
+        use tonic_types::StatusExt;
+
+        for kind in ALL {
+            for refusal in [
+                Refusal::retry_after(kind, Duration::from_millis(1_500)),
+                Refusal::held(kind),
+            ] {
+                let (parts, body) = rendered(refusal.clone(), &RefusalStyle::Grpc);
+                assert_eq!((parts.status, body.len()), (StatusCode::OK, 0));
+                assert_eq!(parts.headers[CONTENT_TYPE], "application/grpc");
+                let status = Status::from_header_map(&parts.headers).unwrap();
+                assert!(status.message().contains(refusal.detail()), "{kind:?}");
+                let details = status.get_error_details();
+                let info = details.error_info().unwrap();
+                assert_eq!(info.reason, refusal.code().replace('-', "_").to_uppercase());
+                assert_eq!(info.metadata["retryable"], refusal.is_retryable().to_string());
+                let delay = details.retry_info().and_then(|info| info.retry_delay);
+                let pushback = parts.headers.get("grpc-retry-pushback-ms");
+                if refusal.is_retryable() {
+                    assert_eq!(delay, Some(Duration::from_secs(2)), "{kind:?}");
+                    assert_eq!(pushback.unwrap(), "2000");
+                } else {
+                    assert_eq!((delay, pushback), (None, None), "{kind:?}");
+                    // gRPC's own retries are for these two.
+                    let repeated = matches!(status.code(), Code::Unavailable | Code::Aborted);
+                    assert!(!repeated || refusal == Refusal::held(kind), "{kind:?}");
+                }
+            }
+        }
+        let code = |kind| {
+            Status::from_header_map(&rendered(Refusal::new(kind), &RefusalStyle::Grpc).0.headers)
+                .unwrap()
+                .code()
+        };
+        assert_eq!(code(RefusalKind::Mismatch), Code::InvalidArgument);
+        assert_eq!(code(RefusalKind::Outstanding), Code::Aborted);
+        assert_eq!(code(RefusalKind::StoreUnavailable), Code::Unavailable);
+        assert_eq!(code(RefusalKind::OutcomeUnknown), Code::FailedPrecondition);
+        assert_eq!(code(RefusalKind::ResponseNotStored), Code::FailedPrecondition);
     }
 
     #[test]

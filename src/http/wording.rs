@@ -23,6 +23,7 @@ impl RefusalKind {
             RefusalKind::BodyBroken => BODY_BROKEN,
             RefusalKind::BodyTimeout => BODY_TIMEOUT,
             RefusalKind::BodyTooLarge => BODY_TOO_LARGE,
+            RefusalKind::EncodingNotAccepted => ENCODING_NOT_ACCEPTED,
             RefusalKind::HandlerFailed => HANDLER_FAILED,
             RefusalKind::InvalidKey(reason) => Wording {
                 detail: KeyError::new(reason).detail(),
@@ -87,6 +88,16 @@ const BODY_TOO_LARGE: Wording = Wording {
     code: "body-too-large",
     title: "The request body is too large",
     detail: "A request with an idempotency key may not have a body as long as this one. Nothing was processed.",
+    retryable: false,
+};
+
+const ENCODING_NOT_ACCEPTED: Wording = Wording {
+    status: StatusCode::NOT_ACCEPTABLE,
+    code: "encoding-not-accepted",
+    title: "The stored response has another encoding",
+    detail:
+        "A request with this key was processed, and its response is stored in an encoding that this request does not \
+             accept. Send the request again and list the encoding of the first response in grpc-accept-encoding.",
     retryable: false,
 };
 

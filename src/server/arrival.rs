@@ -130,18 +130,14 @@ where
             Ok(body) => body,
             Err(refusal) => return Arrived::Answer(settings.refuse(span.as_deref(), Some(&head), refusal)),
         };
-        let Names {
-            key,
-            storage_key,
-            scoped,
-        } = names;
-        let fingerprint = settings.fingerprinting.of(&head, &body.bytes, scoped);
-        let decided = decide(&shared, &settings, &settings.claim(storage_key, fingerprint));
+        let fingerprint = settings.fingerprint(&head, &body.bytes, names.scoped);
+        let accepted = settings.accepted(&head);
+        let decided = decide(&shared, &settings, &settings.claim(names.storage_key, fingerprint));
         if let Decided::Settled(landing) = decided {
-            return Arrived::Answer(settings.land(span.as_deref(), Some(&head), &landing));
+            return Arrived::Answer(settings.land(span.as_deref(), Some(&head), &landing, &accepted));
         }
         // Only from here on it needs a place where others find it.
-        let flight = Flight::new(key, storage_key, fingerprint, settings.store_timeout);
+        let flight = Flight::new(names.key, names.storage_key, fingerprint, settings.store_timeout);
         let seen = settings.refusals.keep_head(&head);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
@@ -153,7 +149,8 @@ where
                 let lease = Lease::new(&hold, &settings, grant);
                 let running = start(admitted, lease, &settings);
                 drop(entered);
-                let mut exchange = Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing, seen);
+                let mut exchange =
+                    Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing, seen, accepted);
                 let flow = async move { exchange.see_through(running).await };
                 (flight, in_span(flow, span))
             }
@@ -163,7 +160,7 @@ where
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 drop(entered);
                 let cargo = Cargo::Admitted(Box::new(admitted));
-                let mut exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen);
+                let mut exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen, accepted);
                 let flow = async move { exchange.recover_and_execute(grant).await };
                 (flight, in_span(flow, span))
             }
@@ -172,7 +169,7 @@ where
                 let hold = Hold::seated(Arc::clone(&shared), Arc::clone(&flight));
                 drop(entered);
                 let cargo = Cargo::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen);
+                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen, accepted);
                 (flight, in_span(exchange.run(), span))
             }
             Decided::Settled(_) | Decided::Otherwise => {
@@ -180,7 +177,7 @@ where
                 let hold = Hold::new(Arc::clone(&shared), Arc::clone(&flight));
                 drop(entered);
                 let cargo = Cargo::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen);
+                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen, accepted);
                 (flight, in_span(exchange.run(), span))
             }
         };

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use super::exchange::{Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::guard::Hold;
-use super::marks::retention_of;
+use super::marks::{retention_of, StreamResponse};
 use super::policy::{Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
@@ -341,10 +341,17 @@ impl Values {
         self.keep.judge(head, self.retention)
     }
 
+    /// Whether a response is known as a stream by its head. A gRPC response whose head has the status has no messages.
+    pub(super) fn is_stream(&self, head: &response::Parts, judgement: Judgement) -> bool {
+        let is_known = || !self.is_grpc() || judgement.awaits_trailers;
+        head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && is_known())
+    }
+
     /// Returns the decision about the response of a lost attempt that took effect: store it.
     pub(super) fn happened(&self, head: &response::Parts) -> Judgement {
         Judgement {
             verdict: Verdict::Keep,
+            awaits_trailers: false,
             retention: retention_of(head).unwrap_or(self.retention),
         }
     }

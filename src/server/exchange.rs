@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::request::Parts;
 use http::{response, Request, Response};
 use tower_service::Service;
@@ -11,11 +12,12 @@ use tracing::Span;
 use super::flights::{Follower, Joined, Landing, Undecided};
 use super::guard::{Barred, Hold};
 use super::policy::Judgement;
+use super::policy::Statuses;
 use super::settings::Values;
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
-use crate::http::{reframe, Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
+use crate::http::{reframe, with_trailers, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
+use crate::protocol::{Answer, Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
 use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
 
@@ -38,6 +40,8 @@ pub(super) struct Exchange<St: Store, S> {
     pub(super) is_superseded: bool,
     /// A claim that got no reply.
     pub(super) lost_claim: Option<Box<LostClaim>>,
+    /// The encodings of gRPC messages that the caller reads.
+    accepted: Accepted,
     pub(super) cargo: Cargo<S>,
     /// A copy of the request's head, for an application that renders refusals.
     pub(super) head: Option<Box<Parts>>,
@@ -98,6 +102,7 @@ impl<St: Store, S> Exchange<St, S> {
         times: Times,
         cargo: Cargo<S>,
         head: Option<Box<Parts>>,
+        accepted: Accepted,
     ) -> Self {
         Self {
             hold,
@@ -108,6 +113,7 @@ impl<St: Store, S> Exchange<St, S> {
             has_claimed_late: false,
             is_superseded: false,
             lost_claim: None,
+            accepted,
             cargo,
             head,
         }
@@ -372,7 +378,8 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// The response to what this request, or the one it waited for, came to.
     fn land<R: RebuildBody>(&self, landing: &Landing) -> Response<R> {
-        self.settings.land(self.span.as_deref(), self.head.as_deref(), landing)
+        let (span, head) = (self.span.as_deref(), self.head.as_deref());
+        self.settings.land(span, head, landing, &self.accepted)
     }
 
     pub(super) fn refuse<R: RebuildBody>(&self, refusal: Refusal) -> Response<R> {
@@ -437,23 +444,21 @@ impl Values {
         }
     }
 
-    /// Returns the response for a request with this head.
+    /// Returns the response for a request with this head, whose caller reads these encodings.
     pub(super) fn land<R: RebuildBody>(
         &self,
         span: Option<&Span>,
         head: Option<&Parts>,
         landing: &Landing,
+        accepted: &Accepted,
     ) -> Response<R> {
         match landing {
-            Landing::Answer { answer, kept } => match self.answer_headers.replay(answer, *kept) {
+            Landing::Answer { answer, kept } => match self.replay(answer, *kept, accepted) {
                 Ok(response) => {
                     telemetry::finished(span, if *kept { "replayed" } else { "waited" });
-                    response
+                    response.map(Collected::rebuild)
                 }
-                Err(_) => {
-                    telemetry::store_failed(&CORRUPT);
-                    self.refuse(span, head, self.store_failed(&CORRUPT))
-                }
+                Err(refusal) => self.refuse(span, head, refusal),
             },
             Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::ResponseNotStored => {
                 telemetry::finished(span, "replayed");
@@ -462,6 +467,49 @@ impl Values {
             Landing::Refused(refusal) => self.refuse(span, head, refusal.clone()),
             Landing::Handover => self.refuse(span, head, self.later(RefusalKind::Outstanding)),
         }
+    }
+
+    fn replay(&self, answer: &Answer, is_stored: bool, accepted: &Accepted) -> Result<Response<Collected>, Refusal> {
+        let Ok(mut response) = self.answer_headers.replay_in_parts(answer, is_stored) else {
+            telemetry::store_failed(&CORRUPT);
+            return Err(self.store_failed(&CORRUPT));
+        };
+        if self.is_grpc() {
+            let body = std::mem::take(&mut response.body_mut().bytes);
+            let adapted = accepted.adapt(response.headers_mut(), body);
+            response.body_mut().bytes = adapted.map_err(|_| Refusal::new(RefusalKind::EncodingNotAccepted))?;
+        }
+        Ok(response)
+    }
+
+    /// Takes a response apart that the application has as bytes.
+    pub(super) fn collected(&self, response: Response<Bytes>) -> (response::Parts, Collected) {
+        let (mut head, bytes) = response.into_parts();
+        let body = if self.is_grpc() {
+            with_trailers(&mut head.headers, bytes)
+        } else {
+            Collected { bytes, trailers: None }
+        };
+        (head, body)
+    }
+
+    /// Returns the encodings that the caller reads. Only responses of gRPC depend on them.
+    pub(super) fn accepted(&self, head: &Parts) -> Accepted {
+        if self.is_grpc() {
+            Accepted::by(&head.headers)
+        } else {
+            Accepted::default()
+        }
+    }
+
+    /// Whether the service inside speaks gRPC.
+    pub(super) fn is_grpc(&self) -> bool {
+        self.keep.statuses == Statuses::Grpc
+    }
+
+    /// Returns the fingerprint of a request. Only a gRPC body is decompressed for it, up to the limit of bodies.
+    pub(super) fn fingerprint(&self, head: &Parts, body: &Bytes, is_scoped: bool) -> Fingerprint {
+        self.fingerprinting.of(head, body, is_scoped, self.body_limit)
     }
 
     /// Returns the response of a refusal for a request with this head.

@@ -14,11 +14,12 @@ use super::errors::ServiceFailure;
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::lease::Lease;
-use super::marks::StreamResponse;
 use super::policy::{Judgement, OnLost, Recovered, Recovery, Verdict};
 use super::settings::Values;
 use crate::clock::Stopwatch;
-use crate::http::{collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
+#[cfg(feature = "tonic")]
+use crate::http::add_marks;
+use crate::http::{collect, collect_messages, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Grant, Renewal};
 use crate::store::Store;
 use crate::telemetry;
@@ -178,8 +179,7 @@ impl<St: Store, S> Exchange<St, S> {
         let asked = self.hold.during(AssertUnwindSafe(asked).catch_unwind());
         match self.times.outside(asked).await {
             Ok(Recovered::Happened(answer)) => {
-                let (head, bytes) = answer.into_parts();
-                let body = Collected { bytes, trailers: None };
+                let (head, body) = self.settings.collected(answer);
                 let judgement = self.settings.happened(&head);
                 self.cargo = Cargo::Answered(Read { head, body, judgement });
                 Found::Happened
@@ -222,6 +222,8 @@ where
         Err(error) => return Ended::Failed(error),
     };
     let (mut head, body) = response.into_parts();
+    #[cfg(feature = "tonic")]
+    add_marks(&mut head);
     let judgement = settings.judge(&head);
     settings.advise(&mut head, judgement.verdict);
     let timeout = match judgement.verdict {
@@ -232,16 +234,21 @@ where
         Verdict::Tombstone => return Ended::Streaming(Response::from_parts(head, body), judgement),
         Verdict::Unjudged => return Ended::Broken(head.status, judgement),
     };
-    if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
+    if settings.is_stream(&head, judgement) {
         return Ended::Streaming(Response::from_parts(head, body), judgement);
     }
     // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
-    match AssertUnwindSafe(collect(body, settings.answer_limit, timeout))
-        .catch_unwind()
-        .await
-    {
-        Ok(Ok(body)) => Ended::Answered(Read { head, body, judgement }),
-        Ok(Err(Shortfall::Broken(_))) | Err(_) => Ended::Broken(head.status, judgement),
+    let reading = if judgement.awaits_trailers {
+        collect_messages(body, settings.answer_limit, timeout)
+    } else {
+        collect(body, settings.answer_limit, timeout)
+    };
+    match AssertUnwindSafe(reading).catch_unwind().await {
+        Ok(Ok(body)) => {
+            let judgement = settings.keep.judge_end(judgement, body.trailers.as_ref());
+            Ended::Answered(Read { head, body, judgement })
+        }
+        Ok(Err(Shortfall::Broken(_))) | Err(_) => Ended::Broken(head.status, settings.keep.judge_end(judgement, None)),
         Ok(Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body))) => {
             Ended::Streaming(Response::from_parts(head, R::rebuild(body)), judgement)
         }

@@ -1,5 +1,6 @@
 //! The layer: a store, and what is set.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use super::policy::{OnLost, Statuses, Verdict};
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
-use crate::http::{BodyForm, Collected, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
+use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
 use crate::job::{Drain, OnError};
 use crate::protocol::{CanonicalJson, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
@@ -68,7 +69,12 @@ pub struct IdempotencyLayer<St> {
     shared: Arc<Shared<St>>,
     settings: Settings,
     selector: Option<Selector>,
+    /// The settings for single paths, which come before the selector.
+    pub(super) paths: Option<Arc<Paths>>,
 }
+
+/// Settings by the path of the request's `uri`.
+pub(super) type Paths = HashMap<String, Settings>;
 
 /// Chooses the settings for a request by its head; `None`: the request is not covered.
 pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
@@ -80,6 +86,7 @@ impl<St: Store> IdempotencyLayer<St> {
             shared: Arc::new(Shared::new(store)),
             settings: Settings(Arc::default()),
             selector: None,
+            paths: None,
         }
     }
 
@@ -436,14 +443,6 @@ impl<St: Store> IdempotencyLayer<St> {
         Ok(self)
     }
 
-    /// Not by default: refusals as gRPC answers, for tonic services. A failure of such a service is 200 with a `grpc-status`, which
-    /// counts as an answer to keep: judge it with [`keep_if`](Self::keep_if), where it is in the headers, or let the handler say
-    /// [`DoNotKeep`](crate::DoNotKeep).
-    pub fn with_grpc_refusals(mut self) -> Self {
-        self.values().refusals.style = RefusalStyle::Grpc;
-        self
-    }
-
     /// Sets a function that renders refusals. Default: problem documents. The layer adds `Cache-Control: no-store` and
     /// `Retry-After`.
     ///
@@ -629,9 +628,8 @@ impl<St: Store> IdempotencyLayer<St> {
     /// A response as it is stored and replayed, without the headers that are never replayed; for [`Store::resolve`].
     #[must_use]
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
-        let (mut head, bytes) = response.into_parts();
+        let (mut head, body) = self.settings.0.collected(response);
         self.settings.0.advise(&mut head, Verdict::Keep);
-        let body = Collected { bytes, trailers: None };
         Outcome::Kept(self.settings.0.answer_headers.store(&head, &body))
     }
 
@@ -647,7 +645,7 @@ impl<St: Store> IdempotencyLayer<St> {
         self.shared.drain()
     }
 
-    fn values(&mut self) -> &mut Values {
+    pub(super) fn values(&mut self) -> &mut Values {
         Arc::make_mut(&mut self.settings.0)
     }
 }
@@ -658,6 +656,7 @@ impl<St> Clone for IdempotencyLayer<St> {
             shared: Arc::clone(&self.shared),
             settings: self.settings.clone(),
             selector: self.selector.clone(),
+            paths: self.paths.clone(),
         }
     }
 }
@@ -667,6 +666,7 @@ impl<St> fmt::Debug for IdempotencyLayer<St> {
         f.debug_struct("IdempotencyLayer")
             .field("settings", &self.settings)
             .field("selector", &self.selector.is_some())
+            .field("paths", &self.paths)
             .finish_non_exhaustive()
     }
 }
@@ -680,6 +680,7 @@ impl<S, St> Layer<S> for IdempotencyLayer<St> {
             Arc::clone(&self.shared),
             self.settings.clone(),
             self.selector.clone(),
+            self.paths.clone(),
         )
     }
 }

@@ -16,6 +16,8 @@ mod exchange;
 mod execution;
 mod flights;
 mod future;
+#[cfg(feature = "tonic")]
+mod grpc;
 mod guard;
 mod layer;
 mod lease;

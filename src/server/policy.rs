@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::{request, response, Extensions, Response, StatusCode};
+use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
 use super::marks::{retention_of, DoNotKeep, Keep, StoreOutcomeOnly};
-use crate::http::{Effect, Refusal};
+use crate::http::{grpc_result, Effect, GrpcOutcome, Refusal};
 use crate::job::OnError;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
 
@@ -132,7 +132,9 @@ pub(super) enum Statuses {
     /// All but those with which the handler did not act, or which depend on fields outside the fingerprint.
     #[default]
     Definite,
-    /// The same, without 400 and 422, because Stripe does not save the results of requests that fail validation.
+    /// For responses with 200, the gRPC status decides; for any other status, the rules of HTTP.
+    Grpc,
+    /// The same as `Definite`, without 400 and 422, because Stripe does not save the results of requests that fail validation.
     Stripe,
     /// Only 2xx.
     SuccessOnly,
@@ -142,6 +144,8 @@ pub(super) enum Statuses {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) verdict: Verdict,
+    /// Whether the trailers of the response change the verdict: [`KeepPolicy::judge_end`].
+    pub(super) awaits_trailers: bool,
     /// How long an outcome is stored, if the verdict stores one.
     pub(super) retention: Duration,
 }
@@ -163,23 +167,36 @@ pub(super) enum Verdict {
 
 impl KeepPolicy {
     /// Decides by the handler's own mark, then by a refusal of a layer further in, then by the predicate, then by the
-    /// status. A refusal that denies the effect wins over [`Keep`].
-    fn verdict(&self, response: &response::Parts) -> Verdict {
+    /// status. A refusal that denies the effect wins over [`Keep`]. Returns whether the trailers may change the verdict,
+    /// too.
+    fn verdict(&self, response: &response::Parts) -> (Verdict, bool) {
         if let Some(verdict) = self.of_marks(&response.extensions) {
-            return verdict;
+            return (verdict, false);
         }
         if let Some(keep_if) = &self.keep_if {
-            return if keep_if(response) {
+            let verdict = if keep_if(response) {
                 Verdict::Keep
             } else {
                 Verdict::Release
             };
+            return (verdict, false);
         }
+        if self.statuses == Statuses::Grpc && response.status == StatusCode::OK {
+            return match grpc_result(&response.headers, None) {
+                Some(outcome) => (self.of_grpc(outcome), false),
+                // The status follows in the trailers. If they come too late, the request counts as done.
+                None => (Verdict::Keep, true),
+            };
+        }
+        (self.of_status(response.status), false)
+    }
+
+    fn of_status(&self, status: StatusCode) -> Verdict {
         // A time-out within the layer answers 408, too, and cuts the handler off: that is a failure like any other.
-        if response.status.is_server_error() || response.status == StatusCode::REQUEST_TIMEOUT {
+        if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT {
             return self.of_failure();
         }
-        if self.statuses.include(response.status) {
+        if self.statuses.include(status) {
             Verdict::Keep
         } else {
             Verdict::Release
@@ -210,14 +227,43 @@ impl KeepPolicy {
         })
     }
 
+    const fn of_grpc(&self, outcome: GrpcOutcome) -> Verdict {
+        match outcome {
+            GrpcOutcome::Done | GrpcOutcome::Definite => Verdict::Keep,
+            GrpcOutcome::Failed => self.of_failure(),
+            GrpcOutcome::Passing => Verdict::Release,
+        }
+    }
+
     /// Decides how an attempt ends, by the head of its response. `retention` is the layer's setting. The handler has
     /// already run, so if the predicate panics, the key must not become free.
     pub(super) fn judge(&self, head: &response::Parts, retention: Duration) -> Judgement {
         let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(head)));
+        let (verdict, awaits_trailers) = verdict.unwrap_or((Verdict::Unjudged, false));
         Judgement {
-            verdict: verdict.unwrap_or(Verdict::Unjudged),
+            verdict,
+            awaits_trailers,
             retention: retention_of(head).unwrap_or(retention),
         }
+    }
+
+    /// Returns the decision about a response whose body has ended or, without trailers, broken off. A gRPC response
+    /// without a status is a failure.
+    pub(super) fn judge_end(&self, mut judgement: Judgement, trailers: Option<&HeaderMap>) -> Judgement {
+        if judgement.awaits_trailers {
+            let outcome = trailers.and_then(|trailers| grpc_result(trailers, None));
+            judgement.verdict = self.of_grpc(outcome.unwrap_or(GrpcOutcome::Failed));
+        }
+        judgement
+    }
+
+    /// Whether a response says that its request took effect.
+    #[cfg(feature = "postgres")]
+    pub(super) fn says_done(&self, status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>) -> bool {
+        if self.statuses == Statuses::Grpc && status == StatusCode::OK {
+            return matches!(grpc_result(head, trailers), None | Some(GrpcOutcome::Done));
+        }
+        status.is_success() || status.is_redirection()
     }
 
     /// Decides how an attempt ends whose handler failed without a response.
@@ -233,7 +279,7 @@ impl KeepPolicy {
 impl Statuses {
     fn include(self, status: StatusCode) -> bool {
         match self {
-            Self::Definite => !is_passing(status),
+            Self::Definite | Self::Grpc => !is_passing(status),
             Self::Stripe => {
                 let is_failed_validation = matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY);
                 !is_failed_validation && !is_passing(status)
@@ -285,7 +331,7 @@ mod tests {
     fn verdict(policy: &KeepPolicy, status: u16, mark: impl FnOnce(&mut response::Parts)) -> Verdict {
         let mut parts = Response::builder().status(status).body(()).unwrap().into_parts().0;
         mark(&mut parts);
-        policy.verdict(&parts)
+        policy.verdict(&parts).0
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tower_service::Service;
 use super::arrival::{Arrival, Names};
 use super::future::ResponseFuture;
 use super::guard::Shared;
-use super::layer::Selector;
+use super::layer::{Paths, Selector};
 #[cfg(feature = "axum")]
 use super::lease::KeyHeader;
 use super::lease::Lease;
@@ -36,6 +36,7 @@ struct Configured<St> {
     shared: Arc<Shared<St>>,
     settings: Settings,
     selector: Option<Selector>,
+    paths: Option<Arc<Paths>>,
 }
 
 /// What the head of a request says.
@@ -45,12 +46,31 @@ enum Admission {
     Refuse(Refusal),
 }
 
+impl<St> Configured<St> {
+    /// Returns the settings for a request; `None` if it is not covered.
+    fn select(&self, head: &Parts) -> Option<Settings> {
+        let by_path = self.paths.as_ref().and_then(|paths| paths.get(head.uri.path()));
+        match (by_path, &self.selector) {
+            (Some(settings), _) => Some(settings.clone()),
+            (None, Some(selector)) => selector(head),
+            (None, None) => Some(self.settings.clone()),
+        }
+    }
+}
+
 impl<S, St> Idempotency<S, St> {
-    pub(super) fn new(inner: S, shared: Arc<Shared<St>>, settings: Settings, selector: Option<Selector>) -> Self {
+    pub(super) fn new(
+        inner: S,
+        shared: Arc<Shared<St>>,
+        settings: Settings,
+        selector: Option<Selector>,
+        paths: Option<Arc<Paths>>,
+    ) -> Self {
         let layer = Arc::new(Configured {
             shared,
             settings,
             selector,
+            paths,
         });
         Self { inner, layer }
     }
@@ -81,7 +101,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let Some(selector) = &self.layer.selector else {
+        if self.layer.selector.is_none() && self.layer.paths.is_none() {
             let values = &self.layer.settings.0;
             return match values.admit(request.method(), request.headers()) {
                 Admission::Pass => {
@@ -96,9 +116,9 @@ where
                     self.guard(key, values, head, body)
                 }
             };
-        };
+        }
         let (mut head, body) = request.into_parts();
-        let Some(Settings(values)) = selector(&head) else {
+        let Some(Settings(values)) = self.layer.select(&head) else {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         };
         match values.admit(&head.method, &head.headers) {

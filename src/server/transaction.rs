@@ -7,12 +7,12 @@
 
 use std::sync::Arc;
 
-use http::{request, Response, StatusCode};
+use http::{request, HeaderMap, Response, StatusCode};
 use sqlx::postgres::PgConnection;
 use tokio::runtime::Handle;
 
 use super::ending::persist;
-use super::exchange::{Cargo, Exchange};
+use super::exchange::{Cargo, Exchange, Read};
 use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
@@ -21,7 +21,7 @@ use super::marks::{retention_of, StreamResponse};
 use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, RebuildBody, RefusalKind};
+use crate::http::{collect, with_trailers, RebuildBody, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -155,7 +155,10 @@ impl Lease {
             return Err(NOT_KEPT);
         }
         let reading = collect(body, settings.answer_limit, settings.response_timeout);
-        let body = reading.await.map_err(|_| NOT_KEPT)?;
+        let mut body = reading.await.map_err(|_| NOT_KEPT)?;
+        if settings.is_grpc() && body.trailers.is_none() {
+            body = with_trailers(&mut head.headers, body.bytes);
+        }
         settings.advise(&mut head, Verdict::Keep);
         let answer = settings.answer_headers.store(&head, &body);
         let outcome = Outcome::Kept(answer);
@@ -245,17 +248,22 @@ impl<St: Store, S> Exchange<St, S> {
         ended: Option<Box<Ended<R, E>>>,
     ) -> Result<Response<R>, E> {
         telemetry::event(Event::RolledBack);
-        let status = match (&self.cargo, ended.as_deref()) {
-            (Cargo::Answered(read), None) => Some(read.head.status),
-            (_, Some(Ended::Broken(status, _))) => Some(*status),
-            (_, Some(Ended::Streaming(response, _))) => Some(response.status()),
-            _ => None,
+        let says_otherwise = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
+            let keep = &self.settings.keep;
+            // Every status of gRPC comes with 200, which therefore says nothing about the recorded response.
+            let is_recorded = self.hold.flight.has_recorded(status) && !self.settings.is_grpc();
+            is_recorded || keep.says_done(status, head, trailers)
         };
-        let says_otherwise = |status: StatusCode| {
-            status.is_success() || status.is_redirection() || self.hold.flight.has_recorded(status)
+        let says_otherwise = match (&self.cargo, ended.as_deref()) {
+            (Cargo::Answered(Read { head, body, .. }), None) => {
+                says_otherwise(head.status, &head.headers, body.trailers.as_ref())
+            }
+            (_, Some(Ended::Broken(status, _))) => says_otherwise(*status, &HeaderMap::new(), None),
+            (_, Some(Ended::Streaming(response, _))) => says_otherwise(response.status(), response.headers(), None),
+            _ => false,
         };
         // What a handler answers to a failure of ours says nothing about the request either, and must not be kept.
-        if self.hold.flight.has_transaction_failed() || status.is_some_and(says_otherwise) {
+        if self.hold.flight.has_transaction_failed() || says_otherwise {
             return Ok(self.failed().await);
         }
         match ended {

@@ -1,6 +1,8 @@
 //! Effect and answer in one transaction of the handler's: exactly once, whatever becomes of the commit.
 
 mod behind;
+#[cfg(feature = "tonic")]
+mod grpc;
 #[path = "../support/postgres.rs"]
 mod postgres;
 #[path = "../support/proxy.rs"]

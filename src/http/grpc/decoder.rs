@@ -1,0 +1,103 @@
+//! Decoders of compressed messages.
+
+use std::io::{self, Read};
+
+use flate2::bufread::{GzDecoder, ZlibDecoder};
+use http::HeaderValue;
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
+
+/// The encodings that are decompressed here.
+#[derive(Clone, Copy)]
+pub(super) enum Encoding {
+    Deflate,
+    Gzip,
+    Zstd,
+}
+
+/// The largest window of a zstd frame. RFC 8878 section 3.1.1.1.2 recommends that decoders support at least this much,
+/// and that encoders need no more.
+const ZSTD_WINDOW: u64 = 8 << 20;
+
+impl Encoding {
+    /// Names of encodings are matched as they are: `compression.md` defines them in lower case.
+    pub(super) fn named(name: &HeaderValue) -> Option<Self> {
+        match name.as_bytes() {
+            b"deflate" => Some(Self::Deflate),
+            b"gzip" => Some(Self::Gzip),
+            b"zstd" => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+
+    /// Appends the decompressed message, of at most `room` bytes. Returns `None` unless the message is
+    /// compressed as it says, and nothing follows.
+    pub(super) fn decode(self, message: &[u8], out: &mut Vec<u8>, room: usize) -> Option<()> {
+        let rest = match self {
+            Self::Deflate => {
+                let mut decoder = ZlibDecoder::new(message);
+                read(&mut decoder, out, room)?;
+                decoder.into_inner()
+            }
+            Self::Gzip => {
+                let mut decoder = GzDecoder::new(message);
+                read(&mut decoder, out, room)?;
+                decoder.into_inner()
+            }
+            Self::Zstd => {
+                if zstd_window(message).is_none_or(|window| window > ZSTD_WINDOW) {
+                    return None;
+                }
+                let mut decoder = StreamingDecoder::<_, FrameDecoder>::new(message).ok()?;
+                read(&mut decoder, out, room)?;
+                decoder.into_inner()
+            }
+        };
+        rest.is_empty().then_some(())
+    }
+}
+
+/// Reads to the end, which must come within `room` bytes.
+fn read(from: &mut impl Read, out: &mut Vec<u8>, room: usize) -> Option<()> {
+    let bound = u64::try_from(room).unwrap_or(u64::MAX).saturating_add(1);
+    let read: io::Result<usize> = from.take(bound).read_to_end(out);
+    (read.ok()? <= room).then_some(())
+}
+
+/// Returns the window that a zstd frame asks for (RFC 8878 section 3.1.1.1). The decoder reserves it before it has seen
+/// any content.
+fn zstd_window(frame: &[u8]) -> Option<u64> {
+    let descriptor = *frame.get(4)?;
+    let is_single_segment = descriptor & 0b10_0000 != 0;
+    if !is_single_segment {
+        let window = *frame.get(5)?;
+        let base = 1_u64 << (10 + (window >> 3));
+        return Some(base + base / 8 * u64::from(window & 0b111));
+    }
+    // The window is the content. Its length stands behind the id of a dictionary.
+    let start = 5 + [0, 1, 2, 4][usize::from(descriptor & 0b11)];
+    let length = [1, 2, 4, 8][usize::from(descriptor >> 6)];
+    let mut bytes = [0; 8];
+    bytes[..length].copy_from_slice(frame.get(start..start + length)?);
+    Some(u64::from_le_bytes(bytes) + if length == 2 { 256 } else { 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_that_asks_for_a_large_window_is_not_begun() {
+        // Magic number, no single segment, windows of 8 MiB and of 9 MiB.
+        let frame = |window: u8| [0x28, 0xb5, 0x2f, 0xfd, 0, window];
+        assert_eq!(zstd_window(&frame(13 << 3)), Some(ZSTD_WINDOW));
+        assert_eq!(zstd_window(&frame(13 << 3 | 1)), Some(9 << 20));
+        assert_eq!(zstd_window(&frame(255)), Some((1 << 41) + (1 << 38) * 7));
+        // A single segment with a length of two bytes, and with one of eight bytes behind a dictionary.
+        assert_eq!(zstd_window(&[0, 0, 0, 0, 0b0110_0000, 1, 1]), Some(257 + 256));
+        assert_eq!(
+            zstd_window(&[0, 0, 0, 0, 0b1110_0001, 9, 1, 0, 0, 0, 0, 0, 0, 1]),
+            Some((1 << 56) + 1)
+        );
+        assert_eq!(zstd_window(&[0, 0, 0, 0, 0b1110_0001, 9, 1]), None);
+    }
+}

@@ -1,0 +1,125 @@
+//! Marks on a status, so that a handler that fails can set them.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use http::{response, Extensions};
+use tonic::Status;
+
+/// Sets marks on a [`tonic::Status`], which unlike a response has no extensions.
+///
+/// A mark asks the layer for a treatment of this one response: [`Keep`](crate::Keep), [`DoNotKeep`](crate::DoNotKeep),
+/// [`RetainFor`](crate::RetainFor) and the other marks of this crate. It stays in the process; the client never sees
+/// it. On a [`tonic::Response`], insert the mark into [`extensions_mut`](tonic::Response::extensions_mut) instead.
+///
+/// A mark takes effect on a status that a method returns as its error. It has no effect on a status that ends a
+/// stream of messages, because tonic sends only its fields.
+///
+/// ```
+/// use tonic::Status;
+/// use tower_idempotency::{DoNotKeep, MarkStatus};
+///
+/// fn charge(is_closed: bool) -> Result<tonic::Response<()>, Status> {
+///     if is_closed {
+///         // The bank opens again tomorrow, so the next attempt runs.
+///         return Err(Status::failed_precondition("the bank is closed").with_mark(DoNotKeep));
+///     }
+///     Ok(tonic::Response::new(()))
+/// }
+/// # assert!(charge(true).is_err());
+/// ```
+pub trait MarkStatus: sealed::Sealed {
+    /// Adds a mark. It replaces an earlier mark of the same type.
+    #[must_use]
+    fn with_mark<M: Clone + Send + Sync + 'static>(self, mark: M) -> Self;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for tonic::Status {}
+}
+
+impl MarkStatus for Status {
+    fn with_mark<M: Clone + Send + Sync + 'static>(mut self, mark: M) -> Self {
+        let marked = marked(&self);
+        let (mut marks, status) = match marked {
+            Some(Marked { marks, status }) => (marks.clone(), status.clone()),
+            None => (Extensions::new(), self.clone()),
+        };
+        marks.insert(mark);
+        self.set_source(Arc::new(Marked { marks, status }));
+        self
+    }
+}
+
+/// The source of a status with marks. It stands in for the source that the status had before.
+#[derive(Debug)]
+struct Marked {
+    marks: Extensions,
+    /// The status without marks, as the owner of its source.
+    status: Status,
+}
+
+impl fmt::Display for Marked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.status.source() {
+            Some(source) => fmt::Display::fmt(source, f),
+            None => f.write_str("the status carries marks"),
+        }
+    }
+}
+
+impl Error for Marked {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.status.source().and_then(Error::source)
+    }
+}
+
+fn marked(status: &Status) -> Option<&Marked> {
+    status.source()?.downcast_ref()
+}
+
+/// Adds the marks of a status to the extensions of its response, where the layer looks for them. tonic keeps the status
+/// of a response without messages there.
+pub(crate) fn add_marks(head: &mut response::Parts) {
+    let marked = head.extensions.get::<Status>().and_then(marked);
+    if let Some(Marked { marks, .. }) = marked {
+        let marks = marks.clone();
+        head.extensions.extend(marks);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    struct One(u8);
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    struct Two;
+
+    #[test]
+    fn marks_reach_the_response_and_none_of_its_fields() {
+        let plain = Status::unavailable("later").into_http::<()>();
+        let marked = Status::unavailable("later")
+            .with_mark(One(1))
+            .with_mark(Two)
+            .with_mark(One(2));
+        let (mut head, ()) = marked.into_http::<()>().into_parts();
+        add_marks(&mut head);
+        assert_eq!(head.extensions.get::<One>(), Some(&One(2)));
+        assert_eq!(head.extensions.get::<Two>(), Some(&Two));
+        assert_eq!(&head.headers, plain.headers());
+    }
+
+    #[test]
+    fn the_source_of_a_status_can_still_be_seen() {
+        let mut status = Status::internal("broken");
+        status.set_source(Arc::new(fmt::Error));
+        let status = status.with_mark(Two).with_mark(One(1));
+        assert_eq!(status.source().unwrap().to_string(), fmt::Error.to_string());
+        assert_eq!(status.message(), "broken");
+    }
+}

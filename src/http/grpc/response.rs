@@ -1,0 +1,58 @@
+//! Responses of gRPC that the application has as bytes, without trailers.
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::super::body::Collected;
+use super::GRPC_STATUS;
+
+/// The fields that stand in the trailers of a response with messages.
+const OF_TRAILERS: [HeaderName; 3] = [
+    GRPC_STATUS,
+    HeaderName::from_static("grpc-message"),
+    HeaderName::from_static("grpc-status-details-bin"),
+];
+
+/// Returns a gRPC response of one message, which is not compressed, with the status `OK`.
+///
+/// For a response that you make outside of a handler: for [`Recovered::Happened`](crate::Recovered::Happened), and for
+/// [`outcome_of`](crate::IdempotencyLayer::outcome_of) when you resolve a key. Encode the message first, with prost by
+/// `encode_to_vec`. For an error, take [`tonic::Status::into_http`] instead.
+///
+/// ```
+/// use tower_idempotency::{grpc_response, OnLost, Recovered};
+///
+/// let on_lost = OnLost::recover(|recovery| async move {
+///     // You asked the bank, and it has booked the payment: here is the encoded receipt.
+///     Recovered::Happened(grpc_response(b"\x0a\x03r-1"))
+/// });
+/// # let _ = on_lost;
+/// ```
+#[cfg(feature = "tonic")]
+#[must_use]
+pub fn grpc_response(message: &[u8]) -> http::Response<Bytes> {
+    // No message is longer: its length has four bytes.
+    let prefix = super::framing::plain_prefix(message.len()).unwrap_or_default();
+    let mut response = http::Response::new([&prefix[..], message].concat().into());
+    let headers = response.headers_mut();
+    headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
+    response
+}
+
+/// Moves the status of a response with messages from its head to its trailers, where clients look for it. Without any,
+/// the status is `OK`.
+pub(crate) fn with_trailers(head: &mut HeaderMap, bytes: Bytes) -> Collected {
+    if bytes.is_empty() {
+        return Collected { bytes, trailers: None };
+    }
+    let mut trailers = HeaderMap::new();
+    for name in OF_TRAILERS {
+        if let Some(value) = head.remove(&name) {
+            trailers.insert(name, value);
+        }
+    }
+    trailers.entry(GRPC_STATUS).or_insert(HeaderValue::from_static("0"));
+    let trailers = Some(trailers);
+    Collected { bytes, trailers }
+}

@@ -1,0 +1,96 @@
+//! The result of a call: `grpc-status`, wherever it stands.
+
+use http::{HeaderMap, HeaderValue};
+
+use super::GRPC_STATUS;
+
+/// What the status of a response says about the effect of its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The call took effect.
+    Done,
+    /// The handler decided against the call. The same request gets the same response.
+    Definite,
+    /// The handler failed. Nobody knows how far it came.
+    Failed,
+    /// The handler did not act, or the caller may mend the cause without a change of the request.
+    Passing,
+}
+
+/// Returns the result of a response; `None` without a status. A response without messages has its status in the head
+/// ("trailers-only"), every other one has it in the trailers. Two statuses that differ, or one that is no status, say
+/// nothing about the effect, so they count as a failure.
+pub(crate) fn result_of(head: &HeaderMap, trailers: Option<&HeaderMap>) -> Option<Outcome> {
+    let in_head = head.get_all(GRPC_STATUS).iter();
+    let in_trailers = trailers.map(|trailers| trailers.get_all(GRPC_STATUS));
+    let mut statuses = in_head.chain(in_trailers.iter().flatten());
+    let status = statuses.next()?;
+    if statuses.any(|other| other != status) {
+        return Some(Outcome::Failed);
+    }
+    Some(of_status(status))
+}
+
+/// `UNKNOWN` (2), `INTERNAL` (13) and `DATA_LOSS` (15) are failures, and so is a code that gRPC does not define: clients
+/// read it as `UNKNOWN`.
+fn of_status(status: &HeaderValue) -> Outcome {
+    match status.as_bytes() {
+        b"0" => Outcome::Done,
+        // INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, OUT_OF_RANGE and UNIMPLEMENTED.
+        b"3" | b"5" | b"6" | b"9" | b"11" | b"12" => Outcome::Definite,
+        // CANCELLED, DEADLINE_EXCEEDED, PERMISSION_DENIED, RESOURCE_EXHAUSTED, ABORTED, UNAVAILABLE and UNAUTHENTICATED.
+        b"1" | b"4" | b"7" | b"8" | b"10" | b"14" | b"16" => Outcome::Passing,
+        _ => Outcome::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(value: &'static str) -> HeaderMap {
+        HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static(value))])
+    }
+
+    #[test]
+    fn a_status_counts_in_the_head_and_in_the_trailers() {
+        let none = HeaderMap::new();
+        for (code, outcome) in [
+            ("0", Outcome::Done),
+            ("1", Outcome::Passing),
+            ("2", Outcome::Failed),
+            ("3", Outcome::Definite),
+            ("4", Outcome::Passing),
+            ("5", Outcome::Definite),
+            ("6", Outcome::Definite),
+            ("7", Outcome::Passing),
+            ("8", Outcome::Passing),
+            ("9", Outcome::Definite),
+            ("10", Outcome::Passing),
+            ("11", Outcome::Definite),
+            ("12", Outcome::Definite),
+            ("13", Outcome::Failed),
+            ("14", Outcome::Passing),
+            ("15", Outcome::Failed),
+            ("16", Outcome::Passing),
+            ("17", Outcome::Failed),
+            ("99999999999", Outcome::Failed),
+            ("-1", Outcome::Failed),
+            ("", Outcome::Failed),
+            ("OK", Outcome::Failed),
+        ] {
+            assert_eq!(result_of(&status(code), None), Some(outcome), "{code}");
+            assert_eq!(result_of(&none, Some(&status(code))), Some(outcome), "{code}");
+        }
+        assert_eq!(result_of(&none, Some(&none)), None);
+    }
+
+    #[test]
+    fn statuses_that_differ_are_a_failure() {
+        assert_eq!(result_of(&status("14"), Some(&status("0"))), Some(Outcome::Failed));
+        assert_eq!(result_of(&status("0"), Some(&status("0"))), Some(Outcome::Done));
+        let mut twice = status("0");
+        twice.append(GRPC_STATUS, HeaderValue::from_static("5"));
+        assert_eq!(result_of(&HeaderMap::new(), Some(&twice)), Some(Outcome::Failed));
+    }
+}

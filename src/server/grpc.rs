@@ -1,0 +1,95 @@
+//! What the layer has for gRPC services.
+
+use std::sync::Arc;
+
+use http::Method;
+
+use super::layer::IdempotencyLayer;
+use super::policy::Statuses;
+use crate::http::{BodyForm, RefusalStyle, IDEMPOTENCY_KEY};
+use crate::store::Store;
+
+impl<St: Store> IdempotencyLayer<St> {
+    /// Sets what gRPC services need. Set everything else afterwards.
+    ///
+    /// * POST only; the key is the metadata `idempotency-key`, and optional.
+    /// * The status of the call decides, in the head or in the trailers of the response. The layer stores `OK`,
+    ///   `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION`, `OUT_OF_RANGE` and `UNIMPLEMENTED`. It
+    ///   frees the key after `CANCELLED`, `DEADLINE_EXCEEDED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`,
+    ///   `UNAVAILABLE` and `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
+    ///   `DATA_LOSS` and a response without a status. A response with another HTTP status than 200 counts as in HTTP.
+    ///   [`keep_if`](Self::keep_if) replaces all this; it sees only the head. Marks go before both:
+    ///   [`MarkStatus`](crate::MarkStatus).
+    /// * Fingerprints cover the decompressed messages (gzip, deflate and zstd, up to the [limit of
+    ///   bodies](Self::with_body_limit) and 1,024 compressed messages), so that a retry may compress otherwise. A body that
+    ///   cannot be decompressed counts by its bytes. No metadata counts but credentials and host; `grpc-timeout` never
+    ///   does.
+    /// * A stored response in an encoding that a client does not list in `grpc-accept-encoding` is decompressed for it,
+    ///   up to 16 MiB.
+    /// * A response that has not ended 100 ms after its first message is a stream: the layer stores a tombstone, and the
+    ///   stream reaches its caller, the first message included. One that ends in time is stored, whether it has one message
+    ///   or many.
+    /// * Refusals are gRPC statuses, as [`with_grpc_refusals`](Self::with_grpc_refusals) makes them.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// # fn serve(payments: tonic::service::Routes) {
+    /// let idempotency = IdempotencyLayer::new(MemoryStore::new()).grpc();
+    /// let server = tonic::transport::Server::builder().layer(idempotency).add_routes(payments);
+    /// # let _ = server;
+    /// # }
+    /// ```
+    pub fn grpc(mut self) -> Self {
+        let values = self.values();
+        values.set_header(IDEMPOTENCY_KEY);
+        values.keep.keep_if = None;
+        values.keep.statuses = Statuses::Grpc;
+        values.fingerprinting.body = BodyForm::Grpc;
+        self.with_methods([Method::POST]).with_grpc_refusals()
+    }
+
+    /// Sets that refusals are gRPC statuses, in a response without messages. Default: problem documents.
+    ///
+    /// The message says what to do. The details have an `ErrorInfo` with the [code](crate::Refusal::code) as its reason
+    /// (`KEY_REUSED`), the domain `tower-idempotency` and the metadata `retryable`, and a `RetryInfo` if the client is to
+    /// retry after a delay.
+    ///
+    /// | status | reasons |
+    /// |---|---|
+    /// | `INVALID_ARGUMENT` | `KEY_INVALID`, `KEY_MISSING`, `KEY_REUSED` |
+    /// | `ABORTED` | `REQUEST_OUTSTANDING`: retry after the delay |
+    /// | `FAILED_PRECONDITION` | `OUTCOME_UNKNOWN`, `RESPONSE_NOT_STORED`, `ENCODING_NOT_ACCEPTED`: look up the result |
+    /// | `UNAVAILABLE` | `STORE_UNAVAILABLE`, `STORE_FULL`, `OVERLOADED`, `BODY_BROKEN`, and `OUTCOME_UNKNOWN` with `retryable`: retry after the delay |
+    /// | `RESOURCE_EXHAUSTED` | `BODY_TOO_LARGE`, `TOO_MANY_WAITERS` |
+    /// | `DEADLINE_EXCEEDED` | `BODY_TIMEOUT` |
+    /// | `INTERNAL` | `HANDLER_FAILED`, `RESPONSE_BROKEN`, `RECORD_UNREADABLE`, `STORE_MISCONFIGURED`, `SCOPE_MISSING`, `NOT_COVERED` |
+    pub fn with_grpc_refusals(mut self) -> Self {
+        self.values().refusals.style = RefusalStyle::Grpc;
+        self
+    }
+
+    /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets the layer as it is so far.
+    ///
+    /// These settings go before those of [`with_selector`](Self::with_selector) and of the layer itself, which hold for
+    /// all other methods. The name of a service is a constant of the server that tonic generates.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    ///
+    /// let idempotency = IdempotencyLayer::new(MemoryStore::new())
+    ///     .grpc()
+    ///     .add_grpc_method("/pay.Payments/Charge", |charge| {
+    ///         charge.require_key().with_retention(Duration::from_secs(7 * 86_400))
+    ///     })
+    ///     // Every response of this method is a stream, so its first message need not wait.
+    ///     .add_grpc_method("/pay.Payments/Watch", |watch| watch.with_stream_types(["application/grpc"]));
+    /// # let _ = idempotency;
+    /// ```
+    pub fn add_grpc_method(mut self, path: &str, configure: impl FnOnce(Self) -> Self) -> Self {
+        let settings = configure(self.clone()).settings();
+        let path = format!("/{}", path.trim_start_matches('/'));
+        Arc::make_mut(self.paths.get_or_insert_default()).insert(path, settings);
+        self
+    }
+}

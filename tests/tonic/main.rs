@@ -1,0 +1,10 @@
+//! The layer around gRPC services: tonic's own, and responses that no tonic service makes.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod calls;
+mod compression;
+mod kit;
+mod streams;
+mod verdicts;
