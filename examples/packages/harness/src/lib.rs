@@ -1,6 +1,7 @@
 //! What the examples' programs and tests share: servers of their own, on free ports and in temporary folders, each ended by its
 //! process id; ledgers in which effects are counted; consumers that are killed at random times and started again.
 
+mod environment;
 mod ledger;
 mod nats;
 mod outcome;
@@ -14,6 +15,7 @@ mod run;
 mod server;
 mod told;
 
+pub use environment::virtual_environment;
 pub use ledger::Ledger;
 pub use nats::NatsServer;
 pub use outcome::Outcome;

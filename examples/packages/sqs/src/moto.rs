@@ -1,13 +1,11 @@
 //! A server that speaks SQS: `moto`, from PyPI, in a virtual environment that is made when it is first needed.
 
 use std::error::Error;
-use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use harness::Process;
+use harness::{virtual_environment, Process};
 
 const REQUIREMENTS: &str = include_str!("../requirements.txt");
 
@@ -39,7 +37,7 @@ impl Moto {
     ///
     /// When the server does not listen within half a minute.
     pub fn start() -> Result<Self, Box<dyn Error + Send + Sync>> {
-        let python = environment()?.join("bin/python");
+        let python = virtual_environment("moto", REQUIREMENTS)?.join("bin/python");
         // Between finding a port and taking it, another process may take it.
         for _ in 0..3 {
             let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
@@ -69,45 +67,4 @@ impl Moto {
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
-}
-
-/// The virtual environment in the target folder: made once, by whichever process is first.
-fn environment() -> Result<PathBuf, Box<dyn Error + Send + Sync>> {
-    let program = std::env::current_exe()?;
-    // Cargo puts this file into every target folder.
-    let mut folders = program
-        .ancestors()
-        .filter(|folder| folder.join("CACHEDIR.TAG").exists());
-    let target = folders
-        .next()
-        .ok_or("this program is not in a target folder of Cargo's")?;
-    let (environment, made) = (target.join("moto"), target.join("moto/made-of"));
-    let lock = File::create(target.join("moto.lock"))?;
-    lock.lock()?;
-    if fs::read_to_string(&made).is_ok_and(|requirements| requirements == REQUIREMENTS) {
-        return Ok(environment);
-    }
-    eprintln!("making a virtual environment for moto in {}", environment.display());
-    drop(fs::remove_dir_all(&environment));
-    run(Command::new("python3").args(["-m", "venv"]).arg(&environment))?;
-    fs::write(environment.join("requirements.txt"), REQUIREMENTS)?;
-    install(&environment)?;
-    fs::write(made, REQUIREMENTS)?;
-    Ok(environment)
-}
-
-fn install(environment: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
-    run(Command::new(environment.join("bin/python"))
-        .args(["-m", "pip", "install", "--quiet", "--no-deps", "-r"])
-        .arg(environment.join("requirements.txt")))
-}
-
-fn run(command: &mut Command) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let status = command.stdin(Stdio::null()).status()?;
-    if !status.success() {
-        return Err(
-            format!("{command:?} ended with {status}; it needs python3 with venv, which ./test installs").into(),
-        );
-    }
-    Ok(())
 }
