@@ -5,9 +5,9 @@
 //! ```
 //!
 //! A small middleware outside of the layer reads the body within bounds of size and time, and copies the member into
-//! the header field of the layer. The member alone decides: a header that the client sent as well must say the same, and
-//! a header without the member is dropped. The example sends itself requests, and ends with an error if one of its
-//! claims is false.
+//! the header field of the layer. Only the member counts. If the client also sends the header field, its value must be
+//! equal. If the body has no such member, the middleware drops the header field. The example sends requests to itself, and
+//! ends with an error if one of its claims is false.
 
 use std::error::Error;
 use std::time::Duration;
@@ -50,12 +50,15 @@ async fn move_key(request: &mut Request) -> Result<(), (StatusCode, &'static str
     let is_repeated = request.headers().get_all(KEY).iter().nth(1).is_some();
     let sent = request.headers_mut().remove(KEY);
     let Ok(Keyed { idempotency_key }) = serde_json::from_slice(&body) else {
-        let problem = "The body is not a JSON object with at most one `idempotency_key`, a string.";
+        let problem = "The body is not usable. Send a JSON object with one member `idempotency_key`, a string.";
         return Err((StatusCode::BAD_REQUEST, problem));
     };
     if let Some(key) = idempotency_key {
         let Ok(mut value) = HeaderValue::from_str(&key) else {
-            return Err((StatusCode::BAD_REQUEST, "The key has a character that is not ASCII."));
+            return Err((
+                StatusCode::BAD_REQUEST,
+                "The key has a character that is not visible ASCII. Use letters, digits and punctuation.",
+            ));
         };
         if is_repeated || sent.is_some_and(|sent| sent != value) {
             return Err((StatusCode::BAD_REQUEST, "The header and the body have different keys."));

@@ -1,7 +1,7 @@
 //! Verified webhooks that are handled once: the sender and the receiver in one program.
 //!
-//! `cargo run --features axum,reqwest,testing,webhooks --example webhooks` sends a webhook twice, another three times at once, a forged one,
-//! and one that is six minutes late. It ends with an error if the receiver did not handle exactly the first two.
+//! `cargo run --features axum,reqwest,testing,webhooks --example webhooks` sends `msg_1` twice, `msg_2` three times at once, a forged
+//! webhook, and one that is six minutes late. It ends with an error if the number of webhooks that the receiver handled is not two.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicUsize, Ordering};

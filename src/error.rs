@@ -101,7 +101,7 @@ impl<C> Classifiers<C> {
         self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
     }
 
-    /// Returns the class of an error; `None` if no function takes errors of its type. Of several functions for one
+    /// Returns the class of an error, or `None` if no function takes errors of its type. If several functions take the same
     /// type, the last one decides.
     pub(crate) fn of<E: 'static>(&self, error: &E) -> Option<C> {
         self.0.iter().rev().find_map(|classify| classify(error))

@@ -34,7 +34,7 @@ use crate::server::Lease;
 /// All three kinds of one `TestLease` have the same key. The keys and ids that they derive are the same in every run and for
 /// every attempt, as under a layer, but they differ from those of a layer.
 #[derive(Clone, Debug)]
-#[must_use = "it makes leases, and is none"]
+#[must_use = "a TestLease only makes leases; call for_server, for_receiver or for_client"]
 pub struct TestLease {
     key: IdempotencyKey,
     made: Made,
@@ -58,7 +58,7 @@ impl TestLease {
         }
     }
 
-    /// Sets the number of the attempt. At least 1. Default: 1. An attempt from 2 on follows one that was lost.
+    /// Sets the number of the attempt. At least 1. Default: 1. 2 or more means that an earlier attempt was lost.
     pub fn with_attempt(mut self, attempt: u32) -> Self {
         self.made.grant.attempt = attempt.max(1);
         self

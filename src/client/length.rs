@@ -1,4 +1,4 @@
-//! Which responses have a body, and which bodies ended too early.
+//! Checks whether a response can have a body, and whether a body ended too early.
 
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{response, Method, StatusCode};

@@ -103,7 +103,8 @@ impl Fingerprinting {
             }
         }
         for name in &self.headers {
-            // The content type with the boundary would make every retry another request. It is included without.
+            // Skip the content type, because its boundary would make every retry another request. The fingerprint already
+            // includes the content type without the boundary.
             if is_in_parts && name == CONTENT_TYPE {
                 continue;
             }

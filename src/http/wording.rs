@@ -170,8 +170,8 @@ const NOT_COVERED: Wording = Wording {
 const NOT_RUN: Wording = Wording {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "not-run",
-    title: "The request was not taken",
-    detail: "The service could not take the request. Nothing was processed; send the request again later.",
+    title: "The service did not accept the request",
+    detail: "The service could not accept the request. Nothing was processed. Send the request again later.",
     retryable: true,
 };
 

@@ -66,7 +66,7 @@ pub(crate) enum Verdict {
     GiveUp,
     /// It took effect.
     Keep(Outcome),
-    /// It failed, and is not to be done again. With [`Outcome::Rejected`] an operator can allow another run.
+    /// It failed, and must not run again. After [`Outcome::Rejected`], an operator can allow another run.
     KeepFailure(Outcome),
     /// It had no effect.
     Release,

@@ -8,9 +8,9 @@ pub enum OnError {
     /// Over HTTP the layer stores and replays the failure, as Stripe does. A panic and an error of the service become a 500. A
     /// message counts as handled.
     Keep,
-    /// A message is rejected for good, also if its handler panicked. The receiver handles no copy of it until an operator resolves
-    /// it, and [`Disposition::of`](crate::receiver::Disposition::of) sends it to the dead-letter place. Over HTTP the same as
-    /// [`Unknown`](Self::Unknown).
+    /// The receiver rejects the message for good, also if its handler panicked. It handles no copy of the message until an operator
+    /// resolves the key or the retention is over, and [`Disposition::of`](crate::receiver::Disposition::of) returns `Reject`. Over
+    /// HTTP, the effect is that of [`Unknown`](Self::Unknown).
     Reject,
     /// The failure passes through, and the next attempt runs. For handlers that have no effect when they fail.
     #[default]

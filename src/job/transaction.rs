@@ -38,7 +38,7 @@ impl<St: Store + Clone> Job<St> {
                     return match ended {
                         Ok(Ended {
                             given,
-                            // A rejection does not undo a commit: the message is handled, as every copy hears.
+                            // A rejection does not undo a commit. The message is handled, and every copy is a duplicate.
                             verdict: Verdict::Keep(_) | Verdict::KeepFailure(Outcome::Kept(_) | Outcome::Tombstone),
                         }) => ran(given, Ok(())),
                         _ => replayed(outcome),

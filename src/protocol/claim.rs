@@ -214,9 +214,9 @@ impl fmt::Debug for Answer {
 pub enum Outcome {
     /// With an answer that every repetition gets.
     Kept(Answer),
-    /// Without an effect, and for good: nobody runs again until an operator resolves the key. Completing a record with this
-    /// outcome makes it [unknown](Status::Unknown), also where a lost attempt would run again. Receivers record it for a
-    /// message that its handler rejects.
+    /// With a rejection for good. Completing a record with this outcome makes it [unknown](Status::Unknown), also where a lost
+    /// attempt would run again, until an operator resolves the key or the retention is over. Receivers record it for a message
+    /// that its handler rejects.
     Rejected,
     /// With an answer that is not kept: nobody runs again, and nobody gets it.
     Tombstone,
@@ -315,7 +315,7 @@ pub enum Status {
     },
     /// The owner's lease ran out; the next claim decides.
     Lost,
-    /// The owner's lease ran out, or the owner [rejected](Outcome::Rejected) what was asked; nobody may run again.
+    /// The owner's lease ran out, or the owner [rejected](Outcome::Rejected) the request. No attempt may run.
     Unknown,
 }
 

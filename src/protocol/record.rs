@@ -57,7 +57,7 @@ pub(super) enum GrantKind {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// Never with [`Outcome::Rejected`], which makes the record unknown.
+    /// Never holds [`Outcome::Rejected`], because a completion with that outcome makes the record unknown.
     Completed(Outcome),
     InFlight {
         until: Timestamp,

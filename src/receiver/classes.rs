@@ -29,7 +29,7 @@ impl ErrorClasses {
         Self(Some(Arc::new(move |error| error.downcast_ref().map(&classify))))
     }
 
-    /// Returns the end that an error of the handler puts to its key.
+    /// Returns the effect of an error of the handler on its key.
     pub(super) fn end_of<E: 'static>(&self, error: &E, on_error: OnError) -> OnError {
         let Some(classify) = &self.0 else { return on_error };
         match classify(error) {

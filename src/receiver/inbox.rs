@@ -84,8 +84,8 @@ impl Inbox {
     /// Records that a message is handled. [`Receipt::First`]: make its effect in the same transaction and commit. Otherwise roll
     /// back: the message is a duplicate, was [rejected](Self::reject), or a [`ReceiverLayer`](super::ReceiverLayer) has it.
     ///
-    /// If you commit in any case, for the sake of other messages, record each message in a savepoint of its own, and roll back to
-    /// the savepoint. Otherwise a message that a layer has lost is recorded as unknown.
+    /// If you must commit for the sake of other messages, record each message in a savepoint of its own. After any result other than
+    /// [`Receipt::First`], roll back to that savepoint. Otherwise a message that a layer has lost is recorded as unknown.
     ///
     /// While another transaction records the same message, this waits for the end of that transaction. Record several messages in
     /// one order everywhere, such as sorted by id. Otherwise two transactions can wait for each other until PostgreSQL ends one.

@@ -53,7 +53,8 @@ impl<'f> Parts<'f> {
 /// The difference between two messages of one id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Difference {
-    /// None that both fingerprints show. One of them is from before the layer compared types or payloads, or from after.
+    /// The parts that both fingerprints have are equal. The settings changed between the two messages, so that one
+    /// fingerprint has a part that the other one lacks.
     Nothing,
     Payload,
     Type,
@@ -72,8 +73,8 @@ pub(super) fn difference(recorded: &Fingerprint, own: &Fingerprint) -> Differenc
     }
 }
 
-/// The variant of an enum, as one byte; the same for all values of another type. It differs between builds of the program,
-/// so it is never stored.
+/// The variant of an enum, as one byte. All values of a type that is not an enum have the same byte. The byte differs between
+/// builds of the program, so the layer never stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Variant(u8);
 
@@ -99,13 +100,13 @@ impl Hasher for Fold {
     }
 }
 
-/// The variants of the messages that this process received last: one word for each, the tag of the key above the variant.
-/// A message takes the place of an older one that has the same place.
+/// The variants of some recent messages of this process. A place is one word: the tag of the key, with the variant in the
+/// lowest byte. A message overwrites the message that had its place before.
 pub(super) struct Variants {
     places: OnceLock<Box<[AtomicU64; PLACES]>>,
 }
 
-/// How many messages are remembered, in 64 KiB.
+/// The largest number of messages that are remembered. The places take 64 KiB.
 const PLACES: usize = 8_192;
 
 impl Variants {

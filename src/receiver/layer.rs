@@ -39,13 +39,13 @@ type CheckFn<M> = Arc<dyn Fn(&M, Lease) -> BoxFuture<'static, Found<()>> + Send 
 /// | [failed handler](Self::on_error) | the message may be handled again |
 /// | [errors that reject](Self::with_error_class) | none |
 /// | lost attempt | unknown, and not handled again; or [at least once](Self::at_least_once), or a [question](Self::with_recovery) |
-/// | [attempts](Self::with_max_attempts) lost before the message is unknown in any case | 5 |
+/// | largest number of [attempts](Self::with_max_attempts), once one was lost | 5 |
 /// | [lease](Self::with_lease) | 30 s, renewed at a third |
 /// | [retention](Self::with_retention) | 7 days from the end of the handler |
 /// | [wait](Self::with_wait) for another delivery in flight | none |
 ///
 /// Each message takes a record for its retention. A [`MemoryStore`](crate::MemoryStore) has room for 1,000,000 records, which at
-/// 7 days is 1.6 messages a second. At this bound the store refuses new messages with an error, and still knows duplicates.
+/// 7 days is 1.6 messages a second. At this bound the store refuses new messages with an error, and still recognises duplicates.
 #[must_use = "a layer does nothing until it is put around a service"]
 pub struct ReceiverLayer<St, M> {
     store: St,
@@ -145,17 +145,17 @@ impl<St, M> ReceiverLayer<St, M> {
     /// another type is [`ReceiveError::TypeMismatch`](super::ReceiveError::TypeMismatch), and a WARN event `type-mismatch`
     /// reports it. The store holds the first 8 bytes of a hash of the type. Default: none.
     ///
-    /// Without this setting, the layer compares the variant of an enum (`std::mem::discriminant`) of each duplicate with that of
-    /// the last 8,192 messages of this process, and reports a difference by the same event. The duplicate is acknowledged, and
-    /// **its handler does not run**. The layer does not notice
+    /// Without this setting, the layer compares the variant of an enum (`std::mem::discriminant`) of each duplicate with the
+    /// variant that this process remembers for the id, and reports a difference by the same event. The duplicate is acknowledged,
+    /// and **its handler does not run**. The layer does not notice
     ///
-    /// * a message whose predecessor another process handled, or this process before it restarted,
-    /// * a message with more than some 8,192 others between it and its predecessor,
+    /// * a duplicate whose first message was handled by another process, or by this process before it restarted,
+    /// * a duplicate whose first message is forgotten: the table has 8,192 places, and a message with another id can overwrite any,
     /// * types inside of a struct, such as a body that the handler parses: set their type here.
     ///
     /// If the variants of your enum are not types of messages, set the same type for all of them, and nothing is reported.
     ///
-    /// A record from before this was set has no type, so nothing is compared with it.
+    /// A record that was made before you set the type has no type, so the layer compares nothing with it.
     pub fn with_type(mut self, kind: impl for<'m> Fn(&'m M) -> &'m str + Send + Sync + 'static) -> Self {
         self.settings().kind = Some(Arc::new(kind));
         self
@@ -204,8 +204,8 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets the function that separates errors that another delivery may mend from those that no delivery mends. `E` is the error
-    /// type of the service. Default: every error follows [`on_error`](Self::on_error).
+    /// Sets the function that classifies the handler's errors: another delivery may succeed, or no delivery can. `E` is the error type
+    /// of the service. Default: every error follows [`on_error`](Self::on_error).
     ///
     /// ```
     /// # use tower::{service_fn, Layer, ServiceExt};
@@ -242,7 +242,7 @@ impl<St, M> ReceiverLayer<St, M> {
     ///
     /// * If the store fails while the layer records the rejection, the delivery is rejected all the same. The layer goes on
     ///   recording for two minutes. Until then a copy is in flight, and afterwards a lost attempt.
-    /// * A handler that has committed its message with `Lease::complete_in` has handled it, even if it returns an error then.
+    /// * If the handler has committed its message with `Lease::complete_in`, the message is handled, even if the handler then fails.
     /// * A panic has no error to classify. It follows [`on_error`](Self::on_error).
     /// * An error of `poll_ready` is not classified, because nothing ran.
     /// * If `E` is not the error type of the service, no error is classified, and a WARN event `error-unclassified` reports each.
@@ -301,8 +301,8 @@ impl<St, M> ReceiverLayer<St, M> {
         Ok(self)
     }
 
-    /// Sets how long an attempt may go without a renewal before it counts as lost. At least 1 s. Default: 30 s. The layer renews
-    /// the lease at a third while the handler runs, however long that takes.
+    /// Sets how long an attempt may go without a renewal before it counts as lost. At least 1 s. Default: 30 s. While the handler
+    /// runs, the layer renews the lease after each third of this time. The handler may run for longer than the lease.
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.settings().terms.set_lease(lease);
         self
@@ -316,17 +316,18 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets how long a delivery waits for another one of the same message that is in flight. Default: not at all. Waiting takes
-    /// the consumer's time and the broker's patience. A delivery with [another payload](OnMismatch::Duplicate) does not wait.
+    /// Sets how long a delivery waits for another one of the same message that is in flight. Default: not at all. A delivery that
+    /// waits occupies the consumer, and the broker's timeout runs meanwhile. A delivery with
+    /// [another payload](OnMismatch::Duplicate) does not wait.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.settings().terms.wait = wait;
         self
     }
 
-    /// Sets after how many attempts in all a message whose attempts are lost is unknown in any case. At least 1. Default: 5. The
-    /// limit stops a message that kills every process that handles it. Once an attempt was lost, attempts that fail after it count
-    /// as well, and so do deliveries that took the message over and were dropped before its handler began. So give a delivery
-    /// the time that your store takes.
+    /// Sets the largest number of attempts at a message. At least 1. Default: 5. If the last one is lost, the message is unknown,
+    /// also under [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery). The limit stops a message that
+    /// kills every process that handles it. After a lost attempt, attempts that fail count as well, and so do deliveries that took
+    /// the message over and were dropped before the handler began. So give each delivery the time that your store takes.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().terms.max_attempts = attempts.max(1);
         self
@@ -338,8 +339,9 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets how long one operation of the store may take, and for how long the layer repeats the operation that records a handled
-    /// message. Default: 5 s and 10 s. Without its caller the layer repeats it for twelve times as long, two minutes.
+    /// Sets how long one operation of the store may take (default: 5 s), and how long the layer repeats the operation that records a
+    /// handled message (default: 10 s). If the delivery was dropped, the layer repeats that operation for twelve times as long, two
+    /// minutes by default.
     pub fn with_store_timeouts(mut self, operation: Duration, recording: Duration) -> Self {
         let terms = &mut self.settings().terms;
         (terms.store_timeout, terms.completion_timeout) = (operation, recording);

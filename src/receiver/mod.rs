@@ -38,8 +38,8 @@
 //! A process that dies leaves its message [in flight](Receipt::InFlight) until the lease is over, and then
 //! [unknown](Receipt::Unknown). [`pass_lease`](ReceiverLayer::pass_lease) puts the lease into the message.
 //!
-//! Messages that are delivered again lose their place in the order. Nothing is known of a message that is delivered again after its
-//! retention.
+//! Messages that are delivered again lose their place in the order. A message that is delivered again after its
+//! retention counts as new.
 //!
 //! # Failures
 //!
@@ -52,11 +52,11 @@
 //! # Place
 //!
 //! Put the layer directly around the handler, inside of the code that acknowledges. A framework that reads the result of its innermost
-//! service, as `apalis` does, needs the receiver as that service. Otherwise it does not hear of duplicates.
+//! service, as `apalis` does, needs the receiver as that service. Otherwise the framework does not see that a message is a duplicate.
 //!
 //! A broker's limit of deliveries also counts deliveries that were only [in flight](Receipt::InFlight), so leave room for them. A
 //! handler that may run for longer than the broker waits must tell the broker so (JetStream's progress, SQS's visibility
-//! timeout). The receiver does not run the second copy, but it cannot keep the broker from sending it.
+//! timeout). The receiver does not run the second copy, but it cannot stop the broker from sending that copy.
 //!
 //! Functions that are given to the layer must not panic. The functions that identify a message run in the consumer's own task.
 

@@ -16,16 +16,17 @@ pub enum Receipt<T> {
     First(T),
     /// It was handled before, and the handler did not run. Acknowledge it.
     Duplicate,
-    /// Another delivery of it is being handled and may still fail, or a check could not find out whether a lost attempt took effect
-    /// and has to run again. Do not acknowledge it. Have it delivered again later.
+    /// Another delivery of the message is in flight and may still fail, or the check of a lost attempt could not decide and has to
+    /// run again. Do not acknowledge this delivery. Have the broker deliver the message again later.
     InFlight {
-        /// When to try again: the rest of the other delivery's lease, which that delivery may renew; a whole lease if a check has
-        /// to run again.
+        /// The time until the next try: the rest of the other delivery's lease, which that delivery may renew, or a whole lease if a
+        /// check has to run again.
         retry_after: Duration,
     },
-    /// An attempt was lost, and it is not known whether it had its effect; or a delivery of it was
-    /// [rejected](ReceiveError::Rejected) before. The handler did not run. Put it into the dead-letter place, find out about its
-    /// effect, and [resolve](super::ReceiverLayer::storage_key) its key. Until then every delivery of it is unknown.
+    /// An attempt at the message was lost and its effect is not known, or an earlier delivery was
+    /// [rejected](ReceiveError::Rejected). The handler did not run. Put the message into the dead-letter place, find out whether it
+    /// took effect, and [resolve](super::ReceiverLayer::storage_key) its key. Until then, or until the retention is over, every
+    /// delivery of the message is unknown.
     Unknown,
 }
 
@@ -56,7 +57,7 @@ pub enum ReceiveError<E> {
     Unrecorded(Error),
 }
 
-/// What the broker has to do with a delivery.
+/// The action that the broker must take for a delivery.
 ///
 /// | broker | acknowledge | redeliver | reject |
 /// |---|---|---|---|
@@ -66,8 +67,9 @@ pub enum ReceiveError<E> {
 /// | NATS JetStream | `Ack` | `Nak` with a delay | publish to a dead-letter subject, then `Term` |
 /// | Redis streams | `XACK` | leave it pending | `XADD` to a dead-letter stream, then `XACK` |
 ///
-/// If a rejection takes two steps, its process may die between them. The copy that comes then is
-/// [unknown](Receipt::Unknown) and is rejected again, so the dead-letter place may hold a message twice, but never loses it.
+/// If a rejection takes two steps, the consumer's process may die between them. The broker then delivers the message again, and its
+/// receipt is [unknown](Receipt::Unknown), which is rejected again. So the dead-letter place may hold a message twice, but no message
+/// is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_enums, reason = "a broker knows no fourth")]
 pub enum Disposition {

@@ -296,8 +296,8 @@ const fn verdict_of(end: OnError) -> Verdict {
     }
 }
 
-/// Returns the result of a delivery whose handler failed. A rejection that could not be recorded is one all the same: the
-/// message then lies in the dead-letter place, and only a copy of it may be handled again.
+/// Returns the result of a delivery whose handler failed. A rejection counts even if the store could not record it, because the
+/// message then goes to the dead-letter place, and only another copy of it may be handled again.
 fn failed<E>(error: E, end: OnError) -> ReceiveError<E> {
     match end {
         OnError::Reject => ReceiveError::Rejected(Some(error)),

@@ -35,8 +35,8 @@ pub(super) enum Ended<R, E> {
     Failed(E),
     /// With a panic.
     Panicked,
-    /// With a response that is passed on before its body has ended. It is not to be stored, or it cannot be: it is a
-    /// stream, or it is longer or takes longer than the limits allow.
+    /// With a response that is passed on before its body has ended. The policy does not store it, or the layer cannot store it,
+    /// because it is a stream or exceeds a limit of length or time.
     Streaming(Response<R>, Judgement),
 }
 

@@ -105,12 +105,13 @@ impl<St: Store> IdempotencyLayer<St> {
     /// 409 at once while the first request is in flight, refusals in Stripe's shape, 400 for a key that belongs to
     /// another request.
     ///
-    /// The layer stores 5xx and 408, too, but not 400 and 422, because Stripe does not save the results of requests
-    /// that fail validation, nor the other 4xx that the [table](Self#defaults) leaves out, such as 401, 404 and 429.
+    /// The layer also stores 5xx and 408. It does not store 400 and 422, because Stripe does not save the results of requests
+    /// that fail validation. It also does not store the other 4xx that the [table](Self#defaults) leaves out, such as 401,
+    /// 404 and 429.
     ///
-    /// Stripe's SDKs send a request again after 409 and 5xx, unless `Stripe-Should-Retry` says otherwise. So every
-    /// refusal says `true` or `false`, and a failed response whose key does not become free says `false`, the first
-    /// time and in each replay. [`with_should_retry_header`](Self::with_should_retry_header) changes or removes it.
+    /// Stripe's SDKs send a request again after 409 and 5xx, unless `Stripe-Should-Retry` is `false`. So the layer sets the
+    /// field to `true` or `false` in every refusal. If a retry of a failed response cannot run, the layer sets `false`,
+    /// also in each replay. [`with_should_retry_header`](Self::with_should_retry_header) changes or removes the field.
     ///
     /// Keys may have spaces between other characters. The fingerprint includes `Stripe-Account`, also beside a scope: a
     /// request for another account under the same key gets 400, and never the response of the first account.
@@ -312,7 +313,7 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Sets how long the body of a response may take, counted from its head. Default: 10 s. Zero: the body must be complete at once.
     ///
-    /// The layer reads a response that it stores before it records it, and renews the lease meanwhile. If the body is not
+    /// Before the layer stores a response, it reads the body to its end. It renews the lease meanwhile. If the body is not
     /// complete in time, the layer records that the request is done without its response, and streams the body on,
     /// beginning with what was read so far. Duplicates then get 409 `response-not-stored`. If the caller has left, the
     /// layer drops the body at this point, so that every execution ends. A response that the layer does not store
@@ -379,15 +380,16 @@ impl<St: Store> IdempotencyLayer<St> {
     /// # let _ = layer;
     /// ```
     ///
-    /// The function gets errors of the inner service's type only, and only the outermost value: do not search its
+    /// The function gets only errors of the inner service's type. Judge the error itself, and do not search its
     /// sources. The layer recognises no error by itself, because a handler that calls other services may return an
     /// `Overloaded` of one of its clients after it had an effect. If your handler returns errors of such clients, wrap
     /// them in a type of your own. `Closed` also reports a panic within `Service::call` behind a `Buffer`; leave it out
     /// if a service there acts before it returns its future. An expired `tower::timeout` is a failure, because the
     /// handler was running. An error of `poll_ready` needs no classification, because no key is claimed yet.
     ///
-    /// In an axum app, services have no errors: a `HandleErrorLayer` around the load shedder makes a response of its
-    /// error. Insert [`DoNotKeep`](crate::DoNotKeep) into the extensions of that response, and the layer releases the key.
+    /// In an axum app, services have no errors, because a `HandleErrorLayer` around the load shedder turns its error into a
+    /// response. Insert [`DoNotKeep`](crate::DoNotKeep) into the extensions of that response, so that the layer releases the
+    /// key.
     pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ServiceFailure + Send + Sync + 'static) -> Self {
         self.values().errors.add(classify);
         self
@@ -447,8 +449,8 @@ impl<St: Store> IdempotencyLayer<St> {
     /// `Retry-After`.
     ///
     /// The function gets the refusal and the head of the refused request, for example to read a request id or to
-    /// negotiate the content. The layer copies the head of each request that it does not answer at once, because the
-    /// handler gets the original; without this setting it copies nothing. If the layer stores a failure of the handler
+    /// negotiate the content. The handler gets the original head, so the layer copies the head of each request that it
+    /// guards. Without this setting it copies nothing. If the layer stores a failure of the handler
     /// ([`OnError::Keep`]), the function renders it once, for the first request, and duplicates get the same response.
     ///
     /// ```

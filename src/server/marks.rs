@@ -6,7 +6,7 @@ use http::response;
 
 /// Response extension: the layer stores this response whatever its status.
 ///
-/// In axum, a mark is also a part of a response, so a handler or an error type returns it in a tuple:
+/// In axum, a mark implements `IntoResponseParts`, so a handler or an error type can return it in a tuple:
 ///
 /// ```
 /// # #[cfg(feature = "axum")]
@@ -65,7 +65,7 @@ pub struct DoNotKeep;
 
 /// Response extension: the layer stores that the request took effect, but not its response.
 ///
-/// For one-time secrets, such as a new API key, which must not lie in a store. The layer stores a tombstone whatever
+/// For one-time secrets, such as a new API key, which must not be stored. The layer stores a tombstone whatever
 /// the status, and the response then reaches its caller. Every duplicate gets 409 `response-not-stored`, also one that
 /// waited meanwhile, and the handler never runs again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -106,15 +106,15 @@ impl Values {
         self.header = name;
     }
 
-    /// Marks a failed response whose key does not become free, so that the client's SDK does not send the request again
-    /// in vain. The mark is stored with the response.
+    /// Adds the header field `false` to a failed response after which no retry can run, so that the client's SDK does not
+    /// send the request again in vain. The layer stores the field with the response.
     pub(super) fn advise(&self, head: &mut response::Parts, verdict: Verdict) {
         let Some(name) = &self.refusals.should_retry else {
             return;
         };
         let is_failure = head.status.is_client_error() || head.status.is_server_error();
         if is_failure && verdict != Verdict::Release {
-            // A response with as many headers as a map holds goes without the mark.
+            // A response whose header map is full does not get the field.
             drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
         }
     }

@@ -52,8 +52,8 @@ pub enum OnceError<T, E> {
         position: usize,
     },
     /// It is unknown whether the call took effect, because an attempt was lost, or its existence check could not decide.
-    /// Holds the error of an attempt that was made now. Ask the third party whether the call took effect. The next call
-    /// after the retention of the key is made, so do not repeat a call that took effect.
+    /// Holds the error if the attempt was made now. Ask the third party whether the call took effect. When the retention of the
+    /// key is over, a repeated call runs again, so do not repeat a call that took effect.
     Unknown(Option<E>),
     /// The stored response cannot be read as a `T`, because the type has changed since. Nothing ran. A version of the
     /// program with the earlier type can still read the response.

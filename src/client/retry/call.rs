@@ -163,7 +163,7 @@ where
             }
             Err(source) => {
                 let outcome = match outcome {
-                    // A layer further in saw a response, and the caller never sees its status.
+                    // A layer further in reports a response, but this call returns an error, so its caller sees no status.
                     CallOutcome::Answered => CallOutcome::Unknown,
                     outcome => outcome,
                 };
@@ -217,7 +217,7 @@ impl<E> CallError<E> {
         self.attempts
     }
 
-    /// Returns the knowledge about the effect. It is [`CallOutcome::Answered`] only if the head of a response came and its
+    /// Returns whether the call took effect, as far as this is known. It is [`CallOutcome::Answered`] only if the head of a response came and its
     /// body was lost ([`CollectError::Body`](super::CollectError::Body)). To get that response, send the call again under
     /// the same key.
     #[must_use]

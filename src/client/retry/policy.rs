@@ -24,10 +24,11 @@ use crate::clock::{sleep, Deadline, Timer};
 /// (RFC 9110 section 9.2.2), or is made under a [`OnceLayer`](super::super::OnceLayer).
 ///
 /// The policy repeats such a request after an error of the client, such as a timeout, and after a response that the
-/// [`Profile`] [names](Profile::advice). It waits for the time in `Retry-After`. Without that field it waits for a random
-/// time between zero and a bound that doubles with every attempt ("full jitter").
+/// [`Profile`] [names](Profile::advice). It waits for the time in `Retry-After`, plus a random time up to the first bound of
+/// [`with_backoff`](Self::with_backoff). Without that field it waits for a random time between zero and a bound that doubles
+/// with every attempt ("full jitter").
 ///
-/// The policy sees the head of a response. A body that breaks off later is not its business, unless the
+/// The policy judges a response by its head. It does not repeat a request because its body breaks off later, unless the
 /// [`CallLayer`](super::CallLayer) [collects](super::CallLayer::collect_responses) the body.
 ///
 /// Under a [`OnceLayer`](super::super::OnceLayer) it repeats a request only if the server provably did not take it,

@@ -52,10 +52,10 @@ impl WebhookLayer {
     /// Verifies webhooks as `provider` signs them. `consumer` is a name of your choice for the handler and the sender, such as
     /// `"stripe-accounting"`. It is part of the log events.
     ///
-    /// Two layers of one name over one store take webhooks of one id for the same webhook. So give each sender a name of its own, because
-    /// ids are unique for their sender only, and the holder of another secret could otherwise send a webhook in the place of somebody
-    /// else's. And give each route with a **handler of its own** a name of its own: a provider sends one event, under one id, to every
-    /// endpoint that subscribed to it, and the second endpoint would return a response without handling the event.
+    /// If two layers over one store have the same name, webhooks with the same id count as one webhook. An id is unique only for its
+    /// sender, so give each sender a name of its own. Otherwise one sender could use up an id of another sender. Also give each route
+    /// with a **handler of its own** a name of its own. A provider sends one event, under one id, to every endpoint that subscribed to
+    /// it, and the second endpoint would return a response without handling the event.
     #[must_use]
     pub fn new(consumer: impl Into<String>, provider: impl VerifyWebhook) -> Self {
         let settings = Settings {
@@ -85,8 +85,8 @@ impl WebhookLayer {
     /// Passes GET and HEAD requests to the handler **without any verification**. Default: they get 405.
     ///
     /// Some providers send a challenge by GET when a webhook is set up, and expect it back: `hub.challenge` from Meta, `challenge` from
-    /// Dropbox. Trello sends HEAD. The handler of the GET route answers the challenge and **must not take effects**, because anybody can
-    /// send such a request. Compare what the challenge offers for it, such as Meta's `hub.verify_token`.
+    /// Dropbox. Trello sends HEAD. The handler of the GET route returns the challenge and **must not take effects**, because any client
+    /// can send such a request. If the challenge carries a token of yours, such as Meta's `hub.verify_token`, compare that token.
     ///
     /// These requests get no key: the layer removes an `Idempotency-Key` that the client has sent, so a layer inside claims nothing.
     /// They go into the service inside like any unverified traffic, with its permits and limits.

@@ -1,8 +1,8 @@
 //! Webhooks: the layer verifies their signatures before anything is recorded, and turns their ids into the keys of the server's layer.
 //!
 //! A webhook is an HTTP request that the provider sends again until it gets a 2xx. [`WebhookLayer`] verifies it and passes its id on as
-//! its key. The [`IdempotencyLayer`](crate::IdempotencyLayer) inside answers a duplicate with the 2xx that the first delivery got, and a
-//! duplicate of one in flight with 409 and `Retry-After`. It stores no other response, so the next delivery runs the handler again.
+//! its key. The [`IdempotencyLayer`](crate::IdempotencyLayer) inside returns the stored 2xx for a duplicate, and 409 with `Retry-After`
+//! while the first delivery is in flight. It stores no other response, so the next delivery runs the handler again.
 //!
 //! ```
 //! # #[cfg(feature = "axum")]
@@ -20,28 +20,29 @@
 //! # }
 //! ```
 //!
-//! Several secrets of one provider are for the time in which a secret is replaced, not for several senders. Give each sender, and each
-//! route with a handler of its own, a layer with a [name](WebhookLayer::new) of its own.
+//! A provider takes several secrets so that you can replace a secret without a gap. Do not use them for several senders. Give each
+//! sender, and each route with a handler of its own, a layer with a [name](WebhookLayer::new) of its own.
 //!
-//! If the process of a handler dies, nobody knows how far it came: its webhook gets 409 `outcome-unknown` until you
-//! [resolve](crate::Store::resolve) it, or runs again under [`OnLost::Execute`](crate::OnLost::Execute).
+//! If the process of a handler dies, the layer cannot know whether the handler had its effect. The webhook then gets 409
+//! `outcome-unknown` until you [resolve](crate::Store::resolve) its key, or the handler runs again under
+//! [`OnLost::Execute`](crate::OnLost::Execute).
 //!
 //! # Providers
 //!
-//! | provider | signed | id | protection against a recorded copy |
+//! | provider | signed | id | a recorded copy |
 //! |---|---|---|---|
-//! | [`StandardWebhooks`], also Svix | id, time, body | signed | five minutes, then the time is too old |
-//! | [`StripeWebhooks`] | time, body | signed | five minutes |
-//! | [`SlackWebhooks`] | time, body | signed | five minutes |
-//! | [`SquareWebhooks`] | URL, body | signed | as long as the record is retained |
-//! | [`AdyenWebhooks`] | eight members of the body | signed | as long as the record is retained |
-//! | [`AdyenPlatformWebhooks`] | body | digest of the body | as long as the record is retained |
-//! | [`PayPalWebhooks`] | time, CRC-32 of the body | covered by CRC-32 only | three days, but a body with the same CRC-32 passes |
-//! | [`TwilioWebhooks`] | URL, parameters or body | **not signed** | none under another id |
-//! | [`GitHubWebhooks`] | body | **not signed** | none under another id |
-//! | [`ShopifyWebhooks`] | body | **not signed** | none under another id |
+//! | [`StandardWebhooks`], also Svix | id, time, body | signed | duplicate for five minutes, then rejected by its time |
+//! | [`StripeWebhooks`] | time, body | signed | duplicate for five minutes, then rejected by its time |
+//! | [`SlackWebhooks`] | time, body | signed | duplicate for five minutes, then rejected by its time |
+//! | [`SquareWebhooks`] | URL, body | signed | duplicate while the record is retained, then **runs again** |
+//! | [`AdyenWebhooks`] | eight members of the body | signed | duplicate while the record is retained, then **runs again** |
+//! | [`AdyenPlatformWebhooks`] | body | digest of the body | duplicate while the record is retained, then **runs again** |
+//! | [`PayPalWebhooks`] | time, CRC-32 of the body | covered by CRC-32 only | duplicate for three days, then rejected by its time; a forged body with the same CRC-32 **runs** |
+//! | [`TwilioWebhooks`] | URL, parameters or body | **not signed** | **runs again** under another id |
+//! | [`GitHubWebhooks`] | body | **not signed** | **runs again** under another id |
+//! | [`ShopifyWebhooks`] | body | **not signed** | **runs again** under another id |
 //!
-//! Within the time that the last column names, a recorded copy is a duplicate and does not run. Each provider's page has the details.
+//! The handler does not run for a duplicate. Each provider's page has the details.
 //! Header fields other than those of the signature are never signed: do not decide anything by them.
 //!
 //! Signatures are compared in constant time and read strictly. A signature has one spelling: lower-case hexadecimal, or base64 with

@@ -104,7 +104,7 @@ where
             }
         }
         match result {
-            // It may only mean that the lost attempt arrived before.
+            // This response may only mean that the lost attempt arrived earlier.
             Ok(response) if is_later && settings.is_doubtful(&response) => Ended {
                 given: Given::Doubtful,
                 verdict: Verdict::GiveUp,

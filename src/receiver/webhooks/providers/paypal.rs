@@ -54,12 +54,12 @@ pub struct PayPalWebhooks {
 
 impl PayPalWebhooks {
     /// Verifies webhooks of this id, as PayPal's dashboard shows it, with these certificates (`BEGIN CERTIFICATE`) or public keys
-    /// (`BEGIN PUBLIC KEY`) in PEM. Of a chain of certificates the first counts.
+    /// (`BEGIN PUBLIC KEY`) in PEM. If a PEM holds a chain, only its first certificate counts.
     ///
     /// # Errors
     ///
     /// [`Configuration`](ErrorKind::Configuration) if the id is empty, if there is no certificate or key, or if one cannot be read or
-    /// is not RSA.
+    /// is not RSA with 2048 bits or more.
     pub fn new<S: AsRef<[u8]>>(
         webhook_id: impl Into<String>,
         certificates: impl IntoIterator<Item = S>,

@@ -40,7 +40,7 @@ pub struct TwilioWebhooks {
 impl TwilioWebhooks {
     /// Verifies for this public URL with these auth tokens.
     ///
-    /// `public_url` is what stands before path and query of the request in the URL that is entered at Twilio: `https://hooks.example`.
+    /// `public_url` is the beginning of the URL that you entered at Twilio, without the request's path and query: `https://hooks.example`.
     /// Proxies change scheme, host and port, so the layer cannot find them out. If a proxy removes the beginning of the path as well,
     /// add it: `https://example.com/api`. As in Twilio's libraries, a URL with and without its port is the same.
     ///
