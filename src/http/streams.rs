@@ -22,7 +22,12 @@ pub(crate) struct StreamTypes(Option<Vec<String>>);
 
 impl StreamTypes {
     pub(crate) fn new(types: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        Self(Some(types.into_iter().map(Into::into).collect()))
+        let types = types.into_iter().map(|media_type| {
+            let media_type: String = media_type.into();
+            let essence = media_type.split(';').next().unwrap_or_default();
+            essence.trim().to_owned()
+        });
+        Self(Some(types.collect()))
     }
 
     /// Whether a response is a stream: by its media type, or because it is not HTTP any more (101).
@@ -85,7 +90,7 @@ mod tests {
 
     #[test]
     fn an_own_list_replaces_the_known_types() {
-        let types = StreamTypes::new(["Application/X-Rows"]);
+        let types = StreamTypes::new([" Application/X-Rows; charset=utf-8"]);
         assert!(is_stream(&types, 200, "application/x-rows"));
         assert!(!is_stream(&types, 200, "text/event-stream"));
     }

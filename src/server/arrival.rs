@@ -132,13 +132,15 @@ where
         };
         let fingerprint = settings.fingerprint(&head, &body.bytes, names.scoped);
         let accepted = settings.accepted(&head);
+        // A copy calls the `Clone` of extensions, which is the application's code. Copy before the claim, because a panic
+        // between the claim and its `Hold` would leave the key claimed.
+        let seen = settings.refusals.keep_head(&head);
         let decided = decide(&shared, &settings, &settings.claim(names.storage_key, fingerprint));
         if let Decided::Settled(landing) = decided {
             return Arrived::Answer(settings.land(span.as_deref(), Some(&head), &landing, &accepted));
         }
         // Only from here on it needs a place where others find it.
         let flight = Flight::new(names.key, names.storage_key, fingerprint, settings.store_timeout);
-        let seen = settings.refusals.keep_head(&head);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
         let (flight, exchange) = match decided {

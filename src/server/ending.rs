@@ -4,14 +4,14 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::TRANSFER_ENCODING;
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{request, response, Response, StatusCode};
 use tokio::runtime::Handle;
 
 use super::exchange::{Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::guard::Hold;
-use super::marks::{retention_of, StreamResponse};
+use super::marks::{retention_of, StoreOutcomeOnly, StreamResponse};
 use super::policy::{Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
@@ -86,13 +86,21 @@ impl<St: Store, S> Exchange<St, S> {
         let Cargo::Answered(Read { head, body, judgement }) = &mut self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
-        self.settings.advise(head, Verdict::Keep);
-        let answer = self.settings.answer_headers.store(head, body);
-        let retention = judgement.retention;
+        let judgement = *judgement;
+        self.settings.advise(head, judgement);
+        let outcome = self.settings.outcome_of(head, body);
         // If the store does not record the response, the caller gets a refusal, and the next attempt asks again.
-        match self.conclude(&Outcome::Kept(answer.clone()), retention).await {
-            Ok(_) => self.settle(Landing::Answer { answer, kept: true }),
-            Err(response) => response,
+        if let Err(response) = self.conclude(&outcome, judgement.retention).await {
+            return response;
+        }
+        match (outcome, std::mem::replace(&mut self.cargo, Cargo::Nothing)) {
+            (Outcome::Kept(answer), _) => self.settle(Landing::Answer { answer, kept: true }),
+            (_, Cargo::Answered(read)) => {
+                self.leave(Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)));
+                self.finished("executed");
+                read.into_response()
+            }
+            _ => self.settle(Landing::Refused(HELD)),
         }
     }
 
@@ -121,8 +129,12 @@ impl<St: Store, S> Exchange<St, S> {
             Err(response) => return response,
         }
         self.finished("executed");
-        // The server frames the response by the length of its body, also if the handler has set a transfer coding.
-        response.headers_mut().remove(TRANSFER_ENCODING);
+        // The server frames the response. A length that the handler has set counts only for a body of unknown size, and
+        // only without a transfer coding, which takes precedence (RFC 9112 section 6.3).
+        let had_coding = response.headers_mut().remove(TRANSFER_ENCODING).is_some();
+        if had_coding || response.body().size_hint().exact().is_some() {
+            response.headers_mut().remove(CONTENT_LENGTH);
+        }
         response
     }
 
@@ -347,12 +359,23 @@ impl Values {
         head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && is_known())
     }
 
-    /// Returns the decision about the response of a lost attempt that took effect: store it.
+    /// Returns the decision about the response of a request that took effect, whatever its status.
     pub(super) fn happened(&self, head: &response::Parts) -> Judgement {
         Judgement {
-            verdict: Verdict::Keep,
+            verdict: match head.extensions.get::<StoreOutcomeOnly>() {
+                Some(_) => Verdict::Tombstone,
+                None => Verdict::Keep,
+            },
             awaits_trailers: false,
             retention: retention_of(head).unwrap_or(self.retention),
+        }
+    }
+
+    /// Returns the outcome of a request that took effect with this response.
+    pub(super) fn outcome_of(&self, head: &response::Parts, body: &Collected) -> Outcome {
+        match self.happened(head).verdict {
+            Verdict::Tombstone => Outcome::Tombstone,
+            _ => Outcome::Kept(self.answer_headers.store(head, body)),
         }
     }
 

@@ -225,12 +225,13 @@ where
     #[cfg(feature = "tonic")]
     add_marks(&mut head);
     let judgement = settings.judge(&head);
-    settings.advise(&mut head, judgement.verdict);
+    settings.advise(&mut head, judgement);
     let timeout = match judgement.verdict {
         Verdict::Keep => settings.response_timeout,
-        // A response that is not stored must not wait for its end. If its body is complete already, the duplicates in
-        // this process get it, too.
-        Verdict::Release | Verdict::GiveUp => Duration::ZERO,
+        // A response that is not stored must not wait for its end. If its body has a known size and is complete already,
+        // as that of an error message, the duplicates in this process get it, too.
+        Verdict::Release | Verdict::GiveUp if body.size_hint().exact().is_some() => Duration::ZERO,
+        Verdict::Release | Verdict::GiveUp => return Ended::Streaming(Response::from_parts(head, body), judgement),
         Verdict::Tombstone => return Ended::Streaming(Response::from_parts(head, body), judgement),
         Verdict::Unjudged => return Ended::Broken(head.status, judgement),
     };

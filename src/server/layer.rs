@@ -13,7 +13,7 @@ use tower_layer::Layer;
 
 use super::errors::ServiceFailure;
 use super::guard::Shared;
-use super::policy::{OnLost, Statuses, Verdict};
+use super::policy::{OnLost, Statuses};
 use super::service::Idempotency;
 use super::settings::{Settings, Values};
 use crate::error::{Error, ErrorKind};
@@ -627,12 +627,14 @@ impl<St: Store> IdempotencyLayer<St> {
         Ok(values.space.storage_key(scope, &key))
     }
 
-    /// A response as it is stored and replayed, without the headers that are never replayed; for [`Store::resolve`].
+    /// Returns the outcome to pass to [`Store::resolve`]: the response as the layer stores it, without the header fields that
+    /// are never replayed. A response with the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) becomes a tombstone.
     #[must_use]
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
-        let (mut head, body) = self.settings.0.collected(response);
-        self.settings.0.advise(&mut head, Verdict::Keep);
-        Outcome::Kept(self.settings.0.answer_headers.store(&head, &body))
+        let values = &self.settings.0;
+        let (mut head, body) = values.collected(response);
+        values.advise(&mut head, values.happened(&head));
+        values.outcome_of(&head, &body)
     }
 
     /// The store.

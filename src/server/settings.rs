@@ -9,9 +9,9 @@ use http::request::Parts;
 use http::{response, Method};
 
 use super::errors::ServiceErrors;
-use super::policy::{KeepPolicy, OnLost, Verdict};
+use super::policy::{Judgement, KeepPolicy, OnLost, Verdict};
 use crate::http::{AnswerHeaders, Fingerprinting, Rendering, StreamTypes, IDEMPOTENCY_KEY};
-use crate::protocol::{KeyParser, KeySpace, Scope};
+use crate::protocol::{IfLost, KeyParser, KeySpace, Scope};
 use crate::uncut::MOST_DETACHED;
 
 /// The settings of a layer, to be chosen from by [`with_selector`](super::IdempotencyLayer::with_selector). Made by
@@ -108,12 +108,19 @@ impl Values {
 
     /// Adds the header field `false` to a failed response after which no retry can run, so that the client's SDK does not
     /// send the request again in vain. The layer stores the field with the response.
-    pub(super) fn advise(&self, head: &mut response::Parts, verdict: Verdict) {
+    pub(super) fn advise(&self, head: &mut response::Parts, judgement: Judgement) {
         let Some(name) = &self.refusals.should_retry else {
             return;
         };
         let is_failure = head.status.is_client_error() || head.status.is_server_error();
-        if is_failure && verdict != Verdict::Release {
+        let can_run_again = judgement.retention.is_zero()
+            || match judgement.verdict {
+                Verdict::Release => true,
+                // A retry takes the key over, or asks first.
+                Verdict::GiveUp => self.on_lost.in_protocol() != IfLost::Refuse,
+                Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => false,
+            };
+        if is_failure && !can_run_again {
             // A response whose header map is full does not get the field.
             drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
         }

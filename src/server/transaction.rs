@@ -17,11 +17,11 @@ use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
-use super::marks::{retention_of, StreamResponse};
+use super::marks::{DoNotKeep, StreamResponse};
 use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, with_trailers, RebuildBody, RefusalKind};
+use crate::http::{collect, with_trailers, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -115,7 +115,8 @@ impl Lease {
         self.complete_response_in(connection, answer.into_response()).await
     }
 
-    /// Records `response` as the outcome of this attempt within a transaction, whatever the layer would think of its status.
+    /// Records `response` as the outcome of this attempt within a transaction, whatever the layer would think of its status. If the
+    /// response has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly), the record holds only that the request is done.
     ///
     /// Do it last before the commit: from here on the record is locked, and duplicates wait. Then commit, and return the
     /// response. If the commit fails, return any error: the layer reads from the record whether it took effect all the same,
@@ -141,7 +142,8 @@ impl Lease {
     /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over, or this attempt has completed it already (in an
     /// earlier transaction whose commit took effect although its reply was lost, say): roll back (drop the transaction), and
     /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
-    /// store is no [`PostgresStore`], or the response is a stream, breaks off, or is longer or takes longer than the layer's limits.
+    /// store is no [`PostgresStore`], the response is a stream, breaks off, or is longer or takes longer than the layer's limits, or
+    /// it has the mark [`DoNotKeep`](crate::DoNotKeep).
     /// Otherwise as for [`Store::complete`]. In every case roll back.
     pub async fn complete_response_in<B: RebuildBody>(
         &self,
@@ -151,6 +153,9 @@ impl Lease {
         let Home { store, settings } = self.home();
         let store = store.postgres()?;
         let (mut head, body) = response.into_parts();
+        if head.extensions.get::<DoNotKeep>().is_some() {
+            return Err(FORBIDDEN);
+        }
         if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
             return Err(NOT_KEPT);
         }
@@ -159,10 +164,10 @@ impl Lease {
         if settings.is_grpc() && body.trailers.is_none() {
             body = with_trailers(&mut head.headers, body.bytes);
         }
-        settings.advise(&mut head, Verdict::Keep);
-        let answer = settings.answer_headers.store(&head, &body);
-        let outcome = Outcome::Kept(answer);
-        let retention = retention_of(&head).unwrap_or(settings.retention);
+        let judgement = settings.happened(&head);
+        settings.advise(&mut head, judgement);
+        let outcome = settings.outcome_of(&head, &body);
+        let retention = judgement.retention;
         // Before it is sent: dropped from here on, it may have arrived.
         self.flight().set_transaction_failed(true);
         self.flight().set_in_transaction(head.status);
@@ -192,6 +197,12 @@ const NOT_KEPT: Error = Error::new(
      transaction; shorten it, or raise `with_answer_limit` or `with_response_timeout`",
 );
 
+const FORBIDDEN: Error = Error::new(
+    ErrorKind::Configuration,
+    "the response has the mark `DoNotKeep`, so that it cannot be completed in a transaction; remove the mark, or roll back \
+     and return the response",
+);
+
 const SUPERSEDED: Error = Error::new(
     ErrorKind::Superseded,
     "the key is completed already, or another attempt has taken it over; roll the transaction back",
@@ -211,8 +222,10 @@ impl<St: Store, S> Exchange<St, S> {
         match persist(settings, || shared.store.peek(key)).await {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
             Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
-                if let Status::Completed(Outcome::Kept(answer)) = snapshot.status {
-                    return Ok(self.committed(answer));
+                match snapshot.status {
+                    Status::Completed(Outcome::Kept(answer)) => return Ok(self.committed(answer)),
+                    Status::Completed(Outcome::Tombstone) => return Ok(self.committed_alone(ended)),
+                    _ => {}
                 }
             }
             Ok(_) => {}
@@ -240,6 +253,21 @@ impl<St: Store, S> Exchange<St, S> {
         self.leave(landing);
         self.finished("executed");
         given.into_response()
+    }
+
+    /// The record holds that the request is done, without its response, because the response has the mark
+    /// [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets the response, if the handler has returned it.
+    fn committed_alone<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Response<R> {
+        self.hold.end_ownership();
+        let landing = Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored));
+        match ended.map(|ended| *ended) {
+            Some(Ended::Streaming(response, judgement)) if judgement.verdict == Verdict::Tombstone => {
+                self.leave(landing);
+                self.finished("executed");
+                response
+            }
+            _ => self.settle(landing),
+        }
     }
 
     /// Nothing took effect. An answer that says otherwise is not given: a success, or one of the status that was to be recorded.
