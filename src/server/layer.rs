@@ -633,7 +633,8 @@ impl<St: Store> IdempotencyLayer<St> {
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
         let values = &self.settings.0;
         let (mut head, body) = values.collected(response);
-        values.advise(&mut head, values.happened(&head));
+        let judgement = values.happened(&head);
+        values.advise(&mut head, judgement);
         values.outcome_of(&head, &body)
     }
 
