@@ -163,12 +163,24 @@ async fn a_stream_has_the_framing_of_its_server() {
             vec![("transfer-encoding", "nonsense")],
             vec![("content-length", "13")],
             vec![("content-length", "13"), ("transfer-encoding", "chunked")],
+            // The transfer coding takes precedence over a length (RFC 9112 section 6.3).
+            vec![("content-length", "5"), ("transfer-encoding", "chunked")],
         ] {
             for shape in [Shape::Whole, Shape::Frames] {
                 let (url, _) = server(fields.clone(), shape, change).await;
                 let seen = seen(&url).await;
                 assert_eq!(seen.body, LINE, "{fields:?}");
             }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_length_that_contradicts_a_body_of_known_size_does_not_count_in_a_stream() {
+    for change in [mark_as_stream, forbid_to_store] {
+        for length in ["5", "500", "nonsense"] {
+            let (url, _) = server(vec![("content-length", length)], Shape::Whole, change).await;
+            assert_eq!(seen(&url).await.body, LINE, "{length}");
         }
     }
 }

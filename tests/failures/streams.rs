@@ -9,7 +9,8 @@ use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Status};
 use tower_idempotency::{
-    DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, RetainFor, Store, StoreOutcomeOnly, StreamResponse,
+    DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store, StoreOutcomeOnly,
+    StreamResponse,
 };
 
 use super::code_of;
@@ -341,4 +342,43 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
     drain.wait().await;
     assert!(handler.runs() > 5_000, "{}", handler.runs());
     assert_eq!(dropped.load(Ordering::SeqCst), handler.runs(), "every body was dropped");
+}
+
+/// A recovery check, and an operator, name a secret without storing it.
+#[tokio::test(start_paused = true)]
+async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
+    let secret = || {
+        let mut response = Response::new("sk_live_1".into());
+        response.extensions_mut().insert(StoreOutcomeOnly);
+        response
+    };
+    let store = RemoteStore::new();
+    let zombie = super::lost_key(&store).await;
+    store.heal();
+    let check = OnLost::recover(move |_| async move { Recovered::Happened(secret()) });
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(store).on_lost(check);
+    let service = layer.layer(handler.clone());
+    let first = send(&service, post("k", "pay")).await;
+    assert_eq!((&first.body[..], first.is_replay()), (&b"sk_live_1"[..], false));
+    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
+    assert_eq!(handler.runs(), 0);
+    assert!(matches!(layer.outcome_of(secret()), Outcome::Tombstone));
+    zombie.abort();
+}
+
+/// A body whose frames were all ready, the error too, became a 500, and one with a pause between them streamed.
+#[tokio::test]
+async fn the_status_of_a_response_that_is_not_stored_does_not_depend_on_the_pace_of_its_body() {
+    let handler = Handler::new().answering(|_| {
+        let frames = [Ok(http_body::Frame::data("for".into())), Err(support::Broken)];
+        let body = http_body_util::StreamBody::new(futures::stream::iter(frames));
+        let mut response = Response::new(body.boxed_unsync());
+        *response.status_mut() = StatusCode::FORBIDDEN;
+        response
+    });
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler);
+    let response = service.oneshot(post("k", "pay")).await.unwrap();
+    assert_eq!(response.status(), StatusCode::FORBIDDEN);
+    assert!(response.into_body().collect().await.is_err());
 }

@@ -3,6 +3,7 @@
 mod behind;
 #[cfg(feature = "tonic")]
 mod grpc;
+mod marks;
 #[path = "../support/postgres.rs"]
 mod postgres;
 #[path = "../support/proxy.rs"]

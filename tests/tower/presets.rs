@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderName, Request, Response, StatusCode};
 use tower::{Layer, ServiceExt};
-use tower_idempotency::{DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, Refusal, Scope};
+use tower_idempotency::{DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, OnLost, Refusal, Scope};
 
 use super::support::{advance, full, post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
 
@@ -320,4 +320,41 @@ async fn a_head_is_copied_only_for_a_renderer() {
         let body = super::support::got(response).await.body;
         assert_eq!(body, copies.to_string());
     }
+}
+
+/// Where a retry runs, the SDK must send it.
+#[tokio::test]
+async fn a_failure_whose_retry_can_run_gives_no_advice() {
+    let failing = || Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let execute = stripe().on_error(OnError::Unknown).on_lost(OnLost::Execute);
+    let forgets = stripe().with_retention(Duration::ZERO);
+    for layer in [execute, forgets] {
+        let handler = failing();
+        let service = layer.layer(handler.clone());
+        for _ in 0..2 {
+            let got = send(&service, post("k", "x")).await;
+            assert_eq!((got.status(), advice(&got)), (502, None));
+        }
+        assert_eq!(handler.runs(), 2);
+    }
+}
+
+/// The application's `Clone` panicked between the claim and its guard, and the key was claimed for ever.
+#[tokio::test]
+async fn an_extension_that_panics_when_it_is_copied_leaves_no_key_claimed() {
+    struct Fragile;
+    impl Clone for Fragile {
+        fn clone(&self) -> Self {
+            panic!("cannot be copied")
+        }
+    }
+    let render =
+        |refusal: &Refusal, _: &Parts| Response::builder().status(refusal.status()).body(Bytes::new()).unwrap();
+    let layer = IdempotencyLayer::new(MemoryStore::new()).with_refusals(render);
+    let service = layer.layer(Handler::new());
+    let mut fragile = post("k", "x");
+    fragile.extensions_mut().insert(Fragile);
+    let panicked = tokio::spawn(service.clone().oneshot(fragile)).await;
+    assert!(panicked.is_err_and(|error| error.is_panic()));
+    assert_eq!(send(&service, post("k", "x")).await.status(), 201);
 }

@@ -1,0 +1,94 @@
+//! Marks on a response that is completed in a transaction.
+
+use tower_idempotency::{DoNotKeep, StoreOutcomeOnly};
+
+use super::*;
+
+/// A handler that makes a secret in its transaction, and returns it with a mark.
+async fn create_secret(State(app): State<App>, lease: Lease, body: Bytes) -> Response {
+    app.runs.fetch_add(1, Ordering::SeqCst);
+    let mut transaction = app.pool.begin().await.unwrap();
+    let insert = sqlx::query("INSERT INTO payments (note) VALUES ('secret')");
+    insert.execute(&mut *transaction).await.unwrap();
+    let secret = (StatusCode::CREATED, [("set-cookie", "sid=1")], "sk_live_1");
+    let completed = if body.starts_with(b"veto") {
+        lease.complete_in(&mut transaction, (DoNotKeep, secret)).await
+    } else {
+        lease.complete_in(&mut transaction, (StoreOutcomeOnly, secret)).await
+    };
+    match completed {
+        Ok(response) => {
+            transaction.commit().await.unwrap();
+            if body.starts_with(b"fail") {
+                return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+            }
+            response
+        }
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Configuration);
+            (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response()
+        }
+    }
+}
+
+async fn ask(router: &Router, body: &'static str) -> (StatusCode, HeaderMap, String) {
+    let request = Request::post("/secrets").header("idempotency-key", body);
+    let response = router
+        .clone()
+        .oneshot(request.body(Body::from(body)).unwrap())
+        .await
+        .unwrap();
+    let (head, body) = response.into_parts();
+    let body = to_bytes(body, 1 << 20).await.unwrap();
+    (head.status, head.headers, String::from_utf8_lossy(&body).into_owned())
+}
+
+fn router(bench: &Bench) -> Router {
+    Router::new()
+        .route("/secrets", post(create_secret))
+        .layer(bench.layer())
+        .with_state(bench.app.clone())
+}
+
+/// The secret lay in the table for a day, and every duplicate got it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_of_a_transaction_reaches_its_first_caller_and_no_table() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = router(&bench);
+    let (status, headers, body) = ask(&router, "secret").await;
+    assert_eq!((status, &body[..]), (StatusCode::CREATED, "sk_live_1"));
+    assert!(headers.contains_key("set-cookie") && !headers.contains_key("idempotent-replayed"));
+    let (status, _, body) = ask(&router, "secret").await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    assert!(body.contains("response-not-stored"), "{body}");
+    assert_eq!((bench.payments().await, bench.runs()), (1, 1));
+    let stored: Vec<Option<Vec<u8>>> = sqlx::query_scalar("SELECT body FROM idempotency_keys")
+        .fetch_all(bench.store.pool())
+        .await
+        .unwrap();
+    assert!(stored.iter().flatten().all(|body| !body.starts_with(b"sk_live")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_whose_handler_failed_after_the_commit_is_done_and_never_runs_again() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = router(&bench);
+    for _ in 0..2 {
+        let (status, _, body) = ask(&router, "fail").await;
+        assert_eq!(status, StatusCode::CONFLICT);
+        assert!(body.contains("response-not-stored"), "{body}");
+    }
+    assert_eq!((bench.payments().await, bench.runs()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_response_with_a_veto_cannot_be_completed_in_a_transaction() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = router(&bench);
+    for _ in 0..2 {
+        let (status, _, body) = ask(&router, "veto").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(body.contains("DoNotKeep"), "{body}");
+    }
+    assert_eq!((bench.payments().await, bench.runs()), (0, 2));
+}
