@@ -92,7 +92,7 @@
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and
 //! `fence`; and an event (field `event`, and `error`, `kind` and `cause` if there is an error) per unusual path. The
 //! level is `ERROR` if the `kind` is `Configuration` or `CorruptRecord`, because an operator has to act. It is `INFO`
-//! for `rescued`, and `WARN` otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`,
+//! for `rescued`, `DEBUG` for the `tombstone` of a stream or of a response that must not be stored, and `WARN` otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`,
 //! `decided-behind` (feature `postgres`), `error-unclassified`, `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable` (feature
 //! `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
 //! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,

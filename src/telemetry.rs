@@ -154,7 +154,7 @@ impl Event {
             Self::Unchecked => {
                 "the Redis server does not tell its settings; make sure that it is version 7.0 or later, with maxmemory-policy noeviction"
             }
-            Self::Tombstone => "an answer cannot be kept; its key will not run again",
+            Self::Tombstone => "a response is not stored; its key will not run again",
             Self::TypeMismatch => {
                 "two messages under one id differ in type; make the type a part of the id: `MessageId::of([\"cancelled\", id])`"
             }
@@ -172,6 +172,17 @@ pub(crate) fn event(event: Event) {
         // Callers hang up every day.
         Event::Rescued => tracing::info!(target: TARGET, event = event.name(), "{}", event.message()),
         _ => tracing::warn!(target: TARGET, event = event.name(), "{}", event.message()),
+    }
+}
+
+/// Reports a tombstone. The level is DEBUG if the handler or the type of the response asked for it, and WARN if a response is
+/// lost.
+pub(crate) fn tombstone(is_planned: bool) {
+    if is_planned {
+        count_event(Event::Tombstone);
+        tracing::debug!(target: TARGET, event = Event::Tombstone.name(), "{}", Event::Tombstone.message());
+    } else {
+        event(Event::Tombstone);
     }
 }
 

@@ -1,5 +1,7 @@
 //! The layer in an axum app, with every default of its table, over a real server where the connection matters.
 
+#[path = "axum/cut_off.rs"]
+mod cut_off;
 #[path = "axum/framing.rs"]
 mod framing;
 

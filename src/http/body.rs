@@ -96,10 +96,13 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
             return Poll::Ready(Some(Ok(Frame::data(front))));
         }
         if let Some(rest) = &mut self.rest {
-            if let Some(frame) = ready!(Pin::new(rest).poll_frame(cx)) {
+            if let Some(frame) = ready!(Pin::new(&mut *rest).poll_frame(cx)) {
                 return Poll::Ready(Some(frame));
             }
-            self.rest = None;
+            // Keep a body that does not confirm its end, so that this body does not confirm it, either.
+            if rest.is_end_stream() || self.trailers.is_some() {
+                self.rest = None;
+            }
         }
         Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
     }
@@ -262,7 +265,7 @@ impl BodyBounds {
 
 /// Reads a body to its end. Stops with the frame that exceeds `limit` bytes, or after `timeout`. Makes no timer if the
 /// body is complete at the first poll.
-pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
+pub(crate) fn collect<B: HttpBody<Data = Bytes> + Unpin>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
     Collect {
         body: Some(body),
         limit,
@@ -279,7 +282,11 @@ pub(crate) fn collect<B: RebuildBody>(body: B, limit: usize, timeout: Duration) 
 const AFTER_FIRST_MESSAGE: Duration = Duration::from_millis(100);
 
 /// Reads a gRPC body to its end, as [`collect`] does. Stops 100 ms after the first message at the latest.
-pub(crate) fn collect_messages<B: RebuildBody>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
+pub(crate) fn collect_messages<B: HttpBody<Data = Bytes> + Unpin>(
+    body: B,
+    limit: usize,
+    timeout: Duration,
+) -> Collect<B> {
     Collect {
         first_message: Some(FirstMessage::default()),
         ..collect(body, limit, timeout)
@@ -307,7 +314,7 @@ enum Stop<E> {
     TooSlow,
 }
 
-impl<B: RebuildBody> Collect<B> {
+impl<B: HttpBody<Data = Bytes> + Unpin> Collect<B> {
     fn poll_frames(&mut self, cx: &mut Context<'_>) -> Poll<Stop<B::Error>> {
         let Some(body) = &mut self.body else {
             return Poll::Pending;
@@ -342,7 +349,7 @@ impl<B: RebuildBody> Collect<B> {
     }
 }
 
-impl<B: RebuildBody> Future for Collect<B> {
+impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
     type Output = Result<Collected, Shortfall<B>>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

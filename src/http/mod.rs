@@ -9,6 +9,7 @@ mod grpc;
 mod key;
 mod multipart;
 mod refusal;
+mod request_body;
 mod streams;
 mod wording;
 
@@ -26,4 +27,5 @@ pub(crate) use grpc::{result_of as grpc_result, with_trailers, Accepted, Outcome
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::{Effect, RefusalStyle, Rendering};
 pub use refusal::{Refusal, RefusalKind};
+pub(crate) use request_body::{collect_request, Checked};
 pub(crate) use streams::{is_stream, StreamTypes};

@@ -3,11 +3,12 @@
 use http::{header, response};
 
 /// Media types whose responses are streams: they may not end, or their readers need each part at once.
-const KNOWN: [&str; 6] = [
+const KNOWN: [&str; 7] = [
     // HTML Living Standard, section 9.2.
     "text/event-stream",
     // JSON, a value a line.
     "application/x-ndjson",
+    "application/ndjson",
     "application/jsonl",
     // RFC 7464.
     "application/json-seq",

@@ -55,8 +55,8 @@ pub struct Report<O> {
     pub once: O,
     /// What differs.
     pub differences: Vec<Difference<O>>,
-    /// Messages that did not end acknowledged: a crash left their outcome unknown, and somebody must look; or they were to be delivered
-    /// again for ever.
+    /// Scenarios whose messages were not acknowledged in the end. A crash left the outcome unknown, the handler rejected the message,
+    /// or the message was delivered again without end.
     pub rejected: Vec<Scenario>,
     /// How many scenarios there were.
     pub scenarios: usize,

@@ -19,7 +19,7 @@ use super::future::Underway;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
 use super::settings::Values;
-use crate::http::{collect, BodyBounds, Collect, Collected, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::http::{collect_request, BodyBounds, Checked, Collect, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Times};
@@ -34,7 +34,7 @@ pub(super) struct Arrival<St, S, B> {
     names: Names,
     service: S,
     head: Parts,
-    body: Collect<B>,
+    body: Collect<Checked<B>>,
 }
 
 /// How the key of a request is called.
@@ -76,7 +76,7 @@ impl<St: Store, S, B: RebuildBody> Arrival<St, S, B> {
             timeout: settings.body_timeout,
         }
         .of_outer_or_self(&head.extensions);
-        let body = collect(body, bounds.bytes, bounds.timeout);
+        let body = collect_request(body, bounds);
         Self {
             shared,
             settings,
@@ -103,15 +103,9 @@ where
 {
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Collected, Refusal>> {
         let _entered = self.span.as_deref().map(Span::enter);
-        Pin::new(&mut self.body).poll(cx).map(|read| {
-            let kind = match read {
-                Ok(body) => return Ok(body),
-                Err(Shortfall::Broken(_)) => RefusalKind::BodyBroken,
-                Err(Shortfall::TooLarge(_)) => RefusalKind::BodyTooLarge,
-                Err(Shortfall::TooSlow(_)) => RefusalKind::BodyTimeout,
-            };
-            Err(Refusal::new(kind))
-        })
+        Pin::new(&mut self.body)
+            .poll(cx)
+            .map_err(|shortfall| Refusal::new(RefusalKind::of_body(&shortfall)))
     }
 
     fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Arrived<R, S::Error> {

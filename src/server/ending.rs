@@ -212,7 +212,7 @@ impl<St: Store, S> Exchange<St, S> {
         judgement: Judgement,
         status: StatusCode,
     ) -> Result<Landing, Response<R>> {
-        telemetry::event(Event::Tombstone);
+        telemetry::tombstone(judgement.verdict == Verdict::Tombstone);
         // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response was no success, store
         // a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {

@@ -236,7 +236,7 @@ where
         Verdict::Unjudged => return Ended::Broken(head.status, judgement),
     };
     if settings.is_stream(&head, judgement) {
-        return Ended::Streaming(Response::from_parts(head, body), judgement);
+        return Ended::Streaming(Response::from_parts(head, body), judgement.of_stream());
     }
     // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
     let reading = if judgement.awaits_trailers {

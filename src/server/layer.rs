@@ -326,8 +326,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// Sets the media types by which the layer knows a response as a stream; replaces the whole list. Letter case and
-    /// parameters do not count. Default: `text/event-stream`, `application/x-ndjson`, `application/jsonl`,
-    /// `application/json-seq`, `application/stream+json` and `multipart/x-mixed-replace`.
+    /// parameters do not count. Default: `text/event-stream`, `application/x-ndjson`, `application/ndjson`,
+    /// `application/jsonl`, `application/json-seq`, `application/stream+json` and `multipart/x-mixed-replace`.
     ///
     /// A stream reaches its caller from the first byte. If the response is one that the layer stores, the layer first
     /// stores a tombstone, so duplicates get 409 `response-not-stored`, and the handler never runs again. Status 101 is

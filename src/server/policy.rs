@@ -150,6 +150,17 @@ pub(super) struct Judgement {
     pub(super) retention: Duration,
 }
 
+impl Judgement {
+    /// Returns the decision about a response that is known as a stream. Only its outcome is stored.
+    pub(super) const fn of_stream(self) -> Self {
+        let verdict = match self.verdict {
+            Verdict::Keep => Verdict::Tombstone,
+            verdict => verdict,
+        };
+        Self { verdict, ..self }
+    }
+}
+
 /// The effect of the attempt's end on its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {

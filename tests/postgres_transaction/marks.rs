@@ -62,7 +62,7 @@ async fn a_secret_of_a_transaction_reaches_its_first_caller_and_no_table() {
     assert_eq!(status, StatusCode::CONFLICT);
     assert!(body.contains("response-not-stored"), "{body}");
     assert_eq!((bench.payments().await, bench.runs()), (1, 1));
-    let stored: Vec<Option<Vec<u8>>> = sqlx::query_scalar("SELECT body FROM idempotency_keys")
+    let stored: Vec<Option<Vec<u8>>> = sqlx::query_scalar("SELECT body FROM idempotency_records")
         .fetch_all(bench.store.pool())
         .await
         .unwrap();

@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{InvalidWebhook, VerifyWebhook, Webhook};
 use crate::clock::wall_clock;
-use crate::http::{collect, BodyBounds, RebuildBody, Refusal, RefusalKind, Rendering, Shortfall, IDEMPOTENCY_KEY};
+use crate::http::{collect_request, BodyBounds, RebuildBody, Refusal, RefusalKind, Rendering, IDEMPOTENCY_KEY};
 use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;
@@ -239,13 +239,8 @@ async fn admitted<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
         return Err(Rejection::Invalid(InvalidWebhook::MissingHeader));
     }
     let bounds = settings.bounds;
-    let body = collect(body, bounds.bytes, bounds.timeout).await.map_err(|shortfall| {
-        Rejection::Refused(match shortfall {
-            Shortfall::Broken(_) => RefusalKind::BodyBroken,
-            Shortfall::TooLarge(_) => RefusalKind::BodyTooLarge,
-            Shortfall::TooSlow(_) => RefusalKind::BodyTimeout,
-        })
-    })?;
+    let body = collect_request(body, bounds).await;
+    let body = body.map_err(|shortfall| Rejection::Refused(RefusalKind::of_body(&shortfall)))?;
     let webhook = Webhook::new(&head, &body.bytes, wall_clock());
     let id = settings.verify.verify(&webhook).map_err(Rejection::Invalid)?;
     if id.is_missing() || id.check().is_err() {

@@ -1,0 +1,86 @@
+//! Requests that were cut off must not count as shorter ones.
+
+use std::convert::Infallible;
+
+use axum::body::Bytes;
+use h2::client::SendRequest;
+use h2::Reason;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tower::{service_fn, ServiceBuilder};
+use tower_http::map_request_body::MapRequestBodyLayer;
+use tower_idempotency::{Body, IdempotencyLayer, MemoryStore};
+
+use super::Runs;
+
+type Incoming = Body<hyper::body::Incoming>;
+
+/// A client of an HTTP/2 server whose handler returns the body of the request, and the handler's runs.
+async fn client() -> (SendRequest<Bytes>, Runs) {
+    let runs = Runs::default();
+    let counted = runs.clone();
+    let handler = service_fn(move |request: Request<Incoming>| {
+        let runs = counted.clone();
+        async move {
+            runs.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            Ok::<_, Infallible>(Response::new(Full::new(body)))
+        }
+    });
+    let service = ServiceBuilder::new()
+        .layer(MapRequestBodyLayer::new(Body::new))
+        .layer(IdempotencyLayer::new(MemoryStore::new()))
+        .service(handler);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        let service = TowerToHyperService::new(service);
+        drop(server.serve_connection(TokioIo::new(stream), service).await);
+    });
+    let stream = TcpStream::connect(address).await.unwrap();
+    let (client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    (client, runs)
+}
+
+fn payment(length: Option<usize>) -> Request<()> {
+    let mut request = Request::post("http://localhost/").header("idempotency-key", "k");
+    if let Some(length) = length {
+        request = request.header("content-length", length);
+    }
+    request.body(()).unwrap()
+}
+
+/// Envoy resets a stream with `NO_ERROR` when its own client leaves, and hyper then ends the body without an error. The
+/// handler ran with the first half, and the retry with all of it got 422 for a day.
+#[tokio::test]
+async fn a_request_that_is_reset_without_an_error_runs_nothing() {
+    for length in [None, Some(8)] {
+        let (client, runs) = client().await;
+        let mut client = client.ready().await.unwrap();
+        let (response, mut body) = client.send_request(payment(length), false).unwrap();
+        body.send_data(Bytes::from_static(b"half"), false).unwrap();
+        // The server has the first half once it has granted its room again, or sees both at once: try both.
+        if length.is_none() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        body.send_reset(Reason::NO_ERROR);
+        drop(response);
+        let mut client = client.ready().await.unwrap();
+        let (response, mut body) = client.send_request(payment(length), false).unwrap();
+        body.send_data(Bytes::from_static(b"half+end"), true).unwrap();
+        let (head, mut body) = response.await.unwrap().into_parts();
+        let body = body.data().await.unwrap().unwrap();
+        assert_eq!(
+            (head.status, &body[..]),
+            (StatusCode::OK, &b"half+end"[..]),
+            "{length:?}"
+        );
+        assert_eq!(runs.count(), 1, "{length:?}");
+    }
+}
