@@ -7,6 +7,8 @@ mod senders;
 #[path = "webhooks/signer.rs"]
 mod signer;
 mod support;
+#[path = "webhooks/twilio.rs"]
+mod twilio;
 #[path = "webhooks/vectors.rs"]
 mod vectors;
 

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::clock::wall_clock;
 use crate::receiver::webhooks::signing::{
-    decoded_key, decoded_secret, paypal_time, sign_item, signed_text, Item, PublicUrl, Signed,
+    body_hash, decoded_key, decoded_secret, is_form, paypal_time, sign_item, signed_text, Item, PublicUrl, Signed,
 };
 use crate::receiver::webhooks::Webhook;
 
@@ -279,9 +279,9 @@ fn paypal(head: &mut Parts, body: &[u8], time: &str, webhook_id: &str, key: &rsa
 
 fn twilio(head: &mut Parts, body: &[u8], url: &PublicUrl, token: &[u8]) {
     const FORM: HeaderValue = HeaderValue::from_static("application/x-www-form-urlencoded");
-    let kind = head.headers.entry(CONTENT_TYPE).or_insert(FORM);
+    head.headers.entry(CONTENT_TYPE).or_insert(FORM);
     let target = head.uri.to_string();
-    if !kind.as_bytes().starts_with(FORM.as_bytes()) && !target.contains("bodySHA256=") {
+    if !is_form(&head.headers) && body_hash(&target).is_none() {
         let before = if target.contains('?') { '&' } else { '?' };
         let hash = HEXLOWER.encode(&Sha256::digest(body));
         head.uri = usable(

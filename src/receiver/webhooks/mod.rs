@@ -38,7 +38,7 @@
 //! | [`AdyenWebhooks`] | eight members of the body | signed | duplicate while the record is retained, then **runs again** |
 //! | [`AdyenPlatformWebhooks`] | body | digest of the body | duplicate while the record is retained, then **runs again** |
 //! | [`PayPalWebhooks`] | time, CRC-32 of the body | covered by CRC-32 only | duplicate for three days, then rejected by its time; a forged body with the same CRC-32 **runs** |
-//! | [`TwilioWebhooks`] | URL, parameters or body | **not signed** | **runs again** under another id |
+//! | [`TwilioWebhooks`] | URL and parameters as one text without separators, or URL and body | **not signed** | **runs again** under another id |
 //! | [`GitHubWebhooks`] | body | **not signed** | **runs again** under another id |
 //! | [`ShopifyWebhooks`] | body | **not signed** | **runs again** under another id |
 //!

@@ -29,5 +29,5 @@ pub(in crate::receiver) mod signing {
     pub(in crate::receiver) use super::adyen::{decoded_key, sign_item, Item};
     pub(in crate::receiver) use super::paypal::{paypal_time, signed_text};
     pub(in crate::receiver) use super::standard::decoded_secret;
-    pub(in crate::receiver) use super::twilio::{PublicUrl, Signed};
+    pub(in crate::receiver) use super::twilio::{body_hash, is_form, PublicUrl, Signed};
 }

@@ -17,20 +17,30 @@ use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 const SIGNATURE: &str = "x-twilio-signature";
 
+/// Announces a signature by a shared key, such as `key=..,algorithm=HMAC_SHA256`.
+const SHARED_KEY: &str = "x-twilio-webhooks-signature-settings";
+
 /// Twilio: `X-Twilio-Signature`, an HMAC-SHA-1 that begins with the URL.
 ///
-/// * **Signed**: the full URL, and either the parameters of a form or, if the URL has the query parameter `bodySHA256`, the body's hash.
-///   In a form, names and values are joined without separators, so a signature also fits a form in which the end of a name has moved
-///   into its value; the order of parameters, and whether an equal one is repeated, are not signed either. A form may have up to 1,000
-///   parameters.
-/// * **Id**: `I-Twilio-Idempotency-Token`, which Twilio repeats when it sends a webhook again. It is **not signed**, and the signed
-///   parts have no id: two presses of a key in one call can have equal parameters.
+/// * **Signed**: the full URL, and either the sorted parameters of a form, up to 1,000, or the hash of another body. URL, names and values
+///   are joined into **one text without separators**. Any other split of the same text into a URL, names and values has the same
+///   signature: someone who has recorded a webhook can move text between a name and its value, between parameters, and between the URL
+///   and the parameters. So trust no single parameter of a recorded webhook. Neither the order of parameters nor the repetition of an
+///   equal one is signed.
+/// * **Body**: a body with the `Content-Type` `application/x-www-form-urlencoded` is a form and always signs its parameters. Any other
+///   body must have its hash in the URL, as `bodySHA256` at the end of the query, where Twilio puts it. In any other place the hash
+///   counts for nothing, because it can be a part of a recorded parameter. A sender who chooses the end of a form's last parameter, in
+///   the sorted order, and records the webhook can still place the hash of a body there.
+/// * **Id**: `I-Twilio-Idempotency-Token`, which Twilio repeats when it sends a webhook again. A webhook without this field is rejected.
+///   It is **not signed**, and the signed parts have no id: two presses of a key in one call can have equal parameters.
 /// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under another token, and it runs again.
 ///   Make the handler safe against an old event, by the `CallSid` or `MessageSid` and the state that it reports.
 ///
 /// Choose POST for the webhook at Twilio. The layer rejects GET, whose parameters would be in the URL.
 ///
-/// HMAC-SHA-1 is what Twilio offers. The weaknesses of SHA-1 against collisions do not break HMAC.
+/// Signatures by an auth token use HMAC-SHA-1; the weaknesses of SHA-1 against collisions do not break HMAC. Twilio's shared keys (a public
+/// beta) sign with HMAC-SHA-256, which this check does not support. It rejects a webhook that has their field
+/// `X-Twilio-Webhooks-Signature-Settings` as [`Secret`](InvalidWebhook::Secret), whatever the field says.
 #[derive(Clone)]
 pub struct TwilioWebhooks {
     url: PublicUrl,
@@ -42,7 +52,8 @@ impl TwilioWebhooks {
     ///
     /// `public_url` is the beginning of the URL that you entered at Twilio, without the request's path and query: `https://hooks.example`.
     /// Proxies change scheme, host and port, so the layer cannot find them out. If a proxy removes the beginning of the path as well,
-    /// add it: `https://example.com/api`. As in Twilio's libraries, a URL with and without its port is the same.
+    /// add it: `https://example.com/api`. If you entered a user and a password, add them: `https://user:password@hooks.example`. As in
+    /// Twilio's libraries, a URL with and without its port is the same.
     ///
     /// # Errors
     ///
@@ -74,6 +85,10 @@ impl VerifyWebhook for TwilioWebhooks {
 
     fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
         let headers = webhook.headers();
+        // The field is not signed, so it must not choose the check.
+        if headers.contains_key(SHARED_KEY) {
+            return Err(InvalidWebhook::Secret);
+        }
         let signature = base64(field(headers, SIGNATURE, InvalidWebhook::Signature)?);
         let signature = signature.ok_or(InvalidWebhook::Signature)?;
         let signed = Signed::of(webhook)?;
@@ -100,21 +115,22 @@ pub(in crate::receiver) struct Signed<'w> {
 impl<'w> Signed<'w> {
     pub(in crate::receiver) fn of(webhook: &Webhook<'w>) -> Result<Self, InvalidWebhook> {
         let path_and_query = webhook.path_and_query();
-        let form = match body_hash(path_and_query) {
-            // The URL is signed, so nobody but Twilio can add or remove the hash.
-            Some(hash) => {
-                let hash = hex(hash).ok_or(InvalidWebhook::Signature)?;
-                if hash[..] != Sha256::digest(webhook.body())[..] {
-                    return Err(InvalidWebhook::Signature);
-                }
-                Vec::new()
+        // The check could read one line and the handler the other.
+        if webhook.headers().get_all(CONTENT_TYPE).iter().nth(1).is_some() {
+            return Err(InvalidWebhook::Body);
+        }
+        let mut form = Vec::new();
+        if is_form(webhook.headers()) {
+            let pairs = pairs(webhook.body()).ok_or(InvalidWebhook::Body)?;
+            form.extend(pairs);
+        } else if let Some(hash) = body_hash(path_and_query) {
+            let hash = hex(hash).ok_or(InvalidWebhook::Signature)?;
+            if hash[..] != Sha256::digest(webhook.body())[..] {
+                return Err(InvalidWebhook::Signature);
             }
-            None if webhook.body().is_empty() || is_form(webhook.headers()) => {
-                let pairs = pairs(webhook.body()).ok_or(InvalidWebhook::Body)?;
-                pairs.into_iter().collect()
-            }
-            None => return Err(InvalidWebhook::Body),
-        };
+        } else if !webhook.body().is_empty() {
+            return Err(InvalidWebhook::Body);
+        }
         Ok(Self { path_and_query, form })
     }
 
@@ -128,15 +144,23 @@ impl<'w> Signed<'w> {
     }
 }
 
-fn body_hash(path_and_query: &str) -> Option<&str> {
+/// Returns the hash in the last pair of the query.
+///
+/// Nothing in the signed text marks the end of the URL, so the parameters of a recorded form can be shifted into the query. A hash within
+/// a parameter is not at the end, unless no other parameter sorts behind this one.
+pub(in crate::receiver) fn body_hash(path_and_query: &str) -> Option<&str> {
     let (_, query) = path_and_query.split_once('?')?;
-    query.split('&').find_map(|pair| pair.strip_prefix("bodySHA256="))
+    let last = query.rsplit('&').next()?;
+    last.strip_prefix("bodySHA256=")
 }
 
-fn is_form(headers: &HeaderMap) -> bool {
-    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-    let kind = kind.and_then(|kind| kind.split(';').next()).unwrap_or_default();
-    kind.trim().eq_ignore_ascii_case("application/x-www-form-urlencoded")
+/// Returns whether a handler could read the body as a form. Compares the beginning of the type, as `Form` of axum does, so that no form
+/// passes as another body.
+pub(in crate::receiver) fn is_form(headers: &HeaderMap) -> bool {
+    const FORM: &[u8] = b"application/x-www-form-urlencoded";
+    let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], |kind| kind.as_bytes());
+    let start = kind.trim_ascii_start().get(..FORM.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(FORM))
 }
 
 /// The part of the URL before the request's path, with and without its port.
@@ -161,11 +185,15 @@ impl PublicUrl {
             _ => return Err(NO_URL),
         };
         let given = url.trim_end_matches('/').to_owned();
-        let host = authority.host();
+        // The authority may have a user and a password, which are signed.
+        let authority_text = authority.as_str().trim_end_matches(':');
         let prefix = uri.path().trim_end_matches('/');
-        let other = match authority.port() {
-            Some(_) => format!("{scheme}://{host}{prefix}"),
-            None => format!("{scheme}://{host}:{port}{prefix}"),
+        let without_port = authority
+            .port()
+            .and_then(|given| authority_text.strip_suffix(given.as_str())?.strip_suffix(':'));
+        let other = match without_port {
+            Some(host) => format!("{scheme}://{host}{prefix}"),
+            None => format!("{scheme}://{authority_text}:{port}{prefix}"),
         };
         Ok(Self {
             spellings: [given, other],
