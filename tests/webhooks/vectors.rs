@@ -43,7 +43,10 @@ fn ids_are_those_of_the_senders() {
         (github(), ids::github(&github().head().headers)),
         (shopify(), ids::shopify(&shopify().head().headers)),
         (twilio(), ids::twilio(&twilio().head().headers)),
-        (adyen(), ids::adyen("AUTHORISATION", "7914073381342284", "true")),
+        (
+            adyen(),
+            ids::adyen("TestMerchant", "AUTHORISATION", "7914073381342284", "true"),
+        ),
         (paypal(), ids::paypal("WH-82L71649W50323023-5WC64761VS637831A")),
         (square(), ids::square("evt-1")),
     ] {

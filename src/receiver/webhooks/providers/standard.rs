@@ -11,6 +11,9 @@ use crate::receiver::webhooks::fields::{base64, field, present};
 use crate::receiver::webhooks::signature::{is_recent, Secrets, MAX_SIGNATURES, NO_SECRET};
 use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
+/// The largest number of signatures by Ed25519. Each hashes the whole body, under each public key, before anything is verified.
+const MAX_ASYMMETRIC: usize = 4;
+
 /// The names of the three fields.
 struct Names {
     id: &'static str,
@@ -32,8 +35,8 @@ const SVIX: Names = Names {
 
 /// Standard Webhooks 1.0, and Svix, which uses other names for the same fields.
 ///
-/// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, up to 16, `v1` (HMAC) or `v1a` (Ed25519); one
-///   that fits is enough.
+/// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, `v1` (HMAC) or `v1a` (Ed25519); one that fits is
+///   enough. A webhook with more than 16 signatures, or more than 4 of the kind `v1a`, is rejected.
 /// * **Id**: `webhook-id`. An id with a `.` is rejected: the signature covers id, timestamp and body with dots between them, and could
 ///   then be read in two ways.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and the id is signed.
@@ -54,6 +57,9 @@ impl StandardWebhooks {
     /// * a secret shared with the sender, as `whsec_..`, `v1,whsec_..` or bare base64, for signatures `v1`;
     /// * a public key of the sender, as `whpk_..` or `v1a,whpk_..`, for signatures `v1a`.
     ///
+    /// Write a public key **with its `whpk_`**. Bare base64 is taken as a shared secret, and anybody who knows the public key could sign
+    /// with it.
+    ///
     /// ```
     /// use tower_idempotency::receiver::webhooks::StandardWebhooks;
     ///
@@ -66,8 +72,9 @@ impl StandardWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not base64, if a public key is no key for
-    /// Ed25519 or one for which anybody can sign, or if a private key (`whsk_..`) is given.
+    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not base64, if a public key does not have 32 bytes
+    /// or is one of small order, for which anybody can sign, or if a private key (`whsk_..`) is given. Other bytes that are no point of
+    /// the curve are not noticed here; no signature fits them.
     pub fn new<S: AsRef<str>>(secrets: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         const PRIVATE: Error = Error::new(
             ErrorKind::Configuration,
@@ -105,6 +112,9 @@ impl StandardWebhooks {
             return Err(InvalidWebhook::Signature);
         }
         let of_kind = |kind: &'static str| signatures.split(' ').filter_map(move |one| one.strip_prefix(kind));
+        if of_kind("v1a,").count() > MAX_ASYMMETRIC {
+            return Err(InvalidWebhook::Signature);
+        }
         let shared: Vec<_> = of_kind("v1,").filter_map(base64).collect();
         if let Some(secrets) = &self.secrets {
             if secrets.verify(signed, &shared).is_ok() {
