@@ -143,11 +143,21 @@ pub fn paypal(event: impl AsRef<[u8]>) -> MessageId {
     named("paypal", event.as_ref())
 }
 
-/// A standard notification of Adyen: the members `eventCode`, `pspReference` and `success` of its item. Adyen repeats the first two when
-/// it sends a notification again. With another `success` it is a notification of its own, because the outcome has changed.
+/// A standard notification of Adyen: the members `merchantAccountCode`, `eventCode`, `pspReference` and `success` of its item. Adyen
+/// repeats the first three when it sends a notification again. With another `success` it is a notification of its own, because the
+/// outcome has changed.
+///
+/// The account is a part of the id because `REPORT_AVAILABLE` has the file name of the report as its `pspReference`, such as
+/// `settlement_detail_report_batch_12.csv`, and other merchant accounts have reports of the same name.
 #[must_use]
-pub fn adyen(event_code: impl AsRef<[u8]>, psp_reference: impl AsRef<[u8]>, success: impl AsRef<[u8]>) -> MessageId {
-    MessageId::of([b"adyen", event_code.as_ref(), psp_reference.as_ref(), success.as_ref()])
+pub fn adyen(
+    merchant_account: impl AsRef<[u8]>,
+    event_code: impl AsRef<[u8]>,
+    psp_reference: impl AsRef<[u8]>,
+    success: impl AsRef<[u8]>,
+) -> MessageId {
+    let (account, event) = (merchant_account.as_ref(), event_code.as_ref());
+    MessageId::of([b"adyen", account, event, psp_reference.as_ref(), success.as_ref()])
 }
 
 /// A message over AMQP: the property `message-id`. Brokers set none, and few clients do by themselves: have the producer set it first, or
@@ -240,8 +250,8 @@ mod tests {
         assert!(amqp(None::<&str>).is_missing() && nats(Some("")).is_missing() && kafka(Some(b"")).is_missing());
         assert!(stripe("").is_missing() && sqs("").is_missing());
         assert!(slack("").is_missing() && square("").is_missing() && paypal("").is_missing());
-        assert!(adyen("", "1", "true").is_missing() && adyen("CAPTURE", "", "true").is_missing());
-        assert!(adyen("CAPTURE", "1", "").is_missing());
+        assert!(adyen("", "CAPTURE", "1", "true").is_missing() && adyen("shop", "", "1", "true").is_missing());
+        assert!(adyen("shop", "CAPTURE", "", "true").is_missing() && adyen("shop", "CAPTURE", "1", "").is_missing());
         assert!(sqs_fifo("", "1").is_missing() && sqs_fifo("1", "").is_missing());
     }
 
@@ -265,9 +275,10 @@ mod tests {
             slack("1"),
             square("1"),
             paypal("1"),
-            adyen("CAPTURE", "1", "true"),
-            adyen("CAPTURE", "1", "false"),
-            adyen("REFUND", "1", "true"),
+            adyen("shop", "CAPTURE", "1", "true"),
+            adyen("shop", "CAPTURE", "1", "false"),
+            adyen("shop", "REFUND", "1", "true"),
+            adyen("other shop", "CAPTURE", "1", "true"),
             amqp(Some("1")),
             nats(Some("1")),
             kafka(Some("1")),

@@ -1,7 +1,10 @@
 //! Each provider verifies as its sender signs.
 
+use axum::http::Request;
 use data_encoding::BASE64;
+use serde_json::json;
 use tower_idempotency::receiver::ids;
+use tower_idempotency::receiver::testing::WebhookSigner;
 use tower_idempotency::receiver::webhooks::{
     AdyenPlatformWebhooks, AdyenWebhooks, GitHubWebhooks, InvalidWebhook, PayPalWebhooks, ShopifyWebhooks,
     SlackWebhooks, SquareWebhooks, StandardWebhooks, StripeWebhooks, TwilioWebhooks, VerifyWebhook,
@@ -129,10 +132,15 @@ fn what_is_read_before_the_signature_is_checked_is_bounded() {
         } else {
             Some(InvalidWebhook::Signature)
         };
-        let many = format!("{}{ED25519_SIGNATURE}", "v1a,AAAA ".repeat(others));
-        assert_eq!(standard_v1a().verify_with("webhook-signature", &many).err(), expected);
+        let many = format!("{}{STANDARD_SIGNATURE}", "v1,AAAA ".repeat(others));
+        assert_eq!(standard().verify_with("webhook-signature", &many).err(), expected);
         let many = stripe().headers[0].1.clone() + &",v1=00".repeat(others);
         assert_eq!(stripe().verify_with("stripe-signature", &many).err(), expected);
+    }
+    // Each signature of this kind hashes the whole body.
+    for (others, reason) in [(3, None), (4, Some(InvalidWebhook::Signature))] {
+        let many = format!("{}{ED25519_SIGNATURE}", "v1a,AAAA ".repeat(others));
+        assert_eq!(standard_v1a().verify_with("webhook-signature", &many).err(), reason);
     }
     let mut sender = twilio();
     for (parameters, reason) in [(1_000, InvalidWebhook::Signature), (1_001, InvalidWebhook::Body)] {
@@ -387,6 +395,32 @@ fn the_parts_of_a_notification_cannot_be_shifted() {
     assert!(sender.verify_at(0).is_ok());
     sender.body = body.replace("\"TestMerchant\"", "\"TestMerchant:a\"").into_bytes();
     assert_eq!(sender.verify_at(0), Err(InvalidWebhook::Body));
+}
+
+/// The reference of a report is its file name, so the report of a second merchant account counted as a duplicate and was lost.
+#[test]
+fn reports_of_one_name_for_two_merchant_accounts_are_two() {
+    let report = |account: &str, name: &str| {
+        let item = json!({
+            "pspReference": name, "merchantReference": "", "merchantAccountCode": account,
+            "amount": {"currency": "EUR", "value": 0}, "eventCode": "REPORT_AVAILABLE", "success": "true",
+        });
+        let body = json!({"live": "false", "notificationItems": [{"NotificationRequestItem": item}]});
+        let signer = WebhookSigner::adyen("44782DEF547AAA06C910C43932B1EB0C71FC68D9D0C057550C48EC2ACF6BA056");
+        let mut sender = adyen();
+        sender.body = signer.sign(Request::new(body.to_string())).into_body().to_vec();
+        sender.verify_at(0)
+    };
+    let (name, next) = (
+        "settlement_detail_report_batch_12.csv",
+        "settlement_detail_report_batch_13.csv",
+    );
+    let first = report("ShopEU", name).unwrap();
+    assert_eq!(report("ShopEU", name), Ok(first.clone()));
+    assert_ne!(report("ShopUS", name), Ok(first.clone()));
+    assert_ne!(report("ShopEU", next), Ok(first));
+    // Without an account, the report of one account could be taken for the report of another.
+    assert_eq!(report("", name), Err(InvalidWebhook::Id));
 }
 
 #[test]

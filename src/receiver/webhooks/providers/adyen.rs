@@ -24,8 +24,10 @@ const MAX_BODY: usize = 256 << 10;
 /// * **Signed**: eight members of the item, and **nothing else**: `pspReference`, `originalReference`, `merchantAccountCode`,
 ///   `merchantReference`, `amount.value`, `amount.currency`, `eventCode` and `success`. Everything else, such as `live`, `reason`,
 ///   `eventDate` and the rest of `additionalData`, can be changed by anybody who has recorded a webhook. Take no decision by it.
-/// * **Id**: `eventCode`, `pspReference` and `success` together. Adyen repeats the first two when it sends a notification again, and a
-///   notification whose outcome has changed is another one.
+/// * **Id**: `merchantAccountCode`, `eventCode`, `pspReference` and `success` together; all four must be present. Adyen repeats the first
+///   three when it sends a notification again, and a notification whose outcome has changed is another one. The `pspReference` of
+///   `REPORT_AVAILABLE` is the file name of the report. So a report that is generated again under the same name for the same account is
+///   a **duplicate** while the record is retained.
 /// * **Replays**: there is no signed timestamp. A recorded webhook is a duplicate for as long as its record is retained, 7 days by
 ///   default, and runs again after that.
 ///
@@ -96,11 +98,12 @@ impl VerifyWebhook for AdyenWebhooks {
         let signature = signature.and_then(base64).ok_or(InvalidWebhook::Signature)?;
         let signed = item.signed_text().ok_or(InvalidWebhook::Body)?;
         self.0.verify(&[signed.as_bytes()], &[signature])?;
-        let [event, reference, success] = ["eventCode", "pspReference", "success"].map(|name| item.text(name));
+        let text = |name| item.text(name).unwrap_or_default();
         present(ids::adyen(
-            event.unwrap_or_default(),
-            reference.unwrap_or_default(),
-            success.unwrap_or_default(),
+            text("merchantAccountCode"),
+            text("eventCode"),
+            text("pspReference"),
+            text("success"),
         ))
     }
 }
