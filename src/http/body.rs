@@ -248,8 +248,8 @@ const FRAMES_PER_POLL: usize = 128;
 
 /// How long a body may be, and how long it may take to arrive.
 ///
-/// A layer that reads a body leaves its bounds in the request's extensions. Layers inside use them in place of their own, so that one
-/// setting governs all of them.
+/// `WebhookLayer` leaves its bounds in the request's extensions. An `IdempotencyLayer` inside uses them in place of its own, so that one
+/// setting governs both.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BodyBounds {
     pub(crate) bytes: usize,

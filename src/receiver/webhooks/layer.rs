@@ -27,7 +27,7 @@ use crate::telemetry;
 /// A webhook that cannot be verified gets 401, the same for every [reason](InvalidWebhook), and reaches nothing inside. The reason is in
 /// the event `webhook-rejected` and in the metric `idempotency_webhooks_rejected_total`.
 ///
-/// The layer reads the body, unless a header field that the signature needs is missing: at most 2 MiB (413 beyond) within 30 seconds
+/// The layer reads the body, unless the field with the signature is missing: at most 2 MiB (413 beyond) within 30 seconds
 /// (408). [One setting](Self::with_body_bounds) governs this layer and the `IdempotencyLayer` inside.
 ///
 /// Methods other than POST get 405. No signature covers the method, so under another method the same webhook could run again. A
