@@ -68,10 +68,12 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets the layer as it is so far.
+    /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets a layer with all settings of
+    /// this layer, also those that you set later, and returns it with the changes for the method.
     ///
     /// These settings go before those of [`with_selector`](Self::with_selector) and of the layer itself, which hold for
-    /// all other methods. The name of a service is a constant of the server that tonic generates.
+    /// all other methods. A name with a typing error changes nothing and is not reported. The name of a service is a
+    /// constant of the server that tonic generates: `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or `SERVICE_NAME`.
     ///
     /// ```
     /// use std::time::Duration;
@@ -86,10 +88,9 @@ impl<St: Store> IdempotencyLayer<St> {
     ///     .add_grpc_method("/pay.Payments/Watch", |watch| watch.with_stream_types(["application/grpc"]));
     /// # let _ = idempotency;
     /// ```
-    pub fn add_grpc_method(mut self, path: &str, configure: impl FnOnce(Self) -> Self) -> Self {
-        let settings = configure(self.clone()).settings();
+    pub fn add_grpc_method(mut self, path: &str, configure: impl Fn(Self) -> Self + Send + Sync + 'static) -> Self {
         let path = format!("/{}", path.trim_start_matches('/'));
-        Arc::make_mut(self.paths.get_or_insert_default()).insert(path, settings);
+        self.by_path.push((path, Arc::new(configure)));
         self
     }
 }

@@ -69,9 +69,12 @@ pub struct IdempotencyLayer<St> {
     shared: Arc<Shared<St>>,
     settings: Settings,
     selector: Option<Selector>,
-    /// The settings for single paths, which come before the selector.
-    pub(super) paths: Option<Arc<Paths>>,
+    /// Functions that change the settings for single paths. They come before the selector.
+    pub(super) by_path: Vec<(String, Configure<St>)>,
 }
+
+/// Changes the settings of a layer.
+pub(super) type Configure<St> = Arc<dyn Fn(IdempotencyLayer<St>) -> IdempotencyLayer<St> + Send + Sync>;
 
 /// Settings by the path of the request's `uri`.
 pub(super) type Paths = HashMap<String, Settings>;
@@ -86,7 +89,7 @@ impl<St: Store> IdempotencyLayer<St> {
             shared: Arc::new(Shared::new(store)),
             settings: Settings(Arc::default()),
             selector: None,
-            paths: None,
+            by_path: Vec::new(),
         }
     }
 
@@ -655,13 +658,27 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 }
 
+impl<St> IdempotencyLayer<St> {
+    /// Returns the settings for single paths. They are made here and not earlier, so that they rest on all settings of this
+    /// layer, whatever the order of the calls.
+    fn paths(&self) -> Option<Arc<Paths>> {
+        if self.by_path.is_empty() {
+            return None;
+        }
+        let mut base = self.clone();
+        base.by_path.clear();
+        let settings = |(path, configure): &(String, Configure<St>)| (path.clone(), configure(base.clone()).settings);
+        Some(Arc::new(self.by_path.iter().map(settings).collect()))
+    }
+}
+
 impl<St> Clone for IdempotencyLayer<St> {
     fn clone(&self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
             settings: self.settings.clone(),
             selector: self.selector.clone(),
-            paths: self.paths.clone(),
+            by_path: self.by_path.clone(),
         }
     }
 }
@@ -671,7 +688,7 @@ impl<St> fmt::Debug for IdempotencyLayer<St> {
         f.debug_struct("IdempotencyLayer")
             .field("settings", &self.settings)
             .field("selector", &self.selector.is_some())
-            .field("paths", &self.paths)
+            .field("paths", &self.by_path.iter().map(|(path, _)| path).collect::<Vec<_>>())
             .finish_non_exhaustive()
     }
 }
@@ -685,7 +702,7 @@ impl<S, St> Layer<S> for IdempotencyLayer<St> {
             Arc::clone(&self.shared),
             self.settings.clone(),
             self.selector.clone(),
-            self.paths.clone(),
+            self.paths(),
         )
     }
 }
