@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use http::{Response, StatusCode, Uri};
+use http::{HeaderMap, Response, StatusCode, Uri};
 
 use super::classes::{ErrorClass, ErrorClasses};
 use super::follows::{follows_of, Follows};
@@ -33,11 +33,12 @@ pub(super) struct Report {
 #[derive(Debug)]
 struct Progress {
     attempts: u32,
-    last: Option<Meaning>,
+    last: Option<Evidence>,
     /// An attempt was lost, and no later response has settled its effect.
     is_lost: bool,
-    /// A response has shown that the server dealt with the request. A later attempt that was not taken does not change that.
-    is_settled: bool,
+    /// A response did not rule out that the server has processed the request. A later attempt that was not taken, or was
+    /// refused, does not change that.
+    may_be_processed: bool,
     /// The copy whose attempt has begun. It is `None` once a layer has judged the attempt.
     open: Option<u64>,
     /// The number of copies of the report.
@@ -53,6 +54,73 @@ struct Progress {
 }
 
 const SETTLED: Meaning = Meaning::Answered { settles: true };
+
+/// The result of an attempt: its meaning, and what else the head of its response shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Evidence {
+    pub(super) meaning: Meaning,
+    head: Head,
+}
+
+/// What the head of a response shows beyond its [`Meaning`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Head {
+    /// The request had no effect: it was refused, or is to be sent elsewhere.
+    NoEffect,
+    /// The call took effect, even if this response only means that an earlier attempt under the same key arrived.
+    Effect,
+    /// Neither, or there is no response.
+    Neither,
+}
+
+impl Evidence {
+    const UNKNOWN: Self = Self::of_error(Meaning::Unknown);
+
+    const fn of_error(meaning: Meaning) -> Self {
+        Self {
+            meaning,
+            head: Head::Neither,
+        }
+    }
+
+    fn of_head(profile: &Profile, status: StatusCode, headers: &HeaderMap, meaning: Meaning) -> Self {
+        let head = if shows_effect(profile, status, headers) {
+            Head::Effect
+        } else if meaning == (Meaning::Answered { settles: false }) && shows_no_effect(status) {
+            Head::NoEffect
+        } else {
+            Head::Neither
+        };
+        Self { meaning, head }
+    }
+
+    /// Whether no attempt of the call had an effect.
+    pub(super) fn has_no_effect(self) -> bool {
+        self.meaning == Meaning::NotTaken || self.head == Head::NoEffect
+    }
+
+    /// Whether the call took effect, also if the server recognises no keys and an earlier attempt was lost.
+    pub(super) fn has_effect(self) -> bool {
+        self.meaning == SETTLED && self.head == Head::Effect
+    }
+}
+
+/// Whether a response shows that the call took effect, although the server may recognise no keys and an earlier attempt
+/// was lost. A 409 or 422 does not: it may only mean that the lost attempt arrived earlier.
+pub(super) fn shows_effect(profile: &Profile, status: StatusCode, headers: &HeaderMap) -> bool {
+    status.is_success() || profile.is_replay(headers)
+}
+
+/// Whether a response that does not [settle](Meaning::Answered) the effect shows that the request had no effect. The
+/// server asks the client to send the same request elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or it refused the
+/// request before acting on it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status without a registered meaning shows
+/// nothing; some proxies respond with 499 after they have passed the request on.
+fn shows_no_effect(status: StatusCode) -> bool {
+    matches!(
+        status.as_u16(),
+        307 | 308 | 400 | 401 | 403..=407 | 411 | 413..=417 | 421 | 423 | 426 | 428 | 431 | 451
+    )
+}
 
 /// The hops of the current attempt.
 #[derive(Debug, Default)]
@@ -109,7 +177,7 @@ impl Report {
             attempts: 0,
             last: None,
             is_lost: false,
-            is_settled: false,
+            may_be_processed: false,
             open: None,
             copies: 0,
             hops: Hops::default(),
@@ -209,22 +277,23 @@ impl Report {
     }
 
     /// Records the end of an attempt.
-    pub(super) fn enter(&self, meaning: Meaning) {
+    pub(super) fn enter(&self, evidence: Evidence) {
         let mut progress = self.progress();
         // A retry within the redirects cannot know that it judges another request.
-        let meaning = match meaning {
-            SETTLED => meaning,
-            _ if progress.is_redirected_around || progress.is_settled => Meaning::Unknown,
-            _ => meaning,
+        let evidence = match evidence.meaning {
+            SETTLED => evidence,
+            _ if progress.is_redirected_around || progress.may_be_processed => Evidence::UNKNOWN,
+            _ => evidence,
         };
         progress.attempts += 1;
-        progress.last = Some(meaning);
+        progress.last = Some(evidence);
         progress.open = None;
         progress.hops = Hops::default();
-        match meaning {
+        match evidence.meaning {
             Meaning::Unknown => progress.is_lost = true,
-            SETTLED => (progress.is_lost, progress.is_settled) = (false, true),
-            Meaning::Answered { settles: false } | Meaning::NotTaken => {}
+            SETTLED => (progress.is_lost, progress.may_be_processed) = (false, true),
+            Meaning::Answered { settles: false } => progress.may_be_processed = !evidence.has_no_effect(),
+            Meaning::NotTaken => {}
         }
     }
 
@@ -232,18 +301,20 @@ impl Report {
     /// as the caller of this function reads it. If a layer further in has judged that attempt, its judgement counts. If
     /// that layer saw the request processed but the caller sees a refusal, the refusal belongs to another request, and the
     /// result is unknown.
-    pub(super) fn sum(&self, last: Meaning) -> (u32, Meaning) {
+    pub(super) fn sum(&self, last: Evidence) -> (u32, Evidence) {
         let is_judged = self.progress().is_judged();
         if !is_judged {
             self.enter(last);
         }
         let progress = self.progress();
-        let meaning = match (progress.last, last) {
-            (Some(SETTLED), Meaning::NotTaken | Meaning::Answered { settles: false }) => Meaning::Unknown,
-            (Some(meaning), _) if !progress.is_lost => meaning,
-            _ => Meaning::Unknown,
+        let evidence = match (progress.last, last.meaning) {
+            (Some(judged), Meaning::NotTaken | Meaning::Answered { settles: false }) if judged.meaning == SETTLED => {
+                Evidence::UNKNOWN
+            }
+            (Some(judged), _) if !progress.is_lost => judged,
+            _ => Evidence::UNKNOWN,
         };
-        (progress.attempts, meaning)
+        (progress.attempts, evidence)
     }
 
     /// Whether a response or an error may belong to a later hop of a redirect.
@@ -294,20 +365,27 @@ const fn target_in_mark<R>(_: &Response<R>) -> Option<&Uri> {
 pub(super) struct OnlyUnsent;
 
 /// Returns what the result of an attempt says about the effect of the request that was sent first.
-pub(super) fn meaning_of<R, E: 'static>(
+pub(super) fn evidence_of<R, E: 'static>(
     profile: &Profile,
     classes: &ErrorClasses,
     report: Option<&Report>,
     result: &Result<Response<R>, E>,
-) -> Meaning {
+) -> Evidence {
     let is_redirected = report.is_some_and(|report| report.may_be_redirected(result.as_ref().ok()));
     match result {
-        Ok(response) if is_redirected => after_redirect(response.status()),
-        Ok(response) => profile.meaning(response.status(), response.headers()),
-        Err(_) if is_redirected => Meaning::Unknown,
+        Ok(response) => {
+            let (status, headers) = (response.status(), response.headers());
+            let meaning = if is_redirected {
+                after_redirect(status)
+            } else {
+                profile.meaning(status, headers)
+            };
+            Evidence::of_head(profile, status, headers, meaning)
+        }
+        Err(_) if is_redirected => Evidence::UNKNOWN,
         Err(error) => match classes.of(error, report.is_some_and(Report::is_vouched)) {
-            ErrorClass::Final | ErrorClass::NotSent => Meaning::NotTaken,
-            ErrorClass::Lost => Meaning::Unknown,
+            ErrorClass::Final | ErrorClass::NotSent => Evidence::of_error(Meaning::NotTaken),
+            ErrorClass::Lost => Evidence::UNKNOWN,
         },
     }
 }
@@ -328,14 +406,44 @@ mod tests {
 
     const REFUSED: Meaning = Meaning::Answered { settles: false };
 
-    fn outcome(meanings: &[Meaning]) -> Meaning {
+    fn of(meaning: Meaning) -> Evidence {
+        Evidence::of_error(meaning)
+    }
+
+    /// The evidence of a response with this status and no header.
+    fn response(status: u16) -> Evidence {
+        let (status, headers) = (StatusCode::from_u16(status).unwrap(), HeaderMap::new());
+        let profile = Profile::draft();
+        Evidence::of_head(&profile, status, &headers, profile.meaning(status, &headers))
+    }
+
+    fn sum(attempts: impl ExactSizeIterator<Item = Evidence>) -> Evidence {
         let report = Report::of::<()>(None);
-        for meaning in meanings {
-            report.enter(*meaning);
+        let entered = attempts.len();
+        attempts.for_each(|evidence| report.enter(evidence));
+        let (attempts, evidence) = report.sum(Evidence::UNKNOWN);
+        assert_eq!(usize::try_from(attempts), Ok(entered.max(1)));
+        evidence
+    }
+
+    /// A status that is not registered, such as 499, may come from a proxy that has passed the request on.
+    #[test]
+    fn a_refusal_shows_no_effect_unless_an_earlier_attempt_may_have_had_one() {
+        for (statuses, has_no_effect) in [
+            (&[401][..], true),
+            (&[413], true),
+            (&[401, 413], true),
+            (&[429, 401], true),
+            (&[401, 429], true),
+            (&[499], false),
+            (&[499, 401], false),
+            (&[499, 429], false),
+            (&[500, 401], false),
+            (&[201, 401], false),
+        ] {
+            let evidence = sum(statuses.iter().map(|status| response(*status)));
+            assert_eq!(evidence.has_no_effect(), has_no_effect, "{statuses:?}");
         }
-        let (attempts, outcome) = report.sum(Meaning::Unknown);
-        assert_eq!(usize::try_from(attempts), Ok(meanings.len().max(1)));
-        outcome
     }
 
     #[test]
@@ -358,7 +466,8 @@ mod tests {
             (&[SETTLED, REFUSED], Unknown),
             (&[SETTLED, NotTaken, SETTLED], SETTLED),
         ] {
-            assert_eq!(outcome(meanings), expected, "{meanings:?}");
+            let evidence = sum(meanings.iter().map(|meaning| of(*meaning)));
+            assert_eq!(evidence.meaning, expected, "{meanings:?}");
         }
     }
 
@@ -369,22 +478,22 @@ mod tests {
         let repeated = report.clone();
         report.begin();
         repeated.begin();
-        assert_eq!(report.sum(Meaning::NotTaken).1, Meaning::Unknown);
+        assert_eq!(report.sum(of(Meaning::NotTaken)).1.meaning, Meaning::Unknown);
         let report = Report::of::<()>(None);
         report.begin();
         report.begin();
         assert_eq!(
-            report.sum(Meaning::NotTaken),
-            (1, Meaning::NotTaken),
+            report.sum(of(Meaning::NotTaken)),
+            (1, of(Meaning::NotTaken)),
             "two layers begin one attempt"
         );
         let report = Report::of::<()>(None);
         report.begin();
-        report.enter(Meaning::NotTaken);
+        report.enter(of(Meaning::NotTaken));
         report.begin();
         assert_eq!(
-            report.sum(Meaning::Unknown),
-            (2, Meaning::Unknown),
+            report.sum(Evidence::UNKNOWN),
+            (2, Evidence::UNKNOWN),
             "its own end counts"
         );
     }

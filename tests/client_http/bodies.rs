@@ -448,34 +448,41 @@ async fn without_collecting_a_body_that_breaks_off_reaches_the_caller() {
     assert_eq!(server.requests(), 1);
 }
 
-/// What two calls in a row get from a [`OnceLayer`], with or without a `CallLayer` inside.
-async fn twice(
+/// Returns the results of `N` equal calls through a [`OnceLayer`], one after the other, with or without a `CallLayer`
+/// inside.
+async fn repeated<const N: usize>(
     layer: OnceLayer<MemoryStore>,
     url: &str,
     calls: Option<CollectingCallLayer>,
-) -> [Result<Bytes, bool>; 2] {
-    fn is_unknown<T, E: std::fmt::Debug>(error: &OnceError<T, E>) -> bool {
-        assert!(error.may_have_happened());
-        matches!(error, OnceError::Unknown(_))
+) -> [Result<Bytes, &'static str>; N] {
+    fn name<T: std::fmt::Debug, E: std::fmt::Debug>(error: OnceError<T, E>) -> &'static str {
+        let (name, may_have_happened) = match &error {
+            OnceError::Failed(_) => ("failed", false),
+            OnceError::NotKept => ("not kept", true),
+            OnceError::Unknown(_) => ("unknown", true),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(error.may_have_happened(), may_have_happened);
+        name
     }
     let http = ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap();
     let mut results = Vec::new();
-    for _ in 0..2 {
+    for _ in 0..N {
         let request = request::<reqwest::Body>(&Method::POST, url, Some("k"));
         let http = http.clone();
         let got = match calls.clone() {
             Some(calls) => {
                 let client = ServiceBuilder::new().layer(layer.clone()).layer(calls).service(http);
-                client.oneshot(request).await.map_err(|error| is_unknown(&error))
+                client.oneshot(request).await.map_err(name)
             }
             None => {
                 let client = ServiceBuilder::new().layer(layer.clone()).service(http);
-                client.oneshot(request).await.map_err(|error| is_unknown(&error))
+                client.oneshot(request).await.map_err(name)
             }
         };
         results.push(match got {
             Ok(response) => Ok(response.into_body().collect().await.unwrap().to_bytes()),
-            Err(is_unknown) => Err(is_unknown),
+            Err(name) => Err(name),
         });
     }
     results.try_into().unwrap()
@@ -488,27 +495,124 @@ async fn a_call_made_once_is_never_recorded_with_a_truncated_response() {
         let layers: [fn() -> OnceLayer<MemoryStore>; 2] = [once, || once().at_least_once()];
         for layer in layers {
             let server = RawServer::start(&[broken, WHOLE]).await;
-            assert_eq!(twice(layer(), &server.url, None).await, [Err(false), Err(false)]);
+            let got = repeated(layer(), &server.url, None).await;
+            assert_eq!(got, [Err("not kept"), Err("not kept")]);
             assert_eq!(server.requests(), 1, "{broken:?}");
             let server = RawServer::start(&[broken, WHOLE]).await;
-            let got = twice(layer(), &server.url, Some(collecting())).await;
-            assert_eq!(got, [Err(true), Err(false)]);
+            let got = repeated(layer(), &server.url, Some(collecting())).await;
+            assert_eq!(got, [Err("unknown"), Err("not kept")]);
             assert_eq!(server.requests(), 1, "{broken:?} behind a CallLayer");
         }
         // The head of the lost response shows that the server did not take the request.
         const LIMITED: Act = Reset("HTTP/1.1 429 Slow down\r\ncontent-length: 100\r\n\r\nhalf");
         let server = RawServer::start(&[LIMITED, WHOLE]).await;
-        let got = twice(once(), &server.url, Some(collecting())).await;
+        let got = repeated(once(), &server.url, Some(collecting())).await;
         assert_eq!(
             (got, server.requests()),
             ([Ok("charged".into()), Ok("charged".into())], 2)
         );
         // The third party replays its response under the key, so the layer inside asks again.
         let server = RawServer::start(&[broken, WHOLE]).await;
-        let got = twice(once().assume_keys_honoured(), &server.url, Some(collecting())).await;
+        let got = repeated(once().assume_keys_honoured(), &server.url, Some(collecting())).await;
         assert_eq!(got, [Ok("charged".into()), Ok("charged".into())]);
         assert_eq!(server.requests(), 2, "{broken:?} under honoured keys");
     }
+}
+
+/// A gateway that responds before it has read the upload, and then resets the connection, breaks off its own response. The
+/// layer gave up such a call, so that its key was unknown for the retention.
+#[tokio::test]
+async fn a_refusal_whose_body_breaks_off_frees_the_key() {
+    const REFUSALS: [Act; 4] = [
+        Reset("HTTP/1.1 401 Unauthorized\r\ncontent-length: 100\r\n\r\nhalf"),
+        Reset("HTTP/1.1 403 Forbidden\r\ncontent-length: 100\r\n\r\nhalf"),
+        Reset("HTTP/1.1 404 Not Found\r\ntransfer-encoding: chunked\r\n\r\n"),
+        Reset("HTTP/1.1 413 Content Too Large\r\ncontent-length: 100\r\n\r\nhalf"),
+    ];
+    for refusal in REFUSALS {
+        let server = RawServer::start(&[refusal, WHOLE]).await;
+        let got = repeated(once(), &server.url, Some(collecting())).await;
+        assert_eq!(got, [Err("failed"), Ok("charged".into())], "{refusal:?}");
+        assert_eq!(server.requests(), 2);
+        // Under honoured keys, the layer inside repeats the request.
+        let server = RawServer::start(&[refusal, refusal, refusal, WHOLE]).await;
+        let got = repeated(once().assume_keys_honoured(), &server.url, Some(collecting())).await;
+        assert_eq!(got, [Err("failed"), Ok("charged".into())], "{refusal:?}");
+        for http in CLIENTS {
+            let server = RawServer::start(&[refusal]).await;
+            let failed = send(http, &collecting(), &server.url).await.unwrap_err();
+            assert_eq!(failed.outcome, CallOutcome::NotTaken);
+            let start = "the HTTP call failed after 3 attempts; no effect: the body";
+            assert!(failed.text.starts_with(start), "{}", failed.text);
+        }
+    }
+}
+
+/// A proxy may send a status without a registered meaning after it has passed the request on, so a refusal of a repeated
+/// request shows nothing about the first one.
+#[tokio::test]
+async fn a_refusal_after_an_unclear_response_frees_no_key() {
+    const UNCLEAR: Act = Reset("HTTP/1.1 499 Closed\r\ncontent-length: 100\r\n\r\nhalf");
+    const REFUSAL: Act = Close("HTTP/1.1 401 Unauthorized\r\ncontent-length: 2\r\n\r\nno");
+    for later in [REFUSAL, UNCLEAR] {
+        let server = RawServer::start(&[UNCLEAR, later]).await;
+        let got = repeated(once().assume_keys_honoured(), &server.url, Some(collecting())).await;
+        let first = if matches!(later, Close(_)) {
+            Ok("no".into())
+        } else {
+            Err("unknown")
+        };
+        assert_eq!(got, [first, Err("unknown")]);
+        let server = RawServer::start(&[UNCLEAR]).await;
+        let failed = send(Http::Hyper, &collecting(), &server.url).await.unwrap_err();
+        assert_eq!(failed.outcome, CallOutcome::Unknown);
+    }
+}
+
+/// The layer recorded such a call as made without a response, so that nobody asked the third party for its response again.
+#[tokio::test]
+async fn a_body_that_stays_broken_under_honoured_keys_is_asked_for_again() {
+    let honoured = || once().assume_keys_honoured();
+    for broken in BROKEN {
+        let acts = [broken, broken, broken, WHOLE];
+        let server = RawServer::start(&acts).await;
+        let got = repeated(honoured().at_least_once(), &server.url, Some(collecting())).await;
+        let expected = [Err("unknown"), Ok("charged".into()), Ok("charged".into())];
+        assert_eq!((got, server.requests()), (expected, 4), "{broken:?}");
+        let server = RawServer::start(&acts).await;
+        let got = repeated(honoured(), &server.url, Some(collecting())).await;
+        let expected = [Err("unknown"), Err("unknown")];
+        assert_eq!((got, server.requests()), (expected, 3), "{broken:?}");
+        // The same without a `CallLayer`.
+        let server = RawServer::start(&[broken, WHOLE]).await;
+        let got = repeated(honoured().at_least_once(), &server.url, None).await;
+        let expected = [Err("not kept"), Ok("charged".into())];
+        assert_eq!((got, server.requests()), (expected, 2), "{broken:?}");
+    }
+}
+
+/// The layer recorded the call as made, although a 422 may only mean that the lost attempt arrived before.
+#[tokio::test]
+async fn a_doubtful_response_stays_doubtful_when_its_body_breaks_off() {
+    const LOST: Act = Reset("");
+    const REFUSED: &str = "HTTP/1.1 422 Unprocessable Content\r\ncontent-length: 2\r\n\r\n";
+    let again = || once().at_least_once().without_sending_key();
+    for doubtful in [
+        Close("HTTP/1.1 422 Unprocessable Content\r\ncontent-length: 2\r\n\r\nno"),
+        Reset(REFUSED),
+        Close(REFUSED),
+        Reset("HTTP/1.1 401 Unauthorized\r\ncontent-length: 2\r\n\r\n"),
+    ] {
+        let server = RawServer::start(&[LOST, doubtful, WHOLE]).await;
+        let got = repeated(again(), &server.url, Some(collecting())).await;
+        let expected = [Err("unknown"), Err("unknown"), Ok("charged".into())];
+        assert_eq!((got, server.requests()), (expected, 3), "{doubtful:?}");
+    }
+    // A success shows that the call took effect.
+    let server = RawServer::start(&[LOST, BROKEN[0], WHOLE]).await;
+    let got = repeated(again(), &server.url, Some(collecting())).await;
+    let expected = [Err("unknown"), Err("unknown"), Err("not kept")];
+    assert_eq!((got, server.requests()), (expected, 2));
 }
 
 fn once() -> OnceLayer<MemoryStore> {

@@ -13,6 +13,7 @@ use tower_service::Service;
 
 use super::super::report::Report;
 use super::body::CloneBody;
+use super::collect::IsLost;
 use super::delivery::{CallOutcome, Delivery};
 use super::policy::RetryPolicy;
 
@@ -143,16 +144,21 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let result = ready!(this.attempts.poll(cx));
-        let (_, meaning) = this.policy.read(&result, Some(this.report));
-        let (attempts, meaning) = this.report.sum(meaning);
+        let (_, evidence) = this.policy.read(&result, Some(this.report));
+        let (attempts, evidence) = this.report.sum(evidence);
         if let Some(outer) = this.outer {
             outer.adopt(this.report);
-            outer.enter(meaning);
+            outer.enter(evidence);
         }
-        let outcome = CallOutcome::from(meaning);
         Poll::Ready(match result {
             Ok(mut response) => {
                 let is_replay = this.policy.profile().is_replay(response.headers());
+                let is_lost = response.extensions().get::<IsLost>().is_some();
+                let outcome = if is_lost {
+                    CallOutcome::without_body(evidence)
+                } else {
+                    CallOutcome::from(evidence.meaning)
+                };
                 let delivery = Delivery {
                     attempts,
                     is_replay,
@@ -162,7 +168,7 @@ where
                 Ok(response)
             }
             Err(source) => {
-                let outcome = match outcome {
+                let outcome = match CallOutcome::without_body(evidence) {
                     // A layer further in reports a response, but this call returns an error, so its caller sees no status.
                     CallOutcome::Answered => CallOutcome::Unknown,
                     outcome => outcome,
@@ -217,9 +223,13 @@ impl<E> CallError<E> {
         self.attempts
     }
 
-    /// Returns whether the call took effect, as far as this is known. It is [`CallOutcome::Answered`] only if the head of a response came and its
-    /// body was lost ([`CollectError::Body`](super::CollectError::Body)). To get that response, send the call again under
-    /// the same key.
+    /// Returns whether the call took effect, as far as this is known.
+    ///
+    /// It is [`CallOutcome::Answered`] only if the head of a response settled the effect and its body was lost
+    /// ([`CollectError::Body`](super::CollectError::Body)). A server that honours the key replays that response if the
+    /// call is sent again under the same key. A [`OnceLayer`](super::super::OnceLayer) around this layer sends it again
+    /// only with [`at_least_once`](super::super::OnceLayer::at_least_once) and
+    /// [`assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured).
     #[must_use]
     pub const fn outcome(&self) -> CallOutcome {
         self.outcome

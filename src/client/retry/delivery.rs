@@ -1,6 +1,7 @@
 //! The outcome of a call, over all of its attempts.
 
 use super::super::keys::Meaning;
+use super::super::report::Evidence;
 
 /// The knowledge about the effect of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,7 +9,8 @@ use super::super::keys::Meaning;
 pub enum CallOutcome {
     /// The server processed the call, and its response describes the effect.
     Answered,
-    /// The call had no effect. Either no attempt was sent, or the server says that it did not begin.
+    /// The call had no effect. Either no attempt was sent, or the server says that it did not begin, or (in a
+    /// [`CallError`](super::CallError)) the body of a refusal such as a 401 or 413 was lost.
     NotTaken,
     /// It is unknown whether the call took effect; it may still do so later. Send it again under the same key, or ask
     /// the third party about it.
@@ -21,6 +23,18 @@ impl From<Meaning> for CallOutcome {
             Meaning::Answered { .. } => Self::Answered,
             Meaning::NotTaken => Self::NotTaken,
             Meaning::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl CallOutcome {
+    /// The outcome for a caller that does not see the response, because its body was lost. A refusal had no effect, also
+    /// without its body. Without the status, a response that does not settle the effect says nothing.
+    pub(super) fn without_body(evidence: Evidence) -> Self {
+        match evidence.meaning {
+            _ if evidence.has_no_effect() => Self::NotTaken,
+            Meaning::Answered { settles: true } => Self::Answered,
+            Meaning::Answered { settles: false } | Meaning::NotTaken | Meaning::Unknown => Self::Unknown,
         }
     }
 }

@@ -14,7 +14,7 @@ use tower::retry::Policy;
 
 use super::super::classes::{ErrorClass, ErrorClasses};
 use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
-use super::super::report::{meaning_of, OnlyUnsent, Report};
+use super::super::report::{evidence_of, Evidence, OnlyUnsent, Report};
 use super::after::retry_after;
 use super::body::CloneBody;
 use super::collect::IsLost;
@@ -160,7 +160,7 @@ impl RetryPolicy {
         &self,
         result: &Result<Response<R>, E>,
         report: Option<&Report>,
-    ) -> (Advice, Meaning) {
+    ) -> (Advice, Evidence) {
         let Settings { profile, classes, .. } = &*self.settings;
         let advice = match result {
             // The response never reached the caller, so what its head advises does not count.
@@ -171,7 +171,7 @@ impl RetryPolicy {
                 ErrorClass::Lost | ErrorClass::NotSent => Advice::Repeat,
             },
         };
-        (advice, meaning_of(profile, classes, report, result))
+        (advice, evidence_of(profile, classes, report, result))
     }
 
     fn may_repeat<B>(&self, request: &Request<B>) -> bool {
@@ -228,14 +228,14 @@ where
         self.sent += 1;
         let extensions = request.extensions();
         let report = extensions.get::<Report>();
-        let (advice, meaning) = self.read(result, report);
+        let (advice, evidence) = self.read(result, report);
         let has_lost_key = report.is_some_and(Report::has_lost_key);
         // If a layer further in has judged the attempt, its result counts, because only that layer has seen the hops.
-        let known = report.map_or(meaning, |report| report.sum(meaning).1);
+        let known = report.map_or(evidence, |report| report.sum(evidence).1);
         // A layer between this retry and the inner layer may have replaced the response.
-        let is_replaced = result.is_ok() && meaning != Meaning::NotTaken;
+        let is_replaced = result.is_ok() && evidence.meaning != Meaning::NotTaken;
         // A key in a header field does not show that the server deduplicates by it (`OnceLayer::assume_keys_honoured`).
-        let may_have_effect = known != Meaning::NotTaken || is_replaced;
+        let may_have_effect = known.meaning != Meaning::NotTaken || is_replaced;
         let is_forbidden = may_have_effect && extensions.get::<OnlyUnsent>().is_some();
         if advice == Advice::Final {
             self.settings.budget.deposit();

@@ -4,13 +4,13 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use http::request::Parts;
-use http::{response, Method, Request, Response, StatusCode};
+use http::{response, Method, Request, Response};
 use tower_service::Service;
 
 use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
 use crate::client::length::{cut_short, has_body};
-use crate::client::report::{meaning_of, OnlyUnsent, Report};
+use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
 use crate::http::{collect, is_stream, Collected, RebuildBody, Shortfall};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
@@ -95,11 +95,11 @@ where
         }
         let (is_later, method) = (attempt.number() > 1, head.method.clone());
         let result = service.call(Request::from_parts(head, body.rebuild())).await;
-        let meaning = settings.meaning(&report, &result);
+        let evidence = settings.evidence(&report, &result);
         if let Some(outer) = outer {
             outer.adopt(&report);
             // A layer further out sees the same response, but not the doubt about it, so report the doubt.
-            if meaning == Meaning::Unknown {
+            if evidence.meaning == Meaning::Unknown {
                 outer.redirect();
             }
         }
@@ -111,21 +111,27 @@ where
             },
             Ok(mut response) => {
                 response.extensions_mut().insert(attempt);
-                settings.answered(&method, response, meaning).await
+                settings.answered(&method, response, evidence).await
             }
-            Err(error) => settings.failed(error, meaning, is_later),
+            Err(error) => settings.failed(error, evidence, is_later),
         }
     }
 }
 
 impl Settings {
     /// Decides what an error does to the key.
-    fn failed<R, E>(&self, error: E, meaning: Meaning, is_later: bool) -> Ended<Given<R, E>> {
-        if meaning != Meaning::NotTaken {
-            let verdict = match meaning {
-                // A `CallLayer` saw the head of the response and lost its body. To send the request again would repeat
-                // the effect, also under `at_least_once`.
-                Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
+    fn failed<R, E>(&self, error: E, evidence: Evidence, is_later: bool) -> Ended<Given<R, E>> {
+        if evidence.meaning != Meaning::NotTaken && is_later && self.recognises_no_retry() && !evidence.has_effect() {
+            // A `CallLayer` lost the body of a response that is doubtful, or got no response.
+            return Ended {
+                given: Given::Lost(error),
+                verdict: Verdict::GiveUp,
+            };
+        }
+        if !evidence.has_no_effect() {
+            let verdict = match evidence.meaning {
+                // A `CallLayer` saw the head of the response and lost its body.
+                Meaning::Answered { settles: true } => self.without_body(),
                 _ => Verdict::GiveUp,
             };
             let given = Given::Lost(error);
@@ -143,49 +149,69 @@ impl Settings {
         }
     }
 
+    /// Decides what a response does to the key whose head shows that the call was made, and whose body broke off. To send
+    /// the request again would repeat the effect, also under `at_least_once`, unless the third party honours the key:
+    /// then it replays its response.
+    const fn without_body(&self) -> Verdict {
+        if self.keys_are_honoured {
+            Verdict::GiveUp
+        } else {
+            Verdict::Keep(Outcome::Tombstone)
+        }
+    }
+
     /// Reads a response, and decides what it does to the key.
     async fn answered<R: RebuildBody, E>(
         &self,
         method: &Method,
         response: Response<R>,
-        meaning: Meaning,
+        evidence: Evidence,
     ) -> Ended<Given<R, E>> {
-        let verdict = match meaning {
+        let verdict = match evidence.meaning {
+            _ if evidence.has_no_effect() => Verdict::Release,
             Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
-            Meaning::NotTaken => Verdict::Release,
-            Meaning::Answered { settles: false } if shows_no_effect(response.status()) => Verdict::Release,
-            Meaning::Answered { settles: false } | Meaning::Unknown => Verdict::GiveUp,
+            Meaning::NotTaken | Meaning::Answered { settles: false } | Meaning::Unknown => Verdict::GiveUp,
         };
         let (head, body) = response.into_parts();
         if !matches!(verdict, Verdict::Keep(_)) || is_stream(&head) {
             let given = Given::Answer(Response::from_parts(head, body));
             return Ended { given, verdict };
         }
-        let given = match collect(body, self.answer_limit, self.response_timeout).await {
-            Ok(body) if has_body(method, head.status) && cut_short(&head, body.bytes.len()).is_some() => Given::Broken,
-            Ok(body) => return self.keep(head, body),
-            Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => {
-                Given::Answer(Response::from_parts(head, R::rebuild(body)))
+        match collect(body, self.answer_limit, self.response_timeout).await {
+            Ok(body) if !has_body(method, head.status) || cut_short(&head, body.bytes.len()).is_none() => {
+                self.keep(head, body)
             }
-            Err(Shortfall::Broken(_)) => Given::Broken,
-        };
-        Ended { given, verdict }
+            Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => Ended {
+                given: Given::Answer(Response::from_parts(head, R::rebuild(body))),
+                verdict,
+            },
+            Ok(_) | Err(Shortfall::Broken(_)) => Ended {
+                given: Given::Broken,
+                verdict: self.without_body(),
+            },
+        }
     }
 
     /// Whether a response does not show if an earlier, lost attempt took effect, because the third party knows no keys.
     fn is_doubtful<R>(&self, response: &Response<R>) -> bool {
-        let is_asked_blindly = self.if_lost == IfLost::Execute && !self.send_key;
-        is_asked_blindly && !response.status().is_success() && !self.profile.is_replay(response.headers())
+        self.recognises_no_retry() && !shows_effect(&self.profile, response.status(), response.headers())
+    }
+
+    /// Whether a lost request is sent again without asking about its effect, and without a key that the third party
+    /// could recognise.
+    fn recognises_no_retry(&self) -> bool {
+        self.if_lost == IfLost::Execute && !self.send_key
     }
 
     /// Returns what a result says about the effect of the call, including all requests that inner layers sent for it.
-    fn meaning<R, E: 'static>(&self, report: &Report, result: &Result<Response<R>, E>) -> Meaning {
-        let own = meaning_of(&self.profile, &self.classes, Some(report), result);
-        match (result, report.sum(own).1) {
-            (_, Meaning::Unknown) => Meaning::Unknown,
-            // This layer interprets a response by its own profile.
-            (Ok(_), _) => own,
-            (Err(_), sum) => sum,
+    fn evidence<R, E: 'static>(&self, report: &Report, result: &Result<Response<R>, E>) -> Evidence {
+        let own = evidence_of(&self.profile, &self.classes, Some(report), result);
+        let (_, sum) = report.sum(own);
+        // This layer interprets a response by its own profile.
+        if result.is_ok() && sum.meaning != Meaning::Unknown {
+            own
+        } else {
+            sum
         }
     }
 
@@ -196,15 +222,4 @@ impl Settings {
             verdict: Verdict::Keep(Outcome::Kept(answer)),
         }
     }
-}
-
-/// Whether a response that does not [settle](Meaning::Answered) the effect shows that the request had no effect. The
-/// server asks the client to send the same request elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or it refused the
-/// request before acting on it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status without a registered meaning shows
-/// nothing; some proxies respond with 499 after they have passed the request on.
-fn shows_no_effect(status: StatusCode) -> bool {
-    matches!(
-        status.as_u16(),
-        307 | 308 | 400 | 401 | 403..=407 | 411 | 413..=417 | 421 | 423 | 426 | 428 | 431 | 451
-    )
 }

@@ -76,8 +76,10 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// [`OnceError::NotKept`](crate::client::OnceError::NotKept), because the head shows that the call was made. A body over the
 /// limit of bytes or time goes to its caller as a stream, and later callers get `NotKept`. A response without a declared
 /// length and without chunks ends with its connection, so the layer cannot see that it broke off (RFC 9112 section 8).
-/// To get a response that broke off, put a `CallLayer` with `collect_responses` inside of this layer, if the third party
-/// honours keys ([`assume_keys_honoured`](Self::assume_keys_honoured)).
+///
+/// A third party that honours keys ([`assume_keys_honoured`](Self::assume_keys_honoured)) replays a response that broke
+/// off. So the attempt then counts as lost, and [`at_least_once`](Self::at_least_once) sends the request again under its
+/// key. A `CallLayer` with `collect_responses` inside of this layer sends it again within the call.
 ///
 /// Only a response to the request itself frees the key. If the client followed a redirect, or may have followed one,
 /// the layer stores a success or a redirect other than 307 and 308, and counts everything else as lost.
