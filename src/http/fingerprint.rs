@@ -143,7 +143,7 @@ fn over_messages(headers: &HeaderMap, body: &Bytes, limit: usize) -> Hasher {
         compressed: MOST_COMPRESSED,
     };
     match grpc::plain(body, encoding, limits) {
-        Ok(plain) => Hasher::over_bytes(&plain),
+        Ok(plain) => Hasher::over_messages(&plain),
         Err(_) => {
             let mut hasher = Hasher::over_bytes(body);
             hasher.field(encoding.map_or(&b""[..], |name| name.as_bytes()));

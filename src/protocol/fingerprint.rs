@@ -29,6 +29,10 @@ impl Fingerprint {
     /// Id of the algorithm "the parts of a multipart body and its content type without the boundary, then method, path,
     /// query and headers".
     pub const MULTIPART: u8 = 4;
+    /// Id of the algorithm "the decompressed messages of a gRPC call, then method, path, query and headers".
+    pub const GRPC: u8 = 5;
+    /// Id of the algorithm "BLAKE3 of a message's type in 8 bytes, then of its payload in 24 bytes, zeros without a payload".
+    pub const TYPED: u8 = 6;
 
     /// A fingerprint of a digest that was made with the algorithm of the given id (0 to 127 belong to this crate).
     #[must_use]
@@ -83,13 +87,23 @@ const SHORT: usize = 2048;
 impl Hasher {
     /// Begins with the body as it is.
     pub(crate) fn over_bytes(body: &[u8]) -> Self {
+        Self::over(body, Fingerprint::BYTES)
+    }
+
+    /// Begins with the messages of a gRPC call.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn over_messages(messages: &[u8]) -> Self {
+        Self::over(messages, Fingerprint::GRPC)
+    }
+
+    fn over(body: &[u8], algorithm: u8) -> Self {
         let mut sha = Sha256::new();
         if body.len() <= SHORT {
             sha.update(body);
         } else {
             sha.update(blake3::hash(body).as_bytes());
         }
-        Self::new(sha, Fingerprint::BYTES, length(body))
+        Self::new(sha, algorithm, length(body))
     }
 
     /// Begins with the body as canonical JSON; with its bytes when it is no JSON.
@@ -199,6 +213,26 @@ mod tests {
         for (at, one) in all.iter().enumerate() {
             assert!(all[at + 1..].iter().all(|other| one != other), "{at}");
         }
+    }
+
+    /// A multipart request and a message with a type had the same id.
+    #[test]
+    fn every_algorithm_has_its_own_id() {
+        let mut ids = [
+            Fingerprint::NONE.algorithm(),
+            Fingerprint::BYTES,
+            Fingerprint::JSON,
+            Fingerprint::CUSTOM,
+            Fingerprint::MULTIPART,
+            Fingerprint::GRPC,
+            Fingerprint::TYPED,
+        ];
+        ids.sort_unstable();
+        assert!(ids.windows(2).all(|pair| pair[0] != pair[1]), "{ids:?}");
+        assert!(
+            ids.iter().all(|id| *id < 128),
+            "the ids from 128 on belong to applications"
+        );
     }
 
     #[test]

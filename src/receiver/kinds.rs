@@ -10,8 +10,7 @@ use std::sync::OnceLock;
 
 use crate::protocol::{Fingerprint, StorageKey};
 
-/// The id of the algorithm "BLAKE3 of the type in 8 bytes, then of the payload in 24 bytes, zeros without a payload".
-const TYPED: u8 = 4;
+/// The lengths of the two parts of a [typed](Fingerprint::TYPED) fingerprint.
 const TYPE: usize = 8;
 const PAYLOAD: usize = 32 - TYPE;
 
@@ -25,7 +24,7 @@ pub(super) fn fingerprint(kind: Option<&str>, payload: Option<&[u8]>) -> Fingerp
     if let Some(payload) = payload {
         digest[TYPE..].copy_from_slice(&blake3::hash(payload).as_bytes()[..PAYLOAD]);
     }
-    Fingerprint::new(TYPED, digest)
+    Fingerprint::new(Fingerprint::TYPED, digest)
 }
 
 /// The parts of a fingerprint that can be compared.
@@ -38,7 +37,7 @@ impl<'f> Parts<'f> {
     fn of(fingerprint: &'f Fingerprint) -> Self {
         let digest = fingerprint.digest();
         let (kind, payload) = match fingerprint.algorithm() {
-            TYPED => (Some(&digest[..TYPE]), Some(&digest[TYPE..])),
+            Fingerprint::TYPED => (Some(&digest[..TYPE]), Some(&digest[TYPE..])),
             _ if *fingerprint == Fingerprint::NONE => (None, None),
             // Made from the payload alone.
             _ => (None, Some(&digest[..PAYLOAD])),
