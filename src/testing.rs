@@ -79,9 +79,13 @@ impl TestLease {
     /// Claims the key in `store` for an hour, so that `complete_in` of a lease works in a transaction of the test. Takes attempt
     /// and fence from the store. Without this, `complete_in` fails with [`Configuration`](crate::ErrorKind::Configuration).
     ///
+    /// The record outlives the test: it stays for two hours, or for 24 hours from its completion. If the same database serves
+    /// several runs of the test, use a key of this run, such as one with a random part.
+    ///
     /// # Errors
     ///
-    /// [`Superseded`](crate::ErrorKind::Superseded) if the store has a record of the key from an earlier test: choose another key.
+    /// [`Superseded`](crate::ErrorKind::Superseded) if the store has a record of the key, from another test or from an earlier run of
+    /// the same test: choose another key.
     /// Otherwise as for [`Store::claim`](crate::Store::claim).
     #[cfg(feature = "postgres")]
     pub async fn claimed_in(mut self, store: &crate::store::PostgresStore) -> Result<Self, crate::error::Error> {

@@ -151,6 +151,8 @@ impl<St, M> ReceiverLayer<St, M> {
     ///
     /// * a duplicate whose first message was handled by another process, or by this process before it restarted,
     /// * a duplicate whose first message is forgotten: the table has 8,192 places, and a message with another id can overwrite any,
+    /// * a duplicate whose first message failed and counts as handled ([`OnError::Keep`](super::OnError::Keep)), because the
+    ///   layer remembers only messages whose handler succeeded,
     /// * types inside of a struct, such as a body that the handler parses: set their type here.
     ///
     /// If the variants of your enum are not types of messages, set the same type for all of them, and nothing is reported.
@@ -240,8 +242,9 @@ impl<St, M> ReceiverLayer<St, M> {
     /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery). To handle the message after a repair,
     /// [resolve](Self::storage_key) its key as absent, then move the message from the dead-letter place back to its queue.
     ///
-    /// * If the store fails while the layer records the rejection, the delivery is rejected all the same. The layer goes on
-    ///   recording for two minutes. Until then a copy is in flight, and afterwards a lost attempt.
+    /// * If the store fails while the layer records the rejection, the delivery is rejected all the same. The layer tries to
+    ///   record it for two more minutes, and no longer renews the lease. Until the lease ends, a copy is in flight. After
+    ///   that a copy finds a lost attempt, unless the rejection is recorded by then.
     /// * If the handler has committed its message with `Lease::complete_in`, the message is handled, even if the handler then fails.
     /// * A panic has no error to classify. It follows [`on_error`](Self::on_error).
     /// * An error of `poll_ready` is not classified, because nothing ran.

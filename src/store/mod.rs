@@ -75,7 +75,8 @@ use crate::protocol::{
 ///     polls as well.
 /// 17. **A rejection is unknown.** A completion with [`Rejected`](crate::protocol::Outcome::Rejected) makes the record
 ///     unknown, for the retention of the completion and for every claim, also one that would take over a lost key. Only
-///     `resolve` or a later completion of the same owner changes that.
+///     `resolve`, a later completion of the same owner or its release changes that. The release deletes the record if
+///     the owner's attempt was the only one ever (clause 9), and otherwise leaves it unknown.
 ///
 /// # Cancel safety
 ///
