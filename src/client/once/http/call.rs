@@ -121,17 +121,11 @@ where
 impl Settings {
     /// Decides what an error does to the key.
     fn failed<R, E>(&self, error: E, evidence: Evidence, is_later: bool) -> Ended<Given<R, E>> {
-        if evidence.meaning != Meaning::NotTaken && is_later && self.recognises_no_retry() && !evidence.has_effect() {
-            // A `CallLayer` lost the body of a response that is doubtful, or got no response.
-            return Ended {
-                given: Given::Lost(error),
-                verdict: Verdict::GiveUp,
-            };
-        }
         if !evidence.has_no_effect() {
+            let is_doubtful = is_later && self.recognises_no_retry() && !evidence.has_effect();
             let verdict = match evidence.meaning {
                 // A `CallLayer` saw the head of the response and lost its body.
-                Meaning::Answered { settles: true } => self.without_body(),
+                Meaning::Answered { settles: true } if !is_doubtful => self.without_body(),
                 _ => Verdict::GiveUp,
             };
             let given = Given::Lost(error);
