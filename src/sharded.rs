@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-const SHARDS: usize = 64;
+/// The number of shards of every map.
+pub(crate) const SHARDS: usize = 64;
 
 /// Sixty-four hash maps, each behind its own lock; a key always falls to the same one.
 #[derive(Debug)]
@@ -29,10 +30,15 @@ impl<K: Eq + Hash, V, S: BuildHasher + Clone> Sharded<K, V, S> {
         lock(&self.shards[shard])
     }
 
+    /// Locks the shard of this number, which must be less than [`SHARDS`].
+    pub(crate) fn lock_nth(&self, shard: usize) -> MutexGuard<'_, HashMap<K, V, S>> {
+        lock(&self.shards[shard])
+    }
+
     /// Locks one shard after the other.
     pub(crate) fn each(&self, mut visit: impl FnMut(&mut HashMap<K, V, S>)) {
-        for shard in &self.shards {
-            visit(&mut lock(shard));
+        for shard in 0..SHARDS {
+            visit(&mut self.lock_nth(shard));
         }
     }
 }

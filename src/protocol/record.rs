@@ -283,7 +283,8 @@ impl Record {
         matches!(self.state, State::Completed(_))
     }
 
-    const fn is_in_flight(&self) -> bool {
+    /// Whether an owner was granted the key and has neither ended nor been given up as unknown. Its lease may have run out.
+    pub(crate) const fn is_in_flight(&self) -> bool {
         matches!(self.state, State::InFlight { .. })
     }
 

@@ -148,8 +148,9 @@ async fn an_owner_needs_no_renewal_and_never_counts_as_lost_unless_it_gives_up()
         Renewal::Renewed
     );
     assert_eq!(store.peek(&key).await.unwrap().unwrap().status, Status::Lost);
-    assert_eq!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Unknown);
     assert_eq!(store.figures().in_flight, 1);
+    assert_eq!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Unknown);
+    assert_eq!((store.figures().records, store.figures().in_flight), (1, 0));
     // An unknown outcome lives for its retention and is then forgotten.
     clock.advance(HOUR);
     store.sweep();
@@ -312,6 +313,87 @@ async fn figures_come_back_after_a_release_an_abandoned_claim_and_a_claim_of_wha
     figures(0, 0);
     granted(&store, &claim(2, 1)).await;
     figures(1, 1);
+}
+
+/// A rejected message counted as in flight for its whole retention.
+#[tokio::test]
+async fn an_unknown_record_is_not_in_flight_and_is_counted_off_once() {
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let figures = |records, in_flight, case: &str| {
+        let figures = store.figures();
+        assert_eq!((figures.records, figures.in_flight), (records, in_flight), "{case}");
+    };
+    let key = claim(1, 1).key;
+    // Another key stays in flight, so that a count that is subtracted twice shows.
+    granted(&store, &claim(2, 1)).await;
+    for end in ["completed", "resolved", "released", "expired", "claimed anew"] {
+        let grant = granted(&store, &claim(1, 1)).await;
+        figures(2, 2, end);
+        for _ in 0..2 {
+            let rejected = store.complete(&key, grant.owner, &Outcome::Rejected, HOUR).await;
+            assert_eq!(rejected.unwrap(), Completion::Completed);
+            figures(2, 1, end);
+        }
+        assert_eq!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Unknown);
+        let records = match end {
+            "completed" => {
+                let done = store.complete(&key, grant.owner, &kept("late"), HOUR).await;
+                assert_eq!(done.unwrap(), Completion::Completed);
+                2
+            }
+            "resolved" => {
+                let resolved = store.resolve(&key, grant.owner.fence, &Resolution::Absent).await;
+                assert_eq!(resolved.unwrap(), Resolved::Resolved);
+                1
+            }
+            "released" => {
+                assert_eq!(store.release(&key, grant.owner).await.unwrap(), Release::Released);
+                1
+            }
+            "expired" => {
+                clock.advance(2 * HOUR);
+                store.sweep();
+                1
+            }
+            _ => {
+                clock.advance(2 * HOUR);
+                let grant = granted(&store, &claim(1, 3)).await;
+                figures(2, 2, end);
+                store.release(&key, grant.owner).await.unwrap();
+                1
+            }
+        };
+        figures(records, 1, end);
+        clock.advance(2 * HOUR);
+        store.sweep();
+    }
+}
+
+/// The task looked through all open records at once, among them every rejected message.
+#[tokio::test(start_paused = true)]
+async fn a_sweep_of_abandoned_records_lets_other_tasks_run() {
+    const RECORDS: u8 = 200;
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    for key in 0..RECORDS {
+        let grant = granted(&store, &claim(key, 1)).await;
+        let key = claim(key, 1).key;
+        store
+            .complete(&key, grant.owner, &Outcome::Rejected, HOUR)
+            .await
+            .unwrap();
+    }
+    // The sweeping task starts its timer.
+    tokio::task::yield_now().await;
+    clock.advance(2 * HOUR);
+    tokio::time::advance(Duration::from_secs(2)).await;
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..10_000 {
+        tokio::task::yield_now().await;
+        seen.insert(store.figures().records);
+    }
+    assert!(seen.contains(&0) && seen.len() > 10, "{seen:?}");
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use crate::protocol::{
     Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal, Resolution,
     Resolved, Snapshot, StorageKey, Transition,
 };
-use crate::sharded::{lock, Sharded};
+use crate::sharded::{lock, Sharded, SHARDS};
 
 pub(super) struct Books {
     clock: Clock,
@@ -118,7 +118,7 @@ impl Books {
                 let transition = Record::claim_above(Some(&open.record), claim, now, floor);
                 if let Change::Put(record) = transition.change {
                     self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
-                    open.record = record;
+                    self.replace(open, record);
                 }
                 return Some(transition.reply);
             }
@@ -130,14 +130,13 @@ impl Books {
             // If the new record replaces an expired one, the count of records stays the same.
             match done {
                 _ if is_abandoned => {}
-                Some(done) => {
-                    self.remove_done(&claim.key, &done);
-                    self.in_flight.fetch_add(1, Ordering::Relaxed);
-                }
-                None => self.reserve()?,
+                Some(done) => self.remove_done(&claim.key, &done),
+                None => self.try_reserve().then_some(())?,
             }
             self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
+            self.in_flight.fetch_add(1, Ordering::Relaxed);
             if let Some(abandoned) = shard.insert(claim.key, Open { record, watchers: None }) {
+                self.count_off(&abandoned);
                 abandoned.wake();
             }
         }
@@ -220,7 +219,7 @@ impl Books {
                 }
             }
             Change::Put(record) => {
-                open.record = record;
+                self.replace(open, record);
                 open.wake();
             }
             Change::Remove => {
@@ -243,13 +242,7 @@ impl Books {
         }
     }
 
-    /// Reserves the place of a new record; `None` if the budget is used up.
-    fn reserve(&self) -> Option<()> {
-        self.try_reserve().then(|| {
-            self.in_flight.fetch_add(1, Ordering::Relaxed);
-        })
-    }
-
+    /// Reserves the place of a new record. Returns false if the budget is used up.
     fn try_reserve(&self) -> bool {
         if self.records.fetch_add(1, Ordering::Relaxed) < self.record_budget {
             return true;
@@ -258,10 +251,27 @@ impl Books {
         false
     }
 
+    /// Replaces an open record by another one that is open. An unknown record is open, but not in flight.
+    fn replace(&self, open: &mut Open, record: Record) {
+        if record.is_in_flight() && !open.record.is_in_flight() {
+            self.in_flight.fetch_add(1, Ordering::Relaxed);
+        } else if !record.is_in_flight() {
+            self.count_off(open);
+        }
+        open.record = record;
+    }
+
+    /// Subtracts a record that is in flight no longer, if it was.
+    fn count_off(&self, open: &Open) {
+        if open.record.is_in_flight() {
+            self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     /// Takes a record out of `open` and wakes its watchers.
     fn close(&self, shard: &mut Shard, key: &StorageKey) {
         if let Some(open) = shard.remove(key) {
-            self.in_flight.fetch_sub(1, Ordering::Relaxed);
+            self.count_off(&open);
             open.wake();
         }
     }
@@ -317,20 +327,28 @@ impl Books {
 
     /// Frees the expired records that were never completed: attempts that were given up, or whose outcome is unknown.
     pub(super) fn free_abandoned(&self) {
-        let mut abandoned = 0;
-        self.open.each(|shard| {
-            let now = self.clock.now();
-            shard.retain(|_, open| {
-                let expired = open.record.is_expired(now);
-                if expired {
-                    abandoned += 1;
-                    open.wake();
-                }
-                !expired
-            });
+        (0..SHARDS).for_each(|shard| self.free_abandoned_in(shard));
+        self.tidy();
+    }
+
+    /// Does a part of [`free_abandoned`](Self::free_abandoned), because rejected messages are many and stay open for their
+    /// whole retention. `shard` is less than [`SHARDS`].
+    pub(super) fn free_abandoned_in(&self, shard: usize) {
+        let mut shard = self.open.lock_nth(shard);
+        let now = self.clock.now();
+        shard.retain(|_, open| {
+            let is_expired = open.record.is_expired(now);
+            if is_expired {
+                self.records.fetch_sub(1, Ordering::Relaxed);
+                self.count_off(open);
+                open.wake();
+            }
+            !is_expired
         });
-        self.records.fetch_sub(abandoned, Ordering::Relaxed);
-        self.in_flight.fetch_sub(abandoned, Ordering::Relaxed);
+    }
+
+    /// Lets moka clean up after the removals.
+    pub(super) fn tidy(&self) {
         self.done.run_pending_tasks();
     }
 

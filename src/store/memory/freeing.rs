@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use super::books::Books;
 use super::Figures;
 use crate::clock::Timer;
+use crate::sharded::SHARDS;
 use crate::telemetry;
 
 impl Books {
@@ -62,8 +63,14 @@ async fn sweep_every_second(sweeper: Sweeper) {
             // Let other tasks of this runtime run between the portions.
             tokio::task::yield_now().await;
         }
+        for shard in 0..SHARDS {
+            let Some(books) = sweeper.0.upgrade() else { return };
+            books.free_abandoned_in(shard);
+            drop(books);
+            tokio::task::yield_now().await;
+        }
         let Some(books) = sweeper.0.upgrade() else { return };
-        books.free_abandoned();
+        books.tidy();
         let Figures {
             records,
             bytes,

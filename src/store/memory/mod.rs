@@ -68,7 +68,8 @@ pub struct Figures {
     pub records: u64,
     /// Bytes of the kept answers.
     pub bytes: u64,
-    /// Records that are not completed.
+    /// Records with an owner that has not ended, also if it has given up its lease. An unknown record, such as that of a
+    /// rejected message, does not count.
     pub in_flight: u64,
     /// Watches that wait for a change.
     pub waiters: u64,
