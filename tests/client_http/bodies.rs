@@ -455,8 +455,8 @@ async fn repeated<const N: usize>(
     url: &str,
     calls: Option<CollectingCallLayer>,
 ) -> [Result<Bytes, &'static str>; N] {
-    fn name<T: std::fmt::Debug, E: std::fmt::Debug>(error: OnceError<T, E>) -> &'static str {
-        let (name, may_have_happened) = match &error {
+    fn name<T: std::fmt::Debug, E: std::fmt::Debug>(error: &OnceError<T, E>) -> &'static str {
+        let (name, may_have_happened) = match error {
             OnceError::Failed(_) => ("failed", false),
             OnceError::NotKept => ("not kept", true),
             OnceError::Unknown(_) => ("unknown", true),
@@ -473,11 +473,11 @@ async fn repeated<const N: usize>(
         let got = match calls.clone() {
             Some(calls) => {
                 let client = ServiceBuilder::new().layer(layer.clone()).layer(calls).service(http);
-                client.oneshot(request).await.map_err(name)
+                client.oneshot(request).await.map_err(|error| name(&error))
             }
             None => {
                 let client = ServiceBuilder::new().layer(layer.clone()).service(http);
-                client.oneshot(request).await.map_err(name)
+                client.oneshot(request).await.map_err(|error| name(&error))
             }
         };
         results.push(match got {
