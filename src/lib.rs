@@ -80,7 +80,7 @@
 //! | `reqwest` | `client::ReqwestService`, a `reqwest::Client` as a tower service |
 //! | `retry` | `client::RetryPolicy` for `tower::retry`, and `client::CallLayer`, which reports the outcome of a call and can collect its response |
 //! | `testing` | `testing::TestLease`, leases for unit tests of handlers; `receiver::testing`, which delivers messages to a handler again, in every way in which brokers do, and signs webhooks for tests |
-//! | `tonic` | gRPC services: [`IdempotencyLayer::grpc`](crate::IdempotencyLayer), [`RebuildBody`] for the body of tonic 0.14, marks on a `tonic::Status` |
+//! | `tonic` | gRPC services: [`IdempotencyLayer::grpc`](crate::IdempotencyLayer), [`RebuildBody`] for the body of tonic 0.14, marks on a `tonic::Status`; needs Rust 1.87 |
 //! | `webhooks` | `receiver::webhooks`, which verifies the signatures of webhooks; brings in `ring` |
 //!
 //! None is on by default; without `axum`, the layer does not compile in an axum app. Rust 1.85 where nothing else is said.

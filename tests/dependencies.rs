@@ -98,7 +98,7 @@ fn no_dependency_asks_for_a_newer_rust_than_its_feature_declares() {
         ("once", ours),
         ("reqwest", ours),
         ("retry", ours),
-        ("tonic", ours),
+        ("tonic", "1.87"),
         ("webhooks", ours),
         ("redis", "1.88"),
         ("redis-rustls", "1.88"),

@@ -47,6 +47,8 @@ impl Encoding {
                 if zstd_window(message).is_none_or(|window| window > ZSTD_WINDOW) {
                     return None;
                 }
+                // The decoder limits each block to 128 KiB (RFC 8878 section 3.1.1.2.4), and yields what exceeds the
+                // window after each block. So it never decompresses more than `room`, the window and a block.
                 let mut decoder = StreamingDecoder::<_, FrameDecoder>::new(message).ok()?;
                 read(&mut decoder, out, room)?;
                 decoder.into_inner()
@@ -84,6 +86,36 @@ fn zstd_window(frame: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Returns a frame with the window and two blocks: 8 bytes, and then `count` sequences that repeat them. Each
+    /// sequence takes two bytes and yields 128 KiB.
+    fn repeating(count: u16) -> Vec<u8> {
+        // No literals. The count of sequences has two bytes, the mode says that each table is a single code, and the
+        // codes are those of no literals, of a repeated offset, and of the longest match, which has 16 further bits.
+        let [high, low] = (0x8000 + count).to_be_bytes();
+        let mut block = vec![0, high, low, 0b0101_0100, 0, 0, 52];
+        block.resize(block.len() + 2 * usize::from(count), 0xff);
+        // The bit that ends the stream, which is read from behind.
+        block.push(1);
+        let last_and_compressed = u32::try_from(block.len()).unwrap() << 3 | 0b101;
+        let window_of_128_kib = 7 << 3;
+        let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, window_of_128_kib];
+        // A block that repeats one byte eight times.
+        frame.extend([8 << 3 | 0b010, 0, 0, b'x']);
+        frame.extend(&last_and_compressed.to_le_bytes()[..3]);
+        frame.extend(block);
+        frame
+    }
+
+    /// A block of 2 KB was decompressed to 131 MB before the limit counted, and one of 128 KB to gigabytes.
+    #[test]
+    fn a_zstd_block_that_exceeds_the_format_is_not_decompressed() {
+        let (frame, mut out) = (repeating(1_000), Vec::new());
+        let allocated = allocation_counter::measure(|| {
+            assert_eq!(Encoding::Zstd.decode(&frame, &mut out, 1 << 20), None);
+        });
+        assert!(allocated.bytes_max < 4 << 20, "{allocated:?}");
+    }
 
     #[test]
     fn a_frame_that_asks_for_a_large_window_is_not_begun() {
