@@ -14,8 +14,8 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// * POST only; the key is the metadata `idempotency-key`, and optional.
     /// * The status of the call decides, in the head or in the trailers of the response. The layer stores `OK`,
-    ///   `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION`, `OUT_OF_RANGE` and `UNIMPLEMENTED`. It
-    ///   frees the key after `CANCELLED`, `DEADLINE_EXCEEDED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`,
+    ///   `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION` and `OUT_OF_RANGE`. It frees the key after
+    ///   `CANCELLED`, `DEADLINE_EXCEEDED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`, `UNIMPLEMENTED`,
     ///   `UNAVAILABLE` and `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
     ///   `DATA_LOSS` and a response without a status. A response with another HTTP status than 200 counts as in HTTP.
     ///   [`keep_if`](Self::keep_if) replaces all this; it sees only the head. Marks go before both:
