@@ -23,7 +23,10 @@ pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use grpc::add_marks;
 #[cfg(feature = "tonic")]
 pub use grpc::{grpc_response, MarkStatus};
-pub(crate) use grpc::{result_of as grpc_result, with_trailers, Accepted, Outcome as GrpcOutcome};
+pub(crate) use grpc::{
+    is_response as is_grpc_response, result_of as grpc_result, with_status as with_grpc_status, Accepted,
+    Outcome as GrpcOutcome,
+};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use refusal::{Effect, RefusalStyle, Rendering};
 pub use refusal::{Refusal, RefusalKind};

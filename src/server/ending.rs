@@ -15,7 +15,7 @@ use super::marks::{retention_of, StoreOutcomeOnly, StreamResponse};
 use super::policy::{Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
-use crate::http::{Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{grpc_result, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Owner, Release, Renewal, StorageKey};
 use crate::store::{end_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
@@ -353,10 +353,11 @@ impl Values {
         self.keep.judge(head, self.retention)
     }
 
-    /// Whether a response is known as a stream by its head. A gRPC response whose head has the status has no messages.
-    pub(super) fn is_stream(&self, head: &response::Parts, judgement: Judgement) -> bool {
-        let is_known = || !self.is_grpc() || judgement.awaits_trailers;
-        head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && is_known())
+    /// Whether a response is known as a stream by its head. The content type of a gRPC response is that of its method. If the
+    /// head has the status, the response has no messages, so it is no stream.
+    pub(super) fn is_stream(&self, head: &response::Parts) -> bool {
+        let may_stream = || grpc_result(&head.headers, None).is_none();
+        head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && may_stream())
     }
 
     /// Returns the decision about the response of a request that took effect, whatever its status.

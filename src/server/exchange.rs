@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::CONTENT_TYPE;
 use http::request::Parts;
-use http::{response, Request, Response};
+use http::{response, Request, Response, StatusCode};
 use tower_service::Service;
 use tracing::Span;
 
@@ -16,7 +17,9 @@ use super::policy::Statuses;
 use super::settings::Values;
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
-use crate::http::{reframe, with_trailers, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{
+    is_grpc_response, reframe, with_grpc_status, Accepted, Collected, RebuildBody, Refusal, RefusalKind,
+};
 use crate::protocol::{Answer, Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
 use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
@@ -477,7 +480,14 @@ impl Values {
         if self.is_grpc() {
             let body = std::mem::take(&mut response.body_mut().bytes);
             let adapted = accepted.adapt(response.headers_mut(), body);
-            response.body_mut().bytes = adapted.map_err(|_| Refusal::new(RefusalKind::EncodingNotAccepted))?;
+            response.body_mut().bytes = adapted.map_err(|_| {
+                if is_stored {
+                    Refusal::new(RefusalKind::EncodingNotAccepted)
+                } else {
+                    // The key is free again, or its outcome is unknown, so there is no result to look up.
+                    self.later(RefusalKind::Outstanding)
+                }
+            })?;
         }
         Ok(response)
     }
@@ -485,12 +495,20 @@ impl Values {
     /// Takes a response apart that the application has as bytes.
     pub(super) fn collected(&self, response: Response<Bytes>) -> (response::Parts, Collected) {
         let (mut head, bytes) = response.into_parts();
-        let body = if self.is_grpc() {
-            with_trailers(&mut head.headers, bytes)
-        } else {
-            Collected { bytes, trailers: None }
-        };
+        let body = self.with_grpc_status(&mut head, Collected { bytes, trailers: None });
         (head, body)
+    }
+
+    /// Puts the status of a gRPC response where clients look for it, unless the response has trailers. The response itself
+    /// shows that it is one of gRPC, because a selector may choose other settings for its request than these.
+    pub(super) fn with_grpc_status(&self, head: &mut response::Parts, body: Collected) -> Collected {
+        let is_untyped = || head.status == StatusCode::OK && !head.headers.contains_key(CONTENT_TYPE);
+        let is_grpc = is_grpc_response(head.status, &head.headers) || (self.is_grpc() && is_untyped());
+        if is_grpc && body.trailers.is_none() {
+            with_grpc_status(&mut head.headers, body.bytes)
+        } else {
+            body
+        }
     }
 
     /// Returns the encodings that the caller reads. Only responses of gRPC depend on them.

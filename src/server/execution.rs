@@ -228,6 +228,7 @@ where
     settings.advise(&mut head, judgement);
     let timeout = match judgement.verdict {
         Verdict::Keep => settings.response_timeout,
+        Verdict::Release | Verdict::GiveUp if judgement.awaits_trailers => settings.response_timeout,
         // A response that is not stored must not wait for its end. If its body has a known size and is complete already,
         // as that of an error message, the duplicates in this process get it, too.
         Verdict::Release | Verdict::GiveUp if body.size_hint().exact().is_some() => Duration::ZERO,
@@ -235,21 +236,24 @@ where
         Verdict::Tombstone => return Ended::Streaming(Response::from_parts(head, body), judgement),
         Verdict::Unjudged => return Ended::Broken(head.status, judgement),
     };
-    if settings.is_stream(&head, judgement) {
+    if settings.is_stream(&head) {
         return Ended::Streaming(Response::from_parts(head, body), judgement.of_stream());
     }
     // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
-    let reading = if judgement.awaits_trailers {
+    let reading = if settings.keep.is_of_grpc(head.status, &head.headers) {
         collect_messages(body, settings.answer_limit, timeout)
     } else {
         collect(body, settings.answer_limit, timeout)
     };
     match AssertUnwindSafe(reading).catch_unwind().await {
         Ok(Ok(body)) => {
-            let judgement = settings.keep.judge_end(judgement, body.trailers.as_ref());
+            let trailers = body.trailers.as_ref();
+            let judgement = settings.keep.judge_end(judgement, &head.headers, trailers);
             Ended::Answered(Read { head, body, judgement })
         }
-        Ok(Err(Shortfall::Broken(_))) | Err(_) => Ended::Broken(head.status, settings.keep.judge_end(judgement, None)),
+        Ok(Err(Shortfall::Broken(_))) | Err(_) => {
+            Ended::Broken(head.status, settings.keep.judge_end(judgement, &head.headers, None))
+        }
         Ok(Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body))) => {
             Ended::Streaming(Response::from_parts(head, R::rebuild(body)), judgement)
         }

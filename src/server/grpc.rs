@@ -17,7 +17,8 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION` and `OUT_OF_RANGE`. It frees the key after
     ///   `CANCELLED`, `DEADLINE_EXCEEDED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`, `UNIMPLEMENTED`,
     ///   `UNAVAILABLE` and `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
-    ///   `DATA_LOSS` and a response without a status. A response with another HTTP status than 200 counts as in HTTP.
+    ///   `DATA_LOSS` and a response without a status. A response with another HTTP status than 200 counts as in HTTP, and
+    ///   so does one with neither the content type `application/grpc` nor a status in its head, as that of a JSON route.
     ///   [`keep_if`](Self::keep_if) replaces all this; it sees only the head. Marks go before both:
     ///   [`MarkStatus`](crate::MarkStatus).
     /// * Fingerprints cover the decompressed messages (gzip, deflate and zstd, up to the [limit of

@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
 use super::marks::{retention_of, DoNotKeep, Keep, StoreOutcomeOnly};
-use crate::http::{grpc_result, Effect, GrpcOutcome, Refusal};
+use crate::http::{grpc_result, is_grpc_response, Effect, GrpcOutcome, Refusal};
 use crate::job::OnError;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
 
@@ -132,7 +132,7 @@ pub(super) enum Statuses {
     /// All but those with which the handler did not act, or which depend on fields outside the fingerprint.
     #[default]
     Definite,
-    /// For responses with 200, the gRPC status decides; for any other status, the rules of HTTP.
+    /// For responses of gRPC, their gRPC status decides; for all others, the rules of HTTP.
     Grpc,
     /// The same as `Definite`, without 400 and 422, because Stripe does not save the results of requests that fail validation.
     Stripe,
@@ -192,12 +192,11 @@ impl KeepPolicy {
             };
             return (verdict, false);
         }
-        if self.statuses == Statuses::Grpc && response.status == StatusCode::OK {
-            return match grpc_result(&response.headers, None) {
-                Some(outcome) => (self.of_grpc(outcome), false),
-                // The status follows in the trailers. If they come too late, the request counts as done.
-                None => (Verdict::Keep, true),
-            };
+        if self.is_of_grpc(response.status, &response.headers) {
+            // Without a status in the head, the status follows in the trailers. If they come too late, the request counts as
+            // done. With one, the trailers may contradict it.
+            let outcome = grpc_result(&response.headers, None);
+            return (outcome.map_or(Verdict::Keep, |outcome| self.of_grpc(outcome)), true);
         }
         (self.of_status(response.status), false)
     }
@@ -258,11 +257,21 @@ impl KeepPolicy {
         }
     }
 
+    /// Whether these settings are for gRPC, and the response is one of gRPC.
+    pub(super) fn is_of_grpc(&self, status: StatusCode, head: &HeaderMap) -> bool {
+        self.statuses == Statuses::Grpc && is_grpc_response(status, head)
+    }
+
     /// Returns the decision about a response whose body has ended or, without trailers, broken off. A gRPC response
     /// without a status is a failure.
-    pub(super) fn judge_end(&self, mut judgement: Judgement, trailers: Option<&HeaderMap>) -> Judgement {
+    pub(super) fn judge_end(
+        &self,
+        mut judgement: Judgement,
+        head: &HeaderMap,
+        trailers: Option<&HeaderMap>,
+    ) -> Judgement {
         if judgement.awaits_trailers {
-            let outcome = trailers.and_then(|trailers| grpc_result(trailers, None));
+            let outcome = grpc_result(head, trailers);
             judgement.verdict = self.of_grpc(outcome.unwrap_or(GrpcOutcome::Failed));
         }
         judgement
@@ -271,7 +280,7 @@ impl KeepPolicy {
     /// Whether a response says that its request took effect.
     #[cfg(feature = "postgres")]
     pub(super) fn says_done(&self, status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>) -> bool {
-        if self.statuses == Statuses::Grpc && status == StatusCode::OK {
+        if self.is_of_grpc(status, head) {
             return matches!(grpc_result(head, trailers), None | Some(GrpcOutcome::Done));
         }
         status.is_success() || status.is_redirection()

@@ -17,11 +17,11 @@ use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
-use super::marks::{DoNotKeep, StreamResponse};
+use super::marks::DoNotKeep;
 use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, with_trailers, RebuildBody, Refusal, RefusalKind};
+use crate::http::{collect, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -156,14 +156,12 @@ impl Lease {
         if head.extensions.get::<DoNotKeep>().is_some() {
             return Err(FORBIDDEN);
         }
-        if settings.streams.include(&head) || head.extensions.get::<StreamResponse>().is_some() {
+        if settings.is_stream(&head) {
             return Err(NOT_KEPT);
         }
         let reading = collect(body, settings.answer_limit, settings.response_timeout);
-        let mut body = reading.await.map_err(|_| NOT_KEPT)?;
-        if settings.is_grpc() && body.trailers.is_none() {
-            body = with_trailers(&mut head.headers, body.bytes);
-        }
+        let body = reading.await.map_err(|_| NOT_KEPT)?;
+        let body = settings.with_grpc_status(&mut head, body);
         let judgement = settings.happened(&head);
         settings.advise(&mut head, judgement);
         let outcome = settings.outcome_of(&head, &body);

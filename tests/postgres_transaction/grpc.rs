@@ -73,6 +73,22 @@ async fn a_status_after_a_rollback_reaches_the_caller_unless_it_is_ok() {
     assert_eq!((bench.payments().await, bench.runs()), (0, 4));
 }
 
+/// The layer took every response of a method of streams for a stream.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_method_of_streams_completes_with_a_message() {
+    let bench = Bench::new(Ending::Commit).await;
+    let layer = bench.layer().grpc().with_stream_types(["application/grpc"]);
+    let router = Router::new()
+        .route("/payments", post(pay))
+        .layer(layer)
+        .with_state(bench.app.clone());
+    for _ in 0..2 {
+        let (status, message, _) = call(&router, "commit").await;
+        assert_eq!((&status[..], &message[..]), ("0", &b"\0\0\0\0\x04paid"[..]));
+    }
+    assert_eq!((bench.payments().await, bench.runs()), (1, 1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_committed_message_is_replayed_with_its_status() {
     let bench = Bench::new(Ending::Commit).await;

@@ -9,13 +9,15 @@ use futures::stream;
 use tokio::sync::Semaphore;
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt;
-use tower_idempotency::protocol::{Resolution, Resolved};
+use tower::Layer;
+use tower_idempotency::protocol::{Answer, Outcome, Resolution, Resolved};
 use tower_idempotency::{
     grpc_response, DoNotKeep, IdempotencyLayer, Keep, MarkStatus, MemoryStore, OnError, OnLost, Recovered, RetainFor,
     Store, StoreOutcomeOnly,
 };
 
 use crate::kit::{is_replay, serve, until, with_key, Client, Payments, CHARGE};
+use crate::support::{full, post, send, Handler};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()
@@ -270,4 +272,66 @@ async fn an_outcome_that_the_application_found_is_replayed_as_a_whole_response()
             (true, &b"booked"[..])
         );
     }
+}
+
+/// A server for gRPC and HTTP resolves keys through its layer, whose own settings are those of HTTP. Clients took the
+/// response for broken.
+#[tokio::test]
+async fn an_outcome_has_the_form_of_its_own_protocol_under_whatever_settings() {
+    let http_layer = || IdempotencyLayer::new(MemoryStore::new());
+    let without_a_status = |body: &'static [u8]| {
+        let response = http::Response::builder().header("content-type", "application/grpc");
+        response.body(Bytes::from_static(body)).unwrap()
+    };
+    for layer in [http_layer(), layer()] {
+        for (response, in_head, in_trailers) in [
+            (grpc_response(b"receipt"), None, Some("0")),
+            (without_a_status(b"\0\0\0\0\x01x"), None, Some("0")),
+            // Without a message, the status is in the head.
+            (without_a_status(b""), Some("0"), None),
+            (Status::not_found("no account").into_http(), Some("5"), None),
+            // HTTP.
+            (
+                http::Response::builder().status(404).body(Bytes::new()).unwrap(),
+                None,
+                None,
+            ),
+            (
+                http::Response::builder()
+                    .header("content-type", "application/json")
+                    .body("{}".into())
+                    .unwrap(),
+                None,
+                None,
+            ),
+        ] {
+            let Outcome::Kept(answer) = layer.outcome_of(response) else {
+                panic!("it is stored")
+            };
+            let status = |fields: Option<&http::HeaderMap>| {
+                fields
+                    .and_then(|fields| fields.get("grpc-status"))
+                    .map(|status| status.to_str().unwrap().to_owned())
+            };
+            let replayed = replay_of(&layer, answer).await;
+            assert_eq!(status(Some(&replayed.head.headers)).as_deref(), in_head);
+            assert_eq!(status(replayed.trailers.as_ref()).as_deref(), in_trailers);
+        }
+    }
+}
+
+/// Resolves a key with the outcome, and returns the response to its next request.
+async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: Answer) -> crate::support::Got {
+    let handler = Handler::new().answering(|_| http::Response::builder().status(500).body(full("")).unwrap());
+    static KEYS: AtomicUsize = AtomicUsize::new(0);
+    let key = format!("resolved-{}", KEYS.fetch_add(1, Ordering::Relaxed));
+    let service = layer.clone().on_error(OnError::Unknown).layer(handler);
+    send(&service, post(&key, "")).await;
+    let storage_key = layer.storage_key(None, &key).unwrap();
+    let fence = layer.store().peek(&storage_key).await.unwrap().unwrap().fence;
+    let found = Resolution::Completed(Outcome::Kept(answer), Duration::from_secs(60));
+    layer.store().resolve(&storage_key, fence, &found).await.unwrap();
+    let replayed = send(&service, post(&key, "")).await;
+    assert!(replayed.is_replay());
+    replayed
 }

@@ -1,5 +1,7 @@
 //! Requests and responses that are compressed per message.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use tonic::codec::CompressionEncoding::{Deflate, Gzip, Zstd};
 use tonic::{Code, Response};
@@ -7,8 +9,8 @@ use tonic_types::StatusExt;
 use tower::Layer;
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
-use crate::kit::{is_replay, serve, with_key, Client, Payments};
-use crate::support::{full, send, AnyBody, Handler};
+use crate::kit::{is_replay, serve, until, with_key, Client, Payments};
+use crate::support::{full, send, start, AnyBody, Handler};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()
@@ -78,6 +80,24 @@ async fn a_response_in_an_encoding_that_only_its_first_client_reads_is_refused_a
     assert_eq!(status.get_details_error_info().unwrap().reason, "ENCODING_NOT_ACCEPTED");
     let again = send(&service, request(b"\0\0\0\0\x01x", &reading)).await;
     assert_eq!((again.is_replay(), again.body), (true, first.body));
+    assert_eq!(handler.runs(), 1);
+}
+
+/// A client that cannot read a response that nobody stored may not look up a result, because there is none.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_cannot_read_a_response_that_is_not_stored_retries() {
+    let handler = Handler::new().taking(Duration::from_secs(1)).answering(|_| {
+        let response = http::Response::builder()
+            .header("grpc-encoding", "snappy")
+            .header("grpc-status", "14");
+        response.body(full(Bytes::from_static(b"\x01\0\0\0\x04paid"))).unwrap()
+    });
+    let service = layer().layer(handler.clone());
+    let owner = start(&service, request(b"", &[("grpc-accept-encoding", "snappy")]));
+    until(|| handler.runs() == 1).await;
+    let waiter = send(&service, request(b"", &[("grpc-accept-encoding", "gzip")])).await;
+    assert_eq!(waiter.code(), "request-outstanding");
+    assert_eq!(owner.await.unwrap().head.headers["grpc-status"], "14");
     assert_eq!(handler.runs(), 1);
 }
 

@@ -13,7 +13,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Code;
 use tonic_types::StatusExt;
 use tower::{Layer, ServiceExt};
-use tower_idempotency::{IdempotencyLayer, MemoryStore, StreamResponse};
+use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, StreamResponse};
 
 use crate::kit::{is_replay, serve, with_key, Client, Payments, WATCH};
 use crate::support::{post, AnyBody, Handler};
@@ -157,6 +157,25 @@ async fn a_method_or_a_mark_streams_from_the_first_byte() {
     assert_eq!(first_byte(layer(), marked).await, (0, false));
 }
 
+/// The caller of an endless stream waited for the time-out of responses, because the verdict needs no trailers.
+#[tokio::test(start_paused = true)]
+async fn a_predicate_or_a_mark_to_store_holds_a_stream_back_no_longer() {
+    let marked = |_: usize| {
+        let mut response = pieces(&[(0, MESSAGE)], None);
+        response.extensions_mut().insert(Keep);
+        response
+    };
+    let streaming = |layer: IdempotencyLayer<MemoryStore>| {
+        layer.add_grpc_method("/payments", |watch| watch.with_stream_types(["application/grpc"]))
+    };
+    let predicate = || layer().keep_if(|_| true);
+    let endless = |_: usize| pieces(&[(0, MESSAGE)], None);
+    assert_eq!(first_byte(predicate(), endless).await, (100, false));
+    assert_eq!(first_byte(layer(), marked).await, (100, false));
+    assert_eq!(first_byte(streaming(predicate()), endless).await, (0, false));
+    assert_eq!(first_byte(streaming(layer()), marked).await, (0, false));
+}
+
 /// An error that came in place of a stream.
 #[tokio::test]
 async fn a_definite_error_of_a_streaming_method_is_replayed() {
@@ -182,7 +201,8 @@ async fn a_definite_error_of_a_streaming_method_is_replayed() {
 async fn an_endless_stream_that_is_always_ready_begins() {
     let endless = |_: usize| {
         let messages = stream::repeat_with(|| Ok(Frame::data(Bytes::from_static(b"\0\0\0\0\0"))));
-        http::Response::new(StreamBody::new(messages).boxed_unsync())
+        let response = http::Response::builder().header("content-type", "application/grpc");
+        response.body(StreamBody::new(messages).boxed_unsync()).unwrap()
     };
     let service = layer()
         .with_answer_limit(1 << 16)

@@ -14,31 +14,62 @@ fn trailers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         .collect()
 }
 
+fn grpc(body: AnyBody) -> Response<AnyBody> {
+    typed("application/grpc", body)
+}
+
+fn typed(content_type: &'static str, body: AnyBody) -> Response<AnyBody> {
+    let response = Response::builder().header("content-type", content_type);
+    response.body(body).unwrap()
+}
+
+/// A response of one message, whose head and trailers have the fields.
+fn message(head: &[(&'static str, &'static str)], in_trailers: &[(&'static str, &'static str)]) -> Response<AnyBody> {
+    let frames = frames(vec![
+        Play::Data("\0\0\0\0\u{1}x"),
+        Play::Trailers(trailers(in_trailers)),
+    ]);
+    let mut response = grpc(frames);
+    response.headers_mut().extend(trailers(head));
+    response
+}
+
 fn without_a_status() -> Response<AnyBody> {
-    Response::new(full(Bytes::from_static(b"\0\0\0\0\x01x")))
+    grpc(full(Bytes::from_static(b"\0\0\0\0\x01x")))
+}
+
+/// An ended body has no trailers.
+fn empty() -> Response<AnyBody> {
+    grpc(full(""))
+}
+
+fn head_says_done_and_trailers_say_unavailable() -> Response<AnyBody> {
+    message(&[("grpc-status", "0")], &[("grpc-status", "14")])
+}
+
+/// The key was freed although the trailers said that the call took effect.
+fn head_says_unavailable_and_trailers_say_done() -> Response<AnyBody> {
+    message(&[("grpc-status", "14")], &[("grpc-status", "0")])
 }
 
 fn broken_off() -> Response<AnyBody> {
-    Response::new(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Break]))
+    grpc(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Break]))
 }
 
 fn nonsense() -> Response<AnyBody> {
-    let trailers = trailers(&[("grpc-status", "fine")]);
-    Response::new(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Trailers(trailers)]))
+    message(&[], &[("grpc-status", "fine")])
 }
 
 fn other_trailers() -> Response<AnyBody> {
-    let trailers = trailers(&[("x-checksum", "1")]);
-    Response::new(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Trailers(trailers)]))
+    message(&[], &[("x-checksum", "1")])
 }
 
 fn two_statuses() -> Response<AnyBody> {
-    let trailers = trailers(&[("grpc-status", "0"), ("grpc-status", "14")]);
-    Response::new(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Trailers(trailers)]))
+    message(&[], &[("grpc-status", "0"), ("grpc-status", "14")])
 }
 
 fn panicking() -> Response<AnyBody> {
-    Response::new(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Panic]))
+    grpc(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Panic]))
 }
 
 /// A 200 counted as a success whatever stood in the trailers.
@@ -46,6 +77,9 @@ fn panicking() -> Response<AnyBody> {
 async fn a_response_without_a_status_is_a_failure() {
     for respond in [
         without_a_status,
+        empty,
+        head_says_done_and_trailers_say_unavailable,
+        head_says_unavailable_and_trailers_say_done,
         broken_off,
         nonsense,
         other_trailers,
@@ -73,6 +107,61 @@ async fn a_response_without_a_status_is_a_failure() {
     }
 }
 
+/// A JSON route beside the services, and a service behind `GrpcWebLayer`, ran again with each retry, because their
+/// responses have no `grpc-status` that the layer sees.
+#[tokio::test]
+async fn a_200_that_is_not_grpc_is_stored_as_in_http() {
+    let plain = |_: usize| Response::new(full("paid"));
+    let json = |_: usize| typed("application/json", full("{}"));
+    let web = |_: usize| typed("application/grpc-web+proto", full("\0\0\0\0\u{1}x\u{7f}"));
+    let web_text = |_: usize| typed("application/grpc-web-text", full("AAAAAAF4"));
+    let other = |_: usize| typed("application/grpcx", full("x"));
+    for respond in [plain, json, web, web_text, other] {
+        let handler = Handler::new().answering(respond);
+        let service = IdempotencyLayer::new(MemoryStore::new()).grpc().layer(handler.clone());
+        let first = send(&service, post("k", "")).await;
+        let again = send(&service, post("k", "")).await;
+        assert_eq!(
+            (first.is_replay(), again.is_replay(), handler.runs()),
+            (false, true, 1),
+            "{:?}",
+            first.head.headers
+        );
+        assert_eq!((again.body, again.trailers), (first.body, first.trailers));
+    }
+}
+
+#[tokio::test]
+async fn a_response_is_grpc_by_its_content_type_or_its_status() {
+    for content_type in [
+        "application/grpc",
+        "application/grpc+proto",
+        "application/grpc;v=1",
+        "Application/GRPC",
+    ] {
+        let unavailable = move |_: usize| {
+            let frames = frames(vec![Play::Trailers(trailers(&[("grpc-status", "14")]))]);
+            typed(content_type, frames)
+        };
+        assert_eq!(runs_of_two(unavailable).await, 2, "{content_type}");
+    }
+    let without_a_type = |_: usize| {
+        let response = Response::builder().header("grpc-status", "14");
+        response.body(full("")).unwrap()
+    };
+    assert_eq!(runs_of_two(without_a_type).await, 2);
+}
+
+/// Returns the number of runs after a request and its retry.
+async fn runs_of_two(respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync + 'static) -> usize {
+    let handler = Handler::new().answering(respond);
+    let service = IdempotencyLayer::new(MemoryStore::new()).grpc().layer(handler.clone());
+    for _ in 0..2 {
+        send(&service, post("k", "")).await;
+    }
+    handler.runs()
+}
+
 #[tokio::test]
 async fn another_status_than_200_counts_as_in_http() {
     for (status, runs) in [(404, 2), (503, 2), (400, 1), (409, 1)] {
@@ -91,10 +180,7 @@ async fn another_status_than_200_counts_as_in_http() {
 
 #[tokio::test]
 async fn a_predicate_and_a_limit_go_before_the_trailers() {
-    let unavailable = |_: usize| {
-        let trailers = trailers(&[("grpc-status", "14")]);
-        Response::new(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Trailers(trailers)]))
-    };
+    let unavailable = |_: usize| message(&[], &[("grpc-status", "14")]);
     let handler = Handler::new().answering(unavailable);
     let layer = IdempotencyLayer::new(MemoryStore::new()).grpc();
     let service = layer.clone().keep_if(|_| true).layer(handler.clone());

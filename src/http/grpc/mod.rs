@@ -34,7 +34,7 @@ pub(crate) use refusal::render;
 pub(crate) use replay::Accepted;
 #[cfg(feature = "tonic")]
 pub use response::grpc_response;
-pub(crate) use response::with_trailers;
+pub(crate) use response::{is_response, with_status};
 pub(crate) use status::{result_of, Outcome};
 
 /// The encoding of the compressed messages in a body.

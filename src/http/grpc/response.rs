@@ -1,7 +1,8 @@
-//! Responses of gRPC that the application has as bytes, without trailers.
+//! Responses of gRPC, told from others, and made from bytes without trailers.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::super::body::Collected;
 use super::GRPC_STATUS;
@@ -35,15 +36,33 @@ pub fn grpc_response(message: &[u8]) -> http::Response<Bytes> {
     let prefix = super::framing::plain_prefix(message.len()).unwrap_or_default();
     let mut response = http::Response::new([&prefix[..], message].concat().into());
     let headers = response.headers_mut();
-    headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
     response
 }
 
+/// Whether a response is one of gRPC, by its HTTP status and its head: a 200 that has gRPC's content type or a status. A
+/// server may have other routes beside its gRPC services, and gRPC clients take any other response for a failure.
+pub(crate) fn is_response(status: StatusCode, head: &HeaderMap) -> bool {
+    status == StatusCode::OK && (head.contains_key(GRPC_STATUS) || head.get(CONTENT_TYPE).is_some_and(is_grpc_type))
+}
+
+/// Whether a content type is `application/grpc`, alone, with a suffix (`+proto`) or with parameters. The types of gRPC-Web,
+/// such as `application/grpc-web`, are others, because the status of a gRPC-Web response is a part of its body.
+fn is_grpc_type(content_type: &HeaderValue) -> bool {
+    const NAME: &[u8] = b"application/grpc";
+    let parts = content_type.as_bytes().split_at_checked(NAME.len());
+    parts.is_some_and(|(name, rest)| {
+        let is_end = matches!(rest.trim_ascii_start().first(), None | Some(b'+' | b';'));
+        is_end && name.eq_ignore_ascii_case(NAME)
+    })
+}
+
 /// Moves the status of a response with messages from its head to its trailers, where clients look for it. Without any,
-/// the status is `OK`.
-pub(crate) fn with_trailers(head: &mut HeaderMap, bytes: Bytes) -> Collected {
+/// the status is `OK`. The status of a response without messages stays in the head.
+pub(crate) fn with_status(head: &mut HeaderMap, bytes: Bytes) -> Collected {
     if bytes.is_empty() {
+        head.entry(GRPC_STATUS).or_insert(HeaderValue::from_static("0"));
         return Collected { bytes, trailers: None };
     }
     let mut trailers = HeaderMap::new();
