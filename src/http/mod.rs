@@ -21,6 +21,8 @@ pub(crate) use fingerprint::uri_as_received;
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 #[cfg(feature = "tonic")]
 pub(crate) use grpc::add_marks;
+#[cfg(feature = "postgres")]
+pub(crate) use grpc::code_of as grpc_code;
 #[cfg(feature = "tonic")]
 pub use grpc::{grpc_response, MarkStatus};
 pub(crate) use grpc::{

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::pin::pin;
 #[cfg(feature = "postgres")]
-use std::sync::atomic::AtomicU16;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::Duration;
@@ -46,9 +46,9 @@ pub(super) struct Flight {
     /// Whether that failed, so that its answer says nothing about the request.
     #[cfg(feature = "postgres")]
     transaction_failed: AtomicBool,
-    /// The status that it tried to record last.
+    /// The status of the response that it tried to record last, in the form of [`status_and_code`].
     #[cfg(feature = "postgres")]
-    recorded_status: AtomicU16,
+    recorded_status: AtomicU32,
     /// Whether its lease is being given up, and must not be renewed again.
     given_up: AtomicBool,
     /// Whether its key is being released.
@@ -115,7 +115,7 @@ impl Flight {
             #[cfg(feature = "postgres")]
             transaction_failed: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
-            recorded_status: AtomicU16::new(0),
+            recorded_status: AtomicU32::new(0),
             given_up: AtomicBool::new(false),
             released: AtomicBool::new(false),
             landing: OnceLock::new(),
@@ -182,10 +182,12 @@ impl Flight {
         self.look_again.notified().await;
     }
 
-    /// The handler is about to complete in a transaction, with an answer of this status.
+    /// Notes that the handler is about to complete in a transaction, with a response of this HTTP status and this code of
+    /// gRPC.
     #[cfg(feature = "postgres")]
-    pub(super) fn set_in_transaction(&self, status: http::StatusCode) {
-        self.recorded_status.store(status.as_u16(), Ordering::Relaxed);
+    pub(super) fn set_in_transaction(&self, status: http::StatusCode, code: Option<u8>) {
+        let recorded = status_and_code(status, code);
+        self.recorded_status.store(recorded, Ordering::Relaxed);
         self.in_transaction.store(true, Ordering::Release);
     }
 
@@ -205,9 +207,11 @@ impl Flight {
         self.in_transaction.load(Ordering::Acquire)
     }
 
+    /// Whether the response that the handler tried to record has the same status. Each gRPC status comes with the HTTP
+    /// status 200, so their codes are compared, too.
     #[cfg(feature = "postgres")]
-    pub(super) fn has_recorded(&self, status: http::StatusCode) -> bool {
-        self.recorded_status.load(Ordering::Relaxed) == status.as_u16()
+    pub(super) fn has_recorded(&self, status: http::StatusCode, code: Option<u8>) -> bool {
+        self.recorded_status.load(Ordering::Relaxed) == status_and_code(status, code)
     }
 
     pub(super) fn set_superseded(&self) {
@@ -328,6 +332,12 @@ impl Flight {
         })
         .await
     }
+}
+
+/// Returns one number for an HTTP status and a code of gRPC, if there is one.
+#[cfg(feature = "postgres")]
+fn status_and_code(status: http::StatusCode, code: Option<u8>) -> u32 {
+    u32::from(status.as_u16()) | code.map_or(0, |code| (u32::from(code) + 1) << 16)
 }
 
 impl fmt::Debug for Flight {

@@ -21,7 +21,7 @@ use super::marks::DoNotKeep;
 use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, RebuildBody, Refusal, RefusalKind};
+use crate::http::{collect, grpc_code, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -168,7 +168,8 @@ impl Lease {
         let retention = judgement.retention;
         // Before it is sent: dropped from here on, it may have arrived.
         self.flight().set_transaction_failed(true);
-        self.flight().set_in_transaction(head.status);
+        let code = grpc_code(&head.headers, body.trailers.as_ref());
+        self.flight().set_in_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         let failure = match completion.await {
             Ok(Completion::Completed) => {
@@ -275,10 +276,8 @@ impl<St: Store, S> Exchange<St, S> {
     ) -> Result<Response<R>, E> {
         telemetry::event(Event::RolledBack);
         let says_otherwise = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
-            let keep = &self.settings.keep;
-            // Every status of gRPC comes with 200, which therefore says nothing about the recorded response.
-            let is_recorded = self.hold.flight.has_recorded(status) && !self.settings.is_grpc();
-            is_recorded || keep.says_done(status, head, trailers)
+            let is_recorded = self.hold.flight.has_recorded(status, grpc_code(head, trailers));
+            is_recorded || self.settings.keep.says_done(status, head, trailers)
         };
         let says_otherwise = match (&self.cargo, ended.as_deref()) {
             (Cargo::Answered(Read { head, body, .. }), None) => {

@@ -21,11 +21,18 @@ fn message() -> Response {
     response
 }
 
+fn no_account() -> Response {
+    tonic::Status::not_found("no account").into_http()
+}
+
 async fn pay(State(app): State<App>, lease: Lease, request: Bytes) -> Response {
     app.runs.fetch_add(1, Ordering::SeqCst);
     let mut transaction = app.pool.begin().await.unwrap();
     insert(&mut transaction).await;
-    let recorded = grpc_response(b"paid").map(Body::from);
+    let recorded = match &request[..] {
+        b"refused" => no_account(),
+        _ => grpc_response(b"paid").map(Body::from),
+    };
     drop(lease.complete_response_in(&mut transaction, recorded).await.unwrap());
     if &request[..] == b"commit" {
         transaction.commit().await.unwrap();
@@ -33,6 +40,7 @@ async fn pay(State(app): State<App>, lease: Lease, request: Bytes) -> Response {
     }
     transaction.rollback().await.unwrap();
     match &request[..] {
+        b"refused" => no_account(),
         b"conflict" => tonic::Status::aborted("another payment came first").into_http(),
         _ => message(),
     }
@@ -71,6 +79,22 @@ async fn a_status_after_a_rollback_reaches_the_caller_unless_it_is_ok() {
         assert_eq!(call(&router, "lie").await.0, "13");
     }
     assert_eq!((bench.payments().await, bench.runs()), (0, 4));
+}
+
+/// The error was stored although the effect that it reports was rolled back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recorded_error_that_was_rolled_back_is_not_stored() {
+    let bench = Bench::new(Ending::Commit).await;
+    let layer = bench.layer().grpc();
+    let router = Router::new()
+        .route("/payments", post(pay))
+        .layer(layer)
+        .with_state(bench.app.clone());
+    for _ in 0..2 {
+        let (status, _, is_replay) = call(&router, "refused").await;
+        assert_eq!((&status[..], is_replay), ("13", false));
+    }
+    assert_eq!((bench.payments().await, bench.runs()), (0, 2));
 }
 
 /// The layer took every response of a method of streams for a stream.

@@ -35,6 +35,8 @@ pub(crate) use replay::Accepted;
 #[cfg(feature = "tonic")]
 pub use response::grpc_response;
 pub(crate) use response::{is_response, with_status};
+#[cfg(feature = "postgres")]
+pub(crate) use status::code_of;
 pub(crate) use status::{result_of, Outcome};
 
 /// The encoding of the compressed messages in a body.

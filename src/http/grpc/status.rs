@@ -21,14 +21,23 @@ pub(crate) enum Outcome {
 /// ("trailers-only"), every other one has it in the trailers. Two statuses that differ, or one that is no status, say
 /// nothing about the effect, so they count as a failure.
 pub(crate) fn result_of(head: &HeaderMap, trailers: Option<&HeaderMap>) -> Option<Outcome> {
-    let in_head = head.get_all(GRPC_STATUS).iter();
-    let in_trailers = trailers.map(|trailers| trailers.get_all(GRPC_STATUS));
-    let mut statuses = in_head.chain(in_trailers.iter().flatten());
+    let mut statuses = statuses(head, trailers);
     let status = statuses.next()?;
     if statuses.any(|other| other != status) {
         return Some(Outcome::Failed);
     }
     Some(of_status(status))
+}
+
+/// Returns the code of a response's first status, to compare responses; `None` without a status that is a code.
+#[cfg(feature = "postgres")]
+pub(crate) fn code_of(head: &HeaderMap, trailers: Option<&HeaderMap>) -> Option<u8> {
+    statuses(head, trailers).next()?.to_str().ok()?.parse().ok()
+}
+
+fn statuses<'h>(head: &'h HeaderMap, trailers: Option<&'h HeaderMap>) -> impl Iterator<Item = &'h HeaderValue> {
+    let in_trailers = trailers.into_iter().flat_map(|trailers| trailers.get_all(GRPC_STATUS));
+    head.get_all(GRPC_STATUS).iter().chain(in_trailers)
 }
 
 /// `UNKNOWN` (2), `INTERNAL` (13) and `DATA_LOSS` (15) are failures, and so is a code that gRPC does not define: clients
