@@ -19,7 +19,13 @@ pub mod responses {}
 
 #[cfg(any(
     not(doctest),
-    all(feature = "axum", feature = "conformance", feature = "postgres", feature = "testing", feature = "webhooks")
+    all(
+        feature = "axum",
+        feature = "conformance",
+        feature = "postgres",
+        feature = "testing",
+        feature = "webhooks"
+    )
 ))]
 #[doc = include_str!("../docs/testing.md")]
 pub mod testing {}

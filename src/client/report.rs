@@ -60,6 +60,8 @@ const SETTLED: Meaning = Meaning::Answered { settles: true };
 pub(super) struct Evidence {
     pub(super) meaning: Meaning,
     head: Head,
+    /// Whether the body of the response was lost, so that the layers further out get an error in its place.
+    is_body_lost: bool,
 }
 
 /// What the head of a response shows beyond its [`Meaning`].
@@ -80,6 +82,7 @@ impl Evidence {
         Self {
             meaning,
             head: Head::Neither,
+            is_body_lost: false,
         }
     }
 
@@ -91,12 +94,32 @@ impl Evidence {
         } else {
             Head::Neither
         };
-        Self { meaning, head }
+        Self {
+            meaning,
+            head,
+            is_body_lost: false,
+        }
     }
 
-    /// Whether no attempt of the call had an effect.
+    /// Returns the evidence of the same response, after its body was lost.
+    #[cfg(feature = "retry")]
+    pub(super) const fn without_body(self) -> Self {
+        Self {
+            is_body_lost: true,
+            ..self
+        }
+    }
+
+    /// Whether the response of the last attempt shows that no attempt of the call had an effect.
     pub(super) fn has_no_effect(self) -> bool {
         self.meaning == Meaning::NotTaken || self.head == Head::NoEffect
+    }
+
+    /// The same for a caller that got an error. A response counts only if the error replaced it because its body was lost.
+    /// On any other response a layer further out may have acted unseen: it may have followed a redirect, or sent the
+    /// request again after a 401. The error then belongs to that later request.
+    pub(super) fn has_no_effect_by_error(self) -> bool {
+        self.has_no_effect() && (self.meaning == Meaning::NotTaken || self.is_body_lost)
     }
 
     /// Whether the call took effect, also if the server recognises no keys and an earlier attempt was lost.

@@ -7,6 +7,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue, MaxSizeReached};
 use http::{response, Response, StatusCode};
+use http_body::Body as HttpBody;
 
 use super::body::{Body, Collected};
 use super::RebuildBody;
@@ -136,6 +137,17 @@ impl AnswerHeaders {
 pub(crate) fn reframe(headers: &mut HeaderMap) {
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::CONTENT_LENGTH);
+}
+
+/// Removes framing fields that contradict a response whose body streams. The server frames it. A length that the handler
+/// has set counts only for a body of unknown size, and only without a transfer coding, which takes precedence (RFC 9112
+/// section 6.3).
+pub(crate) fn reframe_stream<B: HttpBody>(response: &mut Response<B>) {
+    let is_known = response.body().size_hint().exact().is_some();
+    let headers = response.headers_mut();
+    if headers.remove(header::TRANSFER_ENCODING).is_some() || is_known {
+        headers.remove(header::CONTENT_LENGTH);
+    }
 }
 
 /// Fields that belong to one exchange, one connection or one caller.

@@ -13,7 +13,7 @@ mod request_body;
 mod streams;
 mod wording;
 
-pub(crate) use answer::{reframe, AnswerHeaders};
+pub(crate) use answer::{reframe, reframe_stream, AnswerHeaders};
 pub(crate) use body::{collect, collect_messages, BodyBounds, Collect, Collected, Shortfall};
 pub use body::{Body, RebuildBody};
 #[cfg(feature = "webhooks")]

@@ -4,7 +4,6 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{request, response, Response, StatusCode};
 use tokio::runtime::Handle;
 
@@ -15,7 +14,7 @@ use super::marks::{retention_of, StoreOutcomeOnly, StreamResponse};
 use super::policy::{Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
-use crate::http::{grpc_result, Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{grpc_result, reframe_stream, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Owner, Release, Renewal, StorageKey};
 use crate::store::{end_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
@@ -129,12 +128,7 @@ impl<St: Store, S> Exchange<St, S> {
             Err(response) => return response,
         }
         self.finished("executed");
-        // The server frames the response. A length that the handler has set counts only for a body of unknown size, and
-        // only without a transfer coding, which takes precedence (RFC 9112 section 6.3).
-        let had_coding = response.headers_mut().remove(TRANSFER_ENCODING).is_some();
-        if had_coding || response.body().size_hint().exact().is_some() {
-            response.headers_mut().remove(CONTENT_LENGTH);
-        }
+        reframe_stream(&mut response);
         response
     }
 
@@ -375,6 +369,10 @@ impl Values {
     /// Returns the outcome of a request that took effect with this response.
     pub(super) fn outcome_of(&self, head: &response::Parts, body: &Collected) -> Outcome {
         match self.happened(head).verdict {
+            // A layer for webhooks acknowledges a duplicate of a tombstone.
+            Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
+                Outcome::Kept(self.failure_to_keep(None).2)
+            }
             Verdict::Tombstone => Outcome::Tombstone,
             _ => Outcome::Kept(self.answer_headers.store(head, body)),
         }

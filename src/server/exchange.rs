@@ -495,6 +495,8 @@ impl Values {
     /// Takes a response apart that the application has as bytes.
     pub(super) fn collected(&self, response: Response<Bytes>) -> (response::Parts, Collected) {
         let (mut head, bytes) = response.into_parts();
+        #[cfg(feature = "tonic")]
+        crate::http::add_marks(&mut head);
         let body = self.with_grpc_status(&mut head, Collected { bytes, trailers: None });
         (head, body)
     }

@@ -301,7 +301,8 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// 30 s by default: how long the body of a request with a key may take to arrive; then 408.
+    /// 30 s by default: how long the body of a request with a key may take to arrive; then 408. Zero: a body must be
+    /// complete at once, and its client must declare its length.
     pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
         self.values().body_timeout = timeout;
         self
@@ -482,7 +483,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// [`stripe`](Self::stripe) sets `Stripe-Should-Retry`. Other SDKs read `X-Should-Retry`.
     ///
     /// Every refusal has the field. A response of the handler has it, with `false`, if its status is 4xx or 5xx and the
-    /// key does not become free, because a retry would get the same response or a refusal.
+    /// key does not become free and no attempt can take it over, because a retry would get the same response or a refusal.
     pub fn with_should_retry_header(mut self, name: Option<HeaderName>) -> Self {
         self.values().refusals.should_retry = name;
         self
@@ -667,8 +668,15 @@ impl<St> IdempotencyLayer<St> {
         }
         let mut base = self.clone();
         base.by_path.clear();
-        let settings = |(path, configure): &(String, Configure<St>)| (path.clone(), configure(base.clone()).settings);
-        Some(Arc::new(self.by_path.iter().map(settings).collect()))
+        let mut layers = HashMap::<&str, Self>::new();
+        for (path, configure) in &self.by_path {
+            let layer = layers.remove(path.as_str()).unwrap_or_else(|| base.clone());
+            layers.insert(path, configure(layer));
+        }
+        let settings = layers
+            .into_iter()
+            .map(|(path, layer)| (path.to_owned(), layer.settings));
+        Some(Arc::new(settings.collect()))
     }
 }
 

@@ -113,13 +113,12 @@ impl Values {
             return;
         };
         let is_failure = head.status.is_client_error() || head.status.is_server_error();
-        let can_run_again = judgement.retention.is_zero()
-            || match judgement.verdict {
-                Verdict::Release => true,
-                // A retry takes the key over, or asks first.
-                Verdict::GiveUp => self.on_lost.in_protocol() != IfLost::Refuse,
-                Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => false,
-            };
+        let can_run_again = match judgement.verdict {
+            Verdict::Release => true,
+            // A retry takes the key over, or asks first.
+            Verdict::GiveUp => self.on_lost.in_protocol() != IfLost::Refuse,
+            Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => judgement.retention.is_zero(),
+        };
         if is_failure && !can_run_again {
             // A response whose header map is full does not get the field.
             drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));

@@ -17,11 +17,13 @@ use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
-use super::marks::DoNotKeep;
+use super::marks::{DoNotKeep, StoreOutcomeOnly};
 use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, grpc_code, RebuildBody, Refusal, RefusalKind};
+#[cfg(feature = "tonic")]
+use crate::http::add_marks;
+use crate::http::{collect, grpc_code, reframe_stream, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -153,8 +155,14 @@ impl Lease {
         let Home { store, settings } = self.home();
         let store = store.postgres()?;
         let (mut head, body) = response.into_parts();
+        #[cfg(feature = "tonic")]
+        add_marks(&mut head);
         if head.extensions.get::<DoNotKeep>().is_some() {
             return Err(FORBIDDEN);
+        }
+        let is_alone = head.extensions.get::<StoreOutcomeOnly>().is_some();
+        if is_alone && settings.acknowledges && !head.status.is_success() {
+            return Err(NOT_ACKNOWLEDGED);
         }
         if settings.is_stream(&head) {
             return Err(NOT_KEPT);
@@ -200,6 +208,12 @@ const FORBIDDEN: Error = Error::new(
     ErrorKind::Configuration,
     "the response has the mark `DoNotKeep`, so that it cannot be completed in a transaction; remove the mark, or roll back \
      and return the response",
+);
+
+const NOT_ACKNOWLEDGED: Error = Error::new(
+    ErrorKind::Configuration,
+    "the response is no success and has the mark `StoreOutcomeOnly`, so that a layer for webhooks would acknowledge its \
+     duplicates; remove the mark, or roll back and return the response",
 );
 
 const SUPERSEDED: Error = Error::new(
@@ -263,6 +277,8 @@ impl<St: Store, S> Exchange<St, S> {
             Some(Ended::Streaming(response, judgement)) if judgement.verdict == Verdict::Tombstone => {
                 self.leave(landing);
                 self.finished("executed");
+                let mut response = response;
+                reframe_stream(&mut response);
                 response
             }
             _ => self.settle(landing),

@@ -10,7 +10,9 @@ async fn create_secret(State(app): State<App>, lease: Lease, body: Bytes) -> Res
     let mut transaction = app.pool.begin().await.unwrap();
     let insert = sqlx::query("INSERT INTO payments (note) VALUES ('secret')");
     insert.execute(&mut *transaction).await.unwrap();
-    let secret = (StatusCode::CREATED, [("set-cookie", "sid=1")], "sk_live_1");
+    // The length is wrong, as one that a handler has copied.
+    let fields = [("set-cookie", "sid=1"), ("content-length", "5")];
+    let secret = (StatusCode::CREATED, fields, "sk_live_1");
     let completed = if body.starts_with(b"veto") {
         lease.complete_in(&mut transaction, (DoNotKeep, secret)).await
     } else {
@@ -58,6 +60,10 @@ async fn a_secret_of_a_transaction_reaches_its_first_caller_and_no_table() {
     let (status, headers, body) = ask(&router, "secret").await;
     assert_eq!((status, &body[..]), (StatusCode::CREATED, "sk_live_1"));
     assert!(headers.contains_key("set-cookie") && !headers.contains_key("idempotent-replayed"));
+    assert!(
+        headers.get("content-length").is_none_or(|length| length == "9"),
+        "{headers:?}"
+    );
     let (status, _, body) = ask(&router, "secret").await;
     assert_eq!(status, StatusCode::CONFLICT);
     assert!(body.contains("response-not-stored"), "{body}");

@@ -32,7 +32,7 @@ impl CallOutcome {
     /// without its body. Without the status, a response that does not settle the effect says nothing.
     pub(super) fn without_body(evidence: Evidence) -> Self {
         match evidence.meaning {
-            _ if evidence.has_no_effect() => Self::NotTaken,
+            _ if evidence.has_no_effect_by_error() => Self::NotTaken,
             Meaning::Answered { settles: true } => Self::Answered,
             Meaning::Answered { settles: false } | Meaning::NotTaken | Meaning::Unknown => Self::Unknown,
         }

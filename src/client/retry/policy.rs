@@ -162,16 +162,21 @@ impl RetryPolicy {
         report: Option<&Report>,
     ) -> (Advice, Evidence) {
         let Settings { profile, classes, .. } = &*self.settings;
+        let is_body_lost = |response: &Response<R>| response.extensions().get::<IsLost>().is_some();
         let advice = match result {
             // The response never reached the caller, so what its head advises does not count.
-            Ok(response) if response.extensions().get::<IsLost>().is_some() => Advice::Repeat,
+            Ok(response) if is_body_lost(response) => Advice::Repeat,
             Ok(response) => profile.advice(response.status(), response.headers()),
             Err(error) => match classes.of(error, true) {
                 ErrorClass::Final => Advice::Final,
                 ErrorClass::Lost | ErrorClass::NotSent => Advice::Repeat,
             },
         };
-        (advice, evidence_of(profile, classes, report, result))
+        let evidence = evidence_of(profile, classes, report, result);
+        match result {
+            Ok(response) if is_body_lost(response) => (advice, evidence.without_body()),
+            _ => (advice, evidence),
+        }
     }
 
     fn may_repeat<B>(&self, request: &Request<B>) -> bool {

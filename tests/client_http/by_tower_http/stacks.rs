@@ -582,3 +582,43 @@ async fn an_attempt_through_two_layers_counts_once() {
         assert_eq!(delivery(&response), expected, "three layers: {statuses:?}");
     }
 }
+
+/// The inner layer judges the 307, and the `FollowRedirect` then sends the charge on, unseen because it drops the
+/// extensions. The charge takes effect and its response is lost. The judged 307 freed the key.
+#[tokio::test]
+async fn a_judged_redirect_does_not_free_the_key_of_a_charge_that_was_sent_on_and_lost() {
+    let charges = Arc::new(AtomicUsize::new(0));
+    let http = || -> Http {
+        let charges = Arc::clone(&charges);
+        BoxCloneService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
+            let result = if request.uri().path() == "/charges" {
+                let moved = Response::builder().status(307).header(LOCATION, "/moved");
+                Ok(moved.body(Full::default()).unwrap())
+            } else {
+                charges.fetch_add(1, Ordering::SeqCst);
+                Err(io::Error::from(io::ErrorKind::BrokenPipe))
+            };
+            std::future::ready(result)
+        }))
+    };
+    let lost = |error: &io::Error| match error.kind() {
+        io::ErrorKind::BrokenPipe => ErrorClass::Lost,
+        _ => ErrorClass::Final,
+    };
+    let dropping = || {
+        let policy = clone_body_fn(|body: &Full<Bytes>| Some(body.clone()));
+        FollowRedirectLayer::with_policy(policy).preserve_extensions(false)
+    };
+    let retried = ServiceBuilder::new()
+        .layer(dropping())
+        .layer(RetryLayer::new(once_sent()));
+    let around = ServiceBuilder::new().layer(once().with_errors(lost));
+    is_charged_once(around.service(BoxCloneService::new(retried.service(http()))), &charges).await;
+    charges.store(0, Ordering::SeqCst);
+    let called = ServiceBuilder::new()
+        .layer(dropping())
+        .map_err(CallError::into_source)
+        .layer(CallLayer::new(once_sent()));
+    let around = ServiceBuilder::new().layer(once().with_errors(lost));
+    is_charged_once(around.service(BoxCloneService::new(called.service(http()))), &charges).await;
+}

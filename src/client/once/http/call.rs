@@ -121,7 +121,7 @@ where
 impl Settings {
     /// Decides what an error does to the key.
     fn failed<R, E>(&self, error: E, evidence: Evidence, is_later: bool) -> Ended<Given<R, E>> {
-        if !evidence.has_no_effect() {
+        if !evidence.has_no_effect_by_error() {
             let is_doubtful = is_later && self.recognises_no_retry() && !evidence.has_effect();
             let verdict = match evidence.meaning {
                 // A `CallLayer` saw the head of the response and lost its body.
