@@ -64,7 +64,7 @@ pub(super) struct Evidence {
     is_body_lost: bool,
 }
 
-/// What the head of a response shows beyond its [`Meaning`].
+/// The evidence in the head of a response, beyond its [`Meaning`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Head {
     /// The request had no effect: it was refused, or is to be sent elsewhere.

@@ -1,4 +1,4 @@
-//! What the layer has for gRPC services.
+//! Settings of the layer for gRPC services.
 
 use std::sync::Arc;
 

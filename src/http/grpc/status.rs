@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderValue};
 
 use super::GRPC_STATUS;
 
-/// What the status of a response says about the effect of its request.
+/// The effect of a request, as the status of its response shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// The call took effect.

@@ -72,14 +72,16 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
 ///
 /// The layer reads the body of a response before it stores the response, and never stores a part of a body. If the body
-/// breaks off, or ends before its declared length, its caller and every later caller get
+/// breaks off, or ends before its declared length, its caller and every later caller (see below) get
 /// [`OnceError::NotKept`](crate::client::OnceError::NotKept), because the head shows that the call was made. A body over the
 /// limit of bytes or time goes to its caller as a stream, and later callers get `NotKept`. A response without a declared
 /// length and without chunks ends with its connection, so the layer cannot see that it broke off (RFC 9112 section 8).
 ///
 /// A third party that honours keys ([`assume_keys_honoured`](Self::assume_keys_honoured)) replays a response that broke
 /// off. So the attempt then counts as lost, and [`at_least_once`](Self::at_least_once) sends the request again under its
-/// key. A `CallLayer` with `collect_responses` inside of this layer sends it again within the call.
+/// key. A `CallLayer` with `collect_responses` inside of this layer sends it again within the call. The third party must
+/// still remember the key then, so give this layer a [retention](Self::with_retention) that is well below the third
+/// party's; otherwise a call that is known to be made is made again.
 ///
 /// Only a response to the request itself frees the key. If the client followed a redirect, or may have followed one,
 /// the layer stores a success or a redirect other than 307 and 308, and counts everything else as lost.
