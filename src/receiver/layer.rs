@@ -151,7 +151,7 @@ impl<St, M> ReceiverLayer<St, M> {
     ///
     /// * a duplicate whose first message was handled by another process, or by this process before it restarted,
     /// * a duplicate whose first message is forgotten: the table has 8,192 places, and a message with another id can overwrite any,
-    /// * a duplicate whose first message failed and counts as handled ([`OnError::Keep`](super::OnError::Keep)), because the
+    /// * a duplicate whose first message failed and counts as handled ([`OnError::Keep`](crate::OnError::Keep)), because the
     ///   layer remembers only messages whose handler succeeded,
     /// * types inside of a struct, such as a body that the handler parses: set their type here.
     ///
