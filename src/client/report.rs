@@ -55,7 +55,7 @@ struct Progress {
 
 const SETTLED: Meaning = Meaning::Answered { settles: true };
 
-/// The result of an attempt: its meaning, and what else the head of its response shows.
+/// The evidence about an attempt: the meaning of its result, and the facts that the head of its response adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Evidence {
     pub(super) meaning: Meaning,

@@ -45,7 +45,7 @@
 //!
 //! | failure | default | setting |
 //! |---|---|---|
-//! | an error that another delivery may mend, or a panic | handled again | [`on_error`](ReceiverLayer::on_error), if the handler may have had its effect when it fails |
+//! | an error after which another delivery may succeed, or a panic | handled again | [`on_error`](ReceiverLayer::on_error), if the handler may have had its effect when it fails |
 //! | an error that no delivery mends (a poison message) | handled again, until the broker's limit of deliveries | [`with_error_class`](ReceiverLayer::with_error_class) rejects it at once and remembers that |
 //! | another message under the id of a handled one | acknowledged, and **not handled** | a [`MessageId`] of several parts; [`with_type`](ReceiverLayer::with_type) and [`with_payload`](ReceiverLayer::with_payload) notice it |
 //!

@@ -13,7 +13,7 @@ pub(crate) enum Outcome {
     Definite,
     /// The handler failed. Nobody knows how far it came.
     Failed,
-    /// The handler did not act, or the caller may mend the cause without a change of the request.
+    /// The handler did not act, or the caller can remove the cause and send the same request again.
     Passing,
 }
 
