@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use support::{Fault, RemoteStore};
@@ -461,6 +461,37 @@ async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
     }
 }
 
+/// hyper ends the body of a request that was cut off without an error. A handler that forwarded such a body made the call
+/// with the first half.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_ends_before_its_declared_length_is_not_sent() {
+    let (store, layer) = layer();
+    let http = service_fn(|_: Request<support::AnyBody>| ready(answer(200)));
+    let client = ServiceBuilder::new().layer(layer).service(http);
+    let given = client.oneshot(request("x").map(|_| support::short("half", 4))).await;
+    let Err(OnceError::NotRun(error)) = given else {
+        panic!("{given:?}");
+    };
+    assert!(error.to_string().contains("before the length"), "{error}");
+    assert_eq!(store.calls("claim"), 0);
+}
+
+/// A response to HEAD may declare the length that its body would have.
+#[tokio::test(start_paused = true)]
+async fn a_response_without_a_body_is_whole_whatever_length_it_declares() {
+    for (method, is_whole) in [(Method::HEAD, true), (Method::POST, false)] {
+        let (_, layer) = layer();
+        let http =
+            service_fn(|_: Request<Full<Bytes>>| ready(Ok::<_, io::Error>(Response::new(support::short("", 8)))));
+        let client = ServiceBuilder::new().layer(layer).service(http);
+        for _ in 0..2 {
+            let mut request = request("x");
+            *request.method_mut() = method.clone();
+            assert_eq!(client.clone().oneshot(request).await.is_ok(), is_whole, "{method}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_request_whose_body_never_ends_is_not_sent() {
     let bodies: [fn() -> support::AnyBody; 2] = [
@@ -669,10 +700,10 @@ mod with_retries {
     #[tokio::test(start_paused = true)]
     async fn a_method_that_is_idempotent_is_no_reason_to_repeat() {
         let arrived = Arc::new(AtomicUsize::new(0));
-        let layer = layer().1.with_methods([http::Method::PUT]);
+        let layer = layer().1.with_methods([Method::PUT]);
         for client in clients(&layer, true, &[Lost], &arrived) {
             let mut put = request("x");
-            *put.method_mut() = http::Method::PUT;
+            *put.method_mut() = Method::PUT;
             assert_eq!(send(client, put).await, Known::Unknown);
         }
         assert_eq!(arrived.load(Ordering::SeqCst), 1);

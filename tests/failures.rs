@@ -1070,10 +1070,14 @@ async fn a_full_store_refuses_new_keys_loudly_and_replays_all_the_same() {
 
 /// A key whose owner vanished: its process stopped renewing in the middle of the handler.
 async fn lost_key(store: &RemoteStore) -> tokio::task::JoinHandle<Got> {
+    lost_key_of(store, IdempotencyLayer::new(store.clone())).await
+}
+
+async fn lost_key_of(store: &RemoteStore, layer: IdempotencyLayer<RemoteStore>) -> tokio::task::JoinHandle<Got> {
     let handler = Handler::new()
         .taking(Duration::from_secs(3_600))
         .answering(|_| text(StatusCode::CREATED, "the zombie"));
-    let layer = IdempotencyLayer::new(store.clone())
+    let layer = layer
         .with_store_timeout(Duration::from_secs(1))
         .with_wait(Duration::ZERO);
     let owner = start(&layer.layer(handler), post("k", "pay"));

@@ -92,7 +92,6 @@
 mod classes;
 mod follows;
 mod keys;
-mod length;
 mod once;
 #[cfg(feature = "follow-redirect")]
 mod redirect;

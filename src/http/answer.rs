@@ -140,14 +140,24 @@ pub(crate) fn reframe(headers: &mut HeaderMap) {
 }
 
 /// Removes framing fields that contradict a response whose body streams. The server frames it. A length that the handler
-/// has set counts only for a body of unknown size, and only without a transfer coding, which takes precedence (RFC 9112
-/// section 6.3).
+/// has set counts only for a body of unknown size, only without a transfer coding, which takes precedence, and only if it
+/// is a single valid number (RFC 9112 section 6.3).
 pub(crate) fn reframe_stream<B: HttpBody>(response: &mut Response<B>) {
     let is_known = response.body().size_hint().exact().is_some();
     let headers = response.headers_mut();
-    if headers.remove(header::TRANSFER_ENCODING).is_some() || is_known {
+    if headers.remove(header::TRANSFER_ENCODING).is_some() || is_known || !has_valid_length(headers) {
         headers.remove(header::CONTENT_LENGTH);
     }
+}
+
+/// Whether there is one length, and it is a number of the syntax of RFC 9110 section 8.6.
+fn has_valid_length(headers: &HeaderMap) -> bool {
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let (Some(length), None) = (lengths.next(), lengths.next()) else {
+        return false;
+    };
+    let is_number = length.as_bytes().iter().all(u8::is_ascii_digit);
+    is_number && length.to_str().is_ok_and(|length| length.parse::<u64>().is_ok())
 }
 
 /// Fields that belong to one exchange, one connection or one caller.

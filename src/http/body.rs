@@ -236,6 +236,9 @@ impl Collected {
 pub(crate) enum Shortfall<B: HttpBody> {
     /// It broke off.
     Broken(B::Error),
+    /// It ended without an error, although its size hint still promised bytes. hyper ends a body of HTTP/2 in this way if
+    /// the peer resets the stream with `NO_ERROR`.
+    Short { part: Collected, missing: u64 },
     /// The body is longer than the limit. The value yields the whole body, including the part that was read.
     TooLarge(Body<B>),
     /// The body took longer than the limit. The value yields the whole body, including the part that was read.
@@ -309,7 +312,7 @@ pub(crate) struct Collect<B> {
 /// How the reading of a body ended.
 enum Stop<E> {
     Broken(E),
-    Complete,
+    Ended,
     TooLarge,
     TooSlow,
 }
@@ -324,7 +327,7 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Collect<B> {
         }
         for _ in 0..FRAMES_PER_POLL {
             let Some(frame) = ready!(Pin::new(&mut *body).poll_frame(cx)) else {
-                return Poll::Ready(Stop::Complete);
+                return Poll::Ready(Stop::Ended);
             };
             match frame.map(Frame::into_data) {
                 Ok(Ok(data)) => {
@@ -341,7 +344,7 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Collect<B> {
                 return Poll::Ready(Stop::TooLarge);
             }
             if body.is_end_stream() {
-                return Poll::Ready(Stop::Complete);
+                return Poll::Ready(Stop::Ended);
             }
         }
         cx.waker().wake_by_ref();
@@ -366,7 +369,13 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
         let (rest, trailers) = (this.body.take(), this.trailers.take());
         Poll::Ready(match stop {
             Stop::Broken(error) => Err(Shortfall::Broken(error)),
-            Stop::Complete => Ok(Collected { bytes: front, trailers }),
+            Stop::Ended => {
+                let part = Collected { bytes: front, trailers };
+                match rest.map_or(0, |body| body.size_hint().lower()) {
+                    0 => Ok(part),
+                    missing => Err(Shortfall::Short { part, missing }),
+                }
+            }
             Stop::TooLarge => Err(Shortfall::TooLarge(Body { front, rest, trailers })),
             Stop::TooSlow => Err(Shortfall::TooSlow(Body { front, rest, trailers })),
         })

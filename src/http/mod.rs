@@ -7,6 +7,7 @@ mod body;
 mod fingerprint;
 mod grpc;
 mod key;
+mod length;
 mod multipart;
 mod refusal;
 mod request_body;
@@ -30,6 +31,7 @@ pub(crate) use grpc::{
     Outcome as GrpcOutcome,
 };
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
+pub(crate) use length::{cut_short, has_body};
 pub(crate) use refusal::{Effect, RefusalStyle, Rendering};
 pub use refusal::{Refusal, RefusalKind};
 pub(crate) use request_body::{collect_request, Checked};

@@ -256,7 +256,7 @@ impl Refusal {
         self.header.clone_from(&rendering.header);
         let mut response = match (&rendering.style, head) {
             (RefusalStyle::Custom(render), Some(head)) => render(&self, head),
-            // Every layer with a renderer of its own passes the head.
+            // There is no request if an operator resolves a key.
             (RefusalStyle::Custom(_), None) => self.problem(PROBLEM_BASE),
             #[cfg(feature = "tonic")]
             (RefusalStyle::Grpc, _) => super::grpc::render(&self),

@@ -18,15 +18,12 @@ pub(crate) fn collect_request<B: HttpBody<Data = Bytes> + Unpin>(body: B, bounds
     collect(checked, bounds.bytes, bounds.timeout)
 }
 
-/// The body of a request, which ends with an error if it was cut off.
+/// The body of a request, which confirms its end.
 ///
 /// A body can end without an error although its client has not sent all of it. hyper ends the body of an HTTP/2 request
-/// in this way if the client resets the stream with `NO_ERROR`, as proxies do when their own client leaves. So this body
-/// does two checks at the end:
-///
-/// * If the inner body still expects bytes by its declared length, the request was cut off.
-/// * If the inner body does not confirm its end, the task yields once. The server then sees the reset and drops the
-///   request, before anything is claimed.
+/// in this way if the client resets the stream with `NO_ERROR`, as proxies do when their own client leaves. If the request
+/// declared its length, [`collect`] notices that it was cut off. Otherwise, if the inner body does not confirm its end, the
+/// task yields once. The server then sees the reset and drops the request, before anything is claimed.
 #[derive(Debug)]
 pub(crate) struct Checked<B> {
     body: B,
@@ -41,29 +38,16 @@ enum End {
     Confirmed,
 }
 
-/// The reason why a body of a request ended too early.
-#[derive(Debug)]
-pub(crate) enum CutOff {
-    /// The connection failed, or the client reset the stream.
-    Broken,
-    /// The body is shorter than its declared length.
-    Short,
-}
-
 impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Checked<B> {
     type Data = Bytes;
-    type Error = CutOff;
+    type Error = B::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, CutOff>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = &mut *self;
         match this.end {
             End::NotSeen => {
                 if let Some(frame) = ready!(Pin::new(&mut this.body).poll_frame(cx)) {
-                    return Poll::Ready(Some(frame.map_err(|_| CutOff::Broken)));
-                }
-                if this.body.size_hint().lower() > 0 {
-                    this.end = End::Confirmed;
-                    return Poll::Ready(Some(Err(CutOff::Short)));
+                    return Poll::Ready(Some(frame));
                 }
                 if !this.body.is_end_stream() {
                     this.end = End::Yielded;
@@ -90,7 +74,7 @@ impl RefusalKind {
     /// Returns the refusal of a request whose body was not read to its end.
     pub(crate) fn of_body<B: HttpBody<Data = Bytes> + Unpin>(shortfall: &Shortfall<Checked<B>>) -> Self {
         match shortfall {
-            Shortfall::Broken(CutOff::Broken | CutOff::Short) => Self::BodyBroken,
+            Shortfall::Broken(_) | Shortfall::Short { .. } => Self::BodyBroken,
             Shortfall::TooLarge(_) => Self::BodyTooLarge,
             Shortfall::TooSlow(_) => Self::BodyTimeout,
         }

@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use super::exchange::{Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::guard::Hold;
-use super::marks::{retention_of, StoreOutcomeOnly, StreamResponse};
+use super::marks::{is_not_for_store, retention_of, StreamResponse};
 use super::policy::{Judgement, OnLost, Verdict};
 use super::settings::Values;
 use crate::error::Error;
@@ -87,19 +87,23 @@ impl<St: Store, S> Exchange<St, S> {
         };
         let judgement = *judgement;
         self.settings.advise(head, judgement);
-        let outcome = self.settings.outcome_of(head, body);
+        let outcome = self.settings.outcome_of(self.head.as_deref(), head, body);
         // If the store does not record the response, the caller gets a refusal, and the next attempt asks again.
         if let Err(response) = self.conclude(&outcome, judgement.retention).await {
             return response;
         }
-        match (outcome, std::mem::replace(&mut self.cargo, Cargo::Nothing)) {
-            (Outcome::Kept(answer), _) => self.settle(Landing::Answer { answer, kept: true }),
-            (_, Cargo::Answered(read)) => {
-                self.leave(Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)));
+        let landing = match outcome {
+            Outcome::Kept(answer) => Landing::Answer { answer, kept: true },
+            _ => Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
+        };
+        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+            // The store must not have this response, so this caller is the only one who gets it.
+            Cargo::Answered(read) if judgement.verdict == Verdict::Tombstone => {
+                self.leave(landing);
                 self.finished("executed");
                 read.into_response()
             }
-            _ => self.settle(Landing::Refused(HELD)),
+            _ => self.settle(landing),
         }
     }
 
@@ -357,21 +361,28 @@ impl Values {
     /// Returns the decision about the response of a request that took effect, whatever its status.
     pub(super) fn happened(&self, head: &response::Parts) -> Judgement {
         Judgement {
-            verdict: match head.extensions.get::<StoreOutcomeOnly>() {
-                Some(_) => Verdict::Tombstone,
-                None => Verdict::Keep,
+            verdict: if is_not_for_store(head) {
+                Verdict::Tombstone
+            } else {
+                Verdict::Keep
             },
             awaits_trailers: false,
             retention: retention_of(head).unwrap_or(self.retention),
         }
     }
 
-    /// Returns the outcome of a request that took effect with this response.
-    pub(super) fn outcome_of(&self, head: &response::Parts, body: &Collected) -> Outcome {
+    /// Returns the outcome of a request that took effect with this response. A custom renderer sees `asked`, the head of
+    /// the request, if it is known.
+    pub(super) fn outcome_of(
+        &self,
+        asked: Option<&request::Parts>,
+        head: &response::Parts,
+        body: &Collected,
+    ) -> Outcome {
         match self.happened(head).verdict {
             // A layer for webhooks acknowledges a duplicate of a tombstone.
             Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
-                Outcome::Kept(self.failure_to_keep(None).2)
+                Outcome::Kept(self.failure_to_keep(asked).2)
             }
             Verdict::Tombstone => Outcome::Tombstone,
             _ => Outcome::Kept(self.answer_headers.store(head, body)),

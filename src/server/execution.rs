@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use tower_service::Service;
 
 use super::errors::ServiceFailure;
@@ -19,7 +19,7 @@ use super::settings::Values;
 use crate::clock::Stopwatch;
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
-use crate::http::{collect, collect_messages, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::http::{collect, collect_messages, has_body, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::{Grant, Renewal};
 use crate::store::Store;
 use crate::telemetry;
@@ -205,14 +205,15 @@ where
     R: RebuildBody,
 {
     let (mut service, mut request) = admitted.request();
+    let method = request.method().clone();
     let outer = request.extensions_mut().remove::<Lease>();
     request.extensions_mut().insert(lease.within(outer));
     let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
-    Some(Box::pin(ended(running, Arc::clone(settings))))
+    Some(Box::pin(ended(running, Arc::clone(settings), method)))
 }
 
 /// Waits for the handler, decides about its response, and reads a response that is to be stored.
-async fn ended<F, R, E>(running: F, settings: Arc<Values>) -> Ended<R, E>
+async fn ended<F, R, E>(running: F, settings: Arc<Values>, method: Method) -> Ended<R, E>
 where
     F: Future<Output = Result<Response<R>, E>>,
     R: RebuildBody,
@@ -245,13 +246,18 @@ where
     } else {
         collect(body, settings.answer_limit, timeout)
     };
-    match AssertUnwindSafe(reading).catch_unwind().await {
+    let read = match AssertUnwindSafe(reading).catch_unwind().await {
+        // A response without a body may declare the length that it would have.
+        Ok(Err(Shortfall::Short { part, .. })) if !has_body(&method, head.status) => Ok(Ok(part)),
+        read => read,
+    };
+    match read {
         Ok(Ok(body)) => {
             let trailers = body.trailers.as_ref();
             let judgement = settings.keep.judge_end(judgement, &head.headers, trailers);
             Ended::Answered(Read { head, body, judgement })
         }
-        Ok(Err(Shortfall::Broken(_))) | Err(_) => {
+        Ok(Err(Shortfall::Broken(_) | Shortfall::Short { .. })) | Err(_) => {
             Ended::Broken(head.status, settings.keep.judge_end(judgement, &head.headers, None))
         }
         Ok(Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body))) => {

@@ -632,14 +632,15 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// Returns the outcome to pass to [`Store::resolve`]: the response as the layer stores it, without the header fields that
-    /// are never replayed. A response with the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) becomes a tombstone.
+    /// are never replayed. A response with the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or
+    /// [`DoNotKeep`](crate::DoNotKeep) becomes a tombstone.
     #[must_use]
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
         let values = &self.settings.0;
         let (mut head, body) = values.collected(response);
         let judgement = values.happened(&head);
         values.advise(&mut head, judgement);
-        values.outcome_of(&head, &body)
+        values.outcome_of(None, &head, &body)
     }
 
     /// The store.

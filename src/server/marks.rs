@@ -58,7 +58,9 @@ pub struct Keep;
 /// Response extension: the layer does not store this response, and the next request with the key runs again.
 ///
 /// For a response without an effect, such as "try again later". It wins over every other mark. The layer frees the key
-/// and then streams the response, so a caller may get its first bytes before the rest exists.
+/// and then streams the response, so a caller may get its first bytes before the rest exists. On a response that is
+/// [recovered](crate::Recovered::Happened) or [resolved](crate::IdempotencyLayer::outcome_of), the mark means the same as
+/// [`StoreOutcomeOnly`], because the request took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct DoNotKeep;
@@ -87,6 +89,13 @@ pub struct StreamResponse;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has this one field")]
 pub struct RetainFor(pub Duration);
+
+/// Whether the store must not have the content of a response, although its request took effect. The mark [`DoNotKeep`]
+/// cannot free the key then, so it means the same as [`StoreOutcomeOnly`].
+pub(super) fn is_not_for_store(head: &response::Parts) -> bool {
+    let marks = &head.extensions;
+    marks.get::<StoreOutcomeOnly>().is_some() || marks.get::<DoNotKeep>().is_some()
+}
 
 /// Returns how long the handler asked to have its outcome stored.
 pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {

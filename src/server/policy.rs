@@ -49,7 +49,9 @@ pub struct Recovery {
 /// What became of a lost attempt. Its `Debug` form hides the answer.
 #[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
 pub enum Recovered {
-    /// It took effect; this is the answer, to be kept and replayed.
+    /// It took effect. The layer stores this response and replays it. If the response has the mark
+    /// [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or [`DoNotKeep`](crate::DoNotKeep), the layer stores only that the
+    /// request is done.
     Happened(Response<Bytes>),
     /// It had no effect and never will: run.
     NotHappened,

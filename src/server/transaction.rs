@@ -172,7 +172,7 @@ impl Lease {
         let body = settings.with_grpc_status(&mut head, body);
         let judgement = settings.happened(&head);
         settings.advise(&mut head, judgement);
-        let outcome = settings.outcome_of(&head, &body);
+        let outcome = settings.outcome_of(None, &head, &body);
         let retention = judgement.retention;
         // Before it is sent: dropped from here on, it may have arrived.
         self.flight().set_transaction_failed(true);

@@ -1,4 +1,4 @@
-//! Requests that were cut off must not count as shorter ones.
+//! Requests and responses that were cut off must not count as shorter ones.
 
 use std::convert::Infallible;
 
@@ -10,7 +10,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tower::{service_fn, ServiceBuilder};
+use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_http::map_request_body::MapRequestBodyLayer;
 use tower_idempotency::{Body, IdempotencyLayer, MemoryStore};
 
@@ -83,4 +83,54 @@ async fn a_request_that_is_reset_without_an_error_runs_nothing() {
         );
         assert_eq!(runs.count(), 1, "{length:?}");
     }
+}
+
+/// The address of an HTTP/2 server that declares eight bytes, sends four and resets the stream without an error.
+async fn cutting_upstream() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((_, mut respond))) = connection.accept().await {
+            let head = Response::builder().header("content-length", 8).body(()).unwrap();
+            let mut body = respond.send_response(head, false).unwrap();
+            body.send_data(Bytes::from_static(b"half"), false).unwrap();
+            tokio::spawn(async move {
+                // The client has seen the first half by then.
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                body.send_reset(Reason::NO_ERROR);
+            });
+        }
+    });
+    format!("http://{address}/")
+}
+
+/// hyper ends the body of such a response without an error. A reverse proxy stored the first half, with a length that
+/// fitted it, so each caller got half of a document that looked whole.
+#[tokio::test]
+async fn a_response_of_an_upstream_that_is_reset_without_an_error_is_broken() {
+    let upstream = cutting_upstream().await;
+    let client = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .http2_only(true)
+        .build_http::<Full<Bytes>>();
+    let runs = Runs::default();
+    let counted = runs.clone();
+    let proxy = service_fn(move |_: Request<Full<Bytes>>| {
+        counted.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let request = Request::post(&upstream).body(Full::default()).unwrap();
+        let response = client.request(request);
+        async move { response.await.map(|response| response.map(Body::new)) }
+    });
+    let service = ServiceBuilder::new()
+        .layer(IdempotencyLayer::new(MemoryStore::new()))
+        .service(proxy);
+    for (status, code) in [(500, "response-broken"), (409, "response-not-stored")] {
+        let request = payment(None).map(|()| Full::from("pay"));
+        let response = service.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.status(), status);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&body).contains(code), "{body:?}");
+    }
+    assert_eq!(runs.count(), 1);
 }

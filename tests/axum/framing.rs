@@ -165,6 +165,14 @@ async fn a_stream_has_the_framing_of_its_server() {
             vec![("content-length", "13"), ("transfer-encoding", "chunked")],
             // The transfer coding takes precedence over a length (RFC 9112 section 6.3).
             vec![("content-length", "5"), ("transfer-encoding", "chunked")],
+            // hyper closed the connection without a byte.
+            vec![("content-length", "nonsense")],
+            vec![("content-length", "13, 13")],
+            vec![("content-length", "+13")],
+            vec![("content-length", "")],
+            vec![("content-length", "99999999999999999999999")],
+            vec![("content-length", "13"), ("content-length", "14")],
+            vec![("content-length", "13"), ("content-length", "13")],
         ] {
             for shape in [Shape::Whole, Shape::Frames] {
                 let (url, _) = server(fields.clone(), shape, change).await;

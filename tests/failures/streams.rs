@@ -344,26 +344,69 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
     assert_eq!(dropped.load(Ordering::SeqCst), handler.runs(), "every body was dropped");
 }
 
-/// A recovery check, and an operator, name a secret without storing it.
+/// A recovery check, and an operator, name a secret without storing it. The key of a request that took effect cannot be
+/// freed, so `DoNotKeep` says no more than that.
 #[tokio::test(start_paused = true)]
 async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
-    let secret = || {
-        let mut response = Response::new("sk_live_1".into());
-        response.extensions_mut().insert(StoreOutcomeOnly);
-        response
-    };
+    let marks: [fn(&mut Response<bytes::Bytes>); 2] = [
+        |response| {
+            response.extensions_mut().insert(StoreOutcomeOnly);
+        },
+        |response| {
+            response.extensions_mut().insert(DoNotKeep);
+        },
+    ];
+    for mark in marks {
+        let secret = move || {
+            let mut response = Response::new("sk_live_1".into());
+            mark(&mut response);
+            response
+        };
+        let store = RemoteStore::new();
+        let zombie = super::lost_key(&store).await;
+        store.heal();
+        let check = OnLost::recover(move |_| async move { Recovered::Happened(secret()) });
+        let handler = Handler::new();
+        let layer = IdempotencyLayer::new(store).on_lost(check);
+        let service = layer.layer(handler.clone());
+        let first = send(&service, post("k", "pay")).await;
+        assert_eq!((&first.body[..], first.is_replay()), (&b"sk_live_1"[..], false));
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
+        assert_eq!(handler.runs(), 0);
+        assert!(matches!(layer.outcome_of(secret()), Outcome::Tombstone));
+        zombie.abort();
+    }
+}
+
+/// A layer for webhooks must not acknowledge the duplicates of a failure, so it stores a refusal in place of the secret. The
+/// caller of the recovery got that refusal, too, and the application's renderer had no part in it.
+#[tokio::test(start_paused = true)]
+async fn a_recovered_failure_that_is_not_for_the_store_reaches_its_caller_and_is_rendered_for_all_others() {
     let store = RemoteStore::new();
-    let zombie = super::lost_key(&store).await;
+    let check = OnLost::recover(|_| async {
+        let mut response = Response::new("declined, reference 17".into());
+        *response.status_mut() = StatusCode::PAYMENT_REQUIRED;
+        response.extensions_mut().insert(StoreOutcomeOnly);
+        Recovered::Happened(response)
+    });
+    let layer = || IdempotencyLayer::new(store.clone()).webhooks();
+    let zombie = super::lost_key_of(&store, layer()).await;
     store.heal();
-    let check = OnLost::recover(move |_| async move { Recovered::Happened(secret()) });
+    let layer = layer().with_refusals(|refusal, head| {
+        let mut response = Response::new(bytes::Bytes::from(format!("{} {}", refusal.code(), head.uri.path())));
+        *response.status_mut() = refusal.status();
+        response
+    });
     let handler = Handler::new();
-    let layer = IdempotencyLayer::new(store).on_lost(check);
-    let service = layer.layer(handler.clone());
+    let service = layer.on_lost(check).layer(handler.clone());
     let first = send(&service, post("k", "pay")).await;
-    assert_eq!((&first.body[..], first.is_replay()), (&b"sk_live_1"[..], false));
-    assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
+    assert_eq!((first.status(), &first.body[..]), (402, &b"declined, reference 17"[..]));
+    let again = send(&service, post("k", "pay")).await;
+    assert_eq!(
+        (again.status(), &again.body[..]),
+        (500, &b"handler-failed /payments"[..])
+    );
     assert_eq!(handler.runs(), 0);
-    assert!(matches!(layer.outcome_of(secret()), Outcome::Tombstone));
     zombie.abort();
 }
 
@@ -381,4 +424,19 @@ async fn the_status_of_a_response_that_is_not_stored_does_not_depend_on_the_pace
     let response = service.oneshot(post("k", "pay")).await.unwrap();
     assert_eq!(response.status(), StatusCode::FORBIDDEN);
     assert!(response.into_body().collect().await.is_err());
+}
+
+/// The duplicates of a failure would get half of its body.
+#[tokio::test]
+async fn a_failure_whose_body_ends_before_its_declared_length_frees_its_key() {
+    let handler = Handler::new().answering(|_| {
+        let mut response = Response::new(support::short("half", 4));
+        *response.status_mut() = StatusCode::BAD_GATEWAY;
+        response
+    });
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    for run in 1..=2 {
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "handler-failed");
+        assert_eq!(handler.runs(), run);
+    }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{HeaderMap, Request, Response, StatusCode};
-use http_body::{Body, Frame};
+use http_body::{Body, Frame, SizeHint};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use tower::{Service, ServiceExt};
@@ -429,6 +429,34 @@ pub fn stalling(front: &'static str, rest: impl Future<Output = ()> + Send + 'st
     let front = futures::stream::iter([Ok(Frame::data(Bytes::from_static(front.as_bytes())))]);
     let rest = futures::StreamExt::filter_map(futures::stream::once(rest), |()| async { None });
     http_body_util::StreamBody::new(futures::StreamExt::chain(front, rest)).boxed_unsync()
+}
+
+/// A body that ends without an error, although `missing` bytes of its declared length have not come.
+pub fn short(front: &'static str, missing: u64) -> AnyBody {
+    Short {
+        front: (!front.is_empty()).then(|| Bytes::from_static(front.as_bytes())),
+        missing,
+    }
+    .boxed_unsync()
+}
+
+struct Short {
+    front: Option<Bytes>,
+    missing: u64,
+}
+
+impl Body for Short {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        Poll::Ready(self.front.take().map(|front| Ok(Frame::data(front))))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let front = self.front.as_ref().map_or(0, Bytes::len);
+        SizeHint::with_exact(front as u64 + self.missing)
+    }
 }
 
 /// A body of empty frames without end, each ready at once.

@@ -11,8 +11,7 @@ use http::{response, Method, Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::super::length::{cut_short, has_body};
-use crate::http::{collect, is_stream, Collect, RebuildBody, Shortfall};
+use crate::http::{collect, cut_short, has_body, is_stream, Collect, RebuildBody, Shortfall};
 
 /// The limits for the body of a response.
 #[derive(Clone, Copy, Debug)]
@@ -124,6 +123,10 @@ where
                     declared,
                 })),
             },
+            Err(Shortfall::Short { part, missing }) => Gathered::Lost(lost(Cause::CutShort {
+                read: part.bytes.len(),
+                declared: missing.saturating_add(u64::try_from(part.bytes.len()).unwrap_or(u64::MAX)),
+            })),
             Err(Shortfall::TooLarge(body)) => Gathered::Given(R::rebuild(body)),
             Err(Shortfall::TooSlow(_)) => Gathered::Lost(lost(Cause::TooSlow(this.bounds.time))),
             Err(Shortfall::Broken(error)) => Gathered::Lost(lost(Cause::Broken(error.into()))),

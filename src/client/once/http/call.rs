@@ -9,9 +9,8 @@ use tower_service::Service;
 
 use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
-use crate::client::length::{cut_short, has_body};
 use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
-use crate::http::{collect, is_stream, Collected, RebuildBody, Shortfall};
+use crate::http::{collect, cut_short, has_body, is_stream, Collected, RebuildBody, Shortfall};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
@@ -179,7 +178,9 @@ impl Settings {
                 given: Given::Answer(Response::from_parts(head, R::rebuild(body))),
                 verdict,
             },
-            Ok(_) | Err(Shortfall::Broken(_)) => Ended {
+            // A response without a body may declare the length that it would have.
+            Err(Shortfall::Short { part, .. }) if !has_body(method, head.status) => self.keep(head, part),
+            Ok(_) | Err(Shortfall::Broken(_) | Shortfall::Short { .. }) => Ended {
                 given: Given::Broken,
                 verdict: self.without_body(),
             },

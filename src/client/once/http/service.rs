@@ -234,6 +234,11 @@ where
         ErrorKind::Configuration,
         "the request's body broke off while it was read",
     );
+    const SHORT: Error = Error::new(
+        ErrorKind::Configuration,
+        "the request's body ended before the length that it declares; nothing was sent, so send the request again with its \
+         whole body",
+    );
     const TOO_SLOW: Error = Error::new(
         ErrorKind::Configuration,
         "the request's body took longer than the OnceLayer allows; raise it by `with_body_timeout`",
@@ -243,6 +248,7 @@ where
         Shortfall::TooLarge(_) => TOO_LONG,
         Shortfall::TooSlow(_) => TOO_SLOW,
         Shortfall::Broken(error) => BROKEN.with_source(error),
+        Shortfall::Short { .. } => SHORT,
     })
 }
 

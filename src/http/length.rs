@@ -5,7 +5,7 @@ use http::{response, Method, StatusCode};
 
 /// Whether a response to a request with this method can have a body (RFC 9110 section 6.4.1). The tunnel after CONNECT
 /// is no body.
-pub(super) fn has_body(method: &Method, status: StatusCode) -> bool {
+pub(crate) fn has_body(method: &Method, status: StatusCode) -> bool {
     let is_tunnel = method == Method::CONNECT && status.is_success();
     let is_empty = status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     method != Method::HEAD && !is_tunnel && !is_empty
@@ -16,7 +16,7 @@ pub(super) fn has_body(method: &Method, status: StatusCode) -> bool {
 ///
 /// A body that is longer than declared is complete, because the client stops at the declared length, or a layer has
 /// decoded the body.
-pub(super) fn cut_short(head: &response::Parts, read: usize) -> Option<u64> {
+pub(crate) fn cut_short(head: &response::Parts, read: usize) -> Option<u64> {
     if head.headers.contains_key(TRANSFER_ENCODING) {
         // RFC 9112 section 6.3: the declared length does not count.
         return None;
