@@ -124,7 +124,7 @@ async fn main() {
     let dearer = r#"{"idempotency_key":"k-1","amount":900}"#;
     assert_eq!(send(&app, &[], dearer).await, (422, false), "another request");
 
-    // A header counts for nothing unless it says the same.
+    // The middleware accepts a header field only if it equals the member of the body.
     assert_eq!(send(&app, &["k-1"], payment).await, (201, true));
     assert_eq!(send(&app, &["k-2"], payment).await, (400, false));
     assert_eq!(send(&app, &["k-1", "k-2"], payment).await, (400, false));

@@ -92,15 +92,16 @@
 //! One tracing span `idempotency` (level `DEBUG`) per guarded request, with the fields `outcome`, `attempt` and
 //! `fence`; and an event (field `event`, and `error`, `kind` and `cause` if there is an error) per unusual path. The
 //! level is `ERROR` if the `kind` is `Configuration` or `CorruptRecord`, because an operator has to act. It is `INFO`
-//! for `rescued`, `DEBUG` for the `tombstone` of a stream or of a response that must not be stored, and `WARN` otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`,
-//! `decided-behind` (feature `postgres`), `error-unclassified`, `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable` (feature
-//! `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
+//! for `rescued`, `DEBUG` for the `tombstone` of a stream or of a response that must not be stored, and `WARN`
+//! otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`, `decided-behind` (feature
+//! `postgres`), `error-unclassified`, `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable`
+//! (feature `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
 //! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
-//! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `type-mismatch`, `unchecked` (feature
-//! `redis`), `unprotected`, `unrecorded`, `webhook-rejected` (feature `webhooks`). Those of messages have the fields `error`, `position` (of the row) and
-//! `failures` (attempts so far); the `error` of `message-failed` is the text of your own.
-//! `webhook-rejected` has the fields `consumer` (the name of the `WebhookLayer`) and `reason`: `body`, `id`, `missing-header`, `secret`,
-//! `signature` or `timestamp`. The response never says which.
+//! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `type-mismatch`, `unchecked`
+//! (feature `redis`), `unprotected`, `unrecorded`, `webhook-rejected` (feature `webhooks`). Those of messages have the
+//! fields `error`, `position` (of the row) and `failures` (attempts so far); the `error` of `message-failed` is the
+//! text of your own. `webhook-rejected` has the fields `consumer` (the name of the `WebhookLayer`) and `reason`:
+//! `body`, `id`, `missing-header`, `secret`, `signature` or `timestamp`. The response never shows the reason.
 //!
 //! With the feature `metrics`:
 //!

@@ -154,7 +154,7 @@ impl Event {
             Self::Unchecked => {
                 "the Redis server does not tell its settings; make sure that it is version 7.0 or later, with maxmemory-policy noeviction"
             }
-            Self::Tombstone => "a response is not stored; its key will not run again",
+            Self::Tombstone => "a response is not stored; requests with its key will not run again",
             Self::TypeMismatch => {
                 "two messages under one id differ in type; make the type a part of the id: `MessageId::of([\"cancelled\", id])`"
             }

@@ -138,7 +138,7 @@ fn id_of(event: &Event) -> u64 {
     }
 }
 
-/// The receiver acknowledged the cancellation of an order as a duplicate of its placement, and nobody heard of it.
+/// The receiver acknowledged the cancellation of an order as a duplicate of its placement, and no event reported it.
 #[test]
 fn a_duplicate_of_another_type_is_reported() {
     type Events = ReceiverLayer<MemoryStore, Event>;

@@ -12,7 +12,7 @@ use crate::error::Classifiers;
 pub enum ErrorClass {
     /// Nothing was sent and nothing ever will be: an invalid URL, say. It is not repeated.
     Final,
-    /// It may have been sent, and taken effect: a reset connection, a time-out. The default for every error.
+    /// It may have been sent, and taken effect: a reset connection, a timeout. The default for every error.
     Lost,
     /// Nothing was sent, for now: the connection was refused, say.
     NotSent,

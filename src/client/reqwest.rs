@@ -31,7 +31,7 @@ use super::report::Report;
 /// Bodies stream in both directions, and a response has its trailers. `reqwest::Response::from` gives the response in `reqwest`'s own
 /// type, with its URL, `text` and `json`.
 ///
-/// A time-out of `reqwest` covers one attempt, with the redirects that it follows.
+/// A timeout of `reqwest` covers one attempt, with the redirects that it follows.
 #[derive(Clone, Debug)]
 pub struct ReqwestService {
     client: Client,

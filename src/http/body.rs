@@ -19,8 +19,8 @@ use crate::clock::Limit;
 ///
 /// The layer leaves the types of your bodies alone: what it does not guard passes through untouched and unboxed. What it
 /// guards it has to read, and then it needs a way back. That is this trait. It is implemented for `axum::body::Body` (feature
-/// `axum`), for `tonic::body::Body` (feature `tonic`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies and `Full` of `http-body-util`, and for [`Body`], which
-/// wraps any other.
+/// `axum`), for `tonic::body::Body` (feature `tonic`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies
+/// and `Full` of `http-body-util`, and for [`Body`], which wraps any other.
 #[diagnostic::on_unimplemented(
     message = "the idempotency layer reads `{Self}` and cannot make it again",
     label = "not a body that can be made again from bytes",

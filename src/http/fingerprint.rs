@@ -123,8 +123,8 @@ impl Fingerprinting {
         hasher.finish()
     }
 
-    /// Begins with the parts of a multipart body, if they are to be compared. A function of the application compares
-    /// every body by itself.
+    /// Begins a fingerprint with the parts of a multipart body, if the settings ask for it. A function of the
+    /// application gets every body whole.
     fn over_parts(&self, headers: &HeaderMap, body: &[u8]) -> Option<Hasher> {
         if !self.multipart || matches!(self.body, BodyForm::Custom(_)) {
             return None;
@@ -133,8 +133,8 @@ impl Fingerprinting {
     }
 }
 
-/// Begins with the plain form of a gRPC body, so that its compression makes no difference. A body that has no plain form
-/// counts as it is, with the name of its encoding.
+/// Begins a fingerprint with the plain form of a gRPC body, so that its compression makes no difference. For a body
+/// without a plain form, it takes the bytes and the name of the encoding.
 #[cfg(feature = "tonic")]
 fn over_messages(headers: &HeaderMap, body: &Bytes, limit: usize) -> Hasher {
     let encoding = headers.get(grpc::GRPC_ENCODING);

@@ -6,14 +6,14 @@ use http::{header, response};
 const KNOWN: [&str; 7] = [
     // HTML Living Standard, section 9.2.
     "text/event-stream",
-    // JSON, a value a line.
+    // JSON with one value on each line.
     "application/x-ndjson",
     "application/ndjson",
     "application/jsonl",
     // RFC 7464.
     "application/json-seq",
     "application/stream+json",
-    // Several versions of one resource, each of which replaces the one before: cameras.
+    // Each part replaces the part before it, as with the images of a camera.
     "multipart/x-mixed-replace",
 ];
 

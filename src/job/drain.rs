@@ -57,7 +57,7 @@ impl Drain {
     }
 
     /// Resolves once no execution runs, with a caller or without. Finish or drop what you have begun first: a future that is held
-    /// and not polled is waited for. Put a time-out around it: a handler that never ends never lets it resolve, and a store that is
+    /// and not polled is waited for. Put a timeout around it: a handler that never ends never lets it resolve, and a store that is
     /// away is waited for, two minutes by default, so that it is told what it missed.
     ///
     /// # Cancel safety

@@ -64,7 +64,8 @@ impl Made {
 
         const IN_USE: Error = Error::new(
             ErrorKind::Superseded,
-            "the store has a record of the test's key already; choose a key that no other test uses, and no earlier run of the same test",
+            "the store already has a record of the test's key; choose a key that neither another test nor an earlier run of \
+             this test has used",
         );
         const HOUR: Duration = Duration::from_secs(60 * 60);
         let claim = Claim {

@@ -214,9 +214,9 @@ impl fmt::Debug for Answer {
 pub enum Outcome {
     /// With an answer that every repetition gets.
     Kept(Answer),
-    /// With a rejection for good. Completing a record with this outcome makes it [unknown](Status::Unknown), also where a lost
-    /// attempt would run again, until an operator resolves the key or the retention is over. Receivers record it for a message
-    /// that its handler rejects.
+    /// With a final rejection. A record that is completed with this outcome becomes [unknown](Status::Unknown), even for a
+    /// claim that would run a lost attempt again. It stays so until an operator resolves the key or the retention is over.
+    /// Receivers record it for a message that its handler rejects.
     Rejected,
     /// With an answer that is not kept: nobody runs again, and nobody gets it.
     Tombstone,

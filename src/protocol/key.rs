@@ -51,7 +51,7 @@ impl fmt::Debug for IdempotencyKey {
 pub enum InvalidKey {
     /// It has no characters.
     Empty,
-    /// A character is not visible ASCII (0x21 to 0x7E), nor a space where the syntax allows spaces.
+    /// A character is neither visible ASCII (0x21 to 0x7E) nor a space that the syntax allows.
     NotVisibleAscii,
     /// It is not a structured-field string, or begins like one and does not end like one.
     NotAString,

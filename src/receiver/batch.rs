@@ -38,9 +38,9 @@ impl<T, E> Batch<T, E> {
     }
 
     /// Returns the positions of the messages that must not be acknowledged, from 0. AWS Lambda calls them
-    /// `batchItemFailures`. SQS delivers them again, also those to [reject](Self::rejected): move these to the dead-letter queue
-    /// yourself and leave them out, or let the queue's `maxReceiveCount` move them. A copy of a rejected message costs one
-    /// question to the store.
+    /// `batchItemFailures`. SQS delivers all of them again, also those to [reject](Self::rejected). Move the rejected messages
+    /// to the dead-letter queue yourself and leave them out of the list, or let the queue's `maxReceiveCount` move them. Each
+    /// further copy of a rejected message costs one operation of the store.
     pub fn failed(&self) -> impl Iterator<Item = usize> + '_ {
         self.positions(|disposition| disposition != Disposition::Acknowledge)
     }
@@ -77,7 +77,8 @@ impl<T, E> Batch<T, E> {
 ///
 /// # Cancel safety
 ///
-/// As for [`ReceiverFuture`](super::ReceiverFuture): handlers that have begun continue and are recorded. No other begins.
+/// As for [`ReceiverFuture`](super::ReceiverFuture): handlers that have begun continue, and the layer records their
+/// results. No other handler begins.
 pub async fn receive_all<S, I, T, E>(service: &S, messages: I, at_once: usize) -> Batch<T, E>
 where
     S: Service<I::Item, Response = Receipt<T>, Error = ReceiveError<E>> + Clone + Send + Sync,

@@ -11,7 +11,7 @@ use crate::telemetry::{self, Event};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_enums, reason = "a broker delivers again or does not")]
 pub enum HandlerErrorClass {
-    /// Another delivery may succeed: a lost connection, a time-out. The key follows [`on_error`](super::ReceiverLayer::on_error),
+    /// Another delivery may succeed: a lost connection, a timeout. The key follows [`on_error`](super::ReceiverLayer::on_error),
     /// where [`OnError::Reject`] counts as [`OnError::Release`].
     Redeliver,
     /// No other delivery will succeed: the message cannot be parsed, or breaks a rule. It is rejected for good.

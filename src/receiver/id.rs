@@ -103,7 +103,8 @@ impl MessageId {
         }
     }
 
-    /// Returns the id of a message that has none. [`on_missing_id`](super::ReceiverLayer::on_missing_id) decides about the message.
+    /// Returns a missing id, for a message without one. [`on_missing_id`](super::ReceiverLayer::on_missing_id) decides
+    /// about the message.
     #[must_use]
     pub fn missing() -> Self {
         Self::of([""])

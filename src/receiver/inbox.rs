@@ -11,9 +11,9 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Completion, Decision, Fingerprint, Grant, IfLost, KeySpace, Nonce, Outcome};
 use crate::store::PostgresStore;
 
-/// Records within a transaction of yours that a message is handled, for handlers that touch nothing but that database. The record
-/// and the effect commit together, or neither does, and nothing is claimed earlier. A handler that does more needs a
-/// [`ReceiverLayer`](super::ReceiverLayer).
+/// Records within a transaction of yours that a message is handled, for handlers whose only effects are in the PostgreSQL
+/// database that holds the records. The record and the effect commit together, or neither does, and nothing is claimed earlier. A
+/// handler that does more needs a [`ReceiverLayer`](super::ReceiverLayer).
 ///
 /// ```no_run
 /// # async fn example(pool: sqlx::PgPool, inbox: tower_idempotency::receiver::Inbox) -> Result<(), Box<dyn std::error::Error>> {
@@ -81,8 +81,9 @@ impl Inbox {
         Ok(self)
     }
 
-    /// Records that a message is handled. [`Receipt::First`]: make its effect in the same transaction and commit. Otherwise roll
-    /// back: the message is a duplicate, was [rejected](Self::reject), or a [`ReceiverLayer`](super::ReceiverLayer) has it.
+    /// Records that a message is handled. After [`Receipt::First`], make the effect in the same transaction and commit. After
+    /// any other receipt, roll back, because the message is a duplicate, was [rejected](Self::reject), or a
+    /// [`ReceiverLayer`](super::ReceiverLayer) has it.
     ///
     /// If you must commit for the sake of other messages, record each message in a savepoint of its own. After any result other than
     /// [`Receipt::First`], roll back to that savepoint. Otherwise a message that a layer has lost is recorded as unknown.
@@ -110,9 +111,9 @@ impl Inbox {
     }
 
     /// Records that a message is rejected for good, because no delivery of it can succeed. Roll back the transaction of its effect
-    /// first, then call this in a transaction of its own, and commit. [`Receipt::First`]: put the message into the dead-letter
-    /// place. Every later copy is [`Receipt::Unknown`] until an operator
-    /// [resolves](super::ReceiverLayer::storage_key) the key. Any other receipt is as for [`receive`](Self::receive).
+    /// first, then call this in a transaction of its own, and commit. After [`Receipt::First`], put the message into the
+    /// dead-letter place. Every later copy is [`Receipt::Unknown`] until an operator [resolves](super::ReceiverLayer::storage_key)
+    /// the key. Any other receipt has the meaning that it has for [`receive`](Self::receive).
     ///
     /// # Cancel safety
     ///

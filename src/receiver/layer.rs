@@ -73,10 +73,10 @@ pub(super) struct Settings<M> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnMismatch {
-    /// It is a duplicate. For producers that change irrelevant parts, such as the time of sending. A message of another
-    /// [type](ReceiverLayer::with_type) is an error all the same.
+    /// The message is a duplicate. Use this for producers that change irrelevant parts, such as the time of sending. A
+    /// message of another [type](ReceiverLayer::with_type) is still an error.
     Duplicate,
-    /// It is an error, [`ReceiveError::Mismatch`](super::ReceiveError::Mismatch).
+    /// The delivery fails with [`ReceiveError::Mismatch`](super::ReceiveError::Mismatch).
     #[default]
     Error,
 }
@@ -85,13 +85,13 @@ pub enum OnMismatch {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnMissingId {
-    /// Its [payload](ReceiverLayer::with_payload) is its id: two messages with equal payloads are one. Without a payload, the
-    /// layer refuses the message.
+    /// The layer takes the [payload](ReceiverLayer::with_payload) as the id, so two messages with equal payloads are one
+    /// message. Without a payload, the layer refuses the message.
     FromPayload,
-    /// It is an error, [`ReceiveError::MissingId`](super::ReceiveError::MissingId).
+    /// The delivery fails with [`ReceiveError::MissingId`](super::ReceiveError::MissingId).
     #[default]
     Refuse,
-    /// The layer handles every delivery of it.
+    /// The layer handles every delivery of the message.
     Unprotected,
 }
 
@@ -163,8 +163,8 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets the bytes that must be the same in all messages of one id. Default: none. A message that was handled before this was
-    /// set, or after it was removed, has nothing to compare and is a duplicate.
+    /// Sets the bytes that must be the same in all messages of one id. Default: none. If you add or remove this setting between
+    /// two deliveries of an id, the layer has nothing to compare, and the second message is a duplicate.
     ///
     /// The function returns a slice of the message, so a message that is parsed must carry the bytes that it was parsed from:
     ///
@@ -178,7 +178,8 @@ impl<St, M> ReceiverLayer<St, M> {
     /// let layer = ReceiverLayer::new(MemoryStore::new(), "billing").with_payload(|delivery: &Delivery| &delivery.raw);
     /// ```
     ///
-    /// Bytes that a serializer makes again need not be equal from one build of the program to the next.
+    /// Do not serialize the message again to get the bytes, because two builds of the program can serialize it
+    /// differently.
     pub fn with_payload(mut self, payload: impl for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync + 'static) -> Self {
         self.settings().payload = Some(Arc::new(payload));
         self
@@ -198,9 +199,9 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// Sets the treatment of a message whose handler returns an error or panics. Default: [`OnError::Release`], so that the
-    /// message may be handled again. The broker counts the deliveries: give its queue a limit of deliveries and a dead-letter
-    /// place. [`OnError::Reject`] rejects each such message at once. To reject only some errors, use
-    /// [`with_error_class`](Self::with_error_class).
+    /// message may be handled again. The layer does not count the deliveries, the broker does. So give its queue a limit of
+    /// deliveries and a dead-letter place. [`OnError::Reject`] rejects each such message at once. To reject only some errors,
+    /// use [`with_error_class`](Self::with_error_class).
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.settings().on_error = on_error;
         self
@@ -311,9 +312,9 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets how long the store remembers a handled message, from the end of its handler. Default: 7 days. It should exceed
-    /// everything that can deliver a message again: the broker's own retention, the dead-letter queue included, and the
-    /// producer's retries.
+    /// Sets how long the store remembers a handled message, from the end of its handler. Default: 7 days. It should be
+    /// longer than the time in which a message can be delivered again: by the broker, also from its dead-letter queue, or
+    /// by the producer's retries.
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.settings().terms.retention = retention;
         self
@@ -330,7 +331,8 @@ impl<St, M> ReceiverLayer<St, M> {
     /// Sets the largest number of attempts at a message. At least 1. Default: 5. If the last one is lost, the message is unknown,
     /// also under [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery). The limit stops a message that
     /// kills every process that handles it. After a lost attempt, attempts that fail count as well, and so do deliveries that took
-    /// the message over and were dropped before the handler began. So give each delivery the time that your store takes.
+    /// the message over and were dropped before the handler began. So make a timeout around the consumer longer than the operations
+    /// of your store take.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().terms.max_attempts = attempts.max(1);
         self

@@ -112,9 +112,9 @@ mod transaction {
         /// Records that the message is handled *within a transaction of yours*, in the database that holds the records. The effect
         /// and the record commit together, or neither does.
         ///
-        /// Call this last before the commit. From then on the lease is not renewed: if you roll back, return. If the commit fails,
-        /// return any error. The receiver reads from the record whether the commit took effect, for which the store holds the record
-        /// for at least a minute. Since every effect of such a handler is in the transaction, set
+        /// Call this last before the commit. The receiver does not renew the lease after this call, so return at once if you roll
+        /// back. If the commit fails, return any error. The receiver then reads from the record whether the commit took effect. For
+        /// this, the store retains the record for at least a minute. Since every effect of such a handler is in the transaction, set
         /// [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use READ COMMITTED, PostgreSQL's default.
         ///
         /// # Cancel safety

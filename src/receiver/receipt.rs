@@ -11,10 +11,10 @@ use crate::error::Error;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever acknowledges must handle every case")]
 pub enum Receipt<T> {
-    /// The handler handled it now, and the store recorded that (except for a message without an id that is handled
-    /// [unprotected](super::OnMissingId::Unprotected)). Acknowledge it.
+    /// The handler handled the message in this delivery, and the store recorded that (except for a message without
+    /// an id that is handled [unprotected](super::OnMissingId::Unprotected)). Acknowledge the message.
     First(T),
-    /// It was handled before, and the handler did not run. Acknowledge it.
+    /// The message was handled before, and the handler did not run. Acknowledge the message.
     Duplicate,
     /// Another delivery of the message is in flight and may still fail, or the check of a lost attempt could not decide and has to
     /// run again. Do not acknowledge this delivery. Have the broker deliver the message again later.
@@ -30,7 +30,7 @@ pub enum Receipt<T> {
     Unknown,
 }
 
-/// The reason why a delivery has no receipt. Do not acknowledge any of them.
+/// The reason why a delivery has no receipt. Do not acknowledge such a delivery.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum ReceiveError<E> {
@@ -73,11 +73,11 @@ pub enum ReceiveError<E> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_enums, reason = "a broker knows no fourth")]
 pub enum Disposition {
-    /// Acknowledge it.
+    /// Acknowledge the message.
     Acknowledge,
-    /// Have it delivered again, after this time. `None`: after the broker's own pause.
+    /// Have the broker deliver the message again after this time, or after the broker's own pause if it is `None`.
     Redeliver(Option<Duration>),
-    /// Put it into the dead-letter place, because another delivery would not help.
+    /// Put the message into the dead-letter place, because another delivery would not help.
     Reject,
 }
 

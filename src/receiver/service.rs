@@ -122,7 +122,7 @@ struct Delivery<S, St, M> {
 
 /// The result of a handler.
 enum Given<T, E> {
-    /// It failed; with the treatment of its key.
+    /// The handler failed. Holds its error and the treatment of the key.
     Failed(E, OnError),
     Handled(T),
     /// A check found out that the message was handled.

@@ -46,7 +46,8 @@ pub(super) struct Flight {
     /// Whether that failed, so that its answer says nothing about the request.
     #[cfg(feature = "postgres")]
     transaction_failed: AtomicBool,
-    /// The status of the response that it tried to record last, in the form of [`status_and_code`].
+    /// The status of the response that the handler last tried to record in a transaction, in the form of
+    /// [`status_and_code`].
     #[cfg(feature = "postgres")]
     recorded_status: AtomicU32,
     /// Whether its lease is being given up, and must not be renewed again.

@@ -10,21 +10,24 @@ use crate::http::{BodyForm, RefusalStyle, IDEMPOTENCY_KEY};
 use crate::store::Store;
 
 impl<St: Store> IdempotencyLayer<St> {
-    /// Sets what gRPC services need. Set everything else afterwards.
+    /// Sets the layer up for gRPC services.
+    ///
+    /// Call this first, because it replaces the header field, the methods, the fingerprint of bodies,
+    /// [`keep_if`](Self::keep_if) and the refusals that were set before.
     ///
     /// * POST only; the key is the metadata `idempotency-key`, and optional.
     /// * The status of the call decides, in the head or in the trailers of the response. The layer stores `OK`,
     ///   `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION` and `OUT_OF_RANGE`. It frees the key after
     ///   `CANCELLED`, `DEADLINE_EXCEEDED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`, `UNIMPLEMENTED`,
     ///   `UNAVAILABLE` and `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
-    ///   `DATA_LOSS` and a response without a status. A response with another HTTP status than 200 counts as in HTTP, and
-    ///   so does one with neither the content type `application/grpc` nor a status in its head, as that of a JSON route.
-    ///   [`keep_if`](Self::keep_if) replaces all this; it sees only the head. Marks go before both:
-    ///   [`MarkStatus`](crate::MarkStatus).
+    ///   `DATA_LOSS` and a response without a status. The rules of HTTP apply to a response whose HTTP status is not 200.
+    ///   They also apply to one with neither the content type `application/grpc` nor a gRPC status in its head, such as that
+    ///   of a JSON route. [`keep_if`](Self::keep_if) replaces all these rules, and sees only the head. The marks of a
+    ///   handler ([`MarkStatus`](crate::MarkStatus)) take precedence over both.
     /// * Fingerprints cover the decompressed messages (gzip, deflate and zstd, up to the [limit of
-    ///   bodies](Self::with_body_limit) and 1,024 compressed messages), so that a retry may compress otherwise. A body that
-    ///   cannot be decompressed counts by its bytes. No metadata counts but credentials and host; `grpc-timeout` never
-    ///   does.
+    ///   bodies](Self::with_body_limit) and 1,024 compressed messages), so a retry may use another compression. For a body
+    ///   that cannot be decompressed, the fingerprint covers its bytes and the name of its encoding. Of the metadata,
+    ///   fingerprints include only credentials and host by default, and never `grpc-timeout`.
     /// * A stored response in an encoding that a client does not list in `grpc-accept-encoding` is decompressed for it,
     ///   up to 16 MiB.
     /// * A response that has not ended 100 ms after its first message is a stream: the layer stores a tombstone, and the
@@ -49,11 +52,11 @@ impl<St: Store> IdempotencyLayer<St> {
         self.with_methods([Method::POST]).with_grpc_refusals()
     }
 
-    /// Sets that refusals are gRPC statuses, in a response without messages. Default: problem documents.
+    /// Renders refusals as gRPC statuses, in responses without messages. Default: problem documents.
     ///
-    /// The message says what to do. The details have an `ErrorInfo` with the [code](crate::Refusal::code) as its reason
-    /// (`KEY_REUSED`), the domain `tower-idempotency` and the metadata `retryable`, and a `RetryInfo` if the client is to
-    /// retry after a delay.
+    /// The text of the status says what to do. The details have an `ErrorInfo` with the [code](crate::Refusal::code) as
+    /// its reason (`KEY_REUSED`), the domain `tower-idempotency` and the metadata `retryable`, and a `RetryInfo` if the
+    /// client is to retry after a delay.
     ///
     /// | status | reasons |
     /// |---|---|
@@ -72,9 +75,10 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets a layer with all settings of
     /// this layer, also those that you set later, and returns it with the changes for the method.
     ///
-    /// These settings go before those of [`with_selector`](Self::with_selector) and of the layer itself, which hold for
-    /// all other methods. A name with a typing error changes nothing and is not reported. The name of a service is a
-    /// constant of the server that tonic generates: `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or `SERVICE_NAME`.
+    /// These settings take precedence over those of [`with_selector`](Self::with_selector) and of the layer itself, which
+    /// apply to all other methods. A misspelled name changes nothing, and the layer does not report it. The name of a
+    /// service is a constant of the server that tonic generates: `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or
+    /// `SERVICE_NAME`.
     ///
     /// ```
     /// use std::time::Duration;

@@ -113,8 +113,9 @@ impl<St: Store> IdempotencyLayer<St> {
     /// 404 and 429.
     ///
     /// Stripe's SDKs send a request again after 409 and 5xx, unless `Stripe-Should-Retry` is `false`. So the layer sets the
-    /// field to `true` or `false` in every refusal. If a retry of a failed response cannot run, the layer sets `false`,
-    /// also in each replay. [`with_should_retry_header`](Self::with_should_retry_header) changes or removes the field.
+    /// field to `true` or `false` in every refusal. If the handler's response is a 4xx or 5xx and a retry of its request
+    /// cannot run, the layer sets `false` in that response and in each replay.
+    /// [`with_should_retry_header`](Self::with_should_retry_header) changes or removes the field.
     ///
     /// Keys may have spaces between other characters. The fingerprint includes `Stripe-Account`, also beside a scope: a
     /// request for another account under the same key gets 400, and never the response of the first account.
@@ -274,8 +275,8 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Browsers, `reqwest` and other clients choose a new random boundary for each request, so by default the retry of
     /// an upload is another request and gets 422. With this setting, the fingerprint includes the content type without
     /// its boundary, and the header fields and the content of each part. A part that is multipart itself has a boundary
-    /// of its own, which is compared. Bodies that are not multipart are compared as before. So are malformed ones, and
-    /// those in which the boundary also stands within a part. This setting does not apply beside
+    /// of its own, which is compared. Bodies that are not multipart are compared as before. The same holds for
+    /// malformed bodies, and for bodies with a part that contains the boundary. This setting does not apply beside
     /// [`with_fingerprint`](Self::with_fingerprint).
     pub fn with_multipart_fingerprint(mut self) -> Self {
         self.values().fingerprinting.multipart = true;
@@ -301,8 +302,8 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// 30 s by default: how long the body of a request with a key may take to arrive; then 408. Zero: a body must be
-    /// complete at once, and its client must declare its length.
+    /// Sets how long the body of a request with a key may take to arrive; a slower one is refused with 408.
+    /// Default: 30 s. Zero: the body must be complete at once, and its client must declare its length.
     pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
         self.values().body_timeout = timeout;
         self
@@ -318,12 +319,11 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Sets how long the body of a response may take, counted from its head. Default: 10 s. Zero: the body must be complete at once.
     ///
     /// Before the layer stores a response, it reads the body to its end. It renews the lease meanwhile. If the body is not
-    /// complete in time, the layer records that the request is done without its response, and streams the body on,
-    /// beginning with what was read so far. Duplicates then get 409 `response-not-stored`. If the caller has left, the
-    /// layer drops the body at this point, so that every execution ends. A response that the layer does not store
-    /// streams at once. This timeout does not limit the handler; put a
-    /// `tower_http::timeout::TimeoutLayer` inside this layer for that. On a runtime without timers, a thread of this
-    /// process measures the time.
+    /// complete in time, the layer records that the request is done, but does not store the response. It then streams the
+    /// body, beginning with the part that it has read. Duplicates then get 409 `response-not-stored`. If the caller has
+    /// left, the layer drops the body at this point, so that every execution ends. A response that the layer does not
+    /// store streams at once. This timeout does not limit the handler; put a `tower_http::timeout::TimeoutLayer` inside
+    /// this layer for that. On a runtime without timers, a thread of this process measures the time.
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.values().response_timeout = timeout;
         self

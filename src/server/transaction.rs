@@ -200,19 +200,19 @@ const NO_POSTGRES: Error = Error::new(
 
 const NOT_KEPT: Error = Error::new(
     ErrorKind::Configuration,
-    "the response is a stream, broken, or longer or slower than the layer's limits, so that it cannot be completed in a \
+    "the response is a stream, broken, or longer or slower than the layer's limits, so it cannot be completed in a \
      transaction; shorten it, or raise `with_answer_limit` or `with_response_timeout`",
 );
 
 const FORBIDDEN: Error = Error::new(
     ErrorKind::Configuration,
-    "the response has the mark `DoNotKeep`, so that it cannot be completed in a transaction; remove the mark, or roll back \
+    "the response has the mark `DoNotKeep`, so it cannot be completed in a transaction; remove the mark, or roll back \
      and return the response",
 );
 
 const NOT_ACKNOWLEDGED: Error = Error::new(
     ErrorKind::Configuration,
-    "the response is no success and has the mark `StoreOutcomeOnly`, so that a layer for webhooks would acknowledge its \
+    "the response is not a success and has the mark `StoreOutcomeOnly`, so a layer for webhooks would acknowledge its \
      duplicates; remove the mark, or roll back and return the response",
 );
 

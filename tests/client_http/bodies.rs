@@ -520,7 +520,7 @@ async fn a_call_made_once_is_never_recorded_with_a_truncated_response() {
 }
 
 /// A gateway that responds before it has read the upload, and then resets the connection, breaks off its own response. The
-/// layer gave up such a call, so that its key was unknown for the retention.
+/// layer gave up such a call, so its key was unknown for the retention.
 #[tokio::test]
 async fn a_refusal_whose_body_breaks_off_frees_the_key() {
     const REFUSALS: [Act; 4] = [

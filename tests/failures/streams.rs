@@ -68,7 +68,7 @@ async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
     drain.wait().await;
 }
 
-/// The layer read a response whose caller was gone for ever, so the key was stuck and draining never ended.
+/// The layer read for ever from a response whose caller had left, so the key was stuck and draining never ended.
 #[tokio::test(start_paused = true)]
 async fn a_response_that_stalls_without_a_caller_is_dropped() {
     for timeout in [10, 2] {

@@ -83,7 +83,8 @@ async fn a_response_in_an_encoding_that_only_its_first_client_reads_is_refused_a
     assert_eq!(handler.runs(), 1);
 }
 
-/// A client that cannot read a response that nobody stored may not look up a result, because there is none.
+/// If a client cannot read a response that is not stored, the refusal must not send it to look up a result, because
+/// there is none.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_that_cannot_read_a_response_that_is_not_stored_retries() {
     let handler = Handler::new().taking(Duration::from_secs(1)).answering(|_| {

@@ -157,7 +157,7 @@ async fn a_method_or_a_mark_streams_from_the_first_byte() {
     assert_eq!(first_byte(layer(), marked).await, (0, false));
 }
 
-/// The caller of an endless stream waited for the time-out of responses, because the verdict needs no trailers.
+/// The caller of an endless stream waited for the timeout of responses, because the verdict needs no trailers.
 #[tokio::test(start_paused = true)]
 async fn a_predicate_or_a_mark_to_store_holds_a_stream_back_no_longer() {
     let marked = |_: usize| {

@@ -186,7 +186,7 @@ async fn a_predicate_and_a_limit_go_before_the_trailers() {
     let service = layer.clone().keep_if(|_| true).layer(handler.clone());
     send(&service, post("k", "")).await;
     assert!(send(&service, post("k", "")).await.is_replay());
-    // A response that is too long to read counts as done, because nobody knows its status in time.
+    // A response that is too long to read counts as done, because its status comes too late.
     let service = layer.with_answer_limit(3).layer(handler.clone());
     assert_eq!(
         send(&service, post("long", "")).await.trailers.unwrap()["grpc-status"],

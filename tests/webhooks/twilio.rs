@@ -206,7 +206,7 @@ fn a_body_of_twilio_is_a_form_unless_its_hash_is_signed() {
     let mut unhashed = twilio_json();
     unhashed.uri = "/myapp.php?foo=1&bar=2";
     assert_eq!(unhashed.verify_at(0), Err(InvalidWebhook::Body));
-    // Parameters that are sent in another order are the same. So is a form with other spellings of nothing but its order.
+    // The order of the parameters does not matter. Their spelling does, as the loop below shows.
     let mut reordered = twilio();
     reordered.body =
         b"To=%2B18005551212&Digits=1234&From=%2B14158675309&CallSid=CA1234567890ABCDE&Caller=%2B14158675309".to_vec();

@@ -47,8 +47,8 @@ use crate::protocol::KeyError;
 /// | [methods](Self::with_methods) | POST and PATCH; other requests pass unchanged |
 /// | place | the header field of the [`Profile`] |
 ///
-/// A key that the caller has set wins. If the server would reject it, because it is too long or there are two, the call
-/// fails and nothing is sent.
+/// A key that the caller has set wins. If the server would reject that key, because it is too long or the header field
+/// is repeated, the call fails and nothing is sent.
 ///
 /// # Limits of the guarantee
 ///
@@ -279,15 +279,18 @@ impl<E> KeyedError<E> {
 }
 
 impl<E: fmt::Display> fmt::Display for KeyedError<E> {
-    /// Shows a [`Service`](Self::Service) error as that error shows itself.
+    /// Displays a [`Service`](Self::Service) error with that error's own text.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::FirstSent => {
                 "the request was not sent because the server requires the date of its first attempt; set the date by \
                  `KeyOrigin::with_first_sent`, or as a header field"
             }
-            Self::Key(_) => "the request was not sent: the server would not accept its idempotency key",
-            Self::Maker(_) => "the request was not sent: no idempotency key could be made for it",
+            Self::Key(_) => {
+                "the request was not sent because the server would not accept its idempotency key; the source of this \
+                 error shows what is wrong with the key"
+            }
+            Self::Maker(_) => "the request was not sent because no idempotency key could be made for it",
             Self::Service(error) => return error.fmt(f),
         })
     }

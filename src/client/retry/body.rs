@@ -8,7 +8,7 @@ use crate::http::Body;
 
 /// A request body that can possibly be sent more than once.
 ///
-/// The policy sends a request whose body cannot be cloned once, and the caller gets the result of that attempt.
+/// If a body cannot be cloned, the policy sends its request only once, and the caller gets the result of that attempt.
 pub trait CloneBody: Sized {
     /// Returns the same body again, or `None` if it can be sent only once, as a stream can.
     fn try_clone(&self) -> Option<Self>;

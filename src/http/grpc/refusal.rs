@@ -36,7 +36,8 @@ pub(crate) fn render(refusal: &Refusal) -> Response<Bytes> {
 }
 
 /// By AIP-193 and gRPC's guide to status codes, a client may repeat `UNAVAILABLE` at once by itself, and `ABORTED` at a
-/// higher level. After `FAILED_PRECONDITION` it must not repeat the call until somebody has looked.
+/// higher level. After `FAILED_PRECONDITION` it must not repeat the call before a person or the client has looked up
+/// the result.
 const fn code(kind: RefusalKind) -> Code {
     match kind {
         RefusalKind::InvalidKey(_) | RefusalKind::MissingKey | RefusalKind::Mismatch => Code::InvalidArgument,

@@ -1,4 +1,4 @@
-//! Responses of gRPC, told from others, and made from bytes without trailers.
+//! Recognises gRPC responses, and makes them from bytes without trailers.
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -58,8 +58,8 @@ fn is_grpc_type(content_type: &HeaderValue) -> bool {
     })
 }
 
-/// Moves the status of a response with messages from its head to its trailers, where clients look for it. Without any,
-/// the status is `OK`. The status of a response without messages stays in the head.
+/// Moves the status of a response with messages from its head to its trailers, where clients look for it. If the head
+/// has no status, the status is `OK`. The status of a response without messages stays in the head.
 pub(crate) fn with_status(head: &mut HeaderMap, bytes: Bytes) -> Collected {
     if bytes.is_empty() {
         head.entry(GRPC_STATUS).or_insert(HeaderValue::from_static("0"));

@@ -139,8 +139,8 @@ impl WebhookSigner {
         Self::new(Scheme::Square { url, key })
     }
 
-    /// Signs as Twilio does for this public URL, see `TwilioWebhooks`. The body is a form, unless the request's `Content-Type` says
-    /// otherwise; then the query gets `bodySHA256`. The id is in `I-Twilio-Idempotency-Token`.
+    /// Signs as Twilio does for this public URL, see `TwilioWebhooks`. A request without a `Content-Type` gets that of a form. If
+    /// its `Content-Type` is another one, the signer adds `bodySHA256` to the query. The id is in `I-Twilio-Idempotency-Token`.
     #[must_use]
     pub fn twilio(public_url: &str, auth_token: &str) -> Self {
         let url = usable(PublicUrl::new(public_url), "the public URL");
@@ -183,7 +183,7 @@ impl WebhookSigner {
         self
     }
 
-    /// Signs a request. Sign it last: what changes afterwards may no longer fit the signature.
+    /// Signs a request. Sign the request last, because a later change can make the signature invalid.
     #[must_use]
     pub fn sign(&self, request: Request<impl Into<Bytes>>) -> Request<Bytes> {
         let (mut head, body) = request.into_parts();

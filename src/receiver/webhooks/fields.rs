@@ -7,7 +7,8 @@ use http::HeaderMap;
 use super::InvalidWebhook;
 use crate::receiver::id::MessageId;
 
-/// Returns the only line of a header field. If the line is repeated or no visible ASCII, returns `otherwise`.
+/// Returns the only line of a header field. Returns `otherwise` if the field is repeated or its value is not visible
+/// ASCII.
 ///
 /// A second line is ambiguous: the check could read one and the handler the other.
 pub(super) fn field<'h>(

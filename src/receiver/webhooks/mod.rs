@@ -24,8 +24,8 @@
 //! sender, and each route with a handler of its own, a layer with a [name](WebhookLayer::new) of its own.
 //!
 //! If the process of a handler dies, the layer cannot know whether the handler had its effect. The webhook then gets 409
-//! `outcome-unknown` until you [resolve](crate::Store::resolve) its key, or the handler runs again under
-//! [`OnLost::Execute`](crate::OnLost::Execute).
+//! `outcome-unknown` until you [resolve](crate::Store::resolve) its key. Under
+//! [`OnLost::Execute`](crate::OnLost::Execute), the handler runs again instead.
 //!
 //! # Providers
 //!

@@ -44,7 +44,7 @@ pub trait VerifyWebhook: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Returns the reason if the webhook is not genuine, or is nothing that this provider sends.
+    /// Returns the reason if the webhook is not genuine, or does not have the form that this provider sends.
     fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook>;
 }
 

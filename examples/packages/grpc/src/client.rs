@@ -14,7 +14,7 @@ const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 ///
 /// # Errors
 ///
-/// When the virtual environment cannot be made: that takes `python3` with `venv`, and for the first time a network.
+/// If the virtual environment cannot be made. It needs `python3` with `venv` and, the first time, network access.
 pub fn run_client(server: SocketAddr) -> Result<(String, bool), Error> {
     let python = virtual_environment("grpcio", REQUIREMENTS)?.join("bin/python");
     let output = Command::new(python)

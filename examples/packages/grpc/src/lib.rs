@@ -34,7 +34,7 @@ pub fn idempotency() -> IdempotencyLayer<MemoryStore> {
         })
 }
 
-/// The same layer, which passes every call: for the test of the test.
+/// Returns a layer that passes every call unguarded, to test that the client notices this.
 pub fn no_idempotency() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).with_selector(|_| None)
 }

@@ -37,7 +37,7 @@ impl Payments for Bank {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
     async fn charge(&self, request: Request<ChargeRequest>) -> Result<Response<Receipt>, Status> {
-        // The same for every attempt under the key of this call: hand it on to whatever deduplicates by a key.
+        // Every attempt of this call derives the same key. Pass it to a system that deduplicates by a key.
         let key = request
             .extensions()
             .get::<Lease>()

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 ///
 /// # Errors
 ///
-/// When it cannot be made: that takes `python3` with `venv`, and for the first time a network.
+/// If the virtual environment cannot be made. It needs `python3` with `venv` and, the first time, network access.
 pub fn virtual_environment(name: &str, requirements: &str) -> Result<PathBuf, Box<dyn Error + Send + Sync>> {
     let program = std::env::current_exe()?;
     // Cargo puts this file into every target folder that it uses.

@@ -31,7 +31,7 @@ pub struct Moto {
 impl Moto {
     /// # Errors
     ///
-    /// When the virtual environment cannot be made: that takes `python3` with `venv`, and for the first time a network.
+    /// If the virtual environment cannot be made. It needs `python3` with `venv` and, the first time, network access.
     ///
     /// # Panics
     ///

@@ -142,9 +142,9 @@ impl Settings {
         }
     }
 
-    /// Decides what a response does to the key whose head shows that the call was made, and whose body broke off. To send
-    /// the request again would repeat the effect, also under `at_least_once`, unless the third party honours the key:
-    /// then it replays its response.
+    /// Decides the effect on the key if the head of a response shows that the call was made, and its body broke off.
+    /// Sending the request again would repeat the effect, also under `at_least_once`. Only a third party that honours the
+    /// key replays its response instead.
     const fn without_body(&self) -> Verdict {
         if self.keys_are_honoured {
             Verdict::GiveUp

@@ -22,8 +22,8 @@ const MAX_BODY: usize = 256 << 10;
 /// `additionalData.hmacSignature`.
 ///
 /// * **Signed**: eight members of the item, and **nothing else**: `pspReference`, `originalReference`, `merchantAccountCode`,
-///   `merchantReference`, `amount.value`, `amount.currency`, `eventCode` and `success`. Everything else, such as `live`, `reason`,
-///   `eventDate` and the rest of `additionalData`, can be changed by anybody who has recorded a webhook. Take no decision by it.
+///   `merchantReference`, `amount.value`, `amount.currency`, `eventCode` and `success`. Anybody who has recorded a webhook can change
+///   everything else, such as `live`, `reason`, `eventDate` and the rest of `additionalData`. Do not base a decision on it.
 /// * **Id**: `merchantAccountCode`, `eventCode`, `pspReference` and `success` together; all four must be present. Adyen repeats the first
 ///   three when it sends a notification again, and a notification whose outcome has changed is another one. The `pspReference` of
 ///   `REPORT_AVAILABLE` is the file name of the report. So a report that is generated again under the same name for the same account is
@@ -31,12 +31,12 @@ const MAX_BODY: usize = 256 << 10;
 /// * **Replays**: there is no signed timestamp. A recorded webhook is a duplicate for as long as its record is retained, 7 days by
 ///   default, and runs again after that.
 ///
-/// A body must have at most 256 KiB and exactly one item. Adyen sends one per body in JSON, and a body of several items could not be one message: Adyen
-/// may group them differently when it sends them again. A body with several items is rejected.
+/// A body must have at most 256 KiB and exactly one item; any other body is rejected. In JSON, Adyen sends one item per body. A body
+/// of several items would have no stable id, because Adyen may group the items differently when it sends them again.
 ///
-/// The signed members are joined with `:` and without escapes, as Adyen's libraries do. Only `merchantReference`, which is yours, may
-/// have a `:`; in another member it would let the parts be shifted, so the webhook is rejected. A body in which an object has a member
-/// twice is rejected, because your parser could read the other one.
+/// The signed members are joined with `:` and without escapes, as Adyen's libraries do. Only `merchantReference`, which you choose,
+/// may have a `:`. A webhook with a `:` in another signed member is rejected, because a forger could shift text between the members. A
+/// body in which an object has a member twice is rejected, because your parser could read the other one.
 #[derive(Clone, Debug)]
 pub struct AdyenWebhooks(Secrets);
 

@@ -12,8 +12,8 @@ use ring::signature::{UnparsedPublicKey, ED25519};
 pub(super) struct PublicKey(UnparsedPublicKey<[u8; 32]>);
 
 impl PublicKey {
-    /// Returns no key if the bytes are no key of 32 bytes, or one of small order. Anybody can sign for a key of small order, such as
-    /// the 32 zero bytes of a placeholder.
+    /// Returns `None` if the key does not have 32 bytes or is of small order. Anybody can sign for a key of small order, such as the
+    /// 32 zero bytes of a placeholder.
     pub(super) fn new(bytes: &[u8]) -> Option<Self> {
         let key: [u8; 32] = bytes.try_into().ok()?;
         (!is_of_small_order(key)).then(|| Self(UnparsedPublicKey::new(&ED25519, key)))

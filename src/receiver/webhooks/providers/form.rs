@@ -11,8 +11,8 @@ const MAX_PAIRS: usize = 1_000;
 
 /// Returns the different pairs of a form, sorted by name and then by value.
 ///
-/// Returns nothing if there are more than 1,000 pairs, if a pair has no `=`, or if an escape is malformed or has lower-case digits. Senders write `%2B` and not `%2b`;
-/// accepting both would let a bit of the body change without a change of the pairs.
+/// Returns `None` if there are more than 1,000 pairs, if a pair has no `=`, or if an escape is malformed or has lower-case digits.
+/// Senders write `%2B` and not `%2b`; accepting both would let a bit of the body change without a change of the pairs.
 pub(super) fn pairs(form: &[u8]) -> Option<BTreeSet<Pair>> {
     if form.is_empty() {
         return Some(BTreeSet::new());

@@ -31,8 +31,8 @@ const MAX_AGE: Duration = Duration::from_secs(3 * 24 * 60 * 60 + 5 * 60);
 ///   another event and another id, under the recorded signature. If that matters, have the handler fetch the event or the payment from
 ///   PayPal's API and act on that.
 /// * **Id**: the event's `id` in the body. PayPal repeats it when it sends an event again.
-/// * **Replays**: the time must be at most three days in the past, because PayPal sends an event again for so long and does not say
-///   that a repeated one gets a new time, and at most five minutes in the future.
+/// * **Replays**: the time must be at most three days in the past and at most five minutes in the future. PayPal sends an event
+///   again for three days, and does not say that a repeated event gets a new time.
 ///
 /// # The certificate
 ///
@@ -83,7 +83,8 @@ impl PayPalWebhooks {
 fn public_key(pem: &[u8]) -> Result<SubjectPublicKeyInfoDer<'static>, Error> {
     const NO_KEY: Error = Error::new(
         ErrorKind::Configuration,
-        "a certificate for webhooks of PayPal is no certificate or public key in PEM, or is not RSA with 2048 bits or more",
+        "a certificate or public key for PayPal webhooks is not PEM, or not RSA with at least 2048 bits; pass the PEM file that \
+         PayPal provides",
     );
     let key = match CertificateDer::from_pem_slice(pem) {
         Ok(certificate) => {

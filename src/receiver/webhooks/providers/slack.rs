@@ -20,7 +20,7 @@ const TIMESTAMP: &str = "x-slack-request-timestamp";
 ///   recorded copy is a duplicate.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and each id is signed.
 ///
-/// The handler answers `url_verification` with its `challenge`.
+/// To `url_verification`, your handler must respond with the `challenge` of the body.
 #[derive(Clone, Debug)]
 pub struct SlackWebhooks(Secrets);
 

@@ -37,8 +37,8 @@ const SVIX: Names = Names {
 ///
 /// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, `v1` (HMAC) or `v1a` (Ed25519); one that fits is
 ///   enough. A webhook with more than 16 signatures, or more than 4 of the kind `v1a`, is rejected.
-/// * **Id**: `webhook-id`. An id with a `.` is rejected: the signature covers id, timestamp and body with dots between them, and could
-///   then be read in two ways.
+/// * **Id**: `webhook-id`. An id with a `.` is rejected, because the signature covers id, timestamp and body with dots between them,
+///   and such an id would make the split ambiguous.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and the id is signed.
 ///
 /// The fields are `webhook-id`, `webhook-timestamp` and `webhook-signature`, or `svix-id`, `svix-timestamp` and `svix-signature`. The
@@ -72,9 +72,9 @@ impl StandardWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not base64, if a public key does not have 32 bytes
-    /// or is one of small order, for which anybody can sign, or if a private key (`whsk_..`) is given. Other bytes that are no point of
-    /// the curve are not noticed here; no signature fits them.
+    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not base64, if a public key does not have 32
+    /// bytes or is one of small order, for which anybody can sign, or if a private key (`whsk_..`) is given. Other bytes that are no
+    /// point of the curve are not noticed here; no signature fits them.
     pub fn new<S: AsRef<str>>(secrets: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         const PRIVATE: Error = Error::new(
             ErrorKind::Configuration,
@@ -82,7 +82,7 @@ impl StandardWebhooks {
         );
         const NO_PUBLIC_KEY: Error = Error::new(
             ErrorKind::Configuration,
-            "a public key for Standard Webhooks is no usable Ed25519 key; it looks like `whpk_` with 32 bytes in base64 behind it",
+            "a public key for Standard Webhooks is not a usable Ed25519 key; pass `whpk_` followed by 32 bytes in base64",
         );
         let (mut shared, mut public_keys) = (Vec::new(), Vec::new());
         for secret in secrets {
@@ -149,7 +149,7 @@ impl StandardWebhooks {
 pub(in crate::receiver) fn decoded_secret(secret: &str) -> Result<Vec<u8>, Error> {
     const NO_BASE64: Error = Error::new(
         ErrorKind::Configuration,
-        "a secret for Standard Webhooks is no base64; it looks like `whsec_` with base64 behind it",
+        "a secret for Standard Webhooks is not base64; pass `whsec_` followed by base64",
     );
     let secret = secret.strip_prefix("v1,").unwrap_or(secret);
     let encoded = secret.strip_prefix("whsec_").unwrap_or(secret);

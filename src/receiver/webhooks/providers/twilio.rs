@@ -27,10 +27,11 @@ const SHARED_KEY: &str = "x-twilio-webhooks-signature-settings";
 ///   signature: someone who has recorded a webhook can move text between a name and its value, between parameters, and between the URL
 ///   and the parameters. So trust no single parameter of a recorded webhook. Neither the order of parameters nor the repetition of an
 ///   equal one is signed.
-/// * **Body**: a body with the `Content-Type` `application/x-www-form-urlencoded` is a form and always signs its parameters. Any other
-///   body must have its hash in the URL, as `bodySHA256` at the end of the query, where Twilio puts it. In any other place the hash
-///   counts for nothing, because it can be a part of a recorded parameter. A sender who chooses the end of a form's last parameter, in
-///   the sorted order, and records the webhook can still place the hash of a body there.
+/// * **Body**: a body with the `Content-Type` `application/x-www-form-urlencoded` is a form, and the signature always covers its
+///   parameters. Any other body must have its hash in the URL, as `bodySHA256` at the end of the query, where Twilio puts it. The
+///   check ignores a hash in any other place, because that hash can be part of a recorded parameter. One attack remains: a forger
+///   who can choose the end of the last parameter (in sorted order) and can record the webhook can place the hash of another body
+///   there.
 /// * **Id**: `I-Twilio-Idempotency-Token`, which Twilio repeats when it sends a webhook again. A webhook without this field is rejected.
 ///   It is **not signed**, and the signed parts have no id: two presses of a key in one call can have equal parameters.
 /// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under another token, and it runs again.
@@ -173,7 +174,8 @@ impl PublicUrl {
     pub(in crate::receiver) fn new(url: &str) -> Result<Self, Error> {
         const NO_URL: Error = Error::new(
             ErrorKind::Configuration,
-            "the public URL for webhooks of Twilio is no `https://host` or `https://host/prefix`; enter it without path and query of the route",
+            "the public URL for webhooks of Twilio is not `https://host` or `https://host/prefix`; enter it without path and query \
+             of the route",
         );
         let uri: Uri = url.parse().map_err(|_| NO_URL)?;
         let (Some(scheme), Some(authority), None) = (uri.scheme_str(), uri.authority(), uri.query()) else {
