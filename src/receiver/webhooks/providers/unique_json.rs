@@ -2,72 +2,116 @@
 //!
 //! If a member is there twice, parsers disagree about which one counts. The check would verify one and the handler would read the other.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value};
+use serde_json::Value;
 
 /// Parses JSON, and returns nothing if it is malformed or has a member twice.
 pub(super) fn parse(body: &[u8]) -> Option<Value> {
-    serde_json::from_slice::<Unique>(body).ok().map(|unique| unique.0)
+    let Unique = serde_json::from_slice(body).ok()?;
+    serde_json::from_slice(body).ok()
 }
 
-struct Unique(Value);
+/// A value whose objects have each member once. It holds nothing of the value, because the form of a number depends on the
+/// features of `serde_json`. With `arbitrary_precision`, a fraction arrives here as an object of one member.
+struct Unique;
+
+/// With the feature `raw_value`, `serde_json` takes an object with this member for the JSON within its string, whose members
+/// are not checked here.
+const RAW_VALUE: &str = "$serde_json::private::RawValue";
 
 impl<'de> Deserialize<'de> for Unique {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(UniqueVisitor).map(Self)
+        deserializer.deserialize_any(UniqueVisitor)
     }
 }
 
 struct UniqueVisitor;
 
 impl<'de> Visitor<'de> for UniqueVisitor {
-    type Value = Value;
+    type Value = Unique;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("JSON without repeated members")
     }
 
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(Value::Bool(value))
+    fn visit_bool<E>(self, _: bool) -> Result<Unique, E> {
+        Ok(Unique)
     }
 
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(Value::Number(value.into()))
+    fn visit_i64<E>(self, _: i64) -> Result<Unique, E> {
+        Ok(Unique)
     }
 
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(Value::Number(value.into()))
+    fn visit_u64<E>(self, _: u64) -> Result<Unique, E> {
+        Ok(Unique)
     }
 
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+    fn visit_f64<E>(self, _: f64) -> Result<Unique, E> {
+        Ok(Unique)
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(Value::String(value.to_owned()))
+    fn visit_str<E>(self, _: &str) -> Result<Unique, E> {
+        Ok(Unique)
     }
 
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
+    fn visit_unit<E>(self) -> Result<Unique, E> {
+        Ok(Unique)
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Value, A::Error> {
-        let mut all = Vec::new();
-        while let Some(Unique(element)) = elements.next_element()? {
-            all.push(element);
-        }
-        Ok(Value::Array(all))
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Unique, A::Error> {
+        while let Some(Unique) = elements.next_element()? {}
+        Ok(Unique)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Value, A::Error> {
-        let mut all = Map::new();
-        while let Some((name, Unique(value))) = members.next_entry::<String, Unique>()? {
-            if all.insert(name, value).is_some() {
-                return Err(A::Error::custom("a member is there twice"));
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Unique, A::Error> {
+        let mut names = HashSet::new();
+        while let Some((name, Unique)) = members.next_entry::<String, Unique>()? {
+            if name == RAW_VALUE || !names.insert(name) {
+                return Err(A::Error::custom("a member is there twice, or is JSON within a string"));
             }
         }
-        Ok(Value::Object(all))
+        Ok(Unique)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::de::value::{Error, MapDeserializer};
+
+    use super::*;
+
+    #[test]
+    fn every_kind_of_value_is_read_as_it_stands() {
+        let body = br#"{"a": [null, true, -1, 18446744073709551615, 1.5, "b"], "c": {"a": {}, "c": []}}"#;
+        let expected: Value = serde_json::from_slice(body).unwrap();
+        assert_eq!(parse(body), Some(expected));
+    }
+
+    #[test]
+    fn a_member_that_is_there_twice_is_rejected_at_every_depth() {
+        for body in [
+            &br#"{"a": 1, "a": 1}"#[..],
+            br#"{"a": 1, "\u0061": 2}"#,
+            br#"[{"b": [{"a": 1, "c": 2, "a": 3}]}]"#,
+            br#"{"a": {"b": 1}, "b": {"a": 1, "a": 1}}"#,
+        ] {
+            assert_eq!(parse(body), None, "{body:?}");
+        }
+    }
+
+    /// Any crate of a build can enable this feature of `serde_json`. The number became an object.
+    #[test]
+    fn a_number_of_arbitrary_precision_is_a_value() {
+        let number = MapDeserializer::<_, Error>::new([("$serde_json::private::Number", "1.5")].into_iter());
+        assert!(Unique::deserialize(number).is_ok());
+    }
+
+    #[test]
+    fn no_member_is_there_twice_within_a_string_that_serde_json_reads_as_json() {
+        let body = br#"{"a": {"$serde_json::private::RawValue": "{\"b\": 1, \"b\": 2}"}}"#;
+        assert_eq!(parse(body), None);
     }
 }
