@@ -76,9 +76,13 @@ impl<St: Store> IdempotencyLayer<St> {
     /// this layer, also those that you set later, and returns it with the changes for the method.
     ///
     /// These settings take precedence over those of [`with_selector`](Self::with_selector) and of the layer itself, which
-    /// apply to all other methods. A misspelled name changes nothing, and the layer does not report it. The name of a
-    /// service is a constant of the server that tonic generates: `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or
-    /// `SERVICE_NAME`.
+    /// apply to all other methods. On a server for gRPC and HTTP, whose layer has the settings of HTTP, `configure` must
+    /// begin with [`grpc`](Self::grpc): `add_grpc_method(path, |method| method.grpc().require_key())`. Otherwise the layer
+    /// stores `UNAVAILABLE`. Or add the method to the layer for gRPC before you take its [`settings`](Self::settings) for the
+    /// selector. If the layer itself and the chosen settings both have the method, the layer's settings count.
+    ///
+    /// A misspelled name changes nothing, and the layer does not report it. The name of a service is a constant of the
+    /// server that tonic generates: `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or `SERVICE_NAME`.
     ///
     /// ```
     /// use std::time::Duration;

@@ -15,7 +15,7 @@ use super::errors::ServiceFailure;
 use super::guard::Shared;
 use super::policy::{OnLost, Statuses};
 use super::service::Idempotency;
-use super::settings::{Settings, Values};
+use super::settings::{Paths, Settings, Values};
 use crate::error::{Error, ErrorKind};
 use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
 use crate::job::{Drain, OnError};
@@ -67,7 +67,7 @@ use crate::store::Store;
 #[must_use = "a layer does nothing until it is put around a service"]
 pub struct IdempotencyLayer<St> {
     shared: Arc<Shared<St>>,
-    settings: Settings,
+    values: Arc<Values>,
     selector: Option<Selector>,
     /// Functions that change the settings for single paths. They come before the selector.
     pub(super) by_path: Vec<(String, Configure<St>)>,
@@ -75,9 +75,6 @@ pub struct IdempotencyLayer<St> {
 
 /// Changes the settings of a layer.
 pub(super) type Configure<St> = Arc<dyn Fn(IdempotencyLayer<St>) -> IdempotencyLayer<St> + Send + Sync>;
-
-/// Settings by the path of the request's `uri`.
-pub(super) type Paths = HashMap<String, Settings>;
 
 /// Chooses the settings for a request by its head; `None`: the request is not covered.
 pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
@@ -87,7 +84,7 @@ impl<St: Store> IdempotencyLayer<St> {
     pub fn new(store: St) -> Self {
         Self {
             shared: Arc::new(Shared::new(store)),
-            settings: Settings(Arc::default()),
+            values: Arc::default(),
             selector: None,
             by_path: Vec::new(),
         }
@@ -594,10 +591,17 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// What is set, for [`with_selector`](Self::with_selector).
+    /// Returns the settings of this layer for [`with_selector`](Self::with_selector), without its own selector.
+    #[cfg_attr(
+        feature = "tonic",
+        doc = "\n\nThey include the settings of single methods ([`add_grpc_method`](Self::add_grpc_method))."
+    )]
     #[must_use]
     pub fn settings(&self) -> Settings {
-        self.settings.clone()
+        Settings {
+            values: Arc::clone(&self.values),
+            paths: self.paths(),
+        }
     }
 
     /// The name of a client's key in the store, as these settings make it: for an operator who looks a key up or resolves one whose
@@ -626,7 +630,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// When the key is malformed by these settings.
     pub fn storage_key(&self, scope: Option<&Scope>, key: &str) -> Result<StorageKey, KeyError> {
-        let values = &self.settings.0;
+        let values = &self.values;
         let key = values.parser.parse(key.as_bytes())?;
         Ok(values.space.storage_key(scope, &key))
     }
@@ -636,7 +640,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// [`DoNotKeep`](crate::DoNotKeep) becomes a tombstone.
     #[must_use]
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
-        let values = &self.settings.0;
+        let values = &self.values;
         let (mut head, body) = values.collected(response);
         let judgement = values.happened(&head);
         values.advise(&mut head, judgement);
@@ -656,7 +660,7 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     pub(super) fn values(&mut self) -> &mut Values {
-        Arc::make_mut(&mut self.settings.0)
+        Arc::make_mut(&mut self.values)
     }
 }
 
@@ -674,9 +678,7 @@ impl<St> IdempotencyLayer<St> {
             let layer = layers.remove(path.as_str()).unwrap_or_else(|| base.clone());
             layers.insert(path, configure(layer));
         }
-        let settings = layers
-            .into_iter()
-            .map(|(path, layer)| (path.to_owned(), layer.settings));
+        let settings = layers.into_iter().map(|(path, layer)| (path.to_owned(), layer.values));
         Some(Arc::new(settings.collect()))
     }
 }
@@ -685,7 +687,7 @@ impl<St> Clone for IdempotencyLayer<St> {
     fn clone(&self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
-            settings: self.settings.clone(),
+            values: Arc::clone(&self.values),
             selector: self.selector.clone(),
             by_path: self.by_path.clone(),
         }
@@ -695,7 +697,7 @@ impl<St> Clone for IdempotencyLayer<St> {
 impl<St> fmt::Debug for IdempotencyLayer<St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IdempotencyLayer")
-            .field("settings", &self.settings)
+            .field("settings", &self.values)
             .field("selector", &self.selector.is_some())
             .field("paths", &self.by_path.iter().map(|(path, _)| path).collect::<Vec<_>>())
             .finish_non_exhaustive()
@@ -709,9 +711,11 @@ impl<S, St> Layer<S> for IdempotencyLayer<St> {
         Idempotency::new(
             inner,
             Arc::clone(&self.shared),
-            self.settings.clone(),
+            Settings {
+                values: Arc::clone(&self.values),
+                paths: self.paths(),
+            },
             self.selector.clone(),
-            self.paths(),
         )
     }
 }

@@ -11,7 +11,7 @@ use tower_service::Service;
 use super::arrival::{Arrival, Names};
 use super::future::ResponseFuture;
 use super::guard::Shared;
-use super::layer::{Paths, Selector};
+use super::layer::Selector;
 #[cfg(feature = "axum")]
 use super::lease::KeyHeader;
 use super::lease::Lease;
@@ -36,7 +36,6 @@ struct Configured<St> {
     shared: Arc<Shared<St>>,
     settings: Settings,
     selector: Option<Selector>,
-    paths: Option<Arc<Paths>>,
 }
 
 /// What the head of a request says.
@@ -48,29 +47,22 @@ enum Admission {
 
 impl<St> Configured<St> {
     /// Returns the settings for a request; `None` if it is not covered.
-    fn select(&self, head: &Parts) -> Option<Settings> {
-        let by_path = self.paths.as_ref().and_then(|paths| paths.get(head.uri.path()));
-        match (by_path, &self.selector) {
-            (Some(settings), _) => Some(settings.clone()),
-            (None, Some(selector)) => selector(head),
-            (None, None) => Some(self.settings.clone()),
+    fn select(&self, head: &Parts) -> Option<Arc<Values>> {
+        let path = head.uri.path();
+        match (self.settings.of_path(path), &self.selector) {
+            (Some(values), _) => Some(values),
+            (None, Some(selector)) => Some(selector(head)?.for_path(path)),
+            (None, None) => Some(Arc::clone(&self.settings.values)),
         }
     }
 }
 
 impl<S, St> Idempotency<S, St> {
-    pub(super) fn new(
-        inner: S,
-        shared: Arc<Shared<St>>,
-        settings: Settings,
-        selector: Option<Selector>,
-        paths: Option<Arc<Paths>>,
-    ) -> Self {
+    pub(super) fn new(inner: S, shared: Arc<Shared<St>>, settings: Settings, selector: Option<Selector>) -> Self {
         let layer = Arc::new(Configured {
             shared,
             settings,
             selector,
-            paths,
         });
         Self { inner, layer }
     }
@@ -101,8 +93,8 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if self.layer.selector.is_none() && self.layer.paths.is_none() {
-            let values = &self.layer.settings.0;
+        if self.layer.selector.is_none() && self.layer.settings.paths.is_none() {
+            let values = &self.layer.settings.values;
             return match values.admit(request.method(), request.headers()) {
                 Admission::Pass => {
                     let mut request = request;
@@ -118,7 +110,7 @@ where
             };
         }
         let (mut head, body) = request.into_parts();
-        let Some(Settings(values)) = self.layer.select(&head) else {
+        let Some(values) = self.layer.select(&head) else {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         };
         match values.admit(&head.method, &head.headers) {

@@ -1,5 +1,6 @@
 //! All that can be set, in one value that clones of a layer share until one of them changes it.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,14 @@ use crate::uncut::MOST_DETACHED;
 /// The settings of a layer, to be chosen from by [`with_selector`](super::IdempotencyLayer::with_selector). Made by
 /// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.
 #[derive(Clone, Debug)]
-pub struct Settings(pub(super) Arc<Values>);
+pub struct Settings {
+    pub(super) values: Arc<Values>,
+    /// The settings for single paths, which go before `values`.
+    pub(super) paths: Option<Arc<Paths>>,
+}
+
+/// Settings by the path of the request's `uri`.
+pub(super) type Paths = HashMap<String, Arc<Values>>;
 
 pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 
@@ -97,6 +105,18 @@ impl Default for Values {
             retry_after: Duration::from_secs(1),
             run_unprotected: false,
         }
+    }
+}
+
+impl Settings {
+    /// Returns the settings for this path alone.
+    pub(super) fn of_path(&self, path: &str) -> Option<Arc<Values>> {
+        self.paths.as_ref()?.get(path).cloned()
+    }
+
+    /// Returns the settings for a request with this path.
+    pub(super) fn for_path(self, path: &str) -> Arc<Values> {
+        self.of_path(path).unwrap_or(self.values)
     }
 }
 

@@ -235,6 +235,44 @@ async fn settings_of_a_method_go_before_a_selector_and_leave_other_methods_alone
     assert_eq!(refused.code(), Code::InvalidArgument);
 }
 
+/// A required key was not asked for, because the settings that were chosen had lost their methods.
+#[tokio::test]
+async fn chosen_settings_have_their_methods_and_the_methods_of_the_layer_go_first() {
+    let chosen = layer()
+        .add_grpc_method(CHARGE, IdempotencyLayer::require_key)
+        .settings();
+    let all_chosen = IdempotencyLayer::new(MemoryStore::new()).with_selector(move |_| Some(chosen.clone()));
+    let without_key = || tonic::Request::new(Bytes::new());
+    let client = Client::of(serve(all_chosen.clone(), Payments::new()).await).await;
+    let refused = client.charge(without_key()).await.unwrap_err();
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "KEY_MISSING");
+    client.watch(without_key()).await.unwrap();
+
+    let own_method = all_chosen.add_grpc_method(CHARGE, IdempotencyLayer::grpc);
+    let client = Client::of(serve(own_method, Payments::new()).await).await;
+    client.charge(without_key()).await.unwrap();
+}
+
+/// The settings of a method rest on those of the layer to which it is added, here those of HTTP.
+#[tokio::test]
+async fn a_method_of_a_layer_for_http_frees_its_key_only_with_the_settings_for_grpc() {
+    let http_layer = || IdempotencyLayer::new(MemoryStore::new());
+    for (layer, runs) in [
+        (http_layer().add_grpc_method(CHARGE, IdempotencyLayer::require_key), 1),
+        (
+            http_layer().add_grpc_method(CHARGE, |charge| charge.grpc().require_key()),
+            2,
+        ),
+    ] {
+        let payments = Payments::new().charging(|_, _| async { Err(Status::unavailable("later")) });
+        let client = Client::of(serve(layer, payments.clone()).await).await;
+        for _ in 0..2 {
+            client.charge(with_key("k", "100")).await.unwrap_err();
+        }
+        assert_eq!(payments.runs(), runs);
+    }
+}
+
 /// A response that the application gave as bytes had no trailers, so clients took it for broken.
 #[tokio::test]
 async fn an_outcome_that_the_application_found_is_replayed_as_a_whole_response() {
