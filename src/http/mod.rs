@@ -24,12 +24,12 @@ pub(crate) use fingerprint::{BodyForm, Fingerprinting};
 pub(crate) use grpc::add_marks;
 #[cfg(feature = "postgres")]
 pub(crate) use grpc::code_of as grpc_code;
+pub(crate) use grpc::{
+    complete as complete_grpc, is_response as is_grpc_response, is_typed as is_typed_grpc, result_of as grpc_result,
+    Accepted, Outcome as GrpcOutcome,
+};
 #[cfg(feature = "tonic")]
 pub use grpc::{grpc_response, MarkStatus};
-pub(crate) use grpc::{
-    is_response as is_grpc_response, result_of as grpc_result, with_status as with_grpc_status, Accepted,
-    Outcome as GrpcOutcome,
-};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use length::{cut_short, has_body};
 pub(crate) use refusal::{Effect, RefusalStyle, Rendering};

@@ -351,11 +351,12 @@ impl Values {
         self.keep.judge(head, self.retention)
     }
 
-    /// Whether a response is known as a stream by its head. The content type of a gRPC response is that of its method. If the
+    /// Whether a response is known as a stream by its head. The content type of a gRPC response is that of its method. If its
     /// head has the status, the response has no messages, so it is no stream.
     pub(super) fn is_stream(&self, head: &response::Parts) -> bool {
-        let may_stream = || grpc_result(&head.headers, None).is_none();
-        head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && may_stream())
+        let is_grpc = || self.keep.is_grpc_response(head.status, &head.headers);
+        let has_ended = || grpc_result(&head.headers, None).is_some() && is_grpc();
+        head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && !has_ended())
     }
 
     /// Returns the decision about the response of a request that took effect, whatever its status.

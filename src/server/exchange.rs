@@ -17,9 +17,7 @@ use super::policy::Statuses;
 use super::settings::Values;
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
-use crate::http::{
-    is_grpc_response, reframe, with_grpc_status, Accepted, Collected, RebuildBody, Refusal, RefusalKind,
-};
+use crate::http::{complete_grpc, reframe, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
 use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
@@ -497,17 +495,16 @@ impl Values {
         let (mut head, bytes) = response.into_parts();
         #[cfg(feature = "tonic")]
         crate::http::add_marks(&mut head);
-        let body = self.with_grpc_status(&mut head, Collected { bytes, trailers: None });
+        let body = self.completed(&mut head, Collected { bytes, trailers: None });
         (head, body)
     }
 
-    /// Puts the status of a gRPC response where clients look for it, unless the response has trailers. The response itself
-    /// shows that it is one of gRPC, because a selector may choose other settings for its request than these.
-    pub(super) fn with_grpc_status(&self, head: &mut response::Parts, body: Collected) -> Collected {
+    /// Completes a gRPC response that the application has made: its content type, and its status where clients look for
+    /// it. Under settings for gRPC, a response without a content type is one of gRPC.
+    pub(super) fn completed(&self, head: &mut response::Parts, body: Collected) -> Collected {
         let is_untyped = || head.status == StatusCode::OK && !head.headers.contains_key(CONTENT_TYPE);
-        let is_grpc = is_grpc_response(head.status, &head.headers) || (self.is_grpc() && is_untyped());
-        if is_grpc && body.trailers.is_none() {
-            with_grpc_status(&mut head.headers, body.bytes)
+        if self.keep.is_grpc_response(head.status, &head.headers) || (self.is_grpc() && is_untyped()) {
+            complete_grpc(&mut head.headers, body)
         } else {
             body
         }

@@ -10,7 +10,9 @@ use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
 use super::marks::{retention_of, DoNotKeep, Keep, StoreOutcomeOnly};
-use crate::http::{grpc_result, is_grpc_response, Effect, GrpcOutcome, Refusal};
+#[cfg(feature = "postgres")]
+use crate::http::grpc_code;
+use crate::http::{grpc_result, is_grpc_response, is_typed_grpc, Effect, GrpcOutcome, Refusal};
 use crate::job::OnError;
 use crate::protocol::{Fence, IdempotencyKey, IfLost};
 
@@ -262,6 +264,19 @@ impl KeepPolicy {
     /// Whether these settings are for gRPC, and the response is one of gRPC.
     pub(super) fn is_of_grpc(&self, status: StatusCode, head: &HeaderMap) -> bool {
         self.statuses == Statuses::Grpc && is_grpc_response(status, head)
+    }
+
+    /// Whether a response is one of gRPC. Its content type shows that under all settings, because a selector may choose
+    /// other settings for its request than these.
+    pub(super) fn is_grpc_response(&self, status: StatusCode, head: &HeaderMap) -> bool {
+        is_typed_grpc(status, head) || self.is_of_grpc(status, head)
+    }
+
+    /// Returns the code of a gRPC response; `None` for any other response.
+    #[cfg(feature = "postgres")]
+    pub(super) fn grpc_code(&self, status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>) -> Option<u8> {
+        let code = || grpc_code(head, trailers);
+        self.is_grpc_response(status, head).then(code).flatten()
     }
 
     /// Returns the decision about a response whose body has ended or, without trailers, broken off. A gRPC response

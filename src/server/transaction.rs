@@ -23,7 +23,7 @@ use super::settings::Values;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
-use crate::http::{collect, grpc_code, reframe_stream, RebuildBody, Refusal, RefusalKind};
+use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
@@ -169,14 +169,16 @@ impl Lease {
         }
         let reading = collect(body, settings.answer_limit, settings.response_timeout);
         let body = reading.await.map_err(|_| NOT_KEPT)?;
-        let body = settings.with_grpc_status(&mut head, body);
+        let body = settings.completed(&mut head, body);
         let judgement = settings.happened(&head);
         settings.advise(&mut head, judgement);
         let outcome = settings.outcome_of(None, &head, &body);
         let retention = judgement.retention;
         // Before it is sent: dropped from here on, it may have arrived.
         self.flight().set_transaction_failed(true);
-        let code = grpc_code(&head.headers, body.trailers.as_ref());
+        let code = settings
+            .keep
+            .grpc_code(head.status, &head.headers, body.trailers.as_ref());
         self.flight().set_in_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         let failure = match completion.await {
@@ -292,8 +294,12 @@ impl<St: Store, S> Exchange<St, S> {
     ) -> Result<Response<R>, E> {
         telemetry::event(Event::RolledBack);
         let says_otherwise = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
-            let is_recorded = self.hold.flight.has_recorded(status, grpc_code(head, trailers));
-            is_recorded || self.settings.keep.says_done(status, head, trailers)
+            let keep = &self.settings.keep;
+            let is_recorded = self
+                .hold
+                .flight
+                .has_recorded(status, keep.grpc_code(status, head, trailers));
+            is_recorded || keep.says_done(status, head, trailers)
         };
         let says_otherwise = match (&self.cargo, ended.as_deref()) {
             (Cargo::Answered(Read { head, body, .. }), None) => {

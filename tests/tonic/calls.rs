@@ -358,6 +358,45 @@ async fn an_outcome_has_the_form_of_its_own_protocol_under_whatever_settings() {
     }
 }
 
+/// Clients reject a response of gRPC whose content type is missing.
+#[tokio::test]
+async fn a_found_response_without_a_content_type_gets_one_only_under_settings_for_grpc() {
+    let http_layer = IdempotencyLayer::new(MemoryStore::new());
+    for (layer, content_type) in [(layer(), Some("application/grpc")), (http_layer, None)] {
+        for body in [&b""[..], b"\0\0\0\0\x01x"] {
+            let Outcome::Kept(answer) = layer.outcome_of(http::Response::new(body.into())) else {
+                panic!("it is stored")
+            };
+            let replayed = replay_of(&layer, answer).await;
+            let found = replayed.head.headers.get("content-type");
+            assert_eq!(found.map(|found| found.to_str().unwrap()), content_type);
+        }
+    }
+}
+
+/// The fields were moved into trailers, which few clients of HTTP read.
+#[tokio::test]
+async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {
+    let layer = IdempotencyLayer::new(MemoryStore::new());
+    let fields = ["grpc-status", "grpc-message", "grpc-status-details-bin"];
+    for content_type in [Some("application/json"), Some("application/grpc-web"), None] {
+        let mut response = http::Response::new(Bytes::from_static(b"{}"));
+        let headers = response.headers_mut();
+        headers.extend(content_type.map(|value| (http::header::CONTENT_TYPE, value.parse().unwrap())));
+        for field in fields {
+            headers.insert(field, "0".parse().unwrap());
+        }
+        let Outcome::Kept(answer) = layer.outcome_of(response) else {
+            panic!("it is stored")
+        };
+        let replayed = replay_of(&layer, answer).await;
+        assert!(replayed.trailers.is_none(), "{content_type:?}");
+        for field in fields {
+            assert_eq!(replayed.head.headers[field], "0", "{content_type:?}");
+        }
+    }
+}
+
 /// Resolves a key with the outcome, and returns the response to its next request.
 async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: Answer) -> crate::support::Got {
     let handler = Handler::new().answering(|_| http::Response::builder().status(500).body(full("")).unwrap());

@@ -16,7 +16,7 @@ use tower::{Layer, ServiceExt};
 use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, StreamResponse};
 
 use crate::kit::{is_replay, serve, with_key, Client, Payments, WATCH};
-use crate::support::{post, AnyBody, Handler};
+use crate::support::{full, post, send, AnyBody, Handler};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()
@@ -184,10 +184,10 @@ async fn a_definite_error_of_a_streaming_method_is_replayed() {
     let service = streaming.layer(handler.clone());
     let request = || {
         let request = http::Request::post(WATCH).header("idempotency-key", "k");
-        request.body(crate::support::full("")).unwrap()
+        request.body(full("")).unwrap()
     };
     for is_again in [false, true] {
-        let got = crate::support::send(&service, request()).await;
+        let got = send(&service, request()).await;
         assert_eq!(
             (got.is_replay(), &got.head.headers["grpc-status"]),
             (is_again, &"5".parse().unwrap())
@@ -209,4 +209,18 @@ async fn an_endless_stream_that_is_always_ready_begins() {
         .layer(Handler::new().answering(endless));
     let mut response = service.oneshot(post("k", "")).await.unwrap();
     assert!(response.body_mut().frame().await.unwrap().unwrap().is_data());
+}
+
+/// The layer held such a stream back until its end.
+#[tokio::test]
+async fn a_stream_of_http_with_the_field_of_a_status_is_a_stream() {
+    let handler = Handler::new().answering(|_| {
+        let response = http::Response::builder()
+            .header("content-type", "application/x-ndjson")
+            .header("grpc-status", "0");
+        response.body(full("{}\n")).unwrap()
+    });
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler);
+    assert_eq!(send(&service, post("k", "")).await.status(), 200);
+    assert_eq!(send(&service, post("k", "")).await.code(), "response-not-stored");
 }

@@ -34,7 +34,7 @@ pub(crate) use refusal::render;
 pub(crate) use replay::Accepted;
 #[cfg(feature = "tonic")]
 pub use response::grpc_response;
-pub(crate) use response::{is_response, with_status};
+pub(crate) use response::{complete, is_response, is_typed};
 #[cfg(feature = "postgres")]
 pub(crate) use status::code_of;
 pub(crate) use status::{result_of, Outcome};

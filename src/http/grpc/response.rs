@@ -7,6 +7,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use super::super::body::Collected;
 use super::GRPC_STATUS;
 
+const TYPE: HeaderValue = HeaderValue::from_static("application/grpc");
+
 /// The fields that stand in the trailers of a response with messages.
 const OF_TRAILERS: [HeaderName; 3] = [
     GRPC_STATUS,
@@ -36,15 +38,22 @@ pub fn grpc_response(message: &[u8]) -> http::Response<Bytes> {
     let prefix = super::framing::plain_prefix(message.len()).unwrap_or_default();
     let mut response = http::Response::new([&prefix[..], message].concat().into());
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(CONTENT_TYPE, TYPE);
     headers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
     response
 }
 
-/// Whether a response is one of gRPC, by its HTTP status and its head: a 200 that has gRPC's content type or a status. A
-/// server may have other routes beside its gRPC services, and gRPC clients take any other response for a failure.
+/// Whether a response of a server for gRPC is one of gRPC, by its HTTP status and its head: a 200 that has gRPC's content
+/// type or a status. A server may have other routes beside its gRPC services, and gRPC clients take any other response for
+/// a failure.
 pub(crate) fn is_response(status: StatusCode, head: &HeaderMap) -> bool {
-    status == StatusCode::OK && (head.contains_key(GRPC_STATUS) || head.get(CONTENT_TYPE).is_some_and(is_grpc_type))
+    is_typed(status, head) || (status == StatusCode::OK && head.contains_key(GRPC_STATUS))
+}
+
+/// Whether a response of any server is one of gRPC. Only the content type shows it, because an application may use the
+/// field `grpc-status` in other responses, too.
+pub(crate) fn is_typed(status: StatusCode, head: &HeaderMap) -> bool {
+    status == StatusCode::OK && head.get(CONTENT_TYPE).is_some_and(is_grpc_type)
 }
 
 /// Whether a content type is `application/grpc`, alone, with a suffix (`+proto`) or with parameters. The types of gRPC-Web,
@@ -58,9 +67,16 @@ fn is_grpc_type(content_type: &HeaderValue) -> bool {
     })
 }
 
-/// Moves the status of a response with messages from its head to its trailers, where clients look for it. If the head
-/// has no status, the status is `OK`. The status of a response without messages stays in the head.
-pub(crate) fn with_status(head: &mut HeaderMap, bytes: Bytes) -> Collected {
+/// Gives a response the content type and the status that clients expect. Without a content type, it is
+/// `application/grpc`. Unless the body has trailers, moves the status of a response with messages from its head to its
+/// trailers, where clients look for it. If the head has no status, the status is `OK`. The status of a response without
+/// messages stays in the head.
+pub(crate) fn complete(head: &mut HeaderMap, body: Collected) -> Collected {
+    head.entry(CONTENT_TYPE).or_insert(TYPE);
+    if body.trailers.is_some() {
+        return body;
+    }
+    let bytes = body.bytes;
     if bytes.is_empty() {
         head.entry(GRPC_STATUS).or_insert(HeaderValue::from_static("0"));
         return Collected { bytes, trailers: None };
