@@ -19,10 +19,6 @@ type Digest = Arc<dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync>;
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
-/// The largest number of compressed messages in a request that are decompressed. A body with more counts as it is.
-#[cfg(feature = "tonic")]
-const MOST_COMPRESSED: usize = 1_024;
-
 /// The parts of a request that make it "the same request".
 #[derive(Clone, Debug)]
 pub(crate) struct Fingerprinting {
@@ -140,7 +136,7 @@ fn over_messages(headers: &HeaderMap, body: &Bytes, limit: usize) -> Hasher {
     let encoding = headers.get(grpc::GRPC_ENCODING);
     let limits = grpc::Limits {
         bytes: limit,
-        compressed: MOST_COMPRESSED,
+        compressed: grpc::MOST_COMPRESSED,
     };
     match grpc::plain(body, encoding, limits) {
         Ok(plain) => Hasher::over_messages(&plain),

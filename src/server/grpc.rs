@@ -29,7 +29,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   that cannot be decompressed, the fingerprint covers its bytes and the name of its encoding. Of the metadata,
     ///   fingerprints include only credentials and host by default, and never `grpc-timeout`.
     /// * A stored response in an encoding that a client does not list in `grpc-accept-encoding` is decompressed for it,
-    ///   up to 16 MiB.
+    ///   up to 16 MiB and 1,024 compressed messages. Beyond that, the client gets `ENCODING_NOT_ACCEPTED`.
     /// * A response that has not ended 100 ms after its first message is a stream: the layer stores a tombstone, and the
     ///   stream reaches its caller, the first message included. One that ends in time is stored, whether it has one message
     ///   or many.

@@ -7,6 +7,10 @@ use http::HeaderValue;
 use super::decoder::Encoding;
 use super::framing::{plain_prefix, Messages, PREFIX};
 
+/// The largest number of compressed messages in a body that is decompressed: a request for its fingerprint, or a stored
+/// response for another client.
+pub(crate) const MOST_COMPRESSED: usize = 1_024;
+
 /// Limits of the plain form of a body, against bodies that grow when they are decompressed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {

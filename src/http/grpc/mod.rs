@@ -23,7 +23,7 @@ mod status;
 use http::header::HeaderName;
 
 #[cfg(feature = "tonic")]
-pub(crate) use compression::{plain, Limits};
+pub(crate) use compression::{plain, Limits, MOST_COMPRESSED};
 pub(crate) use framing::FirstMessage;
 #[cfg(feature = "tonic")]
 pub(crate) use marks::add_marks;

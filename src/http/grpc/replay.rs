@@ -3,13 +3,14 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 
-use super::compression::{plain, Limits};
+use super::compression::{plain, Limits, MOST_COMPRESSED};
 use super::{GRPC_ACCEPT_ENCODING, GRPC_ENCODING};
 
-/// The largest plain form of a stored response: four times the longest message that gRPC clients read by default.
+/// Limits of a stored response that is decompressed. Its plain form has at most four times the longest message that gRPC
+/// clients read by default. A client that does not read the encoding of a larger response gets a refusal.
 const LIMITS: Limits = Limits {
     bytes: 16 << 20,
-    compressed: usize::MAX,
+    compressed: MOST_COMPRESSED,
 };
 
 /// The encodings that a client reads besides `identity`. Kept apart from the request, which a waiter drops. In a box,
@@ -17,7 +18,8 @@ const LIMITS: Limits = Limits {
 #[derive(Debug, Default)]
 pub(crate) struct Accepted(Option<Box<HeaderValue>>);
 
-/// A response in an encoding that neither its client nor this crate can read.
+/// A response in an encoding that its client does not read, and that this crate does not read or does not decompress
+/// beyond its limits.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct NotAccepted;
 
@@ -108,6 +110,18 @@ mod tests {
             let adapted = Accepted::default().adapt(&mut head, body.clone());
             assert_eq!(adapted.unwrap().as_ptr(), body.as_ptr());
         }
+    }
+
+    /// Each compressed message needs a decoder of its own, so thousands of tiny ones made each replay expensive.
+    #[test]
+    fn a_response_of_more_than_1024_compressed_messages_is_not_decompressed() {
+        let mut head = fields(GRPC_ENCODING, "gzip");
+        let most = compressed().repeat(1_024);
+        let over: Bytes = [&most[..], &compressed()].concat().into();
+        assert_eq!(accepted("").adapt(&mut head, over.clone()), Err(NotAccepted));
+        assert_eq!(accepted("gzip").adapt(&mut head, over.clone()), Ok(over));
+        let plain = accepted("").adapt(&mut head, most.into());
+        assert_eq!(plain.unwrap(), b"\0\0\0\0\x04paid".repeat(1_024));
     }
 
     #[test]
