@@ -591,6 +591,28 @@ mod tests {
         assert_eq!(code(RefusalKind::ResponseNotStored), Code::FailedPrecondition);
     }
 
+    #[cfg(feature = "tonic")]
+    #[test]
+    fn the_table_of_grpc_refusals_has_every_reason_that_a_client_of_grpc_gets() {
+        use tonic::Status;
+
+        let table = include_str!("../server/grpc.rs");
+        for kind in ALL {
+            if matches!(kind, RefusalKind::InvalidWebhook | RefusalKind::InvalidWebhookMethod) {
+                continue;
+            }
+            let (parts, _) = rendered(Refusal::new(kind), &RefusalStyle::Grpc);
+            let code = Status::from_header_map(&parts.headers).unwrap().code();
+            // `FailedPrecondition` is `FAILED_PRECONDITION` there.
+            let name = format!("| `{code:?}` |").to_uppercase();
+            let reason = format!("`{}`", Refusal::new(kind).code().replace('-', "_").to_uppercase());
+            let mut rows = table
+                .lines()
+                .filter(|row| row.replacen('_', "", 1).contains(&name) && row.contains(&reason));
+            assert!(rows.next().is_some(), "{name} {reason}");
+        }
+    }
+
     #[test]
     fn an_own_renderer_keeps_the_headers_that_protect() {
         let teapot: Renderer = Arc::new(|refusal, head| {

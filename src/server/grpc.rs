@@ -63,10 +63,13 @@ impl<St: Store> IdempotencyLayer<St> {
     /// | `INVALID_ARGUMENT` | `KEY_INVALID`, `KEY_MISSING`, `KEY_REUSED` |
     /// | `ABORTED` | `REQUEST_OUTSTANDING`: retry after the delay |
     /// | `FAILED_PRECONDITION` | `OUTCOME_UNKNOWN`, `RESPONSE_NOT_STORED`, `ENCODING_NOT_ACCEPTED`: look up the result |
-    /// | `UNAVAILABLE` | `STORE_UNAVAILABLE`, `STORE_FULL`, `OVERLOADED`, `BODY_BROKEN`, and `OUTCOME_UNKNOWN` with `retryable`: retry after the delay |
-    /// | `RESOURCE_EXHAUSTED` | `BODY_TOO_LARGE`, `TOO_MANY_WAITERS` |
-    /// | `DEADLINE_EXCEEDED` | `BODY_TIMEOUT` |
-    /// | `INTERNAL` | `HANDLER_FAILED`, `RESPONSE_BROKEN`, `RECORD_UNREADABLE`, `STORE_MISCONFIGURED`, `SCOPE_MISSING`, `NOT_COVERED` |
+    /// | `UNAVAILABLE` | `STORE_UNAVAILABLE`, `STORE_FULL`, `OVERLOADED`, `NOT_RUN`, and `OUTCOME_UNKNOWN` with `retryable`: retry after the delay |
+    /// | `UNAVAILABLE` | `BODY_BROKEN`: retry; there is no delay |
+    /// | `RESOURCE_EXHAUSTED` | `TOO_MANY_WAITERS`: retry after the delay |
+    /// | `RESOURCE_EXHAUSTED` | `BODY_TOO_LARGE` |
+    /// | `DEADLINE_EXCEEDED` | `BODY_TIMEOUT`: retry; there is no delay |
+    /// | `INTERNAL` | `HANDLER_FAILED`: retry if it is `retryable`; there is no delay |
+    /// | `INTERNAL` | `RESPONSE_BROKEN`, `RECORD_UNREADABLE`, `STORE_MISCONFIGURED`, `SCOPE_MISSING`, `NOT_COVERED` |
     pub fn with_grpc_refusals(mut self) -> Self {
         self.values().refusals.style = RefusalStyle::Grpc;
         self
