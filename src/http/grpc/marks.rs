@@ -16,6 +16,10 @@ use tonic::Status;
 /// A mark takes effect on a status that a method returns as its error. It has no effect on a status that ends a
 /// stream of messages, because tonic sends only its fields.
 ///
+/// The marks are in the source of the status. So set a source of your own first: [`Status::set_source`] after
+/// `with_mark` removes all marks. A status that you make from an error has only its own marks, also if the error
+/// wraps a status with others.
+///
 /// ```
 /// use tonic::Status;
 /// use tower_idempotency::{DoNotKeep, MarkStatus};
@@ -30,7 +34,8 @@ use tonic::Status;
 /// # assert!(charge(true).is_err());
 /// ```
 pub trait MarkStatus: sealed::Sealed {
-    /// Adds a mark. It replaces an earlier mark of the same type.
+    /// Adds a mark. It replaces an earlier mark of the same type. [`Status::set_source`] removes all marks, so call it
+    /// before this method.
     #[must_use]
     fn with_mark<M: Clone + Send + Sync + 'static>(self, mark: M) -> Self;
 }
@@ -112,6 +117,28 @@ mod tests {
         assert_eq!(head.extensions.get::<One>(), Some(&One(2)));
         assert_eq!(head.extensions.get::<Two>(), Some(&Two));
         assert_eq!(&head.headers, plain.headers());
+    }
+
+    #[test]
+    fn a_later_source_and_a_wrapping_error_remove_the_marks() {
+        let marks_of = |status: Status| {
+            let (mut head, ()) = status.into_http::<()>().into_parts();
+            add_marks(&mut head);
+            head.extensions.get::<Two>().copied()
+        };
+        let with_source = |mut status: Status| {
+            status.set_source(Arc::new(fmt::Error));
+            status
+        };
+        let marked = || Status::internal("broken").with_mark(Two);
+        assert_eq!(
+            marks_of(with_source(Status::internal("broken")).with_mark(Two)),
+            Some(Two)
+        );
+        assert_eq!(marks_of(with_source(marked())), None);
+        let mut wrapping = Status::internal("wrapped");
+        wrapping.set_source(Arc::new(marked()));
+        assert_eq!(marks_of(wrapping), None);
     }
 
     #[test]
