@@ -47,8 +47,10 @@ impl Encoding {
                 if zstd_window(message).is_none_or(|window| window > ZSTD_WINDOW) {
                     return None;
                 }
-                // The decoder limits each block to 128 KiB (RFC 8878 section 3.1.1.2.4), and yields what exceeds the
-                // window after each block. So it never decompresses more than `room`, the window and a block.
+                // The decoder yields what exceeds the window after each block, so it never decompresses more than `room`,
+                // the window and one block. RFC 8878 section 3.1.1.2.4 limits a block to 128 KiB. The decoder checks this
+                // for sequences. It does not check it for literals, whose number has 20 bits, so a block has less than
+                // 2 MiB.
                 let mut decoder = StreamingDecoder::<_, FrameDecoder>::new(message).ok()?;
                 read(&mut decoder, out, room)?;
                 decoder.into_inner()
@@ -105,6 +107,30 @@ mod tests {
         frame.extend(&last_and_compressed.to_le_bytes()[..3]);
         frame.extend(block);
         frame
+    }
+
+    /// Returns a frame with a window of 128 KiB and blocks of 8 bytes, each of which repeats one literal 1,048,575 times.
+    fn of_literals(blocks: usize) -> Vec<u8> {
+        // A block that is compressed and not the last; literals that repeat one byte, with a number of 20 bits; the
+        // byte; and no sequences.
+        let block = [5 << 3 | 0b100, 0, 0, 0b1111_1101, 0xff, 0xff, b'x', 0];
+        let mut frame = [&[0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3][..], &block.repeat(blocks)].concat();
+        let last = frame.len() - block.len();
+        frame[last] |= 1;
+        frame
+    }
+
+    /// The decoder accepts such blocks although they exceed the format.
+    #[test]
+    fn a_zstd_block_of_repeated_literals_is_decompressed_up_to_2_mib() {
+        let mut out = Vec::new();
+        assert_eq!(Encoding::Zstd.decode(&of_literals(2), &mut out, 4 << 20), Some(()));
+        assert_eq!(out.len(), 2 * ((1 << 20) - 1));
+        let (frame, mut out) = (of_literals(1_000), Vec::new());
+        let allocated = allocation_counter::measure(|| {
+            assert_eq!(Encoding::Zstd.decode(&frame, &mut out, 1 << 20), None);
+        });
+        assert!(allocated.bytes_max < 12 << 20, "{allocated:?}");
     }
 
     /// A block of 2 KB was decompressed to 131 MB before the limit counted, and one of 128 KB to gigabytes.
