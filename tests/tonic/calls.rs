@@ -374,6 +374,22 @@ async fn a_found_response_without_a_content_type_gets_one_only_under_settings_fo
     }
 }
 
+/// The layer panicked when it added the missing fields.
+#[test]
+fn a_found_response_with_as_many_fields_as_a_map_takes_is_stored() {
+    for body in [&b""[..], b"\0\0\0\0\x01x"] {
+        let mut response = http::Response::new(body.into());
+        let headers = response.headers_mut();
+        for n in 0.. {
+            let name = http::HeaderName::try_from(format!("x-{n}")).unwrap();
+            if headers.try_insert(name, http::HeaderValue::from_static("1")).is_err() {
+                break;
+            }
+        }
+        assert!(matches!(layer().outcome_of(response), Outcome::Kept(_)));
+    }
+}
+
 /// The fields were moved into trailers, which few clients of HTTP read.
 #[tokio::test]
 async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {

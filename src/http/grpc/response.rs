@@ -67,18 +67,25 @@ fn is_grpc_type(content_type: &HeaderValue) -> bool {
     })
 }
 
+/// Sets a field that is missing. A header map that is full stays as it is.
+fn set_default(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
+    if !headers.contains_key(&name) {
+        drop(headers.try_insert(name, value));
+    }
+}
+
 /// Gives a response the content type and the status that clients expect. Without a content type, it is
 /// `application/grpc`. Unless the body has trailers, moves the status of a response with messages from its head to its
 /// trailers, where clients look for it. If the head has no status, the status is `OK`. The status of a response without
 /// messages stays in the head.
 pub(crate) fn complete(head: &mut HeaderMap, body: Collected) -> Collected {
-    head.entry(CONTENT_TYPE).or_insert(TYPE);
+    set_default(head, CONTENT_TYPE, TYPE);
     if body.trailers.is_some() {
         return body;
     }
     let bytes = body.bytes;
     if bytes.is_empty() {
-        head.entry(GRPC_STATUS).or_insert(HeaderValue::from_static("0"));
+        set_default(head, GRPC_STATUS, HeaderValue::from_static("0"));
         return Collected { bytes, trailers: None };
     }
     let mut trailers = HeaderMap::new();
@@ -87,7 +94,7 @@ pub(crate) fn complete(head: &mut HeaderMap, body: Collected) -> Collected {
             trailers.insert(name, value);
         }
     }
-    trailers.entry(GRPC_STATUS).or_insert(HeaderValue::from_static("0"));
+    set_default(&mut trailers, GRPC_STATUS, HeaderValue::from_static("0"));
     let trailers = Some(trailers);
     Collected { bytes, trailers }
 }
