@@ -501,7 +501,7 @@ async fn a_body_that_ends_before_its_declared_length_is_lost() {
     assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Answered));
     match error.into_source() {
         CollectError::Body(error) => {
-            let text = "the body of the response with status 200 ended after 4 of its declared 7 bytes";
+            let text = "the body of the response with status 200 ended after 4 bytes, before its declared length";
             assert_eq!((error.status(), error.to_string()), (StatusCode::OK, text.to_owned()));
         }
         error => panic!("{error}"),

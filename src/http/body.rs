@@ -237,8 +237,8 @@ pub(crate) enum Shortfall<B: HttpBody> {
     /// It broke off.
     Broken(B::Error),
     /// It ended without an error, although its size hint still promised bytes. hyper ends a body of HTTP/2 in this way if
-    /// the peer resets the stream with `NO_ERROR`.
-    Short { part: Collected, missing: u64 },
+    /// the peer resets the stream with `NO_ERROR`. The value is the part that was read.
+    Short(Collected),
     /// The body is longer than the limit. The value yields the whole body, including the part that was read.
     TooLarge(Body<B>),
     /// The body took longer than the limit. The value yields the whole body, including the part that was read.
@@ -371,9 +371,10 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
             Stop::Broken(error) => Err(Shortfall::Broken(error)),
             Stop::Ended => {
                 let part = Collected { bytes: front, trailers };
-                match rest.map_or(0, |body| body.size_hint().lower()) {
-                    0 => Ok(part),
-                    missing => Err(Shortfall::Short { part, missing }),
+                if rest.is_some_and(|body| body.size_hint().lower() > 0) {
+                    Err(Shortfall::Short(part))
+                } else {
+                    Ok(part)
                 }
             }
             Stop::TooLarge => Err(Shortfall::TooLarge(Body { front, rest, trailers })),

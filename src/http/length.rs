@@ -11,20 +11,19 @@ pub(crate) fn has_body(method: &Method, status: StatusCode) -> bool {
     method != Method::HEAD && !is_tunnel && !is_empty
 }
 
-/// Returns the declared length of a body that ended after `read` bytes, if it ended too early. RFC 9112 section 8 says
-/// that such a response is incomplete. hyper reports it as an error, other clients may not.
+/// Whether a body that ended after `read` bytes is shorter than its declared length. RFC 9112 section 8 says that such a
+/// response is incomplete. hyper reports it as an error, other clients may not.
 ///
 /// A body that is longer than declared is complete, because the client stops at the declared length, or a layer has
 /// decoded the body.
-pub(crate) fn cut_short(head: &response::Parts, read: usize) -> Option<u64> {
+pub(crate) fn is_cut_short(head: &response::Parts, read: usize) -> bool {
+    // RFC 9112 section 6.3: the declared length does not count beside a transfer coding.
     if head.headers.contains_key(TRANSFER_ENCODING) {
-        // RFC 9112 section 6.3: the declared length does not count.
-        return None;
+        return false;
     }
-    let declared: u64 = head.headers.get(CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()?;
-    u64::try_from(read)
-        .is_ok_and(|read| read < declared)
-        .then_some(declared)
+    let declared = head.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
+    let declared = declared.and_then(|length| length.trim().parse::<u64>().ok());
+    declared.is_some_and(|declared| u64::try_from(read).is_ok_and(|read| read < declared))
 }
 
 #[cfg(test)]
@@ -33,27 +32,27 @@ mod tests {
 
     use super::*;
 
-    fn declared(fields: &[(&'static str, &'static str)], read: usize) -> Option<u64> {
+    fn is_short(fields: &[(&'static str, &'static str)], read: usize) -> bool {
         let mut response = Response::builder();
         for (name, value) in fields {
             response = response.header(*name, *value);
         }
-        cut_short(&response.body(()).unwrap().into_parts().0, read)
+        is_cut_short(&response.body(()).unwrap().into_parts().0, read)
     }
 
     #[test]
     fn only_a_body_that_is_shorter_than_declared_is_cut_short() {
-        assert_eq!(declared(&[("content-length", "5")], 4), Some(5));
-        assert_eq!(declared(&[("content-length", "5")], 5), None);
-        assert_eq!(declared(&[("content-length", "5")], 6), None);
-        assert_eq!(declared(&[], 0), None);
+        assert!(is_short(&[("content-length", "5")], 4));
+        assert!(!is_short(&[("content-length", "5")], 5));
+        assert!(!is_short(&[("content-length", "5")], 6));
+        assert!(!is_short(&[], 0));
         for nonsense in ["", "-1", "five", "5, 5", "99999999999999999999999"] {
-            assert_eq!(declared(&[("content-length", nonsense)], 0), None, "{nonsense:?}");
+            assert!(!is_short(&[("content-length", nonsense)], 0), "{nonsense:?}");
         }
-        assert_eq!(
-            declared(&[("content-length", "5"), ("transfer-encoding", "chunked")], 4),
-            None
-        );
+        assert!(!is_short(
+            &[("content-length", "5"), ("transfer-encoding", "chunked")],
+            4
+        ));
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub(crate) use grpc::{
 #[cfg(feature = "tonic")]
 pub use grpc::{grpc_response, MarkStatus};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
-pub(crate) use length::{cut_short, has_body};
+pub(crate) use length::{has_body, is_cut_short};
 pub(crate) use refusal::{Effect, RefusalStyle, Rendering};
 pub use refusal::{Refusal, RefusalKind};
 pub(crate) use request_body::{collect_request, Checked};

@@ -74,7 +74,7 @@ impl RefusalKind {
     /// Returns the refusal of a request whose body was not read to its end.
     pub(crate) fn of_body<B: HttpBody<Data = Bytes> + Unpin>(shortfall: &Shortfall<Checked<B>>) -> Self {
         match shortfall {
-            Shortfall::Broken(_) | Shortfall::Short { .. } => Self::BodyBroken,
+            Shortfall::Broken(_) | Shortfall::Short(_) => Self::BodyBroken,
             Shortfall::TooLarge(_) => Self::BodyTooLarge,
             Shortfall::TooSlow(_) => Self::BodyTimeout,
         }

@@ -248,7 +248,7 @@ where
     };
     let read = match AssertUnwindSafe(reading).catch_unwind().await {
         // A response without a body may declare the length that it would have.
-        Ok(Err(Shortfall::Short { part, .. })) if !has_body(&method, head.status) => Ok(Ok(part)),
+        Ok(Err(Shortfall::Short(part))) if !has_body(&method, head.status) => Ok(Ok(part)),
         read => read,
     };
     match read {
@@ -257,7 +257,7 @@ where
             let judgement = settings.keep.judge_end(judgement, &head.headers, trailers);
             Ended::Answered(Read { head, body, judgement })
         }
-        Ok(Err(Shortfall::Broken(_) | Shortfall::Short { .. })) | Err(_) => {
+        Ok(Err(Shortfall::Broken(_) | Shortfall::Short(_))) | Err(_) => {
             Ended::Broken(head.status, settings.keep.judge_end(judgement, &head.headers, None))
         }
         Ok(Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body))) => {

@@ -11,7 +11,7 @@ use http::{response, Method, Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use crate::http::{collect, cut_short, has_body, is_stream, Collect, RebuildBody, Shortfall};
+use crate::http::{collect, has_body, is_cut_short, is_stream, Collect, RebuildBody, Shortfall};
 
 /// The limits for the body of a response.
 #[derive(Clone, Copy, Debug)]
@@ -116,17 +116,8 @@ where
             cause,
         };
         let body = match read {
-            Ok(whole) => match cut_short(&head, whole.bytes.len()) {
-                None => Gathered::Given(whole.rebuild()),
-                Some(declared) => Gathered::Lost(lost(Cause::CutShort {
-                    read: whole.bytes.len(),
-                    declared,
-                })),
-            },
-            Err(Shortfall::Short { part, missing }) => Gathered::Lost(lost(Cause::CutShort {
-                read: part.bytes.len(),
-                declared: missing.saturating_add(u64::try_from(part.bytes.len()).unwrap_or(u64::MAX)),
-            })),
+            Ok(whole) if !is_cut_short(&head, whole.bytes.len()) => Gathered::Given(whole.rebuild()),
+            Ok(part) | Err(Shortfall::Short(part)) => Gathered::Lost(lost(Cause::CutShort(part.bytes.len()))),
             Err(Shortfall::TooLarge(body)) => Gathered::Given(R::rebuild(body)),
             Err(Shortfall::TooSlow(_)) => Gathered::Lost(lost(Cause::TooSlow(this.bounds.time))),
             Err(Shortfall::Broken(error)) => Gathered::Lost(lost(Cause::Broken(error.into()))),
@@ -177,7 +168,8 @@ pub struct BodyError {
 #[derive(Debug)]
 enum Cause {
     Broken(Box<dyn StdError + Send + Sync>),
-    CutShort { read: usize, declared: u64 },
+    /// After so many bytes.
+    CutShort(usize),
     TooSlow(Duration),
 }
 
@@ -200,9 +192,7 @@ impl fmt::Display for BodyError {
         write!(f, "the body of the response with status {} ", self.status.as_u16())?;
         match &self.cause {
             Cause::Broken(_) => f.write_str("broke off"),
-            Cause::CutShort { read, declared } => {
-                write!(f, "ended after {read} of its declared {declared} bytes")
-            }
+            Cause::CutShort(read) => write!(f, "ended after {read} bytes, before its declared length"),
             Cause::TooSlow(limit) => write!(f, "did not end within {limit:?}"),
         }
     }
@@ -212,7 +202,7 @@ impl StdError for BodyError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match &self.cause {
             Cause::Broken(error) => Some(&**error),
-            Cause::CutShort { .. } | Cause::TooSlow(_) => None,
+            Cause::CutShort(_) | Cause::TooSlow(_) => None,
         }
     }
 }

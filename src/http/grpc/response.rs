@@ -1,6 +1,5 @@
 //! Recognises gRPC responses, and makes them from bytes without trailers.
 
-use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
@@ -33,7 +32,7 @@ const OF_TRAILERS: [HeaderName; 3] = [
 /// ```
 #[cfg(feature = "tonic")]
 #[must_use]
-pub fn grpc_response(message: &[u8]) -> http::Response<Bytes> {
+pub fn grpc_response(message: &[u8]) -> http::Response<bytes::Bytes> {
     // No message is longer: its length has four bytes.
     let prefix = super::framing::plain_prefix(message.len()).unwrap_or_default();
     let mut response = http::Response::new([&prefix[..], message].concat().into());

@@ -10,7 +10,7 @@ use tower_service::Service;
 use super::layer::{LostCall, Settings};
 use crate::client::keys::Meaning;
 use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
-use crate::http::{collect, cut_short, has_body, is_stream, Collected, RebuildBody, Shortfall};
+use crate::http::{collect, has_body, is_cut_short, is_stream, Collected, RebuildBody, Shortfall};
 use crate::job::{Attempt, Ended, Found, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
@@ -171,7 +171,7 @@ impl Settings {
             return Ended { given, verdict };
         }
         match collect(body, self.answer_limit, self.response_timeout).await {
-            Ok(body) if !has_body(method, head.status) || cut_short(&head, body.bytes.len()).is_none() => {
+            Ok(body) if !has_body(method, head.status) || !is_cut_short(&head, body.bytes.len()) => {
                 self.keep(head, body)
             }
             Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => Ended {
@@ -179,8 +179,8 @@ impl Settings {
                 verdict,
             },
             // A response without a body may declare the length that it would have.
-            Err(Shortfall::Short { part, .. }) if !has_body(method, head.status) => self.keep(head, part),
-            Ok(_) | Err(Shortfall::Broken(_) | Shortfall::Short { .. }) => Ended {
+            Err(Shortfall::Short(part)) if !has_body(method, head.status) => self.keep(head, part),
+            Ok(_) | Err(Shortfall::Broken(_) | Shortfall::Short(_)) => Ended {
                 given: Given::Broken,
                 verdict: self.without_body(),
             },

@@ -248,7 +248,7 @@ where
         Shortfall::TooLarge(_) => TOO_LONG,
         Shortfall::TooSlow(_) => TOO_SLOW,
         Shortfall::Broken(error) => BROKEN.with_source(error),
-        Shortfall::Short { .. } => SHORT,
+        Shortfall::Short(_) => SHORT,
     })
 }
 
