@@ -368,7 +368,9 @@ impl<St, M> ReceiverLayer<St, M> {
         Drain::new(&self.settings.terms.tracker)
     }
 
-    /// Returns the name of a message's record in the store, for `Store::peek` and `Store::resolve`.
+    /// Returns the name of a message's record in the store, for `Store::peek` and `Store::resolve`. `id` is the id exactly as
+    /// [`with_id`](Self::with_id) returns it. The functions of [`ids`](super::ids) add a prefix, so pass their result. If you
+    /// have the message, [`storage_key_of`](Self::storage_key_of) is simpler.
     ///
     /// An operator resolves a message of [unknown](super::Receipt::Unknown) outcome, or a
     /// [rejected](super::ReceiveError::Rejected) one, once it is known whether it had its effect:
@@ -377,18 +379,21 @@ impl<St, M> ReceiverLayer<St, M> {
     /// # use std::time::Duration;
     /// # use tower_idempotency::receiver::ReceiverLayer;
     /// use tower_idempotency::protocol::{Outcome, Resolution};
+    /// use tower_idempotency::receiver::ids;
     /// use tower_idempotency::Store;
     ///
     /// # async fn resolve<St: Store + Clone>(store: St, layer: ReceiverLayer<St, ()>, had_its_effect: bool) -> Result<(), Box<dyn std::error::Error>> {
-    /// let key = layer.storage_key("order-7")?;
-    /// if let Some(record) = store.peek(&key).await? {
-    ///     let resolution = match had_its_effect {
-    ///         true => Resolution::Completed(Outcome::Tombstone, Duration::from_secs(7 * 24 * 60 * 60)),
-    ///         false => Resolution::Absent,
-    ///     };
-    ///     // The store refuses if another attempt has begun since.
-    ///     store.resolve(&key, record.fence, &resolution).await?;
-    /// }
+    /// // The consumer takes its ids from `ids::amqp`.
+    /// let key = layer.storage_key(ids::amqp(Some("order-7")))?;
+    /// let Some(record) = store.peek(&key).await? else {
+    ///     return Err("no record: another id or namespace, or the retention is over".into());
+    /// };
+    /// let resolution = match had_its_effect {
+    ///     true => Resolution::Completed(Outcome::Tombstone, Duration::from_secs(7 * 24 * 60 * 60)),
+    ///     false => Resolution::Absent,
+    /// };
+    /// // The store refuses if another attempt has begun since.
+    /// store.resolve(&key, record.fence, &resolution).await?;
     /// // Now deliver it again. It is a duplicate, or it is handled.
     /// # Ok(())
     /// # }

@@ -25,7 +25,7 @@ use crate::store::Store;
 /// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
 /// answer, byte for byte.
 ///
-/// The layer is its own builder. Clones share the store and the per-key lock, and may be changed each for its route:
+/// The layer is its own builder. Clones share the store, the per-key lock and the [`drain`](Self::drain), and may be changed each for its route:
 ///
 /// ```
 /// use std::time::Duration;
@@ -653,7 +653,9 @@ impl<St: Store> IdempotencyLayer<St> {
         &self.shared.store
     }
 
-    /// A handle by which a graceful shutdown waits for executions whose callers hung up.
+    /// Returns a handle with which a graceful shutdown waits for executions whose callers have left. It covers this layer and
+    /// its clones, also those with other settings. Another layer over the same store has a `Drain` of its own, so make all
+    /// layers of a program as clones of one.
     #[must_use]
     pub fn drain(&self) -> Drain {
         self.shared.drain()
