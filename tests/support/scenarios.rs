@@ -192,8 +192,9 @@ async fn stop_past_the_leases(store: &str, mode: Mode) -> Stopped {
     let [stopped, other] = [(), ()].map(|()| Process::start(store, mode, &ledger));
     let client = http_client();
     let keys: Vec<String> = (0..KEYS).map(|n| format!("key-{n}")).collect();
-    // Long enough that every execution is under way when the process is stopped, and ends after it goes on.
-    let slow = [("x-before", "1000".to_owned())];
+    // Long enough that every execution has begun when the process is stopped, and ends after it goes on, also on a machine
+    // that is busy for a second.
+    let slow = [("x-before", "3000".to_owned())];
     let quick = [("x-before", "0".to_owned()), ("x-after", "0".to_owned())];
     let (slow, quick) = (&slow, &quick);
     let to = |process: &Process, headers| {
@@ -208,7 +209,7 @@ async fn stop_past_the_leases(store: &str, mode: Mode) -> Stopped {
         }
     };
     let elsewhere = async {
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
         stopped.signal("-STOP");
         tokio::time::sleep(2 * LEASE).await;
         let answers = to(&other, &quick[..]).await;
