@@ -270,6 +270,7 @@ impl BodyBounds {
 /// body is complete at the first poll.
 pub(crate) fn collect<B: HttpBody<Data = Bytes> + Unpin>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
     Collect {
+        declared: body.size_hint().lower(),
         body: Some(body),
         limit,
         timeout: Limit::Set(timeout),
@@ -301,6 +302,8 @@ pub(crate) fn collect_messages<B: HttpBody<Data = Bytes> + Unpin>(
 pub(crate) struct Collect<B> {
     /// Until it ends.
     body: Option<B>,
+    /// The smallest length by the first size hint.
+    declared: u64,
     limit: usize,
     timeout: Limit,
     /// Looks for the end of the first message, until it has come.
@@ -371,7 +374,9 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
             Stop::Broken(error) => Err(Shortfall::Broken(error)),
             Stop::Ended => {
                 let part = Collected { bytes: front, trailers };
-                if rest.is_some_and(|body| body.size_hint().lower() > 0) {
+                let is_shorter = u64::try_from(part.bytes.len()).is_ok_and(|read| read < this.declared);
+                // Some bodies return their first hint to the end, so the hint alone does not show that bytes are missing.
+                if is_shorter && rest.is_some_and(|body| body.size_hint().lower() > 0) {
                     Err(Shortfall::Short(part))
                 } else {
                     Ok(part)
