@@ -81,7 +81,7 @@
 //! A timeout of tower covers an attempt up to the head of its response. `CallLayer::collect_responses` bounds the body,
 //! and repeats a request whose response breaks off or stalls. Without it, `CallLayer` and `RetryPolicy` judge heads
 //! only, and an error in the body reaches the caller. [`OnceLayer`] always collects the responses that it stores. It
-//! never stores a part of a response. If a response broke off, the call counts as made, and its response is not stored.
+//! does not store a response that visibly broke off. If a response broke off, the call counts as made, and its response is not stored.
 //!
 //! # Limits of the guarantee
 //!
