@@ -571,7 +571,8 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// None by default: for one layer over a whole application, chooses the settings by the head of the request; `None`: not
-    /// covered. The settings set on this layer itself are then not used. Under a nested axum router the head's `uri` lacks the prefix;
+    /// covered. The settings set on this layer itself are then used only for
+    /// its gRPC methods, which go before the selector. Under a nested axum router the head's `uri` lacks the prefix;
     /// its extensions `OriginalUri` and `MatchedPath` have it.
     ///
     /// ```

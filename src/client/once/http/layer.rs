@@ -71,12 +71,13 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// | any other status: 408, 499, 5xx | the attempt counts as lost |
 /// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
 ///
-/// The layer reads the body of a response before it stores the response, and never stores a part of a body. If the body
+/// The layer reads the body of a response before it stores the response. If the body
 /// breaks off, or ends before its declared length, the caller of this attempt and later callers get
 /// [`OnceError::NotKept`](crate::client::OnceError::NotKept), because the head shows that the call was made. The next
 /// paragraph has the exception. A body over the limit of bytes or time goes to its caller as a stream, and later callers get
 /// `NotKept`. A response without a declared length and without chunks ends with its connection, so the layer cannot see that
-/// it broke off (RFC 9112 section 8).
+/// it broke off (RFC 9112 section 8). The same holds over HTTP/2 for a response without a declared length whose server
+/// resets the stream with `NO_ERROR`.
 ///
 /// A third party that honours keys ([`assume_keys_honoured`](Self::assume_keys_honoured)) replays a response that broke
 /// off. So the attempt then counts as lost, and [`at_least_once`](Self::at_least_once) sends the request again under its
