@@ -476,6 +476,22 @@ async fn a_request_that_ends_before_its_declared_length_is_not_sent() {
     assert_eq!(store.calls("claim"), 0);
 }
 
+/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+#[tokio::test(start_paused = true)]
+async fn bodies_whose_size_hint_never_falls_are_whole() {
+    let (_, layer) = layer();
+    let http = service_fn(|request: Request<support::AnyBody>| async {
+        assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "amount=1");
+        Ok::<_, io::Error>(Response::new(support::fixed_hint(&["char", "ged"])))
+    });
+    let client = ServiceBuilder::new().layer(layer).service(http);
+    for _ in 0..2 {
+        let request = request("x").map(|_| support::fixed_hint(&["amount", "=1"]));
+        let response = client.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
+    }
+}
+
 /// A response to HEAD may declare the length that its body would have.
 #[tokio::test(start_paused = true)]
 async fn a_response_without_a_body_is_whole_whatever_length_it_declares() {

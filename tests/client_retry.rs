@@ -1,5 +1,7 @@
 //! What a client sends again, when it stops, and what it says about a call: against servers written by hand, and our own.
 
+mod support;
+
 use std::convert::Infallible;
 use std::future::ready;
 use std::io;
@@ -506,6 +508,19 @@ async fn a_body_that_ends_before_its_declared_length_is_lost() {
         }
         error => panic!("{error}"),
     }
+}
+
+/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+#[tokio::test(start_paused = true)]
+async fn a_body_whose_size_hint_never_falls_is_not_lost() {
+    let http = service_fn(|_: Request<String>| {
+        ready(Ok::<_, io::Error>(Response::new(support::fixed_hint(&["char", "ged"]))))
+    });
+    let calls = CallLayer::new(policy(Profile::draft())).collect_responses();
+    let client = ServiceBuilder::new().layer(calls).service(http);
+    let response = client.oneshot(request(&Method::POST, true)).await.unwrap();
+    assert_eq!(response.extensions().get::<Delivery>().unwrap().attempts(), 1);
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
 }
 
 /// A replayed response whose body was lost is requested again, although a complete one would be final.

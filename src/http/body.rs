@@ -42,6 +42,9 @@ pub trait RebuildBody: HttpBody<Data = Bytes> + Unpin + Sized {
 pub struct Body<B> {
     front: Bytes,
     rest: Option<B>,
+    /// The most bytes that `rest` can still yield, by the size hint that it had before anything was read of it. `None` if
+    /// nothing was read of it or its hint had no upper bound. Some bodies return their first hint to the end.
+    left: Option<u64>,
     trailers: Option<HeaderMap>,
 }
 
@@ -51,6 +54,7 @@ impl<B> Body<B> {
         Self {
             front: Bytes::new(),
             rest: Some(body),
+            left: None,
             trailers: None,
         }
     }
@@ -60,6 +64,7 @@ impl<B> Body<B> {
         Self {
             front: bytes,
             rest: None,
+            left: None,
             trailers: None,
         }
     }
@@ -74,6 +79,7 @@ impl<B> Body<B> {
         Some(Self {
             front: self.front.clone(),
             rest,
+            left: self.left,
             trailers: self.trailers.clone(),
         })
     }
@@ -95,16 +101,20 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
             let front = std::mem::take(&mut self.front);
             return Poll::Ready(Some(Ok(Frame::data(front))));
         }
-        if let Some(rest) = &mut self.rest {
+        let this = &mut *self;
+        if let Some(rest) = &mut this.rest {
             if let Some(frame) = ready!(Pin::new(&mut *rest).poll_frame(cx)) {
+                if let (Some(left), Ok(frame)) = (&mut this.left, &frame) {
+                    *left = left.saturating_sub(frame.data_ref().map_or(0, |data| length(data.len())));
+                }
                 return Poll::Ready(Some(frame));
             }
             // Keep a body that does not confirm its end, so that this body does not confirm it, either.
-            if rest.is_end_stream() || self.trailers.is_some() {
-                self.rest = None;
+            if rest.is_end_stream() || this.trailers.is_some() {
+                this.rest = None;
             }
         }
-        Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
+        Poll::Ready(this.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -112,16 +122,17 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let front = u64::try_from(self.front.len()).unwrap_or(u64::MAX);
+        let front = length(self.front.len());
         let rest = self
             .rest
             .as_ref()
             .map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint);
+        let left = self.left.unwrap_or(u64::MAX);
         let mut hint = SizeHint::new();
-        hint.set_lower(rest.lower().saturating_add(front));
+        hint.set_lower(rest.lower().min(left).saturating_add(front));
         // A length that is known is announced, and then HTTP/1.1 has no place for trailers (RFC 9112 section 7.1.2).
         if let (Some(upper), None) = (rest.upper(), &self.trailers) {
-            hint.set_upper(upper.saturating_add(front));
+            hint.set_upper(upper.min(left).saturating_add(front));
         }
         hint
     }
@@ -129,16 +140,20 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
 
 impl<B: HttpBody<Data = Bytes> + Unpin> RebuildBody for Body<B> {
     fn rebuild(body: Body<Self>) -> Self {
-        let Body { front, rest, trailers } = body;
+        let Body {
+            front, rest, trailers, ..
+        } = body;
         match rest {
             None => Self {
                 front,
                 rest: None,
+                left: None,
                 trailers,
             },
             Some(inner) => Self {
                 front: joined(front, inner.front),
                 rest: inner.rest,
+                left: inner.left,
                 trailers: trailers.or(inner.trailers),
             },
         }
@@ -183,6 +198,7 @@ impl RebuildBody for axum::body::Body {
                 front,
                 rest: None,
                 trailers: None,
+                ..
             } => Self::from(front),
             body => Self::new(body),
         }
@@ -197,6 +213,7 @@ impl RebuildBody for reqwest::Body {
                 front,
                 rest: None,
                 trailers: None,
+                ..
             } => Self::from(front),
             body => Self::wrap(body),
         }
@@ -226,6 +243,7 @@ impl Collected {
         B::rebuild(Body {
             front: self.bytes,
             rest: None,
+            left: None,
             trailers: self.trailers,
         })
     }
@@ -270,7 +288,7 @@ impl BodyBounds {
 /// body is complete at the first poll.
 pub(crate) fn collect<B: HttpBody<Data = Bytes> + Unpin>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
     Collect {
-        declared: body.size_hint().lower(),
+        declared: body.size_hint(),
         body: Some(body),
         limit,
         timeout: Limit::Set(timeout),
@@ -302,8 +320,8 @@ pub(crate) fn collect_messages<B: HttpBody<Data = Bytes> + Unpin>(
 pub(crate) struct Collect<B> {
     /// Until it ends.
     body: Option<B>,
-    /// The smallest length by the first size hint.
-    declared: u64,
+    /// The first size hint of the body.
+    declared: SizeHint,
     limit: usize,
     timeout: Limit,
     /// Looks for the end of the first message, until it has come.
@@ -369,23 +387,38 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
             }
         };
         let front = std::mem::take(&mut this.read).into_bytes();
+        let read = length(front.len());
+        let left = this.declared.upper().map(|upper| upper.saturating_sub(read));
         let (rest, trailers) = (this.body.take(), this.trailers.take());
         Poll::Ready(match stop {
             Stop::Broken(error) => Err(Shortfall::Broken(error)),
             Stop::Ended => {
                 let part = Collected { bytes: front, trailers };
-                let is_shorter = u64::try_from(part.bytes.len()).is_ok_and(|read| read < this.declared);
                 // Some bodies return their first hint to the end, so the hint alone does not show that bytes are missing.
-                if is_shorter && rest.is_some_and(|body| body.size_hint().lower() > 0) {
+                if read < this.declared.lower() && rest.is_some_and(|body| body.size_hint().lower() > 0) {
                     Err(Shortfall::Short(part))
                 } else {
                     Ok(part)
                 }
             }
-            Stop::TooLarge => Err(Shortfall::TooLarge(Body { front, rest, trailers })),
-            Stop::TooSlow => Err(Shortfall::TooSlow(Body { front, rest, trailers })),
+            Stop::TooLarge => Err(Shortfall::TooLarge(Body {
+                front,
+                rest,
+                left,
+                trailers,
+            })),
+            Stop::TooSlow => Err(Shortfall::TooSlow(Body {
+                front,
+                rest,
+                left,
+                trailers,
+            })),
         })
     }
+}
+
+fn length(bytes: usize) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 fn exceeds(len: u64, limit: usize) -> bool {
@@ -528,22 +561,87 @@ mod tests {
         assert_eq!(body.size_hint().exact(), Some(1000));
     }
 
+    /// A body whose size hint does not fall while it is read.
+    #[derive(Debug)]
+    struct FixedHint(Frames, SizeHint);
+
+    impl HttpBody for FixedHint {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Pin::new(&mut self.0).poll_frame(cx)
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            self.1
+        }
+    }
+
+    fn fixed_hint(data: &[&'static str], hint: u64) -> FixedHint {
+        FixedHint(frames(data, None), SizeHint::with_exact(hint))
+    }
+
+    #[test]
+    fn a_body_whose_size_hint_never_falls_is_whole_if_it_has_the_length_of_the_hint() {
+        for data in [&["abcd"][..], &["ab", "cd"], &["ab", "", "c", "d"]] {
+            let read = block_on(collect(fixed_hint(data, 4), 4, Duration::from_secs(10))).unwrap();
+            assert_eq!(read.bytes, "abcd");
+            let read = block_on(collect(fixed_hint(data, 5), 5, Duration::from_secs(10)));
+            assert!(matches!(read, Err(Shortfall::Short(_))));
+        }
+    }
+
+    /// A `Content-Length` made from such a hint would promise bytes that never come.
+    #[test]
+    fn the_size_hint_of_a_body_that_was_read_in_part_counts_no_byte_twice() {
+        // A body whose hint is over the limit is not read at all, so let the hint be a range.
+        let mut hint = SizeHint::new();
+        hint.set_upper(6);
+        let body = FixedHint(frames(&["ab", "cd", "ef"], None), hint);
+        let Err(Shortfall::TooLarge(mut body)) = block_on(collect(body, 3, Duration::from_secs(10))) else {
+            panic!("it fits")
+        };
+        assert_eq!((body.size_hint().lower(), body.size_hint().upper()), (4, Some(6)));
+        let front = block_on(body.frame()).unwrap().unwrap();
+        assert_eq!(
+            (front.into_data().unwrap(), body.size_hint().upper()),
+            (Bytes::from("abcd"), Some(2))
+        );
+        drop(block_on(body.frame()).unwrap().unwrap());
+        assert_eq!(body.size_hint().exact(), Some(0));
+
+        let stalled = stream::iter([Ok(Frame::data(Bytes::from_static(b"ab")))]).chain(stream::pending());
+        let body = FixedHint(StreamBody::new(stalled).boxed_unsync(), SizeHint::with_exact(6));
+        let mut reading = collect(body, 6, Duration::ZERO);
+        let Err(Shortfall::TooSlow(body)) = block_on(&mut reading) else {
+            panic!("it has ended")
+        };
+        assert_eq!(body.size_hint().exact(), Some(6));
+    }
+
     #[test]
     fn a_wrapped_body_is_made_again_without_nesting() {
         let inner = Body {
             front: Bytes::from_static(b"cd"),
             rest: Some(frames(&["ef"], None)),
+            left: None,
             trailers: None,
         };
         let outer = Body {
             front: Bytes::from_static(b"ab"),
             rest: Some(inner),
+            left: None,
             trailers: None,
         };
         assert_eq!(drain(Body::rebuild(outer)).0, "abcdef");
         let outer = Body {
             front: Bytes::new(),
             rest: Some(Body::new(frames(&["x"], None))),
+            left: None,
             trailers: Some(HeaderMap::new()),
         };
         assert_eq!(drain(Body::rebuild(outer)).0, "x");

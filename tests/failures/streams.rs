@@ -440,3 +440,25 @@ async fn a_failure_whose_body_ends_before_its_declared_length_frees_its_key() {
         assert_eq!(handler.runs(), run);
     }
 }
+
+/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+#[tokio::test]
+async fn a_body_whose_size_hint_never_falls_is_whole() {
+    let frames = ["char", "ged"];
+    let handler = Handler::new().answering(move |_| Response::new(support::fixed_hint(&frames)));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    for is_replay in [false, true] {
+        let given = send(&service, support::request("k", support::fixed_hint(&["p", "", "ay"]))).await;
+        assert_eq!(
+            (given.head.status, given.body.as_ref()),
+            (StatusCode::OK, &b"charged"[..]),
+            "{is_replay}"
+        );
+    }
+    assert_eq!(
+        send(&service, post("k", "pay")).await.body,
+        "charged",
+        "the same request"
+    );
+    assert_eq!(handler.runs(), 1);
+}

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
@@ -456,6 +456,36 @@ impl Body for Short {
     fn size_hint(&self) -> SizeHint {
         let front = self.front.as_ref().map_or(0, Bytes::len);
         SizeHint::with_exact(front as u64 + self.missing)
+    }
+}
+
+/// A body of these frames. Its size hint is the length of the whole body and does not fall while the body is read.
+pub fn fixed_hint(frames: &[&'static str]) -> AnyBody {
+    FixedHint {
+        hint: frames.iter().map(|frame| frame.len() as u64).sum(),
+        frames: frames
+            .iter()
+            .map(|frame| Bytes::from_static(frame.as_bytes()))
+            .collect(),
+    }
+    .boxed_unsync()
+}
+
+struct FixedHint {
+    frames: VecDeque<Bytes>,
+    hint: u64,
+}
+
+impl Body for FixedHint {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        Poll::Ready(self.frames.pop_front().map(|frame| Ok(Frame::data(frame))))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.hint)
     }
 }
 
