@@ -1,10 +1,12 @@
 //! The time to the first byte of a streamed response, with a key and without.
 //!
-//! `cargo bench --features axum --bench streams` takes about ten seconds. A server and a client in one process talk over a
-//! loopback connection, which stays open. The two kinds of request take turns; figures are medians over all requests.
+//! `cargo bench --features axum --bench streams` takes about ten seconds. A server and a client, each a process of its own, talk
+//! over a loopback connection, which stays open. The two kinds of request take turns; figures are medians over all requests.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 use std::convert::Infallible;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -21,6 +23,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tower_idempotency::{DoNotKeep, IdempotencyLayer, MemoryStore};
 
 const REQUESTS: usize = 10_000;
+/// Starts this program as the server.
+const SERVE: &str = "--serve";
 
 type Client = SendRequest<Empty<bytes::Bytes>>;
 
@@ -42,12 +46,9 @@ async fn not_stored() -> impl IntoResponse {
     (DoNotKeep, [(header::CONTENT_TYPE, "text/plain")], lines())
 }
 
+/// Serves the two streams, and prints the address.
 #[tokio::main]
-async fn main() {
-    // `cargo test --benches` starts it, too.
-    if !std::env::args().any(|argument| argument == "--bench") {
-        return;
-    }
+async fn serve() {
     let app = Router::new()
         .route("/ndjson", post(known_stream))
         .route("/not-stored", post(not_stored))
@@ -55,8 +56,50 @@ async fn main() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
     // Otherwise the second line waits for the acknowledgement of the first one, 40 ms each time.
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    let address = listener.local_addr().expect("the listener has an address");
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    println!("{}", listener.local_addr().expect("the listener has an address"));
+    axum::serve(listener, app).await.expect("the server runs");
+}
+
+/// The process of the server. It ends when this is dropped.
+struct Server(Child);
+
+impl Server {
+    fn start() -> (Self, String) {
+        let this = std::env::current_exe().expect("the path of this program is known");
+        let mut server = Command::new(this)
+            .arg(SERVE)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the server starts");
+        let mut address = String::new();
+        let output = server.stdout.take().expect("the output is a pipe");
+        BufReader::new(output)
+            .read_line(&mut address)
+            .expect("the server prints its address");
+        (Self(server), address.trim().to_owned())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn main() {
+    let has_argument = |name| std::env::args().any(|argument| argument == name);
+    if has_argument(SERVE) {
+        serve();
+    // `cargo test --benches` starts this program, too.
+    } else if has_argument("--bench") {
+        measure();
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn measure() {
+    let (_server, address) = Server::start();
     let stream = TcpStream::connect(address).await.expect("the server listens");
     stream.set_nodelay(true).expect("the connection is open");
     let connected = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
