@@ -17,7 +17,7 @@ use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{Request, Response};
 use http_body_util::Full;
 use tower::{Layer, Service};
-use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile};
+use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile};
 
 /// Few enough for the caches: a request that is sent was just built.
 const BATCH: u32 = 32;
@@ -126,7 +126,7 @@ where
 
 fn subjects() -> Vec<Subject> {
     let keyed = |maker| {
-        let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(maker);
+        let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(maker);
         layer.layer(Client)
     };
     let keys = KeyDeriver::new(&[7; 32]).expect("the secret is long enough");
@@ -135,14 +135,14 @@ fn subjects() -> Vec<Subject> {
         Subject::new("layer that does nothing", Forward(Client)),
         Subject::new(
             "not covered",
-            IdempotencyKeyLayer::new(Profile::stripe())
+            IdempotencyKeyLayer::new(ProviderProfile::stripe())
                 .with_methods([])
                 .layer(Client),
         ),
-        Subject::new("random key, version 4", keyed(KeyMaker::uuid_v4())),
-        Subject::new("random key, version 7", keyed(KeyMaker::uuid_v7())),
+        Subject::new("random key, version 4", keyed(KeyGenerator::uuid_v4())),
+        Subject::new("random key, version 7", keyed(KeyGenerator::uuid_v7())),
         Subject::new("`KeyDeriver::derive`, without the layer", Deriving(keys.clone())),
-        Subject::new("derived key", keyed(KeyMaker::derived(keys))),
+        Subject::new("derived key", keyed(KeyGenerator::derived(keys))),
     ]
 }
 

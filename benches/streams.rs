@@ -20,7 +20,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
-use tower_idempotency::{DoNotKeep, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{DoNotStore, IdempotencyLayer, MemoryStore};
 
 const REQUESTS: usize = 10_000;
 /// Starts this program as the server.
@@ -43,7 +43,7 @@ async fn known_stream() -> impl IntoResponse {
 }
 
 async fn not_stored() -> impl IntoResponse {
-    (DoNotKeep, [(header::CONTENT_TYPE, "text/plain")], lines())
+    (DoNotStore, [(header::CONTENT_TYPE, "text/plain")], lines())
 }
 
 /// Serves the two streams, and prints the address.

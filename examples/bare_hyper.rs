@@ -24,10 +24,10 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tower::{Service, ServiceBuilder};
 use tower_http::map_request_body::MapRequestBodyLayer;
-use tower_idempotency::{Body, Drain, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{BufferedBody, Drain, IdempotencyLayer, MemoryStore};
 
 /// Takes an order, which takes a second.
-async fn order(request: Request<Body<Incoming>>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn order(request: Request<BufferedBody<Incoming>>) -> Result<Response<Full<Bytes>>, Infallible> {
     static LAST: AtomicU32 = AtomicU32::new(0);
     let Ok(body) = request.into_body().collect().await else {
         return Ok(answer(StatusCode::BAD_REQUEST, "the order broke off\n".to_owned()));
@@ -98,7 +98,7 @@ async fn main() -> io::Result<()> {
     let drain = idempotency.drain();
     // The layer reads the bodies of guarded requests, and has to be able to make them again.
     let service = ServiceBuilder::new()
-        .layer(MapRequestBodyLayer::new(Body::new))
+        .layer(MapRequestBodyLayer::new(BufferedBody::new))
         .layer(idempotency)
         .service_fn(order);
 

@@ -22,13 +22,20 @@ use http::Request;
 use third_party::bank::Bank;
 use third_party::{Accident, ThirdParty};
 use tower::{BoxError, ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{CallLayer, Delivery, IdempotencyKeyLayer, Profile, ReqwestService, RetryPolicy};
+use tower_idempotency::client::{
+    CallLayer, CallReport, IdempotencyKeyLayer, ProviderProfile, ReqwestService, RetryPolicy,
+};
 use tower_idempotency::{IdempotencyLayer, Lease, MemoryStore};
 
 /// Sends a request; a key that it has already is left alone.
-async fn call(profile: Profile, attempts: u32, request: Request<String>) -> Result<reqwest::Response, BoxError> {
+async fn call(
+    profile: ProviderProfile,
+    attempts: u32,
+    request: Request<String>,
+) -> Result<reqwest::Response, BoxError> {
     let retries = RetryPolicy::new(profile.clone())
-        .with_backoff(Duration::from_millis(50), Duration::from_secs(1))
+        .with_initial_backoff(Duration::from_millis(50))
+        .with_max_backoff(Duration::from_secs(1))
         .with_max_attempts(attempts);
     let client = ServiceBuilder::new()
         .layer(IdempotencyKeyLayer::new(profile))
@@ -41,7 +48,7 @@ async fn charge(bank: &ThirdParty, lease: &Lease, purpose: &str, amount: &str) -
     let request = Request::post(bank.url("/v1/charges"))
         .header("idempotency-key", lease.derive_id(purpose))
         .body(amount.to_owned())?;
-    let answer = call(Profile::stripe(), 2, request).await?.error_for_status()?;
+    let answer = call(ProviderProfile::stripe(), 2, request).await?.error_for_status()?;
     Ok(answer.text().await?)
 }
 
@@ -80,10 +87,10 @@ async fn main() -> Result<(), BoxError> {
     ]);
     at_shop.expect([Accident::None, Accident::AnswerLost]);
     let request = Request::post(at_shop.url("/orders")).body("2 teapots".to_owned())?;
-    let answer = call(Profile::draft(), 5, request).await?.error_for_status()?;
+    let answer = call(ProviderProfile::draft(), 5, request).await?.error_for_status()?;
     let delivery = *answer
         .extensions()
-        .get::<Delivery>()
+        .get::<CallReport>()
         .ok_or("the layer reports every call")?;
     let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
     println!("the customer has after {attempts} attempts: {}", answer.text().await?);

@@ -12,7 +12,7 @@
 //! # Where the window remains
 //!
 //! A request of a dead caller may still be under way while the next one asks. It arrives *after* the third party has truly said "no
-//! such order", and there are two. `with_settling` waits before it asks and so narrows this window; what shuts it is a third party that
+//! such order", and there are two. `with_settle_delay` waits before it asks and so narrows this window; what shuts it is a third party that
 //! can be told not to take the old request any more, by its `Attempt::fence`, before it is asked.
 
 #[expect(dead_code, unreachable_pub, reason = "only the store of that example is needed here")]
@@ -32,8 +32,9 @@ use http::{Request, Response};
 use third_party::{Accident, Scratch, ThirdParty};
 use tokio::process::Command;
 use tower::{ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{Found, LostCall, OnceLayer, Profile, ReqwestService};
+use tower_idempotency::client::{LostCall, OnceLayer, ProviderProfile, ReqwestService};
 use tower_idempotency::Clock;
+use tower_idempotency::Recovered;
 
 /// The third party's: the references of its orders. It takes the same reference as often as it comes.
 type Orders = Arc<Mutex<Vec<String>>>;
@@ -51,20 +52,20 @@ async fn find(State(orders): State<Orders>, Path(reference): Path<String>) -> Re
 }
 
 /// What became of a lost call. Whatever is neither "found" nor "not found" leaves it unknown.
-async fn check(lost: LostCall) -> Found<Response<bytes::Bytes>> {
+async fn check(lost: LostCall) -> Recovered<Response<bytes::Bytes>> {
     let found = async {
         let answer = reqwest::Client::new().get(lost.head.uri.to_string()).send().await?;
         Ok::<_, reqwest::Error>((answer.status(), answer.bytes().await?))
     };
     let found = match found.await {
-        Ok((StatusCode::OK, order)) => Found::Happened(Response::new(order)),
-        Ok((StatusCode::NOT_FOUND, _)) => Found::NotHappened,
-        _ => Found::Unknown,
+        Ok((StatusCode::OK, order)) => Recovered::Happened(Response::new(order)),
+        Ok((StatusCode::NOT_FOUND, _)) => Recovered::NotHappened,
+        _ => Recovered::Unknown,
     };
     let answer = match &found {
-        Found::Happened(_) => "found",
-        Found::NotHappened => "not found",
-        Found::Unknown => "nobody knows",
+        Recovered::Happened(_) => "found",
+        Recovered::NotHappened => "not found",
+        Recovered::Unknown => "nobody knows",
     };
     println!("  attempt {} asks for {}: {answer}", lost.attempt.number(), lost.key);
     found
@@ -72,7 +73,7 @@ async fn check(lost: LostCall) -> Found<Response<bytes::Bytes>> {
 
 /// The caller.
 async fn order(store: DirectoryStore, party: &str, reference: &str) -> Result<(), Box<dyn Error>> {
-    let once = OnceLayer::new(store, Profile::draft())
+    let once = OnceLayer::new(store, ProviderProfile::draft())
         // Another process takes over a second after the last sign of life; 30 s is the default.
         .with_lease(Duration::from_secs(1))
         .without_sending_key()

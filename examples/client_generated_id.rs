@@ -24,7 +24,7 @@ use serde_json::{json, Value};
 use third_party::{Accident, ThirdParty};
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    CallLayer, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile, RetryPolicy,
+    CallLayer, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile, RetryPolicy,
 };
 
 /// The third party's: amounts by id. An id that is taken is refused by 409.
@@ -56,11 +56,13 @@ fn put_id(request: &mut Request<String>, id: &str) -> Result<(), serde_json::Err
 /// The job: transfers an amount, in a client that was never used before, as it is after a crash.
 async fn transfer(party: &ThirdParty, payout: &str, amount: u64) -> Result<StatusCode, BoxError> {
     let ids = KeyDeriver::new(b"32 bytes from the secret manager")?;
-    let retries = RetryPolicy::new(Profile::draft()).with_backoff(Duration::from_millis(50), Duration::from_secs(1));
+    let retries = RetryPolicy::new(ProviderProfile::draft())
+        .with_initial_backoff(Duration::from_millis(50))
+        .with_max_backoff(Duration::from_secs(1));
     let client = ServiceBuilder::new()
         .layer(
-            IdempotencyKeyLayer::new(Profile::draft())
-                .with_maker(KeyMaker::derived(ids))
+            IdempotencyKeyLayer::new(ProviderProfile::draft())
+                .with_maker(KeyGenerator::derived(ids))
                 .with_body_key(put_id),
         )
         .layer(CallLayer::new(retries))

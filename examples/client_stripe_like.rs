@@ -22,15 +22,18 @@ use third_party::{Accident, ThirdParty};
 use tower::timeout::TimeoutLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile, RetryPolicy,
+    CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile,
+    RetryPolicy,
 };
 
 /// The job: charges an order, in a client that was never used before, as it is after a crash.
 async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, BoxError> {
     let keys = KeyDeriver::new(b"32 bytes from the secret manager")?;
-    let retries = RetryPolicy::new(Profile::stripe()).with_backoff(Duration::from_millis(50), Duration::from_secs(1));
+    let retries = RetryPolicy::new(ProviderProfile::stripe())
+        .with_initial_backoff(Duration::from_millis(50))
+        .with_max_backoff(Duration::from_secs(1));
     let client = ServiceBuilder::new()
-        .layer(IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys)))
+        .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys)))
         .layer(CallLayer::new(retries))
         // tower's boxed error is no `Error`, and could not be a source.
         .map_err(io::Error::other::<BoxError>)
@@ -43,9 +46,9 @@ async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, 
 
     let delivery = *response
         .extensions()
-        .get::<Delivery>()
+        .get::<CallReport>()
         .ok_or("the layer reports every call")?;
-    assert_eq!(delivery.outcome(), CallOutcome::Answered);
+    assert_eq!(delivery.outcome(), CallOutcome::Responded);
     let id = String::from_utf8(response.into_body().collect().await?.to_bytes().into())?;
     let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
     println!("{order}: {id} after {attempts} attempts, the answer is a replay: {is_replay}");

@@ -18,7 +18,7 @@ use axum::{Json, Router};
 use futures::{stream, StreamExt};
 use serde::{Deserialize, Serialize};
 use tower_idempotency::{
-    BoxStore, CanonicalJson, DoNotKeep, IdempotencyLayer, Keep, KeySyntax, OnError, Scope, StoreOutcomeOnly,
+    BoxStore, CanonicalJson, DoNotStore, IdempotencyLayer, KeySyntax, OnError, Scope, StoreOutcomeOnly, StoreResponse,
 };
 
 #[derive(Clone, Default)]
@@ -115,8 +115,8 @@ fn stalled() -> Body {
 
 fn decorate(response: &mut Response, n: u64, asked: &HeaderMap) {
     match control(asked, "x-test-keep") {
-        Some("yes") => drop(response.extensions_mut().insert(Keep)),
-        Some("no") => drop(response.extensions_mut().insert(DoNotKeep)),
+        Some("yes") => drop(response.extensions_mut().insert(StoreResponse)),
+        Some("no") => drop(response.extensions_mut().insert(DoNotStore)),
         Some("outcome") => drop(response.extensions_mut().insert(StoreOutcomeOnly)),
         _ => {}
     }
@@ -162,14 +162,14 @@ fn app(store: BoxStore) -> Router {
         ("/conflict", layer.clone().with_wait(Duration::ZERO)),
         ("/wait-short", layer.clone().with_wait(Duration::from_millis(300))),
         ("/scoped", layer.clone().with_scope(tenant)),
-        ("/keep-all", layer.clone().on_error(OnError::Keep).keep_if(|_| true)),
+        ("/keep-all", layer.clone().on_error(OnError::Store).store_if(|_| true)),
         (
             "/success-only",
-            layer.clone().keep_if(|response| response.status.is_success()),
+            layer.clone().store_if(|response| response.status.is_success()),
         ),
         ("/json", layer.clone().with_json_fingerprint(json)),
         ("/short", layer.clone().with_retention(Duration::from_secs(1))),
-        ("/small", layer.clone().with_body_limit(1024).with_answer_limit(1024)),
+        ("/small", layer.clone().with_body_limit(1024).with_response_limit(1024)),
         ("/stripe", layer.clone().stripe()),
         (
             "/impatient",

@@ -33,7 +33,7 @@ use axum::Router;
 use tokio::net::TcpListener;
 use tokio::time::{sleep, Sleep};
 use tower_idempotency::protocol::{
-    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,
 };
 use tower_idempotency::{Clock, Error, IdempotencyLayer, Store, Timestamp};
@@ -83,7 +83,7 @@ impl DirectoryStore {
 
     fn apply(&self, change: Change, file: &Path) -> io::Result<()> {
         match change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) => self.write(file, &record.to_bytes())?,
             Change::Remove => fs::remove_file(file)?,
         }
@@ -140,7 +140,7 @@ impl Store for DirectoryStore {
         self.step(key, release).await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         let resolution = resolution.clone();
         let resolve = move |record: Option<&Record>, now| Record::resolve(record, fence, &resolution, now);
         self.step(key, resolve).await
@@ -149,7 +149,7 @@ impl Store for DirectoryStore {
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
         let peek = |record: Option<&Record>, now| Transition {
             reply: Record::peek(record, now),
-            change: Change::Keep,
+            change: Change::StoreResponse,
         };
         self.step(key, peek).await
     }

@@ -24,7 +24,7 @@ use http_body_util::LengthLimitError;
 use serde::Deserialize;
 use tokio::time::timeout;
 use tower::ServiceExt;
-use tower_idempotency::{Attempt, IdempotencyLayer, KeySyntax, MemoryStore};
+use tower_idempotency::{AttemptNumber, IdempotencyLayer, KeySyntax, MemoryStore};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const LONGEST_BODY: usize = 64 * 1024;
@@ -87,7 +87,7 @@ struct Payment {
     amount: u32,
 }
 
-async fn pay(attempt: Attempt, Json(payment): Json<Payment>) -> (StatusCode, String) {
+async fn pay(attempt: AttemptNumber, Json(payment): Json<Payment>) -> (StatusCode, String) {
     let receipt = format!("paid {} in attempt {}", payment.amount, attempt.number());
     (StatusCode::CREATED, receipt)
 }

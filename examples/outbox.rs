@@ -73,7 +73,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         move |message| ship(pool.clone(), inbox.clone(), message)
     };
     let pause = Duration::from_millis(50);
-    let relay = outbox.relay(publish).with_interval(pause).with_pauses(pause, pause);
+    let relay = outbox
+        .relay(publish)
+        .with_interval(pause)
+        .with_initial_backoff(pause)
+        .with_max_backoff(pause);
     let relaying = tokio::spawn(relay.run());
     for order in 1..=ORDERS {
         pay(&pool, &outbox, order).await?;

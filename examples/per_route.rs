@@ -29,7 +29,7 @@ use axum::{Extension, Router};
 use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
-    Attempt, DoNotKeep, Drain, IdempotencyKey, IdempotencyLayer, Lease, MemoryStore, OnError, RetainFor, Scope,
+    AttemptNumber, DoNotStore, Drain, IdempotencyKey, IdempotencyLayer, Lease, MemoryStore, OnError, Scope, StoreFor,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -59,7 +59,7 @@ fn tenant(head: &Parts) -> Option<Scope> {
 fn v1(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
     let payments = idempotency.clone().require_key().with_retention(WEEK);
     let reports = idempotency.clone().with_wait(Duration::ZERO);
-    let emails = idempotency.clone().on_error(OnError::Keep);
+    let emails = idempotency.clone().on_error(OnError::Store);
     Router::new()
         .route("/payments", post(pay).layer(payments))
         .route("/reports", post(report).layer(reports))
@@ -71,11 +71,13 @@ fn v1(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
 fn v2(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
     let payments = idempotency.clone().require_key().with_retention(WEEK).settings();
     let others = idempotency.settings();
-    let chosen = idempotency.clone().with_selector(move |head| match head.uri.path() {
-        "/payments" => Some(payments.clone()),
-        "/quotes" => None,
-        _ => Some(others.clone()),
-    });
+    let chosen = idempotency
+        .clone()
+        .with_settings_for(move |head| match head.uri.path() {
+            "/payments" => Some(payments.clone()),
+            "/quotes" => None,
+            _ => Some(others.clone()),
+        });
     Router::new()
         .route("/payments", post(pay))
         .route("/quotes", post(quote))
@@ -106,13 +108,13 @@ async fn report(day: String) -> Response {
     sleep(Duration::from_millis(500)).await;
     let report = format!("report {} on {day}\n", next_number());
     match day.as_str() {
-        "today" => (Extension(DoNotKeep), report).into_response(),
-        _ => (Extension(RetainFor(HOUR)), report).into_response(),
+        "today" => (Extension(DoNotStore), report).into_response(),
+        _ => (Extension(StoreFor(HOUR)), report).into_response(),
     }
 }
 
 /// The mail leaves before anything can fail: a failure that released the key would send it twice.
-async fn email(key: Option<IdempotencyKey>, attempt: Option<Attempt>, to: String) -> (StatusCode, String) {
+async fn email(key: Option<IdempotencyKey>, attempt: Option<AttemptNumber>, to: String) -> (StatusCode, String) {
     let status = if to.contains('@') {
         StatusCode::ACCEPTED
     } else {

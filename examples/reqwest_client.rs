@@ -17,7 +17,7 @@ use third_party::bank::Bank;
 use third_party::{Accident, ThirdParty};
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, Profile, ReqwestService, RetryPolicy,
+    CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, ProviderProfile, ReqwestService, RetryPolicy,
 };
 
 #[tokio::main]
@@ -27,9 +27,11 @@ async fn main() -> Result<(), BoxError> {
 
     // The time-out is one of each attempt.
     let http = ReqwestService::build(reqwest::Client::builder().timeout(Duration::from_millis(500)))?;
-    let retries = RetryPolicy::new(Profile::stripe()).with_backoff(Duration::from_millis(50), Duration::from_secs(1));
+    let retries = RetryPolicy::new(ProviderProfile::stripe())
+        .with_initial_backoff(Duration::from_millis(50))
+        .with_max_backoff(Duration::from_secs(1));
     let client = ServiceBuilder::new()
-        .layer(IdempotencyKeyLayer::new(Profile::stripe()))
+        .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()))
         .layer(CallLayer::new(retries))
         .service(http);
 
@@ -38,14 +40,14 @@ async fn main() -> Result<(), BoxError> {
     let answer = reqwest::Response::from(client.oneshot(request).await?).error_for_status()?;
     let delivery = *answer
         .extensions()
-        .get::<Delivery>()
+        .get::<CallReport>()
         .ok_or("the layer reports every call")?;
     let id = answer.text().await?;
 
     let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
     println!("{id} after {attempts} attempts, the answer is a replay: {is_replay}");
     println!("the bank charged {:?}", bank.charges());
-    assert_eq!(delivery.outcome(), CallOutcome::Answered);
+    assert_eq!(delivery.outcome(), CallOutcome::Responded);
     assert_eq!(bank.charges(), ["4200"], "one charge");
     Ok(())
 }

@@ -49,7 +49,7 @@
 //! |---|---|---|
 //! | the same PostgreSQL as the record | exactly-once effect | effect and completion in one transaction, by a store that offers it |
 //! | a third party that dedups by a key that we pass on | exactly-once effect, even when run again | [`Lease::derive_key`] |
-//! | a third party that can be asked "did it happen?" | exactly-once, if the question itself shuts the old attempt out (raises the fence); else at-least-once | [`OnLost::recover`] |
+//! | a third party that can be asked "did it happen?" | exactly-once, if the question itself shuts the old attempt out (raises the fence); else at-least-once | [`with_recovery`](IdempotencyLayer::with_recovery) |
 //! | anything else | at-most-once ([`OnLost::Refuse`], the default) or at-least-once ([`OnLost::Execute`]): choose; there is no third | |
 //!
 //! All of it holds as long as the store does not lose acknowledged writes and the record outlives the client's last retry.
@@ -68,9 +68,9 @@
 //!
 //! | feature | adds |
 //! |---|---|
-//! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`Attempt`] and [`IdempotencyKey`] |
+//! | `axum` | the layer in axum apps: [`RebuildBody`] for axum's body, full paths under nested routers, the extractors [`Lease`], [`AttemptNumber`] and [`IdempotencyKey`] |
 //! | `conformance` | `store::conformance`: checks that a store of your own keeps the contract, for tests |
-//! | `follow-redirect` | [`client::KeyAtHome`](client), which keeps a key from redirects to another origin |
+//! | `follow-redirect` | [`client::SameOriginKey`](client), which keeps a key from redirects to another origin |
 //! | `metrics` | counters, gauges and histograms through the `metrics` facade |
 //! | `once` | `client::once`, for calls of any kind that are to be made once |
 //! | `postgres` | `PostgresStore`; `Lease::complete_in` for effect and answer in one transaction; `receiver::Inbox` and `outbox`; needs Rust 1.94 |
@@ -93,10 +93,10 @@
 //! `fence`; and an event (field `event`, and `error`, `kind` and `cause` if there is an error) per unusual path. The
 //! level is `ERROR` if the `kind` is `Configuration` or `CorruptRecord`, because an operator has to act. It is `INFO`
 //! for `rescued`, `DEBUG` for the `tombstone` of a stream or of a response that must not be stored, and `WARN`
-//! otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`, `decided-behind` (feature
+//! otherwise. The events are `abandoned`, `claim-repeated`, `completion-repeated`, `transaction-resolved-late` (feature
 //! `postgres`), `error-unclassified`, `handler-failed`, `look-repeated`, `message-failed` and `message-unreadable`
-//! (feature `postgres`), `overloaded`, `record-unreadable`, `recorded-behind`, `relay-failed` (feature `postgres`),
-//! `released-behind`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
+//! (feature `postgres`), `overloaded`, `record-unreadable`, `outcome-recorded-late`, `relay-failed` (feature `postgres`),
+//! `claim-released-late`, `renewal-failed`, `rescued`, `rolled-back` (feature `postgres`), `store-failed`,
 //! `store-misconfigured`, `superseded`, `sweep-failed` (feature `postgres`), `tombstone`, `type-mismatch`, `unchecked`
 //! (feature `redis`), `unprotected`, `unrecorded`, `webhook-rejected` (feature `webhooks`). Those of messages have the
 //! fields `error`, `position` (of the row) and `failures` (attempts so far); the `error` of `message-failed` is the
@@ -114,7 +114,7 @@
 //! | `idempotency_wait_seconds` | histogram | | how long duplicates waited for the outstanding request |
 //! | `idempotency_layer_seconds` | histogram | | time in the layer, without the handler and without waiting |
 //! | `idempotency_in_flight` | gauge | | executions under way |
-//! | `idempotency_store_records`, `_bytes`, `_in_flight`, `_waiters` | gauge | | the [figures](store::Figures) of a memory store, once a second |
+//! | `idempotency_store_records`, `_bytes`, `_in_flight`, `_waiters` | gauge | | the [figures](store::StoreStats) of a memory store, once a second |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -150,14 +150,14 @@ pub use self::clock::{Clock, Timestamp};
 pub use self::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 pub use self::http::{grpc_response, MarkStatus};
-pub use self::http::{Body, RebuildBody, Refusal, RefusalKind};
-pub use self::job::{Drain, OnError};
+pub use self::http::{BufferedBody, RebuildBody, Refusal, RefusalKind};
+pub use self::job::{Drain, OnError, OnLost, Recovered};
 pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};
 #[cfg(feature = "axum")]
-pub use self::server::NotGuarded;
+pub use self::server::LeaseRejection;
 pub use self::server::{
-    Attempt, DoNotKeep, Idempotency, IdempotencyLayer, Keep, Lease, OnLost, RecoverFn, Recovered, Recovery,
-    ResponseFuture, RetainFor, ServiceFailure, Settings, StoreOutcomeOnly, StreamResponse,
+    AttemptNumber, DoNotStore, Idempotency, IdempotencyLayer, Lease, LostAttempt, ResponseFuture, ServiceFailure,
+    Settings, StoreFor, StoreOutcomeOnly, StoreResponse, StreamResponse,
 };
 #[cfg(feature = "postgres")]
 pub use self::store::PostgresStore;

@@ -84,9 +84,9 @@ impl Event {
             Self::CompletionRepeated => "completion-repeated",
             Self::LookRepeated => "look-repeated",
             #[cfg(feature = "postgres")]
-            Self::DecidedBehind => "decided-behind",
+            Self::DecidedBehind => "transaction-resolved-late",
             Self::Overloaded => "overloaded",
-            Self::RecordedBehind => "recorded-behind",
+            Self::RecordedBehind => "outcome-recorded-late",
             Self::Rescued => "rescued",
             #[cfg(feature = "postgres")]
             Self::MessageFailed => "message-failed",
@@ -94,7 +94,7 @@ impl Event {
             Self::MessageUnreadable => "message-unreadable",
             #[cfg(feature = "postgres")]
             Self::RelayFailed => "relay-failed",
-            Self::ReleasedBehind => "released-behind",
+            Self::ReleasedBehind => "claim-released-late",
             Self::RenewalFailed => "renewal-failed",
             Self::ErrorUnclassified => "error-unclassified",
             Self::HandlerFailed => "handler-failed",

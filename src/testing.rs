@@ -101,8 +101,8 @@ impl TestLease {
 
     /// Returns the lease of a message, for a handler behind a [`ReceiverLayer`](receiver::ReceiverLayer).
     #[must_use]
-    pub fn for_receiver(&self) -> receiver::Lease {
-        receiver::Lease::made(&self.made)
+    pub fn for_receiver(&self) -> receiver::MessageLease {
+        receiver::MessageLease::made(&self.made)
     }
 
     /// Returns the attempt of a call, for a function that `client::once` runs.

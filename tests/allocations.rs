@@ -10,7 +10,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::layer::util::Identity;
 use tower::{Layer, Service};
-use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile};
+use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile};
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
 type Ours = Response<Full<Bytes>>;
@@ -159,14 +159,24 @@ fn a_key_takes_an_allocation_or_two_and_what_gets_none_takes_nothing() {
         request
     };
     let keys = KeyDeriver::new(&[7; 32]).unwrap();
-    let function = KeyMaker::from_fn(|_| Ok::<_, Infallible>("order-1".repeat(5)));
+    let function = KeyGenerator::from_fn(|_| Ok::<_, Infallible>("order-1".repeat(5)));
     block_on(ready(()));
     for (name, maker, profile, most) in [
-        ("random, version 4", KeyMaker::uuid_v4(), Profile::stripe(), 1),
-        ("random, version 7", KeyMaker::uuid_v7(), Profile::stripe(), 1),
-        ("derived", KeyMaker::derived(keys), Profile::stripe(), 1),
-        ("in quotes", KeyMaker::uuid_v4(), Profile::draft(), 2),
-        ("by a function", function, Profile::stripe(), 2),
+        (
+            "random, version 4",
+            KeyGenerator::uuid_v4(),
+            ProviderProfile::stripe(),
+            1,
+        ),
+        (
+            "random, version 7",
+            KeyGenerator::uuid_v7(),
+            ProviderProfile::stripe(),
+            1,
+        ),
+        ("derived", KeyGenerator::derived(keys), ProviderProfile::stripe(), 1),
+        ("in quotes", KeyGenerator::uuid_v4(), ProviderProfile::draft(), 2),
+        ("by a function", function, ProviderProfile::stripe(), 2),
     ] {
         let mut client = IdempotencyKeyLayer::new(profile).with_maker(maker).layer(Naming);
         // The thread's random numbers allocate once.

@@ -14,7 +14,7 @@ use http::{Request, Response, StatusCode};
 use http_body_util::Full;
 use support::{Fault, RemoteStore};
 use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::client::{once, Done, Failure, OnceError, OnceLayer, Profile};
+use tower_idempotency::client::{once, Done, Failure, OnceError, OnceLayer, ProviderProfile};
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::MemoryStore;
 
@@ -83,7 +83,7 @@ async fn a_redirect_of_a_gatekeeper_is_not_kept_as_the_answer() {
             }
             ready(Ok::<_, Infallible>(answer))
         });
-        let client = OnceLayer::new(MemoryStore::new(), Profile::draft()).layer(http);
+        let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).layer(http);
         let request = || {
             let request = Request::post("https://a.example/pay").header("idempotency-key", "k");
             request.body(Full::<Bytes>::from("100")).unwrap()

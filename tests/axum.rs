@@ -22,9 +22,10 @@ use http_body_util::{BodyExt, Full};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::{BoxError, ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{OnceLayer, Profile};
+use tower_idempotency::client::{OnceLayer, ProviderProfile};
 use tower_idempotency::{
-    Attempt, CanonicalJson, DoNotKeep, IdempotencyKey, IdempotencyLayer, Keep, Lease, MemoryStore, OnError, Scope,
+    AttemptNumber, CanonicalJson, DoNotStore, IdempotencyKey, IdempotencyLayer, Lease, MemoryStore, OnError, Scope,
+    StoreResponse,
 };
 
 /// What came back.
@@ -92,8 +93,8 @@ async fn handler(State(runs): State<Runs>, headers: HeaderMap, body: Bytes) -> R
     )
         .into_response();
     match headers.get("x-keep").map(HeaderValue::as_bytes) {
-        Some(b"yes") => drop(response.extensions_mut().insert(Keep)),
-        Some(b"no") => drop(response.extensions_mut().insert(DoNotKeep)),
+        Some(b"yes") => drop(response.extensions_mut().insert(StoreResponse)),
+        Some(b"no") => drop(response.extensions_mut().insert(DoNotStore)),
         _ => {}
     }
     response
@@ -326,7 +327,7 @@ async fn another_header_marker_and_namespace_can_be_set() {
     let marker = Some(("x-replayed".parse().unwrap(), HeaderValue::from_static("1")));
     let own = layer()
         .with_header("x-request-key".parse().unwrap())
-        .with_marker(marker)
+        .with_replay_header(marker)
         .with_namespace("billing");
     let (app, runs) = app(own);
     for _ in 0..2 {
@@ -359,7 +360,7 @@ async fn settings_follow_the_route_by_cloning_and_by_the_head_of_the_request() {
 
     let strict = base.clone().require_key().settings();
     let lax = base.clone().settings();
-    let selected = base.with_selector(move |head| match head.uri.path() {
+    let selected = base.with_settings_for(move |head| match head.uri.path() {
         "/strict" => Some(strict.clone()),
         "/open" => None,
         _ => Some(lax.clone()),
@@ -380,15 +381,15 @@ async fn extractors_show_the_attempt_and_their_absence() {
     async fn shows(
         key: Option<IdempotencyKey>,
         lease: Option<Lease>,
-        attempt: Option<Attempt>,
+        attempt: Option<AttemptNumber>,
     ) -> Json<serde_json::Value> {
         Json(serde_json::json!({
             "key": key.as_ref().map(IdempotencyKey::as_str),
             "fenced": lease.is_some_and(|lease| lease.fence().as_u64() > 0 && lease.is_held()),
-            "first": attempt.map(Attempt::is_first),
+            "first": attempt.map(AttemptNumber::is_first),
         }))
     }
-    async fn needs(_: Lease, _: Attempt, _: IdempotencyKey) {}
+    async fn needs(_: Lease, _: AttemptNumber, _: IdempotencyKey) {}
 
     let app = Router::new()
         .route("/shows", post(shows))
@@ -417,7 +418,7 @@ async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
 
     let layer = layer().with_header(header::HeaderName::from_static("x-request-key"));
     let settings = layer.settings();
-    let selecting = layer.clone().with_selector(move |_| Some(settings.clone()));
+    let selecting = layer.clone().with_settings_for(move |_| Some(settings.clone()));
     for layer in [layer, selecting] {
         let app = Router::new().route("/needs", any(needs)).layer(layer);
         let (ours, usual) = (("x-request-key", "k"), ("idempotency-key", "k"));
@@ -443,10 +444,10 @@ async fn a_load_shedder_behind_an_error_handler_frees_the_key_by_a_mark() {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     async fn rejected(_: BoxError) -> impl IntoResponse {
-        (StatusCode::SERVICE_UNAVAILABLE, Extension(DoNotKeep), "busy")
+        (StatusCode::SERVICE_UNAVAILABLE, Extension(DoNotStore), "busy")
     }
 
-    for on_error in [OnError::Keep, OnError::Release, OnError::Unknown] {
+    for on_error in [OnError::Store, OnError::Release, OnError::Unknown] {
         let inside = ServiceBuilder::new()
             .layer(layer().on_error(on_error))
             .layer(HandleErrorLayer::new(rejected))
@@ -468,7 +469,7 @@ async fn extensions_in_a_response_tuple_reach_the_layer() {
     let runs = Runs::default();
     let vetoed = |State(runs): State<Runs>| async move {
         let n = runs.0.fetch_add(1, Ordering::SeqCst);
-        (Extension(DoNotKeep), format!("{n}"))
+        (Extension(DoNotStore), format!("{n}"))
     };
     let app = Router::new()
         .route("/", post(vetoed))
@@ -648,7 +649,7 @@ async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
         let done = Full::from(request.uri().path().to_owned());
         Ok::<_, std::convert::Infallible>(http::Response::new(done))
     });
-    let once = OnceLayer::new(MemoryStore::new(), Profile::draft());
+    let once = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft());
     let client = ServiceBuilder::new().layer(once).service(bank);
     let handler = move |request: Request<Body>| forward_twice(client, request);
     let app = Router::new().route("/pay", post(handler));

@@ -201,7 +201,7 @@ async fn a_flood_of_keys_is_refused_and_takes_no_answer_from_anybody() {
     }
     let again = send(&service, post("mine", "pay")).await;
     assert_eq!((again.is_replay(), again.body), (true, mine.body));
-    assert_eq!((store.figures().records, handler.runs()), (1_000, 1_000));
+    assert_eq!((store.stats().records, handler.runs()), (1_000, 1_000));
 }
 
 #[tokio::test]
@@ -211,11 +211,11 @@ async fn a_flood_of_large_answers_shrinks_the_oldest_and_runs_nothing_again() {
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     for n in 0..100 {
         send(&service, post(&format!("k-{n}"), "x")).await;
-        assert!(store.figures().bytes <= 100_000);
+        assert!(store.stats().bytes <= 100_000);
     }
     assert_eq!(send(&service, post("k-0", "x")).await.code(), "response-not-stored");
     assert!(send(&service, post("k-99", "x")).await.is_replay());
-    assert_eq!((store.figures().records, handler.runs()), (100, 100));
+    assert_eq!((store.stats().records, handler.runs()), (100, 100));
 }
 
 #[tokio::test]
@@ -278,8 +278,9 @@ async fn settings_of_nothing_and_of_for_ever_work() {
     }
     let layer = layer()
         .with_body_limit(0)
-        .with_answer_limit(0)
-        .with_max_waiters(0, 0)
+        .with_response_limit(0)
+        .with_max_waiters_per_key(0)
+        .with_max_waiters(0)
         .with_max_key_length(0)
         .with_max_attempts(0);
     let service = layer

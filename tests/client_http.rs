@@ -25,8 +25,8 @@ use tower::{ServiceBuilder, ServiceExt};
 use tower_http::follow_redirect::policy::{clone_body_fn, Limited, Policy, PolicyExt};
 use tower_http::follow_redirect::FollowRedirectLayer;
 use tower_idempotency::client::{
-    CallError, CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, KeyAtHome, KeyedError, OnceLayer, Profile,
-    ReqwestService, RetryPolicy,
+    CallError, CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyPlacementError, OnceLayer, ProviderProfile,
+    ReqwestService, RetryPolicy, SameOriginKey,
 };
 use tower_idempotency::MemoryStore;
 
@@ -146,13 +146,17 @@ async fn accepting() -> Server {
 }
 
 fn keys() -> IdempotencyKeyLayer {
-    IdempotencyKeyLayer::new(Profile::stripe())
+    IdempotencyKeyLayer::new(ProviderProfile::stripe())
 }
 
 /// Retries, of which none takes long.
 fn calls(attempts: u32) -> CallLayer {
-    let policy = RetryPolicy::new(Profile::stripe()).with_max_attempts(attempts);
-    CallLayer::new(policy.with_backoff(Duration::from_millis(1), Duration::from_millis(10)))
+    let policy = RetryPolicy::new(ProviderProfile::stripe()).with_max_attempts(attempts);
+    CallLayer::new(
+        policy
+            .with_initial_backoff(Duration::from_millis(1))
+            .with_max_backoff(Duration::from_millis(10)),
+    )
 }
 
 fn charge<B: From<&'static str>>(url: &str) -> Request<B> {
@@ -178,7 +182,7 @@ mod with_reqwest {
         let client = ServiceBuilder::new().layer(keys()).service(http);
         match client.oneshot(charge::<Body>(url)).await {
             Ok(response) => Ok(response.into()),
-            Err(KeyedError::Service(error)) => Err(error),
+            Err(KeyPlacementError::Service(error)) => Err(error),
             Err(error) => panic!("{error}"),
         }
     }
@@ -236,8 +240,8 @@ mod with_reqwest {
         let server = server.await;
         let client = ServiceBuilder::new().layer(keys()).layer(calls(5)).service(built());
         let response = client.clone().oneshot(charge::<Body>(&server.url("/"))).await.unwrap();
-        let delivery = *response.extensions().get::<Delivery>().unwrap();
-        assert_eq!((delivery.attempts(), delivery.outcome()), (3, CallOutcome::Answered));
+        let delivery = *response.extensions().get::<CallReport>().unwrap();
+        assert_eq!((delivery.attempts(), delivery.outcome()), (3, CallOutcome::Responded));
         assert_eq!(server.paths_of_one_request().len(), 3);
 
         client.oneshot(charge::<Body>(&server.url("/"))).await.unwrap();
@@ -250,8 +254,9 @@ mod with_reqwest {
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         for (url, attempts) in [(format!("http://{free}/"), 3), ("/relative".to_owned(), 1)] {
             let client = ServiceBuilder::new().layer(keys()).layer(calls(3)).service(built());
-            let error: KeyedError<CallError<reqwest::Error>> = client.oneshot(charge::<Body>(&url)).await.unwrap_err();
-            let KeyedError::Service(error) = error else {
+            let error: KeyPlacementError<CallError<reqwest::Error>> =
+                client.oneshot(charge::<Body>(&url)).await.unwrap_err();
+            let KeyPlacementError::Service(error) = error else {
                 panic!("{error}")
             };
             assert_eq!(
@@ -263,7 +268,7 @@ mod with_reqwest {
         let silent = Server::start(|_, _| Err(io::ErrorKind::ConnectionReset.into())).await;
         let client = ServiceBuilder::new().layer(keys()).layer(calls(2)).service(built());
         match client.oneshot(charge::<Body>(&silent.url("/"))).await {
-            Err(KeyedError::Service(error)) => {
+            Err(KeyPlacementError::Service(error)) => {
                 assert_eq!((error.attempts(), error.outcome()), (2, CallOutcome::Unknown));
             }
             other => panic!("{other:?}"),
@@ -312,7 +317,7 @@ mod with_reqwest {
         let client = ServiceBuilder::new().layer(keys()).layer(calls(5)).service(built());
         let request = Request::post(server.url("/")).body(body).unwrap();
         let response = client.oneshot(request).await.unwrap();
-        assert_eq!(response.extensions().get::<Delivery>().unwrap().attempts(), 1);
+        assert_eq!(response.extensions().get::<CallReport>().unwrap().attempts(), 1);
         assert_eq!(server.paths_of_one_request(), ["/"]);
     }
 
@@ -326,7 +331,7 @@ mod with_reqwest {
             Ok(response)
         });
         let server = server.await;
-        let once = OnceLayer::new(MemoryStore::new(), Profile::stripe());
+        let once = OnceLayer::new(MemoryStore::new(), ProviderProfile::stripe());
         let client = ServiceBuilder::new().layer(once).service(built());
         let pay = || {
             let mut request = charge::<Body>(&server.url("/"));
@@ -386,8 +391,8 @@ mod with_hyper {
         let server = server.await;
         let client = ServiceBuilder::new().layer(keys()).layer(calls(5)).service(http());
         let response = client.oneshot(charge(&server.url("/"))).await.unwrap();
-        let delivery = *response.extensions().get::<Delivery>().unwrap();
-        assert_eq!((delivery.attempts(), delivery.outcome()), (3, CallOutcome::Answered));
+        let delivery = *response.extensions().get::<CallReport>().unwrap();
+        assert_eq!((delivery.attempts(), delivery.outcome()), (3, CallOutcome::Responded));
         assert_eq!(server.paths_of_one_request().len(), 3);
     }
 
@@ -411,7 +416,7 @@ mod with_hyper {
             let other = accepting().await;
             let server = redirecting(Some(other.url("/there"))).await;
             let status = if at_home {
-                let policy = limited().and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()));
+                let policy = limited().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::stripe()));
                 follow(policy, &server.url("/0")).await
             } else {
                 follow(limited(), &server.url("/0")).await

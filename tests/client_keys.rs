@@ -6,7 +6,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use http::{HeaderName, Method, Request, Response};
 use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, KeyedError, Profile};
+use tower_idempotency::client::{
+    IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, KeyPlacementError, ProviderProfile,
+};
 use tower_idempotency::{ErrorKind, InvalidKey, Scope};
 
 type Sent = Arc<Mutex<Vec<http::HeaderMap>>>;
@@ -15,7 +17,7 @@ type Sent = Arc<Mutex<Vec<http::HeaderMap>>>;
 async fn send(
     layer: &IdempotencyKeyLayer,
     requests: impl IntoIterator<Item = Request<()>>,
-) -> (Sent, Vec<Result<(), KeyedError<Infallible>>>) {
+) -> (Sent, Vec<Result<(), KeyPlacementError<Infallible>>>) {
     let sent = Sent::default();
     let seen = Arc::clone(&sent);
     let mut client = layer.layer(service_fn(move |request: Request<()>| {
@@ -48,7 +50,7 @@ fn value<'h>(headers: &'h http::HeaderMap, name: &str) -> &'h str {
 
 #[tokio::test]
 async fn every_logical_request_has_a_key_of_its_own_and_hides_it() {
-    let layer = IdempotencyKeyLayer::new(Profile::stripe());
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe());
     let (sent, _) = send(&layer, (0..100).map(|_| post())).await;
     let sent = sent.lock().unwrap();
     let keys: std::collections::HashSet<&str> = sent.iter().map(|headers| value(headers, "idempotency-key")).collect();
@@ -70,7 +72,7 @@ async fn post_and_patch_get_a_key_and_the_others_do_not_unless_asked() {
             .map(|headers| headers.contains_key("idempotency-key"))
             .collect()
     };
-    let layer = IdempotencyKeyLayer::new(Profile::stripe());
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe());
     let (sent, _) = send(&layer, every()).await;
     assert_eq!(keyed(&sent), [false, false, false, false, false, true, true]);
     let (sent, _) = send(&layer.with_methods([Method::PUT]), every()).await;
@@ -79,7 +81,7 @@ async fn post_and_patch_get_a_key_and_the_others_do_not_unless_asked() {
 
 #[tokio::test]
 async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
-    let layer = IdempotencyKeyLayer::new(Profile::adyen());
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::adyen());
     let with = |keys: &[&str]| {
         let mut request = post();
         for key in keys {
@@ -99,7 +101,7 @@ async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
         let (sent, ended) = send(&layer, [with(keys)]).await;
         assert!(sent.lock().unwrap().is_empty(), "nothing is sent with {keys:?}");
         assert!(
-            matches!(&ended[0], Err(KeyedError::Key(error)) if error.reason() == reason),
+            matches!(&ended[0], Err(KeyPlacementError::Key(error)) if error.reason() == reason),
             "{keys:?}: {ended:?}"
         );
     }
@@ -107,16 +109,20 @@ async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
 
 #[tokio::test]
 async fn profiles_say_where_the_key_goes_and_in_which_form() {
-    let maker = || KeyMaker::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));
+    let maker = || KeyGenerator::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));
     for (profile, header, form) in [
-        (Profile::draft(), "idempotency-key", r#""a\"b\\c""#),
-        (Profile::stripe(), "idempotency-key", r#"a"b\c"#),
-        (Profile::adyen(), "idempotency-key", r#"a"b\c"#),
-        (Profile::paypal(), "paypal-request-id", r#"a"b\c"#),
-        (Profile::checkout(), "cko-idempotency-key", r#"a"b\c"#),
-        (Profile::repeatable_requests(), "repeatability-request-id", r#"a"b\c"#),
+        (ProviderProfile::draft(), "idempotency-key", r#""a\"b\\c""#),
+        (ProviderProfile::stripe(), "idempotency-key", r#"a"b\c"#),
+        (ProviderProfile::adyen(), "idempotency-key", r#"a"b\c"#),
+        (ProviderProfile::paypal(), "paypal-request-id", r#"a"b\c"#),
+        (ProviderProfile::checkout(), "cko-idempotency-key", r#"a"b\c"#),
         (
-            Profile::draft()
+            ProviderProfile::repeatable_requests(),
+            "repeatability-request-id",
+            r#"a"b\c"#,
+        ),
+        (
+            ProviderProfile::draft()
                 .with_header(HeaderName::from_static("x-key"))
                 .with_quotes(false),
             "x-key",
@@ -135,7 +141,7 @@ async fn profiles_say_where_the_key_goes_and_in_which_form() {
 
 #[tokio::test]
 async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
-    let layer = IdempotencyKeyLayer::new(Profile::repeatable_requests());
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::repeatable_requests());
     let headers = only(&layer, post()).await;
     let date = value(&headers, "repeatability-first-sent");
     assert!(date.ends_with(" GMT") && date.len() == 29, "{date}");
@@ -157,9 +163,9 @@ async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
 async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_sent() {
     const NAME: &str = "repeatability-first-sent";
     let keys = KeyDeriver::new(b"32 bytes from the secret manager").unwrap();
-    let plain = || IdempotencyKeyLayer::new(Profile::repeatable_requests());
-    let derived = || plain().with_maker(KeyMaker::derived(keys.clone()));
-    let by_function = plain().with_maker(KeyMaker::from_fn(|_| Ok::<_, Infallible>("order-7".to_owned())));
+    let plain = || IdempotencyKeyLayer::new(ProviderProfile::repeatable_requests());
+    let derived = || plain().with_maker(KeyGenerator::derived(keys.clone()));
+    let by_function = plain().with_maker(KeyGenerator::from_fn(|_| Ok::<_, Infallible>("order-7".to_owned())));
     let origin = KeyOrigin::new("order-7", "charge");
     let from = |origin: &KeyOrigin| {
         let mut request = post();
@@ -181,7 +187,7 @@ async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_s
         ),
     ] {
         let (sent, ended) = send(&layer, [request]).await;
-        assert!(matches!(ended[..], [Err(KeyedError::FirstSent)]), "{ended:?}");
+        assert!(matches!(ended[..], [Err(KeyPlacementError::FirstSent)]), "{ended:?}");
         assert_eq!(sent.lock().unwrap().len(), 0);
     }
 
@@ -198,8 +204,8 @@ async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_s
 
 #[tokio::test]
 async fn a_maker_that_fails_or_makes_what_the_server_would_not_take_sends_nothing() {
-    let layer = |maker| IdempotencyKeyLayer::new(Profile::adyen()).with_maker(maker);
-    let failing = KeyMaker::from_fn(|_| Err::<String, _>("the vault is closed"));
+    let layer = |maker| IdempotencyKeyLayer::new(ProviderProfile::adyen()).with_maker(maker);
+    let failing = KeyGenerator::from_fn(|_| Err::<String, _>("the vault is closed"));
     let (sent, ended) = send(&layer(failing), [post()]).await;
     assert!(sent.lock().unwrap().is_empty());
     let error = ended.into_iter().next().unwrap().unwrap_err();
@@ -215,11 +221,11 @@ async fn a_maker_that_fails_or_makes_what_the_server_would_not_take_sends_nothin
         ("a\r\nx-admin: 1".to_owned(), InvalidKey::NotVisibleAscii),
     ] {
         let made = key.clone();
-        let maker = KeyMaker::from_fn(move |_| Ok::<_, Infallible>(made.clone()));
+        let maker = KeyGenerator::from_fn(move |_| Ok::<_, Infallible>(made.clone()));
         let (sent, ended) = send(&layer(maker), [post()]).await;
         assert!(sent.lock().unwrap().is_empty());
         assert!(
-            matches!(&ended[0], Err(KeyedError::Key(error)) if error.reason() == reason),
+            matches!(&ended[0], Err(KeyPlacementError::Key(error)) if error.reason() == reason),
             "{key:?}: {ended:?}"
         );
     }
@@ -227,8 +233,12 @@ async fn a_maker_that_fails_or_makes_what_the_server_would_not_take_sends_nothin
 
 #[tokio::test]
 async fn random_keys_are_uuids_of_their_version() {
-    for (maker, version) in [(KeyMaker::uuid_v4(), '4'), (KeyMaker::uuid_v7(), '7')] {
-        let headers = only(&IdempotencyKeyLayer::new(Profile::stripe()).with_maker(maker), post()).await;
+    for (maker, version) in [(KeyGenerator::uuid_v4(), '4'), (KeyGenerator::uuid_v7(), '7')] {
+        let headers = only(
+            &IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(maker),
+            post(),
+        )
+        .await;
         let key = value(&headers, "idempotency-key");
         let dashes: Vec<usize> = key.match_indices('-').map(|(at, _)| at).collect();
         assert_eq!(
@@ -238,7 +248,7 @@ async fn random_keys_are_uuids_of_their_version() {
         );
     }
     // Version 7 is in order of time.
-    let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::uuid_v7());
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::uuid_v7());
     let earlier = only(&layer, post()).await;
     tokio::time::sleep(Duration::from_millis(3)).await;
     let later = only(&layer, post()).await;
@@ -249,7 +259,7 @@ async fn random_keys_are_uuids_of_their_version() {
 async fn a_derived_key_survives_a_crash_and_tells_scopes_keys_and_steps_apart() {
     let keys = || KeyDeriver::new(&[7; 32]).unwrap();
     let derived = |origin: KeyOrigin| {
-        let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys()));
+        let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys()));
         let mut request = post();
         request.extensions_mut().insert(origin);
         async move { value(&only(&layer, request).await, "idempotency-key").to_owned() }
@@ -270,10 +280,10 @@ async fn a_derived_key_survives_a_crash_and_tells_scopes_keys_and_steps_apart() 
     let other_secret = KeyDeriver::new(&[8; 32]).unwrap();
     assert_ne!(key, other_secret.derive(&origin()));
 
-    let layer = IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys()));
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys()));
     let (sent, ended) = send(&layer, [post()]).await;
     assert!(
-        sent.lock().unwrap().is_empty() && matches!(&ended[0], Err(KeyedError::Maker(_))),
+        sent.lock().unwrap().is_empty() && matches!(&ended[0], Err(KeyPlacementError::Maker(_))),
         "{ended:?}"
     );
     assert_eq!(KeyDeriver::new(&[7; 15]).unwrap_err().kind(), ErrorKind::Configuration);
@@ -297,8 +307,8 @@ fn a_derived_key_is_hmac_sha_256_as_documented() {
 
 #[tokio::test]
 async fn a_key_goes_into_the_body_where_the_server_wants_it_there() {
-    let layer = IdempotencyKeyLayer::new(Profile::draft().with_max_len(45))
-        .with_maker(KeyMaker::from_fn(|request| {
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::draft().with_max_len(45))
+        .with_maker(KeyGenerator::from_fn(|request| {
             request.headers["x-order"]
                 .to_str()
                 .map(|order| format!("order-{order}"))
@@ -324,7 +334,7 @@ async fn a_key_goes_into_the_body_where_the_server_wants_it_there() {
     };
     let sent = send(r#"{"amount":1}"#).await.unwrap().into_body();
     assert_eq!(sent, r#"{"amount":1,"idempotency_key":"order-7"}"#);
-    assert!(matches!(send("no JSON").await, Err(KeyedError::Maker(_))));
+    assert!(matches!(send("no JSON").await, Err(KeyPlacementError::Maker(_))));
 }
 
 #[cfg(feature = "follow-redirect")]
@@ -334,7 +344,7 @@ mod redirects {
     use http::StatusCode;
     use tower_http::follow_redirect::policy::{clone_body_fn, Limited, PolicyExt};
     use tower_http::follow_redirect::FollowRedirectLayer;
-    use tower_idempotency::client::KeyAtHome;
+    use tower_idempotency::client::SameOriginKey;
 
     async fn follow(places: &'static [&'static str], at_home: bool) -> Vec<(String, Option<String>)> {
         follow_with(&Method::POST, &[307, 308], places, at_home).await
@@ -366,7 +376,7 @@ mod redirects {
             async { Ok::<_, Infallible>(response) }
         });
         let body = clone_body_fn(|body: &String| Some(body.clone()));
-        let profile = Profile::stripe();
+        let profile = ProviderProfile::stripe();
         let limited = Limited::new(9).and::<_, String, ()>(body);
         let keys = IdempotencyKeyLayer::new(profile.clone()).with_methods([method.clone()]);
         let request = Request::builder()
@@ -375,7 +385,7 @@ mod redirects {
             .body("amount=1".to_owned())
             .unwrap();
         if at_home {
-            let policy = limited.and::<_, String, ()>(KeyAtHome::new(&profile));
+            let policy = limited.and::<_, String, ()>(SameOriginKey::new(&profile));
             let redirects = FollowRedirectLayer::with_policy(policy);
             let client = ServiceBuilder::new().layer(keys).layer(redirects).service(server);
             client.oneshot(request).await.unwrap();
@@ -448,7 +458,7 @@ async fn a_request_that_has_no_room_for_its_key_is_not_sent() {
     let headers = full.headers_mut();
     let name = |n: usize| HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();
     while headers.try_insert(name(headers.len()), "1".parse().unwrap()).is_ok() {}
-    let (sent, ended) = send(&IdempotencyKeyLayer::new(Profile::stripe()), [full]).await;
+    let (sent, ended) = send(&IdempotencyKeyLayer::new(ProviderProfile::stripe()), [full]).await;
     assert!(sent.lock().unwrap().is_empty());
     assert!(ended[0].is_err());
 }

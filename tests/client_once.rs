@@ -14,8 +14,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use support::{Fault, RemoteStore};
 use tokio::sync::Notify;
 use tokio::time::timeout;
-use tower_idempotency::client::{once, Attempt, Done, Failure, Found, Once, OnceError};
+use tower_idempotency::client::{once, Attempt, Done, Failure, Once, OnceError};
 use tower_idempotency::protocol::{Fence, Resolution};
+use tower_idempotency::Recovered;
 use tower_idempotency::{Drain, ErrorKind, MemoryStore, Store};
 
 type Ended<T> = Result<Done<T>, OnceError<T, String>>;
@@ -182,7 +183,7 @@ async fn a_later_attempt_that_fails_does_not_turn_a_lost_one_into_a_failure() {
     let call = once(store.clone(), "l");
     party.fail(call.clone(), unknown()).await.unwrap_err();
     let recovered = call.run_or_recover(
-        |_| ready(Found::<usize>::NotHappened),
+        |_| ready(Recovered::<usize>::NotHappened),
         |_| ready(Err(Failure::NotDone("closed".to_owned()))),
     );
     assert!(matches!(recovered.await, Err(OnceError::Failed(_))));
@@ -192,7 +193,7 @@ async fn a_later_attempt_that_fails_does_not_turn_a_lost_one_into_a_failure() {
 async fn an_existence_check_is_asked_only_after_a_lost_attempt_and_never_twice_at_once() {
     let (party, store) = (Party::default(), RemoteStore::new());
     let asked = Arc::new(AtomicUsize::new(0));
-    let run = |found: Found<usize>| {
+    let run = |found: Recovered<usize>| {
         let (party, asked) = (party.clone(), Arc::clone(&asked));
         let check = move |_| {
             asked.fetch_add(1, Ordering::SeqCst);
@@ -207,19 +208,22 @@ async fn an_existence_check_is_asked_only_after_a_lost_attempt_and_never_twice_a
             }
         })
     };
-    assert!(matches!(run(Found::Unknown).await, Err(OnceError::Unknown(Some(_)))));
+    assert!(matches!(
+        run(Recovered::Unknown).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
     assert_eq!(asked.load(Ordering::SeqCst), 0);
     // It cannot tell: nothing runs, and nothing is called failed.
-    assert!(matches!(run(Found::Unknown).await, Err(OnceError::Unknown(None))));
+    assert!(matches!(run(Recovered::Unknown).await, Err(OnceError::Unknown(None))));
     assert_eq!((asked.load(Ordering::SeqCst), party.effects()), (1, 1));
-    let both = join_all([run(Found::Happened(1)), run(Found::Happened(1))]).await;
+    let both = join_all([run(Recovered::Happened(1)), run(Recovered::Happened(1))]).await;
     assert!(both.into_iter().all(|done| done.unwrap().into_value() == 1));
     assert_eq!(
         (asked.load(Ordering::SeqCst), party.effects()),
         (2, 1),
         "what was found is recorded"
     );
-    assert!(run(Found::Unknown).await.unwrap().is_replay());
+    assert!(run(Recovered::Unknown).await.unwrap().is_replay());
 }
 
 #[tokio::test(start_paused = true)]
@@ -227,7 +231,7 @@ async fn a_check_that_finds_nothing_lets_the_call_run_and_one_that_panics_does_n
     let (party, store) = (Party::default(), RemoteStore::new());
     let call = || once(store.clone(), "k");
     party.fail(call(), unknown()).await.unwrap_err();
-    let panics = |_| -> std::future::Ready<Found<usize>> { panic!("the check is broken") };
+    let panics = |_| -> std::future::Ready<Recovered<usize>> { panic!("the check is broken") };
     let never = |_| ready(Ok::<usize, Failure<String>>(0));
     assert!(matches!(
         call().run_or_recover(panics, never).await,
@@ -235,7 +239,7 @@ async fn a_check_that_finds_nothing_lets_the_call_run_and_one_that_panics_does_n
     ));
     let again = party.clone();
     let done = call().run_or_recover(
-        |_| ready(Found::NotHappened),
+        |_| ready(Recovered::NotHappened),
         |_| async move { Ok::<_, Failure<String>>(again.create().await) },
     );
     assert_eq!((done.await.unwrap().attempt(), party.effects()), (Some(3), 2));
@@ -255,7 +259,7 @@ async fn a_request_that_arrives_after_the_check_has_a_second_effect_unless_the_p
                 party.create().await;
             }
         };
-        let call = || once(store.clone(), "k").with_settling(Duration::from_secs(settling));
+        let call = || once(store.clone(), "k").with_settle_delay(Duration::from_secs(settling));
         let (sent, bound) = (party.clone(), Arc::clone(&least));
         let lost = call().run(move |attempt: Attempt| async move {
             tokio::spawn(under_way(sent, bound, attempt.fence()));
@@ -266,8 +270,8 @@ async fn a_request_that_arrives_after_the_check_has_a_second_effect_unless_the_p
         let check = move |attempt: Attempt| async move {
             *least.lock().unwrap() = attempt.fence();
             match seen.effects() {
-                0 => Found::NotHappened,
-                effect => Found::Happened(effect),
+                0 => Recovered::NotHappened,
+                effect => Recovered::Happened(effect),
             }
         };
         let done = call().run_or_recover(
@@ -568,7 +572,7 @@ async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made
         let first = first.unwrap();
         assert!(!first.is_replay() && first.attempt() == Some(1));
         assert!(
-            matches!(&again, Err(error @ OnceError::NotKept) if error.may_have_happened()),
+            matches!(&again, Err(error @ OnceError::NotStored) if error.may_have_happened()),
             "{first:?}, then {again:?}"
         );
     }
@@ -584,10 +588,10 @@ async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made
     assert!(matches!(lost, Err(OnceError::Unknown(Some(_)))));
     let recover = || {
         let call = once(store.clone(), "k");
-        call.run_or_recover(|_| ready(Found::Happened(f64::NAN)), |_| ready(Err(unknown())))
+        call.run_or_recover(|_| ready(Recovered::Happened(f64::NAN)), |_| ready(Err(unknown())))
     };
     assert!(recover().await.unwrap().value().is_nan());
-    assert!(matches!(recover().await, Err(OnceError::NotKept)));
+    assert!(matches!(recover().await, Err(OnceError::NotStored)));
 }
 
 #[tokio::test(start_paused = true)]

@@ -15,8 +15,9 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use support::{Fault, RemoteStore};
 use tower::{service_fn, ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{Attempt, ErrorClass, Found, OnceError, OnceLayer, Profile};
+use tower_idempotency::client::{Attempt, ErrorClass, OnceError, OnceLayer, ProviderProfile};
 use tower_idempotency::ErrorKind;
+use tower_idempotency::Recovered;
 
 type Answer = Response<Full<Bytes>>;
 type Ended = Result<Answer, OnceError<Answer, io::Error>>;
@@ -76,7 +77,7 @@ async fn body(response: Answer) -> Bytes {
 
 fn layer() -> (RemoteStore, OnceLayer<RemoteStore>) {
     let store = RemoteStore::new();
-    (store.clone(), OnceLayer::new(store, Profile::draft()))
+    (store.clone(), OnceLayer::new(store, ProviderProfile::draft()))
 }
 
 #[tokio::test(start_paused = true)]
@@ -177,7 +178,7 @@ async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_reque
     ] {
         for status in [200, 402, 409, 500, 503, 599, 999] {
             let (store, party) = (RemoteStore::new(), Party::default());
-            let layer = OnceLayer::new(store, Profile::stripe());
+            let layer = OnceLayer::new(store, ProviderProfile::stripe());
             for _ in 0..3 {
                 let ended = party.send(&layer, request("x"), move |_| {
                     let mut response = answer(status)?;
@@ -248,9 +249,9 @@ async fn a_lost_call_is_asked_about_and_what_is_found_is_kept() {
             );
             assert!(!format!("{lost:?}").contains("Bearer"));
             ready(if found {
-                Found::Happened(Response::new(Bytes::from("found")))
+                Recovered::Happened(Response::new(Bytes::from("found")))
             } else {
-                Found::NotHappened
+                Recovered::NotHappened
             })
         });
         party.send(&layer, request("x"), lost).await.unwrap_err();
@@ -299,7 +300,7 @@ async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
         (plain.clone().with_key(|_| None), request("x")),
         (plain.clone().with_key(|_| Some(String::new())), request("x")),
         (plain.clone().with_scope(|_| None), request("x")),
-        (plain.clone().with_limits(3, 3), request("four")),
+        (plain.clone().with_body_limit(3).with_response_limit(3), request("four")),
     ] {
         let ended = party.send(&layer, request, |_| answer(200)).await;
         assert!(
@@ -338,7 +339,7 @@ async fn a_request_that_is_not_covered_is_called_failed_only_if_it_is_safe() {
 async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() {
     for is_stream in [false, true] {
         let ((_, layer), party) = (layer(), Party::default());
-        let layer = layer.with_limits(100, 4);
+        let layer = layer.with_body_limit(100).with_response_limit(4);
         let given = party.send(&layer, request("x"), move |_| {
             let mut response = answer(200)?;
             if is_stream {
@@ -351,7 +352,7 @@ async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() 
         assert_eq!(body(given.await.unwrap()).await, "created");
         assert!(matches!(
             party.send(&layer, request("x"), |_| answer(200)).await,
-            Err(OnceError::NotKept)
+            Err(OnceError::NotStored)
         ));
         assert_eq!(party.arrived(), 1);
     }
@@ -372,7 +373,7 @@ async fn an_answer_that_breaks_off_is_not_called_failed() {
     for _ in 0..2 {
         assert!(matches!(
             client.clone().oneshot(request("x")).await,
-            Err(OnceError::NotKept)
+            Err(OnceError::NotStored)
         ));
     }
 }
@@ -395,7 +396,7 @@ fn every_error_says_whether_the_call_was_made_and_has_its_cause() {
             "was not made: its key was used with another input",
             false,
         ),
-        (OnceError::NotKept, "was made, but its response was not stored", false),
+        (OnceError::NotStored, "was made, but its response was not stored", false),
         (
             OnceError::StepChanged { position: 2 },
             "was not continued: its steps differ",
@@ -433,7 +434,7 @@ async fn a_response_that_ends_before_its_declared_length_is_not_stored() {
             response.headers_mut().insert("content-length", "8".parse().unwrap());
             Ok(response)
         });
-        assert!(matches!(given.await, Err(OnceError::NotKept)));
+        assert!(matches!(given.await, Err(OnceError::NotStored)));
     }
     assert_eq!(party.arrived(), 1);
 }
@@ -456,7 +457,7 @@ async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
         support::advance(Duration::from_secs(1)).await;
         assert!(call.is_finished());
         assert_eq!(call.await.unwrap().unwrap().status(), 200);
-        assert!(matches!(client.oneshot(request("x")).await, Err(OnceError::NotKept)));
+        assert!(matches!(client.oneshot(request("x")).await, Err(OnceError::NotStored)));
         drain.wait().await;
     }
 }
@@ -598,7 +599,7 @@ mod with_retries {
         acts: &'static [Act],
         arrived: &Arc<AtomicUsize>,
     ) -> [Client; 2] {
-        let policy = RetryPolicy::new(Profile::draft()).with_errors(|error: &io::Error| match error.kind() {
+        let policy = RetryPolicy::new(ProviderProfile::draft()).with_errors(|error: &io::Error| match error.kind() {
             io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
             _ => ErrorClass::Lost,
         });
@@ -616,7 +617,7 @@ mod with_retries {
             .service(http.clone());
         let retries = ServiceBuilder::new().layer(RetryLayer::new(policy)).service(http);
         if has_keys {
-            let keys = IdempotencyKeyLayer::new(Profile::draft());
+            let keys = IdempotencyKeyLayer::new(ProviderProfile::draft());
             [once(layer, keys.layer(calls)), once(layer, keys.layer(retries))]
         } else {
             [once(layer, calls), once(layer, retries)]

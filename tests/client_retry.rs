@@ -17,8 +17,8 @@ use tokio::time::Instant;
 use tower::retry::budget::TpsBudget;
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    Advice, CallError, CallLayer, CallOutcome, CloneBody, CollectError, Delivery, ErrorClass, IdempotencyKeyLayer,
-    KeyedError, Meaning, Profile, RetryPolicy,
+    CallError, CallLayer, CallOutcome, CallReport, CloneBody, CollectError, ErrorClass, IdempotencyKeyLayer,
+    KeyPlacementError, ProviderProfile, ResponseMeaning, RetryAdvice, RetryPolicy,
 };
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
@@ -31,7 +31,7 @@ enum Act {
 use Act::{Answer, Break};
 
 struct Called {
-    ended: Result<Delivery, (u32, CallOutcome)>,
+    ended: Result<CallReport, (u32, CallOutcome)>,
     status: Option<u16>,
     /// When each attempt came, since the first.
     at: Vec<Duration>,
@@ -89,12 +89,12 @@ async fn call<B: CloneBody>(policy: RetryPolicy, request: Request<B>, acts: &[Ac
     let at: Vec<Duration> = at.iter().map(|time| *time - at[0]).collect();
     let status = result.as_ref().ok().map(|response| response.status().as_u16());
     let ended = match result {
-        Ok(response) => Ok(*response.extensions().get::<Delivery>().unwrap()),
+        Ok(response) => Ok(*response.extensions().get::<CallReport>().unwrap()),
         Err(error) => Err((error.attempts(), error.outcome())),
     };
     let counted = ended
         .as_ref()
-        .map_or_else(|(attempts, _)| *attempts, Delivery::attempts);
+        .map_or_else(|(attempts, _)| *attempts, CallReport::attempts);
     assert_eq!(
         usize::try_from(counted),
         Ok(at.len()),
@@ -103,12 +103,12 @@ async fn call<B: CloneBody>(policy: RetryPolicy, request: Request<B>, acts: &[Ac
     Called { ended, status, at }
 }
 
-fn policy(profile: Profile) -> RetryPolicy {
+fn policy(profile: ProviderProfile) -> RetryPolicy {
     let budget = TpsBudget::new(Duration::from_secs(10), 1000, 1.0);
     RetryPolicy::new(profile).with_budget(budget)
 }
 
-async fn post(profile: Profile, acts: &[Act]) -> Called {
+async fn post(profile: ProviderProfile, acts: &[Act]) -> Called {
     call(policy(profile), request(&Method::POST, true), acts).await
 }
 
@@ -118,13 +118,13 @@ const OK: Act = Answer(200, &[]);
 /// Every status under every profile: sent again or not, and what it says about the effect.
 #[tokio::test(start_paused = true)]
 async fn the_table_of_statuses_and_profiles() {
-    let profiles: [(&str, Profile); 6] = [
-        ("draft", Profile::draft()),
-        ("stripe", Profile::stripe()),
-        ("adyen", Profile::adyen()),
-        ("paypal", Profile::paypal()),
-        ("checkout", Profile::checkout()),
-        ("repeatable requests", Profile::repeatable_requests()),
+    let profiles: [(&str, ProviderProfile); 6] = [
+        ("draft", ProviderProfile::draft()),
+        ("stripe", ProviderProfile::stripe()),
+        ("adyen", ProviderProfile::adyen()),
+        ("paypal", ProviderProfile::paypal()),
+        ("checkout", ProviderProfile::checkout()),
+        ("repeatable requests", ProviderProfile::repeatable_requests()),
     ];
     for (name, profile) in profiles {
         for code in 100..600_u16 {
@@ -135,16 +135,20 @@ async fn the_table_of_statuses_and_profiles() {
                 409 => name == "stripe",
                 _ => false,
             };
-            let advice = if repeated { Advice::Repeat } else { Advice::Final };
+            let advice = if repeated {
+                RetryAdvice::Repeat
+            } else {
+                RetryAdvice::Final
+            };
             assert_eq!(profile.advice(status, &none), advice, "{name} {code}");
             let meaning = match code {
-                425 | 429 => Meaning::NotTaken,
-                409 if name == "stripe" => Meaning::Unknown,
-                501 => Meaning::Answered { settles: false },
-                ..=199 | 408 | 500.. => Meaning::Unknown,
-                307 | 308 => Meaning::Answered { settles: false },
-                200..=399 | 402 | 409 | 410 | 412 | 422 => Meaning::Answered { settles: true },
-                _ => Meaning::Answered { settles: false },
+                425 | 429 => ResponseMeaning::NotTaken,
+                409 if name == "stripe" => ResponseMeaning::Unknown,
+                501 => ResponseMeaning::Responded { settles: false },
+                ..=199 | 408 | 500.. => ResponseMeaning::Unknown,
+                307 | 308 => ResponseMeaning::Responded { settles: false },
+                200..=399 | 402 | 409 | 410 | 412 | 422 => ResponseMeaning::Responded { settles: true },
+                _ => ResponseMeaning::Responded { settles: false },
             };
             assert_eq!(profile.meaning(status, &none), meaning, "{name} {code}");
             // And the policy does as the table says.
@@ -165,21 +169,21 @@ fn what_a_server_says_wins_over_the_status() {
         headers.insert(name, value.parse().unwrap());
         headers
     };
-    use Advice::{Final, Repeat};
+    use RetryAdvice::{Final, Repeat};
     for (profile, status, name, value, advice) in [
-        (Profile::stripe(), 500, "stripe-should-retry", "false", Final),
-        (Profile::stripe(), 409, "stripe-should-retry", "false", Final),
-        (Profile::stripe(), 402, "stripe-should-retry", "true", Repeat),
-        (Profile::stripe(), 500, "stripe-should-retry", "perhaps", Repeat),
+        (ProviderProfile::stripe(), 500, "stripe-should-retry", "false", Final),
+        (ProviderProfile::stripe(), 409, "stripe-should-retry", "false", Final),
+        (ProviderProfile::stripe(), 402, "stripe-should-retry", "true", Repeat),
+        (ProviderProfile::stripe(), 500, "stripe-should-retry", "perhaps", Repeat),
         // The server would replay the response again and again.
-        (Profile::stripe(), 500, "idempotent-replayed", "true", Final),
-        (Profile::draft(), 503, "idempotent-replayed", "?1", Final),
-        (Profile::adyen(), 422, "transient-error", "true", Repeat),
-        (Profile::adyen(), 500, "transient-error", "false", Final),
-        (Profile::adyen(), 422, "stripe-should-retry", "true", Final),
+        (ProviderProfile::stripe(), 500, "idempotent-replayed", "true", Final),
+        (ProviderProfile::draft(), 503, "idempotent-replayed", "?1", Final),
+        (ProviderProfile::adyen(), 422, "transient-error", "true", Repeat),
+        (ProviderProfile::adyen(), 500, "transient-error", "false", Final),
+        (ProviderProfile::adyen(), 422, "stripe-should-retry", "true", Final),
         // A 409 is repeated only when it is marked as in flight.
-        (Profile::draft(), 409, "retry-after", "1", Repeat),
-        (Profile::draft(), 409, "x-other", "1", Final),
+        (ProviderProfile::draft(), 409, "retry-after", "1", Repeat),
+        (ProviderProfile::draft(), 409, "x-other", "1", Final),
     ] {
         let status = StatusCode::from_u16(status).unwrap();
         assert_eq!(
@@ -188,7 +192,7 @@ fn what_a_server_says_wins_over_the_status() {
             "{status} {name}: {value}"
         );
     }
-    let custom = Profile::draft()
+    let custom = ProviderProfile::draft()
         .with_in_flight(|headers| headers.contains_key("x-busy"))
         .with_repeated([StatusCode::IM_A_TEAPOT]);
     assert_eq!(custom.advice(StatusCode::CONFLICT, &headers("x-busy", "1")), Repeat);
@@ -204,11 +208,11 @@ async fn the_policy_obeys_stripe_should_retry() {
     const YES: (&str, &str) = ("stripe-should-retry", "true");
     const AFTER: (&str, &str) = ("retry-after", "7");
     for status in [400, 402, 409, 429, 500, 503] {
-        let called = post(Profile::stripe(), &[Answer(status, &[NO, AFTER]), OK]).await;
+        let called = post(ProviderProfile::stripe(), &[Answer(status, &[NO, AFTER]), OK]).await;
         assert_eq!((called.attempts(), called.status), (1, Some(status)), "{status}");
-        let called = post(Profile::stripe(), &[Answer(status, &[YES]), OK]).await;
+        let called = post(ProviderProfile::stripe(), &[Answer(status, &[YES]), OK]).await;
         assert_eq!((called.attempts(), called.status), (2, Some(200)), "{status}");
-        let called = post(Profile::stripe(), &[Answer(status, &[YES, AFTER]), OK]).await;
+        let called = post(ProviderProfile::stripe(), &[Answer(status, &[YES, AFTER]), OK]).await;
         assert!(
             (7.0..7.3).contains(&called.at[1].as_secs_f64()),
             "{status} {:?}",
@@ -216,19 +220,24 @@ async fn the_policy_obeys_stripe_should_retry() {
         );
         // The field does not make a request safe to repeat.
         let without_key = request(&Method::POST, false);
-        let called = call(policy(Profile::stripe()), without_key, &[Answer(status, &[YES]), OK]).await;
+        let called = call(
+            policy(ProviderProfile::stripe()),
+            without_key,
+            &[Answer(status, &[YES]), OK],
+        )
+        .await;
         assert_eq!(called.attempts(), 1, "{status} without a key");
         // Another provider's field is no advice.
-        let called = post(Profile::draft(), &[Answer(400, &[YES]), OK]).await;
+        let called = post(ProviderProfile::draft(), &[Answer(400, &[YES]), OK]).await;
         assert_eq!(called.attempts(), 1);
     }
-    let called = post(Profile::stripe(), &[Answer(500, &[YES])]).await;
+    let called = post(ProviderProfile::stripe(), &[Answer(500, &[YES])]).await;
     assert_eq!(called.attempts(), 5, "the number of attempts bounds it");
     // The server knows better than the replay marker whether another attempt helps.
     let replayed = Answer(500, &[YES, ("idempotent-replayed", "true")]);
-    assert_eq!(post(Profile::stripe(), &[replayed, OK]).await.attempts(), 2);
+    assert_eq!(post(ProviderProfile::stripe(), &[replayed, OK]).await.attempts(), 2);
     let replayed = Answer(500, &[("idempotent-replayed", "true")]);
-    assert_eq!(post(Profile::stripe(), &[replayed, OK]).await.attempts(), 1);
+    assert_eq!(post(ProviderProfile::stripe(), &[replayed, OK]).await.attempts(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -245,14 +254,24 @@ async fn without_a_key_only_what_is_idempotent_by_its_method_is_repeated() {
         (Method::CONNECT, false),
     ] {
         for trouble in [LOST, Answer(503, &[])] {
-            let called = call(policy(Profile::draft()), request(&method, false), &[trouble, OK]).await;
+            let called = call(
+                policy(ProviderProfile::draft()),
+                request(&method, false),
+                &[trouble, OK],
+            )
+            .await;
             assert_eq!(called.attempts(), if repeated { 2 } else { 1 }, "{method}");
-            let called = call(policy(Profile::draft()), request(&method, true), &[LOST, OK]).await;
+            let called = call(policy(ProviderProfile::draft()), request(&method, true), &[LOST, OK]).await;
             assert_eq!(called.attempts(), 2, "{method} with a key");
         }
     }
     // A key in another field than the profile's is none.
-    let called = call(policy(Profile::paypal()), request(&Method::POST, true), &[LOST, OK]).await;
+    let called = call(
+        policy(ProviderProfile::paypal()),
+        request(&Method::POST, true),
+        &[LOST, OK],
+    )
+    .await;
     assert_eq!((called.attempts(), called.outcome()), (1, CallOutcome::Unknown));
 }
 
@@ -260,16 +279,20 @@ async fn without_a_key_only_what_is_idempotent_by_its_method_is_repeated() {
 async fn a_body_that_cannot_be_cloned_is_sent_once() {
     let body: BoxBody<Bytes, Infallible> = Full::new(Bytes::from_static(b"amount=1")).boxed();
     let request = request(&Method::POST, true).map(|_| body);
-    let called = call(policy(Profile::draft()), request, &[LOST, OK]).await;
+    let called = call(policy(ProviderProfile::draft()), request, &[LOST, OK]).await;
     assert_eq!((called.attempts(), called.outcome()), (1, CallOutcome::Unknown));
 }
 
 #[tokio::test(start_paused = true)]
 async fn attempts_are_bounded_and_pauses_are_within_their_doubling_bounds() {
-    let backoff = |policy: RetryPolicy| policy.with_backoff(Duration::from_secs(1), Duration::from_secs(4));
+    let backoff = |policy: RetryPolicy| {
+        policy
+            .with_initial_backoff(Duration::from_secs(1))
+            .with_max_backoff(Duration::from_secs(4))
+    };
     let (mut shortest, mut longest) = (Duration::MAX, Duration::ZERO);
     for _ in 0..200 {
-        let policy = backoff(policy(Profile::draft())).with_max_attempts(5);
+        let policy = backoff(policy(ProviderProfile::draft())).with_max_attempts(5);
         let called = call(policy, request(&Method::POST, true), &[LOST]).await;
         assert_eq!((called.attempts(), called.outcome()), (5, CallOutcome::Unknown));
         for (pause, bound) in called.at.windows(2).map(|pair| pair[1] - pair[0]).zip([1, 2, 4, 4]) {
@@ -283,7 +306,7 @@ async fn attempts_are_bounded_and_pauses_are_within_their_doubling_bounds() {
         "full jitter: {shortest:?}, {longest:?}"
     );
     let called = call(
-        policy(Profile::draft()).with_max_attempts(0),
+        policy(ProviderProfile::draft()).with_max_attempts(0),
         request(&Method::POST, true),
         &[LOST],
     )
@@ -298,24 +321,24 @@ async fn retry_after_is_waited_for_in_both_forms() {
         ("retry-after", "Fri, 31 Dec 1999 23:59:57 GMT"),
     ];
     for asked in [&[("retry-after", "7")][..], DATE] {
-        let called = post(Profile::draft(), &[Answer(503, asked), OK]).await;
+        let called = post(ProviderProfile::draft(), &[Answer(503, asked), OK]).await;
         assert!((7.0..7.3).contains(&called.at[1].as_secs_f64()), "{:?}", called.at);
     }
     // 409 in flight, as the draft has it.
-    let called = post(Profile::draft(), &[Answer(409, &[("retry-after", "1")]), OK]).await;
-    assert_eq!((called.attempts(), called.outcome()), (2, CallOutcome::Answered));
+    let called = post(ProviderProfile::draft(), &[Answer(409, &[("retry-after", "1")]), OK]).await;
+    assert_eq!((called.attempts(), called.outcome()), (2, CallOutcome::Responded));
 }
 
 #[tokio::test(start_paused = true)]
 async fn nothing_is_repeated_beyond_the_horizon_or_near_the_end_of_the_retention() {
     let hour = [Answer(503, &[("retry-after", "3600")])];
-    let called = post(Profile::draft(), &hour).await;
+    let called = post(ProviderProfile::draft(), &hour).await;
     assert_eq!(
         (called.attempts(), called.status),
         (1, Some(503)),
         "the default horizon is a minute"
     );
-    let patient = policy(Profile::draft())
+    let patient = policy(ProviderProfile::draft())
         .with_horizon(Duration::from_secs(3 * 3600))
         .with_max_attempts(9);
     assert_eq!(
@@ -324,7 +347,7 @@ async fn nothing_is_repeated_beyond_the_horizon_or_near_the_end_of_the_retention
             .attempts(),
         3
     );
-    let short = Profile::draft().with_retention(Duration::from_secs(4000));
+    let short = ProviderProfile::draft().with_retention(Duration::from_secs(4000));
     let patient = policy(short).with_horizon(Duration::MAX);
     assert_eq!(
         call(patient, request(&Method::POST, true), &hour).await.attempts(),
@@ -335,11 +358,15 @@ async fn nothing_is_repeated_beyond_the_horizon_or_near_the_end_of_the_retention
 
 #[tokio::test(start_paused = true)]
 async fn a_budget_bounds_what_all_requests_repeat_together() {
-    let policy = RetryPolicy::new(Profile::draft()).with_budget(TpsBudget::new(Duration::from_secs(10), 1, 0.0));
+    let policy =
+        RetryPolicy::new(ProviderProfile::draft()).with_budget(TpsBudget::new(Duration::from_secs(10), 1, 0.0));
     let mut attempts = 0;
     for _ in 0..50 {
         attempts += call(
-            policy.clone().with_backoff(Duration::ZERO, Duration::ZERO),
+            policy
+                .clone()
+                .with_initial_backoff(Duration::ZERO)
+                .with_max_backoff(Duration::ZERO),
             request(&Method::POST, true),
             &[LOST],
         )
@@ -354,10 +381,10 @@ async fn a_budget_bounds_what_all_requests_repeat_together() {
 
 #[tokio::test(start_paused = true)]
 async fn unknown_is_an_outcome_of_its_own() {
-    use CallOutcome::{Answered, NotTaken, Unknown};
+    use CallOutcome::{NotTaken, Responded, Unknown};
     const REFUSED: Act = Break(io::ErrorKind::ConnectionRefused);
     let classified = || {
-        policy(Profile::draft())
+        policy(ProviderProfile::draft())
             .with_max_attempts(3)
             .with_errors(|error: &io::Error| match error.kind() {
                 io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
@@ -366,9 +393,9 @@ async fn unknown_is_an_outcome_of_its_own() {
             })
     };
     for (acts, attempts, outcome) in [
-        (&[OK][..], 1, Answered),
-        (&[Answer(402, &[])], 1, Answered),
-        (&[LOST, OK], 2, Answered),
+        (&[OK][..], 1, Responded),
+        (&[Answer(402, &[])], 1, Responded),
+        (&[LOST, OK], 2, Responded),
         (&[LOST], 3, Unknown),
         (&[REFUSED], 3, NotTaken),
         (&[REFUSED, LOST, REFUSED], 3, Unknown),
@@ -378,8 +405,8 @@ async fn unknown_is_an_outcome_of_its_own() {
         (&[Answer(500, &[])], 3, Unknown),
         // The login expired between the attempts: of the first, it says nothing.
         (&[LOST, Answer(401, &[])], 2, Unknown),
-        (&[Answer(401, &[])], 1, Answered),
-        (&[LOST, Answer(401, &[("idempotent-replayed", "true")])], 2, Answered),
+        (&[Answer(401, &[])], 1, Responded),
+        (&[LOST, Answer(401, &[("idempotent-replayed", "true")])], 2, Responded),
         (&[Answer(500, &[("idempotent-replayed", "true")])], 1, Unknown),
     ] {
         let called = call(classified(), request(&Method::POST, true), acts).await;
@@ -390,16 +417,20 @@ async fn unknown_is_an_outcome_of_its_own() {
             called.status
         );
     }
-    let called = post(Profile::draft(), &[Answer(200, &[("idempotent-replayed", "true")])]).await;
+    let called = post(
+        ProviderProfile::draft(),
+        &[Answer(200, &[("idempotent-replayed", "true")])],
+    )
+    .await;
     assert!(called.ended.unwrap().is_replay());
-    assert!(!post(Profile::draft(), &[OK]).await.ended.unwrap().is_replay());
+    assert!(!post(ProviderProfile::draft(), &[OK]).await.ended.unwrap().is_replay());
 }
 
 #[tokio::test]
 async fn a_client_that_is_not_ready_sends_nothing() {
     let error: CallError<io::Error> = {
         let client = ServiceBuilder::new()
-            .layer(CallLayer::new(policy(Profile::draft())))
+            .layer(CallLayer::new(policy(ProviderProfile::draft())))
             .service(NotReady);
         client.oneshot(request(&Method::POST, true)).await.unwrap_err()
     };
@@ -429,14 +460,14 @@ impl tower::Service<Request<String>> for NotReady {
 async fn an_error_says_what_happened_and_has_the_cause() {
     use std::error::Error;
     let failed = |attempts: u32, kind: io::ErrorKind| async move {
-        let policy = policy(Profile::draft())
+        let policy = policy(ProviderProfile::draft())
             .with_max_attempts(attempts)
             .with_errors(|error: &io::Error| match error.kind() {
                 io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
                 _ => ErrorClass::Lost,
             });
         let client = ServiceBuilder::new()
-            .layer(IdempotencyKeyLayer::new(Profile::draft()))
+            .layer(IdempotencyKeyLayer::new(ProviderProfile::draft()))
             .layer(CallLayer::new(policy))
             .service(service_fn(move |_: Request<String>| {
                 ready(Err::<Response<()>, _>(io::Error::from(kind)))
@@ -464,14 +495,14 @@ async fn an_error_says_what_happened_and_has_the_cause() {
         assert_eq!(error.to_string(), text);
         let cause = error.source().unwrap().downcast_ref::<io::Error>().unwrap();
         assert_eq!(cause.kind(), kind, "the next error in the chain is the cause");
-        let KeyedError::Service(error) = error else {
+        let KeyPlacementError::Service(error) = error else {
             panic!("{error}")
         };
         assert_eq!(error.to_string(), text);
         assert!(error.source().unwrap().is::<io::Error>());
     }
     let client = ServiceBuilder::new()
-        .layer(CallLayer::new(policy(Profile::draft())))
+        .layer(CallLayer::new(policy(ProviderProfile::draft())))
         .service(NotReady);
     let error = client.oneshot(request(&Method::POST, true)).await.unwrap_err();
     assert_eq!(
@@ -491,16 +522,16 @@ async fn a_body_that_ends_before_its_declared_length_is_lost() {
         let text = if is_short { "half" } else { "charged" };
         ready(Ok::<_, io::Error>(response.body(Full::<Bytes>::from(text)).unwrap()))
     });
-    let calls = CallLayer::new(policy(Profile::draft())).collect_responses();
+    let calls = CallLayer::new(policy(ProviderProfile::draft())).collect_responses();
     let client = ServiceBuilder::new().layer(calls).service(http);
     let send = |keyed| client.clone().oneshot(request(&Method::POST, keyed));
     let response = send(true).await.unwrap();
-    assert_eq!(response.extensions().get::<Delivery>().unwrap().attempts(), 2);
+    assert_eq!(response.extensions().get::<CallReport>().unwrap().attempts(), 2);
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
 
     arrivals.store(0, Ordering::SeqCst);
     let error = send(false).await.unwrap_err();
-    assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Answered));
+    assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Responded));
     match error.into_source() {
         CollectError::Body(error) => {
             let text = "the body of the response with status 200 ended after 4 bytes, before its declared length";
@@ -516,10 +547,10 @@ async fn a_body_whose_size_hint_never_falls_is_not_lost() {
     let http = service_fn(|_: Request<String>| {
         ready(Ok::<_, io::Error>(Response::new(support::fixed_hint(&["char", "ged"]))))
     });
-    let calls = CallLayer::new(policy(Profile::draft())).collect_responses();
+    let calls = CallLayer::new(policy(ProviderProfile::draft())).collect_responses();
     let client = ServiceBuilder::new().layer(calls).service(http);
     let response = client.oneshot(request(&Method::POST, true)).await.unwrap();
-    assert_eq!(response.extensions().get::<Delivery>().unwrap().attempts(), 1);
+    assert_eq!(response.extensions().get::<CallReport>().unwrap().attempts(), 1);
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
 }
 
@@ -545,7 +576,7 @@ async fn a_lost_body_is_requested_again_whatever_its_head_advises() {
                 response.body(Full::<Bytes>::from("charged")).unwrap(),
             ))
         });
-        let calls = CallLayer::new(policy(Profile::stripe())).collect_responses();
+        let calls = CallLayer::new(policy(ProviderProfile::stripe())).collect_responses();
         let client = ServiceBuilder::new().layer(calls).service(http);
         let response = client.oneshot(request(&Method::POST, true)).await.unwrap();
         assert_eq!(
@@ -585,16 +616,16 @@ async fn against_our_own_layer_every_call_takes_effect_once() {
         }
     });
     let client = ServiceBuilder::new()
-        .layer(IdempotencyKeyLayer::new(Profile::draft()))
-        .layer(CallLayer::new(policy(Profile::draft()).with_max_attempts(20)))
+        .layer(IdempotencyKeyLayer::new(ProviderProfile::draft()))
+        .layer(CallLayer::new(policy(ProviderProfile::draft()).with_max_attempts(20)))
         .service(network);
     for call in 1..=50 {
         let request = Request::post("/charges")
             .body(Full::new(Bytes::from_static(b"amount=1")))
             .unwrap();
         let response = client.clone().oneshot(request).await.unwrap();
-        let delivery = *response.extensions().get::<Delivery>().unwrap();
-        assert_eq!(delivery.outcome(), CallOutcome::Answered);
+        let delivery = *response.extensions().get::<CallReport>().unwrap();
+        assert_eq!(delivery.outcome(), CallOutcome::Responded);
         let body = response.into_body().collect().await.unwrap().to_bytes();
         assert_eq!(body, format!("charge {call}"));
         assert_eq!(
@@ -678,22 +709,22 @@ mod stripe {
                 })
             });
             let client = ServiceBuilder::new()
-                .layer(IdempotencyKeyLayer::new(Profile::stripe()))
-                .layer(CallLayer::new(policy(Profile::stripe())))
+                .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()))
+                .layer(CallLayer::new(policy(ProviderProfile::stripe())))
                 .service(network);
             let request = Request::post("/v1/charges")
                 .header("idempotency-key", key)
                 .body(parameters.to_owned())
                 .unwrap();
             client.oneshot(request).await.map_err(|error| match error {
-                KeyedError::Service(error) => (error.attempts(), error.outcome()),
+                KeyPlacementError::Service(error) => (error.attempts(), error.outcome()),
                 error => panic!("{error}"),
             })
         }
     }
 
     fn delivery(response: &Response<String>) -> (u16, u32, bool, CallOutcome) {
-        let delivery = response.extensions().get::<Delivery>().unwrap();
+        let delivery = response.extensions().get::<CallReport>().unwrap();
         (
             response.status().as_u16(),
             delivery.attempts(),
@@ -707,7 +738,7 @@ mod stripe {
         let stripe = Stripe::default();
         *stripe.next.lock().unwrap() = (200, 0);
         let answer = stripe.charge("k", "amount=1", 2).await.unwrap();
-        assert_eq!(delivery(&answer), (200, 3, true, CallOutcome::Answered));
+        assert_eq!(delivery(&answer), (200, 3, true, CallOutcome::Responded));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
         // All answers lost: it did happen, and the caller is not told otherwise.
         assert_eq!(
@@ -722,7 +753,7 @@ mod stripe {
         let stripe = Stripe::default();
         *stripe.next.lock().unwrap() = (200, 2);
         let answer = stripe.charge("k", "amount=1", 0).await.unwrap();
-        assert_eq!(delivery(&answer), (200, 4, true, CallOutcome::Answered));
+        assert_eq!(delivery(&answer), (200, 4, true, CallOutcome::Responded));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
     }
 
@@ -741,7 +772,7 @@ mod stripe {
         *stripe.next.lock().unwrap() = (200, 0);
         stripe.charge("k", "amount=1", 0).await.unwrap();
         let answer = stripe.charge("k", "amount=2", 0).await.unwrap();
-        assert_eq!(delivery(&answer), (400, 1, false, CallOutcome::Answered));
+        assert_eq!(delivery(&answer), (400, 1, false, CallOutcome::Responded));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
     }
 }

@@ -11,7 +11,7 @@ use http::{Request, Response, StatusCode};
 use support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore, Timer};
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::{DoNotKeep, Idempotency, IdempotencyLayer, MemoryStore, OnLost, Store};
+use tower_idempotency::{DoNotStore, Idempotency, IdempotencyLayer, MemoryStore, OnLost, Store};
 
 type Guarded<St> = Idempotency<Handler, St>;
 
@@ -141,7 +141,7 @@ async fn a_mismatch_is_told_before_the_wait_and_before_a_claim_is_decided() {
 async fn waiters_get_an_answer_that_is_not_kept_unmarked_and_the_next_request_runs() {
     let veto = |n: usize| -> Response<AnyBody> {
         let mut response = text(StatusCode::OK, format!("try later {n}"));
-        response.extensions_mut().insert(DoNotKeep);
+        response.extensions_mut().insert(DoNotStore);
         response
     };
     let failing = |n: usize| text(StatusCode::BAD_GATEWAY, format!("failed {n}"));
@@ -351,7 +351,9 @@ async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
     let store = RemoteStore::new();
     let slow = Handler::new().taking(Duration::from_secs(20));
     let there = IdempotencyLayer::new(store.clone()).layer(slow.clone());
-    let layer = IdempotencyLayer::new(store.clone()).with_max_waiters(1, 3);
+    let layer = IdempotencyLayer::new(store.clone())
+        .with_max_waiters_per_key(1)
+        .with_max_waiters(3);
     let here = layer.layer(slow.clone());
     let owners: Vec<_> = (0..100)
         .map(|n| support::start(&there, post(&n.to_string(), "")))
@@ -375,7 +377,8 @@ async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
     let at_once = layer
         .clone()
         .with_wait(Duration::ZERO)
-        .with_max_waiters(0, 0)
+        .with_max_waiters_per_key(0)
+        .with_max_waiters(0)
         .layer(slow.clone());
     let _owner = support::start(&there, post("k", ""));
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -588,7 +591,9 @@ async fn a_request_that_may_not_wait_learns_why_the_store_failed() {
 #[tokio::test(start_paused = true)]
 async fn waiters_are_bounded_for_a_key_and_in_all() {
     let handler = Handler::new().taking(Duration::from_secs(1));
-    let layer = IdempotencyLayer::new(MemoryStore::new()).with_max_waiters(2, 3);
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .with_max_waiters_per_key(2)
+        .with_max_waiters(3);
     let service = layer.layer(handler.clone());
     let mut waiting = Vec::new();
     for key in ["one", "two"] {
@@ -666,7 +671,9 @@ async fn keys_do_not_block_one_another() {
 #[tokio::test(start_paused = true)]
 async fn a_place_among_the_waiters_of_a_key_is_free_again_when_its_waiter_leaves() {
     let handler = Handler::new().taking(Duration::from_secs(10));
-    let layer = IdempotencyLayer::new(MemoryStore::new()).with_max_waiters(1, 100);
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .with_max_waiters_per_key(1)
+        .with_max_waiters(100);
     let service = layer.layer(handler);
     let owner = start(&service, "k", "pay");
     tokio::time::sleep(Duration::from_secs(1)).await;

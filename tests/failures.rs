@@ -17,7 +17,8 @@ use support::{frames, post, request, send, start, text, AnyBody, Fault, Got, Han
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Resolution, Status};
 use tower_idempotency::{
-    DoNotKeep, IdempotencyLayer, Keep, Lease, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store,
+    DoNotStore, IdempotencyLayer, Lease, LostAttempt, MemoryStore, OnError, OnLost, Recovered, Store, StoreFor,
+    StoreResponse,
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -71,7 +72,7 @@ async fn failures_are_kept_when_asked_panics_and_errors_of_the_service_too() {
         _ => panic!("the second key panics"),
     });
     let service = IdempotencyLayer::new(MemoryStore::new())
-        .on_error(OnError::Keep)
+        .on_error(OnError::Store)
         .layer(handler.clone());
     for key in ["answers", "panics"] {
         let first = send(&service, post(key, "pay")).await;
@@ -83,7 +84,7 @@ async fn failures_are_kept_when_asked_panics_and_errors_of_the_service_too() {
 
     let broken = service_fn(|_: Request<AnyBody>| async { Err::<Response<AnyBody>, _>("connection lost") });
     let service = IdempotencyLayer::new(MemoryStore::new())
-        .on_error(OnError::Keep)
+        .on_error(OnError::Store)
         .layer(broken);
     assert_eq!(
         service.clone().oneshot(post("k", "pay")).await.unwrap_err(),
@@ -155,7 +156,7 @@ async fn an_operator_finds_and_resolves_a_key_by_what_the_client_sent() {
 
 #[tokio::test(start_paused = true)]
 async fn a_time_out_within_the_layer_follows_the_setting_for_failures() {
-    for (on_error, runs) in [(OnError::Keep, 1), (OnError::Unknown, 1), (OnError::Release, 2)] {
+    for (on_error, runs) in [(OnError::Store, 1), (OnError::Unknown, 1), (OnError::Release, 2)] {
         let handler = Handler::new().taking(Duration::from_secs(60));
         let after = Duration::from_secs(1);
         let timeout = tower_http::timeout::TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, after);
@@ -174,8 +175,8 @@ async fn a_handler_may_keep_a_failure_and_set_the_retention() {
     let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1_000_000_000));
     let handler = Handler::new().answering(|n| {
         let mut response = text(StatusCode::SERVICE_UNAVAILABLE, format!("final {n}"));
-        response.extensions_mut().insert(Keep);
-        response.extensions_mut().insert(RetainFor(Duration::from_secs(60)));
+        response.extensions_mut().insert(StoreResponse);
+        response.extensions_mut().insert(StoreFor(Duration::from_secs(60)));
         response
     });
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
@@ -290,7 +291,7 @@ async fn a_response_that_is_not_stored_frees_its_key_although_its_body_breaks_of
             let mut response = Response::new(frames(vec![Play::Data("slow d"), Play::Break]));
             *response.status_mut() = StatusCode::from_u16(status).unwrap();
             if mark {
-                response.extensions_mut().insert(DoNotKeep);
+                response.extensions_mut().insert(DoNotStore);
             }
             response
         });
@@ -307,7 +308,7 @@ async fn a_failure_whose_body_breaks_off_follows_the_setting_for_failures() {
     for (on_error, first, second) in [
         (OnError::Release, "", ""),
         (OnError::Unknown, "", "outcome-unknown"),
-        (OnError::Keep, "response-broken", "response-not-stored"),
+        (OnError::Store, "response-broken", "response-not-stored"),
     ] {
         let handler = Handler::new().answering(|_| {
             let mut response = Response::new(frames(vec![Play::Data("fai"), Play::Break]));
@@ -335,14 +336,14 @@ async fn a_response_without_its_body_is_done_for_as_long_as_its_head_asks() {
                 "breaks" => Response::new(frames(vec![Play::Data("par"), Play::Break])),
                 _ => text(StatusCode::OK, "too long"),
             };
-            response.extensions_mut().insert(RetainFor(DAY));
+            response.extensions_mut().insert(StoreFor(DAY));
             response
         });
         let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1));
         let store = MemoryStore::builder().with_clock(clock.clone()).build();
         let layer = IdempotencyLayer::new(store)
             .with_retention(Duration::from_secs(3_600))
-            .with_answer_limit(limit);
+            .with_response_limit(limit);
         let service = layer.layer(handler.clone());
         send(&service, post("k", "pay")).await;
         clock.advance(Duration::from_secs(7_200));
@@ -417,7 +418,7 @@ async fn an_answer_too_large_to_keep_reaches_its_caller_whole_and_never_runs_aga
             Response::new(frames(vec![Play::Data("01234"), Play::Data("56"), Play::Data("789")]))
         });
         let service = IdempotencyLayer::new(MemoryStore::new())
-            .with_answer_limit(6)
+            .with_response_limit(6)
             .layer(handler.clone());
         let first = send(&service, post("k", "pay")).await;
         assert_eq!((first.status(), &first.body[..]), (200, &b"0123456789"[..]));
@@ -461,7 +462,7 @@ fn outer() -> IdempotencyLayer<MemoryStore> {
 async fn a_failure_that_an_inner_layer_reports_is_a_failure() {
     for (on_error, runs, codes) in [
         (OnError::Unknown, 1, ["handler-failed", "outcome-unknown"]),
-        (OnError::Keep, 1, ["handler-failed", ""]),
+        (OnError::Store, 1, ["handler-failed", ""]),
         (OnError::Release, 2, ["handler-failed", "handler-failed"]),
     ] {
         let handler = Handler::new().answering(|_| panic!("after the effect"));
@@ -474,7 +475,7 @@ async fn a_failure_that_an_inner_layer_reports_is_a_failure() {
             (codes, runs),
             "{on_error:?}"
         );
-        assert_eq!(second.is_replay(), on_error == OnError::Keep);
+        assert_eq!(second.is_replay(), on_error == OnError::Store);
     }
 }
 
@@ -578,7 +579,7 @@ where
 /// An owner that gave its key up, or whose service failed, served its own result although the key held another one.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_owner_serves_what_the_key_holds_however_it_ended() {
-    for on_error in [OnError::Release, OnError::Unknown, OnError::Keep] {
+    for on_error in [OnError::Release, OnError::Unknown, OnError::Store] {
         for ending in ["failure", "panic", "broken body", "stream"] {
             let store = RemoteStore::new();
             let layer = IdempotencyLayer::new(store.clone())
@@ -639,7 +640,7 @@ async fn a_failure_that_could_not_be_recorded_is_not_marked_as_a_replay() {
             assert!(!panics, "after the effect");
             text(StatusCode::BAD_GATEWAY, "failed")
         });
-        let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Keep);
+        let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Store);
         let service = layer.layer(handler.clone());
         let owner = start(&service, post("k", "pay"));
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -1063,7 +1064,7 @@ async fn a_full_store_refuses_new_keys_loudly_and_replays_all_the_same() {
     );
     assert!(refused.head.headers.contains_key("retry-after"));
     assert!(send(&service, post("a", "pay")).await.is_replay());
-    assert_eq!(store.figures().records, 2);
+    assert_eq!(store.stats().records, 2);
 }
 
 // --- lost owners -------------------------------------------------------------------------------------------------
@@ -1171,10 +1172,10 @@ async fn recovery_asks_before_it_runs() {
         let handler = Handler::new().answering(|_| text(StatusCode::CREATED, "run again"));
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
-        let check = OnLost::recover(move |recovery| {
+        let check = move |lost: LostAttempt| {
             count.fetch_add(1, Ordering::SeqCst);
-            assert_eq!((recovery.key.as_str(), recovery.attempt > 1), ("k", true));
-            assert_eq!(recovery.head.uri.path(), "/payments");
+            assert_eq!((lost.key.as_str(), lost.attempt > 1), ("k", true));
+            assert_eq!(lost.head.uri.path(), "/payments");
             async move {
                 match found {
                     "happened" => Recovered::Happened(Response::new("found at the bank".into())),
@@ -1182,8 +1183,8 @@ async fn recovery_asks_before_it_runs() {
                     _ => Recovered::Unknown,
                 }
             }
-        });
-        let service = IdempotencyLayer::new(store).on_lost(check).layer(handler.clone());
+        };
+        let service = IdempotencyLayer::new(store).with_recovery(check).layer(handler.clone());
         let answer = send(&service, post("k", "pay")).await;
         let again = send(&service, post("k", "pay")).await;
         match found {
@@ -1215,7 +1216,7 @@ async fn a_recovery_that_panics_runs_nothing_and_is_asked_again() {
     for store in [RemoteStore::new(), RemoteStore::deciding_at_once()] {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
-        let check = OnLost::recover(move |_| {
+        let check = move |_| {
             let asked = count.fetch_add(1, Ordering::SeqCst);
             assert_ne!(asked, 0, "before its future");
             async move {
@@ -1223,12 +1224,14 @@ async fn a_recovery_that_panics_runs_nothing_and_is_asked_again() {
                 assert_ne!(asked, 1, "in its future");
                 Recovered::NotHappened
             }
-        });
+        };
         let handler = Handler::new().answering(|n| match n {
             1 => text(StatusCode::INTERNAL_SERVER_ERROR, "of unknown effect"),
             _ => text(StatusCode::CREATED, "run again"),
         });
-        let layer = IdempotencyLayer::new(store).on_error(OnError::Unknown).on_lost(check);
+        let layer = IdempotencyLayer::new(store)
+            .on_error(OnError::Unknown)
+            .with_recovery(check);
         let service = layer.layer(handler.clone());
         assert_eq!(send(&service, post("k", "pay")).await.status(), 500);
         for panics in 1..=2 {

@@ -18,10 +18,11 @@ use sha2::Sha256;
 use support::{Fault, RemoteStore, Timer};
 use tokio::sync::Notify;
 use tower::{service_fn, Layer, ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{once, Done, Failure, Found, OnceError, OnceLayer, Profile};
-use tower_idempotency::protocol::{Resolution, Resolved, Status};
+use tower_idempotency::client::{once, Done, Failure, OnceError, OnceLayer, ProviderProfile};
+use tower_idempotency::protocol::{Resolution, ResolveResult, Status};
 use tower_idempotency::receiver::webhooks::{StandardWebhooks, WebhookLayer};
 use tower_idempotency::receiver::{receive_all, Disposition, OnMismatch, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::Recovered;
 use tower_idempotency::{Drain, ErrorKind, IdempotencyLayer, MemoryStore, OnError, Store};
 
 type Ended = Result<Done<usize>, OnceError<usize, String>>;
@@ -96,7 +97,7 @@ async fn an_owner_that_comes_back_after_a_resolution_returns_the_value_that_stan
     let resolution = Resolution::Completed(outcome, LEASE * 100);
     assert_eq!(
         store.resolve(&key, fence, &resolution).await.unwrap(),
-        Resolved::Resolved
+        ResolveResult::Resolved
     );
     go_on.notify_one();
     assert_eq!(first.await.unwrap().unwrap().into_value(), 2);
@@ -159,7 +160,8 @@ async fn a_store_that_hangs_does_not_prolong_a_wait_for_another_call() {
     let second = tokio::spawn(
         once(store.clone(), "k")
             .with_wait(Duration::from_secs(1))
-            .with_store_timeouts(Duration::from_secs(20), Duration::from_secs(20))
+            .with_store_timeout(Duration::from_secs(20))
+            .with_completion_timeout(Duration::from_secs(20))
             .run(|_| ready(Ok::<_, Failure<String>>(2))),
     );
     support::yield_times(10).await;
@@ -220,7 +222,7 @@ async fn calls_whose_callers_left_are_bounded() {
             Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("paid")))
         }
     });
-    let layer = OnceLayer::new(MemoryStore::new(), Profile::draft()).with_max_detached(3);
+    let layer = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).with_max_detached(3);
     let client = layer.layer(http);
     let call = |n: usize| {
         let request = Request::post("https://bank.example/pay").header("idempotency-key", n.to_string());
@@ -303,7 +305,7 @@ async fn a_limit_of_no_executions_without_callers_counts_as_one() {
     assert_eq!(once.unwrap().into_value(), 1);
 
     let http = service_fn(|_: Request<Full<Bytes>>| ready(Ok::<_, Infallible>(Response::new(Full::from("paid")))));
-    let client = OnceLayer::new(MemoryStore::new(), Profile::draft()).with_max_detached(0);
+    let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).with_max_detached(0);
     let request = Request::post("https://bank.example/pay").header("idempotency-key", "k");
     let response = client
         .layer(http)
@@ -357,7 +359,7 @@ async fn a_caller_that_goes_away_during_the_check_begins_nothing() {
     let again = once(store.clone(), "k").run_or_recover(
         |_| async {
             tokio::time::sleep(Duration::from_secs(2)).await;
-            Found::NotHappened
+            Recovered::NotHappened
         },
         move |_| async move {
             counted.fetch_add(1, Ordering::SeqCst);
@@ -396,7 +398,7 @@ async fn one_host_does_not_answer_for_another() {
         let host = request.uri().host().unwrap().to_owned();
         Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(host)))
     });
-    let client = OnceLayer::new(MemoryStore::new(), Profile::draft()).layer(http);
+    let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).layer(http);
     client.clone().oneshot(to("a.example")).await.unwrap();
     let other = client.oneshot(to("b.example")).await;
     assert!(
@@ -420,7 +422,7 @@ async fn a_refusal_after_a_lost_attempt_is_not_kept_where_the_party_knows_no_key
             Ok(answer)
         }
     });
-    let client = OnceLayer::new(MemoryStore::new(), Profile::draft())
+    let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft())
         .without_sending_key()
         .at_least_once()
         .layer(http);
@@ -438,7 +440,7 @@ async fn a_refusal_after_a_lost_attempt_is_not_kept_where_the_party_knows_no_key
 #[tokio::test]
 async fn a_check_that_panics_before_its_future_has_found_nothing_out() {
     #[expect(clippy::panic, reason = "as the application does")]
-    fn panics() -> Ready<Found<()>> {
+    fn panics() -> Ready<Recovered<()>> {
         panic!("the check's")
     }
     let store = RemoteStore::new();

@@ -166,7 +166,10 @@ async fn what_cannot_be_published_waits_and_holds_nothing_up() {
         }
         publish(message)
     };
-    let relay = outbox.relay(publish).with_pauses(pause, pause);
+    let relay = outbox
+        .relay(publish)
+        .with_initial_backoff(pause)
+        .with_max_backoff(pause);
     for topic in ["poison", "a", "panic", "b"] {
         assert!(put(&bench, &outbox, &OutboxMessage::new(topic, "x")).await);
     }
@@ -210,7 +213,10 @@ async fn relays_share_the_work_and_a_relay_that_dies_has_its_messages_published_
     // Half-way through a batch, dropped.
     let mut dying = Box::pin({
         let pause = Duration::from_millis(10);
-        let relay = relay().with_lease(Duration::from_secs(3)).with_pauses(pause, pause);
+        let relay = relay()
+            .with_lease(Duration::from_secs(3))
+            .with_initial_backoff(pause)
+            .with_max_backoff(pause);
         async move { relay.publish_once().await.unwrap() }
     });
     while broker.got.lock().unwrap().len() < 3 {
@@ -270,7 +276,9 @@ async fn what_goes_out_twice_comes_in_once() {
             }
         }
     });
-    let relay = relay.with_pauses(Duration::from_millis(1), Duration::from_millis(1));
+    let relay = relay
+        .with_initial_backoff(Duration::from_millis(1))
+        .with_max_backoff(Duration::from_millis(1));
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));
@@ -397,7 +405,10 @@ async fn die_at(
             Ok::<_, &str>(())
         }
     });
-    let relay = relay.with_lease(lease).with_pauses(pause, pause * 3);
+    let relay = relay
+        .with_lease(lease)
+        .with_initial_backoff(pause)
+        .with_max_backoff(pause * 3);
     tokio::select! {
         count = relay.publish_once() => assert_eq!(count.unwrap().failed, 0),
         () = dead.notified() => {}
@@ -449,7 +460,10 @@ async fn what_failed_while_its_relay_lived_is_tried_again_in_a_batch() {
     for topic in ["a", "b", "c"] {
         broker.refused.lock().unwrap().insert(topic.to_owned(), 1);
     }
-    let relay = outbox.relay(broker.publish()).with_pauses(SHORT, SHORT);
+    let relay = outbox
+        .relay(broker.publish())
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(SHORT);
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 3));
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(relay.publish_once().await.unwrap(), published(3, 0));
@@ -466,7 +480,10 @@ fn slow(outbox: &Outbox, each: Duration) -> (impl std::future::Future<Output = P
             Ok::<_, &str>(())
         }
     });
-    let relay = relay.with_lease(Duration::from_secs(9)).with_pauses(SHORT, SHORT);
+    let relay = relay
+        .with_lease(Duration::from_secs(9))
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(SHORT);
     (async move { relay.publish_once().await.unwrap() }, begun)
 }
 
@@ -514,7 +531,10 @@ async fn a_late_relay_does_not_postpone_what_another_has_taken() {
             Err::<(), _>("not now")
         }
     });
-    let relay = relay.with_lease(Duration::from_secs(2)).with_pauses(SHORT, SHORT);
+    let relay = relay
+        .with_lease(Duration::from_secs(2))
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(SHORT);
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
     let untouched =
         "SELECT count(*) FROM idempotency_outbox WHERE failures = 2 AND suspect AND publish_at = 'infinity'";
@@ -632,7 +652,8 @@ async fn a_pause_without_end_does_not_publish_the_others_again_and_again() {
         }
     });
     let relay = relay
-        .with_pauses(Duration::MAX, Duration::MAX)
+        .with_initial_backoff(Duration::MAX)
+        .with_max_backoff(Duration::MAX)
         .with_lease(Duration::MAX);
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 1));
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
@@ -651,7 +672,8 @@ async fn a_relay_that_can_publish_nothing_does_not_spin() {
     });
     let relay = relay
         .with_batch(1)
-        .with_pauses(Duration::ZERO, Duration::ZERO)
+        .with_initial_backoff(Duration::ZERO)
+        .with_max_backoff(Duration::ZERO)
         .with_interval(Duration::from_secs(1));
     let begun: f64 = bench.clock().await;
     let five_tries = async {
@@ -683,7 +705,10 @@ async fn messages_that_hang_let_the_others_pass() {
             publishing.await
         }
     });
-    let relay = relay.with_lease(Duration::from_millis(300)).with_pauses(SHORT, SHORT);
+    let relay = relay
+        .with_lease(Duration::from_millis(300))
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(SHORT);
     for _ in 0..3 {
         relay.publish_once().await.unwrap();
     }
@@ -752,7 +777,9 @@ async fn a_look_reads_what_is_due_and_not_what_waits() {
         .await;
     assert!(put(&bench, &outbox, &OutboxMessage::new("due", "x")).await);
     let relay = outbox.relay(Broker::default().publish());
-    let relay = relay.with_pauses(SHORT, Duration::from_secs(2 * 86_400));
+    let relay = relay
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(Duration::from_secs(2 * 86_400));
     bench.execute("SELECT pg_stat_force_next_flush()").await;
     let before = bench.number(READ).await;
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));

@@ -18,7 +18,7 @@ use postgres::PostgresServer;
 use sqlx::PgPool;
 use tower::ServiceExt;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Renewal, StorageKey,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Renewal, StorageKey, StoredResponse,
 };
 use tower_idempotency::{IdempotencyLayer, Lease, OnLost, PostgresStore, Store};
 
@@ -82,7 +82,7 @@ async fn rush(store: &PostgresStore, old: Old, retention: Duration, if_lost: IfL
     let stands = async {
         match old {
             Old::Completes => {
-                let paid = Outcome::Kept(Answer {
+                let paid = Outcome::Stored(StoredResponse {
                     head: "head".into(),
                     body: "paid".into(),
                 });
@@ -136,7 +136,7 @@ async fn complete_once(store: PostgresStore, key: StorageKey, name: String, leve
     loop {
         let claim = claim(key, 0, Duration::from_millis(1), HOUR, IfLost::Execute);
         let decision = store.claim(&claim).await.unwrap();
-        if decision == Decision::NotKept {
+        if decision == Decision::NotStored {
             return;
         }
         let Some(grant) = grant(&decision) else {

@@ -30,8 +30,8 @@ use postgres::PostgresServer;
 use proxy::{Direction, Fate, Proxy};
 use sqlx::postgres::PgPoolOptions;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
-    Resolved, Status, StorageKey,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
+    ResolveResult, Status, StorageKey, StoredResponse,
 };
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, ErrorKind, PostgresStore, Store};
@@ -51,7 +51,7 @@ fn claim(key: u8) -> Claim {
 }
 
 fn kept(body: &[u8]) -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: Bytes::from_static(b"head"),
         body: Bytes::copy_from_slice(body),
     })
@@ -141,14 +141,14 @@ async fn a_key_lives_its_life() {
     let Decision::Replay(answer) = store.claim(&claim(1)).await.unwrap() else {
         panic!("not replayed")
     };
-    assert_eq!(kept(b"paid"), Outcome::Kept(answer));
+    assert_eq!(kept(b"paid"), Outcome::Stored(answer));
     assert_eq!(store.release(key, taken.owner).await.unwrap(), Release::Superseded);
     assert!(matches!(
         store
             .resolve(key, taken.owner.fence, &Resolution::Absent)
             .await
             .unwrap(),
-        Resolved::Conflict(Some(_))
+        ResolveResult::Conflict(Some(_))
     ));
 }
 
@@ -506,7 +506,7 @@ async fn bodies_come_back_byte_for_byte() {
         let Decision::Replay(answer) = store.claim(&claim(number)).await.unwrap() else {
             panic!("not replayed")
         };
-        assert_eq!(Outcome::Kept(answer), kept(&body));
+        assert_eq!(Outcome::Stored(answer), kept(&body));
     }
 }
 

@@ -13,18 +13,18 @@ use futures::future::{join_all, BoxFuture};
 use futures::FutureExt;
 use support::{Fault, RemoteStore};
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::client::Found;
 use tower_idempotency::protocol::{Fence, Resolution};
 use tower_idempotency::receiver::{
-    Disposition, Lease, MessageId, OnMismatch, OnMissingId, Receipt, ReceiveError, Receiver, ReceiverLayer,
+    Disposition, MessageId, MessageLease, OnMismatch, OnMissingId, Receipt, ReceiveError, Receiver, ReceiverLayer,
 };
+use tower_idempotency::Recovered;
 use tower_idempotency::{ErrorKind, MemoryStore, OnError, Store};
 
 #[derive(Clone, Default)]
 struct Message {
     id: Vec<u8>,
     payload: Vec<u8>,
-    lease: Option<Lease>,
+    lease: Option<MessageLease>,
 }
 
 fn message(id: impl Into<Vec<u8>>) -> Message {
@@ -56,7 +56,7 @@ struct Handler {
     runs: Arc<AtomicUsize>,
     effects: Arc<AtomicUsize>,
     plans: Arc<Mutex<Vec<Plan>>>,
-    leases: Arc<Mutex<Vec<Lease>>>,
+    leases: Arc<Mutex<Vec<MessageLease>>>,
 }
 
 impl Handler {
@@ -210,7 +210,9 @@ async fn a_failed_handler_does_not_lose_its_message() {
 async fn a_failure_can_count_as_handled_or_as_lost() {
     for plan in [Plan::Fail, Plan::Panic] {
         let handler = Handler::planning([plan]);
-        let receiver = layer(RemoteStore::new()).on_error(OnError::Keep).layer(handler.clone());
+        let receiver = layer(RemoteStore::new())
+            .on_error(OnError::Store)
+            .layer(handler.clone());
         assert!(deliver(&receiver, message("m")).await.is_err());
         assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
         assert_eq!(handler.counts(), (1, 0));
@@ -569,7 +571,10 @@ async fn a_lost_attempt_is_repeated_where_that_is_wanted_and_not_for_ever() {
     let (received, handler, ..) = after_death(4, ReceiverLayer::at_least_once).await;
     assert!(matches!(received, Ok(Receipt::First(5))));
     let leases = handler.leases.lock().unwrap().clone();
-    assert_eq!(leases.iter().map(Lease::attempt).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    assert_eq!(
+        leases.iter().map(MessageLease::attempt).collect::<Vec<_>>(),
+        [1, 2, 3, 4, 5]
+    );
     assert!(leases.windows(2).all(|two| two[0].fence() < two[1].fence()));
     let ids: Vec<_> = leases
         .iter()
@@ -586,11 +591,11 @@ async fn a_lost_attempt_is_repeated_where_that_is_wanted_and_not_for_ever() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_attempt_can_be_asked_about() {
-    for found in [Found::Happened(()), Found::NotHappened, Found::Unknown] {
+    for found in [Recovered::Happened(()), Recovered::NotHappened, Recovered::Unknown] {
         let asked = Arc::new(Mutex::new(Vec::<(Vec<u8>, Fence)>::new()));
         let (received, handler, _, receiver) = after_death(1, |layer| {
             let (asked, found) = (Arc::clone(&asked), found.clone());
-            layer.with_recovery(move |message: &Message, lease: Lease| {
+            layer.with_recovery(move |message: &Message, lease: MessageLease| {
                 asked.lock().unwrap().push((message.id.clone(), lease.fence()));
                 let found = found.clone();
                 async move { found }
@@ -601,21 +606,21 @@ async fn a_lost_attempt_can_be_asked_about() {
         assert!(matches!(&asked.lock().unwrap()[..], [(id, fence)] if id == b"m" && *fence > lost));
         let again = deliver(&receiver, message("m")).await;
         match found {
-            Found::Happened(()) => {
+            Recovered::Happened(()) => {
                 assert!(matches!(
                     (received, again),
                     (Ok(Receipt::Duplicate), Ok(Receipt::Duplicate))
                 ));
                 assert_eq!(handler.counts(), (1, 0));
             }
-            Found::NotHappened => {
+            Recovered::NotHappened => {
                 assert!(matches!(
                     (received, again),
                     (Ok(Receipt::First(2)), Ok(Receipt::Duplicate))
                 ));
                 assert_eq!(handler.counts(), (2, 1));
             }
-            Found::Unknown => {
+            Recovered::Unknown => {
                 // It is asked again with the next delivery.
                 assert!(matches!(
                     (received, again),
@@ -629,7 +634,7 @@ async fn a_lost_attempt_can_be_asked_about() {
 
 #[tokio::test(start_paused = true)]
 async fn a_check_that_panics_has_found_nothing_out() {
-    async fn panics() -> Found<()> {
+    async fn panics() -> Recovered<()> {
         panic!("the check panics, as planned")
     }
     let (received, handler, ..) = after_death(1, |layer| layer.with_recovery(|_, _| panics())).await;

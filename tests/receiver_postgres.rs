@@ -16,7 +16,9 @@ use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::PgPool;
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::protocol::Resolution;
-use tower_idempotency::receiver::{Disposition, HandlerErrorClass, Inbox, Lease, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::receiver::{
+    Disposition, HandlerErrorClass, Inbox, MessageLease, Receipt, ReceiveError, ReceiverLayer,
+};
 use tower_idempotency::{BoxStore, ErrorKind, MemoryStore, OnError, PostgresStore, Store};
 
 struct Bench {
@@ -58,7 +60,7 @@ async fn take_effect(connection: &mut PgConnection, message: &str) {
 #[derive(Clone)]
 struct Message {
     id: String,
-    lease: Option<Lease>,
+    lease: Option<MessageLease>,
 }
 
 fn message(id: &str) -> Message {
@@ -301,7 +303,7 @@ async fn a_failure_that_counts_as_handled_does_so_after_a_rollback_too() {
     let bench = Bench::new().await;
     let runs = Arc::new(AtomicUsize::new(0));
     let (pool, counted) = (bench.pool.clone(), Arc::clone(&runs));
-    let layer = layer(bench.store.clone()).on_error(OnError::Keep);
+    let layer = layer(bench.store.clone()).on_error(OnError::Store);
     let receiver = layer.layer(service_fn(move |message: Message| {
         counted.fetch_add(1, Ordering::SeqCst);
         handle(pool.clone(), message, Ending::RollBackAndFail)
@@ -381,10 +383,10 @@ async fn an_inbox_remembers_what_was_rejected() {
 async fn a_made_lease_completes_in_a_transaction_if_its_key_is_claimed() {
     use tower_idempotency::protocol::Status;
     use tower_idempotency::testing::TestLease;
-    use tower_idempotency::Body;
+    use tower_idempotency::BufferedBody;
 
     let bench = Bench::new().await;
-    let response = || http::Response::new(Body::new(http_body_util::Full::new(bytes::Bytes::from("paid"))));
+    let response = || http::Response::new(BufferedBody::new(http_body_util::Full::new(bytes::Bytes::from("paid"))));
     let unclaimed = TestLease::new("order-7");
     let mut transaction = bench.pool.begin().await.unwrap();
     let errors = [
@@ -446,7 +448,8 @@ async fn deliveries_that_meet_an_open_transaction_leave_no_connections_behind() 
     let builder = PostgresStore::builder().with_timeout(Duration::from_secs(1));
     let layer = layer(builder.with_pool(pool.clone()).unwrap())
         .with_lease(Duration::from_secs(1))
-        .with_store_timeouts(Duration::from_secs(2), Duration::from_secs(2));
+        .with_store_timeout(Duration::from_secs(2))
+        .with_completion_timeout(Duration::from_secs(2));
     let (open, is_open) = tokio::sync::oneshot::channel();
     let (open, pool) = (Arc::new(std::sync::Mutex::new(Some(open))), pool.clone());
     let receiver = layer.layer(service_fn(move |message: Message| {
@@ -502,7 +505,8 @@ async fn cut_off(bench: &Bench, id: &str, commits: bool, on_error: OnError, endi
     let layer = layer(store.unwrap())
         .on_error(on_error)
         .with_lease(Duration::from_secs(3_600))
-        .with_store_timeouts(Duration::from_secs(1), Duration::from_secs(1));
+        .with_store_timeout(Duration::from_secs(1))
+        .with_completion_timeout(Duration::from_secs(1));
     let drain = layer.drain();
     let (pool, cut) = (bench.pool.clone(), proxy.clone());
     let receiver = layer.layer(service_fn(move |message: Message| {
@@ -550,7 +554,7 @@ async fn a_rollback_that_could_not_be_seen_is_seen_when_the_store_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
     let bench = Bench::new().await;
-    for on_error in [OnError::Release, OnError::Keep, OnError::Unknown] {
+    for on_error in [OnError::Release, OnError::Store, OnError::Unknown] {
         for ending in [Ending::Commit, Ending::RollBackAndFail] {
             let id = format!("{on_error:?} {ending:?}");
             drop(cut_off(&bench, &id, true, on_error, ending).await);
@@ -564,7 +568,7 @@ async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
     let bench = Bench::new().await;
-    drop(cut_off(&bench, "keep", false, OnError::Keep, Ending::RollBackAndFail).await);
+    drop(cut_off(&bench, "keep", false, OnError::Store, Ending::RollBackAndFail).await);
     let again = deliver(&bench, bench.store.clone(), "keep", Ending::Commit).await;
     assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
     drop(cut_off(&bench, "unknown", false, OnError::Unknown, Ending::RollBackAndFail).await);

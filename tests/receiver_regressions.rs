@@ -12,21 +12,21 @@ use futures::future::BoxFuture;
 use futures::FutureExt;
 use support::{Fault, RemoteStore};
 use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::client::Found;
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Fence, Fingerprint, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution,
-    Resolved, Snapshot, Status, StorageKey,
+    ResolveResult, Snapshot, Status, StorageKey,
 };
 use tower_idempotency::receiver::{
-    receive_all, Disposition, Lease, OnMismatch, OnMissingId, Receipt, ReceiveError, ReceiverLayer,
+    receive_all, Disposition, MessageLease, OnMismatch, OnMissingId, Receipt, ReceiveError, ReceiverLayer,
 };
+use tower_idempotency::Recovered;
 use tower_idempotency::{Error, IdempotencyLayer, MemoryStore, OnError, Store};
 
 #[derive(Clone, Default)]
 struct Message {
     id: String,
     payload: String,
-    lease: Option<Lease>,
+    lease: Option<MessageLease>,
 }
 
 fn message(id: &str, payload: &str) -> Message {
@@ -136,7 +136,7 @@ async fn a_check_that_could_not_ask_is_asked_again_until_the_attempts_are_used_u
         .with_max_attempts(4)
         .with_recovery(move |_, _| {
             counted.fetch_add(1, Ordering::SeqCst);
-            ready(Found::Unknown)
+            ready(Recovered::Unknown)
         });
     let receiver = layer.layer(service_fn(|_: Message| ready(Err::<(), _>("reset"))));
     assert!(receiver.clone().oneshot(message("m", "")).await.is_err());
@@ -240,17 +240,17 @@ async fn a_failed_handler_does_to_its_message_what_was_set() {
     type Set = fn(ReceiverLayer<RemoteStore, Message>) -> ReceiverLayer<RemoteStore, Message>;
     let refuse: Set = |layer| layer;
     let execute: Set = ReceiverLayer::at_least_once;
-    let ask: Set = |layer| layer.with_recovery(|_, _| ready(Found::NotHappened));
-    let found: Set = |layer| layer.with_recovery(|_, _| ready(Found::Happened(())));
+    let ask: Set = |layer| layer.with_recovery(|_, _| ready(Recovered::NotHappened));
+    let found: Set = |layer| layer.with_recovery(|_, _| ready(Recovered::Happened(())));
     for (on_error, set, runs, second) in [
         (OnError::Release, refuse, 2, "First"),
         (OnError::Release, execute, 2, "First"),
         (OnError::Release, ask, 2, "First"),
         (OnError::Release, found, 2, "First"),
-        (OnError::Keep, refuse, 1, "Duplicate"),
-        (OnError::Keep, execute, 1, "Duplicate"),
-        (OnError::Keep, ask, 1, "Duplicate"),
-        (OnError::Keep, found, 1, "Duplicate"),
+        (OnError::Store, refuse, 1, "Duplicate"),
+        (OnError::Store, execute, 1, "Duplicate"),
+        (OnError::Store, ask, 1, "Duplicate"),
+        (OnError::Store, found, 1, "Duplicate"),
         (OnError::Unknown, refuse, 1, "Unknown"),
         (OnError::Unknown, execute, 2, "First"),
         (OnError::Unknown, ask, 2, "First"),
@@ -491,7 +491,7 @@ impl Store for Racing {
         self.0.release(key, owner).await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         self.0.resolve(key, fence, resolution).await
     }
 

@@ -46,7 +46,8 @@ async fn requests_that_wait_for_another_claim_are_bounded_in_number_and_time() {
     store.fail("claim", [Fault::Hang; 10_000]);
     let s = IdempotencyLayer::new(store)
         .with_wait(Duration::ZERO)
-        .with_max_waiters(1, 1)
+        .with_max_waiters_per_key(1)
+        .with_max_waiters(1)
         .layer(Handler::new());
     let timer = Timer::start();
     let all: Vec<_> = (0..20).map(|n| start(&s, post("k", format!("body {n}")))).collect();
@@ -134,7 +135,7 @@ async fn a_failure_that_is_kept_is_rendered_once() {
     // It was rendered to be stored and again to be sent.
     let n = Arc::new(AtomicUsize::new(0));
     let s = IdempotencyLayer::new(MemoryStore::new())
-        .on_error(OnError::Keep)
+        .on_error(OnError::Store)
         .with_refusals(move |r, _| {
             let mut x = Response::new(Bytes::from(format!("incident {}", n.fetch_add(1, Ordering::SeqCst))));
             *x.status_mut() = r.status();
@@ -166,7 +167,7 @@ async fn more_header_lines_than_16_bits_count_come_again() {
 async fn a_predicate_that_panics_comes_after_the_effect_and_nobody_runs_again() {
     // It unwound through the exchange: its caller got no answer, and the key was left to chance.
     let s = IdempotencyLayer::new(MemoryStore::new())
-        .keep_if(|_| panic!("predicate"))
+        .store_if(|_| panic!("predicate"))
         .layer(Handler::new());
     let one = {
         let s = s.clone();

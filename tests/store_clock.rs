@@ -20,7 +20,8 @@ use redis_server::RedisServer;
 use tokio::sync::Notify;
 use tower::{service_fn, Layer, ServiceExt};
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Renewal, Status, StorageKey,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Renewal, Status, StorageKey,
+    StoredResponse,
 };
 use tower_idempotency::{IdempotencyLayer, PostgresStore, RedisStore, Store};
 use turned_clock::TurnedClock;
@@ -49,7 +50,7 @@ fn some_key() -> StorageKey {
 }
 
 fn kept(body: &'static str) -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: body.into(),
     })
@@ -86,7 +87,7 @@ async fn complete(store: &impl Store, key: &StorageKey, grant: Grant) {
 async fn assert_replayed(store: &impl Store, key: &StorageKey) {
     for if_lost in [IfLost::Refuse, IfLost::Execute] {
         match store.claim(&claim(key, if_lost)).await.unwrap() {
-            Decision::Replay(answer) => assert_eq!(Outcome::Kept(answer), kept("paid")),
+            Decision::Replay(answer) => assert_eq!(Outcome::Stored(answer), kept("paid")),
             other => panic!("the answer was lost: {other:?}"),
         }
     }

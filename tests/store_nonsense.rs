@@ -17,7 +17,7 @@ use postgres::PostgresServer;
 use redis_server::RedisServer;
 use sqlx::postgres::PgPoolOptions;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, Owner, Status, StorageKey,
+    Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, Owner, Status, StorageKey, StoredResponse,
 };
 use tower_idempotency::{Error, ErrorKind, PostgresStore, RedisStore, Store};
 
@@ -88,7 +88,7 @@ fn claim(key: &StorageKey) -> Claim {
 }
 
 fn kept() -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: "body".into(),
     })

@@ -14,7 +14,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 use redis::TlsCertificates;
 use server::RedisServer;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey,
+    Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey, StoredResponse,
 };
 use tower_idempotency::{BoxStore, Error, ErrorKind, PostgresStore, RedisStore, Store};
 
@@ -61,11 +61,11 @@ async fn works(store: &impl Store) {
         panic!("not granted")
     };
     let watch = store.watch(&first.key).await.unwrap();
-    let paid = Answer {
+    let paid = StoredResponse {
         head: "head".into(),
         body: vec![7; 100_000].into(),
     };
-    let outcome = Outcome::Kept(paid.clone());
+    let outcome = Outcome::Stored(paid.clone());
     let completion = store.complete(&first.key, grant.owner, &outcome, HOUR);
     assert_eq!(completion.await.unwrap(), Completion::Completed);
     watch.await;

@@ -22,7 +22,9 @@ use tower::buffer::BufferLayer;
 use tower::limit::ConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
-use tower_idempotency::{Body, Idempotency, IdempotencyLayer, Lease, MemoryStore, Refusal, ResponseFuture, Scope};
+use tower_idempotency::{
+    BufferedBody, Idempotency, IdempotencyLayer, Lease, MemoryStore, Refusal, ResponseFuture, Scope,
+};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new())
@@ -233,12 +235,14 @@ async fn the_inner_error_type_passes_through_and_frees_the_key() {
 
 #[tokio::test]
 async fn bodies_of_any_type_are_wrapped_by_ours() {
-    let inner = service_fn(|request: Request<Body<Full<Bytes>>>| async {
+    let inner = service_fn(|request: Request<BufferedBody<Full<Bytes>>>| async {
         let body = request.into_body().collect().await.unwrap().to_bytes();
         Ok::<_, Infallible>(Response::new(Full::new(body)))
     });
     let service = ServiceBuilder::new()
-        .layer(tower_http::map_request_body::MapRequestBodyLayer::new(Body::new))
+        .layer(tower_http::map_request_body::MapRequestBodyLayer::new(
+            BufferedBody::new,
+        ))
         .layer(layer())
         .service(inner);
     let send = |body: &'static str| {

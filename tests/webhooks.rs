@@ -35,7 +35,7 @@ use tower_idempotency::receiver::webhooks::{
     GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, Webhook, WebhookLayer,
 };
 use tower_idempotency::receiver::{ids, MessageId};
-use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, OnError, Refusal, RefusalKind, Scope, Store};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, Refusal, RefusalKind, Scope, Store, StoreResponse};
 
 const SECRET: [u8; 24] = [7; 24];
 
@@ -135,7 +135,7 @@ impl App {
     }
 
     fn counts(&self) -> (usize, u64) {
-        (self.runs.load(Ordering::SeqCst), self.store.figures().records)
+        (self.runs.load(Ordering::SeqCst), self.store.stats().records)
     }
 }
 
@@ -227,7 +227,11 @@ async fn a_duplicate_in_flight_gets_409_and_a_failed_webhook_runs_again() {
 
 #[tokio::test(start_paused = true)]
 async fn bodies_are_bounded_in_length_and_time() {
-    let app = App::new(standard().with_body_bounds(1_000, Duration::from_secs(10)));
+    let app = App::new(
+        standard()
+            .with_body_limit(1_000)
+            .with_body_timeout(Duration::from_secs(10)),
+    );
     assert_eq!(
         app.send(webhook("msg_1", &"x".repeat(1_000))).await.0,
         StatusCode::ACCEPTED
@@ -253,7 +257,11 @@ async fn one_setting_bounds_the_body_for_both_layers() {
     let bounded = |inner: fn(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>| {
         let inner = inner(IdempotencyLayer::new(MemoryStore::new()).webhooks());
         let layers = ServiceBuilder::new()
-            .layer(standard().with_body_bounds(3 << 20, Duration::from_secs(10)))
+            .layer(
+                standard()
+                    .with_body_limit(3 << 20)
+                    .with_body_timeout(Duration::from_secs(10)),
+            )
             .layer(inner);
         Router::new()
             .route("/webhooks", post(|| async { "thanks" }))
@@ -269,7 +277,11 @@ async fn one_setting_bounds_the_body_for_both_layers() {
     // The bounds still hold inside for a body that a layer in between has replaced.
     let replaced = |bytes: usize| {
         let layers = ServiceBuilder::new()
-            .layer(standard().with_body_bounds(1_000, Duration::from_secs(10)))
+            .layer(
+                standard()
+                    .with_body_limit(1_000)
+                    .with_body_timeout(Duration::from_secs(10)),
+            )
             .map_request(move |request: Request<Body>| request.map(|_| Body::from("x".repeat(bytes))))
             .layer(IdempotencyLayer::new(MemoryStore::new()).webhooks());
         Router::new()
@@ -307,7 +319,7 @@ async fn a_challenge_by_get_passes_without_a_key_where_it_is_allowed() {
             assert!(!response.headers().contains_key("idempotent-replayed"));
         }
     }
-    assert_eq!((runs.load(Ordering::SeqCst), store.figures().records), (4, 0));
+    assert_eq!((runs.load(Ordering::SeqCst), store.stats().records), (4, 0));
     for method in [Method::PUT, Method::DELETE, Method::OPTIONS] {
         let response = app.clone().oneshot(challenge(method)).await.unwrap();
         assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED);
@@ -317,13 +329,13 @@ async fn a_challenge_by_get_passes_without_a_key_where_it_is_allowed() {
     assert_eq!(unsigned.status(), StatusCode::UNAUTHORIZED);
     let genuine = app.oneshot(webhook("msg_1", "paid")).await.unwrap();
     assert_eq!(genuine.status(), StatusCode::OK);
-    assert_eq!((runs.load(Ordering::SeqCst), store.figures().records), (5, 1));
+    assert_eq!((runs.load(Ordering::SeqCst), store.stats().records), (5, 1));
     // A layer inside that guards GET as well claims nothing for a challenge.
     let guarded = IdempotencyLayer::new(store.clone()).with_methods([Method::GET, Method::POST]);
     let layers = ServiceBuilder::new().layer(standard().pass_challenges()).layer(guarded);
     let app = Router::new().route("/webhooks", any(|| async {})).layer(layers);
     app.oneshot(challenge(Method::GET)).await.unwrap();
-    assert_eq!(store.figures().records, 1);
+    assert_eq!(store.stats().records, 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -407,7 +419,7 @@ async fn a_webhook_that_its_handler_refused_runs_again() {
     }
     let gone = |_| {
         let mut gone = StatusCode::GONE.into_response();
-        gone.extensions_mut().insert(Keep);
+        gone.extensions_mut().insert(StoreResponse);
         gone
     };
     let app = App::answering(|layer| layer, gone);
@@ -505,7 +517,7 @@ async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
     let stream = || ([("content-type", "text/event-stream")], "data: x").into_response();
     let answers: [fn() -> Response; 2] = [long, stream];
     for answer in answers {
-        let app = App::answering(|layer| layer.with_answer_limit(100), move |_| answer());
+        let app = App::answering(|layer| layer.with_response_limit(100), move |_| answer());
         let (status, headers, body, _) = app.send(webhook("msg_1", "paid")).await;
         assert_eq!((status, body.is_empty()), (StatusCode::OK, false));
         assert!(!headers.contains_key("idempotent-replayed"));
@@ -526,7 +538,7 @@ async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
     let answers: [fn() -> Response; 2] = [broken, long];
     for answer in answers {
         let app = App::answering(
-            |layer| layer.with_answer_limit(100),
+            |layer| layer.with_response_limit(100),
             move |run| match run {
                 1 => answer(),
                 _ => "mended".into_response(),
@@ -549,7 +561,7 @@ async fn a_failure_whose_body_is_not_stored_is_never_called_a_success() {
     let long = || (StatusCode::BAD_GATEWAY, "x".repeat(1_000)).into_response();
     let answers: [fn() -> Response; 2] = [broken, long];
     for answer in answers {
-        let change = |layer: IdempotencyLayer<_>| layer.with_answer_limit(100).on_error(OnError::Keep);
+        let change = |layer: IdempotencyLayer<_>| layer.with_response_limit(100).on_error(OnError::Store);
         let app = App::answering(change, move |_| answer());
         for _ in 0..3 {
             assert!(app.send(webhook("msg_1", "paid")).await.0.is_server_error());

@@ -16,7 +16,7 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use tower::util::ServiceFn;
 use tower::{Layer, ServiceExt};
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey,
+    Claim, Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, StorageKey, StoredResponse,
 };
 use tower_idempotency::{Idempotency, IdempotencyLayer, PostgresStore, RedisStore, Store};
 
@@ -51,21 +51,21 @@ pub(crate) trait Subject: Clone + Send + Sync + 'static {
 }
 
 type Request = http::Request<Full<Bytes>>;
-type Answered = Ready<Result<Response<Full<Bytes>>, Infallible>>;
+type Responded = Ready<Result<Response<Full<Bytes>>, Infallible>>;
 
 /// The layer around a handler that answers at once.
 pub(crate) struct Layered<St>(Idempotency<Handler, St>);
 
-type Handler = ServiceFn<fn(Request) -> Answered>;
+type Handler = ServiceFn<fn(Request) -> Responded>;
 
 impl<St: Store> Layered<St> {
     pub(crate) fn over(store: St) -> Self {
-        let pay: fn(Request) -> Answered = pay;
+        let pay: fn(Request) -> Responded = pay;
         Self(IdempotencyLayer::new(store).layer(tower::service_fn(pay)))
     }
 }
 
-fn pay(request: Request) -> Answered {
+fn pay(request: Request) -> Responded {
     drop(request);
     EXECUTED.fetch_add(1, Ordering::Relaxed);
     let answer = Response::builder()
@@ -116,7 +116,7 @@ pub(crate) struct Stored<St> {
 impl<St: Store> Stored<St> {
     /// Keeps answers of so many bytes.
     pub(crate) fn over(store: St, answer: usize) -> Self {
-        let outcome = Outcome::Kept(Answer {
+        let outcome = Outcome::Stored(StoredResponse {
             head: vec![b'h'; answer.saturating_sub(SIZE)].into(),
             body: vec![b'x'; SIZE].into(),
         });

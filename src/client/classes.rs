@@ -3,7 +3,7 @@
 use std::any::Any;
 
 #[cfg(feature = "reqwest")]
-use super::keys::KeyedError;
+use super::keys::KeyPlacementError;
 use crate::error::Classifiers;
 
 /// What an error of a client says.
@@ -39,7 +39,7 @@ impl ErrorClasses {
 #[cfg(feature = "reqwest")]
 fn known(error: &dyn Any) -> Option<ErrorClass> {
     let error = match error.downcast_ref() {
-        Some(KeyedError::Service(error)) => error,
+        Some(KeyPlacementError::Service(error)) => error,
         _ => error.downcast_ref::<reqwest::Error>()?,
     };
     Some(match error {

@@ -3,24 +3,24 @@
 /// The conclusion from the type of a service. A greater value means less knowledge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Follows {
-    /// Every visible `FollowRedirect` obeys a `KeyAtHome`.
+    /// Every visible `FollowRedirect` obeys a `SameOriginKey`.
     Obedient,
-    /// Every visible `FollowRedirect` has a `KeyAtHome`, but another policy may overrule it. The redirects are known only if
-    /// that `KeyAtHome` can report them.
+    /// Every visible `FollowRedirect` has a `SameOriginKey`, but another policy may overrule it. The redirects are known only if
+    /// that `SameOriginKey` can report them.
     Reporting,
     /// A visible `FollowRedirect` might not report its redirects.
     Silent,
 }
 
-/// The name of `KeyAtHome`, which exists only with its feature.
-const KEY_AT_HOME: &str = "tower_idempotency::client::redirect::KeyAtHome";
+/// The name of `SameOriginKey`, which exists only with its feature.
+const KEY_AT_HOME: &str = "tower_idempotency::client::redirect::SameOriginKey";
 
 /// Judges each `FollowRedirect` in a service, of any version of `tower-http`, by its own policy. Does not count them,
 /// because a type name can contain another one several times (`Either<Limit<S>, S>`), and one `FollowRedirect` can have
 /// several policies.
 ///
 /// A box around the service hides its type, so this function is a second line of defence; the first one is
-/// [`KeyAtHome`](super::KeyAtHome).
+/// [`SameOriginKey`](super::SameOriginKey).
 pub(super) fn follows_of<S>() -> Follows {
     in_name(std::any::type_name::<S>())
 }

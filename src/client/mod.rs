@@ -23,17 +23,17 @@
 //! use http::Request;
 //! use tower::{BoxError, ServiceBuilder, ServiceExt};
 //! use tower_idempotency::client::{
-//!     CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, KeyedError, Profile,
+//!     CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, KeyPlacementError, ProviderProfile,
 //!     ReqwestService, RetryPolicy,
 //! };
 //!
 //! async fn charge(order: &str, secret: &[u8]) -> Result<String, BoxError> {
 //!     // Build the client once, and clone it for each call.
-//!     let keys = KeyMaker::derived(KeyDeriver::new(secret)?);
+//!     let keys = KeyGenerator::derived(KeyDeriver::new(secret)?);
 //!     let http = ReqwestService::build(reqwest::Client::builder().timeout(Duration::from_secs(10)))?;
 //!     let client = ServiceBuilder::new()
-//!         .layer(IdempotencyKeyLayer::new(Profile::stripe()).with_maker(keys))
-//!         .layer(CallLayer::new(RetryPolicy::new(Profile::stripe())).collect_responses())
+//!         .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(keys))
+//!         .layer(CallLayer::new(RetryPolicy::new(ProviderProfile::stripe())).collect_responses())
 //!         .service(http);
 //!
 //!     let request = Request::post("https://api.stripe.com/v1/charges")
@@ -42,7 +42,7 @@
 //!         .body(reqwest::Body::from("amount=4200&currency=eur"))?;
 //!     match client.oneshot(request).await {
 //!         Ok(response) => {
-//!             let delivery = *response.extensions().get::<Delivery>().ok_or("every response has one")?;
+//!             let delivery = *response.extensions().get::<CallReport>().ok_or("every response has one")?;
 //!             let response = reqwest::Response::from(response);
 //!             println!("{} after {} attempts", response.status(), delivery.attempts());
 //!             if delivery.outcome() == CallOutcome::Unknown {
@@ -51,7 +51,7 @@
 //!             Ok(response.error_for_status()?.text().await?)
 //!         }
 //!         // "the HTTP call failed after 5 attempts; outcome unknown"
-//!         Err(KeyedError::Service(error)) if error.outcome() != CallOutcome::NotTaken => {
+//!         Err(KeyPlacementError::Service(error)) if error.outcome() != CallOutcome::NotTaken => {
 //!             println!("{error}: send it again later, under the same key");
 //!             Err(error.into())
 //!         }
@@ -71,11 +71,11 @@
 //! | [`IdempotencyKeyLayer`] | needed: one logical request has one key | not needed; the caller sets the key of the call, in the header field or by [`OnceLayer::with_key`] |
 //! | `CallLayer`, or `tower::retry` with `RetryPolicy` (feature `retry`) | repeats a request under the same key | repeats a request only if the server provably did not take it: a refused connection, a 425, a 429 |
 //! | a timeout | for each attempt | for each attempt |
-//! | `FollowRedirect` with `KeyAtHome` in its policy (feature `follow-redirect`) | only around a client that follows no redirects | the same |
+//! | `FollowRedirect` with `SameOriginKey` in its policy (feature `follow-redirect`) | only around a client that follows no redirects | the same |
 //! | the client, such as `ReqwestService` (feature `reqwest`) | | |
 //!
 //! Do not put a retry of your own below [`OnceLayer`]: it can send one call several times, and the layer cannot prevent
-//! that. Do not follow redirects on your own without `KeyAtHome`, because the layers would take the response to a later
+//! that. Do not follow redirects on your own without `SameOriginKey`, because the layers would take the response to a later
 //! request for the response to the first one.
 //!
 //! A timeout of tower covers an attempt up to the head of its response. `CallLayer::collect_responses` bounds the body,
@@ -103,19 +103,19 @@ mod retry;
 
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::{ReqwestFuture, ReqwestService};
-pub use crate::job::{Attempt, Found};
+pub use crate::job::Attempt;
 pub use classes::ErrorClass;
 pub use keys::{
-    Advice, IdempotencyKeyLayer, InBody, InHeader, KeyDeriver, KeyFuture, KeyMaker, KeyOrigin, Keyed, KeyedError,
-    Meaning, Outgoing, PlaceKey, Profile,
+    IdempotencyKeyLayer, IdempotencyKeyService, InBody, InHeader, KeyDeriver, KeyFuture, KeyGenerator, KeyOrigin,
+    KeyPlacement, KeyPlacementError, Outgoing, ProviderProfile, ResponseMeaning, RetryAdvice,
 };
 #[cfg(feature = "once")]
 pub use once::{once, Done, Failure, Once, Steps};
 pub use once::{LostCall, OnceClient, OnceError, OnceFuture, OnceLayer};
 #[cfg(feature = "follow-redirect")]
-pub use redirect::KeyAtHome;
+pub use redirect::SameOriginKey;
 #[cfg(feature = "retry")]
 pub use retry::{
-    BodyError, Call, CallError, CallFuture, CallLayer, CallOutcome, CloneBody, CollectError, CollectingCall,
-    CollectingCallFuture, CollectingCallLayer, Delivery, Pause, RetryPolicy,
+    Backoff, BodyError, Call, CallError, CallFuture, CallLayer, CallOutcome, CallReport, CloneBody, CollectError,
+    CollectingCall, CollectingCallFuture, CollectingCallLayer, RetryPolicy,
 };

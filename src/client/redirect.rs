@@ -4,7 +4,7 @@ use http::header::HeaderName;
 use http::{Request, StatusCode, Uri};
 use tower_http::follow_redirect::policy::{Action, Attempt, Policy};
 
-use super::keys::Profile;
+use super::keys::ProviderProfile;
 use super::report::{OnlyUnsent, Report};
 
 /// A redirect policy for `tower-http` 0.7. With it, the layers never take the response to a redirected request for the
@@ -21,7 +21,7 @@ use super::report::{OnlyUnsent, Report};
 /// [`OnceLayer`](super::OnceLayer), `CallLayer` and `RetryPolicy` further out. These layers then count an error or a
 /// refusal of a later hop as "unknown", never as "not sent", even if `with_errors` classifies it otherwise.
 ///
-/// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. `KeyAtHome` then
+/// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. `SameOriginKey` then
 /// removes the key from the request, and `CallLayer` does not repeat it.
 ///
 /// `FollowRedirect` without this policy follows every redirect and sends the key along. Every `FollowRedirect` needs a
@@ -46,18 +46,18 @@ use super::report::{OnlyUnsent, Report};
 /// use http_body_util::Full;
 /// use tower_http::follow_redirect::policy::{clone_body_fn, FilterCredentials, Limited, PolicyExt};
 /// use tower_http::follow_redirect::FollowRedirectLayer;
-/// use tower_idempotency::client::{KeyAtHome, Profile};
+/// use tower_idempotency::client::{SameOriginKey, ProviderProfile};
 ///
 /// let policy = Limited::new(5)
 ///     .and::<_, Full<Bytes>, ()>(FilterCredentials::new())
-///     .and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()))
+///     .and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::stripe()))
 ///     // A 307 or 308 sends the body again.
 ///     .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
 /// let redirects = FollowRedirectLayer::with_policy(policy);
 /// # drop(redirects);
 /// ```
 #[derive(Clone, Debug)]
-pub struct KeyAtHome {
+pub struct SameOriginKey {
     fields: Vec<HeaderName>,
     /// The target of the first request, once that request is sent.
     home: Option<Uri>,
@@ -66,10 +66,10 @@ pub struct KeyAtHome {
     only_unsent: Option<OnlyUnsent>,
 }
 
-impl KeyAtHome {
+impl SameOriginKey {
     /// Keeps the header fields of this profile at their origin.
     #[must_use]
-    pub fn new(profile: &Profile) -> Self {
+    pub fn new(profile: &ProviderProfile) -> Self {
         let fields = profile.first_sent.iter().chain([&profile.header]);
         Self {
             fields: fields.cloned().collect(),
@@ -81,7 +81,7 @@ impl KeyAtHome {
     }
 }
 
-impl<B, E> Policy<B, E> for KeyAtHome {
+impl<B, E> Policy<B, E> for SameOriginKey {
     fn redirect(&mut self, attempt: &Attempt<'_>) -> Result<Action, E> {
         let is_same_request = matches!(
             attempt.status(),
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_later_hop_has_the_extensions_of_the_first() {
-        let mut policy = KeyAtHome::new(&Profile::stripe());
+        let mut policy = SameOriginKey::new(&ProviderProfile::stripe());
         let mut on_request = |request: &mut Request<()>| Policy::<(), ()>::on_request(&mut policy, request);
         let mut first = Request::post("http://a.example/").body(()).unwrap();
         first.extensions_mut().insert(Report::of::<()>(None));
@@ -168,7 +168,7 @@ mod tests {
         on_request(&mut later);
         assert!(later.extensions().get::<Report>().is_some());
         assert!(later.extensions().get::<OnlyUnsent>().is_some());
-        let mut policy = KeyAtHome::new(&Profile::stripe());
+        let mut policy = SameOriginKey::new(&ProviderProfile::stripe());
         for target in ["http://a.example/", "http://a.example/v2"] {
             let mut request = Request::post(target).body(()).unwrap();
             Policy::<(), ()>::on_request(&mut policy, &mut request);
@@ -212,11 +212,11 @@ mod tests {
         fn of<P>(_: &P) -> Follows {
             follows_of::<FollowRedirect<(), P>>()
         }
-        type Strict = And<And<Limited, KeyAtHome>, KeyAtHome>;
+        type Strict = And<And<Limited, SameOriginKey>, SameOriginKey>;
         assert_eq!(follows_of::<Option<String>>(), Follows::Obedient);
         assert_eq!(follows_of::<FollowRedirect<fn(u8) -> u8, Strict>>(), Follows::Obedient);
         assert_eq!(
-            follows_of::<Both<Box<dyn Fn(u8) -> String>, Strict, KeyAtHome>>(),
+            follows_of::<Both<Box<dyn Fn(u8) -> String>, Strict, SameOriginKey>>(),
             Follows::Obedient
         );
         assert_eq!(follows_of::<Both<(), Strict, Limited>>(), Follows::Silent);
@@ -233,20 +233,23 @@ mod tests {
         ] {
             assert_eq!(standard, Follows::Silent);
         }
-        let home = KeyAtHome::new(&Profile::stripe());
-        assert!(std::any::type_name_of_val(&naming(&home)).contains("KeyAtHome"));
+        let home = SameOriginKey::new(&ProviderProfile::stripe());
+        assert!(std::any::type_name_of_val(&naming(&home)).contains("SameOriginKey"));
         assert_eq!(of(&naming(&home)), Follows::Silent, "a mention is no policy");
         assert_eq!(
-            follows_of::<FollowRedirect<(), Or<KeyAtHome, Limited>>>(),
+            follows_of::<FollowRedirect<(), Or<SameOriginKey, Limited>>>(),
             Follows::Reporting
         );
         assert_eq!(
-            follows_of::<FollowRedirect<(), And<Or<Limited, KeyAtHome>, Limited>>>(),
+            follows_of::<FollowRedirect<(), And<Or<Limited, SameOriginKey>, Limited>>>(),
             Follows::Reporting
         );
-        assert_eq!(follows_of::<FollowRedirect<(), Box<KeyAtHome>>>(), Follows::Reporting);
         assert_eq!(
-            follows_of::<FollowRedirect<(), Choice<KeyAtHome, Limited>>>(),
+            follows_of::<FollowRedirect<(), Box<SameOriginKey>>>(),
+            Follows::Reporting
+        );
+        assert_eq!(
+            follows_of::<FollowRedirect<(), Choice<SameOriginKey, Limited>>>(),
             Follows::Silent
         );
     }

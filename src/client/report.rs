@@ -7,7 +7,7 @@ use http::{HeaderMap, Response, StatusCode, Uri};
 
 use super::classes::{ErrorClass, ErrorClasses};
 use super::follows::{follows_of, Follows};
-use super::keys::{Meaning, Profile};
+use super::keys::{ProviderProfile, ResponseMeaning};
 
 /// The evidence about one call. It is an extension of the request, so layers further in share it.
 ///
@@ -53,18 +53,18 @@ struct Progress {
     follows: fn() -> Follows,
 }
 
-const SETTLED: Meaning = Meaning::Answered { settles: true };
+const SETTLED: ResponseMeaning = ResponseMeaning::Responded { settles: true };
 
 /// The evidence about an attempt: the meaning of its result, and the facts that the head of its response adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Evidence {
-    pub(super) meaning: Meaning,
+    pub(super) meaning: ResponseMeaning,
     head: Head,
     /// Whether the body of the response was lost, so that the layers further out get an error in its place.
     is_body_lost: bool,
 }
 
-/// The evidence in the head of a response, beyond its [`Meaning`].
+/// The evidence in the head of a response, beyond its [`ResponseMeaning`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Head {
     /// The request had no effect: it was refused, or is to be sent elsewhere.
@@ -76,9 +76,9 @@ enum Head {
 }
 
 impl Evidence {
-    const UNKNOWN: Self = Self::of_error(Meaning::Unknown);
+    const UNKNOWN: Self = Self::of_error(ResponseMeaning::Unknown);
 
-    const fn of_error(meaning: Meaning) -> Self {
+    const fn of_error(meaning: ResponseMeaning) -> Self {
         Self {
             meaning,
             head: Head::Neither,
@@ -86,10 +86,10 @@ impl Evidence {
         }
     }
 
-    fn of_head(profile: &Profile, status: StatusCode, headers: &HeaderMap, meaning: Meaning) -> Self {
+    fn of_head(profile: &ProviderProfile, status: StatusCode, headers: &HeaderMap, meaning: ResponseMeaning) -> Self {
         let head = if shows_effect(profile, status, headers) {
             Head::Effect
-        } else if meaning == (Meaning::Answered { settles: false }) && shows_no_effect(status) {
+        } else if meaning == (ResponseMeaning::Responded { settles: false }) && shows_no_effect(status) {
             Head::NoEffect
         } else {
             Head::Neither
@@ -112,14 +112,14 @@ impl Evidence {
 
     /// Whether the response of the last attempt shows that no attempt of the call had an effect.
     pub(super) fn has_no_effect(self) -> bool {
-        self.meaning == Meaning::NotTaken || self.head == Head::NoEffect
+        self.meaning == ResponseMeaning::NotTaken || self.head == Head::NoEffect
     }
 
     /// The same for a caller that got an error. A response counts only if the error replaced it because its body was lost.
     /// On any other response a layer further out may have acted unseen: it may have followed a redirect, or sent the
     /// request again after a 401. The error then belongs to that later request.
     pub(super) fn has_no_effect_by_error(self) -> bool {
-        self.has_no_effect() && (self.meaning == Meaning::NotTaken || self.is_body_lost)
+        self.has_no_effect() && (self.meaning == ResponseMeaning::NotTaken || self.is_body_lost)
     }
 
     /// Whether the call took effect, also if the server recognises no keys and an earlier attempt was lost.
@@ -130,11 +130,11 @@ impl Evidence {
 
 /// Whether a response shows that the call took effect, although the server may recognise no keys and an earlier attempt
 /// was lost. A 409 or 422 does not: it may only mean that the lost attempt arrived earlier.
-pub(super) fn shows_effect(profile: &Profile, status: StatusCode, headers: &HeaderMap) -> bool {
+pub(super) fn shows_effect(profile: &ProviderProfile, status: StatusCode, headers: &HeaderMap) -> bool {
     status.is_success() || profile.is_replay(headers)
 }
 
-/// Whether a response that does not [settle](Meaning::Answered) the effect shows that the request had no effect. The
+/// Whether a response that does not [settle](ResponseMeaning::Responded) the effect shows that the request had no effect. The
 /// server asks the client to send the same request elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or it refused the
 /// request before acting on it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status without a registered meaning shows
 /// nothing; some proxies respond with 499 after they have passed the request on.
@@ -313,10 +313,10 @@ impl Report {
         progress.open = None;
         progress.hops = Hops::default();
         match evidence.meaning {
-            Meaning::Unknown => progress.is_lost = true,
+            ResponseMeaning::Unknown => progress.is_lost = true,
             SETTLED => (progress.is_lost, progress.may_be_processed) = (false, true),
-            Meaning::Answered { settles: false } => progress.may_be_processed = !evidence.has_no_effect(),
-            Meaning::NotTaken => {}
+            ResponseMeaning::Responded { settles: false } => progress.may_be_processed = !evidence.has_no_effect(),
+            ResponseMeaning::NotTaken => {}
         }
     }
 
@@ -331,7 +331,9 @@ impl Report {
         }
         let progress = self.progress();
         let evidence = match (progress.last, last.meaning) {
-            (Some(judged), Meaning::NotTaken | Meaning::Answered { settles: false }) if judged.meaning == SETTLED => {
+            (Some(judged), ResponseMeaning::NotTaken | ResponseMeaning::Responded { settles: false })
+                if judged.meaning == SETTLED =>
+            {
                 Evidence::UNKNOWN
             }
             (Some(judged), _) if !progress.is_lost => judged,
@@ -382,14 +384,14 @@ const fn target_in_mark<R>(_: &Response<R>) -> Option<&Uri> {
 /// An extension of requests that are sent at most once. A retry layer further in may repeat such a request only if the
 /// server provably did not take it.
 ///
-/// Layers between the two must keep the extensions of the request. [`KeyAtHome`](super::KeyAtHome) puts this one back
+/// Layers between the two must keep the extensions of the request. [`SameOriginKey`](super::SameOriginKey) puts this one back
 /// into the requests of later hops.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OnlyUnsent;
 
 /// Returns what the result of an attempt says about the effect of the request that was sent first.
 pub(super) fn evidence_of<R, E: 'static>(
-    profile: &Profile,
+    profile: &ProviderProfile,
     classes: &ErrorClasses,
     report: Option<&Report>,
     result: &Result<Response<R>, E>,
@@ -407,7 +409,7 @@ pub(super) fn evidence_of<R, E: 'static>(
         }
         Err(_) if is_redirected => Evidence::UNKNOWN,
         Err(error) => match classes.of(error, report.is_some_and(Report::is_vouched)) {
-            ErrorClass::Final | ErrorClass::NotSent => Evidence::of_error(Meaning::NotTaken),
+            ErrorClass::Final | ErrorClass::NotSent => Evidence::of_error(ResponseMeaning::NotTaken),
             ErrorClass::Lost => Evidence::UNKNOWN,
         },
     }
@@ -416,10 +418,10 @@ pub(super) fn evidence_of<R, E: 'static>(
 /// Returns what the status of a later hop says about the first request. A 404, 409, 429 or 503 belongs to the later
 /// request, and says nothing. A success shows that the server has processed the first request, and so does a redirect
 /// other than 307 and 308 (RFC 9110 section 15.4).
-fn after_redirect(status: StatusCode) -> Meaning {
+fn after_redirect(status: StatusCode) -> ResponseMeaning {
     match status.as_u16() {
-        200..=306 => Meaning::Answered { settles: true },
-        _ => Meaning::Unknown,
+        200..=306 => ResponseMeaning::Responded { settles: true },
+        _ => ResponseMeaning::Unknown,
     }
 }
 
@@ -427,16 +429,16 @@ fn after_redirect(status: StatusCode) -> Meaning {
 mod tests {
     use super::*;
 
-    const REFUSED: Meaning = Meaning::Answered { settles: false };
+    const REFUSED: ResponseMeaning = ResponseMeaning::Responded { settles: false };
 
-    fn of(meaning: Meaning) -> Evidence {
+    fn of(meaning: ResponseMeaning) -> Evidence {
         Evidence::of_error(meaning)
     }
 
     /// The evidence of a response with this status and no header.
     fn response(status: u16) -> Evidence {
         let (status, headers) = (StatusCode::from_u16(status).unwrap(), HeaderMap::new());
-        let profile = Profile::draft();
+        let profile = ProviderProfile::draft();
         Evidence::of_head(&profile, status, &headers, profile.meaning(status, &headers))
     }
 
@@ -471,7 +473,7 @@ mod tests {
 
     #[test]
     fn a_lost_attempt_stays_unknown_until_a_response_settles_it() {
-        use Meaning::{NotTaken, Unknown};
+        use ResponseMeaning::{NotTaken, Unknown};
         for (meanings, expected) in [
             (&[][..], Unknown),
             (&[SETTLED], SETTLED),
@@ -501,18 +503,21 @@ mod tests {
         let repeated = report.clone();
         report.begin();
         repeated.begin();
-        assert_eq!(report.sum(of(Meaning::NotTaken)).1.meaning, Meaning::Unknown);
+        assert_eq!(
+            report.sum(of(ResponseMeaning::NotTaken)).1.meaning,
+            ResponseMeaning::Unknown
+        );
         let report = Report::of::<()>(None);
         report.begin();
         report.begin();
         assert_eq!(
-            report.sum(of(Meaning::NotTaken)),
-            (1, of(Meaning::NotTaken)),
+            report.sum(of(ResponseMeaning::NotTaken)),
+            (1, of(ResponseMeaning::NotTaken)),
             "two layers begin one attempt"
         );
         let report = Report::of::<()>(None);
         report.begin();
-        report.enter(of(Meaning::NotTaken));
+        report.enter(of(ResponseMeaning::NotTaken));
         report.begin();
         assert_eq!(
             report.sum(Evidence::UNKNOWN),

@@ -18,11 +18,11 @@ use super::report::Report;
 ///
 /// ```
 /// use tower::ServiceBuilder;
-/// use tower_idempotency::client::{IdempotencyKeyLayer, Profile, ReqwestService};
+/// use tower_idempotency::client::{IdempotencyKeyLayer, ProviderProfile, ReqwestService};
 ///
 /// # fn main() -> Result<(), reqwest::Error> {
 /// let http = ReqwestService::build(reqwest::Client::builder())?;
-/// let client = ServiceBuilder::new().layer(IdempotencyKeyLayer::new(Profile::stripe())).service(http);
+/// let client = ServiceBuilder::new().layer(IdempotencyKeyLayer::new(ProviderProfile::stripe())).service(http);
 /// # drop(client);
 /// # Ok(())
 /// # }

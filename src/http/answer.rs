@@ -1,6 +1,6 @@
 //! From response to stored answer and back.
 //!
-//! The head of an [`Answer`] is, in this order: version (1 byte), status (2), number of headers (4), number of trailers (4),
+//! The head of an [`StoredResponse`] is, in this order: version (1 byte), status (2), number of headers (4), number of trailers (4),
 //! then for each its name with a length of 2 bytes and its value with a length of 4; all numbers little-endian. The highest bit of a
 //! value's length marks a sensitive value, which neither `Debug` nor HPACK may show.
 
@@ -9,9 +9,9 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue, MaxSizeReached};
 use http::{response, Response, StatusCode};
 use http_body::Body as HttpBody;
 
-use super::body::{Body, Collected};
+use super::body::{BufferedBody, Collected};
 use super::RebuildBody;
-use crate::protocol::Answer;
+use crate::protocol::StoredResponse;
 
 const VERSION: u8 = 1;
 
@@ -20,17 +20,17 @@ const SENSITIVE: u32 = 1 << 31;
 
 /// A stored answer that cannot be read.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct CorruptAnswer;
+pub(crate) struct CorruptResponse;
 
 /// Which headers of an answer its repetitions carry, and how they are marked.
 #[derive(Clone, Debug)]
-pub(crate) struct AnswerHeaders {
+pub(crate) struct ResponseHeaders {
     pub(crate) denied: Vec<HeaderName>,
     pub(crate) allowed: Vec<HeaderName>,
     pub(crate) marker: Option<(HeaderName, HeaderValue)>,
 }
 
-impl Default for AnswerHeaders {
+impl Default for ResponseHeaders {
     fn default() -> Self {
         Self {
             denied: Vec::new(),
@@ -43,9 +43,9 @@ impl Default for AnswerHeaders {
     }
 }
 
-impl AnswerHeaders {
+impl ResponseHeaders {
     /// The answer to store for a response of which the body was read.
-    pub(crate) fn store(&self, parts: &response::Parts, body: &Collected) -> Answer {
+    pub(crate) fn store(&self, parts: &response::Parts, body: &Collected) -> StoredResponse {
         let no_trailers = HeaderMap::new();
         let trailers = body.trailers.as_ref().unwrap_or(&no_trailers);
         let connection = options_of(&parts.headers);
@@ -57,21 +57,29 @@ impl AnswerHeaders {
         let trailers = self.put_all(&mut out, trailers, &connection);
         out[3..7].copy_from_slice(&headers.to_le_bytes());
         out[7..11].copy_from_slice(&trailers.to_le_bytes());
-        Answer {
+        StoredResponse {
             head: out.freeze(),
             body: body.bytes.clone(),
         }
     }
 
     /// The response that repeats a stored answer, marked as such if asked.
-    pub(crate) fn replay<B: RebuildBody>(&self, answer: &Answer, marked: bool) -> Result<Response<B>, CorruptAnswer> {
+    pub(crate) fn replay<B: RebuildBody>(
+        &self,
+        answer: &StoredResponse,
+        marked: bool,
+    ) -> Result<Response<B>, CorruptResponse> {
         Ok(self.replay_in_parts(answer, marked)?.map(Collected::rebuild))
     }
 
     /// The same with its body in parts.
-    pub(crate) fn replay_in_parts(&self, answer: &Answer, marked: bool) -> Result<Response<Collected>, CorruptAnswer> {
+    pub(crate) fn replay_in_parts(
+        &self,
+        answer: &StoredResponse,
+        marked: bool,
+    ) -> Result<Response<Collected>, CorruptResponse> {
         let (mut head, ()) = Response::new(()).into_parts();
-        let trailers = decode(&answer.head, &mut head).ok_or(CorruptAnswer)?;
+        let trailers = decode(&answer.head, &mut head).ok_or(CorruptResponse)?;
         if marked {
             self.mark(&mut head.headers);
         }
@@ -84,7 +92,7 @@ impl AnswerHeaders {
 
     /// An empty 200 instead of an answer that was not kept, marked as a replay.
     pub(crate) fn bare_replay<B: RebuildBody>(&self) -> Response<B> {
-        let mut response = Response::new(B::rebuild(Body::from_bytes(Bytes::new())));
+        let mut response = Response::new(B::rebuild(BufferedBody::from_bytes(Bytes::new())));
         self.mark(response.headers_mut());
         response
     }
@@ -293,7 +301,7 @@ mod tests {
     }
 
     fn again(parts: &response::Parts) -> Response<Full<Bytes>> {
-        let headers = AnswerHeaders::default();
+        let headers = ResponseHeaders::default();
         headers
             .replay(&headers.store(parts, &collected(b"body")), true)
             .unwrap()
@@ -370,7 +378,7 @@ mod tests {
 
     #[test]
     fn denied_and_allowed_headers_are_the_applications_word() {
-        let headers = AnswerHeaders {
+        let headers = ResponseHeaders {
             denied: vec![HeaderName::from_static("x-internal")],
             allowed: vec![header::AGE],
             marker: None,
@@ -382,13 +390,13 @@ mod tests {
 
     #[test]
     fn trailers_come_back() {
-        let headers = AnswerHeaders::default();
+        let headers = ResponseHeaders::default();
         let body = Collected {
             bytes: Bytes::new(),
             trailers: Some(HeaderMap::from_iter([(header::ETAG, HeaderValue::from_static("t"))])),
         };
         let answer = headers.store(&response(&[]), &body);
-        let again: Response<Body<Full<Bytes>>> = headers.replay(&answer, true).unwrap();
+        let again: Response<BufferedBody<Full<Bytes>>> = headers.replay(&answer, true).unwrap();
         let collected = block_on(again.into_body().collect()).unwrap();
         assert_eq!(collected.trailers().unwrap()[header::ETAG], "t");
     }
@@ -396,7 +404,7 @@ mod tests {
     #[test]
     fn a_body_is_not_copied_on_its_way_to_the_store() {
         let body = collected(b"body");
-        let stored = AnswerHeaders::default().store(&response(&[]), &body);
+        let stored = ResponseHeaders::default().store(&response(&[]), &body);
         assert_eq!(stored.body.as_ptr(), body.bytes.as_ptr());
     }
 
@@ -415,8 +423,8 @@ mod tests {
             bytes: Bytes::new(),
             trailers: Some(fields),
         };
-        let headers = AnswerHeaders::default();
-        let again: Response<Body<Full<Bytes>>> = headers.replay(&headers.store(&parts, &body), true).unwrap();
+        let headers = ResponseHeaders::default();
+        let again: Response<BufferedBody<Full<Bytes>>> = headers.replay(&headers.store(&parts, &body), true).unwrap();
         let links: Vec<_> = again.headers().get_all(header::LINK).iter().collect();
         assert_eq!(
             links.iter().map(|link| link.is_sensitive()).collect::<Vec<_>>(),
@@ -463,7 +471,7 @@ mod tests {
         #[test]
         fn a_damaged_head_is_an_error_or_another_answer(at: prop::sample::Index, byte: u8, cut: prop::sample::Index) {
             let parts = response(&[("location", b"/1"), ("x-foo", b"2")]);
-            let mut head = AnswerHeaders::default().store(&parts, &collected(b"")).head.to_vec();
+            let mut head = ResponseHeaders::default().store(&parts, &collected(b"")).head.to_vec();
             let index = at.index(head.len());
             head[index] = byte;
             head.truncate(cut.index(head.len() + 1));

@@ -20,26 +20,26 @@ use crate::clock::Limit;
 /// The layer leaves the types of your bodies alone: what it does not guard passes through untouched and unboxed. What it
 /// guards it has to read, and then it needs a way back. That is this trait. It is implemented for `axum::body::Body` (feature
 /// `axum`), for `tonic::body::Body` (feature `tonic`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies
-/// and `Full` of `http-body-util`, and for [`Body`], which wraps any other.
+/// and `Full` of `http-body-util`, and for [`BufferedBody`], which wraps any other.
 #[diagnostic::on_unimplemented(
     message = "the idempotency layer reads `{Self}` and cannot make it again",
     label = "not a body that can be made again from bytes",
     note = "in an axum app, enable the feature `axum` of `tower-idempotency`",
     note = "around a tonic service, enable the feature `tonic` of `tower-idempotency`",
-    note = "otherwise wrap the body by `tower_idempotency::Body::new`: the body of a request with \
+    note = "otherwise wrap the body by `tower_idempotency::BufferedBody::new`: the body of a request with \
             `tower_http::map_request_body::MapRequestBodyLayer` outside of this layer, the body of a response with \
             `tower_http::map_response_body::MapResponseBodyLayer` inside of this layer",
     note = "or box the body at the same place with `http_body_util::BodyExt::boxed_unsync`"
 )]
 pub trait RebuildBody: HttpBody<Data = Bytes> + Unpin + Sized {
     /// The body that yields what `body` yields.
-    fn rebuild(body: Body<Self>) -> Self;
+    fn rebuild(body: BufferedBody<Self>) -> Self;
 }
 
 /// A body of which the front was read, perhaps all of it: bytes, then what is left of `B`, then trailers.
 ///
-/// Wrap a body that is no [`RebuildBody`], such as `hyper::body::Incoming`, with [`Body::new`].
-pub struct Body<B> {
+/// Wrap a body that is no [`RebuildBody`], such as `hyper::body::Incoming`, with [`BufferedBody::new`].
+pub struct BufferedBody<B> {
     front: Bytes,
     rest: Option<B>,
     /// The most bytes that `rest` can still yield, by the size hint that it had before anything was read of it. `None` if
@@ -48,7 +48,7 @@ pub struct Body<B> {
     trailers: Option<HeaderMap>,
 }
 
-impl<B> Body<B> {
+impl<B> BufferedBody<B> {
     /// A body of which nothing was read.
     pub const fn new(body: B) -> Self {
         Self {
@@ -85,14 +85,14 @@ impl<B> Body<B> {
     }
 }
 
-impl<B> fmt::Debug for Body<B> {
+impl<B> fmt::Debug for BufferedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Body({} bytes read", self.front.len())?;
+        write!(f, "BufferedBody({} bytes read", self.front.len())?;
         f.write_str(if self.rest.is_some() { ", more to come)" } else { ")" })
     }
 }
 
-impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
+impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for BufferedBody<B> {
     type Data = Bytes;
     type Error = B::Error;
 
@@ -138,9 +138,9 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for Body<B> {
     }
 }
 
-impl<B: HttpBody<Data = Bytes> + Unpin> RebuildBody for Body<B> {
-    fn rebuild(body: Body<Self>) -> Self {
-        let Body {
+impl<B: HttpBody<Data = Bytes> + Unpin> RebuildBody for BufferedBody<B> {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
+        let BufferedBody {
             front, rest, trailers, ..
         } = body;
         match rest {
@@ -170,7 +170,7 @@ fn joined(first: Bytes, second: Bytes) -> Bytes {
 
 impl RebuildBody for Full<Bytes> {
     /// A `Full` has no trailers and yields all its bytes at once: either nothing was read of it, or all.
-    fn rebuild(body: Body<Self>) -> Self {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
         match body.rest {
             Some(unread) if body.front.is_empty() => unread,
             _ => Self::new(body.front),
@@ -179,22 +179,22 @@ impl RebuildBody for Full<Bytes> {
 }
 
 impl<E: 'static> RebuildBody for UnsyncBoxBody<Bytes, E> {
-    fn rebuild(body: Body<Self>) -> Self {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
         body.boxed_unsync()
     }
 }
 
 impl<E: 'static> RebuildBody for BoxBody<Bytes, E> {
-    fn rebuild(body: Body<Self>) -> Self {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
         body.boxed()
     }
 }
 
 #[cfg(feature = "axum")]
 impl RebuildBody for axum::body::Body {
-    fn rebuild(body: Body<Self>) -> Self {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
         match body {
-            Body {
+            BufferedBody {
                 front,
                 rest: None,
                 trailers: None,
@@ -207,9 +207,9 @@ impl RebuildBody for axum::body::Body {
 
 #[cfg(feature = "reqwest")]
 impl RebuildBody for reqwest::Body {
-    fn rebuild(body: Body<Self>) -> Self {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
         match body {
-            Body {
+            BufferedBody {
                 front,
                 rest: None,
                 trailers: None,
@@ -222,10 +222,10 @@ impl RebuildBody for reqwest::Body {
 
 #[cfg(feature = "tonic")]
 impl RebuildBody for tonic::body::Body {
-    fn rebuild(body: Body<Self>) -> Self {
+    fn rebuild(body: BufferedBody<Self>) -> Self {
         match body.rest {
             Some(unread) if body.front.is_empty() && body.trailers.is_none() => unread,
-            rest => Self::new(Body { rest, ..body }),
+            rest => Self::new(BufferedBody { rest, ..body }),
         }
     }
 }
@@ -240,7 +240,7 @@ pub(crate) struct Collected {
 impl Collected {
     /// A body that yields the same again.
     pub(crate) fn rebuild<B: RebuildBody>(self) -> B {
-        B::rebuild(Body {
+        B::rebuild(BufferedBody {
             front: self.bytes,
             rest: None,
             left: None,
@@ -258,9 +258,9 @@ pub(crate) enum Shortfall<B: HttpBody> {
     /// the peer resets the stream with `NO_ERROR`. The value is the part that was read.
     Short(Collected),
     /// The body is longer than the limit. The value yields the whole body, including the part that was read.
-    TooLarge(Body<B>),
+    TooLarge(BufferedBody<B>),
     /// The body took longer than the limit. The value yields the whole body, including the part that was read.
-    TooSlow(Body<B>),
+    TooSlow(BufferedBody<B>),
 }
 
 /// The largest number of frames that one poll reads. Without a bound, an endless body that is always ready would never
@@ -401,13 +401,13 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
                     Ok(part)
                 }
             }
-            Stop::TooLarge => Err(Shortfall::TooLarge(Body {
+            Stop::TooLarge => Err(Shortfall::TooLarge(BufferedBody {
                 front,
                 rest,
                 left,
                 trailers,
             })),
-            Stop::TooSlow => Err(Shortfall::TooSlow(Body {
+            Stop::TooSlow => Err(Shortfall::TooSlow(BufferedBody {
                 front,
                 rest,
                 left,
@@ -625,25 +625,25 @@ mod tests {
 
     #[test]
     fn a_wrapped_body_is_made_again_without_nesting() {
-        let inner = Body {
+        let inner = BufferedBody {
             front: Bytes::from_static(b"cd"),
             rest: Some(frames(&["ef"], None)),
             left: None,
             trailers: None,
         };
-        let outer = Body {
+        let outer = BufferedBody {
             front: Bytes::from_static(b"ab"),
             rest: Some(inner),
             left: None,
             trailers: None,
         };
-        assert_eq!(drain(Body::rebuild(outer)).0, "abcdef");
-        let outer = Body {
+        assert_eq!(drain(BufferedBody::rebuild(outer)).0, "abcdef");
+        let outer = BufferedBody {
             front: Bytes::new(),
-            rest: Some(Body::new(frames(&["x"], None))),
+            rest: Some(BufferedBody::new(frames(&["x"], None))),
             left: None,
             trailers: Some(HeaderMap::new()),
         };
-        assert_eq!(drain(Body::rebuild(outer)).0, "x");
+        assert_eq!(drain(BufferedBody::rebuild(outer)).0, "x");
     }
 }

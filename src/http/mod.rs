@@ -14,9 +14,9 @@ mod request_body;
 mod streams;
 mod wording;
 
-pub(crate) use answer::{reframe, reframe_stream, AnswerHeaders};
+pub(crate) use answer::{reframe, reframe_stream, ResponseHeaders};
 pub(crate) use body::{collect, collect_messages, BodyBounds, Collect, Collected, Shortfall};
-pub use body::{Body, RebuildBody};
+pub use body::{BufferedBody, RebuildBody};
 #[cfg(feature = "webhooks")]
 pub(crate) use fingerprint::uri_as_received;
 pub(crate) use fingerprint::{BodyForm, Fingerprinting};

@@ -11,7 +11,7 @@ use http::request::Parts;
 use http::{Response, StatusCode};
 
 use super::wording::Wording;
-use super::{Body, RebuildBody};
+use super::{BufferedBody, RebuildBody};
 use crate::protocol::InvalidKey;
 
 /// Why the layer answered by itself. It is an extension of every such response, for logs and for layers further out.
@@ -248,7 +248,7 @@ impl Refusal {
     /// this refusal as an extension. `head` is the head of the refused request.
     pub(crate) fn into_response<B: RebuildBody>(self, rendering: &Rendering, head: Option<&Parts>) -> Response<B> {
         self.render(rendering, head)
-            .map(|bytes| B::rebuild(Body::from_bytes(bytes)))
+            .map(|bytes| B::rebuild(BufferedBody::from_bytes(bytes)))
     }
 
     /// Returns the same response with its body as bytes.

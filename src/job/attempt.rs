@@ -155,14 +155,27 @@ impl fmt::Debug for Attempt {
     }
 }
 
-/// What an existence check found out about a lost attempt.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The result of a check of a lost attempt. Its `Debug` form hides the value.
+#[derive(Clone, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
-pub enum Found<T> {
-    /// It took effect, and this is what came of it: it is recorded and given.
+pub enum Recovered<T> {
+    /// The attempt took effect. The layer records this value and returns it. On a server the value is the response, and if it
+    /// has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or [`DoNotStore`](crate::DoNotStore), the layer stores only
+    /// that the request is done.
     Happened(T),
-    /// It had no effect and never will: the call is made.
+    /// The attempt had no effect and never will have one, so the next attempt runs.
     NotHappened,
-    /// Nobody knows: the call is not made; the next one asks again, until the attempts are used up.
+    /// The check could not tell, so the next attempt does not run. The next request asks again, until the attempts are used
+    /// up.
     Unknown,
+}
+
+impl<T> fmt::Debug for Recovered<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Happened(_) => "Happened(..)",
+            Self::NotHappened => "NotHappened",
+            Self::Unknown => "Unknown",
+        })
+    }
 }

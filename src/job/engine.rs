@@ -14,14 +14,14 @@ use futures::future::select;
 use futures::FutureExt;
 use tokio::runtime::Handle;
 
-use super::attempt::{Attempt, Found};
+use super::attempt::{Attempt, Recovered};
 use super::held::Held;
 use super::terms::Terms;
 use crate::clock::{sleep, within, Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
-    StorageKey,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
+    StorageKey, StoredResponse,
 };
 use crate::store::{
     claim_in_time, end_late, in_time, limit_in_wait, release_late, End, LostClaim, Patience, Store, MANY_LOST_CLAIMS,
@@ -48,7 +48,7 @@ pub(crate) trait Work: Send + 'static {
     type Given: Send + 'static;
 
     /// Asks what became of a lost attempt.
-    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Found<Ended<Self::Given>>> + Send;
+    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Given>>> + Send;
 
     /// Makes the call.
     fn run(self, attempt: Attempt) -> impl Future<Output = Ended<Self::Given>> + Send;
@@ -65,9 +65,9 @@ pub(crate) enum Verdict {
     /// Nobody knows whether it took effect.
     GiveUp,
     /// It took effect.
-    Keep(Outcome),
+    Store(Outcome),
     /// It failed, and must not run again. After [`Outcome::Rejected`], an operator can allow another run.
-    KeepFailure(Outcome),
+    StoreFailure(Outcome),
     /// It had no effect.
     Release,
 }
@@ -79,14 +79,14 @@ pub(crate) enum Settled<G> {
     /// It did not run.
     Refused(Refused),
     /// It ran before.
-    Replay(Answer),
+    Replay(StoredResponse),
 }
 
 /// Why it did not run, or why what it gave is not to be given.
 pub(crate) enum Refused {
     InFlight(Duration),
     Mismatch,
-    NotKept,
+    NotStored,
     NotRun(Error),
     /// A check could not tell what became of a lost attempt; the next one asks again.
     Undecided,
@@ -172,7 +172,7 @@ impl<St: Store + Clone> Job<St> {
                 Decision::Recover(grant) => return Ok(Ok(granted(grant, false))),
                 Decision::Replay(answer) => return Ok(Err(Settled::Replay(answer))),
                 Decision::Mismatch => Refused::Mismatch,
-                Decision::NotKept => Refused::NotKept,
+                Decision::NotStored => Refused::NotStored,
                 Decision::Unknown => Refused::Unknown,
                 Decision::Wait { left } if deadline.left().is_zero() || absence.is_true() => {
                     Refused::InFlight(self.worth_waiting(left))
@@ -261,25 +261,25 @@ impl<St: Store + Clone> Job<St> {
         let attempt = Attempt::new(self.key, self.fingerprint, grant, asked);
         let mut held = Held::begin(self, &attempt);
         let found = if is_first {
-            Found::NotHappened
+            Recovered::NotHappened
         } else {
             held.during(self.ask(&mut work, &attempt)).await
         };
         let ended = match found {
-            Found::Happened(ended) => Ok(ended),
-            Found::NotHappened if absence.is_true() => {
+            Recovered::Happened(ended) => Ok(ended),
+            Recovered::NotHappened if absence.is_true() => {
                 // It found that nothing runs, and nothing is begun for nobody.
                 held.stop_renewing();
                 self.release(grant.owner).await;
                 held.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
-            Found::NotHappened => {
+            Recovered::NotHappened => {
                 let ended = held.during(unwound(work.run(attempt.clone()))).await;
                 ended.ok_or(Refused::Unknown)
             }
-            Found::Unknown if attempt.number() < self.terms.max_attempts => Err(Refused::Undecided),
-            Found::Unknown => Err(Refused::Unknown),
+            Recovered::Unknown if attempt.number() < self.terms.max_attempts => Err(Refused::Undecided),
+            Recovered::Unknown => Err(Refused::Unknown),
         };
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
@@ -289,7 +289,7 @@ impl<St: Store + Clone> Job<St> {
             return settled;
         }
         if let Ok(Ended {
-            verdict: Verdict::Keep(outcome) | Verdict::KeepFailure(outcome),
+            verdict: Verdict::Store(outcome) | Verdict::StoreFailure(outcome),
             given,
         }) = ended
         {
@@ -331,9 +331,9 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// What became of the attempt before this one. A check that panics has found nothing out.
-    async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Found<Ended<W::Given>> {
+    async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Given>> {
         sleep(self.terms.settling).await;
-        unwound(work.ask(attempt)).await.unwrap_or(Found::Unknown)
+        unwound(work.ask(attempt)).await.unwrap_or(Recovered::Unknown)
     }
 
     pub(super) async fn completed<G>(
@@ -480,8 +480,8 @@ async fn unwound<T>(work: impl Future<Output = T>) -> Option<T> {
 
 pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
-        Outcome::Kept(answer) => Settled::Replay(answer),
+        Outcome::Stored(answer) => Settled::Replay(answer),
         Outcome::Rejected => Settled::Refused(Refused::Unknown),
-        Outcome::Tombstone => Settled::Refused(Refused::NotKept),
+        Outcome::Tombstone => Settled::Refused(Refused::NotStored),
     }
 }

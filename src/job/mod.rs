@@ -7,12 +7,13 @@ mod held;
 #[cfg(feature = "testing")]
 mod made;
 mod on_error;
+mod on_lost;
 mod renewal;
 mod terms;
 #[cfg(feature = "postgres")]
 mod transaction;
 
-pub use attempt::{Attempt, Found};
+pub use attempt::{Attempt, Recovered};
 pub use drain::Drain;
 pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
 #[cfg(feature = "testing")]
@@ -20,5 +21,6 @@ pub(crate) use made::Made;
 #[cfg(all(feature = "testing", feature = "postgres"))]
 pub(crate) use made::MADE_WITHOUT_STORE;
 pub use on_error::OnError;
+pub use on_lost::OnLost;
 pub(crate) use renewal::Schedule;
 pub(crate) use terms::Terms;

@@ -7,7 +7,7 @@
 pub enum OnError {
     /// Over HTTP the layer stores and replays the failure, as Stripe does. A panic and an error of the service become a 500. A
     /// message counts as handled.
-    Keep,
+    Store,
     /// The receiver rejects the message for good, also if its handler panicked. It handles no copy of the message until an operator
     /// resolves the key or the retention is over, and [`Disposition::of`](crate::receiver::Disposition::of) returns `Reject`. Over
     /// HTTP, the effect is that of [`Unknown`](Self::Unknown).

@@ -39,7 +39,7 @@ impl<St: Store + Clone> Job<St> {
                         Ok(Ended {
                             given,
                             // A rejection does not undo a commit. The message is handled, and every copy is a duplicate.
-                            verdict: Verdict::Keep(_) | Verdict::KeepFailure(Outcome::Kept(_) | Outcome::Tombstone),
+                            verdict: Verdict::Store(_) | Verdict::StoreFailure(Outcome::Stored(_) | Outcome::Tombstone),
                         }) => ran(given, Ok(())),
                         _ => replayed(outcome),
                     };
@@ -61,14 +61,14 @@ impl<St: Store + Clone> Job<St> {
         match ended {
             Ok(Ended {
                 given,
-                verdict: Verdict::Keep(_),
+                verdict: Verdict::Store(_),
             }) => {
                 self.release(owner).await;
                 ran(given, Err(ROLLED_BACK))
             }
             Ok(Ended {
                 given,
-                verdict: Verdict::KeepFailure(outcome),
+                verdict: Verdict::StoreFailure(outcome),
             }) => {
                 let completion = self.complete(owner, &outcome).await;
                 self.completed(completion, given, absence).await
@@ -99,8 +99,8 @@ impl<St: Store + Clone> Job<St> {
     /// Returns the end that [`rolled_back`](Self::rolled_back) records.
     fn end_after_rollback<G>(&self, ended: &Result<Ended<G>, Refused>) -> End {
         match ended.as_ref().map(|ended| &ended.verdict) {
-            Ok(Verdict::Keep(_) | Verdict::Release) => End::Released,
-            Ok(Verdict::KeepFailure(outcome)) => End::completed(outcome, self.terms.retention),
+            Ok(Verdict::Store(_) | Verdict::Release) => End::Released,
+            Ok(Verdict::StoreFailure(outcome)) => End::completed(outcome, self.terms.retention),
             Ok(Verdict::GiveUp) | Err(_) => End::GivenUp,
         }
     }

@@ -32,7 +32,7 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// | [batch's payloads](Self::with_batch_bytes) in all | 8 MiB |
 /// | [interval](Self::with_interval) at which it looks for new ones | 1 s, give or take a half |
 /// | [lease](Self::with_lease) on what it took | 1 min |
-/// | [pause](Self::with_pauses) before a message is tried again that could not be published | 1 s, doubled each time, at most 5 min |
+/// | [initial](Self::with_initial_backoff) and [longest](Self::with_max_backoff) pause before a message that could not be published is published again | 1 s, doubled each time, at most 5 min |
 ///
 /// # When a relay dies
 ///
@@ -120,13 +120,16 @@ impl<P> Relay<P> {
         self
     }
 
-    /// How long to wait before a message is tried again that could not be published: at first, doubled each time, and at most; 1 s and
-    /// 5 min by default, each at least 10 ms and at most 100 years.
-    pub fn with_pauses(mut self, first: Duration, longest: Duration) -> Self {
-        self.terms.pauses = (
-            first.clamp(SHORTEST_PAUSE, LONGEST),
-            longest.clamp(SHORTEST_PAUSE, LONGEST),
-        );
+    /// Sets how long the relay waits before it publishes a message again that failed for the first time. The pause doubles with
+    /// each failure, up to [`with_max_backoff`](Self::with_max_backoff). At least 10 ms, at most 100 years. Default: 1 s.
+    pub fn with_initial_backoff(mut self, pause: Duration) -> Self {
+        self.terms.pauses.0 = pause.clamp(SHORTEST_PAUSE, LONGEST);
+        self
+    }
+
+    /// Sets the longest pause before the relay publishes a failed message again. At least 10 ms, at most 100 years. Default: 5 min.
+    pub fn with_max_backoff(mut self, pause: Duration) -> Self {
+        self.terms.pauses.1 = pause.clamp(SHORTEST_PAUSE, LONGEST);
         self
     }
 

@@ -149,11 +149,11 @@ pub enum Decision {
     /// The key was used for another request.
     Mismatch,
     /// It was done, and its answer was not kept.
-    NotKept,
+    NotStored,
     /// An earlier attempt was lost: ask what became of it, then run if nothing did.
     Recover(Grant),
     /// It was done: this is the answer.
-    Replay(Answer),
+    Replay(StoredResponse),
     /// An earlier attempt was lost and nobody may run again.
     Unknown,
     /// Somebody is at it.
@@ -166,14 +166,14 @@ pub enum Decision {
 /// A finished answer, as a store sees it: two byte strings.
 #[derive(Clone, Default, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "stores make it")]
-pub struct Answer {
+pub struct StoredResponse {
     /// Status, headers and trailers, or whatever the layer needs beside the body.
     pub head: Bytes,
     /// The body.
     pub body: Bytes,
 }
 
-impl Answer {
+impl StoredResponse {
     /// The bytes of head and body together.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -202,9 +202,9 @@ impl Answer {
     }
 }
 
-impl fmt::Debug for Answer {
+impl fmt::Debug for StoredResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Answer({} + {} bytes)", self.head.len(), self.body.len())
+        write!(f, "StoredResponse({} + {} bytes)", self.head.len(), self.body.len())
     }
 }
 
@@ -213,7 +213,7 @@ impl fmt::Debug for Answer {
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum Outcome {
     /// With an answer that every repetition gets.
-    Kept(Answer),
+    Stored(StoredResponse),
     /// With a final rejection. A record that is completed with this outcome becomes [unknown](Status::Unknown), even for a
     /// claim that would run a lost attempt again. It stays so until an operator resolves the key or the retention is over.
     /// Receivers record it for a message that its handler rejects.
@@ -226,7 +226,7 @@ impl Outcome {
     /// Returns the same outcome, with an answer that uses no memory beyond its own bytes.
     pub(crate) fn to_exact(&self) -> Self {
         match self {
-            Self::Kept(answer) => Self::Kept(answer.to_exact()),
+            Self::Stored(answer) => Self::Stored(answer.to_exact()),
             Self::Rejected => Self::Rejected,
             Self::Tombstone => Self::Tombstone,
         }
@@ -276,7 +276,7 @@ pub enum Resolution {
 /// The answer to a resolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores make it")]
-pub enum Resolved {
+pub enum ResolveResult {
     /// The record has moved on (this is its fence; `None`: it is absent), or its owner is alive, or it is completed.
     Conflict(Option<Fence>),
     /// Done.
@@ -331,11 +331,11 @@ mod tests {
 
     #[test]
     fn an_answer_shows_its_lengths_only() {
-        let answer = Answer {
+        let answer = StoredResponse {
             head: Bytes::from_static(b"head"),
             body: Bytes::from_static(b"card 4242"),
         };
-        assert_eq!(format!("{answer:?}"), "Answer(4 + 9 bytes)");
+        assert_eq!(format!("{answer:?}"), "StoredResponse(4 + 9 bytes)");
         assert!(!answer.is_empty());
     }
 }

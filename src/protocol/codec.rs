@@ -20,7 +20,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::record::{GrantKind, State};
-use super::{Answer, Fence, Fingerprint, Nonce, Outcome, Owner, Record};
+use super::{Fence, Fingerprint, Nonce, Outcome, Owner, Record, StoredResponse};
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind};
 
@@ -36,12 +36,12 @@ impl Record {
     /// The record as bytes, of the version that this release writes.
     #[must_use]
     pub fn to_bytes(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(FIXED + 4 + self.answer().map_or(0, Answer::len));
+        let mut out = BytesMut::with_capacity(FIXED + 4 + self.answer().map_or(0, StoredResponse::len));
         let (state, until) = match &self.state {
             State::InFlight { until } => (IN_FLIGHT, *until),
             State::Unknown | State::Completed(Outcome::Rejected) => (UNKNOWN, Timestamp::default()),
             State::Completed(Outcome::Tombstone) => (TOMBSTONE, Timestamp::default()),
-            State::Completed(Outcome::Kept(_)) => (KEPT, Timestamp::default()),
+            State::Completed(Outcome::Stored(_)) => (KEPT, Timestamp::default()),
         };
         out.put_u8(VERSION);
         out.put_u8(state);
@@ -124,7 +124,7 @@ pub(crate) struct Columns {
     pub(crate) retention: Duration,
     pub(crate) until: Timestamp,
     pub(crate) expires: Timestamp,
-    pub(crate) answer: Option<Answer>,
+    pub(crate) answer: Option<StoredResponse>,
 }
 
 #[cfg(feature = "postgres")]
@@ -135,7 +135,7 @@ impl Record {
             (IN_FLIGHT, None) => State::InFlight { until: columns.until },
             (UNKNOWN, None) => State::Unknown,
             (TOMBSTONE, None) => State::Completed(Outcome::Tombstone),
-            (KEPT, Some(answer)) => State::Completed(Outcome::Kept(answer)),
+            (KEPT, Some(answer)) => State::Completed(Outcome::Stored(answer)),
             _ => return None,
         };
         let kind = match columns.kind {
@@ -167,7 +167,7 @@ fn decode_state(tag: u8, until: Timestamp, mut rest: Bytes) -> Option<State> {
             return None;
         }
         let head = rest.split_to(len);
-        return Some(State::Completed(Outcome::Kept(Answer { head, body: rest })));
+        return Some(State::Completed(Outcome::Stored(StoredResponse { head, body: rest })));
     }
     if !rest.is_empty() {
         return None;
@@ -206,7 +206,7 @@ mod tests {
                 IN_FLIGHT => State::InFlight { until: Timestamp::from_micros(times[0]) },
                 UNKNOWN => State::Unknown,
                 TOMBSTONE => State::Completed(Outcome::Tombstone),
-                _ => State::Completed(Outcome::Kept(Answer { head: head.into(), body: body.into() })),
+                _ => State::Completed(Outcome::Stored(StoredResponse { head: head.into(), body: body.into() })),
             };
             Record {
                 fingerprint: Fingerprint::new(algorithm, digest),

@@ -23,8 +23,8 @@ mod storage_key;
 mod structured;
 
 pub use claim::{
-    Answer, Claim, Completion, Decision, Fence, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution,
-    Resolved, Snapshot, Status,
+    Claim, Completion, Decision, Fence, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution,
+    ResolveResult, Snapshot, Status, StoredResponse,
 };
 #[cfg(feature = "postgres")]
 pub(crate) use codec::Columns;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Answer, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Outcome, Owner, Release, Renewal,
-    Resolution, Resolved, Snapshot, Status,
+    Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Outcome, Owner, Release, Renewal, Resolution,
+    ResolveResult, Snapshot, Status, StoredResponse,
 };
 use crate::clock::Timestamp;
 
@@ -48,7 +48,7 @@ pub struct Record {
     pub(super) state: State,
 }
 
-/// Whether the current owner was told to ask first. Kept, because a repeated claim must be answered in kind.
+/// Whether the current owner was told to ask first. Stored, because a repeated claim must be answered in kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GrantKind {
     Execute,
@@ -80,7 +80,7 @@ pub struct Transition<R> {
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum Change {
     /// Leave it as it is.
-    Keep,
+    StoreResponse,
     /// Write this one in its place.
     Put(Record),
     /// Delete it.
@@ -91,7 +91,7 @@ impl<R> Transition<R> {
     const fn keep(reply: R) -> Self {
         Self {
             reply,
-            change: Change::Keep,
+            change: Change::StoreResponse,
         }
     }
 
@@ -112,7 +112,7 @@ impl<R> Transition<R> {
     /// The answer, where nothing is to be changed.
     #[cfg(any(feature = "postgres", feature = "redis"))]
     pub(crate) fn unchanged(self) -> Option<R> {
-        matches!(self.change, Change::Keep).then_some(self.reply)
+        matches!(self.change, Change::StoreResponse).then_some(self.reply)
     }
 }
 
@@ -138,8 +138,8 @@ impl Record {
             return Transition::keep(Decision::Mismatch);
         }
         match &record.state {
-            State::Completed(Outcome::Kept(answer)) => Transition::keep(Decision::Replay(answer.clone())),
-            State::Completed(Outcome::Tombstone) => Transition::keep(Decision::NotKept),
+            State::Completed(Outcome::Stored(answer)) => Transition::keep(Decision::Replay(answer.clone())),
+            State::Completed(Outcome::Tombstone) => Transition::keep(Decision::NotStored),
             State::Unknown | State::Completed(Outcome::Rejected) => Transition::keep(Decision::Unknown),
             // The reply to this very claim was lost: the same grant again, of the same kind.
             State::InFlight { .. } if record.owner.nonce == claim.nonce => record.clone().granted(claim, now),
@@ -208,22 +208,22 @@ impl Record {
         fence: Fence,
         resolution: &Resolution,
         now: Timestamp,
-    ) -> Transition<Resolved> {
+    ) -> Transition<ResolveResult> {
         let Some(record) = Self::live(record, now) else {
-            return Transition::keep(Resolved::Conflict(None));
+            return Transition::keep(ResolveResult::Conflict(None));
         };
         let owner_may_live = matches!(record.status(now), Status::InFlight { .. } | Status::Completed(_));
         if record.owner.fence != fence || owner_may_live {
-            return Transition::keep(Resolved::Conflict(Some(record.owner.fence)));
+            return Transition::keep(ResolveResult::Conflict(Some(record.owner.fence)));
         }
         match resolution {
-            Resolution::Absent => Transition::remove(Resolved::Resolved),
+            Resolution::Absent => Transition::remove(ResolveResult::Resolved),
             Resolution::Completed(outcome, retention) => {
                 let mut done = record.clone().completed(outcome.clone(), *retention, now);
                 // The owner may still be alive, and its own outcome may differ. If it stayed the owner, its completion
                 // would count as a repeated one, and its caller would get another response than all others (I2).
                 done.owner.nonce = record.owner.nonce.disowned();
-                Transition::put(Resolved::Resolved, done)
+                Transition::put(ResolveResult::Resolved, done)
             }
         }
     }
@@ -256,9 +256,9 @@ impl Record {
 
     /// The answer, where one is kept.
     #[must_use]
-    pub const fn answer(&self) -> Option<&Answer> {
+    pub const fn answer(&self) -> Option<&StoredResponse> {
         match &self.state {
-            State::Completed(Outcome::Kept(answer)) => Some(answer),
+            State::Completed(Outcome::Stored(answer)) => Some(answer),
             _ => None,
         }
     }

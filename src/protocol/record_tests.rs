@@ -29,7 +29,7 @@ fn claim_or(nonce: u8, if_lost: IfLost) -> Claim {
 }
 
 fn kept(body: &'static str) -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: body.into(),
     })
@@ -51,7 +51,7 @@ impl One {
 
     fn apply<R>(&mut self, transition: Transition<R>) -> R {
         match transition.change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => self.record = None,
         }
@@ -87,7 +87,7 @@ impl One {
         self.apply(Record::release(self.record.as_ref(), owner, self.now))
     }
 
-    fn resolve(&mut self, fence: Fence, resolution: &Resolution) -> Resolved {
+    fn resolve(&mut self, fence: Fence, resolution: &Resolution) -> ResolveResult {
         self.apply(Record::resolve(self.record.as_ref(), fence, resolution, self.now))
     }
 
@@ -163,7 +163,7 @@ fn a_tombstone_says_that_it_was_done() {
     let mut store = One::new();
     let grant = store.granted(&claim(1));
     store.complete(grant.owner, &Outcome::Tombstone);
-    assert_eq!(store.claim(&claim(2)), Decision::NotKept);
+    assert_eq!(store.claim(&claim(2)), Decision::NotStored);
 }
 
 #[test]
@@ -299,14 +299,14 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
     let done = Resolution::Completed(kept("found"), RETENTION);
     assert_eq!(
         store.resolve(grant.owner.fence, &done),
-        Resolved::Conflict(Some(grant.owner.fence))
+        ResolveResult::Conflict(Some(grant.owner.fence))
     );
     store.pass(LEASE);
     assert_eq!(
         store.resolve(Fence::new(1), &done),
-        Resolved::Conflict(Some(grant.owner.fence))
+        ResolveResult::Conflict(Some(grant.owner.fence))
     );
-    assert_eq!(store.resolve(grant.owner.fence, &done), Resolved::Resolved);
+    assert_eq!(store.resolve(grant.owner.fence, &done), ResolveResult::Resolved);
     assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "found"));
 
     let mut store = One::new();
@@ -315,11 +315,11 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
     assert_eq!(store.claim(&claim(2)), Decision::Unknown);
     assert_eq!(
         store.resolve(grant.owner.fence, &Resolution::Absent),
-        Resolved::Resolved
+        ResolveResult::Resolved
     );
     assert_eq!(
         store.resolve(grant.owner.fence, &Resolution::Absent),
-        Resolved::Conflict(None)
+        ResolveResult::Conflict(None)
     );
     assert_eq!(store.granted(&claim(3)).attempt, 1);
 }
@@ -334,7 +334,7 @@ fn an_owner_that_comes_back_after_a_resolution_gets_the_outcome_that_stands() {
             assert_eq!(store.claim(&claim(2)), Decision::Unknown);
         }
         let found = Resolution::Completed(kept("found"), RETENTION);
-        assert_eq!(store.resolve(owner.fence, &found), Resolved::Resolved);
+        assert_eq!(store.resolve(owner.fence, &found), ResolveResult::Resolved);
         let stands = Completion::Superseded(Some(kept("found")));
         assert_eq!(store.complete(owner, &kept("late")), stands);
         assert_eq!(store.renew(owner, LEASE), Renewal::Superseded);
@@ -371,19 +371,19 @@ fn a_step() -> impl Strategy<Value = Step> {
 struct Ledger {
     owners: std::collections::HashMap<u8, Owner>,
     last_fence: Fence,
-    answers: Vec<Answer>,
+    answers: Vec<StoredResponse>,
     seen_grant: bool,
 }
 
 impl Ledger {
     fn see_outcome(&mut self, outcome: &Outcome) -> Result<(), TestCaseError> {
         match outcome {
-            Outcome::Kept(answer) => self.see_answer(answer),
+            Outcome::Stored(answer) => self.see_answer(answer),
             Outcome::Rejected | Outcome::Tombstone => Ok(()),
         }
     }
 
-    fn see_answer(&mut self, answer: &Answer) -> Result<(), TestCaseError> {
+    fn see_answer(&mut self, answer: &StoredResponse) -> Result<(), TestCaseError> {
         let is_only_one = self.answers.iter().all(|seen| seen == answer);
         prop_assert!(is_only_one, "two answers under one key");
         self.answers.push(answer.clone());
@@ -409,7 +409,7 @@ impl Ledger {
                 self.see_answer(answer)?;
             }
             Decision::Mismatch => prop_assert!(self.seen_grant),
-            Decision::NotKept | Decision::Unknown | Decision::Wait { .. } => {}
+            Decision::NotStored | Decision::Unknown | Decision::Wait { .. } => {}
         }
         Ok(())
     }
@@ -440,7 +440,7 @@ proptest! {
                 Step::Complete(nonce) => {
                     if let Some(owner) = ledger.owners.get(&nonce) {
                         let body = format!("answer {nonce}");
-                        let outcome = Outcome::Kept(Answer { head: "h".into(), body: body.into() });
+                        let outcome = Outcome::Stored(StoredResponse { head: "h".into(), body: body.into() });
                         let retention = Duration::from_secs(1_000_000);
                         let done = Record::complete(store.record.as_ref(), *owner, &outcome, retention, store.now);
                         // The owner's caller gets the owner's response, or the one that stands.

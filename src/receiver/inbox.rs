@@ -155,7 +155,7 @@ impl Inbox {
             Decision::Execute(grant) | Decision::Recover(grant) => {
                 self.complete(connection, &claim, grant, &outcome).await
             }
-            Decision::NotKept | Decision::Replay(_) => Ok(Receipt::Duplicate),
+            Decision::NotStored | Decision::Replay(_) => Ok(Receipt::Duplicate),
             Decision::Wait { left } => Ok(Receipt::InFlight { retry_after: left }),
             Decision::Unknown => Ok(Receipt::Unknown),
             Decision::Mismatch => Err(ReceiveError::Mismatch),

@@ -12,17 +12,17 @@ use tower_layer::Layer;
 use super::classes::{ErrorClasses, HandlerErrorClass};
 use super::id::{InvalidMessageId, MessageId};
 use super::kinds::Variants;
-use super::lease::Lease;
+use super::lease::MessageLease;
 use super::service::Receiver;
 use crate::error::Error;
-use crate::job::{Drain, Found, OnError, Terms};
+use crate::job::{Drain, OnError, OnLost, Recovered, Terms};
 use crate::protocol::{IfLost, StorageKey};
 
 type IdFn<M> = Arc<dyn Fn(&M) -> MessageId + Send + Sync>;
 type TypeFn<M> = Arc<dyn for<'m> Fn(&'m M) -> &'m str + Send + Sync>;
 type PayloadFn<M> = Arc<dyn for<'m> Fn(&'m M) -> &'m [u8] + Send + Sync>;
-type LeaseFn<M> = Arc<dyn Fn(&mut M, Lease) + Send + Sync>;
-type CheckFn<M> = Arc<dyn Fn(&M, Lease) -> BoxFuture<'static, Found<()>> + Send + Sync>;
+type LeaseFn<M> = Arc<dyn Fn(&mut M, MessageLease) + Send + Sync>;
+type CheckFn<M> = Arc<dyn Fn(&M, MessageLease) -> BoxFuture<'static, Recovered<()>> + Send + Sync>;
 
 /// Makes a service of messages handle each message once, across tasks, processes and crashes, as far as the store reaches. The
 /// [module](super) lists the guarantees.
@@ -151,7 +151,7 @@ impl<St, M> ReceiverLayer<St, M> {
     ///
     /// * a duplicate whose first message was handled by another process, or by this process before it restarted,
     /// * a duplicate whose first message is forgotten: the table has 8,192 places, and a message with another id can overwrite any,
-    /// * a duplicate whose first message failed and counts as handled ([`OnError::Keep`](crate::OnError::Keep)), because the
+    /// * a duplicate whose first message failed and counts as handled ([`OnError::Store`](crate::OnError::Store)), because the
     ///   layer remembers only messages whose handler succeeded,
     /// * types inside of a struct, such as a body that the handler parses: set their type here.
     ///
@@ -246,7 +246,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// * If the store fails while the layer records the rejection, the delivery is rejected all the same. The layer tries to
     ///   record it for two more minutes, and no longer renews the lease. Until the lease ends, a copy is in flight. After
     ///   that a copy finds a lost attempt, unless the rejection is recorded by then.
-    /// * If the handler has committed its message with `Lease::complete_in`, the message is handled, even if the handler then fails.
+    /// * If the handler has committed its message with `MessageLease::complete_in`, the message is handled, even if the handler then fails.
     /// * A panic has no error to classify. It follows [`on_error`](Self::on_error).
     /// * An error of `poll_ready` is not classified, because nothing ran.
     /// * If `E` is not the error type of the service, no error is classified, and a WARN event `error-unclassified` reports each.
@@ -260,20 +260,26 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// Handles a message again whose attempt was lost, instead of leaving it unknown. For handlers whose effect may come twice, or is
-    /// in a transaction with the record, or at a third party that heeds [`Lease::id`].
-    pub fn at_least_once(mut self) -> Self {
-        self.settings().if_lost = IfLost::Execute;
+    /// in a transaction with the record, or at a third party that heeds [`MessageLease::id`].
+    pub fn at_least_once(self) -> Self {
+        self.on_lost(OnLost::Execute)
+    }
+
+    /// Sets what happens to a message whose attempt was lost. Default: [`OnLost::Refuse`]. Of this setter,
+    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
+    pub fn on_lost(mut self, on_lost: OnLost) -> Self {
+        self.settings().if_lost = on_lost.into();
         self
     }
 
     /// Sets a check that asks whether a lost attempt took effect, before the message is handled again.
     ///
-    /// The guarantee is one effect if the check also blocks the lost attempt, by raising the [fence](Lease::fence) at the third
+    /// The guarantee is one effect if the check also blocks the lost attempt, by raising the [fence](MessageLease::fence) at the third
     /// party before it looks, or if the requests of that attempt have settled before the check
-    /// ([`with_settling`](Self::with_settling) narrows the gap).
-    pub fn with_recovery<F>(mut self, check: impl Fn(&M, Lease) -> F + Send + Sync + 'static) -> Self
+    /// ([`with_settle_delay`](Self::with_settle_delay) narrows the gap).
+    pub fn with_recovery<F>(mut self, check: impl Fn(&M, MessageLease) -> F + Send + Sync + 'static) -> Self
     where
-        F: Future<Output = Found<()>> + Send + 'static,
+        F: Future<Output = Recovered<()>> + Send + 'static,
     {
         let settings = self.settings();
         settings.if_lost = IfLost::Recover;
@@ -283,7 +289,7 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Puts the lease of the attempt into the message, for its handler. A message that is handled [unprotected](OnMissingId::Unprotected)
     /// has none.
-    pub fn pass_lease(mut self, pass: impl Fn(&mut M, Lease) + Send + Sync + 'static) -> Self {
+    pub fn pass_lease(mut self, pass: impl Fn(&mut M, MessageLease) + Send + Sync + 'static) -> Self {
         self.settings().pass_lease = Some(Arc::new(pass));
         self
     }
@@ -339,17 +345,21 @@ impl<St, M> ReceiverLayer<St, M> {
     }
 
     /// Sets how long the requests of a lost attempt may settle before the [check](Self::with_recovery). Default: not at all.
-    pub fn with_settling(mut self, delay: Duration) -> Self {
+    pub fn with_settle_delay(mut self, delay: Duration) -> Self {
         self.settings().terms.settling = delay;
         self
     }
 
-    /// Sets how long one operation of the store may take (default: 5 s), and how long the layer repeats the operation that records a
-    /// handled message (default: 10 s). If the delivery was dropped, the layer repeats that operation for twelve times as long, two
-    /// minutes by default.
-    pub fn with_store_timeouts(mut self, operation: Duration, recording: Duration) -> Self {
-        let terms = &mut self.settings().terms;
-        (terms.store_timeout, terms.completion_timeout) = (operation, recording);
+    /// Sets how long one operation of the store may take. Default: 5 s.
+    pub fn with_store_timeout(mut self, timeout: Duration) -> Self {
+        self.settings().terms.store_timeout = timeout;
+        self
+    }
+
+    /// Sets how long the layer repeats the operation that records a handled message. Default: 10 s. If the delivery was dropped,
+    /// the layer repeats that operation for twelve times as long, two minutes by default.
+    pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
+        self.settings().terms.completion_timeout = timeout;
         self
     }
 

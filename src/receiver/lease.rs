@@ -7,13 +7,13 @@ use crate::protocol::Fence;
 
 /// The attempt under which a message is handled; given to the message by [`pass_lease`](super::ReceiverLayer::pass_lease).
 #[derive(Clone)]
-pub struct Lease {
+pub struct MessageLease {
     attempt: Attempt,
     #[cfg(feature = "postgres")]
     home: transaction::Home,
 }
 
-impl Lease {
+impl MessageLease {
     #[cfg(not(feature = "postgres"))]
     pub(super) const fn new(attempt: Attempt) -> Self {
         Self { attempt }
@@ -58,9 +58,9 @@ impl Lease {
     }
 }
 
-impl fmt::Debug for Lease {
+impl fmt::Debug for MessageLease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lease")
+        f.debug_struct("MessageLease")
             .field("attempt", &self.attempt())
             .field("fence", &self.fence())
             .finish_non_exhaustive()
@@ -73,7 +73,7 @@ mod transaction {
 
     use sqlx::postgres::PgConnection;
 
-    use super::Lease;
+    use super::MessageLease;
     use crate::error::{Error, ErrorKind};
     use crate::job::Attempt;
     use crate::protocol::{Completion, Outcome};
@@ -102,7 +102,7 @@ mod transaction {
         }
     }
 
-    impl Lease {
+    impl MessageLease {
         pub(in super::super) fn new<St: Store>(attempt: Attempt, store: &St, retention: Duration) -> Self {
             let store = PostgresStore::within(store).cloned().ok_or(NO_POSTGRES);
             let home = Home { store, retention };

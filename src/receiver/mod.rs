@@ -30,8 +30,8 @@
 //!
 //! | the handler's effect is in | strongest guarantee | requirement |
 //! |---|---|---|
-//! | the PostgreSQL database that also holds the record | exactly once | `Lease::complete_in` with [`at_least_once`](ReceiverLayer::at_least_once), or an `Inbox` (feature `postgres`) |
-//! | a third party that deduplicates by a key or an id | exactly once | [`Lease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
+//! | the PostgreSQL database that also holds the record | exactly once | `MessageLease::complete_in` with [`at_least_once`](ReceiverLayer::at_least_once), or an `Inbox` (feature `postgres`) |
+//! | a third party that deduplicates by a key or an id | exactly once | [`MessageLease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
 //! | a third party that can be asked | exactly once, if asking also blocks the lost attempt | [`with_recovery`](ReceiverLayer::with_recovery) |
 //! | anything else | at most once across crashes (the default), or [at least once](ReceiverLayer::at_least_once) | |
 //!
@@ -82,6 +82,6 @@ pub use id::{InvalidMessageId, MessageId};
 #[cfg(feature = "postgres")]
 pub use inbox::Inbox;
 pub use layer::{OnMismatch, OnMissingId, ReceiverLayer};
-pub use lease::Lease;
+pub use lease::MessageLease;
 pub use receipt::{Disposition, Receipt, ReceiveError};
 pub use service::{Receiver, ReceiverFuture};

@@ -15,10 +15,10 @@ use tower_service::Service;
 use super::id::MessageId;
 use super::kinds::{difference, fingerprint, Difference, Variant};
 use super::layer::{OnMismatch, OnMissingId, Settings};
-use super::lease::Lease;
+use super::lease::MessageLease;
 use super::receipt::{name_of, Receipt, ReceiveError};
 use crate::error::ErrorKind;
-use crate::job::{Attempt, Ended, Found, Job, OnError, Refused, Settled, Verdict, Work, NO_RUNTIME};
+use crate::job::{Attempt, Ended, Job, OnError, Recovered, Refused, Settled, Verdict, Work, NO_RUNTIME};
 use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
 use crate::store::{in_time, Store};
 use crate::telemetry::{self, Event};
@@ -206,7 +206,7 @@ where
             Settled::Refused(refused) => match refused {
                 Refused::InFlight(retry_after) => Ok(Receipt::InFlight { retry_after }),
                 Refused::Mismatch => settings.mismatched(&store, &key, fingerprint).await,
-                Refused::NotKept => Ok(Receipt::Duplicate),
+                Refused::NotStored => Ok(Receipt::Duplicate),
                 Refused::NotRun(error) => {
                     if error.kind() != ErrorKind::Overloaded {
                         telemetry::store_failed(&error);
@@ -224,11 +224,11 @@ where
         received
     }
 
-    fn lease(&self, attempt: &Attempt) -> Lease {
+    fn lease(&self, attempt: &Attempt) -> MessageLease {
         #[cfg(feature = "postgres")]
-        return Lease::new(attempt.clone(), &self.store, self.settings.terms.retention);
+        return MessageLease::new(attempt.clone(), &self.store, self.settings.terms.retention);
         #[cfg(not(feature = "postgres"))]
-        Lease::new(attempt.clone())
+        MessageLease::new(attempt.clone())
     }
 }
 
@@ -243,7 +243,7 @@ where
 {
     type Given = Given<S::Response, S::Error>;
 
-    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Found<Ended<Self::Given>>> + Send {
+    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Given>>> + Send {
         let check = self.settings.check.as_ref();
         // The engine catches a panic of the future, but not a panic of the function that makes the future.
         let asked = check.map(|check| {
@@ -253,14 +253,14 @@ where
         async move {
             match asked {
                 Some(Ok(asked)) => match asked.await {
-                    Found::Happened(()) => Found::Happened(Ended {
+                    Recovered::Happened(()) => Recovered::Happened(Ended {
                         given: Given::Known,
-                        verdict: Verdict::Keep(Outcome::Tombstone),
+                        verdict: Verdict::Store(Outcome::Tombstone),
                     }),
-                    Found::NotHappened => Found::NotHappened,
-                    Found::Unknown => Found::Unknown,
+                    Recovered::NotHappened => Recovered::NotHappened,
+                    Recovered::Unknown => Recovered::Unknown,
                 },
-                Some(Err(_)) | None => Found::Unknown,
+                Some(Err(_)) | None => Recovered::Unknown,
             }
         }
     }
@@ -278,7 +278,7 @@ where
             Err(_) => Given::Panicked,
         };
         let verdict = match &given {
-            Given::Handled(_) | Given::Known => Verdict::Keep(Outcome::Tombstone),
+            Given::Handled(_) | Given::Known => Verdict::Store(Outcome::Tombstone),
             Given::Failed(_, end) => verdict_of(*end),
             Given::Panicked => verdict_of(settings.on_error),
         };
@@ -289,8 +289,8 @@ where
 /// Returns the end of a message whose handler failed.
 const fn verdict_of(end: OnError) -> Verdict {
     match end {
-        OnError::Keep => Verdict::KeepFailure(Outcome::Tombstone),
-        OnError::Reject => Verdict::KeepFailure(Outcome::Rejected),
+        OnError::Store => Verdict::StoreFailure(Outcome::Tombstone),
+        OnError::Reject => Verdict::StoreFailure(Outcome::Rejected),
         OnError::Release => Verdict::Release,
         OnError::Unknown => Verdict::GiveUp,
     }
@@ -301,7 +301,7 @@ const fn verdict_of(end: OnError) -> Verdict {
 fn failed<E>(error: E, end: OnError) -> ReceiveError<E> {
     match end {
         OnError::Reject => ReceiveError::Rejected(Some(error)),
-        OnError::Keep | OnError::Release | OnError::Unknown => ReceiveError::Handler(error),
+        OnError::Store | OnError::Release | OnError::Unknown => ReceiveError::Handler(error),
     }
 }
 
@@ -309,7 +309,7 @@ fn failed<E>(error: E, end: OnError) -> ReceiveError<E> {
 fn panicked<E>(on_error: OnError) -> ReceiveError<E> {
     match on_error {
         OnError::Reject => ReceiveError::Rejected(None),
-        OnError::Keep | OnError::Release | OnError::Unknown => ReceiveError::Panicked,
+        OnError::Store | OnError::Release | OnError::Unknown => ReceiveError::Panicked,
     }
 }
 

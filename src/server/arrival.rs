@@ -48,7 +48,7 @@ pub(super) struct Names {
 /// What an arrival leads to.
 pub(super) enum Arrived<R: 'static, E: 'static> {
     /// This response.
-    Answer(Response<R>),
+    Response(Response<R>),
     /// An exchange.
     Underway(Underway<R, E>),
 }
@@ -122,7 +122,7 @@ where
         let entered = span.as_deref().map(Span::enter);
         let body = match body {
             Ok(body) => body,
-            Err(refusal) => return Arrived::Answer(settings.refuse(span.as_deref(), Some(&head), refusal)),
+            Err(refusal) => return Arrived::Response(settings.refuse(span.as_deref(), Some(&head), refusal)),
         };
         let fingerprint = settings.fingerprint(&head, &body.bytes, names.scoped);
         let accepted = settings.accepted(&head);
@@ -131,7 +131,7 @@ where
         let seen = settings.refusals.keep_head(&head);
         let decided = decide(&shared, &settings, &settings.claim(names.storage_key, fingerprint));
         if let Decided::Settled(landing) = decided {
-            return Arrived::Answer(settings.land(span.as_deref(), Some(&head), &landing, &accepted));
+            return Arrived::Response(settings.land(span.as_deref(), Some(&head), &landing, &accepted));
         }
         // Only from here on it needs a place where others find it.
         let flight = Flight::new(names.key, names.storage_key, fingerprint, settings.store_timeout);

@@ -262,11 +262,11 @@ impl Values {
         }
         Seen::Landed(match snapshot.status {
             Status::InFlight { .. } => return Seen::InFlight,
-            Status::Completed(Outcome::Kept(answer)) => Landing::Answer { answer, kept: true },
+            Status::Completed(Outcome::Stored(answer)) => Landing::Response { answer, kept: true },
             Status::Completed(Outcome::Rejected | Outcome::Tombstone) => {
                 Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored))
             }
-            Status::Lost if self.on_lost.in_protocol() != IfLost::Refuse => return Seen::Free,
+            Status::Lost if self.if_lost != IfLost::Refuse => return Seen::Free,
             Status::Lost | Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
         })
     }

@@ -11,11 +11,11 @@ use super::exchange::{Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::guard::Hold;
 use super::marks::{is_not_for_store, retention_of, StreamResponse};
-use super::policy::{Judgement, OnLost, Verdict};
+use super::policy::{Judgement, Verdict};
 use super::settings::Values;
 use crate::error::Error;
 use crate::http::{grpc_result, reframe_stream, Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Answer, Completion, Outcome, Owner, Release, Renewal, StorageKey};
+use crate::protocol::{Completion, IfLost, Outcome, Owner, Release, Renewal, StorageKey, StoredResponse};
 use crate::store::{end_late, End, Patience, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::Word;
@@ -36,14 +36,14 @@ enum Recorded {
 impl<St: Store, S> Exchange<St, S> {
     /// Records the response in the cargo, and returns it.
     pub(super) async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Answered(Read { head, body, judgement }) = &self.cargo else {
+        let Cargo::Responded(Read { head, body, judgement }) = &self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
         let (judgement, status) = (*judgement, head.status);
-        let answer = self.settings.answer_headers.store(head, body);
+        let answer = self.settings.response_headers.store(head, body);
         let recorded = match judgement.verdict {
-            Verdict::Keep => {
-                let outcome = Outcome::Kept(answer.clone());
+            Verdict::Store => {
+                let outcome = Outcome::Stored(answer.clone());
                 let completion = self.complete(&outcome, judgement.retention).await;
                 if let Ok(Completion::Completed) = completion {
                     self.hold.end_ownership();
@@ -71,10 +71,10 @@ impl<St: Store, S> Exchange<St, S> {
             Verdict::Tombstone | Verdict::Unjudged => return Box::pin(self.broken(judgement, status)).await,
         };
         let kept = recorded == Recorded::Yes;
-        self.leave(Landing::Answer { answer, kept });
+        self.leave(Landing::Response { answer, kept });
         self.finished("executed");
         match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Answered(read) => read.into_response(),
+            Cargo::Responded(read) => read.into_response(),
             _ => self.refuse(HELD),
         }
     }
@@ -82,7 +82,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records the response of a lost attempt, and returns it as a replay. The response is stored regardless of its
     /// head, because the request took effect.
     pub(super) async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Answered(Read { head, body, judgement }) = &mut self.cargo else {
+        let Cargo::Responded(Read { head, body, judgement }) = &mut self.cargo else {
             return self.settle(Landing::Refused(HELD));
         };
         let judgement = *judgement;
@@ -93,12 +93,12 @@ impl<St: Store, S> Exchange<St, S> {
             return response;
         }
         let landing = match outcome {
-            Outcome::Kept(answer) => Landing::Answer { answer, kept: true },
+            Outcome::Stored(answer) => Landing::Response { answer, kept: true },
             _ => Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
         };
         match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
             // The store must not have this response, so this caller is the only one who gets it.
-            Cargo::Answered(read) if judgement.verdict == Verdict::Tombstone => {
+            Cargo::Responded(read) if judgement.verdict == Verdict::Tombstone => {
                 self.leave(landing);
                 self.finished("executed");
                 read.into_response()
@@ -117,7 +117,7 @@ impl<St: Store, S> Exchange<St, S> {
         let status = response.status();
         let landing = match judgement.verdict {
             Verdict::Unjudged => return self.broken(judgement, status).await,
-            Verdict::Keep | Verdict::Tombstone => self.without_body(judgement, status).await,
+            Verdict::Store | Verdict::Tombstone => self.without_body(judgement, status).await,
             Verdict::Release => {
                 let released = self.without_outcome(Verdict::Release).await;
                 released.map(|()| Landing::Refused(self.later(RefusalKind::Outstanding)))
@@ -143,7 +143,7 @@ impl<St: Store, S> Exchange<St, S> {
                 telemetry::event(Event::HandlerFailed);
                 self.failed_as(judgement.verdict).await
             }
-            Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => {
+            Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => {
                 match self.without_body(judgement, status).await {
                     Ok(landing) => self.leave(landing),
                     Err(response) => return response,
@@ -158,7 +158,7 @@ impl<St: Store, S> Exchange<St, S> {
     pub(super) async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
         match self.settings.keep.of_failure() {
-            Verdict::Keep => {
+            Verdict::Store => {
                 let (head, body, answer) = self.settings.failure_to_keep(self.head.as_deref());
                 let retention = self.settings.retention;
                 match self.keep_failure(answer, retention).await {
@@ -224,12 +224,12 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records a failure. Returns the result for the duplicates.
     async fn keep_failure<R: RebuildBody>(
         &mut self,
-        answer: Answer,
+        answer: StoredResponse,
         retention: Duration,
     ) -> Result<Landing, Response<R>> {
-        let recorded = self.conclude(&Outcome::Kept(answer.clone()), retention).await?;
+        let recorded = self.conclude(&Outcome::Stored(answer.clone()), retention).await?;
         let kept = recorded == Recorded::Yes;
-        Ok(Landing::Answer { answer, kept })
+        Ok(Landing::Response { answer, kept })
     }
 
     async fn conclude<R: RebuildBody>(&mut self, outcome: &Outcome, retention: Duration) -> Concluded<R> {
@@ -273,8 +273,8 @@ impl<St: Store, S> Exchange<St, S> {
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
         self.hold.end_ownership();
-        match self.settings.on_lost {
-            OnLost::Refuse if !self.settings.acknowledges => None,
+        match self.settings.if_lost {
+            IfLost::Refuse if !self.settings.acknowledges => None,
             _ => Some(self.later(RefusalKind::OutcomeUnrecorded)),
         }
     }
@@ -365,7 +365,7 @@ impl Values {
             verdict: if is_not_for_store(head) {
                 Verdict::Tombstone
             } else {
-                Verdict::Keep
+                Verdict::Store
             },
             awaits_trailers: false,
             retention: retention_of(head).unwrap_or(self.retention),
@@ -383,10 +383,10 @@ impl Values {
         match self.happened(head).verdict {
             // A layer for webhooks acknowledges a duplicate of a tombstone.
             Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
-                Outcome::Kept(self.failure_to_keep(asked).2)
+                Outcome::Stored(self.failure_to_keep(asked).2)
             }
             Verdict::Tombstone => Outcome::Tombstone,
-            _ => Outcome::Kept(self.answer_headers.store(head, body)),
+            _ => Outcome::Stored(self.response_headers.store(head, body)),
         }
     }
 
@@ -396,10 +396,13 @@ impl Values {
 
     /// Returns the response of a handler that failed, and the form in which it is stored, for settings that store
     /// failures.
-    pub(super) fn failure_to_keep(&self, head: Option<&request::Parts>) -> (response::Parts, Collected, Answer) {
+    pub(super) fn failure_to_keep(
+        &self,
+        head: Option<&request::Parts>,
+    ) -> (response::Parts, Collected, StoredResponse) {
         let (head, bytes) = HELD.render(&self.refusals, head).into_parts();
         let body = Collected { bytes, trailers: None };
-        let answer = self.answer_headers.store(&head, &body);
+        let answer = self.response_headers.store(&head, &body);
         (head, body, answer)
     }
 }

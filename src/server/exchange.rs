@@ -18,7 +18,7 @@ use super::settings::Values;
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 use crate::http::{complete_grpc, reframe, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Answer, Claim, Decision, Fingerprint, Grant, Nonce, StorageKey};
+use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey, StoredResponse};
 use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
 
@@ -56,7 +56,7 @@ pub(super) enum Cargo<S> {
     /// The request of a waiter that may claim the key again, with a service that is not ready.
     Waiting(Box<Admitted<S>>),
     /// The answer of the handler, until it is recorded.
-    Answered(Read),
+    Responded(Read),
     Nothing,
 }
 
@@ -421,8 +421,8 @@ impl Landing {
     /// What a decision comes to that lets nothing run; `None` where it is to wait.
     pub(super) fn of(decision: Decision) -> Option<Self> {
         let kind = match decision {
-            Decision::Replay(answer) => return Some(Self::Answer { answer, kept: true }),
-            Decision::NotKept => RefusalKind::ResponseNotStored,
+            Decision::Replay(answer) => return Some(Self::Response { answer, kept: true }),
+            Decision::NotStored => RefusalKind::ResponseNotStored,
             Decision::Mismatch => RefusalKind::Mismatch,
             Decision::Unknown => RefusalKind::OutcomeUnknown,
             Decision::Execute(_) | Decision::Recover(_) | Decision::Wait { .. } => return None,
@@ -440,7 +440,7 @@ impl Values {
             nonce: Nonce::random(),
             lease: self.lease,
             retention: self.retention,
-            if_lost: self.on_lost.in_protocol(),
+            if_lost: self.if_lost,
             max_attempts: self.max_attempts,
         }
     }
@@ -454,7 +454,7 @@ impl Values {
         accepted: &Accepted,
     ) -> Response<R> {
         match landing {
-            Landing::Answer { answer, kept } => match self.replay(answer, *kept, accepted) {
+            Landing::Response { answer, kept } => match self.replay(answer, *kept, accepted) {
                 Ok(response) => {
                     telemetry::finished(span, if *kept { "replayed" } else { "waited" });
                     response.map(Collected::rebuild)
@@ -463,15 +463,20 @@ impl Values {
             },
             Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::ResponseNotStored => {
                 telemetry::finished(span, "replayed");
-                self.answer_headers.bare_replay()
+                self.response_headers.bare_replay()
             }
             Landing::Refused(refusal) => self.refuse(span, head, refusal.clone()),
             Landing::Handover => self.refuse(span, head, self.later(RefusalKind::Outstanding)),
         }
     }
 
-    fn replay(&self, answer: &Answer, is_stored: bool, accepted: &Accepted) -> Result<Response<Collected>, Refusal> {
-        let Ok(mut response) = self.answer_headers.replay_in_parts(answer, is_stored) else {
+    fn replay(
+        &self,
+        answer: &StoredResponse,
+        is_stored: bool,
+        accepted: &Accepted,
+    ) -> Result<Response<Collected>, Refusal> {
+        let Ok(mut response) = self.response_headers.replay_in_parts(answer, is_stored) else {
             telemetry::store_failed(&CORRUPT);
             return Err(self.store_failed(&CORRUPT));
         };

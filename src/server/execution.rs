@@ -14,12 +14,13 @@ use super::errors::ServiceFailure;
 use super::exchange::{Admitted, Cargo, Exchange, Read};
 use super::flights::Landing;
 use super::lease::Lease;
-use super::policy::{Judgement, OnLost, Recovered, Recovery, Verdict};
+use super::policy::{Judgement, LostAttempt, Verdict};
 use super::settings::Values;
 use crate::clock::Stopwatch;
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, collect_messages, has_body, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::job::Recovered;
 use crate::protocol::{Grant, Renewal};
 use crate::store::Store;
 use crate::telemetry;
@@ -27,7 +28,7 @@ use crate::telemetry;
 /// How the handler ended.
 pub(super) enum Ended<R, E> {
     /// With a response that was read to its end.
-    Answered(Read),
+    Responded(Read),
     /// With a response that is lost: its body broke off or panicked while it was read, or the application's predicate
     /// panicked.
     Broken(StatusCode, Judgement),
@@ -41,7 +42,7 @@ pub(super) enum Ended<R, E> {
 }
 
 /// What became of a lost attempt.
-enum Found {
+enum Checked {
     /// It took effect; its answer is the cargo now.
     Happened,
     /// Nothing.
@@ -62,9 +63,9 @@ impl<St: Store, S> Exchange<St, S> {
         R::Error: Send,
     {
         match self.recover(grant).await {
-            Found::Happened => Ok(self.happened().await),
-            Found::Nothing => self.execute(grant).await,
-            Found::Unknown => {
+            Checked::Happened => Ok(self.happened().await),
+            Checked::Nothing => self.execute(grant).await,
+            Checked::Unknown => {
                 if let Renewal::Superseded = self.give_up().await {
                     return Ok(self.superseded().await);
                 }
@@ -124,8 +125,8 @@ impl<St: Store, S> Exchange<St, S> {
         };
         let running = self.times.outside(self.hold.during(running));
         match AssertUnwindSafe(running).catch_unwind().await {
-            Ok(Ended::Answered(read)) => {
-                self.cargo = Cargo::Answered(read);
+            Ok(Ended::Responded(read)) => {
+                self.cargo = Cargo::Responded(read);
                 None
             }
             Ok(ended) => Some(Box::new(ended)),
@@ -139,8 +140,8 @@ impl<St: Store, S> Exchange<St, S> {
         ended: Ended<R, E>,
     ) -> Result<Response<R>, E> {
         match ended {
-            Ended::Answered(read) => {
-                self.cargo = Cargo::Answered(read);
+            Ended::Responded(read) => {
+                self.cargo = Cargo::Responded(read);
                 Ok(self.answered().await)
             }
             Ended::Broken(status, judgement) => Ok(self.broken(judgement, status).await),
@@ -161,31 +162,31 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Asks what became of a lost attempt.
-    async fn recover(&mut self, grant: Grant) -> Found {
-        let (OnLost::Recover(check), Cargo::Admitted(admitted)) = (&self.settings.on_lost, &self.cargo) else {
-            return Found::Nothing;
+    /// Asks the application whether a lost attempt took effect.
+    async fn recover(&mut self, grant: Grant) -> Checked {
+        let (Some(check), Cargo::Admitted(admitted)) = (&self.settings.check, &self.cargo) else {
+            return Checked::Nothing;
         };
-        let recovery = Recovery {
+        let lost = LostAttempt {
             key: self.hold.flight.key.clone(),
             fence: grant.owner.fence,
             attempt: grant.attempt,
             head: admitted.head.clone(),
         };
         // The function is the application's, and may panic before it returns its future.
-        let Ok(asked) = catch_unwind(AssertUnwindSafe(|| check.ask(recovery))) else {
-            return Found::Unknown;
+        let Ok(asked) = catch_unwind(AssertUnwindSafe(|| check.ask(lost))) else {
+            return Checked::Unknown;
         };
         let asked = self.hold.during(AssertUnwindSafe(asked).catch_unwind());
         match self.times.outside(asked).await {
             Ok(Recovered::Happened(answer)) => {
                 let (head, body) = self.settings.collected(answer);
                 let judgement = self.settings.happened(&head);
-                self.cargo = Cargo::Answered(Read { head, body, judgement });
-                Found::Happened
+                self.cargo = Cargo::Responded(Read { head, body, judgement });
+                Checked::Happened
             }
-            Ok(Recovered::NotHappened) => Found::Nothing,
-            Ok(Recovered::Unknown) | Err(_) => Found::Unknown,
+            Ok(Recovered::NotHappened) => Checked::Nothing,
+            Ok(Recovered::Unknown) | Err(_) => Checked::Unknown,
         }
     }
 }
@@ -228,7 +229,7 @@ where
     let judgement = settings.judge(&head);
     settings.advise(&mut head, judgement);
     let timeout = match judgement.verdict {
-        Verdict::Keep => settings.response_timeout,
+        Verdict::Store => settings.response_timeout,
         Verdict::Release | Verdict::GiveUp if judgement.awaits_trailers => settings.response_timeout,
         // A response that is not stored must not wait for its end. If its body has a known size and is complete already,
         // as that of an error message, the duplicates in this process get it, too.
@@ -242,9 +243,9 @@ where
     }
     // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
     let reading = if settings.keep.is_of_grpc(head.status, &head.headers) {
-        collect_messages(body, settings.answer_limit, timeout)
+        collect_messages(body, settings.response_limit, timeout)
     } else {
-        collect(body, settings.answer_limit, timeout)
+        collect(body, settings.response_limit, timeout)
     };
     let read = match AssertUnwindSafe(reading).catch_unwind().await {
         // A response without a body may declare the length that it would have.
@@ -255,7 +256,7 @@ where
         Ok(Ok(body)) => {
             let trailers = body.trailers.as_ref();
             let judgement = settings.keep.judge_end(judgement, &head.headers, trailers);
-            Ended::Answered(Read { head, body, judgement })
+            Ended::Responded(Read { head, body, judgement })
         }
         Ok(Err(Shortfall::Broken(_) | Shortfall::Short(_))) | Err(_) => {
             Ended::Broken(head.status, settings.keep.judge_end(judgement, &head.headers, None))

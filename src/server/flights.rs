@@ -16,7 +16,7 @@ use super::settings::Waiting;
 use crate::clock::{within, Deadline, Stopwatch};
 use crate::http::Refusal;
 use crate::job::Schedule;
-use crate::protocol::{Answer, Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey};
+use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
 
 /// One guarded request. The one that got the seat of its key is what the others wait for.
@@ -84,7 +84,7 @@ impl Held {
 #[derive(Clone, Debug)]
 pub(super) enum Landing {
     /// This answer, a kept one or not.
-    Answer { answer: Answer, kept: bool },
+    Response { answer: StoredResponse, kept: bool },
     /// It ended without; look for yourself.
     Handover,
     /// This refusal.

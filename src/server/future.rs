@@ -115,7 +115,7 @@ impl<R, E> Course<R, E> {
                 return Poll::Pending;
             };
             match arrival.proceed(body) {
-                Arrived::Answer(response) => return Poll::Ready(Ok(response)),
+                Arrived::Response(response) => return Poll::Ready(Ok(response)),
                 Arrived::Underway(underway) => *self = Self::Underway(underway),
             }
         }

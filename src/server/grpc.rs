@@ -13,7 +13,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Sets the layer up for gRPC services.
     ///
     /// Call this first, because it replaces the header field, the methods, the fingerprint of bodies,
-    /// [`keep_if`](Self::keep_if) and the refusals that were set before.
+    /// [`store_if`](Self::store_if) and the refusals that were set before.
     ///
     /// * POST only; the key is the metadata `idempotency-key`, and optional.
     /// * The status of the call decides, in the head or in the trailers of the response. The layer stores `OK`,
@@ -22,7 +22,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   `UNAVAILABLE` and `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
     ///   `DATA_LOSS` and a response without a status. The rules of HTTP apply to a response whose HTTP status is not 200.
     ///   They also apply to one with neither the content type `application/grpc` nor a gRPC status in its head, such as that
-    ///   of a JSON route. [`keep_if`](Self::keep_if) replaces all these rules, and sees only the head. The marks of a
+    ///   of a JSON route. [`store_if`](Self::store_if) replaces all these rules, and sees only the head. The marks of a
     ///   handler ([`MarkStatus`](crate::MarkStatus)) take precedence over both.
     /// * Fingerprints cover the decompressed messages (gzip, deflate and zstd, up to the [limit of
     ///   bodies](Self::with_body_limit) and 1,024 compressed messages), so a retry may use another compression. For a body
@@ -46,7 +46,7 @@ impl<St: Store> IdempotencyLayer<St> {
     pub fn grpc(mut self) -> Self {
         let values = self.values();
         values.set_header(IDEMPOTENCY_KEY);
-        values.keep.keep_if = None;
+        values.keep.store_if = None;
         values.keep.statuses = Statuses::Grpc;
         values.fingerprinting.body = BodyForm::Grpc;
         self.with_methods([Method::POST]).with_grpc_refusals()
@@ -78,7 +78,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets a layer with all settings of
     /// this layer, also those that you set later, and returns it with the changes for the method.
     ///
-    /// These settings take precedence over those of [`with_selector`](Self::with_selector) and of the layer itself, which
+    /// These settings take precedence over those of [`with_settings_for`](Self::with_settings_for) and of the layer itself, which
     /// apply to all other methods. On a server for gRPC and HTTP, whose layer has the settings of HTTP, `configure` must
     /// begin with [`grpc`](Self::grpc): `add_grpc_method(path, |method| method.grpc().require_key())`. Otherwise the layer
     /// stores `UNAVAILABLE`. Or add the method to the layer for gRPC before you take its [`settings`](Self::settings) for the

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,13 +14,13 @@ use tower_layer::Layer;
 
 use super::errors::ServiceFailure;
 use super::guard::Shared;
-use super::policy::{OnLost, Statuses};
+use super::policy::{LostAttempt, RecoveryCheck, Statuses};
 use super::service::Idempotency;
 use super::settings::{Paths, Settings, Values};
 use crate::error::{Error, ErrorKind};
 use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
-use crate::job::{Drain, OnError};
-use crate::protocol::{CanonicalJson, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
+use crate::job::{Drain, OnError, OnLost, Recovered};
+use crate::protocol::{CanonicalJson, IfLost, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
 
 /// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
@@ -122,14 +123,14 @@ impl<St: Store> IdempotencyLayer<St> {
         values.refusals.style = RefusalStyle::Stripe;
         values.refusals.should_retry = Some(HeaderName::from_static("stripe-should-retry"));
         values.required = false;
-        values.keep.keep_if = None;
+        values.keep.store_if = None;
         values.keep.statuses = Statuses::Stripe;
         if !values.fingerprinting.headers.contains(&STRIPE_ACCOUNT) {
             values.fingerprinting.headers.push(STRIPE_ACCOUNT);
         }
         self.with_key_syntax(KeySyntax::RawWithSpaces)
             .with_methods([Method::POST])
-            .on_error(OnError::Keep)
+            .on_error(OnError::Store)
             .with_retention(Duration::from_secs(24 * 60 * 60))
             .with_wait(Duration::ZERO)
     }
@@ -141,7 +142,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// * The key that a `WebhookLayer` gives, and no other: required, in `Idempotency-Key`, without a validator of yours.
     /// * No fingerprint: who it is has been verified, and providers change what does not matter when they send again.
     /// * Only 2xx answers are kept. After any other the next delivery runs the handler again, which may have been mended by then; for
-    ///   one that is final, a 410 for instance, the handler says [`Keep`](crate::Keep). Failures release the key.
+    ///   one that is final, a 410 for instance, the handler says [`StoreResponse`](crate::StoreResponse). Failures release the key.
     /// * No answer is given of which nothing is recorded, since a 2xx acknowledges: 503 instead.
     /// * If the response of a success was not stored (it was too long, too slow, or dropped for want of room), a
     ///   duplicate gets a bare 200 instead of 409 `response-not-stored`. Providers stop sending to an endpoint that never
@@ -150,7 +151,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   whatever layer of the same store.
     pub fn webhooks(mut self) -> Self {
         let values = self.values();
-        values.keep.keep_if = None;
+        values.keep.store_if = None;
         values.keep.statuses = Statuses::SuccessOnly;
         values.acknowledges = true;
         values.run_unprotected = false;
@@ -308,8 +309,8 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// 2 MiB by default: the longest body that is stored. A longer answer reaches its caller, and duplicates get 409
     /// `response-not-stored`.
-    pub fn with_answer_limit(mut self, bytes: usize) -> Self {
-        self.values().answer_limit = bytes;
+    pub fn with_response_limit(mut self, bytes: usize) -> Self {
+        self.values().response_limit = bytes;
         self
     }
 
@@ -339,10 +340,10 @@ impl<St: Store> IdempotencyLayer<St> {
     }
 
     /// The statuses of the [table](Self#defaults) by default: which answers are kept. Replaces [`on_error`](Self::on_error) for 5xx
-    /// answers; what a handler says itself ([`Keep`](crate::Keep), [`DoNotKeep`](crate::DoNotKeep)) still wins. Should the function
+    /// answers; what a handler says itself ([`StoreResponse`](crate::StoreResponse), [`DoNotStore`](crate::DoNotStore)) still wins. Should the function
     /// panic, the handler has run: a tombstone is kept, and nobody runs again.
-    pub fn keep_if(mut self, keep: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
-        self.values().keep.keep_if = Some(Arc::new(keep));
+    pub fn store_if(mut self, keep: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
+        self.values().keep.store_if = Some(Arc::new(keep));
         self
     }
 
@@ -389,21 +390,43 @@ impl<St: Store> IdempotencyLayer<St> {
     /// handler was running. An error of `poll_ready` needs no classification, because no key is claimed yet.
     ///
     /// In an axum app, services have no errors, because a `HandleErrorLayer` around the load shedder turns its error into a
-    /// response. Insert [`DoNotKeep`](crate::DoNotKeep) into the extensions of that response, so that the layer releases the
+    /// response. Insert [`DoNotStore`](crate::DoNotStore) into the extensions of that response, so that the layer releases the
     /// key.
     pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ServiceFailure + Send + Sync + 'static) -> Self {
         self.values().errors.add(classify);
         self
     }
 
-    /// [`OnLost::Refuse`] by default: what happens to a key whose owner vanished.
+    /// Sets what happens to a key whose owner vanished. Default: [`OnLost::Refuse`]. Of this setter,
+    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.values().on_lost = on_lost;
+        self.values().if_lost = on_lost.into();
         self
     }
 
-    /// 5 by default, 1 at least: how many attempts a key gets under [`OnLost::Execute`] and [`OnLost::Recover`]; then its outcome is
-    /// unknown.
+    /// Runs the next request with the key of a lost attempt, instead of refusing it: [`OnLost::Execute`]. For handlers whose
+    /// effect may come twice, or is in a transaction with the record, or at a third party that heeds a
+    /// [derived key](crate::Lease::derive_key).
+    pub fn at_least_once(self) -> Self {
+        self.on_lost(OnLost::Execute)
+    }
+
+    /// Calls `check` before the next request with the key of a lost attempt runs, to find out whether that attempt took effect.
+    ///
+    /// The guarantee is one effect if the check also blocks the lost attempt, by raising the [fence](LostAttempt::fence) at the
+    /// third party before it looks for the effect. A request of the lost attempt that arrives there after the check has an effect
+    /// of its own.
+    pub fn with_recovery<F>(mut self, check: impl Fn(LostAttempt) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
+    {
+        let values = self.values();
+        (values.if_lost, values.check) = (IfLost::Recover, Some(RecoveryCheck::new(check)));
+        self
+    }
+
+    /// Sets how many attempts a key gets under [`OnLost::Execute`] and [`with_recovery`](Self::with_recovery). After the last one,
+    /// the outcome is unknown. At least 1. Default: 5.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.values().max_attempts = attempts.max(1);
         self
@@ -411,20 +434,20 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// `Idempotent-Replayed: true` by default: how a replayed answer is marked; `None`: not at all. An answer that
     /// fills a `HeaderMap` up to its limit of 24,576 headers is replayed without the mark.
-    pub fn with_marker(mut self, marker: Option<(HeaderName, HeaderValue)>) -> Self {
-        self.values().answer_headers.marker = marker;
+    pub fn with_replay_header(mut self, marker: Option<(HeaderName, HeaderValue)>) -> Self {
+        self.values().response_headers.marker = marker;
         self
     }
 
     /// None by default: one more header field that a replayed answer does not carry.
-    pub fn add_denied_header(mut self, name: HeaderName) -> Self {
-        self.values().answer_headers.denied.push(name);
+    pub fn exclude_response_header(mut self, name: HeaderName) -> Self {
+        self.values().response_headers.denied.push(name);
         self
     }
 
     /// None by default: a header field that a replayed answer carries although it usually would not, `Age` for instance.
-    pub fn add_allowed_header(mut self, name: HeaderName) -> Self {
-        self.values().answer_headers.allowed.push(name);
+    pub fn include_response_header(mut self, name: HeaderName) -> Self {
+        self.values().response_headers.allowed.push(name);
         self
     }
 
@@ -452,7 +475,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// The function gets the refusal and the head of the refused request, for example to read a request id or to
     /// negotiate the content. The handler gets the original head, so the layer copies the head of each request that it
     /// guards. Without this setting it copies nothing. If the layer stores a failure of the handler
-    /// ([`OnError::Keep`]), the function renders it once, for the first request, and duplicates get the same response.
+    /// ([`OnError::Store`]), the function renders it once, for the first request, and duplicates get the same response.
     ///
     /// ```
     /// use http::Response;
@@ -511,13 +534,16 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Sets how many duplicates may wait in this process for one key, and for all keys together. The next duplicate
-    /// gets 409. A duplicate counts whether the request in flight runs in this process or in another one. Default:
-    /// 16,384 and 65,536.
-    pub fn with_max_waiters(mut self, per_key: usize, in_all: usize) -> Self {
-        let waiting = &mut self.values().waiting;
-        waiting.per_key = per_key;
-        waiting.in_all = in_all;
+    /// Sets how many duplicates of one key may wait in this process. The next duplicate gets 409. A duplicate counts whether the
+    /// request in flight runs in this process or in another one. Default: 16,384.
+    pub fn with_max_waiters_per_key(mut self, duplicates: usize) -> Self {
+        self.values().waiting.per_key = duplicates;
+        self
+    }
+
+    /// Sets how many duplicates may wait in this process for all keys together. The next duplicate gets 409. Default: 65,536.
+    pub fn with_max_waiters(mut self, duplicates: usize) -> Self {
+        self.values().waiting.in_all = duplicates;
         self
     }
 
@@ -580,19 +606,19 @@ impl<St: Store> IdempotencyLayer<St> {
     /// let idempotency = IdempotencyLayer::new(MemoryStore::new());
     /// let payments = idempotency.clone().require_key().settings();
     /// let others = idempotency.settings();
-    /// let idempotency = idempotency.with_selector(move |head| match head.uri.path() {
+    /// let idempotency = idempotency.with_settings_for(move |head| match head.uri.path() {
     ///     "/health" => None,
     ///     path if path.starts_with("/payments") => Some(payments.clone()),
     ///     _ => Some(others.clone()),
     /// });
     /// # let _ = idempotency;
     /// ```
-    pub fn with_selector(mut self, select: impl Fn(&Parts) -> Option<Settings> + Send + Sync + 'static) -> Self {
+    pub fn with_settings_for(mut self, select: impl Fn(&Parts) -> Option<Settings> + Send + Sync + 'static) -> Self {
         self.selector = Some(Arc::new(select));
         self
     }
 
-    /// Returns the settings of this layer for [`with_selector`](Self::with_selector), without its own selector.
+    /// Returns the settings of this layer for [`with_settings_for`](Self::with_settings_for), without its own selector.
     #[cfg_attr(
         feature = "tonic",
         doc = "\n\nThey include the settings of single methods ([`add_grpc_method`](Self::add_grpc_method))."
@@ -610,7 +636,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// # use tower_idempotency::{protocol::{Resolution, Resolved, Status}, IdempotencyLayer, MemoryStore, Scope, Store};
+    /// # use tower_idempotency::{protocol::{Resolution, ResolveResult, Status}, IdempotencyLayer, MemoryStore, Scope, Store};
     /// # async fn resolve(idempotency: IdempotencyLayer<MemoryStore>) -> Result<(), Box<dyn std::error::Error>> {
     /// let key = idempotency.storage_key(Some(&Scope::from("account 7")), "k-1")?;
     /// let Some(record) = idempotency.store().peek(&key).await? else {
@@ -621,7 +647,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///     let answer = idempotency.outcome_of(http::Response::new("paid".into()));
     ///     let found = Resolution::Completed(answer, Duration::from_secs(86_400));
     ///     let resolved = idempotency.store().resolve(&key, record.fence, &found).await?;
-    ///     assert_eq!(resolved, Resolved::Resolved, "another attempt has the key by now");
+    ///     assert_eq!(resolved, ResolveResult::Resolved, "another attempt has the key by now");
     /// }
     /// # Ok(())
     /// # }
@@ -638,7 +664,7 @@ impl<St: Store> IdempotencyLayer<St> {
 
     /// Returns the outcome to pass to [`Store::resolve`]: the response as the layer stores it, without the header fields that
     /// are never replayed. A response with the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or
-    /// [`DoNotKeep`](crate::DoNotKeep) becomes a tombstone.
+    /// [`DoNotStore`](crate::DoNotStore) becomes a tombstone.
     #[must_use]
     pub fn outcome_of(&self, response: Response<Bytes>) -> Outcome {
         let values = &self.values;

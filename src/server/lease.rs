@@ -135,8 +135,8 @@ impl Lease {
 
     /// Returns the number of this attempt.
     #[must_use]
-    pub const fn attempt(&self) -> Attempt {
-        Attempt(self.grant.attempt)
+    pub const fn attempt(&self) -> AttemptNumber {
+        AttemptNumber(self.grant.attempt)
     }
 
     /// Returns whether this attempt still holds the key, as far as the last renewal knows. Otherwise the layer discards the
@@ -184,9 +184,9 @@ impl fmt::Debug for Lease {
 
 /// The number of an attempt under a key: 1 for the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Attempt(u32);
+pub struct AttemptNumber(u32);
 
-impl Attempt {
+impl AttemptNumber {
     /// Returns the number of the attempt, from 1.
     #[must_use]
     pub const fn number(self) -> u32 {
@@ -209,7 +209,7 @@ mod extract {
     use http::request::Parts;
     use http::HeaderName;
 
-    use super::{Attempt, Lease};
+    use super::{AttemptNumber, Lease};
     use crate::http::{Refusal, RefusalKind, Rendering, IDEMPOTENCY_KEY};
     use crate::protocol::IdempotencyKey;
 
@@ -218,18 +218,18 @@ mod extract {
     #[derive(Clone)]
     pub(in crate::server) struct KeyHeader(pub(in crate::server) HeaderName);
 
-    /// The rejection of a [`Lease`], an [`Attempt`] or an [`IdempotencyKey`] as an extractor, if no
+    /// The rejection of a [`Lease`], an [`AttemptNumber`] or an [`IdempotencyKey`] as an extractor, if no
     /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the request. A request without a key gets 400. A request
     /// with a key gets 500, because the application does not cover its route or method. The key counts in the header
     /// field of the layer that passed the request on, otherwise in `Idempotency-Key`, and the response names that field.
     #[derive(Clone, Debug)]
-    pub struct NotGuarded {
+    pub struct LeaseRejection {
         has_key: bool,
         /// The header field with the key, if it is not `Idempotency-Key`.
         header: Option<Box<HeaderName>>,
     }
 
-    impl NotGuarded {
+    impl LeaseRejection {
         fn new(parts: &Parts) -> Self {
             let header = parts.extensions.get::<KeyHeader>();
             let header = header.map(|KeyHeader(name)| Box::new(name.clone()));
@@ -242,7 +242,7 @@ mod extract {
         }
     }
 
-    impl IntoResponse for NotGuarded {
+    impl IntoResponse for LeaseRejection {
         fn into_response(self) -> Response {
             let kind = if self.has_key {
                 RefusalKind::NotCovered
@@ -257,7 +257,7 @@ mod extract {
         }
     }
 
-    impl std::fmt::Display for NotGuarded {
+    impl std::fmt::Display for LeaseRejection {
         fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
             if self.has_key {
                 return f.write_str("the route or method is not covered by an IdempotencyLayer");
@@ -267,19 +267,19 @@ mod extract {
         }
     }
 
-    impl std::error::Error for NotGuarded {}
+    impl std::error::Error for LeaseRejection {}
 
     macro_rules! extractor {
         ($type:ty, $from:expr) => {
             impl<S: Sync> FromRequestParts<S> for $type {
-                type Rejection = NotGuarded;
+                type Rejection = LeaseRejection;
 
-                async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotGuarded> {
+                async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, LeaseRejection> {
                     parts
                         .extensions
                         .get::<Lease>()
                         .map($from)
-                        .ok_or_else(|| NotGuarded::new(parts))
+                        .ok_or_else(|| LeaseRejection::new(parts))
                 }
             }
 
@@ -294,11 +294,11 @@ mod extract {
     }
 
     extractor!(Lease, Lease::clone);
-    extractor!(Attempt, Lease::attempt);
+    extractor!(AttemptNumber, Lease::attempt);
     extractor!(IdempotencyKey, |lease: &Lease| lease.key().clone());
 }
 
 #[cfg(feature = "axum")]
 pub(super) use extract::KeyHeader;
 #[cfg(feature = "axum")]
-pub use extract::NotGuarded;
+pub use extract::LeaseRejection;

@@ -13,7 +13,7 @@ use http::response;
 /// # mod example {
 /// use axum::http::StatusCode;
 /// use axum::response::{IntoResponse, Response};
-/// use tower_idempotency::{DoNotKeep, Keep};
+/// use tower_idempotency::{DoNotStore, StoreResponse};
 ///
 /// enum PaymentError {
 ///     BankIsClosed,
@@ -24,9 +24,9 @@ use http::response;
 ///     fn into_response(self) -> Response {
 ///         match self {
 ///             // Nothing happened, so the same request may run again.
-///             Self::BankIsClosed => (StatusCode::CONFLICT, DoNotKeep, "the bank is closed").into_response(),
+///             Self::BankIsClosed => (StatusCode::CONFLICT, DoNotStore, "the bank is closed").into_response(),
 ///             // This is final, although the status says "bad gateway".
-///             Self::Declined => (StatusCode::BAD_GATEWAY, Keep, "declined by the bank").into_response(),
+///             Self::Declined => (StatusCode::BAD_GATEWAY, StoreResponse, "declined by the bank").into_response(),
 ///         }
 ///     }
 /// }
@@ -36,8 +36,8 @@ use http::response;
 /// }
 ///
 /// // The error type of another crate takes a mark in the return type.
-/// async fn refund() -> Result<&'static str, (DoNotKeep, StatusCode)> {
-///     Err((DoNotKeep, StatusCode::CONFLICT))
+/// async fn refund() -> Result<&'static str, (DoNotStore, StatusCode)> {
+///     Err((DoNotStore, StatusCode::CONFLICT))
 /// }
 /// # }
 /// ```
@@ -45,15 +45,15 @@ use http::response;
 /// Elsewhere, insert the mark into the extensions:
 ///
 /// ```
-/// use tower_idempotency::Keep;
+/// use tower_idempotency::StoreResponse;
 ///
 /// let mut response = http::Response::new("declined by the bank");
 /// *response.status_mut() = http::StatusCode::BAD_GATEWAY;
-/// response.extensions_mut().insert(Keep);
+/// response.extensions_mut().insert(StoreResponse);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
-pub struct Keep;
+pub struct StoreResponse;
 
 /// Response extension: the layer does not store this response, and the next request with the key runs again.
 ///
@@ -63,7 +63,7 @@ pub struct Keep;
 /// [`StoreOutcomeOnly`], because the request took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
-pub struct DoNotKeep;
+pub struct DoNotStore;
 
 /// Response extension: the layer stores that the request took effect, but not its response.
 ///
@@ -88,18 +88,18 @@ pub struct StreamResponse;
 /// [retention](crate::IdempotencyLayer::with_retention).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has this one field")]
-pub struct RetainFor(pub Duration);
+pub struct StoreFor(pub Duration);
 
-/// Whether the store must not have the content of a response, although its request took effect. The mark [`DoNotKeep`]
+/// Whether the store must not have the content of a response, although its request took effect. The mark [`DoNotStore`]
 /// cannot free the key then, so it means the same as [`StoreOutcomeOnly`].
 pub(super) fn is_not_for_store(head: &response::Parts) -> bool {
     let marks = &head.extensions;
-    marks.get::<StoreOutcomeOnly>().is_some() || marks.get::<DoNotKeep>().is_some()
+    marks.get::<StoreOutcomeOnly>().is_some() || marks.get::<DoNotStore>().is_some()
 }
 
 /// Returns how long the handler asked to have its outcome stored.
 pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {
-    head.extensions.get().map(|RetainFor(retention)| *retention)
+    head.extensions.get().map(|StoreFor(retention)| *retention)
 }
 
 #[cfg(feature = "axum")]
@@ -108,7 +108,7 @@ mod parts {
 
     use axum::response::{IntoResponseParts, ResponseParts};
 
-    use super::{DoNotKeep, Keep, RetainFor, StoreOutcomeOnly, StreamResponse};
+    use super::{DoNotStore, StoreFor, StoreOutcomeOnly, StoreResponse, StreamResponse};
 
     macro_rules! response_part {
         ($($mark:ty),*) => {$(
@@ -123,5 +123,5 @@ mod parts {
         )*};
     }
 
-    response_part!(DoNotKeep, Keep, RetainFor, StoreOutcomeOnly, StreamResponse);
+    response_part!(DoNotStore, StoreResponse, StoreFor, StoreOutcomeOnly, StreamResponse);
 }

@@ -33,9 +33,9 @@ pub use errors::ServiceFailure;
 pub use future::ResponseFuture;
 pub use layer::IdempotencyLayer;
 #[cfg(feature = "axum")]
-pub use lease::NotGuarded;
-pub use lease::{Attempt, Lease};
-pub use marks::{DoNotKeep, Keep, RetainFor, StoreOutcomeOnly, StreamResponse};
-pub use policy::{OnLost, RecoverFn, Recovered, Recovery};
+pub use lease::LeaseRejection;
+pub use lease::{AttemptNumber, Lease};
+pub use marks::{DoNotStore, StoreFor, StoreOutcomeOnly, StoreResponse, StreamResponse};
+pub use policy::LostAttempt;
 pub use service::Idempotency;
 pub use settings::Settings;

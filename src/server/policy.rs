@@ -9,34 +9,22 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
-use super::marks::{retention_of, DoNotKeep, Keep, StoreOutcomeOnly};
+use super::marks::{retention_of, DoNotStore, StoreOutcomeOnly, StoreResponse};
 #[cfg(feature = "postgres")]
 use crate::http::grpc_code;
 use crate::http::{grpc_result, is_grpc_response, is_typed_grpc, Effect, GrpcOutcome, Refusal};
-use crate::job::OnError;
-use crate::protocol::{Fence, IdempotencyKey, IfLost};
+use crate::job::{OnError, Recovered};
+use crate::protocol::{Fence, IdempotencyKey};
 
-/// What happens to a key whose owner vanished in the middle, so that nobody knows how far it came.
-#[derive(Clone, Default)]
-#[non_exhaustive]
-pub enum OnLost {
-    /// The next request runs: at-least-once.
-    Execute,
-    /// The next request asks first, through the function given to [`OnLost::recover`].
-    Recover(RecoverFn),
-    /// The next request is refused with 409 `outcome-unknown`, until the old owner completes late, somebody resolves the
-    /// key, or the retention is over: at most once within the retention.
-    #[default]
-    Refuse,
-}
-
-/// A function that finds out what became of a lost attempt; made by [`OnLost::recover`].
+/// The application's check of a lost attempt.
 #[derive(Clone)]
-pub struct RecoverFn(Arc<dyn Fn(Recovery) -> BoxFuture<'static, Recovered> + Send + Sync>);
+pub(super) struct RecoveryCheck(
+    Arc<dyn Fn(LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> + Send + Sync>,
+);
 
-/// A lost attempt to be looked into. Its `Debug` form hides key and headers.
+/// An attempt whose owner vanished, and the request that now asks about it. Its `Debug` form hides key and headers.
 #[non_exhaustive]
-pub struct Recovery {
+pub struct LostAttempt {
     /// The client's key.
     pub key: IdempotencyKey,
     /// The fence of the *new* attempt. Raise it at the third party before you ask there: else a request of the lost attempt
@@ -48,85 +36,41 @@ pub struct Recovery {
     pub head: request::Parts,
 }
 
-/// What became of a lost attempt. Its `Debug` form hides the answer.
-#[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
-pub enum Recovered {
-    /// It took effect. The layer stores this response and replays it. If the response has the mark
-    /// [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or [`DoNotKeep`](crate::DoNotKeep), the layer stores only that the
-    /// request is done.
-    Happened(Response<Bytes>),
-    /// It had no effect and never will: run.
-    NotHappened,
-    /// Nobody knows: refuse with 409 `outcome-unknown`; the next request asks again, until the attempts are used up.
-    Unknown,
-}
-
-impl fmt::Debug for Recovery {
+impl fmt::Debug for LostAttempt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Recovery")
+        f.debug_struct("LostAttempt")
             .field("fence", &self.fence)
             .field("attempt", &self.attempt)
             .finish_non_exhaustive()
     }
 }
 
-impl fmt::Debug for Recovered {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Happened(_) => "Happened(..)",
-            Self::NotHappened => "NotHappened",
-            Self::Unknown => "Unknown",
-        })
-    }
-}
-
-impl OnLost {
-    /// The next request calls `check` before it runs.
-    pub fn recover<F>(check: impl Fn(Recovery) -> F + Send + Sync + 'static) -> Self
+impl RecoveryCheck {
+    pub(super) fn new<F>(check: impl Fn(LostAttempt) -> F + Send + Sync + 'static) -> Self
     where
-        F: std::future::Future<Output = Recovered> + Send + 'static,
+        F: std::future::Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
     {
-        Self::Recover(RecoverFn(Arc::new(move |recovery| Box::pin(check(recovery)))))
+        Self(Arc::new(move |lost| Box::pin(check(lost))))
     }
 
-    pub(super) const fn in_protocol(&self) -> IfLost {
-        match self {
-            Self::Execute => IfLost::Execute,
-            Self::Recover(_) => IfLost::Recover,
-            Self::Refuse => IfLost::Refuse,
-        }
+    pub(super) fn ask(&self, lost: LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> {
+        (self.0)(lost)
     }
 }
 
-impl RecoverFn {
-    pub(super) fn ask(&self, recovery: Recovery) -> BoxFuture<'static, Recovered> {
-        (self.0)(recovery)
-    }
-}
-
-impl fmt::Debug for RecoverFn {
+impl fmt::Debug for RecoveryCheck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("RecoverFn(..)")
+        f.write_str("RecoveryCheck(..)")
     }
 }
 
-impl fmt::Debug for OnLost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Execute => "Execute",
-            Self::Recover(_) => "Recover",
-            Self::Refuse => "Refuse",
-        })
-    }
-}
-
-pub(super) type KeepIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
+pub(super) type StoreIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
 
 /// The rules that decide which responses are stored.
 #[derive(Clone, Default)]
-pub(super) struct KeepPolicy {
+pub(super) struct StorePolicy {
     pub(super) on_error: OnError,
-    pub(super) keep_if: Option<KeepIf>,
+    pub(super) store_if: Option<StoreIf>,
     pub(super) statuses: Statuses,
 }
 
@@ -148,7 +92,7 @@ pub(super) enum Statuses {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) verdict: Verdict,
-    /// Whether the trailers of the response change the verdict: [`KeepPolicy::judge_end`].
+    /// Whether the trailers of the response change the verdict: [`StorePolicy::judge_end`].
     pub(super) awaits_trailers: bool,
     /// How long an outcome is stored, if the verdict stores one.
     pub(super) retention: Duration,
@@ -158,7 +102,7 @@ impl Judgement {
     /// Returns the decision about a response that is known as a stream. Only its outcome is stored.
     pub(super) const fn of_stream(self) -> Self {
         let verdict = match self.verdict {
-            Verdict::Keep => Verdict::Tombstone,
+            Verdict::Store => Verdict::Tombstone,
             verdict => verdict,
         };
         Self { verdict, ..self }
@@ -171,7 +115,7 @@ pub(super) enum Verdict {
     /// Nobody knows whether the request took effect. The key is treated as if its owner had vanished.
     GiveUp,
     /// The response is stored.
-    Keep,
+    Store,
     /// The key is free again.
     Release,
     /// The request took effect. A tombstone is stored, and the caller gets the response.
@@ -180,17 +124,17 @@ pub(super) enum Verdict {
     Unjudged,
 }
 
-impl KeepPolicy {
+impl StorePolicy {
     /// Decides by the handler's own mark, then by a refusal of a layer further in, then by the predicate, then by the
-    /// status. A refusal that denies the effect wins over [`Keep`]. Returns whether the trailers may change the verdict,
+    /// status. A refusal that denies the effect wins over [`StoreResponse`]. Returns whether the trailers may change the verdict,
     /// too.
     fn verdict(&self, response: &response::Parts) -> (Verdict, bool) {
         if let Some(verdict) = self.of_marks(&response.extensions) {
             return (verdict, false);
         }
-        if let Some(keep_if) = &self.keep_if {
-            let verdict = if keep_if(response) {
-                Verdict::Keep
+        if let Some(store_if) = &self.store_if {
+            let verdict = if store_if(response) {
+                Verdict::Store
             } else {
                 Verdict::Release
             };
@@ -200,7 +144,7 @@ impl KeepPolicy {
             // Without a status in the head, the status follows in the trailers. If they come too late, the request counts as
             // done. With one, the trailers may contradict it.
             let outcome = grpc_result(&response.headers, None);
-            return (outcome.map_or(Verdict::Keep, |outcome| self.of_grpc(outcome)), true);
+            return (outcome.map_or(Verdict::Store, |outcome| self.of_grpc(outcome)), true);
         }
         (self.of_status(response.status), false)
     }
@@ -211,7 +155,7 @@ impl KeepPolicy {
             return self.of_failure();
         }
         if self.statuses.include(status) {
-            Verdict::Keep
+            Verdict::Store
         } else {
             Verdict::Release
         }
@@ -222,14 +166,14 @@ impl KeepPolicy {
             return None;
         }
         let effect = marks.get::<Refusal>().map(Refusal::effect);
-        if effect == Some(Effect::Nothing) || marks.get::<DoNotKeep>().is_some() {
+        if effect == Some(Effect::Nothing) || marks.get::<DoNotStore>().is_some() {
             return Some(Verdict::Release);
         }
         if marks.get::<StoreOutcomeOnly>().is_some() {
             return Some(Verdict::Tombstone);
         }
-        if marks.get::<Keep>().is_some() {
-            return Some(Verdict::Keep);
+        if marks.get::<StoreResponse>().is_some() {
+            return Some(Verdict::Store);
         }
         Some(match (effect?, self.on_error) {
             (Effect::Nothing, _) => Verdict::Release,
@@ -237,13 +181,13 @@ impl KeepPolicy {
             (Effect::Done, _) => Verdict::Tombstone,
             (Effect::Unknown, OnError::Release) => Verdict::Release,
             // If the refusal were stored, later requests would get it even after the outcome has become known.
-            (Effect::Unknown, OnError::Keep | OnError::Reject | OnError::Unknown) => Verdict::GiveUp,
+            (Effect::Unknown, OnError::Store | OnError::Reject | OnError::Unknown) => Verdict::GiveUp,
         })
     }
 
     const fn of_grpc(&self, outcome: GrpcOutcome) -> Verdict {
         match outcome {
-            GrpcOutcome::Done | GrpcOutcome::Definite => Verdict::Keep,
+            GrpcOutcome::Done | GrpcOutcome::Definite => Verdict::Store,
             GrpcOutcome::Failed => self.of_failure(),
             GrpcOutcome::Passing => Verdict::Release,
         }
@@ -306,7 +250,7 @@ impl KeepPolicy {
     /// Decides how an attempt ends whose handler failed without a response.
     pub(super) const fn of_failure(&self) -> Verdict {
         match self.on_error {
-            OnError::Keep => Verdict::Keep,
+            OnError::Store => Verdict::Store,
             OnError::Release => Verdict::Release,
             OnError::Reject | OnError::Unknown => Verdict::GiveUp,
         }
@@ -350,11 +294,11 @@ const fn is_passing(status: StatusCode) -> bool {
     )
 }
 
-impl fmt::Debug for KeepPolicy {
+impl fmt::Debug for StorePolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeepPolicy")
+        f.debug_struct("StorePolicy")
             .field("on_error", &self.on_error)
-            .field("keep_if", &self.keep_if.is_some())
+            .field("store_if", &self.store_if.is_some())
             .field("statuses", &self.statuses)
             .finish()
     }
@@ -365,7 +309,7 @@ mod tests {
     use super::*;
     use crate::http::RefusalKind;
 
-    fn verdict(policy: &KeepPolicy, status: u16, mark: impl FnOnce(&mut response::Parts)) -> Verdict {
+    fn verdict(policy: &StorePolicy, status: u16, mark: impl FnOnce(&mut response::Parts)) -> Verdict {
         let mut parts = Response::builder().status(status).body(()).unwrap().into_parts().0;
         mark(&mut parts);
         policy.verdict(&parts).0
@@ -373,9 +317,9 @@ mod tests {
 
     #[test]
     fn definite_answers_are_kept_and_passing_ones_are_not() {
-        let policy = KeepPolicy::default();
+        let policy = StorePolicy::default();
         for status in [200, 201, 204, 301, 400, 402, 409, 410, 411, 413, 422, 424, 451] {
-            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Store, "{status}");
         }
         let passing = [
             401, 403, 404, 405, 406, 407, 408, 412, 415, 417, 421, 425, 426, 428, 429, 431,
@@ -388,14 +332,14 @@ mod tests {
     #[test]
     fn failures_follow_their_setting() {
         for (on_error, wanted) in [
-            (OnError::Keep, Verdict::Keep),
+            (OnError::Store, Verdict::Store),
             (OnError::Release, Verdict::Release),
             (OnError::Reject, Verdict::GiveUp),
             (OnError::Unknown, Verdict::GiveUp),
         ] {
-            let policy = KeepPolicy {
+            let policy = StorePolicy {
                 on_error,
-                ..KeepPolicy::default()
+                ..StorePolicy::default()
             };
             assert_eq!(verdict(&policy, 500, |_| {}), wanted);
             assert_eq!(verdict(&policy, 408, |_| {}), wanted);
@@ -409,18 +353,18 @@ mod tests {
         use RefusalKind::{
             HandlerFailed, Mismatch, OutcomeUnknown, OutcomeUnrecorded, ResponseBroken, ResponseNotStored,
         };
-        use Verdict::{GiveUp, Keep, Release, Tombstone};
+        use Verdict::{GiveUp, Release, Store, Tombstone};
         let of = |on_error, refusal: Refusal| {
-            let policy = KeepPolicy {
+            let policy = StorePolicy {
                 on_error,
-                ..KeepPolicy::default()
+                ..StorePolicy::default()
             };
             verdict(&policy, refusal.status().as_u16(), |parts| {
                 parts.extensions.insert(refusal);
             })
         };
         for (refusal, by_keep, by_release, by_unknown) in [
-            (Refusal::new(HandlerFailed), Keep, Release, GiveUp),
+            (Refusal::new(HandlerFailed), Store, Release, GiveUp),
             (Refusal::new(OutcomeUnknown), GiveUp, Release, GiveUp),
             (Refusal::new(OutcomeUnrecorded), GiveUp, Release, GiveUp),
             (Refusal::new(ResponseBroken), Tombstone, Tombstone, Tombstone),
@@ -431,7 +375,7 @@ mod tests {
             // The inner handler ran, and another attempt took its key over.
             (Refusal::new(Mismatch).after_run(), GiveUp, Release, GiveUp),
         ] {
-            assert_eq!(of(OnError::Keep, refusal.clone()), by_keep, "{refusal:?}");
+            assert_eq!(of(OnError::Store, refusal.clone()), by_keep, "{refusal:?}");
             assert_eq!(of(OnError::Release, refusal.clone()), by_release, "{refusal:?}");
             assert_eq!(of(OnError::Unknown, refusal.clone()), by_unknown, "{refusal:?}");
         }
@@ -439,13 +383,13 @@ mod tests {
 
     #[test]
     fn success_alone_is_kept_where_that_is_asked_for_and_failures_follow_their_setting() {
-        let policy = KeepPolicy {
+        let policy = StorePolicy {
             statuses: Statuses::SuccessOnly,
             on_error: OnError::Unknown,
-            ..KeepPolicy::default()
+            ..StorePolicy::default()
         };
         for status in [200, 202, 204] {
-            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Store, "{status}");
         }
         for status in [302, 304, 400, 401, 404, 409, 410, 422, 429] {
             assert_eq!(verdict(&policy, status, |_| {}), Verdict::Release, "{status}");
@@ -454,56 +398,56 @@ mod tests {
             assert_eq!(verdict(&policy, status, |_| {}), Verdict::GiveUp, "{status}");
         }
         let gone = verdict(&policy, 410, |parts| {
-            parts.extensions.insert(Keep);
+            parts.extensions.insert(StoreResponse);
         });
-        assert_eq!(gone, Verdict::Keep);
+        assert_eq!(gone, Verdict::Store);
     }
 
     #[test]
     fn the_handlers_word_wins_and_a_veto_wins_over_all() {
-        let success_only = KeepPolicy {
-            keep_if: Some(Arc::new(|response| response.status.is_success())),
-            ..KeepPolicy::default()
+        let success_only = StorePolicy {
+            store_if: Some(Arc::new(|response| response.status.is_success())),
+            ..StorePolicy::default()
         };
         assert_eq!(verdict(&success_only, 404, |_| {}), Verdict::Release);
         assert_eq!(
             verdict(&success_only, 404, |parts| {
-                parts.extensions.insert(Keep);
+                parts.extensions.insert(StoreResponse);
             }),
-            Verdict::Keep
+            Verdict::Store
         );
         let both = |parts: &mut response::Parts| {
-            parts.extensions.insert(Keep);
-            parts.extensions.insert(DoNotKeep);
+            parts.extensions.insert(StoreResponse);
+            parts.extensions.insert(DoNotStore);
         };
         assert_eq!(verdict(&success_only, 200, both), Verdict::Release);
     }
 
     #[test]
     fn an_outcome_without_its_response_is_stored_whatever_the_status_unless_there_is_a_veto() {
-        let policy = KeepPolicy::default();
+        let policy = StorePolicy::default();
         for status in [200, 404, 503] {
             let marked = verdict(&policy, status, |parts| {
-                parts.extensions.insert(Keep);
+                parts.extensions.insert(StoreResponse);
                 parts.extensions.insert(StoreOutcomeOnly);
             });
             assert_eq!(marked, Verdict::Tombstone, "{status}");
         }
         let vetoed = verdict(&policy, 200, |parts| {
             parts.extensions.insert(StoreOutcomeOnly);
-            parts.extensions.insert(DoNotKeep);
+            parts.extensions.insert(DoNotStore);
         });
         assert_eq!(vetoed, Verdict::Release);
     }
 
     #[test]
     fn stripe_saves_no_failed_validation_and_definite_failures_all_the_same() {
-        let policy = KeepPolicy {
+        let policy = StorePolicy {
             statuses: Statuses::Stripe,
-            ..KeepPolicy::default()
+            ..StorePolicy::default()
         };
         for status in [200, 402, 409] {
-            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Keep, "{status}");
+            assert_eq!(verdict(&policy, status, |_| {}), Verdict::Store, "{status}");
         }
         for status in [400, 401, 404, 422, 429] {
             assert_eq!(verdict(&policy, status, |_| {}), Verdict::Release, "{status}");

@@ -10,12 +10,12 @@ use http::request::Parts;
 use http::{response, Method};
 
 use super::errors::ServiceErrors;
-use super::policy::{Judgement, KeepPolicy, OnLost, Verdict};
-use crate::http::{AnswerHeaders, Fingerprinting, Rendering, StreamTypes, IDEMPOTENCY_KEY};
+use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
+use crate::http::{Fingerprinting, Rendering, ResponseHeaders, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{IfLost, KeyParser, KeySpace, Scope};
 use crate::uncut::MOST_DETACHED;
 
-/// The settings of a layer, to be chosen from by [`with_selector`](super::IdempotencyLayer::with_selector). Made by
+/// The settings of a layer, to be chosen from by [`with_settings_for`](super::IdempotencyLayer::with_settings_for). Made by
 /// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -40,14 +40,16 @@ pub(super) struct Values {
     pub(super) fingerprinting: Fingerprinting,
     pub(super) body_limit: usize,
     pub(super) body_timeout: Duration,
-    pub(super) answer_limit: usize,
+    pub(super) response_limit: usize,
     pub(super) response_timeout: Duration,
     pub(super) streams: StreamTypes,
-    pub(super) keep: KeepPolicy,
+    pub(super) keep: StorePolicy,
     pub(super) errors: ServiceErrors,
-    pub(super) on_lost: OnLost,
+    pub(super) if_lost: IfLost,
+    /// The check under [`IfLost::Recover`].
+    pub(super) check: Option<RecoveryCheck>,
     pub(super) max_attempts: u32,
-    pub(super) answer_headers: AnswerHeaders,
+    pub(super) response_headers: ResponseHeaders,
     /// Whether a 2xx acknowledges: none is given of which nothing is recorded, and a duplicate of which the answer was not kept
     /// gets a bare 200 instead of a refusal.
     pub(super) acknowledges: bool,
@@ -82,14 +84,15 @@ impl Default for Values {
             fingerprinting: Fingerprinting::default(),
             body_limit: 2 << 20,
             body_timeout: Duration::from_secs(30),
-            answer_limit: 2 << 20,
+            response_limit: 2 << 20,
             response_timeout: Duration::from_secs(10),
             streams: StreamTypes::default(),
-            keep: KeepPolicy::default(),
+            keep: StorePolicy::default(),
             errors: ServiceErrors::default(),
-            on_lost: OnLost::default(),
+            if_lost: IfLost::Refuse,
+            check: None,
             max_attempts: 5,
-            answer_headers: AnswerHeaders::default(),
+            response_headers: ResponseHeaders::default(),
             acknowledges: false,
             refusals: Rendering::default(),
             retention: Duration::from_secs(24 * 60 * 60),
@@ -136,8 +139,8 @@ impl Values {
         let can_run_again = match judgement.verdict {
             Verdict::Release => true,
             // A retry takes the key over, or asks first.
-            Verdict::GiveUp => self.on_lost.in_protocol() != IfLost::Refuse,
-            Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => judgement.retention.is_zero(),
+            Verdict::GiveUp => self.if_lost != IfLost::Refuse,
+            Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => judgement.retention.is_zero(),
         };
         if is_failure && !can_run_again {
             // A response whose header map is full does not get the field.
@@ -156,13 +159,13 @@ impl fmt::Debug for Values {
             .field("scoped", &self.scope.is_some())
             .field("fingerprint", &self.fingerprinting)
             .field("body_limit", &self.body_limit)
-            .field("answer_limit", &self.answer_limit)
+            .field("response_limit", &self.response_limit)
             .field("response_timeout", &self.response_timeout)
             .field("streams", &self.streams)
             .field("keep", &self.keep)
             .field("errors", &self.errors)
             .field("acknowledges", &self.acknowledges)
-            .field("on_lost", &self.on_lost)
+            .field("if_lost", &self.if_lost)
             .field("max_attempts", &self.max_attempts)
             .field("refusals", &self.refusals)
             .field("retention", &self.retention)

@@ -17,14 +17,14 @@ use super::execution::Ended;
 use super::flights::Landing;
 use super::guard::{Hold, Shared};
 use super::lease::Lease;
-use super::marks::{DoNotKeep, StoreOutcomeOnly};
+use super::marks::{DoNotStore, StoreOutcomeOnly};
 use super::policy::Verdict;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Answer, Completion, Outcome, Renewal, Status};
+use crate::protocol::{Completion, Outcome, Renewal, Status, StoredResponse};
 use crate::store::{decide_late, End, Patience, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 use crate::uncut::Word;
@@ -145,7 +145,7 @@ impl Lease {
     /// earlier transaction whose commit took effect although its reply was lost, say): roll back (drop the transaction), and
     /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
     /// store is no [`PostgresStore`], the response is a stream, breaks off, or is longer or takes longer than the layer's limits, or
-    /// it has the mark [`DoNotKeep`](crate::DoNotKeep).
+    /// it has the mark [`DoNotStore`](crate::DoNotStore).
     /// Otherwise as for [`Store::complete`]. In every case roll back.
     pub async fn complete_response_in<B: RebuildBody>(
         &self,
@@ -157,7 +157,7 @@ impl Lease {
         let (mut head, body) = response.into_parts();
         #[cfg(feature = "tonic")]
         add_marks(&mut head);
-        if head.extensions.get::<DoNotKeep>().is_some() {
+        if head.extensions.get::<DoNotStore>().is_some() {
             return Err(FORBIDDEN);
         }
         let is_alone = head.extensions.get::<StoreOutcomeOnly>().is_some();
@@ -167,7 +167,7 @@ impl Lease {
         if settings.is_stream(&head) {
             return Err(NOT_KEPT);
         }
-        let reading = collect(body, settings.answer_limit, settings.response_timeout);
+        let reading = collect(body, settings.response_limit, settings.response_timeout);
         let body = reading.await.map_err(|_| NOT_KEPT)?;
         let body = settings.completed(&mut head, body);
         let judgement = settings.happened(&head);
@@ -203,12 +203,12 @@ const NO_POSTGRES: Error = Error::new(
 const NOT_KEPT: Error = Error::new(
     ErrorKind::Configuration,
     "the response is a stream, broken, or longer or slower than the layer's limits, so it cannot be completed in a \
-     transaction; shorten it, or raise `with_answer_limit` or `with_response_timeout`",
+     transaction; shorten it, or raise `with_response_limit` or `with_response_timeout`",
 );
 
 const FORBIDDEN: Error = Error::new(
     ErrorKind::Configuration,
-    "the response has the mark `DoNotKeep`, so it cannot be completed in a transaction; remove the mark, or roll back \
+    "the response has the mark `DoNotStore`, so it cannot be completed in a transaction; remove the mark, or roll back \
      and return the response",
 );
 
@@ -238,7 +238,7 @@ impl<St: Store, S> Exchange<St, S> {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
             Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 match snapshot.status {
-                    Status::Completed(Outcome::Kept(answer)) => return Ok(self.committed(answer)),
+                    Status::Completed(Outcome::Stored(answer)) => return Ok(self.committed(answer)),
                     Status::Completed(Outcome::Tombstone) => return Ok(self.committed_alone(ended)),
                     _ => {}
                 }
@@ -254,14 +254,14 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// The record holds the answer: it is what everybody gets, whatever the handler said afterwards.
-    fn committed<R: RebuildBody>(&mut self, answer: Answer) -> Response<R> {
+    fn committed<R: RebuildBody>(&mut self, answer: StoredResponse) -> Response<R> {
         self.hold.end_ownership();
         let given = match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Answered(read) => Some(read),
+            Cargo::Responded(read) => Some(read),
             _ => None,
         };
-        let given = given.filter(|read| self.settings.answer_headers.store(&read.head, &read.body) == answer);
-        let landing = Landing::Answer { answer, kept: true };
+        let given = given.filter(|read| self.settings.response_headers.store(&read.head, &read.body) == answer);
+        let landing = Landing::Response { answer, kept: true };
         let Some(given) = given else {
             return self.settle(landing);
         };
@@ -302,7 +302,7 @@ impl<St: Store, S> Exchange<St, S> {
             is_recorded || keep.says_done(status, head, trailers)
         };
         let says_otherwise = match (&self.cargo, ended.as_deref()) {
-            (Cargo::Answered(Read { head, body, .. }), None) => {
+            (Cargo::Responded(Read { head, body, .. }), None) => {
                 says_otherwise(head.status, &head.headers, body.trailers.as_ref())
             }
             (_, Some(Ended::Broken(status, _))) => says_otherwise(*status, &HeaderMap::new(), None),
@@ -345,8 +345,8 @@ fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> End {
     match settings.keep.of_failure() {
         Verdict::GiveUp => End::GivenUp,
         Verdict::Release => End::Released,
-        Verdict::Keep | Verdict::Tombstone | Verdict::Unjudged => {
-            End::completed(&Outcome::Kept(settings.failure_to_keep(head).2), settings.retention)
+        Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => {
+            End::completed(&Outcome::Stored(settings.failure_to_keep(head).2), settings.retention)
         }
     }
 }

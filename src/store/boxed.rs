@@ -10,7 +10,8 @@ use futures::future::BoxFuture;
 use super::{MemoryStore, Store};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
+    StorageKey,
 };
 
 /// Any [`Store`], behind one type: for programs that learn from their configuration where records live.
@@ -136,7 +137,8 @@ trait Erased: Send + Sync {
         retention: Duration,
     ) -> Reply<'a, Completion>;
     fn release<'a>(&'a self, key: &'a StorageKey, owner: Owner) -> Reply<'a, Release>;
-    fn resolve<'a>(&'a self, key: &'a StorageKey, fence: Fence, resolution: &'a Resolution) -> Reply<'a, Resolved>;
+    fn resolve<'a>(&'a self, key: &'a StorageKey, fence: Fence, resolution: &'a Resolution)
+        -> Reply<'a, ResolveResult>;
     fn peek<'a>(&'a self, key: &'a StorageKey) -> Reply<'a, Option<Snapshot>>;
     fn watch<'a>(&'a self, key: &'a StorageKey) -> Reply<'a, BoxFuture<'static, ()>>;
 }
@@ -176,7 +178,12 @@ impl<S: Store> Erased for S {
         Box::pin(Store::release(self, key, owner))
     }
 
-    fn resolve<'a>(&'a self, key: &'a StorageKey, fence: Fence, resolution: &'a Resolution) -> Reply<'a, Resolved> {
+    fn resolve<'a>(
+        &'a self,
+        key: &'a StorageKey,
+        fence: Fence,
+        resolution: &'a Resolution,
+    ) -> Reply<'a, ResolveResult> {
         Box::pin(Store::resolve(self, key, fence, resolution))
     }
 
@@ -229,7 +236,7 @@ impl Store for BoxStore {
         self.store.release(key, owner).await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         self.store.resolve(key, fence, resolution).await
     }
 

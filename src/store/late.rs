@@ -89,7 +89,7 @@ impl End {
     /// What it takes of memory.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Completed(Outcome::Kept(answer), _) => answer.head.len() + answer.body.len(),
+            Self::Completed(Outcome::Stored(answer), _) => answer.head.len() + answer.body.len(),
             Self::Completed(Outcome::Rejected | Outcome::Tombstone, _) | Self::Released => 0,
             #[cfg(feature = "postgres")]
             Self::GivenUp => 0,

@@ -30,7 +30,7 @@ pub use boxed::BoxStore;
 #[cfg(feature = "postgres")]
 pub(crate) use late::decide_late;
 pub(crate) use late::{end_late, release_late, End, LostClaim, MANY_LOST_CLAIMS};
-pub use memory::{Figures, MemoryStore, MemoryStoreBuilder, MemoryWatch};
+pub use memory::{MemoryStore, MemoryStoreBuilder, MemoryWatch, StoreStats};
 pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK, LATE};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{attended, failed, make_table, Bound, Gate, Lent, Sending, Statement, TableName, Within};
@@ -41,7 +41,8 @@ pub use redis::{RedisStore, RedisStoreBuilder, RedisWatch};
 
 use crate::error::Error;
 use crate::protocol::{
-    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
+    StorageKey,
 };
 
 /// Keeps one record per storage key and changes it only by the operations below.
@@ -129,7 +130,7 @@ pub trait Store: Send + Sync + 'static {
     /// Records how the owner's attempt ended, for `retention` from now.
     ///
     /// The bytes of an answer may be slices of larger buffers. A store that holds answers in this process must
-    /// [copy](crate::protocol::Answer::to_exact) them.
+    /// [copy](crate::protocol::StoredResponse::to_exact) them.
     ///
     /// # Errors
     ///
@@ -160,7 +161,7 @@ pub trait Store: Send + Sync + 'static {
         key: &StorageKey,
         fence: Fence,
         resolution: &Resolution,
-    ) -> impl Future<Output = Result<Resolved, Error>> + Send;
+    ) -> impl Future<Output = Result<ResolveResult, Error>> + Send;
 
     /// Shows the record without changing it; `None` when it is absent or expired.
     ///
@@ -233,7 +234,7 @@ impl<S: Store> Store for Arc<S> {
         key: &StorageKey,
         fence: Fence,
         resolution: &Resolution,
-    ) -> impl Future<Output = Result<Resolved, Error>> + Send {
+    ) -> impl Future<Output = Result<ResolveResult, Error>> + Send {
         (**self).resolve(key, fence, resolution)
     }
 

@@ -12,11 +12,11 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_http::map_request_body::MapRequestBodyLayer;
-use tower_idempotency::{Body, IdempotencyLayer, MemoryStore};
+use tower_idempotency::{BufferedBody, IdempotencyLayer, MemoryStore};
 
 use super::Runs;
 
-type Incoming = Body<hyper::body::Incoming>;
+type Incoming = BufferedBody<hyper::body::Incoming>;
 
 /// A client of an HTTP/2 server whose handler returns the body of the request, and the handler's runs.
 async fn client() -> (SendRequest<Bytes>, Runs) {
@@ -31,7 +31,7 @@ async fn client() -> (SendRequest<Bytes>, Runs) {
         }
     });
     let service = ServiceBuilder::new()
-        .layer(MapRequestBodyLayer::new(Body::new))
+        .layer(MapRequestBodyLayer::new(BufferedBody::new))
         .layer(IdempotencyLayer::new(MemoryStore::new()))
         .service(handler);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -120,7 +120,7 @@ async fn a_response_of_an_upstream_that_is_reset_without_an_error_is_broken() {
         counted.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         let request = Request::post(&upstream).body(Full::default()).unwrap();
         let response = client.request(request);
-        async move { response.await.map(|response| response.map(Body::new)) }
+        async move { response.await.map(|response| response.map(BufferedBody::new)) }
     });
     let service = ServiceBuilder::new()
         .layer(IdempotencyLayer::new(MemoryStore::new()))

@@ -14,7 +14,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
-use tower_idempotency::{DoNotKeep, StreamResponse};
+use tower_idempotency::{DoNotStore, StreamResponse};
 
 use super::{layer, serve};
 
@@ -62,7 +62,7 @@ fn mark_as_stream(response: &mut Response) {
 }
 
 fn forbid_to_store(response: &mut Response) {
-    response.extensions_mut().insert(DoNotKeep);
+    response.extensions_mut().insert(DoNotStore);
 }
 
 fn two_frames() -> stream::BoxStream<'static, Bytes> {
@@ -228,16 +228,16 @@ async fn a_stored_response_that_turns_out_short_is_refused_as_broken() {
 #[tokio::test]
 async fn a_part_of_a_response_carries_a_mark() {
     use axum::response::IntoResponse;
-    use tower_idempotency::{Keep, RetainFor};
+    use tower_idempotency::{StoreFor, StoreResponse};
 
-    async fn closed() -> Result<&'static str, (StatusCode, DoNotKeep, &'static str)> {
-        Err((StatusCode::CONFLICT, DoNotKeep, "closed"))
+    async fn closed() -> Result<&'static str, (StatusCode, DoNotStore, &'static str)> {
+        Err((StatusCode::CONFLICT, DoNotStore, "closed"))
     }
     async fn declined() -> impl IntoResponse {
         (
             StatusCode::BAD_GATEWAY,
-            Keep,
-            RetainFor(std::time::Duration::from_secs(60)),
+            StoreResponse,
+            StoreFor(std::time::Duration::from_secs(60)),
             "declined",
         )
     }

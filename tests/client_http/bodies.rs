@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tower::BoxError;
 use tower_http::map_response_body::MapResponseBodyLayer;
 use tower_idempotency::client::{CollectError, CollectingCallLayer, OnceError};
-use tower_idempotency::Body;
+use tower_idempotency::BufferedBody;
 
 use super::*;
 
@@ -207,7 +207,7 @@ async fn send_as(http: Http, calls: &CollectingCallLayer, method: Method, url: &
         Http::Hyper => {
             let client = ServiceBuilder::new()
                 .layer(calls)
-                .layer(MapResponseBodyLayer::new(Body::new))
+                .layer(MapResponseBodyLayer::new(BufferedBody::new))
                 .service(Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>());
             let got = client.oneshot(request(&method, url, key)).await?;
             Ok(got.map(|body| body.map_err(Into::into).boxed_unsync()))
@@ -236,7 +236,7 @@ async fn text_of(response: Response<UnsyncBoxBody<Bytes, BoxError>>) -> Bytes {
 }
 
 fn delivery<B>(response: &Response<B>) -> (u32, CallOutcome) {
-    let delivery = response.extensions().get::<Delivery>().unwrap();
+    let delivery = response.extensions().get::<CallReport>().unwrap();
     (delivery.attempts(), delivery.outcome())
 }
 
@@ -246,7 +246,7 @@ async fn a_body_that_breaks_off_is_retried_under_the_same_key() {
         let server = RawServer::start(&[broken, broken, WHOLE]).await;
         let got = send(http, &collecting(), &server.url).await.unwrap();
         assert_eq!(got.status(), StatusCode::CREATED);
-        assert_eq!(delivery(&got), (3, CallOutcome::Answered), "{http:?} {broken:?}");
+        assert_eq!(delivery(&got), (3, CallOutcome::Responded), "{http:?} {broken:?}");
         assert_eq!(text_of(got).await, "charged");
         assert_eq!(server.requests(), 3);
     }
@@ -258,7 +258,7 @@ async fn a_body_that_stalls_is_retried_after_the_time_limit() {
         let server = RawServer::start(&[stalled, WHOLE]).await;
         let calls = collecting().with_response_timeout(PAUSE);
         let got = send(http, &calls, &server.url).await.unwrap();
-        assert_eq!(delivery(&got), (2, CallOutcome::Answered), "{http:?} {stalled:?}");
+        assert_eq!(delivery(&got), (2, CallOutcome::Responded), "{http:?} {stalled:?}");
         assert_eq!(text_of(got).await, "charged");
         // The stalled connection is closed, and not leaked.
         server.all_have_left().await;
@@ -273,8 +273,8 @@ async fn a_call_that_never_gets_a_whole_body_reports_the_status_and_the_cause() 
     let lost = "; the server has processed it, but the response was lost: the body of the response with status 201";
     for http in CLIENTS {
         for (act, status, outcome, text) in [
-            (BROKEN[0], 201, CallOutcome::Answered, lost),
-            (STALLED[0], 201, CallOutcome::Answered, lost),
+            (BROKEN[0], 201, CallOutcome::Responded, lost),
+            (STALLED[0], 201, CallOutcome::Responded, lost),
             (FAILURE, 500, CallOutcome::Unknown, "; outcome unknown: the body"),
             (LIMITED, 429, CallOutcome::NotTaken, "; no effect: the body"),
         ] {
@@ -301,7 +301,7 @@ async fn a_request_that_may_not_be_repeated_is_sent_once_when_its_response_break
         let server = RawServer::start(&[broken, WHOLE]).await;
         let failed = send_as(http, &collecting(), Method::POST, &server.url, None).await;
         let failed = failed.unwrap_err();
-        assert_eq!((failed.attempts, failed.outcome), (1, CallOutcome::Answered));
+        assert_eq!((failed.attempts, failed.outcome), (1, CallOutcome::Responded));
         assert_eq!(server.requests(), 1);
         let server = RawServer::start(&[broken, WHOLE]).await;
         let got = send_as(http, &collecting(), Method::GET, &server.url, None)
@@ -318,7 +318,7 @@ async fn a_body_over_the_byte_limit_streams_on_and_is_not_retried() {
     for http in CLIENTS {
         let server = RawServer::start(&[Endless(HEAD, "a\r\n0123456789\r\n")]).await;
         let got = send(http, &collecting(), &server.url).await.unwrap();
-        assert_eq!(delivery(&got), (1, CallOutcome::Answered));
+        assert_eq!(delivery(&got), (1, CallOutcome::Responded));
         let (mut body, mut read) = (got.into_body(), Vec::new());
         while read.len() < 50 * LIMIT {
             read.extend(body.frame().await.unwrap().unwrap().into_data().unwrap());
@@ -357,7 +357,7 @@ async fn a_declared_length_over_the_limit_that_is_wrong_is_an_error_of_the_strea
             .oneshot(request::<reqwest::Body>(&Method::POST, &server.url, Some("k")))
     };
     send().await.unwrap().into_body().collect().await.unwrap_err();
-    assert!(matches!(send().await, Err(OnceError::NotKept)));
+    assert!(matches!(send().await, Err(OnceError::NotStored)));
     assert_eq!(server.requests(), 1);
 }
 
@@ -369,7 +369,7 @@ async fn a_body_that_trickles_for_ever_is_retried_after_the_time_limit() {
         let server = RawServer::start(&[Trickle(HEAD, "1\r\nx\r\n"), WHOLE]).await;
         let calls = collecting().with_response_timeout(PAUSE);
         let got = send(http, &calls, &server.url).await.unwrap();
-        assert_eq!(delivery(&got), (2, CallOutcome::Answered));
+        assert_eq!(delivery(&got), (2, CallOutcome::Responded));
         assert_eq!(text_of(got).await, "charged");
         server.all_have_left().await;
     }
@@ -443,7 +443,7 @@ async fn without_collecting_a_body_that_breaks_off_reaches_the_caller() {
     let client = ServiceBuilder::new().layer(calls(3)).service(http);
     let request = request::<reqwest::Body>(&Method::POST, &server.url, Some("k"));
     let got = client.oneshot(request).await.unwrap();
-    assert_eq!(delivery(&got), (1, CallOutcome::Answered));
+    assert_eq!(delivery(&got), (1, CallOutcome::Responded));
     got.into_body().collect().await.unwrap_err();
     assert_eq!(server.requests(), 1);
 }
@@ -458,7 +458,7 @@ async fn repeated<const N: usize>(
     fn name<T: std::fmt::Debug, E: std::fmt::Debug>(error: &OnceError<T, E>) -> &'static str {
         let (name, may_have_happened) = match error {
             OnceError::Failed(_) => ("failed", false),
-            OnceError::NotKept => ("not kept", true),
+            OnceError::NotStored => ("not kept", true),
             OnceError::Unknown(_) => ("unknown", true),
             other => panic!("{other:?}"),
         };
@@ -616,7 +616,7 @@ async fn a_doubtful_response_stays_doubtful_when_its_body_breaks_off() {
 }
 
 fn once() -> OnceLayer<MemoryStore> {
-    OnceLayer::new(MemoryStore::new(), Profile::stripe()).with_response_timeout(PATIENCE)
+    OnceLayer::new(MemoryStore::new(), ProviderProfile::stripe()).with_response_timeout(PATIENCE)
 }
 
 #[tokio::test]
@@ -633,7 +633,7 @@ async fn a_call_made_once_streams_a_body_that_stalls_and_does_not_store_it() {
         };
         let got = timeout(PATIENCE, send()).await.expect("it streams").unwrap();
         assert_eq!(got.status(), StatusCode::CREATED);
-        assert!(matches!(send().await, Err(OnceError::NotKept)), "{stalled:?}");
+        assert!(matches!(send().await, Err(OnceError::NotStored)), "{stalled:?}");
         drop(got);
         server.all_have_left().await;
         assert_eq!(server.requests(), 1);
@@ -672,11 +672,11 @@ async fn a_body_that_breaks_off_over_http2_is_retried() {
             .build_http::<Full<Bytes>>();
         let client = ServiceBuilder::new()
             .layer(collecting())
-            .layer(MapResponseBodyLayer::new(Body::new))
+            .layer(MapResponseBodyLayer::new(BufferedBody::new))
             .service(http);
         let got = timeout(PATIENCE, client.oneshot(request(&Method::POST, &url, Some("k"))));
         let got = got.await.expect("the call ends").unwrap();
-        assert_eq!(delivery(&got), (2, CallOutcome::Answered), "{declared:?}");
+        assert_eq!(delivery(&got), (2, CallOutcome::Responded), "{declared:?}");
         assert_eq!(got.into_body().collect().await.unwrap().to_bytes(), "charged");
         assert_eq!(arrivals.load(Ordering::SeqCst), 2);
     }

@@ -41,7 +41,7 @@ const PLACES: [&str; 8] = [
 ];
 
 fn once() -> OnceLayer<MemoryStore> {
-    OnceLayer::new(MemoryStore::new(), Profile::stripe())
+    OnceLayer::new(MemoryStore::new(), ProviderProfile::stripe())
 }
 
 fn keyed<B: From<&'static str>>(url: &str) -> Request<B> {
@@ -155,8 +155,8 @@ async fn a_charge_that_was_redirected_is_not_reported_as_not_taken() {
             let serving = charge_and_go_away(listener, 303, place, &charges);
             let (paid, ()) = tokio::join!(client.oneshot(charge::<reqwest::Body>(&url)), serving);
             let outcome = match paid {
-                Ok(response) => response.extensions().get::<Delivery>().unwrap().outcome(),
-                Err(KeyedError::Service(error)) => error.outcome(),
+                Ok(response) => response.extensions().get::<CallReport>().unwrap().outcome(),
+                Err(KeyPlacementError::Service(error)) => error.outcome(),
                 Err(error) => panic!("{error}"),
             };
             assert_ne!(outcome, CallOutcome::NotTaken, "{place}");
@@ -171,9 +171,9 @@ async fn a_charge_that_was_redirected_is_not_reported_as_not_taken() {
                 .oneshot(charge::<reqwest::Body>(&server.url("/charges")))
                 .await
                 .unwrap();
-            let outcome = response.extensions().get::<Delivery>().unwrap().outcome();
+            let outcome = response.extensions().get::<CallReport>().unwrap().outcome();
             let is_303 = response.status() == StatusCode::SEE_OTHER;
-            assert_eq!(outcome == CallOutcome::Answered, is_303, "{refusal}: {outcome:?}");
+            assert_eq!(outcome == CallOutcome::Responded, is_303, "{refusal}: {outcome:?}");
             assert_ne!(outcome, CallOutcome::NotTaken, "{refusal}");
         }
     }
@@ -188,7 +188,7 @@ async fn a_call_around_a_once_layer_is_not_reported_as_not_taken() {
         .layer(once())
         .service(ReqwestService::from_client(plain().build().unwrap()));
     let response = client.oneshot(pay(&server.url("/charges"))).await.unwrap();
-    let outcome = response.extensions().get::<Delivery>().unwrap().outcome();
+    let outcome = response.extensions().get::<CallReport>().unwrap().outcome();
     assert_eq!((response.status().as_u16(), outcome), (429, CallOutcome::Unknown));
 }
 
@@ -372,9 +372,9 @@ mod by_tower_http {
         for refusal in [None, Some(404), Some(409), Some(429), Some(503)] {
             for place in ["/charges/1", "/charges", "http://other.example/"] {
                 let store = MemoryStore::new();
-                let once = || OnceLayer::new(store.clone(), Profile::stripe()).with_errors(class);
+                let once = || OnceLayer::new(store.clone(), ProviderProfile::stripe()).with_errors(class);
                 // With the policy of this crate, and without it.
-                let policy = Limited::new(5).and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()));
+                let policy = Limited::new(5).and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::stripe()));
                 let charges = Arc::default();
                 let client = ServiceBuilder::new()
                     .layer(once().with_namespace("ours"))
@@ -395,11 +395,11 @@ mod by_tower_http {
     async fn a_policy_of_ours_that_another_one_overrules_still_reports_the_redirect() {
         for refusal in [None, Some(404), Some(429)] {
             let (store, charges) = (MemoryStore::new(), Arc::default());
-            let home = KeyAtHome::new(&Profile::stripe());
+            let home = SameOriginKey::new(&ProviderProfile::stripe());
             let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home, policy::Action::Follow);
             let redirects = FollowRedirect::with_policy(charging("/charges", refusal, &charges), policy);
             let client = ServiceBuilder::new()
-                .layer(OnceLayer::new(store.clone(), Profile::stripe()).with_errors(class))
+                .layer(OnceLayer::new(store.clone(), ProviderProfile::stripe()).with_errors(class))
                 // A box hides the type.
                 .service(BoxCloneService::new(redirects));
             is_charged_once(client, &charges).await;
@@ -412,7 +412,7 @@ mod by_tower_http {
             let (store, charges) = (MemoryStore::new(), Arc::default());
             let redirects: FollowRedirect<_> = FollowRedirect::new(charging(place, Some(429), &charges));
             let client = ServiceBuilder::new()
-                .layer(OnceLayer::new(store.clone(), Profile::stripe()))
+                .layer(OnceLayer::new(store.clone(), ProviderProfile::stripe()))
                 .service(BoxCloneService::new(redirects));
             is_charged_once(client, &charges).await;
         }
@@ -422,7 +422,7 @@ mod by_tower_http {
     async fn a_later_hop_does_not_make_a_call_that_was_not_taken() {
         for refusal in [None, Some(404), Some(429)] {
             let charges = Arc::default();
-            let policy = RetryPolicy::new(Profile::stripe())
+            let policy = RetryPolicy::new(ProviderProfile::stripe())
                 .with_max_attempts(1)
                 .with_errors(class);
             let client = ServiceBuilder::new()
@@ -434,8 +434,8 @@ mod by_tower_http {
                 .oneshot(charge::<Full<Bytes>>("http://bank.example/charges"))
                 .await
             {
-                Ok(response) => response.extensions().get::<Delivery>().unwrap().outcome(),
-                Err(KeyedError::Service(error)) => error.outcome(),
+                Ok(response) => response.extensions().get::<CallReport>().unwrap().outcome(),
+                Err(KeyPlacementError::Service(error)) => error.outcome(),
                 Err(error) => panic!("{error}"),
             };
             assert_eq!(outcome, CallOutcome::Unknown, "{refusal:?}");
@@ -447,12 +447,12 @@ mod by_tower_http {
     async fn a_retry_within_the_redirects_does_not_hide_them() {
         for refusal in [None, Some(404), Some(429)] {
             let once_more = || {
-                RetryPolicy::new(Profile::stripe())
+                RetryPolicy::new(ProviderProfile::stripe())
                     .with_max_attempts(1)
                     .with_errors(class)
             };
             let home = || {
-                let (home, follow) = (KeyAtHome::new(&Profile::stripe()), policy::Action::Follow);
+                let (home, follow) = (SameOriginKey::new(&ProviderProfile::stripe()), policy::Action::Follow);
                 PolicyExt::or::<_, Full<Bytes>, ()>(home, follow)
             };
             let charges = Arc::default();
@@ -471,8 +471,8 @@ mod by_tower_http {
         }
     }
 
-    fn home() -> KeyAtHome {
-        KeyAtHome::new(&Profile::stripe())
+    fn home() -> SameOriginKey {
+        SameOriginKey::new(&ProviderProfile::stripe())
     }
 
     /// The policy inside sees each hop of the layer outside as a first request.
@@ -536,7 +536,7 @@ mod by_tower_http {
                 assert_eq!(response.unwrap().status(), status);
             }
         }
-        let both = home().and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::draft()));
+        let both = home().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::draft()));
         let count = Arc::default();
         let client = ServiceBuilder::new()
             .layer(once())
@@ -601,7 +601,7 @@ mod by_tower_http {
     #[tokio::test]
     async fn a_charge_that_has_lost_its_key_is_not_repeated() {
         let charges = Arc::default();
-        let home = KeyAtHome::new(&Profile::stripe());
+        let home = SameOriginKey::new(&ProviderProfile::stripe());
         let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home, policy::Action::Follow)
             .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
         let client = ServiceBuilder::new()
@@ -609,7 +609,7 @@ mod by_tower_http {
             .layer(calls(5))
             .layer(FollowRedirectLayer::with_policy(overruled))
             .service(redirecting_to_another_origin(&charges));
-        let Err(KeyedError::Service(error)) = client.oneshot(charge("http://bank.example/charges")).await else {
+        let Err(KeyPlacementError::Service(error)) = client.oneshot(charge("http://bank.example/charges")).await else {
             panic!("its response is lost");
         };
         assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Unknown));
@@ -621,7 +621,7 @@ mod by_tower_http {
         let charges = Arc::default();
         let http = redirecting_to_another_origin(&charges);
         let policy = Limited::new(5)
-            .and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::stripe()))
+            .and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::stripe()))
             .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
         let client = ServiceBuilder::new()
             .layer(keys())

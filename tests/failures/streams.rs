@@ -9,7 +9,7 @@ use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Status};
 use tower_idempotency::{
-    DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, OnLost, Recovered, RetainFor, Store, StoreOutcomeOnly,
+    DoNotStore, IdempotencyLayer, MemoryStore, OnError, Recovered, Store, StoreFor, StoreOutcomeOnly, StoreResponse,
     StreamResponse,
 };
 
@@ -95,7 +95,7 @@ async fn a_response_that_stalls_and_is_not_to_be_stored_frees_its_key_and_stream
         (StatusCode::FORBIDDEN, OnError::Release, ""),
         (StatusCode::BAD_GATEWAY, OnError::Release, ""),
         (StatusCode::BAD_GATEWAY, OnError::Unknown, "outcome-unknown"),
-        (StatusCode::BAD_GATEWAY, OnError::Keep, "response-not-stored"),
+        (StatusCode::BAD_GATEWAY, OnError::Store, "response-not-stored"),
     ] {
         let (handler, _) = stalls(status);
         let layer = IdempotencyLayer::new(MemoryStore::new()).on_error(on_error);
@@ -159,11 +159,11 @@ impl<S> Serve for S where
 async fn a_response_that_is_not_stored_streams_at_once_and_frees_its_key() {
     let changes: [(&str, Change); 4] = [
         ("a veto", |response| {
-            response.extensions_mut().insert(DoNotKeep);
+            response.extensions_mut().insert(DoNotStore);
         }),
         ("a veto beside another mark", |response| {
             response.extensions_mut().insert(StoreOutcomeOnly);
-            response.extensions_mut().insert(DoNotKeep);
+            response.extensions_mut().insert(DoNotStore);
         }),
         ("a status that is not stored", |response| {
             *response.status_mut() = StatusCode::NOT_FOUND;
@@ -181,7 +181,7 @@ async fn a_response_that_is_not_stored_streams_at_once_and_frees_its_key() {
         drop(first);
     }
     let handler = endless(|_| {});
-    let layer = IdempotencyLayer::new(MemoryStore::new()).keep_if(|_| false);
+    let layer = IdempotencyLayer::new(MemoryStore::new()).store_if(|_| false);
     let service = layer.layer(handler.clone());
     drop(first_bytes(service.clone()).await);
     drop(first_bytes(service.clone()).await);
@@ -202,7 +202,7 @@ async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte(
         }),
         ("a mark on a failure that is stored", |response| {
             *response.status_mut() = StatusCode::BAD_GATEWAY;
-            response.extensions_mut().insert(Keep);
+            response.extensions_mut().insert(StoreResponse);
             response.extensions_mut().insert(StreamResponse);
         }),
     ];
@@ -264,7 +264,7 @@ async fn a_secret_reaches_its_first_caller_and_no_store() {
         let handler = Handler::new().taking(Duration::from_secs(1)).answering(move |_| {
             let mut response = text(status, "sk_live_1");
             response.extensions_mut().insert(StoreOutcomeOnly);
-            response.extensions_mut().insert(RetainFor(Duration::from_secs(60)));
+            response.extensions_mut().insert(StoreFor(Duration::from_secs(60)));
             response
         });
         let store = MemoryStore::new();
@@ -325,7 +325,7 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
     };
     let layer = IdempotencyLayer::new(MemoryStore::new())
         .with_response_timeout(Duration::from_millis(200))
-        .with_answer_limit(8 * 1024);
+        .with_response_limit(8 * 1024);
     let (service, drain) = (layer.layer(handler.clone()), layer.drain());
     for n in 0..10_000 {
         let request = service.clone().oneshot(post(&format!("k-{n}"), "pay"));
@@ -345,7 +345,7 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
 }
 
 /// A recovery check, and an operator, name a secret without storing it. The key of a request that took effect cannot be
-/// freed, so `DoNotKeep` says no more than that.
+/// freed, so `DoNotStore` says no more than that.
 #[tokio::test(start_paused = true)]
 async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
     let marks: [fn(&mut Response<bytes::Bytes>); 2] = [
@@ -353,7 +353,7 @@ async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
             response.extensions_mut().insert(StoreOutcomeOnly);
         },
         |response| {
-            response.extensions_mut().insert(DoNotKeep);
+            response.extensions_mut().insert(DoNotStore);
         },
     ];
     for mark in marks {
@@ -365,9 +365,9 @@ async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
         let store = RemoteStore::new();
         let zombie = super::lost_key(&store).await;
         store.heal();
-        let check = OnLost::recover(move |_| async move { Recovered::Happened(secret()) });
+        let check = move |_| async move { Recovered::Happened(secret()) };
         let handler = Handler::new();
-        let layer = IdempotencyLayer::new(store).on_lost(check);
+        let layer = IdempotencyLayer::new(store).with_recovery(check);
         let service = layer.layer(handler.clone());
         let first = send(&service, post("k", "pay")).await;
         assert_eq!((&first.body[..], first.is_replay()), (&b"sk_live_1"[..], false));
@@ -383,12 +383,12 @@ async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
 #[tokio::test(start_paused = true)]
 async fn a_recovered_failure_that_is_not_for_the_store_reaches_its_caller_and_is_rendered_for_all_others() {
     let store = RemoteStore::new();
-    let check = OnLost::recover(|_| async {
+    let check = |_| async {
         let mut response = Response::new("declined, reference 17".into());
         *response.status_mut() = StatusCode::PAYMENT_REQUIRED;
         response.extensions_mut().insert(StoreOutcomeOnly);
         Recovered::Happened(response)
-    });
+    };
     let layer = || IdempotencyLayer::new(store.clone()).webhooks();
     let zombie = super::lost_key_of(&store, layer()).await;
     store.heal();
@@ -398,7 +398,7 @@ async fn a_recovered_failure_that_is_not_for_the_store_reaches_its_caller_and_is
         response
     });
     let handler = Handler::new();
-    let service = layer.on_lost(check).layer(handler.clone());
+    let service = layer.with_recovery(check).layer(handler.clone());
     let first = send(&service, post("k", "pay")).await;
     assert_eq!((first.status(), &first.body[..]), (402, &b"declined, reference 17"[..]));
     let again = send(&service, post("k", "pay")).await;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 use tower::Layer;
-use tower_idempotency::protocol::{Answer, Decision, Outcome, Resolution};
+use tower_idempotency::protocol::{Decision, Outcome, Resolution, StoredResponse};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
 use super::support::{post, send, text, Fault, Handler, RemoteStore};
@@ -62,8 +62,8 @@ async fn the_byte_budget_bounds_what_is_held() {
     for n in 0..20 {
         send(&service, post(&n.to_string(), "")).await;
     }
-    assert_eq!(buffers.held(), 0, "{:?}", store.figures());
-    assert!(store.figures().bytes > 20 * 5_000);
+    assert_eq!(buffers.held(), 0, "{:?}", store.stats());
+    assert!(store.stats().bytes > 20 * 5_000);
     assert_eq!(send(&service, post("0", "")).await.body, vec![7; 5_000]);
 }
 
@@ -72,7 +72,7 @@ async fn a_store_keeps_no_buffer_of_the_outcomes_it_is_given() {
     let buffers = Buffers::default();
     let store = MemoryStore::new();
     let outcome = || {
-        Outcome::Kept(Answer {
+        Outcome::Stored(StoredResponse {
             head: buffers.slice(10),
             body: buffers.slice(20),
         })
@@ -98,7 +98,7 @@ async fn a_store_keeps_no_buffer_of_the_outcomes_it_is_given() {
             "one allocation"
         );
     }
-    assert_eq!(store.figures().bytes, 60);
+    assert_eq!(store.stats().bytes, 60);
 }
 
 #[tokio::test]
@@ -106,7 +106,7 @@ async fn an_answer_over_the_whole_budget_is_neither_kept_nor_held() {
     let buffers = Buffers::default();
     let store = MemoryStore::builder().with_byte_budget(10).build();
     let grant = granted(&store, &claim(1, 0)).await;
-    let outcome = Outcome::Kept(Answer {
+    let outcome = Outcome::Stored(StoredResponse {
         head: Bytes::new(),
         body: buffers.slice(11),
     });
@@ -115,8 +115,8 @@ async fn an_answer_over_the_whole_budget_is_neither_kept_nor_held() {
         .await
         .unwrap();
     drop(outcome);
-    assert_eq!((buffers.held(), store.figures().bytes), (0, 0));
-    assert_eq!(store.claim(&claim(1, 1)).await.unwrap(), Decision::NotKept);
+    assert_eq!((buffers.held(), store.stats().bytes), (0, 0));
+    assert_eq!(store.claim(&claim(1, 1)).await.unwrap(), Decision::NotStored);
 }
 
 /// At most 64 MiB of deferred writes may wait for an unreachable store. This limit counted the slices, too.

@@ -11,7 +11,7 @@ use futures::executor::block_on;
 use futures::task::ArcWake;
 use futures::FutureExt;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Grant, IfLost, Nonce, Outcome, Resolution, Status,
+    Claim, Completion, Decision, Grant, IfLost, Nonce, Outcome, Resolution, Status, StoredResponse,
 };
 use tower_idempotency::{Clock, MemoryStore, Store, Timestamp};
 
@@ -32,7 +32,7 @@ fn grant_of(store: &MemoryStore, claim: &Claim) -> Option<Grant> {
 }
 
 fn of_length(bytes: usize) -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: Bytes::new(),
         body: vec![0; bytes].into(),
     })
@@ -136,7 +136,7 @@ fn the_fence_grows_and_the_books_balance_when_the_clock_goes_back() {
     let ahead_of_us = in_future(&third);
     block_on(store.complete(&third.key, ahead_of_us.owner, &of_length(95), Duration::ZERO)).unwrap();
     store.sweep();
-    let figures = store.figures();
+    let figures = store.stats();
     assert!(figures.bytes <= 100 && figures.in_flight == 0, "{figures:?}");
 }
 
@@ -197,10 +197,13 @@ fn a_completion_that_waits_for_its_shard_does_not_upset_the_ledger() {
     });
 
     assert_eq!(complete(&store, 3, &of_length(95), HOUR), Completion::Completed);
-    let figures = store.figures();
+    let figures = store.stats();
     assert!(figures.bytes <= 100, "{figures:?}");
     let third = block_on(store.peek(&claim(3, 0).key)).unwrap().unwrap();
-    assert!(matches!(third.status, Status::Completed(Outcome::Kept(_))), "{third:?}");
+    assert!(
+        matches!(third.status, Status::Completed(Outcome::Stored(_))),
+        "{third:?}"
+    );
 }
 
 #[test]
@@ -238,12 +241,12 @@ fn the_books_balance_after_threads_have_raced() {
             scope.spawn(move || run(thread));
         }
     });
-    let figures = store.figures();
+    let figures = store.stats();
     assert!(figures.bytes <= 400 && figures.records <= 12, "{figures:?}");
     let keys = (0..16).filter_map(|key| block_on(store.peek(&claim(key, 0).key)).unwrap());
     let held: usize = keys
         .map(|snapshot| match snapshot.status {
-            Status::Completed(Outcome::Kept(answer)) => answer.len(),
+            Status::Completed(Outcome::Stored(answer)) => answer.len(),
             _ => 0,
         })
         .sum();
@@ -253,7 +256,7 @@ fn the_books_balance_after_threads_have_raced() {
     );
     clock.advance(2 * HOUR + Duration::from_millis(LONGEST));
     store.sweep();
-    let figures = store.figures();
+    let figures = store.stats();
     assert_eq!((figures.records, figures.bytes, figures.in_flight), (0, 0, 0));
 }
 

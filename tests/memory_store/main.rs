@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use support::{post, send, Handler};
 use tower::Layer;
 use tower_idempotency::protocol::{
-    Answer, Change, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Record, Release, Renewal,
-    Resolution, Resolved, Status, StorageKey, Transition,
+    Change, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Record, Release, Renewal,
+    Resolution, ResolveResult, Status, StorageKey, StoredResponse, Transition,
 };
 use tower_idempotency::{Clock, ErrorKind, IdempotencyLayer, MemoryStore, Store, Timestamp};
 
@@ -38,7 +38,7 @@ fn claim(key: u8, nonce: u8) -> Claim {
 }
 
 fn kept(body: &str) -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: Bytes::from(body.to_owned()),
     })
@@ -81,9 +81,9 @@ async fn claim_now_frees_no_records_and_leaves_that_to_claim() {
         );
         clock.advance(2 * HOUR);
         assert!(store.claim_now(&claim(RECORDS, 1)).is_none());
-        assert_eq!(store.figures().records, u64::from(RECORDS));
+        assert_eq!(store.stats().records, u64::from(RECORDS));
         granted(&store, &claim(RECORDS, 1)).await;
-        assert_eq!(store.figures().records, 1);
+        assert_eq!(store.stats().records, 1);
     }
 }
 
@@ -148,13 +148,13 @@ async fn an_owner_needs_no_renewal_and_never_counts_as_lost_unless_it_gives_up()
         Renewal::Renewed
     );
     assert_eq!(store.peek(&key).await.unwrap().unwrap().status, Status::Lost);
-    assert_eq!(store.figures().in_flight, 1);
+    assert_eq!(store.stats().in_flight, 1);
     assert_eq!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Unknown);
-    assert_eq!((store.figures().records, store.figures().in_flight), (1, 0));
+    assert_eq!((store.stats().records, store.stats().in_flight), (1, 0));
     // An unknown outcome lives for its retention and is then forgotten.
     clock.advance(HOUR);
     store.sweep();
-    assert_eq!((store.figures().records, store.figures().in_flight), (0, 0));
+    assert_eq!((store.stats().records, store.stats().in_flight), (0, 0));
 }
 
 #[tokio::test]
@@ -166,7 +166,7 @@ async fn a_watch_wakes_at_every_end_and_at_once_where_nothing_is_in_flight() {
         let claim = claim(1, 1);
         let grant = granted(&store, &claim).await;
         let watch = store.watch(&key).await.unwrap();
-        assert_eq!(store.figures().waiters, 1);
+        assert_eq!(store.stats().waiters, 1);
         let mut watch = std::pin::pin!(watch);
         assert!(futures::poll!(watch.as_mut()).is_pending());
         match end {
@@ -182,7 +182,7 @@ async fn a_watch_wakes_at_every_end_and_at_once_where_nothing_is_in_flight() {
         }
         watch.await;
     }
-    assert_eq!(store.figures().waiters, 0);
+    assert_eq!(store.stats().waiters, 0);
 }
 
 #[tokio::test]
@@ -203,10 +203,10 @@ async fn budgets_hold_and_expiry_makes_room() {
         store.claim(&claim(9, 0)).await.unwrap_err().kind(),
         ErrorKind::StoreFull
     );
-    assert_eq!(store.figures().in_flight, 0, "a refused claim leaves nothing");
+    assert_eq!(store.stats().in_flight, 0, "a refused claim leaves nothing");
     clock.advance(HOUR + Duration::from_secs(1));
     assert!(matches!(store.claim(&claim(9, 0)).await.unwrap(), Decision::Execute(_)));
-    assert_eq!((store.figures().records, store.figures().bytes), (1, 0));
+    assert_eq!((store.stats().records, store.stats().bytes), (1, 0));
 }
 
 #[tokio::test]
@@ -220,7 +220,7 @@ async fn an_answer_larger_than_the_whole_budget_becomes_a_tombstone_and_spares_t
             .unwrap();
     }
     assert!(matches!(store.claim(&claim(1, 1)).await.unwrap(), Decision::Replay(_)));
-    assert_eq!(store.claim(&claim(2, 1)).await.unwrap(), Decision::NotKept);
+    assert_eq!(store.claim(&claim(2, 1)).await.unwrap(), Decision::NotStored);
 }
 
 #[tokio::test(start_paused = true)]
@@ -234,9 +234,9 @@ async fn a_store_frees_itself_on_a_timer_and_its_task_ends_with_it() {
             .await
             .unwrap();
     }
-    assert_eq!(store.figures().records, 100);
+    assert_eq!(store.stats().records, 100);
     tokio::time::sleep(Duration::from_secs(13)).await;
-    assert_eq!((store.figures().records, store.figures().bytes), (0, 0));
+    assert_eq!((store.stats().records, store.stats().bytes), (0, 0));
     let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
     drop(store);
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -252,12 +252,12 @@ async fn a_resolution_takes_the_place_of_a_lost_outcome() {
     let fence = grant.owner.fence;
     assert_eq!(
         store.resolve(&key, fence, &resolution).await.unwrap(),
-        Resolved::Conflict(Some(fence))
+        ResolveResult::Conflict(Some(fence))
     );
     store.renew(&key, grant.owner, Duration::ZERO).await.unwrap();
     assert_eq!(
         store.resolve(&key, fence, &resolution).await.unwrap(),
-        Resolved::Resolved
+        ResolveResult::Resolved
     );
     assert!(matches!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Replay(answer) if answer.body == "found"));
 }
@@ -274,7 +274,7 @@ async fn a_hundred_thousand_keys_stay_within_the_budget() {
     for n in (0..100_000).step_by(97) {
         assert!(send(&service, post(&format!("key-{n}"), "x")).await.is_replay(), "{n}");
     }
-    let figures = store.figures();
+    let figures = store.stats();
     assert_eq!(
         (figures.records, figures.in_flight, handler.runs()),
         (100_000, 0, 100_000)
@@ -290,7 +290,7 @@ async fn figures_come_back_after_a_release_an_abandoned_claim_and_a_claim_of_wha
         .with_record_budget(1)
         .build();
     let figures = |records, in_flight| {
-        let figures = store.figures();
+        let figures = store.stats();
         assert_eq!((figures.records, figures.in_flight), (records, in_flight));
     };
     let key = claim(1, 1).key;
@@ -321,7 +321,7 @@ async fn an_unknown_record_is_not_in_flight_and_is_counted_off_once() {
     let clock = clock();
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
     let figures = |records, in_flight, case: &str| {
-        let figures = store.figures();
+        let figures = store.stats();
         assert_eq!((figures.records, figures.in_flight), (records, in_flight), "{case}");
     };
     let key = claim(1, 1).key;
@@ -344,7 +344,7 @@ async fn an_unknown_record_is_not_in_flight_and_is_counted_off_once() {
             }
             "resolved" => {
                 let resolved = store.resolve(&key, grant.owner.fence, &Resolution::Absent).await;
-                assert_eq!(resolved.unwrap(), Resolved::Resolved);
+                assert_eq!(resolved.unwrap(), ResolveResult::Resolved);
                 1
             }
             "released" => {
@@ -391,7 +391,7 @@ async fn a_sweep_of_abandoned_records_lets_other_tasks_run() {
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..10_000 {
         tokio::task::yield_now().await;
-        seen.insert(store.figures().records);
+        seen.insert(store.stats().records);
     }
     assert!(seen.contains(&0) && seen.len() > 10, "{seen:?}");
 }
@@ -456,7 +456,7 @@ struct Model {
 impl Model {
     fn apply<R>(&mut self, transition: Transition<R>) -> R {
         match transition.change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => self.record = None,
         }

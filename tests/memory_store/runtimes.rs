@@ -58,9 +58,9 @@ fn claim_now_frees_no_records_without_a_runtime_either() {
     assert!(matches!(store.claim_now(&claim(1, 2)), Some(Ok(Decision::Replay(_)))));
     clock.advance(2 * HOUR);
     assert!(store.claim_now(&claim(2, 1)).is_none());
-    assert_eq!(store.figures().records, 1);
+    assert_eq!(store.stats().records, 1);
     block_on(granted(&store, &claim(2, 1)));
-    assert_eq!(store.figures().records, 1);
+    assert_eq!(store.stats().records, 1);
     assert!(store.claim_now(&claim(3, 1)).is_some());
 }
 
@@ -73,7 +73,7 @@ fn a_memory_store_frees_itself_without_timers_and_without_a_runtime() {
         let key = claim(1, 1).key;
         store.complete(&key, grant.owner, &kept("x"), HOUR).await.unwrap();
         clock.advance(2 * HOUR);
-        while store.figures().records > 0 {
+        while store.stats().records > 0 {
             assert!(started.elapsed() < Duration::from_secs(20), "nothing was swept");
             tokio::task::yield_now().await;
         }
@@ -86,7 +86,7 @@ fn a_memory_store_frees_itself_without_timers_and_without_a_runtime() {
         block_on(store.complete(&key, grant.owner, &outcome, SHORT)).unwrap();
         clock.advance(Duration::from_secs(1));
     }
-    assert!(store.figures().records < 5, "{:?}", store.figures());
+    assert!(store.stats().records < 5, "{:?}", store.stats());
 }
 
 /// Nothing freed such a record outside of a runtime, so a store that was full of them stayed full.
@@ -106,7 +106,7 @@ fn records_that_expired_without_an_end_make_room_without_a_runtime() {
             clock.advance(2 * HOUR);
         }
     }
-    assert!(store.figures().records <= 8, "{:?}", store.figures());
+    assert!(store.stats().records <= 8, "{:?}", store.stats());
 }
 
 fn never(_: Request<AnyBody>) -> impl Future<Output = Result<http::Response<AnyBody>, Infallible>> {

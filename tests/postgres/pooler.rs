@@ -250,7 +250,7 @@ async fn transactions_of_the_application_work_behind_a_transaction_pooler() {
                 nonce: Nonce::random(),
                 ..claim
             };
-            assert_eq!(store.claim(&again).await.unwrap(), Decision::NotKept);
+            assert_eq!(store.claim(&again).await.unwrap(), Decision::NotStored);
         })
     });
     for worked in join_all(work).await {

@@ -135,7 +135,8 @@ async fn claims_that_meet_an_open_inbox_leave_no_backends_behind() {
     let layer = ReceiverLayer::new(store, "billing")
         .with_id(|id: &String| id.clone())
         .with_lease(1_000 * MILLI)
-        .with_store_timeouts(500 * MILLI, 100 * MILLI);
+        .with_store_timeout(500 * MILLI)
+        .with_completion_timeout(100 * MILLI);
     let drain = layer.drain();
     let receiver = layer.layer(service_fn(move |_: String| {
         counted.fetch_add(1, Ordering::SeqCst);
@@ -325,7 +326,8 @@ async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_bur
     let layer = ReceiverLayer::new(store, "billing")
         .with_id(|id: &String| id.clone())
         .with_lease(1_000 * MILLI)
-        .with_store_timeouts(500 * MILLI, 100 * MILLI);
+        .with_store_timeout(500 * MILLI)
+        .with_completion_timeout(100 * MILLI);
     let drain = layer.drain();
     let receiver = layer.layer(service_fn(move |_: String| {
         counted.fetch_add(1, Ordering::SeqCst);

@@ -123,7 +123,7 @@ async fn a_rollback_is_seen_also_where_others_took_the_outcome_for_unknown_meanw
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
-    for on_error in [OnError::Release, OnError::Keep, OnError::Unknown] {
+    for on_error in [OnError::Release, OnError::Store, OnError::Unknown] {
         let cut_off = CutOff::new(true, |layer| layer.on_error(on_error)).await;
         cut_off.heal().await;
         let (status, headers, body) = cut_off.again().await;
@@ -136,7 +136,7 @@ async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
     for (on_error, status) in [
-        (OnError::Keep, StatusCode::INTERNAL_SERVER_ERROR),
+        (OnError::Store, StatusCode::INTERNAL_SERVER_ERROR),
         (OnError::Unknown, StatusCode::CONFLICT),
     ] {
         let cut_off = CutOff::new(false, |layer| layer.on_error(on_error)).await;
@@ -145,7 +145,7 @@ async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
             let (given, headers, _) = cut_off.again().await;
             assert_eq!(given, status, "{on_error:?}");
             let is_replay = headers.contains_key("idempotent-replayed");
-            assert_eq!(is_replay, on_error == OnError::Keep);
+            assert_eq!(is_replay, on_error == OnError::Store);
         }
         assert_eq!((cut_off.bench.payments().await, cut_off.bench.runs()), (0, 1));
     }

@@ -319,7 +319,7 @@ async fn claim_and_completion_within_one_transaction_make_an_event_count_once() 
                 }
                 true
             }
-            Decision::NotKept => false,
+            Decision::NotStored => false,
             other => panic!("{other:?}"),
         }
     };
@@ -578,7 +578,7 @@ async fn a_response_that_breaks_off_after_a_rollback_frees_the_key() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_follows_a_rollback_says_success() {
     let bench = Bench::new(Ending::Commit).await;
-    for on_error in [OnError::Keep, OnError::Release, OnError::Unknown] {
+    for on_error in [OnError::Store, OnError::Release, OnError::Unknown] {
         for ending in ["panics", "fails", "answers", "predicate-panics"] {
             let handler = move |State(app): State<App>, lease: Lease| async move {
                 let mut transaction = app.pool.begin().await.unwrap();
@@ -594,7 +594,7 @@ async fn nothing_that_follows_a_rollback_says_success() {
             };
             let mut layer = bench.layer().on_error(on_error);
             if ending == "predicate-panics" {
-                layer = layer.keep_if(|_| panic!("the predicate"));
+                layer = layer.store_if(|_| panic!("the predicate"));
             }
             let router = Router::new().route("/payments", post(handler)).layer(layer);
             let router = router.with_state(bench.app.clone());

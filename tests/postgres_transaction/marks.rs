@@ -1,6 +1,6 @@
 //! Marks on a response that is completed in a transaction.
 
-use tower_idempotency::{DoNotKeep, StoreOutcomeOnly};
+use tower_idempotency::{DoNotStore, StoreOutcomeOnly};
 
 use super::*;
 
@@ -14,7 +14,7 @@ async fn create_secret(State(app): State<App>, lease: Lease, body: Bytes) -> Res
     let fields = [("set-cookie", "sid=1"), ("content-length", "5")];
     let secret = (StatusCode::CREATED, fields, "sk_live_1");
     let completed = if body.starts_with(b"veto") {
-        lease.complete_in(&mut transaction, (DoNotKeep, secret)).await
+        lease.complete_in(&mut transaction, (DoNotStore, secret)).await
     } else {
         lease.complete_in(&mut transaction, (StoreOutcomeOnly, secret)).await
     };
@@ -94,7 +94,7 @@ async fn a_response_with_a_veto_cannot_be_completed_in_a_transaction() {
     for _ in 0..2 {
         let (status, _, body) = ask(&router, "veto").await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
-        assert!(body.contains("DoNotKeep"), "{body}");
+        assert!(body.contains("DoNotStore"), "{body}");
     }
     assert_eq!((bench.payments().await, bench.runs()), (0, 2));
 }

@@ -25,7 +25,7 @@ fn if_lost() -> [SetUp; 3] {
     [
         |layer| layer,
         ReceiverLayer::at_least_once,
-        |layer| layer.with_recovery(|_, _| async { Found::NotHappened }),
+        |layer| layer.with_recovery(|_, _| async { Recovered::NotHappened }),
     ]
 }
 
@@ -97,7 +97,7 @@ async fn each_error_has_its_class_whatever_becomes_of_the_others() {
     for (on_error, redelivered) in [
         (OnError::Release, Disposition::Acknowledge),
         (OnError::Reject, Disposition::Acknowledge),
-        (OnError::Keep, Disposition::Acknowledge),
+        (OnError::Store, Disposition::Acknowledge),
         (OnError::Unknown, Disposition::Reject),
     ] {
         let runs = Arc::new(AtomicUsize::new(0));

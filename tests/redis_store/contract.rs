@@ -106,7 +106,7 @@ async fn empty_and_binary_answers_differ_from_tombstones() {
     for (key, outcome) in [
         (1, kept("")),
         (2, kept(all)),
-        (3, Outcome::Kept(Default::default())),
+        (3, Outcome::Stored(Default::default())),
         (4, Outcome::Tombstone),
     ] {
         let grant = granted(&store, &claim(key, 1)).await;
@@ -117,7 +117,7 @@ async fn empty_and_binary_answers_differ_from_tombstones() {
         let status = store.peek(&claim(key, 1).key).await.unwrap().unwrap().status;
         assert_eq!(status, Status::Completed(outcome));
     }
-    assert_eq!(store.claim(&claim(4, 9)).await.unwrap(), Decision::NotKept);
+    assert_eq!(store.claim(&claim(4, 9)).await.unwrap(), Decision::NotStored);
 }
 
 #[tokio::test]

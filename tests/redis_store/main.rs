@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, StorageKey,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, StorageKey, StoredResponse,
 };
 use tower_idempotency::{RedisStore, Store};
 
@@ -44,7 +44,7 @@ fn claim(key: u8, nonce: u8) -> Claim {
 }
 
 fn kept(body: impl Into<Bytes>) -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: body.into(),
     })
@@ -74,7 +74,7 @@ async fn completed(store: &RedisStore, key: u8, body: &str) {
     assert_eq!(done.unwrap(), Completion::Completed);
 }
 
-async fn replayed(store: &RedisStore, key: u8) -> Answer {
+async fn replayed(store: &RedisStore, key: u8) -> StoredResponse {
     match store.claim(&claim(key, 99)).await.unwrap() {
         Decision::Replay(answer) => answer,
         other => panic!("no replay: {other:?}"),

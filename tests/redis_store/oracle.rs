@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tower_idempotency::protocol::{
-    Change, Claim, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Record, Resolution, Resolved,
-    Snapshot, Status, StorageKey, Transition,
+    Change, Claim, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Record, Resolution,
+    ResolveResult, Snapshot, Status, StorageKey, Transition,
 };
 use tower_idempotency::{RedisStore, Store, Timestamp};
 
@@ -58,7 +58,7 @@ impl Model {
             Timestamp::from_micros(1_700_000_000_000_000 + self.now),
         );
         match transition.change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => self.record = None,
         }
@@ -150,8 +150,8 @@ async fn play(step: Step, model: &mut Model, store: &RedisStore, key: StorageKey
                 let resolution = if absent { Resolution::Absent } else { found };
                 let wanted = model.apply(|record, now| Record::resolve(record, mine.fence, &resolution, now));
                 let wanted = match wanted {
-                    Resolved::Conflict(fence) => Resolved::Conflict(fence.map(|fence| model.fence(fence))),
-                    Resolved::Resolved => Resolved::Resolved,
+                    ResolveResult::Conflict(fence) => ResolveResult::Conflict(fence.map(|fence| model.fence(fence))),
+                    ResolveResult::Resolved => ResolveResult::Resolved,
                 };
                 assert_eq!(store.resolve(&key, its.fence, &resolution).await.unwrap(), wanted);
             }
@@ -207,7 +207,7 @@ fn the_store_answers_as_the_pure_record_does() {
         runtime.block_on(async {
             for step in steps {
                 play(step, &mut model, &store, key).await;
-                let wanted = model.apply(|record, now| Transition { reply: Record::peek(record, now), change: Change::Keep });
+                let wanted = model.apply(|record, now| Transition { reply: Record::peek(record, now), change: Change::StoreResponse });
                 let wanted = comparable(wanted, |fence| model.fence(fence));
                 assert_eq!(comparable(store.peek(&key).await.unwrap(), |fence| fence), wanted);
             }
@@ -358,7 +358,7 @@ fn every_operation_on_every_record_does_what_the_pure_one_does() {
         });
         assert_eq!(blurred(&got), blurred(&wanted));
         let wanted = match change {
-            Change::Keep => Some(bytes.into()),
+            Change::StoreResponse => Some(bytes.into()),
             Change::Put(record) => Some(record.to_bytes()),
             Change::Remove => None,
         };

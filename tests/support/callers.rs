@@ -16,10 +16,11 @@ use axum::Router;
 use futures::stream::{iter, StreamExt};
 use tower::{ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    once, Attempt, CallLayer, CallOutcome, Delivery, Done, Failure, Found, IdempotencyKeyLayer, KeyDeriver, KeyMaker,
-    KeyOrigin, Once, OnceError, Profile, ReqwestService, RetryPolicy,
+    once, Attempt, CallLayer, CallOutcome, CallReport, Done, Failure, IdempotencyKeyLayer, KeyDeriver, KeyGenerator,
+    KeyOrigin, Once, OnceError, ProviderProfile, ReqwestService, RetryPolicy,
 };
 use tower_idempotency::BoxStore;
+use tower_idempotency::Recovered;
 
 use super::proxy::{Direction, Fate, Proxy};
 
@@ -387,7 +388,7 @@ impl Jobs {
                 Row::Drafts => self.drafts(job).await,
                 Row::Ids => self.create_with_id(job).await,
                 Row::Keys => match self.charge(job).await {
-                    CallOutcome::Answered => return (job, "done"),
+                    CallOutcome::Responded => return (job, "done"),
                     _ => Err(OnceError::Unknown(None)),
                 },
             };
@@ -407,10 +408,11 @@ impl Jobs {
     /// Row 1: keys, derived from the job's name, and no store at all.
     async fn charge(&self, job: usize) -> CallOutcome {
         let keys = KeyDeriver::new(&[7; 32]).unwrap();
-        let policy =
-            RetryPolicy::new(Profile::stripe()).with_backoff(Duration::from_millis(5), Duration::from_millis(50));
+        let policy = RetryPolicy::new(ProviderProfile::stripe())
+            .with_initial_backoff(Duration::from_millis(5))
+            .with_max_backoff(Duration::from_millis(50));
         let client = ServiceBuilder::new()
-            .layer(IdempotencyKeyLayer::new(Profile::stripe()).with_maker(KeyMaker::derived(keys)))
+            .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys)))
             .layer(CallLayer::new(policy))
             .service(ReqwestService::from_client(self.http.clone()));
         let request = http::Request::post(format!("http://{}/create/{job}", self.party));
@@ -418,7 +420,7 @@ impl Jobs {
         let request = request.extension(origin).body(reqwest::Body::from("amount=1")).unwrap();
         match client.oneshot(request).await {
             Ok(response) => {
-                let outcome = response.extensions().get::<Delivery>().unwrap().outcome();
+                let outcome = response.extensions().get::<CallReport>().unwrap().outcome();
                 // The head came, and the body may still be lost.
                 let body = http_body_util::BodyExt::collect(response.into_body()).await;
                 body.map_or(CallOutcome::Unknown, |_| outcome)
@@ -463,9 +465,9 @@ impl Jobs {
         let (find, create) = (format!("find/{job}"), format!("create/{job}"));
         let check = move |attempt: Attempt| async move {
             match asking.post(&find, &fence(&attempt)).await {
-                Ok(_) => Found::Happened("found".to_owned()),
-                Err(Failure::NotDone(_)) => Found::NotHappened,
-                Err(Failure::Unknown(_)) => Found::Unknown,
+                Ok(_) => Recovered::Happened("found".to_owned()),
+                Err(Failure::NotDone(_)) => Recovered::NotHappened,
+                Err(Failure::Unknown(_)) => Recovered::Unknown,
             }
         };
         let call = move |attempt: Attempt| async move { creating.post(&create, &fence(&attempt)).await };

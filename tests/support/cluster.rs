@@ -287,7 +287,7 @@ pub async fn send(
 /// How a key ended for a client that retries.
 #[derive(Clone, Debug)]
 pub enum End {
-    Answered(Got),
+    Responded(Got),
     Unknown,
 }
 
@@ -309,7 +309,7 @@ impl Seen {
             let address = addresses[rand::random_range(0..addresses.len())];
             match send(client, address, key, &[]).await {
                 None => *self.broken.lock().unwrap().entry(key.to_owned()).or_default() += 1,
-                Some(got) if got.status == StatusCode::CREATED => return self.end(key, End::Answered(got)),
+                Some(got) if got.status == StatusCode::CREATED => return self.end(key, End::Responded(got)),
                 Some(got) if got.code().as_deref() == Some("outcome-unknown") => return self.end(key, End::Unknown),
                 Some(got) if got.status == StatusCode::INTERNAL_SERVER_ERROR => {
                     self.failed.fetch_add(1, Ordering::Relaxed);

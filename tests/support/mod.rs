@@ -20,7 +20,7 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use tower::{Service, ServiceExt};
 use tower_idempotency::protocol::{
-    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,
 };
 use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
@@ -147,7 +147,7 @@ impl RemoteStore {
         let mut records = self.0.records.lock().unwrap();
         let Transition { reply, change } = transition(records.get(key));
         match change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) => drop(records.insert(*key, record)),
             Change::Remove => drop(records.remove(key)),
         }
@@ -251,7 +251,7 @@ impl Store for RemoteStore {
         .await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         self.call("resolve", key, |record| {
             Record::resolve(record, fence, resolution, self.0.clock.now())
         })
@@ -261,7 +261,7 @@ impl Store for RemoteStore {
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
         let peek = |record: Option<&Record>| Transition {
             reply: Record::peek(record, self.0.clock.now()),
-            change: Change::Keep,
+            change: Change::StoreResponse,
         };
         self.call("peek", key, peek).await
     }

@@ -14,8 +14,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tower_idempotency::protocol::{
-    Answer, Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
-    Resolved, StorageKey,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
+    ResolveResult, StorageKey, StoredResponse,
 };
 use tower_idempotency::{Error, ErrorKind, Store};
 
@@ -173,7 +173,7 @@ fn fresh() -> Claim {
 }
 
 fn kept() -> Outcome {
-    Outcome::Kept(Answer {
+    Outcome::Stored(StoredResponse {
         head: Bytes::from_static(b"head"),
         body: Bytes::from_static(b"body"),
     })
@@ -245,7 +245,10 @@ impl Operation {
                 cut();
                 let resolved = judged(proxied.resolve(key, owner.fence, &found).await);
                 let repeated = direct.resolve(key, owner.fence, &found).await.unwrap();
-                assert!(matches!(repeated, Resolved::Resolved | Resolved::Conflict(Some(_))));
+                assert!(matches!(
+                    repeated,
+                    ResolveResult::Resolved | ResolveResult::Conflict(Some(_))
+                ));
                 let replay = direct
                     .claim(&Claim {
                         nonce: Nonce::random(),
@@ -294,7 +297,7 @@ async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut:
         })
         .await
         .unwrap();
-    assert!(matches!(replay, Decision::Replay(answer) if Outcome::Kept(answer.clone()) == kept()));
+    assert!(matches!(replay, Decision::Replay(answer) if Outcome::Stored(answer.clone()) == kept()));
     completed.is_some()
 }
 

@@ -133,7 +133,7 @@ fn judge(seen: &Seen, mode: Mode, effects: &std::collections::BTreeMap<String, u
     assert_eq!(ends.len(), keys);
     for (key, ends) in ends.iter() {
         let answers = ends.iter().filter_map(|end| match end {
-            End::Answered(got) => Some(got),
+            End::Responded(got) => Some(got),
             End::Unknown => None,
         });
         let bodies: HashSet<_> = answers.clone().map(|got| &got.body).collect();

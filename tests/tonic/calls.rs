@@ -10,10 +10,10 @@ use tokio::sync::Semaphore;
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt;
 use tower::Layer;
-use tower_idempotency::protocol::{Answer, Outcome, Resolution, Resolved};
+use tower_idempotency::protocol::{Outcome, Resolution, ResolveResult, StoredResponse};
 use tower_idempotency::{
-    grpc_response, DoNotKeep, IdempotencyLayer, Keep, MarkStatus, MemoryStore, OnError, OnLost, Recovered, RetainFor,
-    Store, StoreOutcomeOnly,
+    grpc_response, DoNotStore, IdempotencyLayer, MarkStatus, MemoryStore, OnError, Recovered, Store, StoreFor,
+    StoreOutcomeOnly, StoreResponse,
 };
 
 use crate::kit::{is_replay, serve, until, with_key, Client, Payments, CHARGE};
@@ -155,10 +155,10 @@ async fn a_handler_marks_its_status_and_no_client_sees_the_mark() {
     let payments = Payments::new().charging(|run, request| async move {
         let status = Status::unavailable(format!("run {run}"));
         Err(match &request.get_ref()[..] {
-            b"final" => status.with_mark(Keep),
-            b"again" => Status::not_found(format!("run {run}")).with_mark(DoNotKeep),
+            b"final" => status.with_mark(StoreResponse),
+            b"again" => Status::not_found(format!("run {run}")).with_mark(DoNotStore),
             b"secret" => status.with_mark(StoreOutcomeOnly),
-            _ => status.with_mark(Keep).with_mark(RetainFor(Duration::ZERO)),
+            _ => status.with_mark(StoreResponse).with_mark(StoreFor(Duration::ZERO)),
         })
     });
     let client = Client::of(serve(layer(), payments.clone()).await).await;
@@ -222,7 +222,7 @@ async fn settings_of_a_method_go_before_a_selector_and_leave_other_methods_alone
     let payments = Payments::new();
     let strict = layer().require_key().settings();
     let layer = layer()
-        .with_selector(move |_| Some(strict.clone()))
+        .with_settings_for(move |_| Some(strict.clone()))
         .add_grpc_method("test.Payments/Charge", |charge| charge.with_retention(Duration::ZERO));
     let client = Client::of(serve(layer, payments.clone()).await).await;
     for _ in 0..2 {
@@ -241,7 +241,7 @@ async fn chosen_settings_have_their_methods_and_the_methods_of_the_layer_go_firs
     let chosen = layer()
         .add_grpc_method(CHARGE, IdempotencyLayer::require_key)
         .settings();
-    let all_chosen = IdempotencyLayer::new(MemoryStore::new()).with_selector(move |_| Some(chosen.clone()));
+    let all_chosen = IdempotencyLayer::new(MemoryStore::new()).with_settings_for(move |_| Some(chosen.clone()));
     let without_key = || tonic::Request::new(Bytes::new());
     let client = Client::of(serve(all_chosen.clone(), Payments::new()).await).await;
     let refused = client.charge(without_key()).await.unwrap_err();
@@ -288,7 +288,7 @@ async fn an_outcome_that_the_application_found_is_replayed_as_a_whole_response()
         let fence = layer.store().peek(&storage_key).await.unwrap().unwrap().fence;
         let found = Resolution::Completed(layer.outcome_of(response), Duration::from_secs(60));
         let resolved = layer.store().resolve(&storage_key, fence, &found).await.unwrap();
-        assert_eq!(resolved, Resolved::Resolved);
+        assert_eq!(resolved, ResolveResult::Resolved);
     }
     let paid = client.charge(with_key("paid", "100")).await.unwrap();
     assert_eq!(
@@ -298,9 +298,7 @@ async fn an_outcome_that_the_application_found_is_replayed_as_a_whole_response()
     let refused = client.charge(with_key("refused", "100")).await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::NotFound, "no account"));
 
-    let asking = layer.on_lost(OnLost::recover(|_| async {
-        Recovered::Happened(grpc_response(b"booked"))
-    }));
+    let asking = layer.with_recovery(|_| async { Recovered::Happened(grpc_response(b"booked")) });
     let client = Client::of(serve(asking, lost()).await).await;
     client.charge(with_key("asked", "100")).await.unwrap_err();
     for _ in 0..2 {
@@ -343,7 +341,7 @@ async fn an_outcome_has_the_form_of_its_own_protocol_under_whatever_settings() {
                 None,
             ),
         ] {
-            let Outcome::Kept(answer) = layer.outcome_of(response) else {
+            let Outcome::Stored(answer) = layer.outcome_of(response) else {
                 panic!("it is stored")
             };
             let status = |fields: Option<&http::HeaderMap>| {
@@ -364,7 +362,7 @@ async fn a_found_response_without_a_content_type_gets_one_only_under_settings_fo
     let http_layer = IdempotencyLayer::new(MemoryStore::new());
     for (layer, content_type) in [(layer(), Some("application/grpc")), (http_layer, None)] {
         for body in [&b""[..], b"\0\0\0\0\x01x"] {
-            let Outcome::Kept(answer) = layer.outcome_of(http::Response::new(body.into())) else {
+            let Outcome::Stored(answer) = layer.outcome_of(http::Response::new(body.into())) else {
                 panic!("it is stored")
             };
             let replayed = replay_of(&layer, answer).await;
@@ -386,7 +384,7 @@ fn a_found_response_with_as_many_fields_as_a_map_takes_is_stored() {
                 break;
             }
         }
-        assert!(matches!(layer().outcome_of(response), Outcome::Kept(_)));
+        assert!(matches!(layer().outcome_of(response), Outcome::Stored(_)));
     }
 }
 
@@ -402,7 +400,7 @@ async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {
         for field in fields {
             headers.insert(field, "0".parse().unwrap());
         }
-        let Outcome::Kept(answer) = layer.outcome_of(response) else {
+        let Outcome::Stored(answer) = layer.outcome_of(response) else {
             panic!("it is stored")
         };
         let replayed = replay_of(&layer, answer).await;
@@ -414,7 +412,7 @@ async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {
 }
 
 /// Resolves a key with the outcome, and returns the response to its next request.
-async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: Answer) -> crate::support::Got {
+async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: StoredResponse) -> crate::support::Got {
     let handler = Handler::new().answering(|_| http::Response::builder().status(500).body(full("")).unwrap());
     static KEYS: AtomicUsize = AtomicUsize::new(0);
     let key = format!("resolved-{}", KEYS.fetch_add(1, Ordering::Relaxed));
@@ -422,7 +420,7 @@ async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: Answer) -> cra
     send(&service, post(&key, "")).await;
     let storage_key = layer.storage_key(None, &key).unwrap();
     let fence = layer.store().peek(&storage_key).await.unwrap().unwrap().fence;
-    let found = Resolution::Completed(Outcome::Kept(answer), Duration::from_secs(60));
+    let found = Resolution::Completed(Outcome::Stored(answer), Duration::from_secs(60));
     layer.store().resolve(&storage_key, fence, &found).await.unwrap();
     let replayed = send(&service, post(&key, "")).await;
     assert!(replayed.is_replay());

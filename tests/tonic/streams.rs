@@ -13,7 +13,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Code;
 use tonic_types::StatusExt;
 use tower::{Layer, ServiceExt};
-use tower_idempotency::{IdempotencyLayer, Keep, MemoryStore, StreamResponse};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreResponse, StreamResponse};
 
 use crate::kit::{is_replay, serve, with_key, Client, Payments, WATCH};
 use crate::support::{full, post, send, AnyBody, Handler};
@@ -162,13 +162,13 @@ async fn a_method_or_a_mark_streams_from_the_first_byte() {
 async fn a_predicate_or_a_mark_to_store_holds_a_stream_back_no_longer() {
     let marked = |_: usize| {
         let mut response = pieces(&[(0, MESSAGE)], None);
-        response.extensions_mut().insert(Keep);
+        response.extensions_mut().insert(StoreResponse);
         response
     };
     let streaming = |layer: IdempotencyLayer<MemoryStore>| {
         layer.add_grpc_method("/payments", |watch| watch.with_stream_types(["application/grpc"]))
     };
-    let predicate = || layer().keep_if(|_| true);
+    let predicate = || layer().store_if(|_| true);
     let endless = |_: usize| pieces(&[(0, MESSAGE)], None);
     assert_eq!(first_byte(predicate(), endless).await, (100, false));
     assert_eq!(first_byte(layer(), marked).await, (100, false));
@@ -205,7 +205,7 @@ async fn an_endless_stream_that_is_always_ready_begins() {
         response.body(StreamBody::new(messages).boxed_unsync()).unwrap()
     };
     let service = layer()
-        .with_answer_limit(1 << 16)
+        .with_response_limit(1 << 16)
         .layer(Handler::new().answering(endless));
     let mut response = service.oneshot(post("k", "")).await.unwrap();
     assert!(response.body_mut().frame().await.unwrap().unwrap().is_data());

@@ -89,7 +89,7 @@ async fn a_response_without_a_status_is_a_failure() {
         for (on_error, runs, code) in [
             (OnError::Release, 2, None),
             (OnError::Unknown, 1, Some("outcome-unknown")),
-            (OnError::Keep, 1, None),
+            (OnError::Store, 1, None),
         ] {
             let handler = Handler::new().answering(move |_| respond());
             let layer = IdempotencyLayer::new(MemoryStore::new()).grpc().on_error(on_error);
@@ -183,11 +183,11 @@ async fn a_predicate_and_a_limit_go_before_the_trailers() {
     let unavailable = |_: usize| message(&[], &[("grpc-status", "14")]);
     let handler = Handler::new().answering(unavailable);
     let layer = IdempotencyLayer::new(MemoryStore::new()).grpc();
-    let service = layer.clone().keep_if(|_| true).layer(handler.clone());
+    let service = layer.clone().store_if(|_| true).layer(handler.clone());
     send(&service, post("k", "")).await;
     assert!(send(&service, post("k", "")).await.is_replay());
     // A response that is too long to read counts as done, because its status comes too late.
-    let service = layer.with_answer_limit(3).layer(handler.clone());
+    let service = layer.with_response_limit(3).layer(handler.clone());
     assert_eq!(
         send(&service, post("long", "")).await.trailers.unwrap()["grpc-status"],
         "14"

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderName, Request, Response, StatusCode};
 use tower::{Layer, ServiceExt};
-use tower_idempotency::{DoNotKeep, IdempotencyLayer, Keep, MemoryStore, OnError, OnLost, Refusal, Scope};
+use tower_idempotency::{DoNotStore, IdempotencyLayer, MemoryStore, OnError, OnLost, Refusal, Scope, StoreResponse};
 
 use super::support::{advance, full, post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
 
@@ -54,7 +54,7 @@ async fn a_panic_and_a_stored_mark_tell_stripes_sdks_not_to_send_it_again() {
     }
     let marked = |_| {
         let mut response = text(StatusCode::TOO_MANY_REQUESTS, "never again");
-        response.extensions_mut().insert(Keep);
+        response.extensions_mut().insert(StoreResponse);
         response
     };
     let service = stripe().layer(Handler::new().answering(marked));
@@ -74,7 +74,7 @@ async fn a_response_that_frees_its_key_or_succeeds_gives_no_advice() {
     }
     let vetoed = |_| {
         let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "later");
-        response.extensions_mut().insert(DoNotKeep);
+        response.extensions_mut().insert(DoNotStore);
         response
     };
     let service = stripe().layer(Handler::new().answering(vetoed));
@@ -246,7 +246,7 @@ async fn a_renderer_sees_the_head_of_the_request_whenever_it_is_refused() {
     // After the handler has got the request.
     let failed = send(&layer.clone().layer(panics()), identified("a", "6", "x")).await;
     assert_eq!(failed.body, "handler-failed 6");
-    let stored = layer.clone().on_error(OnError::Keep).layer(panics());
+    let stored = layer.clone().on_error(OnError::Store).layer(panics());
     for id in ["7", "8"] {
         let failed = send(&stored, identified("b", id, "x")).await;
         assert_eq!(

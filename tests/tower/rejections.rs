@@ -18,7 +18,7 @@ use tower_idempotency::{IdempotencyLayer, OnError, ServiceFailure};
 
 use super::support::{advance, got, post, send, text, yield_times, AnyBody, Got, Handler, RemoteStore};
 
-const EVERY: [OnError; 3] = [OnError::Keep, OnError::Release, OnError::Unknown];
+const EVERY: [OnError; 3] = [OnError::Store, OnError::Release, OnError::Unknown];
 
 fn classify(error: &BoxError) -> ServiceFailure {
     let not_run = error.is::<load_shed::error::Overloaded>()
@@ -119,7 +119,7 @@ async fn a_request_whose_buffer_has_closed_frees_its_key_under_every_setting() {
 #[tokio::test(start_paused = true)]
 async fn a_request_that_timed_out_inside_may_have_run_and_follows_its_setting() {
     for (on_error, wanted) in [
-        (OnError::Keep, (500, "handler-failed", 1)),
+        (OnError::Store, (500, "handler-failed", 1)),
         (OnError::Release, (0, "", 2)),
         (OnError::Unknown, (409, "outcome-unknown", 1)),
     ] {

@@ -83,7 +83,7 @@ impl fmt::Debug for KeyDeriver {
 }
 
 /// What a call further on is made for: the key that our own caller sent, the step of our work, and whose key it is. As an
-/// extension of a request it tells [`KeyMaker::derived`](super::KeyMaker::derived) what to derive from. Its `Debug` form hides
+/// extension of a request it tells [`KeyGenerator::derived`](super::KeyGenerator::derived) what to derive from. Its `Debug` form hides
 /// the key.
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeyOrigin {
@@ -105,7 +105,7 @@ impl KeyOrigin {
         }
     }
 
-    /// Sets the date of the first attempt, which [`Profile::repeatable_requests`](super::Profile::repeatable_requests)
+    /// Sets the date of the first attempt, which [`ProviderProfile::repeatable_requests`](super::ProviderProfile::repeatable_requests)
     /// sends to the server. Default: none. Use a time that is the same in every attempt, including those after a crash,
     /// such as the time at which the job was enqueued. From this date the server knows whether its record of the key
     /// may have expired. With a later date, the server could take a retry for a new request and perform the effect

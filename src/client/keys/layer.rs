@@ -11,9 +11,9 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use super::maker::{Cause, KeyMaker, Outgoing};
-use super::place::{place_first_sent, InBody, InHeader, NoFirstSent, PlaceKey};
-use super::profile::Profile;
+use super::maker::{Cause, KeyGenerator, Outgoing};
+use super::place::{place_first_sent, InBody, InHeader, KeyPlacement, NoFirstSent};
+use super::profile::ProviderProfile;
 use crate::protocol::KeyError;
 
 /// Gives every logical request of a client one idempotency key.
@@ -25,7 +25,7 @@ use crate::protocol::KeyError;
 /// use std::convert::Infallible;
 /// use http::{Request, Response};
 /// use tower::{service_fn, ServiceBuilder, ServiceExt};
-/// use tower_idempotency::client::{IdempotencyKeyLayer, Profile};
+/// use tower_idempotency::client::{IdempotencyKeyLayer, ProviderProfile};
 ///
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() {
@@ -33,7 +33,7 @@ use crate::protocol::KeyError;
 ///     assert_eq!(request.headers()["idempotency-key"].len(), 36);
 ///     Ok::<_, Infallible>(Response::new("charged"))
 /// });
-/// let client = ServiceBuilder::new().layer(IdempotencyKeyLayer::new(Profile::stripe())).service(http);
+/// let client = ServiceBuilder::new().layer(IdempotencyKeyLayer::new(ProviderProfile::stripe())).service(http);
 /// let request = Request::post("/v1/charges").body("amount=100".to_owned()).unwrap();
 /// assert_eq!(client.oneshot(request).await.unwrap().into_body(), "charged");
 /// # }
@@ -43,9 +43,9 @@ use crate::protocol::KeyError;
 ///
 /// | setting | default |
 /// |---|---|
-/// | [maker](Self::with_maker) | [`KeyMaker::uuid_v4`] |
+/// | [maker](Self::with_maker) | [`KeyGenerator::uuid_v4`] |
 /// | [methods](Self::with_methods) | POST and PATCH; other requests pass unchanged |
-/// | place | the header field of the [`Profile`] |
+/// | place | the header field of the [`ProviderProfile`] |
 ///
 /// A key that the caller has set wins. If the server would reject that key, because it is too long or the header field
 /// is repeated, the call fails and nothing is sent.
@@ -62,18 +62,18 @@ pub struct IdempotencyKeyLayer<P = InHeader> {
 
 #[derive(Clone)]
 struct Settings {
-    profile: Profile,
-    maker: KeyMaker,
+    profile: ProviderProfile,
+    maker: KeyGenerator,
     methods: Vec<Method>,
 }
 
 impl IdempotencyKeyLayer {
     /// Makes keys for a server of this profile.
     #[must_use]
-    pub fn new(profile: Profile) -> Self {
+    pub fn new(profile: ProviderProfile) -> Self {
         let settings = Settings {
             profile,
-            maker: KeyMaker::default(),
+            maker: KeyGenerator::default(),
             methods: vec![Method::POST, Method::PATCH],
         };
         Self {
@@ -84,9 +84,9 @@ impl IdempotencyKeyLayer {
 }
 
 impl<P> IdempotencyKeyLayer<P> {
-    /// Sets how keys are made. Default: [`KeyMaker::uuid_v4`].
+    /// Sets how keys are made. Default: [`KeyGenerator::uuid_v4`].
     #[must_use]
-    pub fn with_maker(mut self, maker: KeyMaker) -> Self {
+    pub fn with_maker(mut self, maker: KeyGenerator) -> Self {
         Arc::make_mut(&mut self.settings).maker = maker;
         self
     }
@@ -104,9 +104,9 @@ impl<P> IdempotencyKeyLayer<P> {
     ///
     /// ```
     /// use http::Request;
-    /// use tower_idempotency::client::{IdempotencyKeyLayer, Profile};
+    /// use tower_idempotency::client::{IdempotencyKeyLayer, ProviderProfile};
     ///
-    /// let square = IdempotencyKeyLayer::new(Profile::draft()).with_body_key(|request: &mut Request<String>, key: &str| {
+    /// let square = IdempotencyKeyLayer::new(ProviderProfile::draft()).with_body_key(|request: &mut Request<String>, key: &str| {
     ///     let mut body: serde_json::Value = serde_json::from_str(request.body())?;
     ///     body["idempotency_key"] = key.into();
     ///     *request.body_mut() = body.to_string();
@@ -138,10 +138,10 @@ impl<P> fmt::Debug for IdempotencyKeyLayer<P> {
 }
 
 impl<S, P: Clone> Layer<S> for IdempotencyKeyLayer<P> {
-    type Service = Keyed<S, P>;
+    type Service = IdempotencyKeyService<S, P>;
 
-    fn layer(&self, inner: S) -> Keyed<S, P> {
-        Keyed {
+    fn layer(&self, inner: S) -> IdempotencyKeyService<S, P> {
+        IdempotencyKeyService {
             inner,
             layer: self.clone(),
         }
@@ -150,21 +150,21 @@ impl<S, P: Clone> Layer<S> for IdempotencyKeyLayer<P> {
 
 /// A client whose requests have keys. Made by [`IdempotencyKeyLayer`].
 #[derive(Clone, Debug)]
-pub struct Keyed<S, P = InHeader> {
+pub struct IdempotencyKeyService<S, P = InHeader> {
     inner: S,
     layer: IdempotencyKeyLayer<P>,
 }
 
-impl<S, P> Keyed<S, P> {
+impl<S, P> IdempotencyKeyService<S, P> {
     /// Returns the inner client.
     pub const fn get_ref(&self) -> &S {
         &self.inner
     }
 
     /// Gives a request its key.
-    fn key<B, E>(&self, request: &mut Request<B>) -> Result<(), KeyedError<E>>
+    fn key<B, E>(&self, request: &mut Request<B>) -> Result<(), KeyPlacementError<E>>
     where
-        P: PlaceKey<B>,
+        P: KeyPlacement<B>,
     {
         let Settings {
             profile,
@@ -176,7 +176,7 @@ impl<S, P> Keyed<S, P> {
         }
         let place = &self.layer.place;
         let mut is_new = false;
-        if !place.is_placed(profile, request).map_err(KeyedError::Key)? {
+        if !place.is_placed(profile, request).map_err(KeyPlacementError::Key)? {
             let head = Outgoing {
                 method: request.method(),
                 uri: request.uri(),
@@ -184,25 +184,25 @@ impl<S, P> Keyed<S, P> {
                 extensions: request.extensions(),
             };
             let mut text = [0; 36];
-            let key = maker.make(head, &mut text).map_err(KeyedError::Maker)?;
-            place.place(profile, request, &key).map_err(KeyedError::of)?;
+            let key = maker.make(head, &mut text).map_err(KeyPlacementError::Maker)?;
+            place.place(profile, request, &key).map_err(KeyPlacementError::of)?;
             is_new = maker.is_random();
         }
-        place_first_sent(profile, request, is_new).map_err(|NoFirstSent| KeyedError::FirstSent)
+        place_first_sent(profile, request, is_new).map_err(|NoFirstSent| KeyPlacementError::FirstSent)
     }
 }
 
-impl<S, P, B> Service<Request<B>> for Keyed<S, P>
+impl<S, P, B> Service<Request<B>> for IdempotencyKeyService<S, P>
 where
     S: Service<Request<B>>,
-    P: PlaceKey<B>,
+    P: KeyPlacement<B>,
 {
     type Response = S::Response;
-    type Error = KeyedError<S::Error>;
+    type Error = KeyPlacementError<S::Error>;
     type Future = KeyFuture<S::Future, S::Error>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx).map_err(KeyedError::Service)
+        self.inner.poll_ready(cx).map_err(KeyPlacementError::Service)
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
@@ -217,7 +217,7 @@ where
 }
 
 pin_project! {
-    /// The future of [`Keyed`].
+    /// The future of [`IdempotencyKeyService`].
     #[derive(Debug)]
     pub struct KeyFuture<F, E> {
         #[pin]
@@ -229,7 +229,7 @@ pin_project! {
     #[project = StateProjection]
     #[derive(Debug)]
     enum State<F, E> {
-        Refused { error: Option<KeyedError<E>> },
+        Refused { error: Option<KeyPlacementError<E>> },
         Sent { #[pin] future: F },
     }
 }
@@ -238,11 +238,11 @@ impl<F, T, E> Future for KeyFuture<F, E>
 where
     F: Future<Output = Result<T, E>>,
 {
-    type Output = Result<T, KeyedError<E>>;
+    type Output = Result<T, KeyPlacementError<E>>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProjection::Sent { future } => future.poll(cx).map_err(KeyedError::Service),
+            StateProjection::Sent { future } => future.poll(cx).map_err(KeyPlacementError::Service),
             StateProjection::Refused { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error)),
                 None => Poll::Pending,
@@ -254,7 +254,7 @@ where
 /// The error of a request with a key.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum KeyedError<E> {
+pub enum KeyPlacementError<E> {
     /// The server requires the date of the first attempt, and the request does not show it. Nothing was sent.
     ///
     /// The layer dates a request by itself only if it has just made the key at random, because no earlier attempt can
@@ -269,7 +269,7 @@ pub enum KeyedError<E> {
     Service(E),
 }
 
-impl<E> KeyedError<E> {
+impl<E> KeyPlacementError<E> {
     fn of(cause: Cause) -> Self {
         match cause.downcast::<KeyError>() {
             Ok(error) => Self::Key(*error),
@@ -278,7 +278,7 @@ impl<E> KeyedError<E> {
     }
 }
 
-impl<E: fmt::Display> fmt::Display for KeyedError<E> {
+impl<E: fmt::Display> fmt::Display for KeyPlacementError<E> {
     /// Displays a [`Service`](Self::Service) error with that error's own text.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -296,7 +296,7 @@ impl<E: fmt::Display> fmt::Display for KeyedError<E> {
     }
 }
 
-impl<E: std::error::Error + 'static> std::error::Error for KeyedError<E> {
+impl<E: std::error::Error + 'static> std::error::Error for KeyPlacementError<E> {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::FirstSent => None,

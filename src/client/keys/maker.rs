@@ -21,7 +21,7 @@ type MakeFn = Arc<dyn Fn(Outgoing<'_>) -> Result<String, Cause> + Send + Sync>;
 /// A random key protects from repetitions *within* one call: our own retries, redirects, a proxy. It does not survive a crash, and
 /// a caller who retries *us* makes us take a new one: for that it takes a [derived](Self::derived) one.
 #[derive(Clone)]
-pub struct KeyMaker(Make);
+pub struct KeyGenerator(Make);
 
 #[derive(Clone)]
 enum Make {
@@ -45,7 +45,7 @@ pub struct Outgoing<'r> {
     pub extensions: &'r Extensions,
 }
 
-impl KeyMaker {
+impl KeyGenerator {
     /// 122 random bits (RFC 9562 section 5.4), from the thread's cryptographic generator.
     #[must_use]
     pub const fn uuid_v4() -> Self {
@@ -103,19 +103,19 @@ fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-impl Default for KeyMaker {
+impl Default for KeyGenerator {
     fn default() -> Self {
         Self::uuid_v4()
     }
 }
 
-impl fmt::Debug for KeyMaker {
+impl fmt::Debug for KeyGenerator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match &self.0 {
-            Make::Derived(_) => "KeyMaker::derived(..)",
-            Make::Function(_) => "KeyMaker::from_fn(..)",
-            Make::UuidV4 => "KeyMaker::uuid_v4()",
-            Make::UuidV7 => "KeyMaker::uuid_v7()",
+            Make::Derived(_) => "KeyGenerator::derived(..)",
+            Make::Function(_) => "KeyGenerator::from_fn(..)",
+            Make::UuidV4 => "KeyGenerator::uuid_v4()",
+            Make::UuidV7 => "KeyGenerator::uuid_v7()",
         })
     }
 }

@@ -1,4 +1,4 @@
-//! One key per logical request. [`KeyMaker`] makes it, [`IdempotencyKeyLayer`] adds it, and a [`Profile`] describes the server
+//! One key per logical request. [`KeyGenerator`] makes it, [`IdempotencyKeyLayer`] adds it, and a [`ProviderProfile`] describes the server
 //! that accepts it.
 
 mod derive;
@@ -8,9 +8,9 @@ mod place;
 mod profile;
 
 pub use derive::{KeyDeriver, KeyOrigin};
-pub use layer::{IdempotencyKeyLayer, KeyFuture, Keyed, KeyedError};
-pub use maker::{KeyMaker, Outgoing};
+pub use layer::{IdempotencyKeyLayer, IdempotencyKeyService, KeyFuture, KeyPlacementError};
+pub use maker::{KeyGenerator, Outgoing};
 #[cfg(feature = "retry")]
 pub(super) use place::IsKeyed;
-pub use place::{InBody, InHeader, PlaceKey};
-pub use profile::{Advice, Meaning, Profile};
+pub use place::{InBody, InHeader, KeyPlacement};
+pub use profile::{ProviderProfile, ResponseMeaning, RetryAdvice};

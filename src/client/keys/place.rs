@@ -8,18 +8,18 @@ use http::Request;
 
 use super::derive::KeyOrigin;
 use super::maker::Cause;
-use super::profile::Profile;
+use super::profile::ProviderProfile;
 use crate::clock::{http_date, http_date_of};
 use crate::protocol::{quoted, InvalidKey, KeyError, KeyParser, KeySyntax};
 
 /// Where the key of a request goes: [`InHeader`], the default, or [`InBody`].
-pub trait PlaceKey<B> {
+pub trait KeyPlacement<B> {
     /// Whether the caller has set a key.
     ///
     /// # Errors
     ///
     /// When the caller has set one that the server would not take.
-    fn is_placed(&self, profile: &Profile, request: &Request<B>) -> Result<bool, KeyError>;
+    fn is_placed(&self, profile: &ProviderProfile, request: &Request<B>) -> Result<bool, KeyError>;
 
     /// Puts the key into the request.
     ///
@@ -28,19 +28,19 @@ pub trait PlaceKey<B> {
     /// Whatever hinders it; nothing is sent then.
     fn place(
         &self,
-        profile: &Profile,
+        profile: &ProviderProfile,
         request: &mut Request<B>,
         key: &str,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }
 
-/// The key goes into the header field of the [`Profile`].
+/// The key goes into the header field of the [`ProviderProfile`].
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct InHeader;
 
-impl<B> PlaceKey<B> for InHeader {
-    fn is_placed(&self, profile: &Profile, request: &Request<B>) -> Result<bool, KeyError> {
+impl<B> KeyPlacement<B> for InHeader {
+    fn is_placed(&self, profile: &ProviderProfile, request: &Request<B>) -> Result<bool, KeyError> {
         let mut lines = request.headers().get_all(&profile.header).iter();
         let Some(value) = lines.next() else {
             return Ok(false);
@@ -51,7 +51,7 @@ impl<B> PlaceKey<B> for InHeader {
         parser(profile).check_value(value.as_bytes()).map(|()| true)
     }
 
-    fn place(&self, profile: &Profile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
+    fn place(&self, profile: &ProviderProfile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
         parser(profile).check(key)?;
         let mut value = if profile.quoted {
             HeaderValue::from_maybe_shared(Bytes::from(quoted(key)))?
@@ -64,7 +64,7 @@ impl<B> PlaceKey<B> for InHeader {
     }
 }
 
-fn parser(profile: &Profile) -> KeyParser {
+fn parser(profile: &ProviderProfile) -> KeyParser {
     KeyParser {
         syntax: KeySyntax::Lenient,
         max_len: profile.max_len,
@@ -80,7 +80,7 @@ pub(super) struct NoFirstSent;
 /// the request's [`KeyOrigin`], or uses the present date if the key `is_new`. A process that crashed may have sent any
 /// other key before.
 pub(super) fn place_first_sent<B>(
-    profile: &Profile,
+    profile: &ProviderProfile,
     request: &mut Request<B>,
     is_new: bool,
 ) -> Result<(), NoFirstSent> {
@@ -106,16 +106,16 @@ pub(super) fn place_first_sent<B>(
 #[derive(Clone)]
 pub struct InBody<F>(pub(super) F);
 
-impl<B, F, E> PlaceKey<B> for InBody<F>
+impl<B, F, E> KeyPlacement<B> for InBody<F>
 where
     F: Fn(&mut Request<B>, &str) -> Result<(), E>,
     E: Into<Cause>,
 {
-    fn is_placed(&self, _: &Profile, _: &Request<B>) -> Result<bool, KeyError> {
+    fn is_placed(&self, _: &ProviderProfile, _: &Request<B>) -> Result<bool, KeyError> {
         Ok(false)
     }
 
-    fn place(&self, profile: &Profile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
+    fn place(&self, profile: &ProviderProfile, request: &mut Request<B>, key: &str) -> Result<(), Cause> {
         parser(profile).check(key)?;
         (self.0)(request, key).map_err(Into::into)?;
         request.extensions_mut().insert(IsKeyed);

@@ -16,14 +16,14 @@ type InFlightFn = Arc<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
 /// How a server accepts idempotency keys, and what its responses mean for a retry.
 ///
 /// The presets follow the documentation of the providers. Where a provider documents nothing, the preset uses the default
-/// of [`Profile::draft`] and says so. Every part can be changed.
+/// of [`ProviderProfile::draft`] and says so. Every part can be changed.
 ///
 /// ```
 /// use std::time::Duration;
 /// use http::HeaderName;
-/// use tower_idempotency::client::Profile;
+/// use tower_idempotency::client::ProviderProfile;
 ///
-/// let bank = Profile::draft()
+/// let bank = ProviderProfile::draft()
 ///     .with_header(HeaderName::from_static("x-request-id"))
 ///     .with_quotes(false)
 ///     .with_max_len(40)
@@ -31,7 +31,7 @@ type InFlightFn = Arc<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
 /// # drop(bank);
 /// ```
 #[derive(Clone)]
-pub struct Profile {
+pub struct ProviderProfile {
     pub(crate) header: HeaderName,
     pub(crate) quoted: bool,
     pub(crate) max_len: usize,
@@ -46,7 +46,7 @@ pub struct Profile {
 /// Whether to send a request again, if it has a key or is idempotent by its method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "there is no third")]
-pub enum Advice {
+pub enum RetryAdvice {
     /// No. This response is the result.
     Final,
     /// Yes, later.
@@ -56,9 +56,9 @@ pub enum Advice {
 /// The meaning of a response for the effect of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "whoever asks must handle every case")]
-pub enum Meaning {
+pub enum ResponseMeaning {
     /// The server processed the request, and the response describes the effect.
-    Answered {
+    Responded {
         /// Whether this also holds for earlier attempts under the key whose responses were lost. It is false for a status
         /// such as 401, 403 or 413, because a gateway in front of the key's records may have sent it.
         settles: bool,
@@ -69,7 +69,7 @@ pub enum Meaning {
     Unknown,
 }
 
-impl Profile {
+impl ProviderProfile {
     /// draft-ietf-httpapi-idempotency-key-header-07, as [`IdempotencyLayer`](crate::IdempotencyLayer) serves it.
     ///
     /// The field is `Idempotency-Key`, a structured-field string in quotes, up to 255 bytes. `Idempotent-Replayed` marks a
@@ -230,39 +230,39 @@ impl Profile {
 
     /// Whether to send the request again after a response with this status and these headers.
     #[must_use]
-    pub fn advice(&self, status: StatusCode, headers: &HeaderMap) -> Advice {
+    pub fn advice(&self, status: StatusCode, headers: &HeaderMap) -> RetryAdvice {
         let says = says(headers, self.should_repeat.as_ref());
         let is_repeated = || {
             // The server would replay a stored response again and again.
             !self.is_replay(headers) && (self.is_in_flight(status, headers) || self.repeated.contains(&status))
         };
         if says.unwrap_or_else(is_repeated) {
-            Advice::Repeat
+            RetryAdvice::Repeat
         } else {
-            Advice::Final
+            RetryAdvice::Final
         }
     }
 
     /// Returns the meaning of a response for the effect of its request. A 5xx other than 501 leaves the effect unknown, and
     /// so do a 1xx, a 408 and a 409 in flight.
     #[must_use]
-    pub fn meaning(&self, status: StatusCode, headers: &HeaderMap) -> Meaning {
+    pub fn meaning(&self, status: StatusCode, headers: &HeaderMap) -> ResponseMeaning {
         let is_replay = self.is_replay(headers);
         match status.as_u16() {
-            409 if self.is_in_flight(status, headers) => Meaning::Unknown,
+            409 if self.is_in_flight(status, headers) => ResponseMeaning::Unknown,
             // RFC 8470 section 5.2 and RFC 6585 section 4: the server did not begin.
-            425 | 429 => Meaning::NotTaken,
+            425 | 429 => ResponseMeaning::NotTaken,
             // An interim status or an upgrade is not a final response.
-            ..=199 => Meaning::Unknown,
+            ..=199 => ResponseMeaning::Unknown,
             // RFC 9110 section 15.6.2: the server knows no such method.
-            501 => Meaning::Answered { settles: is_replay },
-            408 | 500.. => Meaning::Unknown,
+            501 => ResponseMeaning::Responded { settles: is_replay },
+            408 | 500.. => ResponseMeaning::Unknown,
             // RFC 9110 sections 15.4.8 and 15.4.9: the client is to send the same request elsewhere. A 302 can also point to
             // the result.
-            307 | 308 => Meaning::Answered { settles: is_replay },
+            307 | 308 => ResponseMeaning::Responded { settles: is_replay },
             // Any other 4xx may come from a component that never saw the key's records, such as a gateway or a size limit.
-            200..=399 | 402 | 409 | 410 | 412 | 422 => Meaning::Answered { settles: true },
-            _ => Meaning::Answered { settles: is_replay },
+            200..=399 | 402 | 409 | 410 | 412 | 422 => ResponseMeaning::Responded { settles: true },
+            _ => ResponseMeaning::Responded { settles: is_replay },
         }
     }
 }
@@ -279,16 +279,16 @@ fn says(headers: &HeaderMap, name: Option<&HeaderName>) -> Option<bool> {
     }
 }
 
-impl Default for Profile {
-    /// [`Profile::draft`].
+impl Default for ProviderProfile {
+    /// [`ProviderProfile::draft`].
     fn default() -> Self {
         Self::draft()
     }
 }
 
-impl fmt::Debug for Profile {
+impl fmt::Debug for ProviderProfile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Profile")
+        f.debug_struct("ProviderProfile")
             .field("header", &self.header)
             .field("quoted", &self.quoted)
             .field("max_len", &self.max_len)

@@ -42,7 +42,7 @@ pub enum OnceError<T, E> {
     Mismatch,
     /// The call was made, and its result was not stored. A response was too long, too slow, a stream, or broke off, or
     /// JSON could not hold a value. The call is not made again.
-    NotKept,
+    NotStored,
     /// The store failed, or the configuration of the call is wrong. Nothing ran.
     NotRun(Error),
     /// The key was used by a job with another list of steps, or another input. Nothing ran. A job that has begun needs the
@@ -73,13 +73,13 @@ impl<T, E> OnceError<T, E> {
         match refused {
             Refused::InFlight(left) => Self::InFlight { left },
             Refused::Mismatch => Self::Mismatch,
-            Refused::NotKept => Self::NotKept,
+            Refused::NotStored => Self::NotStored,
             Refused::NotRun(error) => Self::NotRun(error),
             Refused::Undecided | Refused::Unknown | Refused::Unread(_) => Self::Unknown(None),
         }
     }
 
-    /// Whether the call may have taken effect. That is so for [`InFlight`](Self::InFlight), [`NotKept`](Self::NotKept),
+    /// Whether the call may have taken effect. That is so for [`InFlight`](Self::InFlight), [`NotStored`](Self::NotStored),
     /// [`Unknown`](Self::Unknown), [`Unreadable`](Self::Unreadable) and [`Unrecorded`](Self::Unrecorded).
     #[must_use]
     pub const fn may_have_happened(&self) -> bool {
@@ -98,7 +98,7 @@ impl<T, E> fmt::Display for OnceError<T, E> {
                 return write!(f, "another caller is making the same call; its lease ends in {left:?}");
             }
             Self::Mismatch => "the call was not made: its key was used with another input; use a new key",
-            Self::NotKept => "the call was made, but its response was not stored; ask the third party for the result",
+            Self::NotStored => "the call was made, but its response was not stored; ask the third party for the result",
             Self::NotRun(_) => "the call was not made",
             Self::StepChanged { position } => {
                 return write!(

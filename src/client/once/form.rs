@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 
-use crate::protocol::{Answer, Outcome};
+use crate::protocol::{Outcome, StoredResponse};
 use crate::telemetry::{self, Event};
 
 /// The head of a stored value. Responses to HTTP requests begin with 1.
@@ -19,7 +19,7 @@ pub(super) fn encode<T: Serialize + DeserializeOwned>(value: T) -> (T, Outcome) 
     let stored = catch_unwind(AssertUnwindSafe(|| round_trip(&value))).ok().flatten();
     if let Some((body, read)) = stored {
         let head = Bytes::from_static(JSON);
-        return (read, Outcome::Kept(Answer { head, body }));
+        return (read, Outcome::Stored(StoredResponse { head, body }));
     }
     // The event leaves out the error, which may quote the value.
     telemetry::event(Event::Tombstone);
@@ -38,7 +38,9 @@ fn round_trip<T: Serialize + DeserializeOwned>(value: &T) -> Option<(Bytes, T)> 
 /// # Errors
 ///
 /// If the record holds something other than a `T`.
-pub(super) fn decode<T: DeserializeOwned>(answer: &Answer) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
+pub(super) fn decode<T: DeserializeOwned>(
+    answer: &StoredResponse,
+) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
     if answer.head != JSON {
         return Err("the stored answer is that of an HTTP request, or of a newer version of this crate".into());
     }

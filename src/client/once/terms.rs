@@ -56,17 +56,23 @@ macro_rules! term_setters {
         /// of a caller that died may still be under way: asked too early, the third party truly says that nothing is there, and
         /// then it arrives. This narrows the gap; only a third party that refuses an older [fence](Attempt::fence) shuts it.
         #[must_use]
-        pub fn with_settling(mut self, delay: std::time::Duration) -> Self {
+        pub fn with_settle_delay(mut self, delay: std::time::Duration) -> Self {
             self.terms().settling = delay;
             self
         }
 
-        /// How long one operation of the store may take, and for how long it is repeated when it is to record what came of a call; 5 s
-        /// and 10 s by default. Without its caller it is repeated for twelve times as long, two minutes.
+        /// Sets how long one operation of the store may take. Default: 5 s.
         #[must_use]
-        pub fn with_store_timeouts(mut self, operation: std::time::Duration, recording: std::time::Duration) -> Self {
-            let terms = self.terms();
-            (terms.store_timeout, terms.completion_timeout) = (operation, recording);
+        pub fn with_store_timeout(mut self, timeout: std::time::Duration) -> Self {
+            self.terms().store_timeout = timeout;
+            self
+        }
+
+        /// Sets how long the operation that records the outcome of a call is repeated. Default: 10 s. Without its caller, the
+        /// operation is repeated for twelve times as long, two minutes by default.
+        #[must_use]
+        pub fn with_completion_timeout(mut self, timeout: std::time::Duration) -> Self {
+            self.terms().completion_timeout = timeout;
             self
         }
     };

@@ -13,7 +13,7 @@ use super::form::{decode, encode};
 use super::steps::{Place, Steps};
 use super::terms::term_setters;
 use crate::error::{Error, ErrorKind};
-use crate::job::{Attempt, Drain, Ended, Found, Job, Settled, Terms, Verdict, Work};
+use crate::job::{Attempt, Drain, Ended, Job, OnLost, Recovered, Settled, Terms, Verdict, Work};
 use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
 use crate::uncut::Tracker;
@@ -50,7 +50,7 @@ use crate::uncut::Tracker;
 /// A value that JSON cannot hold, or that cannot be read back (a map whose keys are lists, a bare `NaN`, an infinity,
 /// more than 127 levels of nesting, a `Serialize` that panics), is not stored. The call was made, so it is not made
 /// again. The first caller gets the value unchanged, the record says only that the call was made, and every later
-/// caller gets [`OnceError::NotKept`]. The log has an event `tombstone` for each such value.
+/// caller gets [`OnceError::NotStored`]. The log has an event `tombstone` for each such value.
 #[must_use = "nothing happens before `run`"]
 pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
     Once {
@@ -88,7 +88,7 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
 /// | [retention](Self::with_retention) | 24 h from the completion |
 /// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
 /// | [attempts](Self::with_max_attempts) | 5 |
-/// | [settling](Self::with_settling) before an existence check | none |
+/// | [settling](Self::with_settle_delay) before an existence check | none |
 /// | [input](Self::with_input), [scope](Self::with_scope), [namespace](Self::with_namespace), [secret](Self::with_secret) | none |
 #[derive(Clone)]
 pub struct Once<St> {
@@ -126,8 +126,15 @@ impl<St> Once<St> {
     /// Makes the call again when an attempt was lost, instead of leaving it unknown. For calls that may have their effect twice, or
     /// whose third party heeds the [id](Attempt::id) of the attempt.
     #[must_use]
-    pub fn at_least_once(mut self) -> Self {
-        self.if_lost = IfLost::Execute;
+    pub fn at_least_once(self) -> Self {
+        self.on_lost(OnLost::Execute)
+    }
+
+    /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. To ask first, call
+    /// [`run_or_recover`](Self::run_or_recover).
+    #[must_use]
+    pub fn on_lost(mut self, on_lost: OnLost) -> Self {
+        self.if_lost = on_lost.into();
         self
     }
 
@@ -201,7 +208,7 @@ impl<St: Store + Clone> Once<St> {
         F: FnOnce(Attempt) -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
-        let never = |_| ready(Found::Unknown);
+        let never = |_| ready(Recovered::Unknown);
         self.settle(never, call).await
     }
 
@@ -212,7 +219,7 @@ impl<St: Store + Clone> Once<St> {
     ///
     /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Attempt::fence) at the third party
     /// before it looks, or where that attempt's request has settled before the check. A request that arrives after the check has
-    /// an effect of its own; [`with_settling`](Self::with_settling) narrows that gap.
+    /// an effect of its own; [`with_settle_delay`](Self::with_settle_delay) narrows that gap.
     ///
     /// # Errors
     ///
@@ -226,7 +233,7 @@ impl<St: Store + Clone> Once<St> {
         T: Serialize + DeserializeOwned + Send + 'static,
         E: Send + 'static,
         C: FnOnce(Attempt) -> CFut + Send + 'static,
-        CFut: Future<Output = Found<T>> + Send + 'static,
+        CFut: Future<Output = Recovered<T>> + Send + 'static,
         F: FnOnce(Attempt) -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
@@ -239,7 +246,7 @@ impl<St: Store + Clone> Once<St> {
         T: Serialize + DeserializeOwned + Send + 'static,
         E: Send + 'static,
         C: FnOnce(Attempt) -> CFut + Send + 'static,
-        CFut: Future<Output = Found<T>> + Send + 'static,
+        CFut: Future<Output = Recovered<T>> + Send + 'static,
         F: FnOnce(Attempt) -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
@@ -363,20 +370,20 @@ where
     T: Serialize + DeserializeOwned + Send + 'static,
     E: Send + 'static,
     C: FnOnce(Attempt) -> CFut + Send + 'static,
-    CFut: Future<Output = Found<T>> + Send + 'static,
+    CFut: Future<Output = Recovered<T>> + Send + 'static,
     F: FnOnce(Attempt) -> Fut + Send + 'static,
     Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
 {
     type Given = (Result<T, Failure<E>>, u32);
 
-    async fn ask(&mut self, attempt: &Attempt) -> Found<Ended<Self::Given>> {
+    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Given>> {
         let Some(check) = self.check.take() else {
-            return Found::Unknown;
+            return Recovered::Unknown;
         };
         match check(attempt.clone()).await {
-            Found::Happened(value) => Found::Happened(kept(value, attempt.number())),
-            Found::NotHappened => Found::NotHappened,
-            Found::Unknown => Found::Unknown,
+            Recovered::Happened(value) => Recovered::Happened(kept(value, attempt.number())),
+            Recovered::NotHappened => Recovered::NotHappened,
+            Recovered::Unknown => Recovered::Unknown,
         }
     }
 
@@ -400,6 +407,6 @@ fn kept<T: Serialize + DeserializeOwned, E>(value: T, attempt: u32) -> Ended<(Re
     let (value, outcome) = encode(value);
     Ended {
         given: (Ok(value), attempt),
-        verdict: Verdict::Keep(outcome),
+        verdict: Verdict::Store(outcome),
     }
 }

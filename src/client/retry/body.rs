@@ -4,7 +4,7 @@ use bytes::Buf;
 use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
 use http_body_util::{Either, Empty, Full};
 
-use crate::http::Body;
+use crate::http::BufferedBody;
 
 /// A request body that can possibly be sent more than once.
 ///
@@ -47,7 +47,7 @@ impl<L: CloneBody, R: CloneBody> CloneBody for Either<L, R> {
     }
 }
 
-impl<B: CloneBody> CloneBody for Body<B> {
+impl<B: CloneBody> CloneBody for BufferedBody<B> {
     fn try_clone(&self) -> Option<Self> {
         self.try_clone_with(B::try_clone)
     }

@@ -14,10 +14,10 @@ use tower_service::Service;
 use super::super::report::Report;
 use super::body::CloneBody;
 use super::collect::IsLost;
-use super::delivery::{CallOutcome, Delivery};
+use super::delivery::{CallOutcome, CallReport};
 use super::policy::RetryPolicy;
 
-/// Retries requests as a [`RetryPolicy`] decides, and reports the outcome: every response has a [`Delivery`] among its
+/// Retries requests as a [`RetryPolicy`] decides, and reports the outcome: every response has a [`CallReport`] among its
 /// extensions, and a [`CallError`] distinguishes "outcome unknown" from "no effect".
 ///
 /// Put it inside of [`IdempotencyKeyLayer`](super::super::IdempotencyKeyLayer), so that all attempts carry one key.
@@ -38,22 +38,22 @@ use super::policy::RetryPolicy;
 /// use http::{Request, Response};
 /// use tower::{service_fn, ServiceBuilder, ServiceExt};
 /// use tower_idempotency::client::{
-///     CallError, CallLayer, CallOutcome, Delivery, IdempotencyKeyLayer, KeyedError, Profile, RetryPolicy,
+///     CallError, CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyPlacementError, ProviderProfile, RetryPolicy,
 /// };
 ///
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() {
 /// let http = service_fn(|_: Request<String>| async { Err::<Response<String>, _>(io::Error::other("reset")) });
-/// let policy = RetryPolicy::new(Profile::stripe()).with_max_attempts(2);
+/// let policy = RetryPolicy::new(ProviderProfile::stripe()).with_max_attempts(2);
 /// let client = ServiceBuilder::new()
-///     .layer(IdempotencyKeyLayer::new(Profile::stripe()))
+///     .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()))
 ///     .layer(CallLayer::new(policy))
 ///     .service(http);
 ///
 /// let charge = Request::post("/v1/charges").body(String::new()).unwrap();
 /// match client.oneshot(charge).await {
-///     Ok(response) => println!("sent {} times", response.extensions().get::<Delivery>().unwrap().attempts()),
-///     Err(KeyedError::Service(error)) => {
+///     Ok(response) => println!("sent {} times", response.extensions().get::<CallReport>().unwrap().attempts()),
+///     Err(KeyPlacementError::Service(error)) => {
 ///         assert_eq!((error.attempts(), error.outcome()), (2, CallOutcome::Unknown));
 ///         assert_eq!(error.to_string(), "the HTTP call failed after 2 attempts; outcome unknown");
 ///     }
@@ -159,7 +159,7 @@ where
                 } else {
                     CallOutcome::from(evidence.meaning)
                 };
-                let delivery = Delivery {
+                let delivery = CallReport {
                     attempts,
                     is_replay,
                     outcome,
@@ -170,7 +170,7 @@ where
             Err(source) => {
                 let outcome = match CallOutcome::without_body(evidence) {
                     // A layer further in reports a response, but this call returns an error, so its caller sees no status.
-                    CallOutcome::Answered => CallOutcome::Unknown,
+                    CallOutcome::Responded => CallOutcome::Unknown,
                     outcome => outcome,
                 };
                 Err(CallError::new(source, attempts, outcome))
@@ -225,7 +225,7 @@ impl<E> CallError<E> {
 
     /// Returns whether the call took effect, as far as this is known.
     ///
-    /// It is [`CallOutcome::Answered`] only if the head of a response settled the effect and its body was lost
+    /// It is [`CallOutcome::Responded`] only if the head of a response settled the effect and its body was lost
     /// ([`CollectError::Body`](super::CollectError::Body)). A server that honours the key replays that response if the
     /// call is sent again under the same key. A [`OnceLayer`](super::super::OnceLayer) around this layer sends it again
     /// only with [`at_least_once`](super::super::OnceLayer::at_least_once) and
@@ -250,7 +250,7 @@ impl<E> fmt::Display for CallError<E> {
             attempts => write!(f, "the HTTP call failed after {attempts} attempts")?,
         }
         f.write_str(match self.outcome {
-            CallOutcome::Answered => "; the server has processed it, but the response was lost",
+            CallOutcome::Responded => "; the server has processed it, but the response was lost",
             CallOutcome::NotTaken => "; no effect",
             CallOutcome::Unknown => "; outcome unknown",
         })

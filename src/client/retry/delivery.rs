@@ -1,6 +1,6 @@
 //! The outcome of a call, over all of its attempts.
 
-use super::super::keys::Meaning;
+use super::super::keys::ResponseMeaning;
 use super::super::report::Evidence;
 
 /// The knowledge about the effect of a call.
@@ -8,7 +8,7 @@ use super::super::report::Evidence;
 #[non_exhaustive]
 pub enum CallOutcome {
     /// The server processed the call, and its response describes the effect.
-    Answered,
+    Responded,
     /// The call had no effect. Either no attempt was sent, or the server says that it did not begin, or (in a
     /// [`CallError`](super::CallError)) the body of a refusal such as a 401 or 413 was lost.
     NotTaken,
@@ -17,12 +17,12 @@ pub enum CallOutcome {
     Unknown,
 }
 
-impl From<Meaning> for CallOutcome {
-    fn from(meaning: Meaning) -> Self {
+impl From<ResponseMeaning> for CallOutcome {
+    fn from(meaning: ResponseMeaning) -> Self {
         match meaning {
-            Meaning::Answered { .. } => Self::Answered,
-            Meaning::NotTaken => Self::NotTaken,
-            Meaning::Unknown => Self::Unknown,
+            ResponseMeaning::Responded { .. } => Self::Responded,
+            ResponseMeaning::NotTaken => Self::NotTaken,
+            ResponseMeaning::Unknown => Self::Unknown,
         }
     }
 }
@@ -33,21 +33,23 @@ impl CallOutcome {
     pub(super) fn without_body(evidence: Evidence) -> Self {
         match evidence.meaning {
             _ if evidence.has_no_effect_by_error() => Self::NotTaken,
-            Meaning::Answered { settles: true } => Self::Answered,
-            Meaning::Answered { settles: false } | Meaning::NotTaken | Meaning::Unknown => Self::Unknown,
+            ResponseMeaning::Responded { settles: true } => Self::Responded,
+            ResponseMeaning::Responded { settles: false } | ResponseMeaning::NotTaken | ResponseMeaning::Unknown => {
+                Self::Unknown
+            }
         }
     }
 }
 
 /// The history of a response. [`CallLayer`](super::CallLayer) adds it to the extensions of every response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Delivery {
+pub struct CallReport {
     pub(super) attempts: u32,
     pub(super) is_replay: bool,
     pub(super) outcome: CallOutcome,
 }
 
-impl Delivery {
+impl CallReport {
     /// Returns how often this call sent the request: 1 or more. All attempts of another `CallLayer` further in count as
     /// one.
     #[must_use]

@@ -12,6 +12,6 @@ mod whole;
 pub use body::CloneBody;
 pub use call::{Call, CallError, CallFuture, CallLayer};
 pub use collect::{BodyError, CollectError};
-pub use delivery::{CallOutcome, Delivery};
-pub use policy::{Pause, RetryPolicy};
+pub use delivery::{CallOutcome, CallReport};
+pub use policy::{Backoff, RetryPolicy};
 pub use whole::{CollectingCall, CollectingCallFuture, CollectingCallLayer};

@@ -13,7 +13,7 @@ use tower::retry::budget::{Budget, TpsBudget};
 use tower::retry::Policy;
 
 use super::super::classes::{ErrorClass, ErrorClasses};
-use super::super::keys::{Advice, IsKeyed, Meaning, Profile};
+use super::super::keys::{IsKeyed, ProviderProfile, ResponseMeaning, RetryAdvice};
 use super::super::report::{evidence_of, Evidence, OnlyUnsent, Report};
 use super::after::retry_after;
 use super::body::CloneBody;
@@ -24,8 +24,8 @@ use crate::clock::{sleep, Deadline, Timer};
 /// (RFC 9110 section 9.2.2), or is made under a [`OnceLayer`](super::super::OnceLayer).
 ///
 /// The policy repeats such a request after an error of the client, such as a timeout, and after a response that the
-/// [`Profile`] [names](Profile::advice). It waits for the time in `Retry-After`, plus a random time up to the first bound of
-/// [`with_backoff`](Self::with_backoff). Without that field it waits for a random time between zero and a bound that doubles
+/// [`ProviderProfile`] [names](ProviderProfile::advice). It waits for the time in `Retry-After`, plus a random time up to the first bound of
+/// [`with_max_backoff`](Self::with_max_backoff). Without that field it waits for a random time between zero and a bound that doubles
 /// with every attempt ("full jitter").
 ///
 /// The policy judges a response by its head. It does not repeat a request because its body breaks off later, unless the
@@ -43,7 +43,7 @@ use crate::clock::{sleep, Deadline, Timer};
 /// | setting | default |
 /// |---|---|
 /// | [attempts](Self::with_max_attempts) | 5 |
-/// | [back-off](Self::with_backoff) | 200 ms, doubled up to 20 s |
+/// | [initial](Self::with_initial_backoff) and [longest](Self::with_max_backoff) back-off | 200 ms, doubled up to 20 s |
 /// | [horizon](Self::with_horizon) | 60 s, and at most nine tenths of the profile's retention |
 /// | [budget](Self::with_budget) | tower's: a fifth of the requests, and 10 a second |
 /// | [errors](Self::with_errors) | every error may have taken effect; with the feature `reqwest`, its own are known |
@@ -61,10 +61,10 @@ pub struct RetryPolicy {
 
 #[derive(Clone)]
 struct Settings {
-    profile: Profile,
+    profile: ProviderProfile,
     max_attempts: u32,
-    first_pause: Duration,
-    longest_pause: Duration,
+    initial_backoff: Duration,
+    max_backoff: Duration,
     horizon: Duration,
     budget: Arc<TpsBudget>,
     classes: ErrorClasses,
@@ -73,12 +73,12 @@ struct Settings {
 impl RetryPolicy {
     /// Makes a policy for a server of this profile.
     #[must_use]
-    pub fn new(profile: Profile) -> Self {
+    pub fn new(profile: ProviderProfile) -> Self {
         let settings = Settings {
             profile,
             max_attempts: 5,
-            first_pause: Duration::from_millis(200),
-            longest_pause: Duration::from_secs(20),
+            initial_backoff: Duration::from_millis(200),
+            max_backoff: Duration::from_secs(20),
             horizon: Duration::from_secs(60),
             budget: Arc::default(),
             classes: ErrorClasses::default(),
@@ -97,12 +97,19 @@ impl RetryPolicy {
         self
     }
 
-    /// Sets the bound of the random pause before the second attempt, and the longest bound. The bound doubles with every
-    /// attempt. Default: 200 ms and 20 s.
+    /// Sets the bound of the random pause before the second attempt. The bound doubles with every attempt, up to
+    /// [`with_max_backoff`](Self::with_max_backoff). Default: 200 ms.
     #[must_use]
-    pub fn with_backoff(mut self, first: Duration, longest: Duration) -> Self {
-        let settings = self.settings();
-        (settings.first_pause, settings.longest_pause) = (first, longest.max(first));
+    pub fn with_initial_backoff(mut self, pause: Duration) -> Self {
+        self.settings().initial_backoff = pause;
+        self
+    }
+
+    /// Sets the longest bound of the random pause before an attempt. The bound of the first pause is never longer than this.
+    /// Default: 20 s.
+    #[must_use]
+    pub fn with_max_backoff(mut self, pause: Duration) -> Self {
+        self.settings().max_backoff = pause;
         self
     }
 
@@ -127,14 +134,14 @@ impl RetryPolicy {
     /// times.
     ///
     /// The policy uses this classification only for an error of the request itself. An error that may belong to a later
-    /// hop of a redirect never counts as "not sent". If the client follows redirects, put `KeyAtHome` into its policy,
+    /// hop of a redirect never counts as "not sent". If the client follows redirects, put `SameOriginKey` into its policy,
     /// so that this policy knows the hops.
     ///
     /// ```
     /// use std::io;
-    /// use tower_idempotency::client::{ErrorClass, Profile, RetryPolicy};
+    /// use tower_idempotency::client::{ErrorClass, ProviderProfile, RetryPolicy};
     ///
-    /// let policy = RetryPolicy::new(Profile::stripe()).with_errors(|error: &io::Error| match error.kind() {
+    /// let policy = RetryPolicy::new(ProviderProfile::stripe()).with_errors(|error: &io::Error| match error.kind() {
     ///     io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
     ///     io::ErrorKind::InvalidInput => ErrorClass::Final,
     ///     _ => ErrorClass::Lost,
@@ -151,7 +158,7 @@ impl RetryPolicy {
         Arc::make_mut(&mut self.settings)
     }
 
-    pub(super) fn profile(&self) -> &Profile {
+    pub(super) fn profile(&self) -> &ProviderProfile {
         &self.settings.profile
     }
 
@@ -160,16 +167,16 @@ impl RetryPolicy {
         &self,
         result: &Result<Response<R>, E>,
         report: Option<&Report>,
-    ) -> (Advice, Evidence) {
+    ) -> (RetryAdvice, Evidence) {
         let Settings { profile, classes, .. } = &*self.settings;
         let is_body_lost = |response: &Response<R>| response.extensions().get::<IsLost>().is_some();
         let advice = match result {
             // The response never reached the caller, so what its head advises does not count.
-            Ok(response) if is_body_lost(response) => Advice::Repeat,
+            Ok(response) if is_body_lost(response) => RetryAdvice::Repeat,
             Ok(response) => profile.advice(response.status(), response.headers()),
             Err(error) => match classes.of(error, true) {
-                ErrorClass::Final => Advice::Final,
-                ErrorClass::Lost | ErrorClass::NotSent => Advice::Repeat,
+                ErrorClass::Final => RetryAdvice::Final,
+                ErrorClass::Lost | ErrorClass::NotSent => RetryAdvice::Repeat,
             },
         };
         let evidence = evidence_of(profile, classes, report, result);
@@ -199,8 +206,8 @@ impl RetryPolicy {
             .and_then(|response| retry_after(response.headers()));
         let pause = match asked {
             // Add a random time, so that not all clients come at the same moment.
-            Some(asked) => asked.saturating_add(up_to(settings.first_pause)),
-            None => up_to(bound(settings.first_pause, settings.longest_pause, self.sent)),
+            Some(asked) => asked.saturating_add(up_to(settings.initial_backoff)),
+            None => up_to(bound(settings.initial_backoff, settings.max_backoff, self.sent)),
         };
         (pause < self.deadline?.left()).then_some(pause)
     }
@@ -227,9 +234,9 @@ where
     B: CloneBody,
     E: 'static,
 {
-    type Future = Pause;
+    type Future = Backoff;
 
-    fn retry(&mut self, request: &mut Request<B>, result: &mut Result<Response<R>, E>) -> Option<Pause> {
+    fn retry(&mut self, request: &mut Request<B>, result: &mut Result<Response<R>, E>) -> Option<Backoff> {
         self.sent += 1;
         let extensions = request.extensions();
         let report = extensions.get::<Report>();
@@ -238,11 +245,11 @@ where
         // If a layer further in has judged the attempt, its result counts, because only that layer has seen the hops.
         let known = report.map_or(evidence, |report| report.sum(evidence).1);
         // A layer between this retry and the inner layer may have replaced the response.
-        let is_replaced = result.is_ok() && evidence.meaning != Meaning::NotTaken;
+        let is_replaced = result.is_ok() && evidence.meaning != ResponseMeaning::NotTaken;
         // A key in a header field does not show that the server deduplicates by it (`OnceLayer::assume_keys_honoured`).
-        let may_have_effect = known.meaning != Meaning::NotTaken || is_replaced;
+        let may_have_effect = known.meaning != ResponseMeaning::NotTaken || is_replaced;
         let is_forbidden = may_have_effect && extensions.get::<OnlyUnsent>().is_some();
-        if advice == Advice::Final {
+        if advice == RetryAdvice::Final {
             self.settings.budget.deposit();
             return None;
         }
@@ -250,7 +257,7 @@ where
             return None;
         }
         let pause = self.pause(result)?;
-        self.settings.budget.withdraw().then(|| Pause { sleep: sleep(pause) })
+        self.settings.budget.withdraw().then(|| Backoff { sleep: sleep(pause) })
     }
 
     fn clone_request(&mut self, request: &Request<B>) -> Option<Request<B>> {
@@ -281,8 +288,8 @@ impl fmt::Debug for RetryPolicy {
         f.debug_struct("RetryPolicy")
             .field("profile", &settings.profile)
             .field("max_attempts", &settings.max_attempts)
-            .field("first_pause", &settings.first_pause)
-            .field("longest_pause", &settings.longest_pause)
+            .field("initial_backoff", &settings.initial_backoff)
+            .field("max_backoff", &settings.max_backoff)
             .field("horizon", &settings.horizon)
             .field("errors", &settings.classes)
             .finish_non_exhaustive()
@@ -292,13 +299,13 @@ impl fmt::Debug for RetryPolicy {
 pin_project! {
     /// The pause before another attempt.
     #[derive(Debug)]
-    pub struct Pause {
+    pub struct Backoff {
         #[pin]
         sleep: Timer,
     }
 }
 
-impl Future for Pause {
+impl Future for Backoff {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {

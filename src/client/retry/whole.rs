@@ -16,7 +16,7 @@ use tower_service::Service;
 use super::body::CloneBody;
 use super::call::{Call, CallError, CallFuture, CallLayer};
 use super::collect::{Bounds, CollectError, Collecting, Gathered};
-use super::delivery::{CallOutcome, Delivery};
+use super::delivery::{CallOutcome, CallReport};
 use super::policy::RetryPolicy;
 use crate::http::RebuildBody;
 
@@ -61,14 +61,14 @@ use crate::http::RebuildBody;
 /// use hyper_util::rt::TokioExecutor;
 /// use tower::ServiceBuilder;
 /// use tower_http::map_response_body::MapResponseBodyLayer;
-/// use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, Profile, RetryPolicy};
-/// use tower_idempotency::Body;
+/// use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, ProviderProfile, RetryPolicy};
+/// use tower_idempotency::BufferedBody;
 ///
 /// let http = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
 /// let client = ServiceBuilder::new()
-///     .layer(IdempotencyKeyLayer::new(Profile::stripe()))
-///     .layer(CallLayer::new(RetryPolicy::new(Profile::stripe())).collect_responses())
-///     .layer(MapResponseBodyLayer::new(Body::<Incoming>::new))
+///     .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()))
+///     .layer(CallLayer::new(RetryPolicy::new(ProviderProfile::stripe())).collect_responses())
+///     .layer(MapResponseBodyLayer::new(BufferedBody::<Incoming>::new))
 ///     .service(http);
 /// # drop(client);
 /// ```
@@ -178,7 +178,7 @@ where
         Poll::Ready(match body {
             Gathered::Given(body) => Ok(Response::from_parts(head, body)),
             Gathered::Lost(error) => {
-                let delivery = head.extensions.get::<Delivery>();
+                let delivery = head.extensions.get::<CallReport>();
                 let (attempts, outcome) = delivery.map_or((1, CallOutcome::Unknown), |delivery| {
                     (delivery.attempts, delivery.outcome)
                 });

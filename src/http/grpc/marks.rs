@@ -9,8 +9,8 @@ use tonic::Status;
 
 /// Sets marks on a [`tonic::Status`], which unlike a response has no extensions.
 ///
-/// A mark asks the layer for a treatment of this one response: [`Keep`](crate::Keep), [`DoNotKeep`](crate::DoNotKeep),
-/// [`RetainFor`](crate::RetainFor) and the other marks of this crate. It stays in the process; the client never sees
+/// A mark asks the layer for a treatment of this one response: [`StoreResponse`](crate::StoreResponse), [`DoNotStore`](crate::DoNotStore),
+/// [`StoreFor`](crate::StoreFor) and the other marks of this crate. It stays in the process; the client never sees
 /// it. On a [`tonic::Response`], insert the mark into [`extensions_mut`](tonic::Response::extensions_mut) instead.
 ///
 /// A mark takes effect on a status that a method returns as its error. It has no effect on a status that ends a
@@ -22,12 +22,12 @@ use tonic::Status;
 ///
 /// ```
 /// use tonic::Status;
-/// use tower_idempotency::{DoNotKeep, MarkStatus};
+/// use tower_idempotency::{DoNotStore, MarkStatus};
 ///
 /// fn charge(is_closed: bool) -> Result<tonic::Response<()>, Status> {
 ///     if is_closed {
 ///         // The bank opens again tomorrow, so the next attempt runs.
-///         return Err(Status::failed_precondition("the bank is closed").with_mark(DoNotKeep));
+///         return Err(Status::failed_precondition("the bank is closed").with_mark(DoNotStore));
 ///     }
 ///     Ok(tonic::Response::new(()))
 /// }

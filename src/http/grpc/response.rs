@@ -22,13 +22,13 @@ const OF_TRAILERS: [HeaderName; 3] = [
 /// `encode_to_vec`. For an error, take [`tonic::Status::into_http`] instead.
 ///
 /// ```
-/// use tower_idempotency::{grpc_response, OnLost, Recovered};
+/// use tower_idempotency::{grpc_response, IdempotencyLayer, MemoryStore, Recovered};
 ///
-/// let on_lost = OnLost::recover(|recovery| async move {
+/// let layer = IdempotencyLayer::new(MemoryStore::new()).grpc().with_recovery(|lost| async move {
 ///     // You asked the bank, and it has booked the payment: here is the encoded receipt.
 ///     Recovered::Happened(grpc_response(b"\x0a\x03r-1"))
 /// });
-/// # let _ = on_lost;
+/// # let _ = layer;
 /// ```
 #[cfg(feature = "tonic")]
 #[must_use]

@@ -28,7 +28,8 @@ use crate::telemetry;
 /// the event `webhook-rejected` and in the metric `idempotency_webhooks_rejected_total`.
 ///
 /// The layer reads the body, unless the field with the signature is missing: at most 2 MiB (413 beyond) within 30 seconds
-/// (408). [One setting](Self::with_body_bounds) governs this layer and the `IdempotencyLayer` inside.
+/// (408). These bounds ([`with_body_limit`](Self::with_body_limit) and
+/// [`with_body_timeout`](Self::with_body_timeout)) govern this layer and the `IdempotencyLayer` inside.
 ///
 /// Methods other than POST get 405. No signature covers the method, so under another method the same webhook could run again. A
 /// provider's challenge by GET can [pass](Self::pass_challenges).
@@ -72,13 +73,21 @@ impl WebhookLayer {
         }
     }
 
-    /// Sets how long a body may be, in bytes, and how long it may take to arrive. Default: 2 MiB and 30 s.
+    /// Sets how long a body may be, in bytes. Default: 2 MiB.
     ///
-    /// These bounds also replace those of an [`IdempotencyLayer`](crate::IdempotencyLayer) inside, so there is nothing to set there. An
+    /// This limit also replaces that of an [`IdempotencyLayer`](crate::IdempotencyLayer) inside, so there is nothing to set there. An
     /// extractor of the handler can have a limit of its own: axum's is 2 MB, and `DefaultBodyLimit` sets it.
     #[must_use]
-    pub fn with_body_bounds(mut self, bytes: usize, timeout: Duration) -> Self {
-        Arc::make_mut(&mut self.settings).bounds = BodyBounds { bytes, timeout };
+    pub fn with_body_limit(mut self, bytes: usize) -> Self {
+        Arc::make_mut(&mut self.settings).bounds.bytes = bytes;
+        self
+    }
+
+    /// Sets how long a body may take to arrive. Default: 30 s. This time also replaces that of an
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer) inside.
+    #[must_use]
+    pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
+        Arc::make_mut(&mut self.settings).bounds.timeout = timeout;
         self
     }
 

@@ -7,7 +7,7 @@ use futures::future::join_all;
 use tokio::sync::Barrier;
 
 use super::probe::{kept, timeless, Case, Probe, LEASE, WAIT};
-use crate::protocol::{Completion, Decision, IfLost, Release, Renewal, Resolution, Resolved, Status};
+use crate::protocol::{Completion, Decision, IfLost, Release, Renewal, Resolution, ResolveResult, Status};
 use crate::store::Store;
 
 const ROUNDS: usize = 32;
@@ -97,8 +97,8 @@ async fn take_over_or_resolve<S: Store + Clone>(store: &S, clause: &'static str)
     let resolve = async move { case.at(&other).resolve(owner.fence, &Resolution::Absent).await };
     let (grant, resolved) = both(take_over, resolve).await;
     let seen = (grant.attempt, resolved);
-    let taken = (2, Resolved::Conflict(Some(grant.owner.fence)));
-    let anew = (1, Resolved::Resolved);
+    let taken = (2, ResolveResult::Conflict(Some(grant.owner.fence)));
+    let anew = (1, ResolveResult::Resolved);
     either(case, "a takeover and a resolution", &seen, &[taken, anew]);
     let shown = probe.look().await.map(|record| (record.fence, record.attempt));
     let wanted = Some((grant.owner.fence, grant.attempt));

@@ -132,8 +132,8 @@ pub async fn bounded<S: Store>(store: &S, at_most: usize) {
     for (n, case) in cases.iter().enumerate() {
         let decision = case.at(store).ask(&case.claim(IfLost::Execute)).await;
         let there = match &decision {
-            Decision::NotKept => n % 2 == 0,
-            Decision::Replay(answer) => n % 2 == 0 && outcome == Outcome::Kept(answer.clone()),
+            Decision::NotStored => n % 2 == 0,
+            Decision::Replay(answer) => n % 2 == 0 && outcome == Outcome::Stored(answer.clone()),
             other => n % 2 == 1 && *other == WAIT,
         };
         let what = format!("a claim of the {}. key, the store being full, got {decision:?}", n + 1);

@@ -5,7 +5,8 @@ use bytes::Bytes;
 use super::owning::strangers;
 use super::probe::{kept, random, Probe, LEASE, RETENTION};
 use crate::protocol::{
-    Answer, Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution, Resolved, Status,
+    Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Status,
+    StoredResponse,
 };
 use crate::store::Store;
 
@@ -29,7 +30,7 @@ pub async fn late_completions_heal<S: Store>(store: &S) {
             if resolves {
                 let resolution = Resolution::Completed(outcome.clone(), RETENTION);
                 let resolved = probe.resolve(owner.fence, &resolution).await;
-                probe.case.same("a resolution", &resolved, &Resolved::Resolved);
+                probe.case.same("a resolution", &resolved, &ResolveResult::Resolved);
                 owner_is_superseded(&probe, owner, &outcome).await;
             } else {
                 let completion = probe.complete(owner, &outcome).await;
@@ -89,7 +90,7 @@ async fn resolves_by_fence<S: Store>(store: &S, clause: &'static str) {
                 }
                 let resolved = probe.resolve(fence, &resolution).await;
                 let what = format!("a resolution of {fence:?}, when the record was {before:?}");
-                let conflict = Resolved::Conflict(Some(owner.fence));
+                let conflict = ResolveResult::Conflict(Some(owner.fence));
                 probe.case.same(&what, &resolved, &conflict);
                 let what = "the record after a resolution in conflict";
                 probe.case.same(what, &probe.look().await, &before);
@@ -98,7 +99,7 @@ async fn resolves_by_fence<S: Store>(store: &S, clause: &'static str) {
         if resolvable {
             let resolved = probe.resolve(owner.fence, &Resolution::Absent).await;
             let what = "a resolution as absent";
-            probe.case.same(what, &resolved, &Resolved::Resolved);
+            probe.case.same(what, &resolved, &ResolveResult::Resolved);
             probe.case.same(what, &probe.look().await, &None);
         }
     }
@@ -155,7 +156,7 @@ pub async fn rejection_is_unknown<S: Store>(store: &S) {
         probe.case.same(what, &completion, &Completion::Completed);
         let resolved = probe.resolve(owner.fence, &Resolution::Absent).await;
         let what = "a resolution of what was rejected";
-        probe.case.same(what, &resolved, &Resolved::Resolved);
+        probe.case.same(what, &resolved, &ResolveResult::Resolved);
         probe.first().await;
     }
 }
@@ -163,8 +164,8 @@ pub async fn rejection_is_unknown<S: Store>(store: &S) {
 /// Everybody who asks gets the outcome.
 pub(super) async fn replays<S: Store>(probe: &Probe<'_, S>, outcome: &Outcome) {
     let decision = match probe.ask(&probe.case.claim(IfLost::Execute)).await {
-        Decision::Replay(answer) => Some(Outcome::Kept(answer)),
-        Decision::NotKept => Some(Outcome::Tombstone),
+        Decision::Replay(answer) => Some(Outcome::Stored(answer)),
+        Decision::NotStored => Some(Outcome::Tombstone),
         other => probe.case.fail(&format!("a claim of what is completed got {other:?}")),
     };
     equal(probe, "claim", decision.as_ref(), outcome);
@@ -188,8 +189,8 @@ pub(super) async fn replays<S: Store>(probe: &Probe<'_, S>, outcome: &Outcome) {
 
 /// Says where answers differ: their `Debug` form hides their bytes.
 fn equal<S: Store>(probe: &Probe<'_, S>, operation: &str, seen: Option<&Outcome>, wanted: &Outcome) {
-    if let (Some(Outcome::Kept(seen)), Outcome::Kept(wanted)) = (seen, wanted) {
-        let part = |name: &str, of: fn(&Answer) -> &Bytes| {
+    if let (Some(Outcome::Stored(seen)), Outcome::Stored(wanted)) = (seen, wanted) {
+        let part = |name: &str, of: fn(&StoredResponse) -> &Bytes| {
             let (seen, wanted) = (of(seen), of(wanted));
             let differs = seen.iter().zip(wanted).position(|(seen, wanted)| seen != wanted);
             let at = differs.or((seen.len() != wanted.len()).then(|| seen.len().min(wanted.len())));

@@ -8,8 +8,8 @@ use rand::Rng;
 
 use crate::error::Error;
 use crate::protocol::{
-    Answer, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal,
-    Resolution, Resolved, Snapshot, Status, StorageKey,
+    Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal,
+    Resolution, ResolveResult, Snapshot, Status, StorageKey, StoredResponse,
 };
 use crate::store::Store;
 
@@ -197,7 +197,7 @@ impl<'a, S: Store> Probe<'a, S> {
             .answered("release", self.store.release(&self.case.key, owner).await)
     }
 
-    pub(super) async fn resolve(&self, fence: Fence, resolution: &Resolution) -> Resolved {
+    pub(super) async fn resolve(&self, fence: Fence, resolution: &Resolution) -> ResolveResult {
         let reply = self.store.resolve(&self.case.key, fence, resolution).await;
         self.case.answered("resolve", reply)
     }
@@ -247,7 +247,7 @@ pub(super) fn another_request(claim: &Claim) -> Claim {
 
 pub(super) fn kept(head: impl Into<Bytes>, body: impl Into<Bytes>) -> Outcome {
     let (head, body) = (head.into(), body.into());
-    Outcome::Kept(Answer { head, body })
+    Outcome::Stored(StoredResponse { head, body })
 }
 
 pub(super) fn random<const N: usize>() -> [u8; N] {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::probe::{kept, Probe, PATIENCE, RETENTION};
-use crate::protocol::{Completion, Owner, Release, Renewal, Resolution, Resolved};
+use crate::protocol::{Completion, Owner, Release, Renewal, Resolution, ResolveResult};
 use crate::store::Store;
 
 /// What a waiter must learn of.
@@ -57,10 +57,10 @@ async fn end<S: Store>(probe: &Probe<'_, S>, owner: Owner, ending: Ending) {
         Ending::Completion | Ending::LateCompletion => probe.complete(owner, &outcome).await == Completion::Completed,
         Ending::GivingUp => probe.renew(owner, Duration::ZERO).await == Renewal::Renewed,
         Ending::Release => probe.release(owner).await == Release::Released,
-        Ending::ResolutionAsAbsent => probe.resolve(owner.fence, &Resolution::Absent).await == Resolved::Resolved,
+        Ending::ResolutionAsAbsent => probe.resolve(owner.fence, &Resolution::Absent).await == ResolveResult::Resolved,
         Ending::ResolutionAsCompleted => {
             let resolution = Resolution::Completed(outcome, RETENTION);
-            probe.resolve(owner.fence, &resolution).await == Resolved::Resolved
+            probe.resolve(owner.fence, &resolution).await == ResolveResult::Resolved
         }
     };
     probe.case.check(ended, &format!("an attempt did not end: {ending:?}"));

@@ -13,13 +13,13 @@ use std::time::Duration;
 use moka::sync::Cache;
 use tokio::sync::Notify;
 
-use super::ledger::{AgedAnswer, Ledger};
-use super::{Counted, Figures, MemoryWatch};
+use super::ledger::{AgedResponse, Ledger};
+use super::{Counted, MemoryWatch, StoreStats};
 use crate::clock::{Clock, Timestamp};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal, Resolution,
-    Resolved, Snapshot, StorageKey, Transition,
+    ResolveResult, Snapshot, StorageKey, Transition,
 };
 use crate::sharded::{lock, Sharded, SHARDS};
 
@@ -166,7 +166,7 @@ impl Books {
         self.change_open(key, |record, now| Record::release(record, owner, now))
     }
 
-    pub(super) fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Resolved {
+    pub(super) fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> ResolveResult {
         let resolution = match resolution {
             Resolution::Completed(outcome, retention) => Resolution::Completed(self.to_keep(outcome), *retention),
             Resolution::Absent => Resolution::Absent,
@@ -208,7 +208,7 @@ impl Books {
         };
         let Transition { reply, change } = transition(Some(&open.record), now);
         match change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) if record.is_completed() => {
                 let exceeds = lock(&self.ledger).enter(key, &record);
                 self.done.insert(*key, Arc::new(record));
@@ -234,10 +234,10 @@ impl Books {
     /// store must hold as many bytes as it counts. An answer larger than the whole budget becomes a tombstone.
     fn to_keep(&self, outcome: &Outcome) -> Outcome {
         match outcome {
-            Outcome::Kept(answer) if u64::try_from(answer.len()).is_ok_and(|len| len <= self.byte_budget) => {
+            Outcome::Stored(answer) if u64::try_from(answer.len()).is_ok_and(|len| len <= self.byte_budget) => {
                 outcome.to_exact()
             }
-            Outcome::Kept(_) | Outcome::Tombstone => Outcome::Tombstone,
+            Outcome::Stored(_) | Outcome::Tombstone => Outcome::Tombstone,
             Outcome::Rejected => Outcome::Rejected,
         }
     }
@@ -287,7 +287,7 @@ impl Books {
     }
 
     /// Turns an answer into a tombstone, unless its record is gone already.
-    fn shrink(&self, answer: &AgedAnswer) {
+    fn shrink(&self, answer: &AgedResponse) {
         let _shard = self.open.lock(&answer.key);
         let Some(done) = self.done.get(&answer.key).filter(|done| done.fence() == answer.fence) else {
             return;
@@ -357,8 +357,8 @@ impl Books {
         self.free_abandoned();
     }
 
-    pub(super) fn figures(&self) -> Figures {
-        Figures {
+    pub(super) fn stats(&self) -> StoreStats {
+        StoreStats {
             records: self.records.load(Ordering::Relaxed),
             bytes: lock(&self.ledger).bytes(),
             in_flight: self.in_flight.load(Ordering::Relaxed),

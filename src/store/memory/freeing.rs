@@ -9,7 +9,7 @@ use futures::future::{select, Either};
 use tokio::runtime::Handle;
 
 use super::books::Books;
-use super::Figures;
+use super::StoreStats;
 use crate::clock::Timer;
 use crate::sharded::SHARDS;
 use crate::telemetry;
@@ -71,12 +71,12 @@ async fn sweep_every_second(sweeper: Sweeper) {
         }
         let Some(books) = sweeper.0.upgrade() else { return };
         books.tidy();
-        let Figures {
+        let StoreStats {
             records,
             bytes,
             in_flight,
             waiters,
-        } = books.figures();
+        } = books.stats();
         telemetry::store_figures(records, bytes, in_flight, waiters);
     }
 }

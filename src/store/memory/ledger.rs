@@ -16,13 +16,13 @@ pub(super) struct Ledger {
     byte_budget: u64,
     bytes: u64,
     answers: usize,
-    by_age: VecDeque<AgedAnswer>,
+    by_age: VecDeque<AgedResponse>,
     by_second: BTreeMap<u64, Vec<StorageKey>>,
 }
 
 /// An answer that may have to become a tombstone, named by its key and the fence of its attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct AgedAnswer {
+pub(super) struct AgedResponse {
     pub(super) key: StorageKey,
     pub(super) fence: Fence,
     expires: Timestamp,
@@ -50,7 +50,7 @@ impl Ledger {
         if let Some(answer) = record.answer() {
             self.answers += 1;
             self.bytes = self.bytes.saturating_add(size(answer.len()));
-            self.by_age.push_back(AgedAnswer {
+            self.by_age.push_back(AgedResponse {
                 key: *key,
                 fence: record.fence(),
                 expires,
@@ -68,7 +68,7 @@ impl Ledger {
     }
 
     /// Removes and returns the oldest answer, if the answers exceed the budget.
-    pub(super) fn pop_oldest(&mut self) -> Option<AgedAnswer> {
+    pub(super) fn pop_oldest(&mut self) -> Option<AgedResponse> {
         (self.bytes > self.byte_budget).then(|| self.by_age.pop_front())?
     }
 
@@ -118,7 +118,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::protocol::{Answer, Change, Claim, Fingerprint, IfLost, Nonce, Outcome, Owner};
+    use crate::protocol::{Change, Claim, Fingerprint, IfLost, Nonce, Outcome, Owner, StoredResponse};
 
     fn key(n: u8) -> StorageKey {
         StorageKey::from_bytes([n; 32])
@@ -146,9 +146,9 @@ mod tests {
             nonce: claim.nonce,
             fence: record.fence(),
         };
-        let outcome = Outcome::Kept(Answer {
+        let outcome = Outcome::Stored(StoredResponse {
             head: vec![0; bytes].into(),
-            ..Answer::default()
+            ..StoredResponse::default()
         });
         let Change::Put(record) =
             Record::complete(Some(&record), owner, &outcome, Duration::from_secs(seconds), at(now)).change

@@ -20,7 +20,8 @@ use super::Store;
 use crate::clock::Clock;
 use crate::error::Error;
 use crate::protocol::{
-    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
+    StorageKey,
 };
 
 /// Keeps records in the memory of this process: the embedded default.
@@ -47,7 +48,7 @@ use crate::protocol::{
 /// use tower_idempotency::MemoryStore;
 ///
 /// let store = MemoryStore::builder().with_record_budget(100_000).with_byte_budget(64 << 20).build();
-/// assert_eq!(store.figures().records, 0);
+/// assert_eq!(store.stats().records, 0);
 /// ```
 #[derive(Clone)]
 pub struct MemoryStore(Arc<Books>);
@@ -63,7 +64,7 @@ pub struct MemoryStoreBuilder {
 /// What a [`MemoryStore`] holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Figures {
+pub struct StoreStats {
     /// Records in every state. Expired ones are struck within two seconds.
     pub records: u64,
     /// Bytes of the kept answers.
@@ -94,8 +95,8 @@ impl MemoryStore {
 
     /// What the store holds now.
     #[must_use]
-    pub fn figures(&self) -> Figures {
-        self.0.figures()
+    pub fn stats(&self) -> StoreStats {
+        self.0.stats()
     }
 
     /// Frees the records that have expired by the store's clock. The store also does this by itself, once a second in a
@@ -145,7 +146,7 @@ impl Default for MemoryStore {
 
 impl fmt::Debug for MemoryStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("MemoryStore").field(&self.figures()).finish()
+        f.debug_tuple("MemoryStore").field(&self.stats()).finish()
     }
 }
 
@@ -216,7 +217,7 @@ impl Store for MemoryStore {
         Ok(self.0.release(key, owner))
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         Ok(self.0.resolve(key, fence, resolution))
     }
 

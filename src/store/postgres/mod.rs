@@ -44,7 +44,8 @@ use super::Store;
 use crate::clock::within;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
+    StorageKey,
 };
 use crate::uncut::uncut;
 
@@ -344,7 +345,7 @@ impl Store for PostgresStore {
         .await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         let (key, resolution) = (*key, resolution.clone());
         self.operate(move |store, mut lent| async move {
             let done = store.on(lent.connection()?).resolve(&key, fence, &resolution).await;

@@ -12,7 +12,7 @@ use super::table::{Statement, Statements};
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,
 };
 
@@ -113,9 +113,9 @@ impl<'q> Connection<'q> {
     ) -> Result<Completion, Failed> {
         let transition = |record: Option<&Record>, now| {
             let mut transition = Record::complete(record, owner, ended, retention, now);
-            if let (Change::Keep, Completion::Completed) = (&transition.change, &transition.reply) {
+            if let (Change::StoreResponse, Completion::Completed) = (&transition.change, &transition.reply) {
                 let stands = record.and_then(Record::answer).cloned();
-                let stands = stands.map_or(Outcome::Tombstone, Outcome::Kept);
+                let stands = stands.map_or(Outcome::Tombstone, Outcome::Stored);
                 transition.reply = Completion::Superseded(Some(stands));
             }
             transition
@@ -171,7 +171,7 @@ impl<'q> Connection<'q> {
         key: &'q StorageKey,
         expected: Fence,
         resolution: &'q Resolution,
-    ) -> Result<Resolved, Failed> {
+    ) -> Result<ResolveResult, Failed> {
         let ((state, head, body), retention) = match resolution {
             Resolution::Absent => ((-1, None, None), Duration::ZERO),
             Resolution::Completed(ended, retention) => (outcome(ended), *retention),
@@ -184,7 +184,7 @@ impl<'q> Connection<'q> {
             statement.bind(lock_timeout)
         };
         let transition = |record: Option<&Record>, now| Record::resolve(record, expected, resolution, now);
-        self.change(&self.statements.resolve, bound, Resolved::Resolved, transition)
+        self.change(&self.statements.resolve, bound, ResolveResult::Resolved, transition)
             .await
     }
 

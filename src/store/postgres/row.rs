@@ -8,7 +8,7 @@ use sqlx::Row as _;
 
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Answer, Columns, Fence, Fingerprint, IfLost, Nonce, Outcome, Owner, Record};
+use crate::protocol::{Columns, Fence, Fingerprint, IfLost, Nonce, Outcome, Owner, Record, StoredResponse};
 
 /// What every statement on a record returns.
 pub(super) struct Row {
@@ -75,7 +75,7 @@ fn record(row: &PgRow) -> Result<Option<(Record, Timestamp)>, sqlx::Error> {
         let (algorithm, digest) = fingerprint.split_first()?;
         let nonce: &[u8] = row.try_get("nonce").ok()?;
         let answer = match (head, body) {
-            (Some(head), Some(body)) => Some(Answer { head, body }),
+            (Some(head), Some(body)) => Some(StoredResponse { head, body }),
             (None, None) => None,
             _ => return None,
         };
@@ -138,6 +138,6 @@ pub(super) fn outcome(outcome: &Outcome) -> (i16, Option<&[u8]>, Option<&[u8]>) 
     match outcome {
         Outcome::Rejected => (1, None, None),
         Outcome::Tombstone => (2, None, None),
-        Outcome::Kept(answer) => (3, Some(&answer.head), Some(&answer.body)),
+        Outcome::Stored(answer) => (3, Some(&answer.head), Some(&answer.body)),
     }
 }

@@ -27,7 +27,8 @@ pub use self::watch::RedisWatch;
 use super::Store;
 use crate::error::Error;
 use crate::protocol::{
-    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, Resolved, Snapshot, StorageKey,
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
+    StorageKey,
 };
 
 /// Keeps records in Redis 7.0 or newer, or in Valkey: for several processes that serve the same keys.
@@ -195,7 +196,7 @@ impl Store for RedisStore {
         uncut(async move { server.release(&key, owner).await }).await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         let (server, key, resolution) = (Arc::clone(&self.0), *key, resolution.clone());
         uncut(async move { server.resolve(&key, fence, &resolution).await }).await
     }

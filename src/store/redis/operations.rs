@@ -12,8 +12,8 @@ use super::watch::{RedisWatch, Watches};
 use crate::clock::{within, Timestamp};
 use crate::error::Error;
 use crate::protocol::{
-    Answer, Claim, Completion, Decision, Fence, Grant, IfLost, Outcome, Owner, Record, Release, Renewal, Resolution,
-    Resolved, Snapshot, Status, StorageKey,
+    Claim, Completion, Decision, Fence, Grant, IfLost, Outcome, Owner, Record, Release, Renewal, Resolution,
+    ResolveResult, Snapshot, Status, StorageKey, StoredResponse,
 };
 
 /// The longest lease and retention. The scripts count microseconds in doubles, which are exact below 2^53: now, a lease and a
@@ -44,7 +44,7 @@ impl Server {
                 drop(self.release(&claim.key, grant.owner).await);
                 Err(failure::NOT_REPLICATED)
             }
-            Decision::Replay(_) | Decision::NotKept if !is_replicated => Err(failure::NOT_REPLICATED),
+            Decision::Replay(_) | Decision::NotStored if !is_replicated => Err(failure::NOT_REPLICATED),
             decision => Ok(decision),
         }
     }
@@ -137,7 +137,7 @@ impl Server {
         key: &StorageKey,
         fence: Fence,
         resolution: &Resolution,
-    ) -> Result<Resolved, Error> {
+    ) -> Result<ResolveResult, Error> {
         let fence = fence.as_u64().to_le_bytes();
         let (state, answer, retention): (&[u8], _, _) = match resolution {
             Resolution::Absent => (b"", Vec::new(), Duration::ZERO),
@@ -148,8 +148,8 @@ impl Server {
         let exchanged = self.run(&scripts::RESOLVE, key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"resolved")?;
         match reply.word() {
-            b"conflict" => Ok(Resolved::Conflict(reply.optional_number()?.map(Fence::new))),
-            b"resolved" => Ok(Resolved::Resolved),
+            b"conflict" => Ok(ResolveResult::Conflict(reply.optional_number()?.map(Fence::new))),
+            b"resolved" => Ok(ResolveResult::Resolved),
             _ => Err(failure::STRANGE),
         }
     }
@@ -280,7 +280,7 @@ const fn state_of(outcome: &Outcome) -> &'static [u8] {
     match outcome {
         Outcome::Rejected => b"1",
         Outcome::Tombstone => b"2",
-        Outcome::Kept(_) => b"3",
+        Outcome::Stored(_) => b"3",
     }
 }
 
@@ -288,7 +288,7 @@ const fn state_of(outcome: &Outcome) -> &'static [u8] {
 fn answer_of(outcome: &Outcome) -> Vec<u8> {
     match outcome {
         Outcome::Rejected | Outcome::Tombstone => Vec::new(),
-        Outcome::Kept(Answer { head, body }) => {
+        Outcome::Stored(StoredResponse { head, body }) => {
             let length = u32::try_from(head.len()).unwrap_or(u32::MAX).to_le_bytes();
             [&length[..], head, body].concat()
         }

@@ -67,7 +67,7 @@ where
 }
 
 fn once_sent() -> RetryPolicy {
-    RetryPolicy::new(Profile::stripe())
+    RetryPolicy::new(ProviderProfile::stripe())
         .with_max_attempts(1)
         .with_errors(class)
 }
@@ -75,11 +75,12 @@ fn once_sent() -> RetryPolicy {
 fn twice() -> RetryPolicy {
     once_sent()
         .with_max_attempts(2)
-        .with_backoff(Duration::ZERO, Duration::ZERO)
+        .with_initial_backoff(Duration::ZERO)
+        .with_max_backoff(Duration::ZERO)
 }
 
-fn both() -> policy::And<KeyAtHome, KeyAtHome> {
-    home().and::<_, Full<Bytes>, ()>(KeyAtHome::new(&Profile::draft()))
+fn both() -> policy::And<SameOriginKey, SameOriginKey> {
+    home().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::draft()))
 }
 
 /// Two policies in one `FollowRedirect` stood in for the missing one of another `FollowRedirect`.
@@ -267,7 +268,7 @@ async fn a_layer_between_two_policies_knows_the_target_of_the_inner_one() {
 
 #[tokio::test]
 async fn a_once_layer_does_not_hide_the_policy_from_a_call_around_it() {
-    for (status, expected) in [(402, CallOutcome::Answered), (429, CallOutcome::NotTaken)] {
+    for (status, expected) in [(402, CallOutcome::Responded), (429, CallOutcome::NotTaken)] {
         let client = ServiceBuilder::new()
             .layer(CallLayer::new(once_sent()))
             .layer(once())
@@ -277,7 +278,7 @@ async fn a_once_layer_does_not_hide_the_policy_from_a_call_around_it() {
                 _ => saying(&[429]),
             });
         let response = client.oneshot(keyed("http://bank.example/charges")).await.unwrap();
-        let outcome = response.extensions().get::<Delivery>().unwrap().outcome();
+        let outcome = response.extensions().get::<CallReport>().unwrap().outcome();
         assert_eq!((response.status().as_u16(), outcome), (status, expected));
     }
 }
@@ -333,8 +334,8 @@ async fn each_attempt_has_its_own_target() {
         .layer(CallLayer::new(twice()))
         .service(nodes(&[429, 402, 201]));
     let response = call.oneshot(keyed("http://bank.example/charges")).await.unwrap();
-    let delivery = response.extensions().get::<Delivery>().unwrap();
-    assert_eq!((delivery.attempts(), delivery.outcome()), (2, CallOutcome::Answered));
+    let delivery = response.extensions().get::<CallReport>().unwrap();
+    assert_eq!((delivery.attempts(), delivery.outcome()), (2, CallOutcome::Responded));
 }
 
 /// Calls `$check` with each stack of two retries: a retry around calls, calls around calls, and a retry around a retry.
@@ -552,13 +553,13 @@ async fn a_loss_of_the_key_is_known_further_out_before_the_call_has_ended() {
 #[tokio::test]
 async fn an_attempt_through_two_layers_counts_once() {
     fn delivery<B>(response: &Response<B>) -> (u32, CallOutcome) {
-        let delivery = response.extensions().get::<Delivery>().unwrap();
+        let delivery = response.extensions().get::<CallReport>().unwrap();
         (delivery.attempts(), delivery.outcome())
     }
     for (statuses, expected) in [
-        (&[402][..], (1, CallOutcome::Answered)),
-        (&[401], (1, CallOutcome::Answered)),
-        (&[429, 402], (2, CallOutcome::Answered)),
+        (&[402][..], (1, CallOutcome::Responded)),
+        (&[401], (1, CallOutcome::Responded)),
+        (&[429, 402], (2, CallOutcome::Responded)),
         (&[429, 429], (2, CallOutcome::NotTaken)),
         (&[503, 429], (2, CallOutcome::Unknown)),
         (&[0, 429], (2, CallOutcome::NotTaken)),

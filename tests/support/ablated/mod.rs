@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::Notify;
 use tower_idempotency::protocol::{
-    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, Resolved,
+    Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, ResolveResult,
     Snapshot, Status, StorageKey, Transition,
 };
 use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
@@ -122,7 +122,7 @@ impl Ablated {
     fn write(&self, key: &StorageKey, change: Change) -> Result<(), Error> {
         let mut records = self.records.lock().unwrap();
         match change {
-            Change::Keep => return Ok(()),
+            Change::StoreResponse => return Ok(()),
             Change::Put(record) => {
                 if records.len() >= ROOM && !records.contains_key(key) {
                     match self.rule {
@@ -187,7 +187,7 @@ impl Store for Ablated {
         }
         let record = self.read(&claim.key).ok()??;
         match self.status(&record)? {
-            Status::Completed(Outcome::Kept(answer)) => Some(Ok(Decision::Replay(answer))),
+            Status::Completed(Outcome::Stored(answer)) => Some(Ok(Decision::Replay(answer))),
             _ => None,
         }
     }
@@ -216,7 +216,7 @@ impl Store for Ablated {
         self.step(Rule::ReleaseTwoSteps, key, let_go).await
     }
 
-    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<Resolved, Error> {
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         let clear_up = |record: Option<&Record>, now| self.clear_up(record, fence, resolution, now);
         self.step(Rule::ResolveTwoSteps, key, clear_up).await
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tower_idempotency::protocol::{
-    Answer, Change, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Record,
-    Release, Resolution, Resolved, Status, StorageKey, Transition,
+    Change, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Record, Release,
+    Resolution, ResolveResult, Status, StorageKey, StoredResponse, Transition,
 };
 use tower_idempotency::Timestamp;
 
@@ -66,7 +66,7 @@ impl Ablated {
             }
             (Rule::RepeatedClaimWaits, Decision::Execute(_) | Decision::Recover(_)) if in_flight => {
                 made.reply = Decision::Wait { left: claim.lease };
-                made.change = Change::Keep;
+                made.change = Change::StoreResponse;
             }
             (Rule::AttemptStays, Decision::Execute(grant)) => {
                 if let Change::Put(next) = &made.change {
@@ -74,7 +74,7 @@ impl Ablated {
                     made.reply = Decision::Execute(Grant { attempt: 1, ..grant });
                 }
             }
-            (Rule::UnknownNotNoted, Decision::Unknown) => made.change = Change::Keep,
+            (Rule::UnknownNotNoted, Decision::Unknown) => made.change = Change::StoreResponse,
             (Rule::RepeatedRecoveryExecutes, Decision::Recover(grant)) if in_flight => {
                 made.reply = Decision::Execute(grant);
             }
@@ -118,7 +118,7 @@ impl Ablated {
         if refused {
             return Transition {
                 reply: Completion::Superseded(None),
-                change: Change::Keep,
+                change: Change::StoreResponse,
             };
         }
         let owner = self.taken_for(record, owner, Rule::CompleteByAnybody);
@@ -149,7 +149,7 @@ impl Ablated {
             _ => bytes.clone(),
         };
         match outcome {
-            Outcome::Kept(Answer { head, body }) => Outcome::Kept(Answer {
+            Outcome::Stored(StoredResponse { head, body }) => Outcome::Stored(StoredResponse {
                 head: alter(head),
                 body: alter(body),
             }),
@@ -182,7 +182,7 @@ impl Ablated {
         fence: Fence,
         resolution: &Resolution,
         now: Timestamp,
-    ) -> Transition<Resolved> {
+    ) -> Transition<ResolveResult> {
         let Some(known) = record else {
             return Record::resolve(record, fence, resolution, now);
         };
@@ -193,7 +193,7 @@ impl Ablated {
         };
         if self.is(Rule::ResolveCompleted) && known.is_completed() && owner_of(known).fence == fence {
             return Transition {
-                reply: Resolved::Resolved,
+                reply: ResolveResult::Resolved,
                 change: Change::Remove,
             };
         }

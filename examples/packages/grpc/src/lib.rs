@@ -36,7 +36,7 @@ pub fn idempotency() -> IdempotencyLayer<MemoryStore> {
 
 /// Returns a layer that passes every call unguarded, to test that the client notices this.
 pub fn no_idempotency() -> IdempotencyLayer<MemoryStore> {
-    IdempotencyLayer::new(MemoryStore::new()).with_selector(|_| None)
+    IdempotencyLayer::new(MemoryStore::new()).with_settings_for(|_| None)
 }
 
 /// Serves on a free port until the runtime ends.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
-use tower_idempotency::{DoNotKeep, Lease, MarkStatus};
+use tower_idempotency::{DoNotStore, Lease, MarkStatus};
 
 use crate::proto::payments_server::Payments;
 use crate::proto::{ChargeCount, ChargeRequest, CountChargesRequest, Event, Receipt, WatchRequest};
@@ -51,7 +51,7 @@ impl Payments for Bank {
             "unreachable" if number == 1 => return Err(Status::unavailable("the bank does not answer")),
             // Definite by its status, but this handler knows better.
             "closed" if number == 1 => {
-                return Err(Status::failed_precondition("the bank opens at nine").with_mark(DoNotKeep));
+                return Err(Status::failed_precondition("the bank opens at nine").with_mark(DoNotStore));
             }
             "slow" => tokio::time::sleep(Duration::from_millis(1_500)).await,
             _ => {}

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use sqlx::PgPool;
 use tower_idempotency::protocol::{Status, StorageKey};
-use tower_idempotency::receiver::Lease;
+use tower_idempotency::receiver::MessageLease;
 use tower_idempotency::{BoxStore, Store};
 
 use crate::{this_test, up_to, Folder, Ledger, Told};
@@ -235,7 +235,7 @@ impl Work {
     /// # Panics
     ///
     /// If there is a lease and there are no transactions.
-    pub async fn take_effect(&self, message: &str, lease: Option<Lease>) -> Result<(), Error> {
+    pub async fn take_effect(&self, message: &str, lease: Option<MessageLease>) -> Result<(), Error> {
         pause().await;
         let Some(lease) = lease else {
             self.effects.enter(message);

@@ -4,7 +4,7 @@ use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::{jetstream, HeaderMap};
 use bytes::Bytes;
 use tower_idempotency::receiver::ids::{self, CloudEvents};
-use tower_idempotency::receiver::{Lease, MessageId};
+use tower_idempotency::receiver::{MessageLease, MessageId};
 
 /// An event.
 #[derive(Clone, Debug)]
@@ -14,7 +14,7 @@ pub struct Event {
     /// What it says.
     pub payload: Bytes,
     /// The attempt under which it is handled; the receiver puts it here.
-    pub lease: Option<Lease>,
+    pub lease: Option<MessageLease>,
 }
 
 impl Event {

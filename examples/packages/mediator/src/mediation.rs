@@ -9,8 +9,8 @@ use reqwest::Body;
 use tower::util::BoxCloneSyncService;
 use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    once, Attempt, CallError, CallLayer, CallOutcome, Delivery, Failure, IdempotencyKeyLayer, KeyMaker, KeyedError,
-    OnceError, Outgoing, Profile, ReqwestService, RetryPolicy,
+    once, Attempt, CallError, CallLayer, CallOutcome, CallReport, Failure, IdempotencyKeyLayer, KeyGenerator, KeyPlacementError,
+    OnceError, Outgoing, ProviderProfile, ReqwestService, RetryPolicy,
 };
 use tower_idempotency::receiver::{HandlerErrorClass, Receipt, ReceiveError, Receiver, ReceiverLayer};
 use tower_idempotency::BoxStore;
@@ -132,13 +132,13 @@ async fn send(client: Client, url: String, order: Bytes, attempt: Attempt) -> Re
     let outcome = response
         .extensions()
         .get()
-        .map_or(CallOutcome::Unknown, Delivery::outcome);
+        .map_or(CallOutcome::Unknown, CallReport::outcome);
     match outcome {
-        CallOutcome::Answered if status.is_success() => {
+        CallOutcome::Responded if status.is_success() => {
             let body = reqwest::Response::from(response).text().await;
             body.map_err(|error| Failure::Unknown(MediationError::Again(error.into())))
         }
-        CallOutcome::Answered => Err(Failure::NotDone(MediationError::Refused(status))),
+        CallOutcome::Responded => Err(Failure::NotDone(MediationError::Refused(status))),
         CallOutcome::NotTaken => Err(Failure::NotDone(MediationError::Again(status.to_string().into()))),
         _ => Err(Failure::Unknown(MediationError::Again(status.to_string().into()))),
     }
@@ -161,10 +161,10 @@ impl From<CallError<reqwest::Error>> for Failed {
     }
 }
 
-impl From<KeyedError<CallError<reqwest::Error>>> for Failed {
-    fn from(error: KeyedError<CallError<reqwest::Error>>) -> Self {
+impl From<KeyPlacementError<CallError<reqwest::Error>>> for Failed {
+    fn from(error: KeyPlacementError<CallError<reqwest::Error>>) -> Self {
         match error {
-            KeyedError::Service(error) => error.into(),
+            KeyPlacementError::Service(error) => error.into(),
             error => Self {
                 outcome: CallOutcome::NotTaken,
                 error: error.into(),
@@ -175,14 +175,14 @@ impl From<KeyedError<CallError<reqwest::Error>>> for Failed {
 
 /// Gives a call its key, the same in all attempts by all processes, and repeats it; where no key is heeded, neither.
 fn client(http: ReqwestService, promise: Promise) -> Client {
-    let profile = Profile::draft();
+    let profile = ProviderProfile::draft();
     let policy = RetryPolicy::new(profile.clone()).with_max_attempts(3);
-    let policy = policy.with_backoff(Duration::from_millis(50), Duration::from_secs(2));
+    let policy = policy.with_initial_backoff(Duration::from_millis(50)).with_max_backoff(Duration::from_secs(2));
     let calls = ServiceBuilder::new().layer(CallLayer::new(policy)).service(http);
     match promise {
         Promise::AtMostOnce => boxed(calls),
         Promise::ExactlyOnce => {
-            let keys = KeyMaker::from_fn(|request: Outgoing<'_>| {
+            let keys = KeyGenerator::from_fn(|request: Outgoing<'_>| {
                 let attempt = request
                     .extensions
                     .get::<Attempt>()

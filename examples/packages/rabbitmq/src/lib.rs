@@ -17,7 +17,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
-use tower_idempotency::receiver::{ids, Disposition, Lease, MessageId, Receipt, ReceiveError};
+use tower_idempotency::receiver::{ids, Disposition, MessageLease, MessageId, Receipt, ReceiveError};
 
 /// Whatever can go wrong outside of a message.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -33,7 +33,7 @@ pub struct Order {
     /// What it says.
     pub payload: Vec<u8>,
     /// The attempt under which it is handled; the receiver puts it here.
-    pub lease: Option<Lease>,
+    pub lease: Option<MessageLease>,
 }
 
 impl Order {

@@ -19,7 +19,7 @@ use redis::{AsyncCommands, AsyncConnectionConfig};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
-use tower_idempotency::receiver::{Disposition, Lease, MessageId, Receipt, ReceiveError};
+use tower_idempotency::receiver::{Disposition, MessageLease, MessageId, Receipt, ReceiveError};
 
 /// Whatever can go wrong outside of a message.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -36,7 +36,7 @@ pub struct Order {
     /// What it says.
     pub payload: String,
     /// The attempt under which it is handled; the receiver puts it here.
-    pub lease: Option<Lease>,
+    pub lease: Option<MessageLease>,
 }
 
 /// An entry of the stream that was given to a consumer.

@@ -21,7 +21,7 @@ use third_party::bank::Bank;
 use third_party::{Accident, ThirdParty};
 use tower::{ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    CallLayer, CallOutcome, Delivery, ErrorClass, IdempotencyKeyLayer, KeyDeriver, KeyMaker, KeyOrigin, Profile,
+    CallLayer, CallOutcome, CallReport, ErrorClass, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile,
     RetryPolicy,
 };
 
@@ -32,16 +32,16 @@ struct Idempotency {
 }
 
 impl Idempotency {
-    fn new(profile: Profile, keys: KeyDeriver) -> Self {
+    fn new(profile: ProviderProfile, keys: KeyDeriver) -> Self {
         let retries = RetryPolicy::new(profile.clone())
-            .with_backoff(Duration::from_millis(50), Duration::from_secs(1))
+            .with_initial_backoff(Duration::from_millis(50)).with_max_backoff(Duration::from_secs(1))
             .with_errors(|error: &Error| match error {
                 Error::Reqwest(error) if error.is_connect() => ErrorClass::NotSent,
                 Error::Reqwest(error) if error.is_builder() => ErrorClass::Final,
                 _ => ErrorClass::Lost,
             });
         Self {
-            keys: IdempotencyKeyLayer::new(profile).with_maker(KeyMaker::derived(keys)),
+            keys: IdempotencyKeyLayer::new(profile).with_maker(KeyGenerator::derived(keys)),
             calls: CallLayer::new(retries),
         }
     }
@@ -80,7 +80,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
     // The time-out is one of each attempt.
     let http = reqwest::Client::builder().timeout(Duration::from_millis(500)).build()?;
     let client = ClientBuilder::new(http)
-        .with(Idempotency::new(Profile::stripe(), keys))
+        .with(Idempotency::new(ProviderProfile::stripe(), keys))
         .build();
 
     party.expect([Accident::AnswerLost, Accident::Slow(Duration::from_secs(5))]);
@@ -92,14 +92,14 @@ async fn main() -> Result<(), Box<dyn StdError>> {
         .error_for_status()?;
     let delivery = *answer
         .extensions()
-        .get::<Delivery>()
+        .get::<CallReport>()
         .ok_or("the layer reports every call")?;
     let id = answer.text().await?;
 
     let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
     println!("{id} after {attempts} attempts, the answer is a replay: {is_replay}");
     println!("the bank charged {:?}", bank.charges());
-    assert_eq!(delivery.outcome(), CallOutcome::Answered);
+    assert_eq!(delivery.outcome(), CallOutcome::Responded);
     assert_eq!(bank.charges(), ["4200"], "one charge");
     Ok(())
 }

@@ -8,10 +8,10 @@ use http::{response, Method, Request, Response};
 use tower_service::Service;
 
 use super::layer::{LostCall, Settings};
-use crate::client::keys::Meaning;
+use crate::client::keys::ResponseMeaning;
 use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
 use crate::http::{collect, has_body, is_cut_short, is_stream, Collected, RebuildBody, Shortfall};
-use crate::job::{Attempt, Ended, Found, Verdict, Work};
+use crate::job::{Attempt, Ended, Recovered, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
 /// The work of one call.
@@ -26,7 +26,7 @@ pub(super) struct HttpCall<S, B> {
 
 /// The result of an attempt for its caller.
 pub(super) enum Given<R, E> {
-    Answer(Response<R>),
+    Response(Response<R>),
     /// The body of the response broke off, or ended before its declared length.
     Broken,
     /// A response that does not show whether an earlier, lost attempt took effect.
@@ -48,12 +48,12 @@ where
 {
     type Given = Given<R, S::Error>;
 
-    async fn ask(&mut self, attempt: &Attempt) -> Found<Ended<Self::Given>> {
+    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Given>> {
         let HttpCall {
             settings, key, head, ..
         } = &*self;
         let Some(check) = &settings.check else {
-            return Found::Unknown;
+            return Recovered::Unknown;
         };
         let lost = LostCall {
             key: key.clone(),
@@ -62,12 +62,12 @@ where
         };
         let asked = check(lost);
         match asked.await {
-            Found::Happened(response) => {
+            Recovered::Happened(response) => {
                 let (head, bytes) = response.into_parts();
-                Found::Happened(self.settings.keep(head, Collected { bytes, trailers: None }))
+                Recovered::Happened(self.settings.keep(head, Collected { bytes, trailers: None }))
             }
-            Found::NotHappened => Found::NotHappened,
-            Found::Unknown => Found::Unknown,
+            Recovered::NotHappened => Recovered::NotHappened,
+            Recovered::Unknown => Recovered::Unknown,
         }
     }
 
@@ -98,7 +98,7 @@ where
         if let Some(outer) = outer {
             outer.adopt(&report);
             // A layer further out sees the same response, but not the doubt about it, so report the doubt.
-            if evidence.meaning == Meaning::Unknown {
+            if evidence.meaning == ResponseMeaning::Unknown {
                 outer.redirect();
             }
         }
@@ -124,7 +124,7 @@ impl Settings {
             let is_doubtful = is_later && self.recognises_no_retry() && !evidence.has_effect();
             let verdict = match evidence.meaning {
                 // A `CallLayer` saw the head of the response and lost its body.
-                Meaning::Answered { settles: true } if !is_doubtful => self.without_body(),
+                ResponseMeaning::Responded { settles: true } if !is_doubtful => self.without_body(),
                 _ => Verdict::GiveUp,
             };
             let given = Given::Lost(error);
@@ -149,7 +149,7 @@ impl Settings {
         if self.keys_are_honoured {
             Verdict::GiveUp
         } else {
-            Verdict::Keep(Outcome::Tombstone)
+            Verdict::Store(Outcome::Tombstone)
         }
     }
 
@@ -162,20 +162,22 @@ impl Settings {
     ) -> Ended<Given<R, E>> {
         let verdict = match evidence.meaning {
             _ if evidence.has_no_effect() => Verdict::Release,
-            Meaning::Answered { settles: true } => Verdict::Keep(Outcome::Tombstone),
-            Meaning::NotTaken | Meaning::Answered { settles: false } | Meaning::Unknown => Verdict::GiveUp,
+            ResponseMeaning::Responded { settles: true } => Verdict::Store(Outcome::Tombstone),
+            ResponseMeaning::NotTaken | ResponseMeaning::Responded { settles: false } | ResponseMeaning::Unknown => {
+                Verdict::GiveUp
+            }
         };
         let (head, body) = response.into_parts();
-        if !matches!(verdict, Verdict::Keep(_)) || is_stream(&head) {
-            let given = Given::Answer(Response::from_parts(head, body));
+        if !matches!(verdict, Verdict::Store(_)) || is_stream(&head) {
+            let given = Given::Response(Response::from_parts(head, body));
             return Ended { given, verdict };
         }
-        match collect(body, self.answer_limit, self.response_timeout).await {
+        match collect(body, self.response_limit, self.response_timeout).await {
             Ok(body) if !has_body(method, head.status) || !is_cut_short(&head, body.bytes.len()) => {
                 self.keep(head, body)
             }
             Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => Ended {
-                given: Given::Answer(Response::from_parts(head, R::rebuild(body))),
+                given: Given::Response(Response::from_parts(head, R::rebuild(body))),
                 verdict,
             },
             // A response without a body may declare the length that it would have.
@@ -203,7 +205,7 @@ impl Settings {
         let own = evidence_of(&self.profile, &self.classes, Some(report), result);
         let (_, sum) = report.sum(own);
         // This layer interprets a response by its own profile.
-        if result.is_ok() && sum.meaning != Meaning::Unknown {
+        if result.is_ok() && sum.meaning != ResponseMeaning::Unknown {
             own
         } else {
             sum
@@ -213,8 +215,8 @@ impl Settings {
     fn keep<R: RebuildBody, E>(&self, head: response::Parts, body: Collected) -> Ended<Given<R, E>> {
         let answer = self.answers.store(&head, &body);
         Ended {
-            given: Given::Answer(Response::from_parts(head, body.rebuild())),
-            verdict: Verdict::Keep(Outcome::Kept(answer)),
+            given: Given::Response(Response::from_parts(head, body.rebuild())),
+            verdict: Verdict::Store(Outcome::Stored(answer)),
         }
     }
 }

@@ -14,22 +14,22 @@ use tower_layer::Layer;
 
 use super::service::OnceClient;
 use crate::client::classes::{ErrorClass, ErrorClasses};
-use crate::client::keys::Profile;
+use crate::client::keys::ProviderProfile;
 use crate::client::once::terms::term_setters;
-use crate::http::AnswerHeaders;
-use crate::job::{Attempt, Drain, Found, Terms};
+use crate::http::ResponseHeaders;
+use crate::job::{Attempt, Drain, OnLost, Recovered, Terms};
 use crate::protocol::{IfLost, Scope};
 
 type KeyFn = Arc<dyn Fn(&Parts) -> Option<String> + Send + Sync>;
 type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 type AttemptFn = Arc<dyn Fn(&mut Parts, &Attempt) + Send + Sync>;
-type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>> + Send + Sync>;
+type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Recovered<Response<Bytes>>> + Send + Sync>;
 
 /// Makes each logical request of a client once, across all tasks, processes and crashes that share the store. The layer
 /// records the response, and returns it to every later caller of the same call. It is the client-side counterpart of
 /// [`IdempotencyLayer`](crate::IdempotencyLayer), for a third party without idempotency.
 ///
-/// The key of a call must be the same after a crash. So the caller sets it in the header field of the [`Profile`], or an
+/// The key of a call must be the same after a crash. So the caller sets it in the header field of the [`ProviderProfile`], or an
 /// [`IdempotencyKeyLayer`](crate::client::IdempotencyKeyLayer) around this layer derives it, or a function
 /// [reads it from the request](Self::with_key). The layer does not send a request without a key.
 ///
@@ -39,14 +39,14 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// use http::{Request, Response};
 /// use http_body_util::Full;
 /// use tower::{service_fn, ServiceBuilder, ServiceExt};
-/// use tower_idempotency::client::{OnceLayer, Profile};
+/// use tower_idempotency::client::{OnceLayer, ProviderProfile};
 /// use tower_idempotency::MemoryStore;
 ///
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() {
 /// let http = service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, Infallible>(Response::new(Full::from("sent"))) });
 /// let client = ServiceBuilder::new()
-///     .layer(OnceLayer::new(MemoryStore::new(), Profile::draft()))
+///     .layer(OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()))
 ///     .service(http);
 /// let mail = || Request::post("/mails").header("idempotency-key", "welcome-7").body(Full::from("hello")).unwrap();
 /// client.clone().oneshot(mail()).await.unwrap();
@@ -62,7 +62,7 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 /// `OnceError::Unknown`, until the retention is over. The next call after that is made.
 /// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
 ///
-/// The effect of a response on the key follows from its [meaning](Profile::meaning):
+/// The effect of a response on the key follows from its [meaning](ProviderProfile::meaning):
 ///
 /// | the response | the key |
 /// |---|---|
@@ -73,9 +73,9 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Found<Response<Bytes>>
 ///
 /// The layer reads the body of a response before it stores the response. If the body
 /// breaks off, or ends before its declared length, the caller of this attempt and later callers get
-/// [`OnceError::NotKept`](crate::client::OnceError::NotKept), because the head shows that the call was made. The next
+/// [`OnceError::NotStored`](crate::client::OnceError::NotStored), because the head shows that the call was made. The next
 /// paragraph has the exception. A body over the limit of bytes or time goes to its caller as a stream, and later callers get
-/// `NotKept`. A response without a declared length and without chunks ends with its connection, so the layer cannot see that
+/// `NotStored`. A response without a declared length and without chunks ends with its connection, so the layer cannot see that
 /// it broke off (RFC 9112 section 8). The same holds over HTTP/2 for a response without a declared length whose server
 /// resets the stream with `NO_ERROR`.
 ///
@@ -108,7 +108,7 @@ pub struct OnceLayer<St> {
 
 #[derive(Clone)]
 pub(super) struct Settings {
-    pub(super) profile: Profile,
+    pub(super) profile: ProviderProfile,
     pub(super) terms: Terms,
     pub(super) methods: Vec<Method>,
     pub(super) key: Option<KeyFn>,
@@ -120,10 +120,10 @@ pub(super) struct Settings {
     pub(super) check: Option<CheckFn>,
     pub(super) classes: ErrorClasses,
     pub(super) request_limit: usize,
-    pub(super) answer_limit: usize,
+    pub(super) response_limit: usize,
     pub(super) body_timeout: Duration,
     pub(super) response_timeout: Duration,
-    pub(super) answers: AnswerHeaders,
+    pub(super) answers: ResponseHeaders,
 }
 
 /// A lost call, for the recovery check. Its `Debug` form hides key and headers.
@@ -140,7 +140,7 @@ pub struct LostCall {
 impl<St> OnceLayer<St> {
     /// Records the responses of a server of this profile in `store`.
     #[must_use]
-    pub fn new(store: St, profile: Profile) -> Self {
+    pub fn new(store: St, profile: ProviderProfile) -> Self {
         let settings = Settings {
             profile,
             terms: Terms::default(),
@@ -154,10 +154,10 @@ impl<St> OnceLayer<St> {
             check: None,
             classes: ErrorClasses::default(),
             request_limit: 2 << 20,
-            answer_limit: 2 << 20,
+            response_limit: 2 << 20,
             body_timeout: Duration::from_secs(30),
             response_timeout: Duration::from_secs(10),
-            answers: AnswerHeaders::default(),
+            answers: ResponseHeaders::default(),
         };
         Self {
             store,
@@ -225,7 +225,7 @@ impl<St> OnceLayer<St> {
     /// repeat a request that may be lost. By default the policy repeats a request only if the server provably did not
     /// take it, that is, after an error that is [known](Self::with_errors) to come before the sending, a 425 or a 429.
     ///
-    /// No [`Profile`] implies this. A profile describes how a key is sent, and even a provider that honours keys does
+    /// No [`ProviderProfile`] implies this. A profile describes how a key is sent, and even a provider that honours keys does
     /// not honour them at every endpoint. If the statement is false, one call through this layer can have several
     /// effects.
     #[must_use]
@@ -246,8 +246,15 @@ impl<St> OnceLayer<St> {
     /// [without its key](Self::without_sending_key), a response other than a success leaves the outcome unknown, because it
     /// may only mean that the lost attempt arrived before.
     #[must_use]
-    pub fn at_least_once(mut self) -> Self {
-        self.settings().if_lost = IfLost::Execute;
+    pub fn at_least_once(self) -> Self {
+        self.on_lost(OnLost::Execute)
+    }
+
+    /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. Of this setter,
+    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
+    #[must_use]
+    pub fn on_lost(mut self, on_lost: OnLost) -> Self {
+        self.settings().if_lost = on_lost.into();
         self
     }
 
@@ -255,12 +262,12 @@ impl<St> OnceLayer<St> {
     ///
     /// The guarantee of one effect needs a check that blocks the lost attempt, by raising the [fence](Attempt::fence) at the
     /// third party before it looks for the effect, or an attempt that has settled before the check
-    /// ([`with_settling`](Self::with_settling) narrows the gap). A request that arrives after the check has an effect of its
+    /// ([`with_settle_delay`](Self::with_settle_delay) narrows the gap). A request that arrives after the check has an effect of its
     /// own.
     #[must_use]
     pub fn with_recovery<F>(mut self, check: impl Fn(LostCall) -> F + Send + Sync + 'static) -> Self
     where
-        F: Future<Output = Found<Response<Bytes>>> + Send + 'static,
+        F: Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
     {
         let settings = self.settings();
         settings.if_lost = IfLost::Recover;
@@ -274,19 +281,25 @@ impl<St> OnceLayer<St> {
     ///
     /// The layer uses this classification only for an error of the request itself. An error that may belong to a later
     /// hop of a redirect, or that follows a lost attempt, never counts as "not sent". If the client follows redirects,
-    /// put `KeyAtHome` into its policy, so that the layer knows the hops.
+    /// put `SameOriginKey` into its policy, so that the layer knows the hops.
     #[must_use]
     pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) -> Self {
         self.settings().classes.add(classify);
         self
     }
 
-    /// Sets the limits for the bodies of request and response, in bytes. The layer does not send a request over the limit. It
-    /// passes a response over the limit to its caller, and does not store it. Default: 2 MiB each.
+    /// Sets how long the body of a request may be, in bytes. The layer does not send a longer request. Default: 2 MiB.
     #[must_use]
-    pub fn with_limits(mut self, request: usize, answer: usize) -> Self {
-        let settings = self.settings();
-        (settings.request_limit, settings.answer_limit) = (request, answer);
+    pub fn with_body_limit(mut self, bytes: usize) -> Self {
+        self.settings().request_limit = bytes;
+        self
+    }
+
+    /// Sets how long the body of a response may be, in bytes. The layer passes a longer response to its caller, and does not store
+    /// it. Default: 2 MiB.
+    #[must_use]
+    pub fn with_response_limit(mut self, bytes: usize) -> Self {
+        self.settings().response_limit = bytes;
         self
     }
 
@@ -300,7 +313,7 @@ impl<St> OnceLayer<St> {
 
     /// Sets how long the body of a response may take, counted from its head. Default: 10 s. The layer does not store a
     /// response that takes longer. If its status would be stored, the call counts as made: its caller gets the response
-    /// as a stream, and later callers get [`OnceError::NotKept`](crate::client::OnceError::NotKept).
+    /// as a stream, and later callers get [`OnceError::NotStored`](crate::client::OnceError::NotStored).
     #[must_use]
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.settings().response_timeout = timeout;

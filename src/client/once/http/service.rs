@@ -21,7 +21,7 @@ use crate::client::once::failure::OnceError;
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
 use crate::job::{Job, Settled};
-use crate::protocol::{Answer, Fingerprint, KeyParser, Scope};
+use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
 
 /// A client whose requests are made once; made by [`OnceLayer`].
@@ -159,11 +159,11 @@ where
     };
     match job.settle(work).await {
         Settled::Ran {
-            given: Given::Answer(given),
+            given: Given::Response(given),
             recorded: Ok(()),
         } => Ok(given),
         Settled::Ran {
-            given: Given::Answer(given),
+            given: Given::Response(given),
             recorded: Err(error),
         } => Err(OnceError::Unrecorded {
             given: Box::new(given),
@@ -171,7 +171,7 @@ where
         }),
         Settled::Ran {
             given: Given::Broken, ..
-        } => Err(OnceError::NotKept),
+        } => Err(OnceError::NotStored),
         Settled::Ran {
             given: Given::Doubtful, ..
         } => Err(OnceError::Unknown(None)),
@@ -272,7 +272,7 @@ fn fingerprint(head: &Parts, body: &Collected) -> Fingerprint {
     Fingerprint::of(Scope::of([Scope::of(origin).as_bytes(), request.digest()]).as_bytes())
 }
 
-fn replay<R: RebuildBody, E>(settings: &Settings, answer: &Answer) -> Outcomes<R, E> {
+fn replay<R: RebuildBody, E>(settings: &Settings, answer: &StoredResponse) -> Outcomes<R, E> {
     let replayed = settings.answers.replay(answer, true);
     replayed.map_err(|_| OnceError::Unreadable("the kept answer is not that of an HTTP request".into()))
 }

@@ -48,7 +48,7 @@ pub(super) enum By {
 /// The outcome of a completion.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ending {
-    Answer(u8),
+    StoredResponse(u8),
     Rejected,
     Tombstone,
 }
@@ -130,7 +130,7 @@ impl Ending {
         }
         match random.random() {
             0..64 => Self::Rejected,
-            answer => Self::Answer(answer),
+            answer => Self::StoredResponse(answer),
         }
     }
 }

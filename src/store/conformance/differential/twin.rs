@@ -7,8 +7,8 @@ use super::step::{Action, Asked, By, Ending, Found, CLAIMANTS};
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
 use crate::protocol::{
-    Change, Claim, Decision, Fence, Fingerprint, Grant, Nonce, Outcome, Owner, Record, Resolution, Resolved, Snapshot,
-    StorageKey, Transition,
+    Change, Claim, Decision, Fence, Fingerprint, Grant, Nonce, Outcome, Owner, Record, Resolution, ResolveResult,
+    Snapshot, StorageKey, Transition,
 };
 use crate::store::conformance::probe::{kept, random, timeless, timeless_view, LEASE, RETENTION};
 use crate::store::Store;
@@ -53,7 +53,7 @@ impl Twin {
             Action::Claim(asked) => self.claim(store, asked, now).await?,
             Action::Complete { by, ending } => {
                 let outcome = match ending {
-                    Ending::Answer(answer) => kept([answer, b'\n'].to_vec(), "body"),
+                    Ending::StoredResponse(answer) => kept([answer, b'\n'].to_vec(), "body"),
                     Ending::Rejected => Outcome::Rejected,
                     Ending::Tombstone => Outcome::Tombstone,
                 };
@@ -119,7 +119,7 @@ impl Twin {
         let by = self.pair(if matches!(by, By::Ghost(_)) { By::Nobody } else { by });
         let wanted = self.apply(Record::resolve(self.record.as_ref(), by.model.fence, &resolution, now));
         let wanted = match wanted {
-            Resolved::Conflict(Some(fence)) => Resolved::Conflict(Some(self.store_fence(fence))),
+            ResolveResult::Conflict(Some(fence)) => ResolveResult::Conflict(Some(self.store_fence(fence))),
             other => other,
         };
         let got = store.resolve(&self.key, by.store.fence, &resolution).await;
@@ -129,7 +129,7 @@ impl Twin {
     /// Makes the model's change. With a record go its owners: whoever claims now is somebody new.
     fn apply<R>(&mut self, transition: Transition<R>) -> R {
         match transition.change {
-            Change::Keep => {}
+            Change::StoreResponse => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => {
                 self.record = None;
