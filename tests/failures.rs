@@ -1002,7 +1002,7 @@ async fn a_completion_that_never_succeeds_keeps_the_key_claimed_and_says_what_is
         store.fail("complete", [Fault::Before; 100]);
         let handler = Handler::new();
         let layer = IdempotencyLayer::new(store.clone())
-            .on_lost(on_lost.clone())
+            .on_lost(on_lost)
             .with_wait(Duration::ZERO);
         let service = layer.layer(handler.clone());
         let answer = send(&service, post("k", "pay")).await;

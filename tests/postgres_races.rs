@@ -256,9 +256,7 @@ async fn a_duplicate_waits_for_the_transaction_that_completes_its_key() {
                 answer
             };
             let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
-            Router::new()
-                .route("/", post(handler))
-                .layer(layer.on_lost(on_lost.clone()))
+            Router::new().route("/", post(handler)).layer(layer.on_lost(on_lost))
         };
         let request = || {
             let request = Request::post("/").header("idempotency-key", &key);

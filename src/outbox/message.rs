@@ -34,7 +34,7 @@ impl OutboxMessage {
         }
     }
 
-    /// Gives it an id of yours, such as one derived from what brought it about ([`Lease::id`](crate::receiver::Lease::id)): 1 to 255
+    /// Gives it an id of yours, such as one derived from what brought it about ([`MessageLease::id`](crate::receiver::MessageLease::id)): 1 to 255
     /// bytes, none of them zero. Put twice under one id, it waits once.
     #[must_use]
     pub fn with_id(mut self, id: impl Into<String>) -> Self {

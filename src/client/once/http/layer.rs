@@ -97,7 +97,7 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Recovered<Response<Byt
 /// | [retention](Self::with_retention) | 24 h from the completion |
 /// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
 /// | [attempts](Self::with_max_attempts) | 5 |
-/// | [limits](Self::with_limits) for the bodies of request and response | 2 MiB each |
+/// | longest [request body](Self::with_body_limit) and [response body](Self::with_response_limit) | 2 MiB each |
 /// | [time for the request's body](Self::with_body_timeout), [for the response's](Self::with_response_timeout) | 30 s, 10 s |
 /// | what is compared | method, target and body; not `Authorization`, which is ours |
 #[derive(Clone)]
