@@ -228,7 +228,7 @@ where
 {
     const TOO_LONG: Error = Error::new(
         ErrorKind::Configuration,
-        "the request's body is longer than the bound of the OnceLayer; raise it by `with_limits`",
+        "the request's body is longer than the bound of the OnceLayer; raise it by `with_body_limit`",
     );
     const BROKEN: Error = Error::new(
         ErrorKind::Configuration,
