@@ -7,23 +7,24 @@ use http::Uri;
 
 use crate::protocol::Hasher;
 
-/// The host that a request was sent to: `:authority` or the absolute target of its line, otherwise its `Host` (RFC 9112 section
-/// 3.2.2, RFC 9113 section 8.3.1).
+/// The host that a request was sent to. It is `:authority` or the absolute target of the request
+/// line, and otherwise the `Host` field (RFC 9112 section 3.2.2, RFC 9113 section 8.3.1).
 ///
-/// Two spellings of one authority are equal: letter case, user information and the default ports of HTTP and HTTPS make
-/// no difference. An HTTP/1.1 request does not name its scheme, so both default ports are ignored for both schemes.
+/// Different spellings of one authority are equal. Letter case, user information and the default
+/// ports of HTTP and HTTPS make no difference. An HTTP/1.1 request does not name its scheme, so
+/// both default ports are ignored for both schemes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Authority<'r> {
-    /// No host, or an IP address. An address does not count, because a client that balances its load over addresses may
-    /// retry on another node, and an address names no tenant.
+    /// No host, or an IP address. An address does not count, because a client that balances its
+    /// load over addresses may retry on another node, and because an address names no tenant.
     Unnamed,
     Named(Name<'r>),
-    /// A request that repeats `Host`, names two different hosts, or names a host that cannot be parsed. Every `Host`
-    /// line and the target count byte by byte.
+    /// A request that repeats `Host`, names two different hosts, or names a host that cannot be
+    /// parsed. Every `Host` line and the target count byte by byte.
     Doubtful(Option<&'r str>, &'r HeaderMap),
 }
 
-/// A host name, in any letter case, and a port unless it is a default port.
+/// A host name in any letter case, and its port unless it is a default port.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Name<'r> {
     host: &'r [u8],
@@ -48,16 +49,17 @@ impl<'r> Authority<'r> {
             _ if is_repeated => Self::Doubtful(target, headers),
             (None, None) => Self::Unnamed,
             (Some(Some(one)), None) | (None, Some(Some(one))) => one,
-            // A client that balances its load over addresses sends the name of the service in `Host`.
+            // A client that balances its load over addresses sends the name of the service in
+            // `Host`.
             (Some(Some(Self::Unnamed)), Some(Some(one))) | (Some(Some(one)), Some(Some(Self::Unnamed))) => one,
             (Some(Some(one)), Some(Some(two))) if one == two => one,
             _ => Self::Doubtful(target, headers),
         }
     }
 
-    /// Adds the fields of this authority. No other combination of fields hashes the same, because their last fields
-    /// differ in length: the number of a header's lines, which comes before them, has four bytes, a port two, and the
-    /// mark of a doubtful authority eight.
+    /// Adds the fields of this authority to the hash. No other combination of fields hashes the
+    /// same, because the last fields differ in length. The number of header lines, which comes
+    /// before them, has four bytes, a port has two, and the mark of a doubtful authority has eight.
     pub(super) fn add_to(self, hasher: &mut Hasher) {
         match self {
             Self::Unnamed => {}
@@ -79,9 +81,9 @@ impl<'r> Authority<'r> {
     }
 }
 
-/// Parses `[userinfo@]host[:port]`; `None` if the text has another form.
+/// Parses `[userinfo@]host[:port]`. Returns `None` if the text has another form.
 fn read(authority: &[u8]) -> Option<Authority<'_>> {
-    // Most hosts are a plain name without a port.
+    // Fast path: most hosts are a plain name without a port.
     let is_plain = authority.iter().all(|byte| IS_PLAIN[usize::from(*byte)]);
     if is_plain && authority.last().is_some_and(u8::is_ascii_alphabetic) {
         return Some(Authority::Named(Name {
@@ -119,7 +121,7 @@ fn read(authority: &[u8]) -> Option<Authority<'_>> {
     })
 }
 
-/// Letters, digits, dots and hyphens.
+/// The bytes of a plain host name: letters, digits, dots and hyphens.
 const IS_PLAIN: [bool; 256] = {
     let mut is_plain = [false; 256];
     let mut byte = 0_u8;
@@ -130,7 +132,8 @@ const IS_PLAIN: [bool; 256] = {
     is_plain
 };
 
-/// Whether a host is an IPv4 address, or an IPv6 address in brackets, perhaps with a zone.
+/// Returns whether a host is an IPv4 address, or an IPv6 address in brackets, with or without a
+/// zone.
 fn is_ip_address(host: &[u8]) -> bool {
     let Ok(host) = std::str::from_utf8(host) else {
         return false;
@@ -216,7 +219,7 @@ mod tests {
         }
         assert_eq!(of("http://10.0.0.2:3000/", &["10.0.0.2:3000"]), none);
         assert_eq!(of("http://[::1]:3000/", &[]), none);
-        // The name counts, whichever of the two has it.
+        // The name counts, whether the target or the `Host` field has it.
         let named = of("/", &["a.example"]);
         assert_eq!(of("http://10.0.0.2:3000/", &["a.example"]), named);
         assert_eq!(of("http://a.example/", &["10.0.0.2"]), named);

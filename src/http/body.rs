@@ -1,4 +1,4 @@
-//! Bodies: read within a bound, and made again from what was read.
+//! Reads bodies within bounds, and rebuilds bodies from the bytes that were read.
 
 use std::fmt;
 use std::future::Future;
@@ -15,41 +15,45 @@ use http_body_util::{BodyExt, Full};
 use super::grpc::FirstMessage;
 use crate::clock::Limit;
 
-/// A body type that can be made again from bytes that were read from it.
+/// A body type that can be rebuilt from bytes that were read from it.
 ///
-/// The layer leaves the types of your bodies alone: what it does not guard passes through untouched and unboxed. What it
-/// guards it has to read, and then it needs a way back. That is this trait. It is implemented for `axum::body::Body` (feature
-/// `axum`), for `tonic::body::Body` (feature `tonic`), for `reqwest::Body` (feature `reqwest`), for the boxed bodies
-/// and `Full` of `http-body-util`, and for [`BufferedBody`], which wraps any other.
+/// The layer does not change the types of your bodies. A request that it does not guard passes
+/// through untouched and unboxed. The layer reads the body of a request that it guards, and uses
+/// this trait to turn the bytes back into a body. The trait is implemented for `axum::body::Body`
+/// (feature `axum`), for `tonic::body::Body` (feature `tonic`), for `reqwest::Body` (feature
+/// `reqwest`), for the boxed bodies and `Full` of `http-body-util`, and for [`BufferedBody`], which
+/// wraps any other body.
 #[diagnostic::on_unimplemented(
-    message = "the idempotency layer reads `{Self}` and cannot make it again",
-    label = "not a body that can be made again from bytes",
+    message = "the idempotency layer reads `{Self}` and cannot rebuild it",
+    label = "not a body that can be rebuilt from bytes",
     note = "in an axum app, enable the feature `axum` of `tower-idempotency`",
     note = "around a tonic service, enable the feature `tonic` of `tower-idempotency`",
-    note = "otherwise wrap the body by `tower_idempotency::BufferedBody::new`: the body of a request with \
+    note = "otherwise wrap the body with `tower_idempotency::BufferedBody::new`: the body of a request with \
             `tower_http::map_request_body::MapRequestBodyLayer` outside of this layer, the body of a response with \
             `tower_http::map_response_body::MapResponseBodyLayer` inside of this layer",
     note = "or box the body at the same place with `http_body_util::BodyExt::boxed_unsync`"
 )]
 pub trait RebuildBody: HttpBody<Data = Bytes> + Unpin + Sized {
-    /// The body that yields what `body` yields.
+    /// Returns a body that yields the same frames as `body`.
     fn rebuild(body: BufferedBody<Self>) -> Self;
 }
 
-/// A body of which the front was read, perhaps all of it: bytes, then what is left of `B`, then trailers.
+/// A body whose front was read: the bytes that were read, then the rest of `B`, then trailers.
 ///
-/// Wrap a body that is no [`RebuildBody`], such as `hyper::body::Incoming`, with [`BufferedBody::new`].
+/// Use [`BufferedBody::new`] to wrap a body that is no [`RebuildBody`], such as
+/// `hyper::body::Incoming`.
 pub struct BufferedBody<B> {
     front: Bytes,
     rest: Option<B>,
-    /// The most bytes that `rest` can still yield, by the size hint that it had before anything was read of it. `None` if
-    /// nothing was read of it or its hint had no upper bound. Some bodies return their first hint to the end.
+    /// The maximum number of bytes that `rest` can still yield, from its size hint before it was
+    /// read. `None` if `rest` was not read, or if its hint had no upper bound. Some bodies return
+    /// their first hint until they end.
     left: Option<u64>,
     trailers: Option<HeaderMap>,
 }
 
 impl<B> BufferedBody<B> {
-    /// A body of which nothing was read.
+    /// Returns a body that was not read yet.
     pub const fn new(body: B) -> Self {
         Self {
             front: Bytes::new(),
@@ -59,7 +63,7 @@ impl<B> BufferedBody<B> {
         }
     }
 
-    /// A body of these bytes.
+    /// Returns a body that consists of these bytes.
     pub const fn from_bytes(bytes: Bytes) -> Self {
         Self {
             front: bytes,
@@ -69,7 +73,7 @@ impl<B> BufferedBody<B> {
         }
     }
 
-    /// The same body again, where what is left of it can be cloned.
+    /// Clones this body if `clone` can clone its unread rest.
     #[cfg(feature = "retry")]
     pub(crate) fn try_clone_with(&self, clone: impl FnOnce(&B) -> Option<B>) -> Option<Self> {
         let rest = match &self.rest {
@@ -109,7 +113,8 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for BufferedBody<B> {
                 }
                 return Poll::Ready(Some(frame));
             }
-            // Keep a body that does not confirm its end, so that this body does not confirm it, either.
+            // Keep a body that does not confirm its end, so that this body does not confirm its end
+            // either.
             if rest.is_end_stream() || this.trailers.is_some() {
                 this.rest = None;
             }
@@ -130,7 +135,8 @@ impl<B: HttpBody<Data = Bytes> + Unpin> HttpBody for BufferedBody<B> {
         let left = self.left.unwrap_or(u64::MAX);
         let mut hint = SizeHint::new();
         hint.set_lower(rest.lower().min(left).saturating_add(front));
-        // A length that is known is announced, and then HTTP/1.1 has no place for trailers (RFC 9112 section 7.1.2).
+        // A known length would be sent as `Content-Length`. HTTP/1.1 then has no place for trailers
+        // (RFC 9112 section 7.1.2).
         if let (Some(upper), None) = (rest.upper(), &self.trailers) {
             hint.set_upper(upper.min(left).saturating_add(front));
         }
@@ -169,7 +175,8 @@ fn joined(first: Bytes, second: Bytes) -> Bytes {
 }
 
 impl RebuildBody for Full<Bytes> {
-    /// A `Full` has no trailers and yields all its bytes at once: either nothing was read of it, or all.
+    /// A `Full` has no trailers and yields all its bytes at once. Therefore either nothing of it
+    /// was read, or all.
     fn rebuild(body: BufferedBody<Self>) -> Self {
         match body.rest {
             Some(unread) if body.front.is_empty() => unread,
@@ -238,7 +245,7 @@ pub(crate) struct Collected {
 }
 
 impl Collected {
-    /// A body that yields the same again.
+    /// Returns a body that yields the same bytes and trailers.
     pub(crate) fn rebuild<B: RebuildBody>(self) -> B {
         B::rebuild(BufferedBody {
             front: self.bytes,
@@ -249,28 +256,31 @@ impl Collected {
     }
 }
 
-/// Why a body was not read to its end.
+/// The reason why a body was not read to its end.
 #[derive(Debug)]
 pub(crate) enum Shortfall<B: HttpBody> {
-    /// It broke off.
+    /// The body failed with an error.
     Broken(B::Error),
-    /// It ended without an error, although its size hint still promised bytes. hyper ends a body of HTTP/2 in this way if
-    /// the peer resets the stream with `NO_ERROR`. The value is the part that was read.
+    /// The body ended without an error, although its size hint still promised bytes. hyper ends an
+    /// HTTP/2 body in this way if the peer resets the stream with `NO_ERROR`. The value is the part
+    /// that was read.
     Short(Collected),
-    /// The body is longer than the limit. The value yields the whole body, including the part that was read.
+    /// The body is longer than the limit. The value yields the whole body, including the part that
+    /// was read.
     TooLarge(BufferedBody<B>),
-    /// The body took longer than the limit. The value yields the whole body, including the part that was read.
+    /// The body took longer than the limit. The value yields the whole body, including the part
+    /// that was read.
     TooSlow(BufferedBody<B>),
 }
 
-/// The largest number of frames that one poll reads. Without a bound, an endless body that is always ready would never
-/// return from the poll, and no timer could end it.
+/// The largest number of frames that one poll reads. Without a bound, an endless body that is
+/// always ready would never return from the poll, and no timer could end it.
 const FRAMES_PER_POLL: usize = 128;
 
-/// How long a body may be, and how long it may take to arrive.
+/// The longest body in bytes, and the longest time in which it may arrive.
 ///
-/// `WebhookLayer` leaves its bounds in the request's extensions. An `IdempotencyLayer` inside uses them in place of its own, so that one
-/// setting governs both.
+/// `WebhookLayer` puts its bounds into the request's extensions. An `IdempotencyLayer` inside uses
+/// them in place of its own, so that one setting governs both.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BodyBounds {
     pub(crate) bytes: usize,
@@ -284,8 +294,8 @@ impl BodyBounds {
     }
 }
 
-/// Reads a body to its end. Stops with the frame that exceeds `limit` bytes, or after `timeout`. Makes no timer if the
-/// body is complete at the first poll.
+/// Reads a body to its end. Stops at the frame that exceeds `limit` bytes, or after `timeout`.
+/// Creates no timer if the body is complete at the first poll.
 pub(crate) fn collect<B: HttpBody<Data = Bytes> + Unpin>(body: B, limit: usize, timeout: Duration) -> Collect<B> {
     Collect {
         declared: body.size_hint(),
@@ -298,12 +308,13 @@ pub(crate) fn collect<B: HttpBody<Data = Bytes> + Unpin>(body: B, limit: usize, 
     }
 }
 
-/// The time within which a gRPC response must end after its first message. A server sends the status of a unary call
-/// together with its message, so a response that goes on for longer is a stream, and its caller must not wait for its
-/// end.
+/// The time within which a gRPC response must end after its first message. A server sends the
+/// status of a unary call together with its message. A response that goes on for longer is a
+/// stream, and its caller must not wait for its end.
 const AFTER_FIRST_MESSAGE: Duration = Duration::from_millis(100);
 
-/// Reads a gRPC body to its end, as [`collect`] does. Stops 100 ms after the first message at the latest.
+/// Reads a gRPC body to its end, as [`collect`] does. Stops 100 ms after the first message at the
+/// latest.
 pub(crate) fn collect_messages<B: HttpBody<Data = Bytes> + Unpin>(
     body: B,
     limit: usize,
@@ -318,19 +329,19 @@ pub(crate) fn collect_messages<B: HttpBody<Data = Bytes> + Unpin>(
 /// The future of [`collect`].
 #[derive(Debug)]
 pub(crate) struct Collect<B> {
-    /// Until it ends.
+    /// `None` once the body has ended.
     body: Option<B>,
     /// The first size hint of the body.
     declared: SizeHint,
     limit: usize,
     timeout: Limit,
-    /// Looks for the end of the first message, until it has come.
+    /// Detects the end of the first message. `None` once that end was seen.
     first_message: Option<FirstMessage>,
     read: Read,
     trailers: Option<HeaderMap>,
 }
 
-/// How the reading of a body ended.
+/// The way in which the reading of a body ended.
 enum Stop<E> {
     Broken(E),
     Ended,
@@ -394,7 +405,8 @@ impl<B: HttpBody<Data = Bytes> + Unpin> Future for Collect<B> {
             Stop::Broken(error) => Err(Shortfall::Broken(error)),
             Stop::Ended => {
                 let part = Collected { bytes: front, trailers };
-                // Some bodies return their first hint to the end, so the hint alone does not show that bytes are missing.
+                // Some bodies return their first hint until they end, so the hint alone does not
+                // show that bytes are missing.
                 if read < this.declared.lower() && rest.is_some_and(|body| body.size_hint().lower() > 0) {
                     Err(Shortfall::Short(part))
                 } else {
@@ -425,8 +437,8 @@ fn exceeds(len: u64, limit: usize) -> bool {
     usize::try_from(len).map_or(true, |len| len > limit)
 }
 
-/// What was read: the only frame as it came, or all of them copied together, so that a body of many small frames does not
-/// hold their many buffers.
+/// The bytes that were read. A single frame is stored as it came. Several frames are copied into
+/// one buffer, so that a body of many small frames does not hold many buffers.
 #[derive(Debug, Default)]
 struct Read {
     only: Bytes,
@@ -486,7 +498,7 @@ mod tests {
         StreamBody::new(stream::iter(frames)).boxed_unsync()
     }
 
-    /// Runs without a runtime, so making a timer would show.
+    /// Works without a runtime, so a timer would panic.
     fn reading<B: RebuildBody>(body: B, limit: usize) -> Collect<B> {
         collect(body, limit, Duration::from_secs(10))
     }
@@ -528,7 +540,7 @@ mod tests {
         assert_eq!(Frames::rebuild(body).collect().await.unwrap().to_bytes(), "abcd");
     }
 
-    /// The task never returned from its poll, so no timer could end it.
+    /// Once, the task never returned from its poll, so no timer could end it.
     #[tokio::test(start_paused = true)]
     async fn a_body_that_is_always_ready_ends_when_its_time_is_over() {
         let empty = stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(Bytes::new())));
@@ -595,10 +607,10 @@ mod tests {
         }
     }
 
-    /// A `Content-Length` made from such a hint would promise bytes that never come.
+    /// A `Content-Length` from such a hint would promise bytes that never come.
     #[test]
     fn the_size_hint_of_a_body_that_was_read_in_part_counts_no_byte_twice() {
-        // A body whose hint is over the limit is not read at all, so let the hint be a range.
+        // A body whose hint exceeds the limit is not read at all, so the hint is a range.
         let mut hint = SizeHint::new();
         hint.set_upper(6);
         let body = FixedHint(frames(&["ab", "cd", "ef"], None), hint);

@@ -1,4 +1,4 @@
-//! From request to fingerprint.
+//! Computes the fingerprint of a request.
 
 use std::fmt;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ pub(crate) enum BodyForm {
     #[default]
     Bytes,
     Custom(Digest),
-    /// The messages, whatever their compression.
+    /// The decompressed messages, so that their compression makes no difference.
     #[cfg(feature = "tonic")]
     Grpc,
     Json(CanonicalJson),
@@ -55,14 +55,16 @@ pub(crate) enum BodyForm {
 }
 
 impl Fingerprinting {
-    /// Returns the fingerprint of a request that a server received. Without a scope, the fingerprint includes the
-    /// credentials and the host of the request (I4). `limit` bounds what a compressed body becomes.
+    /// Returns the fingerprint of a request that a server received. Without a scope, the
+    /// fingerprint includes the credentials and the host of the request (I4). `limit` bounds the
+    /// size of a decompressed body in bytes.
     pub(crate) fn of(&self, parts: &Parts, body: &Bytes, scoped: bool, limit: usize) -> Fingerprint {
         self.of_target(uri_as_received(parts), parts, body, scoped, limit)
     }
 
-    /// Returns the fingerprint of a request that a client sends, without credentials and host. Its extensions do not
-    /// count. If the application forwards a request that it has received, they describe the received request.
+    /// Returns the fingerprint of a request that a client sends, without credentials and host. The
+    /// request's extensions do not count. If the application forwards a request that it has
+    /// received, they describe the received request.
     pub(crate) fn of_call(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
         self.of_target(&parts.uri, parts, body, true, body.len())
     }
@@ -99,17 +101,18 @@ impl Fingerprinting {
             }
         }
         for name in &self.headers {
-            // Skip the content type, because its boundary would make every retry another request. The fingerprint already
-            // includes the content type without the boundary.
+            // Skip the content type, because its boundary would make every retry a different
+            // request. The fingerprint already includes the content type without the boundary.
             if is_in_parts && name == CONTENT_TYPE {
                 continue;
             }
             add_lines(&mut hasher, &parts.headers, name);
         }
-        // A router has stripped a prefix, or the application has forwarded the request to another target.
+        // Either a router has stripped a prefix, or the application has forwarded the request to
+        // another target.
         if uri != &parts.uri {
-            // A router keeps the authority. The application chose any other one, so it counts, even if it is an IP
-            // address or a scope is set.
+            // A router does not change the authority. Any other authority was chosen by the
+            // application, so it counts, even if it is an IP address or a scope is set.
             if let Some(authority) = parts.uri.authority().filter(|chosen| uri.authority() != Some(chosen)) {
                 hasher.field(authority.as_str().as_bytes());
             }
@@ -119,8 +122,8 @@ impl Fingerprinting {
         hasher.finish()
     }
 
-    /// Begins a fingerprint with the parts of a multipart body, if the settings ask for it. A function of the
-    /// application gets every body whole.
+    /// Starts a fingerprint with the parts of a multipart body if the settings ask for it. A
+    /// function of the application always gets the whole body.
     fn over_parts(&self, headers: &HeaderMap, body: &[u8]) -> Option<Hasher> {
         if !self.multipart || matches!(self.body, BodyForm::Custom(_)) {
             return None;
@@ -129,8 +132,9 @@ impl Fingerprinting {
     }
 }
 
-/// Begins a fingerprint with the plain form of a gRPC body, so that its compression makes no difference. For a body
-/// without a plain form, it takes the bytes and the name of the encoding.
+/// Starts a fingerprint with the decompressed form of a gRPC body, so that its compression makes no
+/// difference. If the body cannot be decompressed, the fingerprint includes its bytes and the name
+/// of its encoding.
 #[cfg(feature = "tonic")]
 fn over_messages(headers: &HeaderMap, body: &Bytes, limit: usize) -> Hasher {
     let encoding = headers.get(grpc::GRPC_ENCODING);
@@ -159,8 +163,9 @@ fn add_lines(hasher: &mut Hasher, headers: &HeaderMap, name: &HeaderName) {
     hasher.field(&lines.to_le_bytes());
 }
 
-/// Returns the target that the client sent. A nested axum router strips its prefix from `uri`, so without the original
-/// target, two nested routers with equal inner paths would replay each other's responses.
+/// Returns the target that the client sent. A nested axum router strips its prefix from `uri`.
+/// Without the original target, two nested routers with equal inner paths would replay each other's
+/// responses.
 pub(crate) fn uri_as_received(parts: &Parts) -> &Uri {
     #[cfg(feature = "axum")]
     if let Some(original) = parts.extensions.get::<axum::extract::OriginalUri>() {
@@ -362,7 +367,7 @@ mod tests {
                 );
             }
         }
-        // A call goes to the host of its URI, which the client layer adds by itself.
+        // A call goes to the host of its URI, which the client layer adds itself.
         assert_ne!(f.of_call(&targets[0], &body), f.of_call(&targets[1], &body));
         let call = parts("POST", "/debit", &[]);
         assert_eq!(f.of_call(&targets[1], &body), f.of_call(&call, &body));

@@ -1,13 +1,13 @@
-//! From header field to key.
+//! Finds the key in a request's header fields.
 
 use http::header::{HeaderMap, HeaderName};
 
 use crate::protocol::{IdempotencyKey, InvalidKey, KeyError, KeyParser};
 
-/// Where a key stands, unless something else is set.
+/// The default header field of the key.
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// What a request says about its key.
+/// The key of a request, if it has one.
 #[derive(Debug)]
 pub(crate) enum FoundKey {
     Absent,
@@ -19,8 +19,8 @@ pub(crate) fn find_key(headers: &HeaderMap, name: &HeaderName, parser: &KeyParse
     let Some(value) = headers.get(name) else {
         return FoundKey::Absent;
     };
-    // RFC 9651 section 4.2: field lines are combined with a comma, and parsing that as an Item fails. Most requests have no
-    // repeated field at all.
+    // RFC 9651 section 4.2 combines field lines with a comma, and the combined value does not parse
+    // as an Item. The first check is cheap, because most requests repeat no field at all.
     let some_repeated = headers.len() > headers.keys_len();
     if some_repeated && headers.get_all(name).iter().nth(1).is_some() {
         return FoundKey::Invalid(KeyError::new(InvalidKey::Repeated));

@@ -3,21 +3,22 @@
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{response, Method, StatusCode};
 
-/// Whether a response to a request with this method can have a body (RFC 9110 section 6.4.1). The tunnel after CONNECT
-/// is no body.
+/// Returns whether a response to a request with this method can have a body (RFC 9110 section
+/// 6.4.1). The tunnel after CONNECT is no body.
 pub(crate) fn has_body(method: &Method, status: StatusCode) -> bool {
     let is_tunnel = method == Method::CONNECT && status.is_success();
     let is_empty = status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     method != Method::HEAD && !is_tunnel && !is_empty
 }
 
-/// Whether a body that ended after `read` bytes is shorter than its declared length. RFC 9112 section 8 says that such a
-/// response is incomplete. hyper reports it as an error, other clients may not.
+/// Returns whether a body that ended after `read` bytes is shorter than its declared length. RFC
+/// 9112 section 8 says that such a response is incomplete. hyper reports it as an error, but other
+/// clients may not.
 ///
-/// A body that is longer than declared is complete, because the client stops at the declared length, or a layer has
-/// decoded the body.
+/// A body that is longer than declared is complete. Either the client stops at the declared length,
+/// or a layer has decoded the body.
 pub(crate) fn is_cut_short(head: &response::Parts, read: usize) -> bool {
-    // RFC 9112 section 6.3: the declared length does not count beside a transfer coding.
+    // RFC 9112 section 6.3: a transfer coding overrides the declared length.
     if head.headers.contains_key(TRANSFER_ENCODING) {
         return false;
     }

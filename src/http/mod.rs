@@ -1,7 +1,7 @@
-//! Between HTTP and the protocol: header field to key, request to fingerprint, response to outcome and back, bounded bodies,
-//! refusals. Knows no store.
+//! Conversions between HTTP and the protocol: from header field to key, from request to
+//! fingerprint, and from response to outcome and back. Also reads bodies within bounds and renders
+//! refusals. This module knows no store.
 
-mod answer;
 mod authority;
 mod body;
 mod fingerprint;
@@ -9,12 +9,13 @@ mod grpc;
 mod key;
 mod length;
 mod multipart;
+mod problem_text;
 mod refusal;
+mod refusal_kind;
 mod request_body;
+mod response;
 mod streams;
-mod wording;
 
-pub(crate) use answer::{reframe, reframe_stream, ResponseHeaders};
 pub(crate) use body::{collect, collect_messages, BodyBounds, Collect, Collected, Shortfall};
 pub use body::{BufferedBody, RebuildBody};
 #[cfg(feature = "webhooks")]
@@ -32,7 +33,10 @@ pub(crate) use grpc::{
 pub use grpc::{grpc_response, MarkStatus};
 pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
 pub(crate) use length::{has_body, is_cut_short};
-pub(crate) use refusal::{Effect, RefusalStyle, Rendering};
-pub use refusal::{Refusal, RefusalKind};
+pub use refusal::Refusal;
+pub(crate) use refusal::{RefusalStyle, Rendering};
+pub(crate) use refusal_kind::Effect;
+pub use refusal_kind::RefusalKind;
 pub(crate) use request_body::{collect_request, Checked};
+pub(crate) use response::{reframe, reframe_stream, ResponseHeaders};
 pub(crate) use streams::{is_stream, StreamTypes};

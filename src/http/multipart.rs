@@ -1,10 +1,12 @@
-//! Multipart bodies, compared without their boundary (RFC 2046 section 5.1, RFC 7578).
+//! Fingerprints of multipart bodies without their boundary (RFC 2046 section 5.1, RFC 7578).
 //!
-//! Clients choose a random boundary for each message, so the bytes of a retry differ from those of the first request.
+//! Clients choose a random boundary for each message, so the bytes of a retry differ from those of
+//! the first request.
 //!
-//! This module splits bodies itself, because the libraries for multipart bodies do another job: they read a stream part
-//! by part, and they hide the bytes between the parts. A fingerprint needs every byte but the boundary, and it needs to
-//! know whether a body is malformed. For a malformed body, the caller compares the bytes.
+//! This module splits bodies itself, because multipart libraries do another job. They read a stream
+//! part by part, and they hide the bytes between the parts. A fingerprint needs every byte except
+//! the boundary, and it needs to know whether a body is malformed. For a malformed body, the caller
+//! compares the bytes.
 
 use http::header::CONTENT_TYPE;
 use http::HeaderMap;
@@ -17,11 +19,12 @@ const LONGEST_BOUNDARY: usize = 70;
 
 const CRLF: &[u8] = b"\r\n";
 
-/// Begins a fingerprint with the content type and the parts of a multipart body. Returns `None` if the body is not
-/// multipart, or malformed.
+/// Starts a fingerprint with the content type and the parts of a multipart body. Returns `None` if
+/// the body is not multipart, or if it is malformed.
 ///
-/// The body is cut at its delimiters, and every piece between them is hashed with its length. The pieces show every
-/// byte except the boundary, so two bodies with the same fingerprint differ in their boundaries only.
+/// The function cuts the body at its delimiters and hashes every piece between them with its
+/// length. The pieces contain every byte except the boundary, so two bodies with the same
+/// fingerprint differ in their boundaries only.
 pub(super) fn over_parts(headers: &HeaderMap, body: &[u8]) -> Option<Hasher> {
     let content_type = ContentType::of(headers)?;
     let mut hasher = Hasher::over_parts(|piece| split(body, &content_type.delimiter, piece))?;
@@ -47,8 +50,8 @@ impl<'v> ContentType<'v> {
         Self::parse(value.as_bytes())
     }
 
-    /// Finds the boundary among the parameters (RFC 9110 section 5.6.6). Returns `None` if there is none, or more than
-    /// one, because readers disagree about which of them counts.
+    /// Finds the boundary among the parameters (RFC 9110 section 5.6.6). Returns `None` if there is
+    /// none, or if there is more than one, because readers disagree about which of them counts.
     fn parse(value: &'v [u8]) -> Option<Self> {
         const MULTIPART: &[u8] = b"multipart/";
         if !value.get(..MULTIPART.len())?.eq_ignore_ascii_case(MULTIPART) {
@@ -84,8 +87,8 @@ impl<'v> ContentType<'v> {
     }
 }
 
-/// Reads the value of a parameter, bare or quoted. Returns its content and its length as written. A bare value may have
-/// characters that only a quoted one should have, because some clients do not quote.
+/// Reads the value of a parameter, bare or quoted. Returns its content and its length as written. A
+/// bare value may contain characters that require quotes, because some clients do not quote.
 fn parameter(rest: &[u8]) -> Option<(Vec<u8>, usize)> {
     if rest.first() != Some(&b'"') {
         let len = run(rest, |byte| !matches!(byte, b';' | b'"' | b' ' | b'\t'));
@@ -105,7 +108,8 @@ fn parameter(rest: &[u8]) -> Option<(Vec<u8>, usize)> {
     }
 }
 
-/// Returns two hyphens and the boundary, if it is one (RFC 2046 section 5.1.1, `boundary`).
+/// Returns two hyphens and the boundary. Returns `None` if the boundary is invalid (RFC 2046
+/// section 5.1.1, `boundary`).
 fn delimiter(boundary: &[u8]) -> Option<Vec<u8>> {
     let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"'()+_,-./:=? ".contains(byte);
     let is_boundary = (1..=LONGEST_BOUNDARY).contains(&boundary.len())
@@ -114,14 +118,14 @@ fn delimiter(boundary: &[u8]) -> Option<Vec<u8>> {
     is_boundary.then(|| [b"--", boundary].concat())
 }
 
-/// Cuts a body at its delimiters: the preamble with its line end, each part, and the epilogue. Returns `None` if the
-/// body is malformed. Looks at each byte a bounded number of times.
+/// Cuts a body at its delimiters into the preamble with its line end, each part, and the epilogue.
+/// Returns `None` if the body is malformed. Looks at each byte a bounded number of times.
 ///
-/// The rules are stricter than those of the RFC. The text of the delimiter may stand nowhere except at the beginning of
-/// a line that ends at once. Otherwise a reader that is less strict than this function could see other parts than
-/// those that were compared.
+/// The rules are stricter than those of the RFC. The text of the delimiter may appear only at the
+/// start of a line, and the line must end directly after it. Otherwise a reader that is less strict
+/// than this function could see other parts than the compared ones.
 fn split(body: &[u8], delimiter: &[u8], piece: &mut dyn FnMut(&[u8])) -> Option<()> {
-    // The beginning of the current part; `None` before the first delimiter.
+    // The start of the current part. `None` before the first delimiter.
     let mut part: Option<usize> = None;
     let mut delimiters = memmem::find_iter(body, delimiter);
     loop {
@@ -135,7 +139,7 @@ fn split(body: &[u8], delimiter: &[u8], piece: &mut dyn FnMut(&[u8])) -> Option<
                 piece(preamble);
             }
             Some(start) => {
-                // The line end before a delimiter belongs to the delimiter.
+                // RFC 2046 section 5.1.1: the line end before a delimiter belongs to the delimiter.
                 let content = body.get(start..at)?.strip_suffix(CRLF)?;
                 if !has_header_end(content) {
                     return None;
@@ -157,7 +161,8 @@ fn split(body: &[u8], delimiter: &[u8], piece: &mut dyn FnMut(&[u8])) -> Option<
     }
 }
 
-/// Whether an empty line ends the header fields of a part (RFC 2046 section 5.1, `body-part`).
+/// Returns whether an empty line ends the header fields of a part (RFC 2046 section 5.1,
+/// `body-part`).
 fn has_header_end(part: &[u8]) -> bool {
     part.starts_with(CRLF) || memmem::find(part, b"\r\n\r\n").is_some()
 }
@@ -166,7 +171,7 @@ fn run(bytes: &[u8], belongs: impl Fn(u8) -> bool) -> usize {
     bytes.iter().take_while(|byte| belongs(**byte)).count()
 }
 
-/// RFC 9110 section 5.6.2, `tchar`.
+/// Returns whether a byte is a `tchar` (RFC 9110 section 5.6.2).
 fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
@@ -240,7 +245,7 @@ mod tests {
         ] {
             assert_eq!(form("x1", malformed), None, "{malformed:?}");
         }
-        // A line end without its carriage return.
+        // This body has line feeds without carriage returns.
         assert_eq!(of("multipart/form-data; boundary=x", b"--x\n\n1\n--x--\n"), None);
     }
 
@@ -285,7 +290,7 @@ mod tests {
         assert!(over_parts(&headers, b"--x\r\n\r\n1\r\n--x--").is_none());
     }
 
-    /// Joins pieces as a client does.
+    /// Joins parts as a client does.
     fn joined(boundary: &str, parts: &[Vec<u8>]) -> Vec<u8> {
         let mut body = Vec::new();
         for part in parts {
@@ -309,7 +314,7 @@ mod tests {
             let of = |boundary: &str, parts: &[Vec<u8>]| {
                 of(&format!("multipart/form-data; boundary={boundary}"), &joined(boundary, parts))
             };
-            // Neither boundary can be made of the bytes above.
+            // The bytes above cannot form either boundary.
             prop_assert!(of("zz", &one).is_some());
             prop_assert_eq!(of("zz", &one), of("yyyy", &one));
             prop_assert_eq!(of("zz", &one) == of("yyyy", &other), one == other);

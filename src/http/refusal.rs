@@ -1,4 +1,4 @@
-//! Refusals: answers that the layer gives by itself.
+//! Refusals: responses that the layer itself returns.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,11 +10,12 @@ use http::header::{HeaderMap, HeaderName, HeaderValue, MaxSizeReached, CACHE_CON
 use http::request::Parts;
 use http::{Response, StatusCode};
 
-use super::wording::Wording;
+use super::problem_text::ProblemText;
+use super::refusal_kind::{Effect, RefusalKind};
 use super::{BufferedBody, RebuildBody};
-use crate::protocol::InvalidKey;
 
-/// Why the layer answered by itself. It is an extension of every such response, for logs and for layers further out.
+/// The reason why the layer itself returned a response. It is an extension of every such response,
+/// for logs and for outer layers.
 ///
 /// ```
 /// # use tower_idempotency::{Refusal, RefusalKind};
@@ -28,123 +29,13 @@ use crate::protocol::InvalidKey;
 pub struct Refusal {
     kind: RefusalKind,
     retry_after: Option<Duration>,
-    /// Whether the key holds the failure, so that a repetition does not help.
+    /// Whether the failure is final for this key, so that a retry does not help.
     held: bool,
-    /// Whether the handler had begun when the request was refused.
+    /// Whether the handler had started when the layer refused the request.
     after_run: bool,
-    /// The header field with the key, if it is not `Idempotency-Key`. Set when the refusal is rendered.
+    /// The header field with the key, if it is not `Idempotency-Key`. Set when the refusal is
+    /// rendered.
     header: Option<Box<HeaderName>>,
-}
-
-/// The effect of a refused request, as far as its refusal shows it to the layers further out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Effect {
-    /// The request took effect, and its response is lost.
-    Done,
-    /// The handler failed, and may have had an effect.
-    Failed,
-    /// The request had no effect.
-    Nothing,
-    /// Nobody knows whether the request took effect.
-    Unknown,
-}
-
-/// The reasons for which the layer answers by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum RefusalKind {
-    /// The request was done, but its answer broke off and could not be kept. 500.
-    ResponseBroken,
-    /// The request was done, and its response was not stored. 409.
-    ResponseNotStored,
-    /// The request's body broke off. 400.
-    BodyBroken,
-    /// The request's body did not come within the time set. 408.
-    BodyTimeout,
-    /// The request's body is longer than the limit. 413.
-    BodyTooLarge,
-    /// The request was done, and its stored response has an encoding (`grpc-encoding`) that this client does not accept. 406.
-    EncodingNotAccepted,
-    /// The handler panicked, its service failed, or a response broke off that would not have been stored. 500.
-    HandlerFailed,
-    /// The request's key cannot be used. 400.
-    InvalidKey(InvalidKey),
-    /// The webhook is not genuine, or has no id. 401.
-    InvalidWebhook,
-    /// The webhook came by another method than POST. 405.
-    InvalidWebhookMethod,
-    /// A key is required and missing. 400.
-    MissingKey,
-    /// It is not known whose key it is: the application's function found no scope. 500.
-    MissingScope,
-    /// The key was used for another request. 422.
-    Mismatch,
-    /// The handler asks for a key where no layer covers the request. 500.
-    NotCovered,
-    /// The service inside did not take the request, and nothing was processed. 503.
-    NotRun,
-    /// A request with this key is being worked on. 409.
-    Outstanding,
-    /// An earlier attempt was lost, and whether it took effect is not known. 409, code `outcome-unknown`, not retryable.
-    OutcomeUnknown,
-    /// The request was worked on, and its outcome could not be recorded. 503, code `outcome-unknown`, retryable.
-    OutcomeUnrecorded,
-    /// The limit of executions without a caller is reached, so no new execution begins. 503.
-    Overloaded,
-    /// The record of the key is damaged or of a newer version. 500.
-    RecordUnreadable,
-    /// The store takes no new keys for now. 503.
-    StoreFull,
-    /// The store cannot be used until an operator has corrected it: a missing table, a missing right, a read-only server. 500.
-    StoreMisconfigured,
-    /// The store does not answer. 503.
-    StoreUnavailable,
-    /// Too many duplicates wait already. 409.
-    TooManyWaiters,
-}
-
-impl RefusalKind {
-    const fn effect(self) -> Effect {
-        match self {
-            Self::ResponseBroken | Self::ResponseNotStored | Self::EncodingNotAccepted => Effect::Done,
-            Self::HandlerFailed => Effect::Failed,
-            // The unreadable record may belong to an earlier attempt that took effect.
-            Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => Effect::Unknown,
-            // The handler did not get the request.
-            Self::BodyBroken
-            | Self::BodyTimeout
-            | Self::BodyTooLarge
-            | Self::InvalidKey(_)
-            | Self::InvalidWebhook
-            | Self::InvalidWebhookMethod
-            | Self::MissingKey
-            | Self::MissingScope
-            | Self::Mismatch
-            | Self::NotCovered
-            | Self::NotRun
-            | Self::Outstanding
-            | Self::Overloaded
-            | Self::StoreFull
-            | Self::StoreMisconfigured
-            | Self::StoreUnavailable
-            | Self::TooManyWaiters => Effect::Nothing,
-        }
-    }
-}
-
-impl RefusalKind {
-    /// Returns the kind that takes the place of this one if the handler has run and lost the key to another attempt;
-    /// `None` if this kind says nothing false about that request.
-    pub(crate) const fn after_run(self) -> Option<Self> {
-        match self {
-            // The key belongs to another request by now.
-            Self::Mismatch => Some(Self::OutcomeUnknown),
-            Self::Overloaded | Self::StoreFull | Self::StoreMisconfigured | Self::StoreUnavailable => {
-                Some(Self::OutcomeUnrecorded)
-            }
-            _ => None,
-        }
-    }
 }
 
 impl Refusal {
@@ -158,7 +49,7 @@ impl Refusal {
         }
     }
 
-    /// A refusal that repetitions get as well, or instead of which they are told that the outcome is unknown.
+    /// Returns a refusal that is final for this key. Retries get it again, or `outcome-unknown`.
     pub(crate) const fn held(kind: RefusalKind) -> Self {
         Self {
             kind,
@@ -179,8 +70,8 @@ impl Refusal {
         }
     }
 
-    /// Marks this refusal as one of a request whose handler had begun. Another attempt took the key over, so the kind
-    /// alone says nothing about the effect of this request.
+    /// Marks this refusal as one of a request whose handler had started. Another attempt took the
+    /// key over, so the kind alone does not describe the effect of this request.
     pub(crate) const fn after_run(mut self) -> Self {
         self.after_run = true;
         self
@@ -194,49 +85,51 @@ impl Refusal {
         }
     }
 
-    /// The reason.
+    /// Returns the reason.
     #[must_use]
     pub const fn kind(&self) -> RefusalKind {
         self.kind
     }
 
-    /// The status that a problem document is sent with.
+    /// Returns the status of the problem document.
     #[must_use]
     pub fn status(&self) -> StatusCode {
-        self.kind.wording().status
+        self.kind.problem_text().status
     }
 
-    /// A stable word for the reason, the `code` member of a problem document.
+    /// Returns a stable identifier of the reason, the `code` member of a problem document.
     #[must_use]
     pub fn code(&self) -> &'static str {
-        self.kind.wording().code
+        self.kind.problem_text().code
     }
 
-    /// Returns the reason as a title. Three titles are those of draft-ietf-httpapi-idempotency-key-header-07 section
-    /// 2.7. If the layer reads the key from [another header field](crate::IdempotencyLayer::with_header), the title
-    /// names that field, in lower case.
+    /// Returns the reason as a title. Three titles are those of
+    /// draft-ietf-httpapi-idempotency-key-header-07 section 2.7. If the layer reads the key from
+    /// [another header field](crate::IdempotencyLayer::with_header), the title names that field, in
+    /// lower case.
     #[must_use]
     pub fn title(&self) -> Cow<'static, str> {
-        let title = self.kind.wording().title;
+        let title = self.kind.problem_text().title;
         match &self.header {
             None => Cow::Borrowed(title),
             Some(header) => Cow::Owned(title.replace("Idempotency-Key", header.as_str())),
         }
     }
 
-    /// What happened and what to do about it. Holds nothing of any request.
+    /// Returns what happened and what to do about it. The text contains nothing from any request.
     #[must_use]
     pub fn detail(&self) -> &'static str {
-        self.kind.wording().detail
+        self.kind.problem_text().detail
     }
 
-    /// Whether the same request with the same key may succeed later.
+    /// Returns whether the same request with the same key may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        self.kind.wording().retryable && !self.held
+        self.kind.problem_text().retryable && !self.held
     }
 
-    /// When to try again, rounded up to whole seconds: what the `Retry-After` header says.
+    /// Returns the value of the `Retry-After` header: the delay before a retry in seconds, rounded
+    /// up, at least 1.
     #[must_use]
     pub fn retry_after_seconds(&self) -> Option<u64> {
         let after = self.retry_after?;
@@ -244,8 +137,9 @@ impl Refusal {
         Some(rounded_up.max(1))
     }
 
-    /// Returns the response as the layer renders it, with `Cache-Control: no-store`, `Retry-After` where it applies, and
-    /// this refusal as an extension. `head` is the head of the refused request.
+    /// Returns the response as the layer renders it, with `Cache-Control: no-store`, `Retry-After`
+    /// where it applies, and this refusal as an extension. `head` is the head of the refused
+    /// request.
     pub(crate) fn into_response<B: RebuildBody>(self, rendering: &Rendering, head: Option<&Parts>) -> Response<B> {
         self.render(rendering, head)
             .map(|bytes| B::rebuild(BufferedBody::from_bytes(bytes)))
@@ -267,8 +161,8 @@ impl Refusal {
             .protect(response.headers_mut(), rendering.should_retry.as_ref())
             .is_err()
         {
-            // The application's renderer has left no room for these headers. Without them, a cache could return the
-            // refusal to other clients.
+            // The application's renderer has left no room for these headers. Without them, a cache
+            // could return the refusal to other clients.
             let plain = Rendering {
                 style: RefusalStyle::default(),
                 ..rendering.clone()
@@ -292,12 +186,13 @@ impl Refusal {
         Ok(())
     }
 
-    /// A problem document (RFC 9457). No word in it needs to be escaped: the texts are static and free of quotes, the
-    /// base was checked when it was set, and a field name is a token (RFC 9110 section 5.1).
+    /// Renders a problem document (RFC 9457). Nothing in it needs escaping. The texts are static
+    /// and free of quotes, the base was checked when it was set, and a field name is a token (RFC
+    /// 9110 section 5.1).
     fn problem(&self, type_base: &str) -> Response<Bytes> {
-        let Wording {
+        let ProblemText {
             status, code, detail, ..
-        } = self.kind.wording();
+        } = self.kind.problem_text();
         let (title, retryable) = (self.title(), self.is_retryable());
         let body = format!(
             "{{\"type\":\"{type_base}{code}\",\"title\":\"{title}\",\"status\":{},\"detail\":\"{detail}\",\
@@ -307,11 +202,11 @@ impl Refusal {
         response(status, "application/problem+json", body)
     }
 
-    /// The shape of Stripe's errors; a mismatch is 400 there.
+    /// Renders an error in Stripe's shape. Stripe reports a mismatch as 400.
     fn stripe(&self) -> Response<Bytes> {
-        let Wording {
+        let ProblemText {
             status, code, detail, ..
-        } = self.kind.wording();
+        } = self.kind.problem_text();
         let (status, kind) = match self.kind {
             RefusalKind::Mismatch => (StatusCode::BAD_REQUEST, "idempotency_error"),
             RefusalKind::ResponseNotStored | RefusalKind::Outstanding | RefusalKind::OutcomeUnknown => {
@@ -342,7 +237,7 @@ fn response(status: StatusCode, content_type: &'static str, body: String) -> Res
 
 pub(crate) type Renderer = Arc<dyn Fn(&Refusal, &Parts) -> Response<Bytes> + Send + Sync>;
 
-/// How a layer renders its refusals.
+/// The settings by which a layer renders its refusals.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Rendering {
     pub(crate) style: RefusalStyle,
@@ -353,8 +248,8 @@ pub(crate) struct Rendering {
 }
 
 impl Rendering {
-    /// Copies the head of a request for a refusal that may come after the handler has got the request. Copies nothing
-    /// if no renderer will read it.
+    /// Copies the head of a request for a refusal that may follow after the handler has received
+    /// the request. Copies nothing if no renderer will read the head.
     pub(crate) fn keep_head(&self, head: &Parts) -> Option<Box<Parts>> {
         match self.style {
             RefusalStyle::Custom(_) => Some(Box::new(head.clone())),
@@ -406,6 +301,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::protocol::InvalidKey;
 
     const ALL: [RefusalKind; 24] = [
         RefusalKind::ResponseBroken,
@@ -573,7 +469,7 @@ mod tests {
                     assert_eq!(pushback.unwrap(), "2000");
                 } else {
                     assert_eq!((delay, pushback), (None, None), "{kind:?}");
-                    // gRPC's own retries are for these two.
+                    // gRPC retries these two codes by itself.
                     let repeated = matches!(status.code(), Code::Unavailable | Code::Aborted);
                     assert!(!repeated || refusal == Refusal::held(kind), "{kind:?}");
                 }
@@ -603,7 +499,7 @@ mod tests {
             }
             let (parts, _) = rendered(Refusal::new(kind), &RefusalStyle::Grpc);
             let code = Status::from_header_map(&parts.headers).unwrap().code();
-            // `FailedPrecondition` is `FAILED_PRECONDITION` there.
+            // The table spells `FailedPrecondition` as `FAILED_PRECONDITION`.
             let name = format!("| `{code:?}` |").to_uppercase();
             let reason = format!("`{}`", Refusal::new(kind).code().replace('-', "_").to_uppercase());
             let mut rows = table

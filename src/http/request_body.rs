@@ -1,4 +1,5 @@
-//! Bodies of requests: a request that was cut off must not count as a shorter one.
+//! Reads request bodies and detects that one was cut off, so that it does not count as a shorter
+//! body.
 
 use std::pin::Pin;
 use std::task::{ready, Context, Poll};
@@ -20,10 +21,11 @@ pub(crate) fn collect_request<B: HttpBody<Data = Bytes> + Unpin>(body: B, bounds
 
 /// The body of a request, which confirms its end.
 ///
-/// A body can end without an error although its client has not sent all of it. hyper ends the body of an HTTP/2 request
-/// in this way if the client resets the stream with `NO_ERROR`, as proxies do when their own client leaves. If the request
-/// declared its length, [`collect`] notices that it was cut off. Otherwise, if the inner body does not confirm its end, the
-/// task yields once. The server then sees the reset and drops the request, before anything is claimed.
+/// A body can end without an error although its client has not sent all of it. hyper ends the body
+/// of an HTTP/2 request in this way if the client resets the stream with `NO_ERROR`, as proxies do
+/// when their own client leaves. If the request declared its length, [`collect`] notices that the
+/// body was cut off. Otherwise, if the inner body does not confirm its end, the task yields once.
+/// The server then sees the reset and drops the request before anything is claimed.
 #[derive(Debug)]
 pub(crate) struct Checked<B> {
     body: B,

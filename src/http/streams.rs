@@ -1,8 +1,9 @@
-//! Responses that are known as streams by their heads.
+//! Recognises streams by the heads of their responses.
 
 use http::{header, response};
 
-/// Media types whose responses are streams: they may not end, or their readers need each part at once.
+/// Media types whose responses are streams. They may not end, or their readers need each part at
+/// once.
 const KNOWN: [&str; 7] = [
     // HTML Living Standard, section 9.2.
     "text/event-stream",
@@ -13,11 +14,11 @@ const KNOWN: [&str; 7] = [
     // RFC 7464.
     "application/json-seq",
     "application/stream+json",
-    // Each part replaces the part before it, as with the images of a camera.
+    // Each part replaces the part before it, for example the images of a camera.
     "multipart/x-mixed-replace",
 ];
 
-/// The media types by which a response is known as a stream. Default: [`KNOWN`].
+/// The media types whose responses count as streams. Default: [`KNOWN`].
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StreamTypes(Option<Vec<String>>);
 
@@ -31,7 +32,8 @@ impl StreamTypes {
         Self(Some(types.collect()))
     }
 
-    /// Whether a response is a stream: by its media type, or because it is not HTTP any more (101).
+    /// Returns whether a response is a stream. It is one by its media type, or because the
+    /// connection stops speaking HTTP (101).
     pub(crate) fn include(&self, response: &response::Parts) -> bool {
         match &self.0 {
             None => is_stream(response),
@@ -40,12 +42,13 @@ impl StreamTypes {
     }
 }
 
-/// Whether a response is a stream by the [`KNOWN`] types.
+/// Returns whether a response is a stream by the [`KNOWN`] types.
 pub(crate) fn is_stream(response: &response::Parts) -> bool {
     response.status.is_informational() || has_type(response, &KNOWN)
 }
 
-/// Whether the media type of a response is one of these. Its parameters do not count.
+/// Returns whether the media type of a response is one of `types`, without regard to its
+/// parameters.
 fn has_type(response: &response::Parts, types: &[impl AsRef<str>]) -> bool {
     response.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
         let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();

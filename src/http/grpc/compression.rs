@@ -1,4 +1,4 @@
-//! Bodies whose messages are compressed, and their plain form.
+//! Decompresses bodies whose messages are compressed.
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -7,25 +7,25 @@ use http::HeaderValue;
 use super::decoder::Encoding;
 use super::framing::{plain_prefix, Messages, PREFIX};
 
-/// The largest number of compressed messages in a body that is decompressed: a request for its fingerprint, or a stored
-/// response for another client.
+/// The largest number of compressed messages in a body that this module decompresses. The body is a
+/// request, for its fingerprint, or a stored response for another client.
 pub(crate) const MOST_COMPRESSED: usize = 1_024;
 
-/// Limits of the plain form of a body, against bodies that grow when they are decompressed.
+/// Limits of the decompressed form of a body, against decompression bombs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// The longest plain form, prefixes included.
+    /// The longest decompressed form in bytes, prefixes included.
     pub(crate) bytes: usize,
-    /// The largest number of compressed messages, because each one needs a decoder of its own.
+    /// The largest number of compressed messages. Each one needs a decoder of its own.
     pub(crate) compressed: usize,
 }
 
-/// A body that has no plain form here: its framing is malformed, its encoding is unknown, a message is not of that
-/// encoding, or the plain form exceeds a limit.
+/// The error for a body that cannot be decompressed. Its framing is malformed, its encoding is
+/// unknown, a message is not in that encoding, or the decompressed form exceeds a limit.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct NotPlain;
 
-/// No encoding is decompressed without the feature.
+/// Without the feature, no encoding can be decompressed.
 #[cfg(not(feature = "tonic"))]
 enum Encoding {}
 
@@ -40,7 +40,8 @@ impl Encoding {
     }
 }
 
-/// Returns the body with every message decompressed. Shares the memory of `body` if no message is compressed.
+/// Returns the body with every message decompressed. Shares the memory of `body` if no message is
+/// compressed.
 pub(crate) fn plain(body: &Bytes, encoding: Option<&HeaderValue>, limits: Limits) -> Result<Bytes, NotPlain> {
     let mut compressed = 0;
     for message in Messages::of(body) {

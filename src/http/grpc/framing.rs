@@ -1,6 +1,7 @@
-//! The messages of a body, each behind its prefix: a flag of one byte and a length of four, big-endian.
+//! Splits a body into its messages. Each message follows a prefix, which consists of a flag of one
+//! byte and a length of four bytes, big-endian.
 
-/// The length of a message's prefix.
+/// The length of a message's prefix in bytes.
 pub(super) const PREFIX: usize = 5;
 
 /// One message of a body.
@@ -10,11 +11,11 @@ pub(super) struct Message<'b> {
     pub(super) content: &'b [u8],
 }
 
-/// A body that is no sequence of messages.
+/// The error for a body that is no sequence of messages.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Malformed;
 
-/// The messages of a body, in their order.
+/// An iterator over the messages of a body, in their order.
 pub(super) struct Messages<'b> {
     rest: &'b [u8],
 }
@@ -28,7 +29,7 @@ impl<'b> Messages<'b> {
 impl<'b> Iterator for Messages<'b> {
     type Item = Result<Message<'b>, Malformed>;
 
-    /// After a malformed message, there is no further one.
+    /// Returns the next message. A malformed message is the last one.
     fn next(&mut self) -> Option<Self::Item> {
         if self.rest.is_empty() {
             return None;
@@ -55,7 +56,8 @@ fn split(body: &[u8]) -> Option<(Message<'_>, &[u8])> {
     Some((Message { is_compressed, content }, rest))
 }
 
-/// Writes the prefix of a message that is not compressed; `None` if the message is too long for one.
+/// Returns the prefix of a message that is not compressed. Returns `None` if the message is too
+/// long.
 pub(super) fn plain_prefix(length: usize) -> Option<[u8; PREFIX]> {
     let [a, b, c, d] = u32::try_from(length).ok()?.to_be_bytes();
     Some([0, a, b, c, d])

@@ -1,4 +1,4 @@
-//! Marks on a status, so that a handler that fails can set them.
+//! Marks on a gRPC status, so that a handler can set marks on an error.
 
 use std::error::Error;
 use std::fmt;
@@ -7,18 +7,20 @@ use std::sync::Arc;
 use http::{response, Extensions};
 use tonic::Status;
 
-/// Sets marks on a [`tonic::Status`], which unlike a response has no extensions.
+/// Sets marks on a [`tonic::Status`]. A status has no extensions, unlike a response.
 ///
-/// A mark asks the layer for a treatment of this one response: [`StoreResponse`](crate::StoreResponse), [`DoNotStore`](crate::DoNotStore),
-/// [`StoreFor`](crate::StoreFor) and the other marks of this crate. It stays in the process; the client never sees
-/// it. On a [`tonic::Response`], insert the mark into [`extensions_mut`](tonic::Response::extensions_mut) instead.
+/// A mark tells the layer how to treat this one response. Examples are
+/// [`StoreResponse`](crate::StoreResponse), [`DoNotStore`](crate::DoNotStore) and
+/// [`StoreFor`](crate::StoreFor). A mark stays in the process, so the client never sees it. On a
+/// [`tonic::Response`], insert the mark into [`extensions_mut`](tonic::Response::extensions_mut)
+/// instead.
 ///
-/// A mark takes effect on a status that a method returns as its error. It has no effect on a status that ends a
-/// stream of messages, because tonic sends only its fields.
+/// A mark takes effect on a status that a method returns as its error. It has no effect on a status
+/// that ends a stream of messages, because tonic sends only the fields of that status.
 ///
-/// The marks are in the source of the status. So set a source of your own first: [`Status::set_source`] after
-/// `with_mark` removes all marks. A status that you make from an error has only its own marks, also if the error
-/// wraps a status with others.
+/// The source of the status holds the marks. Therefore set a source of your own first, because
+/// [`Status::set_source`] after `with_mark` removes all marks. A status that you make from an error
+/// has only its own marks, even if the error wraps a status with marks.
 ///
 /// ```
 /// use tonic::Status;
@@ -34,8 +36,8 @@ use tonic::Status;
 /// # assert!(charge(true).is_err());
 /// ```
 pub trait MarkStatus: sealed::Sealed {
-    /// Adds a mark. It replaces an earlier mark of the same type. [`Status::set_source`] removes all marks, so call it
-    /// before this method.
+    /// Adds a mark, which replaces an earlier mark of the same type. [`Status::set_source`] removes
+    /// all marks, so call it before this method.
     #[must_use]
     fn with_mark<M: Clone + Send + Sync + 'static>(self, mark: M) -> Self;
 }
@@ -58,11 +60,11 @@ impl MarkStatus for Status {
     }
 }
 
-/// The source of a status with marks. It stands in for the source that the status had before.
+/// The source of a status with marks. It replaces the source that the status had before.
 #[derive(Debug)]
 struct Marked {
     marks: Extensions,
-    /// The status without marks, as the owner of its source.
+    /// A copy of the status without marks, which owns the original source.
     status: Status,
 }
 
@@ -85,8 +87,8 @@ fn marked(status: &Status) -> Option<&Marked> {
     status.source()?.downcast_ref()
 }
 
-/// Adds the marks of a status to the extensions of its response, where the layer looks for them. tonic keeps the status
-/// of a response without messages there.
+/// Adds the marks of a status to the extensions of its response, where the layer looks for them.
+/// tonic puts the status of a response without messages into the extensions.
 pub(crate) fn add_marks(head: &mut response::Parts) {
     let marked = head.extensions.get::<Status>().and_then(marked);
     if let Some(Marked { marks, .. }) = marked {

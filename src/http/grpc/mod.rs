@@ -1,12 +1,13 @@
 //! gRPC over HTTP/2: the parts of a message that are neither head nor opaque bytes.
 //!
-//! A gRPC response has status 200 whatever happened; its result is the field `grpc-status`, in the trailers or, if there
-//! is no message, in the head. The body is a sequence of messages, each behind a prefix of five bytes, and each message
-//! may be compressed by itself. Source: "gRPC over HTTP2" (`PROTOCOL-HTTP2.md`) and `compression.md` of the gRPC
+//! A gRPC response always has the HTTP status 200. The result of the call is the field
+//! `grpc-status`. It is in the trailers, or in the head if there is no message. The body is a
+//! sequence of messages, each after a prefix of five bytes. Each message may be compressed
+//! separately. Source: "gRPC over HTTP2" (`PROTOCOL-HTTP2.md`) and `compression.md` of the gRPC
 //! repository.
-
-//! Only an application with the feature `tonic` can set that its services speak gRPC. What depends on that setting is
-//! compiled without the feature, too, unless it needs another crate.
+//!
+//! Only an application with the feature `tonic` can set that its services speak gRPC. Code that
+//! depends on that setting is also compiled without the feature, unless it needs another crate.
 
 mod compression;
 #[cfg(feature = "tonic")]
@@ -39,9 +40,9 @@ pub(crate) use response::{complete, is_response, is_typed};
 pub(crate) use status::code_of;
 pub(crate) use status::{result_of, Outcome};
 
-/// The encoding of the compressed messages in a body.
+/// The header field with the encoding of the compressed messages in a body.
 pub(crate) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
-/// The encodings that a client reads.
+/// The header field with the encodings that a client accepts.
 const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
-/// The result of a call.
+/// The header field with the result of a call.
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");

@@ -1,4 +1,4 @@
-//! Refusals as gRPC statuses, with the details of AIP-193.
+//! Renders refusals as gRPC statuses with the details of AIP-193.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,15 +8,17 @@ use http::{HeaderName, HeaderValue, Response};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use super::super::refusal::{Refusal, RefusalKind};
+use super::super::refusal::Refusal;
+use super::super::refusal_kind::RefusalKind;
 
 /// The domain of the reasons in `ErrorInfo`.
 const DOMAIN: &str = "tower-idempotency";
 
-/// The time after which gRPC's own retries send the call again, if their policy covers its status (gRPC proposal A6).
+/// The header field with the delay, in milliseconds, after which gRPC's own retries send the call
+/// again, if their policy covers its status (gRPC proposal A6).
 const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
-/// Returns a response without messages, whose head has the status.
+/// Renders a refusal as a response without messages, with the status in its head.
 pub(crate) fn render(refusal: &Refusal) -> Response<Bytes> {
     let is_retryable = refusal.is_retryable();
     let mut details = ErrorDetails::new();
@@ -35,9 +37,10 @@ pub(crate) fn render(refusal: &Refusal) -> Response<Bytes> {
     response
 }
 
-/// By AIP-193 and gRPC's guide to status codes, a client may repeat `UNAVAILABLE` at once by itself, and `ABORTED` at a
-/// higher level. After `FAILED_PRECONDITION` it must not repeat the call before a person or the client has looked up
-/// the result.
+/// Returns the status code of a refusal. AIP-193 and gRPC's guide to status codes allow a client to
+/// repeat `UNAVAILABLE` at once by itself, and `ABORTED` at a higher level. After
+/// `FAILED_PRECONDITION`, a client must not repeat the call before a person or the client has
+/// looked up the result.
 const fn code(kind: RefusalKind) -> Code {
     match kind {
         RefusalKind::InvalidKey(_) | RefusalKind::MissingKey | RefusalKind::Mismatch => Code::InvalidArgument,

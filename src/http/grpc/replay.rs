@@ -1,4 +1,4 @@
-//! Replays to clients that read other encodings than the client of the first response.
+//! Adapts replays for clients that accept other encodings than the client of the first response.
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
@@ -6,25 +6,27 @@ use http::{HeaderMap, HeaderValue};
 use super::compression::{plain, Limits, MOST_COMPRESSED};
 use super::{GRPC_ACCEPT_ENCODING, GRPC_ENCODING};
 
-/// Limits of a stored response that is decompressed. Its plain form has at most four times the longest message that gRPC
-/// clients read by default. A client that does not read the encoding of a larger response gets a refusal.
+/// The limits of decompressing a stored response. Its decompressed form has at most 16 MiB, four
+/// times the longest message that gRPC clients accept by default. For a larger response, a client
+/// that does not accept the encoding gets a refusal.
 const LIMITS: Limits = Limits {
     bytes: 16 << 20,
     compressed: MOST_COMPRESSED,
 };
 
-/// The encodings that a client reads besides `identity`. Kept apart from the request, which a waiter drops. In a box,
-/// because few requests have it.
+/// The encodings that a client accepts besides `identity`. They are stored apart from the request,
+/// because a waiter drops its request. They are boxed, because few requests have them.
 #[derive(Debug, Default)]
 pub(crate) struct Accepted(Option<Box<HeaderValue>>);
 
-/// A response in an encoding that its client does not read, and that this crate does not read or does not decompress
-/// beyond its limits.
+/// The error for a response in an encoding that its client does not accept. This crate does not
+/// know the encoding either, or cannot decompress the response within its limits.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct NotAccepted;
 
 impl Accepted {
-    /// The encodings that a request lists. Lists in several lines are not combined, because no client sends them.
+    /// Returns the encodings that a request lists. Lists in several field lines are not combined,
+    /// because no client sends them.
     pub(crate) fn by(request: &HeaderMap) -> Self {
         Self(request.get(GRPC_ACCEPT_ENCODING).map(|list| Box::new(list.clone())))
     }
@@ -37,8 +39,8 @@ impl Accepted {
                 .any(|name| name.trim_ascii() == encoding.as_bytes())
     }
 
-    /// Turns the head and the body of a stored response into a form that the client reads. Every client reads messages
-    /// that are not compressed.
+    /// Converts the head and the body of a stored response into a form that the client accepts.
+    /// Every client accepts messages that are not compressed.
     pub(crate) fn adapt(&self, head: &mut HeaderMap, body: Bytes) -> Result<Bytes, NotAccepted> {
         let Some(encoding) = head.get(GRPC_ENCODING).filter(|encoding| !self.contains(encoding)) else {
             return Ok(body);
@@ -112,7 +114,8 @@ mod tests {
         }
     }
 
-    /// Each compressed message needs a decoder of its own, so thousands of tiny ones made each replay expensive.
+    /// Each compressed message needs a decoder of its own, so thousands of tiny messages once made
+    /// each replay expensive.
     #[test]
     fn a_response_of_more_than_1024_compressed_messages_is_not_decompressed() {
         let mut head = fields(GRPC_ENCODING, "gzip");

@@ -1,4 +1,4 @@
-//! The result of a call: `grpc-status`, wherever it stands.
+//! Reads the result of a call from `grpc-status`, in the head or in the trailers.
 
 use http::{HeaderMap, HeaderValue};
 
@@ -11,15 +11,15 @@ pub(crate) enum Outcome {
     Done,
     /// The handler decided against the call. The same request gets the same response.
     Definite,
-    /// The handler failed. Nobody knows how far it came.
+    /// The handler failed. Nobody knows whether the call took effect.
     Failed,
     /// The handler did not act, or the caller can remove the cause and send the same request again.
     Passing,
 }
 
-/// Returns the result of a response; `None` without a status. A response without messages has its status in the head
-/// ("trailers-only"), every other one has it in the trailers. Two statuses that differ, or one that is no status, say
-/// nothing about the effect, so they count as a failure.
+/// Returns the result of a response. Returns `None` without a status. A response without messages
+/// has its status in the head ("trailers-only"), every other response has it in the trailers. Two
+/// different statuses, or an invalid status, do not show the effect, so they count as a failure.
 pub(crate) fn result_of(head: &HeaderMap, trailers: Option<&HeaderMap>) -> Option<Outcome> {
     let mut statuses = statuses(head, trailers);
     let status = statuses.next()?;
@@ -29,7 +29,8 @@ pub(crate) fn result_of(head: &HeaderMap, trailers: Option<&HeaderMap>) -> Optio
     Some(of_status(status))
 }
 
-/// Returns the code of a response's first status, to compare responses; `None` without a status that is a code.
+/// Returns the code of a response's first status, to compare responses. Returns `None` without a
+/// status, or if the status is no number.
 #[cfg(feature = "postgres")]
 pub(crate) fn code_of(head: &HeaderMap, trailers: Option<&HeaderMap>) -> Option<u8> {
     statuses(head, trailers).next()?.to_str().ok()?.parse().ok()
@@ -40,16 +41,18 @@ fn statuses<'h>(head: &'h HeaderMap, trailers: Option<&'h HeaderMap>) -> impl It
     head.get_all(GRPC_STATUS).iter().chain(in_trailers)
 }
 
-/// `UNKNOWN` (2), `INTERNAL` (13) and `DATA_LOSS` (15) are failures, and so is a code that gRPC does not define: clients
-/// read it as `UNKNOWN`.
+/// Returns the outcome of a status. `UNKNOWN` (2), `INTERNAL` (13) and `DATA_LOSS` (15) are
+/// failures. A code that gRPC does not define is a failure too, because clients treat it as
+/// `UNKNOWN`.
 fn of_status(status: &HeaderValue) -> Outcome {
     match status.as_bytes() {
         b"0" => Outcome::Done,
         // INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION and OUT_OF_RANGE.
         b"3" | b"5" | b"6" | b"9" | b"11" => Outcome::Definite,
-        // CANCELLED, DEADLINE_EXCEEDED, PERMISSION_DENIED, RESOURCE_EXHAUSTED, ABORTED, UNIMPLEMENTED, UNAVAILABLE and
-        // UNAUTHENTICATED. Servers also return UNIMPLEMENTED for an encoding that they do not read (`compression.md`), and the
-        // client then sends the same call without compression.
+        // CANCELLED, DEADLINE_EXCEEDED, PERMISSION_DENIED, RESOURCE_EXHAUSTED, ABORTED,
+        // UNIMPLEMENTED, UNAVAILABLE and UNAUTHENTICATED. Servers also return UNIMPLEMENTED for an
+        // encoding that they do not accept (`compression.md`), and the client then sends the same
+        // call without compression.
         b"1" | b"4" | b"7" | b"8" | b"10" | b"12" | b"14" | b"16" => Outcome::Passing,
         _ => Outcome::Failed,
     }

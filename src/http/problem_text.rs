@@ -1,13 +1,13 @@
-//! What each refusal says.
+//! The texts of each refusal.
 
 use http::StatusCode;
 
-use super::refusal::RefusalKind;
+use super::refusal_kind::RefusalKind;
 use crate::protocol::KeyError;
 
-/// Status, words and advice of a refusal.
+/// The status, the texts and the retry advice of a refusal.
 #[derive(Clone, Copy)]
-pub(super) struct Wording {
+pub(super) struct ProblemText {
     pub(super) status: StatusCode,
     pub(super) code: &'static str,
     pub(super) title: &'static str,
@@ -16,7 +16,7 @@ pub(super) struct Wording {
 }
 
 impl RefusalKind {
-    pub(super) const fn wording(self) -> Wording {
+    pub(super) const fn problem_text(self) -> ProblemText {
         match self {
             RefusalKind::ResponseBroken => RESPONSE_BROKEN,
             RefusalKind::ResponseNotStored => RESPONSE_NOT_STORED,
@@ -25,7 +25,7 @@ impl RefusalKind {
             RefusalKind::BodyTooLarge => BODY_TOO_LARGE,
             RefusalKind::EncodingNotAccepted => ENCODING_NOT_ACCEPTED,
             RefusalKind::HandlerFailed => HANDLER_FAILED,
-            RefusalKind::InvalidKey(reason) => Wording {
+            RefusalKind::InvalidKey(reason) => ProblemText {
                 detail: KeyError::new(reason).detail(),
                 ..INVALID_KEY
             },
@@ -49,25 +49,25 @@ impl RefusalKind {
     }
 }
 
-const RESPONSE_BROKEN: Wording = Wording {
+const RESPONSE_BROKEN: ProblemText = ProblemText {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "response-broken",
-    title: "The answer broke off",
-    detail: "The request was processed, but its answer broke off and could not be kept. Look up the result; \
+    title: "The response broke off",
+    detail: "The request was processed, but its response broke off and could not be stored. Look up the result; \
                          sending the request again does not process it again.",
     retryable: false,
 };
 
-const RESPONSE_NOT_STORED: Wording = Wording {
+const RESPONSE_NOT_STORED: ProblemText = ProblemText {
     status: StatusCode::CONFLICT,
     code: "response-not-stored",
-    title: "The answer was not kept",
-    detail: "A request with this key was processed, and its answer is not available for replay. Look up the \
+    title: "The response was not stored",
+    detail: "A request with this key was processed, and its response is not available for replay. Look up the \
                          result; the request is not processed again.",
     retryable: false,
 };
 
-const BODY_BROKEN: Wording = Wording {
+const BODY_BROKEN: ProblemText = ProblemText {
     status: StatusCode::BAD_REQUEST,
     code: "body-broken",
     title: "The request body broke off",
@@ -75,7 +75,7 @@ const BODY_BROKEN: Wording = Wording {
     retryable: true,
 };
 
-const BODY_TIMEOUT: Wording = Wording {
+const BODY_TIMEOUT: ProblemText = ProblemText {
     status: StatusCode::REQUEST_TIMEOUT,
     code: "body-timeout",
     title: "The request body took too long",
@@ -83,7 +83,7 @@ const BODY_TIMEOUT: Wording = Wording {
     retryable: true,
 };
 
-const BODY_TOO_LARGE: Wording = Wording {
+const BODY_TOO_LARGE: ProblemText = ProblemText {
     status: StatusCode::PAYLOAD_TOO_LARGE,
     code: "body-too-large",
     title: "The request body is too large",
@@ -91,7 +91,7 @@ const BODY_TOO_LARGE: Wording = Wording {
     retryable: false,
 };
 
-const ENCODING_NOT_ACCEPTED: Wording = Wording {
+const ENCODING_NOT_ACCEPTED: ProblemText = ProblemText {
     status: StatusCode::NOT_ACCEPTABLE,
     code: "encoding-not-accepted",
     title: "The stored response has another encoding",
@@ -101,7 +101,7 @@ const ENCODING_NOT_ACCEPTED: Wording = Wording {
     retryable: false,
 };
 
-const HANDLER_FAILED: Wording = Wording {
+const HANDLER_FAILED: ProblemText = ProblemText {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "handler-failed",
     title: "Internal server error",
@@ -109,7 +109,7 @@ const HANDLER_FAILED: Wording = Wording {
     retryable: true,
 };
 
-const INVALID_KEY: Wording = Wording {
+const INVALID_KEY: ProblemText = ProblemText {
     status: StatusCode::BAD_REQUEST,
     code: "key-invalid",
     title: "Idempotency-Key is invalid",
@@ -117,7 +117,7 @@ const INVALID_KEY: Wording = Wording {
     retryable: false,
 };
 
-const INVALID_WEBHOOK: Wording = Wording {
+const INVALID_WEBHOOK: ProblemText = ProblemText {
     status: StatusCode::UNAUTHORIZED,
     code: "webhook-invalid",
     title: "The webhook cannot be verified",
@@ -125,15 +125,15 @@ const INVALID_WEBHOOK: Wording = Wording {
     retryable: false,
 };
 
-const INVALID_WEBHOOK_METHOD: Wording = Wording {
+const INVALID_WEBHOOK_METHOD: ProblemText = ProblemText {
     status: StatusCode::METHOD_NOT_ALLOWED,
     code: "webhook-method",
-    title: "A webhook comes by POST",
-    detail: "No signature covers the method, so that only one is taken. Nothing was processed.",
+    title: "A webhook must use POST",
+    detail: "Signatures do not cover the method, so the server accepts POST only. Nothing was processed.",
     retryable: false,
 };
 
-const MISSING_KEY: Wording = Wording {
+const MISSING_KEY: ProblemText = ProblemText {
     status: StatusCode::BAD_REQUEST,
     code: "key-missing",
     title: "Idempotency-Key is missing",
@@ -142,15 +142,15 @@ const MISSING_KEY: Wording = Wording {
     retryable: false,
 };
 
-const MISSING_SCOPE: Wording = Wording {
+const MISSING_SCOPE: ProblemText = ProblemText {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "scope-missing",
-    title: "Nobody is known to own the key",
-    detail: "The server could not tell whose key this is. Nothing was processed.",
+    title: "The owner of the key is not known",
+    detail: "The server could not determine who owns this key. Nothing was processed.",
     retryable: false,
 };
 
-const MISMATCH: Wording = Wording {
+const MISMATCH: ProblemText = ProblemText {
     status: StatusCode::UNPROCESSABLE_ENTITY,
     code: "key-reused",
     title: "Idempotency-Key is already used",
@@ -159,15 +159,15 @@ const MISMATCH: Wording = Wording {
     retryable: false,
 };
 
-const NOT_COVERED: Wording = Wording {
+const NOT_COVERED: ProblemText = ProblemText {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "not-covered",
     title: "The operation is not idempotent here",
-    detail: "The server asks for a key where it does not make use of one. Nothing was processed.",
+    detail: "The server needs a key here, but no idempotency layer covers this request. Nothing was processed.",
     retryable: false,
 };
 
-const NOT_RUN: Wording = Wording {
+const NOT_RUN: ProblemText = ProblemText {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "not-run",
     title: "The service did not accept the request",
@@ -175,15 +175,15 @@ const NOT_RUN: Wording = Wording {
     retryable: true,
 };
 
-const OUTSTANDING: Wording = Wording {
+const OUTSTANDING: ProblemText = ProblemText {
     status: StatusCode::CONFLICT,
     code: "request-outstanding",
     title: "A request is outstanding for this Idempotency-Key",
-    detail: "A request with this key is still being processed. Send the request again later to get its answer.",
+    detail: "A request with this key is still being processed. Send the request again later to get its response.",
     retryable: true,
 };
 
-const OUTCOME_UNKNOWN: Wording = Wording {
+const OUTCOME_UNKNOWN: ProblemText = ProblemText {
     status: StatusCode::CONFLICT,
     code: "outcome-unknown",
     title: "The outcome is unknown",
@@ -192,7 +192,7 @@ const OUTCOME_UNKNOWN: Wording = Wording {
     retryable: false,
 };
 
-const OUTCOME_UNRECORDED: Wording = Wording {
+const OUTCOME_UNRECORDED: ProblemText = ProblemText {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "outcome-unknown",
     title: "The outcome is unknown",
@@ -200,7 +200,7 @@ const OUTCOME_UNRECORDED: Wording = Wording {
     retryable: true,
 };
 
-const OVERLOADED: Wording = Wording {
+const OVERLOADED: ProblemText = ProblemText {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "overloaded",
     title: "No new requests are processed for now",
@@ -210,7 +210,7 @@ const OVERLOADED: Wording = Wording {
     retryable: true,
 };
 
-const RECORD_UNREADABLE: Wording = Wording {
+const RECORD_UNREADABLE: ProblemText = ProblemText {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "record-unreadable",
     title: "The record of this key cannot be read",
@@ -219,15 +219,15 @@ const RECORD_UNREADABLE: Wording = Wording {
     retryable: false,
 };
 
-const STORE_FULL: Wording = Wording {
+const STORE_FULL: ProblemText = ProblemText {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "store-full",
-    title: "No new keys are taken for now",
+    title: "No new keys are accepted for now",
     detail: "The server cannot record another key at the moment. Nothing was processed; send the request again later.",
     retryable: true,
 };
 
-const STORE_MISCONFIGURED: Wording = Wording {
+const STORE_MISCONFIGURED: ProblemText = ProblemText {
     status: StatusCode::INTERNAL_SERVER_ERROR,
     code: "store-misconfigured",
     title: "Keys cannot be checked",
@@ -236,7 +236,7 @@ const STORE_MISCONFIGURED: Wording = Wording {
     retryable: false,
 };
 
-const STORE_UNAVAILABLE: Wording = Wording {
+const STORE_UNAVAILABLE: ProblemText = ProblemText {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "store-unavailable",
     title: "Keys cannot be checked for now",
@@ -244,10 +244,10 @@ const STORE_UNAVAILABLE: Wording = Wording {
     retryable: true,
 };
 
-const TOO_MANY_WAITERS: Wording = Wording {
+const TOO_MANY_WAITERS: ProblemText = ProblemText {
     status: StatusCode::CONFLICT,
     code: "too-many-waiters",
     title: "A request is outstanding for this Idempotency-Key",
-    detail: "Too many requests wait for outstanding ones already. Send the request again later.",
+    detail: "Too many requests are already waiting for outstanding ones. Send the request again later.",
     retryable: true,
 };

@@ -1,7 +1,8 @@
-//! From response to stored answer and back.
+//! Converts a response to its stored form and back.
 //!
-//! The head of an [`StoredResponse`] is, in this order: version (1 byte), status (2), number of headers (4), number of trailers (4),
-//! then for each its name with a length of 2 bytes and its value with a length of 4; all numbers little-endian. The highest bit of a
+//! The head of a [`StoredResponse`] consists of, in this order: version (1 byte), status (2),
+//! number of headers (4), number of trailers (4), then each field as a name with a length of 2
+//! bytes and a value with a length of 4. All numbers are little-endian. The highest bit of a
 //! value's length marks a sensitive value, which neither `Debug` nor HPACK may show.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -18,11 +19,11 @@ const VERSION: u8 = 1;
 /// The bit of a value's length that marks the value as sensitive.
 const SENSITIVE: u32 = 1 << 31;
 
-/// A stored answer that cannot be read.
+/// The error for a stored response that cannot be read.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct CorruptResponse;
 
-/// Which headers of an answer its repetitions carry, and how they are marked.
+/// The headers that replays carry, and the header that marks a replay.
 #[derive(Clone, Debug)]
 pub(crate) struct ResponseHeaders {
     pub(crate) denied: Vec<HeaderName>,
@@ -44,7 +45,7 @@ impl Default for ResponseHeaders {
 }
 
 impl ResponseHeaders {
-    /// The answer to store for a response of which the body was read.
+    /// Returns the stored form of a response whose body was read.
     pub(crate) fn store(&self, parts: &response::Parts, body: &Collected) -> StoredResponse {
         let no_trailers = HeaderMap::new();
         let trailers = body.trailers.as_ref().unwrap_or(&no_trailers);
@@ -63,49 +64,49 @@ impl ResponseHeaders {
         }
     }
 
-    /// The response that repeats a stored answer, marked as such if asked.
+    /// Returns the replay of a stored response, with the replay header if `marked`.
     pub(crate) fn replay<B: RebuildBody>(
         &self,
-        answer: &StoredResponse,
+        stored: &StoredResponse,
         marked: bool,
     ) -> Result<Response<B>, CorruptResponse> {
-        Ok(self.replay_in_parts(answer, marked)?.map(Collected::rebuild))
+        Ok(self.replay_in_parts(stored, marked)?.map(Collected::rebuild))
     }
 
-    /// The same with its body in parts.
+    /// Returns the same replay with its body in parts.
     pub(crate) fn replay_in_parts(
         &self,
-        answer: &StoredResponse,
+        stored: &StoredResponse,
         marked: bool,
     ) -> Result<Response<Collected>, CorruptResponse> {
         let (mut head, ()) = Response::new(()).into_parts();
-        let trailers = decode(&answer.head, &mut head).ok_or(CorruptResponse)?;
+        let trailers = decode(&stored.head, &mut head).ok_or(CorruptResponse)?;
         if marked {
             self.mark(&mut head.headers);
         }
         let body = Collected {
-            bytes: answer.body.clone(),
+            bytes: stored.body.clone(),
             trailers,
         };
         Ok(Response::from_parts(head, body))
     }
 
-    /// An empty 200 instead of an answer that was not kept, marked as a replay.
+    /// Returns an empty 200 with the replay header, for a response that was not stored.
     pub(crate) fn bare_replay<B: RebuildBody>(&self) -> Response<B> {
         let mut response = Response::new(B::rebuild(BufferedBody::from_bytes(Bytes::new())));
         self.mark(response.headers_mut());
         response
     }
 
-    /// Marks a replay. If the header map has no room for the mark, the response is replayed without it, because the
-    /// mark is not a part of the response.
+    /// Adds the replay header. If the header map has no room for it, the response is replayed
+    /// without it, because the replay header is not part of the response.
     fn mark(&self, headers: &mut HeaderMap) {
         if let Some((name, value)) = &self.marker {
             let _: Result<_, MaxSizeReached> = headers.try_insert(name, value.clone());
         }
     }
 
-    /// Writes the headers that repetitions carry and returns their number.
+    /// Writes the headers that replays carry, and returns their number.
     fn put_all(&self, out: &mut BytesMut, headers: &HeaderMap, connection: &[HeaderName]) -> u32 {
         let mut count = 0;
         for (name, value) in headers {
@@ -140,16 +141,18 @@ impl ResponseHeaders {
     }
 }
 
-/// Removes the fields that frame a body. The server frames a response that was read to its end by the bytes that it
-/// writes, so a length or a transfer coding that the handler has set could only contradict them (RFC 9112 section 6).
+/// Removes the fields that frame a body. The server frames a buffered response by the bytes that it
+/// writes. A length or a transfer coding that the handler has set could only contradict them (RFC
+/// 9112 section 6).
 pub(crate) fn reframe(headers: &mut HeaderMap) {
     headers.remove(header::TRANSFER_ENCODING);
     headers.remove(header::CONTENT_LENGTH);
 }
 
-/// Removes framing fields that contradict a response whose body streams. The server frames it. A length that the handler
-/// has set counts only for a body of unknown size, only without a transfer coding, which takes precedence, and only if it
-/// is a single valid number (RFC 9112 section 6.3).
+/// Removes framing fields that contradict a response whose body streams, because the server frames
+/// it. A length that the handler has set counts only for a body of unknown size, only without a
+/// transfer coding, which takes precedence, and only if it is a single valid number (RFC 9112
+/// section 6.3).
 pub(crate) fn reframe_stream<B: HttpBody>(response: &mut Response<B>) {
     let is_known = response.body().size_hint().exact().is_some();
     let headers = response.headers_mut();
@@ -158,7 +161,8 @@ pub(crate) fn reframe_stream<B: HttpBody>(response: &mut Response<B>) {
     }
 }
 
-/// Whether there is one length, and it is a number of the syntax of RFC 9110 section 8.6.
+/// Returns whether there is exactly one length, and it is a number in the syntax of RFC 9110
+/// section 8.6.
 fn has_valid_length(headers: &HeaderMap) -> bool {
     let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
     let (Some(length), None) = (lengths.next(), lengths.next()) else {
@@ -168,14 +172,15 @@ fn has_valid_length(headers: &HeaderMap) -> bool {
     is_number && length.to_str().is_ok_and(|length| length.parse::<u64>().is_ok())
 }
 
-/// Fields that belong to one exchange, one connection or one caller.
+/// Returns whether a field belongs to one exchange, one connection or one caller.
 fn is_never_replayed(name: &HeaderName) -> bool {
     let name = name.as_str();
     match name {
         "age" | "authentication-info" | "authorization" | "clear-site-data" | "content-length" | "date" => true,
         "server-timing" | "set-cookie" | "traceparent" | "tracestate" => true,
         "www-authenticate" | "x-csrf-token" | "x-request-id" => true,
-        // RFC 9110 section 7.6.1: a recipient must remove these fields before it forwards a message.
+        // RFC 9110 section 7.6.1: a recipient must remove these fields before it forwards a
+        // message.
         "connection" | "keep-alive" | "te" | "transfer-encoding" | "upgrade" => true,
         _ => {
             let families = ["proxy-", "access-control-", "ratelimit", "x-ratelimit-"];
@@ -184,7 +189,7 @@ fn is_never_replayed(name: &HeaderName) -> bool {
     }
 }
 
-/// The fields that `Connection` names, as far as it may name them.
+/// Returns the fields that `Connection` names, without those that it must not name.
 fn options_of(headers: &HeaderMap) -> Vec<HeaderName> {
     let mut options = Vec::new();
     for line in headers.get_all(header::CONNECTION) {
@@ -199,8 +204,9 @@ fn options_of(headers: &HeaderMap) -> Vec<HeaderName> {
     options
 }
 
-/// RFC 9110 section 7.6.1: "A sender MUST NOT send a connection option corresponding to a field that is intended for all
-/// recipients of the content." Such an option is a mistake or an attack, and must not alter the answer.
+/// RFC 9110 section 7.6.1: "A sender MUST NOT send a connection option corresponding to a field
+/// that is intended for all recipients of the content." Such an option is a mistake or an attack,
+/// and must not alter the response.
 fn is_end_to_end(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
@@ -229,7 +235,8 @@ fn is_end_to_end(name: &HeaderName) -> bool {
     )
 }
 
-/// Enters status and headers and returns the trailers. Total: no length is trusted, nothing is allocated by an unchecked one.
+/// Decodes the status and the headers into `head`, and returns the trailers. The function is total:
+/// it trusts no length, and allocates nothing by an unchecked length.
 fn decode(encoded: &Bytes, head: &mut response::Parts) -> Option<Option<HeaderMap>> {
     let mut rest = &encoded[..];
     if rest.try_get_u8().ok()? != VERSION {
@@ -250,9 +257,10 @@ fn decode(encoded: &Bytes, head: &mut response::Parts) -> Option<Option<HeaderMa
     rest.is_empty().then_some(trailers)
 }
 
-/// Moves fields from the `rest` of `encoded`; their values share its memory.
+/// Moves `count` fields from `rest` to `fields`. Their values share the memory of `encoded`.
 fn decode_fields(encoded: &Bytes, rest: &mut &[u8], count: u32, fields: &mut HeaderMap) -> Option<()> {
-    // The marker and the length come on top. More than usual is not reserved on the word of a number.
+    // Reserve room for the replay header and the length as well. Cap the reservation, because
+    // `count` is untrusted.
     let usual = usize::try_from(count).ok()?.min(64);
     fields.reserve(usual + 2);
     for _ in 0..count {
@@ -395,8 +403,8 @@ mod tests {
             bytes: Bytes::new(),
             trailers: Some(HeaderMap::from_iter([(header::ETAG, HeaderValue::from_static("t"))])),
         };
-        let answer = headers.store(&response(&[]), &body);
-        let again: Response<BufferedBody<Full<Bytes>>> = headers.replay(&answer, true).unwrap();
+        let stored = headers.store(&response(&[]), &body);
+        let again: Response<BufferedBody<Full<Bytes>>> = headers.replay(&stored, true).unwrap();
         let collected = block_on(again.into_body().collect()).unwrap();
         assert_eq!(collected.trailers().unwrap()[header::ETAG], "t");
     }
@@ -469,7 +477,7 @@ mod tests {
         }
 
         #[test]
-        fn a_damaged_head_is_an_error_or_another_answer(at: prop::sample::Index, byte: u8, cut: prop::sample::Index) {
+        fn a_damaged_head_is_an_error_or_another_response(at: prop::sample::Index, byte: u8, cut: prop::sample::Index) {
             let parts = response(&[("location", b"/1"), ("x-foo", b"2")]);
             let mut head = ResponseHeaders::default().store(&parts, &collected(b"")).head.to_vec();
             let index = at.index(head.len());
