@@ -1,4 +1,4 @@
-//! The questions that are put to a store, and its answers.
+//! The operations of a store, and its replies.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use rand::Rng;
 use super::{Fingerprint, StorageKey};
 use crate::clock::Timestamp;
 
-/// 128 random bits by which a claim and its owner are recognised. Chosen *before* the claim, so that a claim whose reply was
-/// lost can be repeated.
+/// 128 random bits that identify a claim and its owner. The claimant chooses them *before* the
+/// claim, so that it can repeat a claim whose reply was lost.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Nonce([u8; 16]);
 
 impl Nonce {
-    /// A new nonce from the thread's cryptographic generator.
+    /// Returns a new nonce from the thread's cryptographic generator.
     #[must_use]
     pub fn random() -> Self {
         let mut bytes = [0; 16];
@@ -23,21 +23,22 @@ impl Nonce {
         Self(bytes)
     }
 
-    /// The nonce of the given bytes.
+    /// Returns the nonce of the given bytes.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(bytes)
     }
 
-    /// The 16 bytes.
+    /// Returns the 16 bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
     }
 
-    /// Returns another nonce, with the first byte inverted. A record that a resolution completed has this nonce in
-    /// place of its owner's, so that it belongs to nobody. Unlike a reserved value, it differs from every nonce that a
-    /// claim may choose for this attempt.
+    /// Returns another nonce, with the first byte inverted. If a resolution completes a record, the
+    /// record gets this nonce in place of its owner's, so that nobody owns it. A reserved value
+    /// would not do, because a claim could choose that value. The inverted nonce always differs
+    /// from that of the attempt.
     pub(super) const fn disowned(self) -> Self {
         let Self(mut bytes) = self;
         bytes[0] = !bytes[0];
@@ -53,128 +54,134 @@ impl fmt::Debug for Nonce {
 
 /// A number that grows with every attempt under a key: `max(last + 1, store time in µs)`.
 ///
-/// Pass it to a third party that can refuse requests with an older fence. While the record exists, its fence grows even
-/// if the store's clock is set back. The release of a first attempt and the end of the retention delete the record and
-/// its fence. After that, a memory store still gives a higher fence, because it remembers the highest fence that it has
-/// given. A store on a server takes the server's time as the next fence, which is higher unless the server's clock was
-/// set back in the meantime.
+/// Pass it to a third party that can reject requests with an older fence. While the record exists,
+/// its fence grows even if the store's clock is set back (I9). The release of a first attempt and
+/// the end of the retention delete the record and its fence. After that, a memory store still gives
+/// a higher fence, because it remembers the highest fence that it has given. A store on a server
+/// uses the server's time as the next fence, which is higher unless the server's clock was set back
+/// in the meantime.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fence(u64);
 
 impl Fence {
-    /// The fence of the given number.
+    /// Returns the fence with the given number.
     #[must_use]
     pub const fn new(fence: u64) -> Self {
         Self(fence)
     }
 
-    /// The number.
+    /// Returns the number.
     #[must_use]
     pub const fn as_u64(self) -> u64 {
         self.0
     }
 
-    /// Returns the fence of the attempt that follows the attempt with this fence, and begins at `now`.
+    /// Returns the fence of an attempt that starts at `now`, after the attempt with this fence.
     pub(crate) fn next(self, now: Timestamp) -> Self {
         Self(now.as_micros().max(self.0.saturating_add(1)))
     }
 }
 
-/// Who holds a key: nonce *and* fence.
+/// The owner of a key: nonce *and* fence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
-    /// Chosen by the claimant.
+    /// The nonce that the claimant chose.
     pub nonce: Nonce,
-    /// Given by the store.
+    /// The fence that the store gave.
     pub fence: Fence,
 }
 
-/// What happens to a key whose owner vanished: its lease ran out and nobody knows how far it came.
+/// The treatment of a key whose owner vanished. Its lease expired, and nobody knows whether it had
+/// an effect.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum IfLost {
-    /// The next claim runs: at-least-once.
+    /// The next claim runs (at least once).
     Execute,
-    /// The next claim is told to ask first what became of the effect.
+    /// The owner of the next claim must first check whether the lost attempt took effect.
     Recover,
-    /// Nobody runs again; the outcome is unknown until it is completed late or resolved: at-most-once.
+    /// No claim runs. The outcome is unknown until a late completion or a resolution (at most
+    /// once).
     #[default]
     Refuse,
 }
 
-/// Asks a store for a key.
+/// A claim: it asks a store for a key.
 #[derive(Clone, Debug)]
 #[expect(
     clippy::exhaustive_structs,
     reason = "stores read every field; a new one changes their contract"
 )]
 pub struct Claim {
-    /// The record's name.
+    /// The name of the record.
     pub key: StorageKey,
-    /// What was asked.
+    /// The fingerprint of the request.
     pub fingerprint: Fingerprint,
-    /// Names this claim; a repetition carries the same.
+    /// The identity of this claim. A repeat of the claim has the same nonce.
     pub nonce: Nonce,
-    /// How long the owner may go without renewal.
+    /// The longest time that the owner may go without a renewal.
     pub lease: Duration,
-    /// How long the record lives past the end of the lease, should the owner vanish.
+    /// The time for which the record outlives the lease if the owner vanishes.
     pub retention: Duration,
-    /// What to do with a vanished owner's key.
+    /// The treatment of the key if its owner vanished.
     pub if_lost: IfLost,
-    /// How many attempts a key gets in all before its outcome is unknown; at least 1.
+    /// The maximum number of attempts for a key before its outcome is unknown, at least 1.
     pub max_attempts: u32,
 }
 
-/// The right to run.
+/// The right to run, which the store gives to an owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "stores make it")]
 pub struct Grant {
     /// The owner that the key now has.
     pub owner: Owner,
-    /// 1 for the first attempt under the key.
+    /// The number of the attempt. The first attempt under a key has number 1.
     pub attempt: u32,
-    /// The lease to renew; `None` from a store whose owners live as long as it does.
+    /// The lease that the owner must renew. `None` from a store whose owners live as long as it
+    /// does.
     pub lease: Option<Duration>,
 }
 
-/// The answer to a claim.
+/// The reply to a claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(
     clippy::exhaustive_enums,
-    reason = "this is the protocol: whoever claims must handle every case"
+    reason = "this is the protocol: a caller must handle every case"
 )]
 pub enum Decision {
-    /// Run.
+    /// The claimant owns the key and runs.
     Execute(Grant),
     /// The key was used for another request.
     Mismatch,
-    /// It was done, and its answer was not kept.
+    /// The request took effect, and its response was not stored.
     NotStored,
-    /// An earlier attempt was lost: ask what became of it, then run if nothing did.
+    /// An earlier attempt was lost. The claimant owns the key. It must check whether the lost
+    /// attempt took effect, and run only if it did not.
     Recover(Grant),
-    /// It was done: this is the answer.
+    /// The request took effect, and this is its response.
     Replay(StoredResponse),
-    /// An earlier attempt was lost and nobody may run again.
+    /// An earlier attempt was lost, and no claim may run.
     Unknown,
-    /// Somebody is at it.
+    /// Another owner holds the key.
     Wait {
         /// The time left of the owner's lease.
         left: Duration,
     },
 }
 
-/// A finished answer, as a store sees it: two byte strings.
+/// A response as a store sees it: two byte strings.
 #[derive(Clone, Default, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "stores make it")]
 pub struct StoredResponse {
-    /// Status, headers and trailers, or whatever the layer needs beside the body.
+    /// The status, the headers and the trailers, or other data that the layer needs beside the
+    /// body.
     pub head: Bytes,
     /// The body.
     pub body: Bytes,
 }
 
 impl StoredResponse {
-    /// The bytes of head and body together.
+    /// Returns the length of head and body together, in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.head.len() + self.body.len()
@@ -182,9 +189,9 @@ impl StoredResponse {
 
     /// Copies head and body into one allocation of exactly their length.
     ///
-    /// The bytes of an answer may be slices of far larger buffers, such as those of a cache, a file or a connection. A
-    /// store that holds answers in this process and counts their bytes must copy them. Otherwise it holds more memory
-    /// than it counts.
+    /// The bytes of a response may be slices of far larger buffers, such as those of a cache, a
+    /// file or a connection. A store that holds responses in this process and counts their bytes
+    /// must copy them. Otherwise it holds more memory than it counts.
     #[must_use]
     pub fn to_exact(&self) -> Self {
         let mut whole = Vec::with_capacity(self.len());
@@ -195,7 +202,7 @@ impl StoredResponse {
         Self { head, body }
     }
 
-    /// Whether head and body are empty.
+    /// Returns whether head and body are empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -208,114 +215,123 @@ impl fmt::Debug for StoredResponse {
     }
 }
 
-/// How a key ended.
+/// The end of a key's execution.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum Outcome {
-    /// With an answer that every repetition gets.
+    /// A response that every duplicate gets.
     Stored(StoredResponse),
-    /// With a final rejection. A record that is completed with this outcome becomes [unknown](Status::Unknown), even for a
-    /// claim that would run a lost attempt again. It stays so until an operator resolves the key or the retention is over.
-    /// Receivers record it for a message that its handler rejects.
+    /// A final rejection. A record that is completed with this outcome becomes
+    /// [unknown](Status::Unknown), even for claims that would run a lost attempt again. It stays
+    /// unknown until an operator resolves the key or the retention ends. Receivers record this
+    /// outcome for a message that its handler rejects.
     Rejected,
-    /// With an answer that is not kept: nobody runs again, and nobody gets it.
+    /// A response that is not stored. The request does not run again, and no duplicate gets the
+    /// response.
     Tombstone,
 }
 
 impl Outcome {
-    /// Returns the same outcome, with an answer that uses no memory beyond its own bytes.
+    /// Returns the same outcome. Its response, if it has one, uses no memory beyond its own bytes.
     pub(crate) fn to_exact(&self) -> Self {
         match self {
-            Self::Stored(answer) => Self::Stored(answer.to_exact()),
+            Self::Stored(response) => Self::Stored(response.to_exact()),
             Self::Rejected => Self::Rejected,
             Self::Tombstone => Self::Tombstone,
         }
     }
 }
 
-/// The answer to a renewal.
+/// The reply to a renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores make it")]
 pub enum Renewal {
     /// The lease has a new deadline.
     Renewed,
-    /// Somebody else holds the key, or nobody.
+    /// The owner does not hold the key any more. Another attempt took it over, or the record is
+    /// completed, unknown or absent.
     Superseded,
 }
 
-/// The answer to a completion.
+/// The reply to a completion.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores make it")]
 pub enum Completion {
     /// The outcome is recorded.
     Completed,
-    /// Somebody else holds the key; with the outcome that stands, if there is one.
+    /// The owner does not hold the key any more. The value is the recorded outcome, if there is
+    /// one.
     Superseded(Option<Outcome>),
 }
 
-/// The answer to a release.
+/// The reply to a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores make it")]
 pub enum Release {
-    /// The key is free, or was; or its lease is over, where an earlier attempt left its evidence.
+    /// The key is free, unless it had an earlier attempt. In that case the record stays as
+    /// evidence, with its lease expired or its outcome unknown.
     Released,
-    /// Somebody else holds the key, or it is completed.
+    /// Another owner holds the key, or the record is completed.
     Superseded,
 }
 
-/// What an operator or a hook found out about a lost attempt.
+/// The fate of a lost attempt, as an operator or a hook found it out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum Resolution {
-    /// It had no effect: the next request runs.
+    /// The attempt had no effect. The next request runs.
     Absent,
-    /// It took effect, with this outcome, to be kept this long.
+    /// The attempt took effect. The values are its outcome and the retention of the record from now
+    /// on.
     Completed(Outcome, Duration),
 }
 
-/// The answer to a resolution.
+/// The reply to a resolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores make it")]
 pub enum ResolveResult {
-    /// The record has moved on (this is its fence; `None`: it is absent), or its owner is alive, or it is completed.
+    /// The record cannot be resolved. It has another fence, or its owner is alive, or it is
+    /// completed. The value is the fence of the record, `None` if there is no record.
     Conflict(Option<Fence>),
-    /// Done.
+    /// The resolution is recorded.
     Resolved,
 }
 
-/// A record as [`peek`](crate::Store::peek) shows it.
+/// The state of a record, as [`peek`](crate::Store::peek) returns it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "stores make it")]
 pub struct Snapshot {
-    /// What was asked under the key.
+    /// The fingerprint of the requests under the key.
     pub fingerprint: Fingerprint,
-    /// The nonce of the current or last attempt. If a resolution completed the record, a nonce that differs from it.
+    /// The nonce of the current or last attempt. If a resolution completed the record, another
+    /// nonce.
     pub nonce: Nonce,
     /// The fence of the current or last attempt.
     pub fence: Fence,
     /// The number of the current or last attempt.
     pub attempt: u32,
-    /// How far it is.
+    /// The state of the record.
     pub status: Status,
 }
 
-/// How far a record is.
+/// The state of a record at a point in time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(
     clippy::exhaustive_enums,
-    reason = "this is the protocol: whoever peeks must handle every case"
+    reason = "this is the protocol: a caller must handle every case"
 )]
 pub enum Status {
-    /// It ended.
+    /// The record is completed with this outcome.
     Completed(Outcome),
-    /// Somebody is at it.
+    /// An owner holds the key.
     InFlight {
         /// The time left of the owner's lease.
         left: Duration,
     },
-    /// The owner's lease ran out; the next claim decides.
+    /// The owner's lease has expired. The next claim decides what happens.
     Lost,
-    /// The owner's lease ran out, or the owner [rejected](Outcome::Rejected) the request. No attempt may run.
+    /// No attempt may run. A lost attempt was refused another run, its attempts are used up, or the
+    /// owner [rejected](Outcome::Rejected) the request.
     Unknown,
 }
 
@@ -330,12 +346,12 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_shows_its_lengths_only() {
-        let answer = StoredResponse {
+    fn a_stored_response_shows_its_lengths_only() {
+        let response = StoredResponse {
             head: Bytes::from_static(b"head"),
             body: Bytes::from_static(b"card 4242"),
         };
-        assert_eq!(format!("{answer:?}"), "StoredResponse(4 + 9 bytes)");
-        assert!(!answer.is_empty());
+        assert_eq!(format!("{response:?}"), "StoredResponse(4 + 9 bytes)");
+        assert!(!response.is_empty());
     }
 }

@@ -1,19 +1,20 @@
-//! Records as bytes, for stores that keep bytes.
+//! Encodes records as bytes, for stores that store bytes.
 //!
-//! Version 1, all numbers little-endian, the body last so that it is sliced out of its buffer:
+//! Version 1. All numbers are little-endian. The body comes last, so that it can be sliced from its
+//! buffer.
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! |---|---|
 //! | 1 | version |
-//! | 1 | state: 0 in flight, 1 unknown, 2 tombstone, 3 kept answer |
+//! | 1 | state: 0 in flight, 1 unknown, 2 tombstone, 3 stored response |
 //! | 1 | kind of the grant: 0 execute, 1 recover |
 //! | 1 + 32 | algorithm and digest of the fingerprint |
 //! | 16 + 8 | nonce, fence |
 //! | 4 | attempt |
 //! | 8 + 8 | lease and retention, µs |
 //! | 8 + 8 | end of the lease (0 unless in flight) and expiry, µs since the Unix epoch |
-//! | 4 + n | length of the answer's head, head (kept answer only) |
-//! | rest | body (kept answer only) |
+//! | 4 + n | length of the response's head, head (stored response only) |
+//! | rest | body (stored response only) |
 
 use std::time::Duration;
 
@@ -25,23 +26,24 @@ use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind};
 
 const VERSION: u8 = 1;
+// The length of the fixed fields in bytes, from the version to the expiry.
 const FIXED: usize = 1 + 1 + 1 + 33 + 24 + 4 + 16 + 16;
 
 const IN_FLIGHT: u8 = 0;
 const UNKNOWN: u8 = 1;
 const TOMBSTONE: u8 = 2;
-const KEPT: u8 = 3;
+const STORED: u8 = 3;
 
 impl Record {
-    /// The record as bytes, of the version that this release writes.
+    /// Encodes the record in the version that this release writes.
     #[must_use]
     pub fn to_bytes(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(FIXED + 4 + self.answer().map_or(0, StoredResponse::len));
+        let mut out = BytesMut::with_capacity(FIXED + 4 + self.response().map_or(0, StoredResponse::len));
         let (state, until) = match &self.state {
             State::InFlight { until } => (IN_FLIGHT, *until),
             State::Unknown | State::Completed(Outcome::Rejected) => (UNKNOWN, Timestamp::default()),
             State::Completed(Outcome::Tombstone) => (TOMBSTONE, Timestamp::default()),
-            State::Completed(Outcome::Stored(_)) => (KEPT, Timestamp::default()),
+            State::Completed(Outcome::Stored(_)) => (STORED, Timestamp::default()),
         };
         out.put_u8(VERSION);
         out.put_u8(state);
@@ -55,20 +57,21 @@ impl Record {
         out.put_u64_le(micros(self.retention));
         out.put_u64_le(until.as_micros());
         out.put_u64_le(self.expires.as_micros());
-        if let Some(answer) = self.answer() {
-            out.put_u32_le(u32::try_from(answer.head.len()).unwrap_or(u32::MAX));
-            out.put_slice(&answer.head);
-            out.put_slice(&answer.body);
+        if let Some(response) = self.response() {
+            out.put_u32_le(u32::try_from(response.head.len()).unwrap_or(u32::MAX));
+            out.put_slice(&response.head);
+            out.put_slice(&response.body);
         }
         out.freeze()
     }
 
-    /// The record that `bytes` hold; head and body of its answer are slices of `bytes`.
+    /// Decodes a record. The head and the body of its response are slices of `bytes`.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::CorruptRecord`] when the bytes are damaged, cut short or of a version that this release does not know. The
-    /// key they were found under is in use all the same: refuse the request, never treat the key as absent.
+    /// [`ErrorKind::CorruptRecord`] if the bytes are damaged, cut short, or of a version that this
+    /// release does not know. The key of such a record is in use all the same. Refuse the request,
+    /// and never treat the key as absent.
     pub fn from_bytes(mut bytes: Bytes) -> Result<Self, Error> {
         const DAMAGED: Error = Error::new(ErrorKind::CorruptRecord, "a stored record is damaged");
         const NEWER: Error = Error::new(
@@ -112,7 +115,7 @@ impl Record {
     }
 }
 
-/// A record as a table holds it.
+/// The columns of a record in a table.
 #[cfg(feature = "postgres")]
 pub(crate) struct Columns {
     pub(crate) state: u8,
@@ -129,13 +132,13 @@ pub(crate) struct Columns {
 
 #[cfg(feature = "postgres")]
 impl Record {
-    /// The record of these columns; `None` where they do not make one.
+    /// Returns the record of these columns. `None` if they are not a valid record.
     pub(crate) fn from_columns(columns: Columns) -> Option<Self> {
         let state = match (columns.state, columns.answer) {
             (IN_FLIGHT, None) => State::InFlight { until: columns.until },
             (UNKNOWN, None) => State::Unknown,
             (TOMBSTONE, None) => State::Completed(Outcome::Tombstone),
-            (KEPT, Some(answer)) => State::Completed(Outcome::Stored(answer)),
+            (STORED, Some(response)) => State::Completed(Outcome::Stored(response)),
             _ => return None,
         };
         let kind = match columns.kind {
@@ -156,12 +159,12 @@ impl Record {
     }
 }
 
-/// The state with its tag; `rest` must be used up.
+/// Decodes the state with this tag. Returns `None` if bytes are missing or left over.
 fn decode_state(tag: u8, until: Timestamp, mut rest: Bytes) -> Option<State> {
     if tag != IN_FLIGHT && until != Timestamp::default() {
         return None;
     }
-    if tag == KEPT {
+    if tag == STORED {
         let len = usize::try_from(rest.try_get_u32_le().ok()?).ok()?;
         if len > rest.len() {
             return None;
@@ -180,7 +183,7 @@ fn decode_state(tag: u8, until: Timestamp, mut rest: Bytes) -> Option<State> {
     }
 }
 
-/// The next `N` bytes; the caller has checked that they are there.
+/// Takes the next `N` bytes. The caller has checked that they are there.
 fn take<const N: usize>(bytes: &mut Bytes) -> [u8; N] {
     let mut array = [0; N];
     bytes.copy_to_slice(&mut array);
@@ -262,7 +265,7 @@ mod tests {
             panic!()
         };
         let mut bytes = record.to_bytes().to_vec();
-        bytes[1] = KEPT;
+        bytes[1] = STORED;
         bytes.extend_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(
             Record::from_bytes(bytes.into()).unwrap_err().kind(),

@@ -1,4 +1,4 @@
-//! What was asked under a key, as 32 bytes.
+//! Fingerprints: digests of the requests under a key, of 32 bytes each.
 
 use std::fmt;
 
@@ -8,8 +8,9 @@ use super::scratch::Scratch;
 
 /// A digest of a request, with the id of the algorithm that made it.
 ///
-/// Two requests under one key are "the same" only if algorithm and digest are equal: after a change of algorithm an old
-/// record does not match, so that an answer is never given to a request that was not compared.
+/// Two requests under one key are "the same" only if algorithm and digest are equal. After a change
+/// of the algorithm, an old record does not match, so a request that was not compared never gets
+/// its response.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint {
     algorithm: u8,
@@ -17,42 +18,46 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Nothing is compared: every request under a key counts as the same.
+    /// The fingerprint of a layer that compares nothing. Every request under a key counts as the
+    /// same.
     pub const NONE: Self = Self::new(0, [0; 32]);
 
-    /// Id of the algorithm "the body as it is, then method, path, query and headers".
+    /// The id of the algorithm "the body as it is, then method, path, query and headers".
     pub const BYTES: u8 = 1;
-    /// Id of the algorithm "the body as canonical JSON, then method, path, query and headers".
+    /// The id of the algorithm "the body as canonical JSON, then method, path, query and headers".
     pub const JSON: u8 = 2;
-    /// Id of the algorithm "whatever a function of the application returned".
+    /// The id of the algorithm "whatever a function of the application returned".
     pub const CUSTOM: u8 = 3;
-    /// Id of the algorithm "the parts of a multipart body and its content type without the boundary, then method, path,
-    /// query and headers".
+    /// The id of the algorithm "the parts of a multipart body and its content type without the
+    /// boundary, then method, path, query and headers".
     pub const MULTIPART: u8 = 4;
-    /// Id of the algorithm "the decompressed messages of a gRPC call, then method, path, query and headers".
+    /// The id of the algorithm "the decompressed messages of a gRPC call, then method, path, query
+    /// and headers".
     pub const GRPC: u8 = 5;
-    /// Id of the algorithm "BLAKE3 of a message's type in 8 bytes, then of its payload in 24 bytes, zeros without a payload".
+    /// The id of the algorithm "BLAKE3 of a message's type in 8 bytes, then of its payload in 24
+    /// bytes, zeros without a payload".
     pub const TYPED: u8 = 6;
 
-    /// A fingerprint of a digest that was made with the algorithm of the given id (0 to 127 belong to this crate).
+    /// Returns a fingerprint of a digest that the algorithm with the given id has computed. The ids
+    /// 0 to 127 belong to this crate.
     #[must_use]
     pub const fn new(algorithm: u8, digest: [u8; 32]) -> Self {
         Self { algorithm, digest }
     }
 
-    /// A fingerprint over `material`, which an application chose: BLAKE3 of it.
+    /// Returns a fingerprint over `material`, which the application chose. The digest is BLAKE3.
     #[must_use]
     pub fn of(material: &[u8]) -> Self {
         Self::new(Self::CUSTOM, *blake3::hash(material).as_bytes())
     }
 
-    /// The id of the algorithm.
+    /// Returns the id of the algorithm.
     #[must_use]
     pub const fn algorithm(&self) -> u8 {
         self.algorithm
     }
 
-    /// The digest.
+    /// Returns the digest.
     #[must_use]
     pub const fn digest(&self) -> &[u8; 32] {
         &self.digest
@@ -61,18 +66,22 @@ impl Fingerprint {
 
 impl fmt::Debug for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The digest of a short body can be guessed from, so it is not shown.
+        // Do not show the digest, because the digest of a short body lets a reader guess the body.
         write!(f, "Fingerprint(algorithm {}, ..)", self.algorithm)
     }
 }
 
-/// Makes a fingerprint of a body and of the fields of its request's head.
+/// Computes the fingerprint of a body and of fields of its request's head.
 ///
-/// A short body goes into SHA-256 as it is, a long one as its BLAKE3 digest: most processors have instructions for SHA-256,
-/// which then takes 40 % of BLAKE3's time for 200 bytes, while BLAKE3 takes a quarter of its for a megabyte. Behind the body
-/// stand the fields, each followed by its length, and last the number of fields, the length of the body and the algorithm:
-/// read from the end, no two requests run together. A number below 255 has one byte; any other has eight bytes, and the byte
-/// 255 follows them.
+/// SHA-256 hashes a short body as it is, and a long body as its BLAKE3 digest. Most processors have
+/// instructions for SHA-256, which make it faster than BLAKE3 for 200 bytes. For a megabyte, BLAKE3
+/// needs a quarter of the time. Canonical JSON and the parts of a multipart body always go in as a
+/// BLAKE3 digest.
+///
+/// The fields follow the body, each with its length after it. At the end come the number of fields,
+/// the length of the body and the algorithm. This sequence can be read from its end, so two
+/// different requests never give the same bytes. A number below 255 takes one byte. Any other
+/// number takes eight bytes and a byte 255 after them.
 pub(crate) struct Hasher {
     sha: Sha256,
     fields: Scratch,
@@ -81,16 +90,16 @@ pub(crate) struct Hasher {
     algorithm: u8,
 }
 
-/// The longest body that goes into SHA-256 as it is.
+/// The longest body in bytes that SHA-256 hashes as it is.
 const SHORT: usize = 2048;
 
 impl Hasher {
-    /// Begins with the body as it is.
+    /// Starts with the body as it is.
     pub(crate) fn over_bytes(body: &[u8]) -> Self {
         Self::over(body, Fingerprint::BYTES)
     }
 
-    /// Begins with the messages of a gRPC call.
+    /// Starts with the messages of a gRPC call.
     #[cfg(feature = "tonic")]
     pub(crate) fn over_messages(messages: &[u8]) -> Self {
         Self::over(messages, Fingerprint::GRPC)
@@ -106,7 +115,7 @@ impl Hasher {
         Self::new(sha, algorithm, length(body))
     }
 
-    /// Begins with the body as canonical JSON; with its bytes when it is no JSON.
+    /// Starts with the body as canonical JSON, or with its bytes if it is not JSON.
     pub(crate) fn over_json(json: &super::CanonicalJson, body: &[u8]) -> Self {
         let (mut hasher, mut len) = (blake3::Hasher::new(), 0);
         let is_json = json.feed(body, &mut |part| {
@@ -120,8 +129,8 @@ impl Hasher {
         Self::new(sha, Fingerprint::JSON, len)
     }
 
-    /// Begins with the pieces of a body, each behind its length, as `split` passes them on. Returns `None` if `split`
-    /// does.
+    /// Starts with the pieces of a body that `split` passes on, each after its length. Returns
+    /// `None` if `split` does.
     pub(crate) fn over_parts(split: impl FnOnce(&mut dyn FnMut(&[u8])) -> Option<()>) -> Option<Self> {
         let (mut hasher, mut len) = (blake3::Hasher::new(), 0);
         split(&mut |piece| {
@@ -215,7 +224,7 @@ mod tests {
         }
     }
 
-    /// A multipart request and a message with a type had the same id.
+    /// A multipart request and a message with a type once had the same id.
     #[test]
     fn every_algorithm_has_its_own_id() {
         let mut ids = [
@@ -253,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn json_falls_back_to_bytes_and_says_so() {
+    fn json_falls_back_to_bytes_and_their_algorithm() {
         let json = super::super::CanonicalJson::new();
         let over = |body: &[u8]| Hasher::over_json(&json, body).finish();
         assert_eq!(over(b"{\"a\":1,\"b\":2}"), over(b"{ \"b\": 2, \"a\": 1 }"));

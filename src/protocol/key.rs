@@ -1,4 +1,4 @@
-//! The client's key, as it stands in a header field.
+//! The client's key, as its header field contains it.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -6,33 +6,37 @@ use std::sync::Arc;
 
 use super::structured;
 
-/// How the value of the key's header field is read. The default is [`Lenient`](Self::Lenient).
+/// The syntax in which the layer reads the header field of the key. Default:
+/// [`Lenient`](Self::Lenient).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KeySyntax {
-    /// A structured-field string (`"k"`, as draft-ietf-httpapi-idempotency-key-header-07 section 2.1 asks) or the bare
-    /// value (`k`, as Stripe and most providers take it); both name the same key. Parameters are ignored.
+    /// A structured-field string (`"k"`, as draft-ietf-httpapi-idempotency-key-header-07 section
+    /// 2.1 requires) or a bare value (`k`, as Stripe and most providers accept it). Both name the
+    /// same key. Parameters are ignored.
     #[default]
     Lenient,
-    /// The value as it stands: `"k"` and `k` are two keys.
+    /// The value as it is: `"k"` and `k` are two keys.
     Raw,
-    /// The value as it stands, with spaces between visible characters, as Stripe takes it. Other characters are refused
-    /// as in every syntax. Two clients may encode the same text differently, and would then send two keys for one
-    /// operation.
+    /// The value as it is, with spaces between visible characters, as Stripe accepts it. Other
+    /// characters are rejected as in every syntax, because two clients may encode the same text
+    /// differently and would then send two keys for one operation.
     RawWithSpaces,
     /// A structured-field string and nothing else (RFC 9651 section 3.3.3). Parameters are ignored.
     Strict,
 }
 
-/// A key as a client chose it, read from its header field.
+/// A key that a client chose, read from its header field.
 ///
-/// 1 to 255 bytes (the upper bound is a setting) of visible ASCII; case matters. Only
-/// [`KeySyntax::RawWithSpaces`] allows spaces, and only between other characters. Its `Debug` form hides the value.
+/// A key has 1 to 255 bytes of visible ASCII, and its case matters. The upper bound is a setting.
+/// Only [`KeySyntax::RawWithSpaces`] allows spaces, and only between other characters. The `Debug`
+/// form hides the value.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(Box<str>);
 
 impl IdempotencyKey {
-    /// The key itself, without quotes and parameters. Do not log it: it lets its reader ask for the stored answer.
+    /// Returns the key without quotes and parameters. Do not log it, because anyone who has the key
+    /// can ask for the stored response.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -45,25 +49,27 @@ impl fmt::Debug for IdempotencyKey {
     }
 }
 
-/// What is wrong with a key.
+/// The reason why a key is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum InvalidKey {
-    /// It has no characters.
+    /// The key has no characters.
     Empty,
-    /// A character is neither visible ASCII (0x21 to 0x7E) nor a space that the syntax allows.
+    /// The key has a character that is neither visible ASCII (0x21 to 0x7E) nor a space that the
+    /// syntax allows.
     NotVisibleAscii,
-    /// It is not a structured-field string, or begins like one and does not end like one.
+    /// The key is not a structured-field string. In the lenient syntax, it starts with a quotation
+    /// mark and is not a complete string.
     NotAString,
-    /// The validator of the application refused it.
+    /// The application's validator rejected the key.
     Refused,
     /// The header field occurs more than once.
     Repeated,
-    /// It is longer than the bound.
+    /// The key is longer than the bound.
     TooLong,
 }
 
-/// A key that cannot be used.
+/// The error for a key that cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyError(InvalidKey);
 
@@ -72,7 +78,7 @@ impl KeyError {
         Self(reason)
     }
 
-    /// What is wrong with the key.
+    /// Returns why the key is invalid.
     #[must_use]
     pub const fn reason(&self) -> InvalidKey {
         self.0
@@ -80,18 +86,19 @@ impl KeyError {
 }
 
 impl KeyError {
-    /// What is wrong with the key and what to send instead; holds nothing of the key.
+    /// Returns what is wrong with the key and what to send instead. The text contains nothing of
+    /// the key.
     #[must_use]
     pub const fn detail(&self) -> &'static str {
         match self.0 {
             InvalidKey::Empty => "The key is empty. Send 1 or more visible ASCII characters.",
             InvalidKey::NotAString => "The key is not a structured-field string. Send it in double quotes.",
             InvalidKey::NotVisibleAscii => {
-                "The key has a character that is not visible ASCII. Send a UUID or the like."
+                "The key has a character that is not visible ASCII. Send a UUID, for example."
             }
-            InvalidKey::Refused => "The key does not have the form that this server asks for.",
+            InvalidKey::Refused => "The key does not have the form that this server requires.",
             InvalidKey::Repeated => "The header field of the key occurs more than once. Send it once.",
-            InvalidKey::TooLong => "The key is longer than this server takes. Send a shorter one, such as a UUID.",
+            InvalidKey::TooLong => "The key is longer than this server accepts. Send a shorter one, such as a UUID.",
         }
     }
 }
@@ -106,7 +113,7 @@ impl std::error::Error for KeyError {}
 
 type Validator = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
-/// Reads keys from header values by the rules that are set.
+/// Reads keys from header values by the configured rules.
 #[derive(Clone)]
 pub(crate) struct KeyParser {
     pub(crate) syntax: KeySyntax,
@@ -131,7 +138,7 @@ impl KeyParser {
         Ok(IdempotencyKey(key.into()))
     }
 
-    /// Whether a key that was read, or is to be sent, keeps to the rules.
+    /// Checks a key, received or to be sent, against the rules.
     pub(crate) fn check(&self, key: &str) -> Result<(), KeyError> {
         let refusal = match key {
             "" => InvalidKey::Empty,
@@ -145,7 +152,7 @@ impl KeyParser {
 
     fn is_well_formed(&self, key: &str) -> bool {
         match self.syntax {
-            // RFC 9110 section 5.5: a field value neither begins nor ends with white space.
+            // RFC 9110 section 5.5: a field value neither starts nor ends with white space.
             KeySyntax::RawWithSpaces => {
                 key.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) && key.trim_ascii() == key
             }
@@ -153,7 +160,7 @@ impl KeyParser {
         }
     }
 
-    /// Whether the value of a header field is a key by the rules.
+    /// Checks the value of a header field against the rules.
     pub(crate) fn check_value(&self, value: &[u8]) -> Result<(), KeyError> {
         self.check(&self.unquoted(value).map_err(KeyError::new)?)
     }
@@ -173,7 +180,8 @@ impl KeyParser {
     }
 }
 
-/// Looks at every byte and branches once: stopping at the first bad one takes three times as long for a good key.
+/// Returns whether a key is visible ASCII. Looks at every byte and branches once, because a loop
+/// that stops at the first bad byte takes three times as long for a valid key.
 fn is_visible_ascii(key: &str) -> bool {
     key.bytes().fold(true, |so_far, byte| so_far & byte.is_ascii_graphic())
 }

@@ -1,15 +1,17 @@
-//! The protocol that keeps the promise, pure: no I/O, no clock, no async, no HTTP.
+//! The protocol that guarantees one effect per key. It is pure: no I/O, no clock, no async, no
+//! HTTP.
 //!
-//! A [`Claim`] asks for a key; a [`Decision`] answers it; a [`Record`] is what a store keeps, and the functions of
-//! [`Record`] are the one place where its life is code:
+//! A [`Claim`] asks for a key, and a [`Decision`] is the reply. A store stores a [`Record`] per
+//! key. The functions of [`Record`] are the one place that implements its life:
 //!
 //! ```text
-//! absent ──claim──▶ in flight ──complete──▶ completed (kept answer | tombstone) ──retention──▶ absent
+//! absent ──claim──▶ in flight ──complete──▶ completed (stored response | tombstone) ──retention──▶ absent
 //!                    │  │  ▲
-//!                    │  │  └── taken over (fence+1, attempt+1)  ◀── lease over, OnLost = Execute | Recover
-//!                    │  └──── lease over, OnLost = Refuse, or attempts used up ──▶ unknown
-//!                    └─ release: absent if this was the only attempt ever, else "lease over", evidence kept
-//! unknown ──complete by the same owner, late──▶ completed          unknown ──resolve──▶ completed | absent
+//!                    │  │  └── taken over (fence+1, attempt+1)  ◀── lease expired, OnLost = Execute | Recover
+//!                    │  └──── lease expired, OnLost = Refuse, or attempts used up ──▶ unknown
+//!                    └─ release: absent if this was the only attempt ever, otherwise "lease expired", evidence stays
+//! unknown ──late complete by the same owner──▶ completed          unknown ──resolve──▶ completed | absent
+//! in flight ──complete with `Rejected`──▶ unknown
 //! ```
 
 mod claim;

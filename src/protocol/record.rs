@@ -1,4 +1,5 @@
-//! The life of a record: every transition as a pure function of the record, the question and the store's time.
+//! The life of a record. Every transition is a pure function of the record, the operation and the
+//! store's time.
 
 use std::time::Duration;
 
@@ -8,11 +9,12 @@ use super::{
 };
 use crate::clock::Timestamp;
 
-/// What a store keeps under one storage key.
+/// The data that a store stores under one storage key.
 ///
-/// A store that can run Rust next to its data calls the functions of this type within one atomic step; a store that cannot
-/// (a script in a server, a statement in a database) is tested against them. Each takes the record, if there is one, and the
-/// time by the store's clock, and returns what to answer and what to write.
+/// A store that can run Rust next to its data calls the functions of this type within one atomic
+/// step. A store that cannot, because its operations are scripts or statements in a server, is
+/// tested against them. Each function takes the record, if there is one, and the time by the
+/// store's clock. It returns the reply and the change to write.
 ///
 /// ```
 /// use std::time::Duration;
@@ -48,7 +50,8 @@ pub struct Record {
     pub(super) state: State,
 }
 
-/// Whether the current owner was told to ask first. Stored, because a repeated claim must be answered in kind.
+/// Whether the current owner must run the recovery check first. The record stores it, because a
+/// repeated claim must get a grant of the same kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GrantKind {
     Execute,
@@ -57,7 +60,8 @@ pub(super) enum GrantKind {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// Never holds [`Outcome::Rejected`], because a completion with that outcome makes the record unknown.
+    /// Never [`Outcome::Rejected`], because a completion with that outcome makes the record
+    /// unknown.
     Completed(Outcome),
     InFlight {
         until: Timestamp,
@@ -65,13 +69,13 @@ pub(super) enum State {
     Unknown,
 }
 
-/// What to answer and what to write.
+/// The reply to an operation and the change to the record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "stores take it apart")]
 pub struct Transition<R> {
-    /// The answer to the question.
+    /// The reply to the operation.
     pub reply: R,
-    /// The change to the stored record, to be made in the same atomic step.
+    /// The change to the stored record. The store makes it in the same atomic step.
     pub change: Change,
 }
 
@@ -79,16 +83,16 @@ pub struct Transition<R> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum Change {
-    /// Leave it as it is.
+    /// Leave the record as it is.
     StoreResponse,
-    /// Write this one in its place.
+    /// Write this record in its place.
     Put(Record),
-    /// Delete it.
+    /// Delete the record.
     Remove,
 }
 
 impl<R> Transition<R> {
-    const fn keep(reply: R) -> Self {
+    const fn leave(reply: R) -> Self {
         Self {
             reply,
             change: Change::StoreResponse,
@@ -109,7 +113,7 @@ impl<R> Transition<R> {
         }
     }
 
-    /// The answer, where nothing is to be changed.
+    /// Returns the reply if the record does not change.
     #[cfg(any(feature = "postgres", feature = "redis"))]
     pub(crate) fn unchanged(self) -> Option<R> {
         matches!(self.change, Change::StoreResponse).then_some(self.reply)
@@ -117,14 +121,14 @@ impl<R> Transition<R> {
 }
 
 impl Record {
-    /// Answers a claim.
+    /// Decides a claim.
     #[must_use]
     pub fn claim(record: Option<&Self>, claim: &Claim, now: Timestamp) -> Transition<Decision> {
         Self::claim_above(record, claim, now, Fence::default())
     }
 
-    /// Decides a claim, and grants it with a fence greater than `floor`. For stores that remember the fences of deleted
-    /// records (I9).
+    /// Decides a claim, and grants it with a fence greater than `floor`. For stores that remember
+    /// the fences of deleted records (I9).
     pub(crate) fn claim_above(
         record: Option<&Self>,
         claim: &Claim,
@@ -135,30 +139,32 @@ impl Record {
             return Self::first(claim, now, floor);
         };
         if record.fingerprint != claim.fingerprint {
-            return Transition::keep(Decision::Mismatch);
+            return Transition::leave(Decision::Mismatch);
         }
         match &record.state {
-            State::Completed(Outcome::Stored(answer)) => Transition::keep(Decision::Replay(answer.clone())),
-            State::Completed(Outcome::Tombstone) => Transition::keep(Decision::NotStored),
-            State::Unknown | State::Completed(Outcome::Rejected) => Transition::keep(Decision::Unknown),
-            // The reply to this very claim was lost: the same grant again, of the same kind.
+            State::Completed(Outcome::Stored(response)) => Transition::leave(Decision::Replay(response.clone())),
+            State::Completed(Outcome::Tombstone) => Transition::leave(Decision::NotStored),
+            State::Unknown | State::Completed(Outcome::Rejected) => Transition::leave(Decision::Unknown),
+            // The claim is a repeat, because its reply was lost. It gets the same grant again, of
+            // the same kind.
             State::InFlight { .. } if record.owner.nonce == claim.nonce => record.clone().granted(claim, now),
             State::InFlight { until } => record.contended(*until, claim, now, floor),
         }
     }
 
-    /// Answers the owner's wish for `lease` more time. Zero gives the lease up: it is over at once, its evidence stays.
+    /// Renews the owner's lease for `lease` from now. Zero gives the lease up: it expires at once,
+    /// and the record stays as evidence.
     #[must_use]
     pub fn renew(record: Option<&Self>, owner: Owner, lease: Duration, now: Timestamp) -> Transition<Renewal> {
         match Self::live(record, now) {
             Some(record) if record.owner == owner && record.is_in_flight() => {
                 Transition::put(Renewal::Renewed, record.clone().leased(lease, now))
             }
-            _ => Transition::keep(Renewal::Superseded),
+            _ => Transition::leave(Renewal::Superseded),
         }
     }
 
-    /// Answers the owner's outcome, to be kept for `retention` from now.
+    /// Completes the record with the owner's outcome, which stays for `retention` from now.
     #[must_use]
     pub fn complete(
         record: Option<&Self>,
@@ -168,40 +174,41 @@ impl Record {
         now: Timestamp,
     ) -> Transition<Completion> {
         let Some(record) = Self::live(record, now) else {
-            return Transition::keep(Completion::Superseded(None));
+            return Transition::leave(Completion::Superseded(None));
         };
         match &record.state {
-            State::Completed(_) if record.owner == owner => Transition::keep(Completion::Completed),
-            State::Completed(stands) => Transition::keep(Completion::Superseded(Some(stands.clone()))),
+            State::Completed(_) if record.owner == owner => Transition::leave(Completion::Completed),
+            State::Completed(stands) => Transition::leave(Completion::Superseded(Some(stands.clone()))),
             State::InFlight { .. } | State::Unknown if record.owner == owner => {
                 let done = record.clone().completed(outcome.clone(), retention, now);
                 Transition::put(Completion::Completed, done)
             }
-            State::InFlight { .. } | State::Unknown => Transition::keep(Completion::Superseded(None)),
+            State::InFlight { .. } | State::Unknown => Transition::leave(Completion::Superseded(None)),
         }
     }
 
-    /// Answers an owner who ended without an outcome.
+    /// Releases the key of an owner that ended without an outcome.
     #[must_use]
     pub fn release(record: Option<&Self>, owner: Owner, now: Timestamp) -> Transition<Release> {
         let Some(record) = Self::live(record, now) else {
-            return Transition::keep(Release::Released);
+            return Transition::leave(Release::Released);
         };
         if record.owner != owner || matches!(record.state, State::Completed(_)) {
-            return Transition::keep(Release::Superseded);
+            return Transition::leave(Release::Superseded);
         }
-        // Only when nobody else ever held the key is there nothing that a deletion would hide.
+        // Delete the record only if this was the only attempt ever. Otherwise the record is
+        // evidence of an earlier attempt (I6).
         if record.attempt == 1 {
             return Transition::remove(Release::Released);
         }
         if record.is_in_flight() {
             return Transition::put(Release::Released, record.clone().leased(Duration::ZERO, now));
         }
-        Transition::keep(Release::Released)
+        Transition::leave(Release::Released)
     }
 
-    /// Decides a resolution by an operator or a hook that found out the fate of a lost attempt. A record that it
-    /// completes has no owner any more.
+    /// Decides a resolution by an operator or a hook that knows the fate of a lost attempt. A
+    /// record that the resolution completes has no owner any more.
     #[must_use]
     pub fn resolve(
         record: Option<&Self>,
@@ -210,25 +217,26 @@ impl Record {
         now: Timestamp,
     ) -> Transition<ResolveResult> {
         let Some(record) = Self::live(record, now) else {
-            return Transition::keep(ResolveResult::Conflict(None));
+            return Transition::leave(ResolveResult::Conflict(None));
         };
         let owner_may_live = matches!(record.status(now), Status::InFlight { .. } | Status::Completed(_));
         if record.owner.fence != fence || owner_may_live {
-            return Transition::keep(ResolveResult::Conflict(Some(record.owner.fence)));
+            return Transition::leave(ResolveResult::Conflict(Some(record.owner.fence)));
         }
         match resolution {
             Resolution::Absent => Transition::remove(ResolveResult::Resolved),
             Resolution::Completed(outcome, retention) => {
                 let mut done = record.clone().completed(outcome.clone(), *retention, now);
-                // The owner may still be alive, and its own outcome may differ. If it stayed the owner, its completion
-                // would count as a repeated one, and its caller would get another response than all others (I2).
+                // The owner may still be alive, and its own outcome may differ. If it stayed the
+                // owner, its completion would count as a repeat, and its caller would get another
+                // response than all other callers (I2).
                 done.owner.nonce = record.owner.nonce.disowned();
                 Transition::put(ResolveResult::Resolved, done)
             }
         }
     }
 
-    /// Shows the record; `None` when there is none or it has expired.
+    /// Returns a snapshot of the record. `None` if there is no record, or if it has expired.
     #[must_use]
     pub fn peek(record: Option<&Self>, now: Timestamp) -> Option<Snapshot> {
         let record = Self::live(record, now)?;
@@ -241,29 +249,29 @@ impl Record {
         })
     }
 
-    /// When a store may forget the record.
+    /// Returns the time after which a store may delete the record.
     #[must_use]
     pub const fn expires_at(&self) -> Timestamp {
         self.expires
     }
 
-    /// Whether a store may forget the record. A live lease outlasts any retention.
+    /// Returns whether a store may delete the record. A live lease outlasts any retention.
     #[must_use]
     pub fn is_expired(&self, now: Timestamp) -> bool {
         let leased = matches!(self.state, State::InFlight { until } if now < self.until_at_most(until, now));
         now >= self.expires && !leased
     }
 
-    /// The answer, where one is kept.
+    /// Returns the stored response, if there is one.
     #[must_use]
-    pub const fn answer(&self) -> Option<&StoredResponse> {
+    pub const fn response(&self) -> Option<&StoredResponse> {
         match &self.state {
-            State::Completed(Outcome::Stored(answer)) => Some(answer),
+            State::Completed(Outcome::Stored(response)) => Some(response),
             _ => None,
         }
     }
 
-    /// The same record with its answer thrown away; for stores over their budget.
+    /// Returns the same record without its response, for stores that are over their budget.
     #[must_use]
     pub fn into_tombstone(mut self) -> Self {
         if let State::Completed(outcome) = &mut self.state {
@@ -272,18 +280,19 @@ impl Record {
         self
     }
 
-    /// The fence of the current or last attempt.
+    /// Returns the fence of the current or last attempt.
     pub(crate) const fn fence(&self) -> Fence {
         self.owner.fence
     }
 
-    /// Whether the record has ended.
+    /// Returns whether the record is completed.
     #[must_use]
     pub const fn is_completed(&self) -> bool {
         matches!(self.state, State::Completed(_))
     }
 
-    /// Whether an owner was granted the key and has neither ended nor been given up as unknown. Its lease may have run out.
+    /// Returns whether the key has an owner that has neither ended nor been given up as unknown.
+    /// The lease may have expired.
     pub(crate) const fn is_in_flight(&self) -> bool {
         matches!(self.state, State::InFlight { .. })
     }
@@ -309,15 +318,16 @@ impl Record {
         record.granted(claim, now)
     }
 
-    /// A key that somebody else holds, or held until its lease ran out.
+    /// Decides a claim on a key that another owner holds, or held until its lease expired.
     fn contended(&self, until: Timestamp, claim: &Claim, now: Timestamp, floor: Fence) -> Transition<Decision> {
         let until_at_most = self.until_at_most(until, now);
         if now < until_at_most {
             let left = until_at_most.saturating_since(now);
             if until_at_most == until {
-                return Transition::keep(Decision::Wait { left });
+                return Transition::leave(Decision::Wait { left });
             }
-            // The clock went backwards: nobody waits longer than a lease for it to catch up.
+            // The clock went backwards. Cut the lease back, so that nobody waits longer than one
+            // lease for the clock to catch up.
             let mut cut = self.clone();
             cut.state = State::InFlight { until: until_at_most };
             return Transition::put(Decision::Wait { left }, cut);
@@ -348,7 +358,7 @@ impl Record {
         Transition::put(Decision::Unknown, unknown)
     }
 
-    /// The answer to a claim that has changed the record into this one.
+    /// Returns the reply to a claim that has changed the record into this one.
     #[cfg(feature = "postgres")]
     pub(crate) fn decision(&self, claim: &Claim, now: Timestamp) -> Decision {
         match &self.state {
@@ -374,7 +384,8 @@ impl Record {
         Transition::put(reply, self.leased(claim.lease, now))
     }
 
-    /// The record outlives its lease by its retention, in every state: a crash must not make the key absent.
+    /// Starts a lease. The record outlives its lease by its retention in every state, because a
+    /// crash must not make the key absent (I6).
     fn leased(mut self, lease: Duration, now: Timestamp) -> Self {
         let until = now.saturating_add(lease);
         self.lease = lease;
@@ -386,14 +397,14 @@ impl Record {
     fn completed(mut self, outcome: Outcome, retention: Duration, now: Timestamp) -> Self {
         self.expires = now.saturating_add(retention);
         self.state = match outcome {
-            // An operator can resolve what is unknown, but not what is completed.
+            // An operator can resolve an unknown record, but not a completed one.
             Outcome::Rejected => State::Unknown,
             outcome => State::Completed(outcome),
         };
         self
     }
 
-    /// The end of the lease, at most one lease from now.
+    /// Returns the end of the lease, at most one lease from now.
     fn until_at_most(&self, until: Timestamp, now: Timestamp) -> Timestamp {
         until.min(now.saturating_add(self.lease))
     }

@@ -1,4 +1,4 @@
-//! Each rule of the protocol as a test, and the invariants over random histories.
+//! Tests of each rule of the protocol, and of the invariants over random histories.
 
 use proptest::prelude::*;
 
@@ -28,14 +28,14 @@ fn claim_or(nonce: u8, if_lost: IfLost) -> Claim {
     }
 }
 
-fn kept(body: &'static str) -> Outcome {
+fn stored(body: &'static str) -> Outcome {
     Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: body.into(),
     })
 }
 
-/// A store of one record with a clock: the smallest there is.
+/// A store of a single record, with a clock.
 struct One {
     record: Option<Record>,
     now: Timestamp,
@@ -131,7 +131,7 @@ fn a_lease_is_not_the_records_expiry() {
 }
 
 #[test]
-fn another_fingerprint_is_told_in_flight_lost_unknown_and_done_alike() {
+fn another_fingerprint_is_a_mismatch_in_every_state() {
     let other = Claim {
         fingerprint: Fingerprint::NONE,
         ..claim(9)
@@ -143,7 +143,7 @@ fn another_fingerprint_is_told_in_flight_lost_unknown_and_done_alike() {
     assert_eq!(store.claim(&other), Decision::Mismatch);
     assert_eq!(store.claim(&claim(2)), Decision::Unknown);
     assert_eq!(store.claim(&other), Decision::Mismatch);
-    assert_eq!(store.complete(grant.owner, &kept("a")), Completion::Completed);
+    assert_eq!(store.complete(grant.owner, &stored("a")), Completion::Completed);
     assert_eq!(store.claim(&other), Decision::Mismatch);
 }
 
@@ -151,15 +151,15 @@ fn another_fingerprint_is_told_in_flight_lost_unknown_and_done_alike() {
 fn a_completed_key_replays_until_its_retention_is_over() {
     let mut store = One::new();
     let grant = store.granted(&claim(1));
-    store.complete(grant.owner, &kept("a"));
+    store.complete(grant.owner, &stored("a"));
     store.pass(RETENTION - Duration::from_micros(1));
-    assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "a"));
+    assert!(matches!(store.claim(&claim(2)), Decision::Replay(response) if response.body == "a"));
     store.pass(Duration::from_micros(1));
     assert_eq!(store.granted(&claim(3)).attempt, 1);
 }
 
 #[test]
-fn a_tombstone_says_that_it_was_done() {
+fn a_tombstone_reports_that_the_request_was_done() {
     let mut store = One::new();
     let grant = store.granted(&claim(1));
     store.complete(grant.owner, &Outcome::Tombstone);
@@ -187,12 +187,12 @@ fn a_lost_key_is_taken_over_with_a_higher_fence_and_the_old_owner_changes_nothin
     let new = store.granted(&claim_or(2, IfLost::Execute));
     assert!(new.owner.fence > old.owner.fence);
     assert_eq!(store.renew(old.owner, LEASE), Renewal::Superseded);
-    assert_eq!(store.complete(old.owner, &kept("old")), Completion::Superseded(None));
+    assert_eq!(store.complete(old.owner, &stored("old")), Completion::Superseded(None));
     assert_eq!(store.release(old.owner), Release::Superseded);
-    assert_eq!(store.complete(new.owner, &kept("new")), Completion::Completed);
+    assert_eq!(store.complete(new.owner, &stored("new")), Completion::Completed);
     assert_eq!(
-        store.complete(old.owner, &kept("old")),
-        Completion::Superseded(Some(kept("new")))
+        store.complete(old.owner, &stored("old")),
+        Completion::Superseded(Some(stored("new")))
     );
 }
 
@@ -228,7 +228,7 @@ fn an_unknown_outcome_is_healed_by_the_same_owner_late() {
     store.pass(LEASE);
     assert_eq!(store.claim(&claim(2)), Decision::Unknown);
     assert_eq!(store.renew(grant.owner, LEASE), Renewal::Superseded);
-    assert_eq!(store.complete(grant.owner, &kept("late")), Completion::Completed);
+    assert_eq!(store.complete(grant.owner, &stored("late")), Completion::Completed);
     assert!(matches!(store.claim(&claim(3)), Decision::Replay(_)));
 }
 
@@ -236,9 +236,9 @@ fn an_unknown_outcome_is_healed_by_the_same_owner_late() {
 fn a_repeated_completion_is_fine_and_changes_nothing() {
     let mut store = One::new();
     let grant = store.granted(&claim(1));
-    store.complete(grant.owner, &kept("a"));
-    assert_eq!(store.complete(grant.owner, &kept("b")), Completion::Completed);
-    assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "a"));
+    store.complete(grant.owner, &stored("a"));
+    assert_eq!(store.complete(grant.owner, &stored("b")), Completion::Completed);
+    assert!(matches!(store.claim(&claim(2)), Decision::Replay(response) if response.body == "a"));
     assert_eq!(store.release(grant.owner), Release::Superseded);
     assert_eq!(store.renew(grant.owner, LEASE), Renewal::Superseded);
 }
@@ -296,7 +296,7 @@ fn a_renewed_lease_keeps_a_record_past_its_first_expiry() {
 fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_at() {
     let mut store = One::new();
     let grant = store.granted(&claim(1));
-    let done = Resolution::Completed(kept("found"), RETENTION);
+    let done = Resolution::Completed(stored("found"), RETENTION);
     assert_eq!(
         store.resolve(grant.owner.fence, &done),
         ResolveResult::Conflict(Some(grant.owner.fence))
@@ -307,7 +307,7 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
         ResolveResult::Conflict(Some(grant.owner.fence))
     );
     assert_eq!(store.resolve(grant.owner.fence, &done), ResolveResult::Resolved);
-    assert!(matches!(store.claim(&claim(2)), Decision::Replay(answer) if answer.body == "found"));
+    assert!(matches!(store.claim(&claim(2)), Decision::Replay(response) if response.body == "found"));
 
     let mut store = One::new();
     let grant = store.granted(&claim(1));
@@ -333,14 +333,14 @@ fn an_owner_that_comes_back_after_a_resolution_gets_the_outcome_that_stands() {
         if is_unknown {
             assert_eq!(store.claim(&claim(2)), Decision::Unknown);
         }
-        let found = Resolution::Completed(kept("found"), RETENTION);
+        let found = Resolution::Completed(stored("found"), RETENTION);
         assert_eq!(store.resolve(owner.fence, &found), ResolveResult::Resolved);
-        let stands = Completion::Superseded(Some(kept("found")));
-        assert_eq!(store.complete(owner, &kept("late")), stands);
+        let stands = Completion::Superseded(Some(stored("found")));
+        assert_eq!(store.complete(owner, &stored("late")), stands);
         assert_eq!(store.renew(owner, LEASE), Renewal::Superseded);
         assert_eq!(store.release(owner), Release::Superseded);
-        // The same claim comes again, for example from a client that never got the reply.
-        assert!(matches!(store.claim(&claim(1)), Decision::Replay(answer) if answer.body == "found"));
+        // The same claim is repeated, for example because the client never got the reply.
+        assert!(matches!(store.claim(&claim(1)), Decision::Replay(response) if response.body == "found"));
     }
 }
 
@@ -366,34 +366,34 @@ fn a_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What must hold whatever happens in whatever order, within one retention.
+/// Checks the invariants that hold in any history within one retention.
 #[derive(Default)]
 struct Ledger {
     owners: std::collections::HashMap<u8, Owner>,
     last_fence: Fence,
-    answers: Vec<StoredResponse>,
+    responses: Vec<StoredResponse>,
     seen_grant: bool,
 }
 
 impl Ledger {
     fn see_outcome(&mut self, outcome: &Outcome) -> Result<(), TestCaseError> {
         match outcome {
-            Outcome::Stored(answer) => self.see_answer(answer),
+            Outcome::Stored(response) => self.see_response(response),
             Outcome::Rejected | Outcome::Tombstone => Ok(()),
         }
     }
 
-    fn see_answer(&mut self, answer: &StoredResponse) -> Result<(), TestCaseError> {
-        let is_only_one = self.answers.iter().all(|seen| seen == answer);
-        prop_assert!(is_only_one, "two answers under one key");
-        self.answers.push(answer.clone());
+    fn see_response(&mut self, response: &StoredResponse) -> Result<(), TestCaseError> {
+        let is_only_one = self.responses.iter().all(|seen| seen == response);
+        prop_assert!(is_only_one, "two responses under one key");
+        self.responses.push(response.clone());
         Ok(())
     }
 
     fn see(&mut self, nonce: u8, decision: &Decision, same_body: bool) -> Result<(), TestCaseError> {
         match decision {
             Decision::Execute(grant) | Decision::Recover(grant) => {
-                prop_assert!(self.answers.is_empty(), "ran again after an answer was seen");
+                prop_assert!(self.responses.is_empty(), "ran again after a response was seen");
                 prop_assert!(grant.owner.fence >= self.last_fence, "the fence fell");
                 let repeated = self.owners.get(&nonce) == Some(&grant.owner);
                 prop_assert!(
@@ -404,9 +404,9 @@ impl Ledger {
                 self.owners.insert(nonce, grant.owner);
                 self.seen_grant = true;
             }
-            Decision::Replay(answer) => {
-                prop_assert!(same_body, "an answer for another body");
-                self.see_answer(answer)?;
+            Decision::Replay(response) => {
+                prop_assert!(same_body, "a response for another body");
+                self.see_response(response)?;
             }
             Decision::Mismatch => prop_assert!(self.seen_grant),
             Decision::NotStored | Decision::Unknown | Decision::Wait { .. } => {}
@@ -432,18 +432,19 @@ proptest! {
                     if same_body || !first_ever {
                         ledger.see(nonce, &decision, same_body)?;
                     } else {
-                        // The other body came first: start again, so that "same" stays what it says.
+                        // The other body came first, so start again. Otherwise `same_body` would
+                        // mean the other body.
                         store.record = None;
                         store.pass(Duration::from_micros(1));
                     }
                 }
                 Step::Complete(nonce) => {
                     if let Some(owner) = ledger.owners.get(&nonce) {
-                        let body = format!("answer {nonce}");
+                        let body = format!("response {nonce}");
                         let outcome = Outcome::Stored(StoredResponse { head: "h".into(), body: body.into() });
                         let retention = Duration::from_secs(1_000_000);
                         let done = Record::complete(store.record.as_ref(), *owner, &outcome, retention, store.now);
-                        // The owner's caller gets the owner's response, or the one that stands.
+                        // The owner's caller gets the owner's response, or the recorded one.
                         match store.apply(done) {
                             Completion::Completed => ledger.see_outcome(&outcome)?,
                             Completion::Superseded(Some(stands)) => ledger.see_outcome(&stands)?,
@@ -464,7 +465,7 @@ proptest! {
                 }
                 Step::Resolve(nonce) => {
                     if let Some(owner) = ledger.owners.get(&nonce).copied() {
-                        let found = Resolution::Completed(kept("found"), Duration::from_secs(1_000_000));
+                        let found = Resolution::Completed(stored("found"), Duration::from_secs(1_000_000));
                         store.resolve(owner.fence, &found);
                     }
                 }

@@ -1,8 +1,9 @@
-//! Bytes that are put together to be hashed: on the stack, unless they are many.
+//! A buffer for bytes that are hashed. It is on the stack, unless there are many bytes.
 
+/// The size of the part on the stack, in bytes.
 const ROOM: usize = 192;
 
-/// Bytes that are put together.
+/// Collects bytes in order.
 pub(super) struct Scratch {
     short: [u8; ROOM],
     len: usize,

@@ -1,4 +1,5 @@
-//! The name of a record: what the client's key, the scope it lives in and the layer's own settings become.
+//! Storage keys: the names of records, hashed from the client's key, its scope and the layer's
+//! settings.
 
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -9,10 +10,10 @@ use super::key::IdempotencyKey;
 use super::scratch::Scratch;
 use crate::error::{Error, ErrorKind};
 
-/// Whose keys these are: a tenant, an account, a user.
+/// The owner of a set of keys, such as a tenant, an account or a user.
 ///
-/// The same key in two scopes is two keys. Build it from what *authenticated* the request, never from what the client may
-/// choose freely. Its `Debug` form hides the value.
+/// The same key in two scopes is two keys. Build a scope from what *authenticated* the request,
+/// never from what the client may choose freely. The `Debug` form hides the value.
 ///
 /// ```
 /// use tower_idempotency::Scope;
@@ -24,7 +25,8 @@ use crate::error::{Error, ErrorKind};
 pub struct Scope(Vec<u8>);
 
 impl Scope {
-    /// A scope of several parts, in order; each is stored with its length, so that no two lists of parts run together.
+    /// Returns a scope of several parts, in order. Each part is stored with its length, so that
+    /// different lists of parts give different scopes.
     #[must_use]
     pub fn of<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> Self {
         let mut bytes = Vec::with_capacity(48);
@@ -36,7 +38,7 @@ impl Scope {
         Self(bytes)
     }
 
-    /// The parts with their lengths.
+    /// Returns the parts with their lengths.
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -60,7 +62,8 @@ impl fmt::Debug for Scope {
     }
 }
 
-/// A secret that keys the hash of storage keys, so that who reads the store cannot test guesses of a client's key.
+/// A secret that keys the hash of storage keys, so that someone who can read the store cannot
+/// verify guessed keys.
 #[derive(Clone)]
 pub(crate) struct Secret([u8; blake3::KEY_LEN]);
 
@@ -76,7 +79,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// The namespace and secret under which a layer keeps its keys.
+/// The namespace and the secret of a layer's storage keys.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct KeySpace {
     pub(crate) namespace: String,
@@ -84,7 +87,8 @@ pub(crate) struct KeySpace {
 }
 
 impl KeySpace {
-    /// SHA-256, or keyed BLAKE3 where there is a secret, over the length-prefixed namespace, scope and key.
+    /// Returns the storage key of a request. It is a hash over the length-prefixed namespace, scope
+    /// and key: keyed BLAKE3 if there is a secret, otherwise SHA-256.
     pub(crate) fn storage_key(&self, scope: Option<&Scope>, key: &IdempotencyKey) -> StorageKey {
         let mut bytes = Scratch::new();
         let mut push = |part: &[u8]| {
@@ -92,14 +96,15 @@ impl KeySpace {
             bytes.push(part);
         };
         push(self.namespace.as_bytes());
-        // "No scope" and "a scope without parts" are two things.
+        // Distinguish "no scope" from "a scope without parts".
         push(scope.map_or(&[], |_| &[1]));
         push(scope.map_or(&[], |scope| &scope.0));
         push(key.as_str().as_bytes());
         self.hash(bytes.as_slice())
     }
 
-    /// The storage key of a call to others. It has one part more than that of a request, so that the two never meet.
+    /// Returns the storage key of a call to another system. It has one part more than the storage
+    /// key of a request, so that the two never collide.
     pub(crate) fn call_key(&self, scope: Option<&Scope>, key: &str, step: Option<u32>) -> StorageKey {
         let scope_bytes = scope.map_or(&[][..], Scope::as_bytes);
         let step = step.map(u32::to_be_bytes);
@@ -116,7 +121,7 @@ impl KeySpace {
     pub(crate) fn set_secret(&mut self, secret: &[u8]) -> Result<(), Error> {
         const SHORT: Error = Error::new(
             ErrorKind::Configuration,
-            "the secret for the keys in a store is shorter than 16 bytes; take 32 random ones",
+            "the secret for the keys in a store is shorter than 16 bytes; use 32 random bytes",
         );
         if secret.len() < 16 {
             return Err(SHORT);
@@ -125,7 +130,8 @@ impl KeySpace {
         Ok(())
     }
 
-    /// The storage key of a message. It has two parts more than that of a request, so that it meets neither that nor a call's.
+    /// Returns the storage key of a message. It has two parts more than the storage key of a
+    /// request, so that it collides neither with that nor with the key of a call.
     pub(crate) fn message_key(&self, consumer: &str, id: &Scope) -> StorageKey {
         let parts = [
             self.namespace.as_bytes(),
@@ -150,18 +156,20 @@ fn prefix(part: &[u8]) -> [u8; 4] {
     u32::try_from(part.len()).unwrap_or(u32::MAX).to_be_bytes()
 }
 
-/// The name of a record in a store: a hash of 32 bytes over namespace, scope and key. The raw key is stored nowhere.
+/// The name of a record in a store: a hash of 32 bytes over namespace, scope and key. The raw key
+/// is stored nowhere.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StorageKey([u8; 32]);
 
 impl StorageKey {
-    /// A storage key of the given bytes, which must be a hash: stores spread and compare them as such.
+    /// Returns a storage key of the given bytes. They must be a hash, because stores partition and
+    /// compare keys by them.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// The 32 bytes.
+    /// Returns the 32 bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
@@ -174,10 +182,11 @@ impl fmt::Debug for StorageKey {
     }
 }
 
-/// Hashes storage keys, which are hashes already, for maps in this process.
+/// A hasher of storage keys for maps in this process. Storage keys are hashes already, so it is
+/// cheap.
 ///
-/// Two words of the key are folded with a random seed per map: clients choose their keys and could otherwise look for many
-/// that fall into one bucket.
+/// It folds two words of the key with a random seed per map. Without the seed, clients could choose
+/// many keys that fall into one bucket.
 #[derive(Clone, Debug)]
 pub(crate) struct KeyHasher {
     seed: (u64, u64),
@@ -216,7 +225,7 @@ impl Hasher for KeyHasher {
         self.state = u64::try_from(folded).unwrap_or(0);
     }
 
-    // The length of the array that is hashed; always the same.
+    // Ignore the length of the hashed array, because it is always the same.
     fn write_usize(&mut self, _: usize) {}
 
     fn finish(&self) -> u64 {

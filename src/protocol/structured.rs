@@ -1,11 +1,13 @@
-//! The one structured field this crate reads: an Item whose bare item is a String (RFC 9651).
+//! Parses the one structured field that this crate reads: an Item whose bare item is a String (RFC
+//! 9651).
 //!
-//! Strict and total: whatever the bytes, the answer is the string or `None`. Parameters are checked to the last byte,
-//! as the RFC demands, and then ignored; of their values only the syntax is looked at.
+//! The parser is strict and total: for any bytes, it returns the string or `None`. It checks the
+//! syntax of parameters to the last byte, as the RFC requires, and then ignores them.
 
 use std::borrow::Cow;
 
-/// A string in its quotes (RFC 9651 section 4.1.6). What is not visible ASCII or a space has no such form; it is left as it is.
+/// Writes a string in quotes (RFC 9651 section 4.1.6). Bytes other than visible ASCII and spaces
+/// have no such form, so they are written unchanged.
 pub(crate) fn quoted(text: &str) -> Vec<u8> {
     let escaped = text.bytes().filter(|byte| is_escaped(*byte)).count();
     let mut out = Vec::with_capacity(text.len() + escaped + 2);
@@ -24,17 +26,19 @@ fn is_escaped(byte: u8) -> bool {
     matches!(byte, b'"' | b'\\')
 }
 
-/// Reads `input` as an Item that holds a String and gives back the string, borrowed when it contains no escapes.
+/// Parses `input` as an Item that holds a String, and returns the string. It is borrowed if it
+/// contains no escapes.
 ///
-/// `None` when the value is anything else: another type, a list, a string with a character that is not allowed, or a
-/// parameter that is malformed.
+/// Returns `None` for any other value: another type, a list, a string with a character that is not
+/// allowed, or a parameter that is malformed.
 pub(crate) fn string_item(input: &[u8]) -> Option<Cow<'_, str>> {
     let mut parser = Parser { rest: input };
     // Section 4.2: "Discard any leading SP characters from input_string."
     parser.discard_spaces();
     let string = parser.string()?;
     parser.parameters()?;
-    // "Discard any leading SP characters from input_string. If input_string is not empty, fail parsing."
+    // "Discard any leading SP characters from input_string. If input_string is not empty, fail
+    // parsing."
     parser.discard_spaces();
     parser.rest.is_empty().then_some(string)
 }
@@ -45,13 +49,15 @@ enum Number {
     Integer,
 }
 
-/// What is left of the input. A method that returns `None` has failed the whole value: there is no backtracking.
+/// The unread part of the input. There is no backtracking: once a method returns `None`, the whole
+/// value is invalid.
 struct Parser<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Parser<'a> {
-    /// Section 4.2.3.2. Duplicate keys overwrite each other there; here nobody reads them.
+    /// Section 4.2.3.2. The RFC lets a later duplicate key overwrite an earlier one. This parser
+    /// ignores both.
     fn parameters(&mut self) -> Option<()> {
         while self.take(b';') {
             self.discard_spaces();
@@ -64,7 +70,8 @@ impl<'a> Parser<'a> {
         Some(())
     }
 
-    /// Section 4.2.3.3: "If the first character of `input_string` is not lcalpha or "*", fail parsing."
+    /// Section 4.2.3.3: "If the first character of `input_string` is not lcalpha or "*", fail
+    /// parsing."
     fn key(&mut self) -> Option<()> {
         self.next_if(|byte| byte.is_ascii_lowercase() || byte == b'*')?;
         self.take_while(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.*".contains(&byte));
@@ -85,7 +92,8 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Section 4.2.4: an Integer has up to 15 digits; a Decimal up to 12 before the point and 1 to 3 behind it.
+    /// Section 4.2.4: an Integer has up to 15 digits. A Decimal has up to 12 digits before the
+    /// point and 1 to 3 after it.
     fn number(&mut self) -> Option<Number> {
         self.take(b'-');
         let integer_digits = self.take_while(|byte| byte.is_ascii_digit()).len();
@@ -128,8 +136,9 @@ impl<'a> Parser<'a> {
             .len();
         let padding = self.take_while(|byte| byte == b'=').len();
         self.expect(b':')?;
-        // "base64-decoding [RFC4648] b64_content, synthesizing padding if necessary": padding may be short or missing,
-        // but not too long, and a single symbol behind the last full group is less than a byte.
+        // "base64-decoding [RFC4648] b64_content, synthesizing padding if necessary". Therefore
+        // padding may be short or missing, but not too long. A single symbol after the last full
+        // group is less than a byte.
         let allowed = match symbols % 4 {
             0 => 0,
             2 => 2,
@@ -163,12 +172,13 @@ impl<'a> Parser<'a> {
                 plain => octets.push(plain),
             }
         }
-        // "Let unicode_sequence be the result of decoding byte_array as a UTF-8 string [UTF8]. Fail parsing if
-        // decoding fails."
+        // "Let unicode_sequence be the result of decoding byte_array as a UTF-8 string [UTF8]. Fail
+        // parsing if decoding fails."
         std::str::from_utf8(&octets).ok().map(drop)
     }
 
-    /// "If `octet_hex` contains characters outside the range %x30-39 or %x61-66 [...], fail parsing": no capitals.
+    /// "If `octet_hex` contains characters outside the range %x30-39 or %x61-66 [...], fail
+    /// parsing". This excludes capital letters.
     fn hex_digit(&mut self) -> Option<u8> {
         match self.next_if(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))? {
             digit @ b'0'..=b'9' => Some(digit - b'0'),
@@ -204,7 +214,8 @@ impl<'a> Parser<'a> {
     }
 }
 
-/// Section 4.2.5: "if char is in the range %x00-1f or %x7f-ff (i.e., it is not in VCHAR or SP), fail parsing."
+/// Section 4.2.5: "if char is in the range %x00-1f or %x7f-ff (i.e., it is not in VCHAR or SP),
+/// fail parsing."
 fn is_unescaped(byte: u8) -> bool {
     matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\'
 }
@@ -218,8 +229,9 @@ mod tests {
 
     use super::*;
 
-    /// The oracle. It follows RFC 9651 wherever this test has looked; where the RFC leaves a choice (base64 padding
-    /// that is present but short) both choose to accept, as "synthesizing padding if necessary" suggests.
+    /// The oracle. It follows RFC 9651 in every case that this test has compared. If base64 padding
+    /// is present but short, the RFC leaves a choice. Both parsers accept it, as "synthesizing
+    /// padding if necessary" suggests.
     fn by_oracle(input: &[u8]) -> Option<String> {
         let item: sfv::Item = sfv::Parser::new(input).parse().ok()?;
         item.bare_item.as_string().map(|string| string.as_str().to_owned())
@@ -409,7 +421,7 @@ mod tests {
         ";a,",
     ];
 
-    /// Content of a string, already escaped.
+    /// Generates the content of a string, already escaped.
     fn content() -> impl Strategy<Value = String> {
         prop_oneof!["[ !#-\\[\\]-~]{0,12}", "([ !#-\\[\\]-~]|\\\\\"|\\\\\\\\){0,12}"]
     }

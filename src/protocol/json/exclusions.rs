@@ -1,12 +1,12 @@
-//! The JSON pointers to leave out, as a tree.
+//! The JSON pointers to exclude, as a tree.
 
-use super::quoted::Quoted;
 use super::reader::MAX_DEPTH;
+use super::string::RawString;
 use crate::error::{Error, ErrorKind};
 
-/// What the pointers say about one value; at most [`MAX_DEPTH`] levels.
+/// The exclusions at and below one value. The tree has at most [`MAX_DEPTH`] levels.
 #[derive(Clone, Debug, Default)]
-pub(super) struct LeftOut {
+pub(super) struct Exclusions {
     pub(super) whole: bool,
     below: Vec<Step>,
 }
@@ -14,18 +14,18 @@ pub(super) struct LeftOut {
 #[derive(Clone, Debug)]
 struct Step {
     name: String,
-    /// The array index that `name` spells, if it spells one.
+    /// The array index, if `name` is one.
     index: Option<usize>,
-    to: LeftOut,
+    to: Exclusions,
 }
 
-/// Where no pointer leads.
-static NOTHING: LeftOut = LeftOut {
+/// The exclusions of a value that no pointer leads to.
+static NOTHING: Exclusions = Exclusions {
     whole: false,
     below: Vec::new(),
 };
 
-impl LeftOut {
+impl Exclusions {
     pub(super) fn add(&mut self, pointer: &str) -> Result<(), Error> {
         let mut place = self;
         for name in steps(pointer)? {
@@ -44,7 +44,7 @@ impl LeftOut {
         &mut self.below[at].to
     }
 
-    pub(super) fn member(&self, name: Quoted<'_>) -> &Self {
+    pub(super) fn member(&self, name: RawString<'_>) -> &Self {
         self.find(|step| name.is(&step.name))
     }
 
@@ -60,17 +60,18 @@ impl LeftOut {
 
 impl Step {
     fn new(name: String) -> Self {
-        // RFC 6901, section 4: an index is written "%x30 / ( %x31-39 *(%x30-39) )", so neither "01" nor "+1" is one.
+        // RFC 6901, section 4, defines an index as "%x30 / ( %x31-39 *(%x30-39) )". Therefore
+        // neither "01" nor "+1" is one.
         let index = name.parse().ok().filter(|index: &usize| index.to_string() == name);
         Self {
             name,
             index,
-            to: LeftOut::default(),
+            to: Exclusions::default(),
         }
     }
 }
 
-/// RFC 6901, section 3: `json-pointer = *( "/" reference-token )`.
+/// Splits a pointer into its steps. RFC 6901, section 3: `json-pointer = *( "/" reference-token )`.
 fn steps(pointer: &str) -> Result<Vec<String>, Error> {
     let Some(steps) = pointer.strip_prefix('/') else {
         return Err(invalid(
@@ -85,11 +86,11 @@ fn steps(pointer: &str) -> Result<Vec<String>, Error> {
     Ok(steps)
 }
 
-/// RFC 6901, section 3: `escaped = "~" ( "0" / "1" )`.
+/// Resolves the escapes of a step. RFC 6901, section 3: `escaped = "~" ( "0" / "1" )`.
 fn unescaped(step: &str) -> Option<String> {
     let valid = step.split('~').skip(1).all(|behind| behind.starts_with(['0', '1']));
-    // Section 4: "first transforming any occurrence of the sequence '~1' to '/', and then transforming any occurrence
-    // of the sequence '~0' to '~'", so that `~01` becomes `~1`.
+    // Section 4: "first transforming any occurrence of the sequence '~1' to '/', and then
+    // transforming any occurrence of the sequence '~0' to '~'". Therefore `~01` becomes `~1`.
     valid.then(|| step.replace("~1", "/").replace("~0", "~"))
 }
 

@@ -1,18 +1,18 @@
-//! What the first pass hands to the second.
+//! The index that the first pass builds for the second.
 
-use super::quoted::Quoted;
+use super::string::RawString;
 
-/// The text, and for each object that has members where they are.
-pub(super) struct Notes<'a> {
+/// The text, and the positions of the members of each object that has any.
+pub(super) struct Index<'a> {
     pub(super) text: &'a str,
-    /// In the order of their opening braces.
+    /// The objects in the order of their opening braces.
     objects: Vec<Object>,
-    /// Those of one object lie together, sorted by name; members of the same name keep the order in which they were
-    /// sent.
+    /// The members of all objects. Those of one object are adjacent and sorted by name. Members of
+    /// the same name stay in the order in which they were sent.
     members: Vec<Member>,
 }
 
-/// Offsets are of 32 bits, as are those below, to halve the memory that a hostile body can ask for.
+/// Offsets have 32 bits here and below. This halves the memory that a hostile body can claim.
 struct Object {
     start: u32,
     end: u32,
@@ -21,13 +21,13 @@ struct Object {
 }
 
 pub(super) struct Member {
-    /// Between the quotes.
+    /// The start and the end of the name, between the quotes.
     pub(super) name: (u32, u32),
     pub(super) name_is_escaped: bool,
     pub(super) value: u32,
 }
 
-impl<'a> Notes<'a> {
+impl<'a> Index<'a> {
     pub(super) fn new(text: &'a str) -> Self {
         Self {
             text,
@@ -36,7 +36,7 @@ impl<'a> Notes<'a> {
         }
     }
 
-    /// Notes an object at its opening brace; returns its number, to close it by.
+    /// Adds an object at its opening brace. Returns its number, which [`close`](Self::close) needs.
     pub(super) fn open(&mut self, start: u32) -> usize {
         self.objects.push(Object {
             start,
@@ -47,7 +47,7 @@ impl<'a> Notes<'a> {
         self.objects.len() - 1
     }
 
-    /// Completes what is noted of an object with its end and its sorted members.
+    /// Completes the entry of an object with its end and its sorted members.
     pub(super) fn close(&mut self, object: usize, end: u32, members: impl Iterator<Item = Member>) -> Option<()> {
         let object = self.objects.get_mut(object)?;
         object.end = end;
@@ -57,7 +57,7 @@ impl<'a> Notes<'a> {
         Some(())
     }
 
-    /// The sorted members of the object that starts there, and where it ends.
+    /// Returns the sorted members and the end of the object that starts at `start`.
     pub(super) fn object_at(&self, start: usize) -> Option<(&[Member], usize)> {
         let found = self.objects.binary_search_by_key(&start, |object| wide(object.start));
         let object = self.objects.get(found.ok()?)?;
@@ -67,9 +67,9 @@ impl<'a> Notes<'a> {
 }
 
 impl Member {
-    pub(super) fn name<'a>(&self, text: &'a str) -> Quoted<'a> {
+    pub(super) fn name<'a>(&self, text: &'a str) -> RawString<'a> {
         let (start, end) = self.name;
-        Quoted {
+        RawString {
             content: text.get(wide(start)..wide(end)).unwrap_or_default(),
             escaped: self.name_is_escaped,
         }

@@ -1,12 +1,15 @@
-//! Canonical JSON for fingerprints: the same document, however it was written, gives the same bytes; any other
-//! document gives other bytes.
+//! Canonical JSON for fingerprints. Every spelling of a document gives the same bytes, and any
+//! other document gives other bytes.
 //!
-//! Two passes over the text, neither of which builds a tree. The first checks all of it against RFC 8259 and notes
-//! where the members of each object are, sorted by name; the second follows these notes and writes the canonical form.
-//! Both read with the same [`Cursor`](cursor::Cursor), which trusts nothing, so the second pass cannot stumble where the first did not.
-//! Time is that of the sorting, memory 16 bytes per object and per member, recursion ends at [`MAX_DEPTH`](reader::MAX_DEPTH).
+//! Two passes read the text, and neither builds a tree. The first pass checks all of it against RFC
+//! 8259 and builds an index of the members of each object, sorted by name. The second pass follows
+//! the index and writes the canonical form. Both passes read with the same
+//! [`Cursor`](cursor::Cursor), which trusts nothing, so the second pass cannot fail where the first
+//! did not. The time is that of the sorting. The memory is 16 bytes per object and per member. The
+//! recursion is limited to [`MAX_DEPTH`](reader::MAX_DEPTH).
 //!
-//! The canonical form is prefix-free and can be decoded (the tests do), hence injective:
+//! No canonical form is a prefix of another, and the tests decode the form. Therefore it is
+//! injective:
 //!
 //! | value | bytes |
 //! |---|---|
@@ -19,13 +22,13 @@
 //! | object | `{`, name and value of each member sorted by name, `}` |
 
 mod cursor;
-mod left_out;
-mod notes;
+mod exclusions;
+mod index;
 mod number;
 mod output;
-mod quoted;
 mod reader;
 mod settings;
+mod string;
 #[cfg(test)]
 mod tests;
 mod writer;

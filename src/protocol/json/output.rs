@@ -1,19 +1,20 @@
-//! The bytes of the canonical form.
+//! Writes the bytes of the canonical form.
 
 use super::number::Number;
-use super::quoted::Quoted;
+use super::string::RawString;
 
-/// How many bytes are collected before the sink is called: hashing byte by byte would be slow.
+/// The number of bytes to collect before a call of the sink, because hashing byte by byte would be
+/// slow.
 pub(super) const CHUNK: usize = 4096;
 
-/// Ends a string or a number's text; no UTF-8 text contains this byte.
+/// The end mark of a string or of a number's text. UTF-8 text never contains this byte.
 pub(super) const END: u8 = 0xff;
 
-/// Hands the canonical bytes to the sink in chunks.
+/// Passes the canonical bytes to the sink in chunks.
 pub(super) struct Output<'s> {
     buffer: Vec<u8>,
     sink: &'s mut dyn FnMut(&[u8]),
-    /// While an element that is left out is passed over.
+    /// True while the writer skips an excluded element.
     pub(super) mute: bool,
 }
 
@@ -26,7 +27,7 @@ impl<'s> Output<'s> {
         }
     }
 
-    pub(super) fn string(&mut self, string: Quoted<'_>) {
+    pub(super) fn string(&mut self, string: RawString<'_>) {
         self.write(b"\"");
         if string.escaped {
             for char in string.chars() {

@@ -1,30 +1,30 @@
-//! The first pass: checks the text and notes where the members are.
+//! The first pass: checks the text and builds the index of members.
 
 use super::cursor::Cursor;
-use super::notes::{narrow, Member, Notes};
+use super::index::{narrow, Index, Member};
 
-/// How many arrays and objects may lie in one another.
+/// The maximum nesting of arrays and objects.
 pub(super) const MAX_DEPTH: usize = 128;
 
-/// `None` when `text` is no JSON.
-pub(super) fn read(text: &str) -> Option<Notes<'_>> {
-    // Offsets are noted in 32 bits.
+/// Reads the whole text. Returns `None` if it is not JSON.
+pub(super) fn read(text: &str) -> Option<Index<'_>> {
+    // The index holds offsets of 32 bits.
     u32::try_from(text.len()).ok()?;
     let mut reader = Reader {
         cursor: Cursor::new(text),
-        notes: Notes::new(text),
+        index: Index::new(text),
         open: Vec::new(),
         depth: 0,
     };
     reader.value()?;
-    reader.cursor.token().is_none().then_some(reader.notes)
+    reader.cursor.token().is_none().then_some(reader.index)
 }
 
-/// Every method returns `None` at the first byte that is not JSON.
+/// The state of the first pass. Every method returns `None` at the first byte that is not JSON.
 struct Reader<'a> {
     cursor: Cursor<'a>,
-    notes: Notes<'a>,
-    /// The members read so far of the objects that are still open.
+    index: Index<'a>,
+    /// The members that were read of the objects that are still open.
     open: Vec<Member>,
     depth: usize,
 }
@@ -63,13 +63,13 @@ impl Reader<'_> {
         if self.cursor.skip(b'}') {
             return Some(());
         }
-        let object = self.notes.open(start);
+        let object = self.index.open(start);
         let first = self.open.len();
         self.list(Self::member, b'}')?;
         self.close(object, first)
     }
 
-    /// One item or more, and the `end`.
+    /// Reads one item or more, and the `end`.
     fn list(&mut self, item: fn(&mut Self) -> Option<()>, end: u8) -> Option<()> {
         loop {
             item(self)?;
@@ -96,12 +96,13 @@ impl Reader<'_> {
     }
 
     fn close(&mut self, object: usize, first: usize) -> Option<()> {
-        let text = self.notes.text;
-        // A stable sort: of the members of one name the order stays, as it decides which of them a parser takes.
+        let text = self.index.text;
+        // The sort is stable, because the order of members with the same name decides which of them
+        // a parser uses.
         self.open
             .get_mut(first..)?
             .sort_by(|one, other| one.name(text).compare(other.name(text)));
         let end = narrow(self.cursor.at)?;
-        self.notes.close(object, end, self.open.drain(first..))
+        self.index.close(object, end, self.open.drain(first..))
     }
 }

@@ -2,14 +2,14 @@
 
 use std::cmp::Ordering;
 
-/// What stands between the quotes of a string, escapes and all.
+/// The text between the quotes of a string, with its escapes.
 #[derive(Clone, Copy)]
-pub(super) struct Quoted<'a> {
+pub(super) struct RawString<'a> {
     pub(super) content: &'a str,
     pub(super) escaped: bool,
 }
 
-impl<'a> Quoted<'a> {
+impl<'a> RawString<'a> {
     pub(super) fn is(self, string: &str) -> bool {
         if self.escaped {
             self.chars().eq(string.chars())
@@ -18,7 +18,7 @@ impl<'a> Quoted<'a> {
         }
     }
 
-    /// By code points, which is also the order of the UTF-8 bytes.
+    /// Compares by code points, which is also the order of the UTF-8 bytes.
     pub(super) fn compare(self, other: Self) -> Ordering {
         if self.escaped || other.escaped {
             self.chars().cmp(other.chars())
@@ -40,7 +40,7 @@ impl<'a> Quoted<'a> {
     }
 }
 
-/// The character that the escape at the start of `text` stands for, and the length of the escape.
+/// Returns the character of the escape at the start of `text`, and the length of the escape.
 pub(super) fn escape(text: &str) -> Option<(char, usize)> {
     let char = match text.as_bytes().get(1)? {
         b'"' => '"',
@@ -57,9 +57,9 @@ pub(super) fn escape(text: &str) -> Option<(char, usize)> {
     Some((char, 2))
 }
 
-/// RFC 8259, section 7: a character outside the Basic Multilingual Plane is "a 12-character sequence, encoding the
-/// UTF-16 surrogate pair". Half a pair is no character, hence no string here; section 8.2 calls such texts
-/// unpredictable.
+/// Reads a `\u` escape. RFC 8259, section 7: a character outside the Basic Multilingual Plane is "a
+/// 12-character sequence, encoding the UTF-16 surrogate pair". Half a pair is no character, so this
+/// module rejects the string. Section 8.2 calls the behavior of such texts unpredictable.
 fn code_point(text: &str) -> Option<(char, usize)> {
     let first = code_unit(text)?;
     if let Some(char) = char::from_u32(u32::from(first)) {

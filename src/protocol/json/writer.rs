@@ -1,32 +1,32 @@
-//! The second pass: goes through the text in canonical order and writes.
+//! The second pass: reads the text in canonical order and writes its form.
 
 use super::cursor::{Cursor, Scalar};
-use super::left_out::LeftOut;
-use super::notes::{wide, Member, Notes};
+use super::exclusions::Exclusions;
+use super::index::{wide, Index, Member};
 use super::output::Output;
 
-pub(super) fn write(notes: &Notes<'_>, left_out: &LeftOut, sink: &mut dyn FnMut(&[u8])) {
+pub(super) fn write(index: &Index<'_>, exclusions: &Exclusions, sink: &mut dyn FnMut(&[u8])) {
     let mut writer = Writer {
-        cursor: Cursor::new(notes.text),
-        notes,
+        cursor: Cursor::new(index.text),
+        index,
         output: Output::new(sink),
     };
-    let written = writer.value(left_out);
+    let written = writer.value(exclusions);
     debug_assert!(written.is_some(), "the second pass reads what the first has read");
     writer.output.flush();
 }
 
 struct Writer<'a, 's> {
     cursor: Cursor<'a>,
-    notes: &'a Notes<'a>,
+    index: &'a Index<'a>,
     output: Output<'s>,
 }
 
 impl Writer<'_, '_> {
-    fn value(&mut self, left_out: &LeftOut) -> Option<()> {
+    fn value(&mut self, exclusions: &Exclusions) -> Option<()> {
         match self.cursor.token()? {
-            b'[' => self.array(left_out),
-            b'{' => self.object(left_out),
+            b'[' => self.array(exclusions),
+            b'{' => self.object(exclusions),
             _ => self.scalar(),
         }
     }
@@ -40,12 +40,12 @@ impl Writer<'_, '_> {
         Some(())
     }
 
-    fn array(&mut self, left_out: &LeftOut) -> Option<()> {
+    fn array(&mut self, exclusions: &Exclusions) -> Option<()> {
         self.cursor.expect(b'[')?;
         self.output.write(b"[");
         let mut index = 0;
         while !self.cursor.skip(b']') {
-            self.element(left_out.element(index))?;
+            self.element(exclusions.element(index))?;
             self.cursor.skip(b',');
             index += 1;
         }
@@ -53,23 +53,24 @@ impl Writer<'_, '_> {
         Some(())
     }
 
-    /// An element that is left out is read nevertheless: nothing is noted of where it ends.
-    fn element(&mut self, left_out: &LeftOut) -> Option<()> {
+    /// Writes an element of an array. An excluded element is read as well, because the index does
+    /// not contain its end.
+    fn element(&mut self, exclusions: &Exclusions) -> Option<()> {
         let mute = self.output.mute;
-        self.output.mute |= left_out.whole;
-        self.value(left_out)?;
+        self.output.mute |= exclusions.whole;
+        self.value(exclusions)?;
         self.output.mute = mute;
         Some(())
     }
 
-    fn object(&mut self, left_out: &LeftOut) -> Option<()> {
+    fn object(&mut self, exclusions: &Exclusions) -> Option<()> {
         let start = self.cursor.at;
         self.output.write(b"{");
         self.cursor.expect(b'{')?;
         if !self.cursor.skip(b'}') {
-            let (members, end) = self.notes.object_at(start)?;
+            let (members, end) = self.index.object_at(start)?;
             for member in members {
-                self.member(member, left_out)?;
+                self.member(member, exclusions)?;
             }
             self.cursor.at = end;
         }
@@ -77,13 +78,13 @@ impl Writer<'_, '_> {
         Some(())
     }
 
-    fn member(&mut self, member: &Member, left_out: &LeftOut) -> Option<()> {
-        let name = member.name(self.notes.text);
-        let left_out = left_out.member(name);
-        if !left_out.whole {
+    fn member(&mut self, member: &Member, exclusions: &Exclusions) -> Option<()> {
+        let name = member.name(self.index.text);
+        let exclusions = exclusions.member(name);
+        if !exclusions.whole {
             self.output.string(name);
             self.cursor.at = wide(member.value);
-            self.value(left_out)?;
+            self.value(exclusions)?;
         }
         Some(())
     }

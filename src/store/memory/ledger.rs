@@ -47,7 +47,7 @@ impl Ledger {
     pub(super) fn enter(&mut self, key: &StorageKey, record: &Record) -> bool {
         let expires = record.expires_at();
         self.by_second.entry(second_of(expires)).or_default().push(*key);
-        if let Some(answer) = record.answer() {
+        if let Some(answer) = record.response() {
             self.answers += 1;
             self.bytes = self.bytes.saturating_add(size(answer.len()));
             self.by_age.push_back(AgedResponse {
@@ -61,7 +61,7 @@ impl Ledger {
 
     /// Subtracts the answer of a record that the store removes or shrinks.
     pub(super) fn count_off(&mut self, record: &Record) {
-        if let Some(answer) = record.answer() {
+        if let Some(answer) = record.response() {
             self.answers = self.answers.saturating_sub(1);
             self.bytes = self.bytes.saturating_sub(size(answer.len()));
         }

@@ -114,7 +114,7 @@ impl<'q> Connection<'q> {
         let transition = |record: Option<&Record>, now| {
             let mut transition = Record::complete(record, owner, ended, retention, now);
             if let (Change::StoreResponse, Completion::Completed) = (&transition.change, &transition.reply) {
-                let stands = record.and_then(Record::answer).cloned();
+                let stands = record.and_then(Record::response).cloned();
                 let stands = stands.map_or(Outcome::Tombstone, Outcome::Stored);
                 transition.reply = Completion::Superseded(Some(stands));
             }

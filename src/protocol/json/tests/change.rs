@@ -1,10 +1,11 @@
-//! Documents that differ from others.
+//! Makes documents that differ from a given one.
 
 use proptest::sample::Index;
 
 use super::model::Json;
 
-/// A change somewhere in the document. Some change nothing (two equal elements swapped): the model decides.
+/// Changes a value somewhere in the document. Some changes have no effect, for example if two equal
+/// elements are swapped. The test compares the models to find out.
 pub(super) fn changed(value: &Json, at: &[Index], kind: usize) -> Json {
     let mut changed = value.clone();
     let mut place = &mut changed;
@@ -52,16 +53,17 @@ fn change(place: &mut Json, kind: usize) {
     }
 }
 
-/// The document without what lies at the end of `path`, and the pointer to it; `None` at a scalar.
+/// Returns the document without the value at the end of `path`, and the pointer to that value.
+/// Returns `None` at a scalar.
 pub(super) fn without(value: &Json, path: &[Index]) -> Option<(Json, String)> {
     let (step, rest) = path.split_first()?;
     match value {
         Json::Array(elements) if !elements.is_empty() => {
             let at = step.index(elements.len());
             let mut elements = elements.clone();
-            let (kept, below) =
-                without(&elements[at], rest).map_or((None, String::new()), |(kept, below)| (Some(kept), below));
-            elements.splice(at..=at, kept);
+            let (reduced, below) =
+                without(&elements[at], rest).map_or((None, String::new()), |(reduced, below)| (Some(reduced), below));
+            elements.splice(at..=at, reduced);
             Some((Json::Array(elements), format!("/{at}{below}")))
         }
         Json::Object(members) if !members.is_empty() => {

@@ -1,4 +1,4 @@
-//! Documents written by hand.
+//! Documents that were written by hand.
 
 use super::model::{decode, Json};
 use super::{assert_all_different, assert_same, canonical, fed, leaving_out};
@@ -54,7 +54,8 @@ fn meaning_matters() {
         r#"{"b":{"a":1}}"#,
         r#"{"a":["b",1]}"#,
     ]);
-    // Composed and decomposed: JSON knows no normalization.
+    // The composed and the decomposed form of a character differ, because JSON has no
+    // normalization.
     assert_all_different(&[r#""é""#, r#""e\u0301""#]);
 }
 
@@ -140,7 +141,7 @@ fn minus_zero_is_zero_of_another_sign() {
     assert_same(&["0", "0.00", "0e5", "0e99999999999999999999", "0.0E-7"]);
     assert_same(&["-0", "-0.0", "-0e1"]);
     assert_all_different(&["0", "-0"]);
-    // The reason: a handler that wants an unsigned number takes the one and refuses the other.
+    // The reason: a handler that expects an unsigned number accepts `0` and rejects `-0`.
     assert!(serde_json::from_str::<u64>("0").is_ok());
     assert!(serde_json::from_str::<u64>("-0").is_err());
 }

@@ -1,4 +1,4 @@
-//! What the form promises, through the one entrance that the crate has.
+//! Tests of the canonical form through its one entry point.
 
 mod change;
 mod examples;

@@ -1,4 +1,4 @@
-//! Documents, and the way back to them from the canonical form.
+//! A model of JSON documents, and a decoder of the canonical form.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,12 @@ use proptest::sample::select;
 
 use crate::protocol::json::output::END;
 
-/// The model: what a document means, as far as fingerprints care.
+/// The model: the content of a document, as far as fingerprints compare it.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Json {
     Literal(u8),
-    /// Sign, digits without zeros at either end, exponent; zero is without digits and exponent.
+    /// The sign, the digits without zeros at either end, and the exponent. Zero has no digits and
+    /// the exponent 0.
     Number(bool, String, i64),
     Text(String),
     String(String),
@@ -20,7 +21,7 @@ pub(super) enum Json {
 }
 
 impl Json {
-    /// Members sorted by name, those of one name in their order.
+    /// Sorts members by name. Members of one name stay in their order.
     pub(super) fn sorted(&self) -> Self {
         match self {
             Self::Array(elements) => Self::Array(elements.iter().map(Self::sorted).collect()),
@@ -39,7 +40,7 @@ impl Json {
     }
 }
 
-/// Reads the canonical form back. That this is possible is what makes the form injective.
+/// Decodes the canonical form. The form is injective because this is possible.
 pub(super) fn decode(bytes: &[u8]) -> Json {
     let mut rest = bytes;
     let value = decode_value(&mut rest);

@@ -1,4 +1,4 @@
-//! Documents by chance.
+//! Random documents.
 
 use proptest::prelude::*;
 use proptest::sample::{select, Index};
@@ -12,15 +12,16 @@ use super::spelling::Spelling;
 use super::{canonical, fed, leaving_out};
 use crate::protocol::json::CanonicalJson;
 
-/// `None` where `serde_json` cannot be asked: it gives up at numbers too large for f64 and never at lone surrogates
-/// when it skips them.
+/// Returns whether `serde_json` accepts a body. Returns `None` if `serde_json` cannot decide. It
+/// rejects numbers that are too large for f64, and it accepts lone surrogates in values that it
+/// skips.
 fn accepted_by_serde_json(body: &[u8]) -> Option<bool> {
     match serde_json::from_slice::<serde_json::Value>(body) {
         Err(error) if error.to_string().starts_with("number out of range") => {
             let syntax = serde_json::from_slice::<IgnoredAny>(body).is_ok() && std::str::from_utf8(body).is_ok();
             (!syntax || !body.windows(2).any(|pair| pair == b"\\u")).then_some(syntax)
         }
-        // The only documented difference: `Value` ends at 127 levels, we at 128.
+        // The only documented difference: `Value` stops at 127 levels, and this crate at 128.
         Err(error) if error.to_string().starts_with("recursion limit exceeded") => None,
         result => Some(result.is_ok()),
     }
@@ -79,9 +80,9 @@ proptest! {
     fn leaving_out_equals_never_having_sent(
         value in json(), path in proptest::collection::vec(any::<Index>(), 1..5), seed in any::<u64>(),
     ) {
-        if let Some((kept, pointer)) = without(&value, &path) {
+        if let Some((reduced, pointer)) = without(&value, &path) {
             let form = fed(&leaving_out(&[&pointer]), Spelling::spell(seed, &value).as_bytes());
-            prop_assert_eq!(form, canonical(&Spelling::spell(!seed, &kept)), "{}", pointer);
+            prop_assert_eq!(form, canonical(&Spelling::spell(!seed, &reduced)), "{}", pointer);
         }
     }
 

@@ -1,14 +1,15 @@
-//! Documents in many spellings.
+//! Writes documents in many spellings.
 
 use super::model::Json;
 
-/// Writes a document in one of its countless spellings.
+/// Writes a document in one of its many spellings.
 pub(super) struct Spelling {
     state: u64,
 }
 
 impl Spelling {
-    /// xorshift64: every bit of whim comes from the one seed that proptest prints.
+    /// Returns a number below `bound`. The generator is xorshift64, so all choices follow from the
+    /// one seed that proptest prints.
     fn below(&mut self, bound: usize) -> usize {
         self.state ^= self.state << 13;
         self.state ^= self.state >> 7;
@@ -68,7 +69,7 @@ impl Spelling {
         self.token(text, "}");
     }
 
-    /// In any order but that of members of the same name among themselves.
+    /// Shuffles members, but leaves members of the same name in their order.
     fn shuffled(&mut self, members: &[(String, Json)]) -> Vec<(String, Json)> {
         let mut left = members.to_vec();
         let mut shuffled = Vec::new();
@@ -115,7 +116,8 @@ impl Spelling {
         if negative {
             text.push('-');
         }
-        // Leading zeros are not allowed, so that zero itself starts from one digit and gets no trailing ones.
+        // Leading zeros are not allowed. Therefore zero itself starts with one digit and gets no
+        // trailing zeros.
         let (digits, zeros) = if digits.is_empty() {
             ("0", 0)
         } else {
@@ -123,7 +125,7 @@ impl Spelling {
         };
         let mut digits = format!("{digits}{}", "0".repeat(zeros));
         let mut exponent = exponent - i64::try_from(zeros).unwrap();
-        // The point moves to the left by this many places.
+        // The number of places by which the point moves to the left.
         let places = self.below(digits.len() + 4);
         exponent += i64::try_from(places).unwrap();
         if digits.len() <= places {
