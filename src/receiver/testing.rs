@@ -1,5 +1,6 @@
-//! A test kit for handlers of messages: delivers each message again in every way in which brokers do, and reports what differs. With the
-//! feature `webhooks`, `WebhookSigner` signs webhooks as the providers do.
+//! A test kit for handlers of messages. It redelivers each message in every way that brokers do,
+//! and reports differences. With the feature `webhooks`, `WebhookSigner` signs webhooks as the
+//! providers do.
 
 #[cfg(feature = "webhooks")]
 mod webhooks;
@@ -19,79 +20,82 @@ use crate::clock::sleep;
 #[cfg(feature = "webhooks")]
 pub use self::webhooks::WebhookSigner;
 
-/// How a message is delivered.
+/// A way in which the kit delivers a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scenario {
-    /// The process dies where its handling waits for this time, counted from 1: between effect and acknowledgement, say. Then the
-    /// message is delivered again.
+    /// The process dies while the handler waits for the `polls`-th time, counted from 1. For
+    /// example, it dies between effect and acknowledgement. The message is then redelivered.
     Crash {
-        /// How often it was polled.
+        /// The number of polls before the process dies.
         polls: usize,
     },
-    /// It is delivered and acknowledged, and delivered once more.
+    /// The message is delivered and acknowledged, and then delivered once more.
     Twice,
-    /// It is delivered twice at the same time.
+    /// The message is delivered twice at the same time.
     TwiceAtOnce,
 }
 
-/// What differs from a message that is delivered once.
+/// A difference from a message that is delivered once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Difference<O> {
-    /// How the message was delivered.
+    /// The way in which the message was delivered.
     pub scenario: Scenario,
-    /// What was observed in the end.
+    /// The effects that `observe` returned at the end.
     pub observed: O,
-    /// What the broker was told in the end.
+    /// The disposition of the last delivery.
     pub disposition: Disposition,
 }
 
-/// What came of all scenarios.
+/// The results of all scenarios.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report<O> {
-    /// What was observed of a message that was delivered once.
+    /// The effects of a message that was delivered once.
     pub once: O,
-    /// What differs.
+    /// The scenarios that gave other effects.
     pub differences: Vec<Difference<O>>,
-    /// Scenarios whose messages were not acknowledged in the end. A crash left the outcome unknown, the handler rejected the message,
-    /// or the message was delivered again without end.
+    /// The scenarios whose messages were not acknowledged at the end. A crash left the outcome
+    /// unknown, the handler rejected the message, or the message was redelivered without end.
     pub rejected: Vec<Scenario>,
-    /// How many scenarios there were.
+    /// The number of scenarios.
     pub scenarios: usize,
 }
 
 impl<O: Debug> Report<O> {
-    /// Panics where something differs from a message that is delivered once.
+    /// Checks that every scenario had the same effects as a message that is delivered once.
     ///
     /// # Panics
     ///
-    /// With all differences.
+    /// If there is a difference. The message lists all differences.
     #[track_caller]
     #[expect(clippy::panic, reason = "it is for tests")]
     pub fn assert_same(&self) {
         if !self.differences.is_empty() {
             panic!(
-                "delivered once, a message comes to {:?}; but: {:#?}",
+                "a message that is delivered once has the effects {:?}, but other deliveries differ: {:#?}",
                 self.once, self.differences
             );
         }
     }
 }
 
-/// How often a message is delivered before the kit gives up.
+/// The number of deliveries after which the kit gives up.
 const MOST_DELIVERIES: usize = 10_000;
 
-/// Delivers messages again in every way in which brokers do, and compares what is observed with a message that is delivered once.
+/// Redelivers messages in every way that brokers do, and compares their effects with those of a
+/// message that is delivered once.
 ///
-/// `message` makes message number `n`, each with an id of its own. `deliver` hands one to the handler under test, be it bare or behind
-/// a [`ReceiverLayer`](super::ReceiverLayer), and says what the broker is told. `observe` looks at the effects of message number `n`.
-/// A panic of any of them is one of the kit's.
+/// `message` makes message number `n`, each with an id of its own. `deliver` passes one to the
+/// handler under test, bare or behind a [`ReceiverLayer`](super::ReceiverLayer), and returns its
+/// disposition. `observe` returns the effects of message number `n`. The kit passes on a panic of
+/// any of them.
 ///
-/// A message that is to be [delivered again](Disposition::Redeliver) is, every 10 ms, until it is not. A crash ends the runtime in which
-/// a message is handled; it needs a store whose leases end soon (a memory store, or a short lease), and a handler without threads of
-/// its own.
+/// The kit delivers a message again every 10 ms while its disposition is
+/// [`Redeliver`](Disposition::Redeliver), at most 10,000 times. A crash ends the runtime that
+/// handles the message. Crashes need a store whose leases expire soon (a memory store, or a short
+/// lease), and a handler without threads of its own.
 ///
 /// ```
 /// use std::sync::atomic::{AtomicUsize, Ordering};
@@ -175,7 +179,7 @@ where
     report
 }
 
-/// Delivers a message until it is not to be delivered again.
+/// Delivers a message until its disposition is no longer [`Redeliver`](Disposition::Redeliver).
 async fn settle<M, D, DFut>(message: &(impl Fn(usize) -> M + Sync), deliver: &D, number: usize) -> Disposition
 where
     M: Send,
@@ -193,8 +197,9 @@ where
     last
 }
 
-/// Handles a message in a runtime of its own, which ends after so many polls. False if the handling ended before. A panic of the
-/// handling goes on: taken for an end, it would leave the crashes after it untried.
+/// Handles a message in a runtime of its own, which ends after `polls` polls. Returns false if the
+/// handler completed before. Passes a panic of the handler on, because treating it as an end would
+/// skip the later crashes.
 #[expect(clippy::panic, reason = "it is for tests")]
 async fn crash<M, D, DFut>(deliver: D, message: M, polls: usize) -> bool
 where
@@ -225,7 +230,7 @@ where
     };
     match tokio::task::spawn_blocking(dying).await {
         Ok(Ok(has_died)) => has_died,
-        Ok(Err(error)) => panic!("no runtime can be made to crash: {error}"),
+        Ok(Err(error)) => panic!("cannot start a runtime for the crash: {error}"),
         Err(error) => resume_unwind(error.into_panic()),
     }
 }

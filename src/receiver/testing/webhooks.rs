@@ -1,4 +1,4 @@
-//! Signs webhooks as the providers do, for tests of handlers.
+//! A signer of webhooks for tests of handlers.
 
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -22,7 +22,8 @@ use crate::receiver::webhooks::signing::{
 };
 use crate::receiver::webhooks::Webhook;
 
-/// Signs requests as a provider signs its webhooks, so that a test of a webhook handler is five lines.
+/// Signs requests as a provider signs its webhooks, so that a test of a webhook handler is five
+/// lines.
 ///
 /// ```
 /// # #[cfg(feature = "axum")]
@@ -51,8 +52,8 @@ use crate::receiver::webhooks::Webhook;
 /// # fn main() {}
 /// ```
 ///
-/// A header field that holds an id stays as the request has it; if there is none, each request gets a new id. So sign twice with the same
-/// id to get a duplicate:
+/// If the request has the header field of an id, the signer does not change it. Otherwise each
+/// request gets a new id. Therefore sign twice with the same id to get a duplicate:
 ///
 /// ```
 /// use http::Request;
@@ -69,7 +70,8 @@ use crate::receiver::webhooks::Webhook;
 ///
 /// # Panics
 ///
-/// The constructors and [`sign`](Self::sign) panic if a key or a body cannot be used, and say why.
+/// The constructors and [`sign`](Self::sign) panic if a key or a body cannot be used. The message
+/// gives the reason.
 pub struct WebhookSigner {
     scheme: Scheme,
     time: Option<SystemTime>,
@@ -94,14 +96,16 @@ enum StandardKey {
 }
 
 impl WebhookSigner {
-    /// Signs as Standard Webhooks says: `v1` with a secret (`whsec_..`, `v1,whsec_..` or base64), `v1a` with a private key (`whsk_..`).
+    /// Signs by Standard Webhooks: `v1` with a secret (`whsec_..`, `v1,whsec_..` or base64), `v1a`
+    /// with a private key (`whsk_..`).
     #[must_use]
     pub fn standard(secret: &str) -> Self {
         let (prefix, key) = ("webhook", StandardKey::new(secret));
         Self::new(Scheme::Standard { prefix, key })
     }
 
-    /// Signs as Svix does, in `svix-id`, `svix-timestamp` and `svix-signature`. Takes the same keys as [`standard`](Self::standard).
+    /// Signs as Svix does, in `svix-id`, `svix-timestamp` and `svix-signature`. Takes the same keys
+    /// as [`standard`](Self::standard).
     #[must_use]
     pub fn svix(secret: &str) -> Self {
         let (prefix, key) = ("svix", StandardKey::new(secret));
@@ -139,8 +143,9 @@ impl WebhookSigner {
         Self::new(Scheme::Square { url, key })
     }
 
-    /// Signs as Twilio does for this public URL, see `TwilioWebhooks`. A request without a `Content-Type` gets that of a form. If
-    /// its `Content-Type` is another one, the signer adds `bodySHA256` to the query. The id is in `I-Twilio-Idempotency-Token`.
+    /// Signs as Twilio does for this public URL. See `TwilioWebhooks`. A request without a
+    /// `Content-Type` gets that of a form. If its `Content-Type` is not that of a form, the signer
+    /// adds `bodySHA256` to the query. The id is in `I-Twilio-Idempotency-Token`.
     #[must_use]
     pub fn twilio(public_url: &str, auth_token: &str) -> Self {
         let url = usable(PublicUrl::new(public_url), "the public URL");
@@ -148,20 +153,22 @@ impl WebhookSigner {
         Self::new(Scheme::Twilio { url, token })
     }
 
-    /// Signs the only item of a standard notification of Adyen: puts `hmacSignature` into its `additionalData`.
+    /// Signs the only item of a standard notification of Adyen. Adds `hmacSignature` to its
+    /// `additionalData`.
     #[must_use]
     pub fn adyen(hmac_key: &str) -> Self {
         Self::new(Scheme::Adyen(usable(decoded_key(hmac_key), "the key")))
     }
 
-    /// Signs as Adyen does for platforms: `HmacSignature` over the body.
+    /// Signs as Adyen does for platforms, with `HmacSignature` over the body.
     #[must_use]
     pub fn adyen_platform(hmac_key: &str) -> Self {
         Self::new(Scheme::AdyenPlatform(usable(decoded_key(hmac_key), "the key")))
     }
 
-    /// Signs as PayPal does, for the webhook of this id, with an RSA key in PEM (`BEGIN PRIVATE KEY`). The id is the member `id` of the
-    /// body. `openssl genpkey -algorithm RSA -out key.pem` makes a key, and `openssl pkey -in key.pem -pubout` prints the public key for
+    /// Signs as PayPal does, for the webhook of this id, with an RSA key in PEM (`BEGIN PRIVATE
+    /// KEY`). The id is the member `id` of the body. `openssl genpkey -algorithm RSA -out key.pem`
+    /// makes a key, and `openssl pkey -in key.pem -pubout` prints the public key for
     /// `PayPalWebhooks`.
     #[must_use]
     pub fn paypal(webhook_id: &str, private_key: &str) -> Self {
@@ -176,14 +183,16 @@ impl WebhookSigner {
         Self { scheme, time: None }
     }
 
-    /// Sets the time that the timestamps of the signatures get. Default: the time of [`sign`](Self::sign).
+    /// Sets the time of the signatures' timestamps. Default: the time when [`sign`](Self::sign) is
+    /// called.
     #[must_use]
     pub const fn at(mut self, time: SystemTime) -> Self {
         self.time = Some(time);
         self
     }
 
-    /// Signs a request. Sign the request last, because a later change can make the signature invalid.
+    /// Signs a request. Sign the request last, because a later change can make the signature
+    /// invalid.
     #[must_use]
     pub fn sign(&self, request: Request<impl Into<Bytes>>) -> Request<Bytes> {
         let (mut head, body) = request.into_parts();
@@ -230,7 +239,7 @@ impl StandardKey {
         match secret.strip_prefix("whsk_") {
             Some(private) => {
                 let private = usable(BASE64.decode(private.as_bytes()), "the private key");
-                // A seed, alone or with its public key behind it.
+                // The key is a seed, alone or with its public key after it.
                 let seed = private.get(..32).unwrap_or_default();
                 Self::Private(usable(Ed25519KeyPair::from_seed_unchecked(seed), "the private key"))
             }
@@ -308,7 +317,7 @@ fn set(head: &mut Parts, name: &str, value: &str) {
     head.headers.insert(name, value);
 }
 
-/// Returns the id that the request has in this field, or gives it a new one.
+/// Returns the id that the request has in this field, or adds a new one.
 fn or_new_id(head: &mut Parts, name: &str) -> String {
     if !head.headers.contains_key(name) {
         set(head, name, &format!("test-{:032x}", rand::random::<u128>()));

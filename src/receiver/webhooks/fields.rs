@@ -1,5 +1,5 @@
-//! Header fields, encodings and ids of webhooks, read strictly: no two spellings of a signature are accepted, so a changed bit never
-//! passes.
+//! Reads header fields, encodings and ids of webhooks strictly. A signature has only one accepted
+//! spelling, so a changed bit never passes.
 
 use data_encoding::{BASE64, HEXLOWER};
 use http::HeaderMap;
@@ -7,10 +7,10 @@ use http::HeaderMap;
 use super::InvalidWebhook;
 use crate::receiver::id::MessageId;
 
-/// Returns the only line of a header field. Returns `otherwise` if the field is repeated or its value is not visible
-/// ASCII.
+/// Returns the only line of a header field. Returns the error `otherwise` if the field is repeated
+/// or its value is not visible ASCII.
 ///
-/// A second line is ambiguous: the check could read one and the handler the other.
+/// A second line is ambiguous, because the check could read one line and the handler the other.
 pub(super) fn field<'h>(
     headers: &'h HeaderMap,
     name: &str,
@@ -24,7 +24,8 @@ pub(super) fn field<'h>(
     line.to_str().map_err(|_| otherwise)
 }
 
-/// Decodes lower-case hexadecimal. Upper case is the same signature with other bits.
+/// Decodes lower-case hexadecimal. Upper case would be the same signature with other bits, so it is
+/// rejected.
 pub(super) fn hex(text: &str) -> Option<Vec<u8>> {
     HEXLOWER.decode(text.as_bytes()).ok()
 }

@@ -20,22 +20,26 @@ use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;
 
-/// Verifies webhooks and passes the id of each on as `Idempotency-Key`, for an [`IdempotencyLayer`](crate::IdempotencyLayer) inside; see
-/// the [module](super). The layer replaces a key that the sender has set. An inner layer that reads another header field would trust the
-/// sender's key; [`webhooks`](crate::IdempotencyLayer::webhooks) sets the right field.
+/// Verifies webhooks and passes the id of each on as `Idempotency-Key`, for an
+/// [`IdempotencyLayer`](crate::IdempotencyLayer) inside. See the [module](super). The layer
+/// replaces a key that the sender has set. An inner layer that reads another header field would
+/// trust the sender's key; [`webhooks`](crate::IdempotencyLayer::webhooks) sets the right field.
 ///
-/// A webhook that cannot be verified gets 401, the same for every [reason](InvalidWebhook), and reaches nothing inside. The reason is in
-/// the event `webhook-rejected` and in the metric `idempotency_webhooks_rejected_total`.
+/// A webhook that cannot be verified gets 401 for every [reason](InvalidWebhook), and reaches no
+/// inner service. The reason is in the event `webhook-rejected` and in the metric
+/// `idempotency_webhooks_rejected_total`.
 ///
-/// The layer reads the body, unless the field with the signature is missing: at most 2 MiB (413 beyond) within 30 seconds
-/// (408). These bounds ([`with_body_limit`](Self::with_body_limit) and
-/// [`with_body_timeout`](Self::with_body_timeout)) govern this layer and the `IdempotencyLayer` inside.
+/// The layer reads the body, unless the field with the signature is missing. A body may have at
+/// most 2 MiB (otherwise 413) and must arrive within 30 seconds (otherwise 408). These bounds
+/// ([`with_body_limit`](Self::with_body_limit) and [`with_body_timeout`](Self::with_body_timeout))
+/// govern this layer and the `IdempotencyLayer` inside.
 ///
-/// Methods other than POST get 405. No signature covers the method, so under another method the same webhook could run again. A
-/// provider's challenge by GET can [pass](Self::pass_challenges).
+/// Methods other than POST get 405. No signature covers the method, so under another method the
+/// same webhook could run again. A provider's challenge by GET can [pass](Self::pass_challenges).
 ///
-/// The layer is always ready. It waits for the service inside after it has verified a webhook, so forged requests take none of the
-/// service's permits. Put a layer that sheds load by readiness inside.
+/// The layer is always ready. It waits for the inner service only after it has verified a webhook,
+/// so forged requests take none of the service's permits. Put a layer that sheds load by readiness
+/// inside.
 #[derive(Clone)]
 pub struct WebhookLayer {
     settings: Arc<Settings>,
@@ -50,13 +54,15 @@ struct Settings {
 }
 
 impl WebhookLayer {
-    /// Verifies webhooks as `provider` signs them. `consumer` is a name of your choice for the handler and the sender, such as
-    /// `"stripe-accounting"`. It is part of the log events.
+    /// Verifies webhooks as `provider` signs them. `consumer` is a name of your choice for the
+    /// handler and the sender, such as `"stripe-accounting"`. It is part of the log events.
     ///
-    /// If two layers over one store have the same name, webhooks with the same id count as one webhook. An id is unique only for its
-    /// sender, so give each sender a name of its own. Otherwise one sender could use up an id of another sender. Also give each route
-    /// with a **handler of its own** a name of its own. A provider sends one event, under one id, to every endpoint that subscribed to
-    /// it, and the second endpoint would return a response without handling the event.
+    /// If two layers over one store have the same name, webhooks with the same id count as one
+    /// webhook. An id is unique only for its sender, so give each sender a name of its own.
+    /// Otherwise one sender could use up an id of another sender. Also give each route with a
+    /// **handler of its own** a name of its own. A provider sends one event, under one id, to every
+    /// endpoint that subscribed to it, and the second endpoint would return a response without
+    /// handling the event.
     #[must_use]
     pub fn new(consumer: impl Into<String>, provider: impl VerifyWebhook) -> Self {
         let settings = Settings {
@@ -73,32 +79,37 @@ impl WebhookLayer {
         }
     }
 
-    /// Sets how long a body may be, in bytes. Default: 2 MiB.
+    /// Sets the maximum length of a body in bytes. Default: 2 MiB.
     ///
-    /// This limit also replaces that of an [`IdempotencyLayer`](crate::IdempotencyLayer) inside, so there is nothing to set there. An
-    /// extractor of the handler can have a limit of its own: axum's is 2 MB, and `DefaultBodyLimit` sets it.
+    /// This limit also replaces the limit of an [`IdempotencyLayer`](crate::IdempotencyLayer)
+    /// inside, so you need not set it there. An extractor of the handler can have a limit of its
+    /// own. For example, the limit of axum is 2 MB, and `DefaultBodyLimit` sets it.
     #[must_use]
     pub fn with_body_limit(mut self, bytes: usize) -> Self {
         Arc::make_mut(&mut self.settings).bounds.bytes = bytes;
         self
     }
 
-    /// Sets how long a body may take to arrive. Default: 30 s. This time also replaces that of an
-    /// [`IdempotencyLayer`](crate::IdempotencyLayer) inside.
+    /// Sets how long a body may take to arrive. Default: 30 s. This time also replaces the timeout
+    /// of an [`IdempotencyLayer`](crate::IdempotencyLayer) inside.
     #[must_use]
     pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
         Arc::make_mut(&mut self.settings).bounds.timeout = timeout;
         self
     }
 
-    /// Passes GET and HEAD requests to the handler **without any verification**. Default: they get 405.
+    /// Passes GET and HEAD requests to the handler **without any verification**. Default: they get
+    /// 405.
     ///
-    /// Some providers send a challenge by GET when a webhook is set up, and expect it back: `hub.challenge` from Meta, `challenge` from
-    /// Dropbox. Trello sends HEAD. The handler of the GET route returns the challenge and **must not take effects**, because any client
-    /// can send such a request. If the challenge carries a token of yours, such as Meta's `hub.verify_token`, compare that token.
+    /// Some providers send a challenge by GET when you set up a webhook, and expect it back. Meta
+    /// sends `hub.challenge`, Dropbox sends `challenge`. Trello sends HEAD. The handler of the GET
+    /// route returns the challenge and **must not have effects**, because any client can send such
+    /// a request. If the challenge carries a token of yours, such as Meta's `hub.verify_token`,
+    /// compare that token.
     ///
-    /// These requests get no key: the layer removes an `Idempotency-Key` that the client has sent, so a layer inside claims nothing.
-    /// They go into the service inside like any unverified traffic, with its permits and limits.
+    /// These requests get no key. The layer removes an `Idempotency-Key` that the client has sent,
+    /// so a layer inside claims nothing. They reach the inner service like any unverified traffic,
+    /// with its permits and limits.
     ///
     /// ```
     /// # #[cfg(feature = "axum")]
@@ -128,9 +139,9 @@ impl WebhookLayer {
         self
     }
 
-    /// Returns the key that the webhook of this id gets. Pass it to
-    /// [`IdempotencyLayer::storage_key`](crate::IdempotencyLayer::storage_key) to look up the record, or to resolve one whose outcome is
-    /// unknown.
+    /// Returns the key that the webhook with this id gets. Pass it to
+    /// [`IdempotencyLayer::storage_key`](crate::IdempotencyLayer::storage_key) to look up the
+    /// record, or to resolve a record whose outcome is unknown.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
@@ -164,7 +175,7 @@ impl<S> Layer<S> for WebhookLayer {
     }
 }
 
-/// The service of a [`WebhookLayer`]: only verified webhooks reach the service inside.
+/// The service of a [`WebhookLayer`]. Only verified webhooks reach the inner service.
 #[derive(Clone)]
 pub struct WebhookService<S> {
     inner: S,
@@ -203,7 +214,7 @@ where
     }
 }
 
-/// The reason for which a request does not reach the service inside.
+/// The reason why a request does not reach the inner service.
 #[derive(Clone, Copy)]
 enum Rejection {
     Invalid(InvalidWebhook),
@@ -223,7 +234,8 @@ impl Settings {
         telemetry::finished(None, refusal.code());
         let mut response = refusal.into_response(&Rendering::default(), None);
         if kind == RefusalKind::InvalidWebhookMethod {
-            // RFC 9110 section 15.5.6: "The origin server MUST generate an Allow header field in a 405 response".
+            // RFC 9110 section 15.5.6: "The origin server MUST generate an Allow header field in a
+            // 405 response".
             let allowed = match self.pass_challenges {
                 true => "GET, HEAD, POST",
                 false => "POST",
@@ -234,7 +246,8 @@ impl Settings {
     }
 }
 
-/// Returns the request for the service inside: a verified webhook with its id as its key, or a challenge without a key.
+/// Returns the request for the inner service: a verified webhook with its id as its key, or a
+/// challenge without a key.
 async fn admitted<B: RebuildBody>(settings: &Settings, request: Request<B>) -> Result<Request<B>, Rejection> {
     let (mut head, body) = request.into_parts();
     if settings.pass_challenges && matches!(head.method, Method::GET | Method::HEAD) {
@@ -257,15 +270,16 @@ async fn admitted<B: RebuildBody>(settings: &Settings, request: Request<B>) -> R
     }
     let key = HeaderValue::try_from(key_of(&settings.consumer, &id));
     let key = key.map_err(|_| Rejection::Invalid(InvalidWebhook::Id))?;
-    // Without its key, a request cannot be distinguished from other deliveries, so refuse one that has no room for the
-    // key.
+    // Without its key, the request cannot be distinguished from other deliveries. Therefore refuse
+    // a request whose header map has no room for the key.
     let placed = head.headers.try_insert(IDEMPOTENCY_KEY, key);
     placed.map_err(|_| Rejection::Invalid(InvalidWebhook::Id))?;
     head.extensions.insert(bounds);
     Ok(Request::from_parts(head, body.rebuild()))
 }
 
-/// Returns a digest of the id. A digest fits into a header field whatever the id is, and does not show the id there.
+/// Returns a digest of the id. A digest of any id fits into a header field, and does not show the
+/// id there.
 fn key_of(consumer: &str, id: &MessageId) -> String {
     let named = Scope::of([consumer.as_bytes(), id.parts().as_bytes()]);
     let digest = blake3::derive_key("tower-idempotency 2026 key of a webhook", named.as_bytes());

@@ -1,8 +1,10 @@
-//! Webhooks: the layer verifies their signatures before anything is recorded, and turns their ids into the keys of the server's layer.
+//! Webhooks for the server's layer. The layer here verifies their signatures before anything is
+//! recorded, and turns their ids into keys.
 //!
-//! A webhook is an HTTP request that the provider sends again until it gets a 2xx. [`WebhookLayer`] verifies it and passes its id on as
-//! its key. The [`IdempotencyLayer`](crate::IdempotencyLayer) inside returns the stored 2xx for a duplicate, and 409 with `Retry-After`
-//! while the first delivery is in flight. It stores no other response, so the next delivery runs the handler again.
+//! A webhook is an HTTP request that the provider sends again until it gets a 2xx. [`WebhookLayer`]
+//! verifies it and passes its id on as its key. The [`IdempotencyLayer`](crate::IdempotencyLayer)
+//! inside returns the stored 2xx for a duplicate, and 409 with `Retry-After` while the first
+//! delivery is in flight. It stores no other response, so the next delivery runs the handler again.
 //!
 //! ```
 //! # #[cfg(feature = "axum")]
@@ -20,12 +22,13 @@
 //! # }
 //! ```
 //!
-//! A provider takes several secrets so that you can replace a secret without a gap. Do not use them for several senders. Give each
-//! sender, and each route with a handler of its own, a layer with a [name](WebhookLayer::new) of its own.
+//! You can pass several secrets to a provider, so that you can replace a secret without a gap. Do
+//! not use them for several senders. Give each sender, and each route with a handler of its own, a
+//! layer with a [name](WebhookLayer::new) of its own.
 //!
-//! If the process of a handler dies, the layer cannot know whether the handler had its effect. The webhook then gets 409
-//! `outcome-unknown` until you [resolve](crate::Store::resolve) its key. Under
-//! [`OnLost::Execute`](crate::OnLost::Execute), the handler runs again instead.
+//! If the process of a handler dies, the layer cannot know whether the handler had its effect. The
+//! webhook then gets 409 `outcome-unknown` until you [resolve](crate::Store::resolve) its key.
+//! Under [`OnLost::Execute`](crate::OnLost::Execute), the handler runs again instead.
 //!
 //! # Providers
 //!
@@ -42,15 +45,17 @@
 //! | [`GitHubWebhooks`] | body | **not signed** | **runs again** under another id |
 //! | [`ShopifyWebhooks`] | body | **not signed** | **runs again** under another id |
 //!
-//! The handler does not run for a duplicate. Each provider's page has the details.
-//! Header fields other than those of the signature are never signed: do not decide anything by them.
+//! The handler does not run for a duplicate. Each provider's page has the details. Header fields
+//! other than those of the signature are never signed: do not decide anything by them.
 //!
-//! Signatures are compared in constant time and read strictly. A signature has one spelling: lower-case hexadecimal, or base64 with
-//! padding and without stray bits. A field that the check reads must not be repeated.
+//! Signatures are compared in constant time and read strictly. A signature has one spelling:
+//! lower-case hexadecimal, or base64 with padding and without stray bits. A field that the check
+//! reads must not be repeated.
 //!
 //! # Tests of your own
 //!
-//! With the feature `testing`, `receiver::testing::WebhookSigner` signs requests as each provider does.
+//! With the feature `testing`, `receiver::testing::WebhookSigner` signs requests as each provider
+//! does.
 
 mod fields;
 mod layer;

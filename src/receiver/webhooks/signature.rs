@@ -1,4 +1,4 @@
-//! HMAC-SHA-256 under one of several secrets, and the age of a timestamp.
+//! Verifies HMAC-SHA-256 under one of several secrets, and checks the age of a timestamp.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -9,21 +9,22 @@ use sha2::Sha256;
 use super::InvalidWebhook;
 use crate::error::{Error, ErrorKind};
 
-/// The largest difference between a timestamp and the clock of this machine, in either direction. The providers' own libraries use the
-/// same.
+/// The largest accepted difference between a timestamp and the clock of this machine, in either
+/// direction. The providers' own libraries use the same value.
 pub(super) const TOLERANCE: Duration = Duration::from_secs(5 * 60);
 
-/// The largest number of signatures that one webhook may carry. Senders have two while they replace a secret. Without a bound, a forged
-/// webhook with thousands of signatures would cost as many checks.
+/// The largest number of signatures that one webhook may carry. Senders use two while they replace
+/// a secret. Without a bound, a forged webhook with thousands of signatures would cost as many
+/// checks.
 pub(super) const MAX_SIGNATURES: usize = 16;
 
 /// The error for an empty list of secrets, and for an empty secret.
 pub(super) const NO_SECRET: Error = Error::new(
     ErrorKind::Configuration,
-    "a webhook secret is empty or none is given, so no webhook could be verified; take it from the provider's settings",
+    "a webhook secret is empty or missing, so no webhook could be verified; copy it from the provider's settings",
 );
 
-/// The secrets that are valid at present; more than one while a secret is being replaced.
+/// The secrets that are valid at present. There is more than one while a secret is being replaced.
 #[derive(Clone)]
 pub(super) struct Secrets(Vec<Hmac<Sha256>>);
 
@@ -41,7 +42,8 @@ impl Secrets {
         Ok(Self(macs))
     }
 
-    /// Checks that one of the signatures fits the concatenated parts under one of the secrets. Compares in constant time.
+    /// Checks that one of the signatures matches the concatenated parts under one of the secrets.
+    /// Compares in constant time.
     pub(super) fn verify(&self, parts: &[&[u8]], signatures: &[Vec<u8>]) -> Result<(), InvalidWebhook> {
         let fits = |mac: &Hmac<Sha256>| {
             let mut mac = mac.clone();

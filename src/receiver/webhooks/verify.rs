@@ -34,21 +34,24 @@ use crate::receiver::id::MessageId;
 pub trait VerifyWebhook: Send + Sync + 'static {
     /// Returns whether the webhook carries a signature, genuine or not. Default: `true`.
     ///
-    /// If it returns `false`, the layer rejects the webhook as [`MissingHeader`](InvalidWebhook::MissingHeader) before it reads the body.
+    /// If it returns `false`, the layer rejects the webhook as
+    /// [`MissingHeader`](InvalidWebhook::MissingHeader) before it reads the body.
     fn is_signed(&self, headers: &HeaderMap) -> bool {
         let _ = headers;
         true
     }
 
-    /// Returns the id of a genuine webhook. The id becomes the key of the record, so two ids are two executions.
+    /// Returns the id of a genuine webhook. The id becomes the key of the record, so two different
+    /// ids run twice.
     ///
     /// # Errors
     ///
-    /// Returns the reason if the webhook is not genuine, or does not have the form that this provider sends.
+    /// The reason why the webhook is not genuine, or does not have the form that this provider
+    /// sends.
     fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook>;
 }
 
-/// A webhook as it arrived: head, body, and the time of its arrival.
+/// A received webhook: its head, its body, and the time of its arrival.
 #[derive(Clone, Copy)]
 pub struct Webhook<'a> {
     head: &'a Parts,
@@ -57,7 +60,8 @@ pub struct Webhook<'a> {
 }
 
 impl<'a> Webhook<'a> {
-    /// Puts together the inputs of a check. The layer does this; call it to test your own [`VerifyWebhook`].
+    /// Collects the inputs of a check. The layer calls this. Call it to test your own
+    /// [`VerifyWebhook`].
     #[must_use]
     pub const fn new(head: &'a Parts, body: &'a [u8], received_at: SystemTime) -> Self {
         Self {
@@ -67,7 +71,8 @@ impl<'a> Webhook<'a> {
         }
     }
 
-    /// Returns the head: method, URI, header fields and extensions. No signature covers the method.
+    /// Returns the head with method, URI, header fields and extensions. No signature covers the
+    /// method.
     #[must_use]
     pub const fn head(&self) -> &'a Parts {
         self.head
@@ -109,28 +114,31 @@ impl fmt::Debug for Webhook<'_> {
 
 /// The reason why a webhook is rejected.
 ///
-/// The sender gets the same 401 for every reason. The layer reports the reason in the event `webhook-rejected` and in the metric
-/// `idempotency_webhooks_rejected_total`.
+/// The sender gets the same 401 for every reason. The layer reports the reason in the event
+/// `webhook-rejected` and in the metric `idempotency_webhooks_rejected_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum InvalidWebhook {
-    /// The body is not of the form that this provider sends, so the signed parts cannot be read.
+    /// The body does not have the form that this provider sends, so the signed parts cannot be
+    /// read.
     Body,
     /// The webhook has no id, or one that this provider cannot have sent.
     Id,
     /// A header field that the check needs is missing.
     MissingHeader,
-    /// No configured secret or key can check a signature of this kind: a public key is configured and the sender signs with a shared
-    /// secret, for example.
+    /// No configured secret or key can check a signature of this kind. For example, a public key is
+    /// configured, and the sender signs with a shared secret.
     Secret,
-    /// No signature fits: the webhook was altered, it comes from somebody else, or the configured secret is a different one.
+    /// No signature matches. The webhook was altered, it comes from another sender, or the
+    /// configured secret is a different one.
     Signature,
     /// The timestamp cannot be read, or is too far in the past or the future.
     Timestamp,
 }
 
 impl InvalidWebhook {
-    /// Returns the reason as the metric's label and the event spell it, such as `missing-header`.
+    /// Returns the spelling of the reason in the metric's label and in the event, such as
+    /// `missing-header`.
     #[must_use]
     pub const fn reason(self) -> &'static str {
         match self {
@@ -147,11 +155,11 @@ impl InvalidWebhook {
 impl fmt::Display for InvalidWebhook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Body => "the body of the webhook is not of the form that this provider sends",
-            Self::Id => "the webhook has no id, or an impossible one",
+            Self::Body => "the body of the webhook does not have the form that this provider sends",
+            Self::Id => "the webhook has no id, or an invalid one",
             Self::MissingHeader => "a header field that the signature needs is missing",
             Self::Secret => "no configured secret or key can check a signature of this kind; compare the settings with the provider's",
-            Self::Signature => "no signature of the webhook fits; if all are rejected, check the configured secret or URL",
+            Self::Signature => "no signature of the webhook matches; if all are rejected, check the configured secret or URL",
             Self::Timestamp => "the timestamp of the webhook cannot be read or is too far away; if all are rejected, check the clock",
         })
     }

@@ -14,39 +14,47 @@ use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 const PLATFORM_SIGNATURE: &str = "hmacsignature";
 
-/// The longest standard notification, in bytes. It is parsed before its signature is checked, and a parsed body takes many times its
-/// length, so a forged one must not be as long as other bodies. Adyen's have a few KiB.
+/// The longest standard notification, in bytes. It is parsed before its signature is checked, and a
+/// parsed body takes many times its length. A forged notification must therefore not be as long as
+/// other bodies. Adyen's notifications have a few KiB.
 const MAX_BODY: usize = 256 << 10;
 
-/// Adyen's standard webhooks, for payments: a `NotificationRequestItem` in JSON, with its signature in
-/// `additionalData.hmacSignature`.
+/// Adyen's standard webhooks, for payments: a `NotificationRequestItem` in JSON, with its signature
+/// in `additionalData.hmacSignature`.
 ///
-/// * **Signed**: eight members of the item, and **nothing else**: `pspReference`, `originalReference`, `merchantAccountCode`,
-///   `merchantReference`, `amount.value`, `amount.currency`, `eventCode` and `success`. Anybody who has recorded a webhook can change
-///   everything else, such as `live`, `reason`, `eventDate` and the rest of `additionalData`. Do not base a decision on it.
-/// * **Id**: `merchantAccountCode`, `eventCode`, `pspReference` and `success` together; all four must be present. Adyen repeats the first
-///   three when it sends a notification again, and a notification whose outcome has changed is another one. The `pspReference` of
-///   `REPORT_AVAILABLE` is the file name of the report. So a report that is generated again under the same name for the same account is
-///   a **duplicate** while the record is retained.
-/// * **Replays**: there is no signed timestamp. A recorded webhook is a duplicate for as long as its record is retained, 7 days by
-///   default, and runs again after that.
+/// * **Signed**: eight members of the item, and **nothing else**: `pspReference`,
+///   `originalReference`, `merchantAccountCode`, `merchantReference`, `amount.value`,
+///   `amount.currency`, `eventCode` and `success`. Anyone who has recorded a webhook can change
+///   everything else, such as `live`, `reason`, `eventDate` and the rest of `additionalData`. Do
+///   not base a decision on it.
+/// * **Id**: `merchantAccountCode`, `eventCode`, `pspReference` and `success` together; all four
+///   must be present. Adyen repeats the first three when it sends a notification again, and a
+///   notification whose outcome has changed is a different one. The `pspReference` of
+///   `REPORT_AVAILABLE` is the file name of the report. If a report is generated again under the
+///   same name for the same account, its notification is a **duplicate** while the record is
+///   retained.
+/// * **Replays**: there is no signed timestamp. A recorded webhook is a duplicate for as long as
+///   its record is retained, 7 days by default, and runs again after that.
 ///
-/// A body must have at most 256 KiB and exactly one item; any other body is rejected. In JSON, Adyen sends one item per body. A body
-/// of several items would have no stable id, because Adyen may group the items differently when it sends them again.
+/// A body must have at most 256 KiB and exactly one item; any other body is rejected. In JSON,
+/// Adyen sends one item per body. A body of several items would have no stable id, because Adyen
+/// may group the items differently when it sends them again.
 ///
-/// The signed members are joined with `:` and without escapes, as Adyen's libraries do. Only `merchantReference`, which you choose,
-/// may have a `:`. A webhook with a `:` in another signed member is rejected, because a forger could shift text between the members. A
-/// body in which an object has a member twice is rejected, because your parser could read the other one.
+/// The signed members are joined with `:` and without escapes, as Adyen's libraries do. Only
+/// `merchantReference`, which you choose, may have a `:`. A webhook with a `:` in another signed
+/// member is rejected, because a forger could shift text between the members. A body in which an
+/// object has a member twice is rejected, because your parser could read the other one.
 #[derive(Clone, Debug)]
 pub struct AdyenWebhooks(Secrets);
 
-/// Adyen's webhooks for platforms, banking, terminals and management: `HmacSignature` over the body.
+/// Adyen's webhooks for platforms, banking, terminals and management: `HmacSignature` over the
+/// body.
 ///
 /// * **Signed**: the body.
-/// * **Id**: a digest of the body, because these webhooks have no id in common. A webhook that Adyen sends again with another body runs
-///   again.
-/// * **Replays**: there is no timestamp that the check could compare. A recorded webhook is a duplicate for as long as its record is
-///   retained, 7 days by default, and runs again after that.
+/// * **Id**: a digest of the body, because these webhooks have no common id. If Adyen sends a
+///   webhook again with another body, it runs again.
+/// * **Replays**: there is no timestamp that the check could compare. A recorded webhook is a
+///   duplicate for as long as its record is retained, 7 days by default, and runs again after that.
 #[derive(Clone, Debug)]
 pub struct AdyenPlatformWebhooks(Secrets);
 
@@ -55,7 +63,8 @@ impl AdyenWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not hexadecimal.
+    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not
+    /// hexadecimal.
     pub fn new<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         Ok(Self(secrets(hmac_keys)?))
     }
@@ -66,7 +75,8 @@ impl AdyenPlatformWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not hexadecimal.
+    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not
+    /// hexadecimal.
     pub fn new<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         Ok(Self(secrets(hmac_keys)?))
     }
@@ -77,7 +87,7 @@ fn secrets<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Secr
     Secrets::new(keys)
 }
 
-/// Returns the bytes of a key.
+/// Decodes a key.
 pub(in crate::receiver) fn decoded_key<S: AsRef<str>>(hmac_key: S) -> Result<Vec<u8>, Error> {
     const NO_HEX: Error = Error::new(
         ErrorKind::Configuration,
@@ -123,7 +133,7 @@ impl<'b> Item<'b> {
         }
     }
 
-    /// Returns a member that holds a string; an absent one is empty.
+    /// Returns a member that holds a string. An absent member is the empty string.
     fn text(&self, name: &str) -> Option<&'b str> {
         match &self.0[name] {
             Value::Null => Some(""),
@@ -131,7 +141,8 @@ impl<'b> Item<'b> {
         }
     }
 
-    /// Returns the text that the signature covers, unless a part is of the wrong type or could be shifted.
+    /// Returns the text that the signature covers. Returns `None` if a part has the wrong type, or
+    /// if text could be shifted between the parts.
     pub(in crate::receiver) fn signed_text(&self) -> Option<String> {
         let amount = &self.0["amount"];
         let value = match &amount["value"] {

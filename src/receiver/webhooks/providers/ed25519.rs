@@ -1,4 +1,4 @@
-//! Public keys for Ed25519.
+//! Public keys of Ed25519.
 
 use std::fmt;
 
@@ -6,14 +6,15 @@ use ring::signature::{UnparsedPublicKey, ED25519};
 
 /// A public key of 32 bytes.
 ///
-/// `ring` verifies strictly: the scalar must be reduced and the point must be encoded canonically, so a signature has no second
-/// spelling. It does not reject keys of small order, so [`new`](Self::new) does.
+/// `ring` verifies strictly. The scalar must be reduced and the point must be encoded canonically,
+/// so a signature has no second spelling. `ring` does not reject keys of small order, so
+/// [`new`](Self::new) does.
 #[derive(Clone)]
 pub(super) struct PublicKey(UnparsedPublicKey<[u8; 32]>);
 
 impl PublicKey {
-    /// Returns `None` if the key does not have 32 bytes or is of small order. Anybody can sign for a key of small order, such as the
-    /// 32 zero bytes of a placeholder.
+    /// Returns `None` if the key does not have 32 bytes, or is of small order. Anyone can sign for
+    /// a key of small order, such as the 32 zero bytes of a placeholder.
     pub(super) fn new(bytes: &[u8]) -> Option<Self> {
         let key: [u8; 32] = bytes.try_into().ok()?;
         (!is_of_small_order(key)).then(|| Self(UnparsedPublicKey::new(&ED25519, key)))
@@ -24,7 +25,8 @@ impl PublicKey {
     }
 }
 
-/// The y coordinates of the points of order 1, 2, 4 and 8, little-endian, in each encoding that fits into 255 bits.
+/// The y coordinates of the points of order 1, 2, 4 and 8, little-endian, in each encoding that
+/// fits into 255 bits.
 const SMALL_ORDER: [[u8; 32]; 7] = {
     const fn near_p(last: u8) -> [u8; 32] {
         let mut y = [0xff; 32];
@@ -55,7 +57,8 @@ const SMALL_ORDER: [[u8; 32]; 7] = {
     ]
 };
 
-/// The highest bit is the sign of x, which does not change the order.
+/// Returns whether the order of a key is small. The highest bit is the sign of x, which does not
+/// change the order.
 fn is_of_small_order(mut key: [u8; 32]) -> bool {
     key[31] &= 0x7f;
     SMALL_ORDER.contains(&key)

@@ -1,18 +1,19 @@
-//! Forms (`application/x-www-form-urlencoded`), read strictly.
+//! Parses forms (`application/x-www-form-urlencoded`) strictly.
 
 use std::collections::BTreeSet;
 
 /// A name and its value, decoded.
 pub(super) type Pair = (Vec<u8>, Vec<u8>);
 
-/// The largest number of pairs in a form. A form is read before its signature is checked, so a forged one must not fill the memory with
-/// pairs.
+/// The largest number of pairs in a form. A form is read before its signature is checked, so a
+/// forged form must not fill the memory with pairs.
 const MAX_PAIRS: usize = 1_000;
 
 /// Returns the different pairs of a form, sorted by name and then by value.
 ///
-/// Returns `None` if there are more than 1,000 pairs, if a pair has no `=`, or if an escape is malformed or has lower-case digits.
-/// Senders write `%2B` and not `%2b`; accepting both would let a bit of the body change without a change of the pairs.
+/// Returns `None` if there are more than 1,000 pairs, if a pair has no `=`, or if an escape is
+/// malformed or has lower-case digits. Senders write `%2B` and not `%2b`. If both were accepted, a
+/// bit of the body could change without a change of the pairs.
 pub(super) fn pairs(form: &[u8]) -> Option<BTreeSet<Pair>> {
     if form.is_empty() {
         return Some(BTreeSet::new());

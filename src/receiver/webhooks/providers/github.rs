@@ -1,4 +1,4 @@
-//! GitHub.
+//! Webhooks of GitHub.
 
 use http::HeaderMap;
 
@@ -15,8 +15,9 @@ const SIGNATURE: &str = "x-hub-signature-256";
 ///
 /// * **Signed**: the body.
 /// * **Id**: `X-GitHub-Delivery`. It is **not signed**, and GitHub signs no other id.
-/// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under another id, and it runs again. A
-///   copy under the same id is a duplicate. Make the handler safe against an old event, for instance by the event's own ids and times.
+/// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under
+///   another id, and it runs again. A copy under the same id is a duplicate. Make the handler safe
+///   against an old event, for instance by the event's own ids and times.
 #[derive(Clone, Debug)]
 pub struct GitHubWebhooks(Secrets);
 

@@ -1,4 +1,4 @@
-//! How the providers sign their webhooks, a file for each.
+//! The signature schemes of the providers, one file each.
 
 mod adyen;
 mod ed25519;

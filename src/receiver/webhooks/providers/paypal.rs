@@ -1,4 +1,4 @@
-//! PayPal.
+//! Webhooks of PayPal.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -26,26 +26,29 @@ const MAX_AGE: Duration = Duration::from_secs(3 * 24 * 60 * 60 + 5 * 60);
 
 /// PayPal: `PayPal-Transmission-Sig`, an RSA signature with SHA-256.
 ///
-/// * **Signed**: `PayPal-Transmission-Id`, `PayPal-Transmission-Time`, the id of the webhook at PayPal, and the **CRC-32** of the body.
-///   CRC-32 finds accidents, not attacks: someone who has recorded one webhook can write another body with the same CRC-32, with
-///   another event and another id, under the recorded signature. If that matters, have the handler fetch the event or the payment from
-///   PayPal's API and act on that.
+/// * **Signed**: `PayPal-Transmission-Id`, `PayPal-Transmission-Time`, the id of the webhook at
+///   PayPal, and the **CRC-32** of the body. CRC-32 finds accidents, not attacks: someone who has
+///   recorded one webhook can write another body with the same CRC-32, with another event and
+///   another id, under the recorded signature. If that matters, have the handler fetch the event or
+///   the payment from PayPal's API and act on that.
 /// * **Id**: the event's `id` in the body. PayPal repeats it when it sends an event again.
-/// * **Replays**: the time must be at most three days in the past and at most five minutes in the future. PayPal sends an event
-///   again for three days, and does not say that a repeated event gets a new time.
+/// * **Replays**: the time must be at most three days in the past and at most five minutes in the
+///   future. PayPal sends an event again for three days, and does not say that a repeated event
+///   gets a new time.
 ///
 /// # The certificate
 ///
-/// PayPal names the certificate in `PayPal-Cert-Url`. This crate does not read that field and has no network access, because the field
-/// is not signed: a server that fetches whatever URL stands there can be made to send requests into its own network, and to trust the
-/// forger's certificate. Fetch the certificate ahead of time, and again on a schedule:
+/// PayPal names the certificate in `PayPal-Cert-Url`. This crate does not read that field and has
+/// no network access, because the field is not signed. A server that fetches any URL from that
+/// field can be made to send requests into its own network, and to trust the forger's certificate.
+/// Fetch the certificate ahead of time, and again on a schedule:
 ///
-/// * only by `https`, only from the hosts `api.paypal.com` (or `api.sandbox.paypal.com` for the sandbox), and only from paths below
-///   `/v1/notifications/certs/`; follow no redirect;
-/// * validate its chain, its name and its dates as your TLS client does. The check here compares signatures with the key and does not
-///   look at names or dates.
+/// * only by `https`, only from the hosts `api.paypal.com` (or `api.sandbox.paypal.com` for the
+///   sandbox), and only from paths below `/v1/notifications/certs/`; follow no redirect;
+/// * validate its chain, its name and its dates as your TLS client does. The check of this crate
+///   compares signatures with the key, and does not look at names or dates.
 ///
-/// Then build the provider with it. Give the old and the new certificate while PayPal replaces one.
+/// Then build the provider with it. Pass the old and the new certificate while PayPal replaces one.
 #[derive(Clone)]
 pub struct PayPalWebhooks {
     webhook_id: String,
@@ -53,20 +56,21 @@ pub struct PayPalWebhooks {
 }
 
 impl PayPalWebhooks {
-    /// Verifies webhooks of this id, as PayPal's dashboard shows it, with these certificates (`BEGIN CERTIFICATE`) or public keys
-    /// (`BEGIN PUBLIC KEY`) in PEM. If a PEM holds a chain, only its first certificate counts.
+    /// Verifies webhooks of this id, as PayPal's dashboard shows it, with these certificates
+    /// (`BEGIN CERTIFICATE`) or public keys (`BEGIN PUBLIC KEY`) in PEM. If a PEM holds a chain,
+    /// only its first certificate counts.
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the id is empty, if there is no certificate or key, or if one cannot be read or
-    /// is not RSA with 2048 bits or more.
+    /// [`Configuration`](ErrorKind::Configuration) if the id is empty, if there is no certificate
+    /// or key, or if one cannot be read or is not RSA with 2048 bits or more.
     pub fn new<S: AsRef<[u8]>>(
         webhook_id: impl Into<String>,
         certificates: impl IntoIterator<Item = S>,
     ) -> Result<Self, Error> {
         const NO_WEBHOOK: Error = Error::new(
             ErrorKind::Configuration,
-            "the id of the webhook at PayPal, or its certificate, is not given; take the id from the dashboard",
+            "the id of the webhook at PayPal, or its certificate, is missing; copy the id from the dashboard",
         );
         let webhook_id = webhook_id.into();
         let keys: Vec<_> = certificates
@@ -93,7 +97,8 @@ fn public_key(pem: &[u8]) -> Result<SubjectPublicKeyInfoDer<'static>, Error> {
         }
         Err(_) => SubjectPublicKeyInfoDer::from_pem_slice(pem).map_err(|_| NO_KEY)?,
     };
-    // The key is usable if it rejects a signature for not fitting.
+    // Verify an empty signature. The key is usable if the error is that the signature does not
+    // match.
     let entity = RawPublicKeyEntity::try_from(&key).map_err(|_| NO_KEY)?;
     match entity.verify_signature(RSA_PKCS1_2048_8192_SHA256, b"", b"") {
         Err(webpki::Error::InvalidSignatureForPublicKey) => Ok(key),
@@ -120,7 +125,8 @@ impl VerifyWebhook for PayPalWebhooks {
             return Err(InvalidWebhook::Secret);
         }
         let transmission = field(headers, TRANSMISSION, InvalidWebhook::Id)?;
-        // The time has no `|` either (see `is_current`), so the parts cannot be shifted.
+        // The time has no `|` either (see `is_current`), so text cannot be shifted between the
+        // parts.
         if transmission.contains('|') {
             return Err(InvalidWebhook::Id);
         }
@@ -158,8 +164,9 @@ const MONTHS: [&str; 12] = [
     "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
 ];
 
-/// Reads `2016-10-05T14:57:40Z`, with or without a fraction, which is dropped. `httpdate` knows the calendar, so the time is
-/// rewritten for it. It also compares the day of the week, so the right day has to be tried out.
+/// Parses `2016-10-05T14:57:40Z`, with or without a fraction, which is dropped. `httpdate` knows
+/// the calendar, so the time is rewritten for it. `httpdate` also checks the day of the week, so
+/// try all seven.
 fn parse_time(time: &str) -> Option<SystemTime> {
     let (date, time) = time.strip_suffix('Z')?.split_once('T')?;
     let (time, fraction) = time.split_once('.').unwrap_or((time, "0"));
@@ -177,7 +184,7 @@ fn parse_time(time: &str) -> Option<SystemTime> {
         .find_map(|weekday| httpdate::parse_http_date(&format!("{weekday}, {day} {month} {year} {time} GMT")).ok())
 }
 
-/// Writes a time as PayPal does.
+/// Formats a time as PayPal does.
 #[cfg(feature = "testing")]
 pub(in crate::receiver) fn paypal_time(time: SystemTime) -> String {
     let written = httpdate::fmt_http_date(time);

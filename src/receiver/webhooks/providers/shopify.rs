@@ -1,4 +1,4 @@
-//! Shopify.
+//! Webhooks of Shopify.
 
 use http::HeaderMap;
 
@@ -14,9 +14,10 @@ const SIGNATURE: &str = "x-shopify-hmac-sha256";
 /// Shopify: `X-Shopify-Hmac-SHA256`.
 ///
 /// * **Signed**: the body.
-/// * **Id**: shop, topic and event id, all in header fields. They are **not signed**, and Shopify signs no id.
-/// * **Replays**: there is no signed timestamp. Someone who has recorded a webhook can send it again under another id, and it runs
-///   again. A copy under the same id is a duplicate.
+/// * **Id**: shop, topic and event id, all in header fields. They are **not signed**, and Shopify
+///   signs no id.
+/// * **Replays**: there is no signed timestamp. Someone who has recorded a webhook can send it
+///   again under another id, and it runs again. A copy under the same id is a duplicate.
 #[derive(Clone, Debug)]
 pub struct ShopifyWebhooks(Secrets);
 
@@ -43,7 +44,7 @@ impl VerifyWebhook for ShopifyWebhooks {
             .verify(&[webhook.body()], &[signature.ok_or(InvalidWebhook::Signature)?])?;
         for name in ids::SHOPIFY {
             match field(headers, name, InvalidWebhook::Id) {
-                // Each of them may be absent.
+                // Each of these fields may be absent.
                 Ok(_) | Err(InvalidWebhook::MissingHeader) => {}
                 Err(reason) => return Err(reason),
             }

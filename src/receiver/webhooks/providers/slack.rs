@@ -1,4 +1,4 @@
-//! Slack.
+//! Webhooks of Slack.
 
 use http::HeaderMap;
 
@@ -15,12 +15,13 @@ const TIMESTAMP: &str = "x-slack-request-timestamp";
 /// Slack: `X-Slack-Signature` of the kind `v0`, and `X-Slack-Request-Timestamp`.
 ///
 /// * **Signed**: the timestamp and the body.
-/// * **Id**: `event_id` in the body of an event, which Slack repeats when it sends the event again. Slash commands and interactions
-///   (forms) and `url_verification` have no id, and Slack does not send them again. Their id is a digest of timestamp and body, so a
-///   recorded copy is a duplicate.
+/// * **Id**: `event_id` in the body of an event, which Slack repeats when it sends the event again.
+///   Slash commands and interactions (forms) and `url_verification` have no id, and Slack does not
+///   send them again. Their id is a digest of timestamp and body, so a recorded copy is a
+///   duplicate.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and each id is signed.
 ///
-/// To `url_verification`, your handler must respond with the `challenge` of the body.
+/// Your handler must respond to `url_verification` with the `challenge` of the body.
 #[derive(Clone, Debug)]
 pub struct SlackWebhooks(Secrets);
 
@@ -45,7 +46,8 @@ impl VerifyWebhook for SlackWebhooks {
         let timestamp = field(headers, TIMESTAMP, InvalidWebhook::Timestamp)?;
         let signature = field(headers, SIGNATURE, InvalidWebhook::Signature)?;
         let signature = signature.strip_prefix("v0=").and_then(hex);
-        // A timestamp has digits only (see `is_recent`), so the parts cannot be shifted.
+        // A timestamp has digits only (see `is_recent`), so text cannot be shifted between the
+        // parts.
         let signed = [b"v0:", timestamp.as_bytes(), b":", body];
         self.0.verify(&signed, &[signature.ok_or(InvalidWebhook::Signature)?])?;
         is_recent(timestamp, webhook.received_at())?;

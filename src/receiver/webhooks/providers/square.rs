@@ -1,4 +1,4 @@
-//! Square.
+//! Webhooks of Square.
 
 use std::fmt;
 
@@ -15,11 +15,11 @@ const SIGNATURE: &str = "x-square-hmacsha256-signature";
 
 /// Square: `X-Square-HmacSha256-Signature`.
 ///
-/// * **Signed**: the notification URL and the body. The URL is the one that is entered at Square, so it does not matter what a proxy
-///   changes.
+/// * **Signed**: the notification URL and the body. The URL is the one that you entered at Square,
+///   so changes by a proxy do not matter.
 /// * **Id**: `event_id` in the body.
-/// * **Replays**: there is no timestamp that the check could compare. A recorded webhook is a duplicate for as long as its record is
-///   retained, 7 days by default, and runs again after that.
+/// * **Replays**: there is no timestamp that the check could compare. A recorded webhook is a
+///   duplicate for as long as its record is retained, 7 days by default, and runs again after that.
 #[derive(Clone)]
 pub struct SquareWebhooks {
     url: String,
@@ -27,11 +27,13 @@ pub struct SquareWebhooks {
 }
 
 impl SquareWebhooks {
-    /// Verifies for this notification URL, exactly as it is entered at Square, with these signature keys.
+    /// Verifies for this notification URL, exactly as you entered it at Square, with these
+    /// signature keys.
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the URL or a key is empty, or if there is no key.
+    /// [`Configuration`](ErrorKind::Configuration) if the URL or a key is empty, or if there is no
+    /// key.
     pub fn new<S: AsRef<[u8]>>(
         notification_url: impl Into<String>,
         signature_keys: impl IntoIterator<Item = S>,
@@ -40,7 +42,7 @@ impl SquareWebhooks {
         if url.is_empty() {
             return Err(Error::new(
                 ErrorKind::Configuration,
-                "the notification URL for webhooks of Square is empty; enter it as in the settings of the subscription",
+                "the notification URL for webhooks of Square is empty; copy it from the settings of the subscription",
             ));
         }
         let keys = Secrets::new(signature_keys)?;

@@ -1,4 +1,4 @@
-//! Standard Webhooks and Svix.
+//! Webhooks of Standard Webhooks and Svix.
 
 use data_encoding::BASE64;
 use http::HeaderMap;
@@ -11,10 +11,11 @@ use crate::receiver::webhooks::fields::{base64, field, present};
 use crate::receiver::webhooks::signature::{is_recent, Secrets, MAX_SIGNATURES, NO_SECRET};
 use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
-/// The largest number of signatures by Ed25519. Each hashes the whole body, under each public key, before anything is verified.
+/// The largest number of Ed25519 signatures. Each check hashes the whole body, under each public
+/// key, before anything is verified.
 const MAX_ASYMMETRIC: usize = 4;
 
-/// The names of the three fields.
+/// The names of the three header fields.
 struct Names {
     id: &'static str,
     timestamp: &'static str,
@@ -35,16 +36,18 @@ const SVIX: Names = Names {
 
 /// Standard Webhooks 1.0, and Svix, which uses other names for the same fields.
 ///
-/// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, `v1` (HMAC) or `v1a` (Ed25519); one that fits is
-///   enough. A webhook with more than 16 signatures, or more than 4 of the kind `v1a`, is rejected.
-/// * **Id**: `webhook-id`. An id with a `.` is rejected, because the signature covers id, timestamp and body with dots between them,
-///   and such an id would make the split ambiguous.
+/// * **Signed**: id, timestamp and body. `webhook-signature` has one or more signatures, `v1`
+///   (HMAC) or `v1a` (Ed25519). One that matches is enough. A webhook with more than 16 signatures,
+///   or more than 4 of the kind `v1a`, is rejected.
+/// * **Id**: `webhook-id`. An id with a `.` is rejected, because the signature covers id, timestamp
+///   and body with dots between them, and such an id would make the split ambiguous.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and the id is signed.
 ///
-/// The fields are `webhook-id`, `webhook-timestamp` and `webhook-signature`, or `svix-id`, `svix-timestamp` and `svix-signature`. The
-/// check reads one set only: the `webhook-` fields if there is a `webhook-signature`, otherwise the `svix-` fields. If fields of both
-/// sets are present, each pair must be equal; otherwise the webhook is rejected, because a handler could read the set that was not
-/// verified. The same id under either name is the same webhook.
+/// The fields are `webhook-id`, `webhook-timestamp` and `webhook-signature`, or `svix-id`,
+/// `svix-timestamp` and `svix-signature`. The check reads one set only: the `webhook-` fields if
+/// there is a `webhook-signature`, otherwise the `svix-` fields. If fields of both sets are
+/// present, each pair must be equal. Otherwise the webhook is rejected, because a handler could
+/// read the set that was not verified. The same id under either name is the same webhook.
 #[derive(Clone, Debug)]
 pub struct StandardWebhooks {
     secrets: Option<Secrets>,
@@ -54,11 +57,12 @@ pub struct StandardWebhooks {
 impl StandardWebhooks {
     /// Verifies with these secrets and public keys, in base64:
     ///
-    /// * a secret shared with the sender, as `whsec_..`, `v1,whsec_..` or bare base64, for signatures `v1`;
+    /// * a secret shared with the sender, as `whsec_..`, `v1,whsec_..` or bare base64, for
+    ///   signatures `v1`;
     /// * a public key of the sender, as `whpk_..` or `v1a,whpk_..`, for signatures `v1a`.
     ///
-    /// Write a public key **with its `whpk_`**. Bare base64 is taken as a shared secret, and anybody who knows the public key could sign
-    /// with it.
+    /// Write a public key **with its `whpk_`**. Bare base64 counts as a shared secret, and anyone
+    /// who knows the public key could sign with it.
     ///
     /// ```
     /// use tower_idempotency::receiver::webhooks::StandardWebhooks;
@@ -72,9 +76,10 @@ impl StandardWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not base64, if a public key does not have 32
-    /// bytes or is one of small order, for which anybody can sign, or if a private key (`whsk_..`) is given. Other bytes that are no
-    /// point of the curve are not noticed here; no signature fits them.
+    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not
+    /// base64, if a public key does not have 32 bytes or is of small order, so that anyone could
+    /// sign for it, or if a private key (`whsk_..`) is given. Other bytes that are not a point of
+    /// the curve are not detected here, but no signature matches them.
     pub fn new<S: AsRef<str>>(secrets: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         const PRIVATE: Error = Error::new(
             ErrorKind::Configuration,
@@ -106,7 +111,7 @@ impl StandardWebhooks {
         Ok(Self { secrets, public_keys })
     }
 
-    /// Checks that one of the signatures fits under one of the secrets and keys.
+    /// Checks that one of the signatures matches under one of the secrets and keys.
     fn check(&self, signatures: &str, signed: &[&[u8]; 5]) -> Result<(), InvalidWebhook> {
         if signatures.split(' ').count() > MAX_SIGNATURES {
             return Err(InvalidWebhook::Signature);
@@ -171,7 +176,8 @@ impl VerifyWebhook for StandardWebhooks {
         let signatures = field(headers, names.signature, InvalidWebhook::Signature)?;
         let timestamp = field(headers, names.timestamp, InvalidWebhook::Timestamp)?;
         let id = field(headers, names.id, InvalidWebhook::Id)?;
-        // In `msg_1.T.T2.5` nothing marks the end of the id. A timestamp, which must be a number, has no dot.
+        // In `msg_1.T.T2.5`, nothing marks the end of the id. A timestamp has no dot, because it
+        // must be a number.
         if id.contains('.') {
             return Err(InvalidWebhook::Id);
         }

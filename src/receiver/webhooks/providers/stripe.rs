@@ -1,4 +1,4 @@
-//! Stripe.
+//! Webhooks of Stripe.
 
 use http::HeaderMap;
 
@@ -11,9 +11,11 @@ use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 const SIGNATURE: &str = "stripe-signature";
 
-/// Stripe: `Stripe-Signature` with a timestamp and one or more signatures of the kind `v1`, up to 16.
+/// Stripe: `Stripe-Signature` with a timestamp and one or more signatures of the kind `v1`, up to
+/// 16.
 ///
-/// * **Signed**: the timestamp and the body. One fitting signature is enough; Stripe sends two while a secret is being replaced.
+/// * **Signed**: the timestamp and the body. One matching signature is enough. Stripe sends two
+///   while a secret is being replaced.
 /// * **Id**: the event's `id` in the body.
 /// * **Replays**: the timestamp must be within five minutes of the clock, and the id is signed.
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! Twilio.
+//! Webhooks of Twilio.
 
 use std::fmt;
 
@@ -17,31 +17,37 @@ use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 const SIGNATURE: &str = "x-twilio-signature";
 
-/// Announces a signature by a shared key, such as `key=..,algorithm=HMAC_SHA256`.
+/// The field that announces a signature with a shared key, such as `key=..,algorithm=HMAC_SHA256`.
 const SHARED_KEY: &str = "x-twilio-webhooks-signature-settings";
 
-/// Twilio: `X-Twilio-Signature`, an HMAC-SHA-1 that begins with the URL.
+/// Twilio: `X-Twilio-Signature`, an HMAC-SHA-1 that starts with the URL.
 ///
-/// * **Signed**: the full URL, and either the sorted parameters of a form, up to 1,000, or the hash of another body. URL, names and values
-///   are joined into **one text without separators**. Any other split of the same text into a URL, names and values has the same
-///   signature: someone who has recorded a webhook can move text between a name and its value, between parameters, and between the URL
-///   and the parameters. So trust no single parameter of a recorded webhook. Neither the order of parameters nor the repetition of an
-///   equal one is signed.
-/// * **Body**: a body with the `Content-Type` `application/x-www-form-urlencoded` is a form, and the signature always covers its
-///   parameters. Any other body must have its hash in the URL, as `bodySHA256` at the end of the query, where Twilio puts it. The
-///   check ignores a hash in any other place, because that hash can be part of a recorded parameter. One attack remains: a forger
-///   who can choose the end of the last parameter (in sorted order) and can record the webhook can place the hash of another body
-///   there.
-/// * **Id**: `I-Twilio-Idempotency-Token`, which Twilio repeats when it sends a webhook again. A webhook without this field is rejected.
-///   It is **not signed**, and the signed parts have no id: two presses of a key in one call can have equal parameters.
-/// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under another token, and it runs again.
-///   Make the handler safe against an old event, by the `CallSid` or `MessageSid` and the state that it reports.
+/// * **Signed**: the full URL, and either the sorted parameters of a form, up to 1,000, or the hash
+///   of another body. URL, names and values are joined into **one text without separators**. Any
+///   other split of the same text into a URL, names and values has the same signature. Someone who
+///   has recorded a webhook can move text between a name and its value, between parameters, and
+///   between the URL and the parameters. Therefore trust no single parameter of a recorded webhook.
+///   The signature covers neither the order of parameters nor the repetition of an equal one.
+/// * **Body**: a body with the `Content-Type` `application/x-www-form-urlencoded` is a form, and
+///   the signature always covers its parameters. Any other body must have its hash in the URL, as
+///   `bodySHA256` at the end of the query, where Twilio puts it. The check ignores a hash in any
+///   other place, because that hash can be part of a recorded parameter. One attack remains: a
+///   forger who can choose the end of the last parameter (in sorted order) and can record the
+///   webhook can place the hash of another body there.
+/// * **Id**: `I-Twilio-Idempotency-Token`, which Twilio repeats when it sends a webhook again. A
+///   webhook without this field is rejected. The field is **not signed**, and the signed parts have
+///   no id. For example, two presses of a key in one call can have equal parameters.
+/// * **Replays**: there is no timestamp. Someone who has recorded a webhook can send it again under
+///   another token, and it runs again. Make the handler safe against an old event, by the `CallSid`
+///   or `MessageSid` and the state that it reports.
 ///
-/// Choose POST for the webhook at Twilio. The layer rejects GET, whose parameters would be in the URL.
+/// Choose POST for the webhook at Twilio. The layer rejects GET, whose parameters would be in the
+/// URL.
 ///
-/// Signatures by an auth token use HMAC-SHA-1; the weaknesses of SHA-1 against collisions do not break HMAC. Twilio's shared keys (a public
-/// beta) sign with HMAC-SHA-256, which this check does not support. It rejects a webhook that has their field
-/// `X-Twilio-Webhooks-Signature-Settings` as [`Secret`](InvalidWebhook::Secret), whatever the field says.
+/// Signatures by an auth token use HMAC-SHA-1. The weaknesses of SHA-1 against collisions do not
+/// break HMAC. Twilio's shared keys (a public beta) sign with HMAC-SHA-256, which this check does
+/// not support. It rejects a webhook that has their field `X-Twilio-Webhooks-Signature-Settings` as
+/// [`Secret`](InvalidWebhook::Secret), whatever the field contains.
 #[derive(Clone)]
 pub struct TwilioWebhooks {
     url: PublicUrl,
@@ -51,15 +57,17 @@ pub struct TwilioWebhooks {
 impl TwilioWebhooks {
     /// Verifies for this public URL with these auth tokens.
     ///
-    /// `public_url` is the beginning of the URL that you entered at Twilio, without the request's path and query: `https://hooks.example`.
-    /// Proxies change scheme, host and port, so the layer cannot find them out. If a proxy removes the beginning of the path as well,
-    /// add it: `https://example.com/api`. If you entered a user and a password, add them: `https://user:password@hooks.example`. As in
-    /// Twilio's libraries, a URL with and without its port is the same.
+    /// `public_url` is the start of the URL that you entered at Twilio, without the request's path
+    /// and query: `https://hooks.example`. Proxies change scheme, host and port, so the layer
+    /// cannot find them out. If a proxy also removes the start of the path, add it:
+    /// `https://example.com/api`. If you entered a user and a password, add them:
+    /// `https://user:password@hooks.example`. As in Twilio's libraries, a URL with and without its
+    /// port is the same.
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the URL has no scheme or host, or has a query, and if there is no token or an
-    /// empty one.
+    /// [`Configuration`](ErrorKind::Configuration) if the URL has no scheme or host, or has a
+    /// query, and if there is no token or an empty one.
     pub fn new<S: AsRef<[u8]>>(
         public_url: impl AsRef<str>,
         auth_tokens: impl IntoIterator<Item = S>,
@@ -107,7 +115,7 @@ impl VerifyWebhook for TwilioWebhooks {
     }
 }
 
-/// The parts that the signature covers behind the public URL.
+/// The parts that the signature covers after the public URL.
 pub(in crate::receiver) struct Signed<'w> {
     path_and_query: &'w str,
     form: Vec<Pair>,
@@ -116,7 +124,7 @@ pub(in crate::receiver) struct Signed<'w> {
 impl<'w> Signed<'w> {
     pub(in crate::receiver) fn of(webhook: &Webhook<'w>) -> Result<Self, InvalidWebhook> {
         let path_and_query = webhook.path_and_query();
-        // The check could read one line and the handler the other.
+        // Reject a second line, because the check could read one line and the handler the other.
         if webhook.headers().get_all(CONTENT_TYPE).iter().nth(1).is_some() {
             return Err(InvalidWebhook::Body);
         }
@@ -147,16 +155,17 @@ impl<'w> Signed<'w> {
 
 /// Returns the hash in the last pair of the query.
 ///
-/// Nothing in the signed text marks the end of the URL, so the parameters of a recorded form can be shifted into the query. A hash within
-/// a parameter is not at the end, unless no other parameter sorts behind this one.
+/// The signed text does not mark the end of the URL, so someone could shift the parameters of a
+/// recorded form into the query. A hash within a parameter is not at the end, unless no other
+/// parameter sorts after this one.
 pub(in crate::receiver) fn body_hash(path_and_query: &str) -> Option<&str> {
     let (_, query) = path_and_query.split_once('?')?;
     let last = query.rsplit('&').next()?;
     last.strip_prefix("bodySHA256=")
 }
 
-/// Returns whether a handler could read the body as a form. Compares the beginning of the type, as `Form` of axum does, so that no form
-/// passes as another body.
+/// Returns whether a handler could read the body as a form. Compares the start of the type, as
+/// axum's `Form` does, so that no form passes as another body.
 pub(in crate::receiver) fn is_form(headers: &HeaderMap) -> bool {
     const FORM: &[u8] = b"application/x-www-form-urlencoded";
     let kind = headers.get(CONTENT_TYPE).map_or(&b""[..], |kind| kind.as_bytes());

@@ -1,6 +1,7 @@
-//! JSON in which no object has two members of one name.
+//! Parses JSON in which no object has two members with one name.
 //!
-//! If a member is there twice, parsers disagree about which one counts. The check would verify one and the handler would read the other.
+//! If a member occurs twice, parsers disagree about which one counts. The check would verify one,
+//! and the handler would read the other.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -8,18 +9,20 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-/// Parses JSON, and returns nothing if it is malformed or has a member twice.
+/// Parses JSON. Returns `None` if it is malformed or has a member twice.
 pub(super) fn parse(body: &[u8]) -> Option<Value> {
     let Unique = serde_json::from_slice(body).ok()?;
     serde_json::from_slice(body).ok()
 }
 
-/// A value whose objects have each member once. It holds nothing of the value, because the form of a number depends on the
-/// features of `serde_json`. With `arbitrary_precision`, a fraction arrives here as an object of one member.
+/// A value whose objects have each member once. It stores nothing of the value, because the form of
+/// a number depends on the features of `serde_json`. With `arbitrary_precision`, a fraction arrives
+/// here as an object with one member.
 struct Unique;
 
-/// With the feature `raw_value`, `serde_json` takes an object with this member for the JSON within its string, whose members
-/// are not checked here.
+/// The name of a member that `serde_json` reserves. With the feature `raw_value`, `serde_json`
+/// parses the string in this member as JSON. The members of that JSON are not checked here, so an
+/// object with this member is rejected.
 const RAW_VALUE: &str = "$serde_json::private::RawValue";
 
 impl<'de> Deserialize<'de> for Unique {
@@ -70,7 +73,7 @@ impl<'de> Visitor<'de> for UniqueVisitor {
         let mut names = HashSet::new();
         while let Some((name, Unique)) = members.next_entry::<String, Unique>()? {
             if name == RAW_VALUE || !names.insert(name) {
-                return Err(A::Error::custom("a member is there twice, or is JSON within a string"));
+                return Err(A::Error::custom("a member occurs twice, or a string holds JSON"));
             }
         }
         Ok(Unique)
@@ -102,7 +105,8 @@ mod tests {
         }
     }
 
-    /// Any crate of a build can enable this feature of `serde_json`. The number became an object.
+    /// Any crate of a build can enable this feature of `serde_json`. With it, the number arrives as
+    /// an object.
     #[test]
     fn a_number_of_arbitrary_precision_is_a_value() {
         let number = MapDeserializer::<_, Error>::new([("$serde_json::private::Number", "1.5")].into_iter());
