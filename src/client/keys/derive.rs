@@ -1,4 +1,4 @@
-//! Keys that survive a crash: derived from what our own caller sent.
+//! Keys that survive a crash, because they are derived from the key of our own caller.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,15 +11,17 @@ use uuid::Builder;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::Scope;
 
-/// Derives a key for a call further on from the key that our own caller sent, so that a retry after a crash of ours makes the very
-/// same key again.
+/// Derives a key for a call to another system from the key that our own caller sent. A retry after
+/// a crash therefore gets the same key.
 ///
-/// It is HMAC-SHA-256 (RFC 2104) under a secret, over scope, inbound key and step, each preceded by its length as four bytes,
-/// big-endian; its first 16 bytes are given as a UUID of version 8 (RFC 9562 section 5.8), which every provider's bounds have room
-/// for and which serves as a client-made id as well. Never pass the inbound key itself on: whoever made it would share a name
-/// space with all others at the third party, and could ask there for answers that are not his.
+/// The key is an HMAC-SHA-256 (RFC 2104) under a secret. It covers the scope, the inbound key and
+/// the step, each after its length as four bytes, big-endian. The first 16 bytes become a UUID of
+/// version 8 (RFC 9562 section 5.8). A UUID fits the bounds of every provider, and can also serve
+/// as an id that the client makes. Never pass on the inbound key itself. Its maker would share a
+/// name space with all others at the third party, and could get responses there that belong to
+/// someone else.
 ///
-/// All processes, and all versions of a program that may see a retry, need the same secret.
+/// All processes need the same secret, and so do all versions of a program that may see a retry.
 ///
 /// ```
 /// use tower_idempotency::client::{KeyDeriver, KeyOrigin};
@@ -37,15 +39,15 @@ use crate::protocol::Scope;
 pub struct KeyDeriver(Hmac<Sha256>);
 
 impl KeyDeriver {
-    /// Keys under this secret, of at least 16 bytes.
+    /// Creates a deriver with this secret, which has at least 16 bytes.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Configuration`] when the secret is shorter.
+    /// [`ErrorKind::Configuration`] if the secret is shorter.
     pub fn new(secret: &[u8]) -> Result<Self, Error> {
         const SHORT: Error = Error::new(
             ErrorKind::Configuration,
-            "the secret for derived keys is shorter than 16 bytes; take 32 bytes from a cryptographic generator",
+            "the secret for derived keys is shorter than 16 bytes; use 32 bytes from a cryptographic generator",
         );
         match Hmac::new_from_slice(secret) {
             Ok(mac) if secret.len() >= 16 => Ok(Self(mac)),
@@ -53,7 +55,7 @@ impl KeyDeriver {
         }
     }
 
-    /// The key for this call, as a UUID in its usual form of 36 characters.
+    /// Returns the key of this call, as a UUID in its usual form of 36 characters.
     #[must_use]
     pub fn derive(&self, origin: &KeyOrigin) -> String {
         let mut text = [0; 36];
@@ -82,9 +84,9 @@ impl fmt::Debug for KeyDeriver {
     }
 }
 
-/// What a call further on is made for: the key that our own caller sent, the step of our work, and whose key it is. As an
-/// extension of a request it tells [`KeyGenerator::derived`](super::KeyGenerator::derived) what to derive from. Its `Debug` form hides
-/// the key.
+/// The origin of a call to another system: the key that our own caller sent, the step of our work,
+/// and the scope of the key. As an extension of a request, it is the input of
+/// [`KeyGenerator::derived`](super::KeyGenerator::derived). Its `Debug` form hides the key.
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeyOrigin {
     scope: Option<Scope>,
@@ -94,7 +96,8 @@ pub struct KeyOrigin {
 }
 
 impl KeyOrigin {
-    /// For the call `step` on behalf of a request, event or job named `key`. Two calls of one job need two steps.
+    /// Creates the origin of the call `step` for a request, event or job named `key`. Two calls of
+    /// one job need two steps.
     #[must_use]
     pub fn new(key: impl Into<String>, step: impl Into<Cow<'static, str>>) -> Self {
         Self {
@@ -105,18 +108,20 @@ impl KeyOrigin {
         }
     }
 
-    /// Sets the date of the first attempt, which [`ProviderProfile::repeatable_requests`](super::ProviderProfile::repeatable_requests)
-    /// sends to the server. Default: none. Use a time that is the same in every attempt, including those after a crash,
-    /// such as the time at which the job was enqueued. From this date the server knows whether its record of the key
-    /// may have expired. With a later date, the server could take a retry for a new request and perform the effect
-    /// twice.
+    /// Sets the date of the first attempt, which
+    /// [`ProviderProfile::repeatable_requests`](super::ProviderProfile::repeatable_requests) sends
+    /// to the server. Default: none. Use a time that is the same in every attempt, including those
+    /// after a crash, such as the time when the job was enqueued. From this date, the server knows
+    /// whether its record of the key may have expired. With a later date, the server could treat a
+    /// retry as a new request and perform the effect twice.
     #[must_use]
     pub const fn with_first_sent(mut self, time: SystemTime) -> Self {
         self.first_sent = Some(time);
         self
     }
 
-    /// Whose key it is; none by default. Needed wherever two callers could send the same key.
+    /// Sets the scope of the key, such as a tenant. Default: none. Set it if two callers could send
+    /// the same key.
     #[must_use]
     pub fn with_scope(mut self, scope: impl Into<Scope>) -> Self {
         self.scope = Some(scope.into());

@@ -16,10 +16,10 @@ use super::place::{place_first_sent, InBody, InHeader, KeyPlacement, NoFirstSent
 use super::profile::ProviderProfile;
 use crate::protocol::KeyError;
 
-/// Gives every logical request of a client one idempotency key.
+/// A layer that gives every logical request of a client one idempotency key.
 ///
-/// Put it *outside* of every layer that repeats requests (a retry, a redirect, a hedge), so that all attempts carry the
-/// same key.
+/// Put it *outside* of every layer that repeats requests (a retry, a redirect, a hedge), so that
+/// all attempts carry the same key.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -47,13 +47,14 @@ use crate::protocol::KeyError;
 /// | [methods](Self::with_methods) | POST and PATCH; other requests pass unchanged |
 /// | place | the header field of the [`ProviderProfile`] |
 ///
-/// A key that the caller has set wins. If the server would reject that key, because it is too long or the header field
-/// is repeated, the call fails and nothing is sent.
+/// A key that the caller has set takes precedence. If the server would reject that key, because it
+/// is too long or the header field is repeated, the call fails and nothing is sent.
 ///
 /// # Limits of the guarantee
 ///
-/// With a random key, a crash between two attempts can cause a second effect; use a [`KeyDeriver`](super::KeyDeriver). The
-/// server decides whether it honours the key, and for how long.
+/// With a random key, a crash between two attempts can cause a second effect. Use a
+/// [`KeyDeriver`](super::KeyDeriver) to prevent that. The server decides whether it honours the
+/// key, and for how long.
 #[derive(Clone)]
 pub struct IdempotencyKeyLayer<P = InHeader> {
     settings: Arc<Settings>,
@@ -68,7 +69,7 @@ struct Settings {
 }
 
 impl IdempotencyKeyLayer {
-    /// Makes keys for a server of this profile.
+    /// Creates a layer that makes keys for a server with this profile.
     #[must_use]
     pub fn new(profile: ProviderProfile) -> Self {
         let settings = Settings {
@@ -84,23 +85,23 @@ impl IdempotencyKeyLayer {
 }
 
 impl<P> IdempotencyKeyLayer<P> {
-    /// Sets how keys are made. Default: [`KeyGenerator::uuid_v4`].
+    /// Sets the generator of the keys. Default: [`KeyGenerator::uuid_v4`].
     #[must_use]
     pub fn with_maker(mut self, maker: KeyGenerator) -> Self {
         Arc::make_mut(&mut self.settings).maker = maker;
         self
     }
 
-    /// Sets the methods whose requests get a key. Default: POST and PATCH, because the other common methods are idempotent
-    /// (RFC 9110 section 9.2.2).
+    /// Sets the methods whose requests get a key. Default: POST and PATCH, because the other common
+    /// methods are idempotent (RFC 9110 section 9.2.2).
     #[must_use]
     pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         Arc::make_mut(&mut self.settings).methods = methods.into_iter().collect();
         self
     }
 
-    /// Puts the key into the body instead of a header field. The function also decides whether a key that the body already
-    /// has stays.
+    /// Puts the key into the body instead of a header field. The function also decides whether to
+    /// replace a key that the body already has.
     ///
     /// ```
     /// use http::Request;
@@ -148,7 +149,7 @@ impl<S, P: Clone> Layer<S> for IdempotencyKeyLayer<P> {
     }
 }
 
-/// A client whose requests have keys. Made by [`IdempotencyKeyLayer`].
+/// A client whose requests have keys. [`IdempotencyKeyLayer`] makes it.
 #[derive(Clone, Debug)]
 pub struct IdempotencyKeyService<S, P = InHeader> {
     inner: S,
@@ -161,7 +162,7 @@ impl<S, P> IdempotencyKeyService<S, P> {
         &self.inner
     }
 
-    /// Gives a request its key.
+    /// Adds the key to a request.
     fn key<B, E>(&self, request: &mut Request<B>) -> Result<(), KeyPlacementError<E>>
     where
         P: KeyPlacement<B>,
@@ -251,21 +252,22 @@ where
     }
 }
 
-/// The error of a request with a key.
+/// The error of a call through [`IdempotencyKeyService`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum KeyPlacementError<E> {
-    /// The server requires the date of the first attempt, and the request does not show it. Nothing was sent.
+    /// The server requires the date of the first attempt, and the layer does not know it. Nothing
+    /// was sent.
     ///
-    /// The layer dates a request by itself only if it has just made the key at random, because no earlier attempt can
-    /// have sent such a key. For any other key, put the time into the request's
+    /// The layer sets the date itself only if it has just made the key at random, because no
+    /// earlier attempt can have sent such a key. For any other key, put the time into the request's
     /// [`KeyOrigin`](super::KeyOrigin::with_first_sent), or set the header field.
     FirstSent,
     /// The server would not accept the key. Nothing was sent.
     Key(KeyError),
-    /// The maker made no key, or it could not be put into the body. Nothing was sent.
+    /// The generator made no key, or the key could not be added to the request. Nothing was sent.
     Maker(Box<dyn std::error::Error + Send + Sync>),
-    /// The client's own error.
+    /// The error of the inner client.
     Service(E),
 }
 
@@ -302,7 +304,7 @@ impl<E: std::error::Error + 'static> std::error::Error for KeyPlacementError<E> 
             Self::FirstSent => None,
             Self::Key(error) => Some(error),
             Self::Maker(cause) => Some(&**cause),
-            // Display shows this error already, so the chain goes on with its cause.
+            // `Display` shows this error already, so the chain continues with its cause.
             Self::Service(error) => error.source(),
         }
     }

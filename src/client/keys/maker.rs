@@ -1,4 +1,4 @@
-//! Who makes the keys.
+//! Generators of keys.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,15 +11,16 @@ use uuid::Builder;
 use super::derive::{KeyDeriver, KeyOrigin};
 use crate::clock::unix_millis;
 
-/// Why a maker failed.
+/// The error of a generator.
 pub(super) type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 type MakeFn = Arc<dyn Fn(Outgoing<'_>) -> Result<String, Cause> + Send + Sync>;
 
-/// Makes the key of a logical request. The default is [`uuid_v4`](Self::uuid_v4).
+/// A generator of keys, one per logical request. Default: [`uuid_v4`](Self::uuid_v4).
 ///
-/// A random key protects from repetitions *within* one call: our own retries, redirects, a proxy. It does not survive a crash, and
-/// a caller who retries *us* makes us take a new one: for that it takes a [derived](Self::derived) one.
+/// A random key protects against repeats *within* one call: our own retries, redirects, a proxy. It
+/// does not survive a crash. If a caller retries *our* request, we make a new random key. Use a
+/// [derived](Self::derived) key against both.
 #[derive(Clone)]
 pub struct KeyGenerator(Make);
 
@@ -35,38 +36,42 @@ enum Make {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Outgoing<'r> {
-    /// Its method.
+    /// The method of the request.
     pub method: &'r Method,
-    /// Its target.
+    /// The target of the request.
     pub uri: &'r Uri,
-    /// Its headers.
+    /// The header fields of the request.
     pub headers: &'r HeaderMap,
-    /// What travels with it in this process.
+    /// The extensions of the request, which stay in this process.
     pub extensions: &'r Extensions,
 }
 
 impl KeyGenerator {
-    /// 122 random bits (RFC 9562 section 5.4), from the thread's cryptographic generator.
+    /// Returns a generator of UUIDs of version 4: 122 random bits (RFC 9562 section 5.4) from the
+    /// thread's cryptographic generator.
     #[must_use]
     pub const fn uuid_v4() -> Self {
         Self(Make::UuidV4)
     }
 
-    /// The time in milliseconds, then 74 random bits (RFC 9562 section 5.7). For servers that keep their keys in an index; it tells
-    /// them when the key was made.
+    /// Returns a generator of UUIDs of version 7: the time in milliseconds, then 74 random bits
+    /// (RFC 9562 section 5.7). Use it for servers that store keys in an index. The key shows the
+    /// server when it was made.
     #[must_use]
     pub const fn uuid_v7() -> Self {
         Self(Make::UuidV7)
     }
 
-    /// Derived from the request's [`KeyOrigin`], an extension of it. A request without one is an error, and is not sent: a
-    /// key that changed with each crash would promise what it cannot keep.
+    /// Returns a generator that derives keys from the request's [`KeyOrigin`], an extension of the
+    /// request. A request without one is an error and is not sent, because a key that changes with
+    /// each crash would not protect it.
     #[must_use]
     pub const fn derived(keys: KeyDeriver) -> Self {
         Self(Make::Derived(keys))
     }
 
-    /// By a function; what it fails with is the source of the call's error, and nothing is sent.
+    /// Returns a generator that calls a function. The function's error is the source of the call's
+    /// error, and nothing is sent.
     #[must_use]
     pub fn from_fn<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
         make: impl Fn(Outgoing<'_>) -> Result<String, E> + Send + Sync + 'static,
@@ -76,14 +81,15 @@ impl KeyGenerator {
         })))
     }
 
-    /// Whether every key is made at random, so that no earlier attempt can have carried it.
+    /// Returns whether every key is random, so that no earlier attempt can have sent it.
     pub(super) const fn is_random(&self) -> bool {
         matches!(self.0, Make::UuidV4 | Make::UuidV7)
     }
 
-    /// Makes a key; in `text`, where it is a UUID.
+    /// Makes a key. A UUID is written into `text`.
     pub(super) fn make<'t>(&self, request: Outgoing<'_>, text: &'t mut [u8; 36]) -> Result<Cow<'t, str>, Cause> {
-        const NO_ORIGIN: &str = "the request has no `KeyOrigin` among its extensions to derive its key from";
+        const NO_ORIGIN: &str =
+            "the request has no `KeyOrigin` in its extensions, so no key can be derived; insert one";
         let uuid = match &self.0 {
             Make::Function(make) => return make(request).map(Cow::Owned),
             Make::Derived(keys) => {

@@ -1,5 +1,5 @@
-//! One key per logical request. [`KeyGenerator`] makes it, [`IdempotencyKeyLayer`] adds it, and a [`ProviderProfile`] describes the server
-//! that accepts it.
+//! One key per logical request. [`KeyGenerator`] makes the key, [`IdempotencyKeyLayer`] adds it,
+//! and a [`ProviderProfile`] describes the server that accepts it.
 
 mod derive;
 mod layer;

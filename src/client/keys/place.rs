@@ -1,4 +1,4 @@
-//! Where a key goes: into a header field, or into the body.
+//! The placement of a key: in a header field or in the body.
 
 use std::fmt;
 
@@ -12,20 +12,20 @@ use super::profile::ProviderProfile;
 use crate::clock::{http_date, http_date_of};
 use crate::protocol::{quoted, InvalidKey, KeyError, KeyParser, KeySyntax};
 
-/// Where the key of a request goes: [`InHeader`], the default, or [`InBody`].
+/// The placement of a request's key: [`InHeader`], the default, or [`InBody`].
 pub trait KeyPlacement<B> {
-    /// Whether the caller has set a key.
+    /// Returns whether the caller has set a key.
     ///
     /// # Errors
     ///
-    /// When the caller has set one that the server would not take.
+    /// If the caller has set a key that the server would reject.
     fn is_placed(&self, profile: &ProviderProfile, request: &Request<B>) -> Result<bool, KeyError>;
 
-    /// Puts the key into the request.
+    /// Adds the key to the request.
     ///
     /// # Errors
     ///
-    /// Whatever hinders it; nothing is sent then.
+    /// Any error that prevents adding the key. The request is not sent.
     fn place(
         &self,
         profile: &ProviderProfile,
@@ -34,7 +34,7 @@ pub trait KeyPlacement<B> {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }
 
-/// The key goes into the header field of the [`ProviderProfile`].
+/// Puts the key into the header field of the [`ProviderProfile`].
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct InHeader;
@@ -76,9 +76,9 @@ fn parser(profile: &ProviderProfile) -> KeyParser {
 #[derive(Debug)]
 pub(super) struct NoFirstSent;
 
-/// Sets the date of the first attempt, if the server requires one and the caller has not set it. Takes the date from
-/// the request's [`KeyOrigin`], or uses the present date if the key `is_new`. A process that crashed may have sent any
-/// other key before.
+/// Sets the date of the first attempt, if the server requires one and the caller has not set it.
+/// Takes the date from the request's [`KeyOrigin`]. Without one, uses the present date if the key
+/// `is_new`, because a process that crashed may have sent any other key before.
 pub(super) fn place_first_sent<B>(
     profile: &ProviderProfile,
     request: &mut Request<B>,
@@ -101,8 +101,9 @@ pub(super) fn place_first_sent<B>(
     placed.map(drop).map_err(|_: MaxSizeReached| NoFirstSent)
 }
 
-/// The key goes into the body, by a function that knows its form: a field of a JSON object, as Square has it. Made by
-/// [`IdempotencyKeyLayer::with_body_key`](super::IdempotencyKeyLayer::with_body_key).
+/// Puts the key into the body with a function that knows the form of the body, such as a member of
+/// a JSON object for Square.
+/// [`IdempotencyKeyLayer::with_body_key`](super::IdempotencyKeyLayer::with_body_key) makes it.
 #[derive(Clone)]
 pub struct InBody<F>(pub(super) F);
 
@@ -129,6 +130,6 @@ impl<F> fmt::Debug for InBody<F> {
     }
 }
 
-/// Extension of a request whose key is in its body.
+/// An extension of a request whose key is in its body.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct IsKeyed;

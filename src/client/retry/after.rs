@@ -1,4 +1,4 @@
-//! Reads both forms of `Retry-After`.
+//! Parses both forms of `Retry-After`.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,8 +6,9 @@ use http::header::{HeaderMap, DATE, RETRY_AFTER};
 
 use crate::clock::wall_clock;
 
-/// Returns how long the server asks the client to wait (RFC 9110 section 10.2.3). The field is a number of seconds, or a
-/// date, which is relative to the `Date` of the response if there is one. Any other value counts as no value.
+/// Returns how long the server asks the client to wait (RFC 9110 section 10.2.3). The field is a
+/// number of seconds, or a date. A date is relative to the `Date` of the response if there is one,
+/// and otherwise to the clock of this machine. Any other value counts as no value.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -27,7 +28,7 @@ fn date(headers: &HeaderMap) -> Option<SystemTime> {
 mod tests {
     use super::*;
 
-    fn asked(fields: &[(&'static str, &str)]) -> Option<Duration> {
+    fn requested(fields: &[(&'static str, &str)]) -> Option<Duration> {
         let fields = fields
             .iter()
             .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
@@ -35,33 +36,33 @@ mod tests {
     }
 
     #[test]
-    fn both_forms_are_read_and_nonsense_says_nothing() {
+    fn both_forms_are_read_and_nonsense_is_ignored() {
         const SECOND: Duration = Duration::from_secs(1);
-        assert_eq!(asked(&[("retry-after", "7")]), Some(SECOND * 7));
-        assert_eq!(asked(&[("retry-after", " 0 ")]), Some(Duration::ZERO));
+        assert_eq!(requested(&[("retry-after", "7")]), Some(SECOND * 7));
+        assert_eq!(requested(&[("retry-after", " 0 ")]), Some(Duration::ZERO));
         assert_eq!(
-            asked(&[("retry-after", "99999999999999999999999")]),
+            requested(&[("retry-after", "99999999999999999999999")]),
             Some(Duration::from_secs(u64::MAX))
         );
         for nonsense in ["", "-1", "1.5", "soon", "1 2"] {
-            assert_eq!(asked(&[("retry-after", nonsense)]), None, "{nonsense:?}");
+            assert_eq!(requested(&[("retry-after", nonsense)]), None, "{nonsense:?}");
         }
-        assert_eq!(asked(&[]), None);
+        assert_eq!(requested(&[]), None);
     }
 
     #[test]
     fn a_date_is_taken_by_the_servers_clock() {
         let until = ("retry-after", "Fri, 31 Dec 1999 23:59:59 GMT");
         assert_eq!(
-            asked(&[until, ("date", "Fri, 31 Dec 1999 23:59:49 GMT")]),
+            requested(&[until, ("date", "Fri, 31 Dec 1999 23:59:49 GMT")]),
             Some(Duration::from_secs(10))
         );
-        // The date has passed, by every clock.
+        // The date has passed by both clocks.
         assert_eq!(
-            asked(&[until, ("date", "Sat, 01 Jan 2000 00:00:00 GMT")]),
+            requested(&[until, ("date", "Sat, 01 Jan 2000 00:00:00 GMT")]),
             Some(Duration::ZERO)
         );
-        assert_eq!(asked(&[until]), Some(Duration::ZERO));
-        assert_eq!(asked(&[until, ("date", "yesterday")]), Some(Duration::ZERO));
+        assert_eq!(requested(&[until]), Some(Duration::ZERO));
+        assert_eq!(requested(&[until, ("date", "yesterday")]), Some(Duration::ZERO));
     }
 }

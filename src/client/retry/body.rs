@@ -6,11 +6,12 @@ use http_body_util::{Either, Empty, Full};
 
 use crate::http::BufferedBody;
 
-/// A request body that can possibly be sent more than once.
+/// A request body that the client may be able to send more than once.
 ///
-/// If a body cannot be cloned, the policy sends its request only once, and the caller gets the result of that attempt.
+/// If a body cannot be cloned, the policy sends its request only once, and the caller gets the
+/// result of that attempt.
 pub trait CloneBody: Sized {
-    /// Returns the same body again, or `None` if it can be sent only once, as a stream can.
+    /// Returns a copy of the body, or `None` if it can be sent only once, like a stream.
     fn try_clone(&self) -> Option<Self>;
 }
 

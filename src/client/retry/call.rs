@@ -1,4 +1,4 @@
-//! One logical call: sends its attempts as the policy decides, and reports the outcome.
+//! One logical call. Sends attempts as the policy decides, and reports the outcome.
 
 use std::fmt;
 use std::future::Future;
@@ -17,19 +17,22 @@ use super::collect::IsLost;
 use super::delivery::{CallOutcome, CallReport};
 use super::policy::RetryPolicy;
 
-/// Retries requests as a [`RetryPolicy`] decides, and reports the outcome: every response has a [`CallReport`] among its
-/// extensions, and a [`CallError`] distinguishes "outcome unknown" from "no effect".
+/// Retries requests as a [`RetryPolicy`] decides, and reports the outcome. Every response has a
+/// [`CallReport`] in its extensions, and a [`CallError`] distinguishes "outcome unknown" from "no
+/// effect".
 ///
-/// Put it inside of [`IdempotencyKeyLayer`](super::super::IdempotencyKeyLayer), so that all attempts carry one key.
-/// If you do not need the report, use `tower::retry::RetryLayer` with the same policy.
+/// Put it inside of [`IdempotencyKeyLayer`](super::super::IdempotencyKeyLayer), so that all
+/// attempts carry the same key. If you do not need the report, use `tower::retry::RetryLayer` with
+/// the same policy.
 ///
 /// A complete client is in the docs of [`client`](crate::client).
 ///
 /// # Response bodies
 ///
-/// The layer judges a response by its head and hands on the body as a stream. If the body breaks off later, the caller
-/// gets an error from the body, and the layer does not retry. [`collect_responses`](Self::collect_responses) makes the
-/// layer read the body within a bound, and treat a body that breaks off or stalls like a lost response.
+/// The layer judges a response by its head and passes the body on as a stream. If the body breaks
+/// off later, the caller gets an error from the body, and the layer does not retry. With
+/// [`collect_responses`](Self::collect_responses), the layer reads the body within a bound, and
+/// treats a body that breaks off or stalls like a lost response.
 ///
 /// # Example
 ///
@@ -57,7 +60,7 @@ use super::policy::RetryPolicy;
 ///         assert_eq!((error.attempts(), error.outcome()), (2, CallOutcome::Unknown));
 ///         assert_eq!(error.to_string(), "the HTTP call failed after 2 attempts; outcome unknown");
 ///     }
-///     Err(_) => unreachable!("a random key is always taken"),
+///     Err(_) => unreachable!("a random key is always accepted"),
 /// }
 /// # }
 /// ```
@@ -67,7 +70,7 @@ pub struct CallLayer {
 }
 
 impl CallLayer {
-    /// Retries as `policy` decides.
+    /// Creates a layer that retries as `policy` decides.
     #[must_use]
     pub const fn new(policy: RetryPolicy) -> Self {
         Self { policy }
@@ -85,7 +88,7 @@ impl<S> Layer<S> for CallLayer {
     }
 }
 
-/// A client that retries requests and reports the outcome. Made by [`CallLayer`].
+/// A client that retries requests and reports the outcome. [`CallLayer`] makes it.
 #[derive(Clone, Debug)]
 pub struct Call<S> {
     retry: Retry<RetryPolicy, S>,
@@ -169,7 +172,8 @@ where
             }
             Err(source) => {
                 let outcome = match CallOutcome::without_body(evidence) {
-                    // A layer further in reports a response, but this call returns an error, so its caller sees no status.
+                    // An inner layer reports a response, but this call returns an error. Therefore
+                    // its caller sees no status.
                     CallOutcome::Responded => CallOutcome::Unknown,
                     outcome => outcome,
                 };
@@ -187,7 +191,8 @@ impl<F> fmt::Debug for CallFuture<F> {
     }
 }
 
-/// The error of a call that got no response, or (with [`collect_responses`](CallLayer::collect_responses)) no complete one.
+/// The error of a call that got no response, or (with
+/// [`collect_responses`](CallLayer::collect_responses)) no complete response.
 #[derive(Debug)]
 pub struct CallError<E> {
     source: E,
@@ -208,7 +213,7 @@ impl<E> CallError<E> {
         CallError::new(change(self.source), self.attempts, self.outcome)
     }
 
-    /// The error of a client that did not become ready.
+    /// Returns the error of a client that did not become ready.
     const fn before(source: E) -> Self {
         Self {
             source,
@@ -217,7 +222,8 @@ impl<E> CallError<E> {
         }
     }
 
-    /// Returns how often this call sent the request. All attempts of another [`CallLayer`] further in count as one.
+    /// Returns how often this call sent the request. All attempts of an inner [`CallLayer`] count
+    /// as one.
     #[must_use]
     pub const fn attempts(&self) -> u32 {
         self.attempts
@@ -225,10 +231,11 @@ impl<E> CallError<E> {
 
     /// Returns whether the call took effect, as far as this is known.
     ///
-    /// It is [`CallOutcome::Responded`] only if the head of a response settled the effect and its body was lost
-    /// ([`CollectError::Body`](super::CollectError::Body)). A server that honours the key replays that response if the
-    /// call is sent again under the same key. A [`OnceLayer`](super::super::OnceLayer) around this layer sends it again
-    /// only with [`at_least_once`](super::super::OnceLayer::at_least_once) and
+    /// The outcome is [`CallOutcome::Responded`] only if the head of a response settled the effect
+    /// and its body was lost ([`CollectError::Body`](super::CollectError::Body)). A server that
+    /// honours the key replays that response if the call is sent again under the same key. A
+    /// [`OnceLayer`](super::super::OnceLayer) around this layer sends it again only with
+    /// [`at_least_once`](super::super::OnceLayer::at_least_once) and
     /// [`assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured).
     #[must_use]
     pub const fn outcome(&self) -> CallOutcome {

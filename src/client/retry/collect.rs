@@ -1,4 +1,4 @@
-//! Reads the body of a response within its attempt, so that the retry sees a body that was lost.
+//! Reads the body of a response within its attempt, so that the retry notices a lost body.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -17,26 +17,26 @@ use crate::http::{collect, has_body, is_cut_short, is_stream, Collect, RebuildBo
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
     pub(super) bytes: usize,
-    /// Counted from the head of the response.
+    /// The longest time from the head of the response to the end of its body.
     pub(super) time: Duration,
 }
 
-/// The extension of a response whose body was lost, for the [`RetryPolicy`](super::RetryPolicy), which does not know the
-/// type of the body.
+/// The extension of a response whose body was lost. The [`RetryPolicy`](super::RetryPolicy) needs
+/// it, because it does not know the type of the body.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct IsLost;
 
 /// The body of a response, or the reason why it was lost.
 #[derive(Debug)]
 pub enum Gathered<R> {
-    /// The whole body, or a stream that is not collected.
-    Given(R),
+    /// The whole body, or the body of a stream or of a response that is too long.
+    Body(R),
     /// The body was lost.
     Lost(BodyError),
 }
 
-/// A service that collects the bodies of its responses. A response whose body was lost is still a response here, because
-/// its head says more about the effect than an error does.
+/// A service that collects the bodies of its responses. It returns a response whose body was lost
+/// as a response, because its head shows more about the effect than an error does.
 #[derive(Clone, Debug)]
 pub struct Collecting<S> {
     pub(super) inner: S,
@@ -100,7 +100,7 @@ where
             None => {
                 let (head, body) = ready!(this.sent.poll(cx))?.into_parts();
                 if !has_body(this.method, head.status) || is_stream(&head) {
-                    return Poll::Ready(Ok(Response::from_parts(head, Gathered::Given(body))));
+                    return Poll::Ready(Ok(Response::from_parts(head, Gathered::Body(body))));
                 }
                 let body = collect(body, this.bounds.bytes, this.bounds.time);
                 Reading { head, body }
@@ -116,9 +116,9 @@ where
             cause,
         };
         let body = match read {
-            Ok(whole) if !is_cut_short(&head, whole.bytes.len()) => Gathered::Given(whole.rebuild()),
+            Ok(whole) if !is_cut_short(&head, whole.bytes.len()) => Gathered::Body(whole.rebuild()),
             Ok(part) | Err(Shortfall::Short(part)) => Gathered::Lost(lost(Cause::CutShort(part.bytes.len()))),
-            Err(Shortfall::TooLarge(body)) => Gathered::Given(R::rebuild(body)),
+            Err(Shortfall::TooLarge(body)) => Gathered::Body(R::rebuild(body)),
             Err(Shortfall::TooSlow(_)) => Gathered::Lost(lost(Cause::TooSlow(this.bounds.time))),
             Err(Shortfall::Broken(error)) => Gathered::Lost(lost(Cause::Broken(error.into()))),
         };
@@ -129,13 +129,14 @@ where
     }
 }
 
-/// The error of an attempt whose response is collected: either the client failed, or the body of its response was lost.
+/// The error of an attempt whose response is collected. Either the client failed, or the body of
+/// its response was lost.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum CollectError<E> {
-    /// The head of a response came, and its body was lost.
+    /// The head of a response arrived, and its body was lost.
     Body(BodyError),
-    /// The client's own error.
+    /// The error of the inner client.
     Service(E),
 }
 
@@ -157,8 +158,8 @@ impl<E: StdError + 'static> StdError for CollectError<E> {
     }
 }
 
-/// The error of a response whose head came and whose body was lost: the connection broke, the body ended before its
-/// declared length, or it exceeded the time limit.
+/// The error of a response whose head arrived and whose body was lost. The connection broke, the
+/// body ended before its declared length, or it exceeded the time limit.
 #[derive(Debug)]
 pub struct BodyError {
     status: StatusCode,
@@ -168,7 +169,7 @@ pub struct BodyError {
 #[derive(Debug)]
 enum Cause {
     Broken(Box<dyn StdError + Send + Sync>),
-    /// After so many bytes.
+    /// The body ended after this number of bytes.
     CutShort(usize),
     TooSlow(Duration),
 }
@@ -180,7 +181,8 @@ impl BodyError {
         self.status
     }
 
-    /// Whether the body exceeded the [time limit](super::CollectingCallLayer::with_response_timeout).
+    /// Returns whether the body exceeded the [time
+    /// limit](super::CollectingCallLayer::with_response_timeout).
     #[must_use]
     pub const fn is_timeout(&self) -> bool {
         matches!(self.cause, Cause::TooSlow(_))

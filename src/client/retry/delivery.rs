@@ -3,17 +3,18 @@
 use super::super::keys::ResponseMeaning;
 use super::super::report::Evidence;
 
-/// The knowledge about the effect of a call.
+/// The effect of a call, as far as it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CallOutcome {
     /// The server processed the call, and its response describes the effect.
     Responded,
-    /// The call had no effect. Either no attempt was sent, or the server says that it did not begin, or (in a
-    /// [`CallError`](super::CallError)) the body of a refusal such as a 401 or 413 was lost.
+    /// The call had no effect. Either no attempt was sent, or the server reports that it did not
+    /// start, or (in a [`CallError`](super::CallError)) the body of a refusal such as a 401 or 413
+    /// was lost.
     NotTaken,
-    /// It is unknown whether the call took effect; it may still do so later. Send it again under the same key, or ask
-    /// the third party about it.
+    /// It is unknown whether the call took effect, and it may still take effect later. Send it
+    /// again under the same key, or ask the third party about it.
     Unknown,
 }
 
@@ -28,8 +29,9 @@ impl From<ResponseMeaning> for CallOutcome {
 }
 
 impl CallOutcome {
-    /// The outcome for a caller that does not see the response, because its body was lost. A refusal had no effect, also
-    /// without its body. Without the status, a response that does not settle the effect says nothing.
+    /// Returns the outcome for a caller that does not see the response, because its body was lost.
+    /// A refusal had no effect, also without its body. Without its status, a response that does not
+    /// settle the effect shows nothing.
     pub(super) fn without_body(evidence: Evidence) -> Self {
         match evidence.meaning {
             _ if evidence.has_no_effect_by_error() => Self::NotTaken,
@@ -41,7 +43,8 @@ impl CallOutcome {
     }
 }
 
-/// The history of a response. [`CallLayer`](super::CallLayer) adds it to the extensions of every response.
+/// The report about a call. [`CallLayer`](super::CallLayer) adds it to the extensions of every
+/// response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallReport {
     pub(super) attempts: u32,
@@ -50,20 +53,20 @@ pub struct CallReport {
 }
 
 impl CallReport {
-    /// Returns how often this call sent the request: 1 or more. All attempts of another `CallLayer` further in count as
-    /// one.
+    /// Returns how often this call sent the request: 1 or more. All attempts of an inner
+    /// `CallLayer` count as one.
     #[must_use]
     pub const fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// Whether the server marks this response as the replay of an earlier one.
+    /// Returns whether the server marks this response as the replay of an earlier one.
     #[must_use]
     pub const fn is_replay(&self) -> bool {
         self.is_replay
     }
 
-    /// Returns the knowledge about the effect.
+    /// Returns the effect of the call, as far as it is known.
     #[must_use]
     pub const fn outcome(&self) -> CallOutcome {
         self.outcome

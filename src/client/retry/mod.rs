@@ -1,5 +1,5 @@
-//! Retries of requests: [`RetryPolicy`] decides for `tower::retry`; [`CallLayer`] also reports the outcome, and can collect
-//! the response.
+//! Retries of requests. [`RetryPolicy`] decides for `tower::retry`. [`CallLayer`] also reports the
+//! outcome, and can collect the response.
 
 mod after;
 mod body;

@@ -20,23 +20,26 @@ use super::body::CloneBody;
 use super::collect::IsLost;
 use crate::clock::{sleep, Deadline, Timer};
 
-/// Decides for `tower::retry` which requests are sent again: only a request that has a key, is idempotent by its method
-/// (RFC 9110 section 9.2.2), or is made under a [`OnceLayer`](super::super::OnceLayer).
+/// A policy for `tower::retry`. It repeats a request only if the request has a key, if its method
+/// is idempotent (RFC 9110 section 9.2.2), or if it is made under a
+/// [`OnceLayer`](super::super::OnceLayer).
 ///
-/// The policy repeats such a request after an error of the client, such as a timeout, and after a response that the
-/// [`ProviderProfile`] [names](ProviderProfile::advice). It waits for the time in `Retry-After`, plus a random time up to the first bound of
-/// [`with_max_backoff`](Self::with_max_backoff). Without that field it waits for a random time between zero and a bound that doubles
-/// with every attempt ("full jitter").
+/// The policy repeats such a request after an error of the client, such as a timeout, and after a
+/// response for which the [`ProviderProfile`] [advises](ProviderProfile::advice) it. It waits for
+/// the time in `Retry-After`, plus a random time of at most
+/// [`with_initial_backoff`](Self::with_initial_backoff). Without that field, it waits for a random
+/// time between zero and a bound that doubles with every attempt ("full jitter").
 ///
-/// The policy judges a response by its head. It does not repeat a request because its body breaks off later, unless the
-/// [`CallLayer`](super::CallLayer) [collects](super::CallLayer::collect_responses) the body.
+/// The policy judges a response by its head. It does not repeat a request because the body of its
+/// response breaks off later, unless the [`CallLayer`](super::CallLayer)
+/// [collects](super::CallLayer::collect_responses) the body.
 ///
-/// Under a [`OnceLayer`](super::super::OnceLayer) it repeats a request only if the server provably did not take it,
-/// that is, after an error that is known to come before the sending, a 425 or a 429. A key in the header does not show
-/// that the server deduplicates by it;
-/// [`OnceLayer::assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured) states that the server does. The
-/// policy recognises the `OnceLayer` by an extension of the request, so layers between the two must pass the extensions
-/// on.
+/// Under a [`OnceLayer`](super::super::OnceLayer), the policy repeats a request only if the server
+/// provably did not take it. That is the case after an error that is known to come before the
+/// sending, a 425 or a 429. A key in the header does not show that the server deduplicates by it.
+/// [`OnceLayer::assume_keys_honoured`](super::super::OnceLayer::assume_keys_honoured) states that
+/// the server does. The policy recognises the `OnceLayer` by an extension of the request, so layers
+/// between the two must pass the extensions on.
 ///
 /// # Defaults
 ///
@@ -46,7 +49,7 @@ use crate::clock::{sleep, Deadline, Timer};
 /// | [initial](Self::with_initial_backoff) and [longest](Self::with_max_backoff) back-off | 200 ms, doubled up to 20 s |
 /// | [horizon](Self::with_horizon) | 60 s, and at most nine tenths of the profile's retention |
 /// | [budget](Self::with_budget) | tower's: a fifth of the requests, and 10 a second |
-/// | [errors](Self::with_errors) | every error may have taken effect; with the feature `reqwest`, its own are known |
+/// | [errors](Self::with_errors) | every error may have taken effect; with the feature `reqwest`, errors of `reqwest` before the sending are known |
 ///
 /// # What it does not promise
 ///
@@ -71,7 +74,7 @@ struct Settings {
 }
 
 impl RetryPolicy {
-    /// Makes a policy for a server of this profile.
+    /// Creates a policy for a server with this profile.
     #[must_use]
     pub fn new(profile: ProviderProfile) -> Self {
         let settings = Settings {
@@ -90,52 +93,54 @@ impl RetryPolicy {
         }
     }
 
-    /// Sets how often a request is sent in all. At least 1. Default: 5.
+    /// Sets the maximum number of attempts in total, at least 1. Default: 5.
     #[must_use]
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
         self.settings().max_attempts = attempts.max(1);
         self
     }
 
-    /// Sets the bound of the random pause before the second attempt. The bound doubles with every attempt, up to
-    /// [`with_max_backoff`](Self::with_max_backoff). Default: 200 ms.
+    /// Sets the bound of the random pause before the second attempt. The bound doubles with every
+    /// attempt, up to [`with_max_backoff`](Self::with_max_backoff). Default: 200 ms.
     #[must_use]
     pub fn with_initial_backoff(mut self, pause: Duration) -> Self {
         self.settings().initial_backoff = pause;
         self
     }
 
-    /// Sets the longest bound of the random pause before an attempt. The bound of the first pause is never longer than this.
-    /// Default: 20 s.
+    /// Sets the longest bound of the random pause before an attempt. The bound of the first pause
+    /// is never longer than this. Default: 20 s.
     #[must_use]
     pub fn with_max_backoff(mut self, pause: Duration) -> Self {
         self.settings().max_backoff = pause;
         self
     }
 
-    /// Sets how long after the first attempt another one may begin. Default: 60 s. The policy never repeats a request after
-    /// nine tenths of the profile's retention, because the server may have forgotten the key.
+    /// Sets how long after the first attempt another attempt may start. Default: 60 s. The policy
+    /// never repeats a request after nine tenths of the profile's retention, because the server may
+    /// have deleted its record of the key.
     #[must_use]
     pub fn with_horizon(mut self, horizon: Duration) -> Self {
         self.settings().horizon = horizon;
         self
     }
 
-    /// Sets the number of retries that all requests may make together. Clones of the policy share it. Default: tower's own
-    /// budget, which allows a fifth of the requests that succeed, and 10 a second, over the last 10 seconds.
+    /// Sets the number of retries that all requests may make together. Clones of the policy share
+    /// it. Default: tower's own budget. It allows retries for a fifth of the requests that succeed,
+    /// and 10 a second, over the last 10 seconds.
     #[must_use]
     pub fn with_budget(mut self, budget: TpsBudget) -> Self {
         self.settings().budget = Arc::new(budget);
         self
     }
 
-    /// Sets what an error of the client says about the effect. Default: every error may have taken effect, except for
-    /// an error of `reqwest` that comes before the sending (feature `reqwest`). For several types, call it several
-    /// times.
+    /// Sets the classification of the client's errors by their effect. Default: every error may
+    /// have taken effect, except for an error of `reqwest` that comes before the sending (feature
+    /// `reqwest`). To classify errors of several types, call this method several times.
     ///
-    /// The policy uses this classification only for an error of the request itself. An error that may belong to a later
-    /// hop of a redirect never counts as "not sent". If the client follows redirects, put `SameOriginKey` into its policy,
-    /// so that this policy knows the hops.
+    /// The policy uses this classification only for an error of the request itself. An error that
+    /// may belong to a later hop of a redirect never counts as "not sent". If the client follows
+    /// redirects, put `SameOriginKey` into its redirect policy, so that this policy knows the hops.
     ///
     /// ```
     /// use std::io;
@@ -162,7 +167,8 @@ impl RetryPolicy {
         &self.settings.profile
     }
 
-    /// Returns whether to repeat the request after this result of an attempt, and what the result says about the effect.
+    /// Returns whether to repeat the request after this result of an attempt, and the evidence of
+    /// the result about the effect.
     pub(super) fn read<R, E: 'static>(
         &self,
         result: &Result<Response<R>, E>,
@@ -171,7 +177,8 @@ impl RetryPolicy {
         let Settings { profile, classes, .. } = &*self.settings;
         let is_body_lost = |response: &Response<R>| response.extensions().get::<IsLost>().is_some();
         let advice = match result {
-            // The response never reached the caller, so what its head advises does not count.
+            // The caller did not receive the whole response, so the advice of its head does not
+            // count.
             Ok(response) if is_body_lost(response) => RetryAdvice::Repeat,
             Ok(response) => profile.advice(response.status(), response.headers()),
             Err(error) => match classes.of(error, true) {
@@ -200,20 +207,20 @@ impl RetryPolicy {
         if self.sent >= settings.max_attempts {
             return None;
         }
-        let asked = result
+        let requested = result
             .as_ref()
             .ok()
             .and_then(|response| retry_after(response.headers()));
-        let pause = match asked {
-            // Add a random time, so that not all clients come at the same moment.
-            Some(asked) => asked.saturating_add(up_to(settings.initial_backoff)),
+        let pause = match requested {
+            // Add a random time, so that not all clients retry at the same moment.
+            Some(requested) => requested.saturating_add(up_to(settings.initial_backoff)),
             None => up_to(bound(settings.initial_backoff, settings.max_backoff, self.sent)),
         };
         (pause < self.deadline?.left()).then_some(pause)
     }
 }
 
-/// Whether the method is idempotent (RFC 9110 section 9.2.2).
+/// Returns whether the method is idempotent (RFC 9110 section 9.2.2).
 fn is_idempotent(method: &Method) -> bool {
     method.is_safe() || [Method::PUT, Method::DELETE].contains(method)
 }
@@ -242,11 +249,13 @@ where
         let report = extensions.get::<Report>();
         let (advice, evidence) = self.read(result, report);
         let has_lost_key = report.is_some_and(Report::has_lost_key);
-        // If a layer further in has judged the attempt, its result counts, because only that layer has seen the hops.
+        // If an inner layer has judged the attempt, its result counts, because only that layer has
+        // seen the hops.
         let known = report.map_or(evidence, |report| report.sum(evidence).1);
         // A layer between this retry and the inner layer may have replaced the response.
         let is_replaced = result.is_ok() && evidence.meaning != ResponseMeaning::NotTaken;
-        // A key in a header field does not show that the server deduplicates by it (`OnceLayer::assume_keys_honoured`).
+        // A key in a header field does not show that the server deduplicates by it
+        // (`OnceLayer::assume_keys_honoured`).
         let may_have_effect = known.meaning != ResponseMeaning::NotTaken || is_replaced;
         let is_forbidden = may_have_effect && extensions.get::<OnlyUnsent>().is_some();
         if advice == RetryAdvice::Final {

@@ -1,4 +1,4 @@
-//! One logical call whose response is collected.
+//! One logical call that collects its response.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -20,38 +20,41 @@ use super::delivery::{CallOutcome, CallReport};
 use super::policy::RetryPolicy;
 use crate::http::RebuildBody;
 
-/// A [`CallLayer`] that collects the body of each response within its attempt. Made by
-/// [`CallLayer::collect_responses`].
+/// A [`CallLayer`] that collects the body of each response within its attempt.
+/// [`CallLayer::collect_responses`] makes it.
 ///
-/// A response counts as lost if its body breaks off, ends before its declared length, or takes longer than the time
-/// limit. The layer then sends the request again, by the same rules as after a lost connection: the request has a key, or
-/// an idempotent method, or (under a [`OnceLayer`](super::super::OnceLayer)) the head of the response shows that the
-/// server did not take the request. A server that honours the key replays its response. If no attempt brings a whole
-/// body, the call fails with [`CollectError::Body`], which has the status of the last response.
+/// A response counts as lost if its body breaks off, ends before its declared length, or takes
+/// longer than the time limit. The layer then sends the request again, by the same rules as after a
+/// lost connection: the request has a key, or an idempotent method, or (under a
+/// [`OnceLayer`](super::super::OnceLayer)) the head of the response shows that the server did not
+/// take the request. A server that honours the key replays its response. If no attempt brings a
+/// whole body, the call fails with [`CollectError::Body`], which has the status of the last
+/// response.
 ///
-/// The caller gets the response with its head, extensions and trailers, and with a body of the same type that no longer
-/// depends on the connection.
+/// The caller gets the response with its head, extensions and trailers, and with a body of the same
+/// type that no longer depends on the connection.
 ///
 /// # Limits
 ///
 /// | setting | default | beyond it |
 /// |---|---|---|
-/// | [bytes](Self::with_response_limit) | 2 MiB | the caller gets the response as a stream, beginning with the bytes that were read; the layer does not repeat the request if the rest breaks off |
-/// | [time](Self::with_response_timeout), counted from the head | 10 s | the response counts as lost |
+/// | [bytes](Self::with_response_limit) | 2 MiB | the caller gets the response as a stream, starting with the bytes that were read; the layer does not repeat the request if the rest breaks off |
+/// | [time](Self::with_response_timeout), from the head | 10 s | the response counts as lost |
 ///
 /// A response whose declared length is over the limit passes at once.
 ///
 /// # What it does not cover
 ///
-/// * A stream that its head declares as such (`text/event-stream`, an upgrade) passes at once, and so does a response to
-///   HEAD or CONNECT, a 204 and a 304.
-/// * HTTP/1 has bodies that end with the connection, without a declared length and without chunks. If the server closes
-///   such a connection too early, the body looks complete (RFC 9112 section 8).
+/// * A stream that its head declares as such (`text/event-stream`, an upgrade) passes at once, and
+///   so does a response to HEAD or CONNECT, a 204 and a 304.
+/// * HTTP/1 has bodies that end with the connection, without a declared length and without chunks.
+///   If the server closes such a connection too early, the body looks complete (RFC 9112 section
+///   8).
 ///
 /// # Bodies
 ///
-/// The body of the response must be a [`RebuildBody`]: `reqwest::Body` is one, `hyper::body::Incoming` is not. Wrap the
-/// latter *inside* of this layer:
+/// The body of the response must be a [`RebuildBody`]: `reqwest::Body` is one,
+/// `hyper::body::Incoming` is not. Wrap the latter *inside* of this layer:
 ///
 /// ```
 /// use bytes::Bytes;
@@ -79,11 +82,12 @@ pub struct CollectingCallLayer {
 }
 
 impl CallLayer {
-    /// Collects the body of each response within its attempt, so that a response whose body breaks off counts as lost.
+    /// Collects the body of each response within its attempt, so that a response whose body breaks
+    /// off counts as lost.
     ///
-    /// Without this, the layer judges a response by its head only, and hands on the body as a stream: an error in the
-    /// body reaches the caller, and the layer does not repeat the request. That is the default because it suits every
-    /// type of body, and holds back no stream.
+    /// Without this, the layer judges a response by its head only, and passes the body on as a
+    /// stream. An error in the body reaches the caller, and the layer does not repeat the request.
+    /// That is the default, because it works for every type of body and delays no stream.
     #[must_use]
     pub const fn collect_responses(self) -> CollectingCallLayer {
         CollectingCallLayer {
@@ -97,15 +101,16 @@ impl CallLayer {
 }
 
 impl CollectingCallLayer {
-    /// Sets how many bytes of a body the layer collects. The caller gets a longer response as a stream. Default: 2 MiB.
+    /// Sets the maximum number of bytes of a body that the layer collects. The caller gets a longer
+    /// response as a stream. Default: 2 MiB.
     #[must_use]
     pub const fn with_response_limit(mut self, bytes: usize) -> Self {
         self.bounds.bytes = bytes;
         self
     }
 
-    /// Sets how long a body may take, counted from the head of its response. A body that takes longer is lost. Default:
-    /// 10 s.
+    /// Sets how long a body may take, from the head of its response to its end. A body that takes
+    /// longer is lost. Default: 10 s.
     #[must_use]
     pub const fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.bounds.time = timeout;
@@ -124,7 +129,8 @@ impl<S> Layer<S> for CollectingCallLayer {
     }
 }
 
-/// A client that retries requests, collects responses and reports the outcome. Made by [`CollectingCallLayer`].
+/// A client that retries requests, collects responses and reports the outcome.
+/// [`CollectingCallLayer`] makes it.
 #[derive(Clone, Debug)]
 pub struct CollectingCall<S> {
     call: Call<Collecting<S>>,
@@ -176,7 +182,7 @@ where
         };
         let (head, body) = response.into_parts();
         Poll::Ready(match body {
-            Gathered::Given(body) => Ok(Response::from_parts(head, body)),
+            Gathered::Body(body) => Ok(Response::from_parts(head, body)),
             Gathered::Lost(error) => {
                 let delivery = head.extensions.get::<CallReport>();
                 let (attempts, outcome) = delivery.map_or((1, CallOutcome::Unknown), |delivery| {
