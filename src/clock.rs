@@ -1,7 +1,8 @@
-//! Time: the one file in which "now" is read.
+//! Time: the only file that reads the clocks.
 //!
-//! A [`Timestamp`] is the time of a *store*, in microseconds since the Unix epoch. The protocol never reads a clock: it is
-//! handed a timestamp by the store, because only the store's clock may decide about leases and expiry.
+//! A [`Timestamp`] is the time of a *store*, in microseconds since the Unix epoch. The protocol
+//! never reads a clock. The store passes a timestamp to it, because only the store's clock may
+//! decide about leases and expiry.
 
 use std::fmt;
 use std::future::Future;
@@ -17,59 +18,61 @@ use pin_project_lite::pin_project;
 use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, Sleep};
 
-/// A moment by the clock of a store: microseconds since the Unix epoch.
+/// A point in time by the clock of a store, in microseconds since the Unix epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(u64);
 
 impl Timestamp {
-    /// The end of time: a lease that needs no renewal ends here.
+    /// The latest timestamp. A lease that needs no renewal ends then.
     pub const MAX: Self = Self(u64::MAX);
 
-    /// The moment `micros` microseconds after the Unix epoch.
+    /// Returns the timestamp `micros` microseconds after the Unix epoch.
     #[must_use]
     pub const fn from_micros(micros: u64) -> Self {
         Self(micros)
     }
 
-    /// Microseconds since the Unix epoch.
+    /// Returns the microseconds since the Unix epoch.
     #[must_use]
     pub const fn as_micros(self) -> u64 {
         self.0
     }
 
-    /// This moment plus `duration`, at most [`Timestamp::MAX`].
+    /// Returns this timestamp plus `duration`, at most [`Timestamp::MAX`].
     #[must_use]
     pub fn saturating_add(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(micros(duration)))
     }
 
-    /// How long it is from `earlier` to this moment; zero when `earlier` is later.
+    /// Returns the time from `earlier` to this timestamp. Returns zero if `earlier` is later.
     #[must_use]
     pub const fn saturating_since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
     }
 }
 
-/// Milliseconds since the Unix epoch by the machine's clock, for what is shown to others; nothing is decided by it.
+/// Returns the milliseconds since the Unix epoch by the machine's clock. They are shown to others,
+/// but nothing is decided by them.
 #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
 pub(crate) fn unix_millis() -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The time by the machine's clock.
+/// Returns the time by the machine's clock.
 #[cfg(any(feature = "retry", feature = "webhooks"))]
 #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
 pub(crate) fn wall_clock() -> SystemTime {
     SystemTime::now()
 }
 
-/// The date as HTTP writes it (RFC 9110 section 5.6.7).
+/// Returns the present date in the format of HTTP (RFC 9110 section 5.6.7).
 pub(crate) fn http_date() -> String {
     httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_millis(unix_millis()))
 }
 
-/// Formats a time as HTTP does; `None` before 1970 or after 9999, because HTTP has no form for such a time.
+/// Formats a time as HTTP does. Returns `None` before 1970 and after 9999, because HTTP has no form
+/// for such a time.
 pub(crate) fn http_date_of(time: SystemTime) -> Option<String> {
     /// 9999-12-31T23:59:59Z.
     const LAST: Duration = Duration::from_secs(253_402_300_799);
@@ -77,15 +80,16 @@ pub(crate) fn http_date_of(time: SystemTime) -> Option<String> {
     (since_epoch <= LAST).then(|| httpdate::fmt_http_date(time))
 }
 
-/// Whole microseconds of a duration, at most `u64::MAX` (584,000 years).
+/// Returns the whole microseconds of a duration, at most `u64::MAX` (584,000 years).
 pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The clock of a store that lives in this process.
 ///
-/// The system clock is read once, when the value is made; from then on the monotonic clock counts, so that a clock that is
-/// set back or forward cannot end a lease or a retention. Under `tokio::time::pause` it follows tokio's paused time.
+/// The system clock is read once, when the value is created. After that the monotonic clock counts,
+/// so that a change of the system clock cannot end a lease or a retention. Under
+/// `tokio::time::pause`, the clock follows tokio's paused time.
 #[derive(Clone)]
 pub struct Clock(Source);
 
@@ -96,7 +100,7 @@ enum Source {
 }
 
 impl Clock {
-    /// The machine's clock.
+    /// Returns the machine's clock.
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub fn system() -> Self {
@@ -107,8 +111,8 @@ impl Clock {
         })
     }
 
-    /// Returns a clock that stands still until [`advance`](Self::advance) is called. Clones share the time. For tests of
-    /// retention, without a sleep:
+    /// Returns a clock that stands still until [`advance`](Self::advance) is called. Clones share
+    /// the time. Use it for tests of retention without a sleep:
     ///
     /// ```
     /// use std::time::Duration;
@@ -116,19 +120,21 @@ impl Clock {
     ///
     /// let clock = Clock::manual(Timestamp::from_micros(0));
     /// let store = MemoryStore::builder().with_clock(clock.clone()).build();
-    /// // A day later for the store:
+    /// The store's time is now a day later.
     /// clock.advance(Duration::from_secs(24 * 60 * 60));
     /// assert_eq!(clock.now(), Timestamp::from_micros(86_400_000_000));
     /// # drop(store);
     /// ```
     ///
-    /// Waits and timeouts of a layer follow the runtime's clock instead: see the [guide](crate::guide::testing#time).
+    /// Waits and timeouts of a layer follow the runtime's clock instead. See the
+    /// [guide](crate::guide::testing#time).
     #[must_use]
     pub fn manual(start: Timestamp) -> Self {
         Self(Source::Manual(Arc::new(AtomicU64::new(start.0))))
     }
 
-    /// Moves a manual clock forward, at most to [`Timestamp::MAX`]. The machine's clock ignores the call.
+    /// Moves a manual clock forward, at most to [`Timestamp::MAX`]. The machine's clock ignores the
+    /// call.
     pub fn advance(&self, duration: Duration) {
         if let Source::Manual(now) = &self.0 {
             let later = |now| Some(Timestamp(now).saturating_add(duration).0);
@@ -137,7 +143,7 @@ impl Clock {
         }
     }
 
-    /// The time.
+    /// Returns the time.
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub fn now(&self) -> Timestamp {
@@ -164,7 +170,7 @@ impl fmt::Debug for Clock {
     }
 }
 
-/// The end of something that may last at most a given time, on the monotonic clock of this process.
+/// The end of a period on the monotonic clock of this process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadline(Instant);
 
@@ -186,17 +192,18 @@ impl Deadline {
     }
 }
 
-/// A timer that ends after `duration`.
+/// Returns a timer that ends after `duration`.
 pub(crate) fn sleep(duration: Duration) -> Timer {
     Deadline::after(duration).sleep()
 }
 
 pin_project! {
-    /// A timer for every runtime. It is tokio's if the runtime has timers; otherwise a thread of this process provides
-    /// it.
+    /// A timer that works in every runtime. It is tokio's timer if the runtime has timers.
+    /// Otherwise a thread of this process provides it.
     ///
-    /// A tokio runtime that was built without `enable_time` panics when a timer is made, and tokio gives no way to ask first.
-    /// The panic is caught once for each such runtime, and logged. From then on the thread serves this runtime.
+    /// A tokio runtime that was built without `enable_time` panics when a timer is created, and
+    /// tokio has no way to check first. The panic is caught once for each such runtime, and logged.
+    /// After that the thread serves this runtime.
     #[project = TimerProjection]
     #[derive(Debug)]
     pub(crate) enum Timer {
@@ -219,9 +226,9 @@ impl Timer {
         Self::Thread { delay }
     }
 
-    /// A timer that works without testing whether the runtime has timers, for background tasks: the application may run
-    /// them on a runtime that needs no timers, and must get no panic and no warning. The timer still follows tokio's
-    /// time if a test has paused it.
+    /// Returns a timer for background tasks, without a test whether the runtime has timers. The
+    /// application may run background tasks on a runtime that needs no timers, and must then get no
+    /// panic and no warning. The timer still follows tokio's time if a test has paused it.
     #[expect(clippy::disallowed_methods, reason = "this is the file in which time is read")]
     pub(crate) fn of_any_runtime(duration: Duration) -> Self {
         let (before, real, after) = (Instant::now(), std::time::Instant::now(), Instant::now());
@@ -245,14 +252,15 @@ impl Future for Timer {
     }
 }
 
-/// The last 64 runtimes of this process that were found to have no timers.
+/// The last 64 runtimes of this process that turned out to have no timers.
 struct WithoutTimers;
 
 static ANY_WITHOUT_TIMERS: AtomicBool = AtomicBool::new(false);
 static WITHOUT_TIMERS: Mutex<Vec<Id>> = Mutex::new(Vec::new());
 
 impl WithoutTimers {
-    /// Takes no lock as long as all runtimes of the process have timers.
+    /// Returns whether a runtime has no timers. Takes no lock while all runtimes of the process
+    /// have timers.
     fn includes(runtime: Id) -> bool {
         ANY_WITHOUT_TIMERS.load(Ordering::Acquire)
             && WITHOUT_TIMERS
@@ -275,7 +283,7 @@ impl WithoutTimers {
     }
 }
 
-/// Measures how long something takes.
+/// A stopwatch that measures a duration.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stopwatch(Instant);
 
@@ -290,24 +298,26 @@ impl Stopwatch {
         Instant::now().saturating_duration_since(self.0)
     }
 
-    /// Whole microseconds, at most `u64::MAX`.
+    /// Returns the elapsed whole microseconds, at most `u64::MAX`.
     pub(crate) fn elapsed_micros(self) -> u64 {
         micros(self.elapsed())
     }
 }
 
-/// The time limit of something that usually ends at its first poll.
+/// A time limit for a future that usually completes at its first poll.
 ///
 /// No timer exists before [`poll_over`](Self::poll_over) is called.
 #[derive(Debug)]
 pub(crate) enum Limit {
     Set(Duration),
-    // The timer is boxed because few futures need one, and without the box every future would be larger by its size.
+    // The timer is boxed, because few futures need one. Without the box, every future would be
+    // larger by its size.
     Running(Deadline, Option<Pin<Box<Timer>>>),
 }
 
 impl Limit {
-    /// Sets the time that is left, counted from the next call of [`poll_over`](Self::poll_over), unless less is left.
+    /// Shortens the remaining time to `to`, counted from the next call of
+    /// [`poll_over`](Self::poll_over). Does nothing if less time is left.
     pub(crate) fn shorten(&mut self, to: Duration) {
         let left = match self {
             Self::Set(limit) => *limit,
@@ -326,8 +336,8 @@ impl Limit {
         let Self::Running(deadline, timer) = self else {
             return Poll::Pending;
         };
-        // Check the deadline, too. An earlier poll may have used up the task's budget, and without a budget tokio's
-        // timers stay pending.
+        // Check the deadline as well. An earlier poll may have used up the task's budget, and
+        // tokio's timers stay pending without a budget.
         if deadline.left().is_zero() {
             return Poll::Ready(());
         }
@@ -339,7 +349,8 @@ impl Limit {
 }
 
 pin_project! {
-    /// Runs a future for a limited time; no timer is made for a future that is ready at its first poll.
+    /// Runs a future for a limited time. Creates no timer for a future that is ready at its first
+    /// poll.
     #[derive(Debug)]
     pub(crate) struct Within<F> {
         #[pin]
@@ -348,11 +359,11 @@ pin_project! {
     }
 }
 
-/// The time was up first.
+/// The error of a future that did not complete in time.
 #[derive(Debug)]
 pub(crate) struct Elapsed;
 
-/// `future`, given up after `limit`.
+/// Runs `future` for at most `limit`.
 pub(crate) fn within<F: Future>(limit: Duration, future: F) -> Within<F> {
     Within {
         future,
@@ -377,7 +388,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_manual_clock_moves_only_when_told_and_clones_share_it() {
+    fn a_manual_clock_moves_only_by_advance_and_clones_share_it() {
         let clock = Clock::manual(Timestamp::from_micros(5));
         let other = clock.clone();
         assert_eq!(clock.now().as_micros(), 5);
@@ -402,7 +413,8 @@ mod tests {
         assert!(within(Duration::from_secs(1), slow).await.is_ok());
     }
 
-    /// Tokio's timers are pending for a task that has used up its budget, and its `Timeout` makes up for that.
+    /// tokio's timers stay pending for a task that has used up its budget. tokio's `Timeout` makes
+    /// up for that, and so must `Within`.
     #[tokio::test(start_paused = true)]
     async fn within_gives_up_a_future_that_uses_up_its_budget_in_every_poll() {
         let greedy = std::future::poll_fn(|cx| {

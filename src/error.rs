@@ -1,15 +1,16 @@
-//! The one error type of the crate.
+//! The error type of the crate.
 
 use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 
-/// Why something could not be done.
+/// An error of this crate.
 ///
-/// Opaque: ask [`kind`](Self::kind) what to do about it and [`source`](StdError::source) what caused it. Neither its
-/// `Display` nor its `Debug` form ever holds a key, a body or a credential, as long as the causes that a store passes in
-/// do not. Clones share the cause.
+/// The type is opaque. [`kind`](Self::kind) shows what to do about the error, and
+/// [`source`](StdError::source) is its cause. Neither `Display` nor `Debug` ever shows a key, a
+/// body or a credential, as long as the causes that a store passes in do not. Clones share the
+/// cause.
 #[derive(Clone)]
 pub struct Error {
     kind: ErrorKind,
@@ -17,29 +18,35 @@ pub struct Error {
     source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
-/// What an [`Error`] means to the caller.
+/// The class of an [`Error`], which shows what a caller can do about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting of the crate or of a server is wrong: a URL, a missing table, a missing right, a server that is
-    /// read-only or may evict records. The constructors find most of these. Operations report what changes on the
-    /// server later, such as a table that is dropped or a primary that is demoted. Retries fail until an operator has
-    /// corrected the setting.
+    /// A setting of the crate or of a server is wrong. Examples are a URL, a missing table, a
+    /// missing right, and a server that is read-only or may evict records. The constructors find
+    /// most of these errors. Operations report later changes on the server, such as a dropped table
+    /// or a demoted primary. Retries fail until an operator corrects the setting.
     Configuration,
-    /// A record cannot be read: its bytes are damaged or of a newer version. It is somebody's live record, never "absent".
+    /// A record cannot be read, because its bytes are damaged or of a newer version. It is a live
+    /// record of some request, never "absent".
     CorruptRecord,
-    /// This process runs as many executions without a caller as its limit allows. Nothing was claimed.
+    /// This process runs as many executions without a caller as its limit allows. Nothing was
+    /// claimed.
     Overloaded,
-    /// The store has reached its record budget and takes no new keys for now. Nothing was recorded.
+    /// The store has reached its record budget and accepts no new keys for now. Nothing was
+    /// recorded.
     StoreFull,
-    /// Another attempt has taken the key over, or it is completed already. What was done within a transaction must be rolled back.
+    /// Another attempt has taken the key over, or the key is completed already. Roll back the
+    /// transaction of this attempt.
     Superseded,
-    /// The store could not be reached or did not answer. Whether the operation took effect is not known.
+    /// The store could not be reached or did not respond. It is unknown whether the operation took
+    /// effect.
     StoreUnavailable,
 }
 
 impl Error {
-    /// An error of `kind`; `what` says in one static sentence what was wrong and what to do.
+    /// Creates an error of `kind`. `what` states in one static sentence what is wrong and what to
+    /// do.
     #[must_use]
     pub const fn new(kind: ErrorKind, what: &'static str) -> Self {
         Self {
@@ -56,13 +63,14 @@ impl Error {
         self
     }
 
-    /// An error of a store that could not be reached or did not answer, caused by `source`.
+    /// Creates the error of a store that could not be reached or did not respond. `source` is the
+    /// cause.
     #[must_use]
     pub fn unavailable(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        Self::new(ErrorKind::StoreUnavailable, "the idempotency store did not answer").with_source(source)
+        Self::new(ErrorKind::StoreUnavailable, "the idempotency store did not respond").with_source(source)
     }
 
-    /// What the error means.
+    /// Returns the class of the error.
     #[must_use]
     pub const fn kind(&self) -> ErrorKind {
         self.kind
@@ -93,7 +101,7 @@ impl StdError for Error {
 
 type Classify<C> = Arc<dyn Fn(&dyn Any) -> Option<C> + Send + Sync>;
 
-/// The functions by which an application classifies errors, each for one type of error.
+/// The functions by which an application classifies errors. Each accepts one type of error.
 pub(crate) struct Classifiers<C>(Vec<Classify<C>>);
 
 impl<C> Classifiers<C> {
@@ -101,8 +109,8 @@ impl<C> Classifiers<C> {
         self.0.push(Arc::new(move |error| error.downcast_ref().map(&classify)));
     }
 
-    /// Returns the class of an error, or `None` if no function takes errors of its type. If several functions take the same
-    /// type, the last one decides.
+    /// Returns the class of an error. Returns `None` if no function accepts errors of its type. If
+    /// several functions accept the same type, the last one decides.
     pub(crate) fn of<E: 'static>(&self, error: &E) -> Option<C> {
         self.0.iter().rev().find_map(|classify| classify(error))
     }

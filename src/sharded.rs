@@ -1,4 +1,4 @@
-//! A map behind many small locks, for critical sections of a few instructions.
+//! A map of shards, each behind its own lock, for critical sections of a few instructions.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash};
@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The number of shards of every map.
 pub(crate) const SHARDS: usize = 64;
 
-/// Sixty-four hash maps, each behind its own lock; a key always falls to the same one.
+/// Sixty-four hash maps, each behind its own lock. A key always belongs to the same shard.
 #[derive(Debug)]
 pub(crate) struct Sharded<K, V, S> {
     shards: Box<[Mutex<HashMap<K, V, S>>]>,
@@ -22,9 +22,9 @@ impl<K: Eq + Hash, V, S: BuildHasher + Clone> Sharded<K, V, S> {
         Self { shards, hasher }
     }
 
-    /// Locks the shard that `key` falls to. Never held across an await: the guard is not `Send`.
+    /// Locks the shard of `key`. The guard is not `Send`, so it cannot be held across an await.
     pub(crate) fn lock(&self, key: &K) -> MutexGuard<'_, HashMap<K, V, S>> {
-        // The high bits choose the shard, since the map in the shard uses the low ones.
+        // The high bits choose the shard, because the map in the shard uses the low ones.
         let high = self.hasher.hash_one(key) >> 48;
         let shard = usize::try_from(high).unwrap_or(0) % SHARDS;
         lock(&self.shards[shard])
@@ -43,8 +43,8 @@ impl<K: Eq + Hash, V, S: BuildHasher + Clone> Sharded<K, V, S> {
     }
 }
 
-/// Locks a mutex. Its data is valid even after a panic: the only foreign code that runs under such a lock is
-/// [`Store::claim_now`](crate::Store::claim_now), which does not touch the data.
+/// Locks a mutex. Its data is valid even after a panic. The only foreign code that runs under such
+/// a lock is [`Store::claim_now`](crate::Store::claim_now), which does not touch the data.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

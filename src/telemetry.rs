@@ -1,4 +1,5 @@
-//! What the crate tells about itself: the names of its span, events and metrics, in one place. The crate's page documents them.
+//! Telemetry of the crate: the names of its span, events and metrics, in one place. The crate's
+//! page documents them.
 
 #[cfg(feature = "metrics")]
 use std::time::Duration;
@@ -9,57 +10,61 @@ use crate::error::{Error, ErrorKind};
 
 pub(crate) const TARGET: &str = "tower_idempotency";
 
-/// Unusual paths, each counted and reported under its own name.
+/// Unusual events. Each is counted and logged under its own name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// The execution was dropped before it ended, by a runtime that shut down; its lease was given up.
+    /// A runtime that shut down dropped an execution before it ended. The execution's lease was
+    /// given up.
     Abandoned,
     /// A claim failed and was repeated with its nonce.
     ClaimRepeated,
     /// A completion failed and was repeated.
     CompletionRepeated,
-    /// A look at the record of an owner in another process failed and was repeated.
+    /// A query of a record that an owner in another process holds failed and was repeated.
     LookRepeated,
-    /// What became of a transaction was found out after its caller had been refused.
+    /// The result of a transaction was found out after its caller had been refused.
     #[cfg(feature = "postgres")]
     DecidedBehind,
     /// The limit of executions whose callers left is reached, so a new one was refused.
     Overloaded,
-    /// The end of an execution was recorded after its caller had been told that it is not.
+    /// The end of an execution was recorded after its caller had got a response that says it is not
+    /// recorded.
     RecordedBehind,
-    /// The caller hung up; its execution went on in the background.
+    /// The caller hung up, and its execution continued in the background.
     Rescued,
-    /// A claim of unknown fate was released behind the refusal.
+    /// A claim with an unknown result was released after its request had been refused.
     ReleasedBehind,
-    /// A message of an outbox could not be published; it is tried again later.
+    /// A message of an outbox could not be published. The relay tries again later.
     #[cfg(feature = "postgres")]
     MessageFailed,
-    /// The row of a message of an outbox could not be read; it is tried again later.
+    /// The row of a message of an outbox could not be read. The relay tries again later.
     #[cfg(feature = "postgres")]
     MessageUnreadable,
-    /// The messages of an outbox could not be taken, or what became of them not be told; it is tried again later.
+    /// The relay could not take the messages of an outbox, or could not record their results. It
+    /// tries again later.
     #[cfg(feature = "postgres")]
     RelayFailed,
-    /// The error of a message's handler is not of the type that the classifier takes.
+    /// The error of a message's handler is not of the type that the classifier accepts.
     ErrorUnclassified,
-    /// A lease could not be renewed; it is tried again while it lasts.
+    /// A lease could not be renewed. The renewal is tried again while the lease lasts.
     RenewalFailed,
-    /// The handler panicked, its service failed, or a response broke off that would not have been stored.
+    /// The handler panicked, its service failed, or a response broke off that was not to be stored.
     HandlerFailed,
     /// A handler completed in a transaction that was not committed.
     #[cfg(feature = "postgres")]
     RolledBack,
-    /// A response was too large, too slow, a stream or broken, and a tombstone took its place.
+    /// A response was too large, too slow, a stream or broken, and the store recorded a tombstone
+    /// in its place.
     Tombstone,
-    /// Two messages of different types came under one id.
+    /// Two messages of different types had the same id.
     TypeMismatch,
-    /// The store could not record how an execution ended.
+    /// The store could not record the end of an execution.
     Unrecorded,
     /// The store failed and the request ran without protection, as configured.
     Unprotected,
     /// An owner found that its key had been taken over.
     Superseded,
-    /// A server does not tell its settings, so that they could not be checked.
+    /// A server does not report its settings, so they could not be checked.
     #[cfg(feature = "redis")]
     Unchecked,
     /// A record could not be read, and the request was refused.
@@ -68,7 +73,7 @@ pub(crate) enum Event {
     StoreFailed,
     /// The store is misconfigured, and the request was refused.
     StoreMisconfigured,
-    /// Expired records could not be deleted; it is tried again later.
+    /// Expired records could not be deleted. The store tries again later.
     #[cfg(feature = "postgres")]
     SweepFailed,
     /// A webhook could not be verified, and was rejected.
@@ -121,14 +126,14 @@ impl Event {
 impl Event {
     const fn message(self) -> &'static str {
         match self {
-            Self::Abandoned => "an execution was dropped before it ended; its lease was given up",
+            Self::Abandoned => "an execution was dropped before it ended, so its lease was given up",
             Self::ClaimRepeated => "a claim failed and is repeated",
             Self::CompletionRepeated => "a completion failed and is repeated",
-            Self::LookRepeated => "a look at a record failed and is repeated",
+            Self::LookRepeated => "a query of a record failed and is repeated",
             #[cfg(feature = "postgres")]
-            Self::DecidedBehind => "a transaction of unknown fate was decided",
+            Self::DecidedBehind => "the result of a transaction was found out late",
             Self::ErrorUnclassified => {
-                "the handler's error is not of the type that `with_error_class` takes, so it was not classified"
+                "the handler's error is not of the type that `with_error_class` accepts, so it was not classified"
             }
             Self::HandlerFailed => "the handler panicked or its service failed",
             #[cfg(feature = "postgres")]
@@ -136,12 +141,12 @@ impl Event {
             #[cfg(feature = "postgres")]
             Self::MessageUnreadable => "the row of a message of an outbox could not be read",
             #[cfg(feature = "postgres")]
-            Self::RelayFailed => "the messages of an outbox could not be taken, or what became of them not be told",
-            Self::Overloaded => "too many executions run whose callers left; a new one was refused",
+            Self::RelayFailed => "the messages of an outbox could not be taken, or their results could not be recorded",
+            Self::Overloaded => "too many executions are running whose callers left, so a new one was refused",
             Self::RecordedBehind => "the end of an execution was recorded late",
-            Self::ReleasedBehind => "a claim of unknown fate was released",
+            Self::ReleasedBehind => "a claim with an unknown result was released",
             Self::RenewalFailed => "a lease could not be renewed",
-            Self::Rescued => "the caller left; its execution goes on",
+            Self::Rescued => "the caller left, and its execution continues",
             Self::RecordUnreadable => "a record could not be read and the request was refused",
             Self::StoreFailed => "the store failed and the request was refused",
             Self::StoreMisconfigured => "the store is misconfigured and the request was refused",
@@ -152,7 +157,7 @@ impl Event {
             Self::Superseded => "an owner found its key taken over",
             #[cfg(feature = "redis")]
             Self::Unchecked => {
-                "the Redis server does not tell its settings; make sure that it is version 7.0 or later, with maxmemory-policy noeviction"
+                "the Redis server does not report its settings; make sure that it is version 7.0 or later, with maxmemory-policy noeviction"
             }
             Self::Tombstone => "a response is not stored; requests with its key will not run again",
             Self::TypeMismatch => {
@@ -169,14 +174,14 @@ impl Event {
 pub(crate) fn event(event: Event) {
     count_event(event);
     match event {
-        // Callers hang up every day.
+        // Clients hang up often, so this is no warning.
         Event::Rescued => tracing::info!(target: TARGET, event = event.name(), "{}", event.message()),
         _ => tracing::warn!(target: TARGET, event = event.name(), "{}", event.message()),
     }
 }
 
-/// Reports a tombstone. The level is DEBUG if the handler or the type of the response asked for it, and WARN if a response is
-/// lost.
+/// Logs a tombstone. The level is DEBUG if the handler or the type of the response asked for it,
+/// and WARN if a response is lost.
 pub(crate) fn tombstone(is_planned: bool) {
     if is_planned {
         count_event(Event::Tombstone);
@@ -186,7 +191,8 @@ pub(crate) fn tombstone(is_planned: bool) {
     }
 }
 
-/// Reports an error. The level is ERROR if an operator has to act because no retry helps, and WARN otherwise.
+/// Logs an error. The level is ERROR if an operator has to act because no retry helps, and WARN
+/// otherwise.
 pub(crate) fn failure(event: Event, error: &Error) {
     count_event(event);
     let cause = std::error::Error::source(error);
@@ -197,7 +203,7 @@ pub(crate) fn failure(event: Event, error: &Error) {
     }
 }
 
-/// Reports an error of the store because of which a request or a message is refused.
+/// Logs an error of the store that causes the refusal of a request or a message.
 pub(crate) fn store_failed(error: &Error) {
     let event = match error.kind() {
         ErrorKind::Configuration => Event::StoreMisconfigured,
@@ -207,14 +213,16 @@ pub(crate) fn store_failed(error: &Error) {
     failure(event, error);
 }
 
-/// A message of an outbox that is tried again later. `position` names its row: its id may be somebody's key.
+/// Logs a message of an outbox that is tried again later. `position` identifies its row. The id is
+/// not logged, because it may be a key.
 #[cfg(feature = "postgres")]
 pub(crate) fn message_failed(event: Event, position: i64, failures: i32, error: &dyn std::fmt::Display) {
     count_event(event);
     tracing::warn!(target: TARGET, event = event.name(), position, failures, error = %error, "{}", event.message());
 }
 
-/// Reports the reason for which a webhook is rejected. `consumer` is the name of the layer, which the application has chosen.
+/// Logs the reason why a webhook is rejected. `consumer` is the name of the layer, which the
+/// application has chosen.
 #[cfg(feature = "webhooks")]
 pub(crate) fn webhook_rejected(consumer: &str, reason: &'static str) {
     let event = Event::WebhookRejected;
@@ -223,7 +231,7 @@ pub(crate) fn webhook_rejected(consumer: &str, reason: &'static str) {
     tracing::warn!(target: TARGET, event = event.name(), consumer, reason, "{}", event.message());
 }
 
-/// The span of a guarded request, where somebody listens.
+/// Returns the span of a guarded request. Returns `None` if no subscriber records it.
 pub(crate) fn span() -> Option<Box<Span>> {
     let span = tracing::debug_span!(
         target: TARGET,
@@ -235,14 +243,14 @@ pub(crate) fn span() -> Option<Box<Span>> {
     (!span.is_disabled()).then(|| Box::new(span))
 }
 
-/// Enters an attempt in the span of its request.
+/// Records an attempt in the span of its request.
 pub(crate) fn granted(span: Option<&Span>, attempt: u32, fence: u64) {
     if let Some(span) = span {
         span.record("attempt", attempt).record("fence", fence);
     }
 }
 
-/// Enters the outcome in the span of its request and counts it.
+/// Records the outcome in the span of its request, and counts it.
 pub(crate) fn finished(span: Option<&Span>, outcome: &'static str) {
     if let Some(span) = span {
         span.record("outcome", outcome);
@@ -300,7 +308,7 @@ mod with_metrics {
         set("waiters", waiters);
     }
 
-    /// How long a request was in the layer, in its handler, and waiting.
+    /// The times that a request spends in the layer, in its handler, and waiting.
     #[derive(Debug)]
     pub(crate) struct Times {
         started: Stopwatch,
@@ -358,7 +366,7 @@ mod without_metrics {
 
     pub(crate) const fn store_figures(_: u64, _: u64, _: u64, _: u64) {}
 
-    /// Nothing is measured.
+    /// Measures nothing without the feature `metrics`.
     #[derive(Debug)]
     pub(crate) struct Times;
 

@@ -1,7 +1,7 @@
-//! Leases and attempts for unit tests of handlers, made without a layer.
+//! Leases and attempts for unit tests of handlers, without a layer.
 //!
-//! A handler that takes a [`Lease`] can be called as a plain function. The page [`guide::testing`](crate::guide::testing) shows
-//! this and the tests of a whole application.
+//! A test can call a handler that takes a [`Lease`] as a plain function. The page
+//! [`guide::testing`](crate::guide::testing) shows this, and the tests of a whole application.
 
 use crate::client::Attempt;
 use crate::job::Made;
@@ -31,8 +31,8 @@ use crate::server::Lease;
 /// # }
 /// ```
 ///
-/// All three kinds of one `TestLease` have the same key. The keys and ids that they derive are the same in every run and for
-/// every attempt, as under a layer, but they differ from those of a layer.
+/// All three kinds of one `TestLease` have the same key. The keys and ids that they derive are the
+/// same in every run and for every attempt, as under a layer. They differ from those of a layer.
 #[derive(Clone, Debug)]
 #[must_use = "a TestLease only makes leases; call for_server, for_receiver or for_client"]
 pub struct TestLease {
@@ -58,7 +58,8 @@ impl TestLease {
         }
     }
 
-    /// Sets the number of the attempt. At least 1. Default: 1. 2 or more means that an earlier attempt was lost.
+    /// Sets the number of the attempt, at least 1. Default: 1. A number of 2 or more means that an
+    /// earlier attempt was lost.
     pub fn with_attempt(mut self, attempt: u32) -> Self {
         self.made.grant.attempt = attempt.max(1);
         self
@@ -70,36 +71,40 @@ impl TestLease {
         self
     }
 
-    /// Makes leases whose key another attempt has taken over: `is_held` returns false.
+    /// Makes leases whose key another attempt has taken over. `is_held` then returns false.
     pub fn superseded(mut self) -> Self {
         self.made.is_superseded = true;
         self
     }
 
-    /// Claims the key in `store` for an hour, so that `complete_in` of a lease works in a transaction of the test. Takes attempt
-    /// and fence from the store. Without this, `complete_in` fails with [`Configuration`](crate::ErrorKind::Configuration).
+    /// Claims the key in `store` for an hour, so that `complete_in` of a lease works in a
+    /// transaction of the test. Uses the attempt and the fence that the store gives. Without this
+    /// call, `complete_in` fails with [`Configuration`](crate::ErrorKind::Configuration).
     ///
-    /// The record outlives the test: it stays for two hours, or for 24 hours from its completion. If the same database serves
-    /// several runs of the test, use a key of this run, such as one with a random part.
+    /// The record outlives the test. It stays for two hours, or for 24 hours from its completion.
+    /// If the same database serves several runs of the test, use a key of this run, such as one
+    /// with a random part.
     ///
     /// # Errors
     ///
-    /// [`Superseded`](crate::ErrorKind::Superseded) if the store has a record of the key, from another test or from an earlier run of
-    /// the same test: choose another key.
-    /// Otherwise as for [`Store::claim`](crate::Store::claim).
+    /// [`Superseded`](crate::ErrorKind::Superseded) if the store has a record of the key, from
+    /// another test or from an earlier run of the same test. Choose another key. Other errors are
+    /// those of [`Store::claim`](crate::Store::claim).
     #[cfg(feature = "postgres")]
     pub async fn claimed_in(mut self, store: &crate::store::PostgresStore) -> Result<Self, crate::error::Error> {
         self.made.claim_in(store).await?;
         Ok(self)
     }
 
-    /// Returns the lease of a request, for a handler behind an [`IdempotencyLayer`](crate::IdempotencyLayer).
+    /// Returns the lease of a request, for a handler behind an
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer).
     #[must_use]
     pub fn for_server(&self) -> Lease {
         Lease::made(self.key.clone(), &self.made)
     }
 
-    /// Returns the lease of a message, for a handler behind a [`ReceiverLayer`](receiver::ReceiverLayer).
+    /// Returns the lease of a message, for a handler behind a
+    /// [`ReceiverLayer`](receiver::ReceiverLayer).
     #[must_use]
     pub fn for_receiver(&self) -> receiver::MessageLease {
         receiver::MessageLease::made(&self.made)

@@ -1,4 +1,4 @@
-//! What the errors of a client say about the effect of a request.
+//! Classes of client errors, by the effect of the request.
 
 use std::any::Any;
 
@@ -6,15 +6,17 @@ use std::any::Any;
 use super::keys::KeyPlacementError;
 use crate::error::Classifiers;
 
-/// What an error of a client says.
+/// The class of a client's error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "whoever classifies must know every case")]
+#[expect(clippy::exhaustive_enums, reason = "a classifier must know every case")]
 pub enum ErrorClass {
-    /// Nothing was sent and nothing ever will be: an invalid URL, say. It is not repeated.
+    /// Nothing was sent and nothing ever will be, for example because the URL is invalid. The
+    /// request is not repeated.
     Final,
-    /// It may have been sent, and taken effect: a reset connection, a timeout. The default for every error.
+    /// The request may have been sent and may have taken effect, for example before a reset
+    /// connection or a timeout. The default for every error.
     Lost,
-    /// Nothing was sent, for now: the connection was refused, say.
+    /// Nothing was sent this time, for example because the connection was refused.
     NotSent,
 }
 
@@ -27,9 +29,9 @@ impl ErrorClasses {
         self.0.add(classify);
     }
 
-    /// Classifies an error by the application's functions. If none of them knows it, and the client `is_vouched` for,
-    /// classifies it by its own type. A client that nobody vouches for may have followed a redirect first, and an error
-    /// of `reqwest` does not show that.
+    /// Classifies an error by the application's functions. If none of them knows the error and the
+    /// client `is_vouched` for, classifies it by its type. A client that nobody vouches for may
+    /// have followed a redirect first, and an error of `reqwest` does not show that.
     pub(super) fn of<E: 'static>(&self, error: &E, is_vouched: bool) -> ErrorClass {
         let known = || is_vouched.then(|| known(error)).flatten();
         self.0.of(error).or_else(known).unwrap_or(ErrorClass::Lost)

@@ -1,4 +1,5 @@
-//! Calls to other systems that must take effect once, although our own callers retry and our process may crash.
+//! Calls to other systems that must take effect once, although our own callers retry and our
+//! process may crash.
 //!
 //! The guarantee depends on what the third party supports:
 //!
@@ -12,8 +13,8 @@
 //!
 //! # A complete client
 //!
-//! It needs the features `retry` and `reqwest`. A retry after a crash derives the same key from the order, so the third
-//! party charges once.
+//! It needs the features `retry` and `reqwest`. A retry after a crash derives the same key from the
+//! order, so the third party charges once.
 //!
 //! ```no_run
 //! # #[cfg(all(feature = "retry", feature = "reqwest"))]
@@ -42,10 +43,10 @@
 //!         .body(reqwest::Body::from("amount=4200&currency=eur"))?;
 //!     match client.oneshot(request).await {
 //!         Ok(response) => {
-//!             let delivery = *response.extensions().get::<CallReport>().ok_or("every response has one")?;
+//!             let report = *response.extensions().get::<CallReport>().ok_or("every response has one")?;
 //!             let response = reqwest::Response::from(response);
-//!             println!("{} after {} attempts", response.status(), delivery.attempts());
-//!             if delivery.outcome() == CallOutcome::Unknown {
+//!             println!("{} after {} attempts", response.status(), report.attempts());
+//!             if report.outcome() == CallOutcome::Unknown {
 //!                 return Err("the charge may have taken effect: send it again later, under the same key".into());
 //!             }
 //!             Ok(response.error_for_status()?.text().await?)
@@ -74,20 +75,22 @@
 //! | `FollowRedirect` with `SameOriginKey` in its policy (feature `follow-redirect`) | only around a client that follows no redirects | the same |
 //! | the client, such as `ReqwestService` (feature `reqwest`) | | |
 //!
-//! Do not put a retry of your own below [`OnceLayer`]: it can send one call several times, and the layer cannot prevent
-//! that. Do not follow redirects on your own without `SameOriginKey`, because the layers would take the response to a later
-//! request for the response to the first one.
+//! Do not put a retry of your own below [`OnceLayer`]. It can send one call several times, and the
+//! layer cannot prevent that. Do not follow redirects on your own without `SameOriginKey`, because
+//! the layers would mistake the response to a later request for the response to the first one.
 //!
-//! A timeout of tower covers an attempt up to the head of its response. `CallLayer::collect_responses` bounds the body,
-//! and repeats a request whose response breaks off or stalls. Without it, `CallLayer` and `RetryPolicy` judge heads
-//! only, and an error in the body reaches the caller. [`OnceLayer`] always collects the responses that it stores. It
-//! does not store a response that visibly broke off. If a response broke off, the call counts as made, and its response is not stored.
+//! A timeout of tower covers an attempt up to the head of its response.
+//! `CallLayer::collect_responses` bounds the body, and repeats a request whose response breaks off
+//! or stalls. Without it, `CallLayer` and `RetryPolicy` judge heads only, and an error in the body
+//! reaches the caller. [`OnceLayer`] always collects the responses that it stores. If a response
+//! visibly broke off, the call counts as made, and its response is not stored.
 //!
 //! # Limits of the guarantee
 //!
-//! All guarantees end with the retention of the third party: a third party that stores its keys for a day does not
-//! recognise them on the next day. If the third party supports nothing, a lost request cannot be distinguished from a
-//! lost response. The outcome of such a call is reported as unknown, never as done or as failed.
+//! All guarantees end with the retention of the third party. A third party that stores its keys for
+//! a day does not recognise them on the next day. If the third party supports nothing, a lost
+//! request cannot be distinguished from a lost response. The outcome of such a call is reported as
+//! unknown, never as done or as failed.
 
 mod classes;
 mod follows;

@@ -1,4 +1,4 @@
-//! Redirects: a key stays with the server it was made for.
+//! A redirect policy that sends a key only to the origin that it was made for.
 
 use http::header::HeaderName;
 use http::{Request, StatusCode, Uri};
@@ -7,39 +7,45 @@ use tower_http::follow_redirect::policy::{Action, Attempt, Policy};
 use super::keys::ProviderProfile;
 use super::report::{OnlyUnsent, Report};
 
-/// A redirect policy for `tower-http` 0.7. With it, the layers never take the response to a redirected request for the
-/// response to the request that was sent. It never sends an idempotency key to another origin (RFC 6454 section 5),
-/// because anyone who knows a key can ask for the response that is stored under it.
+/// A redirect policy for `tower-http` 0.7. With it, the layers never mistake the response to a
+/// redirected request for the response to the request that was sent. The policy never sends an
+/// idempotency key to another origin (RFC 6454 section 5), because anyone who knows a key can ask
+/// for the response that is stored under it.
 ///
 /// | the request | 301, 302, 303 | 307, 308 within the origin | 307, 308 to another origin |
 /// |---|---|---|---|
 /// | has a safe method (RFC 9110 section 9.2.1) | follows | follows | follows without the key |
 /// | has any other method | stops: the 3xx is the response | follows with the key | stops: the 307 or 308 is the response |
 ///
-/// A server that responds with 303 has processed the request, so a failure of the page that the 303 points to, or an
-/// error on the way there, says nothing about the effect. The policy also reports the redirects that it follows to
-/// [`OnceLayer`](super::OnceLayer), `CallLayer` and `RetryPolicy` further out. These layers then count an error or a
-/// refusal of a later hop as "unknown", never as "not sent", even if `with_errors` classifies it otherwise.
+/// A server that responds with 303 has processed the request. A failure of the page that the 303
+/// points to, or an error on the way there, shows nothing about the effect. The policy also reports
+/// the redirects that it follows to the outer [`OnceLayer`](super::OnceLayer), `CallLayer` and
+/// `RetryPolicy`. These layers then count an error or a refusal of a later hop as "unknown", never
+/// as "not sent", even if `with_errors` classifies it otherwise.
 ///
-/// A policy that overrules this one (by `or`) can send a request that is not safe to another origin. `SameOriginKey` then
-/// removes the key from the request, and `CallLayer` does not repeat it.
+/// A policy that overrules this one (by `or`) can send a request that is not safe to another
+/// origin. `SameOriginKey` then removes the key from the request, and `CallLayer` does not repeat
+/// it.
 ///
-/// `FollowRedirect` without this policy follows every redirect and sends the key along. Every `FollowRedirect` needs a
-/// policy of its own, because a policy does not see the redirects that another `FollowRedirect` follows. If the layers
-/// further out recognise a `FollowRedirect` without this policy, they report "unknown" for every error, and for every
-/// response that is neither a success nor a redirect. They recognise it by its type, in every version of `tower-http`,
-/// and by the mark that version 0.7 puts into each response. In a boxed service, they do not recognise it in four
-/// cases: after an error, in another version, after a redirect to the same URI, and behind an outer `FollowRedirect` that
-/// replaces the mark. Nor do they recognise a later hop if a layer drops the extensions of the request on its way to a
-/// second `FollowRedirect`. So give every `FollowRedirect` this policy, and keep the extensions.
+/// `FollowRedirect` without this policy follows every redirect and sends the key along. Every
+/// `FollowRedirect` needs a policy of its own, because a policy does not see the redirects that
+/// another `FollowRedirect` follows. If the outer layers recognise a `FollowRedirect` without this
+/// policy, they report "unknown" for every error, and for every response that is neither a success
+/// nor a redirect. They recognise it by its type, in every version of `tower-http`, and by the mark
+/// that version 0.7 puts into each response. In a boxed service, they do not recognise it in four
+/// cases: after an error, in another version, after a redirect to the same URI, and inside an outer
+/// `FollowRedirect` that replaces the mark. They also do not recognise a later hop if a layer drops
+/// the extensions of the request on its way to a second `FollowRedirect`. Therefore give every
+/// `FollowRedirect` this policy, and preserve the extensions.
 ///
-/// The type of the `FollowRedirect` must show this policy. Combine the policy with others by `and` or `or`; the layers do
-/// not see it in a field of a policy type of your own. If the service is an `Either` of a `FollowRedirect` with this
-/// policy and one without it, the layers cannot see which of them sends the request, so they report "unknown", too.
+/// The type of the `FollowRedirect` must show this policy. Combine the policy with others by `and`
+/// or `or`. The layers do not see it in a field of a policy type of your own. If the service is an
+/// `Either` of a `FollowRedirect` with this policy and one without it, the layers cannot see which
+/// of them sends the request, so they report "unknown" too.
 ///
-/// The policy puts the extensions that the layers of this crate need back into redirected requests, so
-/// `preserve_extensions(false)` is safe. Put it behind other policies that change the extensions, such as
-/// `FilterCredentials`.
+/// The policy restores the extensions that the layers of this crate need in redirected requests, so
+/// `preserve_extensions(false)` is safe. Put it after other policies that change the extensions,
+/// such as `FilterCredentials`.
 ///
 /// ```
 /// use bytes::Bytes;
@@ -59,7 +65,7 @@ use super::report::{OnlyUnsent, Report};
 #[derive(Clone, Debug)]
 pub struct SameOriginKey {
     fields: Vec<HeaderName>,
-    /// The target of the first request, once that request is sent.
+    /// The target of the first request, once that request was sent.
     home: Option<Uri>,
     has_left: bool,
     report: Option<Report>,
@@ -67,7 +73,8 @@ pub struct SameOriginKey {
 }
 
 impl SameOriginKey {
-    /// Keeps the header fields of this profile at their origin.
+    /// Creates a policy that sends the header fields of this profile only to the origin of the
+    /// first request.
     #[must_use]
     pub fn new(profile: &ProviderProfile) -> Self {
         let fields = profile.first_sent.iter().chain([&profile.header]);
@@ -97,7 +104,8 @@ impl<B, E> Policy<B, E> for SameOriginKey {
         Ok(Action::Stop)
     }
 
-    // `FollowRedirect` calls this for every request, also if another policy overrules this one and follows a redirect.
+    // `FollowRedirect` calls this for every request, also if another policy overrules this one and
+    // follows a redirect.
     fn on_request(&mut self, request: &mut Request<B>) {
         let Some(home) = &self.home else {
             let target = request.uri().clone();
@@ -131,8 +139,8 @@ impl<B, E> Policy<B, E> for SameOriginKey {
     }
 }
 
-/// Whether two targets have the same origin. A target without a scheme, host or known port has no origin, so the result
-/// is false.
+/// Returns whether two targets have the same origin. A target without a scheme, host or known port
+/// has no origin, so the result is false.
 fn is_same_origin(one: &Uri, other: &Uri) -> bool {
     let (Some(scheme), Some(host)) = (one.scheme_str(), one.host()) else {
         return false;
@@ -172,7 +180,7 @@ mod tests {
         for target in ["http://a.example/", "http://a.example/v2"] {
             let mut request = Request::post(target).body(()).unwrap();
             Policy::<(), ()>::on_request(&mut policy, &mut request);
-            assert!(request.extensions().is_empty(), "without layers further out");
+            assert!(request.extensions().is_empty(), "without outer layers");
         }
     }
 

@@ -1,4 +1,5 @@
-//! The evidence about one call: its attempts, the redirects that they followed, and the result of each attempt.
+//! The evidence about one call: its attempts, the redirects that they followed, and the result of
+//! each attempt.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,15 +10,16 @@ use super::classes::{ErrorClass, ErrorClasses};
 use super::follows::{follows_of, Follows};
 use super::keys::{ProviderProfile, ResponseMeaning};
 
-/// The evidence about one call. It is an extension of the request, so layers further in share it.
+/// The evidence about one call. It is an extension of the request, so inner layers share it.
 ///
-/// A status or an error describes the effect of the call only if it belongs to the request of the caller, and not to a
-/// redirect that was followed, and only if no earlier attempt was lost.
+/// A status or an error describes the effect of the call only under two conditions. It must belong
+/// to the caller's request, and not to a redirect that was followed. And no earlier attempt was
+/// lost.
 #[derive(Debug)]
 pub(super) struct Report {
     progress: Arc<Mutex<Progress>>,
-    /// The number of this copy. A retry clones the request and its extensions for each attempt, so two layers with the
-    /// same copy see the same attempt.
+    /// The number of this copy. A retry clones the request and its extensions for each attempt, so
+    /// two layers with the same copy see the same attempt.
     #[cfg_attr(
         not(any(feature = "follow-redirect", feature = "retry")),
         expect(dead_code, reason = "a redirect policy passes it on and a retry reads it")
@@ -25,8 +27,9 @@ pub(super) struct Report {
     copy: u64,
     /// The number of redirect policies of this crate that the request has passed.
     watches: usize,
-    /// In some attempt, a request that is not safe was sent on without its key. The layers around this one share it,
-    /// because they may see the end of the attempt before this layer does, for example after a time limit.
+    /// Set if an unsafe request was sent on without its key in some attempt. The outer layers share
+    /// it, because they may see the end of the attempt before this layer does, for example after a
+    /// time limit.
     is_unkeyed: Arc<AtomicBool>,
 }
 
@@ -36,18 +39,19 @@ struct Progress {
     last: Option<Evidence>,
     /// An attempt was lost, and no later response has settled its effect.
     is_lost: bool,
-    /// A response did not rule out that the server has processed the request. A later attempt that was not taken, or was
-    /// refused, does not change that.
+    /// A response did not rule out that the server has processed the request. A later attempt that
+    /// was not taken or was refused does not change that.
     may_be_processed: bool,
-    /// The copy whose attempt has begun. It is `None` once a layer has judged the attempt.
+    /// The copy whose attempt has started. `None` once a layer has judged the attempt.
     open: Option<u64>,
     /// The number of copies of the report.
     copies: u64,
     hops: Hops,
-    /// A redirect was followed around a retry which had judged its attempts. What it sends from then on are other requests.
+    /// A redirect was followed around a retry that had judged its attempts. From then on, the retry
+    /// sends other requests.
     is_redirected_around: bool,
-    /// The targets of the last attempt, one for each redirect policy of this crate, outermost first. The layers read
-    /// them after the attempt.
+    /// The targets of the last attempt, one for each redirect policy of this crate, outermost
+    /// first. The layers read them after the attempt.
     targets: Vec<Uri>,
     /// Returns the redirects that the service may follow, as far as its type shows.
     follows: fn() -> Follows,
@@ -55,23 +59,26 @@ struct Progress {
 
 const SETTLED: ResponseMeaning = ResponseMeaning::Responded { settles: true };
 
-/// The evidence about an attempt: the meaning of its result, and the facts that the head of its response adds.
+/// The evidence about an attempt: the meaning of its result, and the facts that the head of its
+/// response adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Evidence {
     pub(super) meaning: ResponseMeaning,
     head: Head,
-    /// Whether the body of the response was lost, so that the layers further out get an error in its place.
+    /// Whether the body of the response was lost, so that the outer layers get an error in place of
+    /// the response.
     is_body_lost: bool,
 }
 
 /// The evidence in the head of a response, beyond its [`ResponseMeaning`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Head {
-    /// The request had no effect: it was refused, or is to be sent elsewhere.
+    /// The request had no effect. It was refused, or the client must send it to another target.
     NoEffect,
-    /// The call took effect, even if this response only means that an earlier attempt under the same key arrived.
+    /// The call took effect. The response itself may only mean that an earlier attempt under the
+    /// same key arrived.
     Effect,
-    /// Neither, or there is no response.
+    /// The head shows neither, or there is no response.
     Neither,
 }
 
@@ -110,34 +117,39 @@ impl Evidence {
         }
     }
 
-    /// Whether the response of the last attempt shows that no attempt of the call had an effect.
+    /// Returns whether the response of the last attempt shows that no attempt of the call had an
+    /// effect.
     pub(super) fn has_no_effect(self) -> bool {
         self.meaning == ResponseMeaning::NotTaken || self.head == Head::NoEffect
     }
 
-    /// The same for a caller that got an error. A response counts only if the error replaced it because its body was lost.
-    /// On any other response a layer further out may have acted unseen: it may have followed a redirect, or sent the
-    /// request again after a 401. The error then belongs to that later request.
+    /// Returns the same for a caller that got an error. A response counts only if the error
+    /// replaced it because its body was lost. An outer layer may have acted on any other response
+    /// unseen. For example, it may have followed a redirect, or sent the request again after a 401.
+    /// The error then belongs to that later request.
     pub(super) fn has_no_effect_by_error(self) -> bool {
         self.has_no_effect() && (self.meaning == ResponseMeaning::NotTaken || self.is_body_lost)
     }
 
-    /// Whether the call took effect, also if the server recognises no keys and an earlier attempt was lost.
+    /// Returns whether the call took effect, even if the server recognises no keys and an earlier
+    /// attempt was lost.
     pub(super) fn has_effect(self) -> bool {
         self.meaning == SETTLED && self.head == Head::Effect
     }
 }
 
-/// Whether a response shows that the call took effect, although the server may recognise no keys and an earlier attempt
-/// was lost. A 409 or 422 does not: it may only mean that the lost attempt arrived earlier.
+/// Returns whether a response shows that the call took effect, even if the server recognises no
+/// keys and an earlier attempt was lost. A 409 or 422 does not show it, because it may only mean
+/// that the lost attempt arrived earlier.
 pub(super) fn shows_effect(profile: &ProviderProfile, status: StatusCode, headers: &HeaderMap) -> bool {
     status.is_success() || profile.is_replay(headers)
 }
 
-/// Whether a response that does not [settle](ResponseMeaning::Responded) the effect shows that the request had no effect. The
-/// server asks the client to send the same request elsewhere (RFC 9110 sections 15.4.8 and 15.4.9), or it refused the
-/// request before acting on it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status without a registered meaning shows
-/// nothing; some proxies respond with 499 after they have passed the request on.
+/// Returns whether a response that does not [settle](ResponseMeaning::Responded) the effect shows
+/// that the request had no effect. Either the server asks the client to send the same request to
+/// another target (RFC 9110 sections 15.4.8 and 15.4.9), or it refused the request before acting on
+/// it (RFC 9110 section 15.5, RFC 6585, RFC 7725). A status without a registered meaning shows
+/// nothing. Some proxies respond with 499 after they have passed the request on.
 fn shows_no_effect(status: StatusCode) -> bool {
     matches!(
         status.as_u16(),
@@ -148,13 +160,13 @@ fn shows_no_effect(status: StatusCode) -> bool {
 /// The hops of the current attempt.
 #[derive(Debug, Default)]
 struct Hops {
-    /// A client of this crate sends the attempt. The client reports every redirect, so its errors show whether the
-    /// attempt was sent.
+    /// A client of this crate sends the attempt. It reports every redirect, so its errors show
+    /// whether the attempt was sent.
     is_sent: bool,
     /// A redirect was followed, or may have been followed.
     is_redirected: bool,
-    /// A redirect policy of this crate has stopped at a redirect, so that redirect is the response. Any other result
-    /// shows that a layer further out has followed it.
+    /// A redirect policy of this crate has stopped at a redirect, so that redirect is the response.
+    /// Any other result shows that an outer layer has followed it.
     is_stopped: bool,
     /// The number of redirect policies of this crate that have seen the request of this attempt.
     #[cfg(feature = "follow-redirect")]
@@ -174,7 +186,7 @@ impl Progress {
         self.targets.push(target);
     }
 
-    /// Whether a layer has judged the last attempt, and no other attempt has begun.
+    /// Returns whether a layer has judged the last attempt, and no other attempt has started.
     const fn is_judged(&self) -> bool {
         self.last.is_some() && self.open.is_none()
     }
@@ -194,7 +206,8 @@ impl Clone for Report {
 }
 
 impl Report {
-    /// A report for a request that `S` is going to send. `outer` is the report of the layer around this one.
+    /// Creates a report for a request that `S` will send. `outer` is the report of the layer around
+    /// this one.
     pub(super) fn of<S>(outer: Option<&Self>) -> Self {
         let progress = Progress {
             attempts: 0,
@@ -220,8 +233,8 @@ impl Report {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins an attempt. An earlier attempt that no layer has judged counts as lost. If a layer further out has begun
-    /// the attempt with the same copy, nothing changes.
+    /// Starts an attempt. An earlier attempt that no layer has judged counts as lost. If an outer
+    /// layer has started the attempt with the same copy, nothing changes.
     #[cfg(feature = "retry")]
     pub(super) fn begin(&self) {
         let mut progress = self.progress();
@@ -233,8 +246,8 @@ impl Report {
         progress.hops = Hops::default();
     }
 
-    /// Records that a client of this crate sends the attempt. If the client sends one attempt twice, a foreign retry
-    /// layer has repeated it, and the first request counts as lost.
+    /// Records that a client of this crate sends the attempt. If the client sends one attempt
+    /// twice, a foreign retry layer has repeated it, and the first request counts as lost.
     #[cfg(feature = "reqwest")]
     pub(super) fn send(&self) {
         let mut progress = self.progress();
@@ -242,12 +255,13 @@ impl Report {
         progress.hops.is_sent = true;
     }
 
-    /// Records that a redirect policy of this crate sees a request, and will report its redirects. Returns the report for
-    /// the layers and policies further in.
+    /// Records that a redirect policy of this crate sees a request and will report its redirects.
+    /// Returns the report for the inner layers and policies.
     ///
-    /// A policy sees each request of its `FollowRedirect` as a first one. If it has seen a request of this attempt
-    /// before, a layer further out has followed a redirect or repeated the request, so this one is another request. Two
-    /// policies that see the same request do not count as that, because each passes its number on.
+    /// For a policy, each request of its `FollowRedirect` looks like a first one. If the policy has
+    /// seen a request of this attempt before, an outer layer has followed a redirect or repeated
+    /// the request, so this is another request. If two policies see the same request, it does not
+    /// count as another one, because each policy passes its number on.
     #[cfg(feature = "follow-redirect")]
     #[must_use]
     pub(super) fn watch(&self, target: &Uri) -> Self {
@@ -267,7 +281,7 @@ impl Report {
         }
     }
 
-    /// Takes over the target from the report of a layer further in, whose call has ended.
+    /// Copies the target from the report of an inner layer whose call has ended.
     pub(super) fn adopt(&self, inner: &Self) {
         let target = inner.progress().targets.first().cloned();
         if let Some(target) = target {
@@ -281,7 +295,7 @@ impl Report {
         self.progress().hops.is_stopped = true;
     }
 
-    /// Records that a redirect is followed, or may be followed unseen.
+    /// Records that a redirect is followed, or may be followed without a report.
     pub(super) fn redirect(&self) {
         self.progress().redirect();
     }
@@ -292,8 +306,8 @@ impl Report {
         self.is_unkeyed.store(true, std::sync::atomic::Ordering::Release);
     }
 
-    /// Whether an attempt went to another origin without its key, so that the server there cannot recognise a
-    /// repetition.
+    /// Returns whether an attempt went to another origin without its key. The server there cannot
+    /// recognise a repeated request.
     #[cfg(feature = "retry")]
     pub(super) fn has_lost_key(&self) -> bool {
         self.is_unkeyed.load(std::sync::atomic::Ordering::Acquire)
@@ -302,7 +316,7 @@ impl Report {
     /// Records the end of an attempt.
     pub(super) fn enter(&self, evidence: Evidence) {
         let mut progress = self.progress();
-        // A retry within the redirects cannot know that it judges another request.
+        // An inner retry within the redirects cannot know that it judges another request.
         let evidence = match evidence.meaning {
             SETTLED => evidence,
             _ if progress.is_redirected_around || progress.may_be_processed => Evidence::UNKNOWN,
@@ -320,10 +334,10 @@ impl Report {
         }
     }
 
-    /// Returns the number of attempts, and what is known about their effect. `last` is the result of the last attempt,
-    /// as the caller of this function reads it. If a layer further in has judged that attempt, its judgement counts. If
-    /// that layer saw the request processed but the caller sees a refusal, the refusal belongs to another request, and the
-    /// result is unknown.
+    /// Returns the number of attempts, and the evidence about their effect. `last` is the result of
+    /// the last attempt, as the caller of this function reads it. If an inner layer has judged that
+    /// attempt, its judgement counts. If that layer saw the request processed but the caller sees a
+    /// refusal, the refusal belongs to another request, and the result is unknown.
     pub(super) fn sum(&self, last: Evidence) -> (u32, Evidence) {
         let is_judged = self.progress().is_judged();
         if !is_judged {
@@ -342,10 +356,10 @@ impl Report {
         (progress.attempts, evidence)
     }
 
-    /// Whether a response or an error may belong to a later hop of a redirect.
+    /// Returns whether a response or an error may belong to a later hop of a redirect.
     fn may_be_redirected<R>(&self, response: Option<&Response<R>>) -> bool {
         let progress = self.progress();
-        // The mark in a response comes from the first policy behind this layer.
+        // The first policy inside of this layer puts the mark into a response.
         let target = progress.targets.get(self.watches);
         let is_redirect = response.is_some_and(|response| response.status().is_redirection());
         progress.hops.is_redirected
@@ -356,20 +370,23 @@ impl Report {
                 .is_some_and(|marked| target != Some(marked))
             || match (progress.follows)() {
                 Follows::Obedient => false,
-                // This copy has passed a policy, so that policy reports. Policies further in are not known.
+                // This copy has passed a policy, so that policy reports. Inner policies are not
+                // known.
                 Follows::Reporting => self.watches == 0 && target.is_none(),
                 Follows::Silent => true,
             }
     }
 
-    /// Whether the client reports its redirects, so that its own errors say whether the request was sent.
+    /// Returns whether the client reports its redirects, so that its own errors show whether the
+    /// request was sent.
     fn is_vouched(&self) -> bool {
         self.progress().hops.is_sent
     }
 }
 
-/// Returns the target of the request that a response belongs to. `FollowRedirect` of `tower-http` 0.7 marks every response
-/// with it, also if it followed no redirect. The marks of other versions have other types.
+/// Returns the target of the request that a response belongs to. `FollowRedirect` of `tower-http`
+/// 0.7 marks every response with it, even if it followed no redirect. The marks of other versions
+/// have other types.
 #[cfg(feature = "follow-redirect")]
 fn target_in_mark<R>(response: &Response<R>) -> Option<&Uri> {
     let mark = response.extensions().get::<tower_http::follow_redirect::RequestUri>()?;
@@ -381,15 +398,16 @@ const fn target_in_mark<R>(_: &Response<R>) -> Option<&Uri> {
     None
 }
 
-/// An extension of requests that are sent at most once. A retry layer further in may repeat such a request only if the
-/// server provably did not take it.
+/// An extension of requests that may be sent only once. An inner retry layer may repeat such a
+/// request only if the server provably did not take it.
 ///
-/// Layers between the two must keep the extensions of the request. [`SameOriginKey`](super::SameOriginKey) puts this one back
-/// into the requests of later hops.
+/// Layers between the two must preserve the extensions of the request.
+/// [`SameOriginKey`](super::SameOriginKey) puts this extension back into the requests of later
+/// hops.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OnlyUnsent;
 
-/// Returns what the result of an attempt says about the effect of the request that was sent first.
+/// Returns the evidence of an attempt's result about the effect of the request that was sent first.
 pub(super) fn evidence_of<R, E: 'static>(
     profile: &ProviderProfile,
     classes: &ErrorClasses,
@@ -415,9 +433,9 @@ pub(super) fn evidence_of<R, E: 'static>(
     }
 }
 
-/// Returns what the status of a later hop says about the first request. A 404, 409, 429 or 503 belongs to the later
-/// request, and says nothing. A success shows that the server has processed the first request, and so does a redirect
-/// other than 307 and 308 (RFC 9110 section 15.4).
+/// Returns the meaning of a later hop's status for the first request. A 404, 409, 429 or 503
+/// belongs to the later request and shows nothing. A success shows that the server has processed
+/// the first request, and so does a redirect other than 307 and 308 (RFC 9110 section 15.4).
 fn after_redirect(status: StatusCode) -> ResponseMeaning {
     match status.as_u16() {
         200..=306 => ResponseMeaning::Responded { settles: true },
@@ -435,7 +453,7 @@ mod tests {
         Evidence::of_error(meaning)
     }
 
-    /// The evidence of a response with this status and no header.
+    /// Returns the evidence of a response with this status and no header.
     fn response(status: u16) -> Evidence {
         let (status, headers) = (StatusCode::from_u16(status).unwrap(), HeaderMap::new());
         let profile = ProviderProfile::draft();
@@ -451,7 +469,7 @@ mod tests {
         evidence
     }
 
-    /// A status that is not registered, such as 499, may come from a proxy that has passed the request on.
+    /// An unregistered status, such as 499, may come from a proxy that has passed the request on.
     #[test]
     fn a_refusal_shows_no_effect_unless_an_earlier_attempt_may_have_had_one() {
         for (statuses, has_no_effect) in [
@@ -481,12 +499,13 @@ mod tests {
             (&[NotTaken], NotTaken),
             (&[NotTaken, NotTaken], NotTaken),
             (&[Unknown, SETTLED], SETTLED),
-            // A login that expired between two attempts says nothing about the first.
+            // A login that expired between two attempts shows nothing about the first attempt.
             (&[Unknown, REFUSED], Unknown),
             (&[Unknown, NotTaken], Unknown),
             (&[Unknown, NotTaken, SETTLED], SETTLED),
             (&[NotTaken, Unknown], Unknown),
-            // A 202 that is repeated until the server is done: what comes after it does not undo the effect.
+            // For example, a 202 is repeated until the server is done. Later responses do not undo
+            // the effect.
             (&[SETTLED, NotTaken], Unknown),
             (&[SETTLED, REFUSED], Unknown),
             (&[SETTLED, NotTaken, SETTLED], SETTLED),

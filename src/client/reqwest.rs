@@ -14,7 +14,8 @@ use tower_service::Service;
 
 use super::report::Report;
 
-/// A `reqwest::Client` as a tower service over `http` types, for the layers of this module to go around.
+/// A `reqwest::Client` as a tower service over `http` types. The layers of this module go around
+/// it.
 ///
 /// ```
 /// use tower::ServiceBuilder;
@@ -28,32 +29,33 @@ use super::report::Report;
 /// # }
 /// ```
 ///
-/// Bodies stream in both directions, and a response has its trailers. `reqwest::Response::from` gives the response in `reqwest`'s own
-/// type, with its URL, `text` and `json`.
+/// Bodies stream in both directions, and a response has its trailers. `reqwest::Response::from`
+/// converts the response to `reqwest`'s own type, with its URL, `text` and `json`.
 ///
 /// A timeout of `reqwest` covers one attempt, with the redirects that it follows.
 #[derive(Clone, Debug)]
 pub struct ReqwestService {
     client: Client,
-    /// Whether the client makes no redirect and no retry without a report.
+    /// Whether every redirect and every retry of the client is reported.
     is_transparent: bool,
 }
 
 impl ReqwestService {
-    /// Builds a client that follows up to 10 redirects. It follows them only within an origin, so no other origin gets
-    /// a key.
+    /// Builds a client that follows up to 10 redirects. It follows them only within an origin, so
+    /// no other origin gets a key.
     ///
-    /// After a method that is not safe (RFC 9110 section 9.2.1) it follows 307 and 308 only, which carry key and body.
-    /// It returns a 301, 302 or 303 as the response, because the server has processed the request, and the status of
-    /// the page that the redirect points to says nothing about the effect. It returns every other redirect that it does
-    /// not follow as the response, too. More than 10 redirects are an error.
+    /// After a method that is not safe (RFC 9110 section 9.2.1), the client follows only 307 and
+    /// 308, which preserve key and body. It returns a 301, 302 or 303 as the response. The server
+    /// has processed that request, and the status of the page that the redirect points to shows
+    /// nothing about the effect. The client also returns every other redirect that it does not
+    /// follow as the response. More than 10 redirects are an error.
     ///
-    /// The client repeats no request by itself, because `build` replaces the builder's `retry` and `redirect`. Use
-    /// `CallLayer` for retries; it knows which requests it may repeat.
+    /// The client itself repeats no request, because `build` replaces the builder's `retry` and
+    /// `redirect`. Use `CallLayer` for retries; it knows which requests it may repeat.
     ///
     /// # Errors
     ///
-    /// As `reqwest::ClientBuilder::build`.
+    /// As for `reqwest::ClientBuilder::build`.
     pub fn build(builder: ClientBuilder) -> Result<Self, reqwest::Error> {
         let client = builder
             .redirect(Policy::custom(follow))
@@ -65,15 +67,17 @@ impl ReqwestService {
         })
     }
 
-    /// Takes a client as it is, with its own redirects and retries. The client sends the key to every origin that it is
-    /// redirected to, unless its own policy prevents that.
+    /// Wraps a client as it is, with its own redirects and retries. The client sends the key to
+    /// every origin that it is redirected to, unless its own policy prevents that.
     ///
-    /// `reqwest` does not show whether an error, or a response from the requested URL, belongs to the request or to a
-    /// later request that the client sent by itself. So after a method that is not safe, the layers of this crate
-    /// report "unknown" for every error after the sending began, and for every response that is neither a success nor a
-    /// redirect: a [`OnceLayer`](super::OnceLayer) does not free the key after a 401, 404 or 429.
-    /// [`build`](Self::build) and [`from_client_without_redirects`](Self::from_client_without_redirects) make a client
-    /// whose statuses can be trusted.
+    /// `reqwest` does not show whether an error, or a response from the requested URL, belongs to
+    /// the request or to a later request that the client sent itself. Therefore, after a method
+    /// that is not safe, the layers of this crate report "unknown" for every error after the
+    /// sending started, and for every response that is neither a success nor a redirect. For
+    /// example, a [`OnceLayer`](super::OnceLayer) does not free the key after a 401, 404 or 429.
+    /// [`build`](Self::build) and
+    /// [`from_client_without_redirects`](Self::from_client_without_redirects) make a client whose
+    /// statuses can be trusted.
     #[must_use]
     pub const fn from_client(client: Client) -> Self {
         Self {
@@ -82,12 +86,13 @@ impl ReqwestService {
         }
     }
 
-    /// Takes a client that follows no redirects and repeats nothing by itself. The caller of this function vouches that
-    /// the client was built with `redirect::Policy::none()` and without a `retry` policy. `reqwest`'s default retries
-    /// are fine, since they repeat only what the server has refused to process.
+    /// Wraps a client that follows no redirects and repeats no request itself. The caller of this
+    /// function vouches that the client was built with `redirect::Policy::none()` and without a
+    /// `retry` policy. `reqwest`'s default retries are fine, because they repeat only requests that
+    /// the server has refused to process.
     ///
-    /// With any other client, the error or the status of a later request can free a key, and the next attempt can have
-    /// a second effect. Use [`from_client`](Self::from_client) if in doubt.
+    /// With any other client, the error or the status of a later request can free a key, and the
+    /// next attempt can have a second effect. In doubt, use [`from_client`](Self::from_client).
     #[must_use]
     pub const fn from_client_without_redirects(client: Client) -> Self {
         Self {
@@ -98,8 +103,8 @@ impl ReqwestService {
 }
 
 tokio::task_local! {
-    /// The request whose future is being polled. The redirect policy needs it, because `reqwest` passes the policy
-    /// neither the method nor the extensions.
+    /// The request whose future is being polled. The redirect policy needs it, because `reqwest`
+    /// passes the policy neither the method nor the extensions.
     static SENT: Sent;
 }
 
@@ -172,7 +177,7 @@ pin_project! {
         Invalid { error: Option<reqwest::Error> },
         Sent {
             report: Option<Report>,
-            // Whether the client may redirect or repeat the request unseen.
+            // Whether the client may redirect or repeat the request without a report.
             is_doubtful: bool,
             has_waited: bool,
             #[pin]
@@ -214,7 +219,8 @@ impl Future for ReqwestFuture {
     }
 }
 
-/// Converts a response, and puts its URL into the extension from which `reqwest::Response::from` reads it.
+/// Converts a response, and puts its URL into the extension from which `reqwest::Response::from`
+/// reads it.
 fn into_http(response: reqwest::Response) -> Response<Body> {
     let named = Response::builder().url(response.url().clone()).body(());
     let mut response = Response::from(response);
