@@ -83,7 +83,7 @@ impl DirectoryStore {
 
     fn apply(&self, change: Change, file: &Path) -> io::Result<()> {
         match change {
-            Change::StoreResponse => {}
+            Change::Unchanged => {}
             Change::Put(record) => self.write(file, &record.to_bytes())?,
             Change::Remove => fs::remove_file(file)?,
         }
@@ -149,7 +149,7 @@ impl Store for DirectoryStore {
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
         let peek = |record: Option<&Record>, now| Transition {
             reply: Record::peek(record, now),
-            change: Change::StoreResponse,
+            change: Change::Unchanged,
         };
         self.step(key, peek).await
     }

@@ -84,7 +84,7 @@ pub struct Transition<R> {
 #[expect(clippy::exhaustive_enums, reason = "stores must handle every case")]
 pub enum Change {
     /// Leave the record as it is.
-    StoreResponse,
+    Unchanged,
     /// Write this record in its place.
     Put(Record),
     /// Delete the record.
@@ -95,7 +95,7 @@ impl<R> Transition<R> {
     const fn leave(reply: R) -> Self {
         Self {
             reply,
-            change: Change::StoreResponse,
+            change: Change::Unchanged,
         }
     }
 
@@ -116,7 +116,7 @@ impl<R> Transition<R> {
     /// Returns the reply if the record does not change.
     #[cfg(any(feature = "postgres", feature = "redis"))]
     pub(crate) fn unchanged(self) -> Option<R> {
-        matches!(self.change, Change::StoreResponse).then_some(self.reply)
+        matches!(self.change, Change::Unchanged).then_some(self.reply)
     }
 }
 

@@ -51,7 +51,7 @@ impl One {
 
     fn apply<R>(&mut self, transition: Transition<R>) -> R {
         match transition.change {
-            Change::StoreResponse => {}
+            Change::Unchanged => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => self.record = None,
         }

@@ -58,7 +58,7 @@ impl Model {
             Timestamp::from_micros(1_700_000_000_000_000 + self.now),
         );
         match transition.change {
-            Change::StoreResponse => {}
+            Change::Unchanged => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => self.record = None,
         }
@@ -207,7 +207,7 @@ fn the_store_answers_as_the_pure_record_does() {
         runtime.block_on(async {
             for step in steps {
                 play(step, &mut model, &store, key).await;
-                let wanted = model.apply(|record, now| Transition { reply: Record::peek(record, now), change: Change::StoreResponse });
+                let wanted = model.apply(|record, now| Transition { reply: Record::peek(record, now), change: Change::Unchanged });
                 let wanted = comparable(wanted, |fence| model.fence(fence));
                 assert_eq!(comparable(store.peek(&key).await.unwrap(), |fence| fence), wanted);
             }
@@ -358,7 +358,7 @@ fn every_operation_on_every_record_does_what_the_pure_one_does() {
         });
         assert_eq!(blurred(&got), blurred(&wanted));
         let wanted = match change {
-            Change::StoreResponse => Some(bytes.into()),
+            Change::Unchanged => Some(bytes.into()),
             Change::Put(record) => Some(record.to_bytes()),
             Change::Remove => None,
         };

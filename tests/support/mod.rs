@@ -147,7 +147,7 @@ impl RemoteStore {
         let mut records = self.0.records.lock().unwrap();
         let Transition { reply, change } = transition(records.get(key));
         match change {
-            Change::StoreResponse => {}
+            Change::Unchanged => {}
             Change::Put(record) => drop(records.insert(*key, record)),
             Change::Remove => drop(records.remove(key)),
         }
@@ -261,7 +261,7 @@ impl Store for RemoteStore {
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
         let peek = |record: Option<&Record>| Transition {
             reply: Record::peek(record, self.0.clock.now()),
-            change: Change::StoreResponse,
+            change: Change::Unchanged,
         };
         self.call("peek", key, peek).await
     }

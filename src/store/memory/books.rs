@@ -208,7 +208,7 @@ impl Books {
         };
         let Transition { reply, change } = transition(Some(&open.record), now);
         match change {
-            Change::StoreResponse => {}
+            Change::Unchanged => {}
             Change::Put(record) if record.is_completed() => {
                 let exceeds = lock(&self.ledger).enter(key, &record);
                 self.done.insert(*key, Arc::new(record));

@@ -113,7 +113,7 @@ impl<'q> Connection<'q> {
     ) -> Result<Completion, Failed> {
         let transition = |record: Option<&Record>, now| {
             let mut transition = Record::complete(record, owner, ended, retention, now);
-            if let (Change::StoreResponse, Completion::Completed) = (&transition.change, &transition.reply) {
+            if let (Change::Unchanged, Completion::Completed) = (&transition.change, &transition.reply) {
                 let stands = record.and_then(Record::response).cloned();
                 let stands = stands.map_or(Outcome::Tombstone, Outcome::Stored);
                 transition.reply = Completion::Superseded(Some(stands));

@@ -122,7 +122,7 @@ impl Ablated {
     fn write(&self, key: &StorageKey, change: Change) -> Result<(), Error> {
         let mut records = self.records.lock().unwrap();
         match change {
-            Change::StoreResponse => return Ok(()),
+            Change::Unchanged => return Ok(()),
             Change::Put(record) => {
                 if records.len() >= ROOM && !records.contains_key(key) {
                     match self.rule {

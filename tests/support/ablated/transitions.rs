@@ -66,7 +66,7 @@ impl Ablated {
             }
             (Rule::RepeatedClaimWaits, Decision::Execute(_) | Decision::Recover(_)) if in_flight => {
                 made.reply = Decision::Wait { left: claim.lease };
-                made.change = Change::StoreResponse;
+                made.change = Change::Unchanged;
             }
             (Rule::AttemptStays, Decision::Execute(grant)) => {
                 if let Change::Put(next) = &made.change {
@@ -74,7 +74,7 @@ impl Ablated {
                     made.reply = Decision::Execute(Grant { attempt: 1, ..grant });
                 }
             }
-            (Rule::UnknownNotNoted, Decision::Unknown) => made.change = Change::StoreResponse,
+            (Rule::UnknownNotNoted, Decision::Unknown) => made.change = Change::Unchanged,
             (Rule::RepeatedRecoveryExecutes, Decision::Recover(grant)) if in_flight => {
                 made.reply = Decision::Execute(grant);
             }
@@ -118,7 +118,7 @@ impl Ablated {
         if refused {
             return Transition {
                 reply: Completion::Superseded(None),
-                change: Change::StoreResponse,
+                change: Change::Unchanged,
             };
         }
         let owner = self.taken_for(record, owner, Rule::CompleteByAnybody);

@@ -129,7 +129,7 @@ impl Twin {
     /// Makes the model's change. With a record go its owners: whoever claims now is somebody new.
     fn apply<R>(&mut self, transition: Transition<R>) -> R {
         match transition.change {
-            Change::StoreResponse => {}
+            Change::Unchanged => {}
             Change::Put(record) => self.record = Some(record),
             Change::Remove => {
                 self.record = None;
