@@ -120,7 +120,7 @@ impl Clock {
     ///
     /// let clock = Clock::manual(Timestamp::from_micros(0));
     /// let store = MemoryStore::builder().with_clock(clock.clone()).build();
-    /// The store's time is now a day later.
+    /// // Move the store's time forward by a day.
     /// clock.advance(Duration::from_secs(24 * 60 * 60));
     /// assert_eq!(clock.now(), Timestamp::from_micros(86_400_000_000));
     /// # drop(store);

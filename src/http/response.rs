@@ -204,9 +204,10 @@ fn options_of(headers: &HeaderMap) -> Vec<HeaderName> {
     options
 }
 
-/// RFC 9110 section 7.6.1: "A sender MUST NOT send a connection option corresponding to a field
-/// that is intended for all recipients of the content." Such an option is a mistake or an attack,
-/// and must not alter the response.
+/// Returns whether a field is meant for every recipient, so that `Connection` must not name it. RFC
+/// 9110 section 7.6.1: "A sender MUST NOT send a connection option corresponding to a field that is
+/// intended for all recipients of the content." Such an option is a mistake or an attack, and must
+/// not alter the response.
 fn is_end_to_end(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),

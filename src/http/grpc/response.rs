@@ -27,7 +27,7 @@ const OF_TRAILERS: [HeaderName; 3] = [
 /// use tower_idempotency::{grpc_response, IdempotencyLayer, MemoryStore, Recovered};
 ///
 /// let layer = IdempotencyLayer::new(MemoryStore::new()).grpc().with_recovery(|lost| async move {
-/// You asked the bank, and it has booked the payment. This is the encoded receipt.
+///     // You asked the bank, and it has booked the payment. This is the encoded receipt.
 ///     Recovered::Happened(grpc_response(b"\x0a\x03r-1"))
 /// });
 /// # let _ = layer;
