@@ -130,6 +130,26 @@ fn the_package_has_nothing_that_only_the_repository_needs() {
     }
 }
 
+#[test]
+fn the_tour_of_the_examples_names_each_of_them() {
+    let tour = include_str!("../examples/README.md");
+    let package = this_package();
+    let examples = package["targets"].as_array().unwrap().iter();
+    let examples = examples.filter(|target| target["kind"] == serde_json::json!(["example"]));
+    let examples = examples.map(|target| target["name"].as_str().unwrap().to_owned());
+    let folders = fs::read_dir(Path::new(ROOT).join("examples/packages")).unwrap();
+    let packages = folders
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("src/main.rs").is_file());
+    let packages = packages.map(|path| path.file_name().unwrap().to_str().unwrap().to_owned());
+    let words: BTreeSet<&str> = tour
+        .split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '-'))
+        .collect();
+    for name in examples.chain(packages) {
+        assert!(words.contains(name.as_str()), "examples/README.md does not name {name}");
+    }
+}
+
 /// Tests that read files which are not published.
 const TESTS_OF_THE_REPOSITORY: [&str; 2] = ["tests/dependencies.rs", "tests/prose.rs"];
 
