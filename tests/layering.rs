@@ -87,6 +87,36 @@ fn a_module_imports_only_from_floors_below_it() {
 }
 
 #[test]
+fn architecture_names_only_files_and_functions_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let src = root.join("src");
+    let files = sources(&src);
+    let code: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+    let page = fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_/.".contains(c);
+    let mut checked = 0;
+    for name in page.split('`').skip(1).step_by(2) {
+        if name.is_empty() || !name.chars().all(is_name) {
+            continue;
+        }
+        let is_module = |file: &PathBuf| {
+            let path = file.strip_prefix(&src).unwrap().with_extension("");
+            path.iter().any(|part| part == name.trim_end_matches('/'))
+        };
+        let exists = root.join(name).exists() || src.join(name).exists() || files.iter().any(is_module);
+        let is_function = [format!("fn {name}("), format!("fn {name}<")]
+            .iter()
+            .any(|start| code.contains(start));
+        assert!(
+            exists || is_function,
+            "ARCHITECTURE.md names `{name}`, which is not in `src`"
+        );
+        checked += 1;
+    }
+    assert!(checked > 50, "only {checked} names were found");
+}
+
+#[test]
 fn the_protocol_is_pure() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for file in sources(&src.join("protocol")) {
