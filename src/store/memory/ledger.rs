@@ -1,26 +1,28 @@
-//! The ledger of a memory store: completed records by the second in which they expire, their answers by age.
+//! The ledger of a memory store: completed records by the second in which they expire, and their
+//! responses by age.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::clock::Timestamp;
 use crate::protocol::{Fence, Record, StorageKey};
 
-/// The list of completed records by the time at which they may be removed, and the number of bytes in the store's
-/// answers.
+/// The completed records by the time at which they may be removed, and the total size of their
+/// responses.
 ///
-/// The ledger only proposes records. The store looks each of them up under the lock of its shard. When the store
-/// removes or shrinks a record, it subtracts the size that the record has at that moment. So an entry whose record is
-/// gone does no harm, in any order of clocks and locks.
+/// The ledger only proposes records. The store looks each of them up under the lock of its shard.
+/// When the store removes or shrinks a record, it subtracts the size that the record has at that
+/// moment. So an entry whose record is gone is harmless, in any order of clocks and locks.
 #[derive(Debug)]
 pub(super) struct Ledger {
     byte_budget: u64,
     bytes: u64,
-    answers: usize,
+    responses: usize,
     by_age: VecDeque<AgedResponse>,
     by_second: BTreeMap<u64, Vec<StorageKey>>,
 }
 
-/// An answer that may have to become a tombstone, named by its key and the fence of its attempt.
+/// A response that may have to become a tombstone, identified by its key and the fence of its
+/// attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AgedResponse {
     pub(super) key: StorageKey,
@@ -33,7 +35,7 @@ impl Ledger {
         Self {
             byte_budget,
             bytes: 0,
-            answers: 0,
+            responses: 0,
             by_age: VecDeque::new(),
             by_second: BTreeMap::new(),
         }
@@ -43,13 +45,13 @@ impl Ledger {
         self.bytes
     }
 
-    /// Enters a record that has completed. Returns whether the answers now exceed the budget.
+    /// Enters a completed record. Returns true if the responses now exceed the budget.
     pub(super) fn enter(&mut self, key: &StorageKey, record: &Record) -> bool {
         let expires = record.expires_at();
         self.by_second.entry(second_of(expires)).or_default().push(*key);
-        if let Some(answer) = record.response() {
-            self.answers += 1;
-            self.bytes = self.bytes.saturating_add(size(answer.len()));
+        if let Some(response) = record.response() {
+            self.responses += 1;
+            self.bytes = self.bytes.saturating_add(size(response.len()));
             self.by_age.push_back(AgedResponse {
                 key: *key,
                 fence: record.fence(),
@@ -59,15 +61,15 @@ impl Ledger {
         self.bytes > self.byte_budget
     }
 
-    /// Subtracts the answer of a record that the store removes or shrinks.
+    /// Subtracts the response of a record that the store removes or shrinks.
     pub(super) fn count_off(&mut self, record: &Record) {
-        if let Some(answer) = record.response() {
-            self.answers = self.answers.saturating_sub(1);
-            self.bytes = self.bytes.saturating_sub(size(answer.len()));
+        if let Some(response) = record.response() {
+            self.responses = self.responses.saturating_sub(1);
+            self.bytes = self.bytes.saturating_sub(size(response.len()));
         }
     }
 
-    /// Removes and returns the oldest answer, if the answers exceed the budget.
+    /// Removes and returns the oldest response, if the responses exceed the budget.
     pub(super) fn pop_oldest(&mut self) -> Option<AgedResponse> {
         (self.bytes > self.byte_budget).then(|| self.by_age.pop_front())?
     }
@@ -92,10 +94,10 @@ impl Ledger {
                 second.remove();
             }
         }
-        // Retentions differ, so `by_age` is not in the order of expiry. Remove its dead entries once they are the
-        // majority.
-        if self.by_age.len() > 2 * self.answers + 64 {
-            self.by_age.retain(|answer| answer.expires > now);
+        // Retentions differ, so `by_age` is not in the order of expiry. Remove its expired entries
+        // once they are the majority.
+        if self.by_age.len() > 2 * self.responses + 64 {
+            self.by_age.retain(|response| response.expires > now);
             self.by_age.shrink_to(2 * self.by_age.len());
         }
         expired
@@ -104,7 +106,7 @@ impl Ledger {
 
 const MICROS: u64 = 1_000_000;
 
-/// The second at whose beginning a record has certainly expired.
+/// The first full second at which a record has certainly expired.
 const fn second_of(expires: Timestamp) -> u64 {
     expires.as_micros() / MICROS + 1
 }
@@ -128,7 +130,8 @@ mod tests {
         Timestamp::from_micros(second * MICROS)
     }
 
-    /// A record that completed now and lives for some seconds, with an answer of that many bytes.
+    /// Returns a record that completed at `now` and lives for some seconds, with a response of
+    /// `bytes` bytes.
     fn completed(now: u64, seconds: u64, bytes: usize) -> Record {
         let claim = Claim {
             key: key(0),
@@ -159,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_answers_shrink_when_the_bytes_are_used_up() {
+    fn the_oldest_responses_shrink_when_the_bytes_are_used_up() {
         let mut ledger = Ledger::new(100);
         let record = completed(1, 49, 40);
         let mut shrunk = Vec::new();
@@ -194,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn expired_answers_do_not_pile_up_behind_one_that_lives_long() {
+    fn expired_responses_do_not_pile_up_behind_one_that_lives_long() {
         let mut ledger = Ledger::new(u64::MAX);
         ledger.enter(&key(0), &completed(0, 1_000_000, 1));
         for second in 1..10_000 {
@@ -205,6 +208,6 @@ mod tests {
             }
         }
         assert!(ledger.by_age.len() < 200, "{}", ledger.by_age.len());
-        assert_eq!(ledger.answers, 1);
+        assert_eq!(ledger.responses, 1);
     }
 }

@@ -1,7 +1,7 @@
-//! The embedded default: records in this process, completed ones in a moka cache.
+//! The embedded default: records in this process, the completed ones in a moka cache.
 
-mod books;
-mod freeing;
+mod expiry;
+mod inner;
 mod ledger;
 
 use std::fmt;
@@ -15,7 +15,7 @@ use std::time::Duration;
 use pin_project_lite::pin_project;
 use tokio::sync::futures::OwnedNotified;
 
-use self::books::Books;
+use self::inner::Inner;
 use super::Store;
 use crate::clock::Clock;
 use crate::error::Error;
@@ -24,24 +24,27 @@ use crate::protocol::{
     StorageKey,
 };
 
-/// Keeps records in the memory of this process: the embedded default.
+/// A store in the memory of this process: the embedded default.
 ///
-/// It promises everything that the [contract](Store#contract) says for as long as the process lives, and nothing beyond: a
-/// restart forgets every key. Owners live as long as the store does, so it asks for no renewal of leases.
+/// It fulfils the whole [contract](Store#contract) for as long as the process lives. A restart
+/// forgets every key. Owners live as long as the store, so the store needs no renewal of leases.
 ///
-/// It is a ledger, not a cache: no record goes before its time. What is bounded is refused at the door:
+/// The store is a ledger, not a cache: it removes no record before its expiry. Two budgets bound
+/// it:
 ///
-/// * over the **record budget**, new keys are refused with [`StoreFull`](crate::ErrorKind::StoreFull) (the layer answers 503); replays
-///   go on. A record lives for its whole retention, so the budget to set is *new keys per second × retention in seconds*.
-/// * over the **byte budget**, the oldest kept answers shrink to tombstones: their keys still never run again, and their
-///   duplicates get 409 `response-not-stored`.
+/// * **Record budget.** At this limit the store refuses new keys with
+///   [`StoreFull`](crate::ErrorKind::StoreFull) (the layer responds with 503), and replays continue
+///   to work. A record lives for its whole retention, so set the budget to *new keys per second ×
+///   retention in seconds*.
+/// * **Byte budget.** At this limit the oldest stored responses become tombstones. Their keys still
+///   never run again, and their duplicates get 409 `response-not-stored`.
 ///
 /// Clones share one store.
 ///
 /// # Defaults
 ///
-/// * 1,000,000 records, 0.5 to 0.7 KiB each with an answer of a few bytes
-/// * 256 MiB of kept answers
+/// * 1,000,000 records, 0.5 to 0.7 KiB each with a response of a few bytes
+/// * 256 MiB of stored responses
 /// * the machine's monotonic clock
 ///
 /// ```
@@ -51,9 +54,9 @@ use crate::protocol::{
 /// assert_eq!(store.stats().records, 0);
 /// ```
 #[derive(Clone)]
-pub struct MemoryStore(Arc<Books>);
+pub struct MemoryStore(Arc<Inner>);
 
-/// Sets up a [`MemoryStore`]; see there for the defaults.
+/// Builder of a [`MemoryStore`]. See there for the defaults.
 #[derive(Clone, Debug)]
 pub struct MemoryStoreBuilder {
     clock: Clock,
@@ -61,29 +64,30 @@ pub struct MemoryStoreBuilder {
     byte_budget: u64,
 }
 
-/// What a [`MemoryStore`] holds.
+/// Statistics of a [`MemoryStore`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoreStats {
-    /// Records in every state. Expired ones are struck within two seconds.
+    /// Number of records in every state. In a tokio runtime, an expired record stops counting
+    /// within two seconds.
     pub records: u64,
-    /// Bytes of the kept answers.
+    /// Size of the stored responses in bytes.
     pub bytes: u64,
-    /// Records with an owner that has not ended, also if it has given up its lease. An unknown record, such as that of a
-    /// rejected message, does not count.
+    /// Number of records whose attempt has not ended, including attempts that have given up their
+    /// lease. An unknown record, such as that of a rejected message, does not count.
     pub in_flight: u64,
-    /// Watches that wait for a change.
+    /// Number of watches that wait for a change.
     pub waiters: u64,
 }
 
 impl MemoryStore {
-    /// An empty store with the default budgets.
+    /// Makes an empty store with the default budgets.
     #[must_use]
     pub fn new() -> Self {
         Self::builder().build()
     }
 
-    /// Sets up a store with other budgets.
+    /// Returns a builder, for a store with other budgets or another clock.
     #[must_use]
     pub fn builder() -> MemoryStoreBuilder {
         MemoryStoreBuilder {
@@ -93,48 +97,50 @@ impl MemoryStore {
         }
     }
 
-    /// What the store holds now.
+    /// Returns the current statistics.
     #[must_use]
     pub fn stats(&self) -> StoreStats {
         self.0.stats()
     }
 
-    /// Frees the records that have expired by the store's clock. The store also does this by itself, once a second in a
-    /// tokio runtime (with or without timers), and outside a runtime with every claim. There, a claim frees
-    /// records that were never completed only if the store is full.
+    /// Frees the records that have expired by the store's clock. The store also does this by
+    /// itself: once a second in a tokio runtime (with or without timers), and with every claim
+    /// outside a runtime. Outside a runtime, a claim frees records that were never completed only
+    /// if the store is full.
     pub fn sweep(&self) {
         self.0.sweep();
     }
 }
 
 impl MemoryStoreBuilder {
-    /// At most this many records, in every state; 1,000,000 by default.
+    /// Sets the largest number of records, in every state. Default: 1,000,000.
     #[must_use]
     pub fn with_record_budget(mut self, records: u64) -> Self {
         self.record_budget = records;
         self
     }
 
-    /// At most this many bytes of kept answers (headers and bodies); 256 MiB by default. The store copies exactly these
-    /// bytes, so a small slice of a large buffer takes no more memory than the store counts.
+    /// Sets the largest total size of the stored responses (headers and bodies), in bytes. Default:
+    /// 256 MiB. The store copies exactly these bytes, so a small slice of a large buffer takes no
+    /// more memory than the store counts.
     #[must_use]
     pub fn with_byte_budget(mut self, bytes: u64) -> Self {
         self.byte_budget = bytes;
         self
     }
 
-    /// Sets the clock that decides about expiry. Default: the machine's monotonic clock. Tests set a
-    /// [manual](Clock::manual) one.
+    /// Sets the clock that decides about expiry. Default: the machine's monotonic clock. Tests set
+    /// a [manual](Clock::manual) clock.
     #[must_use]
     pub fn with_clock(mut self, clock: Clock) -> Self {
         self.clock = clock;
         self
     }
 
-    /// An empty store.
+    /// Makes an empty store.
     #[must_use]
     pub fn build(self) -> MemoryStore {
-        MemoryStore(Arc::new(Books::new(self.clock, self.record_budget, self.byte_budget)))
+        MemoryStore(Arc::new(Inner::new(self.clock, self.record_budget, self.byte_budget)))
     }
 }
 
@@ -150,7 +156,7 @@ impl fmt::Debug for MemoryStore {
     }
 }
 
-/// Counts a watch for as long as it lives.
+/// Counts a watch for as long as the watch lives.
 #[derive(Debug)]
 struct Counted(Arc<AtomicU64>);
 
@@ -168,7 +174,8 @@ impl Drop for Counted {
 }
 
 pin_project! {
-    /// Resolves when a record of a [`MemoryStore`] has changed; at once when the record is absent or has ended.
+    /// A future that resolves when a record of a [`MemoryStore`] has changed. It resolves at once
+    /// if the record is absent or completed.
     #[derive(Debug)]
     pub struct MemoryWatch {
         #[pin]

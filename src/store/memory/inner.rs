@@ -1,9 +1,9 @@
-//! The books of a memory store: what is open, what is done, and what it costs.
+//! The state of a memory store: open records, completed records, and their sizes.
 //!
-//! Two rules keep the books correct in every order of threads and clocks. First, the lock of a key's shard orders all
-//! changes of the key, so the store reads the time under that lock. A time that was read earlier could let a fence or
-//! an expiry go back. Second, moka only holds the records. The clock of the store decides when a record expires, never
-//! moka's own clock.
+//! Two rules keep the state correct for every order of threads and clocks. First, the lock of a
+//! key's shard orders all changes of the key, so the store reads the time under that lock. A time
+//! that was read earlier could move a fence or an expiry back (I9). Second, moka only holds the
+//! records. The clock of the store decides when a record expires, never moka's own clock.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,17 +23,18 @@ use crate::protocol::{
 };
 use crate::sharded::{lock, Sharded, SHARDS};
 
-pub(super) struct Books {
+pub(super) struct Inner {
     clock: Clock,
     record_budget: u64,
     byte_budget: u64,
-    /// Everything that has not ended: in flight, lost, unknown.
+    /// All records without a final outcome: in flight, lost or unknown.
     open: Sharded<StorageKey, Open, KeyHasher>,
-    /// Everything that has ended. A live key is never in neither: it enters here before it leaves `open`.
+    /// All completed records. A live key is always in `open` or in `done`, because it enters `done`
+    /// before it leaves `open` (I6).
     done: Cache<StorageKey, Arc<Record>, KeyHasher>,
     ledger: Mutex<Ledger>,
-    /// The highest fence of any key. The store keeps it when records go, so that fences grow even after a release, and
-    /// if the clock stands still or goes back (I9).
+    /// The highest fence of any key. It stays when records are removed, so that fences grow even
+    /// after a release, and if the clock stands still or goes back (I9).
     last_fence: AtomicU64,
     records: AtomicU64,
     in_flight: AtomicU64,
@@ -41,7 +42,7 @@ pub(super) struct Books {
     pub(super) sweeping: AtomicBool,
     /// The second in which a claim last freed expired records that were never completed.
     abandoned_freed_in: AtomicU64,
-    /// Ends the sweeping task when the store is dropped.
+    /// Signals the sweeping task to end when the store is dropped.
     pub(super) closed: Arc<Notify>,
 }
 
@@ -55,7 +56,7 @@ type Shard = HashMap<StorageKey, Open, KeyHasher>;
 /// The number of expired records that are freed at a time.
 const PORTION: usize = 256;
 
-impl Books {
+impl Inner {
     pub(super) fn new(clock: Clock, record_budget: u64, byte_budget: u64) -> Self {
         let hasher = KeyHasher::random();
         Self {
@@ -91,7 +92,7 @@ impl Books {
             is_more_expired = self.free_some();
             decision = self.try_claim(&claim);
         }
-        // The sweeping task may not run: there is no runtime, or nothing drives it.
+        // The sweeping task may not run, because there is no runtime or nothing drives it.
         if decision.is_none() && self.may_free_abandoned() {
             self.free_abandoned();
             decision = self.try_claim(&claim);
@@ -99,8 +100,9 @@ impl Books {
         decision.map(unleased).ok_or(FULL)
     }
 
-    /// Decides a claim without freeing any records; `None` if records must be freed first. The caller may hold a lock,
-    /// and to free records takes long: it may look through all open records.
+    /// Decides a claim without freeing records; `None` if records must be freed first. The caller
+    /// may hold a lock, and freeing records may take long, because it may look through all open
+    /// records.
     pub(super) fn claim_now(self: &Arc<Self>, claim: &Claim) -> Option<Decision> {
         if !self.start_sweeper() && lock(&self.ledger).has_expired(self.clock.now()) {
             return None;
@@ -109,6 +111,9 @@ impl Books {
     }
 
     /// Decides a claim; `None` if it needs a new record beyond the budget.
+    ///
+    /// The lock of the shard is held for the whole decision, so that one of two concurrent claims
+    /// sees the record of the other (I1).
     fn try_claim(&self, claim: &Claim) -> Option<Decision> {
         let mut shard = self.open.lock(&claim.key);
         let now = self.clock.now();
@@ -127,7 +132,7 @@ impl Books {
         let done = self.done.get(&claim.key);
         let transition = Record::claim_above(done.as_deref(), claim, now, floor);
         if let Change::Put(record) = transition.change {
-            // If the new record replaces an expired one, the count of records stays the same.
+            // If the new record replaces an expired one, the number of records stays the same.
             match done {
                 _ if is_abandoned => {}
                 Some(done) => self.remove_done(&claim.key, &done),
@@ -144,7 +149,7 @@ impl Books {
     }
 
     pub(super) fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Renewal {
-        // Anything but giving it up leaves the lease without end.
+        // Any non-zero lease stays endless.
         let lease = if lease.is_zero() { lease } else { Duration::MAX };
         self.change_open(key, |record, now| Record::renew(record, owner, lease, now))
     }
@@ -156,7 +161,7 @@ impl Books {
         outcome: &Outcome,
         retention: Duration,
     ) -> Completion {
-        let outcome = self.to_keep(outcome);
+        let outcome = self.to_store(outcome);
         self.change_open(key, |record, now| {
             Record::complete(record, owner, &outcome, retention, now)
         })
@@ -168,7 +173,7 @@ impl Books {
 
     pub(super) fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> ResolveResult {
         let resolution = match resolution {
-            Resolution::Completed(outcome, retention) => Resolution::Completed(self.to_keep(outcome), *retention),
+            Resolution::Completed(outcome, retention) => Resolution::Completed(self.to_store(outcome), *retention),
             Resolution::Absent => Resolution::Absent,
         };
         self.change_open(key, |record, now| Record::resolve(record, fence, &resolution, now))
@@ -195,7 +200,7 @@ impl Books {
         }
     }
 
-    /// Applies a transition to a record that has not ended; one that has ended can only be looked at.
+    /// Applies a transition to an open record. A completed record can only be read.
     fn change_open<R>(
         &self,
         key: &StorageKey,
@@ -211,6 +216,8 @@ impl Books {
             Change::Unchanged => {}
             Change::Put(record) if record.is_completed() => {
                 let exceeds = lock(&self.ledger).enter(key, &record);
+                // Insert into `done` before the removal from `open`, so that the key is never
+                // absent (I6).
                 self.done.insert(*key, Arc::new(record));
                 self.close(&mut shard, key);
                 drop(shard);
@@ -230,11 +237,12 @@ impl Books {
         reply
     }
 
-    /// Returns the outcome to store. It is an exact copy, because the bytes may be slices of larger buffers, and the
-    /// store must hold as many bytes as it counts. An answer larger than the whole budget becomes a tombstone.
-    fn to_keep(&self, outcome: &Outcome) -> Outcome {
+    /// Returns the outcome to store. It is an exact copy, because the bytes may be slices of larger
+    /// buffers, and the store must hold as many bytes as it counts (I10). A response larger than
+    /// the whole budget becomes a tombstone.
+    fn to_store(&self, outcome: &Outcome) -> Outcome {
         match outcome {
-            Outcome::Stored(answer) if u64::try_from(answer.len()).is_ok_and(|len| len <= self.byte_budget) => {
+            Outcome::Stored(response) if u64::try_from(response.len()).is_ok_and(|len| len <= self.byte_budget) => {
                 outcome.to_exact()
             }
             Outcome::Stored(_) | Outcome::Tombstone => Outcome::Tombstone,
@@ -242,7 +250,7 @@ impl Books {
         }
     }
 
-    /// Reserves the place of a new record. Returns false if the budget is used up.
+    /// Counts a new record. Returns false if the record budget is used up.
     fn try_reserve(&self) -> bool {
         if self.records.fetch_add(1, Ordering::Relaxed) < self.record_budget {
             return true;
@@ -251,7 +259,7 @@ impl Books {
         false
     }
 
-    /// Replaces an open record by another one that is open. An unknown record is open, but not in flight.
+    /// Replaces an open record by another open one. An unknown record is open, but not in flight.
     fn replace(&self, open: &mut Open, record: Record) {
         if record.is_in_flight() && !open.record.is_in_flight() {
             self.in_flight.fetch_add(1, Ordering::Relaxed);
@@ -261,7 +269,7 @@ impl Books {
         open.record = record;
     }
 
-    /// Subtracts a record that is in flight no longer, if it was.
+    /// Subtracts a record from the count of records in flight, if it is in flight.
     fn count_off(&self, open: &Open) {
         if open.record.is_in_flight() {
             self.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -276,8 +284,8 @@ impl Books {
         }
     }
 
-    /// Turns the oldest answers into tombstones until the rest fits into the budget. Locks one shard at a time, so the
-    /// caller must hold none.
+    /// Turns the oldest responses into tombstones until the rest fits into the budget. Locks one
+    /// shard at a time, so the caller must hold no shard lock.
     fn shrink_oldest(&self) {
         loop {
             let oldest = lock(&self.ledger).pop_oldest();
@@ -286,25 +294,29 @@ impl Books {
         }
     }
 
-    /// Turns an answer into a tombstone, unless its record is gone already.
-    fn shrink(&self, answer: &AgedResponse) {
-        let _shard = self.open.lock(&answer.key);
-        let Some(done) = self.done.get(&answer.key).filter(|done| done.fence() == answer.fence) else {
+    /// Turns a response into a tombstone, unless its record was removed already.
+    fn shrink(&self, response: &AgedResponse) {
+        let _shard = self.open.lock(&response.key);
+        let Some(done) = self
+            .done
+            .get(&response.key)
+            .filter(|done| done.fence() == response.fence)
+        else {
             return;
         };
         lock(&self.ledger).count_off(&done);
         let tombstone = Record::clone(&done).into_tombstone();
-        self.done.insert(answer.key, Arc::new(tombstone));
+        self.done.insert(response.key, Arc::new(tombstone));
     }
 
-    /// Removes a record from `done`. The caller must hold the lock of the record's shard, and must update the count of
-    /// records.
+    /// Removes a record from `done`. The caller must hold the lock of the record's shard, and must
+    /// update the count of records.
     fn remove_done(&self, key: &StorageKey, done: &Record) {
         lock(&self.ledger).count_off(done);
         self.done.invalidate(key);
     }
 
-    /// Frees a portion of the expired completed records. Returns whether more may have expired.
+    /// Frees a portion of the expired completed records. Returns true if more may have expired.
     pub(super) fn free_some(&self) -> bool {
         let now = self.clock.now();
         let expired = lock(&self.ledger).pop_expired(now, PORTION);
@@ -319,20 +331,23 @@ impl Books {
         expired.len() == PORTION
     }
 
-    /// Whether a claim that finds the store full may look through all open records. It may once a second.
+    /// Whether a claim that finds the store full may look through all open records. It may do so
+    /// once a second.
     fn may_free_abandoned(&self) -> bool {
         let second = self.clock.now().as_micros() / 1_000_000;
         self.abandoned_freed_in.swap(second, Ordering::Relaxed) != second
     }
 
-    /// Frees the expired records that were never completed: attempts that were given up, or whose outcome is unknown.
+    /// Frees the expired records that were never completed: attempts that were given up, or whose
+    /// outcome is unknown.
     pub(super) fn free_abandoned(&self) {
         (0..SHARDS).for_each(|shard| self.free_abandoned_in(shard));
         self.tidy();
     }
 
-    /// Does a part of [`free_abandoned`](Self::free_abandoned), because rejected messages are many and stay open for their
-    /// whole retention. `shard` is less than [`SHARDS`].
+    /// Does the part of [`free_abandoned`](Self::free_abandoned) for one shard, because rejected
+    /// messages can be many and stay open for their whole retention. `shard` is less than
+    /// [`SHARDS`].
     pub(super) fn free_abandoned_in(&self, shard: usize) {
         let mut shard = self.open.lock_nth(shard);
         let now = self.clock.now();
@@ -347,7 +362,7 @@ impl Books {
         });
     }
 
-    /// Lets moka clean up after the removals.
+    /// Lets moka clean up after removals.
     pub(super) fn tidy(&self) {
         self.done.run_pending_tasks();
     }
@@ -375,7 +390,7 @@ impl Open {
     }
 }
 
-/// Returns the claim with a lease without end, because the owner lives as long as the store.
+/// Returns the claim with an endless lease, because the owner lives as long as the store.
 fn endless(claim: &Claim) -> Claim {
     Claim {
         lease: Duration::MAX,

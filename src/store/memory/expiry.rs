@@ -8,14 +8,15 @@ use std::time::Duration;
 use futures::future::{select, Either};
 use tokio::runtime::Handle;
 
-use super::books::Books;
+use super::inner::Inner;
 use super::StoreStats;
 use crate::clock::Timer;
 use crate::sharded::SHARDS;
 use crate::telemetry;
 
-impl Books {
-    /// Starts the sweeping task, unless it runs already. Returns false outside a tokio runtime, where no task can run.
+impl Inner {
+    /// Starts the sweeping task, unless it runs already. Returns false outside a tokio runtime,
+    /// where no task can run.
     pub(super) fn start_sweeper(self: &Arc<Self>) -> bool {
         if self.sweeping.load(Ordering::Relaxed) {
             return true;
@@ -30,53 +31,54 @@ impl Books {
     }
 }
 
-impl Drop for Books {
+impl Drop for Inner {
     fn drop(&mut self) {
         self.closed.notify_one();
     }
 }
 
-/// The store that a sweeping task works for. If the runtime drops the task, the next claim starts another one.
-struct Sweeper(Weak<Books>);
+/// The store that a sweeping task works for. If the runtime drops the task, the next claim starts
+/// another one.
+struct Sweeper(Weak<Inner>);
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
-        if let Some(books) = self.0.upgrade() {
-            books.sweeping.store(false, Ordering::Relaxed);
+        if let Some(inner) = self.0.upgrade() {
+            inner.sweeping.store(false, Ordering::Relaxed);
         }
     }
 }
 
 async fn sweep_every_second(sweeper: Sweeper) {
     const SECOND: Duration = Duration::from_secs(1);
-    let Some(closed) = sweeper.0.upgrade().map(|books| Arc::clone(&books.closed)) else {
+    let Some(closed) = sweeper.0.upgrade().map(|inner| Arc::clone(&inner.closed)) else {
         return;
     };
     loop {
-        // Use a timer that needs none of the runtime's timers, because the runtime may have none, and a claim must not
-        // spawn a task that panics.
+        // This timer does not use the runtime's timers. The runtime may have none, and a claim must
+        // not spawn a task that panics.
         let tick = pin!(Timer::of_any_runtime(SECOND));
         if let Either::Right(_) = select(tick, pin!(closed.notified())).await {
             return;
         }
-        while sweeper.0.upgrade().is_some_and(|books| books.free_some()) {
+        while sweeper.0.upgrade().is_some_and(|inner| inner.free_some()) {
             // Let other tasks of this runtime run between the portions.
             tokio::task::yield_now().await;
         }
         for shard in 0..SHARDS {
-            let Some(books) = sweeper.0.upgrade() else { return };
-            books.free_abandoned_in(shard);
-            drop(books);
+            let Some(inner) = sweeper.0.upgrade() else { return };
+            inner.free_abandoned_in(shard);
+            drop(inner);
             tokio::task::yield_now().await;
         }
-        let Some(books) = sweeper.0.upgrade() else { return };
-        books.tidy();
+        let Some(inner) = sweeper.0.upgrade() else { return };
+        inner.tidy();
         let StoreStats {
             records,
             bytes,
             in_flight,
             waiters,
-        } = books.stats();
+        } = inner.stats();
         telemetry::store_figures(records, bytes, in_flight, waiters);
     }
 }
