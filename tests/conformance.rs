@@ -171,9 +171,9 @@ noticed! {
     a_resolution_compares_the_fence: ResolveByAnyFence, late_completions_heal, 11, differential;
     a_resolution_ends_the_ownership: ResolveKeepsOwner, late_completions_heal, 11, differential;
     nobody_resolves_what_is_completed: ResolveCompleted, late_completions_heal, 11, differential;
-    a_tombstone_never_runs_again: TombstoneRunsAgain, exact_answers, 12, differential;
-    an_answer_is_bytes_not_text: AnswerInUtf8, exact_answers, 12, differential;
-    an_answer_ends_where_it_ends: AnswerTrimmed, exact_answers, 12, differential;
+    a_tombstone_never_runs_again: TombstoneRunsAgain, exact_responses, 12, differential;
+    an_answer_is_bytes_not_text: AnswerInUtf8, exact_responses, 12, differential;
+    an_answer_ends_where_it_ends: AnswerTrimmed, exact_responses, 12, differential;
     a_rejection_can_be_resolved: RejectedIsCompleted, rejection_is_unknown, 17, differential;
 }
 

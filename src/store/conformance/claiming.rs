@@ -1,13 +1,13 @@
 //! Clauses about claims: 5, 6, 8 and 10.
 
-use super::probe::{another_request, kept, Probe, IN_FLIGHT, WAIT};
+use super::probe::{another_request, stored, Probe, IN_FLIGHT, WAIT};
 use crate::protocol::{Claim, Completion, Decision, Grant, IfLost, Nonce, Outcome, Status};
 use crate::store::Store;
 
 /// Clause 5: a claim with another fingerprint is a mismatch, whatever the state of the record.
 ///
-/// Checked in flight, lost, unknown, with a kept answer and with a tombstone, also for the owner's own nonce, and that the
-/// record stays as it was.
+/// Checks records in flight, lost, unknown, with a stored response and with a tombstone, also for
+/// the owner's own nonce. Checks that the record stays as it was.
 pub async fn fingerprint_first<S: Store>(store: &S) {
     const CLAUSE: &str = "5 (fingerprint first)";
     for at in 0..5 {
@@ -16,7 +16,7 @@ pub async fn fingerprint_first<S: Store>(store: &S) {
                 0 => probe.first().await,
                 1 => probe.lost().await,
                 2 => probe.unknown().await,
-                3 => probe.completed(&kept("head", "body")).await,
+                3 => probe.completed(&stored("head", "body")).await,
                 _ => probe.completed(&Outcome::Tombstone).await,
             };
             mismatches(&probe, owner.nonce).await;
@@ -38,10 +38,11 @@ async fn mismatches<S: Store>(probe: &Probe<'_, S>, owner: Nonce) {
     probe.case.same(what, &probe.look().await, &before);
 }
 
-/// Clause 6: a claim with the nonce of the current owner gets that owner's grant again, of the same kind; a completion by
-/// the owner who already completed succeeds and changes nothing.
+/// Clause 6: a claim with the nonce of the current owner gets that owner's grant again, of the same
+/// kind. A completion by the owner that already completed succeeds and changes nothing.
 ///
-/// Checked for first attempts and takeovers of both kinds, at the cap of attempts, and after the lease was lost.
+/// Checks first attempts and takeovers of both kinds, at the cap of attempts, and after the lease
+/// was lost.
 pub async fn repeatable<S: Store>(store: &S) {
     const CLAUSE: &str = "6 (repeatable)";
     for probe in Probe::both_ways(store, CLAUSE) {
@@ -61,7 +62,7 @@ async fn repeats_a_claim<S: Store>(probe: &Probe<'_, S>, claim: Claim) {
     let (Decision::Execute(grant) | Decision::Recover(grant)) = &first else {
         probe.case.fail(&format!("a claim that must be granted got {first:?}"));
     };
-    // The repetition may come after settings have changed; the owner stays what it was.
+    // The settings may have changed before the repeated claim. The grant must stay the same.
     for if_lost in [IfLost::Execute, IfLost::Recover, IfLost::Refuse] {
         let again = Claim {
             if_lost,
@@ -70,7 +71,7 @@ async fn repeats_a_claim<S: Store>(probe: &Probe<'_, S>, claim: Claim) {
         };
         probe.case.same("a repeated claim", &probe.ask(&again).await, &first);
         probe.lose(grant.owner).await;
-        let what = "a repeated claim, the lease being over";
+        let what = "a repeated claim after the lease ended";
         probe.case.same(what, &probe.ask(&again).await, &first);
         let what = "the status after a repeated claim";
         probe.case.same(what, &probe.status().await, &Some(IN_FLIGHT));
@@ -78,10 +79,10 @@ async fn repeats_a_claim<S: Store>(probe: &Probe<'_, S>, claim: Claim) {
 }
 
 async fn repeats_a_completion<S: Store>(probe: &Probe<'_, S>) {
-    let outcome = kept("head", "the first answer");
+    let outcome = stored("head", "the first response");
     let owner = probe.completed(&outcome).await;
     let before = probe.look().await;
-    for outcome in [outcome, kept("head", "another answer"), Outcome::Tombstone] {
+    for outcome in [outcome, stored("head", "another response"), Outcome::Tombstone] {
         let completion = probe.complete(owner, &outcome).await;
         probe
             .case
@@ -93,7 +94,8 @@ async fn repeats_a_completion<S: Store>(probe: &Probe<'_, S>) {
 
 /// Clause 8: the fence grows with every owner of a key, as long as its record lives.
 ///
-/// Checked over takeovers, also after releases that left their evidence; `peek` must show each, and attempts must count up.
+/// Checks takeovers, also after releases that left evidence. `peek` must show each fence, and the
+/// attempts must count up.
 pub async fn fence_grows<S: Store>(store: &S) {
     const CLAUSE: &str = "8 (the fence grows)";
     for probe in Probe::both_ways(store, CLAUSE) {
@@ -102,7 +104,7 @@ pub async fn fence_grows<S: Store>(store: &S) {
             let grant = probe.granted(&probe.case.claim(IfLost::Execute)).await;
             probe.case.same("the number of an attempt", &grant.attempt, &attempt);
             if let Some(last) = last {
-                let what = format!("after {:?} came {:?}", last.owner.fence, grant.owner.fence);
+                let what = format!("the fence {:?} did not grow: {:?}", last.owner.fence, grant.owner.fence);
                 probe.case.check(grant.owner.fence > last.owner.fence, &what);
             }
             let shown = probe.look().await.map(|record| (record.fence, record.attempt));
@@ -118,9 +120,11 @@ pub async fn fence_grows<S: Store>(store: &S) {
     }
 }
 
-/// Clause 10: attempts are capped by the claim's `max_attempts`; then the outcome is unknown.
+/// Clause 10: attempts are capped by the claim's `max_attempts`. After the last one the outcome is
+/// unknown.
 ///
-/// Checked for caps of 1 to 3 and both kinds of takeover, and that unknown stays unknown, whatever a later claim allows.
+/// Checks caps of 1 to 3 and both kinds of takeover. Checks that an unknown record stays unknown,
+/// whatever a later claim allows.
 pub async fn attempts_are_capped<S: Store>(store: &S) {
     const CLAUSE: &str = "10 (attempts are capped)";
     for max_attempts in 1..=3 {

@@ -1,4 +1,4 @@
-//! Clauses about many at once: 1 and 3.
+//! Clauses about concurrent operations: 1 and 3.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::future::join_all;
 use tokio::sync::Barrier;
 
-use super::probe::{kept, timeless, Case, Probe, LEASE, WAIT};
+use super::probe::{stored, timeless, Case, Probe, LEASE, WAIT};
 use crate::protocol::{Completion, Decision, IfLost, Release, Renewal, Resolution, ResolveResult, Status};
 use crate::store::Store;
 
@@ -15,9 +15,10 @@ const CLAIMANTS: usize = 16;
 
 /// Clause 1: every operation is one atomic step on one key.
 ///
-/// Races two operations of which exactly one can win, 32 times each: release and completion of one owner; a takeover and
-/// the lost owner's completion, renewal, or resolution; two takeovers; and a completion under the eyes of `peek`, which must
-/// never see the key absent. It seeks races and cannot prove that there are none.
+/// Races pairs of operations, 32 times each. Exactly one operation of a pair can win: release and
+/// completion of one owner; a takeover and the lost owner's completion, renewal or resolution; two
+/// takeovers; and a completion while `peek` reads the record, which must never be absent (I6). The
+/// function provokes races and cannot prove their absence.
 pub async fn atomic<S: Store + Clone>(store: &S) {
     const CLAUSE: &str = "1 (atomic)";
     for _ in 0..ROUNDS {
@@ -32,7 +33,8 @@ pub async fn atomic<S: Store + Clone>(store: &S) {
 
 /// Clause 3: of any number of concurrent claims of an absent key, exactly one is granted.
 ///
-/// Races 16 claims for each of 32 keys; the others must be told to wait. `claim` and `claim_now` race each other as well.
+/// Races 16 claims for each of 32 keys. The other claims must get `Wait`. Half of the claims use
+/// `claim_now` if the store implements it.
 pub async fn one_owner<S: Store + Clone>(store: &S) {
     const CLAUSE: &str = "3 (one owner)";
     for _ in 0..ROUNDS {
@@ -47,7 +49,7 @@ async fn release_or_complete<S: Store + Clone>(store: &S, clause: &'static str) 
     let owner = probe.first().await;
     let (case, one, other) = (probe.case, store.clone(), store.clone());
     let release = async move { case.at(&one).release(owner).await };
-    let complete = async move { case.at(&other).complete(owner, &kept("head", "body")).await };
+    let complete = async move { case.at(&other).complete(owner, &stored("head", "body")).await };
     let seen = both(release, complete).await;
     let released = (Release::Released, Completion::Superseded(None));
     let completed = (Release::Superseded, Completion::Completed);
@@ -70,7 +72,7 @@ async fn take_over_or_complete<S: Store + Clone>(store: &S, clause: &'static str
     let owner = probe.lost().await;
     let (case, one, other) = (probe.case, store.clone(), store.clone());
     let take_over = async move { name(&case.at(&one).ask(&case.claim(IfLost::Execute)).await) };
-    let complete = async move { case.at(&other).complete(owner, &kept("head", "late")).await };
+    let complete = async move { case.at(&other).complete(owner, &stored("head", "late")).await };
     let seen = both(take_over, complete).await;
     let taken = ("execute", Completion::Superseded(None));
     let healed = ("replay", Completion::Completed);
@@ -116,7 +118,7 @@ async fn complete_in_sight<S: Store + Clone>(store: &S, clause: &'static str) {
     let probe = Probe::new(store, clause);
     let owner = probe.first().await;
     let (case, one, other) = (probe.case, store.clone(), store.clone());
-    let complete = async move { case.at(&one).complete(owner, &kept("head", "body")).await };
+    let complete = async move { case.at(&one).complete(owner, &stored("head", "body")).await };
     let look = async move {
         loop {
             match case.at(&other).status().await {
@@ -126,8 +128,8 @@ async fn complete_in_sight<S: Store + Clone>(store: &S, clause: &'static str) {
         }
     };
     let (_, seen) = both(complete, look).await;
-    let completed = Some(Status::Completed(kept("head", "body")));
-    case.same("what is seen while a completion takes place", &seen, &completed);
+    let completed = Some(Status::Completed(stored("head", "body")));
+    case.same("the record during a completion", &seen, &completed);
 }
 
 async fn claims<S: Store + Clone>(store: &S, case: Case, count: usize, if_lost: IfLost) -> Vec<Decision> {
@@ -137,7 +139,7 @@ async fn claims<S: Store + Clone>(store: &S, case: Case, count: usize, if_lost: 
         async move {
             let claim = case.claim(if_lost);
             start(&ready).await;
-            let case = if n % 2 == 0 { case } else { case.asked_now() };
+            let case = if n % 2 == 0 { case } else { case.using_claim_now() };
             timeless(case.at(&store).ask_exactly(&claim).await)
         }
     });
@@ -156,7 +158,7 @@ fn one_of(case: Case, decisions: &[Decision], attempt: u32, what: &str) {
 }
 
 fn either<T: PartialEq + std::fmt::Debug>(case: Case, what: &str, seen: &T, wanted: &[T]) {
-    let what = format!("{what}, racing, got {seen:?}; possible were {wanted:?}");
+    let what = format!("{what}, in a race, got {seen:?}; possible results are {wanted:?}");
     case.check(wanted.contains(seen), &what);
 }
 
@@ -165,11 +167,11 @@ const fn name(decision: &Decision) -> &'static str {
         Decision::Execute(_) => "execute",
         Decision::Replay(_) => "replay",
         Decision::Wait { .. } => "wait",
-        _ => "something else",
+        _ => "another decision",
     }
 }
 
-/// Runs both at once, each in a task of its own.
+/// Runs both futures at the same time, each in a task of its own.
 async fn both<A, B>(one: A, other: B) -> (A::Output, B::Output)
 where
     A: Future<Output: Send> + Send + 'static,
@@ -188,7 +190,8 @@ where
     futures::future::join(one, other).await
 }
 
-/// Waits for all the others; then a little or not at all, since whoever arrives last would always be the first to go on.
+/// Waits until all tasks are ready, and then yields up to twice. Otherwise the task that arrives
+/// last would always be the first to continue.
 async fn start(ready: &Barrier) {
     ready.wait().await;
     for _ in 0..rand::random_range(0..3) {
@@ -196,7 +199,7 @@ async fn start(ready: &Barrier) {
     }
 }
 
-/// On a multi-thread runtime, tasks are on many threads; futures of one task never are.
+/// Runs a future in a task, because only tasks run on several threads of a multi-thread runtime.
 fn in_a_task<F>(future: F) -> impl Future<Output = F::Output> + Send
 where
     F: Future<Output: Send> + Send + 'static,

@@ -3,22 +3,22 @@
 use bytes::Bytes;
 
 use super::owning::strangers;
-use super::probe::{kept, random, Probe, LEASE, RETENTION};
+use super::probe::{random, stored, Probe, LEASE, RETENTION};
 use crate::protocol::{
     Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Status,
     StoredResponse,
 };
 use crate::store::Store;
 
-/// Clause 11: the last owner of a lost or unknown record can still complete it. A resolution by its fence can complete
-/// it, too, and ends the ownership.
+/// Clause 11: the last owner of a lost or unknown record can still complete it. A resolution by the
+/// record's fence can complete it, too, and ends the ownership.
 ///
-/// Checks that the outcome is replayed from then on, and that an owner that completes, renews or releases after a
-/// resolution changes nothing and gets the outcome that stands. Checks also that nobody resolves by another fence, and
-/// that no resolution applies to a record in flight or completed.
+/// Checks that claims replay the outcome from then on. Checks that an owner that completes, renews
+/// or releases after a resolution changes nothing and gets the outcome that stands (I2). Checks
+/// that no resolution applies with another fence, or to a record in flight or completed.
 pub async fn late_completions_heal<S: Store>(store: &S) {
     const CLAUSE: &str = "11 (late completions heal)";
-    let outcome = kept("head", "late");
+    let outcome = stored("head", "late");
     for unknown in [false, true] {
         for resolves in [false, true] {
             let probe = Probe::new(store, CLAUSE);
@@ -43,7 +43,7 @@ pub async fn late_completions_heal<S: Store>(store: &S) {
     resolves_by_fence(store, CLAUSE).await;
 }
 
-/// The owner comes back after a resolution has completed its record.
+/// Checks an owner that returns after a resolution has completed its record.
 async fn owner_is_superseded<S: Store>(probe: &Probe<'_, S>, owner: Owner, stands: &Outcome) {
     let before = probe.look().await;
     let is_owned = before.as_ref().is_some_and(|seen| seen.nonce == owner.nonce);
@@ -51,7 +51,7 @@ async fn owner_is_superseded<S: Store>(probe: &Probe<'_, S>, owner: Owner, stand
         !is_owned,
         "`peek` shows the owner's nonce in a record that a resolution completed",
     );
-    for own in [kept("head", "the owner's"), Outcome::Tombstone, stands.clone()] {
+    for own in [stored("head", "the owner's"), Outcome::Tombstone, stands.clone()] {
         let completion = probe.complete(owner, &own).await;
         let superseded = Completion::Superseded(Some(stands.clone()));
         probe
@@ -71,7 +71,8 @@ async fn owner_is_superseded<S: Store>(probe: &Probe<'_, S>, owner: Owner, stand
         .same("the record after its owner came back", &probe.look().await, &before);
 }
 
-/// A resolution is for the attempt that it names, if that is over and did not end.
+/// Checks that a resolution applies only to the attempt that it names, and only if that attempt is
+/// lost or unknown.
 async fn resolves_by_fence<S: Store>(store: &S, clause: &'static str) {
     for at in 0..4 {
         let probe = Probe::new(store, clause);
@@ -82,7 +83,7 @@ async fn resolves_by_fence<S: Store>(store: &S, clause: &'static str) {
             _ => (probe.completed(&Outcome::Tombstone).await, false),
         };
         let before = probe.look().await;
-        let completed = Resolution::Completed(kept("head", "found"), RETENTION);
+        let completed = Resolution::Completed(stored("head", "found"), RETENTION);
         for resolution in [completed, Resolution::Absent] {
             for fence in strangers(owner).map(|stranger| stranger.fence) {
                 if fence == owner.fence && resolvable {
@@ -105,26 +106,27 @@ async fn resolves_by_fence<S: Store>(store: &S, clause: &'static str) {
     }
 }
 
-/// Clause 12: what is read back equals what was completed, byte for byte.
+/// Clause 12: the store returns exactly the bytes that were completed.
 ///
-/// Checked with empty answers, every byte value, whitespace at the ends, text that is not UTF-8, and 128 KiB at random; by
-/// `claim`, `claim_now`, `peek` and the completion of a superseded owner. No more is kept at a time than a store with room
-/// for 1 MiB of answers holds.
-pub async fn exact_answers<S: Store>(store: &S) {
-    const CLAUSE: &str = "12 (exact answers)";
+/// Checks empty responses, every byte value, whitespace at both ends, text that is not UTF-8, and
+/// 128 KiB of random bytes. Reads them by `claim`, `claim_now`, `peek` and the completion of a
+/// superseded owner. The function never stores more at a time than a store with room for 1 MiB of
+/// responses can hold.
+pub async fn exact_responses<S: Store>(store: &S) {
+    const CLAUSE: &str = "12 (exact responses)";
     let every: Bytes = (0..=u8::MAX).collect();
-    let answers = [
-        kept("", ""),
-        kept("", "no head"),
-        kept("no body", ""),
-        kept(every.clone(), every.slice(..).iter().rev().copied().collect::<Bytes>()),
-        kept(" \r\n\0", "\0\n\t \r\n"),
-        kept("3", "-0001.50"),
-        kept(b"\xff\xfe".to_vec(), b"\xc3\x28 \xf0\x28\x8c\xbc".to_vec()),
-        kept(random::<4096>().to_vec(), every.repeat(512)),
-        kept("head", (0..32).flat_map(|_| random::<4096>()).collect::<Bytes>()),
+    let outcomes = [
+        stored("", ""),
+        stored("", "no head"),
+        stored("no body", ""),
+        stored(every.clone(), every.slice(..).iter().rev().copied().collect::<Bytes>()),
+        stored(" \r\n\0", "\0\n\t \r\n"),
+        stored("3", "-0001.50"),
+        stored(b"\xff\xfe".to_vec(), b"\xc3\x28 \xf0\x28\x8c\xbc".to_vec()),
+        stored(random::<4096>().to_vec(), every.repeat(512)),
+        stored("head", (0..32).flat_map(|_| random::<4096>()).collect::<Bytes>()),
     ];
-    for outcome in answers {
+    for outcome in outcomes {
         for probe in Probe::both_ways(store, CLAUSE) {
             probe.completed(&outcome).await;
             replays(&probe, &outcome).await;
@@ -137,15 +139,15 @@ pub async fn exact_answers<S: Store>(store: &S) {
 
 /// Clause 17: a completion with a rejection makes the record unknown, for every claim.
 ///
-/// Checks claims of each kind with attempts left, that the owner can repeat the rejection, that `peek` shows the record
-/// as unknown, and that a resolution frees the key.
+/// Checks claims of each kind with attempts left. Checks that the owner can repeat the rejection,
+/// that `peek` shows the record as unknown, and that a resolution frees the key.
 pub async fn rejection_is_unknown<S: Store>(store: &S) {
     const CLAUSE: &str = "17 (a rejection is unknown)";
     for probe in Probe::both_ways(store, CLAUSE) {
         let owner = probe.completed(&Outcome::Rejected).await;
         for if_lost in [IfLost::Execute, IfLost::Recover, IfLost::Refuse] {
             let decision = probe.ask(&probe.case.claim(if_lost)).await;
-            let what = format!("a claim ({if_lost:?}) of what was rejected");
+            let what = format!("a claim ({if_lost:?}) of a rejected key");
             probe.case.same(&what, &decision, &Decision::Unknown);
         }
         let status = probe.status().await;
@@ -155,25 +157,23 @@ pub async fn rejection_is_unknown<S: Store>(store: &S) {
         let what = "a repeated rejection";
         probe.case.same(what, &completion, &Completion::Completed);
         let resolved = probe.resolve(owner.fence, &Resolution::Absent).await;
-        let what = "a resolution of what was rejected";
+        let what = "a resolution of a rejected key";
         probe.case.same(what, &resolved, &ResolveResult::Resolved);
         probe.first().await;
     }
 }
 
-/// Everybody who asks gets the outcome.
+/// Checks that every operation that returns an outcome returns this one.
 pub(super) async fn replays<S: Store>(probe: &Probe<'_, S>, outcome: &Outcome) {
     let decision = match probe.ask(&probe.case.claim(IfLost::Execute)).await {
-        Decision::Replay(answer) => Some(Outcome::Stored(answer)),
+        Decision::Replay(response) => Some(Outcome::Stored(response)),
         Decision::NotStored => Some(Outcome::Tombstone),
-        other => probe.case.fail(&format!("a claim of what is completed got {other:?}")),
+        other => probe.case.fail(&format!("a claim of a completed key got {other:?}")),
     };
     equal(probe, "claim", decision.as_ref(), outcome);
     let shown = match probe.status().await {
         Some(Status::Completed(outcome)) => Some(outcome),
-        other => probe
-            .case
-            .fail(&format!("`peek` showed {other:?} for what is completed")),
+        other => probe.case.fail(&format!("`peek` showed {other:?} for a completed key")),
     };
     equal(probe, "peek", shown.as_ref(), outcome);
     let nobody = Owner {
@@ -187,7 +187,7 @@ pub(super) async fn replays<S: Store>(probe: &Probe<'_, S>, outcome: &Outcome) {
     equal(probe, "complete", stands.as_ref(), outcome);
 }
 
-/// Says where answers differ: their `Debug` form hides their bytes.
+/// Reports where two responses differ, because their `Debug` form hides their bytes.
 fn equal<S: Store>(probe: &Probe<'_, S>, operation: &str, seen: Option<&Outcome>, wanted: &Outcome) {
     if let (Some(Outcome::Stored(seen)), Outcome::Stored(wanted)) = (seen, wanted) {
         let part = |name: &str, of: fn(&StoredResponse) -> &Bytes| {
@@ -196,14 +196,14 @@ fn equal<S: Store>(probe: &Probe<'_, S>, operation: &str, seen: Option<&Outcome>
             let at = differs.or((seen.len() != wanted.len()).then(|| seen.len().min(wanted.len())));
             if let Some(at) = at {
                 let lengths = format!("{} bytes instead of {}", seen.len(), wanted.len());
-                let what = format!("the {name} that `{operation}` gives differs from byte {at} on ({lengths})");
+                let what = format!("the {name} that `{operation}` returns differs from byte {at} on ({lengths})");
                 probe.case.fail(&what);
             }
         };
-        part("head", |answer| &answer.head);
-        part("body", |answer| &answer.body);
+        part("head", |response| &response.head);
+        part("body", |response| &response.body);
     }
     probe
         .case
-        .same(&format!("the outcome that `{operation}` gives"), &seen, &Some(wanted));
+        .same(&format!("the outcome that `{operation}` returns"), &seen, &Some(wanted));
 }

@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use super::probe::{kept, Probe, LEASE};
+use super::probe::{stored, Probe, LEASE};
 use crate::protocol::{Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Snapshot, Status};
 use crate::store::Store;
 
-/// Clause 7: `renew`, `complete` and `release` compare nonce *and* fence, and do nothing for anybody else.
+/// Clause 7: `renew`, `complete` and `release` compare nonce *and* fence, and change nothing for
+/// any other caller.
 ///
-/// Checked with the owner's nonce and another fence, its fence and another nonce, and both of an owner that was superseded;
-/// in flight, lost, unknown, completed and absent.
+/// Checks the owner's nonce with another fence, the owner's fence with another nonce, and both of a
+/// superseded owner, on records in flight, lost, unknown, completed and absent.
 pub async fn owners_only<S: Store>(store: &S) {
     const CLAUSE: &str = "7 (owners only)";
-    let outcome = kept("head", "what stands");
+    let outcome = stored("head", "the outcome that stands");
     for at in 0..5 {
         let probe = Probe::new(store, CLAUSE);
         let (owner, stands) = match at {
@@ -23,7 +24,7 @@ pub async fn owners_only<S: Store>(store: &S) {
             _ => (probe.completed(&Outcome::Tombstone).await, Some(Outcome::Tombstone)),
         };
         for stranger in strangers(owner) {
-            turns_away(&probe, stranger, stands.clone()).await;
+            rejects(&probe, stranger, stands.clone()).await;
         }
         if stands.is_some() {
             ended(&probe, owner).await;
@@ -33,7 +34,7 @@ pub async fn owners_only<S: Store>(store: &S) {
     absent(&Probe::new(store, CLAUSE)).await;
 }
 
-/// Who may be taken for `owner` by a store that compares too little.
+/// Returns owners that a store takes for `owner` if it compares too little.
 pub(super) fn strangers(owner: Owner) -> [Owner; 4] {
     let (nonce, fence) = (owner.nonce, owner.fence.as_u64());
     [
@@ -56,7 +57,7 @@ pub(super) fn strangers(owner: Owner) -> [Owner; 4] {
     ]
 }
 
-async fn turns_away<S: Store>(probe: &Probe<'_, S>, stranger: Owner, stands: Option<Outcome>) {
+async fn rejects<S: Store>(probe: &Probe<'_, S>, stranger: Owner, stands: Option<Outcome>) {
     let before = probe.look().await;
     let case = probe.case;
     let unchanged = |operation: &str, after: Option<Snapshot>| {
@@ -67,7 +68,7 @@ async fn turns_away<S: Store>(probe: &Probe<'_, S>, stranger: Owner, stands: Opt
         case.same("a stranger's renewal", &renewal, &Renewal::Superseded);
         unchanged("renewal", probe.look().await);
     }
-    let completion = probe.complete(stranger, &kept("head", "a stranger's")).await;
+    let completion = probe.complete(stranger, &stored("head", "a stranger's")).await;
     case.same("a stranger's completion", &completion, &Completion::Superseded(stands));
     unchanged("completion", probe.look().await);
     let release = probe.release(stranger).await;
@@ -75,7 +76,7 @@ async fn turns_away<S: Store>(probe: &Probe<'_, S>, stranger: Owner, stands: Opt
     unchanged("release", probe.look().await);
 }
 
-/// Who has completed is no owner any more, but for a repeated completion.
+/// Checks that an owner that has completed can only repeat its completion.
 async fn ended<S: Store>(probe: &Probe<'_, S>, owner: Owner) {
     let before = probe.look().await;
     let renewal = probe.renew(owner, LEASE).await;
@@ -86,20 +87,20 @@ async fn ended<S: Store>(probe: &Probe<'_, S>, owner: Owner) {
     probe
         .case
         .same("a release after completion", &release, &Release::Superseded);
-    let what = "the record after renewal and release of what is completed";
+    let what = "a completed record after a renewal and a release";
     probe.case.same(what, &probe.look().await, &before);
 }
 
 async fn superseded<S: Store>(probe: &Probe<'_, S>) {
     let first = probe.lost().await;
     let second = probe.taken_over().await;
-    turns_away(probe, first, None).await;
-    let outcome = kept("head", "the second's");
+    rejects(probe, first, None).await;
+    let outcome = stored("head", "the second's");
     let completion = probe.complete(second, &outcome).await;
     probe
         .case
         .same("the owner completes", &completion, &Completion::Completed);
-    turns_away(probe, first, Some(outcome)).await;
+    rejects(probe, first, Some(outcome)).await;
 }
 
 async fn absent<S: Store>(probe: &Probe<'_, S>) {
@@ -108,21 +109,31 @@ async fn absent<S: Store>(probe: &Probe<'_, S>) {
         fence: Fence::new(1),
     };
     let renewal = probe.renew(nobody, LEASE).await;
-    probe.case.same("a renewal of nothing", &renewal, &Renewal::Superseded);
-    let completion = probe.complete(nobody, &kept("head", "body")).await;
     probe
         .case
-        .same("a completion of nothing", &completion, &Completion::Superseded(None));
+        .same("a renewal of an absent key", &renewal, &Renewal::Superseded);
+    let completion = probe.complete(nobody, &stored("head", "body")).await;
+    probe.case.same(
+        "a completion of an absent key",
+        &completion,
+        &Completion::Superseded(None),
+    );
     let release = probe.release(nobody).await;
-    probe.case.same("a release of nothing", &release, &Release::Released);
     probe
         .case
-        .same("what they leave where nothing was", &probe.look().await, &None);
+        .same("a release of an absent key", &release, &Release::Released);
+    probe.case.same(
+        "the record after operations on an absent key",
+        &probe.look().await,
+        &None,
+    );
 }
 
-/// Clause 9: a release leaves evidence; it deletes the record only when the owner's attempt was the only one ever.
+/// Clause 9: a release leaves evidence. It deletes the record only if the owner's attempt was the
+/// only one ever.
 ///
-/// Checked in flight, lost and unknown; for the first attempt, and for later ones, released once and repeatedly.
+/// Checks records in flight, lost and unknown, for the first attempt and for later ones, each
+/// released twice.
 pub async fn release_leaves_evidence<S: Store>(store: &S) {
     const CLAUSE: &str = "9 (a release leaves evidence)";
     for at in 0..3 {
@@ -163,7 +174,7 @@ async fn later_attempt<S: Store>(probe: &Probe<'_, S>, lost: bool) {
     let release = probe.release(second).await;
     probe
         .case
-        .same("a release of the unknown", &release, &Release::Released);
-    let what = "the status of the unknown after a release";
+        .same("a release of an unknown record", &release, &Release::Released);
+    let what = "the status of an unknown record after a release";
     probe.case.same(what, &probe.status().await, &Some(Status::Unknown));
 }

@@ -1,4 +1,4 @@
-//! A fresh key of a store and the questions that a clause asks about it.
+//! A fresh key of a store, and the operations by which a clause is checked.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -13,29 +13,31 @@ use crate::protocol::{
 };
 use crate::store::Store;
 
-/// Long enough that no lease ends by itself while a clause is checked.
+/// A lease that does not end by itself while a clause is checked.
 pub(super) const LEASE: Duration = Duration::from_secs(600);
-/// Long enough that nothing expires, short enough that a shared store is soon rid of it.
+/// A retention that does not end while a clause is checked, but lets a shared store free the
+/// records soon.
 pub(super) const RETENTION: Duration = Duration::from_secs(3_600);
-/// How long something that must come is waited for. Only a store that breaks the contract takes as long.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest wait for an event that must come. Only a store that breaks the contract takes this
+/// long.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// "Somebody is at it", for how long it may be.
+/// The decision about a key in flight, without the time that is left.
 pub(super) const WAIT: Decision = Decision::Wait { left: Duration::ZERO };
-/// The same, as a status.
+/// The status of a key in flight, without the time that is left.
 pub(super) const IN_FLIGHT: Status = Status::InFlight { left: Duration::ZERO };
 
-/// One key, examined for one clause.
+/// One key, checked for one clause.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Case {
     pub(super) clause: &'static str,
     pub(super) key: StorageKey,
     fingerprint: Fingerprint,
-    /// Ask by `claim_now`, where the store answers to it.
+    /// Whether to claim by `claim_now`, if the store implements it.
     now: bool,
 }
 
-/// A case at a store.
+/// A case with its store.
 #[derive(Debug)]
 pub(super) struct Probe<'a, S> {
     pub(super) case: Case,
@@ -55,8 +57,8 @@ impl Case {
         }
     }
 
-    /// The same case, asked for by `claim_now`.
-    pub(super) fn asked_now(self) -> Self {
+    /// Returns the same case, claimed by `claim_now`.
+    pub(super) fn using_claim_now(self) -> Self {
         Self { now: true, ..self }
     }
 
@@ -64,7 +66,7 @@ impl Case {
         Probe { case: self, store }
     }
 
-    /// A claim by somebody new.
+    /// Makes a claim with a new nonce.
     pub(super) fn claim(&self, if_lost: IfLost) -> Claim {
         Claim {
             key: self.key,
@@ -77,7 +79,7 @@ impl Case {
         }
     }
 
-    /// Says that the clause is broken.
+    /// Reports that the store breaks the clause.
     #[expect(clippy::panic, reason = "the kit reports to tests, by panicking")]
     pub(super) fn fail(&self, what: &str) -> ! {
         panic!("the store breaks clause {} of its contract: {what}", self.clause)
@@ -91,42 +93,43 @@ impl Case {
 
     pub(super) fn same<T: Debug + PartialEq>(&self, what: &str, seen: &T, wanted: &T) {
         if seen != wanted {
-            self.fail(&format!("{what}: the answer was {seen:?}, not {wanted:?}"));
+            self.fail(&format!("{what}: got {seen:?}, expected {wanted:?}"));
         }
     }
 
-    fn answered<T>(&self, operation: &str, reply: Result<T, Error>) -> T {
+    fn expect_reply<T>(&self, operation: &str, reply: Result<T, Error>) -> T {
         reply.unwrap_or_else(|error| self.fail(&format!("`{operation}` failed: {error:?}")))
     }
 }
 
 impl<'a, S: Store> Probe<'a, S> {
-    /// A fresh key.
+    /// Makes a probe of a fresh key.
     pub(super) fn new(store: &'a S, clause: &'static str) -> Self {
         Case::new(clause).at(store)
     }
 
-    /// Two fresh keys: one asked for by `claim`, one by `claim_now`, where the store answers to it.
+    /// Makes probes of two fresh keys. One is claimed by `claim`, and one by `claim_now` if the
+    /// store implements it.
     pub(super) fn both_ways(store: &'a S, clause: &'static str) -> [Self; 2] {
-        [Self::new(store, clause), Case::new(clause).asked_now().at(store)]
+        [Self::new(store, clause), Case::new(clause).using_claim_now().at(store)]
     }
 
     pub(super) async fn ask_exactly(&self, claim: &Claim) -> Decision {
         if self.case.now {
-            // An error says that nothing took effect, and the layer asks again.
+            // After an error, the claim has taken no effect, and the layer calls `claim`.
             if let Some(Ok(decision)) = self.store.claim_now(claim) {
                 return decision;
             }
         }
-        self.case.answered("claim", self.store.claim(claim).await)
+        self.case.expect_reply("claim", self.store.claim(claim).await)
     }
 
-    /// What the store decides, without what depends on time.
+    /// Returns the decision about a claim, without values that depend on time.
     pub(super) async fn ask(&self, claim: &Claim) -> Decision {
         timeless(self.ask_exactly(claim).await)
     }
 
-    /// The grant that the store must give.
+    /// Returns the grant of a claim that the store must grant.
     pub(super) async fn granted(&self, claim: &Claim) -> Grant {
         match self.ask_exactly(claim).await {
             Decision::Execute(grant) | Decision::Recover(grant) => grant,
@@ -134,19 +137,19 @@ impl<'a, S: Store> Probe<'a, S> {
         }
     }
 
-    /// A first attempt at the key.
+    /// Makes a first attempt.
     pub(super) async fn first(&self) -> Owner {
         self.granted(&self.case.claim(IfLost::Refuse)).await.owner
     }
 
-    /// A first attempt that gave up its lease.
+    /// Makes a first attempt that gives up its lease.
     pub(super) async fn lost(&self) -> Owner {
         let owner = self.first().await;
         self.lose(owner).await;
         owner
     }
 
-    /// A first attempt that was lost and that nobody may repeat.
+    /// Makes a first attempt that is lost and that no claim may repeat.
     pub(super) async fn unknown(&self) -> Owner {
         let owner = self.lost().await;
         let decision = self.ask(&self.case.claim(IfLost::Refuse)).await;
@@ -158,7 +161,7 @@ impl<'a, S: Store> Probe<'a, S> {
         owner
     }
 
-    /// A completed attempt.
+    /// Makes a completed attempt.
     pub(super) async fn completed(&self, outcome: &Outcome) -> Owner {
         let owner = self.first().await;
         let completion = self.complete(owner, outcome).await;
@@ -167,7 +170,7 @@ impl<'a, S: Store> Probe<'a, S> {
         owner
     }
 
-    /// The owner takes the key over from one that was lost.
+    /// Makes an attempt that takes over a lost key.
     pub(super) async fn taken_over(&self) -> Owner {
         self.granted(&self.case.claim(IfLost::Execute)).await.owner
     }
@@ -180,7 +183,7 @@ impl<'a, S: Store> Probe<'a, S> {
 
     pub(super) async fn renew(&self, owner: Owner, lease: Duration) -> Renewal {
         let reply = self.store.renew(&self.case.key, owner, lease).await;
-        self.case.answered("renew", reply)
+        self.case.expect_reply("renew", reply)
     }
 
     pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Completion {
@@ -189,24 +192,24 @@ impl<'a, S: Store> Probe<'a, S> {
 
     pub(super) async fn complete_for(&self, owner: Owner, outcome: &Outcome, retention: Duration) -> Completion {
         let reply = self.store.complete(&self.case.key, owner, outcome, retention).await;
-        self.case.answered("complete", reply)
+        self.case.expect_reply("complete", reply)
     }
 
     pub(super) async fn release(&self, owner: Owner) -> Release {
         self.case
-            .answered("release", self.store.release(&self.case.key, owner).await)
+            .expect_reply("release", self.store.release(&self.case.key, owner).await)
     }
 
     pub(super) async fn resolve(&self, fence: Fence, resolution: &Resolution) -> ResolveResult {
         let reply = self.store.resolve(&self.case.key, fence, resolution).await;
-        self.case.answered("resolve", reply)
+        self.case.expect_reply("resolve", reply)
     }
 
     pub(super) async fn look_exactly(&self) -> Option<Snapshot> {
-        self.case.answered("peek", self.store.peek(&self.case.key).await)
+        self.case.expect_reply("peek", self.store.peek(&self.case.key).await)
     }
 
-    /// What the store shows, without what depends on time.
+    /// Returns the view of the record, without values that depend on time.
     pub(super) async fn look(&self) -> Option<Snapshot> {
         timeless_view(self.look_exactly().await)
     }
@@ -216,7 +219,7 @@ impl<'a, S: Store> Probe<'a, S> {
     }
 
     pub(super) async fn watch(&self) -> S::Watch {
-        self.case.answered("watch", self.store.watch(&self.case.key).await)
+        self.case.expect_reply("watch", self.store.watch(&self.case.key).await)
     }
 }
 
@@ -237,7 +240,7 @@ pub(super) fn timeless_view(snapshot: Option<Snapshot>) -> Option<Snapshot> {
     Some(snapshot)
 }
 
-/// A claim by another request under the same key.
+/// Returns the same claim by another request.
 pub(super) fn another_request(claim: &Claim) -> Claim {
     Claim {
         fingerprint: Fingerprint::new(Fingerprint::BYTES, random()),
@@ -245,7 +248,7 @@ pub(super) fn another_request(claim: &Claim) -> Claim {
     }
 }
 
-pub(super) fn kept(head: impl Into<Bytes>, body: impl Into<Bytes>) -> Outcome {
+pub(super) fn stored(head: impl Into<Bytes>, body: impl Into<Bytes>) -> Outcome {
     let (head, body) = (head.into(), body.into());
     Outcome::Stored(StoredResponse { head, body })
 }

@@ -1,25 +1,27 @@
-//! Clauses about time: 2 and 4. The only ones that wait.
+//! Clauses about time: 2 and 4. Only these wait.
 
 use std::time::Duration;
 
-use super::probe::{another_request, kept, Probe, LEASE, PATIENCE};
+use super::probe::{another_request, stored, Probe, LEASE, LONGEST_WAIT};
 use crate::clock::Clock;
 use crate::protocol::{Claim, Completion, Decision, Grant, IfLost, Renewal, Snapshot, Status};
 use crate::store::Store;
 
-/// A lease, or a retention, whose end is waited for.
+/// A lease or a retention short enough to wait for its end.
 const SHORT: Duration = Duration::from_millis(300);
-/// How much less of a [`SHORT`] time may have passed by the clock of this process, which is not the store's.
+/// How much less than [`SHORT`] may have passed by the clock of this process, which is not the
+/// store's clock.
 const TOLERANCE: Duration = Duration::from_millis(75);
-/// How often the end is looked for.
+/// The pause between two looks at a record whose time must end.
 const GLANCE: Duration = Duration::from_millis(20);
 
-/// Clause 2: leases and expiry are judged by the store's clock alone, never by the caller's.
+/// Clause 2: only the store's clock decides about leases and expiry, never the caller's clock.
 ///
-/// From outside this can be seen of it: the time left of a long lease is that lease and at most ten seconds less, after a claim as
-/// after a renewal; a short lease and a short retention end, and not early. Every store must pass; only one whose callers'
-/// clocks are set differently can fail for that reason, so a test of a shared store runs this on several machines, or with
-/// the clock of one turned.
+/// A test can see the following from outside. After a claim and after a renewal, the time left of a
+/// long lease is at most that lease, and shorter by at most ten seconds. A short lease and a short
+/// retention end, and not early. A store that uses the caller's clock fails only if the clocks of
+/// its callers differ. So a test of a shared store should run this on several machines, or with the
+/// clock of one of them shifted.
 pub async fn own_clock<S: Store>(store: &S) {
     const CLAUSE: &str = "2 (own clock)";
     for probe in Probe::both_ways(store, CLAUSE) {
@@ -49,11 +51,11 @@ async fn has_left<S: Store>(probe: &Probe<'_, S>, grant: Grant, lease: Duration)
             .case
             .fail(&format!("`peek` showed {other:?} while the owner is alive")),
     };
-    // Where owners live as long as the store does, it says what it likes.
+    // If owners live as long as the store, the time left has no meaning.
     if grant.lease.is_some() {
         for left in [left, shown] {
-            let plausible = left <= lease && left + PATIENCE >= lease;
-            let what = format!("of a lease of {lease:?}, just given, {left:?} were left");
+            let plausible = left <= lease && left + LONGEST_WAIT >= lease;
+            let what = format!("{left:?} were left of a lease of {lease:?} that was just granted");
             probe.case.check(plausible, &what);
         }
     }
@@ -83,21 +85,22 @@ async fn retention_ends<S: Store>(probe: &Probe<'_, S>) {
     let owner = probe.first().await;
     let clock = Clock::system();
     let begun = clock.now();
-    let completion = probe.complete_for(owner, &kept("head", "body"), SHORT).await;
+    let completion = probe.complete_for(owner, &stored("head", "body"), SHORT).await;
     probe
         .case
         .same("an owner completes", &completion, &Completion::Completed);
     once(probe, Option::is_none).await;
     let lasted = clock.now().saturating_since(begun);
-    let what = format!("an answer kept for {SHORT:?} was absent after {lasted:?}");
+    let what = format!("a response stored for {SHORT:?} was absent after {lasted:?}");
     probe.case.check(lasted + TOLERANCE >= SHORT, &what);
     begins_anew(probe).await;
 }
 
 /// Clause 4: a key whose lease ran out is lost, not absent, until its retention is over too.
 ///
-/// Checked for leases that were given up and, where there are leases, for one that ran out: other requests are mismatches
-/// and nobody gets a first attempt. Then that such a record, its retention being over, is absent, and not before.
+/// Checks leases that were given up, and one that ran out if the store has leases. Claims of other
+/// requests must be mismatches, and no claim may get a first attempt. Checks that such a record is
+/// absent after its retention, and not before.
 pub async fn record_outlives_lease<S: Store>(store: &S) {
     const CLAUSE: &str = "4 (the record outlives its lease)";
     for probe in Probe::both_ways(store, CLAUSE) {
@@ -111,7 +114,7 @@ pub async fn record_outlives_lease<S: Store>(store: &S) {
         };
         if probe.granted(&claim).await.lease.is_some() {
             once(&probe, |status| !matches!(status, Some(Status::InFlight { .. }))).await;
-            // As long again, should the record go a little later than its lease.
+            // Wait as long again, in case the record disappears a little later than its lease.
             tokio::time::sleep(SHORT).await;
             stays_lost(&probe).await;
         }
@@ -158,7 +161,7 @@ async fn begins_anew<S: Store>(probe: &Probe<'_, S>) {
     probe.case.same(what, &grant.attempt, &1);
 }
 
-/// Looks until the status is what it must become.
+/// Looks at the status until `ended` accepts it.
 async fn once<S: Store>(probe: &Probe<'_, S>, ended: impl Fn(&Option<Status>) -> bool + Send) -> Option<Status> {
     let clock = Clock::system();
     let begun = clock.now();
@@ -168,8 +171,8 @@ async fn once<S: Store>(probe: &Probe<'_, S>, ended: impl Fn(&Option<Status>) ->
             return status;
         }
         let waited = clock.now().saturating_since(begun);
-        if waited > PATIENCE {
-            let what = format!("{waited:?} after a time of {SHORT:?} began, it was not over: {status:?}");
+        if waited > LONGEST_WAIT {
+            let what = format!("a time of {SHORT:?} was not over after {waited:?}: {status:?}");
             probe.case.fail(&what);
         }
         tokio::time::sleep(GLANCE).await;

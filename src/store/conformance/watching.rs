@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::probe::{kept, Probe, PATIENCE, RETENTION};
+use super::probe::{stored, Probe, LONGEST_WAIT, RETENTION};
 use crate::protocol::{Completion, Owner, Release, Renewal, Resolution, ResolveResult};
 use crate::store::Store;
 
-/// What a waiter must learn of.
+/// The end of an attempt that must wake a waiter.
 #[derive(Clone, Copy, Debug)]
 enum Ending {
     Completion,
@@ -26,11 +26,11 @@ const ENDINGS: [Ending; 6] = [
     Ending::ResolutionAsCompleted,
 ];
 
-/// Clause 16: when `watch` has returned, every later change of the record wakes its future.
+/// Clause 16: when `watch` has returned, every later change that ends the attempt wakes its future.
 ///
-/// Checked for changes that end an attempt, which is what a waiter waits for; for a watch that is polled from the start and
-/// one whose first poll comes after the change, while a third was dropped. Each has ten seconds, so a store that only wakes now
-/// and then passes if it does so more often.
+/// Checks one watch that is polled from the start and one whose first poll comes after the change,
+/// while a third was dropped. Each has ten seconds to wake, so a store also passes if it only wakes
+/// its watches periodically and more often than that.
 pub async fn subscribe_then_look<S: Store>(store: &S) {
     for ending in ENDINGS {
         let probe = Probe::new(store, "16 (subscribe, then look)");
@@ -42,17 +42,17 @@ pub async fn subscribe_then_look<S: Store>(store: &S) {
         let late = probe.watch().await;
         drop(probe.watch().await);
         end(&probe, owner, ending).await;
-        let woken = tokio::time::timeout(PATIENCE, late).await.is_ok();
+        let woken = tokio::time::timeout(LONGEST_WAIT, late).await.is_ok();
         let what = format!("a watch that was polled after the change did not wake: {ending:?}");
         probe.case.check(woken, &what);
-        let woken = tokio::time::timeout(PATIENCE, early).await.is_ok();
+        let woken = tokio::time::timeout(LONGEST_WAIT, early).await.is_ok();
         let what = format!("a watch that was polled before the change did not wake: {ending:?}");
         probe.case.check(woken, &what);
     }
 }
 
 async fn end<S: Store>(probe: &Probe<'_, S>, owner: Owner, ending: Ending) {
-    let outcome = kept("head", "body");
+    let outcome = stored("head", "body");
     let ended = match ending {
         Ending::Completion | Ending::LateCompletion => probe.complete(owner, &outcome).await == Completion::Completed,
         Ending::GivingUp => probe.renew(owner, Duration::ZERO).await == Renewal::Renewed,

@@ -1,32 +1,34 @@
-//! Random histories, played to a store and to the pure record alike.
+//! Random histories that run on a store and on the pure record, and must have the same results.
 
+mod model;
 mod step;
-mod twin;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use self::model::Model;
 use self::step::Step;
-use self::twin::Twin;
 use crate::clock::{Clock, Timestamp};
 use crate::store::Store;
 
-/// How many keys a history has.
+/// The number of keys of a history.
 const KEYS: usize = 2;
 
 /// Compares the store with the pure [`Record`](crate::protocol::Record) over random histories.
 ///
-/// Each of the `sequences` is a history of 4 to 40 operations over two fresh keys: claims by few claimants, with few
-/// fingerprints, every [`IfLost`](crate::protocol::IfLost) and caps of 1 to 4; renewals and losses; completions, releases and
-/// resolutions by owners, earlier owners and strangers. After every operation `peek` must agree as well. Which operations they
-/// are depends on `seed` alone; keys and nonces are new in each run.
+/// Each of the `sequences` is a history of 4 to 40 operations over two fresh keys. It consists of
+/// claims by few claimants with few fingerprints, with every [`IfLost`](crate::protocol::IfLost)
+/// and caps of 1 to 4; of renewals and losses; and of completions, releases and resolutions by
+/// owners, earlier owners and strangers. After every operation the results of `peek` must agree as
+/// well. Only `seed` decides which operations a history has. Keys and nonces are new in each run.
 ///
-/// Fences are compared by equality and order, not by number. What depends on time is left out: leases and retentions are
-/// long, and the time that is left of them is not compared.
+/// The function compares fences by equality and order, not by number. It compares no values that
+/// depend on time: leases and retentions are long, and the time that is left of them is ignored.
 ///
 /// # Panics
 ///
-/// When an answer differs, with the seed, the history up to there, and both answers; and when the store fails.
+/// Panics if a reply differs, or if the store fails. The message has the seed, the history up to
+/// that operation, and both replies.
 pub async fn differential<S: Store>(store: &S, sequences: usize, seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     for sequence in 0..sequences {
@@ -38,12 +40,13 @@ pub async fn differential<S: Store>(store: &S, sequences: usize, seed: u64) {
     }
 }
 
-/// Plays a history; else says how many steps were played, and what the last one showed.
+/// Runs a history. On a difference, returns the number of steps that ran, and the difference that
+/// the last one showed.
 async fn play<S: Store>(store: &S, steps: &[Step]) -> Result<(), (usize, String)> {
     let clock = Clock::manual(Timestamp::from_micros(1_700_000_000_000_000));
-    let mut twins: Vec<Twin> = (0..KEYS).map(|_| Twin::new(clock.clone())).collect();
+    let mut models: Vec<Model> = (0..KEYS).map(|_| Model::new(clock.clone())).collect();
     for (n, step) in steps.iter().enumerate() {
-        let played = twins[step.key].play(store, step.action).await;
+        let played = models[step.key].play(store, step.action).await;
         played.map_err(|difference| (n + 1, difference))?;
     }
     Ok(())

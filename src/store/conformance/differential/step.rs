@@ -15,29 +15,29 @@ pub(super) struct Step {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Action {
-    Claim(Asked),
-    Complete { by: By, ending: Ending },
-    Release { by: By },
-    Renew { by: By, give_up: bool },
-    Resolve { by: By, found: Found },
+    Claim(ClaimParameters),
+    Complete { by: Actor, ending: Ending },
+    Release { by: Actor },
+    Renew { by: Actor, give_up: bool },
+    Resolve { by: Actor, found: Found },
 }
 
-/// What a claim asks for. Claimants are numbered, so that their claims are repeated.
+/// The parameters of a claim. Claimants are numbered, so that their claims are repeated.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Asked {
+pub(super) struct ClaimParameters {
     pub(super) claimant: usize,
     pub(super) other_request: bool,
     pub(super) if_lost: IfLost,
     pub(super) max_attempts: u32,
-    /// By `claim_now`, where the store answers to it.
+    /// Whether to use `claim_now`, if the store implements it.
     pub(super) now: bool,
 }
 
-/// Who acts: mostly the owner.
+/// The caller of an operation. It is the owner most of the time.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum By {
-    /// An owner of a record that is gone.
-    Ghost(usize),
+pub(super) enum Actor {
+    /// An owner of a record that was removed.
+    PreviousOwner(usize),
     Nobody,
     OtherFence,
     OtherNonce,
@@ -53,7 +53,7 @@ pub(super) enum Ending {
     Tombstone,
 }
 
-/// What a resolution says.
+/// The result that a resolution reports.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Found {
     Absent,
@@ -61,20 +61,21 @@ pub(super) enum Found {
     Tombstone,
 }
 
-/// How many claimants a key has; fewer than attempts, so that one may come again as somebody else's successor.
+/// The number of claimants of a key. It is smaller than the number of attempts, so that a claimant
+/// can own a key again after another claimant.
 pub(super) const CLAIMANTS: usize = 3;
 
 impl Step {
     pub(super) fn random(random: &mut StdRng, keys: usize) -> Self {
-        // Most happens to one key: histories are to be deep.
+        // Most operations use one key, so that its history is deep.
         let key = if chance(random, 5) {
             random.random_range(0..keys)
         } else {
             0
         };
-        let by = By::random(random);
+        let by = Actor::random(random);
         let action = match random.random_range(0..20) {
-            0..9 => Action::Claim(Asked::random(random)),
+            0..9 => Action::Claim(ClaimParameters::random(random)),
             9..14 => Action::Renew {
                 by,
                 give_up: !chance(random, 4),
@@ -93,7 +94,7 @@ impl Step {
     }
 }
 
-impl Asked {
+impl ClaimParameters {
     fn random(random: &mut StdRng) -> Self {
         Self {
             claimant: random.random_range(0..CLAIMANTS),
@@ -109,11 +110,11 @@ impl Asked {
     }
 }
 
-impl By {
+impl Actor {
     fn random(random: &mut StdRng) -> Self {
         let which = random.random_range(0..8);
         match random.random_range(0..12) {
-            0 => Self::Ghost(which),
+            0 => Self::PreviousOwner(which),
             1 => Self::Nobody,
             2 => Self::OtherFence,
             3 => Self::OtherNonce,
@@ -130,7 +131,7 @@ impl Ending {
         }
         match random.random() {
             0..64 => Self::Rejected,
-            answer => Self::StoredResponse(answer),
+            head => Self::StoredResponse(head),
         }
     }
 }

@@ -1,19 +1,19 @@
-//! One key, kept by the store and by the pure record.
+//! One key, once in the store and once as a pure record.
 
 use std::fmt::Debug;
 use std::time::Duration;
 
-use super::step::{Action, Asked, By, Ending, Found, CLAIMANTS};
+use super::step::{Action, Actor, ClaimParameters, Ending, Found, CLAIMANTS};
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
 use crate::protocol::{
     Change, Claim, Decision, Fence, Fingerprint, Grant, Nonce, Outcome, Owner, Record, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,
 };
-use crate::store::conformance::probe::{kept, random, timeless, timeless_view, LEASE, RETENTION};
+use crate::store::conformance::probe::{random, stored, timeless, timeless_view, LEASE, RETENTION};
 use crate::store::Store;
 
-/// An owner by the fences of both.
+/// The same owner as the model and as the store identify it. The two fences may differ.
 #[derive(Clone, Copy, Debug)]
 struct Pair {
     model: Owner,
@@ -21,18 +21,18 @@ struct Pair {
 }
 
 #[derive(Debug)]
-pub(super) struct Twin {
+pub(super) struct Model {
     key: StorageKey,
     clock: Clock,
     record: Option<Record>,
     claimants: [Nonce; CLAIMANTS],
-    /// Every owner of the record, the last one being the current.
+    /// All owners of the record. The last one is the current owner.
     owners: Vec<Pair>,
-    /// The owners of the records that the key had before.
-    ghosts: Vec<Pair>,
+    /// The owners of earlier records of the key.
+    previous_owners: Vec<Pair>,
 }
 
-impl Twin {
+impl Model {
     pub(super) fn new(clock: Clock) -> Self {
         Self {
             key: StorageKey::from_bytes(random()),
@@ -40,20 +40,21 @@ impl Twin {
             record: None,
             claimants: nonces(),
             owners: Vec::new(),
-            ghosts: Vec::new(),
+            previous_owners: Vec::new(),
         }
     }
 
-    /// Plays an operation to both and looks at both.
+    /// Runs an operation on the model and on the store, compares the replies, and then compares the
+    /// records.
     pub(super) async fn play<S: Store>(&mut self, store: &S, action: Action) -> Result<(), String> {
-        // No two attempts begin at one time.
+        // Advance the clock first, so that no two attempts begin at the same time.
         self.clock.advance(Duration::from_micros(1));
         let now = self.clock.now();
         match action {
-            Action::Claim(asked) => self.claim(store, asked, now).await?,
+            Action::Claim(parameters) => self.claim(store, parameters, now).await?,
             Action::Complete { by, ending } => {
                 let outcome = match ending {
-                    Ending::StoredResponse(answer) => kept([answer, b'\n'].to_vec(), "body"),
+                    Ending::StoredResponse(head) => stored([head, b'\n'].to_vec(), "body"),
                     Ending::Rejected => Outcome::Rejected,
                     Ending::Tombstone => Outcome::Tombstone,
                 };
@@ -76,47 +77,55 @@ impl Twin {
             }
             Action::Resolve { by, found } => self.resolve(store, by, found, now).await?,
         }
+        // After the operation, both records must look the same.
         let wanted = self.with_known_nonce(self.view(now));
         let seen = store.peek(&self.key).await.map(timeless_view);
         same("peek", seen.map(|seen| self.with_known_nonce(seen)), &wanted)
     }
 
-    async fn claim<S: Store>(&mut self, store: &S, asked: Asked, now: Timestamp) -> Result<(), String> {
+    async fn claim<S: Store>(&mut self, store: &S, parameters: ClaimParameters, now: Timestamp) -> Result<(), String> {
         let claim = Claim {
             key: self.key,
-            fingerprint: Fingerprint::of(if asked.other_request { b"other" } else { b"pay" }),
-            nonce: self.claimants[asked.claimant],
+            fingerprint: Fingerprint::of(if parameters.other_request { b"other" } else { b"pay" }),
+            nonce: self.claimants[parameters.claimant],
             lease: LEASE,
             retention: RETENTION,
-            if_lost: asked.if_lost,
-            max_attempts: asked.max_attempts,
+            if_lost: parameters.if_lost,
+            max_attempts: parameters.max_attempts,
         };
         let wanted = self.apply(Record::claim(self.record.as_ref(), &claim, now));
-        let quick = if asked.now { store.claim_now(&claim) } else { None };
-        let got = match quick {
+        let immediate = if parameters.now { store.claim_now(&claim) } else { None };
+        let got = match immediate {
             Some(Ok(decision)) => decision,
             _ => store.claim(&claim).await.map_err(|error| failed("claim", &error))?,
         };
+        // Record the owner first, so that its fence in the model has a counterpart in the store.
         if let (Some(model), Some(store)) = (grant_of(&wanted), grant_of(&got)) {
-            self.meet(Pair {
+            self.record_grant(Pair {
                 model: model.owner,
                 store: store.owner,
             })?;
             let fits = store.lease.is_none_or(|lease| lease == LEASE);
             fits.then_some(())
-                .ok_or_else(|| format!("a lease of {LEASE:?} was granted as {store:?}"))?;
+                .ok_or_else(|| format!("a claim with a lease of {LEASE:?} got the grant {store:?}"))?;
         }
-        same("claim", Ok(timeless(got)), &timeless(self.in_store_terms(wanted)))
+        same("claim", Ok(timeless(got)), &timeless(self.with_store_fences(wanted)))
     }
 
-    async fn resolve<S: Store>(&mut self, store: &S, by: By, found: Found, now: Timestamp) -> Result<(), String> {
+    async fn resolve<S: Store>(&mut self, store: &S, by: Actor, found: Found, now: Timestamp) -> Result<(), String> {
         let resolution = match found {
             Found::Absent => Resolution::Absent,
-            Found::Completed => Resolution::Completed(kept("head", "found"), RETENTION),
+            Found::Completed => Resolution::Completed(stored("head", "found"), RETENTION),
             Found::Tombstone => Resolution::Completed(Outcome::Tombstone, RETENTION),
         };
-        // Only the fence counts, and those of records that are gone may come again.
-        let by = self.pair(if matches!(by, By::Ghost(_)) { By::Nobody } else { by });
+        // A resolution compares only the fence. The store may reuse the fence of a record that was
+        // removed, so a resolution by a previous owner could succeed there and fail in the model.
+        // An unknown owner acts instead.
+        let by = self.pair(if matches!(by, Actor::PreviousOwner(_)) {
+            Actor::Nobody
+        } else {
+            by
+        });
         let wanted = self.apply(Record::resolve(self.record.as_ref(), by.model.fence, &resolution, now));
         let wanted = match wanted {
             ResolveResult::Conflict(Some(fence)) => ResolveResult::Conflict(Some(self.store_fence(fence))),
@@ -126,7 +135,8 @@ impl Twin {
         same("resolve", got, &wanted)
     }
 
-    /// Makes the model's change. With a record go its owners: whoever claims now is somebody new.
+    /// Makes the change in the model. If the record is removed, its owners become previous owners,
+    /// and the claimants get new nonces, so that a later claim is no repetition of an earlier one.
     fn apply<R>(&mut self, transition: Transition<R>) -> R {
         match transition.change {
             Change::Unchanged => {}
@@ -134,32 +144,39 @@ impl Twin {
             Change::Remove => {
                 self.record = None;
                 self.claimants = nonces();
-                self.ghosts.append(&mut self.owners);
+                self.previous_owners.append(&mut self.owners);
             }
         }
         transition.reply
     }
 
-    /// Notes an owner that both granted; else says how their fences differ.
-    fn meet(&mut self, met: Pair) -> Result<(), String> {
+    /// Records an owner to which both the model and the store granted the key. Returns the
+    /// difference if the order or the equality of their fences disagrees.
+    fn record_grant(&mut self, granted: Pair) -> Result<(), String> {
         let Some(last) = self.owners.last() else {
-            self.owners.push(met);
+            self.owners.push(granted);
             return Ok(());
         };
-        if last.model == met.model {
-            let repeated = last.store == met.store;
-            return repeated
-                .then_some(())
-                .ok_or_else(|| format!("the repeated claim of {:?} was granted to {:?}", last.store, met.store));
+        if last.model == granted.model {
+            let repeated = last.store == granted.store;
+            return repeated.then_some(()).ok_or_else(|| {
+                format!(
+                    "the repeated claim of {:?} was granted to {:?}",
+                    last.store, granted.store
+                )
+            });
         }
-        if met.store.fence <= last.store.fence {
-            return Err(format!("after {:?} came {:?}", last.store.fence, met.store.fence));
+        if granted.store.fence <= last.store.fence {
+            return Err(format!(
+                "the fence {:?} did not grow: {:?}",
+                last.store.fence, granted.store.fence
+            ));
         }
-        self.owners.push(met);
+        self.owners.push(granted);
         Ok(())
     }
 
-    fn pair(&self, by: By) -> Pair {
+    fn pair(&self, by: Actor) -> Pair {
         let nobody = Owner {
             nonce: Nonce::random(),
             fence: Fence::new(1),
@@ -171,22 +188,22 @@ impl Twin {
         let of = |pairs: &[Pair], n: usize| pairs.get(n % pairs.len().max(1)).copied();
         let last = self.owners.last().copied();
         let pair = match by {
-            By::Ghost(n) => of(&self.ghosts, n),
-            By::Nobody => None,
-            By::OtherFence => last.map(|pair| {
+            Actor::PreviousOwner(n) => of(&self.previous_owners, n),
+            Actor::Nobody => None,
+            Actor::OtherFence => last.map(|pair| {
                 pair.with(|owner| Owner {
                     fence: after(owner.fence),
                     ..owner
                 })
             }),
-            By::OtherNonce => last.map(|pair| {
+            Actor::OtherNonce => last.map(|pair| {
                 pair.with(|owner| Owner {
                     nonce: nobody.model.nonce,
                     ..owner
                 })
             }),
-            By::Owner => last,
-            By::Predecessor(n) => of(&self.owners, n),
+            Actor::Owner => last,
+            Actor::Predecessor(n) => of(&self.owners, n),
         };
         pair.unwrap_or(nobody)
     }
@@ -197,8 +214,8 @@ impl Twin {
         Some(view)
     }
 
-    /// Returns the view with zeros in place of a nonce that no claimant has. The contract leaves it to the store which
-    /// nonce a record has after a resolution has completed it.
+    /// Returns the view with a zero nonce in place of a nonce that no claimant has. The contract
+    /// does not say which nonce a record has after a resolution has completed it.
     fn with_known_nonce(&self, view: Option<Snapshot>) -> Option<Snapshot> {
         let mut view = view?;
         let is_known = self.owners.iter().any(|pair| pair.store.nonce == view.nonce);
@@ -208,7 +225,7 @@ impl Twin {
         Some(view)
     }
 
-    fn in_store_terms(&self, decision: Decision) -> Decision {
+    fn with_store_fences(&self, decision: Decision) -> Decision {
         let grant = |grant: Grant| {
             let fence = self.store_fence(grant.owner.fence);
             let nonce = grant.owner.nonce;
@@ -224,7 +241,7 @@ impl Twin {
         }
     }
 
-    /// What the store calls a fence of the model.
+    /// Returns the fence of the store for a fence of the model.
     fn store_fence(&self, fence: Fence) -> Fence {
         let pair = self.owners.iter().find(|pair| pair.model.fence == fence);
         pair.map_or(fence, |pair| pair.store.fence)
@@ -258,14 +275,14 @@ fn same<T: Debug + PartialEq>(operation: &str, got: Result<T, Error>, wanted: &T
     if got == *wanted {
         return Ok(());
     }
-    let (seen, wished) = (format!("{got:?}"), format!("{wanted:?}"));
-    // Answers and nonces hide their bytes.
-    let hidden = if seen == wished {
-        "; bytes that are not shown differ"
+    let (seen, expected) = (format!("{got:?}"), format!("{wanted:?}"));
+    // The `Debug` forms of responses and nonces hide their bytes.
+    let hidden = if seen == expected {
+        "; they differ in bytes that are not shown"
     } else {
         ""
     };
-    Err(format!("`{operation}` got {seen}, not {wished}{hidden}"))
+    Err(format!("`{operation}` got {seen}, expected {expected}{hidden}"))
 }
 
 fn failed(operation: &str, error: &Error) -> String {

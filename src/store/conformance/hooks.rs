@@ -1,19 +1,21 @@
-//! Clauses that cannot be checked without the store's help: 13, 14 and 15.
+//! Clauses that need hooks by the store's author: 13, 14 and 15.
 
 use std::fmt::Debug;
 use std::future::Future;
 
 use super::outcomes::replays;
-use super::probe::{kept, Case, Probe, LEASE, RETENTION, WAIT};
+use super::probe::{stored, Case, Probe, LEASE, RETENTION, WAIT};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Completion, Decision, IfLost, Outcome, Owner, Resolution, Snapshot, StorageKey};
 use crate::store::Store;
 
-/// Clause 13: when `complete` returns, the outcome survives whatever the store promises to survive.
+/// Clause 13: when `complete` returns, the outcome survives every failure that the store promises
+/// to survive.
 ///
-/// `reopen` does the worst of that (it kills and restarts the server, fails over, opens the file again) and returns the store
-/// as it is afterwards; `store` is dropped before. Checked for records in every state, for their owners, and that fences go on
-/// growing. A store that survives nothing, as [`MemoryStore`](crate::MemoryStore), has nothing to show here.
+/// `reopen` causes the worst of these failures (it kills and restarts the server, fails over, or
+/// opens the file again) and returns the store as it is afterwards. `store` is dropped before.
+/// Checks records in every state and their owners, and that fences continue to grow. A store that
+/// survives nothing, such as [`MemoryStore`](crate::MemoryStore), cannot pass.
 pub async fn durable<S, R, F>(store: S, reopen: impl FnOnce() -> F + Send)
 where
     S: Store,
@@ -21,7 +23,7 @@ where
     F: Future<Output = R> + Send,
 {
     const CLAUSE: &str = "13 (durable before done)";
-    let outcome = kept("head", b"\0 durable \xff".to_vec());
+    let outcome = stored("head", b"\0 durable \xff".to_vec());
     let probes = [(); 5].map(|()| Case::new(CLAUSE));
     let [in_flight, lost, unknown, done, tombstone] = probes;
     let owner = in_flight.at(&store).first().await;
@@ -43,7 +45,7 @@ where
     in_flight.same(what, &completion, &Completion::Completed);
     let fence = lost.at(&store).taken_over().await.fence;
     let what = format!(
-        "after {:?} came {fence:?}, the store having been opened again",
+        "the fence {:?} did not grow after the store was opened again: {fence:?}",
         lost_owner.fence
     );
     lost.check(fence > lost_owner.fence, &what);
@@ -57,11 +59,13 @@ async fn views<S: Store>(store: &S, cases: &[Case]) -> Vec<Option<Snapshot>> {
     views
 }
 
-/// Clause 14: a record that cannot be read is an error of kind [`CorruptRecord`](ErrorKind::CorruptRecord).
+/// Clause 14: a record that cannot be read is an error of kind
+/// [`CorruptRecord`](ErrorKind::CorruptRecord).
 ///
-/// `damage` spoils the record under a key behind the store's back: it overwrites its bytes with others that are no record, or
-/// with a record of a newer version. Checked for a record in flight and one that is completed: every operation but `watch`
-/// must report it, twice, so that none of them removed it.
+/// `damage` changes the record under a key without the store's knowledge. It overwrites the bytes
+/// with others that are no record, or with a record of a newer version. Checks a record in flight
+/// and a completed one. Every operation except `watch` must report the damage twice, which shows
+/// that none of them has removed the record.
 pub async fn unreadable_is_not_absent<S, F>(store: &S, mut damage: impl FnMut(StorageKey) -> F + Send)
 where
     S: Store,
@@ -72,7 +76,7 @@ where
         let probe = Probe::new(store, CLAUSE);
         let owner = match completed {
             false => probe.first().await,
-            true => probe.completed(&kept("head", "body")).await,
+            true => probe.completed(&stored("head", "body")).await,
         };
         damage(probe.case.key).await;
         for _ in 0..2 {
@@ -91,7 +95,7 @@ async fn is_reported<S: Store>(probe: &Probe<'_, S>, owner: Owner) {
     is_corrupt(case, "claim", &store.claim(&claim).await);
     is_corrupt(case, "peek", &store.peek(key).await);
     is_corrupt(case, "renew", &store.renew(key, owner, LEASE).await);
-    let outcome = kept("head", "body");
+    let outcome = stored("head", "body");
     is_corrupt(case, "complete", &store.complete(key, owner, &outcome, RETENTION).await);
     is_corrupt(case, "release", &store.release(key, owner).await);
     for resolution in [Resolution::Completed(outcome, RETENTION), Resolution::Absent] {
@@ -104,19 +108,23 @@ fn is_corrupt<T: Debug>(case: Case, operation: &str, reply: &Result<T, Error>) {
     case.check(reported, &format!("`{operation}` of a damaged record got {reply:?}"));
 }
 
-/// Clause 15: a store that is full refuses new claims with [`StoreFull`](ErrorKind::StoreFull) and evicts no record before its
-/// expiry. It may turn the oldest kept answers into tombstones.
+/// Clause 15: a store that is full refuses new claims with [`StoreFull`](ErrorKind::StoreFull) and
+/// evicts no record before its expiry. It may turn the oldest stored responses into tombstones.
 ///
-/// Give it a store of its own that has room for at most `at_most` records: it is filled, every other record with an answer of
-/// 64 bytes. Checked that a claim is refused and leaves nothing, that every record is there, and that claims of keys in use are
-/// answered as ever.
+/// Pass a store that is used for nothing else and has room for at most `at_most` records. The
+/// function fills it. Every other record has a response of 64 bytes. Checks that a claim is refused
+/// and leaves no record, that every record is still there, and that claims of keys in use get the
+/// usual decisions.
 pub async fn bounded<S: Store>(store: &S, at_most: usize) {
     const CLAUSE: &str = "15 (bounded)";
-    let outcome = kept("head", [b'x'; 60].as_slice().to_vec());
+    let outcome = stored("head", [b'x'; 60].as_slice().to_vec());
     let mut cases = Vec::new();
     let refused = loop {
         let case = Case::new(CLAUSE);
-        case.check(cases.len() <= at_most, "it took more records than it has room for");
+        case.check(
+            cases.len() <= at_most,
+            "the store accepted more records than it has room for",
+        );
         match store.claim(&case.claim(IfLost::Refuse)).await {
             Ok(Decision::Execute(grant)) if cases.len() % 2 == 0 => {
                 let completion = case.at(store).complete(grant.owner, &outcome).await;
@@ -133,10 +141,10 @@ pub async fn bounded<S: Store>(store: &S, at_most: usize) {
         let decision = case.at(store).ask(&case.claim(IfLost::Execute)).await;
         let there = match &decision {
             Decision::NotStored => n % 2 == 0,
-            Decision::Replay(answer) => n % 2 == 0 && outcome == Outcome::Stored(answer.clone()),
+            Decision::Replay(response) => n % 2 == 0 && outcome == Outcome::Stored(response.clone()),
             other => n % 2 == 1 && *other == WAIT,
         };
-        let what = format!("a claim of the {}. key, the store being full, got {decision:?}", n + 1);
+        let what = format!("a claim of the {}. key of a full store got {decision:?}", n + 1);
         case.check(there, &what);
     }
 }
