@@ -1,4 +1,4 @@
-//! How a store is set up and finds its server.
+//! Configuration of a store, and the connection to its server.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::watch::Watches;
 use super::{failure, RedisStore};
 use crate::error::{Error, ErrorKind};
 
-/// Sets up a [`RedisStore`]; see there for the defaults.
+/// Builder of a [`RedisStore`]. See there for the defaults.
 #[derive(Clone, Debug)]
 pub struct RedisStoreBuilder {
     prefix: String,
@@ -34,33 +34,36 @@ impl RedisStoreBuilder {
         }
     }
 
-    /// What every key begins with; `idempotency:` by default. 64 hexadecimal digits follow.
+    /// Sets the prefix of every key. 64 hexadecimal digits follow it. Default: `idempotency:`.
     ///
-    /// Applications that share a server must differ in it, or in the layer's namespace. For a Cluster, leave braces out: a hash tag
-    /// would put all records on one node.
+    /// Applications that share a server must differ in this prefix, or in the layer's namespace.
+    /// For a Cluster, use no braces: a hash tag would put all records on one node.
     #[must_use]
     pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
         self
     }
 
-    /// How long the server may take to answer; 500 ms by default, and more than zero. Includes the making of a new connection
-    /// where the old one broke.
+    /// Sets how long the server may take to reply. Must be more than zero. Default: 500 ms. The
+    /// time includes a new connection if the old one broke.
     #[must_use]
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.response_timeout = timeout;
         self
     }
 
-    /// Waits until so many replicas have acknowledged each claim and each outcome, at most `timeout` (more than zero); off by
-    /// default.
+    /// Sets how many replicas must acknowledge each claim and each outcome, and how long they have
+    /// for it. `timeout` must be more than zero. Default: no wait for replicas.
     ///
-    /// A claim that too few have is released again and fails, so that nothing runs that a failover would forget. An outcome that too few
-    /// have fails, and the layer repeats it. Either takes [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable).
+    /// If too few replicas acknowledge a claim, the store releases the claim, and the claim fails,
+    /// so that no handler runs whose record a failover would lose. If too few acknowledge an
+    /// outcome, the completion fails, and the layer repeats it. Both fail with
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable).
     ///
-    /// The server answers nothing else on the connection while it waits, so a missing replica slows everybody down: keep
-    /// `timeout` short. On top of it, the response timeout stands. It is no consensus: a replica that lacks the write can still
-    /// be promoted.
+    /// While the server waits, it replies to nothing else on the connection, so a missing replica
+    /// slows all operations. Keep `timeout` short. An operation may take the response timeout and
+    /// twice this `timeout`. This is no consensus: a replica that lacks the write can still be
+    /// promoted.
     #[must_use]
     pub const fn with_replication(mut self, replicas: usize, timeout: Duration) -> Self {
         self.replication = Some(Replication { replicas, timeout });
@@ -69,26 +72,29 @@ impl RedisStoreBuilder {
 
     /// Connects to `redis://[user:password@]host[:port][/database]`.
     ///
-    /// With TLS (`rediss://`) where the feature `redis-rustls` is enabled, or one of `redis`'s own. The system's authorities are
-    /// trusted then; for another, make a client (`redis::Client::build_with_tls`) and use [`connect_client`](Self::connect_client).
+    /// `rediss://` uses TLS, and needs the feature `redis-rustls` or a TLS feature of `redis`. The
+    /// store then trusts the authorities of the system. For another authority, make a client
+    /// (`redis::Client::build_with_tls`) and use [`connect_client`](Self::connect_client).
     ///
     /// # Errors
     ///
-    /// [`Configuration`](crate::ErrorKind::Configuration) when the URL or a setting makes no sense, the server refuses the
-    /// credentials, is older than 7.0, is a replica or may evict records, or the user lacks a right; [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when it
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the URL or a setting is invalid, the
+    /// server refuses the credentials, is older than 7.0, is a replica or may evict records, or the
+    /// user lacks a right. [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server
     /// cannot be reached.
     pub async fn connect(self, url: &str) -> Result<RedisStore, Error> {
         let client = Client::open(url).map_err(failure::of_connect)?;
         self.connect_client(client).await
     }
 
-    /// Connects with a client of yours, whose address, credentials and TLS settings count. The store makes its own connection
-    /// from it, with RESP3 and without delay. For TLS with the feature `redis-rustls`, ring becomes the process's default provider
-    /// of cryptography where none was installed before.
+    /// Connects with a client of yours. The store uses the client's address, credentials and TLS
+    /// settings, and makes a connection of its own with RESP3 and `TCP_NODELAY`. With TLS by the
+    /// feature `redis-rustls`, ring becomes the default cryptography provider of the process if
+    /// none was installed before.
     ///
     /// # Errors
     ///
-    /// As of [`connect`](Self::connect).
+    /// The same as for [`connect`](Self::connect).
     pub async fn connect_client(self, client: Client) -> Result<RedisStore, Error> {
         self.validate()?;
         #[cfg(feature = "redis-rustls")]
@@ -106,7 +112,7 @@ impl RedisStoreBuilder {
         let (pushed, broken) = (Arc::clone(&watches), Arc::clone(&checks));
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(CONNECTION_TIMEOUT))
-            // Every exchange has its own limit.
+            // Each exchange has its own limit.
             .set_response_timeout(None)
             .set_min_delay(Duration::from_millis(20))
             .set_max_delay(Duration::from_millis(500))
@@ -123,35 +129,39 @@ impl RedisStoreBuilder {
 
     /// Uses a connection of yours, with its own timeouts and reconnection. Set `tcp_nodelay`.
     ///
-    /// The server cannot push to it, so [`watch`](crate::Store::watch) never resolves and whoever waits polls.
+    /// The server cannot push to this connection, so [`watch`](crate::Store::watch) never resolves,
+    /// and waiters poll.
     ///
-    /// A `ConnectionManager` (`redis` 1.8) connects again after an I/O error only. If the server refuses the login for
-    /// longer than the manager's own retries take, for example because an operator has removed the user, the manager
-    /// returns that refusal forever, and every operation fails until the application makes a new manager and a new
-    /// store. A store that makes its own connection ([`connect_client`](Self::connect_client)) logs in again.
+    /// A `ConnectionManager` (`redis` 1.8) reconnects after I/O errors only. If the server refuses
+    /// the login for longer than the manager's own retries take, for example because an operator
+    /// has removed the user, the manager returns that refusal forever. Every operation then fails
+    /// until the application makes a new manager and a new store. A store that makes its own
+    /// connection ([`connect_client`](Self::connect_client)) logs in again.
     ///
     /// # Errors
     ///
-    /// As of [`connect`](Self::connect).
+    /// The same as for [`connect`](Self::connect).
     pub async fn use_connection_manager(self, connection: ConnectionManager) -> Result<RedisStore, Error> {
         let checks = Arc::new(self.checks());
-        let managed = Managed::given(connection);
+        let managed = Managed::of_application(connection);
         self.build(Connection::Managed(managed), checks, None).await
     }
 
-    /// Uses a Redis Cluster, with the connection's own timeouts and retries. One key per record: every operation goes to one
-    /// node.
+    /// Uses a Redis Cluster, with the connection's own timeouts and retries. Each record has one
+    /// key, so every operation goes to one node.
     ///
-    /// Build its client with `retries(0)`: the store itself follows a key to another node, and the layer asks again when a node is
-    /// gone. The client's own way of following (`redis` 1.8) starves under load while a slot moves, until it has moved: then keys in
-    /// that slot take 503, though none runs twice.
+    /// Build the client with `retries(0)`. The store itself follows a key to another node, and the
+    /// layer repeats an operation if a node is gone. The client's own redirection (`redis` 1.8)
+    /// starves under load while a slot moves. Keys in that slot then get 503 until the slot has
+    /// moved, but none runs twice.
     ///
-    /// The nodes cannot push to it, so [`watch`](crate::Store::watch) never resolves and whoever waits polls. Never let it read from
-    /// replicas. Its retries are safe: an operation that arrives twice acts once.
+    /// The nodes cannot push to this connection, so [`watch`](crate::Store::watch) never resolves,
+    /// and waiters poll. Never let the connection read from replicas. Its retries are safe: an
+    /// operation that arrives twice acts once.
     ///
     /// # Errors
     ///
-    /// As of [`connect`](Self::connect).
+    /// The same as for [`connect`](Self::connect).
     pub async fn use_cluster(self, connection: ClusterConnection) -> Result<RedisStore, Error> {
         let checks = Arc::new(self.checks());
         self.build(Connection::Cluster(connection), checks, None).await
@@ -184,7 +194,7 @@ impl RedisStoreBuilder {
         const TIMEOUT: Error = Error::new(ErrorKind::Configuration, "the response timeout must be more than zero");
         const REPLICATION: Error = Error::new(
             ErrorKind::Configuration,
-            "the time that replicas have must be more than zero",
+            "the timeout of the replication must be more than zero",
         );
         if self.response_timeout.is_zero() {
             return Err(TIMEOUT);
@@ -198,7 +208,8 @@ impl RedisStoreBuilder {
         Ok(())
     }
 
-    /// The same client, with push messages, without delay, and with an end to connections that only look alive.
+    /// Returns the same client with push messages, `TCP_NODELAY`, and a timeout for connections
+    /// whose peer is gone.
     fn tuned(&self, client: &Client) -> redis::RedisResult<Client> {
         let info = client.get_connection_info().clone().into_connection_info()?;
         let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
@@ -206,7 +217,8 @@ impl RedisStoreBuilder {
         Client::open(info.set_redis_settings(redis).set_tcp_settings(tcp))
     }
 
-    /// A peer that acknowledges nothing for this long is gone; TCP itself would try for a quarter of an hour.
+    /// Closes a connection whose peer acknowledges nothing for this long. TCP itself would try for
+    /// a quarter of an hour.
     #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
     fn tcp(&self, settings: TcpSettings) -> TcpSettings {
         let shortest = self.response_timeout.saturating_mul(4).max(CONNECTION_TIMEOUT);
@@ -214,7 +226,7 @@ impl RedisStoreBuilder {
     }
 
     #[cfg(not(any(target_os = "android", target_os = "fuchsia", target_os = "linux")))]
-    #[expect(clippy::unused_self, reason = "elsewhere it is a setting")]
+    #[expect(clippy::unused_self, reason = "on other systems it uses the settings")]
     fn tcp(&self, settings: TcpSettings) -> TcpSettings {
         settings
     }

@@ -1,4 +1,4 @@
-//! The check of a server before a store uses the server, and the times at which the store repeats the check.
+//! The check of a server before the store uses it, and the schedule of repeated checks.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,33 +20,35 @@ use crate::telemetry::{self, Event};
 
 const OLDEST: u32 = 7;
 
-/// The time after which the check is repeated. Some changes show in no reply and break no connection, for example if an
-/// operator changes the eviction policy, or demotes a primary with `replica-read-only no`.
+/// The time after which the check is repeated. Some changes show in no reply and break no
+/// connection. Examples are an operator who changes the eviction policy, or who demotes a primary
+/// with `replica-read-only no`.
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// Whether the server is known to be a primary that runs the scripts and evicts nothing.
+/// Knows whether the server is a primary that runs the scripts and evicts nothing.
 ///
-/// The store checks the server when the store is made. It checks again before the next operation after a connection
-/// broke, after a reply that shows a restart or a demotion, and after ten seconds. An error of one node
-/// of a Cluster says nothing about the others.
+/// The store runs the check when the store is made. It repeats the check before the next operation
+/// after a connection broke, after a reply that shows a restart or a demotion, and after ten
+/// seconds. An error of one node of a Cluster says nothing about the other nodes.
 pub(super) struct Checks {
     checked: Checked,
     clock: Clock,
     /// The time at which the next check is due, in microseconds.
     due: AtomicU64,
-    question: Arc<Question>,
+    server_check: Arc<ServerCheck>,
 }
 
-/// The check, with the settings on which it depends.
-struct Question {
-    /// A key with the prefix of the records, which no record has.
+/// The check, and the settings on which it depends.
+struct ServerCheck {
+    /// A key with the prefix of the records that no record has.
     key: Vec<u8>,
     is_replicated: bool,
     limit: Duration,
-    /// How long the nodes of a Cluster have for a repeated check, so that the operation that waits for it has time left.
+    /// The limit of a repeated check of a Cluster's nodes. It is short, so that the operation that
+    /// waits for the check has time left.
     limit_of_repetition: Duration,
     has_passed: AtomicBool,
-    /// Whether the event was reported already that the server does not show its settings.
+    /// Whether the store has already reported that the server does not show its settings.
     is_reported: AtomicBool,
 }
 
@@ -57,7 +59,7 @@ impl Checks {
             checked: Checked::not_yet(),
             due: AtomicU64::new(clock.now().saturating_add(LONGEST).as_micros()),
             clock,
-            question: Arc::new(Question {
+            server_check: Arc::new(ServerCheck {
                 key: [prefix.as_bytes(), b"check"].concat(),
                 is_replicated,
                 limit: response_timeout.max(CONNECTION_TIMEOUT),
@@ -68,14 +70,14 @@ impl Checks {
         }
     }
 
-    /// The epoch of the last check, if that check has passed and no new one is due.
+    /// Returns the epoch of the last check, if that check has passed and no new one is due.
     pub(super) fn passed(&self) -> Option<u64> {
         let epoch = self.checked.passed()?;
         let (now, due) = (self.clock.now(), self.due.load(Ordering::Relaxed));
         if now.as_micros() < due {
             return Some(epoch);
         }
-        // If many operations come now, only one of them makes the check due.
+        // Only one of many concurrent operations makes the check due.
         let next = now.saturating_add(LONGEST).as_micros();
         let is_first = self
             .due
@@ -91,18 +93,19 @@ impl Checks {
         self.checked.passed() == Some(epoch)
     }
 
-    /// Checks the server, and shares the run with other operations that wait for the check.
+    /// Checks the server, or joins the run of another operation.
     pub(super) async fn check(&self, connection: &Connection) -> Result<u64, Error> {
-        let question =
-            || -> BoxFuture<'static, Result<(), Error>> { Arc::clone(&self.question).ask(connection.clone()).boxed() };
-        self.checked.check(question).await
+        let check = || -> BoxFuture<'static, Result<(), Error>> {
+            Arc::clone(&self.server_check).run(connection.clone()).boxed()
+        };
+        self.checked.check(check).await
     }
 
     pub(super) fn expire(&self, epoch: u64) {
         self.checked.expire(epoch);
     }
 
-    /// Notes that the connection broke, because the next one may lead to another server.
+    /// Records that the connection broke, because the next one may lead to another server.
     pub(super) fn disconnected(&self) {
         self.checked.expire_now();
     }
@@ -114,10 +117,11 @@ impl fmt::Debug for Checks {
     }
 }
 
-impl Question {
-    /// Checks the server. The nodes of a Cluster fail one by one, and an operation on the key of a dead node fails by itself. So once a
-    /// Cluster has passed, nodes that do not reply do not make the keys of the others unavailable.
-    async fn ask(self: Arc<Self>, connection: Connection) -> Result<(), Error> {
+impl ServerCheck {
+    /// Checks the server. The nodes of a Cluster fail one by one, and an operation on the key of a
+    /// dead node fails by itself. So once a Cluster has passed, nodes that do not reply leave the
+    /// keys of the other nodes available.
+    async fn run(self: Arc<Self>, connection: Connection) -> Result<(), Error> {
         let is_cluster = matches!(connection, Connection::Cluster(_));
         let may_be_silent = is_cluster && self.has_passed.load(Ordering::Relaxed);
         let limit = if may_be_silent {
@@ -125,18 +129,18 @@ impl Question {
         } else {
             self.limit
         };
-        match self.ask_within(limit, connection).await {
+        match self.run_within(limit, connection).await {
             Err(error) if may_be_silent && error.kind() == ErrorKind::StoreUnavailable => Ok(()),
-            asked => {
-                self.has_passed.fetch_or(asked.is_ok(), Ordering::Relaxed);
-                asked
+            result => {
+                self.has_passed.fetch_or(result.is_ok(), Ordering::Relaxed);
+                result
             }
         }
     }
 
-    async fn ask_within(&self, limit: Duration, mut connection: Connection) -> Result<(), Error> {
-        let asking = within(limit, self.replies(&mut connection)).await;
-        let replies = asking.map_err(|_| failure::LATE)?;
+    async fn run_within(&self, limit: Duration, mut connection: Connection) -> Result<(), Error> {
+        let replies = within(limit, self.replies(&mut connection)).await;
+        let replies = replies.map_err(|_| failure::TIMED_OUT)?;
         let (settings, missing) = replies.map_err(|error| failure::of_login(error, connection.get_db()))?;
         for section in settings {
             self.judge_settings(section)?;
@@ -145,8 +149,8 @@ impl Question {
         judge_rights(missing)
     }
 
-    /// Returns the sections of INFO, and the commands that the user lacks. CONFIG would show more, but managed services
-    /// forbid it.
+    /// Returns the sections of INFO, and the commands that the user lacks. CONFIG would show more,
+    /// but managed services forbid it.
     async fn replies(&self, connection: &mut Connection) -> RedisResult<(Vec<RedisResult<Value>>, RedisResult<Value>)> {
         let [server, memory, replication] = ["server", "memory", "replication"].map(|section| {
             let mut info = cmd("INFO");
@@ -157,7 +161,8 @@ impl Question {
         if let Connection::Managed(managed) = connection {
             let (commands, managed) = ([&server, &memory, &replication, &rights], Arc::clone(managed));
             let replies = match connection.values(&commands).await {
-                // A refusal of the whole pipeline belongs to the login, because each command has its own reply.
+                // A refusal of the whole pipeline is a refusal of the login, because each command
+                // has its own reply.
                 Err(refusal) if !refusal.is_io_error() => {
                     managed.log_in_again(refusal).await?;
                     connection.values(&commands).await?
@@ -168,12 +173,12 @@ impl Question {
             let missing = replies.pop().unwrap_or(Ok(Value::Nil));
             return Ok((replies, missing));
         }
-        // The client sends INFO to all nodes of a Cluster. Do not ask for their roles, because a replica there
-        // redirects every operation to its primary.
+        // The client sends INFO to all nodes of a Cluster. Do not query their roles, because a
+        // replica there redirects every operation to its primary.
         let mut settings = Vec::new();
         for info in [server, memory] {
-            let told = connection.req_packed_command(&info).await;
-            settings.push(told.and_then(Value::extract_error));
+            let reply = connection.req_packed_command(&info).await;
+            settings.push(reply.and_then(Value::extract_error));
         }
         Ok((settings, connection.value(&rights).await))
     }
@@ -203,7 +208,7 @@ impl Question {
 
 fn judge_rights(missing: Value) -> Result<(), Error> {
     let Value::Array(missing) = missing else {
-        return Err(failure::STRANGE);
+        return Err(failure::UNEXPECTED_REPLY);
     };
     if missing.is_empty() {
         return Ok(());
@@ -212,7 +217,7 @@ fn judge_rights(missing: Value) -> Result<(), Error> {
     Err(failure::DENIED.with_source(MissingCommands(commands)))
 }
 
-/// One text, or one per node of a Cluster.
+/// Returns one text, or one per node of a Cluster.
 fn texts(value: Value) -> Vec<String> {
     match value {
         Value::BulkString(bytes) => vec![String::from_utf8_lossy(&bytes).into_owned()],
@@ -229,10 +234,10 @@ fn judge(info: &str) -> Result<(), Error> {
         let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
         if major.is_some_and(|major| major < OLDEST) {
             return Err(wrong(
-                "the Redis server is too old: version 7.0 or newer is needed",
+                "the Redis server is too old; upgrade it to version 7.0 or newer",
                 "redis_version",
                 version,
-                "version 7.0 or newer is needed",
+                "upgrade it to version 7.0 or newer",
             ));
         }
     }
@@ -243,7 +248,7 @@ fn judge(info: &str) -> Result<(), Error> {
     let is_limited = field(info, "maxmemory").is_some_and(|bytes| bytes != "0");
     match field(info, "maxmemory_policy") {
         Some(policy) if is_limited && policy != "noeviction" => Err(wrong(
-            "the Redis server may evict records, whose requests would then run again: set its `maxmemory-policy` to `noeviction`",
+            "the Redis server may evict records, and requests would then run again; set its `maxmemory-policy` to `noeviction`",
             "maxmemory-policy",
             policy,
             "set it to `noeviction`, or `maxmemory` to 0",
@@ -287,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_one_is_not_and_silence_is_no_fault() {
+    fn a_new_server_passes_and_so_does_one_that_hides_its_settings() {
         for info in [
             "redis_version:7.0.15\r\n",
             "redis_version:8.2.0\r\n",

@@ -1,4 +1,4 @@
-//! The line to the server: one exchange, its time limit, and the wait for replicas.
+//! One exchange with the server: its time limit, its redirections, and the wait for replicas.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,38 +18,38 @@ use super::scripts::{Reply, Script};
 use crate::clock::within;
 use crate::error::Error;
 
-/// A connection of either kind; clones share it.
+/// A connection to a single server or to a Cluster. Clones share it.
 #[derive(Clone)]
 pub(super) enum Connection {
     Cluster(ClusterConnection),
     Managed(Arc<Managed>),
 }
 
-/// How many replicas must have a write, and how long they have for it.
+/// The number of replicas that must have a write, and the time that they have for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Replication {
     pub(super) replicas: usize,
     pub(super) timeout: Duration,
 }
 
-/// What came of one exchange.
+/// The result of one exchange.
 pub(super) struct Exchanged {
     pub(super) reply: Result<Reply, Failed>,
-    /// Whether as many replicas as wanted have what was written; true where none are asked.
+    /// Whether enough replicas have the write. True if no replicas are required.
     pub(super) is_replicated: bool,
 }
 
-/// Why there is no reply.
+/// The reason why there is no reply.
 pub(super) enum Failed {
-    /// The server's or the connection's error, which each operation reads in its own way.
+    /// An error of the server or of the connection, which each operation interprets in its own way.
     Redis(RedisError),
-    /// One that is the same for all operations.
+    /// An error that is the same for all operations.
     Other(Error),
 }
 
 impl Connection {
-    /// Runs a script on a server that was [checked](Checks). This takes one round trip, or more if the server does not
-    /// know the script.
+    /// Runs a script on a server that was [checked](Checks). This takes one round trip, or more if
+    /// the server does not know the script.
     pub(super) async fn run(
         mut self,
         checks: Arc<Checks>,
@@ -59,7 +59,8 @@ impl Connection {
         replication: Option<Replication>,
         limit: Duration,
     ) -> Exchanged {
-        // Where the script is unknown, the server waits for replicas twice: the first time for nothing.
+        // If the server does not know the script, it waits for replicas twice, the first time
+        // without a write.
         let waiting = replication.map_or(Duration::ZERO, |replication| replication.timeout.saturating_mul(2));
         let limit = limit.saturating_add(waiting);
         let exchange = async {
@@ -67,25 +68,26 @@ impl Connection {
                 Some(epoch) => epoch,
                 None => self.check(&checks).await?,
             };
-            let mut told = self.tell(&checks, &mut epoch, script, &by_digest, replication).await?;
-            if let (Err(refusal), Some(instead)) = (&told, script.instead()) {
+            let mut reply = self.call(&checks, &mut epoch, script, &by_digest, replication).await?;
+            if let (Err(refusal), Some(instead)) = (&reply, script.instead()) {
                 if failure::is_of_refused_writes(refusal) {
                     let by_digest = instead.by_digest_with(&by_digest);
-                    let telling = self.tell(&checks, &mut epoch, instead, &by_digest, replication);
-                    told = Box::pin(telling).await?;
+                    let calling = self.call(&checks, &mut epoch, instead, &by_digest, replication);
+                    reply = Box::pin(calling).await?;
                 }
             }
-            match told {
-                Ok(told) if checks.stands(epoch) => Ok(told),
-                // The connection broke meanwhile, so the reply may come from the new connection, whose server was not
-                // checked. If that server must not be used, the fate of the operation is unknown, and the next
-                // operation finds the reason.
-                Ok(told) => match self.check(&checks).await {
-                    Ok(_) => Ok(told),
+            match reply {
+                Ok(reply) if checks.stands(epoch) => Ok(reply),
+                // The connection broke meanwhile, so the reply may come from the new connection,
+                // whose server was not checked. If that server must not be used, the fate of the
+                // operation is unknown, and the next operation finds the reason.
+                Ok(reply) => match self.check(&checks).await {
+                    Ok(_) => Ok(reply),
                     Err(_) => Err(Failed::Other(failure::CHANGED)),
                 },
                 Err(error) => {
-                    // In a Cluster, the nodes redirect to the new primary, and one that is down would expire the check all the time.
+                    // Do not do this for a Cluster: its nodes redirect to the new primary, and a
+                    // node that is down would expire the check all the time.
                     if matches!(self, Self::Managed(_)) && failure::is_of_changed_server(&error) {
                         checks.expire(epoch);
                     }
@@ -99,12 +101,12 @@ impl Connection {
                 is_replicated,
             },
             Ok(Err(failed)) => Exchanged::failed(failed),
-            Err(_) => Exchanged::failed(Failed::Other(failure::LATE)),
+            Err(_) => Exchanged::failed(Failed::Other(failure::TIMED_OUT)),
         }
     }
 
-    /// Runs a script by its digest, or from its source if the server does not know it.
-    async fn tell(
+    /// Runs a script by its digest, or from its source if the server does not know the digest.
+    async fn call(
         &mut self,
         checks: &Checks,
         epoch: &mut u64,
@@ -112,17 +114,19 @@ impl Connection {
         by_digest: &Cmd,
         replication: Option<Replication>,
     ) -> Result<Result<(Value, bool), RedisError>, Failed> {
-        let told = self.send(by_digest, replication).await;
-        if !told.as_ref().is_err_and(failure::is_unknown_script) {
-            return Ok(told);
+        let reply = self.send(by_digest, replication).await;
+        if !reply.as_ref().is_err_and(failure::is_unknown_script) {
+            return Ok(reply);
         }
-        // The script did not run, so it is safe to send it again. The server was restarted, or is another one.
+        // The script did not run, so it is safe to send it again. The server was restarted, or is
+        // another one.
         checks.expire(*epoch);
         *epoch = self.check(checks).await?;
         Ok(Box::pin(self.send(&script.by_source(by_digest), replication)).await)
     }
 
-    /// Boxed, because an operation seldom checks, and otherwise every operation's future would be larger.
+    /// Checks the server. Boxed because few operations run the check, and every operation's future
+    /// would otherwise be larger.
     fn check<'a>(&'a self, checks: &'a Checks) -> BoxFuture<'a, Result<u64, Failed>> {
         Box::pin(async { checks.check(self).await.map_err(Failed::Other) })
     }
@@ -153,12 +157,14 @@ impl Connection {
         command: &Cmd,
         Replication { replicas, timeout }: Replication,
     ) -> Result<(Value, bool), RedisError> {
-        // WAIT counts who has what *its own connection* wrote, so it must go right behind the write.
+        // WAIT counts the replicas that have the writes of *its own connection*, so send it
+        // directly after the write.
         let mut wait = cmd("WAIT");
         wait.arg(replicas).arg(millis(timeout));
         let mut values = self.values(&[command, &wait]).await?;
         let value = values.next().unwrap_or_default().extract_error()?;
-        // A WAIT that fails knows of no replica; what came before it happened all the same.
+        // If WAIT fails, no replica is known to have the write. The command before it took effect
+        // all the same.
         let have = match values.next() {
             Some(Value::Int(have)) => usize::try_from(have).unwrap_or(0),
             _ => 0,
@@ -166,25 +172,26 @@ impl Connection {
         Ok((value, have >= replicas))
     }
 
-    /// What the node that has the key says to each command; nothing comes between them.
+    /// Returns the replies of the node that has the key. The commands are sent without any other
+    /// command between them.
     pub(super) async fn values(&mut self, commands: &[&Cmd]) -> Result<IntoIter<Value>, RedisError> {
-        let mut told = self.values_of_first_node(commands).await;
+        let mut replies = self.values_of_first_node(commands).await;
         for _ in 0..redirection::MOST {
-            let (Self::Cluster(connection), Err(error)) = (&mut *self, &told) else {
+            let (Self::Cluster(connection), Err(error)) = (&mut *self, &replies) else {
                 break;
             };
             let Some(redirection) = Redirection::of(error) else {
                 break;
             };
-            told = Box::pin(redirection.follow(connection, commands)).await;
+            replies = Box::pin(redirection.follow(connection, commands)).await;
         }
-        told.map(Vec::into_iter)
+        replies.map(Vec::into_iter)
     }
 
     async fn values_of_first_node(&mut self, commands: &[&Cmd]) -> Result<Vec<Value>, RedisError> {
         if let [command] = commands {
             let value = self.req_packed_command(command).await?;
-            // A node's refusal may come as a value.
+            // A node may also send a refusal as a value.
             return value.extract_error().map(|value| vec![value]);
         }
         let mut pipeline = redis::pipe();
@@ -195,7 +202,7 @@ impl Connection {
     }
 }
 
-/// Rounded up, because zero means "for ever" to WAIT.
+/// Rounds up to whole milliseconds, at least 1, because zero means "without a limit" to WAIT.
 fn millis(timeout: Duration) -> u64 {
     let rounded = timeout.saturating_add(Duration::from_nanos(999_999)).as_millis();
     u64::try_from(rounded).unwrap_or(u64::MAX).max(1)
@@ -209,12 +216,12 @@ impl Exchanged {
         }
     }
 
-    /// The reply to an operation on a key that is claimed already.
+    /// Returns the reply to an operation on a key that is claimed already.
     pub(super) fn reply(self) -> Result<Reply, Error> {
         self.reply.map_err(|failed| failed.read_by(failure::of))
     }
 
-    /// The same; `done` is refused unless enough replicas have it.
+    /// Returns the reply. Fails if the reply is `done` and too few replicas have the write.
     pub(super) fn replicated_reply(self, done: &[u8]) -> Result<Reply, Error> {
         let is_replicated = self.is_replicated;
         let reply = self.reply()?;
@@ -270,7 +277,7 @@ impl ConnectionLike for Connection {
 }
 
 impl fmt::Debug for Connection {
-    /// The kind alone: a client shows its address.
+    /// Shows only the kind, because a client would show its address.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Cluster(_) => "Cluster",

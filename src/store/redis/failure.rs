@@ -1,4 +1,4 @@
-//! The server's errors as the crate's.
+//! Translation of the server's errors into the crate's errors.
 
 use std::fmt;
 
@@ -6,38 +6,38 @@ use redis::{RedisError, ServerErrorKind};
 
 use crate::error::{Error, ErrorKind};
 
-/// A reply that none of our scripts gives.
-pub(super) const STRANGE: Error = Error::new(
+/// A reply that none of our scripts returns.
+pub(super) const UNEXPECTED_REPLY: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the Redis server gave a reply that makes no sense",
+    "the Redis server sent a reply that no script of the store returns",
 );
 
-/// No reply in time. Whether the operation took effect is not known.
-pub(super) const LATE: Error = Error::new(
+/// No reply came in time. The effect of the operation is unknown.
+pub(super) const TIMED_OUT: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the Redis server did not answer within the response timeout",
+    "the Redis server did not reply within the response timeout",
 );
 
-/// The connection broke, and the next one leads to a server that must not be used. Whether the operation took effect
-/// is not known.
+/// The connection broke, and the next one leads to a server that must not be used. The effect of
+/// the operation is unknown.
 pub(super) const CHANGED: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "the connection to the Redis server broke, and the next one leads to another server",
 );
 
-/// A defect of the client's. Whether anything was sent is not known.
+/// A bug of the client. Whether it sent the operation is unknown.
 pub(super) const PANICKED: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the Redis client panicked over what it got, or over what it was given",
+    "the Redis client panicked; this is a bug of the client library, please report it",
 );
 
-/// Redis is spoken to from tokio alone.
+/// An operation outside a tokio runtime.
 pub(super) const NO_RUNTIME: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "a Redis store must be used from within a tokio runtime",
 );
 
-/// The write is on the server and may be lost with it.
+/// The server has the write, and may lose it in a failover.
 pub(super) const NOT_REPLICATED: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "too few replicas of the Redis server acknowledged the write in time",
@@ -57,7 +57,7 @@ pub(super) const DENIED: Error = Error::new(
 
 const CREDENTIALS: Error = Error::new(
     ErrorKind::Configuration,
-    "the Redis server refused the credentials, or requires some; correct them on the server, or make a store with others",
+    "the Redis server refused the credentials, or requires credentials; correct them on the server, or make a store with others",
 );
 
 const NO_SCRIPTS: Error = Error::new(
@@ -71,7 +71,7 @@ const CLUSTER: Error = Error::new(
     "the Redis server is a node of a Cluster, and another node has the key; connect by `RedisStore::from_cluster`",
 );
 
-/// The error of an operation.
+/// Returns the error of an operation.
 pub(super) fn of(error: RedisError) -> Error {
     match misconfiguration(&error) {
         Some(fault) => fault.with_source(error),
@@ -79,11 +79,11 @@ pub(super) fn of(error: RedisError) -> Error {
     }
 }
 
-/// Returns the error for a reply that lasts until an operator corrects a setting; `None` for all other replies, which
-/// can pass by themselves.
+/// Returns the error for a reply that lasts until an operator corrects a setting; `None` for all
+/// other replies, which can pass by themselves.
 ///
-/// Among the others are MISCONF (the server cannot save; the name misleads), NOREPLICAS, OOM, LOADING, BUSY, CLUSTERDOWN and
-/// TRYAGAIN.
+/// The others include MISCONF (the server cannot save; the name is misleading), NOREPLICAS, OOM,
+/// LOADING, BUSY, CLUSTERDOWN and TRYAGAIN.
 fn misconfiguration(error: &RedisError) -> Option<Error> {
     if error.kind() == redis::ErrorKind::AuthenticationFailed {
         return Some(CREDENTIALS);
@@ -94,7 +94,7 @@ fn misconfiguration(error: &RedisError) -> Option<Error> {
         "READONLY" | "MASTERDOWN" => Some(REPLICA),
         "NOPERM" => Some(DENIED),
         "NOAUTH" | "WRONGPASS" => Some(CREDENTIALS),
-        // Redis 7.0 reports a missing right of a script like this, later versions with NOPERM.
+        // Redis 7.0 reports a missing right of a script in this way, later versions with NOPERM.
         "ERR" if detail.starts_with("The user executing the script can't") => Some(DENIED),
         "ERR" if detail.starts_with("unknown command") || detail.starts_with("Unknown Redis command") => {
             Some(NO_SCRIPTS)
@@ -103,25 +103,25 @@ fn misconfiguration(error: &RedisError) -> Option<Error> {
     }
 }
 
-/// Returns the error if a store for a single server has reached a node of a Cluster, and that node replied that another
-/// node has the key.
+/// Returns the error if a store for a single server has reached a node of a Cluster, and that node
+/// replied that another node has the key.
 pub(super) fn of_other_node(error: &RedisError) -> Option<Error> {
     let is_other = error.kind() == redis::ErrorKind::Server(ServerErrorKind::Moved);
     is_other.then(|| CLUSTER.with_source(error.clone()))
 }
 
-/// Whether the next reply may come from another server, or from one with another role.
+/// Whether the next reply may come from another server, or from a server that has changed its role.
 pub(super) fn is_of_changed_server(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_unrecoverable_error()
         || matches!(error.code(), Some("READONLY" | "MASTERDOWN" | "LOADING" | "NOAUTH"))
 }
 
-/// The error of a claim: a server without memory takes no new keys.
+/// Returns the error of a claim. A server without free memory takes no new keys.
 pub(super) fn of_claim(error: RedisError) -> Error {
     const FULL: Error = Error::new(
         ErrorKind::StoreFull,
-        "the Redis server has reached its `maxmemory` and takes no new keys; give it more, or shorten the retention",
+        "the Redis server has reached its `maxmemory` and takes no new keys; give it more memory, or shorten the retention",
     );
     if error.code() == Some("OOM") {
         return FULL.with_source(error);
@@ -129,17 +129,18 @@ pub(super) fn of_claim(error: RedisError) -> Error {
     of(error)
 }
 
-/// The error of a connection that could not be made: what will not mend by itself is a matter of configuration.
+/// Returns the error of a connection that could not be made. Errors that do not pass by themselves
+/// are of kind `Configuration`.
 pub(super) fn of_connect(error: RedisError) -> Error {
-    const CLIENT: &str = "the Redis server's URL or the client's settings make no sense";
-    const OLD: &str = "the Redis server is too old: version 7.0 or newer is needed";
+    const CLIENT: &str = "the URL of the Redis server or a setting of the client is invalid";
+    const OLD: &str = "the Redis server is too old; upgrade it to version 7.0 or newer";
     const UNREACHABLE: &str = "the Redis server cannot be reached";
     #[cfg(feature = "redis-rustls")]
     if crate::store::tls::is_certificate_refused(&error) {
         const CERTIFICATE: Error = Error::new(
             ErrorKind::Configuration,
             "the Redis server's certificate is not trusted, or is for another host or time; use the host's name in the URL, and \
-             hand a client that trusts its authority to `RedisStore::from_client`",
+             pass a client that trusts its authority to `RedisStore::from_client`",
         );
         return CERTIFICATE.with_source(error);
     }
@@ -151,8 +152,8 @@ pub(super) fn of_connect(error: RedisError) -> Error {
     fault.with_source(error)
 }
 
-/// The error of a login with this database. The client sends SELECT for every database other than 0, and reports the
-/// refusal without its code.
+/// Returns the error of a login with this database. The client sends SELECT for every database
+/// other than 0, and reports the refusal without its code.
 pub(super) fn of_login(error: RedisError, database: i64) -> Error {
     const NO_SELECT: Error = Error::new(
         ErrorKind::Configuration,
@@ -172,13 +173,14 @@ pub(super) fn of_login(error: RedisError, database: i64) -> Error {
     fault.with_source(NotSelected { database, error })
 }
 
-/// Whether the server does not know the script, be it that it never did or that somebody flushed it.
+/// Whether the server does not know the script, because the script never ran there or was flushed.
 pub(super) fn is_unknown_script(error: &RedisError) -> bool {
     error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
-/// Whether the server takes no writes for now: it has no memory left (OOM), cannot save its data (MISCONF), or has too few
-/// replicas (NOREPLICAS). It refuses a script with flags before the script runs.
+/// Whether the server takes no writes for now. It has no free memory (OOM), cannot save its data
+/// (MISCONF), or has too few replicas (NOREPLICAS). It refuses a script with flags before the
+/// script runs.
 pub(super) fn is_of_refused_writes(error: &RedisError) -> bool {
     matches!(error.code(), Some("OOM" | "MISCONF" | "NOREPLICAS"))
 }

@@ -1,4 +1,4 @@
-//! The connection that the operations of a store share, and the login that replaces the connection.
+//! The connection that the operations of a store share, and the login that replaces it.
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -10,24 +10,26 @@ use tokio::sync::Mutex;
 
 use crate::clock::{within, Clock, Timestamp};
 
-/// How long a connection may take to be made.
+/// The longest time to make a connection.
 pub(super) const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The time between two logins. The server counts refused logins, and some operators lock users out by that count.
+/// The time between two logins. The server counts refused logins, and some operators lock users out
+/// by that count.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A connection to one server.
 ///
-/// `ConnectionManager` (`redis` 1.8) connects again after an I/O error only. If the server replies to the login with an
-/// error until the manager's attempts are used up (1.5 s), the manager returns that error forever. Examples are a user
-/// who was removed for a while, and a database that the user may not select. The store replaces such a manager, if the
-/// store has made it. A manager of the application does not show its client, so it cannot be replaced.
+/// `ConnectionManager` (`redis` 1.8) reconnects after I/O errors only. If the server replies to the
+/// login with an error until the manager's attempts are used up (1.5 s), the manager returns that
+/// error forever. Examples are a user who was removed for a while, and a database that the user may
+/// not select. The store replaces such a manager if the store has made it. The store cannot replace
+/// a manager of the application, because the manager does not show its client.
 pub(super) struct Managed {
     manager: RwLock<ConnectionManager>,
     login: Option<Login>,
 }
 
-/// The means to make a new manager.
+/// The parameters of a new manager.
 struct Login {
     client: Client,
     config: ConnectionManagerConfig,
@@ -39,8 +41,8 @@ struct Login {
 }
 
 impl Managed {
-    /// A manager of the application.
-    pub(super) fn given(manager: ConnectionManager) -> Arc<Self> {
+    /// Wraps a manager of the application.
+    pub(super) fn of_application(manager: ConnectionManager) -> Arc<Self> {
         Arc::new(Self {
             manager: RwLock::new(manager),
             login: None,
@@ -70,8 +72,8 @@ impl Managed {
     ///
     /// # Errors
     ///
-    /// The error of the new login; `refusal` if there is none, because the last one is less than a second old or still
-    /// runs, or because the application has made the manager.
+    /// The error of the new login. If there is no new login, `refusal`: the last login is less than
+    /// a second old or still runs, or the application has made the manager.
     pub(super) async fn log_in_again(self: &Arc<Self>, refusal: RedisError) -> RedisResult<()> {
         let Some(login) = &self.login else {
             return Err(refusal);
@@ -81,7 +83,8 @@ impl Managed {
             _ => return Err(refusal),
         };
         let managed = Arc::clone(self);
-        // A task, because the operation that waits for the login has less time than a login may take.
+        // Log in from a task, because the operation that waits for the login has less time than a
+        // login may take.
         let task = login.runtime.spawn(async move {
             let Some(login) = &managed.login else {
                 return Ok(());
@@ -96,7 +99,8 @@ impl Managed {
 }
 
 impl Login {
-    /// Logs in once, and makes a manager unless the server refuses the login. A manager mends I/O errors by itself.
+    /// Logs in once, and makes a manager unless the server refuses the login. The manager recovers
+    /// from I/O errors by itself.
     async fn make(&self) -> RedisResult<ConnectionManager> {
         let tried = log_in_once(&self.client).await;
         if let Err(refusal) = &tried {
@@ -106,7 +110,8 @@ impl Login {
         }
         let mut manager = ConnectionManager::new_lazy_with_config(self.client.clone(), self.config.clone())?;
         if tried.is_ok() {
-            // Connects. The reply does not matter, and the manager connects by itself if there is none in time.
+            // This command makes the manager connect. The reply does not matter, and the manager
+            // connects later if there is no reply in time.
             drop(within(CONNECTION_TIMEOUT, manager.send_packed_command(&cmd("TIME"))).await);
         }
         Ok(manager)

@@ -1,4 +1,4 @@
-//! The operations of the store: what the scripts are told, and what they say.
+//! The operations of the store: the arguments and the replies of the scripts.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,11 +16,12 @@ use crate::protocol::{
     ResolveResult, Snapshot, Status, StorageKey, StoredResponse,
 };
 
-/// The longest lease and retention. The scripts count microseconds in doubles, which are exact below 2^53: now, a lease and a
-/// retention together stay below it until the year 2055.
+/// The longest lease and retention. The scripts count microseconds in doubles, which are exact
+/// below 2^53. The sum of the time, a lease and a retention stays below this bound until the year
+/// 2055.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// The server, and how it is to be used.
+/// The server, and the settings of the store.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) connection: Connection,
@@ -28,19 +29,20 @@ pub(super) struct Server {
     pub(super) prefix: String,
     pub(super) response_timeout: Duration,
     pub(super) replication: Option<Replication>,
-    /// Where the server pushes to this connection.
+    /// The watches, if the server pushes to this connection.
     pub(super) watches: Option<Arc<Watches>>,
 }
 
 impl Server {
-    /// Claims a key. Grants only what enough replicas know of, and shows no response that they do not have: they could
-    /// not tell, should the server be lost.
+    /// Claims a key. Grants a key only if enough replicas have the claim, and returns a response
+    /// only if enough replicas have it. Otherwise a failover could lose the grant or the response.
     pub(super) async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
-        let (decision, is_replicated) = self.ask(claim).await?;
+        let (decision, is_replicated) = self.decide(claim).await?;
         match decision {
             Decision::Execute(grant) | Decision::Recover(grant) if !is_replicated => {
-                // Nothing ran. A caller that drops this future also stops the release. That is intended, because its
-                // retry may own the grant by then. If the caller waits here, its next claim follows the release.
+                // No handler runs. A caller that drops this future also stops the release. That is
+                // intended, because its retry may own the grant by then. If the caller waits, its
+                // next claim follows the release.
                 drop(self.release(&claim.key, grant.owner).await);
                 Err(failure::NOT_REPLICATED)
             }
@@ -49,18 +51,19 @@ impl Server {
         }
     }
 
-    /// A claim that waits for replicas has no limit here, because it may also have to release the key.
+    /// A claim that waits for replicas has no limit here, because it may also have to release the
+    /// key.
     pub(super) fn claim_limit(&self) -> Option<Duration> {
         self.replication.is_none().then_some(self.response_timeout)
     }
 
-    async fn ask(&self, claim: &Claim) -> Result<(Decision, bool), Error> {
-        let Exchanged { reply, is_replicated } = self.asked(claim).await;
+    async fn decide(&self, claim: &Claim) -> Result<(Decision, bool), Error> {
+        let Exchanged { reply, is_replicated } = self.run_claim(claim).await;
         let reply = reply.map_err(|failed| failed.read_by(failure::of_claim))?;
         Ok((decision(reply, claim)?, is_replicated))
     }
 
-    fn asked(&self, claim: &Claim) -> impl Future<Output = Exchanged> + Send + use<> {
+    fn run_claim(&self, claim: &Claim) -> impl Future<Output = Exchanged> + Send + use<> {
         let mut fingerprint = [claim.fingerprint.algorithm(); 33];
         fingerprint[1..].copy_from_slice(claim.fingerprint.digest());
         let if_lost: &[u8] = match claim.if_lost {
@@ -77,7 +80,7 @@ impl Server {
             retention.as_bytes(),
             if_lost,
             max_attempts.as_bytes(),
-            self.is_to_replicate(),
+            self.replication_argument(),
         ];
         // Each script that is sent waits for the replicas again, so only one is sent.
         let script = match self.replication {
@@ -96,7 +99,7 @@ impl Server {
         match reply.word() {
             b"renewed" => Ok(Renewal::Renewed),
             b"superseded" => Ok(Renewal::Superseded),
-            _ => Err(failure::STRANGE),
+            _ => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
@@ -109,14 +112,14 @@ impl Server {
     ) -> Result<Completion, Error> {
         let owner = bytes_of(owner);
         let (state, retention) = (state_of(outcome), micros(retention));
-        let answer = answer_of(outcome);
-        let arguments: [&[u8]; 4] = [&owner, state, retention.as_bytes(), &answer];
+        let response = bytes_behind_header(outcome);
+        let arguments: [&[u8]; 4] = [&owner, state, retention.as_bytes(), &response];
         let exchanged = self.run(&scripts::COMPLETE, key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"completed")?;
         match reply.word() {
             b"completed" => Ok(Completion::Completed),
             b"superseded" => Ok(Completion::Superseded(outcome_in(&mut reply)?)),
-            _ => Err(failure::STRANGE),
+            _ => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
@@ -128,7 +131,7 @@ impl Server {
         match reply.word() {
             b"released" => Ok(Release::Released),
             b"superseded" => Ok(Release::Superseded),
-            _ => Err(failure::STRANGE),
+            _ => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
@@ -139,23 +142,25 @@ impl Server {
         resolution: &Resolution,
     ) -> Result<ResolveResult, Error> {
         let fence = fence.as_u64().to_le_bytes();
-        let (state, answer, retention): (&[u8], _, _) = match resolution {
+        let (state, response, retention): (&[u8], _, _) = match resolution {
             Resolution::Absent => (b"", Vec::new(), Duration::ZERO),
-            Resolution::Completed(outcome, retention) => (state_of(outcome), answer_of(outcome), *retention),
+            Resolution::Completed(outcome, retention) => (state_of(outcome), bytes_behind_header(outcome), *retention),
         };
         let retention = micros(retention);
-        let arguments: [&[u8]; 4] = [&fence, state, retention.as_bytes(), &answer];
+        let arguments: [&[u8]; 4] = [&fence, state, retention.as_bytes(), &response];
         let exchanged = self.run(&scripts::RESOLVE, key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"resolved")?;
         match reply.word() {
             b"conflict" => Ok(ResolveResult::Conflict(reply.optional_number()?.map(Fence::new))),
             b"resolved" => Ok(ResolveResult::Resolved),
-            _ => Err(failure::STRANGE),
+            _ => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
     pub(super) async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
-        let exchanged = self.run(&scripts::PEEK, key, &[self.is_to_replicate()], true).await;
+        let exchanged = self
+            .run(&scripts::PEEK, key, &[self.replication_argument()], true)
+            .await;
         let is_replicated = exchanged.is_replicated;
         let mut reply = exchanged.reply()?;
         if reply.word() == b"absent" {
@@ -168,8 +173,9 @@ impl Server {
         Ok(Record::peek(Some(&record), now))
     }
 
-    /// What a script that shows an answer is told.
-    const fn is_to_replicate(&self) -> &'static [u8] {
+    /// Returns the argument by which a script that reads a response learns that replicas are
+    /// required.
+    const fn replication_argument(&self) -> &'static [u8] {
         match self.replication {
             Some(_) => b"replicated",
             None => b"",
@@ -183,12 +189,13 @@ impl Server {
         let channel = self.name_of(key);
         if self.checks.passed().is_none() {
             let checking = within(self.response_timeout, self.checks.check(&self.connection));
-            Box::pin(checking).await.unwrap_or(Err(failure::LATE))?;
+            Box::pin(checking).await.unwrap_or(Err(failure::TIMED_OUT))?;
         }
         watches.watch(channel, &self.connection, self.response_timeout).await
     }
 
-    /// Not async: the arguments need not outlast the command that they are put into.
+    /// Runs a script. Not `async`, because that would store the arguments in the future although
+    /// the command contains a copy of them.
     fn run(
         &self,
         script: &'static Script,
@@ -204,7 +211,8 @@ impl Server {
         connection.run(checks, script, name, command, replication, self.response_timeout)
     }
 
-    /// The record's key, which is its channel too: the prefix and lower-case hexadecimal digits.
+    /// Returns the name of the record's key and channel: the prefix and 64 lower-case hexadecimal
+    /// digits.
     fn name_of(&self, key: &StorageKey) -> Vec<u8> {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let mut name = Vec::with_capacity(self.prefix.len() + 64);
@@ -225,14 +233,14 @@ fn decision(mut reply: Reply, claim: &Claim) -> Result<Decision, Error> {
         b"record" => {
             let (record, now) = record_at(&mut reply)?;
             let transition = Record::claim(Some(&record), claim, now);
-            // The script would have changed what is to be changed.
-            transition.unchanged().ok_or(failure::STRANGE)
+            // A change would have been made by the script.
+            transition.unchanged().ok_or(failure::UNEXPECTED_REPLY)
         }
         b"unknown" => Ok(Decision::Unknown),
         b"wait" => Ok(Decision::Wait {
             left: Duration::from_micros(reply.number()?),
         }),
-        _ => Err(failure::STRANGE),
+        _ => Err(failure::UNEXPECTED_REPLY),
     }
 }
 
@@ -241,15 +249,15 @@ fn grant_in(reply: &mut Reply, claim: &Claim) -> Result<Grant, Error> {
     let nonce = claim.nonce;
     Ok(Grant {
         owner: Owner { nonce, fence },
-        attempt: u32::try_from(reply.number()?).map_err(|_| failure::STRANGE)?,
+        attempt: u32::try_from(reply.number()?).map_err(|_| failure::UNEXPECTED_REPLY)?,
         lease: Some(claim.lease.min(LONGEST)),
     })
 }
 
-/// A record, and the time at which the server showed it.
+/// Reads a record, and the server's time at which it was read.
 fn record_at(reply: &mut Reply) -> Result<(Record, Timestamp), Error> {
     let now = Timestamp::from_micros(reply.number()?);
-    let record = record_in(reply)?.ok_or(failure::STRANGE)?;
+    let record = record_in(reply)?.ok_or(failure::UNEXPECTED_REPLY)?;
     Ok((record, now))
 }
 
@@ -259,7 +267,8 @@ fn record_in(reply: &mut Reply) -> Result<Option<Record>, Error> {
 }
 
 fn outcome_in(reply: &mut Reply) -> Result<Option<Outcome>, Error> {
-    // At the beginning of time nothing has expired; whether it has by now, the server has judged.
+    // The script has already checked the expiry. Nothing has expired at time zero, so this reads
+    // the outcome without another check.
     let snapshot = record_in(reply)?.and_then(|record| Record::peek(Some(&record), Timestamp::default()));
     Ok(snapshot.and_then(|snapshot| match snapshot.status {
         Status::Completed(outcome) => Some(outcome),
@@ -267,7 +276,7 @@ fn outcome_in(reply: &mut Reply) -> Result<Option<Outcome>, Error> {
     }))
 }
 
-/// Nonce and fence, as they stand in the record.
+/// Returns nonce and fence as the record encodes them.
 fn bytes_of(owner: Owner) -> [u8; 24] {
     let mut bytes = [0; 24];
     bytes[..16].copy_from_slice(owner.nonce.as_bytes());
@@ -275,7 +284,7 @@ fn bytes_of(owner: Owner) -> [u8; 24] {
     bytes
 }
 
-/// The state's number in the record.
+/// Returns the number of the state as the record encodes it.
 const fn state_of(outcome: &Outcome) -> &'static [u8] {
     match outcome {
         Outcome::Rejected => b"1",
@@ -284,8 +293,8 @@ const fn state_of(outcome: &Outcome) -> &'static [u8] {
     }
 }
 
-/// What stands in the record behind its fixed part.
-fn answer_of(outcome: &Outcome) -> Vec<u8> {
+/// Returns the bytes that follow the header in the record.
+fn bytes_behind_header(outcome: &Outcome) -> Vec<u8> {
     match outcome {
         Outcome::Rejected | Outcome::Tombstone => Vec::new(),
         Outcome::Stored(StoredResponse { head, body }) => {
@@ -295,7 +304,7 @@ fn answer_of(outcome: &Outcome) -> Vec<u8> {
     }
 }
 
-/// Whole microseconds, as digits.
+/// Returns whole microseconds as decimal digits.
 fn micros(duration: Duration) -> String {
     duration.min(LONGEST).as_micros().to_string()
 }

@@ -1,2 +1,2 @@
--- The server itself refuses to run a script with flags on a read-only replica, unless they contain `no-writes`.
+-- A read-only replica refuses a script with flags by itself, unless the flags contain `no-writes`.
 local function replica() end

@@ -1,18 +1,23 @@
-//! Where a node of a Cluster says that a key lies on another one.
+//! Redirections to another node of a Cluster.
 
 use redis::cluster_async::ClusterConnection;
 use redis::cluster_routing::SingleNodeRoutingInfo;
 use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
 
-/// How often one operation is sent on. A slot that moves takes one, or two where it has moved meanwhile.
+/// How often the store follows a redirection in one operation. A slot that moves takes one, or two
+/// if it has moved meanwhile.
 pub(super) const MOST: usize = 5;
 
-/// The node that a command is to be sent to instead.
+/// The node to which a command must be sent instead.
 ///
-/// The client (1.8) can follow by itself, but it sends ASKING apart from the command that it is for, on a connection that all share:
-/// where another one's command comes between, both are turned away, and under load hardly anybody gets through while a slot
-/// moves. Never may ASKING go ahead of a command that nobody was sent on with: a node that imports the slot would take the
-/// key for absent, and grant what the node that still has it has granted.
+/// The client (1.8) can follow redirections by itself, but it sends ASKING separately from the
+/// command that needs it, on a connection that all operations share. If a command of another
+/// operation comes between the two, the node refuses both, and under load hardly any operation
+/// succeeds while a slot moves.
+///
+/// Send ASKING only for a command that the server redirected. Otherwise a node that imports the
+/// slot would take the key for absent, and would grant a key that the old node has already granted
+/// (I1).
 pub(super) struct Redirection {
     to: SingleNodeRoutingInfo,
     is_asking: bool,
@@ -32,7 +37,7 @@ impl Redirection {
         Some(Self { to, is_asking })
     }
 
-    /// Sends the commands there, with nothing between them.
+    /// Sends the commands to that node, without any other command between them.
     pub(super) async fn follow(
         self,
         connection: &mut ClusterConnection,

@@ -1,12 +1,19 @@
--- ARGV: fence, state (empty: it had no effect), retention, and what stands in the record behind its header
+-- ARGV: fence, state (empty if the attempt had no effect), retention in microseconds, the bytes
+-- behind the header.
+--
+-- Each branch is one case of `Record::resolve`.
 if not state then return {key, 'conflict'} end
+-- A resolution applies only to the attempt that it names, and only if that attempt is lost or
+-- unknown.
 local owner_may_live = state >= TOMBSTONE or left > 0
 if owner_may_live or string.sub(bytes, 53, 60) ~= ARGV[1] then return {key, 'conflict', fence} end
 reply, wakes = {key, 'resolved'}, true
 if ARGV[2] == '' then
   state = nil
 else
-  state, ends, expires, answer = tonumber(ARGV[2]), 0, now + tonumber(ARGV[3]), ARGV[4]
-  -- The owner may still be alive. With another nonce in the record, its own completion is no repeated one.
+  state, ends, expires, response = tonumber(ARGV[2]), 0, now + tonumber(ARGV[3]), ARGV[4]
+  -- The owner may still be alive. Another nonce in the record ends its ownership. Otherwise its
+  -- completion would count as a repeated one, and its caller would get another response than all
+  -- others (I2).
   nonce = string.char(255 - string.byte(nonce)) .. string.sub(nonce, 2)
 end

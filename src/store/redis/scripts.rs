@@ -1,4 +1,4 @@
-//! The scripts: one per operation, each one atomic step on one key.
+//! The scripts: one per operation, each of which is one atomic step on one key.
 
 use std::sync::OnceLock;
 
@@ -7,7 +7,7 @@ use redis::{cmd, Arg, Cmd, Value};
 use super::failure;
 use crate::error::{Error, ErrorKind};
 
-/// A script, known to the server by its digest once it has run there.
+/// A script. The server knows it by its digest once it has run there.
 #[derive(Debug)]
 pub(super) struct Script {
     source: &'static str,
@@ -18,11 +18,12 @@ pub(super) struct Script {
 
 /// A script that may change the record, with its flags.
 ///
-/// A server that is full or cannot save its data refuses the writes of a script without flags, but not its reads. With
-/// `allow-oom`, an owner can renew and end what it was granted. A replica refuses all scripts with flags, at no cost.
+/// A server that is full or cannot save its data refuses the writes of a script without flags, but
+/// not its reads. With `allow-oom`, an owner can renew and end its attempt on a full server. A
+/// replica refuses all scripts with flags, at no cost.
 ///
-/// Every reply begins with the key that was asked for: should a connection ever fall out of step with its questions, nobody is
-/// given what belongs to another key.
+/// Every reply begins with the key of the request. If the replies of a connection are out of step
+/// with its requests, no caller gets the reply for another key (I4).
 macro_rules! changing {
     ($flags:literal, $role:literal, $file:literal) => {
         concat!(
@@ -30,7 +31,7 @@ macro_rules! changing {
             include_str!("prelude.lua"),
             include_str!($role),
             include_str!($file),
-            include_str!("finale.lua")
+            include_str!("commit.lua")
         )
     };
 }
@@ -40,8 +41,8 @@ pub(super) static CLAIM: Script = Script {
     digest: OnceLock::new(),
     instead: Some(&CLAIM_WITHOUT_FLAGS),
 };
-/// The same without flags, for replication and for a server that refuses writes. Without replication, a claim that
-/// replays needs no write.
+/// The claim without flags, for replication and for a server that refuses writes. Without
+/// replication, a claim that replays needs no write.
 pub(super) static CLAIM_WITHOUT_FLAGS: Script = Script::new(changing!("", "replica.lua", "claim.lua"));
 pub(super) static COMPLETE: Script = Script::new(changing!("#!lua flags=allow-oom\n", "primary.lua", "complete.lua"));
 pub(super) static PEEK: Script = Script::new(concat!(
@@ -72,9 +73,10 @@ impl Script {
         self.digest.get_or_init(digest)
     }
 
-    /// Runs the script by its digest; the server answers NOSCRIPT when it does not know it (any more).
+    /// Returns the command that runs the script by its digest. The server replies with NOSCRIPT if
+    /// it does not know the script, or no longer knows it.
     pub(super) fn by_digest(&self, key: &[u8], arguments: &[&[u8]]) -> Cmd {
-        // Names, lengths and ends of lines included.
+        // Command names, lengths and line ends are included.
         const BESIDE: usize = 128;
         const EACH: usize = 12;
         let bytes = arguments
@@ -88,12 +90,14 @@ impl Script {
         command
     }
 
-    /// Runs the script with the key and the arguments of another one, by its digest.
+    /// Returns the command that runs this script by its digest, with the key and the arguments of
+    /// another command.
     pub(super) fn by_digest_with(&self, other: &Cmd) -> Cmd {
         with_arguments_of(other, "EVALSHA", self.digest())
     }
 
-    /// Runs the same from the script's source, which teaches it to the server in the same step.
+    /// Returns the command that runs the script from its source. The server stores the script in
+    /// the same step.
     pub(super) fn by_source(&self, by_digest: &Cmd) -> Cmd {
         with_arguments_of(by_digest, "EVAL", self.source)
     }
@@ -110,7 +114,7 @@ fn with_arguments_of(other: &Cmd, name: &str, script: &str) -> Cmd {
     command
 }
 
-/// What a script returned: a word, and what belongs to it.
+/// The reply of a script: a word, and the values that belong to it.
 #[derive(Debug)]
 pub(super) struct Reply {
     word: Vec<u8>,
@@ -118,28 +122,29 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    /// Takes a reply apart.
+    /// Parses a reply.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::CorruptRecord`] when the script could not read the record; [`ErrorKind::StoreUnavailable`] when the reply
-    /// is not one of ours, or to a question about another key.
+    /// [`ErrorKind::CorruptRecord`] if the script could not read the record.
+    /// [`ErrorKind::StoreUnavailable`] if the reply is not one of ours, or belongs to a request for
+    /// another key.
     pub(super) fn of(value: Value, key: &[u8]) -> Result<Self, Error> {
         const CORRUPT: Error = Error::new(
             ErrorKind::CorruptRecord,
-            "a stored record cannot be read: it is damaged, of a newer version, or its key holds another type of value",
+            "a stored record cannot be read; it is damaged, has a newer version, or its key holds another type of value",
         );
         let Value::Array(items) = value else {
-            return Err(failure::STRANGE);
+            return Err(failure::UNEXPECTED_REPLY);
         };
         let mut rest = items.into_iter();
-        if !matches!(rest.next(), Some(Value::BulkString(asked)) if asked == key) {
-            return Err(failure::STRANGE);
+        if !matches!(rest.next(), Some(Value::BulkString(name)) if name == key) {
+            return Err(failure::UNEXPECTED_REPLY);
         }
         match rest.next() {
             Some(Value::BulkString(word)) if word == b"corrupt" => Err(CORRUPT),
             Some(Value::BulkString(word)) => Ok(Self { word, rest }),
-            _ => Err(failure::STRANGE),
+            _ => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
@@ -147,24 +152,24 @@ impl Reply {
         &self.word
     }
 
-    /// The next number.
+    /// Returns the next value, which must be a number.
     pub(super) fn number(&mut self) -> Result<u64, Error> {
         match self.rest.next() {
-            Some(Value::Int(number)) => u64::try_from(number).map_err(|_| failure::STRANGE),
-            _ => Err(failure::STRANGE),
+            Some(Value::Int(number)) => u64::try_from(number).map_err(|_| failure::UNEXPECTED_REPLY),
+            _ => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
-    /// The next byte string, where there is one.
+    /// Returns the next value if it is a byte string.
     pub(super) fn bytes(&mut self) -> Result<Option<Vec<u8>>, Error> {
         match self.rest.next() {
             Some(Value::BulkString(bytes)) => Ok(Some(bytes)),
             Some(Value::Nil) | None => Ok(None),
-            Some(_) => Err(failure::STRANGE),
+            Some(_) => Err(failure::UNEXPECTED_REPLY),
         }
     }
 
-    /// The next number, where there is one.
+    /// Returns the next number; `None` if there are no more values.
     pub(super) fn optional_number(&mut self) -> Result<Option<u64>, Error> {
         if self.rest.len() == 0 {
             return Ok(None);

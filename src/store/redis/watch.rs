@@ -1,7 +1,8 @@
-//! Who waits for which key, and how the server's messages reach them.
+//! The waiters of this process, and the delivery of the server's messages to them.
 //!
-//! The scripts publish on a shard channel named as the record's key. This process subscribes to it for as long as somebody
-//! waits, on the connection that it has anyway (RESP3). Waking too often is harmless, and every doubt is settled that way.
+//! The scripts publish on a shard channel that has the name of the record's key. This process
+//! subscribes to the channel while it has a waiter, on the connection of its operations (RESP3). An
+//! unnecessary wake is harmless, so the watches wake their waiters in every case of doubt.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -24,7 +25,7 @@ use crate::clock::within;
 use crate::error::Error;
 use crate::sharded::lock;
 
-/// The channels that somebody waits for.
+/// The channels that have waiters.
 #[derive(Default)]
 pub(super) struct Watches(Mutex<HashMap<Vec<u8>, Channel>>);
 
@@ -32,14 +33,16 @@ pub(super) struct Watches(Mutex<HashMap<Vec<u8>, Channel>>);
 struct Channel {
     change: Arc<Notify>,
     watches: usize,
-    /// The server has confirmed a subscription that still stands, as far as we know.
+    /// Whether the server has confirmed a subscription that still exists, as far as this process
+    /// knows.
     is_subscribed: bool,
-    /// Counts the subscriptions that were lost, so that a confirmation of a lost one is not taken for a new one.
+    /// The number of subscriptions that were lost. It keeps the confirmation of a lost subscription
+    /// from confirming a new one.
     lost: u64,
 }
 
 impl Watches {
-    /// Waits for a channel; subscribes to it, unless this process has.
+    /// Waits for a channel, and subscribes to it unless this process is subscribed already.
     pub(super) async fn watch(
         self: &Arc<Self>,
         channel: Vec<u8>,
@@ -48,7 +51,7 @@ impl Watches {
     ) -> Result<RedisWatch, Error> {
         let runtime = Handle::try_current().map_err(|_| failure::NO_RUNTIME)?;
         let (change, subscribed, lost) = self.enter(&channel);
-        let seat = Seat {
+        let registered = Registered {
             watches: Arc::clone(self),
             channel,
             connection: connection.clone(),
@@ -56,16 +59,16 @@ impl Watches {
             limit,
         };
         if !subscribed {
-            send("SSUBSCRIBE", &seat.channel, connection.clone(), limit).await?;
-            self.confirm(&seat.channel, lost);
+            send("SSUBSCRIBE", &registered.channel, connection.clone(), limit).await?;
+            self.confirm(&registered.channel, lost);
         }
         Ok(RedisWatch {
             change: Some(change),
-            _seat: Some(seat),
+            _registered: Some(registered),
         })
     }
 
-    /// What the server pushes.
+    /// Handles a push message of the server.
     pub(super) fn pushed(&self, push: &PushInfo) {
         match (&push.kind, push.data.first()) {
             (PushKind::Disconnection, _) => lock(&self.0).values_mut().for_each(Channel::lose),
@@ -74,7 +77,8 @@ impl Watches {
                     channel.change.notify_waiters();
                 }
             }
-            // The answer to our own wish, which a new watch may have overtaken; or the slot moved to another node.
+            // The reply to our own SUNSUBSCRIBE, which a new watch may have overtaken, or a notice
+            // that the slot has moved to another node.
             (PushKind::SUnsubscribe, Some(Value::BulkString(channel))) => {
                 if let Some(channel) = lock(&self.0).get_mut(channel) {
                     channel.lose();
@@ -84,7 +88,7 @@ impl Watches {
         }
     }
 
-    /// Takes a seat before anything is sent, so that whatever happens from now on wakes it.
+    /// Registers a waiter before anything is sent, so that every later message wakes it.
     fn enter(&self, channel: &[u8]) -> (OwnedNotified, bool, u64) {
         let mut channels = lock(&self.0);
         let channel = channels.entry(channel.to_vec()).or_default();
@@ -99,7 +103,7 @@ impl Watches {
         }
     }
 
-    /// Gives a seat back; whether it was the last.
+    /// Removes a waiter. Returns true if it was the last one.
     fn leave(&self, channel: &[u8]) -> bool {
         let mut channels = lock(&self.0);
         let Some(entry) = channels.get_mut(channel) else {
@@ -121,7 +125,8 @@ impl fmt::Debug for Watches {
 }
 
 impl Channel {
-    /// The subscription is gone, and with it what was published since: everybody looks again.
+    /// Records that the subscription is lost. Wakes all waiters, because messages may have been
+    /// lost with it.
     fn lose(&mut self) {
         self.is_subscribed = false;
         self.lost += 1;
@@ -129,19 +134,20 @@ impl Channel {
     }
 }
 
-/// Every error here is of kind `StoreUnavailable`, because a caller that gets no watch polls instead.
+/// Sends a command. Every error is of kind `StoreUnavailable`, because a caller that gets no watch
+/// polls instead.
 async fn send(command: &'static str, channel: &[u8], mut connection: Connection, limit: Duration) -> Result<(), Error> {
     let mut command = cmd(command);
     command.arg(channel);
     let sent = within(limit, connection.req_packed_command(&command)).await;
-    sent.map_err(|_| failure::LATE)?
+    sent.map_err(|_| failure::TIMED_OUT)?
         .and_then(Value::extract_error)
         .map(drop)
         .map_err(Error::unavailable)
 }
 
-/// A place among those who wait for a channel.
-struct Seat {
+/// A registered waiter of a channel.
+struct Registered {
     watches: Arc<Watches>,
     channel: Vec<u8>,
     connection: Connection,
@@ -149,12 +155,13 @@ struct Seat {
     limit: Duration,
 }
 
-impl Drop for Seat {
+impl Drop for Registered {
     fn drop(&mut self) {
         if self.watches.leave(&self.channel) {
             let (connection, limit) = (self.connection.clone(), self.limit);
             let channel = std::mem::take(&mut self.channel);
-            // Should it fail, the server says what nobody hears until the connection ends.
+            // If this fails, the server keeps sending notifications that we ignore, which is
+            // harmless.
             self.runtime
                 .spawn(async move { drop(send("SUNSUBSCRIBE", &channel, connection, limit).await) });
         }
@@ -162,22 +169,23 @@ impl Drop for Seat {
 }
 
 pin_project! {
-    /// Resolves when a record of a [`RedisStore`](super::RedisStore) may have changed, and when the connection breaks.
+    /// A future that resolves when a record of a [`RedisStore`](super::RedisStore) may have
+    /// changed, and when the connection breaks.
     ///
-    /// From a store on a connection that cannot push (see there), it never resolves.
+    /// With a store on a connection that cannot push (see there), it never resolves.
     pub struct RedisWatch {
         #[pin]
         change: Option<OwnedNotified>,
-        _seat: Option<Seat>,
+        _registered: Option<Registered>,
     }
 }
 
 impl RedisWatch {
-    /// A watch that never resolves: the caller polls.
+    /// Returns a watch that never resolves, so that its caller polls.
     pub(super) const fn never() -> Self {
         Self {
             change: None,
-            _seat: None,
+            _registered: None,
         }
     }
 }
