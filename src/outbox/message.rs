@@ -1,4 +1,4 @@
-//! A message to be sent.
+//! A message of the outbox.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use uuid::Builder;
 
 use crate::clock::unix_millis;
 
-/// A message to be sent: an id that all its copies carry, a topic, headers and a payload.
+/// A message to publish: an id that all its copies carry, a topic, headers and a payload.
 #[derive(Clone, PartialEq, Eq)]
 pub struct OutboxMessage {
     pub(super) id: String,
@@ -19,7 +19,8 @@ pub struct OutboxMessage {
 }
 
 impl OutboxMessage {
-    /// A message under a new id, a UUID of version 7 (RFC 9562). The topic holds no zero character.
+    /// Makes a message with a new id, a UUID of version 7 (RFC 9562). The topic must not contain a
+    /// zero character.
     #[must_use]
     pub fn new(topic: impl Into<String>, payload: impl Into<Bytes>) -> Self {
         let mut random = [0; 10];
@@ -34,46 +35,50 @@ impl OutboxMessage {
         }
     }
 
-    /// Gives it an id of yours, such as one derived from what brought it about ([`MessageLease::id`](crate::receiver::MessageLease::id)): 1 to 255
-    /// bytes, none of them zero. Put twice under one id, it waits once.
+    /// Sets the id, for example an id that is derived from the cause of the message
+    /// ([`MessageLease::id`](crate::receiver::MessageLease::id)). The id has 1 to 255 bytes and no zero
+    /// character. If two messages with one id are put into the outbox before the first one is
+    /// published, the second one is ignored. Default: a new UUID.
     #[must_use]
     pub fn with_id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();
         self
     }
 
-    /// Adds a header, without zero characters.
+    /// Adds a header. Neither its name nor its content may contain a zero character.
     #[must_use]
     pub fn add_header(mut self, name: impl Into<String>, content: impl Into<String>) -> Self {
         self.headers.push((name.into(), content.into()));
         self
     }
 
-    /// The same in all copies. Send it where the receiver finds it: as `Nats-Msg-Id`, as AMQP's `message-id`, as a header of Kafka's.
+    /// Returns the id, which is the same in all copies. Send it where the receiver looks for it: as
+    /// `Nats-Msg-Id`, as `message-id` of AMQP, or as a header of Kafka.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// Where it is to be sent.
+    /// Returns the topic, which is the destination of the message.
     #[must_use]
     pub fn topic(&self) -> &str {
         &self.topic
     }
 
-    /// The headers, in the order in which they were added.
+    /// Returns the headers in the order in which they were added.
     #[must_use]
     pub fn headers(&self) -> &[(String, String)] {
         &self.headers
     }
 
-    /// What it says.
+    /// Returns the payload.
     #[must_use]
     pub const fn payload(&self) -> &Bytes {
         &self.payload
     }
 
-    /// How often it was tried before: could not be published, or was taken by a relay that died.
+    /// Returns the number of earlier attempts to publish the message. An attempt counts if
+    /// `publish` failed, or if the relay died.
     #[must_use]
     pub const fn failures(&self) -> u32 {
         self.failures
@@ -81,7 +86,7 @@ impl OutboxMessage {
 }
 
 impl fmt::Debug for OutboxMessage {
-    /// Without id, headers and payload.
+    /// Leaves out the id, the headers and the payload.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OutboxMessage")
             .field("topic", &self.topic)

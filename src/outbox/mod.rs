@@ -1,10 +1,15 @@
-//! The transactional outbox: messages that are sent if, and only if, the transaction is committed that they belong to.
+//! The transactional outbox: messages that are published if, and only if, the transaction commits
+//! to which they belong.
 //!
-//! To change a database and to tell a broker about it are two systems, and a crash between them loses the message, or sends one about a
-//! change that never was. An [`Outbox`] writes the message into a table, in the transaction of the change; a [`Relay`] publishes it
-//! afterwards, and may publish it twice: it crashed before it could note that it had, or stood still for longer than the
-//! [lease](Relay::with_lease) on what it took. Every copy carries the same [id](OutboxMessage::id), by which a
-//! [receiver](crate::receiver) on the other side handles it once.
+//! A database and a broker are two systems. A crash between a change of the database and its
+//! message loses the message, or publishes a message about a change that never happened. An
+//! [`Outbox`] writes the message into a table, in the transaction of the change. A [`Relay`]
+//! publishes the message afterwards.
+//!
+//! The relay may publish a message twice: if it crashes before it records the publication, or if it
+//! stands still for longer than its [lease](Relay::with_lease) on the message. Every copy carries
+//! the same [id](OutboxMessage::id), by which a [receiver](crate::receiver) handles the message
+//! once.
 //!
 //! ```no_run
 //! # async fn example(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
@@ -29,8 +34,8 @@
 //!
 //! # Rights
 //!
-//! A role that may not make tables can use an existing table. It needs the rights below. A role that only puts messages
-//! into the outbox needs INSERT and SELECT.
+//! A role that may not make tables can use an existing table. It needs the rights below. A role
+//! that only puts messages into the outbox needs INSERT and SELECT.
 //!
 //! ```sql
 //! GRANT USAGE ON SCHEMA public TO web;
@@ -39,9 +44,10 @@
 //!
 //! # Order
 //!
-//! Order is not promised: several relays share the work, and what could not be published is tried again later. One message stops
-//! no other, even where it kills the relay, or its row cannot be read; where it kills the relay or hangs, those that were taken with
-//! it wait for a lease.
+//! The outbox does not promise an order. Several relays share the work, and a message that could
+//! not be published is tried again later. No message stops the others, even if it kills the relay
+//! or its row cannot be read. If a message kills the relay or hangs, the messages that were taken
+//! with it wait for a lease.
 
 mod message;
 mod relay;

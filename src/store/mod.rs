@@ -1,10 +1,11 @@
-//! Where records live: the [`Store`] trait with its contract, and the stores of this crate.
+//! Stores of records: the [`Store`] trait with its contract, and the stores of this crate.
 //!
-//! [`MemoryStore`] is the embedded default; [`BoxStore`] is any store, chosen at run time.
+//! [`MemoryStore`] is the embedded default. [`BoxStore`] holds a store that is chosen at run time.
 //!
-//! A store of your own is a struct with seven methods; where it can run Rust beside its data,
-//! [`Record`](crate::protocol::Record) holds all the logic, and under 100 lines are enough (see `examples/custom_store.rs`).
-//! Whether it keeps the contract is for the module `conformance` to say (feature `conformance`).
+//! A store of your own is a struct with seven methods. If the store can run Rust next to its data,
+//! [`Record`](crate::protocol::Record) holds all the logic, and fewer than 100 lines are enough
+//! (see `examples/custom_store.rs`). The module `conformance` (feature `conformance`) checks that a
+//! store fulfils the contract.
 
 mod boxed;
 #[cfg(any(feature = "postgres", feature = "redis"))]
@@ -33,7 +34,9 @@ pub(crate) use late::{end_late, release_late, End, LostClaim, MANY_LOST_CLAIMS};
 pub use memory::{MemoryStore, MemoryStoreBuilder, MemoryWatch, StoreStats};
 pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK, LATE};
 #[cfg(feature = "postgres")]
-pub(crate) use postgres::{attended, failed, make_table, Bound, Gate, Lent, Sending, Statement, TableName, Within};
+pub(crate) use postgres::{
+    failed, make_table, run_detachable, Bound, Gate, PooledConnection, Sending, Statement, TableName, Within,
+};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]
@@ -45,81 +48,102 @@ use crate::protocol::{
     StorageKey,
 };
 
-/// Keeps one record per storage key and changes it only by the operations below.
+/// A store of one record per storage key, which only the operations below change.
 ///
 /// # Contract
 ///
-/// 1. **Atomic.** Every operation is one atomic step on one key. A claim made of a read and a later write lets two run.
-/// 2. **Own clock.** Leases and expiry are judged by the store's clock alone, never by the caller's.
-/// 3. **One owner.** Of any number of concurrent claims of an absent key, exactly one is granted.
-/// 4. **Record outlives lease.** A key whose lease ran out is lost, not absent, until its retention is over too.
-/// 5. **Fingerprint first.** A claim with another fingerprint is a mismatch, whatever the state of the record.
-/// 6. **Repeatable.** A claim with the nonce of the current owner gets that owner's grant again, of the same kind; a
-///    completion by the owner who already completed succeeds and changes nothing.
-/// 7. **Owners only.** `renew`, `complete` and `release` compare nonce *and* fence, and do nothing for anybody else.
+/// 1. **Atomic.** Every operation is one atomic step on one key. A claim that consists of a read
+///    and a later write lets two attempts run.
+/// 2. **Own clock.** Only the store's clock decides about leases and expiry, never the caller's
+///    clock.
+/// 3. **One owner.** Of any number of concurrent claims of an absent key, the store grants exactly
+///    one.
+/// 4. **Record outlives lease.** A key whose lease ran out is lost, not absent, until its retention
+///    is over too.
+/// 5. **Fingerprint first.** A claim with another fingerprint is a mismatch, whatever the state of
+///    the record.
+/// 6. **Repeatable.** A claim with the nonce of the current owner gets that owner's grant again, of
+///    the same kind. A completion by the owner that already completed succeeds and changes nothing.
+/// 7. **Owners only.** `renew`, `complete` and `release` compare nonce *and* fence, and change
+///    nothing for any other caller.
 /// 8. **The fence grows** with every owner of a key, as long as its record lives.
-/// 9. **A release leaves evidence.** It deletes the record only when the owner's attempt was the only one ever.
-/// 10. **Attempts are capped** by the claim's `max_attempts`; then the outcome is unknown.
-/// 11. **Late completions heal.** The last owner of a lost or unknown record can still complete it. A record that
-///     `resolve` has completed has no owner any more, because the operator's outcome may differ from the owner's. The
-///     late owner gets [`Superseded`](crate::protocol::Completion::Superseded) with the outcome that stands, and `peek`
-///     shows another nonce than the owner's.
-/// 12. **Exact answers.** What is read back equals what was completed, byte for byte.
-/// 13. **Durable before done.** When `complete` returns, the outcome survives whatever the store promises to survive.
+/// 9. **A release leaves evidence.** It deletes the record only if the owner's attempt was the only
+///    one ever.
+/// 10. **Attempts are capped** by the claim's `max_attempts`. After the last one the outcome is
+///     unknown.
+/// 11. **Late completions heal.** The last owner of a lost or unknown record can still complete it.
+///     A record that `resolve` has completed has no owner any more, because the operator's outcome
+///     may differ from the owner's. The late owner gets
+///     [`Superseded`](crate::protocol::Completion::Superseded) with the outcome that stands, and
+///     `peek` shows another nonce than the owner's.
+/// 12. **Exact responses.** The store returns exactly the bytes that were completed.
+/// 13. **Durable before done.** When `complete` returns, the outcome survives every failure that
+///     the store promises to survive.
 /// 14. **Unreadable is not absent.** A record that cannot be read is an error of kind
 ///     [`CorruptRecord`](crate::ErrorKind::CorruptRecord).
-/// 15. **Bounded.** A store that is full refuses new claims with [`StoreFull`](crate::ErrorKind::StoreFull) and evicts no record
-///     before its expiry. It may turn the oldest kept answers into tombstones.
-/// 16. **Subscribe, then look.** When `watch` has returned, every later change that ends the attempt wakes its future: a completion, a
-///     release, a lease that is given up, a resolution. The exception is a change by a transaction that was open when
-///     `watch` returned, if the documentation of the store says so. The future may wake without cause, and the caller
-///     polls as well.
-/// 17. **A rejection is unknown.** A completion with [`Rejected`](crate::protocol::Outcome::Rejected) makes the record
-///     unknown, for the retention of the completion and for every claim, also one that would take over a lost key. Only
-///     `resolve`, a later completion of the same owner or its release changes that. The release deletes the record if
-///     the owner's attempt was the only one ever (clause 9), and otherwise leaves it unknown.
+/// 15. **Bounded.** A store that is full refuses new claims with
+///     [`StoreFull`](crate::ErrorKind::StoreFull) and evicts no record before its expiry. It may
+///     turn the oldest stored responses into tombstones.
+/// 16. **Subscribe, then look.** When `watch` has returned, every later change that ends the
+///     attempt wakes its future: a completion, a release, a lease that is given up, a resolution.
+///     The exception is a change by a transaction that was open when `watch` returned, if the
+///     documentation of the store says so. The future may wake without cause, and the caller polls
+///     as well.
+/// 17. **A rejection is unknown.** A completion with
+///     [`Rejected`](crate::protocol::Outcome::Rejected) makes the record unknown, for the retention
+///     of the completion and for every claim, including a claim that would take over a lost key.
+///     Only `resolve`, a later completion by the same owner or a release by that owner changes the
+///     record. The release deletes the record if the owner's attempt was the only one ever (clause
+///     9). Otherwise the record stays unknown.
 ///
 /// # Cancel safety
 ///
-/// A future that is dropped before it is ready may or may not have taken effect; the layer repeats or releases as needed.
+/// A future that is dropped before it is ready may or may not have taken effect. The layer repeats
+/// or releases as needed.
 pub trait Store: Send + Sync + 'static {
-    /// Resolves when the record may have changed.
+    /// A future that resolves when the record may have changed.
     type Watch: Future<Output = ()> + Send + 'static;
 
-    /// Asks for a key.
+    /// Claims a key.
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind). With [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) the claim may have
-    /// taken effect: the layer repeats it, and releases the key later if the store has granted it. With any other kind the
-    /// claim has taken no effect.
+    /// Any [`ErrorKind`](crate::ErrorKind). With
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) the claim may have taken effect.
+    /// The layer repeats it, and releases the key later if the store has granted it. With any other
+    /// kind the claim has taken no effect.
     fn claim(&self, claim: &Claim) -> impl Future<Output = Result<Decision, Error>> + Send;
 
-    /// Claims a key without waiting. Returns `None`, which is the default, if only [`claim`](Self::claim) can decide.
+    /// Claims a key without waiting. Returns `None`, which is the default, if only
+    /// [`claim`](Self::claim) can decide.
     ///
-    /// This is for stores whose records are in this process. The layer then spares a replay all that an execution
-    /// needs. It calls this while it holds a lock, so this must take no longer than a look into a map. A store that has
-    /// to make room for the record first returns `None`, and makes room in `claim`.
+    /// This method is an optimisation for stores whose records are in this process. With it, the
+    /// layer serves a replay without the resources that an execution needs. The layer calls it
+    /// while it holds a lock, so it must take no longer than a lookup in a map. A store that has to
+    /// make room for the record first returns `None`, and makes room in `claim`.
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); the claim has *not* taken effect, and the layer asks again with [`claim`](Self::claim).
+    /// Any [`ErrorKind`](crate::ErrorKind). The claim has *not* taken effect, and the layer calls
+    /// [`claim`](Self::claim).
     fn claim_now(&self, claim: &Claim) -> Option<Result<Decision, Error>> {
         let _ = claim;
         None
     }
 
-    /// How long a claim takes at most, before it fails by itself; `None`, the default, where nothing ends it. Whoever gives it
-    /// that long, or longer, needs no timer of his own.
+    /// Returns the longest time that a claim takes before it fails by itself. `None`, which is the
+    /// default, means that nothing ends it. A caller whose timeout is at least this long can skip
+    /// its own timer.
     fn claim_limit(&self) -> Option<Duration> {
         None
     }
 
-    /// Gives the owner a lease that ends `lease` from now; zero ends it at once and keeps its evidence.
+    /// Gives the owner a lease that ends `lease` from now. A lease of zero gives the key up: the
+    /// lease ends at once, and the record stays as evidence.
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); the renewal may have taken effect.
+    /// Any [`ErrorKind`](crate::ErrorKind). The renewal may have taken effect.
     fn renew(
         &self,
         key: &StorageKey,
@@ -129,12 +153,13 @@ pub trait Store: Send + Sync + 'static {
 
     /// Records how the owner's attempt ended, for `retention` from now.
     ///
-    /// The bytes of an answer may be slices of larger buffers. A store that holds answers in this process must
-    /// [copy](crate::protocol::StoredResponse::to_exact) them.
+    /// The bytes of a response may be slices of larger buffers. A store that holds responses in
+    /// this process must [copy](crate::protocol::StoredResponse::to_exact) them.
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); the completion may have taken effect and can be repeated.
+    /// Any [`ErrorKind`](crate::ErrorKind). The completion may have taken effect and can be
+    /// repeated.
     fn complete(
         &self,
         key: &StorageKey,
@@ -147,15 +172,16 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); the release may have taken effect and can be repeated.
+    /// Any [`ErrorKind`](crate::ErrorKind). The release may have taken effect and can be repeated.
     fn release(&self, key: &StorageKey, owner: Owner) -> impl Future<Output = Result<Release, Error>> + Send;
 
-    /// Ends a lost or unknown attempt by what an operator or a hook found out, if `fence` is still its fence. If this
-    /// completes the record, the record gets a nonce that no claim has, so that the attempt does not own it any more.
+    /// Ends a lost or unknown attempt with the result that an operator or a hook found, if `fence`
+    /// is still the fence of that attempt. If the resolution completes the record, the record gets
+    /// a nonce that no claim has, so that the attempt no longer owns it.
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); the resolution may have taken effect.
+    /// Any [`ErrorKind`](crate::ErrorKind). The resolution may have taken effect.
     fn resolve(
         &self,
         key: &StorageKey,
@@ -163,14 +189,15 @@ pub trait Store: Send + Sync + 'static {
         resolution: &Resolution,
     ) -> impl Future<Output = Result<ResolveResult, Error>> + Send;
 
-    /// Shows the record without changing it; `None` when it is absent or expired.
+    /// Returns a view of the record without changing it; `None` if the record is absent or expired.
     ///
     /// # Errors
     ///
     /// Any [`ErrorKind`](crate::ErrorKind).
     fn peek(&self, key: &StorageKey) -> impl Future<Output = Result<Option<Snapshot>, Error>> + Send;
 
-    /// Returns the store that does the work: this store, or the store inside any number of `Arc`s and [`BoxStore`]s.
+    /// Returns the store that does the work: this store, or the store inside any number of `Arc`s
+    /// and [`BoxStore`]s.
     #[doc(hidden)]
     fn innermost(&self) -> &dyn Any
     where
@@ -179,11 +206,12 @@ pub trait Store: Send + Sync + 'static {
         self
     }
 
-    /// Subscribes to changes of the record: from the moment this returns, a change resolves the watch.
+    /// Subscribes to changes of the record. From the moment at which this returns, a change
+    /// resolves the watch.
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind); the caller then polls.
+    /// Any [`ErrorKind`](crate::ErrorKind). The caller polls instead.
     fn watch(&self, key: &StorageKey) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
 }
 

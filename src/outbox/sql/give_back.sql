@@ -1,8 +1,12 @@
--- $1 positions, $2 their failures at the time of the take, $3 lock timeout, $4 question.
+-- $1 positions, $2 the failures of each message when it was taken, $3 lock timeout or NULL, $4
+-- question.
+--
+-- Undoes the take of messages that were not tried. A message that another relay has taken meanwhile
+-- has more failures, and is left alone. Returns one row.
 WITH changed AS (
     UPDATE {table} SET failures = failures - 1, suspect = false, publish_at = statement_timestamp()
     WHERE position = ANY ($1) AND (position, failures) IN (SELECT * FROM unnest($1::bigint[], $2::integer[]))
-      AND {bounded $3}
+      AND {set_lock_timeout $3}
     RETURNING position
 )
 SELECT count(*) AS changed, {tag} AS statement, $4::bigint AS question FROM changed

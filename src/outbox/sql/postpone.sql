@@ -1,12 +1,15 @@
--- $1 positions, $2 their failures at the time of the take, $3 first pause, $4 longest pause, both in seconds, $5 lock
--- timeout, $6 question.
+-- $1 positions, $2 the failures of each message when it was taken, $3 first pause, $4 longest
+-- pause, both in seconds, $5 lock timeout or NULL, $6 question.
+--
+-- Postpones messages that could not be published. The pause doubles with each failure. A message
+-- that another relay has taken meanwhile has more failures, and is left alone. Returns one row.
 WITH changed AS (
     UPDATE {table} SET
         suspect = false,
         publish_at = statement_timestamp()
             + make_interval(secs => least($4::float8, $3::float8 * 2::float8 ^ least(failures - 1, 20)))
     WHERE position = ANY ($1) AND (position, failures) IN (SELECT * FROM unnest($1::bigint[], $2::integer[]))
-      AND {bounded $5}
+      AND {set_lock_timeout $5}
     RETURNING position
 )
 SELECT count(*) AS changed, {tag} AS statement, $6::bigint AS question FROM changed

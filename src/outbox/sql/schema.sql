@@ -1,4 +1,4 @@
--- The messages of an `Outbox`, one row per message that is not published yet.
+-- The messages of an `Outbox`, one row per message that was not published yet.
 CREATE TABLE IF NOT EXISTS {table} (
     position   bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     id         text        NOT NULL UNIQUE,
@@ -6,10 +6,10 @@ CREATE TABLE IF NOT EXISTS {table} (
     names      text[]      NOT NULL,                             -- of the headers
     contents   text[]      NOT NULL,                             -- of the headers, in the same order
     payload    bytea       NOT NULL,
-    failures   integer     NOT NULL DEFAULT 0,                   -- attempts to publish it, that under way included
-    suspect    boolean     NOT NULL DEFAULT false,               -- taken, and nobody has told yet what became of it
+    failures   integer     NOT NULL DEFAULT 0,                   -- attempts to publish it, including the current one
+    suspect    boolean     NOT NULL DEFAULT false,               -- taken, without a recorded result yet
     put_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    publish_at timestamptz NOT NULL DEFAULT clock_timestamp(),   -- not before
+    publish_at timestamptz NOT NULL DEFAULT clock_timestamp(),   -- the time before which it is not due
     CONSTRAINT {name}_headers
         CHECK (cardinality(names) = cardinality(contents) AND array_position(names || contents, NULL) IS NULL)
 );

@@ -1,8 +1,9 @@
-//! Sends statements, and checks that the rows in a reply belong to the statement.
+//! Sends statements, and checks that the rows of a reply belong to the statement.
 //!
-//! A pooler that changes servers between two messages of one statement can return the rows of another statement, and so
-//! can a connection whose replies are out of step. So each statement carries a random number, the question. Its rows
-//! repeat the question, and a tag of the statement and its table.
+//! A pooler that changes servers between two messages of one statement can return the rows of
+//! another statement. So can a connection whose replies are out of step with its requests. So each
+//! statement carries a random number, the question. Its rows repeat the question, and a tag that
+//! identifies the statement and its table.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -26,17 +27,18 @@ const TRIES: usize = 8;
 /// The longest lock timeout that is sent, in milliseconds.
 const DAY: u128 = 86_400_000;
 
-/// The way in which a store or an outbox sends its statements.
+/// The parameters by which a store or an outbox sends its statements.
 #[derive(Clone, Debug)]
 pub(crate) struct Sending {
-    /// Whether a pooler lends a server for one transaction at a time. Then no statement has a name, and each runs in
-    /// its own transaction.
-    pooled: bool,
+    /// Whether a pooler lends a server for one transaction at a time. If so, statements are
+    /// unnamed, and each runs in its own transaction.
+    behind_pooler: bool,
     /// The SQL that begins a transaction whose isolation and timeouts do not depend on the session.
     begin: Arc<str>,
     /// How long a statement waits for a lock.
     lock_timeout: Arc<str>,
-    /// Whether only the store uses the sessions. If so, each session has the store's timeouts and no open transaction.
+    /// Whether only the store uses the sessions. If so, each session has the store's timeouts and
+    /// no open transaction.
     is_private: Arc<AtomicBool>,
 }
 
@@ -49,19 +51,21 @@ pub(crate) enum Within {
     Callers,
 }
 
-/// The error of a statement, and what is known about its effect.
+/// The error of a statement, and its effect as far as it is known.
 #[derive(Debug)]
 pub(crate) struct Failed {
     pub(crate) error: Error,
     pub(crate) fate: Fate,
-    /// Whether the server has ended the statement because it took too long, or because an operator cancelled it.
+    /// Whether the server has ended the statement because it took too long, or because an operator
+    /// cancelled it.
     pub(crate) is_cancelled: bool,
 }
 
 /// The effect of a statement that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// The server reported that the statement failed. It has no effect, and the connection can be used again.
+    /// The server reported that the statement failed. The statement has no effect, and the
+    /// connection can be used again.
     Refused,
     /// No reply came, or the reply belongs to another statement. The connection must be closed.
     Unknown,
@@ -92,10 +96,10 @@ impl From<Failed> for Error {
 }
 
 impl Sending {
-    /// Makes the settings for statements whose caller waits for `timeout`.
-    pub(crate) fn new(timeout: Duration, pooled: bool, is_private: bool) -> Self {
+    /// Makes the parameters for statements whose caller waits for `timeout`.
+    pub(crate) fn new(timeout: Duration, behind_pooler: bool, is_private: bool) -> Self {
         let millis = |timeout: Duration| timeout.as_millis().clamp(1, DAY);
-        // A claim may take two statements.
+        // The lock timeout is two fifths of `timeout`, because a claim may take two statements.
         let lock_timeout = format!("{}ms", millis(timeout / 5 * 2));
         let begin = format!(
             "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{lock_timeout}'; \
@@ -103,14 +107,14 @@ impl Sending {
             millis(timeout / 5 * 4)
         );
         Self {
-            pooled,
+            behind_pooler,
             begin: begin.into(),
             lock_timeout: lock_timeout.into(),
             is_private: Arc::new(AtomicBool::new(is_private)),
         }
     }
 
-    /// Notes that others may use the sessions from now on.
+    /// Records that other code may use the sessions from now on.
     pub(super) fn share(&self) {
         self.is_private.store(false, Ordering::Release);
     }
@@ -119,20 +123,22 @@ impl Sending {
         self.is_private.load(Ordering::Acquire)
     }
 
-    pub(crate) const fn is_pooled(&self) -> bool {
-        self.pooled
+    pub(crate) const fn is_behind_pooler(&self) -> bool {
+        self.behind_pooler
     }
 
-    /// Returns the lock timeout to bind; `None` where the session has one, and in a transaction of the application.
+    /// Returns the lock timeout to bind; `None` if the session has one, or in a transaction of the
+    /// application.
     pub(crate) fn lock_timeout(&self, within: Within) -> Option<&str> {
         (within == Within::Own && !self.is_private()).then_some(&*self.lock_timeout)
     }
 
-    /// Sends a statement, checks that every row belongs to it, and returns the rows. `bind` binds all parameters but
-    /// the last, which is the question.
+    /// Sends a statement, checks that every row belongs to it, and returns the rows. `bind` binds
+    /// all parameters except the last one, which is the question.
     ///
-    /// If an earlier user of the session has left a transaction open, ends it and sends the statement again. A reply
-    /// without rows cannot show such a transaction, so no caller decides anything by such a reply.
+    /// If an earlier user of the session has left a transaction open, this ends the transaction and
+    /// sends the statement again. A reply without rows cannot show such a transaction, so no caller
+    /// may decide anything from such a reply.
     pub(crate) async fn ask<'q>(
         &self,
         connection: &mut PgConnection,
@@ -144,18 +150,22 @@ impl Sending {
         let is_private = self.is_private();
         let bound = || {
             let query = sqlx::query(statement.safe(is_private));
-            bind(query.persistent(!self.pooled)).bind(question)
+            bind(query.persistent(!self.behind_pooler)).bind(question)
         };
         let first = self.reply(connection, within, statement, question, &bound).await;
         match first {
+            // The statement ran outside any earlier transaction, so its effect is committed.
             Ok(Reply { rows, is_alone: true }) => return Ok(rows),
+            // The application owns its transaction, or no transaction can be open.
             Err(fault) if within == Within::Callers || !fault.may_be_left_open => return Err(fault.failed),
             _ => {}
         }
+        // Look whether a transaction is open, and roll it back.
         let ended = Box::pin(end_open_transaction(connection)).await;
         if !ended.map_err(|error| Failed::unknown(failed(error)))? {
             return first.map(|reply| reply.rows).map_err(|fault| fault.failed);
         }
+        // The rollback undid the first try, so send the statement again.
         match Box::pin(self.reply(connection, within, statement, question, &bound)).await {
             Ok(Reply { rows, is_alone: true }) => Ok(rows),
             Ok(_) => Err(Failed::unknown(LEFT_OPEN)),
@@ -163,7 +173,8 @@ impl Sending {
         }
     }
 
-    /// Sends a statement, and repeats it after a conflict or a deadlock.
+    /// Sends a statement, and repeats it in a transaction of its own after a conflict or a
+    /// deadlock.
     async fn reply<'q>(
         &self,
         connection: &mut PgConnection,
@@ -172,20 +183,21 @@ impl Sending {
         question: i64,
         bound: &(impl Fn() -> Bound<'q> + Send + Sync),
     ) -> Result<Reply, Fault> {
-        let is_transaction = within == Within::Own && self.pooled;
-        let asked = if is_transaction {
+        let is_transaction = within == Within::Own && self.behind_pooler;
+        let result = if is_transaction {
             self.ask_in_transaction(connection, bound).await?
         } else {
             note_statement();
             bound().fetch_all(&mut *connection).await
         };
-        let (rows, is_transaction) = match asked {
+        let (rows, is_transaction) = match result {
             Err(error) if within == Within::Own && !is_transaction && is_repeated(&error) => {
                 (Box::pin(self.ask_in_transaction(connection, bound)).await?, true)
             }
-            asked => (asked, is_transaction),
+            result => (result, is_transaction),
         };
-        let rows = rows.map_err(|error| self.told(error, within))?;
+        let rows = rows.map_err(|error| self.classify(error, within))?;
+        // A row with another tag or another question belongs to another statement (I4).
         let mut is_alone = true;
         for row in &rows {
             let suffix = suffix(row, statement, question)
@@ -211,7 +223,8 @@ impl Sending {
         }
     }
 
-    /// Runs a statement in a transaction of its own. The inner result is that of the statement.
+    /// Runs a statement in a transaction of its own. The inner result is the result of the
+    /// statement.
     async fn ask_in_transaction<'q>(
         &self,
         connection: &mut PgConnection,
@@ -239,7 +252,7 @@ impl Sending {
         }
     }
 
-    fn told(&self, error: sqlx::Error, within: Within) -> Fault {
+    fn classify(&self, error: sqlx::Error, within: Within) -> Fault {
         let code = code(&error).map(std::borrow::Cow::into_owned);
         let is_of = |classes: &[&str]| {
             code.as_deref()
@@ -247,15 +260,19 @@ impl Sending {
         };
         let failed = match code.as_deref() {
             Some("40001" | "40P01") if within == Within::Callers => {
-                Failed::refused(ROLL_BACK.with_source(failed(error)))
+                Failed::refused(CONFLICT.with_source(failed(error)))
             }
-            // Codes of a pooler that mixes statements up: duplicate prepared statement, undefined prepared statement.
+            // Codes of a pooler that mixes statements up: a duplicate and an undefined prepared
+            // statement.
             Some("42P05" | "26000") => Failed::unknown(POOLER.with_source(failed(error))),
-            Some("08P01") if !self.pooled && is_mix_up(&error) => Failed::unknown(POOLER.with_source(failed(error))),
+            Some("08P01") if !self.behind_pooler && is_mix_up(&error) => {
+                Failed::unknown(POOLER.with_source(failed(error)))
+            }
             // A transaction of an earlier user has failed.
             Some("25P02") if within == Within::Own => Failed::unknown(failed(error)),
-            // After a cancel the connection is fine. After a connection exception (08), any other operator intervention
-            // (57), a system error (58) or an internal error (XX), it is not.
+            // After a cancelled statement the connection is fine. After a connection exception
+            // (class 08), any other operator intervention (57), a system error (58) or an internal
+            // error (XX), it is not.
             Some("57014") => Failed {
                 is_cancelled: true,
                 ..Failed::refused(failed(error))
@@ -270,14 +287,15 @@ impl Sending {
     }
 }
 
-/// The classes of errors that break a connection. The error 57014 does not, although it is of class 57.
+/// The classes of errors that break a connection. The exception is error 57014 of class 57, a
+/// cancelled statement.
 const BROKEN: &[&str] = &["08", "57", "58", "XX"];
 
 /// The reply to a statement.
 struct Reply {
     rows: Vec<PgRow>,
-    /// Whether the statement ran outside of an earlier user's transaction. A pooler that adds messages can cause a
-    /// wrong `false`.
+    /// Whether the statement ran outside an earlier user's transaction. It may be false by mistake
+    /// if a pooler adds messages.
     is_alone: bool,
 }
 
@@ -297,8 +315,8 @@ impl From<Failed> for Fault {
     }
 }
 
-/// Judges an error of BEGIN. The transaction may be open although sqlx does not count it, so the session must not go
-/// back to the pool with it.
+/// Classifies an error of BEGIN. The transaction may be open although sqlx does not count it, so
+/// the session must not return to the pool.
 fn not_begun(error: sqlx::Error) -> Fault {
     let may_be_left_open = code(&error).is_some_and(|code| !BROKEN.iter().any(|class| code.starts_with(class)));
     Fault {
@@ -307,8 +325,8 @@ fn not_begun(error: sqlx::Error) -> Fault {
     }
 }
 
-/// Returns what follows the tag of the statement in a row; `None` if the row does not belong to this execution of the
-/// statement.
+/// Returns the text that follows the tag of the statement in a row; `None` if the row does not
+/// belong to this execution of the statement.
 fn suffix<'r>(row: &'r PgRow, statement: &Statement, question: i64) -> Option<&'r str> {
     let tag: &str = row.try_get("statement").ok()?;
     let suffix = tag.strip_prefix(statement.tag())?;
@@ -317,14 +335,15 @@ fn suffix<'r>(row: &'r PgRow, statement: &Statement, question: i64) -> Option<&'
     (is_known && repeated == question).then_some(suffix)
 }
 
-/// Whether a statement with this error had no effect, and may succeed in a READ COMMITTED transaction. The codes are
-/// serialization failure and deadlock (PostgreSQL, appendix A).
+/// Whether a statement with this error had no effect, and may succeed in a READ COMMITTED
+/// transaction. The codes are a serialization failure and a deadlock (PostgreSQL, appendix A).
 fn is_repeated(error: &sqlx::Error) -> bool {
     matches!(code(error).as_deref(), Some("40001" | "40P01"))
 }
 
-/// Whether the server reports a protocol violation (08P01) because it took the parameters of another statement.
-/// PgBouncer uses the same code for all of its own errors, most of which are those of an outage.
+/// Whether the server reports a protocol violation (08P01) because it received the parameters of
+/// another statement. PgBouncer uses the same code for all of its own errors, most of which mean an
+/// outage.
 fn is_mix_up(error: &sqlx::Error) -> bool {
     // The server adds the name of its C function, which it never translates. PgBouncer adds none.
     let error = error.as_database_error();
@@ -334,7 +353,7 @@ fn is_mix_up(error: &sqlx::Error) -> bool {
 
 const LEFT_OPEN: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "a transaction that the application left open in a session of the pool could not be ended; try again",
+    "the application left a transaction open in a session of the pool, and the store could not end it; try again",
 );
 
 pub(crate) const POOLER: Error = Error::new(
@@ -349,9 +368,9 @@ pub(crate) const MIXED_UP: Error = Error::new(
      `with_transaction_pooler`",
 );
 
-const ROLL_BACK: Error = Error::new(
+const CONFLICT: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the transaction changed the same record as another one, or the two waited for each other; \
+    "the transaction conflicts with another one that changes the same record, or the two form a deadlock; \
      roll it back and run all of it again, best at READ COMMITTED",
 );
 

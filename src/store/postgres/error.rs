@@ -1,4 +1,4 @@
-//! What went wrong with the database, in the crate's words.
+//! Translation of the database's errors into the crate's errors.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,7 +7,8 @@ use sqlx::error::DatabaseError;
 
 use crate::error::{Error, ErrorKind};
 
-/// What a server or a connection said. Not the error itself: its `Debug` form may show a row with its body.
+/// The text of a server's or a connection's error. It does not hold the error itself, because the
+/// `Debug` form of that may show a row with its body.
 #[derive(Debug)]
 struct Cause(String);
 
@@ -28,14 +29,14 @@ impl fmt::Display for Cause {
 
 impl std::error::Error for Cause {}
 
-/// What the server calls the error; PostgreSQL, appendix A.
+/// Returns the SQLSTATE code of an error (PostgreSQL, appendix A).
 pub(super) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(DatabaseError::code)
 }
 
 pub(super) const NO_TABLE: Error = Error::new(
     ErrorKind::Configuration,
-    "the table does not exist, or the role may not see its schema: call `migrate()`, or GRANT USAGE ON SCHEMA .. to the role",
+    "the table does not exist, or the role may not see its schema; call `migrate()`, or GRANT USAGE ON SCHEMA .. to the role",
 );
 pub(super) const OTHER_TABLE: Error = Error::new(
     ErrorKind::Configuration,
@@ -43,7 +44,7 @@ pub(super) const OTHER_TABLE: Error = Error::new(
 );
 pub(super) const DENIED: Error = Error::new(
     ErrorKind::Configuration,
-    "the role lacks a right on the table: GRANT SELECT, INSERT, UPDATE, DELETE ON .. to it",
+    "the role lacks a right on the table; GRANT SELECT, INSERT, UPDATE, DELETE ON .. to it",
 );
 pub(super) const READ_ONLY: Error = Error::new(
     ErrorKind::Configuration,
@@ -52,29 +53,31 @@ pub(super) const READ_ONLY: Error = Error::new(
 );
 const REFUSED: Error = Error::new(
     ErrorKind::Configuration,
-    "the database does not exist, or the server refused the role or its password",
+    "the database does not exist, or the server refused the role or its password; correct the URL",
 );
 const NOT_UNDERSTOOD: Error = Error::new(
     ErrorKind::Configuration,
-    "the server does not understand a statement of the store, which needs PostgreSQL 13 or later",
+    "the server does not understand a statement of the store; use PostgreSQL 13 or newer",
 );
 const DAMAGED: Error = Error::new(
     ErrorKind::CorruptRecord,
-    "the table or its index is damaged on the server's disk",
+    "the table or its index is damaged on the server's disk; restore it from a backup",
 );
 
-/// An operation that failed.
+/// Returns the error of an operation.
 ///
-/// An error that lasts until an operator acts is of kind `Configuration`. All other errors can pass by themselves, such
-/// as 53300 (too many connections), 53100 (disk full), 57P03 (the server starts) and class 08.
-#[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
+/// An error that lasts until an operator acts is of kind `Configuration`. All other errors can pass
+/// by themselves, such as 53300 (too many connections), 53100 (disk full), 57P03 (the server
+/// starts) and class 08.
+#[expect(clippy::needless_pass_by_value, reason = "`map_err` passes it by value")]
 pub(crate) fn failed(error: sqlx::Error) -> Error {
     let code = code(&error);
     let fault = match code.as_deref() {
         // Undefined table; invalid schema name.
         Some("42P01" | "3F000") => NO_TABLE,
-        // Undefined column and function; datatype mismatch; no unique constraint for ON CONFLICT; wrong type of object,
-        // such as a view; a foreign NOT NULL column; a generated column.
+        // Undefined column and function; datatype mismatch; no unique constraint for ON CONFLICT;
+        // wrong type of object, such as a view; a NOT NULL column that is not ours; a generated
+        // column.
         Some("42703" | "42883" | "42804" | "42P10" | "42809" | "23502" | "428C9") => OTHER_TABLE,
         // Insufficient privilege.
         Some("42501") => DENIED,
@@ -91,7 +94,7 @@ pub(crate) fn failed(error: sqlx::Error) -> Error {
     fault.with_source(Cause::of(&error))
 }
 
-/// A migration that failed.
+/// Returns the error of a migration.
 pub(crate) fn not_made(error: sqlx::Error) -> Error {
     const NOT_ALLOWED: Error = Error::new(
         ErrorKind::Configuration,
@@ -103,11 +106,12 @@ pub(crate) fn not_made(error: sqlx::Error) -> Error {
     }
 }
 
-/// A connection that could not be made: what will not mend by itself is a matter of configuration.
+/// Returns the error of a connection that could not be made. Errors that do not pass by themselves
+/// are of kind `Configuration`.
 pub(super) fn of_connect(error: sqlx::Error) -> Error {
     const TLS: Error = Error::new(
         ErrorKind::Configuration,
-        "the database does not speak TLS, or this program does not: enable the feature `postgres-rustls`, or change `sslmode`",
+        "the database or this program does not support TLS; enable the feature `postgres-rustls`, or change `sslmode`",
     );
     #[cfg(feature = "postgres-rustls")]
     if crate::store::tls::is_certificate_refused(&error) {

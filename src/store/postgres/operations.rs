@@ -1,4 +1,5 @@
-//! The operations, each one statement; what seldom happens to a claim or a completion takes a second.
+//! The operations of the store. Each is one statement. Rare cases of a claim or a completion take a
+//! second one.
 
 use std::time::Duration;
 
@@ -25,8 +26,8 @@ pub(super) struct Connection<'c> {
 }
 
 impl<'q> Connection<'q> {
-    /// Claims a key. If the claim fails after an earlier try got the key, reports an unknown fate, so that the store
-    /// releases the key later.
+    /// Claims a key. If the claim fails after an earlier try was granted the key, reports an
+    /// unknown fate, so that the store releases the key later.
     pub(super) async fn claim(&mut self, claim: &'q Claim) -> Result<Decision, Failed> {
         let mut was_granted = false;
         let claimed = self.claim_repeatedly(claim, &mut was_granted).await;
@@ -36,8 +37,18 @@ impl<'q> Connection<'q> {
         })
     }
 
-    /// Claims a key. The lease begins at a time that the statement reads before it waits for another transaction. So if
-    /// a claim has waited, claims again, because its lease would be shorter by the wait.
+    /// Claims a key by the following steps.
+    ///
+    /// 1. The first try is `begin.sql`, which inserts the record of a free key. All later tries are
+    ///    `claim.sql`.
+    /// 2. Without a row, the statement has changed nothing, because another claim was committed
+    ///    meanwhile. Try again.
+    /// 3. If the statement has changed the record, the changed record is the decision. A lease
+    ///    begins at a time that the statement reads before it waits for another transaction. So if
+    ///    a grant is older than `AT_ONCE`, try again. The same nonce gets the same grant with a new
+    ///    lease.
+    /// 4. If the statement has changed nothing, the record that it shows is the decision, unless
+    ///    the claim would change that record. Then try again, because `claim.sql` makes the change.
     async fn claim_repeatedly(&mut self, claim: &'q Claim, was_granted: &mut bool) -> Result<Decision, Failed> {
         const AT_ONCE: Duration = Duration::from_millis(10);
         let attempts = i32::try_from(claim.max_attempts).unwrap_or(i32::MAX);
@@ -103,7 +114,9 @@ impl<'q> Connection<'q> {
             .await
     }
 
-    /// Completes in a transaction that an effect is a part of: what is completed already, even by this owner, has had its effect.
+    /// Completes in a transaction that includes an effect. A record that is already completed, even
+    /// by this owner, has had its effect, so the result is `Superseded` and the caller rolls back
+    /// (I3).
     pub(super) async fn complete_once(
         &mut self,
         key: &'q StorageKey,
@@ -191,7 +204,7 @@ impl<'q> Connection<'q> {
     pub(super) async fn peek(&mut self, key: &'q StorageKey) -> Result<Option<Snapshot>, Failed> {
         let bound = |statement: Bound<'q>| statement.bind(&key.as_bytes()[..]);
         let row = self.ask(&self.statements.peek, bound).await?;
-        // A standby refuses the other operations by itself, because they are writes.
+        // A standby refuses all other operations by itself, because they are writes.
         if row.try_get("standby").unwrap_or(true) {
             return Err(Failed::refused(READ_ONLY));
         }
@@ -213,8 +226,9 @@ impl<'q> Connection<'q> {
         Ok(u64::try_from(swept).unwrap_or(0))
     }
 
-    /// A statement that changes the record or does not, and shows what it saw. The two may disagree: what is seen is from
-    /// before the statement, what is changed may be newer. Then it is asked again.
+    /// Runs a statement that changes the record or shows why it does not. The statement shows the
+    /// record as it was before, but may compare a newer one when it locks the row. So if the shown
+    /// record would permit the change, the statement is repeated.
     async fn change<R>(
         &mut self,
         text: &Statement,
@@ -248,13 +262,13 @@ impl<'q> Connection<'q> {
     }
 }
 
-/// How often a statement is repeated that others got ahead of. Each time somebody else has changed the row, so one is seldom
-/// repeated twice.
+/// How often a statement is repeated because other claims changed the row first. More than two
+/// tries are rare, because each failed try means that another transaction has succeeded.
 const TRIES: usize = 64;
 
 const CONTENDED: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "a record was changed by others again and again while it was asked for; repeat the request",
+    "other transactions changed the record again and again during the operation; try again",
 );
 
 /// Binds the key and its owner.

@@ -1,7 +1,8 @@
 //! The detection of a pooler in transaction mode.
 //!
-//! Such a pooler lends a server for one transaction at a time. The messages of one statement, named statements, LISTEN
-//! and session settings can then reach different servers, which know nothing of each other.
+//! Such a pooler lends a server for one transaction at a time. The messages of one statement, named
+//! statements, LISTEN and session settings can then reach different servers, which do not share
+//! state.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -12,13 +13,13 @@ use sqlx::{Connection, Row};
 
 use super::ask::{Sending, POOLER};
 use super::error::{code, failed, of_connect};
-use super::lent::{sound, LATE};
+use super::pooled::{catch_panic, TIMED_OUT};
 use crate::clock::within;
 use crate::error::Error;
 use crate::store::checked::Checked;
 
-/// Lets operations pass if they are prepared for a pooler in transaction mode, or once a check has found no such
-/// pooler. Operations of one runtime share a run of the check.
+/// Lets an operation pass if it is prepared for a pooler in transaction mode, or once a check has
+/// found no such pooler. Operations of one runtime share a run of the check.
 #[derive(Debug)]
 pub(crate) struct Gate(Checked);
 
@@ -31,7 +32,7 @@ impl Gate {
     }
 
     pub(crate) async fn pass(&self, pool: &PgPool, sending: &Sending) -> Result<(), Error> {
-        if sending.is_pooled() || self.0.passed().is_some() {
+        if sending.is_behind_pooler() || self.0.passed().is_some() {
             return Ok(());
         }
         let check = || {
@@ -49,19 +50,19 @@ impl Default for Gate {
     }
 }
 
-/// Fails if connections lead through a pooler in transaction mode. Opens two connections for this, and closes them
-/// again.
+/// Fails if connections lead through a pooler in transaction mode. Opens two connections for this,
+/// and closes them again.
 pub(super) async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), Error> {
     const LONGEST: Duration = Duration::from_secs(10);
-    let asked = within(LONGEST, sound(Box::pin(is_pooled(options))))
+    let checked = within(LONGEST, catch_panic(Box::pin(is_behind_pooler(options))))
         .await
-        .unwrap_or(Err(LATE))?;
-    match asked {
+        .unwrap_or(Err(TIMED_OUT))?;
+    match checked {
         Ok(false) => Ok(()),
         Ok(true) => Err(POOLER),
         Err(error) => match code(&error).as_deref() {
-            // The server takes no more connections. If a pooler mixes statements up, the tags of the rows show it
-            // later.
+            // The server accepts no more connections. If a pooler mixes statements up, the tags of
+            // the rows show it later.
             Some("53300") => Ok(()),
             Some("08P01") if is_of_pooler(&error) => Err(POOLER.with_source(failed(error))),
             _ => Err(of_connect(error)),
@@ -69,8 +70,8 @@ pub(super) async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), Erro
     }
 }
 
-/// Whether a pooler refuses a startup parameter, or a transaction in statement mode. PgBouncer uses one code for all of
-/// its errors, also for those of an outage.
+/// Whether a pooler refuses a startup parameter, or a transaction in statement mode. PgBouncer uses
+/// one code for all of its errors, including those of an outage.
 fn is_of_pooler(error: &sqlx::Error) -> bool {
     let message = error.as_database_error().map(sqlx::error::DatabaseError::message);
     message.is_some_and(|message| {
@@ -78,9 +79,9 @@ fn is_of_pooler(error: &sqlx::Error) -> bool {
     })
 }
 
-/// Whether two connections share a server, or one of them changes its server. One of them keeps a transaction open, so
-/// that a pooler must give the other one another server.
-async fn is_pooled(options: &PgConnectOptions) -> sqlx::Result<bool> {
+/// Whether two connections share a server, or one of them changes its server. One of them keeps a
+/// transaction open, so that a pooler must give the other one another server.
+async fn is_behind_pooler(options: &PgConnectOptions) -> sqlx::Result<bool> {
     const ROUNDS: usize = 3;
     const LONGEST: Duration = Duration::from_secs(5);
     let (mut one, mut other) = (
@@ -106,7 +107,8 @@ async fn is_pooled(options: &PgConnectOptions) -> sqlx::Result<bool> {
     Ok(false)
 }
 
-/// Returns the process that serves a connection. A simple query is one message, which no pooler can split.
+/// Returns the process that serves a connection. A simple query is one message, which no pooler can
+/// split.
 async fn server_of(connection: &mut PgConnection, text: &'static str) -> sqlx::Result<i32> {
     let rows = sqlx::raw_sql(text).fetch_all(connection).await?;
     rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)

@@ -14,7 +14,7 @@ thread_local! {
     static HAS_SENT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Notes that the operation that this thread polls sends a statement.
+/// Records that the operation that this thread polls sends a statement.
 pub(super) fn note_statement() {
     HAS_SENT.set(true);
 }
@@ -31,7 +31,7 @@ impl Progress {
         lock(&self.0).elapsed()
     }
 
-    /// Runs the operation, and notes the times of its statements.
+    /// Runs the operation, and records the times of its statements.
     pub(super) async fn watch<T>(&self, operation: impl Future<Output = T>) -> T {
         let mut operation = pin!(operation);
         poll_fn(|cx| {

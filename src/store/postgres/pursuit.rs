@@ -1,9 +1,13 @@
-//! Claims whose caller gave up before their fate was known.
+//! Claims whose caller left before their fate was known.
 //!
-//! The server may grant such a claim although no caller waits for it. So the store pursues the claim until its fate is
-//! known, and releases the grant. A caller that repeats the claim takes it over from the pursuit. If a statement of the
-//! claim is still running, the caller gets its reply. Otherwise the pursuit ends, and the caller sends its own
-//! statement. So a grant has one holder at any time: a caller, or the pursuit, which releases it.
+//! The server may grant such a claim although no caller waits for it. So the store pursues the
+//! claim until its fate is known, and releases the grant. A caller that repeats the claim takes it
+//! over from the pursuit:
+//!
+//! * If a statement of the claim is still running, the caller waits for its reply.
+//! * Otherwise the pursuit ends, and the caller sends a statement of its own.
+//!
+//! So a grant has one holder at any time: a caller, or the pursuit, which releases it (I1, I7).
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -15,7 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{oneshot, Notify, Semaphore};
 
 use super::ask::{Failed, Fate};
-use super::lent::{patient, Lent, LATE, NO_RUNTIME};
+use super::pooled::{run_until_reply, PooledConnection, NO_RUNTIME, TIMED_OUT};
 use super::{Inner, PostgresStore};
 use crate::clock::{sleep, within};
 use crate::error::Error;
@@ -24,51 +28,53 @@ use crate::sharded::lock;
 use crate::telemetry::{self, Event};
 use crate::uncut::uncut;
 
-/// The largest number of claims that are pursued. If there are more, their grants end with their leases.
-const MOST: usize = 1_024;
+/// The largest number of claims that are pursued. The grants of any further claims end with their
+/// leases.
+const MOST_PURSUED: usize = 1_024;
 
-/// The largest number of claims that are looked up at once.
-const LOOKS: usize = 2;
+/// The largest number of claims that are looked up at the same time.
+const CONCURRENT_LOOKUPS: usize = 2;
 
 /// The longest pause before a claim of unknown fate is looked up again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 type Reply = Result<Decision, Failed>;
 
-/// The claims that are pursued, by their nonces.
+/// The pursued claims by their nonces.
 pub(super) struct Pursuits {
-    /// Limits the looks that run at once, so that they leave connections of the pool to callers.
-    turns: Semaphore,
-    /// The number of pursued claims, so that a claim takes no lock while there are none.
+    /// Limits the concurrent lookups, so that they leave connections of the pool to callers.
+    lookups: Semaphore,
+    /// The number of pursued claims. A claim takes no lock while it is zero.
     count: AtomicUsize,
     open: Mutex<Open>,
-    /// Notifies a running statement that a caller waits for it, because its connection may be dead.
+    /// Signals a running statement that a caller waits for it, because its connection may be dead.
     hurry: Notify,
 }
 
 #[derive(Default)]
 struct Open {
     claims: HashMap<Nonce, Pursued>,
-    rests: u64,
+    waits: u64,
 }
 
 enum Pursued {
-    /// A statement of the claim is running. Its reply goes to the last caller that repeated the claim.
-    Asked(Option<oneshot::Sender<Reply>>),
+    /// A statement of the claim is running. Its reply goes to the last caller that repeated the
+    /// claim.
+    Running(Option<oneshot::Sender<Reply>>),
     /// The task with this number will look the claim up later.
-    Resting(u64),
+    Waiting(u64),
 }
 
-/// The result of looking a claim up.
-enum Look {
+/// The result of a lookup.
+enum Lookup {
     /// The fate of the claim is known, and its grant, if any, was released.
     Known,
     /// The reply went to a caller that repeated the claim.
-    Over,
+    TakenOver,
     Unknown,
 }
 
-impl Look {
+impl Lookup {
     const fn of(is_known: bool) -> Self {
         match is_known {
             true => Self::Known,
@@ -77,20 +83,20 @@ impl Look {
     }
 }
 
-/// The receiver of the reply to a claim.
-enum Goes {
+/// The recipient of the reply to a claim.
+enum Recipient {
     /// The caller of the statement, which still waits.
-    Back(Reply),
-    /// A caller that repeated the claim, and has the reply already.
-    Over,
-    /// No caller.
-    Nowhere(Reply),
+    Caller(Reply),
+    /// A caller that repeated the claim, and already has the reply.
+    LaterCaller,
+    /// No caller waits.
+    Nobody(Reply),
 }
 
 impl Default for Pursuits {
     fn default() -> Self {
         Self {
-            turns: Semaphore::new(LOOKS),
+            lookups: Semaphore::new(CONCURRENT_LOOKUPS),
             count: AtomicUsize::new(0),
             open: Mutex::default(),
             hurry: Notify::new(),
@@ -112,16 +118,17 @@ impl Pursuits {
 
     /// Begins the pursuit of a claim whose statement is running and whose caller has left.
     fn abandon(&self, nonce: Nonce) {
-        self.change(|open| open.claims.insert(nonce, Pursued::Asked(None)));
+        self.change(|open| open.claims.insert(nonce, Pursued::Running(None)));
     }
 
-    /// Returns a receiver for the reply to the running statement of a claim; `None` if no such statement is pursued.
+    /// Returns a receiver for the reply to the running statement of a claim; `None` if no such
+    /// statement is pursued.
     fn join(&self, nonce: Nonce) -> Option<oneshot::Receiver<Reply>> {
         if self.is_empty() {
             return None;
         }
         match lock(&self.open).claims.get_mut(&nonce) {
-            Some(Pursued::Asked(caller)) => {
+            Some(Pursued::Running(caller)) => {
                 let (sender, receiver) = oneshot::channel();
                 *caller = Some(sender);
                 self.hurry.notify_waiters();
@@ -131,53 +138,55 @@ impl Pursuits {
         }
     }
 
-    /// Ends the pursuit of a claim that a caller repeats. Returns whether the claim was pursued; `None` if a statement
-    /// of it is running, so that the caller must wait for its reply.
+    /// Ends the pursuit of a claim that a caller repeats. Returns whether the claim was pursued;
+    /// `None` if a statement of the claim is running, so that the caller must wait for its reply.
     fn take_over(&self, nonce: Nonce) -> Option<bool> {
         if self.is_empty() {
             return Some(false);
         }
         self.change(|open| match open.claims.get(&nonce) {
             None => Some(false),
-            Some(Pursued::Asked(_)) => None,
-            Some(Pursued::Resting(_)) => Some(open.claims.remove(&nonce).is_some()),
+            Some(Pursued::Running(_)) => None,
+            Some(Pursued::Waiting(_)) => Some(open.claims.remove(&nonce).is_some()),
         })
     }
 
-    /// Sends a reply to the caller that waits for it. A reply that leaves the fate of the claim unknown goes only to
-    /// the caller of its own statement; a later caller asks again.
-    fn reply(&self, nonce: Nonce, reply: Reply, is_known: bool) -> Goes {
+    /// Sends a reply to the caller that waits for it. A reply that leaves the fate of the claim
+    /// unknown goes only to the caller of its own statement. A later caller sends a statement of
+    /// its own.
+    fn reply(&self, nonce: Nonce, reply: Reply, is_known: bool) -> Recipient {
         if self.is_empty() {
-            return Goes::Back(reply);
+            return Recipient::Caller(reply);
         }
         self.change(|open| {
-            let Some(Pursued::Asked(caller)) = open.claims.get_mut(&nonce) else {
-                return Goes::Back(reply);
+            let Some(Pursued::Running(caller)) = open.claims.get_mut(&nonce) else {
+                return Recipient::Caller(reply);
             };
             match caller.take().filter(|_| is_known) {
-                None => Goes::Nowhere(reply),
+                None => Recipient::Nobody(reply),
                 Some(caller) => match caller.send(reply) {
-                    Err(reply) => Goes::Nowhere(reply),
+                    Err(reply) => Recipient::Nobody(reply),
                     Ok(()) => {
                         open.claims.remove(&nonce);
-                        Goes::Over
+                        Recipient::LaterCaller
                     }
                 },
             }
         })
     }
 
-    /// Ends the pursuit of a claim when its task ends or is dropped. `rest` is the number of a waiting task; `None` if
-    /// a statement of the claim was running.
-    fn end(&self, nonce: Nonce, rest: Option<u64>) {
+    /// Ends the pursuit of a claim when its task ends or is dropped. `wait` is the number of a
+    /// waiting task; `None` if a statement of the claim was running.
+    fn end(&self, nonce: Nonce, wait: Option<u64>) {
         if self.is_empty() {
             return;
         }
         self.change(|open| {
-            let is_its_own = match (open.claims.get(&nonce), rest) {
-                (Some(Pursued::Resting(number)), Some(rest)) => *number == rest,
-                // A caller that waits for the reply finds that none comes, and asks by itself.
-                (Some(Pursued::Asked(_)), None) => true,
+            let is_its_own = match (open.claims.get(&nonce), wait) {
+                (Some(Pursued::Waiting(number)), Some(wait)) => *number == wait,
+                // A caller that waits for the reply notices that none comes, and sends its own
+                // statement.
+                (Some(Pursued::Running(_)), None) => true,
                 _ => false,
             };
             if is_its_own {
@@ -186,25 +195,25 @@ impl Pursuits {
         });
     }
 
-    /// Plans to look the claim up later, and returns the number for the task that does so; `None` if too many claims
-    /// are pursued.
-    fn rest(&self, nonce: Nonce) -> Option<u64> {
+    /// Schedules a later lookup, and returns the number of the task that will make it; `None` if
+    /// too many claims are pursued.
+    fn schedule(&self, nonce: Nonce) -> Option<u64> {
         self.change(|open| {
             open.claims.remove(&nonce);
-            if open.claims.len() >= MOST {
+            if open.claims.len() >= MOST_PURSUED {
                 return None;
             }
-            open.rests += 1;
-            open.claims.insert(nonce, Pursued::Resting(open.rests));
-            Some(open.rests)
+            open.waits += 1;
+            open.claims.insert(nonce, Pursued::Waiting(open.waits));
+            Some(open.waits)
         })
     }
 
-    /// Continues a pursuit. Returns false if a caller has taken the claim over.
-    fn resume(&self, nonce: Nonce, rest: u64) -> bool {
+    /// Continues a pursuit with a lookup. Returns false if a caller has taken the claim over.
+    fn resume(&self, nonce: Nonce, wait: u64) -> bool {
         self.change(|open| match open.claims.get_mut(&nonce) {
-            Some(Pursued::Resting(number)) if *number == rest => {
-                open.claims.insert(nonce, Pursued::Asked(None));
+            Some(Pursued::Waiting(number)) if *number == wait => {
+                open.claims.insert(nonce, Pursued::Running(None));
                 true
             }
             _ => false,
@@ -212,7 +221,8 @@ impl Pursuits {
     }
 }
 
-/// A pursuing task. Dropping it ends its pursuit. If the runtime ends early, a grant stays until its lease ends.
+/// A pursuing task. Dropping it ends its pursuit. If the runtime ends early, a grant remains until
+/// its lease ends.
 struct Pursuer {
     inner: Weak<Inner>,
     nonce: Nonce,
@@ -223,27 +233,28 @@ struct Pursuer {
 #[derive(Clone, Copy)]
 enum At {
     /// A statement of the claim may be running.
-    Asking,
+    Running,
     /// The task with this number waits before it looks the claim up.
-    Resting(u64),
+    Waiting(u64),
     /// The pursuit has ended, or another task or caller continues it.
     End,
 }
 
 impl Drop for Pursuer {
     fn drop(&mut self) {
-        let rest = match self.at {
-            At::Asking => None,
-            At::Resting(rest) => Some(rest),
+        let wait = match self.at {
+            At::Running => None,
+            At::Waiting(wait) => Some(wait),
             At::End => return,
         };
         if let Some(inner) = self.inner.upgrade() {
-            inner.pursuits.end(self.nonce, rest);
+            inner.pursuits.end(self.nonce, wait);
         }
     }
 }
 
-/// A caller of a claim. If it is dropped while its statement is running, the pursuit takes the claim.
+/// A caller of a claim. If it is dropped while its statement is running, the pursuit takes the
+/// claim.
 struct Caller<'s> {
     pursuits: &'s Pursuits,
     waits_for: Option<Nonce>,
@@ -257,8 +268,8 @@ impl Drop for Caller<'_> {
     }
 }
 
-/// A caller that waits for the reply to an earlier statement. If it is dropped with an unread reply, the pursuit looks
-/// the claim up and releases its grant.
+/// A caller that waits for the reply to an earlier statement. If it is dropped with an unread
+/// reply, the pursuit looks the claim up and releases its grant.
 struct Joined<'s> {
     store: &'s PostgresStore,
     claim: &'s Claim,
@@ -275,27 +286,36 @@ impl Drop for Joined<'_> {
 }
 
 impl PostgresStore {
-    /// Claims a key. The statement continues if its caller leaves, and a grant that reaches no caller is released.
+    /// Claims a key by the following steps.
+    ///
+    /// 1. If an earlier statement of the same claim is running, wait for its reply.
+    /// 2. Otherwise acquire a connection, and take the claim over from its pursuit. If a statement
+    ///    of the claim has begun meanwhile, return the connection and start again.
+    /// 3. Send the statement in a future that continues in a task if this caller leaves. A grant
+    ///    that reaches no caller is released.
+    /// 4. Wait for at most the store's timeout.
     pub(super) async fn claim_and_pursue(&self, claim: &Claim) -> Result<Decision, Error> {
         let (pursuits, nonce) = (&self.0.pursuits, claim.nonce);
-        let (lent, is_doubtful) = loop {
+        let (pooled, is_doubtful) = loop {
             if let Some(receiver) = pursuits.join(nonce) {
                 match Box::pin(self.joined(claim, receiver)).await {
                     Some(reply) => return reply.map_err(Error::from),
                     None => continue,
                 }
             }
-            let lent = self.lend().await?;
+            let pooled = self.acquire().await?;
             match pursuits.take_over(nonce) {
-                Some(is_doubtful) => break (lent, is_doubtful),
-                None => drop(lent.give_back(Ok(()))),
+                Some(is_doubtful) => break (pooled, is_doubtful),
+                None => drop(pooled.finish(Ok(()))),
             }
         };
-        let pursuer = self.pursuer(nonce, At::Asking);
-        let claiming = self.clone().claim_to_the_end(lent, claim.clone(), is_doubtful, pursuer);
+        let pursuer = self.pursuer(nonce, At::Running);
+        let claiming = self
+            .clone()
+            .claim_to_the_end(pooled, claim.clone(), is_doubtful, pursuer);
         let mut claiming = uncut(claiming, None).ok_or(NO_RUNTIME)?;
-        // Declared after the statement so that it drops first: the claim must be abandoned before the statement
-        // continues in a task.
+        // Declared after the statement so that it drops first. The claim must be abandoned before
+        // the statement continues in a task.
         let mut caller = Caller {
             pursuits,
             waits_for: Some(nonce),
@@ -304,15 +324,16 @@ impl PostgresStore {
         if done.is_ok() {
             caller.waits_for = None;
         }
-        done.unwrap_or(Err(Failed::unknown(LATE))).map_err(Error::from)
+        done.unwrap_or(Err(Failed::unknown(TIMED_OUT))).map_err(Error::from)
     }
 
-    async fn await_server<T>(&self, asked: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
+    async fn await_server<T>(&self, operation: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
         let Inner { pool, table, .. } = &*self.0;
-        patient(self.0.timeout, pool, table.name(), &self.0.pursuits.hurry, asked).await
+        run_until_reply(self.0.timeout, pool, table.name(), &self.0.pursuits.hurry, operation).await
     }
 
-    /// Waits for the reply to the statement of an earlier caller; `None` if the pursuit has ended without a reply.
+    /// Waits for the reply to the statement of an earlier caller; `None` if the pursuit has ended
+    /// without a reply.
     async fn joined(&self, claim: &Claim, receiver: oneshot::Receiver<Reply>) -> Option<Reply> {
         let mut joined = Joined {
             store: self,
@@ -321,55 +342,66 @@ impl PostgresStore {
         };
         match within(self.0.timeout, &mut joined.receiver).await {
             Ok(reply) => reply.ok(),
-            Err(_) => Some(Err(Failed::unknown(LATE))),
+            Err(_) => Some(Err(Failed::unknown(TIMED_OUT))),
         }
     }
 
-    /// Sends the statement of a claim. If its caller has left, releases the grant, or hands the claim to the pursuit.
-    async fn claim_to_the_end(self, mut lent: Lent, claim: Claim, is_doubtful: bool, mut pursuer: Pursuer) -> Reply {
-        let asked = async { self.on(lent.connection()?).claim(&claim).await };
-        let reply = self.await_server(asked).await;
+    /// Sends the statement of a claim, and gives the reply to a caller that waits. If no caller
+    /// waits, releases the grant. If the fate of the claim is unknown, starts a pursuit.
+    async fn claim_to_the_end(
+        self,
+        mut pooled: PooledConnection,
+        claim: Claim,
+        is_doubtful: bool,
+        mut pursuer: Pursuer,
+    ) -> Reply {
+        let claiming = async { self.on(pooled.connection()?).claim(&claim).await };
+        let reply = self.await_server(claiming).await;
         let is_known = is_known(&reply, is_doubtful);
         match self.0.pursuits.reply(claim.nonce, reply, is_known) {
-            Goes::Back(reply) => {
+            // The caller gets the reply. If that leaves the fate unknown, look the claim up later.
+            Recipient::Caller(reply) => {
                 pursuer.at = At::End;
                 if let (false, Ok(runtime)) = (is_known, Handle::try_current()) {
                     self.pursue(&runtime, &claim, self.0.timeout);
                 }
-                lent.give_back(reply)
+                pooled.finish(reply)
             }
-            Goes::Over => {
+            // A later caller already has the reply, and with it the grant.
+            Recipient::LaterCaller => {
                 pursuer.at = At::End;
-                lent.give_back(Err(Failed::refused(LATE)))
+                pooled.finish(Err(Failed::refused(TIMED_OUT)))
             }
-            Goes::Nowhere(reply) => {
-                let is_known = self.end_claim(lent, &claim, reply, is_known).await;
+            // Release the grant. If the fate is still unknown, look the claim up later.
+            Recipient::Nobody(reply) => {
+                let is_known = self.end_claim(pooled, &claim, reply, is_known).await;
                 if let (false, Ok(runtime)) = (is_known, Handle::try_current()) {
                     pursuer.at = At::End;
                     self.pursue(&runtime, &claim, self.0.timeout);
                 }
                 drop(pursuer);
-                Err(Failed::unknown(LATE))
+                Err(Failed::unknown(TIMED_OUT))
             }
         }
     }
 
-    /// Releases a grant that reached no caller. Returns false if the fate of the claim is still unknown.
-    async fn end_claim(&self, mut lent: Lent, claim: &Claim, reply: Reply, is_known: bool) -> bool {
+    /// Releases a grant that reached no caller. Returns false if the fate of the claim is still
+    /// unknown.
+    async fn end_claim(&self, mut pooled: PooledConnection, claim: &Claim, reply: Reply, is_known: bool) -> bool {
         match reply {
             Ok(Decision::Execute(grant) | Decision::Recover(grant)) => {
-                let released = self.release_on(&mut lent, claim, grant.owner).await;
-                lent.give_back(released).is_ok()
+                let released = self.release_on(&mut pooled, claim, grant.owner).await;
+                pooled.finish(released).is_ok()
             }
             reply => {
-                drop(lent.give_back(reply));
+                drop(pooled.finish(reply));
                 is_known
             }
         }
     }
 
-    async fn release_on(&self, lent: &mut Lent, claim: &Claim, owner: Owner) -> Result<(), Failed> {
-        let released = async { self.on(lent.connection()?).release(&claim.key, owner).await };
+    async fn release_on(&self, pooled: &mut PooledConnection, claim: &Claim, owner: Owner) -> Result<(), Failed> {
+        let released = async { self.on(pooled.connection()?).release(&claim.key, owner).await };
         self.await_server(released).await?;
         telemetry::event(Event::ReleasedBehind);
         Ok(())
@@ -383,59 +415,61 @@ impl PostgresStore {
         }
     }
 
-    /// Spawns a task that looks the claim up after pauses, until its fate is known or a caller takes it over.
+    /// Spawns a task that looks the claim up after pauses, until its fate is known or a caller
+    /// takes it over.
     fn pursue(&self, runtime: &Handle, claim: &Claim, pause: Duration) {
-        match self.0.pursuits.rest(claim.nonce) {
-            Some(rest) => {
-                let pursuer = self.pursuer(claim.nonce, At::Resting(rest));
-                runtime.spawn(pursue(pursuer, claim.clone(), rest, pause));
+        match self.0.pursuits.schedule(claim.nonce) {
+            Some(wait) => {
+                let pursuer = self.pursuer(claim.nonce, At::Waiting(wait));
+                runtime.spawn(pursue(pursuer, claim.clone(), wait, pause));
             }
-            None => telemetry::failure(Event::Unrecorded, &LATE),
+            None => telemetry::failure(Event::Unrecorded, &TIMED_OUT),
         }
     }
 
     /// Looks a claim up in the table, and releases its grant.
-    async fn look_up(&self, claim: &Claim) -> Look {
-        let Ok(mut lent) = self.lend().await else {
-            return Look::Unknown;
+    async fn look_up(&self, claim: &Claim) -> Lookup {
+        let Ok(mut pooled) = self.acquire().await else {
+            return Lookup::Unknown;
         };
-        let peeked = async { self.on(lent.connection()?).peek(&claim.key).await };
+        let peeked = async { self.on(pooled.connection()?).peek(&claim.key).await };
         match self.await_server(peeked).await {
+            // The claim was granted, and no caller has the grant.
             Ok(Some(seen)) if seen.nonce == claim.nonce && !matches!(seen.status, Status::Completed(_)) => {
                 let owner = Owner {
                     nonce: seen.nonce,
                     fence: seen.fence,
                 };
-                let released = self.release_on(&mut lent, claim, owner).await;
-                Look::of(lent.give_back(released).is_ok())
+                let released = self.release_on(&mut pooled, claim, owner).await;
+                Lookup::of(pooled.finish(released).is_ok())
             }
-            // The record belongs to another claim or is completed. Do not claim again, because that could use up an
-            // attempt.
-            Ok(Some(_)) => Look::of(lent.give_back(Ok(())).is_ok()),
-            // The first statement may still arrive. Claim with the same nonce, so that both statements get the same
-            // grant, and release it.
+            // The record belongs to another claim or is completed. Do not claim again, because a
+            // claim could use up an attempt.
+            Ok(Some(_)) => Lookup::of(pooled.finish(Ok(())).is_ok()),
+            // The first statement may still arrive. Claim with the same nonce, so that both
+            // statements get the same grant, and release that grant.
             Ok(None) => {
-                let asked = async { self.on(lent.connection()?).claim(claim).await };
-                let reply = self.await_server(asked).await;
+                let claiming = async { self.on(pooled.connection()?).claim(claim).await };
+                let reply = self.await_server(claiming).await;
                 let is_known = is_known(&reply, true);
                 match self.0.pursuits.reply(claim.nonce, reply, is_known) {
-                    Goes::Over => {
-                        drop(lent.give_back(Ok(())));
-                        Look::Over
+                    Recipient::LaterCaller => {
+                        drop(pooled.finish(Ok(())));
+                        Lookup::TakenOver
                     }
-                    Goes::Back(reply) | Goes::Nowhere(reply) => {
-                        Look::of(self.end_claim(lent, claim, reply, is_known).await)
+                    Recipient::Caller(reply) | Recipient::Nobody(reply) => {
+                        Lookup::of(self.end_claim(pooled, claim, reply, is_known).await)
                     }
                 }
             }
-            Err(failed) => Look::of(lent.give_back(Err::<(), _>(failed)).is_ok()),
+            Err(failed) => Lookup::of(pooled.finish(Err::<(), _>(failed)).is_ok()),
         }
     }
 }
 
-/// Whether a reply shows the fate of its claim. If an earlier statement of the same claim may still be running
-/// (`is_doubtful`), a refusal of this statement says nothing about the earlier one, which may hold the lock for which
-/// this one waited.
+/// Whether a reply shows the fate of its claim. If an earlier statement of the same claim may still
+/// be running (`is_doubtful`), a refusal of this statement says nothing about the earlier one. The
+/// earlier one may hold the lock for which this one waited.
 fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
     match reply {
         Ok(_) => true,
@@ -444,38 +478,38 @@ fn is_known(reply: &Reply, is_doubtful: bool) -> bool {
 }
 
 /// Looks a claim up until its fate is known. Ends when the store is dropped.
-async fn pursue(mut pursuer: Pursuer, claim: Claim, mut rest: u64, mut pause: Duration) {
+async fn pursue(mut pursuer: Pursuer, claim: Claim, mut wait: u64, mut pause: Duration) {
     loop {
         sleep(pause).await;
         pause = (pause * 2).clamp(Duration::from_secs(1), LONGEST_PAUSE);
         let Some(store) = pursuer.inner.upgrade().map(PostgresStore) else {
             return;
         };
-        let Ok(_turn) = store.0.pursuits.turns.acquire().await else {
+        let Ok(_permit) = store.0.pursuits.lookups.acquire().await else {
             return;
         };
-        if !store.0.pursuits.resume(claim.nonce, rest) {
+        if !store.0.pursuits.resume(claim.nonce, wait) {
             pursuer.at = At::End;
             return;
         }
-        pursuer.at = At::Asking;
+        pursuer.at = At::Running;
         match store.look_up(&claim).await {
             // Dropping the pursuer ends the pursuit.
-            Look::Known => return,
-            Look::Over => {
+            Lookup::Known => return,
+            Lookup::TakenOver => {
                 pursuer.at = At::End;
                 return;
             }
-            Look::Unknown => {}
+            Lookup::Unknown => {}
         }
-        match store.0.pursuits.rest(claim.nonce) {
-            Some(next) => rest = next,
+        match store.0.pursuits.schedule(claim.nonce) {
+            Some(next) => wait = next,
             None => {
                 pursuer.at = At::End;
-                return telemetry::failure(Event::Unrecorded, &LATE);
+                return telemetry::failure(Event::Unrecorded, &TIMED_OUT);
             }
         }
-        pursuer.at = At::Resting(rest);
+        pursuer.at = At::Waiting(wait);
     }
 }
 
@@ -505,26 +539,27 @@ mod tests {
         Builder::new_current_thread().enable_all().build().unwrap()
     }
 
-    /// Such entries stayed until the process ended, and took the places of other claims.
+    /// Checks for a leak: such entries stayed until the process ended, and used up the limit of
+    /// pursued claims.
     #[test]
     fn pursuits_end_with_the_runtime_of_their_tasks() {
         let (lasting, ending) = (runtime(), runtime());
         let _entered = lasting.enter();
-        // Nothing listens at this address, and no test waits for it.
+        // Nothing listens at this address, and the test never waits for a connection.
         let pool = PgPool::connect_lazy("postgres://app@127.0.0.1:1/postgres").unwrap();
         let store = PostgresStore::builder().with_pool(pool).unwrap();
         let pursuits = &store.0.pursuits;
         for _ in 0..10 {
             store.pursue(ending.handle(), &claim(), HOUR);
         }
-        // These tasks look their claims up, two of them at once.
+        // These tasks look their claims up, two of them at the same time.
         for _ in 0..10 {
             store.pursue(ending.handle(), &claim(), Duration::ZERO);
         }
         ending.block_on(tokio::task::yield_now());
         assert!(!pursuits.is_empty());
         let abandoned = claim().nonce;
-        let running = store.pursuer(abandoned, At::Asking);
+        let running = store.pursuer(abandoned, At::Running);
         pursuits.abandon(abandoned);
         drop((running, ending));
         assert!(pursuits.is_empty());
@@ -540,8 +575,8 @@ mod tests {
     fn a_task_that_is_dropped_leaves_the_pursuit_of_another_task() {
         let pursuits = Pursuits::default();
         let nonce = Nonce::random();
-        let first = pursuits.rest(nonce).unwrap();
-        let second = pursuits.rest(nonce).unwrap();
+        let first = pursuits.schedule(nonce).unwrap();
+        let second = pursuits.schedule(nonce).unwrap();
         pursuits.end(nonce, Some(first));
         pursuits.end(nonce, None);
         assert!(!pursuits.is_empty());

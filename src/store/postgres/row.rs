@@ -1,4 +1,4 @@
-//! From row to record and back.
+//! Conversion between rows and records.
 
 use std::time::Duration;
 
@@ -10,11 +10,12 @@ use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Columns, Fence, Fingerprint, IfLost, Nonce, Outcome, Owner, Record, StoredResponse};
 
-/// What every statement on a record returns.
+/// The row that every statement on a record returns.
 pub(super) struct Row {
-    /// Whether the statement changed the record; what follows is then, but for a claim, as it was before.
+    /// Whether the statement changed the record. If it did, a claim shows the changed record, and
+    /// every other statement shows the record as it was before.
     pub(super) changed: bool,
-    /// The record, `None` where there is no row, and the server's time.
+    /// The record and the server's time; `None` if there is no row in the table.
     pub(super) seen: Option<(Record, Timestamp)>,
     /// The time since the lease of a changed record began.
     pub(super) leased_for: Duration,
@@ -52,13 +53,16 @@ fn leased_for(row: &PgRow) -> Option<Duration> {
 /// The layout that this release writes.
 const VERSION: i16 = 1;
 
-const DAMAGED: Error = Error::new(ErrorKind::CorruptRecord, "a stored record is damaged");
+const DAMAGED: Error = Error::new(
+    ErrorKind::CorruptRecord,
+    "a stored record is damaged; inspect its row, and restore or delete it",
+);
 const NEWER: Error = Error::new(
     ErrorKind::CorruptRecord,
     "a stored record has a version that this release does not know; update every process that shares the store",
 );
 
-/// A column that is missing or has another type.
+/// Returns the error of a column that is missing or has another type.
 fn unreadable(error: sqlx::Error) -> Error {
     const OTHER: Error = Error::new(
         ErrorKind::CorruptRecord,
@@ -74,7 +78,7 @@ fn record(row: &PgRow) -> Result<Option<(Record, Timestamp)>, sqlx::Error> {
         let fingerprint: &[u8] = row.try_get("fingerprint").ok()?;
         let (algorithm, digest) = fingerprint.split_first()?;
         let nonce: &[u8] = row.try_get("nonce").ok()?;
-        let answer = match (head, body) {
+        let response = match (head, body) {
             (Some(head), Some(body)) => Some(StoredResponse { head, body }),
             (None, None) => None,
             _ => return None,
@@ -92,7 +96,7 @@ fn record(row: &PgRow) -> Result<Option<(Record, Timestamp)>, sqlx::Error> {
             retention: Duration::from_micros(number(row, "retention")?),
             until: Timestamp::from_micros(number(row, "lease_until")?),
             expires: Timestamp::from_micros(number(row, "expires")?),
-            answer,
+            answer: response,
         })
     };
     let now = number(row, "now").map(Timestamp::from_micros);
@@ -108,7 +112,7 @@ fn bytes(row: &PgRow, column: &str) -> Result<Option<Bytes>, sqlx::Error> {
     Ok(bytes.map(Bytes::copy_from_slice))
 }
 
-/// Whole microseconds, at most a century: sums of times must fit into a `bigint`.
+/// Returns whole microseconds, at most a century, so that sums of times fit into a `bigint`.
 pub(super) fn micros(duration: Duration) -> i64 {
     const CENTURY: i64 = 100 * 365 * 86_400 * 1_000_000;
     i64::try_from(duration.as_micros()).unwrap_or(CENTURY).min(CENTURY)
@@ -133,11 +137,11 @@ pub(super) const fn if_lost(if_lost: IfLost) -> i16 {
     }
 }
 
-/// State, head and body of an outcome.
+/// Returns state, head and body of an outcome.
 pub(super) fn outcome(outcome: &Outcome) -> (i16, Option<&[u8]>, Option<&[u8]>) {
     match outcome {
         Outcome::Rejected => (1, None, None),
         Outcome::Tombstone => (2, None, None),
-        Outcome::Stored(answer) => (3, Some(&answer.head), Some(&answer.body)),
+        Outcome::Stored(response) => (3, Some(&response.head), Some(&response.body)),
     }
 }

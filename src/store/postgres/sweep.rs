@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use super::lent::Lent;
+use super::pooled::PooledConnection;
 use super::{Inner, PostgresStore};
 use crate::clock::sleep;
 use crate::error::Error;
@@ -15,13 +15,13 @@ use crate::telemetry::{self, Event};
 /// The largest number of rows that one statement deletes.
 const LARGEST_BATCH: u32 = 1_000;
 
-/// Whether the sweeping task runs, how often it sweeps, and in which batches.
+/// The state of the sweeping task, its interval, and the size of its batches.
 #[derive(Debug)]
 pub(super) struct Sweeping {
     running: AtomicBool,
     interval: Duration,
-    /// The number of rows that the next statement deletes. It shrinks if a statement takes too long, and grows with each
-    /// statement that succeeds.
+    /// The number of rows that the next statement deletes. It is halved if a statement takes too
+    /// long, and doubled with each statement that succeeds.
     batch: AtomicU32,
 }
 
@@ -44,13 +44,14 @@ impl Sweeping {
 }
 
 impl PostgresStore {
-    /// Deletes expired rows in batches of at most 1,000, and returns their number. The store does so itself while it is
-    /// used. If the server ends a statement because it takes too long, the next batch has half the size.
+    /// Deletes expired rows in batches of at most 1,000, and returns their number. The store also
+    /// does this by itself while it is used. If the server ends a statement because it takes too
+    /// long, the next batch has half the size.
     ///
     /// # Errors
     ///
-    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) when the server cannot be reached, or a single row takes
-    /// too long; some rows may be deleted.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server cannot be reached, or
+    /// a single row takes too long. Some rows may be deleted.
     pub async fn sweep(&self) -> Result<u64, Error> {
         let sweeping = &self.0.sweeping;
         let mut swept = 0;
@@ -67,17 +68,18 @@ impl PostgresStore {
                 // The server has rolled the statement back.
                 Ok(Err(_)) if batch > 1 => sweeping.set_batch(batch / 2),
                 Ok(Err(error)) => return Err(error),
-                // If the server was reached, the statement may continue there, so this sweep sends no other one.
+                // If the server was reached, the statement may continue there, so this sweep sends
+                // no further one.
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Deletes at most `batch` expired rows. The inner error is that of a statement that was cancelled.
+    /// Deletes at most `batch` expired rows. The inner error is that of a cancelled statement.
     async fn sweep_batch(&self, batch: u32) -> Result<Result<u64, Error>, Error> {
-        let deleting = move |store: Self, mut lent: Lent| async move {
-            let done = store.on(lent.connection()?).sweep(i64::from(batch)).await;
-            match lent.give_back(done) {
+        let deleting = move |store: Self, mut pooled: PooledConnection| async move {
+            let done = store.on(pooled.connection()?).sweep(i64::from(batch)).await;
+            match pooled.finish(done) {
                 Err(failed) if failed.is_cancelled => Ok(Err(failed.error)),
                 done => done.map(Ok),
             }
@@ -91,7 +93,7 @@ impl PostgresStore {
         }
         let Ok(runtime) = Handle::try_current() else { return };
         if !self.0.sweeping.running.swap(true, Ordering::Relaxed) {
-            runtime.spawn(sweep_now_and_then(
+            runtime.spawn(sweep_at_intervals(
                 Sweeper(Arc::downgrade(&self.0)),
                 self.0.sweeping.interval,
             ));
@@ -99,7 +101,8 @@ impl PostgresStore {
     }
 }
 
-/// The store that a task works for. Dropped with its runtime, it lets the next claim start another.
+/// The store that a task works for. If the runtime drops the task, the next claim starts another
+/// one.
 struct Sweeper(Weak<Inner>);
 
 impl Drop for Sweeper {
@@ -110,9 +113,9 @@ impl Drop for Sweeper {
     }
 }
 
-async fn sweep_now_and_then(sweeper: Sweeper, interval: Duration) {
+async fn sweep_at_intervals(sweeper: Sweeper, interval: Duration) {
     loop {
-        // Processes that were started together drift apart.
+        // The random pause lets processes that were started together drift apart.
         sleep(interval.mul_f64(0.5 + rand::random::<f64>())).await;
         let Some(inner) = sweeper.0.upgrade() else { return };
         if let Err(error) = PostgresStore(inner).sweep().await {

@@ -1,4 +1,4 @@
-//! The name of the table, and the statements made for it.
+//! The name of the table, and the statements for it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,7 +8,8 @@ use sqlx::AssertSqlSafe;
 use super::session::IS_ALONE;
 use crate::error::{Error, ErrorKind};
 
-/// A table's name, with a schema or without. It goes into statements as text, so only plain identifiers are taken.
+/// The name of a table, with or without a schema. It becomes a part of statements as text, so only
+/// plain identifiers are accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TableName {
     schema: Option<String>,
@@ -16,11 +17,12 @@ pub(crate) struct TableName {
 }
 
 impl TableName {
-    /// `name` or `schema.name`, each of 1 to 48 characters out of a to z, 0 to 9 and `_`, beginning with a letter or `_`.
+    /// Parses `name` or `schema.name`, each of 1 to 48 characters of a to z, 0 to 9 and `_`, not
+    /// beginning with a digit.
     pub(crate) fn parse(text: &str) -> Result<Self, Error> {
         const INVALID: Error = Error::new(
             ErrorKind::Configuration,
-            "the name of the table cannot be used; write `name` or `schema.name`, each of 1 to 48 characters out of a-z, 0-9 \
+            "the name of the table cannot be used; write `name` or `schema.name`, each of 1 to 48 characters of a-z, 0-9 \
              and _, not beginning with a digit",
         );
         let (schema, name) = match text.split_once('.') {
@@ -36,7 +38,7 @@ impl TableName {
         })
     }
 
-    /// A name that is known to be one.
+    /// Makes a name from a valid identifier.
     pub(crate) fn of(name: &'static str) -> Self {
         debug_assert!(is_identifier(name), "{name}");
         Self {
@@ -45,7 +47,7 @@ impl TableName {
         }
     }
 
-    /// The table without its schema: also the name of the channel of its notifications.
+    /// Returns the name without its schema, which is also the channel of the notifications.
     pub(crate) const fn name(&self) -> &Arc<str> {
         &self.name
     }
@@ -57,7 +59,7 @@ fn is_identifier(text: &str) -> bool {
 }
 
 impl fmt::Display for TableName {
-    /// As it stands in SQL.
+    /// Writes the name as it appears in SQL.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(schema) = &self.schema {
             write!(f, "\"{schema}\".")?;
@@ -66,27 +68,29 @@ impl fmt::Display for TableName {
     }
 }
 
-/// The suffix of the tag in the rows of a statement that has not begun its transaction.
+/// The suffix of the tag in the rows of a statement that has not begun its transaction by itself.
 pub(super) const IN_OPEN_TRANSACTION: &str = " in an open transaction";
 
-/// The text of a statement, made once for a table, and the tag that its rows repeat.
+/// The text of a statement for one table, and the tag that its rows repeat.
 #[derive(Clone, Debug)]
 pub(crate) struct Statement {
     tag: Arc<str>,
     text: Arc<str>,
-    /// The text for sessions in which no transaction can be open. Its rows have the tag without a suffix.
+    /// The text for sessions in which no transaction can be open. Its rows have the tag without a
+    /// suffix.
     private: Arc<str>,
 }
 
 impl Statement {
-    /// Makes a statement from a template. Its last parameter is the question that [`ask`](super::ask::Sending::ask)
-    /// binds. Each row repeats that question, and a tag of the `name` and the table. So the store never takes a row of
-    /// another statement, or of the same statement on another table, for a row of this one. The tag of a statement that
-    /// runs in a transaction which was open before has a [suffix](IN_OPEN_TRANSACTION).
+    /// Makes a statement from a template. Its last parameter is the question that
+    /// [`ask`](super::ask::Sending::ask) binds. Each row repeats that question, and a tag of the
+    /// `name` and the table. So the store never mistakes a row of another statement, or of the same
+    /// statement on another table, for a row of this one. If the statement runs in a transaction
+    /// that was open before, the tag has a [suffix](IN_OPEN_TRANSACTION).
     pub(crate) fn new(name: &'static str, template: &str, table: &TableName) -> Self {
-        // The server evaluates this expression to find the row, so the lock timeout is set before the statement waits
-        // for the lock on that row.
-        const BOUNDED: &str =
+        // The server evaluates this expression to find the row, so it sets the lock timeout before
+        // the statement waits for the lock on that row.
+        const SET_LOCK_TIMEOUT: &str =
             "CASE WHEN {at}::text IS NULL THEN true ELSE set_config('lock_timeout', {at}, true) <> '' END";
         const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
         const COLUMNS: &str =
@@ -109,8 +113,8 @@ impl Statement {
             .map(|number| format!("${number}"))
             .fold(text, |text, parameter| {
                 text.replace(
-                    &format!("{{bounded {parameter}}}"),
-                    &BOUNDED.replace("{at}", &parameter),
+                    &format!("{{set_lock_timeout {parameter}}}"),
+                    &SET_LOCK_TIMEOUT.replace("{at}", &parameter),
                 )
             });
         let marked = format!("CASE WHEN {IS_ALONE} THEN '{tag}' ELSE '{tag}{IN_OPEN_TRANSACTION}' END");
@@ -129,7 +133,8 @@ impl Statement {
         &self.text
     }
 
-    /// Returns the text as safe SQL, because it consists only of a template of this crate and of a parsed identifier.
+    /// Returns the text as safe SQL. It consists only of a template of this crate and a parsed
+    /// identifier.
     pub(crate) fn safe(&self, is_private: bool) -> AssertSqlSafe<Arc<str>> {
         AssertSqlSafe(Arc::clone(if is_private { &self.private } else { &self.text }))
     }
@@ -183,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_identifier_is_refused() {
+    fn a_name_that_is_no_plain_identifier_is_refused() {
         let long = "x".repeat(49);
         for name in [
             "",
@@ -206,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn no_template_keeps_a_placeholder() {
+    fn no_statement_contains_a_placeholder() {
         let statements = Statements::new(&TableName::parse("s.t").unwrap());
         let all = format!("{statements:?}");
         for placeholder in [
@@ -218,7 +223,7 @@ mod tests {
             "{lost",
             "{columns}",
             "{notify}",
-            "{bounded",
+            "{set_lock_timeout",
             "{tag}",
         ] {
             assert!(!all.contains(placeholder), "{placeholder}");

@@ -1,4 +1,4 @@
-//! How a store learns that a record has changed: one connection that listens, for all who wait in this process.
+//! Notifications of changed records: one listening connection for all waiters of this process.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,11 +22,11 @@ use crate::error::Error;
 use crate::protocol::StorageKey;
 use crate::sharded::lock;
 
-/// Everybody of this process who waits for a record to change.
+/// The waiters of this process.
 pub(super) struct Watchers {
     channel: String,
-    /// Whether waiters poll instead of listening, because a pooler would take the connection away, or because the pool
-    /// has no second connection.
+    /// Whether waiters poll instead of listening, because a pooler would take the connection away,
+    /// or because the pool has no second connection.
     polls: bool,
     state: Mutex<State>,
 }
@@ -34,7 +34,7 @@ pub(super) struct Watchers {
 #[derive(Default)]
 struct State {
     waiting: HashMap<StorageKey, Waiting>,
-    /// Whether the listener listens; gone, or closed, where none runs.
+    /// Whether the listener listens. `None` or a closed channel if no listener runs.
     listening: Option<watch::Receiver<bool>>,
 }
 
@@ -52,8 +52,9 @@ impl Watchers {
         })
     }
 
-    /// Waits until the listener listens, and registers a watch; `None` if waiters poll. They also poll if the listener
-    /// takes too long to start, because it runs in the runtime of one waiter, which may be blocked.
+    /// Waits until the listener listens, and registers a watch; `None` if waiters poll. They also
+    /// poll if the listener takes too long to start, because it runs in the runtime of one waiter,
+    /// which may be blocked.
     pub(super) async fn register(
         self: &Arc<Self>,
         pool: &PgPool,
@@ -65,13 +66,13 @@ impl Watchers {
             return Ok(None);
         }
         let mut listening = self.listener(pool, spare);
-        let lost = || Error::unavailable("the connection that listens was lost");
+        let lost = || Error::unavailable("the listening connection was lost");
         match within(LONGEST, listening.wait_for(|listening| *listening)).await {
             Ok(listens) => drop(listens.map_err(|_| lost())?),
             Err(_) => return Ok(None),
         }
         let watch = self.enter(key);
-        // It may have ended before it could know of this one.
+        // The listener may have ended before it could wake this watch.
         listening.has_changed().map_err(|_| lost())?;
         Ok(Some(watch))
     }
@@ -95,7 +96,7 @@ impl Watchers {
         }
     }
 
-    /// Makes sure that somebody listens.
+    /// Returns the state of the listener, and starts a listener if none runs.
     fn listener(self: &Arc<Self>, pool: &PgPool, spare: &Arc<Spare>) -> watch::Receiver<bool> {
         let mut state = lock(&self.state);
         if let Some(listening) = state
@@ -119,7 +120,7 @@ impl Watchers {
         }
     }
 
-    /// Something may have been missed: all look for themselves.
+    /// Wakes all waiters, because notifications may have been missed.
     fn wake_all(&self) {
         for waiting in lock(&self.state).waiting.values() {
             waiting.changed.notify_waiters();
@@ -131,8 +132,8 @@ impl Watchers {
     }
 }
 
-/// Listens while anybody waits, and a little longer. Ends when the connection is lost: who waits is woken, and whoever
-/// waits next starts another.
+/// Listens while there are waiters, and a little longer. Ends when the connection is lost. Then it
+/// wakes all waiters, and the next waiter starts another listener.
 async fn listen(
     watchers: Weak<Watchers>,
     connecting: impl Future<Output = Result<(PgListener, Turn), Error>>,
@@ -161,8 +162,8 @@ async fn listen(
     }
 }
 
-/// Makes the listener, and its turn. The turn ends with the listener, whose connection goes back to the pool a little
-/// later.
+/// Connects the listener, and takes its turn. The turn ends with the listener, whose connection
+/// returns to the pool a little later.
 async fn connected(pool: PgPool, spare: Arc<Spare>, channel: String) -> Result<(PgListener, Turn), Error> {
     let turn = spare.turn().await;
     let waiting = spare.wait();
@@ -171,7 +172,7 @@ async fn connected(pool: PgPool, spare: Arc<Spare>, channel: String) -> Result<(
     let mut listener = listener.map_err(failed)?;
     // After a loss, `listen` wakes all waiters, and the next waiter starts a new listener.
     listener.eager_reconnect(false);
-    // In a transaction, LISTEN takes effect at the commit.
+    // In an open transaction, LISTEN would take effect only at the commit.
     end_open_transaction(&mut listener).await.map_err(failed)?;
     listener.listen(&channel).await.map_err(failed)?;
     Ok((listener, turn))
@@ -189,12 +190,14 @@ fn key_of(payload: &str) -> Option<StorageKey> {
 }
 
 pin_project! {
-    /// Resolves when a record of a [`PostgresStore`](super::PostgresStore) has changed, or may have while the
-    /// connection that listens was lost. Behind a transaction pooler, or over a pool of one connection, no connection
-    /// listens, and this resolves after 250 ms.
+    /// A future that resolves when a record of a [`PostgresStore`](super::PostgresStore) has
+    /// changed, or may have changed while the listening connection was lost. Behind a transaction
+    /// pooler, or with a pool of one connection, no connection listens, and this resolves after 250
+    /// ms.
     ///
-    /// It may miss the end of an attempt whose row was locked when the watch began, for example by a transaction that
-    /// completes the record. The layers look at the record every second or more often, so they wait at most that long.
+    /// It may miss the end of an attempt whose row was locked when the watch began, for example by
+    /// a transaction that completes the record. The layers look at the record every second or more
+    /// often, so they wait at most that long.
     #[derive(Debug)]
     pub struct PostgresWatch {
         #[pin]
@@ -212,7 +215,7 @@ pin_project! {
             _registered: Registered,
         },
         Pause {
-            // Boxed, because otherwise every waiter would be larger by its size.
+            // Boxed, because every waiter would otherwise be larger by its size.
             pause: Pin<Box<Sleep>>,
         },
     }
@@ -241,7 +244,7 @@ impl Future for PostgresWatch {
     }
 }
 
-/// A place among those who wait.
+/// A registered waiter.
 struct Registered {
     watchers: Weak<Watchers>,
     key: StorageKey,

@@ -1,5 +1,7 @@
--- $1 how many at most, $2 question. Deletes expired rows. Skips rows that another transaction has locked; the next
--- sweep deletes them.
+-- $1 the largest number of rows, $2 question.
+--
+-- Deletes expired rows. Skips rows that another transaction has locked; the next sweep deletes
+-- them.
 WITH swept AS (
     DELETE FROM {table} WHERE key IN (
         SELECT r.key FROM {table} r

@@ -1,5 +1,8 @@
--- $1 key, $2 question. A notification slows every commit of the server, so only a record with a waiter sends one. Skips
--- a row that a transaction has locked, because waiters poll as well.
+-- $1 key, $2 question.
+--
+-- Marks the record, so that its change sends a notification. A notification slows every commit of
+-- the server, so only a record with a waiter sends one. Skips a row that a transaction has locked,
+-- because waiters poll as well.
 WITH watched AS (
     UPDATE {table} r SET watched = true
     WHERE r.key IN (

@@ -1,8 +1,8 @@
-//! A connection that is lent for one operation.
+//! A connection of the pool that is in use by one operation.
 //!
-//! Closing a socket does not stop the work of its backend. The backend would continue to wait for a lock or a standby,
-//! and no pool would count it. So an operation whose caller has left keeps its connection until the server has
-//! answered.
+//! Closing a socket does not stop the work of its backend. The backend would continue to wait for a
+//! lock or a standby, and no pool would count it (I10). So an operation whose caller has left keeps
+//! its connection until the server has replied.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -24,30 +24,31 @@ use crate::clock::{sleep, within};
 use crate::error::{Error, ErrorKind};
 use crate::uncut::uncut;
 
-pub(super) const LATE: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not answer in time");
+pub(super) const TIMED_OUT: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not reply in time");
 
 pub(super) const NO_RUNTIME: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "a PostgreSQL store must be used from within a tokio runtime",
 );
 
-/// A connection of the pool. If it is dropped before it is given back, the connection is closed, because its next reply
-/// would belong to this operation.
-pub(crate) struct Lent {
+/// A connection of the pool. If it is dropped before [`finish`](Self::finish), the connection is
+/// closed, because its next reply would belong to this operation.
+pub(crate) struct PooledConnection {
     used: Option<Used>,
-    /// The place for the connection between two operations, if it belongs to a store.
+    /// The owner of idle connections, if the connection belongs to a store.
     spare: Option<Arc<Spare>>,
-    /// Ends when the connection is free again.
+    /// The turn of the operation. It ends when the connection is free again.
     turn: Turn,
 }
 
 async fn acquire(pool: &PgPool) -> Result<Used, Error> {
-    // In a box: it has room for the making of a connection, with TLS, and every operation would carry that twice.
-    let acquired = sound(Box::pin(pool.acquire())).await?;
+    // Boxed because the future includes the making of a connection with TLS. Unboxed, every
+    // operation would embed it twice.
+    let acquired = catch_panic(Box::pin(pool.acquire())).await?;
     acquired.map(Used::new).map_err(failed)
 }
 
-impl Lent {
+impl PooledConnection {
     pub(crate) async fn from(pool: &PgPool) -> Result<Self, Error> {
         Ok(Self {
             used: Some(acquire(pool).await?),
@@ -56,14 +57,14 @@ impl Lent {
         })
     }
 
-    /// Lends a connection that the store has kept, if nobody waits for one.
+    /// Takes an idle connection of the store, if no operation waits for one.
     pub(super) fn from_spare(spare: &Arc<Spare>) -> Option<Self> {
         let turn = spare.turn_now()?;
         let used = spare.take()?;
         Some(Self::of(spare, used, turn))
     }
 
-    /// Lends a connection of a store, which may keep it afterwards.
+    /// Takes an idle connection of the store, or one of its pool.
     pub(super) async fn from_store(spare: &Arc<Spare>, pool: &PgPool) -> Result<Self, Error> {
         let turn = spare.turn().await;
         if let Some(used) = spare.take() {
@@ -84,27 +85,27 @@ impl Lent {
     }
 
     pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, Failed> {
-        const GONE: Error = Error::new(ErrorKind::StoreUnavailable, "the connection was given back already");
+        const GONE: Error = Error::new(ErrorKind::StoreUnavailable, "the connection was already returned");
         let used = self.used.as_mut().ok_or(Failed::refused(GONE))?;
         Ok(&mut used.connection)
     }
 
-    /// Ends an operation, and gives the connection back. If the fate of the operation is unknown, closes the
-    /// connection.
-    pub(crate) fn give_back<T>(mut self, done: Result<T, Failed>) -> Result<T, Failed> {
+    /// Ends an operation, and returns its connection. If the fate of the operation is unknown,
+    /// closes the connection.
+    pub(crate) fn finish<T>(mut self, done: Result<T, Failed>) -> Result<T, Failed> {
         if matches!(&done, Err(failed) if failed.fate == Fate::Unknown) {
             return done;
         }
         match (self.used.take(), &self.spare) {
-            (Some(used), Some(spare)) if done.is_ok() => spare.keep(used, self.turn.take()),
-            (Some(used), _) => used.put_back(self.turn.take()),
+            (Some(used), Some(spare)) if done.is_ok() => spare.store(used, self.turn.take()),
+            (Some(used), _) => used.return_to_pool(self.turn.take()),
             (None, _) => {}
         }
         done
     }
 }
 
-impl Drop for Lent {
+impl Drop for PooledConnection {
     fn drop(&mut self) {
         if let Some(used) = self.used.take() {
             used.close();
@@ -112,9 +113,10 @@ impl Drop for Lent {
     }
 }
 
-/// Runs an operation on `table` that owns its connection. The caller gets an error after `limit`, and may leave
-/// earlier. The operation then continues in its own task until the server has answered.
-pub(crate) async fn attended<T: Send + 'static>(
+/// Runs an operation on `table` that owns its connection. The caller gets an error after `limit`,
+/// and may leave earlier. The operation then continues in its own task until the server has
+/// replied.
+pub(crate) async fn run_detachable<T: Send + 'static>(
     limit: Duration,
     pool: &PgPool,
     table: &Arc<str>,
@@ -123,18 +125,22 @@ pub(crate) async fn attended<T: Send + 'static>(
     let (pool, table) = (pool.clone(), Arc::clone(table));
     let operation = async move {
         let hurry = Notify::const_new();
-        patient(limit, &pool, &table, &hurry, operation).await
+        run_until_reply(limit, &pool, &table, &hurry, operation).await
     };
     let operation = uncut(operation, None).ok_or(NO_RUNTIME)?;
-    let done = within(limit, operation).await.unwrap_or(Err(Failed::unknown(LATE)));
+    let done = within(limit, operation)
+        .await
+        .unwrap_or(Err(Failed::unknown(TIMED_OUT)));
     done.map_err(Error::from)
 }
 
-/// Runs an operation until the server has answered, however long that takes. Fails only if the connection is dead
-/// without a notice: another connection can ask the server, and the server is working on nothing that could be this
-/// operation. Asks the server once `limit` has passed since the operation's last statement, then at intervals, and when
-/// `hurry` reports that a caller waits.
-pub(super) async fn patient<T>(
+/// Runs an operation until the server has replied, however long that takes.
+///
+/// Gives up only if the connection is dead without a notice. That is the case if the server can be
+/// reached by another connection, and works on nothing that could be this operation. Checks this
+/// once `limit` has passed since the operation's last statement, then at intervals, and when
+/// `hurry` signals that a caller waits.
+pub(super) async fn run_until_reply<T>(
     limit: Duration,
     pool: &PgPool,
     table: &str,
@@ -144,9 +150,11 @@ pub(super) async fn patient<T>(
     const SHORTEST: Duration = Duration::from_millis(500);
     const VANISHED: Error = Error::new(ErrorKind::StoreUnavailable, "the connection to the database was lost");
     let (progress, mut pause) = (Progress::start(), limit);
-    let mut operation = pin!(sound(progress.watch(operation)));
+    let mut operation = pin!(catch_panic(progress.watch(operation)));
     let mut hurried = pin!(hurry.notified());
     loop {
+        // Wait for the pause or a signal, and then until the last statement is at least `limit`
+        // old.
         let waits = async {
             drop(within(pause, hurried.as_mut()).await);
             loop {
@@ -162,10 +170,10 @@ pub(super) async fn patient<T>(
             Either::Right(_) => None,
         };
         if done.is_none() {
-            // Subscribe before the server is asked, so that no caller that comes meanwhile is missed.
+            // Subscribe before the check, so that no signal during the check is missed.
             hurried.set(hurry.notified());
-            if !Box::pin(may_be_at_it(pool, table, progress.elapsed())).await {
-                // The operation may have ended while the server was asked.
+            if !Box::pin(may_be_running(pool, table, progress.elapsed())).await {
+                // The operation may have ended during the check.
                 done = Some(
                     operation
                         .as_mut()
@@ -181,13 +189,16 @@ pub(super) async fn patient<T>(
     }
 }
 
-/// Asks whether a backend may be working on an operation on `{table}` that sent its last statement `{waited}` seconds
-/// ago. Without `SET LOCAL ROLE NONE`, a role that was set would hide the work of the role that has logged in. The
-/// server counts from the statement's last message, and an earlier message may have waited for a lock, so half of
-/// `{waited}` is enough. A pool whose options were changed may have older backends of another role. PostgreSQL hides
-/// their state and type, but not their locks, which they keep until the commit has ended. A reader that has its lock,
-/// such as a dump, does not count, and neither does autovacuum, which has no user.
-const IS_AT_IT: &str = "BEGIN READ ONLY; SET LOCAL ROLE NONE; \
+/// Selects whether a backend may be working on an operation on `{table}` that sent its last
+/// statement `{waited}` seconds ago.
+///
+/// `SET LOCAL ROLE NONE` is needed because a role that was set would hide the work of the role that
+/// has logged in. The server counts from the last message of the statement, and an earlier message
+/// may have waited for a lock, so half of `{waited}` is enough. If the options of a pool were
+/// changed, it may have older backends of another role. PostgreSQL hides their state and type, but
+/// not their locks, which they hold until the end of the commit. A reader that has its lock, such
+/// as a dump, does not count. Neither does autovacuum, which has no user.
+const IS_RUNNING: &str = "BEGIN READ ONLY; SET LOCAL ROLE NONE; \
     SELECT EXISTS (SELECT FROM pg_stat_activity a \
         WHERE a.datname = current_database() AND a.pid <> pg_backend_pid() AND a.usesysid IS NOT NULL \
           AND coalesce(a.backend_type, 'client backend') = 'client backend' \
@@ -201,14 +212,14 @@ const IS_AT_IT: &str = "BEGIN READ ONLY; SET LOCAL ROLE NONE; \
           END)::text; \
     COMMIT";
 
-/// Whether the server may be working on the operation, which sent its last statement so long ago; true if the server
-/// cannot be asked.
-async fn may_be_at_it(pool: &PgPool, table: &str, waited: Duration) -> bool {
+/// Whether the server may be working on an operation that sent its last statement `waited` ago.
+/// True if the server cannot be reached.
+async fn may_be_running(pool: &PgPool, table: &str, waited: Duration) -> bool {
     const LONGEST: Duration = Duration::from_secs(5);
-    let asked = async {
+    let check = async {
         let mut connection = PgConnection::connect_with(&pool.connect_options()).await?;
         let waited = format!("{:.3}", waited.as_secs_f64().min(86_400.0));
-        let text = IS_AT_IT.replace("{table}", table).replace("{waited}", &waited);
+        let text = IS_RUNNING.replace("{table}", table).replace("{waited}", &waited);
         // A simple query is one message, which no pooler can split.
         let row = sqlx::raw_sql(sqlx::AssertSqlSafe(text))
             .fetch_one(&mut connection)
@@ -216,19 +227,20 @@ async fn may_be_at_it(pool: &PgPool, table: &str, waited: Duration) -> bool {
         connection.close().await?;
         sqlx::Row::try_get::<String, _>(&row, 0)
     };
-    match within(LONGEST, sound(asked)).await {
+    match within(LONGEST, catch_panic(check)).await {
         Ok(Ok(Ok(is_active))) => is_active != "false",
         _ => true,
     }
 }
 
-/// What comes of talking to a server. Over some messages that no server sends, sqlx 0.9 panics.
-pub(super) fn sound<T>(talk: impl Future<Output = T>) -> impl Future<Output = Result<T, Error>> {
+/// Turns a panic of the client into an error. sqlx 0.9 panics on some messages that no PostgreSQL
+/// server sends.
+pub(super) fn catch_panic<T>(talk: impl Future<Output = T>) -> impl Future<Output = Result<T, Error>> {
     const NONSENSE: Error = Error::new(
         ErrorKind::StoreUnavailable,
-        "what answered is no PostgreSQL server, or the connection was damaged",
+        "the peer is no PostgreSQL server, or its reply was damaged on the way",
     );
     AssertUnwindSafe(talk)
         .catch_unwind()
-        .map(|told| told.map_err(|_| NONSENSE))
+        .map(|done| done.map_err(|_| NONSENSE))
 }
