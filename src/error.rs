@@ -67,7 +67,7 @@ impl Error {
     /// cause.
     #[must_use]
     pub fn unavailable(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        Self::new(ErrorKind::StoreUnavailable, "the idempotency store did not respond").with_source(source)
+        Self::new(ErrorKind::StoreUnavailable, "the idempotency store did not reply").with_source(source)
     }
 
     /// Returns the class of the error.

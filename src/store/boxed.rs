@@ -14,10 +14,10 @@ use crate::protocol::{
     StorageKey,
 };
 
-/// Any [`Store`], behind one type: for programs that learn from their configuration where records live.
+/// Any [`Store`] behind one type, for programs whose configuration decides where records live.
 ///
-/// It adds no promise and takes none away: each operation is the same operation of the store inside, for one allocation more.
-/// What the store inside can tell without waiting ([`Store::claim_now`]) costs none.
+/// Each operation is the same operation of the inner store and keeps all of its promises. It costs
+/// one more allocation, except [`Store::claim_now`], which costs none.
 ///
 /// Clones share one store.
 ///
@@ -39,7 +39,7 @@ pub struct BoxStore {
 }
 
 impl BoxStore {
-    /// The given store, its type forgotten.
+    /// Wraps a store of any type.
     #[must_use]
     pub fn new<S: Store>(store: S) -> Self {
         Self {
@@ -48,7 +48,7 @@ impl BoxStore {
         }
     }
 
-    /// The store that a URL names, with the defaults of its type:
+    /// Connects to the store that a URL names, with the defaults of its type:
     ///
     /// | URL | store | feature |
     /// |---|---|---|
@@ -56,13 +56,14 @@ impl BoxStore {
     /// | `redis://..`, `rediss://..` | Redis or Valkey | `redis`, `redis-rustls` |
     /// | `postgres://..`, `postgresql://..` | PostgreSQL | `postgres` |
     ///
-    /// If PostgreSQL is behind a pooler in transaction mode, such as PgBouncer, add `transaction_pooler=true` to the
-    /// query of the URL.
+    /// If PostgreSQL is behind a pooler in transaction mode, such as PgBouncer, add
+    /// `transaction_pooler=true` to the query of the URL.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Configuration`] when the URL is none of these, or the feature that it needs is not enabled; else what the
-    /// store says on connecting. The URL is no part of an error that is made here: it may hold a password.
+    /// [`ErrorKind::Configuration`] if the URL has none of these schemes, or needs a feature that
+    /// is not enabled. Otherwise the error of the store's own `connect`. An error that this
+    /// function makes does not contain the URL, because the URL may hold a password.
     pub async fn from_url(url: &str) -> Result<Self, Error> {
         match scheme(url) {
             Some(Scheme::Memory) => Ok(Self::new(MemoryStore::new())),
@@ -79,7 +80,7 @@ impl BoxStore {
                 "a store in Redis needs the feature `redis` of tower-idempotency",
             )),
             None => Err(configuration(
-                "the URL of a store is `memory:`, `redis://..`, `rediss://..`, `postgres://..` or `postgresql://..`",
+                "the URL of the store has an unknown scheme; use `memory:`, `redis://..`, `rediss://..`, `postgres://..` or `postgresql://..`",
             )),
         }
     }
@@ -120,7 +121,7 @@ const fn configuration(what: &'static str) -> Error {
 
 type Reply<'a, T> = BoxFuture<'a, Result<T, Error>>;
 
-/// [`Store`], in the form that a trait object can have.
+/// The object-safe form of [`Store`].
 trait Erased: Send + Sync {
     /// The innermost store.
     fn as_any(&self) -> &dyn Any;

@@ -16,7 +16,7 @@ async fn memory_needs_no_feature_and_its_scheme_no_case() {
 }
 
 #[tokio::test]
-async fn what_is_not_understood_is_refused_with_what_is() {
+async fn a_url_with_an_unknown_scheme_is_refused_with_the_known_ones() {
     let urls = [
         "",
         "memory",
@@ -28,9 +28,9 @@ async fn what_is_not_understood_is_refused_with_what_is() {
         "://",
     ];
     for url in urls {
-        let said = refusal(url).await;
+        let message = refusal(url).await;
         for scheme in ["memory:", "redis://", "rediss://", "postgres://", "postgresql://"] {
-            assert!(said.contains(scheme), "{url}: {said}");
+            assert!(message.contains(scheme), "{url}: {message}");
         }
     }
 }
@@ -39,8 +39,8 @@ async fn what_is_not_understood_is_refused_with_what_is() {
 #[tokio::test]
 async fn redis_without_its_feature_names_the_feature() {
     for url in ["redis://localhost", "rediss://localhost", "Redis://localhost"] {
-        let said = refusal(url).await;
-        assert!(said.contains("feature `redis`"), "{said}");
+        let message = refusal(url).await;
+        assert!(message.contains("feature `redis`"), "{message}");
     }
 }
 
@@ -48,8 +48,8 @@ async fn redis_without_its_feature_names_the_feature() {
 #[tokio::test]
 async fn postgres_without_its_feature_names_the_feature() {
     for url in ["postgres://localhost/db", "postgresql://localhost/db"] {
-        let said = refusal(url).await;
-        assert!(said.contains("feature `postgres`"), "{said}");
+        let message = refusal(url).await;
+        assert!(message.contains("feature `postgres`"), "{message}");
     }
 }
 
@@ -74,7 +74,7 @@ fn the_innermost_store_is_found_at_any_depth() {
 }
 
 #[test]
-fn its_debug_form_names_the_store_inside() {
+fn debug_output_names_the_inner_store() {
     let shown = format!("{:?}", BoxStore::new(MemoryStore::new()));
     assert!(
         shown.starts_with("BoxStore(") && shown.contains("MemoryStore"),

@@ -13,15 +13,17 @@ use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::sharded::lock;
 
-/// The age from which no further operation joins a run. With the default timeouts, a check ends earlier by itself. An
-/// older run may wait for something that no longer happens, so the next operation begins another run.
+/// The age from which no further operation joins a run. With the default timeouts, a check ends
+/// earlier by itself. An older run may wait for an event that no longer happens, so the next
+/// operation begins another run.
 const LONGEST_RUN: Duration = Duration::from_secs(30);
 
-/// Remembers whether a server was checked after the last event that may have changed the server.
+/// The record that a server was checked after the last event that may have changed the server.
 ///
-/// Operations of one runtime that find the server unchecked share one run of the check, and its result. Each runtime
-/// has a run of its own, because timers and sockets belong to the runtime that made them. A run of a runtime that is
-/// blocked, or that nothing drives, would hang, and with it the operations of all other runtimes.
+/// Operations of one runtime that find the server unchecked share one run of the check, and its
+/// result. Each runtime has a run of its own, because timers and sockets belong to the runtime that
+/// made them. A run in a runtime that is blocked, or that nothing drives, would hang, and the
+/// operations of all other runtimes would hang with it.
 ///
 /// After a check that passed, an operation only loads two atomics.
 #[derive(Debug)]
@@ -36,7 +38,8 @@ pub(super) struct Checked {
 
 type Check = BoxFuture<'static, Result<(), Error>>;
 
-/// A run of the check. The waiting operations own its future, so the run ends when the last of them is dropped.
+/// A run of the check. The waiting operations own its future, so the run ends when the last of them
+/// is dropped.
 #[derive(Debug)]
 struct Running {
     epoch: u64,
@@ -48,7 +51,7 @@ struct Running {
 }
 
 impl Checked {
-    /// The state of a server that was not checked yet.
+    /// Returns the state of a server that was not checked yet.
     pub(super) const fn not_yet() -> Self {
         Self {
             epoch: AtomicU64::new(1),
@@ -57,7 +60,7 @@ impl Checked {
         }
     }
 
-    /// The current epoch, if its check has passed.
+    /// Returns the current epoch if its check has passed.
     pub(super) fn passed(&self) -> Option<u64> {
         let epoch = self.epoch();
         (self.passed.load(Ordering::Acquire) == epoch).then_some(epoch)
@@ -67,8 +70,8 @@ impl Checked {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Notes that the server may have changed since `epoch`. If several operations notice the same change, only the
-    /// first one has an effect.
+    /// Records that the server may have changed since `epoch`. If several operations notice the
+    /// same change, only the first call has an effect.
     #[cfg(feature = "redis")]
     pub(super) fn expire(&self, epoch: u64) {
         let next = epoch.saturating_add(1);
@@ -77,29 +80,32 @@ impl Checked {
             .compare_exchange(epoch, next, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Notes that the server may have changed just now.
+    /// Records that the server may have changed just now.
     #[cfg(feature = "redis")]
     pub(super) fn expire_now(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Notes that a check has passed in the current epoch.
+    /// Records that a check has passed in the current epoch.
     #[cfg(any(test, feature = "postgres"))]
     pub(super) fn pass(&self) {
         self.passed.fetch_max(self.epoch(), Ordering::AcqRel);
     }
 
-    /// Runs the check, or waits for the run of another operation; returns the epoch in which it passed.
+    /// Runs the check, or waits for the run of another operation. Returns the epoch in which the
+    /// check passed.
     ///
     /// # Errors
     ///
-    /// The check's error, which all operations that share this run get. An operation that comes later begins a new run.
+    /// The error of the check, which all operations that share this run get. A later operation
+    /// begins a new run.
     pub(super) async fn check(&self, check: impl Fn() -> Check) -> Result<u64, Error> {
-        /// The number of checks in a row after which an operation fails, if the server changes during each of them.
+        /// The number of checks in a row after which an operation fails if the server changes
+        /// during each of them.
         const MOST: usize = 4;
         const RESTLESS: Error = Error::new(
             ErrorKind::StoreUnavailable,
-            "the connection to the store was lost again and again while the server was checked",
+            "the connection to the store broke several times while the store checked the server; try again",
         );
         for _ in 0..MOST {
             if let Some(epoch) = self.passed() {
@@ -122,7 +128,7 @@ impl Checked {
         if let Some(joined) = own.and_then(|run| run.check.upgrade()) {
             return (epoch, joined);
         }
-        let begun = sound(check()).shared();
+        let begun = catch_panic(check()).shared();
         running.retain(|run| run.runtime != runtime);
         running.extend(begun.downgrade().map(|check| Running {
             epoch,
@@ -135,17 +141,18 @@ impl Checked {
 }
 
 impl Running {
-    /// Whether the run has no result yet, and may still get one. An operation keeps its handle until it is polled or
-    /// dropped, so the handles of a run may long outlive its result.
+    /// Returns true if the run has no result yet and may still get one. An operation keeps its
+    /// handle until it is polled or dropped, so the handles of a run may outlive its result for a
+    /// long time.
     fn is_joinable(&self) -> bool {
         let has_no_result = |check: Shared<Check>| check.peek().is_none();
         self.check.upgrade().is_some_and(has_no_result) && !self.open_until.left().is_zero()
     }
 }
 
-/// Returns the check with an error in place of a panic. Otherwise the panic would spread to every operation that shares
-/// the run.
-fn sound(check: Check) -> Check {
+/// Turns a panic of the check into an error. Otherwise the panic would spread to every operation
+/// that shares the run.
+fn catch_panic(check: Check) -> Check {
     const PANICKED: Error = Error::new(
         ErrorKind::StoreUnavailable,
         "the check of the server panicked; this is a bug of the store or its client library, please report it",
@@ -166,7 +173,7 @@ mod tests {
 
     use super::*;
 
-    /// A check that counts its runs and waits to be let through.
+    /// Returns a check that counts its runs and waits until its gate opens.
     fn counting(runs: &Arc<AtomicUsize>, gate: &Arc<Notify>, passes: bool) -> impl Fn() -> Check {
         let (runs, gate) = (Arc::clone(runs), Arc::clone(gate));
         move || {
@@ -238,7 +245,7 @@ mod tests {
         assert_eq!(runs.load(Ordering::SeqCst), 2);
     }
 
-    /// A check whose first run does `first`. All later runs pass.
+    /// Returns a check whose first run does `first`. All later runs pass.
     fn first(first: impl Fn() -> Check) -> impl Fn() -> Check {
         let runs = AtomicUsize::new(0);
         move || match runs.fetch_add(1, Ordering::SeqCst) {
@@ -262,7 +269,8 @@ mod tests {
                 .boxed()
             };
             let (check, checked) = (first(failing), Checked::not_yet());
-            // A blocked thread polls this operation no more, so the operation keeps its handle.
+            // A blocked thread does not poll this operation again, so the operation keeps its
+            // handle.
             let mut blocked = Box::pin(checked.check(&check));
             assert!(poll!(&mut blocked).is_pending());
             assert_eq!(checked.check(&check).await.unwrap_err().kind(), kind);

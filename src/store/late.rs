@@ -1,4 +1,5 @@
-//! What a store that was away is told when it is back, and nobody waits for.
+//! Deferred writes: the writes that this process still owes a store once the store is reachable
+//! again, after the caller has its response.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -19,25 +20,26 @@ use crate::protocol::{Claim, Completion, Decision, Outcome, Owner, Release, Snap
 use crate::telemetry::{self, Event};
 use crate::uncut::{Tracker, Word};
 
-/// The error while [so many claims](Tracker::has_many_lost_claims) got no reply that no more are sent.
+/// The error while [too many claims](Tracker::has_many_lost_claims) are waiting for a reply.
 pub(crate) const MANY_LOST_CLAIMS: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "too many claims got no reply from the idempotency store; no more are sent until it has answered",
+    "too many claims got no reply from the idempotency store, so no more are sent until it replies",
 );
 
-/// A claim that got no reply. The store may have granted it, or may still grant it. So the claims that follow have the
-/// same nonce: whichever of them the store grants, it is one grant.
+/// A claim that got no reply. The store may have granted it, or may still grant it. So later claims
+/// use the same nonce: whichever of them the store grants, it is one grant.
 ///
-/// When this is dropped, a task of its own releases the key if the store granted it to this claim.
+/// When this is dropped, a spawned task releases the key if the store granted it to this claim.
 pub(crate) struct LostClaim {
     claim: Claim,
-    /// `None` once the grant has an owner, or outside of a runtime.
+    /// `None` once the grant has an owner, or outside a runtime.
     release: Option<(Handle, BoxFuture<'static, ()>)>,
     tracker: Arc<Tracker>,
 }
 
 impl LostClaim {
-    /// `release` releases the key if the store granted it to `claim`; see [`release_late`].
+    /// Records a lost claim. `release` releases the key if the store granted it to `claim`; see
+    /// [`release_late`].
     pub(crate) fn new(
         claim: Claim,
         tracker: &Arc<Tracker>,
@@ -55,7 +57,7 @@ impl LostClaim {
         &self.claim
     }
 
-    /// A later claim with the same nonce was granted, so the key has an owner.
+    /// Records that a later claim with the same nonce was granted, so that the key has an owner.
     pub(crate) fn granted(mut self) {
         self.release = None;
     }
@@ -69,27 +71,27 @@ impl Drop for LostClaim {
     }
 }
 
-/// How an attempt ended.
+/// The end of an attempt.
 pub(crate) enum End {
-    /// With an outcome, which is kept for so long.
+    /// The attempt has an outcome, which is stored for this retention.
     Completed(Outcome, Duration),
     Released,
-    /// Without a result; the lease ends at once.
+    /// The attempt has no result. Its lease ends at once.
     #[cfg(feature = "postgres")]
     GivenUp,
 }
 
 impl End {
-    /// Makes the end of an attempt with this outcome. Holds an exact copy of the bytes, because the tracker counts them
-    /// while they wait for the store.
+    /// Makes the end of an attempt with this outcome. Holds an exact copy of the bytes, because the
+    /// tracker counts them while they wait for the store.
     pub(crate) fn completed(outcome: &Outcome, retention: Duration) -> Self {
         Self::Completed(outcome.to_exact(), retention)
     }
 
-    /// What it takes of memory.
+    /// Returns the size of the response in bytes.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Completed(Outcome::Stored(answer), _) => answer.head.len() + answer.body.len(),
+            Self::Completed(Outcome::Stored(response), _) => response.head.len() + response.body.len(),
             Self::Completed(Outcome::Rejected | Outcome::Tombstone, _) | Self::Released => 0,
             #[cfg(feature = "postgres")]
             Self::GivenUp => 0,
@@ -110,39 +112,43 @@ impl End {
     }
 }
 
-/// Records the end of an attempt, which would count as lost otherwise. Changes nothing after a takeover.
+/// Records the end of an attempt, which would otherwise count as lost. Changes nothing after a
+/// takeover.
 pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
-    let told = patience.persist(|| end.record(store, key, owner));
-    match told.await {
+    let recorded = patience.persist(|| end.record(store, key, owner));
+    match recorded.await {
         Ok(true) => telemetry::event(Event::RecordedBehind),
         Ok(false) => telemetry::event(Event::Superseded),
         Err(error) => telemetry::failure(Event::Unrecorded, &error),
     }
 }
 
-/// Ends an attempt after a transaction of unknown fate, as soon as the store can be asked. `end` is the end after a
-/// rollback. The operation waits for the lock that an open transaction holds on the record, and changes nothing after a
-/// commit. If the store does not answer in time, the lease ends the attempt.
+/// Ends an attempt after a transaction of unknown fate, as soon as the store can be reached. `end`
+/// is the end after a rollback. The operation waits for the lock that an open transaction holds on
+/// the record, and changes nothing after a commit. If the store does not reply in time, the lease
+/// ends the attempt.
 #[cfg(feature = "postgres")]
 pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
-    // While the transaction stays open, each question waits for its lock and holds a connection of the pool for that time.
+    // While the transaction is open, each query waits for its lock and occupies a connection of the
+    // pool, so back off.
     const LONGEST_PAUSE: Duration = Duration::from_secs(5);
     const LONGEST_PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
     let at_once = Duration::from_millis(250).min(patience.operation / 2);
     let mut pause = Duration::from_millis(100);
-    // Asks at least once.
+    // The loop runs at least once.
     let deadline = Deadline::after(patience.in_all.max(pause));
     while !deadline.left().is_zero() {
         sleep(pause.min(deadline.left())).await;
-        let asked = Stopwatch::start();
-        let answer = in_time(patience.operation, end.record(store, key, owner)).await;
-        // After a failure at once, asks again within a second, to notice the store's return before the lease ends.
-        let longest = match asked.elapsed() < at_once {
+        let started = Stopwatch::start();
+        let ended = in_time(patience.operation, end.record(store, key, owner)).await;
+        // After an immediate failure, try again within a second, to notice the store's return
+        // before the lease ends.
+        let longest = match started.elapsed() < at_once {
             true => LONGEST_PAUSE_AFTER_FAILURE,
             false => LONGEST_PAUSE,
         };
         pause = longest.min(pause * 2);
-        match answer {
+        match ended {
             Ok(_) => return telemetry::event(Event::DecidedBehind),
             Err(error) if Patience::repeats(&error) => {}
             Err(error) => return telemetry::failure(Event::Unrecorded, &error),
@@ -150,7 +156,8 @@ pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: 
     }
 }
 
-/// Ends a claim of unknown fate, on which nothing was built: it would hold the key for a lease, or make it count as lost.
+/// Releases a claim of unknown fate that no attempt uses. Otherwise it would hold the key for a
+/// lease, or make it count as lost.
 pub(crate) async fn release_late<St: Store>(store: &St, claim: &Claim, patience: Patience) {
     match patience.persist(|| release_if_granted(store, claim)).await {
         Ok(true) => telemetry::event(Event::ReleasedBehind),
@@ -166,9 +173,10 @@ async fn release_if_granted<St: Store>(store: &St, claim: &Claim) -> Result<bool
             ..
         }) => return Ok(false),
         Some(Snapshot { nonce, fence, .. }) if nonce == claim.nonce => Owner { nonce, fence },
-        // It is another's, of whose attempts none is to be used up.
+        // Another owner holds the record. A claim would use up one of its attempts.
         Some(_) => return Ok(false),
-        // It may be arriving now: then both are one grant. One that arrives after this is ended by its lease.
+        // Our claim may still be in flight; repeating it returns the same grant. If it arrives even
+        // later, its lease expires.
         None => match store.claim(claim).await? {
             Decision::Execute(grant) | Decision::Recover(grant) => grant.owner,
             _ => return Ok(false),

@@ -1,4 +1,4 @@
-//! How long a store is given, and how often it is asked again.
+//! Time limits and retries of store operations.
 
 use std::future::Future;
 use std::time::Duration;
@@ -14,10 +14,10 @@ use crate::telemetry::{self, Event};
 
 pub(crate) const LATE: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "the idempotency store did not answer in time",
+    "the idempotency store did not reply in time",
 );
 
-/// An operation of the store, given up as failed after `timeout`.
+/// Runs an operation of the store, which fails with [`LATE`] after `timeout`.
 pub(crate) fn in_time<T>(
     timeout: Duration,
     operation: impl Future<Output = Result<T, Error>>,
@@ -25,36 +25,37 @@ pub(crate) fn in_time<T>(
     within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
 }
 
-/// The time for the last look of a wait, so that the store can still answer after the time of the wait is up.
+/// The time for the last look of a wait, so that the store can still reply after the time of the
+/// wait is up.
 pub(crate) const LAST_LOOK: Duration = Duration::from_millis(500);
 
-/// Returns how long an operation of the store may take while a request waits for another one: the rest of the wait, but
-/// at least [`LAST_LOOK`], and at most `timeout`.
+/// Returns how long an operation of the store may take while a request waits for another one: the
+/// rest of the wait, but at least [`LAST_LOOK`], and at most `timeout`.
 pub(crate) fn limit_in_wait(timeout: Duration, deadline: Deadline) -> Duration {
     timeout.min(deadline.left().max(LAST_LOOK))
 }
 
-/// Claims a key; given up as failed after `timeout`, unless the store itself gives it up earlier.
+/// Claims a key. The claim fails after `timeout`, or earlier by the store's own limit.
 pub(crate) fn claim_in_time<'c, St: Store>(
     timeout: Duration,
     store: &'c St,
     claim: &'c Claim,
 ) -> impl Future<Output = Result<Decision, Error>> + Send + use<'c, St> {
-    let asked = store.claim(claim);
+    let claimed = store.claim(claim);
     match store.claim_limit() {
-        Some(limit) if limit <= timeout => Either::Left(asked),
-        _ => Either::Right(in_time(timeout, asked)),
+        Some(limit) if limit <= timeout => Either::Left(claimed),
+        _ => Either::Right(in_time(timeout, claimed)),
     }
 }
 
-/// How long a store is given for what must be recorded.
+/// The time limits of a write that must be recorded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
-    /// For one operation.
+    /// The limit of one operation.
     pub(crate) operation: Duration,
-    /// For all repetitions of it.
+    /// The limit of all tries together.
     pub(crate) in_all: Duration,
-    /// Between them, at most.
+    /// The longest pause between two tries.
     pause: Duration,
 }
 
@@ -67,21 +68,22 @@ impl Patience {
         }
     }
 
-    /// Whether an owner repeats an operation that failed with this error. A misconfigured store is worth a repetition,
-    /// because an operator may correct it in time. A demoted primary counts as misconfigured until its name resolves to
-    /// the new primary.
+    /// Whether an owner repeats an operation that failed with this error. A misconfigured store is
+    /// worth another try, because an operator may correct it in time. A demoted primary counts as
+    /// misconfigured until its name resolves to the new primary.
     pub(crate) fn repeats(error: &Error) -> bool {
         matches!(error.kind(), ErrorKind::Configuration | ErrorKind::StoreUnavailable)
     }
 
-    /// For what goes on when nobody waits for it any more: twelve times as long.
+    /// Returns the limits for a write that continues after its caller has left: twelve times as
+    /// long.
     pub(crate) const fn behind(mut self) -> Self {
         self.in_all = self.in_all.saturating_mul(12);
         self.pause = Duration::from_secs(5);
         self
     }
 
-    /// Does an operation, and repeats it while the store fails.
+    /// Runs an operation, and repeats it while the store fails.
     pub(crate) async fn persist<T, F>(self, operation: impl Fn() -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
