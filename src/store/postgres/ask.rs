@@ -371,7 +371,7 @@ pub(crate) const MIXED_UP: Error = Error::new(
 const CONFLICT: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "the transaction conflicts with another one that changes the same record, or the two form a deadlock; \
-     roll it back and run all of it again, best at READ COMMITTED",
+     roll it back and run all of it again, preferably at READ COMMITTED",
 );
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ const NOT_UNDERSTOOD: Error = Error::new(
 );
 const DAMAGED: Error = Error::new(
     ErrorKind::CorruptRecord,
-    "the table or its index is damaged on the server's disk; restore it from a backup",
+    "the table or its index is damaged on the server's disk; see the server's log, and run REINDEX if only the index is damaged",
 );
 
 /// Returns the error of an operation.

@@ -55,7 +55,7 @@ const VERSION: i16 = 1;
 
 const DAMAGED: Error = Error::new(
     ErrorKind::CorruptRecord,
-    "a stored record is damaged; inspect its row, and restore or delete it",
+    "a stored record is damaged; find out whether its request took effect before you delete the row",
 );
 const NEWER: Error = Error::new(
     ErrorKind::CorruptRecord,
