@@ -130,10 +130,11 @@
 
 pub mod client;
 mod clock;
+mod detach;
+mod engine;
 mod error;
 pub mod guide;
 mod http;
-mod job;
 #[cfg(feature = "postgres")]
 pub mod outbox;
 pub mod protocol;
@@ -144,14 +145,13 @@ pub mod store;
 mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
-mod uncut;
 
 pub use self::clock::{Clock, Timestamp};
+pub use self::engine::{Drain, OnError, OnLost, Recovered};
 pub use self::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 pub use self::http::{grpc_response, MarkStatus};
 pub use self::http::{BufferedBody, RebuildBody, Refusal, RefusalKind};
-pub use self::job::{Drain, OnError, OnLost, Recovered};
 pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};
 #[cfg(feature = "axum")]
 pub use self::server::LeaseRejection;

@@ -24,16 +24,16 @@ pub(crate) enum Event {
     LookRepeated,
     /// The result of a transaction was found out after its caller had been refused.
     #[cfg(feature = "postgres")]
-    DecidedBehind,
+    TransactionResolvedLate,
     /// The limit of executions whose callers left is reached, so a new one was refused.
     Overloaded,
     /// The end of an execution was recorded after its caller had got a response that says it is not
     /// recorded.
-    RecordedBehind,
+    OutcomeRecordedLate,
     /// The caller hung up, and its execution continued in the background.
     Rescued,
     /// A claim with an unknown result was released after its request had been refused.
-    ReleasedBehind,
+    ClaimReleasedLate,
     /// A message of an outbox could not be published. The relay tries again later.
     #[cfg(feature = "postgres")]
     MessageFailed,
@@ -89,9 +89,9 @@ impl Event {
             Self::CompletionRepeated => "completion-repeated",
             Self::LookRepeated => "look-repeated",
             #[cfg(feature = "postgres")]
-            Self::DecidedBehind => "transaction-resolved-late",
+            Self::TransactionResolvedLate => "transaction-resolved-late",
             Self::Overloaded => "overloaded",
-            Self::RecordedBehind => "outcome-recorded-late",
+            Self::OutcomeRecordedLate => "outcome-recorded-late",
             Self::Rescued => "rescued",
             #[cfg(feature = "postgres")]
             Self::MessageFailed => "message-failed",
@@ -99,7 +99,7 @@ impl Event {
             Self::MessageUnreadable => "message-unreadable",
             #[cfg(feature = "postgres")]
             Self::RelayFailed => "relay-failed",
-            Self::ReleasedBehind => "claim-released-late",
+            Self::ClaimReleasedLate => "claim-released-late",
             Self::RenewalFailed => "renewal-failed",
             Self::ErrorUnclassified => "error-unclassified",
             Self::HandlerFailed => "handler-failed",
@@ -131,7 +131,7 @@ impl Event {
             Self::CompletionRepeated => "a completion failed and is repeated",
             Self::LookRepeated => "a query of a record failed and is repeated",
             #[cfg(feature = "postgres")]
-            Self::DecidedBehind => "the result of a transaction was found out late",
+            Self::TransactionResolvedLate => "the result of a transaction was found out late",
             Self::ErrorUnclassified => {
                 "the handler's error is not of the type that `with_error_class` accepts, so it was not classified"
             }
@@ -143,8 +143,8 @@ impl Event {
             #[cfg(feature = "postgres")]
             Self::RelayFailed => "the messages of an outbox could not be taken, or their results could not be recorded",
             Self::Overloaded => "too many executions are running whose callers left, so a new one was refused",
-            Self::RecordedBehind => "the end of an execution was recorded late",
-            Self::ReleasedBehind => "a claim with an unknown result was released",
+            Self::OutcomeRecordedLate => "the end of an execution was recorded late",
+            Self::ClaimReleasedLate => "a claim with an unknown result was released",
             Self::RenewalFailed => "a lease could not be renewed",
             Self::Rescued => "the caller left, and its execution continues",
             Self::RecordUnreadable => "a record could not be read and the request was refused",

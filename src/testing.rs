@@ -4,7 +4,7 @@
 //! [`guide::testing`](crate::guide::testing) shows this, and the tests of a whole application.
 
 use crate::client::Attempt;
-use crate::job::Made;
+use crate::engine::Made;
 use crate::protocol::{Fence, IdempotencyKey, KeyParser};
 use crate::receiver;
 use crate::server::Lease;

@@ -106,7 +106,7 @@ mod retry;
 
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::{ReqwestFuture, ReqwestService};
-pub use crate::job::Attempt;
+pub use crate::engine::Attempt;
 pub use classes::ErrorClass;
 pub use keys::{
     IdempotencyKeyLayer, IdempotencyKeyService, InBody, InHeader, KeyDeriver, KeyFuture, KeyGenerator, KeyOrigin,

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::job::OnError;
+use crate::engine::OnError;
 use crate::telemetry::{self, Event};
 
 /// The effect of a handler's error on its message, as [`with_error_class`](super::ReceiverLayer::with_error_class) decides it.

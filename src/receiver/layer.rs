@@ -14,8 +14,8 @@ use super::id::{InvalidMessageId, MessageId};
 use super::kinds::Variants;
 use super::lease::MessageLease;
 use super::service::Receiver;
+use crate::engine::{Drain, EngineSettings, OnError, OnLost, Recovered};
 use crate::error::Error;
-use crate::job::{Drain, OnError, OnLost, Recovered, Terms};
 use crate::protocol::{IfLost, StorageKey};
 
 type IdFn<M> = Arc<dyn Fn(&M) -> MessageId + Send + Sync>;
@@ -54,7 +54,7 @@ pub struct ReceiverLayer<St, M> {
 
 pub(super) struct Settings<M> {
     pub(super) consumer: String,
-    pub(super) terms: Terms,
+    pub(super) engine: EngineSettings,
     pub(super) id: IdFn<M>,
     pub(super) kind: Option<TypeFn<M>>,
     pub(super) payload: Option<PayloadFn<M>>,
@@ -99,14 +99,14 @@ impl<St, M> ReceiverLayer<St, M> {
     /// Creates a layer that records in `store` which messages `consumer` has handled. Two consumers of one message both handle
     /// it. All processes of one consumer need the same name.
     pub fn new(store: St, consumer: impl Into<String>) -> Self {
-        let terms = Terms {
+        let engine = EngineSettings {
             retention: Duration::from_secs(7 * 24 * 60 * 60),
             wait: Duration::ZERO,
-            ..Terms::default()
+            ..EngineSettings::default()
         };
         let settings = Settings {
             consumer: consumer.into(),
-            terms,
+            engine,
             id: Arc::new(|_| MessageId::missing()),
             kind: None,
             payload: None,
@@ -296,7 +296,7 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Sets a name that separates these messages from others in the same store. Default: empty.
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
-        self.settings().terms.space.namespace = namespace.into();
+        self.settings().engine.space.namespace = namespace.into();
         self
     }
 
@@ -307,14 +307,14 @@ impl<St, M> ReceiverLayer<St, M> {
     ///
     /// [`Configuration`](crate::ErrorKind::Configuration) when it is shorter than 16 bytes.
     pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
-        self.settings().terms.space.set_secret(secret)?;
+        self.settings().engine.space.set_secret(secret)?;
         Ok(self)
     }
 
     /// Sets how long an attempt may go without a renewal before it counts as lost. At least 1 s. Default: 30 s. While the handler
     /// runs, the layer renews the lease after each third of this time. The handler may run for longer than the lease.
     pub fn with_lease(mut self, lease: Duration) -> Self {
-        self.settings().terms.set_lease(lease);
+        self.settings().engine.set_lease(lease);
         self
     }
 
@@ -322,7 +322,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// longer than the time in which a message can be delivered again: by the broker, also from its dead-letter queue, or
     /// by the producer's retries.
     pub fn with_retention(mut self, retention: Duration) -> Self {
-        self.settings().terms.retention = retention;
+        self.settings().engine.retention = retention;
         self
     }
 
@@ -330,7 +330,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// waits occupies the consumer, and the broker's timeout runs meanwhile. A delivery with
     /// [another payload](OnMismatch::Duplicate) does not wait.
     pub fn with_wait(mut self, wait: Duration) -> Self {
-        self.settings().terms.wait = wait;
+        self.settings().engine.wait = wait;
         self
     }
 
@@ -340,26 +340,26 @@ impl<St, M> ReceiverLayer<St, M> {
     /// the message over and were dropped before the handler began. So make a timeout around the consumer longer than the operations
     /// of your store take.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
-        self.settings().terms.max_attempts = attempts.max(1);
+        self.settings().engine.max_attempts = attempts.max(1);
         self
     }
 
     /// Sets how long the requests of a lost attempt may settle before the [check](Self::with_recovery). Default: not at all.
     pub fn with_settle_delay(mut self, delay: Duration) -> Self {
-        self.settings().terms.settling = delay;
+        self.settings().engine.settling = delay;
         self
     }
 
     /// Sets how long one operation of the store may take. Default: 5 s.
     pub fn with_store_timeout(mut self, timeout: Duration) -> Self {
-        self.settings().terms.store_timeout = timeout;
+        self.settings().engine.store_timeout = timeout;
         self
     }
 
     /// Sets how long the layer repeats the operation that records a handled message. Default: 10 s. If the delivery was dropped,
     /// the layer repeats that operation for twelve times as long, two minutes by default.
     pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
-        self.settings().terms.completion_timeout = timeout;
+        self.settings().engine.completion_timeout = timeout;
         self
     }
 
@@ -368,14 +368,14 @@ impl<St, M> ReceiverLayer<St, M> {
     /// message was handled already, and the broker delivers the message again. The layer does not stop a handler whose
     /// delivery was dropped, so without a limit a consumer with its own timeout could start any number of handlers.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.settings().terms.set_max_detached(executions);
+        self.settings().engine.set_max_detached(executions);
         self
     }
 
     /// Returns a drain that waits for handlers that continue after their deliveries were dropped. Before the process ends, stop
     /// taking messages, then wait. Otherwise the end of the runtime stops the handlers in the middle.
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.settings.terms.tracker)
+        Drain::new(&self.settings.engine.tracker)
     }
 
     /// Returns the name of a message's record in the store, for `Store::peek` and `Store::resolve`. `id` is the id exactly as
@@ -448,7 +448,7 @@ impl<M> Settings<M> {
     }
 
     pub(super) fn storage_key(&self, id: &MessageId) -> StorageKey {
-        self.terms.space.message_key(&self.consumer, id.parts())
+        self.engine.space.message_key(&self.consumer, id.parts())
     }
 }
 
@@ -473,7 +473,7 @@ impl<M> Clone for Settings<M> {
     fn clone(&self) -> Self {
         Self {
             consumer: self.consumer.clone(),
-            terms: self.terms.clone(),
+            engine: self.engine.clone(),
             id: Arc::clone(&self.id),
             kind: self.kind.clone(),
             payload: self.payload.clone(),
@@ -493,7 +493,7 @@ impl<M> fmt::Debug for Settings<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Settings")
             .field("consumer", &self.consumer)
-            .field("terms", &self.terms)
+            .field("engine", &self.engine)
             .field("if_lost", &self.if_lost)
             .field("error_classes", &self.error_classes)
             .field("on_error", &self.on_error)

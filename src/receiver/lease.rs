@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::job::Attempt;
+use crate::engine::Attempt;
 use crate::protocol::Fence;
 
 /// The attempt under which a message is handled; given to the message by [`pass_lease`](super::ReceiverLayer::pass_lease).
@@ -21,7 +21,7 @@ impl MessageLease {
 
     /// Returns a lease that a test made.
     #[cfg(feature = "testing")]
-    pub(crate) fn made(made: &crate::job::Made) -> Self {
+    pub(crate) fn made(made: &crate::engine::Made) -> Self {
         Self {
             attempt: made.attempt(),
             #[cfg(feature = "postgres")]
@@ -74,8 +74,8 @@ mod transaction {
     use sqlx::postgres::PgConnection;
 
     use super::MessageLease;
+    use crate::engine::Attempt;
     use crate::error::{Error, ErrorKind};
-    use crate::job::Attempt;
     use crate::protocol::{Completion, Outcome};
     use crate::store::{PostgresStore, Store};
 
@@ -94,9 +94,9 @@ mod transaction {
 
     #[cfg(feature = "testing")]
     impl Home {
-        pub(super) fn made(made: &crate::job::Made) -> Self {
+        pub(super) fn made(made: &crate::engine::Made) -> Self {
             Self {
-                store: made.store.clone().ok_or(crate::job::MADE_WITHOUT_STORE),
+                store: made.store.clone().ok_or(crate::engine::MADE_WITHOUT_STORE),
                 retention: Duration::ZERO,
             }
         }

@@ -17,12 +17,12 @@ use super::kinds::{difference, fingerprint, Difference, Variant};
 use super::layer::{OnMismatch, OnMissingId, Settings};
 use super::lease::MessageLease;
 use super::receipt::{name_of, Receipt, ReceiveError};
+use crate::detach::detach_on_drop;
+use crate::engine::{Attempt, Ended, Job, OnError, Recovered, Refused, Settled, Verdict, Work, NO_RUNTIME};
 use crate::error::ErrorKind;
-use crate::job::{Attempt, Ended, Job, OnError, Recovered, Refused, Settled, Verdict, Work, NO_RUNTIME};
 use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
-use crate::store::{in_time, Store};
+use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
-use crate::uncut::uncut;
 
 /// A service that handles each message once; made by [`ReceiverLayer`](super::ReceiverLayer).
 pub struct Receiver<S, St, M> {
@@ -121,7 +121,7 @@ struct Delivery<S, St, M> {
 }
 
 /// The result of a handler.
-enum Given<T, E> {
+enum Output<T, E> {
     /// The handler failed. Holds its error and the treatment of the key.
     Failed(E, OnError),
     Handled(T),
@@ -163,22 +163,22 @@ where
 
     /// Handles the message without a record.
     async fn unprotected(self) -> Received<S::Response, S::Error> {
-        if let Err(overloaded) = self.settings.terms.check_load() {
+        if let Err(overloaded) = self.settings.engine.check_load() {
             telemetry::event(Event::Overloaded);
             return Err(ReceiveError::Store(overloaded));
         }
-        let tracker = Arc::clone(&self.settings.terms.tracker);
+        let tracker = Arc::clone(&self.settings.engine.tracker);
         // Declared first so that it drops last, when the tracker knows of the rest.
         let _attended = tracker.attend();
         let on_error = self.settings.on_error;
         let handling = handled(self.service, self.message, self.settings);
-        let Some(handling) = uncut(handling, Some(Arc::clone(&tracker))) else {
+        let Some(handling) = detach_on_drop(handling, Some(Arc::clone(&tracker))) else {
             return Err(ReceiveError::Store(NO_RUNTIME));
         };
         match handling.await {
-            Given::Handled(output) => Ok(Receipt::First(output)),
-            Given::Failed(error, end) => Err(failed(error, end)),
-            Given::Known | Given::Panicked => Err(panicked(on_error)),
+            Output::Handled(output) => Ok(Receipt::First(output)),
+            Output::Failed(error, end) => Err(failed(error, end)),
+            Output::Known | Output::Panicked => Err(panicked(on_error)),
         }
     }
 
@@ -192,15 +192,15 @@ where
             key,
             fingerprint,
             if_lost: settings.if_lost,
-            terms: settings.terms.clone(),
+            settings: settings.engine.clone(),
         };
         let received = match job.settle(self).await {
             Settled::Ran { given, recorded } => match (given, recorded) {
-                (Given::Failed(error, end), _) => Err(failed(error, end)),
-                (Given::Panicked, _) => Err(panicked(settings.on_error)),
+                (Output::Failed(error, end), _) => Err(failed(error, end)),
+                (Output::Panicked, _) => Err(panicked(settings.on_error)),
                 (_, Err(error)) => Err(ReceiveError::Unrecorded(error)),
-                (Given::Handled(output), Ok(())) => Ok(Receipt::First(output)),
-                (Given::Known, Ok(())) => Ok(Receipt::Duplicate),
+                (Output::Handled(output), Ok(())) => Ok(Receipt::First(output)),
+                (Output::Known, Ok(())) => Ok(Receipt::Duplicate),
             },
             Settled::Replay(_) => Ok(Receipt::Duplicate),
             Settled::Refused(refused) => match refused {
@@ -214,7 +214,7 @@ where
                     Err(ReceiveError::Store(error))
                 }
                 Refused::Undecided => Ok(Receipt::InFlight {
-                    retry_after: settings.terms.lease,
+                    retry_after: settings.engine.lease,
                 }),
                 Refused::Unknown => Ok(Receipt::Unknown),
                 Refused::Unread(error) => Err(ReceiveError::Unrecorded(error)),
@@ -226,7 +226,7 @@ where
 
     fn lease(&self, attempt: &Attempt) -> MessageLease {
         #[cfg(feature = "postgres")]
-        return MessageLease::new(attempt.clone(), &self.store, self.settings.terms.retention);
+        return MessageLease::new(attempt.clone(), &self.store, self.settings.engine.retention);
         #[cfg(not(feature = "postgres"))]
         MessageLease::new(attempt.clone())
     }
@@ -241,9 +241,9 @@ where
     S::Error: Send + 'static,
     S::Future: Send,
 {
-    type Given = Given<S::Response, S::Error>;
+    type Output = Output<S::Response, S::Error>;
 
-    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Given>>> + Send {
+    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send {
         let check = self.settings.check.as_ref();
         // The engine catches a panic of the future, but not a panic of the function that makes the future.
         let asked = check.map(|check| {
@@ -254,7 +254,7 @@ where
             match asked {
                 Some(Ok(asked)) => match asked.await {
                     Recovered::Happened(()) => Recovered::Happened(Ended {
-                        given: Given::Known,
+                        given: Output::Known,
                         verdict: Verdict::Store(Outcome::Tombstone),
                     }),
                     Recovered::NotHappened => Recovered::NotHappened,
@@ -265,7 +265,7 @@ where
         }
     }
 
-    async fn run(mut self, attempt: Attempt) -> Ended<Self::Given> {
+    async fn run(mut self, attempt: Attempt) -> Ended<Self::Output> {
         let settings = Arc::clone(&self.settings);
         let passed = catch_unwind(AssertUnwindSafe(|| {
             if let Some(pass) = &settings.pass_lease {
@@ -275,12 +275,12 @@ where
         }));
         let given = match passed {
             Ok(()) => handled(self.service, self.message, Arc::clone(&settings)).await,
-            Err(_) => Given::Panicked,
+            Err(_) => Output::Panicked,
         };
         let verdict = match &given {
-            Given::Handled(_) | Given::Known => Verdict::Store(Outcome::Tombstone),
-            Given::Failed(_, end) => verdict_of(*end),
-            Given::Panicked => verdict_of(settings.on_error),
+            Output::Handled(_) | Output::Known => Verdict::Store(Outcome::Tombstone),
+            Output::Failed(_, end) => verdict_of(*end),
+            Output::Panicked => verdict_of(settings.on_error),
         };
         Ended { given, verdict }
     }
@@ -333,7 +333,7 @@ impl<M> Settings<M> {
 
     /// Returns the result of a message whose fingerprint is not the recorded one. Without a record there is no duplicate.
     async fn mismatched<T, E>(&self, store: &impl Store, key: &StorageKey, fingerprint: Fingerprint) -> Received<T, E> {
-        let snapshot = in_time(self.terms.store_timeout, store.peek(key)).await;
+        let snapshot = with_timeout(self.engine.store_timeout, store.peek(key)).await;
         let snapshot = snapshot.inspect_err(telemetry::store_failed);
         let Some(snapshot) = snapshot.map_err(ReceiveError::Store)? else {
             return Ok(Receipt::InFlight {
@@ -361,11 +361,11 @@ impl<M> Settings<M> {
         Ok(match snapshot.status {
             Status::Completed(_) => Receipt::Duplicate,
             Status::InFlight { left } => Receipt::InFlight {
-                retry_after: left.min(self.terms.lease),
+                retry_after: left.min(self.engine.lease),
             },
             // A delivery with the recorded payload takes the key over.
             Status::Lost if is_compared && self.if_lost != IfLost::Refuse => Receipt::InFlight {
-                retry_after: self.terms.lease,
+                retry_after: self.engine.lease,
             },
             Status::Lost | Status::Unknown => Receipt::Unknown,
         })
@@ -373,7 +373,7 @@ impl<M> Settings<M> {
 }
 
 /// Handles the message. A classifier that panics counts as a handler that panics.
-async fn handled<S, M>(mut service: S, message: M, settings: Arc<Settings<M>>) -> Given<S::Response, S::Error>
+async fn handled<S, M>(mut service: S, message: M, settings: Arc<Settings<M>>) -> Output<S::Response, S::Error>
 where
     S: Service<M, Error: 'static>,
 {
@@ -385,11 +385,11 @@ where
         })
     });
     match handling.catch_unwind().await {
-        Ok(Ok(output)) => Given::Handled(output),
-        Ok(Err((error, end))) => Given::Failed(error, end),
+        Ok(Ok(output)) => Output::Handled(output),
+        Ok(Err((error, end))) => Output::Failed(error, end),
         Err(_) => {
             telemetry::event(Event::HandlerFailed);
-            Given::Panicked
+            Output::Panicked
         }
     }
 }

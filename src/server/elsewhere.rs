@@ -8,15 +8,15 @@ use futures::future::{poll_fn, select};
 use http::{Request, Response};
 use tower_service::Service;
 
-use super::exchange::{Cargo, Claimed, Exchange};
-use super::flights::{Flight, Landing};
+use super::exchange::{Claimed, Exchange, Stage};
 use super::guard::Barred;
 use super::settings::Values;
+use super::singleflight::{InFlight, SharedResult};
 use crate::clock::{within, Deadline};
 use crate::error::ErrorKind;
 use crate::http::{RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status};
-use crate::store::{in_time, limit_in_wait, Store, LATE, MANY_LOST_CLAIMS};
+use crate::store::{limit_in_wait, with_timeout, Store, MANY_LOST_CLAIMS, TIMED_OUT};
 use crate::telemetry::{self, Event};
 
 /// The meaning of a record for a request that does not own it.
@@ -25,14 +25,14 @@ enum Seen {
     Free,
     /// Its owner works on it.
     InFlight,
-    Landed(Landing),
+    Landed(SharedResult),
 }
 
 /// The end of a wait for an owner elsewhere.
 enum Elsewhere {
     /// The key can be claimed.
     Free,
-    Landed(Landing),
+    Landed(SharedResult),
     /// The time is up, and the last look failed.
     Failed(Refusal),
     TimeUp,
@@ -49,14 +49,14 @@ impl<St: Store, S> Exchange<St, S> {
         let waiting = self.settings.waiting;
         // Count the waiter before the store makes a subscription for it. A request that may not wait only looks once,
         // so the limit does not apply.
-        let place = self.hold.wait(&waiting);
+        let place = self.key_guard.wait(&waiting);
         if place.is_none() && !waiting.time.is_zero() {
             return Some(Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))));
         }
         let elsewhere = self.outcome_elsewhere().await;
         drop(place);
         match elsewhere {
-            Elsewhere::Landed(landing) => Some(Ok(self.settle(landing))),
+            Elsewhere::Landed(shared_result) => Some(Ok(self.finish(shared_result))),
             Elsewhere::Failed(refusal) => Some(Ok(self.refuse(refusal))),
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
@@ -71,15 +71,15 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Returns the response for an owner whose key was taken over: the outcome that the key holds in the end.
-    pub(super) async fn stand_by<R: RebuildBody>(&mut self) -> Response<R> {
+    pub(super) async fn await_owner<R: RebuildBody>(&mut self) -> Response<R> {
         match self.outcome_elsewhere().await {
-            Elsewhere::Landed(Landing::Refused(refusal)) => {
+            Elsewhere::Landed(SharedResult::Refused(refusal)) => {
                 let refusal = self.after_run(refusal);
-                self.settle(Landing::Refused(refusal))
+                self.finish(SharedResult::Refused(refusal))
             }
             Elsewhere::Failed(refusal) => self.refuse(self.after_run(refusal)),
-            Elsewhere::Landed(landing) => self.settle(landing),
-            Elsewhere::Free => self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded))),
+            Elsewhere::Landed(shared_result) => self.finish(shared_result),
+            Elsewhere::Free => self.finish(SharedResult::Refused(self.later(RefusalKind::OutcomeUnrecorded))),
             Elsewhere::TimeUp => self.refuse(self.later(RefusalKind::Outstanding)),
         }
     }
@@ -95,15 +95,15 @@ impl<St: Store, S> Exchange<St, S> {
 
     async fn outcome_elsewhere(&mut self) -> Elsewhere {
         // The caller left during the claim or the run, and nobody gets the response. Those that joined look for themselves.
-        if self.hold.flight.is_detached() {
+        if self.key_guard.in_flight.is_detached() {
             return Elsewhere::TimeUp;
         }
         let deadline = self.wait().owner;
         let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
         let waiting = outcome_elsewhere(
-            &self.hold.shared.store,
+            &self.key_guard.shared.store,
             &self.settings,
-            &self.hold.flight,
+            &self.key_guard.in_flight,
             ours,
             deadline,
         );
@@ -114,7 +114,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// up, it may claim a free key once.
     fn may_claim_again(&mut self) -> bool {
         let is_time_up = self.wait().owner.left().is_zero();
-        let may = matches!(self.cargo, Cargo::Waiting(_)) && !(is_time_up && self.has_claimed_late);
+        let may = matches!(self.stage, Stage::Waiting(_)) && !(is_time_up && self.has_claimed_late);
         self.has_claimed_late |= is_time_up;
         may
     }
@@ -125,12 +125,12 @@ impl<St: Store, S> Exchange<St, S> {
         S: Service<Request<B>>,
     {
         let left = self.wait().owner.left();
-        let Cargo::Waiting(waiting) = &mut self.cargo else {
+        let Stage::Waiting(waiting) = &mut self.stage else {
             return None;
         };
         let ready = within(left, poll_fn(|cx| waiting.service.poll_ready(cx))).await.ok()?;
-        if let Cargo::Waiting(waiting) = std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            self.cargo = Cargo::Admitted(waiting);
+        if let Stage::Waiting(waiting) = std::mem::replace(&mut self.stage, Stage::Nothing) {
+            self.stage = Stage::Admitted(waiting);
         }
         Some(ready)
     }
@@ -138,31 +138,31 @@ impl<St: Store, S> Exchange<St, S> {
     /// Looks at the record instead of claiming the key, because no key may be claimed. Duplicates still get the outcome
     /// that the record holds.
     pub(super) async fn look(&mut self, barred: Barred) -> Claimed {
-        let flight = &self.hold.flight;
-        let peeked = self.hold.shared.store.peek(&flight.storage_key);
-        let seen = match in_time(self.settings.store_timeout, peeked).await {
+        let in_flight = &self.key_guard.in_flight;
+        let peeked = self.key_guard.shared.store.peek(&in_flight.storage_key);
+        let seen = match with_timeout(self.settings.store_timeout, peeked).await {
             Ok(snapshot) => {
                 let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
                 if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
                     // A task releases the key after the refusal.
                     Seen::Free
                 } else {
-                    self.settings.see(&flight.fingerprint, snapshot)
+                    self.settings.see(&in_flight.fingerprint, snapshot)
                 }
             }
             Err(error) if barred == Barred::LostClaims => return self.claim_failed(&error),
             Err(error) => {
                 telemetry::store_failed(&error);
-                Seen::Landed(Landing::Refused(self.settings.store_failed(&error)))
+                Seen::Landed(SharedResult::Refused(self.settings.store_failed(&error)))
             }
         };
         match (seen, barred) {
-            (Seen::Landed(landing), _) => Claimed::Settled(landing),
+            (Seen::Landed(shared_result), _) => Claimed::Settled(shared_result),
             (Seen::InFlight, _) => Claimed::Wait,
             (Seen::Free, Barred::LostClaims) => self.claim_failed(&MANY_LOST_CLAIMS),
             (Seen::Free, Barred::Detached) => {
                 telemetry::event(Event::Overloaded);
-                Claimed::Settled(Landing::Refused(self.later(RefusalKind::Overloaded)))
+                Claimed::Settled(SharedResult::Refused(self.later(RefusalKind::Overloaded)))
             }
         }
     }
@@ -173,7 +173,7 @@ impl<St: Store, S> Exchange<St, S> {
 async fn outcome_elsewhere<St: Store>(
     store: &St,
     settings: &Values,
-    flight: &Flight,
+    in_flight: &InFlight,
     ours: Option<Nonce>,
     deadline: Deadline,
 ) -> Elsewhere {
@@ -184,17 +184,17 @@ async fn outcome_elsewhere<St: Store>(
         let watch = if deadline.left().is_zero() {
             None
         } else {
-            in_time(timeout.min(deadline.left()), store.watch(&flight.storage_key))
+            with_timeout(timeout.min(deadline.left()), store.watch(&in_flight.storage_key))
                 .await
                 .ok()
         };
         let limit = limit_in_wait(timeout, deadline);
-        let look = flight.begin_look();
-        let looked = match within(limit, store.peek(&flight.storage_key)).await {
+        let look = in_flight.begin_look();
+        let looked = match within(limit, store.peek(&in_flight.storage_key)).await {
             Ok(looked) => looked,
             // The look was cut short because the wait is over, which says nothing about the store.
             Err(_) if limit < timeout => return Elsewhere::TimeUp,
-            Err(_) => Err(LATE),
+            Err(_) => Err(TIMED_OUT),
         };
         let snapshot = match looked {
             Ok(snapshot) => snapshot,
@@ -212,7 +212,7 @@ async fn outcome_elsewhere<St: Store>(
             }
             Err(error) => {
                 telemetry::store_failed(&error);
-                return Elsewhere::Landed(Landing::Refused(settings.store_failed(&error)));
+                return Elsewhere::Landed(SharedResult::Refused(settings.store_failed(&error)));
             }
         };
         may_fail = true;
@@ -221,22 +221,22 @@ async fn outcome_elsewhere<St: Store>(
         }
         let is_same = snapshot
             .as_ref()
-            .is_some_and(|seen| seen.fingerprint == flight.fingerprint);
-        match settings.see(&flight.fingerprint, snapshot) {
+            .is_some_and(|seen| seen.fingerprint == in_flight.fingerprint);
+        match settings.see(&in_flight.fingerprint, snapshot) {
             Seen::Free => return Elsewhere::Free,
-            Seen::Landed(landing) => {
+            Seen::Landed(shared_result) => {
                 if is_same {
-                    flight.confirm(look);
+                    in_flight.confirm(look);
                 }
-                return Elsewhere::Landed(landing);
+                return Elsewhere::Landed(shared_result);
             }
-            Seen::InFlight => flight.confirm(look),
+            Seen::InFlight => in_flight.confirm(look),
         }
         // Even a request that may not wait looks once, because the key may hold the response.
         if deadline.left().is_zero() {
             return Elsewhere::TimeUp;
         }
-        let (watched, asked) = (pin!(watched(watch)), pin!(flight.asked_to_look()));
+        let (watched, asked) = (pin!(watched(watch)), pin!(in_flight.asked_to_look()));
         drop(within(POLL.min(deadline.left()), select(watched, asked)).await);
     }
 }
@@ -258,16 +258,16 @@ impl Values {
             return Seen::Free;
         };
         if snapshot.fingerprint != *fingerprint {
-            return Seen::Landed(Landing::Refused(Refusal::new(RefusalKind::Mismatch)));
+            return Seen::Landed(SharedResult::Refused(Refusal::new(RefusalKind::Mismatch)));
         }
         Seen::Landed(match snapshot.status {
             Status::InFlight { .. } => return Seen::InFlight,
-            Status::Completed(Outcome::Stored(answer)) => Landing::Response { answer, kept: true },
+            Status::Completed(Outcome::Stored(answer)) => SharedResult::Response { answer, kept: true },
             Status::Completed(Outcome::Rejected | Outcome::Tombstone) => {
-                Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored))
+                SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored))
             }
             Status::Lost if self.if_lost != IfLost::Refuse => return Seen::Free,
-            Status::Lost | Status::Unknown => Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
+            Status::Lost | Status::Unknown => SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
         })
     }
 }

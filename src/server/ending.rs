@@ -7,18 +7,18 @@ use std::time::Duration;
 use http::{request, response, Response, StatusCode};
 use tokio::runtime::Handle;
 
-use super::exchange::{Cargo, Exchange, Read};
-use super::flights::Landing;
-use super::guard::Hold;
+use super::exchange::{Exchange, Read, Stage};
+use super::guard::KeyGuard;
 use super::marks::{is_not_for_store, retention_of, StreamResponse};
 use super::policy::{Judgement, Verdict};
 use super::settings::Values;
+use super::singleflight::SharedResult;
+use crate::detach::Deferred;
 use crate::error::Error;
 use crate::http::{grpc_result, reframe_stream, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Completion, IfLost, Outcome, Owner, Release, Renewal, StorageKey, StoredResponse};
-use crate::store::{end_late, End, Patience, Store};
+use crate::store::{record_end, End, Store, StoreRetry};
 use crate::telemetry::{self, Event};
-use crate::uncut::Word;
 
 /// The refusal after a failure that must not be repeated.
 const HELD: Refusal = Refusal::held(RefusalKind::HandlerFailed);
@@ -36,8 +36,8 @@ enum Recorded {
 impl<St: Store, S> Exchange<St, S> {
     /// Records the response in the cargo, and returns it.
     pub(super) async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Responded(Read { head, body, judgement }) = &self.cargo else {
-            return self.settle(Landing::Refused(HELD));
+        let Stage::Responded(Read { head, body, judgement }) = &self.stage else {
+            return self.finish(SharedResult::Refused(HELD));
         };
         let (judgement, status) = (*judgement, head.status);
         let answer = self.settings.response_headers.store(head, body);
@@ -46,7 +46,7 @@ impl<St: Store, S> Exchange<St, S> {
                 let outcome = Outcome::Stored(answer.clone());
                 let completion = self.complete(&outcome, judgement.retention).await;
                 if let Ok(Completion::Completed) = completion {
-                    self.hold.end_ownership();
+                    self.key_guard.end_ownership();
                     Recorded::Yes
                 } else {
                     match Box::pin(self.not_completed(completion)).await {
@@ -71,10 +71,10 @@ impl<St: Store, S> Exchange<St, S> {
             Verdict::Tombstone | Verdict::Unjudged => return Box::pin(self.broken(judgement, status)).await,
         };
         let kept = recorded == Recorded::Yes;
-        self.leave(Landing::Response { answer, kept });
+        self.release_slot(SharedResult::Response { answer, kept });
         self.finished("executed");
-        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Responded(read) => read.into_response(),
+        match std::mem::replace(&mut self.stage, Stage::Nothing) {
+            Stage::Responded(read) => read.into_response(),
             _ => self.refuse(HELD),
         }
     }
@@ -82,8 +82,8 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records the response of a lost attempt, and returns it as a replay. The response is stored regardless of its
     /// head, because the request took effect.
     pub(super) async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
-        let Cargo::Responded(Read { head, body, judgement }) = &mut self.cargo else {
-            return self.settle(Landing::Refused(HELD));
+        let Stage::Responded(Read { head, body, judgement }) = &mut self.stage else {
+            return self.finish(SharedResult::Refused(HELD));
         };
         let judgement = *judgement;
         self.settings.advise(head, judgement);
@@ -92,18 +92,18 @@ impl<St: Store, S> Exchange<St, S> {
         if let Err(response) = self.conclude(&outcome, judgement.retention).await {
             return response;
         }
-        let landing = match outcome {
-            Outcome::Stored(answer) => Landing::Response { answer, kept: true },
-            _ => Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
+        let shared_result = match outcome {
+            Outcome::Stored(answer) => SharedResult::Response { answer, kept: true },
+            _ => SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
         };
-        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
+        match std::mem::replace(&mut self.stage, Stage::Nothing) {
             // The store must not have this response, so this caller is the only one who gets it.
-            Cargo::Responded(read) if judgement.verdict == Verdict::Tombstone => {
-                self.leave(landing);
+            Stage::Responded(read) if judgement.verdict == Verdict::Tombstone => {
+                self.release_slot(shared_result);
                 self.finished("executed");
                 read.into_response()
             }
-            _ => self.settle(landing),
+            _ => self.finish(shared_result),
         }
     }
 
@@ -115,20 +115,20 @@ impl<St: Store, S> Exchange<St, S> {
         judgement: Judgement,
     ) -> Response<R> {
         let status = response.status();
-        let landing = match judgement.verdict {
+        let shared_result = match judgement.verdict {
             Verdict::Unjudged => return self.broken(judgement, status).await,
             Verdict::Store | Verdict::Tombstone => self.without_body(judgement, status).await,
             Verdict::Release => {
                 let released = self.without_outcome(Verdict::Release).await;
-                released.map(|()| Landing::Refused(self.later(RefusalKind::Outstanding)))
+                released.map(|()| SharedResult::Refused(self.later(RefusalKind::Outstanding)))
             }
             Verdict::GiveUp => {
                 let given_up = self.without_outcome(Verdict::GiveUp).await;
-                given_up.map(|()| Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown)))
+                given_up.map(|()| SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown)))
             }
         };
-        match landing {
-            Ok(landing) => self.leave(landing),
+        match shared_result {
+            Ok(shared_result) => self.release_slot(shared_result),
             Err(response) => return response,
         }
         self.finished("executed");
@@ -145,7 +145,7 @@ impl<St: Store, S> Exchange<St, S> {
             }
             Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => {
                 match self.without_body(judgement, status).await {
-                    Ok(landing) => self.leave(landing),
+                    Ok(shared_result) => self.release_slot(shared_result),
                     Err(response) => return response,
                 }
                 self.refuse(Refusal::new(RefusalKind::ResponseBroken))
@@ -159,10 +159,10 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::event(Event::HandlerFailed);
         match self.settings.keep.of_failure() {
             Verdict::Store => {
-                let (head, body, answer) = self.settings.failure_to_keep(self.head.as_deref());
+                let (head, body, answer) = self.settings.failure_to_store(self.head.as_deref());
                 let retention = self.settings.retention;
-                match self.keep_failure(answer, retention).await {
-                    Ok(landing) => self.leave(landing),
+                match self.store_failure(answer, retention).await {
+                    Ok(shared_result) => self.release_slot(shared_result),
                     Err(response) => return response,
                 }
                 self.finished(HELD.code());
@@ -178,7 +178,7 @@ impl<St: Store, S> Exchange<St, S> {
         if let Err(response) = self.without_outcome(Verdict::Release).await {
             return response;
         }
-        self.settle(Landing::Refused(self.later(RefusalKind::NotRun)))
+        self.finish(SharedResult::Refused(self.later(RefusalKind::NotRun)))
     }
 
     /// Ends an execution with a failure that is not stored.
@@ -186,7 +186,7 @@ impl<St: Store, S> Exchange<St, S> {
         if let Err(response) = self.without_outcome(verdict).await {
             return response;
         }
-        self.settle(Landing::Refused(match verdict {
+        self.finish(SharedResult::Refused(match verdict {
             Verdict::Release => Refusal::new(RefusalKind::HandlerFailed),
             _ => HELD,
         }))
@@ -209,27 +209,27 @@ impl<St: Store, S> Exchange<St, S> {
         &mut self,
         judgement: Judgement,
         status: StatusCode,
-    ) -> Result<Landing, Response<R>> {
+    ) -> Result<SharedResult, Response<R>> {
         telemetry::tombstone(judgement.verdict == Verdict::Tombstone);
         // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response was no success, store
         // a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {
-            let (_, _, answer) = self.settings.failure_to_keep(self.head.as_deref());
-            return self.keep_failure(answer, judgement.retention).await;
+            let (_, _, answer) = self.settings.failure_to_store(self.head.as_deref());
+            return self.store_failure(answer, judgement.retention).await;
         }
         self.conclude(&Outcome::Tombstone, judgement.retention).await?;
-        Ok(Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored)))
+        Ok(SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored)))
     }
 
     /// Records a failure. Returns the result for the duplicates.
-    async fn keep_failure<R: RebuildBody>(
+    async fn store_failure<R: RebuildBody>(
         &mut self,
         answer: StoredResponse,
         retention: Duration,
-    ) -> Result<Landing, Response<R>> {
+    ) -> Result<SharedResult, Response<R>> {
         let recorded = self.conclude(&Outcome::Stored(answer.clone()), retention).await?;
         let kept = recorded == Recorded::Yes;
-        Ok(Landing::Response { answer, kept })
+        Ok(SharedResult::Response { answer, kept })
     }
 
     async fn conclude<R: RebuildBody>(&mut self, outcome: &Outcome, retention: Duration) -> Concluded<R> {
@@ -241,12 +241,12 @@ impl<St: Store, S> Exchange<St, S> {
     async fn not_completed<R: RebuildBody>(&mut self, completion: Result<Completion, Error>) -> Concluded<R> {
         match completion {
             Ok(Completion::Completed) => {
-                self.hold.end_ownership();
+                self.key_guard.end_ownership();
                 Ok(Recorded::Yes)
             }
             Ok(Completion::Superseded(_)) => Err(self.superseded().await),
             Err(error) => match self.unrecorded(&error) {
-                Some(refusal) => Err(self.settle(Landing::Refused(refusal))),
+                Some(refusal) => Err(self.finish(SharedResult::Refused(refusal))),
                 None => Ok(Recorded::No),
             },
         }
@@ -257,10 +257,10 @@ impl<St: Store, S> Exchange<St, S> {
     pub(super) async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
         self.is_superseded = true;
-        self.hold.end_ownership();
-        self.hold.flight.set_superseded();
-        self.hold.flight.set_guarded(false);
-        let mut response = self.stand_by().await;
+        self.key_guard.end_ownership();
+        self.key_guard.in_flight.set_superseded();
+        self.key_guard.in_flight.set_guarded(false);
+        let mut response = self.await_owner().await;
         if let Some(refusal) = response.extensions_mut().get_mut::<Refusal>() {
             *refusal = refusal.clone().after_run();
         }
@@ -272,7 +272,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// of a webhook gets a refusal, too, because a delivery without a record must not be acknowledged.
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
-        self.hold.end_ownership();
+        self.key_guard.end_ownership();
         match self.settings.if_lost {
             IfLost::Refuse if !self.settings.acknowledges => None,
             _ => Some(self.later(RefusalKind::OutcomeUnrecorded)),
@@ -281,28 +281,26 @@ impl<St: Store, S> Exchange<St, S> {
 
     async fn complete(&mut self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
         let completion = match self.owned() {
-            Some((store, key, owner)) => {
-                persist(&self.settings, || store.complete(key, owner, outcome, retention)).await
-            }
+            Some((store, key, owner)) => retry(&self.settings, || store.complete(key, owner, outcome, retention)).await,
             None => Ok(Completion::Superseded(None)),
         };
         if let Err(error) = &completion {
-            self.end_behind(error, End::completed(outcome, retention));
+            self.record_later(error, End::completed(outcome, retention));
         }
         completion
     }
 
     /// Ends the attempt without an outcome.
     async fn release(&mut self) -> Release {
-        self.hold.flight.set_released();
+        self.key_guard.in_flight.set_released();
         let released = match self.owned() {
-            Some((store, key, owner)) => persist(&self.settings, || store.release(key, owner)).await,
+            Some((store, key, owner)) => retry(&self.settings, || store.release(key, owner)).await,
             None => Ok(Release::Superseded),
         };
         if let Err(error) = &released {
-            self.end_behind(error, End::Released);
+            self.record_later(error, End::Released);
         }
-        self.hold.end_ownership();
+        self.key_guard.end_ownership();
         released.unwrap_or_else(|error| {
             telemetry::failure(Event::Unrecorded, &error);
             Release::Released
@@ -311,12 +309,12 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends the lease at once, and keeps the evidence of the attempt.
     pub(super) async fn give_up(&mut self) -> Renewal {
-        self.hold.flight.set_given_up();
+        self.key_guard.in_flight.set_given_up();
         let given_up = match self.owned() {
-            Some((store, key, owner)) => persist(&self.settings, || store.renew(key, owner, Duration::ZERO)).await,
+            Some((store, key, owner)) => retry(&self.settings, || store.renew(key, owner, Duration::ZERO)).await,
             None => Ok(Renewal::Superseded),
         };
-        self.hold.end_ownership();
+        self.key_guard.end_ownership();
         given_up.unwrap_or_else(|error| {
             // The attempt ends a little later with its lease.
             telemetry::failure(Event::Unrecorded, &error);
@@ -326,22 +324,26 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Continues to report the end of the attempt to a store that does not answer, in a task for which the caller does
     /// not wait.
-    fn end_behind(&self, error: &Error, end: End) {
+    fn record_later(&self, error: &Error, end: End) {
         let (Some((_, key, owner)), Ok(runtime)) = (self.owned(), Handle::try_current()) else {
             return;
         };
-        if Patience::repeats(error) {
-            let (key, shared, patience) = (*key, Arc::clone(&self.hold.shared), self.settings.patience().behind());
+        if StoreRetry::repeats(error) {
+            let (key, shared, store_retry) = (
+                *key,
+                Arc::clone(&self.key_guard.shared),
+                self.settings.store_retry().deferred(),
+            );
             let tracker = Arc::clone(&shared.tracker);
-            tracker.spawn_behind(&runtime, Word::End(end.bytes()), async move {
-                end_late(&shared.store, &key, owner, &end, patience).await;
+            tracker.spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
+                record_end(&shared.store, &key, owner, &end, store_retry).await;
             });
         }
     }
 
     fn owned(&self) -> Option<(&St, &StorageKey, Owner)> {
-        let Hold { shared, flight, .. } = &self.hold;
-        Some((&shared.store, &flight.storage_key, self.hold.owner()?))
+        let KeyGuard { shared, in_flight, .. } = &self.key_guard;
+        Some((&shared.store, &in_flight.storage_key, self.key_guard.owner()?))
     }
 }
 
@@ -383,20 +385,20 @@ impl Values {
         match self.happened(head).verdict {
             // A layer for webhooks acknowledges a duplicate of a tombstone.
             Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
-                Outcome::Stored(self.failure_to_keep(asked).2)
+                Outcome::Stored(self.failure_to_store(asked).2)
             }
             Verdict::Tombstone => Outcome::Tombstone,
             _ => Outcome::Stored(self.response_headers.store(head, body)),
         }
     }
 
-    pub(super) const fn patience(&self) -> Patience {
-        Patience::new(self.store_timeout, self.completion_timeout)
+    pub(super) const fn store_retry(&self) -> StoreRetry {
+        StoreRetry::new(self.store_timeout, self.completion_timeout)
     }
 
     /// Returns the response of a handler that failed, and the form in which it is stored, for settings that store
     /// failures.
-    pub(super) fn failure_to_keep(
+    pub(super) fn failure_to_store(
         &self,
         head: Option<&request::Parts>,
     ) -> (response::Parts, Collected, StoredResponse) {
@@ -409,9 +411,9 @@ impl Values {
 
 /// Runs an operation, and repeats it while the store fails, for as long as the settings allow. The lease is renewed
 /// meanwhile.
-pub(super) fn persist<T, F>(settings: &Values, operation: impl Fn() -> F) -> impl Future<Output = Result<T, Error>>
+pub(super) fn retry<T, F>(settings: &Values, operation: impl Fn() -> F) -> impl Future<Output = Result<T, Error>>
 where
     F: Future<Output = Result<T, Error>>,
 {
-    settings.patience().persist(operation)
+    settings.store_retry().retry(operation)
 }

@@ -10,16 +10,16 @@ use http::{response, Request, Response, StatusCode};
 use tower_service::Service;
 use tracing::Span;
 
-use super::flights::{Follower, Joined, Landing, Undecided};
-use super::guard::{Barred, Hold};
+use super::guard::{Barred, KeyGuard};
 use super::policy::Judgement;
 use super::policy::Statuses;
 use super::settings::Values;
+use super::singleflight::{Follower, Joined, SharedResult, Undecided};
 use crate::clock::{Deadline, Stopwatch};
 use crate::error::{Error, ErrorKind};
 use crate::http::{complete_grpc, reframe, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey, StoredResponse};
-use crate::store::{claim_in_time, limit_in_wait, release_late, LostClaim, Store, LAST_LOOK};
+use crate::store::{claim_with_timeout, limit_in_wait, release_lost_claim, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, from when its body was read.
@@ -28,7 +28,7 @@ use crate::telemetry::{self, Event, Times};
 /// future of every step that it goes through. Steps that not every exchange takes are boxed for the same reason, and so is the
 /// claim, whose size is the store's: allocators have short ways for less than a kilobyte.
 pub(super) struct Exchange<St: Store, S> {
-    pub(super) hold: Hold<St>,
+    pub(super) key_guard: KeyGuard<St>,
     pub(super) settings: Arc<Values>,
     /// Its span, where somebody listens.
     pub(super) span: Option<Box<Span>>,
@@ -43,14 +43,14 @@ pub(super) struct Exchange<St: Store, S> {
     pub(super) lost_claim: Option<Box<LostClaim>>,
     /// The encodings of gRPC messages that the caller reads.
     accepted: Accepted,
-    pub(super) cargo: Cargo<S>,
+    pub(super) stage: Stage<S>,
     /// A copy of the request's head, for an application that renders refusals.
     pub(super) head: Option<Box<Parts>>,
 }
 
 /// What an exchange carries at the moment.
 #[expect(clippy::large_enum_variant, reason = "the large variant is the common one")]
-pub(super) enum Cargo<S> {
+pub(super) enum Stage<S> {
     /// The request and the service that is ready for it, until the handler gets them or this request becomes a waiter.
     Admitted(Box<Admitted<S>>),
     /// The request of a waiter that may claim the key again, with a service that is not ready.
@@ -88,7 +88,7 @@ pub(super) struct Read {
 pub(super) enum Claimed {
     Recover(Grant),
     Run(Grant),
-    Settled(Landing),
+    Settled(SharedResult),
     /// The wait of this request was over before the store replied.
     TimeUp,
     Unprotected,
@@ -97,16 +97,16 @@ pub(super) enum Claimed {
 
 impl<St: Store, S> Exchange<St, S> {
     pub(super) const fn new(
-        hold: Hold<St>,
+        key_guard: KeyGuard<St>,
         settings: Arc<Values>,
         span: Option<Box<Span>>,
         times: Times,
-        cargo: Cargo<S>,
+        stage: Stage<S>,
         head: Option<Box<Parts>>,
         accepted: Accepted,
     ) -> Self {
         Self {
-            hold,
+            key_guard,
             settings,
             span,
             times,
@@ -115,7 +115,7 @@ impl<St: Store, S> Exchange<St, S> {
             is_superseded: false,
             lost_claim: None,
             accepted,
-            cargo,
+            stage,
             head,
         }
     }
@@ -131,7 +131,7 @@ impl<St: Store, S> Exchange<St, S> {
         R::Error: Send,
     {
         loop {
-            match self.hold.join(&self.settings.waiting) {
+            match self.key_guard.join(&self.settings.waiting) {
                 Joined::Full => return Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))),
                 Joined::Mismatch => return Ok(self.refuse(Refusal::new(RefusalKind::Mismatch))),
                 Joined::Undecided(undecided) => match self.is_mismatch(undecided).await {
@@ -140,8 +140,8 @@ impl<St: Store, S> Exchange<St, S> {
                     None => return Ok(self.refuse(self.later(RefusalKind::Outstanding))),
                 },
                 Joined::Follow(follower) => match self.follow(follower).await {
-                    Landing::Handover => {}
-                    landing => return Ok(self.land(&landing)),
+                    SharedResult::Handover => {}
+                    shared_result => return Ok(self.respond(&shared_result)),
                 },
                 Joined::Lead => return self.lead().await,
             }
@@ -151,25 +151,25 @@ impl<St: Store, S> Exchange<St, S> {
     /// Waits for another request of this process. Once the other request owns the key, this request never runs the
     /// handler, so it drops its request and service. Until then, it may have to take the place of the other request, so
     /// it only gives back the capacity that the service has reserved.
-    async fn follow(&mut self, follower: Follower) -> Landing
+    async fn follow(&mut self, follower: Follower) -> SharedResult
     where
         S: Clone,
     {
         let deadline = self.wait().owner;
         if follower.has_owner() {
-            self.cargo = Cargo::Nothing;
+            self.stage = Stage::Nothing;
         } else {
             self.give_readiness_back();
         }
-        let cargo = &mut self.cargo;
-        let landing = async {
+        let stage = &mut self.stage;
+        let shared_result = async {
             if follower.owned(deadline).await {
-                *cargo = Cargo::Nothing;
+                *stage = Stage::Nothing;
             }
-            follower.landing(deadline).await
+            follower.shared_result(deadline).await
         };
-        let landing = self.times.waiting(landing).await;
-        landing.unwrap_or_else(|| Landing::Refused(self.later(RefusalKind::Outstanding)))
+        let shared_result = self.times.waiting(shared_result).await;
+        shared_result.unwrap_or_else(|| SharedResult::Refused(self.later(RefusalKind::Outstanding)))
     }
 
     /// Waits for the decision whether the key belongs to another request; `None` if the time is up first. Before the wait it gives back
@@ -195,27 +195,27 @@ impl<St: Store, S> Exchange<St, S> {
         R::Error: Send,
     {
         loop {
-            if matches!(self.cargo, Cargo::Admitted(_)) {
+            if matches!(self.stage, Stage::Admitted(_)) {
                 let asked = Stopwatch::start();
                 match self.claim().await {
                     Claimed::Run(grant) => {
-                        self.own(grant, asked);
+                        self.acquire(grant, asked);
                         return Box::pin(self.execute(grant)).await;
                     }
                     Claimed::Recover(grant) => {
-                        self.own(grant, asked);
+                        self.acquire(grant, asked);
                         return Box::pin(self.recover_and_execute(grant)).await;
                     }
-                    Claimed::Settled(landing) => return Ok(self.settle(landing)),
+                    Claimed::Settled(shared_result) => return Ok(self.finish(shared_result)),
                     // Requests that joined later still have time, and claim the key themselves.
                     Claimed::TimeUp => return Ok(self.refuse(self.later(RefusalKind::Outstanding))),
                     Claimed::Unprotected => {
-                        self.leave(Landing::Handover);
+                        self.release_slot(SharedResult::Handover);
                         return self.run_unprotected().await;
                     }
                     Claimed::Wait => {
                         self.give_readiness_back();
-                        self.hold.flight.set_guarded(false);
+                        self.key_guard.in_flight.set_guarded(false);
                     }
                 }
             }
@@ -230,32 +230,33 @@ impl<St: Store, S> Exchange<St, S> {
     where
         S: Clone,
     {
-        self.cargo = match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Admitted(mut admitted) => {
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Nothing) {
+            Stage::Admitted(mut admitted) => {
                 admitted.service = admitted.service.clone();
-                Cargo::Waiting(admitted)
+                Stage::Waiting(admitted)
             }
             // It has given it back before, when it followed another request.
-            cargo => cargo,
+            stage => stage,
         };
     }
 
     /// Claims the key. A claim that failed is repeated once, with the same nonce.
     async fn claim(&mut self) -> Claimed {
-        let barred = self.hold.shared.barred(&self.settings);
+        let barred = self.key_guard.shared.barred(&self.settings);
         // The repetition of a lost claim adds no further lost claim.
         if let Some(barred) = barred.filter(|barred| *barred == Barred::Detached || self.lost_claim.is_none()) {
             return Box::pin(self.look(barred)).await;
         }
         let claim = match &self.lost_claim {
             Some(lost) => lost.claim().clone(),
-            None => self
-                .settings
-                .claim(self.hold.flight.storage_key, self.hold.flight.fingerprint),
+            None => self.settings.claim(
+                self.key_guard.in_flight.storage_key,
+                self.key_guard.in_flight.fingerprint,
+            ),
         };
         // From here on the exchange continues if its caller leaves, because the store may have received the claim.
-        self.hold.flight.set_guarded(true);
-        let asked = claim_in_time(self.limit(), &self.hold.shared.store, &claim);
+        self.key_guard.in_flight.set_guarded(true);
+        let asked = claim_with_timeout(self.limit(), &self.key_guard.shared.store, &claim);
         match Box::pin(asked).await {
             Ok(decision) => self.decided(decision),
             Err(error) => Box::pin(self.claim_again(claim, error)).await,
@@ -284,7 +285,7 @@ impl<St: Store, S> Exchange<St, S> {
         if self.is_wait_over() {
             return Claimed::TimeUp;
         }
-        match claim_in_time(self.limit(), &self.hold.shared.store, &claim).await {
+        match claim_with_timeout(self.limit(), &self.key_guard.shared.store, &claim).await {
             Ok(decision) => self.decided(decision),
             Err(error) if error.kind() == ErrorKind::StoreUnavailable && self.is_wait_over() => Claimed::TimeUp,
             Err(error) => {
@@ -297,11 +298,11 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Keeps a claim that got no reply, until this exchange ends or owns the key.
     fn lost(&self, claim: Claim) -> Box<LostClaim> {
-        let shared = Arc::clone(&self.hold.shared);
-        let (tracker, patience) = (Arc::clone(&shared.tracker), self.settings.patience().behind());
+        let shared = Arc::clone(&self.key_guard.shared);
+        let (tracker, store_retry) = (Arc::clone(&shared.tracker), self.settings.store_retry().deferred());
         let release = {
             let claim = claim.clone();
-            async move { release_late(&shared.store, &claim, patience).await }
+            async move { release_lost_claim(&shared.store, &claim, store_retry).await }
         };
         Box::new(LostClaim::new(claim, &tracker, release))
     }
@@ -310,7 +311,7 @@ impl<St: Store, S> Exchange<St, S> {
         let granted = match decision {
             Decision::Execute(grant) => Claimed::Run(grant),
             Decision::Recover(grant) => Claimed::Recover(grant),
-            decision => return Landing::of(decision).map_or(Claimed::Wait, Claimed::Settled),
+            decision => return SharedResult::of(decision).map_or(Claimed::Wait, Claimed::Settled),
         };
         if let Some(lost) = self.lost_claim.take() {
             lost.granted();
@@ -327,7 +328,7 @@ impl<St: Store, S> Exchange<St, S> {
         if self.settings.run_unprotected && error.kind() == ErrorKind::StoreUnavailable {
             return Claimed::Unprotected;
         }
-        Claimed::Settled(Landing::Refused(self.settings.store_failed(error)))
+        Claimed::Settled(SharedResult::Refused(self.settings.store_failed(error)))
     }
 
     async fn run_unprotected<B, R>(&mut self) -> Result<Response<R>, S::Error>
@@ -336,20 +337,20 @@ impl<St: Store, S> Exchange<St, S> {
         B: RebuildBody,
         R: RebuildBody,
     {
-        let Some(admitted) = self.unload() else {
+        let Some(admitted) = self.take_request() else {
             return Ok(self.refuse(self.later(RefusalKind::StoreUnavailable)));
         };
         telemetry::event(Event::Unprotected);
         self.finished("unprotected");
-        self.hold.flight.set_guarded(false);
+        self.key_guard.in_flight.set_guarded(false);
         let (mut service, request) = admitted.request();
         service.call(request).await
     }
 
     /// The request and its service, which are then gone.
-    pub(super) fn unload(&mut self) -> Option<Box<Admitted<S>>> {
-        match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Admitted(admitted) => Some(admitted),
+    pub(super) fn take_request(&mut self) -> Option<Box<Admitted<S>>> {
+        match std::mem::replace(&mut self.stage, Stage::Nothing) {
+            Stage::Admitted(admitted) => Some(admitted),
             _ => None,
         }
     }
@@ -366,21 +367,21 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Tells those who wait what it came to, and answers.
-    pub(super) fn settle<R: RebuildBody>(&mut self, landing: Landing) -> Response<R> {
-        let response = self.land(&landing);
-        self.leave(landing);
+    pub(super) fn finish<R: RebuildBody>(&mut self, shared_result: SharedResult) -> Response<R> {
+        let response = self.respond(&shared_result);
+        self.release_slot(shared_result);
         response
     }
 
     /// Tells those who wait what it came to.
-    pub(super) fn leave(&mut self, landing: Landing) {
-        self.hold.leave(landing);
+    pub(super) fn release_slot(&mut self, shared_result: SharedResult) {
+        self.key_guard.release_slot(shared_result);
     }
 
     /// The response to what this request, or the one it waited for, came to.
-    fn land<R: RebuildBody>(&self, landing: &Landing) -> Response<R> {
+    fn respond<R: RebuildBody>(&self, shared_result: &SharedResult) -> Response<R> {
         let (span, head) = (self.span.as_deref(), self.head.as_deref());
-        self.settings.land(span, head, landing, &self.accepted)
+        self.settings.respond(span, head, shared_result, &self.accepted)
     }
 
     pub(super) fn refuse<R: RebuildBody>(&self, refusal: Refusal) -> Response<R> {
@@ -417,7 +418,7 @@ impl<S> Admitted<S> {
 
 const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored answer cannot be read");
 
-impl Landing {
+impl SharedResult {
     /// What a decision comes to that lets nothing run; `None` where it is to wait.
     pub(super) fn of(decision: Decision) -> Option<Self> {
         let kind = match decision {
@@ -446,27 +447,27 @@ impl Values {
     }
 
     /// Returns the response for a request with this head, whose caller reads these encodings.
-    pub(super) fn land<R: RebuildBody>(
+    pub(super) fn respond<R: RebuildBody>(
         &self,
         span: Option<&Span>,
         head: Option<&Parts>,
-        landing: &Landing,
+        shared_result: &SharedResult,
         accepted: &Accepted,
     ) -> Response<R> {
-        match landing {
-            Landing::Response { answer, kept } => match self.replay(answer, *kept, accepted) {
+        match shared_result {
+            SharedResult::Response { answer, kept } => match self.replay(answer, *kept, accepted) {
                 Ok(response) => {
                     telemetry::finished(span, if *kept { "replayed" } else { "waited" });
                     response.map(Collected::rebuild)
                 }
                 Err(refusal) => self.refuse(span, head, refusal),
             },
-            Landing::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::ResponseNotStored => {
+            SharedResult::Refused(refusal) if self.acknowledges && refusal.kind() == RefusalKind::ResponseNotStored => {
                 telemetry::finished(span, "replayed");
                 self.response_headers.bare_replay()
             }
-            Landing::Refused(refusal) => self.refuse(span, head, refusal.clone()),
-            Landing::Handover => self.refuse(span, head, self.later(RefusalKind::Outstanding)),
+            SharedResult::Refused(refusal) => self.refuse(span, head, refusal.clone()),
+            SharedResult::Handover => self.refuse(span, head, self.later(RefusalKind::Outstanding)),
         }
     }
 

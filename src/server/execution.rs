@@ -11,16 +11,16 @@ use http::{Method, Request, Response, StatusCode};
 use tower_service::Service;
 
 use super::errors::ServiceFailure;
-use super::exchange::{Admitted, Cargo, Exchange, Read};
-use super::flights::Landing;
+use super::exchange::{Admitted, Exchange, Read, Stage};
 use super::lease::Lease;
 use super::policy::{Judgement, LostAttempt, Verdict};
 use super::settings::Values;
+use super::singleflight::SharedResult;
 use crate::clock::Stopwatch;
+use crate::engine::Recovered;
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, collect_messages, has_body, RebuildBody, Refusal, RefusalKind, Shortfall};
-use crate::job::Recovered;
 use crate::protocol::{Grant, Renewal};
 use crate::store::Store;
 use crate::telemetry;
@@ -69,7 +69,7 @@ impl<St: Store, S> Exchange<St, S> {
                 if let Renewal::Superseded = self.give_up().await {
                     return Ok(self.superseded().await);
                 }
-                Ok(self.settle(Landing::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))
+                Ok(self.finish(SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))
             }
         }
     }
@@ -84,29 +84,29 @@ impl<St: Store, S> Exchange<St, S> {
         R: RebuildBody + Send + 'static,
         R::Error: Send,
     {
-        let running = self.unload().and_then(|admitted| {
-            let lease = Lease::new(&self.hold, &self.settings, grant);
+        let running = self.take_request().and_then(|admitted| {
+            let lease = Lease::new(&self.key_guard, &self.settings, grant);
             start(*admitted, lease, &self.settings)
         });
-        self.see_through(running).await
+        self.run_to_completion(running).await
     }
 
     /// Makes this request the owner of the key. `asked` was started before the claim.
-    pub(super) fn own(&mut self, grant: Grant, asked: Stopwatch) {
-        self.hold.own(grant, || asked);
+    pub(super) fn acquire(&mut self, grant: Grant, asked: Stopwatch) {
+        self.key_guard.acquire(grant, || asked);
         // If another owner takes the key over later, the wait for that owner has its full time.
         self.wait = None;
         telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
     }
 
     /// Waits for the handler and records how it ended. Without a future it has panicked already.
-    pub(super) async fn see_through<R: RebuildBody, E: 'static>(
+    pub(super) async fn run_to_completion<R: RebuildBody, E: 'static>(
         &mut self,
         running: Option<Running<impl Future<Output = Ended<R, E>>>>,
     ) -> Result<Response<R>, E> {
         let ended = self.ended(running).await;
         #[cfg(feature = "postgres")]
-        if self.hold.flight.is_in_transaction() {
+        if self.key_guard.in_flight.is_in_transaction() {
             return Box::pin(self.after_transaction(ended)).await;
         }
         match ended {
@@ -123,10 +123,10 @@ impl<St: Store, S> Exchange<St, S> {
         let Some(running) = running else {
             return Some(Box::new(Ended::Panicked));
         };
-        let running = self.times.outside(self.hold.during(running));
+        let running = self.times.outside(self.key_guard.during(running));
         match AssertUnwindSafe(running).catch_unwind().await {
             Ok(Ended::Responded(read)) => {
-                self.cargo = Cargo::Responded(read);
+                self.stage = Stage::Responded(read);
                 None
             }
             Ok(ended) => Some(Box::new(ended)),
@@ -141,7 +141,7 @@ impl<St: Store, S> Exchange<St, S> {
     ) -> Result<Response<R>, E> {
         match ended {
             Ended::Responded(read) => {
-                self.cargo = Cargo::Responded(read);
+                self.stage = Stage::Responded(read);
                 Ok(self.answered().await)
             }
             Ended::Broken(status, judgement) => Ok(self.broken(judgement, status).await),
@@ -164,11 +164,11 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Asks the application whether a lost attempt took effect.
     async fn recover(&mut self, grant: Grant) -> Checked {
-        let (Some(check), Cargo::Admitted(admitted)) = (&self.settings.check, &self.cargo) else {
+        let (Some(check), Stage::Admitted(admitted)) = (&self.settings.check, &self.stage) else {
             return Checked::Nothing;
         };
         let lost = LostAttempt {
-            key: self.hold.flight.key.clone(),
+            key: self.key_guard.in_flight.key.clone(),
             fence: grant.owner.fence,
             attempt: grant.attempt,
             head: admitted.head.clone(),
@@ -177,12 +177,12 @@ impl<St: Store, S> Exchange<St, S> {
         let Ok(asked) = catch_unwind(AssertUnwindSafe(|| check.ask(lost))) else {
             return Checked::Unknown;
         };
-        let asked = self.hold.during(AssertUnwindSafe(asked).catch_unwind());
+        let asked = self.key_guard.during(AssertUnwindSafe(asked).catch_unwind());
         match self.times.outside(asked).await {
             Ok(Recovered::Happened(answer)) => {
                 let (head, body) = self.settings.collected(answer);
                 let judgement = self.settings.happened(&head);
-                self.cargo = Cargo::Responded(Read { head, body, judgement });
+                self.stage = Stage::Responded(Read { head, body, judgement });
                 Checked::Happened
             }
             Ok(Recovered::NotHappened) => Checked::Nothing,

@@ -11,10 +11,10 @@ use http::Response;
 use pin_project_lite::pin_project;
 use tokio::runtime::Handle;
 
-use super::arrival::{Arrived, Arriving};
-use super::flights::Flight;
+use super::buffering::{BufferRequest, Buffered};
+use super::singleflight::InFlight;
+use crate::detach::TaskTracker;
 use crate::telemetry::{self, Event};
-use crate::uncut::Tracker;
 
 pin_project! {
     /// The future of an answer of [`Idempotency`](super::Idempotency).
@@ -42,16 +42,16 @@ pin_project! {
 
 /// The course of a guarded request.
 enum Course<R: 'static, E: 'static> {
-    Arriving(Box<dyn Arriving<R, E>>),
-    Underway(Underway<R, E>),
+    BufferRequest(Box<dyn BufferRequest<R, E>>),
+    DetachOnDrop(DetachOnDrop<R, E>),
     Ended,
 }
 
 /// An exchange that goes on when it is dropped, if it must.
-pub(super) struct Underway<R: 'static, E: 'static> {
+pub(super) struct DetachOnDrop<R: 'static, E: 'static> {
     exchange: Option<BoxFuture<'static, Result<Response<R>, E>>>,
-    flight: Arc<Flight>,
-    tracker: Arc<Tracker>,
+    in_flight: Arc<InFlight>,
+    tracker: Arc<TaskTracker>,
     /// The runtime that polled it last: it may be dropped elsewhere, and the runtime of its first poll may have ended.
     runtime: Option<Handle>,
 }
@@ -78,10 +78,10 @@ impl<F, R, E> ResponseFuture<F, R, E> {
         }
     }
 
-    pub(super) fn guarded(arrival: Box<dyn Arriving<R, E>>) -> Self {
+    pub(super) fn guarded(buffering: Box<dyn BufferRequest<R, E>>) -> Self {
         Self {
             kind: Kind::Guarded {
-                course: Course::Arriving(arrival),
+                course: Course::BufferRequest(buffering),
             },
         }
     }
@@ -108,33 +108,33 @@ where
 
 impl<R, E> Course<R, E> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
-        if let Self::Arriving(arrival) = self {
-            let body = ready!(arrival.poll_body(cx));
+        if let Self::BufferRequest(buffering) = self {
+            let body = ready!(buffering.poll_body(cx));
             // Taken out: should it panic, it is not polled again.
-            let Self::Arriving(arrival) = std::mem::replace(self, Self::Ended) else {
+            let Self::BufferRequest(buffering) = std::mem::replace(self, Self::Ended) else {
                 return Poll::Pending;
             };
-            match arrival.proceed(body) {
-                Arrived::Response(response) => return Poll::Ready(Ok(response)),
-                Arrived::Underway(underway) => *self = Self::Underway(underway),
+            match buffering.proceed(body) {
+                Buffered::Response(response) => return Poll::Ready(Ok(response)),
+                Buffered::DetachOnDrop(running) => *self = Self::DetachOnDrop(running),
             }
         }
         match self {
-            Self::Underway(underway) => underway.poll(cx),
+            Self::DetachOnDrop(running) => running.poll(cx),
             _ => Poll::Pending,
         }
     }
 }
 
-impl<R, E> Underway<R, E> {
+impl<R, E> DetachOnDrop<R, E> {
     pub(super) fn new(
         exchange: BoxFuture<'static, Result<Response<R>, E>>,
-        flight: Arc<Flight>,
-        tracker: Arc<Tracker>,
+        in_flight: Arc<InFlight>,
+        tracker: Arc<TaskTracker>,
     ) -> Self {
         Self {
             exchange: Some(exchange),
-            flight,
+            in_flight,
             tracker,
             runtime: None,
         }
@@ -156,14 +156,14 @@ impl<R, E> Underway<R, E> {
     }
 }
 
-impl<R, E> Drop for Underway<R, E> {
+impl<R, E> Drop for DetachOnDrop<R, E> {
     fn drop(&mut self) {
         if let Some(exchange) = self.exchange.take() {
-            if self.flight.is_guarded() {
+            if self.in_flight.is_guarded() {
                 // Without a runtime it is dropped, and its guards give up.
                 if let Some(runtime) = &self.runtime {
                     telemetry::event(Event::Rescued);
-                    self.flight.set_detached();
+                    self.in_flight.set_detached();
                     self.tracker.detach(runtime, async move { drop(exchange.await) });
                 }
             }

@@ -11,15 +11,15 @@ use futures::future::poll_fn;
 use futures::FutureExt;
 use tokio::runtime::{Handle, Id};
 
-use super::flights::{Flight, Flights, Follower, Joined, Landing};
 use super::settings::{Values, Waiting};
+use super::singleflight::{Follower, InFlight, InFlightTable, Joined, SharedResult};
 use crate::clock::{sleep, Stopwatch};
-use crate::job::Drain;
+use crate::detach::{spawn_apart, TaskTracker};
+use crate::engine::Drain;
 use crate::protocol::{Grant, Owner, Renewal};
 use crate::sharded::lock;
-use crate::store::{in_time, Store};
+use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
-use crate::uncut::{spawn_apart, Tracker};
 
 /// The reason why no key may be claimed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,16 +33,16 @@ pub(super) enum Barred {
 /// What a layer and its clones share.
 pub(super) struct Shared<St> {
     pub(super) store: St,
-    pub(super) flights: Arc<Flights>,
-    pub(super) tracker: Arc<Tracker>,
-    renewal: Arc<Renewals>,
+    pub(super) in_flight_table: Arc<InFlightTable>,
+    pub(super) tracker: Arc<TaskTracker>,
+    renewal: Arc<RenewalTasks>,
 }
 
 impl<St> Shared<St> {
     pub(super) fn new(store: St) -> Self {
         Self {
             store,
-            flights: Arc::new(Flights::new()),
+            in_flight_table: Arc::new(InFlightTable::new()),
             tracker: Arc::default(),
             renewal: Arc::default(),
         }
@@ -59,8 +59,8 @@ impl<St> Shared<St> {
     }
 
     pub(super) fn drain(&self) -> Drain {
-        let flights = Arc::clone(&self.flights);
-        Drain::new(&self.tracker).while_busy(move || flights.any_guarded())
+        let in_flight_table = Arc::clone(&self.in_flight_table);
+        Drain::new(&self.tracker).while_busy(move || in_flight_table.any_guarded())
     }
 }
 
@@ -68,10 +68,10 @@ impl<St> Shared<St> {
 ///
 /// Dropped with either, it gives the lease up, so that nobody waits for an owner that is gone, and then leaves the seat to
 /// those who wait: in this order, since they look for themselves.
-pub(super) struct Hold<St: Store> {
+pub(super) struct KeyGuard<St: Store> {
     pub(super) shared: Arc<Shared<St>>,
-    pub(super) flight: Arc<Flight>,
-    seated: bool,
+    pub(super) in_flight: Arc<InFlight>,
+    leads: bool,
     owned: Option<Owned>,
 }
 
@@ -83,61 +83,61 @@ struct Owned {
     runtime: Option<Handle>,
 }
 
-impl<St: Store> Hold<St> {
+impl<St: Store> KeyGuard<St> {
     /// A request that has neither.
-    pub(super) const fn new(shared: Arc<Shared<St>>, flight: Arc<Flight>) -> Self {
+    pub(super) const fn new(shared: Arc<Shared<St>>, in_flight: Arc<InFlight>) -> Self {
         Self {
             shared,
-            flight,
-            seated: false,
+            in_flight,
+            leads: false,
             owned: None,
         }
     }
 
     /// A request that has both already.
-    pub(super) fn granted(shared: Arc<Shared<St>>, flight: Arc<Flight>, grant: Grant) -> Self {
-        let mut hold = Self::seated(shared, flight);
-        hold.own(grant, Stopwatch::start);
-        hold
+    pub(super) fn granted(shared: Arc<Shared<St>>, in_flight: Arc<InFlight>, grant: Grant) -> Self {
+        let mut key_guard = Self::leads(shared, in_flight);
+        key_guard.acquire(grant, Stopwatch::start);
+        key_guard
     }
 
     /// A request that has the seat.
-    pub(super) const fn seated(shared: Arc<Shared<St>>, flight: Arc<Flight>) -> Self {
-        let mut hold = Self::new(shared, flight);
-        hold.seated = true;
-        hold
+    pub(super) const fn leads(shared: Arc<Shared<St>>, in_flight: Arc<InFlight>) -> Self {
+        let mut key_guard = Self::new(shared, in_flight);
+        key_guard.leads = true;
+        key_guard
     }
 
     /// Asks for the seat.
     pub(super) fn join(&mut self, waiting: &Waiting) -> Joined {
-        if self.seated {
+        if self.leads {
             return Joined::Lead;
         }
-        let joined = self.shared.flights.join(&self.flight, waiting);
-        self.seated = matches!(joined, Joined::Lead);
+        let joined = self.shared.in_flight_table.join(&self.in_flight, waiting);
+        self.leads = matches!(joined, Joined::Lead);
         joined
     }
 
     /// Counts this request among the waiters, because it waits for an owner in another process.
     pub(super) fn wait(&self, waiting: &Waiting) -> Option<Follower> {
-        self.shared.flights.admit(Arc::clone(&self.flight), waiting)
+        self.shared.in_flight_table.admit(Arc::clone(&self.in_flight), waiting)
     }
 
     /// Tells those who wait what it came to, and leaves the seat.
-    pub(super) fn leave(&mut self, landing: Landing) {
-        if std::mem::take(&mut self.seated) {
-            self.shared.flights.leave(&self.flight, landing);
+    pub(super) fn release_slot(&mut self, shared_result: SharedResult) {
+        if std::mem::take(&mut self.leads) {
+            self.shared.in_flight_table.release_slot(&self.in_flight, shared_result);
         }
     }
 
     /// Makes this request the owner of the key. `asked` returns a stopwatch that was started before the claim.
-    pub(super) fn own(&mut self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
-        self.flight.hold(grant, asked);
+    pub(super) fn acquire(&mut self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
+        self.in_flight.key_guard(grant, asked);
         telemetry::in_flight(1.0);
         let is_leased = grant.lease.is_some();
         let runtime = if is_leased { Handle::try_current().ok() } else { None };
         if let Some(runtime) = &runtime {
-            self.shared.keep_renewed(runtime);
+            self.shared.ensure_renewal_task(runtime);
         }
         self.owned = Some(Owned {
             owner: grant.owner,
@@ -163,12 +163,12 @@ impl<St: Store> Hold<St> {
         };
         let Ok(runtime) = Handle::try_current() else { return };
         if owned.runtime.as_ref().map(Handle::id) != Some(runtime.id()) {
-            self.shared.keep_renewed(&runtime);
+            self.shared.ensure_renewal_task(&runtime);
             owned.runtime = Some(runtime);
-        } else if self.flight.take_overdue_renewal() {
-            self.shared.keep_renewed(&runtime);
-            let (shared, flight) = (Arc::clone(&self.shared), Arc::clone(&self.flight));
-            drop(spawn_apart(&runtime, async move { shared.renew(&flight).await }));
+        } else if self.in_flight.take_overdue_renewal() {
+            self.shared.ensure_renewal_task(&runtime);
+            let (shared, in_flight) = (Arc::clone(&self.shared), Arc::clone(&self.in_flight));
+            drop(spawn_apart(&runtime, async move { shared.renew(&in_flight).await }));
         }
     }
 
@@ -184,10 +184,10 @@ impl<St: Store> Hold<St> {
     }
 
     fn give_up(&self, owned: &Owned) {
-        self.flight.set_given_up();
-        let (shared, flight, owner) = (Arc::clone(&self.shared), Arc::clone(&self.flight), owned.owner);
+        self.in_flight.set_given_up();
+        let (shared, in_flight, owner) = (Arc::clone(&self.shared), Arc::clone(&self.in_flight), owned.owner);
         let mut renewal = Box::pin(async move {
-            if let Err(error) = shared.store.renew(&flight.storage_key, owner, Duration::ZERO).await {
+            if let Err(error) = shared.store.renew(&in_flight.storage_key, owner, Duration::ZERO).await {
                 telemetry::failure(Event::RenewalFailed, &error);
             }
         });
@@ -201,7 +201,7 @@ impl<St: Store> Hold<St> {
     }
 }
 
-impl<St: Store> Drop for Hold<St> {
+impl<St: Store> Drop for KeyGuard<St> {
     fn drop(&mut self) {
         if let Some(owned) = self.owned.take() {
             telemetry::in_flight(-1.0);
@@ -212,7 +212,7 @@ impl<St: Store> Drop for Hold<St> {
                 self.give_up(&owned);
             })));
         }
-        self.leave(Landing::Handover);
+        self.release_slot(SharedResult::Handover);
     }
 }
 
@@ -220,7 +220,7 @@ impl<St: Store> Drop for Hold<St> {
 /// has any leases. The task renews a lease of its own runtime after each third of the lease. It renews a lease of
 /// another runtime only when the renewal is overdue, because that runtime may have ended or be blocked.
 #[derive(Debug, Default)]
-struct Renewals {
+struct RenewalTasks {
     runtimes: Mutex<Vec<Id>>,
 }
 
@@ -229,7 +229,7 @@ const TICK: Duration = Duration::from_millis(250);
 
 impl<St: Store> Shared<St> {
     /// Starts the task that renews leases on this runtime, unless it runs.
-    fn keep_renewed(self: &Arc<Self>, runtime: &Handle) {
+    fn ensure_renewal_task(self: &Arc<Self>, runtime: &Handle) {
         let id = runtime.id();
         {
             let mut runtimes = lock(&self.renewal.runtimes);
@@ -238,7 +238,7 @@ impl<St: Store> Shared<St> {
             }
             runtimes.push(id);
         }
-        let renewing = Renewing {
+        let renewing = RenewalTaskGuard {
             renewals: Arc::clone(&self.renewal),
             runtime: id,
             has_ended: false,
@@ -247,25 +247,25 @@ impl<St: Store> Shared<St> {
         drop(spawn_apart(runtime, renew_while_any(Arc::downgrade(self), renewing)));
     }
 
-    async fn renew(&self, flight: &Flight) {
-        let Some((owner, lease)) = flight.held().and_then(|grant| Some((grant.owner, grant.lease?))) else {
+    async fn renew(&self, in_flight: &InFlight) {
+        let Some((owner, lease)) = in_flight.held().and_then(|grant| Some((grant.owner, grant.lease?))) else {
             return;
         };
         // A renewal that hangs must leave time for another one before the lease ends.
-        let timeout = flight.store_timeout.min(lease / 6);
-        match in_time(timeout, self.store.renew(&flight.storage_key, owner, lease)).await {
+        let timeout = in_flight.store_timeout.min(lease / 6);
+        match with_timeout(timeout, self.store.renew(&in_flight.storage_key, owner, lease)).await {
             // The renewal may have reached the store after the end of the lease.
-            Ok(Renewal::Renewed) if flight.is_given_up() => self.take_back(flight, owner, timeout).await,
+            Ok(Renewal::Renewed) if in_flight.is_given_up() => self.take_back(in_flight, owner, timeout).await,
             Ok(Renewal::Renewed) => {}
             // The renewal may have waited for the transaction that completes the record.
-            Ok(Renewal::Superseded) if flight.is_completing() => {}
-            Ok(Renewal::Superseded) => flight.set_superseded(),
-            Err(error) if flight.is_given_up() => {
+            Ok(Renewal::Superseded) if in_flight.is_completing() => {}
+            Ok(Renewal::Superseded) => in_flight.set_superseded(),
+            Err(error) if in_flight.is_given_up() => {
                 telemetry::failure(Event::RenewalFailed, &error);
-                self.take_back(flight, owner, timeout).await;
+                self.take_back(in_flight, owner, timeout).await;
             }
             Err(error) => {
-                flight.repeat_renewal();
+                in_flight.repeat_renewal();
                 telemetry::failure(Event::RenewalFailed, &error);
             }
         }
@@ -273,24 +273,24 @@ impl<St: Store> Shared<St> {
 
     /// Ends a lease that a renewal may have prolonged after its end. If the key is being released, releases it here, too:
     /// the other release may arrive later, and until then a lease of zero would look like a lost attempt.
-    async fn take_back(&self, flight: &Flight, owner: Owner, timeout: Duration) {
-        let key = &flight.storage_key;
-        if flight.is_released() {
-            drop(in_time(timeout, self.store.release(key, owner)).await);
+    async fn take_back(&self, in_flight: &InFlight, owner: Owner, timeout: Duration) {
+        let key = &in_flight.storage_key;
+        if in_flight.is_released() {
+            drop(with_timeout(timeout, self.store.release(key, owner)).await);
         } else {
-            drop(in_time(timeout, self.store.renew(key, owner, Duration::ZERO)).await);
+            drop(with_timeout(timeout, self.store.renew(key, owner, Duration::ZERO)).await);
         }
     }
 }
 
 /// A task that renews leases, and its entry in the list of runtimes.
-struct Renewing {
-    renewals: Arc<Renewals>,
+struct RenewalTaskGuard {
+    renewals: Arc<RenewalTasks>,
     runtime: Id,
     has_ended: bool,
 }
 
-impl Renewing {
+impl RenewalTaskGuard {
     /// Removes the entry if no leases are left. The next lease then finds no entry, and starts another task.
     fn ends(&mut self, any_leased: impl FnOnce() -> bool) -> bool {
         let mut runtimes = lock(&self.renewals.runtimes);
@@ -302,7 +302,7 @@ impl Renewing {
     }
 }
 
-impl Drop for Renewing {
+impl Drop for RenewalTaskGuard {
     fn drop(&mut self) {
         if !self.has_ended {
             lock(&self.renewals.runtimes).retain(|runtime| *runtime != self.runtime);
@@ -310,17 +310,17 @@ impl Drop for Renewing {
     }
 }
 
-async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, mut renewing: Renewing) {
+async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, mut renewing: RenewalTaskGuard) {
     loop {
         sleep(TICK).await;
         let Some(shared) = shared.upgrade() else { return };
-        for flight in shared.flights.take_renewals(renewing.runtime, TICK) {
+        for in_flight in shared.in_flight_table.take_renewals(renewing.runtime, TICK) {
             let shared = Arc::clone(&shared);
             // Begin each renewal in its own task. A renewal that hangs or panics does not delay the others, and if one
             // waits for a blocked thread, a later one can still succeed.
-            drop(tokio::spawn(async move { shared.renew(&flight).await }));
+            drop(tokio::spawn(async move { shared.renew(&in_flight).await }));
         }
-        if renewing.ends(|| shared.flights.any_leased()) {
+        if renewing.ends(|| shared.in_flight_table.any_leased()) {
             return;
         }
     }
@@ -329,7 +329,7 @@ async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, mut renewing: Rene
 impl<St> fmt::Debug for Shared<St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared")
-            .field("flights", &self.flights)
+            .field("flights", &self.in_flight_table)
             .field("tracker", &self.tracker)
             .finish_non_exhaustive()
     }

@@ -17,9 +17,9 @@ use super::guard::Shared;
 use super::policy::{LostAttempt, RecoveryCheck, Statuses};
 use super::service::Idempotency;
 use super::settings::{Paths, Settings, Values};
+use crate::engine::{Drain, OnError, OnLost, Recovered};
 use crate::error::{Error, ErrorKind};
 use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
-use crate::job::{Drain, OnError, OnLost, Recovered};
 use crate::protocol::{CanonicalJson, IfLost, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
 

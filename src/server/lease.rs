@@ -5,11 +5,11 @@ use std::sync::Arc;
 #[cfg(feature = "testing")]
 use std::time::Duration;
 
-use super::flights::Flight;
-use super::guard::Hold;
+use super::guard::KeyGuard;
 use super::settings::Values;
+use super::singleflight::InFlight;
 #[cfg(feature = "postgres")]
-use super::transaction::Home;
+use super::transaction::TransactionContext;
 #[cfg(feature = "testing")]
 use crate::protocol::Fingerprint;
 use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
@@ -30,12 +30,12 @@ use crate::store::Store;
 /// ```
 #[derive(Clone)]
 pub struct Lease {
-    flight: Arc<Flight>,
+    in_flight: Arc<InFlight>,
     grant: Grant,
     /// The lease of a layer further out.
     outer: Option<Arc<Lease>>,
     #[cfg(feature = "postgres")]
-    home: Home,
+    transaction_context: TransactionContext,
 }
 
 impl Lease {
@@ -43,29 +43,29 @@ impl Lease {
         not(feature = "postgres"),
         expect(unused_variables, reason = "a transaction is completed by them")
     )]
-    pub(super) fn new<St: Store>(hold: &Hold<St>, settings: &Arc<Values>, grant: Grant) -> Self {
+    pub(super) fn new<St: Store>(key_guard: &KeyGuard<St>, settings: &Arc<Values>, grant: Grant) -> Self {
         Self {
-            flight: Arc::clone(&hold.flight),
+            in_flight: Arc::clone(&key_guard.in_flight),
             grant,
             outer: None,
             #[cfg(feature = "postgres")]
-            home: Home::new(&hold.shared, settings),
+            transaction_context: TransactionContext::new(&key_guard.shared, settings),
         }
     }
 
     /// Returns a lease that a test made.
     #[cfg(feature = "testing")]
-    pub(crate) fn made(key: IdempotencyKey, made: &crate::job::Made) -> Self {
-        let flight = Flight::new(key, made.storage_key, Fingerprint::NONE, Duration::ZERO).granted(made.grant);
+    pub(crate) fn made(key: IdempotencyKey, made: &crate::engine::Made) -> Self {
+        let in_flight = InFlight::new(key, made.storage_key, Fingerprint::NONE, Duration::ZERO).granted(made.grant);
         if made.is_superseded {
-            flight.set_superseded();
+            in_flight.set_superseded();
         }
         Self {
-            flight: Arc::new(flight),
+            in_flight: Arc::new(in_flight),
             grant: made.grant,
             outer: None,
             #[cfg(feature = "postgres")]
-            home: Home::made(made),
+            transaction_context: TransactionContext::made(made),
         }
     }
 
@@ -100,18 +100,18 @@ impl Lease {
     }
 
     #[cfg(feature = "postgres")]
-    pub(super) const fn home(&self) -> &Home {
-        &self.home
+    pub(super) const fn transaction_context(&self) -> &TransactionContext {
+        &self.transaction_context
     }
 
-    pub(super) const fn flight(&self) -> &Arc<Flight> {
-        &self.flight
+    pub(super) const fn in_flight(&self) -> &Arc<InFlight> {
+        &self.in_flight
     }
 
     /// Returns the client's key.
     #[must_use]
     pub fn key(&self) -> &IdempotencyKey {
-        &self.flight.key
+        &self.in_flight.key
     }
 
     /// Returns the fence, which grows with every attempt under a key. Pass it to a third party that can refuse an older fence.
@@ -123,7 +123,7 @@ impl Lease {
     /// Returns the name of the record in the store.
     #[must_use]
     pub fn storage_key(&self) -> &StorageKey {
-        &self.flight.storage_key
+        &self.in_flight.storage_key
     }
 
     /// Returns nonce and fence. A store of your own needs them and the [storage key](Self::storage_key) to complete a key within a
@@ -143,7 +143,7 @@ impl Lease {
     /// response of this attempt.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        !self.flight.is_superseded()
+        !self.in_flight.is_superseded()
     }
 
     /// Returns a key for a call to a third party: 64 hexadecimal digits that are the same in every attempt under this key and
@@ -166,8 +166,8 @@ impl Lease {
 
     fn derive(&self, step: &str) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_derive_key("tower-idempotency 2026 key for a call further on");
-        hasher.update(self.flight.storage_key.as_bytes());
-        hasher.update(self.flight.fingerprint.digest());
+        hasher.update(self.in_flight.storage_key.as_bytes());
+        hasher.update(self.in_flight.fingerprint.digest());
         hasher.update(step.as_bytes());
         hasher.finalize()
     }

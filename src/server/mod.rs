@@ -8,13 +8,12 @@
 //! The one that is granted the key runs the handler within the very future that the caller polls. If the caller drops it, the
 //! rest of it moves to a task of its own: only an abandoned request pays for one.
 
-mod arrival;
+mod buffering;
 mod elsewhere;
 mod ending;
 mod errors;
 mod exchange;
 mod execution;
-mod flights;
 mod future;
 #[cfg(feature = "tonic")]
 mod grpc;
@@ -26,6 +25,7 @@ mod nested;
 mod policy;
 mod service;
 mod settings;
+mod singleflight;
 #[cfg(feature = "postgres")]
 mod transaction;
 

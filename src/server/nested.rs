@@ -6,14 +6,14 @@ use http::request::Parts;
 use http::{Request, Response};
 use tower_service::Service;
 
-use super::arrival::{Arrival, Names};
+use super::buffering::{Buffering, RequestKey};
 use super::future::ResponseFuture;
 use super::guard::Shared;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
 use crate::http::RebuildBody;
 use crate::protocol::{Owner, Snapshot, Status, StorageKey};
-use crate::store::{in_time, Store};
+use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
 
 /// A request whose storage key a layer further out has claimed, in the same store or in another one.
@@ -25,7 +25,7 @@ use crate::telemetry::{self, Event};
 pub(super) struct Nested<St, S, B> {
     pub(super) shared: Arc<Shared<St>>,
     pub(super) settings: Arc<Values>,
-    pub(super) names: Names,
+    pub(super) names: RequestKey,
     pub(super) service: S,
     pub(super) head: Parts,
     pub(super) body: B,
@@ -50,7 +50,7 @@ where
     ///
     /// If this future is dropped before the request is guarded, nothing has happened. After that, the rules of a
     /// guarded request apply.
-    pub(super) async fn settle(self) -> Result<Response<R>, S::Error> {
+    pub(super) async fn finish(self) -> Result<Response<R>, S::Error> {
         let Self {
             shared,
             settings,
@@ -63,8 +63,8 @@ where
         match is_owned_by(&shared.store, &settings, &names.storage_key, &owners).await {
             Ok(true) => {}
             Ok(false) => {
-                let arrival = Arrival::new(shared, settings, names, service, head, body);
-                let guarded: ResponseFuture<S::Future, R, S::Error> = ResponseFuture::guarded(Box::new(arrival));
+                let buffering = Buffering::new(shared, settings, names, service, head, body);
+                let guarded: ResponseFuture<S::Future, R, S::Error> = ResponseFuture::guarded(Box::new(buffering));
                 return guarded.await;
             }
             Err(error) => {
@@ -86,7 +86,7 @@ async fn is_owned_by<St: Store>(
     key: &StorageKey,
     owners: &[Owner],
 ) -> Result<bool, Error> {
-    let peek = || in_time(settings.store_timeout, store.peek(key));
+    let peek = || with_timeout(settings.store_timeout, store.peek(key));
     let peeked = match peek().await {
         Err(error) if error.kind() == ErrorKind::StoreUnavailable => peek().await,
         peeked => peeked,

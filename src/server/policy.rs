@@ -10,10 +10,10 @@ use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
 use super::marks::{retention_of, DoNotStore, StoreOutcomeOnly, StoreResponse};
+use crate::engine::{OnError, Recovered};
 #[cfg(feature = "postgres")]
 use crate::http::grpc_code;
 use crate::http::{grpc_result, is_grpc_response, is_typed_grpc, Effect, GrpcOutcome, Refusal};
-use crate::job::{OnError, Recovered};
 use crate::protocol::{Fence, IdempotencyKey};
 
 /// The application's check of a lost attempt.

@@ -8,7 +8,7 @@ use http::request::Parts;
 use http::{Extensions, Request, Response};
 use tower_service::Service;
 
-use super::arrival::{Arrival, Names};
+use super::buffering::{Buffering, RequestKey};
 use super::future::ResponseFuture;
 use super::guard::Shared;
 use super::layer::Selector;
@@ -152,12 +152,13 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         // Two layers that guard the same record would wait for each other, so the inner layer passes the request on.
         let shared = &self.layer.shared;
         let outer = head.extensions.get::<Lease>();
-        let is_ours = |lease: &Lease| *lease.storage_key() == storage_key && shared.flights.is_seated(lease.flight());
+        let is_ours =
+            |lease: &Lease| *lease.storage_key() == storage_key && shared.in_flight_table.is_seated(lease.in_flight());
         if outer.is_some_and(|lease| lease.any(is_ours)) {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         }
         let owners = outer.map_or_else(Vec::new, |lease| lease.owners_of(&storage_key));
-        let names = Names {
+        let names = RequestKey {
             key,
             storage_key,
             scoped: scope.is_some(),
@@ -167,7 +168,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         let ready = std::mem::replace(&mut self.inner, clone);
         let shared = Arc::clone(shared);
         if owners.is_empty() {
-            return ResponseFuture::guarded(Box::new(Arrival::new(shared, settings, names, ready, head, body)));
+            return ResponseFuture::guarded(Box::new(Buffering::new(shared, settings, names, ready, head, body)));
         }
         let nested = Nested {
             shared,
@@ -178,7 +179,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
             body,
             owners,
         };
-        ResponseFuture::nested(Box::pin(nested.settle()))
+        ResponseFuture::nested(Box::pin(nested.finish()))
     }
 }
 

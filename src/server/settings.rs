@@ -11,9 +11,9 @@ use http::{response, Method};
 
 use super::errors::ServiceErrors;
 use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
+use crate::detach::MOST_DETACHED;
 use crate::http::{Fingerprinting, Rendering, ResponseHeaders, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{IfLost, KeyParser, KeySpace, Scope};
-use crate::uncut::MOST_DETACHED;
 
 /// The settings of a layer, to be chosen from by [`with_settings_for`](super::IdempotencyLayer::with_settings_for). Made by
 /// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.

@@ -11,32 +11,32 @@ use http::{request, HeaderMap, Response, StatusCode};
 use sqlx::postgres::PgConnection;
 use tokio::runtime::Handle;
 
-use super::ending::persist;
-use super::exchange::{Cargo, Exchange, Read};
+use super::ending::retry;
+use super::exchange::{Exchange, Read, Stage};
 use super::execution::Ended;
-use super::flights::Landing;
-use super::guard::{Hold, Shared};
+use super::guard::{KeyGuard, Shared};
 use super::lease::Lease;
 use super::marks::{DoNotStore, StoreOutcomeOnly};
 use super::policy::Verdict;
 use super::settings::Values;
+use super::singleflight::SharedResult;
+use crate::detach::Deferred;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Completion, Outcome, Renewal, Status, StoredResponse};
-use crate::store::{decide_late, End, Patience, PostgresStore, Store};
+use crate::store::{resolve_transaction_late, End, PostgresStore, Store, StoreRetry};
 use crate::telemetry::{self, Event};
-use crate::uncut::Word;
 
 /// Where a lease finds the store and the settings of its layer.
 #[derive(Clone)]
-pub(super) struct Home {
+pub(super) struct TransactionContext {
     store: Arc<dyn AnyStore>,
     settings: Arc<Values>,
 }
 
-impl Home {
+impl TransactionContext {
     pub(super) fn new<St: Store>(shared: &Arc<Shared<St>>, settings: &Arc<Values>) -> Self {
         Self {
             store: Arc::clone(shared) as Arc<dyn AnyStore>,
@@ -46,9 +46,9 @@ impl Home {
 }
 
 #[cfg(feature = "testing")]
-impl Home {
+impl TransactionContext {
     /// Returns the home of a lease that a test made, with the default settings of a layer.
-    pub(super) fn made(made: &crate::job::Made) -> Self {
+    pub(super) fn made(made: &crate::engine::Made) -> Self {
         Self {
             store: Arc::new(MadeStore(made.store.clone())),
             settings: Arc::default(),
@@ -67,7 +67,7 @@ struct MadeStore(Option<PostgresStore>);
 #[cfg(feature = "testing")]
 impl AnyStore for MadeStore {
     fn postgres(&self) -> Result<&PostgresStore, Error> {
-        self.0.as_ref().ok_or(crate::job::MADE_WITHOUT_STORE)
+        self.0.as_ref().ok_or(crate::engine::MADE_WITHOUT_STORE)
     }
 }
 
@@ -152,7 +152,7 @@ impl Lease {
         connection: &mut PgConnection,
         response: Response<B>,
     ) -> Result<Response<B>, Error> {
-        let Home { store, settings } = self.home();
+        let TransactionContext { store, settings } = self.transaction_context();
         let store = store.postgres()?;
         let (mut head, body) = response.into_parts();
         #[cfg(feature = "tonic")]
@@ -175,22 +175,22 @@ impl Lease {
         let outcome = settings.outcome_of(None, &head, &body);
         let retention = judgement.retention;
         // Before it is sent: dropped from here on, it may have arrived.
-        self.flight().set_transaction_failed(true);
+        self.in_flight().set_transaction_failed(true);
         let code = settings
             .keep
             .grpc_code(head.status, &head.headers, body.trailers.as_ref());
-        self.flight().set_in_transaction(head.status, code);
+        self.in_flight().set_in_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         let failure = match completion.await {
             Ok(Completion::Completed) => {
-                self.flight().set_transaction_failed(false);
+                self.in_flight().set_transaction_failed(false);
                 return Ok(Response::from_parts(head, body.rebuild()));
             }
             Ok(Completion::Superseded(_)) => SUPERSEDED,
             Err(error) => error,
         };
         // Renewals were skipped since an earlier completion that was rolled back.
-        self.flight().hurry_renewal();
+        self.in_flight().hurry_renewal();
         Err(failure)
     }
 }
@@ -229,12 +229,12 @@ impl<St: Store, S> Exchange<St, S> {
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
     ) -> Result<Response<R>, E> {
-        let Hold { shared, flight, .. } = &self.hold;
-        let Some(owner) = self.hold.owner() else {
+        let KeyGuard { shared, in_flight, .. } = &self.key_guard;
+        let Some(owner) = self.key_guard.owner() else {
             return Ok(self.superseded().await);
         };
-        let (settings, key) = (&self.settings, &flight.storage_key);
-        match persist(settings, || shared.store.peek(key)).await {
+        let (settings, key) = (&self.settings, &in_flight.storage_key);
+        match retry(settings, || shared.store.peek(key)).await {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
             Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 match snapshot.status {
@@ -246,7 +246,7 @@ impl<St: Store, S> Exchange<St, S> {
             Ok(_) => {}
             Err(error) => return Ok(self.undecided(&error)),
         }
-        match persist(settings, || shared.store.renew(key, owner, settings.lease)).await {
+        match retry(settings, || shared.store.renew(key, owner, settings.lease)).await {
             Ok(Renewal::Renewed) => self.rolled_back(ended).await,
             Ok(Renewal::Superseded) => Ok(self.superseded().await),
             Err(error) => Ok(self.undecided(&error)),
@@ -255,17 +255,17 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// The record holds the answer: it is what everybody gets, whatever the handler said afterwards.
     fn committed<R: RebuildBody>(&mut self, answer: StoredResponse) -> Response<R> {
-        self.hold.end_ownership();
-        let given = match std::mem::replace(&mut self.cargo, Cargo::Nothing) {
-            Cargo::Responded(read) => Some(read),
+        self.key_guard.end_ownership();
+        let given = match std::mem::replace(&mut self.stage, Stage::Nothing) {
+            Stage::Responded(read) => Some(read),
             _ => None,
         };
         let given = given.filter(|read| self.settings.response_headers.store(&read.head, &read.body) == answer);
-        let landing = Landing::Response { answer, kept: true };
+        let shared_result = SharedResult::Response { answer, kept: true };
         let Some(given) = given else {
-            return self.settle(landing);
+            return self.finish(shared_result);
         };
-        self.leave(landing);
+        self.release_slot(shared_result);
         self.finished("executed");
         given.into_response()
     }
@@ -273,17 +273,17 @@ impl<St: Store, S> Exchange<St, S> {
     /// The record holds that the request is done, without its response, because the response has the mark
     /// [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets the response, if the handler has returned it.
     fn committed_alone<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Response<R> {
-        self.hold.end_ownership();
-        let landing = Landing::Refused(Refusal::new(RefusalKind::ResponseNotStored));
+        self.key_guard.end_ownership();
+        let shared_result = SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored));
         match ended.map(|ended| *ended) {
             Some(Ended::Streaming(response, judgement)) if judgement.verdict == Verdict::Tombstone => {
-                self.leave(landing);
+                self.release_slot(shared_result);
                 self.finished("executed");
                 let mut response = response;
                 reframe_stream(&mut response);
                 response
             }
-            _ => self.settle(landing),
+            _ => self.finish(shared_result),
         }
     }
 
@@ -296,13 +296,13 @@ impl<St: Store, S> Exchange<St, S> {
         let says_otherwise = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
             let keep = &self.settings.keep;
             let is_recorded = self
-                .hold
-                .flight
+                .key_guard
+                .in_flight
                 .has_recorded(status, keep.grpc_code(status, head, trailers));
             is_recorded || keep.says_done(status, head, trailers)
         };
-        let says_otherwise = match (&self.cargo, ended.as_deref()) {
-            (Cargo::Responded(Read { head, body, .. }), None) => {
+        let says_otherwise = match (&self.stage, ended.as_deref()) {
+            (Stage::Responded(Read { head, body, .. }), None) => {
                 says_otherwise(head.status, &head.headers, body.trailers.as_ref())
             }
             (_, Some(Ended::Broken(status, _))) => says_otherwise(*status, &HeaderMap::new(), None),
@@ -310,7 +310,7 @@ impl<St: Store, S> Exchange<St, S> {
             _ => false,
         };
         // What a handler answers to a failure of ours says nothing about the request either, and must not be kept.
-        if self.hold.flight.has_transaction_failed() || says_otherwise {
+        if self.key_guard.in_flight.has_transaction_failed() || says_otherwise {
             return Ok(self.failed().await);
         }
         match ended {
@@ -323,20 +323,20 @@ impl<St: Store, S> Exchange<St, S> {
     /// told.
     fn undecided<R: RebuildBody>(&mut self, error: &Error) -> Response<R> {
         telemetry::failure(Event::Unrecorded, error);
-        let Hold { shared, flight, .. } = &self.hold;
-        let asked_on = (self.hold.owner(), Handle::try_current());
-        if let ((Some(owner), Ok(runtime)), true) = (asked_on, Patience::repeats(error)) {
+        let KeyGuard { shared, in_flight, .. } = &self.key_guard;
+        let asked_on = (self.key_guard.owner(), Handle::try_current());
+        if let ((Some(owner), Ok(runtime)), true) = (asked_on, StoreRetry::repeats(error)) {
             let end = end_of_failure(&self.settings, self.head.as_deref());
-            let patience = self.settings.patience().behind();
-            let (store, key) = (Arc::clone(shared), flight.storage_key);
+            let store_retry = self.settings.store_retry().deferred();
+            let (store, key) = (Arc::clone(shared), in_flight.storage_key);
             shared
                 .tracker
-                .spawn_behind(&runtime, Word::End(end.bytes()), async move {
-                    decide_late(&store.store, &key, owner, &end, patience).await;
+                .spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
+                    resolve_transaction_late(&store.store, &key, owner, &end, store_retry).await;
                 });
         }
-        self.hold.end_ownership();
-        self.settle(Landing::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
+        self.key_guard.end_ownership();
+        self.finish(SharedResult::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
     }
 }
 
@@ -346,7 +346,7 @@ fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> End {
         Verdict::GiveUp => End::GivenUp,
         Verdict::Release => End::Released,
         Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => {
-            End::completed(&Outcome::Stored(settings.failure_to_keep(head).2), settings.retention)
+            End::completed(&Outcome::Stored(settings.failure_to_store(head).2), settings.retention)
         }
     }
 }

@@ -12,13 +12,13 @@ mod boxed;
 mod checked;
 #[cfg(feature = "conformance")]
 pub mod conformance;
-mod late;
+mod deferred;
 mod memory;
-mod patience;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
+mod retry;
 #[cfg(any(feature = "postgres-rustls", feature = "redis-rustls"))]
 mod tls;
 
@@ -29,10 +29,9 @@ use std::time::Duration;
 
 pub use boxed::BoxStore;
 #[cfg(feature = "postgres")]
-pub(crate) use late::decide_late;
-pub(crate) use late::{end_late, release_late, End, LostClaim, MANY_LOST_CLAIMS};
+pub(crate) use deferred::resolve_transaction_late;
+pub(crate) use deferred::{record_end, release_lost_claim, End, LostClaim, MANY_LOST_CLAIMS};
 pub use memory::{MemoryStore, MemoryStoreBuilder, MemoryWatch, StoreStats};
-pub(crate) use patience::{claim_in_time, in_time, limit_in_wait, Patience, LAST_LOOK, LATE};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{
     failed, make_table, run_detachable, Bound, Gate, PooledConnection, Sending, Statement, TableName, Within,
@@ -41,6 +40,7 @@ pub(crate) use postgres::{
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]
 pub use redis::{RedisStore, RedisStoreBuilder, RedisWatch};
+pub(crate) use retry::{claim_with_timeout, limit_in_wait, with_timeout, StoreRetry, LAST_LOOK, TIMED_OUT};
 
 use crate::error::Error;
 use crate::protocol::{

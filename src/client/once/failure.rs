@@ -4,8 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
+use crate::engine::Refused;
 use crate::error::Error;
-use crate::job::Refused;
 
 /// The failure of a call, as the call itself classifies it.
 ///

@@ -4,9 +4,9 @@ mod failure;
 #[cfg(feature = "once")]
 mod form;
 mod http;
+mod setters;
 #[cfg(feature = "once")]
 mod steps;
-mod terms;
 #[cfg(feature = "once")]
 mod values;
 

@@ -10,13 +10,13 @@ use serde::Serialize;
 
 use super::failure::{Failure, OnceError};
 use super::form::{decode, encode};
+use super::setters::shared_setters;
 use super::steps::{Place, Steps};
-use super::terms::term_setters;
+use crate::detach::TaskTracker;
+use crate::engine::{Attempt, Drain, Ended, EngineSettings, Job, OnLost, Recovered, Settled, Verdict, Work};
 use crate::error::{Error, ErrorKind};
-use crate::job::{Attempt, Drain, Ended, Job, OnLost, Recovered, Settled, Terms, Verdict, Work};
 use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
-use crate::uncut::Tracker;
 
 /// A call under `key` that is made once, across tasks, processes and crashes, as far as the store reaches.
 ///
@@ -59,10 +59,10 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
         scope: None,
         input: None,
         if_lost: IfLost::Refuse,
-        terms: Terms {
+        engine: EngineSettings {
             // Each call can be waited for by itself, and all calls of a process share the bounds.
-            tracker: Arc::new(Tracker::with_bounds_of_process()),
-            ..Terms::default()
+            tracker: Arc::new(TaskTracker::with_bounds_of_process()),
+            ..EngineSettings::default()
         },
         place: None,
     }
@@ -97,15 +97,15 @@ pub struct Once<St> {
     scope: Option<Scope>,
     input: Option<Fingerprint>,
     if_lost: IfLost,
-    terms: Terms,
+    engine: EngineSettings,
     place: Option<Place>,
 }
 
 impl<St> Once<St> {
-    term_setters!();
+    shared_setters!();
 
-    fn terms(&mut self) -> &mut Terms {
-        &mut self.terms
+    fn engine(&mut self) -> &mut EngineSettings {
+        &mut self.engine
     }
 
     /// Whose key it is; none by default. Needed wherever two callers could name the same key.
@@ -143,7 +143,7 @@ impl<St> Once<St> {
     /// [`with_drain`](Self::with_drain).
     #[must_use]
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.terms.tracker)
+        Drain::new(&self.engine.tracker)
     }
 
     /// Makes `drain` wait for this call, too. Before the process ends, stop making calls, then wait:
@@ -165,7 +165,7 @@ impl<St> Once<St> {
     /// ```
     #[must_use]
     pub fn with_drain(mut self, drain: &Drain) -> Self {
-        self.terms.tracker = drain.tracker();
+        self.engine.tracker = drain.tracker();
         self
     }
 
@@ -174,7 +174,7 @@ impl<St> Once<St> {
     /// [`Overloaded`](crate::ErrorKind::Overloaded). At least 1. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.terms.set_max_detached(executions);
+        self.engine.set_max_detached(executions);
         self
     }
 
@@ -305,11 +305,11 @@ impl<St: Store + Clone> Once<St> {
         let input = self.input.unwrap_or(Fingerprint::NONE);
         let step = self.place.as_ref().map(Place::number);
         Job {
-            key: self.terms.space.call_key(self.scope.as_ref(), &self.key, step),
+            key: self.engine.space.call_key(self.scope.as_ref(), &self.key, step),
             fingerprint: self.place.map_or(input, |place| place.fingerprint(&input)),
             store: self.store,
             if_lost: self.if_lost,
-            terms: self.terms,
+            settings: self.engine,
         }
     }
 }
@@ -318,7 +318,7 @@ impl<St> fmt::Debug for Once<St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Once")
             .field("if_lost", &self.if_lost)
-            .field("terms", &self.terms)
+            .field("engine", &self.engine)
             .finish_non_exhaustive()
     }
 }
@@ -374,9 +374,9 @@ where
     F: FnOnce(Attempt) -> Fut + Send + 'static,
     Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
 {
-    type Given = (Result<T, Failure<E>>, u32);
+    type Output = (Result<T, Failure<E>>, u32);
 
-    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Given>> {
+    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
         let Some(check) = self.check.take() else {
             return Recovered::Unknown;
         };
@@ -387,7 +387,7 @@ where
         }
     }
 
-    async fn run(self, attempt: Attempt) -> Ended<Self::Given> {
+    async fn run(self, attempt: Attempt) -> Ended<Self::Output> {
         let number = attempt.number();
         match (self.call)(attempt).await {
             Ok(value) => kept(value, number),

@@ -43,12 +43,12 @@ use self::watch::Watchers;
 use super::checked::Checked;
 use super::Store;
 use crate::clock::within;
+use crate::detach::detach_on_drop;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
     StorageKey,
 };
-use crate::uncut::uncut;
 
 /// A store in a table of a PostgreSQL server (13 or later), for any number of processes (feature
 /// `postgres`).
@@ -308,7 +308,7 @@ impl PostgresStore {
         T: Send + 'static,
         F: std::future::Future<Output = Result<T, Error>> + Send + 'static,
     {
-        uncut(operation(self.clone()), None).ok_or(NO_RUNTIME)?.await
+        detach_on_drop(operation(self.clone()), None).ok_or(NO_RUNTIME)?.await
     }
 }
 

@@ -21,8 +21,8 @@ use super::error::failed;
 use super::progress::Progress;
 use super::spare::{Spare, Turn, Used};
 use crate::clock::{sleep, within};
+use crate::detach::detach_on_drop;
 use crate::error::{Error, ErrorKind};
-use crate::uncut::uncut;
 
 pub(super) const TIMED_OUT: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not reply in time");
 
@@ -127,7 +127,7 @@ pub(crate) async fn run_detachable<T: Send + 'static>(
         let hurry = Notify::const_new();
         run_until_reply(limit, &pool, &table, &hurry, operation).await
     };
-    let operation = uncut(operation, None).ok_or(NO_RUNTIME)?;
+    let operation = detach_on_drop(operation, None).ok_or(NO_RUNTIME)?;
     let done = within(limit, operation)
         .await
         .unwrap_or(Err(Failed::unknown(TIMED_OUT)));

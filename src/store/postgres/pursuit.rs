@@ -22,11 +22,11 @@ use super::ask::{Failed, Fate};
 use super::pooled::{run_until_reply, PooledConnection, NO_RUNTIME, TIMED_OUT};
 use super::{Inner, PostgresStore};
 use crate::clock::{sleep, within};
+use crate::detach::detach_on_drop;
 use crate::error::Error;
 use crate::protocol::{Claim, Decision, Nonce, Owner, Status};
 use crate::sharded::lock;
 use crate::telemetry::{self, Event};
-use crate::uncut::uncut;
 
 /// The largest number of claims that are pursued. The grants of any further claims end with their
 /// leases.
@@ -313,7 +313,7 @@ impl PostgresStore {
         let claiming = self
             .clone()
             .claim_to_the_end(pooled, claim.clone(), is_doubtful, pursuer);
-        let mut claiming = uncut(claiming, None).ok_or(NO_RUNTIME)?;
+        let mut claiming = detach_on_drop(claiming, None).ok_or(NO_RUNTIME)?;
         // Declared after the statement so that it drops first. The claim must be abandoned before
         // the statement continues in a task.
         let mut caller = Caller {
@@ -403,7 +403,7 @@ impl PostgresStore {
     async fn release_on(&self, pooled: &mut PooledConnection, claim: &Claim, owner: Owner) -> Result<(), Failed> {
         let released = async { self.on(pooled.connection()?).release(&claim.key, owner).await };
         self.await_server(released).await?;
-        telemetry::event(Event::ReleasedBehind);
+        telemetry::event(Event::ClaimReleasedLate);
         Ok(())
     }
 

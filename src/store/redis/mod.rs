@@ -193,7 +193,7 @@ impl Store for RedisStore {
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
         let (server, key) = (Arc::clone(&self.0), *key);
-        uncut(async move { server.renew(&key, owner, lease).await }).await
+        detach_on_drop(async move { server.renew(&key, owner, lease).await }).await
     }
 
     async fn complete(
@@ -204,17 +204,17 @@ impl Store for RedisStore {
         retention: Duration,
     ) -> Result<Completion, Error> {
         let (server, key, outcome) = (Arc::clone(&self.0), *key, outcome.clone());
-        uncut(async move { server.complete(&key, owner, &outcome, retention).await }).await
+        detach_on_drop(async move { server.complete(&key, owner, &outcome, retention).await }).await
     }
 
     async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
         let (server, key) = (Arc::clone(&self.0), *key);
-        uncut(async move { server.release(&key, owner).await }).await
+        detach_on_drop(async move { server.release(&key, owner).await }).await
     }
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
         let (server, key, resolution) = (Arc::clone(&self.0), *key, resolution.clone());
-        uncut(async move { server.resolve(&key, fence, &resolution).await }).await
+        detach_on_drop(async move { server.resolve(&key, fence, &resolution).await }).await
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
@@ -228,11 +228,11 @@ impl Store for RedisStore {
 
 /// Runs an operation to its end, even if its caller drops it. The client never sends a request
 /// whose future is dropped before it is written.
-fn uncut<T: Send + 'static>(
+fn detach_on_drop<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> impl Future<Output = Result<T, Error>> + Send {
     let caught = AssertUnwindSafe(operation).catch_unwind();
-    match crate::uncut::uncut(caught.map(|done| done.unwrap_or(Err(failure::PANICKED))), None) {
+    match crate::detach::detach_on_drop(caught.map(|done| done.unwrap_or(Err(failure::PANICKED))), None) {
         Some(operation) => Either::Left(operation),
         None => Either::Right(ready(Err(failure::NO_RUNTIME))),
     }

@@ -10,8 +10,8 @@ use tower_service::Service;
 use super::layer::{LostCall, Settings};
 use crate::client::keys::ResponseMeaning;
 use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
+use crate::engine::{Attempt, Ended, Recovered, Verdict, Work};
 use crate::http::{collect, has_body, is_cut_short, is_stream, Collected, RebuildBody, Shortfall};
-use crate::job::{Attempt, Ended, Recovered, Verdict, Work};
 use crate::protocol::{IfLost, Outcome};
 
 /// The work of one call.
@@ -25,7 +25,7 @@ pub(super) struct HttpCall<S, B> {
 }
 
 /// The result of an attempt for its caller.
-pub(super) enum Given<R, E> {
+pub(super) enum Output<R, E> {
     Response(Response<R>),
     /// The body of the response broke off, or ended before its declared length.
     Broken,
@@ -46,9 +46,9 @@ where
     R: RebuildBody + Send + 'static,
     R::Error: Send,
 {
-    type Given = Given<R, S::Error>;
+    type Output = Output<R, S::Error>;
 
-    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Given>> {
+    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
         let HttpCall {
             settings, key, head, ..
         } = &*self;
@@ -71,7 +71,7 @@ where
         }
     }
 
-    async fn run(self, attempt: Attempt) -> Ended<Self::Given> {
+    async fn run(self, attempt: Attempt) -> Ended<Self::Output> {
         let HttpCall {
             mut service,
             settings,
@@ -105,7 +105,7 @@ where
         match result {
             // This response may only mean that the lost attempt arrived earlier.
             Ok(response) if is_later && settings.is_doubtful(&response) => Ended {
-                given: Given::Doubtful,
+                given: Output::Doubtful,
                 verdict: Verdict::GiveUp,
             },
             Ok(mut response) => {
@@ -119,7 +119,7 @@ where
 
 impl Settings {
     /// Decides what an error does to the key.
-    fn failed<R, E>(&self, error: E, evidence: Evidence, is_later: bool) -> Ended<Given<R, E>> {
+    fn failed<R, E>(&self, error: E, evidence: Evidence, is_later: bool) -> Ended<Output<R, E>> {
         if !evidence.has_no_effect_by_error() {
             let is_doubtful = is_later && self.recognises_no_retry() && !evidence.has_effect();
             let verdict = match evidence.meaning {
@@ -127,16 +127,16 @@ impl Settings {
                 ResponseMeaning::Responded { settles: true } if !is_doubtful => self.without_body(),
                 _ => Verdict::GiveUp,
             };
-            let given = Given::Lost(error);
+            let given = Output::Lost(error);
             return Ended { given, verdict };
         }
         // An earlier attempt was lost, and without a recovery function nobody has asked about its effect.
         let is_open = is_later && self.if_lost == IfLost::Execute;
         Ended {
             given: if is_open {
-                Given::Lost(error)
+                Output::Lost(error)
             } else {
-                Given::Failed(error)
+                Output::Failed(error)
             },
             verdict: Verdict::Release,
         }
@@ -159,7 +159,7 @@ impl Settings {
         method: &Method,
         response: Response<R>,
         evidence: Evidence,
-    ) -> Ended<Given<R, E>> {
+    ) -> Ended<Output<R, E>> {
         let verdict = match evidence.meaning {
             _ if evidence.has_no_effect() => Verdict::Release,
             ResponseMeaning::Responded { settles: true } => Verdict::Store(Outcome::Tombstone),
@@ -169,7 +169,7 @@ impl Settings {
         };
         let (head, body) = response.into_parts();
         if !matches!(verdict, Verdict::Store(_)) || is_stream(&head) {
-            let given = Given::Response(Response::from_parts(head, body));
+            let given = Output::Response(Response::from_parts(head, body));
             return Ended { given, verdict };
         }
         match collect(body, self.response_limit, self.response_timeout).await {
@@ -177,13 +177,13 @@ impl Settings {
                 self.keep(head, body)
             }
             Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => Ended {
-                given: Given::Response(Response::from_parts(head, R::rebuild(body))),
+                given: Output::Response(Response::from_parts(head, R::rebuild(body))),
                 verdict,
             },
             // A response without a body may declare the length that it would have.
             Err(Shortfall::Short(part)) if !has_body(method, head.status) => self.keep(head, part),
             Ok(_) | Err(Shortfall::Broken(_) | Shortfall::Short(_)) => Ended {
-                given: Given::Broken,
+                given: Output::Broken,
                 verdict: self.without_body(),
             },
         }
@@ -212,10 +212,10 @@ impl Settings {
         }
     }
 
-    fn keep<R: RebuildBody, E>(&self, head: response::Parts, body: Collected) -> Ended<Given<R, E>> {
+    fn keep<R: RebuildBody, E>(&self, head: response::Parts, body: Collected) -> Ended<Output<R, E>> {
         let answer = self.answers.store(&head, &body);
         Ended {
-            given: Given::Response(Response::from_parts(head, body.rebuild())),
+            given: Output::Response(Response::from_parts(head, body.rebuild())),
             verdict: Verdict::Store(Outcome::Stored(answer)),
         }
     }

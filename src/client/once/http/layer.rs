@@ -15,9 +15,9 @@ use tower_layer::Layer;
 use super::service::OnceClient;
 use crate::client::classes::{ErrorClass, ErrorClasses};
 use crate::client::keys::ProviderProfile;
-use crate::client::once::terms::term_setters;
+use crate::client::once::setters::shared_setters;
+use crate::engine::{Attempt, Drain, EngineSettings, OnLost, Recovered};
 use crate::http::ResponseHeaders;
-use crate::job::{Attempt, Drain, OnLost, Recovered, Terms};
 use crate::protocol::{IfLost, Scope};
 
 type KeyFn = Arc<dyn Fn(&Parts) -> Option<String> + Send + Sync>;
@@ -109,7 +109,7 @@ pub struct OnceLayer<St> {
 #[derive(Clone)]
 pub(super) struct Settings {
     pub(super) profile: ProviderProfile,
-    pub(super) terms: Terms,
+    pub(super) engine: EngineSettings,
     pub(super) methods: Vec<Method>,
     pub(super) key: Option<KeyFn>,
     pub(super) scope: Option<ScopeFn>,
@@ -143,7 +143,7 @@ impl<St> OnceLayer<St> {
     pub fn new(store: St, profile: ProviderProfile) -> Self {
         let settings = Settings {
             profile,
-            terms: Terms::default(),
+            engine: EngineSettings::default(),
             methods: vec![Method::POST, Method::PATCH],
             key: None,
             scope: None,
@@ -165,10 +165,10 @@ impl<St> OnceLayer<St> {
         }
     }
 
-    term_setters!();
+    shared_setters!();
 
-    fn terms(&mut self) -> &mut Terms {
-        &mut self.settings().terms
+    fn engine(&mut self) -> &mut EngineSettings {
+        &mut self.settings().engine
     }
 
     fn settings(&mut self) -> &mut Settings {
@@ -179,7 +179,7 @@ impl<St> OnceLayer<St> {
     /// then wait.
     #[must_use]
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.settings.terms.tracker)
+        Drain::new(&self.settings.engine.tracker)
     }
 
     /// Sets how many calls may continue in this process after their callers have left. At this limit, every call fails
@@ -187,7 +187,7 @@ impl<St> OnceLayer<St> {
     /// even if its response is stored already. At least 1. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.terms().set_max_detached(executions);
+        self.engine().set_max_detached(executions);
         self
     }
 
@@ -325,7 +325,7 @@ impl<St> fmt::Debug for OnceLayer<St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OnceLayer")
             .field("profile", &self.settings.profile)
-            .field("terms", &self.settings.terms)
+            .field("engine", &self.settings.engine)
             .field("methods", &self.settings.methods)
             .field("if_lost", &self.settings.if_lost)
             .finish_non_exhaustive()

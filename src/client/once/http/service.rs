@@ -14,13 +14,13 @@ use http::{Request, Response};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::call::{Given, HttpCall};
+use super::call::{HttpCall, Output};
 use super::layer::{OnceLayer, Settings};
 use crate::client::classes::ErrorClass;
 use crate::client::once::failure::OnceError;
+use crate::engine::{Job, Settled};
 use crate::error::{Error, ErrorKind};
 use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
-use crate::job::{Job, Settled};
 use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
 
@@ -144,10 +144,10 @@ where
     let body = read(&settings, body).await.map_err(OnceError::NotRun)?;
     let job = Job {
         store,
-        key: settings.terms.space.call_key(scope.as_ref(), &key, None),
+        key: settings.engine.space.call_key(scope.as_ref(), &key, None),
         fingerprint: fingerprint(&head, &body),
         if_lost: settings.if_lost,
-        terms: settings.terms.clone(),
+        settings: settings.engine.clone(),
     };
     let work = HttpCall {
         service,
@@ -159,28 +159,29 @@ where
     };
     match job.settle(work).await {
         Settled::Ran {
-            given: Given::Response(given),
+            given: Output::Response(given),
             recorded: Ok(()),
         } => Ok(given),
         Settled::Ran {
-            given: Given::Response(given),
+            given: Output::Response(given),
             recorded: Err(error),
         } => Err(OnceError::Unrecorded {
             given: Box::new(given),
             error,
         }),
         Settled::Ran {
-            given: Given::Broken, ..
+            given: Output::Broken, ..
         } => Err(OnceError::NotStored),
         Settled::Ran {
-            given: Given::Doubtful, ..
+            given: Output::Doubtful,
+            ..
         } => Err(OnceError::Unknown(None)),
         Settled::Ran {
-            given: Given::Failed(error),
+            given: Output::Failed(error),
             ..
         } => Err(OnceError::Failed(error)),
         Settled::Ran {
-            given: Given::Lost(error),
+            given: Output::Lost(error),
             ..
         } => Err(OnceError::Unknown(Some(error))),
         Settled::Replay(answer) => replay(&settings, &answer),

@@ -6,12 +6,12 @@
 
 use tokio::runtime::Handle;
 
-use super::engine::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
+use super::job::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
+use crate::detach::Deferred;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Outcome, Owner, Renewal, Status};
-use crate::store::{decide_late, End, Patience, Store};
+use crate::store::{resolve_transaction_late, End, Store, StoreRetry};
 use crate::telemetry::{self, Event};
-use crate::uncut::Word;
 
 const ROLLED_BACK: Error = Error::new(
     ErrorKind::Configuration,
@@ -30,8 +30,8 @@ impl<St: Store + Clone> Job<St> {
         ended: Result<Ended<G>, Refused>,
         absence: &Absence,
     ) -> Settled<G> {
-        let patience = self.patience();
-        match patience.persist(|| self.store.peek(&self.key)).await {
+        let store_retry = self.store_retry();
+        match store_retry.retry(|| self.store.peek(&self.key)).await {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
             Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 if let Status::Completed(outcome) = snapshot.status {
@@ -48,8 +48,8 @@ impl<St: Store + Clone> Job<St> {
             Ok(_) => {}
             Err(error) => return self.undecided(owner, ended, error),
         }
-        let lease = self.terms.lease;
-        match patience.persist(|| self.store.renew(&self.key, owner, lease)).await {
+        let lease = self.settings.lease;
+        match store_retry.retry(|| self.store.renew(&self.key, owner, lease)).await {
             Ok(Renewal::Renewed) => self.rolled_back(owner, ended, absence).await,
             Ok(Renewal::Superseded) => self.stand_by(absence).await,
             Err(error) => self.undecided(owner, ended, error),
@@ -82,12 +82,12 @@ impl<St: Store + Clone> Job<St> {
     /// over.
     fn undecided<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
         telemetry::failure(Event::Unrecorded, &error);
-        if let (Ok(runtime), true) = (Handle::try_current(), Patience::repeats(&error)) {
+        if let (Ok(runtime), true) = (Handle::try_current(), StoreRetry::repeats(&error)) {
             let end = self.end_after_rollback(&ended);
-            let (store, key, patience) = (self.store.clone(), self.key, self.patience().behind());
-            let tracker = &self.terms.tracker;
-            tracker.spawn_behind(&runtime, Word::End(end.bytes()), async move {
-                decide_late(&store, &key, owner, &end, patience).await;
+            let (store, key, store_retry) = (self.store.clone(), self.key, self.store_retry().deferred());
+            let tracker = &self.settings.tracker;
+            tracker.spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
+                resolve_transaction_late(&store, &key, owner, &end, store_retry).await;
             });
         }
         match ended {
@@ -100,7 +100,7 @@ impl<St: Store + Clone> Job<St> {
     fn end_after_rollback<G>(&self, ended: &Result<Ended<G>, Refused>) -> End {
         match ended.as_ref().map(|ended| &ended.verdict) {
             Ok(Verdict::Store(_) | Verdict::Release) => End::Released,
-            Ok(Verdict::StoreFailure(outcome)) => End::completed(outcome, self.terms.retention),
+            Ok(Verdict::StoreFailure(outcome)) => End::completed(outcome, self.settings.retention),
             Ok(Verdict::GiveUp) | Err(_) => End::GivenUp,
         }
     }

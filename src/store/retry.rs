@@ -12,17 +12,17 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Decision};
 use crate::telemetry::{self, Event};
 
-pub(crate) const LATE: Error = Error::new(
+pub(crate) const TIMED_OUT: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "the idempotency store did not reply in time",
 );
 
-/// Runs an operation of the store, which fails with [`LATE`] after `timeout`.
-pub(crate) fn in_time<T>(
+/// Runs an operation of the store, which fails with [`TIMED_OUT`] after `timeout`.
+pub(crate) fn with_timeout<T>(
     timeout: Duration,
     operation: impl Future<Output = Result<T, Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
-    within(timeout, operation).map(|done| done.unwrap_or(Err(LATE)))
+    within(timeout, operation).map(|done| done.unwrap_or(Err(TIMED_OUT)))
 }
 
 /// The time for the last look of a wait, so that the store can still reply after the time of the
@@ -36,7 +36,7 @@ pub(crate) fn limit_in_wait(timeout: Duration, deadline: Deadline) -> Duration {
 }
 
 /// Claims a key. The claim fails after `timeout`, or earlier by the store's own limit.
-pub(crate) fn claim_in_time<'c, St: Store>(
+pub(crate) fn claim_with_timeout<'c, St: Store>(
     timeout: Duration,
     store: &'c St,
     claim: &'c Claim,
@@ -44,13 +44,13 @@ pub(crate) fn claim_in_time<'c, St: Store>(
     let claimed = store.claim(claim);
     match store.claim_limit() {
         Some(limit) if limit <= timeout => Either::Left(claimed),
-        _ => Either::Right(in_time(timeout, claimed)),
+        _ => Either::Right(with_timeout(timeout, claimed)),
     }
 }
 
 /// The time limits of a write that must be recorded.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
+pub(crate) struct StoreRetry {
     /// The limit of one operation.
     pub(crate) operation: Duration,
     /// The limit of all tries together.
@@ -59,7 +59,7 @@ pub(crate) struct Patience {
     pause: Duration,
 }
 
-impl Patience {
+impl StoreRetry {
     pub(crate) const fn new(operation: Duration, in_all: Duration) -> Self {
         Self {
             operation,
@@ -77,24 +77,24 @@ impl Patience {
 
     /// Returns the limits for a write that continues after its caller has left: twelve times as
     /// long.
-    pub(crate) const fn behind(mut self) -> Self {
+    pub(crate) const fn deferred(mut self) -> Self {
         self.in_all = self.in_all.saturating_mul(12);
         self.pause = Duration::from_secs(5);
         self
     }
 
     /// Runs an operation, and repeats it while the store fails.
-    pub(crate) async fn persist<T, F>(self, operation: impl Fn() -> F) -> Result<T, Error>
+    pub(crate) async fn retry<T, F>(self, operation: impl Fn() -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        match in_time(self.operation, operation()).await {
+        match with_timeout(self.operation, operation()).await {
             Ok(done) => Ok(done),
-            Err(error) => Box::pin(self.persist_again(operation, error)).await,
+            Err(error) => Box::pin(self.retry_again(operation, error)).await,
         }
     }
 
-    async fn persist_again<T, F>(self, operation: impl Fn() -> F, mut last: Error) -> Result<T, Error>
+    async fn retry_again<T, F>(self, operation: impl Fn() -> F, mut last: Error) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
@@ -104,7 +104,7 @@ impl Patience {
             telemetry::failure(Event::CompletionRepeated, &last);
             drop(within(pause.min(deadline.left()), std::future::pending::<()>()).await);
             pause = self.pause.min(pause * 2);
-            match in_time(self.operation, operation()).await {
+            match with_timeout(self.operation, operation()).await {
                 Ok(done) => return Ok(done),
                 Err(error) => last = error,
             }

@@ -2,20 +2,20 @@
 
 mod attempt;
 mod drain;
-mod engine;
-mod held;
+mod job;
+mod lease_guard;
 #[cfg(feature = "testing")]
 mod made;
 mod on_error;
 mod on_lost;
 mod renewal;
-mod terms;
+mod settings;
 #[cfg(feature = "postgres")]
 mod transaction;
 
 pub use attempt::{Attempt, Recovered};
 pub use drain::Drain;
-pub(crate) use engine::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
+pub(crate) use job::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
 #[cfg(feature = "testing")]
 pub(crate) use made::Made;
 #[cfg(all(feature = "testing", feature = "postgres"))]
@@ -23,4 +23,4 @@ pub(crate) use made::MADE_WITHOUT_STORE;
 pub use on_error::OnError;
 pub use on_lost::OnLost;
 pub(crate) use renewal::Schedule;
-pub(crate) use terms::Terms;
+pub(crate) use settings::EngineSettings;

@@ -15,19 +15,20 @@ use futures::FutureExt;
 use tokio::runtime::Handle;
 
 use super::attempt::{Attempt, Recovered};
-use super::held::Held;
-use super::terms::Terms;
+use super::lease_guard::LeaseGuard;
+use super::settings::EngineSettings;
 use crate::clock::{sleep, within, Deadline, Stopwatch};
+use crate::detach::{detach_on_drop, Deferred};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
     Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
     StorageKey, StoredResponse,
 };
 use crate::store::{
-    claim_in_time, end_late, in_time, limit_in_wait, release_late, End, LostClaim, Patience, Store, MANY_LOST_CLAIMS,
+    claim_with_timeout, limit_in_wait, record_end, release_lost_claim, with_timeout, End, LostClaim, Store, StoreRetry,
+    MANY_LOST_CLAIMS,
 };
 use crate::telemetry::{self, Event};
-use crate::uncut::{uncut, Word};
 
 /// How long a waiter goes without looking, should it not be woken.
 const POLL: Duration = Duration::from_secs(1);
@@ -45,13 +46,13 @@ const FORGOTTEN: Error = Error::new(
 /// The call itself.
 pub(crate) trait Work: Send + 'static {
     /// What a caller gets of a run.
-    type Given: Send + 'static;
+    type Output: Send + 'static;
 
     /// Asks what became of a lost attempt.
-    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Given>>> + Send;
+    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send;
 
     /// Makes the call.
-    fn run(self, attempt: Attempt) -> impl Future<Output = Ended<Self::Given>> + Send;
+    fn run(self, attempt: Attempt) -> impl Future<Output = Ended<Self::Output>> + Send;
 }
 
 /// How a call ended.
@@ -110,24 +111,24 @@ pub(crate) struct Job<St> {
     pub(crate) key: StorageKey,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) if_lost: IfLost,
-    pub(crate) terms: Terms,
+    pub(crate) settings: EngineSettings,
 }
 
 impl<St: Store + Clone> Job<St> {
     /// Sees to it that the work is done once.
-    pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Given> {
-        if let Err(overloaded) = self.terms.check_load() {
+    pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Output> {
+        if let Err(overloaded) = self.settings.check_load() {
             telemetry::event(Event::Overloaded);
             return Settled::Refused(Refused::NotRun(overloaded));
         }
-        let tracker = Arc::clone(&self.terms.tracker);
+        let tracker = Arc::clone(&self.settings.tracker);
         if tracker.has_many_lost_claims() {
             return Settled::Refused(Refused::NotRun(MANY_LOST_CLAIMS));
         }
         // Declared first, so that it goes last, when the tracker knows of the rest.
         let _attended = tracker.attend();
         let (caller, absence) = Caller::new();
-        let Some(driven) = uncut(self.drive(work, absence), Some(Arc::clone(&tracker))) else {
+        let Some(driven) = detach_on_drop(self.drive(work, absence), Some(Arc::clone(&tracker))) else {
             return Settled::Refused(Refused::NotRun(NO_RUNTIME));
         };
         let driven = pin!(driven);
@@ -136,7 +137,7 @@ impl<St: Store + Clone> Job<St> {
         driven.await
     }
 
-    async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Given> {
+    async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Output> {
         let nonce = Nonce::random();
         match self.claim(nonce, &absence).await {
             Ok(Ok(granted)) => {
@@ -154,7 +155,7 @@ impl<St: Store + Clone> Job<St> {
 
     /// Claims the key, and waits while another owner has it. Returns the grant, or the result if nothing runs.
     async fn claim<G>(&self, nonce: Nonce, absence: &Absence) -> Result<Result<Granted, Settled<G>>, Error> {
-        let deadline = Deadline::after(self.terms.wait);
+        let deadline = Deadline::after(self.settings.wait);
         // The first claim comes before any wait, so the deadline does not limit it.
         let (mut watch, mut waiting) = (None, None);
         let mut lost = None;
@@ -191,10 +192,10 @@ impl<St: Store + Clone> Job<St> {
     /// for a change. The lease of the owner ends in `left`.
     async fn wait(&self, watch: &mut Option<St::Watch>, left: Duration, deadline: Deadline) {
         let pause = || left.min(deadline.left()).clamp(Duration::from_millis(1), POLL);
-        let timeout = self.terms.store_timeout.min(deadline.left());
+        let timeout = self.settings.store_timeout.min(deadline.left());
         match watch.take() {
             Some(watch) => drop(within(pause(), watch).await),
-            None => match in_time(timeout, self.store.watch(&self.key)).await {
+            None => match with_timeout(timeout, self.store.watch(&self.key)).await {
                 Ok(subscribed) => *watch = Some(subscribed),
                 Err(_) => drop(within(pause(), std::future::pending::<()>()).await),
             },
@@ -204,13 +205,13 @@ impl<St: Store + Clone> Job<St> {
     /// Returns how long the next operation of the store may take. `waiting` is the deadline of the wait, if the job
     /// waits.
     fn limit(&self, waiting: Option<Deadline>) -> Duration {
-        let timeout = self.terms.store_timeout;
+        let timeout = self.settings.store_timeout;
         waiting.map_or(timeout, |deadline| limit_in_wait(timeout, deadline))
     }
 
     /// In a store in this process leases have no end, and nobody waits for that.
     fn worth_waiting(&self, left: Duration) -> Duration {
-        left.min(self.terms.lease)
+        left.min(self.settings.lease)
     }
 
     /// Claims the key. A claim that got no reply is repeated with the same nonce, and kept in `lost`.
@@ -221,26 +222,26 @@ impl<St: Store + Clone> Job<St> {
         lost: &mut Option<LostClaim>,
     ) -> Result<Decision, Error> {
         let claim = self.claim_of(nonce);
-        match claim_in_time(self.limit(waiting), &self.store, &claim).await {
+        match claim_with_timeout(self.limit(waiting), &self.store, &claim).await {
             Err(error) if error.kind() == ErrorKind::StoreUnavailable => {
                 lost.get_or_insert_with(|| self.lost(claim.clone()));
                 if waiting.is_some_and(|wait| wait.left().is_zero()) {
                     return Err(error);
                 }
                 telemetry::failure(Event::ClaimRepeated, &error);
-                claim_in_time(self.limit(waiting), &self.store, &claim).await
+                claim_with_timeout(self.limit(waiting), &self.store, &claim).await
             }
             done => done,
         }
     }
 
     fn lost(&self, claim: Claim) -> LostClaim {
-        let (store, patience) = (self.store.clone(), self.patience().behind());
+        let (store, store_retry) = (self.store.clone(), self.store_retry().deferred());
         let release = {
             let claim = claim.clone();
-            async move { release_late(&store, &claim, patience).await }
+            async move { release_lost_claim(&store, &claim, store_retry).await }
         };
-        LostClaim::new(claim, &self.terms.tracker, release)
+        LostClaim::new(claim, &self.settings.tracker, release)
     }
 
     const fn claim_of(&self, nonce: Nonce) -> Claim {
@@ -248,18 +249,18 @@ impl<St: Store + Clone> Job<St> {
             key: self.key,
             fingerprint: self.fingerprint,
             nonce,
-            lease: self.terms.lease,
-            retention: self.terms.retention,
+            lease: self.settings.lease,
+            retention: self.settings.retention,
             if_lost: self.if_lost,
-            max_attempts: self.terms.max_attempts,
+            max_attempts: self.settings.max_attempts,
         }
     }
 
     /// The key is ours.
-    async fn own<W: Work>(&self, granted: Granted, mut work: W, absence: &Absence) -> Settled<W::Given> {
+    async fn own<W: Work>(&self, granted: Granted, mut work: W, absence: &Absence) -> Settled<W::Output> {
         let Granted { grant, is_first, asked } = granted;
         let attempt = Attempt::new(self.key, self.fingerprint, grant, asked);
-        let mut held = Held::begin(self, &attempt);
+        let mut held = LeaseGuard::begin(self, &attempt);
         let found = if is_first {
             Recovered::NotHappened
         } else {
@@ -275,10 +276,10 @@ impl<St: Store + Clone> Job<St> {
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
             Recovered::NotHappened => {
-                let ended = held.during(unwound(work.run(attempt.clone()))).await;
+                let ended = held.during(catch_panic(work.run(attempt.clone()))).await;
                 ended.ok_or(Refused::Unknown)
             }
-            Recovered::Unknown if attempt.number() < self.terms.max_attempts => Err(Refused::Undecided),
+            Recovered::Unknown if attempt.number() < self.settings.max_attempts => Err(Refused::Undecided),
             Recovered::Unknown => Err(Refused::Unknown),
         };
         #[cfg(feature = "postgres")]
@@ -331,9 +332,9 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// What became of the attempt before this one. A check that panics has found nothing out.
-    async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Given>> {
-        sleep(self.terms.settling).await;
-        unwound(work.ask(attempt)).await.unwrap_or(Recovered::Unknown)
+    async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Output>> {
+        sleep(self.settings.settling).await;
+        catch_panic(work.ask(attempt)).await.unwrap_or(Recovered::Unknown)
     }
 
     pub(super) async fn completed<G>(
@@ -361,13 +362,13 @@ impl<St: Store + Clone> Job<St> {
     /// other attempt records. This wait has its full time, regardless of how long the caller waited before its own
     /// claim. It ends when the caller leaves, because nobody gets the outcome then.
     pub(super) async fn stand_by<G>(&self, absence: &Absence) -> Settled<G> {
-        let deadline = Deadline::after(self.terms.wait);
+        let deadline = Deadline::after(self.settings.wait);
         let (mut watch, mut waiting) = (None, None);
         loop {
             if absence.is_true() {
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
-            let snapshot = match in_time(self.limit(waiting), self.store.peek(&self.key)).await {
+            let snapshot = match with_timeout(self.limit(waiting), self.store.peek(&self.key)).await {
                 Ok(snapshot) => snapshot,
                 Err(error) => {
                     telemetry::store_failed(&error);
@@ -396,51 +397,51 @@ impl<St: Store + Clone> Job<St> {
     }
 
     pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
-        let retention = self.terms.retention;
-        let patience = self.patience();
-        let completing = patience.persist(|| self.store.complete(&self.key, owner, outcome, retention));
+        let retention = self.settings.retention;
+        let store_retry = self.store_retry();
+        let completing = store_retry.retry(|| self.store.complete(&self.key, owner, outcome, retention));
         let completion = completing.await;
         if let Err(error) = &completion {
-            self.end_behind(error, owner, End::completed(outcome, retention));
+            self.record_later(error, owner, End::completed(outcome, retention));
         }
         completion
     }
 
     /// Frees the key.
     pub(super) async fn release(&self, owner: Owner) -> Option<Release> {
-        let released = self.patience().persist(|| self.store.release(&self.key, owner)).await;
+        let released = self.store_retry().retry(|| self.store.release(&self.key, owner)).await;
         if let Err(error) = &released {
-            self.end_behind(error, owner, End::Released);
+            self.record_later(error, owner, End::Released);
         }
-        told(released)
+        log_error(released)
     }
 
     /// Ends the lease at once: the attempt is lost, as far as anybody knows. Without the store, it ends a little later.
     async fn give_up(&self, owner: Owner) -> Option<Renewal> {
-        let patience = self.patience();
-        let given_up = patience.persist(|| self.store.renew(&self.key, owner, Duration::ZERO));
-        told(given_up.await)
+        let store_retry = self.store_retry();
+        let given_up = store_retry.retry(|| self.store.renew(&self.key, owner, Duration::ZERO));
+        log_error(given_up.await)
     }
 
     /// Goes on telling a store that is away how an attempt ended: what comes of that is no longer the caller's.
-    fn end_behind(&self, error: &Error, owner: Owner, end: End) {
+    fn record_later(&self, error: &Error, owner: Owner, end: End) {
         let Ok(runtime) = Handle::try_current() else { return };
-        if Patience::repeats(error) {
-            let (store, key, patience) = (self.store.clone(), self.key, self.patience().behind());
-            let tracker = &self.terms.tracker;
-            tracker.spawn_behind(&runtime, Word::End(end.bytes()), async move {
-                end_late(&store, &key, owner, &end, patience).await;
+        if StoreRetry::repeats(error) {
+            let (store, key, store_retry) = (self.store.clone(), self.key, self.store_retry().deferred());
+            let tracker = &self.settings.tracker;
+            tracker.spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
+                record_end(&store, &key, owner, &end, store_retry).await;
             });
         }
     }
 
-    pub(super) fn patience(&self) -> Patience {
-        Patience::new(self.terms.store_timeout, self.terms.completion_timeout)
+    pub(super) fn store_retry(&self) -> StoreRetry {
+        StoreRetry::new(self.settings.store_timeout, self.settings.completion_timeout)
     }
 }
 
 /// What a store said, if it could be asked.
-fn told<R>(said: Result<R, Error>) -> Option<R> {
+fn log_error<R>(said: Result<R, Error>) -> Option<R> {
     said.map_err(|error| telemetry::failure(Event::Unrecorded, &error)).ok()
 }
 
@@ -474,7 +475,7 @@ impl Absence {
 }
 
 /// Nothing where the application's code panics.
-async fn unwound<T>(work: impl Future<Output = T>) -> Option<T> {
+async fn catch_panic<T>(work: impl Future<Output = T>) -> Option<T> {
     AssertUnwindSafe(work).catch_unwind().await.ok()
 }
 

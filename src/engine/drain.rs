@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::within;
-use crate::uncut::Tracker;
+use crate::detach::TaskTracker;
 
 /// Waits for executions, also those that continue after their callers have left. `drain` of a layer returns one.
 /// `Drain::default()` makes one for calls of `client::once`, which join it by `with_drain`.
@@ -27,13 +27,13 @@ use crate::uncut::Tracker;
 /// ```
 #[derive(Clone)]
 pub struct Drain {
-    tracker: Arc<Tracker>,
+    tracker: Arc<TaskTracker>,
     /// Whether executions run that the tracker does not count yet.
     is_busy: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
 
 impl Drain {
-    pub(crate) fn new(tracker: &Arc<Tracker>) -> Self {
+    pub(crate) fn new(tracker: &Arc<TaskTracker>) -> Self {
         Self {
             tracker: Arc::clone(tracker),
             is_busy: None,
@@ -41,7 +41,7 @@ impl Drain {
     }
 
     #[cfg(feature = "once")]
-    pub(crate) fn tracker(&self) -> Arc<Tracker> {
+    pub(crate) fn tracker(&self) -> Arc<TaskTracker> {
         Arc::clone(&self.tracker)
     }
 

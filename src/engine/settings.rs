@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::detach::{TaskTracker, MOST_DETACHED};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::KeySpace;
-use crate::uncut::{Tracker, MOST_DETACHED};
 
 #[derive(Clone, Debug)]
-pub(crate) struct Terms {
+pub(crate) struct EngineSettings {
     pub(crate) space: KeySpace,
     pub(crate) lease: Duration,
     pub(crate) retention: Duration,
@@ -18,10 +18,10 @@ pub(crate) struct Terms {
     pub(crate) store_timeout: Duration,
     pub(crate) completion_timeout: Duration,
     pub(crate) max_detached: usize,
-    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) tracker: Arc<TaskTracker>,
 }
 
-impl Default for Terms {
+impl Default for EngineSettings {
     fn default() -> Self {
         Self {
             space: KeySpace::default(),
@@ -38,7 +38,7 @@ impl Default for Terms {
     }
 }
 
-impl Terms {
+impl EngineSettings {
     /// Fails if too many executions run whose callers have left.
     pub(crate) fn check_load(&self) -> Result<(), Error> {
         const OVERLOADED: Error = Error::new(

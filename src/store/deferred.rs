@@ -9,16 +9,16 @@ use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 
 #[cfg(feature = "postgres")]
-use super::in_time;
-use super::{Patience, Store};
+use super::with_timeout;
+use super::{Store, StoreRetry};
 #[cfg(feature = "postgres")]
 use crate::clock::{sleep, Deadline, Stopwatch};
+use crate::detach::{Deferred, TaskTracker};
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "postgres")]
 use crate::protocol::Renewal;
 use crate::protocol::{Claim, Completion, Decision, Outcome, Owner, Release, Snapshot, Status, StorageKey};
 use crate::telemetry::{self, Event};
-use crate::uncut::{Tracker, Word};
 
 /// The error while [too many claims](Tracker::has_many_lost_claims) are waiting for a reply.
 pub(crate) const MANY_LOST_CLAIMS: Error = Error::new(
@@ -34,15 +34,15 @@ pub(crate) struct LostClaim {
     claim: Claim,
     /// `None` once the grant has an owner, or outside a runtime.
     release: Option<(Handle, BoxFuture<'static, ()>)>,
-    tracker: Arc<Tracker>,
+    tracker: Arc<TaskTracker>,
 }
 
 impl LostClaim {
     /// Records a lost claim. `release` releases the key if the store granted it to `claim`; see
-    /// [`release_late`].
+    /// [`release_lost_claim`].
     pub(crate) fn new(
         claim: Claim,
-        tracker: &Arc<Tracker>,
+        tracker: &Arc<TaskTracker>,
         release: impl Future<Output = ()> + Send + 'static,
     ) -> Self {
         let runtime = Handle::try_current().ok();
@@ -66,7 +66,7 @@ impl LostClaim {
 impl Drop for LostClaim {
     fn drop(&mut self) {
         if let Some((runtime, release)) = self.release.take() {
-            self.tracker.spawn_behind(&runtime, Word::Claim, release);
+            self.tracker.spawn_deferred(&runtime, Deferred::Claim, release);
         }
     }
 }
@@ -114,10 +114,16 @@ impl End {
 
 /// Records the end of an attempt, which would otherwise count as lost. Changes nothing after a
 /// takeover.
-pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
-    let recorded = patience.persist(|| end.record(store, key, owner));
+pub(crate) async fn record_end<St: Store>(
+    store: &St,
+    key: &StorageKey,
+    owner: Owner,
+    end: &End,
+    store_retry: StoreRetry,
+) {
+    let recorded = store_retry.retry(|| end.record(store, key, owner));
     match recorded.await {
-        Ok(true) => telemetry::event(Event::RecordedBehind),
+        Ok(true) => telemetry::event(Event::OutcomeRecordedLate),
         Ok(false) => telemetry::event(Event::Superseded),
         Err(error) => telemetry::failure(Event::Unrecorded, &error),
     }
@@ -128,19 +134,25 @@ pub(crate) async fn end_late<St: Store>(store: &St, key: &StorageKey, owner: Own
 /// the record, and changes nothing after a commit. If the store does not reply in time, the lease
 /// ends the attempt.
 #[cfg(feature = "postgres")]
-pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: Owner, end: &End, patience: Patience) {
+pub(crate) async fn resolve_transaction_late<St: Store>(
+    store: &St,
+    key: &StorageKey,
+    owner: Owner,
+    end: &End,
+    store_retry: StoreRetry,
+) {
     // While the transaction is open, each query waits for its lock and occupies a connection of the
     // pool, so back off.
     const LONGEST_PAUSE: Duration = Duration::from_secs(5);
     const LONGEST_PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
-    let at_once = Duration::from_millis(250).min(patience.operation / 2);
+    let at_once = Duration::from_millis(250).min(store_retry.operation / 2);
     let mut pause = Duration::from_millis(100);
     // The loop runs at least once.
-    let deadline = Deadline::after(patience.in_all.max(pause));
+    let deadline = Deadline::after(store_retry.in_all.max(pause));
     while !deadline.left().is_zero() {
         sleep(pause.min(deadline.left())).await;
         let started = Stopwatch::start();
-        let ended = in_time(patience.operation, end.record(store, key, owner)).await;
+        let ended = with_timeout(store_retry.operation, end.record(store, key, owner)).await;
         // After an immediate failure, try again within a second, to notice the store's return
         // before the lease ends.
         let longest = match started.elapsed() < at_once {
@@ -149,8 +161,8 @@ pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: 
         };
         pause = longest.min(pause * 2);
         match ended {
-            Ok(_) => return telemetry::event(Event::DecidedBehind),
-            Err(error) if Patience::repeats(&error) => {}
+            Ok(_) => return telemetry::event(Event::TransactionResolvedLate),
+            Err(error) if StoreRetry::repeats(&error) => {}
             Err(error) => return telemetry::failure(Event::Unrecorded, &error),
         }
     }
@@ -158,9 +170,9 @@ pub(crate) async fn decide_late<St: Store>(store: &St, key: &StorageKey, owner: 
 
 /// Releases a claim of unknown fate that no attempt uses. Otherwise it would hold the key for a
 /// lease, or make it count as lost.
-pub(crate) async fn release_late<St: Store>(store: &St, claim: &Claim, patience: Patience) {
-    match patience.persist(|| release_if_granted(store, claim)).await {
-        Ok(true) => telemetry::event(Event::ReleasedBehind),
+pub(crate) async fn release_lost_claim<St: Store>(store: &St, claim: &Claim, store_retry: StoreRetry) {
+    match store_retry.retry(|| release_if_granted(store, claim)).await {
+        Ok(true) => telemetry::event(Event::ClaimReleasedLate),
         Ok(false) => {}
         Err(error) => telemetry::failure(Event::Unrecorded, &error),
     }

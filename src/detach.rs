@@ -14,22 +14,22 @@ use tokio::task::JoinHandle;
 
 /// An operation that is polled in its place. Dropped half-way, the rest of it goes on in a task of its own, and only who leaves
 /// pays for one.
-pub(crate) struct Uncut<T: 'static> {
+pub(crate) struct DetachOnDrop<T: 'static> {
     operation: Option<BoxFuture<'static, T>>,
     /// The runtime that polled it last, since the runtime in which it was made may have ended.
     runtime: Handle,
-    tracker: Option<Arc<Tracker>>,
+    tracker: Option<Arc<TaskTracker>>,
 }
 
 /// The default limit of executions without a caller. At this limit, no new executions begin.
 pub(crate) const MOST_DETACHED: usize = 16_384;
 
 /// The limit of the claims, and of the ends of attempts, that wait for a store to be back.
-const MOST_BEHIND: usize = 1_024;
+const MOST_DEFERRED: usize = 1_024;
 
 /// Counts what runs without a caller.
 #[derive(Debug, Default)]
-pub(crate) struct Tracker {
+pub(crate) struct TaskTracker {
     running: AtomicUsize,
     attended: AtomicUsize,
     bounded: Arc<Bounded>,
@@ -52,14 +52,14 @@ struct Bounded {
 /// What a store is to be told later. The two are counted apart: claims fail all the while that a store is away, and must not keep it
 /// from being told how those ended that were under way before.
 #[derive(Clone, Copy)]
-pub(crate) enum Word {
+pub(crate) enum Deferred {
     /// That a claim of unknown fate is void.
     Claim,
     /// How an attempt ended, in so many bytes.
     End(usize),
 }
 
-impl Word {
+impl Deferred {
     const fn bytes(self) -> usize {
         match self {
             Self::Claim => 0,
@@ -68,21 +68,21 @@ impl Word {
     }
 }
 
-struct Behind {
-    tracker: Arc<Tracker>,
-    word: Word,
+struct DeferredPermit {
+    tracker: Arc<TaskTracker>,
+    word: Deferred,
 }
 
-impl Behind {
+impl DeferredPermit {
     fn count(&self) -> &AtomicUsize {
         match self.word {
-            Word::Claim => &self.tracker.bounded.claims,
-            Word::End(_) => &self.tracker.bounded.ends,
+            Deferred::Claim => &self.tracker.bounded.claims,
+            Deferred::End(_) => &self.tracker.bounded.ends,
         }
     }
 }
 
-impl Drop for Behind {
+impl Drop for DeferredPermit {
     fn drop(&mut self) {
         self.count().fetch_sub(1, Ordering::AcqRel);
         self.tracker.bounded.held.fetch_sub(self.word.bytes(), Ordering::AcqRel);
@@ -90,7 +90,7 @@ impl Drop for Behind {
 }
 
 /// Something that runs with a caller, as long as this lives.
-pub(crate) struct Attended<'t>(&'t Tracker);
+pub(crate) struct Attended<'t>(&'t TaskTracker);
 
 impl Drop for Attended<'_> {
     fn drop(&mut self) {
@@ -98,7 +98,7 @@ impl Drop for Attended<'_> {
     }
 }
 
-struct Detached(Arc<Tracker>);
+struct Detached(Arc<TaskTracker>);
 
 impl Drop for Detached {
     fn drop(&mut self) {
@@ -106,7 +106,7 @@ impl Drop for Detached {
     }
 }
 
-struct Running(Arc<Tracker>);
+struct Running(Arc<TaskTracker>);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -116,7 +116,7 @@ impl Drop for Running {
     }
 }
 
-impl Tracker {
+impl TaskTracker {
     /// A tracker that shares its bounds with all others that are made here, for work that has no layer to share a tracker.
     #[cfg(any(test, feature = "once"))]
     pub(crate) fn with_bounds_of_process() -> Self {
@@ -155,26 +155,26 @@ impl Tracker {
     /// Whether so many claims got no reply that no more may be sent. A store that is back may grant each of them, and each
     /// must then be released.
     pub(crate) fn has_many_lost_claims(&self) -> bool {
-        self.bounded.claims.load(Ordering::Acquire) >= MOST_BEHIND
+        self.bounded.claims.load(Ordering::Acquire) >= MOST_DEFERRED
     }
 
     /// Reports to a store later what could not be reported now. No lost claim is dropped, because
     /// [no more are sent](Self::has_many_lost_claims) when there are many. Ends have an upper bound; beyond it, the leases end the attempts.
-    pub(crate) fn spawn_behind(
+    pub(crate) fn spawn_deferred(
         self: &Arc<Self>,
         runtime: &Handle,
-        word: Word,
+        word: Deferred,
         work: impl Future<Output = ()> + Send + 'static,
     ) {
         const MOST_BYTES: usize = 64 << 20;
-        let behind = Behind {
+        let behind = DeferredPermit {
             tracker: Arc::clone(self),
             word,
         };
         let others = behind.count().fetch_add(1, Ordering::AcqRel);
         let held = self.bounded.held.fetch_add(word.bytes(), Ordering::AcqRel);
-        let has_room = others < MOST_BEHIND && held.saturating_add(word.bytes()) <= MOST_BYTES;
-        if has_room || matches!(word, Word::Claim) {
+        let has_room = others < MOST_DEFERRED && held.saturating_add(word.bytes()) <= MOST_BYTES;
+        if has_room || matches!(word, Deferred::Claim) {
             self.spawn(runtime, async move {
                 work.await;
                 drop(behind);
@@ -213,20 +213,20 @@ pub(crate) fn spawn_apart(runtime: &Handle, task: impl Future<Output = ()> + Sen
 }
 
 /// Runs an operation to its end; `None` outside of a runtime.
-pub(crate) fn uncut<T>(
+pub(crate) fn detach_on_drop<T>(
     operation: impl Future<Output = T> + Send + 'static,
-    tracker: Option<Arc<Tracker>>,
-) -> Option<Uncut<T>> {
+    tracker: Option<Arc<TaskTracker>>,
+) -> Option<DetachOnDrop<T>> {
     let runtime = Handle::try_current().ok()?;
     let operation: Option<BoxFuture<'static, T>> = Some(Box::pin(operation));
-    Some(Uncut {
+    Some(DetachOnDrop {
         operation,
         runtime,
         tracker,
     })
 }
 
-impl<T> Future for Uncut<T> {
+impl<T> Future for DetachOnDrop<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
@@ -245,7 +245,7 @@ impl<T> Future for Uncut<T> {
     }
 }
 
-impl<T> Drop for Uncut<T> {
+impl<T> Drop for DetachOnDrop<T> {
     fn drop(&mut self) {
         if let Some(operation) = self.operation.take() {
             let rest = async move { drop(operation.await) };
@@ -270,7 +270,7 @@ mod tests {
     async fn what_is_dropped_half_way_goes_on() {
         let (go_on, told_to) = oneshot::channel();
         let (done, is_done) = oneshot::channel();
-        let mut operation = uncut(
+        let mut operation = detach_on_drop(
             async move {
                 let told: Result<(), _> = told_to.await;
                 done.send(told).unwrap();
@@ -291,7 +291,7 @@ mod tests {
         let (done, is_done) = oneshot::channel();
         let work = async move { done.send(told_to.await).unwrap() };
         let entered = first.enter();
-        let mut operation = uncut(work, None).unwrap();
+        let mut operation = detach_on_drop(work, None).unwrap();
         drop(entered);
         last.block_on(async { assert!((&mut operation).now_or_never().is_none()) });
         drop(first);
@@ -302,17 +302,20 @@ mod tests {
 
     #[tokio::test]
     async fn trackers_with_the_bounds_of_the_process_count_together_and_wait_apart() {
-        let (one, other) = (Tracker::with_bounds_of_process(), Tracker::with_bounds_of_process());
+        let (one, other) = (
+            TaskTracker::with_bounds_of_process(),
+            TaskTracker::with_bounds_of_process(),
+        );
         let (one, other) = (Arc::new(one), Arc::new(other));
         one.detach(&Handle::current(), std::future::pending());
         assert_eq!((one.detached(), other.detached()), (1, 1));
         assert_eq!((one.running(), other.running()), (1, 0));
-        assert_eq!(Tracker::default().detached(), 0);
+        assert_eq!(TaskTracker::default().detached(), 0);
     }
 
     #[tokio::test]
     async fn what_has_panicked_is_not_polled_again() {
-        let mut operation = uncut(async { panic!("the driver's") }, None).unwrap();
+        let mut operation = detach_on_drop(async { panic!("the driver's") }, None).unwrap();
         let polled = catch_unwind(AssertUnwindSafe(|| (&mut operation).now_or_never()));
         assert!(polled.map(|_: Option<()>| ()).is_err());
         assert!((&mut operation).now_or_never().is_none());
@@ -320,6 +323,6 @@ mod tests {
 
     #[test]
     fn outside_of_a_runtime_there_is_no_operation() {
-        assert!(uncut(async {}, None).is_none());
+        assert!(detach_on_drop(async {}, None).is_none());
     }
 }

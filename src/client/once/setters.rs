@@ -1,12 +1,12 @@
 //! The settings that all one-time calls share.
 
-/// The setters of [`Terms`], for whatever has them.
-macro_rules! term_setters {
+/// The setters of [`EngineSettings`], for whatever has them.
+macro_rules! shared_setters {
     () => {
         /// Separates these calls from others in the same store; empty by default.
         #[must_use]
         pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
-            self.terms().space.namespace = namespace.into();
+            self.engine().space.namespace = namespace.into();
             self
         }
 
@@ -17,7 +17,7 @@ macro_rules! term_setters {
         ///
         /// [`Configuration`](crate::ErrorKind::Configuration) when it is shorter than 16 bytes.
         pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, crate::error::Error> {
-            self.terms().space.set_secret(secret)?;
+            self.engine().space.set_secret(secret)?;
             Ok(self)
         }
 
@@ -25,7 +25,7 @@ macro_rules! term_setters {
         /// renewed at a third while the call runs.
         #[must_use]
         pub fn with_lease(mut self, lease: std::time::Duration) -> Self {
-            self.terms().set_lease(lease);
+            self.engine().set_lease(lease);
             self
         }
 
@@ -33,14 +33,14 @@ macro_rules! term_setters {
         /// callers, queues and jobs retry.
         #[must_use]
         pub fn with_retention(mut self, retention: std::time::Duration) -> Self {
-            self.terms().retention = retention;
+            self.engine().retention = retention;
             self
         }
 
         /// How long to wait for another process, or another task, that is making the same call; 30 s by default.
         #[must_use]
         pub fn with_wait(mut self, wait: std::time::Duration) -> Self {
-            self.terms().wait = wait;
+            self.engine().wait = wait;
             self
         }
 
@@ -48,7 +48,7 @@ macro_rules! term_setters {
         /// failed without effect count from when one was lost.
         #[must_use]
         pub fn with_max_attempts(mut self, attempts: u32) -> Self {
-            self.terms().max_attempts = attempts.max(1);
+            self.engine().max_attempts = attempts.max(1);
             self
         }
 
@@ -57,14 +57,14 @@ macro_rules! term_setters {
         /// then it arrives. This narrows the gap; only a third party that refuses an older [fence](Attempt::fence) shuts it.
         #[must_use]
         pub fn with_settle_delay(mut self, delay: std::time::Duration) -> Self {
-            self.terms().settling = delay;
+            self.engine().settling = delay;
             self
         }
 
         /// Sets how long one operation of the store may take. Default: 5 s.
         #[must_use]
         pub fn with_store_timeout(mut self, timeout: std::time::Duration) -> Self {
-            self.terms().store_timeout = timeout;
+            self.engine().store_timeout = timeout;
             self
         }
 
@@ -72,9 +72,9 @@ macro_rules! term_setters {
         /// operation is repeated for twelve times as long, two minutes by default.
         #[must_use]
         pub fn with_completion_timeout(mut self, timeout: std::time::Duration) -> Self {
-            self.terms().completion_timeout = timeout;
+            self.engine().completion_timeout = timeout;
             self
         }
     };
 }
-pub(super) use term_setters;
+pub(super) use shared_setters;

@@ -11,12 +11,12 @@ use tokio::runtime::{Handle, Id};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::attempt::Attempt;
-use super::engine::Job;
+use super::job::Job;
 use crate::clock::sleep;
+use crate::detach::spawn_apart;
 use crate::protocol::{Owner, Renewal};
-use crate::store::{in_time, Store};
+use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
-use crate::uncut::spawn_apart;
 
 /// Renews the lease of a key until the attempt [ends](Self::end). If a runtime that shuts down drops this value
 /// earlier, it gives the lease up, provided that the store can do so without waiting. In a store in this process, a
@@ -25,7 +25,7 @@ use crate::uncut::spawn_apart;
 /// A task renews the lease, so that a call that blocks its thread does not lose the lease. The owner renews the lease
 /// as well if it is polled while the task is late. The task is late if its runtime has ended, or if the owner keeps the
 /// runtime so busy that the runtime serves no timers.
-pub(super) struct Held<'j, St: Store> {
+pub(super) struct LeaseGuard<'j, St: Store> {
     job: &'j Job<St>,
     attempt: Attempt,
     owner: Option<Owner>,
@@ -40,7 +40,7 @@ struct Renewing {
     by_owner: Option<JoinHandle<()>>,
 }
 
-impl<'j, St: Store + Clone> Held<'j, St> {
+impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
     pub(super) fn begin(job: &'j Job<St>, attempt: &Attempt) -> Self {
         let mut held = Self {
             job,
@@ -71,7 +71,7 @@ impl<'j, St: Store + Clone> Held<'j, St> {
         Renewer {
             store: self.job.store.clone(),
             attempt: self.attempt.clone(),
-            store_timeout: self.job.terms.store_timeout,
+            store_timeout: self.job.settings.store_timeout,
         }
     }
 
@@ -103,7 +103,7 @@ impl<'j, St: Store + Clone> Held<'j, St> {
     }
 }
 
-impl<St: Store> Held<'_, St> {
+impl<St: Store> LeaseGuard<'_, St> {
     /// For the time in which its end is written.
     pub(super) fn stop_renewing(&mut self) {
         if let Some(renewing) = self.renewing.take() {
@@ -126,7 +126,7 @@ impl Renewing {
     }
 }
 
-impl<St: Store> Drop for Held<'_, St> {
+impl<St: Store> Drop for LeaseGuard<'_, St> {
     fn drop(&mut self) {
         self.stop_renewing();
         if let Some(owner) = self.owner {
@@ -156,7 +156,7 @@ impl<St: Store> Renewer<St> {
         let (key, owner, lease) = (self.attempt.key(), self.attempt.grant().owner, schedule.lease());
         // A renewal that hangs must leave time for another one before the lease ends.
         let timeout = self.store_timeout.min(lease / 6);
-        match in_time(timeout, self.store.renew(key, owner, lease)).await {
+        match with_timeout(timeout, self.store.renew(key, owner, lease)).await {
             Ok(Renewal::Renewed) => {}
             // Or it waited for the very transaction that completes the record.
             Ok(Renewal::Superseded) if self.attempt.is_completed() => {}

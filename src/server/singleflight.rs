@@ -14,13 +14,13 @@ use tokio::sync::Notify;
 
 use super::settings::Waiting;
 use crate::clock::{within, Deadline, Stopwatch};
+use crate::engine::Schedule;
 use crate::http::Refusal;
-use crate::job::Schedule;
 use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
 
 /// One guarded request. The one that got the seat of its key is what the others wait for.
-pub(super) struct Flight {
+pub(super) struct InFlight {
     pub(super) key: IdempotencyKey,
     pub(super) storage_key: StorageKey,
     pub(super) fingerprint: Fingerprint,
@@ -32,7 +32,7 @@ pub(super) struct Flight {
     detached: AtomicBool,
     /// Whether others wait for it, or did.
     joined: AtomicBool,
-    held: OnceLock<Held>,
+    held: OnceLock<LeaseGuard>,
     /// How often this flight has begun to look at the record while it waits for an owner in another process.
     looks: AtomicU64,
     /// The number of the last look that found this flight's fingerprint in the record.
@@ -54,13 +54,13 @@ pub(super) struct Flight {
     given_up: AtomicBool,
     /// Whether its key is being released.
     released: AtomicBool,
-    landing: OnceLock<Landing>,
+    shared_result: OnceLock<SharedResult>,
     changed: Notify,
     waiters: AtomicUsize,
 }
 
 /// The key that a flight was granted.
-struct Held {
+struct LeaseGuard {
     grant: Grant,
     /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
     schedule: Option<Schedule>,
@@ -68,7 +68,7 @@ struct Held {
     runtime: Option<Id>,
 }
 
-impl Held {
+impl LeaseGuard {
     /// Enters a grant. `asked` was started before the claim.
     fn new(grant: Grant, asked: impl FnOnce() -> Stopwatch) -> Self {
         let runtime = grant.lease.and_then(|_| Handle::try_current().ok());
@@ -82,7 +82,7 @@ impl Held {
 
 /// What a flight came to, for those who waited.
 #[derive(Clone, Debug)]
-pub(super) enum Landing {
+pub(super) enum SharedResult {
     /// This answer, a kept one or not.
     Response { answer: StoredResponse, kept: bool },
     /// It ended without; look for yourself.
@@ -91,7 +91,7 @@ pub(super) enum Landing {
     Refused(Refusal),
 }
 
-impl Flight {
+impl InFlight {
     pub(super) fn new(
         key: IdempotencyKey,
         storage_key: StorageKey,
@@ -119,7 +119,7 @@ impl Flight {
             recorded_status: AtomicU32::new(0),
             given_up: AtomicBool::new(false),
             released: AtomicBool::new(false),
-            landing: OnceLock::new(),
+            shared_result: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
         }
@@ -128,7 +128,7 @@ impl Flight {
     /// One whose request was granted its key already.
     pub(super) fn granted(mut self, grant: Grant) -> Self {
         self.guarded = AtomicBool::new(true);
-        self.held = OnceLock::from(Held::new(grant, Stopwatch::start));
+        self.held = OnceLock::from(LeaseGuard::new(grant, Stopwatch::start));
         self
     }
 
@@ -151,8 +151,8 @@ impl Flight {
     }
 
     /// Enters the grant of this flight. `asked` returns a stopwatch that was started before the claim.
-    pub(super) fn hold(&self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
-        if self.held.get().is_none() && self.held.set(Held::new(grant, asked)).is_ok() {
+    pub(super) fn key_guard(&self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
+        if self.held.get().is_none() && self.held.set(LeaseGuard::new(grant, asked)).is_ok() {
             self.changed.notify_waiters();
         }
     }
@@ -266,7 +266,7 @@ impl Flight {
 
     /// Whether a transaction of the handler completes the record; never, because no store has transactions.
     #[cfg(not(feature = "postgres"))]
-    #[expect(clippy::unused_self, reason = "with the feature `postgres` the flight knows it")]
+    #[expect(clippy::unused_self, reason = "with the feature `postgres` the in_flight knows it")]
     pub(super) const fn is_completing(&self) -> bool {
         false
     }
@@ -304,8 +304,8 @@ impl Flight {
         }
     }
 
-    fn land(&self, landing: Landing) {
-        if self.landing.set(landing).is_ok() {
+    fn respond(&self, shared_result: SharedResult) {
+        if self.shared_result.set(shared_result).is_ok() {
             self.changed.notify_waiters();
         }
     }
@@ -325,11 +325,11 @@ impl Flight {
     /// Waits until the flight owns the key, or a look with a higher number than `look` has found the flight's
     /// fingerprint in the record. Returns `false` if the flight ends first.
     async fn confirmed_after(&self, look: u64) -> bool {
-        self.until(|flight| {
-            if flight.is_owner() || flight.confirmed_by.load(Ordering::Acquire) > look {
+        self.until(|in_flight| {
+            if in_flight.is_owner() || in_flight.confirmed_by.load(Ordering::Acquire) > look {
                 return Some(true);
             }
-            flight.landing.get().is_some().then_some(false)
+            in_flight.shared_result.get().is_some().then_some(false)
         })
         .await
     }
@@ -341,20 +341,20 @@ fn status_and_code(status: http::StatusCode, code: Option<u8>) -> u32 {
     u32::from(status.as_u16()) | code.map_or(0, |code| (u32::from(code) + 1) << 16)
 }
 
-impl fmt::Debug for Flight {
+impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Flight")
             .field("held", &self.held())
             .field("superseded", &self.is_superseded())
-            .field("landed", &self.landing.get().is_some())
+            .field("landed", &self.shared_result.get().is_some())
             .finish_non_exhaustive()
     }
 }
 
 /// All flights of a layer and its clones.
 #[derive(Debug)]
-pub(super) struct Flights {
-    table: Sharded<StorageKey, Arc<Flight>, KeyHasher>,
+pub(super) struct InFlightTable {
+    table: Sharded<StorageKey, Arc<InFlight>, KeyHasher>,
     waiters: AtomicUsize,
 }
 
@@ -374,18 +374,18 @@ pub(super) enum Joined {
 }
 
 /// A seat that is free. Others who ask for a key of the same shard are held up.
-pub(super) struct Vacancy<'f>(MutexGuard<'f, HashMap<StorageKey, Arc<Flight>, KeyHasher>>);
+pub(super) struct VacantEntry<'f>(MutexGuard<'f, HashMap<StorageKey, Arc<InFlight>, KeyHasher>>);
 
-impl Vacancy<'_> {
+impl VacantEntry<'_> {
     /// Takes the seat, until it is [left](Flights::leave).
-    pub(super) fn take(mut self, flight: Flight) -> Arc<Flight> {
-        let flight = Arc::new(flight);
-        self.0.insert(flight.storage_key, Arc::clone(&flight));
-        flight
+    pub(super) fn take(mut self, in_flight: InFlight) -> Arc<InFlight> {
+        let in_flight = Arc::new(in_flight);
+        self.0.insert(in_flight.storage_key, Arc::clone(&in_flight));
+        in_flight
     }
 }
 
-impl Flights {
+impl InFlightTable {
     pub(super) fn new() -> Self {
         Self {
             table: Sharded::new(KeyHasher::random()),
@@ -393,16 +393,16 @@ impl Flights {
         }
     }
 
-    pub(super) fn join(self: &Arc<Self>, flight: &Arc<Flight>, limits: &Waiting) -> Joined {
-        let mut shard = self.table.lock(&flight.storage_key);
-        let Some(leader) = shard.get(&flight.storage_key) else {
-            shard.insert(flight.storage_key, Arc::clone(flight));
+    pub(super) fn join(self: &Arc<Self>, in_flight: &Arc<InFlight>, limits: &Waiting) -> Joined {
+        let mut shard = self.table.lock(&in_flight.storage_key);
+        let Some(leader) = shard.get(&in_flight.storage_key) else {
+            shard.insert(in_flight.storage_key, Arc::clone(in_flight));
             return Joined::Lead;
         };
         let leader = Arc::clone(leader);
         leader.joined.store(true, Ordering::Relaxed);
         drop(shard);
-        if leader.fingerprint == flight.fingerprint {
+        if leader.fingerprint == in_flight.fingerprint {
             return self.admit(leader, limits).map_or(Joined::Full, Joined::Follow);
         }
         if leader.is_owner() {
@@ -416,54 +416,54 @@ impl Flights {
     }
 
     /// Whether this flight has the seat of its key.
-    pub(super) fn is_seated(&self, flight: &Arc<Flight>) -> bool {
-        let shard = self.table.lock(&flight.storage_key);
+    pub(super) fn is_seated(&self, in_flight: &Arc<InFlight>) -> bool {
+        let shard = self.table.lock(&in_flight.storage_key);
         shard
-            .get(&flight.storage_key)
-            .is_some_and(|seated| Arc::ptr_eq(seated, flight))
+            .get(&in_flight.storage_key)
+            .is_some_and(|leads| Arc::ptr_eq(leads, in_flight))
     }
 
     /// The seat of a key, if it is free; nobody takes it while this is looked at.
-    pub(super) fn vacancy(&self, key: &StorageKey) -> Option<Vacancy<'_>> {
+    pub(super) fn vacant_entry(&self, key: &StorageKey) -> Option<VacantEntry<'_>> {
         let shard = self.table.lock(key);
-        (!shard.contains_key(key)).then_some(Vacancy(shard))
+        (!shard.contains_key(key)).then_some(VacantEntry(shard))
     }
 
     /// Leaves the seat and tells the others what it came to.
-    pub(super) fn leave(&self, flight: &Flight, landing: Landing) {
-        let mut shard = self.table.lock(&flight.storage_key);
-        let seated = shard.remove(&flight.storage_key);
+    pub(super) fn release_slot(&self, in_flight: &InFlight, shared_result: SharedResult) {
+        let mut shard = self.table.lock(&in_flight.storage_key);
+        let leads = shard.remove(&in_flight.storage_key);
         // Whoever joined did so under this lock.
-        let joined = flight.joined.load(Ordering::Relaxed);
+        let joined = in_flight.joined.load(Ordering::Relaxed);
         drop(shard);
-        drop(seated);
+        drop(leads);
         if joined {
-            flight.land(landing);
+            in_flight.respond(shared_result);
         }
     }
 
     /// Counts a waiter: a duplicate that waits for a flight, or the flight itself if it waits for an owner in another
     /// process. `None` if too many wait already.
-    pub(super) fn admit(self: &Arc<Self>, leader: Arc<Flight>, limits: &Waiting) -> Option<Follower> {
+    pub(super) fn admit(self: &Arc<Self>, leader: Arc<InFlight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);
         // Made first, so that a refused one is counted off again.
         let follower = Follower {
-            flights: Arc::clone(self),
+            in_flight_table: Arc::clone(self),
             leader,
         };
         (of_key < limits.per_key && in_all < limits.in_all).then_some(follower)
     }
 
     /// Takes the renewals that the task of this runtime must begin now, and returns their flights; see
-    /// [`Flight::take_renewal`].
-    pub(super) fn take_renewals(&self, runtime: Id, soon: Duration) -> Vec<Arc<Flight>> {
+    /// [`InFlight::take_renewal`].
+    pub(super) fn take_renewals(&self, runtime: Id, soon: Duration) -> Vec<Arc<InFlight>> {
         let mut due = Vec::new();
         self.table.each(|shard| {
             due.extend(
                 shard
                     .values()
-                    .filter(|flight| flight.take_renewal(runtime, soon))
+                    .filter(|in_flight| in_flight.take_renewal(runtime, soon))
                     .cloned(),
             );
         });
@@ -472,17 +472,18 @@ impl Flights {
 
     /// Whether any flight holds a lease, including leases whose renewals are skipped for the moment.
     pub(super) fn any_leased(&self) -> bool {
-        self.any(|flight| flight.schedule().is_some())
+        self.any(|in_flight| in_flight.schedule().is_some())
     }
 
     /// Whether something runs that goes on without its caller.
     pub(super) fn any_guarded(&self) -> bool {
-        self.any(Flight::is_guarded)
+        self.any(InFlight::is_guarded)
     }
 
-    fn any(&self, is: impl Fn(&Flight) -> bool) -> bool {
+    fn any(&self, is: impl Fn(&InFlight) -> bool) -> bool {
         let mut any = false;
-        self.table.each(|shard| any |= shard.values().any(|flight| is(flight)));
+        self.table
+            .each(|shard| any |= shard.values().any(|in_flight| is(in_flight)));
         any
     }
 }
@@ -490,18 +491,18 @@ impl Flights {
 /// A place among those who wait for a flight.
 #[derive(Debug)]
 pub(super) struct Follower {
-    flights: Arc<Flights>,
-    leader: Arc<Flight>,
+    in_flight_table: Arc<InFlightTable>,
+    leader: Arc<InFlight>,
 }
 
 impl Follower {
     /// What the flight came to; `None` when the time is up first.
-    pub(super) async fn landing(&self, deadline: Deadline) -> Option<Landing> {
-        if let Some(landing) = self.leader.landing.get() {
-            return Some(landing.clone());
+    pub(super) async fn shared_result(&self, deadline: Deadline) -> Option<SharedResult> {
+        if let Some(shared_result) = self.leader.shared_result.get() {
+            return Some(shared_result.clone());
         }
-        let landing = self.leader.until(|flight| flight.landing.get());
-        within(deadline.left(), landing).await.ok().cloned()
+        let shared_result = self.leader.until(|in_flight| in_flight.shared_result.get());
+        within(deadline.left(), shared_result).await.ok().cloned()
     }
 
     /// Whether the flight owns the key, or has owned it.
@@ -511,9 +512,9 @@ impl Follower {
 
     /// Waits until the flight owns the key; `false` if the flight ends or the time is up first.
     pub(super) async fn owned(&self, deadline: Deadline) -> bool {
-        let owned = self.leader.until(|flight| {
-            let has_landed = flight.landing.get().map(|_| false);
-            flight.held().map(|_| true).or(has_landed)
+        let owned = self.leader.until(|in_flight| {
+            let has_landed = in_flight.shared_result.get().map(|_| false);
+            in_flight.held().map(|_| true).or(has_landed)
         });
         within(deadline.left(), owned).await.unwrap_or(false)
     }
@@ -539,6 +540,6 @@ impl Undecided {
 impl Drop for Follower {
     fn drop(&mut self) {
         self.leader.waiters.fetch_sub(1, Ordering::Relaxed);
-        self.flights.waiters.fetch_sub(1, Ordering::Relaxed);
+        self.in_flight_table.waiters.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -12,33 +12,33 @@ use http::{Request, Response};
 use tower_service::Service;
 use tracing::{Instrument, Span};
 
-use super::exchange::{Admitted, Cargo, Exchange};
+use super::exchange::{Admitted, Exchange, Stage};
 use super::execution::start;
-use super::flights::{Flight, Landing, Vacancy};
-use super::future::Underway;
-use super::guard::{Hold, Shared};
+use super::future::DetachOnDrop;
+use super::guard::{KeyGuard, Shared};
 use super::lease::Lease;
 use super::settings::Values;
+use super::singleflight::{InFlight, SharedResult, VacantEntry};
 use crate::http::{collect_request, BodyBounds, Checked, Collect, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Times};
 
 /// A request with a good key, of which nothing has happened yet: it can be dropped at any time.
-pub(super) struct Arrival<St, S, B> {
+pub(super) struct Buffering<St, S, B> {
     shared: Arc<Shared<St>>,
     settings: Arc<Values>,
     /// Its span, where somebody listens.
     span: Option<Box<Span>>,
     times: Times,
-    names: Names,
+    names: RequestKey,
     service: S,
     head: Parts,
     body: Collect<Checked<B>>,
 }
 
 /// How the key of a request is called.
-pub(super) struct Names {
+pub(super) struct RequestKey {
     pub(super) key: IdempotencyKey,
     pub(super) storage_key: StorageKey,
     /// Whether the request has a scope.
@@ -46,27 +46,27 @@ pub(super) struct Names {
 }
 
 /// What an arrival leads to.
-pub(super) enum Arrived<R: 'static, E: 'static> {
+pub(super) enum Buffered<R: 'static, E: 'static> {
     /// This response.
     Response(Response<R>),
     /// An exchange.
-    Underway(Underway<R, E>),
+    DetachOnDrop(DetachOnDrop<R, E>),
 }
 
 /// An arrival, whatever it is made of.
-pub(super) trait Arriving<R: 'static, E: 'static>: Send {
+pub(super) trait BufferRequest<R: 'static, E: 'static>: Send {
     /// Ready when the body was read, or will not be.
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Collected, Refusal>>;
 
     /// Goes on with the body.
-    fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Arrived<R, E>;
+    fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Buffered<R, E>;
 }
 
-impl<St: Store, S, B: RebuildBody> Arrival<St, S, B> {
+impl<St: Store, S, B: RebuildBody> Buffering<St, S, B> {
     pub(super) fn new(
         shared: Arc<Shared<St>>,
         settings: Arc<Values>,
-        names: Names,
+        names: RequestKey,
         service: S,
         head: Parts,
         body: B,
@@ -90,7 +90,7 @@ impl<St: Store, S, B: RebuildBody> Arrival<St, S, B> {
     }
 }
 
-impl<St, S, B, R> Arriving<R, S::Error> for Arrival<St, S, B>
+impl<St, S, B, R> BufferRequest<R, S::Error> for Buffering<St, S, B>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send,
@@ -108,7 +108,7 @@ where
             .map_err(|shortfall| Refusal::new(RefusalKind::of_body(&shortfall)))
     }
 
-    fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Arrived<R, S::Error> {
+    fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Buffered<R, S::Error> {
         let Self {
             shared,
             settings,
@@ -122,75 +122,82 @@ where
         let entered = span.as_deref().map(Span::enter);
         let body = match body {
             Ok(body) => body,
-            Err(refusal) => return Arrived::Response(settings.refuse(span.as_deref(), Some(&head), refusal)),
+            Err(refusal) => return Buffered::Response(settings.refuse(span.as_deref(), Some(&head), refusal)),
         };
         let fingerprint = settings.fingerprint(&head, &body.bytes, names.scoped);
         let accepted = settings.accepted(&head);
         // A copy calls the `Clone` of extensions, which is the application's code. Copy before the claim, because a panic
-        // between the claim and its `Hold` would leave the key claimed.
+        // between the claim and its `KeyGuard` would leave the key claimed.
         let seen = settings.refusals.keep_head(&head);
         let decided = decide(&shared, &settings, &settings.claim(names.storage_key, fingerprint));
-        if let Decided::Settled(landing) = decided {
-            return Arrived::Response(settings.land(span.as_deref(), Some(&head), &landing, &accepted));
+        if let Decided::Settled(shared_result) = decided {
+            return Buffered::Response(settings.respond(span.as_deref(), Some(&head), &shared_result, &accepted));
         }
         // Only from here on it needs a place where others find it.
-        let flight = Flight::new(names.key, names.storage_key, fingerprint, settings.store_timeout);
+        let in_flight = InFlight::new(names.key, names.storage_key, fingerprint, settings.store_timeout);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
-        let (flight, exchange) = match decided {
-            Decided::Execute(vacancy, grant) => {
-                let flight = vacancy.take(flight.granted(grant));
-                let hold = Hold::granted(Arc::clone(&shared), Arc::clone(&flight), grant);
+        let (in_flight, exchange) = match decided {
+            Decided::Execute(vacant_entry, grant) => {
+                let in_flight = vacant_entry.take(in_flight.granted(grant));
+                let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
-                let lease = Lease::new(&hold, &settings, grant);
+                let lease = Lease::new(&key_guard, &settings, grant);
                 let running = start(admitted, lease, &settings);
                 drop(entered);
-                let mut exchange =
-                    Exchange::new(hold, settings, span.clone(), times, Cargo::<S>::Nothing, seen, accepted);
-                let flow = async move { exchange.see_through(running).await };
-                (flight, in_span(flow, span))
+                let mut exchange = Exchange::new(
+                    key_guard,
+                    settings,
+                    span.clone(),
+                    times,
+                    Stage::<S>::Nothing,
+                    seen,
+                    accepted,
+                );
+                let flow = async move { exchange.run_to_completion(running).await };
+                (in_flight, in_span(flow, span))
             }
-            Decided::Recover(vacancy, grant) => {
-                let flight = vacancy.take(flight.granted(grant));
-                let hold = Hold::granted(Arc::clone(&shared), Arc::clone(&flight), grant);
+            Decided::Recover(vacant_entry, grant) => {
+                let in_flight = vacant_entry.take(in_flight.granted(grant));
+                let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 drop(entered);
-                let cargo = Cargo::Admitted(Box::new(admitted));
-                let mut exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen, accepted);
+                let stage = Stage::Admitted(Box::new(admitted));
+                let mut exchange = Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
                 let flow = async move { exchange.recover_and_execute(grant).await };
-                (flight, in_span(flow, span))
+                (in_flight, in_span(flow, span))
             }
-            Decided::Undecided(vacancy) => {
-                let flight = vacancy.take(flight);
-                let hold = Hold::seated(Arc::clone(&shared), Arc::clone(&flight));
+            Decided::Undecided(vacant_entry) => {
+                let in_flight = vacant_entry.take(in_flight);
+                let key_guard = KeyGuard::leads(Arc::clone(&shared), Arc::clone(&in_flight));
                 drop(entered);
-                let cargo = Cargo::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen, accepted);
-                (flight, in_span(exchange.run(), span))
+                let stage = Stage::Admitted(Box::new(admitted));
+                let exchange = Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
+                (in_flight, in_span(exchange.run(), span))
             }
             Decided::Settled(_) | Decided::Otherwise => {
-                let flight = Arc::new(flight);
-                let hold = Hold::new(Arc::clone(&shared), Arc::clone(&flight));
+                let in_flight = Arc::new(in_flight);
+                let key_guard = KeyGuard::new(Arc::clone(&shared), Arc::clone(&in_flight));
                 drop(entered);
-                let cargo = Cargo::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(hold, settings, span.clone(), times, cargo, seen, accepted);
-                (flight, in_span(exchange.run(), span))
+                let stage = Stage::Admitted(Box::new(admitted));
+                let exchange = Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
+                (in_flight, in_span(exchange.run(), span))
             }
         };
-        Arrived::Underway(Underway::new(exchange, flight, tracker))
+        Buffered::DetachOnDrop(DetachOnDrop::new(exchange, in_flight, tracker))
     }
 }
 
 /// What a store that need not be waited for says.
 enum Decided<'f> {
     /// The key is granted, and this is its seat.
-    Execute(Vacancy<'f>, Grant),
+    Execute(VacantEntry<'f>, Grant),
     /// Likewise; but first it must be asked what became of an earlier attempt.
-    Recover(Vacancy<'f>, Grant),
+    Recover(VacantEntry<'f>, Grant),
     /// Nothing needs to run.
-    Settled(Landing),
+    Settled(SharedResult),
     /// Only an await can tell.
-    Undecided(Vacancy<'f>),
+    Undecided(VacantEntry<'f>),
     /// Another request has the key, the store failed, or no execution may begin.
     Otherwise,
 }
@@ -200,14 +207,14 @@ fn decide<'f, St: Store>(shared: &'f Shared<St>, settings: &Values, claim: &Clai
     if shared.barred(settings).is_some() {
         return Decided::Otherwise;
     }
-    let Some(vacancy) = shared.flights.vacancy(&claim.key) else {
+    let Some(vacant_entry) = shared.in_flight_table.vacant_entry(&claim.key) else {
         return Decided::Otherwise;
     };
     match shared.store.claim_now(claim) {
-        Some(Ok(Decision::Execute(grant))) => Decided::Execute(vacancy, grant),
-        Some(Ok(Decision::Recover(grant))) => Decided::Recover(vacancy, grant),
-        Some(Ok(decision)) => Landing::of(decision).map_or(Decided::Otherwise, Decided::Settled),
-        None => Decided::Undecided(vacancy),
+        Some(Ok(Decision::Execute(grant))) => Decided::Execute(vacant_entry, grant),
+        Some(Ok(Decision::Recover(grant))) => Decided::Recover(vacant_entry, grant),
+        Some(Ok(decision)) => SharedResult::of(decision).map_or(Decided::Otherwise, Decided::Settled),
+        None => Decided::Undecided(vacant_entry),
         Some(Err(_)) => Decided::Otherwise,
     }
 }
