@@ -54,16 +54,16 @@ struct Bounded {
 #[derive(Clone, Copy)]
 pub(crate) enum Deferred {
     /// That a claim of unknown fate is void.
-    Claim,
+    ReleaseClaim,
     /// How an attempt ended, in so many bytes.
-    End(usize),
+    RecordEnd(usize),
 }
 
 impl Deferred {
     const fn bytes(self) -> usize {
         match self {
-            Self::Claim => 0,
-            Self::End(bytes) => bytes,
+            Self::ReleaseClaim => 0,
+            Self::RecordEnd(bytes) => bytes,
         }
     }
 }
@@ -76,8 +76,8 @@ struct DeferredPermit {
 impl DeferredPermit {
     fn count(&self) -> &AtomicUsize {
         match self.word {
-            Deferred::Claim => &self.tracker.bounded.claims,
-            Deferred::End(_) => &self.tracker.bounded.ends,
+            Deferred::ReleaseClaim => &self.tracker.bounded.claims,
+            Deferred::RecordEnd(_) => &self.tracker.bounded.ends,
         }
     }
 }
@@ -174,7 +174,7 @@ impl TaskTracker {
         let others = behind.count().fetch_add(1, Ordering::AcqRel);
         let held = self.bounded.held.fetch_add(word.bytes(), Ordering::AcqRel);
         let has_room = others < MOST_DEFERRED && held.saturating_add(word.bytes()) <= MOST_BYTES;
-        if has_room || matches!(word, Deferred::Claim) {
+        if has_room || matches!(word, Deferred::ReleaseClaim) {
             self.spawn(runtime, async move {
                 work.await;
                 drop(behind);

@@ -4,34 +4,33 @@
 //! begun is recorded.
 
 use std::future::{poll_fn, Future};
+use std::marker::PhantomData;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
-use futures::future::select;
 use futures::FutureExt;
-use tokio::runtime::Handle;
 
 use super::attempt::{Attempt, Recovered};
+use super::claim::{ClaimError, Claimer};
 use super::lease_guard::LeaseGuard;
+use super::owner::{KeyOwner, Ownership};
 use super::settings::EngineSettings;
+use super::waiting::{await_owner, Waited, Waiter};
 use crate::clock::{sleep, within, Deadline, Stopwatch};
-use crate::detach::{detach_on_drop, Deferred};
+use crate::detach::{detach_on_drop, TaskTracker};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Release, Renewal, Status,
-    StorageKey, StoredResponse,
+    Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Snapshot, Status, StorageKey,
+    StoredResponse,
 };
-use crate::store::{
-    claim_with_timeout, limit_in_wait, record_end, release_lost_claim, with_timeout, End, LostClaim, Store, StoreRetry,
-    MANY_LOST_CLAIMS,
-};
+use crate::store::{claim_with_timeout, with_timeout, LostClaim, Store, MANY_LOST_CLAIMS};
 use crate::telemetry::{self, Event};
 
-/// How long a waiter goes without looking, should it not be woken.
-const POLL: Duration = Duration::from_secs(1);
+/// The longest time between two claims of a waiter, for a subscription that wakes nobody.
+const POLL: Duration = Duration::from_millis(500);
 
 pub(crate) const NO_RUNTIME: Error = Error::new(
     ErrorKind::Configuration,
@@ -110,18 +109,18 @@ pub(crate) struct Job<St> {
     pub(crate) store: St,
     pub(crate) key: StorageKey,
     pub(crate) fingerprint: Fingerprint,
-    pub(crate) if_lost: IfLost,
     pub(crate) settings: EngineSettings,
+    pub(crate) tracker: Arc<TaskTracker>,
 }
 
 impl<St: Store + Clone> Job<St> {
     /// Sees to it that the work is done once.
     pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Output> {
-        if let Err(overloaded) = self.settings.check_load() {
+        if let Err(overloaded) = self.settings.check_load(&self.tracker) {
             telemetry::event(Event::Overloaded);
             return Settled::Refused(Refused::NotRun(overloaded));
         }
-        let tracker = Arc::clone(&self.settings.tracker);
+        let tracker = Arc::clone(&self.tracker);
         if tracker.has_many_lost_claims() {
             return Settled::Refused(Refused::NotRun(MANY_LOST_CLAIMS));
         }
@@ -143,7 +142,7 @@ impl<St: Store + Clone> Job<St> {
             Ok(Ok(granted)) => {
                 // Nothing has run, and nobody waits for it.
                 if absence.is_true() {
-                    self.release(granted.grant.owner).await;
+                    self.owner(granted.grant.owner).release().await;
                     return Settled::Refused(Refused::InFlight(Duration::ZERO));
                 }
                 self.own(granted, work, &absence).await
@@ -161,10 +160,14 @@ impl<St: Store + Clone> Job<St> {
         let mut lost = None;
         loop {
             let asked = Stopwatch::start();
-            let decision = self.claim_once(nonce, waiting, &mut lost).await?;
+            let decision = match self.claim_once(nonce, waiting, &mut lost).await {
+                Ok(decision) => decision,
+                Err(ClaimError::TimeUp) => return Ok(Err(Settled::Refused(Refused::InFlight(Duration::ZERO)))),
+                Err(ClaimError::Failed(error)) => return Err(error),
+            };
             if matches!(decision, Decision::Execute(_) | Decision::Recover(_)) {
                 if let Some(lost) = lost.take() {
-                    LostClaim::granted(lost);
+                    lost.granted();
                 }
             }
             let granted = |grant, is_first| Granted { grant, is_first, asked };
@@ -202,57 +205,28 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Returns how long the next operation of the store may take. `waiting` is the deadline of the wait, if the job
-    /// waits.
-    fn limit(&self, waiting: Option<Deadline>) -> Duration {
-        let timeout = self.settings.store_timeout;
-        waiting.map_or(timeout, |deadline| limit_in_wait(timeout, deadline))
-    }
-
     /// In a store in this process leases have no end, and nobody waits for that.
     fn worth_waiting(&self, left: Duration) -> Duration {
         left.min(self.settings.lease)
     }
 
-    /// Claims the key. A claim that got no reply is repeated with the same nonce, and kept in `lost`.
+    /// Claims the key, and repeats the claim once if the store fails.
     async fn claim_once(
         &self,
         nonce: Nonce,
-        waiting: Option<Deadline>,
-        lost: &mut Option<LostClaim>,
-    ) -> Result<Decision, Error> {
-        let claim = self.claim_of(nonce);
-        match claim_with_timeout(self.limit(waiting), &self.store, &claim).await {
-            Err(error) if error.kind() == ErrorKind::StoreUnavailable => {
-                lost.get_or_insert_with(|| self.lost(claim.clone()));
-                if waiting.is_some_and(|wait| wait.left().is_zero()) {
-                    return Err(error);
-                }
-                telemetry::failure(Event::ClaimRepeated, &error);
-                claim_with_timeout(self.limit(waiting), &self.store, &claim).await
-            }
-            done => done,
-        }
-    }
-
-    fn lost(&self, claim: Claim) -> LostClaim {
-        let (store, store_retry) = (self.store.clone(), self.store_retry().deferred());
-        let release = {
-            let claim = claim.clone();
-            async move { release_lost_claim(&store, &claim, store_retry).await }
+        wait: Option<Deadline>,
+        lost: &mut Option<Box<LostClaim>>,
+    ) -> Result<Decision, ClaimError> {
+        let claim = self.settings.claim(self.key, self.fingerprint, nonce);
+        let claimer = Claimer {
+            store: &self.store,
+            settings: &self.settings,
+            tracker: &self.tracker,
+            wait,
         };
-        LostClaim::new(claim, &self.settings.tracker, release)
-    }
-
-    const fn claim_of(&self, nonce: Nonce) -> Claim {
-        Claim {
-            key: self.key,
-            fingerprint: self.fingerprint,
-            nonce,
-            lease: self.settings.lease,
-            retention: self.settings.retention,
-            if_lost: self.if_lost,
-            max_attempts: self.settings.max_attempts,
+        match claim_with_timeout(claimer.limit(), &self.store, &claim).await {
+            Ok(decision) => Ok(decision),
+            Err(error) => claimer.again(&claim, error, lost).await,
         }
     }
 
@@ -271,7 +245,7 @@ impl<St: Store + Clone> Job<St> {
             Recovered::NotHappened if absence.is_true() => {
                 // It found that nothing runs, and nothing is begun for nobody.
                 held.stop_renewing();
-                self.release(grant.owner).await;
+                self.owner(grant.owner).release().await;
                 held.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
@@ -294,7 +268,10 @@ impl<St: Store + Clone> Job<St> {
             given,
         }) = ended
         {
-            let completion = self.complete(grant.owner, &outcome).await;
+            let completion = self
+                .owner(grant.owner)
+                .complete(&outcome, self.settings.retention)
+                .await;
             held.end();
             return self.completed(completion, given, absence).await;
         }
@@ -311,14 +288,14 @@ impl<St: Store + Clone> Job<St> {
         ended: Result<Ended<G>, Refused>,
         absence: &Absence,
     ) -> Settled<G> {
-        let is_superseded = match &ended {
+        let ownership = match &ended {
             Ok(Ended {
                 verdict: Verdict::Release,
                 ..
-            }) => self.release(owner).await == Some(Release::Superseded),
-            _ => self.give_up(owner).await == Some(Renewal::Superseded),
+            }) => self.owner(owner).release().await,
+            _ => self.owner(owner).give_up().await,
         };
-        if is_superseded {
+        if ownership == Ownership::Superseded {
             telemetry::event(Event::Superseded);
             return self.stand_by(absence).await;
         }
@@ -333,7 +310,7 @@ impl<St: Store + Clone> Job<St> {
 
     /// What became of the attempt before this one. A check that panics has found nothing out.
     async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Output>> {
-        sleep(self.settings.settling).await;
+        sleep(self.settings.settle_delay).await;
         catch_panic(work.ask(attempt)).await.unwrap_or(Recovered::Unknown)
     }
 
@@ -362,90 +339,75 @@ impl<St: Store + Clone> Job<St> {
     /// other attempt records. This wait has its full time, regardless of how long the caller waited before its own
     /// claim. It ends when the caller leaves, because nobody gets the outcome then.
     pub(super) async fn stand_by<G>(&self, absence: &Absence) -> Settled<G> {
+        if absence.is_true() {
+            return Settled::Refused(Refused::InFlight(Duration::ZERO));
+        }
+        let waiter = Standby {
+            job: self,
+            absence,
+            left: Duration::ZERO,
+            output: PhantomData,
+        };
+        let timeout = self.settings.store_timeout;
         let deadline = Deadline::after(self.settings.wait);
-        let (mut watch, mut waiting) = (None, None);
-        loop {
-            if absence.is_true() {
-                return Settled::Refused(Refused::InFlight(Duration::ZERO));
-            }
-            let snapshot = match with_timeout(self.limit(waiting), self.store.peek(&self.key)).await {
-                Ok(snapshot) => snapshot,
-                Err(error) => {
-                    telemetry::store_failed(&error);
-                    return Settled::Refused(Refused::Unread(error));
+        match await_owner(&self.store, &self.key, timeout, deadline, waiter).await {
+            Waited::Seen(settled) => settled,
+            Waited::TimeUp(waiter) => Settled::Refused(Refused::InFlight(self.worth_waiting(waiter.left))),
+            Waited::Failed(error) | Waited::LastLookFailed(error) => Settled::Refused(Refused::Unread(error)),
+        }
+    }
+
+    pub(super) fn owner(&self, owner: Owner) -> KeyOwner<'_, St> {
+        KeyOwner {
+            store: &self.store,
+            key: &self.key,
+            owner,
+            retry: self.settings.retry(),
+            tracker: &self.tracker,
+        }
+    }
+}
+
+/// A superseded attempt that waits for the outcome of the attempt that took its key over.
+struct Standby<'j, St, G> {
+    job: &'j Job<St>,
+    absence: &'j Absence,
+    /// The rest of the other attempt's lease.
+    left: Duration,
+    output: PhantomData<fn() -> G>,
+}
+
+impl<St: Store + Clone, G> Waiter for Standby<'_, St, G> {
+    type Seen = Settled<G>;
+
+    fn judge(&mut self, record: Option<Snapshot>) -> Option<Settled<G>> {
+        if self.absence.is_true() {
+            return Some(Settled::Refused(Refused::InFlight(Duration::ZERO)));
+        }
+        Some(match record {
+            Some(record) if record.fingerprint == self.job.fingerprint => match record.status {
+                Status::Completed(outcome) => replayed(outcome),
+                Status::InFlight { left } => {
+                    self.left = left;
+                    return None;
                 }
-            };
-            let left = match snapshot {
-                Some(snapshot) if snapshot.fingerprint == self.fingerprint => match snapshot.status {
-                    Status::Completed(outcome) => return replayed(outcome),
-                    Status::InFlight { left } if deadline.left().is_zero() => {
-                        return Settled::Refused(Refused::InFlight(self.worth_waiting(left)))
-                    }
-                    Status::InFlight { left } => left,
-                    // The next one takes it over.
-                    Status::Lost if self.if_lost != IfLost::Refuse => {
-                        return Settled::Refused(Refused::InFlight(Duration::ZERO))
-                    }
-                    Status::Lost | Status::Unknown => return Settled::Refused(Refused::Unknown),
-                },
-                Some(_) => return Settled::Refused(Refused::Unknown),
-                None => return Settled::Refused(Refused::Unread(FORGOTTEN)),
-            };
-            drop(select(pin!(self.wait(&mut watch, left, deadline)), absence.begins()).await);
-            waiting = Some(deadline);
-        }
+                // The next attempt takes the key over.
+                Status::Lost if self.job.settings.if_lost != IfLost::Refuse => {
+                    Settled::Refused(Refused::InFlight(Duration::ZERO))
+                }
+                Status::Lost | Status::Unknown => Settled::Refused(Refused::Unknown),
+            },
+            Some(_) => Settled::Refused(Refused::Unknown),
+            None => Settled::Refused(Refused::Unread(FORGOTTEN)),
+        })
     }
 
-    pub(super) async fn complete(&self, owner: Owner, outcome: &Outcome) -> Result<Completion, Error> {
-        let retention = self.settings.retention;
-        let store_retry = self.store_retry();
-        let completing = store_retry.retry(|| self.store.complete(&self.key, owner, outcome, retention));
-        let completion = completing.await;
-        if let Err(error) = &completion {
-            self.record_later(error, owner, End::completed(outcome, retention));
-        }
-        completion
-    }
-
-    /// Frees the key.
-    pub(super) async fn release(&self, owner: Owner) -> Option<Release> {
-        let released = self.store_retry().retry(|| self.store.release(&self.key, owner)).await;
-        if let Err(error) = &released {
-            self.record_later(error, owner, End::Released);
-        }
-        log_error(released)
-    }
-
-    /// Ends the lease at once: the attempt is lost, as far as anybody knows. Without the store, it ends a little later.
-    async fn give_up(&self, owner: Owner) -> Option<Renewal> {
-        let store_retry = self.store_retry();
-        let given_up = store_retry.retry(|| self.store.renew(&self.key, owner, Duration::ZERO));
-        log_error(given_up.await)
-    }
-
-    /// Goes on telling a store that is away how an attempt ended: what comes of that is no longer the caller's.
-    fn record_later(&self, error: &Error, owner: Owner, end: End) {
-        let Ok(runtime) = Handle::try_current() else { return };
-        if StoreRetry::repeats(error) {
-            let (store, key, store_retry) = (self.store.clone(), self.key, self.store_retry().deferred());
-            let tracker = &self.settings.tracker;
-            tracker.spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
-                record_end(&store, &key, owner, &end, store_retry).await;
-            });
-        }
-    }
-
-    pub(super) fn store_retry(&self) -> StoreRetry {
-        StoreRetry::new(self.settings.store_timeout, self.settings.completion_timeout)
+    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
+        self.absence.begins()
     }
 }
 
-/// What a store said, if it could be asked.
-fn log_error<R>(said: Result<R, Error>) -> Option<R> {
-    said.map_err(|error| telemetry::failure(Event::Unrecorded, &error)).ok()
-}
-
-/// Whoever waits for what comes of a job.
+/// The caller of a job, while it waits for the result.
 struct Caller(#[expect(dead_code, reason = "its count is what matters")] Arc<()>);
 
 impl Caller {

@@ -1,6 +1,8 @@
-//! A job that is done once: a call to others, or the handling of a message.
+//! The life of an owned key, on the server, the client and the receiver: the claim, the run, the record, and what happens when
+//! each of them fails. Knows neither HTTP nor messages.
 
 mod attempt;
+mod claim;
 mod drain;
 mod job;
 mod lease_guard;
@@ -8,12 +10,15 @@ mod lease_guard;
 mod made;
 mod on_error;
 mod on_lost;
+mod owner;
 mod renewal;
 mod settings;
 #[cfg(feature = "postgres")]
 mod transaction;
+mod waiting;
 
 pub use attempt::{Attempt, Recovered};
+pub(crate) use claim::{ClaimError, Claimer};
 pub use drain::Drain;
 pub(crate) use job::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
 #[cfg(feature = "testing")]
@@ -22,5 +27,7 @@ pub(crate) use made::Made;
 pub(crate) use made::MADE_WITHOUT_STORE;
 pub use on_error::OnError;
 pub use on_lost::OnLost;
+pub(crate) use owner::{KeyOwner, Ownership};
 pub(crate) use renewal::Schedule;
 pub(crate) use settings::EngineSettings;
+pub(crate) use waiting::{await_owner, Waited, Waiter};

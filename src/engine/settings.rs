@@ -1,24 +1,30 @@
-//! The settings that all jobs share.
+//! The settings that every owner of a key has, on the server, the client and the receiver.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::detach::{TaskTracker, MOST_DETACHED};
 use crate::error::{Error, ErrorKind};
-use crate::protocol::KeySpace;
+use crate::protocol::{Claim, Fingerprint, IfLost, KeySpace, Nonce, StorageKey};
+use crate::store::StoreRetry;
 
+/// The settings of keys. This type is the one place of their defaults.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineSettings {
     pub(crate) space: KeySpace,
     pub(crate) lease: Duration,
     pub(crate) retention: Duration,
+    /// How long a duplicate waits for the owner of its key.
     pub(crate) wait: Duration,
+    pub(crate) if_lost: IfLost,
     pub(crate) max_attempts: u32,
-    pub(crate) settling: Duration,
+    /// How long the requests of a lost attempt may settle before the check of that attempt.
+    pub(crate) settle_delay: Duration,
+    /// How long one operation of the store may take.
     pub(crate) store_timeout: Duration,
+    /// How long an owner repeats the operation that ends its attempt.
     pub(crate) completion_timeout: Duration,
+    /// How many executions may continue in this process after their callers have left.
     pub(crate) max_detached: usize,
-    pub(crate) tracker: Arc<TaskTracker>,
 }
 
 impl Default for EngineSettings {
@@ -28,38 +34,61 @@ impl Default for EngineSettings {
             lease: Duration::from_secs(30),
             retention: Duration::from_secs(24 * 60 * 60),
             wait: Duration::from_secs(30),
+            if_lost: IfLost::Refuse,
             max_attempts: 5,
-            settling: Duration::ZERO,
+            settle_delay: Duration::ZERO,
             store_timeout: Duration::from_secs(5),
             completion_timeout: Duration::from_secs(10),
             max_detached: MOST_DETACHED,
-            tracker: Arc::default(),
         }
     }
 }
 
 impl EngineSettings {
     /// Fails if too many executions run whose callers have left.
-    pub(crate) fn check_load(&self) -> Result<(), Error> {
+    pub(crate) fn check_load(&self, tracker: &TaskTracker) -> Result<(), Error> {
         const OVERLOADED: Error = Error::new(
             ErrorKind::Overloaded,
             "too many executions run whose callers left; try again later, or raise `with_max_detached`",
         );
-        if self.tracker.detached() < self.max_detached {
+        if tracker.detached() < self.max_detached {
             Ok(())
         } else {
             Err(OVERLOADED)
         }
     }
 
-    /// Sets the limit of executions whose callers have left, at least 1: a limit of zero would refuse every execution.
+    /// Sets the limit of executions whose callers have left, at least 1. A limit of zero would refuse every execution.
     pub(crate) fn set_max_detached(&mut self, executions: usize) {
         self.max_detached = executions.max(1);
     }
 
+    /// Sets the lease, at least 1 s. A busy machine may not renew a shorter lease in time.
     pub(crate) fn set_lease(&mut self, lease: Duration) {
-        /// A shorter one may be over before a busy machine has renewed it.
         const SHORTEST_LEASE: Duration = Duration::from_secs(1);
         self.lease = lease.max(SHORTEST_LEASE);
+    }
+
+    /// Sets how many attempts a key gets, at least 1.
+    pub(crate) fn set_max_attempts(&mut self, attempts: u32) {
+        self.max_attempts = attempts.max(1);
+    }
+
+    /// Returns the claim of a key.
+    pub(crate) const fn claim(&self, key: StorageKey, fingerprint: Fingerprint, nonce: Nonce) -> Claim {
+        Claim {
+            key,
+            fingerprint,
+            nonce,
+            lease: self.lease,
+            retention: self.retention,
+            if_lost: self.if_lost,
+            max_attempts: self.max_attempts,
+        }
+    }
+
+    /// Returns how an owner repeats an operation of the store.
+    pub(crate) const fn retry(&self) -> StoreRetry {
+        StoreRetry::new(self.store_timeout, self.completion_timeout)
     }
 }

@@ -4,13 +4,10 @@
 //! read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal that succeeds proves
 //! that it was rolled back.
 
-use tokio::runtime::Handle;
-
 use super::job::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
-use crate::detach::Deferred;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Outcome, Owner, Renewal, Status};
-use crate::store::{resolve_transaction_late, End, Store, StoreRetry};
+use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
 
 const ROLLED_BACK: Error = Error::new(
@@ -30,8 +27,8 @@ impl<St: Store + Clone> Job<St> {
         ended: Result<Ended<G>, Refused>,
         absence: &Absence,
     ) -> Settled<G> {
-        let store_retry = self.store_retry();
-        match store_retry.retry(|| self.store.peek(&self.key)).await {
+        let retry = self.settings.retry();
+        match retry.retry(|| self.store.peek(&self.key)).await {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
             Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 if let Status::Completed(outcome) = snapshot.status {
@@ -49,7 +46,7 @@ impl<St: Store + Clone> Job<St> {
             Err(error) => return self.undecided(owner, ended, error),
         }
         let lease = self.settings.lease;
-        match store_retry.retry(|| self.store.renew(&self.key, owner, lease)).await {
+        match retry.retry(|| self.store.renew(&self.key, owner, lease)).await {
             Ok(Renewal::Renewed) => self.rolled_back(owner, ended, absence).await,
             Ok(Renewal::Superseded) => self.stand_by(absence).await,
             Err(error) => self.undecided(owner, ended, error),
@@ -63,14 +60,14 @@ impl<St: Store + Clone> Job<St> {
                 given,
                 verdict: Verdict::Store(_),
             }) => {
-                self.release(owner).await;
+                self.owner(owner).release().await;
                 ran(given, Err(ROLLED_BACK))
             }
             Ok(Ended {
                 given,
                 verdict: Verdict::StoreFailure(outcome),
             }) => {
-                let completion = self.complete(owner, &outcome).await;
+                let completion = self.owner(owner).complete(&outcome, self.settings.retention).await;
                 self.completed(completion, given, absence).await
             }
             ended => self.unkept(owner, ended, absence).await,
@@ -82,14 +79,7 @@ impl<St: Store + Clone> Job<St> {
     /// over.
     fn undecided<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
         telemetry::failure(Event::Unrecorded, &error);
-        if let (Ok(runtime), true) = (Handle::try_current(), StoreRetry::repeats(&error)) {
-            let end = self.end_after_rollback(&ended);
-            let (store, key, store_retry) = (self.store.clone(), self.key, self.store_retry().deferred());
-            let tracker = &self.settings.tracker;
-            tracker.spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
-                resolve_transaction_late(&store, &key, owner, &end, store_retry).await;
-            });
-        }
+        self.owner(owner).resolve_later(&error, self.end_after_rollback(&ended));
         match ended {
             Ok(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
             Err(refused) => Settled::Refused(refused),
@@ -97,11 +87,11 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Returns the end that [`rolled_back`](Self::rolled_back) records.
-    fn end_after_rollback<G>(&self, ended: &Result<Ended<G>, Refused>) -> End {
+    fn end_after_rollback<G>(&self, ended: &Result<Ended<G>, Refused>) -> AttemptEnd {
         match ended.as_ref().map(|ended| &ended.verdict) {
-            Ok(Verdict::Store(_) | Verdict::Release) => End::Released,
-            Ok(Verdict::StoreFailure(outcome)) => End::completed(outcome, self.settings.retention),
-            Ok(Verdict::GiveUp) | Err(_) => End::GivenUp,
+            Ok(Verdict::Store(_) | Verdict::Release) => AttemptEnd::Released,
+            Ok(Verdict::StoreFailure(outcome)) => AttemptEnd::completed(outcome, self.settings.retention),
+            Ok(Verdict::GiveUp) | Err(_) => AttemptEnd::GivenUp,
         }
     }
 }

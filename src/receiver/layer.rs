@@ -14,6 +14,7 @@ use super::id::{InvalidMessageId, MessageId};
 use super::kinds::Variants;
 use super::lease::MessageLease;
 use super::service::Receiver;
+use crate::detach::TaskTracker;
 use crate::engine::{Drain, EngineSettings, OnError, OnLost, Recovered};
 use crate::error::Error;
 use crate::protocol::{IfLost, StorageKey};
@@ -55,13 +56,13 @@ pub struct ReceiverLayer<St, M> {
 pub(super) struct Settings<M> {
     pub(super) consumer: String,
     pub(super) engine: EngineSettings,
+    pub(super) tracker: Arc<TaskTracker>,
     pub(super) id: IdFn<M>,
     pub(super) kind: Option<TypeFn<M>>,
     pub(super) payload: Option<PayloadFn<M>>,
     pub(super) pass_lease: Option<LeaseFn<M>>,
     pub(super) check: Option<CheckFn<M>>,
     pub(super) error_classes: ErrorClasses,
-    pub(super) if_lost: IfLost,
     pub(super) on_error: OnError,
     pub(super) on_mismatch: OnMismatch,
     pub(super) on_missing_id: OnMissingId,
@@ -107,13 +108,13 @@ impl<St, M> ReceiverLayer<St, M> {
         let settings = Settings {
             consumer: consumer.into(),
             engine,
+            tracker: Arc::default(),
             id: Arc::new(|_| MessageId::missing()),
             kind: None,
             payload: None,
             pass_lease: None,
             check: None,
             error_classes: ErrorClasses::default(),
-            if_lost: IfLost::Refuse,
             on_error: OnError::default(),
             on_mismatch: OnMismatch::default(),
             on_missing_id: OnMissingId::default(),
@@ -268,7 +269,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// Sets what happens to a message whose attempt was lost. Default: [`OnLost::Refuse`]. Of this setter,
     /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.settings().if_lost = on_lost.into();
+        self.settings().engine.if_lost = on_lost.into();
         self
     }
 
@@ -282,7 +283,7 @@ impl<St, M> ReceiverLayer<St, M> {
         F: Future<Output = Recovered<()>> + Send + 'static,
     {
         let settings = self.settings();
-        settings.if_lost = IfLost::Recover;
+        settings.engine.if_lost = IfLost::Recover;
         settings.check = Some(Arc::new(move |message, lease| check(message, lease).boxed()));
         self
     }
@@ -340,13 +341,13 @@ impl<St, M> ReceiverLayer<St, M> {
     /// the message over and were dropped before the handler began. So make a timeout around the consumer longer than the operations
     /// of your store take.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
-        self.settings().engine.max_attempts = attempts.max(1);
+        self.settings().engine.set_max_attempts(attempts);
         self
     }
 
     /// Sets how long the requests of a lost attempt may settle before the [check](Self::with_recovery). Default: not at all.
     pub fn with_settle_delay(mut self, delay: Duration) -> Self {
-        self.settings().engine.settling = delay;
+        self.settings().engine.settle_delay = delay;
         self
     }
 
@@ -375,7 +376,7 @@ impl<St, M> ReceiverLayer<St, M> {
     /// Returns a drain that waits for handlers that continue after their deliveries were dropped. Before the process ends, stop
     /// taking messages, then wait. Otherwise the end of the runtime stops the handlers in the middle.
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.settings.engine.tracker)
+        Drain::new(&self.settings.tracker)
     }
 
     /// Returns the name of a message's record in the store, for `Store::peek` and `Store::resolve`. `id` is the id exactly as
@@ -474,13 +475,13 @@ impl<M> Clone for Settings<M> {
         Self {
             consumer: self.consumer.clone(),
             engine: self.engine.clone(),
+            tracker: Arc::clone(&self.tracker),
             id: Arc::clone(&self.id),
             kind: self.kind.clone(),
             payload: self.payload.clone(),
             pass_lease: self.pass_lease.clone(),
             check: self.check.clone(),
             error_classes: self.error_classes.clone(),
-            if_lost: self.if_lost,
             on_error: self.on_error,
             on_mismatch: self.on_mismatch,
             on_missing_id: self.on_missing_id,
@@ -494,7 +495,6 @@ impl<M> fmt::Debug for Settings<M> {
         f.debug_struct("Settings")
             .field("consumer", &self.consumer)
             .field("engine", &self.engine)
-            .field("if_lost", &self.if_lost)
             .field("error_classes", &self.error_classes)
             .field("on_error", &self.on_error)
             .field("on_mismatch", &self.on_mismatch)

@@ -163,11 +163,11 @@ where
 
     /// Handles the message without a record.
     async fn unprotected(self) -> Received<S::Response, S::Error> {
-        if let Err(overloaded) = self.settings.engine.check_load() {
+        if let Err(overloaded) = self.settings.engine.check_load(&self.settings.tracker) {
             telemetry::event(Event::Overloaded);
             return Err(ReceiveError::Store(overloaded));
         }
-        let tracker = Arc::clone(&self.settings.engine.tracker);
+        let tracker = Arc::clone(&self.settings.tracker);
         // Declared first so that it drops last, when the tracker knows of the rest.
         let _attended = tracker.attend();
         let on_error = self.settings.on_error;
@@ -191,8 +191,8 @@ where
             store: self.store.clone(),
             key,
             fingerprint,
-            if_lost: settings.if_lost,
             settings: settings.engine.clone(),
+            tracker: Arc::clone(&settings.tracker),
         };
         let received = match job.settle(self).await {
             Settled::Ran { given, recorded } => match (given, recorded) {
@@ -364,7 +364,7 @@ impl<M> Settings<M> {
                 retry_after: left.min(self.engine.lease),
             },
             // A delivery with the recorded payload takes the key over.
-            Status::Lost if is_compared && self.if_lost != IfLost::Refuse => Receipt::InFlight {
+            Status::Lost if is_compared && self.engine.if_lost != IfLost::Refuse => Receipt::InFlight {
                 retry_after: self.engine.lease,
             },
             Status::Lost | Status::Unknown => Receipt::Unknown,

@@ -134,7 +134,7 @@ where
             return Buffered::Response(settings.respond(span.as_deref(), Some(&head), &shared_result, &accepted));
         }
         // Only from here on it needs a place where others find it.
-        let in_flight = InFlight::new(names.key, names.storage_key, fingerprint, settings.store_timeout);
+        let in_flight = InFlight::new(names.key, names.storage_key, fingerprint, settings.engine.store_timeout);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
         let (in_flight, exchange) = match decided {

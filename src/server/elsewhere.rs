@@ -1,22 +1,20 @@
 //! The wait for an owner in another process.
 
-use std::future::{pending, Future};
-use std::pin::pin;
-use std::time::Duration;
+use std::future::Future;
 
-use futures::future::{poll_fn, select};
+use futures::future::poll_fn;
 use http::{Request, Response};
 use tower_service::Service;
 
 use super::exchange::{Claimed, Exchange, Stage};
-use super::guard::Barred;
+use super::guard::{Barred, KeyGuard};
 use super::settings::Values;
 use super::singleflight::{InFlight, SharedResult};
-use crate::clock::{within, Deadline};
-use crate::error::ErrorKind;
+use crate::clock::within;
+use crate::engine::{await_owner, Waited, Waiter};
 use crate::http::{RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status};
-use crate::store::{limit_in_wait, with_timeout, Store, MANY_LOST_CLAIMS, TIMED_OUT};
+use crate::store::{with_timeout, Store, MANY_LOST_CLAIMS};
 use crate::telemetry::{self, Event};
 
 /// The meaning of a record for a request that does not own it.
@@ -50,10 +48,10 @@ impl<St: Store, S> Exchange<St, S> {
         // Count the waiter before the store makes a subscription for it. A request that may not wait only looks once,
         // so the limit does not apply.
         let place = self.key_guard.wait(&waiting);
-        if place.is_none() && !waiting.time.is_zero() {
+        if place.is_none() && !self.settings.engine.wait.is_zero() {
             return Some(Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))));
         }
-        let elsewhere = self.outcome_elsewhere().await;
+        let elsewhere = self.poll_owner().await;
         drop(place);
         match elsewhere {
             Elsewhere::Landed(shared_result) => Some(Ok(self.finish(shared_result))),
@@ -72,7 +70,7 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Returns the response for an owner whose key was taken over: the outcome that the key holds in the end.
     pub(super) async fn await_owner<R: RebuildBody>(&mut self) -> Response<R> {
-        match self.outcome_elsewhere().await {
+        match self.poll_owner().await {
             Elsewhere::Landed(SharedResult::Refused(refusal)) => {
                 let refusal = self.after_run(refusal);
                 self.finish(SharedResult::Refused(refusal))
@@ -93,21 +91,28 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    async fn outcome_elsewhere(&mut self) -> Elsewhere {
+    async fn poll_owner(&mut self) -> Elsewhere {
         // The caller left during the claim or the run, and nobody gets the response. Those that joined look for themselves.
         if self.key_guard.in_flight.is_detached() {
             return Elsewhere::TimeUp;
         }
         let deadline = self.wait().owner;
         let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
-        let waiting = outcome_elsewhere(
-            &self.key_guard.shared.store,
-            &self.settings,
-            &self.key_guard.in_flight,
+        let KeyGuard { shared, in_flight, .. } = &self.key_guard;
+        let bystander = Bystander {
+            settings: &self.settings,
+            in_flight,
             ours,
-            deadline,
-        );
-        self.times.waiting(waiting).await
+            look: 0,
+        };
+        let timeout = self.settings.engine.store_timeout;
+        let waiting = await_owner(&*shared.store, &in_flight.storage_key, timeout, deadline, bystander);
+        match self.times.waiting(waiting).await {
+            Waited::Seen(elsewhere) => elsewhere,
+            Waited::TimeUp(_) => Elsewhere::TimeUp,
+            Waited::LastLookFailed(error) => Elsewhere::Failed(self.settings.store_failed(&error)),
+            Waited::Failed(error) => Elsewhere::Landed(SharedResult::Refused(self.settings.store_failed(&error))),
+        }
     }
 
     /// Whether this request can still run: it has kept its request and service, and has time left. After its time is
@@ -140,7 +145,7 @@ impl<St: Store, S> Exchange<St, S> {
     pub(super) async fn look(&mut self, barred: Barred) -> Claimed {
         let in_flight = &self.key_guard.in_flight;
         let peeked = self.key_guard.shared.store.peek(&in_flight.storage_key);
-        let seen = match with_timeout(self.settings.store_timeout, peeked).await {
+        let seen = match with_timeout(self.settings.engine.store_timeout, peeked).await {
             Ok(snapshot) => {
                 let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
                 if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
@@ -168,88 +173,52 @@ impl<St: Store, S> Exchange<St, S> {
     }
 }
 
-/// Waits for an owner in another process: subscribes, looks and waits, in that order. Changes no record. `ours` is the
-/// nonce of a claim of this request that got no reply; if the store granted it later, another claim gets the same grant.
-async fn outcome_elsewhere<St: Store>(
-    store: &St,
-    settings: &Values,
-    in_flight: &InFlight,
+/// A request that waits for an owner in another process.
+struct Bystander<'a> {
+    settings: &'a Values,
+    in_flight: &'a InFlight,
+    /// The nonce of a claim of this request that got no reply. If the store granted that claim later, the next claim gets the
+    /// same grant.
     ours: Option<Nonce>,
-    deadline: Deadline,
-) -> Elsewhere {
-    const POLL: Duration = Duration::from_millis(500);
-    let timeout = settings.store_timeout;
-    let mut may_fail = true;
-    loop {
-        let watch = if deadline.left().is_zero() {
-            None
-        } else {
-            with_timeout(timeout.min(deadline.left()), store.watch(&in_flight.storage_key))
-                .await
-                .ok()
-        };
-        let limit = limit_in_wait(timeout, deadline);
-        let look = in_flight.begin_look();
-        let looked = match within(limit, store.peek(&in_flight.storage_key)).await {
-            Ok(looked) => looked,
-            // The look was cut short because the wait is over, which says nothing about the store.
-            Err(_) if limit < timeout => return Elsewhere::TimeUp,
-            Err(_) => Err(TIMED_OUT),
-        };
-        let snapshot = match looked {
-            Ok(snapshot) => snapshot,
-            // The owner may still run. Requests that joined later still have time, and look themselves.
-            Err(error) if deadline.left().is_zero() => {
-                telemetry::store_failed(&error);
-                return Elsewhere::Failed(settings.store_failed(&error));
-            }
-            // The owner still runs, so one failed look does not end the wait.
-            Err(error) if may_fail && error.kind() == ErrorKind::StoreUnavailable => {
-                telemetry::failure(Event::LookRepeated, &error);
-                may_fail = false;
-                drop(within(POLL.min(deadline.left()), pending::<()>()).await);
-                continue;
-            }
-            Err(error) => {
-                telemetry::store_failed(&error);
-                return Elsewhere::Landed(SharedResult::Refused(settings.store_failed(&error)));
-            }
-        };
-        may_fail = true;
-        if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
-            return Elsewhere::Free;
+    /// The number of the last look.
+    look: u64,
+}
+
+impl Waiter for Bystander<'_> {
+    type Seen = Elsewhere;
+
+    fn begin_look(&mut self) {
+        self.look = self.in_flight.begin_look();
+    }
+
+    fn judge(&mut self, record: Option<Snapshot>) -> Option<Elsewhere> {
+        if record.as_ref().is_some_and(|seen| is_granted_to(seen, self.ours)) {
+            return Some(Elsewhere::Free);
         }
-        let is_same = snapshot
-            .as_ref()
-            .is_some_and(|seen| seen.fingerprint == in_flight.fingerprint);
-        match settings.see(&in_flight.fingerprint, snapshot) {
-            Seen::Free => return Elsewhere::Free,
+        let fingerprint = &self.in_flight.fingerprint;
+        let is_same = record.as_ref().is_some_and(|seen| seen.fingerprint == *fingerprint);
+        match self.settings.see(fingerprint, record) {
+            Seen::Free => Some(Elsewhere::Free),
             Seen::Landed(shared_result) => {
                 if is_same {
-                    in_flight.confirm(look);
+                    self.in_flight.confirm(self.look);
                 }
-                return Elsewhere::Landed(shared_result);
+                Some(Elsewhere::Landed(shared_result))
             }
-            Seen::InFlight => in_flight.confirm(look),
+            Seen::InFlight => {
+                self.in_flight.confirm(self.look);
+                None
+            }
         }
-        // Even a request that may not wait looks once, because the key may hold the response.
-        if deadline.left().is_zero() {
-            return Elsewhere::TimeUp;
-        }
-        let (watched, asked) = (pin!(watched(watch)), pin!(in_flight.asked_to_look()));
-        drop(within(POLL.min(deadline.left()), select(watched, asked)).await);
+    }
+
+    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
+        self.in_flight.asked_to_look()
     }
 }
 
 fn is_granted_to(seen: &Snapshot, nonce: Option<Nonce>) -> bool {
     Some(seen.nonce) == nonce && matches!(seen.status, Status::InFlight { .. } | Status::Lost)
-}
-
-async fn watched(watch: Option<impl Future<Output = ()>>) {
-    match watch {
-        Some(watch) => watch.await,
-        None => pending().await,
-    }
 }
 
 impl Values {
@@ -266,7 +235,7 @@ impl Values {
             Status::Completed(Outcome::Rejected | Outcome::Tombstone) => {
                 SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored))
             }
-            Status::Lost if self.if_lost != IfLost::Refuse => return Seen::Free,
+            Status::Lost if self.engine.if_lost != IfLost::Refuse => return Seen::Free,
             Status::Lost | Status::Unknown => SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown)),
         })
     }

@@ -1,11 +1,9 @@
 //! The ends of an execution: the outcome that is recorded, and the responses for the caller and the duplicates.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::{request, response, Response, StatusCode};
-use tokio::runtime::Handle;
 
 use super::exchange::{Exchange, Read, Stage};
 use super::guard::KeyGuard;
@@ -13,11 +11,11 @@ use super::marks::{is_not_for_store, retention_of, StreamResponse};
 use super::policy::{Judgement, Verdict};
 use super::settings::Values;
 use super::singleflight::SharedResult;
-use crate::detach::Deferred;
+use crate::engine::{KeyOwner, Ownership};
 use crate::error::Error;
 use crate::http::{grpc_result, reframe_stream, Collected, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Completion, IfLost, Outcome, Owner, Release, Renewal, StorageKey, StoredResponse};
-use crate::store::{record_end, End, Store, StoreRetry};
+use crate::protocol::{Completion, IfLost, Outcome, StoredResponse};
+use crate::store::Store;
 use crate::telemetry::{self, Event};
 
 /// The refusal after a failure that must not be repeated.
@@ -56,13 +54,13 @@ impl<St: Store, S> Exchange<St, S> {
                 }
             }
             Verdict::Release => {
-                if let Release::Superseded = self.release().await {
+                if self.release().await == Ownership::Superseded {
                     return Box::pin(self.superseded()).await;
                 }
                 Recorded::No
             }
             Verdict::GiveUp => {
-                if let Renewal::Superseded = Box::pin(self.give_up()).await {
+                if Box::pin(self.give_up()).await == Ownership::Superseded {
                     return Box::pin(self.superseded()).await;
                 }
                 Recorded::No
@@ -160,7 +158,7 @@ impl<St: Store, S> Exchange<St, S> {
         match self.settings.keep.of_failure() {
             Verdict::Store => {
                 let (head, body, answer) = self.settings.failure_to_store(self.head.as_deref());
-                let retention = self.settings.retention;
+                let retention = self.settings.engine.retention;
                 match self.store_failure(answer, retention).await {
                     Ok(shared_result) => self.release_slot(shared_result),
                     Err(response) => return response,
@@ -194,11 +192,11 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends the attempt without an outcome: releases the key, or gives it up.
     async fn without_outcome<R: RebuildBody>(&mut self, verdict: Verdict) -> Result<(), Response<R>> {
-        let is_superseded = match verdict {
-            Verdict::Release => self.release().await == Release::Superseded,
-            _ => self.give_up().await == Renewal::Superseded,
+        let ownership = match verdict {
+            Verdict::Release => self.release().await,
+            _ => self.give_up().await,
         };
-        if is_superseded {
+        if ownership == Ownership::Superseded {
             return Err(self.superseded().await);
         }
         Ok(())
@@ -273,84 +271,57 @@ impl<St: Store, S> Exchange<St, S> {
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
         self.key_guard.end_ownership();
-        match self.settings.if_lost {
+        match self.settings.engine.if_lost {
             IfLost::Refuse if !self.settings.acknowledges => None,
             _ => Some(self.later(RefusalKind::OutcomeUnrecorded)),
         }
     }
 
     async fn complete(&mut self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
-        let completion = match self.owned() {
-            Some((store, key, owner)) => retry(&self.settings, || store.complete(key, owner, outcome, retention)).await,
+        match self.owner() {
+            Some(owner) => owner.complete(outcome, retention).await,
             None => Ok(Completion::Superseded(None)),
-        };
-        if let Err(error) = &completion {
-            self.record_later(error, End::completed(outcome, retention));
         }
-        completion
     }
 
-    /// Ends the attempt without an outcome.
-    async fn release(&mut self) -> Release {
+    /// Ends the attempt without an outcome, because it had no effect.
+    async fn release(&mut self) -> Ownership {
         self.key_guard.in_flight.set_released();
-        let released = match self.owned() {
-            Some((store, key, owner)) => retry(&self.settings, || store.release(key, owner)).await,
-            None => Ok(Release::Superseded),
+        let ownership = match self.owner() {
+            Some(owner) => owner.release().await,
+            None => Ownership::Superseded,
         };
-        if let Err(error) = &released {
-            self.record_later(error, End::Released);
-        }
         self.key_guard.end_ownership();
-        released.unwrap_or_else(|error| {
-            telemetry::failure(Event::Unrecorded, &error);
-            Release::Released
-        })
+        ownership
     }
 
     /// Ends the lease at once, and keeps the evidence of the attempt.
-    pub(super) async fn give_up(&mut self) -> Renewal {
+    pub(super) async fn give_up(&mut self) -> Ownership {
         self.key_guard.in_flight.set_given_up();
-        let given_up = match self.owned() {
-            Some((store, key, owner)) => retry(&self.settings, || store.renew(key, owner, Duration::ZERO)).await,
-            None => Ok(Renewal::Superseded),
+        let ownership = match self.owner() {
+            Some(owner) => owner.give_up().await,
+            None => Ownership::Superseded,
         };
         self.key_guard.end_ownership();
-        given_up.unwrap_or_else(|error| {
-            // The attempt ends a little later with its lease.
-            telemetry::failure(Event::Unrecorded, &error);
-            Renewal::Renewed
-        })
+        ownership
     }
 
-    /// Continues to report the end of the attempt to a store that does not answer, in a task for which the caller does
-    /// not wait.
-    fn record_later(&self, error: &Error, end: End) {
-        let (Some((_, key, owner)), Ok(runtime)) = (self.owned(), Handle::try_current()) else {
-            return;
-        };
-        if StoreRetry::repeats(error) {
-            let (key, shared, store_retry) = (
-                *key,
-                Arc::clone(&self.key_guard.shared),
-                self.settings.store_retry().deferred(),
-            );
-            let tracker = Arc::clone(&shared.tracker);
-            tracker.spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
-                record_end(&shared.store, &key, owner, &end, store_retry).await;
-            });
-        }
-    }
-
-    fn owned(&self) -> Option<(&St, &StorageKey, Owner)> {
+    pub(super) fn owner(&self) -> Option<KeyOwner<'_, Arc<St>>> {
         let KeyGuard { shared, in_flight, .. } = &self.key_guard;
-        Some((&shared.store, &in_flight.storage_key, self.key_guard.owner()?))
+        Some(KeyOwner {
+            store: &shared.store,
+            key: &in_flight.storage_key,
+            owner: self.key_guard.owner()?,
+            retry: self.settings.engine.retry(),
+            tracker: &shared.tracker,
+        })
     }
 }
 
 impl Values {
     /// Decides how an attempt ends, by the head of its response.
     pub(super) fn judge(&self, head: &response::Parts) -> Judgement {
-        self.keep.judge(head, self.retention)
+        self.keep.judge(head, self.engine.retention)
     }
 
     /// Whether a response is known as a stream by its head. The content type of a gRPC response is that of its method. If its
@@ -370,7 +341,7 @@ impl Values {
                 Verdict::Store
             },
             awaits_trailers: false,
-            retention: retention_of(head).unwrap_or(self.retention),
+            retention: retention_of(head).unwrap_or(self.engine.retention),
         }
     }
 
@@ -392,10 +363,6 @@ impl Values {
         }
     }
 
-    pub(super) const fn store_retry(&self) -> StoreRetry {
-        StoreRetry::new(self.store_timeout, self.completion_timeout)
-    }
-
     /// Returns the response of a handler that failed, and the form in which it is stored, for settings that store
     /// failures.
     pub(super) fn failure_to_store(
@@ -407,13 +374,4 @@ impl Values {
         let answer = self.response_headers.store(&head, &body);
         (head, body, answer)
     }
-}
-
-/// Runs an operation, and repeats it while the store fails, for as long as the settings allow. The lease is renewed
-/// meanwhile.
-pub(super) fn retry<T, F>(settings: &Values, operation: impl Fn() -> F) -> impl Future<Output = Result<T, Error>>
-where
-    F: Future<Output = Result<T, Error>>,
-{
-    settings.store_retry().retry(operation)
 }

@@ -1,7 +1,6 @@
 //! The flow of one guarded request, from its key to its answer.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -16,10 +15,11 @@ use super::policy::Statuses;
 use super::settings::Values;
 use super::singleflight::{Follower, Joined, SharedResult, Undecided};
 use crate::clock::{Deadline, Stopwatch};
+use crate::engine::{ClaimError, Claimer};
 use crate::error::{Error, ErrorKind};
 use crate::http::{complete_grpc, reframe, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey, StoredResponse};
-use crate::store::{claim_with_timeout, limit_in_wait, release_lost_claim, LostClaim, Store, LAST_LOOK};
+use crate::store::{claim_with_timeout, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, from when its body was read.
@@ -256,55 +256,32 @@ impl<St: Store, S> Exchange<St, S> {
         };
         // From here on the exchange continues if its caller leaves, because the store may have received the claim.
         self.key_guard.in_flight.set_guarded(true);
-        let asked = claim_with_timeout(self.limit(), &self.key_guard.shared.store, &claim);
+        let claimer = self.claimer();
+        let asked = claim_with_timeout(claimer.limit(), &self.key_guard.shared.store, &claim);
         match Box::pin(asked).await {
             Ok(decision) => self.decided(decision),
             Err(error) => Box::pin(self.claim_again(claim, error)).await,
         }
     }
 
-    /// Returns how long the next claim may take. After a wait, the claim must not outlast the wait.
-    fn limit(&self) -> Duration {
-        let timeout = self.settings.store_timeout;
-        self.wait.map_or(timeout, |wait| limit_in_wait(timeout, wait.owner))
-    }
-
-    fn is_wait_over(&self) -> bool {
-        self.wait.is_some_and(|wait| wait.owner.left().is_zero())
+    fn claimer(&self) -> Claimer<'_, Arc<St>> {
+        Claimer {
+            store: &self.key_guard.shared.store,
+            settings: &self.settings.engine,
+            tracker: &self.key_guard.shared.tracker,
+            wait: self.wait.map(|wait| wait.owner),
+        }
     }
 
     async fn claim_again(&mut self, claim: Claim, error: Error) -> Claimed {
-        if error.kind() != ErrorKind::StoreUnavailable {
-            return self.claim_failed(&error);
-        }
-        telemetry::failure(Event::ClaimRepeated, &error);
-        if self.lost_claim.is_none() {
-            self.lost_claim = Some(self.lost(claim.clone()));
-        }
-        // The claim failed because the wait is over, which says nothing about the store.
-        if self.is_wait_over() {
-            return Claimed::TimeUp;
-        }
-        match claim_with_timeout(self.limit(), &self.key_guard.shared.store, &claim).await {
+        let mut lost = self.lost_claim.take();
+        let decision = self.claimer().again(&claim, error, &mut lost).await;
+        self.lost_claim = lost;
+        match decision {
             Ok(decision) => self.decided(decision),
-            Err(error) if error.kind() == ErrorKind::StoreUnavailable && self.is_wait_over() => Claimed::TimeUp,
-            Err(error) => {
-                // Begin the release before other requests for this key go on.
-                self.lost_claim = None;
-                self.claim_failed(&error)
-            }
+            Err(ClaimError::TimeUp) => Claimed::TimeUp,
+            Err(ClaimError::Failed(error)) => self.claim_failed(&error),
         }
-    }
-
-    /// Keeps a claim that got no reply, until this exchange ends or owns the key.
-    fn lost(&self, claim: Claim) -> Box<LostClaim> {
-        let shared = Arc::clone(&self.key_guard.shared);
-        let (tracker, store_retry) = (Arc::clone(&shared.tracker), self.settings.store_retry().deferred());
-        let release = {
-            let claim = claim.clone();
-            async move { release_lost_claim(&shared.store, &claim, store_retry).await }
-        };
-        Box::new(LostClaim::new(claim, &tracker, release))
     }
 
     fn decided(&mut self, decision: Decision) -> Claimed {
@@ -357,8 +334,8 @@ impl<St: Store, S> Exchange<St, S> {
 
     pub(super) fn wait(&mut self) -> Wait {
         *self.wait.get_or_insert_with(|| {
-            let time = self.settings.waiting.time;
-            let shortest = self.settings.store_timeout.min(LAST_LOOK);
+            let time = self.settings.engine.wait;
+            let shortest = self.settings.engine.store_timeout.min(LAST_LOOK);
             Wait {
                 owner: Deadline::after(time),
                 decision: Deadline::after(time.max(shortest)),
@@ -435,15 +412,7 @@ impl SharedResult {
 impl Values {
     /// Asks for a key under these settings.
     pub(super) fn claim(&self, key: StorageKey, fingerprint: Fingerprint) -> Claim {
-        Claim {
-            key,
-            fingerprint,
-            nonce: Nonce::random(),
-            lease: self.lease,
-            retention: self.retention,
-            if_lost: self.if_lost,
-            max_attempts: self.max_attempts,
-        }
+        self.engine.claim(key, fingerprint, Nonce::random())
     }
 
     /// Returns the response for a request with this head, whose caller reads these encodings.

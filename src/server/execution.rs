@@ -17,11 +17,11 @@ use super::policy::{Judgement, LostAttempt, Verdict};
 use super::settings::Values;
 use super::singleflight::SharedResult;
 use crate::clock::Stopwatch;
-use crate::engine::Recovered;
+use crate::engine::{Ownership, Recovered};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, collect_messages, has_body, RebuildBody, Refusal, RefusalKind, Shortfall};
-use crate::protocol::{Grant, Renewal};
+use crate::protocol::Grant;
 use crate::store::Store;
 use crate::telemetry;
 
@@ -66,7 +66,7 @@ impl<St: Store, S> Exchange<St, S> {
             Checked::Happened => Ok(self.happened().await),
             Checked::Nothing => self.execute(grant).await,
             Checked::Unknown => {
-                if let Renewal::Superseded = self.give_up().await {
+                if self.give_up().await == Ownership::Superseded {
                     return Ok(self.superseded().await);
                 }
                 Ok(self.finish(SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))

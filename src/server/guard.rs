@@ -32,7 +32,7 @@ pub(super) enum Barred {
 
 /// What a layer and its clones share.
 pub(super) struct Shared<St> {
-    pub(super) store: St,
+    pub(super) store: Arc<St>,
     pub(super) in_flight_table: Arc<InFlightTable>,
     pub(super) tracker: Arc<TaskTracker>,
     renewal: Arc<RenewalTasks>,
@@ -41,7 +41,7 @@ pub(super) struct Shared<St> {
 impl<St> Shared<St> {
     pub(super) fn new(store: St) -> Self {
         Self {
-            store,
+            store: Arc::new(store),
             in_flight_table: Arc::new(InFlightTable::new()),
             tracker: Arc::default(),
             renewal: Arc::default(),
@@ -52,7 +52,7 @@ impl<St> Shared<St> {
 impl<St> Shared<St> {
     /// Returns the reason why no key may be claimed at the moment; `None` if keys may be claimed.
     pub(super) fn barred(&self, settings: &Values) -> Option<Barred> {
-        if self.tracker.detached() >= settings.max_detached {
+        if self.tracker.detached() >= settings.engine.max_detached {
             return Some(Barred::Detached);
         }
         self.tracker.has_many_lost_claims().then_some(Barred::LostClaims)

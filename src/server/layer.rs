@@ -231,7 +231,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Empty by default: keeps the keys of several applications apart that share one store, or of two versions of an API (where
     /// the same key under another path would be a mismatch).
     pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {
-        self.values().space.namespace = namespace.into();
+        self.values().engine.space.namespace = namespace.into();
         self
     }
 
@@ -242,7 +242,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// [`ErrorKind::Configuration`] when the secret is shorter than 16 bytes.
     pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
-        self.values().space.set_secret(secret)?;
+        self.values().engine.space.set_secret(secret)?;
         Ok(self)
     }
 
@@ -400,7 +400,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Sets what happens to a key whose owner vanished. Default: [`OnLost::Refuse`]. Of this setter,
     /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.values().if_lost = on_lost.into();
+        self.values().engine.if_lost = on_lost.into();
         self
     }
 
@@ -421,14 +421,14 @@ impl<St: Store> IdempotencyLayer<St> {
         F: Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
     {
         let values = self.values();
-        (values.if_lost, values.check) = (IfLost::Recover, Some(RecoveryCheck::new(check)));
+        (values.engine.if_lost, values.check) = (IfLost::Recover, Some(RecoveryCheck::new(check)));
         self
     }
 
     /// Sets how many attempts a key gets under [`OnLost::Execute`] and [`with_recovery`](Self::with_recovery). After the last one,
     /// the outcome is unknown. At least 1. Default: 5.
     pub fn with_max_attempts(mut self, attempts: u32) -> Self {
-        self.values().max_attempts = attempts.max(1);
+        self.values().engine.set_max_attempts(attempts);
         self
     }
 
@@ -512,14 +512,14 @@ impl<St: Store> IdempotencyLayer<St> {
     /// 24 hours by default: how long an outcome is kept, from its completion. Take it longer than lease, longest handler and the
     /// client's last retry together. Zero: duplicates are held while the first is in flight, and run again afterwards.
     pub fn with_retention(mut self, retention: Duration) -> Self {
-        self.values().retention = retention;
+        self.values().engine.retention = retention;
         self
     }
 
     /// 30 s by default, 1 s at least: how long an owner may go without renewal before it counts as vanished. Renewed at a third
     /// of it while the handler runs, so a slow handler needs no longer one. A memory store has no use for it.
     pub fn with_lease(mut self, lease: Duration) -> Self {
-        self.values().lease = lease.max(Duration::from_secs(1));
+        self.values().engine.set_lease(lease);
         self
     }
 
@@ -530,7 +530,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// key another attempt takes over waits once more for as long, for the outcome of that attempt. Set a time that is
     /// shorter than every timeout further out.
     pub fn with_wait(mut self, wait: Duration) -> Self {
-        self.values().waiting.time = wait;
+        self.values().engine.wait = wait;
         self
     }
 
@@ -555,13 +555,13 @@ impl<St: Store> IdempotencyLayer<St> {
     /// count callers, so without this limit a client that sends requests and hangs up could start any number of
     /// executions. Put a concurrency limit [inside this layer](Self#where-to-put-it), where it counts executions.
     pub fn with_max_detached(mut self, executions: usize) -> Self {
-        self.values().max_detached = executions.max(1);
+        self.values().engine.set_max_detached(executions);
         self
     }
 
     /// 5 s by default: how long one operation of the store may take before it counts as failed.
     pub fn with_store_timeout(mut self, timeout: Duration) -> Self {
-        self.values().store_timeout = timeout;
+        self.values().engine.store_timeout = timeout;
         self
     }
 
@@ -577,7 +577,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// the claim. While there are 1,024 such keys or more, the layer sends no further claims: a duplicate still gets
     /// its response, and any other request gets 503.
     pub fn with_completion_timeout(mut self, timeout: Duration) -> Self {
-        self.values().completion_timeout = timeout;
+        self.values().engine.completion_timeout = timeout;
         self
     }
 
@@ -659,7 +659,7 @@ impl<St: Store> IdempotencyLayer<St> {
     pub fn storage_key(&self, scope: Option<&Scope>, key: &str) -> Result<StorageKey, KeyError> {
         let values = &self.values;
         let key = values.parser.parse(key.as_bytes())?;
-        Ok(values.space.storage_key(scope, &key))
+        Ok(values.engine.space.storage_key(scope, &key))
     }
 
     /// Returns the outcome to pass to [`Store::resolve`]: the response as the layer stores it, without the header fields that

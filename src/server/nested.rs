@@ -86,7 +86,7 @@ async fn is_owned_by<St: Store>(
     key: &StorageKey,
     owners: &[Owner],
 ) -> Result<bool, Error> {
-    let peek = || with_timeout(settings.store_timeout, store.peek(key));
+    let peek = || with_timeout(settings.engine.store_timeout, store.peek(key));
     let peeked = match peek().await {
         Err(error) if error.kind() == ErrorKind::StoreUnavailable => peek().await,
         peeked => peeked,

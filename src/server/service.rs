@@ -148,7 +148,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
                 scope => scope,
             },
         };
-        let storage_key = settings.space.storage_key(scope.as_ref(), &key);
+        let storage_key = settings.engine.space.storage_key(scope.as_ref(), &key);
         // Two layers that guard the same record would wait for each other, so the inner layer passes the request on.
         let shared = &self.layer.shared;
         let outer = head.extensions.get::<Lease>();

@@ -11,9 +11,9 @@ use http::{response, Method};
 
 use super::errors::ServiceErrors;
 use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
-use crate::detach::MOST_DETACHED;
+use crate::engine::EngineSettings;
 use crate::http::{Fingerprinting, Rendering, ResponseHeaders, StreamTypes, IDEMPOTENCY_KEY};
-use crate::protocol::{IfLost, KeyParser, KeySpace, Scope};
+use crate::protocol::{IfLost, KeyParser, Scope};
 
 /// The settings of a layer, to be chosen from by [`with_settings_for`](super::IdempotencyLayer::with_settings_for). Made by
 /// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.
@@ -33,7 +33,7 @@ pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 pub(super) struct Values {
     pub(super) header: HeaderName,
     pub(super) parser: KeyParser,
-    pub(super) space: KeySpace,
+    pub(super) engine: EngineSettings,
     pub(super) required: bool,
     pub(super) methods: Vec<Method>,
     pub(super) scope: Option<ScopeFn>,
@@ -45,29 +45,21 @@ pub(super) struct Values {
     pub(super) streams: StreamTypes,
     pub(super) keep: StorePolicy,
     pub(super) errors: ServiceErrors,
-    pub(super) if_lost: IfLost,
     /// The check under [`IfLost::Recover`].
     pub(super) check: Option<RecoveryCheck>,
-    pub(super) max_attempts: u32,
     pub(super) response_headers: ResponseHeaders,
     /// Whether a 2xx acknowledges: none is given of which nothing is recorded, and a duplicate of which the answer was not kept
     /// gets a bare 200 instead of a refusal.
     pub(super) acknowledges: bool,
     pub(super) refusals: Rendering,
-    pub(super) retention: Duration,
-    pub(super) lease: Duration,
     pub(super) waiting: Waiting,
-    pub(super) max_detached: usize,
-    pub(super) store_timeout: Duration,
-    pub(super) completion_timeout: Duration,
     pub(super) retry_after: Duration,
     pub(super) run_unprotected: bool,
 }
 
-/// How long duplicates wait, and how many.
+/// How many duplicates may wait.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Waiting {
-    pub(super) time: Duration,
     pub(super) per_key: usize,
     pub(super) in_all: usize,
 }
@@ -77,7 +69,7 @@ impl Default for Values {
         Self {
             header: IDEMPOTENCY_KEY,
             parser: KeyParser::default(),
-            space: KeySpace::default(),
+            engine: EngineSettings::default(),
             required: false,
             methods: vec![Method::POST, Method::PATCH],
             scope: None,
@@ -89,22 +81,14 @@ impl Default for Values {
             streams: StreamTypes::default(),
             keep: StorePolicy::default(),
             errors: ServiceErrors::default(),
-            if_lost: IfLost::Refuse,
             check: None,
-            max_attempts: 5,
             response_headers: ResponseHeaders::default(),
             acknowledges: false,
             refusals: Rendering::default(),
-            retention: Duration::from_secs(24 * 60 * 60),
-            lease: Duration::from_secs(30),
             waiting: Waiting {
-                time: Duration::from_secs(30),
                 per_key: 16_384,
                 in_all: 65_536,
             },
-            max_detached: MOST_DETACHED,
-            store_timeout: Duration::from_secs(5),
-            completion_timeout: Duration::from_secs(10),
             retry_after: Duration::from_secs(1),
             run_unprotected: false,
         }
@@ -139,7 +123,7 @@ impl Values {
         let can_run_again = match judgement.verdict {
             Verdict::Release => true,
             // A retry takes the key over, or asks first.
-            Verdict::GiveUp => self.if_lost != IfLost::Refuse,
+            Verdict::GiveUp => self.engine.if_lost != IfLost::Refuse,
             Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => judgement.retention.is_zero(),
         };
         if is_failure && !can_run_again {
@@ -165,13 +149,9 @@ impl fmt::Debug for Values {
             .field("keep", &self.keep)
             .field("errors", &self.errors)
             .field("acknowledges", &self.acknowledges)
-            .field("if_lost", &self.if_lost)
-            .field("max_attempts", &self.max_attempts)
             .field("refusals", &self.refusals)
-            .field("retention", &self.retention)
-            .field("lease", &self.lease)
+            .field("engine", &self.engine)
             .field("waiting", &self.waiting)
-            .field("max_detached", &self.max_detached)
             .finish_non_exhaustive()
     }
 }

@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use http::{request, HeaderMap, Response, StatusCode};
 use sqlx::postgres::PgConnection;
-use tokio::runtime::Handle;
 
-use super::ending::retry;
 use super::exchange::{Exchange, Read, Stage};
 use super::execution::Ended;
 use super::guard::{KeyGuard, Shared};
@@ -20,13 +18,12 @@ use super::marks::{DoNotStore, StoreOutcomeOnly};
 use super::policy::Verdict;
 use super::settings::Values;
 use super::singleflight::SharedResult;
-use crate::detach::Deferred;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Completion, Outcome, Renewal, Status, StoredResponse};
-use crate::store::{resolve_transaction_late, End, PostgresStore, Store, StoreRetry};
+use crate::store::{AttemptEnd, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 
 /// Where a lease finds the store and the settings of its layer.
@@ -234,7 +231,7 @@ impl<St: Store, S> Exchange<St, S> {
             return Ok(self.superseded().await);
         };
         let (settings, key) = (&self.settings, &in_flight.storage_key);
-        match retry(settings, || shared.store.peek(key)).await {
+        match settings.engine.retry().retry(|| shared.store.peek(key)).await {
             // The fence alone does not tell: a resolution may have completed the record with another outcome.
             Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
                 match snapshot.status {
@@ -246,7 +243,12 @@ impl<St: Store, S> Exchange<St, S> {
             Ok(_) => {}
             Err(error) => return Ok(self.undecided(&error)),
         }
-        match retry(settings, || shared.store.renew(key, owner, settings.lease)).await {
+        match settings
+            .engine
+            .retry()
+            .retry(|| shared.store.renew(key, owner, settings.engine.lease))
+            .await
+        {
             Ok(Renewal::Renewed) => self.rolled_back(ended).await,
             Ok(Renewal::Superseded) => Ok(self.superseded().await),
             Err(error) => Ok(self.undecided(&error)),
@@ -323,17 +325,9 @@ impl<St: Store, S> Exchange<St, S> {
     /// told.
     fn undecided<R: RebuildBody>(&mut self, error: &Error) -> Response<R> {
         telemetry::failure(Event::Unrecorded, error);
-        let KeyGuard { shared, in_flight, .. } = &self.key_guard;
-        let asked_on = (self.key_guard.owner(), Handle::try_current());
-        if let ((Some(owner), Ok(runtime)), true) = (asked_on, StoreRetry::repeats(error)) {
+        if let Some(owner) = self.owner() {
             let end = end_of_failure(&self.settings, self.head.as_deref());
-            let store_retry = self.settings.store_retry().deferred();
-            let (store, key) = (Arc::clone(shared), in_flight.storage_key);
-            shared
-                .tracker
-                .spawn_deferred(&runtime, Deferred::End(end.bytes()), async move {
-                    resolve_transaction_late(&store.store, &key, owner, &end, store_retry).await;
-                });
+            owner.resolve_later(error, end);
         }
         self.key_guard.end_ownership();
         self.finish(SharedResult::Refused(self.later(RefusalKind::OutcomeUnrecorded)))
@@ -341,12 +335,13 @@ impl<St: Store, S> Exchange<St, S> {
 }
 
 /// Returns the end of an attempt whose handler has failed.
-fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> End {
+fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> AttemptEnd {
     match settings.keep.of_failure() {
-        Verdict::GiveUp => End::GivenUp,
-        Verdict::Release => End::Released,
-        Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => {
-            End::completed(&Outcome::Stored(settings.failure_to_store(head).2), settings.retention)
-        }
+        Verdict::GiveUp => AttemptEnd::GivenUp,
+        Verdict::Release => AttemptEnd::Released,
+        Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => AttemptEnd::completed(
+            &Outcome::Stored(settings.failure_to_store(head).2),
+            settings.engine.retention,
+        ),
     }
 }

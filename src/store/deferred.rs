@@ -66,13 +66,13 @@ impl LostClaim {
 impl Drop for LostClaim {
     fn drop(&mut self) {
         if let Some((runtime, release)) = self.release.take() {
-            self.tracker.spawn_deferred(&runtime, Deferred::Claim, release);
+            self.tracker.spawn_deferred(&runtime, Deferred::ReleaseClaim, release);
         }
     }
 }
 
 /// The end of an attempt.
-pub(crate) enum End {
+pub(crate) enum AttemptEnd {
     /// The attempt has an outcome, which is stored for this retention.
     Completed(Outcome, Duration),
     Released,
@@ -81,7 +81,7 @@ pub(crate) enum End {
     GivenUp,
 }
 
-impl End {
+impl AttemptEnd {
     /// Makes the end of an attempt with this outcome. Holds an exact copy of the bytes, because the
     /// tracker counts them while they wait for the store.
     pub(crate) fn completed(outcome: &Outcome, retention: Duration) -> Self {
@@ -118,7 +118,7 @@ pub(crate) async fn record_end<St: Store>(
     store: &St,
     key: &StorageKey,
     owner: Owner,
-    end: &End,
+    end: &AttemptEnd,
     store_retry: StoreRetry,
 ) {
     let recorded = store_retry.retry(|| end.record(store, key, owner));
@@ -138,7 +138,7 @@ pub(crate) async fn resolve_transaction_late<St: Store>(
     store: &St,
     key: &StorageKey,
     owner: Owner,
-    end: &End,
+    end: &AttemptEnd,
     store_retry: StoreRetry,
 ) {
     // While the transaction is open, each query waits for its lock and occupies a connection of the

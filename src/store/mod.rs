@@ -30,7 +30,7 @@ use std::time::Duration;
 pub use boxed::BoxStore;
 #[cfg(feature = "postgres")]
 pub(crate) use deferred::resolve_transaction_late;
-pub(crate) use deferred::{record_end, release_lost_claim, End, LostClaim, MANY_LOST_CLAIMS};
+pub(crate) use deferred::{record_end, release_lost_claim, AttemptEnd, LostClaim, MANY_LOST_CLAIMS};
 pub use memory::{MemoryStore, MemoryStoreBuilder, MemoryWatch, StoreStats};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{

@@ -48,7 +48,7 @@ macro_rules! shared_setters {
         /// failed without effect count from when one was lost.
         #[must_use]
         pub fn with_max_attempts(mut self, attempts: u32) -> Self {
-            self.engine().max_attempts = attempts.max(1);
+            self.engine().set_max_attempts(attempts);
             self
         }
 
@@ -57,7 +57,7 @@ macro_rules! shared_setters {
         /// then it arrives. This narrows the gap; only a third party that refuses an older [fence](Attempt::fence) shuts it.
         #[must_use]
         pub fn with_settle_delay(mut self, delay: std::time::Duration) -> Self {
-            self.engine().settling = delay;
+            self.engine().settle_delay = delay;
             self
         }
 

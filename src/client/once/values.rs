@@ -58,12 +58,9 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
         key: key.into(),
         scope: None,
         input: None,
-        if_lost: IfLost::Refuse,
-        engine: EngineSettings {
-            // Each call can be waited for by itself, and all calls of a process share the bounds.
-            tracker: Arc::new(TaskTracker::with_bounds_of_process()),
-            ..EngineSettings::default()
-        },
+        engine: EngineSettings::default(),
+        // Each call has its own drain, and all calls of a process share the bounds.
+        tracker: Arc::new(TaskTracker::with_bounds_of_process()),
         place: None,
     }
 }
@@ -96,8 +93,8 @@ pub struct Once<St> {
     key: String,
     scope: Option<Scope>,
     input: Option<Fingerprint>,
-    if_lost: IfLost,
     engine: EngineSettings,
+    tracker: Arc<TaskTracker>,
     place: Option<Place>,
 }
 
@@ -134,7 +131,7 @@ impl<St> Once<St> {
     /// [`run_or_recover`](Self::run_or_recover).
     #[must_use]
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.if_lost = on_lost.into();
+        self.engine.if_lost = on_lost.into();
         self
     }
 
@@ -143,7 +140,7 @@ impl<St> Once<St> {
     /// [`with_drain`](Self::with_drain).
     #[must_use]
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.engine.tracker)
+        Drain::new(&self.tracker)
     }
 
     /// Makes `drain` wait for this call, too. Before the process ends, stop making calls, then wait:
@@ -165,7 +162,7 @@ impl<St> Once<St> {
     /// ```
     #[must_use]
     pub fn with_drain(mut self, drain: &Drain) -> Self {
-        self.engine.tracker = drain.tracker();
+        self.tracker = drain.tracker();
         self
     }
 
@@ -237,7 +234,7 @@ impl<St: Store + Clone> Once<St> {
         F: FnOnce(Attempt) -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
-        self.if_lost = IfLost::Recover;
+        self.engine.if_lost = IfLost::Recover;
         self.settle(check, call).await
     }
 
@@ -258,7 +255,7 @@ impl<St: Store + Clone> Once<St> {
             return Err(OnceError::NotRun(EMPTY));
         }
         let place = self.place.clone();
-        let asks = self.if_lost == IfLost::Recover;
+        let asks = self.engine.if_lost == IfLost::Recover;
         let work = Typed {
             check: Some(check),
             call,
@@ -308,8 +305,8 @@ impl<St: Store + Clone> Once<St> {
             key: self.engine.space.call_key(self.scope.as_ref(), &self.key, step),
             fingerprint: self.place.map_or(input, |place| place.fingerprint(&input)),
             store: self.store,
-            if_lost: self.if_lost,
             settings: self.engine,
+            tracker: self.tracker,
         }
     }
 }
@@ -317,7 +314,6 @@ impl<St: Store + Clone> Once<St> {
 impl<St> fmt::Debug for Once<St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Once")
-            .field("if_lost", &self.if_lost)
             .field("engine", &self.engine)
             .finish_non_exhaustive()
     }

@@ -131,7 +131,7 @@ impl Settings {
             return Ended { given, verdict };
         }
         // An earlier attempt was lost, and without a recovery function nobody has asked about its effect.
-        let is_open = is_later && self.if_lost == IfLost::Execute;
+        let is_open = is_later && self.engine.if_lost == IfLost::Execute;
         Ended {
             given: if is_open {
                 Output::Lost(error)
@@ -197,7 +197,7 @@ impl Settings {
     /// Whether a lost request is sent again without asking about its effect, and without a key that the third party
     /// could recognise.
     fn recognises_no_retry(&self) -> bool {
-        self.if_lost == IfLost::Execute && !self.send_key
+        self.engine.if_lost == IfLost::Execute && !self.send_key
     }
 
     /// Returns what a result says about the effect of the call, including all requests that inner layers sent for it.

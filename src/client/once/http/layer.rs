@@ -16,6 +16,7 @@ use super::service::OnceClient;
 use crate::client::classes::{ErrorClass, ErrorClasses};
 use crate::client::keys::ProviderProfile;
 use crate::client::once::setters::shared_setters;
+use crate::detach::TaskTracker;
 use crate::engine::{Attempt, Drain, EngineSettings, OnLost, Recovered};
 use crate::http::ResponseHeaders;
 use crate::protocol::{IfLost, Scope};
@@ -110,13 +111,13 @@ pub struct OnceLayer<St> {
 pub(super) struct Settings {
     pub(super) profile: ProviderProfile,
     pub(super) engine: EngineSettings,
+    pub(super) tracker: Arc<TaskTracker>,
     pub(super) methods: Vec<Method>,
     pub(super) key: Option<KeyFn>,
     pub(super) scope: Option<ScopeFn>,
     pub(super) send_key: bool,
     pub(super) keys_are_honoured: bool,
     pub(super) on_attempt: Option<AttemptFn>,
-    pub(super) if_lost: IfLost,
     pub(super) check: Option<CheckFn>,
     pub(super) classes: ErrorClasses,
     pub(super) request_limit: usize,
@@ -144,13 +145,13 @@ impl<St> OnceLayer<St> {
         let settings = Settings {
             profile,
             engine: EngineSettings::default(),
+            tracker: Arc::default(),
             methods: vec![Method::POST, Method::PATCH],
             key: None,
             scope: None,
             send_key: true,
             keys_are_honoured: false,
             on_attempt: None,
-            if_lost: IfLost::Refuse,
             check: None,
             classes: ErrorClasses::default(),
             request_limit: 2 << 20,
@@ -179,7 +180,7 @@ impl<St> OnceLayer<St> {
     /// then wait.
     #[must_use]
     pub fn drain(&self) -> Drain {
-        Drain::new(&self.settings.engine.tracker)
+        Drain::new(&self.settings.tracker)
     }
 
     /// Sets how many calls may continue in this process after their callers have left. At this limit, every call fails
@@ -254,7 +255,7 @@ impl<St> OnceLayer<St> {
     /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
     #[must_use]
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.settings().if_lost = on_lost.into();
+        self.settings().engine.if_lost = on_lost.into();
         self
     }
 
@@ -270,7 +271,7 @@ impl<St> OnceLayer<St> {
         F: Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
     {
         let settings = self.settings();
-        settings.if_lost = IfLost::Recover;
+        settings.engine.if_lost = IfLost::Recover;
         settings.check = Some(Arc::new(move |lost| check(lost).boxed()));
         self
     }
@@ -327,7 +328,6 @@ impl<St> fmt::Debug for OnceLayer<St> {
             .field("profile", &self.settings.profile)
             .field("engine", &self.settings.engine)
             .field("methods", &self.settings.methods)
-            .field("if_lost", &self.settings.if_lost)
             .finish_non_exhaustive()
     }
 }

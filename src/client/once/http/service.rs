@@ -146,8 +146,8 @@ where
         store,
         key: settings.engine.space.call_key(scope.as_ref(), &key, None),
         fingerprint: fingerprint(&head, &body),
-        if_lost: settings.if_lost,
         settings: settings.engine.clone(),
+        tracker: Arc::clone(&settings.tracker),
     };
     let work = HttpCall {
         service,
