@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const FLOORS: [&[&str]; 7] = [
-    &["error", "clock", "sharded", "uncut"],
+    &["error", "clock", "sharded", "detach"],
     &["protocol", "telemetry"],
     &["http", "store"],
-    &["job"],
+    &["engine"],
     &["client", "outbox", "receiver", "server"],
     &["testing"],
     &["guide", "lib"],

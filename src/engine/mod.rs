@@ -27,6 +27,8 @@ pub(crate) use made::Made;
 pub(crate) use made::MADE_WITHOUT_STORE;
 pub use on_error::OnError;
 pub use on_lost::OnLost;
+#[cfg(feature = "postgres")]
+pub(crate) use owner::TransactionEnd;
 pub(crate) use owner::{KeyOwner, Ownership};
 pub(crate) use renewal::Schedule;
 pub(crate) use settings::EngineSettings;

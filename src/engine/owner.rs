@@ -9,6 +9,8 @@ use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
 use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, StorageKey};
 #[cfg(feature = "postgres")]
+use crate::protocol::{Snapshot, Status};
+#[cfg(feature = "postgres")]
 use crate::store::resolve_transaction_late;
 use crate::store::{record_end, AttemptEnd, Store, StoreRetry};
 use crate::telemetry::{self, Event};
@@ -20,6 +22,19 @@ pub(crate) enum Ownership {
     Held,
     /// Another attempt took the key over.
     Superseded,
+}
+
+/// The result of a transaction that completes a record together with an effect.
+#[cfg(feature = "postgres")]
+pub(crate) enum TransactionEnd {
+    /// The transaction was committed, and the record holds this outcome.
+    Committed(Outcome),
+    /// The transaction was rolled back, and the attempt still owns its key.
+    RolledBack,
+    /// Another attempt took the key over.
+    Superseded,
+    /// The store did not answer, so nobody knows yet.
+    Undecided(Error),
 }
 
 /// The owner of a key. Repeats each operation while the store fails. If the store still fails after that, a task without a
@@ -67,6 +82,32 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
                 telemetry::failure(Event::Unrecorded, &error);
                 Ownership::Held
             }
+        }
+    }
+
+    /// Finds out how the transaction ended that completes the record. The handler may not know, because a commit whose reply was
+    /// lost may have taken effect.
+    #[cfg(feature = "postgres")]
+    pub(crate) async fn transaction_end(&self, lease: Duration) -> TransactionEnd {
+        let record = match self.retry.retry(|| self.store.peek(self.key)).await {
+            Ok(record) => record,
+            Err(error) => return TransactionEnd::Undecided(error),
+        };
+        // Compare nonce and fence: a resolution by an operator keeps the fence, and may have recorded another outcome.
+        let ours = record.filter(|record| (record.nonce, record.fence) == (self.owner.nonce, self.owner.fence));
+        if let Some(Snapshot {
+            status: Status::Completed(outcome),
+            ..
+        }) = ours
+        {
+            return TransactionEnd::Committed(outcome);
+        }
+        // An open transaction holds a lock on the row of the record. So a renewal waits for its end, and a renewal that succeeds
+        // proves that the transaction was rolled back.
+        match self.retry.retry(|| self.store.renew(self.key, self.owner, lease)).await {
+            Ok(Renewal::Renewed) => TransactionEnd::RolledBack,
+            Ok(Renewal::Superseded) => TransactionEnd::Superseded,
+            Err(error) => TransactionEnd::Undecided(error),
         }
     }
 

@@ -1,12 +1,9 @@
-//! The end of work that recorded itself within a transaction of its own.
-//!
-//! What came of the transaction is not asked of the work, which may not know: a commit whose reply was lost may have taken effect. It is
-//! read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal that succeeds proves
-//! that it was rolled back.
+//! The end of work that completed its own record in a transaction.
 
 use super::job::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
+use super::owner::TransactionEnd;
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Outcome, Owner, Renewal, Status};
+use crate::protocol::{Outcome, Owner};
 use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
 
@@ -27,29 +24,21 @@ impl<St: Store + Clone> Job<St> {
         ended: Result<Ended<G>, Refused>,
         absence: &Absence,
     ) -> Settled<G> {
-        let retry = self.settings.retry();
-        match retry.retry(|| self.store.peek(&self.key)).await {
-            // The fence alone does not tell: a resolution may have completed the record with another outcome.
-            Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
-                if let Status::Completed(outcome) = snapshot.status {
-                    return match ended {
-                        Ok(Ended {
-                            given,
-                            // A rejection does not undo a commit. The message is handled, and every copy is a duplicate.
-                            verdict: Verdict::Store(_) | Verdict::StoreFailure(Outcome::Stored(_) | Outcome::Tombstone),
-                        }) => ran(given, Ok(())),
-                        _ => replayed(outcome),
-                    };
-                }
+        match self.owner(owner).transaction_end(self.settings.lease).await {
+            TransactionEnd::Committed(outcome) => match ended {
+                Ok(Ended {
+                    given,
+                    // A rejection does not undo a commit. The message is handled, and every copy is a duplicate.
+                    verdict: Verdict::Store(_) | Verdict::StoreFailure(Outcome::Stored(_) | Outcome::Tombstone),
+                }) => ran(given, Ok(())),
+                _ => replayed(outcome),
+            },
+            TransactionEnd::RolledBack => self.rolled_back(owner, ended, absence).await,
+            TransactionEnd::Superseded => {
+                telemetry::event(Event::Superseded);
+                self.stand_by(absence).await
             }
-            Ok(_) => {}
-            Err(error) => return self.undecided(owner, ended, error),
-        }
-        let lease = self.settings.lease;
-        match retry.retry(|| self.store.renew(&self.key, owner, lease)).await {
-            Ok(Renewal::Renewed) => self.rolled_back(owner, ended, absence).await,
-            Ok(Renewal::Superseded) => self.stand_by(absence).await,
-            Err(error) => self.undecided(owner, ended, error),
+            TransactionEnd::Undecided(error) => self.undecided(owner, ended, error),
         }
     }
 

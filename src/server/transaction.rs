@@ -1,9 +1,7 @@
-//! Effect and answer in one transaction: the handler completes its own key.
+//! Effect and response in one transaction: the handler completes the record of its own key.
 //!
-//! What came of the transaction is not asked of the handler, which may not know: a commit whose reply was lost may have taken
-//! effect. It is read from the record. While the transaction is open it holds a lock on the record's row, so that a renewal
-//! that succeeds proves that it was rolled back. Where the record cannot be read for so long that the caller is refused, a task
-//! goes on behind the refusal.
+//! The layer reads the outcome from the record, whatever the handler says. If the store does not answer for so long that the
+//! caller gets a refusal, a task without a caller continues to ask.
 
 use std::sync::Arc;
 
@@ -12,17 +10,18 @@ use sqlx::postgres::PgConnection;
 
 use super::exchange::{Exchange, Read, Stage};
 use super::execution::Ended;
-use super::guard::{KeyGuard, Shared};
+use super::guard::Shared;
 use super::lease::Lease;
 use super::marks::{DoNotStore, StoreOutcomeOnly};
 use super::policy::Verdict;
 use super::settings::Values;
 use super::singleflight::SharedResult;
+use crate::engine::TransactionEnd;
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
-use crate::protocol::{Completion, Outcome, Renewal, Status, StoredResponse};
+use crate::protocol::{Completion, Outcome, StoredResponse};
 use crate::store::{AttemptEnd, PostgresStore, Store};
 use crate::telemetry::{self, Event};
 
@@ -226,32 +225,15 @@ impl<St: Store, S> Exchange<St, S> {
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
     ) -> Result<Response<R>, E> {
-        let KeyGuard { shared, in_flight, .. } = &self.key_guard;
-        let Some(owner) = self.key_guard.owner() else {
+        let Some(owner) = self.owner() else {
             return Ok(self.superseded().await);
         };
-        let (settings, key) = (&self.settings, &in_flight.storage_key);
-        match settings.engine.retry().retry(|| shared.store.peek(key)).await {
-            // The fence alone does not tell: a resolution may have completed the record with another outcome.
-            Ok(Some(snapshot)) if (snapshot.nonce, snapshot.fence) == (owner.nonce, owner.fence) => {
-                match snapshot.status {
-                    Status::Completed(Outcome::Stored(answer)) => return Ok(self.committed(answer)),
-                    Status::Completed(Outcome::Tombstone) => return Ok(self.committed_alone(ended)),
-                    _ => {}
-                }
-            }
-            Ok(_) => {}
-            Err(error) => return Ok(self.undecided(&error)),
-        }
-        match settings
-            .engine
-            .retry()
-            .retry(|| shared.store.renew(key, owner, settings.engine.lease))
-            .await
-        {
-            Ok(Renewal::Renewed) => self.rolled_back(ended).await,
-            Ok(Renewal::Superseded) => Ok(self.superseded().await),
-            Err(error) => Ok(self.undecided(&error)),
+        match owner.transaction_end(self.settings.engine.lease).await {
+            TransactionEnd::Committed(Outcome::Stored(response)) => Ok(self.committed(response)),
+            TransactionEnd::Committed(Outcome::Tombstone) => Ok(self.committed_alone(ended)),
+            TransactionEnd::Committed(Outcome::Rejected) | TransactionEnd::Superseded => Ok(self.superseded().await),
+            TransactionEnd::RolledBack => self.rolled_back(ended).await,
+            TransactionEnd::Undecided(error) => Ok(self.undecided(&error)),
         }
     }
 
