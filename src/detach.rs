@@ -12,13 +12,28 @@ use tokio::sync::futures::Notified;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-/// An operation that is polled in its place. Dropped half-way, the rest of it goes on in a task of its own, and only who leaves
-/// pays for one.
-pub(crate) struct DetachOnDrop<T: 'static> {
+/// An operation that its caller polls in place. When the caller drops it half-way, the rest continues in a task. So only a caller
+/// that leaves costs a task.
+pub(crate) struct DetachOnDrop<T: 'static, D: Detach = Option<Arc<TaskTracker>>> {
     operation: Option<BoxFuture<'static, T>>,
-    /// The runtime that polled it last, since the runtime in which it was made may have ended.
-    runtime: Handle,
-    tracker: Option<Arc<TaskTracker>>,
+    /// The runtime of the last poll, because the runtime of the first poll may have ended.
+    runtime: Option<Handle>,
+    rest: D,
+}
+
+/// The owner of the rest of an operation whose caller left.
+pub(crate) trait Detach: Unpin {
+    /// Continues the rest in a task on `runtime`, or drops it.
+    fn detach(&self, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static);
+}
+
+impl Detach for Option<Arc<TaskTracker>> {
+    fn detach(&self, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static) {
+        match self {
+            Some(tracker) => tracker.detach(runtime, rest),
+            None => drop(runtime.spawn(rest)),
+        }
+    }
 }
 
 /// The default limit of executions without a caller. At this limit, no new executions begin.
@@ -212,25 +227,33 @@ pub(crate) fn spawn_apart(runtime: &Handle, task: impl Future<Output = ()> + Sen
     spawned
 }
 
-/// Runs an operation to its end; `None` outside of a runtime.
+/// Runs an operation to its end, also if its caller leaves. Returns `None` outside of a runtime.
 pub(crate) fn detach_on_drop<T>(
     operation: impl Future<Output = T> + Send + 'static,
     tracker: Option<Arc<TaskTracker>>,
 ) -> Option<DetachOnDrop<T>> {
     let runtime = Handle::try_current().ok()?;
-    let operation: Option<BoxFuture<'static, T>> = Some(Box::pin(operation));
-    Some(DetachOnDrop {
-        operation,
-        runtime,
-        tracker,
-    })
+    let mut operation = DetachOnDrop::new(Box::pin(operation), tracker);
+    operation.runtime = Some(runtime);
+    Some(operation)
 }
 
-impl<T> Future for DetachOnDrop<T> {
+impl<T, D: Detach> DetachOnDrop<T, D> {
+    /// An operation that was never polled within a runtime is dropped with its caller.
+    pub(crate) const fn new(operation: BoxFuture<'static, T>, rest: D) -> Self {
+        Self {
+            operation: Some(operation),
+            runtime: None,
+            rest,
+        }
+    }
+}
+
+impl<T, D: Detach> Future for DetachOnDrop<T, D> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        // Taken out while it runs: should it panic, it is not polled again.
+        // Take the operation out while it runs. If it panics, it is dropped here and never polled again.
         let Some(mut operation) = self.operation.take() else {
             return Poll::Pending;
         };
@@ -238,21 +261,17 @@ impl<T> Future for DetachOnDrop<T> {
         if polled.is_pending() {
             self.operation = Some(operation);
             if let Ok(runtime) = Handle::try_current() {
-                self.runtime = runtime;
+                self.runtime = Some(runtime);
             }
         }
         polled
     }
 }
 
-impl<T> Drop for DetachOnDrop<T> {
+impl<T, D: Detach> Drop for DetachOnDrop<T, D> {
     fn drop(&mut self) {
-        if let Some(operation) = self.operation.take() {
-            let rest = async move { drop(operation.await) };
-            match &self.tracker {
-                Some(tracker) => tracker.detach(&self.runtime, rest),
-                None => drop(self.runtime.spawn(rest)),
-            }
+        if let (Some(operation), Some(runtime)) = (self.operation.take(), &self.runtime) {
+            self.rest.detach(runtime, async move { drop(operation.await) });
         }
     }
 }

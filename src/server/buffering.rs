@@ -12,9 +12,9 @@ use http::{Request, Response};
 use tower_service::Service;
 use tracing::{Instrument, Span};
 
+use super::detached::{IfGuarded, Running};
 use super::exchange::{Admitted, Exchange, Stage};
 use super::execution::start;
-use super::future::DetachOnDrop;
 use super::guard::{KeyGuard, Shared};
 use super::lease::Lease;
 use super::settings::Values;
@@ -50,7 +50,7 @@ pub(super) enum Buffered<R: 'static, E: 'static> {
     /// This response.
     Response(Response<R>),
     /// An exchange.
-    DetachOnDrop(DetachOnDrop<R, E>),
+    Running(Running<R, E>),
 }
 
 /// An arrival, whatever it is made of.
@@ -137,7 +137,9 @@ where
         let in_flight = InFlight::new(names.key, names.storage_key, fingerprint, settings.engine.store_timeout);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
-        let (in_flight, exchange) = match decided {
+        let exchange =
+            |key_guard, settings, stage| Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
+        let (in_flight, flow) = match decided {
             Decided::Execute(vacant_entry, grant) => {
                 let in_flight = vacant_entry.take(in_flight.granted(grant));
                 let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
@@ -145,15 +147,7 @@ where
                 let lease = Lease::new(&key_guard, &settings, grant);
                 let running = start(admitted, lease, &settings);
                 drop(entered);
-                let mut exchange = Exchange::new(
-                    key_guard,
-                    settings,
-                    span.clone(),
-                    times,
-                    Stage::<S>::Nothing,
-                    seen,
-                    accepted,
-                );
+                let mut exchange = exchange(key_guard, settings, Stage::Nothing);
                 let flow = async move { exchange.run_to_completion(running).await };
                 (in_flight, in_span(flow, span))
             }
@@ -162,8 +156,7 @@ where
                 let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 drop(entered);
-                let stage = Stage::Admitted(Box::new(admitted));
-                let mut exchange = Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
+                let mut exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
                 let flow = async move { exchange.recover_and_execute(grant).await };
                 (in_flight, in_span(flow, span))
             }
@@ -171,20 +164,18 @@ where
                 let in_flight = vacant_entry.take(in_flight);
                 let key_guard = KeyGuard::leads(Arc::clone(&shared), Arc::clone(&in_flight));
                 drop(entered);
-                let stage = Stage::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
+                let exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
                 (in_flight, in_span(exchange.run(), span))
             }
             Decided::Settled(_) | Decided::Otherwise => {
                 let in_flight = Arc::new(in_flight);
                 let key_guard = KeyGuard::new(Arc::clone(&shared), Arc::clone(&in_flight));
                 drop(entered);
-                let stage = Stage::Admitted(Box::new(admitted));
-                let exchange = Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
+                let exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
                 (in_flight, in_span(exchange.run(), span))
             }
         };
-        Buffered::DetachOnDrop(DetachOnDrop::new(exchange, in_flight, tracker))
+        Buffered::Running(Running::new(flow, IfGuarded { in_flight, tracker }))
     }
 }
 

@@ -3,27 +3,23 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 
 use futures::future::BoxFuture;
 use http::Response;
 use pin_project_lite::pin_project;
-use tokio::runtime::Handle;
 
 use super::buffering::{BufferRequest, Buffered};
-use super::singleflight::InFlight;
-use crate::detach::TaskTracker;
-use crate::telemetry::{self, Event};
+use super::detached::Running;
 
 pin_project! {
-    /// The future of an answer of [`Idempotency`](super::Idempotency).
+    /// The future of a response of [`Idempotency`](super::Idempotency).
     ///
     /// # Cancel safety
     ///
-    /// Dropped before the request is read, nothing has happened. Dropped later, the execution goes on in a task of its own until
-    /// its outcome is recorded: the caller may hang up, the effect and its answer stay one. A duplicate that merely waits is
-    /// dropped without a trace.
+    /// If this future is dropped before the body of the request is read, nothing has happened. If it is dropped later, the
+    /// execution continues in a task until its outcome is recorded, so a caller that hangs up separates no effect from its
+    /// response. A duplicate that only waits leaves no trace.
     pub struct ResponseFuture<F, R: 'static, E: 'static> {
         #[pin]
         kind: Kind<F, R, E>,
@@ -43,17 +39,8 @@ pin_project! {
 /// The course of a guarded request.
 enum Course<R: 'static, E: 'static> {
     BufferRequest(Box<dyn BufferRequest<R, E>>),
-    DetachOnDrop(DetachOnDrop<R, E>),
+    Running(Running<R, E>),
     Ended,
-}
-
-/// An exchange that goes on when it is dropped, if it must.
-pub(super) struct DetachOnDrop<R: 'static, E: 'static> {
-    exchange: Option<BoxFuture<'static, Result<Response<R>, E>>>,
-    in_flight: Arc<InFlight>,
-    tracker: Arc<TaskTracker>,
-    /// The runtime that polled it last: it may be dropped elsewhere, and the runtime of its first poll may have ended.
-    runtime: Option<Handle>,
 }
 
 impl<F, R, E> ResponseFuture<F, R, E> {
@@ -110,63 +97,18 @@ impl<R, E> Course<R, E> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
         if let Self::BufferRequest(buffering) = self {
             let body = ready!(buffering.poll_body(cx));
-            // Taken out: should it panic, it is not polled again.
+            // Take it out, so that it is never polled again after a panic.
             let Self::BufferRequest(buffering) = std::mem::replace(self, Self::Ended) else {
                 return Poll::Pending;
             };
             match buffering.proceed(body) {
                 Buffered::Response(response) => return Poll::Ready(Ok(response)),
-                Buffered::DetachOnDrop(running) => *self = Self::DetachOnDrop(running),
+                Buffered::Running(running) => *self = Self::Running(running),
             }
         }
         match self {
-            Self::DetachOnDrop(running) => running.poll(cx),
+            Self::Running(running) => Pin::new(running).poll(cx),
             _ => Poll::Pending,
-        }
-    }
-}
-
-impl<R, E> DetachOnDrop<R, E> {
-    pub(super) fn new(
-        exchange: BoxFuture<'static, Result<Response<R>, E>>,
-        in_flight: Arc<InFlight>,
-        tracker: Arc<TaskTracker>,
-    ) -> Self {
-        Self {
-            exchange: Some(exchange),
-            in_flight,
-            tracker,
-            runtime: None,
-        }
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
-        // Taken out while it runs: should it panic, it is dropped here and not polled again.
-        let Some(mut exchange) = self.exchange.take() else {
-            return Poll::Pending;
-        };
-        let polled = exchange.as_mut().poll(cx);
-        if polled.is_pending() {
-            self.exchange = Some(exchange);
-            if let Ok(runtime) = Handle::try_current() {
-                self.runtime = Some(runtime);
-            }
-        }
-        polled
-    }
-}
-
-impl<R, E> Drop for DetachOnDrop<R, E> {
-    fn drop(&mut self) {
-        if let Some(exchange) = self.exchange.take() {
-            if self.in_flight.is_guarded() {
-                // Without a runtime it is dropped, and its guards give up.
-                if let Some(runtime) = &self.runtime {
-                    telemetry::event(Event::Rescued);
-                    self.in_flight.set_detached();
-                    self.tracker.detach(runtime, async move { drop(exchange.await) });
-                }
-            }
         }
     }
 }

@@ -16,7 +16,7 @@ use super::errors::ServiceFailure;
 use super::guard::Shared;
 use super::policy::{LostAttempt, RecoveryCheck, Statuses};
 use super::service::Idempotency;
-use super::settings::{Paths, Settings, Values};
+use super::settings::{Paths, Selector, Settings, Values};
 use crate::engine::{Drain, OnError, OnLost, Recovered};
 use crate::error::{Error, ErrorKind};
 use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
@@ -76,9 +76,6 @@ pub struct IdempotencyLayer<St> {
 
 /// Changes the settings of a layer.
 pub(super) type Configure<St> = Arc<dyn Fn(IdempotencyLayer<St>) -> IdempotencyLayer<St> + Send + Sync>;
-
-/// Chooses the settings for a request by its head; `None`: the request is not covered.
-pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
 
 impl<St: Store> IdempotencyLayer<St> {
     /// A layer with the [defaults](Self#defaults) on this store.

@@ -9,7 +9,7 @@ use super::guard::KeyGuard;
 use super::settings::Values;
 use super::singleflight::InFlight;
 #[cfg(feature = "postgres")]
-use super::transaction::TransactionContext;
+use super::transaction_context::TransactionContext;
 #[cfg(feature = "testing")]
 use crate::protocol::Fingerprint;
 use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};

@@ -9,6 +9,7 @@
 //! rest of it moves to a task of its own: only an abandoned request pays for one.
 
 mod buffering;
+mod detached;
 mod elsewhere;
 mod ending;
 mod errors;
@@ -28,6 +29,8 @@ mod settings;
 mod singleflight;
 #[cfg(feature = "postgres")]
 mod transaction;
+#[cfg(feature = "postgres")]
+mod transaction_context;
 
 pub use errors::ServiceFailure;
 pub use future::ResponseFuture;

@@ -11,12 +11,11 @@ use tower_service::Service;
 use super::buffering::{Buffering, RequestKey};
 use super::future::ResponseFuture;
 use super::guard::Shared;
-use super::layer::Selector;
 #[cfg(feature = "axum")]
 use super::lease::KeyHeader;
 use super::lease::Lease;
 use super::nested::Nested;
-use super::settings::{Settings, Values};
+use super::settings::{Selector, Settings, Values};
 #[cfg(feature = "axum")]
 use crate::http::IDEMPOTENCY_KEY;
 use crate::http::{find_key, FoundKey, RebuildBody, Refusal, RefusalKind};

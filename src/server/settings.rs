@@ -27,6 +27,9 @@ pub struct Settings {
 /// Settings by the path of the request's `uri`.
 pub(super) type Paths = HashMap<String, Arc<Values>>;
 
+/// Chooses the settings for a request by its head. Returns `None` for a request that the layer does not cover.
+pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
+
 pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 
 #[derive(Clone)]

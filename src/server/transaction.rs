@@ -3,14 +3,11 @@
 //! The layer reads the outcome from the record, whatever the handler says. If the store does not answer for so long that the
 //! caller gets a refusal, a task without a caller continues to ask.
 
-use std::sync::Arc;
-
 use http::{request, HeaderMap, Response, StatusCode};
 use sqlx::postgres::PgConnection;
 
 use super::exchange::{Exchange, Read, Stage};
 use super::execution::Ended;
-use super::guard::Shared;
 use super::lease::Lease;
 use super::marks::{DoNotStore, StoreOutcomeOnly};
 use super::policy::Verdict;
@@ -22,56 +19,8 @@ use crate::error::{Error, ErrorKind};
 use crate::http::add_marks;
 use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Completion, Outcome, StoredResponse};
-use crate::store::{AttemptEnd, PostgresStore, Store};
+use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
-
-/// Where a lease finds the store and the settings of its layer.
-#[derive(Clone)]
-pub(super) struct TransactionContext {
-    store: Arc<dyn AnyStore>,
-    settings: Arc<Values>,
-}
-
-impl TransactionContext {
-    pub(super) fn new<St: Store>(shared: &Arc<Shared<St>>, settings: &Arc<Values>) -> Self {
-        Self {
-            store: Arc::clone(shared) as Arc<dyn AnyStore>,
-            settings: Arc::clone(settings),
-        }
-    }
-}
-
-#[cfg(feature = "testing")]
-impl TransactionContext {
-    /// Returns the home of a lease that a test made, with the default settings of a layer.
-    pub(super) fn made(made: &crate::engine::Made) -> Self {
-        Self {
-            store: Arc::new(MadeStore(made.store.clone())),
-            settings: Arc::default(),
-        }
-    }
-}
-
-trait AnyStore: Send + Sync {
-    fn postgres(&self) -> Result<&PostgresStore, Error>;
-}
-
-/// The store of a lease that a test made, if there is one.
-#[cfg(feature = "testing")]
-struct MadeStore(Option<PostgresStore>);
-
-#[cfg(feature = "testing")]
-impl AnyStore for MadeStore {
-    fn postgres(&self) -> Result<&PostgresStore, Error> {
-        self.0.as_ref().ok_or(crate::engine::MADE_WITHOUT_STORE)
-    }
-}
-
-impl<St: Store> AnyStore for Shared<St> {
-    fn postgres(&self) -> Result<&PostgresStore, Error> {
-        PostgresStore::within(&self.store).ok_or(NO_POSTGRES)
-    }
-}
 
 impl Lease {
     /// Records `answer` as the outcome of this attempt *within a transaction of the handler's*, in the PostgreSQL database that has
@@ -148,8 +97,8 @@ impl Lease {
         connection: &mut PgConnection,
         response: Response<B>,
     ) -> Result<Response<B>, Error> {
-        let TransactionContext { store, settings } = self.transaction_context();
-        let store = store.postgres()?;
+        let context = self.transaction_context();
+        let (store, settings) = (context.postgres()?, &context.settings);
         let (mut head, body) = response.into_parts();
         #[cfg(feature = "tonic")]
         add_marks(&mut head);
@@ -190,11 +139,6 @@ impl Lease {
         Err(failure)
     }
 }
-
-const NO_POSTGRES: Error = Error::new(
-    ErrorKind::Configuration,
-    "the layer's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a PostgresStore",
-);
 
 const NOT_KEPT: Error = Error::new(
     ErrorKind::Configuration,

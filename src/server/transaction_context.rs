@@ -1,0 +1,65 @@
+//! The way from a lease to the store of its layer.
+
+use std::sync::Arc;
+
+use super::guard::Shared;
+use super::settings::Values;
+use crate::error::{Error, ErrorKind};
+use crate::store::{PostgresStore, Store};
+
+const NO_POSTGRES: Error = Error::new(
+    ErrorKind::Configuration,
+    "the layer's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a PostgresStore",
+);
+
+/// The store and the settings with which a lease completes its record in a transaction.
+#[derive(Clone)]
+pub(super) struct TransactionContext {
+    store: Arc<dyn AnyStore>,
+    pub(super) settings: Arc<Values>,
+}
+
+impl TransactionContext {
+    pub(super) fn postgres(&self) -> Result<&PostgresStore, Error> {
+        self.store.postgres()
+    }
+
+    pub(super) fn new<St: Store>(shared: &Arc<Shared<St>>, settings: &Arc<Values>) -> Self {
+        Self {
+            store: Arc::clone(shared) as Arc<dyn AnyStore>,
+            settings: Arc::clone(settings),
+        }
+    }
+}
+
+#[cfg(feature = "testing")]
+impl TransactionContext {
+    /// Returns the context of a lease that a test made, with the default settings of a layer.
+    pub(super) fn made(made: &crate::engine::Made) -> Self {
+        Self {
+            store: Arc::new(MadeStore(made.store.clone())),
+            settings: Arc::default(),
+        }
+    }
+}
+
+trait AnyStore: Send + Sync {
+    fn postgres(&self) -> Result<&PostgresStore, Error>;
+}
+
+/// The store of a lease that a test made, if there is one.
+#[cfg(feature = "testing")]
+struct MadeStore(Option<PostgresStore>);
+
+#[cfg(feature = "testing")]
+impl AnyStore for MadeStore {
+    fn postgres(&self) -> Result<&PostgresStore, Error> {
+        self.0.as_ref().ok_or(crate::engine::MADE_WITHOUT_STORE)
+    }
+}
+
+impl<St: Store> AnyStore for Shared<St> {
+    fn postgres(&self) -> Result<&PostgresStore, Error> {
+        PostgresStore::within(&self.store).ok_or(NO_POSTGRES)
+    }
+}
