@@ -234,7 +234,7 @@ impl<St: Store + Clone> Job<St> {
     async fn own<W: Work>(&self, granted: Granted, mut work: W, absence: &Absence) -> Settled<W::Output> {
         let Granted { grant, is_first, asked } = granted;
         let attempt = Attempt::new(self.key, self.fingerprint, grant, asked);
-        let mut held = LeaseGuard::begin(self, &attempt);
+        let mut held = LeaseGuard::begin(&self.store, self.settings.store_timeout, &attempt);
         let found = if is_first {
             Recovered::NotHappened
         } else {

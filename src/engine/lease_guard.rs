@@ -11,7 +11,6 @@ use tokio::runtime::{Handle, Id};
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::attempt::Attempt;
-use super::job::Job;
 use crate::clock::sleep;
 use crate::detach::spawn_apart;
 use crate::protocol::{Owner, Renewal};
@@ -26,7 +25,8 @@ use crate::telemetry::{self, Event};
 /// as well if it is polled while the task is late. The task is late if its runtime has ended, or if the owner keeps the
 /// runtime so busy that the runtime serves no timers.
 pub(super) struct LeaseGuard<'j, St: Store> {
-    job: &'j Job<St>,
+    store: &'j St,
+    store_timeout: Duration,
     attempt: Attempt,
     owner: Option<Owner>,
     renewing: Option<Renewing>,
@@ -41,9 +41,10 @@ struct Renewing {
 }
 
 impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
-    pub(super) fn begin(job: &'j Job<St>, attempt: &Attempt) -> Self {
+    pub(super) fn begin(store: &'j St, store_timeout: Duration, attempt: &Attempt) -> Self {
         let mut held = Self {
-            job,
+            store,
+            store_timeout,
             attempt: attempt.clone(),
             owner: Some(attempt.grant().owner),
             renewing: None,
@@ -69,9 +70,9 @@ impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
 
     fn renewer(&self) -> Renewer<St> {
         Renewer {
-            store: self.job.store.clone(),
+            store: self.store.clone(),
             attempt: self.attempt.clone(),
-            store_timeout: self.job.settings.store_timeout,
+            store_timeout: self.store_timeout,
         }
     }
 
@@ -130,11 +131,14 @@ impl<St: Store> Drop for LeaseGuard<'_, St> {
     fn drop(&mut self) {
         self.stop_renewing();
         if let Some(owner) = self.owner {
-            let job = self.job;
             // The code of a store may panic where its runtime has gone. Without it the lease ends by itself.
             drop(catch_unwind(AssertUnwindSafe(|| {
                 telemetry::event(Event::Abandoned);
-                drop(job.store.renew(&job.key, owner, Duration::ZERO).now_or_never());
+                drop(
+                    self.store
+                        .renew(self.attempt.key(), owner, Duration::ZERO)
+                        .now_or_never(),
+                );
             })));
         }
     }

@@ -71,6 +71,7 @@ mod layer;
 mod lease;
 mod receipt;
 mod service;
+mod settings;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(feature = "webhooks")]
@@ -81,7 +82,8 @@ pub use classes::HandlerErrorClass;
 pub use id::{InvalidMessageId, MessageId};
 #[cfg(feature = "postgres")]
 pub use inbox::Inbox;
-pub use layer::{OnMismatch, OnMissingId, ReceiverLayer};
+pub use layer::ReceiverLayer;
 pub use lease::MessageLease;
 pub use receipt::{Disposition, Receipt, ReceiveError};
 pub use service::{Receiver, ReceiverFuture};
+pub use settings::{OnMismatch, OnMissingId};

@@ -14,9 +14,9 @@ use tower_service::Service;
 
 use super::id::MessageId;
 use super::kinds::{difference, fingerprint, Difference, Variant};
-use super::layer::{OnMismatch, OnMissingId, Settings};
 use super::lease::MessageLease;
 use super::receipt::{name_of, Receipt, ReceiveError};
+use super::settings::{OnMismatch, OnMissingId, Settings};
 use crate::detach::detach_on_drop;
 use crate::engine::{Attempt, Ended, Job, OnError, Recovered, Refused, Settled, Verdict, Work, NO_RUNTIME};
 use crate::error::ErrorKind;

@@ -6,6 +6,8 @@ mod form;
 mod http;
 mod setters;
 #[cfg(feature = "once")]
+mod step_path;
+#[cfg(feature = "once")]
 mod steps;
 #[cfg(feature = "once")]
 mod values;

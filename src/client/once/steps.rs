@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use super::step_path::StepPath;
 use super::values::Once;
-use crate::protocol::{Fingerprint, Scope};
 use crate::store::Store;
 
 /// A job of several calls under one key: each is made once and its answer kept, so that a crash or a retry resumes after the last
@@ -36,6 +36,14 @@ pub struct Steps<St> {
     names: Vec<Arc<str>>,
 }
 
+impl<St: Store + Clone> Once<St> {
+    /// A job of several calls under this key, each of which is made once.
+    #[must_use]
+    pub fn steps(self) -> Steps<St> {
+        Steps::new(self)
+    }
+}
+
 impl<St: Store + Clone> Steps<St> {
     pub(super) const fn new(job: Once<St>) -> Self {
         Self { job, names: Vec::new() }
@@ -45,29 +53,6 @@ impl<St: Store + Clone> Steps<St> {
     #[must_use]
     pub fn step(&mut self, name: &str) -> Once<St> {
         self.names.push(name.into());
-        let path = self.names.clone();
-        self.job.clone().at(Place { path })
-    }
-}
-
-/// Where in a job a step stands: the names of the steps up to it, its own the last.
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    path: Vec<Arc<str>>,
-}
-
-impl Place {
-    pub(super) fn position(&self) -> usize {
-        self.path.len() - 1
-    }
-
-    pub(super) fn number(&self) -> u32 {
-        u32::try_from(self.position()).unwrap_or(u32::MAX)
-    }
-
-    /// What is asked in this step: the same path, for the same input.
-    pub(super) fn fingerprint(&self, input: &Fingerprint) -> Fingerprint {
-        let path = Scope::of(self.path.iter().map(|name| name.as_bytes()));
-        Fingerprint::of(Scope::of([path.as_bytes(), input.digest()]).as_bytes())
+        self.job.clone().at(StepPath::new(self.names.clone()))
     }
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::failure::{Failure, OnceError};
 use super::form::{decode, encode};
 use super::setters::shared_setters;
-use super::steps::{Place, Steps};
+use super::step_path::StepPath;
 use crate::detach::TaskTracker;
 use crate::engine::{Attempt, Drain, Ended, EngineSettings, Job, OnLost, Recovered, Settled, Verdict, Work};
 use crate::error::{Error, ErrorKind};
@@ -95,7 +95,7 @@ pub struct Once<St> {
     input: Option<Fingerprint>,
     engine: EngineSettings,
     tracker: Arc<TaskTracker>,
-    place: Option<Place>,
+    place: Option<StepPath>,
 }
 
 impl<St> Once<St> {
@@ -175,19 +175,13 @@ impl<St> Once<St> {
         self
     }
 
-    pub(super) fn at(mut self, place: Place) -> Self {
+    pub(super) fn at(mut self, place: StepPath) -> Self {
         self.place = Some(place);
         self
     }
 }
 
 impl<St: Store + Clone> Once<St> {
-    /// A job of several calls under this key, each of which is made once.
-    #[must_use]
-    pub fn steps(self) -> Steps<St> {
-        Steps::new(self)
-    }
-
     /// Makes the call, unless it was made: then gives what it gave.
     ///
     /// # Errors
@@ -300,7 +294,7 @@ impl<St: Store + Clone> Once<St> {
 
     fn job(self) -> Job<St> {
         let input = self.input.unwrap_or(Fingerprint::NONE);
-        let step = self.place.as_ref().map(Place::number);
+        let step = self.place.as_ref().map(StepPath::number);
         Job {
             key: self.engine.space.call_key(self.scope.as_ref(), &self.key, step),
             fingerprint: self.place.map_or(input, |place| place.fingerprint(&input)),

@@ -7,7 +7,7 @@ use http::request::Parts;
 use http::{response, Method, Request, Response};
 use tower_service::Service;
 
-use super::layer::{LostCall, Settings};
+use super::settings::{LostCall, Settings};
 use crate::client::keys::ResponseMeaning;
 use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
 use crate::engine::{Attempt, Ended, Recovered, Verdict, Work};

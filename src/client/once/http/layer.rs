@@ -6,25 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use futures::FutureExt;
 use http::request::Parts;
 use http::{Method, Response};
 use tower_layer::Layer;
 
 use super::service::OnceClient;
+use super::settings::{LostCall, Settings};
 use crate::client::classes::{ErrorClass, ErrorClasses};
 use crate::client::keys::ProviderProfile;
 use crate::client::once::setters::shared_setters;
-use crate::detach::TaskTracker;
 use crate::engine::{Attempt, Drain, EngineSettings, OnLost, Recovered};
 use crate::http::ResponseHeaders;
 use crate::protocol::{IfLost, Scope};
-
-type KeyFn = Arc<dyn Fn(&Parts) -> Option<String> + Send + Sync>;
-type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
-type AttemptFn = Arc<dyn Fn(&mut Parts, &Attempt) + Send + Sync>;
-type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Recovered<Response<Bytes>>> + Send + Sync>;
 
 /// Makes each logical request of a client once, across all tasks, processes and crashes that share the store. The layer
 /// records the response, and returns it to every later caller of the same call. It is the client-side counterpart of
@@ -103,39 +97,8 @@ type CheckFn = Arc<dyn Fn(LostCall) -> BoxFuture<'static, Recovered<Response<Byt
 /// | what is compared | method, target and body; not `Authorization`, which is ours |
 #[derive(Clone)]
 pub struct OnceLayer<St> {
-    pub(super) store: St,
-    pub(super) settings: Arc<Settings>,
-}
-
-#[derive(Clone)]
-pub(super) struct Settings {
-    pub(super) profile: ProviderProfile,
-    pub(super) engine: EngineSettings,
-    pub(super) tracker: Arc<TaskTracker>,
-    pub(super) methods: Vec<Method>,
-    pub(super) key: Option<KeyFn>,
-    pub(super) scope: Option<ScopeFn>,
-    pub(super) send_key: bool,
-    pub(super) keys_are_honoured: bool,
-    pub(super) on_attempt: Option<AttemptFn>,
-    pub(super) check: Option<CheckFn>,
-    pub(super) classes: ErrorClasses,
-    pub(super) request_limit: usize,
-    pub(super) response_limit: usize,
-    pub(super) body_timeout: Duration,
-    pub(super) response_timeout: Duration,
-    pub(super) answers: ResponseHeaders,
-}
-
-/// A lost call, for the recovery check. Its `Debug` form hides key and headers.
-#[non_exhaustive]
-pub struct LostCall {
-    /// The key of the call.
-    pub key: String,
-    /// The attempt that asks. Raise its [fence](Attempt::fence) at the third party before you look for the effect.
-    pub attempt: Attempt,
-    /// The head of the request.
-    pub head: Parts,
+    store: St,
+    settings: Arc<Settings>,
 }
 
 impl<St> OnceLayer<St> {
@@ -332,18 +295,10 @@ impl<St> fmt::Debug for OnceLayer<St> {
     }
 }
 
-impl fmt::Debug for LostCall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LostCall")
-            .field("attempt", &self.attempt)
-            .finish_non_exhaustive()
-    }
-}
-
 impl<S, St: Clone> Layer<S> for OnceLayer<St> {
     type Service = OnceClient<S, St>;
 
     fn layer(&self, inner: S) -> OnceClient<S, St> {
-        OnceClient::new(inner, self.clone())
+        OnceClient::new(inner, self.store.clone(), Arc::clone(&self.settings))
     }
 }

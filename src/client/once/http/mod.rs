@@ -3,6 +3,8 @@
 mod call;
 mod layer;
 mod service;
+mod settings;
 
-pub use layer::{LostCall, OnceLayer};
+pub use layer::OnceLayer;
 pub use service::{OnceClient, OnceFuture};
+pub use settings::LostCall;

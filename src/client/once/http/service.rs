@@ -15,7 +15,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::call::{HttpCall, Output};
-use super::layer::{OnceLayer, Settings};
+use super::settings::Settings;
 use crate::client::classes::ErrorClass;
 use crate::client::once::failure::OnceError;
 use crate::engine::{Job, Settled};
@@ -24,16 +24,26 @@ use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
 use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
 
-/// A client whose requests are made once; made by [`OnceLayer`].
-#[derive(Clone, Debug)]
+/// A client whose requests are made once; made by [`OnceLayer`](super::OnceLayer).
+#[derive(Clone)]
 pub struct OnceClient<S, St> {
     inner: S,
-    layer: OnceLayer<St>,
+    store: St,
+    settings: Arc<Settings>,
+}
+
+impl<S: fmt::Debug, St> fmt::Debug for OnceClient<S, St> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnceClient")
+            .field("inner", &self.inner)
+            .field("profile", &self.settings.profile)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<S, St> OnceClient<S, St> {
-    pub(super) const fn new(inner: S, layer: OnceLayer<St>) -> Self {
-        Self { inner, layer }
+    pub(super) const fn new(inner: S, store: St, settings: Arc<Settings>) -> Self {
+        Self { inner, store, settings }
     }
 }
 
@@ -57,12 +67,12 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let settings = &self.layer.settings;
+        let settings = &self.settings;
         let state = if settings.methods.contains(request.method()) {
             // The service that was polled ready is the one that is called.
             let clone = self.inner.clone();
             let ready = std::mem::replace(&mut self.inner, clone);
-            let call = make(ready, self.layer.store.clone(), Arc::clone(settings), request);
+            let call = make(ready, self.store.clone(), Arc::clone(settings), request);
             State::Guarded { future: Box::pin(call) }
         } else {
             State::Passed {
