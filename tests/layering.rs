@@ -1,5 +1,6 @@
 //! The house has seven floors; a module imports only from floors below it (ARCHITECTURE.md).
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -174,4 +175,91 @@ fn only_the_clock_makes_timers() {
         let timers = code.matches("tokio::time::").count();
         assert_eq!(timers, 0, "{}: take timers from `crate::clock`", file.display());
     }
+}
+
+/// The files of a folder, and its subfolders as one unit each, with the units of the folder that they import.
+fn imports_within(folder: &Path, src: &Path) -> BTreeMap<String, BTreeSet<String>> {
+    let name = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_owned();
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let units: Vec<PathBuf> = entries
+        .filter(|path| !["mod", "lib"].contains(&name(path).as_str()))
+        .filter(|path| path.is_dir() || path.extension().is_some_and(|extension| extension == "rs"))
+        .collect();
+    let names: BTreeSet<String> = units.iter().map(|unit| name(unit)).collect();
+    let absolute = folder
+        .strip_prefix(src)
+        .unwrap()
+        .components()
+        .fold("crate::".to_owned(), |path, folder| {
+            format!("{path}{}::", folder.as_os_str().to_str().unwrap())
+        });
+    let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for unit in &units {
+        let files = if unit.is_dir() {
+            sources(unit)
+        } else {
+            vec![unit.clone()]
+        };
+        for file in files {
+            let source = fs::read_to_string(&file).unwrap();
+            let code = source.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+            let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+            let depth = file.strip_prefix(folder).unwrap().components().count() - usize::from(name(&file) == "mod");
+            let relative = "super::".repeat(depth);
+            for line in code {
+                let paths = line
+                    .match_indices(&relative)
+                    .filter(|(at, _)| !line[..*at].ends_with("super::"));
+                let paths = paths.map(|(at, _)| &line[at + relative.len()..]);
+                let paths = paths.chain(line.split(absolute.as_str()).skip(1));
+                for path in paths {
+                    let import: String = path.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                    if names.contains(&import) && import != name(unit) {
+                        edges.entry(name(unit)).or_default().insert(import);
+                    }
+                }
+            }
+        }
+    }
+    edges
+}
+
+/// Returns a circle that begins at the last unit of `path`, if there is one.
+fn circle(edges: &BTreeMap<String, BTreeSet<String>>, path: &mut Vec<String>) -> Option<Vec<String>> {
+    let imports = edges.get(path.last()?)?;
+    for import in imports {
+        if let Some(begin) = path.iter().position(|unit| unit == import) {
+            return Some(path[begin..].to_vec());
+        }
+        path.push(import.clone());
+        if let Some(circle) = circle(edges, path) {
+            return Some(circle);
+        }
+        path.pop();
+    }
+    None
+}
+
+fn folders(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let nested = entries.filter(|path| path.is_dir()).flat_map(|path| folders(&path));
+    std::iter::once(folder.to_owned()).chain(nested).collect()
+}
+
+#[test]
+fn files_of_a_folder_do_not_import_each_other_in_a_circle() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut imports = 0;
+    for folder in folders(&src).iter().filter(|folder| **folder != src) {
+        let edges = imports_within(folder, &src);
+        imports += edges.values().map(BTreeSet::len).sum::<usize>();
+        for unit in edges.keys() {
+            let circle = circle(&edges, &mut vec![unit.clone()]);
+            assert_eq!(circle, None, "{}", folder.display());
+        }
+    }
+    assert!(
+        imports > 100,
+        "only {imports} imports were found: does the test still read the sources?"
+    );
 }
