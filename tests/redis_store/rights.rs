@@ -59,7 +59,7 @@ async fn a_database_other_than_0_needs_select_and_the_start_names_it() {
     assert!(error.to_string().contains("SELECT"), "{error}");
     assert_eq!(
         documented("`+select`"),
-        "A database other than 0 (`redis://127.0.0.1/1`) also needs `+select`."
+        "* A database other than 0 (`redis://127.0.0.1/1`) also needs `+select`."
     );
     server.tell::<()>("ACL SETUSER app +select");
     server.tell::<()>("ACL LOG RESET");
@@ -92,7 +92,7 @@ async fn the_documented_rights_suffice_in_a_cluster() {
     let line = documented("ACL SETUSER app on").replace("+info", "+info +cluster|slots +ping +asking");
     assert_eq!(
         documented("+cluster|slots"),
-        "A Cluster also needs `+cluster|slots +ping +asking`."
+        "* A Cluster also needs `+cluster|slots +ping +asking`."
     );
     cluster.tell(&line);
     let urls = cluster.urls().map(|url| url.replace("redis://", "redis://app:secret@"));

@@ -88,12 +88,14 @@ use crate::protocol::{
 /// ACL SETUSER app on >secret resetkeys ~idempotency:* resetchannels &idempotency:* -@all +eval +evalsha +get +set +del +pexpireat +time +spublish +ssubscribe +sunsubscribe +wait +info
 /// ```
 ///
-/// Without `+spublish`, `+ssubscribe`, `+sunsubscribe` and the channels, waiters poll. Only
-/// [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`. A Cluster also needs
-/// `+cluster|slots +ping +asking`. A database other than 0 (`redis://127.0.0.1/1`) also needs
-/// `+select`. If the user lacks any other of these commands except `+info`, the store cannot be
-/// made: `connect` fails with [`Configuration`](crate::ErrorKind::Configuration), and the cause
-/// names the command.
+/// * Only [`with_replication`](RedisStoreBuilder::with_replication) needs `+wait`.
+/// * A Cluster also needs `+cluster|slots +ping +asking`.
+/// * A database other than 0 (`redis://127.0.0.1/1`) also needs `+select`.
+/// * Without `+spublish`, `+ssubscribe`, `+sunsubscribe` and the channels, waiters poll.
+/// * Without `+info`, the store cannot see the settings of the server, as described above.
+///
+/// If the user lacks any other of these commands, the store cannot be made: `connect` fails with
+/// [`Configuration`](crate::ErrorKind::Configuration), and the cause names the command.
 ///
 /// # Waiting
 ///
