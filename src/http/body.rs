@@ -12,7 +12,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
 use http_body_util::{BodyExt, Full};
 
-use super::grpc::FirstMessage;
+use super::first_message::FirstMessage;
 use crate::clock::Limit;
 
 /// A body type that can be rebuilt from bytes that were read from it.

@@ -85,6 +85,13 @@ struct Ends {
     untried: Vec<Claim>,
 }
 
+impl Outbox {
+    /// Returns a relay that publishes the messages by `publish`.
+    pub fn relay<P>(&self, publish: P) -> Relay<P> {
+        Relay::new(self.clone(), publish)
+    }
+}
+
 impl<P> Relay<P> {
     pub(super) const fn new(outbox: Outbox, publish: P) -> Self {
         Self {

@@ -8,7 +8,6 @@ use sqlx::postgres::{PgConnection, PgPool, PgRow};
 use sqlx::Row;
 
 use super::message::OutboxMessage;
-use super::relay::Relay;
 use crate::error::{Error, ErrorKind};
 use crate::store::{
     failed, make_table, run_detachable, Bound, Gate, PooledConnection, Sending, Statement, TableName, Within,
@@ -218,11 +217,6 @@ impl Outbox {
         let row = rows.first().ok_or_else(|| failed(sqlx::Error::RowNotFound))?;
         let count: i64 = row.try_get("changed").map_err(failed)?;
         Ok(u64::try_from(count).unwrap_or(0))
-    }
-
-    /// Returns a relay that publishes the messages by `publish`.
-    pub fn relay<P>(&self, publish: P) -> Relay<P> {
-        Relay::new(self.clone(), publish)
     }
 
     /// Takes due messages that no other relay has: a batch of untaken messages within the limits,

@@ -25,7 +25,6 @@ use http::header::HeaderName;
 
 #[cfg(feature = "tonic")]
 pub(crate) use compression::{plain, Limits, MOST_COMPRESSED};
-pub(crate) use framing::FirstMessage;
 #[cfg(feature = "tonic")]
 pub(crate) use marks::add_marks;
 #[cfg(feature = "tonic")]

@@ -3,6 +3,7 @@
 mod builder;
 mod check;
 mod connection;
+mod exchange;
 mod failure;
 mod managed;
 mod operations;
