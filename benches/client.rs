@@ -1,6 +1,6 @@
 //! What `IdempotencyKeyLayer` adds to a request of a client.
 //!
-//! `cargo bench --bench client` prints the table of the README in about 15 seconds, with `-- --quick` a rough one in 2. One process, no
+//! `cargo bench --bench client` prints the table of `benches/README.md` in about 15 seconds, with `-- --quick` a rough one in 2. One process, no
 //! network: the client answers at once. The variants take turns in short rounds, so that whatever slows the machine down slows
 //! all of them; figures are medians over the rounds.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]

@@ -1,6 +1,6 @@
 //! What the layer adds to a request, beside what a hand-written middleware without guarantees adds.
 //!
-//! `cargo bench --features axum --bench overhead` prints the table of the README in about 90 seconds, with `-- --quick` a rough
+//! `cargo bench --features axum --bench overhead` prints the table of `benches/README.md` in about 90 seconds, with `-- --quick` a rough
 //! one in 10. One process, one current-thread runtime, no network. The variants take turns in short rounds, so that whatever
 //! slows the machine down slows all of them; figures are medians over the rounds.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]

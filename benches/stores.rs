@@ -1,6 +1,6 @@
 //! What is left of a store's speed behind the layer.
 //!
-//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of the README in about 5 minutes, with
+//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of `benches/README.md` in about 5 minutes, with
 //! `-- --quick` a rough one in a minute; words such as `-- redis replay 64` choose lines. `-- --shared-pool` measures the
 //! PostgreSQL store on a pool of the application instead of its own. The benchmark starts a Redis (`appendfsync everysec`)
 //! and a PostgreSQL (its defaults), which share the machine with the callers.

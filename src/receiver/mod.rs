@@ -26,39 +26,8 @@
 //! # }
 //! ```
 //!
-//! # Guarantees
-//!
-//! | the handler's effect is in | strongest guarantee | requirement |
-//! |---|---|---|
-//! | the PostgreSQL database that also holds the record | exactly once | `MessageLease::complete_in` with [`at_least_once`](ReceiverLayer::at_least_once), or an `Inbox` (feature `postgres`) |
-//! | a third party that deduplicates by a key or an id | exactly once | [`MessageLease::id`] with [`at_least_once`](ReceiverLayer::at_least_once) |
-//! | a third party that can be asked | exactly once, if asking also blocks the lost attempt | [`with_recovery`](ReceiverLayer::with_recovery) |
-//! | anything else | at most once across crashes (the default), or [at least once](ReceiverLayer::at_least_once) | |
-//!
-//! A process that dies leaves its message [in flight](Receipt::InFlight) until the lease is over, and then
-//! [unknown](Receipt::Unknown). [`pass_lease`](ReceiverLayer::pass_lease) puts the lease into the message.
-//!
-//! Messages that are delivered again lose their place in the order. A message that is delivered again after its
-//! retention counts as new.
-//!
-//! # Failures
-//!
-//! | failure | default | setting |
-//! |---|---|---|
-//! | an error after which another delivery may succeed, or a panic | handled again | [`on_error`](ReceiverLayer::on_error), if the handler may have had its effect when it fails |
-//! | an error that no delivery mends (a poison message) | handled again, until the broker's limit of deliveries | [`with_error_class`](ReceiverLayer::with_error_class) rejects it at once and remembers that |
-//! | another message under the id of a handled one | acknowledged, and **not handled** | a [`MessageId`] of several parts; [`with_type`](ReceiverLayer::with_type) and [`with_payload`](ReceiverLayer::with_payload) notice it |
-//!
-//! # Place
-//!
-//! Put the layer directly around the handler, inside of the code that acknowledges. A framework that reads the result of its innermost
-//! service, as `apalis` does, needs the receiver as that service. Otherwise the framework does not see that a message is a duplicate.
-//!
-//! A broker's limit of deliveries also counts deliveries that were only [in flight](Receipt::InFlight), so leave room for them. A
-//! handler that may run for longer than the broker waits must tell the broker so (JetStream's progress, SQS's visibility
-//! timeout). The receiver does not run the second copy, but it cannot stop the broker from sending that copy.
-//!
-//! Functions that are given to the layer must not panic. The functions that identify a message run in the consumer's own task.
+//! The guide [receiving messages](crate::guide::receiving) says how to choose the id, what is guaranteed after which failure, and what to
+//! report to the broker. The guide [webhooks](crate::guide::webhooks) is about the module `webhooks` (feature `webhooks`).
 
 mod batch;
 mod classes;

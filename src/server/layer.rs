@@ -23,10 +23,11 @@ use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY}
 use crate::protocol::{CanonicalJson, IfLost, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
 
-/// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every repetition gets the first
-/// answer, byte for byte.
+/// Makes any HTTP service idempotent: a request that carries a key takes effect once, and every retry gets the first response,
+/// byte for byte.
 ///
-/// The layer is its own builder. Clones share the store, the per-key lock and the [`drain`](Self::drain), and may be changed each for its route:
+/// The layer is its own builder. Clones share the store, the lock for each key and the [`drain`](Self::drain), and each may have its
+/// own settings, for example for one route:
 ///
 /// ```
 /// use std::time::Duration;
@@ -41,30 +42,36 @@ use crate::store::Store;
 /// # Where to put it
 ///
 /// Outermost first: CORS, compression, authentication, rate limit, **idempotency**, concurrency limit, timeout,
-/// handler. Outside of authentication, a stranger who learns a key would be given the stored answer. Inside of
-/// compression, one stored answer serves clients with different `Accept-Encoding`. Inside of CORS and the rate limit,
-/// their headers belong to the present request, and a refusal of theirs is never stored. A concurrency limit further
-/// out would count duplicates that only wait, and would miss executions whose callers left.
+/// handler. The guide [layers](crate::guide::layers) has the reasons, and shows the order in code.
 ///
 /// # Defaults
 ///
-/// | setting | default |
-/// |---|---|
-/// | header | `Idempotency-Key`, quoted or bare, 1 to 255 bytes of visible ASCII |
-/// | methods | POST and PATCH; others pass, also where a key is required |
-/// | no key | the request passes through |
-/// | scope | none; then the fingerprint includes `Authorization`, `X-Api-Key` and the host name |
-/// | fingerprint | method, path, query, body bytes |
-/// | body limits | 2 MiB for requests, 2 MiB for stored answers |
-/// | body timeouts | 30 s for requests, 10 s for responses, counted from the head |
-/// | stored | 2xx, 3xx, 4xx except 401, 403, 404, 405, 406, 407, 408, 412, 415, 417, 421, 425, 426, 428, 429, 431; not 5xx |
-/// | a vanished owner | `OnLost::Refuse`; at most 5 attempts otherwise |
-/// | retention, lease | 24 h from completion, 30 s renewed at a third |
-/// | duplicates in flight | wait up to 30 s; at most 16,384 for a key and 65,536 in all |
-/// | executions whose callers left | at most 16,384; then new keys get 503 |
-/// | store | 5 s for each operation; a failed claim is repeated once, then the request is refused with 503; if the store is misconfigured or the record unreadable, with 500 and without a repetition |
-/// | memory | of a [`MemoryStore`](crate::MemoryStore): 1,000,000 records, 256 MiB of answers |
-/// | refusals | `application/problem+json` |
+/// | setting | default | change it with |
+/// |---|---|---|
+/// | header | `Idempotency-Key`: a structured-field string or the bare value, `"k"` and `k` being one key; 1 to 255 bytes of visible ASCII; case counts | [`with_header`](Self::with_header), [`with_key_syntax`](Self::with_key_syntax), [`with_max_key_length`](Self::with_max_key_length), [`with_key_validator`](Self::with_key_validator) |
+/// | methods | POST and PATCH; others pass | [`with_methods`](Self::with_methods) |
+/// | no key | the request passes | [`require_key`](Self::require_key) |
+/// | scope | none; then the fingerprint includes `Authorization`, `X-Api-Key` and the host name | [`with_scope`](Self::with_scope), [`without_authority_in_fingerprint`](Self::without_authority_in_fingerprint) |
+/// | fingerprint | method, full path, query, body bytes | [`add_fingerprint_header`](Self::add_fingerprint_header), [`with_json_fingerprint`](Self::with_json_fingerprint), [`with_multipart_fingerprint`](Self::with_multipart_fingerprint), [`with_fingerprint`](Self::with_fingerprint), [`dangerously_without_fingerprint`](Self::dangerously_without_fingerprint) |
+/// | body limits | 2 MiB for requests (413), 2 MiB for stored responses | [`with_body_limit`](Self::with_body_limit), [`with_response_limit`](Self::with_response_limit) |
+/// | body timeouts | 30 s for requests (408), 10 s for responses, counted from the head | [`with_body_timeout`](Self::with_body_timeout), [`with_response_timeout`](Self::with_response_timeout) |
+/// | stored | 2xx, 3xx, 4xx except 401, 403, 404, 405, 406, 407, 408, 412, 415, 417, 421, 425, 426, 428, 429, 431; not 5xx | [`store_if`](Self::store_if), or [marks](crate::guide::responses#marks-for-one-response) of a handler |
+/// | streams | known by seven media types, status 101, and a mark | [`with_stream_types`](Self::with_stream_types), [`StreamResponse`](crate::StreamResponse) |
+/// | failures: 5xx, 408, a panic | the key is released, the next attempt runs | [`on_error`](Self::on_error), and [`with_errors`](Self::with_errors) for requests that an inner service rejects |
+/// | a lost attempt | [`OnLost::Refuse`]: 409 until the key is completed, resolved or expired; at most 5 attempts otherwise | [`on_lost`](Self::on_lost), [`at_least_once`](Self::at_least_once), [`with_recovery`](Self::with_recovery), [`with_max_attempts`](Self::with_max_attempts) |
+/// | replay | status, headers, body, trailers, and `Idempotent-Replayed: true`; never the [fields of one exchange](crate::guide::responses#header-fields-that-are-not-replayed) | [`with_replay_header`](Self::with_replay_header), [`exclude_response_header`](Self::exclude_response_header), [`include_response_header`](Self::include_response_header) |
+/// | duplicates in flight | wait up to 30 s, then 409 with `Retry-After`; at most 16,384 for a key and 65,536 in all | [`with_wait`](Self::with_wait), [`with_max_waiters_per_key`](Self::with_max_waiters_per_key), [`with_max_waiters`](Self::with_max_waiters), [`with_retry_after`](Self::with_retry_after) |
+/// | executions whose callers left | at most 16,384; then new keys get 503 | [`with_max_detached`](Self::with_max_detached) |
+/// | retention | 24 h from completion | [`with_retention`](Self::with_retention), [`StoreFor`](crate::StoreFor) |
+/// | lease | 30 s, renewed at a third | [`with_lease`](Self::with_lease) |
+/// | the store fails | 5 s for each operation; a claim is repeated once, then 503; a completion is repeated for 10 s, and for two minutes after the response | [`with_store_timeout`](Self::with_store_timeout), [`with_completion_timeout`](Self::with_completion_timeout), [`dangerously_run_unprotected_when_the_store_fails`](Self::dangerously_run_unprotected_when_the_store_fails) |
+/// | the store is misconfigured, or a record unreadable | 500, not retryable, logged at `ERROR` | |
+/// | refusals | `application/problem+json` with the titles of draft-ietf-httpapi-idempotency-key-header-07 | [`with_problem_base`](Self::with_problem_base), [`with_refusals`](Self::with_refusals), [`with_should_retry_header`](Self::with_should_retry_header), `with_grpc_refusals` (feature `tonic`) |
+/// | shared stores | the keys of all applications in one space, hashed without a secret | [`with_namespace`](Self::with_namespace), [`with_secret`](Self::with_secret) |
+/// | one layer over a whole app | the same settings for every request | [`with_settings_for`](Self::with_settings_for) |
+/// | memory of a [`MemoryStore`](crate::MemoryStore) | 1,000,000 records, 256 MiB of responses | [`MemoryStore::builder`](crate::MemoryStore::builder) |
+///
+/// Presets: [`ietf`](Self::ietf), [`stripe`](Self::stripe), [`webhooks`](Self::webhooks), and `grpc` (feature `tonic`).
 #[must_use = "a layer does nothing until it is put around a service"]
 pub struct IdempotencyLayer<St> {
     shared: Arc<Shared<St>>,
@@ -190,13 +197,14 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Not by default: a covered request without a key is refused with 400.
+    /// Refuses a covered request without a key with 400. Default: it passes. Methods that are not covered still pass.
     pub fn require_key(mut self) -> Self {
         self.values().required = true;
         self
     }
 
-    /// POST and PATCH by default: the methods that are covered. Others pass through untouched.
+    /// Sets the methods that are covered. Others pass through untouched. Default: POST and PATCH. If you add GET, add HEAD, too,
+    /// because axum runs the handler of a GET route for it.
     pub fn with_methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.values().methods = methods.into_iter().collect();
         self

@@ -153,7 +153,7 @@ async fn a_failover_loses_what_nobody_waited_for() {
     replica.restart();
     replica.tell::<()>("REPLICAOF NO ONE");
     let store = connect(&replica).await;
-    // This is what the README says of asynchronous failover: the key is new again.
+    // The guide `choosing_a_store` says this of a failover to a replica without the write: the key is new again.
     assert_eq!(granted(&store, &claim(1, 2)).await.attempt, 1);
 }
 

@@ -25,7 +25,7 @@ use super::policy::RetryPolicy;
 /// attempts carry the same key. If you do not need the report, use `tower::retry::RetryLayer` with
 /// the same policy.
 ///
-/// A complete client is in the docs of [`client`](crate::client).
+/// The guide [calling others](crate::guide::calling_others#send-one-key-with-all-attempts) has a complete client.
 ///
 /// # Response bodies
 ///
