@@ -263,6 +263,38 @@ mod tests {
         }
     }
 
+    /// rustdoc checks the item of a link, but not its anchor.
+    #[test]
+    fn anchors_lead_to_headings() {
+        for entry in fs::read_dir(root().join("docs")).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let text = page(&format!("docs/{name}"));
+            let anchors = text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap());
+            for anchor in anchors {
+                let (file, heading) = match anchor.split_once('#') {
+                    Some(("", heading)) => (name.clone(), heading),
+                    Some((path, heading)) if path.starts_with("crate::guide::") => {
+                        (path.replace("crate::guide::", "") + ".md", heading)
+                    }
+                    _ => continue,
+                };
+                let target = page(&format!("docs/{file}"));
+                let mut headings = target.lines().filter(|line| line.starts_with('#')).map(anchor_of);
+                assert!(
+                    headings.any(|anchor| anchor == heading),
+                    "docs/{name} links to {file}#{heading}, which does not exist"
+                );
+            }
+        }
+    }
+
+    /// The anchor that rustdoc gives to a heading.
+    fn anchor_of(heading: &str) -> String {
+        let words = heading.trim_matches(['#', ' ']).chars();
+        let words = words.filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
+        words.collect::<String>().to_lowercase().replace(' ', "-")
+    }
+
     #[test]
     fn every_page_is_a_guide() {
         let guide = page("src/guide.rs");

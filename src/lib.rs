@@ -21,7 +21,7 @@
 //! # Where to begin
 //!
 //! * The [quick start](guide::quick_start) has code for payments, orders, e-mails, webhooks, messages and calls to others.
-//! * The [guides](guide) answer one question each. [Troubleshooting](guide::troubleshooting) explains each refusal and error text.
+//! * Each of the [guides](guide) begins with a task of yours. [Troubleshooting](guide::troubleshooting) explains each refusal and error text.
 //! * [`IdempotencyLayer`] is the layer and its own builder. Its page has the table of settings and defaults.
 //! * [`Lease`] is what a handler may know about its attempt.
 //! * [`Store`] is the place of the records. [`MemoryStore`] is the embedded default, and [`BoxStore`] is chosen at run time.
