@@ -25,8 +25,8 @@
 //! let client = ServiceBuilder::new()
 //!     .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(keys))
 //!     .service(service_fn(|request: Request<String>| async move {
-//!         // The same key for order 7, also after a crash.
-//!         assert_eq!(request.headers()["idempotency-key"].len(), 64);
+//!         // A UUID, which is the same for order 7 also after a crash.
+//!         assert_eq!(request.headers()["idempotency-key"].len(), 36);
 //!         Ok::<_, Infallible>(Response::new(String::new()))
 //!     }));
 //! let charge = Request::post("/v1/charges").extension(KeyOrigin::new("order-7", "charge"));
