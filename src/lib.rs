@@ -56,7 +56,7 @@
 //! header value or credential is part of them.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
-#![deny(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg_attr(
     test,
     allow(
