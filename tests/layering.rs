@@ -45,7 +45,10 @@ fn module_of(file: &Path, src: &Path) -> String {
 /// The modules that a file names behind `crate::`, outside of comments.
 fn imports(source: &str) -> Vec<String> {
     let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
-    let paths = code.flat_map(|line| line.split("crate::").skip(1));
+    // A path in quotes is a link of the docs.
+    let paths = code.flat_map(|line| line.match_indices("crate::").map(move |(at, _)| line.split_at(at)));
+    let paths = paths.filter(|(before, _)| !before.ends_with('"'));
+    let paths = paths.map(|(_, path)| &path["crate::".len()..]);
     let names = paths.map(|path| {
         path.chars()
             .take_while(|c| c.is_alphanumeric() || *c == '_')
