@@ -89,7 +89,7 @@ impl Lease {
     /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over, or this attempt has completed it already (in an
     /// earlier transaction whose commit took effect although its reply was lost, say): roll back (drop the transaction), and
     /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
-    /// store is no [`PostgresStore`], the response is a stream, breaks off, or is longer or takes longer than the layer's limits, or
+    /// store is no [`PostgresStore`](crate::PostgresStore), the response is a stream, breaks off, or is longer or takes longer than the layer's limits, or
     /// it has the mark [`DoNotStore`](crate::DoNotStore).
     /// Otherwise as for [`Store::complete`]. In every case roll back.
     pub async fn complete_response_in<B: RebuildBody>(

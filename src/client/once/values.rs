@@ -65,7 +65,7 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
     }
 }
 
-/// A call to be made once; made by [`once`] and [`Steps::step`].
+/// A call to be made once; made by [`once`] and [`Steps::step`](super::Steps::step).
 ///
 /// # What it promises
 ///
