@@ -4,7 +4,7 @@ use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::{jetstream, HeaderMap};
 use bytes::Bytes;
 use tower_idempotency::receiver::ids::{self, CloudEvents};
-use tower_idempotency::receiver::{MessageLease, MessageId};
+use tower_idempotency::receiver::{MessageId, MessageLease};
 
 /// An event.
 #[derive(Clone, Debug)]

@@ -9,8 +9,8 @@ use reqwest::Body;
 use tower::util::BoxCloneSyncService;
 use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    once, Attempt, CallError, CallLayer, CallOutcome, CallReport, Failure, IdempotencyKeyLayer, KeyGenerator, KeyPlacementError,
-    OnceError, Outgoing, ProviderProfile, ReqwestService, RetryPolicy,
+    once, Attempt, CallError, CallLayer, CallOutcome, CallReport, Failure, IdempotencyKeyLayer, KeyGenerator,
+    KeyPlacementError, OnceError, Outgoing, ProviderProfile, ReqwestService, RetryPolicy,
 };
 use tower_idempotency::receiver::{HandlerErrorClass, Receipt, ReceiveError, Receiver, ReceiverLayer};
 use tower_idempotency::BoxStore;
@@ -177,7 +177,9 @@ impl From<KeyPlacementError<CallError<reqwest::Error>>> for Failed {
 fn client(http: ReqwestService, promise: Promise) -> Client {
     let profile = ProviderProfile::draft();
     let policy = RetryPolicy::new(profile.clone()).with_max_attempts(3);
-    let policy = policy.with_initial_backoff(Duration::from_millis(50)).with_max_backoff(Duration::from_secs(2));
+    let policy = policy
+        .with_initial_backoff(Duration::from_millis(50))
+        .with_max_backoff(Duration::from_secs(2));
     let calls = ServiceBuilder::new().layer(CallLayer::new(policy)).service(http);
     match promise {
         Promise::AtMostOnce => boxed(calls),

@@ -17,7 +17,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
-use tower_idempotency::receiver::{ids, Disposition, MessageLease, MessageId, Receipt, ReceiveError};
+use tower_idempotency::receiver::{ids, Disposition, MessageId, MessageLease, Receipt, ReceiveError};
 
 /// Whatever can go wrong outside of a message.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -19,7 +19,7 @@ use redis::{AsyncCommands, AsyncConnectionConfig};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
-use tower_idempotency::receiver::{Disposition, MessageLease, MessageId, Receipt, ReceiveError};
+use tower_idempotency::receiver::{Disposition, MessageId, MessageLease, Receipt, ReceiveError};
 
 /// Whatever can go wrong outside of a message.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

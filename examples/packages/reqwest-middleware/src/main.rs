@@ -21,8 +21,8 @@ use third_party::bank::Bank;
 use third_party::{Accident, ThirdParty};
 use tower::{ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{
-    CallLayer, CallOutcome, CallReport, ErrorClass, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile,
-    RetryPolicy,
+    CallLayer, CallOutcome, CallReport, ErrorClass, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin,
+    ProviderProfile, RetryPolicy,
 };
 
 /// One key per logical request, and the attempts that carry it. It takes the `KeyOrigin` from the request's extensions.
@@ -34,7 +34,8 @@ struct Idempotency {
 impl Idempotency {
     fn new(profile: ProviderProfile, keys: KeyDeriver) -> Self {
         let retries = RetryPolicy::new(profile.clone())
-            .with_initial_backoff(Duration::from_millis(50)).with_max_backoff(Duration::from_secs(1))
+            .with_initial_backoff(Duration::from_millis(50))
+            .with_max_backoff(Duration::from_secs(1))
             .with_errors(|error: &Error| match error {
                 Error::Reqwest(error) if error.is_connect() => ErrorClass::NotSent,
                 Error::Reqwest(error) if error.is_builder() => ErrorClass::Final,
