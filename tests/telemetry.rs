@@ -110,7 +110,7 @@ fn faults_that_an_operator_has_to_correct_are_errors_with_their_reason() {
     for (event, reason) in [
         ("store-misconfigured", "the table does not exist"),
         ("record-unreadable", "a record cannot be read"),
-        ("store-failed", "the idempotency store did not answer"),
+        ("store-failed", "the idempotency store did not reply"),
     ] {
         let line = log.lines().find(|line| line.contains(&format!("event=\"{event}\"")));
         let line = line.unwrap_or_else(|| panic!("no {event} in:\n{log}"));
