@@ -158,3 +158,103 @@ impl fmt::Debug for Values {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns a duration as the tables of the docs write it.
+    fn written(duration: Duration) -> String {
+        match duration.as_secs() {
+            0 => "none".to_owned(),
+            seconds if seconds % 86_400 == 0 && seconds > 86_400 => format!("{} days", seconds / 86_400),
+            seconds if seconds % 3_600 == 0 => format!("{} h", seconds / 3_600),
+            seconds => format!("{seconds} s"),
+        }
+    }
+
+    fn thousands(number: usize) -> String {
+        format!("{},{:03}", number / 1_000, number % 1_000)
+    }
+
+    fn assert_table(source: &str, rows: &[(&str, String)]) {
+        for (setting, default) in rows {
+            let mut lines = source.lines().filter(|line| line.starts_with("/// |"));
+            let is_there = lines.any(|line| line.contains(setting) && line.contains(default.as_str()));
+            assert!(is_there, "no row has {setting:?} and {default:?}");
+        }
+    }
+
+    #[test]
+    fn the_tables_of_defaults_are_true() {
+        let values = Values::default();
+        let engine = &values.engine;
+        assert_eq!(engine.if_lost, IfLost::Refuse);
+        let mebibytes = |bytes: usize| format!("{} MiB", bytes >> 20);
+        assert_table(
+            include_str!("layer.rs"),
+            &[
+                ("| body limits |", mebibytes(values.body_limit)),
+                (
+                    "| body limits |",
+                    format!("{} for stored", mebibytes(values.response_limit)),
+                ),
+                (
+                    "| body timeouts |",
+                    format!("{} for requests", written(values.body_timeout)),
+                ),
+                (
+                    "| body timeouts |",
+                    format!("{} for responses", written(values.response_timeout)),
+                ),
+                (
+                    "| a lost attempt |",
+                    format!("at most {} attempts", engine.max_attempts),
+                ),
+                ("| duplicates in flight |", format!("up to {},", written(engine.wait))),
+                (
+                    "| duplicates in flight |",
+                    format!("{} for a key", thousands(values.waiting.per_key)),
+                ),
+                (
+                    "| duplicates in flight |",
+                    format!("{} in all", thousands(values.waiting.in_all)),
+                ),
+                ("| executions whose callers left |", thousands(engine.max_detached)),
+                (
+                    "| retention |",
+                    format!("{} from completion", written(engine.retention)),
+                ),
+                ("| lease |", format!("{},", written(engine.lease))),
+                (
+                    "| the store fails |",
+                    format!("{} for each operation", written(engine.store_timeout)),
+                ),
+                (
+                    "| the store fails |",
+                    format!("repeated for {},", written(engine.completion_timeout)),
+                ),
+            ],
+        );
+        // The layers of the client and the receiver have tables of their own.
+        assert_table(
+            include_str!("../client/once/http/layer.rs"),
+            &[
+                ("[lease]", format!("{},", written(engine.lease))),
+                (
+                    "[retention]",
+                    format!("{} from the completion", written(engine.retention)),
+                ),
+                ("[wait]", written(engine.wait)),
+                ("[attempts]", format!("| {} |", engine.max_attempts)),
+            ],
+        );
+        assert_table(
+            include_str!("../receiver/layer.rs"),
+            &[
+                ("[lease]", format!("{},", written(engine.lease))),
+                ("[attempts]", format!("| {} |", engine.max_attempts)),
+            ],
+        );
+    }
+}
