@@ -130,6 +130,27 @@ async fn one_renewal_that_hangs_does_not_lose_a_short_lease() {
     assert_eq!(runs.load(Ordering::SeqCst), 1);
 }
 
+/// A job that may not wait gave the store half a second to show the outcome, and reported that another call is in flight.
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_that_may_not_wait_reads_a_slow_record() {
+    let store = RemoteStore::new();
+    store.fail("renew", [Fault::Before; 50]);
+    let go_on = Arc::new(Notify::new());
+    let is_told = Arc::clone(&go_on);
+    let call = once(store.clone(), "k").at_least_once().with_wait(Duration::ZERO);
+    let first = tokio::spawn(call.run(move |_| async move {
+        is_told.notified().await;
+        Ok::<_, Failure<String>>(1)
+    }));
+    tokio::time::sleep(LEASE * 2).await;
+    let second: Ended = once(store.clone(), "k").at_least_once().run(|_| ready(Ok(2))).await;
+    assert_eq!(second.unwrap().into_value(), 2);
+    store.fail("peek", [Fault::Slow(2)]);
+    go_on.notify_one();
+    let first = first.await.unwrap();
+    assert!(matches!(&first, Ok(done) if *done.value() == 2), "{first:?}");
+}
+
 /// The superseded owner waited until the deadline of its own claim, which was long over.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_owner_waits_for_the_winner_however_long_it_ran() {
@@ -265,7 +286,7 @@ async fn calls_by_value_whose_callers_left_are_bounded() {
 /// The job waited for the outcome of the other attempt for the whole wait, although nobody was there to get it.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_job_waits_for_no_outcome_once_its_caller_has_left() {
-    for leaves_during_the_run in [true, false] {
+    for (leaves_during_the_run, hangs) in [(true, false), (false, false), (true, true), (false, true)] {
         let (store, drain, go_on) = (RemoteStore::new(), Drain::default(), Arc::new(Notify::new()));
         store.fail("renew", [Fault::Before; 1_000]);
         let told = Arc::clone(&go_on);
@@ -282,6 +303,10 @@ async fn a_superseded_job_waits_for_no_outcome_once_its_caller_has_left() {
         }));
         tokio::time::sleep(Duration::from_millis(10)).await;
         store.heal();
+        if hangs {
+            store.fail("watch", [Fault::Hang; 10]);
+            store.fail("peek", [Fault::Hang; 10]);
+        }
         if leaves_during_the_run {
             first.abort();
         }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
+use futures::future::{select, Either};
 use futures::FutureExt;
 
 use super::attempt::{Attempt, Recovered};
@@ -158,11 +159,15 @@ impl<St: Store + Clone> Job<St> {
         // The first claim comes before any wait, so the deadline does not limit it.
         let (mut watch, mut waiting) = (None, None);
         let mut lost = None;
+        // The rest of the owner's lease, as the last claim has seen it.
+        let mut seen = Duration::ZERO;
         loop {
             let asked = Stopwatch::start();
             let decision = match self.claim_once(nonce, waiting, &mut lost).await {
                 Ok(decision) => decision,
-                Err(ClaimError::TimeUp) => return Ok(Err(Settled::Refused(Refused::InFlight(Duration::ZERO)))),
+                Err(ClaimError::TimeUp) => {
+                    return Ok(Err(Settled::Refused(Refused::InFlight(self.worth_waiting(seen)))))
+                }
                 Err(ClaimError::Failed(error)) => return Err(error),
             };
             if matches!(decision, Decision::Execute(_) | Decision::Recover(_)) {
@@ -182,6 +187,7 @@ impl<St: Store + Clone> Job<St> {
                     Refused::InFlight(self.worth_waiting(left))
                 }
                 Decision::Wait { left } => {
+                    seen = left;
                     self.wait(&mut watch, left, deadline).await;
                     waiting = Some(deadline);
                     continue;
@@ -344,13 +350,16 @@ impl<St: Store + Clone> Job<St> {
         }
         let waiter = Standby {
             job: self,
-            absence,
             left: Duration::ZERO,
             output: PhantomData,
         };
         let timeout = self.settings.store_timeout;
         let deadline = Deadline::after(self.settings.wait);
-        match await_owner(&self.store, &self.key, timeout, deadline, waiter).await {
+        let waiting = pin!(await_owner(&self.store, &self.key, timeout, deadline, waiter));
+        let Either::Left((waited, _)) = select(waiting, absence.begins()).await else {
+            return Settled::Refused(Refused::InFlight(Duration::ZERO));
+        };
+        match waited {
             Waited::Seen(settled) => settled,
             Waited::TimeUp(waiter) => Settled::Refused(Refused::InFlight(self.worth_waiting(waiter.left))),
             Waited::Failed(error) | Waited::LastLookFailed(error) => Settled::Refused(Refused::Unread(error)),
@@ -371,7 +380,6 @@ impl<St: Store + Clone> Job<St> {
 /// A superseded attempt that waits for the outcome of the attempt that took its key over.
 struct Standby<'j, St, G> {
     job: &'j Job<St>,
-    absence: &'j Absence,
     /// The rest of the other attempt's lease.
     left: Duration,
     output: PhantomData<fn() -> G>,
@@ -380,10 +388,10 @@ struct Standby<'j, St, G> {
 impl<St: Store + Clone, G> Waiter for Standby<'_, St, G> {
     type Seen = Settled<G>;
 
+    // The handler has run, so its caller must not be told about another attempt before the record was read.
+    const FIRST_LOOK_IN_FULL: bool = true;
+
     fn judge(&mut self, record: Option<Snapshot>) -> Option<Settled<G>> {
-        if self.absence.is_true() {
-            return Some(Settled::Refused(Refused::InFlight(Duration::ZERO)));
-        }
         Some(match record {
             Some(record) if record.fingerprint == self.job.fingerprint => match record.status {
                 Status::Completed(outcome) => replayed(outcome),
@@ -400,10 +408,6 @@ impl<St: Store + Clone, G> Waiter for Standby<'_, St, G> {
             Some(_) => Settled::Refused(Refused::Unknown),
             None => Settled::Refused(Refused::Unread(FORGOTTEN)),
         })
-    }
-
-    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
-        self.absence.begins()
     }
 }
 

@@ -20,6 +20,9 @@ pub(crate) trait Waiter {
     /// The result of a look that ends the wait.
     type Seen;
 
+    /// Whether the first look has the whole time of a store operation, even if this request may not wait.
+    const FIRST_LOOK_IN_FULL: bool = false;
+
     /// Notes that a look begins.
     fn begin_look(&mut self) {}
 
@@ -27,7 +30,9 @@ pub(crate) trait Waiter {
     fn judge(&mut self, record: Option<Snapshot>) -> Option<Self::Seen>;
 
     /// Waits until this request must look again before the record changes.
-    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send;
+    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
+        pending()
+    }
 }
 
 /// The end of a wait for an owner.
@@ -51,6 +56,7 @@ pub(crate) async fn await_owner<St: Store, W: Waiter>(
     mut waiter: W,
 ) -> Waited<W> {
     let mut may_fail = true;
+    let mut in_full = W::FIRST_LOOK_IN_FULL;
     loop {
         let watch = if deadline.left().is_zero() {
             None
@@ -58,7 +64,11 @@ pub(crate) async fn await_owner<St: Store, W: Waiter>(
             let subscribing = with_timeout(timeout.min(deadline.left()), store.watch(key));
             subscribing.await.ok()
         };
-        let limit = limit_in_wait(timeout, deadline);
+        let limit = if std::mem::take(&mut in_full) {
+            timeout
+        } else {
+            limit_in_wait(timeout, deadline)
+        };
         waiter.begin_look();
         let looked = match within(limit, store.peek(key)).await {
             Ok(looked) => looked,
