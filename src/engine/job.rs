@@ -388,7 +388,7 @@ struct Standby<'j, St, G> {
 impl<St: Store + Clone, G> Waiter for Standby<'_, St, G> {
     type Seen = Settled<G>;
 
-    // The handler has run, so its caller must not be told about another attempt before the record was read.
+    // The work has run, so read the record before reporting that another attempt is in flight.
     const FIRST_LOOK_IN_FULL: bool = true;
 
     fn judge(&mut self, record: Option<Snapshot>) -> Option<Settled<G>> {
