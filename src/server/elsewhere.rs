@@ -23,15 +23,17 @@ enum Seen {
     Free,
     /// Its owner works on it.
     InFlight,
-    Landed(SharedResult),
+    /// The key has this result.
+    Settled(SharedResult),
 }
 
 /// The end of a wait for an owner elsewhere.
 enum Elsewhere {
     /// The key can be claimed.
     Free,
-    Landed(SharedResult),
-    /// The time is up, and the last look failed.
+    /// The key has this result.
+    Settled(SharedResult),
+    /// The deadline has passed, and the last look failed.
     Failed(Refusal),
     TimeUp,
 }
@@ -45,16 +47,16 @@ impl<St: Store, S> Exchange<St, S> {
         R: RebuildBody,
     {
         let waiting = self.settings.waiting;
-        // Count the waiter before the store makes a subscription for it. A request that may not wait only looks once,
-        // so the limit does not apply.
-        let place = self.key_guard.wait(&waiting);
-        if place.is_none() && !self.settings.engine.wait.is_zero() {
+        // Count the waiter before the store makes a subscription for it (I10). With a wait of zero
+        // the request looks only once, so the limit does not apply.
+        let waiter = self.key_guard.wait(&waiting);
+        if waiter.is_none() && !self.settings.engine.wait.is_zero() {
             return Some(Ok(self.refuse(self.later(RefusalKind::TooManyWaiters))));
         }
         let elsewhere = self.poll_owner().await;
-        drop(place);
+        drop(waiter);
         match elsewhere {
-            Elsewhere::Landed(shared_result) => Some(Ok(self.finish(shared_result))),
+            Elsewhere::Settled(shared_result) => Some(Ok(self.finish(shared_result))),
             Elsewhere::Failed(refusal) => Some(Ok(self.refuse(refusal))),
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
@@ -71,12 +73,12 @@ impl<St: Store, S> Exchange<St, S> {
     /// Returns the response for an owner whose key was taken over: the outcome that the key holds in the end.
     pub(super) async fn await_owner<R: RebuildBody>(&mut self) -> Response<R> {
         match self.poll_owner().await {
-            Elsewhere::Landed(SharedResult::Refused(refusal)) => {
+            Elsewhere::Settled(SharedResult::Refused(refusal)) => {
                 let refusal = self.after_run(refusal);
                 self.finish(SharedResult::Refused(refusal))
             }
             Elsewhere::Failed(refusal) => self.refuse(self.after_run(refusal)),
-            Elsewhere::Landed(shared_result) => self.finish(shared_result),
+            Elsewhere::Settled(shared_result) => self.finish(shared_result),
             Elsewhere::Free => self.finish(SharedResult::Refused(self.later(RefusalKind::OutcomeUnrecorded))),
             Elsewhere::TimeUp => self.refuse(self.later(RefusalKind::Outstanding)),
         }
@@ -111,7 +113,7 @@ impl<St: Store, S> Exchange<St, S> {
             Waited::Seen(elsewhere) => elsewhere,
             Waited::TimeUp(_) => Elsewhere::TimeUp,
             Waited::LastLookFailed(error) => Elsewhere::Failed(self.settings.store_failed(&error)),
-            Waited::Failed(error) => Elsewhere::Landed(SharedResult::Refused(self.settings.store_failed(&error))),
+            Waited::Failed(error) => Elsewhere::Settled(SharedResult::Refused(self.settings.store_failed(&error))),
         }
     }
 
@@ -158,11 +160,11 @@ impl<St: Store, S> Exchange<St, S> {
             Err(error) if barred == Barred::LostClaims => return self.claim_failed(&error),
             Err(error) => {
                 telemetry::store_failed(&error);
-                Seen::Landed(SharedResult::Refused(self.settings.store_failed(&error)))
+                Seen::Settled(SharedResult::Refused(self.settings.store_failed(&error)))
             }
         };
         match (seen, barred) {
-            (Seen::Landed(shared_result), _) => Claimed::Settled(shared_result),
+            (Seen::Settled(shared_result), _) => Claimed::Settled(shared_result),
             (Seen::InFlight, _) => Claimed::Wait,
             (Seen::Free, Barred::LostClaims) => self.claim_failed(&MANY_LOST_CLAIMS),
             (Seen::Free, Barred::Detached) => {
@@ -199,11 +201,11 @@ impl Waiter for Bystander<'_> {
         let is_same = record.as_ref().is_some_and(|seen| seen.fingerprint == *fingerprint);
         match self.settings.see(fingerprint, record) {
             Seen::Free => Some(Elsewhere::Free),
-            Seen::Landed(shared_result) => {
+            Seen::Settled(shared_result) => {
                 if is_same {
                     self.in_flight.confirm(self.look);
                 }
-                Some(Elsewhere::Landed(shared_result))
+                Some(Elsewhere::Settled(shared_result))
             }
             Seen::InFlight => {
                 self.in_flight.confirm(self.look);
@@ -213,7 +215,7 @@ impl Waiter for Bystander<'_> {
     }
 
     fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
-        self.in_flight.asked_to_look()
+        self.in_flight.look_requested()
     }
 }
 
@@ -227,11 +229,14 @@ impl Values {
             return Seen::Free;
         };
         if snapshot.fingerprint != *fingerprint {
-            return Seen::Landed(SharedResult::Refused(Refusal::new(RefusalKind::Mismatch)));
+            return Seen::Settled(SharedResult::Refused(Refusal::new(RefusalKind::Mismatch)));
         }
-        Seen::Landed(match snapshot.status {
+        Seen::Settled(match snapshot.status {
             Status::InFlight { .. } => return Seen::InFlight,
-            Status::Completed(Outcome::Stored(answer)) => SharedResult::Response { answer, kept: true },
+            Status::Completed(Outcome::Stored(response)) => SharedResult::Response {
+                response,
+                is_stored: true,
+            },
             Status::Completed(Outcome::Rejected | Outcome::Tombstone) => {
                 SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored))
             }

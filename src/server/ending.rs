@@ -32,16 +32,17 @@ enum Recorded {
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// Records the response in the cargo, and returns it.
-    pub(super) async fn answered<R: RebuildBody>(&mut self) -> Response<R> {
+    /// Ends an execution whose response was read to its end ([`Stage::Responded`]). Records the
+    /// response, then shares it with the duplicates, then returns it (I5).
+    pub(super) async fn record_response<R: RebuildBody>(&mut self) -> Response<R> {
         let Stage::Responded(Read { head, body, judgement }) = &self.stage else {
             return self.finish(SharedResult::Refused(HELD));
         };
         let (judgement, status) = (*judgement, head.status);
-        let answer = self.settings.response_headers.store(head, body);
+        let stored = self.settings.response_headers.store(head, body);
         let recorded = match judgement.verdict {
             Verdict::Store => {
-                let outcome = Outcome::Stored(answer.clone());
+                let outcome = Outcome::Stored(stored.clone());
                 let completion = self.complete(&outcome, judgement.retention).await;
                 if let Ok(Completion::Completed) = completion {
                     self.key_guard.end_ownership();
@@ -68,8 +69,11 @@ impl<St: Store, S> Exchange<St, S> {
             // The layer does not read responses with these verdicts.
             Verdict::Tombstone | Verdict::Unjudged => return Box::pin(self.broken(judgement, status)).await,
         };
-        let kept = recorded == Recorded::Yes;
-        self.release_slot(SharedResult::Response { answer, kept });
+        let is_stored = recorded == Recorded::Yes;
+        self.release_slot(SharedResult::Response {
+            response: stored,
+            is_stored,
+        });
         self.finished("executed");
         match std::mem::replace(&mut self.stage, Stage::Nothing) {
             Stage::Responded(read) => read.into_response(),
@@ -91,7 +95,10 @@ impl<St: Store, S> Exchange<St, S> {
             return response;
         }
         let shared_result = match outcome {
-            Outcome::Stored(answer) => SharedResult::Response { answer, kept: true },
+            Outcome::Stored(response) => SharedResult::Response {
+                response,
+                is_stored: true,
+            },
             _ => SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
         };
         match std::mem::replace(&mut self.stage, Stage::Nothing) {
@@ -155,11 +162,11 @@ impl<St: Store, S> Exchange<St, S> {
     /// makes one.
     pub(super) async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
-        match self.settings.keep.of_failure() {
+        match self.settings.policy.of_failure() {
             Verdict::Store => {
-                let (head, body, answer) = self.settings.failure_to_store(self.head.as_deref());
+                let (head, body, stored) = self.settings.failure_to_store(self.head.as_deref());
                 let retention = self.settings.engine.retention;
-                match self.store_failure(answer, retention).await {
+                match self.store_failure(stored, retention).await {
                     Ok(shared_result) => self.release_slot(shared_result),
                     Err(response) => return response,
                 }
@@ -212,8 +219,8 @@ impl<St: Store, S> Exchange<St, S> {
         // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response was no success, store
         // a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {
-            let (_, _, answer) = self.settings.failure_to_store(self.head.as_deref());
-            return self.store_failure(answer, judgement.retention).await;
+            let (_, _, stored) = self.settings.failure_to_store(self.head.as_deref());
+            return self.store_failure(stored, judgement.retention).await;
         }
         self.conclude(&Outcome::Tombstone, judgement.retention).await?;
         Ok(SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored)))
@@ -222,12 +229,15 @@ impl<St: Store, S> Exchange<St, S> {
     /// Records a failure. Returns the result for the duplicates.
     async fn store_failure<R: RebuildBody>(
         &mut self,
-        answer: StoredResponse,
+        stored: StoredResponse,
         retention: Duration,
     ) -> Result<SharedResult, Response<R>> {
-        let recorded = self.conclude(&Outcome::Stored(answer.clone()), retention).await?;
-        let kept = recorded == Recorded::Yes;
-        Ok(SharedResult::Response { answer, kept })
+        let recorded = self.conclude(&Outcome::Stored(stored.clone()), retention).await?;
+        let is_stored = recorded == Recorded::Yes;
+        Ok(SharedResult::Response {
+            response: stored,
+            is_stored,
+        })
     }
 
     async fn conclude<R: RebuildBody>(&mut self, outcome: &Outcome, retention: Duration) -> Concluded<R> {
@@ -321,13 +331,13 @@ impl<St: Store, S> Exchange<St, S> {
 impl Values {
     /// Decides how an attempt ends, by the head of its response.
     pub(super) fn judge(&self, head: &response::Parts) -> Judgement {
-        self.keep.judge(head, self.engine.retention)
+        self.policy.judge(head, self.engine.retention)
     }
 
     /// Whether a response is known as a stream by its head. The content type of a gRPC response is that of its method. If its
     /// head has the status, the response has no messages, so it is no stream.
     pub(super) fn is_stream(&self, head: &response::Parts) -> bool {
-        let is_grpc = || self.keep.is_grpc_response(head.status, &head.headers);
+        let is_grpc = || self.policy.is_grpc_response(head.status, &head.headers);
         let has_ended = || grpc_result(&head.headers, None).is_some() && is_grpc();
         head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && !has_ended())
     }
@@ -349,14 +359,14 @@ impl Values {
     /// the request, if it is known.
     pub(super) fn outcome_of(
         &self,
-        asked: Option<&request::Parts>,
+        request: Option<&request::Parts>,
         head: &response::Parts,
         body: &Collected,
     ) -> Outcome {
         match self.happened(head).verdict {
             // A layer for webhooks acknowledges a duplicate of a tombstone.
             Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
-                Outcome::Stored(self.failure_to_store(asked).2)
+                Outcome::Stored(self.failure_to_store(request).2)
             }
             Verdict::Tombstone => Outcome::Tombstone,
             _ => Outcome::Stored(self.response_headers.store(head, body)),
@@ -371,7 +381,7 @@ impl Values {
     ) -> (response::Parts, Collected, StoredResponse) {
         let (head, bytes) = HELD.render(&self.refusals, head).into_parts();
         let body = Collected { bytes, trailers: None };
-        let answer = self.response_headers.store(&head, &body);
-        (head, body, answer)
+        let stored = self.response_headers.store(&head, &body);
+        (head, body, stored)
     }
 }

@@ -196,14 +196,14 @@ impl<St: Store, S> Exchange<St, S> {
     {
         loop {
             if matches!(self.stage, Stage::Admitted(_)) {
-                let asked = Stopwatch::start();
+                let started = Stopwatch::start();
                 match self.claim().await {
                     Claimed::Run(grant) => {
-                        self.acquire(grant, asked);
+                        self.acquire(grant, started);
                         return Box::pin(self.execute(grant)).await;
                     }
                     Claimed::Recover(grant) => {
-                        self.acquire(grant, asked);
+                        self.acquire(grant, started);
                         return Box::pin(self.recover_and_execute(grant)).await;
                     }
                     Claimed::Settled(shared_result) => return Ok(self.finish(shared_result)),
@@ -257,8 +257,8 @@ impl<St: Store, S> Exchange<St, S> {
         // From here on the exchange continues if its caller leaves, because the store may have received the claim.
         self.key_guard.in_flight.set_guarded(true);
         let claimer = self.claimer();
-        let asked = claim_with_timeout(claimer.limit(), &self.key_guard.shared.store, &claim);
-        match Box::pin(asked).await {
+        let claiming = claim_with_timeout(claimer.limit(), &self.key_guard.shared.store, &claim);
+        match Box::pin(claiming).await {
             Ok(decision) => self.decided(decision),
             Err(error) => Box::pin(self.claim_again(claim, error)).await,
         }
@@ -393,13 +393,18 @@ impl<S> Admitted<S> {
     }
 }
 
-const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored answer cannot be read");
+const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored response cannot be read");
 
 impl SharedResult {
     /// What a decision comes to that lets nothing run; `None` where it is to wait.
     pub(super) fn of(decision: Decision) -> Option<Self> {
         let kind = match decision {
-            Decision::Replay(answer) => return Some(Self::Response { answer, kept: true }),
+            Decision::Replay(response) => {
+                return Some(Self::Response {
+                    response,
+                    is_stored: true,
+                })
+            }
             Decision::NotStored => RefusalKind::ResponseNotStored,
             Decision::Mismatch => RefusalKind::Mismatch,
             Decision::Unknown => RefusalKind::OutcomeUnknown,
@@ -424,9 +429,9 @@ impl Values {
         accepted: &Accepted,
     ) -> Response<R> {
         match shared_result {
-            SharedResult::Response { answer, kept } => match self.replay(answer, *kept, accepted) {
+            SharedResult::Response { response, is_stored } => match self.replay(response, *is_stored, accepted) {
                 Ok(response) => {
-                    telemetry::finished(span, if *kept { "replayed" } else { "waited" });
+                    telemetry::finished(span, if *is_stored { "replayed" } else { "waited" });
                     response.map(Collected::rebuild)
                 }
                 Err(refusal) => self.refuse(span, head, refusal),
@@ -442,11 +447,11 @@ impl Values {
 
     fn replay(
         &self,
-        answer: &StoredResponse,
+        stored: &StoredResponse,
         is_stored: bool,
         accepted: &Accepted,
     ) -> Result<Response<Collected>, Refusal> {
-        let Ok(mut response) = self.response_headers.replay_in_parts(answer, is_stored) else {
+        let Ok(mut response) = self.response_headers.replay_in_parts(stored, is_stored) else {
             telemetry::store_failed(&CORRUPT);
             return Err(self.store_failed(&CORRUPT));
         };
@@ -478,7 +483,7 @@ impl Values {
     /// it. Under settings for gRPC, a response without a content type is one of gRPC.
     pub(super) fn completed(&self, head: &mut response::Parts, body: Collected) -> Collected {
         let is_untyped = || head.status == StatusCode::OK && !head.headers.contains_key(CONTENT_TYPE);
-        if self.keep.is_grpc_response(head.status, &head.headers) || (self.is_grpc() && is_untyped()) {
+        if self.policy.is_grpc_response(head.status, &head.headers) || (self.is_grpc() && is_untyped()) {
             complete_grpc(&mut head.headers, body)
         } else {
             body
@@ -496,7 +501,7 @@ impl Values {
 
     /// Whether the service inside speaks gRPC.
     pub(super) fn is_grpc(&self) -> bool {
-        self.keep.statuses == Statuses::Grpc
+        self.policy.statuses == Statuses::Grpc
     }
 
     /// Returns the fingerprint of a request. Only a gRPC body is decompressed for it, up to the limit of bodies.

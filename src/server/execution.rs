@@ -91,9 +91,10 @@ impl<St: Store, S> Exchange<St, S> {
         self.run_to_completion(running).await
     }
 
-    /// Makes this request the owner of the key. `asked` was started before the claim.
-    pub(super) fn acquire(&mut self, grant: Grant, asked: Stopwatch) {
-        self.key_guard.acquire(grant, || asked);
+    /// Makes this request the owner of the key. `started` is a stopwatch that was started before
+    /// the claim.
+    pub(super) fn acquire(&mut self, grant: Grant, started: Stopwatch) {
+        self.key_guard.acquire(grant, || started);
         // If another owner takes the key over later, the wait for that owner has its full time.
         self.wait = None;
         telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
@@ -110,8 +111,8 @@ impl<St: Store, S> Exchange<St, S> {
             return Box::pin(self.after_transaction(ended)).await;
         }
         match ended {
-            None => Ok(self.answered().await),
-            Some(ended) => Box::pin(self.without_answer(*ended)).await,
+            None => Ok(self.record_response().await),
+            Some(ended) => Box::pin(self.record_end(*ended)).await,
         }
     }
 
@@ -134,15 +135,15 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Records an end that came without an answer to keep.
-    pub(super) async fn without_answer<R: RebuildBody, E: 'static>(
+    /// Records the end of a handler, and returns the response or the error for the caller.
+    pub(super) async fn record_end<R: RebuildBody, E: 'static>(
         &mut self,
         ended: Ended<R, E>,
     ) -> Result<Response<R>, E> {
         match ended {
             Ended::Responded(read) => {
                 self.stage = Stage::Responded(read);
-                Ok(self.answered().await)
+                Ok(self.record_response().await)
             }
             Ended::Broken(status, judgement) => Ok(self.broken(judgement, status).await),
             Ended::Failed(error) => {
@@ -173,14 +174,14 @@ impl<St: Store, S> Exchange<St, S> {
             attempt: grant.attempt,
             head: admitted.head.clone(),
         };
-        // The function is the application's, and may panic before it returns its future.
-        let Ok(asked) = catch_unwind(AssertUnwindSafe(|| check.ask(lost))) else {
+        // The check is the application's code, and may panic before it returns its future.
+        let Ok(checking) = catch_unwind(AssertUnwindSafe(|| check.call(lost))) else {
             return Checked::Unknown;
         };
-        let asked = self.key_guard.during(AssertUnwindSafe(asked).catch_unwind());
-        match self.times.outside(asked).await {
-            Ok(Recovered::Happened(answer)) => {
-                let (head, body) = self.settings.collected(answer);
+        let checking = self.key_guard.during(AssertUnwindSafe(checking).catch_unwind());
+        match self.times.outside(checking).await {
+            Ok(Recovered::Happened(response)) => {
+                let (head, body) = self.settings.collected(response);
                 let judgement = self.settings.happened(&head);
                 self.stage = Stage::Responded(Read { head, body, judgement });
                 Checked::Happened
@@ -241,8 +242,9 @@ where
     if settings.is_stream(&head) {
         return Ended::Streaming(Response::from_parts(head, body), judgement.of_stream());
     }
-    // Treat a body that panics like a body that breaks off. The handler has ended, and the head shows its result.
-    let reading = if settings.keep.is_of_grpc(head.status, &head.headers) {
+    // Treat a body that panics like a body that breaks off, because the handler has ended and the
+    // head shows its result.
+    let reading = if settings.policy.is_of_grpc(head.status, &head.headers) {
         collect_messages(body, settings.response_limit, timeout)
     } else {
         collect(body, settings.response_limit, timeout)
@@ -255,11 +257,11 @@ where
     match read {
         Ok(Ok(body)) => {
             let trailers = body.trailers.as_ref();
-            let judgement = settings.keep.judge_end(judgement, &head.headers, trailers);
+            let judgement = settings.policy.judge_end(judgement, &head.headers, trailers);
             Ended::Responded(Read { head, body, judgement })
         }
         Ok(Err(Shortfall::Broken(_) | Shortfall::Short(_))) | Err(_) => {
-            Ended::Broken(head.status, settings.keep.judge_end(judgement, &head.headers, None))
+            Ended::Broken(head.status, settings.policy.judge_end(judgement, &head.headers, None))
         }
         Ok(Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body))) => {
             Ended::Streaming(Response::from_parts(head, R::rebuild(body)), judgement)

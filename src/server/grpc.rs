@@ -46,8 +46,8 @@ impl<St: Store> IdempotencyLayer<St> {
     pub fn grpc(mut self) -> Self {
         let values = self.values();
         values.set_header(IDEMPOTENCY_KEY);
-        values.keep.store_if = None;
-        values.keep.statuses = Statuses::Grpc;
+        values.policy.store_if = None;
+        values.policy.statuses = Statuses::Grpc;
         values.fingerprinting.body = BodyForm::Grpc;
         self.with_methods([Method::POST]).with_grpc_refusals()
     }

@@ -130,9 +130,10 @@ impl<St: Store> KeyGuard<St> {
         }
     }
 
-    /// Makes this request the owner of the key. `asked` returns a stopwatch that was started before the claim.
-    pub(super) fn acquire(&mut self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
-        self.in_flight.key_guard(grant, asked);
+    /// Makes this request the owner of the key. `started` returns a stopwatch that was started
+    /// before the claim.
+    pub(super) fn acquire(&mut self, grant: Grant, started: impl FnOnce() -> Stopwatch) {
+        self.in_flight.set_grant(grant, started);
         telemetry::in_flight(1.0);
         let is_leased = grant.lease.is_some();
         let runtime = if is_leased { Handle::try_current().ok() } else { None };
@@ -329,7 +330,7 @@ async fn renew_while_any<St: Store>(shared: Weak<Shared<St>>, mut renewing: Rene
 impl<St> fmt::Debug for Shared<St> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared")
-            .field("flights", &self.in_flight_table)
+            .field("in_flight", &self.in_flight_table)
             .field("tracker", &self.tracker)
             .finish_non_exhaustive()
     }

@@ -127,8 +127,8 @@ impl<St: Store> IdempotencyLayer<St> {
         values.refusals.style = RefusalStyle::Stripe;
         values.refusals.should_retry = Some(HeaderName::from_static("stripe-should-retry"));
         values.required = false;
-        values.keep.store_if = None;
-        values.keep.statuses = Statuses::Stripe;
+        values.policy.store_if = None;
+        values.policy.statuses = Statuses::Stripe;
         if !values.fingerprinting.headers.contains(&STRIPE_ACCOUNT) {
             values.fingerprinting.headers.push(STRIPE_ACCOUNT);
         }
@@ -155,8 +155,8 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   whatever layer of the same store.
     pub fn webhooks(mut self) -> Self {
         let values = self.values();
-        values.keep.store_if = None;
-        values.keep.statuses = Statuses::SuccessOnly;
+        values.policy.store_if = None;
+        values.policy.statuses = Statuses::SuccessOnly;
         values.acknowledges = true;
         values.run_unprotected = false;
         values.set_header(IDEMPOTENCY_KEY);
@@ -344,11 +344,16 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// The statuses of the [table](Self#defaults) by default: which answers are kept. Replaces [`on_error`](Self::on_error) for 5xx
-    /// answers; what a handler says itself ([`StoreResponse`](crate::StoreResponse), [`DoNotStore`](crate::DoNotStore)) still wins. Should the function
-    /// panic, the handler has run: a tombstone is kept, and nobody runs again.
-    pub fn store_if(mut self, keep: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
-        self.values().keep.store_if = Some(Arc::new(keep));
+    /// Sets which responses the layer stores, by their heads. Default: the statuses of the
+    /// [table](Self#defaults).
+    ///
+    /// If the function returns `false`, the layer releases the key. The function replaces
+    /// [`on_error`](Self::on_error) for 5xx and 408 responses. The marks of a handler
+    /// ([`StoreResponse`](crate::StoreResponse), [`DoNotStore`](crate::DoNotStore),
+    /// [`StoreOutcomeOnly`](crate::StoreOutcomeOnly)) take precedence over it. If the function
+    /// panics, the layer stores a tombstone, so that the handler does not run again.
+    pub fn store_if(mut self, should_store: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
+        self.values().policy.store_if = Some(Arc::new(should_store));
         self
     }
 
@@ -360,7 +365,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// too. If the inner request took effect, this layer records a tombstone. Every other refusal means that nothing
     /// ran, and releases the key.
     pub fn on_error(mut self, on_error: OnError) -> Self {
-        self.values().keep.on_error = on_error;
+        self.values().policy.on_error = on_error;
         self
     }
 

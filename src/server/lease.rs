@@ -41,7 +41,7 @@ pub struct Lease {
 impl Lease {
     #[cfg_attr(
         not(feature = "postgres"),
-        expect(unused_variables, reason = "a transaction is completed by them")
+        expect(unused_variables, reason = "only transactions need the settings")
     )]
     pub(super) fn new<St: Store>(key_guard: &KeyGuard<St>, settings: &Arc<Values>, grant: Grant) -> Self {
         Self {

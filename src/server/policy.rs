@@ -53,7 +53,7 @@ impl RecoveryCheck {
         Self(Arc::new(move |lost| Box::pin(check(lost))))
     }
 
-    pub(super) fn ask(&self, lost: LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> {
+    pub(super) fn call(&self, lost: LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> {
         (self.0)(lost)
     }
 }
@@ -240,7 +240,7 @@ impl StorePolicy {
 
     /// Whether a response says that its request took effect.
     #[cfg(feature = "postgres")]
-    pub(super) fn says_done(&self, status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>) -> bool {
+    pub(super) fn reports_effect(&self, status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>) -> bool {
         if self.is_of_grpc(status, head) {
             return matches!(grpc_result(head, trailers), None | Some(GrpcOutcome::Done));
         }
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn definite_answers_are_kept_and_passing_ones_are_not() {
+    fn definite_responses_are_stored_and_passing_ones_are_not() {
         let policy = StorePolicy::default();
         for status in [200, 201, 204, 301, 400, 402, 409, 410, 411, 413, 422, 424, 451] {
             assert_eq!(verdict(&policy, status, |_| {}), Verdict::Store, "{status}");
@@ -349,7 +349,7 @@ mod tests {
 
     /// Every refusal of an inner layer counted as a sign that the request had no effect.
     #[test]
-    fn a_refusal_of_an_inner_layer_is_judged_by_what_it_says_about_the_effect() {
+    fn a_refusal_of_an_inner_layer_is_judged_by_its_effect() {
         use RefusalKind::{
             HandlerFailed, Mismatch, OutcomeUnknown, OutcomeUnrecorded, ResponseBroken, ResponseNotStored,
         };
@@ -363,7 +363,7 @@ mod tests {
                 parts.extensions.insert(refusal);
             })
         };
-        for (refusal, by_keep, by_release, by_unknown) in [
+        for (refusal, by_store, by_release, by_unknown) in [
             (Refusal::new(HandlerFailed), Store, Release, GiveUp),
             (Refusal::new(OutcomeUnknown), GiveUp, Release, GiveUp),
             (Refusal::new(OutcomeUnrecorded), GiveUp, Release, GiveUp),
@@ -375,14 +375,14 @@ mod tests {
             // The inner handler ran, and another attempt took its key over.
             (Refusal::new(Mismatch).after_run(), GiveUp, Release, GiveUp),
         ] {
-            assert_eq!(of(OnError::Store, refusal.clone()), by_keep, "{refusal:?}");
+            assert_eq!(of(OnError::Store, refusal.clone()), by_store, "{refusal:?}");
             assert_eq!(of(OnError::Release, refusal.clone()), by_release, "{refusal:?}");
             assert_eq!(of(OnError::Unknown, refusal.clone()), by_unknown, "{refusal:?}");
         }
     }
 
     #[test]
-    fn success_alone_is_kept_where_that_is_asked_for_and_failures_follow_their_setting() {
+    fn success_only_stores_only_successes_and_failures_follow_their_setting() {
         let policy = StorePolicy {
             statuses: Statuses::SuccessOnly,
             on_error: OnError::Unknown,
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn the_handlers_word_wins_and_a_veto_wins_over_all() {
+    fn a_mark_wins_over_the_predicate_and_do_not_store_wins_over_all() {
         let success_only = StorePolicy {
             store_if: Some(Arc::new(|response| response.status.is_success())),
             ..StorePolicy::default()
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outcome_without_its_response_is_stored_whatever_the_status_unless_there_is_a_veto() {
+    fn store_outcome_only_applies_to_every_status_unless_do_not_store_is_set() {
         let policy = StorePolicy::default();
         for status in [200, 404, 503] {
             let marked = verdict(&policy, status, |parts| {
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn stripe_saves_no_failed_validation_and_definite_failures_all_the_same() {
+    fn stripe_stores_definite_failures_but_no_failed_validation() {
         let policy = StorePolicy {
             statuses: Statuses::Stripe,
             ..StorePolicy::default()

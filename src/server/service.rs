@@ -152,7 +152,7 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
         let shared = &self.layer.shared;
         let outer = head.extensions.get::<Lease>();
         let is_ours =
-            |lease: &Lease| *lease.storage_key() == storage_key && shared.in_flight_table.is_seated(lease.in_flight());
+            |lease: &Lease| *lease.storage_key() == storage_key && shared.in_flight_table.is_leader(lease.in_flight());
         if outer.is_some_and(|lease| lease.any(is_ours)) {
             return ResponseFuture::passed(self.inner.call(Request::from_parts(head, body)));
         }

@@ -46,7 +46,7 @@ pub(super) struct Values {
     pub(super) response_limit: usize,
     pub(super) response_timeout: Duration,
     pub(super) streams: StreamTypes,
-    pub(super) keep: StorePolicy,
+    pub(super) policy: StorePolicy,
     pub(super) errors: ServiceErrors,
     /// The check under [`IfLost::Recover`].
     pub(super) check: Option<RecoveryCheck>,
@@ -82,7 +82,7 @@ impl Default for Values {
             response_limit: 2 << 20,
             response_timeout: Duration::from_secs(10),
             streams: StreamTypes::default(),
-            keep: StorePolicy::default(),
+            policy: StorePolicy::default(),
             errors: ServiceErrors::default(),
             check: None,
             response_headers: ResponseHeaders::default(),
@@ -149,7 +149,7 @@ impl fmt::Debug for Values {
             .field("response_limit", &self.response_limit)
             .field("response_timeout", &self.response_timeout)
             .field("streams", &self.streams)
-            .field("keep", &self.keep)
+            .field("policy", &self.policy)
             .field("errors", &self.errors)
             .field("acknowledges", &self.acknowledges)
             .field("refusals", &self.refusals)

@@ -69,12 +69,13 @@ struct LeaseGuard {
 }
 
 impl LeaseGuard {
-    /// Enters a grant. `asked` was started before the claim.
-    fn new(grant: Grant, asked: impl FnOnce() -> Stopwatch) -> Self {
+    /// Enters a grant. `started` returns a stopwatch that was started before the claim, because the
+    /// store may have started the lease at any time since then.
+    fn new(grant: Grant, started: impl FnOnce() -> Stopwatch) -> Self {
         let runtime = grant.lease.and_then(|_| Handle::try_current().ok());
         Self {
             grant,
-            schedule: grant.lease.map(|lease| Schedule::new(lease, asked())),
+            schedule: grant.lease.map(|lease| Schedule::new(lease, started())),
             runtime: runtime.map(|runtime| runtime.id()),
         }
     }
@@ -83,9 +84,10 @@ impl LeaseGuard {
 /// What a flight came to, for those who waited.
 #[derive(Clone, Debug)]
 pub(super) enum SharedResult {
-    /// This answer, a kept one or not.
-    Response { answer: StoredResponse, kept: bool },
-    /// It ended without; look for yourself.
+    /// A response. `is_stored` shows whether the store holds it.
+    Response { response: StoredResponse, is_stored: bool },
+    /// The leader ended without a result. Each follower has to join again, or to look at the
+    /// record.
     Handover,
     /// This refusal.
     Refused(Refusal),
@@ -150,9 +152,10 @@ impl InFlight {
         self.detached.load(Ordering::Acquire)
     }
 
-    /// Enters the grant of this flight. `asked` returns a stopwatch that was started before the claim.
-    pub(super) fn key_guard(&self, grant: Grant, asked: impl FnOnce() -> Stopwatch) {
-        if self.held.get().is_none() && self.held.set(LeaseGuard::new(grant, asked)).is_ok() {
+    /// Enters the grant of this request. `started` returns a stopwatch that was started before the
+    /// claim.
+    pub(super) fn set_grant(&self, grant: Grant, started: impl FnOnce() -> Stopwatch) {
+        if self.held.get().is_none() && self.held.set(LeaseGuard::new(grant, started)).is_ok() {
             self.changed.notify_waiters();
         }
     }
@@ -178,8 +181,8 @@ impl InFlight {
         self.changed.notify_waiters();
     }
 
-    /// Resolves when another request asks for a look.
-    pub(super) async fn asked_to_look(&self) {
+    /// Waits until another request needs a new look at the record.
+    pub(super) async fn look_requested(&self) {
         self.look_again.notified().await;
     }
 
@@ -266,7 +269,7 @@ impl InFlight {
 
     /// Whether a transaction of the handler completes the record; never, because no store has transactions.
     #[cfg(not(feature = "postgres"))]
-    #[expect(clippy::unused_self, reason = "with the feature `postgres` the in_flight knows it")]
+    #[expect(clippy::unused_self, reason = "only the feature `postgres` needs `self`")]
     pub(super) const fn is_completing(&self) -> bool {
         false
     }
@@ -343,10 +346,10 @@ fn status_and_code(status: http::StatusCode, code: Option<u8>) -> u32 {
 
 impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Flight")
+        f.debug_struct("InFlight")
             .field("held", &self.held())
             .field("superseded", &self.is_superseded())
-            .field("landed", &self.shared_result.get().is_some())
+            .field("has_result", &self.shared_result.get().is_some())
             .finish_non_exhaustive()
     }
 }
@@ -415,8 +418,8 @@ impl InFlightTable {
         self.admit(leader, limits).map_or(Joined::Full, undecided)
     }
 
-    /// Whether this flight has the seat of its key.
-    pub(super) fn is_seated(&self, in_flight: &Arc<InFlight>) -> bool {
+    /// Whether this request has the entry of its key.
+    pub(super) fn is_leader(&self, in_flight: &Arc<InFlight>) -> bool {
         let shard = self.table.lock(&in_flight.storage_key);
         shard
             .get(&in_flight.storage_key)
@@ -513,8 +516,8 @@ impl Follower {
     /// Waits until the flight owns the key; `false` if the flight ends or the time is up first.
     pub(super) async fn owned(&self, deadline: Deadline) -> bool {
         let owned = self.leader.until(|in_flight| {
-            let has_landed = in_flight.shared_result.get().map(|_| false);
-            in_flight.held().map(|_| true).or(has_landed)
+            let has_ended = in_flight.shared_result.get().map(|_| false);
+            in_flight.held().map(|_| true).or(has_ended)
         });
         within(deadline.left(), owned).await.unwrap_or(false)
     }

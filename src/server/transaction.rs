@@ -57,9 +57,9 @@ impl Lease {
     pub async fn complete_in(
         &self,
         connection: &mut PgConnection,
-        answer: impl axum::response::IntoResponse,
+        response: impl axum::response::IntoResponse,
     ) -> Result<axum::response::Response, Error> {
-        self.complete_response_in(connection, answer.into_response()).await
+        self.complete_response_in(connection, response.into_response()).await
     }
 
     /// Records `response` as the outcome of this attempt within a transaction, whatever the layer would think of its status. If the
@@ -110,10 +110,10 @@ impl Lease {
             return Err(NOT_ACKNOWLEDGED);
         }
         if settings.is_stream(&head) {
-            return Err(NOT_KEPT);
+            return Err(NOT_STORABLE);
         }
         let reading = collect(body, settings.response_limit, settings.response_timeout);
-        let body = reading.await.map_err(|_| NOT_KEPT)?;
+        let body = reading.await.map_err(|_| NOT_STORABLE)?;
         let body = settings.completed(&mut head, body);
         let judgement = settings.happened(&head);
         settings.advise(&mut head, judgement);
@@ -122,7 +122,7 @@ impl Lease {
         // Before it is sent: dropped from here on, it may have arrived.
         self.in_flight().set_transaction_failed(true);
         let code = settings
-            .keep
+            .policy
             .grpc_code(head.status, &head.headers, body.trailers.as_ref());
         self.in_flight().set_in_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
@@ -140,7 +140,7 @@ impl Lease {
     }
 }
 
-const NOT_KEPT: Error = Error::new(
+const NOT_STORABLE: Error = Error::new(
     ErrorKind::Configuration,
     "the response is a stream, broken, or longer or slower than the layer's limits, so it cannot be completed in a \
      transaction; shorten it, or raise `with_response_limit` or `with_response_timeout`",
@@ -181,21 +181,27 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// The record holds the answer: it is what everybody gets, whatever the handler said afterwards.
-    fn committed<R: RebuildBody>(&mut self, answer: StoredResponse) -> Response<R> {
+    /// Ends an execution whose response is in the record. Every caller gets the recorded response,
+    /// whatever the handler returned afterwards (I2).
+    fn committed<R: RebuildBody>(&mut self, stored: StoredResponse) -> Response<R> {
         self.key_guard.end_ownership();
-        let given = match std::mem::replace(&mut self.stage, Stage::Nothing) {
+        let returned = match std::mem::replace(&mut self.stage, Stage::Nothing) {
             Stage::Responded(read) => Some(read),
             _ => None,
         };
-        let given = given.filter(|read| self.settings.response_headers.store(&read.head, &read.body) == answer);
-        let shared_result = SharedResult::Response { answer, kept: true };
-        let Some(given) = given else {
+        // If the handler returned the recorded response, its caller gets it unmarked. Otherwise the
+        // caller gets a replay.
+        let returned = returned.filter(|read| self.settings.response_headers.store(&read.head, &read.body) == stored);
+        let shared_result = SharedResult::Response {
+            response: stored,
+            is_stored: true,
+        };
+        let Some(returned) = returned else {
             return self.finish(shared_result);
         };
         self.release_slot(shared_result);
         self.finished("executed");
-        given.into_response()
+        returned.into_response()
     }
 
     /// The record holds that the request is done, without its response, because the response has the mark
@@ -221,29 +227,30 @@ impl<St: Store, S> Exchange<St, S> {
         ended: Option<Box<Ended<R, E>>>,
     ) -> Result<Response<R>, E> {
         telemetry::event(Event::RolledBack);
-        let says_otherwise = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
-            let keep = &self.settings.keep;
+        let claims_effect = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
+            let policy = &self.settings.policy;
             let is_recorded = self
                 .key_guard
                 .in_flight
-                .has_recorded(status, keep.grpc_code(status, head, trailers));
-            is_recorded || keep.says_done(status, head, trailers)
+                .has_recorded(status, policy.grpc_code(status, head, trailers));
+            is_recorded || policy.reports_effect(status, head, trailers)
         };
-        let says_otherwise = match (&self.stage, ended.as_deref()) {
+        let claims_effect = match (&self.stage, ended.as_deref()) {
             (Stage::Responded(Read { head, body, .. }), None) => {
-                says_otherwise(head.status, &head.headers, body.trailers.as_ref())
+                claims_effect(head.status, &head.headers, body.trailers.as_ref())
             }
-            (_, Some(Ended::Broken(status, _))) => says_otherwise(*status, &HeaderMap::new(), None),
-            (_, Some(Ended::Streaming(response, _))) => says_otherwise(response.status(), response.headers(), None),
+            (_, Some(Ended::Broken(status, _))) => claims_effect(*status, &HeaderMap::new(), None),
+            (_, Some(Ended::Streaming(response, _))) => claims_effect(response.status(), response.headers(), None),
             _ => false,
         };
-        // What a handler answers to a failure of ours says nothing about the request either, and must not be kept.
-        if self.key_guard.in_flight.has_transaction_failed() || says_otherwise {
+        // If the completion failed, the handler's response may only report that failure, not the
+        // outcome of the request. So the layer must not store that response either.
+        if self.key_guard.in_flight.has_transaction_failed() || claims_effect {
             return Ok(self.failed().await);
         }
         match ended {
-            Some(ended) => self.without_answer(*ended).await,
-            None => Ok(self.answered().await),
+            Some(ended) => self.record_end(*ended).await,
+            None => Ok(self.record_response().await),
         }
     }
 
@@ -262,7 +269,7 @@ impl<St: Store, S> Exchange<St, S> {
 
 /// Returns the end of an attempt whose handler has failed.
 fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> AttemptEnd {
-    match settings.keep.of_failure() {
+    match settings.policy.of_failure() {
         Verdict::GiveUp => AttemptEnd::GivenUp,
         Verdict::Release => AttemptEnd::Released,
         Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => AttemptEnd::completed(
