@@ -25,34 +25,36 @@ use crate::protocol::Grant;
 use crate::store::Store;
 use crate::telemetry;
 
-/// How the handler ended.
+/// The end of the handler.
 pub(super) enum Ended<R, E> {
-    /// With a response that was read to its end.
+    /// The handler returned a response, and the layer has read it to its end.
     Responded(Read),
-    /// With a response that is lost: its body broke off or panicked while it was read, or the application's predicate
-    /// panicked.
+    /// The response is lost. Its body broke off or panicked while the layer read it, or the
+    /// application's predicate panicked.
     Broken(StatusCode, Judgement),
-    /// With an error of the service.
+    /// The service returned an error.
     Failed(E),
-    /// With a panic.
+    /// The handler panicked.
     Panicked,
-    /// With a response that is passed on before its body has ended. The policy does not store it, or the layer cannot store it,
-    /// because it is a stream or exceeds a limit of length or time.
+    /// The layer passes the response on before its body has ended. Either the policy does not store
+    /// the response, or the layer cannot store it, because it is a stream or exceeds a limit of
+    /// length or time.
     Streaming(Response<R>, Judgement),
 }
 
-/// What became of a lost attempt.
+/// The result of the recovery check for a lost attempt.
 enum Checked {
-    /// It took effect; its answer is the cargo now.
+    /// The attempt took effect. The exchange carries its response, as [`Stage::Responded`].
     Happened,
-    /// Nothing.
+    /// The attempt had no effect, or no check is set.
     Nothing,
-    /// Nobody knows.
+    /// The check could not find out, or it panicked.
     Unknown,
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// Asks what became of the attempt before this one, and runs the handler if nothing did.
+    /// Calls the recovery check for the attempt that was lost, and runs the handler if that attempt
+    /// had no effect (I3).
     pub(super) async fn recover_and_execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
@@ -65,6 +67,8 @@ impl<St: Store, S> Exchange<St, S> {
         match self.recover(grant).await {
             Checked::Happened => Ok(self.happened().await),
             Checked::Nothing => self.execute(grant).await,
+            // Running the handler could cause a second effect. So give the key up, and refuse this
+            // request.
             Checked::Unknown => {
                 if self.give_up().await == Ownership::Superseded {
                     return Ok(self.superseded().await);
@@ -74,7 +78,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Runs the handler and records how it ended, before the first byte of its answer leaves.
+    /// Runs the handler and records its end in the store before the caller gets the first byte of a
+    /// response (I5).
     pub(super) async fn execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
@@ -100,12 +105,15 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::granted(self.span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
     }
 
-    /// Waits for the handler and records how it ended. Without a future it has panicked already.
+    /// Waits for the handler and records its end. `running` is `None` if the handler panicked
+    /// before it returned a future.
     pub(super) async fn run_to_completion<R: RebuildBody, E: 'static>(
         &mut self,
         running: Option<Running<impl Future<Output = Ended<R, E>>>>,
     ) -> Result<Response<R>, E> {
         let ended = self.ended(running).await;
+        // If the handler completed the record in its own transaction, the record decides, not the
+        // handler's response.
         #[cfg(feature = "postgres")]
         if self.key_guard.in_flight.is_in_transaction() {
             return Box::pin(self.after_transaction(ended)).await;
@@ -116,7 +124,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Waits for the handler; `None` when it answered, with the answer as the cargo.
+    /// Waits for the handler. Returns `None` if the layer has read the response to its end; the
+    /// exchange then carries the response, as [`Stage::Responded`].
     async fn ended<R, E>(
         &mut self,
         running: Option<Running<impl Future<Output = Ended<R, E>>>>,
@@ -124,6 +133,8 @@ impl<St: Store, S> Exchange<St, S> {
         let Some(running) = running else {
             return Some(Box::new(Ended::Panicked));
         };
+        // The guard renews the lease while the handler runs. A panic of the handler ends the
+        // attempt, not this task.
         let running = self.times.outside(self.key_guard.during(running));
         match AssertUnwindSafe(running).catch_unwind().await {
             Ok(Ended::Responded(read)) => {
@@ -151,7 +162,8 @@ impl<St: Store, S> Exchange<St, S> {
                     ServiceFailure::Failed => self.failed().await,
                     ServiceFailure::NotRun => self.not_run().await,
                 };
-                // The key may hold the response of the attempt that took it over.
+                // Another attempt may have taken the key over. The caller then gets the outcome of
+                // that attempt, not the error.
                 if self.is_superseded {
                     Ok(response)
                 } else {
@@ -163,7 +175,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Asks the application whether a lost attempt took effect.
+    /// Calls the application's check whether a lost attempt took effect.
     async fn recover(&mut self, grant: Grant) -> Checked {
         let (Some(check), Stage::Admitted(admitted)) = (&self.settings.check, &self.stage) else {
             return Checked::Nothing;
@@ -192,10 +204,11 @@ impl<St: Store, S> Exchange<St, S> {
     }
 }
 
-/// A handler under way. In a box: the future of an exchange would else carry the room for it twice.
+/// A running handler. Boxed, because otherwise the future of an exchange would reserve the space
+/// for it twice.
 pub(super) type Running<F> = Pin<Box<F>>;
 
-/// Calls the handler; `None` when it panics at once.
+/// Calls the handler. Returns `None` if the handler panics before it returns a future.
 pub(super) fn start<S, B, R>(
     admitted: Admitted<S>,
     lease: Lease,
@@ -208,13 +221,16 @@ where
 {
     let (mut service, mut request) = admitted.request();
     let method = request.method().clone();
+    // The handler sees the lease of this layer. That lease links to the lease of a layer further
+    // out.
     let outer = request.extensions_mut().remove::<Lease>();
     request.extensions_mut().insert(lease.within(outer));
     let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
     Some(Box::pin(ended(running, Arc::clone(settings), method)))
 }
 
-/// Waits for the handler, decides about its response, and reads a response that is to be stored.
+/// Waits for the handler, judges its response by the head, and reads the body of a response that
+/// the layer stores.
 async fn ended<F, R, E>(running: F, settings: Arc<Values>, method: Method) -> Ended<R, E>
 where
     F: Future<Output = Result<Response<R>, E>>,
@@ -232,8 +248,9 @@ where
     let timeout = match judgement.verdict {
         Verdict::Store => settings.response_timeout,
         Verdict::Release | Verdict::GiveUp if judgement.awaits_trailers => settings.response_timeout,
-        // A response that is not stored must not wait for its end. If its body has a known size and is complete already,
-        // as that of an error message, the duplicates in this process get it, too.
+        // Do not delay a response that is not stored until its end. If its body has a known size
+        // and is complete already, as that of an error message, the duplicates in this process get
+        // it, too.
         Verdict::Release | Verdict::GiveUp if body.size_hint().exact().is_some() => Duration::ZERO,
         Verdict::Release | Verdict::GiveUp => return Ended::Streaming(Response::from_parts(head, body), judgement),
         Verdict::Tombstone => return Ended::Streaming(Response::from_parts(head, body), judgement),
@@ -250,7 +267,8 @@ where
         collect(body, settings.response_limit, timeout)
     };
     let read = match AssertUnwindSafe(reading).catch_unwind().await {
-        // A response without a body may declare the length that it would have.
+        // A response without a body, such as one to HEAD, may declare the length that the body
+        // would have.
         Ok(Err(Shortfall::Short(part))) if !has_body(&method, head.status) => Ok(Ok(part)),
         read => read,
     };
