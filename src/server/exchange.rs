@@ -1,4 +1,4 @@
-//! The flow of one guarded request, from its key to its answer.
+//! The flow of one guarded request, from its key to its response.
 
 use std::sync::Arc;
 
@@ -22,40 +22,43 @@ use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey, St
 use crate::store::{claim_with_timeout, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
 
-/// One guarded request, from when its body was read.
+/// One guarded request, after its body was read.
 ///
-/// Its parts stay in their places while the steps, which borrow them, come and go: passed on by value, each would lie in the
-/// future of every step that it goes through. Steps that not every exchange takes are boxed for the same reason, and so is the
-/// claim, whose size is the store's: allocators have short ways for less than a kilobyte.
+/// Steps borrow this state instead of taking it, because a value that is moved through nested
+/// futures is stored in each of them. Steps that only some exchanges take are boxed for the same
+/// reason. The claim is boxed, too, because the store determines its size. This keeps the future
+/// under 1 KiB, for which allocators are fast.
 pub(super) struct Exchange<St: Store, S> {
     pub(super) key_guard: KeyGuard<St>,
     pub(super) settings: Arc<Values>,
-    /// Its span, where somebody listens.
+    /// The span of the request, if a subscriber is interested in it.
     pub(super) span: Option<Box<Span>>,
     pub(super) times: Times,
-    /// The deadlines of its wait. Set when it begins to wait, and cleared when it owns the key.
+    /// The deadlines of the wait. Set when the request begins to wait, and cleared when it owns the
+    /// key.
     pub(super) wait: Option<Wait>,
-    /// Whether it has claimed a free key once more after its time was up.
+    /// Whether this request has used its one claim of a free key after its deadline.
     pub(super) has_claimed_late: bool,
-    /// Whether another attempt took the key over from this one.
+    /// Whether another attempt took the key over from this request.
     pub(super) is_superseded: bool,
-    /// A claim that got no reply.
+    /// A claim that got no reply from the store.
     pub(super) lost_claim: Option<Box<LostClaim>>,
-    /// The encodings of gRPC messages that the caller reads.
+    /// The encodings of gRPC messages that the caller accepts.
     accepted: Accepted,
     pub(super) stage: Stage<S>,
     /// A copy of the request's head, for an application that renders refusals.
     pub(super) head: Option<Box<Parts>>,
 }
 
-/// What an exchange carries at the moment.
+/// The request or the response that an exchange carries at the moment.
 #[expect(clippy::large_enum_variant, reason = "the large variant is the common one")]
 pub(super) enum Stage<S> {
-    /// The request and the service that is ready for it, until the handler gets them or this request becomes a waiter.
+    /// The request and the service that is ready for it, until the handler gets them or this
+    /// request becomes a waiter.
     Admitted(Box<Admitted<S>>),
     /// The request of a waiter that may claim the key again, with a service that is not ready.
     Waiting(Box<Admitted<S>>),
-    /// The answer of the handler, until it is recorded.
+    /// The response of the handler, until it is recorded.
     Responded(Read),
     Nothing,
 }
@@ -65,33 +68,38 @@ pub(super) enum Stage<S> {
 pub(super) struct Wait {
     /// The deadline of the wait for an owner.
     pub(super) owner: Deadline,
-    /// The deadline of the wait for the decision about the claim of another request. That decision needs the store, so
-    /// this wait has some time even if requests do not wait for owners.
+    /// The deadline of the wait for the decision about the claim of another request. That decision
+    /// needs the store, so this wait has some time even if requests do not wait for owners.
     decision: Deadline,
 }
 
-/// A request whose body is read apart, with the service that is called with it.
+/// A request with the body that the layer has read, and the service that handles the request.
 pub(super) struct Admitted<S> {
     pub(super) service: S,
     pub(super) head: Parts,
     pub(super) body: Collected,
 }
 
-/// A response that was read to its end, and the decision about it.
+/// A response that was read to its end, and the judgement about it.
 pub(super) struct Read {
     pub(super) head: response::Parts,
     pub(super) body: Collected,
     pub(super) judgement: Judgement,
 }
 
-/// What a claim came to.
+/// The result of a claim.
 pub(super) enum Claimed {
+    /// The key is granted. The recovery check must run before the handler.
     Recover(Grant),
+    /// The key is granted, and the handler can run.
     Run(Grant),
+    /// The caller gets this result, and the handler does not run.
     Settled(SharedResult),
     /// The wait of this request was over before the store replied.
     TimeUp,
+    /// The store failed, and the application allows the handler to run without a claim.
     Unprotected,
+    /// An owner in another process works on the key.
     Wait,
 }
 
@@ -120,7 +128,13 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// The order of checks: the key and the body are known to be good; then the claim, the mismatch before the wait.
+    /// Runs the exchange. The key and the body have been checked before.
+    ///
+    /// 1. Join the requests of this process with the same key. At most one of them leads (I1).
+    /// 2. A request with another fingerprint is refused before it waits (I4).
+    /// 3. A duplicate follows the leader, and returns the leader's result. After a handover it
+    ///    joins again.
+    /// 4. The leader claims the key in the store.
     pub(super) async fn run<B, R>(mut self) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
@@ -148,9 +162,10 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Waits for another request of this process. Once the other request owns the key, this request never runs the
-    /// handler, so it drops its request and service. Until then, it may have to take the place of the other request, so
-    /// it only gives back the capacity that the service has reserved.
+    /// Waits for the leader, another request of this process. Once the leader owns the key, this
+    /// request never runs the handler, so it drops its request and service. Until then, this
+    /// request may have to take the place of the leader, so it only gives back the capacity that
+    /// the service has reserved.
     async fn follow(&mut self, follower: Follower) -> SharedResult
     where
         S: Clone,
@@ -172,8 +187,9 @@ impl<St: Store, S> Exchange<St, S> {
         shared_result.unwrap_or_else(|| SharedResult::Refused(self.later(RefusalKind::Outstanding)))
     }
 
-    /// Waits for the decision whether the key belongs to another request; `None` if the time is up first. Before the wait it gives back
-    /// what the service reserved for this request, because the other request may need it to claim the key again.
+    /// Waits for the decision whether the key belongs to another request. Returns `None` if the
+    /// deadline passes first. Before the wait, gives back the capacity that the service reserved
+    /// for this request, because the other request may need it to claim the key again.
     async fn is_mismatch(&mut self, undecided: Undecided) -> Option<bool>
     where
         S: Clone,
@@ -183,8 +199,8 @@ impl<St: Store, S> Exchange<St, S> {
         self.times.waiting(undecided.is_mismatch(deadline)).await
     }
 
-    /// Claims the key, and acts on the decision of the store. If the owner is in another process, waits, and claims the
-    /// key again when it is free.
+    /// Claims the key, and acts on the decision of the store. If the owner is in another process,
+    /// waits for it, and claims the key again when the key is free.
     async fn lead<B, R>(&mut self) -> Result<Response<R>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
@@ -207,12 +223,16 @@ impl<St: Store, S> Exchange<St, S> {
                         return Box::pin(self.recover_and_execute(grant)).await;
                     }
                     Claimed::Settled(shared_result) => return Ok(self.finish(shared_result)),
-                    // Requests that joined later still have time, and claim the key themselves.
+                    // Do not finish the followers. They joined later, so they still have time, and
+                    // claim the key themselves.
                     Claimed::TimeUp => return Ok(self.refuse(self.later(RefusalKind::Outstanding))),
+                    // Without a claim there is no result to share, so each duplicate claims the key
+                    // itself.
                     Claimed::Unprotected => {
                         self.release_slot(SharedResult::Handover);
                         return self.run_unprotected().await;
                     }
+                    // A waiter has claimed nothing, so it ends when its caller leaves.
                     Claimed::Wait => {
                         self.give_readiness_back();
                         self.key_guard.in_flight.set_guarded(false);
@@ -225,7 +245,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Replaces the ready service by a clone that is not ready, so that a waiter holds no capacity of the service.
+    /// Replaces the ready service by a clone that is not ready, so that a waiter holds no capacity
+    /// of the service.
     fn give_readiness_back(&mut self)
     where
         S: Clone,
@@ -235,15 +256,18 @@ impl<St: Store, S> Exchange<St, S> {
                 admitted.service = admitted.service.clone();
                 Stage::Waiting(admitted)
             }
-            // It has given it back before, when it followed another request.
+            // The request gave the readiness back earlier, when it followed another request.
             stage => stage,
         };
     }
 
-    /// Claims the key. A claim that failed is repeated once, with the same nonce.
+    /// Claims the key. If the claim fails, repeats it once with the same nonce, so that both claims
+    /// get the same grant.
     async fn claim(&mut self) -> Claimed {
         let barred = self.key_guard.shared.barred(&self.settings);
-        // The repetition of a lost claim adds no further lost claim.
+        // The limits of detached executions and of lost claims bound the work of this process
+        // (I10). Repeating a lost claim adds no further lost claim, so the second limit does not
+        // apply to it.
         if let Some(barred) = barred.filter(|barred| *barred == Barred::Detached || self.lost_claim.is_none()) {
             return Box::pin(self.look(barred)).await;
         }
@@ -254,7 +278,9 @@ impl<St: Store, S> Exchange<St, S> {
                 self.key_guard.in_flight.fingerprint,
             ),
         };
-        // From here on the exchange continues if its caller leaves, because the store may have received the claim.
+        // From here on, the exchange continues if its caller leaves, because the store may have
+        // received the claim. A key that is claimed and then abandoned would look like a lost
+        // attempt.
         self.key_guard.in_flight.set_guarded(true);
         let claimer = self.claimer();
         let claiming = claim_with_timeout(claimer.limit(), &self.key_guard.shared.store, &claim);
@@ -296,12 +322,12 @@ impl<St: Store, S> Exchange<St, S> {
         granted
     }
 
-    /// Decides about a request whose claim failed. The request does not run, unless the application has allowed
-    /// unprotected runs.
+    /// Decides about a request whose claim failed. The layer refuses the request, unless the
+    /// application has allowed unprotected runs.
     pub(super) fn claim_failed(&self, error: &Error) -> Claimed {
         telemetry::store_failed(error);
-        // If a record cannot be read, an earlier attempt may have run. If the store is misconfigured, every request
-        // would run unprotected. So refuse both.
+        // Refuse all other errors. If a record cannot be read, an earlier attempt may have run
+        // (I3). If the store is misconfigured, every request would run unprotected.
         if self.settings.run_unprotected && error.kind() == ErrorKind::StoreUnavailable {
             return Claimed::Unprotected;
         }
@@ -324,7 +350,8 @@ impl<St: Store, S> Exchange<St, S> {
         service.call(request).await
     }
 
-    /// The request and its service, which are then gone.
+    /// Takes the request and its service out of the stage. Returns `None` if the stage has no
+    /// request with a ready service.
     pub(super) fn take_request(&mut self) -> Option<Box<Admitted<S>>> {
         match std::mem::replace(&mut self.stage, Stage::Nothing) {
             Stage::Admitted(admitted) => Some(admitted),
@@ -332,6 +359,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
+    /// Returns the deadlines of the wait. The first call starts them.
     pub(super) fn wait(&mut self) -> Wait {
         *self.wait.get_or_insert_with(|| {
             let time = self.settings.engine.wait;
@@ -343,19 +371,20 @@ impl<St: Store, S> Exchange<St, S> {
         })
     }
 
-    /// Tells those who wait what it came to, and answers.
+    /// Shares the result with the waiting duplicates, and returns the response for this caller.
     pub(super) fn finish<R: RebuildBody>(&mut self, shared_result: SharedResult) -> Response<R> {
         let response = self.respond(&shared_result);
         self.release_slot(shared_result);
         response
     }
 
-    /// Tells those who wait what it came to.
+    /// Shares the result with the waiting duplicates, and frees the entry of the key in this
+    /// process.
     pub(super) fn release_slot(&mut self, shared_result: SharedResult) {
         self.key_guard.release_slot(shared_result);
     }
 
-    /// The response to what this request, or the one it waited for, came to.
+    /// Returns the response for the result of this request or of the request that it waited for.
     fn respond<R: RebuildBody>(&self, shared_result: &SharedResult) -> Response<R> {
         let (span, head) = (self.span.as_deref(), self.head.as_deref());
         self.settings.respond(span, head, shared_result, &self.accepted)
@@ -370,7 +399,7 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::finished(self.span.as_deref(), outcome);
     }
 
-    /// A refusal that asks for patience.
+    /// Returns a refusal with `Retry-After`.
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
         self.settings.later(kind)
     }
@@ -386,7 +415,7 @@ impl Read {
 }
 
 impl<S> Admitted<S> {
-    /// The request as the handler gets it, and the service to call.
+    /// Returns the service to call, and the request for the handler.
     pub(super) fn request<B: RebuildBody>(self) -> (S, Request<B>) {
         let Self { service, head, body } = self;
         (service, Request::from_parts(head, body.rebuild()))
@@ -396,7 +425,8 @@ impl<S> Admitted<S> {
 const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored response cannot be read");
 
 impl SharedResult {
-    /// What a decision comes to that lets nothing run; `None` where it is to wait.
+    /// Returns the result for a decision under which nothing runs. Returns `None` if the request is
+    /// to run or to wait.
     pub(super) fn of(decision: Decision) -> Option<Self> {
         let kind = match decision {
             Decision::Replay(response) => {
@@ -415,12 +445,13 @@ impl SharedResult {
 }
 
 impl Values {
-    /// Asks for a key under these settings.
+    /// Returns a claim for a key under these settings, with a new nonce.
     pub(super) fn claim(&self, key: StorageKey, fingerprint: Fingerprint) -> Claim {
         self.engine.claim(key, fingerprint, Nonce::random())
     }
 
-    /// Returns the response for a request with this head, whose caller reads these encodings.
+    /// Returns the response for a request with this head. `accepted` has the gRPC encodings that
+    /// the caller accepts.
     pub(super) fn respond<R: RebuildBody>(
         &self,
         span: Option<&Span>,
@@ -462,7 +493,8 @@ impl Values {
                 if is_stored {
                     Refusal::new(RefusalKind::EncodingNotAccepted)
                 } else {
-                    // The key is free again, or its outcome is unknown, so there is no result to look up.
+                    // The key is free again, or its outcome is unknown, so there is no result to
+                    // look up.
                     self.later(RefusalKind::Outstanding)
                 }
             })?;
@@ -470,7 +502,7 @@ impl Values {
         Ok(response)
     }
 
-    /// Takes a response apart that the application has as bytes.
+    /// Splits a response whose body the application has as bytes.
     pub(super) fn collected(&self, response: Response<Bytes>) -> (response::Parts, Collected) {
         let (mut head, bytes) = response.into_parts();
         #[cfg(feature = "tonic")]
@@ -479,8 +511,9 @@ impl Values {
         (head, body)
     }
 
-    /// Completes a gRPC response that the application has made: its content type, and its status where clients look for
-    /// it. Under settings for gRPC, a response without a content type is one of gRPC.
+    /// Completes a gRPC response that the application has made. Adds its content type, and its
+    /// status at the place where clients read it. Under settings for gRPC, a response with status
+    /// 200 and without a content type counts as gRPC.
     pub(super) fn completed(&self, head: &mut response::Parts, body: Collected) -> Collected {
         let is_untyped = || head.status == StatusCode::OK && !head.headers.contains_key(CONTENT_TYPE);
         if self.policy.is_grpc_response(head.status, &head.headers) || (self.is_grpc() && is_untyped()) {
@@ -490,7 +523,7 @@ impl Values {
         }
     }
 
-    /// Returns the encodings that the caller reads. Only responses of gRPC depend on them.
+    /// Returns the encodings that the caller accepts. Only gRPC responses depend on them.
     pub(super) fn accepted(&self, head: &Parts) -> Accepted {
         if self.is_grpc() {
             Accepted::by(&head.headers)
@@ -499,17 +532,18 @@ impl Values {
         }
     }
 
-    /// Whether the service inside speaks gRPC.
+    /// Whether the inner service speaks gRPC.
     pub(super) fn is_grpc(&self) -> bool {
         self.policy.statuses == Statuses::Grpc
     }
 
-    /// Returns the fingerprint of a request. Only a gRPC body is decompressed for it, up to the limit of bodies.
+    /// Returns the fingerprint of a request. Only gRPC bodies are decompressed for the fingerprint,
+    /// up to the body limit.
     pub(super) fn fingerprint(&self, head: &Parts, body: &Bytes, is_scoped: bool) -> Fingerprint {
         self.fingerprinting.of(head, body, is_scoped, self.body_limit)
     }
 
-    /// Returns the response of a refusal for a request with this head.
+    /// Renders a refusal for a request with this head.
     pub(super) fn refuse<R: RebuildBody>(
         &self,
         span: Option<&Span>,
@@ -520,11 +554,13 @@ impl Values {
         refusal.into_response(&self.refusals, head)
     }
 
+    /// Returns a refusal with `Retry-After`.
     pub(super) fn later(&self, kind: RefusalKind) -> Refusal {
         Refusal::retry_after(kind, self.retry_after)
     }
 
-    /// Returns the refusal after an error of the store. It has `Retry-After` only if a retry can help.
+    /// Returns the refusal for an error of the store. The refusal has `Retry-After` only if a retry
+    /// can help.
     pub(super) fn store_failed(&self, error: &Error) -> Refusal {
         match error.kind() {
             ErrorKind::Configuration => Refusal::new(RefusalKind::StoreMisconfigured),
