@@ -1,5 +1,5 @@
-//! The beginning of a guarded request: its body is read and its fingerprint taken. Where the store can decide at once, it is
-//! answered or begins to run right here.
+//! The first phase of a guarded request. This phase reads the body and computes the fingerprint. If
+//! the store can decide at once, this phase also returns the response or calls the handler.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -24,11 +24,12 @@ use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Times};
 
-/// A request with a good key, of which nothing has happened yet: it can be dropped at any time.
+/// A request with a valid key whose body is being read. Nothing is claimed yet, so it can be
+/// dropped at any time.
 pub(super) struct Buffering<St, S, B> {
     shared: Arc<Shared<St>>,
     settings: Arc<Values>,
-    /// Its span, where somebody listens.
+    /// The span of the request, if a subscriber is interested in it.
     span: Option<Box<Span>>,
     times: Times,
     names: RequestKey,
@@ -37,7 +38,7 @@ pub(super) struct Buffering<St, S, B> {
     body: Collect<Checked<B>>,
 }
 
-/// How the key of a request is called.
+/// The identifiers of a request's key.
 pub(super) struct RequestKey {
     pub(super) key: IdempotencyKey,
     pub(super) storage_key: StorageKey,
@@ -45,20 +46,20 @@ pub(super) struct RequestKey {
     pub(super) scoped: bool,
 }
 
-/// What an arrival leads to.
+/// The result of the first phase.
 pub(super) enum Buffered<R: 'static, E: 'static> {
-    /// This response.
+    /// A response, without an execution.
     Response(Response<R>),
-    /// An exchange.
+    /// An exchange that has to be polled to its end.
     Running(Running<R, E>),
 }
 
-/// An arrival, whatever it is made of.
+/// A request whose body is being read, without the types of its store, service and body.
 pub(super) trait BufferRequest<R: 'static, E: 'static>: Send {
-    /// Ready when the body was read, or will not be.
+    /// Polls the body. Ready when the body is complete, or with the refusal if it cannot be read.
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Collected, Refusal>>;
 
-    /// Goes on with the body.
+    /// Continues with the body, or with the refusal of [`poll_body`](Self::poll_body).
     fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Buffered<R, E>;
 }
 
@@ -126,20 +127,24 @@ where
         };
         let fingerprint = settings.fingerprint(&head, &body.bytes, names.scoped);
         let accepted = settings.accepted(&head);
-        // A copy calls the `Clone` of extensions, which is the application's code. Copy before the claim, because a panic
-        // between the claim and its `KeyGuard` would leave the key claimed.
+        // The copy calls the `Clone` of extensions, which is the application's code and may panic.
+        // So copy the head before the claim, because a panic between the claim and its `KeyGuard`
+        // would leave the key claimed.
         let seen = settings.refusals.keep_head(&head);
         let decided = decide(&shared, &settings, &settings.claim(names.storage_key, fingerprint));
         if let Decided::Settled(shared_result) = decided {
             return Buffered::Response(settings.respond(span.as_deref(), Some(&head), &shared_result, &accepted));
         }
-        // Only from here on it needs a place where others find it.
+        // The request runs, waits or claims from here on, so it needs an entry that duplicates can
+        // find.
         let in_flight = InFlight::new(names.key, names.storage_key, fingerprint, settings.engine.store_timeout);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
         let exchange =
             |key_guard, settings, stage| Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
         let (in_flight, flow) = match decided {
+            // The store has granted the key. The guard exists before the application's code runs,
+            // so a panic of that code gives the lease up.
             Decided::Execute(vacant_entry, grant) => {
                 let in_flight = vacant_entry.take(in_flight.granted(grant));
                 let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
@@ -151,6 +156,7 @@ where
                 let flow = async move { exchange.run_to_completion(running).await };
                 (in_flight, in_span(flow, span))
             }
+            // The store has granted the key, and an earlier attempt was lost.
             Decided::Recover(vacant_entry, grant) => {
                 let in_flight = vacant_entry.take(in_flight.granted(grant));
                 let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
@@ -160,6 +166,8 @@ where
                 let flow = async move { exchange.recover_and_execute(grant).await };
                 (in_flight, in_span(flow, span))
             }
+            // The store needs an await. This request leads the requests of this process with its
+            // key.
             Decided::Undecided(vacant_entry) => {
                 let in_flight = vacant_entry.take(in_flight);
                 let key_guard = KeyGuard::leads(Arc::clone(&shared), Arc::clone(&in_flight));
@@ -167,6 +175,7 @@ where
                 let exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
                 (in_flight, in_span(exchange.run(), span))
             }
+            // The exchange has to join the other requests with this key, or to handle the error.
             Decided::Settled(_) | Decided::Otherwise => {
                 let in_flight = Arc::new(in_flight);
                 let key_guard = KeyGuard::new(Arc::clone(&shared), Arc::clone(&in_flight));
@@ -179,21 +188,25 @@ where
     }
 }
 
-/// What a store that need not be waited for says.
+/// The result of a claim without an await.
 enum Decided<'f> {
-    /// The key is granted, and this is its seat.
+    /// The store granted the key, and the handler can run. Has the key's vacant entry in this
+    /// process.
     Execute(VacantEntry<'f>, Grant),
-    /// Likewise; but first it must be asked what became of an earlier attempt.
+    /// The store granted the key, but the recovery check for a lost attempt must run first. Has the
+    /// key's vacant entry in this process.
     Recover(VacantEntry<'f>, Grant),
-    /// Nothing needs to run.
+    /// The store has an outcome for the key, so nothing runs.
     Settled(SharedResult),
-    /// Only an await can tell.
+    /// The store cannot decide without an await.
     Undecided(VacantEntry<'f>),
-    /// Another request has the key, the store failed, or no execution may begin.
+    /// Another request has the key, the store failed, or no key may be claimed at the moment.
     Otherwise,
 }
 
-/// Claims a key at once, where its seat is free: others of this process find the seat taken, or the claim decided.
+/// Claims a key without an await, if its entry in this process is vacant. The entry is locked until
+/// the claim is decided and the caller has taken the entry, so that requests of this process with
+/// the same key cannot claim it, too (I1).
 fn decide<'f, St: Store>(shared: &'f Shared<St>, settings: &Values, claim: &Claim) -> Decided<'f> {
     if shared.barred(settings).is_some() {
         return Decided::Otherwise;
