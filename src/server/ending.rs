@@ -1,4 +1,5 @@
-//! The ends of an execution: the outcome that is recorded, and the responses for the caller and the duplicates.
+//! The ends of an execution: the outcome that is recorded, and the responses for the caller and the
+//! duplicates.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,13 +19,15 @@ use crate::protocol::{Completion, IfLost, Outcome, StoredResponse};
 use crate::store::Store;
 use crate::telemetry::{self, Event};
 
-/// The refusal after a failure that must not be repeated.
+/// The refusal after a failure of the handler that a retry cannot run again, because the key is not
+/// released.
 const HELD: Refusal = Refusal::held(RefusalKind::HandlerFailed);
 
-/// Whether the outcome was recorded, or the response that replaces the handler's response.
+/// Whether the store recorded the outcome, or the response that replaces the handler's response.
 type Concluded<R> = Result<Recorded, Response<R>>;
 
-/// Whether an outcome is in the store. A response that is not in the store must not be marked as a replay.
+/// Whether an outcome is in the store. The layer must not mark a response as a replay if it is not
+/// in the store.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Recorded {
     Yes,
@@ -66,7 +69,7 @@ impl<St: Store, S> Exchange<St, S> {
                 }
                 Recorded::No
             }
-            // The layer does not read responses with these verdicts.
+            // The layer never reads the bodies of responses with these verdicts.
             Verdict::Tombstone | Verdict::Unjudged => return Box::pin(self.broken(judgement, status)).await,
         };
         let is_stored = recorded == Recorded::Yes;
@@ -81,8 +84,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Records the response of a lost attempt, and returns it as a replay. The response is stored regardless of its
-    /// head, because the request took effect.
+    /// Records the response that the recovery check found for a lost attempt, and returns it as a
+    /// replay. The status does not matter, because the request took effect.
     pub(super) async fn happened<R: RebuildBody>(&mut self) -> Response<R> {
         let Stage::Responded(Read { head, body, judgement }) = &mut self.stage else {
             return self.finish(SharedResult::Refused(HELD));
@@ -90,7 +93,8 @@ impl<St: Store, S> Exchange<St, S> {
         let judgement = *judgement;
         self.settings.advise(head, judgement);
         let outcome = self.settings.outcome_of(self.head.as_deref(), head, body);
-        // If the store does not record the response, the caller gets a refusal, and the next attempt asks again.
+        // If the store does not record the response, the caller gets a refusal, and the next
+        // attempt calls the check again.
         if let Err(response) = self.conclude(&outcome, judgement.retention).await {
             return response;
         }
@@ -102,7 +106,7 @@ impl<St: Store, S> Exchange<St, S> {
             _ => SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored)),
         };
         match std::mem::replace(&mut self.stage, Stage::Nothing) {
-            // The store must not have this response, so this caller is the only one who gets it.
+            // The store must not have this response, so only this caller gets it.
             Stage::Responded(read) if judgement.verdict == Verdict::Tombstone => {
                 self.release_slot(shared_result);
                 self.finished("executed");
@@ -112,8 +116,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Ends an execution whose response was not read to its end. Writes the record first, then lets the response
-    /// stream.
+    /// Ends an execution whose response was not read to its end. Writes the record first, then lets
+    /// the response stream (I5).
     pub(super) async fn streaming<R: RebuildBody>(
         &mut self,
         mut response: Response<R>,
@@ -141,7 +145,8 @@ impl<St: Store, S> Exchange<St, S> {
         response
     }
 
-    /// Ends an execution whose response is lost, because its body broke off or the application's predicate panicked.
+    /// Ends an execution whose response is lost, because its body broke off or the application's
+    /// predicate panicked.
     pub(super) async fn broken<R: RebuildBody>(&mut self, judgement: Judgement, status: StatusCode) -> Response<R> {
         match judgement.verdict {
             Verdict::Release | Verdict::GiveUp => {
@@ -158,8 +163,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Ends an execution whose handler panicked or whose service failed. The handler gave no response, so the layer
-    /// makes one.
+    /// Ends an execution whose handler panicked or whose service failed. The handler returned no
+    /// response, so the layer makes one.
     pub(super) async fn failed<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::HandlerFailed);
         match self.settings.policy.of_failure() {
@@ -177,8 +182,9 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Ends an execution whose request did not reach the handler, as the application has classified the error of the
-    /// service. The caller gets the error; its duplicates get a refusal.
+    /// Ends an execution whose request did not reach the handler, according to the application's
+    /// class for the error of the service. The caller gets the error, and the duplicates get a
+    /// refusal.
     pub(super) async fn not_run<R: RebuildBody>(&mut self) -> Response<R> {
         if let Err(response) = self.without_outcome(Verdict::Release).await {
             return response;
@@ -197,7 +203,9 @@ impl<St: Store, S> Exchange<St, S> {
         }))
     }
 
-    /// Ends the attempt without an outcome: releases the key, or gives it up.
+    /// Ends the attempt without an outcome. [`Verdict::Release`] releases the key, and any other
+    /// verdict gives it up. If another attempt has taken the key over, returns the response for its
+    /// outcome as the error.
     async fn without_outcome<R: RebuildBody>(&mut self, verdict: Verdict) -> Result<(), Response<R>> {
         let ownership = match verdict {
             Verdict::Release => self.release().await,
@@ -209,15 +217,16 @@ impl<St: Store, S> Exchange<St, S> {
         Ok(())
     }
 
-    /// Records that the request took effect, without its response. Returns the result for the duplicates.
+    /// Records that the request took effect, without its response. Returns the result for the
+    /// duplicates.
     async fn without_body<R: RebuildBody>(
         &mut self,
         judgement: Judgement,
         status: StatusCode,
     ) -> Result<SharedResult, Response<R>> {
         telemetry::tombstone(judgement.verdict == Verdict::Tombstone);
-        // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response was no success, store
-        // a failure instead, so that no duplicate is acknowledged.
+        // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response
+        // was no success, store a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {
             let (_, _, stored) = self.settings.failure_to_store(self.head.as_deref());
             return self.store_failure(stored, judgement.retention).await;
@@ -226,7 +235,7 @@ impl<St: Store, S> Exchange<St, S> {
         Ok(SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored)))
     }
 
-    /// Records a failure. Returns the result for the duplicates.
+    /// Records the response of a failure. Returns the result for the duplicates.
     async fn store_failure<R: RebuildBody>(
         &mut self,
         stored: StoredResponse,
@@ -240,12 +249,13 @@ impl<St: Store, S> Exchange<St, S> {
         })
     }
 
+    /// Records an outcome, and handles a completion that failed.
     async fn conclude<R: RebuildBody>(&mut self, outcome: &Outcome, retention: Duration) -> Concluded<R> {
         let completion = self.complete(outcome, retention).await;
         self.not_completed(completion).await
     }
 
-    /// Handles a completion that may have failed.
+    /// Handles the result of a completion: recorded, superseded by another attempt, or failed.
     async fn not_completed<R: RebuildBody>(&mut self, completion: Result<Completion, Error>) -> Concluded<R> {
         match completion {
             Ok(Completion::Completed) => {
@@ -260,14 +270,16 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Another attempt took the key over. Drops the result of this attempt, and returns the outcome that the key holds.
-    /// The other attempt may belong to another request, so this looks at the record and compares its fingerprint.
+    /// Ends an attempt whose key another attempt took over (I8). Drops the result of this attempt,
+    /// and returns the outcome of the key. The other attempt may belong to another request, so this
+    /// reads the record and compares its fingerprint (I4).
     pub(super) async fn superseded<R: RebuildBody>(&mut self) -> Response<R> {
         telemetry::event(Event::Superseded);
         self.is_superseded = true;
         self.key_guard.end_ownership();
         self.key_guard.in_flight.set_superseded();
         self.key_guard.in_flight.set_guarded(false);
+        // A refusal must not claim that nothing ran, because the handler of this attempt ran.
         let mut response = self.await_owner().await;
         if let Some(refusal) = response.extensions_mut().get_mut::<Refusal>() {
             *refusal = refusal.clone().after_run();
@@ -275,9 +287,10 @@ impl<St: Store, S> Exchange<St, S> {
         response
     }
 
-    /// Handles an outcome that the store did not record. Under `OnLost::Refuse` no later attempt runs, so the caller
-    /// may get its response (`None`). Otherwise the next attempt runs again, so the caller gets a refusal. The sender
-    /// of a webhook gets a refusal, too, because a delivery without a record must not be acknowledged.
+    /// Handles an outcome that the store did not record. Under `OnLost::Refuse` no later attempt
+    /// runs, so the caller may get its response (`None`). Otherwise a later attempt may run again,
+    /// so the caller gets a refusal. The sender of a webhook gets a refusal, too, because the layer
+    /// must not acknowledge a delivery without a record.
     fn unrecorded(&mut self, error: &Error) -> Option<Refusal> {
         telemetry::failure(Event::Unrecorded, error);
         self.key_guard.end_ownership();
@@ -287,6 +300,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
+    /// Completes the record with this outcome. Without an owner, the attempt counts as superseded.
     async fn complete(&mut self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
         match self.owner() {
             Some(owner) => owner.complete(outcome, retention).await,
@@ -294,7 +308,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Ends the attempt without an outcome, because it had no effect.
+    /// Releases the key, so that the next attempt can run at once. For an attempt that had no
+    /// effect.
     async fn release(&mut self) -> Ownership {
         self.key_guard.in_flight.set_released();
         let ownership = match self.owner() {
@@ -305,7 +320,7 @@ impl<St: Store, S> Exchange<St, S> {
         ownership
     }
 
-    /// Ends the lease at once, and keeps the evidence of the attempt.
+    /// Ends the lease at once. The record remains as evidence of the attempt (I6).
     pub(super) async fn give_up(&mut self) -> Ownership {
         self.key_guard.in_flight.set_given_up();
         let ownership = match self.owner() {
@@ -316,6 +331,7 @@ impl<St: Store, S> Exchange<St, S> {
         ownership
     }
 
+    /// Returns the owner's operations on the record; `None` if this request does not own the key.
     pub(super) fn owner(&self) -> Option<KeyOwner<'_, Arc<St>>> {
         let KeyGuard { shared, in_flight, .. } = &self.key_guard;
         Some(KeyOwner {
@@ -329,20 +345,20 @@ impl<St: Store, S> Exchange<St, S> {
 }
 
 impl Values {
-    /// Decides how an attempt ends, by the head of its response.
+    /// Judges an attempt by the head of its response.
     pub(super) fn judge(&self, head: &response::Parts) -> Judgement {
         self.policy.judge(head, self.engine.retention)
     }
 
-    /// Whether a response is known as a stream by its head. The content type of a gRPC response is that of its method. If its
-    /// head has the status, the response has no messages, so it is no stream.
+    /// Whether the head of a response shows that it is a stream. A gRPC response with the gRPC
+    /// status in its head has no messages, so it is no stream, whatever its content type.
     pub(super) fn is_stream(&self, head: &response::Parts) -> bool {
         let is_grpc = || self.policy.is_grpc_response(head.status, &head.headers);
         let has_ended = || grpc_result(&head.headers, None).is_some() && is_grpc();
         head.extensions.get::<StreamResponse>().is_some() || (self.streams.include(head) && !has_ended())
     }
 
-    /// Returns the decision about the response of a request that took effect, whatever its status.
+    /// Returns the judgement about the response of a request that took effect, whatever its status.
     pub(super) fn happened(&self, head: &response::Parts) -> Judgement {
         Judgement {
             verdict: if is_not_for_store(head) {
@@ -355,8 +371,8 @@ impl Values {
         }
     }
 
-    /// Returns the outcome of a request that took effect with this response. A custom renderer sees `asked`, the head of
-    /// the request, if it is known.
+    /// Returns the outcome of a request that took effect with this response. A custom renderer of
+    /// refusals sees `request`, the head of the request, if it is known.
     pub(super) fn outcome_of(
         &self,
         request: Option<&request::Parts>,
@@ -364,7 +380,8 @@ impl Values {
         body: &Collected,
     ) -> Outcome {
         match self.happened(head).verdict {
-            // A layer for webhooks acknowledges a duplicate of a tombstone.
+            // A layer for webhooks acknowledges a duplicate of a tombstone, which must not happen
+            // after a failure.
             Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
                 Outcome::Stored(self.failure_to_store(request).2)
             }
@@ -373,7 +390,7 @@ impl Values {
         }
     }
 
-    /// Returns the response of a handler that failed, and the form in which it is stored, for settings that store
+    /// Returns the response for a handler that failed, and its stored form, for settings that store
     /// failures.
     pub(super) fn failure_to_store(
         &self,
