@@ -1,4 +1,5 @@
-//! The per-key lock inside a process: who works on a key, and who waits for it.
+//! The lock for each key inside a process. The leader of a key works on it, and its followers wait
+//! for the leader's result (I1).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,47 +20,53 @@ use crate::http::Refusal;
 use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
 
-/// One guarded request. The one that got the seat of its key is what the others wait for.
+/// One guarded request. The request that has the entry of its key in the table is the leader, for
+/// which duplicates wait.
 pub(super) struct InFlight {
     pub(super) key: IdempotencyKey,
     pub(super) storage_key: StorageKey,
     pub(super) fingerprint: Fingerprint,
-    /// How long one renewal may take, at most.
+    /// The maximum time for one renewal.
     pub(super) store_timeout: Duration,
-    /// Whether the rest of the exchange must go on without its caller.
+    /// Whether the exchange must continue if its caller leaves.
     guarded: AtomicBool,
-    /// Whether it goes on although its caller left.
+    /// Whether the caller has left, and the exchange continues.
     detached: AtomicBool,
-    /// Whether others wait for it, or did.
+    /// Whether any duplicate has joined this request.
     joined: AtomicBool,
+    /// The grant of the key, once the store has granted it.
     held: OnceLock<LeaseGuard>,
-    /// How often this flight has begun to look at the record while it waits for an owner in another process.
+    /// The number of looks at the record that this request has begun while it waits for an owner in
+    /// another process.
     looks: AtomicU64,
-    /// The number of the last look that found this flight's fingerprint in the record.
+    /// The number of the last look that found this request's fingerprint in the record.
     confirmed_by: AtomicU64,
-    /// Makes the flight look at the record at once.
+    /// Makes this request look at the record at once.
     look_again: Notify,
+    /// Whether another attempt has taken the key over.
     superseded: AtomicBool,
-    /// Whether its handler has begun to complete in a transaction, of which it may not be known what became.
+    /// Whether the handler has begun to complete the record in a transaction. The end of that
+    /// transaction may be unknown.
     #[cfg(feature = "postgres")]
     in_transaction: AtomicBool,
-    /// Whether that failed, so that its answer says nothing about the request.
+    /// Whether that completion failed. The response of the handler then does not show the outcome
+    /// of the request.
     #[cfg(feature = "postgres")]
     transaction_failed: AtomicBool,
-    /// The status of the response that the handler last tried to record in a transaction, in the form of
-    /// [`status_and_code`].
+    /// The status of the response that the handler last tried to record in a transaction, in the
+    /// form of [`status_and_code`].
     #[cfg(feature = "postgres")]
     recorded_status: AtomicU32,
-    /// Whether its lease is being given up, and must not be renewed again.
+    /// Whether the lease is being given up, so that it must not be renewed again.
     given_up: AtomicBool,
-    /// Whether its key is being released.
+    /// Whether the key is being released.
     released: AtomicBool,
     shared_result: OnceLock<SharedResult>,
     changed: Notify,
     waiters: AtomicUsize,
 }
 
-/// The key that a flight was granted.
+/// The grant of a key, and the renewal of its lease.
 struct LeaseGuard {
     grant: Grant,
     /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
@@ -81,7 +88,7 @@ impl LeaseGuard {
     }
 }
 
-/// What a flight came to, for those who waited.
+/// The result of a leader, for its followers.
 #[derive(Clone, Debug)]
 pub(super) enum SharedResult {
     /// A response. `is_stored` shows whether the store holds it.
@@ -89,7 +96,7 @@ pub(super) enum SharedResult {
     /// The leader ended without a result. Each follower has to join again, or to look at the
     /// record.
     Handover,
-    /// This refusal.
+    /// A refusal.
     Refused(Refusal),
 }
 
@@ -127,14 +134,14 @@ impl InFlight {
         }
     }
 
-    /// One whose request was granted its key already.
+    /// Returns an entry for a request that already owns its key.
     pub(super) fn granted(mut self, grant: Grant) -> Self {
         self.guarded = AtomicBool::new(true);
         self.held = OnceLock::from(LeaseGuard::new(grant, Stopwatch::start));
         self
     }
 
-    /// From here on the exchange goes on when its caller leaves, or (`false`) does not.
+    /// Sets whether the exchange continues if its caller leaves.
     pub(super) fn set_guarded(&self, guarded: bool) {
         self.guarded.store(guarded, Ordering::Release);
     }
@@ -143,7 +150,7 @@ impl InFlight {
         self.guarded.load(Ordering::Acquire)
     }
 
-    /// The caller left, and the exchange goes on.
+    /// Records that the caller has left and the exchange continues.
     pub(super) fn set_detached(&self) {
         self.detached.store(true, Ordering::Release);
     }
@@ -160,22 +167,25 @@ impl InFlight {
         }
     }
 
+    /// Returns the grant, if the store has granted the key. The request may have lost the key
+    /// since.
     pub(super) fn held(&self) -> Option<&Grant> {
         self.held.get().map(|held| &held.grant)
     }
 
-    /// Whether this flight owns the key, so that the key certainly belongs to its fingerprint. If another attempt has
-    /// taken the key over, or the flight is about to give it up, only the store knows the fingerprint.
+    /// Whether this request owns the key, so that the key certainly belongs to its fingerprint. If
+    /// another attempt has taken the key over, or this request is about to give it up, only the
+    /// store knows the fingerprint.
     fn is_owner(&self) -> bool {
         self.held().is_some() && !self.is_superseded() && !self.is_given_up()
     }
 
-    /// Begins a look at the record; returns its number.
+    /// Begins a look at the record, and returns the number of the look. Numbers start at 1.
     pub(super) fn begin_look(&self) -> u64 {
         self.looks.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// Notes that the look of this number found this flight's fingerprint in the record.
+    /// Records that the look with this number found this request's fingerprint in the record.
     pub(super) fn confirm(&self, look: u64) {
         self.confirmed_by.store(look, Ordering::Release);
         self.changed.notify_waiters();
@@ -186,8 +196,8 @@ impl InFlight {
         self.look_again.notified().await;
     }
 
-    /// Notes that the handler is about to complete in a transaction, with a response of this HTTP status and this code of
-    /// gRPC.
+    /// Records that the handler is about to complete the record in a transaction, with a response
+    /// of this HTTP status and gRPC code.
     #[cfg(feature = "postgres")]
     pub(super) fn set_in_transaction(&self, status: http::StatusCode, code: Option<u8>) {
         let recorded = status_and_code(status, code);
@@ -205,14 +215,14 @@ impl InFlight {
         self.transaction_failed.load(Ordering::Relaxed)
     }
 
-    /// Whether the handler has tried to complete in a transaction.
+    /// Whether the handler has tried to complete the record in a transaction.
     #[cfg(feature = "postgres")]
     pub(super) fn is_in_transaction(&self) -> bool {
         self.in_transaction.load(Ordering::Acquire)
     }
 
-    /// Whether the response that the handler tried to record has the same status. Each gRPC status comes with the HTTP
-    /// status 200, so their codes are compared, too.
+    /// Whether the response that the handler tried to record has this status. Every gRPC response
+    /// has the HTTP status 200, so the gRPC codes are compared, too.
     #[cfg(feature = "postgres")]
     pub(super) fn has_recorded(&self, status: http::StatusCode, code: Option<u8>) -> bool {
         self.recorded_status.load(Ordering::Relaxed) == status_and_code(status, code)
@@ -226,7 +236,8 @@ impl InFlight {
         self.superseded.load(Ordering::Relaxed)
     }
 
-    /// From here on the lease is not renewed, and a renewal that is under way must not prolong it.
+    /// Records that the lease is being given up. No renewal starts from here on, and a renewal in
+    /// flight must not prolong the lease.
     pub(super) fn set_given_up(&self) {
         self.given_up.store(true, Ordering::Release);
     }
@@ -235,7 +246,7 @@ impl InFlight {
         self.given_up.load(Ordering::Acquire)
     }
 
-    /// From here on the key is being released. A renewal that is under way must not hold it.
+    /// Records that the key is being released. A renewal in flight must not prolong the lease.
     pub(super) fn set_released(&self) {
         self.released.store(true, Ordering::Relaxed);
         self.set_given_up();
@@ -245,16 +256,17 @@ impl InFlight {
         self.released.load(Ordering::Relaxed)
     }
 
-    /// The schedule of its lease, as long as the flight holds a lease.
+    /// Returns the schedule of the lease, as long as this request holds a lease.
     fn schedule(&self) -> Option<&Schedule> {
         let schedule = self.held.get()?.schedule.as_ref()?;
         (!self.is_superseded() && !self.is_given_up()).then_some(schedule)
     }
 
-    /// The schedule of its lease, unless renewals are skipped for the moment.
+    /// Returns the schedule of the lease, unless renewals are skipped at the moment.
     fn renewals(&self) -> Option<&Schedule> {
-        // A transaction that completes locks the record. A renewal would only wait for the lock, and so would the claim
-        // of another attempt.
+        // The transaction that completes the record holds its row lock. A renewal would only wait
+        // for the lock. The claim of another attempt waits for it, too, so the key is safe without
+        // renewals.
         if self.is_completing() {
             return None;
         }
@@ -267,15 +279,17 @@ impl InFlight {
         self.is_in_transaction() && !self.has_transaction_failed()
     }
 
-    /// Whether a transaction of the handler completes the record; never, because no store has transactions.
+    /// Whether a transaction of the handler completes the record. Always `false`, because without
+    /// the feature `postgres` no store has transactions.
     #[cfg(not(feature = "postgres"))]
     #[expect(clippy::unused_self, reason = "only the feature `postgres` needs `self`")]
     pub(super) const fn is_completing(&self) -> bool {
         false
     }
 
-    /// Takes the renewal of the lease for the task of this runtime. If the lease was granted on this runtime, the
-    /// renewal may be due within `soon`; otherwise it must be overdue.
+    /// Takes the renewal of the lease for the task of this runtime. Returns whether the task must
+    /// renew the lease now. If the lease was granted on this runtime, the renewal may be due within
+    /// `soon`. Otherwise the renewal must be overdue.
     pub(super) fn take_renewal(&self, runtime: Id, soon: Duration) -> bool {
         let is_mine = self.held.get().is_some_and(|held| held.runtime == Some(runtime));
         self.renewals().is_some_and(|schedule| {
@@ -287,7 +301,8 @@ impl InFlight {
         })
     }
 
-    /// Takes a renewal that no task has begun although it is overdue.
+    /// Takes the renewal of the lease if it is overdue and no task has begun it. Returns whether
+    /// the caller must renew the lease now.
     pub(super) fn take_overdue_renewal(&self) -> bool {
         self.renewals().is_some_and(Schedule::take_overdue)
     }
@@ -307,13 +322,15 @@ impl InFlight {
         }
     }
 
+    /// Shares the result with the followers. Only the first result counts.
     fn respond(&self, shared_result: SharedResult) {
         if self.shared_result.set(shared_result).is_ok() {
             self.changed.notify_waiters();
         }
     }
 
-    /// Waits until `seen` finds something. Subscribes before it looks: the other order would miss the last change.
+    /// Waits until `seen` returns a value. Subscribes before it calls `seen`, because the other
+    /// order would miss a change between the two.
     async fn until<'f, T>(&'f self, seen: impl Fn(&'f Self) -> Option<T>) -> T {
         loop {
             let mut changed = pin!(self.changed.notified());
@@ -325,8 +342,8 @@ impl InFlight {
         }
     }
 
-    /// Waits until the flight owns the key, or a look with a higher number than `look` has found the flight's
-    /// fingerprint in the record. Returns `false` if the flight ends first.
+    /// Waits until this request owns the key, or a look with a higher number than `look` has found
+    /// its fingerprint in the record. Returns `false` if this request ends first.
     async fn confirmed_after(&self, look: u64) -> bool {
         self.until(|in_flight| {
             if in_flight.is_owner() || in_flight.confirmed_by.load(Ordering::Acquire) > look {
@@ -338,7 +355,8 @@ impl InFlight {
     }
 }
 
-/// Returns one number for an HTTP status and a code of gRPC, if there is one.
+/// Returns one number for an HTTP status and an optional gRPC code. The upper 16 bits are the gRPC
+/// code plus one, or zero.
 #[cfg(feature = "postgres")]
 fn status_and_code(status: http::StatusCode, code: Option<u8>) -> u32 {
     u32::from(status.as_u16()) | code.map_or(0, |code| (u32::from(code) + 1) << 16)
@@ -354,33 +372,36 @@ impl fmt::Debug for InFlight {
     }
 }
 
-/// All flights of a layer and its clones.
+/// The leaders of all keys in flight, for a layer and its clones.
 #[derive(Debug)]
 pub(super) struct InFlightTable {
     table: Sharded<StorageKey, Arc<InFlight>, KeyHasher>,
+    /// The number of waiters for all keys.
     waiters: AtomicUsize,
 }
 
-/// What a request finds when it asks for the seat of its key.
+/// The result of a request's attempt to get the entry of its key.
 #[derive(Debug)]
 pub(super) enum Joined {
-    /// Somebody else is at the same request: wait for it.
+    /// Another request with the same fingerprint leads. Wait for it.
     Follow(Follower),
-    /// Too many wait already.
+    /// Too many requests wait already.
     Full,
-    /// The seat is yours, until you [leave](Flights::leave) it.
+    /// The request has the entry, until it [releases](InFlightTable::release_slot) the entry.
     Lead,
-    /// Somebody else holds the key for another request.
+    /// A request with another fingerprint owns the key.
     Mismatch,
-    /// A request with another fingerprint has the seat of this key, and does not know yet whether it will own the key.
+    /// A request with another fingerprint has the entry, and does not know yet whether it will own
+    /// the key.
     Undecided(Undecided),
 }
 
-/// A seat that is free. Others who ask for a key of the same shard are held up.
+/// A vacant entry. Holds the shard's lock, so requests for other keys of the shard block until it
+/// is dropped.
 pub(super) struct VacantEntry<'f>(MutexGuard<'f, HashMap<StorageKey, Arc<InFlight>, KeyHasher>>);
 
 impl VacantEntry<'_> {
-    /// Takes the seat, until it is [left](Flights::leave).
+    /// Takes the entry, until it is [released](InFlightTable::release_slot).
     pub(super) fn take(mut self, in_flight: InFlight) -> Arc<InFlight> {
         let in_flight = Arc::new(in_flight);
         self.0.insert(in_flight.storage_key, Arc::clone(&in_flight));
@@ -396,12 +417,19 @@ impl InFlightTable {
         }
     }
 
+    /// Takes the entry of the request's key, or joins the request that has it.
+    ///
+    /// 1. If the entry is vacant, the request leads.
+    /// 2. If the leader has the same fingerprint, the request follows it.
+    /// 3. If a leader with another fingerprint owns the key, the request is a mismatch (I4).
+    /// 4. If that leader does not own the key yet, the decision needs another look at the record.
     pub(super) fn join(self: &Arc<Self>, in_flight: &Arc<InFlight>, limits: &Waiting) -> Joined {
         let mut shard = self.table.lock(&in_flight.storage_key);
         let Some(leader) = shard.get(&in_flight.storage_key) else {
             shard.insert(in_flight.storage_key, Arc::clone(in_flight));
             return Joined::Lead;
         };
+        // Set `joined` under the shard's lock. `release_slot` reads it under the same lock.
         let leader = Arc::clone(leader);
         leader.joined.store(true, Ordering::Relaxed);
         drop(shard);
@@ -411,7 +439,8 @@ impl InFlightTable {
         if leader.is_owner() {
             return Joined::Mismatch;
         }
-        // An owner in another process may have released the key since the last look, so wait for the next look.
+        // An owner in another process may have released the key since the last look, so require a
+        // look that begins from now on.
         let look = leader.looks.load(Ordering::Acquire);
         leader.look_again.notify_one();
         let undecided = |follower| Joined::Undecided(Undecided { follower, look });
@@ -426,17 +455,18 @@ impl InFlightTable {
             .is_some_and(|leads| Arc::ptr_eq(leads, in_flight))
     }
 
-    /// The seat of a key, if it is free; nobody takes it while this is looked at.
+    /// Returns the key's entry if it is vacant. The entry is locked until the returned value is
+    /// dropped.
     pub(super) fn vacant_entry(&self, key: &StorageKey) -> Option<VacantEntry<'_>> {
         let shard = self.table.lock(key);
         (!shard.contains_key(key)).then_some(VacantEntry(shard))
     }
 
-    /// Leaves the seat and tells the others what it came to.
+    /// Frees the entry of a leader, and shares its result with its followers.
     pub(super) fn release_slot(&self, in_flight: &InFlight, shared_result: SharedResult) {
         let mut shard = self.table.lock(&in_flight.storage_key);
         let leads = shard.remove(&in_flight.storage_key);
-        // Whoever joined did so under this lock.
+        // Followers join under this lock. So after the removal no further follower can join.
         let joined = in_flight.joined.load(Ordering::Relaxed);
         drop(shard);
         drop(leads);
@@ -445,12 +475,14 @@ impl InFlightTable {
         }
     }
 
-    /// Counts a waiter: a duplicate that waits for a flight, or the flight itself if it waits for an owner in another
-    /// process. `None` if too many wait already.
+    /// Counts a waiter. A waiter is a duplicate that waits for the leader, or the leader itself if
+    /// it waits for an owner in another process. Returns `None` if too many requests wait already
+    /// (I10).
     pub(super) fn admit(self: &Arc<Self>, leader: Arc<InFlight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);
-        // Made first, so that a refused one is counted off again.
+        // Make the follower before the check, because its drop undoes the counts of a refused
+        // waiter.
         let follower = Follower {
             in_flight_table: Arc::clone(self),
             leader,
@@ -458,8 +490,8 @@ impl InFlightTable {
         (of_key < limits.per_key && in_all < limits.in_all).then_some(follower)
     }
 
-    /// Takes the renewals that the task of this runtime must begin now, and returns their flights; see
-    /// [`InFlight::take_renewal`].
+    /// Takes the renewals that the task of this runtime must begin now, and returns the requests
+    /// whose leases they renew. See [`InFlight::take_renewal`].
     pub(super) fn take_renewals(&self, runtime: Id, soon: Duration) -> Vec<Arc<InFlight>> {
         let mut due = Vec::new();
         self.table.each(|shard| {
@@ -473,12 +505,12 @@ impl InFlightTable {
         due
     }
 
-    /// Whether any flight holds a lease, including leases whose renewals are skipped for the moment.
+    /// Whether any leader holds a lease, including leases whose renewals are skipped at the moment.
     pub(super) fn any_leased(&self) -> bool {
         self.any(|in_flight| in_flight.schedule().is_some())
     }
 
-    /// Whether something runs that goes on without its caller.
+    /// Whether any leader has an exchange that continues if its caller leaves.
     pub(super) fn any_guarded(&self) -> bool {
         self.any(InFlight::is_guarded)
     }
@@ -491,7 +523,7 @@ impl InFlightTable {
     }
 }
 
-/// A place among those who wait for a flight.
+/// A waiter for a leader. Dropping it ends its count in the limits of waiters (I11).
 #[derive(Debug)]
 pub(super) struct Follower {
     in_flight_table: Arc<InFlightTable>,
@@ -499,7 +531,7 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// What the flight came to; `None` when the time is up first.
+    /// Waits for the result of the leader. Returns `None` if the deadline passes first (I7).
     pub(super) async fn shared_result(&self, deadline: Deadline) -> Option<SharedResult> {
         if let Some(shared_result) = self.leader.shared_result.get() {
             return Some(shared_result.clone());
@@ -508,12 +540,13 @@ impl Follower {
         within(deadline.left(), shared_result).await.ok().cloned()
     }
 
-    /// Whether the flight owns the key, or has owned it.
+    /// Whether the leader owns the key, or has owned it.
     pub(super) fn has_owner(&self) -> bool {
         self.leader.held().is_some()
     }
 
-    /// Waits until the flight owns the key; `false` if the flight ends or the time is up first.
+    /// Waits until the leader owns the key. Returns `false` if the leader ends or the deadline
+    /// passes first.
     pub(super) async fn owned(&self, deadline: Deadline) -> bool {
         let owned = self.leader.until(|in_flight| {
             let has_ended = in_flight.shared_result.get().map(|_| false);
@@ -523,7 +556,7 @@ impl Follower {
     }
 }
 
-/// A place among the requests that wait until a flight knows whether the key belongs to its fingerprint.
+/// A waiter for the decision whether the key belongs to the fingerprint of the leader.
 #[derive(Debug)]
 pub(super) struct Undecided {
     follower: Follower,
@@ -532,8 +565,9 @@ pub(super) struct Undecided {
 }
 
 impl Undecided {
-    /// Waits until it is known whether the key belongs to the flight's fingerprint. `Some(false)` if the flight ends
-    /// first, `None` if the time is up first.
+    /// Waits until the leader knows whether the key belongs to its fingerprint. Returns
+    /// `Some(true)` if it does, so that this request is a mismatch. Returns `Some(false)` if the
+    /// leader ends first, and `None` if the deadline passes first.
     pub(super) async fn is_mismatch(&self, deadline: Deadline) -> Option<bool> {
         let confirmed = self.follower.leader.confirmed_after(self.look);
         within(deadline.left(), confirmed).await.ok()
