@@ -19,15 +19,15 @@ use crate::telemetry::{self, Event};
 
 /// The meaning of a record for a request that does not own it.
 enum Seen {
-    /// The next claim is granted.
+    /// The store would grant the next claim.
     Free,
-    /// Its owner works on it.
+    /// The owner works on the key.
     InFlight,
     /// The key has this result.
     Settled(SharedResult),
 }
 
-/// The end of a wait for an owner elsewhere.
+/// The end of a wait for an owner in another process.
 enum Elsewhere {
     /// The key can be claimed.
     Free,
@@ -35,12 +35,14 @@ enum Elsewhere {
     Settled(SharedResult),
     /// The deadline has passed, and the last look failed.
     Failed(Refusal),
+    /// The deadline has passed, and the owner still works on the key. Or the caller of this request
+    /// has left.
     TimeUp,
 }
 
 impl<St: Store, S> Exchange<St, S> {
-    /// Waits for the owner in another process. Returns `None` when the key is free and this request can claim it; the
-    /// service is then ready again.
+    /// Waits for the owner in another process. Returns `None` if the key is free and this request
+    /// can claim it. The service is then ready again.
     pub(super) async fn wait_for_owner_elsewhere<B, R>(&mut self) -> Option<Result<Response<R>, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>>,
@@ -61,16 +63,17 @@ impl<St: Store, S> Exchange<St, S> {
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
                 Some(Err(error)) => Some(Err(error)),
-                // The service took no request in time.
+                // The service did not become ready before the deadline.
                 None => Some(Ok(self.refuse(self.later(RefusalKind::Outstanding)))),
             },
-            // The time of this request is up. Requests that joined later still have time, and look at the record
-            // themselves.
+            // The deadline of this request has passed. Requests that joined later still have time,
+            // and look at the record themselves.
             Elsewhere::Free | Elsewhere::TimeUp => Some(Ok(self.refuse(self.later(RefusalKind::Outstanding)))),
         }
     }
 
-    /// Returns the response for an owner whose key was taken over: the outcome that the key holds in the end.
+    /// Returns the response for an owner whose key another attempt took over. Waits for the outcome
+    /// of that attempt.
     pub(super) async fn await_owner<R: RebuildBody>(&mut self) -> Response<R> {
         match self.poll_owner().await {
             Elsewhere::Settled(SharedResult::Refused(refusal)) => {
@@ -84,7 +87,7 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Returns a refusal that is still true after the handler has run.
+    /// Replaces a refusal that would be false after the handler of this attempt has run.
     fn after_run(&self, refusal: Refusal) -> Refusal {
         match refusal.kind().after_run() {
             None => refusal,
@@ -93,8 +96,10 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
+    /// Waits until the record shows a result or a free key, or the deadline passes.
     async fn poll_owner(&mut self) -> Elsewhere {
-        // The caller left during the claim or the run, and nobody gets the response. Those that joined look for themselves.
+        // If the caller left during the claim or the run, the response has no recipient, so do not
+        // wait. The followers look at the record themselves.
         if self.key_guard.in_flight.is_detached() {
             return Elsewhere::TimeUp;
         }
@@ -117,8 +122,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Whether this request can still run: it has kept its request and service, and has time left. After its time is
-    /// up, it may claim a free key once.
+    /// Whether this request can still run, because it still has its request and service, and its
+    /// deadline has not passed. After the deadline, the request may claim a free key once.
     fn may_claim_again(&mut self) -> bool {
         let is_time_up = self.wait().owner.left().is_zero();
         let may = matches!(self.stage, Stage::Waiting(_)) && !(is_time_up && self.has_claimed_late);
@@ -126,7 +131,7 @@ impl<St: Store, S> Exchange<St, S> {
         may
     }
 
-    /// Waits until the service is ready again; `None` if the time is up first.
+    /// Waits until the service is ready again. Returns `None` if the deadline passes first.
     async fn get_ready<B>(&mut self) -> Option<Result<(), S::Error>>
     where
         S: Service<Request<B>>,
@@ -142,8 +147,8 @@ impl<St: Store, S> Exchange<St, S> {
         Some(ready)
     }
 
-    /// Looks at the record instead of claiming the key, because no key may be claimed. Duplicates still get the outcome
-    /// that the record holds.
+    /// Looks at the record instead of claiming the key, because no key may be claimed at the
+    /// moment. A duplicate still gets the outcome in the record.
     pub(super) async fn look(&mut self, barred: Barred) -> Claimed {
         let in_flight = &self.key_guard.in_flight;
         let peeked = self.key_guard.shared.store.peek(&in_flight.storage_key);
@@ -151,7 +156,8 @@ impl<St: Store, S> Exchange<St, S> {
             Ok(snapshot) => {
                 let ours = self.lost_claim.as_ref().map(|lost| lost.claim().nonce);
                 if snapshot.as_ref().is_some_and(|seen| is_granted_to(seen, ours)) {
-                    // A task releases the key after the refusal.
+                    // A lost claim of this request owns the key. A task releases the key after the
+                    // refusal.
                     Seen::Free
                 } else {
                     self.settings.see(&in_flight.fingerprint, snapshot)
@@ -179,8 +185,8 @@ impl<St: Store, S> Exchange<St, S> {
 struct Bystander<'a> {
     settings: &'a Values,
     in_flight: &'a InFlight,
-    /// The nonce of a claim of this request that got no reply. If the store granted that claim later, the next claim gets the
-    /// same grant.
+    /// The nonce of a claim of this request that got no reply. If the store grants that claim
+    /// later, the next claim with this nonce gets the same grant.
     ours: Option<Nonce>,
     /// The number of the last look.
     look: u64,
@@ -219,11 +225,14 @@ impl Waiter for Bystander<'_> {
     }
 }
 
+/// Whether the record belongs to the claim with this nonce, without an outcome.
 fn is_granted_to(seen: &Snapshot, nonce: Option<Nonce>) -> bool {
     Some(seen.nonce) == nonce && matches!(seen.status, Status::InFlight { .. } | Status::Lost)
 }
 
 impl Values {
+    /// Interprets a record for a request with this fingerprint. A record with another fingerprint
+    /// is a mismatch (I4).
     fn see(&self, fingerprint: &Fingerprint, snapshot: Option<Snapshot>) -> Seen {
         let Some(snapshot) = snapshot else {
             return Seen::Free;
