@@ -1,7 +1,9 @@
-//! Effect and response in one transaction: the handler completes the record of its own key.
+//! The effect and the response in one transaction, in which the handler completes the record of its
+//! own key.
 //!
-//! The layer reads the outcome from the record, whatever the handler says. If the store does not answer for so long that the
-//! caller gets a refusal, a task without a caller continues to ask.
+//! After the handler, the layer reads the outcome from the record and does not rely on the
+//! handler's response. If the store is unavailable for so long that the caller gets a refusal, a
+//! background task continues to query the record.
 
 use http::{request, HeaderMap, Response, StatusCode};
 use sqlx::postgres::PgConnection;
@@ -23,9 +25,12 @@ use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
 
 impl Lease {
-    /// Records `answer` as the outcome of this attempt *within a transaction of the handler's*, in the PostgreSQL database that has
-    /// the records: effect and answer commit together, or neither does. Returns the response to give once the transaction is
-    /// committed; see [`complete_response_in`](Self::complete_response_in), which this is for whatever axum takes as a response.
+    /// Records `response` as the outcome of this attempt *within a transaction of the handler*, in
+    /// the PostgreSQL database of the records. The effect and the response commit together, or
+    /// neither does. Returns the response that the handler returns after the commit.
+    ///
+    /// This is [`complete_response_in`](Self::complete_response_in) for everything that axum
+    /// accepts as a response. See there for the rules.
     ///
     /// ```no_run
     /// use axum::extract::State;
@@ -39,10 +44,10 @@ impl Lease {
     ///     let mut transaction = pool.begin().await.map_err(failed)?;
     ///     let insert = sqlx::query("INSERT INTO payments (amount) VALUES (100)");
     ///     insert.execute(&mut *transaction).await.map_err(failed)?;
-    ///     let answer = lease.complete_in(&mut transaction, (StatusCode::CREATED, "paid")).await;
-    ///     let answer = answer.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
+    ///     let response = lease.complete_in(&mut transaction, (StatusCode::CREATED, "paid")).await;
+    ///     let response = response.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)?;
     ///     transaction.commit().await.map_err(failed)?;
-    ///     Ok(answer)
+    ///     Ok(response)
     /// }
     /// ```
     ///
@@ -62,36 +67,58 @@ impl Lease {
         self.complete_response_in(connection, response.into_response()).await
     }
 
-    /// Records `response` as the outcome of this attempt within a transaction, whatever the layer would think of its status. If the
-    /// response has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly), the record holds only that the request is done.
+    /// Records `response` as the outcome of this attempt within a transaction of the handler,
+    /// regardless of the rules of the layer for its status. If the response has the mark
+    /// [`StoreOutcomeOnly`](crate::StoreOutcomeOnly), the record shows only that the request is
+    /// done. Returns the response that the handler returns after the commit.
     ///
-    /// Do it last before the commit: from here on the record is locked, and duplicates wait. Then commit, and return the
-    /// response. If the commit fails, return any error: the layer reads from the record whether it took effect all the same,
-    /// and if so, gives the recorded answer instead. If the transaction was not committed, the attempt counts as failed
-    /// ([`OnError`](crate::OnError)), also where the handler returns this response. Where the record cannot be read, the caller is
-    /// refused (503) after [`with_completion_timeout`](crate::IdempotencyLayer::with_completion_timeout); a task asks on for
-    /// twelve times as long, two minutes by default, so that what was rolled back can run again. [`Drain`](crate::Drain) waits for
-    /// it.
+    /// Call this last before the commit, because the transaction then holds the row lock of the
+    /// record, and duplicates wait. Then commit, and return the response.
     ///
-    /// A handler whose every effect is in the transaction may run again after a crash: set
-    /// [`OnLost::Execute`](crate::OnLost::Execute), else a key whose process was killed is refused until somebody resolves it.
-    /// Use READ COMMITTED, PostgreSQL's default: at the stricter levels a mere duplicate in another process can make the
-    /// transaction fail. Do not complete within a savepoint that may be rolled back while its transaction is committed. The
-    /// lease is not renewed from here on: the lock on the record keeps others out until the transaction ends. When you have rolled
-    /// it back, return.
+    /// The layer reads the end of the transaction from the record:
+    ///
+    /// * If the commit fails, return any error. If the commit took effect nevertheless, the layer
+    ///   returns the recorded response instead.
+    /// * If the transaction was not committed, the attempt counts as failed
+    ///   ([`OnError`](crate::OnError)), even if the handler returns this response.
+    /// * If the layer cannot read the record, the caller gets 503 after
+    ///   [`with_completion_timeout`](crate::IdempotencyLayer::with_completion_timeout). A task then
+    ///   queries the record for twelve times as long, two minutes by default, so that a request
+    ///   that was rolled back can run again. [`Drain`](crate::Drain) waits for this task.
+    ///
+    /// Rules for the transaction:
+    ///
+    /// * If all effects of the handler are in the transaction, the handler may run again after a
+    ///   crash. Set [`OnLost::Execute`](crate::OnLost::Execute). Otherwise the layer refuses a key
+    ///   whose process was killed until an operator resolves the key.
+    /// * Use READ COMMITTED, PostgreSQL's default. At stricter isolation levels, a duplicate in
+    ///   another process can make the transaction fail.
+    /// * Do not complete within a savepoint that may be rolled back while its transaction is
+    ///   committed.
+    /// * The layer does not renew the lease from here on. The row lock excludes other attempts
+    ///   until the transaction ends. After a rollback, return soon.
     ///
     /// # Cancel safety
     ///
-    /// Dropped half-way, it may have taken effect or not; the layer finds out after the transaction.
+    /// If this future is dropped before it is ready, the completion may or may not have taken
+    /// effect. The layer finds out after the transaction.
     ///
     /// # Errors
     ///
-    /// [`Superseded`](ErrorKind::Superseded) when somebody else has taken the key over, or this attempt has completed it already (in an
-    /// earlier transaction whose commit took effect although its reply was lost, say): roll back (drop the transaction), and
-    /// return any error; the layer then gives what the key holds. [`Configuration`](ErrorKind::Configuration) when the layer's
-    /// store is no [`PostgresStore`](crate::PostgresStore), the response is a stream, breaks off, or is longer or takes longer than the layer's limits, or
-    /// it has the mark [`DoNotStore`](crate::DoNotStore).
-    /// Otherwise as for [`Store::complete`]. In every case roll back.
+    /// In every case, roll the transaction back (drop it) and return any error.
+    ///
+    /// * [`Superseded`](ErrorKind::Superseded) if another attempt has taken the key over, or if
+    ///   this attempt has completed the key already, for example in an earlier transaction whose
+    ///   commit took effect although its reply was lost. The layer then returns the outcome of the
+    ///   key.
+    /// * [`Configuration`](ErrorKind::Configuration) if the layer's store is not a
+    ///   [`PostgresStore`](crate::PostgresStore).
+    /// * [`Configuration`](ErrorKind::Configuration) if the response is a stream, breaks off, or
+    ///   exceeds the layer's limits of length or time.
+    /// * [`Configuration`](ErrorKind::Configuration) if the response has the mark
+    ///   [`DoNotStore`](crate::DoNotStore). Under the settings for webhooks, also if a response
+    ///   that is not a success has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly).
+    /// * The errors of [`Store::complete`].
     pub async fn complete_response_in<B: RebuildBody>(
         &self,
         connection: &mut PgConnection,
@@ -119,7 +146,8 @@ impl Lease {
         settings.advise(&mut head, judgement);
         let outcome = settings.outcome_of(None, &head, &body);
         let retention = judgement.retention;
-        // Before it is sent: dropped from here on, it may have arrived.
+        // Set both flags before the completion is sent. If this future is dropped from here on, the
+        // completion may have reached the server, so the layer must read the record.
         self.in_flight().set_transaction_failed(true);
         let code = settings
             .policy
@@ -134,7 +162,8 @@ impl Lease {
             Ok(Completion::Superseded(_)) => SUPERSEDED,
             Err(error) => error,
         };
-        // Renewals were skipped since an earlier completion that was rolled back.
+        // Renewals may have been skipped since an earlier completion that was rolled back, so the
+        // next one is due now.
         self.in_flight().hurry_renewal();
         Err(failure)
     }
@@ -164,7 +193,16 @@ const SUPERSEDED: Error = Error::new(
 );
 
 impl<St: Store, S> Exchange<St, S> {
-    /// The end of a handler that completed in a transaction of its own. Without `ended`, its answer is the cargo.
+    /// Ends an execution whose handler tried to complete the record in its own transaction. If
+    /// `ended` is `None`, the exchange carries the handler's response ([`Stage::Responded`]).
+    ///
+    /// The record decides about the end, not the handler's response (I5):
+    ///
+    /// 1. Committed: every caller gets the recorded outcome.
+    /// 2. Superseded: the caller gets the outcome of the other attempt.
+    /// 3. Rolled back: the attempt counts as failed, unless the handler's response agrees with the
+    ///    rollback.
+    /// 4. Undecided: the caller gets a refusal, and a task continues to query the record.
     pub(super) async fn after_transaction<R: RebuildBody, E: 'static>(
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
@@ -204,8 +242,9 @@ impl<St: Store, S> Exchange<St, S> {
         returned.into_response()
     }
 
-    /// The record holds that the request is done, without its response, because the response has the mark
-    /// [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets the response, if the handler has returned it.
+    /// Ends an execution whose record holds only that the request is done, because the response has
+    /// the mark [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets the response
+    /// if the handler has returned it.
     fn committed_alone<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Response<R> {
         self.key_guard.end_ownership();
         let shared_result = SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored));
@@ -221,7 +260,10 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Nothing took effect. An answer that says otherwise is not given: a success, or one of the status that was to be recorded.
+    /// Ends an execution whose transaction was rolled back, so that it had no effect. The layer
+    /// does not return a response that claims an effect: one that reports an effect (2xx, 3xx, or a
+    /// gRPC response whose status is `OK` or missing), or has the status of the response that was
+    /// to be recorded. The attempt then counts as failed.
     async fn rolled_back<R: RebuildBody, E: 'static>(
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
@@ -254,8 +296,9 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Whether the transaction was committed cannot be found out now. It is asked on behind the refusal; whoever asks next is
-    /// told.
+    /// Ends an execution whose transaction may or may not be committed, because the store fails.
+    /// The caller gets a refusal. A background task continues to query the record, and a later
+    /// request gets the outcome.
     fn undecided<R: RebuildBody>(&mut self, error: &Error) -> Response<R> {
         telemetry::failure(Event::Unrecorded, error);
         if let Some(owner) = self.owner() {
@@ -267,7 +310,7 @@ impl<St: Store, S> Exchange<St, S> {
     }
 }
 
-/// Returns the end of an attempt whose handler has failed.
+/// Returns the end of an attempt whose handler has failed, for the background task to record.
 fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> AttemptEnd {
     match settings.policy.of_failure() {
         Verdict::GiveUp => AttemptEnd::GivenUp,
