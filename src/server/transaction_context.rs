@@ -1,4 +1,4 @@
-//! The way from a lease to the store of its layer.
+//! The access of a lease to the store and the settings of its layer.
 
 use std::sync::Arc;
 
@@ -9,7 +9,8 @@ use crate::store::{PostgresStore, Store};
 
 const NO_POSTGRES: Error = Error::new(
     ErrorKind::Configuration,
-    "the layer's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a PostgresStore",
+    "the layer's store is not a `PostgresStore`, so it cannot complete a record in a transaction; \
+     create the layer with a `PostgresStore`",
 );
 
 /// The store and the settings with which a lease completes its record in a transaction.
@@ -34,7 +35,7 @@ impl TransactionContext {
 
 #[cfg(feature = "testing")]
 impl TransactionContext {
-    /// Returns the context of a lease that a test made, with the default settings of a layer.
+    /// Returns the context of a lease for a test, with the default settings of a layer.
     pub(super) fn made(made: &crate::engine::Made) -> Self {
         Self {
             store: Arc::new(MadeStore(made.store.clone())),
@@ -43,11 +44,12 @@ impl TransactionContext {
     }
 }
 
+/// A store of any type that may be a [`PostgresStore`].
 trait AnyStore: Send + Sync {
     fn postgres(&self) -> Result<&PostgresStore, Error>;
 }
 
-/// The store of a lease that a test made, if there is one.
+/// The store of a lease for a test, if there is one.
 #[cfg(feature = "testing")]
 struct MadeStore(Option<PostgresStore>);
 
