@@ -1,4 +1,4 @@
-//! What is kept, and what becomes of failures.
+//! The rules that decide which responses are stored, and how failures end an attempt.
 
 use std::fmt;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -22,13 +22,15 @@ pub(super) struct RecoveryCheck(
     Arc<dyn Fn(LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> + Send + Sync>,
 );
 
-/// An attempt whose owner vanished, and the request that now asks about it. Its `Debug` form hides key and headers.
+/// A lost attempt, and the request that now needs its outcome. The `Debug` form hides the key and
+/// the headers.
 #[non_exhaustive]
 pub struct LostAttempt {
     /// The client's key.
     pub key: IdempotencyKey,
-    /// The fence of the *new* attempt. Raise it at the third party before you ask there: else a request of the lost attempt
-    /// that is still under way takes effect after you looked.
+    /// The fence of the *new* attempt. Raise the fence at the third party before you query the
+    /// effect there. Otherwise a request of the lost attempt that is still in flight may take
+    /// effect after the query.
     pub fence: Fence,
     /// The number of the new attempt.
     pub attempt: u32,
@@ -64,6 +66,7 @@ impl fmt::Debug for RecoveryCheck {
     }
 }
 
+/// The application's predicate, which decides by the head whether a response is stored.
 pub(super) type StoreIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
 
 /// The rules that decide which responses are stored.
@@ -77,29 +80,30 @@ pub(super) struct StorePolicy {
 /// The statuses whose responses are stored, apart from failures, for which [`OnError`] decides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Statuses {
-    /// All but those with which the handler did not act, or which depend on fields outside the fingerprint.
+    /// All statuses except [passing](is_passing) ones.
     #[default]
     Definite,
-    /// For responses of gRPC, their gRPC status decides; for all others, the rules of HTTP.
+    /// The gRPC status decides for gRPC responses, and the rules of HTTP for all others.
     Grpc,
-    /// The same as `Definite`, without 400 and 422, because Stripe does not save the results of requests that fail validation.
+    /// The same as `Definite`, without 400 and 422, because Stripe does not save the results of
+    /// requests that fail validation.
     Stripe,
     /// Only 2xx.
     SuccessOnly,
 }
 
-/// The end of an attempt, decided by its response.
+/// The judgement about a response, which decides how its attempt ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) verdict: Verdict,
-    /// Whether the trailers of the response change the verdict: [`StorePolicy::judge_end`].
+    /// Whether the trailers of the response may change the verdict, in [`StorePolicy::judge_end`].
     pub(super) awaits_trailers: bool,
     /// How long an outcome is stored, if the verdict stores one.
     pub(super) retention: Duration,
 }
 
 impl Judgement {
-    /// Returns the decision about a response that is known as a stream. Only its outcome is stored.
+    /// Returns the judgement about a response that is a stream. The layer stores only its outcome.
     pub(super) const fn of_stream(self) -> Self {
         let verdict = match self.verdict {
             Verdict::Store => Verdict::Tombstone,
@@ -112,22 +116,24 @@ impl Judgement {
 /// The effect of the attempt's end on its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Nobody knows whether the request took effect. The key is treated as if its owner had vanished.
+    /// It is unknown whether the request took effect. The key is treated as if its owner were lost.
     GiveUp,
-    /// The response is stored.
+    /// The layer stores the response.
     Store,
-    /// The key is free again.
+    /// The layer releases the key, so that the next attempt can run.
     Release,
-    /// The request took effect. A tombstone is stored, and the caller gets the response.
+    /// The request took effect. The layer stores a tombstone, and the caller gets the response.
     Tombstone,
-    /// The application's predicate panicked after the effect. A tombstone is stored, and nobody gets the response.
+    /// The application's predicate panicked after the handler had run. The layer stores a
+    /// tombstone, and the caller gets a refusal instead of the response.
     Unjudged,
 }
 
 impl StorePolicy {
-    /// Decides by the handler's own mark, then by a refusal of a layer further in, then by the predicate, then by the
-    /// status. A refusal that denies the effect wins over [`StoreResponse`]. Returns whether the trailers may change the verdict,
-    /// too.
+    /// Returns the verdict about a response by its head, and whether the trailers may change the
+    /// verdict. The order is the handler's own mark, then a refusal of a layer further in, then the
+    /// predicate, then the status. A refusal that denies the effect takes precedence over
+    /// [`StoreResponse`].
     fn verdict(&self, response: &response::Parts) -> (Verdict, bool) {
         if let Some(verdict) = self.of_marks(&response.extensions) {
             return (verdict, false);
@@ -141,8 +147,9 @@ impl StorePolicy {
             return (verdict, false);
         }
         if self.is_of_grpc(response.status, &response.headers) {
-            // Without a status in the head, the status follows in the trailers. If they come too late, the request counts as
-            // done. With one, the trailers may contradict it.
+            // If the head has no gRPC status, the status follows in the trailers. If the trailers
+            // arrive too late, the request counts as done. If the head has a status, the trailers
+            // may contradict it.
             let outcome = grpc_result(&response.headers, None);
             return (outcome.map_or(Verdict::Store, |outcome| self.of_grpc(outcome)), true);
         }
@@ -150,7 +157,8 @@ impl StorePolicy {
     }
 
     fn of_status(&self, status: StatusCode) -> Verdict {
-        // A time-out within the layer answers 408, too, and cuts the handler off: that is a failure like any other.
+        // A timeout layer inside this layer also responds with 408, after it has aborted the
+        // handler. So 408 is a failure.
         if status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT {
             return self.of_failure();
         }
@@ -161,6 +169,8 @@ impl StorePolicy {
         }
     }
 
+    /// Returns the verdict by the marks of the handler or by the refusal of a layer further in, if
+    /// there is one.
     fn of_marks(&self, marks: &Extensions) -> Option<Verdict> {
         if marks.is_empty() {
             return None;
@@ -180,7 +190,8 @@ impl StorePolicy {
             (Effect::Failed, _) => self.of_failure(),
             (Effect::Done, _) => Verdict::Tombstone,
             (Effect::Unknown, OnError::Release) => Verdict::Release,
-            // If the refusal were stored, later requests would get it even after the outcome has become known.
+            // If the refusal were stored, later requests would get it even after the outcome has
+            // become known.
             (Effect::Unknown, OnError::Store | OnError::Reject | OnError::Unknown) => Verdict::GiveUp,
         })
     }
@@ -193,8 +204,8 @@ impl StorePolicy {
         }
     }
 
-    /// Decides how an attempt ends, by the head of its response. `retention` is the layer's setting. The handler has
-    /// already run, so if the predicate panics, the key must not become free.
+    /// Judges an attempt by the head of its response. `retention` is the layer's setting. If the
+    /// predicate panics, the key must not become free, because the handler has already run (I6).
     pub(super) fn judge(&self, head: &response::Parts, retention: Duration) -> Judgement {
         let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(head)));
         let (verdict, awaits_trailers) = verdict.unwrap_or((Verdict::Unjudged, false));
@@ -205,13 +216,13 @@ impl StorePolicy {
         }
     }
 
-    /// Whether these settings are for gRPC, and the response is one of gRPC.
+    /// Whether these settings are for gRPC, and the response is a gRPC response.
     pub(super) fn is_of_grpc(&self, status: StatusCode, head: &HeaderMap) -> bool {
         self.statuses == Statuses::Grpc && is_grpc_response(status, head)
     }
 
-    /// Whether a response is one of gRPC. Its content type shows that under all settings, because a selector may choose
-    /// other settings for its request than these.
+    /// Whether a response is a gRPC response. The content type shows that under all settings,
+    /// because a selector may choose settings of HTTP for a gRPC request.
     pub(super) fn is_grpc_response(&self, status: StatusCode, head: &HeaderMap) -> bool {
         is_typed_grpc(status, head) || self.is_of_grpc(status, head)
     }
@@ -223,8 +234,8 @@ impl StorePolicy {
         self.is_grpc_response(status, head).then(code).flatten()
     }
 
-    /// Returns the decision about a response whose body has ended or, without trailers, broken off. A gRPC response
-    /// without a status is a failure.
+    /// Returns the judgement about a response whose body has ended, or has broken off without
+    /// trailers. A gRPC response without a status is a failure.
     pub(super) fn judge_end(
         &self,
         mut judgement: Judgement,
@@ -238,7 +249,7 @@ impl StorePolicy {
         judgement
     }
 
-    /// Whether a response says that its request took effect.
+    /// Whether a response reports that its request took effect.
     #[cfg(feature = "postgres")]
     pub(super) fn reports_effect(&self, status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>) -> bool {
         if self.is_of_grpc(status, head) {
@@ -247,7 +258,7 @@ impl StorePolicy {
         status.is_success() || status.is_redirection()
     }
 
-    /// Decides how an attempt ends whose handler failed without a response.
+    /// Returns the verdict about an attempt whose handler failed.
     pub(super) const fn of_failure(&self) -> Verdict {
         match self.on_error {
             OnError::Store => Verdict::Store,
@@ -270,9 +281,9 @@ impl Statuses {
     }
 }
 
-/// Whether a response of this status is passed on without being stored. With these statuses, the handler did not act,
-/// or the response depends on header fields outside the fingerprint, so the same request may succeed later. A 408 and a
-/// 5xx are failures instead.
+/// Whether the layer passes a response with this status on without storing it. With these statuses,
+/// the handler did not act, or the response depends on header fields outside the fingerprint, so
+/// the same request may succeed later. A 408 and a 5xx are failures instead.
 const fn is_passing(status: StatusCode) -> bool {
     matches!(
         status,
@@ -347,7 +358,8 @@ mod tests {
         }
     }
 
-    /// Every refusal of an inner layer counted as a sign that the request had no effect.
+    /// Regression: every refusal of an inner layer counted as a sign that the request had no
+    /// effect.
     #[test]
     fn a_refusal_of_an_inner_layer_is_judged_by_its_effect() {
         use RefusalKind::{
