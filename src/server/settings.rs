@@ -1,4 +1,5 @@
-//! All that can be set, in one value that clones of a layer share until one of them changes it.
+//! The settings of a layer, in one value that clones of the layer share until one of them changes
+//! it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,21 +16,25 @@ use crate::engine::EngineSettings;
 use crate::http::{Fingerprinting, Rendering, ResponseHeaders, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{IfLost, KeyParser, Scope};
 
-/// The settings of a layer, to be chosen from by [`with_settings_for`](super::IdempotencyLayer::with_settings_for). Made by
-/// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings); clones share one value.
+/// The settings of a layer, for the selector of
+/// [`with_settings_for`](super::IdempotencyLayer::with_settings_for).
+/// [`IdempotencyLayer::settings`](super::IdempotencyLayer::settings) returns them. Clones share one
+/// value.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub(super) values: Arc<Values>,
-    /// The settings for single paths, which go before `values`.
+    /// The settings for single paths, which take precedence over `values`.
     pub(super) paths: Option<Arc<Paths>>,
 }
 
 /// Settings by the path of the request's `uri`.
 pub(super) type Paths = HashMap<String, Arc<Values>>;
 
-/// Chooses the settings for a request by its head. Returns `None` for a request that the layer does not cover.
+/// Chooses the settings for a request by its head. Returns `None` for a request that the layer does
+/// not cover.
 pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
 
+/// Returns the scope of a request by its head; `None` if the request has none.
 pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 
 #[derive(Clone)]
@@ -51,8 +56,9 @@ pub(super) struct Values {
     /// The check under [`IfLost::Recover`].
     pub(super) check: Option<RecoveryCheck>,
     pub(super) response_headers: ResponseHeaders,
-    /// Whether a 2xx acknowledges: none is given of which nothing is recorded, and a duplicate of which the answer was not kept
-    /// gets a bare 200 instead of a refusal.
+    /// Whether a 2xx acknowledges a delivery, as for webhooks. The layer then returns no response
+    /// without a record. If the response of a success was not stored, a duplicate gets a bare 200
+    /// instead of a refusal.
     pub(super) acknowledges: bool,
     pub(super) refusals: Rendering,
     pub(super) waiting: Waiting,
@@ -60,7 +66,8 @@ pub(super) struct Values {
     pub(super) run_unprotected: bool,
 }
 
-/// How many duplicates may wait.
+/// The maximum numbers of duplicates that wait in this process: for one key, and for all keys
+/// together.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Waiting {
     pub(super) per_key: usize,
@@ -116,8 +123,9 @@ impl Values {
         self.header = name;
     }
 
-    /// Adds the header field `false` to a failed response after which no retry can run, so that the client's SDK does not
-    /// send the request again in vain. The layer stores the field with the response.
+    /// Adds the should-retry field, with the value `false`, to a failed response after which no
+    /// retry can run, so that the client's SDK does not send the request again in vain. The layer
+    /// stores the field with the response.
     pub(super) fn advise(&self, head: &mut response::Parts, judgement: Judgement) {
         let Some(name) = &self.refusals.should_retry else {
             return;
@@ -125,12 +133,12 @@ impl Values {
         let is_failure = head.status.is_client_error() || head.status.is_server_error();
         let can_run_again = match judgement.verdict {
             Verdict::Release => true,
-            // A retry takes the key over, or asks first.
+            // A retry takes the key over, or calls the recovery check first.
             Verdict::GiveUp => self.engine.if_lost != IfLost::Refuse,
             Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => judgement.retention.is_zero(),
         };
         if is_failure && !can_run_again {
-            // A response whose header map is full does not get the field.
+            // If the header map is full, the response does not get the field.
             drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
         }
     }
@@ -236,7 +244,7 @@ mod tests {
                 ),
             ],
         );
-        // The layers of the client and the receiver have tables of their own.
+        // The layers of the client and the receiver have their own tables.
         assert_table(
             include_str!("../client/once/http/layer.rs"),
             &[
