@@ -15,8 +15,9 @@ use crate::protocol::Fingerprint;
 use crate::protocol::{Fence, Grant, IdempotencyKey, Owner, StorageKey};
 use crate::store::Store;
 
-/// The attempt under which a handler runs. It is an extension of every guarded request, and an axum extractor (feature
-/// `axum`). Unit tests of handlers make one with `testing::TestLease` (feature `testing`).
+/// The attempt under which a handler runs. It is an extension of every guarded request, and an axum
+/// extractor (feature `axum`). Unit tests of handlers make one with `testing::TestLease` (feature
+/// `testing`).
 ///
 /// ```
 /// use tower_idempotency::Lease;
@@ -53,7 +54,7 @@ impl Lease {
         }
     }
 
-    /// Returns a lease that a test made.
+    /// Returns a lease for a test of an application's handler.
     #[cfg(feature = "testing")]
     pub(crate) fn made(key: IdempotencyKey, made: &crate::engine::Made) -> Self {
         let in_flight = InFlight::new(key, made.storage_key, Fingerprint::NONE, Duration::ZERO).granted(made.grant);
@@ -69,13 +70,13 @@ impl Lease {
         }
     }
 
-    /// Returns this lease as the lease of a layer inside the layer that gave `outer`.
+    /// Returns this lease with a link to `outer`, the lease of a layer further out.
     pub(super) fn within(mut self, outer: Option<Self>) -> Self {
         self.outer = outer.map(Arc::new);
         self
     }
 
-    /// Whether the test holds for this lease or for a lease of a layer further out.
+    /// Whether `test` returns `true` for this lease or for a lease of a layer further out.
     pub(super) fn any(&self, mut test: impl FnMut(&Self) -> bool) -> bool {
         let mut lease = Some(self);
         while let Some(this) = lease {
@@ -87,7 +88,8 @@ impl Lease {
         false
     }
 
-    /// The owners of this storage key among this lease and the leases further out, in any store.
+    /// Returns the owners of this storage key among this lease and the leases further out, in any
+    /// store.
     pub(super) fn owners_of(&self, key: &StorageKey) -> Vec<Owner> {
         let mut owners = Vec::new();
         self.any(|lease| {
@@ -114,7 +116,8 @@ impl Lease {
         &self.in_flight.key
     }
 
-    /// Returns the fence, which grows with every attempt under a key. Pass it to a third party that can refuse an older fence.
+    /// Returns the fence, which grows with every attempt under a key. Pass the fence to a third
+    /// party that can refuse an older fence.
     #[must_use]
     pub const fn fence(&self) -> Fence {
         self.grant.owner.fence
@@ -126,8 +129,8 @@ impl Lease {
         &self.in_flight.storage_key
     }
 
-    /// Returns nonce and fence. A store of your own needs them and the [storage key](Self::storage_key) to complete a key within a
-    /// transaction.
+    /// Returns the nonce and the fence. A custom store needs them and the [storage
+    /// key](Self::storage_key) to complete a key within a transaction.
     #[must_use]
     pub const fn owner(&self) -> Owner {
         self.grant.owner
@@ -139,24 +142,26 @@ impl Lease {
         AttemptNumber(self.grant.attempt)
     }
 
-    /// Returns whether this attempt still holds the key, as far as the last renewal knows. Otherwise the layer discards the
-    /// response of this attempt.
+    /// Returns whether this attempt still held the key at the last renewal. If it is `false`, the
+    /// layer discards the response of this attempt.
     #[must_use]
     pub fn is_held(&self) -> bool {
         !self.in_flight.is_superseded()
     }
 
-    /// Returns a key for a call to a third party: 64 hexadecimal digits that are the same in every attempt under this key and
-    /// request, differ for each `step`, and do not reveal the client's key.
+    /// Returns a key for a call to a third party, as 64 hexadecimal digits. The key is the same in
+    /// every attempt under this key and request, differs for each `step`, and does not reveal the
+    /// client's key.
     ///
-    /// A third party that deduplicates by this key makes the call take effect once, even if the handler runs again.
+    /// If the third party deduplicates by this key, the call takes effect once, even if the handler
+    /// runs again.
     #[must_use]
     pub fn derive_key(&self, step: &str) -> String {
         self.derive(step).to_hex().to_string()
     }
 
-    /// Returns [`derive_key`](Self::derive_key) as a UUID (version 8, RFC 9562 section 5.8) of 36 characters, for a third party that
-    /// takes ids of its clients, or only short keys.
+    /// Returns [`derive_key`](Self::derive_key) as a UUID (version 8, RFC 9562 section 5.8) of 36
+    /// characters, for a third party that accepts ids from its clients, or only short keys.
     #[must_use]
     pub fn derive_id(&self, step: &str) -> String {
         let mut bytes = [0; 16];
@@ -193,7 +198,8 @@ impl AttemptNumber {
         self.0
     }
 
-    /// Returns whether no earlier attempt was lost. An attempt that failed and released its key does not count.
+    /// Returns whether no earlier attempt was lost. An attempt that failed and released its key
+    /// does not count.
     #[must_use]
     pub const fn is_first(self) -> bool {
         self.0 == 1
@@ -213,15 +219,18 @@ mod extract {
     use crate::http::{Refusal, RefusalKind, Rendering, IDEMPOTENCY_KEY};
     use crate::protocol::IdempotencyKey;
 
-    /// The header field that holds the key, set by a layer that passed the request on, if the field is not
-    /// `Idempotency-Key`.
+    /// The name of the header field with the key. A layer that passes a request on adds it to the
+    /// extensions, if the name is not `Idempotency-Key`.
     #[derive(Clone)]
     pub(in crate::server) struct KeyHeader(pub(in crate::server) HeaderName);
 
-    /// The rejection of a [`Lease`], an [`AttemptNumber`] or an [`IdempotencyKey`] as an extractor, if no
-    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the request. A request without a key gets 400. A request
-    /// with a key gets 500, because the application does not cover its route or method. The key counts in the header
-    /// field of the layer that passed the request on, otherwise in `Idempotency-Key`, and the response names that field.
+    /// The rejection of a [`Lease`], an [`AttemptNumber`] or an [`IdempotencyKey`] as an extractor,
+    /// if no [`IdempotencyLayer`](crate::IdempotencyLayer) guards the request.
+    ///
+    /// A request without a key gets 400. A request with a key gets 500, because the application
+    /// does not cover its route or method. The rejection looks for the key in the header field of
+    /// the layer that passed the request on. Without such a layer, it looks in `Idempotency-Key`.
+    /// The response names that field.
     #[derive(Clone, Debug)]
     pub struct LeaseRejection {
         has_key: bool,
