@@ -12,28 +12,33 @@ use crate::store::Store;
 impl<St: Store> IdempotencyLayer<St> {
     /// Sets the layer up for gRPC services.
     ///
-    /// Call this first, because it replaces the header field, the methods, the fingerprint of bodies,
-    /// [`store_if`](Self::store_if) and the refusals that were set before.
+    /// Call this first, because it replaces the header field, the methods, the fingerprint of
+    /// bodies, [`store_if`](Self::store_if) and the refusals that were set before.
     ///
     /// * POST only; the key is the metadata `idempotency-key`, and optional.
-    /// * The status of the call decides, in the head or in the trailers of the response. The layer stores `OK`,
-    ///   `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION` and `OUT_OF_RANGE`. It frees the key after
-    ///   `CANCELLED`, `DEADLINE_EXCEEDED`, `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`, `UNIMPLEMENTED`,
-    ///   `UNAVAILABLE` and `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
-    ///   `DATA_LOSS` and a response without a status. The rules of HTTP apply to a response whose HTTP status is not 200.
-    ///   They also apply to one with neither the content type `application/grpc` nor a gRPC status in its head, such as that
-    ///   of a JSON route. [`store_if`](Self::store_if) replaces all these rules, and sees only the head. The marks of a
-    ///   handler ([`MarkStatus`](crate::MarkStatus)) take precedence over both.
+    /// * The status of the call decides, in the head or in the trailers of the response. The layer
+    ///   stores `OK`, `INVALID_ARGUMENT`, `NOT_FOUND`, `ALREADY_EXISTS`, `FAILED_PRECONDITION` and
+    ///   `OUT_OF_RANGE`. It frees the key after `CANCELLED`, `DEADLINE_EXCEEDED`,
+    ///   `PERMISSION_DENIED`, `RESOURCE_EXHAUSTED`, `ABORTED`, `UNIMPLEMENTED`, `UNAVAILABLE` and
+    ///   `UNAUTHENTICATED`. [`on_error`](Self::on_error) decides about `UNKNOWN`, `INTERNAL`,
+    ///   `DATA_LOSS` and a response without a status. The rules of HTTP apply to a response whose
+    ///   HTTP status is not 200. They also apply to one with neither the content type
+    ///   `application/grpc` nor a gRPC status in its head, such as that of a JSON route.
+    ///   [`store_if`](Self::store_if) replaces all these rules, and sees only the head. The marks
+    ///   of a handler ([`MarkStatus`](crate::MarkStatus)) take precedence over both.
     /// * Fingerprints cover the decompressed messages (gzip, deflate and zstd, up to the [limit of
-    ///   bodies](Self::with_body_limit) and 1,024 compressed messages), so a retry may use another compression. For a body
-    ///   that cannot be decompressed, the fingerprint covers its bytes and the name of its encoding. Of the metadata,
-    ///   fingerprints include only credentials and host by default, and never `grpc-timeout`.
-    /// * A stored response in an encoding that a client does not list in `grpc-accept-encoding` is decompressed for it,
-    ///   up to 16 MiB and 1,024 compressed messages. Beyond that, the client gets `ENCODING_NOT_ACCEPTED`.
-    /// * A response that has not ended 100 ms after its first message is a stream: the layer stores a tombstone, and the
-    ///   stream reaches its caller, the first message included. One that ends in time is stored, whether it has one message
-    ///   or many.
-    /// * Refusals are gRPC statuses, as [`with_grpc_refusals`](Self::with_grpc_refusals) makes them.
+    ///   bodies](Self::with_body_limit) and 1,024 compressed messages), so a retry may use another
+    ///   compression. For a body that cannot be decompressed, the fingerprint covers its bytes and
+    ///   the name of its encoding. Of the metadata, fingerprints include only credentials and host
+    ///   by default, and never `grpc-timeout`.
+    /// * A stored response in an encoding that a client does not list in `grpc-accept-encoding` is
+    ///   decompressed for it, up to 16 MiB and 1,024 compressed messages. Beyond that, the client
+    ///   gets `ENCODING_NOT_ACCEPTED`.
+    /// * A response that has not ended 100 ms after its first message is a stream. The layer stores
+    ///   a tombstone, and the caller gets the stream, including the first message. The layer stores
+    ///   a response that ends in time, whether it has one message or many.
+    /// * Refusals are gRPC statuses, as [`with_grpc_refusals`](Self::with_grpc_refusals) makes
+    ///   them.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
@@ -52,11 +57,13 @@ impl<St: Store> IdempotencyLayer<St> {
         self.with_methods([Method::POST]).with_grpc_refusals()
     }
 
-    /// Renders refusals as gRPC statuses, in responses without messages. Default: problem documents.
+    /// Renders refusals as gRPC statuses, in responses without messages. Default: problem
+    /// documents.
     ///
-    /// The text of the status says what to do. The details have an `ErrorInfo` with the [code](crate::Refusal::code) as
-    /// its reason (`KEY_REUSED`), the domain `tower-idempotency` and the metadata `retryable`, and a `RetryInfo` if the
-    /// client is to retry after a delay.
+    /// The text of the status explains how to proceed. The details have an `ErrorInfo` with the
+    /// [code](crate::Refusal::code) as its reason (such as `KEY_REUSED`), the domain
+    /// `tower-idempotency` and the metadata `retryable`. They also have a `RetryInfo` if the client
+    /// is to retry after a delay.
     ///
     /// | status | reasons |
     /// |---|---|
@@ -75,17 +82,21 @@ impl<St: Store> IdempotencyLayer<St> {
         self
     }
 
-    /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets a layer with all settings of
-    /// this layer, also those that you set later, and returns it with the changes for the method.
+    /// Adds settings for one gRPC method, named as in `/pay.Payments/Charge`. `configure` gets a
+    /// layer with all settings of this layer, also those that you set later, and returns it with
+    /// the changes for the method.
     ///
-    /// These settings take precedence over those of [`with_settings_for`](Self::with_settings_for) and of the layer itself, which
-    /// apply to all other methods. On a server for gRPC and HTTP, whose layer has the settings of HTTP, `configure` must
-    /// begin with [`grpc`](Self::grpc): `add_grpc_method(path, |method| method.grpc().require_key())`. Otherwise the layer
-    /// stores `UNAVAILABLE`. Or add the method to the layer for gRPC before you take its [`settings`](Self::settings) for the
-    /// selector. If the layer itself and the chosen settings both have the method, the layer's settings count.
+    /// These settings take precedence over those of [`with_settings_for`](Self::with_settings_for)
+    /// and of the layer itself, which apply to all other methods. On a server for gRPC and HTTP,
+    /// whose layer has the settings of HTTP, `configure` must begin with [`grpc`](Self::grpc):
+    /// `add_grpc_method(path, |method| method.grpc().require_key())`. Otherwise the layer stores
+    /// `UNAVAILABLE`. Or add the method to the layer for gRPC before you take its
+    /// [`settings`](Self::settings) for the selector. If the layer itself and the chosen settings
+    /// both have the method, the layer's settings count.
     ///
-    /// A misspelled name changes nothing, and the layer does not report it. The name of a service is a constant of the
-    /// server that tonic generates: `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or `SERVICE_NAME`.
+    /// A misspelled name changes nothing, and the layer does not report it. The name of a service
+    /// is a constant of the server that tonic generates:
+    /// `format!("/{}/Charge", PaymentsServer::<Bank>::NAME)` or `SERVICE_NAME`.
     ///
     /// ```
     /// use std::time::Duration;
