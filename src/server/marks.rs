@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use http::response;
 
-/// Response extension: the layer stores this response whatever its status.
+/// Response extension: the layer stores this response, whatever its status.
 ///
-/// In axum, a mark implements `IntoResponseParts`, so a handler or an error type can return it in a tuple:
+/// In axum, a mark implements `IntoResponseParts`, so a handler or an error type can return it in a
+/// tuple:
 ///
 /// ```
 /// # #[cfg(feature = "axum")]
@@ -55,49 +56,53 @@ use http::response;
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct StoreResponse;
 
-/// Response extension: the layer does not store this response, and the next request with the key runs again.
+/// Response extension: the layer does not store this response, and the next request with the key
+/// runs again.
 ///
-/// For a response without an effect, such as "try again later". It wins over every other mark. The layer frees the key
-/// and then streams the response, so a caller may get its first bytes before the rest exists. On a response that is
-/// [recovered](crate::Recovered::Happened) or [resolved](crate::IdempotencyLayer::outcome_of), the mark means the same as
-/// [`StoreOutcomeOnly`], because the request took effect.
+/// Use it for a response without an effect, such as "try again later". It takes precedence over
+/// every other mark. The layer frees the key and then streams the response, so a caller may get its
+/// first bytes before the rest exists. On a response that is
+/// [recovered](crate::Recovered::Happened) or [resolved](crate::IdempotencyLayer::outcome_of), the
+/// mark means the same as [`StoreOutcomeOnly`], because the request took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct DoNotStore;
 
 /// Response extension: the layer stores that the request took effect, but not its response.
 ///
-/// For one-time secrets, such as a new API key, which must not be stored. The layer stores a tombstone whatever
-/// the status, and the response then reaches its caller. Every duplicate gets 409 `response-not-stored`, also one that
-/// waited meanwhile, and the handler never runs again.
+/// Use it for one-time secrets that must not be stored, such as a new API key. The layer stores a
+/// tombstone, whatever the status, and then passes the response to its caller. Every duplicate gets
+/// 409 `response-not-stored`, including one that was waiting, and the handler never runs again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct StoreOutcomeOnly;
 
 /// Response extension: the layer does not wait for the end of this response's body.
 ///
-/// For a response whose body takes long or never ends. If the response is one that the layer stores, the layer stores
-/// a tombstone instead, and the body streams from its first byte. Duplicates get 409 `response-not-stored`, and the
-/// handler never runs again. Without this mark the layer knows a stream by its `Content-Type`; see
+/// Use it for a response whose body takes long or never ends. If the response is one that the layer
+/// stores, the layer stores a tombstone instead, and the body streams from its first byte.
+/// Duplicates get 409 `response-not-stored`, and the handler never runs again. Without this mark
+/// the layer recognises a stream by its `Content-Type`; see
 /// [`with_stream_types`](crate::IdempotencyLayer::with_stream_types).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct StreamResponse;
 
-/// Response extension: how long the layer stores this outcome, counted from its completion. Default: the layer's
-/// [retention](crate::IdempotencyLayer::with_retention).
+/// Response extension: the store holds this outcome for this time, counted from its completion.
+/// Default: the layer's [retention](crate::IdempotencyLayer::with_retention).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has this one field")]
 pub struct StoreFor(pub Duration);
 
-/// Whether the store must not have the content of a response, although its request took effect. The mark [`DoNotStore`]
-/// cannot free the key then, so it means the same as [`StoreOutcomeOnly`].
+/// Whether the store must not have the content of a response whose request took effect. The mark
+/// [`DoNotStore`] cannot free the key after an effect, so it means the same as
+/// [`StoreOutcomeOnly`].
 pub(super) fn is_not_for_store(head: &response::Parts) -> bool {
     let marks = &head.extensions;
     marks.get::<StoreOutcomeOnly>().is_some() || marks.get::<DoNotStore>().is_some()
 }
 
-/// Returns how long the handler asked to have its outcome stored.
+/// Returns the retention that the handler set for its outcome.
 pub(super) fn retention_of(head: &response::Parts) -> Option<Duration> {
     head.extensions.get().map(|StoreFor(retention)| *retention)
 }
