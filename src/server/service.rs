@@ -26,18 +26,18 @@ use crate::telemetry;
 /// An HTTP service behind an [`IdempotencyLayer`](super::IdempotencyLayer).
 pub struct Idempotency<S, St> {
     inner: S,
-    // One pointer: servers clone their services for every request.
+    // The state is behind one pointer, because servers clone their services for every request.
     layer: Arc<Configured<St>>,
 }
 
-/// What the layer had set when it made a service.
+/// The store and the settings of a service, as its layer had them when it made the service.
 struct Configured<St> {
     shared: Arc<Shared<St>>,
     settings: Settings,
     selector: Option<Selector>,
 }
 
-/// What the head of a request says.
+/// The decision about a request by its head.
 enum Admission {
     Guard(IdempotencyKey),
     Pass,
@@ -45,7 +45,7 @@ enum Admission {
 }
 
 impl<St> Configured<St> {
-    /// Returns the settings for a request; `None` if it is not covered.
+    /// Returns the settings for a request; `None` if the layer does not cover the request.
     fn select(&self, head: &Parts) -> Option<Arc<Values>> {
         let path = head.uri.path();
         match (self.settings.of_path(path), &self.selector) {
@@ -66,7 +66,7 @@ impl<S, St> Idempotency<S, St> {
         Self { inner, layer }
     }
 
-    /// The service inside.
+    /// Returns the inner service.
     pub fn inner(&self) -> &S {
         &self.inner
     }
@@ -124,6 +124,7 @@ where
 }
 
 impl<S: Clone, St: Store> Idempotency<S, St> {
+    /// Guards a request, unless an outer layer guards the same record already.
     fn guard<B, R>(
         &mut self,
         key: IdempotencyKey,
@@ -148,7 +149,8 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
             },
         };
         let storage_key = settings.engine.space.storage_key(scope.as_ref(), &key);
-        // Two layers that guard the same record would wait for each other, so the inner layer passes the request on.
+        // Two layers that guard the same record would wait for each other, so the inner layer
+        // passes the request on.
         let shared = &self.layer.shared;
         let outer = head.extensions.get::<Lease>();
         let is_ours =
@@ -162,7 +164,8 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
             storage_key,
             scoped: scope.is_some(),
         };
-        // Call the service that was polled ready and leave its clone behind; the clone is not ready.
+        // Call the service that was polled ready and leave its clone behind; the clone is not
+        // ready.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
         let shared = Arc::clone(shared);
@@ -183,14 +186,15 @@ impl<S: Clone, St: Store> Idempotency<S, St> {
 }
 
 impl Values {
-    /// Returns the response to a request that is refused by its head.
+    /// Returns the refusal of a request that the layer refuses by its head.
     fn refused<F, R: RebuildBody, E>(&self, refusal: Refusal, head: &Parts) -> ResponseFuture<F, R, E> {
         telemetry::finished(telemetry::span().as_deref(), refusal.code());
         ResponseFuture::refused(refusal.into_response(&self.refusals, Some(head)))
     }
 
-    /// Adds the name of the header field with the key to the extensions, for extractors that find no lease. Does so
-    /// only if the name is not `Idempotency-Key`, so that all other requests are passed on at no cost.
+    /// Adds the name of the header field with the key to the extensions, for extractors that find
+    /// no lease. Adds nothing if the name is `Idempotency-Key`, so that passing such requests on
+    /// costs nothing.
     #[cfg_attr(
         not(feature = "axum"),
         expect(clippy::unused_self, reason = "there are no extractors")
@@ -204,6 +208,7 @@ impl Values {
         let _ = extensions;
     }
 
+    /// Decides about a request by its method and its key.
     fn admit(&self, method: &http::Method, headers: &http::HeaderMap) -> Admission {
         if !self.methods.contains(method) {
             return Admission::Pass;
