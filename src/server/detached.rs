@@ -9,11 +9,11 @@ use super::singleflight::InFlight;
 use crate::detach::{Detach, DetachOnDrop, TaskTracker};
 use crate::telemetry::{self, Event};
 
-/// The exchange of one request, polled in place. When the caller leaves, the exchange continues if it has claimed its key;
-/// otherwise it is dropped, and its guards give everything back.
+/// The exchange of one request, polled in place. If the caller leaves after the claim, the exchange
+/// continues in a task. Otherwise the exchange is dropped, and its guards release everything (I11).
 pub(super) type Running<R, E> = DetachOnDrop<Result<http::Response<R>, E>, IfGuarded>;
 
-/// Continues an exchange only if it has claimed its key.
+/// Continues an abandoned exchange only if it has claimed its key.
 pub(super) struct IfGuarded {
     pub(super) in_flight: Arc<InFlight>,
     pub(super) tracker: Arc<TaskTracker>,

@@ -12,13 +12,15 @@ use crate::error::Classifiers;
     reason = "an application that classifies errors must know every class"
 )]
 pub enum ServiceFailure {
-    /// The handler failed, or may have run. [`OnError`](crate::OnError) decides. The default for every error.
+    /// The handler failed, or may have run. [`OnError`](crate::OnError) decides. This is the
+    /// default for every error.
     Failed,
-    /// The request did not reach the handler. The layer releases the key under every [`OnError`](crate::OnError).
+    /// The request did not reach the handler. The layer releases the key under every
+    /// [`OnError`](crate::OnError).
     NotRun,
 }
 
-/// The classes that the application has set for the errors of the inner service.
+/// The functions with which the application classifies the errors of the inner service.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ServiceErrors(Classifiers<ServiceFailure>);
 
@@ -27,7 +29,8 @@ impl ServiceErrors {
         self.0.add(classify);
     }
 
-    /// Classifies an error. If the application's function panics, the handler may have run.
+    /// Classifies an error. If the application's function panics, the error counts as
+    /// [`ServiceFailure::Failed`], because the handler may have run.
     pub(super) fn of<E: 'static>(&self, error: &E) -> ServiceFailure {
         let class = catch_unwind(AssertUnwindSafe(|| self.0.of(error)));
         class.ok().flatten().unwrap_or(ServiceFailure::Failed)

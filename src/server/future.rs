@@ -17,9 +17,10 @@ pin_project! {
     ///
     /// # Cancel safety
     ///
-    /// If this future is dropped before the body of the request is read, nothing has happened. If it is dropped later, the
-    /// execution continues in a task until its outcome is recorded, so a caller that hangs up separates no effect from its
-    /// response. A duplicate that only waits leaves no trace.
+    /// If this future is dropped before the body of the request is read, nothing has happened. If
+    /// it is dropped after the claim, the execution continues in a task until its outcome is
+    /// recorded, so that an effect never lacks its record. If a duplicate is dropped while it
+    /// waits, it leaves no trace.
     pub struct ResponseFuture<F, R: 'static, E: 'static> {
         #[pin]
         kind: Kind<F, R, E>,
@@ -36,7 +37,7 @@ pin_project! {
     }
 }
 
-/// The course of a guarded request.
+/// The phases of a guarded request.
 enum Course<R: 'static, E: 'static> {
     BufferRequest(Box<dyn BufferRequest<R, E>>),
     Running(Running<R, E>),
@@ -58,7 +59,8 @@ impl<F, R, E> ResponseFuture<F, R, E> {
         }
     }
 
-    /// A request for which the store must show whether a layer further out already guards the same record.
+    /// Returns the future of a request for which the store must show whether a layer further out
+    /// already guards the same record.
     pub(super) fn nested(future: BoxFuture<'static, Result<Response<R>, E>>) -> Self {
         Self {
             kind: Kind::Nested { future },
@@ -97,7 +99,7 @@ impl<R, E> Course<R, E> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response<R>, E>> {
         if let Self::BufferRequest(buffering) = self {
             let body = ready!(buffering.poll_body(cx));
-            // Take it out, so that it is never polled again after a panic.
+            // Take the request out of `self`, so that it is never polled again after a panic.
             let Self::BufferRequest(buffering) = std::mem::replace(self, Self::Ended) else {
                 return Poll::Pending;
             };

@@ -1,12 +1,19 @@
 //! The server side: the layer, its service, and the flow of a guarded request.
 //!
-//! [`IdempotencyLayer`] holds what is set; [`Idempotency`] decides by the head of a request whether to pass it on, refuse it or
-//! guard it. A guarded request goes through an exchange: its body is read, its fingerprint taken, and it asks for the seat of
-//! its key among the requests of this process. The one that gets the seat claims the key in the store and does what the
-//! store decides; the others wait for it.
+//! [`IdempotencyLayer`] holds the settings. [`Idempotency`] decides by the head of a request
+//! whether to pass the request on, refuse it or guard it. A guarded request goes through these
+//! steps:
 //!
-//! The one that is granted the key runs the handler within the very future that the caller polls. If the caller drops it, the
-//! rest of it moves to a task of its own: only an abandoned request pays for one.
+//! 1. The layer reads the body and computes the fingerprint (`buffering`).
+//! 2. The request takes the entry of its key in the table of this process, or follows the request
+//!    that has the entry (`singleflight`).
+//! 3. The request with the entry claims the key in the store, and acts on the store's decision
+//!    (`exchange`). If the owner is in another process, the request waits for it (`elsewhere`).
+//! 4. The owner of the key runs the handler (`execution`), and records the outcome before its
+//!    caller gets the response (`ending`).
+//!
+//! The owner runs the handler within the future that its caller polls. If the caller drops the
+//! future, the rest of it continues in a spawned task. So only an abandoned request costs a task.
 
 mod buffering;
 mod detached;

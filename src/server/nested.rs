@@ -16,12 +16,14 @@ use crate::protocol::{Owner, Snapshot, Status, StorageKey};
 use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
 
-/// A request whose storage key a layer further out has claimed, in the same store or in another one.
+/// A request whose storage key a layer further out has claimed, in the same store or in another
+/// one.
 ///
-/// Neither the name of the key nor the handle of the store shows whether both layers guard the same record: two stores
-/// may have records of the same name, and two handles may reach the same store. So the inner layer looks at the record
-/// in its own store. If the record belongs to the attempt of the outer layer, both layers would wait for each other, so
-/// the inner layer passes the request on.
+/// Neither the name of the key nor the handle of the store shows whether both layers guard the same
+/// record. Two stores may have records of the same name, and two handles may reach the same store.
+/// So the inner layer looks at the record in its own store. If the record belongs to the attempt of
+/// the outer layer, both layers would wait for each other, so the inner layer passes the request
+/// on.
 pub(super) struct Nested<St, S, B> {
     pub(super) shared: Arc<Shared<St>>,
     pub(super) settings: Arc<Values>,
@@ -48,8 +50,8 @@ where
     ///
     /// # Cancel safety
     ///
-    /// If this future is dropped before the request is guarded, nothing has happened. After that, the rules of a
-    /// guarded request apply.
+    /// If this future is dropped before the request is guarded, nothing has happened. After that,
+    /// the rules of a guarded request apply.
     pub(super) async fn finish(self) -> Result<Response<R>, S::Error> {
         let Self {
             shared,
@@ -79,7 +81,8 @@ where
     }
 }
 
-/// Whether the record belongs to one of these owners. If the store fails, looks once more, as for a claim.
+/// Whether the record belongs to one of these owners. If the store fails, looks once more, as for a
+/// claim.
 async fn is_owned_by<St: Store>(
     store: &St,
     settings: &Values,
