@@ -476,6 +476,8 @@ impl Values {
         }
     }
 
+    /// Returns a stored or shared response for one caller, with the bytes of the first response
+    /// (I2). For gRPC, decompresses messages in an encoding that the caller does not accept.
     fn replay(
         &self,
         stored: &StoredResponse,

@@ -112,8 +112,8 @@ impl<St: Store, S> Exchange<St, S> {
         running: Option<Running<impl Future<Output = Ended<R, E>>>>,
     ) -> Result<Response<R>, E> {
         let ended = self.ended(running).await;
-        // If the handler completed the record in its own transaction, the record decides, not the
-        // handler's response.
+        // If the handler tried to complete the record in its own transaction, the record decides
+        // about the outcome, not the handler's response.
         #[cfg(feature = "postgres")]
         if self.key_guard.in_flight.is_in_transaction() {
             return Box::pin(self.after_transaction(ended)).await;
