@@ -59,8 +59,8 @@ impl<F, R, E> ResponseFuture<F, R, E> {
         }
     }
 
-    /// Returns the future of a request for which the store must show whether a layer further out
-    /// already guards the same record.
+    /// Returns the future of a request for which the store must show whether an outer layer already
+    /// guards the same record.
     pub(super) fn nested(future: BoxFuture<'static, Result<Response<R>, E>>) -> Self {
         Self {
             kind: Kind::Nested { future },

@@ -89,10 +89,10 @@ impl<St: Store> IdempotencyLayer<St> {
     /// These settings take precedence over those of [`with_settings_for`](Self::with_settings_for)
     /// and of the layer itself, which apply to all other methods. On a server for gRPC and HTTP,
     /// whose layer has the settings of HTTP, `configure` must begin with [`grpc`](Self::grpc):
-    /// `add_grpc_method(path, |method| method.grpc().require_key())`. Otherwise the layer stores
-    /// `UNAVAILABLE`. Or add the method to the layer for gRPC before you take its
-    /// [`settings`](Self::settings) for the selector. If the layer itself and the chosen settings
-    /// both have the method, the layer's settings count.
+    /// `add_grpc_method(path, |method| method.grpc().require_key())`. Otherwise the rules of HTTP
+    /// apply, and the layer stores a response with the status `UNAVAILABLE`. Or add the method to
+    /// the layer for gRPC before you take its [`settings`](Self::settings) for the selector. If the
+    /// layer itself and the chosen settings both have the method, the layer's settings count.
     ///
     /// A misspelled name changes nothing, and the layer does not report it. The name of a service
     /// is a constant of the server that tonic generates:

@@ -33,7 +33,7 @@ use crate::store::Store;
 pub struct Lease {
     in_flight: Arc<InFlight>,
     grant: Grant,
-    /// The lease of a layer further out.
+    /// The lease of an outer layer.
     outer: Option<Arc<Lease>>,
     #[cfg(feature = "postgres")]
     transaction_context: TransactionContext,
@@ -70,13 +70,13 @@ impl Lease {
         }
     }
 
-    /// Returns this lease with a link to `outer`, the lease of a layer further out.
+    /// Returns this lease with a link to `outer`, the lease of an outer layer.
     pub(super) fn within(mut self, outer: Option<Self>) -> Self {
         self.outer = outer.map(Arc::new);
         self
     }
 
-    /// Whether `test` returns `true` for this lease or for a lease of a layer further out.
+    /// Whether `test` returns `true` for this lease or for a lease of an outer layer.
     pub(super) fn any(&self, mut test: impl FnMut(&Self) -> bool) -> bool {
         let mut lease = Some(self);
         while let Some(this) = lease {
@@ -88,8 +88,8 @@ impl Lease {
         false
     }
 
-    /// Returns the owners of this storage key among this lease and the leases further out, in any
-    /// store.
+    /// Returns the owners of this storage key among this lease and the leases of outer layers, in
+    /// any store.
     pub(super) fn owners_of(&self, key: &StorageKey) -> Vec<Owner> {
         let mut owners = Vec::new();
         self.any(|lease| {

@@ -16,8 +16,7 @@ use crate::protocol::{Owner, Snapshot, Status, StorageKey};
 use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
 
-/// A request whose storage key a layer further out has claimed, in the same store or in another
-/// one.
+/// A request whose storage key an outer layer has claimed, in the same store or in another one.
 ///
 /// Neither the name of the key nor the handle of the store shows whether both layers guard the same
 /// record. Two stores may have records of the same name, and two handles may reach the same store.

@@ -131,7 +131,7 @@ pub(super) enum Verdict {
 
 impl StorePolicy {
     /// Returns the verdict about a response by its head, and whether the trailers may change the
-    /// verdict. The order is the handler's own mark, then a refusal of a layer further in, then the
+    /// verdict. The order is the handler's own mark, then a refusal of an inner layer, then the
     /// predicate, then the status. A refusal that denies the effect takes precedence over
     /// [`StoreResponse`].
     fn verdict(&self, response: &response::Parts) -> (Verdict, bool) {
@@ -169,7 +169,7 @@ impl StorePolicy {
         }
     }
 
-    /// Returns the verdict by the marks of the handler or by the refusal of a layer further in, if
+    /// Returns the verdict by the marks of the handler or by the refusal of an inner layer, if
     /// there is one.
     fn of_marks(&self, marks: &Extensions) -> Option<Verdict> {
         if marks.is_empty() {
