@@ -1,4 +1,4 @@
-//! Operations that go on when nobody waits for them any more.
+//! Operations that continue after their callers have left.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -12,16 +12,17 @@ use tokio::sync::futures::Notified;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-/// An operation that its caller polls in place. When the caller drops it half-way, the rest continues in a task. So only a caller
-/// that leaves costs a task.
+/// A future that its caller polls in place, and that continues in a spawned task if the caller
+/// drops it early. Only an abandoned call costs a task.
 pub(crate) struct DetachOnDrop<T: 'static, D: Detach = Option<Arc<TaskTracker>>> {
     operation: Option<BoxFuture<'static, T>>,
-    /// The runtime of the last poll, because the runtime of the first poll may have ended.
+    /// The runtime of the last poll. The runtime of the first poll may have ended.
     runtime: Option<Handle>,
+    /// Continues the rest of the operation if the caller leaves.
     rest: D,
 }
 
-/// The owner of the rest of an operation whose caller left.
+/// Continues the rest of an operation whose caller has left.
 pub(crate) trait Detach: Unpin {
     /// Continues the rest in a task on `runtime`, or drops it.
     fn detach(&self, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static);
@@ -36,41 +37,46 @@ impl Detach for Option<Arc<TaskTracker>> {
     }
 }
 
-/// The default limit of executions without a caller. At this limit, no new executions begin.
+/// The default limit of executions without a caller (I10). At this limit, no new executions begin.
 pub(crate) const MOST_DETACHED: usize = 16_384;
 
-/// The limit of the claims, and of the ends of attempts, that wait for a store to be back.
+/// The limit of lost claims that wait for a store to be reachable again, and of ends of attempts
+/// that do (I10).
 const MOST_DEFERRED: usize = 1_024;
 
-/// Counts what runs without a caller.
+/// Counts operations with and without a caller, so that a drain can wait for them (I11).
 #[derive(Debug, Default)]
 pub(crate) struct TaskTracker {
+    /// Tasks without a caller.
     running: AtomicUsize,
+    /// Operations whose callers are still waiting.
     attended: AtomicUsize,
     bounded: Arc<Bounded>,
+    /// Notified when the last running task ends.
     ended: Notify,
 }
 
-/// The counts of work without a caller that has an upper bound.
+/// The counts of work without a caller that have an upper bound.
 #[derive(Debug, Default)]
 struct Bounded {
-    /// Executions whose callers left.
+    /// Executions whose callers have left.
     detached: AtomicUsize,
-    /// Claims that are to be released once the store is back.
+    /// Claims to release once the store is reachable again.
     claims: AtomicUsize,
-    /// Ends that are to be recorded once the store is back.
+    /// Ends of attempts to record once the store is reachable again.
     ends: AtomicUsize,
-    /// The bytes of those ends.
-    held: AtomicUsize,
+    /// The bytes of these ends.
+    bytes: AtomicUsize,
 }
 
-/// What a store is to be told later. The two are counted apart: claims fail all the while that a store is away, and must not keep it
-/// from being told how those ended that were under way before.
+/// A write that the process owes a store. The two kinds are counted separately, because claims keep
+/// failing while a store is unreachable. They must not use up the room for the ends of earlier
+/// attempts.
 #[derive(Clone, Copy)]
 pub(crate) enum Deferred {
-    /// That a claim of unknown fate is void.
+    /// Releases a claim that may have been granted.
     ReleaseClaim,
-    /// How an attempt ended, in so many bytes.
+    /// Records the end of an attempt. Holds the size of its response in bytes.
     RecordEnd(usize),
 }
 
@@ -83,14 +89,15 @@ impl Deferred {
     }
 }
 
+/// Counts a deferred write until it is dropped.
 struct DeferredPermit {
     tracker: Arc<TaskTracker>,
-    word: Deferred,
+    write: Deferred,
 }
 
 impl DeferredPermit {
     fn count(&self) -> &AtomicUsize {
-        match self.word {
+        match self.write {
             Deferred::ReleaseClaim => &self.tracker.bounded.claims,
             Deferred::RecordEnd(_) => &self.tracker.bounded.ends,
         }
@@ -100,11 +107,14 @@ impl DeferredPermit {
 impl Drop for DeferredPermit {
     fn drop(&mut self) {
         self.count().fetch_sub(1, Ordering::AcqRel);
-        self.tracker.bounded.held.fetch_sub(self.word.bytes(), Ordering::AcqRel);
+        self.tracker
+            .bounded
+            .bytes
+            .fetch_sub(self.write.bytes(), Ordering::AcqRel);
     }
 }
 
-/// Something that runs with a caller, as long as this lives.
+/// Counts an operation whose caller is still waiting, until it is dropped.
 pub(crate) struct Attended<'t>(&'t TaskTracker);
 
 impl Drop for Attended<'_> {
@@ -113,6 +123,7 @@ impl Drop for Attended<'_> {
     }
 }
 
+/// Counts an execution whose caller has left, until it is dropped.
 struct Detached(Arc<TaskTracker>);
 
 impl Drop for Detached {
@@ -121,6 +132,7 @@ impl Drop for Detached {
     }
 }
 
+/// Counts a task without a caller, until it is dropped.
 struct Running(Arc<TaskTracker>);
 
 impl Drop for Running {
@@ -132,7 +144,8 @@ impl Drop for Running {
 }
 
 impl TaskTracker {
-    /// A tracker that shares its bounds with all others that are made here, for work that has no layer to share a tracker.
+    /// Makes a tracker that shares its bounds with all other trackers from this function, for work
+    /// that has no layer to share a tracker.
     #[cfg(any(test, feature = "once"))]
     pub(crate) fn with_bounds_of_process() -> Self {
         static OF_PROCESS: std::sync::LazyLock<Arc<Bounded>> = std::sync::LazyLock::new(Arc::default);
@@ -142,6 +155,7 @@ impl TaskTracker {
         }
     }
 
+    /// Spawns a task that a drain waits for.
     pub(crate) fn spawn(self: &Arc<Self>, runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
         self.running.fetch_add(1, Ordering::AcqRel);
         let running = Running(Arc::clone(self));
@@ -151,8 +165,8 @@ impl TaskTracker {
         });
     }
 
-    /// Continues an execution whose caller has left. This never fails, because the effect may have happened. Check
-    /// [`detached`](Self::detached) before a new execution begins.
+    /// Continues an execution whose caller has left. This never fails, because the effect may have
+    /// happened. Check [`detached`](Self::detached) before a new execution begins.
     pub(crate) fn detach(self: &Arc<Self>, runtime: &Handle, rest: impl Future<Output = ()> + Send + 'static) {
         self.bounded.detached.fetch_add(1, Ordering::AcqRel);
         let detached = Detached(Arc::clone(self));
@@ -167,37 +181,39 @@ impl TaskTracker {
         self.bounded.detached.load(Ordering::Acquire)
     }
 
-    /// Whether so many claims got no reply that no more may be sent. A store that is back may grant each of them, and each
-    /// must then be released.
+    /// Returns whether so many claims got no reply that no more may be sent. Once the store is
+    /// reachable again, it may grant each of them, and this process must then release each of them.
     pub(crate) fn has_many_lost_claims(&self) -> bool {
         self.bounded.claims.load(Ordering::Acquire) >= MOST_DEFERRED
     }
 
-    /// Reports to a store later what could not be reported now. No lost claim is dropped, because
-    /// [no more are sent](Self::has_many_lost_claims) when there are many. Ends have an upper bound; beyond it, the leases end the attempts.
+    /// Spawns a deferred write. Drops the end of an attempt if 1,024 ends or 64 MiB of them are
+    /// pending (I10); the lease of the record then expires instead. Never drops the release of a
+    /// lost claim, because [no more claims are sent](Self::has_many_lost_claims) while many are
+    /// pending.
     pub(crate) fn spawn_deferred(
         self: &Arc<Self>,
         runtime: &Handle,
-        word: Deferred,
+        write: Deferred,
         work: impl Future<Output = ()> + Send + 'static,
     ) {
         const MOST_BYTES: usize = 64 << 20;
-        let behind = DeferredPermit {
+        let permit = DeferredPermit {
             tracker: Arc::clone(self),
-            word,
+            write,
         };
-        let others = behind.count().fetch_add(1, Ordering::AcqRel);
-        let held = self.bounded.held.fetch_add(word.bytes(), Ordering::AcqRel);
-        let has_room = others < MOST_DEFERRED && held.saturating_add(word.bytes()) <= MOST_BYTES;
-        if has_room || matches!(word, Deferred::ReleaseClaim) {
+        let others = permit.count().fetch_add(1, Ordering::AcqRel);
+        let bytes = self.bounded.bytes.fetch_add(write.bytes(), Ordering::AcqRel);
+        let has_room = others < MOST_DEFERRED && bytes.saturating_add(write.bytes()) <= MOST_BYTES;
+        if has_room || matches!(write, Deferred::ReleaseClaim) {
             self.spawn(runtime, async move {
                 work.await;
-                drop(behind);
+                drop(permit);
             });
         }
     }
 
-    /// Counts what has a caller, who may go away at any moment.
+    /// Counts an operation whose caller is still waiting, until the returned value is dropped.
     pub(crate) fn attend(&self) -> Attended<'_> {
         self.attended.fetch_add(1, Ordering::AcqRel);
         Attended(self)
@@ -211,23 +227,26 @@ impl TaskTracker {
         self.running.load(Ordering::Acquire)
     }
 
-    /// Wakes whoever waits when the last one ends.
+    /// Waits until the last running task ends.
     pub(crate) fn ended(&self) -> Notified<'_> {
         self.ended.notified()
     }
 }
 
-/// Spawns a task that another thread can run at once, even if the calling task then blocks its own thread.
+/// Spawns a task that another thread can run at once, even if the calling task then blocks its own
+/// thread.
 ///
-/// A worker thread of tokio keeps the task that was spawned last in a private slot, from which no other thread takes
-/// it. So this function spawns an empty task afterwards, which takes the slot and moves the first task to the queue.
+/// A worker thread of tokio keeps the task that was spawned last in a private slot, from which no
+/// other thread takes it. So this function spawns an empty task afterwards, which takes the slot
+/// and moves the first task to the queue.
 pub(crate) fn spawn_apart(runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
     let spawned = runtime.spawn(task);
     drop(runtime.spawn(std::future::ready(())));
     spawned
 }
 
-/// Runs an operation to its end, also if its caller leaves. Returns `None` outside of a runtime.
+/// Makes an operation that runs to its end, even if its caller leaves before the first poll.
+/// Returns `None` outside of a runtime.
 pub(crate) fn detach_on_drop<T>(
     operation: impl Future<Output = T> + Send + 'static,
     tracker: Option<Arc<TaskTracker>>,
@@ -239,7 +258,8 @@ pub(crate) fn detach_on_drop<T>(
 }
 
 impl<T, D: Detach> DetachOnDrop<T, D> {
-    /// An operation that was never polled within a runtime is dropped with its caller.
+    /// Makes an operation that continues without its caller. An operation that was never polled
+    /// within a runtime is dropped with its caller.
     pub(crate) const fn new(operation: BoxFuture<'static, T>, rest: D) -> Self {
         Self {
             operation: Some(operation),
@@ -253,7 +273,8 @@ impl<T, D: Detach> Future for DetachOnDrop<T, D> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        // Take the operation out while it runs. If it panics, it is dropped here and never polled again.
+        // Take the operation out while it runs. If it panics, it is dropped here and never polled
+        // again.
         let Some(mut operation) = self.operation.take() else {
             return Poll::Pending;
         };
@@ -286,41 +307,41 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_is_dropped_half_way_goes_on() {
-        let (go_on, told_to) = oneshot::channel();
+    async fn dropped_operation_continues_in_a_task() {
+        let (resume, resumed) = oneshot::channel();
         let (done, is_done) = oneshot::channel();
         let mut operation = detach_on_drop(
             async move {
-                let told: Result<(), _> = told_to.await;
-                done.send(told).unwrap();
+                let received: Result<(), _> = resumed.await;
+                done.send(received).unwrap();
             },
             None,
         );
         assert!(operation.as_mut().unwrap().now_or_never().is_none());
         drop(operation);
-        go_on.send(()).unwrap();
+        resume.send(()).unwrap();
         assert_eq!(is_done.await, Ok(Ok(())));
     }
 
     #[test]
-    fn what_is_dropped_after_the_runtime_in_which_it_was_made_goes_on_where_it_was_polled_last() {
+    fn dropped_operation_continues_on_the_runtime_of_its_last_poll() {
         let runtime = || tokio::runtime::Builder::new_current_thread().build().unwrap();
         let (first, last) = (runtime(), runtime());
-        let (go_on, told_to) = oneshot::channel::<()>();
+        let (resume, resumed) = oneshot::channel::<()>();
         let (done, is_done) = oneshot::channel();
-        let work = async move { done.send(told_to.await).unwrap() };
+        let work = async move { done.send(resumed.await).unwrap() };
         let entered = first.enter();
         let mut operation = detach_on_drop(work, None).unwrap();
         drop(entered);
         last.block_on(async { assert!((&mut operation).now_or_never().is_none()) });
         drop(first);
         drop(operation);
-        go_on.send(()).unwrap();
+        resume.send(()).unwrap();
         assert_eq!(last.block_on(is_done), Ok(Ok(())));
     }
 
     #[tokio::test]
-    async fn trackers_with_the_bounds_of_the_process_count_together_and_wait_apart() {
+    async fn trackers_of_the_process_share_their_bounds_but_not_their_drains() {
         let (one, other) = (
             TaskTracker::with_bounds_of_process(),
             TaskTracker::with_bounds_of_process(),
@@ -333,8 +354,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_has_panicked_is_not_polled_again() {
-        let mut operation = detach_on_drop(async { panic!("the driver's") }, None).unwrap();
+    async fn operation_that_panicked_is_not_polled_again() {
+        let mut operation = detach_on_drop(async { panic!("in the operation") }, None).unwrap();
         let polled = catch_unwind(AssertUnwindSafe(|| (&mut operation).now_or_never()));
         assert!(polled.map(|_: Option<()>| ()).is_err());
         assert!((&mut operation).now_or_never().is_none());
