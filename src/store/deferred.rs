@@ -20,7 +20,7 @@ use crate::protocol::Renewal;
 use crate::protocol::{Claim, Completion, Decision, Outcome, Owner, Release, Snapshot, Status, StorageKey};
 use crate::telemetry::{self, Event};
 
-/// The error while [too many claims](Tracker::has_many_lost_claims) are waiting for a reply.
+/// The error while [too many claims](TaskTracker::has_many_lost_claims) are waiting for a reply.
 pub(crate) const MANY_LOST_CLAIMS: Error = Error::new(
     ErrorKind::StoreUnavailable,
     "too many claims got no reply from the idempotency store, so no more are sent until it replies",
@@ -32,7 +32,8 @@ pub(crate) const MANY_LOST_CLAIMS: Error = Error::new(
 /// When this is dropped, a spawned task releases the key if the store granted it to this claim.
 pub(crate) struct LostClaim {
     claim: Claim,
-    /// `None` once the grant has an owner, or outside a runtime.
+    /// The operation that releases the key, and its runtime. `None` once the grant has an owner, or
+    /// outside of a runtime.
     release: Option<(Handle, BoxFuture<'static, ()>)>,
     tracker: Arc<TaskTracker>,
 }
@@ -75,8 +76,9 @@ impl Drop for LostClaim {
 pub(crate) enum AttemptEnd {
     /// The attempt has an outcome, which is stored for this retention.
     Completed(Outcome, Duration),
+    /// The attempt had no effect. Its key becomes free.
     Released,
-    /// The attempt has no result. Its lease ends at once.
+    /// It is unknown whether the attempt took effect. Its lease ends at once.
     #[cfg(feature = "postgres")]
     GivenUp,
 }
@@ -129,10 +131,10 @@ pub(crate) async fn record_end<St: Store>(
     }
 }
 
-/// Ends an attempt after a transaction of unknown fate, as soon as the store can be reached. `end`
-/// is the end after a rollback. The operation waits for the lock that an open transaction holds on
-/// the record, and changes nothing after a commit. If the store does not reply in time, the lease
-/// ends the attempt.
+/// Ends an attempt after a transaction with an unknown result, as soon as the store can be reached.
+/// `end` is the end after a rollback. The operation waits for the lock that an open transaction
+/// holds on the record, and changes nothing after a commit. If the store does not reply in time,
+/// the lease ends the attempt.
 #[cfg(feature = "postgres")]
 pub(crate) async fn resolve_transaction_late<St: Store>(
     store: &St,
@@ -168,8 +170,8 @@ pub(crate) async fn resolve_transaction_late<St: Store>(
     }
 }
 
-/// Releases a claim of unknown fate that no attempt uses. Otherwise it would hold the key for a
-/// lease, or make it count as lost.
+/// Releases a claim that may have been granted and that no attempt uses. Otherwise the claim would
+/// occupy the key for a whole lease, and the key would then count as lost.
 pub(crate) async fn release_lost_claim<St: Store>(store: &St, claim: &Claim, store_retry: StoreRetry) {
     match store_retry.retry(|| release_if_granted(store, claim)).await {
         Ok(true) => telemetry::event(Event::ClaimReleasedLate),
@@ -178,6 +180,7 @@ pub(crate) async fn release_lost_claim<St: Store>(store: &St, claim: &Claim, sto
     }
 }
 
+/// Releases the key if the store granted it to this claim. Returns whether it did.
 async fn release_if_granted<St: Store>(store: &St, claim: &Claim) -> Result<bool, Error> {
     let owner = match store.peek(&claim.key).await? {
         Some(Snapshot {

@@ -17,7 +17,7 @@ pub(crate) const TIMED_OUT: Error = Error::new(
     "the idempotency store did not reply in time",
 );
 
-/// Runs an operation of the store, which fails with [`TIMED_OUT`] after `timeout`.
+/// Runs an operation of the store. Fails with [`TIMED_OUT`] after `timeout`.
 pub(crate) fn with_timeout<T>(
     timeout: Duration,
     operation: impl Future<Output = Result<T, Error>>,
@@ -25,8 +25,8 @@ pub(crate) fn with_timeout<T>(
     within(timeout, operation).map(|done| done.unwrap_or(Err(TIMED_OUT)))
 }
 
-/// The time for the last look of a wait, so that the store can still reply after the time of the
-/// wait is up.
+/// The time for the last look at the record. The store can use it even if the time of the wait is
+/// up.
 pub(crate) const LAST_LOOK: Duration = Duration::from_millis(500);
 
 /// Returns how long an operation of the store may take while a request waits for another one: the
@@ -68,9 +68,9 @@ impl StoreRetry {
         }
     }
 
-    /// Whether an owner repeats an operation that failed with this error. A misconfigured store is
-    /// worth another try, because an operator may correct it in time. A demoted primary counts as
-    /// misconfigured until its name resolves to the new primary.
+    /// Returns whether an owner repeats an operation that failed with this error. A misconfigured
+    /// store is worth another try, because an operator may correct it in time. A demoted primary
+    /// counts as misconfigured until its name resolves to the new primary.
     pub(crate) fn repeats(error: &Error) -> bool {
         matches!(error.kind(), ErrorKind::Configuration | ErrorKind::StoreUnavailable)
     }
@@ -83,7 +83,7 @@ impl StoreRetry {
         self
     }
 
-    /// Runs an operation, and repeats it while the store fails.
+    /// Runs an operation. Repeats it while the store fails and the time lasts.
     pub(crate) async fn retry<T, F>(self, operation: impl Fn() -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
