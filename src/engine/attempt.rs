@@ -1,4 +1,4 @@
-//! What a job may know about its attempt, and what a check may say about the one before it.
+//! The attempt that a job can see, and the result of a check of an earlier attempt.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,20 +23,20 @@ struct Marks {
     is_lost: AtomicBool,
     /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
     schedule: Option<Schedule>,
-    /// Something was told to complete it within a transaction.
+    /// Whether a completion of the record was sent within a transaction.
     #[cfg(feature = "postgres")]
     is_in_transaction: AtomicBool,
-    /// That was done, as far as is known.
+    /// Whether that completion succeeded, as far as this process knows.
     #[cfg(feature = "postgres")]
     is_completed: AtomicBool,
 }
 
 impl Attempt {
-    /// Makes the attempt of a grant. `asked` was started before the claim.
-    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant, asked: Stopwatch) -> Self {
+    /// Makes the attempt of a grant. `since_claim` was started before the claim.
+    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant, since_claim: Stopwatch) -> Self {
         let marks = Marks {
             is_lost: AtomicBool::new(false),
-            schedule: grant.lease.map(|lease| Schedule::new(lease, asked)),
+            schedule: grant.lease.map(|lease| Schedule::new(lease, since_claim)),
             #[cfg(feature = "postgres")]
             is_in_transaction: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
@@ -50,31 +50,36 @@ impl Attempt {
         }
     }
 
-    /// The number of this attempt under its key, from 1. One that failed without effect and released its key is not counted, as
-    /// long as none was lost before it; after one that was, all count.
+    /// Returns the number of this attempt under its key, from 1. An attempt that failed without
+    /// effect and released its key does not count. Once an attempt was lost, all later attempts
+    /// count.
     #[must_use]
     pub const fn number(&self) -> u32 {
         self.grant.attempt
     }
 
-    /// Grows with every attempt under a key. Hand it to a third party that can refuse an older one: it is what shuts a lost
-    /// attempt out whose request is still under way.
+    /// Returns the fence, which grows with every attempt under a key. Pass it to a
+    /// third party that can refuse an older fence. Such a third party refuses the request of a lost
+    /// attempt that arrives late.
     #[must_use]
     pub const fn fence(&self) -> Fence {
         self.grant.owner.fence
     }
 
-    /// A key or an id for the third party: a UUID (version 8, RFC 9562 section 5.8), the same in every attempt under this key and
-    /// input, another for each `name`, and without a way back to the key.
+    /// Returns a key or an id for the third party: a UUID (version 8, RFC 9562 section 5.8). It is
+    /// the same in every attempt under this key and input, differs for each `name`, and does not
+    /// reveal the key.
     ///
-    /// A third party that takes it as an idempotency key, or as the id of what is to be created, has one effect however often the
-    /// call runs. Where keys can be guessed and the third party shows things to whoever names their id, set a secret.
+    /// A third party that takes the id as an idempotency key, or as the id of the object to create,
+    /// has one effect, however often the call runs. Set a secret if keys can be guessed and the
+    /// third party shows an object to anyone who knows its id.
     #[must_use]
     pub fn id(&self, name: &str) -> String {
         self.derive(&self.fingerprint, name)
     }
 
-    /// The same, whatever the input is: for what is one thing by its key alone.
+    /// Returns an id like [`id`](Self::id) that does not depend on the input, for calls that the
+    /// key alone identifies.
     pub(crate) fn id_of_key(&self, name: &str) -> String {
         self.derive(&Fingerprint::NONE, name)
     }
@@ -89,7 +94,8 @@ impl Attempt {
         Builder::from_custom_bytes(bytes).into_uuid().to_string()
     }
 
-    /// Whether the key is still held, as far as the last renewal knows. Once it is not, what this attempt returns is dropped.
+    /// Returns whether this attempt still owns its key, as far as the last renewal knows. If
+    /// another attempt has taken the key over, the layer discards the result of this attempt.
     #[must_use]
     pub fn is_held(&self) -> bool {
         !self.marks.is_lost.load(Ordering::Relaxed)
@@ -111,15 +117,16 @@ impl Attempt {
         &self.key
     }
 
-    /// From here on, only the record tells how the attempt ended.
+    /// Notes that a completion is sent within a transaction. From here on, only the record shows
+    /// how the attempt ended.
     #[cfg(feature = "postgres")]
     pub(crate) fn set_in_transaction(&self) {
         self.marks.is_completed.store(false, Ordering::Release);
         self.marks.is_in_transaction.store(true, Ordering::Release);
     }
 
-    /// Notes that a completion in a transaction failed. The lease may not have been renewed since an earlier
-    /// completion, so its renewal is due now.
+    /// Notes that a completion in a transaction failed. The lease may not have been renewed since
+    /// an earlier completion, so its renewal is due now.
     #[cfg(feature = "postgres")]
     pub(crate) fn set_completion_failed(&self) {
         if let Some(schedule) = self.schedule() {
@@ -127,7 +134,8 @@ impl Attempt {
         }
     }
 
-    /// Its record is completed, and locked until the transaction ends.
+    /// Notes that the transaction has completed the record, and locks it until the transaction
+    /// ends.
     #[cfg(feature = "postgres")]
     pub(crate) fn set_completed(&self) {
         self.marks.is_completed.store(true, Ordering::Release);
@@ -159,14 +167,14 @@ impl fmt::Debug for Attempt {
 #[derive(Clone, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "there is no fourth")]
 pub enum Recovered<T> {
-    /// The attempt took effect. The layer records this value and returns it. On a server the value is the response, and if it
-    /// has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or [`DoNotStore`](crate::DoNotStore), the layer stores only
-    /// that the request is done.
+    /// The attempt took effect. The layer records this value and returns it. On a server the value
+    /// is the response, and if it has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly) or
+    /// [`DoNotStore`](crate::DoNotStore), the layer stores only that the request is done.
     Happened(T),
     /// The attempt had no effect and never will have one, so the next attempt runs.
     NotHappened,
-    /// The check could not tell, so the next attempt does not run. The next request asks again, until the attempts are used
-    /// up.
+    /// The check could not decide, so the next attempt does not run. The next request runs the
+    /// check again, until the attempts are used up.
     Unknown,
 }
 

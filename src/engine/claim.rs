@@ -1,4 +1,4 @@
-//! The claim of a key, and its one repetition.
+//! The claim of a key. A claim that fails is repeated once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,10 +37,12 @@ impl<St: Store + Clone> Claimer<'_, St> {
         self.wait.is_some_and(|wait| wait.left().is_zero())
     }
 
-    /// Repeats a claim that failed with `error`, once and with the same nonce, so that the store makes at most one grant of both.
+    /// Repeats a claim that failed with `error`. Repeats it once, with the same nonce, so that the
+    /// store makes at most one grant for both claims (I1).
     ///
-    /// A claim that got no reply stays in `lost`, because the store may still grant it. The owner of `lost` takes it out when
-    /// a later claim is granted; otherwise dropping it releases the key.
+    /// A claim that got no reply stays in `lost`, because the store may still grant it. The owner
+    /// of `lost` takes it out when a later claim is granted; otherwise dropping it releases the
+    /// key.
     pub(crate) async fn again(
         &self,
         claim: &Claim,

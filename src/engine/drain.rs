@@ -1,4 +1,4 @@
-//! The wait for what runs without a caller.
+//! The wait for executions that run without a caller.
 
 use std::fmt;
 use std::pin::pin;
@@ -8,8 +8,9 @@ use std::time::Duration;
 use crate::clock::within;
 use crate::detach::TaskTracker;
 
-/// Waits for executions, also those that continue after their callers have left. `drain` of a layer returns one.
-/// `Drain::default()` makes one for calls of `client::once`, which join it by `with_drain`.
+/// Waits for executions, also those that continue after their callers have left. The method `drain`
+/// of a layer returns a drain. `Drain::default()` makes one for calls of `client::once`, which join
+/// it with `with_drain`.
 ///
 /// Stop taking requests first, then wait, then end the process:
 ///
@@ -28,7 +29,7 @@ use crate::detach::TaskTracker;
 #[derive(Clone)]
 pub struct Drain {
     tracker: Arc<TaskTracker>,
-    /// Whether executions run that the tracker does not count yet.
+    /// Returns whether executions run that the tracker does not count yet.
     is_busy: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
 
@@ -50,26 +51,33 @@ impl Drain {
         self
     }
 
-    /// How many executions, releases and questions to the store run without a caller now.
+    /// Returns the number of executions, releases and deferred writes to the store that run without
+    /// a caller now.
     #[must_use]
     pub fn running(&self) -> usize {
         self.tracker.running()
     }
 
-    /// Resolves once no execution runs, with a caller or without. Finish or drop what you have begun first: a future that is held
-    /// and not polled is waited for. Put a timeout around it: a handler that never ends never lets it resolve, and a store that is
-    /// away is waited for, two minutes by default, so that it is told what it missed.
+    /// Waits until no execution runs, with a caller or without. Finish or drop your
+    /// futures first, because this also waits for a future that you hold and do not poll.
+    ///
+    /// Put a timeout around this call. If a handler never ends, this never resolves. If a store is
+    /// unreachable, this waits until the deferred writes have succeeded or their time is up, two
+    /// minutes by default.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it changes nothing.
+    /// Dropping the future changes nothing.
     pub async fn wait(&self) {
-        // A server may say that it has stopped a moment before it drops its last requests, of which the tracker then hears.
+        // A server may report shutdown slightly before it drops its last requests, which then reach
+        // the tracker.
         const MOMENT: Duration = Duration::from_millis(5);
+        // Leave the loop only when nothing is left (I11).
         loop {
             let mut ended = pin!(self.tracker.ended());
             ended.as_mut().enable();
-            // Read first: what leaves its caller is counted as running before it is no longer busy.
+            // Read before `running()`, because detached work is counted as running before it stops
+            // being busy.
             let busy = self.tracker.attended() > 0 || self.is_busy.as_ref().is_some_and(|is_busy| is_busy());
             if self.running() > 0 {
                 ended.await;

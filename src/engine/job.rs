@@ -1,7 +1,7 @@
-//! One job, once: the claim, the check, the run, the record.
+//! One job, done once: the claim, the check, the run and the record.
 //!
-//! It is polled where its caller polls. A caller that goes away does not end it: the rest goes on in a task of its own, and what was
-//! begun is recorded.
+//! The caller polls the job in place. If the caller leaves, the rest of the job continues in a task
+//! of its own, and the outcome of a run that has begun is recorded.
 
 use std::future::{poll_fn, Future};
 use std::marker::PhantomData;
@@ -30,82 +30,85 @@ use crate::protocol::{
 use crate::store::{claim_with_timeout, with_timeout, LostClaim, Store, MANY_LOST_CLAIMS};
 use crate::telemetry::{self, Event};
 
-/// The longest time between two claims of a waiter, for a subscription that wakes nobody.
+/// The longest time between two claims of a waiter, in case its subscription misses a change.
 const POLL: Duration = Duration::from_millis(500);
 
 pub(crate) const NO_RUNTIME: Error = Error::new(
     ErrorKind::Configuration,
-    "what is to happen once must be begun within a tokio runtime",
+    "one-time calls and deliveries need a tokio runtime; start them within one",
 );
 
 const FORGOTTEN: Error = Error::new(
     ErrorKind::Superseded,
-    "somebody else took the key over, and what came of that is forgotten already",
+    "another attempt took the key over, and its record is gone from the store; find out whether the effect happened",
 );
 
-/// The call itself.
+/// The work of a job: the call, and the check of a lost attempt.
 pub(crate) trait Work: Send + 'static {
-    /// What a caller gets of a run.
+    /// The output of a run for its caller.
     type Output: Send + 'static;
 
-    /// Asks what became of a lost attempt.
-    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send;
+    /// Checks whether a lost attempt took effect.
+    fn check(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send;
 
     /// Makes the call.
     fn run(self, attempt: Attempt) -> impl Future<Output = Ended<Self::Output>> + Send;
 }
 
-/// How a call ended.
+/// The end of a run: its output, and its effect on the key.
 pub(crate) struct Ended<G> {
-    pub(crate) given: G,
+    pub(crate) output: G,
     pub(crate) verdict: Verdict,
 }
 
-/// What becomes of the key.
+/// The effect of a run on its key.
 pub(crate) enum Verdict {
-    /// Nobody knows whether it took effect.
+    /// It is unknown whether the run took effect, so the attempt counts as lost.
     GiveUp,
-    /// It took effect.
+    /// The run took effect.
     Store(Outcome),
-    /// It failed, and must not run again. After [`Outcome::Rejected`], an operator can allow another run.
+    /// The run failed, and must not be repeated. After [`Outcome::Rejected`], an operator can allow
+    /// another run.
     StoreFailure(Outcome),
-    /// It had no effect.
+    /// The run had no effect, so the key becomes free.
     Release,
 }
 
-/// What came of it all.
+/// The result of a job.
 pub(crate) enum Settled<G> {
-    /// It ran, now, and this is what came of it.
-    Ran { given: G, recorded: Result<(), Error> },
-    /// It did not run.
+    /// The work ran in this job, or the check found that a lost attempt took effect. `recorded` is
+    /// the error if the store could not record the outcome.
+    Ran { output: G, recorded: Result<(), Error> },
+    /// The work did not run, or its output must not be returned.
     Refused(Refused),
-    /// It ran before.
+    /// The work ran before, and this is the stored response.
     Replay(StoredResponse),
 }
 
-/// Why it did not run, or why what it gave is not to be given.
+/// The reason why the work did not run, or why its output must not be returned.
 pub(crate) enum Refused {
     InFlight(Duration),
     Mismatch,
     NotStored,
     NotRun(Error),
-    /// A check could not tell what became of a lost attempt; the next one asks again.
+    /// The check of a lost attempt could not decide. The next attempt runs the check again.
     Undecided,
     Unknown,
-    /// It ran, somebody else took the key over, and what the key holds cannot be read.
+    /// The work ran, another attempt took the key over, and the outcome of that attempt cannot be
+    /// read.
     Unread(Error),
 }
 
-/// A key that was granted.
+/// The grant of a key.
 struct Granted {
     grant: Grant,
-    /// Whether the call may be made without asking about an earlier attempt.
+    /// Whether the call may be made without a check of an earlier attempt.
     is_first: bool,
     /// A stopwatch that was started before the claim.
-    asked: Stopwatch,
+    since_claim: Stopwatch,
 }
 
-/// A key, what is asked under it, and on which terms.
+/// A job: a key, the fingerprint of its input, and the settings of the layer.
 pub(crate) struct Job<St> {
     pub(crate) store: St,
     pub(crate) key: StorageKey,
@@ -115,7 +118,7 @@ pub(crate) struct Job<St> {
 }
 
 impl<St: Store + Clone> Job<St> {
-    /// Sees to it that the work is done once.
+    /// Does the work once, or returns the outcome that is recorded already.
     pub(crate) async fn settle<W: Work>(self, work: W) -> Settled<W::Output> {
         if let Err(overloaded) = self.settings.check_load(&self.tracker) {
             telemetry::event(Event::Overloaded);
@@ -125,14 +128,16 @@ impl<St: Store + Clone> Job<St> {
         if tracker.has_many_lost_claims() {
             return Settled::Refused(Refused::NotRun(MANY_LOST_CLAIMS));
         }
-        // Declared first, so that it goes last, when the tracker knows of the rest.
+        // Declared first so that it drops last, after abandoned work has been handed to the
+        // tracker.
         let _attended = tracker.attend();
         let (caller, absence) = Caller::new();
         let Some(driven) = detach_on_drop(self.drive(work, absence), Some(Arc::clone(&tracker))) else {
             return Settled::Refused(Refused::NotRun(NO_RUNTIME));
         };
         let driven = pin!(driven);
-        // Declared last, so that it goes first, before the rest of the work is handed over.
+        // Declared last so that it drops first. The abandoned work then sees at its next poll that
+        // the caller is gone.
         let _caller = caller;
         driven.await
     }
@@ -141,7 +146,7 @@ impl<St: Store + Clone> Job<St> {
         let nonce = Nonce::random();
         match self.claim(nonce, &absence).await {
             Ok(Ok(granted)) => {
-                // Nothing has run, and nobody waits for it.
+                // Nothing has run and the caller is gone, so do not start.
                 if absence.is_true() {
                     self.owner(granted.grant.owner).release().await;
                     return Settled::Refused(Refused::InFlight(Duration::ZERO));
@@ -153,7 +158,8 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Claims the key, and waits while another owner has it. Returns the grant, or the result if nothing runs.
+    /// Claims the key, and waits while another owner has it. Returns the grant, or the result if
+    /// nothing runs.
     async fn claim<G>(&self, nonce: Nonce, absence: &Absence) -> Result<Result<Granted, Settled<G>>, Error> {
         let deadline = Deadline::after(self.settings.wait);
         // The first claim comes before any wait, so the deadline does not limit it.
@@ -162,7 +168,7 @@ impl<St: Store + Clone> Job<St> {
         // The rest of the owner's lease, as the last claim has seen it.
         let mut seen = Duration::ZERO;
         loop {
-            let asked = Stopwatch::start();
+            let since_claim = Stopwatch::start();
             let decision = match self.claim_once(nonce, waiting, &mut lost).await {
                 Ok(decision) => decision,
                 Err(ClaimError::TimeUp) => {
@@ -175,11 +181,15 @@ impl<St: Store + Clone> Job<St> {
                     lost.granted();
                 }
             }
-            let granted = |grant, is_first| Granted { grant, is_first, asked };
+            let granted = |grant, is_first| Granted {
+                grant,
+                is_first,
+                since_claim,
+            };
             let refused = match decision {
                 Decision::Execute(grant) => return Ok(Ok(granted(grant, true))),
                 Decision::Recover(grant) => return Ok(Ok(granted(grant, false))),
-                Decision::Replay(answer) => return Ok(Err(Settled::Replay(answer))),
+                Decision::Replay(response) => return Ok(Err(Settled::Replay(response))),
                 Decision::Mismatch => Refused::Mismatch,
                 Decision::NotStored => Refused::NotStored,
                 Decision::Unknown => Refused::Unknown,
@@ -197,8 +207,8 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Subscribes first, so that the next look at the record misses no change. If a subscription exists already, waits
-    /// for a change. The lease of the owner ends in `left`.
+    /// Subscribes first, so that the next look at the record misses no change. If a subscription
+    /// exists already, waits for a change. The lease of the owner ends in `left`.
     async fn wait(&self, watch: &mut Option<St::Watch>, left: Duration, deadline: Deadline) {
         let pause = || left.min(deadline.left()).clamp(Duration::from_millis(1), POLL);
         let timeout = self.settings.store_timeout.min(deadline.left());
@@ -211,7 +221,8 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// In a store in this process leases have no end, and nobody waits for that.
+    /// Caps a suggested retry delay at one lease, because an in-process store reports an endless
+    /// lease.
     fn worth_waiting(&self, left: Duration) -> Duration {
         left.min(self.settings.lease)
     }
@@ -236,27 +247,31 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// The key is ours.
+    /// Runs the work as the owner of the key: checks a lost attempt, runs, and records the end.
     async fn own<W: Work>(&self, granted: Granted, mut work: W, absence: &Absence) -> Settled<W::Output> {
-        let Granted { grant, is_first, asked } = granted;
-        let attempt = Attempt::new(self.key, self.fingerprint, grant, asked);
-        let mut held = LeaseGuard::begin(&self.store, self.settings.store_timeout, &attempt);
+        let Granted {
+            grant,
+            is_first,
+            since_claim,
+        } = granted;
+        let attempt = Attempt::new(self.key, self.fingerprint, grant, since_claim);
+        let mut guard = LeaseGuard::begin(&self.store, self.settings.store_timeout, &attempt);
         let found = if is_first {
             Recovered::NotHappened
         } else {
-            held.during(self.ask(&mut work, &attempt)).await
+            guard.during(self.check_lost_attempt(&mut work, &attempt)).await
         };
         let ended = match found {
             Recovered::Happened(ended) => Ok(ended),
             Recovered::NotHappened if absence.is_true() => {
-                // It found that nothing runs, and nothing is begun for nobody.
-                held.stop_renewing();
+                // The check found no effect, but the caller is gone, so do not start.
+                guard.stop_renewing();
                 self.owner(grant.owner).release().await;
-                held.end();
+                guard.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
             Recovered::NotHappened => {
-                let ended = held.during(catch_panic(work.run(attempt.clone()))).await;
+                let ended = guard.during(catch_panic(work.run(attempt.clone()))).await;
                 ended.ok_or(Refused::Unknown)
             }
             Recovered::Unknown if attempt.number() < self.settings.max_attempts => Err(Refused::Undecided),
@@ -264,31 +279,34 @@ impl<St: Store + Clone> Job<St> {
         };
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
-            held.stop_renewing();
+            guard.stop_renewing();
             let settled = self.after_transaction(grant.owner, ended, absence).await;
-            held.end();
+            guard.end();
             return settled;
         }
         if let Ok(Ended {
             verdict: Verdict::Store(outcome) | Verdict::StoreFailure(outcome),
-            given,
+            output,
         }) = ended
         {
+            // The lease is renewed until the completion is recorded, so that no other attempt runs
+            // meanwhile (I1).
             let completion = self
                 .owner(grant.owner)
                 .complete(&outcome, self.settings.retention)
                 .await;
-            held.end();
-            return self.completed(completion, given, absence).await;
+            guard.end();
+            return self.completed(completion, output, absence).await;
         }
-        held.stop_renewing();
-        let settled = self.unkept(grant.owner, ended, absence).await;
-        held.end();
+        guard.stop_renewing();
+        let settled = self.end_without_outcome(grant.owner, ended, absence).await;
+        guard.end();
         settled
     }
 
-    /// The end of an attempt that leaves nothing to keep.
-    pub(super) async fn unkept<G>(
+    /// Ends an attempt that has no outcome to store. Frees its key, or ends its lease if it is
+    /// unknown whether the attempt took effect.
+    pub(super) async fn end_without_outcome<G>(
         &self,
         owner: Owner,
         ended: Result<Ended<G>, Refused>,
@@ -306,29 +324,33 @@ impl<St: Store + Clone> Job<St> {
             return self.stand_by(absence).await;
         }
         match ended {
-            Ok(Ended { given, .. }) => Settled::Ran {
-                given,
+            Ok(Ended { output, .. }) => Settled::Ran {
+                output,
                 recorded: Ok(()),
             },
             Err(refused) => Settled::Refused(refused),
         }
     }
 
-    /// What became of the attempt before this one. A check that panics has found nothing out.
-    async fn ask<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Output>> {
+    /// Checks whether the lost attempt took effect, after the settle delay. A check that panics
+    /// could not decide.
+    async fn check_lost_attempt<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Output>> {
         sleep(self.settings.settle_delay).await;
-        catch_panic(work.ask(attempt)).await.unwrap_or(Recovered::Unknown)
+        catch_panic(work.check(attempt)).await.unwrap_or(Recovered::Unknown)
     }
 
+    /// Returns the result of a run after its completion. If another attempt took the key over,
+    /// discards the output and waits for the recorded outcome (I2).
     pub(super) async fn completed<G>(
         &self,
         completion: Result<Completion, Error>,
-        given: G,
+        output: G,
         absence: &Absence,
     ) -> Settled<G> {
         let recorded = match completion {
             Ok(Completion::Completed) => Ok(()),
-            // What superseded this attempt may be the answer to another input: it is looked up.
+            // The outcome that superseded this attempt may belong to another input, so read the
+            // record and compare its fingerprint (I4).
             Ok(Completion::Superseded(_)) => {
                 telemetry::event(Event::Superseded);
                 return self.stand_by(absence).await;
@@ -338,12 +360,13 @@ impl<St: Store + Clone> Job<St> {
                 Err(error)
             }
         };
-        Settled::Ran { given, recorded }
+        Settled::Ran { output, recorded }
     }
 
-    /// Another attempt took the key over. This attempt drops its own output, and its caller gets the outcome that the
-    /// other attempt records. This wait has its full time, regardless of how long the caller waited before its own
-    /// claim. It ends when the caller leaves, because nobody gets the outcome then.
+    /// Waits for the outcome of the attempt that took the key over. This attempt discards its own
+    /// output, and its caller gets the recorded outcome (I2). The wait may take its full time,
+    /// regardless of how long the caller waited before its own claim. It ends when the caller
+    /// leaves, because nobody receives the outcome then.
     pub(super) async fn stand_by<G>(&self, absence: &Absence) -> Settled<G> {
         if absence.is_true() {
             return Settled::Refused(Refused::InFlight(Duration::ZERO));
@@ -411,7 +434,7 @@ impl<St: Store + Clone, G> Waiter for Standby<'_, St, G> {
     }
 }
 
-/// The caller of a job, while it waits for the result.
+/// A marker that lives as long as the caller of a job waits for the result.
 struct Caller(#[expect(dead_code, reason = "its count is what matters")] Arc<()>);
 
 impl Caller {
@@ -422,7 +445,7 @@ impl Caller {
     }
 }
 
-/// Whether the caller has gone away.
+/// Shows whether the caller has left.
 pub(super) struct Absence(Weak<()>);
 
 impl Absence {
@@ -430,8 +453,8 @@ impl Absence {
         self.0.strong_count() == 0
     }
 
-    /// Waits until the caller leaves. This needs no waker: the rest of the job then moves to a task, whose first poll
-    /// finds the caller gone.
+    /// Waits until the caller leaves. This needs no waker, because the rest of the job then moves
+    /// to a task, and the first poll of that task sees that the caller is gone.
     fn begins(&self) -> impl Future<Output = ()> + Unpin + '_ {
         poll_fn(|_| match self.is_true() {
             true => Poll::Ready(()),
@@ -440,14 +463,15 @@ impl Absence {
     }
 }
 
-/// Nothing where the application's code panics.
+/// Runs code of the application. Returns `None` if it panics.
 async fn catch_panic<T>(work: impl Future<Output = T>) -> Option<T> {
     AssertUnwindSafe(work).catch_unwind().await.ok()
 }
 
+/// Returns the result of a job whose outcome is recorded already.
 pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
     match outcome {
-        Outcome::Stored(answer) => Settled::Replay(answer),
+        Outcome::Stored(response) => Settled::Replay(response),
         Outcome::Rejected => Settled::Refused(Refused::Unknown),
         Outcome::Tombstone => Settled::Refused(Refused::NotStored),
     }

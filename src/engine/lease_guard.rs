@@ -1,4 +1,4 @@
-//! A key whose attempt is under way.
+//! The guard of a lease while its attempt runs.
 
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -17,13 +17,14 @@ use crate::protocol::{Owner, Renewal};
 use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
 
-/// Renews the lease of a key until the attempt [ends](Self::end). If a runtime that shuts down drops this value
-/// earlier, it gives the lease up, provided that the store can do so without waiting. In a store in this process, a
-/// lease has no other end.
+/// Renews the lease of a key until the attempt [ends](Self::end), so that no other attempt runs
+/// meanwhile (I1). A runtime that shuts down may drop the guard before the end. The guard then
+/// gives the lease up, provided that the store can do so without waiting. In an in-process store,
+/// this is the only way in which the lease ends.
 ///
-/// A task renews the lease, so that a call that blocks its thread does not lose the lease. The owner renews the lease
-/// as well if it is polled while the task is late. The task is late if its runtime has ended, or if the owner keeps the
-/// runtime so busy that the runtime serves no timers.
+/// A task renews the lease, so that a call that blocks its thread does not lose the lease. The
+/// owner renews the lease as well if it is polled while the task is late. The task is late if its
+/// runtime has ended, or if the owner keeps the runtime so busy that the runtime serves no timers.
 pub(super) struct LeaseGuard<'j, St: Store> {
     store: &'j St,
     store_timeout: Duration,
@@ -42,7 +43,7 @@ struct Renewing {
 
 impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
     pub(super) fn begin(store: &'j St, store_timeout: Duration, attempt: &Attempt) -> Self {
-        let mut held = Self {
+        let mut guard = Self {
             store,
             store_timeout,
             attempt: attempt.clone(),
@@ -50,9 +51,9 @@ impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
             renewing: None,
         };
         if attempt.schedule().is_some() {
-            held.start_renewing();
+            guard.start_renewing();
         }
-        held
+        guard
     }
 
     fn start_renewing(&mut self) {
@@ -86,6 +87,8 @@ impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
         .await
     }
 
+    /// Starts a new renewal task if the old one has ended or belongs to another runtime. Begins a
+    /// renewal if one is overdue.
     fn look_after_lease(&mut self) {
         let (Some(renewing), Some(schedule)) = (&self.renewing, self.attempt.schedule()) else {
             return;
@@ -105,14 +108,15 @@ impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
 }
 
 impl<St: Store> LeaseGuard<'_, St> {
-    /// For the time in which its end is written.
+    /// Stops renewing the lease. Call this before the end of the attempt is written.
     pub(super) fn stop_renewing(&mut self) {
         if let Some(renewing) = self.renewing.take() {
             renewing.abort();
         }
     }
 
-    /// The attempt has had its end.
+    /// Drops the guard without giving the lease up, because the end of the attempt has been
+    /// written.
     pub(super) fn end(mut self) {
         self.owner = None;
     }
@@ -131,7 +135,8 @@ impl<St: Store> Drop for LeaseGuard<'_, St> {
     fn drop(&mut self) {
         self.stop_renewing();
         if let Some(owner) = self.owner {
-            // The code of a store may panic where its runtime has gone. Without it the lease ends by itself.
+            // The code of a store may panic after its runtime has ended. If it does, the lease
+            // expires by itself.
             drop(catch_unwind(AssertUnwindSafe(|| {
                 telemetry::event(Event::Abandoned);
                 drop(
@@ -162,7 +167,8 @@ impl<St: Store> Renewer<St> {
         let timeout = self.store_timeout.min(lease / 6);
         match with_timeout(timeout, self.store.renew(key, owner, lease)).await {
             Ok(Renewal::Renewed) => {}
-            // Or it waited for the very transaction that completes the record.
+            // The renewal waited for the transaction that completes the record. The attempt is not
+            // lost.
             Ok(Renewal::Superseded) if self.attempt.is_completed() => {}
             Ok(Renewal::Superseded) => self.attempt.lose(),
             Err(error) => {
@@ -173,8 +179,8 @@ impl<St: Store> Renewer<St> {
     }
 }
 
-/// Begins each renewal in its own task, so that a store that panics or hangs stops only one renewal. Dropping this
-/// future aborts these tasks.
+/// Begins each renewal in its own task, so that a store that panics or hangs stops only one
+/// renewal. Dropping this future aborts these tasks.
 async fn renew_when_due<St: Store + Clone>(renewer: Renewer<St>) {
     let Some(schedule) = renewer.attempt.schedule() else {
         return;
@@ -185,8 +191,8 @@ async fn renew_when_due<St: Store + Clone>(renewer: Renewer<St>) {
     while renewer.attempt.is_held() {
         sleep(pause).await;
         while renewals.try_join_next().is_some() {}
-        // The transaction of a completed record locks the record until the transaction ends, and the lock keeps other
-        // owners out.
+        // The transaction that completed the record locks it until the transaction ends. This lock
+        // keeps other owners out.
         if !renewer.attempt.is_completed() && schedule.take(Duration::ZERO) {
             renewals.spawn(renewer.clone().renew());
         }

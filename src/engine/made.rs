@@ -1,4 +1,4 @@
-//! Attempts that a test makes, without a claim.
+//! Attempts that a test makes without a claim.
 
 use super::attempt::Attempt;
 use crate::clock::Stopwatch;
@@ -10,7 +10,7 @@ use crate::protocol::{Fence, Fingerprint, Grant, Nonce, Owner, StorageKey};
 #[cfg(feature = "postgres")]
 use crate::store::{PostgresStore, Store};
 
-/// The error of a completion in a transaction, if the lease has no store.
+/// The error of a completion in a transaction if the lease has no store.
 #[cfg(feature = "postgres")]
 pub(crate) const MADE_WITHOUT_STORE: Error = Error::new(
     ErrorKind::Configuration,

@@ -1,5 +1,5 @@
-//! The life of an owned key, on the server, the client and the receiver: the claim, the run, the record, and what happens when
-//! each of them fails. Knows neither HTTP nor messages.
+//! The life of an owned key, on the server, the client and the receiver: the claim, the run and the
+//! record, and how each of them fails. This module knows neither HTTP nor messages.
 
 mod attempt;
 mod claim;

@@ -18,7 +18,7 @@ use crate::telemetry::{self, Event};
 /// Whether an attempt still owned its key when it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ownership {
-    /// The attempt owned the key. If the store did not answer, nobody knows better.
+    /// The attempt owned the key. This is also assumed if the store did not reply.
     Held,
     /// Another attempt took the key over.
     Superseded,
@@ -33,12 +33,14 @@ pub(crate) enum TransactionEnd {
     RolledBack,
     /// Another attempt took the key over.
     Superseded,
-    /// The store did not answer, so nobody knows yet.
+    /// The store did not reply, so the result is not known yet.
     Undecided(Error),
 }
 
-/// The owner of a key. Repeats each operation while the store fails. If the store still fails after that, a task without a
-/// caller continues, unless the end of the lease has the same effect.
+/// The owner of a key. It repeats each operation while the store fails. If the time for repeats
+/// ends first, a task without a caller continues, unless the end of the lease has the same effect.
+/// The store compares nonce and fence in each operation, so that only the owner changes a claim
+/// (I8).
 pub(crate) struct KeyOwner<'a, St> {
     pub(crate) store: &'a St,
     pub(crate) key: &'a StorageKey,
@@ -71,8 +73,9 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
     }
 
-    /// Ends the lease at once and keeps the evidence of the attempt, because nobody knows whether it took effect. If the store
-    /// fails, the lease ends the attempt a little later.
+    /// Ends the lease at once, because it is unknown whether the attempt took effect. The record
+    /// stays as evidence of the attempt (I6). If the store fails, the attempt ends when its lease
+    /// expires.
     pub(crate) async fn give_up(&self) -> Ownership {
         let give_up = || self.store.renew(self.key, self.owner, Duration::ZERO);
         match self.retry.retry(give_up).await {
@@ -85,15 +88,16 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
     }
 
-    /// Finds out how the transaction ended that completes the record. The handler may not know, because a commit whose reply was
-    /// lost may have taken effect.
+    /// Finds out how the transaction that completes the record ended. The handler may not know
+    /// this, because a commit may have taken effect although its reply was lost.
     #[cfg(feature = "postgres")]
     pub(crate) async fn transaction_end(&self, lease: Duration) -> TransactionEnd {
         let record = match self.retry.retry(|| self.store.peek(self.key)).await {
             Ok(record) => record,
             Err(error) => return TransactionEnd::Undecided(error),
         };
-        // Compare nonce and fence: a resolution by an operator keeps the fence, and may have recorded another outcome.
+        // Compare nonce and fence: a resolution by an operator keeps the fence, and may have
+        // recorded another outcome.
         let ours = record.filter(|record| (record.nonce, record.fence) == (self.owner.nonce, self.owner.fence));
         if let Some(Snapshot {
             status: Status::Completed(outcome),
@@ -102,8 +106,8 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         {
             return TransactionEnd::Committed(outcome);
         }
-        // An open transaction holds a lock on the row of the record. So a renewal waits for its end, and a renewal that succeeds
-        // proves that the transaction was rolled back.
+        // An open transaction holds a lock on the row of the record, and a renewal waits for this
+        // lock. So a renewal that succeeds proves that the transaction was rolled back.
         match self.retry.retry(|| self.store.renew(self.key, self.owner, lease)).await {
             Ok(Renewal::Renewed) => TransactionEnd::RolledBack,
             Ok(Renewal::Superseded) => TransactionEnd::Superseded,
@@ -111,7 +115,8 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
     }
 
-    /// Continues to report the end of the attempt to a store that failed, in a task for which the caller does not wait.
+    /// Continues to report the end of the attempt to a store that failed, in a task for which the
+    /// caller does not wait.
     fn record_later(&self, error: &Error, end: AttemptEnd) {
         let Ok(runtime) = Handle::try_current() else { return };
         if StoreRetry::repeats(error) {
@@ -123,8 +128,9 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
     }
 
-    /// Continues to ask a store that failed whether the transaction of the attempt was committed, in a task for which the caller
-    /// does not wait. After a rollback the task records `end`; otherwise the attempt would count as lost when its lease is over.
+    /// Continues to find out whether the transaction of the attempt was committed, in a task for
+    /// which the caller does not wait. After a rollback the task records `end`. Otherwise the
+    /// attempt would count as lost when its lease is over.
     #[cfg(feature = "postgres")]
     pub(crate) fn resolve_later(&self, error: &Error, end: AttemptEnd) {
         let Ok(runtime) = Handle::try_current() else { return };

@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use crate::clock::{micros, Stopwatch};
 
-/// The schedule of one lease. A renewal is due after each third of the lease, so that if one renewal fails or hangs,
-/// the next one still comes in time.
+/// The schedule of one lease. A renewal is due after each third of the lease, so that if one
+/// renewal fails or hangs, the next one still comes in time.
 ///
-/// A task renews the lease when a renewal is due. That task can be late, because its runtime has ended or a thread is
-/// blocked. So the owner and the tasks of other runtimes renew the lease once the renewal is overdue.
+/// A task renews the lease when a renewal is due. That task can be late, because its runtime has
+/// ended or a thread is blocked. So the owner and the tasks of other runtimes renew the lease once
+/// the renewal is overdue.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     lease: Duration,
-    /// A stopwatch that was started before the lease began.
+    /// The stopwatch, which was started before the lease began.
     since: Stopwatch,
     /// The time of the next renewal, in microseconds on `since`.
     due: AtomicU64,
@@ -33,8 +34,8 @@ impl Schedule {
         self.lease
     }
 
-    /// Takes the renewal that is due now or within `soon`. If several callers try, one of them succeeds. The next
-    /// renewal is due a third of the lease later.
+    /// Takes the renewal that is due now or within `soon`. If several callers try at once, at most
+    /// one of them succeeds. The next renewal is due a third of the lease later.
     pub(crate) fn take(&self, soon: Duration) -> bool {
         let now = self.since.elapsed_micros();
         self.take_if(now, |due| now.saturating_add(micros(soon)) >= due)
@@ -57,8 +58,8 @@ impl Schedule {
                 .is_ok()
     }
 
-    /// Makes a renewal due after a short pause, because the last renewal failed. Without the pause, a store that fails
-    /// at once would get renewals without end.
+    /// Makes a renewal due after a pause of 1/24 of the lease, because the last renewal failed.
+    /// Without the pause, a store that fails at once would get renewals without end.
     pub(crate) fn repeat(&self) {
         let pause = micros(self.lease / 24);
         let due = self.since.elapsed_micros().saturating_add(pause);

@@ -7,23 +7,25 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Fingerprint, IfLost, KeySpace, Nonce, StorageKey};
 use crate::store::StoreRetry;
 
-/// The settings of keys. This type is the one place of their defaults.
+/// The settings of keys. Their defaults are defined only here.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineSettings {
     pub(crate) space: KeySpace,
     pub(crate) lease: Duration,
     pub(crate) retention: Duration,
-    /// How long a duplicate waits for the owner of its key.
+    /// The longest time for which a duplicate waits for the owner of its key.
     pub(crate) wait: Duration,
     pub(crate) if_lost: IfLost,
     pub(crate) max_attempts: u32,
-    /// How long the requests of a lost attempt may settle before the check of that attempt.
+    /// The pause before the check of a lost attempt, in which the requests of that attempt may
+    /// settle.
     pub(crate) settle_delay: Duration,
-    /// How long one operation of the store may take.
+    /// The longest time for one operation of the store.
     pub(crate) store_timeout: Duration,
-    /// How long an owner repeats the operation that ends its attempt.
+    /// The longest time for which an owner repeats the operation that ends its attempt.
     pub(crate) completion_timeout: Duration,
-    /// How many executions may continue in this process after their callers have left.
+    /// The largest number of executions that may continue in this process after their callers have
+    /// left (I10).
     pub(crate) max_detached: usize,
 }
 
@@ -49,7 +51,7 @@ impl EngineSettings {
     pub(crate) fn check_load(&self, tracker: &TaskTracker) -> Result<(), Error> {
         const OVERLOADED: Error = Error::new(
             ErrorKind::Overloaded,
-            "too many executions run whose callers left; try again later, or raise `with_max_detached`",
+            "too many executions are running whose callers have left; try again later, or raise `with_max_detached`",
         );
         if tracker.detached() < self.max_detached {
             Ok(())
@@ -58,7 +60,8 @@ impl EngineSettings {
         }
     }
 
-    /// Sets the limit of executions whose callers have left, at least 1. A limit of zero would refuse every execution.
+    /// Sets the limit of executions whose callers have left, at least 1. A limit of zero would
+    /// refuse every execution.
     pub(crate) fn set_max_detached(&mut self, executions: usize) {
         self.max_detached = executions.max(1);
     }
@@ -69,7 +72,7 @@ impl EngineSettings {
         self.lease = lease.max(SHORTEST_LEASE);
     }
 
-    /// Sets how many attempts a key gets, at least 1.
+    /// Sets the largest number of attempts at a key, at least 1.
     pub(crate) fn set_max_attempts(&mut self, attempts: u32) {
         self.max_attempts = attempts.max(1);
     }
@@ -87,7 +90,7 @@ impl EngineSettings {
         }
     }
 
-    /// Returns how an owner repeats an operation of the store.
+    /// Returns the limits within which an owner repeats an operation of the store.
     pub(crate) const fn retry(&self) -> StoreRetry {
         StoreRetry::new(self.store_timeout, self.completion_timeout)
     }

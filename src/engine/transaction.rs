@@ -9,15 +9,17 @@ use crate::telemetry::{self, Event};
 
 const ROLLED_BACK: Error = Error::new(
     ErrorKind::Configuration,
-    "what recorded itself in a transaction said that it was done, and the transaction was not committed; commit it first",
+    "the work completed its record in a transaction and reported success, but did not commit; commit before you return",
 );
 
 const UNKNOWN: Error = Error::new(
     ErrorKind::StoreUnavailable,
-    "whether the transaction was committed cannot be found out now",
+    "it is unknown whether the transaction was committed, until the store replies again",
 );
 
 impl<St: Store + Clone> Job<St> {
+    /// Ends an attempt that may have completed its record in a transaction. Only the record shows
+    /// whether the transaction was committed.
     pub(super) async fn after_transaction<G>(
         &self,
         owner: Owner,
@@ -27,10 +29,11 @@ impl<St: Store + Clone> Job<St> {
         match self.owner(owner).transaction_end(self.settings.lease).await {
             TransactionEnd::Committed(outcome) => match ended {
                 Ok(Ended {
-                    given,
-                    // A rejection does not undo a commit. The message is handled, and every copy is a duplicate.
+                    output,
+                    // A rejection does not undo a commit. The message is handled, and every copy is
+                    // a duplicate.
                     verdict: Verdict::Store(_) | Verdict::StoreFailure(Outcome::Stored(_) | Outcome::Tombstone),
-                }) => ran(given, Ok(())),
+                }) => ran(output, Ok(())),
                 _ => replayed(outcome),
             },
             TransactionEnd::RolledBack => self.rolled_back(owner, ended, absence).await,
@@ -42,35 +45,37 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
+    /// Ends an attempt whose transaction was rolled back. A reported success becomes an error,
+    /// because nothing was committed.
     async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, absence: &Absence) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
             Ok(Ended {
-                given,
+                output,
                 verdict: Verdict::Store(_),
             }) => {
                 self.owner(owner).release().await;
-                ran(given, Err(ROLLED_BACK))
+                ran(output, Err(ROLLED_BACK))
             }
             Ok(Ended {
-                given,
+                output,
                 verdict: Verdict::StoreFailure(outcome),
             }) => {
                 let completion = self.owner(owner).complete(&outcome, self.settings.retention).await;
-                self.completed(completion, given, absence).await
+                self.completed(completion, output, absence).await
             }
-            ended => self.unkept(owner, ended, absence).await,
+            ended => self.end_without_outcome(owner, ended, absence).await,
         }
     }
 
-    /// The caller leaves without knowing whether the transaction was committed. A task keeps asking the store, and
-    /// records the end of the attempt after a rollback. Otherwise the attempt would count as lost when its lease is
-    /// over.
+    /// Returns to the caller without knowing whether the transaction was committed. A task without
+    /// a caller finds this out from the store, and records the end of the attempt after a rollback.
+    /// Otherwise the attempt would count as lost when its lease is over.
     fn undecided<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
         telemetry::failure(Event::Unrecorded, &error);
         self.owner(owner).resolve_later(&error, self.end_after_rollback(&ended));
         match ended {
-            Ok(Ended { given, .. }) => ran(given, Err(UNKNOWN.with_source(error))),
+            Ok(Ended { output, .. }) => ran(output, Err(UNKNOWN.with_source(error))),
             Err(refused) => Settled::Refused(refused),
         }
     }
@@ -85,6 +90,6 @@ impl<St: Store + Clone> Job<St> {
     }
 }
 
-const fn ran<G>(given: G, recorded: Result<(), Error>) -> Settled<G> {
-    Settled::Ran { given, recorded }
+const fn ran<G>(output: G, recorded: Result<(), Error>) -> Settled<G> {
+    Settled::Ran { output, recorded }
 }

@@ -12,7 +12,7 @@ use crate::protocol::{Snapshot, StorageKey};
 use crate::store::{limit_in_wait, with_timeout, Store, TIMED_OUT};
 use crate::telemetry::{self, Event};
 
-/// The longest time between two looks, for a subscription that wakes nobody.
+/// The longest time between two looks at the record, in case a subscription misses a change.
 const POLL: Duration = Duration::from_millis(500);
 
 /// A request that waits for the owner of its key, as the loop of [`await_owner`] sees it.
@@ -46,8 +46,9 @@ pub(crate) enum Waited<W: Waiter> {
     Failed(Error),
 }
 
-/// Subscribes, looks and waits, in that order, so that no change of the record is missed. Changes no record. Looks at least
-/// once, because the key may hold the outcome already.
+/// Waits for the owner of a key. Subscribes, looks and waits, in that order, so that no change of
+/// the record is missed. Changes no record. Looks at least once, because the key may hold the
+/// outcome already. Returns after `deadline` at the latest, plus the time of the last look (I7).
 pub(crate) async fn await_owner<St: Store, W: Waiter>(
     store: &St,
     key: &StorageKey,
@@ -72,7 +73,7 @@ pub(crate) async fn await_owner<St: Store, W: Waiter>(
         waiter.begin_look();
         let looked = match within(limit, store.peek(key)).await {
             Ok(looked) => looked,
-            // The look was cut short because the wait is over, which says nothing about the store.
+            // The look ended early because the wait is over. This says nothing about the store.
             Err(_) if limit < timeout => return Waited::TimeUp(waiter),
             Err(_) => Err(TIMED_OUT),
         };
@@ -102,11 +103,12 @@ pub(crate) async fn await_owner<St: Store, W: Waiter>(
         if deadline.left().is_zero() {
             return Waited::TimeUp(waiter);
         }
-        let (watched, asked) = (pin!(watched(watch)), pin!(waiter.is_asked_to_look()));
-        drop(within(POLL.min(deadline.left()), select(watched, asked)).await);
+        let (watched, must_look) = (pin!(watched(watch)), pin!(waiter.is_asked_to_look()));
+        drop(within(POLL.min(deadline.left()), select(watched, must_look)).await);
     }
 }
 
+/// Waits for the subscription, or without end if there is none.
 async fn watched(watch: Option<impl Future<Output = ()>>) {
     match watch {
         Some(watch) => watch.await,
