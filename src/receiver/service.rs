@@ -24,7 +24,7 @@ use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
 use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
 
-/// A service that handles each message once; made by [`ReceiverLayer`](super::ReceiverLayer).
+/// A service that handles each message once. [`ReceiverLayer`](super::ReceiverLayer) makes this service.
 pub struct Receiver<S, St, M> {
     inner: S,
     store: St,
@@ -168,7 +168,7 @@ where
             return Err(ReceiveError::Store(overloaded));
         }
         let tracker = Arc::clone(&self.settings.tracker);
-        // Declared first so that it drops last, when the tracker knows of the rest.
+        // Declared first so that it drops last, after abandoned work has been handed to the tracker.
         let _attended = tracker.attend();
         let on_error = self.settings.on_error;
         let handling = handled(self.service, self.message, self.settings);
@@ -182,6 +182,7 @@ where
         }
     }
 
+    /// Handles the message once, under the key of its id.
     async fn once(self, id: &MessageId) -> Received<S::Response, S::Error> {
         let settings = Arc::clone(&self.settings);
         let fingerprint = settings.fingerprint(&self.message);
@@ -195,7 +196,7 @@ where
             tracker: Arc::clone(&settings.tracker),
         };
         let received = match job.settle(self).await {
-            Settled::Ran { given, recorded } => match (given, recorded) {
+            Settled::Ran { output, recorded } => match (output, recorded) {
                 (Output::Failed(error, end), _) => Err(failed(error, end)),
                 (Output::Panicked, _) => Err(panicked(settings.on_error)),
                 (_, Err(error)) => Err(ReceiveError::Unrecorded(error)),
@@ -243,18 +244,18 @@ where
 {
     type Output = Output<S::Response, S::Error>;
 
-    fn ask(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send {
+    fn check(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send {
         let check = self.settings.check.as_ref();
         // The engine catches a panic of the future, but not a panic of the function that makes the future.
-        let asked = check.map(|check| {
-            let ask = || check(&self.message, self.lease(attempt));
-            catch_unwind(AssertUnwindSafe(ask))
+        let checking = check.map(|check| {
+            let make = || check(&self.message, self.lease(attempt));
+            catch_unwind(AssertUnwindSafe(make))
         });
         async move {
-            match asked {
-                Some(Ok(asked)) => match asked.await {
+            match checking {
+                Some(Ok(checking)) => match checking.await {
                     Recovered::Happened(()) => Recovered::Happened(Ended {
-                        given: Output::Known,
+                        output: Output::Known,
                         verdict: Verdict::Store(Outcome::Tombstone),
                     }),
                     Recovered::NotHappened => Recovered::NotHappened,
@@ -273,16 +274,16 @@ where
                 pass(&mut self.message, lease);
             }
         }));
-        let given = match passed {
+        let output = match passed {
             Ok(()) => handled(self.service, self.message, Arc::clone(&settings)).await,
             Err(_) => Output::Panicked,
         };
-        let verdict = match &given {
+        let verdict = match &output {
             Output::Handled(_) | Output::Known => Verdict::Store(Outcome::Tombstone),
             Output::Failed(_, end) => verdict_of(*end),
             Output::Panicked => verdict_of(settings.on_error),
         };
-        Ended { given, verdict }
+        Ended { output, verdict }
     }
 }
 
@@ -296,8 +297,7 @@ const fn verdict_of(end: OnError) -> Verdict {
     }
 }
 
-/// Returns the result of a delivery whose handler failed. A rejection counts even if the store could not record it, because the
-/// message then goes to the dead-letter place, and only another copy of it may be handled again.
+/// Returns the result of a delivery whose handler failed. A rejection counts even if the store could not record it, because the message then goes to the dead-letter queue, and only another copy of it may be handled again.
 fn failed<E>(error: E, end: OnError) -> ReceiveError<E> {
     match end {
         OnError::Reject => ReceiveError::Rejected(Some(error)),
@@ -320,8 +320,7 @@ impl<M> Settings<M> {
         fingerprint(kind, payload)
     }
 
-    /// Warns about a duplicate that is another variant of its enum than the message that came before it. A
-    /// [type](super::ReceiverLayer::with_type) that is set makes it a mismatch instead.
+    /// Warns about a duplicate whose enum variant differs from that of the earlier message. If the layer has a [type](super::ReceiverLayer::with_type), such a duplicate is a mismatch instead.
     fn compare_variants<T, E>(&self, key: &StorageKey, variant: Variant, received: &Received<T, E>) {
         match received {
             _ if self.kind.is_some() => {}
@@ -331,7 +330,7 @@ impl<M> Settings<M> {
         }
     }
 
-    /// Returns the result of a message whose fingerprint is not the recorded one. Without a record there is no duplicate.
+    /// Returns the result of a message whose fingerprint differs from the recorded one. If the record is gone, the message may be delivered again at once.
     async fn mismatched<T, E>(&self, store: &impl Store, key: &StorageKey, fingerprint: Fingerprint) -> Received<T, E> {
         let snapshot = with_timeout(self.engine.store_timeout, store.peek(key)).await;
         let snapshot = snapshot.inspect_err(telemetry::store_failed);
@@ -340,7 +339,7 @@ impl<M> Settings<M> {
                 retry_after: Duration::ZERO,
             });
         };
-        // A copy of this very message has taken the key in the meantime.
+        // A copy of the same message has taken the key in the meantime.
         if snapshot.fingerprint == fingerprint {
             return Ok(Receipt::InFlight {
                 retry_after: Duration::ZERO,
@@ -363,7 +362,7 @@ impl<M> Settings<M> {
             Status::InFlight { left } => Receipt::InFlight {
                 retry_after: left.min(self.engine.lease),
             },
-            // A delivery with the recorded payload takes the key over.
+            // A later delivery with the recorded payload takes the key over.
             Status::Lost if is_compared && self.engine.if_lost != IfLost::Refuse => Receipt::InFlight {
                 retry_after: self.engine.lease,
             },

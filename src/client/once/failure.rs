@@ -40,26 +40,28 @@ pub enum OnceError<T, E> {
     },
     /// The key was used for another input. Nothing ran.
     Mismatch,
-    /// The call was made, and its result was not stored. A response was too long, too slow, a stream, or broke off, or
-    /// JSON could not hold a value. The call is not made again.
+    /// The call was made, and its result was not stored. A response was too long, too slow, a
+    /// stream, or broke off, or JSON could not hold a value. The call is not made again.
     NotStored,
     /// The store failed, or the configuration of the call is wrong. Nothing ran.
     NotRun(Error),
-    /// The key was used by a job with another list of steps, or another input. Nothing ran. A job that has begun needs the
-    /// list of steps that it began with; give jobs with another list another namespace.
+    /// The key was used by a job with another list of steps, or another input. Nothing ran. A job
+    /// that has begun needs the list of steps that it began with; give jobs with another list
+    /// another namespace.
     StepChanged {
         /// The first step that differs, counted from 0.
         position: usize,
     },
-    /// It is unknown whether the call took effect, because an attempt was lost, or its existence check could not decide.
-    /// Holds the error if the attempt was made now. Ask the third party whether the call took effect. When the retention of the
-    /// key is over, a repeated call runs again, so do not repeat a call that took effect.
+    /// It is unknown whether the call took effect, because an attempt was lost, or its existence
+    /// check could not decide. Holds the error if the attempt was made now. Ask the third party
+    /// whether the call took effect. When the retention of the key is over, a repeated call runs
+    /// again, so do not repeat a call that took effect.
     Unknown(Option<E>),
-    /// The stored response cannot be read as a `T`, because the type has changed since. Nothing ran. A version of the
-    /// program with the earlier type can still read the response.
+    /// The stored response cannot be read as a `T`, because the type has changed since. Nothing
+    /// ran. A version of the program with the earlier type can still read the response.
     Unreadable(Box<dyn StdError + Send + Sync>),
-    /// The call was made, but its response could not be recorded. Another attempt may make the call again, or find its
-    /// outcome unknown.
+    /// The call was made, but its response could not be recorded. Another attempt may make the call
+    /// again, or find its outcome unknown.
     Unrecorded {
         /// The response.
         given: Box<T>,
@@ -79,8 +81,9 @@ impl<T, E> OnceError<T, E> {
         }
     }
 
-    /// Whether the call may have taken effect. That is so for [`InFlight`](Self::InFlight), [`NotStored`](Self::NotStored),
-    /// [`Unknown`](Self::Unknown), [`Unreadable`](Self::Unreadable) and [`Unrecorded`](Self::Unrecorded).
+    /// Returns whether the call may have taken effect. This is true for
+    /// [`InFlight`](Self::InFlight), [`NotStored`](Self::NotStored), [`Unknown`](Self::Unknown),
+    /// [`Unreadable`](Self::Unreadable) and [`Unrecorded`](Self::Unrecorded).
     #[must_use]
     pub const fn may_have_happened(&self) -> bool {
         !matches!(

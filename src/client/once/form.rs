@@ -12,10 +12,11 @@ use crate::telemetry::{self, Event};
 /// The head of a stored value. Responses to HTTP requests begin with 1.
 const JSON: &[u8] = &[2];
 
-/// Returns the value as a replay will return it, and the outcome to store. If JSON cannot hold the value, returns the
-/// value unchanged and a tombstone.
+/// Returns the value as a replay will return it, and the outcome to store. If JSON cannot hold the
+/// value, returns the value unchanged and a tombstone.
 pub(super) fn encode<T: Serialize + DeserializeOwned>(value: T) -> (T, Outcome) {
-    // The call has taken effect, so a panic in the type's own code must not make the outcome unknown.
+    // The call has taken effect, so a panic in the type's own code must not make the outcome
+    // unknown.
     let stored = catch_unwind(AssertUnwindSafe(|| round_trip(&value))).ok().flatten();
     if let Some((body, read)) = stored {
         let head = Bytes::from_static(JSON);
@@ -37,12 +38,12 @@ fn round_trip<T: Serialize + DeserializeOwned>(value: &T) -> Option<(Bytes, T)> 
 ///
 /// # Errors
 ///
-/// If the record holds something other than a `T`.
+/// If the record holds anything other than a `T`.
 pub(super) fn decode<T: DeserializeOwned>(
-    answer: &StoredResponse,
+    response: &StoredResponse,
 ) -> Result<T, Box<dyn std::error::Error + Send + Sync>> {
-    if answer.head != JSON {
-        return Err("the stored answer is that of an HTTP request, or of a newer version of this crate".into());
+    if response.head != JSON {
+        return Err("the stored response is an HTTP response, or was stored by a newer version of this crate".into());
     }
-    Ok(serde_json::from_slice(&answer.body)?)
+    Ok(serde_json::from_slice(&response.body)?)
 }

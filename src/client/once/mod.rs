@@ -1,4 +1,5 @@
-//! Calls that are made once, and their answers kept: [`OnceLayer`] for HTTP, `once` for everything else (feature `once`).
+//! Calls that are made once, with stored responses: [`OnceLayer`] for HTTP, and `once` for calls of
+//! any other kind (feature `once`).
 
 mod failure;
 #[cfg(feature = "once")]

@@ -23,7 +23,7 @@ impl StepPath {
         u32::try_from(self.position()).unwrap_or(u32::MAX)
     }
 
-    /// What is asked in this step: the same path, for the same input.
+    /// Returns the fingerprint of this step, which covers its path and the input.
     pub(super) fn fingerprint(&self, input: &Fingerprint) -> Fingerprint {
         let path = Scope::of(self.path.iter().map(|name| name.as_bytes()));
         Fingerprint::of(Scope::of([path.as_bytes(), input.digest()]).as_bytes())

@@ -1,4 +1,4 @@
-//! Jobs of several steps, each of which is made once.
+//! Jobs of several steps that are each made once.
 
 use std::sync::Arc;
 
@@ -6,8 +6,8 @@ use super::step_path::StepPath;
 use super::values::Once;
 use crate::store::Store;
 
-/// A job of several calls under one key: each is made once and its answer kept, so that a crash or a retry resumes after the last
-/// one that was recorded. Made by [`Once::steps`].
+/// A job of several calls under one key, made by [`Once::steps`]. Each call is made once and its
+/// response is stored. After a crash or a retry, the job resumes after the last recorded call.
 ///
 /// ```
 /// use tower_idempotency::client::{once, Failure, OnceError};
@@ -23,13 +23,18 @@ use crate::store::Store;
 /// # }
 /// ```
 ///
-/// A step is a [`Once`] of its own, with a record, a lease and a setting of its own for what to do when it is lost; two jobs that run
-/// under one key at once meet at every step, and one of them makes it. What a later step does may depend on what earlier ones gave,
-/// but the *list* of steps may not: each record says by which steps the job came to it, and another list is
-/// [`OnceError::StepChanged`](super::OnceError::StepChanged) before anything runs. Steps may be added at the end.
+/// A step is a [`Once`] with its own record, lease and setting for lost attempts. If two jobs run
+/// under one key at the same time, one of them makes each step, and the other one gets the stored
+/// response.
 ///
-/// It is no workflow engine: nothing starts a job again, there are no timers, no signals and no compensation. Temporal and Restate are
-/// engines.
+/// The input of a later step may depend on the responses of earlier steps, but the *list* of steps
+/// may not. The record of each step has a fingerprint of the input and of the names of all steps up
+/// to it. A job with another list, or another input, fails with
+/// [`OnceError::StepChanged`](super::OnceError::StepChanged) before the step runs. You may add
+/// steps at the end.
+///
+/// This is not a workflow engine such as Temporal or Restate. Nothing restarts a job, and there are
+/// no timers, signals or compensations.
 #[derive(Debug)]
 pub struct Steps<St> {
     job: Once<St>,
@@ -37,7 +42,7 @@ pub struct Steps<St> {
 }
 
 impl<St: Store + Clone> Once<St> {
-    /// A job of several calls under this key, each of which is made once.
+    /// Makes a job of several calls under this key. Each call is made once.
     #[must_use]
     pub fn steps(self) -> Steps<St> {
         Steps::new(self)
@@ -49,7 +54,7 @@ impl<St: Store + Clone> Steps<St> {
         Self { job, names: Vec::new() }
     }
 
-    /// The next step. It takes its settings from the job, and may change them.
+    /// Returns the next step. It starts with the settings of the job, and you may change them.
     #[must_use]
     pub fn step(&mut self, name: &str) -> Once<St> {
         self.names.push(name.into());

@@ -1,4 +1,4 @@
-//! One-time calls of any kind, whose answers are kept as JSON.
+//! One-time calls of any kind. Their values are stored as JSON.
 
 use std::fmt;
 use std::future::{ready, Future};
@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
 
-/// A call under `key` that is made once, across tasks, processes and crashes, as far as the store reaches.
+/// Creates a call under `key` that is made once, across all tasks, processes and crashes that share
+/// the store.
 ///
 /// ```
 /// use tower_idempotency::client::{once, Attempt, Failure};
@@ -38,19 +39,22 @@ use crate::store::Store;
 /// # }
 /// ```
 ///
-/// The call runs in its caller's task. Dropping the future does not end it: the rest goes on in a task of its own, and what came of it
-/// is recorded. It must be made within a tokio runtime.
+/// The call runs in its caller's task. If the caller drops the future after the call has begun, the
+/// call continues in a task of its own, and its outcome is recorded. The call needs a tokio
+/// runtime.
 ///
 /// # The value
 ///
-/// The store holds the value as JSON, and every caller, including the first one, gets the value that is read from this
-/// JSON. If JSON or the type's `serde` attributes drop a part of the value (a skipped field, a `NaN` in an `Option`),
-/// the first result lacks that part, too. Floats keep every bit.
+/// The store holds the value as JSON, and every caller, including the first one, gets the value
+/// that is read from this JSON. If JSON or the type's `serde` attributes drop a part of the value
+/// (a skipped field, a `NaN` in an `Option`), the first result lacks that part, too. Floats keep
+/// every bit.
 ///
-/// A value that JSON cannot hold, or that cannot be read back (a map whose keys are lists, a bare `NaN`, an infinity,
-/// more than 127 levels of nesting, a `Serialize` that panics), is not stored. The call was made, so it is not made
-/// again. The first caller gets the value unchanged, the record says only that the call was made, and every later
-/// caller gets [`OnceError::NotStored`]. The log has an event `tombstone` for each such value.
+/// A value that JSON cannot hold, or that cannot be read back (a map whose keys are lists, a bare
+/// `NaN`, an infinity, more than 127 levels of nesting, a `Serialize` that panics), is not stored.
+/// The call was made, so it is not made again. The first caller gets the value unchanged, the
+/// record says only that the call was made, and every later caller gets [`OnceError::NotStored`].
+/// The log has an event `tombstone` for each such value.
 #[must_use = "nothing happens before `run`"]
 pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
     Once {
@@ -61,21 +65,23 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
         engine: EngineSettings::default(),
         // Each call has its own drain, and all calls of a process share the bounds.
         tracker: Arc::new(TaskTracker::with_bounds_of_process()),
-        place: None,
+        path: None,
     }
 }
 
-/// A call to be made once; made by [`once`] and [`Steps::step`](super::Steps::step).
+/// A call that is made once. [`once`] and [`Steps::step`](super::Steps::step) make this type.
 ///
 /// # What it promises
 ///
-/// At most one call within the retention, by default: when an attempt is lost (its process died, its lease ran out, it
-/// failed with [`Failure::Unknown`]), its outcome is [`OnceError::Unknown`] from then on, until the retention is over. The
-/// next call after that is made.
-/// [`at_least_once`](Self::at_least_once) makes the call again, which is right where the third party heeds the
-/// [id](Attempt::id); [`run_or_recover`](Self::run_or_recover) asks first.
+/// At most one call within the retention, by default. An attempt is lost if its process dies, its
+/// lease ends, or it fails with [`Failure::Unknown`]. After a lost attempt, every call under the
+/// key gets [`OnceError::Unknown`], until the retention is over. The next call after that is made.
 ///
-/// A panic of the call is an unknown outcome.
+/// [`at_least_once`](Self::at_least_once) makes the call again. Use it if the third party
+/// deduplicates by the [id](Attempt::id). [`run_or_recover`](Self::run_or_recover) runs a check
+/// before it makes the call again.
+///
+/// If the call panics, its outcome is unknown.
 ///
 /// # Defaults
 ///
@@ -85,7 +91,7 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
 /// | [retention](Self::with_retention) | 24 h from the completion |
 /// | [wait](Self::with_wait) for the same call elsewhere | 30 s |
 /// | [attempts](Self::with_max_attempts) | 5 |
-/// | [settling](Self::with_settle_delay) before an existence check | none |
+/// | [settle delay](Self::with_settle_delay) before the check of a lost attempt | none |
 /// | [input](Self::with_input), [scope](Self::with_scope), [namespace](Self::with_namespace), [secret](Self::with_secret) | none |
 #[derive(Clone)]
 pub struct Once<St> {
@@ -95,7 +101,7 @@ pub struct Once<St> {
     input: Option<Fingerprint>,
     engine: EngineSettings,
     tracker: Arc<TaskTracker>,
-    place: Option<StepPath>,
+    path: Option<StepPath>,
 }
 
 impl<St> Once<St> {
@@ -105,45 +111,49 @@ impl<St> Once<St> {
         &mut self.engine
     }
 
-    /// Whose key it is; none by default. Needed wherever two callers could name the same key.
+    /// Sets the scope of the key, such as the caller that owns it. Default: none. Set a scope if
+    /// two callers could use the same key.
     #[must_use]
     pub fn with_scope(mut self, scope: impl Into<Scope>) -> Self {
         self.scope = Some(scope.into());
         self
     }
 
-    /// What the call is made with. Under the same key another input is [`OnceError::Mismatch`]; without any, all calls under a key
-    /// count as the same.
+    /// Sets the input of the call. A call with another input under the same key fails with
+    /// [`OnceError::Mismatch`]. Default: none, so that all calls under a key count as the same
+    /// call.
     #[must_use]
     pub fn with_input(mut self, input: impl AsRef<[u8]>) -> Self {
         self.input = Some(Fingerprint::of(input.as_ref()));
         self
     }
 
-    /// Makes the call again when an attempt was lost, instead of leaving it unknown. For calls that may have their effect twice, or
-    /// whose third party heeds the [id](Attempt::id) of the attempt.
+    /// Makes the call again after a lost attempt, instead of leaving its outcome unknown. Use this
+    /// for calls whose effect may happen twice, or whose third party deduplicates by the
+    /// [id](Attempt::id) of the attempt.
     #[must_use]
     pub fn at_least_once(self) -> Self {
         self.on_lost(OnLost::Execute)
     }
 
-    /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. To ask first, call
-    /// [`run_or_recover`](Self::run_or_recover).
+    /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. To check the lost
+    /// attempt first, call [`run_or_recover`](Self::run_or_recover).
     #[must_use]
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
         self.engine.if_lost = on_lost.into();
         self
     }
 
-    /// Returns a drain that waits for this call, its clones and its steps, also if they continue after their callers
-    /// have left. Call this before [`run`](Self::run), which consumes the call. To use one drain for many calls, see
-    /// [`with_drain`](Self::with_drain).
+    /// Returns a drain that waits for this call, its clones and its steps, also if they continue
+    /// after their callers have left. Call this before [`run`](Self::run), which consumes the call.
+    /// To use one drain for many calls, see [`with_drain`](Self::with_drain).
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain::new(&self.tracker)
     }
 
-    /// Makes `drain` wait for this call, too. Before the process ends, stop making calls, then wait:
+    /// Makes `drain` wait for this call, too. Before the process ends, stop making calls, then
+    /// wait:
     ///
     /// ```
     /// use tower_idempotency::client::{once, Failure};
@@ -166,8 +176,9 @@ impl<St> Once<St> {
         self
     }
 
-    /// Sets how many calls may go on although their callers left, in all calls of this process, or of this
-    /// [drain](Self::with_drain) if there is one. Beyond that no call is made: it fails with [`OnceError::NotRun`] and
+    /// Sets how many calls may continue after their callers have left. The limit counts all calls
+    /// of this process, or all calls of this [drain](Self::with_drain) if there is one. At the
+    /// limit, a call is not made, and fails with [`OnceError::NotRun`] and
     /// [`Overloaded`](crate::ErrorKind::Overloaded). At least 1. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
@@ -175,23 +186,24 @@ impl<St> Once<St> {
         self
     }
 
-    pub(super) fn at(mut self, place: StepPath) -> Self {
-        self.place = Some(place);
+    pub(super) fn at(mut self, path: StepPath) -> Self {
+        self.path = Some(path);
         self
     }
 }
 
 impl<St: Store + Clone> Once<St> {
-    /// Makes the call, unless it was made: then gives what it gave.
+    /// Makes the call, or returns the recorded result if it was already made.
     ///
     /// # Errors
     ///
-    /// Every kind of [`OnceError`]; which of them leave open whether the call took effect,
-    /// [`may_have_happened`](OnceError::may_have_happened) tells.
+    /// Every kind of [`OnceError`]. [`may_have_happened`](OnceError::may_have_happened) returns
+    /// whether the call may have taken effect in spite of the error.
     ///
     /// # Cancel safety
     ///
-    /// Dropped before the call began, it does not begin. Dropped later, it goes on and is recorded.
+    /// If the future is dropped before the call begins, the call does not begin. If it is dropped
+    /// later, the call continues, and its outcome is recorded.
     pub async fn run<T, E, F, Fut>(self, call: F) -> Result<Done<T>, OnceError<T, E>>
     where
         T: Serialize + DeserializeOwned + Send + 'static,
@@ -199,18 +211,22 @@ impl<St: Store + Clone> Once<St> {
         F: FnOnce(Attempt) -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
-        let never = |_| ready(Recovered::Unknown);
-        self.settle(never, call).await
+        let no_check = |_| ready(Recovered::Unknown);
+        self.settle(no_check, call).await
     }
 
-    /// Makes the call, unless it was made. After an attempt that was lost, `check` is asked first what became of it; it may be asked
-    /// several times, never twice at once.
+    /// Makes the call, or returns the recorded result if it was already made. After a lost attempt,
+    /// this first calls `check`, which finds out whether that attempt took effect. The check may
+    /// run several times under one key, once in each attempt. Two checks do not run at the same
+    /// time, as long as the attempts keep their leases.
     ///
     /// # What it does not promise
     ///
-    /// One effect is promised where the check shuts the lost attempt out, by raising the [fence](Attempt::fence) at the third party
-    /// before it looks, or where that attempt's request has settled before the check. A request that arrives after the check has
-    /// an effect of its own; [`with_settle_delay`](Self::with_settle_delay) narrows that gap.
+    /// The guarantee of one effect needs one of two conditions. Either the check blocks the lost
+    /// attempt, by raising the [fence](Attempt::fence) at the third party before it looks for the
+    /// effect. Or the request of the lost attempt has settled before the check;
+    /// [`with_settle_delay`](Self::with_settle_delay) narrows this gap. A request that arrives
+    /// after the check has an effect of its own.
     ///
     /// # Errors
     ///
@@ -243,13 +259,13 @@ impl<St: Store + Clone> Once<St> {
     {
         const EMPTY: Error = Error::new(
             ErrorKind::Configuration,
-            "the key of a one-time call is empty; name what it is made for",
+            "the key of a one-time call is empty; use a key that identifies the call",
         );
         if self.key.is_empty() {
             return Err(OnceError::NotRun(EMPTY));
         }
-        let place = self.place.clone();
-        let asks = self.engine.if_lost == IfLost::Recover;
+        let path = self.path.clone();
+        let is_checked = self.engine.if_lost == IfLost::Recover;
         let work = Typed {
             check: Some(check),
             call,
@@ -258,34 +274,35 @@ impl<St: Store + Clone> Once<St> {
         let settled = self.job().settle(work).await;
         match settled {
             Settled::Ran {
-                given: (Ok(value), attempt),
+                output: (Ok(value), attempt),
                 recorded: Ok(()),
             } => Ok(Done {
                 value,
                 attempt: Some(attempt),
             }),
             Settled::Ran {
-                given: (Ok(given), _),
+                output: (Ok(value), _),
                 recorded: Err(error),
             } => Err(OnceError::Unrecorded {
-                given: Box::new(given),
+                given: Box::new(value),
                 error,
             }),
             Settled::Ran {
-                given: (Err(failure), attempt),
+                output: (Err(failure), attempt),
                 ..
             } => Err(match failure {
-                // Of an attempt that was lost before this one, and not asked about, it says nothing.
-                Failure::NotDone(error) if attempt == 1 || asks => OnceError::Failed(error),
+                // This error describes the current attempt only. An earlier lost attempt that was
+                // not checked may have taken effect.
+                Failure::NotDone(error) if attempt == 1 || is_checked => OnceError::Failed(error),
                 Failure::NotDone(error) | Failure::Unknown(error) => OnceError::Unknown(Some(error)),
             }),
-            Settled::Replay(answer) => match decode(&answer) {
+            Settled::Replay(response) => match decode(&response) {
                 Ok(value) => Ok(Done { value, attempt: None }),
                 Err(cause) => Err(OnceError::Unreadable(cause)),
             },
-            Settled::Refused(refused) => Err(match (OnceError::refused(refused), place) {
-                (OnceError::Mismatch, Some(place)) => OnceError::StepChanged {
-                    position: place.position(),
+            Settled::Refused(refused) => Err(match (OnceError::refused(refused), path) {
+                (OnceError::Mismatch, Some(path)) => OnceError::StepChanged {
+                    position: path.position(),
                 },
                 (error, _) => error,
             }),
@@ -294,10 +311,10 @@ impl<St: Store + Clone> Once<St> {
 
     fn job(self) -> Job<St> {
         let input = self.input.unwrap_or(Fingerprint::NONE);
-        let step = self.place.as_ref().map(StepPath::number);
+        let step = self.path.as_ref().map(StepPath::number);
         Job {
             key: self.engine.space.call_key(self.scope.as_ref(), &self.key, step),
-            fingerprint: self.place.map_or(input, |place| place.fingerprint(&input)),
+            fingerprint: self.path.map_or(input, |path| path.fingerprint(&input)),
             store: self.store,
             settings: self.engine,
             tracker: self.tracker,
@@ -313,7 +330,7 @@ impl<St> fmt::Debug for Once<St> {
     }
 }
 
-/// What a one-time call gave.
+/// The result of a one-time call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Done<T> {
     value: T,
@@ -321,25 +338,25 @@ pub struct Done<T> {
 }
 
 impl<T> Done<T> {
-    /// What it gave.
+    /// Returns the value of the call.
     #[must_use]
     pub const fn value(&self) -> &T {
         &self.value
     }
 
-    /// What it gave, by value.
+    /// Returns the value of the call, by value.
     #[must_use]
     pub fn into_value(self) -> T {
         self.value
     }
 
-    /// Whether the call was made earlier, and this is its kept answer.
+    /// Returns whether the call was made earlier and this is its stored value.
     #[must_use]
     pub const fn is_replay(&self) -> bool {
         self.attempt.is_none()
     }
 
-    /// Which attempt under the key this was, from 1; `None` for a replay.
+    /// Returns the number of the attempt under the key, from 1. Returns `None` for a replay.
     #[must_use]
     pub const fn attempt(&self) -> Option<u32> {
         self.attempt
@@ -348,7 +365,7 @@ impl<T> Done<T> {
 
 type Types<T, E, CFut, Fut> = PhantomData<fn() -> (T, E, CFut, Fut)>;
 
-/// A check and a call, and the types that they speak of.
+/// A check and a call, with their types.
 struct Typed<C, F, T, E, CFut, Fut> {
     check: Option<C>,
     call: F,
@@ -366,12 +383,12 @@ where
 {
     type Output = (Result<T, Failure<E>>, u32);
 
-    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
+    async fn check(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
         let Some(check) = self.check.take() else {
             return Recovered::Unknown;
         };
         match check(attempt.clone()).await {
-            Recovered::Happened(value) => Recovered::Happened(kept(value, attempt.number())),
+            Recovered::Happened(value) => Recovered::Happened(stored(value, attempt.number())),
             Recovered::NotHappened => Recovered::NotHappened,
             Recovered::Unknown => Recovered::Unknown,
         }
@@ -380,23 +397,24 @@ where
     async fn run(self, attempt: Attempt) -> Ended<Self::Output> {
         let number = attempt.number();
         match (self.call)(attempt).await {
-            Ok(value) => kept(value, number),
+            Ok(value) => stored(value, number),
             Err(failure) => Ended {
                 verdict: match failure {
                     Failure::NotDone(_) => Verdict::Release,
                     Failure::Unknown(_) => Verdict::GiveUp,
                 },
-                given: (Err(failure), number),
+                output: (Err(failure), number),
             },
         }
     }
 }
 
-/// Ends a call that returned `value`: returns the outcome to store, and the value for the caller.
-fn kept<T: Serialize + DeserializeOwned, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
+/// Returns the end of a call that returned `value`: the outcome to store, and the value for the
+/// caller.
+fn stored<T: Serialize + DeserializeOwned, E>(value: T, attempt: u32) -> Ended<(Result<T, Failure<E>>, u32)> {
     let (value, outcome) = encode(value);
     Ended {
-        given: (Ok(value), attempt),
+        output: (Ok(value), attempt),
         verdict: Verdict::Store(outcome),
     }
 }

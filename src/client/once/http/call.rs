@@ -1,4 +1,5 @@
-//! One attempt: sends the request, or asks about a lost attempt, and decides the effect of the result on the key.
+//! One attempt: sends the request, or checks a lost attempt, and decides the effect of the result
+//! on the key.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -48,7 +49,7 @@ where
 {
     type Output = Output<R, S::Error>;
 
-    async fn ask(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
+    async fn check(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
         let HttpCall {
             settings, key, head, ..
         } = &*self;
@@ -60,11 +61,11 @@ where
             attempt: attempt.clone(),
             head: head.clone(),
         };
-        let asked = check(lost);
-        match asked.await {
+        let checking = check(lost);
+        match checking.await {
             Recovered::Happened(response) => {
                 let (head, bytes) = response.into_parts();
-                Recovered::Happened(self.settings.keep(head, Collected { bytes, trailers: None }))
+                Recovered::Happened(self.settings.stored(head, Collected { bytes, trailers: None }))
             }
             Recovered::NotHappened => Recovered::NotHappened,
             Recovered::Unknown => Recovered::Unknown,
@@ -97,7 +98,8 @@ where
         let evidence = settings.evidence(&report, &result);
         if let Some(outer) = outer {
             outer.adopt(&report);
-            // A layer further out sees the same response, but not the doubt about it, so report the doubt.
+            // A layer further out sees the same response, but not the doubt about it, so report the
+            // doubt.
             if evidence.meaning == ResponseMeaning::Unknown {
                 outer.redirect();
             }
@@ -105,12 +107,12 @@ where
         match result {
             // This response may only mean that the lost attempt arrived earlier.
             Ok(response) if is_later && settings.is_doubtful(&response) => Ended {
-                given: Output::Doubtful,
+                output: Output::Doubtful,
                 verdict: Verdict::GiveUp,
             },
             Ok(mut response) => {
                 response.extensions_mut().insert(attempt);
-                settings.answered(&method, response, evidence).await
+                settings.responded(&method, response, evidence).await
             }
             Err(error) => settings.failed(error, evidence, is_later),
         }
@@ -118,7 +120,7 @@ where
 }
 
 impl Settings {
-    /// Decides what an error does to the key.
+    /// Decides the effect of an error on the key.
     fn failed<R, E>(&self, error: E, evidence: Evidence, is_later: bool) -> Ended<Output<R, E>> {
         if !evidence.has_no_effect_by_error() {
             let is_doubtful = is_later && self.recognises_no_retry() && !evidence.has_effect();
@@ -127,13 +129,13 @@ impl Settings {
                 ResponseMeaning::Responded { settles: true } if !is_doubtful => self.without_body(),
                 _ => Verdict::GiveUp,
             };
-            let given = Output::Lost(error);
-            return Ended { given, verdict };
+            let output = Output::Lost(error);
+            return Ended { output, verdict };
         }
-        // An earlier attempt was lost, and without a recovery function nobody has asked about its effect.
+        // An earlier attempt was lost, and no recovery check has looked for its effect.
         let is_open = is_later && self.engine.if_lost == IfLost::Execute;
         Ended {
-            given: if is_open {
+            output: if is_open {
                 Output::Lost(error)
             } else {
                 Output::Failed(error)
@@ -142,9 +144,9 @@ impl Settings {
         }
     }
 
-    /// Decides the effect on the key if the head of a response shows that the call was made, and its body broke off.
-    /// Sending the request again would repeat the effect, also under `at_least_once`. Only a third party that honours the
-    /// key replays its response instead.
+    /// Decides the effect on the key if the head of a response shows that the call was made, and
+    /// its body broke off. Sending the request again would repeat the effect (I3), also under
+    /// `at_least_once`. Only a third party that honours keys would replay its response instead.
     const fn without_body(&self) -> Verdict {
         if self.keys_are_honoured {
             Verdict::GiveUp
@@ -153,8 +155,8 @@ impl Settings {
         }
     }
 
-    /// Reads a response, and decides what it does to the key.
-    async fn answered<R: RebuildBody, E>(
+    /// Reads a response, and decides its effect on the key.
+    async fn responded<R: RebuildBody, E>(
         &self,
         method: &Method,
         response: Response<R>,
@@ -169,38 +171,40 @@ impl Settings {
         };
         let (head, body) = response.into_parts();
         if !matches!(verdict, Verdict::Store(_)) || is_stream(&head) {
-            let given = Output::Response(Response::from_parts(head, body));
-            return Ended { given, verdict };
+            let output = Output::Response(Response::from_parts(head, body));
+            return Ended { output, verdict };
         }
         match collect(body, self.response_limit, self.response_timeout).await {
             Ok(body) if !has_body(method, head.status) || !is_cut_short(&head, body.bytes.len()) => {
-                self.keep(head, body)
+                self.stored(head, body)
             }
             Err(Shortfall::TooLarge(body) | Shortfall::TooSlow(body)) => Ended {
-                given: Output::Response(Response::from_parts(head, R::rebuild(body))),
+                output: Output::Response(Response::from_parts(head, R::rebuild(body))),
                 verdict,
             },
             // A response without a body may declare the length that it would have.
-            Err(Shortfall::Short(part)) if !has_body(method, head.status) => self.keep(head, part),
+            Err(Shortfall::Short(part)) if !has_body(method, head.status) => self.stored(head, part),
             Ok(_) | Err(Shortfall::Broken(_) | Shortfall::Short(_)) => Ended {
-                given: Output::Broken,
+                output: Output::Broken,
                 verdict: self.without_body(),
             },
         }
     }
 
-    /// Whether a response does not show if an earlier, lost attempt took effect, because the third party knows no keys.
+    /// Returns whether a response leaves open if an earlier, lost attempt took effect, because the
+    /// third party knows no keys.
     fn is_doubtful<R>(&self, response: &Response<R>) -> bool {
         self.recognises_no_retry() && !shows_effect(&self.profile, response.status(), response.headers())
     }
 
-    /// Whether a lost request is sent again without asking about its effect, and without a key that the third party
-    /// could recognise.
+    /// Returns whether a lost request is sent again without a check of its effect, and without a
+    /// key that the third party could recognise.
     fn recognises_no_retry(&self) -> bool {
         self.engine.if_lost == IfLost::Execute && !self.send_key
     }
 
-    /// Returns what a result says about the effect of the call, including all requests that inner layers sent for it.
+    /// Returns the evidence of the call's effect in a result, including all requests that inner
+    /// layers sent for the call.
     fn evidence<R, E: 'static>(&self, report: &Report, result: &Result<Response<R>, E>) -> Evidence {
         let own = evidence_of(&self.profile, &self.classes, Some(report), result);
         let (_, sum) = report.sum(own);
@@ -212,11 +216,12 @@ impl Settings {
         }
     }
 
-    fn keep<R: RebuildBody, E>(&self, head: response::Parts, body: Collected) -> Ended<Output<R, E>> {
-        let answer = self.answers.store(&head, &body);
+    /// Returns the end of a call whose response is stored.
+    fn stored<R: RebuildBody, E>(&self, head: response::Parts, body: Collected) -> Ended<Output<R, E>> {
+        let response = self.response_headers.store(&head, &body);
         Ended {
-            given: Output::Response(Response::from_parts(head, body.rebuild())),
-            verdict: Verdict::Store(Outcome::Stored(answer)),
+            output: Output::Response(Response::from_parts(head, body.rebuild())),
+            verdict: Verdict::Store(Outcome::Stored(response)),
         }
     }
 }

@@ -20,13 +20,15 @@ use crate::engine::{Attempt, Drain, EngineSettings, OnLost, Recovered};
 use crate::http::ResponseHeaders;
 use crate::protocol::{IfLost, Scope};
 
-/// Makes each logical request of a client once, across all tasks, processes and crashes that share the store. The layer
-/// records the response, and returns it to every later caller of the same call. It is the client-side counterpart of
-/// [`IdempotencyLayer`](crate::IdempotencyLayer), for a third party without idempotency.
+/// Makes each logical request of a client once, across all tasks, processes and crashes that share
+/// the store. The layer records the response, and returns it to every later caller of the same
+/// call. It is the client-side counterpart of [`IdempotencyLayer`](crate::IdempotencyLayer), for a
+/// third party without idempotency.
 ///
-/// The key of a call must be the same after a crash. So the caller sets it in the header field of the [`ProviderProfile`], or an
-/// [`IdempotencyKeyLayer`](crate::client::IdempotencyKeyLayer) around this layer derives it, or a function
-/// [reads it from the request](Self::with_key). The layer does not send a request without a key.
+/// The key of a call must be the same after a crash. So the caller sets it in the header field of
+/// the [`ProviderProfile`], or an [`IdempotencyKeyLayer`](crate::client::IdempotencyKeyLayer)
+/// around this layer derives it, or a function [reads it from the request](Self::with_key). The
+/// layer does not send a request without a key.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -52,10 +54,11 @@ use crate::protocol::{IfLost, Scope};
 ///
 /// # What it promises
 ///
-/// At most one call within the retention, by default. When an attempt is lost, its own caller gets the response, if
-/// there is one, or [`OnceError::Unknown`](crate::client::OnceError::Unknown). Every later call with its key gets
-/// `OnceError::Unknown`, until the retention is over. The next call after that is made.
-/// [`at_least_once`](Self::at_least_once) sends it again, [`with_recovery`](Self::with_recovery) asks first.
+/// At most one call within the retention, by default. When an attempt is lost, its own caller gets
+/// the response, if there is one, or [`OnceError::Unknown`](crate::client::OnceError::Unknown).
+/// Every later call with its key gets `OnceError::Unknown`, until the retention is over. The next
+/// call after that is made. [`at_least_once`](Self::at_least_once) sends the request again.
+/// [`with_recovery`](Self::with_recovery) calls a check before that.
 ///
 /// The effect of a response on the key follows from its [meaning](ProviderProfile::meaning):
 ///
@@ -66,22 +69,25 @@ use crate::protocol::{IfLost, Scope};
 /// | any other status: 408, 499, 5xx | the attempt counts as lost |
 /// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
 ///
-/// The layer reads the body of a response before it stores the response. If the body
-/// breaks off, or ends before its declared length, the caller of this attempt and later callers get
-/// [`OnceError::NotStored`](crate::client::OnceError::NotStored), because the head shows that the call was made. The next
-/// paragraph has the exception. A body over the limit of bytes or time goes to its caller as a stream, and later callers get
-/// `NotStored`. A response without a declared length and without chunks ends with its connection, so the layer cannot see that
-/// it broke off (RFC 9112 section 8). The same holds over HTTP/2 for a response without a declared length whose server
-/// resets the stream with `NO_ERROR`.
+/// The layer reads the body of a response before it stores the response. If the body breaks off, or
+/// ends before its declared length, the caller of this attempt and later callers get
+/// [`OnceError::NotStored`](crate::client::OnceError::NotStored), because the head shows that the
+/// call was made. The next paragraph has the exception. A body over the limit of bytes or time goes
+/// to its caller as a stream, and later callers get `NotStored`. A response without a declared
+/// length and without chunks ends with its connection, so the layer cannot see that it broke off
+/// (RFC 9112 section 8). The same holds over HTTP/2 for a response without a declared length whose
+/// server resets the stream with `NO_ERROR`.
 ///
-/// A third party that honours keys ([`assume_keys_honoured`](Self::assume_keys_honoured)) replays a response that broke
-/// off. So the attempt then counts as lost, and [`at_least_once`](Self::at_least_once) sends the request again under its
-/// key. A `CallLayer` with `collect_responses` inside of this layer sends it again within the call. The third party must
-/// still remember the key then, so give this layer a [retention](Self::with_retention) that is well below the third
-/// party's; otherwise a call that is known to be made is made again.
+/// A third party that honours keys ([`assume_keys_honoured`](Self::assume_keys_honoured)) replays a
+/// response that broke off. So the attempt then counts as lost, and
+/// [`at_least_once`](Self::at_least_once) sends the request again under its key. A `CallLayer` with
+/// `collect_responses` inside of this layer sends it again within the call. The third party must
+/// still remember the key then, so give this layer a [retention](Self::with_retention) that is well
+/// below the third party's; otherwise a call that is known to be made is made again.
 ///
-/// Only a response to the request itself frees the key. If the client followed a redirect, or may have followed one,
-/// the layer stores a success or a redirect other than 307 and 308, and counts everything else as lost.
+/// Only a response to the request itself frees the key. If the client followed a redirect, or may
+/// have followed one, the layer stores a success or a redirect other than 307 and 308, and counts
+/// everything else as lost.
 ///
 /// # Defaults
 ///
@@ -94,7 +100,7 @@ use crate::protocol::{IfLost, Scope};
 /// | [attempts](Self::with_max_attempts) | 5 |
 /// | longest [request body](Self::with_body_limit) and [response body](Self::with_response_limit) | 2 MiB each |
 /// | [time for the request's body](Self::with_body_timeout), [for the response's](Self::with_response_timeout) | 30 s, 10 s |
-/// | what is compared | method, target and body; not `Authorization`, which is ours |
+/// | compared parts of a request | method, target and body; not `Authorization`, because credentials may change between attempts |
 #[derive(Clone)]
 pub struct OnceLayer<St> {
     store: St,
@@ -102,7 +108,7 @@ pub struct OnceLayer<St> {
 }
 
 impl<St> OnceLayer<St> {
-    /// Records the responses of a server of this profile in `store`.
+    /// Creates a layer that records the responses of a server of this profile in `store`.
     #[must_use]
     pub fn new(store: St, profile: ProviderProfile) -> Self {
         let settings = Settings {
@@ -121,7 +127,7 @@ impl<St> OnceLayer<St> {
             response_limit: 2 << 20,
             body_timeout: Duration::from_secs(30),
             response_timeout: Duration::from_secs(10),
-            answers: ResponseHeaders::default(),
+            response_headers: ResponseHeaders::default(),
         };
         Self {
             store,
@@ -139,16 +145,17 @@ impl<St> OnceLayer<St> {
         Arc::make_mut(&mut self.settings)
     }
 
-    /// Returns a handle that waits for the calls that continue without their callers. Before the process ends, stop calling,
-    /// then wait.
+    /// Returns a drain that waits for the layer's calls, also if they continue after their callers
+    /// have left. Before the process ends, stop calling, then wait.
     #[must_use]
     pub fn drain(&self) -> Drain {
         Drain::new(&self.settings.tracker)
     }
 
-    /// Sets how many calls may continue in this process after their callers have left. At this limit, every call fails
-    /// with [`OnceError::NotRun`](crate::client::OnceError::NotRun) and [`Overloaded`](crate::ErrorKind::Overloaded),
-    /// even if its response is stored already. At least 1. Default: 16,384.
+    /// Sets how many calls may continue in this process after their callers have left. At this
+    /// limit, every call fails with [`OnceError::NotRun`](crate::client::OnceError::NotRun) and
+    /// [`Overloaded`](crate::ErrorKind::Overloaded), even if its response is stored already. At
+    /// least 1. Default: 16,384.
     #[must_use]
     pub fn with_max_detached(mut self, executions: usize) -> Self {
         self.engine().set_max_detached(executions);
@@ -162,72 +169,79 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Reads the key from the request by a function, instead of from the profile's header field. If it returns `None` or an
-    /// empty key, the request is not sent.
+    /// Sets a function that reads the key from the request. Default: the key is in the profile's
+    /// header field. If the function returns `None` or an empty key, the request is not sent.
     #[must_use]
     pub fn with_key(mut self, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.settings().key = Some(Arc::new(key));
         self
     }
 
-    /// Sets the owner of a key. Default: no owner. Needed wherever two callers can send the same key. If the function returns
-    /// `None`, the request is not sent.
+    /// Sets the scope of a key, such as the caller that owns it. Default: no scope. Set a scope if
+    /// two callers can send the same key. If the function returns `None`, the request is not sent.
     #[must_use]
     pub fn with_scope(mut self, scope: impl Fn(&Parts) -> Option<Scope> + Send + Sync + 'static) -> Self {
         self.settings().scope = Some(Arc::new(scope));
         self
     }
 
-    /// Removes the profile's header field before the request is sent. By default the field stays.
+    /// Removes the profile's header field from a request before it is sent. Default: the field
+    /// stays.
     #[must_use]
     pub fn without_sending_key(mut self) -> Self {
         self.settings().send_key = false;
         self
     }
 
-    /// States that the third party deduplicates requests by their key, so that a `RetryPolicy` inside this layer may
-    /// repeat a request that may be lost. By default the policy repeats a request only if the server provably did not
-    /// take it, that is, after an error that is [known](Self::with_errors) to come before the sending, a 425 or a 429.
+    /// States that the third party deduplicates requests by their key, so that a `RetryPolicy`
+    /// inside this layer may repeat a request that may be lost. By default the policy repeats a
+    /// request only if the server provably did not take it, that is, after an error that is
+    /// [known](Self::with_errors) to come before the sending, a 425 or a 429.
     ///
-    /// No [`ProviderProfile`] implies this. A profile describes how a key is sent, and even a provider that honours keys does
-    /// not honour them at every endpoint. If the statement is false, one call through this layer can have several
-    /// effects.
+    /// No [`ProviderProfile`] implies this. A profile describes how a key is sent, and even a
+    /// provider that honours keys does not honour them at every endpoint. If the statement is
+    /// false, one call through this layer can have several effects.
     #[must_use]
     pub fn assume_keys_honoured(mut self) -> Self {
         self.settings().keys_are_honoured = true;
         self
     }
 
-    /// Changes the head of a request before it is sent, for example to add the fence or an [id](Attempt::id) for a third party
-    /// that checks them. The attempt is also an extension of the request and of its response.
+    /// Changes the head of a request before it is sent, for example to add the fence or an
+    /// [id](Attempt::id) for a third party that checks them. The attempt is also an extension of
+    /// the request and of its response.
     #[must_use]
     pub fn on_attempt(mut self, change: impl Fn(&mut Parts, &Attempt) + Send + Sync + 'static) -> Self {
         self.settings().on_attempt = Some(Arc::new(change));
         self
     }
 
-    /// Sends the request of a lost attempt again, instead of leaving its outcome unknown. If the request goes out
-    /// [without its key](Self::without_sending_key), a response other than a success leaves the outcome unknown, because it
-    /// may only mean that the lost attempt arrived before.
+    /// Sends the request of a lost attempt again, instead of leaving its outcome unknown. If the
+    /// request goes out [without its key](Self::without_sending_key), a response other than a
+    /// success leaves the outcome unknown, because it may only mean that the lost attempt arrived
+    /// before.
     #[must_use]
     pub fn at_least_once(self) -> Self {
         self.on_lost(OnLost::Execute)
     }
 
     /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. Of this setter,
-    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last call counts.
+    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last
+    /// call counts.
     #[must_use]
     pub fn on_lost(mut self, on_lost: OnLost) -> Self {
         self.settings().engine.if_lost = on_lost.into();
         self
     }
 
-    /// Calls `check` before the request of a lost attempt is sent again, to find out whether that attempt took effect.
+    /// Sets a check that finds out whether a lost attempt took effect. The layer calls the check
+    /// before it sends the request again.
     ///
-    /// The guarantee of one effect needs a check that blocks the lost attempt, by raising the [fence](Attempt::fence) at the
-    /// third party before it looks for the effect, or an attempt that has settled before the check
-    /// ([`with_settle_delay`](Self::with_settle_delay) narrows the gap). A request that arrives after the check has an effect of its
-    /// own.
+    /// The guarantee of one effect needs one of two conditions. Either the check blocks the lost
+    /// attempt, by raising the [fence](Attempt::fence) at the third party before it looks for the
+    /// effect. Or the request of the lost attempt has settled before the check;
+    /// [`with_settle_delay`](Self::with_settle_delay) narrows this gap. A request that arrives
+    /// after the check has an effect of its own.
     #[must_use]
     pub fn with_recovery<F>(mut self, check: impl Fn(LostCall) -> F + Send + Sync + 'static) -> Self
     where
@@ -239,45 +253,49 @@ impl<St> OnceLayer<St> {
         self
     }
 
-    /// Sets what an error of the client says about the effect. Default: every error may have taken effect, except for
-    /// an error before the sending, if the client is a `ReqwestService` from `build` or
-    /// `from_client_without_redirects`. For several types, call it several times.
+    /// Sets a function that classifies an error of the client by its effect. Default: every error
+    /// may have taken effect, except for an error before the sending, if the client is a
+    /// `ReqwestService` from `build` or `from_client_without_redirects`. For several types of
+    /// errors, call this setter several times.
     ///
-    /// The layer uses this classification only for an error of the request itself. An error that may belong to a later
-    /// hop of a redirect, or that follows a lost attempt, never counts as "not sent". If the client follows redirects,
-    /// put `SameOriginKey` into its policy, so that the layer knows the hops.
+    /// The layer uses this classification only for an error of the request itself. An error that
+    /// may belong to a later hop of a redirect, or that follows a lost attempt, never counts as
+    /// "not sent". If the client follows redirects, put `SameOriginKey` into its policy, so that
+    /// the layer knows the hops.
     #[must_use]
     pub fn with_errors<E: 'static>(mut self, classify: impl Fn(&E) -> ErrorClass + Send + Sync + 'static) -> Self {
         self.settings().classes.add(classify);
         self
     }
 
-    /// Sets how long the body of a request may be, in bytes. The layer does not send a longer request. Default: 2 MiB.
+    /// Sets the largest size of a request's body, in bytes. Default: 2 MiB. The layer does not send
+    /// a longer request.
     #[must_use]
     pub fn with_body_limit(mut self, bytes: usize) -> Self {
         self.settings().request_limit = bytes;
         self
     }
 
-    /// Sets how long the body of a response may be, in bytes. The layer passes a longer response to its caller, and does not store
-    /// it. Default: 2 MiB.
+    /// Sets the largest size of a response's body, in bytes. Default: 2 MiB. The layer passes a
+    /// longer response to its caller, and does not store it.
     #[must_use]
     pub fn with_response_limit(mut self, bytes: usize) -> Self {
         self.settings().response_limit = bytes;
         self
     }
 
-    /// Sets how long the layer may take to read the request's body, which it does before the call. Default: 30 s. The
-    /// layer does not send a request whose body takes longer.
+    /// Sets how long the layer may take to read the request's body, which it does before the call.
+    /// Default: 30 s. The layer does not send a request whose body takes longer.
     #[must_use]
     pub fn with_body_timeout(mut self, timeout: Duration) -> Self {
         self.settings().body_timeout = timeout;
         self
     }
 
-    /// Sets how long the body of a response may take, counted from its head. Default: 10 s. The layer does not store a
-    /// response that takes longer. If its status would be stored, the call counts as made: its caller gets the response
-    /// as a stream, and later callers get [`OnceError::NotStored`](crate::client::OnceError::NotStored).
+    /// Sets how long the body of a response may take, counted from its head. Default: 10 s. The
+    /// layer does not store a response that takes longer. If its status would be stored, the call
+    /// counts as made: its caller gets the response as a stream, and later callers get
+    /// [`OnceError::NotStored`](crate::client::OnceError::NotStored).
     #[must_use]
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
         self.settings().response_timeout = timeout;

@@ -1,4 +1,4 @@
-//! The service: names a request's call, makes it once, and tells its caller what came of it.
+//! The service: finds the key of a request, makes the call once, and returns its result.
 
 use std::fmt;
 use std::future::Future;
@@ -24,7 +24,8 @@ use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
 use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
 
-/// A client whose requests are made once; made by [`OnceLayer`](super::OnceLayer).
+/// A client that makes each logical request once. [`OnceLayer`](super::OnceLayer) makes this
+/// client.
 #[derive(Clone)]
 pub struct OnceClient<S, St> {
     inner: S,
@@ -69,7 +70,8 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let settings = &self.settings;
         let state = if settings.methods.contains(request.method()) {
-            // The service that was polled ready is the one that is called.
+            // Call the service that was polled ready and leave its clone behind; the clone is not
+            // ready.
             let clone = self.inner.clone();
             let ready = std::mem::replace(&mut self.inner, clone);
             let call = make(ready, self.store.clone(), Arc::clone(settings), request);
@@ -127,9 +129,9 @@ impl<F, R, E> fmt::Debug for OnceFuture<F, R, E> {
     }
 }
 
-/// The error of a request that the layer does not cover. Such a request carries no report, so the layer cannot know
-/// whether the error belongs to a later hop. It trusts the class of the error only after a safe method, which has no
-/// effect.
+/// The error of a request that the layer does not cover. Such a request carries no report, so the
+/// layer cannot know whether the error belongs to a later hop. It trusts the class of the error
+/// only after a safe method, which has no effect.
 fn failed<R, E: 'static>(settings: &Settings, is_safe: bool, error: E) -> OnceError<Response<R>, E> {
     match settings.classes.of(&error, true) {
         ErrorClass::Final | ErrorClass::NotSent if is_safe => OnceError::Failed(error),
@@ -137,7 +139,7 @@ fn failed<R, E: 'static>(settings: &Settings, is_safe: bool, error: E) -> OnceEr
     }
 }
 
-/// Makes a call once, or gives what it gave.
+/// Makes a call once, or returns the recorded result if it was already made.
 async fn make<S, St, B, R>(service: S, store: St, settings: Arc<Settings>, request: Request<B>) -> Outcomes<R, S::Error>
 where
     St: Store + Clone,
@@ -150,7 +152,7 @@ where
     R::Error: Send,
 {
     let (head, body) = request.into_parts();
-    let (key, scope) = name(&settings, &head).map_err(OnceError::NotRun)?;
+    let (key, scope) = key_and_scope(&settings, &head).map_err(OnceError::NotRun)?;
     let body = read(&settings, body).await.map_err(OnceError::NotRun)?;
     let job = Job {
         store,
@@ -169,57 +171,57 @@ where
     };
     match job.settle(work).await {
         Settled::Ran {
-            given: Output::Response(given),
+            output: Output::Response(response),
             recorded: Ok(()),
-        } => Ok(given),
+        } => Ok(response),
         Settled::Ran {
-            given: Output::Response(given),
+            output: Output::Response(response),
             recorded: Err(error),
         } => Err(OnceError::Unrecorded {
-            given: Box::new(given),
+            given: Box::new(response),
             error,
         }),
         Settled::Ran {
-            given: Output::Broken, ..
+            output: Output::Broken, ..
         } => Err(OnceError::NotStored),
         Settled::Ran {
-            given: Output::Doubtful,
+            output: Output::Doubtful,
             ..
         } => Err(OnceError::Unknown(None)),
         Settled::Ran {
-            given: Output::Failed(error),
+            output: Output::Failed(error),
             ..
         } => Err(OnceError::Failed(error)),
         Settled::Ran {
-            given: Output::Lost(error),
+            output: Output::Lost(error),
             ..
         } => Err(OnceError::Unknown(Some(error))),
-        Settled::Replay(answer) => replay(&settings, &answer),
+        Settled::Replay(response) => replay(&settings, &response),
         Settled::Refused(refused) => Err(OnceError::refused(refused)),
     }
 }
 
-/// The key of a request, and whose it is.
-fn name(settings: &Settings, head: &Parts) -> Result<(String, Option<Scope>), Error> {
+/// Returns the key of a request, and its scope.
+fn key_and_scope(settings: &Settings, head: &Parts) -> Result<(String, Option<Scope>), Error> {
     const NO_KEY: Error = Error::new(
         ErrorKind::Configuration,
-        "the request has no idempotency key to be made once by; set one, or put an IdempotencyKeyLayer with derived keys around the OnceLayer",
+        "the request has no idempotency key; set one, or put an IdempotencyKeyLayer with derived keys around the OnceLayer",
     );
     const TWO_KEYS: Error = Error::new(
         ErrorKind::Configuration,
-        "the request has more than one idempotency key",
+        "the request has more than one idempotency key; send one",
     );
     const BAD_KEY: Error = Error::new(ErrorKind::Configuration, "the request's idempotency key cannot be used");
     const NO_SCOPE: Error = Error::new(
         ErrorKind::Configuration,
-        "the request has no scope, and the layer asks for one",
+        "the function of `with_scope` returned no scope for the request, and the layer needs one",
     );
     let key = match &settings.key {
         Some(key) => key(head).filter(|key| !key.is_empty()).ok_or(NO_KEY)?,
         None => {
-            let mut lines = head.headers.get_all(&settings.profile.header).iter();
-            let value = lines.next().ok_or(NO_KEY)?;
-            if lines.next().is_some() {
+            let mut values = head.headers.get_all(&settings.profile.header).iter();
+            let value = values.next().ok_or(NO_KEY)?;
+            if values.next().is_some() {
                 return Err(TWO_KEYS);
             }
             let key = KeyParser::default().parse(value.as_bytes());
@@ -232,6 +234,7 @@ fn name(settings: &Settings, head: &Parts) -> Result<(String, Option<Scope>), Er
     }
 }
 
+/// Reads the body of a request before the call.
 async fn read<B>(settings: &Settings, body: B) -> Result<Collected, Error>
 where
     B: RebuildBody,
@@ -239,11 +242,11 @@ where
 {
     const TOO_LONG: Error = Error::new(
         ErrorKind::Configuration,
-        "the request's body is longer than the bound of the OnceLayer; raise it by `with_body_limit`",
+        "the request's body is longer than the limit of the OnceLayer; raise the limit with `with_body_limit`",
     );
     const BROKEN: Error = Error::new(
         ErrorKind::Configuration,
-        "the request's body broke off while it was read",
+        "the request's body broke off while the OnceLayer read it; nothing was sent",
     );
     const SHORT: Error = Error::new(
         ErrorKind::Configuration,
@@ -252,7 +255,7 @@ where
     );
     const TOO_SLOW: Error = Error::new(
         ErrorKind::Configuration,
-        "the request's body took longer than the OnceLayer allows; raise it by `with_body_timeout`",
+        "the request's body took longer than the OnceLayer allows; raise the limit with `with_body_timeout`",
     );
     let reading = collect(body, settings.request_limit, settings.body_timeout);
     reading.await.map_err(|shortfall| match shortfall {
@@ -263,8 +266,8 @@ where
     })
 }
 
-/// Returns the fingerprint of a call: its target, its method and its body. Credentials do not count, because they may
-/// change between attempts.
+/// Returns the fingerprint of a call: its target, its method and its body (I4). Credentials are
+/// left out, because they may change between attempts.
 fn fingerprint(head: &Parts, body: &Collected) -> Fingerprint {
     let request = Fingerprinting::default().of_call(head, &body.bytes);
     let scheme = head.uri.scheme_str().unwrap_or_default();
@@ -283,7 +286,8 @@ fn fingerprint(head: &Parts, body: &Collected) -> Fingerprint {
     Fingerprint::of(Scope::of([Scope::of(origin).as_bytes(), request.digest()]).as_bytes())
 }
 
-fn replay<R: RebuildBody, E>(settings: &Settings, answer: &StoredResponse) -> Outcomes<R, E> {
-    let replayed = settings.answers.replay(answer, true);
-    replayed.map_err(|_| OnceError::Unreadable("the kept answer is not that of an HTTP request".into()))
+/// Returns the stored response of a call that was already made.
+fn replay<R: RebuildBody, E>(settings: &Settings, response: &StoredResponse) -> Outcomes<R, E> {
+    let replayed = settings.response_headers.replay(response, true);
+    replayed.map_err(|_| OnceError::Unreadable("the stored response is not an HTTP response".into()))
 }

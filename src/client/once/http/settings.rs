@@ -38,7 +38,7 @@ pub(super) struct Settings {
     pub(super) response_limit: usize,
     pub(super) body_timeout: Duration,
     pub(super) response_timeout: Duration,
-    pub(super) answers: ResponseHeaders,
+    pub(super) response_headers: ResponseHeaders,
 }
 
 /// A lost call, for the recovery check. Its `Debug` form hides key and headers.
@@ -46,7 +46,8 @@ pub(super) struct Settings {
 pub struct LostCall {
     /// The key of the call.
     pub key: String,
-    /// The attempt that asks. Raise its [fence](Attempt::fence) at the third party before you look for the effect.
+    /// The attempt that makes the check. Raise its [fence](Attempt::fence) at the third party
+    /// before you look for the effect.
     pub attempt: Attempt,
     /// The head of the request.
     pub head: Parts,
