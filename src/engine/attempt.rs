@@ -58,9 +58,9 @@ impl Attempt {
         self.grant.attempt
     }
 
-    /// Returns the fence, which grows with every attempt under a key. Pass it to a
-    /// third party that can refuse an older fence. Such a third party refuses the request of a lost
-    /// attempt that arrives late.
+    /// Returns the fence, which grows with every attempt under a key. Pass it to a third party that
+    /// can refuse an older fence. Such a third party refuses the request of a lost attempt that
+    /// arrives late.
     #[must_use]
     pub const fn fence(&self) -> Fence {
         self.grant.owner.fence
