@@ -1,8 +1,10 @@
-//! Where others keep the id of a message.
+//! The ids of messages from well-known brokers and providers, for
+//! [`with_id`](super::ReceiverLayer::with_id).
 //!
-//! Functions over header maps and plain fields, so that any client of any broker will do; they are given to
-//! [`with_id`](super::ReceiverLayer::with_id). Each puts the name of its kind before the id, so that a consumer may get messages
-//! from several. What is not there is [missing](MessageId::is_missing).
+//! The functions take header maps and plain fields, so that they work with any client of any
+//! broker. Each function puts the name of its source before the id, so that a consumer may receive
+//! messages from several sources. If the field is absent or empty, the id is
+//! [missing](MessageId::is_missing).
 //!
 //! ```
 //! use tower_idempotency::receiver::{ids, ReceiverLayer};
@@ -18,13 +20,15 @@ use http::{HeaderMap, HeaderName};
 
 use super::id::MessageId;
 
-/// How a CloudEvent travels in "binary mode", in which its attributes are headers.
+/// The protocol binding of a CloudEvent in "binary mode", in which the attributes of the event are
+/// headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CloudEvents {
     /// Application properties `cloudEvents:id` or `cloudEvents_id` (AMQP binding, section 3.1.3).
     Amqp,
-    /// Header fields `ce-id` (HTTP binding, section 3.1.3). Their values are compared as they were sent, percent signs and all.
+    /// Header fields `ce-id` (HTTP binding, section 3.1.3). The layer compares their values as they
+    /// were sent, without percent-decoding.
     Http,
     /// Headers `ce_id` (Kafka binding, section 3.2.3).
     Kafka,
@@ -33,6 +37,7 @@ pub enum CloudEvents {
 }
 
 impl CloudEvents {
+    /// The names of the headers for source and id, in order of preference.
     const fn names(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Amqp => &[
@@ -45,15 +50,16 @@ impl CloudEvents {
     }
 }
 
-/// A CloudEvent: producers must see to it that source *and* id are unique together (CloudEvents 1.0.2, section "id"), and an id alone
-/// says nothing.
+/// Returns the id of a CloudEvent, made of its source *and* its id. Producers must make the pair
+/// unique (CloudEvents 1.0.2, section "id"). An id without its source is not unique.
 #[must_use]
 pub fn cloud_event(source: impl AsRef<[u8]>, id: impl AsRef<[u8]>) -> MessageId {
     MessageId::of([b"cloudevents", source.as_ref(), id.as_ref()])
 }
 
-/// A CloudEvent in binary mode, whose headers are looked up by `header`. Where a binding has two names for each, the first pair of
-/// which neither is absent or empty counts.
+/// Returns the id of a CloudEvent in binary mode. `header` looks up a header by its name. If a
+/// binding has two pairs of names, the first pair counts whose headers are both present and not
+/// empty.
 ///
 /// ```
 /// use std::collections::HashMap;
@@ -69,14 +75,15 @@ pub fn cloud_event_in<V: AsRef<[u8]>>(binding: CloudEvents, header: impl Fn(&str
     ids.find(|id| !id.is_missing()).unwrap_or_else(MessageId::missing)
 }
 
-/// A CloudEvent over HTTP in binary mode.
+/// Returns the id of a CloudEvent over HTTP in binary mode.
 #[must_use]
 pub fn cloud_event_over_http(headers: &HeaderMap) -> MessageId {
     cloud_event_in(CloudEvents::Http, |name| headers.get(name))
 }
 
-/// A webhook of Standard Webhooks 1.0 or Svix: `webhook-id`, or `svix-id` if there is no such field. Both names mean the same webhook. The
-/// id is the same in every attempt.
+/// Returns the id of a webhook of Standard Webhooks 1.0 or Svix: `webhook-id`, or `svix-id` if
+/// there is no such field. Both names mean the same webhook. The sender repeats the id in every
+/// attempt.
 #[must_use]
 pub fn standard_webhooks(headers: &HeaderMap) -> MessageId {
     let id = headers.get("webhook-id").or_else(|| headers.get("svix-id"));
@@ -88,7 +95,7 @@ pub(super) fn standard_webhook(id: &str) -> MessageId {
     named("standard-webhooks", id.as_bytes())
 }
 
-/// A webhook of GitHub: `X-GitHub-Delivery`, which a redelivery repeats.
+/// Returns the id of a webhook of GitHub: `X-GitHub-Delivery`. A redelivery repeats it.
 #[must_use]
 pub fn github(headers: &HeaderMap) -> MessageId {
     field("github", headers, "x-github-delivery")
@@ -97,12 +104,13 @@ pub fn github(headers: &HeaderMap) -> MessageId {
 const SHOPIFY_IDS: [&str; 2] = ["x-shopify-event-id", "x-shopify-webhook-id"];
 const SHOPIFY_SHOP: [&str; 2] = ["x-shopify-shop-domain", "x-shopify-topic"];
 
-/// The fields that make up the id of a webhook of Shopify.
+/// The header fields of the id of a webhook of Shopify.
 #[cfg(feature = "webhooks")]
 pub(super) const SHOPIFY: [&str; 4] = [SHOPIFY_IDS[0], SHOPIFY_IDS[1], SHOPIFY_SHOP[0], SHOPIFY_SHOP[1]];
 
-/// A webhook of Shopify: shop, topic and `X-Shopify-Event-Id`, or `X-Shopify-Webhook-Id` if there is no such field. One event can cause
-/// webhooks of several topics.
+/// Returns the id of a webhook of Shopify: shop, topic and `X-Shopify-Event-Id`. If that field is
+/// absent or empty, `X-Shopify-Webhook-Id` counts instead. The topic is a part of the id because
+/// one event can cause webhooks of several topics.
 #[must_use]
 pub fn shopify(headers: &HeaderMap) -> MessageId {
     let value = |name: &str| headers.get(name).map_or(&b""[..], |value| value.as_bytes());
@@ -113,42 +121,45 @@ pub fn shopify(headers: &HeaderMap) -> MessageId {
     })
 }
 
-/// A webhook of Twilio: `I-Twilio-Idempotency-Token`.
+/// Returns the id of a webhook of Twilio: `I-Twilio-Idempotency-Token`.
 #[must_use]
 pub fn twilio(headers: &HeaderMap) -> MessageId {
     field("twilio", headers, "i-twilio-idempotency-token")
 }
 
-/// An event of Stripe: the member `id` of its body, `evt_...`.
+/// Returns the id of an event of Stripe: the member `id` of its body, `evt_...`.
 #[must_use]
 pub fn stripe(event: impl AsRef<[u8]>) -> MessageId {
     named("stripe", event.as_ref())
 }
 
-/// An event of Slack: the member `event_id` of its body, `Ev...`. Slash commands and interactions have none.
+/// Returns the id of an event of Slack: the member `event_id` of its body, `Ev...`. Slash commands
+/// and interactions have no such member.
 #[must_use]
 pub fn slack(event: impl AsRef<[u8]>) -> MessageId {
     named("slack", event.as_ref())
 }
 
-/// An event of Square: the member `event_id` of its body.
+/// Returns the id of an event of Square: the member `event_id` of its body.
 #[must_use]
 pub fn square(event: impl AsRef<[u8]>) -> MessageId {
     named("square", event.as_ref())
 }
 
-/// An event of PayPal: the member `id` of its body, `WH-...`.
+/// Returns the id of an event of PayPal: the member `id` of its body, `WH-...`.
 #[must_use]
 pub fn paypal(event: impl AsRef<[u8]>) -> MessageId {
     named("paypal", event.as_ref())
 }
 
-/// A standard notification of Adyen: the members `merchantAccountCode`, `eventCode`, `pspReference` and `success` of its item. Adyen
-/// repeats the first three when it sends a notification again. With another `success` it is a notification of its own, because the
-/// outcome has changed.
+/// Returns the id of a standard notification of Adyen: the members `merchantAccountCode`,
+/// `eventCode`, `pspReference` and `success` of its item. Adyen repeats the first three when it
+/// sends a notification again. A notification with another `success` is another message, because
+/// the outcome has changed.
 ///
-/// The account is a part of the id because `REPORT_AVAILABLE` has the file name of the report as its `pspReference`, such as
-/// `settlement_detail_report_batch_12.csv`, and other merchant accounts have reports of the same name.
+/// The account is a part of the id because `REPORT_AVAILABLE` has the file name of the report as
+/// its `pspReference`, such as `settlement_detail_report_batch_12.csv`, and other merchant accounts
+/// have reports of the same name.
 #[must_use]
 pub fn adyen(
     merchant_account: impl AsRef<[u8]>,
@@ -160,46 +171,58 @@ pub fn adyen(
     MessageId::of([b"adyen", account, event, psp_reference.as_ref(), success.as_ref()])
 }
 
-/// A message over AMQP: the property `message-id`. Brokers set none, and few clients do by themselves: have the producer set it first, or
-/// say what to do [without](super::ReceiverLayer::on_missing_id), for it rejects every message.
+/// Returns the id of a message over AMQP: the property `message-id`. Brokers do not set this
+/// property, and few clients set it by themselves. By default, a message without an id is rejected.
+/// So make the producer set the property first, or choose another treatment with
+/// [`on_missing_id`](super::ReceiverLayer::on_missing_id).
 #[must_use]
 pub fn amqp<I: AsRef<[u8]>>(message_id: Option<I>) -> MessageId {
     optional("amqp", message_id)
 }
 
-/// A message over NATS: the header `Nats-Msg-Id`. JetStream itself removes copies for two minutes only, by default.
+/// Returns the id of a message over NATS: the header `Nats-Msg-Id`. By default, JetStream itself
+/// removes copies for two minutes only.
 #[must_use]
 pub fn nats<I: AsRef<[u8]>>(msg_id: Option<I>) -> MessageId {
     optional("nats", msg_id)
 }
 
-/// A message of Kafka's under an id that its producer put into a header.
+/// Returns the id of a message of Kafka, from a header that its producer sets.
 #[must_use]
 pub fn kafka<I: AsRef<[u8]>>(header: Option<I>) -> MessageId {
     optional("kafka", header)
 }
 
-/// A message of Kafka's by its place. It tells redeliveries to one consumer, whose name should be the group's, but not what the
-/// producer sent twice; and it starts again from zero where a topic is made again.
+/// Returns the id of a message of Kafka by its topic, partition and offset. The id recognises
+/// redeliveries to one consumer, whose name should be that of its group. It does not recognise a
+/// message that the producer sent twice. Offsets start again from zero if a topic is deleted and
+/// created again.
 #[must_use]
 pub fn kafka_offset(topic: &str, partition: i32, offset: i64) -> MessageId {
     let (partition, offset) = (partition.to_be_bytes(), offset.to_be_bytes());
     MessageId::of([b"kafka-offset", topic.as_bytes(), &partition, &offset])
 }
 
-/// A message of Amazon SQS: the queue's own `MessageId`. It tells redeliveries, but not what the producer sent twice.
+/// Returns the id of a message of Amazon SQS: the queue's own `MessageId`. The id recognises
+/// redeliveries. It does not recognise a message that the producer sent twice.
 #[must_use]
 pub fn sqs(message_id: &str) -> MessageId {
     named("sqs", message_id.as_bytes())
 }
 
-/// A message of a FIFO queue of Amazon SQS: its `MessageGroupId` and its `MessageDeduplicationId`, for producers that never use a
-/// deduplication id of a group for a second message.
+/// Returns the id of a message of a FIFO queue of Amazon SQS: its `MessageGroupId` and its
+/// `MessageDeduplicationId`. Use this for producers that never use a deduplication id of a group
+/// for a second message.
 ///
-/// **Not** where the queue has `ContentBasedDeduplication`, nor where ids are used again: SQS compares deduplication ids for 5 minutes
-/// only, the receiver for its whole retention, 7 days by default. There the id is a hash of the body, and a second message with an equal
-/// body, or a used id, would be acknowledged and never handled. Take [`sqs`] there, or an id that the producer put into an attribute,
-/// `MessageId::of(["attribute", id])`. SQS tells both only to a `ReceiveMessage` that asks for them; an empty one is missing.
+/// Do **not** use this if the queue has `ContentBasedDeduplication`, or if producers use ids again.
+/// SQS compares deduplication ids for 5 minutes only, but the receiver compares them for its whole
+/// retention, 7 days by default. With `ContentBasedDeduplication` the deduplication id is a hash of
+/// the body. A second message with an equal body, or with a used id, would then be acknowledged and
+/// never handled. Use [`sqs`] there, or an id that the producer puts into an attribute:
+/// `MessageId::of(["attribute", id])`.
+///
+/// SQS returns both attributes only if `ReceiveMessage` requests them. If one of them is empty, the
+/// id is missing.
 #[must_use]
 pub fn sqs_fifo(message_group_id: &str, deduplication_id: &str) -> MessageId {
     MessageId::of(["sqs-fifo", message_group_id, deduplication_id])
@@ -229,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_found_and_absent_or_empty_ones_are_missing() {
+    fn absent_or_empty_fields_make_missing_ids() {
         type IdOf = fn(&HeaderMap) -> MessageId;
         let of: [(IdOf, &str); 6] = [
             (standard_webhooks, "webhook-id"),
@@ -263,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_do_not_meet() {
+    fn ids_of_different_sources_differ() {
         let all = [
             standard_webhooks(&headers(&[("webhook-id", "1")])),
             github(&headers(&[("x-github-delivery", "1")])),
@@ -327,9 +350,9 @@ mod tests {
         );
     }
 
-    /// The first pair was found, and was missing, so that the second was never looked for.
+    /// An empty first pair once ended the search, so that the second pair was ignored.
     #[test]
-    fn an_empty_pair_does_not_hide_a_good_one() {
+    fn empty_first_pair_does_not_hide_the_second_one() {
         for (source, id) in [("", "1"), ("/b", ""), ("", "")] {
             let header = |name: &str| match name {
                 "cloudEvents:source" => Some(source),
@@ -343,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn optional_parts_may_be_empty_and_meet_no_id_of_a_users() {
+    fn ids_with_optional_parts_differ_from_all_ids_of_the_application() {
         let shopify = shopify(&headers(&[("x-shopify-event-id", "1")]));
         assert!(!shopify.is_missing());
         assert_ne!(shopify, MessageId::of(["shopify", "", "", "1"]));

@@ -1,7 +1,9 @@
-//! The types of messages: a set type is a part of the fingerprint, and the variant of an enum is remembered for a while.
+//! The types of messages. A type that the application sets is a part of the fingerprint. Without
+//! it, the layer remembers the variants of enums for a while.
 //!
-//! An enum of messages sets a trap. If the id of an order is the id of all of its messages, then the cancellation of the
-//! order counts as a duplicate of its placement. It is acknowledged and never handled.
+//! An enum of messages sets a trap. If the id of an order is the id of all of its messages, then
+//! the cancellation of the order counts as a duplicate of its placement. It is acknowledged and
+//! never handled.
 
 use std::hash::{Hash, Hasher};
 use std::mem::discriminant;
@@ -10,11 +12,12 @@ use std::sync::OnceLock;
 
 use crate::protocol::{Fingerprint, StorageKey};
 
-/// The lengths of the two parts of a [typed](Fingerprint::TYPED) fingerprint.
+/// The lengths of the two parts of a [typed](Fingerprint::TYPED) fingerprint, in bytes.
 const TYPE: usize = 8;
 const PAYLOAD: usize = 32 - TYPE;
 
-/// Returns the fingerprint of a message: of its type and its payload, as far as the layer compares them.
+/// Returns the fingerprint of a message: of its type and its payload, as far as the layer compares
+/// them.
 pub(super) fn fingerprint(kind: Option<&str>, payload: Option<&[u8]>) -> Fingerprint {
     let Some(kind) = kind else {
         return payload.map_or(Fingerprint::NONE, Fingerprint::of);
@@ -39,7 +42,7 @@ impl<'f> Parts<'f> {
         let (kind, payload) = match fingerprint.algorithm() {
             Fingerprint::TYPED => (Some(&digest[..TYPE]), Some(&digest[TYPE..])),
             _ if *fingerprint == Fingerprint::NONE => (None, None),
-            // Made from the payload alone.
+            // The fingerprint is made from the payload alone.
             _ => (None, Some(&digest[..PAYLOAD])),
         };
         Self {
@@ -52,8 +55,8 @@ impl<'f> Parts<'f> {
 /// The difference between two messages of one id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Difference {
-    /// The parts that both fingerprints have are equal. The settings changed between the two messages, so that one
-    /// fingerprint has a part that the other one lacks.
+    /// The parts that both fingerprints have are equal. The settings changed between the two
+    /// messages, so that one fingerprint has a part that the other one lacks.
     Nothing,
     Payload,
     Type,
@@ -72,8 +75,8 @@ pub(super) fn difference(recorded: &Fingerprint, own: &Fingerprint) -> Differenc
     }
 }
 
-/// The variant of an enum, as one byte. All values of a type that is not an enum have the same byte. The byte differs between
-/// builds of the program, so the layer never stores it.
+/// The variant of an enum, as one byte. All values of a type that is not an enum have the same
+/// byte. The byte differs between builds of the program, so the layer never stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Variant(u8);
 
@@ -85,8 +88,8 @@ impl Variant {
     }
 }
 
-/// Folds a number into a byte. The numbers from 0 to 255 stay different, so only an enum with more variants has variants
-/// that look alike.
+/// Folds a number into a byte. The numbers from 0 to 255 stay different, so only an enum with more
+/// variants has variants that look alike.
 struct Fold(u8);
 
 impl Hasher for Fold {
@@ -99,52 +102,52 @@ impl Hasher for Fold {
     }
 }
 
-/// The variants of some recent messages of this process. A place is one word: the tag of the key, with the variant in the
-/// lowest byte. A message overwrites the message that had its place before.
+/// The variants of some recent messages of this process. A slot is one word: the tag of the key,
+/// with the variant in the lowest byte. A message overwrites the message that had its slot before.
 pub(super) struct Variants {
-    places: OnceLock<Box<[AtomicU64; PLACES]>>,
+    slots: OnceLock<Box<[AtomicU64; SLOTS]>>,
 }
 
-/// The largest number of messages that are remembered. The places take 64 KiB.
-const PLACES: usize = 8_192;
+/// The largest number of remembered messages (I10). The slots take 64 KiB.
+const SLOTS: usize = 8_192;
 
 impl Variants {
     pub(super) const fn new() -> Self {
-        Self {
-            places: OnceLock::new(),
-        }
+        Self { slots: OnceLock::new() }
     }
 
-    /// Remembers the variant of a message that was handled now.
+    /// Remembers the variant of a message that has just been handled.
     pub(super) fn remember(&self, key: &StorageKey, variant: Variant) {
-        let (place, tag) = self.place_of(key);
-        place.store(tag | u64::from(variant.0), Ordering::Relaxed);
+        let (slot, tag) = self.slot_of(key);
+        slot.store(tag | u64::from(variant.0), Ordering::Relaxed);
     }
 
-    /// Returns true if a message of another variant came under the key of a duplicate before. Remembers the variant if none
-    /// is known.
+    /// Returns whether an earlier message under this key had another variant. Remembers the variant
+    /// if none is known.
     pub(super) fn differs(&self, key: &StorageKey, variant: Variant) -> bool {
-        let (place, tag) = self.place_of(key);
-        let known = place.load(Ordering::Relaxed);
+        let (slot, tag) = self.slot_of(key);
+        let known = slot.load(Ordering::Relaxed);
         if known & TAG != tag {
-            place.store(tag | u64::from(variant.0), Ordering::Relaxed);
+            slot.store(tag | u64::from(variant.0), Ordering::Relaxed);
             return false;
         }
         known != tag | u64::from(variant.0)
     }
 
-    /// Returns the place of a key and its tag, which is never zero. The key is a hash, so all of its bytes are random.
-    fn place_of(&self, key: &StorageKey) -> (&AtomicU64, u64) {
-        let places = self
-            .places
-            .get_or_init(|| Box::new([const { AtomicU64::new(0) }; PLACES]));
+    /// Returns the slot of a key and its tag. The tag is never zero. All bytes of the key are
+    /// random, because the key is a hash.
+    fn slot_of(&self, key: &StorageKey) -> (&AtomicU64, u64) {
+        let slots = self
+            .slots
+            .get_or_init(|| Box::new([const { AtomicU64::new(0) }; SLOTS]));
         let bytes = key.as_bytes();
-        let (place, tag) = (u16::from_le_bytes([bytes[0], bytes[1]]), &bytes[2..10]);
+        let (slot, tag) = (u16::from_le_bytes([bytes[0], bytes[1]]), &bytes[2..10]);
         let tag = tag.iter().fold(0, |tag, byte| tag << 8 | u64::from(*byte));
-        (&places[usize::from(place) % PLACES], tag & TAG | 0x100)
+        (&slots[usize::from(slot) % SLOTS], tag & TAG | 0x100)
     }
 }
 
+/// The bits of a slot that hold the tag.
 const TAG: u64 = !0xFF;
 
 #[cfg(test)]
@@ -157,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn variants_differ_whatever_they_hold() {
+    fn variants_are_compared_without_their_fields() {
         let of = |event: Event| match &event {
             Event::Placed(id) | Event::Cancelled { id } => (*id, Variant::of(&event)),
         };
@@ -167,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_variant_under_a_key_is_noticed_until_the_place_is_taken() {
+    fn another_variant_under_a_key_is_noticed_until_its_slot_is_overwritten() {
         let variants = Variants::new();
         let key = |first, tag| {
             let mut bytes = [0; 32];
@@ -177,11 +180,11 @@ mod tests {
         assert!(!variants.differs(&key(1, 1), Variant(0)));
         assert!(!variants.differs(&key(1, 1), Variant(0)));
         assert!(variants.differs(&key(1, 1), Variant(1)));
-        // Handled again after its retention.
+        // The message is handled again after its retention.
         variants.remember(&key(1, 1), Variant(1));
         assert!(!variants.differs(&key(1, 1), Variant(1)));
         assert!(!variants.differs(&key(2, 1), Variant(1)));
-        // Another key takes the place.
+        // Another key overwrites the slot.
         assert!(!variants.differs(&key(1, 2), Variant(1)));
         assert!(!variants.differs(&key(1, 1), Variant(1)));
     }
