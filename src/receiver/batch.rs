@@ -22,7 +22,7 @@ impl<T, E> Batch<T, E> {
     }
 
     /// Returns the result of each message, by value.
-    #[must_use = "the results say what to acknowledge"]
+    #[must_use = "the results show which messages to acknowledge"]
     pub fn into_received(self) -> Vec<Result<Receipt<T>, ReceiveError<E>>> {
         self.received
     }
@@ -37,15 +37,16 @@ impl<T, E> Batch<T, E> {
         self.positions(|disposition| disposition == Disposition::Acknowledge)
     }
 
-    /// Returns the positions of the messages that must not be acknowledged, from 0. AWS Lambda calls them
-    /// `batchItemFailures`. SQS delivers all of them again, also those to [reject](Self::rejected). Move the rejected messages
-    /// to the dead-letter queue yourself and leave them out of the list, or let the queue's `maxReceiveCount` move them. Each
-    /// further copy of a rejected message costs one operation of the store.
+    /// Returns the positions of the messages that must not be acknowledged, from 0. AWS Lambda
+    /// calls them `batchItemFailures`. SQS delivers all of them again, also those to
+    /// [reject](Self::rejected). Move the rejected messages to the dead-letter queue yourself and
+    /// leave them out of the list, or let the queue's `maxReceiveCount` move them. Each further
+    /// copy of a rejected message costs one operation of the store.
     pub fn failed(&self) -> impl Iterator<Item = usize> + '_ {
         self.positions(|disposition| disposition != Disposition::Acknowledge)
     }
 
-    /// Returns the positions of the messages to put into the dead-letter place, from 0.
+    /// Returns the positions of the messages to put into the dead-letter queue, from 0.
     pub fn rejected(&self) -> impl Iterator<Item = usize> + '_ {
         self.positions(|disposition| disposition == Disposition::Reject)
     }
@@ -56,9 +57,10 @@ impl<T, E> Batch<T, E> {
     }
 }
 
-/// Receives all messages of a batch, `at_once` of them at a time (at least 1), each under a key of its own. A message that fails
-/// does not delay the others. Two copies of one message in a batch are handled once. If the first copy is still being handled,
-/// the second one is [in flight](Receipt::InFlight), or waits if the layer does.
+/// Receives all messages of a batch, `at_once` of them at a time (at least 1), each under a key of
+/// its own. A message that fails does not delay the others. Two copies of one message in a batch
+/// are handled once. If the first copy is still being handled, the second one is [in
+/// flight](Receipt::InFlight), or waits if the layer has a waiting time.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -77,8 +79,8 @@ impl<T, E> Batch<T, E> {
 ///
 /// # Cancel safety
 ///
-/// As for [`ReceiverFuture`](super::ReceiverFuture): handlers that have begun continue, and the layer records their
-/// results. No other handler begins.
+/// As for [`ReceiverFuture`](super::ReceiverFuture): handlers that have begun continue, and the
+/// layer records their results. No other handler begins.
 pub async fn receive_all<S, I, T, E>(service: &S, messages: I, at_once: usize) -> Batch<T, E>
 where
     S: Service<I::Item, Response = Receipt<T>, Error = ReceiveError<E>> + Clone + Send + Sync,
@@ -87,19 +89,20 @@ where
     T: Send,
     E: Send,
 {
-    let deliveries = messages.into_iter().enumerate().map(|(place, message)| {
+    let deliveries = messages.into_iter().enumerate().map(|(position, message)| {
         let mut service = service.clone();
         let delivery = async move {
             poll_fn(|cx| service.poll_ready(cx)).await?;
             service.call(message).await
         };
         let delivery = AssertUnwindSafe(delivery).catch_unwind();
-        delivery.map(move |received| (place, received.unwrap_or(Err(ReceiveError::Panicked))))
+        delivery.map(move |received| (position, received.unwrap_or(Err(ReceiveError::Panicked))))
     });
-    // Not `buffered`, which keeps finished messages behind a slow one, so that no others begin.
+    // Do not use `buffered`. It holds finished messages back behind a slow one, so that no others
+    // begin.
     let received = iter(deliveries).buffer_unordered(at_once.max(1));
     let mut received: Vec<_> = received.collect().await;
-    received.sort_unstable_by_key(|(place, _)| *place);
+    received.sort_unstable_by_key(|(position, _)| *position);
     Batch {
         received: received.into_iter().map(|(_, received)| received).collect(),
     }

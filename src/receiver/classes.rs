@@ -7,14 +7,17 @@ use std::sync::Arc;
 use crate::engine::OnError;
 use crate::telemetry::{self, Event};
 
-/// The effect of a handler's error on its message, as [`with_error_class`](super::ReceiverLayer::with_error_class) decides it.
+/// The effect of a handler's error on its message, as
+/// [`with_error_class`](super::ReceiverLayer::with_error_class) decides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(clippy::exhaustive_enums, reason = "a broker delivers again or does not")]
 pub enum HandlerErrorClass {
-    /// Another delivery may succeed: a lost connection, a timeout. The key follows [`on_error`](super::ReceiverLayer::on_error),
-    /// where [`OnError::Reject`] counts as [`OnError::Release`].
+    /// Another delivery may succeed, for example after a lost connection or a timeout. The key
+    /// follows [`on_error`](super::ReceiverLayer::on_error), where [`OnError::Reject`] counts as
+    /// [`OnError::Release`].
     Redeliver,
-    /// No other delivery will succeed: the message cannot be parsed, or breaks a rule. It is rejected for good.
+    /// No other delivery will succeed, for example because the message cannot be parsed, or breaks
+    /// a rule. The layer rejects the message for good.
     Reject,
 }
 

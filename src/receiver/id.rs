@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::protocol::Scope;
 
-/// The identity of a message: two deliveries with one id are the same message. Converts from a string, bytes, a number, or an
-/// `Option` of one of them, or is made [of several parts](Self::of).
+/// The identity of a message. Two deliveries with the same id are the same message. Make an id from
+/// a string, bytes, a number, an `Option` of one of them, or [several parts](Self::of).
 ///
 /// ```
 /// use tower_idempotency::receiver::MessageId;
@@ -15,13 +15,14 @@ use crate::protocol::Scope;
 /// assert_eq!(MessageId::from(None::<String>), MessageId::from(""));
 /// ```
 ///
-/// An id is 1 to 4096 bytes in all, UTF-8 or not. If several sources give out ids, add the source.
+/// An id has 1 to 4096 bytes in all, UTF-8 or not. If ids are unique per source only, make the
+/// source a part.
 ///
 /// # Enums of messages
 ///
-/// The id of the thing that a message is about is not the id of the message. If an order is placed and then cancelled, the
-/// two messages need two ids. Under one id the cancellation is a duplicate, and the consumer acknowledges it without handling
-/// it:
+/// The id of the thing that a message is about is not the id of the message. If an order is placed
+/// and then cancelled, the two messages need two ids. Under one id the cancellation is a duplicate,
+/// and the consumer acknowledges it without handling it:
 ///
 /// ```
 /// use tower::{service_fn, Layer, ServiceExt};
@@ -56,8 +57,8 @@ use crate::protocol::Scope;
 /// # }
 /// ```
 ///
-/// [`ReceiverLayer::with_type`](super::ReceiverLayer::with_type) makes the mistake an error, and lists the cases that go unnoticed
-/// without it.
+/// [`ReceiverLayer::with_type`](super::ReceiverLayer::with_type) turns this mistake into an error.
+/// Its docs list the cases that stay unnoticed without it.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct MessageId {
     parts: Scope,
@@ -66,14 +67,15 @@ pub struct MessageId {
     is_missing: bool,
 }
 
-/// The most bytes that an id may have.
+/// The largest length of an id, in bytes.
 const MAX_LENGTH: usize = 4096;
 
 impl MessageId {
-    /// Makes an id of several parts, such as a source and its id. Two different lists of parts are two ids.
+    /// Makes an id of several parts, such as a source and its id. Two different lists of parts are
+    /// two ids.
     ///
-    /// The id is [missing](Self::is_missing) if it has no part or an empty part. Otherwise all messages of a source that come without
-    /// an id would be one message.
+    /// The id is [missing](Self::is_missing) if it has no part or an empty part. Otherwise all
+    /// messages of a source that come without an id would count as one message.
     ///
     /// ```
     /// use tower_idempotency::receiver::MessageId;
@@ -94,7 +96,8 @@ impl MessageId {
         }
     }
 
-    /// Makes an id whose parts may be empty. It differs from every id of [`of`](Self::of), because it begins with an empty part.
+    /// Makes an id whose parts may be empty. It differs from every id of [`of`](Self::of), because
+    /// it begins with an empty part.
     pub(super) fn with_optional<'p>(kind: &'p str, parts: impl IntoIterator<Item = &'p [u8]>) -> Self {
         let all = [&[], kind.as_bytes()].into_iter().chain(parts);
         Self {
@@ -103,8 +106,8 @@ impl MessageId {
         }
     }
 
-    /// Returns a missing id, for a message without one. [`on_missing_id`](super::ReceiverLayer::on_missing_id) decides
-    /// about the message.
+    /// Returns a missing id, for a message without one.
+    /// [`on_missing_id`](super::ReceiverLayer::on_missing_id) decides about the message.
     #[must_use]
     pub fn missing() -> Self {
         Self::of([""])
@@ -116,6 +119,7 @@ impl MessageId {
         self.is_missing
     }
 
+    /// Checks the length of the id.
     pub(super) const fn check(&self) -> Result<(), InvalidMessageId> {
         if self.length > MAX_LENGTH {
             return Err(InvalidMessageId { length: self.length });
@@ -123,7 +127,7 @@ impl MessageId {
         Ok(())
     }
 
-    /// The parts with their lengths.
+    /// Returns the parts with their lengths.
     pub(super) const fn parts(&self) -> &Scope {
         &self.parts
     }
@@ -153,7 +157,7 @@ impl From<Vec<u8>> for MessageId {
     }
 }
 
-/// In decimal: `7` of any type and `"7"` are one id.
+/// Makes ids from numbers, in decimal. `7` of any type and `"7"` are the same id.
 macro_rules! from_number {
     ($($number:ty),*) => {$(
         impl From<$number> for MessageId {
@@ -184,14 +188,14 @@ impl fmt::Debug for MessageId {
     }
 }
 
-/// The id of a message is longer than 4096 bytes.
+/// The error of a message whose id is longer than 4096 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InvalidMessageId {
     length: usize,
 }
 
 impl InvalidMessageId {
-    /// Returns its length in bytes.
+    /// Returns the length of the id, in bytes.
     #[must_use]
     pub const fn length(&self) -> usize {
         self.length

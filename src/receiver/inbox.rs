@@ -11,9 +11,10 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Completion, Decision, Fingerprint, Grant, IfLost, KeySpace, Nonce, Outcome};
 use crate::store::PostgresStore;
 
-/// Records within a transaction of yours that a message is handled, for handlers whose only effects are in the PostgreSQL
-/// database that holds the records. The record and the effect commit together, or neither does, and nothing is claimed earlier. A
-/// handler that does more needs a [`ReceiverLayer`](super::ReceiverLayer).
+/// Records in your transaction that a message is handled. Use this for handlers whose only effects
+/// are in the PostgreSQL database that holds the records. The record and the effect commit
+/// together, or neither does. There is no earlier claim. A handler with other effects needs a
+/// [`ReceiverLayer`](super::ReceiverLayer).
 ///
 /// ```no_run
 /// # async fn example(pool: sqlx::PgPool, inbox: tower_idempotency::receiver::Inbox) -> Result<(), Box<dyn std::error::Error>> {
@@ -26,7 +27,8 @@ use crate::store::PostgresStore;
 ///     sqlx::query("UPDATE accounts SET balance = balance + 100 WHERE id = 7").execute(&mut *transaction).await?;
 ///     transaction.commit().await?;
 /// }
-/// // If the commit fails, have the message delivered again. If the commit took effect, the next copy is a duplicate.
+/// // If the commit fails, have the message delivered again. If the commit took effect, the next
+/// // copy is a duplicate.
 /// match Disposition::of::<_, Infallible>(&Ok(receipt)) {
 ///     Disposition::Acknowledge => { /* ack */ }
 ///     Disposition::Redeliver(_after) => { /* a receiver layer is handling it */ }
@@ -44,8 +46,9 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// Creates the inbox of a consumer. It shares the records of a [`ReceiverLayer`](super::ReceiverLayer) of this name, namespace
-    /// and secret that compares neither payloads nor types.
+    /// Creates the inbox of a consumer. It shares the records of a
+    /// [`ReceiverLayer`](super::ReceiverLayer) of this name, namespace and secret that compares
+    /// neither payloads nor types.
     #[must_use]
     pub fn new(store: PostgresStore, consumer: impl Into<String>) -> Self {
         Self {
@@ -70,38 +73,42 @@ impl Inbox {
         self
     }
 
-    /// Sets a secret that keys the hashes of the ids, as [`ReceiverLayer::with_secret`](super::ReceiverLayer::with_secret) does.
-    /// Default: none.
+    /// Sets a secret that keys the hashes of the ids, as
+    /// [`ReceiverLayer::with_secret`](super::ReceiverLayer::with_secret) does. Default: none.
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) when it is shorter than 16 bytes.
+    /// [`Configuration`](ErrorKind::Configuration) if the secret is shorter than 16 bytes.
     pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
         self.space.set_secret(secret)?;
         Ok(self)
     }
 
-    /// Records that a message is handled. After [`Receipt::First`], make the effect in the same transaction and commit. After
-    /// any other receipt, roll back, because the message is a duplicate, was [rejected](Self::reject), or a
-    /// [`ReceiverLayer`](super::ReceiverLayer) has it.
+    /// Records that a message is handled. After [`Receipt::First`], make the effect in the same
+    /// transaction and commit. After any other receipt, roll back, because the message is a
+    /// duplicate, was [rejected](Self::reject), or a [`ReceiverLayer`](super::ReceiverLayer) has
+    /// it.
     ///
-    /// If you must commit for the sake of other messages, record each message in a savepoint of its own. After any result other than
-    /// [`Receipt::First`], roll back to that savepoint. Otherwise a message that a layer has lost is recorded as unknown.
+    /// If you must commit for the sake of other messages, record each message in a savepoint of its
+    /// own. After any result other than [`Receipt::First`], roll back to that savepoint. Otherwise
+    /// a message that a layer has lost is recorded as unknown.
     ///
-    /// While another transaction records the same message, this waits for the end of that transaction. Record several messages in
-    /// one order everywhere, such as sorted by id. Otherwise two transactions can wait for each other until PostgreSQL ends one.
-    /// Use READ COMMITTED, PostgreSQL's default. At the stricter levels, a transaction that conflicts with another one
-    /// fails with [`StoreUnavailable`](ErrorKind::StoreUnavailable), and your code has to run the whole transaction
-    /// again.
+    /// While another transaction records the same message, this waits for the end of that
+    /// transaction. Record several messages in the same order everywhere, for example sorted by id.
+    /// Otherwise two transactions can wait for each other until PostgreSQL ends one. Use READ
+    /// COMMITTED, PostgreSQL's default. At the stricter levels, a transaction that conflicts with
+    /// another one fails with [`StoreUnavailable`](ErrorKind::StoreUnavailable), and your code has
+    /// to run the whole transaction again.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped half-way, the message may be recorded or not: roll the transaction back.
+    /// If the future is dropped early, the message may be recorded or not, so roll the transaction
+    /// back.
     ///
     /// # Errors
     ///
-    /// [`MissingId`](ReceiveError::MissingId), [`InvalidId`](ReceiveError::InvalidId), and [`Store`](ReceiveError::Store) as for
-    /// [`PostgresStore::claim_in`]. Roll back.
+    /// [`MissingId`](ReceiveError::MissingId), [`InvalidId`](ReceiveError::InvalidId), and
+    /// [`Store`](ReceiveError::Store) as for [`PostgresStore::claim_in`]. Roll back.
     pub async fn receive(
         &self,
         connection: &mut PgConnection,
@@ -110,9 +117,10 @@ impl Inbox {
         self.record(connection, id.into(), Outcome::Tombstone).await
     }
 
-    /// Records that a message is rejected for good, because no delivery of it can succeed. Roll back the transaction of its effect
-    /// first, then call this in a transaction of its own, and commit. After [`Receipt::First`], put the message into the
-    /// dead-letter place. Every later copy is [`Receipt::Unknown`] until an operator [resolves](super::ReceiverLayer::storage_key)
+    /// Records that a message is rejected for good, because no delivery of it can succeed. Roll
+    /// back the transaction of its effect first, then call this in a transaction of its own, and
+    /// commit. After [`Receipt::First`], put the message into the dead-letter queue. Every later
+    /// copy is [`Receipt::Unknown`] until an operator [resolves](super::ReceiverLayer::storage_key)
     /// the key. Any other receipt has the meaning that it has for [`receive`](Self::receive).
     ///
     /// # Cancel safety
@@ -144,7 +152,8 @@ impl Inbox {
             key: self.space.message_key(&self.consumer, id.parts()),
             fingerprint: Fingerprint::NONE,
             nonce: Nonce::random(),
-            // Nobody sees the claim before its completion.
+            // No other transaction sees the claim before its completion, so its lease does not
+            // matter.
             lease: Duration::from_secs(1),
             retention: self.retention,
             if_lost: IfLost::Refuse,
@@ -171,7 +180,7 @@ impl Inbox {
     ) -> Result<Receipt<()>, ReceiveError<Error>> {
         const TAKEN: Error = Error::new(
             ErrorKind::Superseded,
-            "the message was taken over within the transaction; roll back",
+            "another attempt took the message over within the transaction; roll back",
         );
         let completion = self
             .store

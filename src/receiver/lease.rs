@@ -5,7 +5,8 @@ use std::fmt;
 use crate::engine::Attempt;
 use crate::protocol::Fence;
 
-/// The attempt under which a message is handled; given to the message by [`pass_lease`](super::ReceiverLayer::pass_lease).
+/// The attempt under which a message is handled. [`pass_lease`](super::ReceiverLayer::pass_lease)
+/// passes it to the handler.
 #[derive(Clone)]
 pub struct MessageLease {
     attempt: Attempt,
@@ -29,29 +30,32 @@ impl MessageLease {
         }
     }
 
-    /// Returns the number of this attempt at the message, from 1. An attempt that failed and released its key does not count (the
-    /// broker counts deliveries). Once an attempt was lost, all later ones count.
+    /// Returns the number of this attempt at the message, from 1. An attempt that failed and
+    /// released its key does not count (the broker counts deliveries). Once an attempt was lost,
+    /// all later ones count.
     #[must_use]
     pub const fn attempt(&self) -> u32 {
         self.attempt.number()
     }
 
-    /// Returns the fence, which grows with every attempt at a message. Pass it to a third party that can refuse an older fence.
+    /// Returns the fence, which grows with every attempt at a message. Pass it to a third party
+    /// that can refuse an older fence.
     #[must_use]
     pub const fn fence(&self) -> Fence {
         self.attempt.fence()
     }
 
-    /// Returns a key or an id for a third party: a UUID (version 8) that is the same in every attempt at this message, differs for
-    /// each `name`, and does not reveal the message's id. It does not depend on the payload, but on the consumer's name, the
-    /// namespace and the secret, so a renamed consumer makes other ids. See [`Attempt::id`](crate::client::Attempt::id).
+    /// Returns a key or an id for a third party: a UUID (version 8) that is the same in every
+    /// attempt at this message, differs for each `name`, and does not reveal the message's id. It
+    /// does not depend on the payload, but on the consumer's name, the namespace and the secret, so
+    /// a renamed consumer makes other ids. See [`Attempt::id`](crate::client::Attempt::id).
     #[must_use]
     pub fn id(&self, name: &str) -> String {
         self.attempt.id_of_key(name)
     }
 
-    /// Returns whether this attempt still holds the message, as far as the last renewal knows. Otherwise another attempt may be
-    /// handling the message.
+    /// Returns whether this attempt still owns the message, as far as the last renewal knows.
+    /// Otherwise another attempt may be handling the message.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.attempt.is_held()
@@ -85,7 +89,7 @@ mod transaction {
          PostgresStore",
     );
 
-    /// The store of the lease's receiver.
+    /// The store of the receiver that made the lease, and the retention of its records.
     #[derive(Clone)]
     pub(super) struct Home {
         store: Result<PostgresStore, Error>,
@@ -109,24 +113,28 @@ mod transaction {
             Self { attempt, home }
         }
 
-        /// Records that the message is handled *within a transaction of yours*, in the database that holds the records. The effect
-        /// and the record commit together, or neither does.
+        /// Records *within your transaction* that the message is handled, in the database that
+        /// holds the records. The effect and the record commit together, or neither does.
         ///
-        /// Call this last before the commit. The receiver does not renew the lease after this call, so return at once if you roll
-        /// back. If the commit fails, return any error. The receiver then reads from the record whether the commit took effect. For
-        /// this, the store retains the record for at least a minute. Since every effect of such a handler is in the transaction, set
-        /// [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use READ COMMITTED, PostgreSQL's default.
+        /// Call this last before the commit. The receiver does not renew the lease after this call,
+        /// so return at once if you roll back. If the commit fails, return any error. The receiver
+        /// then reads from the record whether the commit took effect. For this, the store retains
+        /// the record for at least a minute. Since every effect of such a handler is in the
+        /// transaction, set [`at_least_once`](crate::receiver::ReceiverLayer::at_least_once). Use
+        /// READ COMMITTED, PostgreSQL's default.
         ///
         /// # Cancel safety
         ///
-        /// If the future is dropped half-way, the completion may have taken effect or not. The receiver finds out after the
-        /// transaction.
+        /// If the future is dropped early, the completion may have taken effect or not. The
+        /// receiver finds out after the transaction.
         ///
         /// # Errors
         ///
-        /// [`Superseded`](ErrorKind::Superseded) if another attempt has taken the message over, or the message is handled already: roll
-        /// back and return any error. [`Configuration`](ErrorKind::Configuration) if the receiver's store is no [`PostgresStore`], or
-        /// the lease was made for a test without a store. Otherwise as for [`Store::complete`]. In every case roll back.
+        /// [`Superseded`](ErrorKind::Superseded) if another attempt has taken the message over, or
+        /// the message is handled already. Return any error then.
+        /// [`Configuration`](ErrorKind::Configuration) if the receiver's store is no
+        /// [`PostgresStore`], or the lease was made for a test without a store. Otherwise as for
+        /// [`Store::complete`]. In every case roll back.
         pub async fn complete_in(&self, connection: &mut PgConnection) -> Result<(), Error> {
             const SUPERSEDED: Error = Error::new(
                 ErrorKind::Superseded,
@@ -135,7 +143,8 @@ mod transaction {
             /// The receiver reads the record after the transaction.
             const SHORTEST_RETENTION: Duration = Duration::from_secs(60);
             let store = self.home.store.as_ref().map_err(Clone::clone)?;
-            // Before the completion is sent, because a completion that is dropped may have arrived.
+            // Set this before the completion is sent, because a completion that is dropped early
+            // may still take effect.
             self.attempt.set_in_transaction();
             let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);
             let retention = self.home.retention.max(SHORTEST_RETENTION);

@@ -1,7 +1,9 @@
-//! Receives messages and webhooks: brokers and webhook senders deliver at least once, and the receiver handles each message once.
+//! Receives messages and webhooks: brokers and webhook senders deliver at least once, and the
+//! receiver handles each message once.
 //!
-//! [`ReceiverLayer`] makes any tower service of any type of message an idempotent receiver (Hohpe and Woolf, *Enterprise Integration
-//! Patterns*). It marks a message as handled only *after* its handler, so that a message whose handler fails is not lost.
+//! [`ReceiverLayer`] makes any tower service of any type of message an idempotent receiver (Hohpe
+//! and Woolf, *Enterprise Integration Patterns*). It records a message as handled only *after* its
+//! handler has run, so that a message whose handler fails is not lost.
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -26,8 +28,9 @@
 //! # }
 //! ```
 //!
-//! The guide [receiving messages](crate::guide::receiving) says how to choose the id, what is guaranteed after which failure, and what to
-//! report to the broker. The guide [webhooks](crate::guide::webhooks) is about the module `webhooks` (feature `webhooks`).
+//! The guide [receiving messages](crate::guide::receiving) explains how to choose the id, the
+//! guarantee after each kind of failure, and the reports to the broker. The guide
+//! [webhooks](crate::guide::webhooks) explains the module `webhooks` (feature `webhooks`).
 
 mod batch;
 mod classes;

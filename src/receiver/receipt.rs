@@ -9,24 +9,30 @@ use crate::error::Error;
 
 /// The result of a delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "whoever acknowledges must handle every case")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "the caller must handle every case before it acknowledges"
+)]
 pub enum Receipt<T> {
-    /// The handler handled the message in this delivery, and the store recorded that (except for a message without
-    /// an id that is handled [unprotected](super::OnMissingId::Unprotected)). Acknowledge the message.
+    /// The handler handled the message in this delivery, and the store recorded that (except for a
+    /// message without an id that is handled [unprotected](super::OnMissingId::Unprotected)).
+    /// Acknowledge the message.
     First(T),
     /// The message was handled before, and the handler did not run. Acknowledge the message.
     Duplicate,
-    /// Another delivery of the message is in flight and may still fail, or the check of a lost attempt could not decide and has to
-    /// run again. Do not acknowledge this delivery. Have the broker deliver the message again later.
+    /// Another delivery of the message is in flight and may still fail, or the check of a lost
+    /// attempt could not decide and has to run again. Do not acknowledge this delivery. Have the
+    /// broker deliver the message again later.
     InFlight {
-        /// The time until the next try: the rest of the other delivery's lease, which that delivery may renew, or a whole lease if a
-        /// check has to run again.
+        /// The time until the next try: the rest of the other delivery's lease, which that delivery
+        /// may renew, or a whole lease if a check has to run again.
         retry_after: Duration,
     },
     /// An attempt at the message was lost and its effect is not known, or an earlier delivery was
-    /// [rejected](ReceiveError::Rejected). The handler did not run. Put the message into the dead-letter place, find out whether it
-    /// took effect, and [resolve](super::ReceiverLayer::storage_key) its key. Until then, or until the retention is over, every
-    /// delivery of the message is unknown.
+    /// [rejected](ReceiveError::Rejected). The handler did not run. Put the message into the
+    /// dead-letter queue, find out whether it took effect, and
+    /// [resolve](super::ReceiverLayer::storage_key) its key. Until then, or until the retention is
+    /// over, every delivery of the message is unknown.
     Unknown,
 }
 
@@ -36,24 +42,26 @@ pub enum Receipt<T> {
 pub enum ReceiveError<E> {
     /// The handler returned this error. By default the message may be handled again.
     Handler(E),
-    /// The message has an id that is too long. Nothing ran.
+    /// The id of the message is longer than 4096 bytes. Nothing ran.
     InvalidId(InvalidMessageId),
-    /// Another payload came under this id before. Nothing ran.
+    /// An earlier message with the same id had another payload. Nothing ran.
     Mismatch,
-    /// The message has no id, and none could be made. Nothing ran.
+    /// The message has no id, and the layer could not make one. Nothing ran.
     MissingId,
     /// The handler rejected the message for good, with this error; `None` if it panicked under
-    /// [`OnError::Reject`](crate::OnError::Reject). A later copy is [`Receipt::Unknown`], which is rejected too.
+    /// [`OnError::Reject`](crate::OnError::Reject). A later copy is [`Receipt::Unknown`], which is
+    /// rejected too.
     Rejected(Option<E>),
     /// The handler panicked. By default the message may be handled again.
     Panicked,
     /// The store failed. Nothing ran.
     Store(Error),
-    /// A message of another [type](super::ReceiverLayer::with_type) came under this id before. Nothing ran. Make the type a part
-    /// of the id: `MessageId::of(["cancelled", id])`.
+    /// An earlier message with the same id had another [type](super::ReceiverLayer::with_type).
+    /// Nothing ran. Make the type a part of the id: `MessageId::of(["cancelled", id])`.
     TypeMismatch,
-    /// The handler succeeded, but the store could not record that, or the handler did not commit its transaction. Or another
-    /// attempt took the message over, and the result of that attempt cannot be read.
+    /// The handler succeeded, but the store could not record that, or the handler did not commit
+    /// its transaction. Or another attempt took the message over, and the result of that attempt
+    /// cannot be read.
     Unrecorded(Error),
 }
 
@@ -67,22 +75,24 @@ pub enum ReceiveError<E> {
 /// | NATS JetStream | `Ack` | `Nak` with a delay | publish to a dead-letter subject, then `Term` |
 /// | Redis streams | `XACK` | leave it pending | `XADD` to a dead-letter stream, then `XACK` |
 ///
-/// If a rejection takes two steps, the consumer's process may die between them. The broker then delivers the message again, and its
-/// receipt is [unknown](Receipt::Unknown), which is rejected again. So the dead-letter place may hold a message twice, but no message
-/// is lost.
+/// If a rejection takes two steps, the consumer's process may die between them. The broker then
+/// delivers the message again, and its receipt is [unknown](Receipt::Unknown), which is rejected
+/// again. So the dead-letter queue may hold a message twice, but no message is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(clippy::exhaustive_enums, reason = "a broker knows no fourth")]
+#[expect(clippy::exhaustive_enums, reason = "a broker has no fourth action")]
 pub enum Disposition {
     /// Acknowledge the message.
     Acknowledge,
-    /// Have the broker deliver the message again after this time, or after the broker's own pause if it is `None`.
+    /// Have the broker deliver the message again after this time, or after the broker's own pause
+    /// if it is `None`.
     Redeliver(Option<Duration>),
-    /// Put the message into the dead-letter place, because another delivery would not help.
+    /// Put the message into the dead-letter queue, because another delivery would not help.
     Reject,
 }
 
 impl Disposition {
-    /// Returns the disposition of a delivery. [`Receipt::Unknown`] is rejected; match on it first for another treatment.
+    /// Returns the disposition of a delivery. An unknown message is rejected. To treat it in
+    /// another way, match on [`Receipt::Unknown`] first.
     #[must_use]
     pub const fn of<T, E>(delivered: &Result<Receipt<T>, ReceiveError<E>>) -> Self {
         match delivered {
@@ -137,15 +147,15 @@ impl<E> fmt::Display for ReceiveError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Handler(_) => "the handler of the message failed",
-            Self::InvalidId(_) => "the message has an id that cannot be used",
-            Self::Mismatch => "another payload came under the id of the message before",
+            Self::InvalidId(_) => "the id of the message cannot be used",
+            Self::Mismatch => "an earlier message with the same id had another payload",
             Self::MissingId => "the message has no id; set `with_id`, or choose another treatment with `on_missing_id`",
             Self::Panicked => "the handler of the message panicked",
             Self::Rejected(_) => "the handler rejected the message for good",
             Self::TypeMismatch => {
-                "a message of another type came under the id of the message before; make the type a part of the id"
+                "an earlier message with the same id had another type; make the type a part of the id"
             }
-            Self::Store(_) => "the store failed, so that the message was not handled",
+            Self::Store(_) => "the store failed, so the message was not handled; deliver it again",
             Self::Unrecorded(_) => "the message may have been handled, but its outcome is not recorded",
         })
     }

@@ -24,7 +24,8 @@ use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
 use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
 
-/// A service that handles each message once. [`ReceiverLayer`](super::ReceiverLayer) makes this service.
+/// A service that handles each message once. [`ReceiverLayer`](super::ReceiverLayer) makes this
+/// service.
 pub struct Receiver<S, St, M> {
     inner: S,
     store: St,
@@ -70,7 +71,8 @@ where
     }
 
     fn call(&mut self, message: M) -> Self::Future {
-        // Call the service that was polled ready and leave its clone behind; the clone is not ready.
+        // Call the service that was polled ready and leave its clone behind; the clone is not
+        // ready.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
         let delivery = Delivery {
@@ -89,8 +91,8 @@ where
 ///
 /// # Cancel safety
 ///
-/// If the future is dropped before the handler begins, the handler does not begin. If it is dropped later, the handler continues in
-/// a task of its own, and the layer records its result.
+/// If the future is dropped before the handler begins, the handler does not begin. If it is dropped
+/// later, the handler continues in a task of its own, and the layer records its result.
 #[must_use = "futures do nothing unless they are polled"]
 pub struct ReceiverFuture<T, E> {
     received: BoxFuture<'static, Received<T, E>>,
@@ -168,7 +170,8 @@ where
             return Err(ReceiveError::Store(overloaded));
         }
         let tracker = Arc::clone(&self.settings.tracker);
-        // Declared first so that it drops last, after abandoned work has been handed to the tracker.
+        // Declared first so that it drops last, after abandoned work has been handed to the
+        // tracker.
         let _attended = tracker.attend();
         let on_error = self.settings.on_error;
         let handling = handled(self.service, self.message, self.settings);
@@ -246,7 +249,8 @@ where
 
     fn check(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send {
         let check = self.settings.check.as_ref();
-        // The engine catches a panic of the future, but not a panic of the function that makes the future.
+        // The engine catches a panic of the future, but not a panic of the function that makes the
+        // future.
         let checking = check.map(|check| {
             let make = || check(&self.message, self.lease(attempt));
             catch_unwind(AssertUnwindSafe(make))
@@ -297,7 +301,9 @@ const fn verdict_of(end: OnError) -> Verdict {
     }
 }
 
-/// Returns the result of a delivery whose handler failed. A rejection counts even if the store could not record it, because the message then goes to the dead-letter queue, and only another copy of it may be handled again.
+/// Returns the result of a delivery whose handler failed. A rejection counts even if the store
+/// could not record it, because the message then goes to the dead-letter queue, and only another
+/// copy of it may be handled again.
 fn failed<E>(error: E, end: OnError) -> ReceiveError<E> {
     match end {
         OnError::Reject => ReceiveError::Rejected(Some(error)),
@@ -320,7 +326,8 @@ impl<M> Settings<M> {
         fingerprint(kind, payload)
     }
 
-    /// Warns about a duplicate whose enum variant differs from that of the earlier message. If the layer has a [type](super::ReceiverLayer::with_type), such a duplicate is a mismatch instead.
+    /// Warns about a duplicate whose enum variant differs from that of the earlier message. If the
+    /// layer has a [type](super::ReceiverLayer::with_type), such a duplicate is a mismatch instead.
     fn compare_variants<T, E>(&self, key: &StorageKey, variant: Variant, received: &Received<T, E>) {
         match received {
             _ if self.kind.is_some() => {}
@@ -330,7 +337,8 @@ impl<M> Settings<M> {
         }
     }
 
-    /// Returns the result of a message whose fingerprint differs from the recorded one. If the record is gone, the message may be delivered again at once.
+    /// Returns the result of a message whose fingerprint differs from the recorded one. If the
+    /// record is gone, the message may be delivered again at once.
     async fn mismatched<T, E>(&self, store: &impl Store, key: &StorageKey, fingerprint: Fingerprint) -> Received<T, E> {
         let snapshot = with_timeout(self.engine.store_timeout, store.peek(key)).await;
         let snapshot = snapshot.inspect_err(telemetry::store_failed);

@@ -39,8 +39,9 @@ pub(super) struct Settings<M> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnMismatch {
-    /// The message is a duplicate. Use this for producers that change irrelevant parts, such as the time of sending. A
-    /// message of another [type](super::ReceiverLayer::with_type) is still an error.
+    /// The message is a duplicate. Use this for producers that change irrelevant parts, such as the
+    /// time of sending. A message of another [type](super::ReceiverLayer::with_type) is still an
+    /// error.
     Duplicate,
     /// The delivery fails with [`ReceiveError::Mismatch`](super::ReceiveError::Mismatch).
     #[default]
@@ -51,8 +52,8 @@ pub enum OnMismatch {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OnMissingId {
-    /// The layer takes the [payload](super::ReceiverLayer::with_payload) as the id, so two messages with equal payloads are one
-    /// message. Without a payload, the layer refuses the message.
+    /// The layer takes the [payload](super::ReceiverLayer::with_payload) as the id, so two messages
+    /// with equal payloads are one message. Without a payload, the layer refuses the message.
     FromPayload,
     /// The delivery fails with [`ReceiveError::MissingId`](super::ReceiveError::MissingId).
     #[default]
