@@ -143,6 +143,7 @@ impl<St: Store + Clone> Job<St> {
     }
 
     async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Output> {
+        // All claims of this job share the nonce, so that the store makes at most one grant (I1).
         let nonce = Nonce::random();
         match self.claim(nonce, &absence).await {
             Ok(Ok(granted)) => {
@@ -177,6 +178,7 @@ impl<St: Store + Clone> Job<St> {
                 Err(ClaimError::Failed(error)) => return Err(error),
             };
             if matches!(decision, Decision::Execute(_) | Decision::Recover(_)) {
+                // The key has an owner now, so a lost claim of this job must not be released.
                 if let Some(lost) = lost.take() {
                     lost.granted();
                 }
@@ -279,6 +281,8 @@ impl<St: Store + Clone> Job<St> {
         };
         #[cfg(feature = "postgres")]
         if attempt.is_in_transaction() {
+            // The handler may not know whether its transaction was committed. Only the record shows
+            // it.
             guard.stop_renewing();
             let settled = self.after_transaction(grant.owner, ended, absence).await;
             guard.end();

@@ -19,7 +19,7 @@ use crate::telemetry::{self, Event};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ownership {
     /// The attempt owned the key. This is also assumed if the store did not reply.
-    Held,
+    Owned,
     /// Another attempt took the key over.
     Superseded,
 }
@@ -54,6 +54,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     pub(crate) async fn complete(&self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
         let complete = || self.store.complete(self.key, self.owner, outcome, retention);
         let completion = self.retry.retry(complete).await;
+        // The effect may have happened, so the store must still get the outcome (I6).
         if let Err(error) = &completion {
             self.record_later(error, AttemptEnd::completed(outcome, retention));
         }
@@ -64,11 +65,11 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     pub(crate) async fn release(&self) -> Ownership {
         match self.retry.retry(|| self.store.release(self.key, self.owner)).await {
             Ok(Release::Superseded) => Ownership::Superseded,
-            Ok(_) => Ownership::Held,
+            Ok(_) => Ownership::Owned,
             Err(error) => {
                 self.record_later(&error, AttemptEnd::Released);
                 telemetry::failure(Event::Unrecorded, &error);
-                Ownership::Held
+                Ownership::Owned
             }
         }
     }
@@ -80,10 +81,10 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         let give_up = || self.store.renew(self.key, self.owner, Duration::ZERO);
         match self.retry.retry(give_up).await {
             Ok(Renewal::Superseded) => Ownership::Superseded,
-            Ok(Renewal::Renewed) => Ownership::Held,
+            Ok(Renewal::Renewed) => Ownership::Owned,
             Err(error) => {
                 telemetry::failure(Event::Unrecorded, &error);
-                Ownership::Held
+                Ownership::Owned
             }
         }
     }

@@ -294,8 +294,8 @@ impl<St, M> ReceiverLayer<St, M> {
         self
     }
 
-    /// Sets how long the store remembers a handled message, from the end of its handler. Default: 7
-    /// days. It should be longer than the time in which a message can be delivered again: by the
+    /// Sets how long the store remembers a handled message, from the end of its handler. Default:
+    /// 7 days. It should be longer than the time in which a message can be delivered again: by the
     /// broker, also from its dead-letter queue, or by the producer's retries.
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.settings().engine.retention = retention;

@@ -272,6 +272,7 @@ where
 
     async fn run(mut self, attempt: Attempt) -> Ended<Self::Output> {
         let settings = Arc::clone(&self.settings);
+        // A panic of the application's `pass_lease` function counts as a panic of the handler.
         let passed = catch_unwind(AssertUnwindSafe(|| {
             if let Some(pass) = &settings.pass_lease {
                 let lease = self.lease(&attempt);

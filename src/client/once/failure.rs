@@ -43,7 +43,8 @@ pub enum OnceError<T, E> {
     /// The call was made, and its result was not stored. A response was too long, too slow, a
     /// stream, or broke off, or JSON could not hold a value. The call is not made again.
     NotStored,
-    /// The store failed, or the configuration of the call is wrong. Nothing ran.
+    /// The store failed, the configuration of the call is wrong, or too many calls are running
+    /// whose callers have left. Nothing ran.
     NotRun(Error),
     /// The key was used by a job with another list of steps, or another input. Nothing ran. A job
     /// that has begun needs the list of steps that it began with; give jobs with another list

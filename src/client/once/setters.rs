@@ -16,15 +16,15 @@ macro_rules! shared_setters {
         ///
         /// # Errors
         ///
-        /// [`Configuration`](crate::ErrorKind::Configuration) if the secret is shorter than 16
-        /// bytes.
+        /// [`Configuration`](crate::ErrorKind::Configuration) if the secret is shorter than
+        /// 16 bytes.
         pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, crate::error::Error> {
             self.engine().space.set_secret(secret)?;
             Ok(self)
         }
 
-        /// Sets how long an attempt may go without a renewal before it counts as lost. At least 1
-        /// s. Default: 30 s. The lease is renewed after each third of this time while the call
+        /// Sets how long an attempt may go without a renewal before it counts as lost. At least
+        /// 1 s. Default: 30 s. The lease is renewed after each third of this time while the call
         /// runs, so the call may run for longer than the lease.
         #[must_use]
         pub fn with_lease(mut self, lease: std::time::Duration) -> Self {
