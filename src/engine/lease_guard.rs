@@ -33,6 +33,7 @@ pub(super) struct LeaseGuard<'j, St: Store> {
     renewing: Option<Renewing>,
 }
 
+/// The tasks that renew the lease.
 struct Renewing {
     task: JoinHandle<()>,
     /// The runtime of the task.
@@ -42,6 +43,7 @@ struct Renewing {
 }
 
 impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
+    /// Starts to renew the lease of an attempt, if the lease has an end.
     pub(super) fn begin(store: &'j St, store_timeout: Duration, attempt: &Attempt) -> Self {
         let mut guard = Self {
             store,
@@ -56,6 +58,7 @@ impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
         guard
     }
 
+    /// Starts a renewal task on the current runtime, in place of the old one.
     fn start_renewing(&mut self) {
         let Ok(runtime) = Handle::try_current() else { return };
         let task = spawn_apart(&runtime, renew_when_due(self.renewer()));
@@ -108,7 +111,8 @@ impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
 }
 
 impl<St: Store> LeaseGuard<'_, St> {
-    /// Stops renewing the lease. Call this before the end of the attempt is written.
+    /// Stops renewing the lease. Call this before the key is released, before the lease is given
+    /// up, and before the result of a transaction is looked up.
     pub(super) fn stop_renewing(&mut self) {
         if let Some(renewing) = self.renewing.take() {
             renewing.abort();
@@ -158,6 +162,7 @@ struct Renewer<St> {
 }
 
 impl<St: Store> Renewer<St> {
+    /// Renews the lease once. Marks the attempt as lost if another attempt took the key over.
     async fn renew(self) {
         let Some(schedule) = self.attempt.schedule() else {
             return;
