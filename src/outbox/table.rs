@@ -315,7 +315,7 @@ impl Outbox {
     }
 }
 
-/// Checks the rules for a message, most of which are limits of PostgreSQL.
+/// Checks the rules for a message. Most of the rules are limits of PostgreSQL.
 fn check(message: &OutboxMessage) -> Result<(), Error> {
     const LONGEST_ID: usize = 255;
     const ID: Error = Error::new(

@@ -41,8 +41,8 @@
 //!
 //! # Sensitivity
 //!
-//! The tests of this crate run the functions on about forty stores, each of which leaves one rule
-//! out. The function of the rule's clause detects each of them. If single steps can show the fault,
+//! The tests of this crate run the functions on about forty faulty stores. Each store leaves one
+//! rule out, and the function of the rule's clause detects it. If single steps can show the fault,
 //! 300 sequences of [`differential`](differential()) detect it, too.
 //!
 //! # Panics

@@ -342,8 +342,8 @@ fn is_repeated(error: &sqlx::Error) -> bool {
 }
 
 /// Whether the server reports a protocol violation (08P01) because it received the parameters of
-/// another statement. PgBouncer uses the same code for all of its own errors, most of which mean an
-/// outage.
+/// another statement. PgBouncer uses the same code for all of its own errors, and most of these
+/// errors mean an outage.
 fn is_mix_up(error: &sqlx::Error) -> bool {
     // The server adds the name of its C function, which it never translates. PgBouncer adds none.
     let error = error.as_database_error();

@@ -1,4 +1,4 @@
-//! The scripts: one per operation, each of which is one atomic step on one key.
+//! The scripts. There is one script per operation, and each script is one atomic step on one key.
 
 use std::sync::OnceLock;
 

@@ -2,8 +2,8 @@
 --
 -- Returns whether the table exists, how it is stored, its columns, whether its index exists, the
 -- missing rights, and whether the server is read-only. The rows of a partitioned table are in its
--- partitions, each of which may be unlogged. A view has no columns here, because the check cannot
--- see how its rows are stored.
+-- partitions, and each partition may be unlogged. A view has no columns here, because the check
+-- cannot see how its rows are stored.
 SELECT c.oid IS NOT NULL AS exists,
     coalesce(
         (SELECT p.relpersistence FROM pg_partition_tree(c.oid) t JOIN pg_class p ON p.oid = t.relid WHERE p.relpersistence <> 'p' LIMIT 1),
