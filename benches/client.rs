@@ -1,8 +1,9 @@
-//! What `IdempotencyKeyLayer` adds to a request of a client.
+//! The time that `IdempotencyKeyLayer` adds to a request of a client.
 //!
-//! `cargo bench --bench client` prints the table of `benches/README.md` in about 15 seconds, with `-- --quick` a rough one in 2. One process, no
-//! network: the client answers at once. The variants take turns in short rounds, so that whatever slows the machine down slows
-//! all of them; figures are medians over the rounds.
+//! `cargo bench --bench client` prints the table of `benches/README.md` in about 15 seconds. With
+//! `-- --quick` it prints a rough table in 2 seconds. There is one process and no network: the
+//! client returns the response at once. The variants take turns in short rounds, so that a slow
+//! moment of the machine slows all of them. The figures are medians over the rounds.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 use std::convert::Infallible;
@@ -19,12 +20,13 @@ use http_body_util::Full;
 use tower::{Layer, Service};
 use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile};
 
-/// Few enough for the caches: a request that is sent was just built.
+/// The requests of a round. They are few enough for the caches of the processor, because a real
+/// client sends a request that it has just built.
 const BATCH: u32 = 32;
 
 type Ours = Request<Full<Bytes>>;
 
-/// The client: takes a request and answers.
+/// The client: takes a request and returns an empty response.
 #[derive(Clone)]
 struct Client;
 
@@ -62,7 +64,7 @@ impl<S: Service<Ours>> Service<Ours> for Forward<S> {
     }
 }
 
-/// A client that derives a key and does nothing with it: what HMAC-SHA-256 takes by itself.
+/// A client that derives a key and drops it. It shows the time of HMAC-SHA-256 alone.
 struct Deriving(KeyDeriver);
 
 impl Service<Ours> for Deriving {
@@ -119,7 +121,7 @@ where
     for request in requests {
         poll_fn(|cx| client.poll_ready(cx)).await.expect("it is always ready");
         drop(black_box(
-            client.call(request).await.expect("every request is answered"),
+            client.call(request).await.expect("every request has a response"),
         ));
     }
 }
@@ -160,7 +162,7 @@ fn request(n: u32) -> Ours {
     request
 }
 
-/// Every subject once, beginning with another one each time.
+/// Runs every subject once. Each round begins with the next subject.
 fn round(subjects: &mut [Subject], first: usize) {
     for turn in 0..subjects.len() {
         let at = (first + turn) % subjects.len();
@@ -170,7 +172,7 @@ fn round(subjects: &mut [Subject], first: usize) {
     }
 }
 
-/// The median over the rounds.
+/// Returns the median over the rounds.
 fn median(figures: impl Iterator<Item = f64>) -> f64 {
     let mut figures: Vec<f64> = figures.collect();
     figures.sort_by(f64::total_cmp);
@@ -179,14 +181,14 @@ fn median(figures: impl Iterator<Item = f64>) -> f64 {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    // `cargo test --benches` starts it, too.
+    // `cargo test --benches` starts this program, too.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }
     let is_quick = arguments.iter().any(|argument| argument == "--quick");
     let effort = Duration::from_secs(if is_quick { 2 } else { 15 });
     let mut subjects = subjects();
-    // Warm caches, of the processor and of the allocator.
+    // Warm the caches of the processor and of the allocator.
     for first in 0..20 {
         round(&mut subjects, first);
     }

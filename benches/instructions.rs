@@ -1,8 +1,9 @@
-//! Sends a number of requests of one case and measures nothing: for `instructions.sh`, which counts instructions and
-//! allocations under valgrind.
+//! Sends a number of requests of one case and measures nothing. `instructions.sh` runs this program
+//! under valgrind, which counts instructions and allocations.
 //!
-//! Arguments: a case and a variant as `list` prints them, how many requests to send, and how many to build. What is built and
-//! not sent is the same in two runs that differ in what is sent.
+//! The arguments are a case as `list` prints it, the name of a variant, the number of requests to
+//! send, and the number of requests to build. Two runs with different numbers to send build the
+//! same number, so that their difference is the cost of sending.
 
 mod common;
 
@@ -10,8 +11,8 @@ use common::{noise, Bench, Kind, Setting, Variant, SETTINGS};
 use sha2::{Digest, Sha256};
 use tokio::runtime::Builder;
 
-/// A million keys would take valgrind an hour.
-const MOST_HELD: u64 = 1_000;
+/// The largest number of stored keys. With a million, valgrind would take an hour.
+const MOST_STORED: u64 = 1_000;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -21,7 +22,7 @@ fn main() {
         [case, variant, send, build] => {
             let (setting, kind) = cases()
                 .find(|(setting, kind)| name(setting, *kind) == case)
-                .expect("the case is one of the list");
+                .expect("the case is in the list");
             let [send, build] = [send, build].map(|count| count.parse().expect("a number of requests"));
             run(setting, kind, variant, send, build);
         }
@@ -30,7 +31,7 @@ fn main() {
 }
 
 fn cases() -> impl Iterator<Item = (&'static Setting, Kind)> {
-    let settings = SETTINGS.iter().filter(|setting| setting.held <= MOST_HELD);
+    let settings = SETTINGS.iter().filter(|setting| setting.stored_keys <= MOST_STORED);
     settings.flat_map(|setting| setting.kinds.iter().map(move |kind| (setting, *kind)))
 }
 
@@ -39,7 +40,8 @@ fn name(setting: &Setting, kind: Kind) -> String {
 }
 
 fn run(setting: &Setting, kind: Kind, variant: &str, send: u64, build: u64) {
-    // The hashes by themselves: valgrind's processor has no instructions for SHA-256, where most real ones have.
+    // `instructions.sh` subtracts the cost of the hashes. The processor that valgrind simulates has
+    // no instructions for SHA-256, although most real processors have them.
     let body = noise(setting.body);
     match variant {
         "sha-256" => {
@@ -54,7 +56,7 @@ fn run(setting: &Setting, kind: Kind, variant: &str, send: u64, build: u64) {
         }
         _ => {
             let variant = Variant::ALL.into_iter().find(|other| other.name() == variant);
-            let variant = variant.expect("the variant is one of those in benches/common");
+            let variant = variant.expect("the variant is in `Variant::ALL`");
             let runtime = Builder::new_current_thread().enable_all().build();
             let runtime = runtime.expect("a runtime without threads starts");
             let mut bench = runtime.block_on(Bench::new(setting, variant));
@@ -62,7 +64,8 @@ fn run(setting: &Setting, kind: Kind, variant: &str, send: u64, build: u64) {
             let rest = requests.split_off(usize::try_from(send).expect("few requests"));
             runtime.block_on(bench.send(kind, requests));
             std::mem::forget(rest);
-            // Nothing is dropped that would depend on how much was sent.
+            // Exit without dropping values, because the cost of drops would depend on the number of
+            // sent requests.
             std::process::exit(0);
         }
     }

@@ -1,14 +1,15 @@
 #!/bin/sh
-# Instructions and heap allocations per request, for every case and variant, under valgrind: figures that a noisy machine does
-# not change. Takes some minutes. A pattern as the argument chooses cases: benches/instructions.sh 'First, 200 B'
+# Prints instructions and heap allocations per request, for every case and variant. valgrind counts
+# them, so a noisy machine does not change the figures. The script takes some minutes. A pattern as
+# the argument chooses cases: benches/instructions.sh 'First, 200 B'
 #
-# Every figure is the difference between a run with N and a run with 2N requests, divided by N.
+# Every figure is the difference between a run with N requests and a run with 2N, divided by N.
 set -eu
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# The path of the binary, out of cargo's messages.
+# Read the path of the binary from the messages of cargo.
 binary=$(cargo build --profile bench --features axum --bench instructions --message-format json |
     sed -n 's/.*"name":"instructions".*"executable":"\([^"]*\)".*/\1/p')
 

@@ -1,8 +1,10 @@
-//! What the layer adds to a request, beside what a hand-written middleware without guarantees adds.
+//! The time that the layer adds to a request, compared with a hand-written middleware without
+//! guarantees.
 //!
-//! `cargo bench --features axum --bench overhead` prints the table of `benches/README.md` in about 90 seconds, with `-- --quick` a rough
-//! one in 10. One process, one current-thread runtime, no network. The variants take turns in short rounds, so that whatever
-//! slows the machine down slows all of them; figures are medians over the rounds.
+//! `cargo bench --features axum --bench overhead` prints the table of `benches/README.md` in about
+//! 90 seconds. With `-- --quick` it prints a rough table in 10 seconds. There is one process, one
+//! current-thread runtime, and no network. The variants take turns in short rounds, so that a slow
+//! moment of the machine slows all of them. The figures are medians over the rounds.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 mod common;
@@ -12,48 +14,56 @@ use std::time::{Duration, Instant};
 use common::{Bench, Kind, Setting, Variant, SETTINGS};
 use tokio::runtime::{Builder, Runtime};
 
-/// How long one kind of request is measured.
+/// The effort for one kind of request.
 struct Effort {
+    /// The time for all rounds.
     time: Duration,
-    largest: u64,
+    /// The largest number of stored keys. Settings with more keys are left out.
+    most_stored: u64,
 }
 
-/// Nanoseconds per request: one figure per round, for each variant.
+/// Nanoseconds per request. Each round has one figure for each variant.
 struct Rounds(Vec<[f64; Variant::ALL.len()]>);
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    // `cargo test --benches` starts it, too.
+    // `cargo test --benches` starts this program, too.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }
     let effort = if arguments.iter().any(|argument| argument == "--quick") {
         Effort {
             time: Duration::from_millis(500),
-            largest: 50_000,
+            most_stored: 50_000,
         }
     } else {
         Effort {
             time: Duration::from_secs(5),
-            largest: u64::MAX,
+            most_stored: u64::MAX,
         }
     };
     let runtime = Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("a runtime without threads starts");
-    println!("Time added to a request, in µs (the bare service in the first column takes that long in all):\n");
+    println!("Time added to a request, in µs (the first column is the whole time of the bare service):\n");
     println!("| request | bare service | layer that does nothing | hand-written | this layer | ratio | target |");
     println!("|---|--:|--:|--:|--:|--:|--:|");
-    for setting in SETTINGS.iter().filter(|setting| setting.held <= effort.largest) {
+    for setting in SETTINGS
+        .iter()
+        .filter(|setting| setting.stored_keys <= effort.most_stored)
+    {
         measure(&runtime, setting, &effort);
     }
-    println!("\nRatio: to the hand-written middleware; without a key, the difference to the layer that does nothing.");
+    println!(
+        "\nThe ratio compares this layer with the hand-written middleware. Without a key, the column has the difference \
+         to the layer that does nothing."
+    );
 }
 
 fn measure(runtime: &Runtime, setting: &Setting, effort: &Effort) {
     let mut benches = Variant::ALL.map(|variant| runtime.block_on(Bench::new(setting, variant)));
     let batch = if setting.body > 100_000 { 10 } else { 400 };
     for kind in setting.kinds {
-        // Warm caches, of the processor and of the allocator.
+        // Warm the caches of the processor and of the allocator.
         for _ in 0..3 {
             round(runtime, &mut benches, *kind, batch, 0);
         }
@@ -67,7 +77,7 @@ fn measure(runtime: &Runtime, setting: &Setting, effort: &Effort) {
     }
 }
 
-/// Every variant once, beginning with another one each time.
+/// Runs every variant once. Each round begins with the next variant.
 fn round(
     runtime: &Runtime,
     benches: &mut [Bench; Variant::ALL.len()],
@@ -128,7 +138,7 @@ impl Rounds {
         sorted[sorted.len() / 2]
     }
 
-    /// The distance between the quartiles.
+    /// Returns the distance between the quartiles.
     fn spread(&self, variant: Variant) -> f64 {
         let sorted = self.sorted(|of| of(variant));
         sorted[sorted.len() * 3 / 4] - sorted[sorted.len() / 4]

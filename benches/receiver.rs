@@ -1,7 +1,9 @@
-//! What the receiver adds to a message, beside what the layer adds to an HTTP request with the same body, both over the memory store.
+//! The time that the receiver adds to a message, compared with the time that the layer adds to an
+//! HTTP request with the same body. Both use the memory store.
 //!
-//! `cargo bench --bench receiver` takes half a minute, with `-- --quick` three seconds. One process, one current-thread runtime. The
-//! four take turns in short rounds, so that whatever slows the machine down slows all of them; figures are medians over the rounds.
+//! `cargo bench --bench receiver` takes half a minute, and three seconds with `-- --quick`. There
+//! is one process and one current-thread runtime. The four subjects take turns in short rounds, so
+//! that a slow moment of the machine slows all of them. The figures are medians over the rounds.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 use std::convert::Infallible;
@@ -55,7 +57,7 @@ impl Service<Message> for Bare {
     }
 }
 
-/// What is measured: over HTTP or as messages, bare or guarded.
+/// The four subjects: a service of HTTP requests and a service of messages, each bare and guarded.
 struct Subjects {
     body: Bytes,
     http: Idempotency<Bare, MemoryStore>,
@@ -91,7 +93,8 @@ impl Subjects {
         }
     }
 
-    /// Nanoseconds for each of a batch, by one of the subjects; for duplicates of messages that came before, or for new ones.
+    /// Sends a batch to one of the subjects and returns the nanoseconds per input. The inputs are
+    /// duplicates of earlier ones, or new.
     async fn batch(&mut self, subject: usize, duplicates: bool) -> f64 {
         let first = if duplicates { 0 } else { self.count };
         let inputs = first..first + BATCH;
@@ -157,7 +160,7 @@ async fn measure(body: usize, duplicates: bool, time: Duration) {
             figures[subject].push(each);
         }
         subjects.count += BATCH;
-        // A memory store takes 100,000 records by default.
+        // A memory store accepts 100,000 records by default.
         if !duplicates && subjects.count > 80_000 {
             subjects = Subjects::new(body);
         }
@@ -175,7 +178,7 @@ async fn measure(body: usize, duplicates: bool, time: Duration) {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    // `cargo test --benches` starts it, too.
+    // `cargo test --benches` starts this program, too.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }

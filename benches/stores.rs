@@ -1,17 +1,22 @@
-//! What is left of a store's speed behind the layer.
+//! The throughput of the layer over Redis and PostgreSQL, compared with the store alone and with
+//! the bare server.
 //!
-//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of `benches/README.md` in about 5 minutes, with
-//! `-- --quick` a rough one in a minute; words such as `-- redis replay 64` choose lines. `-- --shared-pool` measures the
-//! PostgreSQL store on a pool of the application instead of its own. The benchmark starts a Redis (`appendfsync everysec`)
-//! and a PostgreSQL (its defaults), which share the machine with the callers.
+//! `cargo bench --features axum,redis,postgres --bench stores` prints the table of
+//! `benches/README.md` in about 5 minutes. With `-- --quick` it prints a rough table in one minute.
+//! Words such as `-- redis replay 64` choose lines. `-- --shared-pool` measures the PostgreSQL
+//! store on a pool of the application instead of its own pool. The benchmark starts a Redis
+//! (`appendfsync everysec`) and a PostgreSQL (with its defaults), which share the machine with the
+//! callers.
 //!
-//! Three do the same round trips and take turns in short rounds, so that whatever slows the machine down slows all of them;
-//! figures are medians over the rounds:
+//! Three sides do the same round trips. They take turns in short rounds, so that a slow moment of
+//! the machine slows all of them. The figures are medians over the rounds:
 //!
-//! * *server*: one minimal script or statement per claim and per completion, in PostgreSQL on a pool of the application.
-//!   It judges nothing: no time, no owner, no fingerprint, no damage.
-//! * *store*: the store itself, with claims and answers that are made before the clock runs. No request, no HTTP, no layer.
-//! * *layer*: an HTTP request with a body through the layer over that store, and its answer read.
+//! * *server*: one minimal script or statement for each claim and each completion. PostgreSQL runs
+//!   them on a pool of the application. They check neither time nor owner, fingerprint or damage.
+//! * *store*: the store itself, without request, HTTP and layer. The claims and responses are built
+//!   before the clock starts.
+//! * *layer*: an HTTP request with a body through the layer over that store. The caller reads the
+//!   response.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 #[path = "stores/counting.rs"]
@@ -37,17 +42,19 @@ use tokio::sync::Barrier;
 
 const CALLERS: [usize; 4] = [1, 16, 64, 256];
 
-/// Kept answers for each caller: replays of the same key at the same time share one look at the store.
+/// The number of stored keys of each caller. Every caller has its own keys, because simultaneous
+/// replays of one key share one query to the store.
 const KEYS_PER_CALLER: usize = 8;
 
-/// Bytes of a record without an answer.
+/// The size of a record without a response, in bytes.
 const CLAIMED: usize = 96;
 
-/// How long one side's turn is, at most.
+/// The longest turn of one side.
 const TURN: Duration = Duration::from_millis(100);
 
-/// How many requests a turn holds, at most: they are made before it, and ten thousand, of a kilobyte and a half each, would lie in the
-/// machine's memory when the layer gets to them. A server has just read the request that it handles: it lies in the caches.
+/// The largest number of requests in a turn. The requests are built before the turn, and each has
+/// one and a half kilobytes. Ten thousand of them would have left the caches of the processor
+/// before the layer handles them, but a real server has just read its request.
 const REQUESTS_PER_TURN: usize = 1_500;
 
 /// One line of the table.
@@ -74,7 +81,7 @@ const LAYER: usize = 2;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    // `cargo test --benches` starts it, too.
+    // `cargo test --benches` starts this program, too.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }
@@ -89,12 +96,16 @@ fn main() {
     );
     println!("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|");
     let (one, many) = CALLERS.split_at(1);
-    // A caller that is alone would be handed from thread to thread, or not, as it happens.
+    // A single caller has a current-thread runtime. A runtime of several threads would move it
+    // between threads at random.
     over_redis(&runtime(Builder::new_current_thread()), effort, one);
     over_redis(&runtime(Builder::new_multi_thread()), effort, many);
     over_postgres(&runtime(Builder::new_current_thread()), effort, one);
     over_postgres(&runtime(Builder::new_multi_thread()), effort, many);
-    println!("\nCPU: of the client's process, per request. Round trips: of store and layer, per request, counted at the server.");
+    println!(
+        "\nCPU: processor time of the client's process per request. Round trips: of the store and of the layer, per \
+         request, counted at the server."
+    );
 }
 
 fn runtime(mut builder: Builder) -> Runtime {
@@ -109,8 +120,8 @@ fn over_redis(runtime: &Runtime, effort: Duration, callers: &[usize]) {
     let record = server.tell::<String>("RANDOMKEY");
     let completed = server.tell::<usize>(&format!("STRLEN {record}"));
     let raw = runtime.block_on(RawRedis::connect(&server.url(), CLAIMED, completed));
-    let raw = raw.expect("the server that was just started");
-    // In front of the head stands its length.
+    let raw = raw.expect("the new server accepts connections");
+    // Four bytes before the head have its length.
     let stored = Stored::over(store, completed - CLAIMED - 4);
     for kind in [Kind::Replay, Kind::First] {
         let calls = || server.calls("evalsha") + server.calls("eval");
@@ -134,22 +145,22 @@ fn over_postgres(runtime: &Runtime, effort: Duration, callers: &[usize]) {
     let server = PostgresServer::start();
     let url = server.url();
     let (store, admin) = runtime.block_on(async {
-        let admin = pool(&url).await.expect("the server that was just started");
+        let admin = pool(&url).await.expect("the new server accepts connections");
         (postgres_store(&url).await, admin)
     });
     let layered = Layered::over(store.clone());
     runtime.block_on(layered.run(Kind::First, layered.job(0)));
-    let answer = "SELECT octet_length(head) + octet_length(body) FROM idempotency_records";
-    let answer = runtime.block_on(sqlx::query_scalar::<_, i32>(answer).fetch_one(&admin));
-    let answer = answer.ok().and_then(|bytes| usize::try_from(bytes).ok());
-    let answer = answer.expect("an answer was kept");
-    let raw = runtime.block_on(RawPostgres::connect(&url, CLAIMED, CLAIMED + answer));
-    let raw = raw.expect("the server that was just started");
-    let stored = Stored::over(store, answer);
+    let size = "SELECT octet_length(head) + octet_length(body) FROM idempotency_records";
+    let size = runtime.block_on(sqlx::query_scalar::<_, i32>(size).fetch_one(&admin));
+    let size = size.ok().and_then(|bytes| usize::try_from(bytes).ok());
+    let size = size.expect("the layer stored a response");
+    let raw = runtime.block_on(RawPostgres::connect(&url, CLAIMED, CLAIMED + size));
+    let raw = raw.expect("the new server accepts connections");
+    let stored = Stored::over(store, size);
     let address = ([127, 0, 0, 1], server.port()).into();
     let (proxy, counts) = runtime.block_on(counting(address)).expect("a port is free");
     let store = runtime.block_on(postgres_store(&server.url_by(proxy.port())));
-    let (counted_store, counted_layer) = (Stored::over(store.clone(), answer), Layered::over(store));
+    let (counted_store, counted_layer) = (Stored::over(store.clone(), size), Layered::over(store));
     for kind in [Kind::Replay, Kind::First] {
         let calls = || counts.executions.load(Ordering::SeqCst);
         let trips = [
@@ -159,13 +170,11 @@ fn over_postgres(runtime: &Runtime, effort: Duration, callers: &[usize]) {
         let exchanges = per_request(runtime, &counted_layer, kind, || {
             counts.exchanges.load(Ordering::SeqCst)
         });
-        eprintln!("    {exchanges:.2} exchanges a request, with the tests of connections that come back to the pool");
+        eprintln!("    {exchanges:.2} round trips per request, including the pool's tests of returned connections");
         for &callers in callers {
             let truncate = format!("TRUNCATE idempotency_records, {}", RawPostgres::TABLE);
             let emptied = sqlx::raw_sql(sqlx::AssertSqlSafe(truncate));
-            runtime
-                .block_on(emptied.execute(&admin))
-                .expect("both tables are there");
+            runtime.block_on(emptied.execute(&admin)).expect("both tables exist");
             let line = Line {
                 store: "PostgreSQL",
                 kind,
@@ -176,7 +185,7 @@ fn over_postgres(runtime: &Runtime, effort: Duration, callers: &[usize]) {
     }
 }
 
-/// How much a count grows with a request of one caller.
+/// Returns how much a counter grows for each request of a single caller.
 fn per_request<S: Subject>(runtime: &Runtime, subject: &S, kind: Kind, count: impl Fn() -> u64) -> f64 {
     const REQUESTS: usize = 200;
     let send = |kind, keys: &[u64]| {
@@ -187,18 +196,18 @@ fn per_request<S: Subject>(runtime: &Runtime, subject: &S, kind: Kind, count: im
             }
         });
     };
-    let held = new_keys(REQUESTS);
-    // Also teaches the server the scripts, and its connections their statements.
-    send(Kind::First, &held);
+    let stored = new_keys(REQUESTS);
+    // These requests also load the scripts into the server and prepare the statements.
+    send(Kind::First, &stored);
     let before = count();
     match kind {
         Kind::First => send(kind, &new_keys(REQUESTS)),
-        Kind::Replay => send(kind, &held),
+        Kind::Replay => send(kind, &stored),
     }
     (count() - before) as f64 / REQUESTS as f64
 }
 
-/// Numbers of keys that no request had before.
+/// Returns the numbers of new keys.
 fn new_keys(count: usize) -> Vec<u64> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let count = count as u64;
@@ -207,7 +216,7 @@ fn new_keys(count: usize) -> Vec<u64> {
 }
 
 impl Line {
-    /// Whether it was asked for: every word on the command line is one of its own.
+    /// Whether the command line chooses this line: the line has every word of the command line.
     fn is_wanted(&self) -> bool {
         let own = format!("{} {:?} {}", self.store, self.kind, self.callers).to_lowercase();
         let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
@@ -227,7 +236,7 @@ impl Line {
         let mut raw = Side::new(runtime, raw, self);
         let mut store = Side::new(runtime, store, self);
         let mut layer = Side::new(runtime, layer, self);
-        // Warms all of them up, and finds out how much a turn holds.
+        // Warm up all sides, and find the number of requests for a turn.
         for _ in 0..2 {
             raw.warm_up(TURN);
             store.warm_up(TURN);
@@ -237,7 +246,7 @@ impl Line {
         let mut rounds = Vec::new();
         while started.elapsed() < effort {
             let mut round = [Turn::default(); 3];
-            // Each is as often the first as the last.
+            // Each side is equally often the first and the last.
             for place in 0..round.len() {
                 let side = (place + rounds.len()) % round.len();
                 round[side] = match side {
@@ -255,7 +264,7 @@ impl Line {
         let speed = |side: usize| median(rounds, |round| round[side].speed());
         let to_store = |round: &Round| round[LAYER].speed() / round[STORE].speed();
         let to_server = |round: &Round| round[LAYER].speed() / round[SERVER].speed();
-        // The system counts in steps of 10 ms: only the sum says something.
+        // The system counts in steps of 10 ms, so only the sum over all turns is meaningful.
         let cpu = |side: usize| {
             let turns = rounds.iter().map(|round| round[side]);
             let (seconds, requests) = turns.fold((0.0, 0.0), |(seconds, requests), turn| {
@@ -292,13 +301,13 @@ impl Line {
     }
 }
 
-/// One side of a line, with the keys that it holds.
+/// One side of a line, with its stored keys.
 struct Side<'a, S> {
     runtime: &'a Runtime,
     subject: &'a S,
     kind: Kind,
-    /// For each caller, keys of its own: at the same time, replays of one key share one look at the store.
-    held: Vec<Vec<u64>>,
+    /// The stored keys of each caller, see [`KEYS_PER_CALLER`].
+    stored: Vec<Vec<u64>>,
     requests_per_caller: usize,
 }
 
@@ -308,13 +317,13 @@ impl<'a, S: Subject> Side<'a, S> {
             runtime,
             subject,
             kind: Kind::First,
-            held: vec![Vec::new(); line.callers],
+            stored: vec![Vec::new(); line.callers],
             requests_per_caller: KEYS_PER_CALLER,
         };
         if line.kind == Kind::Replay {
-            let held: Vec<Vec<u64>> = (0..line.callers).map(|_| new_keys(KEYS_PER_CALLER)).collect();
-            side.send(&held);
-            side.held = held;
+            let stored: Vec<Vec<u64>> = (0..line.callers).map(|_| new_keys(KEYS_PER_CALLER)).collect();
+            side.send(&stored);
+            side.stored = stored;
             side.kind = line.kind;
         }
         side
@@ -324,20 +333,20 @@ impl<'a, S: Subject> Side<'a, S> {
         let nanos = Duration::from_secs_f64(self.turn().seconds).as_nanos().max(1);
         let requests = self.requests_per_caller as u128 * turn.as_nanos() / nanos;
         let requests = usize::try_from(requests).unwrap_or(usize::MAX);
-        // Fewer than a handful, and the slowest caller's last request is all that is measured.
-        self.requests_per_caller = requests.min(REQUESTS_PER_TURN / self.held.len()).max(4);
+        // With fewer requests, the last request of the slowest caller would dominate the time.
+        self.requests_per_caller = requests.min(REQUESTS_PER_TURN / self.stored.len()).max(4);
     }
 
     fn turn(&mut self) -> Turn {
         let wanted = self.requests_per_caller;
-        let keys = self.held.iter().map(|held| match self.kind {
+        let keys = self.stored.iter().map(|stored| match self.kind {
             Kind::First => new_keys(wanted),
-            Kind::Replay => held.iter().copied().cycle().take(wanted).collect(),
+            Kind::Replay => stored.iter().copied().cycle().take(wanted).collect(),
         });
         self.send(&keys.collect::<Vec<_>>())
     }
 
-    /// Every caller sends its requests one after the other.
+    /// Starts all callers. Each caller sends its requests one after the other.
     fn send(&self, keys: &[Vec<u64>]) -> Turn {
         let requests = keys.iter().map(Vec::len).sum::<usize>() as f64;
         let executed = EXECUTED.load(Ordering::Relaxed);
@@ -346,7 +355,8 @@ impl<'a, S: Subject> Side<'a, S> {
             let callers = keys.iter().map(|keys| {
                 let (subject, kind, ready, keys) = (self.subject.clone(), self.kind, Arc::clone(&ready), keys.clone());
                 tokio::spawn(async move {
-                    // Made where they will be used up: else the allocator would have memory of one thread freed by another.
+                    // Build the requests in the task that sends them. Otherwise one thread would
+                    // free memory that another thread allocated.
                     let jobs: Vec<S::Job> = keys.into_iter().map(|key| subject.job(key)).collect();
                     ready.wait().await;
                     for job in jobs {
@@ -358,7 +368,7 @@ impl<'a, S: Subject> Side<'a, S> {
             ready.wait().await;
             let (started, cpu) = (Instant::now(), cpu_seconds());
             for caller in join_all(callers).await {
-                caller.expect("every request is answered as it should be");
+                caller.expect("every request gets the right response");
             }
             (started.elapsed().as_secs_f64(), cpu_seconds() - cpu)
         });
@@ -368,7 +378,7 @@ impl<'a, S: Subject> Side<'a, S> {
             cpu_seconds,
         };
         let executed = EXECUTED.load(Ordering::Relaxed) - executed;
-        assert!(self.kind == Kind::First || executed == 0, "a replay ran");
+        assert!(self.kind == Kind::First || executed == 0, "a replay ran the handler");
         turn
     }
 }
@@ -379,7 +389,8 @@ impl Turn {
     }
 }
 
-/// Processor time of this process: fields 14 and 15 of its line in proc(5), the name in field 2 being in parentheses.
+/// Returns the processor time of this process: fields 14 and 15 of `/proc/self/stat`, see proc(5).
+/// The name in field 2 is in parentheses and may contain spaces.
 fn cpu_seconds() -> f64 {
     const TICKS_PER_SECOND: f64 = 100.0;
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();

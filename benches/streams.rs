@@ -1,7 +1,8 @@
 //! The time to the first byte of a streamed response, with a key and without.
 //!
-//! `cargo bench --features axum --bench streams` takes about ten seconds. A server and a client, each a process of its own, talk
-//! over a loopback connection, which stays open. The two kinds of request take turns; figures are medians over all requests.
+//! `cargo bench --features axum --bench streams` takes about ten seconds. A server and a client,
+//! each in a process of its own, use one loopback connection, which stays open. Requests with and
+//! without a key take turns. The figures are medians over all requests.
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 use std::convert::Infallible;
@@ -28,7 +29,7 @@ const SERVE: &str = "--serve";
 
 type Client = SendRequest<Empty<bytes::Bytes>>;
 
-/// Two lines of JSON, the second one a moment after the first.
+/// Streams two lines of JSON, the second line a moment after the first.
 fn lines() -> Body {
     Body::from_stream(stream::unfold(0_u8, |line| async move {
         if line == 1 {
@@ -60,7 +61,7 @@ async fn serve() {
     axum::serve(listener, app).await.expect("the server runs");
 }
 
-/// The process of the server. It ends when this is dropped.
+/// The process of the server. Dropping this value ends the process.
 struct Server(Child);
 
 impl Server {

@@ -1,4 +1,4 @@
-//! What the benches measure: one axum app in several variants, and the requests that it is sent.
+//! The subject of the benchmarks: one axum app in several variants, and its requests.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -25,19 +25,19 @@ use tower_idempotency::{IdempotencyLayer, MemoryStore};
 const LIMIT: usize = 2 << 20;
 const LARGE: usize = 512 << 10;
 
-/// Answers given by the handler in this process; what was replayed does not count.
+/// The number of executions of the handler in this process. Replays do not count.
 static EXECUTED: AtomicU64 = AtomicU64::new(0);
 
-/// What stands around the handler.
+/// The layer around the handler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Variant {
-    /// Nothing.
+    /// No layer.
     Bare,
-    /// tower's `Identity`: what a router costs with any layer.
+    /// tower's `Identity`. It shows what axum's router costs with any layer.
     Identity,
     /// A service that forwards the call.
     Forward,
-    /// What a user would write instead of this crate.
+    /// A middleware that a user could write instead of this crate.
     HandWritten,
     /// This crate.
     Layer,
@@ -63,72 +63,72 @@ impl Variant {
     }
 }
 
-/// What a request is to the app.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// It has no key.
+    /// The request has no key.
     NoKey,
-    /// It has a key that was never seen.
+    /// The request has a new key.
     First,
-    /// It has a key whose answer is kept.
+    /// The request has a key whose response is stored.
     Replay,
 }
 
-/// An app's state and the requests that it is sent.
+/// The state of an app and its requests.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setting {
     pub(crate) name: &'static str,
-    /// Bytes of a request's body.
+    /// The size of a request's body, in bytes.
     pub(crate) body: usize,
-    /// Whether the answer has 512 KiB instead of some 100 bytes.
-    pub(crate) large_answer: bool,
-    /// Keys held before the first measurement.
-    pub(crate) held: u64,
+    /// Whether the response has 512 KiB instead of some 100 bytes.
+    pub(crate) large_response: bool,
+    /// The number of keys in the store before the first measurement.
+    pub(crate) stored_keys: u64,
     pub(crate) kinds: &'static [Kind],
 }
 
-/// Replays come before first runs, which add keys.
+/// Replays come before first runs, because first runs add keys.
 pub(crate) const SETTINGS: [Setting; 6] = [
     Setting {
         name: "200 B",
         body: 200,
-        large_answer: false,
-        held: 1,
+        large_response: false,
+        stored_keys: 1,
         kinds: &[Kind::NoKey, Kind::Replay, Kind::First],
     },
     Setting {
         name: "4 KiB",
         body: 4 << 10,
-        large_answer: false,
-        held: 1,
+        large_response: false,
+        stored_keys: 1,
         kinds: &[Kind::Replay, Kind::First],
     },
     Setting {
         name: "1 MiB",
         body: 1 << 20,
-        large_answer: false,
-        held: 1,
+        large_response: false,
+        stored_keys: 1,
         kinds: &[Kind::Replay, Kind::First],
     },
     Setting {
-        name: "200 B, answer of 512 KiB",
+        name: "200 B, response of 512 KiB",
         body: 200,
-        large_answer: true,
-        held: 1,
+        large_response: true,
+        stored_keys: 1,
         kinds: &[Kind::Replay],
     },
     Setting {
-        name: "200 B, 1,000 keys held",
+        name: "200 B, 1,000 stored keys",
         body: 200,
-        large_answer: false,
-        held: 1_000,
+        large_response: false,
+        stored_keys: 1_000,
         kinds: &[Kind::Replay, Kind::First],
     },
     Setting {
-        name: "200 B, 1,000,000 keys held",
+        name: "200 B, 1,000,000 stored keys",
         body: 200,
-        large_answer: false,
-        held: 1_000_000,
+        large_response: false,
+        stored_keys: 1_000_000,
         kinds: &[Kind::Replay, Kind::First],
     },
 ];
@@ -137,37 +137,38 @@ pub(crate) const SETTINGS: [Setting; 6] = [
 pub(crate) struct Bench {
     app: Router,
     variant: Variant,
-    held: u64,
+    stored_keys: u64,
     next: u64,
     body: Bytes,
 }
 
 impl Bench {
-    /// An app that holds as many keys as the setting says.
+    /// Creates an app whose store has as many keys as the setting requires.
     pub(crate) async fn new(setting: &Setting, variant: Variant) -> Self {
         let mut bench = Self {
-            // As `axum::serve` does it: everything is turned into a `Route` once and not at each request.
+            // `axum::serve` does this, too. It makes a `Route` of everything once, and not again
+            // for each request.
             app: app(setting, variant).with_state(()),
             variant,
-            held: 0,
+            stored_keys: 0,
             next: 0,
             body: noise(setting.body),
         };
-        if bench.keeps() {
-            while bench.held < setting.held {
-                let step = (setting.held - bench.held).min(1_000);
+        if bench.stores_responses() {
+            while bench.stored_keys < setting.stored_keys {
+                let step = (setting.stored_keys - bench.stored_keys).min(1_000);
                 let requests = bench.requests(Kind::First, step);
                 bench.send(Kind::First, requests).await;
-                bench.held += step;
+                bench.stored_keys += step;
             }
         }
-        bench.held = setting.held;
-        bench.next = setting.held;
+        bench.stored_keys = setting.stored_keys;
+        bench.next = setting.stored_keys;
         bench.check_replays(setting).await;
         bench
     }
 
-    /// Requests that were not sent yet.
+    /// Builds requests for [`Self::send`].
     pub(crate) fn requests(&mut self, kind: Kind, count: u64) -> Vec<Request> {
         (0..count)
             .map(|_| {
@@ -176,50 +177,51 @@ impl Bench {
                 match kind {
                     Kind::NoKey => self.request(None),
                     Kind::First => self.request(Some(n)),
-                    Kind::Replay => self.request(Some(mixed(n) % self.held)),
+                    Kind::Replay => self.request(Some(mixed(n) % self.stored_keys)),
                 }
             })
             .collect()
     }
 
-    /// Sends the requests one after the other and reads the answers, as a server on one thread does.
+    /// Sends the requests one after the other and reads the responses, like the traffic of a server
+    /// on one thread.
     pub(crate) async fn send(&self, kind: Kind, requests: Vec<Request>) {
         let count = u64::try_from(requests.len()).unwrap_or(u64::MAX);
         let before = EXECUTED.load(Ordering::Relaxed);
         let mut read = 0;
         for request in requests {
-            read += self.answer(request).await.len();
+            read += self.response(request).await.len();
         }
         let executed = EXECUTED.load(Ordering::Relaxed) - before;
-        let replayed = self.keeps() && kind == Kind::Replay;
+        let replayed = self.stores_responses() && kind == Kind::Replay;
         assert_eq!(executed, if replayed { 0 } else { count });
         assert!(read > 0);
-        // Lets tasks of the runtime run.
+        // Let the tasks of the runtime run.
         tokio::task::yield_now().await;
     }
 
-    const fn keeps(&self) -> bool {
+    const fn stores_responses(&self) -> bool {
         matches!(self.variant, Variant::HandWritten | Variant::Layer)
     }
 
-    async fn answer(&self, request: Request) -> Bytes {
+    async fn response(&self, request: Request) -> Bytes {
         let Ok(response) = self.app.clone().oneshot(request).await;
         assert_eq!(response.status(), StatusCode::CREATED);
         let body = response.into_body().collect().await;
         body.expect("the handler's bodies do not break").to_bytes()
     }
 
-    /// Replays are equal; large ones are the very same bytes in memory.
+    /// Checks that replays are equal, and that large replays share their bytes in memory.
     async fn check_replays(&mut self, setting: &Setting) {
-        if !self.keeps() {
+        if !self.stores_responses() {
             return;
         }
-        let key = mixed(self.next) % self.held;
-        let one = self.answer(self.request(Some(key))).await;
-        let two = self.answer(self.request(Some(key))).await;
+        let key = mixed(self.next) % self.stored_keys;
+        let one = self.response(self.request(Some(key))).await;
+        let two = self.response(self.request(Some(key))).await;
         assert_eq!(one, two);
-        if setting.large_answer {
-            assert_eq!(one.as_ptr(), two.as_ptr(), "a replay copied its body");
+        if setting.large_response {
+            assert_eq!(one.as_ptr(), two.as_ptr(), "a replay copied the body");
         }
     }
 
@@ -240,15 +242,15 @@ impl Bench {
 }
 
 fn app(setting: &Setting, variant: Variant) -> Router {
-    let answer = setting.large_answer.then(|| noise(LARGE));
-    let app = Router::new().route("/payments", post(move |body: Bytes| pay(body, answer.clone())));
-    // Beyond what is held there is room for the first runs to come.
-    let room = setting.held + 1_000_000;
+    let large = setting.large_response.then(|| noise(LARGE));
+    let app = Router::new().route("/payments", post(move |body: Bytes| pay(body, large.clone())));
+    // The store has room for a million first runs beyond the stored keys.
+    let room = setting.stored_keys + 1_000_000;
     match variant {
         Variant::Bare => app,
         Variant::Identity => app.layer(Identity::new()),
         Variant::Forward => app.layer(layer_fn(Forward)),
-        Variant::HandWritten => app.layer(from_fn_with_state(Answers::new(room), hand_written)),
+        Variant::HandWritten => app.layer(from_fn_with_state(Responses::new(room), hand_written)),
         Variant::Layer => {
             let store = MemoryStore::builder()
                 .with_record_budget(room)
@@ -258,19 +260,20 @@ fn app(setting: &Setting, variant: Variant) -> Router {
     }
 }
 
-/// A handler as handlers are: reads the body, answers with a little JSON.
+/// A typical handler: reads the body and returns a little JSON.
 async fn pay(body: Bytes, large: Option<Bytes>) -> impl IntoResponse {
     let id = EXECUTED.fetch_add(1, Ordering::Relaxed);
-    let answer = large.unwrap_or_else(|| {
+    let payment = large.unwrap_or_else(|| {
         let amount = body.len();
         format!("{{\"id\":\"payment-{id}\",\"amount\":{amount},\"currency\":\"EUR\",\"status\":\"succeeded\"}}").into()
     });
     let headers = [(CONTENT_TYPE, "application/json"), (LOCATION, "/payments/4711")];
-    (StatusCode::CREATED, headers, answer)
+    (StatusCode::CREATED, headers, payment)
 }
 
-/// What a user would write instead: no lock, no lease, no limit on waiting, no promise after a crash, a hang-up or a panic.
-async fn hand_written(State(answers): State<Answers>, request: Request, next: Next) -> Response {
+/// A middleware that a user could write instead of this crate. It has no lock and no lease, and
+/// promises nothing after a crash, a hang-up or a panic.
+async fn hand_written(State(responses): State<Responses>, request: Request, next: Next) -> Response {
     let Some(key) = request.headers().get("idempotency-key") else {
         return next.run(request).await;
     };
@@ -282,38 +285,38 @@ async fn hand_written(State(answers): State<Answers>, request: Request, next: Ne
         return StatusCode::PAYLOAD_TOO_LARGE.into_response();
     };
     let hash: [u8; 32] = Sha256::digest(&body).into();
-    if let Some(kept) = answers.0.get(&key) {
-        if kept.hash != hash {
+    if let Some(stored) = responses.0.get(&key) {
+        if stored.hash != hash {
             return StatusCode::UNPROCESSABLE_ENTITY.into_response();
         }
-        return (kept.status, kept.headers.clone(), kept.body.clone()).into_response();
+        return (stored.status, stored.headers.clone(), stored.body.clone()).into_response();
     }
     let response = next.run(Request::from_parts(head, Body::from(body))).await;
     let (head, body) = response.into_parts();
     let Ok(body) = to_bytes(body, LIMIT).await else {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
-    let kept = Kept {
+    let stored = StoredResponse {
         hash,
         status: head.status,
         headers: head.headers.clone(),
         body: body.clone(),
     };
-    answers.0.insert(key, Arc::new(kept));
+    responses.0.insert(key, Arc::new(stored));
     Response::from_parts(head, Body::from(body))
 }
 
 #[derive(Clone)]
-struct Answers(Cache<String, Arc<Kept>>);
+struct Responses(Cache<String, Arc<StoredResponse>>);
 
-struct Kept {
+struct StoredResponse {
     hash: [u8; 32],
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
 }
 
-impl Answers {
+impl Responses {
     fn new(capacity: u64) -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         Self(Cache::builder().max_capacity(capacity).time_to_live(DAY).build())
@@ -337,7 +340,7 @@ impl<S: Service<Request>> Service<Request> for Forward<S> {
     }
 }
 
-/// The same bytes in every run.
+/// Returns pseudo-random bytes. They are the same in every run.
 pub(crate) fn noise(len: usize) -> Bytes {
     (0_u64..).flat_map(|n| mixed(n).to_le_bytes()).take(len).collect()
 }
@@ -354,7 +357,7 @@ fn uuid(n: u64) -> String {
     )
 }
 
-/// `SplitMix64`.
+/// The generator `SplitMix64`.
 const fn mixed(n: u64) -> u64 {
     let n = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,4 +1,4 @@
-//! A proxy that counts what a client asks of PostgreSQL.
+//! A proxy that counts the statements and round trips of a PostgreSQL client.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,16 +8,16 @@ use tokio::io::{copy, AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 
-/// What passed so far.
+/// The counters of the proxy. Clones share the counters.
 #[derive(Clone, Default)]
 pub(crate) struct Counts {
-    /// Statements that were run.
+    /// The number of executed statements.
     pub(crate) executions: Arc<AtomicU64>,
-    /// Round trips, the pool's pings among them.
+    /// The number of round trips, including the pings of the pool.
     pub(crate) exchanges: Arc<AtomicU64>,
 }
 
-/// Starts a proxy to a server; says where it listens.
+/// Starts a proxy to a server, and returns the address of the proxy and its counters.
 pub(crate) async fn counting(server: SocketAddr) -> std::io::Result<(SocketAddr, Counts)> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
@@ -28,7 +28,7 @@ pub(crate) async fn counting(server: SocketAddr) -> std::io::Result<(SocketAddr,
             let Ok(server) = TcpStream::connect(server).await else {
                 return;
             };
-            // Else each message waits for the acknowledgement of the one before it.
+            // Otherwise each message would wait for the acknowledgement of the previous one.
             for stream in [&client, &server] {
                 drop(stream.set_nodelay(true));
             }
@@ -42,8 +42,10 @@ pub(crate) async fn counting(server: SocketAddr) -> std::io::Result<(SocketAddr,
     Ok((address, counts))
 }
 
-/// Passes message after message: a byte that says what it is, the length of the rest in four, the rest. Only the first has no
-/// such byte ("PostgreSQL Frontend/Backend Protocol", message formats), and without TLS there is one of that kind.
+/// Forwards the messages of the client and counts them. A message is a byte for its kind, four
+/// bytes for the length of the rest, and the rest. Only the first message has no byte for its kind
+/// ("PostgreSQL Frontend/Backend Protocol", message formats). Without TLS there is one such
+/// message.
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, counts: Counts) -> std::io::Result<()> {
     let mut is_first = true;
     loop {

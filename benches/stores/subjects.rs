@@ -1,4 +1,5 @@
-//! What is measured: the layer over a store, the store alone, and the bare server, in the same round trips.
+//! The subjects of the benchmark: the layer over a store, the store alone, and the bare server.
+//! They do the same round trips.
 
 use std::convert::Infallible;
 use std::future::{ready, Future, Ready};
@@ -20,40 +21,40 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Idempotency, IdempotencyLayer, PostgresStore, RedisStore, Store};
 
-/// Bytes of a request's body, and of an answer's.
+/// The size of the body of a request and of a response, in bytes.
 const SIZE: usize = 200;
 
-/// Long enough for a machine that is busy with other things.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The timeout of every operation. It is long enough for a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Answers given by the handler; what was replayed does not count.
+/// The number of executions of the handler. Replays do not count.
 pub(crate) static EXECUTED: AtomicU64 = AtomicU64::new(0);
 
-/// What a request is to the store.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// It has a key that was never seen.
+    /// The request has a new key.
     First,
-    /// It has a key whose answer is kept.
+    /// The request has a key whose response is stored.
     Replay,
 }
 
 /// One side of the comparison.
 pub(crate) trait Subject: Clone + Send + Sync + 'static {
-    /// All that can be made ready before the clock runs.
+    /// The input of one request, built before the clock starts.
     type Job: Send + 'static;
 
-    /// What is to be done for the key of this number.
+    /// Builds the job for the key with this number.
     fn job(&self, key: u64) -> Self::Job;
 
-    /// Does it.
+    /// Does the job.
     fn run(&self, kind: Kind, job: Self::Job) -> impl Future<Output = ()> + Send;
 }
 
 type Request = http::Request<Full<Bytes>>;
 type Responded = Ready<Result<Response<Full<Bytes>>, Infallible>>;
 
-/// The layer around a handler that answers at once.
+/// The layer around a handler that returns its response at once.
 pub(crate) struct Layered<St>(Idempotency<Handler, St>);
 
 type Handler = ServiceFn<fn(Request) -> Responded>;
@@ -68,12 +69,12 @@ impl<St: Store> Layered<St> {
 fn pay(request: Request) -> Responded {
     drop(request);
     EXECUTED.fetch_add(1, Ordering::Relaxed);
-    let answer = Response::builder()
+    let response = Response::builder()
         .status(StatusCode::CREATED)
         .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
         .header(LOCATION, "/payments/4711")
         .body(Full::new(Bytes::from_static(&[b'x'; SIZE])));
-    ready(Ok(answer.expect("every part of the answer is valid")))
+    ready(Ok(response.expect("every part of the response is valid")))
 }
 
 impl<St> Clone for Layered<St> {
@@ -86,14 +87,15 @@ impl<St: Store> Subject for Layered<St> {
     type Job = Request;
 
     fn job(&self, key: u64) -> Request {
-        // As from a server's connection: names and values are slices of what was read, not allocations of their own.
-        let given = HeaderValue::from_static;
+        // The values are static, because in a real server they are slices of the read buffer and
+        // not allocations of their own.
+        let value = HeaderValue::from_static;
         let request = http::Request::post(Uri::from_static("/payments"))
-            .header(HOST, given("api.example.com"))
-            .header(USER_AGENT, given("payments-client/1.4.2"))
-            .header(ACCEPT, given("application/json"))
-            .header(AUTHORIZATION, given("Bearer 3f1c9a7e5b2d48f0a6c4e8d2b0f1a3c5"))
-            .header(CONTENT_TYPE, given("application/json"))
+            .header(HOST, value("api.example.com"))
+            .header(USER_AGENT, value("payments-client/1.4.2"))
+            .header(ACCEPT, value("application/json"))
+            .header(AUTHORIZATION, value("Bearer 3f1c9a7e5b2d48f0a6c4e8d2b0f1a3c5"))
+            .header(CONTENT_TYPE, value("application/json"))
             .header("idempotency-key", format!("4b1c9a7e-5b2d-48f0-a6c4-{key:012x}"))
             .body(Full::new(Bytes::from_static(&[b'y'; SIZE])));
         request.expect("every part of the request is valid")
@@ -107,17 +109,17 @@ impl<St: Store> Subject for Layered<St> {
     }
 }
 
-/// The store with nothing around it: what it is asked is made before the clock runs.
+/// The store alone. Its claims are built before the clock starts.
 pub(crate) struct Stored<St> {
     store: Arc<St>,
     outcome: Arc<Outcome>,
 }
 
 impl<St: Store> Stored<St> {
-    /// Keeps answers of so many bytes.
-    pub(crate) fn over(store: St, answer: usize) -> Self {
+    /// Creates a subject that stores responses of `size` bytes.
+    pub(crate) fn over(store: St, size: usize) -> Self {
         let outcome = Outcome::Stored(StoredResponse {
-            head: vec![b'h'; answer.saturating_sub(SIZE)].into(),
+            head: vec![b'h'; size.saturating_sub(SIZE)].into(),
             body: vec![b'x'; SIZE].into(),
         });
         Self {
@@ -136,7 +138,7 @@ impl<St> Clone for Stored<St> {
     }
 }
 
-/// A day, as the layer keeps answers.
+/// The default retention of the layer: one day.
 const RETENTION: Duration = Duration::from_secs(86_400);
 
 impl<St: Store> Subject for Stored<St> {
@@ -156,7 +158,7 @@ impl<St: Store> Subject for Stored<St> {
 
     async fn run(&self, kind: Kind, claim: Claim) {
         match self.store.claim(&claim).await {
-            Ok(Decision::Replay(answer)) => assert_eq!((kind, answer.body.len()), (Kind::Replay, SIZE)),
+            Ok(Decision::Replay(response)) => assert_eq!((kind, response.body.len()), (Kind::Replay, SIZE)),
             Ok(Decision::Execute(grant)) => {
                 let completion = self.store.complete(&claim.key, grant.owner, &self.outcome, RETENTION);
                 assert_eq!(
@@ -169,7 +171,7 @@ impl<St: Store> Subject for Stored<St> {
     }
 }
 
-/// A key as the store's are: spread like a hash.
+/// Returns a key whose bytes are spread like the hashes that the store gets.
 fn spread(key: u64) -> [u8; 32] {
     let mixed = |n: u64| n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
     let mut bytes = [0; 32];
@@ -180,11 +182,12 @@ fn spread(key: u64) -> [u8; 32] {
 }
 
 pub(crate) async fn redis_store(url: &str) -> RedisStore {
-    let builder = RedisStore::builder().with_response_timeout(PATIENCE);
-    builder.connect(url).await.expect("the server that was just started")
+    let builder = RedisStore::builder().with_response_timeout(TIMEOUT);
+    builder.connect(url).await.expect("the new server accepts connections")
 }
 
-/// One minimal script per claim and one per completion, on a connection like the store's.
+/// The bare Redis: one minimal script for each claim and one for each completion, on a connection
+/// like that of the store.
 #[derive(Clone)]
 pub(crate) struct RawRedis {
     connection: ConnectionManager,
@@ -194,8 +197,9 @@ pub(crate) struct RawRedis {
 struct RawScripts {
     claim: Script,
     complete: Script,
-    /// As many bytes as the layer's record has: in flight, and with its answer.
+    /// As many bytes as a record of the layer in flight.
     claimed: Vec<u8>,
+    /// As many bytes as a record of the layer with its response.
     completed: Vec<u8>,
 }
 
@@ -205,10 +209,10 @@ impl RawRedis {
         let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let tcp = info.tcp_settings().clone().set_nodelay(true);
         let client = Client::open(info.set_redis_settings(redis).set_tcp_settings(tcp))?;
-        let config = ConnectionManagerConfig::new().set_response_timeout(Some(PATIENCE));
+        let config = ConnectionManagerConfig::new().set_response_timeout(Some(TIMEOUT));
         let scripts = RawScripts {
             claim: Script::new(
-                "local kept = redis.call('GET', KEYS[1]) if kept then return kept end \
+                "local stored = redis.call('GET', KEYS[1]) if stored then return stored end \
                  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) return false",
             ),
             complete: Script::new("redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) return 1"),
@@ -226,7 +230,7 @@ impl RawRedis {
         let mut call = script.key(key);
         call.arg(value).arg(DAY);
         let reply = call.invoke_async(&mut self.connection.clone()).await;
-        reply.expect("the server answers")
+        reply.expect("the server replies")
     }
 }
 
@@ -239,35 +243,37 @@ impl Subject for RawRedis {
 
     async fn run(&self, kind: Kind, key: String) {
         let scripts = &*self.scripts;
-        let kept: Option<Bytes> = self.call(&scripts.claim, &key, &scripts.claimed).await;
-        assert_eq!(kept.is_some(), kind == Kind::Replay);
-        if kept.is_none() {
+        let stored: Option<Bytes> = self.call(&scripts.claim, &key, &scripts.claimed).await;
+        assert_eq!(stored.is_some(), kind == Kind::Replay);
+        if stored.is_none() {
             let done: u64 = self.call(&scripts.complete, &key, &scripts.completed).await;
             assert_eq!(done, 1);
         }
     }
 }
 
-/// A pool as an application makes it. sqlx tests each connection that comes back to it.
+/// Creates a pool like that of an application. sqlx tests each connection that returns to the pool.
 pub(crate) async fn pool(url: &str) -> sqlx::Result<PgPool> {
-    let options = PgPoolOptions::new().max_connections(16).acquire_timeout(PATIENCE);
+    let options = PgPoolOptions::new().max_connections(16).acquire_timeout(TIMEOUT);
     options.test_before_acquire(false).connect(url).await
 }
 
-/// The store with its table, on a pool of its own, or with `--shared-pool` on one of the application.
+/// Creates the store and its table. The store has a pool of its own, or with `--shared-pool` uses a
+/// pool of the application.
 pub(crate) async fn postgres_store(url: &str) -> PostgresStore {
-    let builder = PostgresStore::builder().with_timeout(PATIENCE);
+    let builder = PostgresStore::builder().with_timeout(TIMEOUT);
     let store = if std::env::args().any(|argument| argument == "--shared-pool") {
-        let pool = pool(url).await.expect("the server that was just started");
+        let pool = pool(url).await.expect("the new server accepts connections");
         builder.with_pool(pool).expect("the name of the table is the default")
     } else {
-        builder.connect(url).await.expect("the server that was just started")
+        builder.connect(url).await.expect("the new server accepts connections")
     };
-    store.migrate().await.expect("the role may make tables");
+    store.migrate().await.expect("the role may create tables");
     store
 }
 
-/// One minimal statement per claim and one per completion, on a pool of as many connections as the store's.
+/// The bare PostgreSQL: one minimal statement for each claim and one for each completion, on a pool
+/// of as many connections as that of the store.
 #[derive(Clone)]
 pub(crate) struct RawPostgres {
     pool: PgPool,
@@ -276,7 +282,7 @@ pub(crate) struct RawPostgres {
 }
 
 impl RawPostgres {
-    /// The name of its table.
+    /// The name of the table.
     pub(crate) const TABLE: &'static str = "raw_records";
 
     pub(crate) async fn connect(url: &str, claimed: usize, completed: usize) -> sqlx::Result<Self> {
@@ -290,12 +296,12 @@ impl RawPostgres {
         })
     }
 
-    async fn ask(&self, statement: &'static str, key: &[u8; 32], value: Option<&Bytes>) -> Option<Vec<u8>> {
+    async fn query(&self, statement: &'static str, key: &[u8; 32], value: Option<&Bytes>) -> Option<Vec<u8>> {
         let mut query = sqlx::query_scalar(statement).bind(&key[..]);
         if let Some(value) = value {
             query = query.bind(&value[..]);
         }
-        query.fetch_optional(&self.pool).await.expect("the server answers")
+        query.fetch_optional(&self.pool).await.expect("the server replies")
     }
 }
 
@@ -312,10 +318,10 @@ impl Subject for RawPostgres {
         const REPLAY: &str = "SELECT record FROM raw_records WHERE key = $1";
         let done = match kind {
             Kind::First => {
-                assert!(self.ask(CLAIM, &key, Some(&self.claimed)).await.is_some());
-                self.ask(COMPLETE, &key, Some(&self.completed)).await
+                assert!(self.query(CLAIM, &key, Some(&self.claimed)).await.is_some());
+                self.query(COMPLETE, &key, Some(&self.completed)).await
             }
-            Kind::Replay => self.ask(REPLAY, &key, None).await,
+            Kind::Replay => self.query(REPLAY, &key, None).await,
         };
         assert!(done.is_some());
     }
