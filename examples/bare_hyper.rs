@@ -1,12 +1,13 @@
-//! Hyper without a framework: the layer around a plain function, over HTTP/1 and HTTP/2.
+//! hyper without a framework: the layer wraps a plain function, over HTTP/1 and HTTP/2.
 //!
 //! ```text
 //! cargo run --example bare_hyper
 //! curl -i http://127.0.0.1:3000/ -H 'Idempotency-Key: 1' -d 'two teapots'
 //! ```
 //!
-//! Sent again, the order keeps its number. Ctrl-C stops taking requests, lets those that came be answered, and waits for what is
-//! still running though its caller hung up. `LISTEN` sets another address.
+//! Send the request again: the order has the same number. Ctrl-C makes the server refuse new
+//! connections, finish the open requests, and wait for the executions whose callers hung up.
+//! `LISTEN` sets another address.
 
 use std::convert::Infallible;
 use std::io;
@@ -26,27 +27,28 @@ use tower::{Service, ServiceBuilder};
 use tower_http::map_request_body::MapRequestBodyLayer;
 use tower_idempotency::{BufferedBody, Drain, IdempotencyLayer, MemoryStore};
 
-/// Takes an order, which takes a second.
+/// Takes an order. This lasts one second.
 async fn order(request: Request<BufferedBody<Incoming>>) -> Result<Response<Full<Bytes>>, Infallible> {
     static LAST: AtomicU32 = AtomicU32::new(0);
     let Ok(body) = request.into_body().collect().await else {
-        return Ok(answer(StatusCode::BAD_REQUEST, "the order broke off\n".to_owned()));
+        let problem = "the body of the order broke off\n";
+        return Ok(respond(StatusCode::BAD_REQUEST, problem.to_owned()));
     };
     let n = LAST.fetch_add(1, Ordering::Relaxed) + 1;
     println!("order {n} begins");
     tokio::time::sleep(Duration::from_secs(1)).await;
     println!("order {n} is taken");
     let what = String::from_utf8_lossy(&body.to_bytes()).into_owned();
-    Ok(answer(StatusCode::CREATED, format!("order {n}: {what}\n")))
+    Ok(respond(StatusCode::CREATED, format!("order {n}: {what}\n")))
 }
 
-fn answer(status: StatusCode, text: String) -> Response<Full<Bytes>> {
+fn respond(status: StatusCode, text: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = status;
     response
 }
 
-/// Serves every connection until Ctrl-C, then those that are open until they are done.
+/// Accepts connections until Ctrl-C, and then serves the open ones until they end.
 async fn serve<S>(listener: TcpListener, service: S) -> io::Result<()>
 where
     S: Service<Request<Incoming>, Response = Response<Full<Bytes>>, Error = Infallible> + Clone + Send + 'static,
@@ -58,7 +60,7 @@ where
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => connect(&connections, stream, service.clone()),
-                Err(error) => eprintln!("a connection was not accepted: {error}"),
+                Err(error) => eprintln!("cannot accept a connection: {error}"),
             },
             signal = &mut interrupted => {
                 drop(listener);
@@ -84,11 +86,12 @@ where
     });
 }
 
-/// Callers that hung up have left executions behind; their effects and answers are finished before the process ends.
+/// Waits up to 30 s for the executions whose callers hung up, so that their effects and responses
+/// are complete before the process ends.
 async fn finish(drain: Drain) {
     match tokio::time::timeout(Duration::from_secs(30), drain.wait()).await {
         Ok(()) => println!("everything is finished"),
-        Err(_) => eprintln!("{} executions are cut off", drain.running()),
+        Err(_) => eprintln!("{} executions did not finish within 30 s", drain.running()),
     }
 }
 
@@ -96,7 +99,8 @@ async fn finish(drain: Drain) {
 async fn main() -> io::Result<()> {
     let idempotency = IdempotencyLayer::new(MemoryStore::new());
     let drain = idempotency.drain();
-    // The layer reads the bodies of guarded requests, and has to be able to make them again.
+    // The layer reads the bodies of guarded requests and passes the bytes on as a `BufferedBody`.
+    // The outer layer wraps each body in this type.
     let service = ServiceBuilder::new()
         .layer(MapRequestBodyLayer::new(BufferedBody::new))
         .layer(idempotency)

@@ -1,13 +1,17 @@
-//! The whole chain: a customer pays a shop once, and the shop charges a bank once for each purpose, whoever repeats what.
+//! The whole chain: a customer orders from a shop once, and the shop charges a bank once for each
+//! purpose, although both repeat their requests.
 //!
 //! ```text
 //! cargo run --features axum,reqwest,retry --example client_chain
 //! ```
 //!
-//! The customer's request carries a key, which the shop's `IdempotencyLayer` takes. The handler derives the keys of its own calls
-//! from its lease: the same when the handler runs again, others for other requests and purposes, and never the customer's own key,
-//! which the bank has no business with. The bank's answers are lost until the shop gives up and answers 502; the shop's answer is
-//! lost, too; the customer's client asks again. There is one charge for the goods and one for the shipping.
+//! The customer's request carries a key, which the shop's `IdempotencyLayer` reads. The handler
+//! derives the keys of its own calls from its lease. If the handler runs again, it derives the same
+//! keys; other requests and other purposes get other keys. The bank never sees the customer's key.
+//!
+//! The bank's responses are lost until the shop gives up and responds with 502. The customer's
+//! client retries, and the shop's next response is lost, too. At the end there is one charge for
+//! the goods and one for the shipping.
 
 mod third_party;
 
@@ -27,7 +31,7 @@ use tower_idempotency::client::{
 };
 use tower_idempotency::{IdempotencyLayer, Lease, MemoryStore};
 
-/// Sends a request; a key that it has already is left alone.
+/// Sends a request with retries. A key that the request has already stays as it is.
 async fn call(
     profile: ProviderProfile,
     attempts: u32,
@@ -48,11 +52,11 @@ async fn charge(bank: &ThirdParty, lease: &Lease, purpose: &str, amount: &str) -
     let request = Request::post(bank.url("/v1/charges"))
         .header("idempotency-key", lease.derive_id(purpose))
         .body(amount.to_owned())?;
-    let answer = call(ProviderProfile::stripe(), 2, request).await?.error_for_status()?;
-    Ok(answer.text().await?)
+    let response = call(ProviderProfile::stripe(), 2, request).await?.error_for_status()?;
+    Ok(response.text().await?)
 }
 
-/// The shop.
+/// The handler of the shop.
 async fn order(State(bank): State<ThirdParty>, lease: Lease) -> Response {
     println!("the shop takes the order");
     let charges = async {
@@ -80,20 +84,20 @@ async fn main() -> Result<(), BoxError> {
     let at_shop = ThirdParty::serve(shop).await?;
 
     at_bank.expect([
-        Accident::AnswerLost,
-        Accident::AnswerLost,
+        Accident::ResponseLost,
+        Accident::ResponseLost,
         Accident::None,
-        Accident::AnswerLost,
+        Accident::ResponseLost,
     ]);
-    at_shop.expect([Accident::None, Accident::AnswerLost]);
+    at_shop.expect([Accident::None, Accident::ResponseLost]);
     let request = Request::post(at_shop.url("/orders")).body("2 teapots".to_owned())?;
-    let answer = call(ProviderProfile::draft(), 5, request).await?.error_for_status()?;
-    let delivery = *answer
+    let response = call(ProviderProfile::draft(), 5, request).await?.error_for_status()?;
+    let report = *response
         .extensions()
         .get::<CallReport>()
         .ok_or("the layer reports every call")?;
-    let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
-    println!("the customer has after {attempts} attempts: {}", answer.text().await?);
+    let (attempts, is_replay) = (report.attempts(), report.is_replay());
+    println!("the customer has after {attempts} attempts: {}", response.text().await?);
 
     println!("the bank charged {:?}", bank.charges());
     assert_eq!((attempts, is_replay), (3, true));

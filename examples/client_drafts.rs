@@ -1,17 +1,25 @@
-//! One invoice at a third party that has drafts: a job of two steps, killed in each of them and resumed.
+//! One invoice at a third party that has drafts. A job of two steps is killed in each step and
+//! resumed.
 //!
 //! ```text
 //! cargo run --features axum,once,reqwest --example client_drafts
 //! ```
 //!
-//! A draft has no effect, so a lost one may be made again; to send a draft twice is to send it once, so that may be repeated, too. What
-//! must not happen is that the *second* step forgets which draft it is to send: the first step's result is recorded in a store
-//! that survives the process (that of `custom_store`; in production Redis or PostgreSQL). The job runs in a process of its own, which is
-//! killed when the third party has made the draft but not yet said so, then again when it has sent the invoice but not yet said so.
+//! A draft has no effect, so the job may make another one if the first is lost. The third party
+//! sends the same draft only once, so the job may repeat that step, too. But the *second* step must
+//! not forget which draft to send. Therefore the first step's result is recorded in a store that
+//! survives the process. Here it is the store of the example `custom_store`; use Redis or
+//! PostgreSQL in production.
 //!
-//! One invoice is sent. What is left behind is a draft that nobody will ever send.
+//! The job runs in a process of its own. The example kills this process after the third party made
+//! the draft but before it responded, and again after it sent the invoice but before it responded.
+//! At the end one invoice was sent. The draft that was lost with its process stays unsent.
 
-#[expect(dead_code, unreachable_pub, reason = "only the store of that example is needed here")]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "this example needs only the store of the other one"
+)]
 mod custom_store;
 mod third_party;
 
@@ -29,7 +37,7 @@ use tokio::process::Command;
 use tower_idempotency::client::{once, Attempt, Failure};
 use tower_idempotency::Clock;
 
-/// The third party's: for each draft, whether it was sent.
+/// The invoices at the third party: for each draft, whether it was sent.
 type Invoices = Arc<Mutex<Vec<bool>>>;
 
 async fn draft(State(invoices): State<Invoices>) -> (StatusCode, String) {
@@ -38,7 +46,7 @@ async fn draft(State(invoices): State<Invoices>) -> (StatusCode, String) {
     (StatusCode::CREATED, (invoices.len() - 1).to_string())
 }
 
-/// Idempotent by nature: what is sent stays sent.
+/// Sends a draft. The operation is idempotent by nature, because a draft that was sent stays sent.
 async fn send(State(invoices): State<Invoices>, Segment(draft): Segment<usize>) -> StatusCode {
     let mut invoices = invoices.lock().unwrap_or_else(PoisonError::into_inner);
     match invoices.get_mut(draft) {
@@ -60,9 +68,9 @@ async fn send_draft(attempt: Attempt, url: String) -> Result<(), Failure<reqwest
     Ok(())
 }
 
-/// The job.
+/// The job: makes a draft and sends it.
 async fn invoice(store: DirectoryStore, party: &str) -> Result<(), Box<dyn Error>> {
-    // Another process takes over a second after the last sign of life; 30 s is the default.
+    // Another process takes over one second after the last renewal of the lease. Default: 30 s.
     let job = once(store, "order-4711")
         .with_lease(Duration::from_secs(1))
         .at_least_once();
@@ -74,7 +82,7 @@ async fn invoice(store: DirectoryStore, party: &str) -> Result<(), Box<dyn Error
 
     let url = format!("{party}/invoices/{}/sent", draft.value());
     steps.step("send").run(|attempt| send_draft(attempt, url)).await?;
-    println!("  it is sent");
+    println!("  the draft is sent");
     Ok(())
 }
 
@@ -98,24 +106,24 @@ async fn main() -> Result<(), Box<dyn Error>> {
         process
     };
 
-    println!("a process that is killed when the draft is made:");
-    party.expect([Accident::AnswerStuck]);
+    println!("a process that is killed after the draft was made:");
+    party.expect([Accident::ResponseStuck]);
     party.crash(&mut process()).await?;
 
-    println!("another one, killed when the invoice is sent:");
-    party.expect([Accident::None, Accident::AnswerStuck]);
+    println!("a process that is killed after the invoice was sent:");
+    party.expect([Accident::None, Accident::ResponseStuck]);
     party.crash(&mut process()).await?;
 
-    println!("and one that lives:");
+    println!("a process that is not killed:");
     assert!(process().status().await?.success());
 
     let invoices = invoices.lock().unwrap_or_else(PoisonError::into_inner);
     let sent = invoices.iter().filter(|is_sent| **is_sent).count();
-    println!("{} drafts, of which {sent} was sent", invoices.len());
+    println!("{} drafts, and {sent} of them was sent", invoices.len());
     assert_eq!(
         (invoices.len(), sent),
         (2, 1),
-        "one invoice, and the draft that was lost with its process"
+        "one sent invoice, and one draft that was lost with its process"
     );
     Ok(())
 }

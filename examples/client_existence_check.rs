@@ -1,21 +1,32 @@
-//! One order at a third party that knows nothing of keys, but can be asked what it has.
+//! One order at a third party that has no idempotency keys, but can be asked which orders it has.
 //!
 //! ```text
 //! cargo run --features axum,reqwest --example client_existence_check
 //! ```
 //!
-//! `OnceLayer` records the answer of every call in a store that survives the process (that of `custom_store`; in production Redis or
-//! PostgreSQL). Where the caller died before there was an answer, the next one asks: if the order is found, it is recorded and given; if
-//! not, it is made. The caller runs in a process of its own, which is killed when the order was taken and not yet answered, or when the
-//! request was sent and not yet taken. Another process takes over, and there is one order.
+//! `OnceLayer` records the response of every call in a store that survives the process. Here it is
+//! the store of the example `custom_store`; use Redis or PostgreSQL in production. If the caller
+//! died before it had a response, the next caller asks the third party. If the third party has the
+//! order, the layer records it and returns it. Otherwise the layer makes the call.
 //!
-//! # Where the window remains
+//! The caller runs in a process of its own. The example kills this process twice: once after the
+//! third party took the order but before it responded, and once after the request was sent but
+//! before the third party took the order. Each time another process takes over, and there is one
+//! order.
 //!
-//! A request of a dead caller may still be under way while the next one asks. It arrives *after* the third party has truly said "no
-//! such order", and there are two. `with_settle_delay` waits before it asks and so narrows this window; what shuts it is a third party that
-//! can be told not to take the old request any more, by its `Attempt::fence`, before it is asked.
+//! # The remaining risk
+//!
+//! A request of a dead caller may still be on its way while the next caller asks. If it arrives
+//! *after* the third party correctly said "no such order", there are two orders.
+//! `with_settle_delay` waits before it asks, which makes this less likely. Only a third party that
+//! accepts a fence excludes it: the check first sends `Attempt::fence`, so that the third party
+//! refuses the old request, and then asks.
 
-#[expect(dead_code, unreachable_pub, reason = "only the store of that example is needed here")]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "this example needs only the store of the other one"
+)]
 mod custom_store;
 mod third_party;
 
@@ -36,7 +47,8 @@ use tower_idempotency::client::{LostCall, OnceLayer, ProviderProfile, ReqwestSer
 use tower_idempotency::Clock;
 use tower_idempotency::Recovered;
 
-/// The third party's: the references of its orders. It takes the same reference as often as it comes.
+/// The orders at the third party, by reference. The third party accepts the same reference any
+/// number of times.
 type Orders = Arc<Mutex<Vec<String>>>;
 
 async fn create(State(orders): State<Orders>, Path(reference): Path<String>) -> (StatusCode, String) {
@@ -51,30 +63,31 @@ async fn find(State(orders): State<Orders>, Path(reference): Path<String>) -> Re
     at.map(|at| format!("order {}", at + 1)).ok_or(StatusCode::NOT_FOUND)
 }
 
-/// What became of a lost call. Whatever is neither "found" nor "not found" leaves it unknown.
+/// Asks the third party about a lost call. The call stays unknown unless the third party reports
+/// that it has, or does not have, the order.
 async fn check(lost: LostCall) -> Recovered<Response<bytes::Bytes>> {
     let found = async {
-        let answer = reqwest::Client::new().get(lost.head.uri.to_string()).send().await?;
-        Ok::<_, reqwest::Error>((answer.status(), answer.bytes().await?))
+        let response = reqwest::Client::new().get(lost.head.uri.to_string()).send().await?;
+        Ok::<_, reqwest::Error>((response.status(), response.bytes().await?))
     };
     let found = match found.await {
         Ok((StatusCode::OK, order)) => Recovered::Happened(Response::new(order)),
         Ok((StatusCode::NOT_FOUND, _)) => Recovered::NotHappened,
         _ => Recovered::Unknown,
     };
-    let answer = match &found {
+    let result = match &found {
         Recovered::Happened(_) => "found",
         Recovered::NotHappened => "not found",
-        Recovered::Unknown => "nobody knows",
+        Recovered::Unknown => "unknown",
     };
-    println!("  attempt {} asks for {}: {answer}", lost.attempt.number(), lost.key);
+    println!("  attempt {} asks for {}: {result}", lost.attempt.number(), lost.key);
     found
 }
 
-/// The caller.
+/// The caller: orders once.
 async fn order(store: DirectoryStore, party: &str, reference: &str) -> Result<(), Box<dyn Error>> {
     let once = OnceLayer::new(store, ProviderProfile::draft())
-        // Another process takes over a second after the last sign of life; 30 s is the default.
+        // Another process takes over one second after the last renewal of the lease. Default: 30 s.
         .with_lease(Duration::from_secs(1))
         .without_sending_key()
         .with_recovery(check);
@@ -82,8 +95,8 @@ async fn order(store: DirectoryStore, party: &str, reference: &str) -> Result<()
     let client = ServiceBuilder::new().layer(once).service(http);
 
     let request = Request::post(format!("{party}/orders/{reference}")).header("idempotency-key", reference);
-    let answer = client.oneshot(request.body(reqwest::Body::from("2 teapots"))?).await?;
-    println!("  {reference} is {}", reqwest::Response::from(answer).text().await?);
+    let response = client.oneshot(request.body(reqwest::Body::from("2 teapots"))?).await?;
+    println!("  {reference} is {}", reqwest::Response::from(response).text().await?);
     Ok(())
 }
 
@@ -102,13 +115,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
     for (reference, accident, story) in [
         (
             "taken",
-            Accident::AnswerStuck,
-            "a process that is killed when its order was taken:",
+            Accident::ResponseStuck,
+            "a process that is killed after its order was taken:",
         ),
         (
             "not-taken",
             Accident::RequestStuck,
-            "one that is killed before its order was taken:",
+            "a process that is killed before its order was taken:",
         ),
     ] {
         let process = || {
@@ -125,6 +138,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let orders = orders.lock().unwrap_or_else(PoisonError::into_inner);
     println!("the third party has {orders:?}");
     assert_eq!(*orders, ["taken", "not-taken"], "one order for each reference");
-    println!("a request that arrives after the check would be one more: see the head of this file");
+    println!("a request that arrives after the check would make another order: see the head of this file");
     Ok(())
 }

@@ -1,11 +1,13 @@
-//! One transfer at a third party that takes ids made by its clients: a second creation meets the first.
+//! One transfer at a third party that accepts ids made by its clients: it refuses to create the
+//! same id twice.
 //!
 //! ```text
 //! cargo run --features retry --example client_generated_id
 //! ```
 //!
-//! The id is derived from the job that the transfer is made for, so that every attempt, and every process that runs the job after a
-//! crash, makes the same one. It goes into the body; that it is there makes the request one that may be repeated.
+//! The client derives the id from the job that needs the transfer. So every attempt has the same
+//! id, even in another process that runs the job after a crash. The layer writes the id into the
+//! body, and may then send the request again.
 
 mod third_party;
 
@@ -27,7 +29,8 @@ use tower_idempotency::client::{
     CallLayer, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile, RetryPolicy,
 };
 
-/// The third party's: amounts by id. An id that is taken is refused by 409.
+/// The transfers at the third party: amounts by id. The third party refuses an id that exists with
+/// 409.
 type Transfers = Arc<Mutex<HashMap<String, u64>>>;
 
 #[derive(Deserialize)]
@@ -45,7 +48,7 @@ async fn create(State(transfers): State<Transfers>, Json(new): Json<Transfer>) -
     StatusCode::CREATED
 }
 
-/// Where the id goes.
+/// Writes the id into the body.
 fn put_id(request: &mut Request<String>, id: &str) -> Result<(), serde_json::Error> {
     let mut transfer: Value = serde_json::from_str(request.body())?;
     transfer["id"] = id.into();
@@ -53,7 +56,8 @@ fn put_id(request: &mut Request<String>, id: &str) -> Result<(), serde_json::Err
     Ok(())
 }
 
-/// The job: transfers an amount, in a client that was never used before, as it is after a crash.
+/// The job: transfers an amount. It creates a new client each time, as a process does after a
+/// crash.
 async fn transfer(party: &ThirdParty, payout: &str, amount: u64) -> Result<StatusCode, BoxError> {
     let ids = KeyDeriver::new(b"32 bytes from the secret manager")?;
     let retries = RetryPolicy::new(ProviderProfile::draft())
@@ -75,9 +79,10 @@ async fn transfer(party: &ThirdParty, payout: &str, amount: u64) -> Result<Statu
     let status = client.oneshot(request).await?.status();
     match status {
         StatusCode::CREATED => println!("{payout} is made"),
-        // Nobody else makes this id: it is ours, of an attempt whose answer was lost.
+        // Nobody else makes this id, so an earlier attempt of ours made the transfer, and its
+        // response was lost.
         StatusCode::CONFLICT => println!("{payout} was made before"),
-        other => return Err(format!("{payout} was refused: {other}").into()),
+        other => return Err(format!("the third party refused {payout}: {other}").into()),
     }
     Ok(status)
 }
@@ -90,9 +95,9 @@ async fn main() -> Result<(), BoxError> {
         .with_state(Arc::clone(&transfers));
     let party = ThirdParty::serve(app).await?;
 
-    party.expect([Accident::Overload, Accident::AnswerLost]);
+    party.expect([Accident::Overload, Accident::ResponseLost]);
     assert_eq!(transfer(&party, "payout-31", 4200).await?, StatusCode::CONFLICT);
-    // It crashed before it took a note of that, and is started again.
+    // The process crashed before it recorded the transfer, and the job is started again.
     assert_eq!(transfer(&party, "payout-31", 4200).await?, StatusCode::CONFLICT);
     assert_eq!(transfer(&party, "payout-32", 1700).await?, StatusCode::CREATED);
 

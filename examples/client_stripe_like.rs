@@ -1,12 +1,14 @@
-//! One charge at a third party that takes idempotency keys, whatever becomes of the answers and of us.
+//! One charge at a third party that accepts idempotency keys, although responses are lost and the
+//! process crashes.
 //!
 //! ```text
 //! cargo run --features retry --example client_stripe_like
 //! ```
 //!
-//! It serves the bank itself, on a free port, and sees to the accidents: an answer is lost, a request is turned away, an answer comes
-//! too late. All attempts carry one key, so the bank charges once and repeats its answer. Then the process "crashes" and the job runs
-//! again: its key is derived from the order, so it is the same.
+//! The example serves the bank itself, on a free port, and causes the accidents: one response is
+//! lost, one request is refused, and one response comes too late. All attempts carry the same key,
+//! so the bank charges once and repeats its response. Then the process "crashes" and the job runs
+//! again. The client derives the key from the order, so the second run sends the same key.
 
 mod third_party;
 
@@ -26,7 +28,7 @@ use tower_idempotency::client::{
     RetryPolicy,
 };
 
-/// The job: charges an order, in a client that was never used before, as it is after a crash.
+/// The job: charges an order. It creates a new client each time, as a process does after a crash.
 async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, BoxError> {
     let keys = KeyDeriver::new(b"32 bytes from the secret manager")?;
     let retries = RetryPolicy::new(ProviderProfile::stripe())
@@ -35,7 +37,7 @@ async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, 
     let client = ServiceBuilder::new()
         .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys)))
         .layer(CallLayer::new(retries))
-        // tower's boxed error is no `Error`, and could not be a source.
+        // tower's boxed error does not implement `Error`, so it could not be a source.
         .map_err(io::Error::other::<BoxError>)
         .layer(TimeoutLayer::new(Duration::from_millis(500)))
         .service(Client::builder(TokioExecutor::new()).build_http::<String>());
@@ -44,14 +46,14 @@ async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, 
     request.extensions_mut().insert(KeyOrigin::new(order, "charge"));
     let response = client.oneshot(request).await?;
 
-    let delivery = *response
+    let report = *response
         .extensions()
         .get::<CallReport>()
         .ok_or("the layer reports every call")?;
-    assert_eq!(delivery.outcome(), CallOutcome::Responded);
+    assert_eq!(report.outcome(), CallOutcome::Responded);
     let id = String::from_utf8(response.into_body().collect().await?.to_bytes().into())?;
-    let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
-    println!("{order}: {id} after {attempts} attempts, the answer is a replay: {is_replay}");
+    let (attempts, is_replay) = (report.attempts(), report.is_replay());
+    println!("{order}: {id} after {attempts} attempts, the response is a replay: {is_replay}");
     Ok(id)
 }
 
@@ -60,12 +62,12 @@ async fn main() -> Result<(), BoxError> {
     let bank = Bank::default();
     let party = ThirdParty::serve(bank.app()).await?;
     party.expect([
-        Accident::AnswerLost,
+        Accident::ResponseLost,
         Accident::Overload,
         Accident::Slow(Duration::from_secs(5)),
     ]);
     let first = charge(&party, "order-4711", "4200").await?;
-    // It crashed before it took a note of that, and is started again.
+    // The process crashed before it recorded the charge, and the job is started again.
     let again = charge(&party, "order-4711", "4200").await?;
     let other = charge(&party, "order-4712", "1700").await?;
 

@@ -1,8 +1,12 @@
-//! A server with one route per setting, for black-box tests of the layer over HTTP.
+//! A server with one route for each setting, for black-box tests of the layer over HTTP.
 //!
-//! `LISTEN` is the address (default `127.0.0.1:3999`), `STORE` the store: `memory` (default), `redis` at `REDIS_URL`, or
-//! `postgres` at `DATABASE_URL`, each with the feature of its name. Every route takes any method and any further path segments and runs one handler, which obeys the `x-test-*` headers of the request. `GET /executions?tag=T`
-//! tells how often it began and ended under a tag.
+//! `LISTEN` sets the address (default: `127.0.0.1:3999`). `STORE` sets the store: `memory`
+//! (default), `redis` at `REDIS_URL`, or `postgres` at `DATABASE_URL`. The last two need the
+//! feature of the same name.
+//!
+//! Every route accepts any method and any further path segments, and runs the same handler. The
+//! handler obeys the `x-test-*` headers of the request. `GET /executions?tag=T` returns how often
+//! the handler started and finished under a tag.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -60,7 +64,10 @@ async fn handler(State(counters): State<Counters>, headers: HeaderMap, _body: By
         count.started
     });
     tokio::time::sleep(Duration::from_millis(number(&headers, "x-test-delay-ms").unwrap_or(0))).await;
-    assert!(!headers.contains_key("x-test-panic"), "asked to panic");
+    assert!(
+        !headers.contains_key("x-test-panic"),
+        "the request asked for a panic by `x-test-panic`"
+    );
 
     let mut response = body(&tag, n, &headers);
     let status = number::<u16>(&headers, "x-test-status").and_then(|status| StatusCode::from_u16(status).ok());
@@ -96,7 +103,7 @@ fn chunks() -> Body {
     }))
 }
 
-/// Four lines of JSON, 500 ms apart, the first at once.
+/// Four lines of JSON, 500 ms apart. The first line comes at once.
 fn lines() -> Body {
     Body::from_stream(stream::unfold(0_u8, |sent| async move {
         if sent == 4 {
@@ -107,7 +114,7 @@ fn lines() -> Body {
     }))
 }
 
-/// Ten bytes, and then neither more nor an end.
+/// Ten bytes, and then neither further bytes nor an end.
 fn stalled() -> Body {
     let first = stream::once(async { Ok::<_, Infallible>("0123456789") });
     Body::from_stream(first.chain(stream::pending()))
@@ -195,9 +202,11 @@ async fn main() {
         Ok("memory") | Err(_) => "memory:".to_owned(),
         Ok("redis") => std::env::var("REDIS_URL").expect("STORE=redis needs REDIS_URL"),
         Ok("postgres") => std::env::var("DATABASE_URL").expect("STORE=postgres needs DATABASE_URL"),
-        Ok(other) => panic!("STORE={other} is not known; there are memory, redis and postgres"),
+        Ok(other) => panic!("STORE={other} is unknown; use memory, redis or postgres"),
     };
-    let store = BoxStore::from_url(&url).await.expect("the store can be used");
+    let store = BoxStore::from_url(&url)
+        .await
+        .expect("the store is reachable and set up");
     let address = std::env::var("LISTEN").unwrap_or_else(|_| "127.0.0.1:3999".to_owned());
     let listener = tokio::net::TcpListener::bind(&address).await.unwrap();
     println!("listening on {}", listener.local_addr().unwrap());

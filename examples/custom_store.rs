@@ -5,22 +5,29 @@
 //! curl -i http://127.0.0.1:3000/orders -H 'Idempotency-Key: 1' -d 'two teapots'
 //! ```
 //!
-//! Kill the server, start it again, and send the same: the answer is the one that the old process gave. Kill it within the
-//! second that an order takes: nobody knows how far it came, and once its lease is over the answer is 409 `outcome-unknown`.
-//! `DIRECTORY` sets where the files are, `LISTEN` another address.
+//! Kill the server, start it again, and send the same request: the new process replays the response
+//! of the old one. Kill the server within the second that an order takes, start it again, and send
+//! the request again: nobody knows how far the order came, so after the end of its lease the server
+//! responds with 409 `outcome-unknown`. `DIRECTORY` sets where the files are, and `LISTEN` sets
+//! another address.
 //!
 //! # What the store promises
 //!
-//! The [contract](tower_idempotency::Store#contract): all the logic is in the pure functions of [`Record`], a mutex makes each
-//! step atomic, and a record is on the disk (written beside, synced, renamed, the directory synced) before a step answers.
+//! The store fulfils the [contract](tower_idempotency::Store#contract). All the logic is in the
+//! pure functions of [`Record`], and a mutex makes each step atomic. A record is on the disk before
+//! a step returns: the store writes it to a second file, syncs and renames the file, and syncs the
+//! directory.
 //!
-//! # What it does not
+//! # What the store does not promise
 //!
-//! * **One process per directory.** The mutex knows of no other; two processes would run one key twice.
-//! * **Speed.** Steps run one at a time, and each waits for the disk.
-//! * **Housekeeping.** A file goes when its key is released, and is overwritten when its key comes again after its retention.
-//!   Delete what was written longer ago than your longest retention and lease together. The disk is the only bound.
-//! * **A steady clock across restarts.** A machine's clock that is set back while the process is down prolongs retention.
+//! * **Several processes per directory.** The mutex protects one process only. Two processes on one
+//!   directory would run one key twice.
+//! * **Speed.** Steps run one at a time, and each step waits for the disk.
+//! * **Housekeeping.** The store removes a file when its key is released, and overwrites a file
+//!   when its key is used again after the retention. Delete files that are older than your longest
+//!   retention and lease together. Only the size of the disk limits the number of files.
+//! * **A steady clock across restarts.** If the clock of the machine is set back while the process
+//!   is down, records are retained for longer.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
@@ -38,28 +45,28 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Clock, Error, IdempotencyLayer, Store, Timestamp};
 
-/// Keeps each record in a file of its own; clones share the directory.
+/// Stores each record in a file of its own. Clones share the directory.
 #[derive(Clone, Debug)]
 pub struct DirectoryStore {
     path: PathBuf,
     clock: Clock,
-    /// Held for a whole step.
-    alone: Arc<Mutex<()>>,
+    /// Locked for a whole step.
+    step_lock: Arc<Mutex<()>>,
 }
 
 impl DirectoryStore {
-    /// The store in this directory, which is made if need be.
+    /// Opens the store in this directory, and creates the directory if it does not exist.
     ///
     /// # Errors
     ///
-    /// The directory cannot be made.
+    /// Fails if the directory cannot be created.
     pub fn open(path: PathBuf, clock: Clock) -> io::Result<Self> {
         fs::create_dir_all(&path)?;
-        let alone = Arc::default();
-        Ok(Self { path, clock, alone })
+        let step_lock = Arc::default();
+        Ok(Self { path, clock, step_lock })
     }
 
-    /// Runs one atomic step, to its end even if the caller goes away.
+    /// Runs one atomic step. The step runs to its end even if the caller drops the future.
     async fn step<R, T>(&self, key: &StorageKey, transition: T) -> Result<R, Error>
     where
         R: Send + 'static,
@@ -67,7 +74,7 @@ impl DirectoryStore {
     {
         let (store, file) = (self.clone(), self.file(key));
         let step = tokio::task::spawn_blocking(move || {
-            let _alone = store.alone.lock().unwrap_or_else(PoisonError::into_inner);
+            let _locked = store.step_lock.lock().unwrap_or_else(PoisonError::into_inner);
             let record = read(&file)?;
             let Transition { reply, change } = transition(record.as_ref(), store.clock.now());
             store.apply(change, &file).map_err(Error::unavailable)?;
@@ -87,20 +94,22 @@ impl DirectoryStore {
             Change::Put(record) => self.write(file, &record.to_bytes())?,
             Change::Remove => fs::remove_file(file)?,
         }
-        // Also when nothing changes: the step before may have failed just here, and its answer is given now.
+        // Sync the directory even if nothing changed: the previous step may have failed exactly
+        // here, and this step reports the record that the previous one wrote.
         File::open(&self.path)?.sync_all()
     }
 
     fn write(&self, file: &Path, bytes: &[u8]) -> io::Result<()> {
-        let beside = self.path.join("next");
-        let mut next = File::create(&beside)?;
+        let temporary = self.path.join("next");
+        let mut next = File::create(&temporary)?;
         next.write_all(bytes)?;
         next.sync_all()?;
-        fs::rename(beside, file)
+        fs::rename(temporary, file)
     }
 }
 
-/// A file that cannot be read is somebody's live record: an error, never absent.
+/// Reads the record of a file. An unreadable file is the live record of an owner, so it is an error
+/// and never counts as absent.
 fn read(file: &Path) -> Result<Option<Record>, Error> {
     match fs::read(file) {
         Ok(bytes) => Record::from_bytes(bytes.into()).map(Some),
@@ -154,7 +163,8 @@ impl Store for DirectoryStore {
         self.step(key, peek).await
     }
 
-    /// Wakes without cause, a few times a second: whoever waits looks again.
+    /// Resolves a few times a second, whether or not the record changed. Each time the waiter reads
+    /// the record again.
     async fn watch(&self, _: &StorageKey) -> Result<Sleep, Error> {
         Ok(sleep(Duration::from_millis(200)))
     }

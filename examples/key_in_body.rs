@@ -1,13 +1,15 @@
-//! A key in the body: for an API whose key is a member of its JSON requests, such as Square's `idempotency_key`.
+//! A key in the body, for an API whose JSON requests have the key as a member, such as Square's
+//! `idempotency_key`.
 //!
 //! ```text
 //! cargo run --features axum --example key_in_body
 //! ```
 //!
-//! A small middleware outside of the layer reads the body within bounds of size and time, and copies the member into
-//! the header field of the layer. Only the member counts. If the client also sends the header field, its value must be
-//! equal. If the body has no such member, the middleware drops the header field. The example sends requests to itself, and
-//! ends with an error if one of its claims is false.
+//! A small middleware outside of the layer reads the body within bounds of size and time, and
+//! copies the member into the header field that the layer reads. Only the member counts. If the
+//! client also sends the header field, its value must be equal. If the body has no such member, the
+//! middleware drops the header field. The example sends requests to itself, and ends with an error
+//! if one of its claims is false.
 
 use std::error::Error;
 use std::time::Duration;
@@ -30,8 +32,8 @@ const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const LONGEST_BODY: usize = 64 * 1024;
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
-/// The member with the key; other members do not matter here. The parser refuses a body that has the member twice,
-/// because the handler could read the other one.
+/// The member with the key. The middleware ignores all other members. The parser refuses a body
+/// that has the member twice, because the handler could read the other one.
 #[derive(Deserialize)]
 struct Keyed {
     idempotency_key: Option<String>,
@@ -70,15 +72,20 @@ async fn move_key(request: &mut Request) -> Result<(), (StatusCode, &'static str
     Ok(())
 }
 
-/// Reads a body within the bounds. The layer inside has bounds of its own, but it gets the body after this function.
+/// Reads a body within the bounds. The layer has bounds of its own, but it gets the body only after
+/// this function has read it.
 async fn read(body: Body) -> Result<Bytes, (StatusCode, &'static str)> {
     match timeout(LONGEST_WAIT, to_bytes(body, LONGEST_BODY)).await {
         Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) if error.source().is_some_and(<dyn Error>::is::<LengthLimitError>) => {
-            Err((StatusCode::PAYLOAD_TOO_LARGE, "The body is too long."))
-        }
-        Ok(Err(_)) => Err((StatusCode::BAD_REQUEST, "The body broke off.")),
-        Err(_) => Err((StatusCode::REQUEST_TIMEOUT, "The body took too long.")),
+        Ok(Err(error)) if error.source().is_some_and(<dyn Error>::is::<LengthLimitError>) => Err((
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "The body is too long. Send at most 64 KiB.",
+        )),
+        Ok(Err(_)) => Err((StatusCode::BAD_REQUEST, "The body broke off. Send the request again.")),
+        Err(_) => Err((
+            StatusCode::REQUEST_TIMEOUT,
+            "The body took too long. Send it within 5 seconds.",
+        )),
     }
 }
 
@@ -92,7 +99,8 @@ async fn pay(attempt: AttemptNumber, Json(payment): Json<Payment>) -> (StatusCod
     (StatusCode::CREATED, receipt)
 }
 
-/// The value of the header is the key as it stands (`KeySyntax::Raw`), as it was in the body.
+/// The app. `KeySyntax::Raw` takes the value of the header field as the key without parsing it,
+/// because the middleware copied the value from the body as it was.
 fn app() -> Router {
     let idempotency = IdempotencyLayer::new(MemoryStore::new())
         .with_key_syntax(KeySyntax::Raw)
@@ -122,7 +130,11 @@ async fn main() {
     assert_eq!(send(&app, &[], payment).await, (201, false));
     assert_eq!(send(&app, &[], payment).await, (201, true));
     let dearer = r#"{"idempotency_key":"k-1","amount":900}"#;
-    assert_eq!(send(&app, &[], dearer).await, (422, false), "another request");
+    assert_eq!(
+        send(&app, &[], dearer).await,
+        (422, false),
+        "another amount under the same key"
+    );
 
     // The middleware accepts a header field only if it equals the member of the body.
     assert_eq!(send(&app, &["k-1"], payment).await, (201, true));
@@ -144,5 +156,5 @@ async fn main() {
     assert_eq!(send(&app, &[], long).await, (413, false));
     let stalled = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
     assert_eq!(send(&app, &[], stalled).await, (408, false));
-    println!("each payment was made once, under the key of its body");
+    println!("the payment was made once, under the key in its body");
 }

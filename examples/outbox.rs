@@ -1,12 +1,16 @@
-//! Two services that share nothing but messages: an order is paid, and shipped once, though every message is sent twice.
+//! Two services that share nothing but messages. One marks an order as paid, and the other ships it
+//! once, although every message is sent twice.
 //!
 //! ```text
 //! DATABASE_URL=postgres://postgres@127.0.0.1/postgres cargo run --features postgres --example outbox
 //! ```
 //!
-//! The payments service writes `paid` and the message about it in one transaction (the outbox); a relay publishes the message, and is
-//! told that it failed although it arrived. The shipping service notes the message and ships in one transaction (the inbox). It makes
-//! its tables in a schema of its own, which it drops at the end, and ends with an error if anything was shipped twice or not at all.
+//! The payments service inserts the payment and a message about it in one transaction (the outbox).
+//! A relay publishes the message. The first publication of each message arrives, but reports a
+//! failure, so the relay publishes the message again. The shipping service records the message and
+//! ships the order in one transaction (the inbox). The example creates its tables in a schema of
+//! its own and drops the schema at the end. It ends with an error if an order was shipped twice or
+//! not at all.
 
 use std::error::Error;
 use std::time::Duration;
@@ -18,7 +22,7 @@ use tower_idempotency::PostgresStore;
 
 const ORDERS: i64 = 20;
 
-/// The payments service: the order is paid and the message is waiting, or neither.
+/// The payments service: one transaction inserts both the payment and the message, or neither.
 async fn pay(pool: &PgPool, outbox: &Outbox, order: i64) -> Result<(), Box<dyn Error>> {
     let mut transaction = pool.begin().await?;
     let paid = sqlx::query("INSERT INTO outbox_example.paid (id) VALUES ($1)").bind(order);
@@ -26,28 +30,25 @@ async fn pay(pool: &PgPool, outbox: &Outbox, order: i64) -> Result<(), Box<dyn E
     let message = OutboxMessage::new("orders.paid", order.to_string());
     outbox.put(&mut transaction, &message).await?;
     if order % 5 == 0 {
-        // A failure after both: neither stays.
+        // Simulates a failure after both inserts. The rollback removes both.
         return Ok(transaction.rollback().await?);
     }
     Ok(transaction.commit().await?)
 }
 
-/// The shipping service: the message is noted and the order is shipped, or neither.
+/// The shipping service: one transaction records the message and ships the order, or does neither.
 async fn ship(pool: PgPool, inbox: Inbox, message: OutboxMessage) -> Result<(), Box<dyn Error + Send + Sync>> {
     let order: i64 = std::str::from_utf8(message.payload())?.parse()?;
     let mut transaction = pool.begin().await?;
     let receipt = inbox.receive(&mut transaction, message.id()).await?;
-    println!(
-        "order {order}, sent for the {}. time: {receipt:?}",
-        message.failures() + 1
-    );
+    println!("order {order}, publication {}: {receipt:?}", message.failures() + 1);
     if receipt == Receipt::First(()) {
         let shipped = sqlx::query("INSERT INTO outbox_example.shipped (id) VALUES ($1)").bind(order);
         shipped.execute(&mut *transaction).await?;
         transaction.commit().await?;
     }
     if message.failures() == 0 {
-        return Err("the acknowledgement got lost".into());
+        return Err("the acknowledgement was lost".into());
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Settings for each route: clone the layer and change the clone. Keys belong to the tenant that was authenticated.
+//! Settings for each route: clone the layer and change the clone. Keys belong to the authenticated
+//! tenant.
 //!
 //! ```text
 //! cargo run --features axum --example per_route
@@ -7,14 +8,14 @@
 //! ```text
 //! A='http://127.0.0.1:3000'; B='Authorization: Bearer alpha-token'; K='Idempotency-Key: 1'
 //! curl -i $A/payments -H "$B" -d 100                  # 400: a payment needs a key
-//! curl -i $A/payments -H "$B" -H "$K" -d 100          # paid; the same again: replayed, for a week
-//! curl -i $A/reports  -H "$B" -H "$K-r" -d today      # not kept: each one is a new report
-//! curl -i $A/emails   -H "$B" -H "$K-e" -d nobody     # 502, and kept: the mail has left, it is not sent again
+//! curl -i $A/payments -H "$B" -H "$K" -d 100          # paid; a repetition is replayed, for a week
+//! curl -i $A/reports  -H "$B" -H "$K-r" -d today      # not stored: each request makes a new report
+//! curl -i $A/emails   -H "$B" -H "$K-e" -d nobody     # 502, stored: the mail has left, never send it twice
 //! curl -i $A/v2/payments -H "$B" -H "$K-2" -d 100     # the same settings, chosen by one function
 //! ```
 //!
-//! `beta-token` is another tenant, whose key 1 is another key. Ctrl-C waits for what is still running, though its caller hung
-//! up. `LISTEN` sets another address.
+//! `beta-token` belongs to another tenant. The same key of another tenant is another key. After
+//! Ctrl-C the server waits for the executions whose callers hung up. `LISTEN` sets another address.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -38,7 +39,8 @@ const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
 #[derive(Clone, Copy)]
 struct Tenant(&'static str);
 
-/// Runs outside of the idempotency layers: a stranger who learns a key must not be given the answer under it.
+/// Authenticates the tenant. It runs outside of the idempotency layers, so that a stranger who
+/// learns a key cannot get the response that is stored under it.
 async fn authenticate(mut request: Request, next: Next) -> Result<Response, StatusCode> {
     let token = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
     let tenant = match token {
@@ -50,12 +52,13 @@ async fn authenticate(mut request: Request, next: Next) -> Result<Response, Stat
     Ok(next.run(request).await)
 }
 
-/// The scope of a key: what authenticated the request, never what the client may choose. Without it, the request is refused.
+/// The scope of a key: the authenticated tenant, never a value that the client may choose. The
+/// layer refuses a request for which this function returns `None`.
 fn tenant(head: &Parts) -> Option<Scope> {
     head.extensions.get().map(|Tenant(name)| Scope::from(*name))
 }
 
-/// One layer for each route, cloned from one; all of them share its store.
+/// One layer for each route. All of them are clones of one layer and share its store.
 fn v1(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
     let payments = idempotency.clone().require_key().with_retention(WEEK);
     let reports = idempotency.clone().with_wait(Duration::ZERO);
@@ -66,8 +69,8 @@ fn v1(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
         .route("/emails", post(email).layer(emails))
 }
 
-/// One layer over many routes, with a function that chooses the settings. Within a nested router it sees the path without
-/// the prefix.
+/// One layer over many routes, with a function that chooses the settings. In a nested router this
+/// function sees the path without the prefix.
 fn v2(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
     let payments = idempotency.clone().require_key().with_retention(WEEK).settings();
     let others = idempotency.settings();
@@ -92,7 +95,8 @@ fn app(idempotency: &IdempotencyLayer<MemoryStore>) -> Router {
         .route("/health", get(|| async { "fine\n" }))
 }
 
-/// The key for the bank is the same in every attempt: should this one be lost and run again, the bank charges once.
+/// Pays. The key for the bank is the same in every attempt. So the bank charges once, even if this
+/// attempt is lost and the handler runs again.
 async fn pay(Extension(Tenant(tenant)): Extension<Tenant>, lease: Lease, amount: String) -> (StatusCode, String) {
     let n = next_number();
     println!("payment {n} of {tenant} begins");
@@ -103,7 +107,8 @@ async fn pay(Extension(Tenant(tenant)): Extension<Tenant>, lease: Lease, amount:
     (StatusCode::CREATED, receipt)
 }
 
-/// The answer itself says whether it is kept, and for how long.
+/// Makes a report. The extension of the response says whether the layer stores it, and for how
+/// long.
 async fn report(day: String) -> Response {
     sleep(Duration::from_millis(500)).await;
     let report = format!("report {} on {day}\n", next_number());
@@ -113,7 +118,8 @@ async fn report(day: String) -> Response {
     }
 }
 
-/// The mail leaves before anything can fail: a failure that released the key would send it twice.
+/// Sends a mail. The mail leaves before the handler can fail, so the failure must be stored. If the
+/// failure released the key, a retry would send the mail twice.
 async fn email(key: Option<IdempotencyKey>, attempt: Option<AttemptNumber>, to: String) -> (StatusCode, String) {
     let status = if to.contains('@') {
         StatusCode::ACCEPTED
@@ -127,7 +133,7 @@ async fn email(key: Option<IdempotencyKey>, attempt: Option<AttemptNumber>, to: 
     (status, format!("mail {} to {to}, {protection}\n", next_number()))
 }
 
-/// Has no effect, needs no protection.
+/// Makes a quote, which has no effect and needs no protection.
 async fn quote(amount: String) -> String {
     format!("quote {} for {amount}\n", next_number())
 }
@@ -143,11 +149,12 @@ async fn interrupted() {
     }
 }
 
-/// Callers that hung up have left executions behind; their effects and answers are finished before the process ends.
+/// Waits up to 30 s for the executions whose callers hung up, so that their effects and responses
+/// are complete before the process ends.
 async fn finish(drain: Drain) {
     match timeout(Duration::from_secs(30), drain.wait()).await {
         Ok(()) => println!("everything is finished"),
-        Err(_) => eprintln!("{} executions are cut off", drain.running()),
+        Err(_) => eprintln!("{} executions did not finish within 30 s", drain.running()),
     }
 }
 

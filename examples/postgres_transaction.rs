@@ -1,19 +1,19 @@
-//! A payment that is a row in PostgreSQL: it and its answer are committed together, so that it is made exactly once, also when
-//! this process is killed in the middle.
+//! A payment that is a row in PostgreSQL. One transaction commits the row together with the stored
+//! response, so the payment is made exactly once, even if this process is killed in the middle.
 //!
 //! ```text
 //! DATABASE_URL=postgres://app@localhost/shop cargo run --features axum,postgres --example postgres_transaction
 //! ```
 //!
-//! Send the same request twice, at once or one after the other; or kill the process while the first one is at work (it takes
-//! two seconds), start it again, and send the request again:
+//! Send the same request twice, at the same time or one after the other. Or kill the process during
+//! the two seconds that a payment takes, start it again, and repeat the request:
 //!
 //! ```text
 //! curl -i http://127.0.0.1:3000/payments -H 'Idempotency-Key: order-1' --json '{"amount": 4200}'
 //! curl http://127.0.0.1:3000/payments
 //! ```
 //!
-//! There is one row. `LISTEN` sets another address.
+//! The second command shows one row. The environment variable `LISTEN` sets another address.
 
 use std::time::Duration;
 
@@ -45,7 +45,8 @@ impl From<(i64, i64)> for Payment {
     }
 }
 
-/// Whatever goes wrong, the transaction is dropped and thereby rolled back; the layer finds out what became of it.
+/// Any error of a payment. The handler returns early and drops the transaction, which rolls it
+/// back. The layer then looks up whether the transaction was committed.
 struct Failed;
 
 impl<E: std::error::Error> From<E> for Failed {
@@ -66,13 +67,13 @@ async fn pay(State(pool): State<PgPool>, lease: Lease, Json(new): Json<NewPaymen
     let insert = "INSERT INTO payments (amount) VALUES ($1) RETURNING id, amount";
     let insert = sqlx::query_as::<_, (i64, i64)>(insert).bind(new.amount);
     let payment = Payment::from(insert.fetch_one(&mut *transaction).await?);
-    println!("payment {} is made, and not yet committed", payment.id);
+    println!("payment {} is inserted, but not yet committed", payment.id);
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let answer = lease
+    let response = lease
         .complete_in(&mut transaction, (StatusCode::CREATED, Json(payment)))
         .await?;
     transaction.commit().await?;
-    Ok(answer)
+    Ok(response)
 }
 
 async fn payments(State(pool): State<PgPool>) -> Result<Json<Vec<Payment>>, Failed> {
@@ -88,7 +89,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let pool = PgPool::connect(&url).await?;
     let create = "CREATE TABLE IF NOT EXISTS payments (id bigserial PRIMARY KEY, amount bigint NOT NULL)";
     sqlx::query(create).execute(&pool).await?;
-    // An attempt that was lost has had no effect, so the next one may run.
+    // A lost attempt had no effect, because its transaction was rolled back. So the next attempt
+    // may run.
     let idempotency = IdempotencyLayer::new(store)
         .on_lost(OnLost::Execute)
         .with_lease(Duration::from_secs(5));

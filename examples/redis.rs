@@ -1,4 +1,5 @@
-//! Payments that are made once, whichever process they reach: records in Redis or Valkey.
+//! Payments that are made once, whichever process receives them. The records are in Redis or
+//! Valkey.
 //!
 //! ```text
 //! redis-server --appendonly yes --maxmemory-policy noeviction &
@@ -8,7 +9,8 @@
 //! curl -i http://127.0.0.1:3001/payments -H 'Idempotency-Key: order-1' -d 4200
 //! ```
 //!
-//! The second process answers with the first one's answer, also when asked while the first is still at it.
+//! The second process replays the response of the first one. If the first process is still busy
+//! with the payment, the second one waits for it.
 
 use std::error::Error;
 use std::time::Duration;
@@ -19,7 +21,7 @@ use axum::Router;
 use tokio::net::TcpListener;
 use tower_idempotency::{IdempotencyLayer, RedisStore};
 
-/// Knows nothing of keys and retries.
+/// Makes a payment. The handler knows nothing about keys and retries.
 async fn pay(amount: String) -> (StatusCode, String) {
     println!("a charge of {amount} begins");
     tokio::time::sleep(Duration::from_secs(2)).await;

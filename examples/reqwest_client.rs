@@ -1,11 +1,13 @@
-//! One charge by `reqwest`: the layers around a `reqwest::Client`, with its own builder, bodies and answers.
+//! One charge by `reqwest`: the layers wrap a `reqwest::Client`, with the builder, bodies and
+//! responses of `reqwest`.
 //!
 //! ```text
 //! cargo run --features reqwest,retry --example reqwest_client
 //! ```
 //!
-//! It serves the bank itself, on a free port. An answer is lost and another comes after the time-out of the `reqwest::Client`; all
-//! attempts carry one key, and the bank charges once. With `reqwest-middleware`, see `examples/packages/reqwest-middleware`.
+//! The example serves the bank itself, on a free port. One response is lost, and another comes
+//! after the timeout of the `reqwest::Client`. All attempts carry the same key, so the bank charges
+//! once. For `reqwest-middleware`, see `examples/packages/reqwest-middleware`.
 
 mod third_party;
 
@@ -25,7 +27,7 @@ async fn main() -> Result<(), BoxError> {
     let bank = Bank::default();
     let party = ThirdParty::serve(bank.app()).await?;
 
-    // The time-out is one of each attempt.
+    // The timeout applies to each attempt.
     let http = ReqwestService::build(reqwest::Client::builder().timeout(Duration::from_millis(500)))?;
     let retries = RetryPolicy::new(ProviderProfile::stripe())
         .with_initial_backoff(Duration::from_millis(50))
@@ -35,19 +37,19 @@ async fn main() -> Result<(), BoxError> {
         .layer(CallLayer::new(retries))
         .service(http);
 
-    party.expect([Accident::AnswerLost, Accident::Slow(Duration::from_secs(5))]);
+    party.expect([Accident::ResponseLost, Accident::Slow(Duration::from_secs(5))]);
     let request = Request::post(party.url("/v1/charges")).body(Body::from("4200"))?;
-    let answer = reqwest::Response::from(client.oneshot(request).await?).error_for_status()?;
-    let delivery = *answer
+    let response = reqwest::Response::from(client.oneshot(request).await?).error_for_status()?;
+    let report = *response
         .extensions()
         .get::<CallReport>()
         .ok_or("the layer reports every call")?;
-    let id = answer.text().await?;
+    let id = response.text().await?;
 
-    let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
-    println!("{id} after {attempts} attempts, the answer is a replay: {is_replay}");
+    let (attempts, is_replay) = (report.attempts(), report.is_replay());
+    println!("{id} after {attempts} attempts, the response is a replay: {is_replay}");
     println!("the bank charged {:?}", bank.charges());
-    assert_eq!(delivery.outcome(), CallOutcome::Responded);
+    assert_eq!(report.outcome(), CallOutcome::Responded);
     assert_eq!(bank.charges(), ["4200"], "one charge");
     Ok(())
 }

@@ -1,7 +1,12 @@
-//! Verified webhooks that are handled once: the sender and the receiver in one program.
+//! Verified webhooks that are handled once. The sender and the receiver are in one program.
 //!
-//! `cargo run --features axum,reqwest,testing,webhooks --example webhooks` sends `msg_1` twice, `msg_2` three times at once, a forged
-//! webhook, and one that is six minutes late. It ends with an error if the number of webhooks that the receiver handled is not two.
+//! ```text
+//! cargo run --features axum,reqwest,testing,webhooks --example webhooks
+//! ```
+//!
+//! The sender sends `msg_1` twice, `msg_2` three times at once, a forged webhook, and a webhook
+//! that is six minutes late. The program ends with an error unless the receiver handled exactly two
+//! webhooks.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -39,7 +44,7 @@ struct Sender {
 }
 
 impl Sender {
-    /// Signs as Standard Webhooks says, and sends.
+    /// Signs a webhook as the Standard Webhooks specification requires, and sends it.
     async fn send(&self, id: &str, body: &'static str, signer: &WebhookSigner) -> Result<String, Box<dyn Error>> {
         let request = Request::post(&self.url).header("webhook-id", id).body(body)?;
         let response = self.http.execute(signer.sign(request).try_into()?).await?;

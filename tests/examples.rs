@@ -510,7 +510,7 @@ mod clients {
         // The draft that was recorded is not made again, however often the job runs.
         assert_eq!(printed.matches("at a draft\n").count(), 2, "{printed}");
         assert_eq!(printed.matches("at sending it\n").count(), 2, "{printed}");
-        assert!(printed.ends_with("2 drafts, of which 1 was sent\n"), "{printed}");
+        assert!(printed.ends_with("2 drafts, and 1 of them was sent\n"), "{printed}");
     }
 
     #[cfg(feature = "reqwest")]
@@ -574,8 +574,8 @@ mod postgres;
 async fn what_an_outbox_sends_twice_is_shipped_once() {
     let server = postgres::PostgresServer::start();
     let printed = run_with("outbox", &[("DATABASE_URL", &server.url())]).await;
-    assert_eq!(printed.matches("time: First(())\n").count(), 16, "{printed}");
-    assert_eq!(printed.matches("time: Duplicate\n").count(), 16, "{printed}");
+    assert_eq!(printed.matches("publication 1: First(())\n").count(), 16, "{printed}");
+    assert_eq!(printed.matches("publication 2: Duplicate\n").count(), 16, "{printed}");
     assert!(printed.ends_with("16 orders paid, 16 shipped\n"), "{printed}");
 }
 

@@ -1,4 +1,4 @@
-//! A bank with idempotency keys, as Stripe publishes its own.
+//! A bank with idempotency keys that behaves as Stripe documents.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,8 +8,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::Router;
 
-/// Charges the amount that a body consists of. A key that comes again is given the first answer, marked; another amount under it is
-/// refused; without a key, every request is a charge.
+/// A bank that charges the amount in the body of each request. It responds to a repeated key with
+/// the first response, marked as a replay, and refuses a repeated key with another amount. It
+/// charges every request without a key.
 #[derive(Clone, Default)]
 pub(crate) struct Bank(Arc<Mutex<Vec<Charge>>>);
 
@@ -26,7 +27,7 @@ impl Bank {
             .with_state(self.clone())
     }
 
-    /// The amounts that were charged.
+    /// Returns the amounts that the bank charged.
     pub(crate) fn charges(&self) -> Vec<String> {
         let charges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         charges.iter().map(|charge| charge.amount.clone()).collect()

@@ -1,5 +1,6 @@
-//! What the client examples call: a third party on a free port, and the accidents that happen on the way to it.
-#![allow(dead_code, reason = "every example has accidents of its own")]
+//! The third party that the client examples call: a server on a free port, and the accidents that
+//! happen to the requests.
+#![allow(dead_code, reason = "each example uses some of the accidents only")]
 
 pub(crate) mod bank;
 
@@ -23,24 +24,24 @@ use tokio::process::Command;
 use tokio::sync::Notify;
 use tower::ServiceExt;
 
-/// What happens to one request.
+/// The fate of one request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Accident {
-    /// It takes effect, and the connection breaks before the answer.
-    AnswerLost,
-    /// It takes effect, and no answer comes.
-    AnswerStuck,
-    /// Nothing.
+    /// The request takes effect, and the connection breaks before the response.
+    ResponseLost,
+    /// The request takes effect, and no response comes.
+    ResponseStuck,
+    /// No accident happens.
     None,
-    /// It is refused by 503 and has no effect.
+    /// The server refuses the request with 503, and the request has no effect.
     Overload,
-    /// It has no effect, and no answer comes.
+    /// The request has no effect, and no response comes.
     RequestStuck,
-    /// It takes effect, and the answer comes late.
+    /// The request takes effect, and the response comes late.
     Slow(Duration),
 }
 
-/// A third party that runs in this process. Clones are the same one.
+/// A third party that runs in this process. Clones share the server and its list of accidents.
 #[derive(Clone)]
 pub(crate) struct ThirdParty {
     address: SocketAddr,
@@ -71,33 +72,40 @@ impl ThirdParty {
         format!("http://{}{path}", self.address)
     }
 
-    /// What happens to the next requests, one after the other.
+    /// Adds accidents for the next requests, one for each request, in this order.
     pub(crate) fn expect(&self, accidents: impl IntoIterator<Item = Accident>) {
         let mut coming = self.accidents.lock().unwrap_or_else(PoisonError::into_inner);
         coming.extend(accidents);
     }
 
-    /// Runs a process until one of its requests is stuck, and then ends it as a power cut does.
+    /// Runs a process until one of its requests is stuck, and then kills it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the process cannot be started or killed, or if it ends by itself.
     pub(crate) async fn crash(&self, process: &mut Command) -> io::Result<()> {
         let mut process = process.kill_on_drop(true).spawn()?;
         tokio::select! {
             () = self.stuck.notified() => process.kill().await,
-            ended = process.wait() => Err(io::Error::other(format!("it was to be killed, and ended: {}", ended?))),
+            ended = process.wait() => {
+                let problem = format!("the process ended with {} before its request was stuck", ended?);
+                Err(io::Error::other(problem))
+            }
         }
     }
 
     async fn connect(self, stream: TcpStream) {
-        let answer = service_fn(|request| self.answer(request));
-        // A connection that breaks is what the examples are about.
+        let service = service_fn(|request| self.respond(request));
+        // The accidents break connections on purpose, so the error is ignored.
         drop(
             http1::Builder::new()
-                .serve_connection(TokioIo::new(stream), answer)
+                .serve_connection(TokioIo::new(stream), service)
                 .await,
         );
     }
 
-    /// An error breaks the connection.
-    async fn answer(&self, request: Request<Incoming>) -> io::Result<Response> {
+    /// Responds to a request, after its accident. An error breaks the connection.
+    async fn respond(&self, request: Request<Incoming>) -> io::Result<Response> {
         let accident = self
             .accidents
             .lock()
@@ -110,8 +118,8 @@ impl ThirdParty {
         }
         let Ok(response) = self.app.clone().oneshot(request).await;
         match accident {
-            Some(Accident::AnswerLost) => return Err(io::ErrorKind::ConnectionReset.into()),
-            Some(Accident::AnswerStuck) => self.hang().await,
+            Some(Accident::ResponseLost) => return Err(io::ErrorKind::ConnectionReset.into()),
+            Some(Accident::ResponseStuck) => self.hang().await,
             Some(Accident::Slow(time)) => tokio::time::sleep(time).await,
             _ => {}
         }
@@ -124,7 +132,7 @@ impl ThirdParty {
     }
 }
 
-/// A folder that goes when this is dropped.
+/// A temporary folder. Dropping this value removes the folder.
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {

@@ -1,12 +1,14 @@
-//! One charge by `reqwest-middleware`: the layers of a tower client as a middleware of a `ClientWithMiddleware`.
+//! One charge by `reqwest-middleware`: a middleware of a `ClientWithMiddleware` that uses the
+//! layers of a tower client.
 //!
 //! ```text
 //! cargo run --manifest-path examples/packages/Cargo.toml -p reqwest-middleware-example
 //! ```
 //!
-//! It serves the bank itself, on a free port. An answer is lost and another comes after the time-out; all attempts carry one key, which
-//! is derived from the order, and the bank charges once. Middlewares that come after this one see every attempt, those before it one
-//! call.
+//! The example serves the bank itself, on a free port. One response is lost, and another comes
+//! after the timeout. All attempts carry the same key, which the middleware derives from the order,
+//! so the bank charges once. Middlewares after this one see every attempt. Middlewares before it
+//! see one call.
 
 #[path = "../../../third_party/mod.rs"]
 mod third_party;
@@ -25,7 +27,8 @@ use tower_idempotency::client::{
     ProviderProfile, RetryPolicy,
 };
 
-/// One key per logical request, and the attempts that carry it. It takes the `KeyOrigin` from the request's extensions.
+/// A middleware that gives each logical request one key, and makes the attempts that carry it. It
+/// reads the `KeyOrigin` from the extensions of the request.
 struct Idempotency {
     keys: IdempotencyKeyLayer,
     calls: CallLayer,
@@ -78,29 +81,29 @@ async fn main() -> Result<(), Box<dyn StdError>> {
     let bank = Bank::default();
     let party = ThirdParty::serve(bank.app()).await?;
     let keys = KeyDeriver::new(b"32 bytes from the secret manager")?;
-    // The time-out is one of each attempt.
+    // The timeout applies to each attempt.
     let http = reqwest::Client::builder().timeout(Duration::from_millis(500)).build()?;
     let client = ClientBuilder::new(http)
         .with(Idempotency::new(ProviderProfile::stripe(), keys))
         .build();
 
-    party.expect([Accident::AnswerLost, Accident::Slow(Duration::from_secs(5))]);
+    party.expect([Accident::ResponseLost, Accident::Slow(Duration::from_secs(5))]);
     let request = client.post(party.url("/v1/charges")).body("4200");
-    let answer = request
+    let response = request
         .with_extension(KeyOrigin::new("order-4711", "charge"))
         .send()
         .await?
         .error_for_status()?;
-    let delivery = *answer
+    let report = *response
         .extensions()
         .get::<CallReport>()
         .ok_or("the layer reports every call")?;
-    let id = answer.text().await?;
+    let id = response.text().await?;
 
-    let (attempts, is_replay) = (delivery.attempts(), delivery.is_replay());
-    println!("{id} after {attempts} attempts, the answer is a replay: {is_replay}");
+    let (attempts, is_replay) = (report.attempts(), report.is_replay());
+    println!("{id} after {attempts} attempts, the response is a replay: {is_replay}");
     println!("the bank charged {:?}", bank.charges());
-    assert_eq!(delivery.outcome(), CallOutcome::Responded);
+    assert_eq!(report.outcome(), CallOutcome::Responded);
     assert_eq!(bank.charges(), ["4200"], "one charge");
     Ok(())
 }
