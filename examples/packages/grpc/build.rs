@@ -1,4 +1,4 @@
-//! Generates server and messages from the proto file.
+//! Generates the server and the messages from the proto file.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");

@@ -1,6 +1,8 @@
-"""Calls the server as a foreign client does, and checks what the layer promises. Usage: client.py ADDRESS
+"""Calls the server as a client in another language does, and checks the promises of the layer.
 
-Each claim is checked by itself, so that a server without the layer fails all of them.
+Usage: client.py ADDRESS
+
+The client checks each claim by itself, so that a server without the layer fails all of them.
 """
 
 import faulthandler
@@ -13,11 +15,12 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-# Read from the proto file, which is looked for in the path, at run time: no generated module can be out of date.
+# grpc searches the path for the proto file and generates the modules at run time. So no generated
+# module can be out of date.
 sys.path.append(str(pathlib.Path(__file__).parent / "proto"))
 messages, services = grpc.protos_and_services("payments.proto")
 
-# Nothing below may wait for ever.
+# End the program after two minutes, so that it cannot wait forever.
 faulthandler.dump_traceback_later(120, exit=True)
 DEADLINE = 30
 
@@ -30,9 +33,9 @@ def is_replay(call):
     return ("idempotent-replayed", "true") in [(item.key, item.value) for item in call.initial_metadata()]
 
 
-def check(condition, what):
+def check(condition, problem):
     if not condition:
-        raise AssertionError(what)
+        raise AssertionError(problem)
 
 
 def equal(left, right):
@@ -53,7 +56,7 @@ def error_of(function):
 
 
 def details_of(error):
-    """The details of AIP-193 by their names."""
+    """Returns the error details (AIP-193) by their names."""
     details = {}
     for packed in rpc_status.from_call(error).details:
         name = packed.type_url.rpartition(".")[2]
@@ -71,7 +74,7 @@ def duplicates(stub):
     check(not is_replay(call), "the first response is a replay")
     for _ in range(3):
         again, call = charge(stub, "alice", "d-1")
-        check(is_replay(call), "the duplicate is no replay")
+        check(is_replay(call), "the duplicate is not a replay")
         equal(again, first)
     equal(charges(stub, "alice"), 1)
 
@@ -116,12 +119,12 @@ def failure_in_trailers(stub):
 
 def deadline(stub):
     error = error_of(lambda: charge(stub, "slow", "l-1", timeout=0.3))
-    # The server may report the end of the call before the client's own clock does.
+    # The server may cancel the call before the client notices that the deadline has passed.
     check(error.code() in [grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED], error)
     again, call = charge(stub, "slow", "l-1", timeout=20)
     check(again.id.startswith("receipt 1 "), again.id)
     again, call = charge(stub, "slow", "l-1")
-    check(is_replay(call), "the retry is no replay")
+    check(is_replay(call), "the retry is not a replay")
     equal(charges(stub, "slow"), 1)
 
 
@@ -130,13 +133,13 @@ def compression(stub):
     first, call = charge(stub, "carol", "c-1", note=note, compression=grpc.Compression.Gzip)
     for compressed in [grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate]:
         again, call = charge(stub, "carol", "c-1", note=note, compression=compressed)
-        check(is_replay(call), f"{compressed}: no replay")
+        check(is_replay(call), f"{compressed}: the duplicate is not a replay")
         equal(again, first)
-    # A client that reads no compression.
+    # This client cannot read compressed responses.
     options = [("grpc.compression_enabled_algorithms_bitset", 1)]
     with grpc.insecure_channel(sys.argv[1], options=options) as channel:
         again, call = charge(services.PaymentsStub(channel), "carol", "c-1", note=note)
-        check(is_replay(call), "no replay for a client without compression")
+        check(is_replay(call), "a client without compression gets no replay")
         equal(again, first)
 
 
@@ -178,7 +181,7 @@ def main():
         "duplicates at the same time": at_the_same_time,
     }
     failed = False
-    # Without retries by the library, which would hide what the server answers.
+    # Switch off the retries of the library, because they would hide responses of the server.
     with grpc.insecure_channel(sys.argv[1], options=[("grpc.enable_retries", 0)]) as channel:
         stub = services.PaymentsStub(channel)
         for claim, function in claims.items():

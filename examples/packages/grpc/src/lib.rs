@@ -1,4 +1,4 @@
-//! A tonic service whose calls take effect once, and a client in Python that checks it.
+//! A tonic service whose calls take effect once, and a client in Python that checks this.
 
 mod client;
 mod payments;
@@ -23,7 +23,7 @@ pub mod proto {
 
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// The layer, with settings for each method.
+/// Returns the layer, with settings of its own for the method `Charge`.
 pub fn idempotency() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new())
         .grpc()
@@ -34,23 +34,23 @@ pub fn idempotency() -> IdempotencyLayer<MemoryStore> {
         })
 }
 
-/// Returns a layer that passes every call unguarded, to test that the client notices this.
+/// Returns a layer that guards no call, to test that the client notices this.
 pub fn no_idempotency() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).with_settings_for(|_| None)
 }
 
-/// Serves on a free port until the runtime ends.
+/// Serves the bank on a free port until the runtime ends.
 ///
 /// # Errors
 ///
-/// If no port is free.
+/// Fails if no port is free.
 pub async fn serve<St: Store>(idempotency: IdempotencyLayer<St>, bank: Bank) -> Result<SocketAddr, Error> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     let payments = PaymentsServer::new(bank)
         .accept_compressed(CompressionEncoding::Gzip)
         .send_compressed(CompressionEncoding::Gzip);
-    // The layer goes directly around the services.
+    // The layer wraps the services directly, without other layers between them.
     let server = Server::builder().layer(idempotency).add_service(payments);
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
     Ok(address)

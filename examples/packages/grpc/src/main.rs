@@ -1,4 +1,4 @@
-//! Serves, and lets the client in Python check what the layer promises.
+//! Starts the server, and runs the client in Python, which checks the promises of the layer.
 
 use grpc::{idempotency, run_client, serve, Bank, Error};
 
@@ -10,6 +10,6 @@ async fn main() -> Result<(), Error> {
     if is_as_promised {
         Ok(())
     } else {
-        Err("that is not what was promised".into())
+        Err("the outcome is not as promised".into())
     }
 }

@@ -1,4 +1,4 @@
-//! The service: a bank whose accounts have the behaviour of their names.
+//! The service: a bank whose accounts behave as their names say.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -17,7 +17,7 @@ use crate::proto::{ChargeCount, ChargeRequest, CountChargesRequest, Event, Recei
 pub struct Bank(Arc<Mutex<HashMap<String, u64>>>);
 
 impl Bank {
-    /// Counts a call. Returns its number.
+    /// Counts a call for an account, and returns the number of the call.
     fn count(&self, account: &str) -> u64 {
         let mut charges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = charges.entry(account.to_owned()).or_default();
@@ -25,7 +25,7 @@ impl Bank {
         *count
     }
 
-    /// How often an account was charged.
+    /// Returns how often an account was charged.
     pub fn charges(&self, account: &str) -> u64 {
         let charges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         charges.get(account).copied().unwrap_or_default()
@@ -37,7 +37,8 @@ impl Payments for Bank {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
     async fn charge(&self, request: Request<ChargeRequest>) -> Result<Response<Receipt>, Status> {
-        // Every attempt of this call derives the same key. Pass it to a system that deduplicates by a key.
+        // Every attempt of this call derives the same key. Pass the key to a system that
+        // deduplicates by keys.
         let key = request
             .extensions()
             .get::<Lease>()
@@ -45,11 +46,12 @@ impl Payments for Bank {
         let ChargeRequest { account, cents, note } = request.into_inner();
         let number = self.count(&account);
         match account.as_str() {
-            // Definite: every retry gets the same status.
+            // The status is definite, so the layer stores it and every retry gets it.
             "blocked" => return Err(Status::failed_precondition(format!("blocked, run {number}"))),
-            // Nothing happened: the retry runs.
-            "unreachable" if number == 1 => return Err(Status::unavailable("the bank does not answer")),
-            // Definite by its status, but this handler knows better.
+            // The status says that nothing happened, so the layer does not store it and the retry
+            // runs.
+            "unreachable" if number == 1 => return Err(Status::unavailable("the bank does not respond")),
+            // The status is definite, but the handler marks the response, so the retry runs.
             "closed" if number == 1 => {
                 return Err(Status::failed_precondition("the bank opens at nine").with_mark(DoNotStore));
             }
@@ -72,7 +74,7 @@ impl Payments for Bank {
                 let numbers = tokio_stream::iter(1_u64..).map(move |number| event(10 * run + number));
                 Box::pin(numbers.throttle(Duration::from_millis(300)))
             }
-            // The status is in the trailers, behind the events.
+            // The status is in the trailers, after the events.
             "refused" => Box::pin(tokio_stream::iter([
                 first,
                 second,

@@ -1,4 +1,4 @@
-//! The client in Python against the server: it checks each claim, and the server counts what it did.
+//! The client in Python checks each claim against the server, and the server counts the charges.
 
 use grpc::{idempotency, no_idempotency, run_client, serve, Bank};
 
@@ -35,7 +35,7 @@ async fn a_client_in_python_finds_every_promise_kept() {
     }
 }
 
-/// The test of the test.
+/// Shows that the client can fail: without the layer, every claim is false.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_client_notices_a_server_without_the_layer() {
     let server = serve(no_idempotency(), Bank::default()).await.unwrap();

@@ -5,12 +5,13 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Returns a virtual environment of this name in the target folder, with these packages. The first process that needs it
-/// makes it.
+/// Returns a virtual environment of this name in the target folder, with these packages. The first
+/// process that needs the environment creates it.
 ///
 /// # Errors
 ///
-/// If the virtual environment cannot be made. It needs `python3` with `venv` and, the first time, network access.
+/// Fails if the virtual environment cannot be created. This needs `python3` with `venv` and, the
+/// first time, network access.
 pub fn virtual_environment(name: &str, requirements: &str) -> Result<PathBuf, Box<dyn Error + Send + Sync>> {
     let program = std::env::current_exe()?;
     // Cargo puts this file into every target folder that it uses.
@@ -19,7 +20,7 @@ pub fn virtual_environment(name: &str, requirements: &str) -> Result<PathBuf, Bo
         .filter(|folder| folder.join(".rustc_info.json").exists());
     let target = folders
         .next()
-        .ok_or("this program is not in a target folder of Cargo's")?;
+        .ok_or("this program is not in a target folder; start it with cargo")?;
     let environment = target.join(name);
     let made = environment.join("made-of");
     let lock = File::create(target.join(format!("{name}.lock")))?;
@@ -27,7 +28,7 @@ pub fn virtual_environment(name: &str, requirements: &str) -> Result<PathBuf, Bo
     if fs::read_to_string(&made).is_ok_and(|packages| packages == requirements) {
         return Ok(environment);
     }
-    eprintln!("making a virtual environment for {name} in {}", environment.display());
+    eprintln!("creating a virtual environment for {name} in {}", environment.display());
     drop(fs::remove_dir_all(&environment));
     run(Command::new("python3").args(["-m", "venv"]).arg(&environment))?;
     fs::write(environment.join("requirements.txt"), requirements)?;
@@ -45,9 +46,7 @@ fn install(environment: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
 fn run(command: &mut Command) -> Result<(), Box<dyn Error + Send + Sync>> {
     let status = command.stdin(Stdio::null()).status()?;
     if !status.success() {
-        return Err(
-            format!("{command:?} ended with {status}; it needs python3 with venv, which ./test installs").into(),
-        );
+        return Err(format!("{command:?} ended with {status}; install python3 and venv, as ./test does").into());
     }
     Ok(())
 }

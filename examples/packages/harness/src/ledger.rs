@@ -1,4 +1,4 @@
-//! Where it is written what happened.
+//! Ledgers: files in which several processes record their effects.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A file to which several processes append lines, each of them whole. Clones write to the same file.
+/// A file to which several processes append whole lines. Clones write to the same file.
 #[derive(Clone, Debug)]
 pub struct Ledger {
     path: PathBuf,
@@ -15,12 +15,14 @@ pub struct Ledger {
 }
 
 impl Ledger {
+    /// Opens the ledger at this path, and creates it if it does not exist.
+    ///
     /// # Panics
     ///
-    /// If it cannot be opened.
+    /// Panics if the file cannot be opened.
     pub fn open(path: &Path) -> Self {
         let file = OpenOptions::new().append(true).create(true).open(path);
-        let file = file.unwrap_or_else(|error| panic!("{} cannot be opened: {error}", path.display()));
+        let file = file.unwrap_or_else(|error| panic!("cannot open {}: {error}", path.display()));
         Self {
             path: path.to_owned(),
             file: Arc::new(file),
@@ -31,60 +33,61 @@ impl Ledger {
         &self.path
     }
 
-    /// Enters an effect: it is on the disk when this returns.
+    /// Appends a line. The line is on the disk when this returns.
     ///
     /// # Panics
     ///
-    /// If it cannot be written.
-    pub fn enter(&self, line: &str) {
-        self.note(line);
+    /// Panics if the line cannot be written.
+    pub fn append_synced(&self, line: &str) {
+        self.append(line);
         self.file.sync_data().unwrap();
     }
 
-    /// Writes a line, which outlives this process, if not the machine. One write: another's line is before or after it, never within.
+    /// Appends a line. The line survives a crash of this process, but not of the machine. It is one
+    /// write, so that lines of other processes come before or after it, never in the middle.
     ///
     /// # Panics
     ///
-    /// If it cannot be written.
-    pub fn note(&self, line: impl fmt::Display) {
+    /// Panics if the line cannot be written.
+    pub fn append(&self, line: impl fmt::Display) {
         let line = format!("{line}\n");
         (&*self.file).write_all(line.as_bytes()).unwrap();
     }
 
-    /// All lines, of all processes.
+    /// Returns all lines of all processes.
     ///
     /// # Panics
     ///
-    /// If it cannot be read.
+    /// Panics if the file cannot be read.
     pub fn lines(&self) -> Vec<String> {
         let text = std::fs::read_to_string(&self.path).unwrap();
         text.lines().map(str::to_owned).collect()
     }
 
-    /// How many lines there are for each first word.
+    /// Returns the number of lines for each first word.
     ///
     /// # Panics
     ///
-    /// If it cannot be read.
+    /// Panics if the file cannot be read.
     pub fn counts(&self) -> BTreeMap<String, usize> {
         let lines = self.lines();
         tally(lines.iter().map(|line| line.split(' ').next().unwrap_or_default()))
     }
 
-    /// How many lines begin with a word.
+    /// Returns the number of lines with this first word.
     ///
     /// # Panics
     ///
-    /// If it cannot be read.
+    /// Panics if the file cannot be read.
     pub fn count(&self, word: &str) -> usize {
         self.counts().get(word).copied().unwrap_or(0)
     }
 
-    /// How often each line stands in it.
+    /// Returns the number of occurrences of each line.
     ///
     /// # Panics
     ///
-    /// If it cannot be read.
+    /// Panics if the file cannot be read.
     pub fn tally(&self) -> BTreeMap<String, usize> {
         tally(self.lines().iter().map(String::as_str))
     }

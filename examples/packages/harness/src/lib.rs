@@ -1,6 +1,8 @@
-//! What the examples' programs and tests share: servers of their own, on free ports and in temporary folders, each ended by its
-//! process id; ledgers in which effects are counted; consumers that are killed at random times and started again.
+//! Helpers of the example programs and their tests. They start servers on free ports and in
+//! temporary folders, and end each server by its process id. Ledgers count effects. Fleets of
+//! consumers are killed at random times and started again.
 
+mod delivery_log;
 mod environment;
 mod ledger;
 mod nats;
@@ -13,39 +15,38 @@ mod rabbit;
 mod redis_server;
 mod run;
 mod server;
-mod told;
 
+pub use delivery_log::{word, DeliveryLog};
 pub use environment::virtual_environment;
 pub use ledger::Ledger;
 pub use nats::NatsServer;
 pub use outcome::Outcome;
 pub use postgres_server::PostgresServer;
-pub use process::{assert_fails_unprotected, assert_says, this_test, Fleet, Process};
+pub use process::{assert_fails_unprotected, assert_prints, this_test, Fleet, Process};
 pub use rabbit::RabbitServer;
 pub use redis_server::RedisServer;
-pub use run::{play, Error, Part, Run, Seen, Work};
+pub use run::{run_consumer, Consumer, Error, Run, RunReport, Work};
 pub use server::Folder;
-pub use told::{word, Told};
 
 use std::process::Command;
 use std::time::Duration;
 
 use tower_idempotency::receiver::{MessageId, OnMissingId, ReceiverLayer};
 
-/// A number from the environment, or its default: `MESSAGES=10000 cargo test`.
+/// Returns a number from an environment variable, such as `MESSAGES=10000`, or the default.
 ///
 /// # Panics
 ///
-/// If it is none.
+/// Panics if the variable is not a number.
 pub fn number_from(variable: &str, default: usize) -> usize {
     match std::env::var(variable) {
-        Ok(number) => number.parse().expect("a number"),
+        Ok(number) => number.parse().expect("the environment variable is a number"),
         Err(_) => default,
     }
 }
 
-/// What to send, and in which order: each message in one, two or three batches, one after the other. There is a batch for every 25
-/// messages, and two more.
+/// Returns the batches of messages to send. Each message is in one, two or three successive
+/// batches. There is a batch for every 25 messages, and two more.
 pub fn batches(messages: usize) -> impl Iterator<Item = Vec<usize>> {
     const BATCH: usize = 25;
     let begun = messages.div_ceil(BATCH);
@@ -59,35 +60,36 @@ pub fn batches(messages: usize) -> impl Iterator<Item = Vec<usize>> {
     })
 }
 
-/// Waits until something is so.
+/// Waits until a condition is true.
 ///
 /// # Panics
 ///
-/// If it is not so within ten minutes.
-pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+/// Panics if the condition is still false after ten minutes.
+pub async fn until(condition: &str, mut is_true: impl AsyncFnMut() -> bool) {
     for _ in 0..6_000 {
-        if is_so().await {
+        if is_true().await {
             return;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("it does not come that {what}");
+    panic!("timed out after ten minutes: still waiting until {condition}");
 }
 
-/// A random time up to so many milliseconds.
+/// Returns a random time from 0 to `millis` milliseconds.
 pub fn up_to(millis: u64) -> Duration {
     Duration::from_millis(rand::random_range(0..=millis))
 }
 
-/// Whether something happens once in so many times.
+/// Returns true at random, on average once in `times` calls.
 pub fn one_in(times: u32) -> bool {
     rand::random_range(0..times) == 0
 }
 
 const UNPROTECTED: &str = "UNPROTECTED";
 
-/// The layer; or, in an [`unprotected`] process, one that lets every delivery through: for the tests of the tests.
-pub fn unless_told<St, M>(layer: ReceiverLayer<St, M>) -> ReceiverLayer<St, M> {
+/// Returns the layer. In an [`unprotected`] process, it returns a layer that lets every delivery
+/// through, so that tests can show that they notice this.
+pub fn unless_unprotected<St, M>(layer: ReceiverLayer<St, M>) -> ReceiverLayer<St, M> {
     if std::env::var_os(UNPROTECTED).is_none() {
         return layer;
     }
@@ -96,7 +98,7 @@ pub fn unless_told<St, M>(layer: ReceiverLayer<St, M>) -> ReceiverLayer<St, M> {
         .on_missing_id(OnMissingId::Unprotected)
 }
 
-/// A program whose layers are to let every delivery through.
+/// Configures a program so that its layers let every delivery through.
 pub fn unprotected(mut program: Command) -> Command {
     program.env(UNPROTECTED, "1");
     program

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::server::{free_port, Folder, Server};
 
-/// A running `nats-server`, its streams on its disk.
+/// A running `nats-server` that stores its streams on disk.
 pub struct NatsServer {
     server: Server,
     folder: Folder,
@@ -13,18 +13,18 @@ pub struct NatsServer {
 }
 
 impl NatsServer {
-    /// Starts it.
+    /// Starts a server.
     ///
     /// # Panics
     ///
-    /// If it does not start.
+    /// Panics if the server does not start.
     pub fn start() -> Self {
         let mut last = String::new();
-        // Between finding a port and taking it, another process may take it.
+        // Another process may take the free port before the server does, so try again.
         for _ in 0..5 {
             let (folder, port) = (Folder::new("nats"), free_port());
             let mut server = spawn(&folder, port);
-            match server.wait_until_up(port, PATIENCE) {
+            match server.wait_until_up(port, START_TIMEOUT) {
                 Ok(()) => return Self { server, folder, port },
                 Err(error) => last = error,
             }
@@ -36,19 +36,19 @@ impl NatsServer {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    /// Ends it without a word (SIGKILL), and starts it again on its port and disk.
+    /// Kills the server by SIGKILL, and starts it again with the same port and folder.
     ///
     /// # Panics
     ///
-    /// If it does not start again.
+    /// Panics if the server does not start again.
     pub fn restart(&mut self) {
         self.server.kill();
         self.server = spawn(&self.folder, self.port);
-        self.server.wait_until_up(self.port, PATIENCE).unwrap();
+        self.server.wait_until_up(self.port, START_TIMEOUT).unwrap();
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn spawn(folder: &Folder, port: u16) -> Server {
     let mut command = Command::new("nats-server");

@@ -1,17 +1,17 @@
-//! What became of messages, by the ledgers.
+//! The outcome of messages, counted from the ledgers.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What became of the messages that were sent.
+/// The outcome of the sent messages.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Took effect once.
+    /// The number of messages with one effect.
     pub once: usize,
-    /// Had no effect, and lie in the dead-letter place.
+    /// The number of messages without an effect that are dead letters.
     pub dead: usize,
-    /// Had several effects.
+    /// The messages with several effects.
     pub repeated: Vec<String>,
-    /// Had no effect, and lie nowhere.
+    /// The messages without an effect that are not dead letters either.
     pub lost: Vec<String>,
 }
 
@@ -30,7 +30,7 @@ impl Outcome {
         outcome
     }
 
-    /// At most one effect each, and none lost.
+    /// Whether each message had at most one effect, and no message was lost.
     pub fn is_as_promised(&self) -> bool {
         self.repeated.is_empty() && self.lost.is_empty()
     }

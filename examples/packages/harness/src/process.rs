@@ -1,4 +1,4 @@
-//! Processes that are killed.
+//! Processes that tests start and kill.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -6,39 +6,41 @@ use std::time::Duration;
 
 use crate::{up_to, Ledger};
 
-/// A process, which ends with this value.
+/// A process. Dropping this value kills the process.
 #[derive(Debug)]
 pub struct Process(Child);
 
 impl Process {
+    /// Starts a process.
+    ///
     /// # Panics
     ///
-    /// If it cannot be started.
+    /// Panics if the process cannot be started.
     pub fn start(command: &mut Command) -> Self {
         let child = command.stdin(Stdio::null()).spawn();
         Self(child.unwrap_or_else(|error| {
             let program = Path::new(command.get_program()).display();
-            panic!("`{program}` cannot be run; ./test installs what is missing ({error})")
+            panic!("cannot run `{program}` ({error}); run ./test, which installs the missing programs")
         }))
     }
 
-    /// SIGKILL: it learns nothing of its end.
+    /// Kills the process by SIGKILL, which it cannot notice.
     pub fn kill(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
     }
 
-    /// Stops it for now (`-STOP`), or lets it go on (`-CONT`).
+    /// Pauses the process (`-STOP`), or resumes it (`-CONT`).
     ///
     /// # Panics
     ///
-    /// If that cannot be.
+    /// Panics if the signal cannot be sent.
     pub fn signal(&self, signal: &str) {
         let status = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
-        assert!(status.unwrap().success(), "{signal} is not delivered");
+        assert!(status.unwrap().success(), "cannot send {signal}");
     }
 
-    /// Whether it runs still, if only stopped for now.
+    /// Whether the process has not ended. A paused process has not ended.
     pub fn is_up(&mut self) -> bool {
         self.0.try_wait().is_ok_and(|status| status.is_none())
     }
@@ -50,7 +52,8 @@ impl Drop for Process {
     }
 }
 
-/// Some processes of one kind, of which one after the other is killed and started again. All end with this value.
+/// Several processes of one kind. The tests kill one process after the other and start a new one in
+/// its place. Dropping this value kills all of them.
 pub struct Fleet<F> {
     start: F,
     members: Vec<Process>,
@@ -58,11 +61,11 @@ pub struct Fleet<F> {
 }
 
 impl<F: Fn() -> Command> Fleet<F> {
-    /// Starts so many.
+    /// Starts `count` processes.
     ///
     /// # Panics
     ///
-    /// If one cannot be started.
+    /// Panics if a process cannot be started.
     pub fn start(count: usize, start: F) -> Self {
         let members = (0..count).map(|_| member(&start)).collect();
         Self {
@@ -72,21 +75,22 @@ impl<F: Fn() -> Command> Fleet<F> {
         }
     }
 
-    /// Kills one of them by SIGKILL (no word, no cleaning up) and starts another in its place.
+    /// Kills a random process by SIGKILL, so that it cannot clean up, and starts a new one in its
+    /// place.
     ///
     /// # Panics
     ///
-    /// If one has ended by itself.
+    /// Panics if a process has ended by itself.
     pub fn kill_one(&mut self) {
         self.replace_one().kill();
         self.kills += 1;
     }
 
-    /// Does so again and again, each time after some effects more.
+    /// Kills a process `kills` times, each time after `between` further effects.
     ///
     /// # Panics
     ///
-    /// If one has ended by itself, or those effects do not come.
+    /// Panics if a process has ended by itself, or if the effects do not happen within a minute.
     pub async fn kill_one_by_one(&mut self, kills: usize, effects: &Ledger, between: usize) {
         for _ in 0..kills {
             self.progress(effects, between).await;
@@ -94,11 +98,11 @@ impl<F: Fn() -> Command> Fleet<F> {
         }
     }
 
-    /// Waits for some effects more, and then for up to 20 ms.
+    /// Waits for `more` further effects, and then for up to 20 ms.
     ///
     /// # Panics
     ///
-    /// If they do not come.
+    /// Panics if the effects do not happen within a minute.
     pub async fn progress(&mut self, effects: &Ledger, more: usize) {
         let before = effects.lines().len();
         for _ in 0..12_000 {
@@ -108,26 +112,28 @@ impl<F: Fn() -> Command> Fleet<F> {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        panic!("within a minute no {more} effects follow the {before}");
+        panic!("after {before} effects, {more} further ones did not happen within a minute");
     }
 
-    /// Puts another in the place of one, and gives that one out.
+    /// Starts a new process in the place of a random one, and returns the old one, which still
+    /// runs.
     ///
     /// # Panics
     ///
-    /// If one has ended by itself.
-    #[must_use = "it ends with its value"]
+    /// Panics if a process has ended by itself.
+    #[must_use = "dropping the process kills it"]
     pub fn replace_one(&mut self) -> Process {
         self.check();
         let chosen = rand::random_range(0..self.members.len());
         std::mem::replace(&mut self.members[chosen], member(&self.start))
     }
 
-    /// Starts another in the place of each that has ended by itself. Says how many those were.
+    /// Starts a new process in the place of each one that has ended by itself. Returns the number
+    /// of ended processes.
     ///
     /// # Panics
     ///
-    /// If one cannot be started.
+    /// Panics if a process cannot be started.
     pub fn replace_ended(&mut self) -> usize {
         let mut ended = 0;
         for process in &mut self.members {
@@ -139,14 +145,16 @@ impl<F: Fn() -> Command> Fleet<F> {
         ended
     }
 
+    /// Checks that no process has ended.
+    ///
     /// # Panics
     ///
-    /// If one has ended by itself.
+    /// Panics if a process has ended by itself.
     pub fn check(&mut self) {
         assert!(self.members.iter_mut().all(Process::is_up), "a process ended by itself");
     }
 
-    /// How many were killed.
+    /// Returns the number of killed processes.
     pub fn kills(&self) -> usize {
         self.kills
     }
@@ -156,40 +164,41 @@ fn member(start: impl Fn() -> Command) -> Process {
     Process::start(start().stdout(Stdio::null()))
 }
 
-/// This very test binary, to run one of its tests alone: the one that plays a part when the environment tells it to.
+/// Returns a command that runs one test of the current test binary. The test behaves as a consumer
+/// if environment variables say so.
 ///
 /// # Panics
 ///
-/// If the binary cannot be found.
+/// Panics if the path of the binary is unknown.
 pub fn this_test(name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", name, "--nocapture", "--test-threads=1"]);
     command
 }
 
-/// Runs a program, which must say these lines and succeed.
+/// Runs a program, and checks that it prints these texts and succeeds.
 ///
 /// # Panics
 ///
-/// If it does not.
-pub fn assert_says(program: &str, lines: &[&str]) {
+/// Panics if the program fails or does not print one of the texts.
+pub fn assert_prints(program: &str, lines: &[&str]) {
     let output = Command::new(program).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    let failed = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}{failed}");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{printed}{errors}");
     for line in lines {
-        assert!(said.contains(line), "{line}: {said}");
+        assert!(printed.contains(line), "{line}: {printed}");
     }
 }
 
-/// Runs a program [`unprotected`](crate::unprotected), which must notice that it has not done what it promises.
+/// Runs a program [`unprotected`](crate::unprotected), and checks that it reports a false claim.
 ///
 /// # Panics
 ///
-/// If it does not.
+/// Panics if the program succeeds, or fails for another reason.
 pub fn assert_fails_unprotected(program: &str) {
     let output = crate::unprotected(Command::new(program)).output().unwrap();
     assert!(!output.status.success(), "{output:?}");
-    let failed = String::from_utf8_lossy(&output.stderr);
-    assert!(failed.contains("that is not what was promised"), "{failed}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("the outcome is not as promised"), "{errors}");
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::server::{free_port, Folder, Server};
 
-/// A running `rabbitmq-server`, with a port mapper of its own.
+/// A running `rabbitmq-server`, with its own Erlang port mapper.
 pub struct RabbitServer {
     _broker: Server,
     _mapper: Server,
@@ -15,24 +15,25 @@ pub struct RabbitServer {
 }
 
 impl RabbitServer {
-    /// Starts it. That takes some seconds.
+    /// Starts a server. This takes some seconds.
     ///
     /// # Panics
     ///
-    /// If it does not start.
+    /// Panics if the server does not start.
     pub fn start() -> Self {
         let mut last = String::new();
-        // Between finding a port and taking it, another process may take it.
+        // Another process may take a free port before the server does, so try again.
         for _ in 0..3 {
             let folder = Folder::new("rabbit");
             let [port, distribution, mapping] = [(); 3].map(|()| free_port());
-            // In the foreground: an Erlang that finds none would leave one behind.
+            // Start the port mapper in the foreground. Without one, Erlang would start one in the
+            // background and leave it behind.
             let mut mapper = Command::new("epmd");
             let mapper = mapper.args(["-address", "127.0.0.1", "-port", &mapping.to_string()]);
             let mut mapper = Server::spawn("epmd", mapper, &folder);
             let mut broker = spawn(&folder, port, distribution, mapping);
-            let up = mapper.wait_until_up(mapping, PATIENCE);
-            match up.and_then(|()| broker.wait_until_up(port, PATIENCE)) {
+            let up = mapper.wait_until_up(mapping, START_TIMEOUT);
+            match up.and_then(|()| broker.wait_until_up(port, START_TIMEOUT)) {
                 Ok(()) => {
                     return Self {
                         _broker: broker,
@@ -52,7 +53,7 @@ impl RabbitServer {
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 fn spawn(folder: &Folder, port: u16, distribution: u16, mapping: u16) -> Server {
     let config = folder.file("rabbitmq.conf");
@@ -64,9 +65,10 @@ fn spawn(folder: &Folder, port: u16, distribution: u16, mapping: u16) -> Server 
     let mut command = Command::new(script.unwrap_or(Path::new("rabbitmq-server")));
     command
         .current_dir(folder.path())
-        // The cookie of Erlang is kept there.
+        // Erlang stores its cookie there.
         .env("HOME", folder.path())
-        // Without a shell between, whose death would leave the broker behind.
+        // The script then replaces itself by the broker. Otherwise a kill would end only the
+        // script.
         .env("RUNNING_UNDER_SYSTEMD", "true")
         .env("ERL_EPMD_PORT", mapping.to_string())
         .env("RABBITMQ_NODENAME", format!("rabbit-{port}@localhost"))

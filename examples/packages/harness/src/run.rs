@@ -1,4 +1,4 @@
-//! A run: messages, each of them a number, pass consumers that are killed.
+//! A run: consumers handle messages while a test kills them. Each message is a number.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -9,57 +9,60 @@ use tower_idempotency::protocol::{Status, StorageKey};
 use tower_idempotency::receiver::MessageLease;
 use tower_idempotency::{BoxStore, Store};
 
-use crate::{this_test, up_to, Folder, Ledger, Told};
+use crate::{this_test, up_to, DeliveryLog, Folder, Ledger};
 
-/// Why an effect failed.
+/// The reason why an effect failed.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 const BROKER: &str = "CONSUME_BROKER";
 const EFFECTS: &str = "CONSUME_EFFECTS";
 const STORE: &str = "CONSUME_STORE";
-const TOLD: &str = "CONSUME_TOLD";
+const DELIVERY_LOG: &str = "CONSUME_DELIVERY_LOG";
 
-/// The ledgers of a run, its store, and where that is in PostgreSQL a table for effects beside it.
+/// The ledgers of a run and its store. If the store is PostgreSQL, its database also has a table
+/// for effects.
 pub struct Run {
     url: String,
     store: BoxStore,
-    effects_beside: Option<PgPool>,
+    effects_table: Option<PgPool>,
     effects: Ledger,
-    told: Told,
+    log: DeliveryLog,
     _folder: Folder,
 }
 
 impl Run {
+    /// Connects to the store and creates the ledgers.
+    ///
     /// # Panics
     ///
-    /// If the store cannot be reached.
+    /// Panics if the store cannot be reached.
     pub async fn over(url: &str) -> Self {
         let folder = Folder::new("run");
-        // The first one also makes the table, where there is one.
+        // In PostgreSQL, this also creates the table of the store.
         let store = BoxStore::from_url(url).await.unwrap();
-        let effects_beside = pool(url).await;
-        if let Some(pool) = &effects_beside {
+        let effects_table = pool(url).await;
+        if let Some(pool) = &effects_table {
             let table = sqlx::raw_sql("CREATE TABLE effects (message text NOT NULL)");
             table.execute(pool).await.unwrap();
         }
         Self {
             url: url.to_owned(),
             store,
-            effects_beside,
+            effects_table,
             effects: folder.ledger("effects"),
-            told: Told::open(&folder.file("told")),
+            log: DeliveryLog::open(&folder.file("log")),
             _folder: folder,
         }
     }
 
-    /// A process that runs the test `consume_if_told`, and there has a [`Part`].
+    /// Returns a command that runs the test `consume_if_started_by_a_run` as a [`Consumer`].
     pub fn consumer(&self, broker: &str) -> Command {
-        let mut command = this_test("consume_if_told");
+        let mut command = this_test("consume_if_started_by_a_run");
         command
             .env(BROKER, broker)
             .env(STORE, &self.url)
             .env(EFFECTS, self.effects.path())
-            .env(TOLD, self.told.path());
+            .env(DELIVERY_LOG, self.log.path());
         command
     }
 
@@ -67,23 +70,25 @@ impl Run {
         &self.effects
     }
 
-    /// What came of messages of which these are dead, and whose records have these names.
+    /// Collects the result of the run. `dead` has the dead letters, and `key` returns the storage
+    /// key of a message.
     ///
     /// # Panics
     ///
-    /// If the store cannot be reached; if one of them was lost, that is neither handled nor dead; or if nothing was delivered again.
-    pub async fn seen<D: AsRef<[u8]>>(
+    /// Panics if the store cannot be reached, if a message was lost (it is neither handled nor
+    /// dead), or if no message was delivered again.
+    pub async fn report<D: AsRef<[u8]>>(
         &self,
         messages: usize,
         dead: impl IntoIterator<Item = D>,
         key: impl Fn(usize) -> StorageKey,
-    ) -> Seen {
+    ) -> RunReport {
         let dead = dead.into_iter();
-        let mut seen = Seen {
+        let mut report = RunReport {
             store: self.url.split(':').next().unwrap_or_default().to_owned(),
             messages,
-            receipts: self.told.receipts(),
-            redeliveries: self.told.redeliveries(),
+            receipts: self.log.receipts(),
+            redeliveries: self.log.redeliveries(),
             effects: self.effects.counts(),
             handled: HashSet::new(),
             dead: dead
@@ -93,46 +98,48 @@ impl Run {
         for message in 0..messages {
             let record = self.store.peek(&key(message)).await.unwrap();
             if record.is_some_and(|record| matches!(record.status, Status::Completed(_))) {
-                seen.handled.insert(message);
+                report.handled.insert(message);
             }
-            let is_settled = seen.handled.contains(&message) || seen.dead.contains(&message);
+            let is_settled = report.handled.contains(&message) || report.dead.contains(&message);
             assert!(is_settled, "{message} was lost");
         }
-        if let Some(pool) = &self.effects_beside {
+        if let Some(pool) = &self.effects_table {
             let rows = sqlx::query_as::<_, (String, i64)>("SELECT message, count(*) FROM effects GROUP BY message");
             for (message, count) in rows.fetch_all(pool).await.unwrap() {
-                *seen.effects.entry(message).or_default() += usize::try_from(count).unwrap();
+                *report.effects.entry(message).or_default() += usize::try_from(count).unwrap();
             }
         }
         assert!(
-            seen.redeliveries > 0 && seen.receipts.contains_key("duplicate"),
-            "{seen}"
+            report.redeliveries > 0 && report.receipts.contains_key("duplicate"),
+            "{report}"
         );
-        seen
+        report
     }
 }
 
-/// What came of a run.
-pub struct Seen {
+/// The result of a run.
+pub struct RunReport {
     /// The scheme of the store's URL.
     store: String,
     messages: usize,
-    /// How many deliveries got each receipt.
+    /// The number of deliveries for each receipt.
     receipts: BTreeMap<String, usize>,
-    /// How many deliveries were not the first of their message.
+    /// The number of deliveries that were not the first of their message.
     redeliveries: usize,
-    /// Messages in the dead-letter place.
+    /// The dead letters.
     dead: HashSet<usize>,
-    /// Effects of each message.
+    /// The number of effects of each message.
     effects: BTreeMap<String, usize>,
-    /// Messages whose record says that they were handled.
+    /// The messages whose record is completed.
     handled: HashSet<usize>,
 }
 
-impl Seen {
+impl RunReport {
+    /// Checks that every message had one effect, and that there are no dead letters.
+    ///
     /// # Panics
     ///
-    /// If it is not so.
+    /// Panics if this is false.
     pub fn assert_one_effect_each(&self) {
         for message in 0..self.messages {
             assert_eq!(self.effects(message), 1, "{message}");
@@ -140,9 +147,12 @@ impl Seen {
         assert_eq!(self.dead, HashSet::new());
     }
 
+    /// Checks that every message had at most one effect, and every handled one exactly one.
+    ///
     /// # Panics
     ///
-    /// If it is not so; or if it was not put to the test, because no consumer was killed between a claim and its record.
+    /// Panics if this is false. Panics also if the run proves nothing, because no consumer was
+    /// killed between a claim and the completion of its record.
     pub fn assert_at_most_one_effect_each(&self) {
         for message in 0..self.messages {
             let effects = self.effects(message);
@@ -151,7 +161,10 @@ impl Seen {
                 assert_eq!(effects, 1, "{message} was handled");
             }
         }
-        assert!(!self.dead.is_empty(), "nothing was lost, so that nothing was refused");
+        assert!(
+            !self.dead.is_empty(),
+            "no attempt was lost, so the receiver refused no message"
+        );
     }
 
     fn effects(&self, message: usize) -> usize {
@@ -159,7 +172,7 @@ impl Seen {
     }
 }
 
-impl fmt::Display for Seen {
+impl fmt::Display for RunReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             store,
@@ -176,20 +189,21 @@ impl fmt::Display for Seen {
     }
 }
 
-/// What a consumer is to do.
-pub struct Part {
+/// The inputs of a consumer.
+pub struct Consumer {
     pub broker: String,
     pub store: BoxStore,
-    pub told: Told,
+    pub log: DeliveryLog,
     pub work: Work,
 }
 
-/// Plays the part of a consumer until this process is killed, where a [`Run`] has started it. Otherwise it does nothing.
+/// Runs a consumer until this process is killed, if a [`Run`] has started the process. Otherwise it
+/// returns at once.
 ///
 /// # Panics
 ///
-/// If the part ends, or the store cannot be reached.
-pub fn play(part: impl AsyncFnOnce(Part)) {
+/// Panics if the consumer ends, or if the store cannot be reached.
+pub fn run_consumer(consume: impl AsyncFnOnce(Consumer)) {
     let variable = |name| std::env::var(name).unwrap();
     let Ok(url) = std::env::var(STORE) else {
         return;
@@ -199,50 +213,53 @@ pub fn play(part: impl AsyncFnOnce(Part)) {
         .enable_all()
         .build();
     runtime.unwrap().block_on(async {
-        let part_of_this = Part {
+        let consumer = Consumer {
             broker: variable(BROKER),
             store: BoxStore::from_url(&url).await.unwrap(),
-            told: Told::open(variable(TOLD).as_ref()),
+            log: DeliveryLog::open(variable(DELIVERY_LOG).as_ref()),
             work: Work {
                 effects: Ledger::open(variable(EFFECTS).as_ref()),
-                effects_beside: pool(&url).await,
+                effects_table: pool(&url).await,
             },
         };
-        part(part_of_this).await;
+        consume(consumer).await;
     });
     panic!("the consumer ended by itself");
 }
 
-/// How a consumer has its effects: each within a short while, at any moment of which it may be killed.
+/// The work of a consumer. Each effect takes a short time, and the test may kill the consumer at
+/// any moment of it.
 #[derive(Clone)]
 pub struct Work {
     effects: Ledger,
-    effects_beside: Option<PgPool>,
+    effects_table: Option<PgPool>,
 }
 
 impl Work {
-    /// Whether effects can be in the transactions of their records.
+    /// Whether an effect can be in the transaction that completes its record.
     pub const fn has_transactions(&self) -> bool {
-        self.effects_beside.is_some()
+        self.effects_table.is_some()
     }
 
-    /// Has an effect: with a lease in the transaction that records it, else in the ledger, of which the store knows nothing.
+    /// Has the effect of a message. With a lease, the effect is in the transaction that completes
+    /// the record. Without a lease, the effect is a line of the ledger, which is independent of the
+    /// store.
     ///
     /// # Errors
     ///
-    /// When it is not there, or nobody knows.
+    /// Fails if there is no effect, or if nobody knows whether there is one.
     ///
     /// # Panics
     ///
-    /// If there is a lease and there are no transactions.
+    /// Panics if there is a lease, but the store has no transactions.
     pub async fn take_effect(&self, message: &str, lease: Option<MessageLease>) -> Result<(), Error> {
         pause().await;
         let Some(lease) = lease else {
-            self.effects.enter(message);
+            self.effects.append_synced(message);
             pause().await;
             return Ok(());
         };
-        let pool = self.effects_beside.as_ref().expect("a store in PostgreSQL");
+        let pool = self.effects_table.as_ref().expect("the store is in PostgreSQL");
         let mut transaction = pool.begin().await?;
         let insert = sqlx::query("INSERT INTO effects (message) VALUES ($1)").bind(message);
         insert.execute(&mut *transaction).await?;

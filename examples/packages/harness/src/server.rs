@@ -1,4 +1,4 @@
-//! A child process that serves, and its folder.
+//! A server in a child process, and its folder.
 
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
@@ -9,16 +9,17 @@ use std::time::Duration;
 
 use crate::{Ledger, Process};
 
-/// A temporary folder; removed with its value, unless the test fails: then its logs tell why.
+/// A temporary folder. Dropping this value removes the folder, unless the test fails, because the
+/// logs in the folder may then show the reason.
 #[derive(Debug)]
 pub struct Folder(PathBuf);
 
 impl Folder {
-    /// A new one, whose name begins so.
+    /// Creates a folder whose name contains `name`.
     ///
     /// # Panics
     ///
-    /// If it cannot be made.
+    /// Panics if the folder cannot be created.
     pub fn new(name: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -31,16 +32,16 @@ impl Folder {
         &self.0
     }
 
-    /// The path of a file in it.
+    /// Returns the path of a file in the folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
-    /// A ledger in it.
+    /// Opens a ledger in the folder.
     ///
     /// # Panics
     ///
-    /// If it cannot be opened.
+    /// Panics if the ledger cannot be opened.
     pub fn ledger(&self, name: &str) -> Ledger {
         Ledger::open(&self.file(name))
     }
@@ -54,14 +55,14 @@ impl Drop for Folder {
     }
 }
 
-/// Killed with its value, also by a panic.
+/// A server in a child process. Dropping this value kills the process, also while a test panics.
 pub(crate) struct Server {
     name: &'static str,
     process: Process,
 }
 
 impl Server {
-    /// Starts a server; its words go into the folder.
+    /// Starts a server. Its output goes to a log in the folder.
     pub(crate) fn spawn(name: &'static str, command: &mut Command, folder: &Folder) -> Self {
         let log = folder.file("log");
         let log = File::options().create(true).append(true).open(log).unwrap();
@@ -69,10 +70,10 @@ impl Server {
         Self { name, process }
     }
 
-    /// Waits until somebody listens on the port.
-    pub(crate) fn wait_until_up(&mut self, port: u16, patience: Duration) -> Result<(), String> {
+    /// Waits until a process listens on the port.
+    pub(crate) fn wait_until_up(&mut self, port: u16, limit: Duration) -> Result<(), String> {
         let name = self.name;
-        for _ in 0..patience.as_millis() / 20 {
+        for _ in 0..limit.as_millis() / 20 {
             if !self.process.is_up() {
                 return Err(format!("{name} ended by itself"));
             }
@@ -81,7 +82,7 @@ impl Server {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Err(format!("{name} does not listen within {patience:?}"))
+        Err(format!("{name} does not listen within {limit:?}"))
     }
 
     pub(crate) fn kill(&mut self) {

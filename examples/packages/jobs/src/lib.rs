@@ -1,11 +1,13 @@
-//! Background jobs of apalis', kept in Redis, each of which has one effect.
+//! Background jobs that apalis runs and Redis stores. Each job has one effect.
 //!
-//! * The **id** is the order that a job is about: whoever enqueues it again, because the first answer was lost, enqueues the same job,
-//!   and apalis has two tasks.
-//! * The receiver is **within** the worker, in the service that `WorkerBuilder::build` takes. Around it, by `WorkerBuilder::layer`, it
-//!   would keep duplicates from the service whose result apalis records, and they would never count as done.
-//! * A task whose worker misses its heartbeats is given to another, also when that worker only paused: then both run it. The second one
-//!   is told that it is in flight, and comes again.
+//! * The **id** of a job is its order. A producer that got no confirmation enqueues the same order
+//!   again. Then apalis has two tasks with the same id.
+//! * The receiver is **inside** the worker, in the service that `WorkerBuilder::build` takes. As an
+//!   outer layer, added by `WorkerBuilder::layer`, it would stop duplicates before the service
+//!   whose result apalis records. Then apalis would never count them as done.
+//! * If a worker misses its heartbeats, apalis gives its task to another worker. If the first
+//!   worker was only paused, both run the task. The receiver reports to the second worker that the
+//!   task is in flight, and apalis tries it again later.
 
 mod queue;
 mod worker;
@@ -20,13 +22,14 @@ use serde::{Deserialize, Serialize};
 
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// What is to be done.
+/// A job: charges an order.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Charge {
     pub order: String,
 }
 
-/// A worker is given up after 1 s without a heartbeat, and a bit: apalis counts in seconds.
+/// Returns the configuration of the queue. apalis gives a worker up a little more than 1 s after
+/// its last heartbeat, because it counts in seconds.
 fn config() -> Config {
     Config::default()
         .queue("charges")

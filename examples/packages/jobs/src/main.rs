@@ -1,4 +1,6 @@
-//! `cargo run --manifest-path examples/packages/Cargo.toml -p jobs`: a queue of jobs, and workers that pause and that are killed, in four acts.
+//! A queue of jobs, with workers that pause and workers that are killed, in four scenarios.
+//!
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p jobs`
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,16 +11,19 @@ use jobs::{work, Error, Queue, Settings};
 #[tokio::main]
 async fn main() -> Result<ExitCode, Error> {
     let mut arguments = std::env::args();
-    let program = arguments.next().ok_or("a program has a name")?;
+    let program = arguments
+        .next()
+        .ok_or("the first argument, the name of this program, is missing")?;
     if arguments.next().as_deref() == Some("work") {
-        let settings = Settings::from_arguments(arguments).ok_or("the parent says what to do")?;
+        let settings = Settings::from_arguments(arguments)
+            .ok_or("arguments are missing or wrong; only the parent process starts workers")?;
         work(settings).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    acts(&program).await
+    run_scenarios(&program).await
 }
 
-async fn acts(program: &str) -> Result<ExitCode, Error> {
+async fn run_scenarios(program: &str) -> Result<ExitCode, Error> {
     let (redis, folder) = (RedisServer::start(), Folder::new("jobs"));
     let (effects, runs) = (folder.ledger("effects"), folder.ledger("runs"));
     let settings = Settings {
@@ -39,7 +44,7 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     let (paused, other) = (start(), start());
     queue.until_ended().await?;
     println!(
-        "10 jobs, each enqueued twice, and two workers: {} effects",
+        "10 jobs, each enqueued twice, with two workers: {} effects",
         effects.lines().len()
     );
 
@@ -49,7 +54,7 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     }
     queue.until_ended().await?;
     println!(
-        "a job that fails twice and one that always does: {} failures, {} effect, dead: {:?}",
+        "a job that fails twice and a job that always fails: {} failures, {} effect, dead: {:?}",
         runs.count("failed"),
         usize::from(effects.tally().contains_key("flaky-1")),
         queue.dead()?
@@ -65,8 +70,8 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     paused.signal("-CONT");
     queue.until_ended().await?;
     println!(
-        "a worker paused in the midst of a job, another was given it, and the first went on: {} deliveries of the job, {} refused \
-         as in flight, {} reported as done",
+        "a worker paused in the middle of a job, another worker got the job, and the first one resumed: {} deliveries of \
+         the job, {} refused as in flight, {} reported as done",
         count(&runs.lines(), "came slow-1"),
         count(&runs.lines(), "in-flight slow-1"),
         count(&runs.lines(), "duplicate slow-1")
@@ -75,14 +80,16 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
 
     queue.push("slow-2").await?;
     orders.push("slow-2".to_owned());
-    // A worker that is killed before its receiver has claimed the job leaves nothing behind: the next one would just do it.
+    // Wait until the receiver has claimed the job. If the worker were killed earlier, the next
+    // worker would simply do the job.
     until(|| count(&runs.lines(), "began slow-2") == 1).await?;
     let mut killed = other;
     killed.kill();
     let last = start();
     queue.until_ended().await?;
     println!(
-        "a worker was killed in the midst of a job: another was given it, and as nobody knows whether it was done, it is dead: {:?}",
+        "a worker was killed in the middle of a job: another worker got the job, and nobody knows whether it was done, so \
+         it is dead: {:?}",
         queue.dead()?
     );
     drop(last);
@@ -92,11 +99,11 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     let runs_at_once = count(&runs.lines(), "in-flight slow-1");
     let outcome = Outcome::of(orders, &effects.tally(), &dead);
     if !outcome.is_as_promised() || dead != ["poison-1", "slow-2"] || runs_at_once == 0 {
-        eprintln!("that is not what was promised: {outcome:?}");
+        eprintln!("the outcome is not as promised: {outcome:?}");
         return Ok(ExitCode::FAILURE);
     }
     println!(
-        "effects: {} of {} jobs had one each",
+        "effects: {} of {} jobs had one effect each",
         outcome.once,
         outcome.once + outcome.dead
     );
@@ -114,5 +121,5 @@ async fn until(mut is_true: impl FnMut() -> bool) -> Result<(), Error> {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    Err("what was waited for did not come within 20 s".into())
+    Err("the next step of the scenario did not happen within 20 s".into())
 }

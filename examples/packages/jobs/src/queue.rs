@@ -1,4 +1,4 @@
-//! The queue as its producer sees it.
+//! The queue, as its producer uses it.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use harness::RedisServer;
 
 use crate::{config, Charge, Error};
 
-/// The queue as its producer sees it.
+/// The queue, as its producer uses it.
 pub struct Queue<'r> {
     redis: &'r RedisServer,
     storage: RedisStorage<Charge>,
@@ -17,9 +17,11 @@ pub struct Queue<'r> {
 }
 
 impl<'r> Queue<'r> {
+    /// Opens the queue in this Redis.
+    ///
     /// # Errors
     ///
-    /// As apalis has them.
+    /// Fails if apalis cannot connect.
     pub async fn open(redis: &'r RedisServer) -> Result<Self, Error> {
         let connection = apalis_redis::connect(redis.url()).await?;
         Ok(Self {
@@ -29,9 +31,11 @@ impl<'r> Queue<'r> {
         })
     }
 
+    /// Enqueues a job for an order.
+    ///
     /// # Errors
     ///
-    /// As apalis has them.
+    /// Fails if apalis cannot enqueue the job.
     pub async fn push(&mut self, order: &str) -> Result<(), Error> {
         let order = order.to_owned();
         self.storage.push(Charge { order }).await?;
@@ -39,7 +43,7 @@ impl<'r> Queue<'r> {
         Ok(())
     }
 
-    /// How many tasks are at an end, done or dead.
+    /// Returns the number of tasks that have ended, done or dead.
     #[must_use]
     pub fn ended(&self) -> usize {
         let config = config();
@@ -49,11 +53,11 @@ impl<'r> Queue<'r> {
             .sum()
     }
 
-    /// Waits until all are.
+    /// Waits until all tasks have ended.
     ///
     /// # Errors
     ///
-    /// When that takes more than two minutes.
+    /// Fails if this takes more than two minutes.
     pub async fn until_ended(&self) -> Result<(), Error> {
         for _ in 0..600 {
             if self.ended() >= self.pushed {
@@ -61,14 +65,19 @@ impl<'r> Queue<'r> {
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        Err(format!("{} of {} tasks ended", self.ended(), self.pushed).into())
+        Err(format!(
+            "only {} of {} tasks ended within two minutes",
+            self.ended(),
+            self.pushed
+        )
+        .into())
     }
 
-    /// The orders of the dead tasks.
+    /// Returns the orders of the dead tasks.
     ///
     /// # Errors
     ///
-    /// When one cannot be read.
+    /// Fails if a task cannot be read.
     pub fn dead(&self) -> Result<Vec<String>, Error> {
         let config = config();
         let mut orders = Vec::new();

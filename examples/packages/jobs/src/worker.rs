@@ -6,31 +6,31 @@ use std::time::Duration;
 
 use apalis::prelude::{AbortError, RetryAfterError, Task, WorkerBuilder};
 use apalis_redis::RedisStorage;
-use harness::{unless_told, up_to, word, Ledger};
+use harness::{unless_unprotected, up_to, word, Ledger};
 use tower::{service_fn, ServiceBuilder, ServiceExt};
 use tower_idempotency::receiver::{Disposition, ReceiverLayer};
 use tower_idempotency::RedisStore;
 
 use crate::{config, Charge, Error};
 
-/// After so many failures a job is dead.
+/// The number of attempts after which a job is dead.
 const ATTEMPTS: usize = 3;
 
-/// What a worker is told.
+/// The settings of a worker.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The URL of the Redis with the jobs and the records.
     pub redis: String,
-    /// Where the effects are counted.
+    /// The path of the ledger of effects.
     pub effects: PathBuf,
-    /// Where each delivery of a job is noted, with its result, and each run of the charge that it began.
+    /// The path of the ledger with each delivery of a job, its result, and each run of the handler.
     pub runs: PathBuf,
-    /// How long a record outlives the worker that claimed it, if that dies.
+    /// The lease: how long a job stays in flight after its worker died.
     pub lease: Duration,
 }
 
 impl Settings {
-    /// The same process as this one, told to work.
+    /// Returns a command that runs this program as a worker.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
@@ -41,7 +41,7 @@ impl Settings {
         command
     }
 
-    /// What [`command`](Self::command) tells, after the first word.
+    /// Parses the arguments that [`command`](Self::command) passes, without the first one.
     pub fn from_arguments(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
         let mut next = || arguments.next();
         Some(Self {
@@ -53,11 +53,12 @@ impl Settings {
     }
 }
 
-/// Works for ever. A worker that was given up by the others while it paused is ended by apalis; another one takes its place.
+/// Runs workers until the process is killed. If a worker pauses for too long, the other workers
+/// give it up and apalis ends it. Then this function starts a new one.
 ///
 /// # Errors
 ///
-/// When the servers are not there.
+/// Fails if the servers cannot be reached.
 pub async fn work(settings: Settings) -> Result<(), Error> {
     let store = RedisStore::connect(&settings.redis).await?;
     let connection = apalis_redis::connect(settings.redis.as_str()).await?;
@@ -65,7 +66,7 @@ pub async fn work(settings: Settings) -> Result<(), Error> {
     let layer = ReceiverLayer::new(store, "charges")
         .with_id(|task: &Task<Charge>| task.args.order.clone())
         .with_lease(settings.lease);
-    let receiver = ServiceBuilder::new().layer(unless_told(layer)).service({
+    let receiver = ServiceBuilder::new().layer(unless_unprotected(layer)).service({
         let runs = runs.clone();
         service_fn(move |task| charge(effects.clone(), runs.clone(), task))
     });
@@ -76,9 +77,9 @@ pub async fn work(settings: Settings) -> Result<(), Error> {
             let (receiver, runs) = (receiver.clone(), runs.clone());
             async move {
                 let (order, attempt) = (task.args.order.clone(), task.attempt());
-                runs.note(format_args!("came {order} {attempt}"));
+                runs.append(format_args!("came {order} {attempt}"));
                 let received = receiver.oneshot(task).await;
-                runs.note(format_args!("{} {order} {attempt}", word(&received)));
+                runs.append(format_args!("{} {order} {attempt}", word(&received)));
                 verdict(Disposition::of(&received), attempt)
             }
         });
@@ -86,27 +87,28 @@ pub async fn work(settings: Settings) -> Result<(), Error> {
             .backend(RedisStorage::new(connection.clone()).with_config(config()))
             .build(ServiceBuilder::new().concurrency_limit(5).service(once));
         let error = worker.run().await;
-        ended.note(format_args!("worker-ended {error:?}"));
+        ended.append(format_args!("worker-ended {error:?}"));
     }
     Ok(())
 }
 
-/// What apalis is told. It tries again after so many seconds as there were attempts, whatever time is asked for.
+/// Translates a disposition into a result for apalis. apalis ignores the requested pause, and waits
+/// one second for each attempt so far.
 fn verdict(disposition: Disposition, attempt: usize) -> Result<(), Error> {
     match disposition {
         Disposition::Acknowledge => Ok(()),
-        Disposition::Redeliver(Some(after)) => Err(RetryAfterError::new("it is in flight", after).into()),
-        Disposition::Redeliver(None) if attempt < ATTEMPTS => Err("it failed".into()),
-        Disposition::Redeliver(None) => Err(AbortError::new("it failed too often").into()),
-        Disposition::Reject => Err(AbortError::new("nobody knows whether it was done").into()),
+        Disposition::Redeliver(Some(after)) => Err(RetryAfterError::new("the job is in flight", after).into()),
+        Disposition::Redeliver(None) if attempt < ATTEMPTS => Err("the job failed".into()),
+        Disposition::Redeliver(None) => Err(AbortError::new("the job failed too often").into()),
+        Disposition::Reject => Err(AbortError::new("nobody knows whether the job was done").into()),
     }
 }
 
-/// Takes up to 10 ms, has its effect, and takes a little longer. What is `flaky` fails at first, a `poison` always; what is `slow` takes
-/// 2 s.
+/// The handler: waits up to 10 ms, has its effect, and waits up to 5 ms. An order `flaky` fails
+/// until its last attempt, an order `poison` always fails, and an order `slow` takes 2 s longer.
 async fn charge(effects: Ledger, runs: Ledger, task: Task<Charge>) -> Result<(), Error> {
     let order = &task.args.order;
-    runs.note(format_args!("began {order}"));
+    runs.append(format_args!("began {order}"));
     if order.starts_with("poison") || (order.starts_with("flaky") && task.attempt() < ATTEMPTS) {
         return Err(format!("{order} cannot be charged").into());
     }
@@ -114,7 +116,7 @@ async fn charge(effects: Ledger, runs: Ledger, task: Task<Charge>) -> Result<(),
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
     tokio::time::sleep(up_to(10)).await;
-    effects.note(order);
+    effects.append(order);
     tokio::time::sleep(up_to(5)).await;
     Ok(())
 }

@@ -1,11 +1,12 @@
-//! Workers that are killed and paused at random, and jobs that are enqueued up to three times: at most one effect each, and none is
-//! lost. `MESSAGES` says how many jobs, `KILLS` how many kills.
+//! Each job has at most one effect and none is lost, although the test kills and pauses workers at
+//! random, and enqueues each job up to three times. `MESSAGES` sets the number of jobs, `KILLS` the
+//! number of kills.
 
 use std::process::Command;
 use std::time::Duration;
 
 use harness::{
-    assert_fails_unprotected, assert_says, number_from, Fleet, Folder, Ledger, Outcome, Process, RedisServer,
+    assert_fails_unprotected, assert_prints, number_from, Fleet, Folder, Ledger, Outcome, Process, RedisServer,
 };
 use jobs::{Queue, Settings};
 
@@ -38,8 +39,9 @@ impl World {
         }
     }
 
-    /// Ends one of three workers, again and again, each time after some effects more, and starts another in its place. Every third is
-    /// paused for longer than its heartbeat and its leases last, and goes on; all work when this returns.
+    /// Kills one of three workers again and again, each time after some further effects, and starts
+    /// a new one in its place. Pauses every third victim instead, for longer than its heartbeat and
+    /// its leases, and resumes it at the end. When this returns, all workers run.
     async fn kill(&self, start: impl Fn() -> Command, kills: usize, effects_between: usize) -> impl Sized {
         let (mut workers, mut paused) = (Fleet::start(3, start), Vec::new());
         for kill in 0..kills {
@@ -74,7 +76,7 @@ async fn killed_and_paused_workers_repeat_no_effect_and_lose_no_job() {
     });
     let names: Vec<String> = names.collect();
     let mut queue = Queue::open(&world.redis).await.unwrap();
-    // Once, twice or three times.
+    // Enqueue each job once, twice or three times.
     let mut pushed = 0;
     for copy in 0..3 {
         for name in names.iter().skip(copy).step_by(copy + 1) {
@@ -98,25 +100,28 @@ async fn killed_and_paused_workers_repeat_no_effect_and_lose_no_job() {
         "failed",
         "worker-ended",
     ];
-    let told: Vec<String> = words.map(|word| format!("{} {word}", count(word))).into();
+    let counted: Vec<String> = words.map(|word| format!("{} {word}", count(word))).into();
     println!(
-        "{messages} jobs, {pushed} times enqueued, {kills} killed or paused: {}",
-        told.join(", ")
+        "{messages} jobs, enqueued {pushed} times, {kills} workers killed or paused: {}",
+        counted.join(", ")
     );
-    println!("one effect: {}; none, and dead: {}", outcome.once, outcome.dead);
+    println!(
+        "jobs with one effect: {}; dead jobs without an effect: {}",
+        outcome.once, outcome.dead
+    );
     assert!(outcome.is_as_promised(), "{outcome:?}");
 
     assert!(
         dead.iter().any(|name| name.starts_with("poison")),
-        "what cannot be done is dead"
+        "no job that always fails is dead"
     );
     assert!(
         outcome.dead <= messages / 50 + kills * 5,
-        "more are dead than were killed: {outcome:?}"
+        "more jobs are dead than the kills explain: {outcome:?}"
     );
     assert!(
         kills > 0 && count("came") > pushed,
-        "nothing ran again, so nothing was tested"
+        "no job was delivered again, so nothing was tested"
     );
     assert!(count("duplicate") > 0, "no duplicate came, so nothing was tested");
     assert!(count("unknown") > 0, "no job was killed, so nothing was tested");
@@ -138,17 +143,20 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
     let _workers = world.kill(start, 4, 20).await;
     queue.until_ended().await.unwrap();
     let outcome = Outcome::of(names, &world.effects.tally(), &[]);
-    assert!(!outcome.repeated.is_empty(), "each was enqueued once: {outcome:?}");
+    assert!(
+        !outcome.repeated.is_empty(),
+        "the kills repeated no effect: {outcome:?}"
+    );
 }
 
 #[test]
 fn the_example_does_what_it_says() {
     let lines = [
-        "10 jobs, each enqueued twice, and two workers: 10 effects",
+        "10 jobs, each enqueued twice, with two workers: 10 effects",
         "5 failures, 1 effect, dead: [\"poison-1\"]",
-        "effects: 12 of 14 jobs had one each",
+        "effects: 12 of 14 jobs had one effect each",
     ];
-    assert_says(PROGRAM, &lines);
+    assert_prints(PROGRAM, &lines);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Brokers within this process, which other processes reach: librdkafka's own mock cluster.
+//! The mock cluster of librdkafka: brokers in this process, which other processes can reach.
 
 use std::fmt;
 
@@ -10,25 +10,29 @@ use rdkafka::ClientConfig;
 
 use crate::{DEAD, ORDERS, PARTITIONS, RETRY};
 
-/// Two brokers with the three topics. They end with this value.
+/// Two brokers with the three topics. Dropping this value ends the brokers.
 pub struct Brokers {
     host: BaseProducer,
 }
 
 impl Brokers {
+    /// Starts the brokers and creates the topics.
+    ///
     /// # Errors
     ///
-    /// As `librdkafka` has them.
+    /// Fails if `librdkafka` reports an error.
     pub fn start() -> KafkaResult<Self> {
         let host: BaseProducer = ClientConfig::new().set("test.mock.num.brokers", "2").create()?;
         let brokers = Self { host };
         for topic in [ORDERS, RETRY, DEAD] {
             brokers.cluster().create_topic(topic, PARTITIONS, 1)?;
         }
-        // By default they let the first member of a group wait for others for 3 s, and throw it out meanwhile when its session is
-        // shorter; which it is here, so that members that were killed are soon missed.
+        // By default, the first member of a group waits 3 s for others. The brokers remove it from
+        // the group meanwhile if its session timeout is shorter. The session timeout is short here,
+        // so that the group soon notices killed members. So shorten the wait.
         //
-        // SAFETY: the client lives, and so does its cluster, which it has by its configuration.
+        // SAFETY: the client is alive. Its configuration created the cluster, which lives as long
+        // as the client.
         unsafe {
             let cluster = rd_kafka_handle_mock_cluster(brokers.host.client().native_ptr());
             rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, 100);
@@ -36,7 +40,7 @@ impl Brokers {
         Ok(brokers)
     }
 
-    /// Where they listen.
+    /// Returns the addresses of the brokers.
     #[must_use]
     pub fn servers(&self) -> String {
         self.cluster().bootstrap_servers()
@@ -46,7 +50,7 @@ impl Brokers {
         self.host
             .client()
             .mock_cluster()
-            .expect("the client was told to have one")
+            .expect("the client's configuration creates a mock cluster")
     }
 }
 

@@ -1,4 +1,4 @@
-//! A process of consumers: one for the orders, and one for those that are tried again.
+//! A process with two consumers: one for new orders, and one for orders to retry.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use harness::{unless_told, up_to, word, Ledger};
+use harness::{unless_unprotected, up_to, word, Ledger};
 use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::{FutureProducer, FutureRecord};
@@ -20,32 +20,32 @@ use crate::{producer, Delivery, Place, DEAD, ORDERS, RETRY};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// How many messages of a consumer are handled at a time.
-const AT_ONCE: usize = 8;
+/// The number of messages that a consumer handles at the same time.
+const CONCURRENCY: usize = 8;
 
-/// After so many failures a message is dead.
+/// The number of failures after which a message is a dead letter.
 const FAILURES: u32 = 3;
 
-/// What a process of consumers is told.
+/// The settings of a process with consumers.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub servers: String,
-    /// The group; also the name under which the receiver keeps its records.
+    /// The name of the group, which is also the name of the receiver.
     pub group: String,
     /// The URL of the Redis with the records.
     pub store: String,
-    /// Where the effects are counted.
+    /// The path of the ledger of effects.
     pub effects: PathBuf,
-    /// Where each delivery is noted, and what came of it.
+    /// The path of the ledger of deliveries and their results.
     pub deliveries: PathBuf,
-    /// How often offsets are committed.
+    /// The interval between commits of offsets.
     pub commit_every: Duration,
-    /// How long a record outlives the consumer that claimed it, if that dies.
+    /// The lease: how long a message stays in flight after its consumer died.
     pub lease: Duration,
 }
 
 impl Settings {
-    /// The same process as this one, told to consume.
+    /// Returns a command that runs this program as a consumer.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
@@ -57,7 +57,7 @@ impl Settings {
         command
     }
 
-    /// What [`command`](Self::command) tells, after the first word.
+    /// Parses the arguments that [`command`](Self::command) passes, without the first one.
     pub fn from_arguments(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
         let mut next = || arguments.next();
         Some(Self {
@@ -77,7 +77,8 @@ impl Settings {
             .set("bootstrap.servers", &self.servers)
             .set("group.id", format!("{}.{topic}", self.group))
             .set("auto.offset.reset", "earliest")
-            // What is stored is committed; and only what is settled is stored.
+            // The client commits the offsets that were stored. The consumer stores an offset only
+            // after it has settled the message.
             .set("enable.auto.offset.store", "false")
             .set("enable.auto.commit", "true")
             .set("auto.commit.interval.ms", self.commit_every.as_millis().to_string())
@@ -87,11 +88,11 @@ impl Settings {
     }
 }
 
-/// Consumes until something breaks.
+/// Consumes until an error occurs.
 ///
 /// # Errors
 ///
-/// As `librdkafka` and the store have them.
+/// Fails if `librdkafka` or the store reports an error.
 pub async fn consume(settings: Settings) -> Result<(), Error> {
     let store = RedisStore::connect(&settings.store).await?;
     let handler = Handler {
@@ -101,7 +102,7 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
         .with_id(Delivery::message_id)
         .with_lease(settings.lease);
     let worker = Worker {
-        receiver: unless_told(layer).layer(handler),
+        receiver: unless_unprotected(layer).layer(handler),
         producer: producer(&settings.servers)?,
         deliveries: Ledger::open(&settings.deliveries),
     };
@@ -120,15 +121,17 @@ impl Worker {
     async fn run(&self, settings: &Settings, topic: &str) -> Result<(), Error> {
         let consumer: StreamConsumer = settings.client(topic).create()?;
         consumer.subscribe(&[topic])?;
-        // In the order of their offsets: what is stored is settled, and so is all before it.
+        // `buffered` keeps the order of the offsets. So when the consumer stores an offset, all
+        // earlier messages are settled, too.
         let mut settled = consumer
             .stream()
             .map(|message| self.settle(message.map(|message| message.detach().into())))
-            .buffered(AT_ONCE);
+            .buffered(CONCURRENCY);
         while let Some(delivery) = settled.next().await {
             let Place { partition, offset, .. } = delivery?.place;
             match consumer.store_offset(topic, partition, offset) {
-                // The partition is somebody else's by now, who is sent the message again.
+                // The group has moved the partition to another consumer, which gets the message
+                // again.
                 Err(KafkaError::StoreOffset(RDKafkaErrorCode::State)) => {}
                 stored => stored?,
             }
@@ -136,21 +139,21 @@ impl Worker {
         Ok(())
     }
 
-    /// Sees to it that the message needs not come again.
+    /// Handles a message. When this returns, the message is handled, or it is in another topic.
     async fn settle(&self, delivery: KafkaResult<Delivery>) -> Result<Delivery, Error> {
         let delivery = delivery?;
-        self.deliveries.note(format_args!("came {}", delivery.place));
+        self.deliveries.append(format_args!("came {}", delivery.place));
         tokio::time::sleep(delivery.wait).await;
         let received = loop {
             let received = self.receiver.clone().oneshot(delivery.clone()).await;
             match received {
-                // It would be the same with every message: the partition waits.
+                // Every other message would fail in the same way, so let the partition wait.
                 Err(ReceiveError::Store(_)) => tokio::time::sleep(Duration::from_secs(1)).await,
                 received => break received,
             }
         };
         let word = word(&received);
-        self.deliveries.note(format_args!("{word} {}", delivery.name));
+        self.deliveries.append(format_args!("{word} {}", delivery.name));
         let failures = delivery.failures;
         match Disposition::of(&received) {
             Disposition::Acknowledge => {}
@@ -167,7 +170,8 @@ impl Worker {
         Ok(delivery)
     }
 
-    /// Returns when the brokers have it. If this process dies before the offset is committed, it is moved again: a copy more.
+    /// Copies a message to another topic, and returns when the brokers have stored it. If this
+    /// process dies before the commit of the offset, the next consumer makes another copy.
     async fn move_to(
         &self,
         topic: &str,
@@ -185,7 +189,8 @@ impl Worker {
     }
 }
 
-/// Takes up to 10 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 3 s.
+/// The handler: waits up to 10 ms, has its effect, and waits up to 5 ms. A message `poison` always
+/// fails, and a message `slow` takes 3 s longer.
 #[derive(Clone)]
 struct Handler {
     effects: Ledger,
@@ -210,7 +215,7 @@ impl Service<Delivery> for Handler {
                 tokio::time::sleep(Duration::from_secs(3)).await;
             }
             tokio::time::sleep(up_to(10)).await;
-            effects.note(&delivery.name);
+            effects.append(&delivery.name);
             tokio::time::sleep(up_to(5)).await;
             Ok(())
         }

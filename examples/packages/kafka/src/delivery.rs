@@ -1,4 +1,4 @@
-//! A message as it came.
+//! A message, as the brokers delivered it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,8 @@ use tower_idempotency::receiver::{ids, MessageId};
 
 use crate::MESSAGE_ID;
 
-/// Where a message without an id was first found; kept when it is moved to another topic.
+/// The header with the place where a message was first delivered. Copies in other topics have the
+/// same value.
 const ORIGIN: &str = "origin";
 const FAILURES: &str = "failures";
 const WAIT: &str = "wait-ms";
@@ -46,16 +47,16 @@ impl fmt::Display for Place {
     }
 }
 
-/// A message as it came.
+/// A message, as the brokers delivered it.
 #[derive(Clone, Debug)]
 pub struct Delivery {
     pub place: Place,
     pub name: String,
     id: Option<Vec<u8>>,
     origin: Place,
-    /// How often its handler has failed.
+    /// The number of failures of the handler so far.
     pub failures: u32,
-    /// How long it is to be left alone.
+    /// The time to wait before the next attempt.
     pub wait: Duration,
 }
 
@@ -80,7 +81,8 @@ impl From<OwnedMessage> for Delivery {
 }
 
 impl Delivery {
-    /// What its producer called it; else where it was first found.
+    /// Returns the id that the producer chose. Without one, it returns the place where the message
+    /// was first delivered.
     #[must_use]
     pub fn message_id(&self) -> MessageId {
         match &self.id {
@@ -89,7 +91,7 @@ impl Delivery {
         }
     }
 
-    /// The headers under which it goes to another topic.
+    /// Returns the headers for a copy in another topic.
     pub(crate) fn headers(&self, failures: u32, wait: Duration, reason: &str) -> OwnedHeaders {
         let headers = OwnedHeaders::new();
         let headers = match &self.id {

@@ -1,11 +1,14 @@
-//! A consumer in a group of Kafka's that handles each message once.
+//! A consumer in a Kafka group that handles each message once.
 //!
-//! * The **id** is what the producer put into the header `message-id`. Where it put none, it is the place where the message was first
-//!   found, topic, partition and offset: that tells redeliveries apart from news, and not what a producer sends twice.
-//! * An **offset** is stored when it is settled what becomes of its message and of all before it in the partition, and committed a little
-//!   later. A consumer that dies before is sent those messages again: they are duplicates.
-//! * What **fails**, or is in flight elsewhere, goes to a topic of its own and is tried again later; what cannot succeed goes to another
-//!   one for dead letters. Neither blocks its partition.
+//! * The **id** of a message is in the header `message-id`, which the producer sets. Without this
+//!   header, the id is the place where the message was first delivered: topic, partition and
+//!   offset. Such an id detects redeliveries, but not a message that its producer sends twice.
+//! * The consumer stores an **offset** when it has settled the message and all earlier messages of
+//!   the partition. The client commits the offset a little later. If the consumer dies before, the
+//!   brokers deliver these messages again, and the receiver finds that they are duplicates.
+//! * The consumer copies a message that **fails**, or that is in flight elsewhere, to a topic for
+//!   retries. It copies a message that cannot succeed to a topic for dead letters. So neither
+//!   blocks the partition.
 
 mod brokers;
 mod consumer;
@@ -34,18 +37,20 @@ pub(crate) const PARTITIONS: i32 = 4;
 /// The header with the id that the producer chose.
 pub const MESSAGE_ID: &str = "message-id";
 
+/// Creates a producer for these brokers.
+///
 /// # Errors
 ///
-/// As `librdkafka` has them.
+/// Fails if `librdkafka` reports an error.
 pub fn producer(servers: &str) -> KafkaResult<FutureProducer> {
     ClientConfig::new()
         .set("bootstrap.servers", servers)
-        // A partition at random for each message, not for each batch.
+        // Choose a random partition for each message, not for each batch.
         .set("sticky.partitioning.linger.ms", "0")
         .create()
 }
 
-/// An order, and the id that its producer gives it.
+/// An order, with the id that the producer chose.
 #[derive(Clone, Debug)]
 pub struct Order {
     pub id: Option<String>,
@@ -70,11 +75,11 @@ impl Order {
     }
 }
 
-/// Sends them, and waits until the brokers have them.
+/// Sends orders, and waits until the brokers have stored them.
 ///
 /// # Errors
 ///
-/// As `librdkafka` has them.
+/// Fails if `librdkafka` reports an error.
 pub async fn send(producer: &FutureProducer, orders: &[Order]) -> KafkaResult<()> {
     let sends = orders.iter().map(|order| async {
         let headers = OwnedHeaders::new().insert(Header {
@@ -88,7 +93,8 @@ pub async fn send(producer: &FutureProducer, orders: &[Order]) -> KafkaResult<()
             }),
             None => headers,
         };
-        // No key: copies of one message may lie in two partitions, and so be handled by two consumers at once.
+        // The record has no key, so that two copies of a message may be in two partitions. Then two
+        // consumers may get them at the same time.
         let record = FutureRecord::<(), _>::to(ORDERS).payload(&order.name).headers(headers);
         producer.send(record, Duration::from_secs(10)).await
     });

@@ -1,4 +1,7 @@
-//! `cargo run --manifest-path examples/packages/Cargo.toml -p kafka`: brokers, a store, and consumers that are killed and joined, in four acts.
+//! Brokers, a store and consumers: one consumer is killed, one replaces it, and one joins the
+//! group.
+//!
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p kafka`
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,16 +14,19 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 #[tokio::main]
 async fn main() -> Result<ExitCode, Error> {
     let mut arguments = std::env::args();
-    let program = arguments.next().ok_or("a program has a name")?;
+    let program = arguments
+        .next()
+        .ok_or("the first argument, the name of this program, is missing")?;
     if arguments.next().as_deref() == Some("consume") {
-        let settings = Settings::from_arguments(arguments).ok_or("the parent says what to consume")?;
+        let settings = Settings::from_arguments(arguments)
+            .ok_or("arguments are missing or wrong; only the parent process starts consumers")?;
         consume(settings).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    acts(&program).await
+    run_scenarios(&program).await
 }
 
-async fn acts(program: &str) -> Result<ExitCode, Error> {
+async fn run_scenarios(program: &str) -> Result<ExitCode, Error> {
     let (brokers, redis, folder) = (Brokers::start()?, RedisServer::start(), Folder::new("kafka"));
     let (effects, deliveries) = (folder.ledger("effects"), folder.ledger("deliveries"));
     let settings = Settings {
@@ -40,7 +46,7 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     sent.push(Order::without_id("order-21"));
     send(&producer, &sent).await?;
     send(&producer, &sent[..10]).await?;
-    println!("sent: 22 messages, of which one cannot be handled and one has no id; 10 of them twice");
+    println!("sent 22 messages, 10 of them twice; one message cannot be handled, and one has no id");
 
     let never = Settings {
         commit_every: Duration::from_secs(600),
@@ -60,7 +66,7 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     let mut second = Process::start(&mut settings.command(program));
     overview.until_done().await?;
     println!(
-        "the next one began where that one had: {} deliveries more, {} of them duplicates: {}",
+        "the next consumer began at the same offsets: {} further deliveries, {} of them duplicates: {}",
         deliveries.count("came") - came,
         deliveries.count("duplicate") - before,
         in_words(&overview.offsets(ORDERS)?)
@@ -73,8 +79,8 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     let third = Process::start(&mut settings.command(program));
     overview.until_done().await?;
     println!(
-        "a second consumer joined while 8 slow messages were at the first; of those that it was sent, too, it was told {} times that \
-         they are in flight",
+        "another consumer joined while the first one handled 8 slow messages; the brokers delivered some of them again, and \
+         the receiver reported {} times that a message is in flight",
         deliveries.count("in-flight")
     );
     let both_run = second.is_up();
@@ -85,7 +91,7 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
     dead.dedup();
     let outcome = Outcome::of(names, &effects.tally(), &dead);
     println!(
-        "effects: {} messages had one each; dead letters: {dead:?}",
+        "effects: {} messages had one effect each; dead letters: {dead:?}",
         outcome.once
     );
     let as_promised = both_run
@@ -93,7 +99,7 @@ async fn acts(program: &str) -> Result<ExitCode, Error> {
         && outcome.is_as_promised()
         && (outcome.once, outcome.dead) == (29, 1);
     if !as_promised {
-        eprintln!("that is not what was promised: {outcome:?}");
+        eprintln!("the outcome is not as promised: {outcome:?}");
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
@@ -111,5 +117,5 @@ async fn until(mut is_true: impl FnMut() -> bool) {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("what was waited for did not come within 30 s");
+    panic!("the next step of the scenario did not happen within 30 s");
 }

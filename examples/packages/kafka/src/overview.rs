@@ -1,4 +1,4 @@
-//! What lies in the topics, and how far the group has come.
+//! An overview of the messages in the topics and of the offsets of the group.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 
 use crate::{Settings, DEAD, ORDERS, PARTITIONS, RETRY};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Looks at the topics and at the offsets of a group, without being in it.
+/// Reads the topics and the offsets of a group, without being a member of the group.
 #[derive(Debug)]
 pub struct Overview<'s> {
     settings: &'s Settings,
@@ -22,19 +22,20 @@ impl<'s> Overview<'s> {
         Self { settings }
     }
 
-    /// The offset that the group has committed in each partition of a topic, and the end of that partition.
+    /// Returns, for each partition of a topic, the offset that the group has committed and the end
+    /// of the partition.
     ///
     /// # Errors
     ///
-    /// As `librdkafka` has them.
+    /// Fails if `librdkafka` reports an error.
     pub fn offsets(&self, topic: &str) -> KafkaResult<Vec<(i64, i64)>> {
         let consumer: BaseConsumer = self.settings.client(topic).create()?;
-        let mut asked = TopicPartitionList::new();
-        asked.add_partition_range(topic, 0, PARTITIONS - 1);
-        let committed = consumer.committed_offsets(asked, PATIENCE)?;
+        let mut partitions = TopicPartitionList::new();
+        partitions.add_partition_range(topic, 0, PARTITIONS - 1);
+        let committed = consumer.committed_offsets(partitions, TIMEOUT)?;
         let mut offsets = Vec::new();
         for element in committed.elements() {
-            let (_, end) = consumer.fetch_watermarks(topic, element.partition(), PATIENCE)?;
+            let (_, end) = consumer.fetch_watermarks(topic, element.partition(), TIMEOUT)?;
             let at = match element.offset() {
                 Offset::Offset(at) => at,
                 _ => 0,
@@ -44,12 +45,13 @@ impl<'s> Overview<'s> {
         Ok(offsets)
     }
 
-    /// Whether all that was sent is settled, and that is committed. What moves on to be tried again does so before its offset is stored:
-    /// the orders are looked at first.
+    /// Whether the group has settled all messages and committed their offsets. It reads the topic
+    /// of the orders first, because a consumer copies a message to the topic for retries before it
+    /// stores the offset.
     ///
     /// # Errors
     ///
-    /// As `librdkafka` has them.
+    /// Fails if `librdkafka` reports an error.
     pub fn is_done(&self) -> KafkaResult<bool> {
         for topic in [ORDERS, RETRY] {
             if self.offsets(topic)?.iter().any(|(at, end)| at < end) {
@@ -59,15 +61,15 @@ impl<'s> Overview<'s> {
         Ok(true)
     }
 
-    /// Waits for that.
+    /// Waits until [`is_done`](Self::is_done) returns true.
     ///
     /// # Errors
     ///
-    /// As `librdkafka` has them.
+    /// Fails if `librdkafka` reports an error.
     ///
     /// # Panics
     ///
-    /// If it does not come within two minutes.
+    /// Panics if this takes more than two minutes.
     pub async fn until_done(&self) -> KafkaResult<()> {
         for _ in 0..600 {
             if self.is_done()? {
@@ -76,30 +78,32 @@ impl<'s> Overview<'s> {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         panic!(
-            "the group does not come to an end: {:?} {:?}",
+            "the group did not settle all messages within two minutes: {:?} {:?}",
             self.offsets(ORDERS),
             self.offsets(RETRY)
         );
     }
 
-    /// The names of the dead letters.
+    /// Returns the names of the dead letters.
     ///
     /// # Errors
     ///
-    /// As `librdkafka` has them.
+    /// Fails if `librdkafka` reports an error.
     pub fn dead(&self) -> KafkaResult<Vec<String>> {
         let mut left = 0;
         let mut all = TopicPartitionList::new();
         let consumer: BaseConsumer = self.settings.client(DEAD).create()?;
         for partition in 0..PARTITIONS {
-            let (_, end) = consumer.fetch_watermarks(DEAD, partition, PATIENCE)?;
+            let (_, end) = consumer.fetch_watermarks(DEAD, partition, TIMEOUT)?;
             left += end;
             all.add_partition_offset(DEAD, partition, Offset::Beginning)?;
         }
         consumer.assign(&all)?;
         let mut names = Vec::new();
         while left > 0 {
-            let message = consumer.poll(PATIENCE).expect("what is there comes")?;
+            let message = consumer
+                .poll(TIMEOUT)
+                .expect("the message arrives within the timeout")?;
             names.push(String::from_utf8_lossy(message.payload().unwrap_or_default()).into_owned());
             left -= 1;
         }

@@ -1,10 +1,11 @@
-//! Consumers of one group that are killed at random, and messages that are sent up to three times: at most one effect each, and none
-//! is lost. `MESSAGES` says how many messages, `KILLS` how many kills.
+//! Each message has at most one effect and none is lost, although the test kills consumers of the
+//! group at random, and sends each message up to three times. `MESSAGES` sets the number of
+//! messages, `KILLS` the number of kills.
 
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{assert_fails_unprotected, assert_says, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
+use harness::{assert_fails_unprotected, assert_prints, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
 use kafka::{producer, send, Brokers, Order, Overview, Settings};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_kafka");
@@ -45,8 +46,8 @@ impl World {
         }
     }
 
-    /// Kills one of two consumers, again and again, each time after some effects more, and starts another in its place; then waits for
-    /// the end.
+    /// Kills one of two consumers again and again, each time after some further effects, and starts
+    /// a new one in its place. Then waits until all messages are settled.
     async fn kill(&self, start: impl Fn() -> Command, kills: usize, effects_between: usize) {
         let mut consumers = Fleet::start(2, start);
         consumers.kill_one_by_one(kills, &self.effects, effects_between).await;
@@ -54,7 +55,7 @@ impl World {
         consumers.check();
     }
 
-    /// How many places in a topic were delivered more than once.
+    /// Returns the number of places in a topic that were delivered more than once.
     fn redelivered(&self) -> usize {
         let tally = self.deliveries.tally();
         tally
@@ -74,7 +75,7 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     });
     let orders: Vec<Order> = names.map(Order::new).collect();
     let producer = producer(&world.settings.servers).unwrap();
-    // Once, twice or three times.
+    // Send each message once, twice or three times.
     for copy in 0..3 {
         let copies: Vec<Order> = orders.iter().skip(copy).step_by(copy + 1).cloned().collect();
         send(&producer, &copies).await.unwrap();
@@ -88,7 +89,7 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let (words, redelivered) = (world.deliveries.counts(), world.redelivered());
     println!("{messages} messages, {kills} kills, {redelivered} places redelivered: {words:?}");
     println!(
-        "one effect: {}; none, and a dead letter: {}",
+        "messages with one effect: {}; dead letters without an effect: {}",
         outcome.once, outcome.dead
     );
     assert!(outcome.is_as_promised(), "{outcome:?}");
@@ -96,11 +97,11 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let poisons = dead.iter().filter(|name| name.starts_with("poison")).count();
     assert!(
         poisons >= messages / 100,
-        "what cannot be handled is among the dead letters"
+        "not every message that always fails is a dead letter"
     );
     assert!(
         outcome.dead <= messages / 100 + kills * 16,
-        "more dead letters than were killed: {outcome:?}"
+        "more dead letters than the kills explain: {outcome:?}"
     );
     assert!(
         kills > 0 && redelivered > 0,
@@ -120,13 +121,16 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
     let start = || harness::unprotected(world.settings.command(PROGRAM));
     world.kill(start, 2, 150).await;
     let outcome = Outcome::of(orders.into_iter().map(|order| order.name), &world.effects.tally(), &[]);
-    assert!(!outcome.repeated.is_empty(), "each was sent once: {outcome:?}");
+    assert!(
+        !outcome.repeated.is_empty(),
+        "the kills repeated no effect: {outcome:?}"
+    );
 }
 
 #[test]
 fn the_example_does_what_it_says() {
-    let last = "effects: 29 messages had one each; dead letters: [\"poison-1\"]";
-    assert_says(PROGRAM, &[last]);
+    let last = "effects: 29 messages had one effect each; dead letters: [\"poison-1\"]";
+    assert_prints(PROGRAM, &[last]);
 }
 
 #[test]

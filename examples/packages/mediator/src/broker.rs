@@ -1,4 +1,4 @@
-//! JetStream: what is set up there, and what is told to it about a message.
+//! JetStream: its streams and consumer, and the dispositions of messages.
 
 use std::future::Future;
 use std::pin::pin;
@@ -20,27 +20,30 @@ use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError};
 
 use crate::{Error, Event};
 
-/// Where events come in.
+/// The stream of events.
 const EVENTS: &str = "EVENTS";
-/// Where those go that another delivery does not help.
+/// The stream of dead letters: events for which another delivery is useless.
 const DEAD: &str = "DEAD";
-/// Where JetStream tells which messages it has given up.
+/// The stream in which JetStream reports the messages that it has given up.
 const GIVEN_UP: &str = "GIVEN_UP";
 /// The durable consumer that all processes share.
 const GROUP: &str = "mediator";
 
-/// How messages are delivered.
+/// The settings for deliveries.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// How long JetStream waits for a word about a message before it delivers it again.
+    /// How long JetStream waits for a reply to a message before it delivers the message again.
     pub ack_wait: Duration,
-    /// Whether such a word is sent while a handler is at work; else a slow one is delivered again meanwhile.
+    /// Whether the consumer reports progress while a handler runs. Otherwise JetStream delivers a
+    /// slow message again in the meantime.
     pub reports_progress: bool,
-    /// After how many deliveries a message is given up. Those count in which another process was found at work.
+    /// The number of deliveries after which JetStream gives a message up. Deliveries that find the
+    /// message in flight in another process count, too.
     pub max_deliver: i64,
-    /// The pause before a failed message comes again; doubled each time, up to a thousandfold.
+    /// The pause before a failed message is delivered again. It doubles with each delivery, up to
+    /// about a thousand times.
     pub pause: Duration,
-    /// How many messages are handled at once, by a process.
+    /// The number of messages that a process handles at the same time.
     pub concurrency: usize,
 }
 
@@ -64,18 +67,18 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Connects, and makes the streams and the consumer where they are missing.
+    /// Connects, and creates the streams and the consumer if they do not exist.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached, or refuses.
+    /// Fails if the server cannot be reached, or refuses.
     pub async fn connect(url: &str, settings: Settings) -> Result<Self, Error> {
         let context = jetstream::new(async_nats::connect(url).await?);
         let events = stream::Config {
             name: EVENTS.to_owned(),
             subjects: vec!["events.>".to_owned()],
-            // JetStream itself drops a second copy that comes soon; one that comes later is the receiver's to find. Here it may
-            // come at once.
+            // JetStream itself drops a second copy within this window. Only the receiver can detect
+            // a later copy. The window is short here, so that the receiver gets many copies.
             duplicate_window: Duration::from_millis(100),
             ..stream::Config::default()
         };
@@ -97,23 +100,24 @@ impl Broker {
         Ok(broker)
     }
 
-    /// Publishes an event, and waits until it is stored.
+    /// Publishes an event, and waits until JetStream has stored it.
     ///
     /// # Errors
     ///
-    /// When that is not known. It may be stored all the same: publish it again with the same headers.
+    /// Fails if JetStream does not confirm the event. JetStream may still have stored the event, so
+    /// publish it again with the same headers.
     pub async fn publish(&self, headers: HeaderMap, payload: impl Into<Bytes> + Send) -> Result<(), Error> {
         let message = PublishMessage::build().headers(headers).payload(payload.into());
         self.context.send_publish("events.order", message).await?.await?;
         Ok(())
     }
 
-    /// Handles messages until the connection is closed. What to tell JetStream about each, `decide` says; nothing, where it gives
-    /// `None`.
+    /// Handles messages until the connection is closed. `decide` returns the disposition of each
+    /// message, or `None` to send no reply.
     ///
     /// # Errors
     ///
-    /// When the messages end.
+    /// Fails when JetStream delivers no further messages.
     pub async fn consume<S, T, E>(
         &self,
         receiver: S,
@@ -141,8 +145,8 @@ impl Broker {
                         drop(permit);
                     });
                 }
-                Some(Err(error)) => eprintln!("no messages for now: {error}"),
-                None => return Err("there are no messages any more".into()),
+                Some(Err(error)) => eprintln!("cannot get messages for now: {error}"),
+                None => return Err("JetStream delivers no further messages".into()),
             }
         }
     }
@@ -158,12 +162,13 @@ impl Broker {
         let received = self.reporting(&message, receiver.oneshot(Event::of(&message))).await;
         if let Some(disposition) = decide(&message, received) {
             if let Err(error) = self.settle(&message, disposition).await {
-                eprintln!("JetStream was not told about a message, and will deliver it again: {error}");
+                eprintln!("JetStream did not get the disposition of a message, and will deliver it again: {error}");
             }
         }
     }
 
-    /// Tells JetStream that a message is worked at, well before it would deliver it to somebody else.
+    /// Runs a handler, and meanwhile reports progress to JetStream, early enough that JetStream
+    /// does not deliver the message to another consumer.
     async fn reporting<F: Future>(&self, message: &Message, handling: F) -> F::Output {
         let Settings {
             ack_wait,
@@ -180,7 +185,7 @@ impl Broker {
         }
     }
 
-    /// Tells JetStream what becomes of a message.
+    /// Sends the disposition of a message to JetStream.
     async fn settle(&self, message: &Message, disposition: Disposition) -> Result<(), Error> {
         match disposition {
             Disposition::Acknowledge => message.ack().await,
@@ -194,7 +199,7 @@ impl Broker {
             Disposition::Reject => {
                 let sequence = message.info()?.stream_sequence;
                 let headers = message.headers.clone().unwrap_or_default();
-                self.bury(sequence, &message.subject, headers, message.payload.clone())
+                self.add_dead_letter(sequence, &message.subject, headers, message.payload.clone())
                     .await?;
                 message.ack_with(AckKind::Term).await
             }
@@ -206,8 +211,9 @@ impl Broker {
         self.settings.pause * 2_u32.pow(doublings)
     }
 
-    /// Puts a message into the dead-letter place. Its headers stay, but for the id of NATS, by which it is put there once.
-    async fn bury(
+    /// Copies a message to the stream of dead letters, with its headers. The copy has its sequence
+    /// number as the id of NATS, so that the stream stores it once.
+    async fn add_dead_letter(
         &self,
         sequence: u64,
         subject: &Subject,
@@ -224,13 +230,14 @@ impl Broker {
         Ok(())
     }
 
-    /// Puts the messages that JetStream gives up into the dead-letter place, until the connection is closed. A consumer cannot do
-    /// that: it may be what the message killed.
+    /// Copies the messages that JetStream gives up to the stream of dead letters, until the
+    /// connection is closed. A consumer cannot do this, because the message may be what kills the
+    /// consumer.
     ///
     /// # Errors
     ///
-    /// When there is no word from JetStream any more.
-    pub async fn bury_given_up(&self) -> Result<(), Error> {
+    /// Fails when JetStream reports no further messages.
+    pub async fn collect_dead_letters(&self) -> Result<(), Error> {
         #[derive(Deserialize)]
         struct Advisory {
             stream_seq: u64,
@@ -238,48 +245,48 @@ impl Broker {
         let events = self.context.get_stream(EVENTS).await?;
         let given_up = self.context.get_stream(GIVEN_UP).await?;
         let config = pull::Config {
-            durable_name: Some("undertaker".to_owned()),
+            durable_name: Some("collector".to_owned()),
             ..pull::Config::default()
         };
-        let advisories = given_up.get_or_create_consumer("undertaker", config).await?;
+        let advisories = given_up.get_or_create_consumer("collector", config).await?;
         let mut advisories = advisories.messages().await?;
         while let Some(advisory) = advisories.next().await {
             let advisory = advisory?;
             let Advisory { stream_seq } = serde_json::from_slice(&advisory.payload)?;
             let message = events.get_raw_message(stream_seq).await?;
-            self.bury(stream_seq, &message.subject, message.headers, message.payload)
+            self.add_dead_letter(stream_seq, &message.subject, message.headers, message.payload)
                 .await?;
             advisory.ack().await?;
         }
-        Err("there is no word from JetStream any more".into())
+        Err("JetStream reports no further messages".into())
     }
 
-    /// Whether every message was settled, and none waits.
+    /// Whether every message is settled, and none is waiting.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached.
+    /// Fails if the server cannot be reached.
     pub async fn is_drained(&self) -> Result<bool, Error> {
         let mut consumer = self.consumer().await?;
         let info = consumer.info().await?;
         Ok(info.num_pending == 0 && info.num_ack_pending == 0)
     }
 
-    /// How many events were stored.
+    /// Returns the number of events that JetStream has stored.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached.
+    /// Fails if the server cannot be reached.
     pub async fn stored(&self) -> Result<u64, Error> {
         let stream = self.context.get_stream(EVENTS).await?;
         Ok(stream.cached_info().state.messages)
     }
 
-    /// What lies in the dead-letter place.
+    /// Returns the payloads of the dead letters.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached.
+    /// Fails if the server cannot be reached.
     pub async fn dead(&self) -> Result<Vec<Bytes>, Error> {
         let stream = self.context.get_stream(DEAD).await?;
         let mut dead = Vec::new();

@@ -1,4 +1,4 @@
-//! What comes from the broker, as its handler sees it.
+//! An event from the broker, as its handler sees it.
 
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::{jetstream, HeaderMap};
@@ -9,16 +9,16 @@ use tower_idempotency::receiver::{MessageId, MessageLease};
 /// An event.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// What its producer chose once, and sends with every copy.
+    /// The id, which the producer chose once and sends with every copy.
     pub id: MessageId,
-    /// What it says.
+    /// The content of the event.
     pub payload: Bytes,
-    /// The attempt under which it is handled; the receiver puts it here.
+    /// The lease of the current attempt. The receiver puts it here.
     pub lease: Option<MessageLease>,
 }
 
 impl Event {
-    /// The event in a message.
+    /// Creates the event of a message.
     pub fn of(message: &jetstream::Message) -> Self {
         Self {
             id: message.headers.as_ref().map_or_else(MessageId::missing, id),
@@ -28,7 +28,7 @@ impl Event {
     }
 }
 
-/// That of a CloudEvent in binary mode; everything else has the id of NATS.
+/// Returns the id of a CloudEvent in binary mode. Every other message has the id of NATS.
 fn id(headers: &HeaderMap) -> MessageId {
     let header = |name: &str| Some(headers.get(name)?.as_str());
     let event = ids::cloud_event_in(CloudEvents::Nats, header);

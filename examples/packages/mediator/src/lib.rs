@@ -1,14 +1,15 @@
-//! An integration service: each event that comes from NATS JetStream becomes one order at a third party, whose REST API cannot be
-//! changed.
+//! An integration service: each event from NATS JetStream becomes one order at a third party, whose
+//! REST API cannot be changed.
 //!
 //! ```text
 //! JetStream ──▶ ReceiverLayer ──▶ once() ──▶ IdempotencyKeyLayer ──▶ CallLayer ──▶ reqwest ──▶ the third party
 //!     ▲              │ handled?      │ done?       the same key           repeats
-//!     └── ack, nak, dead letter      └─ its answer
+//!     └── ack, nak, dead letter      └─ recorded response
 //! ```
 //!
-//! JetStream delivers again whatever is not acknowledged in time, producers send again what they cannot tell was stored, the third
-//! party loses answers, and all of it may be killed at any time. What holds all the same, [`Promise`] says.
+//! JetStream delivers a message again if it is not acknowledged in time. Producers send an event
+//! again if they do not know whether it was stored. The third party loses responses. Every process
+//! may be killed at any time. [`Promise`] states the guarantees that hold nevertheless.
 
 mod broker;
 mod event;
@@ -20,5 +21,5 @@ pub use event::Event;
 pub use mediation::{Mediation, MediationError, Mediator, Promise, Received};
 pub use party::{Party, Switches};
 
-/// Whatever can go wrong outside of a message.
+/// Any error that does not concern a single message.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -1,7 +1,9 @@
-//! Starts a broker and a third party that loses every second answer, sends events up to three times, mediates in two consumers,
-//! and counts the orders.
+//! Starts a broker, a third party that loses every second response, and two consumers. Sends events
+//! up to three times, and counts the orders.
 //!
-//! `cargo run --manifest-path examples/packages/Cargo.toml -p mediator` keeps its records in memory; `cargo run -p mediator redis://127.0.0.1/` or `postgres://..` over there.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p mediator` stores the records in
+//! memory. Add the URL of another store, `redis://127.0.0.1/` or `postgres://..`, to store the
+//! records there.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -41,7 +43,8 @@ async fn main() -> Result<ExitCode, Error> {
     }
     let run = format!("{:08x}", std::process::id());
     for copy in 0..3 {
-        // What the broker itself would drop comes within this time.
+        // Wait for longer than the broker's window for duplicates, so that the broker does not drop
+        // the copies itself.
         tokio::time::sleep(Duration::from_millis(200)).await;
         for event in (0..EVENTS).filter(|event| event % 3 >= copy) {
             broker.publish(headers(&run, event), format!("{event}")).await?;
@@ -52,7 +55,7 @@ async fn main() -> Result<ExitCode, Error> {
     }
     let (orders, sent) = (ledger.counts(), broker.stored().await?);
     println!(
-        "{sent} messages of {EVENTS} events, {} calls repeated, orders for each event: {:?}",
+        "{sent} messages of {EVENTS} events, {} repeated calls, orders for each event: {:?}",
         party.repeated(),
         orders.values().collect::<Vec<_>>()
     );
@@ -61,15 +64,16 @@ async fn main() -> Result<ExitCode, Error> {
     println!(
         "{}",
         if is_once {
-            "one order each"
+            "each event made one order"
         } else {
-            "NOT one order each"
+            "NOT every event made one order"
         }
     );
     Ok(if is_once { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Some have the id of NATS, others are CloudEvents. A new run of this program sends other events.
+/// Returns the headers of an event. Half of the events have the id of NATS, and the others are
+/// CloudEvents. Each run of this program sends new events.
 fn headers(run: &str, event: usize) -> HeaderMap {
     let mut headers = HeaderMap::new();
     if event.is_multiple_of(2) {
@@ -85,7 +89,7 @@ async fn consume(name: &'static str, broker: Broker, mediation: Mediation, store
     let decide = move |message: &Message, received: Received| {
         let event = String::from_utf8_lossy(&message.payload);
         match &received {
-            Ok(Receipt::First(answer)) => println!("{name}: event {event}: {answer}"),
+            Ok(Receipt::First(order)) => println!("{name}: event {event}: {order}"),
             Ok(receipt) => println!("{name}: event {event}: {receipt:?}"),
             Err(error) => println!("{name}: event {event}: {error}: {}", source(error)),
         }

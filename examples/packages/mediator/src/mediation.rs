@@ -1,4 +1,4 @@
-//! An event becomes an order at the third party.
+//! The handler: makes an order at the third party for each event.
 
 use std::fmt;
 use std::time::Duration;
@@ -17,46 +17,47 @@ use tower_idempotency::BoxStore;
 
 use crate::{Error, Event};
 
-/// What the third party offers, and so what can be promised.
+/// The guarantee, which depends on whether the third party supports keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Promise {
-    /// It heeds no key: an event whose call was lost goes into the dead-letter place, where somebody asks the third party.
+    /// The third party ignores keys. An event whose call was lost becomes a dead letter, and an
+    /// operator asks the third party about it.
     AtMostOnce,
-    /// It heeds the key that it is sent: a call that was lost is made again, with the same key.
+    /// The third party deduplicates by key. The mediator repeats a lost call with the same key.
     ExactlyOnce,
 }
 
-/// How events are handled.
+/// The settings of the mediator.
 #[derive(Clone, Debug)]
 pub struct Mediation {
-    /// Where the third party takes orders.
+    /// The URL at which the third party takes orders.
     pub url: String,
-    /// What it offers.
+    /// The guarantee that the third party makes possible.
     pub promise: Promise,
-    /// How long a process may go without a sign of life before others take its messages over.
+    /// The lease: how long after the last renewal other processes may take over a message.
     pub lease: Duration,
-    /// How many attempts may be lost before an event is not tried again.
+    /// The number of lost attempts after which the mediator tries an event no more.
     pub max_attempts: u32,
 }
 
-/// Why there is no order.
+/// The reason why there is no order.
 #[derive(Debug)]
 pub enum MediationError {
-    /// It can be tried again: nothing was ordered, or the third party will know the key.
+    /// The call can be repeated, because it made no order or the third party recognizes the key.
     Again(Error),
-    /// The third party will not have it.
+    /// The third party refused the order with this status.
     Refused(StatusCode),
-    /// Nobody knows whether it was ordered, and trying again would not tell.
+    /// Nobody knows whether the call made an order, and another call would not show it.
     Unknown,
 }
 
-/// A service of events, which gives what the third party answered.
+/// A service of events that returns the response of the third party.
 pub type Mediator = Receiver<BoxCloneSyncService<Event, String, MediationError>, BoxStore, Event>;
 
-/// What came of a delivery.
+/// The result of a delivery.
 pub type Received = Result<Receipt<String>, ReceiveError<MediationError>>;
 
-/// Only an error that can go away is worth another delivery.
+/// Returns the class of an error. Another delivery helps only if the error can go away.
 fn class_of(error: &MediationError) -> HandlerErrorClass {
     match error {
         MediationError::Again(_) => HandlerErrorClass::Redeliver,
@@ -65,11 +66,11 @@ fn class_of(error: &MediationError) -> HandlerErrorClass {
 }
 
 impl Mediation {
-    /// A service that makes one order of each event, recorded in `store`.
+    /// Creates a service that makes one order for each event, and records it in `store`.
     ///
     /// # Errors
     ///
-    /// When no client can be built.
+    /// Fails if the HTTP client cannot be built.
     pub fn over(self, store: BoxStore) -> Result<Mediator, Error> {
         let receiver = ReceiverLayer::new(store.clone(), "mediator")
             .with_id(|event: &Event| event.id.clone())
@@ -78,7 +79,7 @@ impl Mediation {
             .with_error_class(class_of)
             .with_lease(self.lease)
             .with_max_attempts(self.max_attempts)
-            // An event may be handled again: the call within it is made as often as is promised.
+            // The handler may run again for the same event, because `once` in it guards the call.
             .at_least_once();
         let http = ReqwestService::build(reqwest::Client::builder().timeout(Duration::from_secs(10)))?;
         let client = client(http, self.promise);
@@ -89,9 +90,10 @@ impl Mediation {
         Ok(receiver.layer(BoxCloneSyncService::new(handler)))
     }
 
-    /// Makes an order of an event, unless that was done: then gives what the third party answered.
+    /// Makes an order for an event. If the order was made earlier, returns the recorded response of
+    /// the third party.
     async fn order(self, event: Event, client: Client, store: BoxStore) -> Result<String, MediationError> {
-        const NO_LEASE: &str = "the receiver gave no lease";
+        const NO_LEASE: &str = "the event has no lease; configure the receiver with `pass_lease`";
         let Mediation {
             url,
             promise,
@@ -108,19 +110,20 @@ impl Mediation {
         };
         let done = call.run(move |attempt| send(client, url, event.payload, attempt)).await;
         match done {
-            Ok(answer) => Ok(answer.into_value()),
+            Ok(order) => Ok(order.into_value()),
             Err(OnceError::Failed(error)) => Err(error),
             Err(OnceError::Unknown(Some(error))) if promise == Promise::ExactlyOnce => Err(error),
-            // It was made, and this is its answer: another event with this key would say so, too.
+            // The call was made, and this is its response, although the store did not record it. A
+            // repeated call with this key would return the same response.
             Err(OnceError::Unrecorded { given, .. }) if promise == Promise::ExactlyOnce => Ok(*given),
             Err(error) if !error.may_have_happened() => Err(MediationError::Again(error.to_string().into())),
-            Err(OnceError::InFlight { .. }) => Err(MediationError::Again("the call is made elsewhere".into())),
+            Err(OnceError::InFlight { .. }) => Err(MediationError::Again("another process makes the call".into())),
             Err(_) => Err(MediationError::Unknown),
         }
     }
 }
 
-/// Sends an order: repeatedly, where it has a key.
+/// Sends an order. The client repeats the request only if it has a key.
 async fn send(client: Client, url: String, order: Bytes, attempt: Attempt) -> Result<String, Failure<MediationError>> {
     let request = Request::post(url).extension(attempt).body(Body::from(order));
     let request = request.map_err(|error| Failure::NotDone(MediationError::Again(error.into())))?;
@@ -146,7 +149,7 @@ async fn send(client: Client, url: String, order: Bytes, attempt: Attempt) -> Re
 
 type Client = BoxCloneSyncService<Request<Body>, Response<Body>, Failed>;
 
-/// A call without an answer.
+/// A call without a response.
 struct Failed {
     error: Error,
     outcome: CallOutcome,
@@ -173,7 +176,9 @@ impl From<KeyPlacementError<CallError<reqwest::Error>>> for Failed {
     }
 }
 
-/// Gives a call its key, the same in all attempts by all processes, and repeats it; where no key is heeded, neither.
+/// Returns a client for the third party. If the third party supports keys, the client adds a key,
+/// which is the same in all attempts of all processes, and repeats the request. Otherwise it does
+/// neither.
 fn client(http: ReqwestService, promise: Promise) -> Client {
     let profile = ProviderProfile::draft();
     let policy = RetryPolicy::new(profile.clone()).with_max_attempts(3);
@@ -188,7 +193,7 @@ fn client(http: ReqwestService, promise: Promise) -> Client {
                 let attempt = request
                     .extensions
                     .get::<Attempt>()
-                    .ok_or("no attempt to make a key of")?;
+                    .ok_or("the request has no `Attempt`, so there is no key")?;
                 Ok::<_, &str>(attempt.id("order"))
             });
             let keyed = IdempotencyKeyLayer::new(profile).with_maker(keys).layer(calls);
@@ -211,7 +216,7 @@ impl fmt::Display for MediationError {
         match self {
             Self::Again(error) => write!(f, "no order yet: {error}"),
             Self::Refused(status) => write!(f, "the third party refused the order with {status}"),
-            Self::Unknown => f.write_str("whether the order was made is not known"),
+            Self::Unknown => f.write_str("nobody knows whether the order was made; ask the third party"),
         }
     }
 }

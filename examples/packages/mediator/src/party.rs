@@ -1,4 +1,5 @@
-//! The third party: a REST API as it is out there. It is slow, and loses answers to what it has done.
+//! The third party: a typical REST API. It is slow, and loses the responses to some of the orders
+//! that it made.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,30 +15,32 @@ use axum::Router;
 use bytes::Bytes;
 use harness::Ledger;
 
-/// How it behaves.
+/// The behaviour of the third party.
 #[derive(Clone, Copy, Debug)]
 pub struct Switches {
-    /// Whether it takes an order with a key that it has seen for the same order.
+    /// Whether the third party makes one order for all requests with the same key.
     pub heeds_keys: bool,
-    /// Up to how many milliseconds it takes before it acts, and again before it answers.
+    /// The longest pause before the order is made, and again before the response, in milliseconds.
     pub slowness: u64,
-    /// Of how many answers one is lost after the order was made; 0: none.
+    /// On average, the third party loses one in this number of responses. With 0 it loses none.
     pub loses_one_in: u32,
 }
 
-/// A third party, which enters each order that it makes into a ledger.
+/// A third party that records each order in a ledger. Clones share the orders.
 #[derive(Clone)]
 pub struct Party {
     ledger: Ledger,
     switches: Switches,
-    books: Arc<Mutex<Books>>,
+    state: Arc<Mutex<PartyState>>,
 }
 
 #[derive(Default)]
-struct Books {
-    /// The number of each order that came with a key.
+struct PartyState {
+    /// The order of each key.
     orders: HashMap<String, usize>,
+    /// The number of orders.
     made: usize,
+    /// The number of requests with a known key.
     repeated: usize,
 }
 
@@ -46,15 +49,15 @@ impl Party {
         Self {
             ledger,
             switches,
-            books: Arc::default(),
+            state: Arc::default(),
         }
     }
 
-    /// Serves on a free port.
+    /// Serves on a free port, and returns the address.
     ///
     /// # Errors
     ///
-    /// When there is none.
+    /// Fails if no port is free.
     pub async fn serve(&self) -> io::Result<SocketAddr> {
         let router = Router::new().route("/orders", post(order)).with_state(self.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
@@ -63,32 +66,33 @@ impl Party {
         Ok(address)
     }
 
-    /// How many requests came with a key that was known.
+    /// Returns the number of requests with a known key.
     ///
     /// # Panics
     ///
-    /// If a request has panicked.
+    /// Panics if a request has panicked.
     pub fn repeated(&self) -> usize {
-        self.books.lock().unwrap().repeated
+        self.state.lock().unwrap().repeated
     }
 
+    /// Waits for a random time.
     async fn take_time(&self) {
         tokio::time::sleep(harness::up_to(self.switches.slowness)).await;
     }
 
-    /// Makes an order, or finds the one of its key.
+    /// Makes an order, or finds the order of the key. Returns the number of the order.
     fn order(&self, key: Option<&str>, order: &str) -> usize {
-        let mut books = self.books.lock().unwrap();
-        if let Some(number) = key.and_then(|key| books.orders.get(key).copied()) {
-            books.repeated += 1;
+        let mut state = self.state.lock().unwrap();
+        if let Some(number) = key.and_then(|key| state.orders.get(key).copied()) {
+            state.repeated += 1;
             return number;
         }
-        books.made += 1;
-        let number = books.made;
+        state.made += 1;
+        let number = state.made;
         if let Some(key) = key {
-            books.orders.insert(key.to_owned(), number);
+            state.orders.insert(key.to_owned(), number);
         }
-        self.ledger.enter(order);
+        self.ledger.append_synced(order);
         number
     }
 }
@@ -108,7 +112,8 @@ async fn order(State(party): State<Party>, headers: HeaderMap, order: String) ->
     }
 }
 
-/// An answer that says nothing of what was done: it breaks off, or a gateway gave up waiting for it.
+/// Returns a response that says nothing about the order: its body breaks off, or it is the 504 of a
+/// gateway.
 fn lost() -> Response {
     if harness::one_in(2) {
         return StatusCode::GATEWAY_TIMEOUT.into_response();

@@ -1,4 +1,4 @@
-//! What JetStream does with messages that are slow, or that fail for ever, or that make no sense.
+//! JetStream and messages that are slow, that always fail, or that are invalid.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -25,7 +25,7 @@ fn settings() -> Settings {
     }
 }
 
-/// Two consumers in one group, and what was seen there.
+/// Two consumers in one group, and the observations of their deliveries.
 struct Bench {
     server: NatsServer,
     broker: Broker,
@@ -35,13 +35,15 @@ struct Bench {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// How often each payload was begun.
+    /// The number of runs of the handler for each payload.
     runs: HashMap<String, usize>,
-    at_work: usize,
-    most_at_work: usize,
-    /// Payloads in the order in which they were handled.
+    /// The number of handlers that run now.
+    running: usize,
+    /// The largest number of handlers that ran at the same time.
+    most_running: usize,
+    /// The handled payloads, in their order.
     handled: Vec<String>,
-    /// Deliveries of each payload.
+    /// The number of deliveries of each payload.
     deliveries: HashMap<String, usize>,
     in_flight: usize,
 }
@@ -69,8 +71,8 @@ impl Bench {
             };
             consumers.spawn(async move { broker.consume(receiver, decide).await.unwrap() });
         }
-        let undertaker = broker.clone();
-        consumers.spawn(async move { undertaker.bury_given_up().await.unwrap() });
+        let collector = broker.clone();
+        consumers.spawn(async move { collector.collect_dead_letters().await.unwrap() });
         Self {
             server,
             broker,
@@ -87,13 +89,16 @@ impl Bench {
 
     async fn drain(&self) {
         for _ in 0..600 {
-            // Without an answer while the broker is away.
+            // This fails while the broker is down.
             if self.broker.is_drained().await.is_ok_and(|is_drained| is_drained) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        panic!("it is not drained: {:?}", self.seen.lock().unwrap());
+        panic!(
+            "the messages are not settled after 30 s: {:?}",
+            self.seen.lock().unwrap()
+        );
     }
 
     async fn dead(&self) -> Vec<String> {
@@ -103,22 +108,23 @@ impl Bench {
     }
 }
 
-/// Takes three times the ack wait for what is slow, and fails for ever with what is poison.
+/// The handler. The payload `slow` takes three times the ack wait, and the payload `poison` always
+/// fails.
 async fn handle(seen: Arc<Mutex<Seen>>, event: Event) -> Result<(), String> {
     let payload = String::from_utf8_lossy(&event.payload).into_owned();
     {
         let mut seen = seen.lock().unwrap();
         *seen.runs.entry(payload.clone()).or_default() += 1;
-        seen.at_work += 1;
-        seen.most_at_work = seen.most_at_work.max(seen.at_work);
+        seen.running += 1;
+        seen.most_running = seen.most_running.max(seen.running);
     }
     if payload == "slow" {
         tokio::time::sleep(ACK_WAIT * 3).await;
     }
     let mut seen = seen.lock().unwrap();
-    seen.at_work -= 1;
+    seen.running -= 1;
     if payload == "poison" {
-        return Err("it fails for ever".to_owned());
+        return Err("this message always fails".to_owned());
     }
     seen.handled.push(payload);
     Ok(())
@@ -136,7 +142,7 @@ async fn a_handler_beyond_the_ack_wait_runs_once_although_its_message_comes_agai
     bench.drain().await;
     let seen = bench.seen.lock().unwrap();
     assert!(seen.deliveries["slow"] > 1 && seen.in_flight > 0, "{seen:?}");
-    assert_eq!((seen.runs["slow"], seen.most_at_work), (1, 1));
+    assert_eq!((seen.runs["slow"], seen.most_running), (1, 1));
     assert_eq!(seen.handled, ["slow"]);
 }
 
@@ -180,11 +186,11 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_place_at_once() {
     let mut long = HeaderMap::new();
     long.insert("ce-source", "/long");
     long.insert("ce-id", "x".repeat(5_000));
-    bench.broker.publish(long, "with a long one").await.unwrap();
+    bench.broker.publish(long, "with a too long id").await.unwrap();
     bench.drain().await;
     let mut dead = bench.dead().await;
     dead.sort_unstable();
-    assert_eq!(dead, ["another", "with a long one", "without an id"]);
+    assert_eq!(dead, ["another", "with a too long id", "without an id"]);
     let seen = bench.seen.lock().unwrap();
     assert_eq!(seen.handled, ["one"]);
     assert!(dead.iter().all(|payload| seen.deliveries[payload] == 1), "{seen:?}");

@@ -1,35 +1,35 @@
-//! Consumers that are killed at random, acknowledgements that are lost, a short ack wait, every message sent up to three times: and
-//! still the effects are as many as is promised.
+//! The promised number of effects holds, although the test kills consumers at random, loses
+//! acknowledgements, uses a short ack wait, and sends every message up to three times.
 //!
-//! `MESSAGES=10000` makes it longer; some consumer is killed for every 25 of them.
+//! `MESSAGES` sets the number of messages. The test kills a consumer for every 25 messages.
 
 use std::time::Duration;
 
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
 use async_nats::HeaderMap;
-use harness::{Fleet, NatsServer, Part, PostgresServer, RedisServer, Run, Seen, Told};
+use harness::{Consumer, DeliveryLog, Fleet, NatsServer, PostgresServer, RedisServer, Run, RunReport};
 use mediator::{Broker, Event, Mediation, Party, Promise, Settings, Switches};
 use tower::{service_fn, Layer, Service};
 use tower_idempotency::receiver::{ids, Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{BoxStore, MemoryStore};
 
-/// What the consumers do with a message.
+/// The work of the consumers for a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
-    /// The mediator, at a third party that heeds keys.
+    /// The mediator, with a third party that supports keys.
     Keys,
-    /// The mediator, at a third party that heeds none.
+    /// The mediator, with a third party that ignores keys.
     NoKeys,
-    /// An effect in the ledger, under the receiver's defaults.
+    /// An effect in the ledger, with the receiver's defaults.
     Refuse,
-    /// An effect in the transaction that records the message.
+    /// An effect in the transaction that completes the record of the message.
     Transaction,
 }
 
 const MODES: [Mode; 4] = [Mode::Keys, Mode::NoKeys, Mode::Refuse, Mode::Transaction];
 
-/// Short, so that what was killed is soon delivered again, and soon lost.
+/// The lease. It is short, so that the messages of killed consumers are soon taken over.
 const LEASE: Duration = Duration::from_secs(1);
 
 fn settings() -> Settings {
@@ -69,9 +69,9 @@ fn layer(store: BoxStore) -> ReceiverLayer<BoxStore, Event> {
         .with_max_attempts(1_000)
 }
 
-/// Sends messages while the consumers are killed, and waits until all are settled. What came of it, and how many calls the third party
-/// knew already.
-async fn run(mode: Mode, url: &str) -> (Seen, usize) {
+/// Sends messages, kills consumers meanwhile, and waits until all messages are settled. Returns the
+/// report, and the number of calls whose key the third party knew.
+async fn run(mode: Mode, url: &str) -> (RunReport, usize) {
     let messages = harness::number_from("MESSAGES", 300);
     let (server, run) = (NatsServer::start(), Run::over(url).await);
     let switches = Switches {
@@ -89,8 +89,8 @@ async fn run(mode: Mode, url: &str) -> (Seen, usize) {
             .env("CONSUME_ORDERS", &orders);
         command
     });
-    let undertaker = broker.clone();
-    tokio::spawn(async move { undertaker.bury_given_up().await });
+    let collector = broker.clone();
+    tokio::spawn(async move { collector.collect_dead_letters().await });
     let mut sent = 0;
     for batch in harness::batches(messages) {
         tokio::time::sleep(Duration::from_millis(100) + harness::up_to(100)).await;
@@ -109,61 +109,64 @@ async fn run(mode: Mode, url: &str) -> (Seen, usize) {
     drop(fleet);
     let stored = broker.stored().await.unwrap();
     // The broker itself drops a copy that comes within about 100 ms.
-    assert!(stored > sent * 9 / 10, "of {sent} copies the broker has kept {stored}");
+    assert!(
+        stored > sent * 9 / 10,
+        "the broker stored only {stored} of {sent} copies"
+    );
 
     let layer = layer(BoxStore::new(MemoryStore::new()));
     let key = |message| layer.storage_key(id(message)).unwrap();
-    let seen = run.seen(messages, broker.dead().await.unwrap(), key).await;
+    let report = run.report(messages, broker.dead().await.unwrap(), key).await;
     let repeated = party.repeated();
     eprintln!(
-        "{mode:?}: {messages} messages stored {stored} times, {kills} kills, calls repeated {repeated} times; {seen}"
+        "{mode:?}: {messages} messages in {stored} stored copies, {kills} kills, {repeated} repeated calls; {report}"
     );
     assert!(kills >= messages / 25);
-    (seen, repeated)
+    (report, repeated)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_party_that_heeds_keys_has_one_effect_each_over_redis() {
-    let (seen, repeated) = run(Mode::Keys, &RedisServer::start().url()).await;
-    seen.assert_one_effect_each();
-    assert!(repeated > 0, "no key was sent twice, so that none was needed");
+    let (report, repeated) = run(Mode::Keys, &RedisServer::start().url()).await;
+    report.assert_one_effect_each();
+    assert!(repeated > 0, "no call was repeated, so nothing was tested");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_party_that_heeds_keys_has_one_effect_each_over_postgres() {
-    let (seen, repeated) = run(Mode::Keys, &PostgresServer::start().url()).await;
-    seen.assert_one_effect_each();
-    assert!(repeated > 0, "no key was sent twice, so that none was needed");
+    let (report, repeated) = run(Mode::Keys, &PostgresServer::start().url()).await;
+    report.assert_one_effect_each();
+    assert!(repeated > 0, "no call was repeated, so nothing was tested");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_third_party_without_keys_has_at_most_one_effect_each() {
-    let (seen, _) = run(Mode::NoKeys, &RedisServer::start().url()).await;
-    seen.assert_at_most_one_effect_each();
+    let (report, _) = run(Mode::NoKeys, &RedisServer::start().url()).await;
+    report.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_redis() {
-    let (seen, _) = run(Mode::Refuse, &RedisServer::start().url()).await;
-    seen.assert_at_most_one_effect_each();
+    let (report, _) = run(Mode::Refuse, &RedisServer::start().url()).await;
+    report.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_postgres() {
-    let (seen, _) = run(Mode::Refuse, &PostgresServer::start().url()).await;
-    seen.assert_at_most_one_effect_each();
+    let (report, _) = run(Mode::Refuse, &PostgresServer::start().url()).await;
+    report.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_the_transaction_of_the_record_there_is_one_effect_each() {
-    let (seen, _) = run(Mode::Transaction, &PostgresServer::start().url()).await;
-    seen.assert_one_effect_each();
+    let (report, _) = run(Mode::Transaction, &PostgresServer::start().url()).await;
+    report.assert_one_effect_each();
 }
 
-/// No test: consumes until it is killed, where a [`Run`] has started this process.
+/// Not a test: consumes until the process is killed, if a [`Run`] has started this process.
 #[test]
-fn consume_if_told() {
-    harness::play(async |part: Part| {
+fn consume_if_started_by_a_run() {
+    harness::run_consumer(async |consumer: Consumer| {
         let variable = |name: &str| std::env::var(name).unwrap();
         let mode = variable("CONSUME_MODE");
         let mode = MODES.into_iter().find(|known| format!("{known:?}") == mode).unwrap();
@@ -174,27 +177,27 @@ fn consume_if_told() {
             max_attempts: 1_000,
         };
         match mode {
-            Mode::Keys => mediate(part, mediation(Promise::ExactlyOnce)).await,
-            Mode::NoKeys => mediate(part, mediation(Promise::AtMostOnce)).await,
-            Mode::Refuse => handle(part, layer).await,
+            Mode::Keys => mediate(consumer, mediation(Promise::ExactlyOnce)).await,
+            Mode::NoKeys => mediate(consumer, mediation(Promise::AtMostOnce)).await,
+            Mode::Refuse => handle(consumer, layer).await,
             Mode::Transaction => {
                 let in_transaction = |store| {
                     let layer = layer(store).at_least_once();
                     layer.pass_lease(|event, lease| event.lease = Some(lease))
                 };
-                handle(part, in_transaction).await;
+                handle(consumer, in_transaction).await;
             }
         }
     });
 }
 
-async fn mediate(part: Part, mediation: Mediation) {
-    let mediator = mediation.over(part.store).unwrap();
-    consume(&part.broker, part.told, mediator).await;
+async fn mediate(consumer: Consumer, mediation: Mediation) {
+    let mediator = mediation.over(consumer.store).unwrap();
+    consume(&consumer.broker, consumer.log, mediator).await;
 }
 
-async fn handle(part: Part, layer: impl FnOnce(BoxStore) -> ReceiverLayer<BoxStore, Event>) {
-    let work = part.work;
+async fn handle(consumer: Consumer, layer: impl FnOnce(BoxStore) -> ReceiverLayer<BoxStore, Event>) {
+    let work = consumer.work;
     let handler = service_fn(move |event: Event| {
         let work = work.clone();
         async move {
@@ -202,11 +205,11 @@ async fn handle(part: Part, layer: impl FnOnce(BoxStore) -> ReceiverLayer<BoxSto
                 .await
         }
     });
-    let receiver = layer(part.store).layer(handler);
-    consume(&part.broker, part.told, receiver).await;
+    let receiver = layer(consumer.store).layer(handler);
+    consume(&consumer.broker, consumer.log, receiver).await;
 }
 
-async fn consume<S, T, E>(broker: &str, told: Told, receiver: S)
+async fn consume<S, T, E>(broker: &str, log: DeliveryLog, receiver: S)
 where
     S: Service<Event, Response = Receipt<T>, Error = ReceiveError<E>> + Clone + Send + 'static,
     S::Future: Send,
@@ -215,7 +218,7 @@ where
 {
     let decide = move |message: &Message, received| {
         let is_first = message.info().unwrap().delivered == 1;
-        told.note(is_first, &received, Disposition::of(&received))
+        log.record(is_first, &received, Disposition::of(&received))
     };
     let broker = Broker::connect(broker, settings()).await.unwrap();
     broker.consume(receiver, decide).await.unwrap();

@@ -1,8 +1,10 @@
-//! Orders from RabbitMQ, each of which is handled once.
+//! A consumer that handles each order from RabbitMQ once.
 //!
-//! RabbitMQ delivers again what a consumer had when its connection ended, and producers send again what was not confirmed. The id of
-//! an order is the AMQP property `message-id`, which is the same in all copies. Its queue is a quorum queue with a limit of deliveries:
-//! beyond it, and when it is rejected, an order goes to the dead-letter queue.
+//! When the connection of a consumer ends, RabbitMQ delivers its unacknowledged orders again. A
+//! producer sends an order again if RabbitMQ did not confirm it. The id of an order is the AMQP
+//! property `message-id`, which is the same in all copies. The orders are in a quorum queue with a
+//! delivery limit. RabbitMQ moves an order to the dead-letter queue when the order exceeds the
+//! limit or is rejected.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +21,7 @@ use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
 use tower_idempotency::receiver::{ids, Disposition, MessageId, MessageLease, Receipt, ReceiveError};
 
-/// Whatever can go wrong outside of a message.
+/// Any error that does not concern a single order.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 const ORDERS: &str = "orders";
@@ -28,11 +30,11 @@ const DEAD: &str = "orders.dead";
 /// An order, as its handler sees it.
 #[derive(Clone, Debug)]
 pub struct Order {
-    /// What its producer chose once, and sends with every copy.
+    /// The id, which the producer chose once and sends with every copy.
     pub id: MessageId,
-    /// What it says.
+    /// The content of the order.
     pub payload: Vec<u8>,
-    /// The attempt under which it is handled; the receiver puts it here.
+    /// The lease of the current attempt. The receiver puts it here.
     pub lease: Option<MessageLease>,
 }
 
@@ -47,15 +49,17 @@ impl Order {
     }
 }
 
-/// How orders are delivered.
+/// The settings for deliveries.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// After how many deliveries an order is dead. Those count in which another consumer was found at work.
+    /// The number of deliveries after which an order is a dead letter. Deliveries that find the
+    /// order in flight at another consumer count, too.
     pub max_deliver: i64,
-    /// The pause before a failed order comes again; doubled each time, up to a thousandfold. RabbitMQ knows none, so that the
-    /// consumer keeps the order meanwhile.
+    /// The pause before a failed order is delivered again. It doubles with each delivery, up to
+    /// about a thousand times. RabbitMQ has no such pause, so the consumer holds the order for this
+    /// time.
     pub pause: Duration,
-    /// How many orders a consumer has at once, those included that it keeps.
+    /// The number of orders that a consumer has at the same time, including orders that it holds.
     pub concurrency: u16,
 }
 
@@ -74,16 +78,16 @@ impl Default for Settings {
 pub struct Broker {
     channel: Channel,
     settings: Settings,
-    /// It ends with its last user.
+    /// The last clone of the broker closes the connection.
     _connection: Arc<Connection>,
 }
 
 impl Broker {
-    /// Connects, and makes the queues where they are missing.
+    /// Connects, and creates the queues if they do not exist.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached, or refuses.
+    /// Fails if the server cannot be reached, or refuses.
     pub async fn connect(url: &str, settings: Settings) -> Result<Self, Error> {
         let connection = Connection::connect(url, ConnectionProperties::default()).await?;
         let channel = connection.create_channel().await?;
@@ -97,7 +101,7 @@ impl Broker {
         );
         orders.insert("x-dead-letter-exchange".into(), text(""));
         orders.insert("x-dead-letter-routing-key".into(), text(DEAD));
-        // An order leaves its queue when the dead-letter queue has it, and not before.
+        // RabbitMQ removes an order from its queue only after the dead-letter queue has stored it.
         orders.insert("x-dead-letter-strategy".into(), text("at-least-once"));
         orders.insert("x-overflow".into(), text("reject-publish"));
         for (queue, arguments) in [(DEAD, dead), (ORDERS, orders)] {
@@ -115,11 +119,12 @@ impl Broker {
         })
     }
 
-    /// Publishes an order, and waits until it is stored.
+    /// Publishes an order, and waits until RabbitMQ has stored it.
     ///
     /// # Errors
     ///
-    /// When that is not known. It may be stored all the same: publish it again with the same id.
+    /// Fails if RabbitMQ does not confirm the order. RabbitMQ may still have stored the order, so
+    /// publish it again with the same id.
     pub async fn publish(&self, id: Option<&str>, payload: &str) -> Result<(), Error> {
         const PERSISTENT: u8 = 2;
         let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
@@ -133,15 +138,16 @@ impl Broker {
             .basic_publish("".into(), ORDERS.into(), options, payload.as_bytes(), properties);
         match published.await?.await? {
             Confirmation::Ack(None) => Ok(()),
-            _ => Err("RabbitMQ did not take the order".into()),
+            _ => Err("RabbitMQ did not confirm the order; publish it again with the same id".into()),
         }
     }
 
-    /// Handles orders until the connection is closed. What to tell RabbitMQ about each, `decide` says.
+    /// Handles orders until the connection is closed. `decide` returns the disposition of each
+    /// order.
     ///
     /// # Errors
     ///
-    /// When the orders end.
+    /// Fails when RabbitMQ delivers no further orders.
     pub async fn consume<S, T, E>(
         &self,
         receiver: S,
@@ -165,11 +171,11 @@ impl Broker {
                 let received = receiver.oneshot(Order::of(&delivery)).await;
                 let disposition = decide(&delivery, received);
                 if let Err(error) = broker.settle(&delivery, disposition).await {
-                    eprintln!("RabbitMQ was not told about an order, and will deliver it again: {error}");
+                    eprintln!("RabbitMQ did not get the disposition of an order, and will deliver it again: {error}");
                 }
             });
         }
-        Err("there are no orders any more".into())
+        Err("RabbitMQ delivers no further orders".into())
     }
 
     async fn settle(&self, delivery: &Delivery, disposition: Disposition) -> Result<(), Error> {
@@ -193,11 +199,11 @@ impl Broker {
         self.settings.pause * 2_u32.pow(doublings)
     }
 
-    /// How many orders wait to be delivered.
+    /// Returns the number of orders that wait for their delivery.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached.
+    /// Fails if the server cannot be reached.
     pub async fn waiting(&self) -> Result<u32, Error> {
         let options = QueueDeclareOptions::durable().passive();
         let queue = self
@@ -207,11 +213,11 @@ impl Broker {
         Ok(queue.message_count())
     }
 
-    /// Takes everything out of the dead-letter queue.
+    /// Removes all orders from the dead-letter queue, and returns their payloads.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached.
+    /// Fails if the server cannot be reached.
     pub async fn take_dead(&self) -> Result<Vec<Vec<u8>>, Error> {
         let mut dead = Vec::new();
         while let Some(message) = self.channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
@@ -222,7 +228,7 @@ impl Broker {
     }
 }
 
-/// How often RabbitMQ has delivered a message before.
+/// Returns how often RabbitMQ delivered a message before this delivery.
 pub fn deliveries(delivery: &Delivery) -> i64 {
     let headers = delivery.properties.headers().as_ref();
     let count = headers.and_then(|headers| headers.inner().get("x-delivery-count"));

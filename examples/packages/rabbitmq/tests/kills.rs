@@ -1,20 +1,20 @@
-//! Consumers that are killed at random, acknowledgements that are lost, every order sent up to three times: and still the effects are
-//! as many as is promised.
+//! The promised number of effects holds, although the test kills consumers at random, loses
+//! acknowledgements, and sends every order up to three times.
 //!
-//! `MESSAGES=10000` makes it longer; some consumer is killed for every 25 of them.
+//! `MESSAGES` sets the number of orders. The test kills a consumer for every 25 orders.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use futures::future::try_join_all;
-use harness::{Fleet, Folder, Part, PostgresServer, RabbitServer, RedisServer, Run, Seen};
+use harness::{Consumer, Fleet, Folder, PostgresServer, RabbitServer, RedisServer, Run, RunReport};
 use lapin::message::Delivery;
 use rabbitmq::{deliveries, Broker, Order, Settings};
 use tower::{service_fn, Layer};
 use tower_idempotency::receiver::{ids, Disposition, ReceiverLayer};
 use tower_idempotency::{BoxStore, MemoryStore};
 
-/// Short, so that what was killed is soon lost.
+/// The lease. It is short, so that the orders of killed consumers are soon taken over.
 const LEASE: Duration = Duration::from_secs(1);
 
 fn settings() -> Settings {
@@ -33,8 +33,8 @@ fn layer(store: BoxStore) -> ReceiverLayer<BoxStore, Order> {
         .with_max_attempts(1_000)
 }
 
-/// Sends orders while the consumers are killed, and waits until all are settled.
-async fn run(url: &str) -> Seen {
+/// Sends orders, kills consumers meanwhile, and waits until all orders are settled.
+async fn run(url: &str) -> RunReport {
     let orders = harness::number_from("MESSAGES", 200);
     let (server, run) = (RabbitServer::start(), Run::over(url).await);
     let broker = Broker::connect(&server.url(), settings()).await.unwrap();
@@ -43,7 +43,7 @@ async fn run(url: &str) -> Seen {
     for batch in harness::batches(orders) {
         tokio::time::sleep(Duration::from_millis(100) + harness::up_to(100)).await;
         sent += batch.len();
-        // All at once, so that the kill finds consumers at work.
+        // Publish the whole batch at the same time, so that the kill finds busy consumers.
         let published = batch.iter().map(async |order| {
             let order = order.to_string();
             broker.publish(Some(&order), &order).await
@@ -52,7 +52,8 @@ async fn run(url: &str) -> Seen {
         fleet.kill_one();
     }
     let kills = fleet.kills();
-    // What a consumer has is not counted as waiting, until the consumer is gone.
+    // RabbitMQ counts the orders of a consumer as waiting only after the consumer has ended. So end
+    // the consumers, and look again.
     loop {
         harness::until("no order waits", async || {
             fleet.check();
@@ -70,22 +71,22 @@ async fn run(url: &str) -> Seen {
 
     let layer = layer(BoxStore::new(MemoryStore::new()));
     let key = |order: usize| layer.storage_key(ids::amqp(Some(order.to_string()))).unwrap();
-    let seen = run.seen(orders, broker.take_dead().await.unwrap(), key).await;
-    eprintln!("{orders} orders sent {sent} times, {kills} kills; {seen}");
+    let report = run.report(orders, broker.take_dead().await.unwrap(), key).await;
+    eprintln!("{orders} orders in {sent} copies, {kills} kills; {report}");
     assert!(kills > 0);
-    seen
+    report
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_redis() {
-    let seen = run(&RedisServer::start().url()).await;
-    seen.assert_at_most_one_effect_each();
+    let report = run(&RedisServer::start().url()).await;
+    report.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_the_transaction_of_the_record_there_is_one_effect_each() {
-    let seen = run(&PostgresServer::start().url()).await;
-    seen.assert_one_effect_each();
+    let report = run(&PostgresServer::start().url()).await;
+    report.assert_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,7 +101,7 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_queue_and_blocks_no_o
     let [runs, counting] = [(); 2].map(|()| folder.ledger("runs"));
     let handler = service_fn(move |order: Order| {
         let order = String::from_utf8(order.payload).unwrap();
-        counting.note(&order);
+        counting.append(&order);
         std::future::ready(if order == "poison" { Err("no") } else { Ok(()) })
     });
     let receiver = layer(BoxStore::new(MemoryStore::new())).layer(handler);
@@ -131,15 +132,16 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_queue_and_blocks_no_o
     assert_eq!((runs["poison"], runs.values().sum::<usize>()), (5, 105));
 }
 
-/// Where lost orders are refused it kills one; whatever that one had in hand is lost with it, and everything else goes on.
+/// The store refuses lost orders, so the order kills only one consumer. The orders that this
+/// consumer had are lost as well, and the others are handled.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_order_that_kills_its_consumer_kills_one_and_blocks_no_other() {
     let (server, redis) = (RabbitServer::start(), RedisServer::start());
     let run = Run::over(&redis.url()).await;
     let broker = Broker::connect(&server.url(), settings()).await.unwrap();
     let orders: Vec<String> = (0..100).map(|order| order.to_string()).collect();
-    let (before, behind) = orders.split_at(50);
-    for order in before.iter().chain([&"deadly".to_owned()]).chain(behind) {
+    let (before, after) = orders.split_at(50);
+    for order in before.iter().chain([&"deadly".to_owned()]).chain(after) {
         broker.publish(Some(order), order).await.unwrap();
     }
     let mut fleet = Fleet::start(2, || run.consumer(&server.url()));
@@ -158,16 +160,16 @@ async fn an_order_that_kills_its_consumer_kills_one_and_blocks_no_other() {
     assert!(run.effects().counts().values().all(|effects| *effects == 1));
 }
 
-/// No test: consumes until it is killed, where a [`Run`] has started this process.
+/// Not a test: consumes until the process is killed, if a [`Run`] has started this process.
 #[test]
-fn consume_if_told() {
-    harness::play(
-        async |Part {
+fn consume_if_started_by_a_run() {
+    harness::run_consumer(
+        async |Consumer {
                    broker,
                    store,
-                   told,
+                   log,
                    work,
-               }: Part| {
+               }: Consumer| {
             let broker = Broker::connect(&broker, settings()).await.unwrap();
             let layer = match work.has_transactions() {
                 true => layer(store)
@@ -186,8 +188,9 @@ fn consume_if_told() {
                 }
             });
             let decide = move |delivery: &Delivery, received: Result<_, _>| {
-                let disposition = told.note(deliveries(delivery) == 0, &received, Disposition::of(&received));
-                // What RabbitMQ does when the connection ends before the acknowledgement has come.
+                let disposition = log.record(deliveries(delivery) == 0, &received, Disposition::of(&received));
+                // RabbitMQ also redelivers an order if the connection ends before the
+                // acknowledgement.
                 disposition.unwrap_or(Disposition::Redeliver(Some(Duration::ZERO)))
             };
             broker.consume(layer.layer(handler), decide).await.unwrap();

@@ -1,8 +1,10 @@
-//! Orders from a Redis Stream, each of which is handled once.
+//! A consumer that handles each order from a Redis Stream once.
 //!
-//! A consumer group remembers who has which entry, and nothing more: whoever crashes keeps his, until another consumer claims what
-//! nobody has given a sign of for a while (XAUTOCLAIM). Producers send again when they do not know whether an entry was added. The id
-//! of an order is a field of its entry, which is the same in all copies; the id of the *entry* is another for each.
+//! A consumer group only remembers which consumer has which entry. If a consumer crashes, its
+//! entries stay with it until another consumer claims the entries that have been idle for some time
+//! (XAUTOCLAIM). A producer sends an order again if it does not know whether Redis added the entry.
+//! The id of an order is a field of its entry, which is the same in all copies. The id of the
+//! *entry* differs in each copy.
 
 use std::future::Future;
 use std::pin::pin;
@@ -21,7 +23,7 @@ use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
 use tower_idempotency::receiver::{Disposition, MessageId, MessageLease, Receipt, ReceiveError};
 
-/// Whatever can go wrong outside of a message.
+/// Any error that does not concern a single order.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 const ORDERS: &str = "orders";
@@ -31,15 +33,15 @@ const GROUP: &str = "orders";
 /// An order, as its handler sees it.
 #[derive(Clone, Debug)]
 pub struct Order {
-    /// What its producer chose once, and sends with every copy.
+    /// The id, which the producer chose once and sends with every copy.
     pub id: MessageId,
-    /// What it says.
+    /// The content of the order.
     pub payload: String,
-    /// The attempt under which it is handled; the receiver puts it here.
+    /// The lease of the current attempt. The receiver puts it here.
     pub lease: Option<MessageLease>,
 }
 
-/// An entry of the stream that was given to a consumer.
+/// An entry of the stream that a consumer got.
 #[derive(Clone, Debug)]
 pub struct Delivery {
     entry: StreamId,
@@ -57,15 +59,16 @@ impl Delivery {
     }
 }
 
-/// How orders are delivered.
+/// The settings for deliveries.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// After how long without a sign of life an entry is given to another consumer. What is to come again comes again then: a group
-    /// knows no other pause.
+    /// The time after which another consumer claims an idle entry. It is also the pause before a
+    /// failed order is delivered again, because a consumer group has no other pause.
     pub idle: Duration,
-    /// After how many deliveries an order is dead. Those count in which another consumer was found at work.
+    /// The number of deliveries after which an order is a dead letter. Deliveries that find the
+    /// order in flight at another consumer count, too.
     pub max_deliver: usize,
-    /// How many orders are handled at once, by a consumer.
+    /// The number of orders that a consumer handles at the same time.
     pub concurrency: usize,
 }
 
@@ -84,24 +87,25 @@ impl Default for Settings {
 pub struct Broker {
     name: String,
     settings: Settings,
-    /// For what waits: it would keep all that comes behind it on its connection waiting, too.
+    /// The connection for blocking reads. On a shared connection, a blocking read would delay all
+    /// later commands.
     reading: MultiplexedConnection,
     connection: MultiplexedConnection,
 }
 
 impl Broker {
-    /// Connects, and makes the group where it is missing. Every consumer needs a name of its own.
+    /// Connects, and creates the group if it does not exist. Every consumer needs a unique name.
     ///
     /// # Errors
     ///
-    /// When the server cannot be reached, or refuses.
+    /// Fails if the server cannot be reached, or refuses.
     pub async fn connect(url: &str, name: impl Into<String>, settings: Settings) -> Result<Self, Error> {
         let client = redis::Client::open(url)?;
         let config = AsyncConnectionConfig::new().set_response_timeout(Some(Duration::from_secs(5)));
         let reading = client.get_multiplexed_async_connection_with_config(&config).await?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
-        let made: redis::RedisResult<()> = connection.xgroup_create_mkstream(ORDERS, GROUP, "0").await;
-        match made {
+        let created: redis::RedisResult<()> = connection.xgroup_create_mkstream(ORDERS, GROUP, "0").await;
+        match created {
             Err(error) if error.code() != Some("BUSYGROUP") => return Err(error.into()),
             _ => {}
         }
@@ -113,11 +117,12 @@ impl Broker {
         })
     }
 
-    /// Adds an order.
+    /// Adds an order to the stream.
     ///
     /// # Errors
     ///
-    /// When it is not known whether it was added. It may be there all the same: add it again with the same id.
+    /// Fails if Redis does not confirm the order. Redis may still have added the order, so add it
+    /// again with the same id.
     pub async fn publish(&self, id: Option<&str>, payload: &str) -> Result<(), Error> {
         let mut fields = vec![("order", payload)];
         fields.extend(id.map(|id| ("id", id)));
@@ -125,11 +130,12 @@ impl Broker {
         Ok(())
     }
 
-    /// Handles orders until Redis fails. What to tell it about each, `decide` says; nothing, where it gives `None`.
+    /// Handles orders until Redis fails. `decide` returns the disposition of each order, or `None`
+    /// to leave the entry as it is.
     ///
     /// # Errors
     ///
-    /// When Redis fails.
+    /// Fails if Redis fails.
     pub async fn consume<S, T, E>(
         &self,
         receiver: S,
@@ -164,7 +170,7 @@ impl Broker {
         }
     }
 
-    /// Entries that nobody has had.
+    /// Reads entries that no consumer has got yet.
     async fn read(&self, count: usize) -> Result<Vec<Delivery>, Error> {
         let options = StreamReadOptions::default()
             .group(GROUP, &self.name)
@@ -175,7 +181,8 @@ impl Broker {
         Ok(entries.map(|entry| Delivery { entry, number: 1 }).collect())
     }
 
-    /// Entries of consumers that give no sign of life; those that were delivered too often are dead.
+    /// Claims idle entries of other consumers. Moves entries that were delivered too often to the
+    /// stream of dead letters.
     async fn claim_lost(&self, count: usize) -> Result<Vec<Delivery>, Error> {
         let mut connection = self.connection.clone();
         let (idle, options) = (
@@ -211,28 +218,30 @@ impl Broker {
         let received = self.reporting(&delivery, receiver.oneshot(delivery.order())).await;
         if let Some(disposition) = decide(&delivery, received) {
             if let Err(error) = self.settle(&delivery, disposition).await {
-                eprintln!("Redis was not told about an order, and somebody will claim it: {error}");
+                eprintln!("Redis did not get the disposition of an order, and another consumer will claim it: {error}");
             }
         }
     }
 
-    /// Gives a sign of life, well before somebody else claims the entry.
+    /// Runs a handler, and meanwhile resets the idle time of the entry, early enough that no other
+    /// consumer claims it.
     async fn reporting<F: Future>(&self, delivery: &Delivery, handling: F) -> F::Output {
         let mut handling = pin!(handling);
         loop {
             let pause = self.settings.idle / 3;
             match tokio::time::timeout(pause, &mut handling).await {
                 Ok(handled) => return handled,
-                Err(_) => drop(self.keep(&delivery.entry.id).await),
+                Err(_) => drop(self.reset_idle_time(&delivery.entry.id).await),
             }
         }
     }
 
-    /// Claims an entry that is ours already, which is no delivery: JUSTID.
-    async fn keep(&self, entry: &str) -> redis::RedisResult<()> {
+    /// Claims an entry that this consumer has already, which resets its idle time. With `JUSTID`,
+    /// Redis does not count this as a delivery.
+    async fn reset_idle_time(&self, entry: &str) -> redis::RedisResult<()> {
         let mut claim = redis::cmd("XCLAIM");
         claim.arg(ORDERS).arg(GROUP).arg(&self.name);
-        // Somebody else who has just claimed it keeps it.
+        // The claim has no effect on an entry that another consumer has just claimed.
         claim.arg(millis(self.settings.idle / 4)).arg(entry).arg("JUSTID");
         claim.exec_async(&mut self.connection.clone()).await
     }
@@ -242,7 +251,7 @@ impl Broker {
         let mut transaction = redis::pipe();
         transaction.atomic();
         match disposition {
-            // It stays where it is, until it has been idle for long enough.
+            // Leave the entry. A consumer claims it after it has been idle for long enough.
             Disposition::Redeliver(_) => return Ok(()),
             Disposition::Acknowledge => {}
             Disposition::Reject => {
@@ -259,20 +268,20 @@ impl Broker {
         Ok(())
     }
 
-    /// How many orders are not settled yet.
+    /// Returns the number of orders that are not settled yet.
     ///
     /// # Errors
     ///
-    /// When Redis fails.
+    /// Fails if Redis fails.
     pub async fn waiting(&self) -> Result<usize, Error> {
         Ok(self.connection.clone().xlen(ORDERS).await?)
     }
 
-    /// What lies in the dead-letter stream.
+    /// Returns the payloads in the stream of dead letters.
     ///
     /// # Errors
     ///
-    /// When Redis fails.
+    /// Fails if Redis fails.
     pub async fn dead(&self) -> Result<Vec<String>, Error> {
         let dead: StreamRangeReply = self.connection.clone().xrange_all(DEAD).await?;
         Ok(dead.ids.iter().filter_map(|entry| entry.get("order")).collect())

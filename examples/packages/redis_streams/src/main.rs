@@ -1,6 +1,9 @@
-//! Starts Redis, sends orders up to three times, and one that always fails; handles them in two consumers, and counts.
+//! Starts Redis and two consumers. Sends orders up to three times and one order that always fails,
+//! and counts the effects.
 //!
-//! `cargo run --manifest-path examples/packages/Cargo.toml -p redis_streams` keeps its records in memory; `cargo run -p redis_streams redis://127.0.0.1/` or `postgres://..` over there.
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p redis_streams` stores the records in
+//! memory. Add the URL of another store, `redis://127.0.0.1/` or `postgres://..`, to store the
+//! records there.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,7 +33,7 @@ async fn main() -> Result<ExitCode, Error> {
         let broker = Broker::connect(&server.url(), consumer, settings).await?;
         tokio::spawn(consume(consumer, broker, store.clone(), ledger.clone()));
     }
-    // A new run of this program sends other orders.
+    // Each run of this program sends new orders.
     let run = std::process::id();
     broker.publish(Some(&format!("{run}-poison")), "poison").await?;
     for copy in 0..3 {
@@ -50,9 +53,9 @@ async fn main() -> Result<ExitCode, Error> {
     println!(
         "{}",
         if is_once {
-            "one effect each, and the poison is dead"
+            "each order had one effect, and the order that always fails is a dead letter"
         } else {
-            "NOT as promised"
+            "the outcome is NOT as promised"
         }
     );
     Ok(if is_once { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -64,9 +67,9 @@ async fn consume(name: &'static str, broker: Broker, store: BoxStore, ledger: Le
         async move {
             let order = order.payload;
             if order == "poison" {
-                return Err("nobody can handle this");
+                return Err("this order always fails");
             }
-            ledger.enter(&order);
+            ledger.append_synced(&order);
             Ok(order)
         }
     });

@@ -1,17 +1,17 @@
-//! Consumers that are killed at random, acknowledgements that are lost, every order sent up to three times: and still the effects are
-//! as many as is promised.
+//! The promised number of effects holds, although the test kills consumers at random, loses
+//! acknowledgements, and sends every order up to three times.
 //!
-//! `MESSAGES=10000` makes it longer; some consumer is killed for every 25 of them.
+//! `MESSAGES` sets the number of orders. The test kills a consumer for every 25 orders.
 
 use std::time::Duration;
 
-use harness::{Fleet, Folder, Part, PostgresServer, RedisServer, Run, Seen};
+use harness::{Consumer, Fleet, Folder, PostgresServer, RedisServer, Run, RunReport};
 use redis_streams::{Broker, Delivery, Order, Settings};
 use tower::{service_fn, Layer};
 use tower_idempotency::receiver::{Disposition, ReceiverLayer};
 use tower_idempotency::{BoxStore, MemoryStore};
 
-/// Short, so that what was killed is soon lost.
+/// The lease. It is short, so that the orders of killed consumers are soon taken over.
 const LEASE: Duration = Duration::from_secs(1);
 
 fn settings() -> Settings {
@@ -30,8 +30,8 @@ fn layer(store: BoxStore) -> ReceiverLayer<BoxStore, Order> {
         .with_max_attempts(1_000)
 }
 
-/// Sends orders while the consumers are killed, and waits until all are settled.
-async fn run(url: &str) -> Seen {
+/// Sends orders, kills consumers meanwhile, and waits until all orders are settled.
+async fn run(url: &str) -> RunReport {
     let orders = harness::number_from("MESSAGES", 200);
     let (server, run) = (RedisServer::start(), Run::over(url).await);
     let broker = Broker::connect(&server.url(), "producer", settings()).await.unwrap();
@@ -56,22 +56,22 @@ async fn run(url: &str) -> Seen {
 
     let layer = layer(BoxStore::new(MemoryStore::new()));
     let key = |order: usize| layer.storage_key(order.to_string()).unwrap();
-    let seen = run.seen(orders, broker.dead().await.unwrap(), key).await;
-    eprintln!("{orders} orders sent {sent} times, {kills} kills; {seen}");
+    let report = run.report(orders, broker.dead().await.unwrap(), key).await;
+    eprintln!("{orders} orders in {sent} copies, {kills} kills; {report}");
     assert!(kills > 0);
-    seen
+    report
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_default_there_is_at_most_one_effect_each_over_redis() {
-    let seen = run(&RedisServer::start().url()).await;
-    seen.assert_at_most_one_effect_each();
+    let report = run(&RedisServer::start().url()).await;
+    report.assert_at_most_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_the_transaction_of_the_record_there_is_one_effect_each() {
-    let seen = run(&PostgresServer::start().url()).await;
-    seen.assert_one_effect_each();
+    let report = run(&PostgresServer::start().url()).await;
+    report.assert_one_effect_each();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -87,7 +87,7 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_stream_and_blocks_no_
     let [runs, counting] = [(); 2].map(|()| folder.ledger("runs"));
     let handler = service_fn(move |order: Order| {
         let order = order.payload;
-        counting.note(&order);
+        counting.append(&order);
         std::future::ready(if order == "poison" { Err("no") } else { Ok(()) })
     });
     let receiver = layer(BoxStore::new(MemoryStore::new())).layer(handler);
@@ -111,16 +111,16 @@ async fn what_no_delivery_can_help_goes_to_the_dead_letter_stream_and_blocks_no_
     assert_eq!((runs["poison"], runs.values().sum::<usize>()), (5, 105));
 }
 
-/// No test: consumes until it is killed, where a [`Run`] has started this process.
+/// Not a test: consumes until the process is killed, if a [`Run`] has started this process.
 #[test]
-fn consume_if_told() {
-    harness::play(
-        async |Part {
+fn consume_if_started_by_a_run() {
+    harness::run_consumer(
+        async |Consumer {
                    broker,
                    store,
-                   told,
+                   log,
                    work,
-               }: Part| {
+               }: Consumer| {
             let name = std::process::id().to_string();
             let broker = Broker::connect(&broker, name, settings()).await.unwrap();
             let layer = match work.has_transactions() {
@@ -134,7 +134,7 @@ fn consume_if_told() {
                 async move { work.take_effect(&order.payload, order.lease).await }
             });
             let decide = move |delivery: &Delivery, received: Result<_, _>| {
-                told.note(delivery.number == 1, &received, Disposition::of(&received))
+                log.record(delivery.number == 1, &received, Disposition::of(&received))
             };
             broker.consume(layer.layer(handler), decide).await.unwrap();
         },

@@ -1,4 +1,4 @@
-//! One process that consumes a queue.
+//! A process that consumes a queue.
 
 use std::path::PathBuf;
 use std::pin::pin;
@@ -12,7 +12,7 @@ use aws_sdk_sqs::Client;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use harness::{unless_told, up_to, word, Ledger};
+use harness::{unless_unprotected, up_to, word, Ledger};
 use tokio::time::timeout;
 use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::receiver::{ids, Disposition, MessageId, Receiver, ReceiverLayer};
@@ -20,31 +20,31 @@ use tower_idempotency::RedisStore;
 
 use crate::{client, Error, MESSAGE_ID};
 
-/// What a consumer is told.
+/// The settings of a consumer.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub server: String,
     pub queue: String,
-    /// Where the dead letters go.
+    /// The URL of the queue of dead letters.
     pub dead: String,
     /// The URL of the Redis with the records.
     pub store: String,
-    /// Where the effects are counted.
+    /// The path of the ledger of effects.
     pub effects: PathBuf,
-    /// Where each delivery is noted, and what came of it.
+    /// The path of the ledger of deliveries and their results.
     pub deliveries: PathBuf,
-    /// The queue's own, in seconds.
+    /// The visibility timeout of the queue. SQS accepts whole seconds.
     pub visibility: Duration,
-    /// Whether it is extended while a handler runs.
+    /// Whether the consumer extends the visibility timeout while a handler runs.
     pub extends: bool,
-    /// How long a record outlives the consumer that claimed it, if that dies.
+    /// The lease: how long a message stays in flight after its consumer died.
     pub lease: Duration,
-    /// Every so many deletions one is not sent, as if it had got lost; 0 for none.
+    /// The consumer loses every n-th deletion: it does not send the request. With 0 it loses none.
     pub lose_every: usize,
 }
 
 impl Settings {
-    /// The same process as this one, told to consume.
+    /// Returns a command that runs this program as a consumer.
     #[must_use]
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
@@ -58,7 +58,7 @@ impl Settings {
         command
     }
 
-    /// What [`command`](Self::command) tells, after the first word.
+    /// Parses the arguments that [`command`](Self::command) passes, without the first one.
     pub fn from_arguments(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
         let mut next = || arguments.next();
         Some(Self {
@@ -76,11 +76,11 @@ impl Settings {
     }
 }
 
-/// Consumes until something breaks.
+/// Consumes until an error occurs.
 ///
 /// # Errors
 ///
-/// As the client and the store have them.
+/// Fails if the SQS client or the store reports an error.
 pub async fn consume(settings: Settings) -> Result<(), Error> {
     let store = RedisStore::connect(&settings.store).await?;
     let handler = Handler {
@@ -90,7 +90,7 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
         .with_id(message_id)
         .with_lease(settings.lease);
     let consumer = Consumer {
-        receiver: unless_told(layer).layer(handler),
+        receiver: unless_unprotected(layer).layer(handler),
         client: client(&settings.server),
         deliveries: Ledger::open(&settings.deliveries),
         deletions: AtomicUsize::new(0),
@@ -101,8 +101,9 @@ pub async fn consume(settings: Settings) -> Result<(), Error> {
     }
 }
 
-/// What its producer called it; else, in a FIFO queue, group and deduplication id, which this producer uses for one message only; else
-/// SQS's own id.
+/// Returns the id of a message: the one that the producer chose, if there is one. Otherwise, in a
+/// FIFO queue, the id is the group and the deduplication id, because the producer of this example
+/// never uses them for two messages. In other queues it is the id that SQS assigned.
 fn message_id(message: &Message) -> MessageId {
     let attributes = message.message_attributes.as_ref();
     if let Some(id) = attributes.and_then(|attributes| attributes.get(MESSAGE_ID)?.string_value()) {
@@ -125,7 +126,8 @@ struct Consumer {
 }
 
 impl Consumer {
-    /// Up to ten messages at once; those that are settled are deleted, whatever becomes of the others.
+    /// Receives and handles up to ten messages at the same time. Deletes settled messages without
+    /// waiting for the others.
     async fn batch(&self) -> Result<(), Error> {
         let receive = self.client.receive_message().queue_url(&self.settings.queue);
         let received = receive
@@ -146,10 +148,11 @@ impl Consumer {
         Ok(())
     }
 
-    /// The handle by which to delete it; none if it is to come again.
+    /// Handles a message. Returns the receipt handle to delete it, or `None` if SQS must deliver it
+    /// again.
     async fn settle(&self, message: &Message) -> Result<Option<String>, Error> {
         let body = message.body().unwrap_or_default();
-        self.deliveries.note(format_args!("came {body}"));
+        self.deliveries.append(format_args!("came {body}"));
         let handle = message.receipt_handle().unwrap_or_default();
         let mut handling = pin!(self.receiver.clone().oneshot(message.clone()));
         let received = loop {
@@ -159,7 +162,7 @@ impl Consumer {
                 Err(_) => {}
             }
         };
-        self.deliveries.note(format_args!("{} {body}", word(&received)));
+        self.deliveries.append(format_args!("{} {body}", word(&received)));
         match Disposition::of(&received) {
             Disposition::Acknowledge => return Ok(Some(handle.to_owned())),
             Disposition::Redeliver(after) => self.hide(handle, after.unwrap_or(Duration::from_secs(1))).await?,
@@ -172,24 +175,26 @@ impl Consumer {
         Ok(None)
     }
 
-    /// Leaves it invisible for so long, from now on; SQS counts in seconds.
+    /// Hides a message for this time from now on, rounded up to whole seconds.
     async fn hide(&self, handle: &str, time: Duration) -> Result<(), Error> {
         let seconds = i32::try_from(time.as_millis().div_ceil(1_000))?;
         let change = self.client.change_message_visibility().queue_url(&self.settings.queue);
         let changed = change.receipt_handle(handle).visibility_timeout(seconds).send().await;
         match changed.map_err(aws_sdk_sqs::error::SdkError::into_service_error) {
-            // Another delivery of it is settled already.
+            // Another delivery of this message is settled already.
             Err(error) if error.is_message_not_inflight() || error.is_receipt_handle_is_invalid() => Ok(()),
             changed => Ok(changed.map(drop)?),
         }
     }
-    /// What is not deleted, because the request or its answer gets lost, comes again: it is a duplicate.
+
+    /// Deletes messages. If the request or its response is lost, SQS delivers the message again,
+    /// and the receiver finds that it is a duplicate.
     async fn delete(&self, handles: impl Iterator<Item = String>) -> Result<(), Error> {
         let mut entries = Vec::new();
         for handle in handles {
             let deletion = self.deletions.fetch_add(1, Ordering::Relaxed) + 1;
             if self.settings.lose_every > 0 && deletion.is_multiple_of(self.settings.lose_every) {
-                self.deliveries.note("lost");
+                self.deliveries.append("lost");
                 continue;
             }
             let entry = DeleteMessageBatchRequestEntry::builder().id(deletion.to_string());
@@ -201,13 +206,14 @@ impl Consumer {
         let delete = self.client.delete_message_batch().queue_url(&self.settings.queue);
         let deleted = delete.set_entries(Some(entries)).send().await?;
         for failed in deleted.failed() {
-            self.deliveries.note(format_args!("not-deleted {}", failed.code()));
+            self.deliveries.append(format_args!("not-deleted {}", failed.code()));
         }
         Ok(())
     }
 }
 
-/// Takes up to 100 ms, has its effect, and takes a little longer. A `poison` always fails; what is `slow` takes 5 s.
+/// The handler: waits up to 100 ms, has its effect, and waits up to 50 ms. A message `poison`
+/// always fails, and a message `slow` takes 5 s longer.
 #[derive(Clone)]
 struct Handler {
     effects: Ledger,
@@ -233,7 +239,7 @@ impl Service<Message> for Handler {
                 tokio::time::sleep(Duration::from_secs(5)).await;
             }
             tokio::time::sleep(up_to(100)).await;
-            effects.note(name);
+            effects.append(name);
             tokio::time::sleep(up_to(50)).await;
             Ok(())
         }

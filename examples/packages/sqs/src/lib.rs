@@ -1,12 +1,16 @@
 //! Consumers of SQS queues that handle each message once.
 //!
-//! * The **id** is what the producer put into the attribute `message-id`. Where it put none, it is group and deduplication id of a FIFO
-//!   queue, whose producer here names each message once and for good (with `ContentBasedDeduplication` it would not do), and else SQS's
-//!   own id: that tells redeliveries apart from news, and not what a producer sends twice.
-//! * The **visibility timeout** is extended while the handler runs. Should the message be delivered again all the same, it is in
-//!   flight, and stays invisible until the other delivery's lease is over.
-//! * A message is **deleted** when it is settled, and so are, of a batch, those that are.
-//! * What fails comes again until the queue's **redrive policy** makes a dead letter of it; what cannot succeed is made one at once.
+//! * The **id** of a message is in the attribute `message-id`, which the producer sets. Without
+//!   this attribute, the id of a message in a FIFO queue is its group and deduplication id. This is
+//!   safe only if the producer never uses them for two messages, so do not do this with
+//!   `ContentBasedDeduplication`. In other queues it is the id that SQS assigned. That id detects
+//!   redeliveries, but not a message that its producer sends twice.
+//! * The consumer extends the **visibility timeout** while the handler runs. If SQS delivers the
+//!   message again nevertheless, the receiver finds it in flight, and the consumer hides it until
+//!   the lease of the other delivery ends.
+//! * The consumer **deletes** each message as soon as it is settled, also within a batch.
+//! * SQS delivers a failed message again, until the **redrive policy** of the queue moves it to the
+//!   dead letters. The consumer moves a message that cannot succeed there at once.
 
 mod consumer;
 mod moto;
@@ -26,7 +30,7 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// The attribute with the id that the producer chose.
 pub const MESSAGE_ID: &str = "message-id";
 
-/// A client of a server that asks for no credentials.
+/// Creates a client of a server that needs no credentials.
 #[must_use]
 pub fn client(url: &str) -> Client {
     let config = Config::builder()
@@ -47,11 +51,12 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Makes a queue, FIFO where its name ends so, whose messages are invisible for so many seconds when they were received.
+    /// Creates a queue with this visibility timeout, in whole seconds. If its name ends with
+    /// `.fifo`, it is a FIFO queue.
     ///
     /// # Errors
     ///
-    /// As the client has them.
+    /// Fails if the SQS client reports an error.
     pub async fn create(client: &Client, name: &str, visibility: Duration, dead: Option<&Self>) -> Result<Self, Error> {
         let visibility = visibility.as_secs().to_string();
         let mut create = client
@@ -66,16 +71,22 @@ impl Queue {
             let policy = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":"5"}}"#);
             create = create.attributes(QueueAttributeName::RedrivePolicy, policy);
         }
-        let url = create.send().await?.queue_url.ok_or("a queue has a URL")?;
+        let url = create
+            .send()
+            .await?
+            .queue_url
+            .ok_or("the server returned no URL for the queue")?;
         Ok(Self {
             client: client.clone(),
             url,
         })
     }
 
+    /// Sends a message with this name.
+    ///
     /// # Errors
     ///
-    /// As the client has them.
+    /// Fails if the SQS client reports an error.
     pub async fn send(&self, name: &str) -> Result<(), Error> {
         let id = MessageAttributeValue::builder()
             .data_type("String")
@@ -91,14 +102,14 @@ impl Queue {
         Ok(())
     }
 
-    /// How many messages are in it, visible or not.
+    /// Returns the number of messages in the queue, visible or not.
     ///
     /// # Errors
     ///
-    /// As the client has them.
+    /// Fails if the SQS client reports an error.
     pub async fn length(&self) -> Result<usize, Error> {
-        let asked = self.client.get_queue_attributes().queue_url(&self.url);
-        let attributes = asked
+        let request = self.client.get_queue_attributes().queue_url(&self.url);
+        let attributes = request
             .attribute_names(QueueAttributeName::ApproximateNumberOfMessages)
             .attribute_names(QueueAttributeName::ApproximateNumberOfMessagesNotVisible)
             .send()
@@ -112,12 +123,13 @@ impl Queue {
         Ok(length)
     }
 
-    /// Waits until it is empty. The numbers are approximate: a message that becomes visible at that moment may be in neither, so it
-    /// looks three times.
+    /// Waits until the queue is empty. SQS counts visible and invisible messages approximately, and
+    /// a message that becomes visible at this moment may be in neither count. So the queue must be
+    /// empty three times in a row.
     ///
     /// # Errors
     ///
-    /// As the client has them; and when that takes more than two minutes.
+    /// Fails if the SQS client reports an error, or if this takes more than two minutes.
     pub async fn until_empty(&self) -> Result<(), Error> {
         let mut empty = 0;
         for _ in 0..1_200 {
@@ -127,14 +139,18 @@ impl Queue {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        Err(format!("{} messages stay in the queue", self.length().await?).into())
+        Err(format!(
+            "after two minutes {} messages are still in the queue",
+            self.length().await?
+        )
+        .into())
     }
 
-    /// Takes out all that is in it: the bodies.
+    /// Removes all messages from the queue, and returns their bodies.
     ///
     /// # Errors
     ///
-    /// As the client has them.
+    /// Fails if the SQS client reports an error.
     pub async fn drain(&self) -> Result<Vec<String>, Error> {
         let mut bodies = Vec::new();
         loop {
@@ -148,7 +164,8 @@ impl Queue {
             if received.is_empty() {
                 return Ok(bodies);
             }
-            // Left in, they would be visible again before the last one is taken.
+            // Delete the messages. Otherwise they would be visible again before the last one is
+            // received.
             let mut delete = self.client.delete_message_batch().queue_url(&self.url);
             for (number, message) in received.into_iter().enumerate() {
                 let entry = DeleteMessageBatchRequestEntry::builder().id(number.to_string());
@@ -157,15 +174,15 @@ impl Queue {
             }
             let failed = delete.send().await?.failed;
             if let [failure, ..] = failed.as_slice() {
-                return Err(format!("a message cannot be deleted: {}", failure.code).into());
+                return Err(format!("cannot delete a message: {}", failure.code).into());
             }
         }
     }
 
     async fn attribute(&self, name: QueueAttributeName) -> Result<String, Error> {
-        let asked = self.client.get_queue_attributes().queue_url(&self.url);
-        let attributes = asked.attribute_names(name.clone()).send().await?.attributes;
+        let request = self.client.get_queue_attributes().queue_url(&self.url);
+        let attributes = request.attribute_names(name.clone()).send().await?.attributes;
         let value = attributes.and_then(|mut attributes| attributes.remove(&name));
-        Ok(value.ok_or_else(|| format!("the queue has no {name}"))?)
+        Ok(value.ok_or_else(|| format!("the queue has no attribute {name}"))?)
     }
 }

@@ -1,4 +1,6 @@
-//! `cargo run --manifest-path examples/packages/Cargo.toml -p sqs`: a server that speaks SQS, a store, and consumers, in five acts at once.
+//! A server with the API of SQS, a store and consumers, in five scenarios that run at the same time.
+//!
+//! `cargo run --manifest-path examples/packages/Cargo.toml -p sqs`
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -10,56 +12,60 @@ use sqs::{client, consume, Error, Moto, Queue, Settings, WINDOW};
 #[tokio::main]
 async fn main() -> Result<ExitCode, Error> {
     let mut arguments = std::env::args();
-    let program = arguments.next().ok_or("a program has a name")?;
+    let program = arguments
+        .next()
+        .ok_or("the first argument, the name of this program, is missing")?;
     if arguments.next().as_deref() == Some("consume") {
-        let settings = Settings::from_arguments(arguments).ok_or("the parent says what to consume")?;
+        let settings = Settings::from_arguments(arguments)
+            .ok_or("arguments are missing or wrong; only the parent process starts consumers")?;
         consume(settings).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let (moto, redis) = (Moto::start()?, RedisServer::start());
-    let stage = Stage {
+    let servers = Servers {
         program,
         server: moto.url(),
         store: redis.url(),
         folder: Folder::new("sqs"),
     };
-    let acts = tokio::try_join!(
-        stage.slow("slow-1", true),
-        stage.slow("slow-2", false),
-        stage.window(),
-        stage.lost(),
-        stage.poison(),
+    let results = tokio::try_join!(
+        servers.slow("slow-1", true),
+        servers.slow("slow-2", false),
+        servers.window(),
+        servers.lost(),
+        servers.poison(),
     )?;
-    let is_as_promised = acts == (true, true, true, true, true);
+    let is_as_promised = results == (true, true, true, true, true);
     if !is_as_promised {
-        eprintln!("that is not what was promised");
+        eprintln!("the outcome is not as promised");
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-struct Stage {
+/// The servers that all scenarios share.
+struct Servers {
     program: String,
     server: String,
     store: String,
     folder: Folder,
 }
 
-/// A queue with its dead letters, and its ledgers.
-struct Act<'s> {
-    stage: &'s Stage,
+/// A scenario: a queue with its queue of dead letters, and its ledgers.
+struct Scenario<'s> {
+    servers: &'s Servers,
     queue: Queue,
     dead: Queue,
     effects: Ledger,
     deliveries: Ledger,
 }
 
-impl Stage {
-    async fn act(&self, name: &str, visibility: Duration) -> Result<Act<'_>, Error> {
+impl Servers {
+    async fn scenario(&self, name: &str, visibility: Duration) -> Result<Scenario<'_>, Error> {
         let client = client(&self.server);
         let dead = Queue::create(&client, &format!("dead-{name}"), visibility, None).await?;
-        Ok(Act {
-            stage: self,
+        Ok(Scenario {
+            servers: self,
             queue: Queue::create(&client, name, visibility, Some(&dead)).await?,
             dead,
             effects: self.folder.ledger(&format!("{name}-effects")),
@@ -67,99 +73,108 @@ impl Stage {
         })
     }
 
-    /// A handler of 5 s, and a visibility timeout of 3 s.
+    /// The handler takes 5 s, and the visibility timeout is 3 s.
     async fn slow(&self, name: &str, extends: bool) -> Result<bool, Error> {
-        let act = self.act(name, Duration::from_secs(3)).await?;
-        act.queue.send(name).await?;
+        let scenario = self.scenario(name, Duration::from_secs(3)).await?;
+        scenario.queue.send(name).await?;
         let settings = Settings {
             extends,
             visibility: Duration::from_secs(3),
-            ..act.settings()
+            ..scenario.settings()
         };
-        let consumers = [act.start(&settings), act.start(&settings)];
-        act.queue.until_empty().await?;
+        let consumers = [scenario.start(&settings), scenario.start(&settings)];
+        scenario.queue.until_empty().await?;
         drop(consumers);
-        let (came, in_flight) = (act.deliveries.count("came"), act.deliveries.count("in-flight"));
-        println!(
-            "a handler slower than its message is invisible, {}: {came} deliveries, {in_flight} of them told that it is in flight; {} effect",
-            if extends { "which is extended" } else { "which nobody extends" },
-            act.effects.lines().len()
+        let (came, in_flight) = (
+            scenario.deliveries.count("came"),
+            scenario.deliveries.count("in-flight"),
         );
-        Ok(act.is_as_promised([name]).await? && (came == 1) == extends)
+        println!(
+            "a handler that takes longer than the visibility timeout, {}: {came} deliveries, {in_flight} of them refused as in \
+             flight; {} effect",
+            if extends {
+                "which the consumer extends"
+            } else {
+                "which nobody extends"
+            },
+            scenario.effects.lines().len()
+        );
+        Ok(scenario.is_as_promised([name]).await? && (came == 1) == extends)
     }
 
-    /// A FIFO queue removes copies, and forgets them.
+    /// A FIFO queue removes copies of a message, but only within its deduplication window.
     async fn window(&self) -> Result<bool, Error> {
-        let act = self.act("orders.fifo", Duration::from_secs(30)).await?;
-        act.queue.send("order-1").await?;
-        act.queue.send("order-1").await?;
-        let within = act.queue.length().await?;
+        let scenario = self.scenario("orders.fifo", Duration::from_secs(30)).await?;
+        scenario.queue.send("order-1").await?;
+        scenario.queue.send("order-1").await?;
+        let within = scenario.queue.length().await?;
         tokio::time::sleep(WINDOW + Duration::from_millis(500)).await;
-        act.queue.send("order-1").await?;
-        let after = act.queue.length().await?;
-        let consumer = act.start(&act.settings());
-        act.queue.until_empty().await?;
+        scenario.queue.send("order-1").await?;
+        let after = scenario.queue.length().await?;
+        let consumer = scenario.start(&scenario.settings());
+        scenario.queue.until_empty().await?;
         drop(consumer);
         println!(
-            "a FIFO queue with a message sent twice holds {within}; with another copy after its window of {} s, {after}: {} effect, {} \
-             duplicate",
+            "a FIFO queue has {within} message after a message was sent twice, and {after} after another copy was sent after \
+             the window of {} s: {} effect, {} duplicate",
             WINDOW.as_secs(),
-            act.effects.lines().len(),
-            act.deliveries.count("duplicate")
+            scenario.effects.lines().len(),
+            scenario.deliveries.count("duplicate")
         );
-        Ok(act.is_as_promised(["order-1"]).await? && (within, after, act.deliveries.count("duplicate")) == (1, 2, 1))
+        Ok(scenario.is_as_promised(["order-1"]).await?
+            && (within, after, scenario.deliveries.count("duplicate")) == (1, 2, 1))
     }
 
-    /// Every other deletion gets lost.
+    /// The consumer loses every other deletion.
     async fn lost(&self) -> Result<bool, Error> {
-        let act = self.act("lost", Duration::from_secs(1)).await?;
+        let scenario = self.scenario("lost", Duration::from_secs(1)).await?;
         let names: Vec<String> = (1..=10).map(|number| format!("order-{number}")).collect();
         for name in &names {
-            act.queue.send(name).await?;
+            scenario.queue.send(name).await?;
         }
-        let consumer = act.start(&Settings {
+        let consumer = scenario.start(&Settings {
             lose_every: 2,
-            ..act.settings()
+            ..scenario.settings()
         });
-        act.queue.until_empty().await?;
+        scenario.queue.until_empty().await?;
         drop(consumer);
         println!(
-            "10 messages, and every other acknowledgement is lost: {} duplicates, {} effects",
-            act.deliveries.count("duplicate"),
-            act.effects.lines().len()
+            "10 messages, and every other deletion is lost: {} duplicates, {} effects",
+            scenario.deliveries.count("duplicate"),
+            scenario.effects.lines().len()
         );
         let names = names.iter().map(String::as_str);
-        Ok(act.is_as_promised(names).await? && act.deliveries.count("duplicate") > 0)
+        Ok(scenario.is_as_promised(names).await? && scenario.deliveries.count("duplicate") > 0)
     }
 
-    /// A batch of which one message fails.
+    /// One message of a batch fails.
     async fn poison(&self) -> Result<bool, Error> {
-        let act = self.act("poisoned", Duration::from_secs(5)).await?;
+        let scenario = self.scenario("poisoned", Duration::from_secs(5)).await?;
         let mut names: Vec<String> = (1..=9).map(|number| format!("invoice-{number}")).collect();
         names.insert(4, "poison".to_owned());
         for name in &names {
-            act.queue.send(name).await?;
+            scenario.queue.send(name).await?;
         }
-        let consumer = act.start(&act.settings());
-        act.queue.until_empty().await?;
+        let consumer = scenario.start(&scenario.settings());
+        scenario.queue.until_empty().await?;
         drop(consumer);
-        let (failed, dead) = (act.deliveries.count("failed"), act.dead.length().await?);
+        let (failed, dead) = (scenario.deliveries.count("failed"), scenario.dead.length().await?);
         println!(
-            "a batch of 10 of which one fails: {} effects; that one failed {failed} times and is one of {dead} dead letters",
-            act.effects.lines().len()
+            "a batch of 10 messages with one that always fails: {} effects, {failed} failures, {dead} dead letter",
+            scenario.effects.lines().len()
         );
         let names = names.iter().map(String::as_str);
-        Ok((failed, dead) == (5, 1) && act.effects.lines().len() == 9 && act.is_as_promised(names).await?)
+        Ok((failed, dead) == (5, 1) && scenario.effects.lines().len() == 9 && scenario.is_as_promised(names).await?)
     }
 }
 
-impl Act<'_> {
+impl Scenario<'_> {
     fn settings(&self) -> Settings {
         Settings {
-            server: self.stage.server.clone(),
+            server: self.servers.server.clone(),
             queue: self.queue.url.clone(),
             dead: self.dead.url.clone(),
-            store: self.stage.store.clone(),
+            store: self.servers.store.clone(),
             effects: self.effects.path().to_owned(),
             deliveries: self.deliveries.path().to_owned(),
             visibility: Duration::from_secs(2),
@@ -170,7 +185,7 @@ impl Act<'_> {
     }
 
     fn start(&self, settings: &Settings) -> Process {
-        Process::start(&mut settings.command(&self.stage.program))
+        Process::start(&mut settings.command(&self.servers.program))
     }
 
     async fn is_as_promised<'n>(&self, names: impl IntoIterator<Item = &'n str>) -> Result<bool, Error> {

@@ -1,4 +1,5 @@
-//! A server that speaks SQS: `moto`, from PyPI, in a virtual environment that is made when it is first needed.
+//! A server with the API of SQS: `moto`, from PyPI. It runs in a virtual environment, which the
+//! first run creates.
 
 use std::error::Error;
 use std::net::{TcpListener, TcpStream};
@@ -9,10 +10,10 @@ use harness::{virtual_environment, Process};
 
 const REQUIREMENTS: &str = include_str!("../requirements.txt");
 
-/// For how long the server removes copies from FIFO queues. SQS does it for five minutes.
+/// The deduplication window of FIFO queues. SQS has five minutes.
 pub const WINDOW: Duration = Duration::from_secs(2);
 
-/// It keeps everything in memory, and speaks plain HTTP.
+/// The program of the server. It stores everything in memory and uses HTTP without TLS.
 const SERVE: &str = "
 import sys
 import moto.sqs.models
@@ -21,7 +22,7 @@ moto.sqs.models.DEDUPLICATION_TIME_IN_SECONDS = int(sys.argv[1])
 main(['-p', sys.argv[2]])
 ";
 
-/// A server on a free port, which ends with this value.
+/// A server on a free port. Dropping this value ends the server.
 #[derive(Debug)]
 pub struct Moto {
     _process: Process,
@@ -29,16 +30,19 @@ pub struct Moto {
 }
 
 impl Moto {
+    /// Starts a server.
+    ///
     /// # Errors
     ///
-    /// If the virtual environment cannot be made. It needs `python3` with `venv` and, the first time, network access.
+    /// Fails if the virtual environment cannot be created. This needs `python3` with `venv` and,
+    /// the first time, network access.
     ///
     /// # Panics
     ///
-    /// When the server does not listen within half a minute.
+    /// Panics if the server does not listen within half a minute.
     pub fn start() -> Result<Self, Box<dyn Error + Send + Sync>> {
         let python = virtual_environment("moto", REQUIREMENTS)?.join("bin/python");
-        // Between finding a port and taking it, another process may take it.
+        // Another process may take the free port before the server does, so try again.
         for _ in 0..3 {
             let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
             let mut command = Command::new(&python);
@@ -60,7 +64,7 @@ impl Moto {
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-        panic!("the server does not listen");
+        panic!("the server does not listen on its port");
     }
 
     #[must_use]

@@ -1,10 +1,11 @@
-//! Consumers of one queue that are killed at random, deletions that get lost, and messages that are sent up to three times: at most one
-//! effect each, and none is lost. `MESSAGES` says how many messages, `KILLS` how many kills.
+//! Each message has at most one effect and none is lost, although the test kills consumers of the
+//! queue at random, loses deletions, and sends each message up to three times. `MESSAGES` sets the
+//! number of messages, `KILLS` the number of kills.
 
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{assert_fails_unprotected, assert_says, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
+use harness::{assert_fails_unprotected, assert_prints, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
 use sqs::{client, Moto, Queue, Settings};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sqs");
@@ -51,7 +52,7 @@ impl World {
         }
     }
 
-    /// Sends all, a part at a time: moto looks at every message of a queue for every request.
+    /// Sends all messages in parts, because moto reads every message of the queue for each request.
     async fn send(&self, names: &[String]) {
         const PART: usize = 200;
         for part in names.chunks(PART) {
@@ -64,8 +65,9 @@ impl World {
         }
     }
 
-    /// Sends all, and meanwhile kills one of two consumers, again and again, each time after some effects more, and starts another in
-    /// its place; then waits for the end.
+    /// Sends all messages. Meanwhile kills one of two consumers again and again, each time after
+    /// some further effects, and starts a new one in its place. Then waits until the queue is
+    /// empty.
     async fn run(&self, sent: &[String], start: impl Fn() -> Command, kills: usize, effects_between: usize) {
         let mut consumers = Fleet::start(2, start);
         tokio::join!(
@@ -87,11 +89,11 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
         _ => format!("order-{number}"),
     });
     let names: Vec<String> = names.collect();
-    // Once, twice or three times.
+    // Send each message once, twice or three times.
     let copies = |number: usize| 1 + usize::from(number % 2 == 1) + usize::from(number % 3 == 2);
     let mut sent = Vec::new();
     for part in (0..messages).collect::<Vec<_>>().chunks(100) {
-        // Some come while the first is in flight, others when it is done.
+        // Some copies arrive while the first one is in flight, and others after it is handled.
         for copy in 0..3 {
             let copied = part.iter().filter(|number| copies(**number) > copy);
             sent.extend(copied.map(|number| names[*number].clone()));
@@ -105,21 +107,24 @@ async fn killed_consumers_repeat_no_effect_and_lose_no_message() {
     let outcome = Outcome::of(names, &world.effects.tally(), &dead);
     let count = |word| world.deliveries.count(word);
     let words = ["came", "first", "duplicate", "in-flight", "unknown", "failed", "lost"];
-    let told: Vec<String> = words.map(|word| format!("{} {word}", count(word))).into();
-    println!("{messages} messages, {sent} copies, {kills} kills: {}", told.join(", "));
+    let counted: Vec<String> = words.map(|word| format!("{} {word}", count(word))).into();
     println!(
-        "one effect: {}; none, and a dead letter: {}",
+        "{messages} messages, {sent} copies, {kills} kills: {}",
+        counted.join(", ")
+    );
+    println!(
+        "messages with one effect: {}; dead letters without an effect: {}",
         outcome.once, outcome.dead
     );
     assert!(outcome.is_as_promised(), "{outcome:?}");
 
     assert!(
         dead.iter().any(|name| name.starts_with("poison")),
-        "what cannot be handled is a dead letter"
+        "no message that always fails is a dead letter"
     );
     assert!(
         outcome.dead <= messages / 50 + kills * 10,
-        "more dead letters than were killed: {outcome:?}"
+        "more dead letters than the kills explain: {outcome:?}"
     );
     assert!(
         kills > 0 && count("came") > sent,
@@ -137,18 +142,22 @@ async fn without_the_receiver_the_same_kills_repeat_effects() {
     let start = || harness::unprotected(world.settings.command(PROGRAM));
     world.run(&names, start, 2, 15).await;
     let outcome = Outcome::of(names, &world.effects.tally(), &[]);
-    assert!(!outcome.repeated.is_empty(), "each was sent once: {outcome:?}");
+    assert!(
+        !outcome.repeated.is_empty(),
+        "the kills repeated no effect: {outcome:?}"
+    );
 }
 
 #[test]
 fn the_example_does_what_it_says() {
     let lines = [
-        "which is extended: 1 deliveries, 0 of them told",
-        "sent twice holds 1; with another copy after its window of 2 s, 2: 1 effect, 1 duplicate",
+        "which the consumer extends: 1 deliveries, 0 of them refused",
+        "has 1 message after a message was sent twice, and 2 after another copy",
+        "the window of 2 s: 1 effect, 1 duplicate",
         "duplicates, 10 effects",
-        "a batch of 10 of which one fails: 9 effects; that one failed 5 times and is one of 1 dead letters",
+        "a batch of 10 messages with one that always fails: 9 effects, 5 failures, 1 dead letter",
     ];
-    assert_says(PROGRAM, &lines);
+    assert_prints(PROGRAM, &lines);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What consumers were told about their deliveries, and what they tell the broker.
+//! The log of the deliveries that consumers got, with their receipts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,17 +7,19 @@ use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError};
 
 use crate::Ledger;
 
-/// Notes the receipt of every delivery, for all processes, and loses some acknowledgements.
+/// Records the receipt of every delivery of all processes, and loses some acknowledgements.
 #[derive(Clone, Debug)]
-pub struct Told(Ledger);
+pub struct DeliveryLog(Ledger);
 
-/// Of so many acknowledgements one is lost.
+/// On average, one in this number of acknowledgements is lost.
 const LOSES_ONE_IN: u32 = 10;
 
-impl Told {
+impl DeliveryLog {
+    /// Opens the log at this path.
+    ///
     /// # Panics
     ///
-    /// If it cannot be opened.
+    /// Panics if the file cannot be opened.
     pub fn open(path: &Path) -> Self {
         Self(Ledger::open(path))
     }
@@ -26,42 +28,43 @@ impl Told {
         self.0.path()
     }
 
-    /// Notes a delivery. What to tell the broker; nothing, if that is to be lost.
+    /// Records a delivery, and returns the disposition for the broker. Returns `None` if the
+    /// consumer must lose this acknowledgement.
     ///
     /// # Panics
     ///
-    /// If it cannot be noted.
-    pub fn note<T, E>(
+    /// Panics if the line cannot be written.
+    pub fn record<T, E>(
         &self,
         is_first_delivery: bool,
         received: &Result<Receipt<T>, ReceiveError<E>>,
         disposition: Disposition,
     ) -> Option<Disposition> {
-        self.0.note(format_args!("{} {is_first_delivery}", word(received)));
+        self.0.append(format_args!("{} {is_first_delivery}", word(received)));
         let is_lost = disposition == Disposition::Acknowledge && crate::one_in(LOSES_ONE_IN);
         (!is_lost).then_some(disposition)
     }
 
-    /// How many deliveries got each receipt.
+    /// Returns the number of deliveries for each receipt.
     ///
     /// # Panics
     ///
-    /// If it cannot be read.
+    /// Panics if the file cannot be read.
     pub fn receipts(&self) -> BTreeMap<String, usize> {
         self.0.counts()
     }
 
-    /// How many deliveries were not the first of their message.
+    /// Returns the number of deliveries that were not the first of their message.
     ///
     /// # Panics
     ///
-    /// If it cannot be read.
+    /// Panics if the file cannot be read.
     pub fn redeliveries(&self) -> usize {
         self.0.lines().iter().filter(|line| line.ends_with(" false")).count()
     }
 }
 
-/// One word for what came of a delivery.
+/// Returns one word for the result of a delivery.
 pub const fn word<T, E>(received: &Result<Receipt<T>, ReceiveError<E>>) -> &'static str {
     match received {
         Ok(Receipt::First(_)) => "first",
