@@ -251,6 +251,60 @@ mod payments {
         assert_eq!(charges(&shop).await, 2);
     }
 
+    /// Kills the server in the middle of a payment, and checks that a retry does not run.
+    async fn kill_owner(shop: &Example, moment: &str) {
+        let request = shop.request(
+            "/payments",
+            &[ORDER[0], ORDER[1], ("kill-server", moment)],
+            r#"{"amount": 4200}"#,
+        );
+        let killed = timeout(PATIENCE, shop.client.request(request)).await;
+        assert!(
+            killed.expect("it dies in time").is_err(),
+            "a dead server does not respond"
+        );
+        let retry = shop.post("/payments", ORDER, r#"{"amount": 4200}"#).await;
+        retry.assert_refused(409, "outcome-unknown");
+    }
+
+    #[tokio::test]
+    async fn a_killed_owner_leaves_409_until_an_operator_resolves_the_key() {
+        for (moment, finding, made_before) in [
+            ("after-charge", r#"{"key": "order-1", "charge": 1}"#, 1),
+            ("before-charge", r#"{"key": "order-1"}"#, 0),
+        ] {
+            let shop = Example::start("payments").await;
+            let resolve = || shop.post("/operator/resolve", &[JSON], finding);
+            kill_owner(&shop, moment).await;
+            assert_eq!(charges(&shop).await, made_before);
+            assert_eq!(resolve().await.status, StatusCode::OK);
+
+            let retry = shop.post("/payments", ORDER, r#"{"amount": 4200}"#).await;
+            assert_eq!(
+                (retry.status, retry.is_replayed()),
+                (StatusCode::CREATED, made_before == 1)
+            );
+            assert_eq!(retry.json(), json!({ "id": 1, "amount": 4200 }));
+            assert_eq!(retry.headers[header::LOCATION], "/charges#1");
+            assert_eq!(charges(&shop).await, 1);
+            assert_eq!(resolve().await.status, StatusCode::CONFLICT, "the key is completed");
+        }
+    }
+
+    #[test]
+    fn the_page_shows_the_code_that_runs() {
+        let source = include_str!("../examples/payments.rs");
+        let page = include_str!("../examples/payments.html");
+        for id in ["setup", "resolution"] {
+            let (_, code) = page.split_once(&format!("<code id=\"{id}\">")).expect(id);
+            let (code, _) = code.split_once("</code></pre>").expect(id);
+            let code = code.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&");
+            let source: Vec<&str> = source.lines().map(str::trim).collect();
+            let code: Vec<&str> = code.lines().map(str::trim).collect();
+            assert!(source.windows(code.len()).any(|lines| lines == code), "{id}: {code:?}");
+        }
+    }
+
     #[tokio::test]
     async fn the_page_is_served_and_needs_nothing_from_elsewhere() {
         let page = Example::start("payments").await.get("/").await;
