@@ -40,17 +40,24 @@ impl<St: Store + Clone> Claimer<'_, St> {
     /// Repeats a claim that failed with `error`. Repeats it once, with the same nonce, so that the
     /// store makes at most one grant for both claims (I1).
     ///
-    /// A claim that got no reply stays in `lost`, because the store may still grant it. The owner
-    /// of `lost` takes it out when a later claim is granted; otherwise dropping it releases the
-    /// key.
+    /// A claim that got no reply is put into `lost`, because the store may still grant it. It stays
+    /// there after a decision and after [`ClaimError::TimeUp`]. The owner of `lost` takes it out when
+    /// a later claim is granted; otherwise dropping it releases the key. After
+    /// [`ClaimError::Failed`], `lost` is empty, because the release of the key has begun.
     pub(crate) async fn again(
         &self,
         claim: &Claim,
         error: Error,
         lost: &mut Option<Box<LostClaim>>,
     ) -> Result<Decision, ClaimError> {
+        // If the claim fails for good, begin the release before other requests for this key
+        // continue.
+        let failed = |error, lost: &mut Option<_>| {
+            *lost = None;
+            Err(ClaimError::Failed(error))
+        };
         if error.kind() != ErrorKind::StoreUnavailable {
-            return Err(ClaimError::Failed(error));
+            return failed(error, lost);
         }
         telemetry::failure(Event::ClaimRepeated, &error);
         lost.get_or_insert_with(|| self.lost(claim.clone()));
@@ -60,11 +67,7 @@ impl<St: Store + Clone> Claimer<'_, St> {
         match claim_with_timeout(self.limit(), self.store, claim).await {
             Ok(decision) => Ok(decision),
             Err(error) if error.kind() == ErrorKind::StoreUnavailable && self.is_wait_over() => Err(ClaimError::TimeUp),
-            Err(error) => {
-                // Begin the release before other requests for this key continue.
-                *lost = None;
-                Err(ClaimError::Failed(error))
-            }
+            Err(error) => failed(error, lost),
         }
     }
 
@@ -75,5 +78,40 @@ impl<St: Store + Clone> Claimer<'_, St> {
             async move { release_lost_claim(&store, &claim, retry).await }
         };
         Box::new(LostClaim::new(claim, self.tracker, release))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Fingerprint, Nonce, StorageKey};
+    use crate::store::MemoryStore;
+
+    fn misconfigured() -> Error {
+        Error::new(ErrorKind::Configuration, "the table does not exist")
+    }
+
+    /// A lost claim stayed claimed until its request had ended, if the claim after it failed for good.
+    #[tokio::test]
+    async fn a_claim_that_fails_for_good_begins_the_release_of_a_lost_claim() {
+        let (store, settings, tracker) = (MemoryStore::new(), EngineSettings::default(), Arc::default());
+        let claimer = Claimer {
+            store: &store,
+            settings: &settings,
+            tracker: &tracker,
+            wait: None,
+        };
+        let key = StorageKey::from_bytes([7; 32]);
+        let claim = settings.claim(key, Fingerprint::NONE, Nonce::random());
+        // The store grants the lost claim.
+        assert!(store.claim(&claim).await.is_ok());
+        let mut lost = Some(claimer.lost(claim.clone()));
+        let failed = claimer.again(&claim, misconfigured(), &mut lost).await;
+        assert!(matches!(failed, Err(ClaimError::Failed(_))));
+        assert!(lost.is_none());
+        while tracker.running() > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(store.peek(&key).await.unwrap().is_none());
     }
 }
