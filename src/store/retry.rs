@@ -53,7 +53,8 @@ pub(crate) fn claim_with_timeout<'c, St: Store>(
 pub(crate) struct StoreRetry {
     /// The limit of one operation.
     pub(crate) operation: Duration,
-    /// The limit of all tries together.
+    /// The time in which a further try may begin, from the end of the first one. So all tries and
+    /// pauses together take at most this time and the limits of two tries.
     pub(crate) in_all: Duration,
     /// The longest pause between two tries.
     pause: Duration,
