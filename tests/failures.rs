@@ -1,5 +1,7 @@
 //! What breaks: the handler, its answer, the store, the owner. Nobody is stuck, nothing runs twice unless it was asked for.
 
+#[path = "failures/job_leases.rs"]
+mod job_leases;
 #[path = "failures/leases.rs"]
 mod leases;
 #[path = "failures/streams.rs"]

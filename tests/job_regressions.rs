@@ -35,7 +35,7 @@ fn stalled(
     input: &'static str,
     end: Result<usize, Failure<String>>,
 ) -> (Arc<Notify>, tokio::task::JoinHandle<Ended>) {
-    store.fail("renew", [Fault::Before; 50]);
+    store.fail("renew", [Fault::Before; 1_000]);
     let go_on = Arc::new(Notify::new());
     let told = Arc::clone(&go_on);
     let call = once(store.clone(), "k").with_input(input).at_least_once();
@@ -134,7 +134,7 @@ async fn one_renewal_that_hangs_does_not_lose_a_short_lease() {
 #[tokio::test(start_paused = true)]
 async fn a_superseded_owner_that_may_not_wait_reads_a_slow_record() {
     let store = RemoteStore::new();
-    store.fail("renew", [Fault::Before; 50]);
+    store.fail("renew", [Fault::Before; 1_000]);
     let go_on = Arc::new(Notify::new());
     let is_told = Arc::clone(&go_on);
     let call = once(store.clone(), "k").at_least_once().with_wait(Duration::ZERO);

@@ -1,13 +1,11 @@
 //! The attempt that a job can see, and the result of a check of an earlier attempt.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use uuid::Builder;
 
-use super::renewal::Schedule;
-use crate::clock::Stopwatch;
+use super::held_lease::HeldLease;
 use crate::protocol::{Fence, Fingerprint, Grant, StorageKey};
 
 /// The attempt under which a call is made.
@@ -16,37 +14,16 @@ pub struct Attempt {
     key: StorageKey,
     fingerprint: Fingerprint,
     grant: Grant,
-    marks: Arc<Marks>,
-}
-
-struct Marks {
-    is_lost: AtomicBool,
-    /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
-    schedule: Option<Schedule>,
-    /// Whether a completion of the record was sent within a transaction.
-    #[cfg(feature = "postgres")]
-    is_in_transaction: AtomicBool,
-    /// Whether that completion succeeded, as far as this process knows.
-    #[cfg(feature = "postgres")]
-    is_completed: AtomicBool,
+    lease: Arc<HeldLease>,
 }
 
 impl Attempt {
-    /// Makes the attempt of a grant. `since_claim` was started before the claim.
-    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, grant: Grant, since_claim: Stopwatch) -> Self {
-        let marks = Marks {
-            is_lost: AtomicBool::new(false),
-            schedule: grant.lease.map(|lease| Schedule::new(lease, since_claim)),
-            #[cfg(feature = "postgres")]
-            is_in_transaction: AtomicBool::new(false),
-            #[cfg(feature = "postgres")]
-            is_completed: AtomicBool::new(false),
-        };
+    pub(crate) fn new(key: StorageKey, fingerprint: Fingerprint, lease: HeldLease) -> Self {
         Self {
             key,
             fingerprint,
-            grant,
-            marks: Arc::new(marks),
+            grant: *lease.grant(),
+            lease: Arc::new(lease),
         }
     }
 
@@ -98,59 +75,15 @@ impl Attempt {
     /// another attempt has taken the key over, the layer discards the result of this attempt.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        !self.marks.is_lost.load(Ordering::Relaxed)
+        !self.lease.is_superseded()
     }
 
-    pub(crate) fn lose(&self) {
-        self.marks.is_lost.store(true, Ordering::Relaxed);
-    }
-
-    pub(super) fn schedule(&self) -> Option<&Schedule> {
-        self.marks.schedule.as_ref()
-    }
-
-    pub(crate) const fn grant(&self) -> Grant {
-        self.grant
+    pub(crate) fn lease(&self) -> &HeldLease {
+        &self.lease
     }
 
     pub(crate) const fn key(&self) -> &StorageKey {
         &self.key
-    }
-
-    /// Notes that a completion is sent within a transaction. From here on, only the record shows
-    /// how the attempt ended.
-    #[cfg(feature = "postgres")]
-    pub(crate) fn set_in_transaction(&self) {
-        self.marks.is_completed.store(false, Ordering::Release);
-        self.marks.is_in_transaction.store(true, Ordering::Release);
-    }
-
-    /// Notes that a completion in a transaction failed. The lease may not have been renewed since
-    /// an earlier completion, so its renewal is due now.
-    #[cfg(feature = "postgres")]
-    pub(crate) fn set_completion_failed(&self) {
-        if let Some(schedule) = self.schedule() {
-            schedule.hurry();
-        }
-    }
-
-    /// Notes that the transaction has completed the record, and locks it until the transaction
-    /// ends.
-    #[cfg(feature = "postgres")]
-    pub(crate) fn set_completed(&self) {
-        self.marks.is_completed.store(true, Ordering::Release);
-    }
-
-    pub(super) fn is_completed(&self) -> bool {
-        #[cfg(feature = "postgres")]
-        return self.marks.is_completed.load(Ordering::Acquire);
-        #[cfg(not(feature = "postgres"))]
-        false
-    }
-
-    #[cfg(feature = "postgres")]
-    pub(crate) fn is_in_transaction(&self) -> bool {
-        self.marks.is_in_transaction.load(Ordering::Acquire)
     }
 }
 

@@ -16,7 +16,8 @@ use futures::FutureExt;
 
 use super::attempt::{Attempt, Recovered};
 use super::claim::{ClaimError, Claimer};
-use super::lease_guard::LeaseGuard;
+use super::held_lease::HeldLease;
+use super::job_leases::{JobGuard, JobLeases};
 use super::owner::{KeyOwner, Ownership};
 use super::settings::EngineSettings;
 use super::waiting::{await_owner, Waited, Waiter};
@@ -24,8 +25,7 @@ use crate::clock::{sleep, within, Deadline, Stopwatch};
 use crate::detach::{detach_on_drop, TaskTracker};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{
-    Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Snapshot, Status, StorageKey,
-    StoredResponse,
+    Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status, StorageKey, StoredResponse,
 };
 use crate::store::{claim_with_timeout, with_timeout, LostClaim, Store, MANY_LOST_CLAIMS};
 use crate::telemetry::{self, Event};
@@ -101,11 +101,9 @@ pub(crate) enum Refused {
 
 /// The grant of a key.
 struct Granted {
-    grant: Grant,
+    lease: HeldLease,
     /// Whether the call may be made without a check of an earlier attempt.
     is_first: bool,
-    /// A stopwatch that was started before the claim.
-    since_claim: Stopwatch,
 }
 
 /// A job: a key, the fingerprint of its input, and the settings of the layer.
@@ -115,6 +113,8 @@ pub(crate) struct Job<St> {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) settings: EngineSettings,
     pub(crate) tracker: Arc<TaskTracker>,
+    /// The leases that are renewed together with the lease of this job.
+    pub(crate) leases: Arc<JobLeases>,
 }
 
 impl<St: Store + Clone> Job<St> {
@@ -149,7 +149,7 @@ impl<St: Store + Clone> Job<St> {
             Ok(Ok(granted)) => {
                 // Nothing has run and the caller is gone, so do not start.
                 if absence.is_true() {
-                    self.owner(granted.grant.owner).release().await;
+                    self.owner(&granted.lease).release().await;
                     return Settled::Refused(Refused::InFlight(Duration::ZERO));
                 }
                 self.own(granted, work, &absence).await
@@ -184,9 +184,8 @@ impl<St: Store + Clone> Job<St> {
                 }
             }
             let granted = |grant, is_first| Granted {
-                grant,
+                lease: HeldLease::new(grant, || since_claim),
                 is_first,
-                since_claim,
             };
             let refused = match decision {
                 Decision::Execute(grant) => return Ok(Ok(granted(grant, true))),
@@ -251,13 +250,11 @@ impl<St: Store + Clone> Job<St> {
 
     /// Runs the work as the owner of the key: checks a lost attempt, runs, and records the end.
     async fn own<W: Work>(&self, granted: Granted, mut work: W, absence: &Absence) -> Settled<W::Output> {
-        let Granted {
-            grant,
-            is_first,
-            since_claim,
-        } = granted;
-        let attempt = Attempt::new(self.key, self.fingerprint, grant, since_claim);
-        let mut guard = LeaseGuard::begin(&self.store, self.settings.store_timeout, &attempt);
+        let Granted { lease, is_first } = granted;
+        let attempt = Attempt::new(self.key, self.fingerprint, lease);
+        let lease = attempt.lease();
+        let timeout = self.settings.store_timeout;
+        let mut guard = JobGuard::begin(&self.store, timeout, &self.leases, &self.tracker, &attempt);
         let found = if is_first {
             Recovered::NotHappened
         } else {
@@ -267,8 +264,7 @@ impl<St: Store + Clone> Job<St> {
             Recovered::Happened(ended) => Ok(ended),
             Recovered::NotHappened if absence.is_true() => {
                 // The check found no effect, but the caller is gone, so do not start.
-                guard.stop_renewing();
-                self.owner(grant.owner).release().await;
+                self.owner(lease).release().await;
                 guard.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
             }
@@ -280,11 +276,10 @@ impl<St: Store + Clone> Job<St> {
             Recovered::Unknown => Err(Refused::Unknown),
         };
         #[cfg(feature = "postgres")]
-        if attempt.is_in_transaction() {
+        if lease.transaction.has_begun() {
             // The handler may not know whether its transaction was committed. Only the record shows
             // it.
-            guard.stop_renewing();
-            let settled = self.after_transaction(grant.owner, ended, absence).await;
+            let settled = self.after_transaction(lease, ended, absence).await;
             guard.end();
             return settled;
         }
@@ -293,17 +288,11 @@ impl<St: Store + Clone> Job<St> {
             output,
         }) = ended
         {
-            // The lease is renewed until the completion is recorded, so that no other attempt runs
-            // meanwhile (I1).
-            let completion = self
-                .owner(grant.owner)
-                .complete(&outcome, self.settings.retention)
-                .await;
+            let completion = self.owner(lease).complete(&outcome, self.settings.retention).await;
             guard.end();
             return self.completed(completion, output, absence).await;
         }
-        guard.stop_renewing();
-        let settled = self.end_without_outcome(grant.owner, ended, absence).await;
+        let settled = self.end_without_outcome(lease, ended, absence).await;
         guard.end();
         settled
     }
@@ -312,7 +301,7 @@ impl<St: Store + Clone> Job<St> {
     /// unknown whether the attempt took effect.
     pub(super) async fn end_without_outcome<G>(
         &self,
-        owner: Owner,
+        lease: &HeldLease,
         ended: Result<Ended<G>, Refused>,
         absence: &Absence,
     ) -> Settled<G> {
@@ -320,8 +309,8 @@ impl<St: Store + Clone> Job<St> {
             Ok(Ended {
                 verdict: Verdict::Release,
                 ..
-            }) => self.owner(owner).release().await,
-            _ => self.owner(owner).give_up().await,
+            }) => self.owner(lease).release().await,
+            _ => self.owner(lease).give_up().await,
         };
         if ownership == Ownership::Superseded {
             telemetry::event(Event::Superseded);
@@ -393,11 +382,11 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    pub(super) fn owner(&self, owner: Owner) -> KeyOwner<'_, St> {
+    pub(super) fn owner<'j>(&'j self, lease: &'j HeldLease) -> KeyOwner<'j, St> {
         KeyOwner {
             store: &self.store,
             key: &self.key,
-            owner,
+            lease,
             retry: self.settings.retry(),
             tracker: &self.tracker,
         }

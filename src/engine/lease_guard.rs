@@ -1,205 +1,109 @@
-//! The guard of a lease while its attempt runs.
+//! The part of an owner in the renewal of its lease.
 
-use std::future::Future;
+use std::future::{poll_fn, Future};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::poll_fn;
 use futures::FutureExt;
-use tokio::runtime::{Handle, Id};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::runtime::Handle;
 
-use super::attempt::Attempt;
-use crate::clock::sleep;
-use crate::detach::spawn_apart;
-use crate::protocol::{Owner, Renewal};
-use crate::store::{with_timeout, Store};
+use super::held_lease::HeldLease;
+use super::renewal::{ensure_renewal_task, Renewer};
+use crate::detach::{spawn_apart, TaskTracker};
+use crate::protocol::StorageKey;
+use crate::store::Store;
 use crate::telemetry::{self, Event};
 
-/// Renews the lease of a key until the attempt [ends](Self::end), so that no other attempt runs
-/// meanwhile (I1). A runtime that shuts down may drop the guard before the end. The guard then
-/// gives the lease up, provided that the store can do so without waiting. In an in-process store,
-/// this is the only way in which the lease ends.
+/// The ownership of a key, from its grant to the end of the attempt.
 ///
-/// A task renews the lease, so that a call that blocks its thread does not lose the lease. The
-/// owner renews the lease as well if it is polled while the task is late. The task is late if its
-/// runtime has ended, or if the owner keeps the runtime so busy that the runtime serves no timers.
-pub(super) struct LeaseGuard<'j, St: Store> {
-    store: &'j St,
-    store_timeout: Duration,
-    attempt: Attempt,
-    owner: Option<Owner>,
-    renewing: Option<Renewing>,
+/// A task renews the lease, so that work that blocks its thread does not lose the lease. The owner
+/// renews the lease as well if it is polled while the task is late. The task is late if its runtime
+/// has ended, or if the work keeps the runtime so busy that the runtime serves no timers.
+pub(crate) struct LeaseGuard {
+    is_leased: bool,
+    /// The runtime that polled the owner last, if there is a lease. If the owner is dropped outside
+    /// of any runtime, the lease is given up on this one.
+    runtime: Option<Handle>,
 }
 
-/// The tasks that renew the lease.
-struct Renewing {
-    task: JoinHandle<()>,
-    /// The runtime of the task.
-    runtime: Id,
-    /// The last renewal that the owner began by itself.
-    by_owner: Option<JoinHandle<()>>,
-}
-
-impl<'j, St: Store + Clone> LeaseGuard<'j, St> {
-    /// Starts to renew the lease of an attempt, if the lease has an end.
-    pub(super) fn begin(store: &'j St, store_timeout: Duration, attempt: &Attempt) -> Self {
-        let mut guard = Self {
-            store,
-            store_timeout,
-            attempt: attempt.clone(),
-            owner: Some(attempt.grant().owner),
-            renewing: None,
-        };
-        if attempt.schedule().is_some() {
-            guard.start_renewing();
+impl LeaseGuard {
+    /// Begins the ownership of a key. Enter the lease in the table of `renewer` first.
+    pub(crate) fn begin<R: Renewer>(renewer: &Arc<R>, lease: &HeldLease) -> Self {
+        let is_leased = lease.has_end();
+        let runtime = if is_leased { Handle::try_current().ok() } else { None };
+        if let Some(runtime) = &runtime {
+            ensure_renewal_task(renewer, runtime);
         }
-        guard
+        Self { is_leased, runtime }
     }
 
-    /// Starts a renewal task on the current runtime, in place of the old one.
-    fn start_renewing(&mut self) {
-        let Ok(runtime) = Handle::try_current() else { return };
-        let task = spawn_apart(&runtime, renew_when_due(self.renewer()));
-        let old = self.renewing.replace(Renewing {
-            task,
-            runtime: runtime.id(),
-            by_owner: None,
-        });
-        if let Some(old) = old {
-            old.abort();
-        }
-    }
-
-    fn renewer(&self) -> Renewer<St> {
-        Renewer {
-            store: self.store.clone(),
-            attempt: self.attempt.clone(),
-            store_timeout: self.store_timeout,
-        }
-    }
-
-    /// Polls the owner's work, and renews the lease if it is overdue at a poll.
-    pub(super) async fn during<T>(&mut self, work: impl Future<Output = T>) -> T {
-        let mut work = pin!(work);
-        poll_fn(|cx| {
-            self.look_after_lease();
-            work.as_mut().poll(cx)
-        })
-        .await
-    }
-
-    /// Starts a new renewal task if the old one has ended or belongs to another runtime. Begins a
-    /// renewal if one is overdue.
-    fn look_after_lease(&mut self) {
-        let (Some(renewing), Some(schedule)) = (&self.renewing, self.attempt.schedule()) else {
+    /// Checks the renewal of the lease at a poll. If the owner has moved to another runtime, its
+    /// lease moves, too, and a task of that runtime renews it. On the same runtime, renews the
+    /// lease if a renewal is overdue.
+    pub(crate) fn look_after<R: Renewer>(
+        &mut self,
+        renewer: &Arc<R>,
+        lease: &HeldLease,
+        holder: impl FnOnce() -> R::Holder,
+    ) {
+        if !self.is_leased {
             return;
-        };
+        }
         let Ok(runtime) = Handle::try_current() else { return };
-        if renewing.runtime != runtime.id() || renewing.task.is_finished() && self.attempt.is_held() {
-            self.start_renewing();
-        } else if !self.attempt.is_completed() && schedule.take_overdue() {
-            let renewal = spawn_apart(&runtime, self.renewer().renew());
-            if let Some(renewing) = &mut self.renewing {
-                if let Some(old) = renewing.by_owner.replace(renewal) {
-                    old.abort();
+        if self.runtime.as_ref().map(Handle::id) != Some(runtime.id()) {
+            lease.move_to(runtime.id());
+            ensure_renewal_task(renewer, &runtime);
+            self.runtime = Some(runtime);
+        } else if lease.take_overdue_renewal() {
+            ensure_renewal_task(renewer, &runtime);
+            drop(spawn_apart(&runtime, Arc::clone(renewer).renew(holder())));
+        }
+    }
+
+    /// Ends the ownership without a change of the record, because the outcome is recorded or cannot
+    /// be.
+    pub(crate) fn end(self, lease: &HeldLease) {
+        if self.is_leased {
+            lease.set_over();
+        }
+    }
+
+    /// Gives up the lease of a dropped owner, by a renewal with a lease of zero. The record remains
+    /// as evidence of the attempt (I6).
+    pub(crate) fn give_up<St: Store>(self, store: St, key: StorageKey, lease: &HeldLease, tracker: &Arc<TaskTracker>) {
+        lease.set_given_up();
+        let owner = lease.owner();
+        // The code of a store may panic if its runtime is gone. The drop of the owner may be part
+        // of an unwinding already, so a second panic would abort the process. If the lease cannot
+        // be given up, it expires.
+        drop(catch_unwind(AssertUnwindSafe(|| {
+            telemetry::event(Event::Abandoned);
+            let mut renewal = Box::pin(async move {
+                if let Err(error) = store.renew(&key, owner, Duration::ZERO).await {
+                    telemetry::failure(Event::RenewalFailed, &error);
+                }
+            });
+            let _entered = self.runtime.as_ref().map(Handle::enter);
+            // Poll the renewal here first, because a store in memory is done at the first poll, and
+            // the runtime may be gone by now. Any other store goes on in a tracked task, for which
+            // the drain waits (I11).
+            if (&mut renewal).now_or_never().is_none() {
+                if let Some(runtime) = &self.runtime {
+                    tracker.spawn(runtime, renewal);
                 }
             }
-        }
+        })));
     }
 }
 
-impl<St: Store> LeaseGuard<'_, St> {
-    /// Stops renewing the lease. Call this before the key is released, before the lease is given
-    /// up, and before the result of a transaction is looked up.
-    pub(super) fn stop_renewing(&mut self) {
-        if let Some(renewing) = self.renewing.take() {
-            renewing.abort();
-        }
-    }
-
-    /// Drops the guard without giving the lease up, because the end of the attempt has been
-    /// written.
-    pub(super) fn end(mut self) {
-        self.owner = None;
-    }
-}
-
-impl Renewing {
-    fn abort(self) {
-        self.task.abort();
-        if let Some(renewal) = self.by_owner {
-            renewal.abort();
-        }
-    }
-}
-
-impl<St: Store> Drop for LeaseGuard<'_, St> {
-    fn drop(&mut self) {
-        self.stop_renewing();
-        if let Some(owner) = self.owner {
-            // The code of a store may panic after its runtime has ended. If it does, the lease
-            // expires by itself.
-            drop(catch_unwind(AssertUnwindSafe(|| {
-                telemetry::event(Event::Abandoned);
-                drop(
-                    self.store
-                        .renew(self.attempt.key(), owner, Duration::ZERO)
-                        .now_or_never(),
-                );
-            })));
-        }
-    }
-}
-
-/// Renews one lease.
-#[derive(Clone)]
-struct Renewer<St> {
-    store: St,
-    attempt: Attempt,
-    store_timeout: Duration,
-}
-
-impl<St: Store> Renewer<St> {
-    /// Renews the lease once. Marks the attempt as lost if another attempt took the key over.
-    async fn renew(self) {
-        let Some(schedule) = self.attempt.schedule() else {
-            return;
-        };
-        let (key, owner, lease) = (self.attempt.key(), self.attempt.grant().owner, schedule.lease());
-        // A renewal that hangs must leave time for another one before the lease ends.
-        let timeout = self.store_timeout.min(lease / 6);
-        match with_timeout(timeout, self.store.renew(key, owner, lease)).await {
-            Ok(Renewal::Renewed) => {}
-            // The renewal waited for the transaction that completes the record. The attempt is not
-            // lost.
-            Ok(Renewal::Superseded) if self.attempt.is_completed() => {}
-            Ok(Renewal::Superseded) => self.attempt.lose(),
-            Err(error) => {
-                schedule.repeat();
-                telemetry::failure(Event::RenewalFailed, &error);
-            }
-        }
-    }
-}
-
-/// Begins each renewal in its own task, so that a store that panics or hangs stops only one
-/// renewal. Dropping this future aborts these tasks.
-async fn renew_when_due<St: Store + Clone>(renewer: Renewer<St>) {
-    let Some(schedule) = renewer.attempt.schedule() else {
-        return;
-    };
-    // Look four times in each period, because a renewal that failed is due again at once.
-    let pause = schedule.lease() / 12;
-    let mut renewals = JoinSet::new();
-    while renewer.attempt.is_held() {
-        sleep(pause).await;
-        while renewals.try_join_next().is_some() {}
-        // The transaction that completed the record locks it until the transaction ends. This lock
-        // keeps other owners out.
-        if !renewer.attempt.is_completed() && schedule.take(Duration::ZERO) {
-            renewals.spawn(renewer.clone().renew());
-        }
-    }
+/// Polls the owner's work, and calls `look` before each poll.
+pub(crate) async fn with_look<T>(mut look: impl FnMut(), work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    poll_fn(|cx| {
+        look();
+        work.as_mut().poll(cx)
+    })
+    .await
 }

@@ -1,6 +1,7 @@
 //! Attempts that a test makes without a claim.
 
 use super::attempt::Attempt;
+use super::held_lease::HeldLease;
 use crate::clock::Stopwatch;
 #[cfg(feature = "postgres")]
 use crate::error::{Error, ErrorKind};
@@ -50,11 +51,11 @@ impl Made {
     }
 
     pub(crate) fn attempt(&self) -> Attempt {
-        let attempt = Attempt::new(self.storage_key, Fingerprint::NONE, self.grant, Stopwatch::start());
+        let lease = HeldLease::new(self.grant, Stopwatch::start);
         if self.is_superseded {
-            attempt.lose();
+            lease.set_superseded();
         }
-        attempt
+        Attempt::new(self.storage_key, Fingerprint::NONE, lease)
     }
 
     /// Claims the key in the store, and takes the store's grant. Nothing renews the lease.

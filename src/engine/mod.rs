@@ -4,7 +4,9 @@
 mod attempt;
 mod claim;
 mod drain;
+mod held_lease;
 mod job;
+mod job_leases;
 mod lease_guard;
 #[cfg(feature = "testing")]
 mod made;
@@ -12,15 +14,20 @@ mod on_error;
 mod on_lost;
 mod owner;
 mod renewal;
+mod schedule;
 mod settings;
 #[cfg(feature = "postgres")]
 mod transaction;
+mod transaction_state;
 mod waiting;
 
 pub use attempt::{Attempt, Recovered};
 pub(crate) use claim::{ClaimError, Claimer};
 pub use drain::Drain;
+pub(crate) use held_lease::HeldLease;
 pub(crate) use job::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
+pub(crate) use job_leases::JobLeases;
+pub(crate) use lease_guard::{with_look, LeaseGuard};
 #[cfg(feature = "testing")]
 pub(crate) use made::Made;
 #[cfg(all(feature = "testing", feature = "postgres"))]
@@ -30,6 +37,8 @@ pub use on_lost::OnLost;
 #[cfg(feature = "postgres")]
 pub(crate) use owner::TransactionEnd;
 pub(crate) use owner::{KeyOwner, Ownership};
-pub(crate) use renewal::Schedule;
+pub(crate) use renewal::{RenewalTasks, Renewer};
 pub(crate) use settings::EngineSettings;
+#[cfg(feature = "postgres")]
+pub(crate) use transaction_state::TransactionState;
 pub(crate) use waiting::{await_owner, Waited, Waiter};

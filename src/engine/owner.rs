@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+use super::held_lease::HeldLease;
 use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
 use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, StorageKey};
@@ -44,15 +45,20 @@ pub(crate) enum TransactionEnd {
 pub(crate) struct KeyOwner<'a, St> {
     pub(crate) store: &'a St,
     pub(crate) key: &'a StorageKey,
-    pub(crate) owner: Owner,
+    pub(crate) lease: &'a HeldLease,
     pub(crate) retry: StoreRetry,
     pub(crate) tracker: &'a Arc<TaskTracker>,
 }
 
 impl<St: Store + Clone> KeyOwner<'_, St> {
-    /// Records the outcome.
+    const fn owner(&self) -> Owner {
+        self.lease.owner()
+    }
+
+    /// Records the outcome. The lease is renewed until the outcome is recorded, so that no other
+    /// attempt runs meanwhile (I1).
     pub(crate) async fn complete(&self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
-        let complete = || self.store.complete(self.key, self.owner, outcome, retention);
+        let complete = || self.store.complete(self.key, self.owner(), outcome, retention);
         let completion = self.retry.retry(complete).await;
         // The effect may have happened, so the store must still get the outcome (I6).
         if let Err(error) = &completion {
@@ -63,7 +69,9 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
 
     /// Frees the key, because the attempt had no effect.
     pub(crate) async fn release(&self) -> Ownership {
-        match self.retry.retry(|| self.store.release(self.key, self.owner)).await {
+        self.lease.set_released();
+        let release = || self.store.release(self.key, self.owner());
+        match self.retry.retry(release).await {
             Ok(Release::Superseded) => Ownership::Superseded,
             Ok(_) => Ownership::Owned,
             Err(error) => {
@@ -78,7 +86,8 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// stays as evidence of the attempt (I6). If the store fails, the attempt ends when its lease
     /// expires.
     pub(crate) async fn give_up(&self) -> Ownership {
-        let give_up = || self.store.renew(self.key, self.owner, Duration::ZERO);
+        self.lease.set_given_up();
+        let give_up = || self.store.renew(self.key, self.owner(), Duration::ZERO);
         match self.retry.retry(give_up).await {
             Ok(Renewal::Superseded) => Ownership::Superseded,
             Ok(Renewal::Renewed) => Ownership::Owned,
@@ -99,7 +108,8 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         };
         // Compare nonce and fence: a resolution by an operator keeps the fence, and may have
         // recorded another outcome.
-        let ours = record.filter(|record| (record.nonce, record.fence) == (self.owner.nonce, self.owner.fence));
+        let owner = self.owner();
+        let ours = record.filter(|record| (record.nonce, record.fence) == (owner.nonce, owner.fence));
         if let Some(Snapshot {
             status: Status::Completed(outcome),
             ..
@@ -109,8 +119,11 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
         // An open transaction holds a lock on the row of the record, and a renewal waits for this
         // lock. So a renewal that succeeds proves that the transaction was rolled back.
-        match self.retry.retry(|| self.store.renew(self.key, self.owner, lease)).await {
-            Ok(Renewal::Renewed) => TransactionEnd::RolledBack,
+        match self.retry.retry(|| self.store.renew(self.key, owner, lease)).await {
+            Ok(Renewal::Renewed) => {
+                self.lease.transaction.roll_back();
+                TransactionEnd::RolledBack
+            }
             Ok(Renewal::Superseded) => TransactionEnd::Superseded,
             Err(error) => TransactionEnd::Undecided(error),
         }
@@ -121,7 +134,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     fn record_later(&self, error: &Error, end: AttemptEnd) {
         let Ok(runtime) = Handle::try_current() else { return };
         if StoreRetry::repeats(error) {
-            let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner, self.retry.deferred());
+            let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
             self.tracker
                 .spawn_deferred(&runtime, Deferred::RecordEnd(end.bytes()), async move {
                     record_end(&store, &key, owner, &end, retry).await;
@@ -136,7 +149,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     pub(crate) fn resolve_later(&self, error: &Error, end: AttemptEnd) {
         let Ok(runtime) = Handle::try_current() else { return };
         if StoreRetry::repeats(error) {
-            let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner, self.retry.deferred());
+            let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
             self.tracker
                 .spawn_deferred(&runtime, Deferred::RecordEnd(end.bytes()), async move {
                     resolve_transaction_late(&store, &key, owner, &end, retry).await;

@@ -30,12 +30,10 @@ impl Schedule {
         }
     }
 
-    pub(crate) const fn lease(&self) -> Duration {
-        self.lease
-    }
-
     /// Takes the renewal that is due now or within `soon`. If several callers try at once, at most
-    /// one of them succeeds. The next renewal is due a third of the lease later.
+    /// one of them succeeds. The next renewal is due a third of the lease after this one was due,
+    /// so that renewals that are taken early do not become more frequent. If this one is late, the
+    /// next one is due a third of the lease from now.
     pub(crate) fn take(&self, soon: Duration) -> bool {
         let now = self.since.elapsed_micros();
         self.take_if(now, |due| now.saturating_add(micros(soon)) >= due)
@@ -50,7 +48,7 @@ impl Schedule {
 
     fn take_if(&self, now: u64, is_due: impl FnOnce(u64) -> bool) -> bool {
         let due = self.due.load(Ordering::Relaxed);
-        let next = now.saturating_add(micros(self.lease / 3));
+        let next = due.max(now).saturating_add(micros(self.lease / 3));
         is_due(due)
             && self
                 .due
@@ -93,6 +91,21 @@ mod tests {
         assert!(!schedule.take(Duration::ZERO));
         pass(3).await;
         assert!(schedule.take(Duration::from_secs(1)));
+    }
+
+    /// A renewal that was taken early moved all later ones forward.
+    #[tokio::test(start_paused = true)]
+    async fn renewals_that_are_taken_early_do_not_become_more_frequent() {
+        const TICK: Duration = Duration::from_secs(1);
+        let schedule = Schedule::new(LEASE, Stopwatch::start());
+        let mut taken = Vec::new();
+        for second in 1..=24 {
+            pass(1).await;
+            if schedule.take(TICK) {
+                taken.push(second);
+            }
+        }
+        assert_eq!(taken, [3, 7, 11, 15, 19, 23]);
     }
 
     #[tokio::test(start_paused = true)]

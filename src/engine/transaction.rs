@@ -1,9 +1,10 @@
 //! The end of work that completed its own record in a transaction.
 
+use super::held_lease::HeldLease;
 use super::job::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
 use super::owner::TransactionEnd;
 use crate::error::{Error, ErrorKind};
-use crate::protocol::{Outcome, Owner};
+use crate::protocol::Outcome;
 use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
 
@@ -22,11 +23,11 @@ impl<St: Store + Clone> Job<St> {
     /// whether the transaction was committed.
     pub(super) async fn after_transaction<G>(
         &self,
-        owner: Owner,
+        lease: &HeldLease,
         ended: Result<Ended<G>, Refused>,
         absence: &Absence,
     ) -> Settled<G> {
-        match self.owner(owner).transaction_end(self.settings.lease).await {
+        match self.owner(lease).transaction_end(self.settings.lease).await {
             TransactionEnd::Committed(outcome) => match ended {
                 Ok(Ended {
                     output,
@@ -36,44 +37,49 @@ impl<St: Store + Clone> Job<St> {
                 }) => ran(output, Ok(())),
                 _ => replayed(outcome),
             },
-            TransactionEnd::RolledBack => self.rolled_back(owner, ended, absence).await,
+            TransactionEnd::RolledBack => self.rolled_back(lease, ended, absence).await,
             TransactionEnd::Superseded => {
                 telemetry::event(Event::Superseded);
                 self.stand_by(absence).await
             }
-            TransactionEnd::Undecided(error) => self.undecided(owner, ended, error),
+            TransactionEnd::Undecided(error) => self.undecided(lease, ended, error),
         }
     }
 
     /// Ends an attempt whose transaction was rolled back. A reported success becomes an error,
     /// because nothing was committed.
-    async fn rolled_back<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, absence: &Absence) -> Settled<G> {
+    async fn rolled_back<G>(
+        &self,
+        lease: &HeldLease,
+        ended: Result<Ended<G>, Refused>,
+        absence: &Absence,
+    ) -> Settled<G> {
         telemetry::event(Event::RolledBack);
         match ended {
             Ok(Ended {
                 output,
                 verdict: Verdict::Store(_),
             }) => {
-                self.owner(owner).release().await;
+                self.owner(lease).release().await;
                 ran(output, Err(ROLLED_BACK))
             }
             Ok(Ended {
                 output,
                 verdict: Verdict::StoreFailure(outcome),
             }) => {
-                let completion = self.owner(owner).complete(&outcome, self.settings.retention).await;
+                let completion = self.owner(lease).complete(&outcome, self.settings.retention).await;
                 self.completed(completion, output, absence).await
             }
-            ended => self.end_without_outcome(owner, ended, absence).await,
+            ended => self.end_without_outcome(lease, ended, absence).await,
         }
     }
 
     /// Returns to the caller without knowing whether the transaction was committed. A task without
     /// a caller finds this out from the store, and records the end of the attempt after a rollback.
     /// Otherwise the attempt would count as lost when its lease is over.
-    fn undecided<G>(&self, owner: Owner, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
+    fn undecided<G>(&self, lease: &HeldLease, ended: Result<Ended<G>, Refused>, error: Error) -> Settled<G> {
         telemetry::failure(Event::Unrecorded, &error);
-        self.owner(owner).resolve_later(&error, self.end_after_rollback(&ended));
+        self.owner(lease).resolve_later(&error, self.end_after_rollback(&ended));
         match ended {
             Ok(Ended { output, .. }) => ran(output, Err(UNKNOWN.with_source(error))),
             Err(refused) => Settled::Refused(refused),

@@ -60,6 +60,7 @@ impl<St, M> ReceiverLayer<St, M> {
             consumer: consumer.into(),
             engine,
             tracker: Arc::default(),
+            leases: Arc::default(),
             id: Arc::new(|_| MessageId::missing()),
             kind: None,
             payload: None,

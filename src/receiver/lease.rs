@@ -145,19 +145,20 @@ mod transaction {
             let store = self.home.store.as_ref().map_err(Clone::clone)?;
             // Set this before the completion is sent, because a completion that is dropped early
             // may still take effect.
-            self.attempt.set_in_transaction();
-            let (key, owner) = (self.attempt.key(), self.attempt.grant().owner);
+            let lease = self.attempt.lease();
+            lease.transaction.begin();
+            let (key, owner) = (self.attempt.key(), lease.owner());
             let retention = self.home.retention.max(SHORTEST_RETENTION);
             let completion = store.complete_in(connection, key, owner, &Outcome::Tombstone, retention);
             let completed = match completion.await {
                 Ok(Completion::Completed) => {
-                    self.attempt.set_completed();
+                    lease.transaction.succeed();
                     return Ok(());
                 }
                 Ok(Completion::Superseded(_)) => Err(SUPERSEDED),
                 Err(error) => Err(error),
             };
-            self.attempt.set_completion_failed();
+            lease.fail_completion();
             completed
         }
     }

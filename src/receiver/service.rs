@@ -197,6 +197,7 @@ where
             fingerprint,
             settings: settings.engine.clone(),
             tracker: Arc::clone(&settings.tracker),
+            leases: Arc::clone(&settings.leases),
         };
         let received = match job.settle(self).await {
             Settled::Ran { output, recorded } => match (output, recorded) {

@@ -10,7 +10,7 @@ use super::id::MessageId;
 use super::kinds::Variants;
 use super::lease::MessageLease;
 use crate::detach::TaskTracker;
-use crate::engine::{EngineSettings, OnError, Recovered};
+use crate::engine::{EngineSettings, JobLeases, OnError, Recovered};
 
 pub(super) type IdFn<M> = Arc<dyn Fn(&M) -> MessageId + Send + Sync>;
 pub(super) type TypeFn<M> = Arc<dyn for<'m> Fn(&'m M) -> &'m str + Send + Sync>;
@@ -22,6 +22,7 @@ pub(super) struct Settings<M> {
     pub(super) consumer: String,
     pub(super) engine: EngineSettings,
     pub(super) tracker: Arc<TaskTracker>,
+    pub(super) leases: Arc<JobLeases>,
     pub(super) id: IdFn<M>,
     pub(super) kind: Option<TypeFn<M>>,
     pub(super) payload: Option<PayloadFn<M>>,
@@ -68,6 +69,7 @@ impl<M> Clone for Settings<M> {
             consumer: self.consumer.clone(),
             engine: self.engine.clone(),
             tracker: Arc::clone(&self.tracker),
+            leases: Arc::clone(&self.leases),
             id: Arc::clone(&self.id),
             kind: self.kind.clone(),
             payload: self.payload.clone(),

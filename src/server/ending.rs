@@ -311,7 +311,6 @@ impl<St: Store, S> Exchange<St, S> {
     /// Releases the key, so that the next attempt can run at once. For an attempt that had no
     /// effect.
     async fn release(&mut self) -> Ownership {
-        self.key_guard.in_flight.set_released();
         let ownership = match self.owner() {
             Some(owner) => owner.release().await,
             None => Ownership::Superseded,
@@ -322,7 +321,6 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends the lease at once. The record remains as evidence of the attempt (I6).
     pub(super) async fn give_up(&mut self) -> Ownership {
-        self.key_guard.in_flight.set_given_up();
         let ownership = match self.owner() {
             Some(owner) => owner.give_up().await,
             None => Ownership::Superseded,
@@ -337,7 +335,7 @@ impl<St: Store, S> Exchange<St, S> {
         Some(KeyOwner {
             store: &shared.store,
             key: &in_flight.storage_key,
-            owner: self.key_guard.owner()?,
+            lease: self.key_guard.owned_lease()?,
             retry: self.settings.engine.retry(),
             tracker: &shared.tracker,
         })

@@ -17,6 +17,8 @@ use super::policy::{Judgement, LostAttempt, Verdict};
 use super::settings::Values;
 use super::singleflight::SharedResult;
 use crate::clock::Stopwatch;
+#[cfg(feature = "postgres")]
+use crate::engine::TransactionState;
 use crate::engine::{Ownership, Recovered};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
@@ -115,7 +117,12 @@ impl<St: Store, S> Exchange<St, S> {
         // If the handler tried to complete the record in its own transaction, the record decides
         // about the outcome, not the handler's response.
         #[cfg(feature = "postgres")]
-        if self.key_guard.in_flight.is_in_transaction() {
+        if self
+            .key_guard
+            .in_flight
+            .transaction()
+            .is_some_and(TransactionState::has_begun)
+        {
             return Box::pin(self.after_transaction(ended)).await;
         }
         match ended {

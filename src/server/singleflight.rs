@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 use std::time::Duration;
 
-use tokio::runtime::{Handle, Id};
 use tokio::sync::Notify;
 
 use super::settings::Waiting;
 use crate::clock::{within, Deadline, Stopwatch};
-use crate::engine::Schedule;
+use crate::engine::HeldLease;
+#[cfg(feature = "postgres")]
+use crate::engine::TransactionState;
 use crate::http::Refusal;
 use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
@@ -35,7 +36,7 @@ pub(super) struct InFlight {
     /// Whether any duplicate has joined this request.
     joined: AtomicBool,
     /// The grant of the key, once the store has granted it.
-    held: OnceLock<LeaseGuard>,
+    held: OnceLock<HeldLease>,
     /// The number of looks at the record that this request has begun while it waits for an owner in
     /// another process.
     looks: AtomicU64,
@@ -43,49 +44,13 @@ pub(super) struct InFlight {
     confirmed_by: AtomicU64,
     /// Makes this request look at the record at once.
     look_again: Notify,
-    /// Whether another attempt has taken the key over.
-    superseded: AtomicBool,
-    /// Whether the handler has begun to complete the record in a transaction. The end of that
-    /// transaction may be unknown.
-    #[cfg(feature = "postgres")]
-    in_transaction: AtomicBool,
-    /// Whether that completion failed. The response of the handler then does not show the outcome
-    /// of the request.
-    #[cfg(feature = "postgres")]
-    transaction_failed: AtomicBool,
     /// The status of the response that the handler last tried to record in a transaction, in the
     /// form of [`status_and_code`].
     #[cfg(feature = "postgres")]
     recorded_status: AtomicU32,
-    /// Whether the lease is being given up, so that it must not be renewed again.
-    given_up: AtomicBool,
-    /// Whether the key is being released.
-    released: AtomicBool,
     shared_result: OnceLock<SharedResult>,
     changed: Notify,
     waiters: AtomicUsize,
-}
-
-/// The grant of a key, and the renewal of its lease.
-struct LeaseGuard {
-    grant: Grant,
-    /// The schedule by which the lease is renewed; `None` if the lease needs no renewal.
-    schedule: Option<Schedule>,
-    /// The runtime whose task renews the lease.
-    runtime: Option<Id>,
-}
-
-impl LeaseGuard {
-    /// Enters a grant. `started` returns a stopwatch that was started before the claim, because the
-    /// store may have started the lease at any time since then.
-    fn new(grant: Grant, started: impl FnOnce() -> Stopwatch) -> Self {
-        let runtime = grant.lease.and_then(|_| Handle::try_current().ok());
-        Self {
-            grant,
-            schedule: grant.lease.map(|lease| Schedule::new(lease, started())),
-            runtime: runtime.map(|runtime| runtime.id()),
-        }
-    }
 }
 
 /// The result of a leader, for its followers.
@@ -119,15 +84,8 @@ impl InFlight {
             looks: AtomicU64::new(0),
             confirmed_by: AtomicU64::new(0),
             look_again: Notify::new(),
-            superseded: AtomicBool::new(false),
-            #[cfg(feature = "postgres")]
-            in_transaction: AtomicBool::new(false),
-            #[cfg(feature = "postgres")]
-            transaction_failed: AtomicBool::new(false),
             #[cfg(feature = "postgres")]
             recorded_status: AtomicU32::new(0),
-            given_up: AtomicBool::new(false),
-            released: AtomicBool::new(false),
             shared_result: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -137,7 +95,7 @@ impl InFlight {
     /// Returns an entry for a request that already owns its key.
     pub(super) fn granted(mut self, grant: Grant) -> Self {
         self.guarded = AtomicBool::new(true);
-        self.held = OnceLock::from(LeaseGuard::new(grant, Stopwatch::start));
+        self.held = OnceLock::from(HeldLease::new(grant, Stopwatch::start));
         self
     }
 
@@ -159,25 +117,28 @@ impl InFlight {
         self.detached.load(Ordering::Acquire)
     }
 
-    /// Enters the grant of this request. `started` returns a stopwatch that was started before the
-    /// claim.
-    pub(super) fn set_grant(&self, grant: Grant, started: impl FnOnce() -> Stopwatch) {
-        if self.held.get().is_none() && self.held.set(LeaseGuard::new(grant, started)).is_ok() {
-            self.changed.notify_waiters();
+    /// Enters the grant of this request, and returns its lease. `started` returns a stopwatch that
+    /// was started before the claim.
+    pub(super) fn set_grant(&self, grant: Grant, started: impl FnOnce() -> Stopwatch) -> &HeldLease {
+        if let Some(lease) = self.held.get() {
+            return lease;
         }
+        let lease = self.held.get_or_init(|| HeldLease::new(grant, started));
+        self.changed.notify_waiters();
+        lease
     }
 
-    /// Returns the grant, if the store has granted the key. The request may have lost the key
-    /// since.
-    pub(super) fn held(&self) -> Option<&Grant> {
-        self.held.get().map(|held| &held.grant)
+    /// Returns the lease, if the store has granted the key. The request may have lost the key since.
+    pub(super) fn lease(&self) -> Option<&HeldLease> {
+        self.held.get()
     }
 
     /// Whether this request owns the key, so that the key certainly belongs to its fingerprint. If
     /// another attempt has taken the key over, or this request is about to give it up, only the
     /// store knows the fingerprint.
     fn is_owner(&self) -> bool {
-        self.held().is_some() && !self.is_superseded() && !self.is_given_up()
+        self.lease()
+            .is_some_and(|lease| !lease.is_superseded() && !lease.is_given_up())
     }
 
     /// Begins a look at the record, and returns the number of the look. Numbers start at 1.
@@ -199,26 +160,18 @@ impl InFlight {
     /// Records that the handler is about to complete the record in a transaction, with a response
     /// of this HTTP status and gRPC code.
     #[cfg(feature = "postgres")]
-    pub(super) fn set_in_transaction(&self, status: http::StatusCode, code: Option<u8>) {
+    pub(super) fn begin_transaction(&self, status: http::StatusCode, code: Option<u8>) {
         let recorded = status_and_code(status, code);
         self.recorded_status.store(recorded, Ordering::Relaxed);
-        self.in_transaction.store(true, Ordering::Release);
+        if let Some(lease) = self.lease() {
+            lease.transaction.begin();
+        }
     }
 
+    /// Returns the handler's transaction that completes the record.
     #[cfg(feature = "postgres")]
-    pub(super) fn set_transaction_failed(&self, failed: bool) {
-        self.transaction_failed.store(failed, Ordering::Relaxed);
-    }
-
-    #[cfg(feature = "postgres")]
-    pub(super) fn has_transaction_failed(&self) -> bool {
-        self.transaction_failed.load(Ordering::Relaxed)
-    }
-
-    /// Whether the handler has tried to complete the record in a transaction.
-    #[cfg(feature = "postgres")]
-    pub(super) fn is_in_transaction(&self) -> bool {
-        self.in_transaction.load(Ordering::Acquire)
+    pub(super) fn transaction(&self) -> Option<&TransactionState> {
+        self.lease().map(|lease| &lease.transaction)
     }
 
     /// Whether the response that the handler tried to record has this status. Every gRPC response
@@ -229,101 +182,17 @@ impl InFlight {
     }
 
     pub(super) fn set_superseded(&self) {
-        self.superseded.store(true, Ordering::Relaxed);
+        if let Some(lease) = self.lease() {
+            lease.set_superseded();
+        }
     }
 
     pub(super) fn is_superseded(&self) -> bool {
-        self.superseded.load(Ordering::Relaxed)
-    }
-
-    /// Records that the lease is being given up. No renewal starts from here on, and a renewal in
-    /// flight must not prolong the lease.
-    pub(super) fn set_given_up(&self) {
-        self.given_up.store(true, Ordering::Release);
-    }
-
-    pub(super) fn is_given_up(&self) -> bool {
-        self.given_up.load(Ordering::Acquire)
-    }
-
-    /// Records that the key is being released. A renewal in flight must not prolong the lease.
-    pub(super) fn set_released(&self) {
-        self.released.store(true, Ordering::Relaxed);
-        self.set_given_up();
-    }
-
-    pub(super) fn is_released(&self) -> bool {
-        self.released.load(Ordering::Relaxed)
-    }
-
-    /// Returns the schedule of the lease, as long as this request holds a lease.
-    fn schedule(&self) -> Option<&Schedule> {
-        let schedule = self.held.get()?.schedule.as_ref()?;
-        (!self.is_superseded() && !self.is_given_up()).then_some(schedule)
-    }
-
-    /// Returns the schedule of the lease, unless renewals are skipped at the moment.
-    fn renewals(&self) -> Option<&Schedule> {
-        // The transaction that completes the record holds its row lock. A renewal would only wait
-        // for the lock. The claim of another attempt waits for it, too, so the key is safe without
-        // renewals.
-        if self.is_completing() {
-            return None;
-        }
-        self.schedule()
-    }
-
-    /// Whether a transaction of the handler completes the record, or has completed it.
-    #[cfg(feature = "postgres")]
-    pub(super) fn is_completing(&self) -> bool {
-        self.is_in_transaction() && !self.has_transaction_failed()
-    }
-
-    /// Whether a transaction of the handler completes the record. Always `false`, because without
-    /// the feature `postgres` no store has transactions.
-    #[cfg(not(feature = "postgres"))]
-    #[expect(clippy::unused_self, reason = "only the feature `postgres` needs `self`")]
-    pub(super) const fn is_completing(&self) -> bool {
-        false
-    }
-
-    /// Takes the renewal of the lease for the task of this runtime. Returns whether the task must
-    /// renew the lease now. If the lease was granted on this runtime, the renewal may be due within
-    /// `soon`. Otherwise the renewal must be overdue.
-    pub(super) fn take_renewal(&self, runtime: Id, soon: Duration) -> bool {
-        let is_mine = self.held.get().is_some_and(|held| held.runtime == Some(runtime));
-        self.renewals().is_some_and(|schedule| {
-            if is_mine {
-                schedule.take(soon)
-            } else {
-                schedule.take_overdue()
-            }
-        })
-    }
-
-    /// Takes the renewal of the lease if it is overdue and no task has begun it. Returns whether
-    /// the caller must renew the lease now.
-    pub(super) fn take_overdue_renewal(&self) -> bool {
-        self.renewals().is_some_and(Schedule::take_overdue)
-    }
-
-    /// Makes the next renewal due soon, because one failed.
-    pub(super) fn repeat_renewal(&self) {
-        if let Some(schedule) = self.schedule() {
-            schedule.repeat();
-        }
-    }
-
-    /// Makes the next renewal due now, because renewals were skipped.
-    #[cfg(feature = "postgres")]
-    pub(super) fn hurry_renewal(&self) {
-        if let Some(schedule) = self.schedule() {
-            schedule.hurry();
-        }
+        self.lease().is_some_and(HeldLease::is_superseded)
     }
 
     /// Shares the result with the followers. Only the first result counts.
-    fn respond(&self, shared_result: SharedResult) {
+    fn publish(&self, shared_result: SharedResult) {
         if self.shared_result.set(shared_result).is_ok() {
             self.changed.notify_waiters();
         }
@@ -365,7 +234,7 @@ fn status_and_code(status: http::StatusCode, code: Option<u8>) -> u32 {
 impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("InFlight")
-            .field("held", &self.held())
+            .field("held", &self.lease().map(HeldLease::grant))
             .field("superseded", &self.is_superseded())
             .field("has_result", &self.shared_result.get().is_some())
             .finish_non_exhaustive()
@@ -471,7 +340,7 @@ impl InFlightTable {
         drop(shard);
         drop(leads);
         if joined {
-            in_flight.respond(shared_result);
+            in_flight.publish(shared_result);
         }
     }
 
@@ -490,24 +359,19 @@ impl InFlightTable {
         (of_key < limits.per_key && in_all < limits.in_all).then_some(follower)
     }
 
-    /// Takes the renewals that the task of this runtime must begin now, and returns the requests
-    /// whose leases they renew. See [`InFlight::take_renewal`].
-    pub(super) fn take_renewals(&self, runtime: Id, soon: Duration) -> Vec<Arc<InFlight>> {
-        let mut due = Vec::new();
+    /// Returns the leaders for whose leases `is` returns `true`.
+    pub(super) fn leased(&self, mut is: impl FnMut(&HeldLease) -> bool) -> Vec<Arc<InFlight>> {
+        let mut leased = Vec::new();
         self.table.each(|shard| {
-            due.extend(
-                shard
-                    .values()
-                    .filter(|in_flight| in_flight.take_renewal(runtime, soon))
-                    .cloned(),
-            );
+            let leaders = shard.values();
+            leased.extend(leaders.filter(|leader| leader.lease().is_some_and(&mut is)).cloned());
         });
-        due
+        leased
     }
 
-    /// Whether any leader holds a lease, including leases whose renewals are skipped at the moment.
-    pub(super) fn any_leased(&self) -> bool {
-        self.any(|in_flight| in_flight.schedule().is_some())
+    /// Whether `is` returns `true` for the lease of any leader.
+    pub(super) fn any_lease(&self, is: impl Fn(&HeldLease) -> bool) -> bool {
+        self.any(|in_flight| in_flight.lease().is_some_and(&is))
     }
 
     /// Whether any leader has an exchange that continues if its caller leaves.
@@ -542,7 +406,7 @@ impl Follower {
 
     /// Whether the leader owns the key, or has owned it.
     pub(super) fn has_owner(&self) -> bool {
-        self.leader.held().is_some()
+        self.leader.lease().is_some()
     }
 
     /// Waits until the leader owns the key. Returns `false` if the leader ends or the deadline
@@ -550,7 +414,7 @@ impl Follower {
     pub(super) async fn owned(&self, deadline: Deadline) -> bool {
         let owned = self.leader.until(|in_flight| {
             let has_ended = in_flight.shared_result.get().map(|_| false);
-            in_flight.held().map(|_| true).or(has_ended)
+            in_flight.lease().map(|_| true).or(has_ended)
         });
         within(deadline.left(), owned).await.unwrap_or(false)
     }

@@ -15,7 +15,7 @@ use super::marks::{DoNotStore, StoreOutcomeOnly};
 use super::policy::Verdict;
 use super::settings::Values;
 use super::singleflight::SharedResult;
-use crate::engine::TransactionEnd;
+use crate::engine::{TransactionEnd, TransactionState};
 use crate::error::{Error, ErrorKind};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
@@ -146,25 +146,26 @@ impl Lease {
         settings.advise(&mut head, judgement);
         let outcome = settings.outcome_of(None, &head, &body);
         let retention = judgement.retention;
-        // Set both flags before the completion is sent. If this future is dropped from here on, the
-        // completion may have reached the server, so the layer must read the record.
-        self.in_flight().set_transaction_failed(true);
         let code = settings
             .policy
             .grpc_code(head.status, &head.headers, body.trailers.as_ref());
-        self.in_flight().set_in_transaction(head.status, code);
+        // Begin before the completion is sent. If this future is dropped from here on, the
+        // completion may have reached the server, so the layer must read the record.
+        self.in_flight().begin_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         let failure = match completion.await {
             Ok(Completion::Completed) => {
-                self.in_flight().set_transaction_failed(false);
+                if let Some(transaction) = self.in_flight().transaction() {
+                    transaction.succeed();
+                }
                 return Ok(Response::from_parts(head, body.rebuild()));
             }
             Ok(Completion::Superseded(_)) => SUPERSEDED,
             Err(error) => error,
         };
-        // Renewals may have been skipped since an earlier completion that was rolled back, so the
-        // next one is due now.
-        self.in_flight().hurry_renewal();
+        if let Some(lease) = self.in_flight().lease() {
+            lease.fail_completion();
+        }
         Err(failure)
     }
 }
@@ -287,7 +288,8 @@ impl<St: Store, S> Exchange<St, S> {
         };
         // If the completion failed, the handler's response may only report that failure, not the
         // outcome of the request. So the layer must not store that response either.
-        if self.key_guard.in_flight.has_transaction_failed() || claims_effect {
+        let transaction = self.key_guard.in_flight.transaction();
+        if transaction.is_some_and(TransactionState::has_failed) || claims_effect {
             return Ok(self.failed().await);
         }
         match ended {

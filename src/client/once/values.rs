@@ -13,7 +13,7 @@ use super::form::{decode, encode};
 use super::setters::shared_setters;
 use super::step_path::StepPath;
 use crate::detach::TaskTracker;
-use crate::engine::{Attempt, Drain, Ended, EngineSettings, Job, OnLost, Recovered, Settled, Verdict, Work};
+use crate::engine::{Attempt, Drain, Ended, EngineSettings, Job, JobLeases, OnLost, Recovered, Settled, Verdict, Work};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
@@ -65,6 +65,7 @@ pub fn once<St: Store + Clone>(store: St, key: impl Into<String>) -> Once<St> {
         engine: EngineSettings::default(),
         // Each call has its own drain, and all calls of a process share the bounds.
         tracker: Arc::new(TaskTracker::with_bounds_of_process()),
+        leases: Arc::default(),
         path: None,
     }
 }
@@ -101,6 +102,7 @@ pub struct Once<St> {
     input: Option<Fingerprint>,
     engine: EngineSettings,
     tracker: Arc<TaskTracker>,
+    leases: Arc<JobLeases>,
     path: Option<StepPath>,
 }
 
@@ -318,6 +320,7 @@ impl<St: Store + Clone> Once<St> {
             store: self.store,
             settings: self.engine,
             tracker: self.tracker,
+            leases: self.leases,
         }
     }
 }

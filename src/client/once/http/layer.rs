@@ -115,6 +115,7 @@ impl<St> OnceLayer<St> {
             profile,
             engine: EngineSettings::default(),
             tracker: Arc::default(),
+            leases: Arc::default(),
             methods: vec![Method::POST, Method::PATCH],
             key: None,
             scope: None,

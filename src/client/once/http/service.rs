@@ -160,6 +160,7 @@ where
         fingerprint: fingerprint(&head, &body),
         settings: settings.engine.clone(),
         tracker: Arc::clone(&settings.tracker),
+        leases: Arc::clone(&settings.leases),
     };
     let work = HttpCall {
         service,

@@ -12,7 +12,7 @@ use http::{Method, Response};
 use crate::client::classes::ErrorClasses;
 use crate::client::keys::ProviderProfile;
 use crate::detach::TaskTracker;
-use crate::engine::{Attempt, EngineSettings, Recovered};
+use crate::engine::{Attempt, EngineSettings, JobLeases, Recovered};
 use crate::http::ResponseHeaders;
 use crate::protocol::Scope;
 
@@ -26,6 +26,7 @@ pub(super) struct Settings {
     pub(super) profile: ProviderProfile,
     pub(super) engine: EngineSettings,
     pub(super) tracker: Arc<TaskTracker>,
+    pub(super) leases: Arc<JobLeases>,
     pub(super) methods: Vec<Method>,
     pub(super) key: Option<KeyFn>,
     pub(super) scope: Option<ScopeFn>,
