@@ -67,6 +67,7 @@
     )
 )]
 
+mod catch_panic;
 pub mod client;
 mod clock;
 mod detach;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const FLOORS: [&[&str]; 7] = [
-    &["error", "clock", "sharded", "detach"],
+    &["error", "clock", "sharded", "detach", "catch_panic"],
     &["protocol", "telemetry"],
     &["http", "store"],
     &["engine"],
@@ -177,6 +177,24 @@ fn only_the_clock_makes_timers() {
         let code = source.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
         let timers = code.matches("tokio::time::").count();
         assert_eq!(timers, 0, "{}: take timers from `crate::clock`", file.display());
+    }
+}
+
+/// `catch_panic` decides for all callers how a panic is caught and what remains of it.
+#[test]
+fn panics_are_caught_in_one_place() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    // `clock` is on the floor of `catch_panic` and cannot import it. The guards of a key catch the
+    // panics of a store when they are dropped.
+    let excepted = ["catch_panic.rs", "clock.rs", "server/guard.rs", "engine/lease_guard.rs"];
+    for file in sources(&src) {
+        if excepted.iter().any(|name| file.ends_with(name)) {
+            continue;
+        }
+        let source = fs::read_to_string(&file).unwrap();
+        let code = source.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        let shown = file.display();
+        assert!(!code.contains("catch_unwind"), "{shown}: use `crate::catch_panic`");
     }
 }
 

@@ -5,14 +5,12 @@
 
 use std::future::{poll_fn, Future};
 use std::marker::PhantomData;
-use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
 use futures::future::{select, Either};
-use futures::FutureExt;
 
 use super::attempt::{Attempt, Recovered};
 use super::claim::{ClaimError, Claimer};
@@ -21,6 +19,7 @@ use super::job_leases::{JobGuard, JobLeases};
 use super::owner::{KeyOwner, Ownership};
 use super::settings::EngineSettings;
 use super::waiting::{await_owner, Waited, Waiter};
+use crate::catch_panic::catch_panic;
 use crate::clock::{sleep, within, Deadline, Stopwatch};
 use crate::detach::{detach_on_drop, TaskTracker};
 use crate::error::{Error, ErrorKind};
@@ -270,7 +269,7 @@ impl<St: Store + Clone> Job<St> {
             }
             Recovered::NotHappened => {
                 let ended = guard.during(catch_panic(work.run(attempt.clone()))).await;
-                ended.ok_or(Refused::Unknown)
+                ended.map_err(|_| Refused::Unknown)
             }
             Recovered::Unknown if attempt.number() < self.settings.max_attempts => Err(Refused::Undecided),
             Recovered::Unknown => Err(Refused::Unknown),
@@ -454,11 +453,6 @@ impl Absence {
             false => Poll::Pending,
         })
     }
-}
-
-/// Runs code of the application. Returns `None` if it panics.
-async fn catch_panic<T>(work: impl Future<Output = T>) -> Option<T> {
-    AssertUnwindSafe(work).catch_unwind().await.ok()
 }
 
 /// Returns the result of a job whose outcome is recorded already.

@@ -3,13 +3,11 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::time::Duration;
-
-use futures::FutureExt;
 
 use super::message::OutboxMessage;
 use super::table::{Claim, Outbox, TakeOptions, Taken};
+use crate::catch_panic::catch_panic;
 use crate::clock::{sleep, within, Deadline};
 use crate::error::Error;
 use crate::telemetry::{self, Event};
@@ -257,7 +255,7 @@ where
         // Catch a panic, so that a message that makes `publish` panic does not block all others
         // forever.
         let publish = async { (self.publish)(message).await.map_err(|error| error.to_string()) };
-        match within(lease.left(), AssertUnwindSafe(publish).catch_unwind()).await {
+        match within(lease.left(), catch_panic(publish)).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err("`publish` panicked".to_owned()),
             Err(_) => Err("`publish` did not end within the lease".to_owned()),

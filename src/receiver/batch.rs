@@ -1,13 +1,13 @@
 //! Several messages at once.
 
 use std::future::poll_fn;
-use std::panic::AssertUnwindSafe;
 
 use futures::stream::{iter, StreamExt};
 use futures::FutureExt;
 use tower_service::Service;
 
 use super::receipt::{Disposition, Receipt, ReceiveError};
+use crate::catch_panic::catch_panic;
 
 /// The results of the messages of a batch, in the order of the messages.
 #[derive(Debug)]
@@ -95,7 +95,7 @@ where
             poll_fn(|cx| service.poll_ready(cx)).await?;
             service.call(message).await
         };
-        let delivery = AssertUnwindSafe(delivery).catch_unwind();
+        let delivery = catch_panic(delivery);
         delivery.map(move |received| (position, received.unwrap_or(Err(ReceiveError::Panicked))))
     });
     // Do not use `buffered`. It holds finished messages back behind a slow one, so that no others

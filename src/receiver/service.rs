@@ -2,14 +2,12 @@
 
 use std::fmt;
 use std::future::Future;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use futures::FutureExt;
 use tower_service::Service;
 
 use super::id::MessageId;
@@ -17,6 +15,7 @@ use super::kinds::{difference, fingerprint, Difference, Variant};
 use super::lease::MessageLease;
 use super::receipt::{name_of, Receipt, ReceiveError};
 use super::settings::{OnMismatch, OnMissingId, Settings};
+use crate::catch_panic::{catch_panic, catch_panic_in};
 use crate::detach::detach_on_drop;
 use crate::engine::{Attempt, Ended, Job, OnError, Recovered, Refused, Settled, Verdict, Work, NO_RUNTIME};
 use crate::error::ErrorKind;
@@ -254,7 +253,7 @@ where
         // future.
         let checking = check.map(|check| {
             let make = || check(&self.message, self.lease(attempt));
-            catch_unwind(AssertUnwindSafe(make))
+            catch_panic_in(make)
         });
         async move {
             match checking {
@@ -274,12 +273,12 @@ where
     async fn run(mut self, attempt: Attempt) -> Ended<Self::Output> {
         let settings = Arc::clone(&self.settings);
         // A panic of the application's `pass_lease` function counts as a panic of the handler.
-        let passed = catch_unwind(AssertUnwindSafe(|| {
+        let passed = catch_panic_in(|| {
             if let Some(pass) = &settings.pass_lease {
                 let lease = self.lease(&attempt);
                 pass(&mut self.message, lease);
             }
-        }));
+        });
         let output = match passed {
             Ok(()) => handled(self.service, self.message, Arc::clone(&settings)).await,
             Err(_) => Output::Panicked,
@@ -386,14 +385,14 @@ async fn handled<S, M>(mut service: S, message: M, settings: Arc<Settings<M>>) -
 where
     S: Service<M, Error: 'static>,
 {
-    let handling = AssertUnwindSafe(async move {
+    let handling = catch_panic(async move {
         let handled = service.call(message).await;
         handled.map_err(|error| {
             let end = settings.error_classes.end_of(&error, settings.on_error);
             (error, end)
         })
     });
-    match handling.catch_unwind().await {
+    match handling.await {
         Ok(Ok(output)) => Output::Handled(output),
         Ok(Err((error, end))) => Output::Failed(error, end),
         Err(_) => {

@@ -1,7 +1,6 @@
 //! The meaning of an error of the inner service.
 
-use std::panic::{catch_unwind, AssertUnwindSafe};
-
+use crate::catch_panic::catch_panic_in;
 use crate::error::Classifiers;
 
 /// The meaning of an error of the inner service, for
@@ -32,7 +31,7 @@ impl ServiceErrors {
     /// Classifies an error. If the application's function panics, the error counts as
     /// [`ServiceFailure::Failed`], because the handler may have run.
     pub(super) fn of<E: 'static>(&self, error: &E) -> ServiceFailure {
-        let class = catch_unwind(AssertUnwindSafe(|| self.0.of(error)));
+        let class = catch_panic_in(|| self.0.of(error));
         class.ok().flatten().unwrap_or(ServiceFailure::Failed)
     }
 }

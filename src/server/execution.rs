@@ -1,12 +1,10 @@
 //! One execution of the handler, from its grant to its recorded outcome.
 
 use std::future::Future;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt;
 use http::{Method, Request, Response, StatusCode};
 use tower_service::Service;
 
@@ -16,6 +14,7 @@ use super::lease::Lease;
 use super::policy::{Judgement, LostAttempt, Verdict};
 use super::settings::Values;
 use super::singleflight::SharedResult;
+use crate::catch_panic::{catch_panic, catch_panic_in};
 use crate::clock::Stopwatch;
 #[cfg(feature = "postgres")]
 use crate::engine::TransactionState;
@@ -143,7 +142,7 @@ impl<St: Store, S> Exchange<St, S> {
         // The guard renews the lease while the handler runs. A panic of the handler ends the
         // attempt, not this task.
         let running = self.times.outside(self.key_guard.during(running));
-        match AssertUnwindSafe(running).catch_unwind().await {
+        match catch_panic(running).await {
             Ok(Ended::Responded(read)) => {
                 self.stage = Stage::Responded(read);
                 None
@@ -194,10 +193,10 @@ impl<St: Store, S> Exchange<St, S> {
             head: admitted.head.clone(),
         };
         // The check is the application's code, and may panic before it returns its future.
-        let Ok(checking) = catch_unwind(AssertUnwindSafe(|| check.call(lost))) else {
+        let Ok(checking) = catch_panic_in(|| check.call(lost)) else {
             return Checked::Unknown;
         };
-        let checking = self.key_guard.during(AssertUnwindSafe(checking).catch_unwind());
+        let checking = self.key_guard.during(catch_panic(checking));
         match self.times.outside(checking).await {
             Ok(Recovered::Happened(response)) => {
                 let (head, body) = self.settings.collected(response);
@@ -232,7 +231,7 @@ where
     // out.
     let outer = request.extensions_mut().remove::<Lease>();
     request.extensions_mut().insert(lease.within(outer));
-    let running = catch_unwind(AssertUnwindSafe(|| service.call(request))).ok()?;
+    let running = catch_panic_in(|| service.call(request)).ok()?;
     Some(Box::pin(ended(running, Arc::clone(settings), method)))
 }
 
@@ -273,7 +272,7 @@ where
     } else {
         collect(body, settings.response_limit, timeout)
     };
-    let read = match AssertUnwindSafe(reading).catch_unwind().await {
+    let read = match catch_panic(reading).await {
         // A response without a body, such as one to HEAD, may declare the length that the body
         // would have.
         Ok(Err(Shortfall::Short(part))) if !has_body(&method, head.status) => Ok(Ok(part)),

@@ -1,7 +1,6 @@
 //! The rules that decide which responses are stored, and how failures end an attempt.
 
 use std::fmt;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
 use super::marks::{retention_of, DoNotStore, StoreOutcomeOnly, StoreResponse};
+use crate::catch_panic::catch_panic_in;
 use crate::engine::{OnError, Recovered};
 #[cfg(feature = "postgres")]
 use crate::http::grpc_code;
@@ -207,7 +207,7 @@ impl StorePolicy {
     /// Judges an attempt by the head of its response. `retention` is the layer's setting. If the
     /// predicate panics, the key must not become free, because the handler has already run (I6).
     pub(super) fn judge(&self, head: &response::Parts, retention: Duration) -> Judgement {
-        let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(head)));
+        let verdict = catch_panic_in(|| self.verdict(head));
         let (verdict, awaits_trailers) = verdict.unwrap_or((Verdict::Unjudged, false));
         Judgement {
             verdict,

@@ -1,6 +1,5 @@
 //! A check that a server must pass before a store uses the server.
 
-use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,6 +8,7 @@ use futures::future::{BoxFuture, Shared, WeakShared};
 use futures::FutureExt;
 use tokio::runtime::{Handle, Id};
 
+use crate::catch_panic::catch_panic;
 use crate::clock::Deadline;
 use crate::error::{Error, ErrorKind};
 use crate::sharded::lock;
@@ -128,7 +128,7 @@ impl Checked {
         if let Some(joined) = own.and_then(|run| run.check.upgrade()) {
             return (epoch, joined);
         }
-        let begun = catch_panic(check()).shared();
+        let begun = without_panic(check()).shared();
         running.retain(|run| run.runtime != runtime);
         running.extend(begun.downgrade().map(|check| Running {
             epoch,
@@ -152,13 +152,13 @@ impl Running {
 
 /// Turns a panic of the check into an error. Otherwise the panic would spread to every operation
 /// that shares the run.
-fn catch_panic(check: Check) -> Check {
+fn without_panic(check: Check) -> Check {
     const PANICKED: Error = Error::new(
         ErrorKind::StoreUnavailable,
         "the check of the server panicked; this is a bug of the store or its client library, please report it",
     );
-    let checked = AssertUnwindSafe(check).catch_unwind();
-    checked.map(|result| result.unwrap_or(Err(PANICKED))).boxed()
+    let checked = catch_panic(check).map(|result| result.unwrap_or(Err(PANICKED)));
+    checked.boxed()
 }
 
 #[cfg(test)]

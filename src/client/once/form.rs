@@ -1,11 +1,10 @@
 //! Values as the store holds them, in JSON.
 
-use std::panic::{catch_unwind, AssertUnwindSafe};
-
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 
+use crate::catch_panic::catch_panic_in;
 use crate::protocol::{Outcome, StoredResponse};
 use crate::telemetry::{self, Event};
 
@@ -17,7 +16,7 @@ const JSON: &[u8] = &[2];
 pub(super) fn encode<T: Serialize + DeserializeOwned>(value: T) -> (T, Outcome) {
     // The call has taken effect, so a panic in the type's own code must not make the outcome
     // unknown.
-    let stored = catch_unwind(AssertUnwindSafe(|| round_trip(&value))).ok().flatten();
+    let stored = catch_panic_in(|| round_trip(&value)).ok().flatten();
     if let Some((body, read)) = stored {
         let head = Bytes::from_static(JSON);
         return (read, Outcome::Stored(StoredResponse { head, body }));

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use super::ask::{Bound, Failed, Sending, Within};
 use super::error::{failed, of_connect, DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY};
 use super::migration::make_table;
-use super::pooled::{catch_panic, run_detachable};
+use super::pooled::{catch_driver_panic, run_detachable};
 use super::pooler::{refuse_pooler, Gate};
 use super::pursuit::Pursuits;
 use super::spare::{Spare, LONGEST_TEST, MAY_BE_DEAD};
@@ -155,7 +155,7 @@ impl PostgresStoreBuilder {
                 })
             })
             .connect_with(options);
-        let pool = catch_panic(Box::pin(pool)).await?.map_err(of_connect)?;
+        let pool = catch_driver_panic(Box::pin(pool)).await?.map_err(of_connect)?;
         // Behind a pooler in transaction mode, all clients of the pooler share the sessions.
         let is_private = !self.behind_pooler;
         self.build(pool, gate, is_private)

@@ -5,7 +5,6 @@
 //! its connection until the server has replied.
 
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +19,7 @@ use super::ask::{Failed, Fate};
 use super::error::failed;
 use super::progress::Progress;
 use super::spare::{Spare, Turn, Used};
+use crate::catch_panic::catch_panic;
 use crate::clock::{sleep, within};
 use crate::detach::detach_on_drop;
 use crate::error::{Error, ErrorKind};
@@ -44,7 +44,7 @@ pub(crate) struct PooledConnection {
 async fn acquire(pool: &PgPool) -> Result<Used, Error> {
     // Boxed because the future includes the making of a connection with TLS. Unboxed, every
     // operation would embed it twice.
-    let acquired = catch_panic(Box::pin(pool.acquire())).await?;
+    let acquired = catch_driver_panic(Box::pin(pool.acquire())).await?;
     acquired.map(Used::new).map_err(failed)
 }
 
@@ -150,7 +150,7 @@ pub(super) async fn run_until_reply<T>(
     const SHORTEST: Duration = Duration::from_millis(500);
     const VANISHED: Error = Error::new(ErrorKind::StoreUnavailable, "the connection to the database was lost");
     let (progress, mut pause) = (Progress::start(), limit);
-    let mut operation = pin!(catch_panic(progress.watch(operation)));
+    let mut operation = pin!(catch_driver_panic(progress.watch(operation)));
     let mut hurried = pin!(hurry.notified());
     loop {
         // Wait for the pause or a signal, and then until the last statement is at least `limit`
@@ -233,14 +233,12 @@ async fn may_be_running(pool: &PgPool, table: &str, waited: Duration) -> bool {
     }
 }
 
-/// Turns a panic of the client into an error. sqlx 0.9 panics on some messages that no PostgreSQL
+/// Turns a panic of sqlx into an error. sqlx 0.9 panics on some messages that no PostgreSQL
 /// server sends.
-pub(super) fn catch_panic<T>(talk: impl Future<Output = T>) -> impl Future<Output = Result<T, Error>> {
+pub(super) fn catch_driver_panic<T>(talk: impl Future<Output = T>) -> impl Future<Output = Result<T, Error>> {
     const NONSENSE: Error = Error::new(
         ErrorKind::StoreUnavailable,
         "the peer is no PostgreSQL server, or its reply was damaged on the way",
     );
-    AssertUnwindSafe(talk)
-        .catch_unwind()
-        .map(|done| done.map_err(|_| NONSENSE))
+    catch_panic(talk).map(|done| done.map_err(|_| NONSENSE))
 }

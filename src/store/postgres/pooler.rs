@@ -13,7 +13,7 @@ use sqlx::{Connection, Row};
 
 use super::ask::{Sending, POOLER};
 use super::error::{code, failed, of_connect};
-use super::pooled::{catch_panic, TIMED_OUT};
+use super::pooled::{catch_driver_panic, TIMED_OUT};
 use crate::clock::within;
 use crate::error::Error;
 use crate::store::checked::Checked;
@@ -54,7 +54,7 @@ impl Default for Gate {
 /// and closes them again.
 pub(super) async fn refuse_pooler(options: &PgConnectOptions) -> Result<(), Error> {
     const LONGEST: Duration = Duration::from_secs(10);
-    let checked = within(LONGEST, catch_panic(Box::pin(is_behind_pooler(options))))
+    let checked = within(LONGEST, catch_driver_panic(Box::pin(is_behind_pooler(options))))
         .await
         .unwrap_or(Err(TIMED_OUT))?;
     match checked {

@@ -13,7 +13,6 @@ mod watch;
 
 use std::fmt;
 use std::future::{ready, Future};
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +25,7 @@ pub use self::builder::RedisStoreBuilder;
 use self::operations::Server;
 pub use self::watch::RedisWatch;
 use super::Store;
+use crate::catch_panic::catch_panic;
 use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
@@ -234,8 +234,8 @@ impl Store for RedisStore {
 fn detach_on_drop<T: Send + 'static>(
     operation: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> impl Future<Output = Result<T, Error>> + Send {
-    let caught = AssertUnwindSafe(operation).catch_unwind();
-    match crate::detach::detach_on_drop(caught.map(|done| done.unwrap_or(Err(failure::PANICKED))), None) {
+    let caught = catch_panic(operation).map(|done| done.unwrap_or(Err(failure::PANICKED)));
+    match crate::detach::detach_on_drop(caught, None) {
         Some(operation) => Either::Left(operation),
         None => Either::Right(ready(Err(failure::NO_RUNTIME))),
     }
