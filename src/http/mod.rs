@@ -16,6 +16,7 @@ mod refusal_kind;
 mod rendering;
 mod request_body;
 mod response;
+mod service;
 mod streams;
 
 pub(crate) use body::{collect, collect_messages, BodyBounds, Collect, Collected, Shortfall};
@@ -41,4 +42,5 @@ pub use refusal_kind::RefusalKind;
 pub(crate) use rendering::{RefusalStyle, Rendering};
 pub(crate) use request_body::{collect_request, Checked};
 pub(crate) use response::{reframe, reframe_stream, ResponseHeaders};
+pub(crate) use service::HttpService;
 pub(crate) use streams::{is_stream, StreamTypes};

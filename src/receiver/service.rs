@@ -56,10 +56,7 @@ impl<S, St, M> Service<M> for Receiver<S, St, M>
 where
     St: Store + Clone,
     M: Send + 'static,
-    S: Service<M> + Clone + Send + 'static,
-    S::Response: Send + 'static,
-    S::Error: Send + 'static,
-    S::Future: Send,
+    S: Service<M, Response: Send, Error: Send, Future: Send> + Clone + Send + 'static,
 {
     type Response = Receipt<S::Response>;
     type Error = ReceiveError<S::Error>;
@@ -121,6 +118,11 @@ struct Delivery<S, St, M> {
     settings: Arc<Settings<M>>,
 }
 
+/// The bounds of a service that handles messages in a task.
+trait Handler<M>: Service<M, Response: Send, Error: Send, Future: Send> + Send + 'static {}
+
+impl<S, M> Handler<M> for S where S: Service<M, Response: Send, Error: Send, Future: Send> + Send + 'static {}
+
 /// The result of a handler.
 enum Output<T, E> {
     /// The handler failed. Holds its error and the treatment of the key.
@@ -135,10 +137,7 @@ impl<S, St, M> Delivery<S, St, M>
 where
     St: Store + Clone,
     M: Send + 'static,
-    S: Service<M> + Send + 'static,
-    S::Response: Send + 'static,
-    S::Error: Send + 'static,
-    S::Future: Send,
+    S: Handler<M>,
 {
     async fn receive(self) -> Received<S::Response, S::Error> {
         let received = match self.id() {
@@ -240,10 +239,7 @@ impl<S, St, M> Work for Delivery<S, St, M>
 where
     St: Store + Clone,
     M: Send + 'static,
-    S: Service<M> + Send + 'static,
-    S::Response: Send + 'static,
-    S::Error: Send + 'static,
-    S::Future: Send,
+    S: Handler<M>,
 {
     type Output = Output<S::Response, S::Error>;
 

@@ -8,8 +8,7 @@ use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use http::request::Parts;
-use http::{Request, Response};
-use tower_service::Service;
+use http::Response;
 use tracing::{Instrument, Span};
 
 use super::detached::{IfGuarded, Running};
@@ -19,7 +18,9 @@ use super::guard::{KeyGuard, Shared};
 use super::lease::Lease;
 use super::settings::Values;
 use super::singleflight::{InFlight, SharedResult, VacantEntry};
-use crate::http::{collect_request, BodyBounds, Checked, Collect, Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{
+    collect_request, BodyBounds, Checked, Collect, Collected, HttpService, RebuildBody, Refusal, RefusalKind,
+};
 use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;
 use crate::telemetry::{self, Times};
@@ -91,16 +92,11 @@ impl<St: Store, S, B: RebuildBody> Buffering<St, S, B> {
     }
 }
 
-impl<St, S, B, R> BufferRequest<R, S::Error> for Buffering<St, S, B>
+impl<St, S, B> BufferRequest<S::ResponseBody, S::Error> for Buffering<St, S, B>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: Send,
+    S: HttpService<B> + Clone,
     St: Store,
-    B: RebuildBody + Send + 'static,
-    B::Error: Send,
-    R: RebuildBody + Send + 'static,
-    R::Error: Send,
+    B: RebuildBody<Error: Send> + Send + 'static,
 {
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Collected, Refusal>> {
         let _entered = self.span.as_deref().map(Span::enter);
@@ -109,7 +105,7 @@ where
             .map_err(|shortfall| Refusal::new(RefusalKind::of_body(&shortfall)))
     }
 
-    fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Buffered<R, S::Error> {
+    fn proceed(self: Box<Self>, body: Result<Collected, Refusal>) -> Buffered<S::ResponseBody, S::Error> {
         let Self {
             shared,
             settings,
@@ -140,48 +136,29 @@ where
         let in_flight = InFlight::new(names.key, names.storage_key, fingerprint, settings.engine.store_timeout);
         let admitted = Admitted { service, head, body };
         let tracker = Arc::clone(&shared.tracker);
+        let (key_guard, next) = decided.enter(&shared, in_flight);
+        let in_flight = Arc::clone(&key_guard.in_flight);
         let exchange =
             |key_guard, settings, stage| Exchange::new(key_guard, settings, span.clone(), times, stage, seen, accepted);
-        let (in_flight, flow) = match decided {
-            // The store has granted the key. The guard exists before the application's code runs,
-            // so a panic of that code gives the lease up.
-            Decided::Execute(vacant_entry, grant) => {
-                let in_flight = vacant_entry.take(in_flight.granted(grant));
-                let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
+        let flow = match next {
+            Next::Execute(grant) => {
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 let lease = Lease::new(&key_guard, &settings, grant);
                 let running = start(admitted, lease, &settings);
                 drop(entered);
                 let mut exchange = exchange(key_guard, settings, Stage::Nothing);
-                let flow = async move { exchange.run_to_completion(running).await };
-                (in_flight, in_span(flow, span))
+                in_span(async move { exchange.run_to_completion(running).await }, span)
             }
-            // The store has granted the key, and an earlier attempt was lost.
-            Decided::Recover(vacant_entry, grant) => {
-                let in_flight = vacant_entry.take(in_flight.granted(grant));
-                let key_guard = KeyGuard::granted(Arc::clone(&shared), Arc::clone(&in_flight), grant);
+            Next::Recover(grant) => {
                 telemetry::granted(span.as_deref(), grant.attempt, grant.owner.fence.as_u64());
                 drop(entered);
                 let mut exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
-                let flow = async move { exchange.recover_and_execute(grant).await };
-                (in_flight, in_span(flow, span))
+                in_span(async move { exchange.recover_and_execute(grant).await }, span)
             }
-            // The store needs an await. This request leads the requests of this process with its
-            // key.
-            Decided::Undecided(vacant_entry) => {
-                let in_flight = vacant_entry.take(in_flight);
-                let key_guard = KeyGuard::leads(Arc::clone(&shared), Arc::clone(&in_flight));
+            Next::Run => {
                 drop(entered);
                 let exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
-                (in_flight, in_span(exchange.run(), span))
-            }
-            // The exchange has to join the other requests with this key, or to handle the error.
-            Decided::Settled(_) | Decided::Otherwise => {
-                let in_flight = Arc::new(in_flight);
-                let key_guard = KeyGuard::new(Arc::clone(&shared), Arc::clone(&in_flight));
-                drop(entered);
-                let exchange = exchange(key_guard, settings, Stage::Admitted(Box::new(admitted)));
-                (in_flight, in_span(exchange.run(), span))
+                in_span(exchange.run(), span)
             }
         };
         Buffered::Running(Running::new(flow, IfGuarded { in_flight, tracker }))
@@ -202,6 +179,36 @@ enum Decided<'f> {
     Undecided(VacantEntry<'f>),
     /// Another request has the key, the store failed, or no key may be claimed at the moment.
     Otherwise,
+}
+
+/// The next step of a request that has its guard.
+enum Next {
+    /// Run the handler.
+    Execute(Grant),
+    /// Check the attempt that was lost.
+    Recover(Grant),
+    /// Run the whole exchange, which claims the key, joins the other requests with this key, or
+    /// handles the error of the store.
+    Run,
+}
+
+impl Decided<'_> {
+    /// Takes the key's entry in this process, if it is vacant, and makes the guard of the key. The
+    /// guard exists before the application's code runs, so a panic of that code gives the lease up.
+    fn enter<St: Store>(self, shared: &Arc<Shared<St>>, in_flight: InFlight) -> (KeyGuard<St>, Next) {
+        let shared = Arc::clone(shared);
+        let (vacant_entry, grant, next) = match self {
+            Self::Execute(vacant_entry, grant) => (vacant_entry, grant, Next::Execute(grant)),
+            Self::Recover(vacant_entry, grant) => (vacant_entry, grant, Next::Recover(grant)),
+            // This request leads the requests of this process with its key.
+            Self::Undecided(vacant_entry) => {
+                return (KeyGuard::leads(shared, vacant_entry.take(in_flight)), Next::Run);
+            }
+            Self::Settled(_) | Self::Otherwise => return (KeyGuard::new(shared, Arc::new(in_flight)), Next::Run),
+        };
+        let in_flight = vacant_entry.take(in_flight.granted(grant));
+        (KeyGuard::granted(shared, in_flight, grant), next)
+    }
 }
 
 /// Claims a key without an await, if its entry in this process is vacant. The entry is locked until

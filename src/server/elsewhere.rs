@@ -3,8 +3,7 @@
 use std::future::Future;
 
 use futures::future::poll_fn;
-use http::{Request, Response};
-use tower_service::Service;
+use http::Response;
 
 use super::exchange::{Claimed, Exchange, Stage};
 use super::guard::{Barred, KeyGuard};
@@ -12,7 +11,7 @@ use super::settings::Values;
 use super::singleflight::{InFlight, SharedResult};
 use crate::clock::within;
 use crate::engine::{await_owner, Waited, Waiter};
-use crate::http::{RebuildBody, Refusal, RefusalKind};
+use crate::http::{HttpService, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status};
 use crate::store::{with_timeout, Store, MANY_LOST_CLAIMS};
 use crate::telemetry::{self, Event};
@@ -43,10 +42,9 @@ enum Elsewhere {
 impl<St: Store, S> Exchange<St, S> {
     /// Waits for the owner in another process. Returns `None` if the key is free and this request
     /// can claim it. The service is then ready again.
-    pub(super) async fn wait_for_owner_elsewhere<B, R>(&mut self) -> Option<Result<Response<R>, S::Error>>
+    pub(super) async fn wait_for_owner_elsewhere<B>(&mut self) -> Option<Result<Response<S::ResponseBody>, S::Error>>
     where
-        S: Service<Request<B>, Response = Response<R>>,
-        R: RebuildBody,
+        S: HttpService<B>,
     {
         let waiting = self.settings.waiting;
         // Count the waiter before the store makes a subscription for it (I10). With a wait of zero
@@ -134,7 +132,7 @@ impl<St: Store, S> Exchange<St, S> {
     /// Waits until the service is ready again. Returns `None` if the deadline passes first.
     async fn get_ready<B>(&mut self) -> Option<Result<(), S::Error>>
     where
-        S: Service<Request<B>>,
+        S: HttpService<B>,
     {
         let left = self.wait().owner.left();
         let Stage::Waiting(waiting) = &mut self.stage else {

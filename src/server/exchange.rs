@@ -6,7 +6,6 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{response, Request, Response, StatusCode};
-use tower_service::Service;
 use tracing::Span;
 
 use super::guard::{Barred, KeyGuard};
@@ -17,7 +16,7 @@ use super::singleflight::{Follower, Joined, SharedResult, Undecided};
 use crate::clock::{Deadline, Stopwatch};
 use crate::engine::{ClaimError, Claimer};
 use crate::error::{Error, ErrorKind};
-use crate::http::{complete_grpc, reframe, Accepted, Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{complete_grpc, reframe, Accepted, Collected, HttpService, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey, StoredResponse};
 use crate::store::{claim_with_timeout, LostClaim, Store, LAST_LOOK};
 use crate::telemetry::{self, Event, Times};
@@ -135,14 +134,10 @@ impl<St: Store, S> Exchange<St, S> {
     /// 3. A duplicate follows the leader, and returns the leader's result. After a handover it
     ///    joins again.
     /// 4. The leader claims the key in the store.
-    pub(super) async fn run<B, R>(mut self) -> Result<Response<R>, S::Error>
+    pub(super) async fn run<B>(mut self) -> Result<Response<S::ResponseBody>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: HttpService<B> + Clone,
         B: RebuildBody + Send + 'static,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
     {
         loop {
             match self.key_guard.join(&self.settings.waiting) {
@@ -201,14 +196,10 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Claims the key, and acts on the decision of the store. If the owner is in another process,
     /// waits for it, and claims the key again when the key is free.
-    async fn lead<B, R>(&mut self) -> Result<Response<R>, S::Error>
+    async fn lead<B>(&mut self) -> Result<Response<S::ResponseBody>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: HttpService<B> + Clone,
         B: RebuildBody + Send + 'static,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
     {
         loop {
             if matches!(self.stage, Stage::Admitted(_)) {
@@ -334,11 +325,10 @@ impl<St: Store, S> Exchange<St, S> {
         Claimed::Settled(SharedResult::Refused(self.settings.store_failed(error)))
     }
 
-    async fn run_unprotected<B, R>(&mut self) -> Result<Response<R>, S::Error>
+    async fn run_unprotected<B>(&mut self) -> Result<Response<S::ResponseBody>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>>,
+        S: HttpService<B>,
         B: RebuildBody,
-        R: RebuildBody,
     {
         let Some(admitted) = self.take_request() else {
             return Ok(self.refuse(self.later(RefusalKind::StoreUnavailable)));

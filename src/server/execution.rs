@@ -5,8 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Method, Request, Response, StatusCode};
-use tower_service::Service;
+use http::{Method, Response, StatusCode};
 
 use super::errors::ServiceFailure;
 use super::exchange::{Admitted, Exchange, Read, Stage};
@@ -21,7 +20,7 @@ use crate::engine::TransactionState;
 use crate::engine::{Ownership, Recovered};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
-use crate::http::{collect, collect_messages, has_body, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::http::{collect, collect_messages, has_body, HttpService, RebuildBody, Refusal, RefusalKind, Shortfall};
 use crate::protocol::Grant;
 use crate::store::Store;
 use crate::telemetry;
@@ -56,14 +55,10 @@ enum Checked {
 impl<St: Store, S> Exchange<St, S> {
     /// Calls the recovery check for the attempt that was lost, and runs the handler if that attempt
     /// had no effect (I3).
-    pub(super) async fn recover_and_execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
+    pub(super) async fn recover_and_execute<B>(&mut self, grant: Grant) -> Result<Response<S::ResponseBody>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: HttpService<B>,
         B: RebuildBody + Send + 'static,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
     {
         match self.recover(grant).await {
             Checked::Happened => Ok(self.happened().await),
@@ -81,14 +76,10 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Runs the handler and records its end in the store before the caller gets the first byte of a
     /// response (I5).
-    pub(super) async fn execute<B, R>(&mut self, grant: Grant) -> Result<Response<R>, S::Error>
+    pub(super) async fn execute<B>(&mut self, grant: Grant) -> Result<Response<S::ResponseBody>, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: HttpService<B>,
         B: RebuildBody + Send + 'static,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
     {
         let running = self.take_request().and_then(|admitted| {
             let lease = Lease::new(&self.key_guard, &self.settings, grant);
@@ -215,15 +206,14 @@ impl<St: Store, S> Exchange<St, S> {
 pub(super) type Running<F> = Pin<Box<F>>;
 
 /// Calls the handler. Returns `None` if the handler panics before it returns a future.
-pub(super) fn start<S, B, R>(
+pub(super) fn start<S, B>(
     admitted: Admitted<S>,
     lease: Lease,
     settings: &Arc<Values>,
-) -> Option<Running<impl Future<Output = Ended<R, S::Error>> + use<S, B, R>>>
+) -> Option<Running<impl Future<Output = Ended<S::ResponseBody, S::Error>> + use<S, B>>>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: HttpService<B>,
     B: RebuildBody,
-    R: RebuildBody,
 {
     let (mut service, mut request) = admitted.request();
     let method = request.method().clone();

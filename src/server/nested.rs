@@ -4,14 +4,13 @@ use std::sync::Arc;
 
 use http::request::Parts;
 use http::{Request, Response};
-use tower_service::Service;
 
 use super::buffering::{Buffering, RequestKey};
 use super::future::ResponseFuture;
 use super::guard::Shared;
 use super::settings::Values;
 use crate::error::{Error, ErrorKind};
-use crate::http::RebuildBody;
+use crate::http::{HttpService, RebuildBody};
 use crate::protocol::{Owner, Snapshot, Status, StorageKey};
 use crate::store::{with_timeout, Store};
 use crate::telemetry::{self, Event};
@@ -34,16 +33,11 @@ pub(super) struct Nested<St, S, B> {
     pub(super) owners: Vec<Owner>,
 }
 
-impl<St, S, B, R> Nested<St, S, B>
+impl<St, S, B> Nested<St, S, B>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: Send,
+    S: HttpService<B> + Clone,
     St: Store,
-    B: RebuildBody + Send + 'static,
-    B::Error: Send,
-    R: RebuildBody + Send + 'static,
-    R::Error: Send,
+    B: RebuildBody<Error: Send> + Send + 'static,
 {
     /// Passes the request on or guards it.
     ///
@@ -51,7 +45,7 @@ where
     ///
     /// If this future is dropped before the request is guarded, nothing has happened. After that,
     /// the rules of a guarded request apply.
-    pub(super) async fn finish(self) -> Result<Response<R>, S::Error> {
+    pub(super) async fn finish(self) -> Result<Response<S::ResponseBody>, S::Error> {
         let Self {
             shared,
             settings,
@@ -65,8 +59,7 @@ where
             Ok(true) => {}
             Ok(false) => {
                 let buffering = Buffering::new(shared, settings, names, service, head, body);
-                let guarded: ResponseFuture<S::Future, R, S::Error> = ResponseFuture::guarded(Box::new(buffering));
-                return guarded.await;
+                return ResponseFuture::<S::Future, _, _>::guarded(Box::new(buffering)).await;
             }
             Err(error) => {
                 telemetry::store_failed(&error);

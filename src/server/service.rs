@@ -18,7 +18,7 @@ use super::nested::Nested;
 use super::settings::{Selector, Settings, Values};
 #[cfg(feature = "axum")]
 use crate::http::IDEMPOTENCY_KEY;
-use crate::http::{find_key, FoundKey, RebuildBody, Refusal, RefusalKind};
+use crate::http::{find_key, FoundKey, HttpService, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::IdempotencyKey;
 use crate::store::Store;
 use crate::telemetry;
@@ -74,14 +74,10 @@ impl<S, St> Idempotency<S, St> {
 
 impl<S, St, B, R> Service<Request<B>> for Idempotency<S, St>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: Send,
+    S: Service<Request<B>, Response = Response<R>, Error: Send, Future: Send> + Clone + Send + 'static,
     St: Store,
-    B: RebuildBody + Send + 'static,
-    B::Error: Send,
-    R: RebuildBody + Send + 'static,
-    R::Error: Send,
+    B: RebuildBody<Error: Send> + Send + 'static,
+    R: RebuildBody<Error: Send> + Send + 'static,
 {
     type Response = Response<R>;
     type Error = S::Error;
@@ -125,21 +121,16 @@ where
 
 impl<S: Clone, St: Store> Idempotency<S, St> {
     /// Guards a request, unless an outer layer guards the same record already.
-    fn guard<B, R>(
+    fn guard<B>(
         &mut self,
         key: IdempotencyKey,
         settings: Arc<Values>,
         head: Parts,
         body: B,
-    ) -> ResponseFuture<S::Future, R, S::Error>
+    ) -> ResponseFuture<S::Future, S::ResponseBody, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
-        B: RebuildBody + Send + 'static,
-        B::Error: Send,
-        R: RebuildBody + Send + 'static,
-        R::Error: Send,
+        S: HttpService<B>,
+        B: RebuildBody<Error: Send> + Send + 'static,
     {
         let scope = match &settings.scope {
             None => None,

@@ -184,10 +184,8 @@ pub struct WebhookService<S> {
 
 impl<S, B, R> Service<Request<B>> for WebhookService<S>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-    S::Future: Send,
-    B: RebuildBody + Send + 'static,
-    B::Error: Send,
+    S: Service<Request<B>, Response = Response<R>, Future: Send> + Clone + Send + 'static,
+    B: RebuildBody<Error: Send> + Send + 'static,
     R: RebuildBody,
 {
     type Response = Response<R>;

@@ -6,13 +6,12 @@ use std::sync::Arc;
 
 use http::request::Parts;
 use http::{response, Method, Request, Response};
-use tower_service::Service;
 
 use super::settings::{LostCall, Settings};
 use crate::client::keys::ResponseMeaning;
 use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
 use crate::engine::{Attempt, Ended, Recovered, Verdict, Work};
-use crate::http::{collect, has_body, is_cut_short, is_stream, Collected, RebuildBody, Shortfall};
+use crate::http::{collect, has_body, is_cut_short, is_stream, Collected, HttpService, RebuildBody, Shortfall};
 use crate::protocol::{IfLost, Outcome};
 
 /// The work of one call.
@@ -38,16 +37,12 @@ pub(super) enum Output<R, E> {
     Lost(E),
 }
 
-impl<S, B, R> Work for HttpCall<S, B>
+impl<S, B> Work for HttpCall<S, B>
 where
-    S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-    S::Future: Send,
-    S::Error: Send + 'static,
+    S: HttpService<B>,
     B: RebuildBody + Send + 'static,
-    R: RebuildBody + Send + 'static,
-    R::Error: Send,
 {
-    type Output = Output<R, S::Error>;
+    type Output = Output<S::ResponseBody, S::Error>;
 
     async fn check(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
         let HttpCall {

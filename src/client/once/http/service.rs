@@ -20,7 +20,7 @@ use crate::client::classes::ErrorClass;
 use crate::client::once::failure::OnceError;
 use crate::engine::{Job, Settled};
 use crate::error::{Error, ErrorKind};
-use crate::http::{collect, Collected, Fingerprinting, RebuildBody, Shortfall};
+use crate::http::{collect, Collected, Fingerprinting, HttpService, RebuildBody, Shortfall};
 use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
 
@@ -51,13 +51,9 @@ impl<S, St> OnceClient<S, St> {
 impl<S, St, B, R> Service<Request<B>> for OnceClient<S, St>
 where
     St: Store + Clone,
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: Send + 'static,
-    B: RebuildBody + Send + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    R: RebuildBody + Send + 'static,
-    R::Error: Send,
+    S: Service<Request<B>, Response = Response<R>, Error: Send, Future: Send> + Clone + Send + 'static,
+    B: RebuildBody<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static,
+    R: RebuildBody<Error: Send> + Send + 'static,
 {
     type Response = Response<R>;
     type Error = OnceError<Response<R>, S::Error>;
@@ -140,16 +136,16 @@ fn failed<R, E: 'static>(settings: &Settings, is_safe: bool, error: E) -> OnceEr
 }
 
 /// Makes a call once, or returns the recorded result if it was already made.
-async fn make<S, St, B, R>(service: S, store: St, settings: Arc<Settings>, request: Request<B>) -> Outcomes<R, S::Error>
+async fn make<S, St, B>(
+    service: S,
+    store: St,
+    settings: Arc<Settings>,
+    request: Request<B>,
+) -> Outcomes<S::ResponseBody, S::Error>
 where
     St: Store + Clone,
-    S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-    S::Future: Send,
-    S::Error: Send + 'static,
-    B: RebuildBody + Send + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-    R: RebuildBody + Send + 'static,
-    R::Error: Send,
+    S: HttpService<B>,
+    B: RebuildBody<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static,
 {
     let (head, body) = request.into_parts();
     let (key, scope) = key_and_scope(&settings, &head).map_err(OnceError::NotRun)?;
@@ -238,8 +234,7 @@ fn key_and_scope(settings: &Settings, head: &Parts) -> Result<(String, Option<Sc
 /// Reads the body of a request before the call.
 async fn read<B>(settings: &Settings, body: B) -> Result<Collected, Error>
 where
-    B: RebuildBody,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    B: RebuildBody<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
 {
     const TOO_LONG: Error = Error::new(
         ErrorKind::Configuration,
