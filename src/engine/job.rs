@@ -98,6 +98,14 @@ pub(crate) enum Refused {
     Unread(Error),
 }
 
+/// The result of a claim, and of the wait for another owner.
+enum Claimed {
+    Granted(Granted),
+    /// The work ran before, and this is the stored response.
+    Replay(StoredResponse),
+    Refused(Refused),
+}
+
 /// The grant of a key.
 struct Granted {
     lease: HeldLease,
@@ -145,7 +153,7 @@ impl<St: Store + Clone> Job<St> {
         // All claims of this job share the nonce, so that the store makes at most one grant (I1).
         let nonce = Nonce::random();
         match self.claim(nonce, &absence).await {
-            Ok(Ok(granted)) => {
+            Claimed::Granted(granted) => {
                 // Nothing has run and the caller is gone, so do not start.
                 if absence.is_true() {
                     self.owner(&granted.lease).release().await;
@@ -153,14 +161,13 @@ impl<St: Store + Clone> Job<St> {
                 }
                 self.own(granted, work, &absence).await
             }
-            Ok(Err(settled)) => settled,
-            Err(error) => Settled::Refused(Refused::NotRun(error)),
+            Claimed::Replay(response) => Settled::Replay(response),
+            Claimed::Refused(refused) => Settled::Refused(refused),
         }
     }
 
-    /// Claims the key, and waits while another owner has it. Returns the grant, or the result if
-    /// nothing runs.
-    async fn claim<G>(&self, nonce: Nonce, absence: &Absence) -> Result<Result<Granted, Settled<G>>, Error> {
+    /// Claims the key, and waits while another owner has it.
+    async fn claim(&self, nonce: Nonce, absence: &Absence) -> Claimed {
         let deadline = Deadline::after(self.settings.wait);
         // The first claim comes before any wait, so the deadline does not limit it.
         let (mut watch, mut waiting) = (None, None);
@@ -171,10 +178,8 @@ impl<St: Store + Clone> Job<St> {
             let since_claim = Stopwatch::start();
             let decision = match self.claim_once(nonce, waiting, &mut lost).await {
                 Ok(decision) => decision,
-                Err(ClaimError::TimeUp) => {
-                    return Ok(Err(Settled::Refused(Refused::InFlight(self.worth_waiting(seen)))))
-                }
-                Err(ClaimError::Failed(error)) => return Err(error),
+                Err(ClaimError::TimeUp) => return Claimed::Refused(Refused::InFlight(self.worth_waiting(seen))),
+                Err(ClaimError::Failed(error)) => return Claimed::Refused(Refused::NotRun(error)),
             };
             if matches!(decision, Decision::Execute(_) | Decision::Recover(_)) {
                 // The key has an owner now, so a lost claim of this job must not be released.
@@ -182,14 +187,16 @@ impl<St: Store + Clone> Job<St> {
                     lost.granted();
                 }
             }
-            let granted = |grant, is_first| Granted {
-                lease: HeldLease::new(grant, || since_claim),
-                is_first,
+            let granted = |grant, is_first| {
+                Claimed::Granted(Granted {
+                    lease: HeldLease::new(grant, || since_claim),
+                    is_first,
+                })
             };
             let refused = match decision {
-                Decision::Execute(grant) => return Ok(Ok(granted(grant, true))),
-                Decision::Recover(grant) => return Ok(Ok(granted(grant, false))),
-                Decision::Replay(response) => return Ok(Err(Settled::Replay(response))),
+                Decision::Execute(grant) => return granted(grant, true),
+                Decision::Recover(grant) => return granted(grant, false),
+                Decision::Replay(response) => return Claimed::Replay(response),
                 Decision::Mismatch => Refused::Mismatch,
                 Decision::NotStored => Refused::NotStored,
                 Decision::Unknown => Refused::Unknown,
@@ -203,7 +210,7 @@ impl<St: Store + Clone> Job<St> {
                     continue;
                 }
             };
-            return Ok(Err(Settled::Refused(refused)));
+            return Claimed::Refused(refused);
         }
     }
 

@@ -244,7 +244,11 @@ mod tests {
                 ),
             ],
         );
-        // The layers of the client and the receiver have their own tables.
+    }
+
+    #[test]
+    fn the_tables_of_the_client_and_the_receiver_are_true() {
+        let engine = EngineSettings::default();
         assert_table(
             include_str!("../client/once/http/layer.rs"),
             &[

@@ -43,6 +43,14 @@ impl Sweeping {
     }
 }
 
+/// The reply of the server to one batch.
+enum Swept {
+    /// So many rows are deleted.
+    Deleted(u64),
+    /// The server ended the statement, because it took too long, and has rolled it back.
+    Cancelled(Error),
+}
+
 impl PostgresStore {
     /// Deletes expired rows in batches of at most 1,000, and returns their number. The store also
     /// does this by itself while it is used. If the server ends a statement because it takes too
@@ -58,16 +66,15 @@ impl PostgresStore {
         loop {
             let batch = sweeping.batch();
             match self.sweep_batch(batch).await {
-                Ok(Ok(deleted)) => {
+                Ok(Swept::Deleted(deleted)) => {
                     swept += deleted;
                     sweeping.set_batch(batch.saturating_mul(2));
                     if deleted < u64::from(batch) {
                         return Ok(swept);
                     }
                 }
-                // The server has rolled the statement back.
-                Ok(Err(_)) if batch > 1 => sweeping.set_batch(batch / 2),
-                Ok(Err(error)) => return Err(error),
+                Ok(Swept::Cancelled(_)) if batch > 1 => sweeping.set_batch(batch / 2),
+                Ok(Swept::Cancelled(error)) => return Err(error),
                 // If the server was reached, the statement may continue there, so this sweep sends
                 // no further one.
                 Err(error) => return Err(error),
@@ -75,13 +82,13 @@ impl PostgresStore {
         }
     }
 
-    /// Deletes at most `batch` expired rows. The inner error is that of a cancelled statement.
-    async fn sweep_batch(&self, batch: u32) -> Result<Result<u64, Error>, Error> {
+    /// Deletes at most `batch` expired rows.
+    async fn sweep_batch(&self, batch: u32) -> Result<Swept, Error> {
         let deleting = move |store: Self, mut pooled: PooledConnection| async move {
             let done = store.on(pooled.connection()?).sweep(i64::from(batch)).await;
             match pooled.finish(done) {
-                Err(failed) if failed.is_cancelled => Ok(Err(failed.error)),
-                done => done.map(Ok),
+                Err(failed) if failed.is_cancelled => Ok(Swept::Cancelled(failed.error)),
+                done => done.map(Swept::Deleted),
             }
         };
         self.operate(deleting).await

@@ -12,6 +12,14 @@ use super::failure;
 use super::scripts::{Reply, Script};
 use crate::clock::within;
 
+/// The reason why a script has no result.
+enum CallError {
+    /// The server must not be used, or its check failed.
+    Unchecked(Failed),
+    /// The server did not run the script to its end, or did not reply.
+    Failed(RedisError),
+}
+
 impl Connection {
     /// Runs a script on a server that was [checked](Checks). This takes one round trip, or more if
     /// the server does not know the script.
@@ -33,12 +41,12 @@ impl Connection {
                 Some(epoch) => epoch,
                 None => self.check(&checks).await?,
             };
-            let mut reply = self.call(&checks, &mut epoch, script, &by_digest, replication).await?;
-            if let (Err(refusal), Some(instead)) = (&reply, script.instead()) {
+            let mut reply = self.call(&checks, &mut epoch, script, &by_digest, replication).await;
+            if let (Err(CallError::Failed(refusal)), Some(instead)) = (&reply, script.instead()) {
                 if failure::is_of_refused_writes(refusal) {
                     let by_digest = instead.by_digest_with(&by_digest);
                     let calling = self.call(&checks, &mut epoch, instead, &by_digest, replication);
-                    reply = Box::pin(calling).await?;
+                    reply = Box::pin(calling).await;
                 }
             }
             match reply {
@@ -50,7 +58,8 @@ impl Connection {
                     Ok(_) => Ok(reply),
                     Err(_) => Err(Failed::Other(failure::CHANGED)),
                 },
-                Err(error) => {
+                Err(CallError::Unchecked(failed)) => Err(failed),
+                Err(CallError::Failed(error)) => {
                     // Do not do this for a Cluster: its nodes redirect to the new primary, and a
                     // node that is down would expire the check all the time.
                     if matches!(self, Self::Managed(_)) && failure::is_of_changed_server(&error) {
@@ -78,16 +87,17 @@ impl Connection {
         script: &Script,
         by_digest: &Cmd,
         replication: Option<Replication>,
-    ) -> Result<Result<(Value, bool), RedisError>, Failed> {
+    ) -> Result<(Value, bool), CallError> {
         let reply = self.send(by_digest, replication).await;
         if !reply.as_ref().is_err_and(failure::is_unknown_script) {
-            return Ok(reply);
+            return reply.map_err(CallError::Failed);
         }
         // The script did not run, so it is safe to send it again. The server was restarted, or is
         // another one.
         checks.expire(*epoch);
-        *epoch = self.check(checks).await?;
-        Ok(Box::pin(self.send(&script.by_source(by_digest), replication)).await)
+        *epoch = self.check(checks).await.map_err(CallError::Unchecked)?;
+        let sent = Box::pin(self.send(&script.by_source(by_digest), replication)).await;
+        sent.map_err(CallError::Failed)
     }
 
     /// Checks the server. Boxed because few operations run the check, and every operation's future
