@@ -1,5 +1,48 @@
 //! The signature schemes of the providers, one file each.
 
+/// Defines a provider that signs with an HMAC under one of several secrets. `signature` is the name
+/// of the header field with the signature, and `verify` checks a webhook under the secrets.
+macro_rules! hmac_provider {
+    (
+        $(#[$docs:meta])*
+        pub struct $provider:ident;
+
+        $(#[$docs_of_new:meta])*
+        pub fn new(secrets);
+
+        signature: $signature:ident,
+        verify: $verify:ident,
+    ) => {
+        $(#[$docs])*
+        #[derive(Clone, Debug)]
+        pub struct $provider($crate::receiver::webhooks::signature::Secrets);
+
+        impl $provider {
+            $(#[$docs_of_new])*
+            ///
+            /// # Errors
+            ///
+            /// [`Configuration`](crate::ErrorKind::Configuration) if there is no secret or an empty
+            /// one.
+            pub fn new<S: AsRef<[u8]>>(
+                secrets: impl IntoIterator<Item = S>,
+            ) -> Result<Self, $crate::error::Error> {
+                $crate::receiver::webhooks::signature::Secrets::new(secrets).map(Self)
+            }
+        }
+
+        impl $crate::receiver::webhooks::VerifyWebhook for $provider {
+            fn is_signed(&self, headers: &http::HeaderMap) -> bool {
+                headers.contains_key($signature)
+            }
+
+            fn verify(&self, webhook: &Webhook<'_>) -> Result<MessageId, InvalidWebhook> {
+                $verify(&self.0, webhook)
+            }
+        }
+    };
+}
+
 mod adyen;
 mod ed25519;
 mod form;
