@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// [`source`](StdError::source) is its cause. Neither `Display` nor `Debug` ever shows a key, a
 /// body or a credential, as long as the causes that a store passes in do not. Clones share the
 /// cause.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,
     what: &'static str,
@@ -56,6 +56,22 @@ impl Error {
         }
     }
 
+    pub(crate) const fn configuration(what: &'static str) -> Self {
+        Self::new(ErrorKind::Configuration, what)
+    }
+
+    pub(crate) const fn corrupt_record(what: &'static str) -> Self {
+        Self::new(ErrorKind::CorruptRecord, what)
+    }
+
+    pub(crate) const fn store_unavailable(what: &'static str) -> Self {
+        Self::new(ErrorKind::StoreUnavailable, what)
+    }
+
+    pub(crate) const fn superseded(what: &'static str) -> Self {
+        Self::new(ErrorKind::Superseded, what)
+    }
+
     /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
@@ -80,16 +96,6 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.what)
-    }
-}
-
-impl fmt::Debug for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error")
-            .field("kind", &self.kind)
-            .field("what", &self.what)
-            .field("source", &self.source)
-            .finish()
     }
 }
 

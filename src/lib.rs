@@ -67,6 +67,7 @@
     )
 )]
 
+mod callback;
 mod catch_panic;
 pub mod client;
 mod clock;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const FLOORS: [&[&str]; 7] = [
-    &["error", "clock", "sharded", "detach", "catch_panic"],
+    &["error", "clock", "sharded", "detach", "catch_panic", "callback"],
     &["protocol", "telemetry"],
     &["http", "store"],
     &["engine"],

@@ -22,7 +22,7 @@ use super::waiting::{await_owner, Waited, Waiter};
 use crate::catch_panic::catch_panic;
 use crate::clock::{sleep, within, Deadline, Stopwatch};
 use crate::detach::{detach_on_drop, TaskTracker};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{
     Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status, StorageKey, StoredResponse,
 };
@@ -32,13 +32,10 @@ use crate::telemetry::{self, Event};
 /// The longest time between two claims of a waiter, in case its subscription misses a change.
 const POLL: Duration = Duration::from_millis(500);
 
-pub(crate) const NO_RUNTIME: Error = Error::new(
-    ErrorKind::Configuration,
-    "one-time calls and deliveries need a tokio runtime; start them within one",
-);
+pub(crate) const NO_RUNTIME: Error =
+    Error::configuration("one-time calls and deliveries need a tokio runtime; start them within one");
 
-const FORGOTTEN: Error = Error::new(
-    ErrorKind::Superseded,
+const FORGOTTEN: Error = Error::superseded(
     "another attempt took the key over, and its record is gone from the store; find out whether the effect happened",
 );
 

@@ -4,7 +4,7 @@ use super::attempt::Attempt;
 use super::held_lease::HeldLease;
 use crate::clock::Stopwatch;
 #[cfg(feature = "postgres")]
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 #[cfg(feature = "postgres")]
 use crate::protocol::{Claim, Decision, IfLost};
 use crate::protocol::{Fence, Fingerprint, Grant, Nonce, Owner, StorageKey};
@@ -13,10 +13,8 @@ use crate::store::{PostgresStore, Store};
 
 /// The error of a completion in a transaction if the lease has no store.
 #[cfg(feature = "postgres")]
-pub(crate) const MADE_WITHOUT_STORE: Error = Error::new(
-    ErrorKind::Configuration,
-    "the lease was made for a test and has no store; claim its key with `TestLease::claimed_in`",
-);
+pub(crate) const MADE_WITHOUT_STORE: Error =
+    Error::configuration("the lease was made for a test and has no store; claim its key with `TestLease::claimed_in`");
 
 /// The properties of an attempt that a test makes.
 #[derive(Clone, Debug)]
@@ -63,8 +61,7 @@ impl Made {
     pub(crate) async fn claim_in(&mut self, store: &PostgresStore) -> Result<(), Error> {
         use std::time::Duration;
 
-        const IN_USE: Error = Error::new(
-            ErrorKind::Superseded,
+        const IN_USE: Error = Error::superseded(
             "the store already has a record of the test's key; choose a key that neither another test nor an earlier run of \
              this test has used",
         );

@@ -1,5 +1,6 @@
 //! The ends of an attempt, as its owner reports them to the store.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,14 +133,10 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// Continues to report the end of the attempt to a store that failed, in a task for which the
     /// caller does not wait.
     fn record_later(&self, error: &Error, end: AttemptEnd) {
-        let Ok(runtime) = Handle::try_current() else { return };
-        if StoreRetry::repeats(error) {
-            let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
-            self.tracker
-                .spawn_deferred(&runtime, Deferred::RecordEnd(end.bytes()), async move {
-                    record_end(&store, &key, owner, &end, retry).await;
-                });
-        }
+        let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
+        self.defer(error, end.bytes(), async move {
+            record_end(&store, &key, owner, &end, retry).await;
+        });
     }
 
     /// Continues to find out whether the transaction of the attempt was committed, in a task for
@@ -147,13 +144,17 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// attempt would count as lost when its lease is over.
     #[cfg(feature = "postgres")]
     pub(crate) fn resolve_later(&self, error: &Error, end: AttemptEnd) {
+        let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
+        self.defer(error, end.bytes(), async move {
+            resolve_transaction_late(&store, &key, owner, &end, retry).await;
+        });
+    }
+
+    /// Runs a deferred write of `bytes` bytes in a task, if the error can pass by itself.
+    fn defer(&self, error: &Error, bytes: usize, write: impl Future<Output = ()> + Send + 'static) {
         let Ok(runtime) = Handle::try_current() else { return };
         if StoreRetry::repeats(error) {
-            let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
-            self.tracker
-                .spawn_deferred(&runtime, Deferred::RecordEnd(end.bytes()), async move {
-                    resolve_transaction_late(&store, &key, owner, &end, retry).await;
-                });
+            self.tracker.spawn_deferred(&runtime, Deferred::RecordEnd(bytes), write);
         }
     }
 }

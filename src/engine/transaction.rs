@@ -3,20 +3,17 @@
 use super::held_lease::HeldLease;
 use super::job::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
 use super::owner::TransactionEnd;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::Outcome;
 use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
 
-const ROLLED_BACK: Error = Error::new(
-    ErrorKind::Configuration,
+const ROLLED_BACK: Error = Error::configuration(
     "the work completed its record in a transaction and reported success, but did not commit; commit before you return",
 );
 
-const UNKNOWN: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "it is unknown whether the transaction was committed, until the store replies again",
-);
+const UNKNOWN: Error =
+    Error::store_unavailable("it is unknown whether the transaction was committed, until the store replies again");
 
 impl<St: Store + Clone> Job<St> {
     /// Ends an attempt that may have completed its record in a transaction. Only the record shows

@@ -63,6 +63,20 @@ impl<B> BufferedBody<B> {
         }
     }
 
+    /// Calls `of_bytes` if this body has nothing but its front, and `of_body` otherwise.
+    #[cfg(any(feature = "axum", feature = "reqwest"))]
+    fn fold<T>(self, of_bytes: impl FnOnce(Bytes) -> T, of_body: impl FnOnce(Self) -> T) -> T {
+        match self {
+            Self {
+                front,
+                rest: None,
+                trailers: None,
+                ..
+            } => of_bytes(front),
+            body => of_body(body),
+        }
+    }
+
     /// Returns a body that consists of these bytes.
     pub const fn from_bytes(bytes: Bytes) -> Self {
         Self {
@@ -200,30 +214,14 @@ impl<E: 'static> RebuildBody for BoxBody<Bytes, E> {
 #[cfg(feature = "axum")]
 impl RebuildBody for axum::body::Body {
     fn rebuild(body: BufferedBody<Self>) -> Self {
-        match body {
-            BufferedBody {
-                front,
-                rest: None,
-                trailers: None,
-                ..
-            } => Self::from(front),
-            body => Self::new(body),
-        }
+        body.fold(Self::from, Self::new)
     }
 }
 
 #[cfg(feature = "reqwest")]
 impl RebuildBody for reqwest::Body {
     fn rebuild(body: BufferedBody<Self>) -> Self {
-        match body {
-            BufferedBody {
-                front,
-                rest: None,
-                trailers: None,
-                ..
-            } => Self::from(front),
-            body => Self::wrap(body),
-        }
+        body.fold(Self::from, Self::wrap)
     }
 }
 

@@ -8,9 +8,10 @@ use sqlx::postgres::{PgConnection, PgPool, PgRow};
 use sqlx::Row;
 
 use super::message::OutboxMessage;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::store::{
-    failed, make_table, run_detachable, Bound, Gate, PooledConnection, Sending, Statement, TableName, Within,
+    failed, make_table, run_detachable, statements, Bound, Gate, PooledConnection, Sending, Statement, TableName,
+    Within,
 };
 
 /// A table of messages that a relay publishes once their transaction is committed. See the
@@ -30,30 +31,9 @@ struct Shared {
     table: Arc<str>,
 }
 
-struct Statements {
-    delete: Statement,
-    give_back: Statement,
-    is_made: Statement,
-    postpone: Statement,
-    put: Statement,
-    schema: Statement,
-    take: Statement,
-    waiting: Statement,
-}
-
-impl Statements {
-    fn new(table: &TableName) -> Self {
-        let statement = |name, template| Statement::new(name, template, table);
-        Self {
-            delete: statement("delete", include_str!("sql/delete.sql")),
-            give_back: statement("give_back", include_str!("sql/give_back.sql")),
-            is_made: statement("is_made", include_str!("sql/is_made.sql")),
-            postpone: statement("postpone", include_str!("sql/postpone.sql")),
-            put: statement("put", include_str!("sql/put.sql")),
-            schema: statement("schema", include_str!("sql/schema.sql")),
-            take: statement("take", include_str!("sql/take.sql")),
-            waiting: statement("waiting", include_str!("sql/waiting.sql")),
-        }
+statements! {
+    struct Statements {
+        delete, give_back, is_made, postpone, put, schema, take, waiting,
     }
 }
 
@@ -93,7 +73,7 @@ impl Outbox {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the name cannot be used.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the name cannot be used.
     pub fn in_table(pool: PgPool, name: &str) -> Result<Self, Error> {
         Ok(Self::of(pool, &TableName::parse(name)?))
     }
@@ -147,8 +127,8 @@ impl Outbox {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the role lacks the right to make them.
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) if the server cannot be reached.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the role lacks the right to make them.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
         const LONGEST: Duration = Duration::from_secs(60);
         const LOCK: i64 = 2_153_723_918_930_542_594;
@@ -187,10 +167,10 @@ impl Outbox {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the message breaks these rules, which is
-    /// found before anything is sent, or if the table is missing.
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) if the server cannot be reached. Roll the
-    /// transaction back.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the message breaks these rules, which
+    /// is found before anything is sent, or if the table is missing.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server cannot be reached.
+    /// Roll the transaction back.
     pub async fn put(&self, connection: &mut PgConnection, message: &OutboxMessage) -> Result<bool, Error> {
         check(message)?;
         let (names, contents): (Vec<_>, Vec<_>) = message.headers.iter().cloned().unzip();
@@ -211,7 +191,7 @@ impl Outbox {
     ///
     /// # Errors
     ///
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) if the server cannot be reached.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server cannot be reached.
     pub async fn waiting(&self) -> Result<u64, Error> {
         let rows = self.ask(|statements| &statements.waiting, |waiting| waiting).await?;
         let row = rows.first().ok_or_else(|| failed(sqlx::Error::RowNotFound))?;
@@ -318,12 +298,8 @@ impl Outbox {
 /// Checks the rules for a message. Most of the rules are limits of PostgreSQL.
 fn check(message: &OutboxMessage) -> Result<(), Error> {
     const LONGEST_ID: usize = 255;
-    const ID: Error = Error::new(
-        ErrorKind::Configuration,
-        "the id of a message must have 1 to 255 bytes; use a hash of a longer id",
-    );
-    const ZERO: Error = Error::new(
-        ErrorKind::Configuration,
+    const ID: Error = Error::configuration("the id of a message must have 1 to 255 bytes; use a hash of a longer id");
+    const ZERO: Error = Error::configuration(
         "the id, the topic or a header of a message contains a zero character, which PostgreSQL does not store; encode it, or put \
          it into the payload",
     );

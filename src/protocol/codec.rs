@@ -23,7 +23,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::record::{GrantKind, State};
 use super::{Fence, Fingerprint, Nonce, Outcome, Owner, Record, StoredResponse};
 use crate::clock::Timestamp;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 const VERSION: u8 = 1;
 // The length of the fixed fields in bytes, from the version to the expiry.
@@ -73,9 +73,8 @@ impl Record {
     /// release does not know. The key of such a record is in use all the same. Refuse the request,
     /// and never treat the key as absent.
     pub fn from_bytes(mut bytes: Bytes) -> Result<Self, Error> {
-        const DAMAGED: Error = Error::new(ErrorKind::CorruptRecord, "a stored record is damaged");
-        const NEWER: Error = Error::new(
-            ErrorKind::CorruptRecord,
+        const DAMAGED: Error = Error::corrupt_record("a stored record is damaged");
+        const NEWER: Error = Error::corrupt_record(
             "a stored record has a version that this release does not know; update every process that shares the store",
         );
         if *bytes.first().ok_or(DAMAGED)? != VERSION {
@@ -199,6 +198,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::error::ErrorKind;
 
     prop_compose! {
         fn a_record()(

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::key::IdempotencyKey;
 use super::scratch::Scratch;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// The owner of a set of keys, such as a tenant, an account or a user.
 ///
@@ -119,10 +119,8 @@ impl KeySpace {
     }
 
     pub(crate) fn set_secret(&mut self, secret: &[u8]) -> Result<(), Error> {
-        const SHORT: Error = Error::new(
-            ErrorKind::Configuration,
-            "the secret for the keys in a store is shorter than 16 bytes; use 32 random bytes",
-        );
+        const SHORT: Error =
+            Error::configuration("the secret for the keys in a store is shorter than 16 bytes; use 32 random bytes");
         if secret.len() < 16 {
             return Err(SHORT);
         }

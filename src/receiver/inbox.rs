@@ -1,13 +1,12 @@
 //! Receipt and effect in one transaction, without an earlier claim.
 
-use std::fmt;
 use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
 
 use super::id::MessageId;
 use super::receipt::{Receipt, ReceiveError};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{Claim, Completion, Decision, Fingerprint, Grant, IfLost, KeySpace, Nonce, Outcome};
 use crate::store::PostgresStore;
 
@@ -37,7 +36,7 @@ use crate::store::PostgresStore;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Inbox {
     store: PostgresStore,
     consumer: String,
@@ -78,7 +77,7 @@ impl Inbox {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the secret is shorter than 16 bytes.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the secret is shorter than 16 bytes.
     pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
         self.space.set_secret(secret)?;
         Ok(self)
@@ -97,8 +96,8 @@ impl Inbox {
     /// transaction. Record several messages in the same order everywhere, for example sorted by id.
     /// Otherwise two transactions can wait for each other until PostgreSQL ends one. Use READ
     /// COMMITTED, PostgreSQL's default. At the stricter levels, a transaction that conflicts with
-    /// another one fails with [`StoreUnavailable`](ErrorKind::StoreUnavailable), and your code has
-    /// to run the whole transaction again.
+    /// another one fails with [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable), and your
+    /// code has to run the whole transaction again.
     ///
     /// # Cancel safety
     ///
@@ -178,10 +177,8 @@ impl Inbox {
         grant: Grant,
         outcome: &Outcome,
     ) -> Result<Receipt<()>, ReceiveError<Error>> {
-        const TAKEN: Error = Error::new(
-            ErrorKind::Superseded,
-            "another attempt took the message over within the transaction; roll back",
-        );
+        const TAKEN: Error =
+            Error::superseded("another attempt took the message over within the transaction; roll back");
         let completion = self
             .store
             .complete_in(connection, &claim.key, grant.owner, outcome, self.retention);
@@ -189,15 +186,5 @@ impl Inbox {
             Completion::Completed => Ok(Receipt::First(())),
             Completion::Superseded(_) => Err(ReceiveError::Store(TAKEN)),
         }
-    }
-}
-
-impl fmt::Debug for Inbox {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inbox")
-            .field("consumer", &self.consumer)
-            .field("space", &self.space)
-            .field("retention", &self.retention)
-            .finish_non_exhaustive()
     }
 }

@@ -64,10 +64,7 @@ impl MessageLease {
 
 impl fmt::Debug for MessageLease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MessageLease")
-            .field("attempt", &self.attempt())
-            .field("fence", &self.fence())
-            .finish_non_exhaustive()
+        f.debug_tuple("MessageLease").field(&self.attempt).finish()
     }
 }
 
@@ -79,12 +76,11 @@ mod transaction {
 
     use super::MessageLease;
     use crate::engine::Attempt;
-    use crate::error::{Error, ErrorKind};
+    use crate::error::Error;
     use crate::protocol::{Completion, Outcome};
     use crate::store::{PostgresStore, Store};
 
-    const NO_POSTGRES: Error = Error::new(
-        ErrorKind::Configuration,
+    const NO_POSTGRES: Error = Error::configuration(
         "the receiver's store is not in PostgreSQL, so nothing can be completed in a transaction; make the layer with a \
          PostgresStore",
     );
@@ -130,14 +126,13 @@ mod transaction {
         ///
         /// # Errors
         ///
-        /// [`Superseded`](ErrorKind::Superseded) if another attempt has taken the message over, or
-        /// the message is handled already. Return any error then.
-        /// [`Configuration`](ErrorKind::Configuration) if the receiver's store is no
+        /// [`Superseded`](crate::ErrorKind::Superseded) if another attempt has taken the message
+        /// over, or the message is handled already. Return any error then.
+        /// [`Configuration`](crate::ErrorKind::Configuration) if the receiver's store is no
         /// [`PostgresStore`], or the lease was made for a test without a store. Otherwise as for
         /// [`Store::complete`]. In every case roll back.
         pub async fn complete_in(&self, connection: &mut PgConnection) -> Result<(), Error> {
-            const SUPERSEDED: Error = Error::new(
-                ErrorKind::Superseded,
+            const SUPERSEDED: Error = Error::superseded(
                 "the message is handled already, or another attempt has taken it over; roll the transaction back",
             );
             /// The receiver reads the record after the transaction.

@@ -412,7 +412,7 @@ impl<S> Admitted<S> {
     }
 }
 
-const CORRUPT: Error = Error::new(ErrorKind::CorruptRecord, "a stored response cannot be read");
+const CORRUPT: Error = Error::corrupt_record("a stored response cannot be read");
 
 impl SharedResult {
     /// Returns the result for a decision under which nothing runs. Returns `None` if the request is

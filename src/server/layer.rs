@@ -17,8 +17,9 @@ use super::guard::Shared;
 use super::policy::{LostAttempt, RecoveryCheck, Statuses};
 use super::service::Idempotency;
 use super::settings::{Paths, Selector, Settings, Values};
+use crate::callback::Callback;
 use crate::engine::{Drain, OnError, OnLost, Recovered};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{CanonicalJson, IfLost, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
@@ -206,7 +207,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// Sets an additional check of the key, such as "is a UUID". The layer refuses a key with 400
     /// if the check returns `false`. Default: none.
     pub fn with_key_validator(mut self, is_valid: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
-        self.values().parser.validator = Some(Arc::new(is_valid));
+        self.values().parser.validator = Some(Callback(Arc::new(is_valid)));
         self
     }
 
@@ -249,7 +250,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// # let _ = layer;
     /// ```
     pub fn with_scope<R: Into<Option<Scope>>>(mut self, scope: impl Fn(&Parts) -> R + Send + Sync + 'static) -> Self {
-        self.values().scope = Some(Arc::new(move |head| scope(head).into()));
+        self.values().scope = Some(Callback(Arc::new(move |head| scope(head).into())));
         self
     }
 
@@ -395,7 +396,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// [`StoreOutcomeOnly`](crate::StoreOutcomeOnly)) take precedence over it. If the function
     /// panics, the layer stores a tombstone, so that the handler does not run again.
     pub fn store_if(mut self, should_store: impl Fn(&response::Parts) -> bool + Send + Sync + 'static) -> Self {
-        self.values().policy.store_if = Some(Arc::new(should_store));
+        self.values().policy.store_if = Some(Callback(Arc::new(should_store)));
         self
     }
 
@@ -530,8 +531,7 @@ impl<St: Store> IdempotencyLayer<St> {
     pub fn with_problem_base(mut self, base: &str) -> Result<Self, Error> {
         let in_uri = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~:/?#[]@!$&'()*+,;=%".contains(&byte);
         if !base.bytes().all(in_uri) {
-            return Err(Error::new(
-                ErrorKind::Configuration,
+            return Err(Error::configuration(
                 "the base of problem types has a character that no URI has; percent-encode it",
             ));
         }

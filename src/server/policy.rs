@@ -9,6 +9,7 @@ use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
 use super::marks::{retention_of, DoNotStore, StoreOutcomeOnly, StoreResponse};
+use crate::callback::Callback;
 use crate::catch_panic::catch_panic_in;
 use crate::engine::{OnError, Recovered};
 #[cfg(feature = "postgres")]
@@ -17,9 +18,9 @@ use crate::http::{grpc_result, is_grpc_response, is_typed_grpc, Effect, GrpcOutc
 use crate::protocol::{Fence, IdempotencyKey};
 
 /// The application's check of a lost attempt.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct RecoveryCheck(
-    Arc<dyn Fn(LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> + Send + Sync>,
+    Callback<dyn Fn(LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> + Send + Sync>,
 );
 
 /// A lost attempt, and the request that now needs its outcome. The `Debug` form hides the key and
@@ -52,7 +53,7 @@ impl RecoveryCheck {
     where
         F: std::future::Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
     {
-        Self(Arc::new(move |lost| Box::pin(check(lost))))
+        Self(Callback(Arc::new(move |lost| Box::pin(check(lost)))))
     }
 
     pub(super) fn call(&self, lost: LostAttempt) -> BoxFuture<'static, Recovered<Response<Bytes>>> {
@@ -60,17 +61,11 @@ impl RecoveryCheck {
     }
 }
 
-impl fmt::Debug for RecoveryCheck {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("RecoveryCheck(..)")
-    }
-}
-
 /// The application's predicate, which decides by the head whether a response is stored.
-pub(super) type StoreIf = Arc<dyn Fn(&response::Parts) -> bool + Send + Sync>;
+pub(super) type StoreIf = Callback<dyn Fn(&response::Parts) -> bool + Send + Sync>;
 
 /// The rules that decide which responses are stored.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct StorePolicy {
     pub(super) on_error: OnError,
     pub(super) store_if: Option<StoreIf>,
@@ -305,16 +300,6 @@ const fn is_passing(status: StatusCode) -> bool {
     )
 }
 
-impl fmt::Debug for StorePolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StorePolicy")
-            .field("on_error", &self.on_error)
-            .field("store_if", &self.store_if.is_some())
-            .field("statuses", &self.statuses)
-            .finish()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -418,7 +403,7 @@ mod tests {
     #[test]
     fn a_mark_wins_over_the_predicate_and_do_not_store_wins_over_all() {
         let success_only = StorePolicy {
-            store_if: Some(Arc::new(|response| response.status.is_success())),
+            store_if: Some(Callback(Arc::new(|response| response.status.is_success()))),
             ..StorePolicy::default()
         };
         assert_eq!(verdict(&success_only, 404, |_| {}), Verdict::Release);

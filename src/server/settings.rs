@@ -2,7 +2,6 @@
 //! it.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use http::{response, Method};
 
 use super::errors::ServiceErrors;
 use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
+use crate::callback::Callback;
 use crate::engine::EngineSettings;
 use crate::http::{Fingerprinting, Rendering, ResponseHeaders, StreamTypes, IDEMPOTENCY_KEY};
 use crate::protocol::{IfLost, KeyParser, Scope};
@@ -35,9 +35,9 @@ pub(super) type Paths = HashMap<String, Arc<Values>>;
 pub(super) type Selector = Arc<dyn Fn(&Parts) -> Option<Settings> + Send + Sync>;
 
 /// Returns the scope of a request by its head; `None` if the request has none.
-pub(super) type ScopeFn = Arc<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
+pub(super) type ScopeFn = Callback<dyn Fn(&Parts) -> Option<Scope> + Send + Sync>;
 
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct Values {
     pub(super) header: HeaderName,
     pub(super) parser: KeyParser,
@@ -141,29 +141,6 @@ impl Values {
             // If the header map is full, the response does not get the field.
             drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
         }
-    }
-}
-
-impl fmt::Debug for Values {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settings")
-            .field("header", &self.header)
-            .field("key", &self.parser)
-            .field("required", &self.required)
-            .field("methods", &self.methods)
-            .field("scoped", &self.scope.is_some())
-            .field("fingerprint", &self.fingerprinting)
-            .field("body_limit", &self.body_limit)
-            .field("response_limit", &self.response_limit)
-            .field("response_timeout", &self.response_timeout)
-            .field("streams", &self.streams)
-            .field("policy", &self.policy)
-            .field("errors", &self.errors)
-            .field("acknowledges", &self.acknowledges)
-            .field("refusals", &self.refusals)
-            .field("engine", &self.engine)
-            .field("waiting", &self.waiting)
-            .finish_non_exhaustive()
     }
 }
 

@@ -16,7 +16,7 @@ use super::policy::Verdict;
 use super::settings::Values;
 use super::singleflight::SharedResult;
 use crate::engine::{TransactionEnd, TransactionState};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
@@ -107,15 +107,15 @@ impl Lease {
     ///
     /// In every case, roll the transaction back (drop it) and return any error.
     ///
-    /// * [`Superseded`](ErrorKind::Superseded) if another attempt has taken the key over, or if
-    ///   this attempt has completed the key already, for example in an earlier transaction whose
+    /// * [`Superseded`](crate::ErrorKind::Superseded) if another attempt has taken the key over, or
+    ///   if this attempt has completed the key already, for example in an earlier transaction whose
     ///   commit took effect although its reply was lost. The layer then returns the outcome of the
     ///   key.
-    /// * [`Configuration`](ErrorKind::Configuration) if the layer's store is not a
+    /// * [`Configuration`](crate::ErrorKind::Configuration) if the layer's store is not a
     ///   [`PostgresStore`](crate::PostgresStore).
-    /// * [`Configuration`](ErrorKind::Configuration) if the response is a stream, breaks off, or
-    ///   exceeds the layer's limits of length or time.
-    /// * [`Configuration`](ErrorKind::Configuration) if the response has the mark
+    /// * [`Configuration`](crate::ErrorKind::Configuration) if the response is a stream, breaks
+    ///   off, or exceeds the layer's limits of length or time.
+    /// * [`Configuration`](crate::ErrorKind::Configuration) if the response has the mark
     ///   [`DoNotStore`](crate::DoNotStore). Under the settings for webhooks, also if a response
     ///   that is not a success has the mark [`StoreOutcomeOnly`](crate::StoreOutcomeOnly).
     /// * The errors of [`Store::complete`].
@@ -170,28 +170,23 @@ impl Lease {
     }
 }
 
-const NOT_STORABLE: Error = Error::new(
-    ErrorKind::Configuration,
+const NOT_STORABLE: Error = Error::configuration(
     "the response is a stream, broken, or longer or slower than the layer's limits, so it cannot be completed in a \
      transaction; shorten it, or raise `with_response_limit` or `with_response_timeout`",
 );
 
-const FORBIDDEN: Error = Error::new(
-    ErrorKind::Configuration,
+const FORBIDDEN: Error = Error::configuration(
     "the response has the mark `DoNotStore`, so it cannot be completed in a transaction; remove the mark, or roll back \
      and return the response",
 );
 
-const NOT_ACKNOWLEDGED: Error = Error::new(
-    ErrorKind::Configuration,
+const NOT_ACKNOWLEDGED: Error = Error::configuration(
     "the response is not a success and has the mark `StoreOutcomeOnly`, so a layer for webhooks would acknowledge its \
      duplicates; remove the mark, or roll back and return the response",
 );
 
-const SUPERSEDED: Error = Error::new(
-    ErrorKind::Superseded,
-    "the key is completed already, or another attempt has taken it over; roll the transaction back",
-);
+const SUPERSEDED: Error =
+    Error::superseded("the key is completed already, or another attempt has taken it over; roll the transaction back");
 
 impl<St: Store, S> Exchange<St, S> {
     /// Ends an execution whose handler tried to complete the record in its own transaction. If

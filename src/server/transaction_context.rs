@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use super::guard::Shared;
 use super::settings::Values;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::store::{PostgresStore, Store};
 
-const NO_POSTGRES: Error = Error::new(
-    ErrorKind::Configuration,
+const NO_POSTGRES: Error = Error::configuration(
     "the layer's store is not a `PostgresStore`, so it cannot complete a record in a transaction; \
      create the layer with a `PostgresStore`",
 );

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use super::{MemoryStore, Store};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
     StorageKey,
@@ -70,16 +70,16 @@ impl BoxStore {
             #[cfg(feature = "postgres")]
             Some(Scheme::Postgres) => super::postgres::PostgresStore::connect(url).await.map(Self::new),
             #[cfg(not(feature = "postgres"))]
-            Some(Scheme::Postgres) => Err(configuration(
+            Some(Scheme::Postgres) => Err(Error::configuration(
                 "a store in PostgreSQL needs the feature `postgres` of tower-idempotency",
             )),
             #[cfg(feature = "redis")]
             Some(Scheme::Redis) => super::redis::RedisStore::connect(url).await.map(Self::new),
             #[cfg(not(feature = "redis"))]
-            Some(Scheme::Redis) => Err(configuration(
+            Some(Scheme::Redis) => Err(Error::configuration(
                 "a store in Redis needs the feature `redis` of tower-idempotency",
             )),
-            None => Err(configuration(
+            None => Err(Error::configuration(
                 "the URL of the store has an unknown scheme; use `memory:`, `redis://..`, `rediss://..`, `postgres://..` or `postgresql://..`",
             )),
         }
@@ -113,10 +113,6 @@ fn scheme(url: &str) -> Option<Scheme> {
         return Some(Scheme::Redis);
     }
     (is("postgres") || is("postgresql")).then_some(Scheme::Postgres)
-}
-
-const fn configuration(what: &'static str) -> Error {
-    Error::new(ErrorKind::Configuration, what)
 }
 
 type Reply<'a, T> = BoxFuture<'a, Result<T, Error>>;

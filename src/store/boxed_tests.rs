@@ -1,4 +1,5 @@
 use super::*;
+use crate::error::ErrorKind;
 
 async fn refusal(url: &str) -> String {
     let error = BoxStore::from_url(url).await.unwrap_err();

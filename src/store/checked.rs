@@ -10,7 +10,7 @@ use tokio::runtime::{Handle, Id};
 
 use crate::catch_panic::catch_panic;
 use crate::clock::Deadline;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::sharded::lock;
 
 /// The age from which no further operation joins a run. With the default timeouts, a check ends
@@ -103,8 +103,7 @@ impl Checked {
         /// The number of checks in a row after which an operation fails if the server changes
         /// during each of them.
         const MOST: usize = 4;
-        const RESTLESS: Error = Error::new(
-            ErrorKind::StoreUnavailable,
+        const RESTLESS: Error = Error::store_unavailable(
             "the connection to the store broke several times while the store checked the server; try again",
         );
         for _ in 0..MOST {
@@ -153,8 +152,7 @@ impl Running {
 /// Turns a panic of the check into an error. Otherwise the panic would spread to every operation
 /// that shares the run.
 fn without_panic(check: Check) -> Check {
-    const PANICKED: Error = Error::new(
-        ErrorKind::StoreUnavailable,
+    const PANICKED: Error = Error::store_unavailable(
         "the check of the server panicked; this is a bug of the store or its client library, please report it",
     );
     let checked = catch_panic(check).map(|result| result.unwrap_or(Err(PANICKED)));
@@ -172,6 +170,7 @@ mod tests {
     use tokio::sync::Notify;
 
     use super::*;
+    use crate::error::ErrorKind;
 
     /// Returns a check that counts its runs and waits until its gate opens.
     fn counting(runs: &Arc<AtomicUsize>, gate: &Arc<Notify>, passes: bool) -> impl Fn() -> Check {
@@ -181,9 +180,7 @@ mod tests {
             Box::pin(async move {
                 runs.fetch_add(1, Ordering::SeqCst);
                 gate.notified().await;
-                passes
-                    .then_some(())
-                    .ok_or(Error::new(ErrorKind::Configuration, "wrong"))
+                passes.then_some(()).ok_or(Error::configuration("wrong"))
             })
         }
     }

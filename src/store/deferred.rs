@@ -14,15 +14,14 @@ use super::{Store, StoreRetry};
 #[cfg(feature = "postgres")]
 use crate::clock::{sleep, Deadline, Stopwatch};
 use crate::detach::{Deferred, TaskTracker};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 #[cfg(feature = "postgres")]
 use crate::protocol::Renewal;
 use crate::protocol::{Claim, Completion, Decision, Outcome, Owner, Release, Snapshot, Status, StorageKey};
 use crate::telemetry::{self, Event};
 
 /// The error while [too many claims](TaskTracker::has_many_lost_claims) are waiting for a reply.
-pub(crate) const MANY_LOST_CLAIMS: Error = Error::new(
-    ErrorKind::StoreUnavailable,
+pub(crate) const MANY_LOST_CLAIMS: Error = Error::store_unavailable(
     "too many claims got no reply from the idempotency store, so no more are sent until it replies",
 );
 

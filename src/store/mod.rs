@@ -34,7 +34,8 @@ pub(crate) use deferred::{record_end, release_lost_claim, AttemptEnd, LostClaim,
 pub use memory::{MemoryStore, MemoryStoreBuilder, MemoryWatch, StoreStats};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{
-    failed, make_table, run_detachable, Bound, Gate, PooledConnection, Sending, Statement, TableName, Within,
+    failed, make_table, run_detachable, statements, Bound, Gate, PooledConnection, Sending, Statement, TableName,
+    Within,
 };
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};

@@ -12,10 +12,7 @@ use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Decision};
 use crate::telemetry::{self, Event};
 
-pub(crate) const TIMED_OUT: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "the idempotency store did not reply in time",
-);
+pub(crate) const TIMED_OUT: Error = Error::store_unavailable("the idempotency store did not reply in time");
 
 /// Runs an operation of the store. Fails with [`TIMED_OUT`] after `timeout`.
 pub(crate) fn with_timeout<T>(

@@ -8,7 +8,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use uuid::Builder;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::Scope;
 
 /// Derives a key for a call to another system from the key that our own caller sent. A retry after
@@ -45,8 +45,7 @@ impl KeyDeriver {
     ///
     /// [`ErrorKind::Configuration`] if the secret is shorter.
     pub fn new(secret: &[u8]) -> Result<Self, Error> {
-        const SHORT: Error = Error::new(
-            ErrorKind::Configuration,
+        const SHORT: Error = Error::configuration(
             "the secret for derived keys is shorter than 16 bytes; use 32 bytes from a cryptographic generator",
         );
         match Hmac::new_from_slice(secret) {

@@ -1,17 +1,17 @@
 //! Profiles of servers: how they accept keys, and what their responses mean.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderName, RETRY_AFTER};
 use http::StatusCode;
 
+use crate::callback::Callback;
 use crate::http::IDEMPOTENCY_KEY;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-type InFlightFn = Arc<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
+type InFlightFn = Callback<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
 
 /// A description of a server: how it accepts idempotency keys, and what its responses mean for a
 /// retry.
@@ -32,7 +32,7 @@ type InFlightFn = Arc<dyn Fn(&HeaderMap) -> bool + Send + Sync>;
 ///     .with_retention(Duration::from_secs(3600));
 /// # drop(bank);
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct ProviderProfile {
     pub(crate) header: HeaderName,
     pub(crate) quoted: bool,
@@ -90,7 +90,7 @@ impl ProviderProfile {
             retention: DAY,
             replayed: Some(HeaderName::from_static("idempotent-replayed")),
             should_repeat: None,
-            in_flight: Arc::new(|headers| headers.contains_key(RETRY_AFTER)),
+            in_flight: Callback(Arc::new(|headers| headers.contains_key(RETRY_AFTER))),
             repeated: [408, 425, 429, 500, 502, 503, 504]
                 .into_iter()
                 .filter_map(|status| StatusCode::from_u16(status).ok())
@@ -107,7 +107,7 @@ impl ProviderProfile {
     pub fn stripe() -> Self {
         Self {
             should_repeat: Some(HeaderName::from_static("stripe-should-retry")),
-            in_flight: Arc::new(|_| true),
+            in_flight: Callback(Arc::new(|_| true)),
             ..Self::draft().with_quotes(false)
         }
     }
@@ -219,7 +219,7 @@ impl ProviderProfile {
     /// still in flight". Every other 409 is final. Default: that of the preset.
     #[must_use]
     pub fn with_in_flight(mut self, is_in_flight: impl Fn(&HeaderMap) -> bool + Send + Sync + 'static) -> Self {
-        self.in_flight = Arc::new(is_in_flight);
+        self.in_flight = Callback(Arc::new(is_in_flight));
         self
     }
 
@@ -299,17 +299,5 @@ impl Default for ProviderProfile {
     /// Returns [`ProviderProfile::draft`].
     fn default() -> Self {
         Self::draft()
-    }
-}
-
-impl fmt::Debug for ProviderProfile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ProviderProfile")
-            .field("header", &self.header)
-            .field("quoted", &self.quoted)
-            .field("max_len", &self.max_len)
-            .field("retention", &self.retention)
-            .field("repeated", &self.repeated)
-            .finish_non_exhaustive()
     }
 }

@@ -14,7 +14,7 @@ use super::setters::shared_setters;
 use super::step_path::StepPath;
 use crate::detach::TaskTracker;
 use crate::engine::{Attempt, Drain, Ended, EngineSettings, Job, JobLeases, OnLost, Recovered, Settled, Verdict, Work};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{Fingerprint, IfLost, Scope};
 use crate::store::Store;
 
@@ -214,7 +214,7 @@ impl<St: Store + Clone> Once<St> {
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
         let no_check = |_| ready(Recovered::Unknown);
-        self.settle(no_check, call).await
+        self.settle(Typed::new(no_check, call)).await
     }
 
     /// Makes the call, or returns the recorded result if it was already made. After a lost attempt,
@@ -247,32 +247,21 @@ impl<St: Store + Clone> Once<St> {
         Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
     {
         self.engine.if_lost = IfLost::Recover;
-        self.settle(check, call).await
+        self.settle(Typed::new(check, call)).await
     }
 
-    async fn settle<T, E, C, CFut, F, Fut>(self, check: C, call: F) -> Result<Done<T>, OnceError<T, E>>
+    async fn settle<T, E, W>(self, work: W) -> Result<Done<T>, OnceError<T, E>>
     where
-        T: Serialize + DeserializeOwned + Send + 'static,
-        E: Send + 'static,
-        C: FnOnce(Attempt) -> CFut + Send + 'static,
-        CFut: Future<Output = Recovered<T>> + Send + 'static,
-        F: FnOnce(Attempt) -> Fut + Send + 'static,
-        Fut: Future<Output = Result<T, Failure<E>>> + Send + 'static,
+        T: DeserializeOwned,
+        W: Work<Output = (Result<T, Failure<E>>, u32)>,
     {
-        const EMPTY: Error = Error::new(
-            ErrorKind::Configuration,
-            "the key of a one-time call is empty; use a key that identifies the call",
-        );
+        const EMPTY: Error =
+            Error::configuration("the key of a one-time call is empty; use a key that identifies the call");
         if self.key.is_empty() {
             return Err(OnceError::NotRun(EMPTY));
         }
         let path = self.path.clone();
         let is_checked = self.engine.if_lost == IfLost::Recover;
-        let work = Typed {
-            check: Some(check),
-            call,
-            types: PhantomData,
-        };
         let settled = self.job().settle(work).await;
         match settled {
             Settled::Ran {
@@ -373,6 +362,16 @@ struct Typed<C, F, T, E, CFut, Fut> {
     check: Option<C>,
     call: F,
     types: Types<T, E, CFut, Fut>,
+}
+
+impl<C, F, T, E, CFut, Fut> Typed<C, F, T, E, CFut, Fut> {
+    const fn new(check: C, call: F) -> Self {
+        Self {
+            check: Some(check),
+            call,
+            types: PhantomData,
+        }
+    }
 }
 
 impl<C, F, T, E, CFut, Fut> Work for Typed<C, F, T, E, CFut, Fut>

@@ -1,6 +1,5 @@
 //! Decides which requests are sent again, when, and how often.
 
-use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -55,14 +54,14 @@ use crate::clock::{sleep, Deadline, Timer};
 ///
 /// The policy cannot undo a request. An attempt whose response was lost may have taken effect.
 /// [`CallLayer`](super::CallLayer) distinguishes such a call from one that had no effect.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct RetryPolicy {
     settings: Arc<Settings>,
     sent: u32,
     deadline: Option<Deadline>,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 struct Settings {
     profile: ProviderProfile,
     max_attempts: u32,
@@ -288,20 +287,6 @@ where
         clone.headers_mut().clone_from(request.headers());
         clone.extensions_mut().clone_from(request.extensions());
         Some(clone)
-    }
-}
-
-impl fmt::Debug for RetryPolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let settings = &*self.settings;
-        f.debug_struct("RetryPolicy")
-            .field("profile", &settings.profile)
-            .field("max_attempts", &settings.max_attempts)
-            .field("initial_backoff", &settings.initial_backoff)
-            .field("max_backoff", &settings.max_backoff)
-            .field("horizon", &settings.horizon)
-            .field("errors", &settings.classes)
-            .finish_non_exhaustive()
     }
 }
 

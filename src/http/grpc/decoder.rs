@@ -124,28 +124,30 @@ mod tests {
         frame
     }
 
+    /// Checks that a frame is rejected under a limit of 1 MiB, and that this allocates fewer than
+    /// `most` bytes.
+    fn assert_rejected_within(frame: &[u8], most: u64) {
+        let mut out = Vec::new();
+        let allocated = allocation_counter::measure(|| {
+            assert_eq!(Encoding::Zstd.decode(frame, &mut out, 1 << 20), None);
+        });
+        assert!(allocated.bytes_max < most, "{allocated:?}");
+    }
+
     /// The decoder accepts such blocks, although they exceed the limit of the format.
     #[test]
     fn a_zstd_block_of_repeated_literals_is_decompressed_up_to_2_mib() {
         let mut out = Vec::new();
         assert_eq!(Encoding::Zstd.decode(&of_literals(2), &mut out, 4 << 20), Some(()));
         assert_eq!(out.len(), 2 * ((1 << 20) - 1));
-        let (frame, mut out) = (of_literals(1_000), Vec::new());
-        let allocated = allocation_counter::measure(|| {
-            assert_eq!(Encoding::Zstd.decode(&frame, &mut out, 1 << 20), None);
-        });
-        assert!(allocated.bytes_max < 12 << 20, "{allocated:?}");
+        assert_rejected_within(&of_literals(1_000), 12 << 20);
     }
 
     /// Once, a block of 2 KB was decompressed to 131 MB before the limit counted, and a block of
     /// 128 KB to gigabytes.
     #[test]
     fn a_zstd_block_that_exceeds_the_format_is_not_decompressed() {
-        let (frame, mut out) = (repeating(1_000), Vec::new());
-        let allocated = allocation_counter::measure(|| {
-            assert_eq!(Encoding::Zstd.decode(&frame, &mut out, 1 << 20), None);
-        });
-        assert!(allocated.bytes_max < 4 << 20, "{allocated:?}");
+        assert_rejected_within(&repeating(1_000), 4 << 20);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::reader::MAX_DEPTH;
 use super::string::RawString;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// The exclusions at and below one value. The tree has at most [`MAX_DEPTH`] levels.
 #[derive(Clone, Debug, Default)]
@@ -95,5 +95,5 @@ fn unescaped(step: &str) -> Option<String> {
 }
 
 fn invalid(what: &'static str) -> Error {
-    Error::new(ErrorKind::Configuration, what)
+    Error::configuration(what)
 }

@@ -7,7 +7,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 use super::InvalidWebhook;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// The largest accepted difference between a timestamp and the clock of this machine, in either
 /// direction. The providers' own libraries use the same value.
@@ -19,8 +19,7 @@ pub(super) const TOLERANCE: Duration = Duration::from_secs(5 * 60);
 pub(super) const MAX_SIGNATURES: usize = 16;
 
 /// The error for an empty list of secrets, and for an empty secret.
-pub(super) const NO_SECRET: Error = Error::new(
-    ErrorKind::Configuration,
+pub(super) const NO_SECRET: Error = Error::configuration(
     "a webhook secret is empty or missing, so no webhook could be verified; copy it from the provider's settings",
 );
 

@@ -17,7 +17,7 @@ use super::error::{code, failed};
 use super::progress::note_statement;
 use super::session::{end_open_transaction, IS_BEGUN};
 use super::table::{Statement, IN_OPEN_TRANSACTION};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 pub(crate) type Bound<'q> = Query<'q, Postgres, PgArguments>;
 
@@ -351,25 +351,21 @@ fn is_mix_up(error: &sqlx::Error) -> bool {
     error.is_some_and(|error| error.routine() == Some("exec_bind_message"))
 }
 
-const LEFT_OPEN: Error = Error::new(
-    ErrorKind::StoreUnavailable,
+const LEFT_OPEN: Error = Error::store_unavailable(
     "the application left a transaction open in a session of the pool, and the store could not end it; try again",
 );
 
-pub(crate) const POOLER: Error = Error::new(
-    ErrorKind::Configuration,
+pub(crate) const POOLER: Error = Error::configuration(
     "the connection leads through a pooler in transaction mode, such as PgBouncer, which mixes statements up; set \
      `with_transaction_pooler`, add `transaction_pooler=true` to the URL, or put the pooler into session mode",
 );
 
-pub(crate) const MIXED_UP: Error = Error::new(
-    ErrorKind::Configuration,
+pub(crate) const MIXED_UP: Error = Error::configuration(
     "the reply of the database belongs to another statement; if a pooler in transaction mode is in between, set \
      `with_transaction_pooler`",
 );
 
-const CONFLICT: Error = Error::new(
-    ErrorKind::StoreUnavailable,
+const CONFLICT: Error = Error::store_unavailable(
     "the transaction conflicts with another one that changes the same record, or the two form a deadlock; \
      roll it back and run all of it again, preferably at READ COMMITTED",
 );

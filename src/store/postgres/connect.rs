@@ -21,7 +21,7 @@ use super::table::{Statements, TableName};
 use super::watch::Watchers;
 use super::{Inner, PostgresStore};
 use crate::clock::within;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::store::checked::Checked;
 
 /// Builder of a [`PostgresStore`]. See there for the defaults.
@@ -102,8 +102,7 @@ impl PostgresStoreBuilder {
     ///
     /// The same as for [`PostgresStore::connect`].
     pub async fn connect(mut self, url: &str) -> Result<PostgresStore, Error> {
-        const URL: Error = Error::new(
-            ErrorKind::Configuration,
+        const URL: Error = Error::configuration(
             "the URL of the database cannot be used; write postgres://user:password@host:port/database",
         );
         // "Schemes are case-insensitive" (RFC 3986, section 3.1).
@@ -177,7 +176,7 @@ impl PostgresStoreBuilder {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the name of the table cannot be used.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the name of the table cannot be used.
     pub fn with_pool(self, pool: PgPool) -> Result<PostgresStore, Error> {
         self.build(pool, Gate::default(), false)
     }
@@ -254,8 +253,8 @@ impl PostgresStore {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the role lacks the right to make them.
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) if the server cannot be reached.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the role lacks the right to make them.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server cannot be reached.
     pub async fn migrate(&self) -> Result<(), Error> {
         const LONGEST: Duration = Duration::from_secs(60);
         const LOCK: i64 = 2_153_723_918_930_542_593;
@@ -282,8 +281,8 @@ impl PostgresStore {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the check fails.
-    /// [`StoreUnavailable`](ErrorKind::StoreUnavailable) if the server cannot be reached.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the check fails.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the server cannot be reached.
     pub async fn check(&self) -> Result<(), Error> {
         check(self.inspect().await?.as_ref())?;
         self.0.checked.pass();
@@ -385,17 +384,12 @@ const COLUMNS: [&str; 15] = [
 ];
 
 fn check(table: Option<&Table>) -> Result<(), Error> {
-    const OLD: Error = Error::new(
-        ErrorKind::Configuration,
-        "the PostgreSQL server is too old; upgrade it to version 13 or newer",
-    );
-    const UNLOGGED: Error = Error::new(
-        ErrorKind::Configuration,
+    const OLD: Error = Error::configuration("the PostgreSQL server is too old; upgrade it to version 13 or newer");
+    const UNLOGGED: Error = Error::configuration(
         "the table of the records is unlogged or temporary, so a crash of the server would empty it and every request would run again; \
          run ALTER TABLE .. SET LOGGED",
     );
-    const FILTERED: Error = Error::new(
-        ErrorKind::Configuration,
+    const FILTERED: Error = Error::configuration(
         "row-level security applies to the role, and a record that it hides would count as absent; make the role the owner of the table, \
          or grant it BYPASSRLS",
     );

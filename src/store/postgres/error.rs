@@ -5,7 +5,7 @@ use std::fmt;
 
 use sqlx::error::DatabaseError;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// The text of a server's or a connection's error. It does not hold the error itself, because the
 /// `Debug` form of that may show a row with its body.
@@ -34,33 +34,24 @@ pub(super) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(DatabaseError::code)
 }
 
-pub(super) const NO_TABLE: Error = Error::new(
-    ErrorKind::Configuration,
+pub(super) const NO_TABLE: Error = Error::configuration(
     "the table does not exist, or the role may not see its schema; call `migrate()`, or GRANT USAGE ON SCHEMA .. to the role",
 );
-pub(super) const OTHER_TABLE: Error = Error::new(
-    ErrorKind::Configuration,
+pub(super) const OTHER_TABLE: Error = Error::configuration(
     "the table has other columns or constraints; compare it with `schema()`, or choose another name",
 );
-pub(super) const DENIED: Error = Error::new(
-    ErrorKind::Configuration,
-    "the role lacks a right on the table; GRANT SELECT, INSERT, UPDATE, DELETE ON .. to it",
-);
-pub(super) const READ_ONLY: Error = Error::new(
-    ErrorKind::Configuration,
+pub(super) const DENIED: Error =
+    Error::configuration("the role lacks a right on the table; GRANT SELECT, INSERT, UPDATE, DELETE ON .. to it");
+pub(super) const READ_ONLY: Error = Error::configuration(
     "the database is read-only, because the server is a standby or `default_transaction_read_only` is on; connect to the \
      primary, or turn the setting off for the role",
 );
-const REFUSED: Error = Error::new(
-    ErrorKind::Configuration,
+const REFUSED: Error = Error::configuration(
     "the database does not exist, or the server refused the role or its password; correct the URL",
 );
-const NOT_UNDERSTOOD: Error = Error::new(
-    ErrorKind::Configuration,
-    "the server does not understand a statement of the store; use PostgreSQL 13 or newer",
-);
-const DAMAGED: Error = Error::new(
-    ErrorKind::CorruptRecord,
+const NOT_UNDERSTOOD: Error =
+    Error::configuration("the server does not understand a statement of the store; use PostgreSQL 13 or newer");
+const DAMAGED: Error = Error::corrupt_record(
     "the table or its index is damaged on the server's disk; see the server's log, and run REINDEX if only the index is damaged",
 );
 
@@ -96,8 +87,7 @@ pub(crate) fn failed(error: sqlx::Error) -> Error {
 
 /// Returns the error of a migration.
 pub(crate) fn not_made(error: sqlx::Error) -> Error {
-    const NOT_ALLOWED: Error = Error::new(
-        ErrorKind::Configuration,
+    const NOT_ALLOWED: Error = Error::configuration(
         "the table or its index is missing, and the role may not make it; run the SQL of `schema()` as a role that may",
     );
     match code(&error).as_deref() {
@@ -109,14 +99,12 @@ pub(crate) fn not_made(error: sqlx::Error) -> Error {
 /// Returns the error of a connection that could not be made. Errors that do not pass by themselves
 /// are of kind `Configuration`.
 pub(super) fn of_connect(error: sqlx::Error) -> Error {
-    const TLS: Error = Error::new(
-        ErrorKind::Configuration,
+    const TLS: Error = Error::configuration(
         "the database or this program does not support TLS; enable the feature `postgres-rustls`, or change `sslmode`",
     );
     #[cfg(feature = "postgres-rustls")]
     if crate::store::tls::is_certificate_refused(&error) {
-        const CERTIFICATE: Error = Error::new(
-            ErrorKind::Configuration,
+        const CERTIFICATE: Error = Error::configuration(
             "the database's certificate is not trusted, or is for another host or time; name the file of its authority in the \
              URL's `sslrootcert`",
         );

@@ -37,14 +37,14 @@ use self::pursuit::Pursuits;
 use self::spare::Spare;
 use self::sweep::Sweeping;
 use self::table::Statements;
-pub(crate) use self::table::{Statement, TableName};
+pub(crate) use self::table::{statements, Statement, TableName};
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
 use super::checked::Checked;
 use super::Store;
 use crate::clock::within;
 use crate::detach::detach_on_drop;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
     StorageKey,
@@ -392,10 +392,8 @@ impl Store for PostgresStore {
     }
 }
 
-const BUSY: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "no connection of the pool is free; all of them are in use or wait for the database",
-);
+const BUSY: Error =
+    Error::store_unavailable("no connection of the pool is free; all of them are in use or wait for the database");
 
 impl fmt::Debug for PostgresStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

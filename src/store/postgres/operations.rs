@@ -11,7 +11,7 @@ use super::error::READ_ONLY;
 use super::row::{fence, fingerprint, if_lost, micros, outcome, Row};
 use super::table::{Statement, Statements};
 use crate::clock::Timestamp;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{
     Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,
@@ -266,10 +266,8 @@ impl<'q> Connection<'q> {
 /// tries are rare, because each failed try means that another transaction has succeeded.
 const TRIES: usize = 64;
 
-const CONTENDED: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "other transactions changed the record again and again during the operation; try again",
-);
+const CONTENDED: Error =
+    Error::store_unavailable("other transactions changed the record again and again during the operation; try again");
 
 /// Binds the key and its owner.
 fn owned<'q>(statement: Bound<'q>, key: &'q StorageKey, owner: Owner) -> Bound<'q> {

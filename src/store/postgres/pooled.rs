@@ -22,14 +22,12 @@ use super::spare::{Spare, Turn, Used};
 use crate::catch_panic::catch_panic;
 use crate::clock::{sleep, within};
 use crate::detach::detach_on_drop;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
-pub(super) const TIMED_OUT: Error = Error::new(ErrorKind::StoreUnavailable, "the database did not reply in time");
+pub(super) const TIMED_OUT: Error = Error::store_unavailable("the database did not reply in time");
 
-pub(super) const NO_RUNTIME: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "a PostgreSQL store must be used from within a tokio runtime",
-);
+pub(super) const NO_RUNTIME: Error =
+    Error::store_unavailable("a PostgreSQL store must be used from within a tokio runtime");
 
 /// A connection of the pool. If it is dropped before [`finish`](Self::finish), the connection is
 /// closed, because its next reply would belong to this operation.
@@ -85,7 +83,7 @@ impl PooledConnection {
     }
 
     pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, Failed> {
-        const GONE: Error = Error::new(ErrorKind::StoreUnavailable, "the connection was already returned");
+        const GONE: Error = Error::store_unavailable("the connection was already returned");
         let used = self.used.as_mut().ok_or(Failed::refused(GONE))?;
         Ok(&mut used.connection)
     }
@@ -148,7 +146,7 @@ pub(super) async fn run_until_reply<T>(
     operation: impl Future<Output = Result<T, Failed>>,
 ) -> Result<T, Failed> {
     const SHORTEST: Duration = Duration::from_millis(500);
-    const VANISHED: Error = Error::new(ErrorKind::StoreUnavailable, "the connection to the database was lost");
+    const VANISHED: Error = Error::store_unavailable("the connection to the database was lost");
     let (progress, mut pause) = (Progress::start(), limit);
     let mut operation = pin!(catch_driver_panic(progress.watch(operation)));
     let mut hurried = pin!(hurry.notified());
@@ -236,9 +234,7 @@ async fn may_be_running(pool: &PgPool, table: &str, waited: Duration) -> bool {
 /// Turns a panic of sqlx into an error. sqlx 0.9 panics on some messages that no PostgreSQL
 /// server sends.
 pub(super) fn catch_driver_panic<T>(talk: impl Future<Output = T>) -> impl Future<Output = Result<T, Error>> {
-    const NONSENSE: Error = Error::new(
-        ErrorKind::StoreUnavailable,
-        "the peer is no PostgreSQL server, or its reply was damaged on the way",
-    );
+    const NONSENSE: Error =
+        Error::store_unavailable("the peer is no PostgreSQL server, or its reply was damaged on the way");
     catch_panic(talk).map(|done| done.map_err(|_| NONSENSE))
 }

@@ -7,7 +7,7 @@ use sqlx::postgres::PgRow;
 use sqlx::Row as _;
 
 use crate::clock::Timestamp;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::protocol::{Columns, Fence, Fingerprint, IfLost, Nonce, Outcome, Owner, Record, StoredResponse};
 
 /// The row that every statement on a record returns.
@@ -53,19 +53,16 @@ fn leased_for(row: &PgRow) -> Option<Duration> {
 /// The layout that this release writes.
 const VERSION: i16 = 1;
 
-const DAMAGED: Error = Error::new(
-    ErrorKind::CorruptRecord,
+const DAMAGED: Error = Error::corrupt_record(
     "a stored record is damaged; find out whether its request took effect before you delete the row",
 );
-const NEWER: Error = Error::new(
-    ErrorKind::CorruptRecord,
+const NEWER: Error = Error::corrupt_record(
     "a stored record has a version that this release does not know; update every process that shares the store",
 );
 
 /// Returns the error of a column that is missing or has another type.
 fn unreadable(error: sqlx::Error) -> Error {
-    const OTHER: Error = Error::new(
-        ErrorKind::CorruptRecord,
+    const OTHER: Error = Error::corrupt_record(
         "a stored record cannot be read; compare the columns of its table with `PostgresStore::schema`",
     );
     OTHER.with_source(error)

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sqlx::AssertSqlSafe;
 
 use super::session::IS_ALONE;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// The name of a table, with or without a schema. It becomes a part of statements as text, so only
 /// plain identifiers are accepted.
@@ -20,8 +20,7 @@ impl TableName {
     /// Parses `name` or `schema.name`, each of 1 to 48 characters of a to z, 0 to 9 and `_`, not
     /// beginning with a digit.
     pub(crate) fn parse(text: &str) -> Result<Self, Error> {
-        const INVALID: Error = Error::new(
-            ErrorKind::Configuration,
+        const INVALID: Error = Error::configuration(
             "the name of the table cannot be used; write `name` or `schema.name`, each of 1 to 48 characters of a-z, 0-9 \
              and _, not beginning with a digit",
         );
@@ -140,46 +139,42 @@ impl Statement {
     }
 }
 
-/// All statements for a table.
-#[derive(Debug)]
-pub(super) struct Statements {
-    pub(super) begin: Statement,
-    pub(super) claim: Statement,
-    pub(super) complete: Statement,
-    pub(super) finish: Statement,
-    pub(super) inspect: Statement,
-    pub(super) peek: Statement,
-    pub(super) release: Statement,
-    pub(super) renew: Statement,
-    pub(super) resolve: Statement,
-    pub(super) schema: Statement,
-    pub(super) sweep: Statement,
-    pub(super) watch: Statement,
-}
-
-impl Statements {
-    pub(super) fn new(table: &TableName) -> Self {
-        let statement = |name, template| Statement::new(name, template, table);
-        Self {
-            begin: statement("begin", include_str!("sql/begin.sql")),
-            claim: statement("claim", include_str!("sql/claim.sql")),
-            complete: statement("complete", include_str!("sql/complete.sql")),
-            finish: statement("finish", include_str!("sql/finish.sql")),
-            inspect: statement("inspect", include_str!("sql/inspect.sql")),
-            peek: statement("peek", include_str!("sql/peek.sql")),
-            release: statement("release", include_str!("sql/release.sql")),
-            renew: statement("renew", include_str!("sql/renew.sql")),
-            resolve: statement("resolve", include_str!("sql/resolve.sql")),
-            schema: statement("schema", include_str!("sql/schema.sql")),
-            sweep: statement("sweep", include_str!("sql/sweep.sql")),
-            watch: statement("watch", include_str!("sql/watch.sql")),
+/// Defines a struct with one statement for each name. The template of a statement is the file
+/// `sql/<name>.sql` beside the file that defines the struct.
+macro_rules! statements {
+    ($(#[$docs:meta])* $visibility:vis struct $statements:ident { $($name:ident),* $(,)? }) => {
+        $(#[$docs])*
+        $visibility struct $statements {
+            $($visibility $name: $crate::store::Statement,)*
         }
+
+        impl $statements {
+            $visibility fn new(table: &$crate::store::TableName) -> Self {
+                Self {
+                    $($name: $crate::store::Statement::new(
+                        stringify!($name),
+                        include_str!(concat!("sql/", stringify!($name), ".sql")),
+                        table,
+                    ),)*
+                }
+            }
+        }
+    };
+}
+pub(crate) use statements;
+
+statements! {
+    /// All statements for a table.
+    #[derive(Debug)]
+    pub(super) struct Statements {
+        begin, claim, complete, finish, inspect, peek, release, renew, resolve, schema, sweep, watch,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn names_are_parsed_and_quoted() {

@@ -15,7 +15,7 @@ use super::managed::{self, Managed, CONNECTION_TIMEOUT};
 use super::operations::Server;
 use super::watch::Watches;
 use super::{failure, RedisStore};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// Builder of a [`RedisStore`]. See there for the defaults.
 #[derive(Clone, Debug)]
@@ -191,11 +191,8 @@ impl RedisStoreBuilder {
     }
 
     fn validate(&self) -> Result<(), Error> {
-        const TIMEOUT: Error = Error::new(ErrorKind::Configuration, "the response timeout must be more than zero");
-        const REPLICATION: Error = Error::new(
-            ErrorKind::Configuration,
-            "the timeout of the replication must be more than zero",
-        );
+        const TIMEOUT: Error = Error::configuration("the response timeout must be more than zero");
+        const REPLICATION: Error = Error::configuration("the timeout of the replication must be more than zero");
         if self.response_timeout.is_zero() {
             return Err(TIMEOUT);
         }

@@ -264,7 +264,7 @@ fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 fn wrong(what: &'static str, setting: &'static str, is: &str, wanted: &'static str) -> Error {
-    Error::new(ErrorKind::Configuration, what).with_source(WrongSetting::new(setting, is, wanted))
+    Error::configuration(what).with_source(WrongSetting::new(setting, is, wanted))
 }
 
 #[cfg(test)]

@@ -7,67 +7,49 @@ use redis::{RedisError, ServerErrorKind};
 use crate::error::{Error, ErrorKind};
 
 /// A reply that none of our scripts returns.
-pub(super) const UNEXPECTED_REPLY: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "the Redis server sent a reply that no script of the store returns",
-);
+pub(super) const UNEXPECTED_REPLY: Error =
+    Error::store_unavailable("the Redis server sent a reply that no script of the store returns");
 
 /// No reply came in time. The effect of the operation is unknown.
-pub(super) const TIMED_OUT: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "the Redis server did not reply within the response timeout",
-);
+pub(super) const TIMED_OUT: Error =
+    Error::store_unavailable("the Redis server did not reply within the response timeout");
 
 /// The connection broke, and the next one leads to a server that must not be used. The effect of
 /// the operation is unknown.
-pub(super) const CHANGED: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "the connection to the Redis server broke, and the next one leads to another server",
-);
+pub(super) const CHANGED: Error =
+    Error::store_unavailable("the connection to the Redis server broke, and the next one leads to another server");
 
 /// A bug of the client. Whether it sent the operation is unknown.
-pub(super) const PANICKED: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "the Redis client panicked; this is a bug of the client library, please report it",
-);
+pub(super) const PANICKED: Error =
+    Error::store_unavailable("the Redis client panicked; this is a bug of the client library, please report it");
 
 /// An operation outside a tokio runtime.
-pub(super) const NO_RUNTIME: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "a Redis store must be used from within a tokio runtime",
-);
+pub(super) const NO_RUNTIME: Error = Error::store_unavailable("a Redis store must be used from within a tokio runtime");
 
 /// The server has the write, and may lose it in a failover.
-pub(super) const NOT_REPLICATED: Error = Error::new(
-    ErrorKind::StoreUnavailable,
-    "too few replicas of the Redis server acknowledged the write in time",
-);
+pub(super) const NOT_REPLICATED: Error =
+    Error::store_unavailable("too few replicas of the Redis server acknowledged the write in time");
 
 /// A replica may be behind its primary. A primary that was demoted is a replica, too.
-pub(super) const REPLICA: Error = Error::new(
-    ErrorKind::Configuration,
+pub(super) const REPLICA: Error = Error::configuration(
     "the Redis server is a replica, and only its primary knows which request holds a key; connect to the primary",
 );
 
-pub(super) const DENIED: Error = Error::new(
-    ErrorKind::Configuration,
+pub(super) const DENIED: Error = Error::configuration(
     "the Redis user lacks a right that the store needs: EVAL, EVALSHA, GET, SET, DEL, PEXPIREAT and TIME on keys with the store's prefix; \
      the documentation of `RedisStore` has the line for ACL SETUSER",
 );
 
-const CREDENTIALS: Error = Error::new(
-    ErrorKind::Configuration,
+const CREDENTIALS: Error = Error::configuration(
     "the Redis server refused the credentials, or requires credentials; correct them on the server, or make a store with others",
 );
 
-const NO_SCRIPTS: Error = Error::new(
-    ErrorKind::Configuration,
+const NO_SCRIPTS: Error = Error::configuration(
     "the Redis server does not know a command that the store needs: EVAL, EVALSHA, GET, SET, DEL, PEXPIREAT or TIME; enable them \
      under their own names",
 );
 
-const CLUSTER: Error = Error::new(
-    ErrorKind::Configuration,
+const CLUSTER: Error = Error::configuration(
     "the Redis server is a node of a Cluster, and another node has the key; connect by `RedisStore::from_cluster`",
 );
 
@@ -137,17 +119,16 @@ pub(super) fn of_connect(error: RedisError) -> Error {
     const UNREACHABLE: &str = "the Redis server cannot be reached";
     #[cfg(feature = "redis-rustls")]
     if crate::store::tls::is_certificate_refused(&error) {
-        const CERTIFICATE: Error = Error::new(
-            ErrorKind::Configuration,
+        const CERTIFICATE: Error = Error::configuration(
             "the Redis server's certificate is not trusted, or is for another host or time; use the host's name in the URL, and \
              pass a client that trusts its authority to `RedisStore::from_client`",
         );
         return CERTIFICATE.with_source(error);
     }
     let fault = match error.kind() {
-        redis::ErrorKind::InvalidClientConfig => Error::new(ErrorKind::Configuration, CLIENT),
-        redis::ErrorKind::RESP3NotSupported => Error::new(ErrorKind::Configuration, OLD),
-        _ => misconfiguration(&error).unwrap_or(Error::new(ErrorKind::StoreUnavailable, UNREACHABLE)),
+        redis::ErrorKind::InvalidClientConfig => Error::configuration(CLIENT),
+        redis::ErrorKind::RESP3NotSupported => Error::configuration(OLD),
+        _ => misconfiguration(&error).unwrap_or(Error::store_unavailable(UNREACHABLE)),
     };
     fault.with_source(error)
 }
@@ -155,12 +136,10 @@ pub(super) fn of_connect(error: RedisError) -> Error {
 /// Returns the error of a login with this database. The client sends SELECT for every database
 /// other than 0, and reports the refusal without its code.
 pub(super) fn of_login(error: RedisError, database: i64) -> Error {
-    const NO_SELECT: Error = Error::new(
-        ErrorKind::Configuration,
+    const NO_SELECT: Error = Error::configuration(
         "the Redis user may not run SELECT, which every database other than 0 needs; grant `+select`, or use database 0",
     );
-    const NO_DATABASE: Error = Error::new(
-        ErrorKind::Configuration,
+    const NO_DATABASE: Error = Error::configuration(
         "the Redis server does not have the database of the URL or the client; use another one, or raise `databases` on the server",
     );
     let detail = error.detail().unwrap_or_default();

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use redis::{cmd, Arg, Cmd, Value};
 
 use super::failure;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// A script. The server knows it by its digest once it has run there.
 #[derive(Debug)]
@@ -130,8 +130,7 @@ impl Reply {
     /// [`ErrorKind::StoreUnavailable`] if the reply is not one of ours, or belongs to a request for
     /// another key.
     pub(super) fn of(value: Value, key: &[u8]) -> Result<Self, Error> {
-        const CORRUPT: Error = Error::new(
-            ErrorKind::CorruptRecord,
+        const CORRUPT: Error = Error::corrupt_record(
             "a stored record cannot be read; it is damaged, has a newer version, or its key holds another type of value",
         );
         let Value::Array(items) = value else {

@@ -19,7 +19,7 @@ use super::settings::Settings;
 use crate::client::classes::ErrorClass;
 use crate::client::once::failure::OnceError;
 use crate::engine::{Job, Settled};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::http::{collect, Collected, Fingerprinting, HttpService, RebuildBody, Shortfall};
 use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
@@ -200,19 +200,13 @@ where
 
 /// Returns the key of a request, and its scope.
 fn key_and_scope(settings: &Settings, head: &Parts) -> Result<(String, Option<Scope>), Error> {
-    const NO_KEY: Error = Error::new(
-        ErrorKind::Configuration,
+    const NO_KEY: Error = Error::configuration(
         "the request has no idempotency key; set one, or put an IdempotencyKeyLayer with derived keys around the OnceLayer",
     );
-    const TWO_KEYS: Error = Error::new(
-        ErrorKind::Configuration,
-        "the request has more than one idempotency key; send one",
-    );
-    const BAD_KEY: Error = Error::new(ErrorKind::Configuration, "the request's idempotency key cannot be used");
-    const NO_SCOPE: Error = Error::new(
-        ErrorKind::Configuration,
-        "the function of `with_scope` returned no scope for the request, and the layer needs one",
-    );
+    const TWO_KEYS: Error = Error::configuration("the request has more than one idempotency key; send one");
+    const BAD_KEY: Error = Error::configuration("the request's idempotency key cannot be used");
+    const NO_SCOPE: Error =
+        Error::configuration("the function of `with_scope` returned no scope for the request, and the layer needs one");
     let key = match &settings.key {
         Some(key) => key(head).filter(|key| !key.is_empty()).ok_or(NO_KEY)?,
         None => {
@@ -236,21 +230,16 @@ async fn read<B>(settings: &Settings, body: B) -> Result<Collected, Error>
 where
     B: RebuildBody<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
 {
-    const TOO_LONG: Error = Error::new(
-        ErrorKind::Configuration,
+    const TOO_LONG: Error = Error::configuration(
         "the request's body is longer than the limit of the OnceLayer; raise the limit with `with_body_limit`",
     );
-    const BROKEN: Error = Error::new(
-        ErrorKind::Configuration,
-        "the request's body broke off while the OnceLayer read it; nothing was sent",
-    );
-    const SHORT: Error = Error::new(
-        ErrorKind::Configuration,
+    const BROKEN: Error =
+        Error::configuration("the request's body broke off while the OnceLayer read it; nothing was sent");
+    const SHORT: Error = Error::configuration(
         "the request's body ended before the length that it declares; nothing was sent, so send the request again with its \
          whole body",
     );
-    const TOO_SLOW: Error = Error::new(
-        ErrorKind::Configuration,
+    const TOO_SLOW: Error = Error::configuration(
         "the request's body took longer than the OnceLayer allows; raise the limit with `with_body_timeout`",
     );
     let reading = collect(body, settings.request_limit, settings.body_timeout);

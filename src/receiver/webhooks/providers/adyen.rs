@@ -5,7 +5,7 @@ use http::HeaderMap;
 use serde_json::Value;
 
 use super::unique_json;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, present};
@@ -63,8 +63,8 @@ impl AdyenWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not
-    /// hexadecimal.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if there is no key, or if one is empty or
+    /// not hexadecimal.
     pub fn new<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         Ok(Self(secrets(hmac_keys)?))
     }
@@ -75,8 +75,8 @@ impl AdyenPlatformWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no key, or if one is empty or not
-    /// hexadecimal.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if there is no key, or if one is empty or
+    /// not hexadecimal.
     pub fn new<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Self, Error> {
         Ok(Self(secrets(hmac_keys)?))
     }
@@ -89,8 +89,7 @@ fn secrets<S: AsRef<str>>(hmac_keys: impl IntoIterator<Item = S>) -> Result<Secr
 
 /// Decodes a key.
 pub(in crate::receiver) fn decoded_key<S: AsRef<str>>(hmac_key: S) -> Result<Vec<u8>, Error> {
-    const NO_HEX: Error = Error::new(
-        ErrorKind::Configuration,
+    const NO_HEX: Error = Error::configuration(
         "an HMAC key for webhooks of Adyen is not hexadecimal; take it from the Customer Area, where it has 64 digits",
     );
     let key = hmac_key.as_ref().trim();

@@ -9,7 +9,7 @@ use rustls_pki_types::{CertificateDer, SubjectPublicKeyInfoDer};
 use webpki::ring::RSA_PKCS1_2048_8192_SHA256;
 use webpki::{EndEntityCert, RawPublicKeyEntity};
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, member, present};
@@ -62,14 +62,13 @@ impl PayPalWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the id is empty, if there is no certificate
-    /// or key, or if one cannot be read or is not RSA with 2048 bits or more.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the id is empty, if there is no
+    /// certificate or key, or if one cannot be read or is not RSA with 2048 bits or more.
     pub fn new<S: AsRef<[u8]>>(
         webhook_id: impl Into<String>,
         certificates: impl IntoIterator<Item = S>,
     ) -> Result<Self, Error> {
-        const NO_WEBHOOK: Error = Error::new(
-            ErrorKind::Configuration,
+        const NO_WEBHOOK: Error = Error::configuration(
             "the id of the webhook at PayPal, or its certificate, is missing; copy the id from the dashboard",
         );
         let webhook_id = webhook_id.into();
@@ -85,8 +84,7 @@ impl PayPalWebhooks {
 }
 
 fn public_key(pem: &[u8]) -> Result<SubjectPublicKeyInfoDer<'static>, Error> {
-    const NO_KEY: Error = Error::new(
-        ErrorKind::Configuration,
+    const NO_KEY: Error = Error::configuration(
         "a certificate or public key for PayPal webhooks is not PEM, or not RSA with at least 2048 bits; pass the PEM file that \
          PayPal provides",
     );

@@ -4,7 +4,7 @@ use std::fmt;
 
 use http::HeaderMap;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, member, present};
@@ -32,16 +32,15 @@ impl SquareWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the URL or a key is empty, or if there is no
-    /// key.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the URL or a key is empty, or if there
+    /// is no key.
     pub fn new<S: AsRef<[u8]>>(
         notification_url: impl Into<String>,
         signature_keys: impl IntoIterator<Item = S>,
     ) -> Result<Self, Error> {
         let url = notification_url.into();
         if url.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Configuration,
+            return Err(Error::configuration(
                 "the notification URL for webhooks of Square is empty; copy it from the settings of the subscription",
             ));
         }

@@ -4,7 +4,7 @@ use data_encoding::BASE64;
 use http::HeaderMap;
 
 use super::ed25519::PublicKey;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, present};
@@ -76,17 +76,15 @@ impl StandardWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if there is no secret or key, if one is not
-    /// base64, if a public key does not have 32 bytes or is of small order, so that anyone could
-    /// sign for it, or if a private key (`whsk_..`) is given. Other bytes that are not a point of
-    /// the curve are not detected here, but no signature matches them.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if there is no secret or key, if one is
+    /// not base64, if a public key does not have 32 bytes or is of small order, so that anyone
+    /// could sign for it, or if a private key (`whsk_..`) is given. Other bytes that are not a
+    /// point of the curve are not detected here, but no signature matches them.
     pub fn new<S: AsRef<str>>(secrets: impl IntoIterator<Item = S>) -> Result<Self, Error> {
-        const PRIVATE: Error = Error::new(
-            ErrorKind::Configuration,
+        const PRIVATE: Error = Error::configuration(
             "a private key (`whsk_..`) is given for Standard Webhooks; it belongs to the sender, so ask for the public key (`whpk_..`)",
         );
-        const NO_PUBLIC_KEY: Error = Error::new(
-            ErrorKind::Configuration,
+        const NO_PUBLIC_KEY: Error = Error::configuration(
             "a public key for Standard Webhooks is not a usable Ed25519 key; pass `whpk_` followed by 32 bytes in base64",
         );
         let (mut shared, mut public_keys) = (Vec::new(), Vec::new());
@@ -152,10 +150,8 @@ impl StandardWebhooks {
 
 /// Returns the bytes of a secret, with or without the prefixes `v1,` and `whsec_`.
 pub(in crate::receiver) fn decoded_secret(secret: &str) -> Result<Vec<u8>, Error> {
-    const NO_BASE64: Error = Error::new(
-        ErrorKind::Configuration,
-        "a secret for Standard Webhooks is not base64; pass `whsec_` followed by base64",
-    );
+    const NO_BASE64: Error =
+        Error::configuration("a secret for Standard Webhooks is not base64; pass `whsec_` followed by base64");
     let secret = secret.strip_prefix("v1,").unwrap_or(secret);
     let encoded = secret.strip_prefix("whsec_").unwrap_or(secret);
     BASE64.decode(encoded.as_bytes()).map_err(|_| NO_BASE64)

@@ -8,7 +8,7 @@ use ring::hmac;
 use sha2::{Digest, Sha256};
 
 use super::form::{pairs, Pair};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, hex, present};
@@ -66,8 +66,8 @@ impl TwilioWebhooks {
     ///
     /// # Errors
     ///
-    /// [`Configuration`](ErrorKind::Configuration) if the URL has no scheme or host, or has a
-    /// query, and if there is no token or an empty one.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the URL has no scheme or host, or has
+    /// a query, and if there is no token or an empty one.
     pub fn new<S: AsRef<[u8]>>(
         public_url: impl AsRef<str>,
         auth_tokens: impl IntoIterator<Item = S>,
@@ -181,8 +181,7 @@ pub(in crate::receiver) struct PublicUrl {
 
 impl PublicUrl {
     pub(in crate::receiver) fn new(url: &str) -> Result<Self, Error> {
-        const NO_URL: Error = Error::new(
-            ErrorKind::Configuration,
+        const NO_URL: Error = Error::configuration(
             "the public URL for webhooks of Twilio is not `https://host` or `https://host/prefix`; enter it without path and query \
              of the route",
         );
