@@ -195,8 +195,7 @@ impl Store for RedisStore {
     }
 
     async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
-        let (server, key) = (Arc::clone(&self.0), *key);
-        detach_on_drop(async move { server.renew(&key, owner, lease).await }).await
+        detach_on_drop(Arc::clone(&self.0).renew(*key, owner, lease)).await
     }
 
     async fn complete(
@@ -206,18 +205,15 @@ impl Store for RedisStore {
         outcome: &Outcome,
         retention: Duration,
     ) -> Result<Completion, Error> {
-        let (server, key, outcome) = (Arc::clone(&self.0), *key, outcome.clone());
-        detach_on_drop(async move { server.complete(&key, owner, &outcome, retention).await }).await
+        detach_on_drop(Arc::clone(&self.0).complete(*key, owner, outcome.clone(), retention)).await
     }
 
     async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
-        let (server, key) = (Arc::clone(&self.0), *key);
-        detach_on_drop(async move { server.release(&key, owner).await }).await
+        detach_on_drop(Arc::clone(&self.0).release(*key, owner)).await
     }
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
-        let (server, key, resolution) = (Arc::clone(&self.0), *key, resolution.clone());
-        detach_on_drop(async move { server.resolve(&key, fence, &resolution).await }).await
+        detach_on_drop(Arc::clone(&self.0).resolve(*key, fence, resolution.clone())).await
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {

@@ -36,14 +36,14 @@ pub(super) struct Server {
 impl Server {
     /// Claims a key. Grants a key only if enough replicas have the claim, and returns a response
     /// only if enough replicas have it. Otherwise a failover could lose the grant or the response.
-    pub(super) async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+    pub(super) async fn claim(self: &Arc<Self>, claim: &Claim) -> Result<Decision, Error> {
         let (decision, is_replicated) = self.decide(claim).await?;
         match decision {
             Decision::Execute(grant) | Decision::Recover(grant) if !is_replicated => {
                 // No handler runs. A caller that drops this future also stops the release. That is
                 // intended, because its retry may own the grant by then. If the caller waits, its
                 // next claim follows the release.
-                drop(self.release(&claim.key, grant.owner).await);
+                drop(Arc::clone(self).release(claim.key, grant.owner).await);
                 Err(failure::NOT_REPLICATED)
             }
             Decision::Replay(_) | Decision::NotStored if !is_replicated => Err(failure::NOT_REPLICATED),
@@ -90,10 +90,17 @@ impl Server {
         self.run(script, &claim.key, &arguments, true)
     }
 
-    pub(super) async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+    // The operations that change a record own their arguments, because they continue when their
+    // caller is gone.
+    pub(super) async fn renew(
+        self: Arc<Self>,
+        key: StorageKey,
+        owner: Owner,
+        lease: Duration,
+    ) -> Result<Renewal, Error> {
         let (owner, lease) = (bytes_of(owner), micros(lease));
         let reply = self
-            .run(&scripts::RENEW, key, &[&owner, lease.as_bytes()], false)
+            .run(&scripts::RENEW, &key, &[&owner, lease.as_bytes()], false)
             .await
             .reply()?;
         match reply.word() {
@@ -104,17 +111,17 @@ impl Server {
     }
 
     pub(super) async fn complete(
-        &self,
-        key: &StorageKey,
+        self: Arc<Self>,
+        key: StorageKey,
         owner: Owner,
-        outcome: &Outcome,
+        outcome: Outcome,
         retention: Duration,
     ) -> Result<Completion, Error> {
         let owner = bytes_of(owner);
-        let (state, retention) = (state_of(outcome), micros(retention));
-        let response = bytes_behind_header(outcome);
+        let (state, retention) = (state_of(&outcome), micros(retention));
+        let response = bytes_behind_header(&outcome);
         let arguments: [&[u8]; 4] = [&owner, state, retention.as_bytes(), &response];
-        let exchanged = self.run(&scripts::COMPLETE, key, &arguments, true).await;
+        let exchanged = self.run(&scripts::COMPLETE, &key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"completed")?;
         match reply.word() {
             b"completed" => Ok(Completion::Completed),
@@ -123,9 +130,9 @@ impl Server {
         }
     }
 
-    pub(super) async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+    pub(super) async fn release(self: Arc<Self>, key: StorageKey, owner: Owner) -> Result<Release, Error> {
         let reply = self
-            .run(&scripts::RELEASE, key, &[&bytes_of(owner)], false)
+            .run(&scripts::RELEASE, &key, &[&bytes_of(owner)], false)
             .await
             .reply()?;
         match reply.word() {
@@ -136,19 +143,19 @@ impl Server {
     }
 
     pub(super) async fn resolve(
-        &self,
-        key: &StorageKey,
+        self: Arc<Self>,
+        key: StorageKey,
         fence: Fence,
-        resolution: &Resolution,
+        resolution: Resolution,
     ) -> Result<ResolveResult, Error> {
         let fence = fence.as_u64().to_le_bytes();
-        let (state, response, retention): (&[u8], _, _) = match resolution {
+        let (state, response, retention): (&[u8], _, _) = match &resolution {
             Resolution::Absent => (b"", Vec::new(), Duration::ZERO),
             Resolution::Completed(outcome, retention) => (state_of(outcome), bytes_behind_header(outcome), *retention),
         };
         let retention = micros(retention);
         let arguments: [&[u8]; 4] = [&fence, state, retention.as_bytes(), &response];
-        let exchanged = self.run(&scripts::RESOLVE, key, &arguments, true).await;
+        let exchanged = self.run(&scripts::RESOLVE, &key, &arguments, true).await;
         let mut reply = exchanged.replicated_reply(b"resolved")?;
         match reply.word() {
             b"conflict" => Ok(ResolveResult::Conflict(reply.optional_number()?.map(Fence::new))),
