@@ -69,9 +69,9 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::CorruptRecord`] if the bytes are damaged, cut short, or of a version that this
-    /// release does not know. The key of such a record is in use all the same. Refuse the request,
-    /// and never treat the key as absent.
+    /// [`CorruptRecord`](crate::ErrorKind::CorruptRecord) if the bytes are damaged, cut short, or
+    /// of a version that this release does not know. The key of such a record is in use all the
+    /// same. Refuse the request, and never treat the key as absent.
     pub fn from_bytes(mut bytes: Bytes) -> Result<Self, Error> {
         const DAMAGED: Error = Error::corrupt_record("a stored record is damaged");
         const NEWER: Error = Error::corrupt_record(

@@ -268,7 +268,7 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Configuration`] if the secret is shorter than 16 bytes.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the secret is shorter than 16 bytes.
     pub fn with_secret(mut self, secret: &[u8]) -> Result<Self, Error> {
         self.values().engine.space.set_secret(secret)?;
         Ok(self)
@@ -526,8 +526,8 @@ impl<St: Store> IdempotencyLayer<St> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Configuration`] if the prefix has a character that no URI has (RFC 3986 section
-    /// 2).
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the prefix has a character that no URI
+    /// has (RFC 3986 section 2).
     pub fn with_problem_base(mut self, base: &str) -> Result<Self, Error> {
         let in_uri = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~:/?#[]@!$&'()*+,;=%".contains(&byte);
         if !base.bytes().all(in_uri) {

@@ -61,9 +61,10 @@ impl BoxStore {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Configuration`] if the URL has none of these schemes, or needs a feature that
-    /// is not enabled. Otherwise the error of the store's own `connect`. An error that this
-    /// function makes does not contain the URL, because the URL may hold a password.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the URL has none of these schemes, or
+    /// needs a feature that is not enabled. Otherwise the error of the store's own `connect`. An
+    /// error that this function makes does not contain the URL, because the URL may hold a
+    /// password.
     pub async fn from_url(url: &str) -> Result<Self, Error> {
         match scheme(url) {
             Some(Scheme::Memory) => Ok(Self::new(MemoryStore::new())),

@@ -43,7 +43,7 @@ impl KeyDeriver {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Configuration`] if the secret is shorter.
+    /// [`Configuration`](crate::ErrorKind::Configuration) if the secret is shorter.
     pub fn new(secret: &[u8]) -> Result<Self, Error> {
         const SHORT: Error = Error::configuration(
             "the secret for derived keys is shorter than 16 bytes; use 32 bytes from a cryptographic generator",

@@ -126,9 +126,9 @@ impl Reply {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::CorruptRecord`] if the script could not read the record.
-    /// [`ErrorKind::StoreUnavailable`] if the reply is not one of ours, or belongs to a request for
-    /// another key.
+    /// [`CorruptRecord`](crate::ErrorKind::CorruptRecord) if the script could not read the record.
+    /// [`StoreUnavailable`](crate::ErrorKind::StoreUnavailable) if the reply is not one of ours, or
+    /// belongs to a request for another key.
     pub(super) fn of(value: Value, key: &[u8]) -> Result<Self, Error> {
         const CORRUPT: Error = Error::corrupt_record(
             "a stored record cannot be read; it is damaged, has a newer version, or its key holds another type of value",
