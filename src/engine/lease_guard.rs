@@ -1,7 +1,6 @@
 //! The part of an owner in the renewal of its lease.
 
 use std::future::{poll_fn, Future};
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use tokio::runtime::Handle;
 
 use super::held_lease::HeldLease;
 use super::renewal::{ensure_renewal_task, Renewer};
+use crate::catch_panic::catch_panic_in;
 use crate::detach::{spawn_apart, TaskTracker};
 use crate::protocol::StorageKey;
 use crate::store::Store;
@@ -78,7 +78,7 @@ impl LeaseGuard {
         // The code of a store may panic if its runtime is gone. The drop of the owner may be part
         // of an unwinding already, so a second panic would abort the process. If the lease cannot
         // be given up, it expires.
-        drop(catch_unwind(AssertUnwindSafe(|| {
+        let _ = catch_panic_in(|| {
             telemetry::event(Event::Abandoned);
             let mut renewal = Box::pin(async move {
                 if let Err(error) = store.renew(&key, owner, Duration::ZERO).await {
@@ -94,7 +94,7 @@ impl LeaseGuard {
                     tracker.spawn(runtime, renewal);
                 }
             }
-        })));
+        });
     }
 }
 
