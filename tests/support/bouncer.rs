@@ -1,6 +1,4 @@
 //! A PgBouncer in front of a test's own PostgreSQL server.
-#![allow(dead_code, reason = "every test binary uses its own part")]
-#![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

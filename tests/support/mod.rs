@@ -3,6 +3,20 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
+#[cfg(feature = "conformance")]
+pub mod ablated;
+#[cfg(feature = "postgres")]
+pub mod bouncer;
+#[cfg(all(feature = "postgres", feature = "redis"))]
+pub mod liar;
+#[cfg(feature = "postgres")]
+pub mod postgres;
+pub mod proxy;
+#[cfg(feature = "redis")]
+pub mod redis;
+#[cfg(all(feature = "postgres", feature = "redis"))]
+pub mod turned_clock;
+
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::future::Future;
@@ -24,6 +38,11 @@ use tower_idempotency::protocol::{
     Snapshot, StorageKey, Transition,
 };
 use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
+
+/// Whether tests that repeat one fault many times do so at full length, as `./test all` asks for with `THOROUGH=1`.
+pub fn is_thorough() -> bool {
+    std::env::var_os("THOROUGH").is_some()
+}
 
 pub type AnyBody = UnsyncBoxBody<Bytes, Broken>;
 

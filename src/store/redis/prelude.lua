@@ -2,7 +2,7 @@
 -- record becomes a local, in the layout of src/protocol/codec.rs (version 1). `state` is nil if
 -- there is no record, or if the record has expired.
 --
--- The transitions are those of src/protocol/record.rs; tests/redis_store/oracle.rs compares the
+-- The transitions are those of src/protocol/record.rs; tests/stores/redis/oracle.rs compares the
 -- two. A script that changes nothing returns early. Otherwise commit.lua writes the record and
 -- replies.
 --

@@ -1,0 +1,11 @@
+//! Calls to a third party that takes effect once.
+
+mod attempts;
+mod keys;
+mod once;
+mod once_over_http;
+mod over_http;
+mod owners;
+mod retries;
+#[path = "../support/mod.rs"]
+mod support;

@@ -1,0 +1,771 @@
+//! Calls that are made once: of any kind, in steps, and over HTTP.
+
+use std::collections::HashMap;
+use std::future::{pending, ready};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::future::join_all;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tower_idempotency::client::{once, Attempt, Done, Failure, Once, OnceError};
+use tower_idempotency::protocol::{Fence, Resolution};
+use tower_idempotency::Recovered;
+use tower_idempotency::{Drain, ErrorKind, MemoryStore, Store};
+
+use crate::support;
+use crate::support::{Fault, RemoteStore};
+
+type Ended<T> = Result<Done<T>, OnceError<T, String>>;
+
+/// A third party that counts its effects.
+#[derive(Clone, Default)]
+struct Party {
+    effects: Arc<AtomicUsize>,
+}
+
+impl Party {
+    fn effects(&self) -> usize {
+        self.effects.load(Ordering::SeqCst)
+    }
+
+    async fn create(&self) -> usize {
+        tokio::task::yield_now().await;
+        self.effects.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    async fn run<St: Store + Clone>(&self, call: Once<St>) -> Ended<usize> {
+        let party = self.clone();
+        call.run(|_| async move { Ok(party.create().await) }).await
+    }
+
+    /// Runs a call that fails as given, after the effect or before it.
+    async fn fail<St: Store + Clone>(&self, call: Once<St>, failure: Failure<String>) -> Ended<usize> {
+        let party = self.clone();
+        call.run(|_| async move {
+            if let Failure::Unknown(_) = failure {
+                party.create().await;
+            }
+            Err(failure)
+        })
+        .await
+    }
+}
+
+fn unknown() -> Failure<String> {
+    Failure::Unknown("reset".to_owned())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_is_made_once_and_its_answer_given_again() {
+    for store in [RemoteStore::new()] {
+        let party = Party::default();
+        let first = party.run(once(store.clone(), "k")).await.unwrap();
+        let again = party.run(once(store.clone(), "k")).await.unwrap();
+        assert_eq!(
+            (first.attempt(), first.is_replay(), *first.value()),
+            (Some(1), false, 1)
+        );
+        assert_eq!(
+            (again.attempt(), again.is_replay(), again.into_value()),
+            (None, true, 1)
+        );
+        // Another key, another scope, another namespace, another secret: another call.
+        for other in [
+            once(store.clone(), "l"),
+            once(store.clone(), "k").with_scope("tenant-7"),
+            once(store.clone(), "k").with_namespace("mails"),
+            once(store.clone(), "k").with_secret(&[7; 32]).unwrap(),
+        ] {
+            assert!(!party.run(other).await.unwrap().is_replay());
+        }
+        assert_eq!(party.effects(), 5);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_runs_in_many_places_at_once_makes_its_call_once() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let everywhere = (0..100).map(|_| party.run(once(store.clone(), "k")));
+    let ended = join_all(everywhere).await;
+    assert!(ended.iter().all(|ended| *ended.as_ref().unwrap().value() == 1));
+    assert_eq!(
+        ended
+            .iter()
+            .filter(|ended| !ended.as_ref().unwrap().is_replay())
+            .count(),
+        1
+    );
+    assert_eq!(party.effects(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_failed_without_effect_runs_again_and_what_may_have_had_one_does_not() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let call = || once(store.clone(), "k");
+    let refused = party
+        .fail(call(), Failure::NotDone("closed".to_owned()))
+        .await
+        .unwrap_err();
+    assert!(matches!(&refused, OnceError::Failed(error) if error == "closed"));
+    assert!(!refused.may_have_happened());
+    assert_eq!(store.len(), 0, "the key is free");
+
+    let lost = party.fail(call(), unknown()).await.unwrap_err();
+    assert!(matches!(&lost, OnceError::Unknown(Some(error)) if error == "reset"));
+    for _ in 0..3 {
+        let later = party.run(call()).await.unwrap_err();
+        assert!(matches!(later, OnceError::Unknown(None)) && later.may_have_happened());
+    }
+    assert_eq!(party.effects(), 1);
+
+    // Somebody asked the third party, and says so.
+    let (key, _) = store.only();
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
+    assert_eq!(*party.run(call()).await.unwrap().value(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn at_least_once_runs_again_under_the_same_id_until_the_attempts_are_used_up() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let ids = Arc::new(Mutex::new(Vec::new()));
+    let call = |fails: bool| {
+        let (party, ids) = (party.clone(), Arc::clone(&ids));
+        let job = once(store.clone(), "k").at_least_once().with_max_attempts(3);
+        job.run(move |attempt: Attempt| async move {
+            ids.lock()
+                .unwrap()
+                .push((attempt.number(), attempt.fence(), attempt.id("order")));
+            let effect = party.create().await;
+            if fails {
+                Err(unknown())
+            } else {
+                Ok(effect)
+            }
+        })
+    };
+    assert!(call(true).await.is_err());
+    let done = call(false).await.unwrap();
+    assert_eq!((done.attempt(), party.effects()), (Some(2), 2));
+    {
+        let ids = ids.lock().unwrap();
+        assert_eq!((ids[0].0, ids[1].0), (1, 2));
+        assert!(ids[0].1 < ids[1].1, "the fence grows");
+        assert_eq!(ids[0].2, ids[1].2, "the id does not change");
+        assert_eq!((ids[0].2.len(), ids[0].2.as_bytes()[14]), (36, b'8'));
+    }
+    let party = Party::default();
+    let job = || once(store.clone(), "l").at_least_once().with_max_attempts(3);
+    for _ in 0..5 {
+        assert!(matches!(party.fail(job(), unknown()).await, Err(OnceError::Unknown(_))));
+    }
+    assert_eq!(party.effects(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_later_attempt_that_fails_does_not_turn_a_lost_one_into_a_failure() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let job = || once(store.clone(), "k").at_least_once();
+    party.fail(job(), unknown()).await.unwrap_err();
+    let later = party
+        .fail(job(), Failure::NotDone("closed".to_owned()))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(later, OnceError::Unknown(Some(_))),
+        "the first may have had its effect"
+    );
+    // One that was asked about and had none is another matter.
+    let call = once(store.clone(), "l");
+    party.fail(call.clone(), unknown()).await.unwrap_err();
+    let recovered = call.run_or_recover(
+        |_| ready(Recovered::<usize>::NotHappened),
+        |_| ready(Err(Failure::NotDone("closed".to_owned()))),
+    );
+    assert!(matches!(recovered.await, Err(OnceError::Failed(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_existence_check_is_asked_only_after_a_lost_attempt_and_never_twice_at_once() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let run = |found: Recovered<usize>| {
+        let (party, asked) = (party.clone(), Arc::clone(&asked));
+        let check = move |_| {
+            asked.fetch_add(1, Ordering::SeqCst);
+            ready(found)
+        };
+        once(store.clone(), "k").run_or_recover(check, |_| async move {
+            let effect = party.create().await;
+            if effect == 1 {
+                Err(unknown())
+            } else {
+                Ok(effect)
+            }
+        })
+    };
+    assert!(matches!(
+        run(Recovered::Unknown).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+    // It cannot tell: nothing runs, and nothing is called failed.
+    assert!(matches!(run(Recovered::Unknown).await, Err(OnceError::Unknown(None))));
+    assert_eq!((asked.load(Ordering::SeqCst), party.effects()), (1, 1));
+    let both = join_all([run(Recovered::Happened(1)), run(Recovered::Happened(1))]).await;
+    assert!(both.into_iter().all(|done| done.unwrap().into_value() == 1));
+    assert_eq!(
+        (asked.load(Ordering::SeqCst), party.effects()),
+        (2, 1),
+        "what was found is recorded"
+    );
+    assert!(run(Recovered::Unknown).await.unwrap().is_replay());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_check_that_finds_nothing_lets_the_call_run_and_one_that_panics_does_not() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let call = || once(store.clone(), "k");
+    party.fail(call(), unknown()).await.unwrap_err();
+    let panics = |_| -> std::future::Ready<Recovered<usize>> { panic!("the check is broken") };
+    let never = |_| ready(Ok::<usize, Failure<String>>(0));
+    assert!(matches!(
+        call().run_or_recover(panics, never).await,
+        Err(OnceError::Unknown(None))
+    ));
+    let again = party.clone();
+    let done = call().run_or_recover(
+        |_| ready(Recovered::NotHappened),
+        |_| async move { Ok::<_, Failure<String>>(again.create().await) },
+    );
+    assert_eq!((done.await.unwrap().attempt(), party.effects()), (Some(3), 2));
+}
+
+/// What no check can rule out: the lost request is still under way when it is asked, and arrives afterwards. The settling delay
+/// narrows the gap, and a third party that refuses an older fence shuts it.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_arrives_after_the_check_has_a_second_effect_unless_the_party_heeds_the_fence() {
+    for (settling, heeds_fence, effects) in [(0, false, 2), (5, false, 1), (0, true, 1)] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        let least = Arc::new(Mutex::new(Fence::new(0)));
+        // The request of a caller that has died: it arrives two seconds later.
+        let under_way = move |party: Party, least: Arc<Mutex<Fence>>, fence: Fence| async move {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            if !heeds_fence || fence >= *least.lock().unwrap() {
+                party.create().await;
+            }
+        };
+        let call = || once(store.clone(), "k").with_settle_delay(Duration::from_secs(settling));
+        let (sent, bound) = (party.clone(), Arc::clone(&least));
+        let lost = call().run(move |attempt: Attempt| async move {
+            tokio::spawn(under_way(sent, bound, attempt.fence()));
+            Err::<usize, _>(unknown())
+        });
+        lost.await.unwrap_err();
+        let (seen, created) = (party.clone(), party.clone());
+        let check = move |attempt: Attempt| async move {
+            *least.lock().unwrap() = attempt.fence();
+            match seen.effects() {
+                0 => Recovered::NotHappened,
+                effect => Recovered::Happened(effect),
+            }
+        };
+        let done = call().run_or_recover(
+            check,
+            |_| async move { Ok::<_, Failure<String>>(created.create().await) },
+        );
+        assert_eq!(done.await.unwrap().into_value(), 1);
+        tokio::time::sleep(Duration::from_secs(9)).await;
+        assert_eq!(
+            party.effects(),
+            effects,
+            "settling {settling} s, heeds the fence: {heeds_fence}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_is_an_unknown_outcome() {
+    let store = RemoteStore::new();
+    let call = once(store.clone(), "k").run(|_| async { panic!("bug") as Result<u32, Failure<String>> });
+    assert!(matches!(call.await, Err(OnceError::Unknown(None))));
+    let later = once(store, "k").run(|_| async { Ok::<_, Failure<String>>(1) });
+    assert!(matches!(later.await, Err(OnceError::Unknown(None))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_input_under_the_same_key_is_a_mismatch() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    let call = |input: &str| party.run(once(store.clone(), "k").with_input(input));
+    call("amount=1").await.unwrap();
+    assert!(matches!(call("amount=2").await, Err(OnceError::Mismatch)));
+    assert!(call("amount=1").await.unwrap().is_replay());
+    assert!(
+        matches!(party.run(once(store.clone(), "")).await, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::Configuration)
+    );
+    assert_eq!(party.effects(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_is_told_when_the_time_is_up_and_gets_the_answer_when_it_is_not() {
+    let (store, go) = (RemoteStore::new(), Arc::new(Notify::new()));
+    let gate = Arc::clone(&go);
+    let slow = once(store.clone(), "k").run(|_| async move {
+        gate.notified().await;
+        Ok::<_, Failure<String>>(7)
+    });
+    let slow = tokio::spawn(slow);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    let never = |_| ready(Ok::<u32, Failure<String>>(0));
+    let impatient = once(store.clone(), "k").with_wait(Duration::from_secs(2)).run(never);
+    assert!(matches!(impatient.await, Err(OnceError::InFlight { left }) if left <= Duration::from_secs(30)));
+    let patient = tokio::spawn(once(store, "k").run(never));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    go.notify_one();
+    assert_eq!(*patient.await.unwrap().unwrap().value(), 7);
+    assert!(
+        !slow.await.unwrap().unwrap().is_replay(),
+        "its lease was renewed for 100 s"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_goes_away_ends_nothing_that_has_begun_and_begins_nothing() {
+    let (party, store, go) = (Party::default(), RemoteStore::new(), Arc::new(Notify::new()));
+    let (gate, effects) = (Arc::clone(&go), party.clone());
+    let call = once(store.clone(), "k").run(|_| async move {
+        gate.notified().await;
+        Ok::<_, Failure<String>>(effects.create().await)
+    });
+    let call = tokio::spawn(call);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // This one waits for the other, and must not run in its stead.
+    let waiting = tokio::spawn(once(store.clone(), "k").run(|_| ready(Err::<usize, _>(unknown()))));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for caller in [call, waiting] {
+        caller.abort();
+        drop(caller.await);
+    }
+    go.notify_one();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let done = party.run(once(store.clone(), "k")).await.unwrap();
+    assert_eq!((done.is_replay(), party.effects()), (true, 1));
+
+    // Dropped at the claim: the key is left free.
+    for polls in 0..20 {
+        let key = format!("dropped after {polls}");
+        let call = party.run(once(store.clone(), &*key));
+        if support::poll_then_drop(polls, call).await.is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let before = party.effects();
+        let done = party.run(once(store.clone(), &*key)).await.unwrap();
+        assert_eq!(party.effects(), before + usize::from(!done.is_replay()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_at_the_claim_runs_nothing_and_leaves_nothing() {
+    for faults in [
+        [Fault::Before, Fault::Before],
+        [Fault::Hang, Fault::Hang],
+        [Fault::After, Fault::After],
+        [Fault::After, Fault::Before],
+    ] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        store.fail("claim", faults);
+        let error = party.run(once(store.clone(), "k")).await.unwrap_err();
+        assert!(
+            matches!(&error, OnceError::NotRun(error) if error.kind() == ErrorKind::StoreUnavailable),
+            "{error:?}"
+        );
+        assert!(!error.may_have_happened());
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        assert_eq!((party.effects(), store.len()), (0, 0), "{faults:?}");
+        assert!(!party.run(once(store.clone(), "k")).await.unwrap().is_replay());
+    }
+    // One reply lost is made good by the same nonce.
+    for fault in [Fault::Before, Fault::After, Fault::Hang] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        store.fail("claim", [fault]);
+        assert_eq!(party.run(once(store, "k")).await.unwrap().attempt(), Some(1));
+    }
+    let (party, store) = (Party::default(), RemoteStore::new());
+    store.fail("claim", [Fault::Misconfigured]);
+    let error = party.run(once(store.clone(), "k")).await.unwrap_err();
+    assert!(
+        matches!(&error, OnceError::NotRun(error) if error.kind() == ErrorKind::Configuration),
+        "{error:?}"
+    );
+    assert!(!error.may_have_happened());
+    store.fail("claim", [Fault::Corrupt]);
+    assert!(
+        matches!(party.run(once(store, "k")).await, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::CorruptRecord)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_at_the_recording_is_asked_again_and_then_the_caller_is_told() {
+    for fault in [Fault::Before, Fault::After, Fault::Hang] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        store.fail("complete", [fault, Fault::Before]);
+        assert!(!party.run(once(store.clone(), "k")).await.unwrap().is_replay());
+        assert!(party.run(once(store, "k")).await.unwrap().is_replay());
+        assert_eq!(party.effects(), 1);
+    }
+    for absence in [60, 600] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        store.fail("complete", [Fault::Before; 10_000]);
+        let error = party.run(once(store.clone(), "k")).await.unwrap_err();
+        assert!(
+            matches!(&error, OnceError::Unrecorded { given, .. } if **given == 1),
+            "{error:?}"
+        );
+        assert!(error.may_have_happened());
+        tokio::time::sleep(Duration::from_secs(absence)).await;
+        store.heal();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let again = party.run(once(store, "k")).await;
+        match absence {
+            // It was recorded, late, when the store was back.
+            60 => assert!(again.unwrap().is_replay()),
+            _ => assert!(matches!(again, Err(OnceError::Unknown(None)))),
+        }
+        assert_eq!(party.effects(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_was_superseded_gives_what_the_key_holds() {
+    let (store, go) = (RemoteStore::new(), Arc::new(Notify::new()));
+    let gate = Arc::clone(&go);
+    // It cannot renew, and loses its lease.
+    store.fail("renew", [Fault::Before; 100]);
+    let job = once(store.clone(), "k").at_least_once();
+    let zombie = tokio::spawn(job.clone().run(|attempt: Attempt| async move {
+        gate.notified().await;
+        Ok::<_, Failure<String>>(format!("zombie, held: {}", attempt.is_held()))
+    }));
+    tokio::time::sleep(Duration::from_secs(31)).await;
+    store.heal();
+    let winner = job
+        .run(|_| ready(Ok::<_, Failure<String>>("winner".to_owned())))
+        .await
+        .unwrap();
+    assert_eq!(winner.attempt(), Some(2));
+    go.notify_one();
+    let zombie = zombie.await.unwrap().unwrap();
+    assert_eq!((zombie.is_replay(), zombie.into_value()), (true, "winner".to_owned()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_of_another_type_is_unreadable() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    party.run(once(store.clone(), "k")).await.unwrap();
+    let error = once(store.clone(), "k")
+        .run(|_| ready(Ok::<String, Failure<String>>(String::new())))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, OnceError::Unreadable(_)), "{error:?}");
+}
+
+/// A first run and a replay of a call that returns `value`.
+async fn twice<T>(value: T) -> (Ended<T>, Ended<T>)
+where
+    T: Clone + Serialize + DeserializeOwned + Send + 'static,
+{
+    let store = MemoryStore::new();
+    let run = |call: Once<MemoryStore>, value: T| call.run(|_| ready(Ok::<_, Failure<String>>(value)));
+    let first = run(once(store.clone(), "k"), value.clone()).await;
+    (first, run(once(store, "k"), value).await)
+}
+
+/// Floats were written in decimal, and some came back with another last bit.
+#[tokio::test]
+async fn a_replay_gives_every_float_that_the_first_run_gave() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let amounts = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // An amount between 0 and 10 million with a fraction.
+        state as f64 / u64::MAX as f64 * 1e7
+    });
+    let amounts: Vec<f64> = amounts.take(20_000).chain([f64::MIN_POSITIVE, -0.0, 5e-324]).collect();
+    let (first, again) = twice(amounts.clone()).await;
+    let bits = |values: &[f64]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(first.unwrap().value()), bits(&amounts));
+    assert_eq!(bits(again.unwrap().value()), bits(&amounts));
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Paid {
+    amount: Option<f64>,
+    #[serde(skip)]
+    token: String,
+    #[serde(skip_serializing, default)]
+    note: String,
+    way: Way,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Way {
+    Number(u64),
+    Signed(i64),
+}
+
+#[tokio::test]
+async fn the_first_caller_gets_what_a_replay_gives() {
+    let paid = Paid {
+        amount: Some(f64::NAN),
+        token: "secret".to_owned(),
+        note: "note".to_owned(),
+        way: Way::Signed(7),
+    };
+    let (first, again) = twice(paid).await;
+    let (first, again) = (first.unwrap(), again.unwrap());
+    assert_eq!(first.value(), again.value());
+    assert!(!first.is_replay() && again.is_replay());
+    let read = first.into_value();
+    assert_eq!(
+        (read.amount, &*read.token, &*read.note, read.way),
+        (None, "", "", Way::Number(7))
+    );
+}
+
+/// A value whose own code panics when the value is written or read.
+#[derive(Clone, Debug)]
+struct Panics {
+    when_read: bool,
+}
+
+impl Serialize for Panics {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        assert!(self.when_read, "the type's own");
+        serializer.serialize_unit()
+    }
+}
+
+impl<'de> Deserialize<'de> for Panics {
+    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        panic!("the type's own")
+    }
+}
+
+/// One level of a list of lists of lists.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Nested(Vec<Nested>);
+
+#[tokio::test]
+async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made_again() {
+    async fn is_given_once<T>(value: T)
+    where
+        T: Clone + std::fmt::Debug + Serialize + DeserializeOwned + Send + 'static,
+    {
+        let (first, again) = twice(value).await;
+        let first = first.unwrap();
+        assert!(!first.is_replay() && first.attempt() == Some(1));
+        assert!(
+            matches!(&again, Err(error @ OnceError::NotStored) if error.may_have_happened()),
+            "{first:?}, then {again:?}"
+        );
+    }
+    is_given_once(f64::NAN).await;
+    is_given_once((1, f32::INFINITY)).await;
+    is_given_once(HashMap::from([(vec![1], 2)])).await;
+    is_given_once((0..200).fold(Nested(Vec::new()), |inner, _| Nested(vec![inner]))).await;
+    is_given_once(Panics { when_read: true }).await;
+    is_given_once(Panics { when_read: false }).await;
+    // The result of a check is stored like the result of a call.
+    let store = MemoryStore::new();
+    let lost = once(store.clone(), "k").run(|_| ready(Err::<f64, _>(unknown()))).await;
+    assert!(matches!(lost, Err(OnceError::Unknown(Some(_)))));
+    let recover = || {
+        let call = once(store.clone(), "k");
+        call.run_or_recover(|_| ready(Recovered::Happened(f64::NAN)), |_| ready(Err(unknown())))
+    };
+    assert!(recover().await.unwrap().value().is_nan());
+    assert!(matches!(recover().await, Err(OnceError::NotStored)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_calls_whose_callers_are_gone() {
+    let (store, drain) = (RemoteStore::new(), Drain::default());
+    let (party, go) = (Party::default(), Arc::new(Notify::new()));
+    let own = once(store.clone(), "own");
+    let drains = [drain.clone(), own.drain()];
+    for call in [once(store.clone(), "k").with_drain(&drain), own] {
+        let (party, go) = (party.clone(), Arc::clone(&go));
+        let call = call.run(|_| async move {
+            go.notified().await;
+            Ok::<_, Failure<String>>(party.create().await)
+        });
+        let call = tokio::spawn(call);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        call.abort();
+        drop(call.await);
+    }
+    for drain in &drains {
+        assert_eq!(drain.running(), 1);
+        assert!(timeout(Duration::from_secs(100), drain.wait()).await.is_err());
+    }
+    go.notify_waiters();
+    for drain in drains {
+        drain.wait().await;
+        assert_eq!(drain.running(), 0);
+    }
+    assert_eq!(party.effects(), 2);
+    for key in ["k", "own"] {
+        assert!(party.run(once(store.clone(), key)).await.unwrap().is_replay());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_calls_with_a_caller_and_for_steps() {
+    let (store, drain, go) = (RemoteStore::new(), Drain::default(), Arc::new(Notify::new()));
+    let mut job = once(store, "job").with_drain(&drain).steps();
+    let gate = Arc::clone(&go);
+    let step = job.step("one").run(|_| async move {
+        gate.notified().await;
+        Ok::<_, Failure<String>>(1)
+    });
+    let step = tokio::spawn(step);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(timeout(Duration::from_secs(10), drain.wait()).await.is_err());
+    go.notify_one();
+    drain.wait().await;
+    assert_eq!(*step.await.unwrap().unwrap().value(), 1);
+}
+
+#[test]
+fn a_runtime_that_ends_under_a_call_leaves_its_key_lost_and_not_stuck() {
+    let store = MemoryStore::new();
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let first = runtime();
+    let hanging = once(store.clone(), "k").run(|_| pending::<Result<u32, Failure<String>>>());
+    first.block_on(async {
+        drop(timeout(Duration::from_millis(20), hanging).await);
+    });
+    drop(first);
+    let later = once(store, "k")
+        .with_wait(Duration::ZERO)
+        .run(|_| ready(Ok::<_, Failure<String>>(1)));
+    assert!(matches!(runtime().block_on(later), Err(OnceError::Unknown(None))));
+}
+
+mod steps {
+    use super::*;
+
+    /// A job of three steps that crashes after `crash` of them; what each step gave, and what was done.
+    async fn job(store: &RemoteStore, party: &Party, crash: usize) -> Result<Vec<usize>, OnceError<usize, String>> {
+        let mut job = once(store.clone(), "order-1").steps();
+        let mut given = Vec::new();
+        for (at, name) in ["draft", "fill", "confirm"].into_iter().enumerate() {
+            if at == crash {
+                return Ok(given);
+            }
+            given.push(party.run(job.step(name)).await?.into_value());
+        }
+        Ok(given)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_resumes_after_the_last_step_that_was_recorded() {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        for (crash, effects) in [(0, 0), (1, 1), (1, 1), (2, 2), (3, 3), (9, 3)] {
+            let given = job(&store, &party, crash).await.unwrap();
+            assert_eq!(given, (1..=crash.min(3)).collect::<Vec<_>>());
+            assert_eq!(party.effects(), effects);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_runs_of_a_job_at_once_make_each_step_once() {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        let ended = join_all((0..20).map(|_| job(&store, &party, 9))).await;
+        assert!(ended.into_iter().all(|given| given.unwrap() == [1, 2, 3]));
+        assert_eq!(party.effects(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_list_of_steps_is_an_error_before_anything_runs() {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        job(&store, &party, 2).await.unwrap();
+        for (names, position) in [
+            (&["draft", "renamed"][..], 1),
+            (&["first", "draft", "fill"], 0),
+            (&["fill", "draft"], 0),
+            (&["draft", "inserted", "fill"], 1),
+        ] {
+            let mut steps = once(store.clone(), "order-1").steps();
+            let mut ended = None;
+            for name in names {
+                match party.run(steps.step(name)).await {
+                    Ok(done) => assert!(done.is_replay(), "{names:?}"),
+                    Err(error) => {
+                        ended = Some(error);
+                        break;
+                    }
+                }
+            }
+            assert!(
+                matches!(ended, Some(OnceError::StepChanged { position: at }) if at == position),
+                "{names:?}: {ended:?}"
+            );
+        }
+        assert_eq!(party.effects(), 2);
+        // More steps at the end are no other list.
+        let mut steps = once(store.clone(), "order-1").steps();
+        for (name, is_replay) in [("draft", true), ("fill", true), ("confirm", false), ("thank", false)] {
+            assert_eq!(party.run(steps.step(name)).await.unwrap().is_replay(), is_replay);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_step_that_was_lost_is_handled_by_its_own_setting_and_has_an_id_of_its_own() {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        let mut steps = once(store.clone(), "order-1").with_input("three shirts").steps();
+        party.run(steps.step("draft")).await.unwrap();
+        party.fail(steps.step("confirm"), unknown()).await.unwrap_err();
+
+        let ids = Arc::new(Mutex::new(Vec::new()));
+        let mut steps = once(store.clone(), "order-1").with_input("three shirts").steps();
+        assert!(party.run(steps.step("draft")).await.unwrap().is_replay());
+        let seen = Arc::clone(&ids);
+        let confirm = steps
+            .step("confirm")
+            .at_least_once()
+            .run(|attempt: Attempt| async move {
+                seen.lock().unwrap().push(attempt.id("call"));
+                Ok::<_, Failure<String>>(attempt.number())
+            });
+        assert_eq!(confirm.await.unwrap().into_value(), 2);
+        let seen = Arc::clone(&ids);
+        let next = steps.step("receipt").run(|attempt: Attempt| async move {
+            seen.lock().unwrap().push(attempt.id("call"));
+            Ok::<_, Failure<String>>(attempt.number())
+        });
+        next.await.unwrap();
+        {
+            let ids = ids.lock().unwrap();
+            assert_ne!(ids[0], ids[1]);
+        }
+        // A step of another input is not this job's.
+        let mut other = once(store, "order-1").with_input("four shirts").steps();
+        assert!(matches!(
+            party.run(other.step("draft")).await,
+            Err(OnceError::StepChanged { position: 0 })
+        ));
+    }
+}

@@ -1,0 +1,784 @@
+//! Calls over HTTP that are made once: what each answer does to the key, and what comes back.
+
+use std::convert::Infallible;
+use std::future::ready;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::join_all;
+use http::StatusCode;
+use http::{Method, Request, Response};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use tower::Layer;
+use tower::{service_fn, ServiceBuilder, ServiceExt};
+use tower_idempotency::client::{Attempt, ErrorClass, OnceError, OnceLayer, ProviderProfile};
+use tower_idempotency::ErrorKind;
+use tower_idempotency::MemoryStore;
+use tower_idempotency::Recovered;
+
+use crate::support;
+use crate::support::{Fault, RemoteStore};
+
+type Answer = Response<Full<Bytes>>;
+type Ended = Result<Answer, OnceError<Answer, io::Error>>;
+
+/// A third party that counts what arrives, and answers as it is told.
+#[derive(Clone, Default)]
+struct Party {
+    arrived: Arc<AtomicUsize>,
+    heads: Arc<Mutex<Vec<http::HeaderMap>>>,
+}
+
+impl Party {
+    fn arrived(&self) -> usize {
+        self.arrived.load(Ordering::SeqCst)
+    }
+
+    /// Sends a request through the layer; the party answers with `act`.
+    async fn send(
+        &self,
+        layer: &OnceLayer<RemoteStore>,
+        request: Request<Full<Bytes>>,
+        act: impl Fn(usize) -> io::Result<Answer> + Clone + Send + Sync + 'static,
+    ) -> Ended {
+        let party = self.clone();
+        let http = service_fn(move |request: Request<Full<Bytes>>| {
+            party.heads.lock().unwrap().push(request.headers().clone());
+            let arrival = party.arrived.fetch_add(1, Ordering::SeqCst) + 1;
+            let act = act.clone();
+            async move {
+                tokio::task::yield_now().await;
+                act(arrival)
+            }
+        });
+        ServiceBuilder::new().layer(layer).service(http).oneshot(request).await
+    }
+}
+
+fn answer(status: u16) -> io::Result<Answer> {
+    let response = Response::builder()
+        .status(status)
+        .header("x-id", "17")
+        .header("set-cookie", "a=b");
+    Ok(response.body(Full::from("created")).unwrap())
+}
+
+fn request(body: &'static str) -> Request<Full<Bytes>> {
+    let request = Request::post("https://bank.example/orders").header("idempotency-key", "k");
+    request
+        .header("authorization", "Bearer of today")
+        .body(Full::from(body))
+        .unwrap()
+}
+
+async fn body(response: Answer) -> Bytes {
+    response.into_body().collect().await.unwrap().to_bytes()
+}
+
+fn layer() -> (RemoteStore, OnceLayer<RemoteStore>) {
+    let store = RemoteStore::new();
+    (store.clone(), OnceLayer::new(store, ProviderProfile::draft()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_is_sent_once_and_its_answer_given_byte_for_byte() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let first = party.send(&layer, request("3 shirts"), |_| answer(201)).await.unwrap();
+    assert_eq!(first.extensions().get::<Attempt>().unwrap().number(), 1);
+    let mut later = request("3 shirts");
+    later
+        .headers_mut()
+        .insert("authorization", "Bearer of tomorrow".parse().unwrap());
+    let again = party.send(&layer, later, |_| answer(500)).await.unwrap();
+    assert_eq!(
+        (first.status(), again.status(), party.arrived()),
+        (again.status(), first.status(), 1)
+    );
+    assert_eq!(again.headers()["idempotent-replayed"], "true");
+    assert!(again.headers()["x-id"] == "17" && !again.headers().contains_key("set-cookie"));
+    assert_eq!(body(first).await, body(again).await);
+    let other = party.send(&layer, request("4 shirts"), |_| answer(201)).await;
+    assert!(matches!(other, Err(OnceError::Mismatch)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_at_once_send_one_request() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let all = join_all((0..50).map(|_| party.send(&layer, request("x"), |_| answer(200)))).await;
+    assert!(all.iter().all(Result::is_ok));
+    assert_eq!(party.arrived(), 1);
+}
+
+/// Whether the same call is sent again after an answer, by the meaning of its status.
+#[tokio::test(start_paused = true)]
+async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
+    for (status, kept, sent) in [
+        (200, true, 1),
+        (302, true, 1),
+        (303, true, 1),
+        (307, false, 2),
+        (308, false, 2),
+        (402, true, 1),
+        (409, true, 1),
+        (422, true, 1),
+        (400, false, 2),
+        (401, false, 2),
+        (404, false, 2),
+        (413, false, 2),
+        (425, false, 2),
+        (429, false, 2),
+        (500, false, 1),
+        (503, false, 1),
+        (504, false, 1),
+        (408, false, 1),
+    ] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let first = party.send(&layer, request("x"), move |_| answer(status)).await.unwrap();
+        assert_eq!(first.status(), status, "the answer is given as it is");
+        let later = party.send(&layer, request("x"), |_| answer(200)).await;
+        assert_eq!(party.arrived(), sent, "{status}");
+        match later {
+            Ok(later) => assert_eq!(later.headers().contains_key("idempotent-replayed"), kept, "{status}"),
+            Err(error) => assert!(
+                sent == 1 && matches!(error, OnceError::Unknown(None)),
+                "{status}: {error:?}"
+            ),
+        }
+    }
+}
+
+/// A third party that charges and then responds with any status. The key becomes free only after the few statuses that
+/// mean that the server did nothing.
+#[tokio::test(start_paused = true)]
+async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
+    const FREE: [u16; 23] = [
+        307, 308, 400, 401, 403, 404, 405, 406, 407, 411, 413, 414, 415, 416, 417, 421, 423, 425, 426, 428, 429, 431,
+        451,
+    ];
+    for status in 100..=999 {
+        let ((_, layer), party) = (layer(), Party::default());
+        for _ in 0..3 {
+            let ended = party.send(&layer, request("x"), move |_| answer(status)).await;
+            if let Err(error) = ended {
+                assert!(error.may_have_happened(), "{status}: {error:?}");
+            }
+        }
+        let expected = if FREE.contains(&status) { 3 } else { 1 };
+        assert_eq!(party.arrived(), expected, "{status}");
+    }
+}
+
+/// Two markers with which a server can make a false claim.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_request() {
+    for (name, value) in [
+        ("idempotent-replayed", "true"),
+        ("stripe-should-retry", "true"),
+        ("retry-after", "0"),
+    ] {
+        for status in [200, 402, 409, 500, 503, 599, 999] {
+            let (store, party) = (RemoteStore::new(), Party::default());
+            let layer = OnceLayer::new(store, ProviderProfile::stripe());
+            for _ in 0..3 {
+                let ended = party.send(&layer, request("x"), move |_| {
+                    let mut response = answer(status)?;
+                    response.headers_mut().insert(name, value.parse().unwrap());
+                    Ok(response)
+                });
+                drop(ended.await);
+            }
+            assert_eq!(party.arrived(), 1, "{name} {status}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
+    let lost = |_| Err(io::Error::from(io::ErrorKind::ConnectionReset));
+    let refused = |_| Err(io::Error::from(io::ErrorKind::ConnectionRefused));
+    let ((_, plain), party) = (layer(), Party::default());
+    let classified = plain.clone().with_errors(|error: &io::Error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+        _ => ErrorClass::Lost,
+    });
+    assert!(matches!(
+        party.send(&classified, request("x"), refused).await,
+        Err(OnceError::Failed(_))
+    ));
+    assert!(matches!(
+        party.send(&classified, request("x"), lost).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert!(matches!(
+        party.send(&classified, request("x"), |_| answer(200)).await,
+        Err(OnceError::Unknown(None))
+    ));
+    assert_eq!(party.arrived(), 2);
+    // At least once, then: and a refused connection says nothing of the attempt before.
+    let again = classified.at_least_once().with_namespace("again");
+    assert!(matches!(
+        party.send(&again, request("x"), lost).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert!(matches!(
+        party.send(&again, request("x"), refused).await,
+        Err(OnceError::Unknown(Some(_)))
+    ));
+    assert_eq!(
+        party
+            .send(&again, request("x"), |_| answer(200))
+            .await
+            .unwrap()
+            .status(),
+        200
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_call_is_asked_about_and_what_is_found_is_kept() {
+    let lost = |_| Err(io::Error::from(io::ErrorKind::TimedOut));
+    for (found, status) in [(true, 200), (false, 201)] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&asked);
+        let layer = layer.with_recovery(move |lost| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            assert_eq!(
+                (&*lost.key, lost.attempt.number(), lost.head.uri.path()),
+                ("k", 2, "/orders")
+            );
+            assert!(!format!("{lost:?}").contains("Bearer"));
+            ready(if found {
+                Recovered::Happened(Response::new(Bytes::from("found")))
+            } else {
+                Recovered::NotHappened
+            })
+        });
+        party.send(&layer, request("x"), lost).await.unwrap_err();
+        let given = party.send(&layer, request("x"), |_| answer(201)).await.unwrap();
+        assert_eq!(given.status(), status);
+        assert_eq!(party.arrived(), if found { 1 } else { 2 });
+        let again = party.send(&layer, request("x"), |_| answer(500)).await.unwrap();
+        assert_eq!((again.status().as_u16(), asked.load(Ordering::SeqCst)), (status, 1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_fence_and_an_id_can_be_put_into_the_request_and_the_key_taken_off() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer.at_least_once().without_sending_key().on_attempt(|head, attempt| {
+        head.headers.insert("x-fence", attempt.fence().as_u64().into());
+        head.headers.insert("x-order-id", attempt.id("order").parse().unwrap());
+    });
+    for status in [500, 200] {
+        party.send(&layer, request("x"), move |_| answer(status)).await.unwrap();
+    }
+    let heads = party.heads.lock().unwrap();
+    let fence = |at: usize| heads[at]["x-fence"].to_str().unwrap().parse::<u64>().unwrap();
+    assert!(fence(0) < fence(1) && heads[0]["x-order-id"] == heads[1]["x-order-id"]);
+    assert!(heads.iter().all(|head| !head.contains_key("idempotency-key")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
+    let ((_, plain), party) = (layer(), Party::default());
+    let bare = || Request::post("/").body(Full::from("x")).unwrap();
+    let two = || {
+        let mut request = request("x");
+        request.headers_mut().append("idempotency-key", "l".parse().unwrap());
+        request
+    };
+    let bad = || {
+        let mut request = bare();
+        request.headers_mut().insert("idempotency-key", "a b".parse().unwrap());
+        request
+    };
+    for (layer, request) in [
+        (plain.clone(), bare()),
+        (plain.clone(), two()),
+        (plain.clone(), bad()),
+        (plain.clone().with_key(|_| None), request("x")),
+        (plain.clone().with_key(|_| Some(String::new())), request("x")),
+        (plain.clone().with_scope(|_| None), request("x")),
+        (plain.clone().with_body_limit(3).with_response_limit(3), request("four")),
+    ] {
+        let ended = party.send(&layer, request, |_| answer(200)).await;
+        assert!(
+            matches!(&ended, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::Configuration),
+            "{ended:?}"
+        );
+    }
+    assert_eq!(party.arrived(), 0);
+    let named = plain.with_key(|head| Some(head.uri.path().to_owned()));
+    assert!(party.send(&named, bare(), |_| answer(200)).await.is_ok());
+    // What is not covered passes untouched.
+    let read = Request::get("/").body(Full::default()).unwrap();
+    assert!(party.send(&named, read, |_| answer(200)).await.is_ok());
+    assert_eq!(party.arrived(), 2);
+}
+
+/// If the layer does not cover an unsafe request, its error is never `Failed`, because a redirect may have come first.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_covered_is_called_failed_only_if_it_is_safe() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer.with_errors(|_: &io::Error| ErrorClass::NotSent);
+    for (method, is_failed) in [("GET", true), ("HEAD", true), ("PUT", false), ("DELETE", false)] {
+        let request = Request::builder()
+            .method(method)
+            .uri("/")
+            .body(Full::default())
+            .unwrap();
+        let error = party
+            .send(&layer, request, |_| Err(io::ErrorKind::NotConnected.into()))
+            .await;
+        assert_eq!(matches!(error, Err(OnceError::Failed(_))), is_failed, "{method}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() {
+    for is_stream in [false, true] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let layer = layer.with_body_limit(100).with_response_limit(4);
+        let given = party.send(&layer, request("x"), move |_| {
+            let mut response = answer(200)?;
+            if is_stream {
+                response
+                    .headers_mut()
+                    .insert("content-type", "text/event-stream".parse().unwrap());
+            }
+            Ok(response)
+        });
+        assert_eq!(body(given.await.unwrap()).await, "created");
+        assert!(matches!(
+            party.send(&layer, request("x"), |_| answer(200)).await,
+            Err(OnceError::NotStored)
+        ));
+        assert_eq!(party.arrived(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_breaks_off_is_not_called_failed() {
+    let (_, layer) = layer();
+    let http = service_fn(|_: Request<Full<Bytes>>| {
+        let frames = [
+            Ok(http_body::Frame::data(Bytes::from("half"))),
+            Err(io::Error::other("reset")),
+        ];
+        let body = http_body_util::StreamBody::new(futures::stream::iter(frames));
+        ready(Ok::<_, io::Error>(Response::new(UnsyncBoxBody::new(body))))
+    });
+    let client = ServiceBuilder::new().layer(layer).service(http);
+    for _ in 0..2 {
+        assert!(matches!(
+            client.clone().oneshot(request("x")).await,
+            Err(OnceError::NotStored)
+        ));
+    }
+}
+
+#[test]
+fn every_error_says_whether_the_call_was_made_and_has_its_cause() {
+    use std::error::Error;
+    type Failed = OnceError<(), io::Error>;
+    let reset = || io::Error::from(io::ErrorKind::ConnectionReset);
+    let left = Duration::from_secs(12);
+    let errors: [(Failed, &str, bool); 8] = [
+        (OnceError::Failed(reset()), "failed; no effect", true),
+        (
+            OnceError::InFlight { left },
+            "another caller is making the same call; its lease ends in 12s",
+            false,
+        ),
+        (
+            OnceError::Mismatch,
+            "was not made: its key was used with another input",
+            false,
+        ),
+        (OnceError::NotStored, "was made, but its response was not stored", false),
+        (
+            OnceError::StepChanged { position: 2 },
+            "was not continued: its steps differ",
+            false,
+        ),
+        (
+            OnceError::Unknown(Some(reset())),
+            "may have taken effect; outcome unknown",
+            true,
+        ),
+        (
+            OnceError::Unknown(None),
+            "may have taken effect; outcome unknown",
+            false,
+        ),
+        (
+            OnceError::Unreadable("a type".into()),
+            "was made, but its stored response cannot be read",
+            true,
+        ),
+    ];
+    for (error, text, has_cause) in errors {
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(error.source().is_some(), has_cause, "{error}");
+    }
+}
+
+/// A client other than hyper may not check the length. The layer stored the front of the response.
+#[tokio::test(start_paused = true)]
+async fn a_response_that_ends_before_its_declared_length_is_not_stored() {
+    let ((_, layer), party) = (layer(), Party::default());
+    for _ in 0..2 {
+        let given = party.send(&layer, request("x"), |_| {
+            let mut response = answer(201)?;
+            response.headers_mut().insert("content-length", "8".parse().unwrap());
+            Ok(response)
+        });
+        assert!(matches!(given.await, Err(OnceError::NotStored)));
+    }
+    assert_eq!(party.arrived(), 1);
+}
+
+/// The layer read a response that stalled for ever. It read endless empty frames for ever, too, and blocked its thread.
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
+    let bodies: [fn() -> support::AnyBody; 2] = [
+        || support::stalling("front", std::future::pending()),
+        support::empty_frames,
+    ];
+    for body in bodies {
+        let (_, layer) = layer();
+        let drain = layer.drain();
+        let http = service_fn(move |_: Request<Full<Bytes>>| ready(Ok::<_, io::Error>(Response::new(body()))));
+        let client = ServiceBuilder::new().layer(layer).service(http);
+        let call = tokio::spawn(client.clone().oneshot(request("x")));
+        support::advance(Duration::from_secs(9)).await;
+        assert!(!call.is_finished());
+        support::advance(Duration::from_secs(1)).await;
+        assert!(call.is_finished());
+        assert_eq!(call.await.unwrap().unwrap().status(), 200);
+        assert!(matches!(client.oneshot(request("x")).await, Err(OnceError::NotStored)));
+        drain.wait().await;
+    }
+}
+
+/// hyper ends the body of a request that was cut off without an error. A handler that forwarded such a body made the call
+/// with the first half.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_ends_before_its_declared_length_is_not_sent() {
+    let (store, layer) = layer();
+    let http = service_fn(|_: Request<support::AnyBody>| ready(answer(200)));
+    let client = ServiceBuilder::new().layer(layer).service(http);
+    let given = client.oneshot(request("x").map(|_| support::short("half", 4))).await;
+    let Err(OnceError::NotRun(error)) = given else {
+        panic!("{given:?}");
+    };
+    assert!(error.to_string().contains("before the length"), "{error}");
+    assert_eq!(store.calls("claim"), 0);
+}
+
+/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+#[tokio::test(start_paused = true)]
+async fn bodies_whose_size_hint_never_falls_are_whole() {
+    let (_, layer) = layer();
+    let http = service_fn(|request: Request<support::AnyBody>| async {
+        assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "amount=1");
+        Ok::<_, io::Error>(Response::new(support::fixed_hint(&["char", "ged"])))
+    });
+    let client = ServiceBuilder::new().layer(layer).service(http);
+    for _ in 0..2 {
+        let request = request("x").map(|_| support::fixed_hint(&["amount", "=1"]));
+        let response = client.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
+    }
+}
+
+/// A response to HEAD may declare the length that its body would have.
+#[tokio::test(start_paused = true)]
+async fn a_response_without_a_body_is_whole_whatever_length_it_declares() {
+    for (method, is_whole) in [(Method::HEAD, true), (Method::POST, false)] {
+        let (_, layer) = layer();
+        let http =
+            service_fn(|_: Request<Full<Bytes>>| ready(Ok::<_, io::Error>(Response::new(support::short("", 8)))));
+        let client = ServiceBuilder::new().layer(layer).service(http);
+        for _ in 0..2 {
+            let mut request = request("x");
+            *request.method_mut() = method.clone();
+            assert_eq!(client.clone().oneshot(request).await.is_ok(), is_whole, "{method}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_body_never_ends_is_not_sent() {
+    let bodies: [fn() -> support::AnyBody; 2] = [
+        || support::stalling("front", std::future::pending()),
+        support::empty_frames,
+    ];
+    for body in bodies {
+        let (store, layer) = layer();
+        let http = service_fn(|_: Request<support::AnyBody>| ready(answer(200)));
+        let client = ServiceBuilder::new().layer(layer).service(http);
+        let call = tokio::spawn(client.oneshot(request("x").map(|_| body())));
+        support::advance(Duration::from_secs(29)).await;
+        assert!(!call.is_finished());
+        support::advance(Duration::from_secs(1)).await;
+        assert!(call.is_finished());
+        assert!(matches!(call.await.unwrap(), Err(OnceError::NotRun(_))));
+        assert_eq!(store.calls("claim"), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
+    let ((store, layer), party) = (layer(), Party::default());
+    store.fail("claim", [Fault::Before; 2]);
+    let before = party.send(&layer, request("x"), |_| answer(200)).await.unwrap_err();
+    assert!(matches!(&before, OnceError::NotRun(error) if error.kind() == ErrorKind::StoreUnavailable));
+    assert!(!before.may_have_happened() && party.arrived() == 0);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    store.fail("complete", [Fault::Before; 100]);
+    let after = party.send(&layer, request("x"), |_| answer(200)).await.unwrap_err();
+    assert!(
+        matches!(&after, OnceError::Unrecorded { given, .. } if given.status() == 200),
+        "{after:?}"
+    );
+    assert!(after.may_have_happened() && party.arrived() == 1);
+}
+
+/// Retries inside the layer. A third party without idempotency gets one request, unless it provably did not take the
+/// first one.
+#[cfg(feature = "retry")]
+mod with_retries {
+    use super::*;
+    use tower::retry::RetryLayer;
+    use tower::util::BoxCloneService;
+    use tower::{Layer, Service};
+    use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, RetryPolicy};
+
+    /// The behaviour of the third party towards a request.
+    #[derive(Clone, Copy, Debug)]
+    enum Act {
+        Say(u16),
+        Lost,
+        Refused,
+    }
+    use Act::{Lost, Refused, Say};
+
+    /// The result for the caller of the layer.
+    #[derive(Debug, PartialEq)]
+    enum Known {
+        Status(u16),
+        Failed,
+        Unknown,
+    }
+
+    type Client = BoxCloneService<Request<Full<Bytes>>, Known, Known>;
+
+    fn status(response: &Answer) -> Known {
+        Known::Status(response.status().as_u16())
+    }
+
+    fn failure<E>(error: &OnceError<Answer, E>) -> Known {
+        if let OnceError::Failed(_) = error {
+            return Known::Failed;
+        }
+        assert!(error.may_have_happened());
+        Known::Unknown
+    }
+
+    async fn send(client: Client, request: Request<Full<Bytes>>) -> Known {
+        client.oneshot(request).await.unwrap_or_else(|error| error)
+    }
+
+    /// The layers in the documented order, with either retry layer, with or without a layer for keys, over a third party
+    /// that performs the given acts; it repeats the last act.
+    fn clients(
+        layer: &OnceLayer<RemoteStore>,
+        has_keys: bool,
+        acts: &'static [Act],
+        arrived: &Arc<AtomicUsize>,
+    ) -> [Client; 2] {
+        let policy = RetryPolicy::new(ProviderProfile::draft()).with_errors(|error: &io::Error| match error.kind() {
+            io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+            _ => ErrorClass::Lost,
+        });
+        let counted = Arc::clone(arrived);
+        let http = service_fn(move |_: Request<Full<Bytes>>| {
+            let count = counted.fetch_add(1, Ordering::SeqCst);
+            ready(match acts[count.min(acts.len() - 1)] {
+                Say(status) => answer(status),
+                Lost => Err(io::ErrorKind::ConnectionReset.into()),
+                Refused => Err(io::ErrorKind::ConnectionRefused.into()),
+            })
+        });
+        let calls = ServiceBuilder::new()
+            .layer(CallLayer::new(policy.clone()))
+            .service(http.clone());
+        let retries = ServiceBuilder::new().layer(RetryLayer::new(policy)).service(http);
+        if has_keys {
+            let keys = IdempotencyKeyLayer::new(ProviderProfile::draft());
+            [once(layer, keys.layer(calls)), once(layer, keys.layer(retries))]
+        } else {
+            [once(layer, calls), once(layer, retries)]
+        }
+    }
+
+    fn once<S, E>(layer: &OnceLayer<RemoteStore>, service: S) -> Client
+    where
+        S: Service<Request<Full<Bytes>>, Response = Answer, Error = E> + Clone + Send + Sync + 'static,
+        S::Future: Send,
+        E: Send + 'static,
+    {
+        let client = ServiceBuilder::new()
+            .map_response(|response| status(&response))
+            .map_err(|error| failure(&error))
+            .layer(layer)
+            .service(service);
+        BoxCloneService::new(client)
+    }
+
+    /// Checks how many requests a call sends, the result for its caller, and whether the next call would be sent.
+    async fn check(
+        configure: impl Fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>,
+        has_keys: bool,
+        table: &[(&'static [Act], usize, Known, bool)],
+    ) {
+        for (acts, requests, expected, is_free) in table {
+            for way in 0..2 {
+                let arrived = Arc::new(AtomicUsize::new(0));
+                let layer = configure(layer().1);
+                let [mut client, other] = clients(&layer, has_keys, acts, &arrived);
+                if way == 1 {
+                    client = other;
+                }
+                let got = send(client.clone(), request("x")).await;
+                assert_eq!(
+                    (arrived.load(Ordering::SeqCst), &got),
+                    (*requests, expected),
+                    "{acts:?} {way}"
+                );
+                send(client, request("x")).await;
+                let is_sent = arrived.load(Ordering::SeqCst) > *requests;
+                assert_eq!(is_sent, *is_free, "{acts:?} {way}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_is_repeated_only_if_it_was_provably_not_taken() {
+        let configurations: [fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>; 2] =
+            [|layer| layer, OnceLayer::without_sending_key];
+        // Without a key in the request, too, because a request that was not taken can always be sent again.
+        for (configure, has_keys) in configurations
+            .into_iter()
+            .flat_map(|layer| [(layer, true), (layer, false)])
+        {
+            check(
+                configure,
+                has_keys,
+                &[
+                    (&[Lost], 1, Known::Unknown, false),
+                    (&[Say(500)], 1, Known::Status(500), false),
+                    (&[Say(503)], 1, Known::Status(503), false),
+                    (&[Say(408)], 1, Known::Status(408), false),
+                    (&[Refused, Say(201)], 2, Known::Status(201), false),
+                    (&[Say(429), Say(201)], 2, Known::Status(201), false),
+                    (&[Refused, Lost], 2, Known::Unknown, false),
+                    (&[Say(429), Say(503)], 2, Known::Status(503), false),
+                    (&[Refused], 5, Known::Failed, true),
+                    (&[Say(429)], 5, Known::Status(429), true),
+                    (&[Say(401)], 1, Known::Status(401), true),
+                ],
+            )
+            .await;
+        }
+    }
+
+    /// The refusal of a later attempt says nothing about the attempt that was lost before.
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_request_is_repeated_if_the_third_party_honours_keys() {
+        check(
+            OnceLayer::assume_keys_honoured,
+            true,
+            &[
+                (&[Lost, Say(201)], 2, Known::Status(201), false),
+                (&[Say(503), Say(201)], 2, Known::Status(201), false),
+                (&[Lost, Say(422)], 2, Known::Status(422), false),
+                (&[Lost, Say(401)], 2, Known::Status(401), false),
+                (&[Lost, Say(429)], 5, Known::Status(429), false),
+                (&[Lost, Refused], 5, Known::Unknown, false),
+                (&[Refused], 5, Known::Failed, true),
+            ],
+        )
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_method_that_is_idempotent_is_no_reason_to_repeat() {
+        let arrived = Arc::new(AtomicUsize::new(0));
+        let layer = layer().1.with_methods([Method::PUT]);
+        for client in clients(&layer, true, &[Lost], &arrived) {
+            let mut put = request("x");
+            *put.method_mut() = Method::PUT;
+            assert_eq!(send(client, put).await, Known::Unknown);
+        }
+        assert_eq!(arrived.load(Ordering::SeqCst), 1);
+    }
+}
+
+fn to(host: &str) -> Request<Full<Bytes>> {
+    Request::post(format!("https://{host}/pay"))
+        .header("idempotency-key", "k")
+        .body(Full::from("100"))
+        .unwrap()
+}
+
+#[tokio::test]
+async fn one_host_does_not_answer_for_another() {
+    let http = service_fn(|request: Request<Full<Bytes>>| async move {
+        let host = request.uri().host().unwrap().to_owned();
+        Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(host)))
+    });
+    let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).layer(http);
+    client.clone().oneshot(to("a.example")).await.unwrap();
+    let other = client.oneshot(to("b.example")).await;
+    assert!(
+        !matches!(&other, Ok(answer) if answer.headers().contains_key("idempotent-replayed")),
+        "the call to b.example was never made, and a.example's answer was given: {other:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_after_a_lost_attempt_is_not_kept_where_the_party_knows_no_keys() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let http = service_fn(move |_: Request<Full<Bytes>>| {
+        // The order was made, and the answer lost; then it is there already.
+        let first = calls.fetch_add(1, Ordering::SeqCst) == 0;
+        async move {
+            if first {
+                return Err("reset");
+            }
+            let mut answer = Response::new(Full::<Bytes>::from("there already"));
+            *answer.status_mut() = StatusCode::CONFLICT;
+            Ok(answer)
+        }
+    });
+    let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft())
+        .without_sending_key()
+        .at_least_once()
+        .layer(http);
+    assert!(matches!(
+        client.clone().oneshot(to("a.example")).await,
+        Err(OnceError::Unknown(_))
+    ));
+    let second = client.oneshot(to("a.example")).await;
+    assert!(
+        matches!(second, Err(OnceError::Unknown(_))),
+        "the call took effect, and a failure is recorded for it: {second:?}"
+    );
+}

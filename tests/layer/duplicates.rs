@@ -1,0 +1,744 @@
+//! Duplicates held on the per-key lock: one execution, equal answers, bounded waiting.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response, StatusCode};
+use tower::limit::GlobalConcurrencyLimitLayer;
+use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::{DoNotStore, Idempotency, IdempotencyLayer, MemoryStore, OnLost, Store};
+
+use crate::support;
+use crate::support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore, Timer};
+
+type Guarded<St> = Idempotency<Handler, St>;
+
+fn start<St: Store>(service: &Guarded<St>, key: &'static str, body: &'static str) -> tokio::task::JoinHandle<Got> {
+    let service = service.clone();
+    tokio::spawn(async move { send(&service, post(key, body)).await })
+}
+
+async fn storm<St: Store>(service: &Guarded<St>, requests: usize) -> Vec<Got> {
+    let requests: Vec<_> = (0..requests).map(|_| start(service, "k", "pay")).collect();
+    futures::future::join_all(requests)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect()
+}
+
+fn assert_one_answer(answers: &[Got]) {
+    assert!(answers
+        .iter()
+        .all(|answer| answer.body == answers[0].body && answer.status() == 201));
+    assert_eq!(answers.iter().filter(|answer| !answer.is_replay()).count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn ten_thousand_concurrent_duplicates_run_once_and_get_one_answer() {
+    let handler = Handler::new().taking(Duration::from_millis(300));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let answers = storm(&service, 10_000).await;
+    assert_one_answer(&answers);
+    assert_eq!((answers.len(), handler.runs()), (10_000, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_thousand_storms_on_a_handler_that_answers_at_once_run_once_each() {
+    for _ in 0..1_000 {
+        let handler = Handler::new();
+        let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+        assert_one_answer(&storm(&service, 8).await);
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn duplicates_of_one_process_ask_a_shared_store_once() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(2));
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    assert_one_answer(&storm(&service, 500).await);
+    assert_eq!((store.calls("claim"), store.calls("peek"), handler.runs()), (1, 0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn duplicates_of_two_processes_run_once_with_one_watcher_for_each() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(2));
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let (mut answers, more) = tokio::join!(storm(&here, 100), storm(&there, 100));
+    answers.extend(more);
+    assert_one_answer(&answers);
+    assert_eq!((store.calls("claim"), handler.runs()), (2, 1));
+    assert!(
+        store.calls("peek") <= 6,
+        "{} looks for 100 waiters",
+        store.calls("peek")
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_gives_up_after_its_wait_and_harms_nobody() {
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let layer = IdempotencyLayer::new(MemoryStore::new()).with_wait(Duration::from_secs(3));
+    let service = layer.layer(handler.clone());
+    let owner = start(&service, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = Timer::start();
+    let refused = send(&service, post("k", "pay")).await;
+    assert_eq!((refused.status(), refused.code()), (409, "request-outstanding"));
+    assert_eq!(refused.head.headers["retry-after"], "1");
+    assert_eq!(begin.elapsed().as_secs(), 3);
+    assert_eq!(owner.await.unwrap().status(), 201);
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_of_zero_refuses_at_once_here_and_elsewhere() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let layer = IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
+    let here = layer.layer(handler.clone());
+    let there = IdempotencyLayer::new(store.clone())
+        .with_wait(Duration::ZERO)
+        .layer(handler);
+    let owner = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = Timer::start();
+    for service in [&here, &there] {
+        assert_eq!(send(service, post("k", "pay")).await.code(), "request-outstanding");
+    }
+    assert_eq!(begin.elapsed().as_secs(), 0);
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mismatch_is_told_before_the_wait_and_before_a_claim_is_decided() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&service, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(send(&service, post("k", "pay more")).await.status(), 422);
+    assert_eq!(owner.await.unwrap().status(), 201);
+
+    // The wrong body asks first, with a slow store; the right one must not be called a mismatch for it.
+    store.set_yields(50);
+    let wrong = start(&service, "k", "pay more");
+    tokio::task::yield_now().await;
+    let right = start(&service, "k", "pay");
+    assert_eq!(wrong.await.unwrap().status(), 422);
+    assert!(right.await.unwrap().is_replay());
+    assert_eq!(handler.runs(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_get_an_answer_that_is_not_kept_unmarked_and_the_next_request_runs() {
+    let veto = |n: usize| -> Response<AnyBody> {
+        let mut response = text(StatusCode::OK, format!("try later {n}"));
+        response.extensions_mut().insert(DoNotStore);
+        response
+    };
+    let failing = |n: usize| text(StatusCode::BAD_GATEWAY, format!("failed {n}"));
+    for (respond, status) in [
+        (Arc::new(veto) as Arc<dyn Fn(usize) -> _ + Send + Sync>, 200),
+        (Arc::new(failing), 502),
+    ] {
+        let handler = Handler::new()
+            .taking(Duration::from_secs(1))
+            .answering(move |n| respond(n));
+        let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+        let answers = storm(&service, 50).await;
+        assert!(answers
+            .iter()
+            .all(|answer| answer.status() == status && !answer.is_replay()));
+        assert!(answers.iter().all(|answer| answer.body == answers[0].body));
+        assert_eq!(handler.runs(), 1);
+        assert_ne!(send(&service, post("k", "pay")).await.body, answers[0].body);
+        assert_eq!(handler.runs(), 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_of_another_process_run_once_when_the_owner_frees_the_key() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new().taking(Duration::from_secs(1));
+    let here = IdempotencyLayer::new(store.clone()).layer(failing.clone());
+    let there = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_one_answer(&storm(&there, 20).await);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((failing.runs(), handler.runs()), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_of_another_process_runs_when_the_owner_is_lost_and_lost_keys_run_again() {
+    let store = RemoteStore::new();
+    let handler = Handler::new();
+    let layer = || IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+    let owner = start(
+        &layer().layer(Handler::new().taking(Duration::from_secs(3_600))),
+        "k",
+        "pay",
+    );
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("renew", [Fault::Before; 1_000]);
+    let timer = Timer::start();
+    let layer = layer().with_wait(Duration::from_secs(60));
+    let waiter = send(&layer.layer(handler.clone()), post("k", "pay")).await;
+    assert_eq!((waiter.status(), waiter.is_replay(), handler.runs()), (201, false, 1));
+    assert!(timer.elapsed() < Duration::from_secs(31), "{:?}", timer.elapsed());
+    owner.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_takes_the_place_of_a_waiter_that_left_and_runs_when_the_key_is_free() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new();
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let follower = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    waiter.abort();
+    assert_eq!((follower.await.unwrap().status(), handler.runs()), (201, 1));
+    assert_eq!(owner.await.unwrap().status(), 502);
+}
+
+/// A duplicate that followed a second waiter dropped its request. Later it got 409 although the key was free.
+#[tokio::test(start_paused = true)]
+async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new();
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut waiters = Vec::new();
+    for _ in 0..4 {
+        waiters.push(start(&here, "k", "pay"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let last = waiters.pop().unwrap();
+    for waiter in waiters {
+        waiter.abort();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!((last.await.unwrap().status(), handler.runs()), (201, 1));
+    assert_eq!(owner.await.unwrap().status(), 502);
+}
+
+/// A waiter held the capacity that the service had reserved, or ran with a service that was not ready.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_claims_again() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(3))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new().taking(Duration::from_secs(1));
+    // Its service panics if it is called before it is ready.
+    let here = IdempotencyLayer::new(store).layer(GlobalConcurrencyLimitLayer::new(1).layer(handler.clone()));
+    let owner = support::start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = support::start(&here, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(send(&here, post("other", "pay")).await.status(), 201);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 2));
+}
+
+/// A request that waited for the decision about another one held what that one needed to be ready, until the wait of one was over.
+#[tokio::test(start_paused = true)]
+async fn a_request_with_another_body_reserves_nothing_while_the_claim_of_a_waiter_is_undecided() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let here = IdempotencyLayer::new(store).layer(GlobalConcurrencyLimitLayer::new(1).layer(handler.clone()));
+    let owner = support::start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = support::start(&here, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let timer = Timer::start();
+    // The key is free before its body is complete, so that the waiter waits for its service by then.
+    let slow = support::stalling("pay more", tokio::time::sleep(Duration::from_secs(3)));
+    let other = support::start(&here, support::request("k", slow));
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 1));
+    assert_eq!(other.await.unwrap().code(), "key-reused");
+    assert!(timer.elapsed() < Duration::from_secs(4), "{:?}", timer.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waiter_whose_service_fails_before_it_claims_again_gets_the_error_of_its_service() {
+    #[derive(Clone)]
+    struct FailsLater(Arc<AtomicUsize>);
+
+    impl Service<Request<AnyBody>> for FailsLater {
+        type Response = Response<AnyBody>;
+        type Error = &'static str;
+        type Future = std::future::Ready<Result<Response<AnyBody>, &'static str>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+            let is_first = self.0.fetch_add(1, Ordering::SeqCst) == 0;
+            Poll::Ready(if is_first { Ok(()) } else { Err("closed") })
+        }
+
+        fn call(&mut self, _: Request<AnyBody>) -> Self::Future {
+            std::future::ready(Ok(text(StatusCode::CREATED, "called")))
+        }
+    }
+
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store.clone()).layer(FailsLater(Arc::default()));
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = here.oneshot(post("k", "pay")).await;
+    assert_eq!(waiter.unwrap_err(), "closed");
+    assert_eq!((owner.await.unwrap().status(), store.len()), (502, 0));
+}
+
+/// Another process released the key, and another request took it. A waiter that had not looked since then decided by
+/// its old look.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_of_another_process_refuses_no_request_by_what_it_saw_before() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_millis(1_900))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let elsewhere = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    let here = IdempotencyLayer::new(store).layer(Handler::new());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    let waiter = start(&here, "k", "pay");
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(send(&elsewhere, post("k", "pay more")).await.status(), 201);
+    let timer = Timer::start();
+    let other = send(&here, post("k", "pay more")).await;
+    assert_eq!((other.status(), other.is_replay(), other.code()), (201, true, ""));
+    assert!(timer.elapsed() < Duration::from_millis(50), "{:?}", timer.elapsed());
+    assert_eq!(waiter.await.unwrap().code(), "key-reused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
+    let store = RemoteStore::new();
+    let slow = Handler::new().taking(Duration::from_secs(20));
+    let there = IdempotencyLayer::new(store.clone()).layer(slow.clone());
+    let layer = IdempotencyLayer::new(store.clone())
+        .with_max_waiters_per_key(1)
+        .with_max_waiters(3);
+    let here = layer.layer(slow.clone());
+    let owners: Vec<_> = (0..100)
+        .map(|n| support::start(&there, post(&n.to_string(), "")))
+        .collect();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let duplicates: Vec<_> = (0..100)
+        .map(|n| support::start(&here, post(&n.to_string(), "")))
+        .collect();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        duplicates.iter().filter(|duplicate| !duplicate.is_finished()).count(),
+        3
+    );
+    let mut codes: Vec<_> = Vec::new();
+    for duplicate in duplicates {
+        codes.push(duplicate.await.unwrap().code());
+    }
+    assert_eq!(codes.iter().filter(|code| **code == "too-many-waiters").count(), 97);
+    drop(owners);
+    // A request that does not wait needs no place, and the places are free again.
+    let at_once = layer
+        .clone()
+        .with_wait(Duration::ZERO)
+        .with_max_waiters_per_key(0)
+        .with_max_waiters(0)
+        .layer(slow.clone());
+    let _owner = support::start(&there, post("k", ""));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(send(&at_once, post("k", "")).await.code(), "request-outstanding");
+    assert_eq!(send(&here, post("k", "")).await.status(), 201);
+}
+
+/// A wait for an owner inherited the deadline of an earlier wait, the one for the decision about another request's
+/// claim, which was the timeout of the store.
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_waits_no_longer_than_is_set_whatever_it_waits_for() {
+    let store = RemoteStore::new();
+    store.set_timers(true);
+    store.fail("claim", [Fault::Before, Fault::Before]);
+    let layer = IdempotencyLayer::new(store)
+        .with_wait(Duration::from_secs(1))
+        .with_store_timeout(Duration::from_secs(20));
+    let service = layer.layer(Handler::new().taking(Duration::from_secs(60)));
+    let refused = start(&service, "k", "another body");
+    tokio::task::yield_now().await;
+    // One of these two runs, and the other waits for it.
+    let timer = Timer::start();
+    let (one, two) = (start(&service, "k", "body"), start(&service, "k", "body"));
+    let waited = futures::future::select(one, two).await.factor_first().0.unwrap();
+    assert_eq!(
+        (refused.await.unwrap().status(), waited.code()),
+        (503, "request-outstanding")
+    );
+    assert!(
+        timer.elapsed() < Duration::from_secs(2),
+        "{:?} instead of 1 s",
+        timer.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_hangs_does_not_prolong_a_wait() {
+    for operation in ["peek", "claim"] {
+        let store = RemoteStore::new();
+        let owner = start(
+            &IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_secs(60))),
+            "k",
+            "pay",
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let here = IdempotencyLayer::new(store.clone())
+            .with_wait(Duration::from_secs(1))
+            .with_store_timeout(Duration::from_secs(20))
+            .layer(Handler::new());
+        store.fail(operation, [Fault::Hang; 100]);
+        // Of two bodies under one key, the second waits for the decision about the first.
+        let hanging = start(&here, "k", "pay");
+        tokio::task::yield_now().await;
+        let timer = Timer::start();
+        let waited = send(&here, post("k", "pay more")).await;
+        assert_eq!(waited.code(), "request-outstanding", "{operation}");
+        assert!(
+            timer.elapsed() < Duration::from_secs(2),
+            "{operation}: {:?}",
+            timer.elapsed()
+        );
+        if operation == "peek" {
+            assert_eq!(hanging.await.unwrap().code(), "request-outstanding");
+            assert!(timer.elapsed() < Duration::from_secs(2), "{:?}", timer.elapsed());
+        }
+        owner.abort();
+    }
+}
+
+/// A claim after a wait had the whole timeout of the store, twice.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_follows_a_wait_ends_with_the_wait_and_nothing_runs() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(1))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let here = IdempotencyLayer::new(store.clone())
+        .with_wait(Duration::from_secs(2))
+        .with_store_timeout(Duration::from_secs(20))
+        .dangerously_run_unprotected_when_the_store_fails()
+        .layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let timer = Timer::start();
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("claim", [Fault::Hang; 10]);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(waiter.await.unwrap().code(), "request-outstanding");
+    assert!(timer.elapsed() < Duration::from_secs(3), "{:?}", timer.elapsed());
+    assert_eq!(handler.runs(), 0);
+    store.heal();
+    assert_eq!(send(&here, post("k", "pay")).await.status(), 201);
+}
+
+/// The claim of a waiter got no reply, and reached the store when the owner had released the key. The waiter then waited
+/// for itself.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_the_store_grants_late_is_the_claim_of_the_request_that_waits() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_millis(3_200))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let handler = Handler::new();
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    // The owner releases the key at 3.2 s, the claim arrives at 3.3 s, and the waiter looks at 3.6 s.
+    store.delay_claim(Duration::from_millis(3_200));
+    let timer = Timer::start();
+    let waiter = send(&here, post("k", "pay")).await;
+    assert_eq!((waiter.status(), waiter.is_replay(), handler.runs()), (201, false, 1));
+    assert!(timer.elapsed() < Duration::from_secs(4), "{:?}", timer.elapsed());
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(store.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_look_that_fails_once_does_not_end_a_wait() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(3));
+    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("peek", [Fault::Before]);
+    let waiters = storm(&here, 20).await;
+    assert!(waiters
+        .iter()
+        .all(|waiter| waiter.status() == 201 && waiter.is_replay()));
+    assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+    let owner = start(&there, "other", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("peek", [Fault::Before; 2]);
+    assert_eq!(send(&here, post("other", "pay")).await.code(), "store-unavailable");
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+/// The last look of the waiter failed, and its followers, who had time left, got its refusal.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_whose_last_look_fails_refuses_no_one_that_follows_it() {
+    let store = RemoteStore::new();
+    let there = IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_secs(6)));
+    let here = IdempotencyLayer::new(store.clone())
+        .with_wait(Duration::from_secs(4))
+        .layer(Handler::new());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let first = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(3_800)).await;
+    let follower = start(&here, "k", "pay");
+    store.fail("peek", [Fault::Before]);
+    assert_eq!(first.await.unwrap().code(), "store-unavailable");
+    assert!(follower.await.unwrap().is_replay());
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+/// The store granted the claim of a waiter late, while no claims were sent because many were lost. The waiter asked the
+/// store again and again.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_the_store_grants_late_is_taken_while_many_claims_are_lost() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_millis(3_200))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let there = IdempotencyLayer::new(store.clone()).layer(failing);
+    let here = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.delay_claim(Duration::from_millis(3_200));
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("claim", vec![Fault::Before; 100_000]);
+    let others = (0..1_024).map(|n| support::start(&here, post(&n.to_string(), "pay")));
+    futures::future::join_all(others.collect::<Vec<_>>()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(send(&here, post("new", "pay")).await.code(), "store-unavailable");
+    assert_eq!(owner.await.unwrap().status(), 502);
+    store.heal();
+    assert_eq!(waiter.await.unwrap().status(), 201);
+}
+
+/// Without a wait, each failed look was taken for one that was cut short.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_may_not_wait_learns_why_the_store_failed() {
+    for (fault, code) in [
+        (Fault::Before, "store-unavailable"),
+        (Fault::Misconfigured, "store-misconfigured"),
+        (Fault::Corrupt, "record-unreadable"),
+        (Fault::Hang, "request-outstanding"),
+    ] {
+        let store = RemoteStore::new();
+        let layer = || IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
+        let owner = start(
+            &layer().layer(Handler::new().taking(Duration::from_secs(3))),
+            "k",
+            "pay",
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        store.fail("peek", [fault; 2]);
+        let refused = send(&layer().layer(Handler::new()), post("k", "pay")).await;
+        assert_eq!(refused.code(), code, "{fault:?}");
+        assert_eq!(owner.await.unwrap().status(), 201);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_are_bounded_for_a_key_and_in_all() {
+    let handler = Handler::new().taking(Duration::from_secs(1));
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .with_max_waiters_per_key(2)
+        .with_max_waiters(3);
+    let service = layer.layer(handler.clone());
+    let mut waiting = Vec::new();
+    for key in ["one", "two"] {
+        for _ in 0..4 {
+            waiting.push(start(&service, key, "pay"));
+            tokio::task::yield_now().await;
+        }
+    }
+    let answers = futures::future::join_all(waiting).await;
+    let codes: Vec<_> = answers.iter().map(|answer| answer.as_ref().unwrap().code()).collect();
+    let full = "too-many-waiters";
+    assert_eq!(codes, ["", "", "", full, "", "", full, full]);
+    assert_eq!(handler.runs(), 2);
+    // The places are free again.
+    assert_one_answer(&{
+        let service = layer.layer(Handler::new().taking(Duration::from_secs(1)));
+        let owner = start(&service, "three", "pay");
+        tokio::task::yield_now().await;
+        let waiter = start(&service, "three", "pay");
+        vec![owner.await.unwrap(), waiter.await.unwrap()]
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_share_the_leaders_refusal_when_the_store_fails() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::Before, Fault::Before]);
+    let handler = Handler::new();
+    let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let answers = storm(&service, 20).await;
+    assert!(answers.iter().all(|answer| answer.code() == "store-unavailable"));
+    assert_eq!(handler.runs(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_is_always_busy_starves_nobody() {
+    let handler = Handler::new()
+        .taking(Duration::from_millis(100))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "no"));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let clients = (0..20).map(|_| {
+        let service = service.clone();
+        tokio::spawn(async move {
+            let mut longest = Duration::ZERO;
+            for _ in 0..50 {
+                let begin = Timer::start();
+                send(&service, post("k", "pay")).await;
+                longest = longest.max(begin.elapsed());
+            }
+            longest
+        })
+    });
+    for longest in futures::future::join_all(clients).await {
+        let longest = longest.unwrap();
+        assert!(
+            longest <= Duration::from_millis(200),
+            "a request waited {longest:?} for 100 ms of work"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_do_not_block_one_another() {
+    let handler = Handler::new().taking(Duration::from_secs(5));
+    let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
+    let begin = Timer::start();
+    let requests = (0..200).map(|n| {
+        let service = service.clone();
+        async move { send(&service, support::request(&format!("key-{n}"), full("x"))).await }
+    });
+    futures::future::join_all(requests).await;
+    assert_eq!((begin.elapsed().as_secs(), handler.runs()), (5, 200));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_among_the_waiters_of_a_key_is_free_again_when_its_waiter_leaves() {
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let layer = IdempotencyLayer::new(MemoryStore::new())
+        .with_max_waiters_per_key(1)
+        .with_max_waiters(100);
+    let service = layer.layer(handler);
+    let owner = start(&service, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for _ in 0..3 {
+        let waiter = start(&service, "k", "pay");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "too-many-waiters");
+        waiter.abort();
+        assert!(waiter.await.unwrap_err().is_cancelled());
+    }
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watcher_of_another_process_is_not_given_the_answer_of_another_request() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(2))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let here = IdempotencyLayer::new(store.clone()).layer(failing);
+    let quick = Handler::new().answering(|_| text(StatusCode::CREATED, "for the other body"));
+    let there = IdempotencyLayer::new(store.clone()).layer(quick);
+    let watching = IdempotencyLayer::new(store).layer(Handler::new());
+    let owner = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(1_900)).await;
+    let watcher = start(&watching, "k", "pay");
+    // The watcher has just looked and sleeps; the key is released and taken for another body before it looks again.
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!(send(&there, post("k", "pay more")).await.status(), 201);
+    let watcher = watcher.await.unwrap();
+    assert_eq!((watcher.status(), watcher.code()), (422, "key-reused"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_wait_for_another_claim_are_bounded_in_number_and_time() {
+    // They were not counted, and took the lead one after the other: 20 of them waited for 200 s.
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::Hang; 10_000]);
+    let s = IdempotencyLayer::new(store)
+        .with_wait(Duration::ZERO)
+        .with_max_waiters_per_key(1)
+        .with_max_waiters(1)
+        .layer(Handler::new());
+    let timer = Timer::start();
+    let all: Vec<_> = (0..20)
+        .map(|n| support::start(&s, post("k", format!("body {n}"))))
+        .collect();
+    let mut codes = vec![];
+    for one in all {
+        codes.push(one.await.unwrap().code());
+    }
+    assert!(codes.contains(&"too-many-waiters"), "{codes:?}");
+    assert!(timer.elapsed() < Duration::from_secs(15), "{:?}", timer.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_longest_retry_after_is_no_overflow() {
+    // Rounding up overflowed.
+    let handler = Handler::new().taking(Duration::from_secs(3600));
+    let s = IdempotencyLayer::new(MemoryStore::new())
+        .with_wait(Duration::ZERO)
+        .with_retry_after(Duration::MAX)
+        .layer(handler);
+    let _a = support::start(&s, post("k", "x"));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(send(&s, post("k", "x")).await.status(), 409);
+}

@@ -1,0 +1,301 @@
+//! Leases are renewed as long as their owners live, even if runtimes end, threads block or renewals fail.
+
+use std::future::poll_fn;
+use std::sync::mpsc;
+use std::task::Poll;
+use std::thread;
+use std::time::Duration;
+
+use http::{Request, StatusCode};
+use tokio::runtime::{Builder, Runtime};
+use tower::{service_fn, Layer};
+use tower_idempotency::protocol::{Resolution, Status};
+use tower_idempotency::{IdempotencyLayer, OnError, OnLost, Store};
+
+use crate::support::{post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
+
+const LEASE: Duration = Duration::from_secs(1);
+
+fn layer(store: &RemoteStore) -> IdempotencyLayer<RemoteStore> {
+    IdempotencyLayer::new(store.clone())
+        .with_lease(LEASE)
+        .on_lost(OnLost::Execute)
+}
+
+fn one_thread() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// A request with the same key in another process. It would take the key over if the lease ended.
+async fn elsewhere(store: &RemoteStore, handler: &Handler) -> Got {
+    let there = layer(store).with_wait(Duration::ZERO).layer(handler.clone());
+    send(&there, post("k", "pay")).await
+}
+
+/// The renewal task was started through the pool for blocking work, which the application may have filled.
+#[test]
+fn a_lease_is_renewed_while_the_blocking_pool_is_full() {
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (end, ended) = mpsc::channel::<()>();
+    runtime.spawn_blocking(move || assert!(ended.recv().is_err()));
+    runtime.block_on(async {
+        let store = RemoteStore::new();
+        let handler = Handler::new().taking(3 * LEASE);
+        let first = start(&layer(&store).layer(handler.clone()), post("k", "pay"));
+        tokio::time::sleep(2 * LEASE).await;
+        assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
+        assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
+    });
+    drop(end);
+}
+
+/// One task renewed the leases of all runtimes. When its runtime was blocked or ended, nothing renewed them.
+#[test]
+fn a_lease_is_renewed_on_its_own_runtime_whatever_became_of_the_first_one() {
+    for is_dropped in [false, true] {
+        let store = RemoteStore::new();
+        let layer = layer(&store);
+        let first = one_thread();
+        first.block_on(send(&layer.layer(Handler::new()), post("first", "pay")));
+        let first = (!is_dropped).then_some(first);
+        one_thread().block_on(async {
+            let handler = Handler::new().taking(3 * LEASE);
+            let owner = start(&layer.layer(handler.clone()), post("k", "pay"));
+            tokio::time::sleep(2 * LEASE).await;
+            assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
+            assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+        });
+        drop(first);
+    }
+}
+
+/// A handler blocks the runtime of the owner. The task of another runtime finds the renewal overdue.
+#[test]
+fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
+    let store = RemoteStore::new();
+    let layer = layer(&store);
+    let blocking = layer.layer(service_fn(|_: Request<AnyBody>| async {
+        thread::sleep(3 * LEASE);
+        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "blocked"))
+    }));
+    let other = layer.layer(Handler::new().taking(3 * LEASE));
+    let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
+    let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
+    thread::sleep(2 * LEASE);
+    let handler = Handler::new();
+    let duplicate = one_thread().block_on(elsewhere(&store, &handler));
+    assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
+    assert_eq!(owner.join().unwrap().body, "blocked");
+    assert_eq!(beside.join().unwrap().status(), 201);
+}
+
+/// A handler keeps its runtime so busy that the timers never fire. The renewal task sleeps, and only the owner is
+/// polled.
+#[test]
+fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
+    let store = RemoteStore::new();
+    store.set_yields(0);
+    let busy = layer(&store).layer(service_fn(|_: Request<AnyBody>| async {
+        let mut polls = 0;
+        poll_fn(|cx| {
+            polls += 1;
+            thread::sleep(LEASE / 10);
+            cx.waker().wake_by_ref();
+            if polls < 30 {
+                Poll::Pending
+            } else {
+                Poll::Ready(())
+            }
+        })
+        .await;
+        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "busy"))
+    }));
+    let owner =
+        thread::spawn(move || one_thread().block_on(async move { start(&busy, post("k", "pay")).await.unwrap() }));
+    thread::sleep(2 * LEASE);
+    let handler = Handler::new();
+    let duplicate = one_thread().block_on(elsewhere(&store, &handler));
+    assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
+    assert_eq!(owner.join().unwrap().body, "busy");
+}
+
+/// The owner noticed by itself that its renewal was overdue. Its renewal hung for so long that the next one came after
+/// the end of the lease.
+#[test]
+fn a_lease_outlives_an_overdue_renewal_that_hangs() {
+    const LEASE: Duration = Duration::from_secs(6);
+    let store = RemoteStore::new();
+    let layer = layer(&store).with_lease(LEASE);
+    let blocking = layer.layer(service_fn(|_: Request<AnyBody>| async {
+        thread::sleep(LEASE * 4 / 3);
+        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "blocked"))
+    }));
+    let other = layer.layer(Handler::new().taking(LEASE * 4 / 3));
+    let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
+    let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
+    // Both leases get a renewal that hangs: the one of the other runtime after a third of the lease, and that of the
+    // blocked runtime after half of it.
+    store.fail("renew", [Fault::Hang; 2]);
+    thread::sleep(LEASE * 3 / 4);
+    let (handler, runtime) = (Handler::new(), one_thread());
+    for _ in 0..100 {
+        let duplicate = runtime.block_on(elsewhere(&store, &handler));
+        assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
+        thread::sleep(LEASE / 200);
+    }
+    assert_eq!(owner.join().unwrap().body, "blocked");
+    assert_eq!(beside.join().unwrap().status(), 201);
+}
+
+/// Renewals that fail or hang are repeated while the lease lasts.
+#[tokio::test(start_paused = true)]
+async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
+    for fault in [Fault::Before, Fault::Hang] {
+        let store = RemoteStore::new();
+        let handler = Handler::new().taking(3 * LEASE);
+        store.fail("renew", [fault]);
+        let first = start(&layer(&store).layer(handler.clone()), post("k", "pay"));
+        tokio::time::sleep(2 * LEASE).await;
+        assert_eq!(
+            elsewhere(&store, &handler).await.code(),
+            "request-outstanding",
+            "{fault:?}"
+        );
+        assert_eq!((first.await.unwrap().status(), handler.runs()), (201, 1));
+    }
+}
+
+/// A renewal was under way when the handler failed. The server ended the lease before the release reached the store, so
+/// callers were told that the outcome is unknown.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_under_way_does_not_make_a_key_unknown_that_is_released() {
+    let store = RemoteStore::new();
+    let failing = Handler::new()
+        .taking(Duration::from_secs(11))
+        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Release);
+    let owner = start(&layer.layer(failing), post("k", "pay"));
+    // The renewal begins at 10 s and ends at 13 s. The first release hangs from 11 s to 16 s.
+    store.fail("renew", [Fault::Slow(3)]);
+    store.fail("release", [Fault::Hang]);
+    tokio::time::sleep(Duration::from_secs(14)).await;
+    let elsewhere = IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
+    let elsewhere = elsewhere.layer(Handler::new());
+    assert_eq!(send(&elsewhere, post("k", "pay")).await.status(), 201);
+    // The first caller gets the response that the key holds by now.
+    assert_eq!(owner.await.unwrap().status(), 201);
+}
+
+/// A renewal was under way when the handler failed. It reached the store last, and held the key for another lease.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up() {
+    for (on_error, is_second) in [(OnError::Unknown, false), (OnError::Release, true)] {
+        let store = RemoteStore::new();
+        let layer = || {
+            IdempotencyLayer::new(store.clone())
+                .on_error(on_error)
+                .on_lost(OnLost::Execute)
+        };
+        if is_second {
+            // A release keeps the record of a key that another attempt has held.
+            let handler = Handler::new().taking(Duration::from_secs(3_600));
+            drop(start(&layer().layer(handler), post("k", "pay")));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            store.fail("renew", [Fault::Before; 1_000]);
+            tokio::time::sleep(Duration::from_secs(40)).await;
+        }
+        let failing = Handler::new()
+            .taking(Duration::from_secs(11))
+            .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        let owner = start(&layer().layer(failing), post("k", "pay"));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        store.heal();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        // The renewal begins at 10 s, and the handler ends at 11 s.
+        store.fail("renew", [Fault::Slow(3)]);
+        assert_eq!(owner.await.unwrap().status(), 502);
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let handler = Handler::new();
+        assert_eq!(elsewhere(&store, &handler).await.status(), 201, "{on_error:?}");
+        assert_eq!(handler.runs(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_lost_its_key_never_gets_the_answer_of_another_request() {
+    // It was served what stood under the key, whoever had made it.
+    let store = RemoteStore::new();
+    let handler = Handler::new()
+        .taking(Duration::from_secs(3600))
+        .answering(|_| text(StatusCode::CREATED, "zombie"));
+    let layer = IdempotencyLayer::new(store.clone()).with_store_timeout(Duration::from_secs(1));
+    let mut a = post("k", "pay");
+    a.headers_mut().insert("authorization", "Bearer alice".parse().unwrap());
+    let zombie = start(&layer.layer(handler), a);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    store.fail("renew", [Fault::Before; 10_000]);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let (key, _) = store.only();
+    let snap = store.peek(&key).await.unwrap().unwrap();
+    assert_eq!(snap.status, Status::Lost);
+    store.resolve(&key, snap.fence, &Resolution::Absent).await.unwrap();
+    let h2 = Handler::new().answering(|_| text(StatusCode::CREATED, "bobs secret"));
+    let s2 = IdempotencyLayer::new(store).layer(h2);
+    let mut b = post("k", "other");
+    b.headers_mut().insert("authorization", "Bearer bob".parse().unwrap());
+    assert_eq!(send(&s2, b).await.body, "bobs secret");
+    let z = zombie.await.unwrap();
+    assert_ne!(z.body, "bobs secret");
+}
+
+#[test]
+fn renewal_starts_even_when_the_first_grant_was_outside_of_a_runtime() {
+    // It was marked as running before it was known whether it could.
+    let store = RemoteStore::new();
+    store.set_yields(0);
+    let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
+    let s = layer.layer(Handler::new());
+    futures::executor::block_on(async { send(&s, post("k0", "x")).await });
+    let rt = Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    rt.block_on(async {
+        let s = layer.layer(Handler::new().taking(Duration::from_secs(5)));
+        send(&s, post("k1", "x")).await;
+    });
+    assert!(store.calls("renew") > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_hangs_does_not_hold_up_the_others() {
+    // They were awaited as a batch, and a short lease ran out behind a long one's time-out.
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(1200));
+    let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+    let long = layer
+        .clone()
+        .with_lease(Duration::from_secs(1800))
+        .layer(handler.clone());
+    let short = layer.clone().with_lease(Duration::from_secs(30)).layer(handler.clone());
+    let _l = start(&long, post("long", "x"));
+    tokio::time::sleep(Duration::from_secs(595)).await;
+    let _s = start(&short, post("short", "x"));
+    // the first renewal of the long one (at ~600 s) hangs
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    store.fail("renew", [Fault::Hang]);
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    let other = IdempotencyLayer::new(store.clone())
+        .on_lost(OnLost::Execute)
+        .with_wait(Duration::ZERO)
+        .layer(handler.clone());
+    let _o = start(&other, post("short", "x"));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(handler.runs(), 2, "the short one ran twice");
+}

@@ -1,0 +1,15 @@
+//! The layer around services of tower, axum and tonic: which requests run, which wait, which are answered from the store.
+
+mod bad_input;
+mod boxed_store;
+mod cancellation;
+mod duplicates;
+mod failures;
+#[cfg(feature = "axum")]
+mod on_axum;
+#[cfg(feature = "tonic")]
+mod on_tonic;
+mod on_tower;
+#[path = "../support/mod.rs"]
+mod support;
+mod telemetry;

@@ -1,0 +1,90 @@
+//! Layers within layers that have the same key.
+
+use std::time::Duration;
+
+use tower::Layer;
+use tower_idempotency::{BoxStore, IdempotencyLayer, MemoryStore, Store};
+
+use crate::support::{post, send, Fault, Handler, RemoteStore, Timer};
+
+/// Two processes, each with an outer layer on its own store and an inner layer on a shared store. The inner layer took
+/// the key of the outer layer for its own, and passed the request on unguarded.
+#[tokio::test]
+async fn an_inner_layer_guards_its_store_whatever_outer_layers_guard_in_others() {
+    let shared = RemoteStore::new();
+    let handler = Handler::new();
+    let process = |layers: usize| {
+        let mut service =
+            tower::util::BoxCloneService::new(IdempotencyLayer::new(shared.clone()).layer(handler.clone()));
+        for _ in 0..layers {
+            service = tower::util::BoxCloneService::new(IdempotencyLayer::new(MemoryStore::new()).layer(service));
+        }
+        service
+    };
+    for layers in [1, 2, 0] {
+        assert_eq!(send(&process(layers), post("k", "pay 100")).await.status(), 201);
+    }
+    assert_eq!((handler.runs(), shared.calls("claim")), (1, 3));
+}
+
+/// Different handles may reach the same store: clones, boxes, or two connections.
+#[tokio::test(start_paused = true)]
+async fn an_inner_layer_steps_aside_for_an_outer_one_on_the_same_store_however_that_is_reached() {
+    async fn check<In: Store, Out: Store>(inner: In, outer: Out) {
+        let handler = Handler::new();
+        let inner = IdempotencyLayer::new(inner).layer(handler.clone());
+        let service = IdempotencyLayer::new(outer).layer(inner);
+        let timer = Timer::start();
+        let first = send(&service, post("k", "pay")).await;
+        let again = send(&service, post("k", "pay")).await;
+        assert_eq!((first.status(), again.is_replay(), handler.runs()), (201, true, 1));
+        assert!(timer.elapsed() < Duration::from_secs(1), "they waited for each other");
+    }
+    let memory = MemoryStore::new();
+    check(memory.clone(), memory).await;
+    let remote = RemoteStore::new();
+    check(remote.clone(), remote).await;
+    let memory = MemoryStore::new();
+    check(BoxStore::new(memory.clone()), std::sync::Arc::new(memory)).await;
+    let remote = RemoteStore::new();
+    check(BoxStore::new(BoxStore::new(remote.clone())), remote).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_inner_layer_finds_the_layer_of_its_store_behind_another_one() {
+    let (store, between) = (RemoteStore::new(), RemoteStore::new());
+    let handler = Handler::new();
+    let layer = |store: &RemoteStore| IdempotencyLayer::new(store.clone());
+    let service = layer(&store).layer(layer(&between).layer(layer(&store).layer(handler.clone())));
+    let timer = Timer::start();
+    let first = send(&service, post("k", "pay")).await;
+    assert!(send(&service, post("k", "pay")).await.is_replay());
+    assert_eq!(
+        (
+            first.status(),
+            handler.runs(),
+            store.calls("claim"),
+            between.calls("claim")
+        ),
+        (201, 1, 2, 1)
+    );
+    assert!(timer.elapsed() < Duration::from_secs(1), "they waited for each other");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_inner_layer_that_cannot_look_runs_nothing() {
+    let (outer, inner) = (RemoteStore::new(), RemoteStore::new());
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(inner.clone());
+    let service = IdempotencyLayer::new(outer).layer(layer.layer(handler.clone()));
+    inner.fail("peek", [Fault::Before, Fault::Before]);
+    let refused = send(&service, post("k", "pay")).await;
+    assert_eq!(
+        (refused.status(), refused.code(), handler.runs()),
+        (503, "store-unavailable", 0)
+    );
+    // After one failure the layer looks again, and it stored nothing of the refusal.
+    inner.fail("peek", [Fault::Before]);
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert_eq!(handler.runs(), 1);
+}

@@ -1,0 +1,330 @@
+//! What the crate tells about itself, and what it never tells.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tower::{service_fn, Layer, ServiceExt};
+use tower_idempotency::receiver::{HandlerErrorClass, ReceiverLayer};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, OnLost};
+use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::support::{post, send, Fault, Handler, RemoteStore};
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'w> MakeWriter<'w> for Log {
+    type Writer = Self;
+
+    fn make_writer(&'w self) -> Self {
+        self.clone()
+    }
+}
+
+/// `tracing` remembers for the whole process whether anybody listens to a span: a test without a listener that meets the span
+/// for the first time, just as another begins to listen, may silence it for a moment.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Everything logged while a store with faults serves a few requests.
+fn logged() -> String {
+    logged_during(async {
+        let store = RemoteStore::new();
+        let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+        let service = layer
+            .with_completion_timeout(Duration::from_secs(1))
+            .layer(Handler::new());
+        send(&service, post("secret-key", "card of Alice")).await;
+        send(&service, post("secret-key", "card of Alice")).await;
+        send(&service, post("secret-key", "card of Bob")).await;
+        store.fail("claim", [Fault::Before; 2]);
+        send(&service, post("secret-key", "card of Alice")).await;
+        store.fail("claim", [Fault::Misconfigured, Fault::Corrupt]);
+        send(&service, post("secret-key", "card of Alice")).await;
+        send(&service, post("secret-key", "card of Alice")).await;
+        store.fail("complete", [Fault::Before; 100]);
+        send(&service, post("secret-key-2", "card of Alice")).await;
+    })
+}
+
+/// Everything logged while a future runs.
+fn logged_during(run: impl Future<Output = ()>) -> String {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_span_events(FmtSpan::CLOSE)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(run);
+    });
+    let bytes = log.0.lock().unwrap().clone();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn every_request_has_a_span_and_every_unusual_path_an_event() {
+    let log = logged();
+    for told in [
+        "outcome=\"executed\"",
+        "outcome=\"replayed\"",
+        "outcome=\"key-reused\"",
+        "outcome=\"store-unavailable\"",
+        "outcome=\"store-misconfigured\"",
+        "outcome=\"record-unreadable\"",
+        "outcome=\"outcome-unknown\"",
+        "attempt=1",
+        "fence=",
+        "event=\"claim-repeated\"",
+        "event=\"store-failed\"",
+        "event=\"completion-repeated\"",
+        "event=\"unrecorded\"",
+    ] {
+        assert!(log.contains(told), "{told} is not in:\n{log}");
+    }
+}
+
+#[test]
+fn faults_that_an_operator_has_to_correct_are_errors_with_their_reason() {
+    let log = logged();
+    for (event, reason) in [
+        ("store-misconfigured", "the table does not exist"),
+        ("record-unreadable", "a record cannot be read"),
+        ("store-failed", "the idempotency store did not reply"),
+    ] {
+        let line = log.lines().find(|line| line.contains(&format!("event=\"{event}\"")));
+        let line = line.unwrap_or_else(|| panic!("no {event} in:\n{log}"));
+        assert!(line.contains(reason), "{line}");
+        assert_eq!(line.contains("ERROR"), event != "store-failed", "{line}");
+    }
+}
+
+#[test]
+fn no_key_and_no_body_is_ever_logged() {
+    let log = logged();
+    for secret in ["secret-key", "Alice", "Bob"] {
+        assert!(!log.contains(secret), "{log}");
+    }
+}
+
+enum Event {
+    Placed(u64),
+    Cancelled(u64),
+}
+
+fn id_of(event: &Event) -> u64 {
+    match event {
+        Event::Placed(id) | Event::Cancelled(id) => *id,
+    }
+}
+
+/// The receiver acknowledged the cancellation of an order as a duplicate of its placement, and no event reported it.
+#[test]
+fn a_duplicate_of_another_type_is_reported() {
+    type Events = ReceiverLayer<MemoryStore, Event>;
+    let set_ups: [fn(Events) -> Events; 2] = [
+        |layer| layer,
+        |layer| {
+            layer.with_type(|event| match event {
+                Event::Placed(_) => "secret-placed",
+                Event::Cancelled(_) => "secret-cancelled",
+            })
+        },
+    ];
+    for set_up in set_ups {
+        for (events, reports) in [
+            ([Event::Placed(7), Event::Cancelled(7)], 1),
+            ([Event::Placed(7), Event::Placed(7)], 0),
+            ([Event::Placed(7), Event::Cancelled(8)], 0),
+        ] {
+            let layer = set_up(ReceiverLayer::new(MemoryStore::new(), "billing").with_id(id_of));
+            let log = logged_during(async {
+                for event in events {
+                    // Each consumer of a process has a clone of the layer.
+                    let handler = service_fn(|_: Event| async { Ok::<_, std::io::Error>(()) });
+                    let _ = layer.clone().layer(handler).oneshot(event).await;
+                }
+            });
+            let lines = log.lines().filter(|line| line.contains("event=\"type-mismatch\""));
+            assert_eq!(lines.filter(|line| line.contains("WARN")).count(), reports, "{log}");
+            assert!(!log.contains("secret"), "{log}");
+        }
+    }
+}
+
+#[test]
+fn an_error_that_the_classifier_does_not_take_is_reported() {
+    let log = logged_during(async {
+        let layer = ReceiverLayer::new(MemoryStore::new(), "billing")
+            .with_id(|id: &u64| *id)
+            .with_error_class(|_: &std::io::Error| HandlerErrorClass::Reject);
+        let handler = service_fn(|_: u64| async { Err::<(), _>("no") });
+        assert!(layer.layer(handler).oneshot(7).await.is_err());
+    });
+    assert!(log.contains("event=\"error-unclassified\""), "{log}");
+}
+
+#[cfg(feature = "metrics")]
+#[test]
+fn metrics_count_outcomes_events_and_the_store() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let snapshot = metrics::with_local_recorder(&recorder, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let service = IdempotencyLayer::new(MemoryStore::new()).layer(Handler::new());
+            for body in ["x", "x", "y"] {
+                send(&service, post("secret-key", body)).await;
+            }
+            send(&service, post("not a key", "x")).await;
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        });
+        snapshotter.snapshot().into_vec()
+    });
+    let value = |name: &str, label: Option<&str>| {
+        let found = snapshot.iter().find(|(key, ..)| {
+            let mut labels = key.key().labels().map(metrics::Label::value);
+            key.key().name() == name && label.is_none_or(|label| labels.any(|value| value == label))
+        });
+        let (.., value) = found.unwrap_or_else(|| panic!("no {name} {label:?}"));
+        match value {
+            DebugValue::Counter(count) => f64::from(u32::try_from(*count).unwrap()),
+            DebugValue::Gauge(gauge) => gauge.into_inner(),
+            DebugValue::Histogram(times) => f64::from(u32::try_from(times.len()).unwrap()),
+        }
+    };
+    for outcome in ["executed", "replayed", "key-reused", "key-invalid"] {
+        assert!(
+            (value("idempotency_requests_total", Some(outcome)) - 1.0).abs() < 0.1,
+            "{outcome}"
+        );
+    }
+    assert!((value("idempotency_layer_seconds", None) - 3.0).abs() < 0.1);
+    assert!(value("idempotency_in_flight", None).abs() < 0.1);
+    assert!((value("idempotency_store_records", None) - 1.0).abs() < 0.1);
+    assert!(value("idempotency_store_bytes", None) > 1.0);
+    assert!(!format!("{snapshot:?}").contains("secret-key"));
+}
+
+/// Sends webhooks that are rejected for four reasons. Returns the bodies of the responses.
+#[cfg(all(feature = "webhooks", feature = "testing"))]
+async fn send_rejected_webhooks() -> Vec<bytes::Bytes> {
+    use bytes::Bytes;
+    use http::{Request, Response, StatusCode};
+    use http_body_util::{BodyExt, Full};
+    use tower::{service_fn, ServiceExt};
+    use tower_idempotency::receiver::testing::WebhookSigner;
+    use tower_idempotency::receiver::webhooks::{StripeWebhooks, WebhookLayer};
+
+    let handler = service_fn(|_: Request<Full<Bytes>>| async {
+        Ok::<_, std::convert::Infallible>(Response::new(Full::default()))
+    });
+    let service = WebhookLayer::new("billing", StripeWebhooks::new(["hush"]).unwrap()).layer(handler);
+    let request = || Request::post("/").body(r#"{"id":"evt_secret"}"#).unwrap();
+    let unsigned = request().map(Bytes::from);
+    let forged = WebhookSigner::stripe("other").sign(request());
+    let old = WebhookSigner::stripe("hush").at(std::time::UNIX_EPOCH).sign(request());
+    let nameless = WebhookSigner::stripe("hush").sign(Request::post("/").body("{}").unwrap());
+    let mut bodies = Vec::new();
+    for request in [unsigned, forged, old, nameless] {
+        let response = service.clone().oneshot(request.map(Full::new)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+        bodies.push(response.into_body().collect().await.unwrap().to_bytes());
+    }
+    bodies
+}
+
+#[cfg(all(feature = "webhooks", feature = "testing"))]
+#[test]
+fn the_reason_of_a_rejected_webhook_is_logged_and_never_in_the_response() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let bodies = runtime.block_on(send_rejected_webhooks());
+        assert!(bodies.iter().all(|body| *body == bodies[0]), "{bodies:?}");
+    });
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    for reason in ["missing-header", "signature", "timestamp", "id"] {
+        let line = log.lines().find(|line| line.contains(&format!("reason=\"{reason}\"")));
+        let line = line.unwrap_or_else(|| panic!("no {reason} in:\n{log}"));
+        for part in [
+            "WARN",
+            "tower_idempotency",
+            "event=\"webhook-rejected\"",
+            "consumer=\"billing\"",
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+    }
+    for secret in ["hush", "evt_secret", "v1="] {
+        assert!(!log.contains(secret), "{log}");
+    }
+}
+
+#[cfg(all(feature = "metrics", feature = "webhooks", feature = "testing"))]
+#[test]
+fn the_reason_of_a_rejected_webhook_is_a_label() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let snapshot = metrics::with_local_recorder(&recorder, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(send_rejected_webhooks());
+        snapshotter.snapshot().into_vec()
+    });
+    let count = |name: &str, label: &str| {
+        let found = snapshot.iter().find(|(key, ..)| {
+            let mut labels = key.key().labels().map(metrics::Label::value);
+            key.key().name() == name && labels.any(|value| value == label)
+        });
+        match found.map(|(.., value)| value) {
+            Some(DebugValue::Counter(count)) => *count,
+            other => panic!("{name} {label}: {other:?}"),
+        }
+    };
+    for reason in ["missing-header", "signature", "timestamp", "id"] {
+        assert_eq!(count("idempotency_webhooks_rejected_total", reason), 1, "{reason}");
+    }
+    assert_eq!(count("idempotency_requests_total", "webhook-invalid"), 4);
+    assert_eq!(count("idempotency_events_total", "webhook-rejected"), 4);
+}

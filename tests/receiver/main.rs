@@ -1,0 +1,13 @@
+//! Messages and webhooks that are delivered at least once and handled once.
+
+mod job_leases;
+mod kit;
+mod leases;
+mod messages;
+mod outages;
+mod payloads;
+mod postgres;
+#[path = "../support/mod.rs"]
+mod support;
+mod testing;
+mod webhooks;

@@ -1,0 +1,707 @@
+//! The receiver: each message is handled once, and nothing is acknowledged that is not recorded.
+
+use std::future::{pending, Future};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::future::{join_all, BoxFuture};
+use futures::FutureExt;
+use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::protocol::{Fence, Resolution};
+use tower_idempotency::receiver::{
+    Disposition, MessageId, MessageLease, OnMismatch, OnMissingId, Receipt, ReceiveError, Receiver, ReceiverLayer,
+};
+use tower_idempotency::Recovered;
+use tower_idempotency::{ErrorKind, MemoryStore, OnError, Store};
+
+use crate::support::{Fault, RemoteStore};
+
+#[derive(Clone, Default)]
+struct Message {
+    id: Vec<u8>,
+    payload: Vec<u8>,
+    lease: Option<MessageLease>,
+}
+
+fn message(id: impl Into<Vec<u8>>) -> Message {
+    Message {
+        id: id.into(),
+        ..Message::default()
+    }
+}
+
+impl Message {
+    fn with(mut self, payload: &str) -> Self {
+        self.payload = payload.into();
+        self
+    }
+}
+
+/// What a handler does next; nothing unusual by default.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Plan {
+    Fail,
+    Hang,
+    Panic,
+    Take(Duration),
+}
+
+/// Counts its runs and its effects, which come at the end.
+#[derive(Clone, Default)]
+struct Handler {
+    runs: Arc<AtomicUsize>,
+    effects: Arc<AtomicUsize>,
+    plans: Arc<Mutex<Vec<Plan>>>,
+    leases: Arc<Mutex<Vec<MessageLease>>>,
+}
+
+impl Handler {
+    fn planning(plans: impl Into<Vec<Plan>>) -> Self {
+        Self {
+            plans: Arc::new(Mutex::new(plans.into())),
+            ..Self::default()
+        }
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        (self.runs.load(Ordering::SeqCst), self.effects.load(Ordering::SeqCst))
+    }
+}
+
+impl Service<Message> for Handler {
+    type Response = usize;
+    type Error = String;
+    type Future = BoxFuture<'static, Result<usize, String>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), String>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, message: Message) -> Self::Future {
+        let run = self.runs.fetch_add(1, Ordering::SeqCst) + 1;
+        self.leases.lock().unwrap().extend(message.lease);
+        let plan = {
+            let mut plans = self.plans.lock().unwrap();
+            (!plans.is_empty()).then(|| plans.remove(0))
+        };
+        let handler = self.clone();
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            match plan {
+                Some(Plan::Fail) => return Err("no".to_owned()),
+                Some(Plan::Hang) => pending().await,
+                Some(Plan::Panic) => panic!("the handler panics, as planned"),
+                Some(Plan::Take(time)) => tokio::time::sleep(time).await,
+                None => {}
+            }
+            handler.effects.fetch_add(1, Ordering::SeqCst);
+            Ok(run)
+        })
+    }
+}
+
+type Received = Result<Receipt<usize>, ReceiveError<String>>;
+
+fn layer<St>(store: St) -> ReceiverLayer<St, Message> {
+    ReceiverLayer::new(store, "billing")
+        .with_id(|message: &Message| message.id.clone())
+        .with_lease(Duration::from_secs(30))
+}
+
+async fn deliver<St: Store + Clone>(receiver: &Receiver<Handler, St, Message>, message: Message) -> Received {
+    receiver.clone().oneshot(message).await
+}
+
+fn disposition(received: &Received) -> Disposition {
+    Disposition::of(received)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_is_handled_once_by_each_consumer() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let billing = layer(store.clone()).layer(handler.clone());
+    assert!(matches!(deliver(&billing, message("m")).await, Ok(Receipt::First(1))));
+    for _ in 0..3 {
+        let again = deliver(&billing, message("m")).await;
+        assert!(matches!(again, Ok(Receipt::Duplicate)));
+        assert_eq!(disposition(&again), Disposition::Acknowledge);
+    }
+    let others = [
+        ReceiverLayer::new(store.clone(), "shipping").with_id(|message: &Message| message.id.clone()),
+        layer(store.clone()).with_namespace("test"),
+        layer(store.clone()).with_secret(&[7; 32]).unwrap(),
+        layer(store.clone()).with_id(|message: &Message| MessageId::of([b"shop-2".as_slice(), &message.id])),
+    ];
+    for other in others {
+        let receiver = other.layer(handler.clone());
+        assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(_))));
+    }
+    assert_eq!(handler.counts(), (5, 5));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_message_takes_two_round_trips_and_a_duplicate_one() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let receiver = layer(store.clone()).layer(handler.clone());
+    let calls = || ["claim", "complete", "release", "renew", "peek"].map(|operation| store.calls(operation));
+    assert!(deliver(&receiver, message("m")).await.is_ok());
+    assert_eq!(calls(), [1, 1, 0, 0, 0]);
+    for _ in 0..10 {
+        assert!(deliver(&receiver, message("m")).await.is_ok());
+    }
+    assert_eq!(calls(), [11, 1, 0, 0, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_many_deliveries_at_once_one_is_handled_and_the_others_come_again() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(100))]),
+    );
+    let receiver = layer(store).layer(handler.clone());
+    let all = join_all((0..50).map(|_| deliver(&receiver, message("m")))).await;
+    let firsts = all.iter().filter(|got| matches!(got, Ok(Receipt::First(1)))).count();
+    let in_flight = all.iter().filter(|got| match got {
+        Ok(Receipt::InFlight { retry_after }) => {
+            assert_eq!(disposition(got), Disposition::Redeliver(Some(*retry_after)));
+            *retry_after > Duration::ZERO && *retry_after <= Duration::from_secs(30)
+        }
+        _ => false,
+    });
+    assert_eq!((firsts, in_flight.count()), (1, 49));
+    assert_eq!(handler.counts(), (1, 1));
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_delivery_can_wait_for_the_one_in_flight() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(100))]),
+    );
+    let receiver = layer(store).with_wait(Duration::from_secs(200)).layer(handler.clone());
+    let all = join_all((0..50).map(|_| deliver(&receiver, message("m")))).await;
+    assert_eq!(
+        all.iter().filter(|got| matches!(got, Ok(Receipt::Duplicate))).count(),
+        49
+    );
+    assert_eq!(handler.counts(), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_handler_does_not_lose_its_message() {
+    let (store, handler) = (RemoteStore::new(), Handler::planning([Plan::Fail, Plan::Panic]));
+    let receiver = layer(store).layer(handler.clone());
+    let failed = deliver(&receiver, message("m")).await;
+    assert!(matches!(&failed, Err(ReceiveError::Handler(error)) if error == "no"));
+    assert_eq!(disposition(&failed), Disposition::Redeliver(None));
+    let panicked = deliver(&receiver, message("m")).await;
+    assert!(matches!(panicked, Err(ReceiveError::Panicked)));
+    assert_eq!(disposition(&panicked), Disposition::Redeliver(None));
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(3))));
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_can_count_as_handled_or_as_lost() {
+    for plan in [Plan::Fail, Plan::Panic] {
+        let handler = Handler::planning([plan]);
+        let receiver = layer(RemoteStore::new())
+            .on_error(OnError::Store)
+            .layer(handler.clone());
+        assert!(deliver(&receiver, message("m")).await.is_err());
+        assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
+        assert_eq!(handler.counts(), (1, 0));
+
+        let handler = Handler::planning([plan]);
+        let layer = layer(RemoteStore::new()).on_error(OnError::Unknown);
+        let receiver = layer.clone().layer(handler.clone());
+        assert!(deliver(&receiver, message("m")).await.is_err());
+        let again = deliver(&receiver, message("m")).await;
+        assert!(matches!(again, Ok(Receipt::Unknown)));
+        assert_eq!(disposition(&again), Disposition::Reject);
+        assert_eq!(handler.counts(), (1, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_service_is_not_ready_for_is_the_handlers_error() {
+    let inner = tower::util::BoxCloneService::new(tower::service_fn(|_: Message| async { Ok::<(), String>(()) }));
+    let never_ready = tower::util::MapErr::new(NotReady(inner), |error: String| error);
+    let receiver = layer(RemoteStore::new()).layer(never_ready);
+    let failed = receiver.oneshot(message("m")).await;
+    assert!(matches!(failed, Err(ReceiveError::Handler(error)) if error == "not ready"));
+}
+
+#[derive(Clone)]
+struct NotReady<S>(S);
+
+impl<S: Service<Message, Error = String>> Service<Message> for NotReady<S> {
+    type Response = S::Response;
+    type Error = String;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), String>> {
+        Poll::Ready(Err("not ready".to_owned()))
+    }
+
+    fn call(&mut self, message: Message) -> S::Future {
+        self.0.call(message)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn ids_are_any_bytes_but_not_endless() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let receiver = layer(store.clone()).layer(handler.clone());
+    for id in [vec![0], vec![0xff, 0xfe], b"caf\xe9".to_vec(), vec![b'x'; 4096]] {
+        assert!(matches!(
+            deliver(&receiver, message(id.clone())).await,
+            Ok(Receipt::First(_))
+        ));
+        assert!(matches!(deliver(&receiver, message(id)).await, Ok(Receipt::Duplicate)));
+    }
+    assert_eq!(store.len(), 4);
+    // Numbers are what they are in decimal, whatever their type.
+    let seven = [
+        MessageId::from(7_i32),
+        7_i64.into(),
+        7_u32.into(),
+        7_u64.into(),
+        7_u128.into(),
+        (&"7".to_owned()).into(),
+    ];
+    assert!(seven.iter().all(|id| *id == MessageId::from("7")));
+    let huge = deliver(&receiver, message(vec![b'x'; 4097])).await;
+    assert!(matches!(&huge, Err(ReceiveError::InvalidId(error)) if error.length() == 4097));
+    assert_eq!(disposition(&huge), Disposition::Reject);
+    assert!(huge.unwrap_err().to_string().contains("id"));
+    assert_eq!(
+        (store.len(), handler.counts().0),
+        (4, 4),
+        "nothing ran and nothing was recorded"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_without_an_id_is_treated_as_set() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let payload = |message: &'_ Message| -> Vec<u8> { message.payload.clone() };
+    assert_eq!(payload(&message("").with("p")), b"p");
+    let refusing = [
+        layer(store.clone()),
+        ReceiverLayer::new(store.clone(), "billing"),
+        // There is no payload to make one of.
+        layer(store.clone()).on_missing_id(OnMissingId::FromPayload),
+    ];
+    for layer in refusing {
+        let refused = deliver(&layer.layer(handler.clone()), message("")).await;
+        assert!(matches!(refused, Err(ReceiveError::MissingId)));
+        assert_eq!(disposition(&refused), Disposition::Reject);
+    }
+    assert_eq!((handler.counts(), store.calls("claim")), ((0, 0), 0));
+
+    let unprotected = layer(store.clone())
+        .on_missing_id(OnMissingId::Unprotected)
+        .layer(handler.clone());
+    for _ in 0..2 {
+        assert!(matches!(
+            deliver(&unprotected, message("")).await,
+            Ok(Receipt::First(_))
+        ));
+    }
+    assert_eq!((handler.counts(), store.calls("claim")), ((2, 2), 0));
+
+    let derived = layer(store.clone())
+        .on_missing_id(OnMissingId::FromPayload)
+        .with_payload(|message: &Message| &message.payload)
+        .layer(handler.clone());
+    assert!(matches!(
+        deliver(&derived, message("").with("a")).await,
+        Ok(Receipt::First(_))
+    ));
+    assert!(matches!(
+        deliver(&derived, message("").with("a")).await,
+        Ok(Receipt::Duplicate)
+    ));
+    assert!(matches!(
+        deliver(&derived, message("").with("b")).await,
+        Ok(Receipt::First(_))
+    ));
+}
+
+/// Only the length of all parts was looked at: the second message without an id was a duplicate of the first.
+#[tokio::test]
+async fn an_empty_id_beside_a_source_is_no_id() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let with_source = layer(store.clone()).with_id(|message: &Message| MessageId::of([&b"shop-2"[..], &message.id]));
+    let receiver = with_source.layer(handler.clone());
+    for payload in ["a", "b"] {
+        let received = deliver(&receiver, message("").with(payload)).await;
+        assert!(matches!(received, Err(ReceiveError::MissingId)));
+    }
+    assert_eq!((handler.counts(), store.calls("claim")), ((0, 0), 0));
+    assert!(MessageId::of(["", "7"]).is_missing() && MessageId::of::<&str>([]).is_missing());
+    assert!(!MessageId::of(["shop-2", "7"]).is_missing());
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_payload_under_an_id_is_an_error_or_a_duplicate() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let comparing = layer(store.clone()).with_payload(|message: &Message| &message.payload);
+    let receiver = comparing.clone().layer(handler.clone());
+    assert!(matches!(
+        deliver(&receiver, message("m").with("a")).await,
+        Ok(Receipt::First(1))
+    ));
+    assert!(matches!(
+        deliver(&receiver, message("m").with("a")).await,
+        Ok(Receipt::Duplicate)
+    ));
+    let other = deliver(&receiver, message("m").with("b")).await;
+    assert!(matches!(other, Err(ReceiveError::Mismatch)));
+    assert_eq!(disposition(&other), Disposition::Reject);
+    let lenient = comparing.on_mismatch(OnMismatch::Duplicate).layer(handler.clone());
+    assert!(matches!(
+        deliver(&lenient, message("m").with("b")).await,
+        Ok(Receipt::Duplicate)
+    ));
+    assert_eq!(handler.counts(), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_handler_keeps_its_message_for_as_long_as_it_takes() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(3_600))]),
+    );
+    let receiver = layer(store.clone()).at_least_once().layer(handler.clone());
+    let slow = tokio::spawn({
+        let receiver = receiver.clone();
+        async move { deliver(&receiver, message("m")).await }
+    });
+    for _ in 0..100 {
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        assert!(matches!(
+            deliver(&receiver, message("m")).await,
+            Ok(Receipt::InFlight { .. })
+        ));
+    }
+    assert!(matches!(slow.await.unwrap(), Ok(Receipt::First(1))));
+    assert_eq!(handler.counts(), (1, 1));
+    assert!(store.calls("renew") >= 300, "{}", store.calls("renew"));
+}
+
+/// Polls so many times, each after a wake-up, then drops.
+async fn poll_times<F: Future + Unpin>(mut future: F, times: usize) -> Option<F::Output> {
+    for _ in 0..times {
+        if let Poll::Ready(output) = futures::poll!(Pin::new(&mut future)) {
+            return Some(output);
+        }
+        tokio::task::yield_now().await;
+    }
+    None
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_delivery_that_is_dropped_anywhere_is_handled_to_the_end_or_not_at_all() {
+    let (mut finished, mut rescued, mut never) = (false, 0, 0);
+    for polls in 0..100 {
+        let (store, handler) = (RemoteStore::new(), Handler::default());
+        let receiver = layer(store.clone()).layer(handler.clone());
+        finished = poll_times(receiver.clone().oneshot(message("m")).boxed(), polls)
+            .await
+            .is_some();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let (runs, effects) = handler.counts();
+        assert_eq!(runs, effects, "dropped after {polls} polls");
+        let again = deliver(&receiver, message("m")).await;
+        if runs == 0 {
+            never += 1;
+            assert!(matches!(again, Ok(Receipt::First(1))), "{polls}: {again:?}");
+        } else {
+            rescued += usize::from(!finished);
+            assert!(matches!(again, Ok(Receipt::Duplicate)), "{polls}: {again:?}");
+        }
+        assert_eq!(handler.counts(), (1, 1));
+        if finished {
+            break;
+        }
+    }
+    assert!(finished && never > 1 && rescued > 1, "{finished} {never} {rescued}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_can_wait_for_handlers_whose_deliveries_were_dropped() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(100))]),
+    );
+    let layer = layer(store);
+    let (receiver, drain) = (layer.layer(handler.clone()), layer.drain());
+    drain.wait().await;
+    let dropped = tokio::time::timeout(Duration::from_secs(1), deliver(&receiver, message("m"))).await;
+    assert!(dropped.is_err());
+    assert_eq!((drain.running(), handler.counts()), (1, (1, 0)));
+    drain.wait().await;
+    assert_eq!((drain.running(), handler.counts()), (0, (1, 1)));
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
+    for fault in [Fault::Before, Fault::After, Fault::Hang] {
+        let (store, handler) = (RemoteStore::new(), Handler::default());
+        let receiver = layer(store.clone()).layer(handler.clone());
+        store.fail("claim", [fault; 2]);
+        let failed = deliver(&receiver, message("m")).await;
+        assert!(matches!(failed, Err(ReceiveError::Store(_))), "{fault:?}: {failed:?}");
+        assert_eq!(disposition(&failed), Disposition::Redeliver(None));
+        assert_eq!(handler.counts(), (0, 0));
+        // A claim that arrived is released behind it.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        assert!(
+            matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(1))),
+            "{fault:?}"
+        );
+    }
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let receiver = layer(store.clone()).layer(handler.clone());
+    for (fault, kind) in [
+        (Fault::Corrupt, ErrorKind::CorruptRecord),
+        (Fault::Misconfigured, ErrorKind::Configuration),
+    ] {
+        store.fail("claim", [fault]);
+        let failed = deliver(&receiver, message("m")).await;
+        assert!(
+            matches!(&failed, Err(ReceiveError::Store(error)) if error.kind() == kind),
+            "{failed:?}"
+        );
+        // The message is neither acknowledged nor rejected, because an operator may correct the store.
+        assert_eq!(disposition(&failed), Disposition::Redeliver(None));
+    }
+    assert_eq!(handler.counts(), (0, 0));
+    // The first claim took effect and its reply was lost.
+    store.fail("claim", [Fault::After, Fault::Misconfigured]);
+    assert_eq!(
+        disposition(&deliver(&receiver, message("m")).await),
+        Disposition::Redeliver(None)
+    );
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(1))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_vanishes_between_effect_and_completion_acknowledges_nothing() {
+    const SHORT: Duration = Duration::from_secs(60);
+    const LONG: Duration = Duration::from_secs(600);
+    for (again_runs, fault, absence) in [
+        (false, Fault::Before, SHORT),
+        (true, Fault::Before, SHORT),
+        (false, Fault::Before, LONG),
+        (true, Fault::Before, LONG),
+        (false, Fault::After, LONG),
+    ] {
+        let (store, handler) = (RemoteStore::new(), Handler::default());
+        let mut layer = layer(store.clone());
+        if again_runs {
+            layer = layer.at_least_once();
+        }
+        let receiver = layer.layer(handler.clone());
+        store.fail("complete", [fault; 10_000]);
+        let unrecorded = deliver(&receiver, message("m")).await;
+        assert!(matches!(unrecorded, Err(ReceiveError::Unrecorded(_))), "{unrecorded:?}");
+        assert_eq!(disposition(&unrecorded), Disposition::Redeliver(None));
+        assert_eq!(handler.counts(), (1, 1));
+        tokio::time::sleep(absence).await;
+        store.heal();
+        tokio::time::sleep(SHORT).await;
+        let again = deliver(&receiver, message("m")).await;
+        match (fault, absence, again_runs) {
+            // It was recorded, late, when the store was back.
+            (Fault::After, ..) | (_, SHORT, _) => assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}"),
+            (_, _, true) => assert!(matches!(again, Ok(Receipt::First(2))), "{again:?}"),
+            _ => assert!(matches!(again, Ok(Receipt::Unknown)), "{again:?}"),
+        }
+    }
+    // A short failure is waited out.
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    store.fail("complete", [Fault::Before, Fault::After]);
+    let receiver = layer(store).layer(handler.clone());
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(1))));
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
+}
+
+async fn after_death(
+    attempts: usize,
+    change: impl Fn(ReceiverLayer<RemoteStore, Message>) -> ReceiverLayer<RemoteStore, Message>,
+) -> (Received, Handler, RemoteStore, Receiver<Handler, RemoteStore, Message>) {
+    let (store, handler) = (RemoteStore::new(), Handler::planning(vec![Plan::Hang; attempts]));
+    let layer = change(layer(store.clone())).pass_lease(|message: &mut Message, lease| message.lease = Some(lease));
+    let receiver = layer.layer(handler.clone());
+    // As if their processes had died in the handler: it never ends, and no lease is renewed.
+    store.fail("renew", vec![Fault::Before; 10_000]);
+    for _ in 0..attempts {
+        let dying = receiver.clone();
+        tokio::spawn(async move { deliver(&dying, message("m")).await });
+        tokio::time::sleep(Duration::from_secs(31)).await;
+    }
+    store.heal();
+    let received = deliver(&receiver, message("m")).await;
+    (received, handler, store, receiver)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_attempt_is_unknown_until_somebody_resolves_it() {
+    let (received, handler, store, receiver) = after_death(1, |layer| layer).await;
+    assert!(matches!(received, Ok(Receipt::Unknown)));
+    assert_eq!(handler.counts(), (1, 0));
+    let key = layer(store.clone()).storage_key("m").unwrap();
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(2))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_attempt_is_repeated_where_that_is_wanted_and_not_for_ever() {
+    let (received, handler, ..) = after_death(4, ReceiverLayer::at_least_once).await;
+    assert!(matches!(received, Ok(Receipt::First(5))));
+    let leases = handler.leases.lock().unwrap().clone();
+    assert_eq!(
+        leases.iter().map(MessageLease::attempt).collect::<Vec<_>>(),
+        [1, 2, 3, 4, 5]
+    );
+    assert!(leases.windows(2).all(|two| two[0].fence() < two[1].fence()));
+    let ids: Vec<_> = leases
+        .iter()
+        .map(|lease| (lease.id("order"), lease.id("mail")))
+        .collect();
+    assert!(ids.iter().all(|both| *both == ids[0] && both.0 != both.1));
+
+    let (received, handler, ..) = after_death(5, ReceiverLayer::at_least_once).await;
+    assert!(matches!(received, Ok(Receipt::Unknown)), "its handlers die of it");
+    assert_eq!(handler.counts(), (5, 0));
+    let (received, ..) = after_death(1, |layer| layer.at_least_once().with_max_attempts(1)).await;
+    assert!(matches!(received, Ok(Receipt::Unknown)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_attempt_can_be_asked_about() {
+    for found in [Recovered::Happened(()), Recovered::NotHappened, Recovered::Unknown] {
+        let asked = Arc::new(Mutex::new(Vec::<(Vec<u8>, Fence)>::new()));
+        let (received, handler, _, receiver) = after_death(1, |layer| {
+            let (asked, found) = (Arc::clone(&asked), found.clone());
+            layer.with_recovery(move |message: &Message, lease: MessageLease| {
+                asked.lock().unwrap().push((message.id.clone(), lease.fence()));
+                let found = found.clone();
+                async move { found }
+            })
+        })
+        .await;
+        let lost = handler.leases.lock().unwrap()[0].fence();
+        assert!(matches!(&asked.lock().unwrap()[..], [(id, fence)] if id == b"m" && *fence > lost));
+        let again = deliver(&receiver, message("m")).await;
+        match found {
+            Recovered::Happened(()) => {
+                assert!(matches!(
+                    (received, again),
+                    (Ok(Receipt::Duplicate), Ok(Receipt::Duplicate))
+                ));
+                assert_eq!(handler.counts(), (1, 0));
+            }
+            Recovered::NotHappened => {
+                assert!(matches!(
+                    (received, again),
+                    (Ok(Receipt::First(2)), Ok(Receipt::Duplicate))
+                ));
+                assert_eq!(handler.counts(), (2, 1));
+            }
+            Recovered::Unknown => {
+                // It is asked again with the next delivery.
+                assert!(matches!(
+                    (received, again),
+                    (Ok(Receipt::InFlight { .. }), Ok(Receipt::InFlight { .. }))
+                ));
+                assert_eq!(handler.counts(), (1, 0));
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_check_that_panics_has_found_nothing_out() {
+    async fn panics() -> Recovered<()> {
+        panic!("the check panics, as planned")
+    }
+    let (received, handler, ..) = after_death(1, |layer| layer.with_recovery(|_, _| panics())).await;
+    assert!(matches!(received, Ok(Receipt::InFlight { .. })));
+    assert_eq!(handler.counts(), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_zombie_acknowledges_only_what_somebody_has_recorded() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(3_600))]),
+    );
+    let receiver = layer(store.clone()).at_least_once().layer(handler.clone());
+    store.fail("renew", [Fault::Hang; 1_000]);
+    let zombie = tokio::spawn({
+        let receiver = receiver.clone();
+        async move { deliver(&receiver, message("m")).await }
+    });
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(2))));
+    assert!(
+        matches!(zombie.await.unwrap(), Ok(Receipt::Duplicate)),
+        "the other one's end stands"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_is_forgotten_after_its_retention() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let receiver = layer(store.clone()).layer(handler.clone());
+    assert!(deliver(&receiver, message("m")).await.is_ok());
+    tokio::time::sleep(Duration::from_secs(7 * 24 * 3_600 - 1)).await;
+    assert!(
+        matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)),
+        "a week"
+    );
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(2))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_poison_message_does_not_block_others() {
+    let handler = Handler::planning([Plan::Fail, Plan::Panic, Plan::Fail]);
+    let receiver = layer(MemoryStore::new()).layer(handler.clone());
+    for _ in 0..3 {
+        assert!(deliver(&receiver, message("poison")).await.is_err());
+    }
+    for id in 0_u8..100 {
+        assert!(matches!(deliver(&receiver, message([id])).await, Ok(Receipt::First(_))));
+    }
+}
+
+#[test]
+fn nothing_is_begun_outside_of_a_runtime() {
+    let handler = Handler::default();
+    let receiver = layer(MemoryStore::new()).layer(handler.clone());
+    let received = deliver(&receiver, message("m")).now_or_never().unwrap();
+    assert!(matches!(received, Err(ReceiveError::Store(_))));
+    assert_eq!(handler.counts(), (0, 0));
+}
+
+#[test]
+fn what_is_shown_holds_no_id() {
+    let receiver = layer(MemoryStore::new()).with_secret(&[7; 32]).unwrap().layer(7_u8);
+    let shown = format!("{receiver:?} {:?}", MessageId::from("secret-id"));
+    assert!(shown.contains("billing") && !shown.contains("secret-id"), "{shown}");
+}
+
+mod rejections;
+mod types;

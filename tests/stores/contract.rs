@@ -1,0 +1,216 @@
+//! The conformance kit: the stores of this crate pass it, and a store in which one rule is left out does not.
+
+#[cfg(feature = "axum")]
+#[path = "../../examples/custom_store.rs"]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "the example's server is run by tests/examples.rs; only its store is of interest here"
+)]
+mod custom_store;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use futures::future::join;
+use futures::FutureExt;
+use tower_idempotency::store::conformance;
+use tower_idempotency::{BoxStore, MemoryStore, Store};
+
+use crate::support::ablated::{Ablated, Rule, ROOM};
+
+/// As many as the kit's documentation recommends.
+const SEQUENCES: usize = 300;
+
+/// What a store has to pass, as whoever writes one has it checked.
+async fn passes<S: Store + Clone>(store: S) {
+    conformance::all(&store).await;
+    conformance::differential(&store, SEQUENCES, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_memory_store_passes() {
+    passes(MemoryStore::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_behind_an_arc_passes() {
+    passes(Arc::new(MemoryStore::new())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_boxed_store_passes() {
+    passes(BoxStore::from_url("memory:").await.unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_with_leases_passes() {
+    passes(Ablated::new(Rule::AllKept)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_boxed_store_with_leases_passes() {
+    passes(BoxStore::new(Ablated::new(Rule::AllKept))).await;
+}
+
+#[tokio::test]
+async fn a_store_passes_on_a_single_thread() {
+    passes(MemoryStore::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_passes_for_many_at_a_time() {
+    let store = Ablated::new(Rule::AllKept);
+    join(conformance::all(&store), conformance::all(&store)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_memory_store_is_bounded() {
+    let store = MemoryStore::builder().with_record_budget(500).build();
+    conformance::bounded(&store, 500).await;
+    let store = MemoryStore::builder()
+        .with_record_budget(500)
+        .with_byte_budget(1_000)
+        .build();
+    conformance::bounded(&store, 500).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_helped_passes() {
+    let store = Ablated::new(Rule::AllKept);
+    conformance::durable(store.clone(), || async { store.reopened() }).await;
+    let damage = |key| {
+        store.damage(&key);
+        std::future::ready(())
+    };
+    conformance::unreadable_is_not_absent(&store, damage).await;
+    conformance::bounded(&Ablated::new(Rule::AllKept), ROOM).await;
+}
+
+#[cfg(feature = "axum")]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_of_the_example_passes() {
+    use tower_idempotency::Clock;
+
+    let directory = std::env::temp_dir().join(format!("tower-idempotency-conformance-{}", std::process::id()));
+    let open = || custom_store::DirectoryStore::open(directory.clone(), Clock::system()).unwrap();
+    let store = open();
+    conformance::all(&store).await;
+    conformance::differential(&store, 40, 1).await;
+    conformance::durable(store.clone(), || async { open() }).await;
+    let damage = |key: tower_idempotency::protocol::StorageKey| {
+        let name: String = key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        std::fs::write(directory.join(name), b"\x02 of a newer version").unwrap();
+        std::future::ready(())
+    };
+    conformance::unreadable_is_not_absent(&store, damage).await;
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+/// The words with which a check fails.
+async fn complaint(rule: Rule, check: impl Future<Output = ()>) -> String {
+    let failed = std::panic::AssertUnwindSafe(check).catch_unwind().await;
+    let panicked = failed.expect_err(&format!("{rule:?} was not noticed"));
+    panicked.downcast_ref::<String>().unwrap().clone()
+}
+
+/// One test per rule: the clause that it belongs to notices its absence; where a history of single steps can show it, so
+/// does `differential`.
+macro_rules! noticed {
+    ($($test:ident: $rule:ident, $clause:ident, $number:literal $(, $differential:ident)?;)*) => {$(
+        #[tokio::test(flavor = "multi_thread")]
+        async fn $test() {
+            let store = Ablated::new(Rule::$rule);
+            let said = complaint(Rule::$rule, conformance::$clause(&store)).await;
+            assert!(said.contains(concat!("clause ", $number, " ")), "{said}");
+            $(
+                for seed in 0..4 {
+                    let check = conformance::$differential(&store, SEQUENCES, seed);
+                    let said = complaint(Rule::$rule, check).await;
+                    assert!(said.contains(&format!("(seed {seed}, sequence ")), "{said}");
+                }
+            )?
+        }
+    )*};
+}
+
+noticed! {
+    a_claim_in_two_steps_is_not_atomic: ClaimTwoSteps, atomic, 1;
+    a_completion_in_two_steps_is_not_atomic: CompleteTwoSteps, atomic, 1;
+    a_release_in_two_steps_is_not_atomic: ReleaseTwoSteps, atomic, 1;
+    a_renewal_in_two_steps_is_not_atomic: RenewTwoSteps, atomic, 1;
+    a_resolution_in_two_steps_is_not_atomic: ResolveTwoSteps, atomic, 1;
+    a_caller_whose_clock_is_ahead_takes_a_live_lease: ClockOfCallers, own_clock, 2, differential;
+    a_claim_in_two_steps_makes_two_owners: ClaimTwoSteps, one_owner, 3;
+    a_lease_is_not_the_expiry_of_its_record: LeaseIsExpiry, record_outlives_lease, 4, differential;
+    a_record_is_retained_when_its_lease_is_over: RetentionForgotten, record_outlives_lease, 4, differential;
+    the_fingerprint_is_compared: FingerprintIgnored, fingerprint_first, 5, differential;
+    the_fingerprint_of_what_is_completed_is_compared: FingerprintOfCompletedIgnored, fingerprint_first, 5, differential;
+    claim_now_compares_the_fingerprint_too: ClaimNowIgnoresFingerprint, fingerprint_first, 5, differential;
+    a_repeated_claim_keeps_its_fence: RepeatedClaimIsAnother, repeatable, 6, differential;
+    a_repeated_claim_does_not_wait_for_itself: RepeatedClaimWaits, repeatable, 6, differential;
+    a_repeated_recovery_still_asks_first: RepeatedRecoveryExecutes, repeatable, 6, differential;
+    a_repeated_completion_changes_nothing: CompleteBesideRecord, repeatable, 6, differential;
+    a_completion_compares_its_owner: CompleteByAnybody, owners_only, 7, differential;
+    a_completion_compares_the_nonce: CompleteByFence, owners_only, 7, differential;
+    a_completion_compares_the_fence: CompleteByNonce, owners_only, 7, differential;
+    a_release_compares_its_owner: ReleaseByAnybody, owners_only, 7, differential;
+    a_renewal_compares_its_owner: RenewByAnybody, owners_only, 7, differential;
+    a_release_leaves_what_is_completed: ReleaseOfCompleted, owners_only, 7, differential;
+    the_fence_does_not_stay: FenceStays, fence_grows, 8, differential;
+    a_release_does_not_erase_an_earlier_attempt: ReleaseErases, release_leaves_evidence, 9, differential;
+    a_release_of_an_only_attempt_frees_the_key: ReleaseKeepsOnlyAttempt, release_leaves_evidence, 9, differential;
+    attempts_are_counted: AttemptStays, attempts_are_capped, 10, differential;
+    attempts_have_a_cap: AttemptsUncapped, attempts_are_capped, 10, differential;
+    the_unknown_stays_unknown: UnknownNotNoted, attempts_are_capped, 10, differential;
+    the_unknown_never_runs_again: UnknownRunsAgain, attempts_are_capped, 10, differential;
+    a_late_completion_is_taken: CompleteLateRefused, late_completions_heal, 11, differential;
+    the_unknown_can_be_completed: CompleteUnknownRefused, late_completions_heal, 11, differential;
+    nobody_resolves_what_is_alive: ResolveAlive, late_completions_heal, 11, differential;
+    a_resolution_compares_the_fence: ResolveByAnyFence, late_completions_heal, 11, differential;
+    a_resolution_ends_the_ownership: ResolveKeepsOwner, late_completions_heal, 11, differential;
+    nobody_resolves_what_is_completed: ResolveCompleted, late_completions_heal, 11, differential;
+    a_tombstone_never_runs_again: TombstoneRunsAgain, exact_responses, 12, differential;
+    an_answer_is_bytes_not_text: AnswerInUtf8, exact_responses, 12, differential;
+    an_answer_ends_where_it_ends: AnswerTrimmed, exact_responses, 12, differential;
+    a_rejection_can_be_resolved: RejectedIsCompleted, rejection_is_unknown, 17, differential;
+}
+
+// On paused time: they are noticed by waiting.
+#[tokio::test(start_paused = true)]
+async fn a_watch_wakes_and_subscribes_before_it_is_polled() {
+    for rule in [Rule::WatchNeverWakes, Rule::WatchSubscribesLate] {
+        let said = complaint(rule, conformance::subscribe_then_look(&Ablated::new(rule))).await;
+        assert!(said.contains("clause 16 "), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_forgets_is_not_durable() {
+    let reopen = || async { Ablated::new(Rule::AllKept) };
+    let said = complaint(Rule::AllKept, conformance::durable(Ablated::new(Rule::AllKept), reopen)).await;
+    assert!(said.contains("clause 13 "), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_cannot_be_read_is_not_absent() {
+    let store = Ablated::new(Rule::CorruptIsAbsent);
+    let damage = |key| {
+        store.damage(&key);
+        std::future::ready(())
+    };
+    let said = complaint(
+        Rule::CorruptIsAbsent,
+        conformance::unreadable_is_not_absent(&store, damage),
+    )
+    .await;
+    assert!(said.contains("clause 14 "), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_store_neither_evicts_nor_grows_and_says_that_it_is_full() {
+    for rule in [Rule::EvictsWhenFull, Rule::FullIsUnavailable, Rule::TakesUnbounded] {
+        let said = complaint(rule, conformance::bounded(&Ablated::new(rule), ROOM)).await;
+        assert!(said.contains("clause 15 "), "{said}");
+    }
+}

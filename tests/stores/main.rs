@@ -1,0 +1,13 @@
+//! Each store against its contract, and against clients, poolers and servers that fail. Each test starts its own servers.
+
+mod clock;
+mod contract;
+mod memory;
+mod nonsense;
+mod outbox;
+mod postgres;
+mod redis;
+#[path = "../support/mod.rs"]
+mod support;
+mod tls;
+mod transaction;

@@ -1,0 +1,197 @@
+//! The settings of a role or a database for its sessions do not change the behaviour of the store.
+
+use futures::future::join_all;
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use tower_idempotency::protocol::{Completion, Decision, Nonce, Outcome};
+use tower_idempotency::receiver::{Inbox, ReceiveError};
+use tower_idempotency::store::conformance;
+use tower_idempotency::{ErrorKind, PostgresStore, Store};
+
+use super::{claim, granted, kept, Claim, HOUR};
+use crate::support::postgres::PostgresServer;
+
+async fn pool(server: &PostgresServer, connections: u32) -> PgPool {
+    let pool = PgPoolOptions::new().max_connections(connections);
+    pool.connect(&server.url()).await.unwrap()
+}
+
+async fn tell(server: &PostgresServer, sql: &str) {
+    let pool = pool(server, 1).await;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&pool).await.unwrap();
+}
+
+/// How many of 32 claims of one key at once were granted.
+async fn storm(store: &PostgresStore, key: u8) -> usize {
+    let claims = (0..32).map(|_| {
+        let (store, claim) = (store.clone(), claim(key));
+        tokio::spawn(async move { store.claim(&claim).await.unwrap() })
+    });
+    let decisions = join_all(claims).await.into_iter().map(Result::unwrap);
+    let granted = decisions.filter(|decision| match decision {
+        Decision::Execute(_) => true,
+        Decision::Wait { .. } => false,
+        other => panic!("{other:?}"),
+    });
+    granted.count()
+}
+
+/// A third of the duplicates failed at the stricter levels.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_claims_at_once_one_is_granted_at_every_default_isolation() {
+    let server = PostgresServer::start();
+    PostgresStore::connect(&server.url()).await.unwrap();
+    for isolation in ["read committed", "repeatable read", "serializable"] {
+        let set =
+            format!("ALTER ROLE app SET default_transaction_isolation = '{isolation}'; TRUNCATE idempotency_records");
+        tell(&server, &set).await;
+        let yours = PostgresStore::builder().with_pool(pool(&server, 16).await).unwrap();
+        let own = PostgresStore::connect(&server.url()).await.unwrap();
+        for key in 0..10 {
+            assert_eq!(storm(&yours, key).await, 1, "{isolation}");
+            assert_eq!(storm(&own, 100 + key).await, 1, "{isolation}");
+        }
+    }
+}
+
+/// All settings at once, as a role for reports might have them.
+const STRANGE: &str = "
+    CREATE SCHEMA elsewhere;
+    ALTER ROLE app SET default_transaction_isolation = 'serializable';
+    ALTER ROLE app SET default_transaction_deferrable = on;
+    ALTER ROLE app SET synchronous_commit = off;
+    ALTER ROLE app SET standard_conforming_strings = off;
+    ALTER ROLE app SET bytea_output = 'escape';
+    ALTER ROLE app SET DateStyle = 'German';
+    ALTER ROLE app SET IntervalStyle = 'sql_standard';
+    ALTER ROLE app SET TimeZone = 'Asia/Kathmandu';
+    ALTER ROLE app SET idle_in_transaction_session_timeout = '1s';
+    ALTER ROLE app SET search_path = elsewhere, public;
+    ALTER ROLE app SET plan_cache_mode = 'force_generic_plan';";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_contract_is_kept_with_strange_defaults_of_the_role() {
+    let server = PostgresServer::start();
+    tell(&server, STRANGE).await;
+    let own = PostgresStore::connect(&server.url()).await.unwrap();
+    conformance::all(&own).await;
+    conformance::differential(&own, 50, 1).await;
+    let yours = PostgresStore::builder().with_pool(pool(&server, 4).await).unwrap();
+    conformance::all(&yours).await;
+    conformance::differential(&yours, 50, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sessions_of_the_stores_own_pool_are_set_and_those_of_yours_are_not() {
+    let server = PostgresServer::start();
+    tell(&server, STRANGE).await;
+    let shown = async |pool: &PgPool, name: &str| -> String {
+        let shown = sqlx::query_scalar("SELECT current_setting($1)").bind(name);
+        shown.fetch_one(pool).await.unwrap()
+    };
+    let own = PostgresStore::connect(&server.url()).await.unwrap();
+    let yours = PostgresStore::builder().with_pool(pool(&server, 1).await).unwrap();
+    storm(&yours, 1).await;
+    for (name, set, left) in [
+        ("default_transaction_isolation", "read committed", "serializable"),
+        ("default_transaction_deferrable", "off", "on"),
+        ("synchronous_commit", "on", "off"),
+        ("row_security", "off", "on"),
+        ("lock_timeout", "2s", "0"),
+        ("statement_timeout", "4s", "0"),
+    ] {
+        assert_eq!(shown(own.pool(), name).await, set, "{name}");
+        assert_eq!(shown(yours.pool(), name).await, left, "{name}");
+    }
+}
+
+/// A policy that hides rows would make a held key look absent.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_a_policy_hides_are_an_error() {
+    let server = PostgresServer::start();
+    let direct = PostgresStore::connect(&server.url()).await.unwrap();
+    let first = claim(1);
+    granted(&direct, &first).await;
+    let policy = "
+        CREATE ROLE web LOGIN;
+        GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency_records TO web;
+        ALTER TABLE idempotency_records ENABLE ROW LEVEL SECURITY;";
+    tell(&server, policy).await;
+    let builder = PostgresStore::builder();
+    let url = server.url().replace("app@", "web@");
+    let store = builder.connect(&url).await.unwrap();
+    let pool = PgPool::connect(&url).await.unwrap();
+    let yours = PostgresStore::builder().with_pool(pool).unwrap();
+    for store in [store, yours] {
+        let errors = [
+            store.peek(&first.key).await.map(drop).unwrap_err(),
+            store.claim(&claim(1)).await.map(drop).unwrap_err(),
+        ];
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
+            assert!(error.to_string().contains("row-level security"), "{error:?}");
+        }
+    }
+}
+
+/// The store cannot repeat these statements inside the transaction, which has failed as a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_of_the_application_that_meets_another_is_to_be_run_again() {
+    let server = PostgresServer::start();
+    let store = PostgresStore::connect(&server.url()).await.unwrap();
+    let inbox = Inbox::new(store.clone(), "billing");
+    let claim = claim(1);
+    let owner = granted(&store, &claim).await.owner;
+    let pool = pool(&server, 2).await;
+    let mut errors = Vec::new();
+    for is_inbox in [true, false] {
+        let mut transaction = pool.begin_with("BEGIN ISOLATION LEVEL SERIALIZABLE").await.unwrap();
+        // From here on it sees nothing newer.
+        sqlx::query("SELECT count(*) FROM idempotency_records")
+            .execute(&mut *transaction)
+            .await
+            .unwrap();
+        if is_inbox {
+            let mut other = pool.begin().await.unwrap();
+            inbox.receive(&mut other, "7").await.unwrap();
+            other.commit().await.unwrap();
+            let received = inbox.receive(&mut transaction, "7").await.unwrap_err();
+            let ReceiveError::Store(error) = received else {
+                panic!("{received:?}")
+            };
+            errors.push(error);
+        } else {
+            store.renew(&claim.key, owner, HOUR).await.unwrap();
+            let completed = store.complete_in(&mut transaction, &claim.key, owner, &Outcome::Tombstone, HOUR);
+            errors.push(completed.await.unwrap_err());
+        }
+        transaction.rollback().await.unwrap();
+    }
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error:?}");
+        assert!(
+            error.to_string().contains("roll it back and run all of it again"),
+            "{error:?}"
+        );
+    }
+}
+
+/// A pool of one was refused, because a waiter would have taken its connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_of_one_connection_is_enough() {
+    let server = PostgresServer::start();
+    let store = PostgresStore::builder().with_pool(pool(&server, 1).await).unwrap();
+    store.migrate().await.unwrap();
+    store.check().await.unwrap();
+    conformance::all(&store).await;
+    let claim = claim(1);
+    let owner = granted(&store, &claim).await.owner;
+    let watch = store.watch(&claim.key).await.unwrap();
+    let completed = store.complete(&claim.key, owner, &kept(b"paid"), HOUR).await.unwrap();
+    assert_eq!(completed, Completion::Completed);
+    watch.await;
+    let again = Claim {
+        nonce: Nonce::random(),
+        ..claim
+    };
+    assert!(matches!(store.claim(&again).await.unwrap(), Decision::Replay(_)));
+}

@@ -1,0 +1,178 @@
+//! Servers that die, hang, fill up, and connections that break.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tower::Layer;
+use tower_idempotency::protocol::{Decision, Status};
+use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, RedisStore, Store};
+
+use super::{claim, completed, connect, eventually, granted, kept, replayed, RedisServer, HOUR};
+use crate::support::{post, send, Handler, Timer};
+
+#[tokio::test]
+async fn records_outlive_the_server_and_the_store_finds_it_again() {
+    let mut server = RedisServer::start();
+    let store = connect(&server).await;
+    completed(&store, 1, "a").await;
+    let grant = granted(&store, &claim(2, 1)).await;
+    server.restart();
+    let answer = eventually(|| async { store.claim(&claim(1, 9)).await }).await;
+    assert!(matches!(answer, Decision::Replay(answer) if answer.body == "a"));
+    assert!(matches!(
+        store.claim(&claim(2, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+    server.restart();
+    eventually(|| async { store.complete(&claim(2, 1).key, grant.owner, &kept("b"), HOUR).await }).await;
+    server.restart();
+    assert!(eventually(|| async { store.peek(&claim(2, 1).key).await })
+        .await
+        .is_some());
+    assert_eq!(replayed(&store, 2).await.body, "b");
+}
+
+#[tokio::test]
+async fn a_server_that_is_gone_is_unavailable_within_the_timeout_and_comes_back() {
+    let mut server = RedisServer::start();
+    let store = connect(&server).await;
+    server.kill();
+    for _ in 0..4 {
+        let timer = Timer::start();
+        let error = store.claim(&claim(1, 1)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+        assert!(timer.elapsed() < Duration::from_millis(900), "{:?}", timer.elapsed());
+    }
+    // Longer than the connection tries by itself.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    server.restart();
+    let decision = eventually(|| async { store.claim(&claim(1, 1)).await }).await;
+    assert!(matches!(decision, Decision::Execute(_)));
+}
+
+#[tokio::test]
+async fn a_server_that_hangs_is_late_and_the_same_nonce_gets_the_same_grant_afterwards() {
+    let server = RedisServer::start();
+    let store = RedisStore::builder()
+        .with_response_timeout(Duration::from_millis(100))
+        .connect(&server.url())
+        .await
+        .unwrap();
+    // The layer may rely on it, so it must be told through whatever wraps the store.
+    let boxed = BoxStore::new(Arc::new(store.clone()));
+    assert_eq!(boxed.claim_limit(), Some(Duration::from_millis(100)));
+    completed(&store, 9, "warm").await;
+    server.signal("-STOP");
+    let error = store.claim(&claim(1, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    server.signal("-CONT");
+    // The claim had arrived; its reply was lost.
+    let peeked = eventually(|| async { store.peek(&claim(1, 1).key).await })
+        .await
+        .unwrap();
+    assert!(matches!(peeked.status, Status::InFlight { .. }));
+    let grant = granted(&store, &claim(1, 1)).await;
+    assert_eq!((grant.attempt, grant.owner.fence), (1, peeked.fence));
+    assert!(matches!(
+        store.claim(&claim(1, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+}
+
+#[tokio::test]
+async fn a_broken_connection_wakes_whoever_waits_and_new_watches_work() {
+    let mut server = RedisServer::start();
+    let store = connect(&server).await;
+    let key = claim(1, 1).key;
+    let grant = granted(&store, &claim(1, 1)).await;
+    let watch = store.watch(&key).await.unwrap();
+    server.restart();
+    tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
+    let watch = eventually(|| async { store.watch(&key).await }).await;
+    store.complete(&key, grant.owner, &kept("a"), HOUR).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
+    // A connection that the server alone closes.
+    let mut watch = Box::pin(store.watch(&claim(2, 1).key).await.unwrap());
+    assert!(futures::poll!(&mut watch).is_pending());
+    server.tell::<u64>("CLIENT KILL TYPE pubsub");
+    tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    completed(&store, 1, "a").await;
+    let granted_before = granted(&store, &claim(2, 1)).await;
+    server.tell::<()>("CONFIG SET maxmemory 1");
+    let error = store.claim(&claim(3, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreFull, "{error:?}");
+    assert!(store.peek(&claim(3, 1).key).await.unwrap().is_none());
+    assert_eq!(replayed(&store, 1).await.body, "a");
+    // The reply to this one was lost: it must not be taken for one that was never recorded.
+    assert_eq!(granted(&store, &claim(2, 1)).await.owner, granted_before.owner);
+    let key = claim(2, 1).key;
+    store.renew(&key, granted_before.owner, HOUR).await.unwrap();
+    store
+        .complete(&key, granted_before.owner, &kept("b"), HOUR)
+        .await
+        .unwrap();
+    assert_eq!(replayed(&store, 2).await.body, "b");
+
+    let service = IdempotencyLayer::new(store).layer(Handler::new());
+    let got = send(&service, post("new", "x")).await;
+    assert_eq!((got.status(), got.code()), (503, "store-full"));
+    server.tell::<()>("CONFIG SET maxmemory 0");
+    assert_eq!(send(&service, post("new", "x")).await.status(), 201);
+}
+
+#[tokio::test]
+async fn the_layer_serves_through_a_restart() {
+    let mut server = RedisServer::start();
+    let handler = Handler::new();
+    let service = IdempotencyLayer::new(connect(&server).await).layer(handler.clone());
+    for n in 0..5 {
+        let key = format!("key-{n}");
+        assert_eq!(send(&service, post(&key, "x")).await.status(), 201);
+        server.restart();
+        let mut got = send(&service, post(&key, "x")).await;
+        for _ in 0..20 {
+            if got.status() != 503 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            got = send(&service, post(&key, "x")).await;
+        }
+        assert!(got.is_replay(), "{got:?}");
+    }
+    assert_eq!(handler.runs(), 5);
+}
+
+#[tokio::test]
+async fn a_server_with_too_few_replicas_is_unavailable_for_writes_and_still_replays() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    completed(&store, 1, "a").await;
+    server.tell::<()>("CONFIG SET min-replicas-to-write 1");
+    let error = store.claim(&claim(2, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    assert!(format!("{error:?}").contains("NOREPLICAS"), "{error:?}");
+    assert_eq!(replayed(&store, 1).await.body, "a");
+    server.tell::<()>("CONFIG SET min-replicas-to-write 0");
+    granted(&store, &claim(2, 1)).await;
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_save_is_unavailable_for_writes_and_still_replays() {
+    let server = RedisServer::with(&["--appendonly", "no", "--save", "3600 1"]);
+    let store = connect(&server).await;
+    completed(&store, 1, "a").await;
+    let grant = granted(&store, &claim(2, 1)).await;
+    server.lose_its_disk();
+    let error = store.claim(&claim(3, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    assert!(format!("{error:?}").contains("MISCONF"), "{error:?}");
+    let done = store.complete(&claim(2, 1).key, grant.owner, &kept("b"), HOUR).await;
+    assert_eq!(done.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+    assert_eq!(replayed(&store, 1).await.body, "a");
+}

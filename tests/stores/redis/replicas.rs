@@ -1,0 +1,209 @@
+//! Replication and Cluster.
+
+use std::time::Duration;
+
+use redis::cluster::ClusterClient;
+use tower::Layer;
+use tower_idempotency::protocol::{Completion, Decision, Release};
+use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
+
+use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
+use crate::support::{post, send, Handler, Timer};
+
+async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
+    let builder = RedisStore::builder().with_replication(replicas, Duration::from_secs(1));
+    builder.connect(&server.url()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_claim_that_too_few_replicas_have_is_refused_and_a_layer_releases_its_key() {
+    let server = RedisServer::start();
+    let store = replicated(&server, 1).await;
+    assert_eq!(store.claim_limit(), None);
+    let error = store.claim(&claim(1, 1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 0);
+    let handler = Handler::new();
+    let layer = IdempotencyLayer::new(replicated(&server, 1).await);
+    let service = layer.layer(handler.clone());
+    let refused = send(&service, post("k", "pay")).await;
+    assert_eq!((refused.code(), handler.runs()), ("store-unavailable", 0));
+    let _replica = server.replica();
+    layer.drain().wait().await;
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+}
+
+/// The claim was cut off while it waited for replicas. It released the key later, although the repeated claim had it by
+/// then.
+#[tokio::test]
+async fn a_claim_that_was_cut_off_does_not_release_the_key_of_its_repetition() {
+    let server = RedisServer::start();
+    let replica = server.replica();
+    let store = replicated(&server, 1).await;
+    granted(&store, &claim(2, 1)).await;
+    replica.signal("-STOP");
+    let cut = tokio::time::timeout(Duration::from_millis(500), store.claim(&claim(1, 1))).await;
+    assert!(cut.is_err());
+    // The repetition is behind the first claim on the connection, and the replica is back between the two.
+    let repetition = tokio::spawn({
+        let store = store.clone();
+        async move { super::eventually(|| async { store.claim(&claim(1, 1)).await }).await }
+    });
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    replica.signal("-CONT");
+    assert!(matches!(repetition.await.unwrap(), Decision::Execute(_)));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
+}
+
+#[tokio::test]
+async fn what_is_granted_and_completed_is_on_the_replica() {
+    let server = RedisServer::start();
+    let replica = server.replica();
+    let store = replicated(&server, 1).await;
+    for key in 1..20 {
+        let grant = granted(&store, &claim(key, 1)).await;
+        assert_eq!(replica.tell::<u64>(&format!("STRLEN {}", name(key))), 96);
+        let done = store
+            .complete(&claim(key, 1).key, grant.owner, &kept("a"), HOUR)
+            .await
+            .unwrap();
+        assert_eq!(done, Completion::Completed);
+        assert!(replica.tell::<u64>(&format!("STRLEN {}", name(key))) > 96);
+    }
+}
+
+#[tokio::test]
+async fn an_outcome_that_too_few_replicas_have_is_an_error_until_they_have_it() {
+    let server = RedisServer::start();
+    let replica = server.replica();
+    let store = replicated(&server, 1).await;
+    let key = claim(1, 1).key;
+    let grant = granted(&store, &claim(1, 1)).await;
+    replica.signal("-STOP");
+    for _ in 0..2 {
+        let error = store.complete(&key, grant.owner, &kept("a"), HOUR).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
+    }
+    // On a connection that never wrote anything, WAIT would find nothing to wait for.
+    let other = replicated(&server, 1).await;
+    assert!(other.complete(&key, grant.owner, &kept("a"), HOUR).await.is_err());
+    replica.signal("-CONT");
+    let done = super::eventually(|| async { store.complete(&key, grant.owner, &kept("a"), HOUR).await }).await;
+    assert_eq!(done, Completion::Completed);
+    assert!(replica.tell::<u64>(&format!("STRLEN {}", name(1))) > 96);
+}
+
+#[tokio::test]
+async fn a_cluster_of_one_node_forgets_scripts_and_says_that_it_has_no_replicas() {
+    let server = RedisServer::with(&["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"]);
+    server.tell::<()>("CLUSTER ADDSLOTSRANGE 0 16383");
+    server.wait_for_cluster();
+    let client = ClusterClient::new([server.url()]).unwrap();
+    let store = RedisStore::from_cluster(client.get_async_connection().await.unwrap())
+        .await
+        .unwrap();
+    for key in 1..50 {
+        completed(&store, key, "a").await;
+        assert_eq!(replayed(&store, key).await.body, "a");
+    }
+    server.tell::<()>("SCRIPT FLUSH");
+    let grant = granted(&store, &claim(100, 1)).await;
+    assert!(matches!(
+        store.claim(&claim(100, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+    assert_eq!(
+        store.release(&claim(100, 1).key, grant.owner).await.unwrap(),
+        Release::Released
+    );
+    // Nobody pushes: a watch stays quiet, and whoever waits polls.
+    let mut watch = Box::pin(store.watch(&claim(1, 1).key).await.unwrap());
+    assert!(futures::poll!(&mut watch).is_pending());
+    // One node without replicas.
+    let connection = client.get_async_connection().await.unwrap();
+    let builder = RedisStore::builder().with_replication(1, Duration::from_millis(50));
+    let strict = builder.use_cluster(connection).await.unwrap();
+    let timer = Timer::start();
+    assert_eq!(
+        strict.claim(&claim(101, 1)).await.unwrap_err().kind(),
+        ErrorKind::StoreUnavailable
+    );
+    assert!(timer.elapsed() < Duration::from_secs(1));
+    assert!(store.peek(&claim(101, 1).key).await.unwrap().is_none());
+}
+
+/// The primary is lost while its replica is behind, and the replica takes its place.
+async fn fail_over(primary: RedisServer, replica: &RedisServer) -> RedisStore {
+    drop(primary);
+    replica.signal("-CONT");
+    replica.tell::<()>("REPLICAOF NO ONE");
+    connect(replica).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_loses_what_nobody_waited_for() {
+    let primary = RedisServer::start();
+    let mut replica = primary.replica();
+    let store = connect(&primary).await;
+    // What was written while the replica was away.
+    replica.kill();
+    granted(&store, &claim(1, 1)).await;
+    drop(primary);
+    replica.restart();
+    replica.tell::<()>("REPLICAOF NO ONE");
+    let store = connect(&replica).await;
+    // The guide `choosing_a_store` says this of a failover to a replica without the write: the key is new again.
+    assert_eq!(granted(&store, &claim(1, 2)).await.attempt, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_loses_no_grant_that_a_replica_had_to_acknowledge() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let store = replicated(&primary, 1).await;
+    granted(&store, &claim(1, 1)).await;
+    replica.signal("-STOP");
+    let error = store.claim(&claim(2, 1)).await.unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ErrorKind::StoreUnavailable,
+        "nothing runs that could be lost"
+    );
+    let store = fail_over(primary, &replica).await;
+    assert!(matches!(
+        store.claim(&claim(1, 2)).await.unwrap(),
+        Decision::Wait { .. }
+    ));
+    assert_eq!(granted(&store, &claim(2, 2)).await.attempt, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_too_few_replicas_have_is_shown_to_nobody() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let store = replicated(&primary, 1).await;
+    let owner = granted(&store, &claim(1, 1)).await.owner;
+    replica.signal("-STOP");
+    let completion = store.complete(&claim(1, 1).key, owner, &kept("paid"), HOUR).await;
+    assert_eq!(completion.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+    let other = replicated(&primary, 1).await;
+    let claimed = other.claim(&claim(1, 2)).await.map(drop);
+    let peeked = other.peek(&claim(1, 1).key).await.map(drop);
+    for error in [claimed.unwrap_err(), peeked.unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error:?}");
+    }
+    replica.signal("-CONT");
+    let key = claim(1, 1).key;
+    let shown = super::eventually(|| other.peek(&key));
+    assert!(shown.await.is_some());
+    assert_eq!(replayed(&other, 1).await.body, "paid");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_is_refused_at_the_start() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let error = RedisStore::connect(&replica.url()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+}
