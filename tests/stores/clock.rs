@@ -1,4 +1,4 @@
-//! The clock of a store's server leaps by an hour while keys are in flight, completed and lost.
+//! The clock of a store's server jumps by an hour while keys are in flight, completed and lost.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,7 +24,7 @@ const AN_HOUR: i64 = 3_600;
 const DAY: Duration = Duration::from_secs(86_400);
 const LEASE: Duration = Duration::from_secs(2);
 
-/// One lease and one claim, on a machine that does other things, too; far less than an hour.
+/// Longer than one lease and one claim take on a busy machine, and much shorter than an hour.
 const SOON: Duration = Duration::from_secs(20);
 
 fn claim(key: &StorageKey, if_lost: IfLost) -> Claim {
@@ -43,14 +43,14 @@ fn some_key() -> StorageKey {
     StorageKey::from_bytes(rand::random())
 }
 
-fn kept(body: &'static str) -> Outcome {
+fn stored(body: &'static str) -> Outcome {
     Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: body.into(),
     })
 }
 
-/// A key that somebody holds.
+/// Claims a key and holds its lease.
 async fn held(store: &impl Store) -> (StorageKey, Grant) {
     let key = some_key();
     match store.claim(&claim(&key, IfLost::Refuse)).await.unwrap() {
@@ -59,14 +59,14 @@ async fn held(store: &impl Store) -> (StorageKey, Grant) {
     }
 }
 
-/// A key with a kept answer.
+/// Claims a key and completes it with a stored response.
 async fn completed(store: &impl Store) -> StorageKey {
     let (key, grant) = held(store).await;
     complete(store, &key, grant).await;
     key
 }
 
-/// A key whose owner said nothing for a whole lease.
+/// Claims a key and lets its lease end.
 async fn lost(store: &impl Store) -> (StorageKey, Grant) {
     let (key, grant) = held(store).await;
     settled(async || Some(store.peek(&key).await.unwrap()?.status).filter(|status| *status == Status::Lost)).await;
@@ -74,33 +74,34 @@ async fn lost(store: &impl Store) -> (StorageKey, Grant) {
 }
 
 async fn complete(store: &impl Store, key: &StorageKey, grant: Grant) {
-    let done = store.complete(key, grant.owner, &kept("paid"), DAY).await;
+    let done = store.complete(key, grant.owner, &stored("paid"), DAY).await;
     assert_eq!(done.unwrap(), Completion::Completed);
 }
 
 async fn assert_replayed(store: &impl Store, key: &StorageKey) {
     for if_lost in [IfLost::Refuse, IfLost::Execute] {
         match store.claim(&claim(key, if_lost)).await.unwrap() {
-            Decision::Replay(answer) => assert_eq!(Outcome::Stored(answer), kept("paid")),
-            other => panic!("the answer was lost: {other:?}"),
+            Decision::Replay(response) => assert_eq!(Outcome::Stored(response), stored("paid")),
+            other => panic!("the response was lost: {other:?}"),
         }
     }
 }
 
-/// Asks again and again until there is something to say.
+/// Repeats `ask` until it has a result.
 async fn settled<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let asking = async {
         loop {
-            if let Some(told) = ask().await {
-                return told;
+            if let Some(result) = ask().await {
+                return result;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(SOON, asking).await.expect("somebody is stuck")
+    tokio::time::timeout(SOON, asking).await.expect("a claim is stuck")
 }
 
-/// What a claim comes to when the wait is over. Nobody is told to wait for longer than a lease.
+/// Repeats a claim until the decision is no wait. The store never demands a wait longer than a
+/// lease.
 async fn decided(store: &impl Store, key: &StorageKey, if_lost: IfLost) -> Decision {
     settled(async || match store.claim(&claim(key, if_lost)).await.unwrap() {
         Decision::Wait { left } => {
@@ -112,9 +113,9 @@ async fn decided(store: &impl Store, key: &StorageKey, if_lost: IfLost) -> Decis
     .await
 }
 
-/// Whichever way the clock leaps: answers stay, lost keys are as lost as before, owners end what they hold, nothing that is in flight
-/// runs twice, and nobody waits for the clock to catch up.
-async fn outlives_a_leap(store: &impl Store, clock: &TurnedClock, seconds: i64) {
+/// Whichever way the clock jumps, stored responses stay, lost keys stay lost, and owners can end
+/// their attempts. No key in flight runs twice, and no claim waits until the clock catches up.
+async fn survives_a_jump(store: &impl Store, clock: &TurnedClock, seconds: i64) {
     let done = completed(store).await;
     let (gone, _) = lost(store).await;
     let (taken, former) = lost(store).await;
@@ -124,11 +125,11 @@ async fn outlives_a_leap(store: &impl Store, clock: &TurnedClock, seconds: i64) 
     clock.set(seconds);
     assert_replayed(store, &done).await;
 
-    // An owner completes, be it late by this clock.
+    // An owner can complete, even if its lease has ended by this clock.
     complete(store, &finished, owner).await;
     assert_replayed(store, &finished).await;
 
-    // A renewal is reckoned from the clock as it stands.
+    // A renewal counts from the present time of the clock.
     assert_eq!(
         store.renew(&renewed, renewer.owner, LEASE).await.unwrap(),
         Renewal::Renewed
@@ -138,23 +139,24 @@ async fn outlives_a_leap(store: &impl Store, clock: &TurnedClock, seconds: i64) 
         other => panic!("a live lease was taken: {other:?}"),
     }
 
-    // The owner of which nothing is heard, and the lost: within one lease it is known, and still nothing runs.
+    // Keys whose owner was silent, before or after the jump, count as lost within one lease, and
+    // the store still executes no claim.
     assert_eq!(decided(store, &silent, IfLost::Refuse).await, Decision::Unknown);
     assert_eq!(decided(store, &gone, IfLost::Refuse).await, Decision::Unknown);
     complete(store, &silent, silenced).await;
     assert_replayed(store, &silent).await;
 
-    // Where it may run again, it does, and the fence grows.
+    // A claim that may take over does so, and the fence grows.
     let Decision::Execute(again) = decided(store, &taken, IfLost::Execute).await else {
         panic!("not taken over")
     };
     assert_eq!(again.attempt, 2);
     assert!(again.owner.fence > former.owner.fence);
-    let late = store.complete(&taken, former.owner, &kept("paid twice"), DAY).await;
+    let late = store.complete(&taken, former.owner, &stored("paid twice"), DAY).await;
     assert_eq!(late.unwrap(), Completion::Superseded(None));
     complete(store, &taken, again).await;
 
-    // New keys live as ever.
+    // New keys work as before.
     assert_replayed(store, &completed(store).await).await;
     clock.set(0);
     for key in [done, finished, silent, taken] {
@@ -162,7 +164,8 @@ async fn outlives_a_leap(store: &impl Store, clock: &TurnedClock, seconds: i64) 
     }
 }
 
-/// Two processes with a layer each; the clock leaps while the handler runs in one, and repetitions reach both.
+/// Two processes have a layer each. The clock jumps while the handler runs in one of them, and both
+/// get duplicates.
 async fn runs_once_behind_the_layer<S: Store>([here, there]: [S; 2], clock: &TurnedClock, seconds: i64) {
     let runs = Arc::new(AtomicUsize::new(0));
     let (started, go_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
@@ -193,32 +196,33 @@ async fn runs_once_behind_the_layer<S: Store>([here, there]: [S; 2], clock: &Tur
         tokio::spawn(there.clone().oneshot(request())),
         waiting,
     ];
-    // Long enough for a renewal, and for what is asked again and again.
+    // Long enough for a renewal, and for duplicates that poll.
     tokio::time::sleep(LEASE).await;
     go_on.notify_one();
-    let answer = tokio::time::timeout(SOON, first)
+    let response = tokio::time::timeout(SOON, first)
         .await
         .expect("the owner is stuck")
         .unwrap();
-    let Ok(answer) = answer;
-    assert_eq!(answer.status(), StatusCode::OK);
-    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    let Ok(response) = response;
+    assert_eq!(response.status(), StatusCode::OK);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
     assert_eq!(body, "run 1");
     for other in others {
-        let Ok(answer) = tokio::time::timeout(SOON, other)
+        let Ok(response) = tokio::time::timeout(SOON, other)
             .await
             .expect("a waiter is stuck")
             .unwrap();
-        // The clock may have ended the lease before its owner could renew it; the client then comes again.
+        // The clock may have ended the lease before its owner could renew it. The client then gets
+        // 409 and retries.
         assert!(
-            [StatusCode::OK, StatusCode::CONFLICT].contains(&answer.status()),
-            "{answer:?}"
+            [StatusCode::OK, StatusCode::CONFLICT].contains(&response.status()),
+            "{response:?}"
         );
     }
     for service in [here, there] {
-        let Ok(answer) = service.oneshot(request()).await;
-        assert_eq!(answer.status(), StatusCode::OK);
-        assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), body);
+        let Ok(response) = service.oneshot(request()).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), body);
     }
     assert_eq!(runs.load(Ordering::SeqCst), 1);
     clock.set(0);
@@ -243,7 +247,7 @@ async fn postgres() -> (PostgresServer, PostgresStore, TurnedClock) {
     (server, store, clock)
 }
 
-/// Else these tests would show nothing.
+/// Checks that the clock of the server really moves. Otherwise these tests would prove nothing.
 async fn assert_moves(now: impl AsyncFn() -> i64, clock: &TurnedClock) {
     let before = now().await;
     clock.set(AN_HOUR);
@@ -254,19 +258,19 @@ async fn assert_moves(now: impl AsyncFn() -> i64, clock: &TurnedClock) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_outlives_a_leap_forwards() {
+async fn redis_survives_a_clock_jump_forwards() {
     let (_server, store, clock) = redis().await;
-    outlives_a_leap(&store, &clock, AN_HOUR).await;
+    survives_a_jump(&store, &clock, AN_HOUR).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_outlives_a_leap_backwards() {
+async fn redis_survives_a_clock_jump_backwards() {
     let (_server, store, clock) = redis().await;
-    outlives_a_leap(&store, &clock, -AN_HOUR).await;
+    survives_a_jump(&store, &clock, -AN_HOUR).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_runs_once_behind_the_layer_when_the_clock_leaps() {
+async fn redis_runs_once_behind_the_layer_when_the_clock_jumps() {
     for seconds in [AN_HOUR, -AN_HOUR] {
         let (server, here, clock) = redis().await;
         let there = RedisStore::connect(&server.url()).await.unwrap();
@@ -275,19 +279,19 @@ async fn redis_runs_once_behind_the_layer_when_the_clock_leaps() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_outlives_a_leap_forwards() {
+async fn postgres_survives_a_clock_jump_forwards() {
     let (_server, store, clock) = postgres().await;
-    outlives_a_leap(&store, &clock, AN_HOUR).await;
+    survives_a_jump(&store, &clock, AN_HOUR).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_outlives_a_leap_backwards() {
+async fn postgres_survives_a_clock_jump_backwards() {
     let (_server, store, clock) = postgres().await;
-    outlives_a_leap(&store, &clock, -AN_HOUR).await;
+    survives_a_jump(&store, &clock, -AN_HOUR).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_runs_once_behind_the_layer_when_the_clock_leaps() {
+async fn postgres_runs_once_behind_the_layer_when_the_clock_jumps() {
     for seconds in [AN_HOUR, -AN_HOUR] {
         let (server, here, clock) = postgres().await;
         let there = PostgresStore::connect(&server.url()).await.unwrap();

@@ -1,11 +1,11 @@
-//! The conformance kit: the stores of this crate pass it, and a store in which one rule is left out does not.
+//! The conformance kit: the stores of this crate pass it, and a store that lacks one rule fails it.
 
 #[cfg(feature = "axum")]
 #[path = "../../examples/custom_store.rs"]
 #[expect(
     dead_code,
     unreachable_pub,
-    reason = "the example's server is run by tests/examples.rs; only its store is of interest here"
+    reason = "tests/examples.rs runs the server of the example; this test needs only its store"
 )]
 mod custom_store;
 
@@ -19,10 +19,10 @@ use tower_idempotency::{BoxStore, MemoryStore, Store};
 
 use crate::support::ablated::{Ablated, Rule, ROOM};
 
-/// As many as the kit's documentation recommends.
+/// The number of sequences that the documentation of the kit recommends.
 const SEQUENCES: usize = 300;
 
-/// What a store has to pass, as whoever writes one has it checked.
+/// Runs the checks that the author of a store runs.
 async fn passes<S: Store + Clone>(store: S) {
     conformance::all(&store).await;
     conformance::differential(&store, SEQUENCES, 1).await;
@@ -76,7 +76,7 @@ async fn a_memory_store_is_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_helped_passes() {
+async fn a_store_with_restart_damage_and_limits_passes() {
     let store = Ablated::new(Rule::AllKept);
     conformance::durable(store.clone(), || async { store.reopened() }).await;
     let damage = |key| {
@@ -107,34 +107,34 @@ async fn the_store_of_the_example_passes() {
     std::fs::remove_dir_all(directory).unwrap();
 }
 
-/// The words with which a check fails.
-async fn complaint(rule: Rule, check: impl Future<Output = ()>) -> String {
+/// Runs a check that must fail, and returns its panic message.
+async fn failure_message(rule: Rule, check: impl Future<Output = ()>) -> String {
     let failed = std::panic::AssertUnwindSafe(check).catch_unwind().await;
-    let panicked = failed.expect_err(&format!("{rule:?} was not noticed"));
+    let panicked = failed.expect_err(&format!("the check did not detect {rule:?}"));
     panicked.downcast_ref::<String>().unwrap().clone()
 }
 
-/// One test per rule: the clause that it belongs to notices its absence; where a history of single steps can show it, so
-/// does `differential`.
-macro_rules! noticed {
+/// Each rule has a test: its clause detects that the rule is missing. `differential` detects it as
+/// well, where a history of single steps can show it.
+macro_rules! detected {
     ($($test:ident: $rule:ident, $clause:ident, $number:literal $(, $differential:ident)?;)*) => {$(
         #[tokio::test(flavor = "multi_thread")]
         async fn $test() {
             let store = Ablated::new(Rule::$rule);
-            let said = complaint(Rule::$rule, conformance::$clause(&store)).await;
-            assert!(said.contains(concat!("clause ", $number, " ")), "{said}");
+            let message = failure_message(Rule::$rule, conformance::$clause(&store)).await;
+            assert!(message.contains(concat!("clause ", $number, " ")), "{message}");
             $(
                 for seed in 0..4 {
                     let check = conformance::$differential(&store, SEQUENCES, seed);
-                    let said = complaint(Rule::$rule, check).await;
-                    assert!(said.contains(&format!("(seed {seed}, sequence ")), "{said}");
+                    let message = failure_message(Rule::$rule, check).await;
+                    assert!(message.contains(&format!("(seed {seed}, sequence ")), "{message}");
                 }
             )?
         }
     )*};
 }
 
-noticed! {
+detected! {
     a_claim_in_two_steps_is_not_atomic: ClaimTwoSteps, atomic, 1;
     a_completion_in_two_steps_is_not_atomic: CompleteTwoSteps, atomic, 1;
     a_release_in_two_steps_is_not_atomic: ReleaseTwoSteps, atomic, 1;
@@ -145,7 +145,7 @@ noticed! {
     a_lease_is_not_the_expiry_of_its_record: LeaseIsExpiry, record_outlives_lease, 4, differential;
     a_record_is_retained_when_its_lease_is_over: RetentionForgotten, record_outlives_lease, 4, differential;
     the_fingerprint_is_compared: FingerprintIgnored, fingerprint_first, 5, differential;
-    the_fingerprint_of_what_is_completed_is_compared: FingerprintOfCompletedIgnored, fingerprint_first, 5, differential;
+    the_fingerprint_of_a_completed_record_is_compared: FingerprintOfCompletedIgnored, fingerprint_first, 5, differential;
     claim_now_compares_the_fingerprint_too: ClaimNowIgnoresFingerprint, fingerprint_first, 5, differential;
     a_repeated_claim_keeps_its_fence: RepeatedClaimIsAnother, repeatable, 6, differential;
     a_repeated_claim_does_not_wait_for_itself: RepeatedClaimWaits, repeatable, 6, differential;
@@ -156,40 +156,40 @@ noticed! {
     a_completion_compares_the_fence: CompleteByNonce, owners_only, 7, differential;
     a_release_compares_its_owner: ReleaseByAnybody, owners_only, 7, differential;
     a_renewal_compares_its_owner: RenewByAnybody, owners_only, 7, differential;
-    a_release_leaves_what_is_completed: ReleaseOfCompleted, owners_only, 7, differential;
-    the_fence_does_not_stay: FenceStays, fence_grows, 8, differential;
+    a_release_leaves_a_completed_record: ReleaseOfCompleted, owners_only, 7, differential;
+    the_fence_grows: FenceStays, fence_grows, 8, differential;
     a_release_does_not_erase_an_earlier_attempt: ReleaseErases, release_leaves_evidence, 9, differential;
     a_release_of_an_only_attempt_frees_the_key: ReleaseKeepsOnlyAttempt, release_leaves_evidence, 9, differential;
     attempts_are_counted: AttemptStays, attempts_are_capped, 10, differential;
     attempts_have_a_cap: AttemptsUncapped, attempts_are_capped, 10, differential;
-    the_unknown_stays_unknown: UnknownNotNoted, attempts_are_capped, 10, differential;
-    the_unknown_never_runs_again: UnknownRunsAgain, attempts_are_capped, 10, differential;
-    a_late_completion_is_taken: CompleteLateRefused, late_completions_heal, 11, differential;
-    the_unknown_can_be_completed: CompleteUnknownRefused, late_completions_heal, 11, differential;
-    nobody_resolves_what_is_alive: ResolveAlive, late_completions_heal, 11, differential;
+    an_unknown_outcome_stays_unknown: UnknownNotNoted, attempts_are_capped, 10, differential;
+    an_unknown_outcome_never_runs_again: UnknownRunsAgain, attempts_are_capped, 10, differential;
+    a_late_completion_is_accepted: CompleteLateRefused, late_completions_heal, 11, differential;
+    an_unknown_outcome_can_be_completed: CompleteUnknownRefused, late_completions_heal, 11, differential;
+    a_live_attempt_cannot_be_resolved: ResolveAlive, late_completions_heal, 11, differential;
     a_resolution_compares_the_fence: ResolveByAnyFence, late_completions_heal, 11, differential;
     a_resolution_ends_the_ownership: ResolveKeepsOwner, late_completions_heal, 11, differential;
-    nobody_resolves_what_is_completed: ResolveCompleted, late_completions_heal, 11, differential;
+    a_completed_record_cannot_be_resolved: ResolveCompleted, late_completions_heal, 11, differential;
     a_tombstone_never_runs_again: TombstoneRunsAgain, exact_responses, 12, differential;
-    an_answer_is_bytes_not_text: AnswerInUtf8, exact_responses, 12, differential;
-    an_answer_ends_where_it_ends: AnswerTrimmed, exact_responses, 12, differential;
+    a_response_is_bytes_not_text: AnswerInUtf8, exact_responses, 12, differential;
+    a_response_is_not_trimmed: AnswerTrimmed, exact_responses, 12, differential;
     a_rejection_can_be_resolved: RejectedIsCompleted, rejection_is_unknown, 17, differential;
 }
 
-// On paused time: they are noticed by waiting.
+// On paused time, because the checks wait for these faults.
 #[tokio::test(start_paused = true)]
 async fn a_watch_wakes_and_subscribes_before_it_is_polled() {
     for rule in [Rule::WatchNeverWakes, Rule::WatchSubscribesLate] {
-        let said = complaint(rule, conformance::subscribe_then_look(&Ablated::new(rule))).await;
-        assert!(said.contains("clause 16 "), "{said}");
+        let message = failure_message(rule, conformance::subscribe_then_look(&Ablated::new(rule))).await;
+        assert!(message.contains("clause 16 "), "{message}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_forgets_is_not_durable() {
     let reopen = || async { Ablated::new(Rule::AllKept) };
-    let said = complaint(Rule::AllKept, conformance::durable(Ablated::new(Rule::AllKept), reopen)).await;
-    assert!(said.contains("clause 13 "), "{said}");
+    let message = failure_message(Rule::AllKept, conformance::durable(Ablated::new(Rule::AllKept), reopen)).await;
+    assert!(message.contains("clause 13 "), "{message}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -199,18 +199,18 @@ async fn a_record_that_cannot_be_read_is_not_absent() {
         store.damage(&key);
         std::future::ready(())
     };
-    let said = complaint(
+    let message = failure_message(
         Rule::CorruptIsAbsent,
         conformance::unreadable_is_not_absent(&store, damage),
     )
     .await;
-    assert!(said.contains("clause 14 "), "{said}");
+    assert!(message.contains("clause 14 "), "{message}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_store_neither_evicts_nor_grows_and_says_that_it_is_full() {
+async fn a_full_store_neither_evicts_nor_grows_and_reports_that_it_is_full() {
     for rule in [Rule::EvictsWhenFull, Rule::FullIsUnavailable, Rule::TakesUnbounded] {
-        let said = complaint(rule, conformance::bounded(&Ablated::new(rule), ROOM)).await;
-        assert!(said.contains("clause 15 "), "{said}");
+        let message = failure_message(rule, conformance::bounded(&Ablated::new(rule), ROOM)).await;
+        assert!(message.contains("clause 15 "), "{message}");
     }
 }

@@ -1,4 +1,5 @@
-//! Each store against its contract, and against clients, poolers and servers that fail. Each test starts its own servers.
+//! Each store against its contract, and against clients, poolers and servers that fail. Each test
+//! starts its own servers.
 
 mod clock;
 mod contract;

@@ -1,4 +1,4 @@
-//! The memory store against its contract, clause by clause, and its bounds.
+//! The memory store against its contract, clause by clause, and against its bounds.
 
 mod bytes_held;
 mod clocks;
@@ -36,7 +36,7 @@ fn claim(key: u8, nonce: u8) -> Claim {
     }
 }
 
-fn kept(body: &str) -> Outcome {
+fn stored(body: &str) -> Outcome {
     Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: Bytes::from(body.to_owned()),
@@ -50,7 +50,8 @@ async fn granted(store: &MemoryStore, claim: &Claim) -> Grant {
     }
 }
 
-/// The layer holds a lock while it calls `claim_now`. In a full store, the call looked through all open records.
+/// The layer holds a lock while it calls `claim_now`. In a full store, the call looked through all
+/// open records.
 #[tokio::test]
 async fn claim_now_frees_no_records_and_leaves_that_to_claim() {
     const RECORDS: u8 = 200;
@@ -64,12 +65,12 @@ async fn claim_now_frees_no_records_and_leaves_that_to_claim() {
                 other => panic!("{other:?}"),
             };
             if is_completed {
-                store.complete(&claim.key, owner, &kept("x"), HOUR).await.unwrap();
+                store.complete(&claim.key, owner, &stored("x"), HOUR).await.unwrap();
             } else {
                 store.renew(&claim.key, owner, Duration::ZERO).await.unwrap();
             }
         }
-        // Claims that need no new record are decided at once.
+        // The store decides claims that need no new record at once.
         let again = store.claim_now(&claim(0, 2)).unwrap().unwrap();
         let unchanged = matches!(again, Decision::Replay(_) | Decision::Unknown);
         assert!(unchanged, "{again:?}");
@@ -87,7 +88,7 @@ async fn claim_now_frees_no_records_and_leaves_that_to_claim() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn of_concurrent_claims_exactly_one_is_granted() {
+async fn exactly_one_of_many_concurrent_claims_is_granted() {
     let store = MemoryStore::new();
     for key in 0..200 {
         let claims = (0..16).map(|nonce| {
@@ -114,7 +115,7 @@ async fn a_key_is_never_absent_between_in_flight_and_completed() {
                 loop {
                     match store.claim(&claim(key, 1)).await.unwrap() {
                         Decision::Wait { .. } => {}
-                        Decision::Replay(answer) => return answer,
+                        Decision::Replay(response) => return response,
                         other => panic!("{other:?}"),
                     }
                 }
@@ -122,7 +123,7 @@ async fn a_key_is_never_absent_between_in_flight_and_completed() {
         });
         tokio::task::yield_now().await;
         store
-            .complete(&claim(key, 0).key, grant.owner, &kept("a"), HOUR)
+            .complete(&claim(key, 0).key, grant.owner, &stored("a"), HOUR)
             .await
             .unwrap();
         assert_eq!(looking.await.unwrap().body, "a");
@@ -150,7 +151,7 @@ async fn an_owner_needs_no_renewal_and_never_counts_as_lost_unless_it_gives_up()
     assert_eq!(store.stats().in_flight, 1);
     assert_eq!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Unknown);
     assert_eq!((store.stats().records, store.stats().in_flight), (1, 0));
-    // An unknown outcome lives for its retention and is then forgotten.
+    // The store forgets an unknown outcome after its retention.
     clock.advance(HOUR);
     store.sweep();
     assert_eq!((store.stats().records, store.stats().in_flight), (0, 0));
@@ -171,7 +172,7 @@ async fn a_watch_wakes_at_every_end_and_at_once_where_nothing_is_in_flight() {
         match end {
             "complete" => {
                 let done = store
-                    .complete(&key, grant.owner, &kept("a"), Duration::ZERO)
+                    .complete(&key, grant.owner, &stored("a"), Duration::ZERO)
                     .await
                     .unwrap();
                 assert_eq!(done, Completion::Completed);
@@ -194,7 +195,7 @@ async fn budgets_hold_and_expiry_makes_room() {
     for key in 0..3 {
         let grant = granted(&store, &claim(key, 0)).await;
         store
-            .complete(&claim(key, 0).key, grant.owner, &kept("x"), HOUR)
+            .complete(&claim(key, 0).key, grant.owner, &stored("x"), HOUR)
             .await
             .unwrap();
     }
@@ -209,12 +210,12 @@ async fn budgets_hold_and_expiry_makes_room() {
 }
 
 #[tokio::test]
-async fn an_answer_larger_than_the_whole_budget_becomes_a_tombstone_and_spares_the_others() {
+async fn a_response_larger_than_the_whole_budget_becomes_a_tombstone_and_evicts_no_other() {
     let store = MemoryStore::builder().with_byte_budget(100).build();
     for (key, body) in [(1, "small"), (2, &"x".repeat(200)[..])] {
         let grant = granted(&store, &claim(key, 0)).await;
         store
-            .complete(&claim(key, 0).key, grant.owner, &kept(body), HOUR)
+            .complete(&claim(key, 0).key, grant.owner, &stored(body), HOUR)
             .await
             .unwrap();
     }
@@ -223,13 +224,13 @@ async fn an_answer_larger_than_the_whole_budget_becomes_a_tombstone_and_spares_t
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_frees_itself_on_a_timer_and_its_task_ends_with_it() {
+async fn a_store_removes_expired_records_on_a_timer_and_its_task_ends_with_it() {
     let store = MemoryStore::new();
     for key in 0..100 {
         let grant = granted(&store, &claim(key, 0)).await;
         let retention = Duration::from_secs(10);
         store
-            .complete(&claim(key, 0).key, grant.owner, &kept("x"), retention)
+            .complete(&claim(key, 0).key, grant.owner, &stored("x"), retention)
             .await
             .unwrap();
     }
@@ -247,7 +248,7 @@ async fn a_resolution_takes_the_place_of_a_lost_outcome() {
     let store = MemoryStore::new();
     let key = claim(1, 1).key;
     let grant = granted(&store, &claim(1, 1)).await;
-    let resolution = Resolution::Completed(kept("found"), HOUR);
+    let resolution = Resolution::Completed(stored("found"), HOUR);
     let fence = grant.owner.fence;
     assert_eq!(
         store.resolve(&key, fence, &resolution).await.unwrap(),
@@ -258,7 +259,7 @@ async fn a_resolution_takes_the_place_of_a_lost_outcome() {
         store.resolve(&key, fence, &resolution).await.unwrap(),
         ResolveResult::Resolved
     );
-    assert!(matches!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Replay(answer) if answer.body == "found"));
+    assert!(matches!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Replay(response) if response.body == "found"));
 }
 
 #[tokio::test]
@@ -273,71 +274,72 @@ async fn a_hundred_thousand_keys_stay_within_the_budget() {
     for n in (0..100_000).step_by(97) {
         assert!(send(&service, post(&format!("key-{n}"), "x")).await.is_replay(), "{n}");
     }
-    let figures = store.stats();
+    let counts = store.stats();
     assert_eq!(
-        (figures.records, figures.in_flight, handler.runs()),
+        (counts.records, counts.in_flight, handler.runs()),
         (100_000, 0, 100_000)
     );
-    assert!(figures.bytes < 100_000 * 100);
+    assert!(counts.bytes < 100_000 * 100);
 }
 
 #[tokio::test]
-async fn figures_come_back_after_a_release_an_abandoned_claim_and_a_claim_of_what_expired() {
+async fn counts_are_right_after_a_release_an_abandoned_claim_and_a_claim_of_an_expired_key() {
     let clock = clock();
     let store = MemoryStore::builder()
         .with_clock(clock.clone())
         .with_record_budget(1)
         .build();
-    let figures = |records, in_flight| {
-        let figures = store.stats();
-        assert_eq!((figures.records, figures.in_flight), (records, in_flight));
+    let counts = |records, in_flight| {
+        let counts = store.stats();
+        assert_eq!((counts.records, counts.in_flight), (records, in_flight));
     };
     let key = claim(1, 1).key;
     for _ in 0..3 {
         let grant = granted(&store, &claim(1, 1)).await;
-        figures(1, 1);
+        counts(1, 1);
         store.release(&key, grant.owner).await.unwrap();
-        figures(0, 0);
+        counts(0, 0);
     }
-    // An abandoned claim that expired is claimed again before a sweep: it keeps its one place.
+    // An abandoned claim that has expired is claimed again before a sweep. It takes no second
+    // place.
     let grant = granted(&store, &claim(1, 1)).await;
     store.renew(&key, grant.owner, Duration::ZERO).await.unwrap();
     clock.advance(2 * HOUR);
     let grant = granted(&store, &claim(1, 2)).await;
-    figures(1, 1);
-    // Abandoned and swept, it makes room.
+    counts(1, 1);
+    // The sweep removes the abandoned record, which makes room for another one.
     store.renew(&key, grant.owner, Duration::ZERO).await.unwrap();
     clock.advance(2 * HOUR);
     store.sweep();
-    figures(0, 0);
+    counts(0, 0);
     granted(&store, &claim(2, 1)).await;
-    figures(1, 1);
+    counts(1, 1);
 }
 
 /// A rejected message counted as in flight for its whole retention.
 #[tokio::test]
-async fn an_unknown_record_is_not_in_flight_and_is_counted_off_once() {
+async fn an_unknown_record_is_not_in_flight_and_is_subtracted_once() {
     let clock = clock();
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
-    let figures = |records, in_flight, case: &str| {
-        let figures = store.stats();
-        assert_eq!((figures.records, figures.in_flight), (records, in_flight), "{case}");
+    let counts = |records, in_flight, case: &str| {
+        let counts = store.stats();
+        assert_eq!((counts.records, counts.in_flight), (records, in_flight), "{case}");
     };
     let key = claim(1, 1).key;
-    // Another key stays in flight, so that a count that is subtracted twice shows.
+    // Another key stays in flight, so that the test sees a count that is subtracted twice.
     granted(&store, &claim(2, 1)).await;
     for end in ["completed", "resolved", "released", "expired", "claimed anew"] {
         let grant = granted(&store, &claim(1, 1)).await;
-        figures(2, 2, end);
+        counts(2, 2, end);
         for _ in 0..2 {
             let rejected = store.complete(&key, grant.owner, &Outcome::Rejected, HOUR).await;
             assert_eq!(rejected.unwrap(), Completion::Completed);
-            figures(2, 1, end);
+            counts(2, 1, end);
         }
         assert_eq!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Unknown);
         let records = match end {
             "completed" => {
-                let done = store.complete(&key, grant.owner, &kept("late"), HOUR).await;
+                let done = store.complete(&key, grant.owner, &stored("late"), HOUR).await;
                 assert_eq!(done.unwrap(), Completion::Completed);
                 2
             }
@@ -358,18 +360,18 @@ async fn an_unknown_record_is_not_in_flight_and_is_counted_off_once() {
             _ => {
                 clock.advance(2 * HOUR);
                 let grant = granted(&store, &claim(1, 3)).await;
-                figures(2, 2, end);
+                counts(2, 2, end);
                 store.release(&key, grant.owner).await.unwrap();
                 1
             }
         };
-        figures(records, 1, end);
+        counts(records, 1, end);
         clock.advance(2 * HOUR);
         store.sweep();
     }
 }
 
-/// The task looked through all open records at once, among them every rejected message.
+/// The task looked through all open records at once, including every rejected message.
 #[tokio::test(start_paused = true)]
 async fn a_sweep_of_abandoned_records_lets_other_tasks_run() {
     const RECORDS: u8 = 200;
@@ -383,7 +385,7 @@ async fn a_sweep_of_abandoned_records_lets_other_tasks_run() {
             .await
             .unwrap();
     }
-    // The sweeping task starts its timer.
+    // The task that sweeps starts its timer.
     tokio::task::yield_now().await;
     clock.advance(2 * HOUR);
     tokio::time::advance(Duration::from_secs(2)).await;
@@ -396,7 +398,7 @@ async fn a_sweep_of_abandoned_records_lets_other_tasks_run() {
 }
 
 #[tokio::test]
-async fn an_answer_that_came_anew_is_not_shrunk_for_the_one_before() {
+async fn a_new_response_is_not_evicted_in_place_of_the_expired_one() {
     let clock = clock();
     let store = MemoryStore::builder()
         .with_clock(clock.clone())
@@ -407,21 +409,21 @@ async fn an_answer_that_came_anew_is_not_shrunk_for_the_one_before() {
         async move {
             let grant = granted(&store, &claim(key, 0)).await;
             store
-                .complete(&claim(key, 0).key, grant.owner, &kept(body), retention)
+                .complete(&claim(key, 0).key, grant.owner, &stored(body), retention)
                 .await
                 .unwrap();
         }
     };
-    complete(1, "the first answer, which expires soon", Duration::from_millis(10)).await;
+    complete(1, "the first response, which expires soon", Duration::from_millis(10)).await;
     clock.advance(Duration::from_millis(20));
     complete(1, "anew", HOUR).await;
-    // Pushes the first answer of key 1 out, which has expired; its second one stays.
+    // Evicts the first response of key 1, which has expired. Its second response stays.
     complete(2, "some forty bytes, so that the budget is used", HOUR).await;
     complete(3, "x", HOUR).await;
-    assert!(matches!(store.claim(&claim(1, 1)).await.unwrap(), Decision::Replay(answer) if answer.body == "anew"));
+    assert!(matches!(store.claim(&claim(1, 1)).await.unwrap(), Decision::Replay(response) if response.body == "anew"));
 }
 
-/// One step of a random history, played on the store and on the pure record alike.
+/// One step of a random history. The test applies it to the store and to the pure record.
 #[derive(Clone, Debug)]
 enum Step {
     Claim(u8, IfLost, bool),
@@ -446,7 +448,7 @@ fn a_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The pure record with an endless lease, which is what the memory store promises.
+/// The pure record with an endless lease, which is the promise of the memory store.
 struct Model {
     record: Option<Record>,
     clock: Clock,
@@ -475,7 +477,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_store_answers_as_the_pure_record_does(steps in prop::collection::vec(a_step(), 1..50)) {
+    fn the_store_decides_as_the_pure_record_does(steps in prop::collection::vec(a_step(), 1..50)) {
         let clock = clock();
         let store = MemoryStore::builder().with_clock(clock.clone()).build();
         let mut model = Model { record: None, clock: clock.clone() };
@@ -496,7 +498,7 @@ proptest! {
                         prop_assert_eq!(got, unleased(wanted));
                     }
                     Step::Complete(nonce, body) => if let Some(owner) = owners[usize::from(nonce)] {
-                        let outcome = kept(&body.to_string());
+                        let outcome = stored(&body.to_string());
                         let wanted = Record::complete(model.record.as_ref(), owner, &outcome, HOUR, now);
                         let wanted = model.apply(wanted);
                         prop_assert_eq!(store.complete(&key, owner, &outcome, HOUR).await.unwrap(), wanted);
@@ -510,7 +512,7 @@ proptest! {
                         prop_assert_eq!(store.release(&key, owner).await.unwrap(), wanted);
                     },
                     Step::Resolve(nonce, absent) => if let Some(owner) = owners[usize::from(nonce)] {
-                        let found = Resolution::Completed(kept("found"), HOUR);
+                        let found = Resolution::Completed(stored("found"), HOUR);
                         let resolution = if absent { Resolution::Absent } else { found };
                         let wanted = Record::resolve(model.record.as_ref(), owner.fence, &resolution, now);
                         let wanted = model.apply(wanted);
@@ -521,7 +523,7 @@ proptest! {
                 }
                 let peeked = Record::peek(model.record.as_ref(), model.clock.now());
                 prop_assert_eq!(store.peek(&key).await.unwrap(), peeked);
-                // One microsecond, so that no two attempts begin at one time.
+                // One microsecond, so that no two attempts begin at the same time.
                 clock.advance(Duration::from_micros(1));
             }
             Ok(())

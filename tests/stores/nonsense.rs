@@ -1,4 +1,5 @@
-//! Servers that talk nonsense: an error in good time, never a panic, never "absent"; and no harm once they talk sense again.
+//! Servers that reply nonsense. The store returns an error in good time, never panics, never
+//! reports a key as absent, and works again when the server does.
 
 use std::future::Future;
 use std::time::Duration;
@@ -17,13 +18,14 @@ use crate::support::redis::RedisServer;
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
-/// What the stores give a server.
+/// The time that the stores allow a server.
 const SHORT: Duration = Duration::from_millis(500);
 
-/// Much longer than all time limits of a store together: whatever takes so long hangs.
+/// Much longer than all time limits of a store together. An operation that takes longer hangs.
 const HANGING: Duration = Duration::from_secs(30);
 
-/// Nonsense for clients of any protocol: what is no reply at all, and what is the beginning of an impossible one.
+/// Nonsense for clients of any protocol: bytes that are no reply, and the beginnings of impossible
+/// replies.
 fn nonsense() -> Vec<Nonsense> {
     const HTTP: &str = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nno\n";
     let mut sayings: Vec<Bytes> = vec![
@@ -31,14 +33,15 @@ fn nonsense() -> Vec<Nonsense> {
         "SSH-2.0-OpenSSH_9.2\r\n".into(),
         vec![0; 4_096].into(),
         vec![0xff; 4_096].into(),
-        // Redis: lengths that nothing has, nesting without end, answers to other questions.
+        // Redis: impossible lengths, endless nesting, and replies to other commands.
         "$9223372036854775807\r\n".into(),
         "$-2\r\n".into(),
         "*2147483647\r\n".into(),
         "%9223372036854775807\r\n".into(),
         "*1\r\n".repeat(20_000).into(),
         "+OK\r\n$-1\r\n*0\r\n:1\r\n".into(),
-        // PostgreSQL: messages of an impossible length, of an unknown kind, and from another part of the conversation.
+        // PostgreSQL: messages with an impossible length, of an unknown kind, and from another part
+        // of the conversation.
         b"R\0\0\0\0".as_slice().into(),
         b"D\0\0\0\x03".as_slice().into(),
         b"T\x7f\xff\xff\xff".as_slice().into(),
@@ -57,7 +60,7 @@ fn nonsense() -> Vec<Nonsense> {
     [Nonsense::Close, Nonsense::Half].into_iter().chain(said).collect()
 }
 
-/// The same in every run: whoever sees a failure can see it again.
+/// The same bytes in every run, so that a failure can be repeated.
 fn random_bytes(seed: u64) -> Bytes {
     let mut state = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut next = || {
@@ -81,34 +84,35 @@ fn claim(key: &StorageKey) -> Claim {
     }
 }
 
-fn kept() -> Outcome {
+fn stored() -> Outcome {
     Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: "body".into(),
     })
 }
 
-/// The reply of an honest server. The store is given little time, and a busy machine may need more.
-async fn answered<T>(operation: impl AsyncFn() -> Result<T, Error>) -> T {
+/// Returns the reply of an honest server. The store allows little time, and a busy machine may need
+/// several attempts.
+async fn honest_reply<T>(operation: impl AsyncFn() -> Result<T, Error>) -> T {
     for _ in 0..20 {
         match operation().await {
             Ok(reply) => return reply,
             Err(error) => assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error}"),
         }
     }
-    panic!("the server is honest and does not answer");
+    panic!("the server is honest but does not reply");
 }
 
 async fn held(store: &impl Store) -> (StorageKey, Owner) {
     let key = StorageKey::from_bytes(rand::random());
     let claim = claim(&key);
-    match answered(async || store.claim(&claim).await).await {
+    match honest_reply(async || store.claim(&claim).await).await {
         Decision::Execute(grant) => (key, grant.owner),
         other => panic!("{other:?}"),
     }
 }
 
-/// The operation ends in time, with the error of a server that cannot be used.
+/// Checks that the operation ends in time, with the error of an unusable server.
 async fn assert_refused<T: std::fmt::Debug>(
     what: &str,
     nonsense: &Nonsense,
@@ -120,7 +124,7 @@ async fn assert_refused<T: std::fmt::Debug>(
         panic!("{what} hangs at {shown}")
     };
     match done {
-        Ok(told) => panic!("{what} believes {shown}: {told:?}"),
+        Ok(value) => panic!("{what} believes {shown}: {value:?}"),
         Err(error) => {
             let kind = error.kind();
             let fits = matches!(kind, ErrorKind::StoreUnavailable | ErrorKind::Configuration);
@@ -129,7 +133,7 @@ async fn assert_refused<T: std::fmt::Debug>(
     }
 }
 
-/// Asks until the store has found its server again.
+/// Repeats an operation until the store has found its server again.
 async fn reconnected(store: &impl Store) {
     let asking = async {
         while store.peek(&StorageKey::from_bytes([0; 32])).await.is_err() {
@@ -138,38 +142,38 @@ async fn reconnected(store: &impl Store) {
     };
     tokio::time::timeout(HANGING, asking)
         .await
-        .expect("the store does not connect again");
+        .expect("the store reconnects");
 }
 
-/// A store that is lied to in the middle of a conversation, at each of its operations.
-async fn bears(store: &impl Store, liar: &Liar, nonsense: &Nonsense) {
+/// Checks each operation of a store whose server lies in the middle of a conversation.
+async fn survives(store: &impl Store, liar: &Liar, nonsense: &Nonsense) {
     let (key, owner) = held(store).await;
     let fresh = claim(&StorageKey::from_bytes(rand::random()));
     liar.lie(nonsense);
     assert_refused("claim", nonsense, store.claim(&fresh)).await;
     liar.be_honest();
     reconnected(store).await;
-    // Arrived or not, nobody else has it.
-    let claimed = answered(async || store.claim(&fresh).await).await;
+    // No other caller has the key, whether or not the first claim reached the server.
+    let claimed = honest_reply(async || store.claim(&fresh).await).await;
     assert!(matches!(claimed, Decision::Execute(grant) if grant.attempt == 1));
     liar.lie(nonsense);
     assert_refused("peek", nonsense, store.peek(&key)).await;
     liar.be_honest();
     reconnected(store).await;
     liar.lie(nonsense);
-    assert_refused("complete", nonsense, store.complete(&key, owner, &kept(), HOUR)).await;
-    // Not even the connection is made.
+    assert_refused("complete", nonsense, store.complete(&key, owner, &stored(), HOUR)).await;
+    // The store cannot even connect.
     assert_refused("peek", nonsense, store.peek(&key)).await;
     liar.be_honest();
     reconnected(store).await;
-    let done = answered(async || store.complete(&key, owner, &kept(), HOUR).await).await;
+    let done = honest_reply(async || store.complete(&key, owner, &stored(), HOUR).await).await;
     assert_eq!(done, Completion::Completed);
-    let seen = answered(async || store.peek(&key).await).await;
-    assert_eq!(seen.unwrap().status, Status::Completed(kept()));
+    let seen = honest_reply(async || store.peek(&key).await).await;
+    assert_eq!(seen.unwrap().status, Status::Completed(stored()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_is_not_taken_for_what_it_is_not() {
+async fn a_server_that_replies_nonsense_is_no_redis() {
     let server = RedisServer::start();
     let connecting = nonsense().into_iter().map(async |nonsense| {
         let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
@@ -182,20 +186,20 @@ async fn redis_is_not_taken_for_what_it_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_may_talk_nonsense_and_sense_again() {
+async fn a_redis_store_survives_nonsense_and_works_again() {
     let server = RedisServer::start();
-    let bearing = nonsense().into_iter().map(async |nonsense| {
+    let surviving = nonsense().into_iter().map(async |nonsense| {
         let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
         let url = server.url_by(liar.address.port());
         let builder = RedisStore::builder().with_response_timeout(SHORT);
         let store = builder.connect(&url).await.unwrap();
-        bears(&store, &liar, &nonsense).await;
+        survives(&store, &liar, &nonsense).await;
     });
-    join_all(bearing).await;
+    join_all(surviving).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_is_not_taken_for_what_it_is_not() {
+async fn a_server_that_replies_nonsense_is_no_postgres() {
     let server = PostgresServer::start();
     let connecting = nonsense().into_iter().map(async |nonsense| {
         let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
@@ -208,10 +212,10 @@ async fn postgres_is_not_taken_for_what_it_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_may_talk_nonsense_and_sense_again() {
+async fn a_postgres_store_survives_nonsense_and_works_again() {
     let server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
-    let bearing = nonsense().into_iter().map(async |nonsense| {
+    let surviving = nonsense().into_iter().map(async |nonsense| {
         let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
         let pool = PgPoolOptions::new()
             .max_connections(2)
@@ -219,7 +223,7 @@ async fn postgres_may_talk_nonsense_and_sense_again() {
             .test_before_acquire(false);
         let pool = pool.connect(&server.url_by(liar.address.port())).await.unwrap();
         let store = PostgresStore::builder().with_timeout(SHORT).with_pool(pool).unwrap();
-        bears(&store, &liar, &nonsense).await;
+        survives(&store, &liar, &nonsense).await;
     });
-    join_all(bearing).await;
+    join_all(surviving).await;
 }

@@ -1,4 +1,4 @@
-//! Messages that leave with a transaction, whatever becomes of the relay that publishes them.
+//! Messages that leave with a transaction, whatever happens to the relay that publishes them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -35,7 +35,7 @@ impl Bench {
         }
     }
 
-    /// An outbox, and a message in it for each of the topics.
+    /// Makes an outbox with one message for each of the topics.
     async fn outbox(&self, topics: &[&str]) -> Outbox {
         let outbox = Outbox::new(self.pool.clone());
         outbox.migrate().await.unwrap();
@@ -49,7 +49,7 @@ impl Bench {
         sqlx::raw_sql(statement).execute(&self.pool).await.unwrap();
     }
 
-    /// The server's, in seconds.
+    /// Returns the time of the server, in seconds.
     async fn clock(&self) -> f64 {
         let clock = "SELECT extract(epoch FROM clock_timestamp())::float8";
         sqlx::query_scalar(clock).fetch_one(&self.pool).await.unwrap()
@@ -60,7 +60,7 @@ impl Bench {
     }
 }
 
-/// Takes what it is told to publish, or fails.
+/// Collects the messages that it publishes, or fails.
 #[derive(Clone, Default)]
 struct Broker {
     got: Arc<Mutex<Vec<OutboxMessage>>>,
@@ -137,7 +137,10 @@ async fn a_message_is_published_as_it_was_put_if_its_transaction_is_committed() 
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
 
     assert!(put(&bench, &outbox, &message).await);
-    assert!(!put(&bench, &outbox, &message).await, "it waits already");
+    assert!(
+        !put(&bench, &outbox, &message).await,
+        "a message with this id waits already"
+    );
     assert_eq!(outbox.waiting().await.unwrap(), 1);
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
@@ -146,7 +149,7 @@ async fn a_message_is_published_as_it_was_put_if_its_transaction_is_committed() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_published_waits_and_holds_nothing_up() {
+async fn a_message_that_cannot_be_published_waits_and_delays_no_other() {
     let bench = Bench::new().await;
     let outbox = Outbox::in_table(bench.pool.clone(), "public.outgoing").unwrap();
     outbox.migrate().await.unwrap();
@@ -158,7 +161,7 @@ async fn what_cannot_be_published_waits_and_holds_nothing_up() {
         let mut left = panics.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if message.topic() == "panic" && *left > 0 {
             *left -= 1;
-            panic!("the publisher panics, as planned");
+            panic!("the publisher panics");
         }
         publish(message)
     };
@@ -181,7 +184,7 @@ async fn what_cannot_be_published_waits_and_holds_nothing_up() {
         "{got:?}"
     );
 
-    // With the pauses that are set by default it is not tried again at once.
+    // With the default backoff, the relay does not try it again at once.
     broker.refused.lock().unwrap().insert("poison".to_owned(), 1);
     assert!(put(&bench, &outbox, &OutboxMessage::new("poison", "x")).await);
     let patient = outbox.relay(broker.publish());
@@ -206,7 +209,7 @@ async fn relays_share_the_work_and_a_relay_that_dies_has_its_messages_published_
             .with_batch(7)
             .with_interval(Duration::from_millis(5))
     };
-    // Half-way through a batch, dropped.
+    // A relay that is dropped in the middle of a batch.
     let mut dying = Box::pin({
         let pause = Duration::from_millis(10);
         let relay = relay()
@@ -233,7 +236,7 @@ async fn relays_share_the_work_and_a_relay_that_dies_has_its_messages_published_
             .or_default()
             .push(message.id().to_owned());
     }
-    assert_eq!(copies.len(), MESSAGES, "none is lost");
+    assert_eq!(copies.len(), MESSAGES, "no message is lost");
     for (topic, ids) in &copies {
         let expected = if seen_by_the_dead.contains(topic) { 2 } else { 1 };
         assert_eq!(ids.len(), expected, "{topic}");
@@ -242,7 +245,7 @@ async fn relays_share_the_work_and_a_relay_that_dies_has_its_messages_published_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_goes_out_twice_comes_in_once() {
+async fn a_message_that_is_published_twice_is_handled_once() {
     let bench = Bench::new().await;
     let outbox = Outbox::new(bench.pool.clone());
     outbox.migrate().await.unwrap();
@@ -253,7 +256,7 @@ async fn what_goes_out_twice_comes_in_once() {
     let inbox = Inbox::new(store, "shipping");
     let (pool, receipts) = (bench.pool.clone(), Arc::new(Mutex::new(Vec::new())));
     let noted = Arc::clone(&receipts);
-    // Its acknowledgement is lost the first time.
+    // The first acknowledgement is lost.
     let relay = outbox.relay(move |message: OutboxMessage| {
         let (pool, inbox, noted) = (pool.clone(), inbox.clone(), Arc::clone(&noted));
         async move {
@@ -334,7 +337,7 @@ async fn the_documented_rights_suffice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outbox_says_what_is_wrong() {
+async fn an_outbox_reports_the_cause_of_its_errors() {
     let bench = Bench::new().await;
     let wrong = Outbox::in_table(bench.pool.clone(), "a table").unwrap_err();
     assert_eq!(wrong.kind(), ErrorKind::Configuration);
@@ -370,7 +373,7 @@ async fn a_message_that_kills_its_relay_does_not_block_the_others() {
         if times("behind") > 0 && times("poison") > 2 {
             break;
         }
-        // The lease goes by, and then the pause.
+        // The lease passes, and then the backoff.
         bench
             .execute("UPDATE idempotency_outbox SET publish_at = publish_at - interval '60 s' WHERE suspect")
             .await;
@@ -381,7 +384,8 @@ async fn a_message_that_kills_its_relay_does_not_block_the_others() {
     assert_eq!(outbox.waiting().await.unwrap(), 1);
 }
 
-/// Looks once at the outbox, with a lease and a first pause, and dies while it publishes what is for this topic.
+/// Looks once at the outbox, with a lease and a first backoff, and dies while it publishes the
+/// message for this topic.
 async fn die_at(
     outbox: &Outbox,
     poison: &'static str,
@@ -412,7 +416,7 @@ async fn die_at(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_kills_its_relays_pauses_for_longer_each_time() {
+async fn a_message_that_kills_its_relays_pauses_for_longer_each_time() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["poison"]).await;
     let mut pauses = Vec::new();
@@ -423,7 +427,7 @@ async fn what_kills_its_relays_pauses_for_longer_each_time() {
         pauses.push(bench.number(pause).await);
         bench.execute("UPDATE idempotency_outbox SET publish_at = now()").await;
     }
-    // The lease, and the pause.
+    // The lease plus the backoff.
     for (pause, expected) in pauses.iter().zip([160, 260, 360, 360]) {
         assert!((expected - 20..=expected).contains(pause), "{pauses:?}");
     }
@@ -449,7 +453,7 @@ async fn no_transaction_is_open_while_a_message_is_published() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_failed_while_its_relay_lived_is_tried_again_in_a_batch() {
+async fn a_message_that_failed_without_killing_its_relay_is_tried_again_in_a_batch() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["a", "b", "c"]).await;
     let broker = Broker::default();
@@ -465,7 +469,7 @@ async fn what_failed_while_its_relay_lived_is_tried_again_in_a_batch() {
     assert_eq!(relay.publish_once().await.unwrap(), published(3, 0));
 }
 
-/// A relay that is slow with every message, and what it began.
+/// A relay that is slow with every message, and the messages that it began.
 fn slow(outbox: &Outbox, each: Duration) -> (impl std::future::Future<Output = Published>, Arc<Mutex<Vec<String>>>) {
     let begun = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&begun);
@@ -484,7 +488,7 @@ fn slow(outbox: &Outbox, each: Duration) -> (impl std::future::Future<Output = P
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_relay_gives_back_what_it_cannot_begin_within_its_lease() {
+async fn a_slow_relay_returns_the_messages_that_it_cannot_begin_within_its_lease() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["a", "b", "c"]).await;
     let (publishing, begun) = slow(&outbox, Duration::from_millis(6_300));
@@ -498,12 +502,12 @@ async fn a_slow_relay_gives_back_what_it_cannot_begin_within_its_lease() {
     let got = broker.got.lock().unwrap();
     assert!(
         got.iter().all(|message| message.failures() == 0),
-        "they were not tried: {got:?}"
+        "the relay did not try them: {got:?}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_does_not_end_within_the_lease_is_given_up() {
+async fn a_publication_that_does_not_end_within_the_lease_is_given_up() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["a", "b"]).await;
     let (publishing, begun) = slow(&outbox, Duration::MAX);
@@ -512,13 +516,13 @@ async fn what_does_not_end_within_the_lease_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_late_relay_does_not_postpone_what_another_has_taken() {
+async fn a_late_relay_does_not_postpone_messages_that_another_has_taken() {
     const TAKEN: &str =
         "UPDATE idempotency_outbox SET failures = failures + 1, suspect = true, publish_at = 'infinity'";
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["failing", "untried"]).await;
     let pool = bench.pool.clone();
-    // Meanwhile, another relay takes both.
+    // Meanwhile, another relay takes both messages.
     let relay = outbox.relay(move |_| {
         let pool = pool.clone();
         async move {
@@ -572,11 +576,11 @@ async fn a_row_that_cannot_be_read_does_not_stop_the_others() {
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 2));
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
     assert_eq!(broker.topics(), ["good"]);
-    for told in [
+    for logged in [
         "event=\"message-unreadable\" position=1 failures=1",
         "event=\"message-unreadable\" position=2 failures=1",
     ] {
-        assert!(log.text().contains(told), "{}", log.text());
+        assert!(log.text().contains(logged), "{}", log.text());
     }
 }
 
@@ -600,7 +604,7 @@ impl std::io::Write for Log {
     }
 }
 
-/// What all tests of this process have logged.
+/// Returns the log of all tests in this process.
 fn listen() -> Log {
     static LOG: std::sync::OnceLock<Log> = std::sync::OnceLock::new();
     let log = LOG.get_or_init(|| {
@@ -617,7 +621,7 @@ fn listen() -> Log {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_error_of_a_message_that_could_not_be_published_is_told_and_its_content_is_not() {
+async fn the_error_of_a_message_that_could_not_be_published_is_logged_and_its_content_is_not() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&[]).await;
     let message = OutboxMessage::new("secret-topic", "secret-payload").add_header("secret-name", "secret-content");
@@ -626,13 +630,13 @@ async fn the_error_of_a_message_that_could_not_be_published_is_told_and_its_cont
     let relay = outbox.relay(|_| async { Err::<(), _>("the broker is on holiday") });
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
     let text = log.text();
-    let told = "event=\"message-failed\" position=1 failures=1 error=the broker is on holiday";
-    assert!(text.contains(told), "{text}");
+    let logged = "event=\"message-failed\" position=1 failures=1 error=the broker is on holiday";
+    assert!(text.contains(logged), "{text}");
     assert!(!text.contains("secret"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pause_without_end_does_not_publish_the_others_again_and_again() {
+async fn an_endless_backoff_of_one_message_does_not_repeat_the_others() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["good", "bad"]).await;
     let got = Arc::new(Mutex::new(Vec::new()));
@@ -681,13 +685,13 @@ async fn a_relay_that_can_publish_nothing_does_not_spin() {
         never = relay.run() => match never {},
         () = five_tries => {}
     }
-    // It rests for 10 ms, then for twice as long each time.
+    // The relay pauses for 10 ms, then for twice as long each time.
     let seconds = bench.clock().await - begun;
     assert!(seconds > 0.14, "{seconds}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_hang_let_the_others_pass() {
+async fn messages_that_hang_do_not_block_the_others() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["hangs", "hangs, too", "good"]).await;
     let broker = Broker::default();
@@ -712,11 +716,11 @@ async fn messages_that_hang_let_the_others_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_interval_without_end_is_slept_through() {
+async fn an_endless_interval_ends_no_relay() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["a"]).await;
     let broker = Broker::default();
-    // Each makes it longer or shorter by chance.
+    // Each relay makes its interval longer or shorter at random.
     let relays = (0..20).map(|_| outbox.relay(broker.publish()).with_interval(Duration::MAX).run());
     let published = async {
         while broker.topics().is_empty() {
@@ -732,7 +736,7 @@ async fn an_interval_without_end_is_slept_through() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_message_that_can_never_be_put_is_not_called_an_unreachable_server() {
+async fn a_message_that_can_never_be_put_is_not_reported_as_an_unreachable_server() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&[]).await;
     let message = |topic: &str| OutboxMessage::new(topic, "x");
@@ -749,7 +753,7 @@ async fn a_message_that_can_never_be_put_is_not_called_an_unreachable_server() {
         let error = outbox.put(&mut transaction, &refused).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Configuration, "{error}");
     }
-    // The transaction goes on: nothing was sent.
+    // The transaction continues, because the store sent no statement.
     for put in [message("").with_id("x".repeat(255)), OutboxMessage::new("t", "\0")] {
         assert!(outbox.put(&mut transaction, &put).await.unwrap());
     }
@@ -758,10 +762,10 @@ async fn a_message_that_can_never_be_put_is_not_called_an_unreachable_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_look_reads_what_is_due_and_not_what_waits() {
+async fn a_look_reads_due_messages_and_no_waiting_ones() {
     const READ: &str = "SELECT (SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes)
         + (SELECT sum(seq_tup_read)::bigint FROM pg_stat_user_tables)";
-    // One connection, which tells what it has read.
+    // A single connection, which counts its own reads.
     let bench = Bench::with_connections(1).await;
     let outbox = bench.outbox(&[]).await;
     bench
@@ -787,7 +791,7 @@ async fn a_look_reads_what_is_due_and_not_what_waits() {
 
 /// As after a failover to a server whose clock is behind.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clock_that_goes_back_holds_up_no_message() {
+async fn a_clock_that_goes_back_delays_no_message() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["t"]).await;
     bench
@@ -796,30 +800,34 @@ async fn a_clock_that_goes_back_holds_up_no_message() {
         )
         .await;
     let relay = outbox.relay(|_| async { Ok::<_, std::io::Error>(()) });
-    assert_eq!(relay.publish_once().await.unwrap().published, 0, "it is made due");
+    assert_eq!(
+        relay.publish_once().await.unwrap().published,
+        0,
+        "the first look makes the message due"
+    );
     assert_eq!(relay.publish_once().await.unwrap().published, 1);
 }
 
-/// A connection whose other end has gone without a word (a failover, a firewall that forgot it): the relay waited for its reply for
-/// ever.
+/// The other end of the connection has disappeared silently, as after a failover or in a firewall
+/// that has forgotten the connection. The relay waited for its reply forever.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_whose_connection_went_dead_asks_again_over_another() {
+async fn a_relay_whose_connection_died_queries_again_over_another() {
     let bench = Bench::new().await;
     let outbox = bench.outbox(&[]).await;
     let proxy = Proxy::to(([127, 0, 0, 1], bench._server.port()).into()).await;
     let url = bench._server.url_by(proxy.address.port());
     let pool = PgPoolOptions::new().max_connections(5).connect(&url).await.unwrap();
     let published = Arc::new(Notify::new());
-    let told = Arc::clone(&published);
+    let notify = Arc::clone(&published);
     let relay = Outbox::new(pool)
         .with_timeout(Duration::from_secs(1))
         .relay(move |_| {
-            told.notify_one();
+            notify.notify_one();
             async { Ok::<_, std::io::Error>(()) }
         })
         .with_interval(Duration::from_millis(100));
     let relay = tokio::spawn(relay.run());
-    // It looks, and waits for the server; the reply is lost. All that comes later passes.
+    // The relay looks, and waits for the server. The first reply is lost, and all later bytes pass.
     let mut lock = bench.pool.begin().await.unwrap();
     sqlx::raw_sql("LOCK TABLE idempotency_outbox IN ACCESS EXCLUSIVE MODE")
         .execute(&mut *lock)
@@ -832,11 +840,11 @@ async fn a_relay_whose_connection_went_dead_asks_again_over_another() {
     proxy.set(Fate::Pass);
     assert!(put(&bench, &outbox, &OutboxMessage::new("late", "x")).await);
     let publishing = tokio::time::timeout(Duration::from_secs(60), published.notified());
-    publishing.await.expect("the relay asks again");
+    publishing.await.expect("the relay queries again");
     relay.abort();
 }
 
-/// An error whose text cannot be made must not end the relay.
+/// An error whose text cannot be formatted must not end the relay.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_whose_text_panics_fails_its_message_only() {
     struct Wordless;
@@ -905,6 +913,6 @@ async fn relays_share_the_work_at_every_default_isolation() {
         assert_eq!(seen.len(), 500, "{isolation}");
         seen.sort_unstable();
         seen.dedup();
-        assert_eq!(seen.len(), 500, "{isolation}: some were published twice");
+        assert_eq!(seen.len(), 500, "{isolation}: some messages were published twice");
     }
 }

@@ -1,4 +1,4 @@
-//! The store in PostgreSQL, against servers of each test's own.
+//! The store in PostgreSQL, against servers that each test starts for itself.
 
 mod checks;
 mod open_transactions;
@@ -40,7 +40,7 @@ fn claim(key: u8) -> Claim {
     }
 }
 
-fn kept(body: &[u8]) -> Outcome {
+fn stored(body: &[u8]) -> Outcome {
     Outcome::Stored(StoredResponse {
         head: Bytes::from_static(b"head"),
         body: Bytes::copy_from_slice(body),
@@ -55,7 +55,7 @@ async fn granted(store: &PostgresStore, claim: &Claim) -> Grant {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_keeps_the_contract() {
+async fn the_store_meets_the_contract() {
     let server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     conformance::all(&store).await;
@@ -82,7 +82,7 @@ async fn it_keeps_the_contract() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_lives_its_life() {
+async fn a_key_is_claimed_lost_taken_over_and_completed() {
     let server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     let first = claim(1);
@@ -108,30 +108,30 @@ async fn a_key_lives_its_life() {
         ..claim(1)
     };
     let Decision::Recover(taken) = store.claim(&second).await.unwrap() else {
-        panic!("not taken over")
+        panic!("the claim does not take over")
     };
     assert!(taken.owner.fence > grant.owner.fence);
     assert_eq!(taken.attempt, 2);
     assert_eq!(
-        store.complete(key, grant.owner, &kept(b"late"), HOUR).await.unwrap(),
+        store.complete(key, grant.owner, &stored(b"late"), HOUR).await.unwrap(),
         Completion::Superseded(None)
     );
     assert_eq!(
-        store.complete(key, taken.owner, &kept(b"paid"), HOUR).await.unwrap(),
+        store.complete(key, taken.owner, &stored(b"paid"), HOUR).await.unwrap(),
         Completion::Completed
     );
     assert_eq!(
-        store.complete(key, taken.owner, &kept(b"again"), HOUR).await.unwrap(),
+        store.complete(key, taken.owner, &stored(b"again"), HOUR).await.unwrap(),
         Completion::Completed
     );
     assert_eq!(
-        store.complete(key, grant.owner, &kept(b"late"), HOUR).await.unwrap(),
-        Completion::Superseded(Some(kept(b"paid")))
+        store.complete(key, grant.owner, &stored(b"late"), HOUR).await.unwrap(),
+        Completion::Superseded(Some(stored(b"paid")))
     );
-    let Decision::Replay(answer) = store.claim(&claim(1)).await.unwrap() else {
-        panic!("not replayed")
+    let Decision::Replay(response) = store.claim(&claim(1)).await.unwrap() else {
+        panic!("the response is not replayed")
     };
-    assert_eq!(kept(b"paid"), Outcome::Stored(answer));
+    assert_eq!(stored(b"paid"), Outcome::Stored(response));
     assert_eq!(store.release(key, taken.owner).await.unwrap(), Release::Superseded);
     assert!(matches!(
         store
@@ -142,7 +142,7 @@ async fn a_key_lives_its_life() {
     ));
 }
 
-/// A store whose one connection goes through a proxy.
+/// Makes a store whose one connection goes through a proxy.
 async fn through_proxy(server: &PostgresServer) -> (PostgresStore, Proxy) {
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
     let pool = PgPoolOptions::new().max_connections(2).test_before_acquire(false);
@@ -150,7 +150,7 @@ async fn through_proxy(server: &PostgresServer) -> (PostgresStore, Proxy) {
     (PostgresStore::builder().with_pool(pool).unwrap(), proxy)
 }
 
-/// A server, a store on it, and four behind proxies.
+/// Starts a server, with a store on it and four stores behind proxies.
 async fn behind_proxies() -> (PostgresServer, PostgresStore, Vec<(PostgresStore, Proxy)>) {
     let server = PostgresServer::start();
     let direct = PostgresStore::connect(&server.url()).await.unwrap();
@@ -175,14 +175,14 @@ async fn an_operation_that_is_cut_while_it_is_prepared_can_be_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_completion_whose_future_is_dropped_is_sent_all_the_same() {
+async fn a_completion_whose_future_is_dropped_is_still_sent() {
     let server = PostgresServer::start();
     let (store, proxy) = through_proxy(&server).await;
     store.migrate().await.unwrap();
     let claim = claim(1);
     let owner = granted(&store, &claim).await.owner;
     proxy.set(Fate::Delay(Duration::from_millis(100)));
-    let outcome = kept(b"paid");
+    let outcome = stored(b"paid");
     let completion = store.complete(&claim.key, owner, &outcome, HOUR);
     assert!(tokio::time::timeout(Duration::from_millis(10), completion)
         .await
@@ -195,7 +195,7 @@ async fn a_completion_whose_future_is_dropped_is_sent_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_claims_at_once_one_is_granted() {
+async fn one_of_many_concurrent_claims_is_granted() {
     let server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     for round in 0..50 {
@@ -212,14 +212,14 @@ async fn of_many_claims_at_once_one_is_granted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_loses_its_power_keeps_what_it_said_it_kept() {
+async fn a_server_that_loses_power_keeps_the_records_that_it_reported_as_committed() {
     let mut server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     let mut done = Vec::new();
     for key in 0..20 {
         let claim = claim(key);
         let owner = granted(&store, &claim).await.owner;
-        store.complete(&claim.key, owner, &kept(&[key]), HOUR).await.unwrap();
+        store.complete(&claim.key, owner, &stored(&[key]), HOUR).await.unwrap();
         done.push(claim);
     }
     let open = claim(99);
@@ -241,11 +241,11 @@ async fn a_server_that_loses_its_power_keeps_what_it_said_it_kept() {
             })
             .await
             .unwrap();
-        assert!(matches!(replay, Decision::Replay(answer) if answer.body[..] == [key]));
+        assert!(matches!(replay, Decision::Replay(response) if response.body[..] == [key]));
     }
 }
 
-/// Each of the idle connections is dead; before, as many operations as there were of them failed.
+/// Every idle connection is dead. As many operations as there were idle connections failed.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_operation_after_a_restart_of_the_server_succeeds() {
     let mut server = PostgresServer::start();
@@ -257,13 +257,13 @@ async fn the_first_operation_after_a_restart_of_the_server_succeeds() {
     }
     server.kill();
     server.run();
-    // Younger connections are not asked whether they are well.
+    // The store does not test connections that it used within the last second.
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     assert!(matches!(store.claim(&claim(99)).await, Ok(Decision::Execute(_))));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_is_woken_and_only_then_a_notification_is_sent() {
+async fn a_waiter_is_woken_and_without_a_waiter_no_notification_is_sent() {
     let server = PostgresServer::start();
     let [here, there] = [server.url(), server.url()];
     let (here, there) = (
@@ -276,24 +276,27 @@ async fn who_waits_is_woken_and_only_then_a_notification_is_sent() {
         let owner = granted(&there, &claim).await.owner;
         let watch = here.watch(&claim.key).await.unwrap();
         match end {
-            "complete" => drop(there.complete(&claim.key, owner, &kept(b"x"), HOUR).await.unwrap()),
+            "complete" => drop(there.complete(&claim.key, owner, &stored(b"x"), HOUR).await.unwrap()),
             "release" => drop(there.release(&claim.key, owner).await.unwrap()),
             _ => drop(there.renew(&claim.key, owner, Duration::ZERO).await.unwrap()),
         }
         let woken = tokio::time::timeout(Duration::from_secs(20), watch).await;
-        assert!(woken.is_ok(), "{end} woke nobody");
+        assert!(woken.is_ok(), "{end} did not wake the waiter");
     }
     let mut listener = sqlx::postgres::PgListener::connect(&server.url()).await.unwrap();
     listener.listen("idempotency_records").await.unwrap();
     let unwatched = claim(20);
     let owner = granted(&there, &unwatched).await.owner;
-    there.complete(&unwatched.key, owner, &kept(b"x"), HOUR).await.unwrap();
-    let told = tokio::time::timeout(Duration::from_millis(300), listener.recv()).await;
-    assert!(told.is_err(), "{told:?}");
+    there
+        .complete(&unwatched.key, owner, &stored(b"x"), HOUR)
+        .await
+        .unwrap();
+    let notified = tokio::time::timeout(Duration::from_millis(300), listener.recv()).await;
+    assert!(notified.is_err(), "{notified:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_is_woken_when_the_listening_connection_is_lost() {
+async fn a_waiter_is_woken_when_the_listening_connection_is_lost() {
     let mut server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     let claim = claim(1);
@@ -313,7 +316,10 @@ async fn expired_rows_count_as_absent_and_are_swept() {
         let claim = claim(key);
         let owner = granted(&store, &claim).await.owner;
         let retention = if key == 0 { HOUR } else { Duration::ZERO };
-        store.complete(&claim.key, owner, &kept(b"x"), retention).await.unwrap();
+        store
+            .complete(&claim.key, owner, &stored(b"x"), retention)
+            .await
+            .unwrap();
     }
     assert_eq!(store.peek(&claim(1).key).await.unwrap(), None);
     assert_eq!(granted(&store, &claim(1)).await.attempt, 1);
@@ -354,7 +360,10 @@ async fn a_sweep_over_a_server_that_has_vanished_ends() {
     while store.sweep().await.is_err() {}
     proxy.set(Fate::Swallow(Direction::ToClient));
     let swept = tokio::time::timeout(Duration::from_secs(60), store.sweep()).await;
-    assert_eq!(swept.expect("it ends").unwrap_err().kind(), ErrorKind::StoreUnavailable);
+    assert_eq!(
+        swept.expect("the sweep ends").unwrap_err().kind(),
+        ErrorKind::StoreUnavailable
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -380,7 +389,7 @@ async fn many_processes_may_make_the_table_at_once_in_a_schema_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_scheme_of_a_url_has_no_case() {
+async fn the_scheme_of_a_url_is_case_insensitive() {
     let server = PostgresServer::start();
     for scheme in ["POSTGRES", "Postgres", "PostgreSQL"] {
         let url = server.url().replace("postgres://", &format!("{scheme}://"));
@@ -390,7 +399,7 @@ async fn the_scheme_of_a_url_has_no_case() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_used_is_refused_at_the_start() {
+async fn an_unusable_server_or_table_is_refused_at_the_start() {
     let server = PostgresServer::start();
     let kind_of = |url: String| async move { PostgresStore::connect(&url).await.unwrap_err() };
     for (url, kind) in [
@@ -459,7 +468,7 @@ async fn a_record_that_cannot_be_read_is_an_error_everywhere_and_stays() {
             let errors = [
                 store.renew(key, owner, HOUR).await.map(drop).unwrap_err(),
                 store
-                    .complete(key, owner, &kept(b"x"), HOUR)
+                    .complete(key, owner, &stored(b"x"), HOUR)
                     .await
                     .map(drop)
                     .unwrap_err(),
@@ -492,23 +501,24 @@ async fn bodies_come_back_byte_for_byte() {
         let body: Vec<u8> = (0..len).map(|at| u8::try_from(at * 7 % 251).unwrap()).collect();
         let first = claim(number);
         let owner = granted(&store, &first).await.owner;
-        store.complete(&first.key, owner, &kept(&body), HOUR).await.unwrap();
-        let Decision::Replay(answer) = store.claim(&claim(number)).await.unwrap() else {
-            panic!("not replayed")
+        store.complete(&first.key, owner, &stored(&body), HOUR).await.unwrap();
+        let Decision::Replay(response) = store.claim(&claim(number)).await.unwrap() else {
+            panic!("the response is not replayed")
         };
-        assert_eq!(Outcome::Stored(answer), kept(&body));
+        assert_eq!(Outcome::Stored(response), stored(&body));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_swallows_one_direction_is_given_up_by_the_caller() {
+async fn a_server_that_drops_one_direction_is_given_up_by_the_caller() {
     let server = PostgresServer::start();
     let direct = PostgresStore::connect(&server.url()).await.unwrap();
     let (proxied, proxy) = through_proxy(&server).await;
     for direction in [Direction::ToServer, Direction::ToClient] {
         let claim = claim(if direction == Direction::ToServer { 1 } else { 2 });
         proxied.peek(&claim.key).await.unwrap();
-        // sqlx asks a connection that comes back to the pool whether it is well, and waits for that without a bound.
+        // sqlx pings a connection that comes back to the pool, and waits for the reply without a
+        // bound.
         while proxied.pool().num_idle() == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -517,7 +527,7 @@ async fn a_server_that_swallows_one_direction_is_given_up_by_the_caller() {
         assert!(asked.is_err());
         assert_eq!(granted(&direct, &claim).await.attempt, 1);
         proxy.heal();
-        // The connection that was given up is not used for the next question.
+        // The next operation does not use the connection that was given up.
         let mut asked = tokio::time::timeout(Duration::from_secs(5), proxied.claim(&claim)).await;
         for _ in 0..10 {
             if matches!(asked, Ok(Ok(_))) {
@@ -530,12 +540,13 @@ async fn a_server_that_swallows_one_direction_is_given_up_by_the_caller() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_server_refuses_is_told_without_what_it_was_given() {
+async fn an_error_of_the_server_is_reported_without_the_data_that_it_got() {
     let server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     let first = claim(1);
     let owner = granted(&store, &first).await.owner;
-    // The server's words for a full disk, from a trigger: a disk that is really full would be this machine's.
+    // A trigger raises the error of the server for a full disk, because a really full disk would
+    // affect this machine.
     let trigger = "
         CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
             $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$;
@@ -544,7 +555,7 @@ async fn what_the_server_refuses_is_told_without_what_it_was_given() {
     let errors = [
         store.claim(&claim(2)).await.map(drop).unwrap_err(),
         store
-            .complete(&first.key, owner, &kept(b"card of Alice"), HOUR)
+            .complete(&first.key, owner, &stored(b"card of Alice"), HOUR)
             .await
             .map(drop)
             .unwrap_err(),
@@ -554,15 +565,15 @@ async fn what_the_server_refuses_is_told_without_what_it_was_given() {
         assert!(format!("{error:?}").contains("53100"), "{error:?}");
         assert!(!format!("{error:?}").contains("Alice"));
     }
-    // What is refused shows its row, body and all, in the words of the server.
+    // The error of the server for a failed check contains the row, including its body.
     let check = "
         DROP TRIGGER full_disk ON idempotency_records;
         ALTER TABLE idempotency_records ADD CHECK (body IS NULL);";
     sqlx::raw_sql(check).execute(store.pool()).await.unwrap();
-    let refused = store.complete(&first.key, owner, &kept(b"card of Alice"), HOUR).await;
+    let refused = store.complete(&first.key, owner, &stored(b"card of Alice"), HOUR).await;
     let error = refused.unwrap_err();
     let hex: String = b"card of Alice".iter().map(|byte| format!("{byte:02x}")).collect();
-    let said = format!("{error:?} {error}");
-    assert!(!said.contains("Alice") && !said.contains(&hex), "{said}");
+    let shown = format!("{error:?} {error}");
+    assert!(!shown.contains("Alice") && !shown.contains(&hex), "{shown}");
     assert_eq!(store.peek(&claim(2).key).await.unwrap(), None);
 }

@@ -37,7 +37,7 @@ fn claim(key: u8, nonce: u8) -> Claim {
     }
 }
 
-fn kept(body: impl Into<Bytes>) -> Outcome {
+fn stored(body: impl Into<Bytes>) -> Outcome {
     Outcome::Stored(StoredResponse {
         head: "head".into(),
         body: body.into(),
@@ -56,26 +56,26 @@ async fn connect(server: &RedisServer) -> RedisStore {
 async fn granted(store: &RedisStore, claim: &Claim) -> Grant {
     match store.claim(claim).await.unwrap() {
         Decision::Execute(grant) | Decision::Recover(grant) => grant,
-        other => panic!("no grant: {other:?}"),
+        other => panic!("the claim is not granted: {other:?}"),
     }
 }
 
 async fn completed(store: &RedisStore, key: u8, body: &str) {
     let grant = granted(store, &claim(key, 0)).await;
     let done = store
-        .complete(&claim(key, 0).key, grant.owner, &kept(body.to_owned()), HOUR)
+        .complete(&claim(key, 0).key, grant.owner, &stored(body.to_owned()), HOUR)
         .await;
     assert_eq!(done.unwrap(), Completion::Completed);
 }
 
 async fn replayed(store: &RedisStore, key: u8) -> StoredResponse {
     match store.claim(&claim(key, 99)).await.unwrap() {
-        Decision::Replay(answer) => answer,
-        other => panic!("no replay: {other:?}"),
+        Decision::Replay(response) => response,
+        other => panic!("the response is not replayed: {other:?}"),
     }
 }
 
-/// Repeats until it succeeds, as long as a server needs to come back.
+/// Repeats an operation until it succeeds. A server needs some time to come back.
 async fn eventually<T, E: std::fmt::Debug, F: std::future::Future<Output = Result<T, E>>>(
     mut attempt: impl FnMut() -> F,
 ) -> T {

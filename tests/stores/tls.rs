@@ -1,4 +1,4 @@
-//! Stores over TLS, with certificates of the tests' own.
+//! Stores over TLS, with certificates that the tests make.
 
 use std::error::Error as _;
 use std::net::TcpListener;
@@ -17,7 +17,7 @@ use crate::support::redis::RedisServer;
 const HOUR: Duration = Duration::from_secs(3_600);
 const HERE: &str = "127.0.0.1";
 
-/// Somebody who signs certificates, and whom nobody trusts unless told.
+/// An authority that signs certificates. Only a client that is configured for it trusts it.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
@@ -33,7 +33,7 @@ impl Authority {
         self.0.pem()
     }
 
-    /// A certificate for a host, and its key.
+    /// Returns a certificate for a host, and its key.
     fn certify(&self, host: &str) -> [String; 2] {
         let key = KeyPair::generate().unwrap();
         let about = CertificateParams::new([host.to_owned()]).unwrap();
@@ -41,7 +41,7 @@ impl Authority {
     }
 }
 
-/// A key's whole life.
+/// Claims a key and completes it, through its whole life.
 async fn works(store: &impl Store) {
     let claim = |nonce| Claim {
         key: StorageKey::from_bytes([1; 32]),
@@ -68,7 +68,7 @@ async fn works(store: &impl Store) {
     assert_eq!(store.claim(&claim(2)).await.unwrap(), Decision::Replay(paid));
 }
 
-/// Says that it is the certificate, and nothing that is secret.
+/// Checks that the error names the certificate and shows no secret.
 fn assert_refused_for_its_certificate(error: &Error) {
     let cause = error.source().map(ToString::to_string);
     assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
@@ -76,14 +76,14 @@ fn assert_refused_for_its_certificate(error: &Error) {
     assert!(!format!("{error:?} {error} {cause:?}").contains("hunter2"), "{error:?}");
 }
 
-/// A server with a certificate; the port on which it speaks TLS.
+/// Starts a server with a certificate, and returns its TLS port.
 fn redis_with([certificate, key]: [String; 2]) -> (RedisServer, u16) {
     let server = RedisServer::start();
     let client = redis::Client::open(server.url()).unwrap();
     let mut connection = client.get_connection().unwrap();
     let certificate = server.give("certificate.pem", &certificate);
     let key = server.give("key.pem", &key);
-    // Between finding a port and taking it, another process may take it.
+    // Another process may take the port between the search for a free one and its use.
     for _ in 0..10 {
         let port = TcpListener::bind((HERE, 0)).unwrap().local_addr().unwrap().port();
         let mut set = redis::cmd("CONFIG");
@@ -100,7 +100,7 @@ fn redis_with([certificate, key]: [String; 2]) -> (RedisServer, u16) {
     panic!("redis-server does not take a certificate")
 }
 
-/// A client that trusts this authority alone.
+/// Returns a client that trusts only this authority.
 fn redis_client(port: u16, authority: &Authority) -> redis::Client {
     let trusted = TlsCertificates {
         client_tls: None,
@@ -110,7 +110,7 @@ fn redis_client(port: u16, authority: &Authority) -> redis::Client {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_is_reached_over_tls_with_the_settings_of_ones_own_client() {
+async fn redis_is_reached_over_tls_with_the_settings_of_the_applications_client() {
     let authority = Authority::new();
     let (server, port) = redis_with(authority.certify(HERE));
     server.tell::<()>("CONFIG SET requirepass hunter2");
@@ -119,12 +119,12 @@ async fn redis_is_reached_over_tls_with_the_settings_of_ones_own_client() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_with_a_certificate_of_somebody_else_is_refused() {
+async fn redis_with_a_certificate_of_an_untrusted_authority_is_refused() {
     let authority = Authority::new();
     let (_server, port) = redis_with(authority.certify(HERE));
-    let stranger = RedisStore::from_client(redis_client(port, &Authority::new())).await;
-    assert_refused_for_its_certificate(&stranger.unwrap_err());
-    // The system does not know this authority either.
+    let untrusted = RedisStore::from_client(redis_client(port, &Authority::new())).await;
+    assert_refused_for_its_certificate(&untrusted.unwrap_err());
+    // The system does not trust this authority either.
     let url = format!("rediss://:hunter2@{HERE}:{port}");
     assert_refused_for_its_certificate(&RedisStore::connect(&url).await.unwrap_err());
     assert_refused_for_its_certificate(&BoxStore::from_url(&url).await.unwrap_err());
@@ -139,13 +139,13 @@ async fn redis_with_a_certificate_for_another_host_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_without_tls_is_not_spoken_to_without_it() {
+async fn redis_without_tls_is_refused_by_a_tls_client() {
     let server = RedisServer::start();
     let plain = RedisStore::from_client(redis_client(server.port(), &Authority::new())).await;
     assert_eq!(plain.unwrap_err().kind(), ErrorKind::StoreUnavailable);
 }
 
-/// A server with a certificate.
+/// Starts a server with a certificate.
 async fn postgres_with([certificate, key]: [String; 2]) -> PostgresServer {
     let server = PostgresServer::start();
     let certificate = server.give("certificate.pem", &certificate);
@@ -160,7 +160,7 @@ async fn postgres_with([certificate, key]: [String; 2]) -> PostgresServer {
         set.execute(&pool).await.unwrap();
     }
     sqlx::query("SELECT pg_reload_conf()").execute(&pool).await.unwrap();
-    // Each connection is begun by what the server's first process has read.
+    // The main process of the server passes the settings that it has read to each new connection.
     let is_on = async || -> String {
         let pool = sqlx::PgPool::connect(&server.url()).await.unwrap();
         sqlx::query_scalar("SHOW ssl").fetch_one(&pool).await.unwrap()
@@ -171,7 +171,7 @@ async fn postgres_with([certificate, key]: [String; 2]) -> PostgresServer {
     server
 }
 
-/// The URL with which `authority` is trusted alone.
+/// Returns a URL that trusts only `authority`.
 fn postgres_url(server: &PostgresServer, mode: &str, authority: &Authority) -> String {
     let root = server.give(&format!("root-{}.pem", rand::random::<u64>()), &authority.pem());
     let url = server.url().replace("app@", "app:hunter2@");
@@ -192,13 +192,13 @@ async fn postgres_is_reached_over_tls() {
     assert!(is_encrypted(&store).await);
     works(&store).await;
     BoxStore::from_url(&verified).await.unwrap();
-    // Whom it trusts is not asked.
+    // This mode does not check the authority.
     let required = format!("{}?sslmode=require", server.url());
     assert!(is_encrypted(&PostgresStore::connect(&required).await.unwrap()).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_with_a_certificate_of_somebody_else_is_refused() {
+async fn postgres_with_a_certificate_of_an_untrusted_authority_is_refused() {
     let server = postgres_with(Authority::new().certify(HERE)).await;
     for mode in ["verify-ca", "verify-full"] {
         let url = postgres_url(&server, mode, &Authority::new());
@@ -217,7 +217,7 @@ async fn postgres_with_a_certificate_for_another_host_is_refused_where_hosts_are
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgres_without_tls_is_not_spoken_to_where_it_is_required() {
+async fn postgres_without_tls_is_refused_where_tls_is_required() {
     let server = PostgresServer::start();
     let required = format!("{}?sslmode=require", server.url());
     let error = PostgresStore::connect(&required).await.unwrap_err();

@@ -1,4 +1,5 @@
-//! Effect and answer in one transaction of the handler's: exactly once, whatever becomes of the commit.
+//! Effect and response in one transaction of the handler: exactly once, whatever happens to the
+//! commit.
 
 mod behind;
 #[cfg(feature = "tonic")]
@@ -29,7 +30,7 @@ use tower_idempotency::{
 
 use crate::support::postgres::PostgresServer;
 
-/// What a handler does with its transaction.
+/// The end of the handler's transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Commit,
@@ -45,7 +46,7 @@ struct App {
     pool: PgPool,
     ending: Ending,
     runs: Arc<AtomicUsize>,
-    /// What superseded the handler, between its effect and its completion.
+    /// Supersedes the handler between its effect and its completion.
     before_completion: Option<Arc<dyn Fn(Lease) -> futures::future::BoxFuture<'static, ()> + Send + Sync>>,
 }
 
@@ -58,13 +59,13 @@ async fn pay(State(app): State<App>, lease: Lease, body: Bytes) -> Response {
     if let Some(happen) = &app.before_completion {
         happen(lease.clone()).await;
     }
-    let answer = (
+    let response = (
         StatusCode::CREATED,
         [("x-run", run.to_string())],
         format!("payment of run {run}"),
     );
-    let answer = match lease.complete_in(&mut transaction, answer).await {
-        Ok(answer) => answer,
+    let response = match lease.complete_in(&mut transaction, response).await {
+        Ok(response) => response,
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::Superseded);
             return StatusCode::INTERNAL_SERVER_ERROR.into_response();
@@ -78,7 +79,7 @@ async fn pay(State(app): State<App>, lease: Lease, body: Bytes) -> Response {
         Ending::Commit => commit.await,
         Ending::CommitAndPanic => {
             commit.await;
-            panic!("after the commit");
+            panic!("the handler panics after the commit");
         }
         Ending::CommitAndFail => {
             commit.await;
@@ -92,7 +93,7 @@ async fn pay(State(app): State<App>, lease: Lease, body: Bytes) -> Response {
             return lost;
         }
     }
-    answer
+    response
 }
 
 struct Bench {
@@ -148,7 +149,7 @@ async fn send(router: &Router, key: &str) -> (StatusCode, HeaderMap, Bytes) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn effect_and_answer_commit_together_and_are_replayed() {
+async fn effect_and_response_commit_together_and_the_response_is_replayed() {
     let bench = Bench::new(Ending::Commit).await;
     let router = bench.router(bench.layer());
     let (status, headers, body) = send(&router, "k").await;
@@ -174,7 +175,7 @@ async fn duplicates_at_once_over_two_layers_make_one_payment() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_whose_reply_was_lost_counts_and_its_answer_is_given() {
+async fn a_commit_whose_reply_was_lost_counts_and_the_caller_gets_its_response() {
     for ending in [
         Ending::CommitAndFail,
         Ending::CommitAndPanic,
@@ -195,7 +196,7 @@ async fn a_commit_whose_reply_was_lost_counts_and_its_answer_is_given() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_commit_there_is_no_effect_no_answer_and_the_next_attempt_runs() {
+async fn without_a_commit_there_is_no_effect_and_no_response_and_the_next_attempt_runs() {
     for ending in [Ending::Forget, Ending::Rollback] {
         let mut bench = Bench::new(ending).await;
         let layer = bench.layer();
@@ -211,13 +212,13 @@ async fn without_a_commit_there_is_no_effect_no_answer_and_the_next_attempt_runs
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_winners_bytes() {
+async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_response_of_the_other_attempt() {
     let mut bench = Bench::new(Ending::Commit).await;
     let store = bench.store.clone();
     bench.app.before_completion = Some(Arc::new(move |lease| {
         let store = store.clone();
         Box::pin(async move {
-            // Somebody finds the lease lost, takes over and completes.
+            // Another attempt finds the lease lost, takes over and completes.
             let key = *lease.storage_key();
             store.renew(&key, lease.owner(), Duration::ZERO).await.unwrap();
             let fingerprint = store.peek(&key).await.unwrap().unwrap().fingerprint;
@@ -226,13 +227,13 @@ async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_winners_bytes() {
                 ..claim(key)
             };
             let Decision::Execute(grant) = store.claim(&claim).await.unwrap() else {
-                panic!("not taken over")
+                panic!("the claim does not take over")
             };
             let layer = IdempotencyLayer::new(MemoryStore::new());
             let outcome = layer.outcome_of(
                 http::Response::builder()
                     .status(201)
-                    .body("the winner's".into())
+                    .body("the other attempt's".into())
                     .unwrap(),
             );
             store.complete(&key, grant.owner, &outcome, HOUR).await.unwrap();
@@ -240,7 +241,7 @@ async fn a_superseded_owner_rolls_back_and_its_caller_gets_the_winners_bytes() {
     }));
     let router = bench.router(bench.layer().on_lost(OnLost::Execute));
     let (status, _, body) = send(&router, "k").await;
-    assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"the winner's"[..]));
+    assert_eq!((status, &body[..]), (StatusCode::CREATED, &b"the other attempt's"[..]));
     assert_eq!(bench.payments().await, 0);
 }
 
@@ -267,12 +268,12 @@ async fn the_store_is_found_in_a_box_and_behind_an_arc() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_elsewhere_is_a_clear_error() {
+async fn a_store_of_another_kind_is_a_clear_error() {
     let bench = Bench::new(Ending::Commit).await;
     let handler = |State(app): State<App>, lease: Lease| async move {
         let mut transaction = app.pool.begin().await.unwrap();
         lease
-            .complete_in(&mut transaction, "answer")
+            .complete_in(&mut transaction, "response")
             .await
             .unwrap_err()
             .to_string()
@@ -380,7 +381,7 @@ async fn a_server_that_is_killed_in_the_middle_of_commits_has_each_payment_once(
     );
 }
 
-/// Sends with a handler of one test's own, which gets the pool and how often it ran before.
+/// Makes a router with the handler of one test. The handler gets the pool and the lease.
 async fn with_handler<F>(bench: &Bench, handler: impl Fn(PgPool, Lease) -> F + Clone + Send + Sync + 'static) -> Router
 where
     F: std::future::Future<Output = Response> + Send + 'static,
@@ -398,14 +399,14 @@ async fn insert(connection: &mut sqlx::PgConnection) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_transaction_that_is_repeated_after_a_commit_of_unknown_fate_takes_effect_once() {
+async fn a_transaction_that_is_repeated_after_a_commit_of_unknown_outcome_takes_effect_once() {
     let bench = Bench::new(Ending::Commit).await;
     let router = with_handler(&bench, |pool, lease| async move {
         for _ in 0..2 {
             let mut transaction = pool.begin().await.unwrap();
             insert(&mut transaction).await;
             match lease.complete_in(&mut transaction, "paid").await {
-                // Its reply was lost, so the handler tries again.
+                // The reply to the commit counts as lost, so the handler tries again.
                 Ok(_) => transaction.commit().await.unwrap(),
                 Err(error) => assert_eq!(error.kind(), ErrorKind::Superseded),
             }
@@ -418,13 +419,13 @@ async fn a_transaction_that_is_repeated_after_a_commit_of_unknown_fate_takes_eff
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_success_is_given_or_kept_after_a_rollback_however_it_was_altered() {
+async fn no_success_is_returned_or_stored_after_a_rollback_however_it_was_altered() {
     let bench = Bench::new(Ending::Commit).await;
     let router = with_handler(&bench, |pool, lease| async move {
-        for answer in ["first", "second"] {
+        for response in ["first", "second"] {
             let mut transaction = pool.begin().await.unwrap();
             insert(&mut transaction).await;
-            lease.complete_in(&mut transaction, answer).await.unwrap();
+            lease.complete_in(&mut transaction, response).await.unwrap();
         }
         ([("x-touched", "yes")], "second, touched").into_response()
     });
@@ -438,7 +439,7 @@ async fn no_success_is_given_or_kept_after_a_rollback_however_it_was_altered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refusal_after_a_rollback_is_an_answer_like_any_other() {
+async fn a_refusal_after_a_rollback_is_stored_like_any_other_response() {
     let bench = Bench::new(Ending::Commit).await;
     let router = with_handler(&bench, |pool, lease| async move {
         let mut transaction = pool.begin().await.unwrap();
@@ -457,8 +458,8 @@ async fn a_refusal_after_a_rollback_is_an_answer_like_any_other() {
     }
 }
 
-/// Polls a future `polls` times, each after it was woken, then drops it.
-async fn give_up_after<F: std::future::Future>(polls: usize, future: F) -> Option<F::Output> {
+/// Polls a future `polls` times, each time after it was woken, then drops it.
+async fn drop_after<F: std::future::Future>(polls: usize, future: F) -> Option<F::Output> {
     let mut future = std::pin::pin!(future);
     let mut polled = 0;
     poll_fn(|cx| {
@@ -472,49 +473,50 @@ async fn give_up_after<F: std::future::Future>(polls: usize, future: F) -> Optio
     .await
 }
 
-/// A handler drops its completion after each number of polls in turn, and commits all the same.
+/// A handler drops its completion after each number of polls in turn, and still commits.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_completion_that_was_given_up_and_committed_all_the_same_is_what_everybody_gets() {
+async fn a_completion_that_was_dropped_and_still_committed_is_replayed() {
     let bench = Bench::new(Ending::Commit).await;
-    let given_up = Arc::new(AtomicUsize::new(0));
-    // Without a poll it never begins, and there is no transaction of ours. Some polls may find the reply there already.
+    let dropped = Arc::new(AtomicUsize::new(0));
+    // Without a poll, the completion never begins. Some polls may find the reply already there.
     for (polls, round) in (1..=4).flat_map(|polls| (0..5).map(move |round| (polls, round))) {
-        let counted = Arc::clone(&given_up);
+        let counted = Arc::clone(&dropped);
         let handler = move |pool: PgPool, lease: Lease| {
-            let given_up = Arc::clone(&counted);
+            let dropped = Arc::clone(&counted);
             async move {
                 let mut transaction = pool.begin().await.unwrap();
                 insert(&mut transaction).await;
-                let completion = give_up_after(polls, lease.complete_in(&mut transaction, "recorded")).await;
-                given_up.fetch_add(usize::from(completion.is_none()), Ordering::SeqCst);
+                let completion = drop_after(polls, lease.complete_in(&mut transaction, "recorded")).await;
+                dropped.fetch_add(usize::from(completion.is_none()), Ordering::SeqCst);
                 drop(transaction.commit().await);
-                "given instead".into_response()
+                "after the drop".into_response()
             }
         };
         let router = with_handler(&bench, handler).await;
-        let key = format!("given-up-after-{polls}-{round}");
-        let mut answers = Vec::new();
+        let key = format!("dropped-after-{polls}-{round}");
+        let mut responses = Vec::new();
         for _ in 0..3 {
             let (status, headers, body) = send(&router, &key).await;
-            answers.push((status, body, headers.contains_key("idempotent-replayed")));
+            responses.push((status, body, headers.contains_key("idempotent-replayed")));
         }
-        // Whether it arrived is a matter of time, for each run anew. Before it did, nothing is said to have happened; what was
-        // given once is given for ever.
+        // Timing decides in each run whether the completion reached the server. Until it is
+        // recorded, no response reports success. Once a caller has got the recorded response, every
+        // later caller gets it.
         let is_recorded =
             |(status, body, _): &(StatusCode, Bytes, bool)| (status.as_u16(), &body[..]) == (200, b"recorded");
-        let first = answers.iter().position(is_recorded).unwrap_or(answers.len());
-        let (before, after) = answers.split_at(first);
+        let first = responses.iter().position(is_recorded).unwrap_or(responses.len());
+        let (before, after) = responses.split_at(first);
         assert!(
             before.iter().all(|(status, ..)| status.as_u16() == 500),
-            "{polls} polls: {answers:?}"
+            "{polls} polls: {responses:?}"
         );
-        assert!(after.iter().all(is_recorded), "{polls} polls: {answers:?}");
+        assert!(after.iter().all(is_recorded), "{polls} polls: {responses:?}");
         assert!(
             after.iter().skip(1).all(|(.., is_replay)| *is_replay),
-            "{polls} polls: {answers:?}"
+            "{polls} polls: {responses:?}"
         );
     }
-    assert!(given_up.load(Ordering::SeqCst) > 0, "no completion was given up");
+    assert!(dropped.load(Ordering::SeqCst) > 0, "no completion was dropped");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -529,27 +531,28 @@ async fn a_connection_lost_before_the_completion_leaves_the_key_free() {
             if is_first {
                 let own = sqlx::query_scalar::<_, i32>("SELECT pg_backend_pid()");
                 let own = own.fetch_one(&mut *transaction).await.unwrap();
-                // Waits until it has ended, for a minute at most.
+                // Waits until the connection has ended, for at most a minute.
                 let end = sqlx::query_scalar("SELECT pg_terminate_backend($1, 60000)").bind(own);
                 assert!(end.fetch_one(&pool).await.unwrap_or(false));
             }
             match lease.complete_in(&mut transaction, "paid").await {
-                Ok(answer) => {
+                Ok(response) => {
                     transaction.commit().await.unwrap();
-                    answer
+                    response
                 }
                 Err(_) => StatusCode::CONFLICT.into_response(),
             }
         }
     });
     let router = router.await;
-    // What a handler says of a failure of ours is not kept.
+    // The response of a handler to a failed completion is not stored.
     assert_eq!(send(&router, "k").await.0, StatusCode::INTERNAL_SERVER_ERROR);
     assert_eq!(send(&router, "k").await.0, StatusCode::OK);
     assert_eq!((bench.payments().await, bench.runs()), (1, 2));
 }
 
-/// A success whose body broke off was recorded as done, although its transaction had been rolled back.
+/// A success whose body broke off was recorded as done, although its transaction had been rolled
+/// back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_response_that_breaks_off_after_a_rollback_frees_the_key() {
     let bench = Bench::new(Ending::Commit).await;
@@ -573,25 +576,25 @@ async fn a_response_that_breaks_off_after_a_rollback_frees_the_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_that_follows_a_rollback_says_success() {
+async fn no_response_after_a_rollback_reports_success() {
     let bench = Bench::new(Ending::Commit).await;
     for on_error in [OnError::Store, OnError::Release, OnError::Unknown] {
-        for ending in ["panics", "fails", "answers", "predicate-panics"] {
+        for ending in ["panics", "fails", "responds", "predicate-panics"] {
             let handler = move |State(app): State<App>, lease: Lease| async move {
                 let mut transaction = app.pool.begin().await.unwrap();
                 insert(&mut transaction).await;
-                let answer = lease.complete_in(&mut transaction, "paid").await.unwrap();
+                let response = lease.complete_in(&mut transaction, "paid").await.unwrap();
                 transaction.rollback().await.unwrap();
                 match ending {
-                    "panics" => panic!("rolled back"),
+                    "panics" => panic!("the handler panics after the rollback"),
                     "fails" => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-                    "answers" => answer,
+                    "responds" => response,
                     _ => StatusCode::PAYMENT_REQUIRED.into_response(),
                 }
             };
             let mut layer = bench.layer().on_error(on_error);
             if ending == "predicate-panics" {
-                layer = layer.store_if(|_| panic!("the predicate"));
+                layer = layer.store_if(|_| panic!("the predicate panics"));
             }
             let router = Router::new().route("/payments", post(handler)).layer(layer);
             let router = router.with_state(bench.app.clone());

@@ -1,4 +1,5 @@
-//! The byte budget counts the memory that the store holds, even if the answers are slices of larger buffers.
+//! The byte budget counts the memory that the store holds, even if the responses are slices of
+//! larger buffers.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use crate::support::{post, send, text, Fault, Handler, RemoteStore};
 
 const BUFFER: usize = 1 << 20;
 
-/// A source of slices of large buffers, like a cache, a file or a proxy, and the number of bytes of its buffers that
-/// are alive.
+/// A source of slices of large buffers, like a cache, a file or a proxy. It counts the bytes of its
+/// live buffers.
 #[derive(Clone, Default)]
 struct Buffers(Arc<AtomicUsize>);
 
@@ -46,7 +47,7 @@ impl Drop for Buffer {
 }
 
 #[tokio::test]
-async fn the_byte_budget_bounds_what_is_held() {
+async fn the_byte_budget_bounds_the_memory_that_is_held() {
     let buffers = Buffers::default();
     let handler = {
         let buffers = buffers.clone();
@@ -68,7 +69,7 @@ async fn the_byte_budget_bounds_what_is_held() {
 }
 
 #[tokio::test]
-async fn a_store_keeps_no_buffer_of_the_outcomes_it_is_given() {
+async fn a_store_holds_no_buffer_of_the_outcomes_that_it_gets() {
     let buffers = Buffers::default();
     let store = MemoryStore::new();
     let outcome = || {
@@ -88,21 +89,21 @@ async fn a_store_keeps_no_buffer_of_the_outcomes_it_is_given() {
             store.resolve(&key, grant.owner.fence, &found).await.unwrap();
         }
         assert_eq!(buffers.held(), 0);
-        let Decision::Replay(answer) = store.claim(&claim(n, 1)).await.unwrap() else {
-            panic!("no replay")
+        let Decision::Replay(response) = store.claim(&claim(n, 1)).await.unwrap() else {
+            panic!("the response is not replayed")
         };
-        assert_eq!((&answer.head[..], &answer.body[..]), (&[7; 10][..], &[7; 20][..]));
+        assert_eq!((&response.head[..], &response.body[..]), (&[7; 10][..], &[7; 20][..]));
         assert_eq!(
-            answer.body.as_ptr(),
-            answer.head.as_ptr().wrapping_add(10),
-            "one allocation"
+            response.body.as_ptr(),
+            response.head.as_ptr().wrapping_add(10),
+            "head and body are in one allocation"
         );
     }
     assert_eq!(store.stats().bytes, 60);
 }
 
 #[tokio::test]
-async fn an_answer_over_the_whole_budget_is_neither_kept_nor_held() {
+async fn a_response_over_the_whole_budget_is_neither_stored_nor_held() {
     let buffers = Buffers::default();
     let store = MemoryStore::builder().with_byte_budget(10).build();
     let grant = granted(&store, &claim(1, 0)).await;
@@ -119,7 +120,8 @@ async fn an_answer_over_the_whole_budget_is_neither_kept_nor_held() {
     assert_eq!(store.claim(&claim(1, 1)).await.unwrap(), Decision::NotStored);
 }
 
-/// At most 64 MiB of deferred writes may wait for an unreachable store. This limit counted the slices, too.
+/// At most 64 MiB of deferred writes may wait for an unreachable store. This limit counted the
+/// slices, too.
 #[tokio::test(start_paused = true)]
 async fn a_deferred_write_holds_no_buffer_of_its_response() {
     let buffers = Buffers::default();

@@ -1,4 +1,5 @@
-//! The store's clock, read under the lock of a key: fences grow, records live by it, and the books balance in any order of threads.
+//! The store reads its clock under the lock of a key. Fences grow, records expire by the clock, and
+//! the counts are right in any order of threads.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{mpsc, Arc, Mutex};
@@ -15,7 +16,7 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Clock, MemoryStore, Store, Timestamp};
 
-use super::{claim, clock, kept, HOUR};
+use super::{claim, clock, stored, HOUR};
 
 fn any_claim(key: u8) -> Claim {
     Claim {
@@ -44,8 +45,8 @@ fn complete(store: &MemoryStore, key: u8, outcome: &Outcome, retention: Duration
     block_on(store.complete(&claim.key, grant.owner, outcome, retention)).unwrap()
 }
 
-/// The store read the clock before it held the lock, so a thread that had waited for the lock got a lower fence than
-/// the thread before it.
+/// The store read the clock before it held the lock, so a thread that had waited for the lock got a
+/// lower fence than the thread before it.
 #[test]
 fn the_fence_grows_from_owner_to_owner_among_many_threads() {
     let store = MemoryStore::new();
@@ -70,9 +71,9 @@ fn the_fence_grows_from_owner_to_owner_among_many_threads() {
     assert_eq!(not_grown.into_inner(), 0);
 }
 
-/// After each of these ends the record is gone, and its fence with it.
+/// Each of these ends removes the record, and its fence with it.
 #[tokio::test]
-async fn the_fence_grows_while_the_clock_stands_still_and_the_records_go() {
+async fn the_fence_grows_while_the_clock_stands_still_and_records_are_removed() {
     let store = MemoryStore::builder().with_clock(clock()).build();
     let mut last = 0;
     for n in 0..40 {
@@ -88,7 +89,7 @@ async fn the_fence_grows_while_the_clock_stands_still_and_the_records_go() {
             0 => drop(store.release(&claim.key, owner).await.unwrap()),
             1 => drop(
                 store
-                    .complete(&claim.key, owner, &kept("x"), Duration::ZERO)
+                    .complete(&claim.key, owner, &stored("x"), Duration::ZERO)
                     .await
                     .unwrap(),
             ),
@@ -104,9 +105,10 @@ async fn the_fence_grows_while_the_clock_stands_still_and_the_records_go() {
     }
 }
 
-/// A runtime with paused time is an hour ahead of the threads outside of it, so between the two the clock of a store goes back.
+/// A runtime with paused time is an hour ahead of the threads outside of it, so the clock of a
+/// store that both use goes back.
 #[test]
-fn the_fence_grows_and_the_books_balance_when_the_clock_goes_back() {
+fn the_fence_grows_and_the_counts_are_right_when_the_clock_goes_back() {
     let ahead = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
@@ -127,7 +129,7 @@ fn the_fence_grows_and_the_books_balance_when_the_clock_goes_back() {
     block_on(store.release(&claim.key, first.owner)).unwrap();
     let second = grant_of(&store, &claim).unwrap();
     assert!(second.owner.fence > first.owner.fence);
-    // Completed an hour ago, as it were.
+    // The completion has a time an hour in the past.
     block_on(store.complete(&claim.key, second.owner, &of_length(80), Duration::ZERO)).unwrap();
     ahead.block_on(async { store.sweep() });
     complete(&store, 2, &of_length(90), HOUR);
@@ -156,11 +158,11 @@ impl ArcWake for Gate {
     }
 }
 
-/// A completion that waited for its shard entered its record under a second that the sweep had already removed. When
-/// the store then subtracted an older answer of that second, the count underflowed, and the completion of a third key
-/// panicked after its effect.
+/// A completion that waited for its shard entered its record under a second that the sweep had
+/// already removed. When the store then subtracted an older response of that second, the count
+/// underflowed, and the completion of a third key panicked after its effect.
 #[test]
-fn a_completion_that_waits_for_its_shard_does_not_upset_the_ledger() {
+fn a_completion_that_waits_for_its_shard_does_not_corrupt_the_counts() {
     let clock = Clock::manual(Timestamp::from_micros(10_000_000));
     let store = MemoryStore::builder()
         .with_clock(clock.clone())
@@ -187,7 +189,7 @@ fn a_completion_that_waits_for_its_shard_does_not_upset_the_ledger() {
         is_reached.recv().unwrap();
         let completing =
             scope.spawn(|| block_on(store.complete(&slow.key, owner, &of_length(10), Duration::ZERO)).unwrap());
-        // No signal says that a thread waits for a lock.
+        // No signal shows that a thread waits for a lock.
         thread::sleep(Duration::from_millis(100));
         clock.advance(Duration::from_secs(2));
         scope.spawn(|| store.sweep());
@@ -207,7 +209,7 @@ fn a_completion_that_waits_for_its_shard_does_not_upset_the_ledger() {
 }
 
 #[test]
-fn the_books_balance_after_threads_have_raced() {
+fn the_counts_are_right_after_threads_have_raced() {
     const LONGEST: u64 = 3_000;
     let clock = clock();
     let store = MemoryStore::builder()
@@ -246,7 +248,7 @@ fn the_books_balance_after_threads_have_raced() {
     let keys = (0..16).filter_map(|key| block_on(store.peek(&claim(key, 0).key)).unwrap());
     let held: usize = keys
         .map(|snapshot| match snapshot.status {
-            Status::Completed(Outcome::Stored(answer)) => answer.len(),
+            Status::Completed(Outcome::Stored(response)) => response.len(),
             _ => 0,
         })
         .sum();
@@ -262,7 +264,7 @@ fn the_books_balance_after_threads_have_raced() {
 
 /// moka expired records by the machine's clock. The record must live by the store's clock, which stands still here.
 #[test]
-fn a_record_lives_by_the_clock_of_its_store() {
+fn a_record_expires_by_the_clock_of_its_store() {
     let clock = clock();
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
     let retention = Duration::from_millis(100);
@@ -279,7 +281,7 @@ fn a_record_lives_by_the_clock_of_its_store() {
 }
 
 #[test]
-fn a_manual_clock_that_is_moved_beyond_the_end_of_time_stays_there() {
+fn a_manual_clock_that_is_moved_beyond_its_maximum_stays_there() {
     let clock = clock();
     clock.advance(Duration::MAX);
     clock.advance(Duration::MAX);

@@ -12,7 +12,7 @@ use tower_idempotency::protocol::{Decision, Renewal};
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
-use super::{claim, clock, granted, kept, HOUR};
+use super::{claim, clock, granted, stored, HOUR};
 use crate::support::{frames, post, request, send, start, AnyBody, Got, Handler, Play, RemoteStore, Timer};
 
 const SHORT: Duration = Duration::from_millis(100);
@@ -54,7 +54,7 @@ fn claim_now_frees_no_records_without_a_runtime_either() {
         panic!("a first claim is granted at once");
     };
     let key = claim(1, 1).key;
-    block_on(store.complete(&key, grant.owner, &kept("x"), HOUR)).unwrap();
+    block_on(store.complete(&key, grant.owner, &stored("x"), HOUR)).unwrap();
     assert!(matches!(store.claim_now(&claim(1, 2)), Some(Ok(Decision::Replay(_)))));
     clock.advance(2 * HOUR);
     assert!(store.claim_now(&claim(2, 1)).is_none());
@@ -65,16 +65,19 @@ fn claim_now_frees_no_records_without_a_runtime_either() {
 }
 
 #[test]
-fn a_memory_store_frees_itself_without_timers_and_without_a_runtime() {
+fn a_memory_store_removes_expired_records_without_timers_and_without_a_runtime() {
     without_timers(async {
         let (clock, started) = (clock(), Timer::start());
         let store = MemoryStore::builder().with_clock(clock.clone()).build();
         let grant = granted(&store, &claim(1, 1)).await;
         let key = claim(1, 1).key;
-        store.complete(&key, grant.owner, &kept("x"), HOUR).await.unwrap();
+        store.complete(&key, grant.owner, &stored("x"), HOUR).await.unwrap();
         clock.advance(2 * HOUR);
         while store.stats().records > 0 {
-            assert!(started.elapsed() < Duration::from_secs(20), "nothing was swept");
+            assert!(
+                started.elapsed() < Duration::from_secs(20),
+                "the store removed no record"
+            );
             tokio::task::yield_now().await;
         }
     });
@@ -82,14 +85,14 @@ fn a_memory_store_frees_itself_without_timers_and_without_a_runtime() {
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
     for n in 0..200 {
         let grant = block_on(granted(&store, &claim(n, 1)));
-        let (key, outcome) = (claim(n, 1).key, kept("x"));
+        let (key, outcome) = (claim(n, 1).key, stored("x"));
         block_on(store.complete(&key, grant.owner, &outcome, SHORT)).unwrap();
         clock.advance(Duration::from_secs(1));
     }
     assert!(store.stats().records < 5, "{:?}", store.stats());
 }
 
-/// Nothing freed such a record outside of a runtime, so a store that was full of them stayed full.
+/// Outside of a runtime, no task freed such a record, so a store that was full of them stayed full.
 #[test]
 fn records_that_expired_without_an_end_make_room_without_a_runtime() {
     let clock = clock();
@@ -102,7 +105,10 @@ fn records_that_expired_without_an_end_make_room_without_a_runtime() {
         let given_up = block_on(store.renew(&claim(n, 1).key, grant.owner, Duration::ZERO));
         assert_eq!(given_up.unwrap(), Renewal::Renewed);
         if n % 8 == 7 {
-            assert!(block_on(store.claim(&claim(n + 1, 1))).is_err(), "none has expired yet");
+            assert!(
+                block_on(store.claim(&claim(n + 1, 1))).is_err(),
+                "the store made room although no record has expired"
+            );
             clock.advance(2 * HOUR);
         }
     }

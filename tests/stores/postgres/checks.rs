@@ -17,15 +17,15 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// A store over a pool, with a table, that has not checked its server yet.
+/// Makes a store over a pool, with a table, that has not checked its server yet.
 async fn unchecked(server: &PostgresServer) -> PostgresStore {
     drop(PostgresStore::connect(&server.url()).await.unwrap());
     let pool: PgPool = PgPoolOptions::new().connect_lazy(&server.url()).unwrap();
     PostgresStore::builder().with_pool(pool).unwrap()
 }
 
-/// An operation of a blocked runtime kept its handle of the failed check. Meanwhile, all other operations got the error
-/// of that check, although the server was back.
+/// An operation of a blocked runtime kept its handle of the failed check. Meanwhile, all other
+/// operations got the error of that check, although the server was back.
 #[test]
 fn a_server_that_is_back_is_used_although_a_runtime_is_blocked_since_the_failed_check() {
     let mut server = PostgresServer::start();
@@ -40,14 +40,18 @@ fn a_server_that_is_back_is_used_although_a_runtime_is_blocked_since_the_failed_
     assert_eq!(failed.kind(), ErrorKind::StoreUnavailable);
     server.run();
     let seen = other.block_on(async { timeout(4 * SECOND, store.peek(&key)).await });
-    assert_eq!(seen.expect("the operation waits for the other runtime").unwrap(), None);
+    assert_eq!(
+        seen.expect("the operation does not wait for the other runtime")
+            .unwrap(),
+        None
+    );
     blocked.block_on(async { drop(waiting) });
 }
 
 /// The permit of the check stayed with an operation that nothing polled, and the operations of all other runtimes waited
 /// for it without a limit.
 #[test]
-fn a_runtime_that_is_blocked_during_the_check_holds_up_no_other_runtime() {
+fn a_runtime_that_is_blocked_during_the_check_delays_no_other_runtime() {
     let server = PostgresServer::start();
     let (blocked, other) = (runtime(), runtime());
     let key = claim(1).key;
@@ -55,7 +59,11 @@ fn a_runtime_that_is_blocked_during_the_check_holds_up_no_other_runtime() {
     let mut checking = Box::pin(store.peek(&key));
     blocked.block_on(async { assert!(poll!(&mut checking).is_pending()) });
     let seen = other.block_on(async { timeout(4 * SECOND, store.peek(&key)).await });
-    assert_eq!(seen.expect("the operation waits for the other runtime").unwrap(), None);
+    assert_eq!(
+        seen.expect("the operation does not wait for the other runtime")
+            .unwrap(),
+        None
+    );
     blocked.block_on(async { drop(checking) });
 }
 
@@ -71,10 +79,8 @@ fn a_runtime_that_is_blocked_before_it_listens_delays_no_waiter_of_another_runti
     blocked.block_on(async { assert!(poll!(&mut listening).is_pending()) });
     other.block_on(async {
         let watch = timeout(4 * SECOND, store.watch(&key)).await;
-        let watch = watch.expect("the waiter waits for the other runtime").unwrap();
-        timeout(4 * SECOND, watch)
-            .await
-            .expect("the watch makes its waiter look");
+        let watch = watch.expect("the waiter does not wait for the other runtime").unwrap();
+        timeout(4 * SECOND, watch).await.expect("the watch wakes its waiter");
     });
     blocked.block_on(async { drop(listening) });
 }

@@ -11,11 +11,11 @@ use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::protocol::{Completion, Decision, Nonce, Release, Renewal, Status};
 use tower_idempotency::{PostgresStore, Store};
 
-use super::{claim, granted, kept, Claim, HOUR};
+use super::{claim, granted, stored, Claim, HOUR};
 use crate::support::postgres::PostgresServer;
 
-/// The ways in which an application may leave a transaction open. In the second, fourth and fifth, every write of a
-/// store fails.
+/// The ways in which an application may leave a transaction open. In the second, fourth and fifth,
+/// every write of a store fails.
 const LEFT_OPEN: [&str; 5] = [
     "BEGIN",
     "BEGIN; SET LOCAL search_path = pg_catalog",
@@ -32,11 +32,11 @@ async fn pool(server: &PostgresServer) -> PgPool {
 
 async fn leave_open(pool: &PgPool, sql: &'static str) {
     let mut connection = pool.acquire().await.unwrap();
-    // The last statement may fail, which leaves the transaction open, too.
+    // The last statement may fail, which also leaves the transaction open.
     drop(sqlx::raw_sql(sql).execute(&mut *connection).await);
 }
 
-async fn tell(pool: &PgPool, sql: &'static str) {
+async fn execute(pool: &PgPool, sql: &'static str) {
     sqlx::raw_sql(sql).execute(pool).await.unwrap();
 }
 
@@ -47,7 +47,7 @@ async fn drop_begin(pool: &PgPool) {
         let mut begin = Box::pin(pool.begin());
         match poll!(&mut begin) {
             Poll::Pending => break,
-            // The server was faster than this task.
+            // The server replied before this task dropped the future.
             Poll::Ready(begun) => begun.unwrap().rollback().await.unwrap(),
         }
     }
@@ -71,9 +71,9 @@ async fn status(store: &PostgresStore, claim: &Claim) -> Option<Status> {
     store.peek(&claim.key).await.unwrap().map(|seen| seen.status)
 }
 
-/// The caller got its response, and no record of it was committed.
+/// The caller got its response, but its record was never committed.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_store_reports_is_committed_although_the_session_had_an_open_transaction() {
+async fn reported_changes_are_committed_although_the_session_had_an_open_transaction() {
     let server = PostgresServer::start();
     let direct = PostgresStore::connect(&server.url()).await.unwrap();
     let pool = pool(&server).await;
@@ -106,7 +106,7 @@ async fn what_a_store_reports_is_committed_although_the_session_had_an_open_tran
                 other => panic!("{left}: {other:?}"),
             }
             leave_open(&pool, left).await;
-            let completed = store.complete(&first.key, owner, &kept(b"paid"), HOUR).await;
+            let completed = store.complete(&first.key, owner, &stored(b"paid"), HOUR).await;
             assert_eq!(completed.unwrap(), Completion::Completed, "{left}");
             let replayed = direct.claim(&again(&first)).await.unwrap();
             assert!(matches!(replayed, Decision::Replay(_)), "{left}: {replayed:?}");
@@ -139,7 +139,7 @@ async fn a_store_reads_no_old_record_in_an_open_transaction() {
     assert!(matches!(status(&store, &claim(1)).await, Some(Status::InFlight { .. })));
     leave_open(&pool, "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM pg_class").await;
     direct
-        .complete(&claim(1).key, owner, &kept(b"paid"), HOUR)
+        .complete(&claim(1).key, owner, &stored(b"paid"), HOUR)
         .await
         .unwrap();
     assert!(matches!(store.claim(&claim(1)).await.unwrap(), Decision::Replay(_)));
@@ -171,7 +171,7 @@ async fn a_begin_that_was_dropped_does_not_swallow_a_completion() {
         drop_begin_in_each(&pool).await;
         let owner = granted(&store, &claim).await.owner;
         drop_begin_in_each(&pool).await;
-        store.complete(&claim.key, owner, &kept(b"paid"), HOUR).await.unwrap();
+        store.complete(&claim.key, owner, &stored(b"paid"), HOUR).await.unwrap();
         pool.close().await;
         let other = PostgresStore::connect(&server.url()).await.unwrap();
         assert!(matches!(
@@ -181,7 +181,7 @@ async fn a_begin_that_was_dropped_does_not_swallow_a_completion() {
     }
 }
 
-/// LISTEN takes effect at a commit, which never came.
+/// LISTEN takes effect only at a commit, and this transaction never committed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiter_is_woken_although_the_session_that_listens_had_an_open_transaction() {
     let server = PostgresServer::start();
@@ -217,7 +217,7 @@ async fn a_relay_works_on_a_session_with_an_open_transaction() {
             leave_open(&pool, left).await;
             outbox.migrate().await.unwrap();
             let relay = outbox.relay(|_: OutboxMessage| async { Ok::<_, String>(()) });
-            // A look that finds nothing must not leave the session as it was.
+            // A look that finds no message must still close the open transaction.
             leave_open(&pool, left).await;
             assert_eq!(relay.publish_once().await.unwrap().published, 0, "{left}");
             let mut transaction = own.begin().await.unwrap();
@@ -257,7 +257,7 @@ async fn a_migration_whose_caller_left_leaves_no_transaction_open() {
         let open = sqlx::query_scalar::<_, i64>(open).fetch_one(&own).await.unwrap();
         assert_eq!(open, 0, "outbox: {is_outbox}");
     }
-    // The migrations went on without their callers.
+    // The migrations continued without their callers.
     assert_eq!(outbox.waiting().await.unwrap(), 0);
     store.check().await.unwrap();
 }
@@ -295,7 +295,7 @@ async fn a_transaction_that_fails_to_begin_does_not_poison_its_connection() {
         let (migrated, ()) = tokio::join!(migrating, cancel);
         migrated.unwrap_err();
         until_settled(&pool).await;
-        tell(&pool, "SELECT 1").await;
+        execute(&pool, "SELECT 1").await;
         sqlx::query("ROLLBACK").execute(&mut *holder).await.unwrap();
     }
     outbox.migrate().await.unwrap();

@@ -18,12 +18,12 @@ use tower_idempotency::receiver::{Inbox, Receipt};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, Error, ErrorKind, IdempotencyLayer, PostgresStore, Store};
 
-use super::{claim, granted, kept, Claim, HOUR};
+use super::{claim, granted, stored, Claim, HOUR};
 use crate::support::bouncer::Bouncer;
 use crate::support::postgres::PostgresServer;
 
 /// sqlx sends this parameter when it connects; PgBouncer refuses it by default.
-const BEARS_SQLX: &str = "ignore_startup_parameters = extra_float_digits";
+const ACCEPTS_SQLX: &str = "ignore_startup_parameters = extra_float_digits";
 
 async fn pool(server: &PostgresServer, bouncer: &Bouncer, cached: usize) -> PgPool {
     let options = PgConnectOptions::from_str(&server.url_by(bouncer.port())).unwrap();
@@ -46,7 +46,7 @@ async fn live(store: PostgresStore, claim: Claim) -> Result<Option<String>, Erro
     }
     drop(store.watch(key).await?);
     store.renew(key, grant.owner, HOUR).await?;
-    let completed = store.complete(key, grant.owner, &kept(key.as_bytes()), HOUR).await?;
+    let completed = store.complete(key, grant.owner, &stored(key.as_bytes()), HOUR).await?;
     if completed != Completion::Completed {
         return Ok(Some(format!("complete: {completed:?}")));
     }
@@ -55,7 +55,7 @@ async fn live(store: PostgresStore, claim: Claim) -> Result<Option<String>, Erro
         ..claim.clone()
     };
     match store.claim(&again).await? {
-        Decision::Replay(answer) if answer.body[..] == key.as_bytes()[..] => Ok(None),
+        Decision::Replay(response) if response.body[..] == key.as_bytes()[..] => Ok(None),
         other => Ok(Some(format!("replay: {other:?}"))),
     }
 }
@@ -73,7 +73,7 @@ async fn lives(store: &PostgresStore) -> (Vec<String>, Vec<Error>) {
         });
         for lived in join_all(lives).await {
             match lived.unwrap() {
-                Ok(told) => wrong.extend(told),
+                Ok(state) => wrong.extend(state),
                 Err(error) => errors.push(error),
             }
         }
@@ -81,12 +81,13 @@ async fn lives(store: &PostgresStore) -> (Vec<String>, Vec<Error>) {
     (wrong, errors)
 }
 
-/// Five of 240 sequences read another statement's rows, and `peek` found a held key absent.
+/// Five of 240 sequences read the rows of another statement, and `peek` reported a held key as
+/// absent.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_operation_gets_its_own_rows_behind_a_transaction_pooler() {
     let server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
-    let bouncer = Bouncer::start(&server, "transaction", BEARS_SQLX);
+    let bouncer = Bouncer::start(&server, "transaction", ACCEPTS_SQLX);
     for cached in [0, 100] {
         let builder = PostgresStore::builder().with_transaction_pooler();
         let store = builder.with_pool(pool(&server, &bouncer, cached).await).unwrap();
@@ -97,7 +98,7 @@ async fn every_operation_gets_its_own_rows_behind_a_transaction_pooler() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_contract_is_kept_behind_a_transaction_pooler() {
+async fn the_contract_holds_behind_a_transaction_pooler() {
     let server = PostgresServer::start();
     // The default settings of Debian, which refuse the startup parameter of sqlx.
     let bouncer = Bouncer::start(&server, "transaction", "");
@@ -111,7 +112,7 @@ async fn the_contract_is_kept_behind_a_transaction_pooler() {
 async fn a_transaction_pooler_is_refused_at_the_start_without_the_setting() {
     let server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
-    for further in ["", BEARS_SQLX, &format!("{BEARS_SQLX}\nserver_round_robin = 1")] {
+    for further in ["", ACCEPTS_SQLX, &format!("{ACCEPTS_SQLX}\nserver_round_robin = 1")] {
         let bouncer = Bouncer::start(&server, "transaction", further);
         let url = server.url_by(bouncer.port());
         let mut errors = vec![
@@ -141,9 +142,9 @@ async fn a_transaction_pooler_is_refused_at_the_start_without_the_setting() {
 
 /// The settings of the store's sessions would stay with the server, and the next client would get them.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_pooler_keeps_the_sessions_of_its_servers() {
+async fn a_refused_pooler_does_not_change_the_sessions_of_its_servers() {
     let server = PostgresServer::start();
-    let bouncer = Bouncer::start(&server, "transaction", BEARS_SQLX);
+    let bouncer = Bouncer::start(&server, "transaction", ACCEPTS_SQLX);
     let url = server.url_by(bouncer.port());
     PostgresStore::connect(&url).await.map(drop).unwrap_err();
     PostgresStore::connect(&format!("{url}?transaction_pooler=true"))
@@ -160,10 +161,10 @@ async fn a_refused_pooler_keeps_the_sessions_of_its_servers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pooler_in_session_mode_raises_no_alarm() {
+async fn a_pooler_in_session_mode_is_accepted() {
     let server = PostgresServer::start();
-    // In this mode each connection takes a server for itself.
-    let bouncer = Bouncer::start(&server, "session", &format!("{BEARS_SQLX}\ndefault_pool_size = 40"));
+    // In this mode, each client connection has a server connection of its own.
+    let bouncer = Bouncer::start(&server, "session", &format!("{ACCEPTS_SQLX}\ndefault_pool_size = 40"));
     for _ in 0..3 {
         let store = PostgresStore::connect(&server.url_by(bouncer.port())).await.unwrap();
         let (wrong, errors) = lives(&store).await;
@@ -172,20 +173,20 @@ async fn a_pooler_in_session_mode_raises_no_alarm() {
     }
 }
 
-/// The check cannot find this pooler, because it comes later.
+/// The check cannot find a pooler that starts later.
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_another_statement_are_errors() {
     let server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
     for cached in [0, 100] {
-        let mut bouncer = Bouncer::start(&server, "session", BEARS_SQLX);
+        let mut bouncer = Bouncer::start(&server, "session", ACCEPTS_SQLX);
         let pool = pool(&server, &bouncer, cached).await;
         let store = PostgresStore::builder().with_pool(pool).unwrap();
         granted(&store, &claim(u8::from(cached == 0))).await;
-        bouncer.restart(&server, "transaction", BEARS_SQLX);
+        bouncer.restart(&server, "transaction", ACCEPTS_SQLX);
         let (wrong, errors) = lives(&store).await;
         assert_eq!(wrong, Vec::<String>::new());
-        assert!(!errors.is_empty(), "nothing was mixed up");
+        assert!(!errors.is_empty(), "the pooler mixed no statements up");
     }
 }
 
@@ -193,7 +194,7 @@ async fn rows_of_another_statement_are_errors() {
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_another_table_are_errors() {
     let server = PostgresServer::start();
-    let mut bouncer = Bouncer::start(&server, "session", BEARS_SQLX);
+    let mut bouncer = Bouncer::start(&server, "session", ACCEPTS_SQLX);
     let pool = pool(&server, &bouncer, 0).await;
     let store = |table: &str| {
         let builder = PostgresStore::builder().with_table(table);
@@ -204,7 +205,7 @@ async fn rows_of_another_table_are_errors() {
     is_empty.migrate().await.unwrap();
     let held = claim(1);
     granted(&holds, &held).await;
-    bouncer.restart(&server, "transaction", BEARS_SQLX);
+    bouncer.restart(&server, "transaction", ACCEPTS_SQLX);
     let mut errors = 0;
     for _ in 0..40 {
         let looks = (0..12).map(|turn| {
@@ -218,13 +219,13 @@ async fn rows_of_another_table_are_errors() {
             }
         }
     }
-    assert!(errors > 0, "nothing was mixed up");
+    assert!(errors > 0, "the pooler mixed no statements up");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn transactions_of_the_application_work_behind_a_transaction_pooler() {
     let server = PostgresServer::start();
-    let bouncer = Bouncer::start(&server, "transaction", BEARS_SQLX);
+    let bouncer = Bouncer::start(&server, "transaction", ACCEPTS_SQLX);
     let pool = pool(&server, &bouncer, 100).await;
     let builder = PostgresStore::builder().with_transaction_pooler();
     let store = builder.with_pool(pool.clone()).unwrap();
@@ -279,13 +280,13 @@ async fn transactions_of_the_application_work_behind_a_transaction_pooler() {
     assert_eq!(outbox.waiting().await.unwrap(), 0);
 }
 
-/// PgBouncer reports all of its own errors with the code for a protocol violation, which was taken for a mix-up of
-/// statements.
+/// PgBouncer reports all of its own errors with the code for a protocol violation. The store took
+/// them for mixed-up statements.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outage_behind_a_pooler_is_no_misconfiguration() {
     let mut server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
-    let soon = format!("{BEARS_SQLX}\nserver_connect_timeout = 1\nserver_login_retry = 1\nquery_wait_timeout = 1");
+    let soon = format!("{ACCEPTS_SQLX}\nserver_connect_timeout = 1\nserver_login_retry = 1\nquery_wait_timeout = 1");
     for mode in ["session", "transaction"] {
         let bouncer = Bouncer::start(&server, mode, &format!("{soon}\ndefault_pool_size = 40"));
         let url = server.url_by(bouncer.port());
@@ -321,21 +322,21 @@ async fn an_outage_behind_a_pooler_is_no_misconfiguration() {
                 StatusCode::OK => break,
                 other => assert!(tries < 100, "{mode}: {other}"),
             }
-            // PgBouncer itself tries once a second.
+            // PgBouncer itself tries to connect once a second.
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_waiter_learns_of_the_end_behind_a_transaction_pooler() {
+async fn a_waiter_is_woken_behind_a_transaction_pooler() {
     let server = PostgresServer::start();
-    let bouncer = Bouncer::start(&server, "transaction", BEARS_SQLX);
+    let bouncer = Bouncer::start(&server, "transaction", ACCEPTS_SQLX);
     let url = format!("{}?transaction_pooler=true", server.url_by(bouncer.port()));
     let store = PostgresStore::connect(&url).await.unwrap();
     let claim = claim(1);
     let owner = granted(&store, &claim).await.owner;
     let watch = store.watch(&claim.key).await.unwrap();
-    store.complete(&claim.key, owner, &kept(b"paid"), HOUR).await.unwrap();
+    store.complete(&claim.key, owner, &stored(b"paid"), HOUR).await.unwrap();
     tokio::time::timeout(Duration::from_secs(5), watch).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! Whatever meets on one row of PostgreSQL at once: one grant, one effect, one answer.
+//! Concurrent operations on one row of PostgreSQL: one grant, one effect, one response.
 
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,7 +61,7 @@ const fn grant(decision: &Decision) -> Option<Grant> {
     }
 }
 
-/// What an owner whose record is lost or expired does while others claim it.
+/// The behaviour of an owner whose record is lost or expired while others claim it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Old {
     Completes,
@@ -69,7 +69,8 @@ enum Old {
     Renews,
 }
 
-/// Ten claims of two requests at once on a row that is lost or expired, its owner, and a sweeper.
+/// Ten claims of two requests run at once on a row that is lost or expired, together with its owner
+/// and a sweeper.
 async fn rush(store: &PostgresStore, old: Old, retention: Duration, if_lost: IfLost) {
     let key = StorageKey::from_bytes(rand::random());
     let was_lost = !retention.is_zero();
@@ -96,13 +97,13 @@ async fn rush(store: &PostgresStore, old: Old, retention: Duration, if_lost: IfL
     let (claims, stands, swept) = tokio::join!(claims, stands, store.sweep());
     swept.unwrap();
     let claims: Vec<(usize, Decision)> = claims.into_iter().map(Result::unwrap).collect();
-    let told = format!("{old:?}, lost {was_lost}, {if_lost:?}: it stands {stands}, {claims:?}");
+    let case = format!("{old:?}, lost {was_lost}, {if_lost:?}: the record stands: {stands}, {claims:?}");
     let granted: Vec<_> = claims
         .iter()
         .filter_map(|(request, decision)| Some((request, grant(decision)?)))
         .collect();
-    assert_eq!(granted.len(), usize::from(!stands), "{told}");
-    assert!(was_lost || !stands, "{told}");
+    assert_eq!(granted.len(), usize::from(!stands), "{case}");
+    assert!(was_lost || !stands, "{case}");
     let owner = granted.first().map_or(0, |(request, _)| **request);
     for (request, decision) in &claims {
         let is_right = match decision {
@@ -111,16 +112,16 @@ async fn rush(store: &PostgresStore, old: Old, retention: Duration, if_lost: IfL
             }
             Decision::Execute(grant) => grant.attempt == 1,
             Decision::Mismatch => *request != owner,
-            Decision::Replay(answer) => *request == owner && old == Old::Completes && answer.body == "paid",
+            Decision::Replay(response) => *request == owner && old == Old::Completes && response.body == "paid",
             Decision::Wait { left } => *request == owner && *left <= HOUR,
             _ => false,
         };
-        assert!(is_right, "{decision:?} of {told}");
+        assert!(is_right, "{decision:?} of {case}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_claims_that_meet_on_a_lost_or_expired_row_one_is_granted_unless_its_owner_was_first() {
+async fn one_of_the_claims_on_a_lost_or_expired_row_is_granted_unless_its_owner_was_first() {
     let (_server, store) = started().await;
     for _ in 0..25 {
         for old in [Old::Completes, Old::Is, Old::Renews] {
@@ -131,7 +132,7 @@ async fn of_claims_that_meet_on_a_lost_or_expired_row_one_is_granted_unless_its_
     }
 }
 
-/// Claims until somebody has completed; `level` begins its transactions. Its lease is over as soon as it has it.
+/// Claims until an attempt has completed. `level` begins its transactions. Its lease ends at once.
 async fn complete_once(store: PostgresStore, key: StorageKey, name: String, level: &'static str) {
     loop {
         let claim = claim(key, 0, Duration::from_millis(1), HOUR, IfLost::Execute);
@@ -146,7 +147,8 @@ async fn complete_once(store: PostgresStore, key: StorageKey, name: String, leve
         let mut transaction = store.pool().begin_with(level).await.unwrap();
         take_effect(&mut transaction, &name).await;
         let completion = store.complete_in(&mut transaction, &key, grant.owner, &Outcome::Tombstone, HOUR);
-        // At the stricter levels it may fail for what another has changed meanwhile, and so may the commit.
+        // At the stricter levels, a concurrent change may fail the completion, and may fail the
+        // commit.
         if let Ok(Completion::Completed) = completion.await {
             drop(transaction.commit().await);
         }
@@ -154,7 +156,7 @@ async fn complete_once(store: PostgresStore, key: StorageKey, name: String, leve
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_transactions_that_take_over_from_each_other_one_takes_effect_at_every_isolation_level() {
+async fn one_of_the_transactions_that_take_over_from_each_other_takes_effect_at_every_isolation_level() {
     const LEVELS: [&str; 3] = [
         "BEGIN",
         "BEGIN ISOLATION LEVEL REPEATABLE READ",
@@ -171,20 +173,20 @@ async fn of_transactions_that_take_over_from_each_other_one_takes_effect_at_ever
     }
 }
 
-/// Panics before or after its commit, rolls back, commits in the background, or commits, by turns.
+/// In turn, panics before or after its commit, rolls back, commits in the background, or commits.
 async fn by_turns(pool: PgPool, runs: Arc<AtomicUsize>, lease: Lease) -> Response {
     let turn = runs.fetch_add(1, Ordering::SeqCst);
     let mut transaction = pool.begin().await.unwrap();
     take_effect(&mut transaction, lease.key().as_str()).await;
-    let answer = lease.complete_in(&mut transaction, (StatusCode::CREATED, format!("run {turn}")));
-    let Ok(answer) = answer.await else {
+    let response = lease.complete_in(&mut transaction, (StatusCode::CREATED, format!("run {turn}")));
+    let Ok(response) = response.await else {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     };
     match turn % 5 {
-        0 => panic!("before the commit"),
+        0 => panic!("the handler panics before the commit"),
         1 => {
             transaction.commit().await.unwrap();
-            panic!("after the commit")
+            panic!("the handler panics after the commit")
         }
         2 => {
             tokio::spawn(async move {
@@ -195,17 +197,17 @@ async fn by_turns(pool: PgPool, runs: Arc<AtomicUsize>, lease: Lease) -> Respons
         }
         3 => {
             drop(transaction);
-            answer
+            response
         }
         _ => {
             transaction.commit().await.unwrap();
-            answer
+            response
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn callers_that_leave_and_transactions_that_end_anyhow_come_to_one_effect_and_one_answer() {
+async fn callers_that_leave_and_transactions_that_end_in_any_way_have_one_effect_and_one_response() {
     let (_server, store) = started().await;
     let (pool, runs) = (store.pool().clone(), Arc::new(AtomicUsize::new(0)));
     let handler = move |lease: Lease| by_turns(pool.clone(), Arc::clone(&runs), lease);
@@ -222,7 +224,7 @@ async fn callers_that_leave_and_transactions_that_end_anyhow_come_to_one_effect_
     };
     for n in 0..60 {
         let key = format!("key-{n}");
-        // Leaves at some moment.
+        // The caller leaves at some moment.
         drop(tokio::time::timeout(Duration::from_millis(n % 13), send(&key)).await);
         let mut tries = 0;
         let first = loop {
@@ -231,15 +233,15 @@ async fn callers_that_leave_and_transactions_that_end_anyhow_come_to_one_effect_
                 break body;
             }
             tries += 1;
-            assert!(tries < 20, "{key} comes to nothing");
+            assert!(tries < 20, "{key} has no response after {tries} tries");
         };
         assert_eq!(send(&key).await, (StatusCode::CREATED, first));
         assert_eq!(effects(store.pool(), &key).await, 1, "{key}");
     }
 }
 
-/// A transaction that takes longer than the lease, which is not renewed once it is completed: who asks in another process waits for the
-/// lock, and is not told that somebody was interrupted.
+/// A transaction takes longer than the lease, which is not renewed after the completion. A
+/// duplicate in another process waits for the lock, and does not get 409 `outcome-unknown`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_duplicate_waits_for_the_transaction_that_completes_its_key() {
     let (_server, store) = started().await;
@@ -250,10 +252,10 @@ async fn a_duplicate_waits_for_the_transaction_that_completes_its_key() {
             let handler = move |lease: Lease| async move {
                 let mut transaction = pool.begin().await.unwrap();
                 let completed = lease.complete_in(&mut transaction, (StatusCode::CREATED, "paid"));
-                let answer = completed.await.unwrap();
+                let response = completed.await.unwrap();
                 tokio::time::sleep(Duration::from_millis(3_500)).await;
                 transaction.commit().await.unwrap();
-                answer
+                response
             };
             let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
             Router::new().route("/", post(handler)).layer(layer.on_lost(on_lost))
@@ -271,8 +273,8 @@ async fn a_duplicate_waits_for_the_transaction_that_completes_its_key() {
     }
 }
 
-/// The claim of an expired record was written, and its commit took longer than the store was given: it waited for a standby. Nothing
-/// ran, and nobody had the key.
+/// The claim of an expired record was written, but its commit waited for a standby longer than the
+/// store timeout. No handler ran, and no caller owned the key.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_that_was_granted_late_leaves_its_key_free() {
     let (_server, store) = started().await;
@@ -306,12 +308,12 @@ async fn a_claim_that_was_granted_late_leaves_its_key_free() {
     };
     assert_eq!(app(second).oneshot(request()).await.unwrap().status(), StatusCode::OK);
     tokio::time::sleep(2 * second).await;
-    standby("nobody").await;
+    standby("absent").await;
     let refused = app(HOUR).oneshot(request()).await.unwrap();
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
     standby("").await;
     drain.wait().await;
     tokio::time::sleep(4 * second).await;
-    let answer = app(HOUR).oneshot(request()).await.unwrap();
-    assert_eq!(answer.status(), StatusCode::OK);
+    let response = app(HOUR).oneshot(request()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
 }

@@ -12,14 +12,14 @@ use tower_idempotency::receiver::{Disposition, Inbox, ReceiverLayer};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, Error, ErrorKind, IdempotencyLayer, PostgresStore, RefusalKind, Store};
 
-use super::{claim, granted, kept, HOUR};
+use super::{claim, granted, stored, HOUR};
 use crate::support::postgres::PostgresServer;
 
 async fn pool(url: &str) -> PgPool {
     PgPoolOptions::new().max_connections(4).connect(url).await.unwrap()
 }
 
-async fn tell(pool: &PgPool, sql: &str) {
+async fn execute(pool: &PgPool, sql: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
         .execute(pool)
         .await
@@ -33,8 +33,8 @@ async fn role_with_documented_rights(server: &PostgresServer, own: &PgPool) -> S
     let grants = source.lines().filter(|line| line.starts_with("/// GRANT "));
     let grants: String = grants.map(|line| line.trim_start_matches("///")).collect();
     assert_eq!(grants.matches("GRANT").count(), 2);
-    tell(own, "CREATE ROLE web LOGIN; REVOKE ALL ON SCHEMA public FROM public").await;
-    tell(own, &grants).await;
+    execute(own, "CREATE ROLE web LOGIN; REVOKE ALL ON SCHEMA public FROM public").await;
+    execute(own, &grants).await;
     server.url().replace("app@", "web@")
 }
 
@@ -49,7 +49,7 @@ async fn assert_misconfigured<T: std::fmt::Debug>(
     error
 }
 
-/// Neither a request nor a message runs, and neither is lost.
+/// Checks that neither a request nor a message runs, and that the store reports both as failed.
 async fn assert_nothing_runs(store: &PostgresStore) {
     let layer = IdempotencyLayer::new(store.clone()).dangerously_run_unprotected_when_the_store_fails();
     let service = layer.layer(service_fn(
@@ -88,12 +88,12 @@ async fn a_role_without_create_can_connect_to_a_table_that_is_there() {
     BoxStore::from_url(&url).await.unwrap();
     store.migrate().await.unwrap();
     conformance::all(&store).await;
-    // The role can wait on a connection that listens, notify, and sweep.
+    // The role can listen and wait, notify, and sweep.
     let owner = granted(&store, &claim(9)).await.owner;
     let watch = store.watch(&claim(9).key).await.unwrap();
-    store.complete(&claim(9).key, owner, &kept(b"a"), HOUR).await.unwrap();
+    store.complete(&claim(9).key, owner, &stored(b"a"), HOUR).await.unwrap();
     tokio::time::timeout(HOUR / 1_800, watch).await.unwrap();
-    tell(&own, "UPDATE idempotency_records SET expires = 0").await;
+    execute(&own, "UPDATE idempotency_records SET expires = 0").await;
     assert!(store.sweep().await.unwrap() > 0);
     let inbox = Inbox::new(PostgresStore::builder().with_pool(pool(&url).await).unwrap(), "billing");
     inbox
@@ -103,7 +103,7 @@ async fn a_role_without_create_can_connect_to_a_table_that_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_that_lacks_a_right_is_refused_by_its_name() {
+async fn a_role_that_lacks_a_right_is_refused_with_the_name_of_the_right() {
     let server = PostgresServer::start();
     let own = pool(&server.url()).await;
     let url = {
@@ -112,20 +112,20 @@ async fn a_role_that_lacks_a_right_is_refused_by_its_name() {
     };
     let checked = PostgresStore::connect(&url).await.unwrap();
     for right in ["SELECT", "INSERT", "UPDATE", "DELETE"] {
-        tell(&own, &format!("REVOKE {right} ON idempotency_records FROM web")).await;
+        execute(&own, &format!("REVOKE {right} ON idempotency_records FROM web")).await;
         let error = assert_misconfigured("connect", PostgresStore::connect(&url), "lacks a right").await;
         assert!(error.source().unwrap().to_string().contains(right), "{error:?}");
         let store = PostgresStore::builder().with_pool(pool(&url).await).unwrap();
         assert_misconfigured("claim", store.claim(&claim(1)), "lacks a right").await;
         assert_nothing_runs(&store).await;
-        tell(&own, &format!("GRANT {right} ON idempotency_records TO web")).await;
+        execute(&own, &format!("GRANT {right} ON idempotency_records TO web")).await;
         // The store does not remember the failure.
         store.peek(&claim(1).key).await.unwrap();
     }
-    tell(&own, "REVOKE INSERT ON idempotency_records FROM web").await;
+    execute(&own, "REVOKE INSERT ON idempotency_records FROM web").await;
     assert_misconfigured("claim", checked.claim(&claim(1)), "lacks a right").await;
     assert_nothing_runs(&checked).await;
-    tell(&own, "DROP TABLE idempotency_records").await;
+    execute(&own, "DROP TABLE idempotency_records").await;
     assert_misconfigured("connect", PostgresStore::connect(&url), "may not make it").await;
 }
 
@@ -155,14 +155,14 @@ async fn a_table_that_is_missing_is_found_before_the_first_request_is_served() {
     assert_nothing_runs(&store).await;
     store.migrate().await.unwrap();
     granted(&store, &claim(1)).await;
-    tell(&own, "ALTER TABLE idempotency_records SET UNLOGGED").await;
+    execute(&own, "ALTER TABLE idempotency_records SET UNLOGGED").await;
     let unlogged = PostgresStore::builder().with_pool(own.clone()).unwrap();
     assert_misconfigured("claim", unlogged.claim(&claim(2)), "unlogged").await;
 }
 
-/// If the table changes after the check, the errors of the server show it.
+/// If the table changes after the check, the errors of the server show the change.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_is_changed_later_is_misconfigured_and_says_why() {
+async fn a_table_that_is_changed_later_is_misconfigured_and_the_error_names_the_cause() {
     let server = PostgresServer::start();
     let own = pool(&server.url()).await;
     for (change, reason) in [
@@ -183,10 +183,10 @@ async fn a_table_that_is_changed_later_is_misconfigured_and_says_why() {
         ),
     ] {
         let store = PostgresStore::connect(&server.url()).await.unwrap();
-        tell(&own, change).await;
+        execute(&own, change).await;
         assert_misconfigured(change, store.claim(&claim(1)), reason).await;
         assert_nothing_runs(&store).await;
-        tell(&own, "DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
+        execute(&own, "DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
     }
 }
 
@@ -195,13 +195,13 @@ async fn a_role_that_is_read_only_by_default_is_refused() {
     let server = PostgresServer::start();
     let own = pool(&server.url()).await;
     let checked = PostgresStore::connect(&server.url()).await.unwrap();
-    tell(&own, "ALTER ROLE app SET default_transaction_read_only = on").await;
+    execute(&own, "ALTER ROLE app SET default_transaction_read_only = on").await;
     assert_misconfigured("connect", PostgresStore::connect(&server.url()), "read-only").await;
     let store = PostgresStore::builder().with_pool(pool(&server.url()).await).unwrap();
     assert_misconfigured("claim", store.claim(&claim(1)), "read-only").await;
     assert_nothing_runs(&store).await;
-    // A store whose check passed before meets the setting on its next connection.
-    tell(
+    // A store with an earlier check meets the setting on its next connection.
+    execute(
         &own,
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname IS NOT NULL",
     )
@@ -222,7 +222,7 @@ async fn a_primary_that_became_a_standby_shows_and_changes_no_records() {
     let mut server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     let done = granted(&store, &claim(1)).await.owner;
-    store.complete(&claim(1).key, done, &kept(b"a"), HOUR).await.unwrap();
+    store.complete(&claim(1).key, done, &stored(b"a"), HOUR).await.unwrap();
     let owner = granted(&store, &claim(2)).await.owner;
     let key = &claim(2).key;
     server.kill();
@@ -241,7 +241,7 @@ async fn a_primary_that_became_a_standby_shows_and_changes_no_records() {
         assert_misconfigured("claim", store.claim(&claim(number)), "read-only").await;
     }
     assert_misconfigured("renew", store.renew(key, owner, HOUR), "read-only").await;
-    assert_misconfigured("complete", store.complete(key, owner, &kept(b"b"), HOUR), "read-only").await;
+    assert_misconfigured("complete", store.complete(key, owner, &stored(b"b"), HOUR), "read-only").await;
     assert_misconfigured("release", store.release(key, owner), "read-only").await;
     assert_misconfigured(
         "resolve",
@@ -260,7 +260,7 @@ async fn a_table_with_an_unlogged_partition_is_refused() {
     let own = pool(&server.url()).await;
     let store = PostgresStore::builder().with_pool(own.clone()).unwrap();
     store.migrate().await.unwrap();
-    tell(
+    execute(
         &own,
         "ALTER TABLE idempotency_records RENAME TO logged;
         CREATE TABLE idempotency_records (LIKE logged INCLUDING ALL) PARTITION BY HASH (key);
@@ -268,19 +268,19 @@ async fn a_table_with_an_unlogged_partition_is_refused() {
     )
     .await;
     granted(&store, &claim(1)).await;
-    tell(&own, "ALTER TABLE part SET UNLOGGED").await;
+    execute(&own, "ALTER TABLE part SET UNLOGGED").await;
     let unlogged = PostgresStore::builder().with_pool(own).unwrap();
     assert_misconfigured("claim", unlogged.claim(&claim(2)), "unlogged").await;
 }
 
-/// A view counted as logged, whatever table it shows.
+/// A view counted as logged, whatever the table behind it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_view_in_place_of_the_table_is_refused() {
     let server = PostgresServer::start();
     let own = pool(&server.url()).await;
     let store = PostgresStore::builder().with_pool(own.clone()).unwrap();
     store.migrate().await.unwrap();
-    tell(
+    execute(
         &own,
         "ALTER TABLE idempotency_records RENAME TO unlogged;
         ALTER TABLE unlogged SET UNLOGGED;
@@ -297,7 +297,7 @@ async fn a_check_counts_only_where_it_ran() {
     let server = PostgresServer::start();
     let own = PostgresStore::connect(&server.url()).await.unwrap();
     let app = own.pool();
-    tell(
+    execute(
         app,
         "CREATE ROLE web LOGIN; GRANT SELECT, INSERT, UPDATE ON idempotency_records TO web",
     )
@@ -308,7 +308,7 @@ async fn a_check_counts_only_where_it_ran() {
     store.claim_in(&mut transaction, &claim(1)).await.unwrap();
     transaction.commit().await.unwrap();
     assert_misconfigured("claim", store.claim(&claim(2)), "lacks a right").await;
-    tell(
+    execute(
         app,
         "GRANT DELETE ON idempotency_records TO web; ALTER TABLE idempotency_records ENABLE ROW LEVEL SECURITY",
     )

@@ -7,7 +7,7 @@ use tower_idempotency::receiver::{Inbox, ReceiveError};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
 
-use super::{claim, granted, kept, Claim, HOUR};
+use super::{claim, granted, stored, Claim, HOUR};
 use crate::support::postgres::PostgresServer;
 
 async fn pool(server: &PostgresServer, connections: u32) -> PgPool {
@@ -15,12 +15,12 @@ async fn pool(server: &PostgresServer, connections: u32) -> PgPool {
     pool.connect(&server.url()).await.unwrap()
 }
 
-async fn tell(server: &PostgresServer, sql: &str) {
+async fn execute(server: &PostgresServer, sql: &str) {
     let pool = pool(server, 1).await;
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&pool).await.unwrap();
 }
 
-/// How many of 32 claims of one key at once were granted.
+/// Returns how many of 32 concurrent claims of one key were granted.
 async fn storm(store: &PostgresStore, key: u8) -> usize {
     let claims = (0..32).map(|_| {
         let (store, claim) = (store.clone(), claim(key));
@@ -37,13 +37,13 @@ async fn storm(store: &PostgresStore, key: u8) -> usize {
 
 /// A third of the duplicates failed at the stricter levels.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_many_claims_at_once_one_is_granted_at_every_default_isolation() {
+async fn one_of_many_concurrent_claims_is_granted_at_every_default_isolation() {
     let server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
     for isolation in ["read committed", "repeatable read", "serializable"] {
         let set =
             format!("ALTER ROLE app SET default_transaction_isolation = '{isolation}'; TRUNCATE idempotency_records");
-        tell(&server, &set).await;
+        execute(&server, &set).await;
         let yours = PostgresStore::builder().with_pool(pool(&server, 16).await).unwrap();
         let own = PostgresStore::connect(&server.url()).await.unwrap();
         for key in 0..10 {
@@ -53,8 +53,8 @@ async fn of_many_claims_at_once_one_is_granted_at_every_default_isolation() {
     }
 }
 
-/// All settings at once, as a role for reports might have them.
-const STRANGE: &str = "
+/// All settings at once, as in a role for reports.
+const UNUSUAL: &str = "
     CREATE SCHEMA elsewhere;
     ALTER ROLE app SET default_transaction_isolation = 'serializable';
     ALTER ROLE app SET default_transaction_deferrable = on;
@@ -69,9 +69,9 @@ const STRANGE: &str = "
     ALTER ROLE app SET plan_cache_mode = 'force_generic_plan';";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_contract_is_kept_with_strange_defaults_of_the_role() {
+async fn the_contract_holds_with_unusual_defaults_of_the_role() {
     let server = PostgresServer::start();
-    tell(&server, STRANGE).await;
+    execute(&server, UNUSUAL).await;
     let own = PostgresStore::connect(&server.url()).await.unwrap();
     conformance::all(&own).await;
     conformance::differential(&own, 50, 1).await;
@@ -81,9 +81,9 @@ async fn the_contract_is_kept_with_strange_defaults_of_the_role() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_sessions_of_the_stores_own_pool_are_set_and_those_of_yours_are_not() {
+async fn the_store_changes_the_sessions_of_its_own_pool_and_not_those_of_the_applications() {
     let server = PostgresServer::start();
-    tell(&server, STRANGE).await;
+    execute(&server, UNUSUAL).await;
     let shown = async |pool: &PgPool, name: &str| -> String {
         let shown = sqlx::query_scalar("SELECT current_setting($1)").bind(name);
         shown.fetch_one(pool).await.unwrap()
@@ -115,7 +115,7 @@ async fn rows_that_a_policy_hides_are_an_error() {
         CREATE ROLE web LOGIN;
         GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency_records TO web;
         ALTER TABLE idempotency_records ENABLE ROW LEVEL SECURITY;";
-    tell(&server, policy).await;
+    execute(&server, policy).await;
     let builder = PostgresStore::builder();
     let url = server.url().replace("app@", "web@");
     let store = builder.connect(&url).await.unwrap();
@@ -135,7 +135,7 @@ async fn rows_that_a_policy_hides_are_an_error() {
 
 /// The store cannot repeat these statements inside the transaction, which has failed as a whole.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_transaction_of_the_application_that_meets_another_is_to_be_run_again() {
+async fn a_transaction_of_the_application_that_conflicts_with_another_must_be_run_again() {
     let server = PostgresServer::start();
     let store = PostgresStore::connect(&server.url()).await.unwrap();
     let inbox = Inbox::new(store.clone(), "billing");
@@ -145,7 +145,7 @@ async fn a_transaction_of_the_application_that_meets_another_is_to_be_run_again(
     let mut errors = Vec::new();
     for is_inbox in [true, false] {
         let mut transaction = pool.begin_with("BEGIN ISOLATION LEVEL SERIALIZABLE").await.unwrap();
-        // From here on it sees nothing newer.
+        // From here on, the transaction sees no newer data.
         sqlx::query("SELECT count(*) FROM idempotency_records")
             .execute(&mut *transaction)
             .await
@@ -186,7 +186,7 @@ async fn a_pool_of_one_connection_is_enough() {
     let claim = claim(1);
     let owner = granted(&store, &claim).await.owner;
     let watch = store.watch(&claim.key).await.unwrap();
-    let completed = store.complete(&claim.key, owner, &kept(b"paid"), HOUR).await.unwrap();
+    let completed = store.complete(&claim.key, owner, &stored(b"paid"), HOUR).await.unwrap();
     assert_eq!(completed, Completion::Completed);
     watch.await;
     let again = Claim {

@@ -1,4 +1,4 @@
-//! The connections that a store keeps between two operations.
+//! The connections that a store holds between two operations.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 use tower_idempotency::protocol::{Completion, StorageKey};
 use tower_idempotency::{PostgresStore, Store};
 
-use super::{claim, granted, kept, HOUR};
+use super::{claim, granted, stored, HOUR};
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy::{Direction, Fate, Proxy};
 
@@ -21,8 +21,8 @@ async fn pool(server: &PostgresServer) -> PgPool {
     PgPool::connect(&server.url()).await.unwrap()
 }
 
-/// Makes a store whose pool has all of its connections, and which keeps all of them: as many claims as there are
-/// connections run at once, because they wait for a lock.
+/// Makes a store whose pool has all of its connections, and which holds all of them as spares. As
+/// many claims as there are connections run at once, because they wait for a lock.
 async fn keeping(server: &PostgresServer, other: &PgPool) -> PostgresStore {
     keeping_by(&server.url(), other).await
 }
@@ -50,7 +50,7 @@ async fn keeping_by(url: &str, other: &PgPool) -> PostgresStore {
     store
 }
 
-/// How many sessions of other clients are in this state.
+/// Returns the number of sessions of other clients in this state.
 async fn sessions(other: &PgPool, state: &'static str) -> i64 {
     let sql = format!(
         "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND {state} AND query <> '' \
@@ -60,18 +60,19 @@ async fn sessions(other: &PgPool, state: &'static str) -> i64 {
     counted.fetch_one(other).await.unwrap()
 }
 
-/// The pool does not know that kept connections are free, and `close` waits for all that are in use.
+/// The pool does not know that spare connections are free, and `close` waits for all that are in
+/// use.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pool_that_the_application_asks_for_gets_all_connections() {
+async fn a_pool_that_the_application_closes_gets_all_connections_back() {
     let server = PostgresServer::start();
     let store = keeping(&server, &pool(&server).await).await;
     let closed = timeout(4 * SECOND, store.pool().close()).await;
-    closed.expect("the store has given its connections back");
+    closed.expect("the store gives its connections back");
 }
 
 /// The listener takes its connection from the same pool.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_keeps_all_connections_lets_one_listen() {
+async fn a_store_that_holds_all_connections_frees_one_to_listen() {
     let server = PostgresServer::start();
     let other = pool(&server).await;
     let store = keeping(&server, &other).await;
@@ -80,7 +81,8 @@ async fn a_store_that_keeps_all_connections_lets_one_listen() {
     drop(watch);
 }
 
-/// An operation that found no spare connection waited for the pool, and those that ended meanwhile kept theirs.
+/// An operation that found no spare connection waited for the pool, while the operations that ended
+/// kept theirs.
 #[tokio::test(flavor = "multi_thread")]
 async fn more_callers_than_connections_all_get_one() {
     let server = PostgresServer::start();
@@ -90,7 +92,7 @@ async fn more_callers_than_connections_all_get_one() {
         tokio::spawn(async move {
             let claim = claim(key);
             let owner = granted(&store, &claim).await.owner;
-            let ended = kept(&[key]);
+            let ended = stored(&[key]);
             for _ in 0..50 {
                 let completed = store.complete(&claim.key, owner, &ended, HOUR).await.unwrap();
                 assert_eq!(completed, Completion::Completed);
@@ -98,14 +100,15 @@ async fn more_callers_than_connections_all_get_one() {
         })
     });
     let all = timeout(30 * SECOND, join_all(callers.collect::<Vec<_>>())).await;
-    for ended in all.expect("nobody is left without a connection") {
+    for ended in all.expect("every operation gets a connection") {
         ended.unwrap();
     }
 }
 
-/// A restart of the server ends all connections. An operation of the first second may fail; later ones are tested.
+/// A restart of the server ends all connections. An operation within the first second may fail. The
+/// store tests its connections for later ones.
 #[tokio::test(flavor = "multi_thread")]
-async fn kept_connections_that_have_died_are_tested_before_they_are_used() {
+async fn spare_connections_that_have_died_are_tested_before_they_are_used() {
     let server = PostgresServer::start();
     let other = pool(&server).await;
     let store = keeping(&server, &other).await;
@@ -118,16 +121,17 @@ async fn kept_connections_that_have_died_are_tested_before_they_are_used() {
     }
 }
 
-/// The network has forgotten all connections. All kept ones held the pool for 5 s, the time that an operation may wait.
+/// The network has forgotten all connections. All spare ones held the pool for 5 s, which is the
+/// time that an operation may wait.
 #[tokio::test(flavor = "multi_thread")]
-async fn kept_connections_that_never_answer_delay_an_operation_for_a_second() {
+async fn spare_connections_that_never_reply_delay_an_operation_for_a_second() {
     let server = PostgresServer::start();
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
     let store = keeping_by(&server.url_by(proxy.address.port()), &pool(&server).await).await;
     sleep(SECOND + SECOND / 10).await;
     proxy.set(Fate::Swallow(Direction::ToClient));
     let claiming = tokio::spawn(async move { granted(&store, &claim(100)).await });
-    // The tests are sent, and their replies are lost.
+    // The store has sent its tests, and their replies are lost.
     sleep(SECOND / 2).await;
     proxy.set(Fate::Pass);
     let granted = timeout(4 * SECOND, claiming).await;

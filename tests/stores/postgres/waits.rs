@@ -12,7 +12,7 @@ use tower_idempotency::protocol::{Decision, Nonce, Resolution, Status, StorageKe
 use tower_idempotency::receiver::{Inbox, Receipt, ReceiverLayer};
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
 
-use super::{claim, granted, kept, Claim, HOUR};
+use super::{claim, granted, stored, Claim, HOUR};
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy::{Direction, Fate, Proxy};
 
@@ -25,7 +25,7 @@ async fn pool(url: &str, connections: u32) -> PgPool {
     pool.connect(url).await.unwrap()
 }
 
-/// A store over a pool of four connections, and another pool.
+/// Makes a store over a pool of four connections, and another pool.
 async fn started(server: &PostgresServer, timeout: Duration) -> (PostgresStore, PgPool) {
     let builder = PostgresStore::builder().with_timeout(timeout);
     let store = builder.with_pool(pool(&server.url(), 4).await).unwrap();
@@ -33,7 +33,7 @@ async fn started(server: &PostgresServer, timeout: Duration) -> (PostgresStore, 
     (store, pool(&server.url(), 5).await)
 }
 
-/// How many backends wait for a lock or a standby.
+/// Returns the number of backends that wait for a lock or a standby.
 async fn waiting(pool: &PgPool) -> i64 {
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' OR wait_event = 'SyncRep'";
     sqlx::query_scalar(waiting).fetch_one(pool).await.unwrap()
@@ -49,7 +49,7 @@ async fn until_nothing_waits(pool: &PgPool) {
     panic!("{} backends still wait", waiting(pool).await);
 }
 
-/// Commits wait for a standby of this name; for none where it is empty.
+/// Makes commits wait for a standby of this name, or for none if it is empty.
 async fn standby(pool: &PgPool, name: &str) {
     let set = format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'");
     sqlx::raw_sql(sqlx::AssertSqlSafe(set)).execute(pool).await.unwrap();
@@ -97,7 +97,7 @@ async fn every_statement_that_waits_for_a_row_ends_in_the_server() {
     let lock = sqlx::query("SELECT FROM idempotency_records FOR UPDATE");
     lock.execute(&mut *transaction).await.unwrap();
     store.claim_in(&mut transaction, &claim(2)).await.unwrap();
-    let outcome = kept(b"x");
+    let outcome = stored(b"x");
     let refused = [
         store.claim(&held).await.map(drop).unwrap_err(),
         store.claim(&claim(2)).await.map(drop).unwrap_err(),
@@ -112,11 +112,11 @@ async fn every_statement_that_waits_for_a_row_ends_in_the_server() {
     ];
     for error in refused {
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
-        // The server's words, not the client's: lock not available.
+        // The error comes from the server, not from the client: lock not available.
         assert!(format!("{error:?}").contains("55P03"), "{error:?}");
     }
     assert_eq!(waiting(&own).await, 0);
-    // An operation that waits for no lock is not delayed.
+    // An operation that waits for no lock has no delay.
     assert!(store.peek(&key).await.unwrap().is_some());
     drop(store.watch(&key).await.unwrap());
     store.sweep().await.unwrap();
@@ -149,8 +149,8 @@ async fn claims_that_meet_an_open_inbox_leave_no_backends_behind() {
     }
     drain.wait().await;
     until_nothing_waits(&own).await;
-    // No consumer handled the message, so its key must be free. Earlier, a claim was granted to no caller, and the
-    // message was lost and rejected.
+    // No consumer handled the message, so its key must be free. Earlier, the server granted a claim
+    // after its caller had left, and the message was lost and rejected.
     transaction.rollback().await.unwrap();
     tokio::time::sleep(1_500 * MILLI).await;
     assert_eq!(receiver.oneshot("7".to_owned()).await.unwrap(), Receipt::First(()));
@@ -179,7 +179,8 @@ async fn a_locked_table_takes_no_more_backends_than_the_pool_has() {
     }
     transaction.rollback().await.unwrap();
     until_nothing_waits(&own).await;
-    // Those four claims were granted to no caller, and the store releases them.
+    // The server granted those four claims after their callers had left, and the store releases
+    // them.
     for key in 0..24 {
         let claim = claim(key);
         for tries in 0.. {
@@ -232,7 +233,8 @@ async fn backends_of_a_hidden_role_count_against_the_pool() {
     }
 }
 
-/// The statement took so long that the commit was younger than half of the timeout when the store looked.
+/// The statement took so long that the commit was younger than half of the timeout when the store
+/// looked.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operation_of_several_statements_is_not_given_up_during_the_last_one() {
     let server = PostgresServer::start();
@@ -290,7 +292,10 @@ async fn a_grant_that_could_not_be_renewed_at_once_is_released() {
                 assert_eq!(grant.attempt, 1);
                 break;
             }
-            other => assert!(tries < 100, "the key is held for nobody: {other:?}"),
+            other => assert!(
+                tries < 100,
+                "the key stays held although its caller has left: {other:?}"
+            ),
         }
         tokio::time::sleep(100 * MILLI).await;
     }
@@ -313,11 +318,16 @@ async fn idle_connections_that_died_are_replaced_soon() {
         // The reply to the test is lost, and new connections work.
         proxy.pass();
     });
-    assert_eq!(peeked.expect("it takes no longer than the test").unwrap(), None);
+    assert_eq!(
+        peeked
+            .expect("the operation takes no longer than the test of the connection")
+            .unwrap(),
+        None
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_burns_no_key() {
+async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_blocks_no_key() {
     let server = PostgresServer::start();
     let (store, own) = started(&server, 300 * MILLI).await;
     standby(&own, "away").await;
@@ -353,7 +363,7 @@ async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_bur
 
 /// The pursuit of the first claim must not release the grant of the repeated claim.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
+async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_not_released() {
     let server = PostgresServer::start();
     let (store, own) = started(&server, 1_000 * MILLI).await;
     for drops in [false, true] {
@@ -380,7 +390,7 @@ async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
         assert_eq!(waiting(&own).await, 1);
         standby(&own, "").await;
         let Decision::Execute(grant) = repeated.await.unwrap() else {
-            panic!("not granted")
+            panic!("the claim is not granted")
         };
         // A pursuit that continued would look the claim up after the store's timeout.
         tokio::time::sleep(2_500 * MILLI).await;
@@ -390,7 +400,7 @@ async fn a_claim_that_is_repeated_while_it_waits_is_granted_once_and_kept() {
     }
 }
 
-/// Nobody knows whether the server received the claim, and nobody repeats it.
+/// It is uncertain whether the server received the claim, and no caller repeats it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_whose_connection_was_lost_is_pursued() {
     let server = PostgresServer::start();
@@ -426,8 +436,8 @@ async fn a_claim_whose_connection_was_lost_is_pursued() {
     }
 }
 
-/// A half-open connection, about which neither end was informed. The server answers other connections, and has nothing
-/// to do.
+/// A half-open connection: neither end knows that it is dead. The server replies on other
+/// connections, and is idle.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_dead_leaves_the_pool() {
     let server = PostgresServer::start();
@@ -444,7 +454,7 @@ async fn a_connection_that_is_dead_leaves_the_pool() {
     let mut tries = 0;
     while store.peek(&claim(1).key).await.is_err() {
         tries += 1;
-        assert!(tries < 20, "the pool has no connection any more");
+        assert!(tries < 20, "the pool has no usable connection");
     }
 }
 
@@ -466,7 +476,7 @@ async fn a_claim_that_waited_has_its_whole_lease() {
         transaction.rollback().await.unwrap();
     });
     let Decision::Execute(grant) = granted.unwrap() else {
-        panic!("not granted")
+        panic!("the claim is not granted")
     };
     let seen = store.peek(&first.key).await.unwrap().unwrap();
     assert_eq!(seen.fence, grant.owner.fence);

@@ -10,7 +10,7 @@ use tower::Layer;
 use tower_idempotency::protocol::{Claim, Completion, Decision, StorageKey};
 use tower_idempotency::{Idempotency, IdempotencyLayer, RedisStore, Store};
 
-use super::{claim, granted, kept, RedisServer, HOUR};
+use super::{claim, granted, stored, RedisServer, HOUR};
 use crate::support::{post, send, Got, Handler};
 
 /// Three nodes, each with a third of the slots.
@@ -26,7 +26,7 @@ impl Cluster {
         for node in &nodes[1..] {
             nodes[0].tell::<()>(&format!("CLUSTER MEET 127.0.0.1 {}", node.port()));
         }
-        // It is well only once it knows an owner for every slot.
+        // A node is ready only when it knows an owner for every slot.
         nodes.iter().for_each(RedisServer::wait_for_cluster);
         Self(nodes)
     }
@@ -72,9 +72,9 @@ async fn records_lie_on_all_nodes_of_a_cluster_one_key_each() {
             ..first.clone()
         };
         assert!(matches!(store.claim(&second).await, Ok(Decision::Wait { .. })));
-        let completion = store.complete(&first.key, owner, &kept("paid"), HOUR).await;
+        let completion = store.complete(&first.key, owner, &stored("paid"), HOUR).await;
         assert_eq!(completion.unwrap(), Completion::Completed);
-        assert!(matches!(store.claim(&second).await, Ok(Decision::Replay(answer)) if answer.body == "paid"));
+        assert!(matches!(store.claim(&second).await, Ok(Decision::Replay(response)) if response.body == "paid"));
     }
     let sizes = cluster.sizes();
     assert_eq!(sizes.iter().sum::<usize>(), usize::from(KEYS), "{sizes:?}");
@@ -101,7 +101,7 @@ impl<'c> Move<'c> {
         }
     }
 
-    /// From here on who asks the old node for a key that it lacks is sent on (ASK).
+    /// From here on, the old node redirects a client that asks for a key that it lacks (ASK).
     fn begin(&self) {
         let [from, to] = [self.from, self.to].map(|node| node.tell::<String>("CLUSTER MYID"));
         self.to
@@ -110,7 +110,7 @@ impl<'c> Move<'c> {
             .tell::<()>(&format!("CLUSTER SETSLOT {} MIGRATING {to}", self.slot));
     }
 
-    /// Moves some keys; says how many.
+    /// Moves some keys, and returns their number.
     fn some_keys(&self) -> usize {
         let keys: Vec<String> = self.from.tell(&format!("CLUSTER GETKEYSINSLOT {} 5", self.slot));
         if !keys.is_empty() {
@@ -121,7 +121,7 @@ impl<'c> Move<'c> {
         keys.len()
     }
 
-    /// From here on the old node says who has the slot (MOVED).
+    /// From here on, the old node names the new owner of the slot (MOVED).
     fn end(&self) {
         let to = self.to.tell::<String>("CLUSTER MYID");
         let others = self.cluster.0.iter().filter(|node| node.port() != self.to.port());
@@ -133,7 +133,7 @@ impl<'c> Move<'c> {
 
 type Service = Idempotency<Handler, RedisStore>;
 
-/// Sends until there is an answer.
+/// Repeats a request until the response is final.
 async fn settled(service: &Service, key: &str) -> Got {
     loop {
         let got = send(service, post(key, "pay")).await;
@@ -150,7 +150,7 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
     const CALLERS: usize = 16;
     let cluster = Arc::new(Cluster::start());
     let handler = Handler::new().taking(Duration::from_millis(5));
-    // All in one slot.
+    // All keys are in one slot.
     let mut services = Vec::new();
     for _ in 0..2 {
         let layer = IdempotencyLayer::new(cluster.store("{one}:").await);
@@ -165,7 +165,7 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
                     return number;
                 }
                 let key = format!("{caller}-{number}");
-                // From both processes at once, and again.
+                // Both processes get the request at the same time, and then once more.
                 let sends = join_all(services.iter().map(|service| settled(service, &key))).await;
                 let again = settled(&services[number % 2], &key).await;
                 assert_eq!((&sends[0].body, &again.body), (&sends[1].body, &sends[0].body));
@@ -178,7 +178,7 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
     let callers: Vec<_> = callers.collect();
     let moving = {
         let (cluster, settling) = (Arc::clone(&cluster), Arc::clone(&settling));
-        // More than are under way, so that new ones begin and end.
+        // More than are in flight, so that new requests begin and end.
         let others_go_on = move || {
             let begun = settling.load(Ordering::SeqCst);
             for _ in 0..12_000 {
@@ -187,7 +187,7 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
                 }
                 std::thread::sleep(Duration::from_millis(5));
             }
-            panic!("for a minute hardly anybody has got through");
+            panic!("hardly any request has ended for a minute");
         };
         tokio::task::spawn_blocking(move || {
             others_go_on();
@@ -214,7 +214,8 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
     assert_eq!(moved.to.tell::<usize>("DBSIZE"), keys);
 }
 
-/// The repeated check of the servers asked every node, so one dead node made the keys of all others unavailable.
+/// The repeated check of the servers asked every node, so one dead node made the keys of all others
+/// unavailable.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_node_takes_only_its_own_keys_with_it() {
     const KEYS: u16 = 24;
@@ -237,7 +238,7 @@ async fn a_dead_node_takes_only_its_own_keys_with_it() {
         }
         assert!(
             granted > usize::from(KEYS),
-            "node {dead} is dead: {granted} of {KEYS} claims, made twice"
+            "node {dead} is dead: the store granted {granted} of {KEYS} claims, each made twice"
         );
     }
 }

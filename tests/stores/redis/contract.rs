@@ -1,4 +1,4 @@
-//! Clause by clause.
+//! The contract, clause by clause.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{ErrorKind, RedisStore, Store};
 
-use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
+use super::{claim, completed, connect, granted, name, replayed, stored, RedisServer, HOUR};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_64_concurrent_claims_exactly_one_is_granted() {
+async fn exactly_one_of_64_concurrent_claims_is_granted() {
     let server = RedisServer::start();
     let stores = [connect(&server).await, connect(&server).await];
     for key in 0..50 {
@@ -52,12 +52,12 @@ async fn lease_and_retention_end_by_the_servers_clock() {
         Renewal::Superseded
     );
     store
-        .complete(&first.key, grant.owner, &kept("a"), short)
+        .complete(&first.key, grant.owner, &stored("a"), short)
         .await
         .unwrap();
     assert_eq!(replayed(&store, 1).await.body, "a");
     tokio::time::sleep(short).await;
-    // The record decides, though Redis still has the key.
+    // The record decides, although Redis still has the key.
     assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
     assert_eq!(store.peek(&first.key).await.unwrap(), None);
     assert_eq!(granted(&store, &second).await.attempt, 1);
@@ -79,14 +79,14 @@ async fn redis_forgets_a_record_soon_after_it_expired() {
 }
 
 #[tokio::test]
-async fn large_answers_come_back_byte_for_byte() {
+async fn large_responses_come_back_byte_for_byte() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     let body: Vec<u8> = (0..2 << 20)
         .map(|n: u32| n.wrapping_mul(2_654_435_761).to_le_bytes()[3])
         .collect();
     let grant = granted(&store, &claim(1, 1)).await;
-    let outcome = kept(body.clone());
+    let outcome = stored(body.clone());
     store
         .complete(&claim(1, 1).key, grant.owner, &outcome, HOUR)
         .await
@@ -99,13 +99,13 @@ async fn large_answers_come_back_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn empty_and_binary_answers_differ_from_tombstones() {
+async fn empty_and_binary_responses_differ_from_tombstones() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     let all: Bytes = (0..=255).collect();
     for (key, outcome) in [
-        (1, kept("")),
-        (2, kept(all)),
+        (1, stored("")),
+        (2, stored(all)),
         (3, Outcome::Stored(Default::default())),
         (4, Outcome::Tombstone),
     ] {
@@ -140,7 +140,7 @@ async fn a_repeated_claim_gets_the_same_grant_of_the_same_kind() {
     assert_eq!(store.claim(&other_mind).await.unwrap(), grant);
 }
 
-/// Every operation on a key that cannot be read, none of which may change it.
+/// Tries every operation on an unreadable record. None may change it.
 async fn refuses_everything(store: &RedisStore, key: u8) {
     let asked = claim(key, 1);
     let grant = granted(store, &claim(200, 1)).await;
@@ -150,7 +150,7 @@ async fn refuses_everything(store: &RedisStore, key: u8) {
         store.claim(&asked).await.unwrap_err(),
         store.renew(&asked.key, grant.owner, HOUR).await.unwrap_err(),
         store
-            .complete(&asked.key, grant.owner, &kept("a"), HOUR)
+            .complete(&asked.key, grant.owner, &stored("a"), HOUR)
             .await
             .unwrap_err(),
         store.release(&asked.key, grant.owner).await.unwrap_err(),
@@ -163,7 +163,7 @@ async fn refuses_everything(store: &RedisStore, key: u8) {
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_is_never_absent_and_never_overwritten() {
+async fn an_unreadable_record_is_never_absent_and_never_overwritten() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     completed(&store, 1, "body").await;
@@ -176,7 +176,8 @@ async fn what_cannot_be_read_is_never_absent_and_never_overwritten() {
         damaged[index] = byte;
         values.push(damaged);
     }
-    // In flight with something behind it; and with an end to the lease though it has none.
+    // An open record with extra bytes at its end, and one whose lease has an end that it should not
+    // have.
     values.push([&open[..], b"rest"].concat());
     values.push([&open[..1], &[1], &open[2..]].concat());
     for (n, value) in (10_u8..).zip(values) {
@@ -206,7 +207,7 @@ async fn another_fingerprint_is_a_mismatch_in_every_state() {
         .unwrap();
     assert_eq!(store.claim(&other).await.unwrap(), Decision::Mismatch);
     store
-        .complete(&claim(1, 1).key, grant.owner, &kept("a"), HOUR)
+        .complete(&claim(1, 1).key, grant.owner, &stored("a"), HOUR)
         .await
         .unwrap();
     assert_eq!(store.claim(&other).await.unwrap(), Decision::Mismatch);
@@ -228,7 +229,7 @@ async fn the_longest_times_are_capped_and_stay_exact() {
         Decision::Wait { .. }
     ));
     let done = store
-        .complete(&endless.key, grant.owner, &kept("a"), Duration::MAX)
+        .complete(&endless.key, grant.owner, &stored("a"), Duration::MAX)
         .await
         .unwrap();
     assert_eq!(done, Completion::Completed);
@@ -236,12 +237,12 @@ async fn the_longest_times_are_capped_and_stay_exact() {
 }
 
 #[tokio::test]
-async fn a_completion_survives_that_its_future_is_dropped() {
+async fn a_completion_whose_future_is_dropped_is_still_sent() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     let key = claim(1, 1).key;
     let grant = granted(&store, &claim(1, 1)).await;
-    let outcome = kept("a");
+    let outcome = stored("a");
     {
         let mut completion = std::pin::pin!(store.complete(&key, grant.owner, &outcome, HOUR));
         assert!(futures::poll!(completion.as_mut()).is_pending());
@@ -291,7 +292,12 @@ async fn a_watch_wakes_at_every_change_that_matters_in_another_store_and_in_its_
             assert!(futures::poll!(watch).is_pending(), "{change}");
         }
         match change {
-            "complete" => drop(there.complete(&asked.key, grant.owner, &kept("a"), HOUR).await.unwrap()),
+            "complete" => drop(
+                there
+                    .complete(&asked.key, grant.owner, &stored("a"), HOUR)
+                    .await
+                    .unwrap(),
+            ),
             "release" => drop(there.release(&asked.key, grant.owner).await.unwrap()),
             "give up" => drop(there.renew(&asked.key, grant.owner, Duration::ZERO).await.unwrap()),
             "take over" => drop(
@@ -316,7 +322,7 @@ async fn a_watch_wakes_at_every_change_that_matters_in_another_store_and_in_its_
 }
 
 #[tokio::test]
-async fn the_last_watch_unsubscribes_and_one_that_comes_at_that_moment_is_not_lost() {
+async fn the_last_watch_unsubscribes_and_a_new_one_at_that_moment_is_not_lost() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     let channels = || server.tell::<Vec<String>>("PUBSUB SHARDCHANNELS");
@@ -330,13 +336,17 @@ async fn the_last_watch_unsubscribes_and_one_that_comes_at_that_moment_is_not_lo
     drop(two);
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(channels().len(), 0);
-    // Subscribing and unsubscribing cross each other; whoever holds a watch is woken in the end.
+    // The unsubscription of one watch and the subscription of the next cross each other. The next
+    // watch still wakes.
     for n in 0..100_u8 {
         let asked = claim(n, 1);
         let grant = granted(&store, &asked).await;
         drop(store.watch(&asked.key).await.unwrap());
         let watch = store.watch(&asked.key).await.unwrap();
-        store.complete(&asked.key, grant.owner, &kept("a"), HOUR).await.unwrap();
+        store
+            .complete(&asked.key, grant.owner, &stored("a"), HOUR)
+            .await
+            .unwrap();
         tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
     }
     tokio::time::sleep(Duration::from_millis(200)).await;

@@ -1,4 +1,4 @@
-//! Servers that die, hang, fill up, and connections that break.
+//! Servers that die, hang or fill up, and connections that break.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tower::Layer;
 use tower_idempotency::protocol::{Decision, Status};
 use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
-use super::{claim, completed, connect, eventually, granted, kept, replayed, RedisServer, HOUR};
+use super::{claim, completed, connect, eventually, granted, replayed, stored, RedisServer, HOUR};
 use crate::support::{post, send, Handler, Timer};
 
 #[tokio::test]
@@ -17,14 +17,14 @@ async fn records_outlive_the_server_and_the_store_finds_it_again() {
     completed(&store, 1, "a").await;
     let grant = granted(&store, &claim(2, 1)).await;
     server.restart();
-    let answer = eventually(|| async { store.claim(&claim(1, 9)).await }).await;
-    assert!(matches!(answer, Decision::Replay(answer) if answer.body == "a"));
+    let response = eventually(|| async { store.claim(&claim(1, 9)).await }).await;
+    assert!(matches!(response, Decision::Replay(response) if response.body == "a"));
     assert!(matches!(
         store.claim(&claim(2, 2)).await.unwrap(),
         Decision::Wait { .. }
     ));
     server.restart();
-    eventually(|| async { store.complete(&claim(2, 1).key, grant.owner, &kept("b"), HOUR).await }).await;
+    eventually(|| async { store.complete(&claim(2, 1).key, grant.owner, &stored("b"), HOUR).await }).await;
     server.restart();
     assert!(eventually(|| async { store.peek(&claim(2, 1).key).await })
         .await
@@ -43,7 +43,7 @@ async fn a_server_that_is_gone_is_unavailable_within_the_timeout_and_comes_back(
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
         assert!(timer.elapsed() < Duration::from_millis(900), "{:?}", timer.elapsed());
     }
-    // Longer than the connection tries by itself.
+    // Longer than the client itself tries to connect.
     tokio::time::sleep(Duration::from_secs(4)).await;
     server.restart();
     let decision = eventually(|| async { store.claim(&claim(1, 1)).await }).await;
@@ -51,14 +51,14 @@ async fn a_server_that_is_gone_is_unavailable_within_the_timeout_and_comes_back(
 }
 
 #[tokio::test]
-async fn a_server_that_hangs_is_late_and_the_same_nonce_gets_the_same_grant_afterwards() {
+async fn a_claim_on_a_server_that_hangs_times_out_and_the_same_nonce_gets_the_same_grant_afterwards() {
     let server = RedisServer::start();
     let store = RedisStore::builder()
         .with_response_timeout(Duration::from_millis(100))
         .connect(&server.url())
         .await
         .unwrap();
-    // The layer may rely on it, so it must be told through whatever wraps the store.
+    // The layer relies on the claim limit, so a wrapper must pass it on.
     let boxed = BoxStore::new(Arc::new(store.clone()));
     assert_eq!(boxed.claim_limit(), Some(Duration::from_millis(100)));
     completed(&store, 9, "warm").await;
@@ -66,7 +66,7 @@ async fn a_server_that_hangs_is_late_and_the_same_nonce_gets_the_same_grant_afte
     let error = store.claim(&claim(1, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
     server.signal("-CONT");
-    // The claim had arrived; its reply was lost.
+    // The claim had reached the server, and its reply was lost.
     let peeked = eventually(|| async { store.peek(&claim(1, 1).key).await })
         .await
         .unwrap();
@@ -80,7 +80,7 @@ async fn a_server_that_hangs_is_late_and_the_same_nonce_gets_the_same_grant_afte
 }
 
 #[tokio::test]
-async fn a_broken_connection_wakes_whoever_waits_and_new_watches_work() {
+async fn a_broken_connection_wakes_the_waiters_and_new_watches_work() {
     let mut server = RedisServer::start();
     let store = connect(&server).await;
     let key = claim(1, 1).key;
@@ -89,9 +89,9 @@ async fn a_broken_connection_wakes_whoever_waits_and_new_watches_work() {
     server.restart();
     tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
     let watch = eventually(|| async { store.watch(&key).await }).await;
-    store.complete(&key, grant.owner, &kept("a"), HOUR).await.unwrap();
+    store.complete(&key, grant.owner, &stored("a"), HOUR).await.unwrap();
     tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
-    // A connection that the server alone closes.
+    // The server alone closes this connection.
     let mut watch = Box::pin(store.watch(&claim(2, 1).key).await.unwrap());
     assert!(futures::poll!(&mut watch).is_pending());
     server.tell::<u64>("CLIENT KILL TYPE pubsub");
@@ -109,12 +109,13 @@ async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
     assert_eq!(error.kind(), ErrorKind::StoreFull, "{error:?}");
     assert!(store.peek(&claim(3, 1).key).await.unwrap().is_none());
     assert_eq!(replayed(&store, 1).await.body, "a");
-    // The reply to this one was lost: it must not be taken for one that was never recorded.
+    // The reply to this claim was lost. The store must not take the claim for one that was never
+    // recorded.
     assert_eq!(granted(&store, &claim(2, 1)).await.owner, granted_before.owner);
     let key = claim(2, 1).key;
     store.renew(&key, granted_before.owner, HOUR).await.unwrap();
     store
-        .complete(&key, granted_before.owner, &kept("b"), HOUR)
+        .complete(&key, granted_before.owner, &stored("b"), HOUR)
         .await
         .unwrap();
     assert_eq!(replayed(&store, 2).await.body, "b");
@@ -172,7 +173,7 @@ async fn a_server_that_cannot_save_is_unavailable_for_writes_and_still_replays()
     let error = store.claim(&claim(3, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
     assert!(format!("{error:?}").contains("MISCONF"), "{error:?}");
-    let done = store.complete(&claim(2, 1).key, grant.owner, &kept("b"), HOUR).await;
+    let done = store.complete(&claim(2, 1).key, grant.owner, &stored("b"), HOUR).await;
     assert_eq!(done.unwrap_err().kind(), ErrorKind::StoreUnavailable);
     assert_eq!(replayed(&store, 1).await.body, "a");
 }

@@ -9,7 +9,7 @@ use tower_idempotency::BoxStore;
 use super::{connect, RedisServer};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_keeps_the_contract() {
+async fn the_store_meets_the_contract() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     conformance::all(&store).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tower::Layer;
 use tower_idempotency::{IdempotencyLayer, Store};
 
-use super::{claim, completed, connect, granted, kept, replayed, RedisServer, HOUR};
+use super::{claim, completed, connect, granted, replayed, stored, RedisServer, HOUR};
 use crate::support::{post, send, start, Handler, Timer};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -28,7 +28,7 @@ async fn two_layers_on_two_stores_run_a_storm_of_duplicates_once() {
 }
 
 #[tokio::test]
-async fn a_duplicate_elsewhere_is_woken_and_need_not_poll() {
+async fn a_duplicate_in_another_process_is_woken_and_need_not_poll() {
     let server = RedisServer::start();
     let handler = Handler::new().taking(Duration::from_millis(600));
     let here = IdempotencyLayer::new(connect(&server).await).layer(handler.clone());
@@ -40,7 +40,7 @@ async fn a_duplicate_elsewhere_is_woken_and_need_not_poll() {
     first.await.unwrap();
     let first_took = timer.elapsed();
     assert!(second.await.unwrap().is_replay());
-    // Its polls came at 550 and would come at 1050 ms.
+    // The waiter polls at 550 ms and would poll again at 1050 ms.
     let behind = timer.elapsed() - first_took;
     assert!(behind < Duration::from_millis(200), "{behind:?}");
     assert_eq!(handler.runs(), 1);
@@ -50,10 +50,10 @@ async fn a_duplicate_elsewhere_is_woken_and_need_not_poll() {
 async fn a_replay_costs_one_round_trip_and_a_first_run_two() {
     let server = RedisServer::start();
     let service = IdempotencyLayer::new(connect(&server).await).layer(Handler::new());
-    // The scripts are taught to the server.
+    // The server caches the scripts.
     send(&service, post("warm", "x")).await;
     send(&service, post("warm", "x")).await;
-    // What a client can send, except what scripts call by themselves.
+    // The commands that a client can send, without those that only scripts call.
     let asked = || {
         [
             "evalsha",
@@ -77,7 +77,7 @@ async fn a_replay_costs_one_round_trip_and_a_first_run_two() {
 }
 
 #[tokio::test]
-async fn flushed_scripts_are_taught_again_at_every_operation() {
+async fn flushed_scripts_are_loaded_again_at_every_operation() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     let flush = || server.tell::<()>("SCRIPT FLUSH");
@@ -87,7 +87,7 @@ async fn flushed_scripts_are_taught_again_at_every_operation() {
     flush();
     store.renew(&key, grant.owner, HOUR).await.unwrap();
     flush();
-    store.complete(&key, grant.owner, &kept("a"), HOUR).await.unwrap();
+    store.complete(&key, grant.owner, &stored("a"), HOUR).await.unwrap();
     flush();
     assert!(store.peek(&key).await.unwrap().is_some());
     flush();

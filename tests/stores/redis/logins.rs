@@ -1,4 +1,4 @@
-//! Servers that refuse the connections of a store for a while, longer than the Redis client tries by itself.
+//! Servers that refuse the connections of a store for longer than the Redis client itself retries.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use redis::cluster::ClusterClientBuilder;
 use tower_idempotency::{Error, ErrorKind, RedisStore, Store};
 
 use super::cluster::Cluster;
-use super::{claim, completed, eventually, granted, kept, replayed, RedisServer, HOUR};
+use super::{claim, completed, eventually, granted, replayed, stored, RedisServer, HOUR};
 
 const USER: &str = "ACL SETUSER app on >secret ~* &* +@all";
 
@@ -22,7 +22,7 @@ async fn until_misconfigured(store: &RedisStore) -> Error {
             _ => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     }
-    panic!("the server refuses nothing");
+    panic!("the server still accepts the user");
 }
 
 /// Asserts that a store and its clone work.
@@ -33,13 +33,14 @@ async fn works(store: &RedisStore, key: u8) {
     let watch = store.watch(&claim(key, 1).key).await.unwrap();
     let owner = granted(store, &claim(key, 1)).await.owner;
     store
-        .complete(&claim(key, 1).key, owner, &kept("b"), HOUR)
+        .complete(&claim(key, 1).key, owner, &stored("b"), HOUR)
         .await
         .unwrap();
     tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
 }
 
-/// The client kept the error of its last login for ever, so the store failed until its process was restarted.
+/// The client cached the error of its last login forever, so the store failed until its process was
+/// restarted.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_works_again_after_its_user_was_removed_and_created_again() {
     let server = RedisServer::start();
@@ -62,7 +63,7 @@ async fn the_first_operation_after_a_refused_login_succeeds() {
     let store = RedisStore::connect(&url(&server)).await.unwrap();
     let before = server.calls("hello");
     server.tell::<()>("ACL DELUSER app");
-    // The client tries seven times by itself.
+    // The client itself tries seven times.
     for _ in 0..400 {
         if server.calls("hello") >= before + 7 {
             break;
@@ -75,7 +76,7 @@ async fn the_first_operation_after_a_refused_login_succeeds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_works_again_after_it_might_not_select_its_database() {
+async fn a_store_works_again_after_it_lost_and_got_back_the_right_to_select_its_database() {
     let server = RedisServer::start();
     server.tell::<()>(USER);
     let store = RedisStore::connect(&format!("{}/1", url(&server))).await.unwrap();

@@ -1,4 +1,4 @@
-//! A network that breaks in the middle of a question or of its answer.
+//! A network that breaks in the middle of a command or of its reply.
 
 use std::time::Duration;
 
@@ -26,14 +26,14 @@ async fn an_operation_that_is_cut_after_any_byte_can_be_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_swallows_one_direction_is_given_up_in_time() {
+async fn a_server_that_drops_one_direction_is_given_up_in_time() {
     let server = RedisServer::start();
     let direct = connect(&server).await;
     let (proxied, proxy) = through_proxy(&server).await;
     for (key, direction) in [(1, Direction::ToServer), (2, Direction::ToClient)] {
         proxy.set(Fate::Swallow(direction));
         let asked = tokio::time::timeout(Duration::from_secs(20), proxied.claim(&claim(key, 1))).await;
-        let error = asked.expect("it gives up by itself").unwrap_err();
+        let error = asked.expect("the store gives up in time").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
         assert_eq!(granted(&direct, &claim(key, 1)).await.attempt, 1);
         proxy.heal();

@@ -1,4 +1,5 @@
-//! The scripts against the pure record: random histories, and random records with one operation each.
+//! The scripts against the pure record: random histories, and random records with one operation
+//! each.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -11,9 +12,9 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{RedisStore, Store, Timestamp};
 
-use super::{claim, connect, kept, RedisServer, HOUR};
+use super::{claim, connect, stored, RedisServer, HOUR};
 
-/// One step of a random history, played on the store and on the pure record alike.
+/// One step of a random history. The test applies it to the store and to the pure record.
 #[derive(Clone, Debug)]
 enum Step {
     Claim(u8, IfLost, bool),
@@ -39,12 +40,13 @@ fn a_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The pure record, on a clock of its own: leases are long, and lost by being given up.
+/// The pure record, on a clock of its own. Leases are long, and an attempt is lost only if its
+/// owner gives it up.
 #[derive(Default)]
 struct Model {
     record: Option<Record>,
     now: u64,
-    /// The store's fence for each of the model's.
+    /// The fence of the store for each fence of the model.
     fences: HashMap<u64, u64>,
     owners: [Option<(Owner, Owner)>; 4],
     last: (u64, u64),
@@ -65,7 +67,7 @@ impl Model {
         transition.reply
     }
 
-    /// Fences differ from those of the store, but their order must not.
+    /// The fences of the two differ, but their order must not.
     fn granted(&mut self, nonce: u8, wanted: Grant, got: Grant) {
         let (wanted, got) = (wanted.owner, got.owner);
         let pair = (wanted.fence.as_u64(), got.fence.as_u64());
@@ -121,7 +123,7 @@ async fn play(step: Step, model: &mut Model, store: &RedisStore, key: StorageKey
                 let outcome = match body % 4 {
                     0 => Outcome::Tombstone,
                     1 => Outcome::Rejected,
-                    _ => kept(body.to_string()),
+                    _ => stored(body.to_string()),
                 };
                 let wanted = model.apply(|record, now| Record::complete(record, mine, &outcome, HOUR, now));
                 assert_eq!(store.complete(&key, its, &outcome, HOUR).await.unwrap(), wanted);
@@ -146,7 +148,7 @@ async fn play(step: Step, model: &mut Model, store: &RedisStore, key: StorageKey
         }
         Step::Resolve(nonce, absent) => {
             if let Some((mine, its)) = model.owner(nonce) {
-                let found = Resolution::Completed(kept("found"), HOUR);
+                let found = Resolution::Completed(stored("found"), HOUR);
                 let resolution = if absent { Resolution::Absent } else { found };
                 let wanted = model.apply(|record, now| Record::resolve(record, mine.fence, &resolution, now));
                 let wanted = match wanted {
@@ -159,7 +161,7 @@ async fn play(step: Step, model: &mut Model, store: &RedisStore, key: StorageKey
     }
 }
 
-/// The same snapshot with the store's fence and without the time that is left.
+/// Returns the snapshot with the fence of the store and without the remaining time.
 fn comparable(snapshot: Option<Snapshot>, fence: impl Fn(Fence) -> Fence) -> Option<Snapshot> {
     snapshot.map(|snapshot| Snapshot {
         fence: fence(snapshot.fence),
@@ -185,7 +187,7 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-/// A server, a store, and what runs it; for properties, which are not async.
+/// Starts a server, a store and a runtime, because properties are not async.
 fn stage() -> (RedisServer, tokio::runtime::Runtime, RedisStore) {
     let server = RedisServer::with(&["--appendonly", "no"]);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -197,7 +199,7 @@ fn stage() -> (RedisServer, tokio::runtime::Runtime, RedisStore) {
 }
 
 #[test]
-fn the_store_answers_as_the_pure_record_does() {
+fn the_store_decides_as_the_pure_record_does() {
     let (_server, runtime, store) = stage();
     let case = std::cell::Cell::new(0);
     proptest!(config(400), |(steps in prop::collection::vec(a_step(), 1..50))| {
@@ -215,7 +217,7 @@ fn the_store_answers_as_the_pure_record_does() {
     });
 }
 
-/// A record as the server may hold it, its times in hours from now.
+/// A record on the server, with its times in hours from now.
 #[derive(Clone, Debug)]
 struct Seed {
     state: u8,
@@ -289,7 +291,7 @@ impl Seed {
     }
 }
 
-/// Equal, but for numbers that hold the time: those may be ten seconds apart.
+/// Checks that two records are equal. Numbers that hold a time may differ by ten seconds.
 fn assert_alike(got: Option<&[u8]>, wanted: Option<&[u8]>) {
     let (Some(got), Some(wanted)) = (got, wanted) else {
         return assert_eq!(got, wanted);
@@ -310,7 +312,8 @@ fn assert_alike(got: Option<&[u8]>, wanted: Option<&[u8]>) {
 }
 
 fn blurred(text: &str) -> String {
-    // Durations and fences hold the time; what they are is compared in the record.
+    // Replaces the digits, because durations and fences hold the time. The test compares their
+    // values in the record.
     let digits = |c: char| if c.is_ascii_digit() { '#' } else { c };
     let mut blurred: String = text.chars().map(digits).filter(|c| *c != '.').collect();
     while blurred.contains("##") {
@@ -320,7 +323,7 @@ fn blurred(text: &str) -> String {
 }
 
 #[test]
-fn every_operation_on_every_record_does_what_the_pure_one_does() {
+fn every_operation_on_every_record_matches_the_pure_record() {
     let (server, runtime, store) = stage();
     let case = std::cell::Cell::new(1_000_000);
     proptest!(config(4_000), |(seed in a_seed(), operation in 0_u8..5, if_lost in if_lost(), nonce in 0_u8..2, zero: bool, owns: bool)| {
@@ -337,7 +340,7 @@ fn every_operation_on_every_record_does_what_the_pure_one_does() {
         let fence = Fence::new(if owns { seed.fence(now) } else { 7 });
         let owner = Owner { nonce: Nonce::from_bytes([nonce; 16]), fence };
         let lease = if zero { Duration::ZERO } else { HOUR };
-        let outcome = if zero { Outcome::Tombstone } else { kept("new") };
+        let outcome = if zero { Outcome::Tombstone } else { stored("new") };
         let found = Resolution::Completed(outcome.clone(), lease);
         let resolution = if zero { Resolution::Absent } else { found };
         let asked = Claim { key, if_lost, lease: if zero { Duration::ZERO } else { HOUR }, max_attempts: 3, ..claim(1, nonce) };

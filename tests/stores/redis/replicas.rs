@@ -7,7 +7,7 @@ use tower::Layer;
 use tower_idempotency::protocol::{Completion, Decision, Release};
 use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
-use super::{claim, completed, connect, granted, kept, name, replayed, RedisServer, HOUR};
+use super::{claim, completed, connect, granted, name, replayed, stored, RedisServer, HOUR};
 use crate::support::{post, send, Handler, Timer};
 
 async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
@@ -33,10 +33,10 @@ async fn a_claim_that_too_few_replicas_have_is_refused_and_a_layer_releases_its_
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
 }
 
-/// The claim was cut off while it waited for replicas. It released the key later, although the repeated claim had it by
-/// then.
+/// A claim that waited for replicas was cut off. It released the key later, although the repeated
+/// claim owned it by then.
 #[tokio::test]
-async fn a_claim_that_was_cut_off_does_not_release_the_key_of_its_repetition() {
+async fn a_claim_that_was_cut_off_does_not_release_the_key_of_its_retry() {
     let server = RedisServer::start();
     let replica = server.replica();
     let store = replicated(&server, 1).await;
@@ -44,20 +44,20 @@ async fn a_claim_that_was_cut_off_does_not_release_the_key_of_its_repetition() {
     replica.signal("-STOP");
     let cut = tokio::time::timeout(Duration::from_millis(500), store.claim(&claim(1, 1))).await;
     assert!(cut.is_err());
-    // The repetition is behind the first claim on the connection, and the replica is back between the two.
-    let repetition = tokio::spawn({
+    // The retry follows the first claim on the connection, and the replica is back between the two.
+    let retry = tokio::spawn({
         let store = store.clone();
         async move { super::eventually(|| async { store.claim(&claim(1, 1)).await }).await }
     });
     tokio::time::sleep(Duration::from_millis(800)).await;
     replica.signal("-CONT");
-    assert!(matches!(repetition.await.unwrap(), Decision::Execute(_)));
+    assert!(matches!(retry.await.unwrap(), Decision::Execute(_)));
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
 }
 
 #[tokio::test]
-async fn what_is_granted_and_completed_is_on_the_replica() {
+async fn grants_and_completions_are_on_the_replica() {
     let server = RedisServer::start();
     let replica = server.replica();
     let store = replicated(&server, 1).await;
@@ -65,7 +65,7 @@ async fn what_is_granted_and_completed_is_on_the_replica() {
         let grant = granted(&store, &claim(key, 1)).await;
         assert_eq!(replica.tell::<u64>(&format!("STRLEN {}", name(key))), 96);
         let done = store
-            .complete(&claim(key, 1).key, grant.owner, &kept("a"), HOUR)
+            .complete(&claim(key, 1).key, grant.owner, &stored("a"), HOUR)
             .await
             .unwrap();
         assert_eq!(done, Completion::Completed);
@@ -82,20 +82,20 @@ async fn an_outcome_that_too_few_replicas_have_is_an_error_until_they_have_it() 
     let grant = granted(&store, &claim(1, 1)).await;
     replica.signal("-STOP");
     for _ in 0..2 {
-        let error = store.complete(&key, grant.owner, &kept("a"), HOUR).await.unwrap_err();
+        let error = store.complete(&key, grant.owner, &stored("a"), HOUR).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
     }
-    // On a connection that never wrote anything, WAIT would find nothing to wait for.
+    // On a connection without a write, WAIT would have nothing to wait for.
     let other = replicated(&server, 1).await;
-    assert!(other.complete(&key, grant.owner, &kept("a"), HOUR).await.is_err());
+    assert!(other.complete(&key, grant.owner, &stored("a"), HOUR).await.is_err());
     replica.signal("-CONT");
-    let done = super::eventually(|| async { store.complete(&key, grant.owner, &kept("a"), HOUR).await }).await;
+    let done = super::eventually(|| async { store.complete(&key, grant.owner, &stored("a"), HOUR).await }).await;
     assert_eq!(done, Completion::Completed);
     assert!(replica.tell::<u64>(&format!("STRLEN {}", name(1))) > 96);
 }
 
 #[tokio::test]
-async fn a_cluster_of_one_node_forgets_scripts_and_says_that_it_has_no_replicas() {
+async fn a_cluster_of_one_node_forgets_scripts_and_reports_that_it_has_no_replicas() {
     let server = RedisServer::with(&["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"]);
     server.tell::<()>("CLUSTER ADDSLOTSRANGE 0 16383");
     server.wait_for_cluster();
@@ -117,7 +117,7 @@ async fn a_cluster_of_one_node_forgets_scripts_and_says_that_it_has_no_replicas(
         store.release(&claim(100, 1).key, grant.owner).await.unwrap(),
         Release::Released
     );
-    // Nobody pushes: a watch stays quiet, and whoever waits polls.
+    // This client gets no push messages, so a watch stays pending and the waiter polls.
     let mut watch = Box::pin(store.watch(&claim(1, 1).key).await.unwrap());
     assert!(futures::poll!(&mut watch).is_pending());
     // One node without replicas.
@@ -142,18 +142,19 @@ async fn fail_over(primary: RedisServer, replica: &RedisServer) -> RedisStore {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failover_loses_what_nobody_waited_for() {
+async fn a_failover_loses_writes_that_no_replica_acknowledged() {
     let primary = RedisServer::start();
     let mut replica = primary.replica();
     let store = connect(&primary).await;
-    // What was written while the replica was away.
+    // This write happens while the replica is away.
     replica.kill();
     granted(&store, &claim(1, 1)).await;
     drop(primary);
     replica.restart();
     replica.tell::<()>("REPLICAOF NO ONE");
     let store = connect(&replica).await;
-    // The guide `choosing_a_store` says this of a failover to a replica without the write: the key is new again.
+    // The guide `choosing_a_store` documents this for a failover to a replica without the write:
+    // the key is new again.
     assert_eq!(granted(&store, &claim(1, 2)).await.attempt, 1);
 }
 
@@ -168,7 +169,7 @@ async fn a_failover_loses_no_grant_that_a_replica_had_to_acknowledge() {
     assert_eq!(
         error.kind(),
         ErrorKind::StoreUnavailable,
-        "nothing runs that could be lost"
+        "no handler runs without an acknowledged claim"
     );
     let store = fail_over(primary, &replica).await;
     assert!(matches!(
@@ -179,13 +180,13 @@ async fn a_failover_loses_no_grant_that_a_replica_had_to_acknowledge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_too_few_replicas_have_is_shown_to_nobody() {
+async fn a_response_that_too_few_replicas_have_is_not_shown() {
     let primary = RedisServer::start();
     let replica = primary.replica();
     let store = replicated(&primary, 1).await;
     let owner = granted(&store, &claim(1, 1)).await.owner;
     replica.signal("-STOP");
-    let completion = store.complete(&claim(1, 1).key, owner, &kept("paid"), HOUR).await;
+    let completion = store.complete(&claim(1, 1).key, owner, &stored("paid"), HOUR).await;
     assert_eq!(completion.unwrap_err().kind(), ErrorKind::StoreUnavailable);
     let other = replicated(&primary, 1).await;
     let claimed = other.claim(&claim(1, 2)).await.map(drop);

@@ -10,10 +10,10 @@ use tower_idempotency::store::conformance;
 use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::cluster::Cluster;
-use super::{claim, completed, granted, kept, replayed, RedisServer, HOUR};
+use super::{claim, completed, granted, replayed, stored, RedisServer, HOUR};
 use crate::support::{post, send, Handler};
 
-/// The line of the documentation of `RedisStore`.
+/// Returns a line of the documentation of `RedisStore`.
 fn documented(line: &str) -> String {
     let source = include_str!("../../../src/store/redis/mod.rs");
     let found = source.lines().find(|documented| documented.contains(line));
@@ -40,7 +40,7 @@ async fn the_documented_rights_suffice() {
     let owner = granted(&store, &claim(1, 1)).await.owner;
     let watch = store.watch(&key).await.unwrap();
     assert_eq!(
-        store.complete(&key, owner, &kept("a"), HOUR).await.unwrap(),
+        store.complete(&key, owner, &stored("a"), HOUR).await.unwrap(),
         Completion::Completed
     );
     tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
@@ -107,7 +107,7 @@ async fn the_documented_rights_suffice_in_a_cluster() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_without_a_command_is_refused_at_the_start_by_name_of_the_command() {
+async fn a_user_without_a_command_is_refused_at_the_start_with_the_name_of_the_command() {
     let server = RedisServer::start();
     for command in ["eval", "evalsha", "get", "set", "del", "pexpireat", "time"] {
         server.tell::<()>("ACL DELUSER app");
@@ -126,7 +126,7 @@ async fn a_user_without_a_command_is_refused_at_the_start_by_name_of_the_command
     let builder = RedisStore::builder().with_replication(1, Duration::from_secs(1));
     let error = builder.connect(&url(&server)).await.unwrap_err();
     assert!(error.source().unwrap().to_string().contains("wait"), "{error:?}");
-    // Other keys than those of the store.
+    // The user may access other keys than those of the store.
     server.tell::<()>("ACL SETUSER app resetkeys ~shop:*");
     let error = RedisStore::connect(&url(&server)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
@@ -135,7 +135,7 @@ async fn a_user_without_a_command_is_refused_at_the_start_by_name_of_the_command
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_without_its_name_is_refused_at_the_start() {
+async fn a_server_that_renames_a_command_is_refused_at_the_start() {
     let server = RedisServer::with(&["--rename-command", "PEXPIREAT", ""]);
     let error = RedisStore::connect(&server.url()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
@@ -146,7 +146,7 @@ async fn a_command_without_its_name_is_refused_at_the_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_right_that_is_revoked_later_has_no_second_effect() {
+async fn a_right_that_is_revoked_later_causes_no_second_effect() {
     let server = RedisServer::start();
     server.tell::<()>(&documented("ACL SETUSER app on"));
     let store = RedisStore::connect(&url(&server)).await.unwrap();
@@ -165,7 +165,7 @@ async fn a_right_that_is_revoked_later_has_no_second_effect() {
             (500, "store-misconfigured"),
             "{command}"
         );
-        let error = store.complete(&key, owner, &kept("b"), HOUR).await.unwrap_err();
+        let error = store.complete(&key, owner, &stored("b"), HOUR).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Configuration, "{command}: {error:?}");
         server.tell::<()>(&format!("ACL SETUSER app +{command}"));
     }

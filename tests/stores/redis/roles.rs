@@ -10,13 +10,13 @@ use tower_idempotency::protocol::{Claim, Decision, Fingerprint, IfLost, Resoluti
 use tower_idempotency::{Error, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::cluster::Cluster;
-use super::{claim, completed, connect, eventually, granted, kept, replayed, RedisServer, HOUR};
+use super::{claim, completed, connect, eventually, granted, replayed, stored, RedisServer, HOUR};
 use crate::support::{post, send, Handler};
 
-/// Makes the server a replica of another one, as an operator or Sentinel does, and waits until it has the records of
-/// its primary.
+/// Makes `old` a replica of `new`, as an operator or Sentinel does, and waits until both have the
+/// same records.
 fn demote(old: &RedisServer, new: &RedisServer) {
-    // Replication keeps the order of writes, so a replica that has the last one has all of them.
+    // Replication preserves the order of writes, so a replica with the last write has all of them.
     old.tell::<()>("SET last 1");
     for _ in 0..400 {
         if new.tell::<Option<String>>("GET last").is_some() {
@@ -67,7 +67,7 @@ async fn a_demoted_primary_shows_and_changes_no_records() {
         ("a replay", &claim(1, 9)),
         ("a mismatch", &other),
         ("a wait", &claim(2, 9)),
-        ("a repetition", &claim(2, 1)),
+        ("a repeated claim", &claim(2, 1)),
         ("an unknown outcome", &claim(3, 9)),
         ("a takeover", &takes_over),
         ("a first claim", &claim(4, 9)),
@@ -79,7 +79,7 @@ async fn a_demoted_primary_shows_and_changes_no_records() {
     }
     let key = &claim(2, 1).key;
     assert_misconfigured("renew", store.renew(key, owner, HOUR), is_replica).await;
-    assert_misconfigured("complete", store.complete(key, owner, &kept("b"), HOUR), is_replica).await;
+    assert_misconfigured("complete", store.complete(key, owner, &stored("b"), HOUR), is_replica).await;
     assert_misconfigured("release", store.release(key, owner), is_replica).await;
     let absent = Resolution::Absent;
     assert_misconfigured(
@@ -130,7 +130,7 @@ async fn a_demoted_primary_with_writable_replicas_is_noticed_on_the_next_connect
     assert_misconfigured("a first claim", store.claim(&claim(2, 9)), "is a replica").await;
 }
 
-/// The error of the first claim that reaches the server again after the connection broke.
+/// Returns the error of the first claim that reaches the server after the connection broke.
 async fn refusal(store: &RedisStore, key: u8) -> Error {
     let asked = eventually(|| async {
         match store.claim(&claim(key, 9)).await {
@@ -138,10 +138,10 @@ async fn refusal(store: &RedisStore, key: u8) -> Error {
             asked => Ok(asked),
         }
     });
-    asked.await.expect_err("the store believes the server")
+    asked.await.expect_err("the store must refuse the server")
 }
 
-/// Sets a policy with which the server evicts records, and restarts it.
+/// Sets a policy that allows the server to evict records, and restarts it.
 async fn assert_evicting_server_is_refused(mut server: RedisServer, store: RedisStore) {
     completed(&store, 1, "a").await;
     server.restart_with(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
@@ -153,16 +153,16 @@ async fn assert_evicting_server_is_refused(mut server: RedisServer, store: Redis
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_may_evict_after_a_restart_is_refused_before_it_is_asked() {
+async fn a_server_that_may_evict_after_a_restart_is_refused_before_it_is_used() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     assert_evicting_server_is_refused(server, store).await;
 }
 
-/// Another user of the same connection may be the first to notice that it broke, or nobody may notice, because the
-/// client connects again by itself.
+/// Another user of the same connection may be the first to notice that it broke. Or no user notices
+/// it, because the client reconnects by itself.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_of_the_applications_is_checked_after_a_restart_too() {
+async fn a_connection_of_the_application_is_checked_after_a_restart_too() {
     for protocol in ["resp2", "resp3"] {
         let server = RedisServer::start();
         let client = redis::Client::open(format!("{}?protocol={protocol}", server.url())).unwrap();

@@ -1,4 +1,4 @@
-//! What a store asks of its server before it works with it.
+//! The requirements that a store checks on its server before it uses it.
 
 use std::error::Error as _;
 use std::time::Duration;
@@ -14,7 +14,7 @@ async fn refused(url: &str) -> Error {
 }
 
 #[tokio::test]
-async fn a_server_that_may_evict_is_refused_by_name_of_its_setting() {
+async fn a_server_that_may_evict_is_refused_with_the_name_of_its_setting() {
     let server = RedisServer::with(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
     let error = refused(&server.url()).await;
     assert_eq!(error.kind(), ErrorKind::Configuration);
@@ -45,7 +45,7 @@ async fn wrong_and_missing_passwords_are_refused_and_not_shown() {
 }
 
 #[tokio::test]
-async fn urls_without_sense_and_servers_out_of_reach_are_told_apart() {
+async fn invalid_urls_and_unreachable_servers_have_different_errors() {
     for url in [
         "",
         "hunter2",
@@ -64,7 +64,7 @@ async fn urls_without_sense_and_servers_out_of_reach_are_told_apart() {
 }
 
 #[tokio::test]
-async fn settings_without_sense_are_refused() {
+async fn invalid_settings_are_refused() {
     let server = RedisServer::start();
     let builder = RedisStore::builder;
     for builder in [
@@ -77,7 +77,7 @@ async fn settings_without_sense_are_refused() {
 }
 
 #[tokio::test]
-async fn a_user_who_may_see_no_settings_and_publish_nothing_can_work() {
+async fn a_user_without_the_rights_to_read_settings_and_to_publish_can_use_the_store() {
     let server = RedisServer::start();
     server.tell::<()>("ACL SETUSER app on >pass ~idempotency:* resetchannels +@all -info -config");
     let store = RedisStore::connect(&format!("redis://app:pass@127.0.0.1:{}", server.port()))
@@ -109,7 +109,7 @@ async fn prefixes_keep_applications_apart() {
 }
 
 #[tokio::test]
-async fn connections_of_ones_own_work_and_their_watches_stay_quiet() {
+async fn connections_of_the_application_work_and_their_watches_stay_pending() {
     let server = RedisServer::start();
     let client = redis::Client::open(server.url()).unwrap();
     let manager = client.get_connection_manager().await.unwrap();
@@ -118,8 +118,8 @@ async fn connections_of_ones_own_work_and_their_watches_stay_quiet() {
         RedisStore::from_client(client).await.unwrap(),
     );
     let mut quiet = Box::pin(own.watch(&claim(1, 1).key).await.unwrap());
-    let told = made.watch(&claim(1, 1).key).await.unwrap();
+    let watch = made.watch(&claim(1, 1).key).await.unwrap();
     completed(&own, 1, "a").await;
-    tokio::time::timeout(Duration::from_secs(2), told).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
     assert!(futures::poll!(&mut quiet).is_pending());
 }

@@ -1,4 +1,4 @@
-//! Transactions of which it could not be found out, while their callers waited, whether they were committed.
+//! Transactions whose commit or rollback the layer could not see while their callers waited.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -15,7 +15,8 @@ use tower_idempotency::{Drain, IdempotencyLayer, Lease, OnError, PostgresStore, 
 use super::{claim, insert, send, App, Bench, Ending, HOUR};
 use crate::support::proxy::{Direction, Fate, Proxy};
 
-/// A layer whose store is cut off when its handler has completed, and that gives its caller up soon.
+/// A layer whose store is cut off after the handler has completed, and which soon stops waiting for
+/// the store.
 struct CutOff {
     bench: Bench,
     proxy: Proxy,
@@ -31,7 +32,7 @@ impl CutOff {
         let bench = Bench::new(Ending::Commit).await;
         let proxy = Proxy::to(([127, 0, 0, 1], bench.server.port()).into()).await;
         let store = PostgresStore::connect(&bench.server.url_by(proxy.address.port())).await;
-        // A lease that no test sees the end of: what ends an attempt is not that.
+        // The lease is so long that it does not end during a test and cannot end an attempt.
         let layer = IdempotencyLayer::new(store.unwrap())
             .with_lease(HOUR)
             .with_wait(Duration::ZERO);
@@ -44,7 +45,7 @@ impl CutOff {
                 let is_first = app.runs.fetch_add(1, Ordering::SeqCst) == 0;
                 let mut transaction = app.pool.begin().await.unwrap();
                 insert(&mut transaction).await;
-                let answer = lease.complete_in(&mut transaction, "paid").await.unwrap();
+                let response = lease.complete_in(&mut transaction, "paid").await.unwrap();
                 if is_first {
                     cut.set(Fate::CutAfter(Direction::ToServer, 0));
                 }
@@ -53,7 +54,7 @@ impl CutOff {
                 } else {
                     transaction.rollback().await.unwrap();
                 }
-                answer
+                response
             }
         };
         let router = Router::new().route("/payments", post(handler)).layer(layer);
@@ -72,7 +73,7 @@ impl CutOff {
         this
     }
 
-    /// The store is back, and has been asked.
+    /// Reconnects the store, and waits until the layer has queried it.
     async fn heal(&self) {
         assert_eq!(self.drain.running(), 1);
         self.proxy.heal();
@@ -80,7 +81,7 @@ impl CutOff {
         assert_eq!(self.drain.running(), 0);
     }
 
-    /// Sends again; a connection that the cut has killed may be found dead first.
+    /// Sends the request again. A connection that the cut has killed may fail first.
     async fn again(&self) -> (StatusCode, HeaderMap, Bytes) {
         loop {
             let got = send(&self.router, "k").await;
@@ -102,7 +103,7 @@ async fn a_rollback_that_could_not_be_seen_is_seen_when_the_store_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rollback_is_seen_also_where_others_took_the_outcome_for_unknown_meanwhile() {
+async fn a_rollback_is_seen_although_the_outcome_was_recorded_as_unknown_meanwhile() {
     let cut_off = CutOff::new(false, |layer| layer).await;
     let store = &cut_off.bench.store;
     let key: Vec<u8> = sqlx::query_scalar("UPDATE idempotency_records SET lease_until = 0 RETURNING key")
@@ -134,7 +135,7 @@ async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
+async fn a_rollback_that_is_seen_late_is_handled_as_configured() {
     for (on_error, status) in [
         (OnError::Store, StatusCode::INTERNAL_SERVER_ERROR),
         (OnError::Unknown, StatusCode::CONFLICT),
@@ -142,8 +143,8 @@ async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
         let cut_off = CutOff::new(false, |layer| layer.on_error(on_error)).await;
         cut_off.heal().await;
         for _ in 0..2 {
-            let (given, headers, _) = cut_off.again().await;
-            assert_eq!(given, status, "{on_error:?}");
+            let (returned, headers, _) = cut_off.again().await;
+            assert_eq!(returned, status, "{on_error:?}");
             let is_replay = headers.contains_key("idempotent-replayed");
             assert_eq!(is_replay, on_error == OnError::Store);
         }
@@ -152,7 +153,7 @@ async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_stays_away_is_not_asked_for_ever() {
+async fn a_store_that_stays_unreachable_is_not_queried_forever() {
     let soon = |layer: IdempotencyLayer<PostgresStore>| layer.with_completion_timeout(Duration::from_millis(10));
     let cut_off = CutOff::new(false, soon).await;
     cut_off.drain.wait().await;
@@ -171,13 +172,13 @@ async fn a_transaction_rolled_back_after_its_caller_was_refused_leaves_its_key_f
         async move {
             let mut transaction = app.pool.begin().await.unwrap();
             insert(&mut transaction).await;
-            let answer = lease.complete_in(&mut transaction, "paid").await.unwrap();
+            let response = lease.complete_in(&mut transaction, "paid").await.unwrap();
             if runs.fetch_add(1, Ordering::SeqCst) == 0 {
                 late.send(transaction).await.unwrap();
             } else {
                 transaction.commit().await.unwrap();
             }
-            answer
+            response
         }
     };
     let layer = bench.layer().with_store_timeout(Duration::from_secs(1));

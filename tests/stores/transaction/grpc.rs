@@ -1,4 +1,4 @@
-//! gRPC, whose responses have status 200 whatever happened.
+//! gRPC: every response has status 200, whatever the result.
 
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
@@ -46,7 +46,7 @@ async fn pay(State(app): State<App>, lease: Lease, request: Bytes) -> Response {
     }
 }
 
-/// The status of the call, its message, and whether it is a replay.
+/// Returns the status of the call, its message, and whether it is a replay.
 async fn call(router: &Router, request: &'static str) -> (String, Bytes, bool) {
     let sent = Request::post("/payments").header("idempotency-key", request);
     let response = router
@@ -65,7 +65,8 @@ async fn call(router: &Router, request: &'static str) -> (String, Bytes, bool) {
     )
 }
 
-/// The handler's own status was replaced by `INTERNAL`, because its 200 looked like a success.
+/// The layer replaced the handler's own status by `INTERNAL`, because its 200 looked like a
+/// success.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_status_after_a_rollback_reaches_the_caller_unless_it_is_ok() {
     let bench = Bench::new(Ending::Commit).await;

@@ -4,13 +4,13 @@ use tower_idempotency::{DoNotStore, StoreOutcomeOnly};
 
 use super::*;
 
-/// A handler that makes a secret in its transaction, and returns it with a mark.
+/// A handler that makes a secret in its transaction and returns it with a mark.
 async fn create_secret(State(app): State<App>, lease: Lease, body: Bytes) -> Response {
     app.runs.fetch_add(1, Ordering::SeqCst);
     let mut transaction = app.pool.begin().await.unwrap();
     let insert = sqlx::query("INSERT INTO payments (note) VALUES ('secret')");
     insert.execute(&mut *transaction).await.unwrap();
-    // The length is wrong, as one that a handler has copied.
+    // The length is wrong, like one that a handler has copied.
     let fields = [("set-cookie", "sid=1"), ("content-length", "5")];
     let secret = (StatusCode::CREATED, fields, "sk_live_1");
     let completed = if body.starts_with(b"veto") {
@@ -52,7 +52,7 @@ fn router(bench: &Bench) -> Router {
         .with_state(bench.app.clone())
 }
 
-/// The secret lay in the table for a day, and every duplicate got it.
+/// The table held the secret for a day, and every duplicate got it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secret_of_a_transaction_reaches_its_first_caller_and_no_table() {
     let bench = Bench::new(Ending::Commit).await;

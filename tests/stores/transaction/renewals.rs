@@ -13,7 +13,8 @@ use tower_idempotency::{Lease, Store};
 
 use super::{send, App, Bench, Ending};
 
-/// A handler that has completed, in a transaction that is or is not good for it, waits until it may end; another waits beside it.
+/// Runs two handlers that wait. One has completed in its transaction, which is or is not usable.
+/// The other has not completed.
 async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
     let bench = Bench::new(Ending::Commit).await;
     let (end, _) = tokio::sync::broadcast::channel::<()>(1);
@@ -23,7 +24,7 @@ async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
         let (mut may_end, ready) = (waits.subscribe(), ready.clone());
         async move {
             let mut transaction = app.pool.begin().await.unwrap();
-            let mut answer = "beside".into_response();
+            let mut response = "beside".into_response();
             if lease.key().as_str() == "completing" {
                 if !completes {
                     let fails = sqlx::query("SELECT 1 / 0").execute(&mut *transaction).await;
@@ -31,7 +32,7 @@ async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
                 }
                 let completion = lease.complete_in(&mut transaction, "completed").await;
                 assert_eq!(completion.is_ok(), completes);
-                answer = completion.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response());
+                response = completion.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response());
             }
             ready
                 .send((lease.key().as_str().to_owned(), *lease.storage_key()))
@@ -39,7 +40,7 @@ async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
                 .unwrap();
             may_end.recv().await.unwrap();
             transaction.commit().await.unwrap();
-            answer
+            response
         }
     };
     let layer = bench.layer().with_lease(Duration::from_secs(1));
@@ -78,7 +79,7 @@ async fn renewed_while_handlers_wait(completes: bool) -> Renewed {
     renewed
 }
 
-/// What was seen while the lease of the handler beside was renewed several times.
+/// The observations while the lease of the other handler was renewed several times.
 #[derive(Debug)]
 struct Renewed {
     completing: bool,
@@ -86,9 +87,9 @@ struct Renewed {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn renewals_do_not_queue_up_behind_a_transaction_that_has_completed() {
+async fn renewals_do_not_queue_behind_a_transaction_that_has_completed() {
     let seen = renewed_while_handlers_wait(true).await;
-    // One may have been under way.
+    // One renewal may have been in progress.
     assert!(!seen.completing && seen.waiting_for_locks <= 1, "{seen:?}");
 }
 
@@ -97,10 +98,11 @@ async fn a_completion_that_failed_leaves_the_lease_renewed() {
     assert!(renewed_while_handlers_wait(false).await.completing);
 }
 
-/// While a transaction completes, the lease is not renewed, so the renewal task has nothing to do. The task ended then.
-/// After the transaction was rolled back and the next completion failed, nothing renewed the lease.
+/// The lease is not renewed while a transaction completes. The renewal task had nothing to do and
+/// ended. After the transaction was rolled back and the next completion failed, no task renewed the
+/// lease.
 #[tokio::test(flavor = "multi_thread")]
-async fn renewals_go_on_at_once_after_a_completion_that_failed_behind_one_that_was_rolled_back() {
+async fn renewals_resume_at_once_when_a_completion_fails_after_one_that_was_rolled_back() {
     let bench = Bench::new(Ending::Commit).await;
     let (ready, mut waiting) = tokio::sync::mpsc::channel(1);
     let handler = move |State(app): State<App>, lease: Lease| {
@@ -133,8 +135,8 @@ async fn renewals_go_on_at_once_after_a_completion_that_failed_behind_one_that_w
     assert_eq!(sent.await.unwrap(), 500);
 }
 
-/// A renewal waited for the transaction that completed the record. Then the lease seemed lost, although the response of
-/// this attempt is the one that everybody gets.
+/// A renewal waited for the transaction that completed the record. The lease then seemed lost,
+/// although the response of this attempt is the stored one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renewal_that_waited_for_the_completing_transaction_does_not_lose_the_lease() {
     let bench = Bench::new(Ending::Commit).await;
