@@ -29,7 +29,8 @@ pub(crate) fn layer<St>(store: St) -> ReceiverLayer<St, Message> {
         .pass_lease(|message: &mut Message, lease| message.lease = Some(lease))
 }
 
-/// An attempt that loses its lease and is taken over; `other` is what comes of the one that takes over.
+/// Runs an attempt that loses its lease while another attempt takes over. `other` is the result of
+/// the other attempt's handler.
 pub(crate) async fn zombie(
     store: &RemoteStore,
     other: Result<(), &'static str>,

@@ -15,7 +15,7 @@ use super::kit::{layer, message, zombie, Message};
 use crate::support::RemoteStore;
 
 #[tokio::test(start_paused = true)]
-async fn what_may_be_handled_again_is_not_rejected_by_a_zombie() {
+async fn a_zombie_does_not_reject_a_message_that_may_be_handled_again() {
     let store = RemoteStore::new();
     let received = zombie(&store, Err("not now"), || {}).await;
     assert_eq!(
@@ -49,13 +49,13 @@ async fn a_shutdown_waits_for_deliveries_that_were_aborted_a_moment_ago() {
 }
 
 #[tokio::test]
-async fn a_panic_within_a_batch_is_that_messages_own() {
+async fn a_panic_within_a_batch_affects_only_its_message() {
     type Handling = BoxFuture<'static, Result<(), &'static str>>;
     for at_once in [1, 2, 5] {
         let handler = service_fn(|message: Message| -> Handling {
-            assert!(message.id != "at once", "as planned");
+            assert!(message.id != "at once", "the handler panics");
             async move {
-                assert!(message.id != "later", "as planned");
+                assert!(message.id != "later", "the handler panics");
                 if message.id == "fails" {
                     return Err("no");
                 }
@@ -66,11 +66,11 @@ async fn a_panic_within_a_batch_is_that_messages_own() {
         let receiver = layer(MemoryStore::new()).layer(handler);
         let batch = ["a", "at once", "later", "fails", "", "b"].map(|id| message(id, ""));
         let received = receive_all(&receiver, batch, at_once).await;
-        let told: Vec<_> = received.dispositions().collect();
+        let dispositions: Vec<_> = received.dispositions().collect();
         let again = Disposition::Redeliver(None);
         let done = Disposition::Acknowledge;
         assert_eq!(
-            told,
+            dispositions,
             [done, again, again, again, Disposition::Reject, done],
             "{at_once}"
         );
@@ -107,9 +107,9 @@ async fn a_handler_that_blocks_its_thread_keeps_its_message() {
     assert!(matches!(first.await.unwrap(), Ok(Receipt::First(()))));
 }
 
-/// Many leases are renewed by one task, each at its third, and those that ended no more.
+/// One task renews many leases, each at its third, and stops when a delivery ends.
 #[tokio::test(start_paused = true)]
-async fn each_lease_is_renewed_at_its_third_and_by_nobody_after_its_end() {
+async fn each_lease_is_renewed_at_its_third_and_never_after_its_end() {
     let store = RemoteStore::new();
     let receiver = |lease: u64| {
         ReceiverLayer::new(store.clone(), "c")
@@ -138,8 +138,9 @@ async fn each_lease_is_renewed_at_its_third_and_by_nobody_after_its_end() {
     assert_eq!(store.calls("renew"), renewals);
 }
 
-/// One runtime that is not polled for now, as where a thread handles one message after another; one whose blocking threads are all
-/// taken: neither keeps others from renewing.
+/// Two runtimes cannot renew their leases for now: one is not polled, because its thread handles
+/// one message after another, and one has no free blocking thread. Neither prevents other runtimes
+/// from renewing.
 #[test]
 fn each_lease_is_renewed_by_its_own_runtime() {
     let store = RemoteStore::new();
@@ -195,7 +196,7 @@ async fn messages_whose_deliveries_were_dropped_are_bounded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_message_does_not_hold_up_its_batch() {
+async fn a_slow_message_does_not_delay_its_batch() {
     let handled = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&handled);
     let handler = service_fn(move |id: u64| {

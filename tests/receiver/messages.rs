@@ -1,4 +1,5 @@
-//! The receiver: each message is handled once, and nothing is acknowledged that is not recorded.
+//! The receiver handles each message once, and acknowledges no message before its outcome is
+//! recorded.
 
 use std::future::{pending, Future};
 use std::pin::Pin;
@@ -40,7 +41,7 @@ impl Message {
     }
 }
 
-/// What a handler does next; nothing unusual by default.
+/// The next behaviour of a handler. Without a plan, it succeeds at once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Plan {
     Fail,
@@ -49,7 +50,7 @@ enum Plan {
     Take(Duration),
 }
 
-/// Counts its runs and its effects, which come at the end.
+/// Counts its runs and its effects. The effect comes at the end of a run.
 #[derive(Clone, Default)]
 struct Handler {
     runs: Arc<AtomicUsize>,
@@ -93,7 +94,7 @@ impl Service<Message> for Handler {
             match plan {
                 Some(Plan::Fail) => return Err("no".to_owned()),
                 Some(Plan::Hang) => pending().await,
-                Some(Plan::Panic) => panic!("the handler panics, as planned"),
+                Some(Plan::Panic) => panic!("the handler panics"),
                 Some(Plan::Take(time)) => tokio::time::sleep(time).await,
                 None => {}
             }
@@ -156,7 +157,7 @@ async fn a_first_message_takes_two_round_trips_and_a_duplicate_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_many_deliveries_at_once_one_is_handled_and_the_others_come_again() {
+async fn one_of_many_concurrent_deliveries_is_handled_and_the_others_are_redelivered() {
     let (store, handler) = (
         RemoteStore::new(),
         Handler::planning([Plan::Take(Duration::from_secs(100))]),
@@ -228,7 +229,7 @@ async fn a_failure_can_count_as_handled_or_as_lost() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_service_is_not_ready_for_is_the_handlers_error() {
+async fn an_error_of_poll_ready_is_an_error_of_the_handler() {
     let inner = tower::util::BoxCloneService::new(tower::service_fn(|_: Message| async { Ok::<(), String>(()) }));
     let never_ready = tower::util::MapErr::new(NotReady(inner), |error: String| error);
     let receiver = layer(RemoteStore::new()).layer(never_ready);
@@ -254,7 +255,7 @@ impl<S: Service<Message, Error = String>> Service<Message> for NotReady<S> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ids_are_any_bytes_but_not_endless() {
+async fn ids_are_any_bytes_up_to_a_limit() {
     let (store, handler) = (RemoteStore::new(), Handler::default());
     let receiver = layer(store.clone()).layer(handler.clone());
     for id in [vec![0], vec![0xff, 0xfe], b"caf\xe9".to_vec(), vec![b'x'; 4096]] {
@@ -265,7 +266,7 @@ async fn ids_are_any_bytes_but_not_endless() {
         assert!(matches!(deliver(&receiver, message(id)).await, Ok(Receipt::Duplicate)));
     }
     assert_eq!(store.len(), 4);
-    // Numbers are what they are in decimal, whatever their type.
+    // The type of a number does not matter: its id is the decimal form.
     let seven = [
         MessageId::from(7_i32),
         7_i64.into(),
@@ -282,19 +283,19 @@ async fn ids_are_any_bytes_but_not_endless() {
     assert_eq!(
         (store.len(), handler.counts().0),
         (4, 4),
-        "nothing ran and nothing was recorded"
+        "no handler ran and no record was made"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_message_without_an_id_is_treated_as_set() {
+async fn a_message_without_an_id_is_treated_as_configured() {
     let (store, handler) = (RemoteStore::new(), Handler::default());
     let payload = |message: &'_ Message| -> Vec<u8> { message.payload.clone() };
     assert_eq!(payload(&message("").with("p")), b"p");
     let refusing = [
         layer(store.clone()),
         ReceiverLayer::new(store.clone(), "billing"),
-        // There is no payload to make one of.
+        // This layer has no payload to derive an id from.
         layer(store.clone()).on_missing_id(OnMissingId::FromPayload),
     ];
     for layer in refusing {
@@ -333,7 +334,8 @@ async fn a_message_without_an_id_is_treated_as_set() {
     ));
 }
 
-/// Only the length of all parts was looked at: the second message without an id was a duplicate of the first.
+/// The check looked at the length of all parts together, so the second message without an id was a
+/// duplicate of the first.
 #[tokio::test]
 async fn an_empty_id_beside_a_source_is_no_id() {
     let (store, handler) = (RemoteStore::new(), Handler::default());
@@ -395,7 +397,7 @@ async fn a_slow_handler_keeps_its_message_for_as_long_as_it_takes() {
     assert!(store.calls("renew") >= 300, "{}", store.calls("renew"));
 }
 
-/// Polls so many times, each after a wake-up, then drops.
+/// Polls a future this many times, each time after it was woken, then drops it.
 async fn poll_times<F: Future + Unpin>(mut future: F, times: usize) -> Option<F::Output> {
     for _ in 0..times {
         if let Poll::Ready(output) = futures::poll!(Pin::new(&mut future)) {
@@ -407,7 +409,7 @@ async fn poll_times<F: Future + Unpin>(mut future: F, times: usize) -> Option<F:
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_delivery_that_is_dropped_anywhere_is_handled_to_the_end_or_not_at_all() {
+async fn a_delivery_that_is_dropped_at_any_point_is_handled_to_the_end_or_not_at_all() {
     let (mut finished, mut rescued, mut never) = (false, 0, 0);
     for polls in 0..100 {
         let (store, handler) = (RemoteStore::new(), Handler::default());
@@ -452,7 +454,7 @@ async fn a_shutdown_can_wait_for_handlers_whose_deliveries_were_dropped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
+async fn a_store_that_fails_before_the_handler_prevents_the_run() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
         let (store, handler) = (RemoteStore::new(), Handler::default());
         let receiver = layer(store.clone()).layer(handler.clone());
@@ -461,7 +463,7 @@ async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
         assert!(matches!(failed, Err(ReceiveError::Store(_))), "{fault:?}: {failed:?}");
         assert_eq!(disposition(&failed), Disposition::Redeliver(None));
         assert_eq!(handler.counts(), (0, 0));
-        // A claim that arrived is released behind it.
+        // The receiver releases the claim in the background if it reached the store.
         tokio::time::sleep(Duration::from_secs(20)).await;
         assert!(
             matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(1))),
@@ -480,7 +482,8 @@ async fn a_store_that_fails_before_the_handler_keeps_it_from_running() {
             matches!(&failed, Err(ReceiveError::Store(error)) if error.kind() == kind),
             "{failed:?}"
         );
-        // The message is neither acknowledged nor rejected, because an operator may correct the store.
+        // The message is neither acknowledged nor rejected, because an operator may correct the
+        // store.
         assert_eq!(disposition(&failed), Disposition::Redeliver(None));
     }
     assert_eq!(handler.counts(), (0, 0));
@@ -521,13 +524,13 @@ async fn a_store_that_vanishes_between_effect_and_completion_acknowledges_nothin
         tokio::time::sleep(SHORT).await;
         let again = deliver(&receiver, message("m")).await;
         match (fault, absence, again_runs) {
-            // It was recorded, late, when the store was back.
+            // The completion was deferred and recorded when the store was back.
             (Fault::After, ..) | (_, SHORT, _) => assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}"),
             (_, _, true) => assert!(matches!(again, Ok(Receipt::First(2))), "{again:?}"),
             _ => assert!(matches!(again, Ok(Receipt::Unknown)), "{again:?}"),
         }
     }
-    // A short failure is waited out.
+    // The receiver waits until a short failure ends.
     let (store, handler) = (RemoteStore::new(), Handler::default());
     store.fail("complete", [Fault::Before, Fault::After]);
     let receiver = layer(store).layer(handler.clone());
@@ -542,7 +545,8 @@ async fn after_death(
     let (store, handler) = (RemoteStore::new(), Handler::planning(vec![Plan::Hang; attempts]));
     let layer = change(layer(store.clone())).pass_lease(|message: &mut Message, lease| message.lease = Some(lease));
     let receiver = layer.layer(handler.clone());
-    // As if their processes had died in the handler: it never ends, and no lease is renewed.
+    // The test simulates processes that died in the handler: it never ends, and no lease is
+    // renewed.
     store.fail("renew", vec![Fault::Before; 10_000]);
     for _ in 0..attempts {
         let dying = receiver.clone();
@@ -555,7 +559,7 @@ async fn after_death(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_attempt_is_unknown_until_somebody_resolves_it() {
+async fn a_lost_attempt_is_unknown_until_it_is_resolved() {
     let (received, handler, store, receiver) = after_death(1, |layer| layer).await;
     assert!(matches!(received, Ok(Receipt::Unknown)));
     assert_eq!(handler.counts(), (1, 0));
@@ -566,7 +570,7 @@ async fn a_lost_attempt_is_unknown_until_somebody_resolves_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_attempt_is_repeated_where_that_is_wanted_and_not_for_ever() {
+async fn a_lost_attempt_is_repeated_only_where_configured_and_not_forever() {
     let (received, handler, ..) = after_death(4, ReceiverLayer::at_least_once).await;
     assert!(matches!(received, Ok(Receipt::First(5))));
     let leases = handler.leases.lock().unwrap().clone();
@@ -582,14 +586,14 @@ async fn a_lost_attempt_is_repeated_where_that_is_wanted_and_not_for_ever() {
     assert!(ids.iter().all(|both| *both == ids[0] && both.0 != both.1));
 
     let (received, handler, ..) = after_death(5, ReceiverLayer::at_least_once).await;
-    assert!(matches!(received, Ok(Receipt::Unknown)), "its handlers die of it");
+    assert!(matches!(received, Ok(Receipt::Unknown)), "the attempts are used up");
     assert_eq!(handler.counts(), (5, 0));
     let (received, ..) = after_death(1, |layer| layer.at_least_once().with_max_attempts(1)).await;
     assert!(matches!(received, Ok(Receipt::Unknown)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_attempt_can_be_asked_about() {
+async fn a_lost_attempt_can_be_checked() {
     for found in [Recovered::Happened(()), Recovered::NotHappened, Recovered::Unknown] {
         let asked = Arc::new(Mutex::new(Vec::<(Vec<u8>, Fence)>::new()));
         let (received, handler, _, receiver) = after_death(1, |layer| {
@@ -620,7 +624,7 @@ async fn a_lost_attempt_can_be_asked_about() {
                 assert_eq!(handler.counts(), (2, 1));
             }
             Recovered::Unknown => {
-                // It is asked again with the next delivery.
+                // The next delivery repeats the check.
                 assert!(matches!(
                     (received, again),
                     (Ok(Receipt::InFlight { .. }), Ok(Receipt::InFlight { .. }))
@@ -632,9 +636,9 @@ async fn a_lost_attempt_can_be_asked_about() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_check_that_panics_has_found_nothing_out() {
+async fn a_check_that_panics_leaves_the_outcome_open() {
     async fn panics() -> Recovered<()> {
-        panic!("the check panics, as planned")
+        panic!("the check panics")
     }
     let (received, handler, ..) = after_death(1, |layer| layer.with_recovery(|_, _| panics())).await;
     assert!(matches!(received, Ok(Receipt::InFlight { .. })));
@@ -642,7 +646,7 @@ async fn a_check_that_panics_has_found_nothing_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_zombie_acknowledges_only_what_somebody_has_recorded() {
+async fn a_zombie_acknowledges_only_a_recorded_outcome() {
     let (store, handler) = (
         RemoteStore::new(),
         Handler::planning([Plan::Take(Duration::from_secs(3_600))]),
@@ -657,7 +661,7 @@ async fn a_zombie_acknowledges_only_what_somebody_has_recorded() {
     assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(2))));
     assert!(
         matches!(zombie.await.unwrap(), Ok(Receipt::Duplicate)),
-        "the other one's end stands"
+        "the outcome of the other attempt counts"
     );
 }
 
@@ -669,7 +673,7 @@ async fn a_message_is_forgotten_after_its_retention() {
     tokio::time::sleep(Duration::from_secs(7 * 24 * 3_600 - 1)).await;
     assert!(
         matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)),
-        "a week"
+        "the retention is a week"
     );
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(2))));
@@ -697,7 +701,7 @@ fn nothing_is_begun_outside_of_a_runtime() {
 }
 
 #[test]
-fn what_is_shown_holds_no_id() {
+fn debug_output_contains_no_id() {
     let receiver = layer(MemoryStore::new()).with_secret(&[7; 32]).unwrap().layer(7_u8);
     let shown = format!("{receiver:?} {:?}", MessageId::from("secret-id"));
     assert!(shown.contains("billing") && !shown.contains("secret-id"), "{shown}");

@@ -24,7 +24,7 @@ async fn a_store_that_cannot_be_read_rejects_no_message() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_check_that_could_not_ask_is_asked_again_until_the_attempts_are_used_up() {
+async fn a_check_without_a_result_is_repeated_until_the_attempts_are_used_up() {
     let asked = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&asked);
     let layer = layer(RemoteStore::new())
@@ -36,18 +36,18 @@ async fn a_check_that_could_not_ask_is_asked_again_until_the_attempts_are_used_u
         });
     let receiver = layer.layer(service_fn(|_: Message| ready(Err::<(), _>("reset"))));
     assert!(receiver.clone().oneshot(message("m", "")).await.is_err());
-    let mut told = Vec::new();
+    let mut dispositions = Vec::new();
     for _ in 0..4 {
-        told.push(Disposition::of(&receiver.clone().oneshot(message("m", "")).await));
+        dispositions.push(Disposition::of(&receiver.clone().oneshot(message("m", "")).await));
     }
     let again = Disposition::Redeliver(Some(Duration::from_secs(30)));
-    assert_eq!(told, [again, again, Disposition::Reject, Disposition::Reject]);
+    assert_eq!(dispositions, [again, again, Disposition::Reject, Disposition::Reject]);
     assert_eq!(asked.load(Ordering::SeqCst), 3);
 }
 
-/// What a handler's failure and a lost attempt come to, for every setting.
+/// The result of a handler's failure and of a lost attempt, for every setting.
 #[tokio::test(start_paused = true)]
-async fn a_failed_handler_does_to_its_message_what_was_set() {
+async fn a_failed_handler_affects_its_message_as_configured() {
     type Set = fn(ReceiverLayer<RemoteStore, Message>) -> ReceiverLayer<RemoteStore, Message>;
     let refuse: Set = |layer| layer;
     let execute: Set = ReceiverLayer::at_least_once;
@@ -73,7 +73,7 @@ async fn a_failed_handler_does_to_its_message_what_was_set() {
             let layer = set(layer(RemoteStore::new()).on_error(on_error));
             let receiver = layer.layer(service_fn(move |_: Message| {
                 let first = run.fetch_add(1, Ordering::SeqCst) == 0;
-                assert!(!(first && panics), "as planned");
+                assert!(!(first && panics), "the handler panics");
                 ready(if first { Err("no") } else { Ok(()) })
             }));
             let case = format!("{on_error:?}, {second}, panics: {panics}");
@@ -85,7 +85,8 @@ async fn a_failed_handler_does_to_its_message_what_was_set() {
     }
 }
 
-/// The handler said that it failed; the store, down for a minute, was told of it for ten seconds.
+/// The handler failed while the store was down for a minute. The receiver tries to record the
+/// failure for ten seconds.
 #[tokio::test(start_paused = true)]
 async fn a_message_whose_handler_failed_while_the_store_was_down_is_handled_again() {
     let store = RemoteStore::new();
@@ -116,9 +117,10 @@ fn go_down(store: &RemoteStore) {
     }
 }
 
-/// It was handled, and that could not be recorded for a minute: then it was refused as unknown for ever.
+/// A message was handled, but the store was down for a minute. The message then stayed unknown
+/// forever.
 #[tokio::test(start_paused = true)]
-async fn what_was_handled_while_the_store_was_down_is_a_duplicate_when_it_is_back() {
+async fn a_message_that_was_handled_while_the_store_was_down_is_a_duplicate_when_it_is_back() {
     let store = RemoteStore::new();
     let down = store.clone();
     let layer = ReceiverLayer::new(store.clone(), "c").with_id(|id: &u64| *id);
@@ -136,9 +138,10 @@ async fn what_was_handled_while_the_store_was_down_is_a_duplicate_when_it_is_bac
     assert!(matches!(again, Ok(Receipt::Duplicate)), "{again:?}");
 }
 
-/// A failover: the claim was written, its reply was lost, and the store came back half a minute later. Nothing ran.
+/// A failover: the claim was written, its reply was lost, and the store came back half a minute
+/// later. No handler ran.
 #[tokio::test(start_paused = true)]
-async fn a_message_that_never_ran_is_not_unknown_because_the_store_was_away() {
+async fn a_message_that_never_ran_is_not_unknown_because_the_store_was_unreachable() {
     let store = RemoteStore::new();
     let layer = ReceiverLayer::new(store.clone(), "c").with_id(|id: &u64| *id);
     let drain = layer.drain();
@@ -160,7 +163,7 @@ async fn a_message_that_never_ran_is_not_unknown_because_the_store_was_away() {
 }
 
 #[tokio::test]
-async fn a_panic_of_poll_ready_is_one_messages_own() {
+async fn a_panic_of_poll_ready_affects_only_its_message() {
     #[derive(Clone)]
     struct Panics;
     impl tower::Service<u64> for Panics {
@@ -181,8 +184,9 @@ async fn a_panic_of_poll_ready_is_one_messages_own() {
     assert_eq!(batch.failed().collect::<Vec<_>>(), [0, 1]);
 }
 
-/// A process died with the message, and the store was away for a minute, in which the message was delivered six times. The claims that
-/// were released behind those deliveries took the lost one over, each of them.
+/// A process died with the message, and the store was unreachable for a minute with six deliveries
+/// of the message. Each claim that the receiver released in the background took the lost attempt
+/// over.
 #[tokio::test(start_paused = true)]
 async fn late_releases_use_up_no_attempts() {
     let store = RemoteStore::new();
@@ -214,10 +218,10 @@ async fn late_releases_use_up_no_attempts() {
 }
 
 #[tokio::test]
-async fn what_panics_before_the_handler_began_leaves_the_message_free() {
-    #[expect(clippy::panic, reason = "as the application does")]
+async fn a_panic_before_the_handler_began_leaves_the_message_free() {
+    #[expect(clippy::panic, reason = "the application may panic")]
     fn panics() {
-        panic!("the application's")
+        panic!("a panic of the application")
     }
     let receiver = ReceiverLayer::new(MemoryStore::new(), "c")
         .with_id(|id: &u64| *id)
@@ -227,6 +231,6 @@ async fn what_panics_before_the_handler_began_leaves_the_message_free() {
     let again = receiver.oneshot(7).await;
     assert!(
         matches!(again, Err(ReceiveError::Panicked)),
-        "nothing ran, yet: {first:?}, {again:?}"
+        "no handler ran, but: {first:?}, {again:?}"
     );
 }

@@ -1,4 +1,4 @@
-//! Which deliveries are the same message, and what their records are called.
+//! The rules by which two deliveries are the same message, and the names of their records.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -17,9 +17,9 @@ use tower_idempotency::{Error, IdempotencyLayer, MemoryStore, OnError, Store};
 use super::kit::{layer, message, Message};
 use crate::support::RemoteStore;
 
-/// The third party took the order of the first attempt, and its answer was lost.
+/// The third party took the order of the first attempt, and its response was lost.
 #[tokio::test]
-async fn what_does_not_matter_in_a_payload_does_not_change_the_id_for_a_third_party() {
+async fn insignificant_parts_of_a_payload_do_not_change_the_id_for_a_third_party() {
     for on_mismatch in [OnMismatch::Duplicate, OnMismatch::Error] {
         let ids = Arc::new(Mutex::new(Vec::new()));
         let noted = Arc::clone(&ids);
@@ -36,7 +36,7 @@ async fn what_does_not_matter_in_a_payload_does_not_change_the_id_for_a_third_pa
         let again = receiver.oneshot(message("m", "sent at 2")).await;
         assert!(matches!(again, Ok(Receipt::First(()))), "{again:?}");
         let ids = ids.lock().unwrap();
-        assert_eq!(ids[0], ids[1], "one message, two orders at the third party");
+        assert_eq!(ids[0], ids[1], "one message made two orders at the third party");
     }
 }
 
@@ -62,7 +62,7 @@ async fn another_payload_of_a_lost_message_is_not_rejected_where_it_may_be_handl
 }
 
 #[tokio::test(start_paused = true)]
-async fn payloads_that_are_compared_from_now_on_make_no_handled_message_a_mismatch() {
+async fn newly_compared_payloads_make_no_handled_message_a_mismatch() {
     let store = RemoteStore::new();
     let handler = || service_fn(|_: Message| ready(Ok::<_, Infallible>(())));
     let plain = || layer(store.clone()).layer(handler());
@@ -76,7 +76,8 @@ async fn payloads_that_are_compared_from_now_on_make_no_handled_message_a_mismat
     let again = comparing().layer(handler()).oneshot(message("n", "b")).await;
     assert!(matches!(again, Err(ReceiveError::Mismatch)), "{again:?}");
 
-    // What was lost before, nobody who compares can take over.
+    // A layer that compares payloads cannot take over an attempt that was lost before, because its
+    // record has no payload.
     let failing = service_fn(|_: Message| ready(Err::<(), _>("reset")));
     let losing = layer(store.clone()).at_least_once().on_error(OnError::Unknown);
     assert!(losing.layer(failing).oneshot(message("o", "a")).await.is_err());
@@ -125,7 +126,7 @@ async fn a_message_a_request_and_a_call_of_one_name_are_three_records() {
 
 type Race = Arc<Mutex<Option<Box<dyn FnOnce() -> BoxFuture<'static, ()> + Send>>>>;
 
-/// A store at which something happens before the next look at a record.
+/// A store that runs a function of the test before the next `peek`.
 #[derive(Clone)]
 struct Racing(MemoryStore, Race);
 
@@ -171,19 +172,20 @@ impl Store for Racing {
     }
 }
 
-/// Between the claim and the look, the other payload's handler failed, and a copy of this very message was handled.
+/// Between the claim and the look at the record, the handler of the other payload failed, and a
+/// duplicate of this message was handled.
 #[tokio::test]
-async fn a_message_is_no_mismatch_of_its_own_copy() {
+async fn a_message_is_no_mismatch_of_its_own_duplicate() {
     let (race, fail) = (Race::default(), Arc::new(tokio::sync::Notify::new()));
-    let (store, told) = (Racing(MemoryStore::new(), Arc::clone(&race)), Arc::clone(&fail));
+    let (store, failed) = (Racing(MemoryStore::new(), Arc::clone(&race)), Arc::clone(&fail));
     let receiver = ReceiverLayer::new(store, "c")
         .with_id(|_: &String| 7_u64)
         .with_payload(|payload: &String| payload.as_bytes())
         .layer(service_fn(move |payload: String| {
-            let told = Arc::clone(&told);
+            let failed = Arc::clone(&failed);
             async move {
                 if payload == "a" {
-                    told.notified().await;
+                    failed.notified().await;
                     return Err("no".to_owned());
                 }
                 Ok(())
@@ -220,6 +222,6 @@ async fn another_payload_is_no_duplicate_while_nothing_is_recorded() {
     assert!(first.await.unwrap().is_err(), "the handler failed");
     assert!(
         !matches!(second, Ok(Receipt::Duplicate)),
-        "a copy was acknowledged, and nothing is recorded: {second:?}"
+        "a duplicate was acknowledged without a recorded outcome: {second:?}"
     );
 }

@@ -1,4 +1,4 @@
-//! Messages whose effect is in PostgreSQL: handled in one transaction with it.
+//! Messages whose effect is in PostgreSQL, handled in one transaction with it.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -73,7 +73,7 @@ fn layer<St>(store: St) -> ReceiverLayer<St, Message> {
         .at_least_once()
 }
 
-/// What a handler does with its transaction.
+/// The end of the handler's transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
     Commit,
@@ -98,7 +98,7 @@ async fn handle(pool: PgPool, message: Message, ending: Ending) -> Result<(), St
         }
         Ending::CommitAndPanic => {
             transaction.commit().await.unwrap();
-            panic!("the handler panics, as planned")
+            panic!("the handler panics")
         }
         Ending::Forget => Ok(()),
         Ending::RollBackAndFail => {
@@ -115,7 +115,7 @@ async fn deliver<St: Store + Clone>(bench: &Bench, store: St, id: &str, ending: 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn effect_and_receipt_are_there_together_or_not_at_all() {
+async fn effect_and_receipt_are_committed_together_or_not_at_all() {
     let bench = Bench::new().await;
     for (ending, handled) in [
         (Ending::Commit, true),
@@ -128,7 +128,7 @@ async fn effect_and_receipt_are_there_together_or_not_at_all() {
         let first = deliver(&bench, bench.store.clone(), &id, ending).await;
         match ending {
             Ending::Commit => assert!(matches!(first, Ok(Receipt::First(()))), "{first:?}"),
-            // The record says that it took effect.
+            // The record proves that the message took effect.
             Ending::CommitAndFail | Ending::CommitAndPanic => {
                 assert!(matches!(first, Ok(Receipt::Duplicate)), "{first:?}");
             }
@@ -160,7 +160,7 @@ async fn a_superseded_handler_rolls_back_and_acknowledges_the_others_work() {
         async move {
             let mut transaction = pool.begin().await.unwrap();
             take_effect(&mut transaction, &message.id).await;
-            // Meanwhile its lease runs out, and the message is handled by another.
+            // The test ends the lease, and another attempt handles the message.
             let lapse = sqlx::raw_sql("UPDATE idempotency_records SET lease_until = 0");
             lapse.execute(&pool).await.unwrap();
             let winner = service_fn(move |message| handle(pool.clone(), message, Ending::Commit));
@@ -178,7 +178,7 @@ async fn a_superseded_handler_rolls_back_and_acknowledges_the_others_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_store_is_found_in_a_box_and_elsewhere_is_a_clear_error() {
+async fn the_store_is_found_in_a_box_and_a_store_of_another_kind_is_a_clear_error() {
     let bench = Bench::new().await;
     let boxed = deliver(&bench, BoxStore::new(bench.store.clone()), "boxed", Ending::Commit).await;
     assert!(matches!(boxed, Ok(Receipt::First(()))), "{boxed:?}");
@@ -195,7 +195,7 @@ async fn the_store_is_found_in_a_box_and_elsewhere_is_a_clear_error() {
     assert_eq!(bench.effects("elsewhere").await, 0);
 }
 
-/// Receives through the inbox, and commits if it is the first.
+/// Receives through the inbox, and commits if the message is new.
 async fn receive(bench: &Bench, inbox: &Inbox, id: &str) -> Receipt<()> {
     let mut transaction = bench.pool.begin().await.unwrap();
     let receipt = inbox.receive(&mut transaction, id).await.unwrap();
@@ -207,7 +207,7 @@ async fn receive(bench: &Bench, inbox: &Inbox, id: &str) -> Receipt<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_inbox_lets_each_message_through_once_however_many_come_at_once() {
+async fn an_inbox_accepts_each_message_once_among_many_concurrent_deliveries() {
     let bench = Bench::new().await;
     let inbox = Inbox::new(bench.store.clone(), "billing");
     for id in ["a", "b", "c"] {
@@ -223,14 +223,15 @@ async fn an_inbox_lets_each_message_through_once_however_many_come_at_once() {
         assert_eq!((firsts, duplicates), (1, 29));
         assert_eq!(bench.effects(id).await, 1);
     }
-    // A rollback leaves nothing behind.
+    // A rollback leaves no trace.
     let mut transaction = bench.pool.begin().await.unwrap();
     assert_eq!(inbox.receive(&mut transaction, "d").await.unwrap(), Receipt::First(()));
     take_effect(&mut transaction, "d").await;
     transaction.rollback().await.unwrap();
     assert_eq!(receive(&bench, &inbox, "d").await, Receipt::First(()));
     assert_eq!(bench.effects("d").await, 1);
-    // Another consumer, another namespace; and the layer of the same consumer knows what the inbox does.
+    // Another consumer and another namespace see a new message. The layer of the same consumer sees
+    // a duplicate.
     assert_eq!(
         receive(&bench, &Inbox::new(bench.store.clone(), "shipping"), "a").await,
         Receipt::First(())
@@ -244,7 +245,7 @@ async fn an_inbox_lets_each_message_through_once_however_many_come_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_inbox_refuses_what_has_no_id_or_a_huge_one() {
+async fn an_inbox_refuses_a_message_without_an_id_or_with_a_huge_one() {
     let bench = Bench::new().await;
     let inbox = Inbox::new(bench.store.clone(), "billing");
     let mut connection = bench.pool.acquire().await.unwrap();
@@ -341,7 +342,7 @@ async fn a_rejection_is_recorded_after_a_rollback_and_does_not_undo_a_commit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_inbox_remembers_what_was_rejected() {
+async fn an_inbox_remembers_rejected_messages() {
     let bench = Bench::new().await;
     let inbox = Inbox::new(bench.store.clone(), "billing");
     let rejects = |commits: bool| {
@@ -376,7 +377,7 @@ async fn an_inbox_remembers_what_was_rejected() {
 
 #[cfg(feature = "testing")]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_made_lease_completes_in_a_transaction_if_its_key_is_claimed() {
+async fn a_test_lease_completes_in_a_transaction_if_its_key_is_claimed() {
     use tower_idempotency::protocol::Status;
     use tower_idempotency::testing::TestLease;
     use tower_idempotency::BufferedBody;
@@ -431,8 +432,8 @@ async fn a_made_lease_completes_in_a_transaction_if_its_key_is_claimed() {
     }
 }
 
-/// A handler hangs between `complete_in` and the commit, and its message is delivered again meanwhile: each delivery left backends
-/// behind that waited for its lock.
+/// A handler hangs between `complete_in` and the commit, and its message is delivered again. Each
+/// delivery left backends that waited for its lock.
 #[tokio::test(flavor = "multi_thread")]
 async fn deliveries_that_meet_an_open_transaction_leave_no_connections_behind() {
     let bench = Bench::new().await;
@@ -467,22 +468,23 @@ async fn deliveries_that_meet_an_open_transaction_leave_no_connections_behind() 
             .await
             .unwrap()
     };
-    // The lease, which is not renewed any more, is over.
+    // Wait until the lease, which is not renewed any more, has ended.
     tokio::time::sleep(Duration::from_secs(2)).await;
     for _ in 0..6 {
         let received = receiver.clone().oneshot(message("7")).await;
         assert!(matches!(received, Err(ReceiveError::Store(_))), "{received:?}");
     }
-    // The claims that are released behind the deliveries wait, too, a connection each.
+    // The claims that the receiver releases in the background wait too, with a connection each.
     for _ in 0..20 {
         assert!(waiting().await <= 4);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-/// Handled, committed and forgotten at once: the look behind the transaction found no record, and took that for a lost attempt.
+/// The message was handled, committed and forgotten at once. The look at the record after the
+/// transaction found none, and the receiver took that for a lost attempt.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_committed_is_not_rejected_because_its_record_is_over() {
+async fn a_committed_message_is_not_rejected_because_its_record_has_expired() {
     let bench = Bench::new().await;
     let pool = bench.pool.clone();
     let receiver = layer(bench.store.clone())
@@ -492,12 +494,12 @@ async fn what_is_committed_is_not_rejected_because_its_record_is_over() {
     assert!(matches!(received, Ok(Receipt::First(()))), "{received:?}");
 }
 
-/// Delivers a message, and cuts its store off between `complete_in` and the end of the transaction. Then reconnects the
-/// store, and waits for the deferred work.
+/// Delivers a message, and cuts its store off between `complete_in` and the end of the transaction.
+/// Then reconnects the store, and waits for the deferred work.
 async fn cut_off(bench: &Bench, id: &str, commits: bool, on_error: OnError, ending: Ending) -> Received {
     let proxy = Proxy::to(([127, 0, 0, 1], bench._server.port()).into()).await;
     let store = PostgresStore::connect(&bench._server.url_by(proxy.address.port())).await;
-    // No test sees the end of this lease.
+    // Long enough that the lease does not end during a test.
     let layer = layer(store.unwrap())
         .on_error(on_error)
         .with_lease(Duration::from_secs(3_600))
@@ -530,7 +532,7 @@ async fn cut_off(bench: &Bench, id: &str, commits: bool, on_error: OnError, endi
     received
 }
 
-/// Such a message counted as lost when its lease was over, and under `Refuse` it was rejected.
+/// Such a message counted as lost when its lease ended, and under `Refuse` it was rejected.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rollback_that_could_not_be_seen_is_seen_when_the_store_is_back() {
     let bench = Bench::new().await;
@@ -562,7 +564,7 @@ async fn a_commit_that_could_not_be_seen_stands_when_the_store_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_follows_from_a_rollback_seen_late_is_what_was_set() {
+async fn a_rollback_that_is_seen_late_is_handled_as_configured() {
     let bench = Bench::new().await;
     drop(cut_off(&bench, "keep", false, OnError::Store, Ending::RollBackAndFail).await);
     let again = deliver(&bench, bench.store.clone(), "keep", Ending::Commit).await;

@@ -1,4 +1,4 @@
-//! The test kit for handlers finds what it is to find, and batches.
+//! The test kit for handlers finds the faults that it should find, and handles batches.
 
 use std::collections::HashMap;
 use std::future::ready;
@@ -24,7 +24,7 @@ impl World {
         self.0.lock().unwrap().get(&number).copied().unwrap_or(0)
     }
 
-    /// An effect between two waits.
+    /// Takes effect between two waits.
     async fn handle(self, number: usize) -> Result<(), String> {
         tokio::task::yield_now().await;
         self.take_effect(number);
@@ -37,7 +37,7 @@ fn layer(store: MemoryStore) -> ReceiverLayer<MemoryStore, usize> {
     ReceiverLayer::new(store, "billing").with_id(|number: &usize| *number as u64)
 }
 
-async fn behind(layer: ReceiverLayer<MemoryStore, usize>) -> Report<usize> {
+async fn behind_receiver(layer: ReceiverLayer<MemoryStore, usize>) -> Report<usize> {
     let world = World::default();
     let handled = world.clone();
     let receiver = layer.layer(service_fn(move |number| handled.clone().handle(number)));
@@ -83,10 +83,10 @@ async fn a_consumer_that_panics_is_not_taken_for_one_that_has_ended() {
     let deliver = move |number: usize| {
         let panicked = Arc::clone(&panicked);
         async move {
-            // The first crash is tried as number 1; what is delivered again after it does not panic.
+            // The kit tries the first crash with number 1. The delivery after it does not panic.
             let is_first = number == 1 && !std::mem::replace(&mut *panicked.lock().unwrap(), true);
             if is_first {
-                std::panic::resume_unwind(Box::new("the consumer panics, as planned"));
+                std::panic::resume_unwind(Box::new("the consumer panics"));
             }
             Disposition::Acknowledge
         }
@@ -96,9 +96,9 @@ async fn a_consumer_that_panics_is_not_taken_for_one_that_has_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_a_receiver_only_what_is_set_differs() {
-    // At most once: a crash leaves some without an effect, and none with two.
-    let report = behind(layer(MemoryStore::new())).await;
+async fn behind_a_receiver_only_the_configured_differences_remain() {
+    // At most once: a crash leaves some messages without an effect, and none with two.
+    let report = behind_receiver(layer(MemoryStore::new())).await;
     assert!(report.differences.iter().all(|found| found.observed == 0), "{report:?}");
     assert!(
         report
@@ -108,16 +108,16 @@ async fn behind_a_receiver_only_what_is_set_differs() {
         "{report:?}"
     );
     assert!(!report.rejected.is_empty() && report.scenarios >= 5, "{report:?}");
-    // At least once: none is rejected, and none is without an effect.
-    let report = behind(layer(MemoryStore::new()).at_least_once()).await;
+    // At least once: no message is rejected, and none is without an effect.
+    let report = behind_receiver(layer(MemoryStore::new()).at_least_once()).await;
     assert_eq!(report.rejected, []);
     assert!(report.differences.iter().all(|found| found.observed == 2), "{report:?}");
     assert!(!report.differences.is_empty(), "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_effect_that_heeds_ids_is_the_same_in_every_way() {
-    // The world takes each number once, as a third party does that heeds an id.
+async fn an_effect_that_deduplicates_by_id_differs_in_no_way() {
+    // The world accepts each number once, like a third party that deduplicates by id.
     let world = World::default();
     let handled = world.clone();
     let receiver = layer(MemoryStore::new())
@@ -143,7 +143,7 @@ async fn an_effect_that_heeds_ids_is_the_same_in_every_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_says_which_to_acknowledge() {
+async fn a_batch_reports_which_messages_to_acknowledge() {
     let world = World::default();
     let handled = world.clone();
     let receiver = layer(MemoryStore::new()).layer(service_fn(move |number| {
@@ -186,7 +186,7 @@ async fn a_second_copy_that_is_rejected_is_reported() {
 }
 
 #[test]
-fn a_made_lease_has_what_the_test_sets() {
+fn a_test_lease_has_the_values_that_the_test_sets() {
     let first = TestLease::new("order-7");
     let later = first.clone().with_attempt(3).with_fence(Fence::new(30));
     for (made, attempt, fence) in [(&first, 1, 1), (&later, 3, 30)] {
@@ -203,7 +203,7 @@ fn a_made_lease_has_what_the_test_sets() {
 }
 
 #[test]
-fn made_leases_of_one_key_derive_the_same_ids_in_every_attempt() {
+fn test_leases_of_one_key_derive_the_same_ids_in_every_attempt() {
     let ids = |made: &TestLease| {
         let (server, receiver, client) = (made.for_server(), made.for_receiver(), made.for_client());
         [
@@ -221,6 +221,6 @@ fn made_leases_of_one_key_derive_the_same_ids_in_every_attempt() {
 
 #[test]
 #[should_panic(expected = "not visible ASCII")]
-fn a_made_lease_has_no_key_that_no_client_could_send() {
+fn a_test_lease_refuses_a_key_that_no_client_could_send() {
     let _ = TestLease::new("no spaces");
 }

@@ -73,14 +73,15 @@ struct App {
 }
 
 impl App {
-    /// Makes an application whose handler returns `answer(n)` in its n-th run. `change` changes the settings of `webhooks()`.
-    fn answering(
+    /// Makes an application whose handler returns `respond(n)` in its n-th run. `change` changes
+    /// the settings of `webhooks()`.
+    fn responding(
         change: impl FnOnce(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>,
-        answer: impl Fn(usize) -> Response + Clone + Send + Sync + 'static,
+        respond: impl Fn(usize) -> Response + Clone + Send + Sync + 'static,
     ) -> Self {
         let (runs, store) = (Arc::new(AtomicUsize::new(0)), MemoryStore::new());
         let counted = Arc::clone(&runs);
-        let handler = move || async move { answer(counted.fetch_add(1, Ordering::SeqCst) + 1) };
+        let handler = move || async move { respond(counted.fetch_add(1, Ordering::SeqCst) + 1) };
         let layers = ServiceBuilder::new()
             .layer(standard())
             .layer(change(IdempotencyLayer::new(store.clone()).webhooks()));
@@ -176,7 +177,7 @@ async fn a_forged_webhook_reaches_nothing_and_leaves_no_record() {
     app.is_refused(at(now() + 302, "msg_1", "paid")).await;
     app.is_refused(at(u64::MAX, "msg_1", "paid")).await;
     assert_eq!(app.counts(), (0, 0));
-    // A forged copy of a webhook that was handled does not get its response either.
+    // A forged copy of a handled webhook does not get its response either.
     let (status, ..) = app.send(webhook("msg_1", "paid")).await;
     assert_eq!(status, StatusCode::ACCEPTED);
     app.is_refused(altered(&|request| *request.body_mut() = Body::from("forged")))
@@ -400,7 +401,7 @@ async fn ids_of_any_bytes_become_keys_and_impossible_ones_do_not() {
 async fn a_webhook_that_its_handler_refused_runs_again() {
     for refused in [422, 404, 302] {
         let refused = StatusCode::from_u16(refused).unwrap();
-        let app = App::answering(
+        let app = App::responding(
             |layer| layer,
             move |run| match run {
                 1 => refused.into_response(),
@@ -419,7 +420,7 @@ async fn a_webhook_that_its_handler_refused_runs_again() {
         gone.extensions_mut().insert(StoreResponse);
         gone
     };
-    let app = App::answering(|layer| layer, gone);
+    let app = App::responding(|layer| layer, gone);
     for _ in 0..2 {
         assert_eq!(app.send(webhook("msg_1", "paid")).await.0, StatusCode::GONE);
     }
@@ -429,7 +430,7 @@ async fn a_webhook_that_its_handler_refused_runs_again() {
 /// No signature covers the method, and the layer inside guards POST only, so under PUT the same webhook ran again.
 #[tokio::test(start_paused = true)]
 async fn only_post_is_taken() {
-    let app = App::answering(|layer| layer, |_| "thanks".into_response());
+    let app = App::responding(|layer| layer, |_| "thanks".into_response());
     assert_eq!(app.send(webhook("msg_1", "paid")).await.0, StatusCode::OK);
     for method in [Method::PUT, Method::GET, Method::PUT, Method::PATCH] {
         let mut again = webhook("msg_1", "paid");
@@ -479,8 +480,8 @@ async fn the_record_of_a_webhook_can_be_named() {
         layer.with_scope(move |_| scope.clone())
     };
     for (app, scope) in [
-        (App::answering(|layer| layer, |_| "thanks".into_response()), preset),
-        (App::answering(change, |_| "thanks".into_response()), own),
+        (App::responding(|layer| layer, |_| "thanks".into_response()), preset),
+        (App::responding(change, |_| "thanks".into_response()), own),
     ] {
         let idempotency = IdempotencyLayer::new(app.store.clone()).webhooks();
         let key = idempotency.storage_key(Some(&scope), &standard().key(&id)).unwrap();
@@ -512,9 +513,9 @@ async fn the_parts_of_a_webhook_cannot_be_shifted() {
 async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
     let long = || "x".repeat(1_000).into_response();
     let stream = || ([("content-type", "text/event-stream")], "data: x").into_response();
-    let answers: [fn() -> Response; 2] = [long, stream];
-    for answer in answers {
-        let app = App::answering(|layer| layer.with_response_limit(100), move |_| answer());
+    let responses: [fn() -> Response; 2] = [long, stream];
+    for respond in responses {
+        let app = App::responding(|layer| layer.with_response_limit(100), move |_| respond());
         let (status, headers, body, _) = app.send(webhook("msg_1", "paid")).await;
         assert_eq!((status, body.is_empty()), (StatusCode::OK, false));
         assert!(!headers.contains_key("idempotent-replayed"));
@@ -532,12 +533,12 @@ async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
         (StatusCode::UNPROCESSABLE_ENTITY, body).into_response()
     };
     let long = || (StatusCode::UNPROCESSABLE_ENTITY, "x".repeat(1_000)).into_response();
-    let answers: [fn() -> Response; 2] = [broken, long];
-    for answer in answers {
-        let app = App::answering(
+    let responses: [fn() -> Response; 2] = [broken, long];
+    for respond in responses {
+        let app = App::responding(
             |layer| layer.with_response_limit(100),
             move |run| match run {
-                1 => answer(),
+                1 => respond(),
                 _ => "mended".into_response(),
             },
         );
@@ -550,16 +551,16 @@ async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
 
 /// A failure that was too long to be stored was acknowledged as a success, and the provider stopped sending.
 #[tokio::test(start_paused = true)]
-async fn a_failure_whose_body_is_not_stored_is_never_called_a_success() {
+async fn a_failure_whose_body_is_not_stored_is_never_reported_as_a_success() {
     let broken = || {
         let lost = stream::iter([Err::<Bytes, _>(std::io::Error::other("lost"))]);
         (StatusCode::BAD_GATEWAY, Body::from_stream(lost)).into_response()
     };
     let long = || (StatusCode::BAD_GATEWAY, "x".repeat(1_000)).into_response();
-    let answers: [fn() -> Response; 2] = [broken, long];
-    for answer in answers {
+    let responses: [fn() -> Response; 2] = [broken, long];
+    for respond in responses {
         let change = |layer: IdempotencyLayer<_>| layer.with_response_limit(100).on_error(OnError::Store);
-        let app = App::answering(change, move |_| answer());
+        let app = App::responding(change, move |_| respond());
         for _ in 0..3 {
             assert!(app.send(webhook("msg_1", "paid")).await.0.is_server_error());
         }
@@ -597,8 +598,8 @@ async fn an_unverified_webhook_takes_no_permit_of_the_service_inside() {
     tokio::task::yield_now().await;
     for _ in 0..2 {
         let genuine = service.clone().oneshot(webhook("msg_2", "paid"));
-        let answered = tokio::time::timeout(Duration::from_secs(1), genuine).await;
-        assert_eq!(answered.unwrap().unwrap().status(), StatusCode::OK);
+        let response = tokio::time::timeout(Duration::from_secs(1), genuine).await;
+        assert_eq!(response.unwrap().unwrap().status(), StatusCode::OK);
     }
     let refused = stalled.await.unwrap().unwrap();
     assert_eq!(refused.status(), StatusCode::REQUEST_TIMEOUT);
@@ -655,8 +656,8 @@ async fn each_of_two_handlers_gets_an_event_that_was_sent_to_both() {
         ("stripe-shipping", "two", 2),
         ("stripe-accounting", "one", 2),
     ] {
-        let answer = endpoint(consumer, secret).oneshot(event(secret)).await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK);
+        let response = endpoint(consumer, secret).oneshot(event(secret)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(runs.load(Ordering::SeqCst), runs_after);
     }
 }
@@ -688,10 +689,10 @@ async fn the_preset_runs_webhooks_once_on_every_base_layer() {
         let app = Router::new().route("/webhooks", post(handler)).layer(layers);
         for (forged, status) in [("k1", 500), ("k2", 200), ("k3", 200)] {
             let mut request = webhook("msg_1", "x");
-            // No signature covers it.
+            // No signature covers this header field.
             request.headers_mut().insert("x-request-key", forged.parse().unwrap());
-            let answer = app.clone().oneshot(request).await.unwrap();
-            assert_eq!(answer.status(), status, "{name}");
+            let response = app.clone().oneshot(request).await.unwrap();
+            assert_eq!(response.status(), status, "{name}");
         }
         assert_eq!(runs.load(Ordering::SeqCst), 2, "{name}");
     }
@@ -711,7 +712,7 @@ async fn no_webhook_is_acknowledged_whose_outcome_is_not_recorded() {
     assert_eq!(first.status(), StatusCode::SERVICE_UNAVAILABLE);
     store.heal();
     drain.wait().await;
-    // The outcome was recorded late.
+    // The outcome was deferred and recorded.
     let again = app.oneshot(webhook("msg_1", "x")).await.unwrap();
     assert_eq!(again.status(), StatusCode::OK);
     assert!(again.headers().contains_key("idempotent-replayed"));
@@ -758,7 +759,7 @@ async fn a_webhook_that_has_no_room_for_its_key_is_refused() {
 }
 
 #[tokio::test]
-async fn two_senders_of_one_webhook_id_are_both_heard() {
+async fn webhooks_of_two_senders_with_one_id_both_run() {
     let runs = Arc::new(AtomicUsize::new(0));
     let store = MemoryStore::new();
     let app = |secret: [u8; 24], name: &'static str| {
@@ -791,6 +792,6 @@ async fn two_senders_of_one_webhook_id_are_both_heard() {
     assert_eq!(
         runs.load(Ordering::SeqCst),
         2,
-        "the second sender's webhook was answered with the first one's answer: {second:?}"
+        "the second sender's webhook got the response of the first one: {second:?}"
     );
 }

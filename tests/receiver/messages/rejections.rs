@@ -1,4 +1,4 @@
-//! Messages that their handler rejects for good.
+//! Messages that their handler rejects permanently.
 
 use tower_idempotency::receiver::{receive_all, HandlerErrorClass};
 
@@ -14,13 +14,13 @@ fn is_rejected(received: &Received) -> bool {
         && disposition(received) == Disposition::Reject
 }
 
-fn is_copy_of_a_rejected_one(received: &Received) -> bool {
+fn is_duplicate_of_a_rejected_message(received: &Received) -> bool {
     matches!(received, Ok(Receipt::Unknown)) && disposition(received) == Disposition::Reject
 }
 
 type SetUp = fn(ReceiverLayer<RemoteStore, Message>) -> ReceiverLayer<RemoteStore, Message>;
 
-/// The settings that decide about a lost attempt. A rejected one is not lost.
+/// The settings for a lost attempt. A rejected attempt does not count as lost.
 fn if_lost() -> [SetUp; 3] {
     [
         |layer| layer,
@@ -40,11 +40,13 @@ async fn a_rejected_message_is_not_handled_again_within_its_retention() {
         let calls = ["claim", "complete", "release", "renew", "peek"].map(|operation| store.calls(operation));
         assert_eq!(calls, [1, 1, 0, 0, 0]);
         for _ in 0..3 {
-            let copy = deliver(&receiver, message("m")).await;
-            assert!(is_copy_of_a_rejected_one(&copy), "{copy:?}");
+            let duplicate = deliver(&receiver, message("m")).await;
+            assert!(is_duplicate_of_a_rejected_message(&duplicate), "{duplicate:?}");
         }
         tokio::time::sleep(DAY).await;
-        assert!(is_copy_of_a_rejected_one(&deliver(&receiver, message("m")).await));
+        assert!(is_duplicate_of_a_rejected_message(
+            &deliver(&receiver, message("m")).await
+        ));
         assert_eq!(handler.counts(), (1, 0));
         tokio::time::sleep(DAY).await;
         assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::First(2))));
@@ -52,30 +54,34 @@ async fn a_rejected_message_is_not_handled_again_within_its_retention() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn copies_that_wait_for_a_message_hear_that_it_is_rejected() {
+async fn duplicates_that_wait_for_a_message_are_rejected_with_it() {
     for if_lost in if_lost() {
         let handler = Handler::planning([Plan::Fail]);
         let layer = if_lost(rejecting(RemoteStore::new())).with_wait(Duration::from_secs(60));
         let receiver = layer.layer(handler.clone());
         let all = join_all((0..20).map(|_| deliver(&receiver, message("m")))).await;
         assert_eq!(all.iter().filter(|received| is_rejected(received)).count(), 1);
-        let copies = all.iter().filter(|received| is_copy_of_a_rejected_one(received));
-        assert_eq!(copies.count(), 19);
+        let duplicates = all
+            .iter()
+            .filter(|received| is_duplicate_of_a_rejected_message(received));
+        assert_eq!(duplicates.count(), 19);
         assert_eq!(handler.counts(), (1, 0));
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_memory_store_rejects_copies_too() {
+async fn a_memory_store_rejects_duplicates_too() {
     let handler = Handler::planning([Plan::Fail]);
     let receiver = rejecting(MemoryStore::new()).at_least_once().layer(handler.clone());
     assert!(is_rejected(&deliver(&receiver, message("m")).await));
-    assert!(is_copy_of_a_rejected_one(&deliver(&receiver, message("m")).await));
+    assert!(is_duplicate_of_a_rejected_message(
+        &deliver(&receiver, message("m")).await
+    ));
     assert_eq!(handler.counts(), (1, 0));
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_operator_decides_what_becomes_of_a_rejected_message() {
+async fn an_operator_decides_the_outcome_of_a_rejected_message() {
     const HOUR: Duration = Duration::from_secs(60 * 60);
     let handled = Resolution::Completed(tower_idempotency::protocol::Outcome::Tombstone, HOUR);
     for (resolution, runs) in [(Resolution::Absent, 2), (handled, 1)] {
@@ -93,7 +99,7 @@ async fn an_operator_decides_what_becomes_of_a_rejected_message() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_error_has_its_class_whatever_becomes_of_the_others() {
+async fn each_error_has_its_class_whatever_the_setting_for_the_others() {
     for (on_error, redelivered) in [
         (OnError::Release, Disposition::Acknowledge),
         (OnError::Reject, Disposition::Acknowledge),
@@ -144,7 +150,9 @@ async fn every_failure_can_be_a_rejection() {
             matches!(&rejected, Err(ReceiveError::Rejected(error)) if error.is_some() == (plan == Plan::Fail));
         assert!(has_error, "{rejected:?}");
         assert_eq!(disposition(&rejected), Disposition::Reject);
-        assert!(is_copy_of_a_rejected_one(&deliver(&receiver, message("m")).await));
+        assert!(is_duplicate_of_a_rejected_message(
+            &deliver(&receiver, message("m")).await
+        ));
         assert_eq!(handler.counts(), (1, 0));
     }
 }
@@ -166,14 +174,16 @@ async fn a_rejection_that_cannot_be_recorded_is_recorded_when_the_store_is_back(
         assert!(is_rejected(&deliver(&receiver, message("m")).await));
         store.heal();
         tokio::time::sleep(Duration::from_secs(60)).await;
-        assert!(is_copy_of_a_rejected_one(&deliver(&receiver, message("m")).await));
+        assert!(is_duplicate_of_a_rejected_message(
+            &deliver(&receiver, message("m")).await
+        ));
         assert_eq!(handler.counts(), (1, 0));
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_classifier_that_panics_is_a_handler_that_panics() {
-    let classify = |_: &String| -> HandlerErrorClass { panic!("the classifier panics, as planned") };
+    let classify = |_: &String| -> HandlerErrorClass { panic!("the classifier panics") };
     let handler = Handler::planning([Plan::Fail]);
     let receiver = layer(RemoteStore::new())
         .with_error_class(classify)
@@ -198,7 +208,7 @@ async fn an_error_of_another_type_than_the_classifiers_is_not_rejected() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rejected_message_of_a_batch_is_that_messages_own() {
+async fn a_rejection_within_a_batch_affects_only_its_message() {
     let receiver = rejecting(RemoteStore::new()).layer(Handler::planning([Plan::Fail]));
     let batch = receive_all(&receiver, ["a", "b", "a"].map(message), 1).await;
     let dispositions: Vec<_> = batch.dispositions().collect();

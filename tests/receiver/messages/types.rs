@@ -76,7 +76,7 @@ async fn a_type_that_is_a_part_of_the_id_makes_two_messages() {
 
 /// The record has only the parts that were compared when it was made.
 #[tokio::test(start_paused = true)]
-async fn types_that_are_compared_from_now_on_make_no_handled_message_a_mismatch() {
+async fn newly_compared_types_make_no_handled_message_a_mismatch() {
     let store = RemoteStore::new();
     let bare = events(&store);
     let with_payload = bare.clone().with_payload(OrderEvent::lines);

@@ -1,4 +1,4 @@
-//! Nothing that was altered passes.
+//! An altered webhook is rejected, whichever bit changes.
 
 use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Uri};
@@ -19,7 +19,8 @@ fn each_flip(bytes: &[u8], mut check: impl FnMut(usize, &[u8])) {
     }
 }
 
-/// A value that cannot be in a header field never arrives.
+/// Returns the head with another value in a field, or `None` if a header field cannot have the
+/// value.
 fn with_header(sender: &Sender, name: &'static str, value: &[u8]) -> Option<Parts> {
     let mut head = sender.head();
     let value = HeaderValue::from_bytes(value).ok()?;
@@ -47,7 +48,7 @@ fn every_changed_bit_of_a_signed_field_is_rejected() {
 
 #[test]
 fn every_changed_bit_of_a_body_is_rejected() {
-    // A standard notification of Adyen has parts that are not signed.
+    // Parts of a standard notification of Adyen are not signed.
     for sender in all()
         .iter()
         .filter(|sender| !sender.name.starts_with("Adyen") || !sender.signed.is_empty())
@@ -64,7 +65,7 @@ fn every_changed_bit_of_a_signed_url_is_rejected() {
     for sender in [twilio(), twilio_json()] {
         let mut tried = 0;
         each_flip(sender.uri.as_bytes(), |_, uri| {
-            // A fragment is not sent, and other impossible targets never arrive.
+            // A client does not send a fragment, and an invalid target never arrives.
             let uri = std::str::from_utf8(uri).ok().filter(|uri| !uri.contains('#'));
             if let Some(uri) = uri.and_then(|uri| uri.parse::<Uri>().ok()) {
                 tried += 1;
@@ -120,7 +121,7 @@ fn every_changed_bit_of_a_signed_member_is_rejected() {
                 accepted += 1;
             }
         });
-        // White space, and members that are not signed.
+        // Only white space and unsigned members may change.
         assert!(accepted < 200, "{accepted}");
     }
 }
@@ -130,7 +131,8 @@ fn no_truncated_body_passes() {
     for sender in all() {
         for end in 0..sender.body.len() {
             let verified = sender.verify(&sender.head(), &sender.body[..end]);
-            // Twilio signs each different parameter once, so a repetition at the end can be cut off.
+            // Twilio signs each different parameter once, so a repetition at the end can be cut
+            // off.
             let is_cut_repetition = sender.body[..end].ends_with(b"&Digits=1234");
             if sender.name == "Twilio, repeated values" && is_cut_repetition {
                 assert!(verified.is_ok());
@@ -143,9 +145,9 @@ fn no_truncated_body_passes() {
     }
 }
 
-/// The check could read one line and the handler the other.
+/// With two lines, the check could read one and the handler the other.
 #[test]
-fn no_field_that_the_check_reads_may_be_repeated() {
+fn a_field_that_the_check_reads_may_not_be_repeated() {
     for sender in all() {
         let ids = ["x-github-delivery", "x-shopify-event-id", "i-twilio-idempotency-token"];
         let has = |name: &&str| sender.headers.iter().any(|(found, _)| found == name);

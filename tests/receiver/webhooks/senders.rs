@@ -1,4 +1,4 @@
-//! A genuine webhook of each sender, most of them published by the sender or its library.
+//! A genuine webhook of each sender. Most were published by the sender or its library.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -130,7 +130,8 @@ pub(crate) fn standard_v1a() -> Sender {
         .arrives(STANDARD_TIME)
 }
 
-/// Stripe publishes no signature with its secret. Computed with Python: `hmac.new(secret, b"1614265330." + body, "sha256").hexdigest()`.
+/// Stripe publishes no signature with its secret. Computed with Python:
+/// `hmac.new(secret, b"1614265330." + body, "sha256").hexdigest()`.
 pub(crate) fn stripe() -> Sender {
     Sender::new("Stripe", StripeWebhooks::new(["whsec_test"]).unwrap())
         .header(
@@ -154,7 +155,8 @@ pub(crate) fn github() -> Sender {
         .body("Hello, World!")
 }
 
-/// Shopify publishes no signature with its secret. Computed with Python: `base64.b64encode(hmac.new(secret, body, "sha256").digest())`.
+/// Shopify publishes no signature with its secret. Computed with Python:
+/// `base64.b64encode(hmac.new(secret, body, "sha256").digest())`.
 pub(crate) fn shopify() -> Sender {
     Sender::new("Shopify", ShopifyWebhooks::new(["hush"]).unwrap())
         .header("x-shopify-hmac-sha256", "Y5yh1MBcvmylNdRGRmMjSnWMAU5vK6ZYOwIowkFMvRk=")
@@ -196,7 +198,7 @@ pub(crate) fn twilio() -> Sender {
         .body("CallSid=CA1234567890ABCDE&Caller=%2B14158675309&Digits=1234&From=%2B14158675309&To=%2B18005551212")
 }
 
-/// From the tests of Twilio's libraries: values that are repeated.
+/// From the tests of Twilio's libraries: repeated values.
 pub(crate) fn twilio_repeated() -> Sender {
     Sender::new("Twilio, repeated values", twilio_provider())
         .uri("/myapp.php?foo=1&bar=2")
@@ -207,7 +209,7 @@ pub(crate) fn twilio_repeated() -> Sender {
         .body("Sid=CA123&SidAccount=AC123&Digits=5678&Digits=1234&Digits=1234")
 }
 
-/// From the tests of Twilio's libraries: a body whose hash is in the URL.
+/// From the tests of Twilio's libraries: a body with its hash in the URL.
 pub(crate) fn twilio_json() -> Sender {
     Sender::new("Twilio, JSON", twilio_provider())
         .uri("/myapp.php?foo=1&bar=2&bodySHA256=0a1ff7634d9ab3b95db5c9a2dfe9416e41502b283a80c7cf19632632f96e6620")
@@ -229,7 +231,8 @@ pub(crate) fn adyen() -> Sender {
     )
 }
 
-/// From the tests of Adyen's library for Python (`colon_notification.json`), in the envelope of a delivery: the reference has a colon.
+/// From the tests of Adyen's library for Python (`colon_notification.json`), in the envelope of a
+/// delivery. The reference has a colon.
 pub(crate) fn adyen_colon() -> Sender {
     let key = "74F490DD33F7327BAECC88B2947C011FC02D014A473AAA33A8EC93E4DC069174";
     Sender::new("Adyen, colon", AdyenWebhooks::new([key]).unwrap()).body(
@@ -251,11 +254,12 @@ pub(crate) fn adyen_platform() -> Sender {
         )
 }
 
-/// The time in the webhook of PayPal.
+/// The time of PayPal's webhook.
 pub(crate) const PAYPAL_TIME: u64 = 1_475_679_460;
 pub(crate) const PAYPAL_KEY: &str = include_str!("paypal_test_key.pem");
 
-/// PayPal publishes signatures in the samples of its SDKs, but not the certificates for them. So this one has a key of its own:
+/// PayPal publishes signatures in the samples of its SDKs, but not their certificates, so this
+/// webhook has a key of its own:
 ///
 /// ```sh
 /// openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out paypal_test_key.pem
@@ -294,7 +298,8 @@ fn square_provider() -> SquareWebhooks {
     SquareWebhooks::new("https://example.com/webhook", ["asdf1234"]).unwrap()
 }
 
-/// From Square's documentation and SDKs (`WebhooksHelper`). It has no event id, so it proves the signature only.
+/// From Square's documentation and SDKs (`WebhooksHelper`). It has no event id, so it proves only
+/// the signature.
 pub(crate) fn square_without_id() -> Sender {
     Sender::new("Square, without id", square_provider())
         .header(
@@ -305,7 +310,8 @@ pub(crate) fn square_without_id() -> Sender {
         .body(r#"{"hello":"world"}"#)
 }
 
-/// With an id, by the key of the published vector. Computed with Python: `base64.b64encode(hmac.new(key, url + body, "sha256").digest())`.
+/// A webhook with an id, signed with the key of the published vector. Computed with Python:
+/// `base64.b64encode(hmac.new(key, url + body, "sha256").digest())`.
 pub(crate) fn square() -> Sender {
     Sender::new("Square", square_provider())
         .header(

@@ -58,7 +58,7 @@ fn a_signed_request_of_every_sender_passes() {
             sender.name
         );
     }
-    // A proxy may remove the beginning of the path, which is then a part of the public URL.
+    // A proxy may remove the beginning of the path, which then belongs to the public URL.
     let behind_a_proxy = TwilioWebhooks::new("https://mycompany.com/api", ["12345"]).unwrap();
     let (mut head, body) = twilio_signer()
         .sign(Request::post("/api/sms?a=b").body("Body=hi").unwrap())
@@ -70,12 +70,12 @@ fn a_signed_request_of_every_sender_passes() {
     assert!(behind_a_proxy
         .verify(&Webhook::new(&head, &body, at(STANDARD_TIME)))
         .is_ok());
-    // A nested router strips the beginning of the path itself, and leaves the whole in an extension.
+    // A nested router strips the beginning of the path and leaves the whole path in an extension.
     let original = axum::extract::OriginalUri("/api/sms?a=b".parse().unwrap());
     head.extensions.insert(original);
     let verified = twilio().provider.verify(&Webhook::new(&head, &body, at(STANDARD_TIME)));
     assert!(verified.is_ok());
-    // A body that is no form gets its hash into the URL.
+    // A body that is no form has its hash in the URL.
     for uri in ["/", "/a?b=c"] {
         let request = Request::post(uri).header("content-type", "application/json");
         let signed = twilio_signer().sign(request.body("{}").unwrap());
@@ -99,7 +99,7 @@ fn the_signer_reproduces_the_published_vector_and_keeps_ids_that_are_set() {
 }
 
 #[test]
-fn a_signer_says_why_it_cannot_sign() {
+fn a_signer_reports_why_it_cannot_sign() {
     let cases: [(&str, fn()); 4] = [
         ("the secret", || drop(WebhookSigner::standard("whsec_no base64!"))),
         ("the key", || drop(WebhookSigner::adyen("no hex"))),

@@ -1,4 +1,4 @@
-//! Twilio: the signature covers one text, in which nothing marks where the URL and each parameter end.
+//! Twilio signs one text in which nothing marks the end of the URL and of each parameter.
 
 use axum::http::Request;
 use bytes::Bytes;
@@ -39,7 +39,8 @@ fn hash(body: &str) -> String {
     HEXLOWER.encode(&Sha256::digest(body))
 }
 
-/// A text message with `&bodySHA256=` was shifted into the URL. Only the hash of the attacker's own body was checked then.
+/// An attacker could shift a text message with `&bodySHA256=` into the URL. The check then covered
+/// only the hash of the attacker's own body.
 #[test]
 fn parameters_that_are_shifted_into_the_url_authenticate_no_other_body() {
     let own = "AccountSid=AC1&Body=pay+everything&From=%2B1555";
@@ -94,7 +95,7 @@ fn a_form_signs_its_parameters_whatever_hash_the_url_has() {
     );
 }
 
-/// The check could read one line and the handler the other.
+/// With two lines, the check could read one and the handler the other.
 #[test]
 fn the_content_type_that_decides_may_not_be_repeated() {
     for sender in [twilio(), twilio_json()] {
@@ -106,9 +107,9 @@ fn the_content_type_that_decides_may_not_be_repeated() {
     }
 }
 
-/// Twilio's shared keys sign with HMAC-SHA-256, which an auth token cannot check.
+/// Twilio's shared keys sign with HMAC-SHA-256, which an auth token cannot verify.
 #[test]
-fn a_signature_by_a_shared_key_is_a_matter_of_the_secret() {
+fn a_signature_by_a_shared_key_is_reported_as_a_secret_that_does_not_fit() {
     const SETTINGS: &str = "x-twilio-webhooks-signature-settings";
     let signed = b"https://mycompany.com/myapp.php?foo=1&bar=2CallSidCA1234567890ABCDECaller+14158675309Digits1234\
                    From+14158675309To+18005551212";
@@ -162,7 +163,8 @@ fn the_public_url_of_twilio_may_have_a_user_and_a_password() {
     }
 }
 
-/// As Twilio's libraries do: the URL that is entered there may have its port, and the one that is signed may not, or the reverse.
+/// As in Twilio's libraries, the configured URL may have a port that the signed one lacks, or the
+/// reverse.
 #[test]
 fn the_public_url_of_twilio_may_have_its_port_and_a_prefix() {
     for (url, uri, is_genuine) in [

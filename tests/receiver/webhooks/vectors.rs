@@ -31,7 +31,7 @@ fn genuine_webhooks_of_every_sender_pass() {
         let verified = sender.verify(&sender.head(), &sender.body);
         assert!(verified.is_ok_and(|id| !id.is_missing()), "{}", sender.name);
     }
-    // The published vector has no id: only that is wrong with it.
+    // The published vector has no id, and has no other fault.
     let sender = square_without_id();
     assert_eq!(sender.verify(&sender.head(), &sender.body), Err(InvalidWebhook::Id));
 }
@@ -111,7 +111,7 @@ fn one_fitting_signature_of_several_is_enough() {
         let verified = with(standard(), both()).verify_with("webhook-signature", signatures);
         assert_eq!(verified, Err(InvalidWebhook::Signature), "{signatures}");
     }
-    // A signature under another kind's name is none.
+    // A signature under the name of another kind does not count.
     for (kind, signature) in [
         ("v1a", STANDARD_SIGNATURE),
         ("v1", ED25519_SIGNATURE),
@@ -123,9 +123,10 @@ fn one_fitting_signature_of_several_is_enough() {
     }
 }
 
-/// A forged webhook with thousands of signatures, parameters or elements would cost as much work or memory.
+/// A forged webhook with thousands of signatures, parameters or elements would cost as much work or
+/// memory.
 #[test]
-fn what_is_read_before_the_signature_is_checked_is_bounded() {
+fn the_input_that_is_read_before_the_signature_check_is_bounded() {
     for (others, is_genuine) in [(15, true), (16, false)] {
         let expected = if is_genuine {
             None
@@ -155,7 +156,7 @@ fn what_is_read_before_the_signature_is_checked_is_bounded() {
 }
 
 #[test]
-fn a_signature_of_a_kind_without_a_key_is_a_matter_of_the_secret() {
+fn a_signature_of_a_kind_without_a_key_is_reported_as_a_secret_that_does_not_fit() {
     for (sender, provider) in [(standard_v1a(), STANDARD_SECRET), (standard(), ED25519_KEY)] {
         let sender = with(sender, StandardWebhooks::new([provider]).unwrap());
         assert_eq!(sender.verify_at(STANDARD_TIME), Err(InvalidWebhook::Secret));
@@ -166,7 +167,7 @@ fn a_signature_of_a_kind_without_a_key_is_a_matter_of_the_secret() {
     assert_eq!(sender.verify_at(STANDARD_TIME), Err(InvalidWebhook::Signature));
 }
 
-/// A handler that reads the other set would read what nobody has signed.
+/// A handler that reads the other set would read unsigned fields.
 #[test]
 fn fields_of_svix_and_of_standard_webhooks_are_never_mixed() {
     let names = ["id", "timestamp", "signature"];
@@ -200,7 +201,7 @@ fn fields_of_svix_and_of_standard_webhooks_are_never_mixed() {
     ] {
         assert_eq!(svix().verify_with(name, "1"), Err(reason), "{name}");
     }
-    // No set is completed by the other.
+    // The provider does not complete one set with fields of the other.
     for missing in names {
         let mut sender = standard();
         let (at, svix) = (
@@ -221,7 +222,8 @@ fn fields_of_svix_and_of_standard_webhooks_are_never_mixed() {
     }
 }
 
-/// `msg_1`, T and the body `T2.5` were signed; id `msg_1.T`, T2 and the body `5` have the same signature.
+/// Id `msg_1`, T and the body `T2.5` were signed. Id `msg_1.T`, T2 and the body `5` have the same
+/// signature.
 #[test]
 fn the_signed_parts_cannot_be_shifted() {
     let key = BASE64.decode(&STANDARD_SECRET.as_bytes()[6..]).unwrap();
@@ -289,7 +291,7 @@ fn a_timestamp_may_be_five_minutes_away_either_way() {
     }
 }
 
-/// PayPal sends an event again for three days, and does not say that it signs a new time.
+/// PayPal repeats an event for three days, and does not document that it signs a new time.
 #[test]
 fn the_time_of_paypal_may_be_three_days_old_but_not_in_the_future() {
     let three_days = 3 * 24 * 60 * 60;
@@ -331,7 +333,7 @@ fn slack_events_have_their_id_and_other_requests_a_digest() {
     event.body = br#"{"type":"event_callback","event_id":"Ev1"}"#.to_vec();
     let signature = "v0=789284021eb703e2d5f4f5c633302df7a58b771efbcb965e5954b383bc414e84";
     assert_eq!(event.verify_with("x-slack-signature", signature), Ok(ids::slack("Ev1")));
-    // Two commands with equal bodies at different times are two.
+    // Two commands with equal bodies at different times differ.
     let command = |timestamp: &str| {
         let mut command = slack();
         command.body = b"command=%2Fpay".to_vec();
@@ -380,7 +382,8 @@ fn a_notification_of_adyen_has_one_item_and_no_member_twice() {
     }
 }
 
-/// `TestMerchant:TestPayment` was signed; the account `TestMerchant:Test` with another reference must not pass.
+/// `TestMerchant:TestPayment` was signed. The account `TestMerchant:Test` with another reference
+/// must not pass.
 #[test]
 fn the_parts_of_a_notification_cannot_be_shifted() {
     let mut sender = adyen();
@@ -466,7 +469,7 @@ fn secrets_that_could_verify_nothing_are_refused_and_none_is_shown() {
         StandardWebhooks::new(none).unwrap_err(),
         StandardWebhooks::new(["whpk_"]).unwrap_err(),
         StandardWebhooks::new(["whpk_AAAA"]).unwrap_err(),
-        // Anybody can sign for a key of small order.
+        // Everyone can sign for a key of small order.
         StandardWebhooks::new([&zeros]).unwrap_err(),
         StandardWebhooks::new([&small_order]).unwrap_err(),
         StandardWebhooks::new(["whsk_VEVTVFNJR05JTkdLRVlET05PVFVTRVRISVNGT1JBTlk="]).unwrap_err(),
