@@ -1,7 +1,9 @@
-//! The five rows of "Calling others", each with callers that are killed, answers that are lost and the job run twice in parallel: the
-//! third party counts its effects. With `KILLS=1000`, so many kills for each.
+//! The five rows of "Calling others". Each row has callers that are killed, responses that are
+//! lost, and a job that runs twice in parallel. The third party counts its effects. `KILLS=1000`
+//! sets the number of kills for each row.
 //!
-//! Kills come at random. Beside them, in one process, the connection is cut after every byte of every exchange.
+//! The kills come at random. Other tests run in one process and cut the connection after every byte
+//! of every exchange.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +12,7 @@ use crate::jobs::{Row, Seen};
 use crate::support::postgres::PostgresServer;
 use crate::support::redis::RedisServer;
 
-/// What was seen, over both stores.
+/// Runs a row over both stores and returns the observations.
 async fn over_both(row: Row) -> [Seen; 2] {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
     [
@@ -19,12 +21,12 @@ async fn over_both(row: Row) -> [Seen; 2] {
     ]
 }
 
-/// Rows 1 to 4.
+/// Tests one of the rows 1 to 4.
 async fn one_effect_for_each_call(row: Row) -> [Seen; 2] {
     let all = over_both(row).await;
     for seen in &all {
         assert!(seen.effects.iter().all(|effects| *effects == 1), "{row:?}: {seen:?}");
-        assert_eq!(seen.unknown, 0, "{row:?}: every call ended");
+        assert_eq!(seen.unknown, 0, "{row:?}: every call has a known outcome");
         assert!(
             seen.repeated > 0,
             "{row:?}: no request was repeated, so nothing was tested"
@@ -34,17 +36,17 @@ async fn one_effect_for_each_call(row: Row) -> [Seen; 2] {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wherever_an_exchange_is_cut_the_party_has_one_effect() {
+async fn an_exchange_that_is_cut_after_any_byte_has_one_effect() {
     for row in [Row::Keys, Row::Ids, Row::Drafts, Row::Check] {
         let seen = callers::cuts(row).await;
         assert!(seen.jobs > 150, "{row:?}: {seen:?}");
         assert_eq!(seen.effects, BTreeMap::from([(1, seen.jobs)]), "{row:?}: {seen:?}");
-        assert_eq!(seen.unknown, 0, "{row:?}: every call ended");
+        assert_eq!(seen.unknown, 0, "{row:?}: every call has a known outcome");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wherever_an_exchange_is_cut_a_party_that_offers_nothing_has_what_was_chosen() {
+async fn an_exchange_that_is_cut_with_a_party_that_offers_nothing_has_the_chosen_guarantee() {
     let seen = callers::cuts(Row::AtMostOnce).await;
     assert!(
         seen.jobs > 150 && seen.effects.keys().all(|effects| *effects <= 1),
@@ -78,18 +80,24 @@ async fn a_party_that_has_drafts_confirms_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_party_that_can_be_asked_and_heeds_the_fence_has_one_effect() {
+async fn a_party_that_can_be_queried_and_checks_the_fence_has_one_effect() {
     for seen in one_effect_for_each_call(Row::Check).await {
-        assert!(seen.found > 0, "nothing was found, so no question was tested: {seen:?}");
+        assert!(
+            seen.found > 0,
+            "no check found an effect, so the check was not tested: {seen:?}"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_party_that_offers_nothing_has_at_most_one_effect_or_the_outcome_is_done() {
+async fn a_party_that_offers_nothing_has_at_most_or_at_least_one_effect_as_chosen() {
     let mut unknown = 0;
     for seen in over_both(Row::AtMostOnce).await {
         assert!(seen.effects.iter().all(|effects| *effects <= 1), "{seen:?}");
-        assert_eq!(seen.done_without_effect, 0, "what is called done is done");
+        assert_eq!(
+            seen.done_without_effect, 0,
+            "a job that was reported as done has an effect"
+        );
         unknown += seen.unknown;
     }
     assert!(unknown > 0, "no outcome was unknown, so nothing was tested");
@@ -97,7 +105,7 @@ async fn a_party_that_offers_nothing_has_at_most_one_effect_or_the_outcome_is_do
         assert!(seen.effects.iter().all(|effects| *effects >= 1), "{seen:?}");
         assert!(
             seen.effects.iter().any(|effects| *effects > 1),
-            "nothing was repeated, so nothing was tested"
+            "no effect was repeated, so nothing was tested"
         );
         assert_eq!(seen.unknown, 0);
     }

@@ -1,6 +1,8 @@
-//! Several processes that serve the layer over one store, clients that retry, and the ledger in which effects are counted.
+//! Several processes that serve the layer over one store, clients that retry, and the ledger that
+//! counts effects.
 //!
-//! A process is this very test binary, started again with its role in the environment: see [`serve_if_told`].
+//! Each process is this test binary, started again with its role in the environment: see
+//! [`serve_if_started_as_server`].
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
@@ -26,16 +28,17 @@ use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use tower_idempotency::{BoxStore, IdempotencyLayer, Lease, OnLost};
 
-/// What the processes do.
+/// The work of the processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// `OnLost::Execute`, effects in the ledger.
     Execute,
-    /// Like `Execute`, in processes whose pool for blocking work is full; some executions take longer than a lease.
+    /// Like `Execute`, in processes whose pool for blocking work is full. Some executions take
+    /// longer than a lease.
     FullPool,
     /// `OnLost::Refuse`, effects in the ledger.
     Refuse,
-    /// `OnLost::Execute`, effects in the same transaction as their answer.
+    /// `OnLost::Execute`, effects in the same transaction as their response.
     Transaction,
 }
 
@@ -52,7 +55,12 @@ impl Process {
 
     pub fn with_lease(lease: Duration, store: &str, mode: Mode, ledger: &Path) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "serve_if_told", "--nocapture", "--test-threads=1"])
+            .args([
+                "--exact",
+                "serve_if_started_as_server",
+                "--nocapture",
+                "--test-threads=1",
+            ])
             .env("SERVE_STORE", store)
             .env("SERVE_MODE", format!("{mode:?}"))
             .env("SERVE_LEDGER", ledger)
@@ -64,19 +72,19 @@ impl Process {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let address = lines.find_map(|line| line.ok()?.split_once("listening on ")?.1.parse().ok());
-        let address = address.expect("the process ended before it served");
-        // What it says later is not of interest, but it must not find its output closed.
+        let address = address.expect("the process exited before it listened");
+        // No test reads the later output, but the process must not find its output closed.
         std::thread::spawn(move || lines.for_each(drop));
         Self { child, address }
     }
 
-    /// SIGKILL: no word, no cleaning up.
+    /// Sends SIGKILL. The process has no chance to clean up.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGSTOP, SIGCONT.
+    /// Sends SIGSTOP or SIGCONT.
     pub fn signal(&self, signal: &str) {
         let sent = Command::new("kill")
             .args([signal, &self.child.id().to_string()])
@@ -99,8 +107,8 @@ struct App {
     pool: Option<sqlx::PgPool>,
 }
 
-/// The body of the test that is no test: serves until it is killed, if this process was started by [`Process::start`].
-pub fn serve_if_told() {
+/// The body of a test that only a process of [`Process::start`] runs: it serves until it is killed.
+pub fn serve_if_started_as_server() {
     let Ok(url) = std::env::var("SERVE_STORE") else { return };
     let mode = match std::env::var("SERVE_MODE").unwrap().as_str() {
         "Execute" => Mode::Execute,
@@ -147,7 +155,8 @@ pub fn serve_if_told() {
     });
 }
 
-/// The store of a URL, and the URL without its fragment. The fragment `one` asks for a pool of one connection.
+/// Opens the store of a URL, and returns the URL without its fragment. The fragment `one` asks for
+/// a pool of one connection.
 async fn open(url: &str) -> (String, BoxStore) {
     #[cfg(feature = "postgres")]
     if let Some((url, "one")) = url.split_once('#') {
@@ -160,10 +169,11 @@ async fn open(url: &str) -> (String, BoxStore) {
     (url.to_owned(), BoxStore::from_url(url).await.unwrap())
 }
 
-/// Short, so that what was killed or stopped is soon lost.
+/// Short, so that the key of a killed or stopped process soon counts as lost.
 pub const LEASE: Duration = Duration::from_secs(1);
 
-/// Has an effect, with some time before and after it; answers with what no other run would answer.
+/// Causes an effect, with a pause before and after it, and returns a response that no other run
+/// would return.
 async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Response {
     let pause = |name: &str| {
         let millis = headers.get(name).and_then(|value| value.to_str().ok()?.parse().ok());
@@ -174,15 +184,15 @@ async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Res
     pause("x-before").await;
     let key = lease.key().as_str().to_owned();
     let line = format!("{key} {} {}", lease.attempt().number(), lease.fence().as_u64());
-    let answer = (
+    let response = (
         StatusCode::CREATED,
         [("x-attempt", lease.attempt().number().to_string())],
         format!("{line} {:x}", rand::random::<u64>()),
     );
     #[cfg(feature = "postgres")]
     if let Some(pool) = &app.pool {
-        return match pay(pool, &key, &lease, answer).await {
-            Ok(answer) => answer,
+        return match pay(pool, &key, &lease, response).await {
+            Ok(response) => response,
             Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
         };
     }
@@ -199,7 +209,7 @@ async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Res
         tokio::task::spawn_blocking(write).await.unwrap();
     }
     pause("x-after").await;
-    answer.into_response()
+    response.into_response()
 }
 
 #[cfg(feature = "postgres")]
@@ -207,17 +217,17 @@ async fn pay(
     pool: &sqlx::PgPool,
     key: &str,
     lease: &Lease,
-    answer: impl IntoResponse,
+    response: impl IntoResponse,
 ) -> Result<Response, Box<dyn std::error::Error>> {
     let mut transaction = pool.begin().await?;
     let insert = sqlx::query("INSERT INTO payments (note) VALUES ($1)").bind(key);
     insert.execute(&mut *transaction).await?;
-    let answer = lease.complete_in(&mut transaction, answer).await?;
+    let response = lease.complete_in(&mut transaction, response).await?;
     transaction.commit().await?;
-    Ok(answer)
+    Ok(response)
 }
 
-/// How many effects each key had, by the ledger; a line that a kill cut short counts, too.
+/// Counts the effects of each key in the ledger. A line that a kill cut short counts too.
 pub fn effects(ledger: &Path) -> BTreeMap<String, usize> {
     let text = std::fs::read_to_string(ledger).unwrap_or_default();
     let mut effects = BTreeMap::new();
@@ -236,7 +246,7 @@ pub fn http_client() -> HttpClient {
         .build_http()
 }
 
-/// One answer.
+/// A response.
 #[derive(Clone, Debug)]
 pub struct Got {
     pub status: StatusCode,
@@ -245,7 +255,7 @@ pub struct Got {
 }
 
 impl Got {
-    /// The `code` of a refusal.
+    /// The `code` of a problem response.
     pub fn code(&self) -> Option<String> {
         let problem: serde_json::Value = serde_json::from_slice(&self.body).ok()?;
         Some(problem["code"].as_str()?.to_owned())
@@ -260,7 +270,7 @@ impl Got {
     }
 }
 
-/// Sends once; `None` when the connection broke, or nothing came within 40 s.
+/// Sends one request. Returns `None` if the connection broke, or if no response came within 40 s.
 pub async fn send(
     client: &HttpClient,
     address: SocketAddr,
@@ -284,14 +294,14 @@ pub async fn send(
     tokio::time::timeout(Duration::from_secs(40), exchange).await.ok()?
 }
 
-/// How a key ended for a client that retries.
+/// The end of a key for a client that retries.
 #[derive(Clone, Debug)]
 pub enum End {
     Responded(Got),
     Unknown,
 }
 
-/// What the clients saw.
+/// The observations of the clients.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub ends: Mutex<HashMap<String, Vec<End>>>,
@@ -302,7 +312,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Sends until there is an answer or the outcome is unknown, to any process each time.
+    /// Sends to a random process until the response is a success or the outcome is unknown.
     pub async fn settle(&self, client: &HttpClient, addresses: impl Fn() -> Vec<SocketAddr>, key: &str) {
         for _ in 0..400 {
             let addresses = addresses();

@@ -1,6 +1,7 @@
-//! Processes that call a third party and are killed, and the third party, which counts.
+//! Processes that call a third party and are killed, and the third party, which counts its effects.
 //!
-//! A caller is this very test binary, started again with its role in the environment: see [`call_if_told`].
+//! A caller is this test binary, started again with its role in the environment: see
+//! [`call_if_started_as_caller`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -25,7 +26,7 @@ use tower_idempotency::Recovered;
 use crate::support;
 use crate::support::proxy::{Direction, Fate, Proxy};
 
-/// What the third party offers, and how it is called.
+/// The features of the third party, and the way to call it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Row {
     AtLeastOnce,
@@ -47,18 +48,18 @@ const ROWS: [Row; 6] = [
 
 const JOBS: usize = 60;
 
-/// What came of all jobs.
+/// The observations after all jobs.
 #[derive(Debug)]
 pub(crate) struct Seen {
     /// Effects at the third party, for each job.
     pub(crate) effects: Vec<usize>,
-    /// Questions whether a job was done that were answered with yes.
+    /// Checks that found their job done.
     pub(crate) found: usize,
-    /// Requests beyond one for each job; questions count, confirmations do not.
+    /// Requests beyond one for each job. Checks count, confirmations do not.
     pub(crate) repeated: usize,
-    /// Jobs whose outcome a caller was told to be unknown.
+    /// Jobs whose outcome was unknown to a caller.
     pub(crate) unknown: usize,
-    /// Jobs that a caller was told to be done, and that were not.
+    /// Jobs that a caller reported as done although they had no effect.
     pub(crate) done_without_effect: usize,
 }
 
@@ -66,7 +67,7 @@ pub(crate) struct Seen {
 #[derive(Clone, Default)]
 struct Party {
     books: Arc<Mutex<Books>>,
-    /// It answers every request, and at once.
+    /// Whether the party responds to every request, without a pause.
     reliable: bool,
 }
 
@@ -76,12 +77,12 @@ struct Books {
     effects: HashMap<String, usize>,
     arrived: usize,
     found: usize,
-    /// Keys and ids that are taken.
+    /// The keys and ids that the party has seen.
     taken: HashSet<String>,
-    /// Drafts, by number, and whose they are.
+    /// The job of each draft, by the number of the draft.
     drafts: Vec<String>,
     confirmed: HashSet<usize>,
-    /// The least fence that is let through, for each job.
+    /// The lowest fence that the party accepts, for each job.
     fences: HashMap<String, u64>,
 }
 
@@ -99,24 +100,24 @@ impl Party {
         address
     }
 
-    /// What a request is answered: now and then not at all, after its effect.
-    async fn answered(self, act: impl FnOnce(&mut Books) -> Response) -> Response {
+    /// Responds to a request. Now and then, the response breaks off after the effect.
+    async fn respond(self, act: impl FnOnce(&mut Books) -> Response) -> Response {
         if self.reliable {
             return act(&mut self.books.lock().unwrap());
         }
         let pause = || tokio::time::sleep(Duration::from_millis(rand::random_range(0..15)));
         pause().await;
-        let answer = act(&mut self.books.lock().unwrap());
+        let response = act(&mut self.books.lock().unwrap());
         pause().await;
         if rand::random_range(0..8) == 0 {
             let broken = iter([Err::<bytes::Bytes, _>(std::io::Error::other("lost"))]);
             return axum::body::Body::from_stream(broken).into_response();
         }
-        answer
+        response
     }
 }
 
-/// Creates something. With a key or an id that was seen before, nothing; with a fence that is too old, nothing either.
+/// Creates something, unless the party has seen the key or the id, or the fence is too old.
 async fn create(State(party): State<Party>, Path(job): Path<String>, headers: HeaderMap) -> Response {
     let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap().to_owned());
     let (name, fence) = (header("idempotency-key").or(header("x-id")), header("x-fence"));
@@ -131,7 +132,7 @@ async fn create(State(party): State<Party>, Path(job): Path<String>, headers: He
         }
         "created".into_response()
     };
-    party.answered(act).await
+    party.respond(act).await
 }
 
 async fn draft(State(party): State<Party>, Path(job): Path<String>) -> Response {
@@ -140,7 +141,7 @@ async fn draft(State(party): State<Party>, Path(job): Path<String>) -> Response 
         books.drafts.push(job);
         (books.drafts.len() - 1).to_string().into_response()
     };
-    party.answered(act).await
+    party.respond(act).await
 }
 
 async fn confirm(State(party): State<Party>, Path(draft): Path<usize>) -> Response {
@@ -151,10 +152,10 @@ async fn confirm(State(party): State<Party>, Path(draft): Path<usize>) -> Respon
         }
         "confirmed".into_response()
     };
-    party.answered(act).await
+    party.respond(act).await
 }
 
-/// Whether it exists; raises the fence first.
+/// Looks a job up, after it has raised the fence.
 async fn find(State(party): State<Party>, Path(job): Path<String>, headers: HeaderMap) -> Response {
     let fence: u64 = headers["x-fence"].to_str().unwrap().parse().unwrap();
     let act = move |books: &mut Books| {
@@ -168,20 +169,25 @@ async fn find(State(party): State<Party>, Path(job): Path<String>, headers: Head
             StatusCode::NOT_FOUND.into_response()
         }
     };
-    party.answered(act).await
+    party.respond(act).await
 }
 
 /// A process that does all jobs, several at a time.
 struct Caller(Child);
 
 impl Caller {
-    fn start(store: &str, party: SocketAddr, row: Row, told: &std::path::Path) -> Self {
+    fn start(store: &str, party: SocketAddr, row: Row, log: &std::path::Path) -> Self {
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "call_if_told", "--nocapture", "--test-threads=1"])
+            .args([
+                "--exact",
+                "call_if_started_as_caller",
+                "--nocapture",
+                "--test-threads=1",
+            ])
             .env("CALL_STORE", store)
             .env("CALL_PARTY", party.to_string())
             .env("CALL_ROW", format!("{row:?}"))
-            .env("CALL_TOLD", told)
+            .env("CALL_OUTCOMES", log)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -189,13 +195,13 @@ impl Caller {
         Self(child.unwrap())
     }
 
-    /// SIGKILL: no word, no cleaning up.
+    /// Sends SIGKILL. The process has no chance to clean up.
     fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }
 
-    /// Waits for the end of all jobs.
+    /// Waits until the process has done all jobs.
     async fn end(&mut self) {
         for _ in 0..1200 {
             if let Some(status) = self.0.try_wait().unwrap() {
@@ -215,27 +221,27 @@ impl Drop for Caller {
     }
 }
 
-/// Two callers do the same jobs and are killed again and again; in the end both may finish.
+/// Two callers do the same jobs and are killed again and again. The last two processes may finish.
 pub(crate) async fn kills(store: &str, row: Row) -> Seen {
     let unset = if support::is_thorough() { 20 } else { 5 };
     let kills = std::env::var("KILLS").map_or(unset, |kills| kills.parse().expect("KILLS is a number"));
     let party = Party::default();
     let address = party.start().await;
-    let told = std::env::temp_dir().join(format!("callers-{}-{row:?}-{}", std::process::id(), address.port()));
-    // The first one also makes the table, where there is one.
+    let log = std::env::temp_dir().join(format!("callers-{}-{row:?}-{}", std::process::id(), address.port()));
+    // Connecting creates the table, if the store has one.
     drop(BoxStore::from_url(store).await.unwrap());
-    let mut callers = [0, 1].map(|_| Caller::start(store, address, row, &told));
+    let mut callers = [0, 1].map(|_| Caller::start(store, address, row, &log));
     for kill in 0..kills {
         tokio::time::sleep(Duration::from_millis(rand::random_range(30..200))).await;
         let caller = &mut callers[kill % 2];
         caller.kill();
-        *caller = Caller::start(store, address, row, &told);
+        *caller = Caller::start(store, address, row, &log);
     }
     for caller in &mut callers {
         caller.end().await;
     }
-    let seen = seen(&party, &std::fs::read_to_string(&told).unwrap());
-    std::fs::remove_file(&told).unwrap();
+    let seen = seen(&party, &std::fs::read_to_string(&log).unwrap());
+    std::fs::remove_file(&log).unwrap();
     eprintln!(
         "{row:?}: {kills} kills, {} requests repeated, {} unknown",
         seen.repeated, seen.unknown
@@ -243,16 +249,16 @@ pub(crate) async fn kills(store: &str, row: Row) -> Seen {
     seen
 }
 
-fn seen(party: &Party, told: &str) -> Seen {
+fn seen(party: &Party, log: &str) -> Seen {
     let books = party.books.lock().unwrap();
     let effects = (0..JOBS).map(|job| books.effects.get(&job.to_string()).copied().unwrap_or(0));
     let effects: Vec<usize> = effects.collect();
     let mut outcomes: BTreeMap<usize, HashSet<&str>> = BTreeMap::new();
-    for line in told.lines() {
+    for line in log.lines() {
         let (job, outcome) = line.split_once(' ').unwrap();
         outcomes.entry(job.parse().unwrap()).or_default().insert(outcome);
     }
-    assert_eq!(outcomes.len(), JOBS, "every job ended");
+    assert_eq!(outcomes.len(), JOBS, "every job has an outcome");
     let done = |job: &usize| outcomes[job].contains("done");
     Seen {
         found: books.found,
@@ -266,23 +272,24 @@ fn seen(party: &Party, told: &str) -> Seen {
     }
 }
 
-/// What came of all jobs in which a connection was cut.
+/// The observations after all jobs in which a connection was cut.
 #[derive(Debug, Default)]
 pub(crate) struct Cut {
-    /// Jobs, and so cuts.
+    /// The number of jobs, and so of cuts.
     pub(crate) jobs: usize,
-    /// Effects at the third party, by how many jobs had so many.
+    /// The number of jobs for each number of effects at the third party.
     pub(crate) effects: BTreeMap<usize, usize>,
-    /// Callers who were told that the outcome is unknown.
+    /// Callers to whom the outcome was unknown.
     pub(crate) unknown: usize,
-    /// Jobs that a caller was told to be done, and that were not.
+    /// Jobs that a caller reported as done although they had no effect.
     pub(crate) done_without_effect: usize,
 }
 
-/// Jobs that two callers do at the same time, in one process. The connection to the third party is cut in each, after one byte
-/// more than in the one before: through everything that the callers say, and then through everything that they are told.
+/// Two callers do each job at the same time, in one process. Each job cuts the connection to the
+/// third party one byte later than the job before: first in the bytes that the callers send, then
+/// in the bytes that they receive.
 pub(crate) async fn cuts(row: Row) -> Cut {
-    /// Each has a party and a proxy of its own, and takes its share of the bytes.
+    /// Each share has a party and a proxy of its own.
     const SHARES: usize = 8;
     let shares = (0..SHARES).map(|share| tokio::spawn(cut_share(row, share, SHARES)));
     let mut all = Cut::default();
@@ -318,13 +325,13 @@ async fn cut_share(row: Row, first: usize, step: usize) -> Cut {
             proxy.set(Fate::CutAfter(direction, bytes));
             let both = async { tokio::join!(jobs.settle(row, job), jobs.settle(row, job)) };
             let ((_, one), (_, other)) = tokio::select! {
-                told = both => told,
+                settled = both => settled,
                 never = proxy.heal_behind_the_cut() => match never {},
             };
             let effects = party.books.lock().unwrap().effects.get(&job.to_string()).copied();
             let effects = effects.unwrap_or(0);
             seen.jobs += 1;
-            seen.unknown += [one, other].iter().filter(|told| **told == "unknown").count();
+            seen.unknown += [one, other].iter().filter(|outcome| **outcome == "unknown").count();
             seen.done_without_effect += usize::from([one, other].contains(&"done") && effects == 0);
             *seen.effects.entry(effects).or_default() += 1;
             if !proxy.was_cut() {
@@ -335,18 +342,18 @@ async fn cut_share(row: Row, first: usize, step: usize) -> Cut {
     seen
 }
 
-/// The body of the test that is no test: does the jobs, if this process was started by [`Caller::start`].
-pub(crate) fn call_if_told() {
+/// The body of a test that only a process of [`Caller::start`] runs: it does the jobs.
+pub(crate) fn call_if_started_as_caller() {
     let Ok(url) = std::env::var("CALL_STORE") else { return };
     let variable = |name: &str| std::env::var(name).unwrap();
     let row = ROWS
         .into_iter()
         .find(|row| format!("{row:?}") == variable("CALL_ROW"))
         .unwrap();
-    let mut told = std::fs::OpenOptions::new()
+    let mut log = std::fs::OpenOptions::new()
         .append(true)
         .create(true)
-        .open(variable("CALL_TOLD"))
+        .open(variable("CALL_OUTCOMES"))
         .unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -361,7 +368,7 @@ pub(crate) fn call_if_told() {
         let outcomes = iter(0..JOBS).map(|job| jobs.settle(row, job)).buffer_unordered(8);
         let mut outcomes = Box::pin(outcomes);
         while let Some((job, outcome)) = outcomes.next().await {
-            std::io::Write::write_all(&mut told, format!("{job} {outcome}\n").as_bytes()).unwrap();
+            std::io::Write::write_all(&mut log, format!("{job} {outcome}\n").as_bytes()).unwrap();
         }
     });
 }
@@ -380,7 +387,7 @@ struct Jobs {
 }
 
 impl Jobs {
-    /// Does a job again and again until its outcome is known, or known to be unknown.
+    /// Repeats a job until its outcome is known, or certain to stay unknown.
     async fn settle(&self, row: Row, job: usize) -> (usize, &'static str) {
         loop {
             let ended = match row {
@@ -407,7 +414,7 @@ impl Jobs {
         once.with_lease(Duration::from_millis(700)).with_max_attempts(10_000)
     }
 
-    /// Row 1: keys, derived from the job's name, and no store at all.
+    /// Row 1: keys, derived from the name of the job, and no store.
     async fn charge(&self, job: usize) -> CallOutcome {
         let keys = KeyDeriver::new(&[7; 32]).unwrap();
         let policy = RetryPolicy::new(ProviderProfile::stripe())
@@ -423,7 +430,7 @@ impl Jobs {
         match client.oneshot(request).await {
             Ok(response) => {
                 let outcome = response.extensions().get::<CallReport>().unwrap().outcome();
-                // The head came, and the body may still be lost.
+                // The head has arrived, but the body may still be lost.
                 let body = http_body_util::BodyExt::collect(response.into_body()).await;
                 body.map_or(CallOutcome::Unknown, |_| outcome)
             }
@@ -431,7 +438,7 @@ impl Jobs {
         }
     }
 
-    /// Row 5: nothing.
+    /// Row 5: the third party offers nothing.
     async fn create(&self, job: usize, once: Once<BoxStore>) -> Ended {
         let (jobs, path) = (self.clone(), format!("create/{job}"));
         let done = once.run(move |_| async move { jobs.post(&path, &[]).await });
@@ -461,7 +468,7 @@ impl Jobs {
         done.await.map(Done::into_value)
     }
 
-    /// Row 4: asks first, raising the fence.
+    /// Row 4: a check first, which raises the fence.
     async fn check(&self, job: usize) -> Ended {
         let (asking, creating) = (self.clone(), self.clone());
         let (find, create) = (format!("find/{job}"), format!("create/{job}"));
@@ -477,7 +484,7 @@ impl Jobs {
         done.map(Done::into_value)
     }
 
-    /// A 404 and a 412 say that nothing was done; everything else that is no success leaves it open.
+    /// A 404 and a 412 show that nothing was done. Any other failure leaves the outcome open.
     async fn post(&self, path: &str, headers: &[(&'static str, String)]) -> Result<String, Failure<reqwest::Error>> {
         let mut request = self.http.post(format!("http://{}/{path}", self.party));
         for (name, value) in headers {

@@ -1,4 +1,5 @@
-//! Processes over one store that are killed at random. `KILLS` sets how many each test kills.
+//! Processes over one store that are killed at random. `KILLS` sets the number of kills of each
+//! test.
 //!
 //! The processes are this binary, started again with a role in its environment.
 
@@ -12,11 +13,11 @@ mod scenarios;
 mod support;
 
 #[test]
-fn serve_if_told() {
-    cluster::serve_if_told();
+fn serve_if_started_as_server() {
+    cluster::serve_if_started_as_server();
 }
 
 #[test]
-fn call_if_told() {
-    jobs::call_if_told();
+fn call_if_started_as_caller() {
+    jobs::call_if_started_as_caller();
 }

@@ -32,13 +32,13 @@ async fn kills_never_make_an_effect_twice_over_a_pool_of_one_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn kills_leave_exactly_one_effect_where_it_shares_the_transaction_of_its_answer() {
+async fn kills_leave_exactly_one_effect_where_it_shares_the_transaction_of_its_response() {
     let server = PostgresServer::start();
     kills_in_transactions(&server, "").await;
 }
 
-/// The transactions of the handler are serializable, and so are the store's statements, because the store does not
-/// change the sessions of this pool.
+/// The transactions of the handler are serializable, and so are the statements of the store,
+/// because the store does not change the sessions of this pool.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_leave_exactly_one_effect_where_the_role_is_serializable() {
     let server = PostgresServer::start();
@@ -61,9 +61,10 @@ async fn kills_in_transactions(server: &PostgresServer, fragment: &str) {
     assert!(counts.iter().all(|(_, count)| *count == 1), "{counts:?}");
 }
 
-/// Without its renewals, an execution that takes longer than its lease would be taken over while it runs.
+/// Without its renewals, another process would take over an execution that takes longer than its
+/// lease.
 #[tokio::test(flavor = "multi_thread")]
-async fn kills_never_repeat_an_execution_that_lives_where_the_blocking_pools_are_full() {
+async fn kills_never_repeat_a_live_execution_where_the_blocking_pools_are_full() {
     let server = PostgresServer::start();
     scenarios::kills(&server.url(), Mode::FullPool).await;
 }

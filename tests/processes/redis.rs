@@ -24,9 +24,10 @@ async fn kills_are_taken_over_where_lost_keys_are_executed() {
     scenarios::kills(&server.url(), Mode::Execute).await;
 }
 
-/// Without its renewals, an execution that takes longer than its lease would be taken over while it runs.
+/// Without its renewals, another process would take over an execution that takes longer than its
+/// lease.
 #[tokio::test(flavor = "multi_thread")]
-async fn kills_never_repeat_an_execution_that_lives_where_the_blocking_pools_are_full() {
+async fn kills_never_repeat_a_live_execution_where_the_blocking_pools_are_full() {
     let server = RedisServer::start();
     scenarios::kills(&server.url(), Mode::FullPool).await;
 }

@@ -1,4 +1,4 @@
-//! What several processes over one store must live through, whatever the store.
+//! Scenarios with several processes over one store, for any store.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
@@ -16,7 +16,7 @@ use futures::{stream, StreamExt};
 use super::cluster::{effects, http_client, send, End, Got, Mode, Process, Seen, LEASE};
 use crate::support;
 
-/// A ledger of one test's own, in the folder for temporary files.
+/// The path of a ledger for one test, in the folder for temporary files.
 fn ledger() -> PathBuf {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let name = format!(
@@ -27,9 +27,10 @@ fn ledger() -> PathBuf {
     std::env::temp_dir().join(name)
 }
 
-/// 10,000 requests over 1,000 keys, each key sent to all processes at once.
+/// Sends 10,000 requests over 1,000 keys, each key to all processes at once.
 pub async fn shared_keys(store: &str, processes: usize) {
-    // Nobody is lost here: a machine so busy that nothing is renewed for a second would make it look so.
+    // No process dies here. On a machine so busy that no task renews for a second, a shorter lease
+    // would end.
     const LONG: Duration = Duration::from_secs(60);
     let ledger = ledger();
     let processes: Vec<Process> = (0..processes)
@@ -41,8 +42,8 @@ pub async fn shared_keys(store: &str, processes: usize) {
         async move {
             let key = format!("key-{n}");
             let sends = (0..10).map(|turn| send(client, processes[(n + turn) % processes.len()].address, &key, &[]));
-            let answers = join_all(sends).await.into_iter().map(|got| got.expect("an answer"));
-            let bodies: HashSet<_> = answers
+            let responses = join_all(sends).await.into_iter().map(|got| got.expect("a response"));
+            let bodies: HashSet<_> = responses
                 .map(|got| {
                     assert_eq!(got.status, StatusCode::CREATED, "{got:?}");
                     got.body
@@ -58,22 +59,23 @@ pub async fn shared_keys(store: &str, processes: usize) {
     drop(std::fs::remove_file(ledger));
 }
 
-/// How many processes a test kills: the number in `KILLS`, or 200 if the tests are thorough, or 20.
+/// The number of processes that a test kills: the value of `KILLS`, or 200 if the tests are
+/// thorough, or 20.
 fn wanted_kills() -> usize {
     let unset = if support::is_thorough() { 200 } else { 20 };
     std::env::var("KILLS").map_or(unset, |kills| kills.parse().expect("KILLS is a number"))
 }
 
-/// How many processes are killed in this mode, and how long after the last kill the next follows, in milliseconds.
+/// The number of kills in this mode, and the pause between two of them in milliseconds.
 fn pace(mode: Mode) -> (usize, std::ops::Range<u64>) {
     match mode {
-        // Executions that take longer than a lease must have the time to end.
+        // Executions that take longer than a lease need time to end.
         Mode::FullPool => (wanted_kills().div_ceil(10), 1_000..2_000),
         Mode::Execute | Mode::Refuse | Mode::Transaction => (wanted_kills(), 20..120),
     }
 }
 
-/// Clients retry while processes are killed at random. Says how many keys there were.
+/// Clients retry while processes are killed at random. Returns the number of keys.
 pub async fn kills(store: &str, mode: Mode) -> usize {
     const PROCESSES: usize = 3;
     let ledger = ledger();
@@ -91,7 +93,7 @@ pub async fn kills(store: &str, mode: Mode) -> usize {
             let addresses = || addresses.lock().unwrap().clone();
             while !done.load(Ordering::Relaxed) {
                 let key = format!("key-{}", next.fetch_add(1, Ordering::Relaxed));
-                // Two callers with one key, and one that asks again afterwards.
+                // Two callers use one key at the same time, and a third one uses it afterwards.
                 let (one, two) = (
                     seen.settle(&client, addresses, &key),
                     seen.settle(&client, addresses, &key),
@@ -134,23 +136,23 @@ fn judge(seen: &Seen, mode: Mode, effects: &std::collections::BTreeMap<String, u
     let (mut unknown, mut takeovers, mut healed) = (0, 0, 0);
     assert_eq!(ends.len(), keys);
     for (key, ends) in ends.iter() {
-        let answers = ends.iter().filter_map(|end| match end {
+        let responses = ends.iter().filter_map(|end| match end {
             End::Responded(got) => Some(got),
             End::Unknown => None,
         });
-        let bodies: HashSet<_> = answers.clone().map(|got| &got.body).collect();
-        assert!(bodies.len() <= 1, "{key} has several answers: {ends:?}");
-        if answers.clone().any(|got| got.attempt() > 1) {
+        let bodies: HashSet<_> = responses.clone().map(|got| &got.body).collect();
+        assert!(bodies.len() <= 1, "{key} has several responses: {ends:?}");
+        if responses.clone().any(|got| got.attempt() > 1) {
             takeovers += 1;
         }
         let unknowns = ends.iter().filter(|end| matches!(end, End::Unknown)).count();
         if unknowns > 0 {
             unknown += 1;
-            healed += usize::from(answers.count() > 0);
+            healed += usize::from(responses.count() > 0);
             assert_eq!(mode, Mode::Refuse, "{key}: {ends:?}");
             assert!(
                 broken.contains_key(key),
-                "nothing explains why the outcome of {key} is unknown"
+                "the outcome of {key} is unknown although no connection broke"
             );
         }
         let effects = effects.get(key).copied().unwrap_or(0);
@@ -165,26 +167,26 @@ fn judge(seen: &Seen, mode: Mode, effects: &std::collections::BTreeMap<String, u
     }
     let repeated = effects.values().filter(|count| **count > 1).count();
     println!(
-        "{mode:?}: {keys} keys, {} broken connections, {unknown} unknown ({healed} of them answered to others or later), \
+        "{mode:?}: {keys} keys, {} broken connections, {unknown} unknown ({healed} of them completed later), \
          {takeovers} takeovers, {repeated} effects repeated, {} failed, refused {:?}",
         broken.values().sum::<usize>(),
         seen.failed.load(Ordering::Relaxed),
         seen.refused.lock().unwrap(),
     );
-    assert!(!broken.is_empty(), "no kill met a request");
+    assert!(!broken.is_empty(), "no kill interrupted a request");
     match mode {
-        Mode::Refuse => assert!(unknown > 0, "no kill met an execution"),
-        Mode::Execute | Mode::FullPool | Mode::Transaction => assert!(takeovers > 0, "nothing was taken over"),
+        Mode::Refuse => assert!(unknown > 0, "no kill interrupted an execution"),
+        Mode::Execute | Mode::FullPool | Mode::Transaction => assert!(takeovers > 0, "no process took a key over"),
     }
 }
 
-/// What became of keys whose process was stopped past their leases and went on.
+/// The responses for keys whose process was stopped past their leases and then continued.
 struct Stopped {
-    /// What the callers of the stopped process got.
+    /// The responses to the callers of the stopped process.
     late: Vec<Got>,
-    /// What others got meanwhile, from another process.
+    /// The responses of another process in the meantime.
     meanwhile: Vec<Got>,
-    /// What was given afterwards, by the process that had been stopped.
+    /// The responses of the stopped process after it continued.
     afterwards: Vec<Got>,
 }
 
@@ -194,19 +196,19 @@ async fn stop_past_the_leases(store: &str, mode: Mode) -> Stopped {
     let [stopped, other] = [(), ()].map(|()| Process::start(store, mode, &ledger));
     let client = http_client();
     let keys: Vec<String> = (0..KEYS).map(|n| format!("key-{n}")).collect();
-    // Long enough that every execution has begun when the process is stopped, and ends after it goes on, also on a machine
-    // that is busy for a second.
+    // Long enough that every execution begins before the stop and ends after it, even if the
+    // machine is busy for a second.
     let slow = [("x-before", "3000".to_owned())];
     let quick = [("x-before", "0".to_owned()), ("x-after", "0".to_owned())];
     let (slow, quick) = (&slow, &quick);
     let to = |process: &Process, headers| {
         let sends = keys.iter().map(|key| send(&client, process.address, key, headers));
-        let answers = join_all(sends.collect::<Vec<_>>());
+        let responses = join_all(sends.collect::<Vec<_>>());
         async {
-            answers
+            responses
                 .await
                 .into_iter()
-                .map(|got| got.expect("an answer"))
+                .map(|got| got.expect("a response"))
                 .collect::<Vec<Got>>()
         }
     };
@@ -214,9 +216,9 @@ async fn stop_past_the_leases(store: &str, mode: Mode) -> Stopped {
         tokio::time::sleep(Duration::from_millis(1_500)).await;
         stopped.signal("-STOP");
         tokio::time::sleep(2 * LEASE).await;
-        let answers = to(&other, &quick[..]).await;
+        let responses = to(&other, &quick[..]).await;
         stopped.signal("-CONT");
-        answers
+        responses
     };
     let (late, meanwhile) = futures::join!(to(&stopped, &slow[..]), elsewhere);
     let afterwards = to(&stopped, &slow[..]).await;
@@ -228,7 +230,8 @@ async fn stop_past_the_leases(store: &str, mode: Mode) -> Stopped {
     }
 }
 
-/// Its keys are taken over and completed elsewhere: it changes nothing, and its callers get the winners' bytes.
+/// Another process takes the keys over and completes them. The stopped process changes nothing, and
+/// its callers get the bytes of the other process.
 pub async fn zombies(store: &str) {
     let Stopped {
         late,
@@ -243,7 +246,8 @@ pub async fn zombies(store: &str) {
     println!("{} owners were superseded", late.len());
 }
 
-/// Nobody may run its keys again, and their outcome is unknown until it completes late.
+/// No process may run the keys again. Their outcome is unknown until the stopped process completes
+/// late.
 pub async fn late_completions(store: &str) {
     let Stopped {
         late,
