@@ -1,4 +1,4 @@
-//! The house has seven floors; a module imports only from floors below it (ARCHITECTURE.md).
+//! A module imports only from floors below its own. ARCHITECTURE.md lists the seven floors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -30,7 +30,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The module on the first level below `src` that a file belongs to.
+/// Returns the module on the first level below `src` that a file belongs to.
 fn module_of(file: &Path, src: &Path) -> String {
     let relative = file.strip_prefix(src).unwrap();
     relative
@@ -44,10 +44,10 @@ fn module_of(file: &Path, src: &Path) -> String {
         .to_owned()
 }
 
-/// The modules that a file names behind `crate::`, outside of comments.
+/// Returns the modules that a file names after `crate::`, outside of comments.
 fn imports(source: &str) -> Vec<String> {
     let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
-    // A path in quotes is a link of the docs.
+    // A path in quotes is a link in the docs.
     let paths = code.flat_map(|line| line.match_indices("crate::").map(move |(at, _)| line.split_at(at)));
     let paths = paths.filter(|(before, _)| !before.ends_with('"'));
     let paths = paths.map(|(_, path)| &path["crate::".len()..]);
@@ -56,7 +56,8 @@ fn imports(source: &str) -> Vec<String> {
             .take_while(|c| c.is_alphanumeric() || *c == '_')
             .collect::<String>()
     });
-    // What begins with a capital is re-exported by `lib`; an empty name is a list and would hide what it imports.
+    // A name that begins with a capital is re-exported by `lib`. An empty name stands for a list
+    // and would hide the imports.
     names.collect()
 }
 
@@ -76,7 +77,7 @@ fn a_module_imports_only_from_floors_below_it() {
             );
             assert!(
                 import.starts_with(char::is_lowercase),
-                "{shown}: `crate::{import}` goes through lib"
+                "{shown}: `crate::{import}` goes through lib; import it from its module"
             );
             let below = floor_of(&import) < floor_of(&module);
             assert!(
@@ -141,7 +142,7 @@ fn the_protocol_is_pure() {
         ] {
             assert!(
                 !code.contains(foreign),
-                "{}: the protocol knows no {foreign}",
+                "{}: the protocol must not use {foreign}",
                 file.display()
             );
         }
@@ -149,7 +150,7 @@ fn the_protocol_is_pure() {
 }
 
 #[test]
-fn features_show_in_few_places() {
+fn only_telemetry_and_the_clock_use_the_feature_metrics() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for file in sources(&src) {
         let source = fs::read_to_string(&file).unwrap();
@@ -163,11 +164,12 @@ fn features_show_in_few_places() {
     }
 }
 
-/// A runtime may have no timers, and tokio's then panic. `clock` has timers for every runtime.
+/// tokio's timers panic in a runtime without timers. `clock` has timers for every runtime.
 #[test]
 fn only_the_clock_makes_timers() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    // The driver of PostgreSQL needs the runtime's timers itself; the conformance suite belongs to tests.
+    // The driver of PostgreSQL needs the timers of the runtime, and only tests use the conformance
+    // suite.
     let excepted = |file: &Path| {
         file.ends_with("clock.rs")
             || file.ends_with("postgres/watch.rs")
@@ -199,7 +201,8 @@ fn panics_are_caught_in_one_place() {
     }
 }
 
-/// The files of a folder, and its subfolders as one unit each, with the units of the folder that they import.
+/// Returns the files of a folder, and its subfolders as one unit each, with the units of the folder
+/// that they import.
 fn imports_within(folder: &Path, src: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let name = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_owned();
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());

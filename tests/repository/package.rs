@@ -1,4 +1,5 @@
-//! The package: dependencies whose licences products may ship with, a minimum Rust that holds, and the files that are published.
+//! The package: licences of dependencies that products may ship with, a minimum Rust version that
+//! is right, and the published files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -52,7 +53,7 @@ fn no_dependency_asks_for_a_newer_rust_than_its_feature_declares() {
             if let Some(theirs) = package["rust_version"].as_str() {
                 assert!(
                     version(theirs) <= version(&minimum),
-                    "{feature}: {} asks for Rust {theirs}. Say `Needs Rust {theirs}.` in the comment above the feature.",
+                    "{feature}: {} asks for Rust {theirs}. Write `Needs Rust {theirs}.` in the comment above the feature.",
                     package["name"]
                 );
             }
@@ -107,7 +108,7 @@ fn the_package_has_nothing_that_only_the_repository_needs() {
     for file in published() {
         let is_known = match file.split_once('/') {
             Some((folder, _)) => FOLDERS.contains(&folder) && !file.starts_with("examples/packages/"),
-            // Cargo makes the four that are listed last.
+            // Cargo itself adds the last four.
             None => [
                 "ARCHITECTURE.md",
                 "CHANGELOG.md",
@@ -148,10 +149,11 @@ fn the_tour_of_the_examples_names_each_of_them() {
     }
 }
 
-/// Tests that read files which are not published.
+/// Tests that read unpublished files.
 const TESTS_OF_THE_REPOSITORY: &str = "tests/repository/";
 
-/// Each feature of the manifest with the minimum Rust that its comment declares, and the empty name for the crate without features.
+/// Returns each feature of the manifest with the minimum Rust version that its comment declares.
+/// The empty name stands for the crate without features.
 fn minimum_rust_of_features() -> BTreeMap<String, String> {
     let ours = env!("CARGO_PKG_RUST_VERSION");
     let package = this_package();
@@ -170,7 +172,8 @@ fn minimum_rust_of_features() -> BTreeMap<String, String> {
     declared.chain([(String::new(), ours.to_owned())]).collect()
 }
 
-/// Every package that a user of the crate compiles with these features; no development dependencies.
+/// Returns every package that a user of the crate compiles with these features, without development
+/// dependencies.
 fn shipped(features: &str) -> Vec<Value> {
     let tree = cargo(&[
         "tree",
@@ -205,19 +208,20 @@ fn shipped(features: &str) -> Vec<Value> {
         .collect()
 }
 
-/// The manifest as cargo reads it.
+/// Returns the manifest as cargo reads it.
 fn this_package() -> Value {
     let metadata: Value = serde_json::from_str(&cargo(&["metadata", "--format-version", "1", "--no-deps"])).unwrap();
     metadata["packages"][0].clone()
 }
 
-/// The paths of the files that `cargo publish` would upload.
+/// Returns the paths of the files that `cargo publish` would upload.
 fn published() -> BTreeSet<String> {
     let list = cargo(&["package", "--list", "--allow-dirty", "--offline"]);
     list.lines().map(|file| file.replace('\\', "/")).collect()
 }
 
-/// The files that a source names in `include_str!` and `include_bytes!`, by their paths within the package.
+/// Returns the files that a source names in `include_str!` and `include_bytes!`, by their paths
+/// within the package.
 fn included_by(file: &str, source: &str) -> Vec<String> {
     let literals = ["include_str!(\"", "include_bytes!(\""]
         .into_iter()
@@ -248,7 +252,7 @@ fn cargo(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Whether an SPDX expression can be satisfied from the list: one part of every conjunction.
+/// Whether the licences of the list satisfy an SPDX expression: one part of every conjunction.
 fn is_allowed(expression: &str) -> bool {
     let plain = expression.replace(['(', ')'], "").replace('/', " OR ");
     plain

@@ -1,24 +1,26 @@
-//! Comments and pages are plain technical English, as CONTRIBUTING.md asks, as far as a test can see that.
+//! Comments and pages are plain technical English, as CONTRIBUTING.md asks, as far as a test can
+//! check.
 //!
-//! Old prose still has habits that the rules exclude. [`KNOWN`] has their number per folder. A folder with more hits fails the
-//! test, and so does a folder with fewer, so that the number falls with each improvement and never rises again.
+//! [`KNOWN`] lists the number of forbidden habits that are left per folder. A folder with more hits
+//! fails the test, and so does a folder with fewer, so that the number falls with each improvement
+//! and never rises again.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The hits that are left, by place: a folder of `src`, another top-level folder, or `.` for the files beside `Cargo.toml`.
-/// Places that are not listed have none.
+/// The number of hits that are left, by place: a folder of `src`, another top-level folder, or `.`
+/// for the files beside `Cargo.toml`. Places that are not listed have none.
 const KNOWN: &[(&str, usize)] = &[("tests", 78)];
 
-/// The folders whose files are read, beside the files of the root itself.
+/// The folders that the test reads, beside the files of the root itself.
 const FOLDERS: [&str; 6] = [".github", "benches", "docs", "examples", "src", "tests"];
 
 /// First words that make a comment or a paragraph open with a clause instead of a noun or a verb.
 const OPENERS: [&str; 3] = ["What", "Who", "Whoever"];
 
-/// Phrases that hide the agent or turn the sentence around. Case does not matter.
+/// Phrases that hide the agent or turn the sentence around. The check ignores case.
 const PHRASES: [&str; 15] = [
     "become of",
     "becomes of",
@@ -88,16 +90,16 @@ fn prose_has_no_more_and_no_fewer_forbidden_habits_than_are_known() {
 fn the_check_sees_habits_in_comments_only() {
     let rust = "/// What a store keeps.\nfn f() {}\n// Who waits.\nlet s = \"// Whoever\"; // Whoever waits\n";
     assert_eq!(habits_of("a.rs", rust).len(), 3);
-    // A phrase that goes over two lines of one comment, and a sentence in the middle of it.
+    // A phrase that spans two lines of one comment, and a sentence in the middle of it.
     let rust = "// The outcome, of\n// which nobody heard. Else it waits.\n";
     assert_eq!(habits_of("a.rs", rust).len(), 2);
-    // Strings, characters, code in a comment and words that only begin alike.
+    // Strings, characters, code in a comment, and words with the same beginning.
     let rust = "let s = r#\"// What\"#; let c = '\"'; let l: &'static str = \"/* Who */\";\n// Whole numbers, `is told`, whatever.\n";
     assert_eq!(habits_of("a.rs", rust), Vec::<String>::new());
-    // The second paragraph opens badly; the heading and the item do not count as openers.
+    // The second paragraph opens badly. The heading and the item do not count as openers.
     let rust = "/// # Who waits\n///\n/// - What it is\n///\n/// What it does.\n";
     assert_eq!(habits_of("a.rs", rust).len(), 1);
-    // Code of an example has comments of its own.
+    // The code of an example has comments of its own.
     let rust = "/// ```\n/// // What it does.\n/// let s = \"Else\";\n/// ```\n";
     assert_eq!(habits_of("a.rs", rust).len(), 1);
     assert_eq!(
@@ -128,7 +130,7 @@ fn the_check_sees_habits_in_comments_only() {
     assert_eq!(habits_of("a.html", "<!-- What -->"), Vec::<String>::new());
 }
 
-/// Every file of the repository that has prose which the test can read.
+/// Returns every file of the repository with prose that the test can read.
 fn files(root: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = entries(root).into_iter().filter(|path| path.is_file()).collect();
     for folder in FOLDERS {
@@ -163,7 +165,7 @@ fn place_of(path: &str) -> String {
     }
 }
 
-/// The forbidden habits in the comments of a file, each with its place.
+/// Returns the forbidden habits in the comments of a file, each with its place.
 fn habits_of(path: &str, source: &str) -> Vec<String> {
     let Some(syntax) = Syntax::of(path) else {
         return Vec::new();
@@ -184,7 +186,7 @@ fn habits_of(path: &str, source: &str) -> Vec<String> {
     habits
 }
 
-/// How the comments of a language look.
+/// The syntax of comments in a language.
 struct Code {
     line: &'static str,
     /// Whether the marker of a comment must stand at the start of a line or after a space.
@@ -222,10 +224,10 @@ struct Comment {
     text: String,
 }
 
-/// The comments of a source. Comments of whole lines that follow each other without a gap are one.
+/// Returns the comments of a source. Consecutive whole-line comments count as one.
 fn comments_of(source: &str, code: &Code) -> Vec<Comment> {
     let mut comments: Vec<Comment> = Vec::new();
-    // The kind of the last comment and the line that would continue it.
+    // The kind of the last comment, and the line that would continue it.
     let mut continues: Option<(&str, usize)> = None;
     let (mut at, mut line, mut line_start) = (0, 1, 0);
     while at < source.len() {
@@ -273,14 +275,15 @@ fn comments_of(source: &str, code: &Code) -> Vec<Comment> {
     comments
 }
 
-/// The marker of a line comment, which tells doc comments from others, and its text.
+/// Splits a line comment into its marker, which distinguishes doc comments from others, and its
+/// text.
 fn split_marker<'s>(comment: &'s str, code: &Code) -> (&'s str, &'s str) {
     let extra = comment[code.line.len()..].starts_with(['/', '!']) && code.is_rust;
     let (marker, text) = comment.split_at(code.line.len() + usize::from(extra));
     (marker, text.strip_prefix(' ').unwrap_or(text))
 }
 
-/// The length of the block comment that the text begins with. Blocks nest.
+/// The length of the block comment at the start of the text. Blocks nest.
 fn block_length(text: &str, (open, close): (&str, &str)) -> Option<usize> {
     let (mut at, mut depth) = (0, 0);
     while text.starts_with(open) && at < text.len() {
@@ -299,14 +302,14 @@ fn block_length(text: &str, (open, close): (&str, &str)) -> Option<usize> {
     None
 }
 
-/// The length of the string or character that the text begins with, or of one character of code.
+/// The length of the string or character at the start of the text, or of one character of code.
 fn literal_length(text: &str, before: &str, code: &Code) -> usize {
     if code.is_rust {
         if let Some(length) = raw_string_length(text, before) {
             return length;
         }
         if let Some(rest) = text.strip_prefix('\'') {
-            // A lifetime has no quote behind its first character.
+            // A lifetime has no quote after its first character.
             let is_char = rest.starts_with('\\') || rest[first_char(rest)..].starts_with('\'');
             return if is_char { quoted_length(text, '\'', false) } else { 1 };
         }
@@ -335,7 +338,8 @@ fn raw_string_length(text: &str, before: &str) -> Option<usize> {
     Some(text.len() - content.len() + length)
 }
 
-/// A string of a language whose strings end with their line ends there, even if its quote is only an apostrophe.
+/// The length of a quoted string. In a language whose strings cannot span lines, the string ends
+/// with its line, because its quote may be an apostrophe.
 fn quoted_length(text: &str, quote: char, spans_lines: bool) -> usize {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
@@ -360,7 +364,7 @@ fn first_char(text: &str) -> usize {
 struct Paragraph {
     line: usize,
     text: String,
-    /// Whether it is plain text, and no heading, item of a list or row of a table.
+    /// Whether it is plain text rather than a heading, an item of a list or a row of a table.
     is_plain: bool,
 }
 
@@ -385,7 +389,7 @@ impl Paragraph {
     }
 }
 
-/// The paragraphs of a comment, in Markdown. Of code, only the comments count.
+/// Returns the paragraphs of a comment in Markdown. Of a code block, only the comments count.
 fn paragraphs_of(comment: &Comment) -> Vec<Paragraph> {
     let mut paragraphs: Vec<Paragraph> = Vec::new();
     let mut is_open = false;
@@ -450,7 +454,7 @@ fn paragraphs_of_code(language: &str, text: &str, end: usize) -> Vec<Paragraph> 
         .collect()
 }
 
-/// The text without what stands between backticks.
+/// Returns the text without the parts between backticks.
 fn without_code(text: &str) -> String {
     let parts = text.split('`').enumerate();
     parts
@@ -458,7 +462,7 @@ fn without_code(text: &str) -> String {
         .collect()
 }
 
-/// Where a phrase stands in a text as words of their own.
+/// Returns the positions at which a phrase occurs as whole words.
 fn occurrences(text: &str, phrase: &str) -> Vec<usize> {
     let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '-';
     let all = text.match_indices(phrase).map(|(at, _)| at);
