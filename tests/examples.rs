@@ -1,7 +1,7 @@
-//! Every example does what it says: it is run as its reader would run it, and asked over HTTP.
+//! Runs every example as its reader would run it, and checks its claims over HTTP.
 //!
-//! `cargo test` builds the examples before it runs this; `cargo test --test examples` does not, and then
-//! `cargo build --examples` with the same features must have been run.
+//! `cargo test` builds the examples before it runs these tests. `cargo test --test examples` does
+//! not build them, so run `cargo build --examples` with the same features first.
 
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -21,7 +21,7 @@ use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// An example that runs. It is killed when this is dropped, after a failed assertion too.
+/// A running example. Dropping the value kills the process, also after a failed assertion.
 struct Example {
     child: Child,
     stdout: Lines<BufReader<ChildStdout>>,
@@ -30,7 +30,7 @@ struct Example {
 }
 
 #[derive(Debug, PartialEq)]
-struct Answer {
+struct Response {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
@@ -57,7 +57,7 @@ impl Example {
             .spawn();
         let mut child = child.unwrap_or_else(|error| {
             panic!(
-                "{} cannot be run ({error}); `cargo build --examples --features axum` makes it",
+                "{} cannot be run ({error}); build it with `cargo build --examples --features axum`",
                 binary.display()
             )
         });
@@ -73,25 +73,26 @@ impl Example {
         let line = example.line().await;
         let address = line
             .strip_prefix("listening on ")
-            .expect("its first line is its address");
+            .expect("the first line of the output is the address");
         example.origin = format!("http://{}", address.trim_start_matches("http://"));
         example
     }
 
-    /// The next line that it prints.
+    /// Returns the next line that the example prints.
     async fn line(&mut self) -> String {
         let line = timeout(PATIENCE, self.stdout.next_line())
             .await
-            .expect("it prints in time");
-        line.expect("its output is text").expect("it prints another line")
+            .expect("the example prints a line in time");
+        line.expect("the output is text")
+            .expect("the example prints another line")
     }
 
-    async fn get(&self, path: &str) -> Answer {
+    async fn get(&self, path: &str) -> Response {
         let request = Request::get(format!("{}{path}", self.origin)).body(Full::default());
         self.send(&self.client, request.expect("a request")).await
     }
 
-    async fn post(&self, path: &str, headers: &[(&str, &str)], body: &'static str) -> Answer {
+    async fn post(&self, path: &str, headers: &[(&str, &str)], body: &'static str) -> Response {
         let request = self.request(path, headers, body);
         self.send(&self.client, request).await
     }
@@ -104,42 +105,48 @@ impl Example {
         request.body(Full::from(body)).expect("a request")
     }
 
-    async fn send(&self, client: &Client<HttpConnector, Full<Bytes>>, request: Request<Full<Bytes>>) -> Answer {
-        let answer = async {
-            let (head, body) = client.request(request).await.expect("it answers").into_parts();
-            Answer {
+    async fn send(&self, client: &Client<HttpConnector, Full<Bytes>>, request: Request<Full<Bytes>>) -> Response {
+        let response = async {
+            let (head, body) = client
+                .request(request)
+                .await
+                .expect("the example responds")
+                .into_parts();
+            Response {
                 status: head.status,
                 headers: head.headers,
                 body: body.collect().await.expect("a whole body").to_bytes(),
             }
         };
-        timeout(PATIENCE, answer).await.expect("it answers in time")
+        timeout(PATIENCE, response).await.expect("the example responds in time")
     }
 
-    /// Sends a request and hangs up as soon as the handler says that it begins.
+    /// Sends a request and hangs up as soon as the handler prints that it begins.
     async fn hang_up_on(&mut self, path: &str, headers: &[(&str, &str)], body: &'static str) {
-        let answer = self.client.request(self.request(path, headers, body));
+        let response = self.client.request(self.request(path, headers, body));
         tokio::select! {
-            _ = answer => panic!("it answered before it began"),
+            _ = response => panic!("the example responded before the handler began"),
             line = timeout(PATIENCE, self.stdout.next_line()) => {
-                let line = line.expect("it begins in time").expect("text").expect("a line");
+                let line = line.expect("the handler begins in time").expect("text").expect("a line");
                 assert!(line.ends_with(" begins"), "{line}");
             }
         }
     }
 
-    /// Ends it as Ctrl-C does.
+    /// Stops the example as Ctrl-C does.
     async fn interrupt(&mut self) -> ExitStatus {
-        let id = self.child.id().expect("it runs").to_string();
+        let id = self.child.id().expect("the example is running").to_string();
         let sent = Command::new("sh").args(["-c", "kill -INT \"$0\"", &id]).status().await;
         assert!(sent.expect("a shell").success());
-        let ended = timeout(PATIENCE, self.child.wait()).await.expect("it ends in time");
-        ended.expect("its exit status")
+        let ended = timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("the example exits in time");
+        ended.expect("an exit status")
     }
 
-    /// Ends it as a power cut does.
+    /// Stops the example as a power cut does.
     async fn kill(mut self) {
-        self.child.kill().await.expect("it is killed");
+        self.child.kill().await.expect("the example can be killed");
     }
 }
 
@@ -147,21 +154,26 @@ async fn run(name: &str) -> String {
     run_with(name, &[]).await
 }
 
-/// What an example prints that ends by itself; it ends well only if the effects were as it promises.
+/// Runs an example to its end and returns its output. An example exits with an error if its claim
+/// is false.
 async fn run_with(name: &str, environment: &[(&str, &str)]) -> String {
     let mut command = Command::new(binary(name));
     command.envs(environment.iter().copied());
-    // `reqwest` heeds the environment's proxies, and a proxy elsewhere does not reach this machine's own servers.
+    // `reqwest` uses the proxies of the environment, and a proxy on another machine cannot reach
+    // the servers of this one.
     command.env("NO_PROXY", "127.0.0.1");
     let ended = timeout(PATIENCE, command.kill_on_drop(true).stdin(Stdio::null()).output());
-    let ended = ended.await.expect("it ends in time").expect("it can be run");
+    let ended = ended
+        .await
+        .expect("the example exits in time")
+        .expect("the example can be run");
     let printed = String::from_utf8(ended.stdout).expect("text");
     let error = String::from_utf8_lossy(&ended.stderr);
     assert!(ended.status.success(), "{name}: {printed}\n{error}");
     printed
 }
 
-/// Where cargo puts examples: beside the folder of this very test.
+/// The path of an example: cargo puts examples beside the folder of this test.
 fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the path of this test");
     let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
@@ -171,7 +183,7 @@ fn binary(name: &str) -> PathBuf {
         .with_extension(std::env::consts::EXE_EXTENSION)
 }
 
-impl Answer {
+impl Response {
     fn is_replayed(&self) -> bool {
         self.headers
             .get("idempotent-replayed")
@@ -182,7 +194,7 @@ impl Answer {
         serde_json::from_slice(&self.body).expect("a JSON body")
     }
 
-    /// Checks that this is the answer `first`, replayed.
+    /// Checks that this is the response `first`, replayed.
     fn assert_replays(&self, first: &Self) {
         assert!(!first.is_replayed() && self.is_replayed(), "{first:?}, then {self:?}");
         assert_eq!((self.status, &self.body), (first.status, &first.body));
@@ -224,12 +236,12 @@ mod payments {
     }
 
     #[tokio::test]
-    async fn a_lost_answer_is_given_again() {
+    async fn a_lost_response_is_replayed() {
         let mut shop = Example::start("payments").await;
         shop.hang_up_on("/payments", ORDER, r#"{"amount": 4200}"#).await;
-        let answer = shop.post("/payments", ORDER, r#"{"amount": 4200}"#).await;
-        assert!(answer.is_replayed());
-        assert_eq!(answer.json()["id"], 1);
+        let response = shop.post("/payments", ORDER, r#"{"amount": 4200}"#).await;
+        assert!(response.is_replayed());
+        assert_eq!(response.json()["id"], 1);
         assert_eq!(charges(&shop).await, 1);
     }
 
@@ -246,8 +258,8 @@ mod payments {
     async fn without_a_key_every_request_is_a_charge() {
         let shop = Example::start("payments").await;
         let pay = || shop.post("/payments", &[JSON], r#"{"amount": 4200}"#);
-        let answers = join_all([pay(), pay()]).await;
-        assert!(answers.iter().all(|answer| !answer.is_replayed()));
+        let responses = join_all([pay(), pay()]).await;
+        assert!(responses.iter().all(|response| !response.is_replayed()));
         assert_eq!(charges(&shop).await, 2);
     }
 
@@ -306,7 +318,7 @@ mod payments {
     }
 
     #[tokio::test]
-    async fn the_page_is_served_and_needs_nothing_from_elsewhere() {
+    async fn the_page_is_served_and_loads_nothing_from_other_hosts() {
         let page = Example::start("payments").await.get("/").await;
         let html = std::str::from_utf8(&page.body).expect("text");
         assert!(html.contains("<title>Paid once</title>"));
@@ -322,10 +334,10 @@ mod per_route {
     const KEY: (&str, &str) = ("idempotency-key", "k");
 
     #[tokio::test]
-    async fn strangers_are_turned_away_and_health_is_not_covered() {
+    async fn callers_without_a_token_are_rejected_and_health_is_not_covered() {
         let api = Example::start("per_route").await;
-        let stranger = api.post("/payments", &[KEY], "100").await;
-        assert_eq!(stranger.status, StatusCode::UNAUTHORIZED);
+        let rejected = api.post("/payments", &[KEY], "100").await;
+        assert_eq!(rejected.status, StatusCode::UNAUTHORIZED);
         assert_eq!(api.get("/health").await.body, "fine\n");
     }
 
@@ -343,21 +355,21 @@ mod per_route {
         assert!(!other.is_replayed() && other.body != first.body);
     }
 
-    async fn report(api: &Example, key: &str, day: &'static str) -> Answer {
+    async fn report(api: &Example, key: &str, day: &'static str) -> Response {
         api.post("/reports", &[ALPHA, ("idempotency-key", key)], day).await
     }
 
     #[tokio::test]
-    async fn reports_do_not_wait_and_say_themselves_whether_they_are_kept() {
+    async fn reports_do_not_wait_and_decide_whether_their_response_is_stored() {
         let api = Example::start("per_route").await;
         let (one, other) = join(report(&api, "m", "monday"), report(&api, "m", "monday")).await;
-        let (kept, refused) = if one.status.is_success() {
+        let (stored, refused) = if one.status.is_success() {
             (one, other)
         } else {
             (other, one)
         };
         refused.assert_refused(409, "request-outstanding");
-        report(&api, "m", "monday").await.assert_replays(&kept);
+        report(&api, "m", "monday").await.assert_replays(&stored);
         let today = report(&api, "t", "today").await;
         assert!(!report(&api, "t", "today").await.is_replayed() && today.status.is_success());
     }
@@ -395,12 +407,12 @@ mod per_route {
             .await;
         assert!(
             !again.is_replayed() && again.body != failed.body,
-            "5xx is not kept there"
+            "v2 does not store a 5xx response"
         );
     }
 
     #[tokio::test]
-    async fn a_shutdown_finishes_what_its_caller_left() {
+    async fn a_shutdown_finishes_a_request_whose_caller_has_left() {
         let mut api = Example::start("per_route").await;
         api.hang_up_on("/payments", &[ALPHA, KEY], "100").await;
         assert!(api.interrupt().await.success());
@@ -414,7 +426,7 @@ mod custom_store {
 
     const KEY: &[(&str, &str)] = &[("idempotency-key", "k")];
 
-    /// A directory that goes when this is dropped.
+    /// A directory that is removed when the value is dropped.
     struct Scratch(PathBuf);
 
     impl Scratch {
@@ -444,7 +456,7 @@ mod custom_store {
     }
 
     #[tokio::test]
-    async fn an_answer_survives_a_kill_and_a_restart() {
+    async fn a_response_survives_a_kill_and_a_restart() {
         let directory = Scratch::new("replay");
         let shop = directory.serve().await;
         let first = shop.post("/orders", KEY, "two teapots").await;
@@ -466,8 +478,8 @@ mod custom_store {
         shop.kill().await;
 
         let shop = directory.serve().await;
-        let answer = shop.post("/orders", KEY, "two teapots").await;
-        answer.assert_refused(409, "outcome-unknown");
+        let response = shop.post("/orders", KEY, "two teapots").await;
+        response.assert_refused(409, "outcome-unknown");
     }
 
     #[tokio::test]
@@ -481,8 +493,8 @@ mod custom_store {
             b"not a record, but as long as one would be, or longer: no matter",
         ] {
             std::fs::write(directory.record(), damaged).expect("a damaged record");
-            let answer = shop.post("/orders", KEY, "two teapots").await;
-            answer.assert_refused(500, "record-unreadable");
+            let response = shop.post("/orders", KEY, "two teapots").await;
+            response.assert_refused(500, "record-unreadable");
         }
     }
 }
@@ -510,7 +522,7 @@ mod bare_hyper {
     }
 
     #[tokio::test]
-    async fn a_shutdown_finishes_what_its_caller_left() {
+    async fn a_shutdown_finishes_a_request_whose_caller_has_left() {
         let mut shop = Example::start("bare_hyper").await;
         shop.hang_up_on("/", KEY, "two teapots").await;
         assert!(shop.interrupt().await.success());
@@ -561,7 +573,7 @@ mod clients {
     #[tokio::test]
     async fn a_job_of_steps_is_resumed_after_each_kill() {
         let printed = run("client_drafts").await;
-        // The draft that was recorded is not made again, however often the job runs.
+        // The job records its draft, so it makes no second one, however often it runs.
         assert_eq!(printed.matches("at a draft\n").count(), 2, "{printed}");
         assert_eq!(printed.matches("at sending it\n").count(), 2, "{printed}");
         assert!(printed.ends_with("2 drafts, and 1 of them was sent\n"), "{printed}");
@@ -569,7 +581,7 @@ mod clients {
 
     #[cfg(feature = "reqwest")]
     #[tokio::test]
-    async fn a_lost_call_is_asked_about() {
+    async fn a_lost_call_is_looked_up_at_the_third_party() {
         let printed = run("client_existence_check").await;
         for asked in ["asks for taken: found\n", "asks for not-taken: not found\n"] {
             assert_eq!(printed.matches(asked).count(), 1, "{printed}");
@@ -582,7 +594,7 @@ mod clients {
 
     #[cfg(feature = "reqwest")]
     #[tokio::test]
-    async fn the_layers_go_around_reqwest() {
+    async fn the_layers_wrap_reqwest() {
         let printed = run("reqwest_client").await;
         assert!(printed.starts_with("ch_1 after 3 attempts"), "{printed}");
         assert!(printed.ends_with("the bank charged [\"4200\"]\n"), "{printed}");
@@ -625,7 +637,7 @@ mod postgres;
 
 #[cfg(feature = "postgres")]
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_outbox_sends_twice_is_shipped_once() {
+async fn an_order_that_an_outbox_sends_twice_is_shipped_once() {
     let server = postgres::PostgresServer::start();
     let printed = run_with("outbox", &[("DATABASE_URL", &server.url())]).await;
     assert_eq!(printed.matches("publication 1: First(())\n").count(), 16, "{printed}");
@@ -643,8 +655,8 @@ mod postgres_transaction {
     }
 
     async fn rows(example: &Example) -> usize {
-        let answer = example.get("/payments").await;
-        let rows: serde_json::Value = serde_json::from_slice(&answer.body).expect("JSON");
+        let response = example.get("/payments").await;
+        let rows: serde_json::Value = serde_json::from_slice(&response.body).expect("JSON");
         rows.as_array().expect("a list").len()
     }
 
@@ -675,13 +687,14 @@ mod postgres_transaction {
 
         let example = start(&server).await;
         assert_eq!(rows(&example).await, 1);
-        let answer = example.post("/payments", &second, BODY).await;
-        // The lost attempt counts until its lease of five seconds is over; who waits is told to ask again.
-        let answer = match answer.status {
+        let response = example.post("/payments", &second, BODY).await;
+        // The lost attempt counts as in flight until its lease of five seconds ends. A waiter gets
+        // 409 before that.
+        let response = match response.status {
             StatusCode::CONFLICT => example.post("/payments", &second, BODY).await,
-            _ => answer,
+            _ => response,
         };
-        assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+        assert_eq!(response.status, StatusCode::CREATED, "{response:?}");
         assert_eq!(rows(&example).await, 2);
     }
 }
@@ -722,7 +735,7 @@ mod redis {
             line = two.stdout.next_line() => Some(line),
             () = tokio::time::sleep(std::time::Duration::from_millis(200)) => None,
         };
-        assert!(more.is_none(), "both charged: {more:?}");
+        assert!(more.is_none(), "both processes charged: {more:?}");
     }
 }
 
