@@ -1,4 +1,5 @@
-//! Webhooks over HTTP: the layer verifies each before anything is recorded, runs it once, and gives duplicates the same response.
+//! Webhooks over HTTP: the layer verifies each before anything is recorded, runs it once, and gives
+//! duplicates the same response.
 
 mod bits;
 mod senders;
@@ -249,7 +250,8 @@ async fn bodies_are_bounded_in_length_and_time() {
     assert_eq!(app.counts(), (1, 1));
 }
 
-/// The layer inside had a limit of its own, so a webhook that was within the limit of the layer outside got 413 all the same.
+/// The layer inside had a limit of its own, so a webhook that was within the limit of the layer
+/// outside got 413 all the same.
 #[tokio::test(start_paused = true)]
 async fn one_setting_bounds_the_body_for_both_layers() {
     let bounded = |inner: fn(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>| {
@@ -396,7 +398,8 @@ async fn ids_of_any_bytes_become_keys_and_impossible_ones_do_not() {
     assert_eq!(app.counts(), (3, 3));
 }
 
-/// A refusal was stored for 7 days, so a handler that was corrected never got the webhook that it had refused.
+/// A refusal was stored for 7 days, so a handler that was corrected never got the webhook that it
+/// had refused.
 #[tokio::test(start_paused = true)]
 async fn a_webhook_that_its_handler_refused_runs_again() {
     for refused in [422, 404, 302] {
@@ -427,7 +430,8 @@ async fn a_webhook_that_its_handler_refused_runs_again() {
     assert_eq!(app.counts(), (1, 1));
 }
 
-/// No signature covers the method, and the layer inside guards POST only, so under PUT the same webhook ran again.
+/// No signature covers the method, and the layer inside guards POST only, so under PUT the same
+/// webhook ran again.
 #[tokio::test(start_paused = true)]
 async fn only_post_is_taken() {
     let app = App::responding(|layer| layer, |_| "thanks".into_response());
@@ -445,7 +449,8 @@ async fn only_post_is_taken() {
     assert_eq!(app.counts(), (1, 1));
 }
 
-/// The key is no secret. A client that has seen it could send it with its own request and take the webhook's place.
+/// The key is no secret. A client that has seen it could send it with its own request and take the
+/// webhook's place.
 #[tokio::test(start_paused = true)]
 async fn a_clients_own_request_does_not_take_a_webhooks_key() {
     let seen = Arc::new(Mutex::new(None));
@@ -549,7 +554,8 @@ async fn a_duplicate_whose_response_was_not_stored_gets_a_bare_200() {
     }
 }
 
-/// A failure that was too long to be stored was acknowledged as a success, and the provider stopped sending.
+/// A failure that was too long to be stored was acknowledged as a success, and the provider stopped
+/// sending.
 #[tokio::test(start_paused = true)]
 async fn a_failure_whose_body_is_not_stored_is_never_reported_as_a_success() {
     let broken = || {
@@ -584,7 +590,8 @@ async fn a_webhook_of_endless_empty_frames_is_refused_after_its_timeout() {
     assert_eq!(app.counts(), (0, 0));
 }
 
-/// The layer held a permit of the service inside while it read a body, so forged requests without a body took all of them.
+/// The layer held a permit of the service inside while it read a body, so forged requests without a
+/// body took all of them.
 #[tokio::test(start_paused = true)]
 async fn an_unverified_webhook_takes_no_permit_of_the_service_inside() {
     let handler = service_fn(|_: Request<Body>| async { Ok::<_, Infallible>(Response::new(Body::empty())) });
@@ -631,7 +638,8 @@ async fn the_body_of_an_unsigned_webhook_is_not_read() {
     assert!(is_polled.load(Ordering::SeqCst));
 }
 
-/// A provider sends an event under one id to each endpoint that subscribed to it, so each layer has a name of its own.
+/// A provider sends an event under one id to each endpoint that subscribed to it, so each layer has
+/// a name of its own.
 #[tokio::test]
 async fn each_of_two_handlers_gets_an_event_that_was_sent_to_both() {
     let (store, runs) = (MemoryStore::new(), Arc::new(AtomicUsize::new(0)));
@@ -662,7 +670,8 @@ async fn each_of_two_handlers_gets_an_event_that_was_sent_to_both() {
     }
 }
 
-/// An application's layer has settings for its clients' keys. The key of a webhook need not meet them.
+/// An application's layer has settings for its clients' keys. The key of a webhook need not meet
+/// them.
 #[tokio::test]
 async fn the_preset_runs_webhooks_once_on_every_base_layer() {
     type Base = fn(IdempotencyLayer<MemoryStore>) -> IdempotencyLayer<MemoryStore>;

@@ -36,7 +36,8 @@ fn every_dependency_has_a_licence_that_products_may_ship_with() {
     }
 }
 
-/// `cargo deny` needs the network, so a release runs it, and these tests check the same list on every change.
+/// `cargo deny` needs the network, so a release runs it, and these tests check the same list on
+/// every change.
 #[test]
 fn deny_toml_allows_the_same_licences() {
     let configuration = include_str!("../../deny.toml");

@@ -865,7 +865,8 @@ async fn an_error_whose_text_panics_fails_its_message_only() {
     assert_eq!((published.published, published.failed), (1, 1));
 }
 
-/// At repeatable read and above, 30 of 360 looks failed, and relays published 273 of 500 messages again.
+/// At repeatable read and above, 30 of 360 looks failed, and relays published 273 of 500 messages
+/// again.
 #[tokio::test(flavor = "multi_thread")]
 async fn relays_share_the_work_at_every_default_isolation() {
     let server = PostgresServer::start();

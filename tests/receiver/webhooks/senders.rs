@@ -92,7 +92,8 @@ pub(crate) fn at(seconds: u64) -> SystemTime {
 pub(crate) const STANDARD_TIME: u64 = 1_614_265_330;
 pub(crate) const STANDARD_SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 pub(crate) const STANDARD_SIGNATURE: &str = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=";
-/// The public key that belongs to the private key of the vector, computed with Python's `cryptography`.
+/// The public key that belongs to the private key of the vector, computed with Python's
+/// `cryptography`.
 pub(crate) const ED25519_KEY: &str = "whpk_ZlN4eg7dSSqi0moX9hQUk3orrOouK3QVQSlJa248c/g=";
 pub(crate) const ED25519_SIGNATURE: &str =
     "v1a,tQ9V2XOqn7jL/DQenEFpqIugdBVtiMmER5mhSkXBNwM0mkATuDe6KYYUuxqtaiHeYGb7KaaBRdM5WqyeFiL8Ag==";
@@ -220,7 +221,8 @@ pub(crate) fn twilio_json() -> Sender {
         .body(r#"{"property": "value", "boolean": true}"#)
 }
 
-/// From the tests of Adyen's libraries (`test_notification_request_item_hmac` in Python), in the envelope of a delivery.
+/// From the tests of Adyen's libraries (`test_notification_request_item_hmac` in Python), in the
+/// envelope of a delivery.
 pub(crate) fn adyen() -> Sender {
     let key = "44782DEF547AAA06C910C43932B1EB0C71FC68D9D0C057550C48EC2ACF6BA056";
     Sender::new("Adyen", AdyenWebhooks::new([key]).unwrap()).body(

@@ -400,7 +400,8 @@ fn the_parts_of_a_notification_cannot_be_shifted() {
     assert_eq!(sender.verify_at(0), Err(InvalidWebhook::Body));
 }
 
-/// The reference of a report is its file name, so the report of a second merchant account counted as a duplicate and was lost.
+/// The reference of a report is its file name, so the report of a second merchant account counted
+/// as a duplicate and was lost.
 #[test]
 fn reports_of_one_name_for_two_merchant_accounts_are_two() {
     let report = |account: &str, name: &str| {

@@ -262,7 +262,8 @@ fn the_counts_are_right_after_threads_have_raced() {
     assert_eq!((figures.records, figures.bytes, figures.in_flight), (0, 0, 0));
 }
 
-/// moka expired records by the machine's clock. The record must live by the store's clock, which stands still here.
+/// moka expired records by the machine's clock. The record must live by the store's clock, which
+/// stands still here.
 #[test]
 fn a_record_expires_by_the_clock_of_its_store() {
     let clock = clock();

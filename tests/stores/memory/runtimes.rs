@@ -45,7 +45,8 @@ fn a_memory_store_spawns_no_task_that_panics() {
     assert_eq!(PANICS.get(), 0);
 }
 
-/// The layer holds a lock while it calls `claim_now`. Without a runtime, each call freed a portion of the records.
+/// The layer holds a lock while it calls `claim_now`. Without a runtime, each call freed a portion
+/// of the records.
 #[test]
 fn claim_now_frees_no_records_without_a_runtime_either() {
     let clock = clock();

@@ -48,8 +48,8 @@ fn a_server_that_is_back_is_used_although_a_runtime_is_blocked_since_the_failed_
     blocked.block_on(async { drop(waiting) });
 }
 
-/// The permit of the check stayed with an operation that nothing polled, and the operations of all other runtimes waited
-/// for it without a limit.
+/// The permit of the check stayed with an operation that nothing polled, and the operations of all
+/// other runtimes waited for it without a limit.
 #[test]
 fn a_runtime_that_is_blocked_during_the_check_delays_no_other_runtime() {
     let server = PostgresServer::start();
@@ -67,8 +67,8 @@ fn a_runtime_that_is_blocked_during_the_check_delays_no_other_runtime() {
     blocked.block_on(async { drop(checking) });
 }
 
-/// The listener runs in the runtime of the first waiter. The waiters of other runtimes waited for its start, and did not
-/// look at their records meanwhile.
+/// The listener runs in the runtime of the first waiter. The waiters of other runtimes waited for
+/// its start, and did not look at their records meanwhile.
 #[test]
 fn a_runtime_that_is_blocked_before_it_listens_delays_no_waiter_of_another_runtime() {
     let server = PostgresServer::start();

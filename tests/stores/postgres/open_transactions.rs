@@ -233,7 +233,8 @@ async fn a_relay_works_on_a_session_with_an_open_transaction() {
     }
 }
 
-/// The migration held its connection outside of any task, so the session stayed in the pool with its lock.
+/// The migration held its connection outside of any task, so the session stayed in the pool with
+/// its lock.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_whose_caller_left_leaves_no_transaction_open() {
     let server = PostgresServer::start();

@@ -140,7 +140,8 @@ async fn a_transaction_pooler_is_refused_at_the_start_without_the_setting() {
     }
 }
 
-/// The settings of the store's sessions would stay with the server, and the next client would get them.
+/// The settings of the store's sessions would stay with the server, and the next client would get
+/// them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_pooler_does_not_change_the_sessions_of_its_servers() {
     let server = PostgresServer::start();

@@ -26,8 +26,8 @@ async fn execute(pool: &PgPool, sql: &str) {
         .unwrap();
 }
 
-/// The URL of a role with the rights on the table that the documentation of `PostgresStore` lists. The role may not
-/// make tables.
+/// The URL of a role with the rights on the table that the documentation of `PostgresStore` lists.
+/// The role may not make tables.
 async fn role_with_documented_rights(server: &PostgresServer, own: &PgPool) -> String {
     let source = include_str!("../../../src/store/postgres/mod.rs");
     let grants = source.lines().filter(|line| line.starts_with("/// GRANT "));
@@ -216,7 +216,8 @@ async fn a_role_that_is_read_only_by_default_is_refused() {
     assert_misconfigured("claim", async { asked }, "read-only").await;
 }
 
-/// A failover that leaves the old primary running as a standby, with the same address and with records that may be old.
+/// A failover that leaves the old primary running as a standby, with the same address and with
+/// records that may be old.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_that_became_a_standby_shows_and_changes_no_records() {
     let mut server = PostgresServer::start();
@@ -290,8 +291,8 @@ async fn a_view_in_place_of_the_table_is_refused() {
     assert_misconfigured("claim", store.claim(&claim(1)), "other columns").await;
 }
 
-/// The check of an application's transaction counted for the pool, whose role may lack rights. The check of the pool
-/// counted for the application, whose role might not see all rows.
+/// The check of an application's transaction counted for the pool, whose role may lack rights. The
+/// check of the pool counted for the application, whose role might not see all rows.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_counts_only_where_it_ran() {
     let server = PostgresServer::start();

@@ -68,7 +68,8 @@ async fn standby(pool: &PgPool, name: &str) {
     tokio::time::sleep(300 * MILLI).await;
 }
 
-/// Waits until the driver has pinged the connection, which it does when the connection comes back to the pool.
+/// Waits until the driver has pinged the connection, which it does when the connection comes back
+/// to the pool.
 async fn until_idle(store: &PostgresStore) {
     while store.peek(&claim(1).key).await.is_err() {}
     while store.pool().num_idle() == 0 {
@@ -193,8 +194,8 @@ async fn a_locked_table_takes_no_more_backends_than_the_pool_has() {
     }
 }
 
-/// A role that was set, or another user name in the options of the pool, hid the waiting backends. So their connections
-/// counted as dead, and each attempt made another one.
+/// A role that was set, or another user name in the options of the pool, hid the waiting backends.
+/// So their connections counted as dead, and each attempt made another one.
 #[tokio::test(flavor = "multi_thread")]
 async fn backends_of_a_hidden_role_count_against_the_pool() {
     let server = PostgresServer::start();
@@ -268,7 +269,8 @@ async fn an_operation_of_several_statements_is_not_given_up_during_the_last_one(
     until_nothing_waits(&own).await;
 }
 
-/// The claim that waited is granted and committed. It is sent again to get its whole lease, and the server refuses that.
+/// The claim that waited is granted and committed. It is sent again to get its whole lease, and the
+/// server refuses that.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_grant_that_could_not_be_renewed_at_once_is_released() {
     let server = PostgresServer::start();
@@ -301,7 +303,8 @@ async fn a_grant_that_could_not_be_renewed_at_once_is_released() {
     }
 }
 
-/// A test of the connection had no time limit of its own, so each dead connection took the whole time to get one.
+/// A test of the connection had no time limit of its own, so each dead connection took the whole
+/// time to get one.
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_that_died_are_replaced_soon() {
     let server = PostgresServer::start();

@@ -1,5 +1,5 @@
-//! Servers that no longer meet the store's requirements while the store uses them: demoted primaries, other servers,
-//! new settings.
+//! Servers that no longer meet the store's requirements while the store uses them: demoted
+//! primaries, other servers, new settings.
 
 use std::future::Future;
 use std::time::Duration;
@@ -117,7 +117,8 @@ async fn a_demoted_primary_without_its_new_primary_is_a_replica_too() {
     assert_misconfigured("peek", store.peek(&claim(1, 9).key), "is a replica").await;
 }
 
-/// A replica that takes writes refuses no script. Its role shows at the next check, which a new connection causes.
+/// A replica that takes writes refuses no script. Its role shows at the next check, which a new
+/// connection causes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_demoted_primary_with_writable_replicas_is_noticed_on_the_next_connection() {
     let old = RedisServer::with(&["--replica-read-only", "no"]);
