@@ -1,4 +1,4 @@
-//! Bad input: each case has its clear answer and takes nothing from anybody else.
+//! Bad input: every case gets a clear response and costs other callers nothing.
 
 use std::time::Duration;
 
@@ -27,11 +27,11 @@ fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new())
 }
 
-fn is_problem(answer: &Got, status: u16, code: &str) {
-    assert_eq!((answer.status(), answer.code()), (status, code));
-    assert_eq!(answer.head.headers["content-type"], "application/problem+json");
-    assert_eq!(answer.head.headers["cache-control"], "no-store");
-    let document: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+fn is_problem(response: &Got, status: u16, code: &str) {
+    assert_eq!((response.status(), response.code()), (status, code));
+    assert_eq!(response.head.headers["content-type"], "application/problem+json");
+    assert_eq!(response.head.headers["cache-control"], "no-store");
+    let document: serde_json::Value = serde_json::from_slice(&response.body).unwrap();
     assert_eq!((&document["status"], &document["code"]), (&status.into(), &code.into()));
     assert!(document["detail"].as_str().unwrap().len() > 20, "{document}");
 }
@@ -83,7 +83,7 @@ async fn every_malformed_key_is_400_and_runs_nothing() {
 }
 
 #[tokio::test]
-async fn a_body_over_the_limit_is_413_announced_or_not_and_the_key_stays_free() {
+async fn a_body_over_the_limit_gets_413_and_leaves_the_key_free_whether_or_not_it_declares_its_length() {
     let handler = Handler::new();
     let service = layer().with_body_limit(10).layer(handler.clone());
     is_problem(&send(&service, post("k", "01234567890")).await, 413, "body-too-large");
@@ -93,9 +93,9 @@ async fn a_body_over_the_limit_is_413_announced_or_not_and_the_key_stays_free() 
     assert_eq!(send(&service, post("k", "0123456789")).await.status(), 201);
 }
 
-/// Such a body has no length to bound and no pause to time, so the server read it for ever.
+/// Such a body has no length to bound and no pause to time, so the server read it without end.
 #[tokio::test(start_paused = true)]
-async fn a_body_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
+async fn a_body_of_endless_empty_frames_is_refused_at_the_time_limit() {
     let handler = Handler::new();
     let service = layer().layer(handler.clone());
     let sent = support::start(&service, request("k", support::empty_frames()));
@@ -109,7 +109,7 @@ async fn a_body_of_empty_frames_without_end_is_refused_when_its_time_is_over() {
 }
 
 #[tokio::test]
-async fn a_body_without_end_is_refused_at_the_limit() {
+async fn an_endless_body_is_refused_at_the_size_limit() {
     let endless = futures::stream::repeat_with(|| Ok(http_body::Frame::data(Bytes::from_static(&[0; 1024]))));
     let endless = http_body_util::BodyExt::boxed_unsync(http_body_util::StreamBody::new(endless));
     let service = layer().layer(Handler::new());
@@ -117,7 +117,7 @@ async fn a_body_without_end_is_refused_at_the_limit() {
 }
 
 #[tokio::test]
-async fn a_hostile_connection_header_does_not_strip_the_answer() {
+async fn a_hostile_connection_header_does_not_strip_the_response() {
     let handler = Handler::new().answering(|_| {
         let mut response = text(StatusCode::CREATED, "{}");
         let headers = response.headers_mut();
@@ -131,7 +131,7 @@ async fn a_hostile_connection_header_does_not_strip_the_answer() {
         response
     });
     let service = layer().layer(handler);
-    // The request's own Connection header says nothing about the answer either.
+    // The `Connection` header of the request does not apply to the response either.
     let hostile = || {
         let mut request = post("k", "pay");
         request
@@ -148,7 +148,7 @@ async fn a_hostile_connection_header_does_not_strip_the_answer() {
 }
 
 #[tokio::test]
-async fn an_answer_cannot_pretend_to_be_a_replay_when_it_comes_again() {
+async fn a_replay_has_the_marker_of_the_layer_and_not_that_of_the_handler() {
     let handler = Handler::new().answering(|n| {
         let mut response = text(StatusCode::OK, format!("{n}"));
         response
@@ -171,7 +171,7 @@ async fn an_answer_cannot_pretend_to_be_a_replay_when_it_comes_again() {
 }
 
 #[tokio::test]
-async fn many_and_long_headers_come_again() {
+async fn many_and_long_headers_are_replayed() {
     let handler = Handler::new().answering(|_| {
         let mut response = text(StatusCode::OK, "x");
         for n in 0..2_000 {
@@ -190,14 +190,14 @@ async fn many_and_long_headers_come_again() {
 }
 
 #[tokio::test]
-async fn a_flood_of_keys_is_refused_and_takes_no_answer_from_anybody() {
+async fn a_flood_of_keys_is_refused_and_evicts_no_stored_response() {
     let store = MemoryStore::builder().with_record_budget(1_000).build();
     let handler = Handler::new();
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     let mine = send(&service, post("mine", "pay")).await;
     for n in 0..5_000 {
-        let answer = send(&service, post(&format!("flood-{n}"), "x")).await;
-        assert_eq!(answer.status(), if n < 999 { 201 } else { 503 }, "{n}");
+        let response = send(&service, post(&format!("flood-{n}"), "x")).await;
+        assert_eq!(response.status(), if n < 999 { 201 } else { 503 }, "{n}");
     }
     let again = send(&service, post("mine", "pay")).await;
     assert_eq!((again.is_replay(), again.body), (true, mine.body));
@@ -205,7 +205,7 @@ async fn a_flood_of_keys_is_refused_and_takes_no_answer_from_anybody() {
 }
 
 #[tokio::test]
-async fn a_flood_of_large_answers_shrinks_the_oldest_and_runs_nothing_again() {
+async fn a_flood_of_large_responses_turns_the_oldest_into_tombstones_and_repeats_no_execution() {
     let store = MemoryStore::builder().with_byte_budget(100_000).build();
     let handler = Handler::new().answering(|_| text(StatusCode::OK, vec![7; 9_000]));
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
@@ -219,7 +219,7 @@ async fn a_flood_of_large_answers_shrinks_the_oldest_and_runs_nothing_again() {
 }
 
 #[tokio::test]
-async fn refusals_show_nothing_of_the_request_or_of_the_first_one() {
+async fn refusals_reveal_neither_the_key_nor_a_body() {
     let service = layer().layer(Handler::new());
     send(&service, post("secret-key", "card 4242")).await;
     let refusal = send(&service, post("secret-key", "card 1111")).await;
@@ -247,7 +247,7 @@ fn bad_configuration_fails_at_construction() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn settings_of_nothing_and_of_for_ever_work() {
+async fn settings_of_zero_and_of_the_longest_duration_work() {
     for time in [Duration::ZERO, Duration::MAX] {
         let handler = Handler::new();
         let layer = layer()
@@ -293,7 +293,7 @@ async fn settings_of_nothing_and_of_for_ever_work() {
 }
 
 #[tokio::test]
-async fn a_refusal_can_be_rendered_otherwise() {
+async fn an_application_can_render_refusals_itself() {
     let own = |refusal: &Refusal, _: &http::request::Parts| {
         assert_eq!(refusal.kind(), RefusalKind::MissingKey);
         http::Response::builder()
@@ -302,19 +302,19 @@ async fn a_refusal_can_be_rendered_otherwise() {
             .unwrap()
     };
     let service = layer().require_key().with_refusals(own).layer(Handler::new());
-    let answer = send(&service, with_keys(&[])).await;
-    assert_eq!((answer.status(), &answer.body[..]), (418, &b"own"[..]));
+    let response = send(&service, with_keys(&[])).await;
+    assert_eq!((response.status(), &response.body[..]), (418, &b"own"[..]));
     let service = layer()
         .require_key()
         .with_problem_base("https://api.example.com/problems#")
         .unwrap();
-    let answer = send(&service.layer(Handler::new()), with_keys(&[])).await;
-    let document: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+    let response = send(&service.layer(Handler::new()), with_keys(&[])).await;
+    let document: serde_json::Value = serde_json::from_slice(&response.body).unwrap();
     assert_eq!(document["type"], "https://api.example.com/problems#key-missing");
 }
 
-/// What a fuzzed request may look like.
-fn a_request() -> impl Strategy<Value = (Vec<u8>, Vec<u8>, u8)> {
+/// Generates the key, the body and the tenant of a request.
+fn any_request() -> impl Strategy<Value = (Vec<u8>, Vec<u8>, u8)> {
     let key = prop::collection::vec((0x20_u8..0x7f).prop_union(0x80_u8..0xff), 0..300);
     (key, prop::collection::vec(any::<u8>(), 0..100), 0_u8..3)
 }
@@ -322,9 +322,9 @@ fn a_request() -> impl Strategy<Value = (Vec<u8>, Vec<u8>, u8)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever is sent, everybody gets an answer, and equal requests get equal answers with one run.
+    /// Every request gets a response, and equal requests get equal responses from one run.
     #[test]
-    fn any_request_is_answered_and_repeated_the_same(requests in prop::collection::vec(a_request(), 1..10)) {
+    fn every_request_gets_a_response_and_its_duplicate_gets_the_same(requests in prop::collection::vec(any_request(), 1..10)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
             let scope = |head: &http::request::Parts| Scope::from(head.headers.get("x-tenant").map_or(&b""[..], |v| v.as_bytes()));
@@ -357,9 +357,9 @@ fn fill(headers: &mut http::HeaderMap) -> usize {
     headers.len()
 }
 
-/// The mark of a replay was one header too many, and `HeaderMap::insert` panicked.
+/// The replay marker was one field too many, and `HeaderMap::insert` panicked.
 #[tokio::test]
-async fn a_response_with_as_many_headers_as_a_map_takes_is_replayed_without_a_mark() {
+async fn a_response_with_as_many_headers_as_a_map_takes_is_replayed_without_a_marker() {
     let handler = Handler::new().answering(|_| {
         let mut trailers = http::HeaderMap::new();
         fill(&mut trailers);

@@ -1,4 +1,4 @@
-//! A store that is chosen at run time, in the layer.
+//! The layer over a boxed store, which the application chooses at run time.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tower_idempotency::{BoxStore, IdempotencyLayer};
 use crate::support::{post, send, Handler, RemoteStore};
 
 #[tokio::test]
-async fn a_layer_takes_whatever_store_is_in_the_box() {
+async fn a_layer_works_with_any_boxed_store() {
     for store in [
         BoxStore::from_url("memory:").await.unwrap(),
         BoxStore::new(RemoteStore::new()),
@@ -24,7 +24,7 @@ async fn a_layer_takes_whatever_store_is_in_the_box() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn owners_with_leases_renew_them_through_the_box() {
+async fn owners_renew_their_leases_through_the_box() {
     let store = RemoteStore::new();
     let layer = IdempotencyLayer::new(BoxStore::new(store.clone())).with_lease(Duration::from_secs(3));
     let service = layer.layer(Handler::new().taking(Duration::from_secs(20)));

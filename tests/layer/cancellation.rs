@@ -1,4 +1,5 @@
-//! A caller may leave at any moment: nothing is stuck afterwards, nothing runs twice, nothing is left behind.
+//! A caller may leave at any moment. Afterwards no key is stuck, nothing runs twice, and no task is
+//! left.
 
 use std::time::Duration;
 
@@ -9,15 +10,16 @@ use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
 use crate::support::{frames, got, poll_then_drop, post, request, send, start, text, Handler, Play, RemoteStore};
 
-/// Sends the first request and drops it after `polls` polls; then the same request must be answered, with one run in all.
-/// Returns whether the first was answered before it could be dropped.
+/// Sends a request, drops it after `polls` polls, and sends it again. The second one must get the
+/// response, with one run in all. Returns whether the first one got its response before it was
+/// dropped.
 async fn leave_after<St: Store + Clone>(polls: usize, store: St, handler: Handler) -> bool {
     let layer = IdempotencyLayer::new(store).with_lease(Duration::from_secs(5));
     let service = layer.layer(handler.clone());
     let slow_body = || frames(vec![Play::Data("pay"), Play::Data(" 100")]);
 
     let first = service.clone().oneshot(request("k", slow_body()));
-    let answered = match poll_then_drop(polls, first).await {
+    let delivered = match poll_then_drop(polls, first).await {
         Some(response) => Some(got(response.unwrap()).await),
         None => None,
     };
@@ -27,21 +29,21 @@ async fn leave_after<St: Store + Clone>(polls: usize, store: St, handler: Handle
         (201, &b"run 1"[..]),
         "after {polls} polls"
     );
-    if let Some(answered) = &answered {
-        assert!(!answered.is_replay() && again.is_replay());
-        assert_eq!(answered.body, again.body);
+    if let Some(delivered) = &delivered {
+        assert!(!delivered.is_replay() && again.is_replay());
+        assert_eq!(delivered.body, again.body);
     }
     let drain = layer.drain();
     tokio::time::timeout(Duration::from_secs(60), drain.wait())
         .await
-        .expect("nothing runs for ever");
+        .expect("every execution ends");
     assert_eq!((handler.runs(), handler.finished()), (1, 1), "after {polls} polls");
     assert!(send(&service, request("k", slow_body())).await.is_replay());
-    answered.is_some()
+    delivered.is_some()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_in_memory() {
+async fn a_caller_that_leaves_at_any_await_point_leaves_no_key_stuck_in_memory() {
     let mut polls = 0;
     while !leave_after(polls, MemoryStore::new(), Handler::new().yielding(3)).await {
         polls += 1;
@@ -50,7 +52,7 @@ async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_in_memory(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_far_away() {
+async fn a_caller_that_leaves_at_any_await_point_leaves_no_key_stuck_in_a_remote_store() {
     let mut polls = 0;
     while !leave_after(polls, RemoteStore::new(), Handler::new().yielding(3)).await {
         polls += 1;
@@ -59,7 +61,7 @@ async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_far_away()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_where_claims_are_decided_at_once() {
+async fn a_caller_that_leaves_at_any_await_point_leaves_no_key_stuck_in_a_store_that_decides_at_once() {
     let mut polls = 0;
     while !leave_after(polls, RemoteStore::deciding_at_once(), Handler::new().yielding(3)).await {
         polls += 1;
@@ -67,7 +69,7 @@ async fn a_caller_that_leaves_at_any_await_point_leaves_nothing_stuck_where_clai
     assert!(polls >= 9, "only {polls} await points were tried");
 }
 
-/// Callers of few keys, of whom each third leaves after a few polls.
+/// Sends requests for few keys. A third of the callers leave after a few polls.
 async fn storm<St: Store + Clone>(store: St) {
     const KEYS: usize = 301;
     let handler = Handler::new().yielding(1);
@@ -90,19 +92,19 @@ async fn storm<St: Store + Clone>(store: St) {
     }
     tokio::time::timeout(Duration::from_secs(60), layer.drain().wait())
         .await
-        .expect("nothing runs for ever");
+        .expect("every execution ends");
     assert_eq!((handler.runs(), handler.finished()), (KEYS, KEYS));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn each_key_runs_once_in_a_storm_of_callers_that_leave() {
+async fn each_key_runs_once_although_many_callers_leave() {
     storm(MemoryStore::new()).await;
     storm(RemoteStore::deciding_at_once()).await;
     storm(RemoteStore::new()).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiter_that_leaves_at_any_await_point_disturbs_nobody() {
+async fn a_waiter_that_leaves_at_any_await_point_does_not_affect_other_requests() {
     for polls in 0..12 {
         let handler = Handler::new().taking(Duration::from_secs(1));
         let layer = IdempotencyLayer::new(RemoteStore::new());
@@ -114,7 +116,7 @@ async fn a_waiter_that_leaves_at_any_await_point_disturbs_nobody() {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let waiter = service.clone().oneshot(post("k", "pay"));
         assert!(poll_then_drop(polls, waiter).await.is_none());
-        assert_eq!(layer.drain().running(), 0, "a waiter is not rescued");
+        assert_eq!(layer.drain().running(), 0, "the layer does not detach a waiter");
         let owner = owner.await.unwrap();
         assert_eq!((owner.status(), owner.is_replay(), handler.runs()), (201, false, 1));
         assert!(send(&service, post("k", "pay")).await.is_replay());
@@ -122,7 +124,7 @@ async fn a_waiter_that_leaves_at_any_await_point_disturbs_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watcher_of_another_process_that_leaves_hands_over_to_those_who_joined_it() {
+async fn a_waiter_that_watches_another_process_and_leaves_hands_over_to_its_followers() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(3));
     let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
@@ -143,7 +145,7 @@ async fn a_watcher_of_another_process_that_leaves_hands_over_to_those_who_joined
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiter_that_claims_again_and_leaves_runs_to_its_end() {
+async fn an_execution_goes_on_when_its_waiter_has_claimed_again_and_leaves() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(1))
@@ -165,7 +167,8 @@ async fn a_waiter_that_claims_again_and_leaves_runs_to_its_end() {
     assert!(send(&here, post("k", "pay")).await.is_replay());
 }
 
-/// Such a request waited without its caller, was counted as an execution, held up a shutdown, and ran once the key was free.
+/// The layer went on to wait for such a request after its caller had left. It counted the request
+/// as an execution, so a shutdown waited for it, and ran it once the key was free.
 #[tokio::test(start_paused = true)]
 async fn a_request_whose_caller_leaves_while_it_claims_does_not_wait_for_an_owner_elsewhere() {
     let store = RemoteStore::new();
@@ -182,9 +185,9 @@ async fn a_request_whose_caller_leaves_while_it_claims_does_not_wait_for_an_owne
     assert!(poll_then_drop(1, leaving).await.is_none());
     let joined = start(&here, post("k", "pay more"));
     let drain = layer.drain();
-    assert_eq!(drain.running(), 1, "its claim may have arrived");
+    assert_eq!(drain.running(), 1, "the claim may have reached the store");
     let timely = tokio::time::timeout(Duration::from_secs(1), drain.wait()).await;
-    timely.expect("nobody waits for it");
+    timely.expect("the request does not wait for the owner");
     assert_eq!(joined.await.unwrap().code(), "key-reused");
     assert_eq!(owner.await.unwrap().status(), 502);
     tokio::time::sleep(Duration::from_secs(2)).await;
@@ -192,7 +195,8 @@ async fn a_request_whose_caller_leaves_while_it_claims_does_not_wait_for_an_owne
     assert_eq!(send(&here, post("k", "pay")).await.status(), 201);
 }
 
-/// A limit further out counts callers. A client that sent requests and hung up could start any number of executions.
+/// A concurrency limit further out counts callers only. A client that sent requests and hung up
+/// could start any number of executions.
 #[tokio::test(start_paused = true)]
 async fn executions_whose_callers_left_are_bounded() {
     const MOST: usize = 100;
@@ -203,8 +207,8 @@ async fn executions_whose_callers_left_are_bounded() {
         assert_eq!(send(&service, post("before", "")).await.status(), 201);
         for n in 0..10 * MOST {
             let mut service = service.clone();
-            let answer = service.ready().await.unwrap().call(post(&n.to_string(), ""));
-            drop(poll_then_drop(6, answer).await);
+            let response = service.ready().await.unwrap().call(post(&n.to_string(), ""));
+            drop(poll_then_drop(6, response).await);
         }
         assert_eq!(layer.drain().running(), MOST);
         assert_eq!(handler.runs(), MOST + 1);
@@ -212,8 +216,8 @@ async fn executions_whose_callers_left_are_bounded() {
         assert_eq!((refused.status(), refused.code()), (503, "overloaded"));
         assert!(refused.head.headers.contains_key("retry-after"));
         let key = layer.storage_key(None, "new").unwrap();
-        assert_eq!(store.peek(&key).await.unwrap(), None, "nothing was claimed");
-        // Duplicates still get a stored response, or wait for one.
+        assert_eq!(store.peek(&key).await.unwrap(), None, "a refused request claims no key");
+        // A duplicate still gets a stored response or waits for one.
         assert!(send(&service, post("before", "")).await.is_replay());
         assert!(send(&service, post("0", "")).await.is_replay());
         layer.drain().wait().await;
@@ -224,7 +228,7 @@ async fn executions_whose_callers_left_are_bounded() {
 }
 
 #[test]
-fn an_execution_whose_runtime_ends_gives_its_key_up_and_is_not_run_again() {
+fn an_execution_whose_runtime_ends_loses_its_key_and_is_not_repeated() {
     let handler = Handler::new().taking(Duration::from_secs(3_600));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     let runtime = || {
@@ -245,8 +249,8 @@ fn an_execution_whose_runtime_ends_gives_its_key_up_and_is_not_run_again() {
     });
     drop(first);
 
-    let answer = runtime().block_on(send(&service, post("k", "pay")));
-    assert_eq!((answer.status(), answer.code()), (409, "outcome-unknown"));
+    let response = runtime().block_on(send(&service, post("k", "pay")));
+    assert_eq!((response.status(), response.code()), (409, "outcome-unknown"));
     assert_eq!(handler.runs(), 1);
 }
 
@@ -265,7 +269,7 @@ async fn a_shutdown_can_wait_for_executions_whose_callers_left() {
 }
 
 #[test]
-fn a_future_dropped_outside_of_its_runtime_is_rescued_on_it() {
+fn a_future_dropped_outside_of_its_runtime_is_detached_onto_that_runtime() {
     let store = RemoteStore::new();
     store.set_timers(true);
     let handler = Handler::new().taking(Duration::from_millis(50));
@@ -289,9 +293,9 @@ fn a_future_dropped_outside_of_its_runtime_is_rescued_on_it() {
     assert!(runtime.block_on(send(&service, post("k", "pay"))).is_replay());
 }
 
-/// The rest was handed to the runtime of the first poll, which had ended.
+/// The layer handed the rest of the execution to the runtime of the first poll, which had ended.
 #[test]
-fn a_future_that_outlives_the_runtime_of_its_first_poll_is_rescued_on_that_of_its_last() {
+fn a_future_that_outlives_the_runtime_of_its_first_poll_is_detached_onto_that_of_its_last_poll() {
     let handler = Handler::new().yielding(20);
     let layer = IdempotencyLayer::new(MemoryStore::new());
     let mut service = layer.layer(handler.clone());
@@ -314,7 +318,7 @@ fn a_future_that_outlives_the_runtime_of_its_first_poll_is_rescued_on_that_of_it
 }
 
 #[test]
-fn a_future_dropped_after_its_runtime_does_not_panic_whatever_its_store_needs() {
+fn a_future_dropped_after_its_runtime_ended_does_not_panic() {
     let store = RemoteStore::new();
     store.set_timers(true);
     let handler = Handler::new().taking(Duration::from_secs(3_600));

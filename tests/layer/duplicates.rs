@@ -1,4 +1,4 @@
-//! Duplicates held on the per-key lock: one execution, equal answers, bounded waiting.
+//! Duplicates of a request in flight: one execution, equal responses, bounded waiting.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -29,60 +29,60 @@ async fn storm<St: Store>(service: &Guarded<St>, requests: usize) -> Vec<Got> {
         .collect()
 }
 
-fn assert_one_answer(answers: &[Got]) {
-    assert!(answers
+fn assert_one_response(responses: &[Got]) {
+    assert!(responses
         .iter()
-        .all(|answer| answer.body == answers[0].body && answer.status() == 201));
-    assert_eq!(answers.iter().filter(|answer| !answer.is_replay()).count(), 1);
+        .all(|response| response.body == responses[0].body && response.status() == 201));
+    assert_eq!(responses.iter().filter(|response| !response.is_replay()).count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn ten_thousand_concurrent_duplicates_run_once_and_get_one_answer() {
+async fn ten_thousand_concurrent_duplicates_run_once_and_get_equal_responses() {
     let handler = Handler::new().taking(Duration::from_millis(300));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
-    let answers = storm(&service, 10_000).await;
-    assert_one_answer(&answers);
-    assert_eq!((answers.len(), handler.runs()), (10_000, 1));
+    let responses = storm(&service, 10_000).await;
+    assert_one_response(&responses);
+    assert_eq!((responses.len(), handler.runs()), (10_000, 1));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_thousand_storms_on_a_handler_that_answers_at_once_run_once_each() {
+async fn each_of_a_thousand_groups_of_duplicates_runs_a_fast_handler_once() {
     for _ in 0..1_000 {
         let handler = Handler::new();
         let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
-        assert_one_answer(&storm(&service, 8).await);
+        assert_one_response(&storm(&service, 8).await);
         assert_eq!(handler.runs(), 1);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn duplicates_of_one_process_ask_a_shared_store_once() {
+async fn duplicates_of_one_process_send_one_claim_to_a_shared_store() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(2));
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-    assert_one_answer(&storm(&service, 500).await);
+    assert_one_response(&storm(&service, 500).await);
     assert_eq!((store.calls("claim"), store.calls("peek"), handler.runs()), (1, 0, 1));
 }
 
 #[tokio::test(start_paused = true)]
-async fn duplicates_of_two_processes_run_once_with_one_watcher_for_each() {
+async fn duplicates_of_two_processes_run_once_and_each_process_has_one_watcher() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(2));
     let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-    let (mut answers, more) = tokio::join!(storm(&here, 100), storm(&there, 100));
-    answers.extend(more);
-    assert_one_answer(&answers);
+    let (mut responses, more) = tokio::join!(storm(&here, 100), storm(&there, 100));
+    responses.extend(more);
+    assert_one_response(&responses);
     assert_eq!((store.calls("claim"), handler.runs()), (2, 1));
     assert!(
         store.calls("peek") <= 6,
-        "{} looks for 100 waiters",
+        "{} looks at the store for 100 waiters",
         store.calls("peek")
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_duplicate_gives_up_after_its_wait_and_harms_nobody() {
+async fn a_duplicate_that_gives_up_after_its_wait_does_not_affect_its_owner() {
     let handler = Handler::new().taking(Duration::from_secs(10));
     let layer = IdempotencyLayer::new(MemoryStore::new()).with_wait(Duration::from_secs(3));
     let service = layer.layer(handler.clone());
@@ -99,7 +99,7 @@ async fn a_duplicate_gives_up_after_its_wait_and_harms_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wait_of_zero_refuses_at_once_here_and_elsewhere() {
+async fn a_wait_of_zero_refuses_duplicates_at_once_in_every_process() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(10));
     let layer = IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
@@ -118,7 +118,7 @@ async fn a_wait_of_zero_refuses_at_once_here_and_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_mismatch_is_told_before_the_wait_and_before_a_claim_is_decided() {
+async fn a_mismatch_is_refused_without_a_wait_and_judged_by_the_decided_claim() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(10));
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
@@ -127,7 +127,8 @@ async fn a_mismatch_is_told_before_the_wait_and_before_a_claim_is_decided() {
     assert_eq!(send(&service, post("k", "pay more")).await.status(), 422);
     assert_eq!(owner.await.unwrap().status(), 201);
 
-    // The wrong body asks first, with a slow store; the right one must not be called a mismatch for it.
+    // The request with the wrong body comes first, and the store is slow. It must not make the
+    // right request a mismatch.
     store.set_yields(50);
     let wrong = start(&service, "k", "pay more");
     tokio::task::yield_now().await;
@@ -138,7 +139,7 @@ async fn a_mismatch_is_told_before_the_wait_and_before_a_claim_is_decided() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiters_get_an_answer_that_is_not_kept_unmarked_and_the_next_request_runs() {
+async fn waiters_get_a_response_that_is_not_stored_without_a_marker_and_the_next_request_runs() {
     let veto = |n: usize| -> Response<AnyBody> {
         let mut response = text(StatusCode::OK, format!("try later {n}"));
         response.extensions_mut().insert(DoNotStore);
@@ -153,13 +154,13 @@ async fn waiters_get_an_answer_that_is_not_kept_unmarked_and_the_next_request_ru
             .taking(Duration::from_secs(1))
             .answering(move |n| respond(n));
         let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
-        let answers = storm(&service, 50).await;
-        assert!(answers
+        let responses = storm(&service, 50).await;
+        assert!(responses
             .iter()
-            .all(|answer| answer.status() == status && !answer.is_replay()));
-        assert!(answers.iter().all(|answer| answer.body == answers[0].body));
+            .all(|response| response.status() == status && !response.is_replay()));
+        assert!(responses.iter().all(|response| response.body == responses[0].body));
         assert_eq!(handler.runs(), 1);
-        assert_ne!(send(&service, post("k", "pay")).await.body, answers[0].body);
+        assert_ne!(send(&service, post("k", "pay")).await.body, responses[0].body);
         assert_eq!(handler.runs(), 2);
     }
 }
@@ -175,13 +176,13 @@ async fn waiters_of_another_process_run_once_when_the_owner_frees_the_key() {
     let there = IdempotencyLayer::new(store).layer(handler.clone());
     let owner = start(&here, "k", "pay");
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_one_answer(&storm(&there, 20).await);
+    assert_one_response(&storm(&there, 20).await);
     assert_eq!(owner.await.unwrap().status(), 502);
     assert_eq!((failing.runs(), handler.runs()), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiter_of_another_process_runs_when_the_owner_is_lost_and_lost_keys_run_again() {
+async fn a_waiter_of_another_process_takes_over_from_a_lost_owner_where_lost_keys_run_again() {
     let store = RemoteStore::new();
     let handler = Handler::new();
     let layer = || IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
@@ -220,7 +221,8 @@ async fn a_follower_takes_the_place_of_a_waiter_that_left_and_runs_when_the_key_
     assert_eq!(owner.await.unwrap().status(), 502);
 }
 
-/// A duplicate that followed a second waiter dropped its request. Later it got 409 although the key was free.
+/// A duplicate that followed another waiter dropped its request, so it could not run later. It got
+/// 409 although the key was free.
 #[tokio::test(start_paused = true)]
 async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free() {
     let store = RemoteStore::new();
@@ -246,7 +248,8 @@ async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free(
     assert_eq!(owner.await.unwrap().status(), 502);
 }
 
-/// A waiter held the capacity that the service had reserved, or ran with a service that was not ready.
+/// A waiter kept the capacity that its service had reserved, or called a service that was not
+/// ready.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_claims_again() {
     let store = RemoteStore::new();
@@ -255,7 +258,7 @@ async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_cla
         .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new().taking(Duration::from_secs(1));
-    // Its service panics if it is called before it is ready.
+    // The service of the waiter panics if it is called before it is ready.
     let here = IdempotencyLayer::new(store).layer(GlobalConcurrencyLimitLayer::new(1).layer(handler.clone()));
     let owner = support::start(&there, post("k", "pay"));
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -266,7 +269,9 @@ async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_cla
     assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 2));
 }
 
-/// A request that waited for the decision about another one held what that one needed to be ready, until the wait of one was over.
+/// A request waited for the decision about an earlier claim. Meanwhile it held the permit that the
+/// owner of that claim needed to become ready, so both were stuck until the wait of one of them was
+/// over.
 #[tokio::test(start_paused = true)]
 async fn a_request_with_another_body_reserves_nothing_while_the_claim_of_a_waiter_is_undecided() {
     let store = RemoteStore::new();
@@ -281,7 +286,8 @@ async fn a_request_with_another_body_reserves_nothing_while_the_claim_of_a_waite
     let waiter = support::start(&here, post("k", "pay"));
     tokio::time::sleep(Duration::from_millis(100)).await;
     let timer = Timer::start();
-    // The key is free before its body is complete, so that the waiter waits for its service by then.
+    // The owner frees the key before this body is complete. By then the waiter waits for its
+    // service to become ready.
     let slow = support::stalling("pay more", tokio::time::sleep(Duration::from_secs(3)));
     let other = support::start(&here, support::request("k", slow));
     assert_eq!(owner.await.unwrap().status(), 502);
@@ -323,10 +329,10 @@ async fn a_waiter_whose_service_fails_before_it_claims_again_gets_the_error_of_i
     assert_eq!((owner.await.unwrap().status(), store.len()), (502, 0));
 }
 
-/// Another process released the key, and another request took it. A waiter that had not looked since then decided by
-/// its old look.
+/// Another process released the key, and another request took it. A waiter that had not looked at
+/// the store since then decided by what it had seen before.
 #[tokio::test(start_paused = true)]
-async fn a_waiter_of_another_process_refuses_no_request_by_what_it_saw_before() {
+async fn a_waiter_of_another_process_does_not_decide_by_an_outdated_look() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_millis(1_900))
@@ -347,7 +353,7 @@ async fn a_waiter_of_another_process_refuses_no_request_by_what_it_saw_before() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
+async fn waiters_for_owners_in_other_processes_are_bounded_in_total() {
     let store = RemoteStore::new();
     let slow = Handler::new().taking(Duration::from_secs(20));
     let there = IdempotencyLayer::new(store.clone()).layer(slow.clone());
@@ -373,7 +379,7 @@ async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
     }
     assert_eq!(codes.iter().filter(|code| **code == "too-many-waiters").count(), 97);
     drop(owners);
-    // A request that does not wait needs no place, and the places are free again.
+    // A request that does not wait takes no place, and the earlier waiters have left theirs.
     let at_once = layer
         .clone()
         .with_wait(Duration::ZERO)
@@ -386,10 +392,10 @@ async fn waiters_for_owners_elsewhere_are_bounded_in_all() {
     assert_eq!(send(&here, post("k", "")).await.status(), 201);
 }
 
-/// A wait for an owner inherited the deadline of an earlier wait, the one for the decision about another request's
-/// claim, which was the timeout of the store.
+/// A waiter for an owner inherited the deadline of its earlier wait for the decision about the
+/// claim of another request. That deadline was the timeout of the store.
 #[tokio::test(start_paused = true)]
-async fn a_duplicate_waits_no_longer_than_is_set_whatever_it_waits_for() {
+async fn a_duplicate_waits_no_longer_than_its_setting_allows() {
     let store = RemoteStore::new();
     store.set_timers(true);
     store.fail("claim", [Fault::Before, Fault::Before]);
@@ -399,7 +405,7 @@ async fn a_duplicate_waits_no_longer_than_is_set_whatever_it_waits_for() {
     let service = layer.layer(Handler::new().taking(Duration::from_secs(60)));
     let refused = start(&service, "k", "another body");
     tokio::task::yield_now().await;
-    // One of these two runs, and the other waits for it.
+    // One of these two requests runs, and the other one waits for it.
     let timer = Timer::start();
     let (one, two) = (start(&service, "k", "body"), start(&service, "k", "body"));
     let waited = futures::future::select(one, two).await.factor_first().0.unwrap();
@@ -429,7 +435,7 @@ async fn a_store_that_hangs_does_not_prolong_a_wait() {
             .with_store_timeout(Duration::from_secs(20))
             .layer(Handler::new());
         store.fail(operation, [Fault::Hang; 100]);
-        // Of two bodies under one key, the second waits for the decision about the first.
+        // The second of two bodies under one key waits for the decision about the first.
         let hanging = start(&here, "k", "pay");
         tokio::task::yield_now().await;
         let timer = Timer::start();
@@ -448,7 +454,7 @@ async fn a_store_that_hangs_does_not_prolong_a_wait() {
     }
 }
 
-/// A claim after a wait had the whole timeout of the store, twice.
+/// A claim after a wait could take two more timeouts of the store.
 #[tokio::test(start_paused = true)]
 async fn a_claim_that_follows_a_wait_ends_with_the_wait_and_nothing_runs() {
     let store = RemoteStore::new();
@@ -476,10 +482,10 @@ async fn a_claim_that_follows_a_wait_ends_with_the_wait_and_nothing_runs() {
     assert_eq!(send(&here, post("k", "pay")).await.status(), 201);
 }
 
-/// The claim of a waiter got no reply, and reached the store when the owner had released the key. The waiter then waited
-/// for itself.
+/// The store received the claim of a waiter only after the owner had released the key, and its
+/// reply was lost. The waiter then waited for itself.
 #[tokio::test(start_paused = true)]
-async fn a_claim_that_the_store_grants_late_is_the_claim_of_the_request_that_waits() {
+async fn a_waiter_uses_its_own_claim_that_the_store_granted_late() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_millis(3_200))
@@ -489,7 +495,8 @@ async fn a_claim_that_the_store_grants_late_is_the_claim_of_the_request_that_wai
     let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     let owner = start(&there, "k", "pay");
     tokio::time::sleep(Duration::from_millis(100)).await;
-    // The owner releases the key at 3.2 s, the claim arrives at 3.3 s, and the waiter looks at 3.6 s.
+    // The owner releases the key at 3.2 s, the store gets the claim at 3.3 s, and the waiter looks
+    // at 3.6 s.
     store.delay_claim(Duration::from_millis(3_200));
     let timer = Timer::start();
     let waiter = send(&here, post("k", "pay")).await;
@@ -520,9 +527,9 @@ async fn a_look_that_fails_once_does_not_end_a_wait() {
     assert_eq!(owner.await.unwrap().status(), 201);
 }
 
-/// The last look of the waiter failed, and its followers, who had time left, got its refusal.
+/// The last look of the waiter failed. Its followers, who had time left, got its refusal.
 #[tokio::test(start_paused = true)]
-async fn a_waiter_whose_last_look_fails_refuses_no_one_that_follows_it() {
+async fn a_waiter_whose_last_look_fails_does_not_refuse_its_followers() {
     let store = RemoteStore::new();
     let there = IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_secs(6)));
     let here = IdempotencyLayer::new(store.clone())
@@ -539,10 +546,10 @@ async fn a_waiter_whose_last_look_fails_refuses_no_one_that_follows_it() {
     assert_eq!(owner.await.unwrap().status(), 201);
 }
 
-/// The store granted the claim of a waiter late, while no claims were sent because many were lost. The waiter asked the
-/// store again and again.
+/// The store granted the claim of a waiter late, at a time when the layer sent no claims because
+/// many were lost. The waiter looked at the store again and again and did not use its grant.
 #[tokio::test(start_paused = true)]
-async fn a_claim_that_the_store_grants_late_is_taken_while_many_claims_are_lost() {
+async fn a_waiter_uses_its_late_grant_while_many_claims_are_lost() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_millis(3_200))
@@ -564,9 +571,9 @@ async fn a_claim_that_the_store_grants_late_is_taken_while_many_claims_are_lost(
     assert_eq!(waiter.await.unwrap().status(), 201);
 }
 
-/// Without a wait, each failed look was taken for one that was cut short.
+/// Without a wait, the layer took each failed look for one that the deadline had cut short.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_may_not_wait_learns_why_the_store_failed() {
+async fn a_request_that_may_not_wait_gets_the_cause_of_the_store_failure() {
     for (fault, code) in [
         (Fault::Before, "store-unavailable"),
         (Fault::Misconfigured, "store-misconfigured"),
@@ -589,7 +596,7 @@ async fn a_request_that_may_not_wait_learns_why_the_store_failed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiters_are_bounded_for_a_key_and_in_all() {
+async fn waiters_are_bounded_per_key_and_in_total() {
     let handler = Handler::new().taking(Duration::from_secs(1));
     let layer = IdempotencyLayer::new(MemoryStore::new())
         .with_max_waiters_per_key(2)
@@ -602,13 +609,16 @@ async fn waiters_are_bounded_for_a_key_and_in_all() {
             tokio::task::yield_now().await;
         }
     }
-    let answers = futures::future::join_all(waiting).await;
-    let codes: Vec<_> = answers.iter().map(|answer| answer.as_ref().unwrap().code()).collect();
+    let responses = futures::future::join_all(waiting).await;
+    let codes: Vec<_> = responses
+        .iter()
+        .map(|response| response.as_ref().unwrap().code())
+        .collect();
     let full = "too-many-waiters";
     assert_eq!(codes, ["", "", "", full, "", "", full, full]);
     assert_eq!(handler.runs(), 2);
-    // The places are free again.
-    assert_one_answer(&{
+    // The waiters have left their places.
+    assert_one_response(&{
         let service = layer.layer(Handler::new().taking(Duration::from_secs(1)));
         let owner = start(&service, "three", "pay");
         tokio::task::yield_now().await;
@@ -623,13 +633,13 @@ async fn waiters_share_the_leaders_refusal_when_the_store_fails() {
     store.fail("claim", [Fault::Before, Fault::Before]);
     let handler = Handler::new();
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-    let answers = storm(&service, 20).await;
-    assert!(answers.iter().all(|answer| answer.code() == "store-unavailable"));
+    let responses = storm(&service, 20).await;
+    assert!(responses.iter().all(|response| response.code() == "store-unavailable"));
     assert_eq!(handler.runs(), 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_that_is_always_busy_starves_nobody() {
+async fn a_key_that_is_always_busy_starves_no_request() {
     let handler = Handler::new()
         .taking(Duration::from_millis(100))
         .answering(|_| text(StatusCode::BAD_GATEWAY, "no"));
@@ -669,7 +679,7 @@ async fn keys_do_not_block_one_another() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_place_among_the_waiters_of_a_key_is_free_again_when_its_waiter_leaves() {
+async fn a_waiter_that_leaves_frees_its_place() {
     let handler = Handler::new().taking(Duration::from_secs(10));
     let layer = IdempotencyLayer::new(MemoryStore::new())
         .with_max_waiters_per_key(1)
@@ -689,7 +699,7 @@ async fn a_place_among_the_waiters_of_a_key_is_free_again_when_its_waiter_leaves
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watcher_of_another_process_is_not_given_the_answer_of_another_request() {
+async fn a_watcher_of_another_process_does_not_get_the_response_to_another_request() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(2))
@@ -701,7 +711,8 @@ async fn a_watcher_of_another_process_is_not_given_the_answer_of_another_request
     let owner = start(&here, "k", "pay");
     tokio::time::sleep(Duration::from_millis(1_900)).await;
     let watcher = start(&watching, "k", "pay");
-    // The watcher has just looked and sleeps; the key is released and taken for another body before it looks again.
+    // The watcher has just looked and sleeps. Before it looks again, the owner releases the key,
+    // and a request with another body takes it.
     assert_eq!(owner.await.unwrap().status(), 502);
     assert_eq!(send(&there, post("k", "pay more")).await.status(), 201);
     let watcher = watcher.await.unwrap();
@@ -710,7 +721,8 @@ async fn a_watcher_of_another_process_is_not_given_the_answer_of_another_request
 
 #[tokio::test(start_paused = true)]
 async fn requests_that_wait_for_another_claim_are_bounded_in_number_and_time() {
-    // They were not counted, and took the lead one after the other: 20 of them waited for 200 s.
+    // The limits did not count these requests. Each became the leader after the one before, so 20
+    // of them waited for 200 s.
     let store = RemoteStore::new();
     store.fail("claim", [Fault::Hang; 10_000]);
     let s = IdempotencyLayer::new(store)
@@ -731,8 +743,8 @@ async fn requests_that_wait_for_another_claim_are_bounded_in_number_and_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_longest_retry_after_is_no_overflow() {
-    // Rounding up overflowed.
+async fn the_longest_retry_after_does_not_overflow() {
+    // The layer rounded the longest duration up, and that overflowed.
     let handler = Handler::new().taking(Duration::from_secs(3600));
     let s = IdempotencyLayer::new(MemoryStore::new())
         .with_wait(Duration::ZERO)

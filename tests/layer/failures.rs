@@ -1,4 +1,5 @@
-//! What breaks: the handler, its answer, the store, the owner. Nobody is stuck, nothing runs twice unless it was asked for.
+//! Failures of the handler, its response, the store and the owner. No request is stuck, and no
+//! execution is repeated unless a setting allows it.
 
 mod leases;
 mod streams;
@@ -24,7 +25,7 @@ use crate::support::{
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// Returns the code of a refusal, or nothing for a response of the handler.
+/// Returns the code of a refusal, or an empty string for a response of the handler.
 fn code_of(response: &Response<AnyBody>) -> &'static str {
     response.extensions().get().map_or("", tower_idempotency::Refusal::code)
 }
@@ -36,7 +37,7 @@ fn on_memory(handler: &Handler) -> tower_idempotency::Idempotency<Handler, Memor
 // --- the handler -------------------------------------------------------------------------------------------------
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_is_a_500_for_all_who_wait_and_frees_the_key() {
+async fn a_panic_is_a_500_for_the_caller_and_its_duplicates_and_frees_the_key() {
     let handler = Handler::new().taking(Duration::from_secs(1)).answering(|n| {
         assert!(n > 1, "the first run panics");
         text(StatusCode::CREATED, "paid")
@@ -45,8 +46,8 @@ async fn a_panic_is_a_500_for_all_who_wait_and_frees_the_key() {
     let owner = start(&service, post("k", "pay"));
     tokio::time::sleep(Duration::from_millis(10)).await;
     let waiter = start(&service, post("k", "pay"));
-    for answer in [owner.await.unwrap(), waiter.await.unwrap()] {
-        assert_eq!((answer.status(), answer.code()), (500, "handler-failed"));
+    for response in [owner.await.unwrap(), waiter.await.unwrap()] {
+        assert_eq!((response.status(), response.code()), (500, "handler-failed"));
     }
     assert_eq!(handler.runs(), 1);
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
@@ -67,7 +68,7 @@ async fn a_panic_before_the_first_poll_is_caught_too() {
 }
 
 #[tokio::test]
-async fn failures_are_kept_when_asked_panics_and_errors_of_the_service_too() {
+async fn on_error_store_replays_failures_panics_and_errors_of_the_service() {
     let handler = Handler::new().answering(|n| match n {
         1 => text(StatusCode::BAD_GATEWAY, "the bank is down"),
         _ => panic!("the second key panics"),
@@ -75,7 +76,7 @@ async fn failures_are_kept_when_asked_panics_and_errors_of_the_service_too() {
     let service = IdempotencyLayer::new(MemoryStore::new())
         .on_error(OnError::Store)
         .layer(handler.clone());
-    for key in ["answers", "panics"] {
+    for key in ["responses", "panics"] {
         let first = send(&service, post(key, "pay")).await;
         let again = send(&service, post(key, "pay")).await;
         assert!(first.status() >= 500 && !first.is_replay() && again.is_replay());
@@ -96,7 +97,7 @@ async fn failures_are_kept_when_asked_panics_and_errors_of_the_service_too() {
 }
 
 #[tokio::test]
-async fn failures_are_of_unknown_outcome_when_asked() {
+async fn on_error_unknown_gives_failures_an_unknown_outcome() {
     let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let service = IdempotencyLayer::new(MemoryStore::new())
         .on_error(OnError::Unknown)
@@ -125,7 +126,7 @@ async fn an_unknown_outcome_can_be_resolved() {
 }
 
 #[tokio::test]
-async fn an_operator_finds_and_resolves_a_key_by_what_the_client_sent() {
+async fn an_operator_resolves_a_key_by_the_key_that_the_client_sent() {
     let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let layer = IdempotencyLayer::new(MemoryStore::new())
         .with_namespace("billing")
@@ -156,7 +157,7 @@ async fn an_operator_finds_and_resolves_a_key_by_what_the_client_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_time_out_within_the_layer_follows_the_setting_for_failures() {
+async fn a_timeout_inside_the_layer_follows_the_setting_for_failures() {
     for (on_error, runs) in [(OnError::Store, 1), (OnError::Unknown, 1), (OnError::Release, 2)] {
         let handler = Handler::new().taking(Duration::from_secs(60));
         let after = Duration::from_secs(1);
@@ -172,7 +173,7 @@ async fn a_time_out_within_the_layer_follows_the_setting_for_failures() {
 }
 
 #[tokio::test]
-async fn a_handler_may_keep_a_failure_and_set_the_retention() {
+async fn a_handler_may_store_a_failure_and_set_its_retention() {
     let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1_000_000_000));
     let handler = Handler::new().answering(|n| {
         let mut response = text(StatusCode::SERVICE_UNAVAILABLE, format!("final {n}"));
@@ -221,26 +222,26 @@ async fn a_handler_that_blocks_its_thread_past_the_lease_runs_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn leases_of_all_lengths_are_renewed_by_one_task_which_ends_with_them() {
+async fn one_task_renews_leases_of_all_lengths_and_ends_with_them() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(100));
     let long = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(300));
     let short = long.clone().with_lease(Duration::from_secs(3));
     let (long, short) = (long.layer(handler.clone()), short.layer(handler.clone()));
-    let mut answers = vec![start(&long, post("long", "x"))];
+    let mut responses = vec![start(&long, post("long", "x"))];
     tokio::time::sleep(Duration::from_secs(1)).await;
-    answers.extend((0..50).map(|n| start(&short, post(&format!("short-{n}"), "x"))));
-    for answer in answers {
-        assert_eq!(answer.await.unwrap().status(), 201);
+    responses.extend((0..50).map(|n| start(&short, post(&format!("short-{n}"), "x"))));
+    for response in responses {
+        assert_eq!(response.await.unwrap().status(), 201);
     }
     assert_eq!(handler.runs(), 51);
     let renewals = store.calls("renew");
     assert!(renewals >= 50 * 90, "{renewals} renewals");
     tokio::time::sleep(Duration::from_secs(1_000)).await;
-    assert_eq!(store.calls("renew"), renewals, "the task ended");
+    assert_eq!(store.calls("renew"), renewals, "the renewal task has ended");
     let again = start(&short, post("again", "x"));
     assert_eq!(again.await.unwrap().status(), 201);
-    assert!(store.calls("renew") >= renewals + 90, "and a new one began");
+    assert!(store.calls("renew") >= renewals + 90, "a new renewal task has begun");
 }
 
 // --- bodies ------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ async fn a_request_body_that_breaks_off_or_trickles_runs_nothing_and_leaves_the_
 }
 
 #[tokio::test]
-async fn an_answer_that_breaks_off_is_never_executed_again() {
+async fn a_request_whose_response_breaks_off_is_never_executed_again() {
     for play in [vec![Play::Data("par"), Play::Break], vec![Play::Break]] {
         let play = std::sync::Mutex::new(Some(play));
         let handler = Handler::new().answering(move |_| Response::new(frames(play.lock().unwrap().take().unwrap())));
@@ -273,7 +274,7 @@ async fn an_answer_that_breaks_off_is_never_executed_again() {
     }
 }
 
-/// After a body that broke off, the key could not run again for a day, even if the head had a status that releases the
+/// A body that broke off blocked its key for a day, even if its head had a status that frees the
 /// key.
 #[tokio::test]
 async fn a_response_that_is_not_stored_frees_its_key_although_its_body_breaks_off() {
@@ -321,16 +322,17 @@ async fn a_failure_whose_body_breaks_off_follows_the_setting_for_failures() {
         for code in [first, second] {
             let response = service.clone().oneshot(post("k", "pay")).await.unwrap();
             assert_eq!(code_of(&response), code, "{on_error:?}");
-            // The handler's own response streams, and breaks off for its caller, too.
+            // The response of the handler streams, so it breaks off for its caller, too.
             assert_eq!(response.into_body().collect().await.is_err(), code.is_empty());
         }
         assert_eq!(handler.runs(), if on_error == OnError::Release { 2 } else { 1 });
     }
 }
 
-/// The tombstone lived for the layer's hour, and the request ran again after two.
+/// The tombstone expired after the hour that the layer sets, so the request ran again after two
+/// hours.
 #[tokio::test]
-async fn a_response_without_its_body_is_done_for_as_long_as_its_head_asks() {
+async fn the_tombstone_of_a_response_without_its_body_lives_as_long_as_its_head_asks() {
     for (body, limit) in [("breaks", 100), ("long", 3)] {
         let handler = Handler::new().answering(move |_| {
             let mut response = match body {
@@ -371,7 +373,7 @@ async fn a_response_that_is_slow_within_its_time_is_stored() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_response_of_empty_frames_without_end_ends_with_its_time() {
+async fn a_response_of_endless_empty_frames_ends_at_the_time_limit() {
     let handler = Handler::new().answering(|_| Response::new(support::empty_frames()));
     let service = on_memory(&handler);
     let owner = tokio::spawn(service.clone().oneshot(post("k", "pay")));
@@ -384,7 +386,7 @@ async fn a_response_of_empty_frames_without_end_ends_with_its_time() {
 }
 
 #[test]
-fn bodies_are_read_on_a_runtime_without_timers() {
+fn bodies_can_be_read_on_a_runtime_without_timers() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
         let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("pa"), Play::Data("id")])));
@@ -397,9 +399,9 @@ fn bodies_are_read_on_a_runtime_without_timers() {
     });
 }
 
-/// The panic of a body counted as one of the handler, and released the key of a success.
+/// The layer took the panic of a body for a panic of the handler, so it freed the key of a success.
 #[tokio::test]
-async fn a_response_whose_body_panics_has_broken_off() {
+async fn a_response_whose_body_panics_counts_as_broken_off() {
     let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("x"), Play::Panic])));
     let service = on_memory(&handler);
     for (status, code) in [(500, "response-broken"), (409, "response-not-stored")] {
@@ -410,7 +412,7 @@ async fn a_response_whose_body_panics_has_broken_off() {
 }
 
 #[tokio::test]
-async fn an_answer_too_large_to_keep_reaches_its_caller_whole_and_never_runs_again() {
+async fn a_response_too_large_to_store_reaches_its_caller_whole_and_never_runs_again() {
     for known in [true, false] {
         let handler = Handler::new().answering(move |_| {
             if known {
@@ -430,7 +432,7 @@ async fn an_answer_too_large_to_keep_reaches_its_caller_whole_and_never_runs_aga
 }
 
 #[tokio::test]
-async fn an_event_stream_streams_after_its_tombstone() {
+async fn an_event_stream_begins_after_its_tombstone_is_stored() {
     let handler = Handler::new().answering(|_| {
         let mut response = Response::new(frames(vec![Play::Data("data: 1\n\n"), Play::Stall]));
         response
@@ -458,9 +460,9 @@ fn outer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).with_header(header::HeaderName::from_static("x-outer-key"))
 }
 
-/// Every refusal of an inner layer counted as a sign that the request had no effect.
+/// The outer layer took every refusal of an inner layer as proof that the request had no effect.
 #[tokio::test]
-async fn a_failure_that_an_inner_layer_reports_is_a_failure() {
+async fn a_failure_that_an_inner_layer_reports_counts_as_a_failure_of_the_handler() {
     for (on_error, runs, codes) in [
         (OnError::Unknown, 1, ["handler-failed", "outcome-unknown"]),
         (OnError::Store, 1, ["handler-failed", ""]),
@@ -480,9 +482,10 @@ async fn a_failure_that_an_inner_layer_reports_is_a_failure() {
     }
 }
 
-/// The inner layer forgets its key after an hour, and the outer one must not run it again then.
+/// The inner layer forgets its key after an hour. After that, the outer layer must not run the
+/// request again.
 #[tokio::test]
-async fn what_an_inner_layer_reports_as_done_is_done() {
+async fn a_request_that_an_inner_layer_reports_as_done_is_done_for_the_outer_layer() {
     let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1));
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
     let inner = IdempotencyLayer::new(store).with_retention(Duration::from_secs(3_600));
@@ -494,7 +497,8 @@ async fn what_an_inner_layer_reports_as_done_is_done() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// The completion of the late owner counted as a repeated one. Its caller got another response than all duplicates.
+/// The layer took the completion of the late owner for a repeated completion. The caller of the
+/// owner got another response than all duplicates.
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_comes_back_after_a_resolution_returns_the_response_that_stands() {
     for fails in [false, true] {
@@ -525,7 +529,7 @@ async fn an_owner_that_comes_back_after_a_resolution_returns_the_response_that_s
 }
 
 #[tokio::test]
-async fn what_an_inner_layer_refuses_before_its_handler_frees_the_outer_key() {
+async fn a_request_that_an_inner_layer_refuses_before_its_handler_frees_the_outer_key() {
     let handler = Handler::new();
     let inner = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     send(&inner, post("inner", "another payment")).await;
@@ -536,9 +540,10 @@ async fn what_an_inner_layer_refuses_before_its_handler_frees_the_outer_key() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// The inner attempt ran and lost its key to another request. Its refusal says nothing about its own effect.
+/// The inner attempt ran and lost its key to another request. Its refusal does not show whether it
+/// took effect.
 #[tokio::test(start_paused = true)]
-async fn an_inner_attempt_that_ran_and_was_superseded_is_of_unknown_outcome() {
+async fn an_inner_attempt_that_ran_and_was_superseded_has_an_unknown_outcome() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(60));
     let inner = IdempotencyLayer::new(store.clone());
@@ -558,7 +563,7 @@ async fn an_inner_attempt_that_ran_and_was_superseded_is_of_unknown_outcome() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// An owner whose key another process takes over after 30 s, while the handler of the owner takes 60 s.
+/// Sends a request whose handler takes 60 s. Another process takes over the key in the meantime.
 async fn superseded<S>(store: &RemoteStore, owner: S) -> Got
 where
     S: tower::Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + Sync + 'static,
@@ -577,7 +582,8 @@ where
     tokio::join!(send(&owner, post("k", "pay")), taken_over).0
 }
 
-/// An owner that gave its key up, or whose service failed, served its own result although the key held another one.
+/// An owner that released its key, or whose service failed, served its own result although the key
+/// held another one.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_owner_serves_what_the_key_holds_however_it_ended() {
     for on_error in [OnError::Release, OnError::Unknown, OnError::Store] {
@@ -615,9 +621,9 @@ async fn a_superseded_owner_serves_what_the_key_holds_however_it_ended() {
     }
 }
 
-/// The refusal said that nothing was processed.
+/// The refusal claimed that the request was not processed.
 #[tokio::test(start_paused = true)]
-async fn a_superseded_owner_that_cannot_read_the_record_does_not_say_that_nothing_was_processed() {
+async fn a_superseded_owner_that_cannot_read_the_record_reports_an_unknown_outcome() {
     for fault in [Fault::Before, Fault::Misconfigured] {
         let store = RemoteStore::new();
         let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
@@ -631,7 +637,7 @@ async fn a_superseded_owner_that_cannot_read_the_record_does_not_say_that_nothin
     }
 }
 
-/// The caller and the duplicates got the replay marker, although no record holds the failure.
+/// The caller and the duplicates got the replay marker, although no record held the failure.
 #[tokio::test(start_paused = true)]
 async fn a_failure_that_could_not_be_recorded_is_not_marked_as_a_replay() {
     for panics in [true, false] {
@@ -656,15 +662,15 @@ async fn a_failure_that_could_not_be_recorded_is_not_marked_as_a_replay() {
 // --- the store ---------------------------------------------------------------------------------------------------
 
 #[tokio::test(start_paused = true)]
-async fn a_claim_that_fails_once_is_repeated_and_one_whose_reply_is_lost_gets_its_grant_again() {
+async fn a_claim_that_fails_once_or_whose_reply_is_lost_is_repeated_and_granted() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
         let store = RemoteStore::new();
         store.fail("claim", [fault]);
         let handler = Handler::new();
         let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-        let answer = send(&service, post("k", "pay")).await;
+        let response = send(&service, post("k", "pay")).await;
         assert_eq!(
-            (answer.status(), handler.runs(), store.calls("claim")),
+            (response.status(), handler.runs(), store.calls("claim")),
             (201, 1, 2),
             "{fault:?}"
         );
@@ -673,7 +679,7 @@ async fn a_claim_that_fails_once_is_repeated_and_one_whose_reply_is_lost_gets_it
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_at_the_claim_runs_nothing_and_the_claim_is_released_behind() {
+async fn a_claim_that_fails_runs_nothing_and_is_released_after_the_refusal() {
     for faults in [
         [Fault::Before; 2],
         [Fault::After; 2],
@@ -698,9 +704,10 @@ async fn a_store_that_fails_at_the_claim_runs_nothing_and_the_claim_is_released_
     }
 }
 
-/// The store was away for longer than a lost owner's lease: each claim that was released behind a refusal took the lost one over.
+/// The store was away for longer than the lease of a lost owner. When it was back, each deferred
+/// release first took over the lost claim, which used up an attempt.
 #[tokio::test(start_paused = true)]
-async fn claims_that_are_released_late_use_no_attempts_up() {
+async fn claims_that_are_released_late_use_up_no_attempts() {
     let (store, handler) = (RemoteStore::new(), Handler::new());
     let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
     let drain = layer.drain();
@@ -714,7 +721,7 @@ async fn claims_that_are_released_late_use_no_attempts_up() {
     }
     tokio::time::sleep(Duration::from_secs(60)).await;
     store.heal();
-    // The owner still cannot.
+    // The owner still cannot reach the store.
     store.fail("renew", [Fault::Before; 10_000]);
     drain.wait().await;
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
@@ -722,10 +729,10 @@ async fn claims_that_are_released_late_use_no_attempts_up() {
     owner.abort();
 }
 
-/// The store took claims and gave no reply. Beyond 1,024 of them, nothing released the keys that it had granted, and
-/// requests that never ran were of unknown outcome.
+/// The store granted claims without a reply. Beyond 1,024 of them, the layer released none of the
+/// keys, so requests that never ran got an unknown outcome.
 #[tokio::test(start_paused = true)]
-async fn a_store_that_grants_claims_without_a_reply_holds_no_key_for_nobody() {
+async fn the_layer_releases_the_keys_of_all_claims_that_a_store_granted_without_a_reply() {
     let (store, handler) = (RemoteStore::new(), Handler::new());
     let layer = IdempotencyLayer::new(store.clone());
     let service = layer.layer(handler.clone());
@@ -746,7 +753,8 @@ async fn a_store_that_grants_claims_without_a_reply_holds_no_key_for_nobody() {
     }
 }
 
-/// While many claims are lost, a duplicate still gets its response, and an application that allows it runs unprotected.
+/// While many claims are lost, a duplicate still gets its response. An application that allows it
+/// runs new requests unprotected.
 #[tokio::test(start_paused = true)]
 async fn requests_are_served_while_many_claims_are_lost() {
     let (store, handler) = (RemoteStore::new(), Handler::new());
@@ -766,9 +774,10 @@ async fn requests_are_served_while_many_claims_are_lost() {
     assert_eq!(handler.runs(), 2);
 }
 
-/// The store went away while a handler ran. The claims that failed all the while must not keep it from being told how that ended.
+/// The store went away while a handler ran. The deferred releases of failed claims must not
+/// displace the deferred completion of that handler.
 #[tokio::test(start_paused = true)]
-async fn claims_that_fail_do_not_crowd_out_what_ended() {
+async fn claims_that_fail_do_not_displace_deferred_completions() {
     let store = RemoteStore::new();
     let layer = IdempotencyLayer::new(store.clone());
     let (drain, handler) = (layer.drain(), Handler::new().taking(Duration::from_secs(15)));
@@ -789,9 +798,10 @@ async fn claims_that_fail_do_not_crowd_out_what_ended() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// A store that is away for minutes leaves a task for each of the requests that were under way, and not for all that come.
+/// An outage of minutes leaves a bounded number of tasks, not one for each request that comes in
+/// the meantime.
 #[tokio::test(start_paused = true)]
-async fn an_outage_leaves_a_bounded_number_of_tasks_which_end_with_it() {
+async fn an_outage_leaves_a_bounded_number_of_tasks_that_end_with_it() {
     let store = RemoteStore::new();
     let layer = IdempotencyLayer::new(store.clone());
     let (drain, service) = (layer.drain(), layer.layer(Handler::new()));
@@ -807,9 +817,10 @@ async fn an_outage_leaves_a_bounded_number_of_tasks_which_end_with_it() {
     assert_eq!((drain.running(), store.len()), (0, 0));
 }
 
-/// Nothing ran when the store failed at the claim, so of a key whose owner was lost nothing is used up.
+/// When the store fails at the claim, the handler does not run, so the claim must not use up an
+/// attempt of a lost key.
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_at_claims_of_a_lost_key_uses_no_attempts_up() {
+async fn claims_of_a_lost_key_that_fail_use_up_no_attempts() {
     let store = RemoteStore::new();
     let handler = Handler::new().answering(|run| {
         assert!(run > 1, "the first run is lost");
@@ -829,9 +840,10 @@ async fn a_store_that_fails_at_claims_of_a_lost_key_uses_no_attempts_up() {
     assert_eq!((last.status(), handler.runs()), (201, 2));
 }
 
-/// The claim arrived, its reply was lost, and its lease was over before the store could be asked: it is still ours to release.
+/// The store granted the claim, its reply was lost, and the lease ended while the store was away.
+/// The layer must still release the claim.
 #[tokio::test(start_paused = true)]
-async fn a_claim_whose_lease_ended_while_the_store_was_away_is_released_behind() {
+async fn a_claim_whose_lease_ended_while_the_store_was_away_is_released_after_the_refusal() {
     let store = RemoteStore::new();
     store.fail("claim", [Fault::After, Fault::Before]);
     store.fail("peek", [Fault::Before; 3]);
@@ -843,16 +855,17 @@ async fn a_claim_whose_lease_ended_while_the_store_was_away_is_released_behind()
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
 }
 
-/// The layer's time-out is 5 s: what a store gives itself beyond that does not hold up a caller, and below it no timer is made.
+/// The store timeout of the layer is 5 s. A store with a claim limit of at most 5 s needs no timer
+/// of the layer. A store with a longer limit gets one, so that it does not hold up a caller.
 #[tokio::test(start_paused = true)]
-async fn a_store_is_trusted_with_its_claims_up_to_the_layers_time_out() {
-    for (limit, is_trusted) in [(5, true), (6, false)] {
+async fn a_store_whose_claim_limit_is_within_the_store_timeout_gets_no_timer() {
+    for (limit, is_untimed) in [(5, true), (6, false)] {
         let store = RemoteStore::new();
         store.set_claim_limit(Duration::from_secs(limit));
         store.fail("claim", [Fault::Hang; 2]);
         let service = IdempotencyLayer::new(store).layer(Handler::new());
         let asked = tokio::time::timeout(Duration::from_secs(60), send(&service, post("k", "pay"))).await;
-        assert_eq!(asked.is_err(), is_trusted, "{limit}");
+        assert_eq!(asked.is_err(), is_untimed, "{limit}");
     }
 }
 
@@ -887,7 +900,7 @@ async fn a_misconfigured_store_and_an_unreadable_record_run_nothing_and_ask_for_
 }
 
 #[tokio::test]
-async fn a_waiter_for_another_process_learns_that_the_store_is_misconfigured_or_its_record_unreadable() {
+async fn a_waiter_for_another_process_gets_the_code_of_a_misconfigured_store_or_an_unreadable_record() {
     for (fault, code) in LASTING {
         let (store, handler) = (RemoteStore::new(), Handler::new());
         let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
@@ -904,7 +917,7 @@ async fn a_waiter_for_another_process_learns_that_the_store_is_misconfigured_or_
 }
 
 #[tokio::test(start_paused = true)]
-async fn stripe_clients_learn_that_a_retry_does_not_help_either() {
+async fn stripe_clients_get_an_error_type_that_permits_no_retry() {
     for (fault, code) in LASTING {
         let store = RemoteStore::new();
         store.fail("claim", [fault]);
@@ -921,7 +934,7 @@ async fn stripe_clients_learn_that_a_retry_does_not_help_either() {
 
 #[cfg(feature = "tonic")]
 #[tokio::test(start_paused = true)]
-async fn grpc_clients_learn_that_a_retry_does_not_help_either() {
+async fn grpc_clients_get_a_status_that_their_policies_do_not_retry() {
     for (fault, _) in LASTING {
         let store = RemoteStore::new();
         store.fail("claim", [fault]);
@@ -930,13 +943,13 @@ async fn grpc_clients_learn_that_a_retry_does_not_help_either() {
             post("k", "pay"),
         )
         .await;
-        // INTERNAL, which gRPC's retry policies leave alone, unlike UNAVAILABLE.
+        // The retry policies of gRPC retry UNAVAILABLE but not INTERNAL.
         assert_eq!(grpc.head.headers["grpc-status"], "13");
         assert!(!grpc.head.headers.contains_key("retry-after"));
     }
 }
 
-/// A failover: the old primary refuses writes until its name leads to the new one.
+/// A failover: the old primary refuses writes until its host name leads to the new primary.
 #[tokio::test(start_paused = true)]
 async fn an_owner_records_its_response_once_a_misconfigured_store_is_corrected() {
     let (store, handler) = (RemoteStore::new(), Handler::new());
@@ -945,7 +958,7 @@ async fn an_owner_records_its_response_once_a_misconfigured_store_is_corrected()
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
     assert!(store.only().1.is_completed());
     assert!(send(&service, post("k", "pay")).await.is_replay());
-    // The old primary stays read-only for longer than the caller waits.
+    // The old primary stays read-only for longer than the completion timeout.
     store.fail("complete", [Fault::Misconfigured; 30]);
     assert_eq!(send(&service, post("k2", "pay")).await.status(), 201);
     tokio::time::sleep(Duration::from_secs(120)).await;
@@ -954,7 +967,7 @@ async fn an_owner_records_its_response_once_a_misconfigured_store_is_corrected()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_claim_whose_reply_was_lost_is_released_whatever_the_second_one_comes_to() {
+async fn a_claim_whose_reply_was_lost_is_released_when_the_second_claim_fails_too() {
     for (fault, code) in LASTING {
         let (store, handler) = (RemoteStore::new(), Handler::new());
         store.fail("claim", [Fault::After, fault]);
@@ -968,36 +981,36 @@ async fn a_claim_whose_reply_was_lost_is_released_whatever_the_second_one_comes_
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_protection_a_request_runs_when_the_store_fails_if_that_was_asked_for() {
+async fn a_request_runs_unprotected_when_the_store_fails_if_the_application_allows_it() {
     let store = RemoteStore::new();
     store.fail("claim", [Fault::Before; 2]);
     let handler = Handler::new();
     let layer = IdempotencyLayer::new(store).dangerously_run_unprotected_when_the_store_fails();
-    let answer = send(&layer.layer(handler.clone()), post("k", "pay")).await;
-    assert_eq!((answer.status(), handler.runs()), (201, 1));
+    let response = send(&layer.layer(handler.clone()), post("k", "pay")).await;
+    assert_eq!((response.status(), handler.runs()), (201, 1));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_completion_that_fails_for_a_while_is_repeated_before_the_answer_leaves() {
+async fn a_completion_that_fails_for_a_while_is_repeated_before_the_response_leaves() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
         let store = RemoteStore::new();
         store.fail("complete", [fault; 2]);
         let handler = Handler::new();
         let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-        let answer = send(&service, post("k", "pay")).await;
+        let response = send(&service, post("k", "pay")).await;
         let (_, record) = store.only();
         assert!(
             record.is_completed(),
-            "{fault:?}: the answer left before it was recorded"
+            "{fault:?}: the response left before it was recorded"
         );
-        assert_eq!((answer.status(), store.calls("complete")), (201, 3));
+        assert_eq!((response.status(), store.calls("complete")), (201, 3));
         assert!(send(&service, post("k", "pay")).await.is_replay());
         assert_eq!(handler.runs(), 1);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_completion_that_never_succeeds_keeps_the_key_claimed_and_says_what_is_known() {
+async fn a_completion_that_never_succeeds_leaves_the_key_claimed() {
     for (on_lost, status, code) in [(OnLost::Refuse, 201, ""), (OnLost::Execute, 503, "outcome-unknown")] {
         let store = RemoteStore::new();
         store.fail("complete", [Fault::Before; 100]);
@@ -1006,8 +1019,8 @@ async fn a_completion_that_never_succeeds_keeps_the_key_claimed_and_says_what_is
             .on_lost(on_lost)
             .with_wait(Duration::ZERO);
         let service = layer.layer(handler.clone());
-        let answer = send(&service, post("k", "pay")).await;
-        assert_eq!((answer.status(), answer.code()), (status, code));
+        let response = send(&service, post("k", "pay")).await;
+        assert_eq!((response.status(), response.code()), (status, code));
         assert_eq!(send(&service, post("k", "pay")).await.code(), "request-outstanding");
         tokio::time::sleep(Duration::from_secs(31)).await;
         let later = send(&service, post("k", "pay")).await;
@@ -1028,10 +1041,11 @@ async fn a_release_that_fails_for_a_while_is_repeated() {
     assert_eq!((store.len(), store.calls("release")), (0, 3));
 }
 
-/// A failover: the store was away for a minute, in which handlers ended. Their keys were refused for a day.
+/// A failover: the store was away for a minute, in which handlers ended. The layer did not record
+/// their outcomes, and refused their keys for a day.
 #[tokio::test(start_paused = true)]
-async fn what_ended_while_the_store_was_away_is_recorded_when_it_is_back() {
-    for (status, is_kept) in [(StatusCode::CREATED, true), (StatusCode::SERVICE_UNAVAILABLE, false)] {
+async fn an_outcome_is_recorded_once_the_store_is_reachable_again() {
+    for (status, is_stored) in [(StatusCode::CREATED, true), (StatusCode::SERVICE_UNAVAILABLE, false)] {
         let (store, handler) = (RemoteStore::new(), Handler::new());
         let handler = handler.answering(move |_| text(status, "paid"));
         let layer = IdempotencyLayer::new(store.clone());
@@ -1045,13 +1059,13 @@ async fn what_ended_while_the_store_was_away_is_recorded_when_it_is_back() {
         store.heal();
         drain.wait().await;
         let again = send(&service, post("k", "pay")).await;
-        assert_eq!((again.status(), again.is_replay()), (status.as_u16(), is_kept));
-        assert_eq!(handler.runs(), if is_kept { 1 } else { 2 });
+        assert_eq!((again.status(), again.is_replay()), (status.as_u16(), is_stored));
+        assert_eq!(handler.runs(), if is_stored { 1 } else { 2 });
     }
 }
 
 #[tokio::test]
-async fn a_full_store_refuses_new_keys_loudly_and_replays_all_the_same() {
+async fn a_full_store_refuses_new_keys_and_still_replays() {
     let store = MemoryStore::builder().with_record_budget(2).build();
     let handler = Handler::new();
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
@@ -1070,7 +1084,7 @@ async fn a_full_store_refuses_new_keys_loudly_and_replays_all_the_same() {
 
 // --- lost owners -------------------------------------------------------------------------------------------------
 
-/// A key whose owner vanished: its process stopped renewing in the middle of the handler.
+/// Leaves a key in flight whose owner stopped renewing its lease while the handler ran.
 async fn lost_key(store: &RemoteStore) -> tokio::task::JoinHandle<Got> {
     lost_key_of(store, IdempotencyLayer::new(store.clone())).await
 }
@@ -1084,7 +1098,7 @@ async fn lost_key_of(store: &RemoteStore, layer: IdempotencyLayer<RemoteStore>) 
         .with_wait(Duration::ZERO);
     let owner = start(&layer.layer(handler), post("k", "pay"));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // It cannot reach the store any more.
+    // From here on, the owner cannot reach the store.
     store.fail("renew", [Fault::Before; 10_000]);
     tokio::time::sleep(Duration::from_secs(60)).await;
     let (key, _) = store.only();
@@ -1093,7 +1107,7 @@ async fn lost_key_of(store: &RemoteStore, layer: IdempotencyLayer<RemoteStore>) 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_owner_is_refused_by_default_until_it_completes_late() {
+async fn duplicates_of_a_lost_owner_are_refused_by_default_until_it_completes() {
     let store = RemoteStore::new();
     let zombie = lost_key(&store).await;
     let handler = Handler::new();
@@ -1109,7 +1123,7 @@ async fn a_lost_owner_is_refused_by_default_until_it_completes_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_owner_is_taken_over_when_asked_and_serves_what_the_key_holds() {
+async fn a_lost_owner_is_taken_over_under_execute_and_serves_the_stored_response() {
     let store = RemoteStore::new();
     let zombie = lost_key(&store).await;
     let handler = Handler::new().answering(|_| text(StatusCode::CREATED, "the winner"));
@@ -1127,7 +1141,7 @@ async fn a_lost_owner_is_taken_over_when_asked_and_serves_what_the_key_holds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn attempts_are_counted_fenced_and_capped() {
+async fn attempts_are_numbered_fenced_and_capped() {
     let store = RemoteStore::new();
     let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
     let witness = Arc::clone(&seen);
@@ -1159,13 +1173,13 @@ async fn attempts_are_counted_fenced_and_capped() {
     assert!(seen.windows(2).all(|pair| pair[0].1 < pair[1].1), "the fence grows");
     assert!(
         seen.windows(2).all(|pair| pair[0].2 == pair[1].2),
-        "the derived key stays"
+        "every attempt derives the same key"
     );
     assert_eq!(seen[0].2.len(), 64);
 }
 
 #[tokio::test(start_paused = true)]
-async fn recovery_asks_before_it_runs() {
+async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
     for found in ["happened", "not-happened", "unknown"] {
         let store = RemoteStore::new();
         let zombie = lost_key(&store).await;
@@ -1186,26 +1200,26 @@ async fn recovery_asks_before_it_runs() {
             }
         };
         let service = IdempotencyLayer::new(store).with_recovery(check).layer(handler.clone());
-        let answer = send(&service, post("k", "pay")).await;
+        let response = send(&service, post("k", "pay")).await;
         let again = send(&service, post("k", "pay")).await;
         match found {
             "happened" => {
                 assert_eq!(
-                    (answer.is_replay(), &answer.body[..]),
+                    (response.is_replay(), &response.body[..]),
                     (true, &b"found at the bank"[..])
                 );
-                assert_eq!((again.body, handler.runs()), (answer.body, 0));
+                assert_eq!((again.body, handler.runs()), (response.body, 0));
             }
             "not-happened" => {
-                assert_eq!((answer.is_replay(), &answer.body[..]), (false, &b"run again"[..]));
+                assert_eq!((response.is_replay(), &response.body[..]), (false, &b"run again"[..]));
                 assert_eq!((again.is_replay(), handler.runs()), (true, 1));
             }
             _ => {
                 assert_eq!(
-                    (answer.code(), again.code(), handler.runs()),
+                    (response.code(), again.code(), handler.runs()),
                     ("outcome-unknown", "outcome-unknown", 0)
                 );
-                assert_eq!(asked.load(Ordering::SeqCst), 2, "it is asked again");
+                assert_eq!(asked.load(Ordering::SeqCst), 2, "the layer asks the check again");
             }
         }
         zombie.abort();
@@ -1213,16 +1227,16 @@ async fn recovery_asks_before_it_runs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_recovery_that_panics_runs_nothing_and_is_asked_again() {
+async fn a_recovery_check_that_panics_runs_nothing_and_is_asked_again() {
     for store in [RemoteStore::new(), RemoteStore::deciding_at_once()] {
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
         let check = move |_| {
             let asked = count.fetch_add(1, Ordering::SeqCst);
-            assert_ne!(asked, 0, "before its future");
+            assert_ne!(asked, 0, "panics before it returns a future");
             async move {
                 tokio::task::yield_now().await;
-                assert_ne!(asked, 1, "in its future");
+                assert_ne!(asked, 1, "panics within its future");
                 Recovered::NotHappened
             }
         };
@@ -1247,7 +1261,7 @@ async fn a_recovery_that_panics_runs_nothing_and_is_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fingerprint_function_that_panics_leaves_nothing_behind() {
+async fn a_fingerprint_function_that_panics_leaves_no_claim() {
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
     let layer = IdempotencyLayer::new(RemoteStore::deciding_at_once()).with_fingerprint(move |_, body| {
@@ -1261,8 +1275,9 @@ async fn a_fingerprint_function_that_panics_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_predicate_that_panics_comes_after_the_effect_and_nobody_runs_again() {
-    // It unwound through the exchange: its caller got no answer, and the key was left to chance.
+async fn a_request_whose_predicate_panics_is_not_executed_again() {
+    // The panic unwound through the layer. The caller got no response, and the key stayed in flight
+    // until its lease ended.
     let s = IdempotencyLayer::new(MemoryStore::new())
         .store_if(|_| panic!("predicate"))
         .layer(Handler::new());
@@ -1281,8 +1296,8 @@ async fn a_predicate_that_panics_comes_after_the_effect_and_nobody_runs_again() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_handler_that_was_cut_off_is_not_run_again_unless_asked() {
-    // The 408 of a time-out released the key, whatever was set for failures.
+async fn a_handler_that_timed_out_is_not_run_again_under_on_error_unknown() {
+    // The 408 of a timeout released the key, whatever the setting for failures was.
     use tower_http::timeout::TimeoutLayer;
     let effects = Arc::new(AtomicUsize::new(0));
     let e = effects.clone();
@@ -1306,8 +1321,8 @@ async fn a_handler_that_was_cut_off_is_not_run_again_unless_asked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_record_that_cannot_be_read_never_runs_unprotected() {
-    // It was taken for a store that does not answer.
+async fn a_request_with_an_unreadable_record_never_runs_unprotected() {
+    // The layer took the error for that of a store that does not reply.
     let store = RemoteStore::new();
     let handler = Handler::new();
     let s = IdempotencyLayer::new(store.clone())

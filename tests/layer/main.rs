@@ -1,4 +1,5 @@
-//! The layer around services of tower, axum and tonic: which requests run, which wait, which are answered from the store.
+//! The layer around services of tower, axum and tonic: which requests run, which wait, and which
+//! get a stored response.
 
 mod bad_input;
 mod boxed_store;

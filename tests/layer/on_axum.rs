@@ -1,4 +1,5 @@
-//! The layer in an axum app, with every default of its table, over a real server where the connection matters.
+//! The layer in an axum app with its default settings, over a real server where the connection
+//! matters.
 
 mod cut_off;
 mod framing;
@@ -26,7 +27,7 @@ use tower_idempotency::{
     StoreResponse,
 };
 
-/// What came back.
+/// A response whose body has been read.
 #[derive(Clone, Debug)]
 struct Got {
     status: u16,
@@ -65,7 +66,8 @@ async fn pay(app: &Router, uri: &str, headers: &[(&str, &str)], body: &'static s
 
 const KEY: (&str, &str) = ("idempotency-key", "k");
 
-/// Answers with the number of its runs, in a header and in the body.
+/// Counts the runs of the handler. Each response has the number of its run in a header field and in
+/// its body.
 #[derive(Clone, Default)]
 struct Runs(Arc<AtomicUsize>);
 
@@ -80,17 +82,17 @@ async fn handler(State(runs): State<Runs>, headers: HeaderMap, body: Bytes) -> R
     let status = headers
         .get("x-status")
         .map_or(201, |status| status.to_str().unwrap().parse().unwrap());
-    let answer = [
+    let fields = [
         (header::LOCATION, format!("/payments/{n}")),
         (header::SET_COOKIE, format!("sid={n}")),
     ];
     let mut response = (
         StatusCode::from_u16(status).unwrap(),
-        answer,
+        fields,
         format!("{n}: {} bytes", body.len()),
     )
         .into_response();
-    match headers.get("x-keep").map(HeaderValue::as_bytes) {
+    match headers.get("x-store").map(HeaderValue::as_bytes) {
         Some(b"yes") => drop(response.extensions_mut().insert(StoreResponse)),
         Some(b"no") => drop(response.extensions_mut().insert(DoNotStore)),
         _ => {}
@@ -125,7 +127,7 @@ async fn a_replay_has_the_same_status_bytes_and_headers_but_no_cookie() {
 }
 
 #[tokio::test]
-async fn post_and_patch_are_covered_other_methods_and_requests_without_a_key_pass() {
+async fn post_and_patch_with_a_key_are_covered_and_all_other_requests_pass() {
     let (app, runs) = app(layer());
     for (method, new_runs) in [
         (Method::POST, 1),
@@ -148,7 +150,7 @@ async fn post_and_patch_are_covered_other_methods_and_requests_without_a_key_pas
 }
 
 #[tokio::test]
-async fn quoted_and_bare_are_one_key_and_case_counts() {
+async fn quoted_and_bare_keys_are_equal_and_case_matters() {
     let (app, runs) = app(layer());
     for key in ["abc", "\"abc\"", "\"abc\";v=1", "q83vEjRWeJA+/w==", "urn:uuid:1", "ABC"] {
         pay(&app, "/pay", &[("idempotency-key", key)], "x").await;
@@ -183,7 +185,7 @@ async fn another_method_path_query_body_or_authorization_is_a_mismatch() {
 }
 
 #[tokio::test]
-async fn nested_routers_with_the_same_inner_path_do_not_answer_for_each_other() {
+async fn nested_routers_with_the_same_inner_path_do_not_share_a_response() {
     let runs = Runs::default();
     let nested = Router::new().route("/create", post(handler)).layer(layer());
     let app = Router::new()
@@ -214,7 +216,7 @@ async fn scopes_are_separate_and_a_renewed_token_still_gets_the_replay() {
 }
 
 #[tokio::test]
-async fn a_request_without_the_scope_that_is_asked_for_is_refused() {
+async fn a_request_without_its_required_scope_is_refused() {
     let tenant = |head: &http::request::Parts| Some(Scope::from(head.headers.get("x-tenant")?.as_bytes()));
     let (app, runs) = app(layer().with_scope(tenant));
     let refused = pay(&app, "/pay", &[KEY], "x").await;
@@ -225,8 +227,8 @@ async fn a_request_without_the_scope_that_is_asked_for_is_refused() {
 }
 
 #[tokio::test]
-async fn what_is_kept_follows_the_table_and_the_handlers_word() {
-    for (status, kept) in [
+async fn a_response_is_stored_by_its_status_unless_the_handler_marks_it() {
+    for (status, stored) in [
         ("200", true),
         ("302", true),
         ("400", true),
@@ -257,19 +259,19 @@ async fn what_is_kept_follows_the_table_and_the_handlers_word() {
         for _ in 0..2 {
             pay(&app, "/pay", &[KEY, ("x-status", status)], "x").await;
         }
-        assert_eq!(runs.count(), if kept { 1 } else { 2 }, "{status}");
+        assert_eq!(runs.count(), if stored { 1 } else { 2 }, "{status}");
     }
-    for (word, status, runs_wanted) in [("no", "200", 2), ("yes", "500", 1)] {
+    for (mark, status, runs_wanted) in [("no", "200", 2), ("yes", "500", 1)] {
         let (app, runs) = app(layer());
         for _ in 0..2 {
-            pay(&app, "/pay", &[KEY, ("x-status", status), ("x-keep", word)], "x").await;
+            pay(&app, "/pay", &[KEY, ("x-status", status), ("x-store", mark)], "x").await;
         }
-        assert_eq!(runs.count(), runs_wanted, "{word}");
+        assert_eq!(runs.count(), runs_wanted, "{mark}");
     }
 }
 
 #[tokio::test]
-async fn canonical_json_ignores_order_space_and_left_out_members() {
+async fn canonical_json_ignores_order_space_and_excluded_members() {
     let json = CanonicalJson::new().leave_out("/sent_at").unwrap();
     let (app, runs) = app(layer().with_json_fingerprint(json));
     let first = pay(&app, "/pay", &[KEY], r#"{"a":1,"b":[1,2],"sent_at":"10:00"}"#).await;
@@ -284,7 +286,7 @@ async fn canonical_json_ignores_order_space_and_left_out_members() {
 }
 
 #[tokio::test]
-async fn chosen_headers_and_an_own_function_make_the_difference() {
+async fn added_headers_and_a_custom_function_change_the_fingerprint() {
     let (one, _) = app(layer().add_fingerprint_header("x-currency".parse().unwrap()));
     assert_eq!(pay(&one, "/pay", &[KEY, ("x-currency", "EUR")], "x").await.status, 201);
     assert_eq!(pay(&one, "/pay", &[KEY, ("x-currency", "USD")], "x").await.status, 422);
@@ -298,7 +300,7 @@ async fn chosen_headers_and_an_own_function_make_the_difference() {
 }
 
 #[tokio::test]
-async fn the_presets_do_as_their_models_do() {
+async fn the_presets_behave_like_their_models() {
     let (stripe, runs) = app(layer().stripe());
     let first = pay(&stripe, "/pay", &[KEY, ("x-status", "500")], "x").await;
     let again = pay(&stripe, "/pay", &[KEY, ("x-status", "500")], "x").await;
@@ -346,7 +348,7 @@ async fn another_header_marker_and_namespace_can_be_set() {
 }
 
 #[tokio::test]
-async fn settings_follow_the_route_by_cloning_and_by_the_head_of_the_request() {
+async fn each_route_can_have_settings_of_its_own() {
     let runs = Runs::default();
     let base = layer();
     let by_route = Router::new()
@@ -375,7 +377,7 @@ async fn settings_follow_the_route_by_cloning_and_by_the_head_of_the_request() {
 }
 
 #[tokio::test]
-async fn extractors_show_the_attempt_and_their_absence() {
+async fn extractors_return_the_key_and_the_attempt_or_reject_the_request() {
     async fn shows(
         key: Option<IdempotencyKey>,
         lease: Option<Lease>,
@@ -409,7 +411,7 @@ async fn extractors_show_the_attempt_and_their_absence() {
     );
 }
 
-/// The rejection looked for `Idempotency-Key` even if the layer was set to another header field.
+/// The rejection looked for `Idempotency-Key` even if the layer used another header field.
 #[tokio::test]
 async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
     async fn needs(_: Lease) {}
@@ -427,7 +429,7 @@ async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
             let put = request(Method::PUT, "/needs", &[key], "");
             let refused = send(&app, put).await;
             assert_eq!(refused.status, status, "{key:?}");
-            // It also named `Idempotency-Key`, whatever the field was.
+            // The rejection also named `Idempotency-Key` for any other field.
             let body = std::str::from_utf8(&refused.body).unwrap();
             assert_eq!(body.contains("x-request-key is missing"), status == 400, "{body}");
             assert!(!body.contains("Idempotency-Key"), "{body}");
@@ -435,9 +437,10 @@ async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
     }
 }
 
-/// Services in axum have no errors: a `HandleErrorLayer` makes a response of one, and the layer judges that response.
+/// Services in axum have no errors. A `HandleErrorLayer` turns an error into a response, and the
+/// layer judges that response.
 #[tokio::test(start_paused = true)]
-async fn a_load_shedder_behind_an_error_handler_frees_the_key_by_a_mark() {
+async fn a_marked_response_of_a_load_shedder_behind_an_error_handler_frees_the_key() {
     async fn slow() {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -451,7 +454,8 @@ async fn a_load_shedder_behind_an_error_handler_frees_the_key_by_a_mark() {
             .layer(HandleErrorLayer::new(rejected))
             .load_shed()
             .concurrency_limit(1);
-        // Without a state, axum applies the layers to each request anew, and each one has a limit of its own.
+        // Without a state, axum applies the layers again for each request, so each request would
+        // have its own limit.
         let app: Router = Router::new().route("/", post(slow).layer(inside)).with_state(());
         let (one, two) = ([("idempotency-key", "one")], [("idempotency-key", "two")]);
         let (first, second) = tokio::join!(pay(&app, "/", &one, ""), pay(&app, "/", &two, ""));
@@ -479,7 +483,7 @@ async fn extensions_in_a_response_tuple_reach_the_layer() {
 }
 
 #[tokio::test]
-async fn it_stands_where_the_docs_say_among_the_other_layers() {
+async fn the_layer_works_inside_cors_and_compression_as_documented() {
     use tower_http::compression::CompressionLayer;
     use tower_http::cors::CorsLayer;
 
@@ -524,8 +528,8 @@ fn wire(path: &str, key: &str, body: &str) -> String {
     )
 }
 
-/// Reads one answer with a content-length off the connection.
-async fn read_answer(connection: &mut TcpStream) -> (u16, HashMap<String, String>, String) {
+/// Reads a response with a declared length from the connection.
+async fn read_response(connection: &mut TcpStream) -> (u16, HashMap<String, String>, String) {
     let mut read = Vec::new();
     let head_end = loop {
         if let Some(at) = read.windows(4).position(|window| window == b"\r\n\r\n") {
@@ -548,7 +552,7 @@ async fn read_answer(connection: &mut TcpStream) -> (u16, HashMap<String, String
 }
 
 #[tokio::test]
-async fn a_client_that_hangs_up_does_not_stop_the_execution_and_its_retry_gets_the_answer() {
+async fn a_client_that_hangs_up_does_not_stop_the_execution_and_its_retry_gets_the_response() {
     let runs: Arc<Mutex<(usize, usize)>> = Arc::default();
     let slow = {
         let runs = Arc::clone(&runs);
@@ -573,7 +577,7 @@ async fn a_client_that_hangs_up_does_not_stop_the_execution_and_its_retry_gets_t
     }
     let mut retry = TcpStream::connect(address).await.unwrap();
     retry.write_all(wire("/pay", "k", "x").as_bytes()).await.unwrap();
-    let (status, headers, body) = read_answer(&mut retry).await;
+    let (status, headers, body) = read_response(&mut retry).await;
     assert_eq!(
         (status, &body[..], &headers["idempotent-replayed"][..]),
         (200, "paid", "true")
@@ -583,7 +587,7 @@ async fn a_client_that_hangs_up_does_not_stop_the_execution_and_its_retry_gets_t
 }
 
 #[tokio::test]
-async fn refusals_leave_a_connection_in_step() {
+async fn a_connection_stays_usable_after_refusals() {
     let (app, runs) = app(layer().require_key().with_body_limit(10));
     let address = serve(app).await;
     let mut connection = TcpStream::connect(address).await.unwrap();
@@ -595,19 +599,19 @@ async fn refusals_leave_a_connection_in_step() {
         ("k", "x", 201),
     ] {
         connection.write_all(wire("/pay", key, body).as_bytes()).await.unwrap();
-        let (status, headers, _) = read_answer(&mut connection).await;
+        let (status, headers, _) = read_response(&mut connection).await;
         assert_eq!(status, wanted);
         assert_eq!(
             headers.get("connection"),
             None,
-            "small bodies are read, the connection stays"
+            "the server reads small bodies and leaves the connection open"
         );
     }
     assert_eq!(runs.count(), 1);
 }
 
 #[tokio::test]
-async fn a_layer_over_the_whole_app_sees_unknown_routes_too_and_leaves_health_alone() {
+async fn a_layer_over_the_whole_app_passes_unknown_routes_and_health_checks() {
     let app = Router::new().route("/health", get(|| async { "ok" })).layer(layer());
     assert_eq!(send(&app, request(Method::GET, "/health", &[], "")).await.body, "ok");
     assert_eq!(pay(&app, "/nowhere", &[KEY], "").await.status, 404);
@@ -639,8 +643,8 @@ where
     responses.join(", ")
 }
 
-/// The fingerprint of the call held the target of the request that the app had received, so the second call got the
-/// response to the first.
+/// The fingerprint of a forwarded call used the target of the request that the app had received.
+/// The second call got the response to the first one.
 #[tokio::test]
 async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
     let bank = tower::service_fn(|request: Request<Full<Bytes>>| async move {
@@ -654,9 +658,9 @@ async fn calls_that_forward_a_request_to_two_targets_do_not_share_a_response() {
     assert_eq!(pay(&app, "/pay", &[KEY], "x").await.body, "/debit, Mismatch");
 }
 
-/// In a nested router, the layer hashed the raw authority despite its settings.
+/// In a nested router, the layer hashed the authority as sent and ignored its setting.
 #[tokio::test]
-async fn a_nested_router_compares_the_authority_as_any_other() {
+async fn the_authority_setting_applies_in_nested_routers() {
     let nested = |layer: IdempotencyLayer<MemoryStore>| {
         let inner = Router::new().route("/pay", post(handler)).layer(layer);
         Router::new().nest("/api", inner).with_state(Runs::default())
@@ -682,7 +686,7 @@ async fn a_nested_router_compares_the_authority_as_any_other() {
 }
 
 #[tokio::test]
-async fn a_layer_that_gets_a_forwarded_request_compares_its_own_target() {
+async fn a_layer_that_gets_a_forwarded_request_compares_the_target_of_that_request() {
     let bank = |uri: http::Uri| async move { uri.path().to_owned() };
     let bank = Router::new().route("/{path}", post(bank)).layer(layer());
     let bank = tower::service_fn(move |request: Request<Full<Bytes>>| {

@@ -1,4 +1,4 @@
-//! The layer around gRPC services: tonic's own, and responses that no tonic service makes.
+//! The layer around gRPC services: those of tonic, and responses that no tonic service sends.
 
 mod calls;
 mod compression;

@@ -1,4 +1,4 @@
-//! The layer as a citizen of tower: readiness, backpressure, what passes through.
+//! The layer as a tower service: readiness, backpressure, and everything that passes through it.
 
 mod nested;
 mod presets;
@@ -28,7 +28,7 @@ fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new())
 }
 
-/// Panics when a clone that was not polled ready is called.
+/// A service that panics if a clone is called that was not polled ready.
 #[derive(Default)]
 struct MustBeReady {
     ready: bool,
@@ -65,7 +65,7 @@ impl Service<Request<AnyBody>> for MustBeReady {
 }
 
 #[tokio::test]
-async fn the_service_that_was_polled_ready_is_the_one_called() {
+async fn the_layer_calls_the_service_that_was_polled_ready() {
     let inner = MustBeReady::default();
     let calls = Arc::clone(&inner.calls);
     let mut service = layer().layer(inner);
@@ -79,17 +79,17 @@ async fn the_service_that_was_polled_ready_is_the_one_called() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_stands_over_a_concurrency_limit_a_buffer_and_load_shedding() {
+async fn the_layer_works_around_a_concurrency_limit_a_buffer_and_load_shedding() {
     let handler = Handler::new().taking(Duration::from_millis(100));
     let limited = ServiceBuilder::new()
         .layer(layer())
         .layer(ConcurrencyLimitLayer::new(2))
         .service(handler.clone());
-    let answers = futures::future::join_all((0..20).map(|n| {
+    let responses = futures::future::join_all((0..20).map(|n| {
         let service = limited.clone();
         async move { send(&service, post(&format!("key {n}").replace(' ', "-"), "x")).await }
     }));
-    assert!(answers.await.iter().all(|answer| answer.status() == 201));
+    assert!(responses.await.iter().all(|response| response.status() == 201));
     assert_eq!(handler.runs(), 20);
 
     let buffered = ServiceBuilder::new()
@@ -106,7 +106,10 @@ async fn it_stands_over_a_concurrency_limit_a_buffer_and_load_shedding() {
         .service(handler.clone());
     let (one, two) = (shedding.clone(), shedding.clone());
     let (one, two) = tokio::join!(one.oneshot(post("one", "x")), two.oneshot(post("two", "x")));
-    let overloaded = [one, two].into_iter().find_map(Result::err).expect("one is shed");
+    let overloaded = [one, two]
+        .into_iter()
+        .find_map(Result::err)
+        .expect("one request is shed");
     assert!(
         overloaded.is::<tower::load_shed::error::Overloaded>(),
         "the inner error passes through"
@@ -114,7 +117,7 @@ async fn it_stands_over_a_concurrency_limit_a_buffer_and_load_shedding() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn duplicates_that_wait_and_replays_hold_no_permit_of_the_inner_service() {
+async fn waiting_duplicates_and_replays_hold_no_permit_of_the_inner_service() {
     let handler = Handler::new().taking(Duration::from_secs(5));
     let service = ServiceBuilder::new()
         .layer(layer())
@@ -127,15 +130,15 @@ async fn duplicates_that_wait_and_replays_hold_no_permit_of_the_inner_service() 
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(10)).await;
-    // One permit runs "slow"; its duplicate gave the other one back.
+    // One permit runs "slow". Its duplicate has given the other permit back.
     let other = tokio::time::timeout(Duration::from_secs(6), send(&service, post("other", "x"))).await;
     assert_eq!(other.expect("the duplicate holds no permit").status(), 201);
-    for answer in slow {
-        assert_eq!(answer.await.unwrap().status(), 201);
+    for response in slow {
+        assert_eq!(response.await.unwrap().status(), 201);
     }
 }
 
-/// Never ready until it is opened.
+/// A service that is not ready until the test opens it.
 #[derive(Clone, Default)]
 struct Gated(Arc<AtomicUsize>);
 
@@ -166,7 +169,7 @@ async fn backpressure_is_passed_on() {
 }
 
 #[tokio::test]
-async fn extensions_version_and_trailers_pass_and_trailers_come_again() {
+async fn extensions_version_and_trailers_pass_through_and_trailers_are_replayed() {
     #[derive(Clone, Debug, PartialEq)]
     struct Mark(&'static str);
 
@@ -182,7 +185,7 @@ async fn extensions_version_and_trailers_pass_and_trailers_come_again() {
             let trailers = HeaderMap::from_iter([("x-checksum".parse().unwrap(), "1".parse().unwrap())]);
             let mut response = Response::new(frames(vec![Play::Data("a"), Play::Data("b"), Play::Trailers(trailers)]));
             *response.version_mut() = Version::HTTP_2;
-            response.extensions_mut().insert(Mark("answer"));
+            response.extensions_mut().insert(Mark("response"));
             Ok::<_, Infallible>(response)
         }
     });
@@ -197,7 +200,7 @@ async fn extensions_version_and_trailers_pass_and_trailers_come_again() {
 
     let first = send(&service, sent).await;
     assert_eq!(first.head.version, Version::HTTP_2);
-    assert_eq!(first.head.extensions.get::<Mark>(), Some(&Mark("answer")));
+    assert_eq!(first.head.extensions.get::<Mark>(), Some(&Mark("response")));
     assert_eq!(first.trailers.as_ref().unwrap()["x-checksum"], "1");
 
     let (head, body, trailers) = seen.lock().unwrap().pop().unwrap();
@@ -232,7 +235,7 @@ async fn the_inner_error_type_passes_through_and_frees_the_key() {
 }
 
 #[tokio::test]
-async fn bodies_of_any_type_are_wrapped_by_ours() {
+async fn the_layer_wraps_bodies_of_any_type() {
     let inner = service_fn(|request: Request<BufferedBody<Full<Bytes>>>| async {
         let body = request.into_body().collect().await.unwrap().to_bytes();
         Ok::<_, Infallible>(Response::new(Full::new(body)))
@@ -268,7 +271,7 @@ async fn a_refusal_is_an_extension_of_its_response() {
 }
 
 #[test]
-fn everything_public_is_send_and_what_is_shared_is_sync() {
+fn public_types_are_send_and_shared_ones_are_sync() {
     fn send<T: Send>() {}
     fn sync<T: Sync>() {}
     send::<IdempotencyLayer<MemoryStore>>();
@@ -292,7 +295,7 @@ fn with(headers: &[(&'static str, &'static str)], uri: &str) -> Request<AnyBody>
 
 /// One deployment serves many tenants, and identifies them by their host names or their API keys.
 #[tokio::test]
-async fn another_caller_gets_422_and_never_the_response() {
+async fn a_caller_with_another_host_or_credential_gets_422() {
     for (name, alice, mallory) in [
         ("host", "alice.shop.example", "mallory.shop.example"),
         ("authorization", "Bearer alice", "Bearer mallory"),
@@ -314,7 +317,7 @@ async fn another_caller_gets_422_and_never_the_response() {
 }
 
 #[tokio::test]
-async fn a_host_is_the_same_in_http_2_and_http_1_and_an_address_is_none() {
+async fn a_host_is_the_same_in_http_2_and_http_1_and_ip_addresses_are_not_compared() {
     let service = layer().layer(Handler::new());
     send(&service, with(&[("host", "shop.example")], "/orders")).await;
     for same in [
@@ -324,7 +327,7 @@ async fn a_host_is_the_same_in_http_2_and_http_1_and_an_address_is_none() {
     ] {
         assert!(send(&service, same).await.is_replay());
     }
-    // A client that balances its load over addresses retries on another node.
+    // A client that balances its load over IP addresses retries on another node.
     let service = layer().layer(Handler::new());
     send(&service, with(&[("host", "10.0.0.1:3000")], "/orders")).await;
     for node in [
@@ -337,13 +340,13 @@ async fn a_host_is_the_same_in_http_2_and_http_1_and_an_address_is_none() {
 }
 
 #[tokio::test]
-async fn with_a_scope_neither_credentials_nor_the_host_are_compared() {
+async fn a_scope_replaces_the_comparison_of_credentials_and_host() {
     let service = layer().with_scope(|_| Scope::from("alice")).layer(Handler::new());
     let old = [("authorization", "old"), ("x-api-key", "old"), ("host", "a.example")];
     send(&service, with(&old, "/orders")).await;
     let new = [("authorization", "new"), ("x-api-key", "new"), ("host", "b.example")];
     assert!(send(&service, with(&new, "/orders")).await.is_replay());
-    // A header field that was chosen is compared all the same.
+    // The layer still compares a header field that the application has added.
     let chosen = layer()
         .with_scope(|_| Scope::from("alice"))
         .add_fingerprint_header("x-api-key".parse().unwrap())
@@ -353,7 +356,7 @@ async fn with_a_scope_neither_credentials_nor_the_host_are_compared() {
 }
 
 #[tokio::test]
-async fn a_service_with_several_names_can_leave_the_host_out() {
+async fn a_service_with_several_names_can_exclude_the_host_from_the_fingerprint() {
     let service = layer().without_authority_in_fingerprint().layer(Handler::new());
     send(&service, with(&[("host", "a.example"), ("x-api-key", "1")], "/orders")).await;
     let elsewhere = with(&[("host", "b.example"), ("x-api-key", "1")], "/orders");
@@ -388,7 +391,7 @@ async fn a_sensitive_header_stays_sensitive_when_it_is_replayed() {
 
 #[tokio::test(start_paused = true)]
 async fn two_layers_around_one_handler_do_not_wait_for_each_other() {
-    // The inner one waited for the outer, which kept the inner one's 409.
+    // The inner layer waited for the outer one, which then stored the 409 of the inner layer.
     let handler = Handler::new();
     let layer = IdempotencyLayer::new(MemoryStore::new());
     let s = layer.clone().layer(layer.clone().layer(handler.clone()));
@@ -398,8 +401,9 @@ async fn two_layers_around_one_handler_do_not_wait_for_each_other() {
 }
 
 #[tokio::test]
-async fn a_failure_that_is_kept_is_rendered_once() {
-    // It was rendered to be stored and again to be sent.
+async fn a_stored_failure_is_rendered_once() {
+    // The application rendered the refusal twice, once for the store and once for the caller, so
+    // the two differed.
     let n = Arc::new(AtomicUsize::new(0));
     let s = IdempotencyLayer::new(MemoryStore::new())
         .on_error(OnError::Store)
@@ -415,8 +419,8 @@ async fn a_failure_that_is_kept_is_rendered_once() {
 }
 
 #[tokio::test]
-async fn more_header_lines_than_16_bits_count_come_again() {
-    // Their number was stored in 16 bits.
+async fn more_than_65_535_header_lines_are_replayed() {
+    // The record stored the number of header lines in 16 bits.
     let s = IdempotencyLayer::new(MemoryStore::new()).layer(Handler::new().answering(|_| {
         let mut r = text(StatusCode::OK, "x");
         for _ in 0..70_000 {
@@ -432,7 +436,7 @@ async fn more_header_lines_than_16_bits_count_come_again() {
 
 #[tokio::test]
 async fn trailers_reach_the_wire_on_a_first_run_and_on_a_replay() {
-    // A length was announced, and HTTP/1.1 has no place for trailers then.
+    // The server declared a length, so HTTP/1.1 had no place for the trailers.
     use http_body::Frame;
     use http_body_util::{BodyExt, StreamBody};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

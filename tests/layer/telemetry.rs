@@ -1,4 +1,4 @@
-//! What the crate tells about itself, and what it never tells.
+//! Logs, spans and metrics: what the crate reports, and the secrets that it never reports.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,11 +34,12 @@ impl<'w> MakeWriter<'w> for Log {
     }
 }
 
-/// `tracing` remembers for the whole process whether anybody listens to a span: a test without a listener that meets the span
-/// for the first time, just as another begins to listen, may silence it for a moment.
+/// `tracing` caches for the whole process whether a span has a subscriber. If a test without a
+/// subscriber meets a span first, while another test installs its subscriber, that span may be
+/// silent for a moment.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Everything logged while a store with faults serves a few requests.
+/// Returns everything that is logged while a store with faults serves a few requests.
 fn logged() -> String {
     logged_during(async {
         let store = RemoteStore::new();
@@ -59,7 +60,7 @@ fn logged() -> String {
     })
 }
 
-/// Everything logged while a future runs.
+/// Returns everything that is logged while a future runs.
 fn logged_during(run: impl Future<Output = ()>) -> String {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let log = Log::default();
@@ -82,9 +83,9 @@ fn logged_during(run: impl Future<Output = ()>) -> String {
 }
 
 #[test]
-fn every_request_has_a_span_and_every_unusual_path_an_event() {
+fn every_request_has_a_span_and_every_unusual_path_has_an_event() {
     let log = logged();
-    for told in [
+    for expected in [
         "outcome=\"executed\"",
         "outcome=\"replayed\"",
         "outcome=\"key-reused\"",
@@ -99,12 +100,12 @@ fn every_request_has_a_span_and_every_unusual_path_an_event() {
         "event=\"completion-repeated\"",
         "event=\"unrecorded\"",
     ] {
-        assert!(log.contains(told), "{told} is not in:\n{log}");
+        assert!(log.contains(expected), "{expected} is not in:\n{log}");
     }
 }
 
 #[test]
-fn faults_that_an_operator_has_to_correct_are_errors_with_their_reason() {
+fn faults_that_an_operator_must_correct_are_logged_as_errors_with_their_cause() {
     let log = logged();
     for (event, reason) in [
         ("store-misconfigured", "the table does not exist"),
@@ -137,7 +138,8 @@ fn id_of(event: &Event) -> u64 {
     }
 }
 
-/// The receiver acknowledged the cancellation of an order as a duplicate of its placement, and no event reported it.
+/// The receiver acknowledged the cancellation of an order as a duplicate of its placement, and no
+/// event reported the conflict.
 #[test]
 fn a_duplicate_of_another_type_is_reported() {
     type Events = ReceiverLayer<MemoryStore, Event>;
@@ -159,7 +161,7 @@ fn a_duplicate_of_another_type_is_reported() {
             let layer = set_up(ReceiverLayer::new(MemoryStore::new(), "billing").with_id(id_of));
             let log = logged_during(async {
                 for event in events {
-                    // Each consumer of a process has a clone of the layer.
+                    // Each consumer of a process has its own clone of the layer.
                     let handler = service_fn(|_: Event| async { Ok::<_, std::io::Error>(()) });
                     let _ = layer.clone().layer(handler).oneshot(event).await;
                 }
@@ -172,7 +174,7 @@ fn a_duplicate_of_another_type_is_reported() {
 }
 
 #[test]
-fn an_error_that_the_classifier_does_not_take_is_reported() {
+fn an_error_of_another_type_than_the_classifier_expects_is_reported() {
     let log = logged_during(async {
         let layer = ReceiverLayer::new(MemoryStore::new(), "billing")
             .with_id(|id: &u64| *id)
@@ -262,7 +264,7 @@ async fn send_rejected_webhooks() -> Vec<bytes::Bytes> {
 
 #[cfg(all(feature = "webhooks", feature = "testing"))]
 #[test]
-fn the_reason_of_a_rejected_webhook_is_logged_and_never_in_the_response() {
+fn the_reason_of_a_rejected_webhook_is_logged_but_not_in_the_response() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let log = Log::default();
     let subscriber = tracing_subscriber::fmt()
@@ -298,7 +300,7 @@ fn the_reason_of_a_rejected_webhook_is_logged_and_never_in_the_response() {
 
 #[cfg(all(feature = "metrics", feature = "webhooks", feature = "testing"))]
 #[test]
-fn the_reason_of_a_rejected_webhook_is_a_label() {
+fn the_reason_of_a_rejected_webhook_is_a_metric_label() {
     use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,5 @@
-//! Leases are renewed as long as their owners live, even if runtimes end, threads block or renewals fail.
+//! Each owner renews its lease for as long as it lives, even if runtimes end, threads block or
+//! renewals fail.
 
 use std::future::poll_fn;
 use std::sync::mpsc;
@@ -26,13 +27,15 @@ fn one_thread() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// A request with the same key in another process. It would take the key over if the lease ended.
+/// Sends a request with the same key in another process. The request would take over the key if the
+/// lease had ended.
 async fn elsewhere(store: &RemoteStore, handler: &Handler) -> Got {
     let there = layer(store).with_wait(Duration::ZERO).layer(handler.clone());
     send(&there, post("k", "pay")).await
 }
 
-/// The renewal task was started through the pool for blocking work, which the application may have filled.
+/// The renewal task started through the pool for blocking work, which the application may have
+/// filled.
 #[test]
 fn a_lease_is_renewed_while_the_blocking_pool_is_full() {
     let runtime = Builder::new_multi_thread()
@@ -54,9 +57,10 @@ fn a_lease_is_renewed_while_the_blocking_pool_is_full() {
     drop(end);
 }
 
-/// One task renewed the leases of all runtimes. When its runtime was blocked or ended, nothing renewed them.
+/// One task renewed the leases of all runtimes. When its runtime was blocked or had ended, no task
+/// renewed them.
 #[test]
-fn a_lease_is_renewed_on_its_own_runtime_whatever_became_of_the_first_one() {
+fn a_lease_is_renewed_on_its_own_runtime_even_after_the_first_runtime_has_stopped() {
     for is_dropped in [false, true] {
         let store = RemoteStore::new();
         let layer = layer(&store);
@@ -94,8 +98,8 @@ fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
     assert_eq!(beside.join().unwrap().status(), 201);
 }
 
-/// A handler keeps its runtime so busy that the timers never fire. The renewal task sleeps, and only the owner is
-/// polled.
+/// A handler keeps its runtime so busy that the timers never fire. The renewal task sleeps, and the
+/// runtime polls only the owner.
 #[test]
 fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
     let store = RemoteStore::new();
@@ -124,8 +128,8 @@ fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
     assert_eq!(owner.join().unwrap().body, "busy");
 }
 
-/// The owner noticed by itself that its renewal was overdue. Its renewal hung for so long that the next one came after
-/// the end of the lease.
+/// The owner noticed that its renewal was overdue. Its own renewal hung for so long that the next
+/// one came after the end of the lease.
 #[test]
 fn a_lease_outlives_an_overdue_renewal_that_hangs() {
     const LEASE: Duration = Duration::from_secs(6);
@@ -138,8 +142,8 @@ fn a_lease_outlives_an_overdue_renewal_that_hangs() {
     let other = layer.layer(Handler::new().taking(LEASE * 4 / 3));
     let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
     let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
-    // Both leases get a renewal that hangs: the one of the other runtime after a third of the lease, and that of the
-    // blocked runtime after half of it.
+    // The first renewal of each lease hangs. The other runtime sends its own after a third of the
+    // lease, and the blocked runtime after half of the lease.
     store.fail("renew", [Fault::Hang; 2]);
     thread::sleep(LEASE * 3 / 4);
     let (handler, runtime) = (Handler::new(), one_thread());
@@ -170,10 +174,10 @@ async fn a_lease_outlives_a_renewal_that_fails_and_one_that_hangs() {
     }
 }
 
-/// A renewal was under way when the handler failed. The server ended the lease before the release reached the store, so
-/// callers were told that the outcome is unknown.
+/// A renewal was in flight when the handler failed. The lease ended at the store before the release
+/// arrived, so callers got an unknown outcome.
 #[tokio::test(start_paused = true)]
-async fn a_renewal_that_is_under_way_does_not_make_a_key_unknown_that_is_released() {
+async fn a_renewal_in_flight_does_not_make_a_released_key_unknown() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(11))
@@ -187,13 +191,14 @@ async fn a_renewal_that_is_under_way_does_not_make_a_key_unknown_that_is_release
     let elsewhere = IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
     let elsewhere = elsewhere.layer(Handler::new());
     assert_eq!(send(&elsewhere, post("k", "pay")).await.status(), 201);
-    // The first caller gets the response that the key holds by now.
+    // The first caller gets the response that the key holds by then.
     assert_eq!(owner.await.unwrap().status(), 201);
 }
 
-/// A renewal was under way when the handler failed. It reached the store last, and held the key for another lease.
+/// A renewal was in flight when the handler failed. It reached the store last and extended the
+/// lease again.
 #[tokio::test(start_paused = true)]
-async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up() {
+async fn a_renewal_in_flight_does_not_extend_a_lease_that_its_owner_ends() {
     for (on_error, is_second) in [(OnError::Unknown, false), (OnError::Release, true)] {
         let store = RemoteStore::new();
         let layer = || {
@@ -202,7 +207,7 @@ async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up()
                 .on_lost(OnLost::Execute)
         };
         if is_second {
-            // A release keeps the record of a key that another attempt has held.
+            // If another attempt has held the key, a release leaves its record in the store.
             let handler = Handler::new().taking(Duration::from_secs(3_600));
             drop(start(&layer().layer(handler), post("k", "pay")));
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -227,8 +232,9 @@ async fn a_renewal_that_is_under_way_does_not_prolong_a_lease_that_is_given_up()
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_owner_that_lost_its_key_never_gets_the_answer_of_another_request() {
-    // It was served what stood under the key, whoever had made it.
+async fn an_owner_that_lost_its_key_never_gets_the_response_to_another_request() {
+    // The layer served the response under the key to this owner, even if another request had
+    // produced it.
     let store = RemoteStore::new();
     let handler = Handler::new()
         .taking(Duration::from_secs(3600))
@@ -255,7 +261,7 @@ async fn an_owner_that_lost_its_key_never_gets_the_answer_of_another_request() {
 
 #[test]
 fn renewal_starts_even_when_the_first_grant_was_outside_of_a_runtime() {
-    // It was marked as running before it was known whether it could.
+    // The layer marked the renewal task as running before it knew whether the task could start.
     let store = RemoteStore::new();
     store.set_yields(0);
     let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(1));
@@ -274,8 +280,9 @@ fn renewal_starts_even_when_the_first_grant_was_outside_of_a_runtime() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renewal_that_hangs_does_not_hold_up_the_others() {
-    // They were awaited as a batch, and a short lease ran out behind a long one's time-out.
+async fn a_renewal_that_hangs_does_not_delay_the_others() {
+    // The task awaited all renewals together, so a short lease ended while the renewal of a long
+    // one hung until its timeout.
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(1200));
     let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
@@ -287,7 +294,7 @@ async fn a_renewal_that_hangs_does_not_hold_up_the_others() {
     let _l = start(&long, post("long", "x"));
     tokio::time::sleep(Duration::from_secs(595)).await;
     let _s = start(&short, post("short", "x"));
-    // the first renewal of the long one (at ~600 s) hangs
+    // The first renewal of the long lease, after about 600 s, hangs.
     tokio::time::sleep(Duration::from_secs(3)).await;
     store.fail("renew", [Fault::Hang]);
     tokio::time::sleep(Duration::from_secs(100)).await;
@@ -297,5 +304,5 @@ async fn a_renewal_that_hangs_does_not_hold_up_the_others() {
         .layer(handler.clone());
     let _o = start(&other, post("short", "x"));
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(handler.runs(), 2, "the short one ran twice");
+    assert_eq!(handler.runs(), 2, "each request runs once");
 }

@@ -1,4 +1,4 @@
-//! Responses that reach their callers before their bodies have ended.
+//! Responses whose heads reach their callers before their bodies have ended.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -25,7 +25,8 @@ impl Drop for Counted {
     }
 }
 
-/// A handler whose response has this status and stalls for ever after its first frame, and how many of its bodies were dropped.
+/// Returns a handler whose response has this status and stalls after its first frame, and the
+/// number of its bodies that were dropped.
 fn stalls(status: StatusCode) -> (Handler, Arc<AtomicUsize>) {
     let dropped = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&dropped);
@@ -43,7 +44,7 @@ fn stalls(status: StatusCode) -> (Handler, Arc<AtomicUsize>) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
+async fn a_response_that_stalls_gets_a_tombstone_and_streams_on() {
     let store = RemoteStore::new();
     let (handler, dropped) = stalls(StatusCode::OK);
     let layer = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(3));
@@ -55,20 +56,24 @@ async fn a_response_that_stalls_is_recorded_as_done_and_streams_on() {
     let waiter = start(&service, post("k", "pay"));
     let mut response = owner.await.unwrap().unwrap();
     assert_eq!((begin.elapsed().as_secs(), response.status()), (10, StatusCode::OK));
-    assert!(store.only().1.is_completed(), "the tombstone comes first");
-    assert!(store.calls("renew") >= 6, "the lease is renewed while the body is read");
+    assert!(store.only().1.is_completed(), "the tombstone is stored first");
+    assert!(
+        store.calls("renew") >= 6,
+        "the owner renews its lease while it reads the body"
+    );
     let front = response.body_mut().frame().await.unwrap().unwrap();
     assert_eq!(front.into_data().unwrap(), "front");
     assert_eq!(waiter.await.unwrap().code(), "response-not-stored");
     assert_eq!(send(&service, post("k", "pay")).await.code(), "response-not-stored");
     assert_eq!((handler.runs(), dropped.load(Ordering::SeqCst)), (1, 0));
-    // The caller leaves in the middle of the stream.
+    // The caller leaves while the response streams.
     drop(response);
     assert_eq!(dropped.load(Ordering::SeqCst), 1);
     drain.wait().await;
 }
 
-/// The layer read for ever from a response whose caller had left, so the key was stuck and draining never ended.
+/// The layer went on reading from a response whose caller had left. The key was stuck, and draining
+/// never ended.
 #[tokio::test(start_paused = true)]
 async fn a_response_that_stalls_without_a_caller_is_dropped() {
     for timeout in [10, 2] {
@@ -109,7 +114,7 @@ async fn a_response_that_stalls_and_is_not_to_be_stored_frees_its_key_and_stream
 /// Changes a response before the handler returns it.
 type Change = fn(&mut Response<AnyBody>);
 
-/// A handler whose responses stall for ever after their first frame.
+/// Returns a handler whose responses stall after their first frame.
 fn endless(change: Change) -> Handler {
     Handler::new().answering(move |_| {
         let mut response = Response::new(support::stalling("front", std::future::pending()));
@@ -123,7 +128,8 @@ fn set_type(response: &mut Response<AnyBody>, media_type: &'static str) {
     response.headers_mut().insert(header::CONTENT_TYPE, media_type);
 }
 
-/// Sends a request, and returns its response and the first bytes of its body. Fails if they take any time.
+/// Sends a request and returns its response and the first bytes of its body. Panics if any time
+/// passes.
 async fn first_bytes(service: impl Serve) -> Response<AnyBody> {
     let begin = Timer::start();
     let mut response = service.oneshot(post("k", "pay")).await.unwrap();
@@ -154,14 +160,14 @@ impl<S> Serve for S where
 {
 }
 
-/// An endless response with a veto delivered no byte at all.
+/// An endless response with a veto never delivered a byte.
 #[tokio::test(start_paused = true)]
 async fn a_response_that_is_not_stored_streams_at_once_and_frees_its_key() {
     let changes: [(&str, Change); 4] = [
         ("a veto", |response| {
             response.extensions_mut().insert(DoNotStore);
         }),
-        ("a veto beside another mark", |response| {
+        ("a veto together with another mark", |response| {
             response.extensions_mut().insert(StoreOutcomeOnly);
             response.extensions_mut().insert(DoNotStore);
         }),
@@ -188,7 +194,7 @@ async fn a_response_that_is_not_stored_streams_at_once_and_frees_its_key() {
     assert_eq!(handler.runs(), 2);
 }
 
-/// Only server-sent events streamed; NDJSON was held back until the limits.
+/// Only server-sent events streamed. The layer held NDJSON back until its limits.
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte() {
     let changes: [(&str, Change); 5] = [
@@ -226,7 +232,7 @@ async fn a_stream_that_would_be_stored_leaves_a_tombstone_before_its_first_byte(
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_own_list_of_stream_types_replaces_the_known_ones() {
+async fn a_custom_list_of_stream_types_replaces_the_default_list() {
     let layer = IdempotencyLayer::new(MemoryStore::new()).with_stream_types(["application/x-rows"]);
     let rows = layer.layer(endless(|response| set_type(response, "application/x-rows")));
     drop(first_bytes(rows).await);
@@ -241,7 +247,7 @@ async fn an_own_list_of_stream_types_replaces_the_known_ones() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failure_that_is_complete_at_once_reaches_the_duplicates_in_its_process() {
+async fn a_complete_failure_reaches_the_duplicates_in_its_process() {
     let handler = Handler::new()
         .taking(Duration::from_secs(1))
         .answering(|_| text(StatusCode::BAD_GATEWAY, "the bank is down"));
@@ -257,9 +263,9 @@ async fn a_failure_that_is_complete_at_once_reaches_the_duplicates_in_its_proces
     assert_eq!(handler.runs(), 1);
 }
 
-/// A one-time secret lay in the store for a day.
+/// The store held a one-time secret for a day.
 #[tokio::test(start_paused = true)]
-async fn a_secret_reaches_its_first_caller_and_no_store() {
+async fn a_secret_reaches_its_caller_and_is_never_stored() {
     for status in [StatusCode::CREATED, StatusCode::BAD_GATEWAY, StatusCode::NOT_FOUND] {
         let handler = Handler::new().taking(Duration::from_secs(1)).answering(move |_| {
             let mut response = text(status, "sk_live_1");
@@ -292,9 +298,10 @@ async fn a_secret_reaches_its_first_caller_and_no_store() {
     }
 }
 
-/// Callers leave at every stage of endless responses: before the head, while the layer reads, and in the stream.
+/// The callers of endless responses leave at every stage: before the head, while the layer reads
+/// the body, and while the response streams.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
+async fn ten_thousand_endless_responses_whose_callers_left_leave_nothing_behind() {
     let dropped = Arc::new(AtomicUsize::new(0));
     let handler = {
         let dropped = Arc::clone(&dropped);
@@ -307,7 +314,7 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
                 };
                 support::stalling("front", for_ever)
             } else {
-                // Ready at every poll, so that only the limits end it.
+                // The stream is ready at every poll, so that only the limits end it.
                 let lines = futures::stream::repeat_with(move || {
                     let _ = &counted;
                     Ok(http_body::Frame::data(bytes::Bytes::from_static(&[b'x'; 1024])))
@@ -330,7 +337,8 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
     for n in 0..10_000 {
         let request = service.clone().oneshot(post(&format!("k-{n}"), "pay"));
         if n % 4 == 0 {
-            // Left while it waits for the rest of the body, or with the response in hand.
+            // The caller leaves while it waits for the rest of the body, or after it has got the
+            // response.
             drop(support::poll_then_drop(3, request).await);
         } else {
             let response = tokio::time::timeout(Duration::from_millis(u64::from(n % 3 == 0)), request).await;
@@ -344,10 +352,10 @@ async fn nothing_is_left_of_10_000_endless_responses_whose_callers_left() {
     assert_eq!(dropped.load(Ordering::SeqCst), handler.runs(), "every body was dropped");
 }
 
-/// A recovery check, and an operator, name a secret without storing it. The key of a request that took effect cannot be
-/// freed, so `DoNotStore` says no more than that.
+/// A recovery check or an operator reports a response with a secret and marks it. A request that
+/// took effect cannot free its key, so `DoNotStore` has the same effect as `StoreOutcomeOnly`.
 #[tokio::test(start_paused = true)]
-async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
+async fn a_secret_in_a_recovered_or_resolved_response_is_not_stored() {
     let marks: [fn(&mut Response<bytes::Bytes>); 2] = [
         |response| {
             response.extensions_mut().insert(StoreOutcomeOnly);
@@ -378,10 +386,11 @@ async fn a_secret_that_was_recovered_or_resolved_is_not_stored() {
     }
 }
 
-/// A layer for webhooks must not acknowledge the duplicates of a failure, so it stores a refusal in place of the secret. The
-/// caller of the recovery got that refusal, too, and the application's renderer had no part in it.
+/// A layer for webhooks must not acknowledge the duplicates of a failure, so it stores a refusal in
+/// place of the secret. The caller of the recovery got that refusal too, and the application did
+/// not render it.
 #[tokio::test(start_paused = true)]
-async fn a_recovered_failure_that_is_not_for_the_store_reaches_its_caller_and_is_rendered_for_all_others() {
+async fn a_recovered_failure_marked_as_secret_reaches_its_caller_and_is_rendered_as_a_refusal_for_duplicates() {
     let store = RemoteStore::new();
     let check = |_| async {
         let mut response = Response::new("declined, reference 17".into());
@@ -410,7 +419,8 @@ async fn a_recovered_failure_that_is_not_for_the_store_reaches_its_caller_and_is
     zombie.abort();
 }
 
-/// A body whose frames were all ready, the error too, became a 500, and one with a pause between them streamed.
+/// A response whose error was ready at once became a 500, but one whose error came after a pause
+/// streamed.
 #[tokio::test]
 async fn the_status_of_a_response_that_is_not_stored_does_not_depend_on_the_pace_of_its_body() {
     let handler = Handler::new().answering(|_| {
@@ -426,7 +436,7 @@ async fn the_status_of_a_response_that_is_not_stored_does_not_depend_on_the_pace
     assert!(response.into_body().collect().await.is_err());
 }
 
-/// The duplicates of a failure would get half of its body.
+/// The duplicates of such a failure would get half of its body.
 #[tokio::test]
 async fn a_failure_whose_body_ends_before_its_declared_length_frees_its_key() {
     let handler = Handler::new().answering(|_| {
@@ -441,16 +451,17 @@ async fn a_failure_whose_body_ends_before_its_declared_length_frees_its_key() {
     }
 }
 
-/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+/// The bodies of some middlewares return their first size hint to the end. The layer judged such a
+/// body to be too short.
 #[tokio::test]
 async fn a_body_whose_size_hint_never_falls_is_whole() {
     let frames = ["char", "ged"];
     let handler = Handler::new().answering(move |_| Response::new(support::fixed_hint(&frames)));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     for is_replay in [false, true] {
-        let given = send(&service, support::request("k", support::fixed_hint(&["p", "", "ay"]))).await;
+        let got = send(&service, support::request("k", support::fixed_hint(&["p", "", "ay"]))).await;
         assert_eq!(
-            (given.head.status, given.body.as_ref()),
+            (got.head.status, got.body.as_ref()),
             (StatusCode::OK, &b"charged"[..]),
             "{is_replay}"
         );
@@ -458,7 +469,7 @@ async fn a_body_whose_size_hint_never_falls_is_whole() {
     assert_eq!(
         send(&service, post("k", "pay")).await.body,
         "charged",
-        "the same request"
+        "the request with a fixed size hint has the same fingerprint"
     );
     assert_eq!(handler.runs(), 1);
 }

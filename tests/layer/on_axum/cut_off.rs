@@ -1,4 +1,4 @@
-//! Requests and responses that were cut off must not count as shorter ones.
+//! Truncated requests and responses never count as complete shorter ones.
 
 use std::convert::Infallible;
 
@@ -18,7 +18,8 @@ use super::Runs;
 
 type Incoming = BufferedBody<hyper::body::Incoming>;
 
-/// A client of an HTTP/2 server whose handler returns the body of the request, and the handler's runs.
+/// Connects to an HTTP/2 server whose handler returns the body of the request. Returns the client
+/// and the run counter.
 async fn client() -> (SendRequest<Bytes>, Runs) {
     let runs = Runs::default();
     let counted = runs.clone();
@@ -56,8 +57,9 @@ fn payment(length: Option<usize>) -> Request<()> {
     request.body(()).unwrap()
 }
 
-/// Envoy resets a stream with `NO_ERROR` when its own client leaves, and hyper then ends the body without an error. The
-/// handler ran with the first half, and the retry with all of it got 422 for a day.
+/// Envoy resets a stream with `NO_ERROR` when its own client leaves, and hyper then ends the body
+/// without an error. The handler ran with the first half. The retry with the whole body got 422 for
+/// a day.
 #[tokio::test]
 async fn a_request_that_is_reset_without_an_error_runs_nothing() {
     for length in [None, Some(8)] {
@@ -65,7 +67,8 @@ async fn a_request_that_is_reset_without_an_error_runs_nothing() {
         let mut client = client.ready().await.unwrap();
         let (response, mut body) = client.send_request(payment(length), false).unwrap();
         body.send_data(Bytes::from_static(b"half"), false).unwrap();
-        // The server has the first half once it has granted its room again, or sees both at once: try both.
+        // The test tries two timings: the server has read the first half and granted new capacity,
+        // or the server sees the half and the reset at once.
         if length.is_none() {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
@@ -85,8 +88,9 @@ async fn a_request_that_is_reset_without_an_error_runs_nothing() {
     }
 }
 
-/// The address of an HTTP/2 server that declares eight bytes, sends four and resets the stream without an error.
-async fn cutting_upstream() -> String {
+/// Starts an HTTP/2 server that declares eight bytes, sends four and resets the stream without an
+/// error. Returns its URL.
+async fn resetting_upstream() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -97,7 +101,7 @@ async fn cutting_upstream() -> String {
             let mut body = respond.send_response(head, false).unwrap();
             body.send_data(Bytes::from_static(b"half"), false).unwrap();
             tokio::spawn(async move {
-                // The client has seen the first half by then.
+                // By then, the client has received the first half.
                 tokio::time::sleep(std::time::Duration::from_millis(50)).await;
                 body.send_reset(Reason::NO_ERROR);
             });
@@ -106,11 +110,11 @@ async fn cutting_upstream() -> String {
     format!("http://{address}/")
 }
 
-/// hyper ends the body of such a response without an error. A reverse proxy stored the first half, with a length that
-/// fitted it, so each caller got half of a document that looked whole.
+/// hyper ends the body of such a response without an error. A reverse proxy stored the first half
+/// with a matching length, so each caller got half of a document that looked complete.
 #[tokio::test]
 async fn a_response_of_an_upstream_that_is_reset_without_an_error_is_broken() {
-    let upstream = cutting_upstream().await;
+    let upstream = resetting_upstream().await;
     let client = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
         .http2_only(true)
         .build_http::<Full<Bytes>>();

@@ -1,4 +1,4 @@
-//! Framing fields that a handler sets, seen by a client over a real connection.
+//! Framing fields that a handler sets, as a client sees them over a real connection.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,7 +33,8 @@ enum Shape {
     Short,
 }
 
-/// A server whose handler sets these fields on a response of this shape, after a change.
+/// Starts a server whose handler sets these fields on a response of this shape and then applies the
+/// change.
 async fn server(fields: Fields, shape: Shape, change: fn(&mut Response)) -> (String, Arc<AtomicUsize>) {
     let runs = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&runs);
@@ -84,7 +85,7 @@ async fn seen(url: &str) -> Seen {
     whole(url).await.unwrap()
 }
 
-/// Sends the request on a connection of its own. Returns nothing if the response breaks off.
+/// Sends the request on a new connection. Returns nothing if the response breaks off.
 async fn whole(url: &str) -> Option<Seen> {
     let client: Client<HttpConnector, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
     let request = Request::post(url).header("idempotency-key", "k").body(Full::default());
@@ -96,7 +97,8 @@ async fn whole(url: &str) -> Option<Seen> {
     })
 }
 
-/// A handler that copied `Transfer-Encoding` from its upstream gave its first caller a closed connection.
+/// A handler copied `Transfer-Encoding` from its upstream. Its first caller got a closed
+/// connection.
 #[tokio::test]
 async fn a_handler_cannot_contradict_the_framing_of_its_stored_response() {
     let cases: [Fields; 9] = [
@@ -152,9 +154,10 @@ async fn hostile_connection_options_remove_no_field_that_the_response_needs() {
     }
 }
 
-/// The layer knows nothing of the length of a stream, so the handler's length counts; a coding never does.
+/// The layer does not know the length of a stream, so the length that the handler declares counts.
+/// A transfer coding of the handler never counts.
 #[tokio::test]
-async fn a_stream_has_the_framing_of_its_server() {
+async fn a_stream_is_framed_by_the_server() {
     let changes: [fn(&mut Response); 2] = [mark_as_stream, forbid_to_store];
     for change in changes {
         for fields in [
@@ -165,7 +168,7 @@ async fn a_stream_has_the_framing_of_its_server() {
             vec![("content-length", "13"), ("transfer-encoding", "chunked")],
             // The transfer coding takes precedence over a length (RFC 9112 section 6.3).
             vec![("content-length", "5"), ("transfer-encoding", "chunked")],
-            // hyper closed the connection without a byte.
+            // With such a length, hyper closed the connection without a byte.
             vec![("content-length", "nonsense")],
             vec![("content-length", "13, 13")],
             vec![("content-length", "+13")],
@@ -193,10 +196,10 @@ async fn a_length_that_contradicts_a_body_of_known_size_does_not_count_in_a_stre
     }
 }
 
-/// A declared length that is wrong, and a body that breaks off: the caller sees a broken response, never a shorter one
-/// that looks complete, and the tombstone stays.
+/// If the declared length is wrong or the body breaks off, the caller sees a broken response and
+/// never a shorter one that looks complete. The tombstone stays.
 #[tokio::test]
-async fn a_stream_that_turns_out_short_is_broken_for_its_caller_and_never_runs_again() {
+async fn a_stream_that_ends_too_early_is_broken_for_its_caller_and_its_request_never_runs_again() {
     for (fields, shape) in [
         (vec![("content-length", "500")], Shape::Frames),
         (vec![("content-length", "13")], Shape::Short),
@@ -211,9 +214,10 @@ async fn a_stream_that_turns_out_short_is_broken_for_its_caller_and_never_runs_a
     }
 }
 
-/// A response that was to be stored and broke off is a failure of the server, not a response that looks complete.
+/// If a response to be stored breaks off, the caller gets a server error and never a response that
+/// looks complete.
 #[tokio::test]
-async fn a_stored_response_that_turns_out_short_is_refused_as_broken() {
+async fn a_response_to_be_stored_that_ends_too_early_is_refused_as_broken() {
     for fields in [vec![("content-length", "13")], vec![]] {
         let (url, runs) = server(fields, Shape::Short, |_| {}).await;
         for (status, code) in [(500, "response-broken"), (409, "response-not-stored")] {
@@ -226,7 +230,7 @@ async fn a_stored_response_that_turns_out_short_is_refused_as_broken() {
 }
 
 #[tokio::test]
-async fn a_part_of_a_response_carries_a_mark() {
+async fn a_mark_can_be_a_part_of_a_response_tuple() {
     use axum::response::IntoResponse;
     use tower_idempotency::{StoreFor, StoreResponse};
 

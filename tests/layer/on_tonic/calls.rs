@@ -1,4 +1,4 @@
-//! Calls through tonic's server, with tonic's client.
+//! Calls from the client of tonic to the server of tonic.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ async fn a_duplicate_gets_the_first_message_and_the_first_metadata() {
 }
 
 #[tokio::test]
-async fn a_request_without_a_key_passes_and_a_required_key_is_asked_for() {
+async fn a_request_without_a_key_passes_unless_the_key_is_required() {
     let payments = Payments::new();
     let client =
         Client::of(serve(layer().add_grpc_method(CHARGE, IdempotencyLayer::require_key), payments).await).await;
@@ -59,7 +59,7 @@ async fn a_request_without_a_key_passes_and_a_required_key_is_asked_for() {
 }
 
 #[tokio::test]
-async fn another_request_under_the_key_is_refused_with_advice() {
+async fn another_request_under_the_same_key_is_refused_with_advice() {
     let payments = Payments::new();
     let client = Client::of(serve(layer(), payments.clone()).await).await;
     client.charge(with_key("k", "100")).await.unwrap();
@@ -75,7 +75,7 @@ async fn another_request_under_the_key_is_refused_with_advice() {
 }
 
 #[tokio::test]
-async fn a_duplicate_in_flight_that_does_not_wait_learns_when_to_retry() {
+async fn a_duplicate_that_does_not_wait_gets_the_retry_delay() {
     let gate = Arc::new(Semaphore::new(0));
     let opened = Arc::clone(&gate);
     let payments = Payments::new().charging(move |_, _| {
@@ -100,7 +100,7 @@ async fn a_duplicate_in_flight_that_does_not_wait_learns_when_to_retry() {
     assert!(is_replay(client.charge(with_key("k", "100")).await.unwrap().metadata()));
 }
 
-/// `UNAVAILABLE` was replayed for a day.
+/// The layer replayed `UNAVAILABLE` for a day.
 #[tokio::test]
 async fn an_error_is_replayed_only_if_it_is_definite() {
     for (code, runs) in [
@@ -116,7 +116,8 @@ async fn an_error_is_replayed_only_if_it_is_definite() {
         (Code::Aborted, 2),
         (Code::Unavailable, 2),
         (Code::Unauthenticated, 2),
-        // The next deployment has the method, or the client sends again in an encoding that the server knows.
+        // The next deployment may have the method, or the client may retry in an encoding that the
+        // server knows.
         (Code::Unimplemented, 2),
         (Code::Internal, 2),
         (Code::Unknown, 2),
@@ -124,7 +125,7 @@ async fn an_error_is_replayed_only_if_it_is_definite() {
     ] {
         let payments = Payments::new()
             .charging(move |run, _| async move { Err(Status::new(code, format!("run {run}"))) })
-            // Behind a message, so that the status is in the trailers.
+            // The status follows a message, so it is in the trailers.
             .watching(move |run| {
                 stream::iter([
                     Ok(Bytes::from_static(b"begun")),
@@ -151,7 +152,7 @@ async fn an_error_is_replayed_only_if_it_is_definite() {
 }
 
 #[tokio::test]
-async fn a_handler_marks_its_status_and_no_client_sees_the_mark() {
+async fn a_handler_can_mark_its_status_without_showing_the_mark_to_the_client() {
     let payments = Payments::new().charging(|run, request| async move {
         let status = Status::unavailable(format!("run {run}"));
         Err(match &request.get_ref()[..] {
@@ -185,7 +186,7 @@ async fn a_handler_marks_its_status_and_no_client_sees_the_mark() {
 }
 
 #[tokio::test]
-async fn a_call_whose_deadline_is_over_goes_on_and_its_retry_with_another_deadline_is_a_replay() {
+async fn a_call_goes_on_after_its_deadline_and_a_retry_with_another_deadline_gets_the_replay() {
     let gate = Arc::new(Semaphore::new(0));
     let (opened, finished) = (Arc::clone(&gate), Arc::new(AtomicUsize::new(0)));
     let done = Arc::clone(&finished);
@@ -218,7 +219,7 @@ async fn a_call_whose_deadline_is_over_goes_on_and_its_retry_with_another_deadli
 }
 
 #[tokio::test]
-async fn settings_of_a_method_go_before_a_selector_and_leave_other_methods_alone() {
+async fn settings_of_a_method_override_a_selector_and_do_not_affect_other_methods() {
     let payments = Payments::new();
     let strict = layer().require_key().settings();
     let layer = layer()
@@ -235,9 +236,9 @@ async fn settings_of_a_method_go_before_a_selector_and_leave_other_methods_alone
     assert_eq!(refused.code(), Code::InvalidArgument);
 }
 
-/// A required key was not asked for, because the settings that were chosen had lost their methods.
+/// The layer did not require a key, because the selected settings had lost their methods.
 #[tokio::test]
-async fn chosen_settings_have_their_methods_and_the_methods_of_the_layer_go_first() {
+async fn selected_settings_have_their_methods_but_the_methods_of_the_layer_override_them() {
     let chosen = layer()
         .add_grpc_method(CHARGE, IdempotencyLayer::require_key)
         .settings();
@@ -253,9 +254,10 @@ async fn chosen_settings_have_their_methods_and_the_methods_of_the_layer_go_firs
     client.charge(without_key()).await.unwrap();
 }
 
-/// The settings of a method rest on those of the layer to which it is added, here those of HTTP.
+/// The settings of a method are based on those of the layer to which they are added, here the
+/// settings for HTTP.
 #[tokio::test]
-async fn a_method_of_a_layer_for_http_frees_its_key_only_with_the_settings_for_grpc() {
+async fn a_method_of_an_http_layer_frees_its_key_only_under_grpc_settings() {
     let http_layer = || IdempotencyLayer::new(MemoryStore::new());
     for (layer, runs) in [
         (http_layer().add_grpc_method(CHARGE, IdempotencyLayer::require_key), 1),
@@ -273,9 +275,10 @@ async fn a_method_of_a_layer_for_http_frees_its_key_only_with_the_settings_for_g
     }
 }
 
-/// A response that the application gave as bytes had no trailers, so clients took it for broken.
+/// A response that the application returned as bytes had no trailers, so clients took it for
+/// broken.
 #[tokio::test]
-async fn an_outcome_that_the_application_found_is_replayed_as_a_whole_response() {
+async fn an_outcome_that_the_application_found_is_replayed_as_a_complete_response() {
     let lost = || Payments::new().charging(|_, _| async { Err(Status::internal("half-way")) });
     let layer = layer().on_error(OnError::Unknown);
     let client = Client::of(serve(layer.clone(), lost()).await).await;
@@ -310,10 +313,10 @@ async fn an_outcome_that_the_application_found_is_replayed_as_a_whole_response()
     }
 }
 
-/// A server for gRPC and HTTP resolves keys through its layer, whose own settings are those of HTTP. Clients took the
-/// response for broken.
+/// A server for gRPC and HTTP resolves keys through its layer, whose own settings are those for
+/// HTTP. gRPC clients took the resolved response for broken.
 #[tokio::test]
-async fn an_outcome_has_the_form_of_its_own_protocol_under_whatever_settings() {
+async fn an_outcome_has_the_form_of_its_own_protocol_under_all_settings() {
     let http_layer = || IdempotencyLayer::new(MemoryStore::new());
     let without_a_status = |body: &'static [u8]| {
         let response = http::Response::builder().header("content-type", "application/grpc");
@@ -323,10 +326,10 @@ async fn an_outcome_has_the_form_of_its_own_protocol_under_whatever_settings() {
         for (response, in_head, in_trailers) in [
             (grpc_response(b"receipt"), None, Some("0")),
             (without_a_status(b"\0\0\0\0\x01x"), None, Some("0")),
-            // Without a message, the status is in the head.
+            // There is no message, so the status is in the head.
             (without_a_status(b""), Some("0"), None),
             (Status::not_found("no account").into_http(), Some("5"), None),
-            // HTTP.
+            // The HTTP case.
             (
                 http::Response::builder().status(404).body(Bytes::new()).unwrap(),
                 None,
@@ -341,31 +344,31 @@ async fn an_outcome_has_the_form_of_its_own_protocol_under_whatever_settings() {
                 None,
             ),
         ] {
-            let Outcome::Stored(answer) = layer.outcome_of(response) else {
-                panic!("it is stored")
+            let Outcome::Stored(stored) = layer.outcome_of(response) else {
+                panic!("the outcome has no response")
             };
             let status = |fields: Option<&http::HeaderMap>| {
                 fields
                     .and_then(|fields| fields.get("grpc-status"))
                     .map(|status| status.to_str().unwrap().to_owned())
             };
-            let replayed = replay_of(&layer, answer).await;
+            let replayed = replay_of(&layer, stored).await;
             assert_eq!(status(Some(&replayed.head.headers)).as_deref(), in_head);
             assert_eq!(status(replayed.trailers.as_ref()).as_deref(), in_trailers);
         }
     }
 }
 
-/// Clients reject a response of gRPC whose content type is missing.
+/// gRPC clients reject a response without a content type.
 #[tokio::test]
-async fn a_found_response_without_a_content_type_gets_one_only_under_settings_for_grpc() {
+async fn a_found_response_without_a_content_type_gets_one_only_under_grpc_settings() {
     let http_layer = IdempotencyLayer::new(MemoryStore::new());
     for (layer, content_type) in [(layer(), Some("application/grpc")), (http_layer, None)] {
         for body in [&b""[..], b"\0\0\0\0\x01x"] {
-            let Outcome::Stored(answer) = layer.outcome_of(http::Response::new(body.into())) else {
-                panic!("it is stored")
+            let Outcome::Stored(stored) = layer.outcome_of(http::Response::new(body.into())) else {
+                panic!("the outcome has no response")
             };
-            let replayed = replay_of(&layer, answer).await;
+            let replayed = replay_of(&layer, stored).await;
             let found = replayed.head.headers.get("content-type");
             assert_eq!(found.map(|found| found.to_str().unwrap()), content_type);
         }
@@ -374,7 +377,7 @@ async fn a_found_response_without_a_content_type_gets_one_only_under_settings_fo
 
 /// The layer panicked when it added the missing fields.
 #[test]
-fn a_found_response_with_as_many_fields_as_a_map_takes_is_stored() {
+fn a_found_response_with_the_most_header_fields_is_stored() {
     for body in [&b""[..], b"\0\0\0\0\x01x"] {
         let mut response = http::Response::new(body.into());
         let headers = response.headers_mut();
@@ -388,9 +391,9 @@ fn a_found_response_with_as_many_fields_as_a_map_takes_is_stored() {
     }
 }
 
-/// The fields were moved into trailers, which few clients of HTTP read.
+/// The layer moved the fields into trailers, which few HTTP clients read.
 #[tokio::test]
-async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {
+async fn the_status_fields_stay_in_the_head_of_an_http_response() {
     let layer = IdempotencyLayer::new(MemoryStore::new());
     let fields = ["grpc-status", "grpc-message", "grpc-status-details-bin"];
     for content_type in [Some("application/json"), Some("application/grpc-web"), None] {
@@ -400,10 +403,10 @@ async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {
         for field in fields {
             headers.insert(field, "0".parse().unwrap());
         }
-        let Outcome::Stored(answer) = layer.outcome_of(response) else {
-            panic!("it is stored")
+        let Outcome::Stored(stored) = layer.outcome_of(response) else {
+            panic!("the outcome has no response")
         };
-        let replayed = replay_of(&layer, answer).await;
+        let replayed = replay_of(&layer, stored).await;
         assert!(replayed.trailers.is_none(), "{content_type:?}");
         for field in fields {
             assert_eq!(replayed.head.headers[field], "0", "{content_type:?}");
@@ -411,8 +414,8 @@ async fn the_fields_of_a_status_stay_in_the_head_of_a_response_of_http() {
     }
 }
 
-/// Resolves a key with the outcome, and returns the response to its next request.
-async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: StoredResponse) -> crate::support::Got {
+/// Resolves a key with this outcome and returns the response to the next request with that key.
+async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, stored: StoredResponse) -> crate::support::Got {
     let handler = Handler::new().answering(|_| http::Response::builder().status(500).body(full("")).unwrap());
     static KEYS: AtomicUsize = AtomicUsize::new(0);
     let key = format!("resolved-{}", KEYS.fetch_add(1, Ordering::Relaxed));
@@ -420,7 +423,7 @@ async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, answer: StoredResponse
     send(&service, post(&key, "")).await;
     let storage_key = layer.storage_key(None, &key).unwrap();
     let fence = layer.store().peek(&storage_key).await.unwrap().unwrap().fence;
-    let found = Resolution::Completed(Outcome::Stored(answer), Duration::from_secs(60));
+    let found = Resolution::Completed(Outcome::Stored(stored), Duration::from_secs(60));
     layer.store().resolve(&storage_key, fence, &found).await.unwrap();
     let replayed = send(&service, post(&key, "")).await;
     assert!(replayed.is_replay());

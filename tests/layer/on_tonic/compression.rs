@@ -1,4 +1,4 @@
-//! Requests and responses that are compressed per message.
+//! Requests and responses whose messages are compressed.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ fn layer() -> IdempotencyLayer<MemoryStore> {
 }
 
 #[tokio::test]
-async fn a_retry_may_compress_otherwise_and_read_other_encodings() {
+async fn a_retry_may_use_another_compression_and_read_other_encodings() {
     let payments = Payments::new().charging(|run, request| async move {
         Ok(Response::new(
             format!("{run}: {}", "paid ".repeat(request.get_ref().len())).into(),
@@ -63,7 +63,7 @@ fn request(body: &'static [u8], headers: &[(&'static str, &'static str)]) -> htt
 }
 
 #[tokio::test]
-async fn a_response_in_an_encoding_that_only_its_first_client_reads_is_refused_and_not_made_again() {
+async fn a_response_in_an_encoding_that_the_retry_cannot_read_is_refused_and_nothing_runs_again() {
     let handler = Handler::new().answering(|_| {
         let response = http::Response::builder()
             .header("grpc-encoding", "snappy")
@@ -83,8 +83,8 @@ async fn a_response_in_an_encoding_that_only_its_first_client_reads_is_refused_a
     assert_eq!(handler.runs(), 1);
 }
 
-/// If a client cannot read a response that is not stored, the refusal must not send it to look up a result, because
-/// there is none.
+/// A client that cannot read a response that is not stored gets a refusal. The refusal must not
+/// advise the client to look up a result, because no result exists.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_that_cannot_read_a_response_that_is_not_stored_retries() {
     let handler = Handler::new().taking(Duration::from_secs(1)).answering(|_| {
@@ -103,7 +103,7 @@ async fn a_waiter_that_cannot_read_a_response_that_is_not_stored_retries() {
 }
 
 #[tokio::test]
-async fn a_request_that_cannot_be_decompressed_is_compared_by_its_bytes_and_its_encoding() {
+async fn a_request_that_cannot_be_decompressed_is_compared_by_its_bytes_and_encoding() {
     for (body, other) in [
         (&b"\x01\0\0\0\x01x"[..], &b"\x01\0\0\0\x01y"[..]),
         (b"\0\0\0\0\x09x", b"\0\0\0\0\x09y"),

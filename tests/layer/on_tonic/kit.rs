@@ -1,4 +1,5 @@
-//! A gRPC service whose messages are bytes, so that no code is generated, and its client.
+//! A gRPC service whose messages are bytes, so that the tests need no generated code, and its
+//! client.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -25,7 +26,7 @@ use tower_idempotency::{IdempotencyLayer, Store};
 pub(crate) const CHARGE: &str = "/test.Payments/Charge";
 pub(crate) const WATCH: &str = "/test.Payments/Watch";
 
-/// Messages as they are.
+/// A codec that passes messages on unchanged.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Raw;
 
@@ -68,7 +69,8 @@ pub(crate) type Messages = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Se
 type Charge = Arc<dyn Fn(usize, Request<Bytes>) -> BoxFuture<'static, Unary> + Send + Sync>;
 type Watch = Arc<dyn Fn(usize) -> Messages + Send + Sync>;
 
-/// `test.Payments`, with a method of each kind. The number of the run is handed to the handlers, beginning with 1.
+/// The service `test.Payments` with one unary method and one streaming method. Each handler gets
+/// the number of its run, which begins with 1.
 #[derive(Clone)]
 pub(crate) struct Payments {
     runs: Arc<AtomicUsize>,
@@ -144,7 +146,7 @@ impl Service<http::Request<Body>> for Payments {
     }
 }
 
-/// Serves on a free port for the rest of the test. The layer goes directly around tonic's services.
+/// Serves on a free port until the test ends. The layer is directly around the services of tonic.
 pub(crate) async fn serve<St: Store>(layer: IdempotencyLayer<St>, payments: Payments) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -189,7 +191,7 @@ impl Client {
     }
 }
 
-/// A request with a key.
+/// Returns a request with a key.
 pub(crate) fn with_key(key: &str, message: &'static str) -> Request<Bytes> {
     let mut request = Request::new(Bytes::from_static(message.as_bytes()));
     request.metadata_mut().insert("idempotency-key", key.parse().unwrap());
@@ -200,13 +202,13 @@ pub(crate) fn is_replay(metadata: &tonic::metadata::MetadataMap) -> bool {
     metadata.get("idempotent-replayed").is_some_and(|mark| mark == "true")
 }
 
-/// Waits until something is so.
-pub(crate) async fn until(is_so: impl Fn() -> bool) {
+/// Waits until the condition is true, or panics.
+pub(crate) async fn until(is_true: impl Fn() -> bool) {
     for _ in 0..2_000 {
-        if is_so() {
+        if is_true() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    panic!("it does not come");
+    panic!("the condition stays false");
 }

@@ -1,4 +1,4 @@
-//! Server streaming.
+//! Calls whose server streams its messages.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,13 +22,14 @@ fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()
 }
 
-/// The client got nothing before the stream had ended.
+/// The client got no message before the stream had ended.
 #[tokio::test]
 async fn an_endless_stream_delivers_its_messages_as_they_come() {
     let (send, messages) = mpsc::unbounded_channel();
     let messages = Arc::new(std::sync::Mutex::new(Some(messages)));
-    let payments = Payments::new()
-        .watching(move |_| UnboundedReceiverStream::new(messages.lock().unwrap().take().expect("it runs once")));
+    let payments = Payments::new().watching(move |_| {
+        UnboundedReceiverStream::new(messages.lock().unwrap().take().expect("the handler runs once"))
+    });
     let client = Client::of(serve(layer(), payments.clone()).await).await;
     send.send(Ok(Bytes::from_static(b"1"))).unwrap();
     let begun = timeout(Duration::from_secs(5), client.watch(with_key("k", ""))).await;
@@ -36,7 +37,7 @@ async fn an_endless_stream_delivers_its_messages_as_they_come() {
     for expected in ["1", "2", "3"] {
         let message = timeout(Duration::from_secs(5), got.message())
             .await
-            .expect("it comes while the stream goes on");
+            .expect("the message comes while the stream goes on");
         assert_eq!(message.unwrap().unwrap(), expected);
         // Messages 2 and 3; the stream stays open.
         send.send(Ok(Bytes::from((expected.parse::<u8>().unwrap() + 1).to_string())))
@@ -52,7 +53,7 @@ async fn an_endless_stream_delivers_its_messages_as_they_come() {
 }
 
 #[tokio::test]
-async fn a_short_stream_is_stored_whole() {
+async fn a_short_stream_is_stored_completely() {
     let payments = Payments::new().watching(|_| stream::iter(["1", "2", "3"].map(|item| Ok(Bytes::from(item)))));
     let client = Client::of(serve(layer(), payments.clone()).await).await;
     for is_again in [false, true] {
@@ -64,7 +65,8 @@ async fn a_short_stream_is_stored_whole() {
     assert_eq!(payments.runs(), 1);
 }
 
-/// A response of gRPC whose pieces come after their delays; an endless one stalls at its end.
+/// Returns a gRPC response whose pieces come after their delays. Without a status, the body stalls
+/// at its end.
 fn pieces(pieces: &'static [(u64, &'static [u8])], status: Option<&'static str>) -> http::Response<AnyBody> {
     let data = stream::iter(pieces).then(|(delay, piece)| async move {
         sleep(Duration::from_millis(*delay)).await;
@@ -84,7 +86,8 @@ fn pieces(pieces: &'static [(u64, &'static [u8])], status: Option<&'static str>)
     response
 }
 
-/// How long it takes until the response begins, and whether a duplicate then gets it.
+/// Measures how long the head of the response takes, and whether a duplicate then gets the stored
+/// response.
 #[expect(clippy::disallowed_methods, reason = "the paused time of the test")]
 async fn first_byte(
     layer: IdempotencyLayer<MemoryStore>,
@@ -103,7 +106,7 @@ async fn first_byte(
 const MESSAGE: &[u8] = b"\0\0\0\0\x01x";
 
 #[tokio::test(start_paused = true)]
-async fn a_response_is_held_back_no_longer_than_a_tenth_of_a_second_after_its_first_message() {
+async fn a_response_is_held_back_for_at_most_a_tenth_of_a_second_after_its_first_message() {
     assert_eq!(
         first_byte(layer(), |_| pieces(&[(0, MESSAGE)], Some("0"))).await,
         (0, true)
@@ -121,15 +124,15 @@ async fn a_response_is_held_back_no_longer_than_a_tenth_of_a_second_after_its_fi
         first_byte(layer(), |_| pieces(&[(0, MESSAGE)], None)).await,
         (100, false)
     );
-    // Many messages, each soon after the one before.
+    // Many messages, each soon after the previous one.
     assert_eq!(
         first_byte(layer(), |_| pieces(&[(40, MESSAGE); 9], None)).await,
         (140, false)
     );
-    // The first message comes in two pieces, so it is not complete before the second.
+    // The first message comes in two pieces, so it is complete only after the second piece.
     let slow = |_: usize| pieces(&[(0, b"\0\0\0"), (500, b"\0\x01x")], Some("0"));
     assert_eq!(first_byte(layer(), slow).await, (500, true));
-    // Before the first message, the limit for responses holds.
+    // Before the first message, the response timeout applies.
     assert_eq!(
         first_byte(layer(), |_| pieces(&[(9_000, MESSAGE)], Some("0"))).await,
         (9_000, true)
@@ -157,9 +160,10 @@ async fn a_method_or_a_mark_streams_from_the_first_byte() {
     assert_eq!(first_byte(layer(), marked).await, (0, false));
 }
 
-/// The caller of an endless stream waited for the timeout of responses, because the verdict needs no trailers.
+/// The caller of an endless stream waited for the response timeout although the verdict needed no
+/// trailers.
 #[tokio::test(start_paused = true)]
-async fn a_predicate_or_a_mark_to_store_holds_a_stream_back_no_longer() {
+async fn a_predicate_or_a_mark_to_store_does_not_hold_a_stream_back_longer() {
     let marked = |_: usize| {
         let mut response = pieces(&[(0, MESSAGE)], None);
         response.extensions_mut().insert(StoreResponse);
@@ -176,7 +180,7 @@ async fn a_predicate_or_a_mark_to_store_holds_a_stream_back_no_longer() {
     assert_eq!(first_byte(streaming(layer()), marked).await, (0, false));
 }
 
-/// An error that came in place of a stream.
+/// The server sends an error in place of a stream.
 #[tokio::test]
 async fn a_definite_error_of_a_streaming_method_is_replayed() {
     let streaming = layer().add_grpc_method(WATCH, |watch| watch.with_stream_types(["application/grpc"]));
@@ -196,7 +200,7 @@ async fn a_definite_error_of_a_streaming_method_is_replayed() {
     assert_eq!(handler.runs(), 1);
 }
 
-/// The first poll never returned.
+/// The layer never returned from the first poll of the body.
 #[tokio::test(start_paused = true)]
 async fn an_endless_stream_that_is_always_ready_begins() {
     let endless = |_: usize| {
@@ -213,7 +217,7 @@ async fn an_endless_stream_that_is_always_ready_begins() {
 
 /// The layer held such a stream back until its end.
 #[tokio::test]
-async fn a_stream_of_http_with_the_field_of_a_status_is_a_stream() {
+async fn an_http_stream_with_a_status_field_is_a_stream() {
     let handler = Handler::new().answering(|_| {
         let response = http::Response::builder()
             .header("content-type", "application/x-ndjson")

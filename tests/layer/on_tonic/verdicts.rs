@@ -1,4 +1,4 @@
-//! Which responses are stored: also those that no correct service sends.
+//! The decision which responses are stored, including those that no correct service sends.
 
 use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
@@ -23,7 +23,7 @@ fn typed(content_type: &'static str, body: AnyBody) -> Response<AnyBody> {
     response.body(body).unwrap()
 }
 
-/// A response of one message, whose head and trailers have the fields.
+/// Returns a response of one message whose head and trailers have these fields.
 fn message(head: &[(&'static str, &'static str)], in_trailers: &[(&'static str, &'static str)]) -> Response<AnyBody> {
     let frames = frames(vec![
         Play::Data("\0\0\0\0\u{1}x"),
@@ -38,7 +38,7 @@ fn without_a_status() -> Response<AnyBody> {
     grpc(full(Bytes::from_static(b"\0\0\0\0\x01x")))
 }
 
-/// An ended body has no trailers.
+/// Returns a response with an empty body, which has no trailers.
 fn empty() -> Response<AnyBody> {
     grpc(full(""))
 }
@@ -47,7 +47,7 @@ fn head_says_done_and_trailers_say_unavailable() -> Response<AnyBody> {
     message(&[("grpc-status", "0")], &[("grpc-status", "14")])
 }
 
-/// The key was freed although the trailers said that the call took effect.
+/// The layer freed the key although the trailers reported that the call had taken effect.
 fn head_says_unavailable_and_trailers_say_done() -> Response<AnyBody> {
     message(&[("grpc-status", "14")], &[("grpc-status", "0")])
 }
@@ -56,7 +56,7 @@ fn broken_off() -> Response<AnyBody> {
     grpc(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Break]))
 }
 
-fn nonsense() -> Response<AnyBody> {
+fn invalid_status() -> Response<AnyBody> {
     message(&[], &[("grpc-status", "fine")])
 }
 
@@ -72,7 +72,7 @@ fn panicking() -> Response<AnyBody> {
     grpc(frames(vec![Play::Data("\0\0\0\0\u{1}x"), Play::Panic]))
 }
 
-/// A 200 counted as a success whatever stood in the trailers.
+/// The layer took every 200 for a success, even if the trailers reported a failure.
 #[tokio::test]
 async fn a_response_without_a_status_is_a_failure() {
     for respond in [
@@ -81,7 +81,7 @@ async fn a_response_without_a_status_is_a_failure() {
         head_says_done_and_trailers_say_unavailable,
         head_says_unavailable_and_trailers_say_done,
         broken_off,
-        nonsense,
+        invalid_status,
         other_trailers,
         two_statuses,
         panicking,
@@ -107,10 +107,10 @@ async fn a_response_without_a_status_is_a_failure() {
     }
 }
 
-/// A JSON route beside the services, and a service behind `GrpcWebLayer`, ran again with each retry, because their
-/// responses have no `grpc-status` that the layer sees.
+/// A JSON route next to the services, or a service behind `GrpcWebLayer`, ran again with each
+/// retry. Such a response has no `grpc-status` that the layer can see.
 #[tokio::test]
-async fn a_200_that_is_not_grpc_is_stored_as_in_http() {
+async fn a_200_that_is_not_grpc_is_stored_as_over_http() {
     let plain = |_: usize| Response::new(full("paid"));
     let json = |_: usize| typed("application/json", full("{}"));
     let web = |_: usize| typed("application/grpc-web+proto", full("\0\0\0\0\u{1}x\u{7f}"));
@@ -152,7 +152,7 @@ async fn a_response_is_grpc_by_its_content_type_or_its_status() {
     assert_eq!(runs_of_two(without_a_type).await, 2);
 }
 
-/// Returns the number of runs after a request and its retry.
+/// Sends a request and its retry, and returns the number of runs.
 async fn runs_of_two(respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync + 'static) -> usize {
     let handler = Handler::new().answering(respond);
     let service = IdempotencyLayer::new(MemoryStore::new()).grpc().layer(handler.clone());
@@ -163,7 +163,7 @@ async fn runs_of_two(respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync 
 }
 
 #[tokio::test]
-async fn another_status_than_200_counts_as_in_http() {
+async fn a_status_other_than_200_counts_as_over_http() {
     for (status, runs) in [(404, 2), (503, 2), (400, 1), (409, 1)] {
         let handler = Handler::new().answering(move |_| {
             let mut response = Response::new(full(""));
@@ -179,14 +179,14 @@ async fn another_status_than_200_counts_as_in_http() {
 }
 
 #[tokio::test]
-async fn a_predicate_and_a_limit_go_before_the_trailers() {
+async fn a_predicate_and_a_limit_override_the_trailers() {
     let unavailable = |_: usize| message(&[], &[("grpc-status", "14")]);
     let handler = Handler::new().answering(unavailable);
     let layer = IdempotencyLayer::new(MemoryStore::new()).grpc();
     let service = layer.clone().store_if(|_| true).layer(handler.clone());
     send(&service, post("k", "")).await;
     assert!(send(&service, post("k", "")).await.is_replay());
-    // A response that is too long to read counts as done, because its status comes too late.
+    // If a response is too long to read, its status comes too late, so the call counts as done.
     let service = layer.with_response_limit(3).layer(handler.clone());
     assert_eq!(
         send(&service, post("long", "")).await.trailers.unwrap()["grpc-status"],
@@ -197,7 +197,7 @@ async fn a_predicate_and_a_limit_go_before_the_trailers() {
 }
 
 #[tokio::test]
-async fn other_methods_than_post_pass() {
+async fn methods_other_than_post_pass() {
     let handler = Handler::new();
     let service = IdempotencyLayer::new(MemoryStore::new()).grpc().layer(handler.clone());
     for _ in 0..2 {

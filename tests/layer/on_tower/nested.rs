@@ -1,4 +1,4 @@
-//! Layers within layers that have the same key.
+//! Nested layers that see the same key.
 
 use std::time::Duration;
 
@@ -7,10 +7,11 @@ use tower_idempotency::{BoxStore, IdempotencyLayer, MemoryStore, Store};
 
 use crate::support::{post, send, Fault, Handler, RemoteStore, Timer};
 
-/// Two processes, each with an outer layer on its own store and an inner layer on a shared store. The inner layer took
-/// the key of the outer layer for its own, and passed the request on unguarded.
+/// Each of two processes has an outer layer over its own store and an inner layer over a shared
+/// store. The inner layer took the key of the outer layer for its own and passed the request on
+/// unguarded.
 #[tokio::test]
-async fn an_inner_layer_guards_its_store_whatever_outer_layers_guard_in_others() {
+async fn an_inner_layer_guards_its_store_when_outer_layers_guard_other_stores() {
     let shared = RemoteStore::new();
     let handler = Handler::new();
     let process = |layers: usize| {
@@ -27,9 +28,9 @@ async fn an_inner_layer_guards_its_store_whatever_outer_layers_guard_in_others()
     assert_eq!((handler.runs(), shared.calls("claim")), (1, 3));
 }
 
-/// Different handles may reach the same store: clones, boxes, or two connections.
+/// Several handles may reach the same store: clones, boxes, or two connections.
 #[tokio::test(start_paused = true)]
-async fn an_inner_layer_steps_aside_for_an_outer_one_on_the_same_store_however_that_is_reached() {
+async fn an_inner_layer_steps_aside_for_an_outer_one_that_reaches_the_same_store_by_another_handle() {
     async fn check<In: Store, Out: Store>(inner: In, outer: Out) {
         let handler = Handler::new();
         let inner = IdempotencyLayer::new(inner).layer(handler.clone());
@@ -38,7 +39,10 @@ async fn an_inner_layer_steps_aside_for_an_outer_one_on_the_same_store_however_t
         let first = send(&service, post("k", "pay")).await;
         let again = send(&service, post("k", "pay")).await;
         assert_eq!((first.status(), again.is_replay(), handler.runs()), (201, true, 1));
-        assert!(timer.elapsed() < Duration::from_secs(1), "they waited for each other");
+        assert!(
+            timer.elapsed() < Duration::from_secs(1),
+            "the layers waited for each other"
+        );
     }
     let memory = MemoryStore::new();
     check(memory.clone(), memory).await;
@@ -51,7 +55,7 @@ async fn an_inner_layer_steps_aside_for_an_outer_one_on_the_same_store_however_t
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_inner_layer_finds_the_layer_of_its_store_behind_another_one() {
+async fn an_inner_layer_steps_aside_for_the_outermost_layer_on_its_store() {
     let (store, between) = (RemoteStore::new(), RemoteStore::new());
     let handler = Handler::new();
     let layer = |store: &RemoteStore| IdempotencyLayer::new(store.clone());
@@ -68,11 +72,14 @@ async fn an_inner_layer_finds_the_layer_of_its_store_behind_another_one() {
         ),
         (201, 1, 2, 1)
     );
-    assert!(timer.elapsed() < Duration::from_secs(1), "they waited for each other");
+    assert!(
+        timer.elapsed() < Duration::from_secs(1),
+        "the layers waited for each other"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_inner_layer_that_cannot_look_runs_nothing() {
+async fn an_inner_layer_that_cannot_read_its_store_runs_nothing() {
     let (outer, inner) = (RemoteStore::new(), RemoteStore::new());
     let handler = Handler::new();
     let layer = IdempotencyLayer::new(inner.clone());
@@ -83,7 +90,7 @@ async fn an_inner_layer_that_cannot_look_runs_nothing() {
         (refused.status(), refused.code(), handler.runs()),
         (503, "store-unavailable", 0)
     );
-    // After one failure the layer looks again, and it stored nothing of the refusal.
+    // After one failure the layer looks again. The outer layer did not store the refusal.
     inner.fail("peek", [Fault::Before]);
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
     assert_eq!(handler.runs(), 1);

@@ -1,4 +1,4 @@
-//! Presets as the SDKs of their providers expect them, and refusals as the application renders them.
+//! Presets behave as the SDKs of their providers expect, and the application can render refusals.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -30,9 +30,10 @@ fn advice(got: &Got) -> Option<&str> {
         .map(|value| value.to_str().unwrap())
 }
 
-/// stripe-node repeats 409 and 5xx unless the header says `false`. It made four attempts in vain.
+/// stripe-node retries 409 and 5xx unless the header field is `false`. It made four attempts in
+/// vain.
 #[tokio::test]
-async fn a_stored_failure_tells_stripes_sdks_not_to_send_it_again() {
+async fn a_stored_failure_advises_stripe_sdks_against_a_retry() {
     for status in [402, 409, 500, 503] {
         let failing = move |_| text(StatusCode::from_u16(status).unwrap(), "failed");
         let service = stripe().layer(Handler::new().answering(failing));
@@ -46,7 +47,7 @@ async fn a_stored_failure_tells_stripes_sdks_not_to_send_it_again() {
 }
 
 #[tokio::test]
-async fn a_panic_and_a_stored_mark_tell_stripes_sdks_not_to_send_it_again() {
+async fn a_stored_panic_and_a_response_marked_as_stored_advise_stripe_sdks_against_a_retry() {
     let panics = stripe().layer(Handler::new().answering(|_| panic!("handler")));
     for _ in 0..2 {
         let got = send(&panics, post("k", "x")).await;
@@ -61,7 +62,7 @@ async fn a_panic_and_a_stored_mark_tell_stripes_sdks_not_to_send_it_again() {
     assert_eq!(advice(&send(&service, post("k", "x")).await), Some("false"));
 }
 
-/// An SDK decides by the status where a retry runs again.
+/// Without advice, an SDK decides by the status, and its retry runs again.
 #[tokio::test]
 async fn a_response_that_frees_its_key_or_succeeds_gives_no_advice() {
     for (layer, status) in [
@@ -79,14 +80,14 @@ async fn a_response_that_frees_its_key_or_succeeds_gives_no_advice() {
     };
     let service = stripe().layer(Handler::new().answering(vetoed));
     assert_eq!(advice(&send(&service, post("k", "x")).await), None);
-    // Neither do the other presets.
+    // The other presets give no advice either.
     let service = IdempotencyLayer::new(MemoryStore::new()).stripe().ietf();
     let missing = send(&service.layer(Handler::new()), with(&[])).await;
     assert_eq!((missing.status(), advice(&missing)), (400, None));
 }
 
 #[tokio::test]
-async fn a_failure_of_unknown_outcome_tells_stripes_sdks_not_to_send_it_again() {
+async fn a_failure_of_unknown_outcome_advises_stripe_sdks_against_a_retry() {
     let failing = |_| text(StatusCode::BAD_GATEWAY, "failed");
     let service = stripe()
         .on_error(OnError::Unknown)
@@ -98,7 +99,7 @@ async fn a_failure_of_unknown_outcome_tells_stripes_sdks_not_to_send_it_again() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_tells_stripes_sdks_whether_a_retry_can_help() {
+async fn a_refusal_advises_stripe_sdks_whether_a_retry_can_help() {
     let service = stripe()
         .require_key()
         .with_key_validator(|key| key != "bad")
@@ -124,7 +125,7 @@ async fn a_refusal_tells_stripes_sdks_whether_a_retry_can_help() {
 }
 
 #[tokio::test]
-async fn another_sdk_reads_another_header() {
+async fn the_should_retry_header_can_have_another_name() {
     let service = stripe()
         .with_should_retry_header(Some(HeaderName::from_static("x-should-retry")))
         .layer(Handler::new().answering(|_| text(StatusCode::INTERNAL_SERVER_ERROR, "x")));
@@ -136,7 +137,7 @@ async fn another_sdk_reads_another_header() {
 }
 
 #[tokio::test]
-async fn only_stripes_preset_takes_keys_with_spaces() {
+async fn only_the_stripe_preset_accepts_keys_with_spaces() {
     let spaced = || with(&[("idempotency-key", "order 7, \"first\"")]);
     let service = stripe().layer(Handler::new());
     assert_eq!(send(&service, spaced()).await.status(), 201);
@@ -154,7 +155,7 @@ async fn only_stripes_preset_takes_keys_with_spaces() {
 }
 
 #[tokio::test]
-async fn another_stripe_account_never_gets_the_response_of_the_first() {
+async fn another_stripe_account_never_gets_the_response_for_the_first_account() {
     let of = |account: Option<&'static str>| {
         let mut headers = vec![("idempotency-key", "k"), ("authorization", "Bearer platform")];
         headers.extend(account.map(|account| ("stripe-account", account)));
@@ -174,7 +175,7 @@ async fn another_stripe_account_never_gets_the_response_of_the_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusals_name_the_header_field_that_is_set() {
+async fn refusals_name_the_configured_header_field() {
     for layer in [
         IdempotencyLayer::new(MemoryStore::new()),
         IdempotencyLayer::new(MemoryStore::new()).stripe(),
@@ -207,7 +208,7 @@ async fn refusals_name_the_header_field_that_is_set() {
     }
 }
 
-/// Renders the kind and the request id, and notes the paths.
+/// Adds a renderer that writes the code of the refusal and the request id, and records the paths.
 fn with_ids<St: tower_idempotency::Store>(
     layer: IdempotencyLayer<St>,
 ) -> (IdempotencyLayer<St>, Arc<Mutex<Vec<String>>>) {
@@ -231,10 +232,10 @@ fn identified(key: &str, id: &str, body: &'static str) -> Request<AnyBody> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renderer_sees_the_head_of_the_request_whenever_it_is_refused() {
+async fn a_renderer_gets_the_head_of_every_refused_request() {
     let (layer, seen) = with_ids(IdempotencyLayer::new(MemoryStore::new()).with_body_limit(10));
     let panics = || Handler::new().answering(|_| panic!("handler"));
-    // By its head, by its body, by its fingerprint.
+    // The layer refuses a request for its head, its body or its fingerprint.
     let service = layer.clone().require_key().layer(Handler::new());
     assert_eq!(send(&service, with(&[("x-id", "1")])).await.body, "key-missing 1");
     let scoped = layer.clone().with_scope(|_| None::<Scope>).layer(Handler::new());
@@ -243,7 +244,7 @@ async fn a_renderer_sees_the_head_of_the_request_whenever_it_is_refused() {
     assert_eq!(long.body, "body-too-large 3");
     assert_eq!(send(&service, identified("k", "4", "x")).await.status(), 201);
     assert_eq!(send(&service, identified("k", "5", "y")).await.body, "key-reused 5");
-    // After the handler has got the request.
+    // The layer refuses a request after the handler has run.
     let failed = send(&layer.clone().layer(panics()), identified("a", "6", "x")).await;
     assert_eq!(failed.body, "handler-failed 6");
     let stored = layer.clone().on_error(OnError::Store).layer(panics());
@@ -251,10 +252,10 @@ async fn a_renderer_sees_the_head_of_the_request_whenever_it_is_refused() {
         let failed = send(&stored, identified("b", id, "x")).await;
         assert_eq!(
             failed.body, "handler-failed 7",
-            "it is rendered once, for the first request"
+            "the failure is rendered once, for the first request"
         );
     }
-    // As a duplicate, in this process.
+    // The layer refuses a duplicate in this process.
     let slow = layer
         .with_wait(Duration::from_secs(1))
         .layer(Handler::new().taking(Duration::from_secs(5)));
@@ -272,7 +273,7 @@ async fn a_renderer_sees_the_head_of_the_request_whenever_it_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renderer_sees_the_head_of_a_request_that_waits_for_another_process_or_for_the_store() {
+async fn a_renderer_gets_the_head_of_a_request_that_waited_for_another_process_or_the_store() {
     let store = RemoteStore::new();
     let (layer, _) = with_ids(IdempotencyLayer::new(store.clone()).with_wait(Duration::from_secs(2)));
     let owner = layer.clone().layer(Handler::new().taking(Duration::from_secs(9)));
@@ -291,7 +292,8 @@ async fn a_renderer_sees_the_head_of_a_request_that_waits_for_another_process_or
     );
 }
 
-/// A clone would keep alive what the application has put into the extensions, and would cost every request.
+/// A clone would keep the values of the application in the extensions alive, and it would cost
+/// every request.
 #[tokio::test]
 async fn a_head_is_copied_only_for_a_renderer() {
     #[derive(Clone)]
@@ -303,7 +305,7 @@ async fn a_head_is_copied_only_for_a_renderer() {
         let count = Arc::new(());
         let witness = Arc::downgrade(&count);
         let inner = tower::service_fn(move |request: Request<AnyBody>| {
-            // One is this test's own.
+            // The test itself holds one reference.
             let in_extensions = witness.strong_count() - 1;
             drop(request);
             async move { Ok::<_, std::convert::Infallible>(text(StatusCode::OK, in_extensions.to_string())) }
@@ -322,7 +324,7 @@ async fn a_head_is_copied_only_for_a_renderer() {
     }
 }
 
-/// Where a retry runs, the SDK must send it.
+/// If a retry can run, the SDK must send it.
 #[tokio::test]
 async fn a_failure_whose_retry_can_run_gives_no_advice() {
     let failing = || Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
@@ -339,9 +341,10 @@ async fn a_failure_whose_retry_can_run_gives_no_advice() {
     }
 }
 
-/// The application's `Clone` panicked between the claim and its guard, and the key was claimed for ever.
+/// The `Clone` of the application panicked between the claim and its guard, so the key stayed
+/// claimed.
 #[tokio::test]
-async fn an_extension_that_panics_when_it_is_copied_leaves_no_key_claimed() {
+async fn an_extension_that_panics_when_it_is_cloned_leaves_no_key_claimed() {
     struct Fragile;
     impl Clone for Fragile {
         fn clone(&self) -> Self {

@@ -57,7 +57,7 @@ async fn a_request_that_a_load_shedder_rejects_frees_its_key_under_every_setting
             .service(handler.clone());
         let (one, two) = tokio::join!(try_send(&service, "one"), try_send(&service, "two"));
         let shed = if one.is_err() { "one" } else { "two" };
-        let error = one.err().or(two.err()).expect("one is shed");
+        let error = one.err().or(two.err()).expect("one request is shed");
         assert!(error.is::<load_shed::error::Overloaded>(), "{on_error:?}: {error}");
         assert_eq!(store.len(), 1, "{on_error:?}: only the request that ran has a record");
         let again = try_send(&service, shed).await.unwrap();
@@ -66,7 +66,7 @@ async fn a_request_that_a_load_shedder_rejects_frees_its_key_under_every_setting
     }
 }
 
-/// Takes no request.
+/// A service that is never ready.
 #[derive(Clone)]
 struct NeverReady;
 
@@ -80,7 +80,7 @@ impl Service<Request<AnyBody>> for NeverReady {
     }
 
     fn call(&mut self, _: Request<AnyBody>) -> Self::Future {
-        unreachable!("it is never ready")
+        unreachable!("the service is never ready")
     }
 }
 
@@ -117,7 +117,7 @@ async fn a_request_whose_buffer_has_closed_frees_its_key_under_every_setting() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_timed_out_inside_may_have_run_and_follows_its_setting() {
+async fn a_request_that_timed_out_inside_the_layer_may_have_run_and_follows_the_setting() {
     for (on_error, wanted) in [
         (OnError::Store, (500, "handler-failed", 1)),
         (OnError::Release, (0, "", 2)),
@@ -140,7 +140,7 @@ async fn a_request_that_timed_out_inside_may_have_run_and_follows_its_setting() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_concurrency_limit_inside_delays_requests_and_rejects_none() {
+async fn a_concurrency_limit_inside_the_layer_delays_requests_and_rejects_none() {
     for on_error in EVERY {
         let (store, handler) = (RemoteStore::new(), Handler::new().taking(Duration::from_secs(1)));
         let service = ServiceBuilder::new()
@@ -149,11 +149,11 @@ async fn a_concurrency_limit_inside_delays_requests_and_rejects_none() {
             .service(handler);
         let keys = ["a", "b", "c"].map(|key| send(&service, post(key, "x")));
         let statuses = futures::future::join_all(keys).await;
-        assert!(statuses.iter().all(|answer| answer.status() == 201));
+        assert!(statuses.iter().all(|response| response.status() == 201));
     }
 }
 
-/// Fails each of its requests after a second, with an error of a type of its own.
+/// A service that fails each request after a second with its own error type.
 #[derive(Clone, Default)]
 struct Failing(Arc<AtomicUsize>);
 
@@ -179,7 +179,7 @@ impl Service<Request<AnyBody>> for Failing {
 }
 
 #[tokio::test(start_paused = true)]
-async fn duplicates_of_a_request_that_did_not_run_are_told_so() {
+async fn duplicates_of_a_request_that_did_not_run_get_not_run() {
     let store = RemoteStore::new();
     let service = layer(&store, OnError::Unknown)
         .with_errors(|_: &Failure| ServiceFailure::NotRun)
@@ -192,9 +192,10 @@ async fn duplicates_of_a_request_that_did_not_run_are_told_so() {
     assert_eq!(store.len(), 0);
 }
 
-/// The function is the application's, and its panic says nothing about the handler.
+/// The application provides the classifier, so a panic of the classifier does not show what the
+/// handler did.
 #[tokio::test(start_paused = true)]
-async fn an_error_of_unknown_class_is_a_failure_of_the_handler() {
+async fn an_error_without_a_class_counts_as_a_failure_of_the_handler() {
     let store = RemoteStore::new();
     let other_type = layer(&store, OnError::Unknown);
     let panics = layer(&store, OnError::Unknown).with_errors(|_: &Failure| panic!("classifier"));
@@ -212,7 +213,7 @@ async fn an_error_of_unknown_class_is_a_failure_of_the_handler() {
     }
 }
 
-/// Is ready until it is broken.
+/// A service that is ready until the test breaks it.
 #[derive(Clone, Default)]
 struct Breakable {
     broken: Arc<AtomicBool>,
@@ -237,12 +238,13 @@ impl Service<Request<AnyBody>> for Breakable {
     }
 }
 
-/// The waiter has given its readiness back, so it polls the service again before it claims the key.
+/// The waiter has released its readiness, so it polls the service again before it claims the key.
 #[tokio::test(start_paused = true)]
-async fn a_waiter_whose_service_is_not_ready_any_more_claims_nothing() {
+async fn a_waiter_whose_service_is_no_longer_ready_claims_nothing() {
     for on_error in EVERY {
         let store = RemoteStore::new();
-        // The owner in the other process gives an answer that is not stored, so that the key is free.
+        // The owner in the other process returns a response that is not stored, so the key becomes
+        // free.
         let owner = Handler::new()
             .taking(Duration::from_secs(3))
             .answering(|_| text(StatusCode::TOO_MANY_REQUESTS, "later"));
@@ -270,5 +272,5 @@ async fn a_waiter_whose_service_is_not_ready_any_more_claims_nothing() {
 
 async fn waits<F: Future>(future: F) -> F::Output {
     let ended = tokio::time::timeout(Duration::from_secs(20), future).await;
-    ended.expect("it waits no longer than the owner runs")
+    ended.expect("the request waits no longer than the owner runs")
 }
