@@ -1,4 +1,4 @@
-//! What uses up an attempt, and what is kept of a refusal.
+//! Which attempts are counted, and which refusals are stored.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -16,9 +16,10 @@ use tower_idempotency::MemoryStore;
 
 use crate::support::{Fault, RemoteStore};
 
-/// One that released its key is not counted, until one was lost: from then on all are, since the evidence must stay.
+/// An attempt that released its key is not counted until an attempt was lost. From then on every
+/// attempt is counted, because the record must stay as evidence.
 #[tokio::test(start_paused = true)]
-async fn attempts_are_counted_from_when_one_was_lost() {
+async fn attempts_are_counted_once_one_was_lost() {
     let store = RemoteStore::new();
     let numbers = Arc::new(Mutex::new(Vec::new()));
     for end in [
@@ -41,9 +42,9 @@ async fn attempts_are_counted_from_when_one_was_lost() {
     assert_eq!(*numbers.lock().unwrap(), [1, 1, 2, 3, 4]);
 }
 
-/// Nothing runs when the store fails at the claim, so nothing should be used up.
+/// When the store fails at the claim, nothing runs, so the claim must not use up an attempt.
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_at_claims_uses_no_attempts_up() {
+async fn claims_that_fail_use_up_no_attempts() {
     let store = RemoteStore::new();
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&runs);
@@ -58,7 +59,7 @@ async fn a_store_that_fails_at_claims_uses_no_attempts_up() {
         }));
     assert!(receiver.clone().oneshot(7).await.is_err());
     for _ in 0..4 {
-        // Neither the claim nor its repetition arrives.
+        // Neither the claim nor its retry reaches the store.
         store.fail("claim", [Fault::Before, Fault::Before]);
         assert!(receiver.clone().oneshot(7).await.is_err());
         tokio::time::sleep(Duration::from_secs(60)).await;
@@ -68,18 +69,19 @@ async fn a_store_that_fails_at_claims_uses_no_attempts_up() {
     assert!(matches!(last, Ok(Receipt::First(()))), "{last:?}");
 }
 
-/// A load balancer in front of the third party sends to https: nothing was done.
+/// A load balancer in front of the third party redirects to https, so the third party has done
+/// nothing.
 #[tokio::test]
-async fn a_redirect_of_a_gatekeeper_is_not_kept_as_the_answer() {
+async fn a_redirect_of_a_gateway_is_not_stored_as_the_response() {
     for status in [StatusCode::TEMPORARY_REDIRECT, StatusCode::PERMANENT_REDIRECT] {
         let calls = Arc::new(AtomicUsize::new(0));
         let http = service_fn(move |_: Request<Full<Bytes>>| {
             let first = calls.fetch_add(1, Ordering::SeqCst) == 0;
-            let mut answer = Response::new(Full::<Bytes>::from("done"));
+            let mut response = Response::new(Full::<Bytes>::from("done"));
             if first {
-                *answer.status_mut() = status;
+                *response.status_mut() = status;
             }
-            ready(Ok::<_, Infallible>(answer))
+            ready(Ok::<_, Infallible>(response))
         });
         let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).layer(http);
         let request = || {

@@ -1,4 +1,5 @@
-//! One key per logical request: who makes it, where it goes, and where it does not.
+//! Every logical request has one key. The tests cover how the key is made and to which requests it
+//! is added.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,7 @@ use tower_idempotency::{ErrorKind, InvalidKey, Scope};
 
 type Sent = Arc<Mutex<Vec<http::HeaderMap>>>;
 
-/// Sends requests through a layer, and says with which headers they arrived.
+/// Sends requests through a layer. Returns the header fields of the requests that arrived.
 async fn send(
     layer: &IdempotencyKeyLayer,
     requests: impl IntoIterator<Item = Request<()>>,
@@ -61,7 +62,7 @@ async fn every_logical_request_has_a_key_of_its_own_and_hides_it() {
 }
 
 #[tokio::test]
-async fn post_and_patch_get_a_key_and_the_others_do_not_unless_asked() {
+async fn only_post_and_patch_get_a_key_unless_other_methods_are_set() {
     let every = || {
         ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "POST", "PATCH"]
             .map(|method| Request::builder().method(method).uri("/").body(()).unwrap())
@@ -80,7 +81,7 @@ async fn post_and_patch_get_a_key_and_the_others_do_not_unless_asked() {
 }
 
 #[tokio::test]
-async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
+async fn a_valid_key_of_the_caller_takes_precedence() {
     let layer = IdempotencyKeyLayer::new(ProviderProfile::adyen());
     let with = |keys: &[&str]| {
         let mut request = post();
@@ -99,7 +100,7 @@ async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
         (&["a b"], InvalidKey::NotVisibleAscii),
     ] {
         let (sent, ended) = send(&layer, [with(keys)]).await;
-        assert!(sent.lock().unwrap().is_empty(), "nothing is sent with {keys:?}");
+        assert!(sent.lock().unwrap().is_empty(), "a request was sent with {keys:?}");
         assert!(
             matches!(&ended[0], Err(KeyPlacementError::Key(error)) if error.reason() == reason),
             "{keys:?}: {ended:?}"
@@ -108,7 +109,7 @@ async fn a_key_that_the_caller_set_wins_if_the_server_would_take_it() {
 }
 
 #[tokio::test]
-async fn profiles_say_where_the_key_goes_and_in_which_form() {
+async fn a_profile_sets_the_header_field_and_the_form_of_the_key() {
     let maker = || KeyGenerator::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));
     for (profile, header, form) in [
         (ProviderProfile::draft(), "idempotency-key", r#""a\"b\\c""#),
@@ -157,8 +158,9 @@ async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
     assert_eq!(headers, *own.headers());
 }
 
-/// A key that was not made at random just now may have been sent by a process that crashed. If the retry has the
-/// present date, the server takes it for a new request once its record of the key is gone.
+/// A caller's own key or a derived key may belong to a request that an earlier process sent before
+/// it crashed. If the retry has the present date, the server takes it for a new request once its
+/// record of the key is gone.
 #[tokio::test]
 async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_sent() {
     const NAME: &str = "repeatability-first-sent";
@@ -180,7 +182,7 @@ async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_s
         (derived(), from(&origin)),
         (by_function, post()),
         (plain(), own.clone()),
-        // HTTP has no form for this date.
+        // HTTP cannot express this date.
         (
             derived(),
             from(&origin.clone().with_first_sent(UNIX_EPOCH - Duration::from_secs(1))),
@@ -196,14 +198,14 @@ async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_s
         only(&derived(), from(&dated)).await,
         only(&derived(), from(&dated)).await,
     );
-    assert_eq!(first, again, "the process crashed in between");
+    assert_eq!(first, again, "a retry after a crash sends the same header fields");
     assert_eq!(value(&first, NAME), "Fri, 31 Dec 1999 23:59:59 GMT");
     own.extensions_mut().insert(dated);
     assert_eq!(value(&only(&plain(), own).await, NAME), "Fri, 31 Dec 1999 23:59:59 GMT");
 }
 
 #[tokio::test]
-async fn a_maker_that_fails_or_makes_what_the_server_would_not_take_sends_nothing() {
+async fn a_request_is_not_sent_if_its_maker_fails_or_returns_an_invalid_key() {
     let layer = |maker| IdempotencyKeyLayer::new(ProviderProfile::adyen()).with_maker(maker);
     let failing = KeyGenerator::from_fn(|_| Err::<String, _>("the vault is closed"));
     let (sent, ended) = send(&layer(failing), [post()]).await;
@@ -232,7 +234,7 @@ async fn a_maker_that_fails_or_makes_what_the_server_would_not_take_sends_nothin
 }
 
 #[tokio::test]
-async fn random_keys_are_uuids_of_their_version() {
+async fn random_keys_are_uuids_of_the_chosen_version() {
     for (maker, version) in [(KeyGenerator::uuid_v4(), '4'), (KeyGenerator::uuid_v7(), '7')] {
         let headers = only(
             &IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(maker),
@@ -247,7 +249,7 @@ async fn random_keys_are_uuids_of_their_version() {
             "{key}"
         );
     }
-    // Version 7 is in order of time.
+    // UUIDs of version 7 are ordered by time.
     let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::uuid_v7());
     let earlier = only(&layer, post()).await;
     tokio::time::sleep(Duration::from_millis(3)).await;
@@ -256,7 +258,7 @@ async fn random_keys_are_uuids_of_their_version() {
 }
 
 #[tokio::test]
-async fn a_derived_key_survives_a_crash_and_tells_scopes_keys_and_steps_apart() {
+async fn a_derived_key_survives_a_crash_and_depends_on_scope_key_and_step() {
     let keys = || KeyDeriver::new(&[7; 32]).unwrap();
     let derived = |origin: KeyOrigin| {
         let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys()));
@@ -266,7 +268,11 @@ async fn a_derived_key_survives_a_crash_and_tells_scopes_keys_and_steps_apart() 
     };
     let origin = || KeyOrigin::new("order-1", "charge").with_scope("a".to_owned());
     let key = derived(origin()).await;
-    assert_eq!(key, derived(origin()).await, "another process, after a crash");
+    assert_eq!(
+        key,
+        derived(origin()).await,
+        "another process derives the same key after a crash"
+    );
     assert!(!key.contains("order-1"));
     for other in [
         KeyOrigin::new("order-1", "charge"),
@@ -289,7 +295,8 @@ async fn a_derived_key_survives_a_crash_and_tells_scopes_keys_and_steps_apart() 
     assert_eq!(KeyDeriver::new(&[7; 15]).unwrap_err().kind(), ErrorKind::Configuration);
 }
 
-/// Computed elsewhere, by Python's `hmac` and `uuid`: other programs can make the same keys.
+/// The expected keys were computed with `hmac` and `uuid` of Python, so other programs can derive
+/// the same keys.
 #[test]
 fn a_derived_key_is_hmac_sha_256_as_documented() {
     let keys = KeyDeriver::new(b"0123456789abcdef0123456789abcdef").unwrap();
@@ -306,7 +313,7 @@ fn a_derived_key_is_hmac_sha_256_as_documented() {
 }
 
 #[tokio::test]
-async fn a_key_goes_into_the_body_where_the_server_wants_it_there() {
+async fn a_key_can_be_put_into_the_body() {
     let layer = IdempotencyKeyLayer::new(ProviderProfile::draft().with_max_len(45))
         .with_maker(KeyGenerator::from_fn(|request| {
             request.headers["x-order"]
@@ -346,17 +353,17 @@ mod redirects {
     use tower_http::follow_redirect::FollowRedirectLayer;
     use tower_idempotency::client::SameOriginKey;
 
-    async fn follow(places: &'static [&'static str], at_home: bool) -> Vec<(String, Option<String>)> {
-        follow_with(&Method::POST, &[307, 308], places, at_home).await
+    async fn follow(places: &'static [&'static str], has_policy: bool) -> Vec<(String, Option<String>)> {
+        follow_with(&Method::POST, &[307, 308], places, has_policy).await
     }
 
-    /// Follows redirects from `/0` over the given places, with the given statuses in order. Returns which requests
-    /// arrived where, and under which key.
+    /// Follows redirects from `/0` to these places with these statuses in order. Returns the URL
+    /// and the key of each request that arrived.
     async fn follow_with(
         method: &Method,
         statuses: &'static [u16],
         places: &'static [&'static str],
-        at_home: bool,
+        has_policy: bool,
     ) -> Vec<(String, Option<String>)> {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let arrived = Arc::clone(&seen);
@@ -384,7 +391,7 @@ mod redirects {
             .uri("http://bank.example/0")
             .body("amount=1".to_owned())
             .unwrap();
-        if at_home {
+        if has_policy {
             let policy = limited.and::<_, String, ()>(SameOriginKey::new(&profile));
             let redirects = FollowRedirectLayer::with_policy(policy);
             let client = ServiceBuilder::new().layer(keys).layer(redirects).service(server);
@@ -408,7 +415,7 @@ mod redirects {
         );
     }
 
-    /// Redirects to another origin, and further ones from there.
+    /// Each list begins with a redirect to another origin and goes on from there.
     const ELSEWHERE: [&[&str]; 3] = [
         &["https://bank.example/1", "https://bank.example/2"],
         &["http://thief.example/1", "http://bank.example/back"],
@@ -416,7 +423,7 @@ mod redirects {
     ];
 
     #[tokio::test]
-    async fn a_request_that_is_not_safe_does_not_leave_its_origin() {
+    async fn an_unsafe_request_does_not_leave_its_origin() {
         for method in [Method::POST, Method::PATCH, Method::PUT, Method::DELETE] {
             for elsewhere in ELSEWHERE {
                 let hops = follow_with(&method, &[307, 308], elsewhere, true).await;
@@ -426,7 +433,7 @@ mod redirects {
         let hops = follow(&["http://partner.example/1"], false).await;
         assert!(
             hops[1].1.is_some(),
-            "without the policy it travels, with its key: {hops:?}"
+            "without the policy, the client sends the request and its key to another origin: {hops:?}"
         );
     }
 
@@ -440,7 +447,7 @@ mod redirects {
     }
 
     #[tokio::test]
-    async fn after_a_request_that_is_not_safe_no_other_request_is_made() {
+    async fn an_unsafe_request_is_not_followed_by_another_request() {
         for status in [&[301][..], &[302], &[303]] {
             for method in [Method::POST, Method::PATCH, Method::PUT, Method::DELETE] {
                 let hops = follow_with(&method, status, &["/1"], true).await;
@@ -453,7 +460,7 @@ mod redirects {
 }
 
 #[tokio::test]
-async fn a_request_that_has_no_room_for_its_key_is_not_sent() {
+async fn a_request_without_room_for_its_key_is_not_sent() {
     let mut full = post();
     let headers = full.headers_mut();
     let name = |n: usize| HeaderName::from_bytes(format!("x-{n}").as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! Calls to a third party that takes effect once.
+//! Client layers: keys, retries, and calls to a third party that take effect once.
 
 mod attempts;
 mod keys;

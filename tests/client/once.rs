@@ -1,4 +1,4 @@
-//! Calls that are made once: of any kind, in steps, and over HTTP.
+//! Calls of any kind that take effect once, and jobs whose steps take effect once.
 
 use std::collections::HashMap;
 use std::future::{pending, ready};
@@ -42,7 +42,8 @@ impl Party {
         call.run(|_| async move { Ok(party.create().await) }).await
     }
 
-    /// Runs a call that fails as given, after the effect or before it.
+    /// Runs a call that fails with this failure. An unknown outcome comes after the effect, any
+    /// other failure before it.
     async fn fail<St: Store + Clone>(&self, call: Once<St>, failure: Failure<String>) -> Ended<usize> {
         let party = self.clone();
         call.run(|_| async move {
@@ -60,7 +61,7 @@ fn unknown() -> Failure<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_is_made_once_and_its_answer_given_again() {
+async fn a_call_is_made_once_and_its_value_is_replayed() {
     for store in [RemoteStore::new()] {
         let party = Party::default();
         let first = party.run(once(store.clone(), "k")).await.unwrap();
@@ -87,7 +88,7 @@ async fn a_call_is_made_once_and_its_answer_given_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_job_that_runs_in_many_places_at_once_makes_its_call_once() {
+async fn concurrent_runs_of_a_job_make_its_call_once() {
     let (party, store) = (Party::default(), RemoteStore::new());
     let everywhere = (0..100).map(|_| party.run(once(store.clone(), "k")));
     let ended = join_all(everywhere).await;
@@ -103,7 +104,7 @@ async fn a_job_that_runs_in_many_places_at_once_makes_its_call_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_failed_without_effect_runs_again_and_what_may_have_had_one_does_not() {
+async fn a_call_that_failed_without_effect_runs_again_and_one_with_an_unknown_outcome_does_not() {
     let (party, store) = (Party::default(), RemoteStore::new());
     let call = || once(store.clone(), "k");
     let refused = party
@@ -122,7 +123,7 @@ async fn what_failed_without_effect_runs_again_and_what_may_have_had_one_does_no
     }
     assert_eq!(party.effects(), 1);
 
-    // Somebody asked the third party, and says so.
+    // An operator has asked the third party and resolves the key.
     let (key, _) = store.only();
     let fence = store.peek(&key).await.unwrap().unwrap().fence;
     store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
@@ -177,9 +178,10 @@ async fn a_later_attempt_that_fails_does_not_turn_a_lost_one_into_a_failure() {
         .unwrap_err();
     assert!(
         matches!(later, OnceError::Unknown(Some(_))),
-        "the first may have had its effect"
+        "the first attempt may have taken effect"
     );
-    // One that was asked about and had none is another matter.
+    // If the check finds that the lost attempt had no effect, the failure of the next attempt
+    // counts.
     let call = once(store.clone(), "l");
     party.fail(call.clone(), unknown()).await.unwrap_err();
     let recovered = call.run_or_recover(
@@ -190,7 +192,7 @@ async fn a_later_attempt_that_fails_does_not_turn_a_lost_one_into_a_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_existence_check_is_asked_only_after_a_lost_attempt_and_never_twice_at_once() {
+async fn an_existence_check_runs_only_after_a_lost_attempt_and_never_concurrently() {
     let (party, store) = (Party::default(), RemoteStore::new());
     let asked = Arc::new(AtomicUsize::new(0));
     let run = |found: Recovered<usize>| {
@@ -213,7 +215,7 @@ async fn an_existence_check_is_asked_only_after_a_lost_attempt_and_never_twice_a
         Err(OnceError::Unknown(Some(_)))
     ));
     assert_eq!(asked.load(Ordering::SeqCst), 0);
-    // It cannot tell: nothing runs, and nothing is called failed.
+    // The check cannot decide, so nothing runs, and the call does not count as failed.
     assert!(matches!(run(Recovered::Unknown).await, Err(OnceError::Unknown(None))));
     assert_eq!((asked.load(Ordering::SeqCst), party.effects()), (1, 1));
     let both = join_all([run(Recovered::Happened(1)), run(Recovered::Happened(1))]).await;
@@ -221,13 +223,13 @@ async fn an_existence_check_is_asked_only_after_a_lost_attempt_and_never_twice_a
     assert_eq!(
         (asked.load(Ordering::SeqCst), party.effects()),
         (2, 1),
-        "what was found is recorded"
+        "the result of the check is recorded"
     );
     assert!(run(Recovered::Unknown).await.unwrap().is_replay());
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_check_that_finds_nothing_lets_the_call_run_and_one_that_panics_does_not() {
+async fn a_call_runs_if_its_check_finds_no_effect_and_not_if_the_check_panics() {
     let (party, store) = (Party::default(), RemoteStore::new());
     let call = || once(store.clone(), "k");
     party.fail(call(), unknown()).await.unwrap_err();
@@ -245,15 +247,16 @@ async fn a_check_that_finds_nothing_lets_the_call_run_and_one_that_panics_does_n
     assert_eq!((done.await.unwrap().attempt(), party.effects()), (Some(3), 2));
 }
 
-/// What no check can rule out: the lost request is still under way when it is asked, and arrives afterwards. The settling delay
-/// narrows the gap, and a third party that refuses an older fence shuts it.
+/// No check can rule out that the lost request is still in transit during the check and arrives
+/// afterwards. The settling delay narrows the gap. A third party that refuses older fences closes
+/// it.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_arrives_after_the_check_has_a_second_effect_unless_the_party_heeds_the_fence() {
+async fn a_request_that_arrives_after_the_check_takes_effect_unless_the_delay_or_the_fence_prevents_it() {
     for (settling, heeds_fence, effects) in [(0, false, 2), (5, false, 1), (0, true, 1)] {
         let (party, store) = (Party::default(), RemoteStore::new());
         let least = Arc::new(Mutex::new(Fence::new(0)));
-        // The request of a caller that has died: it arrives two seconds later.
-        let under_way = move |party: Party, least: Arc<Mutex<Fence>>, fence: Fence| async move {
+        // The caller of this request has died. The request arrives two seconds later.
+        let in_transit = move |party: Party, least: Arc<Mutex<Fence>>, fence: Fence| async move {
             tokio::time::sleep(Duration::from_secs(2)).await;
             if !heeds_fence || fence >= *least.lock().unwrap() {
                 party.create().await;
@@ -262,7 +265,7 @@ async fn a_request_that_arrives_after_the_check_has_a_second_effect_unless_the_p
         let call = || once(store.clone(), "k").with_settle_delay(Duration::from_secs(settling));
         let (sent, bound) = (party.clone(), Arc::clone(&least));
         let lost = call().run(move |attempt: Attempt| async move {
-            tokio::spawn(under_way(sent, bound, attempt.fence()));
+            tokio::spawn(in_transit(sent, bound, attempt.fence()));
             Err::<usize, _>(unknown())
         });
         lost.await.unwrap_err();
@@ -289,7 +292,7 @@ async fn a_request_that_arrives_after_the_check_has_a_second_effect_unless_the_p
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_is_an_unknown_outcome() {
+async fn a_call_that_panics_has_an_unknown_outcome() {
     let store = RemoteStore::new();
     let call = once(store.clone(), "k").run(|_| async { panic!("bug") as Result<u32, Failure<String>> });
     assert!(matches!(call.await, Err(OnceError::Unknown(None))));
@@ -311,7 +314,7 @@ async fn another_input_under_the_same_key_is_a_mismatch() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiter_is_told_when_the_time_is_up_and_gets_the_answer_when_it_is_not() {
+async fn a_waiter_gets_the_value_in_time_or_in_flight_after_its_wait() {
     let (store, go) = (RemoteStore::new(), Arc::new(Notify::new()));
     let gate = Arc::clone(&go);
     let slow = once(store.clone(), "k").run(|_| async move {
@@ -329,12 +332,12 @@ async fn a_waiter_is_told_when_the_time_is_up_and_gets_the_answer_when_it_is_not
     assert_eq!(*patient.await.unwrap().unwrap().value(), 7);
     assert!(
         !slow.await.unwrap().unwrap().is_replay(),
-        "its lease was renewed for 100 s"
+        "the owner renewed its lease for 100 s"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_goes_away_ends_nothing_that_has_begun_and_begins_nothing() {
+async fn a_running_call_goes_on_when_its_caller_leaves_and_a_waiting_one_does_not_start() {
     let (party, store, go) = (Party::default(), RemoteStore::new(), Arc::new(Notify::new()));
     let (gate, effects) = (Arc::clone(&go), party.clone());
     let call = once(store.clone(), "k").run(|_| async move {
@@ -343,7 +346,7 @@ async fn a_caller_that_goes_away_ends_nothing_that_has_begun_and_begins_nothing(
     });
     let call = tokio::spawn(call);
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // This one waits for the other, and must not run in its stead.
+    // This call waits for the other one and must not run in its place.
     let waiting = tokio::spawn(once(store.clone(), "k").run(|_| ready(Err::<usize, _>(unknown()))));
     tokio::time::sleep(Duration::from_secs(1)).await;
     for caller in [call, waiting] {
@@ -355,7 +358,7 @@ async fn a_caller_that_goes_away_ends_nothing_that_has_begun_and_begins_nothing(
     let done = party.run(once(store.clone(), "k")).await.unwrap();
     assert_eq!((done.is_replay(), party.effects()), (true, 1));
 
-    // Dropped at the claim: the key is left free.
+    // A call that is dropped at the claim leaves its key free.
     for polls in 0..20 {
         let key = format!("dropped after {polls}");
         let call = party.run(once(store.clone(), &*key));
@@ -370,7 +373,7 @@ async fn a_caller_that_goes_away_ends_nothing_that_has_begun_and_begins_nothing(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_at_the_claim_runs_nothing_and_leaves_nothing() {
+async fn a_claim_that_fails_runs_nothing_and_leaves_no_record() {
     for faults in [
         [Fault::Before, Fault::Before],
         [Fault::Hang, Fault::Hang],
@@ -389,7 +392,7 @@ async fn a_store_that_fails_at_the_claim_runs_nothing_and_leaves_nothing() {
         assert_eq!((party.effects(), store.len()), (0, 0), "{faults:?}");
         assert!(!party.run(once(store.clone(), "k")).await.unwrap().is_replay());
     }
-    // One reply lost is made good by the same nonce.
+    // If one reply is lost, the layer claims again with the same nonce and gets its grant.
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
         let (party, store) = (Party::default(), RemoteStore::new());
         store.fail("claim", [fault]);
@@ -410,7 +413,7 @@ async fn a_store_that_fails_at_the_claim_runs_nothing_and_leaves_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_fails_at_the_recording_is_asked_again_and_then_the_caller_is_told() {
+async fn a_completion_that_fails_is_repeated_and_then_reported_as_unrecorded() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
         let (party, store) = (Party::default(), RemoteStore::new());
         store.fail("complete", [fault, Fault::Before]);
@@ -432,7 +435,7 @@ async fn a_store_that_fails_at_the_recording_is_asked_again_and_then_the_caller_
         tokio::time::sleep(Duration::from_secs(60)).await;
         let again = party.run(once(store, "k")).await;
         match absence {
-            // It was recorded, late, when the store was back.
+            // The value was recorded once the store was reachable again.
             60 => assert!(again.unwrap().is_replay()),
             _ => assert!(matches!(again, Err(OnceError::Unknown(None)))),
         }
@@ -441,10 +444,10 @@ async fn a_store_that_fails_at_the_recording_is_asked_again_and_then_the_caller_
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_owner_that_was_superseded_gives_what_the_key_holds() {
+async fn a_superseded_owner_returns_the_value_that_the_key_holds() {
     let (store, go) = (RemoteStore::new(), Arc::new(Notify::new()));
     let gate = Arc::clone(&go);
-    // It cannot renew, and loses its lease.
+    // The owner cannot renew its lease and loses it.
     store.fail("renew", [Fault::Before; 100]);
     let job = once(store.clone(), "k").at_least_once();
     let zombie = tokio::spawn(job.clone().run(|attempt: Attempt| async move {
@@ -464,7 +467,7 @@ async fn an_owner_that_was_superseded_gives_what_the_key_holds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_of_another_type_is_unreadable() {
+async fn a_stored_value_of_another_type_is_unreadable() {
     let (party, store) = (Party::default(), RemoteStore::new());
     party.run(once(store.clone(), "k")).await.unwrap();
     let error = once(store.clone(), "k")
@@ -474,7 +477,7 @@ async fn an_answer_of_another_type_is_unreadable() {
     assert!(matches!(error, OnceError::Unreadable(_)), "{error:?}");
 }
 
-/// A first run and a replay of a call that returns `value`.
+/// Returns the results of a first run and a replay of a call that returns `value`.
 async fn twice<T>(value: T) -> (Ended<T>, Ended<T>)
 where
     T: Clone + Serialize + DeserializeOwned + Send + 'static,
@@ -485,9 +488,9 @@ where
     (first, run(once(store, "k"), value).await)
 }
 
-/// Floats were written in decimal, and some came back with another last bit.
+/// The record stored floats in decimal, and some of them came back with another last bit.
 #[tokio::test]
-async fn a_replay_gives_every_float_that_the_first_run_gave() {
+async fn a_replay_returns_floats_bit_for_bit() {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let amounts = std::iter::repeat_with(|| {
         state ^= state << 13;
@@ -521,7 +524,7 @@ enum Way {
 }
 
 #[tokio::test]
-async fn the_first_caller_gets_what_a_replay_gives() {
+async fn the_first_caller_gets_the_same_value_as_a_replay() {
     let paid = Paid {
         amount: Some(f64::NAN),
         token: "secret".to_owned(),
@@ -539,7 +542,7 @@ async fn the_first_caller_gets_what_a_replay_gives() {
     );
 }
 
-/// A value whose own code panics when the value is written or read.
+/// A value whose own code panics when it is written or read.
 #[derive(Clone, Debug)]
 struct Panics {
     when_read: bool,
@@ -547,24 +550,24 @@ struct Panics {
 
 impl Serialize for Panics {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        assert!(self.when_read, "the type's own");
+        assert!(self.when_read, "the type panics when it is written");
         serializer.serialize_unit()
     }
 }
 
 impl<'de> Deserialize<'de> for Panics {
     fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
-        panic!("the type's own")
+        panic!("the type panics when it is read")
     }
 }
 
-/// One level of a list of lists of lists.
+/// A list of lists, nested to any depth.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Nested(Vec<Nested>);
 
 #[tokio::test]
-async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made_again() {
-    async fn is_given_once<T>(value: T)
+async fn a_value_that_cannot_be_read_back_is_returned_once_and_its_call_is_not_repeated() {
+    async fn is_returned_once<T>(value: T)
     where
         T: Clone + std::fmt::Debug + Serialize + DeserializeOwned + Send + 'static,
     {
@@ -576,12 +579,12 @@ async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made
             "{first:?}, then {again:?}"
         );
     }
-    is_given_once(f64::NAN).await;
-    is_given_once((1, f32::INFINITY)).await;
-    is_given_once(HashMap::from([(vec![1], 2)])).await;
-    is_given_once((0..200).fold(Nested(Vec::new()), |inner, _| Nested(vec![inner]))).await;
-    is_given_once(Panics { when_read: true }).await;
-    is_given_once(Panics { when_read: false }).await;
+    is_returned_once(f64::NAN).await;
+    is_returned_once((1, f32::INFINITY)).await;
+    is_returned_once(HashMap::from([(vec![1], 2)])).await;
+    is_returned_once((0..200).fold(Nested(Vec::new()), |inner, _| Nested(vec![inner]))).await;
+    is_returned_once(Panics { when_read: true }).await;
+    is_returned_once(Panics { when_read: false }).await;
     // The result of a check is stored like the result of a call.
     let store = MemoryStore::new();
     let lost = once(store.clone(), "k").run(|_| ready(Err::<f64, _>(unknown()))).await;
@@ -595,7 +598,7 @@ async fn a_value_that_cannot_be_read_back_is_given_once_and_its_call_is_not_made
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drain_waits_for_calls_whose_callers_are_gone() {
+async fn a_drain_waits_for_calls_whose_callers_have_left() {
     let (store, drain) = (RemoteStore::new(), Drain::default());
     let (party, go) = (Party::default(), Arc::new(Notify::new()));
     let own = once(store.clone(), "own");
@@ -644,7 +647,7 @@ async fn a_drain_waits_for_calls_with_a_caller_and_for_steps() {
 }
 
 #[test]
-fn a_runtime_that_ends_under_a_call_leaves_its_key_lost_and_not_stuck() {
+fn a_call_whose_runtime_ends_leaves_its_key_lost_and_not_stuck() {
     let store = MemoryStore::new();
     let runtime = || {
         tokio::runtime::Builder::new_current_thread()
@@ -667,34 +670,35 @@ fn a_runtime_that_ends_under_a_call_leaves_its_key_lost_and_not_stuck() {
 mod steps {
     use super::*;
 
-    /// A job of three steps that crashes after `crash` of them; what each step gave, and what was done.
+    /// Runs a job of three steps that crashes after `crash` steps. Returns the values of the steps
+    /// that ran.
     async fn job(store: &RemoteStore, party: &Party, crash: usize) -> Result<Vec<usize>, OnceError<usize, String>> {
         let mut job = once(store.clone(), "order-1").steps();
-        let mut given = Vec::new();
+        let mut values = Vec::new();
         for (at, name) in ["draft", "fill", "confirm"].into_iter().enumerate() {
             if at == crash {
-                return Ok(given);
+                return Ok(values);
             }
-            given.push(party.run(job.step(name)).await?.into_value());
+            values.push(party.run(job.step(name)).await?.into_value());
         }
-        Ok(given)
+        Ok(values)
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_job_resumes_after_the_last_step_that_was_recorded() {
+    async fn a_job_resumes_after_its_last_recorded_step() {
         let (party, store) = (Party::default(), RemoteStore::new());
         for (crash, effects) in [(0, 0), (1, 1), (1, 1), (2, 2), (3, 3), (9, 3)] {
-            let given = job(&store, &party, crash).await.unwrap();
-            assert_eq!(given, (1..=crash.min(3)).collect::<Vec<_>>());
+            let values = job(&store, &party, crash).await.unwrap();
+            assert_eq!(values, (1..=crash.min(3)).collect::<Vec<_>>());
             assert_eq!(party.effects(), effects);
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn two_runs_of_a_job_at_once_make_each_step_once() {
+    async fn concurrent_runs_of_a_job_make_each_step_once() {
         let (party, store) = (Party::default(), RemoteStore::new());
         let ended = join_all((0..20).map(|_| job(&store, &party, 9))).await;
-        assert!(ended.into_iter().all(|given| given.unwrap() == [1, 2, 3]));
+        assert!(ended.into_iter().all(|values| values.unwrap() == [1, 2, 3]));
         assert_eq!(party.effects(), 3);
     }
 
@@ -725,7 +729,7 @@ mod steps {
             );
         }
         assert_eq!(party.effects(), 2);
-        // More steps at the end are no other list.
+        // A job may have more steps at its end.
         let mut steps = once(store.clone(), "order-1").steps();
         for (name, is_replay) in [("draft", true), ("fill", true), ("confirm", false), ("thank", false)] {
             assert_eq!(party.run(steps.step(name)).await.unwrap().is_replay(), is_replay);
@@ -733,7 +737,7 @@ mod steps {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_step_that_was_lost_is_handled_by_its_own_setting_and_has_an_id_of_its_own() {
+    async fn a_lost_step_follows_its_own_setting_and_has_its_own_id() {
         let (party, store) = (Party::default(), RemoteStore::new());
         let mut steps = once(store.clone(), "order-1").with_input("three shirts").steps();
         party.run(steps.step("draft")).await.unwrap();
@@ -761,7 +765,7 @@ mod steps {
             let ids = ids.lock().unwrap();
             assert_ne!(ids[0], ids[1]);
         }
-        // A step of another input is not this job's.
+        // A step with another input belongs to another job.
         let mut other = once(store, "order-1").with_input("four shirts").steps();
         assert!(matches!(
             party.run(other.step("draft")).await,

@@ -1,4 +1,5 @@
-//! Calls over HTTP that are made once: what each answer does to the key, and what comes back.
+//! HTTP calls that take effect once: how each response changes the state of the key, and which
+//! result the caller gets.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -23,10 +24,10 @@ use tower_idempotency::Recovered;
 use crate::support;
 use crate::support::{Fault, RemoteStore};
 
-type Answer = Response<Full<Bytes>>;
-type Ended = Result<Answer, OnceError<Answer, io::Error>>;
+type FullResponse = Response<Full<Bytes>>;
+type Ended = Result<FullResponse, OnceError<FullResponse, io::Error>>;
 
-/// A third party that counts what arrives, and answers as it is told.
+/// A third party that counts the requests that arrive and responds as the test asks.
 #[derive(Clone, Default)]
 struct Party {
     arrived: Arc<AtomicUsize>,
@@ -38,12 +39,12 @@ impl Party {
         self.arrived.load(Ordering::SeqCst)
     }
 
-    /// Sends a request through the layer; the party answers with `act`.
+    /// Sends a request through the layer. The party responds with `act`.
     async fn send(
         &self,
         layer: &OnceLayer<RemoteStore>,
         request: Request<Full<Bytes>>,
-        act: impl Fn(usize) -> io::Result<Answer> + Clone + Send + Sync + 'static,
+        act: impl Fn(usize) -> io::Result<FullResponse> + Clone + Send + Sync + 'static,
     ) -> Ended {
         let party = self.clone();
         let http = service_fn(move |request: Request<Full<Bytes>>| {
@@ -59,7 +60,7 @@ impl Party {
     }
 }
 
-fn answer(status: u16) -> io::Result<Answer> {
+fn respond(status: u16) -> io::Result<FullResponse> {
     let response = Response::builder()
         .status(status)
         .header("x-id", "17")
@@ -70,12 +71,12 @@ fn answer(status: u16) -> io::Result<Answer> {
 fn request(body: &'static str) -> Request<Full<Bytes>> {
     let request = Request::post("https://bank.example/orders").header("idempotency-key", "k");
     request
-        .header("authorization", "Bearer of today")
+        .header("authorization", "Bearer today")
         .body(Full::from(body))
         .unwrap()
 }
 
-async fn body(response: Answer) -> Bytes {
+async fn body(response: FullResponse) -> Bytes {
     response.into_body().collect().await.unwrap().to_bytes()
 }
 
@@ -85,15 +86,15 @@ fn layer() -> (RemoteStore, OnceLayer<RemoteStore>) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_is_sent_once_and_its_answer_given_byte_for_byte() {
+async fn a_request_is_sent_once_and_its_response_is_replayed_byte_for_byte() {
     let ((_, layer), party) = (layer(), Party::default());
-    let first = party.send(&layer, request("3 shirts"), |_| answer(201)).await.unwrap();
+    let first = party.send(&layer, request("3 shirts"), |_| respond(201)).await.unwrap();
     assert_eq!(first.extensions().get::<Attempt>().unwrap().number(), 1);
     let mut later = request("3 shirts");
     later
         .headers_mut()
-        .insert("authorization", "Bearer of tomorrow".parse().unwrap());
-    let again = party.send(&layer, later, |_| answer(500)).await.unwrap();
+        .insert("authorization", "Bearer tomorrow".parse().unwrap());
+    let again = party.send(&layer, later, |_| respond(500)).await.unwrap();
     assert_eq!(
         (first.status(), again.status(), party.arrived()),
         (again.status(), first.status(), 1)
@@ -101,22 +102,22 @@ async fn a_request_is_sent_once_and_its_answer_given_byte_for_byte() {
     assert_eq!(again.headers()["idempotent-replayed"], "true");
     assert!(again.headers()["x-id"] == "17" && !again.headers().contains_key("set-cookie"));
     assert_eq!(body(first).await, body(again).await);
-    let other = party.send(&layer, request("4 shirts"), |_| answer(201)).await;
+    let other = party.send(&layer, request("4 shirts"), |_| respond(201)).await;
     assert!(matches!(other, Err(OnceError::Mismatch)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_at_once_send_one_request() {
+async fn concurrent_calls_send_one_request() {
     let ((_, layer), party) = (layer(), Party::default());
-    let all = join_all((0..50).map(|_| party.send(&layer, request("x"), |_| answer(200)))).await;
+    let all = join_all((0..50).map(|_| party.send(&layer, request("x"), |_| respond(200)))).await;
     assert!(all.iter().all(Result::is_ok));
     assert_eq!(party.arrived(), 1);
 }
 
-/// Whether the same call is sent again after an answer, by the meaning of its status.
+/// Whether the same call is sent again after a response follows from the meaning of its status.
 #[tokio::test(start_paused = true)]
-async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
-    for (status, kept, sent) in [
+async fn the_meaning_of_a_response_decides_whether_the_call_is_sent_again() {
+    for (status, stored, sent) in [
         (200, true, 1),
         (302, true, 1),
         (303, true, 1),
@@ -137,12 +138,15 @@ async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
         (408, false, 1),
     ] {
         let ((_, layer), party) = (layer(), Party::default());
-        let first = party.send(&layer, request("x"), move |_| answer(status)).await.unwrap();
-        assert_eq!(first.status(), status, "the answer is given as it is");
-        let later = party.send(&layer, request("x"), |_| answer(200)).await;
+        let first = party
+            .send(&layer, request("x"), move |_| respond(status))
+            .await
+            .unwrap();
+        assert_eq!(first.status(), status, "the caller gets the response unchanged");
+        let later = party.send(&layer, request("x"), |_| respond(200)).await;
         assert_eq!(party.arrived(), sent, "{status}");
         match later {
-            Ok(later) => assert_eq!(later.headers().contains_key("idempotent-replayed"), kept, "{status}"),
+            Ok(later) => assert_eq!(later.headers().contains_key("idempotent-replayed"), stored, "{status}"),
             Err(error) => assert!(
                 sent == 1 && matches!(error, OnceError::Unknown(None)),
                 "{status}: {error:?}"
@@ -151,8 +155,8 @@ async fn what_an_answer_does_to_the_key_follows_from_its_meaning() {
     }
 }
 
-/// A third party that charges and then responds with any status. The key becomes free only after the few statuses that
-/// mean that the server did nothing.
+/// The third party charges and then responds with any status. The key becomes free only after the
+/// few statuses that mean that the server did nothing.
 #[tokio::test(start_paused = true)]
 async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
     const FREE: [u16; 23] = [
@@ -162,7 +166,7 @@ async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
     for status in 100..=999 {
         let ((_, layer), party) = (layer(), Party::default());
         for _ in 0..3 {
-            let ended = party.send(&layer, request("x"), move |_| answer(status)).await;
+            let ended = party.send(&layer, request("x"), move |_| respond(status)).await;
             if let Err(error) = ended {
                 assert!(error.may_have_happened(), "{status}: {error:?}");
             }
@@ -172,9 +176,9 @@ async fn a_status_that_does_not_deny_the_effect_does_not_free_the_key() {
     }
 }
 
-/// Two markers with which a server can make a false claim.
+/// With these header fields, a server can make a false claim.
 #[tokio::test(start_paused = true)]
-async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_request() {
+async fn a_server_that_asks_for_a_retry_or_claims_a_replay_gets_no_second_request() {
     for (name, value) in [
         ("idempotent-replayed", "true"),
         ("stripe-should-retry", "true"),
@@ -185,7 +189,7 @@ async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_reque
             let layer = OnceLayer::new(store, ProviderProfile::stripe());
             for _ in 0..3 {
                 let ended = party.send(&layer, request("x"), move |_| {
-                    let mut response = answer(status)?;
+                    let mut response = respond(status)?;
                     response.headers_mut().insert(name, value.parse().unwrap());
                     Ok(response)
                 });
@@ -197,7 +201,7 @@ async fn a_server_that_calls_for_a_retry_or_claims_a_replay_gets_no_second_reque
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
+async fn a_call_with_an_error_may_have_taken_effect_unless_it_was_not_sent() {
     let lost = |_| Err(io::Error::from(io::ErrorKind::ConnectionReset));
     let refused = |_| Err(io::Error::from(io::ErrorKind::ConnectionRefused));
     let ((_, plain), party) = (layer(), Party::default());
@@ -214,11 +218,11 @@ async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
         Err(OnceError::Unknown(Some(_)))
     ));
     assert!(matches!(
-        party.send(&classified, request("x"), |_| answer(200)).await,
+        party.send(&classified, request("x"), |_| respond(200)).await,
         Err(OnceError::Unknown(None))
     ));
     assert_eq!(party.arrived(), 2);
-    // At least once, then: and a refused connection says nothing of the attempt before.
+    // Under `at_least_once`, a refused connection does not show what the attempt before did.
     let again = classified.at_least_once().with_namespace("again");
     assert!(matches!(
         party.send(&again, request("x"), lost).await,
@@ -230,7 +234,7 @@ async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
     ));
     assert_eq!(
         party
-            .send(&again, request("x"), |_| answer(200))
+            .send(&again, request("x"), |_| respond(200))
             .await
             .unwrap()
             .status(),
@@ -239,7 +243,7 @@ async fn an_error_may_have_taken_effect_unless_it_is_known_to_come_before() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_call_is_asked_about_and_what_is_found_is_kept() {
+async fn a_lost_call_is_checked_and_the_response_that_is_found_is_stored() {
     let lost = |_| Err(io::Error::from(io::ErrorKind::TimedOut));
     for (found, status) in [(true, 200), (false, 201)] {
         let ((_, layer), party) = (layer(), Party::default());
@@ -259,23 +263,26 @@ async fn a_lost_call_is_asked_about_and_what_is_found_is_kept() {
             })
         });
         party.send(&layer, request("x"), lost).await.unwrap_err();
-        let given = party.send(&layer, request("x"), |_| answer(201)).await.unwrap();
-        assert_eq!(given.status(), status);
+        let got = party.send(&layer, request("x"), |_| respond(201)).await.unwrap();
+        assert_eq!(got.status(), status);
         assert_eq!(party.arrived(), if found { 1 } else { 2 });
-        let again = party.send(&layer, request("x"), |_| answer(500)).await.unwrap();
+        let again = party.send(&layer, request("x"), |_| respond(500)).await.unwrap();
         assert_eq!((again.status().as_u16(), asked.load(Ordering::SeqCst)), (status, 1));
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_fence_and_an_id_can_be_put_into_the_request_and_the_key_taken_off() {
+async fn a_request_can_carry_the_fence_and_an_id_instead_of_the_key() {
     let ((_, layer), party) = (layer(), Party::default());
     let layer = layer.at_least_once().without_sending_key().on_attempt(|head, attempt| {
         head.headers.insert("x-fence", attempt.fence().as_u64().into());
         head.headers.insert("x-order-id", attempt.id("order").parse().unwrap());
     });
     for status in [500, 200] {
-        party.send(&layer, request("x"), move |_| answer(status)).await.unwrap();
+        party
+            .send(&layer, request("x"), move |_| respond(status))
+            .await
+            .unwrap();
     }
     let heads = party.heads.lock().unwrap();
     let fence = |at: usize| heads[at]["x-fence"].to_str().unwrap().parse::<u64>().unwrap();
@@ -284,7 +291,7 @@ async fn the_fence_and_an_id_can_be_put_into_the_request_and_the_key_taken_off()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
+async fn a_request_without_a_valid_key_or_over_the_limit_is_not_sent() {
     let ((_, plain), party) = (layer(), Party::default());
     let bare = || Request::post("/").body(Full::from("x")).unwrap();
     let two = || {
@@ -306,7 +313,7 @@ async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
         (plain.clone().with_scope(|_| None), request("x")),
         (plain.clone().with_body_limit(3).with_response_limit(3), request("four")),
     ] {
-        let ended = party.send(&layer, request, |_| answer(200)).await;
+        let ended = party.send(&layer, request, |_| respond(200)).await;
         assert!(
             matches!(&ended, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::Configuration),
             "{ended:?}"
@@ -314,16 +321,17 @@ async fn a_request_that_cannot_be_named_or_is_too_long_is_not_sent() {
     }
     assert_eq!(party.arrived(), 0);
     let named = plain.with_key(|head| Some(head.uri.path().to_owned()));
-    assert!(party.send(&named, bare(), |_| answer(200)).await.is_ok());
-    // What is not covered passes untouched.
+    assert!(party.send(&named, bare(), |_| respond(200)).await.is_ok());
+    // A request that the layer does not cover passes untouched.
     let read = Request::get("/").body(Full::default()).unwrap();
-    assert!(party.send(&named, read, |_| answer(200)).await.is_ok());
+    assert!(party.send(&named, read, |_| respond(200)).await.is_ok());
     assert_eq!(party.arrived(), 2);
 }
 
-/// If the layer does not cover an unsafe request, its error is never `Failed`, because a redirect may have come first.
+/// If the layer does not cover an unsafe request, it never reports the error as `Failed`, because a
+/// redirect may have come first.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_is_not_covered_is_called_failed_only_if_it_is_safe() {
+async fn a_request_that_is_not_covered_counts_as_failed_only_if_it_is_safe() {
     let ((_, layer), party) = (layer(), Party::default());
     let layer = layer.with_errors(|_: &io::Error| ErrorClass::NotSent);
     for (method, is_failed) in [("GET", true), ("HEAD", true), ("PUT", false), ("DELETE", false)] {
@@ -340,12 +348,12 @@ async fn a_request_that_is_not_covered_is_called_failed_only_if_it_is_safe() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() {
+async fn a_response_over_the_limit_or_a_stream_is_returned_and_not_requested_again() {
     for is_stream in [false, true] {
         let ((_, layer), party) = (layer(), Party::default());
         let layer = layer.with_body_limit(100).with_response_limit(4);
-        let given = party.send(&layer, request("x"), move |_| {
-            let mut response = answer(200)?;
+        let call = party.send(&layer, request("x"), move |_| {
+            let mut response = respond(200)?;
             if is_stream {
                 response
                     .headers_mut()
@@ -353,9 +361,9 @@ async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() 
             }
             Ok(response)
         });
-        assert_eq!(body(given.await.unwrap()).await, "created");
+        assert_eq!(body(call.await.unwrap()).await, "created");
         assert!(matches!(
-            party.send(&layer, request("x"), |_| answer(200)).await,
+            party.send(&layer, request("x"), |_| respond(200)).await,
             Err(OnceError::NotStored)
         ));
         assert_eq!(party.arrived(), 1);
@@ -363,7 +371,7 @@ async fn an_answer_over_the_limit_or_a_stream_is_given_and_not_sent_for_again() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_breaks_off_is_not_called_failed() {
+async fn a_response_that_breaks_off_does_not_count_as_failed() {
     let (_, layer) = layer();
     let http = service_fn(|_: Request<Full<Bytes>>| {
         let frames = [
@@ -383,7 +391,7 @@ async fn an_answer_that_breaks_off_is_not_called_failed() {
 }
 
 #[test]
-fn every_error_says_whether_the_call_was_made_and_has_its_cause() {
+fn every_error_states_whether_the_call_was_made_and_has_its_cause() {
     use std::error::Error;
     type Failed = OnceError<(), io::Error>;
     let reset = || io::Error::from(io::ErrorKind::ConnectionReset);
@@ -428,24 +436,26 @@ fn every_error_says_whether_the_call_was_made_and_has_its_cause() {
     }
 }
 
-/// A client other than hyper may not check the length. The layer stored the front of the response.
+/// A client other than hyper may not check the length. The layer stored the first part of the
+/// response.
 #[tokio::test(start_paused = true)]
 async fn a_response_that_ends_before_its_declared_length_is_not_stored() {
     let ((_, layer), party) = (layer(), Party::default());
     for _ in 0..2 {
-        let given = party.send(&layer, request("x"), |_| {
-            let mut response = answer(201)?;
+        let call = party.send(&layer, request("x"), |_| {
+            let mut response = respond(201)?;
             response.headers_mut().insert("content-length", "8".parse().unwrap());
             Ok(response)
         });
-        assert!(matches!(given.await, Err(OnceError::NotStored)));
+        assert!(matches!(call.await, Err(OnceError::NotStored)));
     }
     assert_eq!(party.arrived(), 1);
 }
 
-/// The layer read a response that stalled for ever. It read endless empty frames for ever, too, and blocked its thread.
+/// The layer read a stalled response without end. It also read endless empty frames without end,
+/// and blocked its thread.
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
+async fn a_response_that_never_ends_is_returned_and_not_requested_again() {
     let bodies: [fn() -> support::AnyBody; 2] = [
         || support::stalling("front", std::future::pending()),
         support::empty_frames,
@@ -466,24 +476,25 @@ async fn an_answer_that_never_ends_is_given_and_not_sent_for_again() {
     }
 }
 
-/// hyper ends the body of a request that was cut off without an error. A handler that forwarded such a body made the call
-/// with the first half.
+/// hyper ends the body of a truncated request without an error. A handler that forwarded such a
+/// body made the call with the first half.
 #[tokio::test(start_paused = true)]
 async fn a_request_that_ends_before_its_declared_length_is_not_sent() {
     let (store, layer) = layer();
-    let http = service_fn(|_: Request<support::AnyBody>| ready(answer(200)));
+    let http = service_fn(|_: Request<support::AnyBody>| ready(respond(200)));
     let client = ServiceBuilder::new().layer(layer).service(http);
-    let given = client.oneshot(request("x").map(|_| support::short("half", 4))).await;
-    let Err(OnceError::NotRun(error)) = given else {
-        panic!("{given:?}");
+    let result = client.oneshot(request("x").map(|_| support::short("half", 4))).await;
+    let Err(OnceError::NotRun(error)) = result else {
+        panic!("{result:?}");
     };
     assert!(error.to_string().contains("before the length"), "{error}");
     assert_eq!(store.calls("claim"), 0);
 }
 
-/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+/// The bodies of some middlewares return their first size hint to the end. The layer judged such a
+/// body to be too short.
 #[tokio::test(start_paused = true)]
-async fn bodies_whose_size_hint_never_falls_are_whole() {
+async fn bodies_whose_size_hint_never_falls_are_complete() {
     let (_, layer) = layer();
     let http = service_fn(|request: Request<support::AnyBody>| async {
         assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "amount=1");
@@ -497,9 +508,9 @@ async fn bodies_whose_size_hint_never_falls_are_whole() {
     }
 }
 
-/// A response to HEAD may declare the length that its body would have.
+/// A response to HEAD may declare the length that the body of a GET response would have.
 #[tokio::test(start_paused = true)]
-async fn a_response_without_a_body_is_whole_whatever_length_it_declares() {
+async fn a_response_without_a_body_is_complete_with_any_declared_length() {
     for (method, is_whole) in [(Method::HEAD, true), (Method::POST, false)] {
         let (_, layer) = layer();
         let http =
@@ -521,7 +532,7 @@ async fn a_request_whose_body_never_ends_is_not_sent() {
     ];
     for body in bodies {
         let (store, layer) = layer();
-        let http = service_fn(|_: Request<support::AnyBody>| ready(answer(200)));
+        let http = service_fn(|_: Request<support::AnyBody>| ready(respond(200)));
         let client = ServiceBuilder::new().layer(layer).service(http);
         let call = tokio::spawn(client.oneshot(request("x").map(|_| body())));
         support::advance(Duration::from_secs(29)).await;
@@ -534,15 +545,15 @@ async fn a_request_whose_body_never_ends_is_not_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
+async fn a_store_failure_before_the_call_differs_from_one_after_it() {
     let ((store, layer), party) = (layer(), Party::default());
     store.fail("claim", [Fault::Before; 2]);
-    let before = party.send(&layer, request("x"), |_| answer(200)).await.unwrap_err();
+    let before = party.send(&layer, request("x"), |_| respond(200)).await.unwrap_err();
     assert!(matches!(&before, OnceError::NotRun(error) if error.kind() == ErrorKind::StoreUnavailable));
     assert!(!before.may_have_happened() && party.arrived() == 0);
     tokio::time::sleep(Duration::from_secs(20)).await;
     store.fail("complete", [Fault::Before; 100]);
-    let after = party.send(&layer, request("x"), |_| answer(200)).await.unwrap_err();
+    let after = party.send(&layer, request("x"), |_| respond(200)).await.unwrap_err();
     assert!(
         matches!(&after, OnceError::Unrecorded { given, .. } if given.status() == 200),
         "{after:?}"
@@ -550,8 +561,8 @@ async fn a_store_that_is_down_before_or_after_the_call_is_told_apart() {
     assert!(after.may_have_happened() && party.arrived() == 1);
 }
 
-/// Retries inside the layer. A third party without idempotency gets one request, unless it provably did not take the
-/// first one.
+/// Retries inside the layer. A third party without idempotency gets one request, unless it provably
+/// did not take the first one.
 #[cfg(feature = "retry")]
 mod with_retries {
     use super::*;
@@ -560,14 +571,14 @@ mod with_retries {
     use tower::{Layer, Service};
     use tower_idempotency::client::{CallLayer, IdempotencyKeyLayer, RetryPolicy};
 
-    /// The behaviour of the third party towards a request.
+    /// How the third party treats a request.
     #[derive(Clone, Copy, Debug)]
     enum Act {
-        Say(u16),
+        Respond(u16),
         Lost,
         Refused,
     }
-    use Act::{Lost, Refused, Say};
+    use Act::{Lost, Refused, Respond};
 
     /// The result for the caller of the layer.
     #[derive(Debug, PartialEq)]
@@ -579,11 +590,11 @@ mod with_retries {
 
     type Client = BoxCloneService<Request<Full<Bytes>>, Known, Known>;
 
-    fn status(response: &Answer) -> Known {
+    fn status(response: &FullResponse) -> Known {
         Known::Status(response.status().as_u16())
     }
 
-    fn failure<E>(error: &OnceError<Answer, E>) -> Known {
+    fn failure<E>(error: &OnceError<FullResponse, E>) -> Known {
         if let OnceError::Failed(_) = error {
             return Known::Failed;
         }
@@ -595,8 +606,8 @@ mod with_retries {
         client.oneshot(request).await.unwrap_or_else(|error| error)
     }
 
-    /// The layers in the documented order, with either retry layer, with or without a layer for keys, over a third party
-    /// that performs the given acts; it repeats the last act.
+    /// Builds the layers in the documented order with each of the two retry layers, with or without
+    /// a layer for keys. The third party performs these acts and repeats the last one.
     fn clients(
         layer: &OnceLayer<RemoteStore>,
         has_keys: bool,
@@ -611,7 +622,7 @@ mod with_retries {
         let http = service_fn(move |_: Request<Full<Bytes>>| {
             let count = counted.fetch_add(1, Ordering::SeqCst);
             ready(match acts[count.min(acts.len() - 1)] {
-                Say(status) => answer(status),
+                Respond(status) => respond(status),
                 Lost => Err(io::ErrorKind::ConnectionReset.into()),
                 Refused => Err(io::ErrorKind::ConnectionRefused.into()),
             })
@@ -630,7 +641,7 @@ mod with_retries {
 
     fn once<S, E>(layer: &OnceLayer<RemoteStore>, service: S) -> Client
     where
-        S: Service<Request<Full<Bytes>>, Response = Answer, Error = E> + Clone + Send + Sync + 'static,
+        S: Service<Request<Full<Bytes>>, Response = FullResponse, Error = E> + Clone + Send + Sync + 'static,
         S::Future: Send,
         E: Send + 'static,
     {
@@ -642,7 +653,8 @@ mod with_retries {
         BoxCloneService::new(client)
     }
 
-    /// Checks how many requests a call sends, the result for its caller, and whether the next call would be sent.
+    /// Checks the number of requests that a call sends, the result for its caller, and whether the
+    /// next call is sent.
     async fn check(
         configure: impl Fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>,
         has_keys: bool,
@@ -673,7 +685,8 @@ mod with_retries {
     async fn a_request_is_repeated_only_if_it_was_provably_not_taken() {
         let configurations: [fn(OnceLayer<RemoteStore>) -> OnceLayer<RemoteStore>; 2] =
             [|layer| layer, OnceLayer::without_sending_key];
-        // Without a key in the request, too, because a request that was not taken can always be sent again.
+        // The request itself may have no key, because a request that was not taken can always be
+        // sent again.
         for (configure, has_keys) in configurations
             .into_iter()
             .flat_map(|layer| [(layer, true), (layer, false)])
@@ -683,34 +696,34 @@ mod with_retries {
                 has_keys,
                 &[
                     (&[Lost], 1, Known::Unknown, false),
-                    (&[Say(500)], 1, Known::Status(500), false),
-                    (&[Say(503)], 1, Known::Status(503), false),
-                    (&[Say(408)], 1, Known::Status(408), false),
-                    (&[Refused, Say(201)], 2, Known::Status(201), false),
-                    (&[Say(429), Say(201)], 2, Known::Status(201), false),
+                    (&[Respond(500)], 1, Known::Status(500), false),
+                    (&[Respond(503)], 1, Known::Status(503), false),
+                    (&[Respond(408)], 1, Known::Status(408), false),
+                    (&[Refused, Respond(201)], 2, Known::Status(201), false),
+                    (&[Respond(429), Respond(201)], 2, Known::Status(201), false),
                     (&[Refused, Lost], 2, Known::Unknown, false),
-                    (&[Say(429), Say(503)], 2, Known::Status(503), false),
+                    (&[Respond(429), Respond(503)], 2, Known::Status(503), false),
                     (&[Refused], 5, Known::Failed, true),
-                    (&[Say(429)], 5, Known::Status(429), true),
-                    (&[Say(401)], 1, Known::Status(401), true),
+                    (&[Respond(429)], 5, Known::Status(429), true),
+                    (&[Respond(401)], 1, Known::Status(401), true),
                 ],
             )
             .await;
         }
     }
 
-    /// The refusal of a later attempt says nothing about the attempt that was lost before.
+    /// The refusal of a later attempt does not show what the lost attempt before it did.
     #[tokio::test(start_paused = true)]
     async fn a_lost_request_is_repeated_if_the_third_party_honours_keys() {
         check(
             OnceLayer::assume_keys_honoured,
             true,
             &[
-                (&[Lost, Say(201)], 2, Known::Status(201), false),
-                (&[Say(503), Say(201)], 2, Known::Status(201), false),
-                (&[Lost, Say(422)], 2, Known::Status(422), false),
-                (&[Lost, Say(401)], 2, Known::Status(401), false),
-                (&[Lost, Say(429)], 5, Known::Status(429), false),
+                (&[Lost, Respond(201)], 2, Known::Status(201), false),
+                (&[Respond(503), Respond(201)], 2, Known::Status(201), false),
+                (&[Lost, Respond(422)], 2, Known::Status(422), false),
+                (&[Lost, Respond(401)], 2, Known::Status(401), false),
+                (&[Lost, Respond(429)], 5, Known::Status(429), false),
                 (&[Lost, Refused], 5, Known::Unknown, false),
                 (&[Refused], 5, Known::Failed, true),
             ],
@@ -719,7 +732,7 @@ mod with_retries {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_method_that_is_idempotent_is_no_reason_to_repeat() {
+    async fn an_idempotent_method_is_not_repeated_without_honoured_keys() {
         let arrived = Arc::new(AtomicUsize::new(0));
         let layer = layer().1.with_methods([Method::PUT]);
         for client in clients(&layer, true, &[Lost], &arrived) {
@@ -739,7 +752,7 @@ fn to(host: &str) -> Request<Full<Bytes>> {
 }
 
 #[tokio::test]
-async fn one_host_does_not_answer_for_another() {
+async fn a_call_to_another_host_never_gets_the_response_of_the_first() {
     let http = service_fn(|request: Request<Full<Bytes>>| async move {
         let host = request.uri().host().unwrap().to_owned();
         Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(host)))
@@ -748,24 +761,25 @@ async fn one_host_does_not_answer_for_another() {
     client.clone().oneshot(to("a.example")).await.unwrap();
     let other = client.oneshot(to("b.example")).await;
     assert!(
-        !matches!(&other, Ok(answer) if answer.headers().contains_key("idempotent-replayed")),
-        "the call to b.example was never made, and a.example's answer was given: {other:?}"
+        !matches!(&other, Ok(response) if response.headers().contains_key("idempotent-replayed")),
+        "the call to b.example was not made, and the caller got the response of a.example: {other:?}"
     );
 }
 
 #[tokio::test]
-async fn a_refusal_after_a_lost_attempt_is_not_kept_where_the_party_knows_no_keys() {
+async fn a_refusal_after_a_lost_attempt_is_not_stored_without_a_sent_key() {
     let calls = Arc::new(AtomicUsize::new(0));
     let http = service_fn(move |_: Request<Full<Bytes>>| {
-        // The order was made, and the answer lost; then it is there already.
+        // The first attempt placed the order, and its response was lost. The next attempt finds the
+        // order.
         let first = calls.fetch_add(1, Ordering::SeqCst) == 0;
         async move {
             if first {
                 return Err("reset");
             }
-            let mut answer = Response::new(Full::<Bytes>::from("there already"));
-            *answer.status_mut() = StatusCode::CONFLICT;
-            Ok(answer)
+            let mut response = Response::new(Full::<Bytes>::from("already exists"));
+            *response.status_mut() = StatusCode::CONFLICT;
+            Ok(response)
         }
     });
     let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft())
@@ -779,6 +793,6 @@ async fn a_refusal_after_a_lost_attempt_is_not_kept_where_the_party_knows_no_key
     let second = client.oneshot(to("a.example")).await;
     assert!(
         matches!(second, Err(OnceError::Unknown(_))),
-        "the call took effect, and a failure is recorded for it: {second:?}"
+        "a failure was recorded for a call that took effect: {second:?}"
     );
 }

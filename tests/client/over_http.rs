@@ -1,4 +1,4 @@
-//! The client layers around real clients, hyper-util's and reqwest's, and real servers.
+//! The client layers over the real clients of hyper-util and reqwest, with real servers.
 
 use std::convert::Infallible;
 use std::io;
@@ -32,7 +32,7 @@ use tower_idempotency::MemoryStore;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+type ServerResponse = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 /// A request as it arrived.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +43,7 @@ struct Arrived {
     body: String,
 }
 
-/// A server on a port of its own. What is no answer breaks the connection.
+/// A server on its own port. If its function returns an error, the server breaks the connection.
 #[derive(Clone)]
 struct Server {
     address: SocketAddr,
@@ -51,8 +51,8 @@ struct Server {
 }
 
 impl Server {
-    /// Answers by path and by how many requests have arrived.
-    async fn start(answer: impl Fn(&str, usize) -> io::Result<Answer> + Clone + Send + 'static) -> Self {
+    /// Starts a server. `respond` gets the path and the number of requests that have arrived.
+    async fn start(respond: impl Fn(&str, usize) -> io::Result<ServerResponse> + Clone + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = Self {
             address: listener.local_addr().unwrap(),
@@ -61,9 +61,9 @@ impl Server {
         let arrived = Arc::clone(&server.arrived);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (arrived, answer) = (Arc::clone(&arrived), answer.clone());
+                let (arrived, respond) = (Arc::clone(&arrived), respond.clone());
                 let service = service_fn(move |request: Request<Incoming>| {
-                    let (arrived, answer) = (Arc::clone(&arrived), answer.clone());
+                    let (arrived, respond) = (Arc::clone(&arrived), respond.clone());
                     async move {
                         let request = read(request).await;
                         let path = request.path.clone();
@@ -72,7 +72,7 @@ impl Server {
                             arrived.push(request);
                             arrived.len()
                         };
-                        answer(&path, count)
+                        respond(&path, count)
                     }
                 });
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
@@ -89,7 +89,8 @@ impl Server {
         self.arrived.lock().unwrap().clone()
     }
 
-    /// Where what arrived came to, having checked that it is one request, with one key.
+    /// Checks that all arrived requests are one logical request with one key, and returns their
+    /// paths.
     fn paths_of_one_request(&self) -> Vec<String> {
         let arrived = self.arrived();
         let first = &arrived[0];
@@ -107,7 +108,7 @@ async fn read(request: Request<Incoming>) -> Arrived {
     let body = body.collect().await.unwrap().to_bytes();
     let mut keys = head.headers.get_all("idempotency-key").iter();
     let key = keys.next().map(|key| key.to_str().unwrap().to_owned());
-    assert!(keys.next().is_none(), "one key at most");
+    assert!(keys.next().is_none(), "a request has at most one key");
     Arrived {
         method: head.method.to_string(),
         path: head.uri.path().to_owned(),
@@ -116,19 +117,19 @@ async fn read(request: Request<Incoming>) -> Arrived {
     }
 }
 
-fn text(status: StatusCode, text: &str) -> Answer {
+fn text(status: StatusCode, text: &str) -> ServerResponse {
     let mut response = Response::new(Full::from(text.to_owned()).boxed_unsync());
     *response.status_mut() = status;
     response
 }
 
-fn redirect(status: StatusCode, place: &str) -> Answer {
+fn redirect(status: StatusCode, place: &str) -> ServerResponse {
     let mut response = text(status, "");
     response.headers_mut().insert(LOCATION, place.parse().unwrap());
     response
 }
 
-/// Redirects `/0` to `/1` to `/2`, and from there to `elsewhere`, if there is such a place.
+/// Redirects `/0` to `/1` to `/2`, and from there to `elsewhere` if it is set.
 async fn redirecting(elsewhere: Option<String>) -> Server {
     Server::start(move |path, _| {
         Ok(match (path, &elsewhere) {
@@ -149,7 +150,7 @@ fn keys() -> IdempotencyKeyLayer {
     IdempotencyKeyLayer::new(ProviderProfile::stripe())
 }
 
-/// Retries, of which none takes long.
+/// Returns a layer that retries after short pauses.
 fn calls(attempts: u32) -> CallLayer {
     let policy = RetryPolicy::new(ProviderProfile::stripe()).with_max_attempts(attempts);
     CallLayer::new(
@@ -175,7 +176,7 @@ mod with_reqwest {
         ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap()
     }
 
-    /// Sends a charge with a key of its own.
+    /// Sends a charge with a new key.
     async fn send(http: ReqwestService, url: &str) -> Result<reqwest::Response, reqwest::Error> {
         let client = ServiceBuilder::new().layer(keys()).service(http);
         match client.oneshot(charge::<Body>(url)).await {
@@ -188,28 +189,28 @@ mod with_reqwest {
     #[tokio::test]
     async fn redirects_within_an_origin_carry_key_and_body() {
         let server = redirecting(None).await;
-        let answer = send(built(), &server.url("/0")).await.unwrap();
+        let response = send(built(), &server.url("/0")).await.unwrap();
         assert_eq!(
-            (answer.status(), answer.url().as_str()),
+            (response.status(), response.url().as_str()),
             (StatusCode::CREATED, &*server.url("/2"))
         );
-        assert_eq!(answer.text().await.unwrap(), "charged");
+        assert_eq!(response.text().await.unwrap(), "charged");
         assert_eq!(server.paths_of_one_request(), ["/0", "/1", "/2"]);
     }
 
     #[tokio::test]
-    async fn a_redirect_to_another_origin_is_given_and_not_followed() {
+    async fn a_redirect_to_another_origin_is_returned_and_not_followed() {
         let other = accepting().await;
         let server = redirecting(Some(other.url("/there"))).await;
-        let answer = send(built(), &server.url("/0")).await.unwrap();
-        assert_eq!(answer.status(), StatusCode::TEMPORARY_REDIRECT);
-        assert_eq!(answer.headers()[LOCATION], other.url("/there").as_str());
+        let response = send(built(), &server.url("/0")).await.unwrap();
+        assert_eq!(response.status(), StatusCode::TEMPORARY_REDIRECT);
+        assert_eq!(response.headers()[LOCATION], other.url("/there").as_str());
         assert_eq!(server.paths_of_one_request().len(), 3);
         assert_eq!(other.arrived(), []);
     }
 
     #[tokio::test]
-    async fn a_client_that_was_taken_as_it_is_sends_the_key_where_it_is_redirected_to() {
+    async fn a_client_of_the_application_sends_its_key_to_the_target_of_a_redirect() {
         let other = accepting().await;
         let server = redirecting(Some(other.url("/there"))).await;
         let client = ReqwestService::from_client(reqwest::Client::builder().no_proxy().build().unwrap());
@@ -222,7 +223,7 @@ mod with_reqwest {
     }
 
     #[tokio::test]
-    async fn ten_redirects_are_followed_and_no_more() {
+    async fn at_most_ten_redirects_are_followed() {
         let rounds = Server::start(|_, _| Ok(redirect(StatusCode::TEMPORARY_REDIRECT, "/again"))).await;
         assert!(send(built(), &rounds.url("/")).await.unwrap_err().is_redirect());
         assert_eq!(rounds.paths_of_one_request().len(), 11);
@@ -248,7 +249,7 @@ mod with_reqwest {
     }
 
     #[tokio::test]
-    async fn its_own_errors_say_whether_anything_was_sent() {
+    async fn errors_of_reqwest_show_whether_a_request_was_sent() {
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         for (url, attempts) in [(format!("http://{free}/"), 3), ("/relative".to_owned(), 1)] {
             let client = ServiceBuilder::new().layer(keys()).layer(calls(3)).service(built());
@@ -275,7 +276,7 @@ mod with_reqwest {
     }
 
     #[tokio::test]
-    async fn an_answer_streams_with_its_trailers() {
+    async fn a_response_streams_with_its_trailers() {
         let (sender, receiver) = oneshot::channel();
         let rest = Arc::new(Mutex::new(Some(receiver)));
         let server = Server::start(move |_, _| {
@@ -294,12 +295,12 @@ mod with_reqwest {
         let server = server.await;
         let client = ServiceBuilder::new().layer(keys()).layer(calls(5)).service(built());
         let mut request = charge::<Body>(&server.url("/"));
-        // RFC 9110 section 6.5.1: who does not ask for trailers may not get them.
+        // A client that does not ask for trailers may not get them (RFC 9110 section 6.5.1).
         request.headers_mut().insert(TE, "trailers".parse().unwrap());
         let mut body = client.oneshot(request).await.unwrap().into_body();
         let frame = timeout(PATIENCE, body.frame())
             .await
-            .expect("before the answer has ended");
+            .expect("the first frame comes before the response ends");
         assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), "first");
         sender.send(()).unwrap();
         let rest = body.collect().await.unwrap();
@@ -308,7 +309,7 @@ mod with_reqwest {
     }
 
     #[tokio::test]
-    async fn a_body_that_streams_is_sent_once() {
+    async fn a_streaming_body_is_sent_once() {
         let server = Server::start(|_, _| Ok(text(StatusCode::SERVICE_UNAVAILABLE, ""))).await;
         let frames = ["amount", "=1"].map(|part| Ok::<_, Infallible>(Frame::data(Bytes::from(part))));
         let body = Body::wrap(StreamBody::new(stream::iter(frames)));
@@ -320,7 +321,7 @@ mod with_reqwest {
     }
 
     #[tokio::test]
-    async fn a_call_is_made_once_and_its_answer_given_again() {
+    async fn a_call_is_made_once_and_its_response_is_replayed() {
         let server = Server::start(|_, _| {
             let mut response = text(StatusCode::CREATED, "charged");
             response
@@ -394,7 +395,7 @@ mod with_hyper {
         assert_eq!(server.paths_of_one_request().len(), 3);
     }
 
-    /// Follows redirects by a policy, to the end.
+    /// Follows redirects by this policy until the last response, and returns its status.
     async fn follow<P>(policy: P, url: &str) -> StatusCode
     where
         P: Policy<Full<Bytes>, hyper_util::client::legacy::Error> + Clone,
@@ -405,15 +406,15 @@ mod with_hyper {
     }
 
     #[tokio::test]
-    async fn a_charge_stays_at_home_unless_the_policy_is_left_out() {
+    async fn a_charge_leaves_its_origin_only_without_the_policy() {
         let limited = || {
             let body = clone_body_fn(|body: &Full<Bytes>| Some(body.clone()));
             Limited::new(9).and::<_, Full<Bytes>, ()>(body)
         };
-        for at_home in [true, false] {
+        for has_policy in [true, false] {
             let other = accepting().await;
             let server = redirecting(Some(other.url("/there"))).await;
-            let status = if at_home {
+            let status = if has_policy {
                 let policy = limited().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::stripe()));
                 follow(policy, &server.url("/0")).await
             } else {
@@ -421,7 +422,7 @@ mod with_hyper {
             };
             assert_eq!(server.paths_of_one_request(), ["/0", "/1", "/2"]);
             let there = other.arrived();
-            if at_home {
+            if has_policy {
                 assert_eq!((status, &*there), (StatusCode::TEMPORARY_REDIRECT, &[][..]));
             } else {
                 assert_eq!((status, &*there[0].body), (StatusCode::CREATED, "amount=1"));

@@ -1,4 +1,4 @@
-//! Owners of a call that were superseded, are busy, or have no caller any more.
+//! Owners of a call that were superseded, keep their runtime busy, or have lost their caller.
 
 use std::convert::Infallible;
 use std::future::{pending, ready, Ready};
@@ -24,7 +24,7 @@ type Ended = Result<Done<usize>, OnceError<usize, String>>;
 
 const LEASE: Duration = Duration::from_secs(30);
 
-/// An attempt that cannot renew its lease, and goes on when it is told to.
+/// Runs an attempt that cannot renew its lease and that ends when it is notified.
 fn stalled(
     store: &RemoteStore,
     input: &'static str,
@@ -32,17 +32,17 @@ fn stalled(
 ) -> (Arc<Notify>, tokio::task::JoinHandle<Ended>) {
     store.fail("renew", [Fault::Before; 1_000]);
     let go_on = Arc::new(Notify::new());
-    let told = Arc::clone(&go_on);
+    let gate = Arc::clone(&go_on);
     let call = once(store.clone(), "k").with_input(input).at_least_once();
     let running = tokio::spawn(call.run(move |_| async move {
-        told.notified().await;
+        gate.notified().await;
         end
     }));
     (go_on, running)
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_superseded_owner_whose_call_fails_does_not_call_it_failed() {
+async fn a_superseded_owner_whose_call_fails_returns_the_value_that_the_key_holds() {
     let store = RemoteStore::new();
     let (go_on, first) = stalled(&store, "one", Err(Failure::NotDone("refused".to_owned())));
     tokio::time::sleep(LEASE * 2).await;
@@ -53,13 +53,13 @@ async fn a_superseded_owner_whose_call_fails_does_not_call_it_failed() {
         .await;
     assert_eq!(second.unwrap().into_value(), 2);
     go_on.notify_one();
-    // DESIGN rule 6: a superseded owner drops its own result and serves what the key holds.
+    // A superseded owner drops its own result and returns the value that the key holds.
     let first = first.await.unwrap();
     assert!(matches!(&first, Ok(done) if *done.value() == 2), "{first:?}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_superseded_owner_is_not_given_the_answer_to_another_input() {
+async fn a_superseded_owner_never_gets_the_value_for_another_input() {
     let store = RemoteStore::new();
     let (go_on, first) = stalled(&store, "one", Ok(1));
     tokio::time::sleep(LEASE * 2).await;
@@ -73,7 +73,8 @@ async fn a_superseded_owner_is_not_given_the_answer_to_another_input() {
     assert!(!matches!(&first, Ok(done) if *done.value() == 2), "I4: {first:?}");
 }
 
-/// The completion of the late owner counted as a repeated one. Its caller got another value than all later calls.
+/// The store took the completion of the late owner for a repeated completion. Its caller got
+/// another value than all later calls.
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_comes_back_after_a_resolution_returns_the_value_that_stands() {
     let (store, elsewhere) = (RemoteStore::new(), RemoteStore::new());
@@ -125,16 +126,17 @@ async fn one_renewal_that_hangs_does_not_lose_a_short_lease() {
     assert_eq!(runs.load(Ordering::SeqCst), 1);
 }
 
-/// A job that may not wait gave the store half a second to show the outcome, and reported that another call is in flight.
+/// A job that may not wait gave the store half a second to return the outcome, and then reported
+/// that another call is in flight.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_owner_that_may_not_wait_reads_a_slow_record() {
     let store = RemoteStore::new();
     store.fail("renew", [Fault::Before; 1_000]);
     let go_on = Arc::new(Notify::new());
-    let is_told = Arc::clone(&go_on);
+    let gate = Arc::clone(&go_on);
     let call = once(store.clone(), "k").at_least_once().with_wait(Duration::ZERO);
     let first = tokio::spawn(call.run(move |_| async move {
-        is_told.notified().await;
+        gate.notified().await;
         Ok::<_, Failure<String>>(1)
     }));
     tokio::time::sleep(LEASE * 2).await;
@@ -146,9 +148,9 @@ async fn a_superseded_owner_that_may_not_wait_reads_a_slow_record() {
     assert!(matches!(&first, Ok(done) if *done.value() == 2), "{first:?}");
 }
 
-/// The superseded owner waited until the deadline of its own claim, which was long over.
+/// The superseded owner waited until the deadline of its own claim, which had passed long before.
 #[tokio::test(start_paused = true)]
-async fn a_superseded_owner_waits_for_the_winner_however_long_it_ran() {
+async fn a_superseded_owner_waits_for_the_winner_after_its_own_lease_has_ended() {
     let store = RemoteStore::new();
     let (go_on, first) = stalled(&store, "one", Ok(1));
     tokio::time::sleep(LEASE * 2).await;
@@ -188,7 +190,8 @@ async fn a_store_that_hangs_does_not_prolong_a_wait_for_another_call() {
     first.abort();
 }
 
-/// The renewal task sleeps while its runtime is busy. The owner is polled, and finds the renewal overdue.
+/// The renewal task sleeps while its runtime is busy. The runtime polls the owner, which finds its
+/// renewal overdue.
 #[test]
 fn a_call_that_keeps_its_runtime_busy_renews_its_lease_itself() {
     let store = RemoteStore::new();
@@ -278,16 +281,17 @@ async fn calls_by_value_whose_callers_left_are_bounded() {
     assert!(call(10).await.is_ok());
 }
 
-/// The job waited for the outcome of the other attempt for the whole wait, although nobody was there to get it.
+/// The job waited for the outcome of the other attempt for its whole wait, although its caller had
+/// left.
 #[tokio::test(start_paused = true)]
 async fn a_superseded_job_waits_for_no_outcome_once_its_caller_has_left() {
     for (leaves_during_the_run, hangs) in [(true, false), (false, false), (true, true), (false, true)] {
         let (store, drain, go_on) = (RemoteStore::new(), Drain::default(), Arc::new(Notify::new()));
         store.fail("renew", [Fault::Before; 1_000]);
-        let told = Arc::clone(&go_on);
+        let gate = Arc::clone(&go_on);
         let call = once(store.clone(), "k").at_least_once().with_drain(&drain);
         let first = tokio::spawn(call.run(move |_| async move {
-            told.notified().await;
+            gate.notified().await;
             Ok::<_, Failure<Infallible>>(1)
         }));
         tokio::time::sleep(LEASE * 2).await;
@@ -317,7 +321,7 @@ async fn a_superseded_job_waits_for_no_outcome_once_its_caller_has_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_limit_of_no_executions_without_callers_counts_as_one() {
+async fn a_detached_limit_of_zero_counts_as_one() {
     let once: Ended = once(MemoryStore::new(), "k")
         .with_max_detached(0)
         .run(|_| ready(Ok(1)))
@@ -347,7 +351,7 @@ async fn a_limit_of_no_executions_without_callers_counts_as_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_goes_away_during_the_check_begins_nothing() {
+async fn a_call_whose_caller_leaves_during_the_check_does_not_begin() {
     let store = RemoteStore::new();
     let lost: Ended = once(store.clone(), "k")
         .run(|_| ready(Err(Failure::Unknown("reset".to_owned()))))
@@ -367,15 +371,15 @@ async fn a_caller_that_goes_away_during_the_check_begins_nothing() {
     );
     assert!(tokio::time::timeout(Duration::from_secs(1), again).await.is_err());
     tokio::time::sleep(Duration::from_secs(10)).await;
-    // "Dropped before the call began, it does not begin."
+    // If the caller drops a call before it began, the call does not begin.
     assert_eq!(runs.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]
-async fn a_check_that_panics_before_its_future_has_found_nothing_out() {
-    #[expect(clippy::panic, reason = "as the application does")]
+async fn a_check_that_panics_before_it_returns_a_future_finds_nothing() {
+    #[expect(clippy::panic, reason = "the test needs a check that panics")]
     fn panics() -> Ready<Recovered<()>> {
-        panic!("the check's")
+        panic!("the check is broken")
     }
     let store = RemoteStore::new();
     let layer = ReceiverLayer::new(store.clone(), "c")
@@ -389,12 +393,12 @@ async fn a_check_that_panics_before_its_future_has_found_nothing_out() {
     let received = tokio::spawn(receiver.oneshot(7)).await;
     assert!(
         matches!(received, Ok(Ok(Receipt::InFlight { .. }))),
-        "the consumer's task dies: {received:?}"
+        "a panic of the check must not end the task of the consumer: {received:?}"
     );
 }
 
 #[tokio::test]
-async fn what_is_left_in_a_memory_store_is_a_time_that_one_can_wait() {
+async fn a_memory_store_reports_the_remaining_lease_of_a_call_in_flight() {
     let store = MemoryStore::new();
     let first = tokio::spawn(once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>()));
     tokio::task::yield_now().await;

@@ -1,4 +1,5 @@
-//! What a client sends again, when it stops, and what it says about a call: against servers written by hand, and our own.
+//! Retries of the client: which requests it sends again, when it stops, and what it reports about a
+//! call. The servers are written by hand, except for one with the layer of this crate.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -22,18 +23,18 @@ use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
 use crate::support;
 
-/// What a server does with an attempt.
+/// How a server treats an attempt.
 #[derive(Clone)]
 enum Act {
-    Answer(u16, &'static [(&'static str, &'static str)]),
+    Respond(u16, &'static [(&'static str, &'static str)]),
     Break(io::ErrorKind),
 }
-use Act::{Answer, Break};
+use Act::{Break, Respond};
 
 struct Called {
     ended: Result<CallReport, (u32, CallOutcome)>,
     status: Option<u16>,
-    /// When each attempt came, since the first.
+    /// The time of each attempt since the first one.
     at: Vec<Duration>,
 }
 
@@ -62,7 +63,8 @@ fn request(method: &Method, keyed: bool) -> Request<String> {
     request
 }
 
-/// Sends a request to a server that acts as given, attempt by attempt; the last act is repeated.
+/// Sends a request to a server that performs one of these acts for each attempt and repeats the
+/// last one.
 async fn call<B: CloneBody>(policy: RetryPolicy, request: Request<B>, acts: &[Act]) -> Called {
     let at = Arc::new(Mutex::new(Vec::new()));
     let (times, acts) = (Arc::clone(&at), acts.to_vec());
@@ -74,7 +76,7 @@ async fn call<B: CloneBody>(policy: RetryPolicy, request: Request<B>, acts: &[Ac
             times.push(Instant::now());
             let act = acts[(times.len() - 1).min(acts.len() - 1)].clone();
             ready(match act {
-                Answer(status, headers) => {
+                Respond(status, headers) => {
                     let mut response = Response::builder().status(status);
                     for (name, value) in headers {
                         response = response.header(*name, *value);
@@ -98,7 +100,7 @@ async fn call<B: CloneBody>(policy: RetryPolicy, request: Request<B>, acts: &[Ac
     assert_eq!(
         usize::try_from(counted),
         Ok(at.len()),
-        "the caller is told the attempts"
+        "the caller gets the number of attempts"
     );
     Called { ended, status, at }
 }
@@ -113,11 +115,12 @@ async fn post(profile: ProviderProfile, acts: &[Act]) -> Called {
 }
 
 const LOST: Act = Break(io::ErrorKind::ConnectionReset);
-const OK: Act = Answer(200, &[]);
+const OK: Act = Respond(200, &[]);
 
-/// Every status under every profile: sent again or not, and what it says about the effect.
+/// Checks for every status under every profile whether the client retries and what the status
+/// means.
 #[tokio::test(start_paused = true)]
-async fn the_table_of_statuses_and_profiles() {
+async fn each_profile_judges_every_status_by_the_table() {
     let profiles: [(&str, ProviderProfile); 6] = [
         ("draft", ProviderProfile::draft()),
         ("stripe", ProviderProfile::stripe()),
@@ -151,10 +154,10 @@ async fn the_table_of_statuses_and_profiles() {
                 _ => ResponseMeaning::Responded { settles: false },
             };
             assert_eq!(profile.meaning(status, &none), meaning, "{name} {code}");
-            // And the policy does as the table says.
+            // The policy follows the table.
             let called = post(
                 profile.clone().with_header("idempotency-key".parse().unwrap()),
-                &[Answer(code, &[]), OK],
+                &[Respond(code, &[]), OK],
             )
             .await;
             assert_eq!(called.attempts(), if repeated { 2 } else { 1 }, "{name} {code}");
@@ -163,7 +166,7 @@ async fn the_table_of_statuses_and_profiles() {
 }
 
 #[test]
-fn what_a_server_says_wins_over_the_status() {
+fn the_advice_of_a_server_overrides_the_status() {
     let headers = |name: &'static str, value: &str| {
         let mut headers = http::HeaderMap::new();
         headers.insert(name, value.parse().unwrap());
@@ -175,7 +178,7 @@ fn what_a_server_says_wins_over_the_status() {
         (ProviderProfile::stripe(), 409, "stripe-should-retry", "false", Final),
         (ProviderProfile::stripe(), 402, "stripe-should-retry", "true", Repeat),
         (ProviderProfile::stripe(), 500, "stripe-should-retry", "perhaps", Repeat),
-        // The server would replay the response again and again.
+        // The server would replay this response to every retry.
         (ProviderProfile::stripe(), 500, "idempotent-replayed", "true", Final),
         (ProviderProfile::draft(), 503, "idempotent-replayed", "?1", Final),
         (ProviderProfile::adyen(), 422, "transient-error", "true", Repeat),
@@ -201,18 +204,19 @@ fn what_a_server_says_wins_over_the_status() {
     assert_eq!(custom.advice(StatusCode::BAD_GATEWAY, &http::HeaderMap::new()), Final);
 }
 
-/// As Stripe's own clients do: the header field of the response wins over its status, and `Retry-After` sets the pause.
+/// The policy behaves like the clients of Stripe: the header field of the response takes precedence
+/// over its status, and `Retry-After` sets the pause.
 #[tokio::test(start_paused = true)]
 async fn the_policy_obeys_stripe_should_retry() {
     const NO: (&str, &str) = ("stripe-should-retry", "false");
     const YES: (&str, &str) = ("stripe-should-retry", "true");
     const AFTER: (&str, &str) = ("retry-after", "7");
     for status in [400, 402, 409, 429, 500, 503] {
-        let called = post(ProviderProfile::stripe(), &[Answer(status, &[NO, AFTER]), OK]).await;
+        let called = post(ProviderProfile::stripe(), &[Respond(status, &[NO, AFTER]), OK]).await;
         assert_eq!((called.attempts(), called.status), (1, Some(status)), "{status}");
-        let called = post(ProviderProfile::stripe(), &[Answer(status, &[YES]), OK]).await;
+        let called = post(ProviderProfile::stripe(), &[Respond(status, &[YES]), OK]).await;
         assert_eq!((called.attempts(), called.status), (2, Some(200)), "{status}");
-        let called = post(ProviderProfile::stripe(), &[Answer(status, &[YES, AFTER]), OK]).await;
+        let called = post(ProviderProfile::stripe(), &[Respond(status, &[YES, AFTER]), OK]).await;
         assert!(
             (7.0..7.3).contains(&called.at[1].as_secs_f64()),
             "{status} {:?}",
@@ -223,25 +227,25 @@ async fn the_policy_obeys_stripe_should_retry() {
         let called = call(
             policy(ProviderProfile::stripe()),
             without_key,
-            &[Answer(status, &[YES]), OK],
+            &[Respond(status, &[YES]), OK],
         )
         .await;
         assert_eq!(called.attempts(), 1, "{status} without a key");
-        // Another provider's field is no advice.
-        let called = post(ProviderProfile::draft(), &[Answer(400, &[YES]), OK]).await;
+        // The field of another provider gives no advice.
+        let called = post(ProviderProfile::draft(), &[Respond(400, &[YES]), OK]).await;
         assert_eq!(called.attempts(), 1);
     }
-    let called = post(ProviderProfile::stripe(), &[Answer(500, &[YES])]).await;
-    assert_eq!(called.attempts(), 5, "the number of attempts bounds it");
+    let called = post(ProviderProfile::stripe(), &[Respond(500, &[YES])]).await;
+    assert_eq!(called.attempts(), 5, "the policy bounds the attempts");
     // The server knows better than the replay marker whether another attempt helps.
-    let replayed = Answer(500, &[YES, ("idempotent-replayed", "true")]);
+    let replayed = Respond(500, &[YES, ("idempotent-replayed", "true")]);
     assert_eq!(post(ProviderProfile::stripe(), &[replayed, OK]).await.attempts(), 2);
-    let replayed = Answer(500, &[("idempotent-replayed", "true")]);
+    let replayed = Respond(500, &[("idempotent-replayed", "true")]);
     assert_eq!(post(ProviderProfile::stripe(), &[replayed, OK]).await.attempts(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_key_only_what_is_idempotent_by_its_method_is_repeated() {
+async fn without_a_key_only_idempotent_methods_are_retried() {
     for (method, repeated) in [
         (Method::GET, true),
         (Method::HEAD, true),
@@ -253,7 +257,7 @@ async fn without_a_key_only_what_is_idempotent_by_its_method_is_repeated() {
         (Method::PATCH, false),
         (Method::CONNECT, false),
     ] {
-        for trouble in [LOST, Answer(503, &[])] {
+        for trouble in [LOST, Respond(503, &[])] {
             let called = call(
                 policy(ProviderProfile::draft()),
                 request(&method, false),
@@ -265,7 +269,7 @@ async fn without_a_key_only_what_is_idempotent_by_its_method_is_repeated() {
             assert_eq!(called.attempts(), 2, "{method} with a key");
         }
     }
-    // A key in another field than the profile's is none.
+    // A key in another header field than that of the profile does not count.
     let called = call(
         policy(ProviderProfile::paypal()),
         request(&Method::POST, true),
@@ -296,7 +300,7 @@ async fn attempts_are_bounded_and_pauses_are_within_their_doubling_bounds() {
         let called = call(policy, request(&Method::POST, true), &[LOST]).await;
         assert_eq!((called.attempts(), called.outcome()), (5, CallOutcome::Unknown));
         for (pause, bound) in called.at.windows(2).map(|pair| pair[1] - pair[0]).zip([1, 2, 4, 4]) {
-            // Tokio's timers are exact to a millisecond.
+            // The timers of tokio are exact to a millisecond.
             assert!(pause <= Duration::from_millis(bound * 1000 + 1), "{pause:?}");
             (shortest, longest) = (shortest.min(pause), longest.max(pause));
         }
@@ -315,23 +319,23 @@ async fn attempts_are_bounded_and_pauses_are_within_their_doubling_bounds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retry_after_is_waited_for_in_both_forms() {
+async fn the_client_waits_for_both_forms_of_retry_after() {
     const DATE: &[(&str, &str)] = &[
         ("date", "Fri, 31 Dec 1999 23:59:50 GMT"),
         ("retry-after", "Fri, 31 Dec 1999 23:59:57 GMT"),
     ];
     for asked in [&[("retry-after", "7")][..], DATE] {
-        let called = post(ProviderProfile::draft(), &[Answer(503, asked), OK]).await;
+        let called = post(ProviderProfile::draft(), &[Respond(503, asked), OK]).await;
         assert!((7.0..7.3).contains(&called.at[1].as_secs_f64()), "{:?}", called.at);
     }
-    // 409 in flight, as the draft has it.
-    let called = post(ProviderProfile::draft(), &[Answer(409, &[("retry-after", "1")]), OK]).await;
+    // In the draft, 409 means that the request is in flight.
+    let called = post(ProviderProfile::draft(), &[Respond(409, &[("retry-after", "1")]), OK]).await;
     assert_eq!((called.attempts(), called.outcome()), (2, CallOutcome::Responded));
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_repeated_beyond_the_horizon_or_near_the_end_of_the_retention() {
-    let hour = [Answer(503, &[("retry-after", "3600")])];
+async fn the_client_does_not_retry_beyond_the_horizon_or_near_the_end_of_the_retention() {
+    let hour = [Respond(503, &[("retry-after", "3600")])];
     let called = post(ProviderProfile::draft(), &hour).await;
     assert_eq!(
         (called.attempts(), called.status),
@@ -357,7 +361,7 @@ async fn nothing_is_repeated_beyond_the_horizon_or_near_the_end_of_the_retention
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_budget_bounds_what_all_requests_repeat_together() {
+async fn a_budget_bounds_the_retries_of_all_requests_together() {
     let policy =
         RetryPolicy::new(ProviderProfile::draft()).with_budget(TpsBudget::new(Duration::from_secs(10), 1, 0.0));
     let mut attempts = 0;
@@ -380,7 +384,7 @@ async fn a_budget_bounds_what_all_requests_repeat_together() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unknown_is_an_outcome_of_its_own() {
+async fn each_sequence_of_attempts_has_its_outcome() {
     use CallOutcome::{NotTaken, Responded, Unknown};
     const REFUSED: Act = Break(io::ErrorKind::ConnectionRefused);
     let classified = || {
@@ -394,20 +398,20 @@ async fn unknown_is_an_outcome_of_its_own() {
     };
     for (acts, attempts, outcome) in [
         (&[OK][..], 1, Responded),
-        (&[Answer(402, &[])], 1, Responded),
+        (&[Respond(402, &[])], 1, Responded),
         (&[LOST, OK], 2, Responded),
         (&[LOST], 3, Unknown),
         (&[REFUSED], 3, NotTaken),
         (&[REFUSED, LOST, REFUSED], 3, Unknown),
         (&[Break(io::ErrorKind::InvalidInput)], 1, NotTaken),
-        (&[Answer(429, &[])], 3, NotTaken),
-        (&[Answer(503, &[]), Answer(429, &[])], 3, Unknown),
-        (&[Answer(500, &[])], 3, Unknown),
-        // The login expired between the attempts: of the first, it says nothing.
-        (&[LOST, Answer(401, &[])], 2, Unknown),
-        (&[Answer(401, &[])], 1, Responded),
-        (&[LOST, Answer(401, &[("idempotent-replayed", "true")])], 2, Responded),
-        (&[Answer(500, &[("idempotent-replayed", "true")])], 1, Unknown),
+        (&[Respond(429, &[])], 3, NotTaken),
+        (&[Respond(503, &[]), Respond(429, &[])], 3, Unknown),
+        (&[Respond(500, &[])], 3, Unknown),
+        // The login expired between the attempts. The 401 does not show what the first attempt did.
+        (&[LOST, Respond(401, &[])], 2, Unknown),
+        (&[Respond(401, &[])], 1, Responded),
+        (&[LOST, Respond(401, &[("idempotent-replayed", "true")])], 2, Responded),
+        (&[Respond(500, &[("idempotent-replayed", "true")])], 1, Unknown),
     ] {
         let called = call(classified(), request(&Method::POST, true), acts).await;
         assert_eq!(
@@ -419,7 +423,7 @@ async fn unknown_is_an_outcome_of_its_own() {
     }
     let called = post(
         ProviderProfile::draft(),
-        &[Answer(200, &[("idempotent-replayed", "true")])],
+        &[Respond(200, &[("idempotent-replayed", "true")])],
     )
     .await;
     assert!(called.ended.unwrap().is_replay());
@@ -451,13 +455,13 @@ impl tower::Service<Request<String>> for NotReady {
     }
 
     fn call(&mut self, _: Request<String>) -> Self::Future {
-        unreachable!("it was not ready")
+        unreachable!("the client is never ready")
     }
 }
 
-/// The error said "the client failed" for every call, however often it was sent.
+/// The error had the text "the client failed" for every call, whatever the number of attempts was.
 #[tokio::test(start_paused = true)]
-async fn an_error_says_what_happened_and_has_the_cause() {
+async fn an_error_states_the_attempts_and_the_outcome_and_has_the_cause() {
     use std::error::Error;
     let failed = |attempts: u32, kind: io::ErrorKind| async move {
         let policy = policy(ProviderProfile::draft())
@@ -511,7 +515,7 @@ async fn an_error_says_what_happened_and_has_the_cause() {
     );
 }
 
-/// A client that does not check the length of a body, as hyper does.
+/// The client does not check the length of a body. Clients built on hyper do check it.
 #[tokio::test(start_paused = true)]
 async fn a_body_that_ends_before_its_declared_length_is_lost() {
     let arrivals = Arc::new(AtomicUsize::new(0));
@@ -541,7 +545,8 @@ async fn a_body_that_ends_before_its_declared_length_is_lost() {
     }
 }
 
-/// The bodies of some middlewares return their first size hint to the end. Such a body looked as if it ended too early.
+/// The bodies of some middlewares return their first size hint to the end. The layer judged such a
+/// body to be too short.
 #[tokio::test(start_paused = true)]
 async fn a_body_whose_size_hint_never_falls_is_not_lost() {
     let http = service_fn(|_: Request<String>| {
@@ -554,9 +559,10 @@ async fn a_body_whose_size_hint_never_falls_is_not_lost() {
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "charged");
 }
 
-/// A replayed response whose body was lost is requested again, although a complete one would be final.
+/// If the body of a replay was lost, the client requests it again. A complete replay would be
+/// final.
 #[tokio::test(start_paused = true)]
-async fn a_lost_body_is_requested_again_whatever_its_head_advises() {
+async fn a_lost_body_is_requested_again_even_against_the_advice_of_its_head() {
     for (status, name, value) in [
         (200, "idempotent-replayed", "true"),
         (500, "idempotent-replayed", "true"),
@@ -586,9 +592,10 @@ async fn a_lost_body_is_requested_again_whatever_its_head_advises() {
     }
 }
 
-/// Our own layer on the other side, its answers lost again and again: one execution, and the caller learns that it is a replay.
+/// The server has the layer of this crate, and many of its responses are lost. Each call runs once,
+/// and its caller gets a response.
 #[tokio::test(start_paused = true)]
-async fn against_our_own_layer_every_call_takes_effect_once() {
+async fn every_call_to_the_server_layer_takes_effect_once() {
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&runs);
     let server = ServiceBuilder::new()
@@ -606,10 +613,10 @@ async fn against_our_own_layer_every_call_takes_effect_once() {
             if arrival % 5 == 0 {
                 return Err(io::Error::from(io::ErrorKind::ConnectionReset));
             }
-            let Ok(answer) = server.oneshot(request).await;
-            // Of what arrives, two answers in three are lost.
+            let Ok(response) = server.oneshot(request).await;
+            // The network loses two of three responses.
             if arrival % 3 == 0 {
-                Ok(answer)
+                Ok(response)
             } else {
                 Err(io::ErrorKind::ConnectionReset.into())
             }
@@ -637,27 +644,29 @@ async fn against_our_own_layer_every_call_takes_effect_once() {
     }
 }
 
-/// Written after what Stripe publishes: 400 with `idempotency_error` when a key comes with other parameters, 409 while the first
-/// request is in progress, 500 kept and replayed, `Idempotent-Replayed` on every replay.
+/// A server that follows the public documentation of Stripe: 400 with `idempotency_error` when a
+/// key comes with other parameters, 409 while the first request is in progress, 500 stored and
+/// replayed, and `Idempotent-Replayed` on every replay.
 mod stripe {
     use super::*;
     use std::collections::HashMap;
 
-    type Kept = (String, Option<u16>);
+    type Entry = (String, Option<u16>);
 
     #[derive(Clone, Default)]
     struct Stripe {
-        /// The parameters under each key, and the status of the answer, once there is one.
-        kept: Arc<Mutex<HashMap<String, Kept>>>,
+        /// The parameters under each key, and the status of the response once it exists.
+        entries: Arc<Mutex<HashMap<String, Entry>>>,
         charges: Arc<AtomicUsize>,
-        /// The answer of the next charge, and how many requests are answered 409 before it ends.
+        /// The status of the next charge, and the number of requests that get 409 before the charge
+        /// ends.
         next: Arc<Mutex<(u16, usize)>>,
     }
 
     impl Stripe {
-        fn answer(&self, request: &Request<String>) -> Response<String> {
+        fn respond(&self, request: &Request<String>) -> Response<String> {
             let key = request.headers()["idempotency-key"].to_str().unwrap().to_owned();
-            let answer = |status: u16, replayed: bool, body: &str| {
+            let build = |status: u16, replayed: bool, body: &str| {
                 let mut response = Response::new(body.to_owned());
                 *response.status_mut() = StatusCode::from_u16(status).unwrap();
                 if replayed {
@@ -667,25 +676,25 @@ mod stripe {
                 }
                 response
             };
-            let mut kept = self.kept.lock().unwrap();
+            let mut entries = self.entries.lock().unwrap();
             let mut next = self.next.lock().unwrap();
-            match kept.get_mut(&key) {
+            match entries.get_mut(&key) {
                 Some((parameters, _)) if parameters != request.body() => {
-                    answer(400, false, r#"{"error":{"type":"idempotency_error"}}"#)
+                    build(400, false, r#"{"error":{"type":"idempotency_error"}}"#)
                 }
-                Some((_, Some(status))) => answer(*status, true, "charge"),
+                Some((_, Some(status))) => build(*status, true, "charge"),
                 Some((_, status)) => {
                     next.1 = next.1.saturating_sub(1);
                     if next.1 == 0 {
                         *status = Some(next.0);
                     }
-                    answer(409, false, r#"{"error":{"code":"idempotency_key_in_use"}}"#)
+                    build(409, false, r#"{"error":{"code":"idempotency_key_in_use"}}"#)
                 }
                 None => {
                     self.charges.fetch_add(1, Ordering::SeqCst);
                     let is_over = next.1 == 0;
-                    kept.insert(key, (request.body().clone(), is_over.then_some(next.0)));
-                    answer(if is_over { next.0 } else { 409 }, false, "charge")
+                    entries.insert(key, (request.body().clone(), is_over.then_some(next.0)));
+                    build(if is_over { next.0 } else { 409 }, false, "charge")
                 }
             }
         }
@@ -698,14 +707,14 @@ mod stripe {
         ) -> Result<Response<String>, (u32, CallOutcome)> {
             let (server, lost) = (self.clone(), Arc::new(AtomicUsize::new(lost)));
             let network = service_fn(move |request: Request<String>| {
-                let answer = server.answer(&request);
+                let response = server.respond(&request);
                 let is_lost = lost
                     .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |lost| lost.checked_sub(1))
                     .is_ok();
                 ready(if is_lost {
                     Err(io::Error::from(io::ErrorKind::TimedOut))
                 } else {
-                    Ok(answer)
+                    Ok(response)
                 })
             });
             let client = ServiceBuilder::new()
@@ -734,13 +743,13 @@ mod stripe {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lost_answer_is_asked_for_again_and_comes_as_a_replay() {
+    async fn a_lost_response_is_requested_again_and_comes_as_a_replay() {
         let stripe = Stripe::default();
         *stripe.next.lock().unwrap() = (200, 0);
-        let answer = stripe.charge("k", "amount=1", 2).await.unwrap();
-        assert_eq!(delivery(&answer), (200, 3, true, CallOutcome::Responded));
+        let response = stripe.charge("k", "amount=1", 2).await.unwrap();
+        assert_eq!(delivery(&response), (200, 3, true, CallOutcome::Responded));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
-        // All answers lost: it did happen, and the caller is not told otherwise.
+        // All responses are lost. The charge took effect, so the caller gets an unknown outcome.
         assert_eq!(
             stripe.charge("l", "amount=1", 99).await.unwrap_err(),
             (5, CallOutcome::Unknown)
@@ -749,30 +758,30 @@ mod stripe {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_409_in_progress_is_waited_for() {
+    async fn a_request_in_progress_is_retried_until_it_ends() {
         let stripe = Stripe::default();
         *stripe.next.lock().unwrap() = (200, 2);
-        let answer = stripe.charge("k", "amount=1", 0).await.unwrap();
-        assert_eq!(delivery(&answer), (200, 4, true, CallOutcome::Responded));
+        let response = stripe.charge("k", "amount=1", 0).await.unwrap();
+        assert_eq!(delivery(&response), (200, 4, true, CallOutcome::Responded));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_500_that_is_replayed_is_final_and_unknown() {
+    async fn a_replayed_500_is_final_and_of_unknown_outcome() {
         let stripe = Stripe::default();
         *stripe.next.lock().unwrap() = (500, 0);
-        let answer = stripe.charge("k", "amount=1", 0).await.unwrap();
-        assert_eq!(delivery(&answer), (500, 2, true, CallOutcome::Unknown));
+        let response = stripe.charge("k", "amount=1", 0).await.unwrap();
+        assert_eq!(delivery(&response), (500, 2, true, CallOutcome::Unknown));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_key_used_again_for_something_else_is_final() {
+    async fn the_refusal_of_a_reused_key_is_final() {
         let stripe = Stripe::default();
         *stripe.next.lock().unwrap() = (200, 0);
         stripe.charge("k", "amount=1", 0).await.unwrap();
-        let answer = stripe.charge("k", "amount=2", 0).await.unwrap();
-        assert_eq!(delivery(&answer), (400, 1, false, CallOutcome::Responded));
+        let response = stripe.charge("k", "amount=2", 0).await.unwrap();
+        assert_eq!(delivery(&response), (400, 1, false, CallOutcome::Responded));
         assert_eq!(stripe.charges.load(Ordering::SeqCst), 1);
     }
 }

@@ -1,4 +1,5 @@
-//! Responses whose body breaks off, stalls, lies about its length or never ends, from a server that writes raw bytes.
+//! Responses whose body breaks off, stalls, has a wrong length or never ends, from a server that
+//! writes raw bytes.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,18 +13,18 @@ use tower_idempotency::BufferedBody;
 
 use super::*;
 
-/// A response in raw bytes, and what the server does after it.
+/// A response in raw bytes, and the action of the server after it.
 #[derive(Clone, Copy, Debug)]
 enum Act {
-    /// Closes the connection in an orderly way.
+    /// Sends the response and closes the connection in an orderly way.
     Close(&'static str),
-    /// Resets the connection.
+    /// Sends the response and resets the connection.
     Reset(&'static str),
-    /// Leaves the connection open and sends nothing more.
+    /// Sends the response, leaves the connection open and sends nothing more.
     Stall(&'static str),
-    /// Repeats the last string until the client has gone.
+    /// Sends the first string, and then repeats the second one until the client has left.
     Endless(&'static str, &'static str),
-    /// The same, with a pause before each time.
+    /// Does the same as `Endless`, with a pause before each repetition.
     Trickle(&'static str, &'static str),
 }
 use Act::{Close, Endless, Reset, Stall, Trickle};
@@ -35,7 +36,7 @@ const BROKEN: [Act; 5] = [
     Reset("HTTP/1.1 201 Created\r\ncontent-length: 100\r\n\r\nhalf"),
     // The declared length is wrong.
     Close("HTTP/1.1 201 Created\r\ncontent-length: 100\r\n\r\ncharged"),
-    // The last chunk is missing, or is shorter than it says, or has no length.
+    // The last chunk is missing, is shorter than declared, or has no length.
     Close("HTTP/1.1 201 Created\r\ntransfer-encoding: chunked\r\n\r\n7\r\ncharged\r\n"),
     Close("HTTP/1.1 201 Created\r\ntransfer-encoding: chunked\r\n\r\nff\r\ncharged"),
     Close("HTTP/1.1 201 Created\r\ntransfer-encoding: chunked\r\n\r\n7\r\ncharged\r\nlong\r\n"),
@@ -52,7 +53,7 @@ const STALLED: [Act; 3] = [
 const LIMIT: usize = 1000;
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A server that performs the given acts, one for each request, and repeats the last one.
+/// A server that performs one of these acts for each request and repeats the last one.
 struct RawServer {
     url: String,
     keys: Arc<Mutex<Vec<String>>>,
@@ -88,7 +89,7 @@ impl RawServer {
         server
     }
 
-    /// Returns the number of requests. All of them must have the same key.
+    /// Returns the number of requests, all of which must have the same key.
     fn requests(&self) -> usize {
         let keys = self.keys.lock().unwrap();
         assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
@@ -150,7 +151,8 @@ enum Http {
 }
 const CLIENTS: [Http; 2] = [Http::Hyper, Http::Reqwest];
 
-/// The knowledge of a caller whose call failed: attempts, outcome, the status of the lost response, and the error.
+/// What the error of a failed call contains: attempts, outcome, the status of the lost response,
+/// and the text.
 #[derive(Debug)]
 struct Failed {
     attempts: u32,
@@ -216,7 +218,7 @@ async fn send_as(http: Http, calls: &CollectingCallLayer, method: Method, url: &
             let http = ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap();
             let client = ServiceBuilder::new().layer(calls).service(http);
             let got = client.oneshot(request::<reqwest::Body>(&method, url, key)).await?;
-            // `reqwest` finds its own extension, with the URL.
+            // `reqwest` finds its own extension with the URL.
             let got = reqwest::Response::from(got);
             assert_eq!(got.url().as_str(), url);
             let got: Response<reqwest::Body> = got.into();
@@ -260,12 +262,13 @@ async fn a_body_that_stalls_is_retried_after_the_time_limit() {
         let got = send(http, &calls, &server.url).await.unwrap();
         assert_eq!(delivery(&got), (2, CallOutcome::Responded), "{http:?} {stalled:?}");
         assert_eq!(text_of(got).await, "charged");
-        // The stalled connection is closed, and not leaked.
+        // The layer closes the stalled connection and does not leak it.
         server.all_have_left().await;
     }
 }
 
-/// The head of the last response is known, so the error has its status, and the outcome follows from it.
+/// The head of the last response is known, so the error has its status, and the outcome follows
+/// from it.
 #[tokio::test]
 async fn a_call_that_never_gets_a_whole_body_reports_the_status_and_the_cause() {
     const FAILURE: Act = Reset("HTTP/1.1 500 Oops\r\ncontent-length: 100\r\n\r\nhalf");
@@ -296,7 +299,7 @@ async fn a_call_that_never_gets_a_whole_body_reports_the_status_and_the_cause() 
 }
 
 #[tokio::test]
-async fn a_request_that_may_not_be_repeated_is_sent_once_when_its_response_breaks_off() {
+async fn a_request_that_must_not_be_repeated_is_sent_once_when_its_response_breaks_off() {
     for (http, broken) in CLIENTS.into_iter().flat_map(|http| BROKEN.map(|act| (http, act))) {
         let server = RawServer::start(&[broken, WHOLE]).await;
         let failed = send_as(http, &collecting(), Method::POST, &server.url, None).await;
@@ -311,7 +314,7 @@ async fn a_request_that_may_not_be_repeated_is_sent_once_when_its_response_break
     }
 }
 
-/// A body over the byte limit is no fault of the server.
+/// The server is not at fault if a body is over the byte limit.
 #[tokio::test]
 async fn a_body_over_the_byte_limit_streams_on_and_is_not_retried() {
     const HEAD: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -338,17 +341,17 @@ async fn a_body_over_the_byte_limit_streams_on_and_is_not_retried() {
     }
 }
 
-/// The layer cannot collect such a body, and its caller sees that the body is not complete.
+/// The layer cannot collect such a body. The caller sees that the body is incomplete.
 #[tokio::test]
 async fn a_declared_length_over_the_limit_that_is_wrong_is_an_error_of_the_stream() {
-    const LIE: Act = Close("HTTP/1.1 201 Created\r\ncontent-length: 18446744073709551\r\n\r\ncharged");
+    const WRONG: Act = Close("HTTP/1.1 201 Created\r\ncontent-length: 18446744073709551\r\n\r\ncharged");
     for http in CLIENTS {
-        let server = RawServer::start(&[LIE, WHOLE]).await;
+        let server = RawServer::start(&[WRONG, WHOLE]).await;
         let got = send(http, &collecting(), &server.url).await.unwrap();
         got.into_body().collect().await.unwrap_err();
         assert_eq!(server.requests(), 1);
     }
-    let server = RawServer::start(&[LIE, WHOLE]).await;
+    let server = RawServer::start(&[WRONG, WHOLE]).await;
     let http = ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap();
     let client = ServiceBuilder::new().layer(once()).service(http);
     let send = || {
@@ -361,9 +364,9 @@ async fn a_declared_length_over_the_limit_that_is_wrong_is_an_error_of_the_strea
     assert_eq!(server.requests(), 1);
 }
 
-/// Every byte comes in time, and the end never comes.
+/// Every byte comes in time, but the body never ends.
 #[tokio::test]
-async fn a_body_that_trickles_for_ever_is_retried_after_the_time_limit() {
+async fn a_body_that_trickles_without_end_is_retried_after_the_time_limit() {
     const HEAD: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
     for http in CLIENTS {
         let server = RawServer::start(&[Trickle(HEAD, "1\r\nx\r\n"), WHOLE]).await;
@@ -448,8 +451,8 @@ async fn without_collecting_a_body_that_breaks_off_reaches_the_caller() {
     assert_eq!(server.requests(), 1);
 }
 
-/// Returns the results of `N` equal calls through a [`OnceLayer`], one after the other, with or without a `CallLayer`
-/// inside.
+/// Returns the results of `N` equal calls through a [`OnceLayer`], one after the other, with or
+/// without a `CallLayer` inside.
 async fn repeated<const N: usize>(
     layer: OnceLayer<MemoryStore>,
     url: &str,
@@ -458,7 +461,7 @@ async fn repeated<const N: usize>(
     fn name<T: std::fmt::Debug, E: std::fmt::Debug>(error: &OnceError<T, E>) -> &'static str {
         let (name, may_have_happened) = match error {
             OnceError::Failed(_) => ("failed", false),
-            OnceError::NotStored => ("not kept", true),
+            OnceError::NotStored => ("not stored", true),
             OnceError::Unknown(_) => ("unknown", true),
             other => panic!("{other:?}"),
         };
@@ -488,7 +491,8 @@ async fn repeated<const N: usize>(
     results.try_into().unwrap()
 }
 
-/// The first response shows that the call was made, so nothing is sent again, and no part of a body is ever replayed.
+/// The first response shows that the call was made, so nothing is sent again, and no part of a body
+/// is ever replayed.
 #[tokio::test]
 async fn a_call_made_once_is_never_recorded_with_a_truncated_response() {
     for broken in BROKEN {
@@ -496,11 +500,11 @@ async fn a_call_made_once_is_never_recorded_with_a_truncated_response() {
         for layer in layers {
             let server = RawServer::start(&[broken, WHOLE]).await;
             let got = repeated(layer(), &server.url, None).await;
-            assert_eq!(got, [Err("not kept"), Err("not kept")]);
+            assert_eq!(got, [Err("not stored"), Err("not stored")]);
             assert_eq!(server.requests(), 1, "{broken:?}");
             let server = RawServer::start(&[broken, WHOLE]).await;
             let got = repeated(layer(), &server.url, Some(collecting())).await;
-            assert_eq!(got, [Err("unknown"), Err("not kept")]);
+            assert_eq!(got, [Err("unknown"), Err("not stored")]);
             assert_eq!(server.requests(), 1, "{broken:?} behind a CallLayer");
         }
         // The head of the lost response shows that the server did not take the request.
@@ -511,7 +515,8 @@ async fn a_call_made_once_is_never_recorded_with_a_truncated_response() {
             (got, server.requests()),
             ([Ok("charged".into()), Ok("charged".into())], 2)
         );
-        // The third party replays its response under the key, so the layer inside asks again.
+        // The third party replays its response under the key, so the inner layer sends the request
+        // again.
         let server = RawServer::start(&[broken, WHOLE]).await;
         let got = repeated(once().assume_keys_honoured(), &server.url, Some(collecting())).await;
         assert_eq!(got, [Ok("charged".into()), Ok("charged".into())]);
@@ -519,8 +524,8 @@ async fn a_call_made_once_is_never_recorded_with_a_truncated_response() {
     }
 }
 
-/// A gateway that responds before it has read the upload, and then resets the connection, breaks off its own response. The
-/// layer gave up such a call, so its key was unknown for the retention.
+/// A gateway that responds before it has read the upload and then resets the connection breaks off
+/// its own response. The layer gave up such a call, so its key was unknown for the retention.
 #[tokio::test]
 async fn a_refusal_whose_body_breaks_off_frees_the_key() {
     const REFUSALS: [Act; 4] = [
@@ -534,7 +539,7 @@ async fn a_refusal_whose_body_breaks_off_frees_the_key() {
         let got = repeated(once(), &server.url, Some(collecting())).await;
         assert_eq!(got, [Err("failed"), Ok("charged".into())], "{refusal:?}");
         assert_eq!(server.requests(), 2);
-        // Under honoured keys, the layer inside repeats the request.
+        // Under honoured keys, the inner layer repeats the request.
         let server = RawServer::start(&[refusal, refusal, refusal, WHOLE]).await;
         let got = repeated(once().assume_keys_honoured(), &server.url, Some(collecting())).await;
         assert_eq!(got, [Err("failed"), Ok("charged".into())], "{refusal:?}");
@@ -548,8 +553,8 @@ async fn a_refusal_whose_body_breaks_off_frees_the_key() {
     }
 }
 
-/// A proxy may send a status without a registered meaning after it has passed the request on, so a refusal of a repeated
-/// request shows nothing about the first one.
+/// A proxy may send an unregistered status after it has passed the request on. A refusal of a
+/// repeated request therefore does not show what the first one did.
 #[tokio::test]
 async fn a_refusal_after_an_unclear_response_frees_no_key() {
     const UNCLEAR: Act = Reset("HTTP/1.1 499 Closed\r\ncontent-length: 100\r\n\r\nhalf");
@@ -569,9 +574,10 @@ async fn a_refusal_after_an_unclear_response_frees_no_key() {
     }
 }
 
-/// The layer recorded such a call as made without a response, so that nobody asked the third party for its response again.
+/// The layer recorded such a call as made without a response, so later calls never asked the third
+/// party for its response.
 #[tokio::test]
-async fn a_body_that_stays_broken_under_honoured_keys_is_asked_for_again() {
+async fn a_body_that_stays_broken_under_honoured_keys_is_requested_again() {
     let honoured = || once().assume_keys_honoured();
     for broken in BROKEN {
         let acts = [broken, broken, broken, WHOLE];
@@ -583,17 +589,18 @@ async fn a_body_that_stays_broken_under_honoured_keys_is_asked_for_again() {
         let got = repeated(honoured(), &server.url, Some(collecting())).await;
         let expected = [Err("unknown"), Err("unknown")];
         assert_eq!((got, server.requests()), (expected, 3), "{broken:?}");
-        // The same without a `CallLayer`.
+        // The outcome is the same without a `CallLayer`.
         let server = RawServer::start(&[broken, WHOLE]).await;
         let got = repeated(honoured().at_least_once(), &server.url, None).await;
-        let expected = [Err("not kept"), Ok("charged".into())];
+        let expected = [Err("not stored"), Ok("charged".into())];
         assert_eq!((got, server.requests()), (expected, 2), "{broken:?}");
     }
 }
 
-/// The layer recorded the call as made, although a 422 may only mean that the lost attempt arrived before.
+/// The layer recorded the call as made, although a 422 may only mean that the lost attempt arrived
+/// before.
 #[tokio::test]
-async fn a_doubtful_response_stays_doubtful_when_its_body_breaks_off() {
+async fn an_unclear_response_stays_unclear_when_its_body_breaks_off() {
     const LOST: Act = Reset("");
     const REFUSED: &str = "HTTP/1.1 422 Unprocessable Content\r\ncontent-length: 2\r\n\r\n";
     let again = || once().at_least_once().without_sending_key();
@@ -611,7 +618,7 @@ async fn a_doubtful_response_stays_doubtful_when_its_body_breaks_off() {
     // A success shows that the call took effect.
     let server = RawServer::start(&[LOST, BROKEN[0], WHOLE]).await;
     let got = repeated(again(), &server.url, Some(collecting())).await;
-    let expected = [Err("unknown"), Err("unknown"), Err("not kept")];
+    let expected = [Err("unknown"), Err("unknown"), Err("not stored")];
     assert_eq!((got, server.requests()), (expected, 2));
 }
 

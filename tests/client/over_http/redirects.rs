@@ -1,5 +1,5 @@
-//! Redirects after a charge. The layers never take the status or the error of a later request for that of the charge,
-//! so no charge is made twice.
+//! Redirects after a charge. The layers never take the status or the error of a later request for
+//! that of the charge, so no charge is made twice.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,7 +10,7 @@ use tower_idempotency::client::{ErrorClass, OnceError};
 
 use super::*;
 
-/// A third party that charges, sends the client to `place`, and goes away.
+/// Starts a third party that charges, redirects the client to `place`, and then closes its port.
 async fn charge_and_go_away(listener: TcpListener, status: u16, place: &str, charges: &AtomicUsize) {
     let (mut stream, _) = listener.accept().await.unwrap();
     let mut text = Vec::new();
@@ -28,7 +28,8 @@ async fn charge_and_go_away(listener: TcpListener, status: u16, place: &str, cha
     stream.shutdown().await.unwrap();
 }
 
-/// Targets of a 3xx: pages that exist or do not, the request's own target, other schemes, invalid URLs.
+/// Redirect targets: pages that exist, pages that do not, the target of the request itself, other
+/// schemes, and invalid URLs.
 const PLACES: [&str; 8] = [
     "/charges/1",
     "/charges",
@@ -69,7 +70,7 @@ fn services() -> [ReqwestService; 2] {
 }
 
 #[tokio::test]
-async fn a_charge_is_made_once_although_the_server_goes_away_after_its_redirect() {
+async fn a_charge_is_made_once_although_the_server_stops_after_its_redirect() {
     for http in services() {
         for status in [301, 302, 303, 307, 308] {
             for place in PLACES {
@@ -79,15 +80,16 @@ async fn a_charge_is_made_once_although_the_server_goes_away_after_its_redirect(
                 let client = ServiceBuilder::new().layer(once()).service(http.clone());
                 let serving = charge_and_go_away(listener, status, place, &charges);
                 let (first, ()) = tokio::join!(client.clone().oneshot(pay(&url)), serving);
-                // A 307 or 308 that the client did not follow means that the server did nothing, and the layer relies
-                // on that.
+                // If the client did not follow a 307 or 308, the server did nothing, and the layer
+                // relies on that.
                 if matches!(&first, Ok(response) if [307, 308].contains(&response.status().as_u16())) {
                     continue;
                 }
                 if let Err(error) = &first {
                     assert!(error.may_have_happened(), "{status} {place}: {error:?}");
                 }
-                // If the key were free, the layer would claim it, and the request would reach a closed port.
+                // If the key were free, the layer would claim it and send the request to a closed
+                // port.
                 let again = client.oneshot(pay(&url)).await;
                 assert!(
                     matches!(again, Ok(_) | Err(OnceError::Unknown(None))),
@@ -99,7 +101,7 @@ async fn a_charge_is_made_once_although_the_server_goes_away_after_its_redirect(
     }
 }
 
-/// Charges at the first request, redirects to `place`, and refuses everything that follows.
+/// Charges at the first request, redirects to `place`, and refuses every later request.
 async fn charging_and_refusing(status: u16, place: &'static str, refusal: u16) -> Server {
     Server::start(move |_, count| {
         Ok(match count {
@@ -124,7 +126,8 @@ async fn a_status_of_a_later_hop_does_not_free_the_key() {
     for http in services() {
         for status in [301, 302, 303] {
             for refusal in [400, 401, 404, 409, 425, 429, 499, 501, 503] {
-                // The second place is the target of the request itself, so no URL shows that another request was made.
+                // The second place is the target of the request itself, so no URL shows that
+                // another request was sent.
                 for place in ["/charges/1", "/charges"] {
                     let server = charging_and_refusing(status, place, refusal).await;
                     let client = ServiceBuilder::new().layer(once()).service(http.clone());
@@ -179,7 +182,7 @@ async fn a_charge_that_was_redirected_is_not_reported_as_not_taken() {
     }
 }
 
-/// The outer layer sees the 429, but not that it comes from a later hop.
+/// The outer layer sees the 429, but not that a later hop sent it.
 #[tokio::test]
 async fn a_call_around_a_once_layer_is_not_reported_as_not_taken() {
     let server = charging_and_refusing(303, "/charges", 429).await;
@@ -209,7 +212,7 @@ async fn a_redirect_that_is_not_followed_is_the_response_and_is_stored() {
 }
 
 #[tokio::test]
-async fn a_page_is_still_read_over_redirects() {
+async fn a_get_request_still_follows_redirects() {
     for status in [301, 302, 303, 307, 308] {
         let server = Server::start(move |path, _| {
             Ok(match path {
@@ -267,7 +270,7 @@ async fn a_status_of_the_request_itself_frees_the_key_where_the_client_shows_its
 }
 
 #[tokio::test]
-async fn an_error_before_the_sending_frees_the_key() {
+async fn an_error_before_the_request_is_sent_frees_the_key() {
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let refused = format!("http://{free}/charges");
     for (http, is_ours) in services().into_iter().zip([true, false]) {
@@ -282,8 +285,8 @@ async fn an_error_before_the_sending_frees_the_key() {
                 matches!(layered.oneshot(pay(url)).await, Err(OnceError::Failed(_))),
                 matches!(called.oneshot(pay(url)).await, Err(OnceError::Failed(_))),
             ];
-            // With any other client, nothing shows whether the refused connection belongs to the request itself or to a
-            // later one.
+            // With any other client, the layer cannot know whether the refused connection belongs
+            // to the request itself or to a later hop.
             let is_known = is_ours || url != refused;
             assert_eq!(failed, [is_known; 2], "{url}, ours: {is_ours}");
         }
@@ -291,7 +294,7 @@ async fn an_error_before_the_sending_frees_the_key() {
 }
 
 #[tokio::test]
-async fn what_a_client_repeats_by_itself_is_not_sent_again_under_a_once_layer() {
+async fn a_call_that_the_client_itself_retries_is_not_sent_again_by_a_once_layer() {
     let again = || {
         let again = reqwest::retry::for_host("127.0.0.1").classify_fn(|attempt| match attempt.status() {
             Some(status) if status.is_success() => attempt.success(),
@@ -305,8 +308,8 @@ async fn what_a_client_repeats_by_itself_is_not_sent_again_under_a_once_layer() 
         .service(ReqwestService::build(again()).unwrap());
     client.oneshot(pay(&server.url("/charges"))).await.unwrap();
     assert_eq!(server.arrived().len(), 1);
-    // `from_client` takes a client with its own retries. The refusal of the last attempt says nothing about the first
-    // one.
+    // `from_client` takes a client with its own retries. The refusal of the last attempt does not
+    // show what the first one did.
     let server = Server::start(|_, count| match count {
         1 => Err(io::ErrorKind::ConnectionReset.into()),
         _ => Ok(text(StatusCode::TOO_MANY_REQUESTS, "")),
@@ -330,7 +333,7 @@ mod by_tower_http {
 
     type Http = BoxCloneService<Request<Full<Bytes>>, Response<Full<Bytes>>, io::Error>;
 
-    /// A client whose third party charges and redirects; the next request fails, or is refused.
+    /// A client whose third party charges and redirects. The next request fails or is refused.
     fn charging(place: &'static str, refusal: Option<u16>, charges: &Arc<AtomicUsize>) -> Http {
         let charges = Arc::clone(charges);
         BoxCloneService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
@@ -346,7 +349,8 @@ mod by_tower_http {
         }))
     }
 
-    /// The application's classification: a refused connection comes before the sending, and every other error is final.
+    /// How the application classifies errors: a refused connection means that nothing was sent, and
+    /// every other error is final.
     fn class(error: &io::Error) -> ErrorClass {
         match error.kind() {
             io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
@@ -368,12 +372,12 @@ mod by_tower_http {
     }
 
     #[tokio::test]
-    async fn the_applications_word_about_a_later_hop_does_not_count() {
+    async fn the_classification_of_an_error_of_a_later_hop_does_not_count() {
         for refusal in [None, Some(404), Some(409), Some(429), Some(503)] {
             for place in ["/charges/1", "/charges", "http://other.example/"] {
                 let store = MemoryStore::new();
                 let once = || OnceLayer::new(store.clone(), ProviderProfile::stripe()).with_errors(class);
-                // With the policy of this crate, and without it.
+                // The test runs with the policy of this crate and without it.
                 let policy = Limited::new(5).and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::stripe()));
                 let charges = Arc::default();
                 let client = ServiceBuilder::new()
@@ -392,11 +396,11 @@ mod by_tower_http {
     }
 
     #[tokio::test]
-    async fn a_policy_of_ours_that_another_one_overrules_still_reports_the_redirect() {
+    async fn a_same_origin_policy_that_is_overruled_still_reports_the_redirect() {
         for refusal in [None, Some(404), Some(429)] {
             let (store, charges) = (MemoryStore::new(), Arc::default());
-            let home = SameOriginKey::new(&ProviderProfile::stripe());
-            let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home, policy::Action::Follow);
+            let same_origin = SameOriginKey::new(&ProviderProfile::stripe());
+            let policy = PolicyExt::or::<_, Full<Bytes>, ()>(same_origin, policy::Action::Follow);
             let redirects = FollowRedirect::with_policy(charging("/charges", refusal, &charges), policy);
             let client = ServiceBuilder::new()
                 .layer(OnceLayer::new(store.clone(), ProviderProfile::stripe()).with_errors(class))
@@ -419,7 +423,7 @@ mod by_tower_http {
     }
 
     #[tokio::test]
-    async fn a_later_hop_does_not_make_a_call_that_was_not_taken() {
+    async fn a_call_with_a_later_hop_never_counts_as_not_taken() {
         for refusal in [None, Some(404), Some(429)] {
             let charges = Arc::default();
             let policy = RetryPolicy::new(ProviderProfile::stripe())
@@ -442,7 +446,8 @@ mod by_tower_http {
         }
     }
 
-    /// A retry within the redirects begins a new attempt with each hop, which made the report of the redirect before it disappear.
+    /// A retry inside the redirects begins a new attempt with each hop. The new attempt removed the
+    /// report of the redirect before it.
     #[tokio::test]
     async fn a_retry_within_the_redirects_does_not_hide_them() {
         for refusal in [None, Some(404), Some(429)] {
@@ -451,38 +456,39 @@ mod by_tower_http {
                     .with_max_attempts(1)
                     .with_errors(class)
             };
-            let home = || {
-                let (home, follow) = (SameOriginKey::new(&ProviderProfile::stripe()), policy::Action::Follow);
-                PolicyExt::or::<_, Full<Bytes>, ()>(home, follow)
+            let same_origin = || {
+                let (same_origin, follow) = (SameOriginKey::new(&ProviderProfile::stripe()), policy::Action::Follow);
+                PolicyExt::or::<_, Full<Bytes>, ()>(same_origin, follow)
             };
             let charges = Arc::default();
             let retried = tower::retry::Retry::new(once_more(), charging("/charges", refusal, &charges));
             let client = ServiceBuilder::new()
                 .layer(once().with_errors(class))
-                .service(FollowRedirect::with_policy(retried, home()));
+                .service(FollowRedirect::with_policy(retried, same_origin()));
             is_charged_once(client, &charges).await;
             let charges = Arc::default();
             let client = ServiceBuilder::new()
                 .layer(once())
-                .layer(FollowRedirectLayer::with_policy(home()))
+                .layer(FollowRedirectLayer::with_policy(same_origin()))
                 .layer(CallLayer::new(once_more()))
                 .service(charging("/charges", refusal, &charges));
             is_charged_once(client, &charges).await;
         }
     }
 
-    fn home() -> SameOriginKey {
+    fn same_origin() -> SameOriginKey {
         SameOriginKey::new(&ProviderProfile::stripe())
     }
 
-    /// The policy inside sees each hop of the layer outside as a first request.
+    /// The inner policy sees each hop of the outer layer as a first request.
     #[tokio::test]
     async fn a_second_follow_redirect_further_out_does_not_free_the_key() {
         for refusal in [None, Some(404), Some(409), Some(429)] {
             for place in ["/charges/1", "/charges", "http://other.example/"] {
                 let (boxed, plain) = (Arc::default(), Arc::default());
-                // Across origins, the layer outside drops the extensions. The policy inside has seen the first redirect.
-                let inner = FollowRedirect::with_policy(charging(place, refusal, &boxed), home());
+                // Across origins, the outer layer drops the extensions. The inner policy has seen
+                // the first redirect.
+                let inner = FollowRedirect::with_policy(charging(place, refusal, &boxed), same_origin());
                 let outer: FollowRedirect<_> = FollowRedirect::new(BoxCloneService::new(inner));
                 let client = ServiceBuilder::new()
                     .layer(once().with_errors(class))
@@ -491,14 +497,14 @@ mod by_tower_http {
                 let client = ServiceBuilder::new()
                     .layer(once().with_errors(class))
                     .layer(FollowRedirectLayer::new())
-                    .layer(FollowRedirectLayer::with_policy(home()))
+                    .layer(FollowRedirectLayer::with_policy(same_origin()))
                     .service(charging(place, refusal, &plain));
                 is_charged_once(client, &plain).await;
             }
         }
     }
 
-    /// The later hop of the layer outside fails before it reaches the policy inside.
+    /// The later hop of the outer layer fails before it reaches the inner policy.
     #[tokio::test]
     async fn an_error_between_two_follow_redirects_does_not_free_the_key() {
         let charges = Arc::default();
@@ -510,7 +516,7 @@ mod by_tower_http {
                 "POST" => Ok(request),
                 _ => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
             })
-            .layer(FollowRedirectLayer::with_policy(home()))
+            .layer(FollowRedirectLayer::with_policy(same_origin()))
             .service(charging("/charges", None, &charges));
         is_charged_once(client, &charges).await;
     }
@@ -536,7 +542,7 @@ mod by_tower_http {
                 assert_eq!(response.unwrap().status(), status);
             }
         }
-        let both = home().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::draft()));
+        let both = same_origin().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::draft()));
         let count = Arc::default();
         let client = ServiceBuilder::new()
             .layer(once())
@@ -546,14 +552,14 @@ mod by_tower_http {
         let count = Arc::default();
         let client = ServiceBuilder::new()
             .layer(once())
-            .layer(FollowRedirectLayer::with_policy(home()))
-            .layer(FollowRedirectLayer::with_policy(home()))
+            .layer(FollowRedirectLayer::with_policy(same_origin()))
+            .layer(FollowRedirectLayer::with_policy(same_origin()))
             .service(refusing(&count));
         is_sent_again(client).await;
     }
 
-    /// A redirect that drops the extensions of the request hid from the retries inside it that they are within a
-    /// `OnceLayer`.
+    /// The redirect dropped the extensions of the request. The retries inside it then could not see
+    /// that they are within a `OnceLayer`.
     #[tokio::test]
     async fn a_charge_that_was_redirected_without_its_extensions_is_not_repeated() {
         for keeps in [true, false] {
@@ -568,7 +574,8 @@ mod by_tower_http {
                     Err(io::Error::other("connection reset"))
                 })
             });
-            let policy = home().and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
+            let policy =
+                same_origin().and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
             let client = ServiceBuilder::new()
                 .layer(once())
                 .layer(FollowRedirectLayer::with_policy(policy).preserve_extensions(keeps))
@@ -580,7 +587,7 @@ mod by_tower_http {
         }
     }
 
-    /// The origin that the bank redirects to charges, and its responses are lost.
+    /// The target of the redirect is at another origin. It charges, and its responses are lost.
     fn redirecting_to_another_origin(charges: &Arc<AtomicUsize>) -> Http {
         let counted = Arc::clone(charges);
         BoxCloneService::new(tower::service_fn(move |request: Request<Full<Bytes>>| {
@@ -601,8 +608,8 @@ mod by_tower_http {
     #[tokio::test]
     async fn a_charge_that_has_lost_its_key_is_not_repeated() {
         let charges = Arc::default();
-        let home = SameOriginKey::new(&ProviderProfile::stripe());
-        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home, policy::Action::Follow)
+        let same_origin = SameOriginKey::new(&ProviderProfile::stripe());
+        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(same_origin, policy::Action::Follow)
             .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
         let client = ServiceBuilder::new()
             .layer(keys())
@@ -610,7 +617,7 @@ mod by_tower_http {
             .layer(FollowRedirectLayer::with_policy(overruled))
             .service(redirecting_to_another_origin(&charges));
         let Err(KeyPlacementError::Service(error)) = client.oneshot(charge("http://bank.example/charges")).await else {
-            panic!("its response is lost");
+            panic!("the response is lost, so the call must fail");
         };
         assert_eq!((error.attempts(), error.outcome()), (1, CallOutcome::Unknown));
         assert_eq!(charges.load(Ordering::SeqCst), 1);

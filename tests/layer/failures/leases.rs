@@ -78,7 +78,8 @@ fn a_lease_is_renewed_on_its_own_runtime_even_after_the_first_runtime_has_stoppe
     }
 }
 
-/// A handler blocks the runtime of the owner. The task of another runtime finds the renewal overdue.
+/// A handler blocks the runtime of the owner. The task of another runtime finds the renewal
+/// overdue.
 #[test]
 fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
     let store = RemoteStore::new();

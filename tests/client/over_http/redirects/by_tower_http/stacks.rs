@@ -1,5 +1,5 @@
-//! Stacks of several layers. A redirect that a layer follows unseen never frees a key, and without a redirect the
-//! status of a charge counts.
+//! Stacks of several layers. A redirect that a layer follows unseen never frees a key. Without a
+//! redirect, the status of a charge counts.
 
 use tower::limit::ConcurrencyLimitLayer;
 use tower::retry::RetryLayer;
@@ -7,9 +7,9 @@ use tower::util::option_layer;
 
 use super::*;
 
-/// A client whose third party gives these statuses one after the other, and repeats the last one. A 0 is a refused
-/// connection.
-fn saying(statuses: &'static [u16]) -> Http {
+/// A client whose third party responds with these statuses one after the other and repeats the last
+/// one. The status 0 stands for a refused connection.
+fn responding(statuses: &'static [u16]) -> Http {
     let count = Arc::new(AtomicUsize::new(0));
     BoxCloneService::new(tower::service_fn(move |_: Request<Full<Bytes>>| {
         let at = count.fetch_add(1, Ordering::SeqCst).min(statuses.len() - 1);
@@ -20,7 +20,7 @@ fn saying(statuses: &'static [u16]) -> Http {
     }))
 }
 
-/// A client whose type shows its layers.
+/// A client whose layers are visible in its type.
 trait Client:
     Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = io::Error, Future: Send>
     + Clone
@@ -37,8 +37,8 @@ impl<S> Client for S where
 {
 }
 
-/// The rule of the layers without any redirect: a declined card is stored, and a status or an error that denies the
-/// effect frees the key. `stack` puts layers around the client.
+/// Checks the rule of the layers without any redirect: a declined card is stored, and a status or
+/// an error that denies the effect frees the key. `stack` puts layers around the client.
 async fn statuses_count<S, E>(stack: impl Fn(OnceLayer<MemoryStore>, Http) -> S)
 where
     S: Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = OnceError<Response<Full<Bytes>>, E>>
@@ -47,7 +47,7 @@ where
 {
     let pay = |client: &S| client.clone().oneshot(keyed("http://bank.example/charges"));
     for statuses in [&[402, 201], &[422, 201]] {
-        let client = stack(once().with_errors(class), saying(statuses));
+        let client = stack(once().with_errors(class), responding(statuses));
         for is_replay in [false, true] {
             let response = pay(&client).await.unwrap();
             assert_eq!(response.status(), statuses[0]);
@@ -55,12 +55,12 @@ where
         }
     }
     for statuses in [&[401, 201], &[404, 201], &[429, 201]] {
-        let client = stack(once().with_errors(class), saying(statuses));
+        let client = stack(once().with_errors(class), responding(statuses));
         for status in statuses {
             assert_eq!(pay(&client).await.unwrap().status(), *status);
         }
     }
-    let client = stack(once().with_errors(class), saying(&[0, 201]));
+    let client = stack(once().with_errors(class), responding(&[0, 201]));
     let error = pay(&client).await.unwrap_err();
     assert!(!error.may_have_happened(), "{error:?}");
     assert_eq!(pay(&client).await.unwrap().status(), 201);
@@ -80,10 +80,10 @@ fn twice() -> RetryPolicy {
 }
 
 fn both() -> policy::And<SameOriginKey, SameOriginKey> {
-    home().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::draft()))
+    same_origin().and::<_, Full<Bytes>, ()>(SameOriginKey::new(&ProviderProfile::draft()))
 }
 
-/// Two policies in one `FollowRedirect` stood in for the missing one of another `FollowRedirect`.
+/// Two policies in one `FollowRedirect` counted as the missing policy of another `FollowRedirect`.
 #[tokio::test]
 async fn two_policies_in_one_follow_redirect_do_not_vouch_for_another_one() {
     for refusal in [None, Some(404), Some(429)] {
@@ -99,13 +99,13 @@ async fn two_policies_in_one_follow_redirect_do_not_vouch_for_another_one() {
     }
 }
 
-/// The request of the later hop fails before it reaches the policy that a box hides.
+/// The request of the later hop fails before it reaches the policy that is hidden in a box.
 #[tokio::test]
 async fn a_policy_within_a_box_does_not_vouch_for_a_follow_redirect_around_it() {
     for refusal in [None, Some(404), Some(429)] {
         for place in ["/charges", "http://other.example/"] {
             let charges = Arc::default();
-            let inner = FollowRedirect::with_policy(charging(place, refusal, &charges), home());
+            let inner = FollowRedirect::with_policy(charging(place, refusal, &charges), same_origin());
             let client = ServiceBuilder::new()
                 .layer(once().with_errors(class))
                 .layer(FollowRedirectLayer::with_policy(Limited::new(5)).preserve_extensions(false))
@@ -115,7 +115,7 @@ async fn a_policy_within_a_box_does_not_vouch_for_a_follow_redirect_around_it() 
     }
 }
 
-/// The type of a buffer shows the future of its service, and not the service.
+/// The type of a buffer shows the future of its service but not the service itself.
 #[tokio::test]
 async fn a_buffer_does_not_hide_a_follow_redirect() {
     for place in ["/charges", "http://other.example/"] {
@@ -129,12 +129,13 @@ async fn a_buffer_does_not_hide_a_follow_redirect() {
     }
 }
 
-/// A policy that is overruled and has no report because a layer has dropped the extensions of the request.
+/// Another policy overrules the policy, and a layer has dropped the extensions, so the policy has
+/// no report.
 #[tokio::test]
 async fn an_overruled_policy_without_the_extensions_does_not_free_the_key() {
     for refusal in [None, Some(404), Some(429)] {
         let charges = Arc::default();
-        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow);
+        let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(same_origin(), policy::Action::Follow);
         let client = ServiceBuilder::new()
             .layer(once().with_errors(class))
             .map_request(|mut request: Request<Full<Bytes>>| {
@@ -147,13 +148,14 @@ async fn an_overruled_policy_without_the_extensions_does_not_free_the_key() {
     }
 }
 
-/// The retry stops at the redirect and sees the charge settled. The `FollowRedirect` in the box then follows the redirect,
-/// drops the extensions, and ends at the same URI, so nothing but the judgement of the retry shows the redirect.
+/// The retry stops at the redirect and sees the charge settled. The `FollowRedirect` in the box
+/// then follows the redirect, drops the extensions, and ends at the same URI. Only the judgement of
+/// the retry shows the redirect.
 #[tokio::test]
 async fn a_refusal_after_a_retry_has_seen_the_charge_settled_does_not_free_the_key() {
     for refusal in [None, Some(404), Some(429)] {
         let charges = Arc::default();
-        let redirects = FollowRedirectLayer::with_policy(home());
+        let redirects = FollowRedirectLayer::with_policy(same_origin());
         let http = || charging("/charges", refusal, &charges);
         let retried = ServiceBuilder::new()
             .layer(FollowRedirectLayer::new().preserve_extensions(false))
@@ -172,11 +174,12 @@ async fn a_refusal_after_a_retry_has_seen_the_charge_settled_does_not_free_the_k
     }
 }
 
-/// A retry shares the report of the layer around the redirects, and looked for the target of a policy further in.
+/// A retry shares the report of the layer around the redirects. It wrongly looked for the target of
+/// an inner policy.
 #[tokio::test]
 async fn a_policy_combined_by_or_does_not_hide_the_statuses_from_a_retry_behind_it() {
     statuses_count(|once, http| {
-        let policy = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Stop);
+        let policy = PolicyExt::or::<_, Full<Bytes>, ()>(same_origin(), policy::Action::Stop);
         ServiceBuilder::new()
             .layer(once)
             .layer(FollowRedirectLayer::with_policy(policy))
@@ -187,7 +190,7 @@ async fn a_policy_combined_by_or_does_not_hide_the_statuses_from_a_retry_behind_
     statuses_count(|once, http| {
         ServiceBuilder::new()
             .layer(once)
-            .layer(FollowRedirectLayer::with_policy(Box::new(home())))
+            .layer(FollowRedirectLayer::with_policy(Box::new(same_origin())))
             .layer(RetryLayer::new(once_sent()))
             .service(http)
     })
@@ -202,12 +205,12 @@ async fn an_optional_layer_does_not_count_a_follow_redirect_twice() {
             ServiceBuilder::new()
                 .layer(once)
                 .option_layer(limit.clone())
-                .layer(FollowRedirectLayer::with_policy(home()))
+                .layer(FollowRedirectLayer::with_policy(same_origin()))
                 .service(http)
         })
         .await;
     }
-    for redirects in [None, Some(FollowRedirectLayer::with_policy(home()))] {
+    for redirects in [None, Some(FollowRedirectLayer::with_policy(same_origin()))] {
         statuses_count(|once, http| {
             ServiceBuilder::new()
                 .layer(once)
@@ -218,10 +221,10 @@ async fn an_optional_layer_does_not_count_a_follow_redirect_twice() {
     }
 }
 
-/// The policy reports to the innermost layer only, so the layers further out did not know its target.
+/// The policy reports to the innermost layer only, so the outer layers did not know its target.
 #[tokio::test]
-async fn a_layer_between_does_not_hide_the_policy_from_the_layer_around_it() {
-    let redirects = || FollowRedirectLayer::with_policy(home());
+async fn a_layer_in_between_does_not_hide_the_policy_from_the_outer_layer() {
+    let redirects = || FollowRedirectLayer::with_policy(same_origin());
     statuses_count(|once, http| {
         let calls = CallLayer::new(once_sent());
         let client = ServiceBuilder::new().map_err(CallError::into_source).layer(calls);
@@ -240,17 +243,17 @@ async fn a_layer_between_does_not_hide_the_policy_from_the_layer_around_it() {
 
 /// A layer between the two policies rewrites the target.
 #[tokio::test]
-async fn a_layer_between_two_policies_knows_the_target_of_the_inner_one() {
+async fn a_layer_between_two_policies_sees_the_target_of_the_inner_one() {
     fn node(http: Http) -> impl Client {
         ServiceBuilder::new()
             .map_request(|mut request: Request<Full<Bytes>>| {
                 *request.uri_mut() = "http://node.example/".parse().unwrap();
                 request
             })
-            .layer(FollowRedirectLayer::with_policy(home()))
+            .layer(FollowRedirectLayer::with_policy(same_origin()))
             .service(http)
     }
-    let redirects = || FollowRedirectLayer::with_policy(home());
+    let redirects = || FollowRedirectLayer::with_policy(same_origin());
     statuses_count(|once, http| {
         let calls = CallLayer::new(once_sent());
         let client = ServiceBuilder::new().map_err(CallError::into_source).layer(calls);
@@ -272,10 +275,10 @@ async fn a_once_layer_does_not_hide_the_policy_from_a_call_around_it() {
         let client = ServiceBuilder::new()
             .layer(CallLayer::new(once_sent()))
             .layer(once())
-            .layer(FollowRedirectLayer::with_policy(home()))
+            .layer(FollowRedirectLayer::with_policy(same_origin()))
             .service(match status {
-                402 => saying(&[402]),
-                _ => saying(&[429]),
+                402 => responding(&[402]),
+                _ => responding(&[429]),
             });
         let response = client.oneshot(keyed("http://bank.example/charges")).await.unwrap();
         let outcome = response.extensions().get::<CallReport>().unwrap().outcome();
@@ -283,10 +286,11 @@ async fn a_once_layer_does_not_hide_the_policy_from_a_call_around_it() {
     }
 }
 
-/// The mark of a later attempt was compared with the target of the first one.
+/// The layer compared the mark of a later attempt with the target of the first one.
 #[tokio::test]
 async fn each_attempt_has_its_own_target() {
-    /// Sends each attempt to another node. The first node is overloaded, and the second one declines the card.
+    /// Sends each attempt to another node. The first node is overloaded, and the second one
+    /// declines the card.
     fn nodes(statuses: &'static [u16]) -> impl Client {
         let count = Arc::new(AtomicUsize::new(0));
         ServiceBuilder::new()
@@ -295,8 +299,8 @@ async fn each_attempt_has_its_own_target() {
                 *request.uri_mut() = format!("http://node{node}.example/charges").parse().unwrap();
                 request
             })
-            .layer(FollowRedirectLayer::with_policy(home()))
-            .service(saying(statuses))
+            .layer(FollowRedirectLayer::with_policy(same_origin()))
+            .service(responding(statuses))
     }
     async fn is_declined_once<S, E>(client: S)
     where
@@ -338,8 +342,9 @@ async fn each_attempt_has_its_own_target() {
     assert_eq!((delivery.attempts(), delivery.outcome()), (2, CallOutcome::Responded));
 }
 
-/// Calls `$check` with each stack of two retries: a retry around calls, calls around calls, and a retry around a retry.
-/// `$once` is the layer around both, and the policies are those of the outer and of the inner retry.
+/// Calls `$check` with each stack of two retries: a retry around calls, calls around calls, and a
+/// retry around a retry. `$once` is the layer around both. The policies are those of the outer and
+/// of the inner retry.
 macro_rules! with_nested {
     ($check:expr, $once:expr, $outer:expr, $inner:expr, $http:expr) => {
         $check(
@@ -371,7 +376,7 @@ macro_rules! with_nested {
     };
 }
 
-/// Both layers begin one attempt, and the second beginning counted the attempt as lost.
+/// Both layers begin the same attempt. The second beginning counted the attempt as lost.
 #[tokio::test]
 async fn a_retry_around_another_one_does_not_count_its_attempt_as_lost() {
     statuses_count(|once, http| {
@@ -392,17 +397,17 @@ async fn a_retry_around_another_one_does_not_count_its_attempt_as_lost() {
     .await;
     statuses_count(|once, http| {
         let calls = ServiceBuilder::new().layer(once).layer(CallLayer::new(once_sent()));
-        let redirects = FollowRedirectLayer::with_policy(home());
+        let redirects = FollowRedirectLayer::with_policy(same_origin());
         calls.layer(redirects).layer(RetryLayer::new(once_sent())).service(http)
     })
     .await;
 }
 
-/// The outer retry read the refusal of a later hop as a refusal of the charge.
+/// The outer retry took the refusal of a later hop for a refusal of the charge.
 #[tokio::test]
-async fn a_retry_around_another_one_takes_over_its_doubt() {
+async fn a_retry_around_another_one_inherits_its_unknown_outcome() {
     for refusal in [None, Some(404), Some(429), Some(503)] {
-        let overruled = || PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow);
+        let overruled = || PolicyExt::or::<_, Full<Bytes>, ()>(same_origin(), policy::Action::Follow);
         let redirects = |charges: &Arc<AtomicUsize>| {
             FollowRedirect::with_policy(charging("/charges/1", refusal, charges), overruled())
         };
@@ -424,7 +429,7 @@ async fn a_retry_around_another_one_takes_over_its_doubt() {
 }
 
 #[tokio::test]
-async fn a_retry_around_another_one_takes_over_the_doubt_of_reqwest() {
+async fn a_retry_around_another_one_inherits_the_unknown_outcome_of_reqwest() {
     let http = || ReqwestService::from_client(plain().build().unwrap());
     with_nested!(
         |client| async move {
@@ -439,7 +444,8 @@ async fn a_retry_around_another_one_takes_over_the_doubt_of_reqwest() {
     );
 }
 
-/// A foreign retry between two retries of this crate loses the first attempt, and the second one is not taken.
+/// A foreign retry stands between two retries of this crate. It loses the first attempt, and the
+/// third party does not take the second one.
 #[tokio::test]
 async fn an_attempt_that_a_foreign_retry_repeated_stays_lost() {
     /// Repeats every request once.
@@ -476,14 +482,15 @@ async fn an_attempt_that_a_foreign_retry_repeated_stays_lost() {
     assert_eq!((response.status().as_u16(), count.load(Ordering::SeqCst)), (429, 2));
 }
 
-/// A layer between the two retries sends the charge elsewhere after a 429, past the inner retry.
+/// A layer between the two retries sends the charge elsewhere after a 429, so it bypasses the inner
+/// retry.
 #[tokio::test]
-async fn a_response_that_the_inner_retry_has_not_seen_is_no_reason_to_repeat() {
+async fn a_response_that_the_inner_retry_has_not_seen_is_not_retried() {
     let elsewhere = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&elsewhere);
     let first = ServiceBuilder::new()
         .layer(RetryLayer::new(once_sent()))
-        .service(saying(&[429]));
+        .service(responding(&[429]));
     let either = tower::service_fn(move |request: Request<Full<Bytes>>| {
         let (first, counted) = (first.clone(), Arc::clone(&counted));
         async move {
@@ -500,10 +507,10 @@ async fn a_response_that_the_inner_retry_has_not_seen_is_no_reason_to_repeat() {
     is_charged_once(client, &elsewhere).await;
 }
 
-/// The report of the outer layer did not have the loss.
+/// The report of the outer layer did not include the lost key.
 #[tokio::test]
-async fn a_call_around_another_one_knows_that_the_charge_has_lost_its_key() {
-    let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow)
+async fn a_call_around_another_one_sees_that_the_charge_has_lost_its_key() {
+    let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(same_origin(), policy::Action::Follow)
         .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
     let every_error = || twice().with_errors(|_: &io::Error| ErrorClass::Lost);
     let charges = Arc::new(AtomicUsize::new(0));
@@ -521,9 +528,10 @@ async fn a_call_around_another_one_knows_that_the_charge_has_lost_its_key() {
     );
 }
 
-/// A time limit between the two layers drops the inner one, which reported the loss only at its end.
+/// A timeout between the two layers drops the inner one, which reported the lost key only at its
+/// end.
 #[tokio::test(start_paused = true)]
-async fn a_loss_of_the_key_is_known_further_out_before_the_call_has_ended() {
+async fn an_outer_layer_sees_the_loss_of_the_key_before_the_call_has_ended() {
     let charges = Arc::new(AtomicUsize::new(0));
     let http = redirecting_to_another_origin(&charges);
     let hanging = tower::service_fn(move |request: Request<Full<Bytes>>| {
@@ -535,7 +543,7 @@ async fn a_loss_of_the_key_is_known_further_out_before_the_call_has_ended() {
             }
         }
     });
-    let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(home(), policy::Action::Follow)
+    let overruled = PolicyExt::or::<_, Full<Bytes>, ()>(same_origin(), policy::Action::Follow)
         .and::<_, Full<Bytes>, ()>(clone_body_fn(|body: &Full<Bytes>| Some(body.clone())));
     let lost = |_: &tower::BoxError| ErrorClass::Lost;
     let client = ServiceBuilder::new()
@@ -549,7 +557,7 @@ async fn a_loss_of_the_key_is_known_further_out_before_the_call_has_ended() {
     assert_eq!(charges.load(Ordering::SeqCst), 1);
 }
 
-/// Each attempt ended at both layers, and the outer one counted both ends.
+/// Each attempt ends at both layers. The outer layer counted both ends.
 #[tokio::test]
 async fn an_attempt_through_two_layers_counts_once() {
     fn delivery<B>(response: &Response<B>) -> (u32, CallOutcome) {
@@ -565,7 +573,7 @@ async fn an_attempt_through_two_layers_counts_once() {
         (&[0, 429], (2, CallOutcome::NotTaken)),
     ] {
         let calls = || ServiceBuilder::new().layer(CallLayer::new(twice()));
-        let http = || saying(statuses);
+        let http = || responding(statuses);
         let inner = CallLayer::new(once_sent());
         let call = calls()
             .map_err(CallError::into_source)
@@ -584,8 +592,9 @@ async fn an_attempt_through_two_layers_counts_once() {
     }
 }
 
-/// The inner layer judges the 307, and the `FollowRedirect` then sends the charge on, unseen because it drops the
-/// extensions. The charge takes effect and its response is lost. The judged 307 freed the key.
+/// The inner layer judges the 307. The `FollowRedirect` then sends the charge on, unseen because it
+/// drops the extensions. The charge takes effect and its response is lost. The judged 307 freed the
+/// key.
 #[tokio::test]
 async fn a_judged_redirect_does_not_free_the_key_of_a_charge_that_was_sent_on_and_lost() {
     let charges = Arc::new(AtomicUsize::new(0));
