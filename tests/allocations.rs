@@ -1,4 +1,5 @@
-//! What does not concern the layer costs nothing, and what does has a bounded price.
+//! The layer costs nothing for a request that it does not cover, and a bounded number of
+//! allocations and bytes for one that it covers.
 
 use std::convert::Infallible;
 use std::future::{ready, Ready};
@@ -13,15 +14,15 @@ use tower::{Layer, Service};
 use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile};
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
-type Ours = Response<Full<Bytes>>;
+type FullResponse = Response<Full<Bytes>>;
 
 #[derive(Clone)]
 struct Echo;
 
 impl Service<Request<Full<Bytes>>> for Echo {
-    type Response = Ours;
+    type Response = FullResponse;
     type Error = Infallible;
-    type Future = Ready<Result<Ours, Infallible>>;
+    type Future = Ready<Result<FullResponse, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
         std::task::Poll::Ready(Ok(()))
@@ -40,10 +41,10 @@ fn request(method: &str, key: Option<&str>, body: &Bytes) -> Request<Full<Bytes>
     request.body(Full::new(body.clone())).unwrap()
 }
 
-/// What is allocated while a service answers a request that was made before.
-fn allocated<S>(service: &mut S, request: Request<Full<Bytes>>) -> (AllocationInfo, Ours)
+/// Measures the allocations of a service while it handles a request that was built before.
+fn allocated<S>(service: &mut S, request: Request<Full<Bytes>>) -> (AllocationInfo, FullResponse)
 where
-    S: Service<Request<Full<Bytes>>, Response = Ours>,
+    S: Service<Request<Full<Bytes>>, Response = FullResponse>,
     S::Error: std::fmt::Debug,
 {
     let mut response = None;
@@ -57,7 +58,7 @@ fn a_request_that_is_not_covered_is_not_buffered_boxed_or_copied() {
     let body = Bytes::from(vec![7; 10_000]);
     let mut nothing = Identity::new().layer(Echo);
     let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
-    // The executor allocates once for a thread.
+    // The executor allocates once per thread.
     block_on(ready(()));
     for (method, key) in [("POST", None), ("GET", None), ("GET", Some("k"))] {
         let (bare, _) = allocated(&mut nothing, request(method, key, &body));
@@ -67,8 +68,8 @@ fn a_request_that_is_not_covered_is_not_buffered_boxed_or_copied() {
             (bare.count_total, bare.bytes_total),
             "{method} {key:?}"
         );
-        let answer = block_on(response.into_body().collect()).unwrap().to_bytes();
-        assert_eq!(answer.as_ptr(), body.as_ptr());
+        let returned = block_on(response.into_body().collect()).unwrap().to_bytes();
+        assert_eq!(returned.as_ptr(), body.as_ptr());
     }
 }
 
@@ -77,7 +78,7 @@ fn a_large_response_is_copied_once_for_the_store_and_replayed_without_a_copy() {
     const OTHER: u64 = 32 << 10;
     let body = Bytes::from(vec![7; 512 << 10]);
     let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
-    let mut given = Vec::new();
+    let mut bodies = Vec::new();
     for n in 0..3 {
         let (info, response) = allocated(&mut layer, request("POST", Some("k"), &body));
         // The store makes a copy, because the response may be a slice of a larger buffer.
@@ -88,18 +89,18 @@ fn a_large_response_is_copied_once_for_the_store_and_replayed_without_a_copy() {
             info.bytes_total
         );
         assert_eq!(response.headers().contains_key("idempotent-replayed"), n > 0);
-        given.push(block_on(response.into_body().collect()).unwrap().to_bytes());
+        bodies.push(block_on(response.into_body().collect()).unwrap().to_bytes());
     }
-    assert_eq!(given[0].as_ptr(), body.as_ptr());
-    assert_eq!(given[1].as_ptr(), given[2].as_ptr());
-    assert_eq!(given[2], body);
+    assert_eq!(bodies[0].as_ptr(), body.as_ptr());
+    assert_eq!(bodies[1].as_ptr(), bodies[2].as_ptr());
+    assert_eq!(bodies[2], body);
 }
 
 #[test]
 fn first_runs_and_replays_take_few_allocations() {
     let body = Bytes::from(vec![7; 200]);
     let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
-    // The tables grow now and then; what is measured is the median.
+    // The tables grow now and then, so the test takes the median.
     let median = |layer: &mut _, key: &dyn Fn(usize) -> String| {
         let mut counts: Vec<_> = (0..101)
             .map(|n| allocated(layer, request("POST", Some(&key(n)), &body)).0.count_total)
@@ -115,29 +116,30 @@ fn first_runs_and_replays_take_few_allocations() {
 }
 
 #[test]
-fn a_record_takes_as_much_memory_as_the_docs_say() {
+fn a_record_takes_as_much_memory_as_documented() {
     const RECORDS: u32 = 50_000;
     let body = Bytes::from_static(b"x");
     let mut layer = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
-    let held = measure(|| {
+    let allocated_bytes = measure(|| {
         for n in 0..RECORDS {
             drop(block_on(layer.call(request("POST", Some(&format!("key-{n}")), &body))));
         }
     });
-    let each = held.bytes_current / i64::from(RECORDS);
-    println!("{each} bytes for a record with its small answer");
-    // "0.5 to 0.7 KiB each with an answer of a few bytes", in the docs of `MemoryStore`; tables that grow make it vary.
+    let each = allocated_bytes.bytes_current / i64::from(RECORDS);
+    println!("{each} bytes for a record with its small response");
+    // The docs of `MemoryStore` state 0.5 to 0.7 KiB for a record with a response of a few bytes.
+    // The size varies because the tables grow.
     assert!((400..800).contains(&each), "{each} bytes for a record");
 }
 
-/// A client that names the host, as hyper-util's does.
+/// A client that sets the `Host` field, as the client of hyper-util does.
 #[derive(Clone)]
-struct Naming;
+struct SetsHost;
 
-impl Service<Request<Full<Bytes>>> for Naming {
-    type Response = Ours;
+impl Service<Request<Full<Bytes>>> for SetsHost {
+    type Response = FullResponse;
     type Error = Infallible;
-    type Future = Ready<Result<Ours, Infallible>>;
+    type Future = Ready<Result<FullResponse, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
         std::task::Poll::Ready(Ok(()))
@@ -151,7 +153,7 @@ impl Service<Request<Full<Bytes>>> for Naming {
 }
 
 #[test]
-fn a_key_takes_an_allocation_or_two_and_what_gets_none_takes_nothing() {
+fn a_key_takes_at_most_two_allocations_and_a_request_without_one_takes_none() {
     let body = Bytes::from(vec![7; 200]);
     let outgoing = |method: &str, key: Option<&str>| {
         let mut request = request(method, key, &body);
@@ -178,11 +180,11 @@ fn a_key_takes_an_allocation_or_two_and_what_gets_none_takes_nothing() {
         ("in quotes", KeyGenerator::uuid_v4(), ProviderProfile::draft(), 2),
         ("by a function", function, ProviderProfile::stripe(), 2),
     ] {
-        let mut client = IdempotencyKeyLayer::new(profile).with_maker(maker).layer(Naming);
-        // The thread's random numbers allocate once.
+        let mut client = IdempotencyKeyLayer::new(profile).with_maker(maker).layer(SetsHost);
+        // The random number generator allocates once per thread.
         drop(allocated(&mut client, outgoing("POST", None)));
         let more = |client: &mut _, method, key| {
-            let (bare, _) = allocated(&mut Naming, outgoing(method, key));
+            let (bare, _) = allocated(&mut SetsHost, outgoing(method, key));
             let (ours, _) = allocated(client, outgoing(method, key));
             ours.count_total - bare.count_total
         };

@@ -1,4 +1,4 @@
-//! A PgBouncer in front of a test's own PostgreSQL server.
+//! A PgBouncer in front of the PostgreSQL server of a test.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::postgres::{free_port, is_open, unprivileged, PostgresServer};
 
-/// A pooler on a free port; it ends with this value.
+/// A pooler on a free port. Dropping this value stops it.
 pub struct Bouncer {
     child: Child,
     port: u16,
@@ -15,7 +15,8 @@ pub struct Bouncer {
 }
 
 impl Bouncer {
-    /// A pooler that lends a server for one `transaction`, `session` or `statement`, with further lines of its settings.
+    /// Starts a pooler that lends a server connection for one `transaction`, `session` or
+    /// `statement`. `further` has more lines of its settings.
     pub fn start(server: &PostgresServer, mode: &str, further: &str) -> Self {
         let port = free_port();
         let settings = server.give(&format!("pgbouncer-{port}.ini"), &settings(server, port, mode, further));
@@ -30,7 +31,7 @@ impl Bouncer {
         self.port
     }
 
-    /// Ends it, and starts it again on the same port in another mode.
+    /// Stops the pooler and starts it again on the same port in another mode.
     pub fn restart(&mut self, server: &PostgresServer, mode: &str, further: &str) {
         self.stop();
         std::fs::write(&self.settings, settings(server, self.port, mode, further)).unwrap();
@@ -67,11 +68,13 @@ fn run(settings: &Path, port: u16) -> Child {
     });
     command.arg("-q").arg(settings).stdin(Stdio::null());
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    // It refuses to run as root, as the server does.
+    // PgBouncer refuses to run as root, as PostgreSQL does.
     if let Some((user, group)) = unprivileged() {
         command.uid(user).gid(group);
     }
-    let mut child = command.spawn().expect("pgbouncer is not there; `./test` installs it");
+    let mut child = command
+        .spawn()
+        .expect("pgbouncer is not installed; run `./test`, which installs it");
     for _ in 0..800 {
         if is_open(port) {
             return child;
@@ -79,5 +82,5 @@ fn run(settings: &Path, port: u16) -> Child {
         std::thread::sleep(Duration::from_millis(25));
     }
     child.kill().unwrap();
-    panic!("pgbouncer does not answer: {:?}", child.wait());
+    panic!("pgbouncer does not accept connections: {:?}", child.wait());
 }

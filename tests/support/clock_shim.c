@@ -1,8 +1,9 @@
-/* Turns the wall clock of a process and of its children: loaded by LD_PRELOAD, it adds the number of seconds (int64) at the
- * beginning of the file that CLOCK_SHIM names. The file is mapped, so what is written to it counts at once.
+/* Shifts the wall clock of a process and of its children. LD_PRELOAD loads this library. It adds the number of
+ * seconds (int64) at the beginning of the file that CLOCK_SHIM names. The file is mapped, so a change takes effect at
+ * once.
  *
- * The kernel is asked directly: looking up the functions of libc would allocate, and an allocator may ask for the time before
- * it can. Until the constructor has run, the offset is zero. */
+ * The functions call the kernel directly. A lookup of the functions of libc would allocate, and the allocator may ask
+ * for the time before the lookup has ended. Until the constructor has run, the offset is zero. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>

@@ -1,4 +1,4 @@
-//! What stands between a store and its server and talks nonsense.
+//! A proxy between a store and its server that replaces replies by nonsense.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -9,20 +9,20 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-/// What a client is told instead of the server's next reply.
+/// The bytes that a client gets instead of the next reply of the server.
 #[derive(Clone, Debug)]
 pub(crate) enum Nonsense {
-    /// Nothing: the connection ends.
+    /// No bytes. The proxy closes the connection.
     Close,
-    /// Half of the reply and nothing more.
+    /// Half of the reply. The connection stays open.
     Half,
-    /// These bytes, and then nothing more.
+    /// These bytes. The connection stays open.
     Say(Bytes),
-    /// These bytes, and then the connection ends.
+    /// These bytes. Then the proxy closes the connection.
     SayAndClose(Bytes),
 }
 
-/// Passes everything on, until it is told to lie.
+/// A proxy that passes everything on until [`lie`](Self::lie) is called.
 #[derive(Clone)]
 pub(crate) struct Liar {
     pub(crate) address: SocketAddr,
@@ -31,7 +31,8 @@ pub(crate) struct Liar {
 
 struct State {
     nonsense: Mutex<Option<Nonsense>>,
-    /// Lies are over: connections that were lied to are cut, since they can be of no use any more.
+    /// Wakes when the proxy becomes honest again. The proxy then cuts the connections that got
+    /// nonsense, because they are of no use any more.
     over: Notify,
 }
 
@@ -50,18 +51,18 @@ impl Liar {
                     continue;
                 };
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-                let questions = tokio::spawn(pass(from_client, to_server));
+                let requests = tokio::spawn(pass(from_client, to_server));
                 let state = Arc::clone(&shared);
                 tokio::spawn(async move {
-                    answer(from_server, to_client, state).await;
-                    questions.abort();
+                    reply(from_server, to_client, state).await;
+                    requests.abort();
                 });
             }
         });
         Self { address, state }
     }
 
-    /// From now on, every connection's next reply is this.
+    /// From now on, replaces the next reply on every connection.
     pub(crate) fn lie(&self, nonsense: &Nonsense) {
         *self.state.nonsense.lock().unwrap() = Some(nonsense.clone());
     }
@@ -76,21 +77,21 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
     drop(tokio::io::copy(&mut from, &mut to).await);
 }
 
-async fn answer(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: Arc<State>) {
+async fn reply(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: Arc<State>) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let read = from.read(&mut buffer).await.unwrap_or(0);
         let mut over = std::pin::pin!(state.over.notified());
         over.as_mut().enable();
         let nonsense = state.nonsense.lock().unwrap().clone();
-        let said: &[u8] = match &nonsense {
+        let sent: &[u8] = match &nonsense {
             None if read == 0 => return,
             None => &buffer[..read],
             Some(Nonsense::Close) => return,
             Some(Nonsense::Half) => &buffer[..read / 2],
             Some(Nonsense::Say(bytes) | Nonsense::SayAndClose(bytes)) => bytes,
         };
-        if to.write_all(said).await.is_err() {
+        if to.write_all(sent).await.is_err() {
             return;
         }
         match nonsense {

@@ -1,5 +1,5 @@
-//! What the tests share: a store with leases and faults, bodies that stall or break, a service that counts, and the sending
-//! of requests.
+//! Support for the tests: a store with leases and faults, bodies that stall or break off, a handler
+//! that counts its runs, and functions that send requests.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
@@ -39,7 +39,8 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
 
-/// Whether tests that repeat one fault many times do so at full length, as `./test all` asks for with `THOROUGH=1`.
+/// Whether tests that repeat a fault many times run at full length, which `./test all` sets with
+/// `THOROUGH=1`.
 pub fn is_thorough() -> bool {
     std::env::var_os("THOROUGH").is_some()
 }
@@ -58,7 +59,8 @@ impl std::fmt::Display for Broken {
 
 impl std::error::Error for Broken {}
 
-/// A shared store as it is far away: every operation yields first, owners must renew, and it fails when told to.
+/// A shared store that behaves like a remote one: every operation yields first, owners must renew
+/// their leases, and operations fail on request.
 #[derive(Clone, Default)]
 pub struct RemoteStore(Arc<Remote>);
 
@@ -75,16 +77,16 @@ struct Remote {
     calls: Mutex<HashMap<&'static str, usize>>,
 }
 
-/// What goes wrong with one call of an operation.
+/// The fault of one call of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It fails and has no effect.
+    /// The operation fails and has no effect.
     Before,
-    /// It takes effect and its reply is lost.
+    /// The operation takes effect, and its reply is lost.
     After,
-    /// It never returns and has no effect.
+    /// The operation never returns and has no effect.
     Hang,
-    /// It succeeds after so many seconds.
+    /// The operation succeeds after this number of seconds.
     Slow(u8),
     /// The record cannot be read.
     Corrupt,
@@ -99,34 +101,36 @@ impl RemoteStore {
         store
     }
 
-    /// How often an operation yields before it takes effect, and again before it returns.
+    /// Sets how many times an operation yields before it takes effect, and again before it returns.
     pub fn set_yields(&self, yields: usize) {
         self.0.yields.store(yields, Ordering::SeqCst);
     }
 
-    /// Operations need the timers of a tokio runtime, as those of a real client do.
+    /// Sets whether operations need the timers of a tokio runtime, as those of a real client do.
     pub fn set_timers(&self, timers: bool) {
         self.0.timers.store(timers, Ordering::SeqCst);
     }
 
-    /// Says that it ends its claims by itself in this time, and does not.
+    /// Makes the store report that it ends its claims within this time, although it does not end
+    /// them.
     pub fn set_claim_limit(&self, limit: Duration) {
         *self.0.claim_limit.lock().unwrap() = Some(limit);
     }
 
-    /// The next claim fails, and takes effect so much later.
+    /// Makes the next claim fail at once and take effect after this time.
     pub fn delay_claim(&self, delay: Duration) {
         *self.0.late_claim.lock().unwrap() = Some(delay);
     }
 
-    /// Decides claims at once, as a store in this process does, though its owners must renew.
+    /// Returns a store that decides claims at once, as a store in this process does, although its
+    /// owners must renew their leases.
     pub fn deciding_at_once() -> Self {
         let store = Self::new();
         store.0.at_once.store(true, Ordering::SeqCst);
         store
     }
 
-    /// The next calls of `operation` go wrong like this, one after the other.
+    /// Gives the next calls of `operation` these faults, in order.
     pub fn fail(&self, operation: &'static str, faults: impl IntoIterator<Item = Fault>) {
         self.0
             .faults
@@ -137,7 +141,7 @@ impl RemoteStore {
             .extend(faults);
     }
 
-    /// Nothing goes wrong any more.
+    /// Removes all faults.
     pub fn heal(&self) {
         self.0.faults.lock().unwrap().clear();
     }
@@ -150,7 +154,7 @@ impl RemoteStore {
         self.0.records.lock().unwrap().len()
     }
 
-    /// The only record there is.
+    /// Returns the only record in the store. Panics if the store has none or several.
     pub fn only(&self) -> (StorageKey, Record) {
         let records = self.0.records.lock().unwrap();
         assert_eq!(records.len(), 1);
@@ -285,13 +289,13 @@ impl Store for RemoteStore {
         self.call("peek", key, peek).await
     }
 
-    /// Never wakes: whoever waits must poll.
+    /// Never wakes, so a waiter must poll.
     async fn watch(&self, _: &StorageKey) -> Result<Self::Watch, Error> {
         Ok(Box::pin(std::future::pending()))
     }
 }
 
-/// Measures time as the crate does: it follows tokio's, also when that is paused.
+/// Measures time as the crate does. It follows the clock of tokio, even when that clock is paused.
 pub struct Timer(Clock, Timestamp);
 
 impl Timer {
@@ -312,15 +316,15 @@ pub async fn yield_times(times: usize) {
     }
 }
 
-/// Moves the paused clock forward, after all tasks that are ready have run, and lets tasks that become ready run. The
-/// clock does not move by itself while a task wakes itself all the time.
+/// Moves the paused clock forward after all ready tasks have run, and then lets the tasks run that
+/// have become ready. The paused clock does not move by itself while a task keeps waking itself.
 pub async fn advance(duration: Duration) {
     yield_times(50).await;
     tokio::time::advance(duration).await;
     yield_times(50).await;
 }
 
-/// A handler that counts its runs and answers with their number.
+/// A handler that counts its runs. By default, it responds with the number of the run.
 #[derive(Clone, Default)]
 pub struct Handler {
     pub started: Arc<AtomicUsize>,
@@ -399,7 +403,7 @@ pub fn full(body: impl Into<Bytes>) -> AnyBody {
     Full::new(body.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A body that plays its frames, yielding before each.
+/// A body that plays its frames and yields before each one.
 pub struct Frames {
     frames: std::vec::IntoIter<Play>,
     yielded: bool,
@@ -443,14 +447,14 @@ impl Body for Frames {
     }
 }
 
-/// A body that yields `front`, then nothing until `rest` is over, then ends.
+/// A body that yields `front`, stalls until `rest` is ready, and then ends.
 pub fn stalling(front: &'static str, rest: impl Future<Output = ()> + Send + 'static) -> AnyBody {
     let front = futures::stream::iter([Ok(Frame::data(Bytes::from_static(front.as_bytes())))]);
     let rest = futures::StreamExt::filter_map(futures::stream::once(rest), |()| async { None });
     http_body_util::StreamBody::new(futures::StreamExt::chain(front, rest)).boxed_unsync()
 }
 
-/// A body that ends without an error, although `missing` bytes of its declared length have not come.
+/// A body that ends without an error although `missing` bytes of its declared length are missing.
 pub fn short(front: &'static str, missing: u64) -> AnyBody {
     Short {
         front: (!front.is_empty()).then(|| Bytes::from_static(front.as_bytes())),
@@ -478,7 +482,8 @@ impl Body for Short {
     }
 }
 
-/// A body of these frames. Its size hint is the length of the whole body and does not fall while the body is read.
+/// A body of these frames. Its size hint is the length of the whole body and does not fall while
+/// the body is read.
 pub fn fixed_hint(frames: &[&'static str]) -> AnyBody {
     FixedHint {
         hint: frames.iter().map(|frame| frame.len() as u64).sum(),
@@ -508,7 +513,7 @@ impl Body for FixedHint {
     }
 }
 
-/// A body of empty frames without end, each ready at once.
+/// A body of endless empty frames, each ready at once.
 pub fn empty_frames() -> AnyBody {
     let empty = futures::stream::repeat_with(|| Ok(Frame::data(Bytes::new())));
     http_body_util::StreamBody::new(empty).boxed_unsync()
@@ -525,7 +530,7 @@ pub fn request(key: &str, body: AnyBody) -> Request<AnyBody> {
         .unwrap()
 }
 
-/// An answer, read to its end.
+/// A response whose body has been read to its end.
 #[derive(Debug)]
 pub struct Got {
     pub head: http::response::Parts,
@@ -553,10 +558,10 @@ impl Got {
     }
 }
 
-/// Sends a request through a clone of the service and reads the answer.
+/// Sends a request through a clone of the service and reads the response to its end.
 #[expect(
     clippy::future_not_send,
-    reason = "it is where the service is, and not every service is"
+    reason = "the future is `Send` if the service is, and some services are not"
 )]
 pub async fn send<S>(service: &S, request: Request<AnyBody>) -> Got
 where
@@ -566,7 +571,7 @@ where
     got(service.clone().oneshot(request).await.unwrap()).await
 }
 
-/// Sends a request in a task of its own.
+/// Sends a request in a new task.
 pub fn start<S>(service: &S, request: Request<AnyBody>) -> tokio::task::JoinHandle<Got>
 where
     S: Service<Request<AnyBody>, Response = Response<AnyBody>> + Clone + Send + 'static,
@@ -588,7 +593,8 @@ pub async fn got(response: Response<AnyBody>) -> Got {
     }
 }
 
-/// Polls a future `times` times, each after it was woken, then drops it; `Some` if it was ready before.
+/// Polls a future up to `times` times, each time after it was woken, and then drops it. Returns the
+/// output if the future was ready before.
 pub async fn poll_then_drop<F: Future>(times: usize, future: F) -> Option<F::Output> {
     let mut future = Box::pin(future);
     for _ in 0..times {
@@ -597,7 +603,7 @@ pub async fn poll_then_drop<F: Future>(times: usize, future: F) -> Option<F::Out
         if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
             return Some(output);
         }
-        // Let the rest of the world go on until this future may.
+        // Let other tasks run until one of them wakes this future.
         for _ in 0..200 {
             if woken.0.load(Ordering::SeqCst) {
                 break;

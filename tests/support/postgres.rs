@@ -1,4 +1,4 @@
-//! A PostgreSQL server of one test's own.
+//! A PostgreSQL server for one test.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
@@ -12,31 +12,32 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-/// A server on a free port with its data in a temporary folder; both end with this value.
+/// A server on a free port with its data in a temporary folder. Dropping this value ends the server
+/// and removes the data.
 pub struct PostgresServer {
     folder: PathBuf,
     port: u16,
     child: Option<Child>,
     environment: Vec<(&'static str, PathBuf)>,
-    /// Held so that the next server of this process finds it.
+    /// Held so that the next server of this process can copy the same cluster.
     cluster: Arc<NewCluster>,
 }
 
-/// The data of a server that never ran. The servers of a process copy it, which takes a tenth of the time of `initdb`. The last
-/// server to end removes it.
+/// The data of a server that has never run. The servers of a process copy it, which takes a tenth
+/// of the time of `initdb`. The last server to end removes it.
 struct NewCluster {
     folder: PathBuf,
 }
 
 impl NewCluster {
     fn of_this_process() -> Arc<Self> {
-        static MADE: Mutex<Weak<NewCluster>> = Mutex::new(Weak::new());
-        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cluster) = made.upgrade() {
+        static CURRENT: Mutex<Weak<NewCluster>> = Mutex::new(Weak::new());
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cluster) = current.upgrade() {
             return cluster;
         }
         let cluster = Arc::new(Self::make());
-        *made = Arc::downgrade(&cluster);
+        *current = Arc::downgrade(&cluster);
         cluster
     }
 
@@ -64,7 +65,7 @@ impl PostgresServer {
         Self::within(Vec::new())
     }
 
-    /// A server with further environment variables.
+    /// Starts a server with these environment variables.
     pub fn within(environment: Vec<(&'static str, PathBuf)>) -> Self {
         let cluster = NewCluster::of_this_process();
         let mut server = Self {
@@ -84,7 +85,7 @@ impl PostgresServer {
         self.url_by(self.port)
     }
 
-    /// The URL of what listens on another port and leads here.
+    /// Returns the URL of this server through a proxy that listens on another port.
     pub fn url_by(&self, port: u16) -> String {
         format!("postgres://app@127.0.0.1:{port}/postgres")
     }
@@ -93,7 +94,7 @@ impl PostgresServer {
         self.port
     }
 
-    /// Puts a file where the server, and nobody else, may read it.
+    /// Writes a file that only the server can read.
     pub fn give(&self, name: &str, content: &str) -> PathBuf {
         let path = self.folder.join(name);
         fs::write(&path, content).unwrap();
@@ -104,17 +105,17 @@ impl PostgresServer {
         path
     }
 
-    /// Ends the server as a power cut ends it.
+    /// Kills the server as a power cut does.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // SIGQUIT makes the server and its children stop at once, without a word to disk.
+            // SIGQUIT stops the server and its children at once, without a checkpoint.
             let stopped = Command::new("kill").args(["-QUIT", &child.id().to_string()]).status();
             assert!(stopped.unwrap().success());
             child.wait().unwrap();
         }
     }
 
-    /// Starts it again, on the same port and data.
+    /// Starts the server again with the same port and data.
     pub fn run(&mut self) {
         let data = self.folder.join("data");
         let child = self
@@ -136,15 +137,18 @@ impl PostgresServer {
             .unwrap();
         self.child = Some(child);
         for _ in 0..3_000 {
-            if self.answers() {
+            if self.is_ready() {
                 return;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("postgres does not answer; its words are in {}", self.log().display());
+        panic!(
+            "postgres does not accept connections; its log is {}",
+            self.log().display()
+        );
     }
 
-    fn answers(&self) -> bool {
+    fn is_ready(&self) -> bool {
         let ready = Command::new(binary("pg_isready"))
             .args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
             .status();
@@ -169,7 +173,7 @@ impl Drop for PostgresServer {
     }
 }
 
-/// A new temporary folder, which belongs to the user that runs the server.
+/// Creates a temporary folder that belongs to the user that runs the server.
 fn new_folder() -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -181,7 +185,8 @@ fn new_folder() -> PathBuf {
     folder
 }
 
-/// A command that runs in a folder as the user that runs the server. Its output is appended to a log.
+/// Returns a command that runs in a folder as the user that runs the server. The command appends
+/// its output to a log.
 fn command_in(folder: &Path, log: &Path, name: &str) -> Command {
     let log = File::options().create(true).append(true).open(log).unwrap();
     let mut command = Command::new(binary(name));
@@ -201,7 +206,8 @@ fn run_to_its_end(command: &mut Command) {
     assert!(status.success(), "{command:?} failed: {status}");
 }
 
-/// The user and group `postgres`, where this process is root: the server refuses to run as that.
+/// Returns the ids of the user and group `postgres` if this process is root, because the server
+/// refuses to run as root.
 pub fn unprivileged() -> Option<(u32, u32)> {
     let id = |arguments: &[&str]| {
         let output = Command::new("id").args(arguments).output().unwrap();
@@ -210,11 +216,12 @@ pub fn unprivileged() -> Option<(u32, u32)> {
     if id(&["-u"]) != Some(0) {
         return None;
     }
-    let user = id(&["-u", "postgres"]).expect("there is no user `postgres`; `./test` installs the server");
+    let user = id(&["-u", "postgres"]).expect("there is no user `postgres`; run `./test`, which installs the server");
     Some((user, id(&["-g", "postgres"]).unwrap()))
 }
 
-/// Where Debian keeps the binaries of its newest version, or wherever `PATH` says.
+/// Returns the path of a server binary: of the newest version that Debian has installed, otherwise
+/// from `PATH`.
 fn binary(name: &str) -> PathBuf {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let installed = versions.map(|version| version.path().join("bin").join(name));
@@ -228,7 +235,7 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Whether somebody listens.
+/// Whether a server listens on this port.
 pub fn is_open(port: u16) -> bool {
     TcpStream::connect(("127.0.0.1", port)).is_ok()
 }

@@ -1,4 +1,5 @@
-//! A TCP proxy that breaks what passes through it, and the operations of a store that must bear it.
+//! A TCP proxy that breaks the connections through it, and the checks that the operations of a
+//! store survive it.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -23,16 +24,16 @@ pub enum Direction {
     ToClient,
 }
 
-/// What befalls the bytes from now on.
+/// The fate of all bytes from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// They pass.
+    /// The bytes pass.
     Pass,
-    /// After so many more of one direction, every connection is cut.
+    /// After this number of bytes in one direction, the proxy cuts every connection.
     CutAfter(Direction, usize),
-    /// Those of one direction vanish.
+    /// The bytes of one direction vanish.
     Swallow(Direction),
-    /// They take this long.
+    /// The bytes are delayed by this time.
     Delay(Duration),
 }
 
@@ -45,7 +46,7 @@ pub struct Proxy {
 struct State {
     fate: Mutex<Fate>,
     cut: Notify,
-    /// Whether a cut was made since the fate was set.
+    /// Whether the proxy has cut a connection since the fate was set.
     was_cut: AtomicBool,
 }
 
@@ -80,12 +81,12 @@ impl Proxy {
         self.state.was_cut.store(false, Ordering::SeqCst);
     }
 
-    /// Whether a cut was made since the fate was set.
+    /// Whether the proxy has cut a connection since the fate was set.
     pub fn was_cut(&self) -> bool {
         self.state.was_cut.load(Ordering::SeqCst)
     }
 
-    /// Lets everything pass again as soon as a cut was made, again and again.
+    /// Lets everything pass again after each cut, until the future is dropped.
     pub async fn heal_behind_the_cut(&self) -> Infallible {
         loop {
             let mut cut = std::pin::pin!(self.state.cut.notified());
@@ -98,13 +99,13 @@ impl Proxy {
         }
     }
 
-    /// Lets everything pass again, also on connections whose bytes were dropped.
+    /// Lets everything pass again, even on connections that have lost bytes.
     pub fn pass(&self) {
         *self.state.fate.lock().unwrap() = Fate::Pass;
     }
 
-    /// Lets everything pass again; says whether a cut was made. TCP does not leave bytes out: a connection of which some were
-    /// swallowed is cut.
+    /// Lets everything pass again and returns whether the proxy has cut a connection. TCP never
+    /// omits bytes, so the proxy cuts the connections that have lost some.
     pub fn heal(&self) -> bool {
         let fate = std::mem::replace(&mut *self.state.fate.lock().unwrap(), Fate::Pass);
         if matches!(fate, Fate::Swallow(_)) {
@@ -140,7 +141,8 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, direction: Direct
 }
 
 impl State {
-    /// How many of these bytes pass, whether everything is cut then, and how long they take.
+    /// Returns how many of these bytes pass, whether the proxy then cuts every connection, and the
+    /// delay.
     fn judge(&self, direction: Direction, read: usize) -> (usize, bool, Duration) {
         let mut fate = self.fate.lock().unwrap();
         match &mut *fate {
@@ -170,7 +172,7 @@ fn fresh() -> Claim {
     }
 }
 
-fn kept() -> Outcome {
+fn outcome() -> Outcome {
     Outcome::Stored(StoredResponse {
         head: Bytes::from_static(b"head"),
         body: Bytes::from_static(b"body"),
@@ -204,8 +206,8 @@ impl Operation {
         Self::Resolve,
     ];
 
-    /// Does it through the proxy while that cuts; then looks from elsewhere, and repeats it as the layer does. Says whether its
-    /// reply came.
+    /// Runs the operation through the proxy while `cut` takes effect. Then checks the record
+    /// directly and repeats the operation as the layer does. Returns whether the reply arrived.
     async fn survive<S: Store>(self, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
         let claim = fresh();
         let key = &claim.key;
@@ -239,7 +241,7 @@ impl Operation {
             Self::Resolve => {
                 let owner = granted(direct, &claim).await.owner;
                 direct.renew(key, owner, Duration::ZERO).await.unwrap();
-                let found = Resolution::Completed(kept(), HOUR);
+                let found = Resolution::Completed(outcome(), HOUR);
                 cut();
                 let resolved = judged(proxied.resolve(key, owner.fence, &found).await);
                 let repeated = direct.resolve(key, owner.fence, &found).await.unwrap();
@@ -285,8 +287,8 @@ async fn survive_claim<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: im
 async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
     let owner = granted(direct, claim).await.owner;
     cut();
-    let completed = judged(proxied.complete(&claim.key, owner, &kept(), HOUR).await);
-    let repeated = direct.complete(&claim.key, owner, &kept(), HOUR).await.unwrap();
+    let completed = judged(proxied.complete(&claim.key, owner, &outcome(), HOUR).await);
+    let repeated = direct.complete(&claim.key, owner, &outcome(), HOUR).await.unwrap();
     assert_eq!(repeated, Completion::Completed);
     let replay = direct
         .claim(&Claim {
@@ -295,11 +297,11 @@ async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut:
         })
         .await
         .unwrap();
-    assert!(matches!(replay, Decision::Replay(answer) if Outcome::Stored(answer.clone()) == kept()));
+    assert!(matches!(replay, Decision::Replay(response) if Outcome::Stored(response.clone()) == outcome()));
     completed.is_some()
 }
 
-/// What came through; everything else must be the error of a store that cannot be reached.
+/// Returns the reply, or nothing if the store is unreachable. Panics on any other error.
 fn judged<T>(result: Result<T, Error>) -> Option<T> {
     match result {
         Ok(value) => Some(value),
@@ -310,29 +312,32 @@ fn judged<T>(result: Result<T, Error>) -> Option<T> {
     }
 }
 
-/// Where operations are cut.
+/// The positions of the cuts.
 #[derive(Clone, Copy, Debug)]
 struct Cuts {
-    /// What the connection is made by: the operation itself, which is then prepared, or another.
+    /// Whether the same operation opens the connection, so that its statement is prepared.
+    /// Otherwise another operation opens it.
     prepared: bool,
     first: usize,
     step: usize,
 }
 
-/// The distance between two cuts, in bytes, unless the tests are thorough. A prime, so that the cuts fall on every part of a frame.
+/// The distance between two cuts in bytes, unless the tests are thorough. It is a prime, so that
+/// the cuts fall on every part of a frame.
 const SAMPLE: usize = 11;
 
-/// Cuts every operation after every byte, in both directions, or after every eleventh byte if the tests are not thorough. Returns
-/// the number of bytes that this covered.
+/// Cuts every operation after every byte in both directions, or after every eleventh byte if the
+/// tests are not thorough. Returns the number of bytes that this covers.
 ///
-/// Most of the time goes by with connections that are made again, so each of several stores, each behind a proxy of its own,
-/// takes its share of the bytes.
+/// Reconnecting takes most of the time. Therefore several stores, each behind its own proxy, share
+/// the bytes.
 pub async fn cut_after_every_byte<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S) -> usize {
     cut_everywhere(proxied, direct, true, 1).await
 }
 
-/// Cuts every operation, in both directions, where it is the first of its kind on its connection and says much more; after every
-/// fifth byte, or every 55th if the tests are not thorough. Returns how many cuts after every fifth byte this stands for.
+/// Cuts every operation in both directions while it is the first of its kind on its connection,
+/// which makes it send more bytes. Cuts after every fifth byte, or after every 55th if the tests
+/// are not thorough. Returns the number of cuts after every fifth byte that this stands for.
 pub async fn cut_while_preparing<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S) -> usize {
     cut_everywhere(proxied, direct, false, 5).await
 }
@@ -345,7 +350,7 @@ async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, 
         let direct = direct.clone();
         let cuts = Cuts {
             prepared,
-            // Cut before the first byte is to be cut after none.
+            // A cut before the first byte is the same as a cut after zero bytes.
             first: 1 + share * step,
             step: stores * step,
         };
@@ -363,7 +368,7 @@ async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, 
     sample * made.into_iter().map(Result::unwrap).sum::<usize>()
 }
 
-/// Cuts until there are no more bytes.
+/// Cuts the operation at each position until it has no more bytes. Returns the number of cuts.
 async fn cut<S: Store>(
     operation: Operation,
     direction: Direction,
@@ -386,7 +391,7 @@ async fn cut<S: Store>(
             if was_cut || has_reply {
                 break !was_cut;
             }
-            // It failed before so much of it was sent: the machine is busy.
+            // The operation failed before it had sent this many bytes, because the machine is busy.
             tries += 1;
             assert!(tries < 20, "{operation:?} fails without a cut");
         };
@@ -398,7 +403,7 @@ async fn cut<S: Store>(
     unreachable!()
 }
 
-/// Connects again, and does an operation.
+/// Reconnects and runs an operation.
 async fn connected<S: Store>(operation: Operation, proxied: &S, direct: &S) {
     for _ in 0..100 {
         if operation.survive(proxied, direct, || {}).await {
@@ -406,5 +411,5 @@ async fn connected<S: Store>(operation: Operation, proxied: &S, direct: &S) {
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    panic!("the store does not connect again");
+    panic!("the store does not reconnect");
 }

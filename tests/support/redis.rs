@@ -1,4 +1,5 @@
-//! Redis servers of the tests' own: each on a free port, in a folder of its own, ended with its value.
+//! Redis servers for tests, each on a free port with its own folder. Dropping the value ends the
+//! server.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue};
 
-/// A running `redis-server`; killed when dropped, also by a panic.
+/// A running `redis-server`. Dropping it kills the server, even during a panic.
 pub struct RedisServer {
     child: Child,
     port: u16,
@@ -20,24 +21,25 @@ pub struct RedisServer {
 }
 
 impl RedisServer {
-    /// A server that keeps every write on its disk.
+    /// Starts a server that writes everything to disk at once.
     pub fn start() -> Self {
         Self::with(&[])
     }
 
-    /// A server with further settings, as on the command line: `["--maxmemory", "10mb"]`.
+    /// Starts a server with further settings, written as on the command line: `["--maxmemory",
+    /// "10mb"]`.
     pub fn with(settings: &[&str]) -> Self {
         Self::within(settings, &[])
     }
 
-    /// A server with further settings and environment variables.
+    /// Starts a server with further settings and environment variables.
     pub fn within(settings: &[&str], environment: &[(&'static str, PathBuf)]) -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("idempotency-redis-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let mut last = String::new();
-        // Between finding a port and taking it, another process may take it.
+        // Another process may take the port between finding it and using it.
         for _ in 0..5 {
             let port = free_port();
             let arguments = arguments(port, &folder, settings);
@@ -58,7 +60,7 @@ impl RedisServer {
         panic!("redis-server does not start: {last}");
     }
 
-    /// A server that follows this one.
+    /// Starts a replica of this server.
     pub fn replica(&self) -> Self {
         let port = self.port.to_string();
         let replica = Self::with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
@@ -70,7 +72,7 @@ impl RedisServer {
         self.url_by(self.port)
     }
 
-    /// The URL of what listens on another port and leads here.
+    /// Returns the URL of this server through a proxy that listens on another port.
     pub fn url_by(&self, port: u16) -> String {
         format!("redis://127.0.0.1:{port}/")
     }
@@ -79,20 +81,20 @@ impl RedisServer {
         self.port
     }
 
-    /// Puts a file into the server's folder.
+    /// Writes a file into the folder of the server.
     pub fn give(&self, name: &str, content: &str) -> PathBuf {
         let path = self.folder.join(name);
         std::fs::write(&path, content).unwrap();
         path
     }
 
-    /// Ends the server without a word (SIGKILL).
+    /// Kills the server with SIGKILL.
     pub fn kill(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
     }
 
-    /// Starts it again on its port and data.
+    /// Restarts the server with the same port and data.
     pub fn restart(&mut self) {
         self.kill();
         self.child = spawn(&self.arguments, &self.environment);
@@ -105,7 +107,7 @@ impl RedisServer {
         self.restart();
     }
 
-    /// Stops the process for now (SIGSTOP), or lets it go on (SIGCONT).
+    /// Pauses the process (SIGSTOP) or resumes it (SIGCONT).
     pub fn signal(&self, signal: &str) {
         let status = Command::new("kill")
             .args([signal, &self.child.id().to_string()])
@@ -114,14 +116,14 @@ impl RedisServer {
         assert!(status.success());
     }
 
-    /// Runs a command on a connection of its own.
+    /// Runs a command on a new connection.
     pub fn run<T: FromRedisValue>(&self, command: &Cmd) -> T {
         let client = redis::Client::open(self.url()).unwrap();
         let mut connection = client.get_connection_with_timeout(Duration::from_secs(2)).unwrap();
         command.query(&mut connection).unwrap()
     }
 
-    /// A command from words.
+    /// Runs a command whose words are separated by spaces.
     pub fn tell<T: FromRedisValue>(&self, words: &str) -> T {
         let mut words = words.split(' ');
         let mut command = redis::cmd(words.next().unwrap());
@@ -131,29 +133,29 @@ impl RedisServer {
         self.run(&command)
     }
 
-    /// Takes its folder away and lets it notice.
+    /// Removes the folder of the server and waits until the server notices.
     pub fn lose_its_disk(&self) {
         std::fs::remove_dir_all(&self.folder).unwrap();
         self.tell::<()>("BGSAVE");
         self.wait_for("persistence", "rdb_last_bgsave_status:err");
     }
 
-    /// Waits until a section of INFO holds a line.
+    /// Waits until a section of INFO has this line.
     pub fn wait_for(&self, section: &str, line: &str) {
         for _ in 0..500 {
             if self
                 .tell::<String>(&format!("INFO {section}"))
                 .lines()
-                .any(|told| told == line)
+                .any(|found| found == line)
             {
                 return;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("{line} does not come");
+        panic!("INFO never has the line {line}");
     }
 
-    /// Waits until a cluster's node serves its slots.
+    /// Waits until the node of a cluster serves its slots.
     pub fn wait_for_cluster(&self) {
         for _ in 0..500 {
             if self.tell::<String>("CLUSTER INFO").contains("cluster_state:ok") {
@@ -164,7 +166,7 @@ impl RedisServer {
         panic!("the cluster does not form");
     }
 
-    /// How often a command was called, from outside or by scripts.
+    /// Returns how often a command was called, directly or by scripts.
     pub fn calls(&self, command: &str) -> u64 {
         let info = self.tell::<String>("INFO commandstats");
         let prefix = format!("cmdstat_{command}:calls=");
@@ -178,16 +180,16 @@ impl RedisServer {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return Err(format!("redis-server ended with {status}"));
             }
-            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() && self.answers() {
+            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() && self.replies() {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Err("it does not answer within 10 s".to_owned())
+        Err("redis-server does not reply within 10 s".to_owned())
     }
 
-    /// Whether it has loaded its data. One that asks for a password is up, too.
-    fn answers(&self) -> bool {
+    /// Whether the server has loaded its data. A server that asks for a password is also up.
+    fn replies(&self) -> bool {
         let Ok(client) = redis::Client::open(self.url()) else {
             return false;
         };
@@ -209,7 +211,7 @@ impl Drop for RedisServer {
 }
 
 fn free_port() -> u16 {
-    // The bus of a cluster takes the port 10,000 above.
+    // The cluster bus uses the port that is 10,000 higher.
     loop {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         if port < 55_000 {

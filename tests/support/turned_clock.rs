@@ -1,11 +1,12 @@
-//! The wall clock of a server, turned by a test.
+//! A wall clock of a server that a test can change.
 
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How far a server's clock is off, for servers that are started with [`environment`](Self::environment).
+/// The offset of the wall clock of the servers that are started with
+/// [`environment`](Self::environment).
 pub(crate) struct TurnedClock {
     folder: PathBuf,
     offset: std::fs::File,
@@ -25,7 +26,7 @@ impl TurnedClock {
         assert!(compiled.expect("these tests need a C compiler, `cc`").success());
         let offset = folder.join("offset");
         std::fs::write(&offset, 0_i64.to_ne_bytes()).unwrap();
-        // The server may belong to another user.
+        // The server may run as another user.
         for path in [&folder, &folder.join("shim.so"), &offset] {
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
         }
@@ -33,7 +34,7 @@ impl TurnedClock {
         Self { folder, offset }
     }
 
-    /// What a server's process must be started with.
+    /// Returns the environment variables that the process of the server needs.
     pub(crate) fn environment(&self) -> Vec<(&'static str, PathBuf)> {
         vec![
             ("LD_PRELOAD", self.folder.join("shim.so")),
@@ -41,7 +42,7 @@ impl TurnedClock {
         ]
     }
 
-    /// Sets the clock so many seconds ahead of the true time, or behind it.
+    /// Sets the clock this number of seconds ahead of the true time, or behind it if negative.
     pub(crate) fn set(&self, seconds: i64) {
         self.offset.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
     }

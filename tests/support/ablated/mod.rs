@@ -1,4 +1,4 @@
-//! A correct store with leases, over a map of records as bytes, in which one rule can be left out.
+//! A correct store with leases over a map of encoded records. A test can break one of its rules.
 
 mod transitions;
 
@@ -15,7 +15,7 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
 
-/// What is wrong with the store.
+/// The rule that the store breaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Rule {
     #[default]
@@ -76,7 +76,7 @@ pub(crate) struct Ablated {
     changed: Arc<Notify>,
 }
 
-/// How many records it takes, where that is not broken.
+/// The most records that the store takes, unless that rule is broken.
 pub(crate) const ROOM: usize = 2_000;
 const FULL: Error = Error::new(ErrorKind::StoreFull, "the map is full");
 impl Ablated {
@@ -87,7 +87,7 @@ impl Ablated {
         }
     }
 
-    /// The same records, opened again.
+    /// Opens the same records again.
     pub(crate) fn reopened(&self) -> Self {
         Self {
             records: Arc::clone(&self.records),
@@ -144,7 +144,7 @@ impl Ablated {
         Ok(())
     }
 
-    /// One atomic step; two, where `apart` is what is wrong.
+    /// Runs one atomic step. If the rule `apart` is broken, reads and writes in two steps.
     async fn step<R>(
         &self,
         apart: Rule,
@@ -187,7 +187,7 @@ impl Store for Ablated {
         }
         let record = self.read(&claim.key).ok()??;
         match self.status(&record)? {
-            Status::Completed(Outcome::Stored(answer)) => Some(Ok(Decision::Replay(answer))),
+            Status::Completed(Outcome::Stored(response)) => Some(Ok(Decision::Replay(response))),
             _ => None,
         }
     }
@@ -207,18 +207,18 @@ impl Store for Ablated {
         outcome: &Outcome,
         retention: Duration,
     ) -> Result<Completion, Error> {
-        let finish = |record: Option<&Record>, now| self.finish(record, owner, outcome, retention, now);
-        self.step(Rule::CompleteTwoSteps, key, finish).await
+        let apply_complete = |record: Option<&Record>, now| self.apply_complete(record, owner, outcome, retention, now);
+        self.step(Rule::CompleteTwoSteps, key, apply_complete).await
     }
 
     async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
-        let let_go = |record: Option<&Record>, now| self.let_go(record, owner, now);
-        self.step(Rule::ReleaseTwoSteps, key, let_go).await
+        let apply_release = |record: Option<&Record>, now| self.apply_release(record, owner, now);
+        self.step(Rule::ReleaseTwoSteps, key, apply_release).await
     }
 
     async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
-        let clear_up = |record: Option<&Record>, now| self.clear_up(record, fence, resolution, now);
-        self.step(Rule::ResolveTwoSteps, key, clear_up).await
+        let apply_resolve = |record: Option<&Record>, now| self.apply_resolve(record, fence, resolution, now);
+        self.step(Rule::ResolveTwoSteps, key, apply_resolve).await
     }
 
     async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {

@@ -1,4 +1,4 @@
-//! The transitions of the record, each with what goes wrong where a rule is left out.
+//! The transitions of a record, each with the fault that a broken rule causes.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tower_idempotency::Timestamp;
 
 use super::{Ablated, Rule};
 
-/// Where a record as bytes has its owner; the codec's tests hold it.
+/// The position of the owner in an encoded record. The tests of the codec check it.
 const NONCE: std::ops::Range<usize> = 36..52;
 const FENCE: std::ops::Range<usize> = 52..60;
 const ATTEMPT: std::ops::Range<usize> = 60..64;
@@ -42,48 +42,49 @@ impl Ablated {
             Rule::ClockOfCallers => now.saturating_add(Duration::from_secs(3_000)),
             _ => now,
         };
-        let mut made = Record::claim(record, &claim, now);
-        match (self.rule, made.reply.clone()) {
+        let mut decided = Record::claim(record, &claim, now);
+        match (self.rule, decided.reply.clone()) {
             (Rule::FenceStays, Decision::Execute(grant) | Decision::Recover(grant)) => {
-                if let (Some(record), Change::Put(next)) = (record, &made.change) {
+                if let (Some(record), Change::Put(next)) = (record, &decided.change) {
                     let fence = owner_of(record).fence;
-                    made.change = Change::Put(with_fence(next, fence));
-                    made.reply = Decision::Execute(Grant {
+                    decided.change = Change::Put(with_fence(next, fence));
+                    decided.reply = Decision::Execute(Grant {
                         owner: Owner { fence, ..grant.owner },
                         ..grant
                     });
                 }
             }
             (Rule::RepeatedClaimIsAnother, Decision::Execute(grant)) if in_flight => {
-                if let Change::Put(next) = &made.change {
+                if let Change::Put(next) = &decided.change {
                     let fence = Fence::new(grant.owner.fence.as_u64() + 1);
-                    made.change = Change::Put(with_fence(next, fence));
-                    made.reply = Decision::Execute(Grant {
+                    decided.change = Change::Put(with_fence(next, fence));
+                    decided.reply = Decision::Execute(Grant {
                         owner: Owner { fence, ..grant.owner },
                         ..grant
                     });
                 }
             }
             (Rule::RepeatedClaimWaits, Decision::Execute(_) | Decision::Recover(_)) if in_flight => {
-                made.reply = Decision::Wait { left: claim.lease };
-                made.change = Change::Unchanged;
+                decided.reply = Decision::Wait { left: claim.lease };
+                decided.change = Change::Unchanged;
             }
             (Rule::AttemptStays, Decision::Execute(grant)) => {
-                if let Change::Put(next) = &made.change {
-                    made.change = Change::Put(with_attempt(next, 1));
-                    made.reply = Decision::Execute(Grant { attempt: 1, ..grant });
+                if let Change::Put(next) = &decided.change {
+                    decided.change = Change::Put(with_attempt(next, 1));
+                    decided.reply = Decision::Execute(Grant { attempt: 1, ..grant });
                 }
             }
-            (Rule::UnknownNotNoted, Decision::Unknown) => made.change = Change::Unchanged,
+            (Rule::UnknownNotNoted, Decision::Unknown) => decided.change = Change::Unchanged,
             (Rule::RepeatedRecoveryExecutes, Decision::Recover(grant)) if in_flight => {
-                made.reply = Decision::Execute(grant);
+                decided.reply = Decision::Execute(grant);
             }
             _ => {}
         }
-        made
+        decided
     }
 
-    /// Whom the store takes `owner` for: where comparisons are left out, for the one it knows.
+    /// Returns the owner that the store takes `owner` for. A store that does not compare takes it
+    /// for the owner that it knows.
     pub(super) fn taken_for(&self, record: Option<&Record>, owner: Owner, careless: Rule) -> Owner {
         let Some(known) = record.map(owner_of) else {
             return owner;
@@ -102,7 +103,7 @@ impl Ablated {
         }
     }
 
-    pub(super) fn finish(
+    pub(super) fn apply_complete(
         &self,
         record: Option<&Record>,
         owner: Owner,
@@ -124,7 +125,8 @@ impl Ablated {
         let owner = self.taken_for(record, owner, Rule::CompleteByAnybody);
         let completed = record.is_some_and(Record::is_completed);
         if self.is(Rule::CompleteBesideRecord) && completed {
-            // The outcome lies beside the record, and whoever owns that overwrites it.
+            // The store writes the outcome beside the record, so every later completion overwrites
+            // it.
             let asked = Claim {
                 key: StorageKey::from_bytes([0; 32]),
                 fingerprint: Record::peek(record, now).map_or(Fingerprint::NONE, |seen| seen.fingerprint),
@@ -159,7 +161,7 @@ impl Ablated {
         }
     }
 
-    pub(super) fn let_go(&self, record: Option<&Record>, owner: Owner, now: Timestamp) -> Transition<Release> {
+    pub(super) fn apply_release(&self, record: Option<&Record>, owner: Owner, now: Timestamp) -> Transition<Release> {
         let owner = self.taken_for(record, owner, Rule::ReleaseByAnybody);
         let mut released = Record::release(record, owner, now);
         match (self.rule, released.reply, record) {
@@ -176,7 +178,7 @@ impl Ablated {
         released
     }
 
-    pub(super) fn clear_up(
+    pub(super) fn apply_resolve(
         &self,
         record: Option<&Record>,
         fence: Fence,
