@@ -74,7 +74,7 @@ async fn a_call_is_made_once_and_its_value_is_replayed() {
             (again.attempt(), again.is_replay(), again.into_value()),
             (None, true, 1)
         );
-        // Another key, another scope, another namespace, another secret: another call.
+        // A call with another key, scope, namespace or secret is another call.
         for other in [
             once(store.clone(), "l"),
             once(store.clone(), "k").with_scope("tenant-7"),

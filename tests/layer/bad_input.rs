@@ -83,7 +83,7 @@ async fn every_malformed_key_is_400_and_runs_nothing() {
 }
 
 #[tokio::test]
-async fn a_body_over_the_limit_gets_413_and_leaves_the_key_free_whether_or_not_it_declares_its_length() {
+async fn a_declared_or_streamed_body_over_the_limit_gets_413_and_leaves_the_key_free() {
     let handler = Handler::new();
     let service = layer().with_body_limit(10).layer(handler.clone());
     is_problem(&send(&service, post("k", "01234567890")).await, 413, "body-too-large");

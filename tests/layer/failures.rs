@@ -585,7 +585,7 @@ where
 /// An owner that released its key, or whose service failed, served its own result although the key
 /// held another one.
 #[tokio::test(start_paused = true)]
-async fn a_superseded_owner_serves_what_the_key_holds_however_it_ended() {
+async fn a_superseded_owner_serves_the_stored_response_however_it_ended() {
     for on_error in [OnError::Release, OnError::Unknown, OnError::Store] {
         for ending in ["failure", "panic", "broken body", "stream"] {
             let store = RemoteStore::new();
@@ -1265,7 +1265,11 @@ async fn a_fingerprint_function_that_panics_leaves_no_claim() {
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
     let layer = IdempotencyLayer::new(RemoteStore::deciding_at_once()).with_fingerprint(move |_, body| {
-        assert_ne!(count.fetch_add(1, Ordering::SeqCst), 0, "the first time");
+        assert_ne!(
+            count.fetch_add(1, Ordering::SeqCst),
+            0,
+            "the function panics at its first call"
+        );
         body.to_vec()
     });
     let service = layer.layer(Handler::new());

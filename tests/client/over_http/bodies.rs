@@ -89,7 +89,7 @@ impl RawServer {
         server
     }
 
-    /// Returns the number of requests, all of which must have the same key.
+    /// Returns the number of requests. Fails if they do not have the same key.
     fn requests(&self) -> usize {
         let keys = self.keys.lock().unwrap();
         assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
@@ -140,7 +140,7 @@ async fn perform(act: Act, mut stream: TcpStream) {
             }
         }
     }
-    // Until the client closes the connection.
+    // Wait until the client closes the connection.
     while stream.read(&mut [0; 1024]).await.is_ok_and(|read| read > 0) {}
 }
 
@@ -151,7 +151,7 @@ enum Http {
 }
 const CLIENTS: [Http; 2] = [Http::Hyper, Http::Reqwest];
 
-/// What the error of a failed call contains: attempts, outcome, the status of the lost response,
+/// The contents of the error of a failed call: attempts, outcome, the status of the lost response,
 /// and the text.
 #[derive(Debug)]
 struct Failed {
@@ -405,7 +405,7 @@ async fn a_response_without_a_body_is_complete() {
             let got = send_as(http, &calls, method, &server.url, Some("k"));
             let got = timeout(PATIENCE, got)
                 .await
-                .expect("the end of the head is the end")
+                .expect("the response ends with its head")
                 .unwrap();
             assert_eq!(delivery(&got).0, 1);
             assert_eq!(text_of(got).await, "");
@@ -638,7 +638,7 @@ async fn a_call_made_once_streams_a_body_that_stalls_and_does_not_store_it() {
                 .clone()
                 .oneshot(request::<reqwest::Body>(&Method::POST, &server.url, Some("k")))
         };
-        let got = timeout(PATIENCE, send()).await.expect("it streams").unwrap();
+        let got = timeout(PATIENCE, send()).await.expect("the response streams").unwrap();
         assert_eq!(got.status(), StatusCode::CREATED);
         assert!(matches!(send().await, Err(OnceError::NotStored)), "{stalled:?}");
         drop(got);

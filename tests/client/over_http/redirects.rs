@@ -404,7 +404,7 @@ mod by_tower_http {
             let redirects = FollowRedirect::with_policy(charging("/charges", refusal, &charges), policy);
             let client = ServiceBuilder::new()
                 .layer(OnceLayer::new(store.clone(), ProviderProfile::stripe()).with_errors(class))
-                // A box hides the type.
+                // The box hides the type of the service.
                 .service(BoxCloneService::new(redirects));
             is_charged_once(client, &charges).await;
         }

@@ -139,7 +139,7 @@ async fn first_bytes(service: impl Serve) -> Response<AnyBody> {
     response
 }
 
-/// A service of these tests.
+/// The service type of these tests.
 trait Serve:
     tower::Service<http::Request<AnyBody>, Response = Response<AnyBody>, Error = std::convert::Infallible, Future: Send>
     + Clone
@@ -390,7 +390,7 @@ async fn a_secret_in_a_recovered_or_resolved_response_is_not_stored() {
 /// place of the secret. The caller of the recovery got that refusal too, and the application did
 /// not render it.
 #[tokio::test(start_paused = true)]
-async fn a_recovered_failure_marked_as_secret_reaches_its_caller_and_is_rendered_as_a_refusal_for_duplicates() {
+async fn a_recovered_secret_failure_reaches_its_caller_and_duplicates_get_a_rendered_refusal() {
     let store = RemoteStore::new();
     let check = |_| async {
         let mut response = Response::new("declined, reference 17".into());
