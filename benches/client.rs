@@ -127,8 +127,8 @@ where
 }
 
 fn subjects() -> Vec<Subject> {
-    let keyed = |maker| {
-        let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(maker);
+    let keyed = |generator| {
+        let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(generator);
         layer.layer(Client)
     };
     let keys = KeyDeriver::new(&[7; 32]).expect("the secret is long enough");

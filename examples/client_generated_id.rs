@@ -66,7 +66,7 @@ async fn transfer(party: &ThirdParty, payout: &str, amount: u64) -> Result<Statu
     let client = ServiceBuilder::new()
         .layer(
             IdempotencyKeyLayer::new(ProviderProfile::draft())
-                .with_maker(KeyGenerator::derived(ids))
+                .with_generator(KeyGenerator::derived(ids))
                 .with_body_key(put_id),
         )
         .layer(CallLayer::new(retries))

@@ -35,7 +35,7 @@ async fn charge(bank: &ThirdParty, order: &str, amount: &str) -> Result<String, 
         .with_initial_backoff(Duration::from_millis(50))
         .with_max_backoff(Duration::from_secs(1));
     let client = ServiceBuilder::new()
-        .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys)))
+        .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(KeyGenerator::derived(keys)))
         .layer(CallLayer::new(retries))
         // tower's boxed error does not implement `Error`, so it could not be a source.
         .map_err(io::Error::other::<BoxError>)

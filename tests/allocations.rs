@@ -163,7 +163,7 @@ fn a_key_takes_at_most_two_allocations_and_a_request_without_one_takes_none() {
     let keys = KeyDeriver::new(&[7; 32]).unwrap();
     let function = KeyGenerator::from_fn(|_| Ok::<_, Infallible>("order-1".repeat(5)));
     block_on(ready(()));
-    for (name, maker, profile, most) in [
+    for (name, generator, profile, most) in [
         (
             "random, version 4",
             KeyGenerator::uuid_v4(),
@@ -180,7 +180,9 @@ fn a_key_takes_at_most_two_allocations_and_a_request_without_one_takes_none() {
         ("in quotes", KeyGenerator::uuid_v4(), ProviderProfile::draft(), 2),
         ("by a function", function, ProviderProfile::stripe(), 2),
     ] {
-        let mut client = IdempotencyKeyLayer::new(profile).with_maker(maker).layer(SetsHost);
+        let mut client = IdempotencyKeyLayer::new(profile)
+            .with_generator(generator)
+            .layer(SetsHost);
         // The random number generator allocates once per thread.
         drop(allocated(&mut client, outgoing("POST", None)));
         let more = |client: &mut _, method, key| {

@@ -13,7 +13,7 @@ pub(super) enum Follows {
 }
 
 /// The name of `SameOriginKey`, which exists only with its feature.
-const KEY_AT_HOME: &str = "tower_idempotency::client::redirect::SameOriginKey";
+const SAME_ORIGIN_KEY: &str = "tower_idempotency::client::redirect::SameOriginKey";
 
 /// Judges each `FollowRedirect` in a service, of any version of `tower-http`, by its own policy. Does not count them,
 /// because a type name can contain another one several times (`Either<Limit<S>, S>`), and one `FollowRedirect` can have
@@ -52,7 +52,7 @@ fn of_one(before: &str, after: &str, number: usize) -> Follows {
 
 /// Judges a policy by its type.
 fn of_policy(name: &str) -> Follows {
-    if name == KEY_AT_HOME {
+    if name == SAME_ORIGIN_KEY {
         return Follows::Obedient;
     }
     let Some((path, arguments)) = name.split_once('<') else {

@@ -23,7 +23,7 @@
 //! # async fn main() -> Result<(), tower_idempotency::Error> {
 //! let keys = KeyGenerator::derived(KeyDeriver::new(b"32 bytes from the secret manager")?);
 //! let client = ServiceBuilder::new()
-//!     .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(keys))
+//!     .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(keys))
 //!     .service(service_fn(|request: Request<String>| async move {
 //!         // A UUID, which is the same for order 7 also after a crash.
 //!         assert_eq!(request.headers()["idempotency-key"].len(), 36);

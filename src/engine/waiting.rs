@@ -30,7 +30,7 @@ pub(crate) trait Waiter {
     fn judge(&mut self, record: Option<Snapshot>) -> Option<Self::Seen>;
 
     /// Waits until this request must look again before the record changes.
-    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
+    fn lookup_requested(&self) -> impl Future<Output = ()> + Send {
         pending()
     }
 }
@@ -103,7 +103,7 @@ pub(crate) async fn await_owner<St: Store, W: Waiter>(
         if deadline.left().is_zero() {
             return Waited::TimeUp(waiter);
         }
-        let (watched, must_look) = (pin!(watched(watch)), pin!(waiter.is_asked_to_look()));
+        let (watched, must_look) = (pin!(watched(watch)), pin!(waiter.lookup_requested()));
         drop(within(POLL.min(deadline.left()), select(watched, must_look)).await);
     }
 }

@@ -24,7 +24,7 @@ pub struct Refusal {
     pub(super) kind: RefusalKind,
     pub(super) retry_after: Option<Duration>,
     /// Whether the failure is final for this key, so that a retry does not help.
-    pub(super) held: bool,
+    pub(super) is_final: bool,
     /// Whether the handler had started when the layer refused the request.
     after_run: bool,
     /// The header field with the key, if it is not `Idempotency-Key`. Set when the refusal is
@@ -37,18 +37,18 @@ impl Refusal {
         Self {
             kind,
             retry_after: None,
-            held: false,
+            is_final: false,
             after_run: false,
             header: None,
         }
     }
 
     /// Returns a refusal that is final for this key. Retries get it again, or `outcome-unknown`.
-    pub(crate) const fn held(kind: RefusalKind) -> Self {
+    pub(crate) const fn final_for_key(kind: RefusalKind) -> Self {
         Self {
             kind,
             retry_after: None,
-            held: true,
+            is_final: true,
             after_run: false,
             header: None,
         }
@@ -58,7 +58,7 @@ impl Refusal {
         Self {
             kind,
             retry_after: Some(after),
-            held: false,
+            is_final: false,
             after_run: false,
             header: None,
         }
@@ -119,7 +119,7 @@ impl Refusal {
     /// Returns whether the same request with the same key may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        self.kind.problem_text().retryable && !self.held
+        self.kind.problem_text().retryable && !self.is_final
     }
 
     /// Returns the value of the `Retry-After` header: the delay before a retry in seconds, rounded
@@ -252,7 +252,7 @@ mod tests {
             should_retry: Some(HeaderName::from_static("stripe-should-retry")),
         };
         for kind in ALL {
-            for refusal in [Refusal::new(kind), Refusal::held(kind)] {
+            for refusal in [Refusal::new(kind), Refusal::final_for_key(kind)] {
                 let wanted = refusal.is_retryable().to_string();
                 let (parts, _) = rendered_as(refusal, &rendering);
                 assert_eq!(parts.headers["stripe-should-retry"], wanted, "{kind:?}");
@@ -295,7 +295,7 @@ mod tests {
         for kind in ALL {
             for refusal in [
                 Refusal::retry_after(kind, Duration::from_millis(1_500)),
-                Refusal::held(kind),
+                Refusal::final_for_key(kind),
             ] {
                 let (parts, body) = rendered(refusal.clone(), &RefusalStyle::Grpc);
                 assert_eq!((parts.status, body.len()), (StatusCode::OK, 0));
@@ -315,7 +315,7 @@ mod tests {
                     assert_eq!((delay, pushback), (None, None), "{kind:?}");
                     // gRPC retries these two codes by itself.
                     let repeated = matches!(status.code(), Code::Unavailable | Code::Aborted);
-                    assert!(!repeated || refusal == Refusal::held(kind), "{kind:?}");
+                    assert!(!repeated || refusal == Refusal::final_for_key(kind), "{kind:?}");
                 }
             }
         }

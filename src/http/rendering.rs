@@ -129,7 +129,7 @@ pub(crate) struct Rendering {
 impl Rendering {
     /// Copies the head of a request for a refusal that may follow after the handler has received
     /// the request. Copies nothing if no renderer will read the head.
-    pub(crate) fn keep_head(&self, head: &Parts) -> Option<Box<Parts>> {
+    pub(crate) fn copy_head(&self, head: &Parts) -> Option<Box<Parts>> {
         match self.style {
             RefusalStyle::Custom(_) => Some(Box::new(head.clone())),
             #[cfg(feature = "tonic")]

@@ -126,14 +126,14 @@ pub(crate) struct Columns {
     pub(crate) retention: Duration,
     pub(crate) until: Timestamp,
     pub(crate) expires: Timestamp,
-    pub(crate) answer: Option<StoredResponse>,
+    pub(crate) response: Option<StoredResponse>,
 }
 
 #[cfg(feature = "postgres")]
 impl Record {
     /// Returns the record of these columns. `None` if they are not a valid record.
     pub(crate) fn from_columns(columns: Columns) -> Option<Self> {
-        let state = match (columns.state, columns.answer) {
+        let state = match (columns.state, columns.response) {
             (IN_FLIGHT, None) => State::InFlight { until: columns.until },
             (UNKNOWN, None) => State::Unknown,
             (TOMBSTONE, None) => State::Completed(Outcome::Tombstone),

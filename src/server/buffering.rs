@@ -126,7 +126,7 @@ where
         // The copy calls the `Clone` of extensions, which is the application's code and may panic.
         // So copy the head before the claim, because a panic between the claim and its `KeyGuard`
         // would leave the key claimed.
-        let seen = settings.refusals.keep_head(&head);
+        let seen = settings.refusals.copy_head(&head);
         let decided = decide(&shared, &settings, &settings.claim(names.storage_key, fingerprint));
         if let Decided::Settled(shared_result) = decided {
             return Buffered::Response(settings.respond(span.as_deref(), Some(&head), &shared_result, &accepted));

@@ -218,7 +218,7 @@ impl Waiter for Bystander<'_> {
         }
     }
 
-    fn is_asked_to_look(&self) -> impl Future<Output = ()> + Send {
+    fn lookup_requested(&self) -> impl Future<Output = ()> + Send {
         self.in_flight.look_requested()
     }
 }

@@ -21,7 +21,7 @@ use crate::telemetry::{self, Event};
 
 /// The refusal after a failure of the handler that a retry cannot run again, because the key is not
 /// released.
-const HELD: Refusal = Refusal::held(RefusalKind::HandlerFailed);
+const HELD: Refusal = Refusal::final_for_key(RefusalKind::HandlerFailed);
 
 /// Whether the store recorded the outcome, or the response that replaces the handler's response.
 type Concluded<R> = Result<Recorded, Response<R>>;

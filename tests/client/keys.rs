@@ -110,7 +110,7 @@ async fn a_valid_key_of_the_caller_takes_precedence() {
 
 #[tokio::test]
 async fn a_profile_sets_the_header_field_and_the_form_of_the_key() {
-    let maker = || KeyGenerator::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));
+    let generator = || KeyGenerator::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));
     for (profile, header, form) in [
         (ProviderProfile::draft(), "idempotency-key", r#""a\"b\\c""#),
         (ProviderProfile::stripe(), "idempotency-key", r#"a"b\c"#),
@@ -130,7 +130,7 @@ async fn a_profile_sets_the_header_field_and_the_form_of_the_key() {
             r#"a"b\c"#,
         ),
     ] {
-        let layer = IdempotencyKeyLayer::new(profile).with_maker(maker());
+        let layer = IdempotencyKeyLayer::new(profile).with_generator(generator());
         let mut request = post();
         request
             .extensions_mut()
@@ -166,8 +166,8 @@ async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_s
     const NAME: &str = "repeatability-first-sent";
     let keys = KeyDeriver::new(b"32 bytes from the secret manager").unwrap();
     let plain = || IdempotencyKeyLayer::new(ProviderProfile::repeatable_requests());
-    let derived = || plain().with_maker(KeyGenerator::derived(keys.clone()));
-    let by_function = plain().with_maker(KeyGenerator::from_fn(|_| Ok::<_, Infallible>("order-7".to_owned())));
+    let derived = || plain().with_generator(KeyGenerator::derived(keys.clone()));
+    let by_function = plain().with_generator(KeyGenerator::from_fn(|_| Ok::<_, Infallible>("order-7".to_owned())));
     let origin = KeyOrigin::new("order-7", "charge");
     let from = |origin: &KeyOrigin| {
         let mut request = post();
@@ -206,7 +206,7 @@ async fn a_retry_after_a_crash_carries_the_date_of_the_first_attempt_or_is_not_s
 
 #[tokio::test]
 async fn a_request_is_not_sent_if_its_maker_fails_or_returns_an_invalid_key() {
-    let layer = |maker| IdempotencyKeyLayer::new(ProviderProfile::adyen()).with_maker(maker);
+    let layer = |generator| IdempotencyKeyLayer::new(ProviderProfile::adyen()).with_generator(generator);
     let failing = KeyGenerator::from_fn(|_| Err::<String, _>("the vault is closed"));
     let (sent, ended) = send(&layer(failing), [post()]).await;
     assert!(sent.lock().unwrap().is_empty());
@@ -223,8 +223,8 @@ async fn a_request_is_not_sent_if_its_maker_fails_or_returns_an_invalid_key() {
         ("a\r\nx-admin: 1".to_owned(), InvalidKey::NotVisibleAscii),
     ] {
         let made = key.clone();
-        let maker = KeyGenerator::from_fn(move |_| Ok::<_, Infallible>(made.clone()));
-        let (sent, ended) = send(&layer(maker), [post()]).await;
+        let generator = KeyGenerator::from_fn(move |_| Ok::<_, Infallible>(made.clone()));
+        let (sent, ended) = send(&layer(generator), [post()]).await;
         assert!(sent.lock().unwrap().is_empty());
         assert!(
             matches!(&ended[0], Err(KeyPlacementError::Key(error)) if error.reason() == reason),
@@ -235,9 +235,9 @@ async fn a_request_is_not_sent_if_its_maker_fails_or_returns_an_invalid_key() {
 
 #[tokio::test]
 async fn random_keys_are_uuids_of_the_chosen_version() {
-    for (maker, version) in [(KeyGenerator::uuid_v4(), '4'), (KeyGenerator::uuid_v7(), '7')] {
+    for (generator, version) in [(KeyGenerator::uuid_v4(), '4'), (KeyGenerator::uuid_v7(), '7')] {
         let headers = only(
-            &IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(maker),
+            &IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(generator),
             post(),
         )
         .await;
@@ -250,7 +250,7 @@ async fn random_keys_are_uuids_of_the_chosen_version() {
         );
     }
     // UUIDs of version 7 are ordered by time.
-    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::uuid_v7());
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(KeyGenerator::uuid_v7());
     let earlier = only(&layer, post()).await;
     tokio::time::sleep(Duration::from_millis(3)).await;
     let later = only(&layer, post()).await;
@@ -261,7 +261,7 @@ async fn random_keys_are_uuids_of_the_chosen_version() {
 async fn a_derived_key_survives_a_crash_and_depends_on_scope_key_and_step() {
     let keys = || KeyDeriver::new(&[7; 32]).unwrap();
     let derived = |origin: KeyOrigin| {
-        let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys()));
+        let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(KeyGenerator::derived(keys()));
         let mut request = post();
         request.extensions_mut().insert(origin);
         async move { value(&only(&layer, request).await, "idempotency-key").to_owned() }
@@ -286,10 +286,10 @@ async fn a_derived_key_survives_a_crash_and_depends_on_scope_key_and_step() {
     let other_secret = KeyDeriver::new(&[8; 32]).unwrap();
     assert_ne!(key, other_secret.derive(&origin()));
 
-    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys()));
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(KeyGenerator::derived(keys()));
     let (sent, ended) = send(&layer, [post()]).await;
     assert!(
-        sent.lock().unwrap().is_empty() && matches!(&ended[0], Err(KeyPlacementError::Maker(_))),
+        sent.lock().unwrap().is_empty() && matches!(&ended[0], Err(KeyPlacementError::Generator(_))),
         "{ended:?}"
     );
     assert_eq!(KeyDeriver::new(&[7; 15]).unwrap_err().kind(), ErrorKind::Configuration);
@@ -315,7 +315,7 @@ fn a_derived_key_is_hmac_sha_256_as_documented() {
 #[tokio::test]
 async fn a_key_can_be_put_into_the_body() {
     let layer = IdempotencyKeyLayer::new(ProviderProfile::draft().with_max_len(45))
-        .with_maker(KeyGenerator::from_fn(|request| {
+        .with_generator(KeyGenerator::from_fn(|request| {
             request.headers["x-order"]
                 .to_str()
                 .map(|order| format!("order-{order}"))
@@ -341,7 +341,7 @@ async fn a_key_can_be_put_into_the_body() {
     };
     let sent = send(r#"{"amount":1}"#).await.unwrap().into_body();
     assert_eq!(sent, r#"{"amount":1,"idempotency_key":"order-7"}"#);
-    assert!(matches!(send("no JSON").await, Err(KeyPlacementError::Maker(_))));
+    assert!(matches!(send("no JSON").await, Err(KeyPlacementError::Generator(_))));
 }
 
 #[cfg(feature = "follow-redirect")]

@@ -426,7 +426,7 @@ async fn a_completion_that_fails_is_repeated_and_then_reported_as_unrecorded() {
         store.fail("complete", [Fault::Before; 10_000]);
         let error = party.run(once(store.clone(), "k")).await.unwrap_err();
         assert!(
-            matches!(&error, OnceError::Unrecorded { given, .. } if **given == 1),
+            matches!(&error, OnceError::Unrecorded { output, .. } if **output == 1),
             "{error:?}"
         );
         assert!(error.may_have_happened());

@@ -555,7 +555,7 @@ async fn a_store_failure_before_the_call_differs_from_one_after_it() {
     store.fail("complete", [Fault::Before; 100]);
     let after = party.send(&layer, request("x"), |_| respond(200)).await.unwrap_err();
     assert!(
-        matches!(&after, OnceError::Unrecorded { given, .. } if given.status() == 200),
+        matches!(&after, OnceError::Unrecorded { output, .. } if output.status() == 200),
         "{after:?}"
     );
     assert!(after.may_have_happened() && party.arrived() == 1);

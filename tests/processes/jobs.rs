@@ -421,7 +421,7 @@ impl Jobs {
             .with_initial_backoff(Duration::from_millis(5))
             .with_max_backoff(Duration::from_millis(50));
         let client = ServiceBuilder::new()
-            .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_maker(KeyGenerator::derived(keys)))
+            .layer(IdempotencyKeyLayer::new(ProviderProfile::stripe()).with_generator(KeyGenerator::derived(keys)))
             .layer(CallLayer::new(policy))
             .service(ReqwestService::from_client(self.http.clone()));
         let request = http::Request::post(format!("http://{}/create/{job}", self.party));

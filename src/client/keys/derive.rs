@@ -17,9 +17,9 @@ use crate::protocol::Scope;
 /// The key is an HMAC-SHA-256 (RFC 2104) under a secret. It covers the scope, the inbound key and
 /// the step, each after its length as four bytes, big-endian. The first 16 bytes become a UUID of
 /// version 8 (RFC 9562 section 5.8). A UUID fits the bounds of every provider, and can also serve
-/// as an id that the client makes. Never pass on the inbound key itself. Its maker would share a
-/// name space with all others at the third party, and could get responses there that belong to
-/// someone else.
+/// as an id that the client makes. Never pass on the inbound key itself. The sender of that key
+/// would share a name space with all others at the third party, and could get responses there that
+/// belong to someone else.
 ///
 /// All processes need the same secret, and so do all versions of a program that may see a retry.
 ///

@@ -11,7 +11,7 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use super::maker::{Cause, KeyGenerator, Outgoing};
+use super::generator::{Cause, KeyGenerator, Outgoing};
 use super::place::{place_first_sent, InBody, InHeader, KeyPlacement, NoFirstSent};
 use super::profile::ProviderProfile;
 use crate::protocol::KeyError;
@@ -43,7 +43,7 @@ use crate::protocol::KeyError;
 ///
 /// | setting | default |
 /// |---|---|
-/// | [maker](Self::with_maker) | [`KeyGenerator::uuid_v4`] |
+/// | [generator](Self::with_generator) | [`KeyGenerator::uuid_v4`] |
 /// | [methods](Self::with_methods) | POST and PATCH; other requests pass unchanged |
 /// | place | the header field of the [`ProviderProfile`] |
 ///
@@ -64,7 +64,7 @@ pub struct IdempotencyKeyLayer<P = InHeader> {
 #[derive(Clone)]
 struct Settings {
     profile: ProviderProfile,
-    maker: KeyGenerator,
+    generator: KeyGenerator,
     methods: Vec<Method>,
 }
 
@@ -74,7 +74,7 @@ impl IdempotencyKeyLayer {
     pub fn new(profile: ProviderProfile) -> Self {
         let settings = Settings {
             profile,
-            maker: KeyGenerator::default(),
+            generator: KeyGenerator::default(),
             methods: vec![Method::POST, Method::PATCH],
         };
         Self {
@@ -87,8 +87,8 @@ impl IdempotencyKeyLayer {
 impl<P> IdempotencyKeyLayer<P> {
     /// Sets the generator of the keys. Default: [`KeyGenerator::uuid_v4`].
     #[must_use]
-    pub fn with_maker(mut self, maker: KeyGenerator) -> Self {
-        Arc::make_mut(&mut self.settings).maker = maker;
+    pub fn with_generator(mut self, generator: KeyGenerator) -> Self {
+        Arc::make_mut(&mut self.settings).generator = generator;
         self
     }
 
@@ -132,7 +132,7 @@ impl<P> fmt::Debug for IdempotencyKeyLayer<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IdempotencyKeyLayer")
             .field("profile", &self.settings.profile)
-            .field("maker", &self.settings.maker)
+            .field("generator", &self.settings.generator)
             .field("methods", &self.settings.methods)
             .finish_non_exhaustive()
     }
@@ -169,7 +169,7 @@ impl<S, P> IdempotencyKeyService<S, P> {
     {
         let Settings {
             profile,
-            maker,
+            generator,
             methods,
         } = &*self.layer.settings;
         if !methods.contains(request.method()) {
@@ -185,9 +185,9 @@ impl<S, P> IdempotencyKeyService<S, P> {
                 extensions: request.extensions(),
             };
             let mut text = [0; 36];
-            let key = maker.make(head, &mut text).map_err(KeyPlacementError::Maker)?;
+            let key = generator.make(head, &mut text).map_err(KeyPlacementError::Generator)?;
             place.place(profile, request, &key).map_err(KeyPlacementError::of)?;
-            is_new = maker.is_random();
+            is_new = generator.is_random();
         }
         place_first_sent(profile, request, is_new).map_err(|NoFirstSent| KeyPlacementError::FirstSent)
     }
@@ -266,7 +266,7 @@ pub enum KeyPlacementError<E> {
     /// The server would not accept the key. Nothing was sent.
     Key(KeyError),
     /// The generator made no key, or the key could not be added to the request. Nothing was sent.
-    Maker(Box<dyn std::error::Error + Send + Sync>),
+    Generator(Box<dyn std::error::Error + Send + Sync>),
     /// The error of the inner client.
     Service(E),
 }
@@ -275,7 +275,7 @@ impl<E> KeyPlacementError<E> {
     fn of(cause: Cause) -> Self {
         match cause.downcast::<KeyError>() {
             Ok(error) => Self::Key(*error),
-            Err(cause) => Self::Maker(cause),
+            Err(cause) => Self::Generator(cause),
         }
     }
 }
@@ -292,7 +292,7 @@ impl<E: fmt::Display> fmt::Display for KeyPlacementError<E> {
                 "the request was not sent because the server would not accept its idempotency key; the source of this \
                  error shows what is wrong with the key"
             }
-            Self::Maker(_) => "the request was not sent because no idempotency key could be made for it",
+            Self::Generator(_) => "the request was not sent because no idempotency key could be made for it",
             Self::Service(error) => return error.fmt(f),
         })
     }
@@ -303,7 +303,7 @@ impl<E: std::error::Error + 'static> std::error::Error for KeyPlacementError<E> 
         match self {
             Self::FirstSent => None,
             Self::Key(error) => Some(error),
-            Self::Maker(cause) => Some(&**cause),
+            Self::Generator(cause) => Some(&**cause),
             // `Display` shows this error already, so the chain continues with its cause.
             Self::Service(error) => error.source(),
         }

@@ -2,14 +2,14 @@
 //! and a [`ProviderProfile`] describes the server that accepts it.
 
 mod derive;
+mod generator;
 mod layer;
-mod maker;
 mod place;
 mod profile;
 
 pub use derive::{KeyDeriver, KeyOrigin};
+pub use generator::{KeyGenerator, Outgoing};
 pub use layer::{IdempotencyKeyLayer, IdempotencyKeyService, KeyFuture, KeyPlacementError};
-pub use maker::{KeyGenerator, Outgoing};
 #[cfg(feature = "retry")]
 pub(super) use place::IsKeyed;
 pub use place::{InBody, InHeader, KeyPlacement};

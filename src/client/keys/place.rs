@@ -7,7 +7,7 @@ use http::header::{HeaderValue, MaxSizeReached};
 use http::Request;
 
 use super::derive::KeyOrigin;
-use super::maker::Cause;
+use super::generator::Cause;
 use super::profile::ProviderProfile;
 use crate::clock::{http_date, http_date_of};
 use crate::protocol::{quoted, InvalidKey, KeyError, KeyParser, KeySyntax};

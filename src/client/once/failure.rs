@@ -64,8 +64,8 @@ pub enum OnceError<T, E> {
     /// The call was made, but its response could not be recorded. Another attempt may make the call
     /// again, or find its outcome unknown.
     Unrecorded {
-        /// The response.
-        given: Box<T>,
+        /// The output of the call.
+        output: Box<T>,
         /// The error of the store.
         error: Error,
     },

@@ -275,7 +275,7 @@ impl<St: Store + Clone> Once<St> {
                 output: (Ok(value), _),
                 recorded: Err(error),
             } => Err(OnceError::Unrecorded {
-                given: Box::new(value),
+                output: Box::new(value),
                 error,
             }),
             Settled::Ran {

@@ -93,7 +93,7 @@ fn record(row: &PgRow) -> Result<Option<(Record, Timestamp)>, sqlx::Error> {
             retention: Duration::from_micros(number(row, "retention")?),
             until: Timestamp::from_micros(number(row, "lease_until")?),
             expires: Timestamp::from_micros(number(row, "expires")?),
-            answer: response,
+            response,
         })
     };
     let now = number(row, "now").map(Timestamp::from_micros);

@@ -115,7 +115,7 @@ impl Mediation {
             Err(OnceError::Unknown(Some(error))) if promise == Promise::ExactlyOnce => Err(error),
             // The call was made, and this is its response, although the store did not record it. A
             // repeated call with this key would return the same response.
-            Err(OnceError::Unrecorded { given, .. }) if promise == Promise::ExactlyOnce => Ok(*given),
+            Err(OnceError::Unrecorded { output, .. }) if promise == Promise::ExactlyOnce => Ok(*output),
             Err(error) if !error.may_have_happened() => Err(MediationError::Again(error.to_string().into())),
             Err(OnceError::InFlight { .. }) => Err(MediationError::Again("another process makes the call".into())),
             Err(_) => Err(MediationError::Unknown),
@@ -196,7 +196,7 @@ fn client(http: ReqwestService, promise: Promise) -> Client {
                     .ok_or("the request has no `Attempt`, so there is no key")?;
                 Ok::<_, &str>(attempt.id("order"))
             });
-            let keyed = IdempotencyKeyLayer::new(profile).with_maker(keys).layer(calls);
+            let keyed = IdempotencyKeyLayer::new(profile).with_generator(keys).layer(calls);
             boxed(keyed)
         }
     }

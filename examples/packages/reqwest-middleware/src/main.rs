@@ -45,7 +45,7 @@ impl Idempotency {
                 _ => ErrorClass::Lost,
             });
         Self {
-            keys: IdempotencyKeyLayer::new(profile).with_maker(KeyGenerator::derived(keys)),
+            keys: IdempotencyKeyLayer::new(profile).with_generator(KeyGenerator::derived(keys)),
             calls: CallLayer::new(retries),
         }
     }

@@ -175,7 +175,7 @@ where
             output: Output::Response(response),
             recorded: Err(error),
         } => Err(OnceError::Unrecorded {
-            given: Box::new(response),
+            output: Box::new(response),
             error,
         }),
         Settled::Ran {
