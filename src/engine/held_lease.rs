@@ -170,7 +170,13 @@ impl HeldLease {
         let Some(lease) = self.grant.lease else { return };
         // If a renewal hangs, there must be time for another one before the lease ends.
         let timeout = store_timeout.min(lease / 6);
-        match with_timeout(timeout, store.renew(key, self.owner(), lease)).await {
+        let mut unanswered = Unanswered(Some(self));
+        let reply = with_timeout(timeout, store.renew(key, self.owner(), lease)).await;
+        if reply.is_ok() {
+            unanswered.0 = None;
+        }
+        drop(unanswered);
+        match reply {
             // The owner gave the lease up meanwhile. This renewal may have reached the store later,
             // and prolonged the lease.
             Ok(Renewal::Renewed) if self.is_given_up() => self.take_back(store, key, timeout).await,
@@ -183,12 +189,7 @@ impl HeldLease {
                 telemetry::failure(Event::RenewalFailed, &error);
                 self.take_back(store, key, timeout).await;
             }
-            Err(error) => {
-                if let Some(schedule) = self.schedule() {
-                    schedule.repeat();
-                }
-                telemetry::failure(Event::RenewalFailed, &error);
-            }
+            Err(error) => telemetry::failure(Event::RenewalFailed, &error),
         }
     }
 
@@ -200,6 +201,18 @@ impl HeldLease {
             drop(with_timeout(timeout, store.release(key, self.owner())).await);
         } else {
             drop(with_timeout(timeout, store.renew(key, self.owner(), Duration::ZERO)).await);
+        }
+    }
+}
+
+/// A renewal to which the store has not replied. Dropping it makes the next renewal due soon, also
+/// if the store panics or the runtime ends in the middle.
+struct Unanswered<'l>(Option<&'l HeldLease>);
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if let Some(schedule) = self.0.and_then(HeldLease::schedule) {
+            schedule.repeat();
         }
     }
 }

@@ -150,7 +150,7 @@ impl<St: Store + Clone> Drop for JobGuard<'_, St> {
             drop(stored_lease);
         }
         if let Some(owned) = self.owned.take() {
-            owned.give_up(self.store.clone(), *self.attempt.key(), lease, self.tracker);
+            owned.give_up(|| self.store.clone(), *self.attempt.key(), lease, self.tracker);
         }
     }
 }

@@ -72,7 +72,13 @@ impl LeaseGuard {
 
     /// Gives up the lease of a dropped owner, by a renewal with a lease of zero. The record remains
     /// as evidence of the attempt (I6).
-    pub(crate) fn give_up<St: Store>(self, store: St, key: StorageKey, lease: &HeldLease, tracker: &Arc<TaskTracker>) {
+    pub(crate) fn give_up<St: Store>(
+        self,
+        store: impl FnOnce() -> St,
+        key: StorageKey,
+        lease: &HeldLease,
+        tracker: &Arc<TaskTracker>,
+    ) {
         lease.set_given_up();
         let owner = lease.owner();
         // The code of a store may panic if its runtime is gone. The drop of the owner may be part
@@ -80,6 +86,7 @@ impl LeaseGuard {
         // be given up, it expires.
         let _ = catch_panic_in(|| {
             telemetry::event(Event::Abandoned);
+            let store = store();
             let mut renewal = Box::pin(async move {
                 if let Err(error) = store.renew(&key, owner, Duration::ZERO).await {
                     telemetry::failure(Event::RenewalFailed, &error);

@@ -144,6 +144,13 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// attempt would count as lost when its lease is over.
     #[cfg(feature = "postgres")]
     pub(crate) fn resolve_later(&self, error: &Error, end: AttemptEnd) {
+        // A renewal may wait for the row lock of the transaction, and prolong the lease after the
+        // task has recorded the end. If so, the renewal takes its lease back.
+        match end {
+            AttemptEnd::Completed(..) => {}
+            AttemptEnd::Released => self.lease.set_released(),
+            AttemptEnd::GivenUp => self.lease.set_given_up(),
+        }
         let (store, key, owner, retry) = (self.store.clone(), *self.key, self.owner(), self.retry.deferred());
         self.defer(error, end.bytes(), async move {
             resolve_transaction_late(&store, &key, owner, &end, retry).await;

@@ -75,9 +75,12 @@ impl TransactionState {
     /// Notes that the record shows a rollback, after the handler has ended. A completion that did
     /// not succeed stays as it is.
     pub(super) fn roll_back(&self) {
-        if self.is(Step::Completed) {
-            self.set(Step::RolledBack);
-        }
+        let (completed, rolled_back) = (Step::Completed as u8, Step::RolledBack as u8);
+        // A task of the handler may begin another completion at the same time, and that one counts.
+        drop(
+            self.step
+                .compare_exchange(completed, rolled_back, Ordering::AcqRel, Ordering::Acquire),
+        );
     }
 
     /// Whether the handler has tried to complete the record in a transaction.

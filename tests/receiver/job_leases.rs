@@ -156,6 +156,22 @@ async fn a_renewal_that_is_under_way_does_not_hold_a_message_whose_handler_faile
     }
 }
 
+/// A renewal that panicked used up its turn. After two of them, the lease was lost.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_panics_is_repeated_before_the_lease_ends() {
+    let store = RemoteStore::new();
+    let layer = layer(&store).with_lease(30 * SECOND);
+    store.fail("renew", [Fault::Panic; 3]);
+    let owner = tokio::spawn(receive(&layer, "m", || async {
+        sleep(60 * SECOND).await;
+        Ok(())
+    }));
+    sleep(35 * SECOND).await;
+    let duplicate = elsewhere(&store, "m").await;
+    assert!(matches!(duplicate, Ok(Receipt::InFlight { .. })), "{duplicate:?}");
+    assert!(matches!(owner.await.unwrap(), Ok(Receipt::First(()))));
+}
+
 #[cfg(feature = "once")]
 mod calls {
     use tokio::sync::oneshot;

@@ -92,6 +92,8 @@ pub enum Fault {
     Corrupt,
     /// The operation fails because the store is misconfigured, and has no effect.
     Misconfigured,
+    /// The operation panics and has no effect.
+    Panic,
 }
 
 impl RemoteStore {
@@ -201,6 +203,7 @@ impl RemoteStore {
             Some(Fault::Misconfigured) => {
                 return Err(Error::new(ErrorKind::Configuration, "the table does not exist"));
             }
+            Some(Fault::Panic) => panic!("the test wants this operation to panic"),
             Some(Fault::Hang) => return std::future::pending().await,
             Some(Fault::Slow(seconds)) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
             Some(Fault::After) | None => {}
