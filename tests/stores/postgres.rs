@@ -25,6 +25,7 @@ use crate::support::postgres;
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy;
 use crate::support::proxy::{Direction, Fate, Proxy};
+use crate::support::sequences;
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -61,7 +62,7 @@ async fn the_store_meets_the_contract() {
     conformance::all(&store).await;
     conformance::all(&Arc::new(store.clone())).await;
     conformance::all(&BoxStore::new(store.clone())).await;
-    conformance::differential(&store, 300, 1).await;
+    conformance::differential(&store, sequences(), 1).await;
     let damaged = store.clone();
     let damage = |key: StorageKey| {
         let pool = damaged.pool().clone();

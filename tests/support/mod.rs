@@ -45,6 +45,16 @@ pub fn is_thorough() -> bool {
     std::env::var_os("THOROUGH").is_some()
 }
 
+/// How many random sequences a test sends to a store on a server: as many as the documentation of
+/// the conformance kit recommends if the tests are thorough, or a fifth.
+pub fn sequences() -> usize {
+    if is_thorough() {
+        300
+    } else {
+        60
+    }
+}
+
 pub type AnyBody = UnsyncBoxBody<Bytes, Broken>;
 
 /// The error of a body that broke off.

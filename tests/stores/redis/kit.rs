@@ -7,6 +7,7 @@ use tower_idempotency::store::conformance;
 use tower_idempotency::BoxStore;
 
 use super::{connect, RedisServer};
+use crate::support::sequences;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_store_meets_the_contract() {
@@ -15,7 +16,7 @@ async fn the_store_meets_the_contract() {
     conformance::all(&store).await;
     conformance::all(&Arc::new(store.clone())).await;
     conformance::all(&BoxStore::new(store.clone())).await;
-    conformance::differential(&store, 300, 1).await;
+    conformance::differential(&store, sequences(), 1).await;
     let damage = |key: StorageKey| {
         let hex: String = key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         server.tell::<()>(&format!("SETRANGE idempotency:{hex} 0 9"));
