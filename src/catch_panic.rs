@@ -1,7 +1,6 @@
 //! Panics of the application's code and of client libraries, as values.
 //!
-//! The callers of these functions do not use a value again that a panic may have left half changed,
-//! so both functions assert unwind safety. A caught panic has been reported by the panic hook
+//! The callers of these functions do not reuse a value that a panic may have left half changed, so both functions assert unwind safety. A caught panic has been reported by the panic hook
 //! already, so its message is dropped.
 
 use std::future::Future;

@@ -27,7 +27,7 @@ pub(crate) struct Claimer<'a, St> {
 }
 
 impl<St: Store + Clone> Claimer<'_, St> {
-    /// Returns how long the next claim may take. After a wait, the claim must not outlast the wait.
+    /// Returns how long the next claim may take. A claim that follows a wait must end by the deadline of that wait.
     pub(crate) fn limit(&self) -> Duration {
         let timeout = self.settings.store_timeout;
         self.wait.map_or(timeout, |wait| limit_in_wait(timeout, wait))

@@ -170,12 +170,12 @@ impl HeldLease {
         let Some(lease) = self.grant.lease else { return };
         // If a renewal hangs, there must be time for another one before the lease ends.
         let timeout = store_timeout.min(lease / 6);
-        let mut unanswered = Unanswered(Some(self));
+        let mut unfinished = Unfinished(Some(self));
         let reply = with_timeout(timeout, store.renew(key, self.owner(), lease)).await;
         if reply.is_ok() {
-            unanswered.0 = None;
+            unfinished.0 = None;
         }
-        drop(unanswered);
+        drop(unfinished);
         match reply {
             // The owner gave the lease up meanwhile. This renewal may have reached the store later,
             // and prolonged the lease.
@@ -205,11 +205,11 @@ impl HeldLease {
     }
 }
 
-/// A renewal to which the store has not replied. Dropping it makes the next renewal due soon, also
-/// if the store panics or the runtime ends in the middle.
-struct Unanswered<'l>(Option<&'l HeldLease>);
+/// A renewal that has not succeeded yet. Dropping it makes the next renewal due soon, even if the
+/// store panics or the runtime ends in the middle.
+struct Unfinished<'l>(Option<&'l HeldLease>);
 
-impl Drop for Unanswered<'_> {
+impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
         if let Some(schedule) = self.0.and_then(HeldLease::schedule) {
             schedule.repeat();

@@ -281,7 +281,7 @@ impl<St: Store + Clone> Job<St> {
         #[cfg(feature = "postgres")]
         if lease.transaction.has_begun() {
             // The handler may not know whether its transaction was committed. Only the record shows
-            // it.
+            // whether it was committed.
             let settled = self.after_transaction(lease, ended, absence).await;
             guard.end();
             return settled;
@@ -317,7 +317,7 @@ impl<St: Store + Clone> Job<St> {
         };
         if ownership == Ownership::Superseded {
             telemetry::event(Event::Superseded);
-            return self.stand_by(absence).await;
+            return self.await_new_owner(absence).await;
         }
         match ended {
             Ok(Ended { output, .. }) => Settled::Ran {
@@ -329,7 +329,7 @@ impl<St: Store + Clone> Job<St> {
     }
 
     /// Checks whether the lost attempt took effect, after the settle delay. A check that panics
-    /// could not decide.
+    /// counts as undecided.
     async fn check_lost_attempt<W: Work>(&self, work: &mut W, attempt: &Attempt) -> Recovered<Ended<W::Output>> {
         sleep(self.settings.settle_delay).await;
         catch_panic(work.check(attempt)).await.unwrap_or(Recovered::Unknown)
@@ -349,7 +349,7 @@ impl<St: Store + Clone> Job<St> {
             // record and compare its fingerprint (I4).
             Ok(Completion::Superseded(_)) => {
                 telemetry::event(Event::Superseded);
-                return self.stand_by(absence).await;
+                return self.await_new_owner(absence).await;
             }
             Err(error) => {
                 telemetry::failure(Event::Unrecorded, &error);
@@ -363,11 +363,11 @@ impl<St: Store + Clone> Job<St> {
     /// output, and its caller gets the recorded outcome (I2). The wait may take its full time,
     /// regardless of how long the caller waited before its own claim. It ends when the caller
     /// leaves, because nobody receives the outcome then.
-    pub(super) async fn stand_by<G>(&self, absence: &Absence) -> Settled<G> {
+    pub(super) async fn await_new_owner<G>(&self, absence: &Absence) -> Settled<G> {
         if absence.is_true() {
             return Settled::Refused(Refused::InFlight(Duration::ZERO));
         }
-        let waiter = Standby {
+        let waiter = SupersededWaiter {
             job: self,
             left: Duration::ZERO,
             output: PhantomData,
@@ -397,14 +397,14 @@ impl<St: Store + Clone> Job<St> {
 }
 
 /// A superseded attempt that waits for the outcome of the attempt that took its key over.
-struct Standby<'j, St, G> {
+struct SupersededWaiter<'j, St, G> {
     job: &'j Job<St>,
     /// The rest of the other attempt's lease.
     left: Duration,
     output: PhantomData<fn() -> G>,
 }
 
-impl<St: Store + Clone, G> Waiter for Standby<'_, St, G> {
+impl<St: Store + Clone, G> Waiter for SupersededWaiter<'_, St, G> {
     type Seen = Settled<G>;
 
     // The work has run, so read the record before reporting that another attempt is in flight.

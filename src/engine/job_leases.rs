@@ -76,7 +76,7 @@ impl Renewer for JobLeases {
 
 /// Keeps the lease of a job until the attempt [ends](Self::end), so that no other attempt runs
 /// meanwhile (I1). A runtime that shuts down may drop the guard before the end. The guard then
-/// gives the lease up. In an in-process store, this is the only way in which the lease ends.
+/// gives the lease up. A lease in an in-process store never expires, so without this the key would stay in flight.
 pub(super) struct JobGuard<'j, St: Store + Clone> {
     store: &'j St,
     store_timeout: Duration,
@@ -124,8 +124,8 @@ impl<'j, St: Store + Clone> JobGuard<'j, St> {
         }
     }
 
-    /// Drops the guard without giving the lease up, because the end of the attempt has been
-    /// written.
+    /// Drops the guard without giving the lease up, because the end of the attempt is recorded or
+    /// deferred.
     pub(super) fn end(mut self) {
         if let Some(owned) = self.owned.take() {
             owned.end(self.attempt.lease());

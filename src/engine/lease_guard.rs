@@ -1,4 +1,4 @@
-//! The part of an owner in the renewal of its lease.
+//! The owner's share in the renewal of its lease.
 
 use std::future::{poll_fn, Future};
 use std::pin::pin;
@@ -94,8 +94,8 @@ impl LeaseGuard {
             });
             let _entered = self.runtime.as_ref().map(Handle::enter);
             // Poll the renewal here first, because a store in memory is done at the first poll, and
-            // the runtime may be gone by now. Any other store goes on in a tracked task, for which
-            // the drain waits (I11).
+            // the runtime may be gone by now. For any other store, a tracked task continues the
+            // renewal, and the drain waits for it (I11).
             if (&mut renewal).now_or_never().is_none() {
                 if let Some(runtime) = &self.runtime {
                     tracker.spawn(runtime, renewal);

@@ -145,7 +145,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     #[cfg(feature = "postgres")]
     pub(crate) fn resolve_later(&self, error: &Error, end: AttemptEnd) {
         // A renewal may wait for the row lock of the transaction, and prolong the lease after the
-        // task has recorded the end. If so, the renewal takes its lease back.
+        // task has recorded the end. If so, `HeldLease::renew` ends the prolonged lease again.
         match end {
             AttemptEnd::Completed(..) => {}
             AttemptEnd::Released => self.lease.set_released(),
@@ -157,7 +157,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         });
     }
 
-    /// Runs a deferred write of `bytes` bytes in a task, if the error can pass by itself.
+    /// Runs a deferred write of `bytes` bytes in a task, if the error is temporary.
     fn defer(&self, error: &Error, bytes: usize, write: impl Future<Output = ()> + Send + 'static) {
         let Ok(runtime) = Handle::try_current() else { return };
         if StoreRetry::repeats(error) {

@@ -16,7 +16,7 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// The leases of a layer, or of one call, and the way to renew them.
 pub(crate) trait Renewer: Send + Sync + 'static {
-    /// A share in an owner's lease.
+    /// A handle to an owner's lease.
     type Holder: Send + 'static;
 
     /// Returns the tasks that renew these leases.
@@ -71,8 +71,8 @@ struct TaskEntry {
 
 impl TaskEntry {
     /// Removes the entry if no leases are left, and returns whether it did. The check happens under
-    /// the lock of the list, so that the next lease finds either a task that runs on or no entry,
-    /// and then starts another task.
+    /// the lock of the list, so that the next lease finds a running task, or finds no entry and
+    /// starts a new task.
     fn ends(&mut self, any_leased: impl FnOnce() -> bool) -> bool {
         let mut runtimes = lock(&self.tasks.runtimes);
         self.has_ended = !any_leased();

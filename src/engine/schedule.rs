@@ -9,8 +9,8 @@ use crate::clock::{micros, Stopwatch};
 /// renewal fails or hangs, the next one still comes in time.
 ///
 /// A task renews the lease when a renewal is due. That task can be late, because its runtime has
-/// ended or a thread is blocked. So the owner and the tasks of other runtimes renew the lease once
-/// the renewal is overdue.
+/// ended or a thread is blocked. So the owner and the tasks of other runtimes renew the lease as
+/// soon as the renewal is overdue.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     lease: Duration,
@@ -39,7 +39,7 @@ impl Schedule {
         self.take_if(now, |due| now.saturating_add(micros(soon)) >= due)
     }
 
-    /// Takes a renewal that nobody has taken within a sixth of the lease after it was due.
+    /// Takes a renewal that neither a task nor the owner has taken within a sixth of the lease after it was due.
     pub(crate) fn take_overdue(&self) -> bool {
         let now = self.since.elapsed_micros();
         let sixth = micros(self.lease / 6);

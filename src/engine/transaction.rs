@@ -37,7 +37,7 @@ impl<St: Store + Clone> Job<St> {
             TransactionEnd::RolledBack => self.rolled_back(lease, ended, absence).await,
             TransactionEnd::Superseded => {
                 telemetry::event(Event::Superseded);
-                self.stand_by(absence).await
+                self.await_new_owner(absence).await
             }
             TransactionEnd::Undecided(error) => self.undecided(lease, ended, error),
         }

@@ -77,10 +77,9 @@ impl TransactionState {
     pub(super) fn roll_back(&self) {
         let (completed, rolled_back) = (Step::Completed as u8, Step::RolledBack as u8);
         // A task of the handler may begin another completion at the same time, and that one counts.
-        drop(
-            self.step
-                .compare_exchange(completed, rolled_back, Ordering::AcqRel, Ordering::Acquire),
-        );
+        let _ = self
+            .step
+            .compare_exchange(completed, rolled_back, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Whether the handler has tried to complete the record in a transaction.
@@ -88,8 +87,8 @@ impl TransactionState {
         self.step.load(Ordering::Acquire) != 0
     }
 
-    /// Whether the last completion did not succeed, as far as this process knows. A response of the
-    /// handler may then only report that failure.
+    /// Whether the last completion did not succeed, as far as this process knows. In that case, the
+    /// handler's response may be nothing but a report of that failure.
     pub(crate) fn has_failed(&self) -> bool {
         self.is(Step::Begun) || self.is(Step::Failed)
     }

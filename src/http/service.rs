@@ -8,7 +8,7 @@ use super::body::RebuildBody;
 /// An HTTP service that takes requests with the body `B`, and can be called from a task. The layer
 /// can read the bodies of its responses and rebuild them.
 ///
-/// This trait replaces the same list of bounds inside the crate. The public implementations of
+/// This trait stands for a list of bounds that the crate would otherwise repeat. The public implementations of
 /// `Service` list these bounds themselves, so that the docs and the compiler's errors show them.
 pub(crate) trait HttpService<B>:
     Service<Request<B>, Response = Response<<Self as HttpService<B>>::ResponseBody>, Error: Send, Future: Send>

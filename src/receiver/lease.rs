@@ -11,7 +11,7 @@ use crate::protocol::Fence;
 pub struct MessageLease {
     attempt: Attempt,
     #[cfg(feature = "postgres")]
-    home: transaction::Home,
+    context: transaction::TransactionContext,
 }
 
 impl MessageLease {
@@ -26,7 +26,7 @@ impl MessageLease {
         Self {
             attempt: made.attempt(),
             #[cfg(feature = "postgres")]
-            home: transaction::Home::made(made),
+            context: transaction::TransactionContext::made(made),
         }
     }
 
@@ -87,13 +87,13 @@ mod transaction {
 
     /// The store of the receiver that made the lease, and the retention of its records.
     #[derive(Clone)]
-    pub(super) struct Home {
+    pub(super) struct TransactionContext {
         store: Result<PostgresStore, Error>,
         retention: Duration,
     }
 
     #[cfg(feature = "testing")]
-    impl Home {
+    impl TransactionContext {
         pub(super) fn made(made: &crate::engine::Made) -> Self {
             Self {
                 store: made.store.clone().ok_or(crate::engine::MADE_WITHOUT_STORE),
@@ -105,8 +105,8 @@ mod transaction {
     impl MessageLease {
         pub(in super::super) fn new<St: Store>(attempt: Attempt, store: &St, retention: Duration) -> Self {
             let store = PostgresStore::within(store).cloned().ok_or(NO_POSTGRES);
-            let home = Home { store, retention };
-            Self { attempt, home }
+            let context = TransactionContext { store, retention };
+            Self { attempt, context }
         }
 
         /// Records *within your transaction* that the message is handled, in the database that
@@ -137,13 +137,13 @@ mod transaction {
             );
             /// The receiver reads the record after the transaction.
             const SHORTEST_RETENTION: Duration = Duration::from_secs(60);
-            let store = self.home.store.as_ref().map_err(Clone::clone)?;
+            let store = self.context.store.as_ref().map_err(Clone::clone)?;
             // Set this before the completion is sent, because a completion that is dropped early
             // may still take effect.
             let lease = self.attempt.lease();
             lease.transaction.begin();
             let (key, owner) = (self.attempt.key(), lease.owner());
-            let retention = self.home.retention.max(SHORTEST_RETENTION);
+            let retention = self.context.retention.max(SHORTEST_RETENTION);
             let completion = store.complete_in(connection, key, owner, &Outcome::Tombstone, retention);
             let completed = match completion.await {
                 Ok(Completion::Completed) => {

@@ -303,7 +303,6 @@ async fn a_superseded_job_waits_for_no_outcome_once_its_caller_has_left() {
         tokio::time::sleep(Duration::from_millis(10)).await;
         store.heal();
         if hangs {
-            store.fail("watch", [Fault::Hang; 10]);
             store.fail("peek", [Fault::Hang; 10]);
         }
         if leaves_during_the_run {
@@ -376,7 +375,7 @@ async fn a_call_whose_caller_leaves_during_the_check_does_not_begin() {
 }
 
 #[tokio::test]
-async fn a_check_that_panics_before_it_returns_a_future_finds_nothing() {
+async fn a_check_that_panics_before_it_returns_a_future_counts_as_undecided() {
     #[expect(clippy::panic, reason = "the test needs a check that panics")]
     fn panics() -> Ready<Recovered<()>> {
         panic!("the check is broken")

@@ -617,7 +617,7 @@ async fn waiters_are_bounded_per_key_and_in_total() {
     let full = "too-many-waiters";
     assert_eq!(codes, ["", "", "", full, "", "", full, full]);
     assert_eq!(handler.runs(), 2);
-    // The waiters have left their places.
+    // The ended waiters no longer count against the limits.
     assert_one_response(&{
         let service = layer.layer(Handler::new().taking(Duration::from_secs(1)));
         let owner = start(&service, "three", "pay");

@@ -107,7 +107,7 @@ async fn a_handler_that_blocks_its_thread_keeps_its_message() {
     assert!(matches!(first.await.unwrap(), Ok(Receipt::First(()))));
 }
 
-/// One task renews many leases, each at its third, and stops when a delivery ends.
+/// The task of a layer renews each lease after each third of it, and stops when the delivery ends.
 #[tokio::test(start_paused = true)]
 async fn each_lease_is_renewed_at_its_third_and_never_after_its_end() {
     let store = RemoteStore::new();
@@ -132,15 +132,14 @@ async fn each_lease_is_renewed_at_its_third_and_never_after_its_end() {
     let renewals = store.calls("renew");
     assert!(
         (30..=36).contains(&renewals),
-        "9 and 19 and 5, or one more each: {renewals}"
+        "9 + 19 + 5, at most one more or less for each: {renewals}"
     );
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(store.calls("renew"), renewals);
 }
 
-/// Two runtimes cannot renew their leases for now: one is not polled, because its thread handles
-/// one message after another, and one has no free blocking thread. Neither prevents other runtimes
-/// from renewing.
+/// Runtime `one` has had a renewal task and is no longer polled. Runtime `two` has no free blocking
+/// thread. The lease on `two` is renewed all the same.
 #[test]
 fn each_lease_is_renewed_by_its_own_runtime() {
     let store = RemoteStore::new();

@@ -105,7 +105,7 @@ impl Proxy {
     }
 
     /// Lets everything pass again and returns whether the proxy has cut a connection. TCP never
-    /// omits bytes, so the proxy cuts the connections that have lost some.
+    /// omits bytes, so the proxy cuts every connection.
     pub fn heal(&self) -> bool {
         let fate = std::mem::replace(&mut *self.state.fate.lock().unwrap(), Fate::Pass);
         if matches!(fate, Fate::Swallow(_)) {

@@ -294,17 +294,14 @@ async fn a_grant_that_could_not_be_renewed_at_once_is_released() {
                 assert_eq!(grant.attempt, 1);
                 break;
             }
-            other => assert!(
-                tries < 100,
-                "the key stays held although its caller has left: {other:?}"
-            ),
+            other => assert!(tries < 100, "the key stays held although its claim failed: {other:?}"),
         }
         tokio::time::sleep(100 * MILLI).await;
     }
 }
 
-/// A test of the connection had no time limit of its own, so each dead connection took the whole
-/// time to get one.
+/// A test of the connection had no time limit of its own, so each dead connection used up the whole
+/// time to get a connection.
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_connections_that_died_are_replaced_soon() {
     let server = PostgresServer::start();
@@ -461,7 +458,7 @@ async fn a_connection_that_is_dead_leaves_the_pool() {
     }
 }
 
-/// The lease of such a claim was shorter by the wait, or over when the claim was granted.
+/// A claim that waited for a lock lost the time of the wait from its lease, or over when the claim was granted.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_that_waited_has_its_whole_lease() {
     let server = PostgresServer::start();

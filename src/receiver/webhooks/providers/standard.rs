@@ -16,19 +16,19 @@ use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 const MAX_ASYMMETRIC: usize = 4;
 
 /// The names of the three header fields.
-struct Names {
+struct HeaderNames {
     id: &'static str,
     timestamp: &'static str,
     signature: &'static str,
 }
 
-const STANDARD: Names = Names {
+const STANDARD: HeaderNames = HeaderNames {
     id: "webhook-id",
     timestamp: "webhook-timestamp",
     signature: "webhook-signature",
 };
 
-const SVIX: Names = Names {
+const SVIX: HeaderNames = HeaderNames {
     id: "svix-id",
     timestamp: "svix-timestamp",
     signature: "svix-signature",
