@@ -4,8 +4,8 @@ use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// A function of the application. Clones share it. Its `Debug` form only shows that there is one,
-/// so that settings can derive theirs.
+/// A function of the application. Clones share it. Its `Debug` output is `..`, so that structs of
+/// settings can derive `Debug`.
 pub(crate) struct Callback<F: ?Sized>(pub(crate) Arc<F>);
 
 impl<F: ?Sized> Clone for Callback<F> {

@@ -56,7 +56,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         self.lease.owner()
     }
 
-    /// Records the outcome. The lease is renewed until the outcome is recorded, so that no other
+    /// Records the outcome. The renewal task renews the lease while this function repeats the write, so that no other
     /// attempt runs meanwhile (I1).
     pub(crate) async fn complete(&self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
         let complete = || self.store.complete(self.key, self.owner(), outcome, retention);

@@ -73,8 +73,8 @@ async fn a_superseded_owner_never_gets_the_value_for_another_input() {
     assert!(!matches!(&first, Ok(done) if *done.value() == 2), "I4: {first:?}");
 }
 
-/// The store took the completion of the late owner for a repeated completion. Its caller got
-/// another value than all later calls.
+/// The store treated the late owner's completion as a repeat. So the owner's caller got a different
+/// value from all later calls.
 #[tokio::test(start_paused = true)]
 async fn an_owner_that_comes_back_after_a_resolution_returns_the_value_that_stands() {
     let (store, elsewhere) = (RemoteStore::new(), RemoteStore::new());

@@ -392,8 +392,8 @@ async fn waiters_for_owners_in_other_processes_are_bounded_in_total() {
     assert_eq!(send(&here, post("k", "")).await.status(), 201);
 }
 
-/// A waiter for an owner inherited the deadline of its earlier wait for the decision about the
-/// claim of another request. That deadline was the timeout of the store.
+/// A waiter for an owner used the deadline of its first wait, for the claim of another request,
+/// also for its second wait, for the owner. That deadline was the timeout of the store.
 #[tokio::test(start_paused = true)]
 async fn a_duplicate_waits_no_longer_than_its_setting_allows() {
     let store = RemoteStore::new();

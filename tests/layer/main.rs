@@ -13,4 +13,3 @@ mod on_tonic;
 mod on_tower;
 #[path = "../support/mod.rs"]
 mod support;
-mod telemetry;

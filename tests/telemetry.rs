@@ -1,5 +1,7 @@
 //! Logs, spans and metrics: what the crate reports, and the secrets that it never reports.
 
+mod support;
+
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,7 +12,7 @@ use tower_idempotency::{IdempotencyLayer, MemoryStore, OnLost};
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::support::{post, send, Fault, Handler, RemoteStore};
+use support::{post, send, Fault, Handler, RemoteStore};
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
