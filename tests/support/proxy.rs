@@ -337,7 +337,7 @@ pub async fn cut_after_every_byte<S: Store + Clone>(proxied: Vec<(S, Proxy)>, di
 
 /// Cuts every operation in both directions while it is the first of its kind on its connection,
 /// which makes it send more bytes. Cuts after every fifth byte, or after every 55th if the tests
-/// are not thorough. Returns the number of cuts after every fifth byte that this stands for.
+/// are not thorough. Returns the number of cuts, scaled up to a thorough run.
 pub async fn cut_while_preparing<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S) -> usize {
     cut_everywhere(proxied, direct, false, 5).await
 }
