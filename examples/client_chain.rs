@@ -50,7 +50,7 @@ async fn call(
 
 async fn charge(bank: &ThirdParty, lease: &Lease, purpose: &str, amount: &str) -> Result<String, BoxError> {
     let request = Request::post(bank.url("/v1/charges"))
-        .header("idempotency-key", lease.derive_id(purpose))
+        .header("idempotency-key", lease.derive_key(purpose))
         .body(amount.to_owned())?;
     let response = call(ProviderProfile::stripe(), 2, request).await?.error_for_status()?;
     Ok(response.text().await?)

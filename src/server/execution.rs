@@ -182,6 +182,7 @@ impl<St: Store, S> Exchange<St, S> {
             fence: grant.owner.fence,
             attempt: grant.attempt,
             head: admitted.head.clone(),
+            derived_keys: self.key_guard.in_flight.derived_keys(),
         };
         // The check is the application's code, and may panic before it returns its future.
         let Ok(checking) = catch_panic_in(|| check.call(lost)) else {

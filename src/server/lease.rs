@@ -157,24 +157,14 @@ impl Lease {
     /// runs again.
     #[must_use]
     pub fn derive_key(&self, step: &str) -> String {
-        self.derive(step).to_hex().to_string()
+        self.in_flight.derived_keys().key(step)
     }
 
     /// Returns [`derive_key`](Self::derive_key) as a UUID (version 8, RFC 9562 section 5.8) of 36
     /// characters, for a third party that accepts ids from its clients, or only short keys.
     #[must_use]
     pub fn derive_id(&self, step: &str) -> String {
-        let mut bytes = [0; 16];
-        bytes.copy_from_slice(&self.derive(step).as_bytes()[..16]);
-        uuid::Builder::from_custom_bytes(bytes).into_uuid().to_string()
-    }
-
-    fn derive(&self, step: &str) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new_derive_key("tower-idempotency 2026 key for a call further on");
-        hasher.update(self.in_flight.storage_key.as_bytes());
-        hasher.update(self.in_flight.fingerprint.digest());
-        hasher.update(step.as_bytes());
-        hasher.finalize()
+        self.in_flight.derived_keys().id(step)
     }
 }
 

@@ -16,6 +16,7 @@
 //! future, the rest of it continues in a spawned task. So only an abandoned request costs a task.
 
 mod buffering;
+mod derived_keys;
 mod detached;
 mod elsewhere;
 mod ending;

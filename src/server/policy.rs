@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
 
+use super::derived_keys::DerivedKeys;
 use super::marks::{retention_of, DoNotStore, StoreOutcomeOnly, StoreResponse};
 use crate::callback::Callback;
 use crate::catch_panic::catch_panic_in;
@@ -37,6 +38,24 @@ pub struct LostAttempt {
     pub attempt: u32,
     /// The head of the request.
     pub head: request::Parts,
+    pub(super) derived_keys: DerivedKeys,
+}
+
+impl LostAttempt {
+    /// Returns the same key as [`Lease::derive_key`](crate::Lease::derive_key) returned to the
+    /// handler in the lost attempt. If the handler called the third party under this key, look for
+    /// the effect under it.
+    #[must_use]
+    pub fn derive_key(&self, step: &str) -> String {
+        self.derived_keys.key(step)
+    }
+
+    /// Returns the same id as [`Lease::derive_id`](crate::Lease::derive_id) returned to the handler
+    /// in the lost attempt.
+    #[must_use]
+    pub fn derive_id(&self, step: &str) -> String {
+        self.derived_keys.id(step)
+    }
 }
 
 impl fmt::Debug for LostAttempt {

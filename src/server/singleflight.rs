@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::derived_keys::DerivedKeys;
 use super::settings::Waiting;
 use crate::clock::{within, Deadline, Stopwatch};
 use crate::engine::HeldLease;
@@ -97,6 +98,13 @@ impl InFlight {
         self.guarded = AtomicBool::new(true);
         self.held = OnceLock::from(HeldLease::new(grant, Stopwatch::start));
         self
+    }
+
+    pub(super) const fn derived_keys(&self) -> DerivedKeys {
+        DerivedKeys {
+            storage_key: self.storage_key,
+            fingerprint: self.fingerprint,
+        }
     }
 
     /// Sets whether the exchange continues if its caller leaves.

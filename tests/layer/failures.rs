@@ -4,6 +4,7 @@
 mod leases;
 mod streams;
 
+use std::convert::Infallible;
 use std::iter::repeat_n;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -38,7 +39,7 @@ fn on_memory(handler: &Handler) -> tower_idempotency::Idempotency<Handler, Memor
 
 #[tokio::test(start_paused = true)]
 async fn a_panic_is_a_500_for_the_caller_and_its_duplicates_and_frees_the_key() {
-    let handler = Handler::new().taking(Duration::from_secs(1)).answering(|n| {
+    let handler = Handler::new().taking(Duration::from_secs(1)).responding(|n| {
         assert!(n > 1, "the first run panics");
         text(StatusCode::CREATED, "paid")
     });
@@ -57,9 +58,7 @@ async fn a_panic_is_a_500_for_the_caller_and_its_duplicates_and_frees_the_key() 
 #[tokio::test]
 async fn a_panic_before_the_first_poll_is_caught_too() {
     let inner = service_fn(
-        |_: Request<AnyBody>| -> std::future::Ready<Result<Response<AnyBody>, std::convert::Infallible>> {
-            panic!("in call")
-        },
+        |_: Request<AnyBody>| -> std::future::Ready<Result<Response<AnyBody>, Infallible>> { panic!("in call") },
     );
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(inner);
     for _ in 0..2 {
@@ -69,7 +68,7 @@ async fn a_panic_before_the_first_poll_is_caught_too() {
 
 #[tokio::test]
 async fn on_error_store_replays_failures_panics_and_errors_of_the_service() {
-    let handler = Handler::new().answering(|n| match n {
+    let handler = Handler::new().responding(|n| match n {
         1 => text(StatusCode::BAD_GATEWAY, "the bank is down"),
         _ => panic!("the second key panics"),
     });
@@ -98,7 +97,7 @@ async fn on_error_store_replays_failures_panics_and_errors_of_the_service() {
 
 #[tokio::test]
 async fn on_error_unknown_gives_failures_an_unknown_outcome() {
-    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new().responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let service = IdempotencyLayer::new(MemoryStore::new())
         .on_error(OnError::Unknown)
         .layer(handler.clone());
@@ -110,7 +109,7 @@ async fn on_error_unknown_gives_failures_an_unknown_outcome() {
 #[tokio::test]
 async fn an_unknown_outcome_can_be_resolved() {
     let store = RemoteStore::new();
-    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new().responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let service = IdempotencyLayer::new(store.clone())
         .on_error(OnError::Unknown)
         .layer(handler.clone());
@@ -127,7 +126,7 @@ async fn an_unknown_outcome_can_be_resolved() {
 
 #[tokio::test]
 async fn an_operator_resolves_a_key_by_the_key_that_the_client_sent() {
-    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new().responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let layer = IdempotencyLayer::new(MemoryStore::new())
         .with_namespace("billing")
         .on_error(OnError::Unknown);
@@ -175,7 +174,7 @@ async fn a_timeout_inside_the_layer_follows_the_setting_for_failures() {
 #[tokio::test]
 async fn a_handler_may_store_a_failure_and_set_its_retention() {
     let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1_000_000_000));
-    let handler = Handler::new().answering(|n| {
+    let handler = Handler::new().responding(|n| {
         let mut response = text(StatusCode::SERVICE_UNAVAILABLE, format!("final {n}"));
         response.extensions_mut().insert(StoreResponse);
         response.extensions_mut().insert(StoreFor(Duration::from_secs(60)));
@@ -200,7 +199,7 @@ async fn a_handler_that_blocks_its_thread_past_the_lease_runs_once() {
         async move {
             counted.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(2_500));
-            Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "slow"))
+            Ok::<_, Infallible>(text(StatusCode::CREATED, "slow"))
         }
     });
     let store = RemoteStore::new();
@@ -264,7 +263,7 @@ async fn a_request_body_that_breaks_off_or_trickles_runs_nothing_and_leaves_the_
 async fn a_request_whose_response_breaks_off_is_never_executed_again() {
     for play in [vec![Play::Data("par"), Play::Break], vec![Play::Break]] {
         let play = std::sync::Mutex::new(Some(play));
-        let handler = Handler::new().answering(move |_| Response::new(frames(play.lock().unwrap().take().unwrap())));
+        let handler = Handler::new().responding(move |_| Response::new(frames(play.lock().unwrap().take().unwrap())));
         let service = on_memory(&handler);
         let first = send(&service, post("k", "pay")).await;
         assert_eq!((first.status(), first.code()), (500, "response-broken"));
@@ -286,7 +285,7 @@ async fn a_response_that_is_not_stored_frees_its_key_although_its_body_breaks_of
         (503, false),
         (200, true),
     ] {
-        let handler = Handler::new().answering(move |n| {
+        let handler = Handler::new().responding(move |n| {
             if n > 1 {
                 return text(StatusCode::CREATED, "paid");
             }
@@ -312,7 +311,7 @@ async fn a_failure_whose_body_breaks_off_follows_the_setting_for_failures() {
         (OnError::Unknown, "", "outcome-unknown"),
         (OnError::Store, "response-broken", "response-not-stored"),
     ] {
-        let handler = Handler::new().answering(|_| {
+        let handler = Handler::new().responding(|_| {
             let mut response = Response::new(frames(vec![Play::Data("fai"), Play::Break]));
             *response.status_mut() = StatusCode::BAD_GATEWAY;
             response
@@ -334,7 +333,7 @@ async fn a_failure_whose_body_breaks_off_follows_the_setting_for_failures() {
 #[tokio::test]
 async fn the_tombstone_of_a_response_without_its_body_lives_as_long_as_its_head_asks() {
     for (body, limit) in [("breaks", 100), ("long", 3)] {
-        let handler = Handler::new().answering(move |_| {
+        let handler = Handler::new().responding(move |_| {
             let mut response = match body {
                 "breaks" => Response::new(frames(vec![Play::Data("par"), Play::Break])),
                 _ => text(StatusCode::OK, "too long"),
@@ -361,7 +360,7 @@ async fn the_tombstone_of_a_response_without_its_body_lives_as_long_as_its_head_
 
 #[tokio::test(start_paused = true)]
 async fn a_response_that_is_slow_within_its_time_is_stored() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         Response::new(support::stalling(
             "slow",
             tokio::time::sleep(Duration::from_millis(9_900)),
@@ -374,7 +373,7 @@ async fn a_response_that_is_slow_within_its_time_is_stored() {
 
 #[tokio::test(start_paused = true)]
 async fn a_response_of_endless_empty_frames_ends_at_the_time_limit() {
-    let handler = Handler::new().answering(|_| Response::new(support::empty_frames()));
+    let handler = Handler::new().responding(|_| Response::new(support::empty_frames()));
     let service = on_memory(&handler);
     let owner = tokio::spawn(service.clone().oneshot(post("k", "pay")));
     support::advance(Duration::from_secs(9)).await;
@@ -389,7 +388,7 @@ async fn a_response_of_endless_empty_frames_ends_at_the_time_limit() {
 fn bodies_can_be_read_on_a_runtime_without_timers() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
-        let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("pa"), Play::Data("id")])));
+        let handler = Handler::new().responding(|_| Response::new(frames(vec![Play::Data("pa"), Play::Data("id")])));
         let service = on_memory(&handler);
         for is_replay in [false, true] {
             let body = frames(vec![Play::Data("pa"), Play::Data("y")]);
@@ -402,7 +401,7 @@ fn bodies_can_be_read_on_a_runtime_without_timers() {
 /// The layer took the panic of a body for a panic of the handler, so it freed the key of a success.
 #[tokio::test]
 async fn a_response_whose_body_panics_counts_as_broken_off() {
-    let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("x"), Play::Panic])));
+    let handler = Handler::new().responding(|_| Response::new(frames(vec![Play::Data("x"), Play::Panic])));
     let service = on_memory(&handler);
     for (status, code) in [(500, "response-broken"), (409, "response-not-stored")] {
         let got = send(&service, post("k", "pay")).await;
@@ -414,7 +413,7 @@ async fn a_response_whose_body_panics_counts_as_broken_off() {
 #[tokio::test]
 async fn a_response_too_large_to_store_reaches_its_caller_whole_and_never_runs_again() {
     for known in [true, false] {
-        let handler = Handler::new().answering(move |_| {
+        let handler = Handler::new().responding(move |_| {
             if known {
                 return text(StatusCode::OK, "0123456789");
             }
@@ -433,7 +432,7 @@ async fn a_response_too_large_to_store_reaches_its_caller_whole_and_never_runs_a
 
 #[tokio::test]
 async fn an_event_stream_begins_after_its_tombstone_is_stored() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let mut response = Response::new(frames(vec![Play::Data("data: 1\n\n"), Play::Stall]));
         response
             .headers_mut()
@@ -468,7 +467,7 @@ async fn a_failure_that_an_inner_layer_reports_counts_as_a_failure_of_the_handle
         (OnError::Store, 1, ["handler-failed", ""]),
         (OnError::Release, 2, ["handler-failed", "handler-failed"]),
     ] {
-        let handler = Handler::new().answering(|_| panic!("after the effect"));
+        let handler = Handler::new().responding(|_| panic!("after the effect"));
         let inner = IdempotencyLayer::new(MemoryStore::new());
         let service = outer().on_error(on_error).layer(inner.layer(handler.clone()));
         let first = send(&service, with_two_keys()).await;
@@ -489,7 +488,7 @@ async fn a_request_that_an_inner_layer_reports_as_done_is_done_for_the_outer_lay
     let clock = tower_idempotency::Clock::manual(tower_idempotency::Timestamp::from_micros(1));
     let store = MemoryStore::builder().with_clock(clock.clone()).build();
     let inner = IdempotencyLayer::new(store).with_retention(Duration::from_secs(3_600));
-    let handler = Handler::new().answering(|_| Response::new(frames(vec![Play::Data("par"), Play::Break])));
+    let handler = Handler::new().responding(|_| Response::new(frames(vec![Play::Data("par"), Play::Break])));
     let service = outer().layer(inner.layer(handler.clone()));
     assert_eq!(send(&service, with_two_keys()).await.code(), "response-broken");
     clock.advance(Duration::from_secs(7_200));
@@ -505,7 +504,7 @@ async fn an_owner_that_comes_back_after_a_resolution_returns_the_response_that_s
         let store = RemoteStore::new();
         let handler = Handler::new()
             .taking(Duration::from_secs(60))
-            .answering(move |_| match fails {
+            .responding(move |_| match fails {
                 true => text(StatusCode::BAD_GATEWAY, "the owner's"),
                 false => text(StatusCode::CREATED, "the owner's"),
             });
@@ -592,7 +591,7 @@ async fn a_superseded_owner_serves_the_stored_response_however_it_ended() {
             let layer = IdempotencyLayer::new(store.clone())
                 .on_lost(OnLost::Execute)
                 .on_error(on_error);
-            let handler = Handler::new().taking(Duration::from_secs(60)).answering(move |_| {
+            let handler = Handler::new().taking(Duration::from_secs(60)).responding(move |_| {
                 let mut response = match ending {
                     "panic" => panic!("after the effect"),
                     "broken body" => Response::new(frames(vec![Play::Data("par"), Play::Break])),
@@ -628,7 +627,7 @@ async fn a_superseded_owner_that_cannot_read_the_record_reports_an_unknown_outco
         let store = RemoteStore::new();
         let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
         let failing = store.clone();
-        let handler = Handler::new().taking(Duration::from_secs(60)).answering(move |_| {
+        let handler = Handler::new().taking(Duration::from_secs(60)).responding(move |_| {
             failing.fail("peek", [fault; 10]);
             text(StatusCode::CREATED, "too late")
         });
@@ -643,7 +642,7 @@ async fn a_failure_that_could_not_be_recorded_is_not_marked_as_a_replay() {
     for panics in [true, false] {
         let store = RemoteStore::new();
         store.fail("complete", [Fault::Before; 100]);
-        let handler = Handler::new().taking(Duration::from_secs(1)).answering(move |_| {
+        let handler = Handler::new().taking(Duration::from_secs(1)).responding(move |_| {
             assert!(!panics, "after the effect");
             text(StatusCode::BAD_GATEWAY, "failed")
         });
@@ -822,7 +821,7 @@ async fn an_outage_leaves_a_bounded_number_of_tasks_that_end_with_it() {
 #[tokio::test(start_paused = true)]
 async fn claims_of_a_lost_key_that_fail_use_up_no_attempts() {
     let store = RemoteStore::new();
-    let handler = Handler::new().answering(|run| {
+    let handler = Handler::new().responding(|run| {
         assert!(run > 1, "the first run is lost");
         text(StatusCode::CREATED, "paid")
     });
@@ -1035,7 +1034,7 @@ async fn a_completion_that_never_succeeds_leaves_the_key_claimed() {
 async fn a_release_that_fails_for_a_while_is_repeated() {
     let store = RemoteStore::new();
     store.fail("release", [Fault::Before, Fault::After]);
-    let handler = Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let handler = Handler::new().responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     assert_eq!(send(&service, post("k", "pay")).await.status(), 502);
     assert_eq!((store.len(), store.calls("release")), (0, 3));
@@ -1047,7 +1046,7 @@ async fn a_release_that_fails_for_a_while_is_repeated() {
 async fn an_outcome_is_recorded_once_the_store_is_reachable_again() {
     for (status, is_stored) in [(StatusCode::CREATED, true), (StatusCode::SERVICE_UNAVAILABLE, false)] {
         let (store, handler) = (RemoteStore::new(), Handler::new());
-        let handler = handler.answering(move |_| text(status, "paid"));
+        let handler = handler.responding(move |_| text(status, "paid"));
         let layer = IdempotencyLayer::new(store.clone());
         let drain = layer.drain();
         let service = layer.layer(handler.clone());
@@ -1092,7 +1091,7 @@ async fn lost_key(store: &RemoteStore) -> tokio::task::JoinHandle<Got> {
 async fn lost_key_of(store: &RemoteStore, layer: IdempotencyLayer<RemoteStore>) -> tokio::task::JoinHandle<Got> {
     let handler = Handler::new()
         .taking(Duration::from_secs(3_600))
-        .answering(|_| text(StatusCode::CREATED, "the zombie"));
+        .responding(|_| text(StatusCode::CREATED, "the zombie"));
     let layer = layer
         .with_store_timeout(Duration::from_secs(1))
         .with_wait(Duration::ZERO);
@@ -1126,7 +1125,7 @@ async fn duplicates_of_a_lost_owner_are_refused_by_default_until_it_completes() 
 async fn a_lost_owner_is_taken_over_under_execute_and_serves_the_stored_response() {
     let store = RemoteStore::new();
     let zombie = lost_key(&store).await;
-    let handler = Handler::new().answering(|_| text(StatusCode::CREATED, "the winner"));
+    let handler = Handler::new().responding(|_| text(StatusCode::CREATED, "the winner"));
     let service = IdempotencyLayer::new(store)
         .on_lost(OnLost::Execute)
         .layer(handler.clone());
@@ -1155,7 +1154,7 @@ async fn attempts_are_numbered_fenced_and_capped() {
         assert_eq!(id.replace('-', "")[..12], lease.derive_key("charge")[..12]);
         assert_ne!(id, lease.derive_id("refund"));
         assert_eq!((id.len(), &id[14..15]), (36, "8"), "a UUID of version 8");
-        async { Ok::<_, std::convert::Infallible>(text(StatusCode::BAD_GATEWAY, "failed")) }
+        async { Ok::<_, Infallible>(text(StatusCode::BAD_GATEWAY, "failed")) }
     });
     let layer = IdempotencyLayer::new(store)
         .on_lost(OnLost::Execute)
@@ -1184,7 +1183,7 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
         let store = RemoteStore::new();
         let zombie = lost_key(&store).await;
         store.heal();
-        let handler = Handler::new().answering(|_| text(StatusCode::CREATED, "run again"));
+        let handler = Handler::new().responding(|_| text(StatusCode::CREATED, "run again"));
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
         let check = move |lost: LostAttempt| {
@@ -1226,6 +1225,37 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
     }
 }
 
+/// The check looks for the effect at the third party under the key that the lost attempt used there.
+#[tokio::test(start_paused = true)]
+async fn a_recovery_check_derives_the_keys_of_the_lost_attempt() {
+    let store = RemoteStore::new();
+    let layer = || IdempotencyLayer::new(store.clone());
+    let (used, mut keys) = tokio::sync::mpsc::unbounded_channel();
+    let handler = service_fn(move |request: Request<AnyBody>| {
+        let lease = request.extensions().get::<Lease>().unwrap();
+        used.send((lease.derive_key("charge"), lease.derive_id("charge")))
+            .unwrap();
+        std::future::pending::<Result<Response<AnyBody>, Infallible>>()
+    });
+    let zombie = tokio::spawn(layer().layer(handler).oneshot(post("k", "pay")));
+    let (key, id) = keys.recv().await.unwrap();
+    store.fail("renew", [Fault::Before; 10_000]);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    store.heal();
+
+    let check = move |lost: LostAttempt| {
+        assert_eq!(
+            (lost.derive_key("charge"), lost.derive_id("charge")),
+            (key.clone(), id.clone())
+        );
+        assert_ne!(lost.derive_key("refund"), key);
+        async { Recovered::Happened(Response::new("found at the bank".into())) }
+    };
+    let service = layer().with_recovery(check).layer(Handler::new());
+    assert_eq!(send(&service, post("k", "pay")).await.body, "found at the bank");
+    zombie.abort();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_recovery_check_that_panics_runs_nothing_and_is_asked_again() {
     for store in [RemoteStore::new(), RemoteStore::deciding_at_once()] {
@@ -1240,7 +1270,7 @@ async fn a_recovery_check_that_panics_runs_nothing_and_is_asked_again() {
                 Recovered::NotHappened
             }
         };
-        let handler = Handler::new().answering(|n| match n {
+        let handler = Handler::new().responding(|n| match n {
             1 => text(StatusCode::INTERNAL_SERVER_ERROR, "of unknown effect"),
             _ => text(StatusCode::CREATED, "run again"),
         });
@@ -1310,7 +1340,7 @@ async fn a_handler_that_timed_out_is_not_run_again_under_on_error_unknown() {
         async move {
             e.fetch_add(1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_secs(60)).await;
-            Ok::<_, std::convert::Infallible>(Response::new(full("ok")))
+            Ok::<_, Infallible>(Response::new(full("ok")))
         }
     });
     let timed = TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, Duration::from_secs(10)).layer(inner);
