@@ -165,3 +165,46 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
     }
 }
+
+#[cfg(all(test, feature = "postgres"))]
+mod tests {
+    use super::*;
+    use crate::clock::Stopwatch;
+    use crate::error::ErrorKind;
+    use crate::protocol::{Fence, Grant, Nonce};
+    use crate::store::MemoryStore;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A renewal may still wait for the row lock of the transaction. It must see that the attempt has
+    /// ended, because otherwise it would prolong the lease after the end is recorded.
+    #[tokio::test]
+    async fn a_renewal_in_flight_learns_that_the_end_is_recorded_later() {
+        let outcome = Outcome::Stored(crate::protocol::StoredResponse::default());
+        for (end, is_given_up) in [
+            (AttemptEnd::completed(&outcome, SECOND), false),
+            (AttemptEnd::Released, true),
+            (AttemptEnd::GivenUp, true),
+        ] {
+            let owner = Owner {
+                nonce: Nonce::random(),
+                fence: Fence::new(1),
+            };
+            let grant = Grant {
+                owner,
+                attempt: 1,
+                lease: Some(SECOND),
+            };
+            let lease = HeldLease::new(grant, Stopwatch::start);
+            let owner = KeyOwner {
+                store: &MemoryStore::new(),
+                key: &StorageKey::from_bytes([7; 32]),
+                lease: &lease,
+                retry: StoreRetry::new(SECOND, SECOND),
+                tracker: &Arc::default(),
+            };
+            owner.resolve_later(&Error::new(ErrorKind::StoreUnavailable, "down"), end);
+            assert_eq!(lease.is_given_up(), is_given_up);
+        }
+    }
+}
