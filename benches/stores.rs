@@ -117,8 +117,8 @@ fn over_redis(runtime: &Runtime, effort: Duration, callers: &[usize]) {
     let store = runtime.block_on(redis_store(&server.url()));
     let layered = Layered::over(store.clone());
     runtime.block_on(layered.run(Kind::First, layered.job(0)));
-    let record = server.tell::<String>("RANDOMKEY");
-    let completed = server.tell::<usize>(&format!("STRLEN {record}"));
+    let record = server.command::<String>("RANDOMKEY");
+    let completed = server.command::<usize>(&format!("STRLEN {record}"));
     let raw = runtime.block_on(RawRedis::connect(&server.url(), CLAIMED, completed));
     let raw = raw.expect("the new server accepts connections");
     // Four bytes before the head have its length.
@@ -130,7 +130,7 @@ fn over_redis(runtime: &Runtime, effort: Duration, callers: &[usize]) {
             per_request(runtime, &layered, kind, calls),
         ];
         for &callers in callers {
-            server.tell::<()>("FLUSHALL");
+            server.command::<()>("FLUSHALL");
             let line = Line {
                 store: "Redis",
                 kind,

@@ -118,7 +118,7 @@ async fn an_endless_body_is_refused_at_the_size_limit() {
 
 #[tokio::test]
 async fn a_hostile_connection_header_does_not_strip_the_response() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let mut response = text(StatusCode::CREATED, "{}");
         let headers = response.headers_mut();
         headers.insert(
@@ -149,7 +149,7 @@ async fn a_hostile_connection_header_does_not_strip_the_response() {
 
 #[tokio::test]
 async fn a_replay_has_the_marker_of_the_layer_and_not_that_of_the_handler() {
-    let handler = Handler::new().answering(|n| {
+    let handler = Handler::new().responding(|n| {
         let mut response = text(StatusCode::OK, format!("{n}"));
         response
             .headers_mut()
@@ -172,7 +172,7 @@ async fn a_replay_has_the_marker_of_the_layer_and_not_that_of_the_handler() {
 
 #[tokio::test]
 async fn many_and_long_headers_are_replayed() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let mut response = text(StatusCode::OK, "x");
         for n in 0..2_000 {
             let name = HeaderName::from_bytes(format!("x-many-{n}").as_bytes()).unwrap();
@@ -207,7 +207,7 @@ async fn a_flood_of_keys_is_refused_and_evicts_no_stored_response() {
 #[tokio::test]
 async fn a_flood_of_large_responses_turns_the_oldest_into_tombstones_and_repeats_no_execution() {
     let store = MemoryStore::builder().with_byte_budget(100_000).build();
-    let handler = Handler::new().answering(|_| text(StatusCode::OK, vec![7; 9_000]));
+    let handler = Handler::new().responding(|_| text(StatusCode::OK, vec![7; 9_000]));
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     for n in 0..100 {
         send(&service, post(&format!("k-{n}"), "x")).await;
@@ -360,7 +360,7 @@ fn fill(headers: &mut http::HeaderMap) -> usize {
 /// The replay marker was one field too many, and `HeaderMap::insert` panicked.
 #[tokio::test]
 async fn a_response_with_as_many_headers_as_a_map_takes_is_replayed_without_a_marker() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let mut trailers = http::HeaderMap::new();
         fill(&mut trailers);
         let mut response = http::Response::new(frames(vec![Play::Data("made"), Play::Trailers(trailers)]));

@@ -149,7 +149,7 @@ async fn an_execution_goes_on_when_its_waiter_has_claimed_again_and_leaves() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(1))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new().taking(Duration::from_secs(2));
     let layer = IdempotencyLayer::new(store);
@@ -174,7 +174,7 @@ async fn a_request_whose_caller_leaves_while_it_claims_does_not_wait_for_an_owne
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(3))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new();
     let layer = IdempotencyLayer::new(store);

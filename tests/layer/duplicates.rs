@@ -152,7 +152,7 @@ async fn waiters_get_a_response_that_is_not_stored_without_a_marker_and_the_next
     ] {
         let handler = Handler::new()
             .taking(Duration::from_secs(1))
-            .answering(move |n| respond(n));
+            .responding(move |n| respond(n));
         let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
         let responses = storm(&service, 50).await;
         assert!(responses
@@ -170,7 +170,7 @@ async fn waiters_of_another_process_run_once_when_the_owner_frees_the_key() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(1))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let handler = Handler::new().taking(Duration::from_secs(1));
     let here = IdempotencyLayer::new(store.clone()).layer(failing.clone());
     let there = IdempotencyLayer::new(store).layer(handler.clone());
@@ -206,7 +206,7 @@ async fn a_follower_takes_the_place_of_a_waiter_that_left_and_runs_when_the_key_
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(3))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let handler = Handler::new();
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let here = IdempotencyLayer::new(store).layer(handler.clone());
@@ -228,7 +228,7 @@ async fn the_last_of_many_waiters_runs_when_the_others_left_and_the_key_is_free(
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(3))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let handler = Handler::new();
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let here = IdempotencyLayer::new(store).layer(handler.clone());
@@ -255,7 +255,7 @@ async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_cla
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(3))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new().taking(Duration::from_secs(1));
     // The service of the waiter panics if it is called before it is ready.
@@ -277,7 +277,7 @@ async fn a_request_with_another_body_reserves_nothing_while_the_claim_of_a_waite
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(1))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new();
     let here = IdempotencyLayer::new(store).layer(GlobalConcurrencyLimitLayer::new(1).layer(handler.clone()));
@@ -319,7 +319,7 @@ async fn a_waiter_whose_service_fails_before_it_claims_again_gets_the_error_of_i
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(1))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let here = IdempotencyLayer::new(store.clone()).layer(FailsLater(Arc::default()));
     let owner = start(&there, "k", "pay");
@@ -336,7 +336,7 @@ async fn a_waiter_of_another_process_does_not_decide_by_an_outdated_look() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_millis(1_900))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let elsewhere = IdempotencyLayer::new(store.clone()).layer(Handler::new());
     let here = IdempotencyLayer::new(store).layer(Handler::new());
@@ -460,7 +460,7 @@ async fn a_claim_that_follows_a_wait_ends_with_the_wait_and_nothing_runs() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(1))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new();
     let here = IdempotencyLayer::new(store.clone())
@@ -489,7 +489,7 @@ async fn a_waiter_uses_its_own_claim_that_the_store_granted_late() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_millis(3_200))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let handler = Handler::new();
     let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
@@ -553,7 +553,7 @@ async fn a_waiter_uses_its_late_grant_while_many_claims_are_lost() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_millis(3_200))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let there = IdempotencyLayer::new(store.clone()).layer(failing);
     let here = IdempotencyLayer::new(store.clone()).layer(Handler::new());
     let owner = start(&there, "k", "pay");
@@ -642,7 +642,7 @@ async fn waiters_share_the_leaders_refusal_when_the_store_fails() {
 async fn a_key_that_is_always_busy_starves_no_request() {
     let handler = Handler::new()
         .taking(Duration::from_millis(100))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "no"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "no"));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     let clients = (0..20).map(|_| {
         let service = service.clone();
@@ -703,9 +703,9 @@ async fn a_watcher_of_another_process_does_not_get_the_response_to_another_reque
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(2))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let here = IdempotencyLayer::new(store.clone()).layer(failing);
-    let quick = Handler::new().answering(|_| text(StatusCode::CREATED, "for the other body"));
+    let quick = Handler::new().responding(|_| text(StatusCode::CREATED, "for the other body"));
     let there = IdempotencyLayer::new(store.clone()).layer(quick);
     let watching = IdempotencyLayer::new(store).layer(Handler::new());
     let owner = start(&here, "k", "pay");

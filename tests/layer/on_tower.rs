@@ -367,7 +367,7 @@ async fn a_service_with_several_names_can_exclude_the_host_from_the_fingerprint(
 
 #[tokio::test]
 async fn a_sensitive_header_stays_sensitive_when_it_is_replayed() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let mut secret = HeaderValue::from_static("secret-1");
         secret.set_sensitive(true);
         let trailers = HeaderMap::from_iter([("x-signature".parse().unwrap(), secret.clone())]);
@@ -412,7 +412,7 @@ async fn a_stored_failure_is_rendered_once() {
             *x.status_mut() = r.status();
             x
         })
-        .layer(Handler::new().answering(|_| panic!("x")));
+        .layer(Handler::new().responding(|_| panic!("x")));
     let a = send(&s, post("k", "x")).await;
     let b = send(&s, post("k", "x")).await;
     assert_eq!(a.body, b.body);
@@ -421,7 +421,7 @@ async fn a_stored_failure_is_rendered_once() {
 #[tokio::test]
 async fn more_than_65_535_header_lines_are_replayed() {
     // The record stored the number of header lines in 16 bits.
-    let s = IdempotencyLayer::new(MemoryStore::new()).layer(Handler::new().answering(|_| {
+    let s = IdempotencyLayer::new(MemoryStore::new()).layer(Handler::new().responding(|_| {
         let mut r = text(StatusCode::OK, "x");
         for _ in 0..70_000 {
             r.headers_mut().append("link", "a".parse().unwrap());

@@ -326,7 +326,7 @@ async fn cut_share(row: Row, first: usize, step: usize) -> Cut {
             let both = async { tokio::join!(jobs.settle(row, job), jobs.settle(row, job)) };
             let ((_, one), (_, other)) = tokio::select! {
                 settled = both => settled,
-                never = proxy.heal_behind_the_cut() => match never {},
+                never = proxy.heal_for_new_connections() => match never {},
             };
             let effects = party.books.lock().unwrap().effects.get(&job.to_string()).copied();
             let effects = effects.unwrap_or(0);

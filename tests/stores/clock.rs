@@ -232,7 +232,7 @@ async fn redis() -> (RedisServer, RedisStore, TurnedClock) {
     let clock = TurnedClock::new();
     let server = RedisServer::within(&[], &clock.environment());
     let store = RedisStore::connect(&server.url()).await.unwrap();
-    let moved = async || server.tell::<(i64, i64)>("TIME").0;
+    let moved = async || server.command::<(i64, i64)>("TIME").0;
     assert_moves(moved, &clock).await;
     (server, store, clock)
 }

@@ -45,12 +45,12 @@ async fn a_boxed_store_passes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_with_leases_passes() {
-    passes(Ablated::new(Rule::AllKept)).await;
+    passes(Ablated::new(Rule::Correct)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_boxed_store_with_leases_passes() {
-    passes(BoxStore::new(Ablated::new(Rule::AllKept))).await;
+    passes(BoxStore::new(Ablated::new(Rule::Correct))).await;
 }
 
 #[tokio::test]
@@ -60,7 +60,7 @@ async fn a_store_passes_on_a_single_thread() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_passes_for_many_at_a_time() {
-    let store = Ablated::new(Rule::AllKept);
+    let store = Ablated::new(Rule::Correct);
     join(conformance::all(&store), conformance::all(&store)).await;
 }
 
@@ -77,14 +77,14 @@ async fn a_memory_store_is_bounded() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_with_restart_damage_and_limits_passes() {
-    let store = Ablated::new(Rule::AllKept);
+    let store = Ablated::new(Rule::Correct);
     conformance::durable(store.clone(), || async { store.reopened() }).await;
     let damage = |key| {
         store.damage(&key);
         std::future::ready(())
     };
     conformance::unreadable_is_not_absent(&store, damage).await;
-    conformance::bounded(&Ablated::new(Rule::AllKept), ROOM).await;
+    conformance::bounded(&Ablated::new(Rule::Correct), ROOM).await;
 }
 
 #[cfg(feature = "axum")]
@@ -171,8 +171,8 @@ detected! {
     a_resolution_ends_the_ownership: ResolveKeepsOwner, late_completions_heal, 11, differential;
     a_completed_record_cannot_be_resolved: ResolveCompleted, late_completions_heal, 11, differential;
     a_tombstone_never_runs_again: TombstoneRunsAgain, exact_responses, 12, differential;
-    a_response_is_bytes_not_text: AnswerInUtf8, exact_responses, 12, differential;
-    a_response_is_not_trimmed: AnswerTrimmed, exact_responses, 12, differential;
+    a_response_is_bytes_not_text: ResponseInUtf8, exact_responses, 12, differential;
+    a_response_is_not_trimmed: ResponseTrimmed, exact_responses, 12, differential;
     a_rejection_can_be_resolved: RejectedIsCompleted, rejection_is_unknown, 17, differential;
 }
 
@@ -187,8 +187,8 @@ async fn a_watch_wakes_and_subscribes_before_it_is_polled() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_forgets_is_not_durable() {
-    let reopen = || async { Ablated::new(Rule::AllKept) };
-    let message = failure_message(Rule::AllKept, conformance::durable(Ablated::new(Rule::AllKept), reopen)).await;
+    let reopen = || async { Ablated::new(Rule::Correct) };
+    let message = failure_message(Rule::Correct, conformance::durable(Ablated::new(Rule::Correct), reopen)).await;
     assert!(message.contains("clause 13 "), "{message}");
 }
 

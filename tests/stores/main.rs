@@ -3,8 +3,8 @@
 
 mod clock;
 mod contract;
+mod garbage;
 mod memory;
-mod nonsense;
 mod outbox;
 mod postgres;
 mod redis;

@@ -113,7 +113,7 @@ fn redis_client(port: u16, authority: &Authority) -> redis::Client {
 async fn redis_is_reached_over_tls_with_the_settings_of_the_applications_client() {
     let authority = Authority::new();
     let (server, port) = redis_with(authority.certify(HERE));
-    server.tell::<()>("CONFIG SET requirepass hunter2");
+    server.command::<()>("CONFIG SET requirepass hunter2");
     let store = RedisStore::from_client(redis_client(port, &authority)).await.unwrap();
     works(&store).await;
 }

@@ -8,7 +8,7 @@ pub mod ablated;
 #[cfg(feature = "postgres")]
 pub mod bouncer;
 #[cfg(all(feature = "postgres", feature = "redis"))]
-pub mod liar;
+pub mod garbling_proxy;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 pub mod proxy;
@@ -364,7 +364,7 @@ impl Handler {
         self
     }
 
-    pub fn answering(mut self, respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync + 'static) -> Self {
+    pub fn responding(mut self, respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync + 'static) -> Self {
         self.respond = Some(Arc::new(respond));
         self
     }

@@ -87,7 +87,7 @@ impl Proxy {
     }
 
     /// Lets everything pass again after each cut, until the future is dropped.
-    pub async fn heal_behind_the_cut(&self) -> Infallible {
+    pub async fn heal_for_new_connections(&self) -> Infallible {
         loop {
             let mut cut = std::pin::pin!(self.state.cut.notified());
             cut.as_mut().enable();

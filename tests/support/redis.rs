@@ -124,7 +124,7 @@ impl RedisServer {
     }
 
     /// Runs a command whose words are separated by spaces.
-    pub fn tell<T: FromRedisValue>(&self, words: &str) -> T {
+    pub fn command<T: FromRedisValue>(&self, words: &str) -> T {
         let mut words = words.split(' ');
         let mut command = redis::cmd(words.next().unwrap());
         for word in words {
@@ -136,7 +136,7 @@ impl RedisServer {
     /// Removes the folder of the server and waits until the server notices.
     pub fn lose_its_disk(&self) {
         std::fs::remove_dir_all(&self.folder).unwrap();
-        self.tell::<()>("BGSAVE");
+        self.command::<()>("BGSAVE");
         self.wait_for("persistence", "rdb_last_bgsave_status:err");
     }
 
@@ -144,7 +144,7 @@ impl RedisServer {
     pub fn wait_for(&self, section: &str, line: &str) {
         for _ in 0..500 {
             if self
-                .tell::<String>(&format!("INFO {section}"))
+                .command::<String>(&format!("INFO {section}"))
                 .lines()
                 .any(|found| found == line)
             {
@@ -158,7 +158,7 @@ impl RedisServer {
     /// Waits until the node of a cluster serves its slots.
     pub fn wait_for_cluster(&self) {
         for _ in 0..500 {
-            if self.tell::<String>("CLUSTER INFO").contains("cluster_state:ok") {
+            if self.command::<String>("CLUSTER INFO").contains("cluster_state:ok") {
                 return;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -168,7 +168,7 @@ impl RedisServer {
 
     /// Returns how often a command was called, directly or by scripts.
     pub fn calls(&self, command: &str) -> u64 {
-        let info = self.tell::<String>("INFO commandstats");
+        let info = self.command::<String>("INFO commandstats");
         let prefix = format!("cmdstat_{command}:calls=");
         info.lines()
             .find_map(|line| line.strip_prefix(&prefix)?.split(',').next()?.parse().ok())

@@ -182,7 +182,7 @@ async fn a_renewal_in_flight_does_not_make_a_released_key_unknown() {
     let store = RemoteStore::new();
     let failing = Handler::new()
         .taking(Duration::from_secs(11))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Release);
     let owner = start(&layer.layer(failing), post("k", "pay"));
     // The renewal begins at 10 s and ends at 13 s. The first release hangs from 11 s to 16 s.
@@ -217,7 +217,7 @@ async fn a_renewal_in_flight_does_not_extend_a_lease_that_its_owner_ends() {
         }
         let failing = Handler::new()
             .taking(Duration::from_secs(11))
-            .answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+            .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
         let owner = start(&layer().layer(failing), post("k", "pay"));
         tokio::time::sleep(Duration::from_secs(1)).await;
         store.heal();
@@ -239,7 +239,7 @@ async fn an_owner_that_lost_its_key_never_gets_the_response_to_another_request()
     let store = RemoteStore::new();
     let handler = Handler::new()
         .taking(Duration::from_secs(3600))
-        .answering(|_| text(StatusCode::CREATED, "zombie"));
+        .responding(|_| text(StatusCode::CREATED, "zombie"));
     let layer = IdempotencyLayer::new(store.clone()).with_store_timeout(Duration::from_secs(1));
     let mut a = post("k", "pay");
     a.headers_mut().insert("authorization", "Bearer alice".parse().unwrap());
@@ -251,7 +251,7 @@ async fn an_owner_that_lost_its_key_never_gets_the_response_to_another_request()
     let snap = store.peek(&key).await.unwrap().unwrap();
     assert_eq!(snap.status, Status::Lost);
     store.resolve(&key, snap.fence, &Resolution::Absent).await.unwrap();
-    let h2 = Handler::new().answering(|_| text(StatusCode::CREATED, "bobs secret"));
+    let h2 = Handler::new().responding(|_| text(StatusCode::CREATED, "bobs secret"));
     let s2 = IdempotencyLayer::new(store).layer(h2);
     let mut b = post("k", "other");
     b.headers_mut().insert("authorization", "Bearer bob".parse().unwrap());

@@ -30,7 +30,7 @@ impl Drop for Counted {
 fn stalls(status: StatusCode) -> (Handler, Arc<AtomicUsize>) {
     let dropped = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&dropped);
-    let handler = Handler::new().answering(move |_| {
+    let handler = Handler::new().responding(move |_| {
         let counted = Counted(Arc::clone(&count));
         let for_ever = async move {
             std::future::pending::<()>().await;
@@ -116,7 +116,7 @@ type Change = fn(&mut Response<AnyBody>);
 
 /// Returns a handler whose responses stall after their first frame.
 fn endless(change: Change) -> Handler {
-    Handler::new().answering(move |_| {
+    Handler::new().responding(move |_| {
         let mut response = Response::new(support::stalling("front", std::future::pending()));
         change(&mut response);
         response
@@ -236,7 +236,7 @@ async fn a_custom_list_of_stream_types_replaces_the_default_list() {
     let layer = IdempotencyLayer::new(MemoryStore::new()).with_stream_types(["application/x-rows"]);
     let rows = layer.layer(endless(|response| set_type(response, "application/x-rows")));
     drop(first_bytes(rows).await);
-    let stored = Handler::new().answering(|_| {
+    let stored = Handler::new().responding(|_| {
         let mut response = text(StatusCode::OK, "{}\n");
         set_type(&mut response, "application/x-ndjson");
         response
@@ -250,7 +250,7 @@ async fn a_custom_list_of_stream_types_replaces_the_default_list() {
 async fn a_complete_failure_reaches_the_duplicates_in_its_process() {
     let handler = Handler::new()
         .taking(Duration::from_secs(1))
-        .answering(|_| text(StatusCode::BAD_GATEWAY, "the bank is down"));
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "the bank is down"));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     let both = [start(&service, post("k", "pay")), start(&service, post("k", "pay"))];
     for got in both {
@@ -267,7 +267,7 @@ async fn a_complete_failure_reaches_the_duplicates_in_its_process() {
 #[tokio::test(start_paused = true)]
 async fn a_secret_reaches_its_caller_and_is_never_stored() {
     for status in [StatusCode::CREATED, StatusCode::BAD_GATEWAY, StatusCode::NOT_FOUND] {
-        let handler = Handler::new().taking(Duration::from_secs(1)).answering(move |_| {
+        let handler = Handler::new().taking(Duration::from_secs(1)).responding(move |_| {
             let mut response = text(status, "sk_live_1");
             response.extensions_mut().insert(StoreOutcomeOnly);
             response.extensions_mut().insert(StoreFor(Duration::from_secs(60)));
@@ -305,7 +305,7 @@ async fn ten_thousand_endless_responses_whose_callers_left_leave_nothing_behind(
     let dropped = Arc::new(AtomicUsize::new(0));
     let handler = {
         let dropped = Arc::clone(&dropped);
-        Handler::new().answering(move |n| {
+        Handler::new().responding(move |n| {
             let counted = Counted(Arc::clone(&dropped));
             let body = if n % 2 == 0 {
                 let for_ever = async move {
@@ -423,7 +423,7 @@ async fn a_recovered_secret_failure_reaches_its_caller_and_duplicates_get_a_rend
 /// streamed.
 #[tokio::test]
 async fn the_status_of_a_response_that_is_not_stored_does_not_depend_on_the_pace_of_its_body() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let frames = [Ok(http_body::Frame::data("for".into())), Err(support::Broken)];
         let body = http_body_util::StreamBody::new(futures::stream::iter(frames));
         let mut response = Response::new(body.boxed_unsync());
@@ -439,7 +439,7 @@ async fn the_status_of_a_response_that_is_not_stored_does_not_depend_on_the_pace
 /// The duplicates of such a failure would get half of its body.
 #[tokio::test]
 async fn a_failure_whose_body_ends_before_its_declared_length_frees_its_key() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let mut response = Response::new(support::short("half", 4));
         *response.status_mut() = StatusCode::BAD_GATEWAY;
         response
@@ -456,7 +456,7 @@ async fn a_failure_whose_body_ends_before_its_declared_length_frees_its_key() {
 #[tokio::test]
 async fn a_body_whose_size_hint_never_falls_is_whole() {
     let frames = ["char", "ged"];
-    let handler = Handler::new().answering(move |_| Response::new(support::fixed_hint(&frames)));
+    let handler = Handler::new().responding(move |_| Response::new(support::fixed_hint(&frames)));
     let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
     for is_replay in [false, true] {
         let got = send(&service, support::request("k", support::fixed_hint(&["p", "", "ay"]))).await;

@@ -416,7 +416,7 @@ async fn the_status_fields_stay_in_the_head_of_an_http_response() {
 
 /// Resolves a key with this outcome and returns the response to the next request with that key.
 async fn replay_of(layer: &IdempotencyLayer<MemoryStore>, stored: StoredResponse) -> crate::support::Got {
-    let handler = Handler::new().answering(|_| http::Response::builder().status(500).body(full("")).unwrap());
+    let handler = Handler::new().responding(|_| http::Response::builder().status(500).body(full("")).unwrap());
     static KEYS: AtomicUsize = AtomicUsize::new(0);
     let key = format!("resolved-{}", KEYS.fetch_add(1, Ordering::Relaxed));
     let service = layer.clone().on_error(OnError::Unknown).layer(handler);

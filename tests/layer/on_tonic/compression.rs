@@ -64,7 +64,7 @@ fn request(body: &'static [u8], headers: &[(&'static str, &'static str)]) -> htt
 
 #[tokio::test]
 async fn a_response_in_an_encoding_that_the_retry_cannot_read_is_refused_and_nothing_runs_again() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let response = http::Response::builder()
             .header("grpc-encoding", "snappy")
             .header("grpc-status", "0");
@@ -87,7 +87,7 @@ async fn a_response_in_an_encoding_that_the_retry_cannot_read_is_refused_and_not
 /// advise the client to look up a result, because no result exists.
 #[tokio::test(start_paused = true)]
 async fn a_waiter_that_cannot_read_a_response_that_is_not_stored_retries() {
-    let handler = Handler::new().taking(Duration::from_secs(1)).answering(|_| {
+    let handler = Handler::new().taking(Duration::from_secs(1)).responding(|_| {
         let response = http::Response::builder()
             .header("grpc-encoding", "snappy")
             .header("grpc-status", "14");
@@ -109,7 +109,7 @@ async fn a_request_that_cannot_be_decompressed_is_compared_by_its_bytes_and_enco
         (b"\0\0\0\0\x09x", b"\0\0\0\0\x09y"),
         (b"\x07", b"\x08"),
     ] {
-        let handler = Handler::new().answering(|_| {
+        let handler = Handler::new().responding(|_| {
             http::Response::builder()
                 .header("grpc-status", "0")
                 .body(full(Bytes::new()))

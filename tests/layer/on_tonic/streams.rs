@@ -93,7 +93,7 @@ async fn first_byte(
     layer: IdempotencyLayer<MemoryStore>,
     respond: impl Fn(usize) -> http::Response<AnyBody> + Send + Sync + 'static,
 ) -> (u128, bool) {
-    let service = layer.layer(Handler::new().answering(respond));
+    let service = layer.layer(Handler::new().responding(respond));
     let start = Instant::now();
     let mut response = service.clone().oneshot(post("k", "")).await.unwrap();
     let frame = response.body_mut().frame().await.unwrap().unwrap();
@@ -184,7 +184,7 @@ async fn a_predicate_or_a_mark_to_store_does_not_hold_a_stream_back_longer() {
 #[tokio::test]
 async fn a_definite_error_of_a_streaming_method_is_replayed() {
     let streaming = layer().add_grpc_method(WATCH, |watch| watch.with_stream_types(["application/grpc"]));
-    let handler = Handler::new().answering(|_| tonic::Status::not_found("no account").into_http());
+    let handler = Handler::new().responding(|_| tonic::Status::not_found("no account").into_http());
     let service = streaming.layer(handler.clone());
     let request = || {
         let request = http::Request::post(WATCH).header("idempotency-key", "k");
@@ -210,7 +210,7 @@ async fn an_endless_stream_that_is_always_ready_begins() {
     };
     let service = layer()
         .with_response_limit(1 << 16)
-        .layer(Handler::new().answering(endless));
+        .layer(Handler::new().responding(endless));
     let mut response = service.oneshot(post("k", "")).await.unwrap();
     assert!(response.body_mut().frame().await.unwrap().unwrap().is_data());
 }
@@ -218,7 +218,7 @@ async fn an_endless_stream_that_is_always_ready_begins() {
 /// The layer held such a stream back until its end.
 #[tokio::test]
 async fn an_http_stream_with_a_status_field_is_a_stream() {
-    let handler = Handler::new().answering(|_| {
+    let handler = Handler::new().responding(|_| {
         let response = http::Response::builder()
             .header("content-type", "application/x-ndjson")
             .header("grpc-status", "0");

@@ -91,7 +91,7 @@ async fn a_response_without_a_status_is_a_failure() {
             (OnError::Unknown, 1, Some("outcome-unknown")),
             (OnError::Store, 1, None),
         ] {
-            let handler = Handler::new().answering(move |_| respond());
+            let handler = Handler::new().responding(move |_| respond());
             let layer = IdempotencyLayer::new(MemoryStore::new()).grpc().on_error(on_error);
             let service = layer.layer(handler.clone());
             let first = send(&service, post("k", "")).await;
@@ -117,7 +117,7 @@ async fn a_200_that_is_not_grpc_is_stored_as_over_http() {
     let web_text = |_: usize| typed("application/grpc-web-text", full("AAAAAAF4"));
     let other = |_: usize| typed("application/grpcx", full("x"));
     for respond in [plain, json, web, web_text, other] {
-        let handler = Handler::new().answering(respond);
+        let handler = Handler::new().responding(respond);
         let service = IdempotencyLayer::new(MemoryStore::new()).grpc().layer(handler.clone());
         let first = send(&service, post("k", "")).await;
         let again = send(&service, post("k", "")).await;
@@ -154,7 +154,7 @@ async fn a_response_is_grpc_by_its_content_type_or_its_status() {
 
 /// Sends a request and its retry, and returns the number of runs.
 async fn runs_of_two(respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync + 'static) -> usize {
-    let handler = Handler::new().answering(respond);
+    let handler = Handler::new().responding(respond);
     let service = IdempotencyLayer::new(MemoryStore::new()).grpc().layer(handler.clone());
     for _ in 0..2 {
         send(&service, post("k", "")).await;
@@ -165,7 +165,7 @@ async fn runs_of_two(respond: impl Fn(usize) -> Response<AnyBody> + Send + Sync 
 #[tokio::test]
 async fn a_status_other_than_200_counts_as_over_http() {
     for (status, runs) in [(404, 2), (503, 2), (400, 1), (409, 1)] {
-        let handler = Handler::new().answering(move |_| {
+        let handler = Handler::new().responding(move |_| {
             let mut response = Response::new(full(""));
             *response.status_mut() = StatusCode::from_u16(status).unwrap();
             response
@@ -181,7 +181,7 @@ async fn a_status_other_than_200_counts_as_over_http() {
 #[tokio::test]
 async fn a_predicate_and_a_limit_override_the_trailers() {
     let unavailable = |_: usize| message(&[], &[("grpc-status", "14")]);
-    let handler = Handler::new().answering(unavailable);
+    let handler = Handler::new().responding(unavailable);
     let layer = IdempotencyLayer::new(MemoryStore::new()).grpc();
     let service = layer.clone().store_if(|_| true).layer(handler.clone());
     send(&service, post("k", "")).await;

@@ -36,7 +36,7 @@ fn advice(got: &Got) -> Option<&str> {
 async fn a_stored_failure_advises_stripe_sdks_against_a_retry() {
     for status in [402, 409, 500, 503] {
         let failing = move |_| text(StatusCode::from_u16(status).unwrap(), "failed");
-        let service = stripe().layer(Handler::new().answering(failing));
+        let service = stripe().layer(Handler::new().responding(failing));
         let first = send(&service, post("k", "x")).await;
         let again = send(&service, post("k", "x")).await;
         assert!(again.is_replay(), "{status}");
@@ -48,7 +48,7 @@ async fn a_stored_failure_advises_stripe_sdks_against_a_retry() {
 
 #[tokio::test]
 async fn a_stored_panic_and_a_response_marked_as_stored_advise_stripe_sdks_against_a_retry() {
-    let panics = stripe().layer(Handler::new().answering(|_| panic!("handler")));
+    let panics = stripe().layer(Handler::new().responding(|_| panic!("handler")));
     for _ in 0..2 {
         let got = send(&panics, post("k", "x")).await;
         assert_eq!((got.status(), advice(&got)), (500, Some("false")));
@@ -58,7 +58,7 @@ async fn a_stored_panic_and_a_response_marked_as_stored_advise_stripe_sdks_again
         response.extensions_mut().insert(StoreResponse);
         response
     };
-    let service = stripe().layer(Handler::new().answering(marked));
+    let service = stripe().layer(Handler::new().responding(marked));
     assert_eq!(advice(&send(&service, post("k", "x")).await), Some("false"));
 }
 
@@ -70,7 +70,7 @@ async fn a_response_that_frees_its_key_or_succeeds_gives_no_advice() {
         (stripe(), 429),
         (stripe().on_error(OnError::Release), 500),
     ] {
-        let service = layer.layer(Handler::new().answering(move |_| text(StatusCode::from_u16(status).unwrap(), "x")));
+        let service = layer.layer(Handler::new().responding(move |_| text(StatusCode::from_u16(status).unwrap(), "x")));
         assert_eq!(advice(&send(&service, post("k", "x")).await), None, "{status}");
     }
     let vetoed = |_| {
@@ -78,7 +78,7 @@ async fn a_response_that_frees_its_key_or_succeeds_gives_no_advice() {
         response.extensions_mut().insert(DoNotStore);
         response
     };
-    let service = stripe().layer(Handler::new().answering(vetoed));
+    let service = stripe().layer(Handler::new().responding(vetoed));
     assert_eq!(advice(&send(&service, post("k", "x")).await), None);
     // The other presets give no advice either.
     let service = IdempotencyLayer::new(MemoryStore::new()).stripe().ietf();
@@ -91,7 +91,7 @@ async fn a_failure_of_unknown_outcome_advises_stripe_sdks_against_a_retry() {
     let failing = |_| text(StatusCode::BAD_GATEWAY, "failed");
     let service = stripe()
         .on_error(OnError::Unknown)
-        .layer(Handler::new().answering(failing));
+        .layer(Handler::new().responding(failing));
     for status in [502, 409, 409] {
         let got = send(&service, post("k", "x")).await;
         assert_eq!((got.status(), advice(&got)), (status, Some("false")));
@@ -128,7 +128,7 @@ async fn a_refusal_advises_stripe_sdks_whether_a_retry_can_help() {
 async fn the_should_retry_header_can_have_another_name() {
     let service = stripe()
         .with_should_retry_header(Some(HeaderName::from_static("x-should-retry")))
-        .layer(Handler::new().answering(|_| text(StatusCode::INTERNAL_SERVER_ERROR, "x")));
+        .layer(Handler::new().responding(|_| text(StatusCode::INTERNAL_SERVER_ERROR, "x")));
     let got = send(&service, post("k", "x")).await;
     assert_eq!(
         (&got.head.headers["x-should-retry"], advice(&got)),
@@ -234,7 +234,7 @@ fn identified(key: &str, id: &str, body: &'static str) -> Request<AnyBody> {
 #[tokio::test(start_paused = true)]
 async fn a_renderer_gets_the_head_of_every_refused_request() {
     let (layer, seen) = with_ids(IdempotencyLayer::new(MemoryStore::new()).with_body_limit(10));
-    let panics = || Handler::new().answering(|_| panic!("handler"));
+    let panics = || Handler::new().responding(|_| panic!("handler"));
     // The layer refuses a request for its head, its body or its fingerprint.
     let service = layer.clone().require_key().layer(Handler::new());
     assert_eq!(send(&service, with(&[("x-id", "1")])).await.body, "key-missing 1");
@@ -327,7 +327,7 @@ async fn a_head_is_copied_only_for_a_renderer() {
 /// If a retry can run, the SDK must send it.
 #[tokio::test]
 async fn a_failure_whose_retry_can_run_gives_no_advice() {
-    let failing = || Handler::new().answering(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let failing = || Handler::new().responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
     let execute = stripe().on_error(OnError::Unknown).on_lost(OnLost::Execute);
     let forgets = stripe().with_retention(Duration::ZERO);
     for layer in [execute, forgets] {

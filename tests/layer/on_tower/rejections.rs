@@ -247,7 +247,7 @@ async fn a_waiter_whose_service_is_no_longer_ready_claims_nothing() {
         // free.
         let owner = Handler::new()
             .taking(Duration::from_secs(3))
-            .answering(|_| text(StatusCode::TOO_MANY_REQUESTS, "later"));
+            .responding(|_| text(StatusCode::TOO_MANY_REQUESTS, "later"));
         let elsewhere = layer(&store, on_error).layer(owner);
         let inner = Breakable::default();
         let here = layer(&store, on_error).layer(inner.clone());

@@ -51,7 +51,7 @@ async fn the_byte_budget_bounds_the_memory_that_is_held() {
     let buffers = Buffers::default();
     let handler = {
         let buffers = buffers.clone();
-        Handler::new().answering(move |_| {
+        Handler::new().responding(move |_| {
             let mut response = text(StatusCode::OK, buffers.slice(5_000));
             let header = HeaderValue::from_maybe_shared(buffers.slice(100)).unwrap_or(HeaderValue::from_static("7"));
             response.headers_mut().insert("x-slice", header);
@@ -127,7 +127,7 @@ async fn a_deferred_write_holds_no_buffer_of_its_response() {
     let buffers = Buffers::default();
     let handler = {
         let buffers = buffers.clone();
-        Handler::new().answering(move |_| text(StatusCode::OK, buffers.slice(5_000)))
+        Handler::new().responding(move |_| text(StatusCode::OK, buffers.slice(5_000)))
     };
     let store = RemoteStore::new();
     let layer = IdempotencyLayer::new(store.clone()).with_completion_timeout(Duration::from_secs(10));

@@ -20,11 +20,11 @@ impl Cluster {
     pub(super) fn start() -> Self {
         let nodes = [(0, 5_460), (5_461, 10_922), (10_923, 16_383)].map(|(first, last)| {
             let node = RedisServer::with(&["--cluster-enabled", "yes"]);
-            node.tell::<()>(&format!("CLUSTER ADDSLOTSRANGE {first} {last}"));
+            node.command::<()>(&format!("CLUSTER ADDSLOTSRANGE {first} {last}"));
             node
         });
         for node in &nodes[1..] {
-            nodes[0].tell::<()>(&format!("CLUSTER MEET 127.0.0.1 {}", node.port()));
+            nodes[0].command::<()>(&format!("CLUSTER MEET 127.0.0.1 {}", node.port()));
         }
         // A node is ready only when it knows an owner for every slot.
         nodes.iter().for_each(RedisServer::wait_for_cluster);
@@ -44,13 +44,13 @@ impl Cluster {
     }
 
     /// Runs a command on each node.
-    pub(super) fn tell(&self, words: &str) {
-        self.0.iter().for_each(|node| node.tell(words));
+    pub(super) fn command(&self, words: &str) {
+        self.0.iter().for_each(|node| node.command(words));
     }
 
     /// How many keys each node has.
     fn sizes(&self) -> [usize; 3] {
-        [0, 1, 2].map(|at| self.0[at].tell("DBSIZE"))
+        [0, 1, 2].map(|at| self.0[at].command("DBSIZE"))
     }
 }
 
@@ -91,7 +91,7 @@ struct Move<'c> {
 
 impl<'c> Move<'c> {
     fn of(cluster: &'c Cluster, tag: &str) -> Self {
-        let slot: u16 = cluster.0[0].tell(&format!("CLUSTER KEYSLOT {tag}"));
+        let slot: u16 = cluster.0[0].command(&format!("CLUSTER KEYSLOT {tag}"));
         let at = usize::from(slot > 5_460) + usize::from(slot > 10_922);
         Self {
             cluster,
@@ -103,16 +103,16 @@ impl<'c> Move<'c> {
 
     /// From here on, the old node redirects a client that asks for a key that it lacks (ASK).
     fn begin(&self) {
-        let [from, to] = [self.from, self.to].map(|node| node.tell::<String>("CLUSTER MYID"));
+        let [from, to] = [self.from, self.to].map(|node| node.command::<String>("CLUSTER MYID"));
         self.to
-            .tell::<()>(&format!("CLUSTER SETSLOT {} IMPORTING {from}", self.slot));
+            .command::<()>(&format!("CLUSTER SETSLOT {} IMPORTING {from}", self.slot));
         self.from
-            .tell::<()>(&format!("CLUSTER SETSLOT {} MIGRATING {to}", self.slot));
+            .command::<()>(&format!("CLUSTER SETSLOT {} MIGRATING {to}", self.slot));
     }
 
     /// Moves some keys, and returns their number.
     fn some_keys(&self) -> usize {
-        let keys: Vec<String> = self.from.tell(&format!("CLUSTER GETKEYSINSLOT {} 5", self.slot));
+        let keys: Vec<String> = self.from.command(&format!("CLUSTER GETKEYSINSLOT {} 5", self.slot));
         if !keys.is_empty() {
             let mut migrate = redis::cmd("MIGRATE");
             migrate.arg("127.0.0.1").arg(self.to.port()).arg("").arg(0).arg(10_000);
@@ -123,10 +123,10 @@ impl<'c> Move<'c> {
 
     /// From here on, the old node names the new owner of the slot (MOVED).
     fn end(&self) {
-        let to = self.to.tell::<String>("CLUSTER MYID");
+        let to = self.to.command::<String>("CLUSTER MYID");
         let others = self.cluster.0.iter().filter(|node| node.port() != self.to.port());
         for node in std::iter::once(self.to).chain(others) {
-            node.tell::<()>(&format!("CLUSTER SETSLOT {} NODE {to}", self.slot));
+            node.command::<()>(&format!("CLUSTER SETSLOT {} NODE {to}", self.slot));
         }
     }
 }
@@ -206,12 +206,12 @@ async fn nothing_runs_twice_while_a_slot_moves_to_another_node() {
     let keys: usize = join_all(callers).await.into_iter().map(Result::unwrap).sum();
     assert_eq!((handler.runs(), handler.finished()), (keys, keys));
     let moved = Move::of(&cluster, "one");
-    let redirections: String = moved.from.tell("INFO errorstats");
+    let redirections: String = moved.from.command("INFO errorstats");
     for redirection in ["errorstat_ASK", "errorstat_MOVED"] {
         assert!(redirections.contains(redirection), "{redirections}");
     }
     assert_eq!(cluster.sizes().iter().sum::<usize>(), keys);
-    assert_eq!(moved.to.tell::<usize>("DBSIZE"), keys);
+    assert_eq!(moved.to.command::<usize>("DBSIZE"), keys);
 }
 
 /// The repeated check of the servers asked every node, so one dead node made the keys of all others
@@ -229,7 +229,7 @@ async fn a_dead_node_takes_only_its_own_keys_with_it() {
     };
     for dead in 0..3 {
         let mut cluster = Cluster::start();
-        cluster.tell("CONFIG SET cluster-require-full-coverage no");
+        cluster.command("CONFIG SET cluster-require-full-coverage no");
         let store = cluster.store("idempotency:").await;
         cluster.0[dead].kill();
         let mut granted = 0;

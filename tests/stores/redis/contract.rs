@@ -58,7 +58,7 @@ async fn lease_and_retention_end_by_the_servers_clock() {
     assert_eq!(replayed(&store, 1).await.body, "a");
     tokio::time::sleep(short).await;
     // The record decides, although Redis still has the key.
-    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
+    assert_eq!(server.command::<u64>(&format!("EXISTS {}", name(1))), 1);
     assert_eq!(store.peek(&first.key).await.unwrap(), None);
     assert_eq!(granted(&store, &second).await.attempt, 1);
 }
@@ -68,13 +68,13 @@ async fn redis_forgets_a_record_soon_after_it_expired() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     let grant = granted(&store, &claim(1, 1)).await;
-    let left: u64 = server.tell(&format!("PTTL {}", name(1)));
+    let left: u64 = server.command(&format!("PTTL {}", name(1)));
     assert!((7_200_000..=7_202_000).contains(&left), "{left}");
     store
         .complete(&claim(1, 1).key, grant.owner, &Outcome::Tombstone, Duration::ZERO)
         .await
         .unwrap();
-    let left: u64 = server.tell(&format!("PTTL {}", name(1)));
+    let left: u64 = server.command(&format!("PTTL {}", name(1)));
     assert!((1..=2_000).contains(&left), "{left}");
 }
 
@@ -167,9 +167,9 @@ async fn an_unreadable_record_is_never_absent_and_never_overwritten() {
     let server = RedisServer::start();
     let store = connect(&server).await;
     completed(&store, 1, "body").await;
-    let sound: Vec<u8> = server.tell(&format!("GET {}", name(1)));
+    let sound: Vec<u8> = server.command(&format!("GET {}", name(1)));
     granted(&store, &claim(2, 1)).await;
-    let open: Vec<u8> = server.tell(&format!("GET {}", name(2)));
+    let open: Vec<u8> = server.command(&format!("GET {}", name(2)));
     let mut values: Vec<Vec<u8>> = vec![Vec::new(), b"x".to_vec(), sound[..95].to_vec(), sound[..98].to_vec()];
     for (index, byte) in [(0, 2), (0, 0), (1, 4), (1, 2), (2, 2), (99, 200)] {
         let mut damaged = sound.clone();
@@ -186,9 +186,9 @@ async fn an_unreadable_record_is_never_absent_and_never_overwritten() {
         refuses_everything(&store, n).await;
         assert_eq!(server.run::<Vec<u8>>(redis::cmd("GET").arg(&key)), value, "{n}");
     }
-    server.tell::<()>(&format!("RPUSH {} a", name(9)));
+    server.command::<()>(&format!("RPUSH {} a", name(9)));
     refuses_everything(&store, 9).await;
-    assert_eq!(server.tell::<String>(&format!("TYPE {}", name(9))), "list");
+    assert_eq!(server.command::<String>(&format!("TYPE {}", name(9))), "list");
 }
 
 #[tokio::test]
@@ -325,7 +325,7 @@ async fn a_watch_wakes_at_every_change_that_matters_in_another_store_and_in_its_
 async fn the_last_watch_unsubscribes_and_a_new_one_at_that_moment_is_not_lost() {
     let server = RedisServer::start();
     let store = connect(&server).await;
-    let channels = || server.tell::<Vec<String>>("PUBSUB SHARDCHANNELS");
+    let channels = || server.command::<Vec<String>>("PUBSUB SHARDCHANNELS");
     let key = claim(1, 1).key;
     let (one, two) = (store.watch(&key).await.unwrap(), store.watch(&key).await.unwrap());
     assert_eq!(server.calls("ssubscribe"), 1);

@@ -94,7 +94,7 @@ async fn a_broken_connection_wakes_the_waiters_and_new_watches_work() {
     // The server alone closes this connection.
     let mut watch = Box::pin(store.watch(&claim(2, 1).key).await.unwrap());
     assert!(futures::poll!(&mut watch).is_pending());
-    server.tell::<u64>("CLIENT KILL TYPE pubsub");
+    server.command::<u64>("CLIENT KILL TYPE pubsub");
     tokio::time::timeout(Duration::from_secs(2), watch).await.unwrap();
 }
 
@@ -104,7 +104,7 @@ async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
     let store = connect(&server).await;
     completed(&store, 1, "a").await;
     let granted_before = granted(&store, &claim(2, 1)).await;
-    server.tell::<()>("CONFIG SET maxmemory 1");
+    server.command::<()>("CONFIG SET maxmemory 1");
     let error = store.claim(&claim(3, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreFull, "{error:?}");
     assert!(store.peek(&claim(3, 1).key).await.unwrap().is_none());
@@ -123,7 +123,7 @@ async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
     let service = IdempotencyLayer::new(store).layer(Handler::new());
     let got = send(&service, post("new", "x")).await;
     assert_eq!((got.status(), got.code()), (503, "store-full"));
-    server.tell::<()>("CONFIG SET maxmemory 0");
+    server.command::<()>("CONFIG SET maxmemory 0");
     assert_eq!(send(&service, post("new", "x")).await.status(), 201);
 }
 
@@ -154,12 +154,12 @@ async fn a_server_with_too_few_replicas_is_unavailable_for_writes_and_still_repl
     let server = RedisServer::start();
     let store = connect(&server).await;
     completed(&store, 1, "a").await;
-    server.tell::<()>("CONFIG SET min-replicas-to-write 1");
+    server.command::<()>("CONFIG SET min-replicas-to-write 1");
     let error = store.claim(&claim(2, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
     assert!(format!("{error:?}").contains("NOREPLICAS"), "{error:?}");
     assert_eq!(replayed(&store, 1).await.body, "a");
-    server.tell::<()>("CONFIG SET min-replicas-to-write 0");
+    server.command::<()>("CONFIG SET min-replicas-to-write 0");
     granted(&store, &claim(2, 1)).await;
 }
 

@@ -19,7 +19,7 @@ async fn the_store_meets_the_contract() {
     conformance::differential(&store, sequences(), 1).await;
     let damage = |key: StorageKey| {
         let hex: String = key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-        server.tell::<()>(&format!("SETRANGE idempotency:{hex} 0 9"));
+        server.command::<()>(&format!("SETRANGE idempotency:{hex} 0 9"));
         std::future::ready(())
     };
     conformance::unreadable_is_not_absent(&store, damage).await;

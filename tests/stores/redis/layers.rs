@@ -80,7 +80,7 @@ async fn a_replay_costs_one_round_trip_and_a_first_run_two() {
 async fn flushed_scripts_are_loaded_again_at_every_operation() {
     let server = RedisServer::start();
     let store = connect(&server).await;
-    let flush = || server.tell::<()>("SCRIPT FLUSH");
+    let flush = || server.command::<()>("SCRIPT FLUSH");
     let key = claim(1, 1).key;
     flush();
     let grant = granted(&store, &claim(1, 1)).await;

@@ -44,14 +44,14 @@ async fn works(store: &RedisStore, key: u8) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_works_again_after_its_user_was_removed_and_created_again() {
     let server = RedisServer::start();
-    server.tell::<()>(USER);
+    server.command::<()>(USER);
     let store = RedisStore::connect(&url(&server)).await.unwrap();
     completed(&store, 1, "a").await;
     for round in 0..2 {
-        server.tell::<()>("ACL DELUSER app");
+        server.command::<()>("ACL DELUSER app");
         let error = until_misconfigured(&store).await;
         assert!(error.to_string().contains("credentials"), "{error}");
-        server.tell::<()>(USER);
+        server.command::<()>(USER);
         works(&store, 7 + round).await;
     }
 }
@@ -59,10 +59,10 @@ async fn a_store_works_again_after_its_user_was_removed_and_created_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_operation_after_a_refused_login_succeeds() {
     let server = RedisServer::start();
-    server.tell::<()>(USER);
+    server.command::<()>(USER);
     let store = RedisStore::connect(&url(&server)).await.unwrap();
     let before = server.calls("hello");
-    server.tell::<()>("ACL DELUSER app");
+    server.command::<()>("ACL DELUSER app");
     // The client itself tries seven times.
     for _ in 0..400 {
         if server.calls("hello") >= before + 7 {
@@ -71,40 +71,40 @@ async fn the_first_operation_after_a_refused_login_succeeds() {
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
     assert_eq!(server.calls("hello"), before + 7);
-    server.tell::<()>(USER);
+    server.command::<()>(USER);
     granted(&store, &claim(1, 1)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_works_again_after_it_lost_and_got_back_the_right_to_select_its_database() {
     let server = RedisServer::start();
-    server.tell::<()>(USER);
+    server.command::<()>(USER);
     let store = RedisStore::connect(&format!("{}/1", url(&server))).await.unwrap();
     completed(&store, 1, "a").await;
-    server.tell::<()>("ACL SETUSER app -select");
-    server.tell::<()>("CLIENT KILL USER app");
+    server.command::<()>("ACL SETUSER app -select");
+    server.command::<()>("CLIENT KILL USER app");
     let error = until_misconfigured(&store).await;
     assert!(error.to_string().contains("SELECT"), "{error}");
-    server.tell::<()>("ACL SETUSER app +select");
+    server.command::<()>("ACL SETUSER app +select");
     works(&store, 7).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_in_a_cluster_works_again_after_its_user_was_removed_and_created_again() {
     let cluster = Cluster::start();
-    cluster.tell(USER);
+    cluster.command(USER);
     let urls = cluster.urls().map(|url| url.replace("redis://", "redis://app:secret@"));
     let client = ClusterClientBuilder::new(urls).retries(0).build().unwrap();
     let store = RedisStore::from_cluster(client.get_async_connection().await.unwrap())
         .await
         .unwrap();
     completed(&store, 1, "a").await;
-    cluster.tell("ACL DELUSER app");
+    cluster.command("ACL DELUSER app");
     for _ in 0..30 {
         assert!(store.peek(&claim(1, 1).key).await.is_err());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    cluster.tell(USER);
+    cluster.command(USER);
     let first = claim(7, 1);
     eventually(|| store.claim(&first)).await;
     assert_eq!(replayed(&store, 1).await.body, "a");
@@ -113,9 +113,9 @@ async fn a_store_in_a_cluster_works_again_after_its_user_was_removed_and_created
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_login_is_repeated_at_most_once_a_second() {
     let server = RedisServer::start();
-    server.tell::<()>(USER);
+    server.command::<()>(USER);
     let store = RedisStore::connect(&url(&server)).await.unwrap();
-    server.tell::<()>("ACL DELUSER app");
+    server.command::<()>("ACL DELUSER app");
     until_misconfigured(&store).await;
     let before = server.calls("hello");
     for _ in 0..2_000 {

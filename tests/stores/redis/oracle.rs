@@ -330,7 +330,7 @@ fn every_operation_on_every_record_matches_the_pure_record() {
         case.set(case.get() + 1);
         let key = key_of(case.get());
         let name = format!("idempotency:{}", key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-        let (seconds, micros): (u64, u64) = server.tell("TIME");
+        let (seconds, micros): (u64, u64) = server.command("TIME");
         let now = seconds * 1_000_000 + micros;
         let bytes = seed.bytes(now);
         server.run::<()>(redis::cmd("SET").arg(&name).arg(&bytes));

@@ -22,7 +22,7 @@ async fn a_claim_that_too_few_replicas_have_is_refused_and_a_layer_releases_its_
     assert_eq!(store.claim_limit(), None);
     let error = store.claim(&claim(1, 1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
-    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 0);
+    assert_eq!(server.command::<u64>(&format!("EXISTS {}", name(1))), 0);
     let handler = Handler::new();
     let layer = IdempotencyLayer::new(replicated(&server, 1).await);
     let service = layer.layer(handler.clone());
@@ -53,7 +53,7 @@ async fn a_claim_that_was_cut_off_does_not_release_the_key_of_its_retry() {
     replica.signal("-CONT");
     assert!(matches!(retry.await.unwrap(), Decision::Execute(_)));
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(server.tell::<u64>(&format!("EXISTS {}", name(1))), 1);
+    assert_eq!(server.command::<u64>(&format!("EXISTS {}", name(1))), 1);
 }
 
 #[tokio::test]
@@ -63,13 +63,13 @@ async fn grants_and_completions_are_on_the_replica() {
     let store = replicated(&server, 1).await;
     for key in 1..20 {
         let grant = granted(&store, &claim(key, 1)).await;
-        assert_eq!(replica.tell::<u64>(&format!("STRLEN {}", name(key))), 96);
+        assert_eq!(replica.command::<u64>(&format!("STRLEN {}", name(key))), 96);
         let done = store
             .complete(&claim(key, 1).key, grant.owner, &stored("a"), HOUR)
             .await
             .unwrap();
         assert_eq!(done, Completion::Completed);
-        assert!(replica.tell::<u64>(&format!("STRLEN {}", name(key))) > 96);
+        assert!(replica.command::<u64>(&format!("STRLEN {}", name(key))) > 96);
     }
 }
 
@@ -91,13 +91,13 @@ async fn an_outcome_that_too_few_replicas_have_is_an_error_until_they_have_it() 
     replica.signal("-CONT");
     let done = super::eventually(|| async { store.complete(&key, grant.owner, &stored("a"), HOUR).await }).await;
     assert_eq!(done, Completion::Completed);
-    assert!(replica.tell::<u64>(&format!("STRLEN {}", name(1))) > 96);
+    assert!(replica.command::<u64>(&format!("STRLEN {}", name(1))) > 96);
 }
 
 #[tokio::test]
 async fn a_cluster_of_one_node_forgets_scripts_and_reports_that_it_has_no_replicas() {
     let server = RedisServer::with(&["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"]);
-    server.tell::<()>("CLUSTER ADDSLOTSRANGE 0 16383");
+    server.command::<()>("CLUSTER ADDSLOTSRANGE 0 16383");
     server.wait_for_cluster();
     let client = ClusterClient::new([server.url()]).unwrap();
     let store = RedisStore::from_cluster(client.get_async_connection().await.unwrap())
@@ -107,7 +107,7 @@ async fn a_cluster_of_one_node_forgets_scripts_and_reports_that_it_has_no_replic
         completed(&store, key, "a").await;
         assert_eq!(replayed(&store, key).await.body, "a");
     }
-    server.tell::<()>("SCRIPT FLUSH");
+    server.command::<()>("SCRIPT FLUSH");
     let grant = granted(&store, &claim(100, 1)).await;
     assert!(matches!(
         store.claim(&claim(100, 2)).await.unwrap(),
@@ -137,7 +137,7 @@ async fn a_cluster_of_one_node_forgets_scripts_and_reports_that_it_has_no_replic
 async fn fail_over(primary: RedisServer, replica: &RedisServer) -> RedisStore {
     drop(primary);
     replica.signal("-CONT");
-    replica.tell::<()>("REPLICAOF NO ONE");
+    replica.command::<()>("REPLICAOF NO ONE");
     connect(replica).await
 }
 
@@ -151,7 +151,7 @@ async fn a_failover_loses_writes_that_no_replica_acknowledged() {
     granted(&store, &claim(1, 1)).await;
     drop(primary);
     replica.restart();
-    replica.tell::<()>("REPLICAOF NO ONE");
+    replica.command::<()>("REPLICAOF NO ONE");
     let store = connect(&replica).await;
     // The guide `choosing_a_store` documents this for a failover to a replica without the write:
     // the key is new again.

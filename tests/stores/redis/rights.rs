@@ -29,7 +29,7 @@ fn url(server: &RedisServer) -> String {
 async fn the_documented_rights_suffice() {
     let server = RedisServer::start();
     let _replica = server.replica();
-    server.tell::<()>(&documented("ACL SETUSER app on"));
+    server.command::<()>(&documented("ACL SETUSER app on"));
     let store = RedisStore::connect(&url(&server)).await.unwrap();
     conformance::all(&store).await;
     let builder = RedisStore::builder().with_replication(1, Duration::from_secs(1));
@@ -52,7 +52,7 @@ async fn the_documented_rights_suffice() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_other_than_0_needs_select_and_the_start_names_it() {
     let server = RedisServer::start();
-    server.tell::<()>(&documented("ACL SETUSER app on"));
+    server.command::<()>(&documented("ACL SETUSER app on"));
     let url = format!("{}/1", url(&server));
     let error = RedisStore::connect(&url).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
@@ -61,8 +61,8 @@ async fn a_database_other_than_0_needs_select_and_the_start_names_it() {
         documented("`+select`"),
         "* A database other than 0 (`redis://127.0.0.1/1`) also needs `+select`."
     );
-    server.tell::<()>("ACL SETUSER app +select");
-    server.tell::<()>("ACL LOG RESET");
+    server.command::<()>("ACL SETUSER app +select");
+    server.command::<()>("ACL LOG RESET");
     let store = RedisStore::connect(&url).await.unwrap();
     conformance::all(&store).await;
     let denied: Vec<redis::Value> = server.run(redis::cmd("ACL").arg("LOG"));
@@ -94,7 +94,7 @@ async fn the_documented_rights_suffice_in_a_cluster() {
         documented("+cluster|slots"),
         "* A Cluster also needs `+cluster|slots +ping +asking`."
     );
-    cluster.tell(&line);
+    cluster.command(&line);
     let urls = cluster.urls().map(|url| url.replace("redis://", "redis://app:secret@"));
     let client = ClusterClientBuilder::new(urls).retries(0).build().unwrap();
     let store = RedisStore::from_cluster(client.get_async_connection().await.unwrap())
@@ -110,9 +110,9 @@ async fn the_documented_rights_suffice_in_a_cluster() {
 async fn a_user_without_a_command_is_refused_at_the_start_with_the_name_of_the_command() {
     let server = RedisServer::start();
     for command in ["eval", "evalsha", "get", "set", "del", "pexpireat", "time"] {
-        server.tell::<()>("ACL DELUSER app");
-        server.tell::<()>(&documented("ACL SETUSER app on"));
-        server.tell::<()>(&format!("ACL SETUSER app -{command}"));
+        server.command::<()>("ACL DELUSER app");
+        server.command::<()>(&documented("ACL SETUSER app on"));
+        server.command::<()>(&format!("ACL SETUSER app -{command}"));
         let error = RedisStore::connect(&url(&server)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Configuration, "{command}: {error:?}");
         assert!(error.to_string().contains(&command.to_uppercase()), "{error}");
@@ -120,14 +120,14 @@ async fn a_user_without_a_command_is_refused_at_the_start_with_the_name_of_the_c
         assert!(cause.contains(command), "{command}: {cause}");
     }
     // Only a store that waits for replicas needs WAIT.
-    server.tell::<()>(&documented("ACL SETUSER app on"));
-    server.tell::<()>("ACL SETUSER app -wait");
+    server.command::<()>(&documented("ACL SETUSER app on"));
+    server.command::<()>("ACL SETUSER app -wait");
     RedisStore::connect(&url(&server)).await.unwrap();
     let builder = RedisStore::builder().with_replication(1, Duration::from_secs(1));
     let error = builder.connect(&url(&server)).await.unwrap_err();
     assert!(error.source().unwrap().to_string().contains("wait"), "{error:?}");
     // The user may access other keys than those of the store.
-    server.tell::<()>("ACL SETUSER app resetkeys ~shop:*");
+    server.command::<()>("ACL SETUSER app resetkeys ~shop:*");
     let error = RedisStore::connect(&url(&server)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
     let builder = RedisStore::builder().with_prefix("shop:");
@@ -148,7 +148,7 @@ async fn a_server_that_renames_a_command_is_refused_at_the_start() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_revoked_later_causes_no_second_effect() {
     let server = RedisServer::start();
-    server.tell::<()>(&documented("ACL SETUSER app on"));
+    server.command::<()>(&documented("ACL SETUSER app on"));
     let store = RedisStore::connect(&url(&server)).await.unwrap();
     completed(&store, 1, "a").await;
     let owner = granted(&store, &claim(2, 1)).await.owner;
@@ -158,7 +158,7 @@ async fn a_right_that_is_revoked_later_causes_no_second_effect() {
         .dangerously_run_unprotected_when_the_store_fails()
         .layer(handler.clone());
     for command in ["set", "get", "time", "evalsha"] {
-        server.tell::<()>(&format!("ACL SETUSER app -{command}"));
+        server.command::<()>(&format!("ACL SETUSER app -{command}"));
         let refused = send(&service, post("new", "x")).await;
         assert_eq!(
             (refused.status(), refused.code()),
@@ -167,7 +167,7 @@ async fn a_right_that_is_revoked_later_causes_no_second_effect() {
         );
         let error = store.complete(&key, owner, &stored("b"), HOUR).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Configuration, "{command}: {error:?}");
-        server.tell::<()>(&format!("ACL SETUSER app +{command}"));
+        server.command::<()>(&format!("ACL SETUSER app +{command}"));
     }
     assert_eq!(handler.runs(), 0);
     assert!(matches!(

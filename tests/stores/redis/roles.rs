@@ -17,15 +17,15 @@ use crate::support::{post, send, Handler};
 /// same records.
 fn demote(old: &RedisServer, new: &RedisServer) {
     // Replication preserves the order of writes, so a replica with the last write has all of them.
-    old.tell::<()>("SET last 1");
+    old.command::<()>("SET last 1");
     for _ in 0..400 {
-        if new.tell::<Option<String>>("GET last").is_some() {
+        if new.command::<Option<String>>("GET last").is_some() {
             break;
         }
         std::thread::sleep(Duration::from_millis(25));
     }
-    new.tell::<()>("REPLICAOF NO ONE");
-    old.tell::<()>(&format!("REPLICAOF 127.0.0.1 {}", new.port()));
+    new.command::<()>("REPLICAOF NO ONE");
+    old.command::<()>(&format!("REPLICAOF 127.0.0.1 {}", new.port()));
     old.wait_for("replication", "master_link_status:up");
 }
 
@@ -98,7 +98,7 @@ async fn a_demoted_primary_shows_and_changes_no_records() {
         (500, "store-misconfigured", 0)
     );
 
-    old.tell::<()>("REPLICAOF NO ONE");
+    old.command::<()>("REPLICAOF NO ONE");
     assert_eq!(replayed(&store, 1).await.body, "a");
     assert!(matches!(
         store.claim(&claim(2, 9)).await.unwrap(),
@@ -112,7 +112,7 @@ async fn a_demoted_primary_without_its_new_primary_is_a_replica_too() {
     let old = RedisServer::with(&["--replica-serve-stale-data", "no"]);
     let store = connect(&old).await;
     completed(&store, 1, "a").await;
-    old.tell::<()>("REPLICAOF 127.0.0.1 1");
+    old.command::<()>("REPLICAOF 127.0.0.1 1");
     assert_misconfigured("a replay", store.claim(&claim(1, 9)), "is a replica").await;
     assert_misconfigured("peek", store.peek(&claim(1, 9).key), "is a replica").await;
 }
@@ -126,7 +126,7 @@ async fn a_demoted_primary_with_writable_replicas_is_noticed_on_the_next_connect
     let store = connect(&old).await;
     completed(&store, 1, "a").await;
     demote(&old, &new);
-    old.tell::<()>("CLIENT KILL TYPE normal SKIPME yes");
+    old.command::<()>("CLIENT KILL TYPE normal SKIPME yes");
     assert!(refusal(&store, 1).await.to_string().contains("is a replica"));
     assert_misconfigured("a first claim", store.claim(&claim(2, 9)), "is a replica").await;
 }
@@ -149,7 +149,7 @@ async fn assert_evicting_server_is_refused(mut server: RedisServer, store: Redis
     let error = refusal(&store, 1).await;
     assert!(error.to_string().contains("maxmemory-policy"), "{error}");
     assert_misconfigured("a first claim", store.claim(&claim(2, 9)), "maxmemory-policy").await;
-    server.tell::<()>("CONFIG SET maxmemory 0");
+    server.command::<()>("CONFIG SET maxmemory 0");
     assert_eq!(replayed(&store, 1).await.body, "a");
 }
 

@@ -21,7 +21,7 @@ async fn a_server_that_may_evict_is_refused_with_the_name_of_its_setting() {
     assert!(error.to_string().contains("maxmemory-policy"), "{error}");
     let cause = error.source().unwrap().to_string();
     assert!(cause.contains("allkeys-lru") && cause.contains("noeviction"), "{cause}");
-    server.tell::<()>("CONFIG SET maxmemory 0");
+    server.command::<()>("CONFIG SET maxmemory 0");
     RedisStore::connect(&server.url()).await.unwrap();
 }
 
@@ -79,7 +79,7 @@ async fn invalid_settings_are_refused() {
 #[tokio::test]
 async fn a_user_without_the_rights_to_read_settings_and_to_publish_can_use_the_store() {
     let server = RedisServer::start();
-    server.tell::<()>("ACL SETUSER app on >pass ~idempotency:* resetchannels +@all -info -config");
+    server.command::<()>("ACL SETUSER app on >pass ~idempotency:* resetchannels +@all -info -config");
     let store = RedisStore::connect(&format!("redis://app:pass@127.0.0.1:{}", server.port()))
         .await
         .unwrap();
@@ -103,7 +103,7 @@ async fn prefixes_keep_applications_apart() {
     let (one, two) = (store("one:").await.unwrap(), store("").await.unwrap());
     completed(&one, 1, "a").await;
     granted(&two, &claim(1, 1)).await;
-    let mut keys: Vec<String> = server.tell("KEYS *");
+    let mut keys: Vec<String> = server.command("KEYS *");
     keys.sort();
     assert_eq!(keys, ["01".repeat(32), format!("one:{}", "01".repeat(32))]);
 }

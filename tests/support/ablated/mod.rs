@@ -19,9 +19,9 @@ use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Rule {
     #[default]
-    AllKept,
-    AnswerInUtf8,
-    AnswerTrimmed,
+    Correct,
+    ResponseInUtf8,
+    ResponseTrimmed,
     AttemptStays,
     AttemptsUncapped,
     ClaimNowIgnoresFingerprint,

@@ -146,8 +146,8 @@ impl Ablated {
 
     fn altered(&self, outcome: &Outcome) -> Outcome {
         let alter = |bytes: &Bytes| match self.rule {
-            Rule::AnswerInUtf8 => String::from_utf8_lossy(bytes).into_owned().into(),
-            Rule::AnswerTrimmed => Bytes::copy_from_slice(bytes.trim_ascii_end()),
+            Rule::ResponseInUtf8 => String::from_utf8_lossy(bytes).into_owned().into(),
+            Rule::ResponseTrimmed => Bytes::copy_from_slice(bytes.trim_ascii_end()),
             _ => bytes.clone(),
         };
         match outcome {

@@ -1,4 +1,4 @@
-//! Servers that reply nonsense. The store returns an error in good time, never panics, never
+//! Servers that reply with garbage. The store returns an error in good time, never panics, never
 //! reports a key as absent, and works again when the server does.
 
 use std::future::Future;
@@ -12,7 +12,7 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Error, ErrorKind, PostgresStore, RedisStore, Store};
 
-use crate::support::liar::{Liar, Nonsense};
+use crate::support::garbling_proxy::{Garbage, GarblingProxy};
 use crate::support::postgres::PostgresServer;
 use crate::support::redis::RedisServer;
 
@@ -24,11 +24,11 @@ const SHORT: Duration = Duration::from_millis(500);
 /// Much longer than all time limits of a store together. An operation that takes longer hangs.
 const HANGING: Duration = Duration::from_secs(30);
 
-/// Nonsense for clients of any protocol: bytes that are no reply, and the beginnings of impossible
+/// Garbage for clients of any protocol: bytes that are no reply, and the beginnings of impossible
 /// replies.
-fn nonsense() -> Vec<Nonsense> {
+fn garbage() -> Vec<Garbage> {
     const HTTP: &str = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nno\n";
-    let mut sayings: Vec<Bytes> = vec![
+    let mut replies: Vec<Bytes> = vec![
         HTTP.into(),
         "SSH-2.0-OpenSSH_9.2\r\n".into(),
         vec![0; 4_096].into(),
@@ -53,11 +53,11 @@ fn nonsense() -> Vec<Nonsense> {
         b"E\0\0\0\x05\0".as_slice().into(),
         b"E\0\0\0\x08SXX\xfe".as_slice().into(),
     ];
-    sayings.extend((0..4).map(random_bytes));
-    let said = sayings
+    replies.extend((0..4).map(random_bytes));
+    let replies = replies
         .into_iter()
-        .flat_map(|bytes| [Nonsense::Say(bytes.clone()), Nonsense::SayAndClose(bytes)]);
-    [Nonsense::Close, Nonsense::Half].into_iter().chain(said).collect()
+        .flat_map(|bytes| [Garbage::Bytes(bytes.clone()), Garbage::BytesThenClose(bytes)]);
+    [Garbage::Close, Garbage::Half].into_iter().chain(replies).collect()
 }
 
 /// The same bytes in every run, so that a failure can be repeated.
@@ -91,22 +91,22 @@ fn stored() -> Outcome {
     })
 }
 
-/// Returns the reply of an honest server. The store allows little time, and a busy machine may need
+/// Returns the reply of a server whose replies pass the proxy unchanged. The store allows little time, and a busy machine may need
 /// several attempts.
-async fn honest_reply<T>(operation: impl AsyncFn() -> Result<T, Error>) -> T {
+async fn reply_in_the_end<T>(operation: impl AsyncFn() -> Result<T, Error>) -> T {
     for _ in 0..20 {
         match operation().await {
             Ok(reply) => return reply,
             Err(error) => assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error}"),
         }
     }
-    panic!("the server is honest but does not reply");
+    panic!("the proxy passes everything on, but no reply comes");
 }
 
 async fn held(store: &impl Store) -> (StorageKey, Owner) {
     let key = StorageKey::from_bytes(rand::random());
     let claim = claim(&key);
-    match honest_reply(async || store.claim(&claim).await).await {
+    match reply_in_the_end(async || store.claim(&claim).await).await {
         Decision::Execute(grant) => (key, grant.owner),
         other => panic!("{other:?}"),
     }
@@ -115,16 +115,16 @@ async fn held(store: &impl Store) -> (StorageKey, Owner) {
 /// Checks that the operation ends in time, with the error of an unusable server.
 async fn assert_refused<T: std::fmt::Debug>(
     what: &str,
-    nonsense: &Nonsense,
+    garbage: &Garbage,
     operation: impl Future<Output = Result<T, Error>>,
 ) {
-    let shown = format!("{nonsense:?}");
+    let shown = format!("{garbage:?}");
     let shown = &shown[..shown.len().min(80)];
     let Ok(done) = tokio::time::timeout(HANGING, operation).await else {
         panic!("{what} hangs at {shown}")
     };
     match done {
-        Ok(value) => panic!("{what} believes {shown}: {value:?}"),
+        Ok(value) => panic!("{what} accepts {shown}: {value:?}"),
         Err(error) => {
             let kind = error.kind();
             let fits = matches!(kind, ErrorKind::StoreUnavailable | ErrorKind::Configuration);
@@ -135,95 +135,95 @@ async fn assert_refused<T: std::fmt::Debug>(
 
 /// Repeats an operation until the store has found its server again.
 async fn reconnected(store: &impl Store) {
-    let asking = async {
+    let connecting = async {
         while store.peek(&StorageKey::from_bytes([0; 32])).await.is_err() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(HANGING, asking)
+    tokio::time::timeout(HANGING, connecting)
         .await
         .expect("the store reconnects");
 }
 
-/// Checks each operation of a store whose server lies in the middle of a conversation.
-async fn survives(store: &impl Store, liar: &Liar, nonsense: &Nonsense) {
+/// Checks each operation of a store whose server sends garbage in the middle of a conversation.
+async fn survives(store: &impl Store, proxy: &GarblingProxy, garbage: &Garbage) {
     let (key, owner) = held(store).await;
     let fresh = claim(&StorageKey::from_bytes(rand::random()));
-    liar.lie(nonsense);
-    assert_refused("claim", nonsense, store.claim(&fresh)).await;
-    liar.be_honest();
+    proxy.garble(garbage);
+    assert_refused("claim", garbage, store.claim(&fresh)).await;
+    proxy.pass_on();
     reconnected(store).await;
     // No other caller has the key, whether or not the first claim reached the server.
-    let claimed = honest_reply(async || store.claim(&fresh).await).await;
+    let claimed = reply_in_the_end(async || store.claim(&fresh).await).await;
     assert!(matches!(claimed, Decision::Execute(grant) if grant.attempt == 1));
-    liar.lie(nonsense);
-    assert_refused("peek", nonsense, store.peek(&key)).await;
-    liar.be_honest();
+    proxy.garble(garbage);
+    assert_refused("peek", garbage, store.peek(&key)).await;
+    proxy.pass_on();
     reconnected(store).await;
-    liar.lie(nonsense);
-    assert_refused("complete", nonsense, store.complete(&key, owner, &stored(), HOUR)).await;
+    proxy.garble(garbage);
+    assert_refused("complete", garbage, store.complete(&key, owner, &stored(), HOUR)).await;
     // The store cannot even connect.
-    assert_refused("peek", nonsense, store.peek(&key)).await;
-    liar.be_honest();
+    assert_refused("peek", garbage, store.peek(&key)).await;
+    proxy.pass_on();
     reconnected(store).await;
-    let done = honest_reply(async || store.complete(&key, owner, &stored(), HOUR).await).await;
+    let done = reply_in_the_end(async || store.complete(&key, owner, &stored(), HOUR).await).await;
     assert_eq!(done, Completion::Completed);
-    let seen = honest_reply(async || store.peek(&key).await).await;
+    let seen = reply_in_the_end(async || store.peek(&key).await).await;
     assert_eq!(seen.unwrap().status, Status::Completed(stored()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_replies_nonsense_is_no_redis() {
+async fn a_server_that_replies_garbage_is_no_redis() {
     let server = RedisServer::start();
-    let connecting = nonsense().into_iter().map(async |nonsense| {
-        let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
-        liar.lie(&nonsense);
-        let url = server.url_by(liar.address.port());
+    let connecting = garbage().into_iter().map(async |garbage| {
+        let proxy = GarblingProxy::before(([127, 0, 0, 1], server.port()).into()).await;
+        proxy.garble(&garbage);
+        let url = server.url_by(proxy.address.port());
         let connect = RedisStore::builder().with_response_timeout(SHORT).connect(&url);
-        assert_refused("connect", &nonsense, connect).await;
+        assert_refused("connect", &garbage, connect).await;
     });
     join_all(connecting).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_store_survives_nonsense_and_works_again() {
+async fn a_redis_store_survives_garbage_and_works_again() {
     let server = RedisServer::start();
-    let surviving = nonsense().into_iter().map(async |nonsense| {
-        let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
-        let url = server.url_by(liar.address.port());
+    let surviving = garbage().into_iter().map(async |garbage| {
+        let proxy = GarblingProxy::before(([127, 0, 0, 1], server.port()).into()).await;
+        let url = server.url_by(proxy.address.port());
         let builder = RedisStore::builder().with_response_timeout(SHORT);
         let store = builder.connect(&url).await.unwrap();
-        survives(&store, &liar, &nonsense).await;
+        survives(&store, &proxy, &garbage).await;
     });
     join_all(surviving).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_replies_nonsense_is_no_postgres() {
+async fn a_server_that_replies_garbage_is_no_postgres() {
     let server = PostgresServer::start();
-    let connecting = nonsense().into_iter().map(async |nonsense| {
-        let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
-        liar.lie(&nonsense);
-        let url = server.url_by(liar.address.port());
+    let connecting = garbage().into_iter().map(async |garbage| {
+        let proxy = GarblingProxy::before(([127, 0, 0, 1], server.port()).into()).await;
+        proxy.garble(&garbage);
+        let url = server.url_by(proxy.address.port());
         let connect = PostgresStore::builder().with_timeout(SHORT).connect(&url);
-        assert_refused("connect", &nonsense, connect).await;
+        assert_refused("connect", &garbage, connect).await;
     });
     join_all(connecting).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_postgres_store_survives_nonsense_and_works_again() {
+async fn a_postgres_store_survives_garbage_and_works_again() {
     let server = PostgresServer::start();
     PostgresStore::connect(&server.url()).await.unwrap();
-    let surviving = nonsense().into_iter().map(async |nonsense| {
-        let liar = Liar::before(([127, 0, 0, 1], server.port()).into()).await;
+    let surviving = garbage().into_iter().map(async |garbage| {
+        let proxy = GarblingProxy::before(([127, 0, 0, 1], server.port()).into()).await;
         let pool = PgPoolOptions::new()
             .max_connections(2)
             .acquire_timeout(SHORT * 2)
             .test_before_acquire(false);
-        let pool = pool.connect(&server.url_by(liar.address.port())).await.unwrap();
+        let pool = pool.connect(&server.url_by(proxy.address.port())).await.unwrap();
         let store = PostgresStore::builder().with_timeout(SHORT).with_pool(pool).unwrap();
-        survives(&store, &liar, &nonsense).await;
+        survives(&store, &proxy, &garbage).await;
     });
     join_all(surviving).await;
 }

@@ -1,4 +1,4 @@
-//! A proxy between a store and its server that replaces replies by nonsense.
+//! A proxy between a store and its server that replaces replies by garbage.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -11,37 +11,37 @@ use tokio::sync::Notify;
 
 /// The bytes that a client gets instead of the next reply of the server.
 #[derive(Clone, Debug)]
-pub(crate) enum Nonsense {
+pub(crate) enum Garbage {
     /// No bytes. The proxy closes the connection.
     Close,
     /// Half of the reply. The connection stays open.
     Half,
     /// These bytes. The connection stays open.
-    Say(Bytes),
+    Bytes(Bytes),
     /// These bytes. Then the proxy closes the connection.
-    SayAndClose(Bytes),
+    BytesThenClose(Bytes),
 }
 
-/// A proxy that passes everything on until [`lie`](Self::lie) is called.
+/// A proxy that passes everything on until [`garble`](Self::garble) is called.
 #[derive(Clone)]
-pub(crate) struct Liar {
+pub(crate) struct GarblingProxy {
     pub(crate) address: SocketAddr,
     state: Arc<State>,
 }
 
 struct State {
-    nonsense: Mutex<Option<Nonsense>>,
-    /// Wakes when the proxy becomes honest again. The proxy then cuts the connections that got
-    /// nonsense, because they are of no use any more.
+    garbage: Mutex<Option<Garbage>>,
+    /// Wakes when the proxy passes replies on again. It then cuts the connections that got
+    /// garbage, because they are of no use any more.
     over: Notify,
 }
 
-impl Liar {
+impl GarblingProxy {
     pub(crate) async fn before(server: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(State {
-            nonsense: Mutex::new(None),
+            garbage: Mutex::new(None),
             over: Notify::new(),
         });
         let shared = Arc::clone(&state);
@@ -63,12 +63,12 @@ impl Liar {
     }
 
     /// From now on, replaces the next reply on every connection.
-    pub(crate) fn lie(&self, nonsense: &Nonsense) {
-        *self.state.nonsense.lock().unwrap() = Some(nonsense.clone());
+    pub(crate) fn garble(&self, garbage: &Garbage) {
+        *self.state.garbage.lock().unwrap() = Some(garbage.clone());
     }
 
-    pub(crate) fn be_honest(&self) {
-        *self.state.nonsense.lock().unwrap() = None;
+    pub(crate) fn pass_on(&self) {
+        *self.state.garbage.lock().unwrap() = None;
         self.state.over.notify_waiters();
     }
 }
@@ -83,20 +83,20 @@ async fn reply(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: Arc<State
         let read = from.read(&mut buffer).await.unwrap_or(0);
         let mut over = std::pin::pin!(state.over.notified());
         over.as_mut().enable();
-        let nonsense = state.nonsense.lock().unwrap().clone();
-        let sent: &[u8] = match &nonsense {
+        let garbage = state.garbage.lock().unwrap().clone();
+        let sent: &[u8] = match &garbage {
             None if read == 0 => return,
             None => &buffer[..read],
-            Some(Nonsense::Close) => return,
-            Some(Nonsense::Half) => &buffer[..read / 2],
-            Some(Nonsense::Say(bytes) | Nonsense::SayAndClose(bytes)) => bytes,
+            Some(Garbage::Close) => return,
+            Some(Garbage::Half) => &buffer[..read / 2],
+            Some(Garbage::Bytes(bytes) | Garbage::BytesThenClose(bytes)) => bytes,
         };
         if to.write_all(sent).await.is_err() {
             return;
         }
-        match nonsense {
+        match garbage {
             None => {}
-            Some(Nonsense::Half | Nonsense::Say(_)) => return over.await,
+            Some(Garbage::Half | Garbage::Bytes(_)) => return over.await,
             Some(_) => return,
         }
     }
