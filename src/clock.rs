@@ -383,6 +383,13 @@ impl<F: Future> Future for Within<F> {
     }
 }
 
+/// Advances the paused clock, and lets other tasks run.
+#[cfg(test)]
+pub(crate) async fn pass(time: Duration) {
+    tokio::time::advance(time).await;
+    tokio::task::yield_now().await;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,11 +429,10 @@ mod tests {
             Poll::<()>::Pending
         });
         let limited = tokio::spawn(within(Duration::from_millis(5), greedy));
-        tokio::task::yield_now().await;
-        tokio::time::advance(Duration::from_millis(1)).await;
+        pass(Duration::ZERO).await;
+        pass(Duration::from_millis(1)).await;
         assert!(!limited.is_finished());
-        tokio::time::advance(Duration::from_millis(5)).await;
-        tokio::task::yield_now().await;
+        pass(Duration::from_millis(5)).await;
         assert!(limited.is_finished());
     }
 

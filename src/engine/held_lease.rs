@@ -218,23 +218,30 @@ impl Drop for Unfinished<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::protocol::{Fence, Nonce};
-
-    const LEASE: Duration = Duration::from_secs(12);
-
-    fn lease() -> HeldLease {
+impl HeldLease {
+    /// Makes the lease of a first attempt.
+    pub(super) fn of_first_attempt(lease: Duration) -> Self {
         let owner = Owner {
-            nonce: Nonce::random(),
-            fence: Fence::new(1),
+            nonce: crate::protocol::Nonce::random(),
+            fence: crate::protocol::Fence::new(1),
         };
         let grant = Grant {
             owner,
             attempt: 1,
-            lease: Some(LEASE),
+            lease: Some(lease),
         };
-        HeldLease::new(grant, Stopwatch::start)
+        Self::new(grant, Stopwatch::start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(12);
+
+    fn lease() -> HeldLease {
+        HeldLease::of_first_attempt(LEASE)
     }
 
     fn another_runtime() -> Id {

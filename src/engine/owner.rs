@@ -169,9 +169,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
 #[cfg(all(test, feature = "postgres"))]
 mod tests {
     use super::*;
-    use crate::clock::Stopwatch;
     use crate::error::ErrorKind;
-    use crate::protocol::{Fence, Grant, Nonce};
     use crate::store::MemoryStore;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -186,16 +184,7 @@ mod tests {
             (AttemptEnd::Released, true),
             (AttemptEnd::GivenUp, true),
         ] {
-            let owner = Owner {
-                nonce: Nonce::random(),
-                fence: Fence::new(1),
-            };
-            let grant = Grant {
-                owner,
-                attempt: 1,
-                lease: Some(SECOND),
-            };
-            let lease = HeldLease::new(grant, Stopwatch::start);
+            let lease = HeldLease::of_first_attempt(SECOND);
             let owner = KeyOwner {
                 store: &MemoryStore::new(),
                 key: &StorageKey::from_bytes([7; 32]),

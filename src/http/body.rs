@@ -481,6 +481,7 @@ mod tests {
     use http_body_util::StreamBody;
 
     use super::*;
+    use crate::clock::pass;
 
     type Frames = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -544,11 +545,10 @@ mod tests {
         let empty = stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(Bytes::new())));
         let body: Frames = StreamBody::new(empty).boxed_unsync();
         let reading = tokio::spawn(collect(body, 4, Duration::from_secs(10)));
-        tokio::task::yield_now().await;
-        tokio::time::advance(Duration::from_secs(9)).await;
+        pass(Duration::ZERO).await;
+        pass(Duration::from_secs(9)).await;
         assert!(!reading.is_finished());
-        tokio::time::advance(Duration::from_secs(1)).await;
-        tokio::task::yield_now().await;
+        pass(Duration::from_secs(1)).await;
         assert!(reading.is_finished());
         assert!(matches!(reading.await.unwrap(), Err(Shortfall::TooSlow(_))));
     }

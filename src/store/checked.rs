@@ -185,6 +185,13 @@ mod tests {
         }
     }
 
+    /// Returns the number of runs of a check, the gate that it waits for, a state, and the check.
+    fn set_up(passes: bool) -> (Arc<AtomicUsize>, Arc<Notify>, Checked, impl Fn() -> Check) {
+        let (runs, gate) = (Arc::default(), Arc::default());
+        let check = counting(&runs, &gate, passes);
+        (runs, gate, Checked::not_yet(), check)
+    }
+
     #[cfg(feature = "redis")]
     fn gate_opened() -> Arc<Notify> {
         let gate = Arc::<Notify>::default();
@@ -195,8 +202,7 @@ mod tests {
     #[tokio::test]
     async fn operations_share_one_check_and_its_result() {
         for passes in [true, false] {
-            let (runs, gate, checked) = (Arc::default(), Arc::default(), Checked::not_yet());
-            let check = counting(&runs, &gate, passes);
+            let (runs, gate, checked, check) = set_up(passes);
             let all = join_all((0..100).map(|_| checked.check(&check)));
             let (results, ()) = tokio::join!(all, async { gate.notify_one() });
             assert!(results.iter().all(|result| result.is_ok() == passes));
@@ -208,8 +214,7 @@ mod tests {
     #[cfg(feature = "redis")]
     #[tokio::test]
     async fn a_check_that_began_before_the_last_event_does_not_count() {
-        let (runs, gate, checked) = (Arc::default(), Arc::<Notify>::default(), Checked::not_yet());
-        let check = counting(&runs, &gate, true);
+        let (runs, gate, checked, check) = set_up(true);
         let mut waiting = Box::pin(checked.check(&check));
         assert!(futures::poll!(&mut waiting).is_pending());
         checked.expire_now();
@@ -232,8 +237,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_check_that_every_operation_gave_up_begins_anew() {
-        let (runs, gate, checked) = (Arc::default(), Arc::<Notify>::default(), Checked::not_yet());
-        let check = counting(&runs, &gate, true);
+        let (runs, gate, checked, check) = set_up(true);
         let mut given_up = Box::pin(checked.check(&check));
         assert!(futures::poll!(&mut given_up).is_pending());
         drop(given_up);

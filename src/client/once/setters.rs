@@ -1,8 +1,22 @@
 //! The settings that all one-time calls share.
 
-/// Defines the setters of [`EngineSettings`]. The type must have a method `engine`.
+/// Defines the setters of [`EngineSettings`]. The type must have a method `engine`. The arguments are
+/// the documentation of those setters whose meaning differs.
 macro_rules! shared_setters {
-    () => {
+    ($(#[$at_least_once:meta])* at_least_once; $(#[$on_lost:meta])* on_lost;) => {
+        $(#[$at_least_once])*
+        #[must_use]
+        pub fn at_least_once(self) -> Self {
+            self.on_lost(OnLost::Execute)
+        }
+
+        $(#[$on_lost])*
+        #[must_use]
+        pub fn on_lost(mut self, on_lost: OnLost) -> Self {
+            self.engine().if_lost = on_lost.into();
+            self
+        }
+
         /// Sets a name that separates these calls from others in the same store. Default: empty.
         #[must_use]
         pub fn with_namespace(mut self, namespace: impl Into<String>) -> Self {

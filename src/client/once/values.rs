@@ -107,7 +107,16 @@ pub struct Once<St> {
 }
 
 impl<St> Once<St> {
-    shared_setters!();
+    shared_setters! {
+        /// Makes the call again after a lost attempt, instead of leaving its outcome unknown. Use this
+        /// for calls whose effect may happen twice, or whose third party deduplicates by the
+        /// [id](Attempt::id) of the attempt.
+        at_least_once;
+
+        /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. To check the lost
+        /// attempt first, call [`run_or_recover`](Self::run_or_recover).
+        on_lost;
+    }
 
     fn engine(&mut self) -> &mut EngineSettings {
         &mut self.engine
@@ -127,22 +136,6 @@ impl<St> Once<St> {
     #[must_use]
     pub fn with_input(mut self, input: impl AsRef<[u8]>) -> Self {
         self.input = Some(Fingerprint::of(input.as_ref()));
-        self
-    }
-
-    /// Makes the call again after a lost attempt, instead of leaving its outcome unknown. Use this
-    /// for calls whose effect may happen twice, or whose third party deduplicates by the
-    /// [id](Attempt::id) of the attempt.
-    #[must_use]
-    pub fn at_least_once(self) -> Self {
-        self.on_lost(OnLost::Execute)
-    }
-
-    /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. To check the lost
-    /// attempt first, call [`run_or_recover`](Self::run_or_recover).
-    #[must_use]
-    pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.engine.if_lost = on_lost.into();
         self
     }
 

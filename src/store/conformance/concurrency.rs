@@ -7,7 +7,7 @@ use futures::future::join_all;
 use tokio::sync::Barrier;
 
 use super::probe::{stored, timeless, Case, Probe, LEASE, WAIT};
-use crate::protocol::{Completion, Decision, IfLost, Release, Renewal, Resolution, ResolveResult, Status};
+use crate::protocol::{Completion, Decision, IfLost, Owner, Release, Renewal, Resolution, ResolveResult, Status};
 use crate::store::Store;
 
 const ROUNDS: usize = 32;
@@ -67,25 +67,38 @@ async fn release_or_complete<S: Store + Clone>(store: &S, clause: &'static str) 
     case.check(left == (seen.1 == Completion::Completed), &what);
 }
 
-async fn take_over_or_complete<S: Store + Clone>(store: &S, clause: &'static str) {
+/// Takes a lost key over, while its earlier owner runs another operation. Returns the name of the
+/// decision and the reply of the operation.
+async fn beside_takeover<S, F>(
+    store: &S,
+    clause: &'static str,
+    operation: impl FnOnce(Case, S, Owner) -> F,
+) -> (Case, (&'static str, F::Output))
+where
+    S: Store + Clone,
+    F: Future<Output: Send> + Send + 'static,
+{
     let probe = Probe::new(store, clause);
     let owner = probe.lost().await;
-    let (case, one, other) = (probe.case, store.clone(), store.clone());
+    let (case, one) = (probe.case, store.clone());
     let take_over = async move { name(&case.at(&one).ask(&case.claim(IfLost::Execute)).await) };
-    let complete = async move { case.at(&other).complete(owner, &stored("head", "late")).await };
-    let seen = both(take_over, complete).await;
+    (case, both(take_over, operation(case, store.clone(), owner)).await)
+}
+
+async fn take_over_or_complete<S: Store + Clone>(store: &S, clause: &'static str) {
+    let complete = |case: Case, store: S, owner| async move {
+        let late = stored("head", "late");
+        case.at(&store).complete(owner, &late).await
+    };
+    let (case, seen) = beside_takeover(store, clause, complete).await;
     let taken = ("execute", Completion::Superseded(None));
     let healed = ("replay", Completion::Completed);
     either(case, "a takeover and a late completion", &seen, &[taken, healed]);
 }
 
 async fn take_over_or_renew<S: Store + Clone>(store: &S, clause: &'static str) {
-    let probe = Probe::new(store, clause);
-    let owner = probe.lost().await;
-    let (case, one, other) = (probe.case, store.clone(), store.clone());
-    let take_over = async move { name(&case.at(&one).ask(&case.claim(IfLost::Execute)).await) };
-    let renew = async move { case.at(&other).renew(owner, LEASE).await };
-    let seen = both(take_over, renew).await;
+    let renew = |case: Case, store: S, owner| async move { case.at(&store).renew(owner, LEASE).await };
+    let (case, seen) = beside_takeover(store, clause, renew).await;
     let taken = ("execute", Renewal::Superseded);
     let renewed = ("wait", Renewal::Renewed);
     either(case, "a takeover and a late renewal", &seen, &[taken, renewed]);

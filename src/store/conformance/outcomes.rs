@@ -3,10 +3,9 @@
 use bytes::Bytes;
 
 use super::owning::strangers;
-use super::probe::{random, stored, Probe, LEASE, RETENTION};
+use super::probe::{random, stored, Probe, RETENTION};
 use crate::protocol::{
-    Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Status,
-    StoredResponse,
+    Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Resolution, ResolveResult, Status, StoredResponse,
 };
 use crate::store::Store;
 
@@ -58,14 +57,7 @@ async fn owner_is_superseded<S: Store>(probe: &Probe<'_, S>, owner: Owner, stand
             .case
             .same("a completion by the owner after a resolution", &completion, &superseded);
     }
-    let renewal = probe.renew(owner, LEASE).await;
-    probe
-        .case
-        .same("a renewal after a resolution", &renewal, &Renewal::Superseded);
-    let release = probe.release(owner).await;
-    probe
-        .case
-        .same("a release after a resolution", &release, &Release::Superseded);
+    probe.owns_nothing(owner, "a resolution").await;
     probe
         .case
         .same("the record after its owner came back", &probe.look().await, &before);

@@ -181,6 +181,16 @@ impl<'a, S: Store> Probe<'a, S> {
             .same("an owner gives up its lease", &renewal, &Renewal::Renewed);
     }
 
+    /// Checks that an owner can neither renew its lease nor release its key after `end`.
+    pub(super) async fn owns_nothing(&self, owner: Owner, end: &str) {
+        let renewal = self.renew(owner, LEASE).await;
+        let what = format!("a renewal after {end}");
+        self.case.same(&what, &renewal, &Renewal::Superseded);
+        let release = self.release(owner).await;
+        let what = format!("a release after {end}");
+        self.case.same(&what, &release, &Release::Superseded);
+    }
+
     pub(super) async fn renew(&self, owner: Owner, lease: Duration) -> Renewal {
         let reply = self.store.renew(&self.case.key, owner, lease).await;
         self.case.expect_reply("renew", reply)

@@ -195,7 +195,7 @@ impl Inner {
             Arc::clone(watchers).notified_owned()
         });
         MemoryWatch {
-            change,
+            change: change.into(),
             _counted: Counted::new(&self.waiters),
         }
     }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use pin_project_lite::pin_project;
 use tokio::sync::futures::OwnedNotified;
 
@@ -179,7 +180,7 @@ pin_project! {
     #[derive(Debug)]
     pub struct MemoryWatch {
         #[pin]
-        change: Option<OwnedNotified>,
+        change: OptionFuture<OwnedNotified>,
         _counted: Counted,
     }
 }
@@ -188,10 +189,7 @@ impl Future for MemoryWatch {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        match self.project().change.as_pin_mut() {
-            Some(change) => change.poll(cx),
-            None => Poll::Ready(()),
-        }
+        self.project().change.poll(cx).map(drop)
     }
 }
 

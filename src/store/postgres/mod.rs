@@ -29,7 +29,7 @@ pub(crate) use self::ask::{Bound, Sending, Within};
 pub use self::connect::PostgresStoreBuilder;
 pub(crate) use self::error::failed;
 pub(crate) use self::migration::make_table;
-use self::operations::Connection;
+use self::operations::{Completing, Connection};
 use self::pooled::NO_RUNTIME;
 pub(crate) use self::pooled::{run_detachable, PooledConnection};
 pub(crate) use self::pooler::Gate;
@@ -233,7 +233,9 @@ impl PostgresStore {
         retention: Duration,
     ) -> Result<Completion, Error> {
         let mut connection = self.within_callers(connection);
-        Ok(connection.complete_once(key, owner, outcome, retention).await?)
+        Ok(connection
+            .complete(key, owner, outcome, retention, Completing::WithEffect)
+            .await?)
     }
 
     /// Downcasts to `PostgresStore`, looking through `Arc`s and boxes. `None` if the innermost
@@ -340,7 +342,9 @@ impl Store for PostgresStore {
         self.detached(move |store| async move {
             let completing = move |store: Self, mut pooled: PooledConnection| async move {
                 let mut connection = store.on(pooled.connection()?);
-                let done = connection.complete(&key, owner, &outcome, retention).await;
+                let done = connection
+                    .complete(&key, owner, &outcome, retention, Completing::Alone)
+                    .await;
                 pooled.finish(done)
             };
             store.operate(completing).await

@@ -17,6 +17,17 @@ use crate::protocol::{
     Snapshot, StorageKey, Transition,
 };
 
+/// The place of a completion.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Completing {
+    /// The completion has a transaction of its own, and its owner may repeat it.
+    Alone,
+    /// The transaction includes an effect. A record that is already completed, even by this owner,
+    /// has had its effect, so the result is [`Completion::Superseded`] and the caller rolls back
+    /// (I3).
+    WithEffect,
+}
+
 /// A connection with the statements for its table.
 pub(super) struct Connection<'c> {
     pub(super) connection: &'c mut PgConnection,
@@ -114,47 +125,25 @@ impl<'q> Connection<'q> {
             .await
     }
 
-    /// Completes in a transaction that includes an effect. A record that is already completed, even
-    /// by this owner, has had its effect, so the result is `Superseded` and the caller rolls back
-    /// (I3).
-    pub(super) async fn complete_once(
-        &mut self,
-        key: &'q StorageKey,
-        owner: Owner,
-        ended: &'q Outcome,
-        retention: Duration,
-    ) -> Result<Completion, Failed> {
-        let transition = |record: Option<&Record>, now| {
-            let mut transition = Record::complete(record, owner, ended, retention, now);
-            if let (Change::Unchanged, Completion::Completed) = (&transition.change, &transition.reply) {
-                let stands = record.and_then(Record::response).cloned();
-                let stands = stands.map_or(Outcome::Tombstone, Outcome::Stored);
-                transition.reply = Completion::Superseded(Some(stands));
-            }
-            transition
-        };
-        self.completed_by(key, owner, ended, retention, transition).await
-    }
-
     pub(super) async fn complete(
         &mut self,
         key: &'q StorageKey,
         owner: Owner,
         ended: &'q Outcome,
         retention: Duration,
+        completing: Completing,
     ) -> Result<Completion, Failed> {
-        let transition = |record: Option<&Record>, now| Record::complete(record, owner, ended, retention, now);
-        self.completed_by(key, owner, ended, retention, transition).await
-    }
-
-    async fn completed_by(
-        &mut self,
-        key: &'q StorageKey,
-        owner: Owner,
-        ended: &'q Outcome,
-        retention: Duration,
-        transition: impl Fn(Option<&Record>, Timestamp) -> Transition<Completion>,
-    ) -> Result<Completion, Failed> {
+        let transition = |record: Option<&Record>, now| {
+            let mut transition = Record::complete(record, owner, ended, retention, now);
+            let is_repeated =
+                matches!(transition.change, Change::Unchanged) && matches!(transition.reply, Completion::Completed);
+            if is_repeated && completing == Completing::WithEffect {
+                let stands = record.and_then(Record::response).cloned();
+                let stands = stands.map_or(Outcome::Tombstone, Outcome::Stored);
+                transition.reply = Completion::Superseded(Some(stands));
+            }
+            transition
+        };
         let (state, head, body) = outcome(ended);
         let lock_timeout = self.sending.lock_timeout(self.within);
         let bound = |statement: Bound<'q>| {

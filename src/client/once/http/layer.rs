@@ -136,7 +136,18 @@ impl<St> OnceLayer<St> {
         }
     }
 
-    shared_setters!();
+    shared_setters! {
+        /// Sends the request of a lost attempt again, instead of leaving its outcome unknown. If the
+        /// request goes out [without its key](Self::without_sending_key), a response other than a
+        /// success leaves the outcome unknown, because it may only mean that the lost attempt arrived
+        /// before.
+        at_least_once;
+
+        /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. Of this setter,
+        /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last
+        /// call counts.
+        on_lost;
+    }
 
     fn engine(&mut self) -> &mut EngineSettings {
         &mut self.settings().engine
@@ -214,24 +225,6 @@ impl<St> OnceLayer<St> {
     #[must_use]
     pub fn on_attempt(mut self, change: impl Fn(&mut Parts, &Attempt) + Send + Sync + 'static) -> Self {
         self.settings().on_attempt = Some(Arc::new(change));
-        self
-    }
-
-    /// Sends the request of a lost attempt again, instead of leaving its outcome unknown. If the
-    /// request goes out [without its key](Self::without_sending_key), a response other than a
-    /// success leaves the outcome unknown, because it may only mean that the lost attempt arrived
-    /// before.
-    #[must_use]
-    pub fn at_least_once(self) -> Self {
-        self.on_lost(OnLost::Execute)
-    }
-
-    /// Sets what happens after a lost attempt. Default: [`OnLost::Refuse`]. Of this setter,
-    /// [`at_least_once`](Self::at_least_once) and [`with_recovery`](Self::with_recovery), the last
-    /// call counts.
-    #[must_use]
-    pub fn on_lost(mut self, on_lost: OnLost) -> Self {
-        self.settings().engine.if_lost = on_lost.into();
         self
     }
 
