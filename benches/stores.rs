@@ -21,6 +21,8 @@
 
 #[path = "stores/counting.rs"]
 mod counting;
+#[path = "../tests/support/port.rs"]
+mod port;
 #[path = "../tests/support/postgres.rs"]
 mod postgres;
 #[path = "../tests/support/redis.rs"]

@@ -631,6 +631,10 @@ async fn webhooks_are_handled_once_and_forged_ones_never() {
     assert_eq!(printed.matches("401 Unauthorized").count(), 2, "{printed}");
 }
 
+#[cfg(any(feature = "postgres", feature = "redis"))]
+#[path = "support/port.rs"]
+mod port;
+
 #[cfg(feature = "postgres")]
 #[path = "support/postgres.rs"]
 mod postgres;

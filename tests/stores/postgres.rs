@@ -21,7 +21,7 @@ use tower_idempotency::protocol::{
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, ErrorKind, PostgresStore, Store};
 
-use crate::support::postgres;
+use crate::support::port::free_port;
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy;
 use crate::support::proxy::{Direction, Fate, Proxy};
@@ -411,7 +411,7 @@ async fn an_unusable_server_or_table_is_refused_at_the_start() {
             ErrorKind::Configuration,
         ),
         (
-            format!("postgres://app:secret-word@127.0.0.1:{}/x", postgres::free_port()),
+            format!("postgres://app:secret-word@127.0.0.1:{}/x", free_port()),
             ErrorKind::StoreUnavailable,
         ),
     ] {

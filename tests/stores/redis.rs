@@ -50,7 +50,9 @@ fn name(key: u8) -> String {
 }
 
 async fn connect(server: &RedisServer) -> RedisStore {
-    RedisStore::connect(&server.url()).await.unwrap()
+    // A busy machine may need longer for a reply than the 500 ms of the default.
+    let builder = RedisStore::builder().with_response_timeout(Duration::from_secs(5));
+    builder.connect(&server.url()).await.unwrap()
 }
 
 async fn granted(store: &RedisStore, claim: &Claim) -> Grant {

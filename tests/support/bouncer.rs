@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use super::postgres::{free_port, is_open, unprivileged, PostgresServer};
+use super::port::free_port;
+use super::postgres::{is_open, unprivileged, PostgresServer};
 
 /// A pooler on a free port. Dropping this value stops it.
 pub struct Bouncer {

@@ -9,6 +9,8 @@ pub mod ablated;
 pub mod bouncer;
 #[cfg(all(feature = "postgres", feature = "redis"))]
 pub mod garbling_proxy;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub mod port;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 pub mod proxy;

@@ -3,7 +3,7 @@
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
 use std::fs::{self, File};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::{chown, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
+
+use super::port::free_port;
 
 /// A server on a free port with its data in a temporary folder. Dropping this value ends the server
 /// and removes the data.
@@ -140,6 +142,10 @@ impl PostgresServer {
             if self.is_ready() {
                 return;
             }
+            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+                let log = fs::read_to_string(self.log()).unwrap();
+                panic!("postgres ended with {status}:\n{log}");
+            }
             std::thread::sleep(Duration::from_millis(20));
         }
         panic!(
@@ -229,10 +235,6 @@ fn binary(name: &str) -> PathBuf {
         .filter(|path| path.exists())
         .max()
         .unwrap_or_else(|| Path::new(name).to_owned())
-}
-
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Whether a server listens on this port.

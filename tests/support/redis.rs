@@ -3,13 +3,15 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 #![allow(unreachable_pub, reason = "every test binary includes this module as its own")]
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue};
+
+use super::port::free_port;
 
 /// A running `redis-server`. Dropping it kills the server, even during a panic.
 pub struct RedisServer {
@@ -39,7 +41,7 @@ impl RedisServer {
         let folder = std::env::temp_dir().join(format!("idempotency-redis-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let mut last = String::new();
-        // Another process may take the port between finding it and using it.
+        // Another process may look for a port at the same time, and find the same one.
         for _ in 0..5 {
             let port = free_port();
             let arguments = arguments(port, &folder, settings);
@@ -207,16 +209,6 @@ impl Drop for RedisServer {
     fn drop(&mut self) {
         self.kill();
         drop(std::fs::remove_dir_all(&self.folder));
-    }
-}
-
-fn free_port() -> u16 {
-    // The cluster bus uses the port that is 10,000 higher.
-    loop {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        if port < 55_000 {
-            return port;
-        }
     }
 }
 

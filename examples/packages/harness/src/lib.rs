@@ -7,6 +7,8 @@ mod environment;
 mod ledger;
 mod nats;
 mod outcome;
+#[path = "../../../../tests/support/port.rs"]
+mod port;
 #[path = "../../../../tests/support/postgres.rs"]
 mod postgres_server;
 mod process;

@@ -3,7 +3,8 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::server::{free_port, Folder, Server};
+use crate::port::free_port;
+use crate::server::{Folder, Server};
 
 /// A running `nats-server` that stores its streams on disk.
 pub struct NatsServer {

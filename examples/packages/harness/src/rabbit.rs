@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::server::{free_port, Folder, Server};
+use crate::port::free_port;
+use crate::server::{Folder, Server};
 
 /// A running `rabbitmq-server`, with its own Erlang port mapper.
 pub struct RabbitServer {

@@ -1,7 +1,7 @@
 //! A server in a child process, and its folder.
 
 use std::fs::File;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -88,8 +88,4 @@ impl Server {
     pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
-}
-
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
