@@ -18,8 +18,8 @@ pub(crate) enum Event {
     Abandoned,
     /// A claim failed and was repeated with its nonce.
     ClaimRepeated,
-    /// A completion failed and was repeated.
-    CompletionRepeated,
+    /// An operation that ends a claim or an execution failed and was repeated.
+    OperationRepeated,
     /// A query of a record that an owner in another process holds failed and was repeated.
     LookRepeated,
     /// The result of a transaction was found out after its caller had been refused.
@@ -86,7 +86,7 @@ impl Event {
         match self {
             Self::Abandoned => "abandoned",
             Self::ClaimRepeated => "claim-repeated",
-            Self::CompletionRepeated => "completion-repeated",
+            Self::OperationRepeated => "operation-repeated",
             Self::LookRepeated => "look-repeated",
             #[cfg(feature = "postgres")]
             Self::TransactionResolvedLate => "transaction-resolved-late",
@@ -128,7 +128,7 @@ impl Event {
         match self {
             Self::Abandoned => "an execution was dropped before it ended, so its lease was given up",
             Self::ClaimRepeated => "a claim failed and is repeated",
-            Self::CompletionRepeated => "a completion failed and is repeated",
+            Self::OperationRepeated => "an operation that ends a claim or an execution failed and is repeated",
             Self::LookRepeated => "a query of a record failed and is repeated",
             #[cfg(feature = "postgres")]
             Self::TransactionResolvedLate => "the result of a transaction was found out late",

@@ -99,7 +99,7 @@ fn every_request_has_a_span_and_every_unusual_path_has_an_event() {
         "fence=",
         "event=\"claim-repeated\"",
         "event=\"store-failed\"",
-        "event=\"completion-repeated\"",
+        "event=\"operation-repeated\"",
         "event=\"unrecorded\"",
     ] {
         assert!(log.contains(expected), "{expected} is not in:\n{log}");

@@ -30,9 +30,9 @@ pub(super) struct RecoveryCheck(
 pub struct LostAttempt {
     /// The client's key.
     pub key: IdempotencyKey,
-    /// The fence of the *new* attempt. Raise the fence at the third party before you query the
-    /// effect there. Otherwise a request of the lost attempt that is still in flight may take
-    /// effect after the query.
+    /// The fence of the *new* attempt, which is higher than that of the lost one. Let the third party
+    /// refuse all lower fences before you query the effect there. Otherwise a request of the lost
+    /// attempt that is still in flight may take effect after the query.
     pub fence: Fence,
     /// The number of the new attempt.
     pub attempt: u32,

@@ -99,7 +99,7 @@ impl StoreRetry {
         let mut pause = Duration::from_millis(20);
         let deadline = Deadline::after(self.in_all);
         while Self::repeats(&last) && !deadline.left().is_zero() {
-            telemetry::failure(Event::CompletionRepeated, &last);
+            telemetry::failure(Event::OperationRepeated, &last);
             drop(within(pause.min(deadline.left()), std::future::pending::<()>()).await);
             pause = self.pause.min(pause * 2);
             match with_timeout(self.operation, operation()).await {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::join_all;
 use sqlx::postgres::PgPoolOptions;
+use sqlx::Row;
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
     ResolveResult, Status, StorageKey, StoredResponse,
@@ -492,6 +493,35 @@ async fn a_record_that_cannot_be_read_is_an_error_everywhere_and_stays() {
         .await
         .unwrap();
     assert_eq!(left, 7);
+}
+
+/// The guide `operations` has this query for operators.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_documented_query_lists_the_keys_that_are_lost_or_unknown() {
+    let guide = include_str!("../../docs/operations.md");
+    let query = guide.split("```sql\n").nth(1).unwrap().split("```").next().unwrap();
+    let server = PostgresServer::start();
+    let store = PostgresStore::connect(&server.url()).await.unwrap();
+    // 1: in flight. 2: completed. 3: lost. 4: unknown. 5: lost, and its retention is over.
+    for number in 1..=5 {
+        let claim = Claim {
+            retention: if number == 5 { Duration::from_millis(1) } else { HOUR },
+            ..claim(number)
+        };
+        let owner = granted(&store, &claim).await.owner;
+        match number {
+            1 => {}
+            2 => drop(store.complete(&claim.key, owner, &stored(b"paid"), HOUR).await.unwrap()),
+            _ => drop(store.renew(&claim.key, owner, Duration::ZERO).await.unwrap()),
+        }
+        if number == 4 {
+            let nonce = Nonce::random();
+            assert_eq!(store.claim(&Claim { nonce, ..claim }).await.unwrap(), Decision::Unknown);
+        }
+    }
+    let rows = sqlx::raw_sql(query).fetch_all(store.pool()).await.unwrap();
+    let keys: Vec<String> = rows.iter().map(|row| row.get("storage_key")).collect();
+    assert_eq!(keys, ["03".repeat(32), "04".repeat(32)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
