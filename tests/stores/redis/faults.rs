@@ -35,9 +35,10 @@ async fn records_outlive_the_server_and_the_store_finds_it_again() {
 #[tokio::test]
 async fn a_server_that_is_gone_is_unavailable_within_the_timeout_and_comes_back() {
     let mut server = RedisServer::start();
-    let store = connect(&server).await;
+    let store = RedisStore::connect(&server.url()).await.unwrap();
     server.kill();
     for _ in 0..4 {
+        // The response timeout is 500 ms by default.
         let timer = Timer::start();
         let error = store.claim(&claim(1, 1)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::StoreUnavailable);
