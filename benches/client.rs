@@ -7,7 +7,7 @@
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the machine's clock")]
 
 use std::convert::Infallible;
-use std::future::{poll_fn, ready, Ready};
+use std::future::{Ready, poll_fn, ready};
 use std::hint::black_box;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};

@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{noise, Bench, Kind, Setting, Variant, SETTINGS};
+use common::{Bench, Kind, SETTINGS, Setting, Variant, noise};
 use sha2::{Digest, Sha256};
 use tokio::runtime::Builder;
 

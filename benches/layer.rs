@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Bench, Variant, SETTINGS};
+use common::{Bench, SETTINGS, Variant};
 use criterion::{BatchSize, Criterion, Throughput};
 use tokio::runtime::Builder;
 

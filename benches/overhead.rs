@@ -11,7 +11,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Bench, Kind, Setting, Variant, SETTINGS};
+use common::{Bench, Kind, SETTINGS, Setting, Variant};
 use tokio::runtime::{Builder, Runtime};
 
 /// The effort for one kind of request.
@@ -146,9 +146,5 @@ impl Rounds {
 }
 
 const fn target(setting: &Setting) -> &'static str {
-    if setting.body > 100_000 {
-        "≤ 0.35"
-    } else {
-        "≤ 1.00"
-    }
+    if setting.body > 100_000 { "≤ 0.35" } else { "≤ 1.00" }
 }

@@ -30,15 +30,15 @@ mod redis_server;
 #[path = "stores/subjects.rs"]
 mod subjects;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use counting::counting;
 use futures::future::join_all;
 use postgres::PostgresServer;
 use redis_server::RedisServer;
-use subjects::{pool, postgres_store, redis_store, Kind, Layered, RawPostgres, RawRedis, Stored, Subject, EXECUTED};
+use subjects::{EXECUTED, Kind, Layered, RawPostgres, RawRedis, Stored, Subject, pool, postgres_store, redis_store};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Barrier;
 

@@ -10,12 +10,12 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use axum::Router;
 use axum::body::Body;
-use axum::http::{header, HeaderName, Request};
+use axum::http::{HeaderName, Request, header};
 use axum::response::IntoResponse;
 use axum::routing::post;
 use axum::serve::{Listener, ListenerExt};
-use axum::Router;
 use futures::stream;
 use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1::SendRequest;

@@ -17,11 +17,11 @@ mod third_party;
 
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use axum::Router;
 use http::Request;
 use third_party::bank::Bank;
 use third_party::{Accident, ThirdParty};

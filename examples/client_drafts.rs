@@ -27,15 +27,15 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::{Path as Segment, State};
 use axum::http::StatusCode;
 use axum::routing::{post, put};
-use axum::Router;
 use custom_store::DirectoryStore;
 use third_party::{Accident, Scratch, ThirdParty};
 use tokio::process::Command;
-use tower_idempotency::client::{once, Attempt, Failure};
 use tower_idempotency::Clock;
+use tower_idempotency::client::{Attempt, Failure, once};
 
 /// The invoices at the third party: for each draft, whether it was sent.
 type Invoices = Arc<Mutex<Vec<bool>>>;

@@ -34,18 +34,18 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::routing::get;
-use axum::Router;
 use custom_store::DirectoryStore;
 use http::{Request, Response};
 use third_party::{Accident, Scratch, ThirdParty};
 use tokio::process::Command;
 use tower::{ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{LostCall, OnceLayer, ProviderProfile, ReqwestService};
 use tower_idempotency::Clock;
 use tower_idempotency::Recovered;
+use tower_idempotency::client::{LostCall, OnceLayer, ProviderProfile, ReqwestService};
 
 /// The orders at the third party, by reference. The third party accepts the same reference any
 /// number of times.

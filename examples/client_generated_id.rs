@@ -22,7 +22,7 @@ use http::{Request, StatusCode};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use serde::Deserialize;
-use serde_json::{json, Value};
+use serde_json::{Value, json};
 use third_party::{Accident, ThirdParty};
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{

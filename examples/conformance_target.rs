@@ -15,11 +15,11 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
-use axum::http::{header, HeaderMap, HeaderValue, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, MethodRouter};
+use axum::routing::{MethodRouter, any, get};
 use axum::{Json, Router};
-use futures::{stream, StreamExt};
+use futures::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tower_idempotency::{
     BoxStore, CanonicalJson, DoNotStore, IdempotencyLayer, KeySyntax, OnError, Scope, StoreOutcomeOnly, StoreResponse,

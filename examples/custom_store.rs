@@ -35,10 +35,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::routing::post;
 use axum::Router;
+use axum::routing::post;
 use tokio::net::TcpListener;
-use tokio::time::{sleep, Sleep};
+use tokio::time::{Sleep, sleep};
 use tower_idempotency::protocol::{
     Change, Claim, Completion, Decision, Fence, Outcome, Owner, Record, Release, Renewal, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,

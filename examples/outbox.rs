@@ -16,9 +16,9 @@ use std::error::Error;
 use std::time::Duration;
 
 use sqlx::PgPool;
+use tower_idempotency::PostgresStore;
 use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::receiver::{Inbox, Receipt};
-use tower_idempotency::PostgresStore;
 
 const ORDERS: i64 = 20;
 

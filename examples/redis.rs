@@ -15,9 +15,9 @@
 use std::error::Error;
 use std::time::Duration;
 
+use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::post;
-use axum::Router;
 use tokio::net::TcpListener;
 use tower_idempotency::{IdempotencyLayer, RedisStore};
 

@@ -9,13 +9,13 @@
 //! webhooks.
 
 use std::error::Error;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
+use axum::Router;
 use axum::http::Request;
 use axum::routing::post;
-use axum::Router;
 use futures::future::join_all;
 use tokio::net::TcpListener;
 use tower::ServiceBuilder;

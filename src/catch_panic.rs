@@ -3,8 +3,7 @@
 //! The callers of these functions do not reuse a value that a panic may have left half changed, so both functions assert unwind safety. A caught panic has been reported by the panic hook
 //! already, so its message is dropped.
 
-use std::future::Future;
-use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 

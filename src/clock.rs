@@ -5,7 +5,6 @@
 //! decide about leases and expiry.
 
 use std::fmt;
-use std::future::Future;
 use std::panic::catch_unwind;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -413,9 +412,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn within_gives_up_after_the_limit_and_not_before() {
-        assert!(within(Duration::from_secs(1), std::future::pending::<()>())
-            .await
-            .is_err());
+        assert!(
+            within(Duration::from_secs(1), std::future::pending::<()>())
+                .await
+                .is_err()
+        );
         let slow = tokio::time::sleep(Duration::from_millis(999));
         assert!(within(Duration::from_secs(1), slow).await.is_ok());
     }

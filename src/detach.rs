@@ -1,15 +1,14 @@
 //! Operations that continue after their callers have left.
 
-use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
-use tokio::sync::futures::Notified;
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::task::JoinHandle;
 
 /// A future that its caller polls in place, and that continues in a spawned task if the caller
@@ -299,7 +298,7 @@ impl<T, D: Detach> Drop for DetachOnDrop<T, D> {
 
 #[cfg(test)]
 mod tests {
-    use std::panic::{catch_unwind, AssertUnwindSafe};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use futures::FutureExt;
     use tokio::sync::oneshot;

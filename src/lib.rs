@@ -90,9 +90,9 @@ pub mod testing;
 pub use self::clock::{Clock, Timestamp};
 pub use self::engine::{Drain, OnError, OnLost, Recovered};
 pub use self::error::{Error, ErrorKind};
-#[cfg(feature = "tonic")]
-pub use self::http::{grpc_response, MarkStatus};
 pub use self::http::{BufferedBody, RebuildBody, Refusal, RefusalKind};
+#[cfg(feature = "tonic")]
+pub use self::http::{MarkStatus, grpc_response};
 #[doc(inline)]
 pub use self::protocol::{CanonicalJson, IdempotencyKey, InvalidKey, KeyError, KeySyntax, Scope};
 #[cfg(feature = "axum")]

@@ -259,9 +259,9 @@ pub(crate) fn finished(span: Option<&Span>, outcome: &'static str) {
 }
 
 #[cfg(feature = "metrics")]
-pub(crate) use with_metrics::{count_event, count_message, count_request, in_flight, store_figures, Times};
+pub(crate) use with_metrics::{Times, count_event, count_message, count_request, in_flight, store_figures};
 #[cfg(not(feature = "metrics"))]
-pub(crate) use without_metrics::{count_event, count_message, count_request, in_flight, store_figures, Times};
+pub(crate) use without_metrics::{Times, count_event, count_message, count_request, in_flight, store_figures};
 
 #[cfg(all(feature = "metrics", feature = "webhooks"))]
 use with_metrics::count_webhook_rejected;
@@ -323,7 +323,7 @@ mod with_metrics {
             }
         }
 
-        pub(crate) async fn waiting<F: std::future::Future>(&mut self, waiting: F) -> F::Output {
+        pub(crate) async fn waiting<F: Future>(&mut self, waiting: F) -> F::Output {
             let waited = Stopwatch::start();
             let output = waiting.await;
             self.elsewhere += waited.elapsed();
@@ -331,7 +331,7 @@ mod with_metrics {
             output
         }
 
-        pub(crate) async fn outside<F: std::future::Future>(&mut self, handler: F) -> F::Output {
+        pub(crate) async fn outside<F: Future>(&mut self, handler: F) -> F::Output {
             let ran = Stopwatch::start();
             let output = handler.await;
             self.elsewhere += ran.elapsed();
@@ -349,7 +349,6 @@ mod with_metrics {
 
 #[cfg(not(feature = "metrics"))]
 mod without_metrics {
-    use std::future::Future;
 
     use super::Event;
 

@@ -2,9 +2,9 @@
 //! allocations and bytes for one that it covers.
 
 use std::convert::Infallible;
-use std::future::{ready, Ready};
+use std::future::{Ready, ready};
 
-use allocation_counter::{measure, AllocationInfo};
+use allocation_counter::{AllocationInfo, measure};
 use bytes::Bytes;
 use futures::executor::block_on;
 use http::{Request, Response};

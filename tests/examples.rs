@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::{join, join_all};
-use http::{header, HeaderMap, Request, StatusCode};
+use http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use serde_json::{json, Value};
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::timeout;
@@ -652,7 +652,7 @@ async fn an_order_that_an_outbox_sends_twice_is_shipped_once() {
 #[cfg(feature = "postgres")]
 mod postgres_transaction {
     use super::postgres::PostgresServer;
-    use super::{json, Example, StatusCode};
+    use super::{Example, StatusCode, json};
 
     async fn start(server: &PostgresServer) -> Example {
         Example::start_in("postgres_transaction", &[("DATABASE_URL", &server.url())]).await

@@ -2,17 +2,16 @@
 
 mod support;
 
-use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::receiver::{HandlerErrorClass, ReceiverLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, OnLost};
-use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::FmtSpan;
 
-use support::{post, send, Fault, Handler, RemoteStore};
+use support::{Fault, Handler, RemoteStore, post, send};
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -242,7 +241,7 @@ async fn send_rejected_webhooks() -> Vec<bytes::Bytes> {
     use bytes::Bytes;
     use http::{Request, Response, StatusCode};
     use http_body_util::{BodyExt, Full};
-    use tower::{service_fn, ServiceExt};
+    use tower::{ServiceExt, service_fn};
     use tower_idempotency::receiver::testing::WebhookSigner;
     use tower_idempotency::receiver::webhooks::{StripeWebhooks, WebhookLayer};
 

@@ -2,9 +2,9 @@
 //! They do the same round trips.
 
 use std::convert::Infallible;
-use std::future::{ready, Future, Ready};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::future::{Ready, ready};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;

@@ -2,11 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use axum::Router;
 
 /// A bank that charges the amount in the body of each request. It responds to a repeated key with
 /// the first response, marked as a replay, and refuses a repeated key with another amount. It

@@ -56,7 +56,7 @@ pub use keys::{
     KeyPlacement, KeyPlacementError, Outgoing, ProviderProfile, ResponseMeaning, RetryAdvice,
 };
 #[cfg(feature = "once")]
-pub use once::{once, Done, Failure, Once, Steps};
+pub use once::{Done, Failure, Once, Steps, once};
 pub use once::{LostCall, OnceClient, OnceError, OnceFuture, OnceLayer};
 #[cfg(feature = "follow-redirect")]
 pub use redirect::SameOriginKey;

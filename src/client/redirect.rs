@@ -162,7 +162,7 @@ fn port(uri: &Uri) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::follows::{follows_of, Follows};
+    use crate::client::follows::{Follows, follows_of};
 
     #[test]
     fn a_later_hop_has_the_extensions_of_the_first() {
@@ -203,8 +203,8 @@ mod tests {
 
     #[test]
     fn each_visible_follow_redirect_is_judged_by_its_own_policy() {
-        use tower_http::follow_redirect::policy::{redirect_fn, And, Limited, Or, Standard};
         use tower_http::follow_redirect::FollowRedirect;
+        use tower_http::follow_redirect::policy::{And, Limited, Or, Standard, redirect_fn};
         use tower_service::Service;
         type Both<S, A, B> = tower::util::Either<FollowRedirect<S, A>, FollowRedirect<S, B>>;
         struct Choice<A, B>(A, B);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use http::{HeaderMap, Response, StatusCode, Uri};
 
 use super::classes::{ErrorClass, ErrorClasses};
-use super::follows::{follows_of, Follows};
+use super::follows::{Follows, follows_of};
 use super::keys::{ProviderProfile, ResponseMeaning};
 
 /// The evidence about one call. It is an extension of the request, so inner layers share it.

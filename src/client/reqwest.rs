@@ -1,7 +1,6 @@
 //! `reqwest` as a tower service over `http` types.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 

@@ -8,7 +8,7 @@ use crate::clock::Deadline;
 use crate::detach::TaskTracker;
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Decision};
-use crate::store::{claim_with_timeout, limit_in_wait, release_lost_claim, LostClaim, Store};
+use crate::store::{LostClaim, Store, claim_with_timeout, limit_in_wait, release_lost_claim};
 use crate::telemetry::{self, Event};
 
 /// A claim without a decision of the store.

@@ -3,14 +3,14 @@
 //! The caller polls the job in place. If the caller leaves, the rest of the job continues in a task
 //! of its own, and the outcome of a run that has begun is recorded.
 
-use std::future::{poll_fn, Future};
+use std::future::poll_fn;
 use std::marker::PhantomData;
 use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
-use futures::future::{select, Either};
+use futures::future::{Either, select};
 
 use super::attempt::{Attempt, Recovered};
 use super::claim::{ClaimError, Claimer};
@@ -18,15 +18,15 @@ use super::held_lease::HeldLease;
 use super::job_leases::{JobGuard, JobLeases};
 use super::owner::{KeyOwner, Ownership};
 use super::settings::EngineSettings;
-use super::waiting::{await_owner, Waited, Waiter};
+use super::waiting::{Waited, Waiter, await_owner};
 use crate::catch_panic::catch_panic;
-use crate::clock::{sleep, within, Deadline, Stopwatch};
-use crate::detach::{detach_on_drop, TaskTracker};
+use crate::clock::{Deadline, Stopwatch, sleep, within};
+use crate::detach::{TaskTracker, detach_on_drop};
 use crate::error::Error;
 use crate::protocol::{
     Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status, StorageKey, StoredResponse,
 };
-use crate::store::{claim_with_timeout, with_timeout, LostClaim, Store, MANY_LOST_CLAIMS};
+use crate::store::{LostClaim, MANY_LOST_CLAIMS, Store, claim_with_timeout, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// The longest time between two claims of a waiter, in case its subscription misses a change.

@@ -1,16 +1,15 @@
 //! The leases of jobs, and the guard of a job's lease while its attempt runs.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use futures::FutureExt;
+use futures::future::BoxFuture;
 
 use super::attempt::Attempt;
 use super::held_lease::HeldLease;
-use super::lease_guard::{with_look, LeaseGuard};
+use super::lease_guard::{LeaseGuard, with_look};
 use super::renewal::{RenewalTasks, Renewer};
 use crate::detach::TaskTracker;
 use crate::protocol::Nonce;

@@ -1,6 +1,6 @@
 //! The owner's share in the renewal of its lease.
 
-use std::future::{poll_fn, Future};
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,9 +9,9 @@ use futures::FutureExt;
 use tokio::runtime::Handle;
 
 use super::held_lease::HeldLease;
-use super::renewal::{ensure_renewal_task, Renewer};
+use super::renewal::{Renewer, ensure_renewal_task};
 use crate::catch_panic::catch_panic_in;
-use crate::detach::{spawn_apart, TaskTracker};
+use crate::detach::{TaskTracker, spawn_apart};
 use crate::protocol::StorageKey;
 use crate::store::Store;
 use crate::telemetry::{self, Event};

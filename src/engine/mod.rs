@@ -25,13 +25,13 @@ pub use attempt::{Attempt, Recovered};
 pub(crate) use claim::{ClaimError, Claimer};
 pub use drain::Drain;
 pub(crate) use held_lease::HeldLease;
-pub(crate) use job::{Ended, Job, Refused, Settled, Verdict, Work, NO_RUNTIME};
+pub(crate) use job::{Ended, Job, NO_RUNTIME, Refused, Settled, Verdict, Work};
 pub(crate) use job_leases::JobLeases;
-pub(crate) use lease_guard::{with_look, LeaseGuard};
-#[cfg(feature = "testing")]
-pub(crate) use made::Made;
+pub(crate) use lease_guard::{LeaseGuard, with_look};
 #[cfg(all(feature = "testing", feature = "postgres"))]
 pub(crate) use made::MADE_WITHOUT_STORE;
+#[cfg(feature = "testing")]
+pub(crate) use made::Made;
 pub use on_error::OnError;
 pub use on_lost::OnLost;
 #[cfg(feature = "postgres")]
@@ -41,4 +41,4 @@ pub(crate) use renewal::{RenewalTasks, Renewer};
 pub(crate) use settings::EngineSettings;
 #[cfg(feature = "postgres")]
 pub(crate) use transaction_state::TransactionState;
-pub(crate) use waiting::{await_owner, Waited, Waiter};
+pub(crate) use waiting::{Waited, Waiter, await_owner};

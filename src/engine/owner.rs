@@ -1,6 +1,5 @@
 //! The ends of an attempt, as its owner reports them to the store.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, StorageKey};
 use crate::protocol::{Snapshot, Status};
 #[cfg(feature = "postgres")]
 use crate::store::resolve_transaction_late;
-use crate::store::{record_end, AttemptEnd, Store, StoreRetry};
+use crate::store::{AttemptEnd, Store, StoreRetry, record_end};
 use crate::telemetry::{self, Event};
 
 /// Whether an attempt still owned its key when it ended.

@@ -1,6 +1,5 @@
 //! The tasks that renew leases. Servers, clients and receivers use them alike.
 
-use std::future::Future;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::clock::{micros, Stopwatch};
+use crate::clock::{Stopwatch, micros};
 
 /// The schedule of one lease. A renewal is due after each third of the lease, so that if one
 /// renewal fails or hangs, the next one still comes in time.

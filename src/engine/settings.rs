@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::detach::{TaskTracker, MOST_DETACHED};
+use crate::detach::{MOST_DETACHED, TaskTracker};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Fingerprint, IfLost, KeySpace, Nonce, StorageKey};
 use crate::store::StoreRetry;

@@ -1,7 +1,7 @@
 //! The end of work that completed its own record in a transaction.
 
 use super::held_lease::HeldLease;
-use super::job::{replayed, Absence, Ended, Job, Refused, Settled, Verdict};
+use super::job::{Absence, Ended, Job, Refused, Settled, Verdict, replayed};
 use super::owner::TransactionEnd;
 use crate::error::Error;
 use crate::protocol::Outcome;

@@ -1,15 +1,15 @@
 //! The wait for an owner in another process.
 
-use std::future::{pending, Future};
+use std::future::pending;
 use std::pin::pin;
 use std::time::Duration;
 
 use futures::future::select;
 
-use crate::clock::{within, Deadline};
+use crate::clock::{Deadline, within};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Snapshot, StorageKey};
-use crate::store::{limit_in_wait, with_timeout, Store, TIMED_OUT};
+use crate::store::{Store, TIMED_OUT, limit_in_wait, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// The longest time between two looks at the record, in case a subscription misses a change.

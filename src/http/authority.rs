@@ -2,8 +2,8 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use http::header::{HeaderMap, HeaderValue, HOST};
 use http::Uri;
+use http::header::{HOST, HeaderMap, HeaderValue};
 
 use crate::protocol::Hasher;
 

@@ -1,9 +1,8 @@
 //! Reads bodies within bounds, and rebuilds bodies from the bytes that were read.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};

@@ -1,7 +1,7 @@
 //! Checks whether a response can have a body, and whether a body ended too early.
 
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{response, Method, StatusCode};
+use http::{Method, StatusCode, response};
 
 /// Returns whether a response to a request with this method can have a body (RFC 9110 section
 /// 6.4.1). The tunnel after CONNECT is no body.

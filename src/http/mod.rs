@@ -19,7 +19,7 @@ mod response;
 mod service;
 mod streams;
 
-pub(crate) use body::{collect, collect_messages, BodyBounds, Collect, Collected, Shortfall};
+pub(crate) use body::{BodyBounds, Collect, Collected, Shortfall, collect, collect_messages};
 pub use body::{BufferedBody, RebuildBody};
 #[cfg(feature = "webhooks")]
 pub(crate) use fingerprint::uri_as_received;
@@ -29,18 +29,18 @@ pub(crate) use grpc::add_marks;
 #[cfg(feature = "postgres")]
 pub(crate) use grpc::code_of as grpc_code;
 pub(crate) use grpc::{
-    complete as complete_grpc, is_response as is_grpc_response, is_typed as is_typed_grpc, result_of as grpc_result,
-    Accepted, Outcome as GrpcOutcome,
+    Accepted, Outcome as GrpcOutcome, complete as complete_grpc, is_response as is_grpc_response,
+    is_typed as is_typed_grpc, result_of as grpc_result,
 };
 #[cfg(feature = "tonic")]
-pub use grpc::{grpc_response, MarkStatus};
-pub(crate) use key::{find_key, FoundKey, IDEMPOTENCY_KEY};
+pub use grpc::{MarkStatus, grpc_response};
+pub(crate) use key::{FoundKey, IDEMPOTENCY_KEY, find_key};
 pub(crate) use length::{has_body, is_cut_short};
 pub use refusal::Refusal;
 pub(crate) use refusal_kind::Effect;
 pub use refusal_kind::RefusalKind;
 pub(crate) use rendering::{RefusalStyle, Rendering};
-pub(crate) use request_body::{collect_request, Checked};
-pub(crate) use response::{reframe, reframe_stream, ResponseHeaders};
+pub(crate) use request_body::{Checked, collect_request};
+pub(crate) use response::{ResponseHeaders, reframe, reframe_stream};
 pub(crate) use service::HttpService;
-pub(crate) use streams::{is_stream, StreamTypes};
+pub(crate) use streams::{StreamTypes, is_stream};

@@ -8,8 +8,8 @@
 //! the boundary, and it needs to know whether a body is malformed. For a malformed body, the caller
 //! compares the bytes.
 
-use http::header::CONTENT_TYPE;
 use http::HeaderMap;
+use http::header::CONTENT_TYPE;
 use memchr::memmem;
 
 use crate::protocol::Hasher;

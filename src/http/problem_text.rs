@@ -95,8 +95,7 @@ const ENCODING_NOT_ACCEPTED: ProblemText = ProblemText {
     status: StatusCode::NOT_ACCEPTABLE,
     code: "encoding-not-accepted",
     title: "The stored response has another encoding",
-    detail:
-        "A request with this key was processed, and its response is stored in an encoding that this request does not \
+    detail: "A request with this key was processed, and its response is stored in an encoding that this request does not \
              accept. Send the request again and list the encoding of the first response in grpc-accept-encoding.",
     retryable: false,
 };
@@ -204,8 +203,7 @@ const OVERLOADED: ProblemText = ProblemText {
     status: StatusCode::SERVICE_UNAVAILABLE,
     code: "overloaded",
     title: "No new requests are processed for now",
-    detail:
-        "The server still works on too many requests whose clients have disconnected. This request was not processed; \
+    detail: "The server still works on too many requests whose clients have disconnected. This request was not processed; \
          send it again later.",
     retryable: true,
 };

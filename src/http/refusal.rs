@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use http::header::HeaderName;
 use http::StatusCode;
+use http::header::HeaderName;
 
 use super::refusal_kind::{Effect, RefusalKind};
 
@@ -138,8 +138,8 @@ mod tests {
 
     use bytes::Bytes;
     use futures::executor::block_on;
-    use http::header::{HeaderValue, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
     use http::Response;
+    use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
     use http_body_util::{BodyExt, Full};
     use serde_json::Value;
 
@@ -198,10 +198,12 @@ mod tests {
             assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
             assert_eq!(document["status"], parts.status.as_u16());
             assert_eq!(document["code"], Refusal::new(kind).code());
-            assert!(document["type"]
-                .as_str()
-                .unwrap()
-                .starts_with("urn:problem-type:idempotency:"));
+            assert!(
+                document["type"]
+                    .as_str()
+                    .unwrap()
+                    .starts_with("urn:problem-type:idempotency:")
+            );
             assert!(!document["detail"].as_str().unwrap().is_empty());
             assert!(document["retryable"].is_boolean());
             assert_eq!(parts.extensions.get::<Refusal>().unwrap().kind(), kind);

@@ -2,13 +2,13 @@
 //! body.
 
 use std::pin::Pin;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 
-use super::body::{collect, BodyBounds, Collect, Shortfall};
 use super::RefusalKind;
+use super::body::{BodyBounds, Collect, Shortfall, collect};
 
 /// Reads the body of a request to its end, within its bounds.
 pub(crate) fn collect_request<B: HttpBody<Data = Bytes> + Unpin>(body: B, bounds: BodyBounds) -> Collect<Checked<B>> {

@@ -7,11 +7,11 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue, MaxSizeReached};
-use http::{response, Response, StatusCode};
+use http::{Response, StatusCode, response};
 use http_body::Body as HttpBody;
 
-use super::body::{BufferedBody, Collected};
 use super::RebuildBody;
+use super::body::{BufferedBody, Collected};
 use crate::protocol::StoredResponse;
 
 const VERSION: u8 = 1;

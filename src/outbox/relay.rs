@@ -2,13 +2,12 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::future::Future;
 use std::time::Duration;
 
 use super::message::OutboxMessage;
 use super::table::{Claim, Outbox, TakeOptions, Taken};
 use crate::catch_panic::catch_panic;
-use crate::clock::{sleep, within, Deadline};
+use crate::clock::{Deadline, sleep, within};
 use crate::error::Error;
 use crate::telemetry::{self, Event};
 

@@ -4,14 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgPool, PgRow};
 use sqlx::Row;
+use sqlx::postgres::{PgConnection, PgPool, PgRow};
 
 use super::message::OutboxMessage;
 use crate::error::Error;
 use crate::store::{
-    failed, make_table, run_detachable, statements, Bound, Gate, PooledConnection, Sending, Statement, TableName,
-    Within,
+    Bound, Gate, PooledConnection, Sending, Statement, TableName, Within, failed, make_table, run_detachable,
+    statements,
 };
 
 /// A table of messages that a relay publishes once their transaction is committed. See the

@@ -223,7 +223,7 @@ fn is_unescaped(byte: u8) -> bool {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use proptest::sample::{select, Index};
+    use proptest::sample::{Index, select};
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
 

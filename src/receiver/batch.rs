@@ -2,8 +2,8 @@
 
 use std::future::poll_fn;
 
-use futures::stream::{iter, StreamExt};
 use futures::FutureExt;
+use futures::stream::{StreamExt, iter};
 use tower_service::Service;
 
 use super::receipt::{Disposition, Receipt, ReceiveError};

@@ -7,8 +7,8 @@
 
 use std::hash::{Hash, Hasher};
 use std::mem::discriminant;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::protocol::{Fingerprint, StorageKey};
 

@@ -1,7 +1,6 @@
 //! The layer and its settings.
 
 use std::fmt;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -49,7 +49,7 @@ pub mod testing;
 #[cfg(feature = "webhooks")]
 pub mod webhooks;
 
-pub use batch::{receive_all, Batch};
+pub use batch::{Batch, receive_all};
 pub use classes::HandlerErrorClass;
 pub use id::{InvalidMessageId, MessageId};
 #[cfg(feature = "postgres")]

@@ -1,7 +1,6 @@
 //! The service: one delivery.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -11,16 +10,16 @@ use futures::future::BoxFuture;
 use tower_service::Service;
 
 use super::id::MessageId;
-use super::kinds::{difference, fingerprint, Difference, Variant};
+use super::kinds::{Difference, Variant, difference, fingerprint};
 use super::lease::MessageLease;
-use super::receipt::{name_of, Receipt, ReceiveError};
+use super::receipt::{Receipt, ReceiveError, name_of};
 use super::settings::{OnMismatch, OnMissingId, Settings};
 use crate::catch_panic::{catch_panic, catch_panic_in};
 use crate::detach::detach_on_drop;
-use crate::engine::{Attempt, Ended, Job, OnError, Recovered, Refused, Settled, Verdict, Work, NO_RUNTIME};
+use crate::engine::{Attempt, Ended, Job, NO_RUNTIME, OnError, Recovered, Refused, Settled, Verdict, Work};
 use crate::error::ErrorKind;
 use crate::protocol::{Fingerprint, IfLost, Outcome, Status, StorageKey};
-use crate::store::{with_timeout, Store};
+use crate::store::{Store, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// A service that handles each message once. [`ReceiverLayer`](super::ReceiverLayer) makes this

@@ -6,7 +6,6 @@
 mod webhooks;
 
 use std::fmt::{self, Debug};
-use std::future::Future;
 use std::panic::resume_unwind;
 use std::pin::pin;
 use std::task::Poll;

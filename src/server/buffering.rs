@@ -1,14 +1,13 @@
 //! The first phase of a guarded request. This phase reads the body and computes the fingerprint. If
 //! the store can decide at once, this phase also returns the response or calls the handler.
 
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
-use http::request::Parts;
 use http::Response;
+use http::request::Parts;
 use tracing::{Instrument, Span};
 
 use super::detached::{IfGuarded, Running};
@@ -19,7 +18,7 @@ use super::lease::Lease;
 use super::settings::Values;
 use super::singleflight::{InFlight, SharedResult, VacantEntry};
 use crate::http::{
-    collect_request, BodyBounds, Checked, Collect, Collected, HttpService, RebuildBody, Refusal, RefusalKind,
+    BodyBounds, Checked, Collect, Collected, HttpService, RebuildBody, Refusal, RefusalKind, collect_request,
 };
 use crate::protocol::{Claim, Decision, Grant, IdempotencyKey, StorageKey};
 use crate::store::Store;

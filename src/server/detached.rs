@@ -1,6 +1,5 @@
 //! An exchange that continues without its caller.
 
-use std::future::Future;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;

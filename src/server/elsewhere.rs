@@ -1,7 +1,5 @@
 //! The wait for an owner in another process.
 
-use std::future::Future;
-
 use futures::future::poll_fn;
 use http::Response;
 
@@ -10,10 +8,10 @@ use super::guard::{Barred, KeyGuard};
 use super::settings::Values;
 use super::singleflight::{InFlight, SharedResult};
 use crate::clock::within;
-use crate::engine::{await_owner, Waited, Waiter};
+use crate::engine::{Waited, Waiter, await_owner};
 use crate::http::{HttpService, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status};
-use crate::store::{with_timeout, Store, MANY_LOST_CLAIMS};
+use crate::store::{MANY_LOST_CLAIMS, Store, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// The meaning of a record for a request that does not own it.

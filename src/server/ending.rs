@@ -4,17 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{request, response, Response, StatusCode};
+use http::{Response, StatusCode, request, response};
 
 use super::exchange::{Exchange, Read, Stage};
 use super::guard::KeyGuard;
-use super::marks::{is_not_for_store, retention_of, StreamResponse};
+use super::marks::{StreamResponse, is_not_for_store, retention_of};
 use super::policy::{Judgement, Verdict};
 use super::settings::Values;
 use super::singleflight::SharedResult;
 use crate::engine::{KeyOwner, Ownership};
 use crate::error::Error;
-use crate::http::{grpc_result, reframe_stream, Collected, RebuildBody, Refusal, RefusalKind};
+use crate::http::{Collected, RebuildBody, Refusal, RefusalKind, grpc_result, reframe_stream};
 use crate::protocol::{Completion, IfLost, Outcome, StoredResponse};
 use crate::store::Store;
 use crate::telemetry::{self, Event};

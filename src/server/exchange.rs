@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::request::Parts;
-use http::{response, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, response};
 use tracing::Span;
 
 use super::guard::{Barred, KeyGuard};
@@ -16,9 +16,9 @@ use super::singleflight::{Follower, Joined, SharedResult, Undecided};
 use crate::clock::{Deadline, Stopwatch};
 use crate::engine::{ClaimError, Claimer};
 use crate::error::{Error, ErrorKind};
-use crate::http::{complete_grpc, reframe, Accepted, Collected, HttpService, RebuildBody, Refusal, RefusalKind};
+use crate::http::{Accepted, Collected, HttpService, RebuildBody, Refusal, RefusalKind, complete_grpc, reframe};
 use crate::protocol::{Claim, Decision, Fingerprint, Grant, Nonce, StorageKey, StoredResponse};
-use crate::store::{claim_with_timeout, LostClaim, Store, LAST_LOOK};
+use crate::store::{LAST_LOOK, LostClaim, Store, claim_with_timeout};
 use crate::telemetry::{self, Event, Times};
 
 /// One guarded request, after its body was read.
@@ -423,7 +423,7 @@ impl SharedResult {
                 return Some(Self::Response {
                     response,
                     is_stored: true,
-                })
+                });
             }
             Decision::NotStored => RefusalKind::ResponseNotStored,
             Decision::Mismatch => RefusalKind::Mismatch,

@@ -1,6 +1,5 @@
 //! One execution of the handler, from its grant to its recorded outcome.
 
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +19,7 @@ use crate::engine::TransactionState;
 use crate::engine::{Ownership, Recovered};
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
-use crate::http::{collect, collect_messages, has_body, HttpService, RebuildBody, Refusal, RefusalKind, Shortfall};
+use crate::http::{HttpService, RebuildBody, Refusal, RefusalKind, Shortfall, collect, collect_messages, has_body};
 use crate::protocol::Grant;
 use crate::store::Store;
 use crate::telemetry;
@@ -161,11 +160,7 @@ impl<St: Store, S> Exchange<St, S> {
                 };
                 // Another attempt may have taken the key over. The caller then gets the outcome of
                 // that attempt, not the error.
-                if self.is_superseded {
-                    Ok(response)
-                } else {
-                    Err(error)
-                }
+                if self.is_superseded { Ok(response) } else { Err(error) }
             }
             Ended::Panicked => Ok(self.failed().await),
             Ended::Streaming(response, judgement) => Ok(self.streaming(response, judgement).await),

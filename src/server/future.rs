@@ -1,9 +1,8 @@
 //! The future of a response.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures::future::BoxFuture;
 use http::Response;

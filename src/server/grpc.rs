@@ -6,7 +6,7 @@ use http::Method;
 
 use super::layer::IdempotencyLayer;
 use super::policy::Statuses;
-use crate::http::{BodyForm, RefusalStyle, IDEMPOTENCY_KEY};
+use crate::http::{BodyForm, IDEMPOTENCY_KEY, RefusalStyle};
 use crate::store::Store;
 
 impl<St: Store> IdempotencyLayer<St> {

@@ -2,14 +2,13 @@
 //! gives up the lease of a request that is dropped.
 
 use std::fmt;
-use std::future::Future;
 use std::sync::Arc;
 
 use super::settings::{Values, Waiting};
 use super::singleflight::{Follower, InFlight, InFlightTable, Joined, SharedResult};
 use crate::clock::Stopwatch;
 use crate::detach::TaskTracker;
-use crate::engine::{with_look, Drain, HeldLease, LeaseGuard, RenewalTasks, Renewer};
+use crate::engine::{Drain, HeldLease, LeaseGuard, RenewalTasks, Renewer, with_look};
 use crate::protocol::Grant;
 use crate::store::Store;
 use crate::telemetry;

@@ -2,14 +2,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{response, Method, Response};
+use http::{Method, Response, response};
 use tower_layer::Layer;
 
 use super::errors::ServiceFailure;
@@ -20,7 +19,7 @@ use super::settings::{Paths, Selector, Settings, Values};
 use crate::callback::Callback;
 use crate::engine::{Drain, OnError, OnLost, Recovered};
 use crate::error::Error;
-use crate::http::{BodyForm, Refusal, RefusalStyle, StreamTypes, IDEMPOTENCY_KEY};
+use crate::http::{BodyForm, IDEMPOTENCY_KEY, Refusal, RefusalStyle, StreamTypes};
 use crate::protocol::{CanonicalJson, IfLost, KeyError, KeyParser, KeySyntax, Outcome, Scope, StorageKey};
 use crate::store::Store;
 

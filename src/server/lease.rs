@@ -202,11 +202,11 @@ mod extract {
 
     use axum::extract::{FromRequestParts, OptionalFromRequestParts};
     use axum::response::{IntoResponse, Response};
-    use http::request::Parts;
     use http::HeaderName;
+    use http::request::Parts;
 
     use super::{AttemptNumber, Lease};
-    use crate::http::{Refusal, RefusalKind, Rendering, IDEMPOTENCY_KEY};
+    use crate::http::{IDEMPOTENCY_KEY, Refusal, RefusalKind, Rendering};
     use crate::protocol::IdempotencyKey;
 
     /// The name of the header field with the key. A layer that passes a request on adds it to the

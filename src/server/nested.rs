@@ -12,7 +12,7 @@ use super::settings::Values;
 use crate::error::{Error, ErrorKind};
 use crate::http::{HttpService, RebuildBody};
 use crate::protocol::{Owner, Snapshot, Status, StorageKey};
-use crate::store::{with_timeout, Store};
+use crate::store::{Store, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// A request whose storage key an outer layer has claimed, in the same store or in another one.

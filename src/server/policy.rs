@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http::{request, response, Extensions, HeaderMap, Response, StatusCode};
+use http::{Extensions, HeaderMap, Response, StatusCode, request, response};
 
 use super::derived_keys::DerivedKeys;
-use super::marks::{retention_of, DoNotStore, StoreOutcomeOnly, StoreResponse};
+use super::marks::{DoNotStore, StoreOutcomeOnly, StoreResponse, retention_of};
 use crate::callback::Callback;
 use crate::catch_panic::catch_panic_in;
 use crate::engine::{OnError, Recovered};
 #[cfg(feature = "postgres")]
 use crate::http::grpc_code;
-use crate::http::{grpc_result, is_grpc_response, is_typed_grpc, Effect, GrpcOutcome, Refusal};
+use crate::http::{Effect, GrpcOutcome, Refusal, grpc_result, is_grpc_response, is_typed_grpc};
 use crate::protocol::{Fence, IdempotencyKey};
 
 /// The application's check of a lost attempt.
@@ -70,7 +70,7 @@ impl fmt::Debug for LostAttempt {
 impl RecoveryCheck {
     pub(super) fn new<F>(check: impl Fn(LostAttempt) -> F + Send + Sync + 'static) -> Self
     where
-        F: std::future::Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
+        F: Future<Output = Recovered<Response<Bytes>>> + Send + 'static,
     {
         Self(Callback(Arc::new(move |lost| Box::pin(check(lost)))))
     }

@@ -18,7 +18,7 @@ use super::nested::Nested;
 use super::settings::{Selector, Settings, Values};
 #[cfg(feature = "axum")]
 use crate::http::IDEMPOTENCY_KEY;
-use crate::http::{find_key, FoundKey, HttpService, RebuildBody, Refusal, RefusalKind};
+use crate::http::{FoundKey, HttpService, RebuildBody, Refusal, RefusalKind, find_key};
 use crate::protocol::IdempotencyKey;
 use crate::store::Store;
 use crate::telemetry;

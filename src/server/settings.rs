@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use http::header::{HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{response, Method};
+use http::{Method, response};
 
 use super::errors::ServiceErrors;
 use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
 use crate::callback::Callback;
 use crate::engine::EngineSettings;
-use crate::http::{Fingerprinting, Rendering, ResponseHeaders, StreamTypes, IDEMPOTENCY_KEY};
+use crate::http::{Fingerprinting, IDEMPOTENCY_KEY, Rendering, ResponseHeaders, StreamTypes};
 use crate::protocol::{IfLost, KeyParser, Scope};
 
 /// The settings of a layer, for the selector of

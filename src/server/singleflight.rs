@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 
 use super::derived_keys::DerivedKeys;
 use super::settings::Waiting;
-use crate::clock::{within, Deadline, Stopwatch};
+use crate::clock::{Deadline, Stopwatch, within};
 use crate::engine::HeldLease;
 #[cfg(feature = "postgres")]
 use crate::engine::TransactionState;

@@ -5,7 +5,7 @@
 //! handler's response. If the store is unavailable for so long that the caller gets a refusal, a
 //! background task continues to query the record.
 
-use http::{request, HeaderMap, Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode, request};
 use sqlx::postgres::PgConnection;
 
 use super::exchange::{Exchange, Read, Stage};
@@ -19,7 +19,7 @@ use crate::engine::{TransactionEnd, TransactionState};
 use crate::error::Error;
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
-use crate::http::{collect, reframe_stream, RebuildBody, Refusal, RefusalKind};
+use crate::http::{RebuildBody, Refusal, RefusalKind, collect, reframe_stream};
 use crate::protocol::{Completion, Outcome, StoredResponse};
 use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};

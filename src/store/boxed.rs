@@ -136,7 +136,7 @@ trait Erased: Send + Sync {
     ) -> Reply<'a, Completion>;
     fn release<'a>(&'a self, key: &'a StorageKey, owner: Owner) -> Reply<'a, Release>;
     fn resolve<'a>(&'a self, key: &'a StorageKey, fence: Fence, resolution: &'a Resolution)
-        -> Reply<'a, ResolveResult>;
+    -> Reply<'a, ResolveResult>;
     fn peek<'a>(&'a self, key: &'a StorageKey) -> Reply<'a, Option<Snapshot>>;
     fn watch<'a>(&'a self, key: &'a StorageKey) -> Reply<'a, BoxFuture<'static, ()>>;
 }

@@ -1,11 +1,11 @@
 //! A check that a server must pass before a store uses the server.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::future::{BoxFuture, Shared, WeakShared};
 use futures::FutureExt;
+use futures::future::{BoxFuture, Shared, WeakShared};
 use tokio::runtime::{Handle, Id};
 
 use crate::catch_panic::catch_panic;
@@ -161,8 +161,8 @@ fn without_panic(check: Check) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
     use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
 
     use futures::future::join_all;
     use futures::poll;
@@ -173,7 +173,7 @@ mod tests {
     use crate::error::ErrorKind;
 
     /// Returns a check that counts its runs and waits until its gate opens.
-    fn counting(runs: &Arc<AtomicUsize>, gate: &Arc<Notify>, passes: bool) -> impl Fn() -> Check {
+    fn counting(runs: &Arc<AtomicUsize>, gate: &Arc<Notify>, passes: bool) -> impl Fn() -> Check + use<> {
         let (runs, gate) = (Arc::clone(runs), Arc::clone(gate));
         move || {
             let (runs, gate) = (Arc::clone(&runs), Arc::clone(&gate));

@@ -1,7 +1,6 @@
 //! Deferred writes: the writes that this process still owes a store once the store is reachable
 //! again, after the caller has its response.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use tokio::runtime::Handle;
 use super::with_timeout;
 use super::{Store, StoreRetry};
 #[cfg(feature = "postgres")]
-use crate::clock::{sleep, Deadline, Stopwatch};
+use crate::clock::{Deadline, Stopwatch, sleep};
 use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
 #[cfg(feature = "postgres")]

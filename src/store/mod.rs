@@ -23,25 +23,24 @@ mod retry;
 mod tls;
 
 use std::any::Any;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use boxed::BoxStore;
 #[cfg(feature = "postgres")]
 pub(crate) use deferred::resolve_transaction_late;
-pub(crate) use deferred::{record_end, release_lost_claim, AttemptEnd, LostClaim, MANY_LOST_CLAIMS};
+pub(crate) use deferred::{AttemptEnd, LostClaim, MANY_LOST_CLAIMS, record_end, release_lost_claim};
 pub use memory::{MemoryStore, MemoryStoreBuilder, MemoryWatch, StoreStats};
 #[cfg(feature = "postgres")]
 pub(crate) use postgres::{
-    failed, make_table, run_detachable, statements, Bound, Gate, PooledConnection, Sending, Statement, TableName,
-    Within,
+    Bound, Gate, PooledConnection, Sending, Statement, TableName, Within, failed, make_table, run_detachable,
+    statements,
 };
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresWatch};
 #[cfg(feature = "redis")]
 pub use redis::{RedisStore, RedisStoreBuilder, RedisWatch};
-pub(crate) use retry::{claim_with_timeout, limit_in_wait, with_timeout, StoreRetry, LAST_LOOK, TIMED_OUT};
+pub(crate) use retry::{LAST_LOOK, StoreRetry, TIMED_OUT, claim_with_timeout, limit_in_wait, with_timeout};
 
 use crate::error::Error;
 use crate::protocol::{

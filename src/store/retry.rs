@@ -1,13 +1,12 @@
 //! Time limits and retries of store operations.
 
-use std::future::Future;
 use std::time::Duration;
 
-use futures::future::Either;
 use futures::FutureExt;
+use futures::future::Either;
 
 use super::Store;
-use crate::clock::{within, Deadline};
+use crate::clock::{Deadline, within};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Claim, Decision};
 use crate::telemetry::{self, Event};

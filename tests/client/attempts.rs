@@ -9,10 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::Full;
-use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::client::{once, Done, Failure, OnceError, OnceLayer, ProviderProfile};
-use tower_idempotency::receiver::{Receipt, ReceiverLayer};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::MemoryStore;
+use tower_idempotency::client::{Done, Failure, OnceError, OnceLayer, ProviderProfile, once};
+use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 
 use crate::support::{Fault, RemoteStore};
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use http::{HeaderName, Method, Request, Response};
-use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::client::{
     IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, KeyPlacementError, ProviderProfile,
 };
@@ -347,10 +347,10 @@ async fn a_key_can_be_put_into_the_body() {
 #[cfg(feature = "follow-redirect")]
 mod redirects {
     use super::*;
-    use http::header::LOCATION;
     use http::StatusCode;
-    use tower_http::follow_redirect::policy::{clone_body_fn, Limited, PolicyExt};
+    use http::header::LOCATION;
     use tower_http::follow_redirect::FollowRedirectLayer;
+    use tower_http::follow_redirect::policy::{Limited, PolicyExt, clone_body_fn};
     use tower_idempotency::client::SameOriginKey;
 
     async fn follow(places: &'static [&'static str], has_policy: bool) -> Vec<(String, Option<String>)> {

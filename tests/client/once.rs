@@ -11,9 +11,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::sync::Notify;
 use tokio::time::timeout;
-use tower_idempotency::client::{once, Attempt, Done, Failure, Once, OnceError};
-use tower_idempotency::protocol::{Fence, Resolution};
 use tower_idempotency::Recovered;
+use tower_idempotency::client::{Attempt, Done, Failure, Once, OnceError, once};
+use tower_idempotency::protocol::{Fence, Resolution};
 use tower_idempotency::{Drain, ErrorKind, MemoryStore, Store};
 
 use crate::support;
@@ -142,11 +142,7 @@ async fn at_least_once_runs_again_under_the_same_id_until_the_attempts_are_used_
                 .unwrap()
                 .push((attempt.number(), attempt.fence(), attempt.id("order")));
             let effect = party.create().await;
-            if fails {
-                Err(unknown())
-            } else {
-                Ok(effect)
-            }
+            if fails { Err(unknown()) } else { Ok(effect) }
         })
     };
     assert!(call(true).await.is_err());
@@ -203,11 +199,7 @@ async fn an_existence_check_runs_only_after_a_lost_attempt_and_never_concurrentl
         };
         once(store.clone(), "k").run_or_recover(check, |_| async move {
             let effect = party.create().await;
-            if effect == 1 {
-                Err(unknown())
-            } else {
-                Ok(effect)
-            }
+            if effect == 1 { Err(unknown()) } else { Ok(effect) }
         })
     };
     assert!(matches!(

@@ -15,11 +15,11 @@ use http::{Method, Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use tower::Layer;
-use tower::{service_fn, ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{Attempt, ErrorClass, OnceError, OnceLayer, ProviderProfile};
+use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::ErrorKind;
 use tower_idempotency::MemoryStore;
 use tower_idempotency::Recovered;
+use tower_idempotency::client::{Attempt, ErrorClass, OnceError, OnceLayer, ProviderProfile};
 
 use crate::support;
 use crate::support::{Fault, RemoteStore};

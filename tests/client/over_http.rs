@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::channel::oneshot;
-use futures::{stream, StreamExt};
+use futures::{StreamExt, stream};
 use http::header::{CONTENT_TYPE, LOCATION, TE, TRAILER};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
@@ -16,19 +16,19 @@ use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tower::{ServiceBuilder, ServiceExt};
-use tower_http::follow_redirect::policy::{clone_body_fn, Limited, Policy, PolicyExt};
 use tower_http::follow_redirect::FollowRedirectLayer;
+use tower_http::follow_redirect::policy::{Limited, Policy, PolicyExt, clone_body_fn};
+use tower_idempotency::MemoryStore;
 use tower_idempotency::client::{
     CallError, CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyPlacementError, OnceLayer, ProviderProfile,
     ReqwestService, RetryPolicy, SameOriginKey,
 };
-use tower_idempotency::MemoryStore;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -1,20 +1,20 @@
 //! Owners of a call that were superseded, keep their runtime busy, or have lost their caller.
 
 use std::convert::Infallible;
-use std::future::{pending, ready, Ready};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::future::{Ready, pending, ready};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use tokio::sync::Notify;
-use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::client::{once, Done, Failure, OnceError, OnceLayer, ProviderProfile};
+use tower::{Layer, ServiceExt, service_fn};
+use tower_idempotency::Recovered;
+use tower_idempotency::client::{Done, Failure, OnceError, OnceLayer, ProviderProfile, once};
 use tower_idempotency::protocol::{Resolution, ResolveResult, Status};
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
-use tower_idempotency::Recovered;
 use tower_idempotency::{Drain, ErrorKind, IdempotencyLayer, MemoryStore, OnError, Store};
 
 use crate::support;

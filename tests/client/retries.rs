@@ -14,7 +14,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use tokio::time::Instant;
 use tower::retry::budget::TpsBudget;
-use tower::{service_fn, ServiceBuilder, ServiceExt};
+use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::client::{
     CallError, CallLayer, CallOutcome, CallReport, CloneBody, CollectError, ErrorClass, IdempotencyKeyLayer,
     KeyPlacementError, ProviderProfile, ResponseMeaning, RetryAdvice, RetryPolicy,

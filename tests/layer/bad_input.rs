@@ -11,7 +11,7 @@ use tower_idempotency::receiver::ReceiverLayer;
 use tower_idempotency::{ErrorKind, IdempotencyLayer, KeySyntax, MemoryStore, Refusal, RefusalKind, Scope};
 
 use crate::support;
-use crate::support::{frames, full, post, request, send, text, AnyBody, Got, Handler, Play};
+use crate::support::{AnyBody, Got, Handler, Play, frames, full, post, request, send, text};
 
 fn with_keys(keys: &[&[u8]]) -> Request<AnyBody> {
     let mut request = Request::post("/payments").body(full("pay")).unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tower::Layer;
 use tower_idempotency::{BoxStore, IdempotencyLayer};
 
-use crate::support::{post, send, Handler, RemoteStore};
+use crate::support::{Handler, RemoteStore, post, send};
 
 #[tokio::test]
 async fn a_layer_works_with_any_boxed_store() {

@@ -8,7 +8,7 @@ use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
-use crate::support::{frames, got, poll_then_drop, post, request, send, start, text, Handler, Play, RemoteStore};
+use crate::support::{Handler, Play, RemoteStore, frames, got, poll_then_drop, post, request, send, start, text};
 
 /// Sends a request, drops it after `polls` polls, and sends it again. The second one must get the
 /// response, with one run in all. Returns whether the first one got its response before it was
@@ -259,9 +259,11 @@ async fn a_shutdown_can_wait_for_executions_whose_callers_left() {
     let handler = Handler::new().taking(Duration::from_secs(2));
     let layer = IdempotencyLayer::new(MemoryStore::new());
     let service = layer.layer(handler.clone());
-    assert!(poll_then_drop(3, service.clone().oneshot(post("k", "pay")))
-        .await
-        .is_none());
+    assert!(
+        poll_then_drop(3, service.clone().oneshot(post("k", "pay")))
+            .await
+            .is_none()
+    );
     let drain = layer.drain();
     assert_eq!((drain.running(), handler.finished()), (1, 0));
     drain.wait().await;

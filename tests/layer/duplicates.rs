@@ -1,7 +1,7 @@
 //! Duplicates of a request in flight: one execution, equal responses, bounded waiting.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::{DoNotStore, Idempotency, IdempotencyLayer, MemoryStore, OnLost, Store};
 
 use crate::support;
-use crate::support::{full, post, send, text, AnyBody, Fault, Got, Handler, RemoteStore, Timer};
+use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, Timer, full, post, send, text};
 
 type Guarded<St> = Idempotency<Handler, St>;
 
@@ -30,9 +30,11 @@ async fn storm<St: Store>(service: &Guarded<St>, requests: usize) -> Vec<Got> {
 }
 
 fn assert_one_response(responses: &[Got]) {
-    assert!(responses
-        .iter()
-        .all(|response| response.body == responses[0].body && response.status() == 201));
+    assert!(
+        responses
+            .iter()
+            .all(|response| response.body == responses[0].body && response.status() == 201)
+    );
     assert_eq!(responses.iter().filter(|response| !response.is_replay()).count(), 1);
 }
 
@@ -155,9 +157,11 @@ async fn waiters_get_a_response_that_is_not_stored_without_a_marker_and_the_next
             .responding(move |n| respond(n));
         let service = IdempotencyLayer::new(MemoryStore::new()).layer(handler.clone());
         let responses = storm(&service, 50).await;
-        assert!(responses
-            .iter()
-            .all(|response| response.status() == status && !response.is_replay()));
+        assert!(
+            responses
+                .iter()
+                .all(|response| response.status() == status && !response.is_replay())
+        );
         assert!(responses.iter().all(|response| response.body == responses[0].body));
         assert_eq!(handler.runs(), 1);
         assert_ne!(send(&service, post("k", "pay")).await.body, responses[0].body);
@@ -516,9 +520,11 @@ async fn a_look_that_fails_once_does_not_end_a_wait() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     store.fail("peek", [Fault::Before]);
     let waiters = storm(&here, 20).await;
-    assert!(waiters
-        .iter()
-        .all(|waiter| waiter.status() == 201 && waiter.is_replay()));
+    assert!(
+        waiters
+            .iter()
+            .all(|waiter| waiter.status() == 201 && waiter.is_replay())
+    );
     assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
     let owner = start(&there, "other", "pay");
     tokio::time::sleep(Duration::from_millis(100)).await;

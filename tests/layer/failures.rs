@@ -6,13 +6,13 @@ mod streams;
 
 use std::convert::Infallible;
 use std::iter::repeat_n;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use http::{header, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{Outcome, Resolution, Status};
 use tower_idempotency::{
     DoNotStore, IdempotencyLayer, Lease, LostAttempt, MemoryStore, OnError, OnLost, Recovered, Store, StoreFor,
@@ -21,7 +21,7 @@ use tower_idempotency::{
 
 use crate::support;
 use crate::support::{
-    frames, full, post, request, send, start, text, AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer,
+    AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer, frames, full, post, request, send, start, text,
 };
 
 const DAY: Duration = Duration::from_secs(86_400);

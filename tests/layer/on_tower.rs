@@ -16,13 +16,13 @@ use http_body_util::{BodyExt, Full};
 use tower::buffer::BufferLayer;
 use tower::limit::ConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
-use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::{
     BufferedBody, Idempotency, IdempotencyLayer, Lease, MemoryStore, OnError, Refusal, ResponseFuture, Scope,
 };
 
 use crate::support;
-use crate::support::{frames, full, got, post, request, send, text, AnyBody, Handler, Play};
+use crate::support::{AnyBody, Handler, Play, frames, full, got, post, request, send, text};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new())
@@ -307,9 +307,11 @@ async fn a_caller_with_another_host_or_credential_gets_422() {
         for other in [with(&[(name, mallory)], "/orders"), with(&[], "/orders")] {
             let refused = send(&service, other).await;
             assert_eq!((refused.status(), refused.code()), (422, "key-reused"), "{name}");
-            assert!(std::str::from_utf8(&refused.body)
-                .unwrap()
-                .contains("or to other credentials"));
+            assert!(
+                std::str::from_utf8(&refused.body)
+                    .unwrap()
+                    .contains("or to other credentials")
+            );
         }
         assert!(send(&service, with(&[(name, alice)], "/orders")).await.is_replay());
         assert_eq!(handler.runs(), 1);

@@ -16,15 +16,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderMap, Request, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use axum::Router;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tower_idempotency::{BoxStore, IdempotencyLayer, Lease, OnLost};
 
@@ -126,8 +126,10 @@ pub fn serve_if_started_as_server() {
     }
     runtime.build().unwrap().block_on(async {
         if mode == Mode::FullPool {
-            tokio::task::spawn_blocking(|| loop {
-                std::thread::park();
+            tokio::task::spawn_blocking(|| {
+                loop {
+                    std::thread::park();
+                }
             });
         }
         let (url, store) = open(&url).await;

@@ -9,19 +9,19 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use axum::Router;
-use futures::stream::{iter, StreamExt};
+use futures::stream::{StreamExt, iter};
 use tower::{ServiceBuilder, ServiceExt};
-use tower_idempotency::client::{
-    once, Attempt, CallLayer, CallOutcome, CallReport, Done, Failure, IdempotencyKeyLayer, KeyDeriver, KeyGenerator,
-    KeyOrigin, Once, OnceError, ProviderProfile, ReqwestService, RetryPolicy,
-};
 use tower_idempotency::BoxStore;
 use tower_idempotency::Recovered;
+use tower_idempotency::client::{
+    Attempt, CallLayer, CallOutcome, CallReport, Done, Failure, IdempotencyKeyLayer, KeyDeriver, KeyGenerator,
+    KeyOrigin, Once, OnceError, ProviderProfile, ReqwestService, RetryPolicy, once,
+};
 
 use crate::support;
 use crate::support::proxy::{Direction, Fate, Proxy};

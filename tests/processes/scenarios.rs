@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use futures::future::join_all;
-use futures::{stream, StreamExt};
+use futures::{StreamExt, stream};
 
-use super::cluster::{effects, http_client, send, End, Got, Mode, Process, Seen, LEASE};
+use super::cluster::{End, Got, LEASE, Mode, Process, Seen, effects, http_client, send};
 use crate::support;
 
 /// The path of a ledger for one test, in the folder for temporary files.

@@ -1,6 +1,6 @@
 //! Leases of messages, and of calls that are made once, are renewed by the same tasks as leases of requests.
 
-use std::future::{ready, Future};
+use std::future::ready;
 use std::pin::pin;
 use std::thread;
 use std::time::Duration;
@@ -8,9 +8,9 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::time::{sleep, timeout};
-use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::receiver::{Receipt, ReceiveError, ReceiverLayer};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::OnError;
+use tower_idempotency::receiver::{Receipt, ReceiveError, ReceiverLayer};
 
 use crate::support::{Fault, RemoteStore};
 
@@ -29,12 +29,13 @@ fn one_thread() -> Runtime {
 }
 
 /// Receives a message with a handler that ends after some time.
-fn receive<F>(
+fn receive<H, F>(
     layer: &ReceiverLayer<RemoteStore, &'static str>,
     message: &'static str,
-    handler: impl Fn() -> F + Clone + Send + 'static,
-) -> impl Future<Output = Received>
+    handler: H,
+) -> impl Future<Output = Received> + use<H, F>
 where
+    H: Fn() -> F + Clone + Send + 'static,
     F: Future<Output = Result<(), &'static str>> + Send + 'static,
 {
     layer.layer(service_fn(move |_| handler())).oneshot(message)
@@ -42,7 +43,7 @@ where
 
 /// Delivers a message in another process, with a handler that succeeds at once. This delivery takes the message over
 /// if its lease has ended.
-fn elsewhere(store: &RemoteStore, message: &'static str) -> impl Future<Output = Received> {
+fn elsewhere(store: &RemoteStore, message: &'static str) -> impl Future<Output = Received> + use<> {
     receive(&layer(store), message, || ready(Ok(())))
 }
 
@@ -175,7 +176,7 @@ async fn a_renewal_that_panics_is_repeated_before_the_lease_ends() {
 #[cfg(feature = "once")]
 mod calls {
     use tokio::sync::oneshot;
-    use tower_idempotency::client::{once, Failure};
+    use tower_idempotency::client::{Failure, once};
 
     use super::*;
 

@@ -3,7 +3,7 @@
 use std::future::ready;
 use std::time::Duration;
 
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::receiver::{MessageLease, Receipt, ReceiveError, ReceiverLayer};
 
 use crate::support::{Fault, RemoteStore};

@@ -1,17 +1,17 @@
 //! Leases of messages: renewals, superseded owners, deliveries that were dropped.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use futures::FutureExt;
-use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::receiver::{receive_all, Disposition, OnMissingId, Receipt, ReceiveError, ReceiverLayer};
+use futures::future::BoxFuture;
+use tower::{Layer, ServiceExt, service_fn};
+use tower_idempotency::receiver::{Disposition, OnMissingId, Receipt, ReceiveError, ReceiverLayer, receive_all};
 use tower_idempotency::{ErrorKind, MemoryStore};
 
-use super::kit::{layer, message, zombie, Message};
+use super::kit::{Message, layer, message, zombie};
 use crate::support::RemoteStore;
 
 #[tokio::test(start_paused = true)]

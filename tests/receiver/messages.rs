@@ -1,21 +1,21 @@
 //! The receiver handles each message once, and acknowledges no message before its outcome is
 //! recorded.
 
-use std::future::{pending, Future};
+use std::future::pending;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::future::{join_all, BoxFuture};
 use futures::FutureExt;
+use futures::future::{BoxFuture, join_all};
 use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::Recovered;
 use tower_idempotency::protocol::{Fence, Resolution};
 use tower_idempotency::receiver::{
     Disposition, MessageId, MessageLease, OnMismatch, OnMissingId, Receipt, ReceiveError, Receiver, ReceiverLayer,
 };
-use tower_idempotency::Recovered;
 use tower_idempotency::{ErrorKind, MemoryStore, OnError, Store};
 
 use crate::support::{Fault, RemoteStore};

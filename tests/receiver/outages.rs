@@ -2,17 +2,17 @@
 
 use std::convert::Infallible;
 use std::future::ready;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::protocol::{Claim, Fingerprint, IfLost, Nonce};
-use tower_idempotency::receiver::{receive_all, Disposition, Receipt, ReceiveError, ReceiverLayer};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::Recovered;
+use tower_idempotency::protocol::{Claim, Fingerprint, IfLost, Nonce};
+use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, ReceiverLayer, receive_all};
 use tower_idempotency::{MemoryStore, OnError, Store};
 
-use super::kit::{layer, message, zombie, Message};
+use super::kit::{Message, layer, message, zombie};
 use crate::support::{Fault, RemoteStore};
 
 #[tokio::test(start_paused = true)]

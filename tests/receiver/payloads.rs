@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot, Status,
     StorageKey,
@@ -14,7 +14,7 @@ use tower_idempotency::protocol::{
 use tower_idempotency::receiver::{Disposition, OnMismatch, OnMissingId, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{Error, IdempotencyLayer, MemoryStore, OnError, Store};
 
-use super::kit::{layer, message, Message};
+use super::kit::{Message, layer, message};
 use crate::support::RemoteStore;
 
 /// The third party took the order of the first attempt, and its response was lost.

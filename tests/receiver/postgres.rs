@@ -1,13 +1,13 @@
 //! Messages whose effect is in PostgreSQL, handled in one transaction with it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
-use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::PgPool;
-use tower::{service_fn, Layer, ServiceExt};
+use sqlx::postgres::{PgConnection, PgPoolOptions};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::Resolution;
 use tower_idempotency::receiver::{
     Disposition, HandlerErrorClass, Inbox, MessageLease, Receipt, ReceiveError, ReceiverLayer,
@@ -378,9 +378,9 @@ async fn an_inbox_remembers_rejected_messages() {
 #[cfg(feature = "testing")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_test_lease_completes_in_a_transaction_if_its_key_is_claimed() {
+    use tower_idempotency::BufferedBody;
     use tower_idempotency::protocol::Status;
     use tower_idempotency::testing::TestLease;
-    use tower_idempotency::BufferedBody;
 
     let bench = Bench::new().await;
     let response = || http::Response::new(BufferedBody::new(http_body_util::Full::new(bytes::Bytes::from("paid"))));

@@ -5,12 +5,12 @@ use std::future::ready;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use tower::{service_fn, Layer, ServiceExt};
-use tower_idempotency::protocol::Fence;
-use tower_idempotency::receiver::testing::{redeliver, Report, Scenario};
-use tower_idempotency::receiver::{receive_all, Disposition, Receipt, ReceiverLayer};
-use tower_idempotency::testing::TestLease;
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::MemoryStore;
+use tower_idempotency::protocol::Fence;
+use tower_idempotency::receiver::testing::{Report, Scenario, redeliver};
+use tower_idempotency::receiver::{Disposition, Receipt, ReceiverLayer, receive_all};
+use tower_idempotency::testing::TestLease;
 
 #[derive(Clone, Default)]
 struct World(Arc<Mutex<HashMap<usize, usize>>>);

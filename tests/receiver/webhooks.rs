@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::body::{to_bytes, Body};
+use axum::Router;
+use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, post};
-use axum::Router;
 use bytes::Bytes;
 use data_encoding::{BASE64, HEXLOWER};
 use futures::future::join_all;
@@ -24,12 +24,12 @@ use futures::stream;
 use hmac::{Hmac, KeyInit, Mac};
 use http_body_util::Full;
 use sha2::Sha256;
-use tower::{service_fn, ServiceBuilder, ServiceExt};
+use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::protocol::Status;
 use tower_idempotency::receiver::webhooks::{
     GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, Webhook, WebhookLayer,
 };
-use tower_idempotency::receiver::{ids, MessageId};
+use tower_idempotency::receiver::{MessageId, ids};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError, Refusal, RefusalKind, Scope, Store, StoreResponse};
 
 use crate::support;

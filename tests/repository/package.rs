@@ -36,6 +36,16 @@ fn every_dependency_has_a_licence_that_products_may_ship_with() {
     }
 }
 
+/// Compilers since Rust 1.88 accept `let` chains in this edition, and the minimum is older. Parsed as
+/// the edition before, a `let` chain is an error.
+#[test]
+fn no_source_has_a_let_chain() {
+    let mut rustfmt = Command::new("rustfmt");
+    rustfmt.args(["--check", "--edition", "2021", "--config", "style_edition=2024"]);
+    let checked = rustfmt.arg(Path::new(ROOT).join("src/lib.rs")).output().unwrap();
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
 /// `cargo deny` needs the network, so a release runs it, and these tests check the same list on
 /// every change.
 #[test]

@@ -1,15 +1,15 @@
 //! The clock of a store's server jumps by an hour while keys are in flight, completed and lost.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::Notify;
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Renewal, Status, StorageKey,
     StoredResponse,

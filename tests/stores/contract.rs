@@ -9,15 +9,14 @@
 )]
 mod custom_store;
 
-use std::future::Future;
 use std::sync::Arc;
 
-use futures::future::join;
 use futures::FutureExt;
+use futures::future::join;
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, MemoryStore, Store};
 
-use crate::support::ablated::{Ablated, Rule, ROOM};
+use crate::support::ablated::{Ablated, ROOM, Rule};
 
 /// The number of sequences that the documentation of the kit recommends.
 const SEQUENCES: usize = 300;

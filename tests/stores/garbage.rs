@@ -1,7 +1,6 @@
 //! Servers that reply with garbage. The store returns an error in good time, never panics, never
 //! reports a key as absent, and works again when the server does.
 
-use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;

@@ -16,7 +16,7 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Clock, ErrorKind, IdempotencyLayer, MemoryStore, Store, Timestamp};
 
-use crate::support::{post, send, Handler};
+use crate::support::{Handler, post, send};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures::future::{join_all, BoxFuture};
 use futures::FutureExt;
-use sqlx::postgres::PgPoolOptions;
+use futures::future::{BoxFuture, join_all};
 use sqlx::PgPool;
+use sqlx::postgres::PgPoolOptions;
 use tokio::sync::Notify;
 use tower_idempotency::outbox::{Outbox, OutboxMessage, Published};
 use tower_idempotency::receiver::{Inbox, Receipt};
@@ -268,11 +268,7 @@ async fn a_message_that_is_published_twice_is_handled_once() {
                 transaction.commit().await.unwrap();
             }
             noted.lock().unwrap().push(receipt);
-            if message.failures() == 0 {
-                Err("lost")
-            } else {
-                Ok(())
-            }
+            if message.failures() == 0 { Err("lost") } else { Ok(()) }
         }
     });
     let relay = relay
@@ -352,9 +348,11 @@ async fn an_outbox_reports_the_cause_of_its_errors() {
         .await
         .unwrap_err();
     assert_eq!(nameless.kind(), ErrorKind::Configuration);
-    assert!(outbox
-        .schema()
-        .contains("CREATE TABLE IF NOT EXISTS \"idempotency_outbox\""));
+    assert!(
+        outbox
+            .schema()
+            .contains("CREATE TABLE IF NOT EXISTS \"idempotency_outbox\"")
+    );
     let shown = format!("{outbox:?} {:?}", OutboxMessage::new("t", "secret").with_id("secret"));
     assert!(!shown.contains("secret"), "{shown}");
 }
@@ -470,7 +468,7 @@ async fn a_message_that_failed_without_killing_its_relay_is_tried_again_in_a_bat
 }
 
 /// A relay that is slow with every message, and the messages that it began.
-fn slow(outbox: &Outbox, each: Duration) -> (impl std::future::Future<Output = Published>, Arc<Mutex<Vec<String>>>) {
+fn slow(outbox: &Outbox, each: Duration) -> (impl Future<Output = Published>, Arc<Mutex<Vec<String>>>) {
     let begun = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&begun);
     let relay = outbox.relay(move |message: OutboxMessage| {

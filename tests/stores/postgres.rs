@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
-use sqlx::postgres::PgPoolOptions;
 use sqlx::Row;
+use sqlx::postgres::PgPoolOptions;
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
     ResolveResult, Status, StorageKey, StoredResponse,
@@ -186,9 +186,11 @@ async fn a_completion_whose_future_is_dropped_is_still_sent() {
     proxy.set(Fate::Delay(Duration::from_millis(100)));
     let outcome = stored(b"paid");
     let completion = store.complete(&claim.key, owner, &outcome, HOUR);
-    assert!(tokio::time::timeout(Duration::from_millis(10), completion)
-        .await
-        .is_err());
+    assert!(
+        tokio::time::timeout(Duration::from_millis(10), completion)
+            .await
+            .is_err()
+    );
     proxy.heal();
     let completed = || async {
         matches!(store.peek(&claim.key).await, Ok(Some(snapshot)) if matches!(snapshot.status, Status::Completed(_)))
@@ -207,9 +209,11 @@ async fn one_of_many_concurrent_claims_is_granted() {
             .iter()
             .filter(|decision| matches!(decision, Ok(Decision::Execute(_))));
         assert_eq!(granted.count(), 1, "{decisions:?}");
-        assert!(decisions
-            .iter()
-            .all(|decision| matches!(decision, Ok(Decision::Execute(_) | Decision::Wait { .. }))));
+        assert!(
+            decisions
+                .iter()
+                .all(|decision| matches!(decision, Ok(Decision::Execute(_) | Decision::Wait { .. })))
+        );
     }
 }
 

@@ -78,9 +78,7 @@ async fn replayed(store: &RedisStore, key: u8) -> StoredResponse {
 }
 
 /// Repeats an operation until it succeeds. A server needs some time to come back.
-async fn eventually<T, E: std::fmt::Debug, F: std::future::Future<Output = Result<T, E>>>(
-    mut attempt: impl FnMut() -> F,
-) -> T {
+async fn eventually<T, E: std::fmt::Debug, F: Future<Output = Result<T, E>>>(mut attempt: impl FnMut() -> F) -> T {
     for _ in 0..40 {
         if let Ok(value) = attempt().await {
             return value;

@@ -8,17 +8,17 @@ mod marks;
 mod renewals;
 
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
-use axum::body::{to_bytes, Body};
+use axum::Router;
+use axum::body::{Body, to_bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, Request, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use axum::Router;
 use bytes::Bytes;
 use futures::future::join_all;
 use sqlx::PgPool;
@@ -384,7 +384,7 @@ async fn a_server_that_is_killed_in_the_middle_of_commits_has_each_payment_once(
 /// Makes a router with the handler of one test. The handler gets the pool and the lease.
 async fn with_handler<F>(bench: &Bench, handler: impl Fn(PgPool, Lease) -> F + Clone + Send + Sync + 'static) -> Router
 where
-    F: std::future::Future<Output = Response> + Send + 'static,
+    F: Future<Output = Response> + Send + 'static,
 {
     let route = post(move |State(app): State<App>, lease: Lease| handler(app.pool, lease));
     Router::new()
@@ -459,7 +459,7 @@ async fn a_refusal_after_a_rollback_is_stored_like_any_other_response() {
 }
 
 /// Polls a future `polls` times, each time after it was woken, then drops it.
-async fn drop_after<F: std::future::Future>(polls: usize, future: F) -> Option<F::Output> {
+async fn drop_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
     let mut future = std::pin::pin!(future);
     let mut polled = 0;
     poll_fn(|cx| {

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use super::port::free_port;
-use super::postgres::{is_open, unprivileged, PostgresServer};
+use super::postgres::{PostgresServer, is_open, unprivileged};
 
 /// A pooler on a free port. Dropping this value stops it.
 pub struct Bouncer {

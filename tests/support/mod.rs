@@ -21,7 +21,6 @@ pub mod turned_clock;
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -50,11 +49,7 @@ pub fn is_thorough() -> bool {
 /// How many random sequences a test sends to a store on a server: as many as the documentation of
 /// the conformance kit recommends if the tests are thorough, or a fifth.
 pub fn sequences() -> usize {
-    if is_thorough() {
-        300
-    } else {
-        60
-    }
+    if is_thorough() { 300 } else { 60 }
 }
 
 pub type AnyBody = UnsyncBoxBody<Bytes, Broken>;

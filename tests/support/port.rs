@@ -4,8 +4,8 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::net::TcpListener;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The first port. Nodes of a Redis Cluster also use the port that is 10,000 higher.
 const FIRST: u16 = 10_000;

@@ -1,7 +1,6 @@
 //! The layer that adds the key.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -12,7 +11,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::generator::{Cause, KeyGenerator, Outgoing};
-use super::place::{place_first_sent, InBody, InHeader, KeyPlacement, NoFirstSent};
+use super::place::{InBody, InHeader, KeyPlacement, NoFirstSent, place_first_sent};
 use super::profile::ProviderProfile;
 use crate::protocol::KeyError;
 

@@ -3,14 +3,14 @@
 use std::fmt;
 
 use bytes::Bytes;
-use http::header::{HeaderValue, MaxSizeReached};
 use http::Request;
+use http::header::{HeaderValue, MaxSizeReached};
 
 use super::derive::KeyOrigin;
 use super::generator::Cause;
 use super::profile::ProviderProfile;
 use crate::clock::{http_date, http_date_of};
-use crate::protocol::{quoted, InvalidKey, KeyError, KeyParser, KeySyntax};
+use crate::protocol::{InvalidKey, KeyError, KeyParser, KeySyntax, quoted};
 
 /// The placement of a request's key: [`InHeader`], the default, or [`InBody`].
 pub trait KeyPlacement<B> {

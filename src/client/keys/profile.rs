@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{HeaderMap, HeaderName, RETRY_AFTER};
 use http::StatusCode;
+use http::header::{HeaderMap, HeaderName, RETRY_AFTER};
 
 use crate::callback::Callback;
 use crate::http::IDEMPOTENCY_KEY;

@@ -1,8 +1,8 @@
 //! Values as the store holds them, in JSON.
 
 use bytes::Bytes;
-use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::catch_panic::catch_panic_in;
 use crate::protocol::{Outcome, StoredResponse};

@@ -20,4 +20,4 @@ pub use failure::OnceError;
 #[cfg(feature = "once")]
 pub use steps::Steps;
 #[cfg(feature = "once")]
-pub use values::{once, Done, Once};
+pub use values::{Done, Once, once};

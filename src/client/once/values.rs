@@ -1,12 +1,12 @@
 //! One-time calls of any kind. Their values are stored as JSON.
 
 use std::fmt;
-use std::future::{ready, Future};
+use std::future::ready;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::failure::{Failure, OnceError};
 use super::form::{decode, encode};

@@ -1,13 +1,12 @@
 //! One logical call. Sends attempts as the policy decides, and reports the outcome.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use http::{Request, Response};
 use pin_project_lite::pin_project;
-use tower::retry::{future::ResponseFuture, Retry};
+use tower::retry::{Retry, future::ResponseFuture};
 use tower_layer::Layer;
 use tower_service::Service;
 

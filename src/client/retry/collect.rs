@@ -2,16 +2,15 @@
 
 use std::error::Error as StdError;
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::{response, Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, response};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use crate::http::{collect, has_body, is_cut_short, is_stream, Collect, RebuildBody, Shortfall};
+use crate::http::{Collect, RebuildBody, Shortfall, collect, has_body, is_cut_short, is_stream};
 
 /// The limits for the body of a response.
 #[derive(Clone, Copy, Debug)]

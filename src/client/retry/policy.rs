@@ -1,6 +1,5 @@
 //! Decides which requests are sent again, when, and how often.
 
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -8,16 +7,16 @@ use std::time::Duration;
 
 use http::{Method, Request, Response};
 use pin_project_lite::pin_project;
-use tower::retry::budget::{Budget, TpsBudget};
 use tower::retry::Policy;
+use tower::retry::budget::{Budget, TpsBudget};
 
 use super::super::classes::{ErrorClass, ErrorClasses};
 use super::super::keys::{IsKeyed, ProviderProfile, ResponseMeaning, RetryAdvice};
-use super::super::report::{evidence_of, Evidence, OnlyUnsent, Report};
+use super::super::report::{Evidence, OnlyUnsent, Report, evidence_of};
 use super::after::retry_after;
 use super::body::CloneBody;
 use super::collect::IsLost;
-use crate::clock::{sleep, Deadline, Timer};
+use crate::clock::{Deadline, Timer, sleep};
 
 /// A policy for `tower::retry`. It repeats a request only if the request has a key, if its method
 /// is idempotent (RFC 9110 section 9.2.2), or if it is made under a

@@ -5,7 +5,7 @@ use http::HeaderValue;
 
 #[cfg(feature = "tonic")]
 use super::decoder::Encoding;
-use super::framing::{plain_prefix, Messages, PREFIX};
+use super::framing::{Messages, PREFIX, plain_prefix};
 
 /// The largest number of compressed messages in a body that this module decompresses. The body is a
 /// request, for its fingerprint, or a stored response for another client.
@@ -78,8 +78,8 @@ pub(crate) fn plain(body: &Bytes, encoding: Option<&HeaderValue>, limits: Limits
 mod tests {
     use std::io::Write;
 
-    use flate2::write::{GzEncoder, ZlibEncoder};
     use flate2::Compression;
+    use flate2::write::{GzEncoder, ZlibEncoder};
 
     use super::*;
 

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-use http::{response, Extensions};
+use http::{Extensions, response};
 use tonic::Status;
 
 /// Sets marks on a [`tonic::Status`]. A status has no extensions, unlike a response.

@@ -24,11 +24,11 @@ mod status;
 use http::header::HeaderName;
 
 #[cfg(feature = "tonic")]
-pub(crate) use compression::{plain, Limits, MOST_COMPRESSED};
-#[cfg(feature = "tonic")]
-pub(crate) use marks::add_marks;
+pub(crate) use compression::{Limits, MOST_COMPRESSED, plain};
 #[cfg(feature = "tonic")]
 pub use marks::MarkStatus;
+#[cfg(feature = "tonic")]
+pub(crate) use marks::add_marks;
 #[cfg(feature = "tonic")]
 pub(crate) use refusal::render;
 pub(crate) use replay::Accepted;
@@ -37,7 +37,7 @@ pub use response::grpc_response;
 pub(crate) use response::{complete, is_response, is_typed};
 #[cfg(feature = "postgres")]
 pub(crate) use status::code_of;
-pub(crate) use status::{result_of, Outcome};
+pub(crate) use status::{Outcome, result_of};
 
 /// The header field with the encoding of the compressed messages in a body.
 pub(crate) const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");

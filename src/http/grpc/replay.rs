@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 
-use super::compression::{plain, Limits, MOST_COMPRESSED};
+use super::compression::{Limits, MOST_COMPRESSED, plain};
 use super::{GRPC_ACCEPT_ENCODING, GRPC_ENCODING};
 
 /// The limits of decompressing a stored response. Its decompressed form has at most 16 MiB, four

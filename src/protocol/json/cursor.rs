@@ -1,7 +1,7 @@
 //! Reads the tokens of a JSON text.
 
 use super::number::Number;
-use super::string::{escape, RawString};
+use super::string::{RawString, escape};
 
 pub(super) enum Scalar<'a> {
     /// The first letter of `false`, `null` or `true`.

@@ -1,7 +1,7 @@
 //! The first pass: checks the text and builds the index of members.
 
 use super::cursor::Cursor;
-use super::index::{narrow, Index, Member};
+use super::index::{Index, Member, narrow};
 
 /// The maximum nesting of arrays and objects.
 pub(super) const MAX_DEPTH: usize = 128;

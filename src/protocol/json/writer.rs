@@ -2,7 +2,7 @@
 
 use super::cursor::{Cursor, Scalar};
 use super::exclusions::Exclusions;
-use super::index::{wide, Index, Member};
+use super::index::{Index, Member, wide};
 use super::output::Output;
 
 pub(super) fn write(index: &Index<'_>, exclusions: &Exclusions, sink: &mut dyn FnMut(&[u8])) {

@@ -12,15 +12,15 @@ use http::{HeaderName, HeaderValue, Request};
 use ring::rand::SystemRandom;
 use ring::rsa;
 use ring::signature::{Ed25519KeyPair, RSA_PKCS1_SHA256};
-use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::PrivatePkcs8KeyDer;
+use rustls_pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
 
 use crate::clock::wall_clock;
-use crate::receiver::webhooks::signing::{
-    body_hash, decoded_key, decoded_secret, is_form, paypal_time, sign_item, signed_text, Item, PublicUrl, Signed,
-};
 use crate::receiver::webhooks::Webhook;
+use crate::receiver::webhooks::signing::{
+    Item, PublicUrl, Signed, body_hash, decoded_key, decoded_secret, is_form, paypal_time, sign_item, signed_text,
+};
 
 /// Signs requests as a provider signs its webhooks, so that a test of a webhook handler is five
 /// lines.

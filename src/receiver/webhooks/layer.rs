@@ -1,21 +1,21 @@
 //! The layer that verifies webhooks.
 
 use std::fmt;
-use std::future::{poll_fn, Future};
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use http::header::{HeaderValue, ALLOW};
+use http::header::{ALLOW, HeaderValue};
 use http::{Method, Request, Response};
 use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{InvalidWebhook, VerifyWebhook, Webhook};
 use crate::clock::wall_clock;
-use crate::http::{collect_request, BodyBounds, RebuildBody, Refusal, RefusalKind, Rendering, IDEMPOTENCY_KEY};
+use crate::http::{BodyBounds, IDEMPOTENCY_KEY, RebuildBody, Refusal, RefusalKind, Rendering, collect_request};
 use crate::protocol::Scope;
 use crate::receiver::id::MessageId;
 use crate::telemetry;

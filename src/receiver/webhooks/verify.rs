@@ -3,8 +3,8 @@
 use std::fmt;
 use std::time::SystemTime;
 
-use http::request::Parts;
 use http::HeaderMap;
+use http::request::Parts;
 
 use crate::http::uri_as_received;
 use crate::receiver::id::MessageId;

@@ -1,6 +1,6 @@
 //! Clauses about claims: 5, 6, 8 and 10.
 
-use super::probe::{another_request, stored, Probe, IN_FLIGHT, WAIT};
+use super::probe::{IN_FLIGHT, Probe, WAIT, another_request, stored};
 use crate::protocol::{Claim, Completion, Decision, Grant, IfLost, Nonce, Outcome, Status};
 use crate::store::Store;
 

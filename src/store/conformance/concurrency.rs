@@ -1,12 +1,11 @@
 //! Clauses about concurrent operations: 1 and 3.
 
-use std::future::Future;
 use std::sync::Arc;
 
 use futures::future::join_all;
 use tokio::sync::Barrier;
 
-use super::probe::{stored, timeless, Case, Probe, LEASE, WAIT};
+use super::probe::{Case, LEASE, Probe, WAIT, stored, timeless};
 use crate::protocol::{Completion, Decision, IfLost, Owner, Release, Renewal, Resolution, ResolveResult, Status};
 use crate::store::Store;
 

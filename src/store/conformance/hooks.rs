@@ -1,10 +1,9 @@
 //! Clauses that need hooks by the store's author: 13, 14 and 15.
 
 use std::fmt::Debug;
-use std::future::Future;
 
 use super::outcomes::replays;
-use super::probe::{stored, Case, Probe, LEASE, RETENTION, WAIT};
+use super::probe::{Case, LEASE, Probe, RETENTION, WAIT, stored};
 use crate::error::{Error, ErrorKind};
 use crate::protocol::{Completion, Decision, IfLost, Outcome, Owner, Resolution, Snapshot, StorageKey};
 use crate::store::Store;

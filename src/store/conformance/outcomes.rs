@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::owning::strangers;
-use super::probe::{random, stored, Probe, RETENTION};
+use super::probe::{Probe, RETENTION, random, stored};
 use crate::protocol::{
     Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Resolution, ResolveResult, Status, StoredResponse,
 };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::probe::{stored, Probe, LEASE};
+use super::probe::{LEASE, Probe, stored};
 use crate::protocol::{Completion, Decision, Fence, IfLost, Nonce, Outcome, Owner, Release, Renewal, Snapshot, Status};
 use crate::store::Store;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::probe::{another_request, stored, Probe, LEASE, LONGEST_WAIT};
+use super::probe::{LEASE, LONGEST_WAIT, Probe, another_request, stored};
 use crate::clock::Clock;
 use crate::protocol::{Claim, Completion, Decision, Grant, IfLost, Renewal, Snapshot, Status};
 use crate::store::Store;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::probe::{stored, Probe, LONGEST_WAIT, RETENTION};
+use super::probe::{LONGEST_WAIT, Probe, RETENTION, stored};
 use crate::protocol::{Completion, Owner, Release, Renewal, Resolution, ResolveResult};
 use crate::store::Store;
 

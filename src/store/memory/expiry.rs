@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures::future::{select, Either};
+use futures::future::{Either, select};
 use tokio::runtime::Handle;
 
-use super::inner::Inner;
 use super::StoreStats;
+use super::inner::Inner;
 use crate::clock::Timer;
 use crate::sharded::SHARDS;
 use crate::telemetry;

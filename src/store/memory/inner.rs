@@ -21,7 +21,7 @@ use crate::protocol::{
     Change, Claim, Completion, Decision, Fence, KeyHasher, Outcome, Owner, Record, Release, Renewal, Resolution,
     ResolveResult, Snapshot, StorageKey, Transition,
 };
-use crate::sharded::{lock, Sharded, SHARDS};
+use crate::sharded::{SHARDS, Sharded, lock};
 
 pub(super) struct Inner {
     clock: Clock,

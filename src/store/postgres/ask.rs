@@ -5,8 +5,8 @@
 //! statement carries a random number, the question. Its rows repeat the question, and a tag that
 //! identifies the statement and its table.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgConnection, PgDatabaseError, PgRow};
@@ -15,8 +15,8 @@ use sqlx::{AssertSqlSafe, Connection, Postgres, Row};
 
 use super::error::{code, failed};
 use super::progress::note_statement;
-use super::session::{end_open_transaction, IS_BEGUN};
-use super::table::{Statement, IN_OPEN_TRANSACTION};
+use super::session::{IS_BEGUN, end_open_transaction};
+use super::table::{IN_OPEN_TRANSACTION, Statement};
 use crate::error::Error;
 
 pub(crate) type Bound<'q> = Query<'q, Postgres, PgArguments>;

@@ -1,8 +1,8 @@
 //! The configuration of a store, its connections, and the check of its table.
 
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -10,12 +10,12 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRo
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 
 use super::ask::{Bound, Failed, Sending, Within};
-use super::error::{failed, of_connect, DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY};
+use super::error::{DENIED, NO_TABLE, OTHER_TABLE, READ_ONLY, failed, of_connect};
 use super::migration::make_table;
 use super::pooled::{catch_driver_panic, run_detachable};
-use super::pooler::{refuse_pooler, Gate};
+use super::pooler::{Gate, refuse_pooler};
 use super::pursuit::Pursuits;
-use super::spare::{Spare, LONGEST_TEST, MAY_BE_DEAD};
+use super::spare::{LONGEST_TEST, MAY_BE_DEAD, Spare};
 use super::sweep::Sweeping;
 use super::table::{Statements, TableName};
 use super::watch::Watchers;

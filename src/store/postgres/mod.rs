@@ -18,8 +18,8 @@ mod table;
 mod watch;
 
 use std::fmt;
-use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgPool};
@@ -31,17 +31,17 @@ pub(crate) use self::error::failed;
 pub(crate) use self::migration::make_table;
 use self::operations::{Completing, Connection};
 use self::pooled::NO_RUNTIME;
-pub(crate) use self::pooled::{run_detachable, PooledConnection};
+pub(crate) use self::pooled::{PooledConnection, run_detachable};
 pub(crate) use self::pooler::Gate;
 use self::pursuit::Pursuits;
 use self::spare::Spare;
 use self::sweep::Sweeping;
 use self::table::Statements;
-pub(crate) use self::table::{statements, Statement, TableName};
+pub(crate) use self::table::{Statement, TableName, statements};
 pub use self::watch::PostgresWatch;
 use self::watch::Watchers;
-use super::checked::Checked;
 use super::Store;
+use super::checked::Checked;
 use crate::clock::within;
 use crate::detach::detach_on_drop;
 use crate::error::Error;
@@ -291,7 +291,7 @@ impl PostgresStore {
     async fn operate<T, F>(&self, operation: impl FnOnce(Self, PooledConnection) -> F) -> Result<T, Error>
     where
         T: Send + 'static,
-        F: std::future::Future<Output = Result<T, Failed>> + Send + 'static,
+        F: Future<Output = Result<T, Failed>> + Send + 'static,
     {
         let pooled = self.acquire().await?;
         run_detachable(
@@ -308,7 +308,7 @@ impl PostgresStore {
     async fn detached<T, F>(&self, operation: impl FnOnce(Self) -> F) -> Result<T, Error>
     where
         T: Send + 'static,
-        F: std::future::Future<Output = Result<T, Error>> + Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
     {
         detach_on_drop(operation(self.clone()), None).ok_or(NO_RUNTIME)?.await
     }

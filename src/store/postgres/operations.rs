@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::PgConnection;
 use sqlx::Row as _;
+use sqlx::postgres::PgConnection;
 
 use super::ask::{Bound, Failed, Sending, Within};
 use super::error::READ_ONLY;
-use super::row::{fence, fingerprint, if_lost, micros, outcome, Row};
+use super::row::{Row, fence, fingerprint, if_lost, micros, outcome};
 use super::table::{Statement, Statements};
 use crate::clock::Timestamp;
 use crate::error::Error;

@@ -4,15 +4,14 @@
 //! lock or a standby, and no pool would count it (I10). So an operation whose caller has left keeps
 //! its connection until the server has replied.
 
-use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::{select, Either};
 use futures::FutureExt;
-use sqlx::postgres::{PgConnection, PgPool};
+use futures::future::{Either, select};
 use sqlx::Connection;
+use sqlx::postgres::{PgConnection, PgPool};
 use tokio::sync::Notify;
 
 use super::ask::{Failed, Fate};

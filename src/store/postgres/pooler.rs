@@ -11,9 +11,9 @@ use futures::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool};
 use sqlx::{Connection, Row};
 
-use super::ask::{Sending, POOLER};
+use super::ask::{POOLER, Sending};
 use super::error::{code, failed, of_connect};
-use super::pooled::{catch_driver_panic, TIMED_OUT};
+use super::pooled::{TIMED_OUT, catch_driver_panic};
 use crate::clock::within;
 use crate::error::Error;
 use crate::store::checked::Checked;

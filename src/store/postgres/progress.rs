@@ -1,7 +1,7 @@
 //! The time since an operation sent its last statement.
 
 use std::cell::Cell;
-use std::future::{poll_fn, Future};
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Mutex;
 use std::time::Duration;

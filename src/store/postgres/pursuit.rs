@@ -10,16 +10,15 @@
 //! So a grant has one holder at any time: a caller, or the pursuit, which releases it (I1, I7).
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 use super::ask::{Failed, Fate};
-use super::pooled::{run_until_reply, PooledConnection, NO_RUNTIME, TIMED_OUT};
+use super::pooled::{NO_RUNTIME, PooledConnection, TIMED_OUT, run_until_reply};
 use super::{Inner, PostgresStore};
 use crate::clock::{sleep, within};
 use crate::detach::detach_on_drop;

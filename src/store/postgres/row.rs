@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::postgres::PgRow;
 use sqlx::Row as _;
+use sqlx::postgres::PgRow;
 
 use crate::clock::Timestamp;
 use crate::error::Error;

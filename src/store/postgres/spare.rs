@@ -13,12 +13,12 @@ use std::mem::take;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
 use sqlx::Postgres;
+use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::clock::{within, Stopwatch};
+use crate::clock::{Stopwatch, within};
 use crate::sharded::lock;
 
 /// The idle time after which a connection is tested before it is used.

@@ -92,8 +92,7 @@ impl Statement {
         const SET_LOCK_TIMEOUT: &str =
             "CASE WHEN {at}::text IS NULL THEN true ELSE set_config('lock_timeout', {at}, true) <> '' END";
         const NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
-        const COLUMNS: &str =
-            "r.version, r.state, r.kind, r.fingerprint, r.nonce, r.fence, r.attempt, r.lease, r.retention, \
+        const COLUMNS: &str = "r.version, r.state, r.kind, r.fingerprint, r.nonce, r.fence, r.attempt, r.lease, r.retention, \
                                r.lease_until, r.expires, r.head, r.body, r.now";
         const EXPIRED: &str =
             "({at} >= r.expires AND NOT (r.state = 0 AND {at} < least(r.lease_until, {at} + r.lease)))";

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
@@ -11,7 +10,7 @@ use std::time::Duration;
 use pin_project_lite::pin_project;
 use sqlx::postgres::{PgListener, PgPool};
 use tokio::sync::futures::OwnedNotified;
-use tokio::sync::{watch, Notify};
+use tokio::sync::{Notify, watch};
 use tokio::time::Sleep;
 
 use super::error::failed;

@@ -11,10 +11,10 @@ use tokio::runtime::Handle;
 
 use super::check::Checks;
 use super::connection::{Connection, Replication};
-use super::managed::{self, Managed, CONNECTION_TIMEOUT};
+use super::managed::{self, CONNECTION_TIMEOUT, Managed};
 use super::operations::Server;
 use super::watch::Watches;
-use super::{failure, RedisStore};
+use super::{RedisStore, failure};
 use crate::error::Error;
 
 /// Builder of a [`RedisStore`]. See there for the defaults.

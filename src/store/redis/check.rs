@@ -1,19 +1,19 @@
 //! The check of a server before the store uses it, and the schedule of repeated checks.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use redis::aio::ConnectionLike;
-use redis::{cmd, Cmd, RedisResult, Value};
+use redis::{Cmd, RedisResult, Value, cmd};
 
 use super::connection::Connection;
 use super::failure::{self, MissingCommands, WrongSetting};
 use super::managed::CONNECTION_TIMEOUT;
-use crate::clock::{within, Clock};
+use crate::clock::{Clock, within};
 use crate::error::{Error, ErrorKind};
 use crate::store::checked::Checked;
 use crate::telemetry::{self, Event};

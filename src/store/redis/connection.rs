@@ -7,7 +7,7 @@ use std::vec::IntoIter;
 
 use redis::aio::ConnectionLike;
 use redis::cluster_async::ClusterConnection;
-use redis::{cmd, Cmd, Pipeline, RedisError, RedisFuture, Value};
+use redis::{Cmd, Pipeline, RedisError, RedisFuture, Value, cmd};
 
 use super::failure;
 use super::managed::Managed;

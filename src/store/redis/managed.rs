@@ -4,11 +4,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{cmd, AsyncConnectionConfig, Client, RedisError, RedisResult};
+use redis::{AsyncConnectionConfig, Client, RedisError, RedisResult, cmd};
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 
-use crate::clock::{within, Clock, Timestamp};
+use crate::clock::{Clock, Timestamp, within};
 
 /// The longest time to make a connection.
 pub(super) const CONNECTION_TIMEOUT: Duration = Duration::from_secs(2);

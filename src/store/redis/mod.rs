@@ -12,12 +12,12 @@ mod scripts;
 mod watch;
 
 use std::fmt;
-use std::future::{ready, Future};
+use std::future::ready;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::Either;
 use futures::FutureExt;
+use futures::future::Either;
 use redis::aio::ConnectionManager;
 use redis::cluster_async::ClusterConnection;
 

@@ -1,6 +1,5 @@
 //! The operations of the store: the arguments and the replies of the scripts.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use super::connection::{Connection, Exchanged, Replication};
 use super::failure;
 use super::scripts::{self, Reply, Script};
 use super::watch::{RedisWatch, Watches};
-use crate::clock::{within, Timestamp};
+use crate::clock::{Timestamp, within};
 use crate::error::Error;
 use crate::protocol::{
     Claim, Completion, Decision, Fence, Grant, IfLost, Outcome, Owner, Record, Release, Renewal, Resolution,

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use redis::{cmd, Arg, Cmd, Value};
+use redis::{Arg, Cmd, Value, cmd};
 
 use super::failure;
 use crate::error::Error;

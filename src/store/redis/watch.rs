@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -14,10 +13,10 @@ use std::time::Duration;
 
 use pin_project_lite::pin_project;
 use redis::aio::ConnectionLike;
-use redis::{cmd, PushInfo, PushKind, Value};
+use redis::{PushInfo, PushKind, Value, cmd};
 use tokio::runtime::Handle;
-use tokio::sync::futures::OwnedNotified;
 use tokio::sync::Notify;
+use tokio::sync::futures::OwnedNotified;
 
 use super::connection::Connection;
 use super::failure;

@@ -8,8 +8,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tower::BoxError;
 use tower_http::map_response_body::MapResponseBodyLayer;
-use tower_idempotency::client::{CollectError, CollectingCallLayer, OnceError};
 use tower_idempotency::BufferedBody;
+use tower_idempotency::client::{CollectError, CollectingCallLayer, OnceError};
 
 use super::*;
 

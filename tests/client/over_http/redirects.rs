@@ -4,8 +4,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tower::util::BoxCloneService;
 use tower::Service;
+use tower::util::BoxCloneService;
 use tower_idempotency::client::{ErrorClass, OnceError};
 
 use super::*;
@@ -329,7 +329,7 @@ mod by_tower_http {
     mod stacks;
 
     use super::*;
-    use tower_http::follow_redirect::{policy, FollowRedirect};
+    use tower_http::follow_redirect::{FollowRedirect, policy};
 
     type Http = BoxCloneService<Request<Full<Bytes>>, Response<Full<Bytes>>, io::Error>;
 

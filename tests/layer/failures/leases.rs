@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use http::{Request, StatusCode};
 use tokio::runtime::{Builder, Runtime};
-use tower::{service_fn, Layer};
+use tower::{Layer, service_fn};
 use tower_idempotency::protocol::{Resolution, Status};
 use tower_idempotency::{IdempotencyLayer, OnError, OnLost, Store};
 
-use crate::support::{post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
+use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, post, send, start, text};
 
 const LEASE: Duration = Duration::from_secs(1);
 
@@ -111,11 +111,7 @@ fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
             polls += 1;
             thread::sleep(LEASE / 10);
             cx.waker().wake_by_ref();
-            if polls < 30 {
-                Poll::Pending
-            } else {
-                Poll::Ready(())
-            }
+            if polls < 30 { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
         Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "busy"))

@@ -1,10 +1,10 @@
 //! Responses whose heads reach their callers before their bodies have ended.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use http::{header, HeaderValue, Response, StatusCode};
+use http::{HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Status};
@@ -14,7 +14,7 @@ use tower_idempotency::{
 };
 
 use super::code_of;
-use crate::support::{self, post, send, start, text, AnyBody, Handler, RemoteStore, Timer};
+use crate::support::{self, AnyBody, Handler, RemoteStore, Timer, post, send, start, text};
 
 /// Counts up when it is dropped.
 struct Counted(Arc<AtomicUsize>);

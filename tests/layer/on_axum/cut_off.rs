@@ -3,14 +3,14 @@
 use std::convert::Infallible;
 
 use axum::body::Bytes;
-use h2::client::SendRequest;
 use h2::Reason;
+use h2::client::SendRequest;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tower::{service_fn, ServiceBuilder, ServiceExt};
+use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_http::map_request_body::MapRequestBodyLayer;
 use tower_idempotency::{BufferedBody, IdempotencyLayer, MemoryStore};
 

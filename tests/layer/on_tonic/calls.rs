@@ -1,7 +1,7 @@
 //! Calls from the client of tonic to the server of tonic.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,12 +12,12 @@ use tonic_types::StatusExt;
 use tower::Layer;
 use tower_idempotency::protocol::{Outcome, Resolution, ResolveResult, StoredResponse};
 use tower_idempotency::{
-    grpc_response, DoNotStore, IdempotencyLayer, MarkStatus, MemoryStore, OnError, Recovered, Store, StoreFor,
-    StoreOutcomeOnly, StoreResponse,
+    DoNotStore, IdempotencyLayer, MarkStatus, MemoryStore, OnError, Recovered, Store, StoreFor, StoreOutcomeOnly,
+    StoreResponse, grpc_response,
 };
 
-use super::kit::{is_replay, serve, until, with_key, Client, Payments, CHARGE};
-use crate::support::{full, post, send, Handler};
+use super::kit::{CHARGE, Client, Payments, is_replay, serve, until, with_key};
+use crate::support::{Handler, full, post, send};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()

@@ -9,8 +9,8 @@ use tonic_types::StatusExt;
 use tower::Layer;
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
-use super::kit::{is_replay, serve, until, with_key, Client, Payments};
-use crate::support::{full, send, start, AnyBody, Handler};
+use super::kit::{Client, Payments, is_replay, serve, until, with_key};
+use crate::support::{AnyBody, Handler, full, send, start};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()

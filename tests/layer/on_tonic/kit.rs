@@ -4,14 +4,14 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
-use futures::future::BoxFuture;
 use futures::Stream;
+use futures::future::BoxFuture;
 use http::uri::PathAndQuery;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -20,7 +20,7 @@ use tonic::codec::{Codec, CompressionEncoding, DecodeBuf, Decoder, EncodeBuf, En
 use tonic::server::NamedService;
 use tonic::transport::{Channel, Server};
 use tonic::{Request, Response, Status};
-use tower::{service_fn, Service};
+use tower::{Service, service_fn};
 use tower_idempotency::{IdempotencyLayer, Store};
 
 pub(crate) const CHARGE: &str = "/test.Payments/Charge";
@@ -89,7 +89,7 @@ impl Payments {
 
     pub(crate) fn charging<F>(mut self, charge: impl Fn(usize, Request<Bytes>) -> F + Send + Sync + 'static) -> Self
     where
-        F: std::future::Future<Output = Unary> + Send + 'static,
+        F: Future<Output = Unary> + Send + 'static,
     {
         self.charge = Arc::new(move |run, request| Box::pin(charge(run, request)));
         self

@@ -4,19 +4,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{stream, StreamExt};
+use futures::{StreamExt, stream};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout, Instant};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Code;
 use tonic_types::StatusExt;
 use tower::{Layer, ServiceExt};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreResponse, StreamResponse};
 
-use super::kit::{is_replay, serve, with_key, Client, Payments, WATCH};
-use crate::support::{full, post, send, AnyBody, Handler};
+use super::kit::{Client, Payments, WATCH, is_replay, serve, with_key};
+use crate::support::{AnyBody, Handler, full, post, send};
 
 fn layer() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).grpc()

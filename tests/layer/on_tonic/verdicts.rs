@@ -5,7 +5,7 @@ use http::{HeaderMap, Response, StatusCode};
 use tower::Layer;
 use tower_idempotency::{IdempotencyLayer, MemoryStore, OnError};
 
-use crate::support::{frames, full, post, send, AnyBody, Handler, Play};
+use crate::support::{AnyBody, Handler, Play, frames, full, post, send};
 
 fn trailers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
     fields

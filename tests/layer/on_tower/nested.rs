@@ -5,7 +5,7 @@ use std::time::Duration;
 use tower::Layer;
 use tower_idempotency::{BoxStore, IdempotencyLayer, MemoryStore, Store};
 
-use crate::support::{post, send, Fault, Handler, RemoteStore, Timer};
+use crate::support::{Fault, Handler, RemoteStore, Timer, post, send};
 
 /// Each of two processes has an outer layer over its own store and an inner layer over a shared
 /// store. The inner layer took the key of the outer layer for its own and passed the request on

@@ -9,7 +9,7 @@ use http::{HeaderName, Request, Response, StatusCode};
 use tower::{Layer, ServiceExt};
 use tower_idempotency::{DoNotStore, IdempotencyLayer, MemoryStore, OnError, OnLost, Refusal, Scope, StoreResponse};
 
-use crate::support::{advance, full, post, send, start, text, AnyBody, Fault, Got, Handler, RemoteStore};
+use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, advance, full, post, send, start, text};
 
 fn stripe() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).stripe()
@@ -202,9 +202,11 @@ async fn refusals_name_the_configured_header_field() {
         }
         running.await.unwrap();
         let reused = send(&service, with(&[("x-request-key", "k"), ("host", "other.example")])).await;
-        assert!(std::str::from_utf8(&reused.body)
-            .unwrap()
-            .contains("x-request-key is already used"));
+        assert!(
+            std::str::from_utf8(&reused.body)
+                .unwrap()
+                .contains("x-request-key is already used")
+        );
     }
 }
 

@@ -1,9 +1,8 @@
 //! Services inside the layer that reject requests before the handler gets them.
 
 use std::convert::Infallible;
-use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,10 +12,10 @@ use tower::buffer::{Buffer, BufferLayer};
 use tower::limit::ConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 use tower::timeout::TimeoutLayer;
-use tower::{buffer, load_shed, BoxError, Layer, Service, ServiceBuilder, ServiceExt};
+use tower::{BoxError, Layer, Service, ServiceBuilder, ServiceExt, buffer, load_shed};
 use tower_idempotency::{IdempotencyLayer, OnError, ServiceFailure};
 
-use crate::support::{advance, got, post, send, text, yield_times, AnyBody, Got, Handler, RemoteStore};
+use crate::support::{AnyBody, Got, Handler, RemoteStore, advance, got, post, send, text, yield_times};
 
 const EVERY: [OnError; 3] = [OnError::Store, OnError::Release, OnError::Unknown];
 

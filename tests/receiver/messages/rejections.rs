@@ -1,6 +1,6 @@
 //! Messages that their handler rejects permanently.
 
-use tower_idempotency::receiver::{receive_all, HandlerErrorClass};
+use tower_idempotency::receiver::{HandlerErrorClass, receive_all};
 
 use super::*;
 
@@ -111,13 +111,7 @@ async fn each_error_has_its_class_whatever_the_setting_for_the_others() {
         let handler = tower::service_fn(move |message: Message| {
             let is_first = counted.fetch_add(1, Ordering::SeqCst) < 2;
             let error = String::from_utf8(message.payload).unwrap();
-            async move {
-                if is_first {
-                    Err(error)
-                } else {
-                    Ok(())
-                }
-            }
+            async move { if is_first { Err(error) } else { Ok(()) } }
         });
         let classify = |error: &String| match error.as_str() {
             "poison" => HandlerErrorClass::Reject,

@@ -5,7 +5,7 @@ use axum::http::{HeaderName, HeaderValue, Uri};
 use serde_json::Value;
 use tower_idempotency::receiver::webhooks::InvalidWebhook;
 
-use super::senders::{adyen, adyen_colon, all, twilio, twilio_json, Sender};
+use super::senders::{Sender, adyen, adyen_colon, all, twilio, twilio_json};
 
 /// Calls `check` with each form of `bytes` in which one bit is different.
 fn each_flip(bytes: &[u8], mut check: impl FnMut(usize, &[u8])) {

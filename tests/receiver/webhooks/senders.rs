@@ -4,11 +4,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Request};
+use tower_idempotency::receiver::MessageId;
 use tower_idempotency::receiver::webhooks::{
     AdyenPlatformWebhooks, AdyenWebhooks, GitHubWebhooks, InvalidWebhook, PayPalWebhooks, ShopifyWebhooks,
     SlackWebhooks, SquareWebhooks, StandardWebhooks, StripeWebhooks, TwilioWebhooks, VerifyWebhook, Webhook,
 };
-use tower_idempotency::receiver::MessageId;
 
 /// A webhook and the provider that verifies it.
 pub(crate) struct Sender {

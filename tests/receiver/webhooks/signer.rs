@@ -2,13 +2,13 @@
 
 use axum::http::{Method, Request};
 use bytes::Bytes;
+use tower_idempotency::receiver::MessageId;
 use tower_idempotency::receiver::testing::WebhookSigner;
 use tower_idempotency::receiver::webhooks::{InvalidWebhook, TwilioWebhooks, VerifyWebhook, Webhook};
-use tower_idempotency::receiver::MessageId;
 
 use super::senders::{
-    adyen, adyen_platform, at, github, paypal, shopify, slack, square, standard, standard_v1a, stripe, svix, twilio,
-    twilio_json, PAYPAL_KEY, STANDARD_SECRET, STANDARD_SIGNATURE, STANDARD_TIME,
+    PAYPAL_KEY, STANDARD_SECRET, STANDARD_SIGNATURE, STANDARD_TIME, adyen, adyen_platform, at, github, paypal, shopify,
+    slack, square, standard, standard_v1a, stripe, svix, twilio, twilio_json,
 };
 
 const PRIVATE_KEY: &str = "whsk_VEVTVFNJR05JTkdLRVlET05PVFVTRVRISVNGT1JBTlk=";
@@ -63,13 +63,17 @@ fn a_signed_request_of_every_sender_passes() {
     let (mut head, body) = twilio_signer()
         .sign(Request::post("/api/sms?a=b").body("Body=hi").unwrap())
         .into_parts();
-    assert!(behind_a_proxy
-        .verify(&Webhook::new(&head, &body, at(STANDARD_TIME)))
-        .is_err());
+    assert!(
+        behind_a_proxy
+            .verify(&Webhook::new(&head, &body, at(STANDARD_TIME)))
+            .is_err()
+    );
     head.uri = "/sms?a=b".parse().unwrap();
-    assert!(behind_a_proxy
-        .verify(&Webhook::new(&head, &body, at(STANDARD_TIME)))
-        .is_ok());
+    assert!(
+        behind_a_proxy
+            .verify(&Webhook::new(&head, &body, at(STANDARD_TIME)))
+            .is_ok()
+    );
     // A nested router strips the beginning of the path and leaves the whole path in an extension.
     let original = axum::extract::OriginalUri("/api/sms?a=b".parse().unwrap());
     head.extensions.insert(original);

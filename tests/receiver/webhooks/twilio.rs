@@ -4,13 +4,13 @@ use axum::http::Request;
 use bytes::Bytes;
 use data_encoding::{BASE64, HEXLOWER};
 use sha2::{Digest, Sha256};
+use tower_idempotency::ErrorKind;
+use tower_idempotency::receiver::MessageId;
 use tower_idempotency::receiver::testing::WebhookSigner;
 use tower_idempotency::receiver::webhooks::{InvalidWebhook, TwilioWebhooks, VerifyWebhook, Webhook};
-use tower_idempotency::receiver::MessageId;
-use tower_idempotency::ErrorKind;
 
 use super::mac;
-use super::senders::{at, twilio, twilio_json, Sender};
+use super::senders::{Sender, at, twilio, twilio_json};
 
 const FORM: &str = "application/x-www-form-urlencoded";
 const URL: &str = "https://mycompany.com";
@@ -185,9 +185,11 @@ fn the_public_url_of_twilio_may_have_its_port_and_a_prefix() {
         twilio(),
         TwilioWebhooks::new("http://mycompany.com", ["12345"]).unwrap(),
     );
-    assert!(sender
-        .verify_with("x-twilio-signature", "0ZXoZLH/DfblKGATFgpif+LLRf4=")
-        .is_ok());
+    assert!(
+        sender
+            .verify_with("x-twilio-signature", "0ZXoZLH/DfblKGATFgpif+LLRf4=")
+            .is_ok()
+    );
     for impossible in [
         "",
         "mycompany.com",

@@ -13,9 +13,9 @@ use tower_idempotency::{Error, ErrorKind};
 
 use super::mac;
 use super::senders::{
-    adyen, all, github, paypal, paypal_with, shopify, slack, square, square_without_id, standard, standard_v1a, stripe,
-    svix, twilio, Sender, ED25519_KEY, ED25519_SIGNATURE, PAYPAL_TIME, STANDARD_SECRET, STANDARD_SIGNATURE,
-    STANDARD_TIME,
+    ED25519_KEY, ED25519_SIGNATURE, PAYPAL_TIME, STANDARD_SECRET, STANDARD_SIGNATURE, STANDARD_TIME, Sender, adyen,
+    all, github, paypal, paypal_with, shopify, slack, square, square_without_id, standard, standard_v1a, stripe, svix,
+    twilio,
 };
 
 const OTHER: &str = "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";

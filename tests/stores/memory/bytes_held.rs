@@ -1,8 +1,8 @@
 //! The byte budget counts the memory that the store holds, even if the responses are slices of
 //! larger buffers.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,8 +11,8 @@ use tower::Layer;
 use tower_idempotency::protocol::{Decision, Outcome, Resolution, StoredResponse};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
-use super::{claim, granted, HOUR};
-use crate::support::{post, send, text, Fault, Handler, RemoteStore};
+use super::{HOUR, claim, granted};
+use crate::support::{Fault, Handler, RemoteStore, post, send, text};
 
 const BUFFER: usize = 1 << 20;
 
@@ -42,7 +42,7 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.1 .0.fetch_sub(BUFFER, Ordering::SeqCst);
+        self.1.0.fetch_sub(BUFFER, Ordering::SeqCst);
     }
 }
 

@@ -2,21 +2,21 @@
 //! the counts are right in any order of threads.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{mpsc, Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::task::Context;
 use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use futures::executor::block_on;
 use futures::task::ArcWake;
-use futures::FutureExt;
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Grant, IfLost, Nonce, Outcome, Resolution, Status, StoredResponse,
 };
 use tower_idempotency::{Clock, MemoryStore, Store, Timestamp};
 
-use super::{claim, clock, stored, HOUR};
+use super::{HOUR, claim, clock, stored};
 
 fn any_claim(key: u8) -> Claim {
     Claim {

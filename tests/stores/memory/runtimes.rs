@@ -2,18 +2,18 @@
 
 use std::cell::Cell;
 use std::convert::Infallible;
-use std::future::{pending, Future};
+use std::future::pending;
 use std::time::Duration;
 
 use futures::executor::block_on;
 use http::Request;
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{Decision, Renewal};
 use tower_idempotency::receiver::{Receipt, ReceiverLayer};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
 
-use super::{claim, clock, granted, stored, HOUR};
-use crate::support::{frames, post, request, send, start, AnyBody, Got, Handler, Play, RemoteStore, Timer};
+use super::{HOUR, claim, clock, granted, stored};
+use crate::support::{AnyBody, Got, Handler, Play, RemoteStore, Timer, frames, post, request, send, start};
 
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -157,7 +157,7 @@ fn calls_that_are_made_once_need_no_timers_of_the_runtime() {
     use std::sync::Arc;
 
     use tokio::sync::Notify;
-    use tower_idempotency::client::{once, Done, Failure, OnceError};
+    use tower_idempotency::client::{Done, Failure, OnceError, once};
 
     without_timers(async {
         let (store, may_end) = (RemoteStore::new(), Arc::new(Notify::new()));

@@ -4,14 +4,14 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures::poll;
+use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgPool, PgPoolOptions};
-use sqlx::Postgres;
 use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::protocol::{Completion, Decision, Nonce, Release, Renewal, Status};
 use tower_idempotency::{PostgresStore, Store};
 
-use super::{claim, granted, stored, Claim, HOUR};
+use super::{Claim, HOUR, claim, granted, stored};
 use crate::support::postgres::PostgresServer;
 
 /// The ways in which an application may leave a transaction open. In the second, fourth and fifth,
@@ -221,10 +221,12 @@ async fn a_relay_works_on_a_session_with_an_open_transaction() {
             leave_open(&pool, left).await;
             assert_eq!(relay.publish_once().await.unwrap().published, 0, "{left}");
             let mut transaction = own.begin().await.unwrap();
-            assert!(outbox
-                .put(&mut transaction, &OutboxMessage::new("paid", "x"))
-                .await
-                .unwrap());
+            assert!(
+                outbox
+                    .put(&mut transaction, &OutboxMessage::new("paid", "x"))
+                    .await
+                    .unwrap()
+            );
             transaction.commit().await.unwrap();
             leave_open(&pool, left).await;
             assert_eq!(relay.publish_once().await.unwrap().published, 1, "{left}");

@@ -4,13 +4,13 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use axum::routing::post;
-use axum::Router;
 use futures::future::join_all;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::Row;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use tower::ServiceExt;
 use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::protocol::{Completion, Decision, Nonce, Outcome, StorageKey};
@@ -18,7 +18,7 @@ use tower_idempotency::receiver::{Inbox, Receipt};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, Error, ErrorKind, IdempotencyLayer, PostgresStore, Store};
 
-use super::{claim, granted, stored, Claim, HOUR};
+use super::{Claim, HOUR, claim, granted, stored};
 use crate::support::bouncer::Bouncer;
 use crate::support::postgres::PostgresServer;
 

@@ -1,18 +1,17 @@
 //! Roles with too few rights, tables that do not fit, and servers that take no writes.
 
 use std::error::Error as _;
-use std::future::Future;
 
 use futures::future::join_all;
-use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::AssertSqlSafe;
-use tower::{service_fn, Layer, ServiceExt};
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::Resolution;
 use tower_idempotency::receiver::{Disposition, Inbox, ReceiverLayer};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{BoxStore, Error, ErrorKind, IdempotencyLayer, PostgresStore, RefusalKind, Store};
 
-use super::{claim, granted, stored, HOUR};
+use super::{HOUR, claim, granted, stored};
 use crate::support::postgres::PostgresServer;
 
 async fn pool(url: &str) -> PgPool {

@@ -7,7 +7,7 @@ use tower_idempotency::receiver::{Inbox, ReceiveError};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
 
-use super::{claim, granted, stored, Claim, HOUR};
+use super::{Claim, HOUR, claim, granted, stored};
 use crate::support::postgres::PostgresServer;
 
 async fn pool(server: &PostgresServer, connections: u32) -> PgPool {

@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 use tower_idempotency::protocol::{Completion, StorageKey};
 use tower_idempotency::{PostgresStore, Store};
 
-use super::{claim, granted, stored, HOUR};
+use super::{HOUR, claim, granted, stored};
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy::{Direction, Fate, Proxy};
 

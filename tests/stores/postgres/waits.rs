@@ -1,18 +1,18 @@
 //! Statements that wait for a lock or a standby after their callers have left.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
 use sqlx::postgres::{PgPool, PgPoolOptions};
-use tower::{service_fn, Layer, ServiceExt};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{Decision, Nonce, Resolution, Status, StorageKey};
 use tower_idempotency::receiver::{Inbox, Receipt, ReceiverLayer};
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
 
-use super::{claim, granted, stored, Claim, HOUR};
+use super::{Claim, HOUR, claim, granted, stored};
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy::{Direction, Fate, Proxy};
 
@@ -246,8 +246,7 @@ async fn an_operation_of_several_statements_is_not_given_up_during_the_last_one(
     let store = builder.with_pool(pool(&server.url(), 2).await).unwrap();
     store.migrate().await.unwrap();
     store.check().await.unwrap();
-    let slow =
-        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.7); RETURN NEW; END'; \
+    let slow = "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.7); RETURN NEW; END'; \
                 CREATE TRIGGER slow BEFORE INSERT ON idempotency_records FOR EACH ROW EXECUTE FUNCTION wait()";
     sqlx::raw_sql(slow).execute(&own).await.unwrap();
     standby(&own, "away").await;

@@ -1,7 +1,7 @@
 //! A Cluster of three nodes.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -10,8 +10,8 @@ use tower::Layer;
 use tower_idempotency::protocol::{Claim, Completion, Decision, StorageKey};
 use tower_idempotency::{Idempotency, IdempotencyLayer, RedisStore, Store};
 
-use super::{claim, granted, stored, RedisServer, HOUR};
-use crate::support::{post, send, Got, Handler};
+use super::{HOUR, RedisServer, claim, granted, stored};
+use crate::support::{Got, Handler, post, send};
 
 /// Three nodes, each with a third of the slots.
 pub(super) struct Cluster([RedisServer; 3]);

@@ -8,7 +8,7 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{ErrorKind, RedisStore, Store};
 
-use super::{claim, completed, connect, granted, name, replayed, stored, RedisServer, HOUR};
+use super::{HOUR, RedisServer, claim, completed, connect, granted, name, replayed, stored};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exactly_one_of_64_concurrent_claims_is_granted() {

@@ -7,8 +7,8 @@ use tower::Layer;
 use tower_idempotency::protocol::{Decision, Status};
 use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
-use super::{claim, completed, connect, eventually, granted, replayed, stored, RedisServer, HOUR};
-use crate::support::{post, send, Handler, Timer};
+use super::{HOUR, RedisServer, claim, completed, connect, eventually, granted, replayed, stored};
+use crate::support::{Handler, Timer, post, send};
 
 #[tokio::test]
 async fn records_outlive_the_server_and_the_store_finds_it_again() {
@@ -26,9 +26,11 @@ async fn records_outlive_the_server_and_the_store_finds_it_again() {
     server.restart();
     eventually(|| async { store.complete(&claim(2, 1).key, grant.owner, &stored("b"), HOUR).await }).await;
     server.restart();
-    assert!(eventually(|| async { store.peek(&claim(2, 1).key).await })
-        .await
-        .is_some());
+    assert!(
+        eventually(|| async { store.peek(&claim(2, 1).key).await })
+            .await
+            .is_some()
+    );
     assert_eq!(replayed(&store, 2).await.body, "b");
 }
 

@@ -2,11 +2,11 @@
 
 use std::sync::{Arc, Mutex};
 
+use tower_idempotency::BoxStore;
 use tower_idempotency::protocol::StorageKey;
 use tower_idempotency::store::conformance;
-use tower_idempotency::BoxStore;
 
-use super::{connect, RedisServer};
+use super::{RedisServer, connect};
 use crate::support::sequences;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tower::Layer;
 use tower_idempotency::{IdempotencyLayer, Store};
 
-use super::{claim, completed, connect, granted, replayed, stored, RedisServer, HOUR};
-use crate::support::{post, send, start, Handler, Timer};
+use super::{HOUR, RedisServer, claim, completed, connect, granted, replayed, stored};
+use crate::support::{Handler, Timer, post, send, start};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_layers_on_two_stores_run_a_storm_of_duplicates_once() {

@@ -6,7 +6,7 @@ use redis::cluster::ClusterClientBuilder;
 use tower_idempotency::{Error, ErrorKind, RedisStore, Store};
 
 use super::cluster::Cluster;
-use super::{claim, completed, eventually, granted, replayed, stored, RedisServer, HOUR};
+use super::{HOUR, RedisServer, claim, completed, eventually, granted, replayed, stored};
 
 const USER: &str = "ACL SETUSER app on >secret ~* &* +@all";
 

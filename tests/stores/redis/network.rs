@@ -6,8 +6,8 @@ use futures::future::join_all;
 use tower_idempotency::protocol::Decision;
 use tower_idempotency::{ErrorKind, RedisStore, Store};
 
-use super::{claim, connect, eventually, granted, RedisServer};
-use crate::support::proxy::{cut_after_every_byte, Direction, Fate, Proxy};
+use super::{RedisServer, claim, connect, eventually, granted};
+use crate::support::proxy::{Direction, Fate, Proxy, cut_after_every_byte};
 
 async fn through_proxy(server: &RedisServer) -> (RedisStore, Proxy) {
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;

@@ -12,7 +12,7 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{RedisStore, Store, Timestamp};
 
-use super::{claim, connect, stored, RedisServer, HOUR};
+use super::{HOUR, RedisServer, claim, connect, stored};
 
 /// One step of a random history. The test applies it to the store and to the pure record.
 #[derive(Clone, Debug)]

@@ -7,8 +7,8 @@ use tower::Layer;
 use tower_idempotency::protocol::{Completion, Decision, Release};
 use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
-use super::{claim, completed, connect, granted, name, replayed, stored, RedisServer, HOUR};
-use crate::support::{post, send, Handler, Timer};
+use super::{HOUR, RedisServer, claim, completed, connect, granted, name, replayed, stored};
+use crate::support::{Handler, Timer, post, send};
 
 async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
     let builder = RedisStore::builder().with_replication(replicas, Duration::from_secs(1));

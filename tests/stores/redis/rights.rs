@@ -10,8 +10,8 @@ use tower_idempotency::store::conformance;
 use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::cluster::Cluster;
-use super::{claim, completed, granted, replayed, stored, RedisServer, HOUR};
-use crate::support::{post, send, Handler};
+use super::{HOUR, RedisServer, claim, completed, granted, replayed, stored};
+use crate::support::{Handler, post, send};
 
 /// Returns a line of the documentation of `RedisStore`.
 fn documented(line: &str) -> String {

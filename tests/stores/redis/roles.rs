@@ -1,7 +1,6 @@
 //! Servers that no longer meet the store's requirements while the store uses them: demoted
 //! primaries, other servers, new settings.
 
-use std::future::Future;
 use std::time::Duration;
 
 use redis::aio::ConnectionManager;
@@ -10,8 +9,8 @@ use tower_idempotency::protocol::{Claim, Decision, Fingerprint, IfLost, Resoluti
 use tower_idempotency::{Error, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::cluster::Cluster;
-use super::{claim, completed, connect, eventually, granted, replayed, stored, RedisServer, HOUR};
-use crate::support::{post, send, Handler};
+use super::{HOUR, RedisServer, claim, completed, connect, eventually, granted, replayed, stored};
+use crate::support::{Handler, post, send};
 
 /// Makes `old` a replica of `new`, as an operator or Sentinel does, and waits until both have the
 /// same records.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tower_idempotency::{Error, ErrorKind, RedisStore, Store};
 
-use super::{claim, completed, granted, replayed, RedisServer};
+use super::{RedisServer, claim, completed, granted, replayed};
 
 async fn refused(url: &str) -> Error {
     let error = RedisStore::connect(url).await.unwrap_err();

@@ -1,18 +1,18 @@
 //! Transactions whose commit or rollback the layer could not see while their callers waited.
 
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
-use axum::Router;
 use bytes::Bytes;
 use tower_idempotency::protocol::{Claim, Decision, IfLost, StorageKey};
 use tower_idempotency::{Drain, IdempotencyLayer, Lease, OnError, PostgresStore, Store};
 
-use super::{claim, insert, send, App, Bench, Ending, HOUR};
+use super::{App, Bench, Ending, HOUR, claim, insert, send};
 use crate::support::proxy::{Direction, Fate, Proxy};
 
 /// A layer whose store is cut off after the handler has completed, and which soon stops waiting for

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use axum::routing::post;
-use axum::Router;
 use futures::future::join_all;
 use tower_idempotency::protocol::Status;
 use tower_idempotency::{Lease, Store};
 
-use super::{send, App, Bench, Ending};
+use super::{App, Bench, Ending, send};
 
 /// Runs two handlers that wait. One has completed in its transaction, which is or is not usable.
 /// The other has not completed.

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use tower_idempotency::Timestamp;
 use tower_idempotency::protocol::{
     Change, Claim, Completion, Decision, Fence, Fingerprint, Grant, IfLost, Nonce, Outcome, Owner, Record, Release,
     Resolution, ResolveResult, Status, StorageKey, StoredResponse, Transition,
 };
-use tower_idempotency::Timestamp;
 
 use super::{Ablated, Rule};
 

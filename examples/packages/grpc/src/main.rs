@@ -1,6 +1,6 @@
 //! Starts the server, and runs the client in Python, which checks the promises of the layer.
 
-use grpc::{idempotency, run_client, serve, Bank, Error};
+use grpc::{Bank, Error, idempotency, run_client, serve};
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {

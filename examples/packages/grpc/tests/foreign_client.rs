@@ -1,6 +1,6 @@
 //! The client in Python checks each claim against the server, and the server counts the charges.
 
-use grpc::{idempotency, no_idempotency, run_client, serve, Bank};
+use grpc::{Bank, idempotency, no_idempotency, run_client, serve};
 
 const CLAIMS: [&str; 8] = [
     "duplicates get the first receipt",

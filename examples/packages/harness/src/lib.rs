@@ -18,16 +18,16 @@ mod redis_server;
 mod run;
 mod server;
 
-pub use delivery_log::{word, DeliveryLog};
+pub use delivery_log::{DeliveryLog, word};
 pub use environment::virtual_environment;
 pub use ledger::Ledger;
 pub use nats::NatsServer;
 pub use outcome::Outcome;
 pub use postgres_server::PostgresServer;
-pub use process::{assert_fails_unprotected, assert_prints, this_test, Fleet, Process};
+pub use process::{Fleet, Process, assert_fails_unprotected, assert_prints, this_test};
 pub use rabbit::RabbitServer;
 pub use redis_server::RedisServer;
-pub use run::{run_consumer, Consumer, Error, Run, RunReport, Work};
+pub use run::{Consumer, Error, Run, RunReport, Work, run_consumer};
 pub use server::Folder;
 
 use std::process::Command;

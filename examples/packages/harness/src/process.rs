@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::{up_to, Ledger};
+use crate::{Ledger, up_to};
 
 /// A process. Dropping this value kills the process.
 #[derive(Debug)]

@@ -41,7 +41,7 @@ impl RabbitServer {
                         _mapper: mapper,
                         _folder: folder,
                         port,
-                    }
+                    };
                 }
                 Err(error) => last = error,
             }

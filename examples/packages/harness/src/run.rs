@@ -9,7 +9,7 @@ use tower_idempotency::protocol::{Status, StorageKey};
 use tower_idempotency::receiver::MessageLease;
 use tower_idempotency::{BoxStore, Store};
 
-use crate::{this_test, up_to, DeliveryLog, Folder, Ledger};
+use crate::{DeliveryLog, Folder, Ledger, this_test, up_to};
 
 /// The reason why an effect failed.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -13,7 +13,7 @@ mod queue;
 mod worker;
 
 pub use queue::Queue;
-pub use worker::{work, Settings};
+pub use worker::{Settings, work};
 
 use std::time::Duration;
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use harness::{Folder, Outcome, Process, RedisServer};
-use jobs::{work, Error, Queue, Settings};
+use jobs::{Error, Queue, Settings, work};
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, Error> {

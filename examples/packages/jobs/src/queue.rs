@@ -7,7 +7,7 @@ use apalis::prelude::TaskSink;
 use apalis_redis::RedisStorage;
 use harness::RedisServer;
 
-use crate::{config, Charge, Error};
+use crate::{Charge, Error, config};
 
 /// The queue, as its producer uses it.
 pub struct Queue<'r> {

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use apalis::prelude::{AbortError, RetryAfterError, Task, WorkerBuilder};
 use apalis_redis::RedisStorage;
-use harness::{unless_unprotected, up_to, word, Ledger};
-use tower::{service_fn, ServiceBuilder, ServiceExt};
-use tower_idempotency::receiver::{Disposition, ReceiverLayer};
+use harness::{Ledger, unless_unprotected, up_to, word};
+use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::RedisStore;
+use tower_idempotency::receiver::{Disposition, ReceiverLayer};
 
-use crate::{config, Charge, Error};
+use crate::{Charge, Error, config};
 
 /// The number of attempts after which a job is dead.
 const ATTEMPTS: usize = 3;

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use harness::{
-    assert_fails_unprotected, assert_prints, number_from, Fleet, Folder, Ledger, Outcome, Process, RedisServer,
+    Fleet, Folder, Ledger, Outcome, Process, RedisServer, assert_fails_unprotected, assert_prints, number_from,
 };
 use jobs::{Queue, Settings};
 

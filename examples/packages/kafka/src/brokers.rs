@@ -2,11 +2,11 @@
 
 use std::fmt;
 
+use rdkafka::ClientConfig;
 use rdkafka::bindings::{rd_kafka_handle_mock_cluster, rd_kafka_mock_group_initial_rebalance_delay_ms};
 use rdkafka::error::KafkaResult;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, DefaultProducerContext, Producer};
-use rdkafka::ClientConfig;
 
 use crate::{DEAD, ORDERS, PARTITIONS, RETRY};
 

@@ -6,17 +6,17 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use harness::{unless_unprotected, up_to, word, Ledger};
+use harness::{Ledger, unless_unprotected, up_to, word};
+use rdkafka::ClientConfig;
 use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::types::RDKafkaErrorCode;
-use rdkafka::ClientConfig;
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::receiver::{Disposition, ReceiveError, Receiver, ReceiverLayer};
 use tower_idempotency::RedisStore;
+use tower_idempotency::receiver::{Disposition, ReceiveError, Receiver, ReceiverLayer};
 
-use crate::{producer, Delivery, Place, DEAD, ORDERS, RETRY};
+use crate::{DEAD, Delivery, ORDERS, Place, RETRY, producer};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 

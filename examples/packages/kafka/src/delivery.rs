@@ -4,9 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::Message;
-use tower_idempotency::receiver::{ids, MessageId};
+use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
+use tower_idempotency::receiver::{MessageId, ids};
 
 use crate::MESSAGE_ID;
 

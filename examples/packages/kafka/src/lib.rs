@@ -16,17 +16,17 @@ mod delivery;
 mod overview;
 
 pub use brokers::Brokers;
-pub use consumer::{consume, Settings};
+pub use consumer::{Settings, consume};
 pub use delivery::{Delivery, Place};
 pub use overview::Overview;
 
 use std::time::Duration;
 
 use futures::future::try_join_all;
+use rdkafka::ClientConfig;
 use rdkafka::error::KafkaResult;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::ClientConfig;
 
 pub const ORDERS: &str = "orders";
 pub const RETRY: &str = "orders.retry";

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use harness::{Folder, Outcome, Process, RedisServer};
-use kafka::{consume, producer, send, Brokers, Order, Overview, Settings, ORDERS};
+use kafka::{Brokers, ORDERS, Order, Overview, Settings, consume, producer, send};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 

@@ -6,7 +6,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaResult;
 use rdkafka::{Message, Offset, TopicPartitionList};
 
-use crate::{Settings, DEAD, ORDERS, PARTITIONS, RETRY};
+use crate::{DEAD, ORDERS, PARTITIONS, RETRY, Settings};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 

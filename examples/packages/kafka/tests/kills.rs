@@ -5,8 +5,8 @@
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{assert_fails_unprotected, assert_prints, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
-use kafka::{producer, send, Brokers, Order, Overview, Settings};
+use harness::{Fleet, Folder, Ledger, Outcome, RedisServer, assert_fails_unprotected, assert_prints, number_from};
+use kafka::{Brokers, Order, Overview, Settings, producer, send};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_kafka");
 

@@ -1,7 +1,7 @@
 //! An event from the broker, as its handler sees it.
 
 use async_nats::header::NATS_MESSAGE_ID;
-use async_nats::{jetstream, HeaderMap};
+use async_nats::{HeaderMap, jetstream};
 use bytes::Bytes;
 use tower_idempotency::receiver::ids::{self, CloudEvents};
 use tower_idempotency::receiver::{MessageId, MessageLease};

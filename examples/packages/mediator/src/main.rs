@@ -8,13 +8,13 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use async_nats::HeaderMap;
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
-use async_nats::HeaderMap;
 use harness::{Folder, Ledger, NatsServer};
 use mediator::{Broker, Error, Mediation, Party, Promise, Received, Settings, Switches};
-use tower_idempotency::receiver::{Disposition, Receipt};
 use tower_idempotency::BoxStore;
+use tower_idempotency::receiver::{Disposition, Receipt};
 
 const EVENTS: usize = 10;
 

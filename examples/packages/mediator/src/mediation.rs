@@ -7,13 +7,13 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use reqwest::Body;
 use tower::util::BoxCloneSyncService;
-use tower::{service_fn, Layer, Service, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+use tower_idempotency::BoxStore;
 use tower_idempotency::client::{
-    once, Attempt, CallError, CallLayer, CallOutcome, CallReport, Failure, IdempotencyKeyLayer, KeyGenerator,
-    KeyPlacementError, OnceError, Outgoing, ProviderProfile, ReqwestService, RetryPolicy,
+    Attempt, CallError, CallLayer, CallOutcome, CallReport, Failure, IdempotencyKeyLayer, KeyGenerator,
+    KeyPlacementError, OnceError, Outgoing, ProviderProfile, ReqwestService, RetryPolicy, once,
 };
 use tower_idempotency::receiver::{HandlerErrorClass, Receipt, ReceiveError, Receiver, ReceiverLayer};
-use tower_idempotency::BoxStore;
 
 use crate::{Error, Event};
 

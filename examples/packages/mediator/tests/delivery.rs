@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use async_nats::HeaderMap;
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
-use async_nats::HeaderMap;
 use harness::NatsServer;
 use mediator::{Broker, Event, Settings};
 use tokio::task::JoinSet;
-use tower::{service_fn, Layer};
-use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, ReceiverLayer};
+use tower::{Layer, service_fn};
 use tower_idempotency::MemoryStore;
+use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, ReceiverLayer};
 
 const ACK_WAIT: Duration = Duration::from_millis(500);
 

@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
+use async_nats::HeaderMap;
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Message;
-use async_nats::HeaderMap;
 use harness::{Consumer, DeliveryLog, Fleet, NatsServer, PostgresServer, RedisServer, Run, RunReport};
 use mediator::{Broker, Event, Mediation, Party, Promise, Settings, Switches};
-use tower::{service_fn, Layer, Service};
-use tower_idempotency::receiver::{ids, Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer};
+use tower::{Layer, Service, service_fn};
+use tower_idempotency::receiver::{Disposition, MessageId, Receipt, ReceiveError, ReceiverLayer, ids};
 use tower_idempotency::{BoxStore, MemoryStore};
 
 /// The work of the consumers for a message.

@@ -19,7 +19,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::task::JoinSet;
 use tower::{Service, ServiceExt};
-use tower_idempotency::receiver::{ids, Disposition, MessageId, MessageLease, Receipt, ReceiveError};
+use tower_idempotency::receiver::{Disposition, MessageId, MessageLease, Receipt, ReceiveError, ids};
 
 /// Any error that does not concern a single order.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

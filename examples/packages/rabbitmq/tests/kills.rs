@@ -9,9 +9,9 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use harness::{Consumer, Fleet, Folder, PostgresServer, RabbitServer, RedisServer, Run, RunReport};
 use lapin::message::Delivery;
-use rabbitmq::{deliveries, Broker, Order, Settings};
-use tower::{service_fn, Layer};
-use tower_idempotency::receiver::{ids, Disposition, ReceiverLayer};
+use rabbitmq::{Broker, Order, Settings, deliveries};
+use tower::{Layer, service_fn};
+use tower_idempotency::receiver::{Disposition, ReceiverLayer, ids};
 use tower_idempotency::{BoxStore, MemoryStore};
 
 /// The lease. It is short, so that the orders of killed consumers are soon taken over.

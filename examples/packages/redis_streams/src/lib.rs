@@ -6,7 +6,6 @@
 //! The id of an order is a field of its entry, which is the same in all copies. The id of the
 //! *entry* differs in each copy.
 
-use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;

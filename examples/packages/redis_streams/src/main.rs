@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use harness::{Folder, Ledger, RedisServer};
 use redis_streams::{Broker, Error, Order, Settings};
-use tower::{service_fn, Layer};
-use tower_idempotency::receiver::{Disposition, ReceiverLayer};
+use tower::{Layer, service_fn};
 use tower_idempotency::BoxStore;
+use tower_idempotency::receiver::{Disposition, ReceiverLayer};
 
 const ORDERS: usize = 10;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use harness::{Consumer, Fleet, Folder, PostgresServer, RedisServer, Run, RunReport};
 use redis_streams::{Broker, Delivery, Order, Settings};
-use tower::{service_fn, Layer};
+use tower::{Layer, service_fn};
 use tower_idempotency::receiver::{Disposition, ReceiverLayer};
 use tower_idempotency::{BoxStore, MemoryStore};
 

@@ -7,18 +7,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName};
 use aws_sdk_sqs::Client;
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use harness::{unless_unprotected, up_to, word, Ledger};
+use harness::{Ledger, unless_unprotected, up_to, word};
 use tokio::time::timeout;
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::receiver::{ids, Disposition, MessageId, Receiver, ReceiverLayer};
 use tower_idempotency::RedisStore;
+use tower_idempotency::receiver::{Disposition, MessageId, Receiver, ReceiverLayer, ids};
 
-use crate::{client, Error, MESSAGE_ID};
+use crate::{Error, MESSAGE_ID, client};
 
 /// The settings of a consumer.
 #[derive(Clone, Debug)]

@@ -15,7 +15,7 @@
 mod consumer;
 mod moto;
 
-pub use consumer::{consume, Settings};
+pub use consumer::{Settings, consume};
 pub use moto::{Moto, WINDOW};
 
 use std::time::Duration;

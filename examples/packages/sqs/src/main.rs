@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use harness::{Folder, Ledger, Outcome, Process, RedisServer};
-use sqs::{client, consume, Error, Moto, Queue, Settings, WINDOW};
+use sqs::{Error, Moto, Queue, Settings, WINDOW, client, consume};
 
 #[tokio::main]
 async fn main() -> Result<ExitCode, Error> {

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use harness::{virtual_environment, Process};
+use harness::{Process, virtual_environment};
 
 const REQUIREMENTS: &str = include_str!("../requirements.txt");
 

@@ -5,8 +5,8 @@
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{assert_fails_unprotected, assert_prints, number_from, Fleet, Folder, Ledger, Outcome, RedisServer};
-use sqs::{client, Moto, Queue, Settings};
+use harness::{Fleet, Folder, Ledger, Outcome, RedisServer, assert_fails_unprotected, assert_prints, number_from};
+use sqs::{Moto, Queue, Settings, client};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sqs");
 

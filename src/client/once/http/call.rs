@@ -5,13 +5,13 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use http::request::Parts;
-use http::{response, Method, Request, Response};
+use http::{Method, Request, Response, response};
 
 use super::settings::{LostCall, Settings};
 use crate::client::keys::ResponseMeaning;
-use crate::client::report::{evidence_of, shows_effect, Evidence, OnlyUnsent, Report};
+use crate::client::report::{Evidence, OnlyUnsent, Report, evidence_of, shows_effect};
 use crate::engine::{Attempt, Ended, Recovered, Verdict, Work};
-use crate::http::{collect, has_body, is_cut_short, is_stream, Collected, HttpService, RebuildBody, Shortfall};
+use crate::http::{Collected, HttpService, RebuildBody, Shortfall, collect, has_body, is_cut_short, is_stream};
 use crate::protocol::{IfLost, Outcome};
 
 /// The work of one call.

@@ -1,7 +1,6 @@
 //! The service: finds the key of a request, makes the call once, and returns its result.
 
 use std::fmt;
-use std::future::Future;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use crate::client::classes::ErrorClass;
 use crate::client::once::failure::OnceError;
 use crate::engine::{Job, Settled};
 use crate::error::Error;
-use crate::http::{collect, Collected, Fingerprinting, HttpService, RebuildBody, Shortfall};
+use crate::http::{Collected, Fingerprinting, HttpService, RebuildBody, Shortfall, collect};
 use crate::protocol::{Fingerprint, KeyParser, Scope, StoredResponse};
 use crate::store::Store;
 

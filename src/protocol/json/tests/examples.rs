@@ -1,11 +1,11 @@
 //! Documents that were written by hand.
 
-use super::model::{decode, Json};
+use super::model::{Json, decode};
 use super::{assert_all_different, assert_same, canonical, fed, leaving_out};
 use crate::error::ErrorKind;
+use crate::protocol::json::CanonicalJson;
 use crate::protocol::json::output::CHUNK;
 use crate::protocol::json::reader::MAX_DEPTH;
-use crate::protocol::json::CanonicalJson;
 
 #[test]
 fn the_form_is_the_documented_one() {

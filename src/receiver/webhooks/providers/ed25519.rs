@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use ring::signature::{UnparsedPublicKey, ED25519};
+use ring::signature::{ED25519, UnparsedPublicKey};
 
 /// A public key of 32 bytes.
 ///

@@ -69,8 +69,8 @@ pub use twilio::TwilioWebhooks;
 /// The parts that the signer of the test kit shares with the checks.
 #[cfg(feature = "testing")]
 pub(in crate::receiver) mod signing {
-    pub(in crate::receiver) use super::adyen::{decoded_key, sign_item, Item};
+    pub(in crate::receiver) use super::adyen::{Item, decoded_key, sign_item};
     pub(in crate::receiver) use super::paypal::{paypal_time, signed_text};
     pub(in crate::receiver) use super::standard::decoded_secret;
-    pub(in crate::receiver) use super::twilio::{body_hash, is_form, PublicUrl, Signed};
+    pub(in crate::receiver) use super::twilio::{PublicUrl, Signed, body_hash, is_form};
 }

@@ -3,7 +3,7 @@
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{field, hex, member};
-use crate::receiver::webhooks::signature::{is_recent, Secrets};
+use crate::receiver::webhooks::signature::{Secrets, is_recent};
 use crate::receiver::webhooks::{InvalidWebhook, Webhook};
 
 const SIGNATURE: &str = "x-slack-signature";

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{base64, field, present};
-use crate::receiver::webhooks::signature::{is_recent, Secrets, MAX_SIGNATURES, NO_SECRET};
+use crate::receiver::webhooks::signature::{MAX_SIGNATURES, NO_SECRET, Secrets, is_recent};
 use crate::receiver::webhooks::{InvalidWebhook, VerifyWebhook, Webhook};
 
 /// The largest number of Ed25519 signatures. Each check hashes the whole body, under each public

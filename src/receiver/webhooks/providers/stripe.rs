@@ -3,7 +3,7 @@
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;
 use crate::receiver::webhooks::fields::{field, hex, member, present};
-use crate::receiver::webhooks::signature::{is_recent, Secrets, MAX_SIGNATURES};
+use crate::receiver::webhooks::signature::{MAX_SIGNATURES, Secrets, is_recent};
 use crate::receiver::webhooks::{InvalidWebhook, Webhook};
 
 const SIGNATURE: &str = "stripe-signature";

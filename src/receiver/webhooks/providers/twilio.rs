@@ -7,7 +7,7 @@ use http::{HeaderMap, Uri};
 use ring::hmac;
 use sha2::{Digest, Sha256};
 
-use super::form::{pairs, Pair};
+use super::form::{Pair, pairs};
 use crate::error::Error;
 use crate::receiver::id::MessageId;
 use crate::receiver::ids;

@@ -3,15 +3,15 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
-use super::step::{Action, Actor, ClaimParameters, Ending, Found, CLAIMANTS};
+use super::step::{Action, Actor, CLAIMANTS, ClaimParameters, Ending, Found};
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
 use crate::protocol::{
     Change, Claim, Decision, Fence, Fingerprint, Grant, Nonce, Outcome, Owner, Record, Resolution, ResolveResult,
     Snapshot, StorageKey, Transition,
 };
-use crate::store::conformance::probe::{random, stored, timeless, timeless_view, LEASE, RETENTION};
 use crate::store::Store;
+use crate::store::conformance::probe::{LEASE, RETENTION, random, stored, timeless, timeless_view};
 
 /// The same owner as the model and as the store identify it. The two fences may differ.
 #[derive(Clone, Copy, Debug)]

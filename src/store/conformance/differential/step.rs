@@ -1,7 +1,7 @@
 //! The steps of a random history.
 
-use rand::rngs::StdRng;
 use rand::RngExt;
+use rand::rngs::StdRng;
 
 use super::chance;
 use crate::protocol::IfLost;
