@@ -49,7 +49,7 @@ impl<'r> Queue<'r> {
         let config = config();
         [config.done_jobs_set(), config.dead_jobs_set()]
             .iter()
-            .map(|set| self.redis.tell::<usize>(&format!("SCARD {set}")))
+            .map(|set| self.redis.command::<usize>(&format!("SCARD {set}")))
             .sum()
     }
 
@@ -83,11 +83,11 @@ impl<'r> Queue<'r> {
         let mut orders = Vec::new();
         for id in self
             .redis
-            .tell::<Vec<String>>(&format!("SMEMBERS {}", config.dead_jobs_set()))
+            .command::<Vec<String>>(&format!("SMEMBERS {}", config.dead_jobs_set()))
         {
             let job = self
                 .redis
-                .tell::<Vec<u8>>(&format!("HGET {} {id}", config.job_data_hash()));
+                .command::<Vec<u8>>(&format!("HGET {} {id}", config.job_data_hash()));
             orders.push(serde_json::from_slice::<Charge>(&job)?.order);
         }
         Ok(orders)

@@ -159,10 +159,10 @@ impl Broker {
         S: Service<Event, Response = Receipt<T>, Error = ReceiveError<E>>,
     {
         let received = self.reporting(&message, receiver.oneshot(Event::of(&message))).await;
-        if let Some(disposition) = decide(&message, received) {
-            if let Err(error) = self.settle(&message, disposition).await {
-                eprintln!("JetStream did not get the disposition of a message, and will deliver it again: {error}");
-            }
+        if let Some(disposition) = decide(&message, received)
+            && let Err(error) = self.settle(&message, disposition).await
+        {
+            eprintln!("JetStream did not get the disposition of a message, and will deliver it again: {error}");
         }
     }
 

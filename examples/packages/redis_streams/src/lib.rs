@@ -215,10 +215,10 @@ impl Broker {
         S: Service<Order, Response = Receipt<T>, Error = ReceiveError<E>>,
     {
         let received = self.reporting(&delivery, receiver.oneshot(delivery.order())).await;
-        if let Some(disposition) = decide(&delivery, received) {
-            if let Err(error) = self.settle(&delivery, disposition).await {
-                eprintln!("Redis did not get the disposition of an order, and another consumer will claim it: {error}");
-            }
+        if let Some(disposition) = decide(&delivery, received)
+            && let Err(error) = self.settle(&delivery, disposition).await
+        {
+            eprintln!("Redis did not get the disposition of an order, and another consumer will claim it: {error}");
         }
     }
 
