@@ -59,9 +59,12 @@ impl TestLease {
     }
 
     /// Sets the number of the attempt, at least 1. Default: 1. A number of 2 or more means that an
-    /// earlier attempt was lost.
+    /// earlier attempt was lost. Raises the fence to the same number, if it is lower, because each
+    /// attempt has a higher fence than the one before.
     pub fn with_attempt(mut self, attempt: u32) -> Self {
-        self.made.grant.attempt = attempt.max(1);
+        let grant = &mut self.made.grant;
+        grant.attempt = attempt.max(1);
+        grant.owner.fence = grant.owner.fence.max(Fence::new(u64::from(grant.attempt)));
         self
     }
 

@@ -23,8 +23,9 @@ pub use self::webhooks::WebhookSigner;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scenario {
-    /// The process dies while the handler waits for the `polls`-th time, counted from 1. For
-    /// example, it dies between effect and acknowledgement. The message is then redelivered.
+    /// The process dies while the delivery waits for the `polls`-th time, counted from 1, in the
+    /// handler or in the store. For example, it dies between effect and acknowledgement. The message
+    /// is then redelivered.
     Crash {
         /// The number of polls before the process dies.
         polls: usize,
@@ -58,7 +59,7 @@ pub struct Report<O> {
     /// The scenarios whose messages were not acknowledged at the end. A crash left the outcome
     /// unknown, the handler rejected the message, or the message was redelivered without end.
     pub rejected: Vec<Scenario>,
-    /// The number of scenarios.
+    /// The number of scenarios: two, and one crash for each time that the delivery waits.
     pub scenarios: usize,
 }
 

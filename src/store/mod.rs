@@ -211,7 +211,8 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Any [`ErrorKind`](crate::ErrorKind). The caller polls instead.
+    /// Any [`ErrorKind`](crate::ErrorKind), if the store fails at the moment. The caller polls
+    /// instead. A store that has no subscriptions returns a watch that resolves after a pause.
     fn watch(&self, key: &StorageKey) -> impl Future<Output = Result<Self::Watch, Error>> + Send;
 }
 

@@ -189,7 +189,9 @@ async fn a_second_copy_that_is_rejected_is_reported() {
 fn a_test_lease_has_the_values_that_the_test_sets() {
     let first = TestLease::new("order-7");
     let later = first.clone().with_attempt(3).with_fence(Fence::new(30));
-    for (made, attempt, fence) in [(&first, 1, 1), (&later, 3, 30)] {
+    // Without a fence of its own, a later attempt has a higher one than the first.
+    let second = first.clone().with_attempt(2);
+    for (made, attempt, fence) in [(&first, 1, 1), (&second, 2, 2), (&later, 3, 30)] {
         let (server, receiver, client) = (made.for_server(), made.for_receiver(), made.for_client());
         let seen = [server.attempt().number(), receiver.attempt(), client.number()];
         assert_eq!(seen, [attempt; 3]);

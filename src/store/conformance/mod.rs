@@ -74,7 +74,8 @@ use super::Store;
 /// Checks every clause that needs no help of the store's author: all except 13, 14 and 15.
 ///
 /// Takes about two seconds of real time if the store has leases, because some clauses are about
-/// time. Otherwise it takes less than one second.
+/// time. Otherwise it takes less than one second. A store that needs more than a millisecond for an
+/// operation needs more time, because most operations run one after another.
 pub async fn all<S: Store + Clone>(store: &S) {
     Box::pin(fingerprint_first(store)).await;
     Box::pin(repeatable(store)).await;

@@ -93,7 +93,9 @@ impl Case {
 
     pub(super) fn same<T: Debug + PartialEq>(&self, what: &str, seen: &T, wanted: &T) {
         if seen != wanted {
-            self.fail(&format!("{what}: got {seen:?}, expected {wanted:?}"));
+            self.fail(&format!(
+                "{what}: got {seen:?}, expected {wanted:?} (both without the lengths of leases)"
+            ));
         }
     }
 
