@@ -45,6 +45,9 @@ impl LostAttempt {
     /// Returns the same key as [`Lease::derive_key`](crate::Lease::derive_key) returned to the
     /// handler in the lost attempt. If the handler called the third party under this key, look for
     /// the effect under it.
+    ///
+    /// If several layers guard the handler with different keys, the handler gets the lease of the
+    /// innermost one, and only the check of that layer derives the same keys.
     #[must_use]
     pub fn derive_key(&self, step: &str) -> String {
         self.derived_keys.key(step)

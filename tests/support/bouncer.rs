@@ -77,6 +77,8 @@ fn run(settings: &Path, port: u16) -> Child {
         .spawn()
         .expect("pgbouncer is not installed; run `./test`, which installs it");
     for _ in 0..800 {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "pgbouncer ended by itself: {ended:?}");
         if is_open(port) {
             return child;
         }

@@ -72,15 +72,23 @@ impl PostgresServer {
         let cluster = NewCluster::of_this_process();
         let mut server = Self {
             folder: new_folder(),
-            port: free_port(),
+            port: 0,
             child: None,
             environment,
             cluster: Arc::clone(&cluster),
         };
         let data = server.folder.join("data");
         run_to_its_end(server.command("cp").arg("-a").arg(&cluster.folder).arg(data));
-        server.run();
-        server
+        // Another process may look for a port at the same time, and find the same one.
+        let mut last = String::new();
+        for _ in 0..5 {
+            server.port = free_port();
+            match server.try_to_run() {
+                Ok(()) => return server,
+                Err(error) => last = error,
+            }
+        }
+        panic!("{last}");
     }
 
     pub fn url(&self) -> String {
@@ -119,6 +127,12 @@ impl PostgresServer {
 
     /// Starts the server again with the same port and data.
     pub fn run(&mut self) {
+        if let Err(error) = self.try_to_run() {
+            panic!("{error}");
+        }
+    }
+
+    fn try_to_run(&mut self) -> Result<(), String> {
         let data = self.folder.join("data");
         let child = self
             .command("postgres")
@@ -139,19 +153,20 @@ impl PostgresServer {
             .unwrap();
         self.child = Some(child);
         for _ in 0..3_000 {
-            if self.is_ready() {
-                return;
-            }
+            // Look at the process first, because another server may listen on the port.
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
                 let log = fs::read_to_string(self.log()).unwrap();
-                panic!("postgres ended with {status}:\n{log}");
+                return Err(format!("postgres ended with {status}:\n{log}"));
+            }
+            if self.is_ready() {
+                return Ok(());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!(
+        Err(format!(
             "postgres does not accept connections; its log is {}",
             self.log().display()
-        );
+        ))
     }
 
     fn is_ready(&self) -> bool {
