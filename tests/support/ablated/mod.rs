@@ -1,4 +1,5 @@
 //! A correct store with leases over a map of encoded records. A test can break one of its rules.
+#![allow(dead_code, reason = "every test binary uses its own part")]
 
 mod transitions;
 
@@ -66,6 +67,56 @@ pub(crate) enum Rule {
     WatchSubscribesLate,
 }
 
+impl Rule {
+    /// All rules that the store can break.
+    pub(crate) const ALL: [Self; 44] = [
+        Self::ResponseInUtf8,
+        Self::ResponseTrimmed,
+        Self::AttemptStays,
+        Self::AttemptsUncapped,
+        Self::ClaimNowIgnoresFingerprint,
+        Self::ClaimTwoSteps,
+        Self::ClockOfCallers,
+        Self::CompleteBesideRecord,
+        Self::CompleteByAnybody,
+        Self::CompleteByFence,
+        Self::CompleteByNonce,
+        Self::CompleteLateRefused,
+        Self::CompleteUnknownRefused,
+        Self::CompleteTwoSteps,
+        Self::CorruptIsAbsent,
+        Self::EvictsWhenFull,
+        Self::FenceStays,
+        Self::FingerprintIgnored,
+        Self::FingerprintOfCompletedIgnored,
+        Self::FullIsUnavailable,
+        Self::LeaseIsExpiry,
+        Self::RejectedIsCompleted,
+        Self::ReleaseByAnybody,
+        Self::ReleaseErases,
+        Self::ReleaseKeepsOnlyAttempt,
+        Self::ReleaseOfCompleted,
+        Self::ReleaseTwoSteps,
+        Self::RenewByAnybody,
+        Self::RenewTwoSteps,
+        Self::RepeatedClaimIsAnother,
+        Self::RepeatedClaimWaits,
+        Self::RepeatedRecoveryExecutes,
+        Self::ResolveAlive,
+        Self::ResolveByAnyFence,
+        Self::ResolveCompleted,
+        Self::ResolveKeepsOwner,
+        Self::ResolveTwoSteps,
+        Self::RetentionForgotten,
+        Self::TakesUnbounded,
+        Self::TombstoneRunsAgain,
+        Self::UnknownNotNoted,
+        Self::UnknownRunsAgain,
+        Self::WatchNeverWakes,
+        Self::WatchSubscribesLate,
+    ];
+}
+
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ablated {
     rule: Rule,
@@ -85,6 +136,18 @@ impl Ablated {
             rule,
             ..Self::default()
         }
+    }
+
+    /// Makes a store with a clock that the test turns.
+    pub(crate) fn with_clock(rule: Rule, clock: Clock) -> Self {
+        Self {
+            clock,
+            ..Self::new(rule)
+        }
+    }
+
+    pub(crate) fn set_clock(&mut self, clock: Clock) {
+        self.clock = clock;
     }
 
     /// Opens the same records again.

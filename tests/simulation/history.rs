@@ -1,0 +1,160 @@
+//! The history of a simulation, for the checks and for people.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::link::Answer;
+use crate::plan::Planned;
+
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    FaultBegins(Planned),
+    FaultEnds(Planned),
+    Sent {
+        operation: usize,
+        key: usize,
+        process: usize,
+    },
+    Left {
+        operation: usize,
+    },
+    Reset {
+        operation: usize,
+    },
+    Began {
+        key: usize,
+        process: usize,
+        attempt: u32,
+        fence: u64,
+    },
+    Failed {
+        key: usize,
+        attempt: u32,
+        had_no_effect: bool,
+    },
+    Resolved {
+        key: usize,
+        receipt: usize,
+    },
+    Charged {
+        key: usize,
+        effects: usize,
+    },
+    Refused {
+        key: usize,
+    },
+    Recovered {
+        key: usize,
+        found: &'static str,
+    },
+    Responded {
+        operation: usize,
+        key: usize,
+        answer: Answer,
+    },
+    Granted {
+        key: usize,
+        process: usize,
+        attempt: u32,
+        fence: u64,
+    },
+    Quiet,
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FaultBegins(planned) => write!(f, "FAULT begins: {planned}"),
+            Self::FaultEnds(planned) => write!(f, "FAULT ends: {:?}", planned.fault),
+            Self::Sent {
+                operation,
+                key,
+                process,
+            } => {
+                write!(
+                    f,
+                    "client {operation} sends a request under key {key} to process {process}"
+                )
+            }
+            Self::Left { operation } => write!(f, "client {operation} leaves"),
+            Self::Reset { operation } => write!(f, "client {operation} sees a broken connection"),
+            Self::Began {
+                key,
+                process,
+                attempt,
+                fence,
+            } => {
+                write!(
+                    f,
+                    "process {process} runs the handler of key {key}: attempt {attempt}, fence {fence}"
+                )
+            }
+            Self::Failed {
+                key,
+                attempt,
+                had_no_effect,
+            } => {
+                let effect = if *had_no_effect {
+                    "without an effect"
+                } else {
+                    "and does not say why"
+                };
+                write!(f, "the handler of key {key} fails in attempt {attempt} {effect}")
+            }
+            Self::Resolved { key, receipt } => write!(f, "an operator resolves key {key} with receipt {receipt}"),
+            Self::Charged { key, effects } => write!(f, "EFFECT {effects} of key {key}"),
+            Self::Refused { key } => write!(f, "the bank refuses a fence of key {key}"),
+            Self::Recovered { key, found } => write!(f, "the check of key {key} finds: {found}"),
+            Self::Responded { operation, key, answer } => {
+                let replay = if answer.is_replay { ", replayed" } else { "" };
+                write!(
+                    f,
+                    "client {operation} gets {} {}{}{replay} for key {key}",
+                    answer.status,
+                    answer.code,
+                    answer.body.trim_end()
+                )
+            }
+            Self::Granted {
+                key,
+                process,
+                attempt,
+                fence,
+            } => {
+                write!(
+                    f,
+                    "the store grants key {key} to process {process}: attempt {attempt}, fence {fence}"
+                )
+            }
+            Self::Quiet => f.write_str("no further faults"),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct History(pub(crate) Vec<(Duration, Event)>);
+
+impl History {
+    /// Returns the last response to an operation.
+    pub(crate) fn last_answer(&self, operation: usize) -> Option<Answer> {
+        self.0.iter().rev().find_map(|(_, event)| match event {
+            Event::Responded {
+                operation: of, answer, ..
+            } if *of == operation => Some(answer.clone()),
+            _ => None,
+        })
+    }
+
+    pub(crate) fn note(&mut self, at: Duration, event: Event) {
+        self.0.push((at, event));
+    }
+}
+
+impl fmt::Display for History {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, event) in &self.0 {
+            writeln!(f, "{:>8.3} s  {event}", at.as_secs_f64())?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,182 @@
+//! The store's server: records, their clock, and the operations that it runs.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::oneshot;
+use tower_idempotency::protocol::{Grant, Snapshot, Status, StorageKey};
+use tower_idempotency::{Clock, Error, Store, Timestamp};
+
+use crate::ablated::{Ablated, Rule};
+use crate::audit::{Audit, Step};
+use crate::link::{Place, Sender, StoreReply, StoreRequest};
+
+type Operation = BoxFuture<'static, Result<Done, Error>>;
+
+/// The result of an operation.
+enum Done {
+    Reply(StoreReply),
+    Watch(BoxFuture<'static, ()>),
+}
+
+struct Running {
+    from: Sender,
+    request: StoreRequest,
+    operation: Operation,
+    place: Option<Place<StoreReply>>,
+    /// Whether the operation has done a first step.
+    has_begun: bool,
+}
+
+/// An operation that has ended, with the place for its reply.
+pub(crate) struct Ended {
+    pub(crate) from: Sender,
+    pub(crate) request: StoreRequest,
+    pub(crate) reply: Result<StoreReply, Error>,
+    pub(crate) place: Option<Place<StoreReply>>,
+    /// The grant of a new owner, or the rule that the store broke.
+    pub(crate) audited: Result<Option<Grant>, String>,
+}
+
+pub(crate) struct Host {
+    store: Ablated,
+    clock: Clock,
+    /// The time of the clock in microseconds.
+    micros: u64,
+    running: Vec<Running>,
+    watches: Vec<(Sender, BoxFuture<'static, ()>, oneshot::Sender<()>)>,
+    audit: Audit,
+}
+
+impl Host {
+    pub(crate) fn new(rule: Rule) -> Self {
+        let micros = 1_700_000_000_000_000;
+        let clock = Clock::manual(Timestamp::from_micros(micros));
+        Self {
+            store: Ablated::with_clock(rule, clock.clone()),
+            clock,
+            micros,
+            running: Vec::new(),
+            watches: Vec::new(),
+            audit: Audit::default(),
+        }
+    }
+
+    pub(crate) fn advance(&mut self, time: Duration) {
+        self.micros += u64::try_from(time.as_micros()).unwrap();
+        self.clock.advance(time);
+    }
+
+    pub(crate) fn turn_clock(&mut self, millis: i64) {
+        self.micros = self.micros.saturating_add_signed(millis * 1_000);
+        self.clock = Clock::manual(Timestamp::from_micros(self.micros));
+        self.store.set_clock(self.clock.clone());
+    }
+
+    /// Drops all connections and the operations that are not done.
+    pub(crate) fn restart(&mut self) {
+        self.running.clear();
+        self.watches.clear();
+    }
+
+    pub(crate) fn begin(&mut self, from: Sender, request: StoreRequest, place: Option<Place<StoreReply>>) {
+        self.running.push(Running {
+            from,
+            operation: Box::pin(run(self.store.clone(), request.clone())),
+            request,
+            place,
+            has_begun: false,
+        });
+    }
+
+    /// Goes on with one operation. Returns it if it has ended.
+    pub(crate) fn go_on(&mut self, at: usize) -> Option<Ended> {
+        let key = self.running[at].request.key();
+        let before = self.look(&key);
+        let poll = poll(self.running[at].operation.as_mut());
+        let Poll::Ready(done) = poll else {
+            self.running[at].has_begun = true;
+            return None;
+        };
+        let Running {
+            from, request, place, ..
+        } = self.running.swap_remove(at);
+        let reply = done.map(|done| match done {
+            Done::Reply(reply) => reply,
+            Done::Watch(watch) => {
+                let (waking, woken) = oneshot::channel();
+                self.watches.push((from, watch, waking));
+                StoreReply::Watch(woken)
+            }
+        });
+        let audited = self.audit.check(&Step {
+            request: &request,
+            before,
+            reply: &reply,
+            after: self.look(&key),
+        });
+        Some(Ended {
+            from,
+            request,
+            reply,
+            place,
+            audited,
+        })
+    }
+
+    /// Whether an operation stands between two steps.
+    pub(crate) fn has_begun(&self, at: usize) -> bool {
+        self.running[at].has_begun
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Returns the watches that a change has woken.
+    pub(crate) fn woken(&mut self) -> Vec<(Sender, oneshot::Sender<()>)> {
+        let mut woken = Vec::new();
+        for (from, mut watch, place) in std::mem::take(&mut self.watches) {
+            match poll(watch.as_mut()) {
+                Poll::Ready(()) => woken.push((from, place)),
+                Poll::Pending => self.watches.push((from, watch, place)),
+            }
+        }
+        woken
+    }
+
+    /// Returns the record of a key, or `None` if there is none.
+    pub(crate) fn look(&self, key: &StorageKey) -> Option<Snapshot> {
+        let mut peeking = Box::pin(self.store.peek(key));
+        match poll(peeking.as_mut()) {
+            Poll::Ready(Ok(seen)) => seen,
+            _ => panic!("the host reads its own records at once"),
+        }
+    }
+
+    pub(crate) fn status(&self, key: &StorageKey) -> Option<Status> {
+        self.look(key).map(|seen| seen.status)
+    }
+}
+
+async fn run(store: Ablated, request: StoreRequest) -> Result<Done, Error> {
+    Ok(Done::Reply(match request {
+        StoreRequest::Claim(claim) => StoreReply::Claim(store.claim(&claim).await?),
+        StoreRequest::Renew(key, owner, lease) => StoreReply::Renew(store.renew(&key, owner, lease).await?),
+        StoreRequest::Complete(key, owner, outcome, retention) => {
+            StoreReply::Complete(store.complete(&key, owner, &outcome, retention).await?)
+        }
+        StoreRequest::Release(key, owner) => StoreReply::Release(store.release(&key, owner).await?),
+        StoreRequest::Resolve(key, fence, resolution) => {
+            StoreReply::Resolve(store.resolve(&key, fence, &resolution).await?)
+        }
+        StoreRequest::Peek(key) => StoreReply::Peek(store.peek(&key).await?),
+        StoreRequest::Watch(key) => return Ok(Done::Watch(store.watch(&key).await?)),
+    }))
+}
+
+fn poll<F: Future + ?Sized>(future: Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}

@@ -1,0 +1,321 @@
+//! The connection of a process with the store, the bank and the clients.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::oneshot;
+use tower_idempotency::protocol::{
+    Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
+    StorageKey,
+};
+use tower_idempotency::{Error, Store};
+
+use crate::bank::{BankReply, BankRequest};
+use crate::history::{Event, History};
+use crate::random::Random;
+
+/// An operation of the store, as a message.
+#[derive(Clone, Debug)]
+pub(crate) enum StoreRequest {
+    Claim(Claim),
+    Renew(StorageKey, Owner, Duration),
+    Complete(StorageKey, Owner, Outcome, Duration),
+    Release(StorageKey, Owner),
+    Resolve(StorageKey, Fence, Resolution),
+    Peek(StorageKey),
+    Watch(StorageKey),
+}
+
+#[derive(Debug)]
+pub(crate) enum StoreReply {
+    Claim(Decision),
+    Renew(Renewal),
+    Complete(Completion),
+    Release(Release),
+    Resolve(ResolveResult),
+    Peek(Option<Snapshot>),
+    Watch(oneshot::Receiver<()>),
+}
+
+/// The place for the reply to a message. A dropped place is a broken connection.
+pub(crate) type Place<T> = oneshot::Sender<Result<T, Error>>;
+
+/// A message on its way.
+pub(crate) enum Message {
+    ToStore {
+        from: Sender,
+        request: StoreRequest,
+        place: Option<Place<StoreReply>>,
+    },
+    FromStore {
+        to: Sender,
+        reply: Result<StoreReply, Error>,
+        place: Place<StoreReply>,
+    },
+    /// A watch of the store wakes.
+    Wake {
+        to: Sender,
+        place: oneshot::Sender<()>,
+    },
+    ToBank {
+        from: Sender,
+        request: BankRequest,
+        place: Place<BankReply>,
+    },
+    FromBank {
+        to: Sender,
+        reply: BankReply,
+        place: Place<BankReply>,
+    },
+    ToProcess {
+        operation: usize,
+        number: usize,
+    },
+    ToClient {
+        operation: usize,
+        number: usize,
+        response: Answer,
+    },
+}
+
+/// The process that sends a message, and the number of its incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sender {
+    pub(crate) process: usize,
+    pub(crate) incarnation: usize,
+}
+
+/// The response to a request of a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    /// The code of a refusal; empty for a response of the handler.
+    pub(crate) code: &'static str,
+    pub(crate) is_replay: bool,
+    pub(crate) body: String,
+}
+
+/// The state of a process that the world changes and its links read.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ProcessState {
+    pub(crate) incarnation: usize,
+    pub(crate) is_dead: bool,
+    pub(crate) cut_requests: bool,
+    pub(crate) cut_replies: bool,
+    pub(crate) cut_bank: bool,
+}
+
+/// The state that processes and the world share.
+pub(crate) struct Shared {
+    pub(crate) now: Duration,
+    pub(crate) messages: BTreeMap<(Duration, u64), Message>,
+    sent: u64,
+    pub(crate) random: Random,
+    pub(crate) history: History,
+    pub(crate) processes: Vec<ProcessState>,
+    pub(crate) store_is_down: bool,
+    pub(crate) store_is_slow: bool,
+    pub(crate) duplicates: bool,
+    /// The places of lost messages. As long as they exist, their senders wait.
+    lost: Vec<Box<dyn Send>>,
+    /// Requests whose responses have left their processes since the world looked.
+    pub(crate) responded: Vec<(Sender, usize, Answer)>,
+}
+
+impl Shared {
+    pub(crate) fn new(seed: u64, processes: usize) -> Self {
+        Self {
+            now: Duration::ZERO,
+            messages: BTreeMap::new(),
+            sent: 0,
+            random: Random::new(seed, 3),
+            history: History::default(),
+            processes: vec![ProcessState::default(); processes],
+            store_is_down: false,
+            store_is_slow: false,
+            duplicates: false,
+            lost: Vec::new(),
+            responded: Vec::new(),
+        }
+    }
+
+    /// The number of messages so far.
+    pub(crate) fn sent(&self) -> usize {
+        usize::try_from(self.sent).unwrap()
+    }
+
+    /// Sends a message that takes this long.
+    pub(crate) fn send(&mut self, latency: Duration, message: Message) {
+        self.sent += 1;
+        self.messages.insert((self.now + latency, self.sent), message);
+    }
+
+    pub(crate) fn latency(&mut self) -> Duration {
+        self.random.millis(0..12)
+    }
+
+    pub(crate) fn store_latency(&mut self) -> Duration {
+        match self.store_is_slow {
+            true => self.random.millis(0..1_000),
+            false => self.latency(),
+        }
+    }
+
+    /// Keeps the place of a lost message, so that its sender waits.
+    pub(crate) fn lose(&mut self, place: impl Send + 'static) {
+        self.lost.push(Box::new(place));
+    }
+
+    pub(crate) fn is_alive(&self, sender: Sender) -> bool {
+        let process = &self.processes[sender.process];
+        !process.is_dead && process.incarnation == sender.incarnation
+    }
+
+    pub(crate) fn note(&mut self, event: Event) {
+        self.history.note(self.now, event);
+    }
+}
+
+/// The link of one incarnation of a process.
+#[derive(Clone)]
+pub(crate) struct Link {
+    pub(crate) shared: Arc<Mutex<Shared>>,
+    pub(crate) sender: Sender,
+}
+
+impl Link {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap()
+    }
+
+    /// Notes an event, unless the process is dead. Destructors run after a process was killed, and
+    /// nobody sees what they do.
+    pub(crate) fn note(&self, event: Event) {
+        let mut shared = self.lock();
+        if shared.is_alive(self.sender) {
+            shared.note(event);
+        }
+    }
+
+    async fn store(&self, request: StoreRequest) -> Result<StoreReply, Error> {
+        let (place, reply) = oneshot::channel();
+        {
+            let mut shared = self.lock();
+            let is_alive = shared.is_alive(self.sender);
+            if !is_alive || shared.processes[self.sender.process].cut_requests {
+                shared.lose(place);
+            } else {
+                if shared.duplicates {
+                    let latency = shared.store_latency() + Duration::from_millis(5);
+                    let (from, request) = (self.sender, request.clone());
+                    shared.send(
+                        latency,
+                        Message::ToStore {
+                            from,
+                            request,
+                            place: None,
+                        },
+                    );
+                }
+                let latency = shared.store_latency();
+                let (from, place) = (self.sender, Some(place));
+                shared.send(latency, Message::ToStore { from, request, place });
+            }
+        }
+        reply
+            .await
+            .unwrap_or_else(|_| Err(Error::unavailable("the connection was reset")))
+    }
+
+    pub(crate) async fn bank(&self, request: BankRequest) -> Result<BankReply, Error> {
+        let (place, reply) = oneshot::channel();
+        {
+            let mut shared = self.lock();
+            if !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_bank {
+                shared.lose(place);
+            } else {
+                let latency = shared.latency();
+                let from = self.sender;
+                shared.send(latency, Message::ToBank { from, request, place });
+            }
+        }
+        reply
+            .await
+            .unwrap_or_else(|_| Err(Error::unavailable("the connection was reset")))
+    }
+
+    /// Sends the response of a request to its client.
+    pub(crate) fn respond(&self, operation: usize, number: usize, response: Answer) {
+        let mut shared = self.lock();
+        if shared.is_alive(self.sender) {
+            shared.responded.push((self.sender, operation, response.clone()));
+            let latency = shared.latency();
+            shared.send(
+                latency,
+                Message::ToClient {
+                    operation,
+                    number,
+                    response,
+                },
+            );
+        }
+    }
+}
+
+/// The store as a process sees it. It sends messages, and some of them do not arrive.
+#[derive(Clone)]
+pub(crate) struct RemoteStore(pub(crate) Link);
+
+macro_rules! reply_of {
+    ($kind:ident, $reply:expr) => {
+        match $reply? {
+            StoreReply::$kind(reply) => Ok(reply),
+            other => panic!("a reply to another message: {other:?}"),
+        }
+    };
+}
+
+impl Store for RemoteStore {
+    type Watch = BoxFuture<'static, ()>;
+
+    async fn claim(&self, claim: &Claim) -> Result<Decision, Error> {
+        reply_of!(Claim, self.0.store(StoreRequest::Claim(claim.clone())).await)
+    }
+
+    async fn renew(&self, key: &StorageKey, owner: Owner, lease: Duration) -> Result<Renewal, Error> {
+        reply_of!(Renew, self.0.store(StoreRequest::Renew(*key, owner, lease)).await)
+    }
+
+    async fn complete(
+        &self,
+        key: &StorageKey,
+        owner: Owner,
+        outcome: &Outcome,
+        retention: Duration,
+    ) -> Result<Completion, Error> {
+        let request = StoreRequest::Complete(*key, owner, outcome.clone(), retention);
+        reply_of!(Complete, self.0.store(request).await)
+    }
+
+    async fn release(&self, key: &StorageKey, owner: Owner) -> Result<Release, Error> {
+        reply_of!(Release, self.0.store(StoreRequest::Release(*key, owner)).await)
+    }
+
+    async fn resolve(&self, key: &StorageKey, fence: Fence, resolution: &Resolution) -> Result<ResolveResult, Error> {
+        let request = StoreRequest::Resolve(*key, fence, resolution.clone());
+        reply_of!(Resolve, self.0.store(request).await)
+    }
+
+    async fn peek(&self, key: &StorageKey) -> Result<Option<Snapshot>, Error> {
+        reply_of!(Peek, self.0.store(StoreRequest::Peek(*key)).await)
+    }
+
+    async fn watch(&self, key: &StorageKey) -> Result<Self::Watch, Error> {
+        let watch: Result<oneshot::Receiver<()>, Error> =
+            reply_of!(Watch, self.0.store(StoreRequest::Watch(*key)).await);
+        let watch = watch?;
+        Ok(Box::pin(async move { drop(watch.await) }))
+    }
+}

@@ -1,0 +1,206 @@
+//! The plan of a simulation: the settings, the requests and the faults that follow from a seed.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::random::Random;
+
+/// The guarantee that the application asks for, with a handler that fits it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// The bank offers nothing. A lost attempt is refused, and so is one that failed.
+    AtMostOnce,
+    /// The bank offers nothing. A handler fails only if it had no effect, and its key is released.
+    ReleaseFailures,
+    /// The bank deduplicates by the derived key, and lost attempts run again.
+    AtLeastOnce,
+    /// The bank refuses lower fences and can be asked. A check decides about lost attempts.
+    Recover,
+}
+
+impl Mode {
+    pub(crate) const ALL: [Self; 4] = [
+        Self::AtMostOnce,
+        Self::ReleaseFailures,
+        Self::AtLeastOnce,
+        Self::Recover,
+    ];
+}
+
+/// One operation of a client: a payment under a key, sent until the client has a final response.
+#[derive(Clone, Debug)]
+pub(crate) struct Operation {
+    pub(crate) at: Duration,
+    pub(crate) key: usize,
+    /// Whether the client sends another body under the key, by mistake.
+    pub(crate) is_other_body: bool,
+    pub(crate) tries: Vec<Try>,
+}
+
+/// One request of an operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Try {
+    pub(crate) process: usize,
+    /// How long the client waits before it leaves.
+    pub(crate) patience: Duration,
+    /// The pause before the next request.
+    pub(crate) pause: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The process is killed, and a new one starts after the duration.
+    Crash { process: usize },
+    /// The process stands still. Its clock stands still, too, or jumps at the end.
+    Freeze { process: usize, jumps: bool },
+    /// The clock of the process runs at this percentage of the real speed.
+    Slow { process: usize, percent: u32 },
+    /// Messages between the process and the store are lost.
+    CutStore {
+        process: usize,
+        requests: bool,
+        replies: bool,
+    },
+    /// Messages between the process and the bank are lost.
+    CutBank { process: usize },
+    /// The store is restarted. It keeps its records, and drops its connections.
+    StoreDown,
+    /// Messages to and from the store take up to a second.
+    StoreSlow,
+    /// Messages to the store come twice.
+    Duplicate,
+    /// The clock of the store jumps by this number of milliseconds.
+    ClockJump { millis: i64 },
+}
+
+/// A fault, and the time for which it lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Planned {
+    pub(crate) at: Duration,
+    pub(crate) lasts: Duration,
+    pub(crate) fault: Fault,
+}
+
+impl fmt::Display for Planned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} at {:?} for {:?}", self.fault, self.at, self.lasts)
+    }
+}
+
+/// An operator looks at a key, and resolves it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Action {
+    pub(crate) at: Duration,
+    pub(crate) key: usize,
+    pub(crate) is_mistaken: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) mode: Mode,
+    pub(crate) processes: usize,
+    pub(crate) keys: usize,
+    pub(crate) lease: Duration,
+    pub(crate) wait: Duration,
+    pub(crate) max_attempts: u32,
+    pub(crate) operations: Vec<Operation>,
+    pub(crate) faults: Vec<Planned>,
+    /// The actions of operators, the last one first.
+    pub(crate) resolutions: Vec<Action>,
+}
+
+impl Plan {
+    /// The time in which operations begin and faults occur.
+    pub(crate) const ACTIVE: Duration = Duration::from_secs(12);
+
+    pub(crate) fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed, 1);
+        let mode = random.pick(&Mode::ALL);
+        let processes = 1 + random.below(3);
+        let keys = 1 + random.below(4);
+        let lease = random.pick(&[1_000, 2_000, 3_000]);
+        let wait = random.pick(&[0, 300, 2_000, 4_000]);
+        let max_attempts = random.pick(&[3, 1_000, 1_000]);
+        let operations = (0..3 + random.below(12)).map(|_| operation(&mut random, processes, keys));
+        let mut plan = Self {
+            seed,
+            mode,
+            processes,
+            keys,
+            lease: Duration::from_millis(lease),
+            wait: Duration::from_millis(wait),
+            max_attempts,
+            operations: operations.collect(),
+            faults: Vec::new(),
+            resolutions: Vec::new(),
+        };
+        let mut random = Random::new(seed, 2);
+        plan.faults = (0..random.below(7))
+            .map(|_| fault(&mut random, mode, processes))
+            .collect();
+        let mut random = Random::new(seed, 5);
+        let actions = (0..random.below(10)).map(|_| Action {
+            at: random.millis(1_000..15_000),
+            key: random.below(keys),
+            is_mistaken: random.chance(40),
+        });
+        plan.resolutions = actions.collect();
+        plan.resolutions.sort_by_key(|action| std::cmp::Reverse(action.at));
+        plan.operations.sort_by_key(|operation| operation.at);
+        plan.faults.sort_by_key(|fault| fault.at);
+        plan
+    }
+}
+
+fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
+    let tries = (0..1 + random.below(5)).map(|_| Try {
+        process: random.below(processes),
+        patience: match random.chance(50) {
+            true => random.millis(5..900),
+            false => Duration::from_secs(60),
+        },
+        pause: random.millis(1..1_500),
+    });
+    Operation {
+        tries: tries.collect(),
+        at: random.millis(0..8_000),
+        key: random.below(keys),
+        is_other_body: random.chance(8),
+    }
+}
+
+fn fault(random: &mut Random, mode: Mode, processes: usize) -> Planned {
+    let process = random.below(processes);
+    let fault = match random.below(12) {
+        0..=2 => Fault::Crash { process },
+        3 => Fault::Freeze { process, jumps: true },
+        4 => Fault::Freeze { process, jumps: false },
+        5 => Fault::Slow {
+            process,
+            percent: random.pick(&[50, 80, 120, 200]),
+        },
+        6 => Fault::CutStore {
+            process,
+            requests: true,
+            replies: random.chance(50),
+        },
+        7 => Fault::CutStore {
+            process,
+            requests: false,
+            replies: true,
+        },
+        // Under `ReleaseFailures`, a handler must know whether it had an effect.
+        8 if mode != Mode::ReleaseFailures => Fault::CutBank { process },
+        8 | 9 => Fault::StoreDown,
+        10 => random.pick(&[Fault::StoreSlow, Fault::Duplicate]),
+        _ => Fault::ClockJump {
+            millis: random.pick(&[-600_000, -2_000, -300, 300, 2_000, 600_000]),
+        },
+    };
+    Planned {
+        at: random.millis(0..10_000),
+        lasts: random.millis(10..4_000),
+        fault,
+    }
+}

@@ -1,0 +1,687 @@
+//! The simulation of one plan, step by step.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tower_idempotency::protocol::{Fence, Resolution, Status, StorageKey};
+
+use crate::ablated::Rule;
+use crate::bank::{Bank, BankReply};
+use crate::history::Event;
+use crate::host::{Ended, Host};
+use crate::link::{Answer, Message, Sender, Shared, StoreRequest};
+use crate::plan::{Fault, Mode, Operation, Plan, Planned, Try};
+use crate::process::{COMPLETION_TIMEOUT, HANDLER, Process, STORE_TIMEOUT, found, storage_key};
+use crate::random::Random;
+
+/// The state of a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Client {
+    /// The client sends its next request at this time.
+    Idle(Duration),
+    /// The client waits for a response until this time.
+    Waiting {
+        sent: Duration,
+        until: Duration,
+    },
+    Done,
+}
+
+pub(crate) struct World {
+    plan: Plan,
+    operations: Vec<Operation>,
+    shared: Arc<Mutex<Shared>>,
+    host: Host,
+    bank: Bank,
+    keys: Vec<StorageKey>,
+    processes: Vec<Option<Process>>,
+    frozen: Vec<bool>,
+    percent: Vec<u32>,
+    /// The time that each process has not lived through yet.
+    behind: Vec<Duration>,
+    clients: Vec<(Client, usize)>,
+    active: Vec<bool>,
+    random: Random,
+    violations: Vec<String>,
+}
+
+/// The result of a simulation.
+pub(crate) struct Outcome {
+    pub(crate) violations: Vec<String>,
+    pub(crate) history: String,
+    pub(crate) messages: usize,
+    pub(crate) effects: usize,
+}
+
+impl World {
+    pub(crate) fn new(plan: &Plan, rule: Rule) -> Self {
+        let shared = Arc::new(Mutex::new(Shared::new(plan.seed, plan.processes)));
+        let processes = (0..plan.processes).map(|number| Some(Process::start(plan, &shared, number)));
+        Self {
+            operations: plan.operations.clone(),
+            host: Host::new(rule),
+            bank: Bank::new(plan.mode),
+            keys: (0..plan.keys).map(|key| storage_key(plan, &shared, key)).collect(),
+            processes: processes.collect(),
+            frozen: vec![false; plan.processes],
+            percent: vec![100; plan.processes],
+            behind: vec![Duration::ZERO; plan.processes],
+            clients: plan
+                .operations
+                .iter()
+                .map(|operation| (Client::Idle(operation.at), 0))
+                .collect(),
+            active: vec![false; plan.faults.len()],
+            random: Random::new(plan.seed, 4),
+            violations: Vec::new(),
+            plan: plan.clone(),
+            shared,
+        }
+    }
+
+    pub(crate) fn run(mut self) -> Outcome {
+        while self.shared().now < Plan::ACTIVE + Duration::from_secs(4) && self.violations.is_empty() {
+            self.step();
+        }
+        self.end_all_faults();
+        self.shared().note(Event::Quiet);
+        self.run_until(Duration::from_secs(90), |world| {
+            world.clients.iter().all(|(client, _)| *client == Client::Done)
+        });
+        let lease = self.plan.lease;
+        self.run_for(2 * lease);
+        for key in 0..self.plan.keys {
+            self.ask_for_the_outcome(key);
+        }
+        self.drain();
+        self.check_effects();
+        let shared = self.shared();
+        Outcome {
+            history: shared.history.to_string(),
+            messages: shared.sent(),
+            effects: self.bank.effects.len(),
+            violations: self.violations.clone(),
+        }
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap()
+    }
+
+    /// Ends the simulation. Only the first violation counts, because others follow from it.
+    fn violate(&mut self, what: String) {
+        if self.violations.is_empty() {
+            self.violations.push(what);
+        }
+    }
+
+    fn run_for(&mut self, time: Duration) {
+        let end = self.shared().now + time;
+        while self.shared().now < end && self.violations.is_empty() {
+            self.step();
+        }
+    }
+
+    /// Runs until a condition holds, for at most this time.
+    fn run_until(&mut self, time: Duration, holds: impl Fn(&Self) -> bool) -> bool {
+        let end = self.shared().now + time;
+        while self.violations.is_empty() && !holds(self) {
+            if self.shared().now >= end {
+                return false;
+            }
+            self.step();
+        }
+        true
+    }
+
+    /// Lets some time pass for everybody.
+    fn step(&mut self) {
+        let is_busy = !self.shared().messages.is_empty();
+        let tick = if is_busy {
+            self.random.millis(1..6)
+        } else {
+            self.random.millis(4..25)
+        };
+        self.shared().now += tick;
+        self.host.advance(tick);
+        self.begin_and_end_faults();
+        self.act_for_clients();
+        self.act_for_operators();
+        self.deliver();
+        self.run_store();
+        let mut order: Vec<usize> = (0..self.processes.len()).collect();
+        self.random.shuffle(&mut order);
+        for number in order {
+            self.run_process(number, tick);
+        }
+        self.check_responses();
+    }
+
+    fn run_process(&mut self, number: usize, tick: Duration) {
+        if let Some(process) = &mut self.processes[number] {
+            if self.frozen[number] {
+                self.behind[number] += tick;
+            } else {
+                process.run_for(tick * self.percent[number] / 100);
+            }
+        }
+    }
+
+    fn deliver(&mut self) {
+        loop {
+            let mut shared = self.shared();
+            let now = shared.now;
+            let Some(first) = shared.messages.first_entry().filter(|first| first.key().0 <= now) else {
+                return;
+            };
+            let message = first.remove();
+            drop(shared);
+            self.deliver_one(message);
+        }
+    }
+
+    fn deliver_one(&mut self, message: Message) {
+        match message {
+            Message::ToStore { from, request, place } => {
+                // A server that is down resets connections.
+                if !self.shared().store_is_down {
+                    self.host.begin(from, request, place);
+                }
+            }
+            Message::FromStore { to, reply, place } => {
+                let mut shared = self.shared();
+                if shared.is_alive(to) && shared.processes[to.process].cut_replies {
+                    shared.lose(place);
+                } else {
+                    drop(place.send(reply));
+                }
+            }
+            Message::Wake { to, place } => {
+                let mut shared = self.shared();
+                if shared.is_alive(to) && shared.processes[to.process].cut_replies {
+                    shared.lose(place);
+                } else {
+                    let _ = place.send(());
+                }
+            }
+            Message::ToBank { from, request, place } => {
+                let (key, before) = match &request {
+                    crate::bank::BankRequest::Charge { key, .. } => (*key, self.bank.charges(*key)),
+                    crate::bank::BankRequest::Find { .. } => (usize::MAX, 0),
+                };
+                let reply = self.bank.handle(request);
+                let effects = self.bank.charges(key);
+                let mut shared = self.shared();
+                if reply == BankReply::Refused {
+                    shared.note(Event::Refused { key });
+                } else if effects > before {
+                    shared.note(Event::Charged { key, effects });
+                }
+                let latency = shared.latency();
+                shared.send(latency, Message::FromBank { to: from, reply, place });
+                drop(shared);
+                if effects > before && self.host.status(&self.keys[key]).is_none() {
+                    self.violate(format!("I6: key {key} has an effect and no record"));
+                }
+            }
+            Message::FromBank { to, reply, place } => {
+                let mut shared = self.shared();
+                if shared.processes[to.process].cut_bank {
+                    shared.lose(place);
+                } else {
+                    drop(place.send(Ok(reply)));
+                }
+            }
+            Message::ToProcess { operation, number } => self.arrive(operation, number),
+            Message::ToClient {
+                operation,
+                number,
+                response,
+            } => self.answer(operation, number, response),
+        }
+    }
+
+    /// Goes on with the operations of the store, in random order. An operation of several steps may
+    /// stand still between them.
+    fn run_store(&mut self) {
+        let mut left = self.host.running();
+        while left > 0 {
+            left -= 1;
+            let at = self.random.below(self.host.running());
+            if self.host.has_begun(at) && self.random.chance(70) {
+                continue;
+            }
+            if let Some(ended) = self.host.go_on(at) {
+                self.reply(ended);
+            }
+            if self.host.running() == 0 {
+                break;
+            }
+        }
+        for (to, place) in self.host.woken() {
+            let mut shared = self.shared();
+            let latency = shared.store_latency();
+            shared.send(latency, Message::Wake { to, place });
+        }
+    }
+
+    fn reply(&mut self, ended: Ended) {
+        let Ended {
+            from,
+            request,
+            reply,
+            place,
+            audited,
+        } = ended;
+        let key = request.key();
+        let number = self.keys.iter().position(|known| *known == key);
+        let number = number.expect("a key of the plan");
+        match audited {
+            Ok(Some(grant)) => self.shared().note(Event::Granted {
+                key: number,
+                process: from.process,
+                attempt: grant.attempt,
+                fence: grant.owner.fence.as_u64(),
+            }),
+            Ok(None) => {}
+            Err(what) => self.violate(format!("{what} (key {number})")),
+        }
+        if self.host.status(&key).is_none() && self.bank.charges(number) > 0 {
+            self.violate(format!(
+                "I6: key {number} has an effect, and its record is gone after {request:?}"
+            ));
+        }
+        if let Some(place) = place {
+            let mut shared = self.shared();
+            let latency = shared.store_latency();
+            shared.send(latency, Message::FromStore { to: from, reply, place });
+        }
+    }
+
+    fn act_for_clients(&mut self) {
+        for operation in 0..self.clients.len() {
+            let now = self.shared().now;
+            let (client, number) = self.clients[operation];
+            let Operation { key, tries, .. } = &self.operations[operation];
+            let (
+                key,
+                Try {
+                    process,
+                    patience,
+                    pause,
+                },
+            ) = (*key, tries[number]);
+            match client {
+                Client::Idle(at) if at <= now => {
+                    self.clients[operation].0 = Client::Waiting {
+                        sent: now,
+                        until: now + patience,
+                    };
+                    let mut shared = self.shared();
+                    shared.note(Event::Sent {
+                        operation,
+                        key,
+                        process,
+                    });
+                    let latency = shared.latency();
+                    shared.send(latency, Message::ToProcess { operation, number });
+                }
+                Client::Waiting { until, sent } if until <= now => {
+                    if patience >= Duration::from_secs(60) && !self.is_disturbed(process, sent) {
+                        self.violate(format!("I7: client {operation} has no response after {patience:?}"));
+                    }
+                    self.shared().note(Event::Left { operation });
+                    if let Some(process) = &mut self.processes[process] {
+                        process.leave(operation, number);
+                    }
+                    self.go_on_later(operation, now + pause);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Resolves keys. An operator who asks the bank first records what is true, which the store takes
+    /// unless the key is in flight. Another one makes a mistake, which the store must refuse.
+    fn act_for_operators(&mut self) {
+        let now = self.shared().now;
+        while self.plan.resolutions.last().is_some_and(|action| action.at <= now) {
+            let Some(action) = self.plan.resolutions.pop() else {
+                break;
+            };
+            let Some(seen) = self.host.look(&self.keys[action.key]) else {
+                continue;
+            };
+            let receipt = self.bank.receipt(action.key).filter(|_| !action.is_mistaken);
+            let (fence, resolution) = match (&seen.status, receipt) {
+                (Status::Lost | Status::Unknown | Status::InFlight { .. }, Some(receipt)) => {
+                    self.shared().note(Event::Resolved {
+                        key: action.key,
+                        receipt,
+                    });
+                    (seen.fence, found(&self.plan, &self.shared, receipt))
+                }
+                (Status::Completed(_), _) => (seen.fence, Resolution::Absent),
+                _ => (Fence::new(seen.fence.as_u64() - 1), Resolution::Absent),
+            };
+            let from = Sender {
+                process: 0,
+                incarnation: usize::MAX,
+            };
+            self.host.begin(
+                from,
+                StoreRequest::Resolve(self.keys[action.key], fence, resolution),
+                None,
+            );
+        }
+    }
+
+    /// Whether a fault kept the process from running at its speed since this time.
+    fn is_disturbed(&self, process: usize, since: Duration) -> bool {
+        self.plan.faults.iter().any(|planned| {
+            let hits = match planned.fault {
+                Fault::Freeze { process: hit, .. } => hit == process,
+                Fault::Slow { process: hit, percent } => hit == process && percent < 100,
+                _ => false,
+            };
+            hits && planned.at + planned.lasts >= since
+        })
+    }
+
+    fn go_on_later(&mut self, operation: usize, at: Duration) {
+        let number = self.clients[operation].1 + 1;
+        self.clients[operation] = match number < self.operations[operation].tries.len() {
+            true => (Client::Idle(at), number),
+            false => (Client::Done, number - 1),
+        };
+    }
+
+    fn arrive(&mut self, operation: usize, number: usize) {
+        let is_current = matches!(self.clients[operation], (Client::Waiting { .. }, at) if at == number);
+        let (key, process) = (
+            self.operations[operation].key,
+            self.operations[operation].tries[number].process,
+        );
+        let is_other_body = self.operations[operation].is_other_body;
+        match &mut self.processes[process] {
+            // A client that has left before its request arrived has closed the connection.
+            _ if !is_current => {}
+            Some(process) => process.take(operation, number, key, is_other_body),
+            None => self.reset(operation),
+        }
+    }
+
+    fn reset(&mut self, operation: usize) {
+        let now = self.shared().now;
+        let number = self.clients[operation].1;
+        let pause = self.operations[operation].tries[number].pause;
+        self.shared().note(Event::Reset { operation });
+        self.go_on_later(operation, now + pause);
+    }
+
+    fn answer(&mut self, operation: usize, number: usize, answer: Answer) {
+        let (Client::Waiting { sent, .. }, current) = self.clients[operation] else {
+            return;
+        };
+        if current != number {
+            return;
+        }
+        let now = self.shared().now;
+        let (key, process) = (
+            self.operations[operation].key,
+            self.operations[operation].tries[number].process,
+        );
+        let is_final = is_final(&answer);
+        self.shared().note(Event::Responded { operation, key, answer });
+        if now - sent > self.longest_response() && !self.is_disturbed(process, sent) {
+            self.violate(format!("I7: client {operation} waited for {:?}", now - sent));
+        }
+        if is_final {
+            self.clients[operation].0 = Client::Done;
+        } else {
+            let pause = self.operations[operation].tries[number].pause;
+            self.go_on_later(operation, now + pause);
+        }
+    }
+
+    /// The time in which every request must have a response, if its process runs.
+    fn longest_response(&self) -> Duration {
+        self.plan.wait + HANDLER + COMPLETION_TIMEOUT + 8 * STORE_TIMEOUT + Duration::from_secs(2)
+    }
+
+    fn begin_and_end_faults(&mut self) {
+        let now = self.shared().now;
+        for at in 0..self.plan.faults.len() {
+            let planned = self.plan.faults[at];
+            let is_active = planned.at <= now && now < planned.at + planned.lasts;
+            if is_active != self.active[at] && (is_active || self.active[at]) {
+                self.active[at] = is_active;
+                self.turn(planned, is_active);
+            }
+        }
+    }
+
+    fn end_all_faults(&mut self) {
+        for at in 0..self.plan.faults.len() {
+            if std::mem::take(&mut self.active[at]) {
+                self.turn(self.plan.faults[at], false);
+            }
+        }
+        self.plan.faults.retain(|planned| planned.at < Plan::ACTIVE);
+        self.active.resize(self.plan.faults.len(), false);
+    }
+
+    /// Begins or ends a fault.
+    fn turn(&mut self, planned: Planned, begins: bool) {
+        self.shared().note(match begins {
+            true => Event::FaultBegins(planned),
+            false => Event::FaultEnds(planned),
+        });
+        match planned.fault {
+            Fault::Crash { process } if begins => self.kill(process),
+            Fault::Crash { process } => self.start(process),
+            Fault::Freeze { process, jumps } => {
+                self.frozen[process] = begins;
+                let behind = std::mem::take(&mut self.behind[process]);
+                if let (false, true, Some(process)) = (begins, jumps, &mut self.processes[process]) {
+                    process.jump(behind);
+                }
+            }
+            Fault::Slow { process, percent } => self.percent[process] = if begins { percent } else { 100 },
+            Fault::CutStore {
+                process,
+                requests,
+                replies,
+            } => {
+                let process = &mut self.shared().processes[process];
+                process.cut_requests = begins && requests;
+                process.cut_replies = begins && replies;
+            }
+            Fault::CutBank { process } => self.shared().processes[process].cut_bank = begins,
+            Fault::StoreDown => {
+                self.shared().store_is_down = begins;
+                self.host.restart();
+            }
+            Fault::StoreSlow => self.shared().store_is_slow = begins,
+            Fault::Duplicate => self.shared().duplicates = begins,
+            Fault::ClockJump { millis } if begins => self.host.turn_clock(millis),
+            Fault::ClockJump { .. } => {}
+        }
+    }
+
+    fn kill(&mut self, number: usize) {
+        let Some(process) = self.processes[number].take() else {
+            return;
+        };
+        self.shared().processes[number].is_dead = true;
+        process.kill();
+        self.behind[number] = Duration::ZERO;
+        for operation in 0..self.clients.len() {
+            if let (Client::Waiting { .. }, at) = self.clients[operation] {
+                if self.operations[operation].tries[at].process == number {
+                    self.reset(operation);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, number: usize) {
+        if self.processes[number].is_none() {
+            {
+                let state = &mut self.shared().processes[number];
+                state.is_dead = false;
+                state.incarnation += 1;
+            }
+            self.processes[number] = Some(Process::start(&self.plan, &self.shared, number));
+        }
+    }
+
+    /// Checks the responses that have left their processes (I5).
+    fn check_responses(&mut self) {
+        let responded = std::mem::take(&mut self.shared().responded);
+        for (Sender { .. }, operation, answer) in responded {
+            if answer.status != 201 {
+                continue;
+            }
+            let key = self.operations[operation].key;
+            let status = self.host.status(&self.keys[key]);
+            let is_stored = match self.plan.mode {
+                // If the store fails, the caller gets the response, and the key stays claimed.
+                Mode::AtMostOnce | Mode::ReleaseFailures => status.is_some(),
+                Mode::AtLeastOnce | Mode::Recover => matches!(status, Some(Status::Completed(_))),
+            };
+            if !is_stored {
+                self.violate(format!(
+                    "I5: a response of key {key} was sent while its record was {status:?}"
+                ));
+            }
+        }
+    }
+
+    /// Sends requests under a key until its outcome is known, when there are no faults any more.
+    fn ask_for_the_outcome(&mut self, key: usize) {
+        let is_other_body = self.operations.iter().find(|operation| operation.key == key);
+        let Some(is_other_body) = is_other_body.map(|operation| operation.is_other_body) else {
+            return;
+        };
+        let now = self.shared().now;
+        let processes = self.plan.processes;
+        let tries = (0..20).map(|number| Try {
+            process: number % processes,
+            patience: Duration::from_secs(60),
+            pause: Duration::from_millis(500),
+        });
+        self.operations.push(Operation {
+            at: now,
+            key,
+            is_other_body,
+            tries: tries.collect(),
+        });
+        self.clients.push((Client::Idle(now), 0));
+        let operation = self.operations.len() - 1;
+        self.run_until(Duration::from_secs(300), |world| {
+            world.clients[operation].0 == Client::Done
+        });
+        let last = self.shared().history.last_answer(operation);
+        match last {
+            Some(answer) if is_final(&answer) => {
+                let may_be_lost = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
+                let may_be_lost = may_be_lost || self.plan.max_attempts < 1_000;
+                if answer.code == "outcome-unknown" && !may_be_lost {
+                    self.violate(format!("I7: the outcome of key {key} stays unknown"));
+                }
+            }
+            last => self.violate(format!("I7: key {key} has no outcome in the end: {last:?}")),
+        }
+    }
+
+    /// Waits until nothing is left of any request (I11).
+    fn drain(&mut self) {
+        let end = self.shared().now + Duration::from_secs(60);
+        while self.violations.is_empty() {
+            let mut is_drained = true;
+            for process in self.processes.iter_mut().flatten() {
+                is_drained &= process.drain.running() == 0 && process.is_drained();
+            }
+            if is_drained {
+                break;
+            }
+            if self.shared().now >= end {
+                return self.violate("I11: the processes do not drain".to_owned());
+            }
+            self.step();
+        }
+        self.run_for(2 * self.plan.lease);
+        for number in 0..self.processes.len() {
+            let tasks = self.processes[number].as_ref().map_or(0, Process::alive_tasks);
+            if tasks > 0 && self.violations.is_empty() {
+                self.violate(format!("I11: {tasks} tasks of process {number} are left"));
+            }
+        }
+    }
+
+    /// Checks the effects and the responses of the whole history (I1 to I4).
+    fn check_effects(&mut self) {
+        for key in 0..self.plan.keys {
+            let charges = self.bank.charges(key);
+            if charges > 1 {
+                self.violate(format!("I3: key {key} has {charges} effects"));
+            }
+            let (mut bodies, mut variants, mut began, mut failed) = (Vec::new(), Vec::new(), 0, 0);
+            for (_, event) in &self.shared().history.0 {
+                match event {
+                    Event::Responded {
+                        operation,
+                        key: of,
+                        answer,
+                    } if *of == key && answer.status == 201 => {
+                        bodies.push(answer.body.clone());
+                        variants.push(self.operations[*operation].is_other_body);
+                    }
+                    Event::Began { key: of, .. } if *of == key => began += 1,
+                    Event::Failed {
+                        key: of,
+                        had_no_effect: true,
+                        ..
+                    } if *of == key => failed += 1,
+                    _ => {}
+                }
+            }
+            // If the store is away, a caller under `OnLost::Refuse` gets a response that is not
+            // stored. An operator may record another one.
+            if matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures) {
+                bodies.retain(|body| !body.starts_with("an operator"));
+            }
+            bodies.dedup();
+            variants.dedup();
+            if bodies.len() > 1 {
+                self.violate(format!("I2: key {key} has several responses: {bodies:?}"));
+            }
+            if variants.len() > 1 {
+                self.violate(format!("I4: key {key} gave one response to two requests"));
+            }
+            if !bodies.is_empty() && charges == 0 {
+                self.violate(format!("I3: key {key} has a response and no effect"));
+            }
+            let allowed = match self.plan.mode {
+                Mode::AtMostOnce | Mode::ReleaseFailures => 1 + failed,
+                Mode::AtLeastOnce | Mode::Recover => usize::MAX,
+            };
+            if began > allowed {
+                self.violate(format!(
+                    "I1: the handler of key {key} began {began} times and failed {failed} times"
+                ));
+            }
+        }
+    }
+}
+
+/// Whether a client sends no further request after this response.
+fn is_final(answer: &Answer) -> bool {
+    answer.status == 201
+        || answer.status == 422
+        || matches!(
+            (answer.status, answer.code),
+            (409, "outcome-unknown" | "response-not-stored")
+        )
+}
