@@ -118,6 +118,8 @@ pub(crate) struct Shared {
     pub(crate) store_is_down: bool,
     pub(crate) store_is_slow: bool,
     pub(crate) duplicates: bool,
+    /// Whether some messages to and from the bank are lost.
+    pub(crate) loses_bank_messages: bool,
     /// The places of lost messages. As long as they exist, their senders wait.
     lost: Vec<Box<dyn Send>>,
     /// Requests whose responses have left their processes since the world looked.
@@ -136,6 +138,7 @@ impl Shared {
             store_is_down: false,
             store_is_slow: false,
             duplicates: false,
+            loses_bank_messages: false,
             lost: Vec::new(),
             responded: Vec::new(),
         }
@@ -233,7 +236,8 @@ impl Link {
         let (place, reply) = oneshot::channel();
         {
             let mut shared = self.lock();
-            if !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_bank {
+            let is_lost = shared.loses_bank_messages && shared.random.chance(6);
+            if is_lost || !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_bank {
                 shared.lose(place);
             } else {
                 let latency = shared.latency();

@@ -27,7 +27,7 @@ use crate::random::Random;
 pub(crate) const STORE_TIMEOUT: Duration = Duration::from_millis(400);
 pub(crate) const COMPLETION_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// The longest time of a handler, with its call to the bank.
-pub(crate) const HANDLER: Duration = Duration::from_millis(600 + 600 + 500);
+pub(crate) const HANDLER: Duration = Duration::from_millis(1_500 + 1_500 + 500);
 const RESPONSE_LIMIT: usize = 1_000;
 
 type Service = BoxCloneSyncService<Request<Full<Bytes>>, Response<Full<Bytes>>, Infallible>;
@@ -243,7 +243,7 @@ async fn handle(link: Link, seed: u64, mode: Mode, request: Request<Full<Bytes>>
         text(StatusCode::INTERNAL_SERVER_ERROR, "failed".to_owned())
     };
     let releases = mode == Mode::ReleaseFailures;
-    tokio::time::sleep(random.millis(0..600)).await;
+    tokio::time::sleep(random.millis(0..1_500)).await;
     match random.below(20) {
         0 => return failed(releases),
         1 | 2 => {
@@ -271,9 +271,13 @@ async fn handle(link: Link, seed: u64, mode: Mode, request: Request<Full<Bytes>>
     let Ok(Ok(BankReply::Receipt(receipt))) = tokio::time::timeout(limit, link.bank(charge)).await else {
         return failed(false);
     };
-    tokio::time::sleep(random.millis(0..600)).await;
-    if mode != Mode::ReleaseFailures && random.chance(10) {
+    tokio::time::sleep(random.millis(0..1_500)).await;
+    if !releases && random.chance(10) {
         return failed(false);
+    }
+    if !releases && random.chance(4) {
+        drop(failed(false));
+        resume_unwind(Box::new("the handler panics after its effect"));
     }
     let body = format!("receipt {receipt} of attempt {attempt} in process {process}.{incarnation}\n");
     match random.below(20) {

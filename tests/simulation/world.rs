@@ -43,6 +43,8 @@ pub(crate) struct World {
     active: Vec<bool>,
     random: Random,
     violations: Vec<String>,
+    /// The faults of the plan.
+    faults: Vec<Planned>,
 }
 
 /// The result of a simulation.
@@ -56,6 +58,8 @@ pub(crate) struct Outcome {
 impl World {
     pub(crate) fn new(plan: &Plan, rule: Rule) -> Self {
         let shared = Arc::new(Mutex::new(Shared::new(plan.seed, plan.processes)));
+        // Under `ReleaseFailures`, a handler must know whether it had an effect.
+        shared.lock().unwrap().loses_bank_messages = plan.mode != Mode::ReleaseFailures;
         let processes = (0..plan.processes).map(|number| Some(Process::start(plan, &shared, number)));
         Self {
             operations: plan.operations.clone(),
@@ -74,6 +78,7 @@ impl World {
             active: vec![false; plan.faults.len()],
             random: Random::new(plan.seed, 4),
             violations: Vec::new(),
+            faults: plan.faults.clone(),
             plan: plan.clone(),
             shared,
         }
@@ -95,6 +100,7 @@ impl World {
         }
         self.drain();
         self.check_effects();
+        self.check_losses();
         let shared = self.shared();
         Outcome {
             history: shared.history.to_string(),
@@ -226,7 +232,8 @@ impl World {
             }
             Message::FromBank { to, reply, place } => {
                 let mut shared = self.shared();
-                if shared.processes[to.process].cut_bank {
+                let is_lost = shared.loses_bank_messages && shared.random.chance(6);
+                if is_lost || shared.processes[to.process].cut_bank {
                     shared.lose(place);
                 } else {
                     drop(place.send(Ok(reply)));
@@ -431,7 +438,9 @@ impl World {
             self.operations[operation].key,
             self.operations[operation].tries[number].process,
         );
-        let is_final = is_final(&answer);
+        // The next request calls the check again.
+        let may_change = self.plan.mode == Mode::Recover && answer.code == "outcome-unknown";
+        let is_final = is_final(&answer) && !may_change;
         self.shared().note(Event::Responded { operation, key, answer });
         if now - sent > self.longest_response() && !self.is_disturbed(process, sent) {
             self.violate(format!("I7: client {operation} waited for {:?}", now - sent));
@@ -462,6 +471,7 @@ impl World {
     }
 
     fn end_all_faults(&mut self) {
+        self.shared().loses_bank_messages = false;
         for at in 0..self.plan.faults.len() {
             if std::mem::take(&mut self.active[at]) {
                 self.turn(self.plan.faults[at], false);
@@ -618,6 +628,67 @@ impl World {
                 self.violate(format!("I11: {tasks} tasks of process {number} are left"));
             }
         }
+    }
+
+    /// Checks that no attempt is lost, and no outcome unknown, without a fault that explains it.
+    fn check_losses(&mut self) {
+        let stops = |planned: &Planned| {
+            matches!(
+                planned.fault,
+                Fault::Crash { .. } | Fault::Freeze { .. } | Fault::Slow { .. } | Fault::ClockJump { .. }
+            )
+        };
+        let is_short =
+            |planned: &Planned| planned.fault == Fault::StoreDown && planned.lasts < Duration::from_millis(700);
+        // A claim may come late, after its release. The store then grants the key to nobody.
+        let is_late = self
+            .faults
+            .iter()
+            .any(|planned| matches!(planned.fault, Fault::StoreSlow | Fault::Duplicate));
+        let runs_through = !self.faults.iter().any(stops);
+        let is_calm = self.faults.iter().all(is_short);
+        for key in 0..self.plan.keys {
+            let (mut began, mut failed, mut unknown, mut unrecorded, mut responded) = (0, 0, false, false, false);
+            for (_, event) in &self.shared().history.0 {
+                match event {
+                    Event::Began { key: of, .. } if *of == key => began += 1,
+                    Event::Failed { key: of, .. } if *of == key => failed += 1,
+                    Event::Responded { key: of, answer, .. } if *of == key => {
+                        unknown |= (answer.status, answer.code) == (409, "outcome-unknown");
+                        unrecorded |= (answer.status, answer.code) == (503, "outcome-unknown");
+                        responded |= answer.status == 201;
+                    }
+                    _ => {}
+                }
+            }
+            if runs_through && !is_late && began == 0 && unknown {
+                self.violate(format!("I7: the outcome of key {key} is unknown, and no handler ran"));
+            }
+            if is_calm && began > 1 + failed {
+                self.violate(format!(
+                    "I1: the handler of key {key} began {began} times and failed {failed} times"
+                ));
+            }
+            if is_calm && (unrecorded || unknown && failed == 0) {
+                self.violate(format!("I7: the outcome of key {key} was unknown without a reason"));
+            }
+            let stays_unknown = self
+                .last_answer(key)
+                .is_some_and(|answer| answer.code == "outcome-unknown");
+            if runs_through && responded && stays_unknown {
+                self.violate(format!(
+                    "I5: a caller got a response of key {key}, and its outcome stays unknown"
+                ));
+            }
+        }
+    }
+
+    /// Returns the last response under a key.
+    fn last_answer(&self, key: usize) -> Option<Answer> {
+        self.shared().history.0.iter().rev().find_map(|(_, event)| match event {
+            Event::Responded { key: of, answer, .. } if *of == key => Some(answer.clone()),
+            _ => None,
+        })
     }
 
     /// Checks the effects and the responses of the whole history (I1 to I4).
