@@ -142,7 +142,7 @@ impl Audit {
             };
         }
         if let Some(Status::InFlight { left }) = before.map(|seen| &seen.status) {
-            return Err(format!("I1: a claim took a key over whose lease had {left:?} left"));
+            return Err(format!("I1: a claim took over a key with {left:?} of its lease left"));
         }
         if let Some(Status::Unknown) = before.map(|seen| &seen.status) {
             return Err("I6: a claim got a key whose outcome is unknown".to_owned());
@@ -170,7 +170,9 @@ fn owned(step: &Step<'_>, owner: Owner, succeeded: bool, what: &str) -> Result<(
     // A record that is absent has been released already.
     let is_released = what == "release" && before.is_none();
     if succeeded && !is_owner && !is_released {
-        return Err(format!("I8: a {what} by another than the owner succeeded: {before:?}"));
+        return Err(format!(
+            "I8: a {what} by a caller other than the owner succeeded: {before:?}"
+        ));
     }
     let is_open = before.is_some_and(|seen| !matches!(seen.status, Status::Completed(_)));
     let must = match what {

@@ -97,11 +97,13 @@ impl fmt::Display for Event {
                 let effect = if *had_no_effect {
                     "without an effect"
                 } else {
-                    "and does not say why"
+                    "and may have had an effect"
                 };
                 write!(f, "the handler of key {key} fails in attempt {attempt} {effect}")
             }
-            Self::Resolved { key, receipt } => write!(f, "an operator resolves key {key} with receipt {receipt}"),
+            Self::Resolved { key, receipt } => {
+                write!(f, "an operator asks to resolve key {key} with receipt {receipt}")
+            }
             Self::Charged { key, effects } => write!(f, "EFFECT {effects} of key {key}"),
             Self::Refused { key } => write!(f, "the bank refuses a fence of key {key}"),
             Self::Recovered { key, found } => write!(f, "the check of key {key} finds: {found}"),

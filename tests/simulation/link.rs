@@ -39,7 +39,7 @@ pub(crate) enum StoreReply {
     Watch(oneshot::Receiver<()>),
 }
 
-/// The place for the reply to a message. A dropped place is a broken connection.
+/// The sender of a reply. Dropping it breaks the connection.
 pub(crate) type Place<T> = oneshot::Sender<Result<T, Error>>;
 
 /// A message on its way.

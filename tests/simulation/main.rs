@@ -7,6 +7,7 @@
 //!
 //! `SIMULATIONS=1000000` sets the number of seeds, and `SEED=17` runs one seed and prints its history.
 
+use std::sync::Once;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use ablated::Rule;
@@ -43,7 +44,10 @@ fn number(name: &str) -> Option<u64> {
 
 /// Removes faults, operations and tries for as long as the plan still violates a guarantee.
 fn shrunk(mut plan: Plan, rule: Rule) -> Plan {
-    let violates = |plan: &Plan| !simulate(plan, rule).violations.is_empty();
+    // The name of an invariant, such as `I2`, is the beginning of a violation.
+    let name = |plan: &Plan| simulate(plan, rule).violations.first().map(|what| what[..2].to_owned());
+    let wanted = name(&plan);
+    let violates = |plan: &Plan| name(plan) == wanted;
     loop {
         let mut smaller: Vec<Plan> = Vec::new();
         for at in 0..plan.faults.len() {
@@ -88,10 +92,26 @@ fn report(plan: &Plan, rule: Rule) -> String {
     )
 }
 
+/// The number of panics in this process, apart from those of handlers, which call no hook.
+static PANICS: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts panics, because a panic of a task of the layer would otherwise stay unseen.
+fn count_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let print = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            PANICS.fetch_add(1, Ordering::Relaxed);
+            print(panic);
+        }));
+    });
+}
+
 /// Runs seeds on all cores until one violates a guarantee. Returns the first one found.
 fn search(seeds: u64, rule: Rule) -> Option<u64> {
     let (next, found) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
     let (messages, effects) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    count_panics();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
             scope.spawn(|| {
@@ -110,7 +130,13 @@ fn search(seeds: u64, rule: Rule) -> Option<u64> {
             });
         }
     });
-    println!("{rule:?}: {seeds} histories, {messages:?} messages, {effects:?} effects");
+    let tried = next.into_inner().min(seeds);
+    println!("{rule:?}: {tried} histories, {messages:?} messages, {effects:?} effects");
+    assert_eq!(
+        PANICS.load(Ordering::Relaxed),
+        0,
+        "a task panicked; its message is above"
+    );
     Some(found.into_inner()).filter(|seed| *seed != u64::MAX)
 }
 
@@ -123,13 +149,13 @@ fn no_guarantee_is_violated_under_any_fault() {
         assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
         return;
     }
-    let seeds = number("SIMULATIONS").unwrap_or(if is_thorough() { 5_000 } else { 1_000 });
+    let seeds = number("SIMULATIONS").unwrap_or(if is_thorough() { 5_000 } else { 500 });
     if let Some(seed) = search(seeds, Rule::Correct) {
         panic!("{}", report(&Plan::of(seed), Rule::Correct));
     }
 }
 
-/// A violation that a seed shows once must show again, or nobody could look into it.
+/// A seed must show its violation again, so that a developer can look into it.
 #[test]
 fn one_seed_gives_one_history() {
     for seed in 0..60 {
@@ -139,10 +165,9 @@ fn one_seed_gives_one_history() {
 }
 
 /// The rules whose violation the simulation does not show, each with the reason.
-const NOT_SHOWN: [(Rule, &str); 10] = [
+const NOT_SHOWN: [(Rule, &str); 9] = [
     (Rule::ClaimNowIgnoresFingerprint, "a remote store has no `claim_now`"),
     (Rule::CompleteByNonce, "no two owners choose one nonce"),
-    (Rule::CompleteTwoSteps, "a takeover between the two steps is too rare"),
     (Rule::CorruptIsAbsent, "no record is damaged"),
     (Rule::EvictsWhenFull, "the store has room for all keys"),
     (Rule::FullIsUnavailable, "the store has room for all keys"),
@@ -158,18 +183,18 @@ const NOT_SHOWN: [(Rule, &str); 10] = [
     ),
 ];
 
-/// The rules that need more than 150 seeds.
-const RARE: [Rule; 2] = [Rule::CompleteByFence, Rule::ResolveTwoSteps];
+/// The rules that need more than 1,500 seeds. Only thorough tests try them.
+const RARE: [Rule; 3] = [Rule::CompleteByFence, Rule::CompleteTwoSteps, Rule::ResolveTwoSteps];
 
-/// A simulation that finds nothing might look at nothing. So the store breaks each rule of the
-/// protocol in turn, and some seed must violate a guarantee.
+/// Shows that the checks work: the store breaks each rule in turn, and some seed must violate a
+/// guarantee.
 #[test]
 fn every_rule_that_the_store_breaks_is_found() {
     let mut missed = Vec::new();
     for rule in Rule::ALL {
         let seeds = match RARE.contains(&rule) {
-            true if is_thorough() => 5_000,
-            false if NOT_SHOWN.iter().all(|(known, _)| *known != rule) => 150,
+            true if is_thorough() => 10_000,
+            false if NOT_SHOWN.iter().all(|(known, _)| *known != rule) => 1_500,
             _ => continue,
         };
         if search(seeds, rule).is_none() {

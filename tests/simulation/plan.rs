@@ -8,7 +8,7 @@ use crate::random::Random;
 /// The guarantee that the application asks for, with a handler that fits it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// The bank offers nothing. A lost attempt is refused, and so is one that failed.
+    /// The bank offers nothing. The layer refuses requests after a lost or failed attempt.
     AtMostOnce,
     /// The bank offers nothing. A handler fails only if it had no effect, and its key is released.
     ReleaseFailures,

@@ -37,7 +37,7 @@ pub(crate) struct World {
     processes: Vec<Option<Process>>,
     frozen: Vec<bool>,
     percent: Vec<u32>,
-    /// The time that each process has not lived through yet.
+    /// The time for which each process has been frozen.
     behind: Vec<Duration>,
     clients: Vec<(Client, usize)>,
     active: Vec<bool>,
@@ -100,6 +100,7 @@ impl World {
         }
         self.drain();
         self.check_effects();
+        self.check_runs();
         self.check_losses();
         let shared = self.shared();
         Outcome {
@@ -140,7 +141,7 @@ impl World {
         true
     }
 
-    /// Lets some time pass for everybody.
+    /// Advances all clocks by one tick, and runs every part once.
     fn step(&mut self) {
         let is_busy = !self.shared().messages.is_empty();
         let tick = if is_busy {
@@ -385,13 +386,14 @@ impl World {
 
     /// Whether a fault kept the process from running at its speed since this time.
     fn is_disturbed(&self, process: usize, since: Duration) -> bool {
+        let now = self.shared().now;
         self.plan.faults.iter().any(|planned| {
             let hits = match planned.fault {
                 Fault::Freeze { process: hit, .. } => hit == process,
                 Fault::Slow { process: hit, percent } => hit == process && percent < 100,
                 _ => false,
             };
-            hits && planned.at + planned.lasts >= since
+            hits && planned.at <= now && planned.at + planned.lasts >= since
         })
     }
 
@@ -455,7 +457,7 @@ impl World {
 
     /// The time in which every request must have a response, if its process runs.
     fn longest_response(&self) -> Duration {
-        self.plan.wait + HANDLER + COMPLETION_TIMEOUT + 8 * STORE_TIMEOUT + Duration::from_secs(2)
+        self.plan.wait + HANDLER + COMPLETION_TIMEOUT + 4 * STORE_TIMEOUT
     }
 
     fn begin_and_end_faults(&mut self) {
@@ -557,8 +559,8 @@ impl World {
             let status = self.host.status(&self.keys[key]);
             let is_stored = match self.plan.mode {
                 // If the store fails, the caller gets the response, and the key stays claimed.
-                Mode::AtMostOnce | Mode::ReleaseFailures => status.is_some(),
-                Mode::AtLeastOnce | Mode::Recover => matches!(status, Some(Status::Completed(_))),
+                Mode::AtMostOnce | Mode::ReleaseFailures if self.store_fails() => status.is_some(),
+                _ => matches!(status, Some(Status::Completed(_))),
             };
             if !is_stored {
                 self.violate(format!(
@@ -683,6 +685,20 @@ impl World {
         }
     }
 
+    /// Whether the plan has a fault that keeps a process from the store.
+    fn store_fails(&self) -> bool {
+        self.faults.iter().any(|planned| {
+            matches!(
+                planned.fault,
+                Fault::StoreDown
+                    | Fault::StoreSlow
+                    | Fault::CutStore { .. }
+                    | Fault::Freeze { .. }
+                    | Fault::Slow { .. }
+            )
+        })
+    }
+
     /// Returns the last response under a key.
     fn last_answer(&self, key: usize) -> Option<Answer> {
         self.shared().history.0.iter().rev().find_map(|(_, event)| match event {
@@ -691,36 +707,38 @@ impl World {
         })
     }
 
-    /// Checks the effects and the responses of the whole history (I1 to I4).
+    /// Checks the effects and the responses of the whole history (I2 to I4).
     fn check_effects(&mut self) {
         for key in 0..self.plan.keys {
             let charges = self.bank.charges(key);
             if charges > 1 {
                 self.violate(format!("I3: key {key} has {charges} effects"));
             }
-            let (mut bodies, mut variants, mut began, mut failed) = (Vec::new(), Vec::new(), 0, 0);
+            let (mut bodies, mut variants) = (Vec::new(), Vec::new());
+            let (mut is_mismatch, mut asked) = (false, Vec::new());
             for (_, event) in &self.shared().history.0 {
                 match event {
                     Event::Responded {
                         operation,
                         key: of,
                         answer,
-                    } if *of == key && answer.status == 201 => {
-                        bodies.push(answer.body.clone());
-                        variants.push(self.operations[*operation].is_other_body);
+                    } if *of == key => {
+                        is_mismatch |= answer.status == 422;
+                        if answer.status == 201 {
+                            bodies.push(answer.body.clone());
+                            variants.push(self.operations[*operation].is_other_body);
+                        }
                     }
-                    Event::Began { key: of, .. } if *of == key => began += 1,
-                    Event::Failed {
-                        key: of,
-                        had_no_effect: true,
-                        ..
-                    } if *of == key => failed += 1,
+                    Event::Sent { operation, key: of, .. } if *of == key => {
+                        asked.push(self.operations[*operation].is_other_body);
+                    }
                     _ => {}
                 }
             }
             // If the store is away, a caller under `OnLost::Refuse` gets a response that is not
             // stored. An operator may record another one.
-            if matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures) {
+            let may_refuse = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
+            if may_refuse && self.store_fails() {
                 bodies.retain(|body| !body.starts_with("an operator"));
             }
             bodies.dedup();
@@ -731,8 +749,42 @@ impl World {
             if variants.len() > 1 {
                 self.violate(format!("I4: key {key} gave one response to two requests"));
             }
+            if is_mismatch && asked.iter().all(|is_other| *is_other == asked[0]) {
+                self.violate(format!("I4: key {key} had one body, and a mismatch was reported"));
+            }
             if !bodies.is_empty() && charges == 0 {
                 self.violate(format!("I3: key {key} has a response and no effect"));
+            }
+        }
+    }
+
+    /// Checks the runs of the handlers (I1).
+    fn check_runs(&mut self) {
+        for key in 0..self.plan.keys {
+            let (mut began, mut failed, mut granted, mut ungranted) = (0, 0, Vec::new(), Vec::new());
+            for (_, event) in &self.shared().history.0 {
+                match event {
+                    Event::Granted { key: of, fence, .. } if *of == key => granted.push(*fence),
+                    Event::Began { key: of, fence, .. } if *of == key => {
+                        began += 1;
+                        // Each grant allows one run of the handler.
+                        match granted.iter().position(|known| known == fence) {
+                            Some(at) => drop(granted.swap_remove(at)),
+                            None => ungranted.push(*fence),
+                        }
+                    }
+                    Event::Failed {
+                        key: of,
+                        had_no_effect: true,
+                        ..
+                    } if *of == key => failed += 1,
+                    _ => {}
+                }
+            }
+            if !ungranted.is_empty() {
+                self.violate(format!(
+                    "I1: the handler of key {key} ran without a grant: {ungranted:?}"
+                ));
             }
             let allowed = match self.plan.mode {
                 Mode::AtMostOnce | Mode::ReleaseFailures => 1 + failed,
