@@ -123,7 +123,7 @@ pub(crate) struct Shared {
     /// The places of lost messages. As long as they exist, their senders wait.
     lost: Vec<Box<dyn Send>>,
     /// Requests whose responses have left their processes since the world looked.
-    pub(crate) responded: Vec<(Sender, usize, Answer)>,
+    pub(crate) responded: Vec<(usize, Answer)>,
 }
 
 impl Shared {
@@ -254,7 +254,7 @@ impl Link {
     pub(crate) fn respond(&self, operation: usize, number: usize, response: Answer) {
         let mut shared = self.lock();
         if shared.is_alive(self.sender) {
-            shared.responded.push((self.sender, operation, response.clone()));
+            shared.responded.push((operation, response.clone()));
             let latency = shared.latency();
             shared.send(
                 latency,

@@ -145,19 +145,19 @@ pub(crate) fn name_of(key: usize) -> String {
     format!("key-{key}")
 }
 
-/// Returns the names of the records of the keys.
-pub(crate) fn storage_key(plan: &Plan, shared: &Arc<Mutex<Shared>>, key: usize) -> StorageKey {
-    let sender = Sender {
-        process: 0,
-        incarnation: 0,
+/// Makes the layer by which operators name records and make responses. It sends no messages.
+fn layer_of_operators(plan: &Plan, shared: &Arc<Mutex<Shared>>) -> IdempotencyLayer<RemoteStore> {
+    let (process, incarnation) = (0, 0);
+    let link = Link {
+        shared: Arc::clone(shared),
+        sender: Sender { process, incarnation },
     };
-    let layer = layer(
-        plan,
-        &Link {
-            shared: Arc::clone(shared),
-            sender,
-        },
-    );
+    layer(plan, &link)
+}
+
+/// Returns the name of the record of a key.
+pub(crate) fn storage_key(plan: &Plan, shared: &Arc<Mutex<Shared>>, key: usize) -> StorageKey {
+    let layer = layer_of_operators(plan, shared);
     layer.storage_key(None, &name_of(key)).unwrap()
 }
 
@@ -202,17 +202,7 @@ async fn recover(link: Link, lost: LostAttempt) -> Recovered<Response<Bytes>> {
 
 /// Makes the resolution of an operator who has found a receipt at the bank.
 pub(crate) fn found(plan: &Plan, shared: &Arc<Mutex<Shared>>, receipt: usize) -> Resolution {
-    let sender = Sender {
-        process: 0,
-        incarnation: 0,
-    };
-    let layer = layer(
-        plan,
-        &Link {
-            shared: Arc::clone(shared),
-            sender,
-        },
-    );
+    let layer = layer_of_operators(plan, shared);
     let mut response = Response::new(Bytes::from(format!("an operator found receipt {receipt}\n")));
     *response.status_mut() = StatusCode::CREATED;
     Resolution::Completed(layer.outcome_of(response), Duration::from_secs(86_400))

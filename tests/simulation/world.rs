@@ -551,7 +551,7 @@ impl World {
     /// Checks the responses that have left their processes (I5).
     fn check_responses(&mut self) {
         let responded = std::mem::take(&mut self.shared().responded);
-        for (Sender { .. }, operation, answer) in responded {
+        for (operation, answer) in responded {
             if answer.status != 201 {
                 continue;
             }
