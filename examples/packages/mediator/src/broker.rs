@@ -28,6 +28,10 @@ const GIVEN_UP: &str = "GIVEN_UP";
 /// The durable consumer that all processes share.
 const GROUP: &str = "mediator";
 
+/// How long JetStream keeps a request for messages. A restart of JetStream loses such requests, and
+/// the client does not always notice. Then it asks again 5 s after this time.
+const PULL_EXPIRES: Duration = Duration::from_secs(5);
+
 /// The settings for deliveries.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -130,7 +134,11 @@ impl Broker {
     {
         let concurrency = self.settings.concurrency;
         let consumer = self.consumer().await?;
-        let mut messages = consumer.stream().max_messages_per_batch(concurrency).messages().await?;
+        let stream = consumer
+            .stream()
+            .max_messages_per_batch(concurrency)
+            .expires(PULL_EXPIRES);
+        let mut messages = stream.messages().await?;
         let free = Arc::new(Semaphore::new(concurrency));
         let mut deliveries = JoinSet::new();
         loop {
