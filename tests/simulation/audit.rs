@@ -1,11 +1,13 @@
 //! Checks each step of the store against the rules of the protocol.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use tower_idempotency::Error;
 use tower_idempotency::protocol::{
-    Completion, Decision, Grant, Nonce, Owner, Release, Renewal, ResolveResult, Snapshot, Status, StorageKey,
+    Completion, Decision, Grant, Nonce, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot, Status,
+    StorageKey,
 };
+use tower_idempotency::{Error, Timestamp};
 
 use crate::link::{StoreReply, StoreRequest};
 
@@ -18,9 +20,19 @@ struct Granted {
     is_recovery: bool,
 }
 
+/// The time for which the store must keep the record of a key.
+#[derive(Clone, Copy)]
+struct Evidence {
+    until: Timestamp,
+    retention: Duration,
+}
+
 /// The grants of all keys whose records still exist.
 #[derive(Default)]
-pub(crate) struct Audit(HashMap<StorageKey, Granted>);
+pub(crate) struct Audit {
+    granted: HashMap<StorageKey, Granted>,
+    evidence: HashMap<StorageKey, Evidence>,
+}
 
 /// One step of the store: the record before and after it, and the reply.
 pub(crate) struct Step<'a> {
@@ -28,6 +40,8 @@ pub(crate) struct Step<'a> {
     pub(crate) before: Option<Snapshot>,
     pub(crate) reply: &'a Result<StoreReply, Error>,
     pub(crate) after: Option<Snapshot>,
+    /// The time of the store.
+    pub(crate) now: Timestamp,
 }
 
 impl StoreRequest {
@@ -49,6 +63,10 @@ impl Audit {
     pub(crate) fn check(&mut self, step: &Step<'_>) -> Result<Option<Grant>, String> {
         let Ok(reply) = step.reply else { return Ok(None) };
         let key = step.request.key();
+        let evidence = self.evidence.get(&key);
+        if step.before.is_none() && evidence.is_some_and(|evidence| step.now < evidence.until) {
+            return Err("I6: a record is gone before its retention is over".to_owned());
+        }
         let was_completed = completed(step.before.as_ref());
         if was_completed.is_some() && completed(step.after.as_ref()) != was_completed {
             return Err(format!("I2: {:?} changed a completed record", step.request));
@@ -110,10 +128,53 @@ impl Audit {
             }
             _ => None,
         };
-        if step.after.is_none() {
-            self.0.remove(&key);
-        }
+        self.keep_evidence(step, granted.is_some());
         Ok(granted)
+    }
+
+    /// Notes how long the store must keep the record after this step.
+    fn keep_evidence(&mut self, step: &Step<'_>, is_granted: bool) {
+        let key = step.request.key();
+        if step.after.is_none() {
+            self.granted.remove(&key);
+            self.evidence.remove(&key);
+            return;
+        }
+        let known = self.evidence.get(&key).map(|evidence| evidence.retention);
+        let was_completed = completed(step.before.as_ref()).is_some();
+        let kept = match (step.request, step.reply) {
+            (StoreRequest::Claim(claim), _) if is_granted => Some((claim.lease, claim.retention)),
+            (StoreRequest::Renew(_, _, lease), Ok(StoreReply::Renew(Renewal::Renewed))) => {
+                known.map(|retention| (*lease, retention))
+            }
+            (StoreRequest::Complete(.., retention), Ok(StoreReply::Complete(Completion::Completed)))
+                if !was_completed =>
+            {
+                Some((Duration::ZERO, *retention))
+            }
+            (StoreRequest::Release(..), Ok(StoreReply::Release(Release::Released))) => {
+                known.map(|retention| (Duration::ZERO, retention))
+            }
+            (
+                StoreRequest::Resolve(_, _, Resolution::Completed(_, retention)),
+                Ok(StoreReply::Resolve(ResolveResult::Resolved)),
+            ) => Some((Duration::ZERO, *retention)),
+            _ => None,
+        };
+        if let Some((lease, retention)) = kept {
+            let until = step.now.saturating_add(lease).saturating_add(retention);
+            self.evidence.insert(key, Evidence { until, retention });
+        }
+    }
+
+    /// Forgets the record of a key, which is gone, and returns whether its retention is over.
+    pub(crate) fn expire(&mut self, key: &StorageKey, now: Timestamp) -> bool {
+        let is_over = self.evidence.get(key).is_some_and(|evidence| evidence.until <= now);
+        if is_over {
+            self.evidence.remove(key);
+            self.granted.remove(key);
+        }
+        is_over
     }
 
     fn granted(
@@ -131,7 +192,7 @@ impl Audit {
             attempt,
             is_recovery,
         };
-        let Some(last) = self.0.insert(key, next) else {
+        let Some(last) = self.granted.insert(key, next) else {
             return Ok(Some(grant));
         };
         if last.nonce == nonce {

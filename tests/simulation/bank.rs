@@ -9,7 +9,15 @@ pub(crate) enum BankRequest {
     /// Charges once more, unless the bank deduplicates by the id or refuses the fence.
     Charge { key: usize, id: String, fence: u64 },
     /// Refuses lower fences from now on, and returns the receipt of the charge, if there is one.
-    Find { id: String, fence: u64 },
+    Find { key: usize, id: String, fence: u64 },
+}
+
+impl BankRequest {
+    pub(crate) fn key(&self) -> usize {
+        match self {
+            Self::Charge { key, .. } | Self::Find { key, .. } => *key,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +67,7 @@ impl Bank {
                     }
                 }
             }
-            BankRequest::Find { id, fence } => {
+            BankRequest::Find { id, fence, .. } => {
                 let lowest = self.lowest.entry(id.clone()).or_default();
                 *lowest = fence.max(*lowest);
                 self.find(&id).map_or(BankReply::Nothing, BankReply::Receipt)
@@ -67,16 +75,12 @@ impl Bank {
         }
     }
 
-    pub(crate) fn charges(&self, key: usize) -> usize {
-        self.effects.iter().filter(|effect| effect.key == key).count()
-    }
-
-    /// Returns the receipt of a charge under a key of a client.
-    pub(crate) fn receipt(&self, key: usize) -> Option<usize> {
-        self.effects
-            .iter()
-            .position(|effect| effect.key == key)
-            .map(|at| at + 1)
+    /// Returns the receipts of all charges under a key of a client.
+    pub(crate) fn receipts(&self, key: usize) -> impl DoubleEndedIterator<Item = usize> {
+        let effects = self.effects.iter().enumerate();
+        effects
+            .filter(move |(_, effect)| effect.key == key)
+            .map(|(at, _)| at + 1)
     }
 
     fn find(&self, id: &str) -> Option<usize> {

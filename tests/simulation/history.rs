@@ -36,6 +36,17 @@ pub(crate) enum Event {
         key: usize,
         receipt: usize,
     },
+    /// An operator found that there was no effect, and that there will be none.
+    Freed {
+        key: usize,
+    },
+    Killed {
+        process: usize,
+    },
+    /// The retention of the record is over.
+    Expired {
+        key: usize,
+    },
     Charged {
         key: usize,
         effects: usize,
@@ -55,6 +66,7 @@ pub(crate) enum Event {
     Granted {
         key: usize,
         process: usize,
+        incarnation: usize,
         attempt: u32,
         fence: u64,
     },
@@ -104,6 +116,9 @@ impl fmt::Display for Event {
             Self::Resolved { key, receipt } => {
                 write!(f, "an operator asks to resolve key {key} with receipt {receipt}")
             }
+            Self::Freed { key } => write!(f, "an operator frees key {key}"),
+            Self::Killed { process } => write!(f, "process {process} is killed"),
+            Self::Expired { key } => write!(f, "the record of key {key} expires"),
             Self::Charged { key, effects } => write!(f, "EFFECT {effects} of key {key}"),
             Self::Refused { key } => write!(f, "the bank refuses a fence of key {key}"),
             Self::Recovered { key, found } => write!(f, "the check of key {key} finds: {found}"),
@@ -120,12 +135,13 @@ impl fmt::Display for Event {
             Self::Granted {
                 key,
                 process,
+                incarnation,
                 attempt,
                 fence,
             } => {
                 write!(
                     f,
-                    "the store grants key {key} to process {process}: attempt {attempt}, fence {fence}"
+                    "the store grants key {key} to process {process}.{incarnation}: attempt {attempt}, fence {fence}"
                 )
             }
             Self::Quiet => f.write_str("no further faults"),

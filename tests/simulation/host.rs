@@ -46,7 +46,7 @@ pub(crate) struct Host {
     /// The time of the clock in microseconds.
     micros: u64,
     running: Vec<Running>,
-    watches: Vec<(Sender, BoxFuture<'static, ()>, oneshot::Sender<()>)>,
+    watches: Vec<(StorageKey, Sender, BoxFuture<'static, ()>, oneshot::Sender<()>)>,
     audit: Audit,
 }
 
@@ -107,7 +107,7 @@ impl Host {
             Done::Reply(reply) => reply,
             Done::Watch(watch) => {
                 let (waking, woken) = oneshot::channel();
-                self.watches.push((from, watch, waking));
+                self.watches.push((key, from, watch, waking));
                 StoreReply::Watch(woken)
             }
         });
@@ -116,6 +116,7 @@ impl Host {
             before,
             reply: &reply,
             after: self.look(&key),
+            now: Timestamp::from_micros(self.micros),
         });
         Some(Ended {
             from,
@@ -124,6 +125,11 @@ impl Host {
             place,
             audited,
         })
+    }
+
+    /// Whether the record of a key has expired since the last call.
+    pub(crate) fn expires(&mut self, key: &StorageKey) -> bool {
+        self.look(key).is_none() && self.audit.expire(key, Timestamp::from_micros(self.micros))
     }
 
     /// Whether an operation stands between two steps.
@@ -136,12 +142,12 @@ impl Host {
     }
 
     /// Returns the watches that a change has woken.
-    pub(crate) fn woken(&mut self) -> Vec<(Sender, oneshot::Sender<()>)> {
+    pub(crate) fn woken(&mut self) -> Vec<(StorageKey, Sender, oneshot::Sender<()>)> {
         let mut woken = Vec::new();
-        for (from, mut watch, place) in std::mem::take(&mut self.watches) {
+        for (key, from, mut watch, place) in std::mem::take(&mut self.watches) {
             match poll(watch.as_mut()) {
-                Poll::Ready(()) => woken.push((from, place)),
-                Poll::Pending => self.watches.push((from, watch, place)),
+                Poll::Ready(()) => woken.push((key, from, place)),
+                Poll::Pending => self.watches.push((key, from, watch, place)),
             }
         }
         woken

@@ -1,6 +1,6 @@
 //! The connection of a process with the store, the bank and the clients.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -102,6 +102,8 @@ pub(crate) struct Answer {
 pub(crate) struct ProcessState {
     pub(crate) incarnation: usize,
     pub(crate) is_dead: bool,
+    /// The number of messages after which the process dies.
+    pub(crate) dies_after: Option<u32>,
     pub(crate) cut_requests: bool,
     pub(crate) cut_replies: bool,
     pub(crate) cut_bank: bool,
@@ -110,9 +112,14 @@ pub(crate) struct ProcessState {
 /// The state that processes and the world share.
 pub(crate) struct Shared {
     pub(crate) now: Duration,
-    pub(crate) messages: BTreeMap<(Duration, u64), Message>,
+    /// The messages by their time of arrival, the number of their stream, and their number.
+    pub(crate) messages: BTreeMap<(Duration, u64, u64), Message>,
     sent: u64,
+    seed: u64,
     pub(crate) random: Random,
+    /// The random choices for the messages of each process about each key. The tasks of different
+    /// keys may run in any order.
+    streams: HashMap<u64, Random>,
     pub(crate) history: History,
     pub(crate) processes: Vec<ProcessState>,
     pub(crate) store_is_down: bool,
@@ -132,7 +139,9 @@ impl Shared {
             now: Duration::ZERO,
             messages: BTreeMap::new(),
             sent: 0,
+            seed,
             random: Random::new(seed, 3),
+            streams: HashMap::new(),
             history: History::default(),
             processes: vec![ProcessState::default(); processes],
             store_is_down: false,
@@ -151,19 +160,67 @@ impl Shared {
 
     /// Sends a message that takes this long.
     pub(crate) fn send(&mut self, latency: Duration, message: Message) {
+        self.send_in(0, latency, message);
+    }
+
+    fn send_in(&mut self, stream: u64, latency: Duration, message: Message) {
         self.sent += 1;
-        self.messages.insert((self.now + latency, self.sent), message);
+        self.messages.insert((self.now + latency, stream, self.sent), message);
+    }
+
+    /// Sends a message to or from the store.
+    pub(crate) fn send_about(&mut self, key: &StorageKey, sender: Sender, message: Message) {
+        let stream = stream_of(key, sender);
+        let latency = self.store_latency(stream);
+        self.send_in(stream, latency, message);
+    }
+
+    /// Sends a second copy of a message to the store.
+    fn send_copy(&mut self, key: &StorageKey, sender: Sender, message: Message) {
+        let stream = stream_of(key, sender);
+        let mut latency = self.store_latency(stream) + Duration::from_millis(5);
+        let random = self.stream(stream);
+        if random.chance(30) {
+            latency += random.millis(0..5_000);
+        }
+        self.send_in(stream, latency, message);
+    }
+
+    fn stream(&mut self, stream: u64) -> &mut Random {
+        let seed = self.seed;
+        self.streams.entry(stream).or_insert_with(|| Random::new(seed, stream))
+    }
+
+    /// Counts a message of a process. Returns whether the process dies before it sends the message.
+    fn dies(&mut self, sender: Sender) -> bool {
+        let process = &mut self.processes[sender.process];
+        let Some(left) = process.dies_after.as_mut().filter(|_| !process.is_dead) else {
+            return process.is_dead;
+        };
+        match left.checked_sub(1) {
+            Some(fewer) => *left = fewer,
+            None => process.is_dead = true,
+        }
+        process.is_dead
     }
 
     pub(crate) fn latency(&mut self) -> Duration {
         self.random.millis(0..12)
     }
 
-    pub(crate) fn store_latency(&mut self) -> Duration {
-        match self.store_is_slow {
-            true => self.random.millis(0..1_000),
-            false => self.latency(),
-        }
+    fn store_latency(&mut self, stream: u64) -> Duration {
+        let longest = if self.store_is_slow { 1_000 } else { 12 };
+        self.stream(stream).millis(0..longest)
+    }
+
+    /// Breaks all connections with the store. Their messages are lost.
+    pub(crate) fn reset_store_connections(&mut self) {
+        self.messages.retain(|_, message| {
+            !matches!(
+                message,
+                Message::ToStore { .. } | Message::FromStore { .. } | Message::Wake { .. }
+            )
+        });
     }
 
     /// Keeps the place of a lost message, so that its sender waits.
@@ -179,6 +236,13 @@ impl Shared {
     pub(crate) fn note(&mut self, event: Event) {
         self.history.note(self.now, event);
     }
+}
+
+/// Returns the number of the stream of messages of a process about a key.
+fn stream_of(key: &StorageKey, sender: Sender) -> u64 {
+    let (number, _) = key.as_bytes().split_first_chunk().unwrap();
+    let process = u64::try_from(sender.process).unwrap();
+    (u64::from_be_bytes(*number) | 1 << 63) ^ process
 }
 
 /// The link of one incarnation of a process.
@@ -206,25 +270,17 @@ impl Link {
         let (place, reply) = oneshot::channel();
         {
             let mut shared = self.lock();
-            let is_alive = shared.is_alive(self.sender);
+            let is_alive = shared.is_alive(self.sender) && !shared.dies(self.sender);
             if !is_alive || shared.processes[self.sender.process].cut_requests {
                 shared.lose(place);
             } else {
+                let (key, from) = (request.key(), self.sender);
                 if shared.duplicates {
-                    let latency = shared.store_latency() + Duration::from_millis(5);
-                    let (from, request) = (self.sender, request.clone());
-                    shared.send(
-                        latency,
-                        Message::ToStore {
-                            from,
-                            request,
-                            place: None,
-                        },
-                    );
+                    let (request, place) = (request.clone(), None);
+                    shared.send_copy(&key, from, Message::ToStore { from, request, place });
                 }
-                let latency = shared.store_latency();
-                let (from, place) = (self.sender, Some(place));
-                shared.send(latency, Message::ToStore { from, request, place });
+                let place = Some(place);
+                shared.send_about(&key, from, Message::ToStore { from, request, place });
             }
         }
         reply
@@ -236,11 +292,18 @@ impl Link {
         let (place, reply) = oneshot::channel();
         {
             let mut shared = self.lock();
+            let is_alive = shared.is_alive(self.sender) && !shared.dies(self.sender);
             let is_lost = shared.loses_bank_messages && shared.random.chance(6);
-            if is_lost || !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_bank {
+            let is_late = shared.loses_bank_messages && shared.random.chance(6);
+            if is_lost || !is_alive || shared.processes[self.sender.process].cut_bank {
                 shared.lose(place);
             } else {
-                let latency = shared.latency();
+                let late = if is_late {
+                    shared.random.millis(0..2_500)
+                } else {
+                    Duration::ZERO
+                };
+                let latency = shared.latency() + late;
                 let from = self.sender;
                 shared.send(latency, Message::ToBank { from, request, place });
             }
@@ -253,7 +316,7 @@ impl Link {
     /// Sends the response of a request to its client.
     pub(crate) fn respond(&self, operation: usize, number: usize, response: Answer) {
         let mut shared = self.lock();
-        if shared.is_alive(self.sender) {
+        if shared.is_alive(self.sender) && !shared.dies(self.sender) {
             shared.responded.push((operation, response.clone()));
             let latency = shared.latency();
             shared.send(

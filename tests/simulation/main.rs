@@ -6,13 +6,16 @@
 //! messages, which the simulation delays, loses and duplicates. One seed always gives one plan.
 //!
 //! `SIMULATIONS=1000000` sets the number of seeds, and `SEED=17` runs one seed and prints its history.
+//! The folder `found` has the plans that once violated a guarantee.
 
-use std::sync::Once;
+use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, Once};
 
 use ablated::Rule;
 use plan::Plan;
-use world::{Outcome, World};
+use world::{Counts, Outcome, World};
 
 #[path = "../support/ablated/mod.rs"]
 mod ablated;
@@ -24,9 +27,11 @@ mod link;
 mod plan;
 mod process;
 mod random;
+mod watchdog;
 mod world;
 
 fn simulate(plan: &Plan, rule: Rule) -> Outcome {
+    let _watch = watchdog::watch(plan.seed);
     World::new(plan, rule).run()
 }
 
@@ -42,8 +47,13 @@ fn number(name: &str) -> Option<u64> {
     })
 }
 
-/// Removes faults, operations and tries for as long as the plan still violates a guarantee.
-fn shrunk(mut plan: Plan, rule: Rule) -> Plan {
+/// The number of histories that shrinking may try.
+const SHRINK_LIMIT: usize = 3_000;
+
+/// Removes faults, operations and tries for as long as the plan still violates a guarantee. Returns
+/// whether nothing was left to remove.
+fn shrunk(mut plan: Plan, rule: Rule) -> (Plan, bool) {
+    let mut tried = 0;
     // The name of an invariant, such as `I2`, is the beginning of a violation.
     let name = |plan: &Plan| simulate(plan, rule).violations.first().map(|what| what[..2].to_owned());
     let wanted = name(&plan);
@@ -70,26 +80,55 @@ fn shrunk(mut plan: Plan, rule: Rule) -> Plan {
                 smaller.push(less);
             }
         }
-        match smaller.into_iter().find(|less| violates(less)) {
+        let found = smaller.into_iter().find(|less| {
+            tried += 1;
+            tried <= SHRINK_LIMIT && violates(less)
+        });
+        match found {
             Some(less) => plan = less,
-            None => return plan,
+            None => return (plan, tried <= SHRINK_LIMIT),
         }
     }
 }
 
 fn report(plan: &Plan, rule: Rule) -> String {
-    let plan = shrunk(plan.clone(), rule);
+    let (seed, tag) = (plan.seed, plan.tag());
+    let (plan, is_shortest) = shrunk(plan.clone(), rule);
     let outcome = simulate(&plan, rule);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("simulation-{seed}.json"));
+    fs::write(&file, serde_json::to_string_pretty(&plan).unwrap()).unwrap();
+    let note = match is_shortest {
+        true => "",
+        false => "This history may not be the shortest one, because shrinking stopped at its limit.\n",
+    };
     format!(
-        "seed {} violates a guarantee ({rule:?}, {:?}, lease {:?}, wait {:?}):\n{}\n{}\nRepeat it with SEED={}.",
-        plan.seed,
+        "seed {seed} violates a guarantee ({rule:?}, {:?}, lease {:?}, wait {:?}, retention {:?}):\n{}\n{}\n{note}\
+         Repeat the whole history with SEED={seed}-{tag}. To keep this plan as a regression, copy\n{}\n\
+         to tests/simulation/found.",
         plan.mode,
         plan.lease,
         plan.wait,
+        plan.retention,
         outcome.history,
         outcome.violations.join("\n"),
-        plan.seed
+        file.display(),
     )
+}
+
+/// Returns the plan of the variable `SEED`: a number, or a number and the tag of its plan.
+fn plan_of_the_variable() -> Option<Plan> {
+    let value = std::env::var("SEED").ok()?;
+    let (seed, tag) = value.split_once('-').unwrap_or((&value, ""));
+    let seed = seed
+        .parse()
+        .unwrap_or_else(|_| panic!("SEED must be a number, such as 17 or 17-1a2b3c4d, and is {value}"));
+    let plan = Plan::of(seed);
+    assert!(
+        tag.is_empty() || tag == plan.tag(),
+        "SEED={value} is from another version of the simulation, which made another plan from this seed. Check out \
+         the commit that printed it, or search again with SIMULATIONS=100000.",
+    );
+    Some(plan)
 }
 
 /// The number of panics in this process, apart from those of handlers, which call no hook.
@@ -110,7 +149,7 @@ fn count_panics() {
 /// Runs seeds on all cores until one violates a guarantee. Returns the first one found.
 fn search(seeds: u64, rule: Rule) -> Option<u64> {
     let (next, found) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
-    let (messages, effects) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let counts = Mutex::new(Counts::default());
     count_panics();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
@@ -121,8 +160,7 @@ fn search(seeds: u64, rule: Rule) -> Option<u64> {
                         return;
                     }
                     let outcome = simulate(&Plan::of(seed), rule);
-                    messages.fetch_add(outcome.messages, Ordering::Relaxed);
-                    effects.fetch_add(outcome.effects, Ordering::Relaxed);
+                    counts.lock().unwrap().add(outcome.counts);
                     if !outcome.violations.is_empty() {
                         found.fetch_min(seed, Ordering::Relaxed);
                     }
@@ -130,8 +168,7 @@ fn search(seeds: u64, rule: Rule) -> Option<u64> {
             });
         }
     });
-    let tried = next.into_inner().min(seeds);
-    println!("{rule:?}: {tried} histories, {messages:?} messages, {effects:?} effects");
+    println!("{rule:?}: {:?}", counts.into_inner().unwrap());
     assert_eq!(
         PANICS.load(Ordering::Relaxed),
         0,
@@ -142,8 +179,7 @@ fn search(seeds: u64, rule: Rule) -> Option<u64> {
 
 #[test]
 fn no_guarantee_is_violated_under_any_fault() {
-    if let Some(seed) = number("SEED") {
-        let plan = Plan::of(seed);
+    if let Some(plan) = plan_of_the_variable() {
         let outcome = simulate(&plan, Rule::Correct);
         println!("{plan:#?}\n{}", outcome.history);
         assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
@@ -155,10 +191,24 @@ fn no_guarantee_is_violated_under_any_fault() {
     }
 }
 
+#[test]
+fn plans_that_once_violated_a_guarantee_are_correct() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/simulation/found");
+    let mut tried = 0;
+    for file in fs::read_dir(folder).unwrap() {
+        let text = fs::read_to_string(file.unwrap().path()).unwrap();
+        let plan: Plan = serde_json::from_str(&text).unwrap();
+        let outcome = simulate(&plan, Rule::Correct);
+        assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
+        tried += 1;
+    }
+    assert!(tried > 0);
+}
+
 /// A seed must show its violation again, so that a developer can look into it.
 #[test]
 fn one_seed_gives_one_history() {
-    for seed in 0..60 {
+    for seed in 0..if is_thorough() { 10_000 } else { 200 } {
         let [first, second] = [(); 2].map(|()| simulate(&Plan::of(seed), Rule::Correct));
         assert_eq!(first.history, second.history, "seed {seed}");
     }

@@ -3,10 +3,13 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
 use crate::random::Random;
 
 /// The guarantee that the application asks for, with a handler that fits it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Mode {
     /// The bank offers nothing. The layer refuses requests after a lost or failed attempt.
     AtMostOnce,
@@ -28,7 +31,7 @@ impl Mode {
 }
 
 /// One operation of a client: a payment under a key, sent until the client has a final response.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Operation {
     pub(crate) at: Duration,
     pub(crate) key: usize,
@@ -38,7 +41,7 @@ pub(crate) struct Operation {
 }
 
 /// One request of an operation.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Try {
     pub(crate) process: usize,
     /// How long the client waits before it leaves.
@@ -47,10 +50,11 @@ pub(crate) struct Try {
     pub(crate) pause: Duration,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Fault {
-    /// The process is killed, and a new one starts after the duration.
-    Crash { process: usize },
+    /// The process is killed after it has sent this number of further messages, and a new one starts
+    /// at the end.
+    Crash { process: usize, messages: u32 },
     /// The process stands still. Its clock stands still, too, or jumps at the end.
     Freeze { process: usize, jumps: bool },
     /// The clock of the process runs at this percentage of the real speed.
@@ -67,14 +71,14 @@ pub(crate) enum Fault {
     StoreDown,
     /// Messages to and from the store take up to a second.
     StoreSlow,
-    /// Messages to the store come twice.
+    /// Messages to the store come twice. The second copy may come seconds later.
     Duplicate,
     /// The clock of the store jumps by this number of milliseconds.
     ClockJump { millis: i64 },
 }
 
 /// A fault, and the time for which it lasts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Planned {
     pub(crate) at: Duration,
     pub(crate) lasts: Duration,
@@ -88,14 +92,14 @@ impl fmt::Display for Planned {
 }
 
 /// An operator looks at a key, and resolves it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Action {
     pub(crate) at: Duration,
     pub(crate) key: usize,
     pub(crate) is_mistaken: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) mode: Mode,
@@ -103,6 +107,7 @@ pub(crate) struct Plan {
     pub(crate) keys: usize,
     pub(crate) lease: Duration,
     pub(crate) wait: Duration,
+    pub(crate) retention: Duration,
     pub(crate) max_attempts: u32,
     pub(crate) operations: Vec<Operation>,
     pub(crate) faults: Vec<Planned>,
@@ -130,6 +135,7 @@ impl Plan {
             keys,
             lease: Duration::from_millis(lease),
             wait: Duration::from_millis(wait),
+            retention: DAY,
             max_attempts,
             operations: operations.collect(),
             faults: Vec::new(),
@@ -139,6 +145,9 @@ impl Plan {
         plan.faults = (0..random.below(7))
             .map(|_| fault(&mut random, mode, processes))
             .collect();
+        if random.chance(40) && plan.may_expire() {
+            plan.retention = SHORT_RETENTION;
+        }
         let mut random = Random::new(seed, 5);
         let actions = (0..random.below(10)).map(|_| Action {
             at: random.millis(1_000..15_000),
@@ -151,7 +160,31 @@ impl Plan {
         plan.faults.sort_by_key(|fault| fault.at);
         plan
     }
+
+    /// Whether records may expire during the simulation. Nothing of an attempt may happen after its
+    /// record has expired, so the clocks must not jump, and no process may stand still for long. A
+    /// bank that deduplicates would return the receipt of an expired attempt.
+    fn may_expire(&self) -> bool {
+        let stands = self.faults.iter().map(|planned| match planned.fault {
+            Fault::Freeze { .. } => planned.lasts,
+            Fault::ClockJump { .. } => DAY,
+            _ => Duration::ZERO,
+        });
+        matches!(self.mode, Mode::AtMostOnce | Mode::ReleaseFailures) && stands.sum::<Duration>() < FREEZE_LIMIT
+    }
+
+    /// A short name of the whole plan. It tells whether a later version of the simulation still
+    /// makes the same plan from the seed.
+    pub(crate) fn tag(&self) -> String {
+        let hash = Sha256::digest(serde_json::to_vec(self).unwrap());
+        hash[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
 }
+
+const DAY: Duration = Duration::from_secs(86_400);
+/// Longer than any handler, with all messages on their way.
+const SHORT_RETENTION: Duration = Duration::from_secs(15);
+const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 
 fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
     let tries = (0..1 + random.below(5)).map(|_| Try {
@@ -173,7 +206,10 @@ fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
 fn fault(random: &mut Random, mode: Mode, processes: usize) -> Planned {
     let process = random.below(processes);
     let fault = match random.below(12) {
-        0..=2 => Fault::Crash { process },
+        0..=2 => Fault::Crash {
+            process,
+            messages: random.pick(&[0, 1, 1, 2, 2, 3, 4, 6, 10]),
+        },
         3 => Fault::Freeze { process, jumps: true },
         4 => Fault::Freeze { process, jumps: false },
         5 => Fault::Slow {

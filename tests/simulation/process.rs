@@ -165,6 +165,7 @@ fn layer(plan: &Plan, link: &Link) -> IdempotencyLayer<RemoteStore> {
     let layer = IdempotencyLayer::new(RemoteStore(link.clone()))
         .require_key()
         .with_lease(plan.lease)
+        .with_retention(plan.retention)
         .with_wait(plan.wait)
         .with_store_timeout(STORE_TIMEOUT)
         .with_completion_timeout(COMPLETION_TIMEOUT)
@@ -186,7 +187,10 @@ fn layer(plan: &Plan, link: &Link) -> IdempotencyLayer<RemoteStore> {
 async fn recover(link: Link, lost: LostAttempt) -> Recovered<Response<Bytes>> {
     let key = key_of(lost.head.uri.path());
     let (id, fence) = (lost.derive_key("charge"), lost.fence.as_u64());
-    let asking = tokio::time::timeout(Duration::from_millis(300), link.bank(BankRequest::Find { id, fence }));
+    let asking = tokio::time::timeout(
+        Duration::from_millis(300),
+        link.bank(BankRequest::Find { key, id, fence }),
+    );
     let (found, name) = match asking.await {
         Ok(Ok(BankReply::Receipt(receipt))) => {
             let mut response = Response::new(Bytes::from(format!("found receipt {receipt}\n")));
@@ -205,7 +209,7 @@ pub(crate) fn found(plan: &Plan, shared: &Arc<Mutex<Shared>>, receipt: usize) ->
     let layer = layer_of_operators(plan, shared);
     let mut response = Response::new(Bytes::from(format!("an operator found receipt {receipt}\n")));
     *response.status_mut() = StatusCode::CREATED;
-    Resolution::Completed(layer.outcome_of(response), Duration::from_secs(86_400))
+    Resolution::Completed(layer.outcome_of(response), plan.retention)
 }
 
 fn key_of(path: &str) -> usize {

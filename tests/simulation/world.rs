@@ -3,13 +3,13 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tower_idempotency::protocol::{Fence, Resolution, Status, StorageKey};
+use tower_idempotency::protocol::{Fence, Resolution, ResolveResult, Status, StorageKey};
 
 use crate::ablated::Rule;
 use crate::bank::{Bank, BankReply};
 use crate::history::Event;
 use crate::host::{Ended, Host};
-use crate::link::{Answer, Message, Sender, Shared, StoreRequest};
+use crate::link::{Answer, Message, Sender, Shared, StoreReply, StoreRequest};
 use crate::plan::{Fault, Mode, Operation, Plan, Planned, Try};
 use crate::process::{COMPLETION_TIMEOUT, HANDLER, Process, STORE_TIMEOUT, found, storage_key};
 use crate::random::Random;
@@ -41,6 +41,11 @@ pub(crate) struct World {
     behind: Vec<Duration>,
     clients: Vec<(Client, usize)>,
     active: Vec<bool>,
+    /// For each key, the number of effects in all at each end of a retention. A key may have one
+    /// effect between two of these.
+    expired: Vec<Vec<usize>>,
+    /// The time at which a record of each key last expired.
+    expired_at: Vec<Option<Duration>>,
     random: Random,
     violations: Vec<String>,
     /// The faults of the plan.
@@ -51,8 +56,39 @@ pub(crate) struct World {
 pub(crate) struct Outcome {
     pub(crate) violations: Vec<String>,
     pub(crate) history: String,
-    pub(crate) messages: usize,
-    pub(crate) effects: usize,
+    pub(crate) counts: Counts,
+}
+
+/// What happened in simulations.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) histories: usize,
+    operations: usize,
+    faults: usize,
+    messages: usize,
+    handlers: usize,
+    effects: usize,
+    checks: usize,
+    kills: usize,
+    resolved: usize,
+    freed: usize,
+    expired: usize,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.histories += other.histories;
+        self.operations += other.operations;
+        self.faults += other.faults;
+        self.messages += other.messages;
+        self.handlers += other.handlers;
+        self.effects += other.effects;
+        self.checks += other.checks;
+        self.kills += other.kills;
+        self.resolved += other.resolved;
+        self.freed += other.freed;
+        self.expired += other.expired;
+    }
 }
 
 impl World {
@@ -76,6 +112,8 @@ impl World {
                 .map(|operation| (Client::Idle(operation.at), 0))
                 .collect(),
             active: vec![false; plan.faults.len()],
+            expired: vec![Vec::new(); plan.keys],
+            expired_at: vec![None; plan.keys],
             random: Random::new(plan.seed, 4),
             violations: Vec::new(),
             faults: plan.faults.clone(),
@@ -102,13 +140,36 @@ impl World {
         self.check_effects();
         self.check_runs();
         self.check_losses();
-        let shared = self.shared();
+        let history = self.shared().history.to_string();
         Outcome {
-            history: shared.history.to_string(),
+            history,
+            counts: self.counts(),
+            violations: self.violations,
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        let shared = self.shared();
+        let mut counts = Counts {
+            histories: 1,
+            operations: self.operations.len(),
+            faults: self.faults.len(),
             messages: shared.sent(),
             effects: self.bank.effects.len(),
-            violations: self.violations.clone(),
+            ..Counts::default()
+        };
+        for (_, event) in &shared.history.0 {
+            match event {
+                Event::Began { .. } => counts.handlers += 1,
+                Event::Recovered { .. } => counts.checks += 1,
+                Event::Killed { .. } => counts.kills += 1,
+                Event::Resolved { .. } => counts.resolved += 1,
+                Event::Freed { .. } => counts.freed += 1,
+                Event::Expired { .. } => counts.expired += 1,
+                _ => {}
+            }
         }
+        counts
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -156,12 +217,44 @@ impl World {
         self.act_for_operators();
         self.deliver();
         self.run_store();
+        self.expire();
         let mut order: Vec<usize> = (0..self.processes.len()).collect();
         self.random.shuffle(&mut order);
         for number in order {
             self.run_process(number, tick);
+            if self.shared().processes[number].is_dead {
+                self.kill(number);
+            }
         }
         self.check_responses();
+    }
+
+    /// Notes the records that have expired.
+    fn expire(&mut self) {
+        for key in 0..self.plan.keys {
+            if self.host.expires(&self.keys[key]) {
+                self.expired[key].push(self.bank.effects.len());
+                let mut shared = self.shared();
+                let now = shared.now;
+                shared.note(Event::Expired { key });
+                drop(shared);
+                self.expired_at[key] = Some(now);
+            }
+        }
+    }
+
+    /// The number of the retention in which an effect of a key happened.
+    fn retention_of(&self, key: usize, receipt: usize) -> usize {
+        self.expired[key].iter().filter(|effects| **effects < receipt).count()
+    }
+
+    /// The receipts of a key since its record last expired.
+    fn charges(&self, key: usize) -> usize {
+        let current = self.expired[key].len();
+        let receipts = self.bank.receipts(key);
+        receipts
+            .filter(|receipt| self.retention_of(key, *receipt) == current)
+            .count()
     }
 
     fn run_process(&mut self, number: usize, tick: Duration) {
@@ -212,12 +305,10 @@ impl World {
                 }
             }
             Message::ToBank { from, request, place } => {
-                let (key, before) = match &request {
-                    crate::bank::BankRequest::Charge { key, .. } => (*key, self.bank.charges(*key)),
-                    crate::bank::BankRequest::Find { .. } => (usize::MAX, 0),
-                };
+                let key = request.key();
+                let before = self.charges(key);
                 let reply = self.bank.handle(request);
-                let effects = self.bank.charges(key);
+                let effects = self.charges(key);
                 let mut shared = self.shared();
                 if reply == BankReply::Refused {
                     shared.note(Event::Refused { key });
@@ -266,10 +357,8 @@ impl World {
                 break;
             }
         }
-        for (to, place) in self.host.woken() {
-            let mut shared = self.shared();
-            let latency = shared.store_latency();
-            shared.send(latency, Message::Wake { to, place });
+        for (key, to, place) in self.host.woken() {
+            self.shared().send_about(&key, to, Message::Wake { to, place });
         }
     }
 
@@ -288,21 +377,26 @@ impl World {
             Ok(Some(grant)) => self.shared().note(Event::Granted {
                 key: number,
                 process: from.process,
+                incarnation: from.incarnation,
                 attempt: grant.attempt,
                 fence: grant.owner.fence.as_u64(),
             }),
             Ok(None) => {}
             Err(what) => self.violate(format!("{what} (key {number})")),
         }
-        if self.host.status(&key).is_none() && self.bank.charges(number) > 0 {
+        if let (StoreRequest::Resolve(.., Resolution::Absent), Ok(StoreReply::Resolve(ResolveResult::Resolved))) =
+            (&request, &reply)
+        {
+            self.shared().note(Event::Freed { key: number });
+        }
+        if self.host.status(&key).is_none() && self.charges(number) > 0 && !self.host.expires(&key) {
             self.violate(format!(
                 "I6: key {number} has an effect, and its record is gone after {request:?}"
             ));
         }
         if let Some(place) = place {
-            let mut shared = self.shared();
-            let latency = shared.store_latency();
-            shared.send(latency, Message::FromStore { to: from, reply, place });
+            let message = Message::FromStore { to: from, reply, place };
+            self.shared().send_about(&key, from, message);
         }
     }
 
@@ -350,7 +444,8 @@ impl World {
     }
 
     /// Resolves keys. An operator who asks the bank first records what is true, which the store takes
-    /// unless the key is in flight. Another one makes a mistake, which the store must refuse.
+    /// unless the key is in flight. Another one makes a mistake, which the store must refuse. An
+    /// operator cannot reach a store that is down.
     fn act_for_operators(&mut self) {
         let now = self.shared().now;
         while self.plan.resolutions.last().is_some_and(|action| action.at <= now) {
@@ -360,7 +455,13 @@ impl World {
             let Some(seen) = self.host.look(&self.keys[action.key]) else {
                 continue;
             };
-            let receipt = self.bank.receipt(action.key).filter(|_| !action.is_mistaken);
+            if self.shared().store_is_down {
+                continue;
+            }
+            let receipt = self.bank.receipts(action.key).next_back();
+            let receipt = receipt.filter(|receipt| {
+                !action.is_mistaken && self.retention_of(action.key, *receipt) == self.expired[action.key].len()
+            });
             let (fence, resolution) = match (&seen.status, receipt) {
                 (Status::Lost | Status::Unknown | Status::InFlight { .. }, Some(receipt)) => {
                     self.shared().note(Event::Resolved {
@@ -368,6 +469,9 @@ impl World {
                         receipt,
                     });
                     (seen.fence, found(&self.plan, &self.shared, receipt))
+                }
+                (Status::Lost | Status::Unknown, None) if self.will_have_no_effect(action.key) => {
+                    (seen.fence, Resolution::Absent)
                 }
                 (Status::Completed(_), _) => (seen.fence, Resolution::Absent),
                 _ => (Fence::new(seen.fence.as_u64() - 1), Resolution::Absent),
@@ -382,6 +486,32 @@ impl World {
                 None,
             );
         }
+    }
+
+    /// Whether a key has no effect, and no process is left that could still have one. The fences of a
+    /// freed key begin again, so the bank must not remember fences, unless the store's clock only
+    /// goes forward.
+    fn will_have_no_effect(&self, key: usize) -> bool {
+        let shared = self.shared();
+        let is_gone = |process: usize, incarnation: usize| {
+            let state = &shared.processes[process];
+            state.is_dead || state.incarnation > incarnation
+        };
+        let all_gone = shared.history.0.iter().all(|(_, event)| match event {
+            Event::Granted {
+                key: of,
+                process,
+                incarnation,
+                ..
+            } if *of == key => is_gone(*process, *incarnation),
+            _ => true,
+        });
+        let is_asked = |message: &Message| matches!(message, Message::ToBank { request, .. } if request.key() == key);
+        let goes_back = |planned: &Planned| matches!(planned.fault, Fault::ClockJump { millis } if millis < 0);
+        let is_remembered = self.plan.mode == Mode::Recover && self.faults.iter().any(goes_back);
+        let has_message = shared.messages.values().any(is_asked);
+        drop(shared);
+        all_gone && !has_message && !is_remembered && self.charges(key) == 0
     }
 
     /// Whether a fault kept the process from running at its speed since this time.
@@ -483,54 +613,101 @@ impl World {
         self.active.resize(self.plan.faults.len(), false);
     }
 
-    /// Begins or ends a fault.
+    /// Begins or ends a fault. Faults of one kind may overlap.
     fn turn(&mut self, planned: Planned, begins: bool) {
         self.shared().note(match begins {
             true => Event::FaultBegins(planned),
             false => Event::FaultEnds(planned),
         });
+        let active = self
+            .faults
+            .iter()
+            .zip(&self.active)
+            .filter(|(_, is_active)| **is_active);
+        let active: Vec<Fault> = active.map(|(planned, _)| planned.fault).collect();
+        let any = |is: &dyn Fn(&Fault) -> bool| active.iter().any(is);
         match planned.fault {
-            Fault::Crash { process } if begins => self.kill(process),
-            Fault::Crash { process } => self.start(process),
-            Fault::Freeze { process, jumps } => {
-                self.frozen[process] = begins;
-                let behind = std::mem::take(&mut self.behind[process]);
-                if let (false, true, Some(process)) = (begins, jumps, &mut self.processes[process]) {
-                    process.jump(behind);
+            Fault::Crash { process, messages } if begins => {
+                let mut shared = self.shared();
+                shared.processes[process].dies_after = Some(messages);
+                shared.processes[process].is_dead |= messages == 0;
+            }
+            Fault::Crash { process, .. } => {
+                let is_over = !any(&|fault| matches!(fault, Fault::Crash { process: hit, .. } if *hit == process));
+                if is_over {
+                    self.shared().processes[process].dies_after = None;
+                    self.start(process);
                 }
             }
-            Fault::Slow { process, percent } => self.percent[process] = if begins { percent } else { 100 },
-            Fault::CutStore {
-                process,
-                requests,
-                replies,
-            } => {
-                let process = &mut self.shared().processes[process];
-                process.cut_requests = begins && requests;
-                process.cut_replies = begins && replies;
+            Fault::Freeze { process, jumps } => {
+                self.frozen[process] =
+                    any(&|fault| matches!(fault, Fault::Freeze { process: hit, .. } if *hit == process));
+                if !self.frozen[process] {
+                    self.unfreeze(process, jumps);
+                }
             }
-            Fault::CutBank { process } => self.shared().processes[process].cut_bank = begins,
+            Fault::Slow { process, .. } => {
+                let percents = active.iter().filter_map(|fault| match fault {
+                    Fault::Slow { process: hit, percent } if *hit == process => Some(*percent),
+                    _ => None,
+                });
+                self.percent[process] = percents.last().unwrap_or(100);
+            }
+            Fault::CutStore { process, .. } => {
+                let is_cut = |is: &dyn Fn(bool, bool) -> bool| {
+                    any(&|fault| {
+                        matches!(*fault, Fault::CutStore { process: hit, requests, replies }
+                            if hit == process && is(requests, replies))
+                    })
+                };
+                let (cut_requests, cut_replies) = (is_cut(&|requests, _| requests), is_cut(&|_, replies| replies));
+                let state = &mut self.shared().processes[process];
+                (state.cut_requests, state.cut_replies) = (cut_requests, cut_replies);
+            }
+            Fault::CutBank { process } => {
+                let is_cut = any(&|fault| matches!(fault, Fault::CutBank { process: hit } if *hit == process));
+                self.shared().processes[process].cut_bank = is_cut;
+            }
             Fault::StoreDown => {
-                self.shared().store_is_down = begins;
+                let mut shared = self.shared();
+                shared.store_is_down = any(&|fault| *fault == Fault::StoreDown);
+                shared.reset_store_connections();
+                drop(shared);
                 self.host.restart();
             }
-            Fault::StoreSlow => self.shared().store_is_slow = begins,
-            Fault::Duplicate => self.shared().duplicates = begins,
+            Fault::StoreSlow => self.shared().store_is_slow = any(&|fault| *fault == Fault::StoreSlow),
+            Fault::Duplicate => self.shared().duplicates = any(&|fault| *fault == Fault::Duplicate),
             Fault::ClockJump { millis } if begins => self.host.turn_clock(millis),
             Fault::ClockJump { .. } => {}
         }
     }
 
+    fn unfreeze(&mut self, number: usize, jumps: bool) {
+        let behind = std::mem::take(&mut self.behind[number]);
+        if let (true, Some(process)) = (jumps, &mut self.processes[number]) {
+            process.jump(behind);
+        }
+    }
+
+    /// Ends a process. Its messages stay on their way, so a client may still get a response that the
+    /// process has sent.
     fn kill(&mut self, number: usize) {
         let Some(process) = self.processes[number].take() else {
             return;
         };
-        self.shared().processes[number].is_dead = true;
+        {
+            let mut shared = self.shared();
+            shared.processes[number].is_dead = true;
+            shared.note(Event::Killed { process: number });
+        }
         process.kill();
         self.behind[number] = Duration::ZERO;
         for operation in 0..self.clients.len() {
             if let (Client::Waiting { .. }, at) = self.clients[operation] {
-                if self.operations[operation].tries[at].process == number {
+                let is_sent = |message: &Message| matches!(*message, Message::ToClient { operation: of, number, .. } if (of, number) == (operation, at));
+                let is_hit = self.operations[operation].tries[at].process == number;
+                let is_on_its_way = self.shared().messages.values().any(is_sent);
+                if is_hit && !(is_on_its_way && self.random.chance(50)) {
                     self.reset(operation);
                 }
             }
@@ -557,11 +734,13 @@ impl World {
             }
             let key = self.operations[operation].key;
             let status = self.host.status(&self.keys[key]);
-            let is_stored = match self.plan.mode {
-                // If the store fails, the caller gets the response, and the key stays claimed.
-                Mode::AtMostOnce | Mode::ReleaseFailures if self.store_fails() => status.is_some(),
-                _ => matches!(status, Some(Status::Completed(_))),
-            };
+            let was_stored = self.expired_at[key].is_some_and(|at| self.shared().now < at + JUST_NOW);
+            let is_stored = was_stored
+                || match self.plan.mode {
+                    // If the store fails, the caller gets the response, and the key stays claimed.
+                    Mode::AtMostOnce | Mode::ReleaseFailures if self.store_fails() => status.is_some(),
+                    _ => matches!(status, Some(Status::Completed(_))),
+                };
             if !is_stored {
                 self.violate(format!(
                     "I5: a response of key {key} was sent while its record was {status:?}"
@@ -666,7 +845,7 @@ impl World {
             if runs_through && !is_late && began == 0 && unknown {
                 self.violate(format!("I7: the outcome of key {key} is unknown, and no handler ran"));
             }
-            if is_calm && began > 1 + failed {
+            if is_calm && began > 1 + failed + self.expired[key].len() {
                 self.violate(format!(
                     "I1: the handler of key {key} began {began} times and failed {failed} times"
                 ));
@@ -677,7 +856,7 @@ impl World {
             let stays_unknown = self
                 .last_answer(key)
                 .is_some_and(|answer| answer.code == "outcome-unknown");
-            if runs_through && responded && stays_unknown {
+            if runs_through && responded && stays_unknown && self.expired[key].is_empty() {
                 self.violate(format!(
                     "I5: a caller got a response of key {key}, and its outcome stays unknown"
                 ));
@@ -710,12 +889,17 @@ impl World {
     /// Checks the effects and the responses of the whole history (I2 to I4).
     fn check_effects(&mut self) {
         for key in 0..self.plan.keys {
-            let charges = self.bank.charges(key);
-            if charges > 1 {
-                self.violate(format!("I3: key {key} has {charges} effects"));
+            let retentions = 1 + self.expired[key].len();
+            let mut effects = vec![Vec::new(); retentions];
+            for receipt in self.bank.receipts(key) {
+                effects[self.retention_of(key, receipt)].push(receipt);
             }
-            let (mut bodies, mut variants) = (Vec::new(), Vec::new());
-            let (mut is_mismatch, mut asked) = (false, Vec::new());
+            if effects.iter().any(|receipts| receipts.len() > 1) {
+                self.violate(format!("I3: key {key} has too many effects: {effects:?}"));
+            }
+            let mut bodies: Vec<Vec<String>> = vec![Vec::new(); retentions];
+            let mut variants = vec![Vec::new(); retentions];
+            let (mut is_mismatch, mut asked, mut responses_of_others) = (false, Vec::new(), Vec::new());
             for (_, event) in &self.shared().history.0 {
                 match event {
                     Event::Responded {
@@ -725,8 +909,15 @@ impl World {
                     } if *of == key => {
                         is_mismatch |= answer.status == 422;
                         if answer.status == 201 {
-                            bodies.push(answer.body.clone());
-                            variants.push(self.operations[*operation].is_other_body);
+                            let receipt = receipt_in(&answer.body);
+                            let Some(receipt) = receipt.filter(|known| self.bank.receipts(key).any(|of| of == *known))
+                            else {
+                                responses_of_others.push(answer.body.clone());
+                                continue;
+                            };
+                            let retention = self.retention_of(key, receipt);
+                            bodies[retention].push(answer.body.clone());
+                            variants[retention].push(self.operations[*operation].is_other_body);
                         }
                     }
                     Event::Sent { operation, key: of, .. } if *of == key => {
@@ -739,21 +930,29 @@ impl World {
             // stored. An operator may record another one.
             let may_refuse = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
             if may_refuse && self.store_fails() {
-                bodies.retain(|body| !body.starts_with("an operator"));
+                for bodies in &mut bodies {
+                    bodies.retain(|body| !body.starts_with("an operator"));
+                }
             }
-            bodies.dedup();
-            variants.dedup();
-            if bodies.len() > 1 {
-                self.violate(format!("I2: key {key} has several responses: {bodies:?}"));
+            for bodies in &mut bodies {
+                bodies.dedup();
+                if bodies.len() > 1 {
+                    self.violate(format!("I2: key {key} has several responses: {bodies:?}"));
+                }
             }
-            if variants.len() > 1 {
-                self.violate(format!("I4: key {key} gave one response to two requests"));
+            for variants in &mut variants {
+                variants.dedup();
+                if variants.len() > 1 {
+                    self.violate(format!("I4: key {key} gave one response to two requests"));
+                }
+            }
+            if !responses_of_others.is_empty() {
+                self.violate(format!(
+                    "I3: key {key} got responses without an effect of its own: {responses_of_others:?}"
+                ));
             }
             if is_mismatch && asked.iter().all(|is_other| *is_other == asked[0]) {
                 self.violate(format!("I4: key {key} had one body, and a mismatch was reported"));
-            }
-            if !bodies.is_empty() && charges == 0 {
-                self.violate(format!("I3: key {key} has a response and no effect"));
             }
         }
     }
@@ -761,7 +960,8 @@ impl World {
     /// Checks the runs of the handlers (I1).
     fn check_runs(&mut self) {
         for key in 0..self.plan.keys {
-            let (mut began, mut failed, mut granted, mut ungranted) = (0, 0, Vec::new(), Vec::new());
+            let (mut began, mut failed, mut freed) = (0, 0, 0);
+            let (mut granted, mut ungranted) = (Vec::new(), Vec::new());
             for (_, event) in &self.shared().history.0 {
                 match event {
                     Event::Granted { key: of, fence, .. } if *of == key => granted.push(*fence),
@@ -778,6 +978,7 @@ impl World {
                         had_no_effect: true,
                         ..
                     } if *of == key => failed += 1,
+                    Event::Freed { key: of } if *of == key => freed += 1,
                     _ => {}
                 }
             }
@@ -787,7 +988,7 @@ impl World {
                 ));
             }
             let allowed = match self.plan.mode {
-                Mode::AtMostOnce | Mode::ReleaseFailures => 1 + failed,
+                Mode::AtMostOnce | Mode::ReleaseFailures => 1 + failed + freed + self.expired[key].len(),
                 Mode::AtLeastOnce | Mode::Recover => usize::MAX,
             };
             if began > allowed {
@@ -798,6 +999,16 @@ impl World {
         }
     }
 }
+
+/// The number of the effect that a response names.
+fn receipt_in(body: &str) -> Option<usize> {
+    let (_, rest) = body.split_once("receipt ")?;
+    let number = rest.split_whitespace().next()?;
+    number.parse().ok()
+}
+
+/// The longest time between the lookup of a record and the response.
+const JUST_NOW: Duration = Duration::from_secs(3);
 
 /// Whether a client sends no further request after this response.
 fn is_final(answer: &Answer) -> bool {
