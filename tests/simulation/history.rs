@@ -40,6 +40,10 @@ pub(crate) enum Event {
     Freed {
         key: usize,
     },
+    /// The handler of a message rejected it for good.
+    Rejected {
+        key: usize,
+    },
     Killed {
         process: usize,
     },
@@ -71,6 +75,13 @@ pub(crate) enum Event {
         fence: u64,
     },
     Quiet,
+}
+
+fn effect(had_none: bool) -> &'static str {
+    match had_none {
+        true => "without an effect",
+        false => "and may have had an effect",
+    }
 }
 
 impl fmt::Display for Event {
@@ -106,17 +117,14 @@ impl fmt::Display for Event {
                 attempt,
                 had_no_effect,
             } => {
-                let effect = if *had_no_effect {
-                    "without an effect"
-                } else {
-                    "and may have had an effect"
-                };
+                let effect = effect(*had_no_effect);
                 write!(f, "the handler of key {key} fails in attempt {attempt} {effect}")
             }
             Self::Resolved { key, receipt } => {
                 write!(f, "an operator asks to resolve key {key} with receipt {receipt}")
             }
             Self::Freed { key } => write!(f, "an operator frees key {key}"),
+            Self::Rejected { key } => write!(f, "the handler rejects message {key} for good"),
             Self::Killed { process } => write!(f, "process {process} is killed"),
             Self::Expired { key } => write!(f, "the record of key {key} expires"),
             Self::Charged { key, effects } => write!(f, "EFFECT {effects} of key {key}"),

@@ -8,6 +8,17 @@ use sha2::{Digest, Sha256};
 
 use crate::random::Random;
 
+/// The way in which requests come to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    /// Over HTTP, through the layer of a server.
+    Http,
+    /// As messages of a broker, through the layer of a receiver. A try is a delivery.
+    Message,
+    /// As one-time calls of the program itself. A try is a call.
+    Once,
+}
+
 /// The guarantee that the application asks for, with a handler that fits it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Mode {
@@ -102,6 +113,7 @@ pub(crate) struct Action {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub(crate) seed: u64,
+    pub(crate) kind: Kind,
     pub(crate) mode: Mode,
     pub(crate) processes: usize,
     pub(crate) keys: usize,
@@ -109,6 +121,8 @@ pub(crate) struct Plan {
     pub(crate) wait: Duration,
     pub(crate) retention: Duration,
     pub(crate) max_attempts: u32,
+    /// The chance, in percent, that an operation of several steps stands still for another moment.
+    pub(crate) pause_percent: u32,
     pub(crate) operations: Vec<Operation>,
     pub(crate) faults: Vec<Planned>,
     /// The actions of operators, the last one first.
@@ -121,6 +135,7 @@ impl Plan {
 
     pub(crate) fn of(seed: u64) -> Self {
         let mut random = Random::new(seed, 1);
+        let kind = random.pick(&[Kind::Http, Kind::Http, Kind::Message, Kind::Once]);
         let mode = random.pick(&Mode::ALL);
         let processes = 1 + random.below(3);
         let keys = 1 + random.below(4);
@@ -130,6 +145,7 @@ impl Plan {
         let operations = (0..3 + random.below(12)).map(|_| operation(&mut random, processes, keys));
         let mut plan = Self {
             seed,
+            kind,
             mode,
             processes,
             keys,
@@ -137,6 +153,7 @@ impl Plan {
             wait: Duration::from_millis(wait),
             retention: DAY,
             max_attempts,
+            pause_percent: [50, 90, 98][usize::try_from(seed % 3).unwrap()],
             operations: operations.collect(),
             faults: Vec::new(),
             resolutions: Vec::new(),

@@ -7,12 +7,14 @@ use tower_idempotency::protocol::{Fence, Resolution, ResolveResult, Status, Stor
 
 use crate::ablated::Rule;
 use crate::bank::{Bank, BankReply};
+use crate::entry::{COMPLETION_TIMEOUT, STORE_TIMEOUT, found, storage_key};
 use crate::history::Event;
 use crate::host::{Ended, Host};
 use crate::link::{Answer, Message, Sender, Shared, StoreReply, StoreRequest};
 use crate::plan::{Fault, Mode, Operation, Plan, Planned, Try};
-use crate::process::{COMPLETION_TIMEOUT, HANDLER, Process, STORE_TIMEOUT, found, storage_key};
+use crate::process::Process;
 use crate::random::Random;
+use crate::work::HANDLER;
 
 /// The state of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,12 +214,12 @@ impl World {
         };
         self.shared().now += tick;
         self.host.advance(tick);
+        self.expire();
         self.begin_and_end_faults();
         self.act_for_clients();
         self.act_for_operators();
         self.deliver();
         self.run_store();
-        self.expire();
         let mut order: Vec<usize> = (0..self.processes.len()).collect();
         self.random.shuffle(&mut order);
         for number in order {
@@ -347,7 +349,7 @@ impl World {
         while left > 0 {
             left -= 1;
             let at = self.random.below(self.host.running());
-            if self.host.has_begun(at) && self.random.chance(70) {
+            if self.host.has_begun(at) && self.random.chance(self.plan.pause_percent) {
                 continue;
             }
             if let Some(ended) = self.host.go_on(at) {
@@ -389,7 +391,7 @@ impl World {
         {
             self.shared().note(Event::Freed { key: number });
         }
-        if self.host.status(&key).is_none() && self.charges(number) > 0 && !self.host.expires(&key) {
+        if self.host.status(&key).is_none() && self.charges(number) > 0 {
             self.violate(format!(
                 "I6: key {number} has an effect, and its record is gone after {request:?}"
             ));
@@ -570,8 +572,9 @@ impl World {
             self.operations[operation].key,
             self.operations[operation].tries[number].process,
         );
-        // The next request calls the check again.
-        let may_change = self.plan.mode == Mode::Recover && answer.code == "outcome-unknown";
+        // The next request runs the handler or its check again.
+        let runs_again = matches!(self.plan.mode, Mode::Recover | Mode::AtLeastOnce);
+        let may_change = runs_again && answer.code == "outcome-unknown";
         let is_final = is_final(&answer) && !may_change;
         self.shared().note(Event::Responded { operation, key, answer });
         if now - sent > self.longest_response() && !self.is_disturbed(process, sent) {
@@ -647,11 +650,11 @@ impl World {
                 }
             }
             Fault::Slow { process, .. } => {
-                let percents = active.iter().filter_map(|fault| match fault {
+                let mut percents = active.iter().filter_map(|fault| match fault {
                     Fault::Slow { process: hit, percent } if *hit == process => Some(*percent),
                     _ => None,
                 });
-                self.percent[process] = percents.last().unwrap_or(100);
+                self.percent[process] = percents.next_back().unwrap_or(100);
             }
             Fault::CutStore { process, .. } => {
                 let is_cut = |is: &dyn Fn(bool, bool) -> bool| {
@@ -729,7 +732,7 @@ impl World {
     fn check_responses(&mut self) {
         let responded = std::mem::take(&mut self.shared().responded);
         for (operation, answer) in responded {
-            if answer.status != 201 {
+            if !is_success(&answer) {
                 continue;
             }
             let key = self.operations[operation].key;
@@ -777,7 +780,10 @@ impl World {
         match last {
             Some(answer) if is_final(&answer) => {
                 let may_be_lost = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
-                let may_be_lost = may_be_lost || self.plan.max_attempts < 1_000;
+                let is_rejected =
+                    |(_, event): &(Duration, Event)| matches!(event, Event::Rejected { key: of } if *of == key);
+                let may_be_lost =
+                    may_be_lost || self.plan.max_attempts < 1_000 || self.shared().history.0.iter().any(is_rejected);
                 if answer.code == "outcome-unknown" && !may_be_lost {
                     self.violate(format!("I7: the outcome of key {key} stays unknown"));
                 }
@@ -837,7 +843,7 @@ impl World {
                     Event::Responded { key: of, answer, .. } if *of == key => {
                         unknown |= (answer.status, answer.code) == (409, "outcome-unknown");
                         unrecorded |= (answer.status, answer.code) == (503, "outcome-unknown");
-                        responded |= answer.status == 201;
+                        responded |= is_success(answer);
                     }
                     _ => {}
                 }
@@ -908,6 +914,9 @@ impl World {
                         answer,
                     } if *of == key => {
                         is_mismatch |= answer.status == 422;
+                        if answer.status == 208 && effects.iter().all(Vec::is_empty) {
+                            responses_of_others.push(answer.code.to_owned());
+                        }
                         if answer.status == 201 {
                             let receipt = receipt_in(&answer.body);
                             let Some(receipt) = receipt.filter(|known| self.bank.receipts(key).any(|of| of == *known))
@@ -1010,9 +1019,14 @@ fn receipt_in(body: &str) -> Option<usize> {
 /// The longest time between the lookup of a record and the response.
 const JUST_NOW: Duration = Duration::from_secs(3);
 
+/// Whether the response says that the payment was made.
+fn is_success(answer: &Answer) -> bool {
+    matches!(answer.status, 201 | 208)
+}
+
 /// Whether a client sends no further request after this response.
 fn is_final(answer: &Answer) -> bool {
-    answer.status == 201
+    is_success(answer)
         || answer.status == 422
         || matches!(
             (answer.status, answer.code),

@@ -1,0 +1,417 @@
+//! The entries of a process: requests over HTTP, messages of a broker, and one-time calls.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use tower::util::BoxCloneSyncService;
+use tower::{Layer, ServiceExt, service_fn};
+use tower_idempotency::client::{self, Failure, Once, OnceError, once};
+use tower_idempotency::protocol::{Outcome, Resolution, StorageKey};
+use tower_idempotency::receiver::{HandlerErrorClass, MessageLease, Receipt, ReceiveError, ReceiverLayer};
+use tower_idempotency::{
+    DoNotStore, Drain, IdempotencyLayer, Lease, LostAttempt, OnError, Recovered, Refusal, StoreOutcomeOnly,
+};
+
+use crate::history::Event;
+use crate::link::{Answer, Link, Message, RemoteStore, Sender, Shared};
+use crate::plan::{Kind, Mode, Plan};
+use crate::work::{Attempt, Failed, Size, check, pay};
+
+pub(crate) const STORE_TIMEOUT: Duration = Duration::from_millis(400);
+pub(crate) const COMPLETION_TIMEOUT: Duration = Duration::from_millis(1_500);
+const RESPONSE_LIMIT: usize = 1_000;
+
+/// A message of a broker.
+#[derive(Clone)]
+pub(crate) struct Delivery {
+    key: usize,
+    payload: &'static str,
+    lease: Option<MessageLease>,
+}
+
+#[derive(Clone)]
+pub(crate) enum Entry {
+    Http(BoxCloneSyncService<Request<Full<Bytes>>, Response<Full<Bytes>>, Infallible>),
+    Message(BoxCloneSyncService<Delivery, Receipt<String>, ReceiveError<Failed>>),
+    Once(Arc<OneTimeCalls>),
+}
+
+impl Entry {
+    pub(crate) fn new(plan: &Plan, link: &Link) -> (Self, Drain) {
+        let (seed, mode) = (plan.seed, plan.mode);
+        match plan.kind {
+            Kind::Http => {
+                let (layer, link) = (layer(plan, link), link.clone());
+                let handler = service_fn(move |request| {
+                    let link = link.clone();
+                    async move { Ok::<_, Infallible>(handle(&link, seed, mode, request).await) }
+                });
+                let drain = layer.drain();
+                (Self::Http(BoxCloneSyncService::new(layer.layer(handler))), drain)
+            }
+            Kind::Message => {
+                let (layer, link) = (receiver(plan, link), link.clone());
+                let handler = service_fn(move |delivery: Delivery| {
+                    let link = link.clone();
+                    async move { receive(&link, seed, mode, delivery).await }
+                });
+                let drain = layer.drain();
+                (Self::Message(BoxCloneSyncService::new(layer.layer(handler))), drain)
+            }
+            Kind::Once => {
+                let drain = Drain::default();
+                let calls = OneTimeCalls {
+                    plan: plan.clone(),
+                    link: link.clone(),
+                    drain: drain.clone(),
+                };
+                (Self::Once(Arc::new(calls)), drain)
+            }
+        }
+    }
+
+    pub(crate) async fn call(self, key: usize, is_other_body: bool) -> Answer {
+        let payload = if is_other_body { "other" } else { "pay" };
+        match self {
+            Self::Http(service) => {
+                let request = Request::post(format!("/pay/{key}"))
+                    .header("idempotency-key", name_of(key))
+                    .body(Full::from(payload))
+                    .unwrap();
+                match service.oneshot(request).await {
+                    Ok(response) => answer(response).await,
+                    Err(never) => match never {},
+                }
+            }
+            Self::Message(service) => {
+                let lease = None;
+                received(service.oneshot(Delivery { key, payload, lease }).await)
+            }
+            Self::Once(calls) => calls.call(key, payload).await,
+        }
+    }
+}
+
+pub(crate) fn name_of(key: usize) -> String {
+    format!("key-{key}")
+}
+
+/// Makes the link of an operator's layer, which sends no messages.
+fn link_of_operators(shared: &Arc<Mutex<Shared>>) -> Link {
+    let (process, incarnation) = (0, 0);
+    Link {
+        shared: Arc::clone(shared),
+        sender: Sender { process, incarnation },
+    }
+}
+
+/// Returns the name of the record of a key.
+pub(crate) fn storage_key(plan: &Plan, shared: &Arc<Mutex<Shared>>, key: usize) -> StorageKey {
+    let link = link_of_operators(shared);
+    match plan.kind {
+        Kind::Http => layer(plan, &link).storage_key(None, &name_of(key)).unwrap(),
+        Kind::Message => receiver(plan, &link).storage_key(name_of(key)).unwrap(),
+        Kind::Once => storage_key_of_call(plan, key),
+    }
+}
+
+/// Makes the resolution of an operator who has found a receipt at the bank.
+pub(crate) fn found(plan: &Plan, shared: &Arc<Mutex<Shared>>, receipt: usize) -> Resolution {
+    let outcome = match plan.kind {
+        Kind::Http => {
+            let layer = layer(plan, &link_of_operators(shared));
+            layer.outcome_of(created(format!("an operator found receipt {receipt}\n")))
+        }
+        Kind::Message | Kind::Once => Outcome::Tombstone,
+    };
+    Resolution::Completed(outcome, plan.retention)
+}
+
+fn created<B: From<String>>(body: String) -> Response<B> {
+    let mut response = Response::new(B::from(body));
+    *response.status_mut() = StatusCode::CREATED;
+    response
+}
+
+/// The response of a process that has a code in place of a body.
+fn refused(status: u16, code: &'static str) -> Answer {
+    Answer {
+        status,
+        code,
+        is_replay: false,
+        body: String::new(),
+    }
+}
+
+// Requests over HTTP.
+
+fn layer(plan: &Plan, link: &Link) -> IdempotencyLayer<RemoteStore> {
+    let layer = IdempotencyLayer::new(RemoteStore(link.clone()))
+        .require_key()
+        .with_lease(plan.lease)
+        .with_retention(plan.retention)
+        .with_wait(plan.wait)
+        .with_store_timeout(STORE_TIMEOUT)
+        .with_completion_timeout(COMPLETION_TIMEOUT)
+        .with_response_limit(RESPONSE_LIMIT)
+        .on_error(OnError::Unknown);
+    match plan.mode {
+        Mode::AtMostOnce => layer,
+        Mode::ReleaseFailures => layer.on_error(OnError::Release),
+        Mode::AtLeastOnce => layer.at_least_once().with_max_attempts(plan.max_attempts),
+        Mode::Recover => {
+            let link = link.clone();
+            layer
+                .with_recovery(move |lost| recover(link.clone(), lost))
+                .with_max_attempts(plan.max_attempts)
+        }
+    }
+}
+
+async fn recover(link: Link, lost: LostAttempt) -> Recovered<Response<Bytes>> {
+    let (key, id) = (key_of(lost.head.uri.path()), lost.derive_key("charge"));
+    match check(&link, key, id, lost.fence.as_u64()).await {
+        Recovered::Happened(body) => Recovered::Happened(created(body)),
+        Recovered::NotHappened => Recovered::NotHappened,
+        Recovered::Unknown => Recovered::Unknown,
+    }
+}
+
+fn key_of(path: &str) -> usize {
+    path.rsplit('/').next().unwrap().parse().unwrap()
+}
+
+async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Full<Bytes>>) -> Response<Full<Bytes>> {
+    let lease = request.extensions().get::<Lease>().unwrap();
+    let attempt = Attempt {
+        key: key_of(request.uri().path()),
+        number: lease.attempt().number(),
+        fence: lease.fence().as_u64(),
+        id: lease.derive_key("charge"),
+    };
+    let (body, size) = match pay(link, seed, mode, attempt).await {
+        Ok(paid) => paid,
+        Err(failed) => {
+            let mut response = Response::new(Full::from("failed"));
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            if failed == Failed::WithoutEffect {
+                response.extensions_mut().insert(DoNotStore);
+            }
+            return response;
+        }
+    };
+    match size {
+        Size::Usual => created(body),
+        Size::NotStored => {
+            let mut response = created(body);
+            response.extensions_mut().insert(StoreOutcomeOnly);
+            response
+        }
+        Size::TooLong => created(body + &".".repeat(RESPONSE_LIMIT)),
+    }
+}
+
+async fn answer(response: Response<Full<Bytes>>) -> Answer {
+    let code = response.extensions().get::<Refusal>().map_or("", Refusal::code);
+    let is_replay = response.headers().contains_key("idempotent-replayed");
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let body = match code {
+        "" => String::from_utf8(body.to_vec())
+            .unwrap()
+            .trim_end_matches('.')
+            .to_owned(),
+        _ => String::new(),
+    };
+    Answer {
+        status,
+        code,
+        is_replay,
+        body,
+    }
+}
+
+// Messages of a broker.
+
+fn receiver(plan: &Plan, link: &Link) -> ReceiverLayer<RemoteStore, Delivery> {
+    let layer = ReceiverLayer::new(RemoteStore(link.clone()), "payments")
+        .with_id(|delivery: &Delivery| name_of(delivery.key))
+        .with_payload(|delivery| delivery.payload.as_bytes())
+        .pass_lease(|delivery, lease| delivery.lease = Some(lease))
+        .with_lease(plan.lease)
+        .with_retention(plan.retention)
+        .with_wait(plan.wait)
+        .with_store_timeout(STORE_TIMEOUT)
+        .with_completion_timeout(COMPLETION_TIMEOUT)
+        .with_error_class(|failed| match failed {
+            Failed::AsSet => HandlerErrorClass::Redeliver,
+            Failed::WithoutEffect => HandlerErrorClass::Reject,
+        })
+        .on_error(OnError::Unknown);
+    match plan.mode {
+        Mode::AtMostOnce => layer,
+        Mode::ReleaseFailures => layer.on_error(OnError::Release),
+        Mode::AtLeastOnce => layer.at_least_once().with_max_attempts(plan.max_attempts),
+        Mode::Recover => {
+            let link = link.clone();
+            layer
+                .with_recovery(move |delivery, lease| {
+                    let (link, key, id) = (link.clone(), delivery.key, lease.id("charge"));
+                    async move {
+                        match check(&link, key, id, lease.fence().as_u64()).await {
+                            Recovered::Happened(_) => Recovered::Happened(()),
+                            Recovered::NotHappened => Recovered::NotHappened,
+                            Recovered::Unknown => Recovered::Unknown,
+                        }
+                    }
+                })
+                .with_max_attempts(plan.max_attempts)
+        }
+    }
+}
+
+async fn receive(link: &Link, seed: u64, mode: Mode, delivery: Delivery) -> Result<String, Failed> {
+    let (key, lease) = (delivery.key, delivery.lease.unwrap());
+    let attempt = Attempt {
+        key,
+        number: lease.attempt(),
+        fence: lease.fence().as_u64(),
+        id: lease.id("charge"),
+    };
+    let paid = pay(link, seed, mode, attempt).await;
+    if paid == Err(Failed::WithoutEffect) {
+        link.note(Event::Rejected { key });
+    }
+    paid.map(|(body, _)| body)
+}
+
+/// A message has no response. A duplicate only tells that it was handled.
+fn received(received: Result<Receipt<String>, ReceiveError<Failed>>) -> Answer {
+    match received {
+        Ok(Receipt::First(body)) => Answer {
+            status: 201,
+            code: "",
+            is_replay: false,
+            body,
+        },
+        Ok(Receipt::Duplicate) => refused(208, "handled-before"),
+        Ok(Receipt::InFlight { .. }) => refused(409, "outstanding"),
+        Ok(Receipt::Unknown) => refused(409, "outcome-unknown"),
+        Err(ReceiveError::Mismatch) => refused(422, "mismatch"),
+        Err(ReceiveError::Handler(_) | ReceiveError::Panicked | ReceiveError::Rejected(_)) => refused(500, "failed"),
+        Err(ReceiveError::Unrecorded(_)) => refused(503, "outcome-unknown"),
+        Err(ReceiveError::Store(_)) => refused(503, "store-unavailable"),
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
+// One-time calls.
+
+pub(crate) struct OneTimeCalls {
+    plan: Plan,
+    link: Link,
+    drain: Drain,
+}
+
+impl OneTimeCalls {
+    fn once(&self, key: usize, payload: &str) -> Once<RemoteStore> {
+        once(RemoteStore(self.link.clone()), name_of(key))
+            .with_input(payload)
+            .with_drain(&self.drain)
+            .with_lease(self.plan.lease)
+            .with_retention(self.plan.retention)
+            .with_wait(self.plan.wait)
+            .with_store_timeout(STORE_TIMEOUT)
+            .with_completion_timeout(COMPLETION_TIMEOUT)
+            .with_max_attempts(self.plan.max_attempts)
+    }
+
+    async fn call(&self, key: usize, payload: &str) -> Answer {
+        let (seed, mode, once) = (self.plan.seed, self.plan.mode, self.once(key, payload));
+        let link = self.link.clone();
+        let call = move |attempt| async move { pay_once(&link, seed, mode, key, &attempt).await };
+        let link = self.link.clone();
+        let made = match mode {
+            Mode::AtMostOnce | Mode::ReleaseFailures => once.run(call).await,
+            Mode::AtLeastOnce => once.at_least_once().run(call).await,
+            Mode::Recover => {
+                let find = move |attempt: client::Attempt| async move {
+                    check(&link, key, attempt.id("charge"), attempt.fence().as_u64()).await
+                };
+                once.run_or_recover(find, call).await
+            }
+        };
+        match made {
+            Ok(done) => Answer {
+                status: 201,
+                code: "",
+                is_replay: done.is_replay(),
+                body: done.into_value(),
+            },
+            Err(OnceError::InFlight { .. }) => refused(409, "outstanding"),
+            Err(OnceError::Mismatch) => refused(422, "mismatch"),
+            Err(OnceError::NotStored) => refused(409, "response-not-stored"),
+            Err(OnceError::NotRun(_)) => refused(503, "store-unavailable"),
+            Err(OnceError::Unknown(None)) => refused(409, "outcome-unknown"),
+            Err(OnceError::Unknown(Some(_)) | OnceError::Failed(_)) => refused(500, "failed"),
+            Err(OnceError::Unrecorded { .. }) => refused(503, "outcome-unknown"),
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+async fn pay_once(
+    link: &Link,
+    seed: u64,
+    mode: Mode,
+    key: usize,
+    attempt: &client::Attempt,
+) -> Result<String, Failure<Failed>> {
+    let paying = Attempt {
+        key,
+        number: attempt.number(),
+        fence: attempt.fence().as_u64(),
+        id: attempt.id("charge"),
+    };
+    match pay(link, seed, mode, paying).await {
+        Ok((body, _)) => Ok(body),
+        Err(Failed::WithoutEffect) => Err(Failure::NotDone(Failed::WithoutEffect)),
+        Err(Failed::AsSet) if mode == Mode::ReleaseFailures => Err(Failure::NotDone(Failed::AsSet)),
+        Err(Failed::AsSet) => Err(Failure::Unknown(Failed::AsSet)),
+    }
+}
+
+/// Returns the name of the record of a one-time call: the key of the first message that the call
+/// sends to its store.
+fn storage_key_of_call(plan: &Plan, key: usize) -> StorageKey {
+    let shared = Arc::new(Mutex::new(Shared::new(plan.seed, 1)));
+    let calls = OneTimeCalls {
+        plan: plan.clone(),
+        link: link_of_operators(&shared),
+        drain: Drain::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut call = pin!(calls.call(key, "pay"));
+        poll_fn(|cx| {
+            assert!(call.as_mut().poll(cx).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+    });
+    let shared = shared.lock().unwrap();
+    match shared.messages.values().next() {
+        Some(Message::ToStore { request, .. }) => request.key(),
+        _ => panic!("a one-time call claims its key first"),
+    }
+}

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Switches off one guard of the engine after the other, and lets the simulation find each.
+
+  guards.py check         checks that each edit of guards.toml fits the sources
+  guards.py run [NAME]    builds a copy of the crate for each guard whose name contains NAME, and runs the simulation
+
+Needs no packages. The copy and its build folder are in the folder of CARGO_TARGET_DIR.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PARTS = ["Cargo.toml", "Cargo.lock", "README.md", "clippy.toml", "benches", "build.rs", "docs", "examples", "src", "tests"]
+SEEDS = 3000
+
+
+def read():
+    guards = tomllib.loads((HERE / "guards.toml").read_text())["guard"]
+    for guard in guards:
+        text = (ROOT / guard["file"]).read_text()
+        count = text.count(guard["from"])
+        if count != 1:
+            sys.exit(f"guards.toml: the text of the guard '{guard['name']}' is {count} times in {guard['file']}, and must be there once")
+        if "unseen" in guard and "by" not in guard:
+            sys.exit(f"guards.toml: the guard '{guard['name']}' needs `by`, the name of the test that shows it")
+    return guards
+
+
+def copy_of_the_crate(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part)
+        elif source.exists():
+            shutil.copy(source, folder / part)
+
+
+def fails(folder, target, guard):
+    """Whether the tests fail without the guard. A copy that does not compile ends the program."""
+    test = guard.get("by", "simulation")
+    command = ["cargo", "test", "--quiet", "--all-features", "--test", test]
+    environment = {**os.environ, "CARGO_TARGET_DIR": str(target), "SIMULATIONS": str(guard.get("seeds", SEEDS))}
+    file = folder / guard["file"]
+    original = file.read_text()
+    file.write_text(original.replace(guard["from"], guard["to"]))
+    built = subprocess.run([*command, "--no-run"], cwd=folder, env=environment, capture_output=True, text=True)
+    if built.returncode:
+        sys.exit(f"The edit of the guard '{guard['name']}' does not compile:\n{built.stderr[-3000:]}")
+    only = [] if "by" in guard else ["no_guarantee_is_violated_under_any_fault"]
+    ran = subprocess.run([*command, *only], cwd=folder, env=environment, capture_output=True, text=True)
+    file.write_text(original)
+    output = (ran.stdout + ran.stderr).splitlines()
+    shown = [line for line in output if line.startswith(("I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8", "I9", "I10", "I11"))]
+    shown += [line.strip() for line in output if line.startswith("seed ") or line.endswith("FAILED")]
+    return ran.returncode != 0, shown[:2]
+
+
+def main():
+    if sys.argv[1:2] not in (["check"], ["run"]):
+        sys.exit(__doc__)
+    guards = read()
+    if sys.argv[1] == "check":
+        print(f"{len(guards)} guards")
+        return
+    part = sys.argv[2] if len(sys.argv) > 2 else ""
+    base = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve() / "guards"
+    copy_of_the_crate(base / "crate")
+    missed = []
+    for guard in guards:
+        if part not in guard["name"]:
+            continue
+        is_found, shown = fails(base / "crate", base / "target", guard)
+        by = f" by the test `{guard['by']}`" if "by" in guard else ""
+        print(("found" if is_found else "MISSED") + f"{by}: {guard['name']} {shown}", flush=True)
+        if not is_found:
+            missed.append(guard["name"])
+    if missed:
+        sys.exit(f"{len(missed)} guards were not missed by any test: {missed}")
+
+
+main()
