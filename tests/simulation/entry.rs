@@ -2,14 +2,18 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::io;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
+use http_body::Frame;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::client::{self, Failure, Once, OnceError, once};
@@ -22,11 +26,20 @@ use tower_idempotency::{
 use crate::history::Event;
 use crate::link::{Answer, Link, Message, RemoteStore, Sender, Shared};
 use crate::plan::{Kind, Mode, Plan};
-use crate::work::{Attempt, Failed, Size, check, pay};
+use crate::work::{Attempt, BODY_PAUSE, Failed, Size, check, pay};
 
 pub(crate) const STORE_TIMEOUT: Duration = Duration::from_millis(400);
 pub(crate) const COMPLETION_TIMEOUT: Duration = Duration::from_millis(1_500);
 const RESPONSE_LIMIT: usize = 1_000;
+
+type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// A request of a client.
+pub(crate) struct Incoming {
+    pub(crate) key: usize,
+    pub(crate) is_other_body: bool,
+    pub(crate) stall: Duration,
+}
 
 /// A message of a broker.
 #[derive(Clone)]
@@ -38,7 +51,7 @@ pub(crate) struct Delivery {
 
 #[derive(Clone)]
 pub(crate) enum Entry {
-    Http(BoxCloneSyncService<Request<Full<Bytes>>, Response<Full<Bytes>>, Infallible>),
+    Http(BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>),
     Message(BoxCloneSyncService<Delivery, Receipt<String>, ReceiveError<Failed>>),
     Once(Arc<OneTimeCalls>),
 }
@@ -77,13 +90,21 @@ impl Entry {
         }
     }
 
-    pub(crate) async fn call(self, key: usize, is_other_body: bool) -> Answer {
+    pub(crate) async fn call(self, request: Incoming) -> Answer {
+        let Incoming {
+            key,
+            is_other_body,
+            stall,
+        } = request;
         let payload = if is_other_body { "other" } else { "pay" };
         match self {
             Self::Http(service) => {
                 let request = Request::post(format!("/pay/{key}"))
                     .header("idempotency-key", name_of(key))
-                    .body(Full::from(payload))
+                    .body(match stall {
+                        Duration::ZERO => body(payload.to_owned()),
+                        stall => body_in_parts(&payload[..2], stall, Ok(&payload[2..])),
+                    })
                     .unwrap();
                 match service.oneshot(request).await {
                     Ok(response) => answer(response).await,
@@ -127,17 +148,33 @@ pub(crate) fn found(plan: &Plan, shared: &Arc<Mutex<Shared>>, receipt: usize) ->
     let outcome = match plan.kind {
         Kind::Http => {
             let layer = layer(plan, &link_of_operators(shared));
-            layer.outcome_of(created(format!("an operator found receipt {receipt}\n")))
+            layer.outcome_of(created(Bytes::from(format!("an operator found receipt {receipt}\n"))))
         }
         Kind::Message | Kind::Once => Outcome::Tombstone,
     };
     Resolution::Completed(outcome, plan.retention)
 }
 
-fn created<B: From<String>>(body: String) -> Response<B> {
-    let mut response = Response::new(B::from(body));
+fn created<B>(body: B) -> Response<B> {
+    let mut response = Response::new(body);
     *response.status_mut() = StatusCode::CREATED;
     response
+}
+
+fn body(text: String) -> Body {
+    let body = Full::from(text);
+    body.map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A body of two parts.
+fn body_in_parts(first: &str, pause: Duration, second: io::Result<&str>) -> Body {
+    let second = second.map(|part| Bytes::from(part.to_owned()));
+    let parts = [(Duration::ZERO, Ok(Bytes::from(first.to_owned()))), (pause, second)];
+    let frames = stream::iter(parts).then(|(pause, part)| async move {
+        tokio::time::sleep(pause).await;
+        part.map(Frame::data)
+    });
+    StreamBody::new(frames).boxed_unsync()
 }
 
 /// The response of a process that has a code in place of a body.
@@ -153,11 +190,12 @@ fn refused(status: u16, code: &'static str) -> Answer {
 // Requests over HTTP.
 
 fn layer(plan: &Plan, link: &Link) -> IdempotencyLayer<RemoteStore> {
+    let (lease, wait) = plan.settings(link.sender.incarnation);
     let layer = IdempotencyLayer::new(RemoteStore(link.clone()))
         .require_key()
-        .with_lease(plan.lease)
+        .with_lease(lease)
         .with_retention(plan.retention)
-        .with_wait(plan.wait)
+        .with_wait(wait)
         .with_store_timeout(STORE_TIMEOUT)
         .with_completion_timeout(COMPLETION_TIMEOUT)
         .with_response_limit(RESPONSE_LIMIT)
@@ -178,7 +216,7 @@ fn layer(plan: &Plan, link: &Link) -> IdempotencyLayer<RemoteStore> {
 async fn recover(link: Link, lost: LostAttempt) -> Recovered<Response<Bytes>> {
     let (key, id) = (key_of(lost.head.uri.path()), lost.derive_key("charge"));
     match check(&link, key, id, lost.fence.as_u64()).await {
-        Recovered::Happened(body) => Recovered::Happened(created(body)),
+        Recovered::Happened(text) => Recovered::Happened(created(Bytes::from(text))),
         Recovered::NotHappened => Recovered::NotHappened,
         Recovered::Unknown => Recovered::Unknown,
     }
@@ -188,7 +226,7 @@ fn key_of(path: &str) -> usize {
     path.rsplit('/').next().unwrap().parse().unwrap()
 }
 
-async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Full<Bytes>>) -> Response<Full<Bytes>> {
+async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Body>) -> Response<Body> {
     let lease = request.extensions().get::<Lease>().unwrap();
     let attempt = Attempt {
         key: key_of(request.uri().path()),
@@ -196,10 +234,10 @@ async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Full<Bytes>
         fence: lease.fence().as_u64(),
         id: lease.derive_key("charge"),
     };
-    let (body, size) = match pay(link, seed, mode, attempt).await {
+    let (text, size) = match pay(link, seed, mode, attempt).await {
         Ok(paid) => paid,
         Err(failed) => {
-            let mut response = Response::new(Full::from("failed"));
+            let mut response = Response::new(body("failed".to_owned()));
             *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             if failed == Failed::WithoutEffect {
                 response.extensions_mut().insert(DoNotStore);
@@ -208,21 +246,29 @@ async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Full<Bytes>
         }
     };
     match size {
-        Size::Usual => created(body),
+        Size::Usual => created(body(text)),
+        Size::Slow => created(body_in_parts("", BODY_PAUSE, Ok(&text))),
+        Size::Broken => {
+            let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+            created(body_in_parts(&text, Duration::ZERO, Err(reset)))
+        }
         Size::NotStored => {
-            let mut response = created(body);
+            let mut response = created(body(text));
             response.extensions_mut().insert(StoreOutcomeOnly);
             response
         }
-        Size::TooLong => created(body + &".".repeat(RESPONSE_LIMIT)),
+        Size::TooLong => created(body(text + &".".repeat(RESPONSE_LIMIT))),
     }
 }
 
-async fn answer(response: Response<Full<Bytes>>) -> Answer {
+async fn answer(response: Response<Body>) -> Answer {
     let code = response.extensions().get::<Refusal>().map_or("", Refusal::code);
     let is_replay = response.headers().contains_key("idempotent-replayed");
     let status = response.status().as_u16();
-    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let Ok(body) = response.into_body().collect().await else {
+        return refused(502, "broken");
+    };
+    let body = body.to_bytes();
     let body = match code {
         "" => String::from_utf8(body.to_vec())
             .unwrap()
@@ -241,13 +287,14 @@ async fn answer(response: Response<Full<Bytes>>) -> Answer {
 // Messages of a broker.
 
 fn receiver(plan: &Plan, link: &Link) -> ReceiverLayer<RemoteStore, Delivery> {
+    let (lease, wait) = plan.settings(link.sender.incarnation);
     let layer = ReceiverLayer::new(RemoteStore(link.clone()), "payments")
         .with_id(|delivery: &Delivery| name_of(delivery.key))
         .with_payload(|delivery| delivery.payload.as_bytes())
         .pass_lease(|delivery, lease| delivery.lease = Some(lease))
-        .with_lease(plan.lease)
+        .with_lease(lease)
         .with_retention(plan.retention)
-        .with_wait(plan.wait)
+        .with_wait(wait)
         .with_store_timeout(STORE_TIMEOUT)
         .with_completion_timeout(COMPLETION_TIMEOUT)
         .with_error_class(|failed| match failed {
@@ -322,12 +369,13 @@ pub(crate) struct OneTimeCalls {
 
 impl OneTimeCalls {
     fn once(&self, key: usize, payload: &str) -> Once<RemoteStore> {
+        let (lease, wait) = self.plan.settings(self.link.sender.incarnation);
         once(RemoteStore(self.link.clone()), name_of(key))
             .with_input(payload)
             .with_drain(&self.drain)
-            .with_lease(self.plan.lease)
+            .with_lease(lease)
             .with_retention(self.plan.retention)
-            .with_wait(self.plan.wait)
+            .with_wait(wait)
             .with_store_timeout(STORE_TIMEOUT)
             .with_completion_timeout(COMPLETION_TIMEOUT)
             .with_max_attempts(self.plan.max_attempts)

@@ -59,6 +59,8 @@ pub(crate) struct Try {
     pub(crate) patience: Duration,
     /// The pause before the next request.
     pub(crate) pause: Duration,
+    /// How long the body of the request stands still in its middle.
+    pub(crate) stall: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,6 +121,8 @@ pub(crate) struct Plan {
     pub(crate) keys: usize,
     pub(crate) lease: Duration,
     pub(crate) wait: Duration,
+    /// The lease and the wait of every other process, after a deployment that changes the settings.
+    pub(crate) changed: (Duration, Duration),
     pub(crate) retention: Duration,
     pub(crate) max_attempts: u32,
     /// The chance, in percent, that an operation of several steps stands still for another moment.
@@ -151,6 +155,7 @@ impl Plan {
             keys,
             lease: Duration::from_millis(lease),
             wait: Duration::from_millis(wait),
+            changed: (Duration::from_millis(lease), Duration::from_millis(wait)),
             retention: DAY,
             max_attempts,
             pause_percent: [50, 90, 98][usize::try_from(seed % 3).unwrap()],
@@ -164,6 +169,12 @@ impl Plan {
             .collect();
         if random.chance(40) && plan.may_expire() {
             plan.retention = SHORT_RETENTION;
+        }
+        if random.chance(30) {
+            plan.changed = (
+                Duration::from_millis(random.pick(&[1_000, 2_000, 3_000])),
+                Duration::from_millis(random.pick(&[0, 300, 2_000])),
+            );
         }
         let mut random = Random::new(seed, 5);
         let actions = (0..random.below(10)).map(|_| Action {
@@ -190,6 +201,22 @@ impl Plan {
         matches!(self.mode, Mode::AtMostOnce | Mode::ReleaseFailures) && stands.sum::<Duration>() < FREEZE_LIMIT
     }
 
+    /// The lease and the wait of a process.
+    pub(crate) fn settings(&self, incarnation: usize) -> (Duration, Duration) {
+        match incarnation % 2 {
+            0 => (self.lease, self.wait),
+            _ => self.changed,
+        }
+    }
+
+    pub(crate) fn longest_lease(&self) -> Duration {
+        self.lease.max(self.changed.0)
+    }
+
+    pub(crate) fn longest_wait(&self) -> Duration {
+        self.wait.max(self.changed.1)
+    }
+
     /// A short name of the whole plan. It tells whether a later version of the simulation still
     /// makes the same plan from the seed.
     pub(crate) fn tag(&self) -> String {
@@ -198,6 +225,8 @@ impl Plan {
     }
 }
 
+/// The longest stall of the body of a request, in milliseconds.
+pub(crate) const LONGEST_STALL: u64 = 800;
 const DAY: Duration = Duration::from_secs(86_400);
 /// Longer than any handler, with all messages on their way.
 const SHORT_RETENTION: Duration = Duration::from_secs(15);
@@ -211,6 +240,10 @@ fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
             false => Duration::from_secs(60),
         },
         pause: random.millis(1..1_500),
+        stall: match random.chance(15) {
+            true => random.millis(0..LONGEST_STALL),
+            false => Duration::ZERO,
+        },
     });
     Operation {
         tries: tries.collect(),

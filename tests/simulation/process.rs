@@ -8,7 +8,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tower_idempotency::Drain;
 
-use crate::entry::Entry;
+use crate::entry::{Entry, Incoming};
 use crate::link::{Link, Sender, Shared};
 use crate::plan::Plan;
 
@@ -71,10 +71,10 @@ impl Process {
     }
 
     /// Takes a request.
-    pub(crate) fn take(&mut self, operation: usize, number: usize, key: usize, is_other_body: bool) {
+    pub(crate) fn take(&mut self, operation: usize, number: usize, request: Incoming) {
         let (entry, link) = (self.entry.clone(), self.link.clone());
         let task = self.runtime.spawn(async move {
-            link.respond(operation, number, entry.call(key, is_other_body).await);
+            link.respond(operation, number, entry.call(request).await);
         });
         self.requests.push((operation, number, task.abort_handle()));
     }

@@ -11,8 +11,10 @@ use crate::link::Link;
 use crate::plan::Mode;
 use crate::random::Random;
 
-/// The longest time of a handler, with its call to the bank.
-pub(crate) const HANDLER: Duration = Duration::from_millis(1_500 + 1_500 + 500);
+/// The pause in the middle of a slow body.
+pub(crate) const BODY_PAUSE: Duration = Duration::from_millis(700);
+/// The longest time of a handler, with its call to the bank and its body.
+pub(crate) const HANDLER: Duration = Duration::from_millis(1_500 + 1_500 + 500 + 700);
 
 /// One attempt at a payment.
 pub(crate) struct Attempt {
@@ -39,6 +41,10 @@ pub(crate) enum Size {
     /// The layer stores only that the handler ran.
     NotStored,
     TooLong,
+    /// The body comes in two parts, with a pause between them.
+    Slow,
+    /// The body breaks off.
+    Broken,
 }
 
 /// Pays, and returns the text of the response.
@@ -99,6 +105,8 @@ pub(crate) async fn pay(link: &Link, seed: u64, mode: Mode, attempt: Attempt) ->
     let size = match random.below(20) {
         0 => Size::NotStored,
         1 => Size::TooLong,
+        2 => Size::Slow,
+        3 => Size::Broken,
         _ => Size::Usual,
     };
     Ok((body, size))

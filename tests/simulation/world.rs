@@ -7,11 +7,11 @@ use tower_idempotency::protocol::{Fence, Resolution, ResolveResult, Status, Stor
 
 use crate::ablated::Rule;
 use crate::bank::{Bank, BankReply};
-use crate::entry::{COMPLETION_TIMEOUT, STORE_TIMEOUT, found, storage_key};
+use crate::entry::{COMPLETION_TIMEOUT, Incoming, STORE_TIMEOUT, found, storage_key};
 use crate::history::Event;
 use crate::host::{Ended, Host};
 use crate::link::{Answer, Message, Sender, Shared, StoreReply, StoreRequest};
-use crate::plan::{Fault, Mode, Operation, Plan, Planned, Try};
+use crate::plan::{Fault, LONGEST_STALL, Mode, Operation, Plan, Planned, Try};
 use crate::process::Process;
 use crate::random::Random;
 use crate::work::HANDLER;
@@ -133,8 +133,7 @@ impl World {
         self.run_until(Duration::from_secs(90), |world| {
             world.clients.iter().all(|(client, _)| *client == Client::Done)
         });
-        let lease = self.plan.lease;
-        self.run_for(2 * lease);
+        self.run_for(2 * self.plan.longest_lease());
         for key in 0..self.plan.keys {
             self.ask_for_the_outcome(key);
         }
@@ -413,6 +412,7 @@ impl World {
                     process,
                     patience,
                     pause,
+                    ..
                 },
             ) = (*key, tries[number]);
             match client {
@@ -539,15 +539,21 @@ impl World {
 
     fn arrive(&mut self, operation: usize, number: usize) {
         let is_current = matches!(self.clients[operation], (Client::Waiting { .. }, at) if at == number);
-        let (key, process) = (
-            self.operations[operation].key,
-            self.operations[operation].tries[number].process,
-        );
+        let key = self.operations[operation].key;
+        let Try { process, stall, .. } = self.operations[operation].tries[number];
         let is_other_body = self.operations[operation].is_other_body;
         match &mut self.processes[process] {
             // A client that has left before its request arrived has closed the connection.
             _ if !is_current => {}
-            Some(process) => process.take(operation, number, key, is_other_body),
+            Some(process) => process.take(
+                operation,
+                number,
+                Incoming {
+                    key,
+                    is_other_body,
+                    stall,
+                },
+            ),
             None => self.reset(operation),
         }
     }
@@ -590,7 +596,8 @@ impl World {
 
     /// The time in which every request must have a response, if its process runs.
     fn longest_response(&self) -> Duration {
-        self.plan.wait + HANDLER + COMPLETION_TIMEOUT + 4 * STORE_TIMEOUT
+        let stall = Duration::from_millis(LONGEST_STALL);
+        stall + self.plan.longest_wait() + HANDLER + COMPLETION_TIMEOUT + 4 * STORE_TIMEOUT
     }
 
     fn begin_and_end_faults(&mut self) {
@@ -764,6 +771,7 @@ impl World {
             process: number % processes,
             patience: Duration::from_secs(60),
             pause: Duration::from_millis(500),
+            stall: Duration::ZERO,
         });
         self.operations.push(Operation {
             at: now,
@@ -808,7 +816,7 @@ impl World {
             }
             self.step();
         }
-        self.run_for(2 * self.plan.lease);
+        self.run_for(2 * self.plan.longest_lease());
         for number in 0..self.processes.len() {
             let tasks = self.processes[number].as_ref().map_or(0, Process::alive_tasks);
             if tasks > 0 && self.violations.is_empty() {
