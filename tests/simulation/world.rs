@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tower_idempotency::protocol::{Fence, Resolution, ResolveResult, Status, StorageKey};
+use tower_idempotency::protocol::{Decision, Fence, Resolution, ResolveResult, Status, StorageKey};
 
 use crate::ablated::Rule;
 use crate::bank::{Bank, BankReply};
@@ -385,6 +385,12 @@ impl World {
             Ok(None) => {}
             Err(what) => self.violate(format!("{what} (key {number})")),
         }
+        if matches!(reply, Ok(StoreReply::Claim(Decision::Wait { .. }))) && self.waits_for_itself(number, from) {
+            self.violate(format!(
+                "I7: process {} waits for its own grant of key {number}",
+                from.process
+            ));
+        }
         if let (StoreRequest::Resolve(.., Resolution::Absent), Ok(StoreReply::Resolve(ResolveResult::Resolved))) =
             (&request, &reply)
         {
@@ -399,6 +405,30 @@ impl World {
             let message = Message::FromStore { to: from, reply, place };
             self.shared().send_about(&key, from, message);
         }
+    }
+
+    /// Whether the process has the key already, because the reply to its claim was lost. The process
+    /// repeats that claim, and must not get another decision. Only a process with one request under
+    /// the key is judged: each further request may make a claim of its own.
+    fn waits_for_itself(&self, key: usize, from: Sender) -> bool {
+        let (mut sent, mut granted, mut began) = (0, None, Vec::new());
+        for (_, event) in &self.shared().history.0 {
+            match *event {
+                Event::Sent { key: of, process, .. } if (of, process) == (key, from.process) => sent += 1,
+                Event::Began { key: of, fence, .. } if of == key => began.push(fence),
+                Event::Granted {
+                    key: of,
+                    process,
+                    incarnation,
+                    fence,
+                    ..
+                } if of == key => {
+                    granted = Some(fence).filter(|_| (process, incarnation) == (from.process, from.incarnation));
+                }
+                _ => {}
+            }
+        }
+        self.plan.mode != Mode::Recover && sent == 1 && granted.is_some_and(|fence| !began.contains(&fence))
     }
 
     fn act_for_clients(&mut self) {
