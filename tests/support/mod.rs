@@ -95,6 +95,8 @@ pub enum Fault {
     Hang,
     /// The operation succeeds after this number of seconds.
     Slow(u8),
+    /// The operation takes effect at once, and its reply takes this number of seconds.
+    SlowReply(u8),
     /// The record cannot be read.
     Corrupt,
     /// The operation fails because the store is misconfigured, and has no effect.
@@ -213,9 +215,12 @@ impl RemoteStore {
             Some(Fault::Panic) => panic!("the test wants this operation to panic"),
             Some(Fault::Hang) => return std::future::pending().await,
             Some(Fault::Slow(seconds)) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
-            Some(Fault::After) | None => {}
+            Some(Fault::After | Fault::SlowReply(_)) | None => {}
         }
         let reply = self.apply(key, transition);
+        if let Some(Fault::SlowReply(seconds)) = fault {
+            tokio::time::sleep(Duration::from_secs(seconds.into())).await;
+        }
         yield_times(self.0.yields.load(Ordering::SeqCst)).await;
         if self.0.timers.load(Ordering::SeqCst) {
             tokio::time::sleep(Duration::from_millis(1)).await;

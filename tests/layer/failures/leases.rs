@@ -11,7 +11,7 @@ use http::{Request, StatusCode};
 use tokio::runtime::{Builder, Runtime};
 use tower::{Layer, service_fn};
 use tower_idempotency::protocol::{Resolution, Status};
-use tower_idempotency::{IdempotencyLayer, OnError, OnLost, Store};
+use tower_idempotency::{IdempotencyLayer, Lease, OnError, OnLost, Store};
 
 use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, post, send, start, text};
 
@@ -226,6 +226,46 @@ async fn a_renewal_in_flight_does_not_extend_a_lease_that_its_owner_ends() {
         assert_eq!(elsewhere(&store, &handler).await.status(), 201, "{on_error:?}");
         assert_eq!(handler.runs(), 1);
     }
+}
+
+/// The store starts the lease when it grants the key, not when its reply arrives.
+#[tokio::test(start_paused = true)]
+async fn a_lease_whose_grant_arrives_late_is_renewed_in_time() {
+    const LEASE: Duration = Duration::from_secs(12);
+    let store = RemoteStore::new();
+    let layer = layer(&store).with_lease(LEASE).with_store_timeout(LEASE);
+    let handler = Handler::new().taking(2 * LEASE);
+    store.fail("claim", [Fault::SlowReply(9)]);
+    let owner = start(&layer.layer(handler.clone()), post("k", "pay"));
+    // A third of the lease after the reply would be at 13 s.
+    tokio::time::sleep(LEASE + Duration::from_millis(500)).await;
+    assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
+    assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_whose_key_was_taken_over_learns_it_from_the_next_renewal() {
+    let store = RemoteStore::new();
+    let (looks, held) = mpsc::channel();
+    let handler = service_fn(move |request: Request<AnyBody>| {
+        let looks = looks.clone();
+        async move {
+            let lease = request.extensions().get::<Lease>().unwrap();
+            for _ in 0..2 {
+                tokio::time::sleep(2 * LEASE).await;
+                looks.send(lease.is_held()).unwrap();
+            }
+            Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "too late"))
+        }
+    });
+    store.fail("renew", [Fault::Before; 1_000]);
+    let _owner = start(&layer(&store).layer(handler), post("k", "pay"));
+    tokio::time::sleep(2 * LEASE + LEASE / 2).await;
+    let _new_owner = start(&layer(&store).layer(Handler::new().taking(4 * LEASE)), post("k", "pay"));
+    tokio::time::sleep(LEASE / 10).await;
+    store.heal();
+    tokio::time::sleep(2 * LEASE).await;
+    assert_eq!(held.try_iter().collect::<Vec<_>>(), [true, false]);
 }
 
 #[tokio::test(start_paused = true)]
