@@ -1,6 +1,7 @@
 //! The authority of a request, in the form in which fingerprints compare it.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
 
 use http::Uri;
 use http::header::{HOST, HeaderMap, HeaderValue};
@@ -81,7 +82,8 @@ impl<'r> Authority<'r> {
     }
 }
 
-/// Parses `[userinfo@]host[:port]`. Returns `None` if the text has another form.
+/// Parses `[userinfo@]host[:port]`. Returns `None` if the text has another form, or if its port is 0,
+/// which no server has. In the hash, 0 stands for no port.
 fn read(authority: &[u8]) -> Option<Authority<'_>> {
     // Fast path: most hosts are a plain name without a port.
     let is_plain = authority.iter().all(|byte| IS_PLAIN[usize::from(*byte)]);
@@ -105,7 +107,8 @@ fn read(authority: &[u8]) -> Option<Authority<'_>> {
     let port = match port {
         [] | [b':'] => None,
         [b':', digits @ ..] if digits.iter().all(u8::is_ascii_digit) => {
-            Some(std::str::from_utf8(digits).ok()?.parse().ok()?)
+            let port = std::str::from_utf8(digits).ok()?.parse().ok()?;
+            Some(NonZeroU16::new(port)?.get())
         }
         _ => return None,
     };
@@ -191,6 +194,8 @@ mod tests {
         let hosts = [
             "a.example",
             "b.example",
+            "a.example:0",
+            "a.example:00",
             "a.example:8080",
             "a.example:8443",
             "example",
