@@ -169,8 +169,10 @@ impl Server {
             .await;
         let is_replicated = exchanged.is_replicated;
         let mut reply = exchanged.reply()?;
-        if reply.word() == b"absent" {
-            return Ok(None);
+        match reply.word() {
+            b"absent" => return Ok(None),
+            b"record" => {}
+            _ => return Err(failure::UNEXPECTED_REPLY),
         }
         let (record, now) = record_at(&mut reply)?;
         if record.is_completed() && !is_replicated {
