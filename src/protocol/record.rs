@@ -229,8 +229,11 @@ impl Record {
                 let mut done = record.clone().completed(outcome.clone(), *retention, now);
                 // The owner may still be alive, and its own outcome may differ. If it stayed the
                 // owner, its completion would count as a repeat, and its caller would get another
-                // response than all other callers (I2).
-                done.owner.nonce = record.owner.nonce.disowned();
+                // response than all other callers (I2). A rejection completes nothing, so the owner
+                // remains, and a record is disowned only once. A second time would undo the first.
+                if done.is_completed() {
+                    done.owner.nonce = record.owner.nonce.disowned();
+                }
                 Transition::put(ResolveResult::Resolved, done)
             }
         }

@@ -324,6 +324,21 @@ fn an_operator_resolves_only_what_is_lost_and_only_the_attempt_that_was_looked_a
     assert_eq!(store.granted(&claim(3)).attempt, 1);
 }
 
+/// Each resolution inverted the nonce, so a second one made the previous owner the owner again. The
+/// late completion of that owner then counted as a repeat.
+#[test]
+fn an_owner_that_comes_back_after_two_resolutions_gets_the_outcome_that_stands() {
+    let mut store = One::new();
+    let owner = store.granted(&claim(1)).owner;
+    store.pass(LEASE);
+    let rejected = Resolution::Completed(Outcome::Rejected, RETENTION);
+    let found = Resolution::Completed(stored("found"), RETENTION);
+    assert_eq!(store.resolve(owner.fence, &rejected), ResolveResult::Resolved);
+    assert_eq!(store.resolve(owner.fence, &found), ResolveResult::Resolved);
+    let stands = Completion::Superseded(Some(stored("found")));
+    assert_eq!(store.complete(owner, &stored("late")), stands);
+}
+
 #[test]
 fn an_owner_that_comes_back_after_a_resolution_gets_the_outcome_that_stands() {
     for is_unknown in [true, false] {

@@ -10,9 +10,11 @@ WITH deleted AS (
 ), completed AS (
     -- The owner may still be alive. Another nonce in the record ends its ownership. Otherwise its
     -- completion would count as a repeated one, and its caller would get another response than all
-    -- others (I2).
+    -- others (I2). A rejection completes nothing, so the owner remains, and a record is disowned
+    -- only once. A second time would undo the first.
     UPDATE {table} r
-    SET state = $3, head = $4, body = $5, expires = {now} + $6, nonce = set_byte(r.nonce, 0, 255 - get_byte(r.nonce, 0))
+    SET state = $3, head = $4, body = $5, expires = {now} + $6,
+        nonce = CASE $3 WHEN 1 THEN r.nonce ELSE set_byte(r.nonce, 0, 255 - get_byte(r.nonce, 0)) END
     WHERE $3 <> -1 AND r.key = $1 AND r.version = 1 AND r.fence = $2 AND {lost_now} AND NOT {expired_now} AND {set_lock_timeout $7}
     RETURNING r.key, r.watched
 ), changed AS (
