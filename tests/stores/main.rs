@@ -8,6 +8,7 @@ mod memory;
 mod outbox;
 mod postgres;
 mod redis;
+mod rules;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;

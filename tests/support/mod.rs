@@ -16,6 +16,7 @@ pub mod postgres;
 pub mod proxy;
 #[cfg(feature = "redis")]
 pub mod redis;
+pub mod rules;
 #[cfg(all(feature = "postgres", feature = "redis"))]
 pub mod turned_clock;
 

@@ -125,6 +125,13 @@ impl RedisServer {
         command.query(&mut connection).unwrap()
     }
 
+    /// Runs commands on a new connection, all in one exchange.
+    pub fn run_all(&self, commands: &redis::Pipeline) {
+        let client = redis::Client::open(self.url()).unwrap();
+        let mut connection = client.get_connection_with_timeout(Duration::from_secs(2)).unwrap();
+        commands.exec(&mut connection).unwrap();
+    }
+
     /// Runs a command whose words are separated by spaces.
     pub fn command<T: FromRedisValue>(&self, words: &str) -> T {
         let mut words = words.split(' ');
