@@ -116,6 +116,7 @@ impl Model {
         let resolution = match found {
             Found::Absent => Resolution::Absent,
             Found::Completed => Resolution::Completed(stored("head", "found"), RETENTION),
+            Found::Rejected => Resolution::Completed(Outcome::Rejected, RETENTION),
             Found::Tombstone => Resolution::Completed(Outcome::Tombstone, RETENTION),
         };
         // A resolution compares only the fence. The store may reuse the fence of a record that was

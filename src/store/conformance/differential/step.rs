@@ -58,6 +58,7 @@ pub(super) enum Ending {
 pub(super) enum Found {
     Absent,
     Completed,
+    Rejected,
     Tombstone,
 }
 
@@ -138,9 +139,10 @@ impl Ending {
 
 impl Found {
     fn random(random: &mut StdRng) -> Self {
-        match random.random_range(0..4) {
+        match random.random_range(0..5) {
             0 => Self::Tombstone,
             1 => Self::Completed,
+            2 => Self::Rejected,
             _ => Self::Absent,
         }
     }
