@@ -2,7 +2,6 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
@@ -10,6 +9,8 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use tokio::task::JoinHandle;
+
+use crate::sync::atomic::{AtomicUsize, Ordering};
 
 /// A future that its caller polls in place, and that continues in a spawned task if the caller
 /// drops it early. Only an abandoned call costs a task.

@@ -83,6 +83,7 @@ pub mod receiver;
 mod server;
 mod sharded;
 pub mod store;
+mod sync;
 mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;

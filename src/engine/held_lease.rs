@@ -1,7 +1,5 @@
 //! The lease of an owner: the state that decides whether it is renewed, and one renewal of it.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use tokio::runtime::{Handle, Id};
@@ -12,6 +10,8 @@ use crate::clock::Stopwatch;
 use crate::protocol::{Grant, Owner, Renewal, StorageKey};
 use crate::sharded::lock;
 use crate::store::{Store, with_timeout};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use crate::telemetry::{self, Event};
 
 /// The grant of a key to an owner, and the renewal of its lease. The owner, its handler and the

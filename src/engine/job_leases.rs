@@ -1,7 +1,7 @@
 //! The leases of jobs, and the guard of a job's lease while its attempt runs.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -15,6 +15,7 @@ use crate::detach::TaskTracker;
 use crate::protocol::Nonce;
 use crate::sharded::lock;
 use crate::store::Store;
+use crate::sync::Mutex;
 
 /// The leases of the jobs of one layer, or of one call. One task per runtime renews them.
 #[derive(Default)]

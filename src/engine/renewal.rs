@@ -1,6 +1,6 @@
 //! The tasks that renew leases. Servers, clients and receivers use them alike.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::runtime::{Handle, Id};
@@ -9,6 +9,7 @@ use super::held_lease::HeldLease;
 use crate::clock::sleep;
 use crate::detach::spawn_apart;
 use crate::sharded::lock;
+use crate::sync::Mutex;
 
 /// The interval at which a task checks the leases. The shortest lease is four times as long.
 const TICK: Duration = Duration::from_millis(250);

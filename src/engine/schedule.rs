@@ -1,9 +1,9 @@
 //! The schedule by which a lease is renewed.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::{Stopwatch, micros};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// The schedule of one lease. A renewal is due after each third of the lease, so that if one
 /// renewal fails or hangs, the next one still comes in time.

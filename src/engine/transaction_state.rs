@@ -1,7 +1,7 @@
 //! The progress of a transaction in which a handler completes its own record.
 
 #[cfg(feature = "postgres")]
-use std::sync::atomic::{AtomicU8, Ordering};
+use crate::sync::atomic::{AtomicU8, Ordering};
 
 /// The progress of the caller's database transaction that completes the record of a key, as far as
 /// this process knows.

@@ -2,13 +2,14 @@
 //! settings.
 
 use std::fmt;
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, Hasher};
 
 use sha2::{Digest, Sha256};
 
 use super::key::IdempotencyKey;
 use super::scratch::Scratch;
 use crate::error::Error;
+use crate::sync::RandomState;
 
 /// The owner of a set of keys, such as a tenant, an account or a user.
 ///
@@ -193,7 +194,7 @@ pub(crate) struct KeyHasher {
 
 impl KeyHasher {
     pub(crate) fn random() -> Self {
-        let random = RandomState::new();
+        let random = RandomState::default();
         Self {
             seed: (random.hash_one(0_u8), random.hash_one(1_u8)),
             state: 0,

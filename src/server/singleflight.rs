@@ -4,10 +4,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::pin::pin;
-#[cfg(feature = "postgres")]
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -21,6 +18,10 @@ use crate::engine::TransactionState;
 use crate::http::Refusal;
 use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
+use crate::sync::MutexGuard;
+#[cfg(feature = "postgres")]
+use crate::sync::atomic::AtomicU32;
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// One guarded request. The request that has the entry of its key in the table is the leader, for
 /// which duplicates wait.

@@ -1,7 +1,5 @@
 //! A check that a server must pass before a store uses the server.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -12,6 +10,8 @@ use crate::catch_panic::catch_panic;
 use crate::clock::Deadline;
 use crate::error::Error;
 use crate::sharded::lock;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// The age from which no further operation joins a run. With the default timeouts, a check ends
 /// earlier by itself. An older run may wait for an event that no longer happens, so the next

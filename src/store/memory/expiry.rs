@@ -1,7 +1,6 @@
 //! The task of a memory store that frees expired records.
 
 use std::pin::pin;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use super::StoreStats;
 use super::inner::Inner;
 use crate::clock::Timer;
 use crate::sharded::SHARDS;
+use crate::sync::atomic::Ordering;
 use crate::telemetry;
 
 impl Inner {

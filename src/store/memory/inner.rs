@@ -6,8 +6,7 @@
 //! records. The clock of the store decides when a record expires, never moka's own clock.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use moka::sync::Cache;
@@ -22,6 +21,8 @@ use crate::protocol::{
     ResolveResult, Snapshot, StorageKey, Transition,
 };
 use crate::sharded::{SHARDS, Sharded, lock};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub(super) struct Inner {
     clock: Clock,

@@ -7,7 +7,6 @@ mod ledger;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -23,6 +22,7 @@ use crate::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot,
     StorageKey,
 };
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// A store in the memory of this process: the embedded default.
 ///
