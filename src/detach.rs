@@ -45,6 +45,11 @@ pub(crate) const MOST_DETACHED: usize = 16_384;
 const MOST_DEFERRED: usize = 1_024;
 
 /// Counts operations with and without a caller, so that a drain can wait for them (I11).
+///
+/// An operation that hands its work over adds to `running` before it subtracts from `attended`. A
+/// drain reads the two in the other order. The subtraction releases and the read acquires, so a
+/// drain that no longer finds the operation in `attended` finds its work in `running`. In the same
+/// way, a drain that reads zero in `running` sees all effects of the tasks that have ended.
 #[derive(Debug, Default)]
 pub(crate) struct TaskTracker {
     /// Tasks without a caller.
@@ -56,7 +61,8 @@ pub(crate) struct TaskTracker {
     ended: Notify,
 }
 
-/// The counts of work without a caller that have an upper bound.
+/// The counts of work without a caller that have an upper bound. No other data depends on a count,
+/// so each needs only that its steps are atomic.
 #[derive(Debug, Default)]
 struct Bounded {
     /// Executions whose callers have left.

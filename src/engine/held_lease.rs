@@ -22,9 +22,12 @@ pub(crate) struct HeldLease {
     schedule: Option<Schedule>,
     /// The runtime whose task renews the lease.
     runtime: Mutex<Option<Id>>,
-    /// Whether another attempt has taken the key over.
+    /// Whether another attempt has taken the key over. A reader of an old value asks the store in
+    /// vain, because the store compares the owner (I8). So the flag orders nothing.
     superseded: AtomicBool,
     /// The end of the ownership, as the number of an [`End`]; zero while the owner holds the lease.
+    /// The owner sets the end before it writes to the store, and a renewal reads the end after its
+    /// reply. So a renewal that reaches the store after the owner's write sees the end.
     end: AtomicU8,
     /// The handler's transaction that completes the record.
     pub(crate) transaction: TransactionState,

@@ -16,7 +16,8 @@ pub(crate) struct Schedule {
     lease: Duration,
     /// The stopwatch, which was started before the lease began.
     since: Stopwatch,
-    /// The time of the next renewal, in microseconds on `since`.
+    /// The time of the next renewal, in microseconds on `since`. A compare-and-exchange of this one
+    /// word decides which caller renews, and no other data depends on it.
     due: AtomicU64,
 }
 

@@ -31,18 +31,22 @@ pub(super) struct InFlight {
     pub(super) fingerprint: Fingerprint,
     /// The maximum time for one renewal.
     pub(super) store_timeout: Duration,
-    /// Whether the exchange must continue if its caller leaves.
+    /// Whether the exchange must continue if its caller leaves. The exchange sets the flag before it
+    /// claims, and its caller reads the flag in the same task. A drain may read an old value while
+    /// the caller still holds the future.
     guarded: AtomicBool,
     /// Whether the caller has left, and the exchange continues.
     detached: AtomicBool,
-    /// Whether any duplicate has joined this request.
+    /// Whether any duplicate has joined this request. The lock of the shard orders all accesses.
     joined: AtomicBool,
     /// The grant of the key, once the store has granted it.
     held: OnceLock<HeldLease>,
     /// The number of looks at the record that this request has begun while it waits for an owner in
     /// another process.
     looks: AtomicU64,
-    /// The number of the last look that found this request's fingerprint in the record.
+    /// The number of the last look that found this request's fingerprint in the record. The lock of
+    /// `changed` lies between the store and the load of a waiter, so a waiter that subscribed too
+    /// late for the notification sees the number.
     confirmed_by: AtomicU64,
     /// Makes this request look at the record at once.
     look_again: Notify,
@@ -52,6 +56,7 @@ pub(super) struct InFlight {
     recorded_status: AtomicU32,
     shared_result: OnceLock<SharedResult>,
     changed: Notify,
+    /// The number of waiters. No other data depends on it, so its steps need only be atomic.
     waiters: AtomicUsize,
 }
 
@@ -254,7 +259,7 @@ impl fmt::Debug for InFlight {
 #[derive(Debug)]
 pub(super) struct InFlightTable {
     table: Sharded<StorageKey, Arc<InFlight>, KeyHasher>,
-    /// The number of waiters for all keys.
+    /// The number of waiters for all keys. No other data depends on it.
     waiters: AtomicUsize,
 }
 
@@ -355,7 +360,7 @@ impl InFlightTable {
 
     /// Counts a waiter. A waiter is a duplicate that waits for the leader, or the leader itself if
     /// it waits for an owner in another process. Returns `None` if too many requests wait already
-    /// (I10).
+    /// (I10). A refused request counts for a moment, so at a limit it may cause another refusal.
     pub(super) fn admit(self: &Arc<Self>, leader: Arc<InFlight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);

@@ -35,13 +35,17 @@ pub(super) struct Inner {
     done: Cache<StorageKey, Arc<Record>, KeyHasher>,
     ledger: Mutex<Ledger>,
     /// The highest fence of any key. It stays when records are removed, so that fences grow even
-    /// after a release, and if the clock stands still or goes back (I9).
+    /// after a release, and if the clock stands still or goes back (I9). The lock of a key's shard
+    /// orders the claims of the key, and fences of different keys need no order.
     last_fence: AtomicU64,
+    /// Counts. No other data depends on them, so their steps need only be atomic.
     records: AtomicU64,
     in_flight: AtomicU64,
     waiters: Arc<AtomicU64>,
+    /// Whether a task sweeps. The swap of this one word decides which claim starts the task.
     pub(super) sweeping: AtomicBool,
-    /// The second in which a claim last freed expired records that were never completed.
+    /// The second in which a claim last freed expired records that were never completed. The swap
+    /// decides which claim of a second frees them.
     abandoned_freed_in: AtomicU64,
     /// Signals the sweeping task to end when the store is dropped.
     pub(super) closed: Arc<Notify>,
