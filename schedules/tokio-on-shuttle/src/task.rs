@@ -1,0 +1,3 @@
+//! Tasks of shuttle.
+
+pub use shuttle::future::{JoinHandle, spawn, yield_now};
