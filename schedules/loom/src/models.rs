@@ -37,11 +37,11 @@ fn claim(nonce: u8) -> Claim {
     }
 }
 
-/// Runs a model, and prints how many executions it has. In each of them, at most three threads are
+/// Runs a model, and prints how many executions it has. In each of them, at most two threads are
 /// interrupted in the middle, unless `LOOM_MAX_PREEMPTIONS` says otherwise.
 fn model(model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound.get_or_insert(3);
+    builder.preemption_bound.get_or_insert(2);
     let executions = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let counted = Arc::clone(&executions);
     builder.check(move || {
