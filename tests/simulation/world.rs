@@ -61,7 +61,7 @@ pub(crate) struct Outcome {
     pub(crate) counts: Counts,
 }
 
-/// What happened in simulations.
+/// The number of events of each kind, in one simulation or in many.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) histories: usize,
