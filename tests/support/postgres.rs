@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -69,26 +69,124 @@ impl PostgresServer {
 
     /// Starts a server with these environment variables.
     pub fn within(environment: Vec<(&'static str, PathBuf)>) -> Self {
-        let cluster = NewCluster::of_this_process();
-        let mut server = Self {
+        let server = Self::without_data(environment, NewCluster::of_this_process());
+        let copy = &mut server.command("cp");
+        run_to_its_end(copy.arg("-a").arg(&server.cluster.folder).arg(server.data()));
+        server.on_a_free_port()
+    }
+
+    /// Starts a standby that streams from this server, and waits until it is ready.
+    pub fn standby(&self) -> Self {
+        let server = Self::without_data(self.environment.clone(), Arc::clone(&self.cluster));
+        let copy = &mut server.command("pg_basebackup");
+        copy.args(["-h", "127.0.0.1", "-U", "app", "-p", &self.port.to_string()]);
+        copy.args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "-D"]);
+        run_to_its_end(copy.arg(server.data()));
+        server.on_a_free_port()
+    }
+
+    fn without_data(environment: Vec<(&'static str, PathBuf)>, cluster: Arc<NewCluster>) -> Self {
+        Self {
             folder: new_folder(),
             port: 0,
             child: None,
             environment,
-            cluster: Arc::clone(&cluster),
-        };
-        let data = server.folder.join("data");
-        run_to_its_end(server.command("cp").arg("-a").arg(&cluster.folder).arg(data));
+            cluster,
+        }
+    }
+
+    fn on_a_free_port(mut self) -> Self {
         // Another process may look for a port at the same time, and find the same one.
         let mut last = String::new();
         for _ in 0..5 {
-            server.port = free_port();
-            match server.try_to_run() {
-                Ok(()) => return server,
+            self.port = free_port();
+            match self.try_to_run() {
+                Ok(()) => return self,
                 Err(error) => last = error,
             }
         }
         panic!("{last}");
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.join("data")
+    }
+
+    /// Makes a primary of this standby, and waits until it accepts writes.
+    pub fn promote(&self) {
+        run_to_its_end(self.command("pg_ctl").arg("promote").arg("-D").arg(self.data()));
+    }
+
+    /// Runs a statement.
+    pub fn execute(&self, statement: &str) {
+        let port = self.port.to_string();
+        let arguments = [
+            "-q",
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "app",
+            "-p",
+            &port,
+            "-c",
+            statement,
+            "postgres",
+        ];
+        run_to_its_end(self.command("psql").args(arguments));
+    }
+
+    /// Sends a signal to the server and to its child processes.
+    pub fn signal(&self, signal: &str) {
+        let Some(child) = &self.child else { return };
+        // A server that stands still starts no further process.
+        send("-STOP", &[child.id().to_string()]);
+        let mut processes = self.child_processes();
+        processes.push(child.id().to_string());
+        send(signal, &processes);
+        if signal != "-STOP" {
+            send("-CONT", &processes);
+        }
+    }
+
+    /// Whether the test has started the server and not killed it.
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// Kills the server and its child processes with SIGKILL. Waits until all have ended, because the
+    /// server does not start again while one of them still has its memory.
+    pub fn kill_hard(&mut self) {
+        self.signal("-STOP");
+        let processes = self.child_processes();
+        self.signal("-KILL");
+        if let Some(mut child) = self.child.take() {
+            child.wait().unwrap();
+        }
+        // A process that has ended has no command line, even if nobody has asked for its status.
+        let runs = |process: &String| fs::read(format!("/proc/{process}/cmdline")).is_ok_and(|line| !line.is_empty());
+        while processes.iter().any(runs) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Lets no file of the server grow beyond this number of bytes, or without a limit if it is
+    /// `unlimited`.
+    pub fn limit_files(&self, bytes: &str) {
+        let Some(child) = &self.child else { return };
+        for process in self.child_processes().iter().chain([&child.id().to_string()]) {
+            // A child process may have ended in the meantime.
+            let limit = Command::new("prlimit")
+                .args(["--pid", process, &format!("--fsize={bytes}:")])
+                .stderr(Stdio::null())
+                .status();
+            let _: ExitStatus = limit.unwrap();
+        }
+    }
+
+    fn child_processes(&self) -> Vec<String> {
+        let id = self.child.as_ref().map_or(0, Child::id);
+        let list = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        list.split_whitespace().map(str::to_owned).collect()
     }
 
     pub fn url(&self) -> String {
@@ -133,12 +231,11 @@ impl PostgresServer {
     }
 
     fn try_to_run(&mut self) -> Result<(), String> {
-        let data = self.folder.join("data");
         let child = self
             .command("postgres")
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .arg("-D")
-            .arg(&data)
+            .arg(self.data())
             .args(["-p", &self.port.to_string(), "-k"])
             .arg(&self.folder)
             .args([
@@ -155,6 +252,7 @@ impl PostgresServer {
         for _ in 0..3_000 {
             // Look at the process first, because another server may listen on the port.
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+                self.child = None;
                 let log = fs::read_to_string(self.log()).unwrap();
                 return Err(format!("postgres ended with {status}:\n{log}"));
             }
@@ -220,6 +318,16 @@ fn command_in(folder: &Path, log: &Path, name: &str) -> Command {
         command.uid(user).gid(group);
     }
     command
+}
+
+/// Sends a signal to processes. Some of them may have ended.
+fn send(signal: &str, processes: &[String]) {
+    let status = Command::new("kill")
+        .arg(signal)
+        .args(processes)
+        .stderr(Stdio::null())
+        .status();
+    let _: ExitStatus = status.unwrap();
 }
 
 fn run_to_its_end(command: &mut Command) {

@@ -33,6 +33,8 @@ pub enum Fate {
     CutAfter(Direction, usize),
     /// The bytes of one direction vanish.
     Swallow(Direction),
+    /// The bytes of both directions vanish.
+    SwallowAll,
     /// The bytes are delayed by this time.
     Delay(Duration),
 }
@@ -44,6 +46,8 @@ pub struct Proxy {
 }
 
 struct State {
+    /// The server to which new connections lead.
+    server: Mutex<SocketAddr>,
     fate: Mutex<Fate>,
     cut: Notify,
     /// Whether the proxy has cut a connection since the fate was set.
@@ -55,6 +59,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(State {
+            server: Mutex::new(server),
             fate: Mutex::new(Fate::Pass),
             cut: Notify::new(),
             was_cut: AtomicBool::new(false),
@@ -62,6 +67,7 @@ impl Proxy {
         let shared = Arc::clone(&state);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                let server = *shared.server.lock().unwrap();
                 let Ok(server) = TcpStream::connect(server).await else {
                     continue;
                 };
@@ -79,6 +85,12 @@ impl Proxy {
     pub fn set(&self, fate: Fate) {
         *self.state.fate.lock().unwrap() = fate;
         self.state.was_cut.store(false, Ordering::SeqCst);
+    }
+
+    /// Leads all new connections to another server, and cuts the present ones.
+    pub fn lead_to(&self, server: SocketAddr) {
+        *self.state.server.lock().unwrap() = server;
+        self.state.cut.notify_waiters();
     }
 
     /// Whether the proxy has cut a connection since the fate was set.
@@ -108,7 +120,7 @@ impl Proxy {
     /// omits bytes, so the proxy cuts every connection.
     pub fn heal(&self) -> bool {
         let fate = std::mem::replace(&mut *self.state.fate.lock().unwrap(), Fate::Pass);
-        if matches!(fate, Fate::Swallow(_)) {
+        if matches!(fate, Fate::Swallow(_) | Fate::SwallowAll) {
             self.state.cut.notify_waiters();
         }
         matches!(fate, Fate::CutAfter(_, 0))
@@ -152,6 +164,7 @@ impl State {
                 (passing, *left == 0, Duration::ZERO)
             }
             Fate::Swallow(of) if *of == direction => (0, false, Duration::ZERO),
+            Fate::SwallowAll => (0, false, Duration::ZERO),
             Fate::Delay(delay) => (read, false, *delay),
             _ => (read, false, Duration::ZERO),
         }

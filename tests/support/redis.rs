@@ -5,7 +5,7 @@
 
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -59,15 +59,21 @@ impl RedisServer {
             }
             std::fs::create_dir_all(&folder).unwrap();
         }
-        panic!("redis-server does not start: {last}");
+        panic!("these tests need `redis-server`, which ./test installs; it does not start: {last}");
     }
 
-    /// Starts a replica of this server.
+    /// Starts a replica of this server, with the same environment variables.
     pub fn replica(&self) -> Self {
         let port = self.port.to_string();
-        let replica = Self::with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
+        let replica = Self::within(&["--replicaof", "127.0.0.1", &port], &self.environment);
         replica.wait_for("replication", "master_link_status:up");
         replica
+    }
+
+    /// Makes a primary of this replica, also after a restart.
+    pub fn promote(&mut self) {
+        self.command::<()>("REPLICAOF NO ONE");
+        self.arguments.extend(["--replicaof", "no", "one"].map(str::to_owned));
     }
 
     pub fn url(&self) -> String {
@@ -118,6 +124,18 @@ impl RedisServer {
         assert!(status.success());
     }
 
+    /// Lets no file of the server grow beyond this number of bytes, or without a limit if it is
+    /// `unlimited`.
+    pub fn limit_files(&self, bytes: &str) {
+        let process = self.child.id().to_string();
+        // The server may have ended in the meantime.
+        let limit = Command::new("prlimit")
+            .args(["--pid", &process, &format!("--fsize={bytes}:")])
+            .stderr(Stdio::null())
+            .status();
+        let _: ExitStatus = limit.unwrap();
+    }
+
     /// Runs a command on a new connection.
     pub fn run<T: FromRedisValue>(&self, command: &Cmd) -> T {
         let client = redis::Client::open(self.url()).unwrap();
@@ -130,6 +148,21 @@ impl RedisServer {
         let client = redis::Client::open(self.url()).unwrap();
         let mut connection = client.get_connection_with_timeout(Duration::from_secs(2)).unwrap();
         commands.exec(&mut connection).unwrap();
+    }
+
+    /// Whether the process of the server runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Runs a command whose words are separated by spaces, on a server that may be away.
+    pub fn try_command(&self, words: &str) -> redis::RedisResult<String> {
+        let client = redis::Client::open(self.url())?;
+        let mut connection = client.get_connection_with_timeout(Duration::from_secs(1))?;
+        connection.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let mut command = Cmd::new();
+        command.arg(words.split(' ').collect::<Vec<_>>());
+        command.query(&mut connection)
     }
 
     /// Runs a command whose words are separated by spaces.
@@ -239,17 +272,21 @@ fn arguments(port: u16, folder: &std::path::Path, settings: &[&str]) -> Vec<Stri
         "no",
         "--loglevel",
         "warning",
+        "--repl-diskless-sync-delay",
+        "0",
     ];
     ours.iter().chain(settings).map(|word| (*word).to_owned()).collect()
 }
 
 fn spawn(arguments: &[String], environment: &[(&str, PathBuf)]) -> Child {
-    Command::new("redis-server")
+    // A write beyond the limit of `limit_files` fails, as on a full disk, instead of ending the server.
+    Command::new("env")
+        .args(["--ignore-signal=XFSZ", "redis-server"])
         .args(arguments)
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap_or_else(|error| panic!("these tests need `redis-server`, which ./test installs; run ./test ({error})"))
+        .unwrap()
 }
