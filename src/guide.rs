@@ -4,6 +4,7 @@
 //! |---|---|
 //! | protect payments, orders, e-mails, webhooks or messages | [`quick_start`] |
 //! | know how often a request takes effect when something fails | [`guarantees`] |
+//! | know what was tried to break the guarantees | [`evidence`] |
 //! | know which responses are stored, or mark one | [`responses`] |
 //! | place the layer among timeouts, CORS, routes and other layers | [`layers`] |
 //! | choose and set up a store: TLS, replication, poolers, sizing | [`choosing_a_store`] |
@@ -47,6 +48,8 @@ page!(
     "../docs/guarantees.md",
     ["postgres": "PostgresStore" => "crate::PostgresStore"]
 );
+
+page!(evidence, "../docs/evidence.md");
 
 page!(responses, "../docs/responses.md");
 
