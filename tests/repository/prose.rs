@@ -6,7 +6,15 @@ use std::path::{Path, PathBuf};
 
 /// The folders that the test reads, beside the files of the root itself.
 const FOLDERS: [&str; 9] = [
-    ".github", "benches", "docs", "examples", "fuzz", "model", "schedules", "src", "tests",
+    ".github",
+    "benches",
+    "docs",
+    "examples",
+    "fuzz",
+    "model",
+    "schedules",
+    "src",
+    "tests",
 ];
 
 /// First words that make a comment or a paragraph open with a clause instead of a noun or a verb.

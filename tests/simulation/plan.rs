@@ -225,8 +225,6 @@ impl Plan {
     }
 }
 
-/// The longest stall of the body of a request, in milliseconds.
-pub(crate) const LONGEST_STALL: u64 = 800;
 const DAY: Duration = Duration::from_secs(86_400);
 /// Longer than any handler, with all messages on their way.
 const SHORT_RETENTION: Duration = Duration::from_secs(15);
@@ -241,7 +239,7 @@ fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
         },
         pause: random.millis(1..1_500),
         stall: match random.chance(15) {
-            true => random.millis(0..LONGEST_STALL),
+            true => random.millis(0..800),
             false => Duration::ZERO,
         },
     });

@@ -11,7 +11,7 @@ use crate::entry::{COMPLETION_TIMEOUT, Incoming, STORE_TIMEOUT, found, storage_k
 use crate::history::Event;
 use crate::host::{Ended, Host};
 use crate::link::{Answer, Message, Sender, Shared, StoreReply, StoreRequest};
-use crate::plan::{Fault, LONGEST_STALL, Mode, Operation, Plan, Planned, Try};
+use crate::plan::{Fault, Mode, Operation, Plan, Planned, Try};
 use crate::process::Process;
 use crate::random::Random;
 use crate::work::HANDLER;
@@ -604,16 +604,14 @@ impl World {
             return;
         }
         let now = self.shared().now;
-        let (key, process) = (
-            self.operations[operation].key,
-            self.operations[operation].tries[number].process,
-        );
+        let key = self.operations[operation].key;
+        let Try { process, stall, .. } = self.operations[operation].tries[number];
         // The next request runs the handler or its check again.
         let runs_again = matches!(self.plan.mode, Mode::Recover | Mode::AtLeastOnce);
         let may_change = runs_again && answer.code == "outcome-unknown";
         let is_final = is_final(&answer) && !may_change;
         self.shared().note(Event::Responded { operation, key, answer });
-        let longest = self.longest_response(key, process, sent);
+        let longest = stall + self.longest_response(key, process, sent);
         if now - sent > longest && !self.is_disturbed(process, sent) {
             self.violate(format!(
                 "I7: client {operation} waited for {:?}, and not {longest:?} at most",
@@ -642,7 +640,7 @@ impl World {
             true => HANDLER + COMPLETION_TIMEOUT,
             false => LAST_LOOK,
         };
-        Duration::from_millis(LONGEST_STALL) + self.plan.longest_wait() + 5 * STORE_TIMEOUT + run
+        self.plan.longest_wait() + 4 * STORE_TIMEOUT + run
     }
 
     fn begin_and_end_faults(&mut self) {
