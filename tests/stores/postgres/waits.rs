@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use tower::{Layer, ServiceExt, service_fn};
-use tower_idempotency::protocol::{Decision, Nonce, Resolution, Status, StorageKey};
+use tower_idempotency::protocol::{Completion, Decision, Nonce, Resolution, Status, StorageKey};
 use tower_idempotency::receiver::{Inbox, Receipt, ReceiverLayer};
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
 
@@ -358,6 +358,24 @@ async fn a_standby_that_is_away_takes_no_more_backends_than_the_pool_has_and_blo
         assert_eq!(received.unwrap(), Receipt::First(()), "{id}");
     }
     assert_eq!(runs.load(Ordering::SeqCst), 8);
+}
+
+/// A restart of the server shows commits that its standby lacks. The caller must not get its response
+/// before the standby has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_completion_waits_for_the_standby() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 1_000 * MILLI).await;
+    let claim = claim(1);
+    let owner = granted(&store, &claim).await.owner;
+    let paid = stored(b"paid");
+    let complete = || store.complete(&claim.key, owner, &paid, HOUR);
+    assert_eq!(complete().await.unwrap(), Completion::Completed);
+    standby(&own, "away").await;
+    assert!(tokio::time::timeout(300 * MILLI, complete()).await.is_err());
+    standby(&own, "").await;
+    until_nothing_waits(&own).await;
+    assert_eq!(complete().await.unwrap(), Completion::Completed);
 }
 
 /// The pursuit of the first claim must not release the grant of the repeated claim.

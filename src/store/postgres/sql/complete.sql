@@ -10,6 +10,14 @@ WITH completed AS (
     WHERE r.key = $1 AND r.version = 1 AND r.nonce = $2 AND r.fence = $3 AND r.state IN (0, 1) AND NOT {expired_now}
       AND {set_lock_timeout $8}
     RETURNING r.key, r.watched
+), repeated AS (
+    -- The owner repeats its completion. The write changes nothing, but its commit waits for a
+    -- synchronous standby. If the server restarted during the wait of the first commit, this
+    -- session sees a completed record that the standby may lack.
+    UPDATE {table} r
+    SET expires = r.expires
+    WHERE r.key = $1 AND r.version = 1 AND r.nonce = $2 AND r.fence = $3 AND r.state NOT IN (0, 1) AND NOT {expired_now}
+      AND {set_lock_timeout $8}
 )
 SELECT EXISTS (SELECT FROM completed) AS changed, {columns},
     (SELECT {notify} FROM completed r WHERE r.watched) AS notified,
