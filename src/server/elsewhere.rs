@@ -11,7 +11,7 @@ use crate::clock::within;
 use crate::engine::{Waited, Waiter, await_owner};
 use crate::http::{HttpService, RebuildBody, Refusal, RefusalKind};
 use crate::protocol::{Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status};
-use crate::store::{MANY_LOST_CLAIMS, Store, with_timeout};
+use crate::store::{LAST_LOOK, MANY_LOST_CLAIMS, Store, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// The meaning of a record for a request that does not own it.
@@ -115,6 +115,21 @@ impl<St: Store, S> Exchange<St, S> {
             Waited::TimeUp(_) => Elsewhere::TimeUp,
             Waited::LastLookFailed(error) => Elsewhere::Failed(self.settings.store_failed(&error)),
             Waited::Failed(error) => Elsewhere::Settled(SharedResult::Refused(self.settings.store_failed(&error))),
+        }
+    }
+
+    /// Looks at the record once, after the wait for a leader that does not look at it. Returns the
+    /// outcome in the record, or refuses the request.
+    pub(super) async fn last_look(&mut self) -> SharedResult {
+        let in_flight = &self.key_guard.in_flight;
+        let peeked = self.key_guard.shared.store.peek(&in_flight.storage_key);
+        let timeout = LAST_LOOK.min(self.settings.engine.store_timeout);
+        match with_timeout(timeout, peeked).await {
+            Ok(snapshot) => match self.settings.see(&in_flight.fingerprint, snapshot) {
+                Seen::Settled(shared_result) => shared_result,
+                Seen::Free | Seen::InFlight => self.outstanding(),
+            },
+            Err(_) => self.outstanding(),
         }
     }
 

@@ -165,7 +165,7 @@ impl<St: Store, S> Exchange<St, S> {
     where
         S: Clone,
     {
-        let deadline = self.wait().owner;
+        let (deadline, looks) = (self.wait().owner, follower.looks());
         if follower.has_owner() {
             self.stage = Stage::Nothing;
         } else {
@@ -178,8 +178,19 @@ impl<St: Store, S> Exchange<St, S> {
             }
             follower.shared_result(deadline).await
         };
-        let shared_result = self.times.waiting(shared_result).await;
-        shared_result.unwrap_or_else(|| SharedResult::Refused(self.later(RefusalKind::Outstanding)))
+        match self.times.waiting(shared_result).await {
+            Some(shared_result) => shared_result,
+            // The leader waits for an owner in another process, and has not looked at the record
+            // for the whole wait, because its runtime is blocked or has stopped. So this request
+            // looks for itself (I7).
+            None if looks > 0 && follower.looks() == looks && !follower.has_owner() => Box::pin(self.last_look()).await,
+            None => self.outstanding(),
+        }
+    }
+
+    /// Returns the result for a request whose wait for an owner is over.
+    pub(super) fn outstanding(&self) -> SharedResult {
+        SharedResult::Refused(self.later(RefusalKind::Outstanding))
     }
 
     /// Waits for the decision whether the key belongs to another request. Returns `None` if the

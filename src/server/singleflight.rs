@@ -423,6 +423,11 @@ impl Follower {
         self.leader.lease().is_some()
     }
 
+    /// Returns the number of looks at the record that the leader has begun.
+    pub(super) fn looks(&self) -> u64 {
+        self.leader.looks.load(Ordering::Acquire)
+    }
+
     /// Waits until the leader owns the key. Returns `false` if the leader ends or the deadline
     /// passes first.
     pub(super) async fn owned(&self, deadline: Deadline) -> bool {

@@ -11,5 +11,6 @@ mod on_axum;
 #[cfg(feature = "tonic")]
 mod on_tonic;
 mod on_tower;
+mod runtimes;
 #[path = "../support/mod.rs"]
 mod support;
