@@ -11,7 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -54,7 +54,20 @@ impl Process {
     }
 
     pub fn with_lease(lease: Duration, store: &str, mode: Mode, ledger: &Path) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let program = Command::new(std::env::current_exe().unwrap());
+        Self::run(program, lease, store, mode, ledger)
+    }
+
+    /// Starts a process that may have this many files and connections open.
+    pub fn with_descriptors(descriptors: usize, lease: Duration, store: &str, ledger: &Path) -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {descriptors}; exec \"$0\" \"$@\"")]);
+        shell.arg(std::env::current_exe().unwrap());
+        Self::run(shell, lease, store, Mode::Refuse, ledger)
+    }
+
+    fn run(mut program: Command, lease: Duration, store: &str, mode: Mode, ledger: &Path) -> Self {
+        let mut child = program
             .args([
                 "--exact",
                 "serve_if_started_as_server",
@@ -76,6 +89,17 @@ impl Process {
         // No test reads the later output, but the process must not find its output closed.
         std::thread::spawn(move || lines.for_each(drop));
         Self { child, address }
+    }
+
+    /// Returns the number of files and connections that the process has open.
+    pub fn descriptors(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.child.id());
+        std::fs::read_dir(folder).unwrap().count()
+    }
+
+    /// Waits until the process has ended by itself, and returns its status.
+    pub fn ended(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
     }
 
     /// Sends SIGKILL. The process has no chance to clean up.
@@ -203,6 +227,10 @@ async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Res
         ledger.write_all(format!("{line}\n").as_bytes()).unwrap();
         ledger.sync_data().unwrap();
     };
+    if headers.contains_key("x-panic") {
+        write();
+        panic_and_abort();
+    }
     if app.mode == Mode::FullPool {
         write();
         let is_slow = rand::random_range(0..3) == 0;
@@ -212,6 +240,13 @@ async fn effect(State(app): State<App>, lease: Lease, headers: HeaderMap) -> Res
     }
     pause("x-after").await;
     response.into_response()
+}
+
+/// Panics as a program with `panic = "abort"` does: after the panic hook, the process ends without
+/// any destructor or `catch_unwind`.
+fn panic_and_abort() {
+    std::panic::set_hook(Box::new(|_| std::process::abort()));
+    panic!("the test wants this handler to panic");
 }
 
 #[cfg(feature = "postgres")]

@@ -3,6 +3,7 @@
 //!
 //! The processes are this binary, started again with a role in its environment.
 
+mod aborts;
 mod callers;
 mod cluster;
 mod jobs;
@@ -15,6 +16,11 @@ mod support;
 #[test]
 fn serve_if_started_as_server() {
     cluster::serve_if_started_as_server();
+}
+
+#[test]
+fn time_out_if_started_without_timers() {
+    aborts::time_out_if_started_without_timers();
 }
 
 #[test]

@@ -17,7 +17,7 @@ use super::cluster::{End, Got, LEASE, Mode, Process, Seen, effects, http_client,
 use crate::support;
 
 /// The path of a ledger for one test, in the folder for temporary files.
-fn ledger() -> PathBuf {
+pub fn ledger() -> PathBuf {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let name = format!(
         "ledger-{}-{}",
