@@ -6,6 +6,7 @@
 mod aborts;
 mod callers;
 mod cluster;
+mod descriptors;
 mod jobs;
 mod postgres;
 mod redis;
