@@ -3,12 +3,14 @@
 
 mod clock;
 mod contract;
+mod full_pool;
 mod garbage;
 mod memory;
 mod outbox;
 mod postgres;
 mod redis;
 mod rules;
+mod shared_by_runtimes;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;
