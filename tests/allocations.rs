@@ -2,15 +2,20 @@
 //! allocations and bytes for one that it covers.
 
 use std::convert::Infallible;
-use std::future::{Ready, ready};
+use std::future::{Ready, pending, ready};
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 
 use allocation_counter::{AllocationInfo, measure};
 use bytes::Bytes;
+use futures::StreamExt;
 use futures::executor::block_on;
 use http::{Request, Response};
-use http_body_util::{BodyExt, Full};
+use http_body::Frame;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
 use tower::layer::util::Identity;
-use tower::{Layer, Service};
+use tower::{Layer, Service, service_fn};
 use tower_idempotency::client::{IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, ProviderProfile};
 use tower_idempotency::{IdempotencyLayer, MemoryStore};
 
@@ -24,8 +29,8 @@ impl Service<Request<Full<Bytes>>> for Echo {
     type Error = Infallible;
     type Future = Ready<Result<FullResponse, Infallible>>;
 
-    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
-        std::task::Poll::Ready(Ok(()))
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<Full<Bytes>>) -> Self::Future {
@@ -132,6 +137,82 @@ fn a_record_takes_as_much_memory_as_documented() {
     assert!((400..800).contains(&each), "{each} bytes for a record");
 }
 
+/// The body of a request whose `part` has arrived in frames of this length, and whose rest does not
+/// arrive.
+fn half_arrived(part: &Bytes, frame: usize) -> UnsyncBoxBody<Bytes, Infallible> {
+    let part = part.clone();
+    let frames = (0..part.len()).step_by(frame);
+    let frames = frames.map(move |at| Ok(Frame::data(Bytes::copy_from_slice(&part[at..at + frame]))));
+    StreamBody::new(futures::stream::iter(frames).chain(futures::stream::pending())).boxed_unsync()
+}
+
+/// Polls a future once. Returns it with the result.
+fn poll<F: Future>(call: F) -> (Pin<Box<F>>, Poll<F::Output>) {
+    let mut call = Box::pin(call);
+    let polled = call.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    (call, polled)
+}
+
+/// Returns the bytes per request that 10,000 requests hold after their first poll. `call` makes and
+/// polls the request with a number, and returns what stays in memory.
+fn held_by_each<T>(call: impl Fn(usize) -> T) -> i64 {
+    const REQUESTS: usize = 10_000;
+    let mut held = Vec::with_capacity(REQUESTS);
+    let info = measure(|| held.extend((0..REQUESTS).map(&call)));
+    info.bytes_current / i64::try_from(held.len()).unwrap()
+}
+
+/// The guide for operators states these numbers.
+#[test]
+fn slow_clients_take_as_much_memory_as_documented() {
+    const KIB: i64 = 1 << 10;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let _entered = runtime.enter();
+    let body = Bytes::from(vec![7; 16 << 10]);
+
+    let reading = IdempotencyLayer::new(MemoryStore::new()).layer(service_fn(
+        |request: Request<UnsyncBoxBody<Bytes, Infallible>>| {
+            ready(Ok::<_, Infallible>(Response::new(request.into_body())))
+        },
+    ));
+    for (arrived, frame) in [(16 << 10, 16 << 10), (256, 1)] {
+        let part = body.slice(..arrived);
+        let each = held_by_each(|n| {
+            let request = request("POST", Some(&format!("key-{n}")), &Bytes::new());
+            let (call, polled) = poll(reading.clone().call(request.map(|_| half_arrived(&part, frame))));
+            assert!(polled.is_pending());
+            call
+        });
+        println!("{each} bytes for a request of which {arrived} bytes arrived, {frame} at a time");
+        let arrived = i64::try_from(arrived).unwrap();
+        assert!((arrived..2 * arrived + 3 * KIB).contains(&each), "{each} bytes");
+    }
+
+    let waiting = IdempotencyLayer::new(MemoryStore::new()).layer(service_fn(|_: Request<Full<Bytes>>| {
+        pending::<Result<FullResponse, Infallible>>()
+    }));
+    let each = held_by_each(|_| {
+        let copy = Bytes::copy_from_slice(&body);
+        let (call, polled) = poll(waiting.clone().call(request("POST", Some("k"), &copy)));
+        assert!(polled.is_pending());
+        call
+    });
+    println!("{each} bytes for a duplicate that waits");
+    assert!((0..3 * KIB).contains(&each), "{each} bytes");
+
+    let large = Bytes::from(vec![7; 1 << 20]);
+    let replaying = IdempotencyLayer::new(MemoryStore::new()).layer(Echo);
+    let each = held_by_each(|_| {
+        let (_, polled) = poll(replaying.clone().call(request("POST", Some("k"), &large)));
+        polled
+    });
+    println!("{each} bytes for a replay of 1 MiB that nobody reads");
+    assert!((0..KIB).contains(&each), "{each} bytes");
+}
+
 /// A client that sets the `Host` field, as the client of hyper-util does.
 #[derive(Clone)]
 struct SetsHost;
@@ -141,8 +222,8 @@ impl Service<Request<Full<Bytes>>> for SetsHost {
     type Error = Infallible;
     type Future = Ready<Result<FullResponse, Infallible>>;
 
-    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
-        std::task::Poll::Ready(Ok(()))
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: Request<Full<Bytes>>) -> Self::Future {

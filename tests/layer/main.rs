@@ -12,5 +12,6 @@ mod on_axum;
 mod on_tonic;
 mod on_tower;
 mod runtimes;
+mod slow_clients;
 #[path = "../support/mod.rs"]
 mod support;
