@@ -65,7 +65,9 @@ page!(
 page!(
     operations,
     "../docs/operations.md",
-    ["once": "once" => "crate::client::once()"]
+    ["once": "once" => "crate::client::once()"],
+    ["redis": "RedisStore" => "crate::RedisStore"],
+    ["postgres": "PostgresStore" => "crate::PostgresStore"]
 );
 
 page!(

@@ -1,6 +1,7 @@
 //! Failures of the handler, its response, the store and the owner. No request is stuck, and no
 //! execution is repeated unless a setting allows it.
 
+mod late_store;
 mod leases;
 mod streams;
 

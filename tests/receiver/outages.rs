@@ -13,7 +13,8 @@ use tower_idempotency::receiver::{Disposition, Receipt, ReceiveError, ReceiverLa
 use tower_idempotency::{MemoryStore, OnError, Store};
 
 use super::kit::{Message, layer, message, zombie};
-use crate::support::{Fault, RemoteStore};
+use crate::support::late::LateStore;
+use crate::support::{Fault, RemoteStore, Timer};
 
 #[tokio::test(start_paused = true)]
 async fn a_store_that_cannot_be_read_rejects_no_message() {
@@ -233,4 +234,47 @@ async fn a_panic_before_the_handler_began_leaves_the_message_free() {
         matches!(again, Err(ReceiveError::Panicked)),
         "no handler ran, but: {first:?}, {again:?}"
     );
+}
+
+/// Every reply of the store comes after its timeout, for five minutes.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_late_delays_messages_and_repeats_none() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let (store, handled) = (LateStore::default(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&handled);
+    let layer = ReceiverLayer::new(store.clone(), "billing")
+        .with_id(|id: &usize| id.to_string())
+        .at_least_once();
+    let drain = layer.drain();
+    let receiver = layer.layer(service_fn(move |_: usize| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        ready(Ok::<_, Infallible>(()))
+    }));
+    store.set_late(true);
+    let mut deliveries = Vec::new();
+    for _ in 0..300 {
+        for _ in 0..10 {
+            let (receiver, timer) = (receiver.clone(), Timer::start());
+            let delivery = receiver.oneshot(deliveries.len());
+            deliveries.push(tokio::spawn(async move { (delivery.await, timer.elapsed()) }));
+        }
+        tokio::time::sleep(SECOND).await;
+        // 1,024 claims to release, and the claims that are being made.
+        assert!(drain.running() <= 1_024 + 10 * 11, "{}", drain.running());
+    }
+    let ids = 0..deliveries.len();
+    for delivery in deliveries {
+        let (received, time) = delivery.await.unwrap();
+        assert_eq!(Disposition::of(&received), Disposition::Redeliver(None), "{received:?}");
+        assert!(time <= 11 * SECOND, "{time:?}");
+    }
+    store.set_late(false);
+    drain.wait().await;
+    // The lease of a claim that could not be released.
+    tokio::time::sleep(30 * SECOND).await;
+    for id in ids.clone() {
+        let received = receiver.clone().oneshot(id).await;
+        assert!(matches!(received, Ok(Receipt::First(()))), "{received:?}");
+    }
+    assert_eq!((handled.load(Ordering::SeqCst), drain.running()), (ids.len(), 0));
 }

@@ -9,6 +9,7 @@ pub mod ablated;
 pub mod bouncer;
 #[cfg(all(feature = "postgres", feature = "redis"))]
 pub mod garbling_proxy;
+pub mod late;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub mod port;
 #[cfg(feature = "postgres")]
