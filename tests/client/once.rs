@@ -17,6 +17,7 @@ use tower_idempotency::protocol::{Fence, Resolution};
 use tower_idempotency::{Drain, ErrorKind, MemoryStore, Store};
 
 use crate::support;
+use crate::support::late::LateStore;
 use crate::support::{Fault, RemoteStore};
 
 type Ended<T> = Result<Done<T>, OnceError<T, String>>;
@@ -657,6 +658,29 @@ fn a_call_whose_runtime_ends_leaves_its_key_lost_and_not_stuck() {
         .with_wait(Duration::ZERO)
         .run(|_| ready(Ok::<_, Failure<String>>(1)));
     assert!(matches!(runtime().block_on(later), Err(OnceError::Unknown(None))));
+}
+
+/// Every reply of the store comes after its timeout, for five minutes.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_late_delays_calls_and_repeats_none() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let (store, party, drain) = (LateStore::default(), Party::default(), Drain::default());
+    let call = |key: usize| party.run(once(store.clone(), key.to_string()).at_least_once().with_drain(&drain));
+    store.set_late(true);
+    for key in 0..300 {
+        let ended = timeout(11 * SECOND, call(key)).await.expect("the call ends in time");
+        assert!(matches!(ended, Err(OnceError::NotRun(_))), "{ended:?}");
+        assert!(drain.running() <= 300 / 10, "{}", drain.running());
+    }
+    store.set_late(false);
+    drain.wait().await;
+    // The lease of a claim that could not be released.
+    tokio::time::sleep(30 * SECOND).await;
+    for key in 0..300 {
+        let ended = call(key).await;
+        assert!(ended.is_ok(), "{key}: {ended:?}");
+    }
+    assert_eq!((party.effects(), drain.running()), (300, 0));
 }
 
 mod steps {
