@@ -4,21 +4,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tower_idempotency::IdempotencyLayer;
+use tower_idempotency::protocol::Status;
+use tower_idempotency::{IdempotencyLayer, Store};
 use tower_layer::Layer;
 
 use crate::check;
 use crate::handler::{Handler, send};
 use crate::remote::RemoteStore;
 
-/// Sends two duplicates to a store with faults, and waits until nothing is left. The key must then
-/// be free or completed.
+/// Sends two duplicates to a store with faults, and drains the layer. The key must then be free or
+/// completed, because the drain also waits for the deferred writes.
 fn with_faults(store: RemoteStore) {
     let handler = Handler::default();
     let layer = IdempotencyLayer::new(store.clone())
         .with_wait(Duration::MAX)
         .with_completion_timeout(Duration::from_secs(1));
-    let drain = layer.drain();
+    let (drain, key) = (layer.drain(), layer.storage_key(None, "k").unwrap());
     let service = layer.layer(handler.clone());
     let is_over = Arc::<AtomicBool>::default();
     let clock = store.spawn_clock(&is_over);
@@ -37,6 +38,8 @@ fn with_faults(store: RemoteStore) {
             (0, false),
             "nothing is left (I11)"
         );
+        let status = store.peek(&key).await.unwrap().map(|seen| seen.status);
+        assert!(matches!(status, None | Some(Status::Completed(_))), "{status:?}");
         store.end_faults();
         let (status, body) = send(service, "pay").await;
         assert_eq!((status.as_u16(), &body[..]), (201, &b"run 0"[..]));
