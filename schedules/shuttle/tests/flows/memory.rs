@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tower_idempotency::protocol::{
-    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Snapshot, Status, StorageKey,
-    StoredResponse,
+    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Snapshot, Status,
+    StorageKey, StoredResponse,
 };
 use tower_idempotency::store::StoreStats;
 use tower_idempotency::{Clock, MemoryStore, Store, Timestamp};
@@ -133,6 +133,38 @@ fn releases() {
 #[test]
 fn fences_grow_although_releases_remove_the_records() {
     check(releases);
+}
+
+/// Claims a key once, gives the lease up, and waits while another task owns the key.
+async fn claim_and_give_up(store: MemoryStore, nonce: u8) {
+    let claim = Claim {
+        if_lost: IfLost::Execute,
+        ..claim(1, nonce)
+    };
+    loop {
+        if let Some(grant) = granted(&store, &claim).await {
+            let given_up = store.renew(&claim.key, grant.owner, Duration::ZERO).await;
+            assert_eq!(given_up.unwrap(), Renewal::Renewed);
+            return;
+        }
+        let watch = store.watch(&claim.key).await.unwrap();
+        let seen = store.peek(&claim.key).await.unwrap();
+        if seen.is_some_and(|seen| matches!(seen.status, Status::InFlight { .. })) {
+            watch.await;
+        }
+    }
+}
+
+fn give_ups() {
+    let (store, _) = standing_still();
+    all((1..=3).map(|nonce| claim_and_give_up(store.clone(), nonce)));
+    let stats = store.stats();
+    assert_eq!((stats.records, stats.waiters), (1, 0), "nothing waits (I11)");
+}
+
+#[test]
+fn every_watch_sees_that_a_lease_is_given_up() {
+    check(give_ups);
 }
 
 /// Claims keys of its own, completes one of them, and releases the other.
