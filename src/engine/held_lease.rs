@@ -22,8 +22,9 @@ pub(crate) struct HeldLease {
     schedule: Option<Schedule>,
     /// The runtime whose task renews the lease.
     runtime: Mutex<Option<Id>>,
-    /// Whether another attempt has taken the key over. A reader of an old value asks the store in
-    /// vain, because the store compares the owner (I8). So the flag orders nothing.
+    /// Whether another attempt has taken the key over. A task that reads an old value only
+    /// sends a request that the store refuses, because the store compares the owner (I8). So the
+    /// flag needs no memory order.
     superseded: AtomicBool,
     /// The end of the ownership, as the number of an [`End`]; zero while the owner holds the lease.
     /// The owner sets the end before it writes to the store, and a renewal reads the end after its

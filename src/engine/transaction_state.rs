@@ -15,8 +15,8 @@ use crate::sync::atomic::{AtomicU8, Ordering};
 /// transactions, so the state has no steps.
 #[derive(Debug, Default)]
 pub(crate) struct TransactionState {
-    /// The last step. The owner reads it after its handler has ended, and a task that renews may
-    /// read an old step, because the store compares the owner (I8).
+    /// The last step. The owner reads it after its handler has ended. A task that renews may
+    /// read an old step. This does no harm, because the store compares the owner (I8).
     #[cfg(feature = "postgres")]
     step: AtomicU8,
 }

@@ -229,8 +229,9 @@ impl Record {
                 let mut done = record.clone().completed(outcome.clone(), *retention, now);
                 // The owner may still be alive, and its own outcome may differ. If it stayed the
                 // owner, its completion would count as a repeat, and its caller would get another
-                // response than all other callers (I2). A rejection completes nothing, so the owner
-                // remains, and a record is disowned only once. A second time would undo the first.
+                // response than all other callers (I2). A rejection stores no outcome, so it
+                // leaves the owner in place. Only a completion inverts the nonce, because a second
+                // inversion would restore the former owner.
                 if done.is_completed() {
                     done.owner.nonce = record.owner.nonce.disowned();
                 }

@@ -44,9 +44,9 @@ pub(super) struct InFlight {
     /// The number of looks at the record that this request has begun while it waits for an owner in
     /// another process.
     looks: AtomicU64,
-    /// The number of the last look that found this request's fingerprint in the record. The lock of
-    /// `changed` lies between the store and the load of a waiter, so a waiter that subscribed too
-    /// late for the notification sees the number.
+    /// The number of the last look that found this request's fingerprint in the record. The leader
+    /// writes the number, then takes the lock of `changed`. A waiter takes that lock before it
+    /// reads the number. So a waiter that subscribed too late for the notification sees the number.
     confirmed_by: AtomicU64,
     /// Makes this request look at the record at once.
     look_again: Notify,
@@ -360,7 +360,8 @@ impl InFlightTable {
 
     /// Counts a waiter. A waiter is a duplicate that waits for the leader, or the leader itself if
     /// it waits for an owner in another process. Returns `None` if too many requests wait already
-    /// (I10). A refused request counts for a moment, so at a limit it may cause another refusal.
+    /// (I10). A refused request counts until its follower is dropped, so near a limit another
+    /// request may be refused, too.
     pub(super) fn admit(self: &Arc<Self>, leader: Arc<InFlight>, limits: &Waiting) -> Option<Follower> {
         let of_key = leader.waiters.fetch_add(1, Ordering::Relaxed);
         let in_all = self.waiters.fetch_add(1, Ordering::Relaxed);

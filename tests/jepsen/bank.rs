@@ -92,7 +92,7 @@ impl fmt::Display for Event {
     }
 }
 
-/// The key of an event. Faults concern all keys.
+/// The key of an event, or `None` for a fault, which concerns all keys.
 type Key = Option<usize>;
 
 #[derive(Default)]

@@ -148,7 +148,7 @@ impl Targets {
         }
     }
 
-    /// Kills and stops processes of the application until the time of the bank has come.
+    /// Kills and stops processes of the application until the clock of the bank reaches that time.
     pub(crate) fn disturb_processes(&self, until: Duration, mut random: Random) {
         while self.bank.elapsed() < until {
             std::thread::sleep(random.millis(300..1_500));

@@ -24,7 +24,7 @@ use crate::support::proxy::Proxy;
 
 pub(crate) const PROCESSES: usize = 3;
 const CLIENTS: usize = 36;
-/// The clients that use one key at about the same time.
+/// The number of clients that use one key at about the same time.
 const SHARING: usize = 3;
 
 /// A store to test.
@@ -34,7 +34,7 @@ pub(crate) struct Subject {
     pub(crate) proxies: Vec<Proxy>,
     /// The URL for each process.
     pub(crate) urls: Vec<String>,
-    /// The replicas that claims and outcomes wait for.
+    /// The number of replicas that claims and outcomes wait for.
     pub(crate) replicas: usize,
     pub(crate) modes: &'static [Mode],
 }
@@ -204,7 +204,7 @@ impl Clients {
         }
     }
 
-    /// Asks for a key when no more faults happen, until the time of the bank has come.
+    /// Asks for a key when no more faults happen, until the clock of the bank reaches that time.
     async fn ask_for_the_outcome(&self, key: usize, until: Duration) {
         while self.bank.elapsed() < until {
             let seen = self.ask(key, false, Duration::from_secs(30)).await;

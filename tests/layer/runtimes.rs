@@ -123,7 +123,8 @@ fn end_the_owner(on_lost: OnLost) -> Vec<Got> {
     })
 }
 
-/// Duplicates in the process of an owner never run the handler, so they may only retry.
+/// A duplicate that waits in the process of the owner never runs the handler. So under
+/// `OnLost::Execute`, its client gets 409 and must try again.
 #[test]
 fn waiters_in_other_runtimes_are_refused_when_the_runtime_of_the_owner_ends() {
     for got in end_the_owner(OnLost::Refuse) {
@@ -176,9 +177,9 @@ fn a_blocked_runtime_delays_duplicates_no_longer_than_their_wait() {
     assert_eq!(runs.lock().unwrap()["k"], 1);
 }
 
-/// The request that watches an owner in another process is stuck in a blocked runtime. Requests of
-/// other runtimes follow it, and were refused for as long as that runtime was blocked, although the
-/// store had the response.
+/// Requests of other runtimes follow a request that watches an owner in another process. While the
+/// runtime of that request was blocked, the layer refused the others, although the store had the
+/// response.
 #[test]
 fn a_watcher_in_a_blocked_runtime_keeps_no_response_from_other_runtimes() {
     let store = RemoteStore::new();

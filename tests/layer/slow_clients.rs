@@ -42,7 +42,7 @@ fn head(key: &str, length: usize) -> String {
     format!("POST /payments HTTP/1.1\r\nhost: bank\r\nidempotency-key: {key}\r\ncontent-length: {length}\r\n\r\n")
 }
 
-/// Returns the request that the slow clients send, for a client that is not slow.
+/// Returns the same request as the slow clients send. A fast client sends it all at once.
 fn of_bank(key: &str, body: &'static str) -> Request<AnyBody> {
     let mut request = post(key, body);
     request
@@ -80,7 +80,8 @@ async fn ten_thousand_clients_that_send_slowly_hold_no_key_and_delay_nobody() {
         .map(|n| tokio::spawn(send_slowly(connect(&service), format!("key-{n}"), n % 2 == 1)))
         .collect();
     tokio::time::sleep(4 * SECOND + SECOND / 2).await;
-    // Their bodies have half arrived. Another client is served at once, also with one of their keys.
+    // Half of each body has arrived. A fast client gets its response at once, also with the key of a
+    // slow client.
     for key in ["other", "key-0"] {
         let served = Timer::start();
         assert_eq!(send(&service, of_bank(key, BODY)).await.status(), 201);

@@ -177,7 +177,7 @@ fn body_in_parts(first: &str, pause: Duration, second: io::Result<&str>) -> Body
     StreamBody::new(frames).boxed_unsync()
 }
 
-/// The response of a process that has a code in place of a body.
+/// A response with a code instead of a body.
 fn refused(status: u16, code: &'static str) -> Answer {
     Answer {
         status,
@@ -339,7 +339,7 @@ async fn receive(link: &Link, seed: u64, mode: Mode, delivery: Delivery) -> Resu
     paid.map(|(body, _)| body)
 }
 
-/// A message has no response. A duplicate only tells that it was handled.
+/// A message has no response. A duplicate reports only that the message was handled.
 fn received(received: Result<Receipt<String>, ReceiveError<Failed>>) -> Answer {
     match received {
         Ok(Receipt::First(body)) => Answer {

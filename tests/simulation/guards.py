@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Switches off one guard of the engine after the other, and lets the simulation find each.
+"""Switches off the guards of the engine, one at a time. The simulation, or the test binary in `by`, must then fail.
 
   guards.py check         checks that each edit of guards.toml fits the sources
-  guards.py run [NAME]    builds a copy of the crate for each guard whose name contains NAME, and runs the simulation
+  guards.py run [NAME]    builds a copy of the crate for each guard whose name contains NAME, and runs its test
 
 Needs no packages. The copy and its build folder are in the folder of CARGO_TARGET_DIR.
 """
@@ -73,17 +73,17 @@ def main():
     part = sys.argv[2] if len(sys.argv) > 2 else ""
     base = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve() / "guards"
     copy_of_the_crate(base / "crate")
-    missed = []
+    not_found = []
     for guard in guards:
         if part not in guard["name"]:
             continue
         is_found, shown = fails(base / "crate", base / "target", guard)
         by = f" by the test `{guard['by']}`" if "by" in guard else ""
-        print(("found" if is_found else "MISSED") + f"{by}: {guard['name']} {shown}", flush=True)
+        print(("found" if is_found else "NOT FOUND") + f"{by}: {guard['name']} {shown}", flush=True)
         if not is_found:
-            missed.append(guard["name"])
-    if missed:
-        sys.exit(f"{len(missed)} guards were not missed by any test: {missed}")
+            not_found.append(guard["name"])
+    if not_found:
+        sys.exit(f"No test fails without these {len(not_found)} guards: {not_found}")
 
 
 main()

@@ -58,12 +58,16 @@ fn seeds_of_the_variable() -> Option<Range<u64>> {
 /// The number of histories that shrinking may try.
 const SHRINK_LIMIT: usize = 3_000;
 
-/// Removes faults, operations and tries for as long as the plan still violates a guarantee. Returns
-/// whether nothing was left to remove.
+/// Removes faults, resolutions, operations and tries as long as the plan still violates the same
+/// guarantee. Returns whether nothing was left to remove.
 fn shrunk(mut plan: Plan, rule: Rule) -> (Plan, bool) {
     let mut tried = 0;
-    // The name of an invariant, such as `I2`, is the beginning of a violation.
-    let name = |plan: &Plan| simulate(plan, rule).violations.first().map(|what| what[..2].to_owned());
+    // A violation begins with the name of its guarantee, such as `I2`.
+    let name = |plan: &Plan| {
+        let violations = simulate(plan, rule).violations;
+        let first = violations.first()?.split(':').next()?;
+        Some(first.to_owned())
+    };
     let wanted = name(&plan);
     let violates = |plan: &Plan| name(plan) == wanted;
     loop {

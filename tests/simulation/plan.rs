@@ -189,9 +189,10 @@ impl Plan {
         plan
     }
 
-    /// Whether records may expire during the simulation. Nothing of an attempt may happen after its
-    /// record has expired, so the clocks must not jump, and no process may stand still for long. A
-    /// bank that deduplicates would return the receipt of an expired attempt.
+    /// Whether records may expire during the simulation: only if no attempt can act after its record
+    /// has expired. So no clock jumps, and processes stand still for less than 5 s in all. A bank
+    /// that deduplicates is excluded, because it would return the receipt of an attempt whose record
+    /// has expired.
     fn may_expire(&self) -> bool {
         let stands = self.faults.iter().map(|planned| match planned.fault {
             Fault::Freeze { .. } => planned.lasts,

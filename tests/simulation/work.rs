@@ -28,7 +28,7 @@ pub(crate) struct Attempt {
 /// The failure of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failed {
-    /// The attempt follows the setting for failures.
+    /// The layer decides by its setting for failures.
     AsSet,
     /// The handler knows that it had no effect, and says so.
     WithoutEffect,
@@ -78,7 +78,7 @@ pub(crate) async fn pay(link: &Link, seed: u64, mode: Mode, attempt: Attempt) ->
         }
         3 => {
             fails(releases);
-            // Panics without the message of the panic hook.
+            // Panic without the panic hook, which would print a message.
             resume_unwind(Box::new("the handler panics"));
         }
         _ => {}

@@ -407,9 +407,9 @@ impl World {
         }
     }
 
-    /// Whether the process has the key already, because the reply to its claim was lost. The process
-    /// repeats that claim, and must not get another decision. Only a process with one request under
-    /// the key is judged: each further request may make a claim of its own.
+    /// Whether the process already owns the key, because the reply to its claim was lost. The process
+    /// then repeats that claim, and must get the same decision. A process with several requests
+    /// under the key is not judged, because each request may make a claim of its own.
     fn waits_for_itself(&self, key: usize, from: Sender) -> bool {
         let (mut sent, mut granted, mut began) = (0, None, Vec::new());
         for (_, event) in &self.shared().history.0 {
@@ -475,9 +475,9 @@ impl World {
         }
     }
 
-    /// Resolves keys. An operator who asks the bank first records what is true, which the store takes
-    /// unless the key is in flight. Another one makes a mistake, which the store must refuse. An
-    /// operator cannot reach a store that is down.
+    /// Resolves keys. An honest operator asks the bank and then records the truth. The store accepts
+    /// this unless the key is in flight. A mistaken operator records something false, and the store
+    /// must refuse it. No operator can reach a store that is down.
     fn act_for_operators(&mut self) {
         let now = self.shared().now;
         while self.plan.resolutions.last().is_some_and(|action| action.at <= now) {
@@ -520,9 +520,9 @@ impl World {
         }
     }
 
-    /// Whether a key has no effect, and no process is left that could still have one. The fences of a
-    /// freed key begin again, so the bank must not remember fences, unless the store's clock only
-    /// goes forward.
+    /// Whether a key has no effect, and no process is left that could still have one. If the store's
+    /// clock jumped back, a freed key may get lower fences than before. A bank that remembers fences
+    /// would refuse these.
     fn will_have_no_effect(&self, key: usize) -> bool {
         let shared = self.shared();
         let is_gone = |process: usize, incarnation: usize| {
@@ -878,7 +878,8 @@ impl World {
         };
         let is_short =
             |planned: &Planned| planned.fault == Fault::StoreDown && planned.lasts < Duration::from_millis(700);
-        // A claim may come late, after its release. The store then grants the key to nobody.
+        // A late claim may reach the store after the release of that claim. The store then grants
+        // the key to a request that no longer waits.
         let is_late = self
             .faults
             .iter()
@@ -986,8 +987,8 @@ impl World {
                     _ => {}
                 }
             }
-            // If the store is away, a caller under `OnLost::Refuse` gets a response that is not
-            // stored. An operator may record another one.
+            // If the store is unreachable, a caller under `OnLost::Refuse` gets a response that is
+            // not stored. An operator may later record another response.
             let may_refuse = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
             if may_refuse && self.store_fails() {
                 for bodies in &mut bodies {

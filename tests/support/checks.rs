@@ -129,8 +129,8 @@ impl KeyHistory {
         }
     }
 
-    /// If the store fails when a run ends, a key that does not run again stays claimed, and its
-    /// caller gets the response all the same.
+    /// Checks the record at the end (I5, I6). If the store fails when a run ends, the caller still
+    /// gets the response. Without a further run, the record then stays in flight.
     fn check_evidence(&self, violations: &mut Vec<String>) {
         if !self.effects.is_empty() && self.evidence == Evidence::Absent {
             violations.push("I6: there is an effect and no record".to_owned());

@@ -146,7 +146,7 @@ pub mod futures {
             let Progress::Enabled(number) = self.progress else {
                 return;
             };
-            // An execution that fails drops its futures while locks are held.
+            // After a panic, locks may still be held, so do not lock here.
             if std::thread::panicking() {
                 return;
             }
@@ -154,7 +154,7 @@ pub mod futures {
             let is_taken = state.waiters.remove(&number).is_none();
             let passes_on = is_taken && state.calls == self.calls;
             drop(state);
-            // A waiter that `notify_one` woke passes the notification on if it never saw it.
+            // If `notify_one` woke a waiter that was dropped before it saw the notification, wake the next.
             if passes_on {
                 self.notify.notify_one();
             }

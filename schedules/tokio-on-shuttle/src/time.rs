@@ -48,7 +48,7 @@ impl Instant {
     }
 }
 
-/// Moves the clock to the next timer, unless a task whose timer has fired has not run since. A timer
+/// Moves the clock to the next timer. Does nothing while the task of a fired timer has yet to run. A timer
 /// that is more than a day away never fires.
 pub fn advance_to_next_timer() {
     const DAY: Duration = Duration::from_secs(86_400);

@@ -14,7 +14,7 @@ else
   state, ends, expires, response = tonumber(ARGV[2]), 0, now + tonumber(ARGV[3]), ARGV[4]
   -- The owner may still be alive. Another nonce in the record ends its ownership. Otherwise its
   -- completion would count as a repeated one, and its caller would get another response than all
-  -- others (I2). A rejection completes nothing, so the owner remains, and a record is disowned only
-  -- once. A second time would undo the first.
+  -- others (I2). A rejection stores no outcome, so it leaves the owner in place. Only a completion
+  -- inverts the nonce, because a second inversion would restore the former owner.
   if state >= TOMBSTONE then nonce = string.char(255 - string.byte(nonce)) .. string.sub(nonce, 2) end
 end

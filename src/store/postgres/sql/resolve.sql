@@ -10,8 +10,8 @@ WITH deleted AS (
 ), completed AS (
     -- The owner may still be alive. Another nonce in the record ends its ownership. Otherwise its
     -- completion would count as a repeated one, and its caller would get another response than all
-    -- others (I2). A rejection completes nothing, so the owner remains, and a record is disowned
-    -- only once. A second time would undo the first.
+    -- others (I2). A rejection stores no outcome, so it leaves the owner in place. Only a
+    -- completion inverts the nonce, because a second inversion would restore the former owner.
     UPDATE {table} r
     SET state = $3, head = $4, body = $5, expires = {now} + $6,
         nonce = CASE $3 WHEN 1 THEN r.nonce ELSE set_byte(r.nonce, 0, 255 - get_byte(r.nonce, 0)) END
