@@ -166,6 +166,8 @@ impl<St: Store, S> Exchange<St, S> {
         S: Clone,
     {
         let (deadline, looks) = (self.wait().owner, follower.looks());
+        // In a shorter wait, a leader need not look again.
+        let may_look = self.settings.engine.wait > LAST_LOOK;
         if follower.has_owner() {
             self.stage = Stage::Nothing;
         } else {
@@ -183,7 +185,9 @@ impl<St: Store, S> Exchange<St, S> {
             // The leader waits for an owner in another process, and has not looked at the record
             // for the whole wait, because its runtime is blocked or has stopped. So this request
             // looks for itself (I7).
-            None if looks > 0 && follower.looks() == looks && !follower.has_owner() => Box::pin(self.last_look()).await,
+            None if may_look && looks > 0 && follower.looks() == looks && !follower.has_owner() => {
+                Box::pin(self.last_look()).await
+            }
             None => self.outstanding(),
         }
     }

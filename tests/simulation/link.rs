@@ -97,13 +97,18 @@ pub(crate) struct Answer {
     pub(crate) body: String,
 }
 
+/// The time of arrival of a message, the number of its stream, and its own number.
+pub(crate) type MessageId = (Duration, u64, u64);
+
 /// The state of a process that the world changes and its links read.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProcessState {
     pub(crate) incarnation: usize,
     pub(crate) is_dead: bool,
     /// The number of messages after which the process dies.
-    pub(crate) dies_after: Option<u32>,
+    pub(crate) dies_after: Option<usize>,
+    /// The messages that the process has sent in this tick, by the number of their stream.
+    sent: Vec<(u64, MessageId)>,
     pub(crate) cut_requests: bool,
     pub(crate) cut_replies: bool,
     pub(crate) cut_bank: bool,
@@ -112,8 +117,7 @@ pub(crate) struct ProcessState {
 /// The state that processes and the world share.
 pub(crate) struct Shared {
     pub(crate) now: Duration,
-    /// The messages by their time of arrival, the number of their stream, and their number.
-    pub(crate) messages: BTreeMap<(Duration, u64, u64), Message>,
+    pub(crate) messages: BTreeMap<MessageId, Message>,
     sent: u64,
     seed: u64,
     pub(crate) random: Random,
@@ -159,31 +163,33 @@ impl Shared {
     }
 
     /// Sends a message that takes this long.
-    pub(crate) fn send(&mut self, latency: Duration, message: Message) {
-        self.send_in(0, latency, message);
+    pub(crate) fn send(&mut self, latency: Duration, message: Message) -> MessageId {
+        self.send_in(0, latency, message)
     }
 
-    fn send_in(&mut self, stream: u64, latency: Duration, message: Message) {
+    fn send_in(&mut self, stream: u64, latency: Duration, message: Message) -> MessageId {
         self.sent += 1;
-        self.messages.insert((self.now + latency, stream, self.sent), message);
+        let id = (self.now + latency, stream, self.sent);
+        self.messages.insert(id, message);
+        id
     }
 
     /// Sends a message to or from the store.
-    pub(crate) fn send_about(&mut self, key: &StorageKey, sender: Sender, message: Message) {
+    pub(crate) fn send_about(&mut self, key: &StorageKey, sender: Sender, message: Message) -> MessageId {
         let stream = stream_of(key, sender);
         let latency = self.store_latency(stream);
-        self.send_in(stream, latency, message);
+        self.send_in(stream, latency, message)
     }
 
     /// Sends a second copy of a message to the store.
-    fn send_copy(&mut self, key: &StorageKey, sender: Sender, message: Message) {
+    fn send_copy(&mut self, key: &StorageKey, sender: Sender, message: Message) -> MessageId {
         let stream = stream_of(key, sender);
         let mut latency = self.store_latency(stream) + Duration::from_millis(5);
         let random = self.stream(stream);
         if random.chance(30) {
             latency += random.millis(0..5_000);
         }
-        self.send_in(stream, latency, message);
+        self.send_in(stream, latency, message)
     }
 
     fn stream(&mut self, stream: u64) -> &mut Random {
@@ -191,17 +197,26 @@ impl Shared {
         self.streams.entry(stream).or_insert_with(|| Random::new(seed, stream))
     }
 
-    /// Counts a message of a process. Returns whether the process dies before it sends the message.
-    fn dies(&mut self, sender: Sender) -> bool {
-        let process = &mut self.processes[sender.process];
-        let Some(left) = process.dies_after.as_mut().filter(|_| !process.is_dead) else {
-            return process.is_dead;
+    /// Notes a message that a process has sent.
+    fn sent_by(&mut self, sender: Sender, id: MessageId) {
+        self.processes[sender.process].sent.push((id.1, id));
+    }
+
+    /// Ends a tick of a process. If the process dies in this tick, its last messages are not sent.
+    /// The streams decide which messages are the last, because the tasks of different keys run in
+    /// any order within a tick.
+    pub(crate) fn end_tick(&mut self, number: usize) {
+        let process = &mut self.processes[number];
+        let mut sent = std::mem::take(&mut process.sent);
+        let Some(left) = process.dies_after.filter(|_| !process.is_dead) else {
+            return;
         };
-        match left.checked_sub(1) {
-            Some(fewer) => *left = fewer,
-            None => process.is_dead = true,
+        sent.sort_by_key(|(stream, (.., number))| (*stream, *number));
+        process.dies_after = left.checked_sub(sent.len());
+        process.is_dead = process.dies_after.is_none();
+        for (_, id) in sent.iter().skip(left) {
+            self.messages.remove(id);
         }
-        process.is_dead
     }
 
     pub(crate) fn latency(&mut self) -> Duration {
@@ -270,17 +285,18 @@ impl Link {
         let (place, reply) = oneshot::channel();
         {
             let mut shared = self.lock();
-            let is_alive = shared.is_alive(self.sender) && !shared.dies(self.sender);
-            if !is_alive || shared.processes[self.sender.process].cut_requests {
+            if !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_requests {
                 shared.lose(place);
             } else {
                 let (key, from) = (request.key(), self.sender);
                 if shared.duplicates {
                     let (request, place) = (request.clone(), None);
-                    shared.send_copy(&key, from, Message::ToStore { from, request, place });
+                    let id = shared.send_copy(&key, from, Message::ToStore { from, request, place });
+                    shared.sent_by(from, id);
                 }
                 let place = Some(place);
-                shared.send_about(&key, from, Message::ToStore { from, request, place });
+                let id = shared.send_about(&key, from, Message::ToStore { from, request, place });
+                shared.sent_by(from, id);
             }
         }
         reply
@@ -292,10 +308,9 @@ impl Link {
         let (place, reply) = oneshot::channel();
         {
             let mut shared = self.lock();
-            let is_alive = shared.is_alive(self.sender) && !shared.dies(self.sender);
             let is_lost = shared.loses_bank_messages && shared.random.chance(6);
             let is_late = shared.loses_bank_messages && shared.random.chance(6);
-            if is_lost || !is_alive || shared.processes[self.sender.process].cut_bank {
+            if is_lost || !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_bank {
                 shared.lose(place);
             } else {
                 let late = if is_late {
@@ -305,7 +320,8 @@ impl Link {
                 };
                 let latency = shared.latency() + late;
                 let from = self.sender;
-                shared.send(latency, Message::ToBank { from, request, place });
+                let id = shared.send(latency, Message::ToBank { from, request, place });
+                shared.sent_by(from, id);
             }
         }
         reply
@@ -316,10 +332,10 @@ impl Link {
     /// Sends the response of a request to its client.
     pub(crate) fn respond(&self, operation: usize, number: usize, response: Answer) {
         let mut shared = self.lock();
-        if shared.is_alive(self.sender) && !shared.dies(self.sender) {
+        if shared.is_alive(self.sender) {
             shared.responded.push((operation, response.clone()));
             let latency = shared.latency();
-            shared.send(
+            let id = shared.send(
                 latency,
                 Message::ToClient {
                     operation,
@@ -327,6 +343,7 @@ impl Link {
                     response,
                 },
             );
+            shared.sent_by(self.sender, id);
         }
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! `SIMULATIONS=1000000` sets the number of seeds, and `SIMULATIONS=500000..1000000` their range.
 //! `SEED=17` runs one seed and prints its history.
-//! The folder `found` has the plans that once violated a guarantee.
+//! The folder `found` has plans that violated a guarantee before a fault was fixed, or while a guard
+//! was switched off.
 
 use std::fs;
 use std::ops::Range;

@@ -223,6 +223,7 @@ impl World {
         self.random.shuffle(&mut order);
         for number in order {
             self.run_process(number, tick);
+            self.shared().end_tick(number);
             if self.shared().processes[number].is_dead {
                 self.kill(number);
             }
@@ -682,7 +683,7 @@ impl World {
         match planned.fault {
             Fault::Crash { process, messages } if begins => {
                 let mut shared = self.shared();
-                shared.processes[process].dies_after = Some(messages);
+                shared.processes[process].dies_after = usize::try_from(messages).ok();
                 shared.processes[process].is_dead |= messages == 0;
             }
             Fault::Crash { process, .. } => {
