@@ -30,3 +30,30 @@ pub(crate) fn find_key(headers: &HeaderMap, name: &HeaderName, parser: &KeyParse
         Err(error) => FoundKey::Invalid(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_repeated_line_of_the_key_itself_is_rejected() {
+        let found = |lines: &[(&'static str, &'static str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in lines {
+                headers.append(*name, value.parse().unwrap());
+            }
+            match find_key(&headers, &IDEMPOTENCY_KEY, &KeyParser::default()) {
+                FoundKey::Absent => None,
+                FoundKey::Invalid(error) => Some(Err(error.reason())),
+                FoundKey::Present(key) => Some(Ok(key.as_str().to_owned())),
+            }
+        };
+        let (key, other) = (("idempotency-key", "k"), ("accept", "a/b"));
+        assert_eq!(found(&[other, other]), None);
+        assert_eq!(found(&[key]), Some(Ok("k".to_owned())));
+        assert_eq!(found(&[key, other, other]), Some(Ok("k".to_owned())));
+        assert_eq!(found(&[key, key]), Some(Err(InvalidKey::Repeated)));
+        assert_eq!(found(&[key, other, key]), Some(Err(InvalidKey::Repeated)));
+        assert_eq!(found(&[("idempotency-key", "")]), Some(Err(InvalidKey::Empty)));
+    }
+}

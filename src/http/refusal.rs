@@ -197,6 +197,7 @@ mod tests {
             assert_eq!(parts.headers[CONTENT_TYPE], "application/problem+json");
             assert_eq!(parts.headers[CACHE_CONTROL], "no-store");
             assert_eq!(document["status"], parts.status.as_u16());
+            assert_eq!(parts.status, Refusal::new(kind).status());
             assert_eq!(document["code"], Refusal::new(kind).code());
             assert!(
                 document["type"]
@@ -204,10 +205,34 @@ mod tests {
                     .unwrap()
                     .starts_with("urn:problem-type:idempotency:")
             );
-            assert!(!document["detail"].as_str().unwrap().is_empty());
-            assert!(document["retryable"].is_boolean());
+            let sentences = document["detail"].as_str().unwrap();
+            assert_eq!(sentences, Refusal::new(kind).detail());
+            assert!(sentences.len() > 20 && sentences.ends_with('.'), "{sentences}");
+            assert_eq!(document["retryable"], Refusal::new(kind).is_retryable());
             assert_eq!(parts.extensions.get::<Refusal>().unwrap().kind(), kind);
         }
+    }
+
+    #[test]
+    fn a_retry_may_help_only_if_the_refusal_is_not_final() {
+        let may_help = |refusal: Refusal| refusal.is_retryable();
+        assert!(may_help(Refusal::new(RefusalKind::StoreUnavailable)));
+        assert!(may_help(Refusal::new(RefusalKind::HandlerFailed)));
+        assert!(!may_help(Refusal::final_for_key(RefusalKind::HandlerFailed)));
+        assert!(!may_help(Refusal::new(RefusalKind::Mismatch)));
+    }
+
+    #[test]
+    fn after_the_run_no_refusal_says_that_nothing_happened() {
+        for kind in ALL {
+            let (before, after) = (Refusal::new(kind).effect(), Refusal::new(kind).after_run().effect());
+            match before {
+                Effect::Nothing => assert_eq!(after, Effect::Unknown, "{kind:?}"),
+                _ => assert_eq!(after, before, "{kind:?}"),
+            }
+        }
+        assert_eq!(Refusal::new(RefusalKind::Mismatch).effect(), Effect::Nothing);
+        assert_eq!(Refusal::new(RefusalKind::ResponseBroken).effect(), Effect::Done);
     }
 
     #[test]

@@ -290,6 +290,33 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn a_stream_has_a_length_only_if_nothing_contradicts_it() {
+        let frames = futures::stream::empty::<Result<http_body::Frame<Bytes>, std::convert::Infallible>>();
+        let unknown = || http_body_util::StreamBody::new(frames.clone()).boxed_unsync();
+        let known = || Full::new(Bytes::from_static(b"12345")).boxed_unsync();
+        let coding = ("transfer-encoding", "chunked");
+        for (body, fields, expected) in [
+            (unknown(), &[("content-length", "5")][..], true),
+            (unknown(), &[], false),
+            (unknown(), &[("content-length", "")], false),
+            (unknown(), &[("content-length", "+5")], false),
+            (unknown(), &[("content-length", "99999999999999999999")], false),
+            (unknown(), &[("content-length", "5"), ("content-length", "5")], false),
+            (unknown(), &[("content-length", "5"), coding], false),
+            (known(), &[("content-length", "5")], false),
+        ] {
+            let mut response = Response::new(body);
+            for (name, value) in fields {
+                response.headers_mut().append(*name, value.parse().unwrap());
+            }
+            reframe_stream(&mut response);
+            let headers = response.headers();
+            assert_eq!(headers.contains_key(header::CONTENT_LENGTH), expected, "{fields:?}");
+            assert!(!headers.contains_key(header::TRANSFER_ENCODING));
+        }
+    }
+
     fn response(headers: &[(&str, &[u8])]) -> response::Parts {
         let mut response = Response::builder().status(201);
         for (name, value) in headers {

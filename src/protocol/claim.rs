@@ -352,6 +352,21 @@ mod tests {
             body: Bytes::from_static(b"card 4242"),
         };
         assert_eq!(format!("{response:?}"), "StoredResponse(4 + 9 bytes)");
-        assert!(!response.is_empty());
+    }
+
+    #[test]
+    fn an_exact_copy_equals_its_response_in_one_allocation() {
+        for (head, body) in [("", ""), ("head", ""), ("", "body"), ("head", "longer body")] {
+            let response = StoredResponse {
+                head: head.into(),
+                body: body.into(),
+            };
+            let exact = response.to_exact();
+            assert_eq!(exact, response);
+            assert_eq!(response.len(), (head.to_owned() + body).len());
+            assert_eq!(response.is_empty(), head.is_empty() && body.is_empty());
+            let end_of_head = exact.head.as_ptr().wrapping_add(exact.head.len());
+            assert!(exact.body.is_empty() || exact.body.as_ptr() == end_of_head);
+        }
     }
 }

@@ -224,6 +224,14 @@ mod tests {
         }
     }
 
+    fn first_record() -> Record {
+        let claim = crate::protocol::record::tests::claim(1);
+        let crate::protocol::Change::Put(record) = Record::claim(None, &claim, Timestamp::from_micros(1)).change else {
+            panic!()
+        };
+        record
+    }
+
     proptest! {
         #[test]
         fn what_is_written_is_read(record in a_record()) {
@@ -255,16 +263,60 @@ mod tests {
     }
 
     #[test]
-    fn a_head_longer_than_the_record_is_damage_and_allocates_nothing() {
-        let record = Record::claim(
-            None,
-            &crate::protocol::record::tests::claim(1),
-            Timestamp::from_micros(1),
-        );
-        let crate::protocol::Change::Put(record) = record.change else {
-            panic!()
+    fn a_response_may_have_no_body() {
+        let done = Record {
+            state: State::Completed(Outcome::Stored(StoredResponse {
+                head: Bytes::from_static(b"head"),
+                body: Bytes::new(),
+            })),
+            ..first_record()
         };
-        let mut bytes = record.to_bytes().to_vec();
+        assert_eq!(Record::from_bytes(done.to_bytes()).unwrap(), done);
+    }
+
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn columns_of_every_state_and_kind_are_read_and_no_others() {
+        let response = StoredResponse::default();
+        let states = [
+            (IN_FLIGHT, None, Some(State::InFlight { until: Timestamp::MAX })),
+            (UNKNOWN, None, Some(State::Unknown)),
+            (TOMBSTONE, None, Some(State::Completed(Outcome::Tombstone))),
+            (
+                STORED,
+                Some(response.clone()),
+                Some(State::Completed(Outcome::Stored(response.clone()))),
+            ),
+            (IN_FLIGHT, Some(response.clone()), None),
+            (STORED, None, None),
+            (STORED + 1, None, None),
+        ];
+        let kinds = [(0, Some(GrantKind::Execute)), (1, Some(GrantKind::Recover)), (2, None)];
+        for ((tag, response, state), (number, kind)) in states
+            .into_iter()
+            .flat_map(|state| kinds.map(|kind| (state.clone(), kind)))
+        {
+            let record = first_record();
+            let read = Record::from_columns(Columns {
+                state: tag,
+                kind: number,
+                fingerprint: record.fingerprint,
+                owner: record.owner,
+                attempt: record.attempt,
+                lease: record.lease,
+                retention: record.retention,
+                until: Timestamp::MAX,
+                expires: record.expires,
+                response,
+            });
+            let wanted = state.zip(kind).map(|(state, kind)| Record { state, kind, ..record });
+            assert_eq!(read, wanted, "state {tag}, kind {number}");
+        }
+    }
+
+    #[test]
+    fn a_head_longer_than_the_record_is_damage_and_allocates_nothing() {
+        let mut bytes = first_record().to_bytes().to_vec();
         bytes[1] = STORED;
         bytes.extend_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(

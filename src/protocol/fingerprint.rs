@@ -270,20 +270,42 @@ mod tests {
         assert_ne!(over(b"{not json"), over(b"{not  json"));
     }
 
+    /// Stored fingerprints outlive a deployment, so a change of any of these bytes needs a new id.
     #[test]
     fn the_fingerprints_of_this_version_stay() {
-        for (body, first) in [(vec![b'x'; SHORT], None), (vec![b'x'; SHORT + 1], Some(()))] {
-            let mut input = match first {
-                None => body.clone(),
-                Some(()) => blake3::hash(&body).as_bytes().to_vec(),
-            };
-            input.extend_from_slice(b"POST\x04/\x01\x02");
-            input.extend_from_slice(&length(&body).to_le_bytes());
-            input.extend_from_slice(&[u8::MAX, Fingerprint::BYTES]);
-            assert_eq!(
-                fingerprint(&[b"POST", b"/"], &body).digest()[..],
-                Sha256::digest(&input)[..]
-            );
+        let long = |len: usize| (length(&vec![b'x'; len]).to_le_bytes(), u8::MAX);
+        let blake3 = |bytes: &[u8]| blake3::hash(bytes).as_bytes().to_vec();
+        for (body, hashed) in [
+            (vec![b'x'; SHORT], vec![b'x'; SHORT]),
+            (vec![b'x'; SHORT + 1], blake3(&[b'x'; SHORT + 1])),
+        ] {
+            let (len, mark) = long(body.len());
+            let input = [&hashed[..], b"POST\x04/\x01\x02", &len, &[mark, Fingerprint::BYTES]].concat();
+            let digest = *fingerprint(&[b"POST", b"/"], &body).digest();
+            assert_eq!(digest[..], Sha256::digest(&input)[..]);
         }
+        let (len, mark) = long(255);
+        let field = [b'x'; 255];
+        let input = [&field[..254], &[254], &field, &len, &[mark, 2, 0, Fingerprint::BYTES]].concat();
+        let digest = *fingerprint(&[&field[..254], &field], b"").digest();
+        assert_eq!(digest[..], Sha256::digest(&input)[..]);
+
+        let (json, body) = (super::super::CanonicalJson::new(), b"{ \"b\": 1, \"a\": [] }");
+        let mut canonical = Vec::new();
+        assert!(json.feed(body, &mut |part| canonical.extend_from_slice(part)));
+        let len = u8::try_from(canonical.len()).unwrap();
+        let input = [&blake3(&canonical)[..], &[0, len, Fingerprint::JSON]].concat();
+        let digest = *Hasher::over_json(&json, body).finish().digest();
+        assert_eq!(digest[..], Sha256::digest(&input)[..]);
+
+        let parts = Hasher::over_parts(|piece| {
+            piece(b"abc");
+            piece(b"de");
+            Some(())
+        });
+        let pieces = b"\x03\0\0\0\0\0\0\0abc\x02\0\0\0\0\0\0\0de";
+        let input = [&blake3(pieces)[..], &[0, 5, Fingerprint::MULTIPART]].concat();
+        assert_eq!(parts.unwrap().finish().digest()[..], Sha256::digest(&input)[..]);
+        assert!(Hasher::over_parts(|_| None).is_none());
     }
 }

@@ -188,6 +188,7 @@ fn is_visible_ascii(key: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::sync::Arc;
 
     use proptest::prelude::*;
@@ -287,6 +288,19 @@ mod tests {
     }
 
     #[test]
+    fn every_fault_has_a_text_of_its_own_that_says_what_to_do() {
+        use InvalidKey::{Empty, NotAString, NotVisibleAscii, Refused, Repeated, TooLong};
+        let errors = [Empty, NotAString, NotVisibleAscii, Refused, Repeated, TooLong].map(KeyError::new);
+        let texts: HashSet<String> = errors.iter().map(ToString::to_string).collect();
+        assert_eq!(texts.len(), errors.len());
+        for error in errors {
+            assert_eq!(error.to_string(), error.detail());
+            let says_what_to_do = error.detail().contains(" Send ") || error.reason() == Refused;
+            assert!(error.detail().contains("key") && says_what_to_do, "{error}");
+        }
+    }
+
+    #[test]
     fn its_debug_form_hides_it() {
         assert_eq!(format!("{:?}", key("secret-key")), "IdempotencyKey(..)");
     }
@@ -295,7 +309,9 @@ mod tests {
         #[test]
         fn parsing_is_total_and_what_it_takes_is_in_bounds(value: Vec<u8>) {
             for syntax in [KeySyntax::Lenient, KeySyntax::Raw, KeySyntax::Strict] {
-                if let Ok(key) = parser(syntax).parse(&value) {
+                let parsed = parser(syntax).parse(&value);
+                prop_assert_eq!(parser(syntax).check_value(&value), parsed.clone().map(drop));
+                if let Ok(key) = parsed {
                     prop_assert!((1..=255).contains(&key.as_str().len()));
                     prop_assert!(key.as_str().bytes().all(|byte| byte.is_ascii_graphic()));
                 }

@@ -101,6 +101,43 @@ impl One {
 }
 
 #[test]
+fn a_record_tells_its_fence_its_expiry_and_whether_it_is_completed() {
+    let mut store = One::new();
+    let owner = store.granted(&claim(1)).owner;
+    let in_flight = store.record.clone().unwrap();
+    assert_eq!(in_flight.fence(), owner.fence);
+    assert_eq!(in_flight.expires_at(), START.saturating_add(LEASE + RETENTION));
+    assert!(!in_flight.is_completed());
+    store.complete(owner, &Outcome::Tombstone);
+    assert!(store.record.unwrap().is_completed());
+}
+
+#[cfg(any(feature = "postgres", feature = "redis"))]
+#[test]
+fn only_a_transition_without_a_change_returns_its_reply_as_unchanged() {
+    let first = Record::claim(None, &claim(1), START);
+    assert_eq!(first.clone().unchanged(), None);
+    let Change::Put(record) = first.change else { panic!() };
+    let second = Record::claim(Some(&record), &claim(2), START);
+    assert_eq!(second.unchanged(), Some(Decision::Wait { left: LEASE }));
+}
+
+/// PostgreSQL returns the record that a claim left, and the reply follows from that record alone.
+#[cfg(feature = "postgres")]
+#[test]
+fn the_reply_to_a_claim_follows_from_the_record_that_it_wrote() {
+    for if_lost in [IfLost::Execute, IfLost::Recover, IfLost::Refuse] {
+        let mut store = One::new();
+        for (nonce, pause) in [(1, 0), (2, 1), (2, 40), (2, 5), (3, 10), (3, 60), (4, 60), (5, 60)] {
+            store.now = store.now.saturating_add(Duration::from_secs(pause));
+            let claim = claim_or(nonce, if_lost);
+            let reply = store.claim(&claim);
+            assert_eq!(store.record.as_ref().unwrap().decision(&claim, store.now), reply);
+        }
+    }
+}
+
+#[test]
 fn an_absent_key_is_granted_once_and_then_waited_for() {
     let mut store = One::new();
     assert_eq!(store.granted(&claim(1)).attempt, 1);

@@ -234,6 +234,8 @@ impl Hasher for KeyHasher {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::key::KeyParser;
     use super::*;
 
@@ -271,6 +273,66 @@ mod tests {
         assert_eq!(name(Some(b"one")), name(Some(b"one")));
         assert_ne!(name(Some(b"one")), name(Some(b"two")));
         assert_ne!(name(Some(b"one")), name(None));
+    }
+
+    /// Stored records outlive a deployment, so a change of any of these bytes loses every key.
+    #[test]
+    fn the_storage_keys_of_this_version_stay() {
+        let mut space = KeySpace {
+            namespace: "n".into(),
+            secret: None,
+        };
+        let scope = Scope::of(["s"]);
+        assert_eq!(scope.as_bytes(), b"\0\0\0\x01s");
+        let hashes = |space: &KeySpace| {
+            [
+                space.storage_key(Some(&scope), &key("key")),
+                space.call_key(Some(&scope), "key", Some(7)),
+                space.call_key(None, "key", None),
+                space.message_key("c", &scope),
+            ]
+        };
+        let inputs: [&[u8]; 4] = [
+            b"\0\0\0\x01n\0\0\0\x01\x01\0\0\0\x05\0\0\0\x01s\0\0\0\x03key",
+            b"\0\0\0\x01n\0\0\0\x01\x01\0\0\0\x05\0\0\0\x01s\0\0\0\x03key\0\0\0\x04\0\0\0\x07",
+            b"\0\0\0\x01n\0\0\0\0\0\0\0\0\0\0\0\x03key\0\0\0\0",
+            b"\0\0\0\x01n\0\0\0\x01c\0\0\0\x05\0\0\0\x01s\0\0\0\0\0\0\0\0\0\0\0\0",
+        ];
+        for (hash, input) in hashes(&space).iter().zip(inputs) {
+            assert_eq!(hash.as_bytes()[..], Sha256::digest(input)[..]);
+        }
+        space.set_secret(&[7; 16]).unwrap();
+        let secret = blake3::derive_key("tower-idempotency 2026 storage key", &[7; 16]);
+        for (hash, input) in hashes(&space).iter().zip(inputs) {
+            assert_eq!(hash.as_bytes(), blake3::keyed_hash(&secret, input).as_bytes());
+        }
+    }
+
+    #[test]
+    fn a_secret_has_16_bytes_or_more() {
+        for len in 0..=64 {
+            let mut space = KeySpace::default();
+            assert_eq!(space.set_secret(&vec![7; len]).is_ok(), len >= 16, "{len}");
+            assert_eq!(space.secret.is_some(), len >= 16, "{len}");
+        }
+    }
+
+    proptest! {
+        /// The two halves of the product of the first two words, each under its seed.
+        #[test]
+        fn the_hash_for_maps_folds_two_seeded_words(key: [u8; 32], seed: (u64, u64)) {
+            let word = |at: usize| u64::from_le_bytes(key[at..at + 8].try_into().unwrap());
+            let (one, other) = (word(0) ^ seed.0, word(8) ^ seed.1);
+            let high = u64::try_from((u128::from(one) * u128::from(other)) >> 64).unwrap();
+            let hash = KeyHasher { seed, state: 0 }.hash_one(StorageKey::from_bytes(key));
+            prop_assert_eq!(hash, one.wrapping_mul(other) ^ high);
+        }
+    }
+
+    #[test]
+    fn two_maps_hash_a_key_differently() {
+        let hash = || KeyHasher::random().hash_one(StorageKey::from_bytes([7; 32]));
+        assert_ne!(hash(), hash());
     }
 
     #[test]

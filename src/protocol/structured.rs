@@ -544,6 +544,7 @@ mod tests {
             let input = format!("\"{escaped}\"");
             let parsed = string_item(input.as_bytes()).unwrap();
             prop_assert_eq!(&parsed, &string);
+            prop_assert_eq!(quoted(&string), input.as_bytes());
             prop_assert_eq!(matches!(parsed, Cow::Borrowed(_)), escaped == string);
         }
     }
