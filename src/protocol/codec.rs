@@ -287,7 +287,7 @@ mod tests {
                 Some(response.clone()),
                 Some(State::Completed(Outcome::Stored(response.clone()))),
             ),
-            (IN_FLIGHT, Some(response.clone()), None),
+            (IN_FLIGHT, Some(response), None),
             (STORED, None, None),
             (STORED + 1, None, None),
         ];
