@@ -44,6 +44,9 @@ pub(crate) struct Report {
     pub(crate) keys: usize,
     figures: String,
     pub(crate) violations: Vec<(Mode, String)>,
+    /// The number of keys with several effects at a bank that deduplicates, although all their
+    /// requests had one body.
+    pub(crate) not_deduplicated: usize,
     /// The history of the first key that violates a guarantee.
     example: String,
 }
@@ -280,12 +283,15 @@ async fn judge(name: &str, modes: &[Mode], bank: &Bank, url: &str, keys: usize) 
         }
     }
     let layer = IdempotencyLayer::new(store.clone());
-    let (mut violations, mut example, mut effects) = (Vec::new(), String::new(), 0);
+    let (mut violations, mut example) = (Vec::new(), String::new());
+    let (mut effects, mut not_deduplicated) = (0, 0);
     for (key, events) in bank.by_key(keys).iter().enumerate() {
         let evidence = evidence(&store, &layer, key).await;
         let mode = modes[key % modes.len()];
         let history = history_of(mode, events, &rows[key], evidence);
         effects += history.effects.len();
+        let is_repeated = mode == Mode::Derived && history.effects.len() > 1;
+        not_deduplicated += usize::from(is_repeated && history.has_one_body());
         let found = history.violations();
         if example.is_empty() && !found.is_empty() {
             example = format!("key {key} ({mode}):\n{}{}", bank.text(key), found.join("\n"));
@@ -296,6 +302,7 @@ async fn judge(name: &str, modes: &[Mode], bank: &Bank, url: &str, keys: usize) 
         keys,
         figures: figures(name, bank, keys, effects),
         violations,
+        not_deduplicated,
         example,
     }
 }

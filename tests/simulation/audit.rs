@@ -34,6 +34,10 @@ pub(crate) struct Audit {
     evidence: HashMap<StorageKey, Evidence>,
 }
 
+/// The state of the audit about one key.
+#[derive(Clone, Copy)]
+pub(crate) struct Noted(Option<Granted>, Option<Evidence>);
+
 /// One step of the store: the record before and after it, and the reply.
 pub(crate) struct Step<'a> {
     pub(crate) request: &'a StoreRequest,
@@ -120,7 +124,9 @@ impl Audit {
                     ));
                 }
                 if let (true, Some(before), Some(after)) = (may, before, &step.after) {
-                    if before.nonce == after.nonce {
+                    // A rejection stores no outcome, so the owner may still complete the record.
+                    let is_completed = matches!(after.status, Status::Completed(_));
+                    if is_completed && before.nonce == after.nonce {
                         return Err("I2: a resolution left the record to its earlier owner".to_owned());
                     }
                 }
@@ -165,6 +171,19 @@ impl Audit {
             let until = step.now.saturating_add(lease).saturating_add(retention);
             self.evidence.insert(key, Evidence { until, retention });
         }
+    }
+
+    pub(crate) fn noted(&self, key: &StorageKey) -> Noted {
+        Noted(self.granted.get(key).copied(), self.evidence.get(key).copied())
+    }
+
+    /// Goes back to an earlier state, because the store has lost what came later.
+    pub(crate) fn go_back(&mut self, key: StorageKey, noted: Noted) {
+        let Noted(granted, evidence) = noted;
+        self.granted.remove(&key);
+        self.evidence.remove(&key);
+        self.granted.extend(granted.map(|granted| (key, granted)));
+        self.evidence.extend(evidence.map(|evidence| (key, evidence)));
     }
 
     /// Forgets the record of a key, which is gone, and returns whether its retention is over.

@@ -183,6 +183,7 @@ fn refused(status: u16, code: &'static str) -> Answer {
         status,
         code,
         is_replay: false,
+        head: Vec::new(),
         body: String::new(),
     }
 }
@@ -228,10 +229,11 @@ fn key_of(path: &str) -> usize {
 
 async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Body>) -> Response<Body> {
     let lease = request.extensions().get::<Lease>().unwrap();
+    let fence = lease.fence().as_u64();
     let attempt = Attempt {
         key: key_of(request.uri().path()),
         number: lease.attempt().number(),
-        fence: lease.fence().as_u64(),
+        fence,
         id: lease.derive_key("charge"),
     };
     let (text, size) = match pay(link, seed, mode, attempt).await {
@@ -244,6 +246,14 @@ async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Body>) -> R
             }
             return response;
         }
+    };
+    let created = |body| {
+        let mut response = created(body);
+        let headers = response.headers_mut();
+        for value in ["first", "second"] {
+            headers.append("x-part", format!("{value} of {fence}").parse().unwrap());
+        }
+        response
     };
     match size {
         Size::Usual => created(body(text)),
@@ -265,6 +275,12 @@ async fn answer(response: Response<Body>) -> Answer {
     let code = response.extensions().get::<Refusal>().map_or("", Refusal::code);
     let is_replay = response.headers().contains_key("idempotent-replayed");
     let status = response.status().as_u16();
+    let lines = response
+        .headers()
+        .iter()
+        .filter(|(name, _)| *name != "idempotent-replayed");
+    let mut head: Vec<String> = lines.map(|(name, value)| format!("{name}: {value:?}")).collect();
+    head.sort();
     let Ok(body) = response.into_body().collect().await else {
         return refused(502, "broken");
     };
@@ -280,6 +296,7 @@ async fn answer(response: Response<Body>) -> Answer {
         status,
         code,
         is_replay,
+        head,
         body,
     }
 }
@@ -334,7 +351,7 @@ async fn receive(link: &Link, seed: u64, mode: Mode, delivery: Delivery) -> Resu
     };
     let paid = pay(link, seed, mode, attempt).await;
     if paid == Err(Failed::WithoutEffect) {
-        link.note(Event::Rejected { key });
+        link.note(Event::Rejected { key, by: "the handler" });
     }
     paid.map(|(body, _)| body)
 }
@@ -346,6 +363,7 @@ fn received(received: Result<Receipt<String>, ReceiveError<Failed>>) -> Answer {
             status: 201,
             code: "",
             is_replay: false,
+            head: Vec::new(),
             body,
         },
         Ok(Receipt::Duplicate) => refused(208, "handled-before"),
@@ -401,6 +419,7 @@ impl OneTimeCalls {
                 status: 201,
                 code: "",
                 is_replay: done.is_replay(),
+                head: Vec::new(),
                 body: done.into_value(),
             },
             Err(OnceError::InFlight { .. }) => refused(409, "outstanding"),

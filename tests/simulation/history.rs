@@ -40,9 +40,10 @@ pub(crate) enum Event {
     Freed {
         key: usize,
     },
-    /// The handler of a message rejected it for good.
+    /// The handler of a message, or an operator, rejected it for good.
     Rejected {
         key: usize,
+        by: &'static str,
     },
     Killed {
         process: usize,
@@ -72,6 +73,11 @@ pub(crate) enum Event {
         process: usize,
         incarnation: usize,
         attempt: u32,
+        fence: u64,
+    },
+    /// A failover lost a grant that nobody had seen.
+    GrantLost {
+        key: usize,
         fence: u64,
     },
     Quiet,
@@ -124,7 +130,7 @@ impl fmt::Display for Event {
                 write!(f, "an operator asks to resolve key {key} with receipt {receipt}")
             }
             Self::Freed { key } => write!(f, "an operator frees key {key}"),
-            Self::Rejected { key } => write!(f, "the handler rejects message {key} for good"),
+            Self::Rejected { key, by } => write!(f, "{by} rejects key {key} for good"),
             Self::Killed { process } => write!(f, "process {process} is killed"),
             Self::Expired { key } => write!(f, "the record of key {key} expires"),
             Self::Charged { key, effects } => write!(f, "EFFECT {effects} of key {key}"),
@@ -152,6 +158,7 @@ impl fmt::Display for Event {
                     "the store grants key {key} to process {process}.{incarnation}: attempt {attempt}, fence {fence}"
                 )
             }
+            Self::GrantLost { key, fence } => write!(f, "the store loses its unseen grant of key {key}, fence {fence}"),
             Self::Quiet => f.write_str("no further faults"),
         }
     }

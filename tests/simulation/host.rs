@@ -4,13 +4,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::oneshot;
-use tower_idempotency::protocol::{Grant, Snapshot, Status, StorageKey};
+use tower_idempotency::protocol::{Fence, Grant, Snapshot, Status, StorageKey};
 use tower_idempotency::{Clock, Error, Store, Timestamp};
 
 use crate::ablated::{Ablated, Rule};
-use crate::audit::{Audit, Step};
+use crate::audit::{Audit, Noted, Step};
 use crate::link::{Place, Sender, StoreReply, StoreRequest};
 
 type Operation = BoxFuture<'static, Result<Done, Error>>;
@@ -30,8 +31,24 @@ struct Running {
     has_begun: bool,
 }
 
+/// One write, which a failover can undo.
+struct Write {
+    number: u64,
+    key: StorageKey,
+    before: Option<Bytes>,
+    noted: Noted,
+    grant: Option<Fence>,
+    /// Whether a process has seen the record after this write.
+    is_seen: bool,
+}
+
+/// The number of writes that are lost by a wrong store at a failover.
+const LOST_WRITES: usize = 3;
+
 /// An operation that has ended, with the place for its reply.
 pub(crate) struct Ended {
+    /// The number of the last write so far.
+    pub(crate) number: u64,
     pub(crate) from: Sender,
     pub(crate) request: StoreRequest,
     pub(crate) reply: Result<StoreReply, Error>,
@@ -48,6 +65,8 @@ pub(crate) struct Host {
     running: Vec<Running>,
     watches: Vec<(StorageKey, Sender, BoxFuture<'static, ()>, oneshot::Sender<()>)>,
     audit: Audit,
+    writes: Vec<Write>,
+    written: u64,
 }
 
 impl Host {
@@ -61,6 +80,8 @@ impl Host {
             running: Vec::new(),
             watches: Vec::new(),
             audit: Audit::default(),
+            writes: Vec::new(),
+            written: 0,
         }
     }
 
@@ -81,6 +102,30 @@ impl Host {
         self.watches.clear();
     }
 
+    /// Notes that a process sees the record of a key after this write.
+    pub(crate) fn see(&mut self, key: &StorageKey, number: u64) {
+        let writes = self.writes.iter_mut();
+        for write in writes.filter(|write| write.key == *key && write.number <= number) {
+            write.is_seen = true;
+        }
+    }
+
+    /// Loses the last writes. Returns the key and the fence of each lost grant.
+    pub(crate) fn fail_over(&mut self, loses_seen: bool) -> Vec<(StorageKey, Fence)> {
+        let mut grants = Vec::new();
+        let mut lost = 0;
+        for write in std::mem::take(&mut self.writes).into_iter().rev() {
+            if write.is_seen && (!loses_seen || lost == LOST_WRITES) {
+                continue;
+            }
+            lost += usize::from(write.is_seen);
+            self.store.put_back(&write.key, write.before);
+            self.audit.go_back(write.key, write.noted);
+            grants.extend(write.grant.map(|fence| (write.key, fence)));
+        }
+        grants
+    }
+
     pub(crate) fn begin(&mut self, from: Sender, request: StoreRequest, place: Option<Place<StoreReply>>) {
         self.running.push(Running {
             from,
@@ -95,6 +140,7 @@ impl Host {
     pub(crate) fn go_on(&mut self, at: usize) -> Option<Ended> {
         let key = self.running[at].request.key();
         let before = self.look(&key);
+        let (bytes, noted) = (self.store.bytes(&key), self.audit.noted(&key));
         let poll = poll(self.running[at].operation.as_mut());
         let Poll::Ready(done) = poll else {
             self.running[at].has_begun = true;
@@ -118,7 +164,21 @@ impl Host {
             after: self.look(&key),
             now: Timestamp::from_micros(self.micros),
         });
+        if self.store.bytes(&key) != bytes {
+            self.written += 1;
+            let grant = audited.as_ref().ok().and_then(Option::as_ref);
+            self.writes.push(Write {
+                number: self.written,
+                key,
+                before: bytes,
+                noted,
+                grant: grant.map(|grant| grant.owner.fence),
+                // Nothing tells the simulation when an operator sees a reply.
+                is_seen: from.incarnation == usize::MAX,
+            });
+        }
         Some(Ended {
+            number: self.written,
             from,
             request,
             reply,
@@ -129,7 +189,11 @@ impl Host {
 
     /// Whether the record of a key has expired since the last call.
     pub(crate) fn expires(&mut self, key: &StorageKey) -> bool {
-        self.look(key).is_none() && self.audit.expire(key, Timestamp::from_micros(self.micros))
+        let expires = self.look(key).is_none() && self.audit.expire(key, Timestamp::from_micros(self.micros));
+        if expires {
+            self.writes.retain(|write| write.key != *key);
+        }
+        expires
     }
 
     /// Whether an operation stands between two steps.

@@ -51,6 +51,9 @@ pub(crate) enum Message {
     },
     FromStore {
         to: Sender,
+        key: StorageKey,
+        /// The number of the store's last write when it replied.
+        number: u64,
         reply: Result<StoreReply, Error>,
         place: Place<StoreReply>,
     },
@@ -94,6 +97,8 @@ pub(crate) struct Answer {
     /// The code of a refusal; empty for a response of the handler.
     pub(crate) code: &'static str,
     pub(crate) is_replay: bool,
+    /// The lines of its head.
+    pub(crate) head: Vec<String>,
     pub(crate) body: String,
 }
 

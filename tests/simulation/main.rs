@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once};
 
 use ablated::Rule;
-use plan::Plan;
-use world::{Counts, Outcome, World};
+use plan::{Fault, Plan};
+use world::{Counts, Simulated, World};
 
 #[path = "../support/ablated/mod.rs"]
 mod ablated;
@@ -35,7 +35,7 @@ mod watchdog;
 mod work;
 mod world;
 
-fn simulate(plan: &Plan, rule: Rule) -> Outcome {
+fn simulate(plan: &Plan, rule: Rule) -> Simulated {
     let _watch = watchdog::watch(plan.seed);
     World::new(plan, rule).run()
 }
@@ -245,6 +245,22 @@ const NOT_SHOWN: [(Rule, &str); 8] = [
         "a waiter also looks at the record from time to time, so it only waits longer",
     ),
 ];
+
+/// Shows that the checks work: a failover that loses writes after processes have seen them must
+/// violate a guarantee.
+#[test]
+fn a_failover_that_loses_seen_writes_is_found() {
+    let mut plans = (0..500).map(Plan::of);
+    let is_found = plans.any(|mut plan| {
+        for planned in &mut plan.faults {
+            if let Fault::Failover { loses_seen } = &mut planned.fault {
+                *loses_seen = true;
+            }
+        }
+        !simulate(&plan, Rule::Correct).violations.is_empty()
+    });
+    assert!(is_found);
+}
 
 /// Shows that the checks work: the store breaks each rule in turn, and some seed must violate a
 /// guarantee.

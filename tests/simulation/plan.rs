@@ -55,6 +55,8 @@ pub(crate) struct Operation {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Try {
     pub(crate) process: usize,
+    /// The runtime of the process that serves the request.
+    pub(crate) runtime: usize,
     /// How long the client waits before it leaves.
     pub(crate) patience: Duration,
     /// The pause before the next request.
@@ -70,6 +72,10 @@ pub(crate) enum Fault {
     Crash { process: usize, messages: u32 },
     /// The process stands still. Its clock stands still, too, or jumps at the end.
     Freeze { process: usize, jumps: bool },
+    /// A handler blocks one runtime of the process. Its clock goes on.
+    Block { process: usize, runtime: usize },
+    /// One runtime of the process ends, and a new one starts at the end.
+    EndRuntime { process: usize, runtime: usize },
     /// The clock of the process runs at this percentage of the real speed.
     Slow { process: usize, percent: u32 },
     /// Messages between the process and the store are lost.
@@ -82,6 +88,9 @@ pub(crate) enum Fault {
     CutBank { process: usize },
     /// The store is restarted. It keeps its records, and drops its connections.
     StoreDown,
+    /// Another server takes the place of the store. It lacks the writes that no process has seen. A
+    /// wrong store also lacks writes that were seen.
+    Failover { loses_seen: bool },
     /// Messages to and from the store take up to a second.
     StoreSlow,
     /// Messages to the store come twice. The second copy may come seconds later.
@@ -110,6 +119,8 @@ pub(crate) struct Action {
     pub(crate) at: Duration,
     pub(crate) key: usize,
     pub(crate) is_mistaken: bool,
+    /// Whether the operator rejects the request for good.
+    pub(crate) rejects: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -118,6 +129,8 @@ pub(crate) struct Plan {
     pub(crate) kind: Kind,
     pub(crate) mode: Mode,
     pub(crate) processes: usize,
+    /// The number of runtimes of each process.
+    pub(crate) runtimes: usize,
     pub(crate) keys: usize,
     pub(crate) lease: Duration,
     pub(crate) wait: Duration,
@@ -142,16 +155,18 @@ impl Plan {
         let kind = random.pick(&[Kind::Http, Kind::Http, Kind::Message, Kind::Once]);
         let mode = random.pick(&Mode::ALL);
         let processes = 1 + random.below(3);
+        let runtimes = random.pick(&[1, 1, 2]);
         let keys = 1 + random.below(4);
         let lease = random.pick(&[1_000, 2_000, 3_000]);
         let wait = random.pick(&[0, 300, 2_000, 4_000]);
         let max_attempts = random.pick(&[3, 1_000, 1_000]);
-        let operations = (0..3 + random.below(12)).map(|_| operation(&mut random, processes, keys));
+        let operations = (0..3 + random.below(12)).map(|_| operation(&mut random, (processes, runtimes), keys));
         let mut plan = Self {
             seed,
             kind,
             mode,
             processes,
+            runtimes,
             keys,
             lease: Duration::from_millis(lease),
             wait: Duration::from_millis(wait),
@@ -165,7 +180,7 @@ impl Plan {
         };
         let mut random = Random::new(seed, 2);
         plan.faults = (0..random.below(7))
-            .map(|_| fault(&mut random, mode, processes))
+            .map(|_| fault(&mut random, mode, (processes, runtimes)))
             .collect();
         if random.chance(40) && plan.may_expire() {
             plan.retention = SHORT_RETENTION;
@@ -181,6 +196,7 @@ impl Plan {
             at: random.millis(1_000..15_000),
             key: random.below(keys),
             is_mistaken: random.chance(40),
+            rejects: random.chance(10),
         });
         plan.resolutions = actions.collect();
         plan.resolutions.sort_by_key(|action| std::cmp::Reverse(action.at));
@@ -195,7 +211,7 @@ impl Plan {
     /// has expired.
     fn may_expire(&self) -> bool {
         let stands = self.faults.iter().map(|planned| match planned.fault {
-            Fault::Freeze { .. } => planned.lasts,
+            Fault::Freeze { .. } | Fault::Block { .. } => planned.lasts,
             Fault::ClockJump { .. } => DAY,
             _ => Duration::ZERO,
         });
@@ -231,9 +247,10 @@ const DAY: Duration = Duration::from_secs(86_400);
 const SHORT_RETENTION: Duration = Duration::from_secs(15);
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 
-fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
+fn operation(random: &mut Random, (processes, runtimes): (usize, usize), keys: usize) -> Operation {
     let tries = (0..1 + random.below(5)).map(|_| Try {
         process: random.below(processes),
+        runtime: random.below(runtimes),
         patience: match random.chance(50) {
             true => random.millis(5..900),
             false => Duration::from_secs(60),
@@ -252,13 +269,17 @@ fn operation(random: &mut Random, processes: usize, keys: usize) -> Operation {
     }
 }
 
-fn fault(random: &mut Random, mode: Mode, processes: usize) -> Planned {
-    let process = random.below(processes);
+fn fault(random: &mut Random, mode: Mode, (processes, runtimes): (usize, usize)) -> Planned {
+    let (process, runtime) = (random.below(processes), random.below(runtimes));
     let fault = match random.below(12) {
         0..=2 => Fault::Crash {
             process,
             messages: random.pick(&[0, 1, 1, 2, 2, 3, 4, 6, 10]),
         },
+        3 | 4 if runtimes > 1 && random.chance(60) => random.pick(&[
+            Fault::Block { process, runtime },
+            Fault::EndRuntime { process, runtime },
+        ]),
         3 => Fault::Freeze { process, jumps: true },
         4 => Fault::Freeze { process, jumps: false },
         5 => Fault::Slow {
@@ -277,7 +298,7 @@ fn fault(random: &mut Random, mode: Mode, processes: usize) -> Planned {
         },
         // Under `ReleaseFailures`, a handler must know whether it had an effect.
         8 if mode != Mode::ReleaseFailures => Fault::CutBank { process },
-        8 | 9 => Fault::StoreDown,
+        8 | 9 => random.pick(&[Fault::StoreDown, Fault::Failover { loses_seen: false }]),
         10 => random.pick(&[Fault::StoreSlow, Fault::Duplicate]),
         _ => Fault::ClockJump {
             millis: random.pick(&[-600_000, -2_000, -300, 300, 2_000, 600_000]),

@@ -1,4 +1,4 @@
-//! A process of the application: a runtime of its own, and the entry for its requests.
+//! A process of the application: one or two runtimes, which share the entry for its requests.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,18 +11,64 @@ use tower_idempotency::Drain;
 use crate::entry::{Entry, Incoming};
 use crate::link::{Link, Sender, Shared};
 use crate::plan::Plan;
+use crate::random::Random;
 
 pub(crate) struct Process {
-    runtime: Runtime,
+    /// The runtimes. One that has ended is `None`.
+    runtimes: Vec<Option<OneRuntime>>,
     link: Link,
     entry: Entry,
     pub(crate) drain: Drain,
-    /// The start of the process, by its own clock.
+    /// The start of the process, by the clock of all its runtimes.
     epoch: Instant,
     /// The time since the start, by its own clock.
     local: Duration,
+}
+
+struct OneRuntime {
+    runtime: Runtime,
+    is_blocked: bool,
+    /// The time for which it has been blocked.
+    behind: Duration,
     /// The requests that run: the operation, the number of its try, and the task.
     requests: Vec<(usize, usize, AbortHandle)>,
+}
+
+/// Longer than a simulation takes on a real machine.
+const AHEAD: Duration = Duration::from_secs(600);
+
+impl OneRuntime {
+    /// Starts a runtime. Its clock stands still.
+    fn start() -> Self {
+        let runtime = Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        Self {
+            runtime,
+            is_blocked: false,
+            behind: Duration::ZERO,
+            requests: Vec::new(),
+        }
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the clock of the process, which the simulation turns"
+    )]
+    fn now(&self) -> Instant {
+        self.runtime.block_on(async { Instant::now() })
+    }
+
+    /// Lets the clock jump. All timers in between are due at once.
+    fn jump(&self, time: Duration) {
+        self.runtime.block_on(async { tokio::time::advance(time).await });
+    }
+
+    fn jump_to(&self, time: Instant) {
+        self.jump(time - self.now());
+    }
 }
 
 impl Process {
@@ -35,74 +81,125 @@ impl Process {
             shared: Arc::clone(shared),
             sender,
         };
-        let runtime = Builder::new_current_thread()
-            .enable_time()
-            .start_paused(true)
-            .build()
-            .unwrap();
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the clock of the process, which the simulation turns"
-        )]
-        let epoch = runtime.block_on(async { Instant::now() });
+        let runtimes: Vec<OneRuntime> = (0..plan.runtimes).map(|_| OneRuntime::start()).collect();
+        // The clocks of all runtimes show the same time, as they do in a real process.
+        let epoch = runtimes.iter().map(OneRuntime::now).max().unwrap() + AHEAD;
+        for runtime in &runtimes {
+            runtime.jump_to(epoch);
+        }
         let (entry, drain) = Entry::new(plan, &link);
         Self {
-            runtime,
+            runtimes: runtimes.into_iter().map(Some).collect(),
             entry,
             drain,
             link,
             epoch,
             local: Duration::ZERO,
-            requests: Vec::new(),
         }
     }
 
     /// Runs everything that the process does in this time of its own clock.
-    pub(crate) fn run_for(&mut self, time: Duration) {
+    pub(crate) fn run_for(&mut self, time: Duration, random: &mut Random) {
         self.local += time;
         let until = self.epoch + self.local;
-        self.runtime.block_on(async { tokio::time::sleep_until(until).await });
+        let mut order: Vec<usize> = (0..self.runtimes.len()).collect();
+        random.shuffle(&mut order);
+        for number in order {
+            match &mut self.runtimes[number] {
+                Some(one) if one.is_blocked => one.behind += time,
+                Some(one) => one.runtime.block_on(async { tokio::time::sleep_until(until).await }),
+                None => {}
+            }
+        }
     }
 
-    /// Lets the clock of the process jump. All timers in between are due at once.
+    /// Lets the clock of the process jump.
     pub(crate) fn jump(&mut self, time: Duration) {
         self.local += time;
-        self.runtime.block_on(async { tokio::time::advance(time).await });
+        for one in self.runtimes.iter_mut().flatten() {
+            match one.is_blocked {
+                true => one.behind += time,
+                false => one.jump(time),
+            }
+        }
     }
 
-    /// Takes a request.
-    pub(crate) fn take(&mut self, operation: usize, number: usize, request: Incoming) {
+    /// Lets a runtime stand still while its clock goes on, or lets it run again.
+    pub(crate) fn block(&mut self, number: usize, is_blocked: bool) {
+        if let Some(one) = &mut self.runtimes[number] {
+            one.is_blocked = is_blocked;
+            if !is_blocked {
+                let behind = std::mem::take(&mut one.behind);
+                one.jump(behind);
+            }
+        }
+    }
+
+    /// Ends a runtime and drops its tasks. Returns the operations of the requests that it served.
+    pub(crate) fn end_runtime(&mut self, number: usize) -> Vec<(usize, usize)> {
+        let Some(one) = self.runtimes[number].take() else {
+            return Vec::new();
+        };
+        one.runtime.shutdown_background();
+        one.requests
+            .iter()
+            .map(|(operation, number, _)| (*operation, *number))
+            .collect()
+    }
+
+    /// Starts a new runtime in the place of one that has ended.
+    pub(crate) fn start_runtime(&mut self, number: usize) {
+        if self.runtimes[number].is_none() {
+            let one = OneRuntime::start();
+            one.jump_to(self.epoch + self.local);
+            self.runtimes[number] = Some(one);
+        }
+    }
+
+    /// Takes a request, unless its runtime has ended. Returns whether it does.
+    pub(crate) fn take(&mut self, operation: usize, number: usize, runtime: usize, request: Incoming) -> bool {
         let (entry, link) = (self.entry.clone(), self.link.clone());
-        let task = self.runtime.spawn(async move {
+        let Some(one) = &mut self.runtimes[runtime] else {
+            return false;
+        };
+        let task = one.runtime.spawn(async move {
             link.respond(operation, number, entry.call(request).await);
         });
-        self.requests.push((operation, number, task.abort_handle()));
+        one.requests.push((operation, number, task.abort_handle()));
+        true
     }
 
     /// Drops the request of a client that left.
     pub(crate) fn leave(&mut self, operation: usize, number: usize) {
-        self.requests.retain(|(of, at, task)| {
-            let is_it = (*of, *at) == (operation, number);
-            if is_it {
-                task.abort();
-            }
-            !is_it
-        });
+        for one in self.runtimes.iter_mut().flatten() {
+            one.requests.retain(|(of, at, task)| {
+                let is_it = (*of, *at) == (operation, number);
+                if is_it {
+                    task.abort();
+                }
+                !is_it
+            });
+        }
     }
 
     pub(crate) fn alive_tasks(&self) -> usize {
-        self.runtime.metrics().num_alive_tasks()
+        let runtimes = self.runtimes.iter().flatten();
+        runtimes.map(|one| one.runtime.metrics().num_alive_tasks()).sum()
     }
 
     /// Whether nothing is left to wait for.
     pub(crate) fn is_drained(&mut self) -> bool {
         let drain = self.drain.clone();
         let waiting = async { tokio::time::timeout(Duration::ZERO, drain.wait()).await.is_ok() };
-        self.runtime.block_on(waiting)
+        let mut runtimes = self.runtimes.iter().flatten();
+        let one = runtimes.next().expect("no fault is left, so all runtimes run");
+        one.runtime.block_on(waiting)
     }
 
     /// Ends the process at once.
     pub(crate) fn kill(self) {
-        self.runtime.shutdown_background();
+        for one in self.runtimes.into_iter().flatten() {
+            one.runtime.shutdown_background();
+        }
     }
 }

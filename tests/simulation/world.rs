@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tower_idempotency::protocol::{Decision, Fence, Resolution, ResolveResult, Status, StorageKey};
+use tower_idempotency::protocol::{Decision, Fence, Outcome, Resolution, ResolveResult, Status, StorageKey};
 
 use crate::ablated::Rule;
 use crate::bank::{Bank, BankReply};
@@ -55,7 +55,7 @@ pub(crate) struct World {
 }
 
 /// The result of a simulation.
-pub(crate) struct Outcome {
+pub(crate) struct Simulated {
     pub(crate) violations: Vec<String>,
     pub(crate) history: String,
     pub(crate) counts: Counts,
@@ -124,7 +124,7 @@ impl World {
         }
     }
 
-    pub(crate) fn run(mut self) -> Outcome {
+    pub(crate) fn run(mut self) -> Simulated {
         while self.shared().now < Plan::ACTIVE + Duration::from_secs(4) && self.violations.is_empty() {
             self.step();
         }
@@ -142,7 +142,7 @@ impl World {
         self.check_runs();
         self.check_losses();
         let history = self.shared().history.to_string();
-        Outcome {
+        Simulated {
             history,
             counts: self.counts(),
             violations: self.violations,
@@ -264,7 +264,7 @@ impl World {
             if self.frozen[number] {
                 self.behind[number] += tick;
             } else {
-                process.run_for(tick * self.percent[number] / 100);
+                process.run_for(tick * self.percent[number] / 100, &mut self.random);
             }
         }
     }
@@ -290,13 +290,24 @@ impl World {
                     self.host.begin(from, request, place);
                 }
             }
-            Message::FromStore { to, reply, place } => {
+            Message::FromStore {
+                to,
+                key,
+                number,
+                reply,
+                place,
+            } => {
                 let mut shared = self.shared();
-                if shared.is_alive(to) && shared.processes[to.process].cut_replies {
+                let is_alive = shared.is_alive(to);
+                if is_alive && shared.processes[to.process].cut_replies {
                     shared.lose(place);
-                } else {
-                    drop(place.send(reply));
+                    return;
                 }
+                drop(shared);
+                if is_alive {
+                    self.host.see(&key, number);
+                }
+                drop(place.send(reply));
             }
             Message::Wake { to, place } => {
                 let mut shared = self.shared();
@@ -366,6 +377,7 @@ impl World {
 
     fn reply(&mut self, ended: Ended) {
         let Ended {
+            number: written,
             from,
             request,
             reply,
@@ -403,7 +415,13 @@ impl World {
             ));
         }
         if let Some(place) = place {
-            let message = Message::FromStore { to: from, reply, place };
+            let message = Message::FromStore {
+                to: from,
+                key,
+                number: written,
+                reply,
+                place,
+            };
             self.shared().send_about(&key, from, message);
         }
     }
@@ -426,6 +444,7 @@ impl World {
                 } if of == key => {
                     granted = Some(fence).filter(|_| (process, incarnation) == (from.process, from.incarnation));
                 }
+                Event::GrantLost { key: of, .. } if of == key => granted = None,
                 _ => {}
             }
         }
@@ -440,15 +459,13 @@ impl World {
             let now = self.shared().now;
             let (client, number) = self.clients[operation];
             let Operation { key, tries, .. } = &self.operations[operation];
-            let (
-                key,
-                Try {
-                    process,
-                    patience,
-                    pause,
-                    ..
-                },
-            ) = (*key, tries[number]);
+            let (key, current) = (*key, tries[number]);
+            let Try {
+                process,
+                patience,
+                pause,
+                ..
+            } = current;
             match client {
                 Client::Idle(at) if at <= now => {
                     self.clients[operation].0 = Client::Waiting {
@@ -465,7 +482,7 @@ impl World {
                     shared.send(latency, Message::ToProcess { operation, number });
                 }
                 Client::Waiting { until, sent } if until <= now => {
-                    if patience >= Duration::from_secs(60) && !self.is_disturbed(process, sent) {
+                    if patience >= Duration::from_secs(60) && !self.is_disturbed(current, sent) {
                         self.violate(format!("I7: client {operation} has no response after {patience:?}"));
                     }
                     self.shared().note(Event::Left { operation });
@@ -505,6 +522,16 @@ impl World {
                         receipt,
                     });
                     (seen.fence, found(&self.plan, &self.shared, receipt))
+                }
+                (Status::Lost | Status::Unknown, None) if action.rejects => {
+                    self.shared().note(Event::Rejected {
+                        key: action.key,
+                        by: "an operator",
+                    });
+                    (
+                        seen.fence,
+                        Resolution::Completed(Outcome::Rejected, self.plan.retention),
+                    )
                 }
                 (Status::Lost | Status::Unknown, None) if self.will_have_no_effect(action.key) => {
                     (seen.fence, Resolution::Absent)
@@ -550,12 +577,17 @@ impl World {
         all_gone && !has_message && !is_remembered && self.charges(key) == 0
     }
 
-    /// Whether a fault kept the process from running at its speed since this time.
-    fn is_disturbed(&self, process: usize, since: Duration) -> bool {
+    /// Whether a fault kept the process, or the runtime of a request, from running at its speed since
+    /// this time.
+    fn is_disturbed(&self, Try { process, runtime, .. }: Try, since: Duration) -> bool {
         let now = self.shared().now;
         self.plan.faults.iter().any(|planned| {
             let hits = match planned.fault {
                 Fault::Freeze { process: hit, .. } => hit == process,
+                Fault::Block {
+                    process: hit,
+                    runtime: blocked,
+                } => (hit, blocked) == (process, runtime),
                 Fault::Slow { process: hit, percent } => hit == process && percent < 100,
                 _ => false,
             };
@@ -574,21 +606,25 @@ impl World {
     fn arrive(&mut self, operation: usize, number: usize) {
         let is_current = matches!(self.clients[operation], (Client::Waiting { .. }, at) if at == number);
         let key = self.operations[operation].key;
-        let Try { process, stall, .. } = self.operations[operation].tries[number];
-        let is_other_body = self.operations[operation].is_other_body;
-        match &mut self.processes[process] {
-            // A client that has left before its request arrived has closed the connection.
-            _ if !is_current => {}
-            Some(process) => process.take(
-                operation,
-                number,
-                Incoming {
-                    key,
-                    is_other_body,
-                    stall,
-                },
-            ),
-            None => self.reset(operation),
+        // A client that has left before its request arrived has closed the connection.
+        if !is_current {
+            return;
+        }
+        let Try {
+            process,
+            runtime,
+            stall,
+            ..
+        } = self.operations[operation].tries[number];
+        let request = Incoming {
+            key,
+            is_other_body: self.operations[operation].is_other_body,
+            stall,
+        };
+        let process = self.processes[process].as_mut();
+        let is_taken = process.is_some_and(|process| process.take(operation, number, runtime, request));
+        if !is_taken {
+            self.reset(operation);
         }
     }
 
@@ -609,14 +645,14 @@ impl World {
         }
         let now = self.shared().now;
         let key = self.operations[operation].key;
-        let Try { process, stall, .. } = self.operations[operation].tries[number];
+        let of_answer = self.operations[operation].tries[number];
         // The next request runs the handler or its check again.
         let runs_again = matches!(self.plan.mode, Mode::Recover | Mode::AtLeastOnce);
         let may_change = runs_again && answer.code == "outcome-unknown";
         let is_final = is_final(&answer) && !may_change;
         self.shared().note(Event::Responded { operation, key, answer });
-        let longest = stall + self.longest_response(key, process, sent);
-        if now - sent > longest && !self.is_disturbed(process, sent) {
+        let longest = of_answer.stall + self.longest_response(key, of_answer.process, sent);
+        if now - sent > longest && !self.is_disturbed(of_answer, sent) {
             self.violate(format!(
                 "I7: client {operation} waited for {:?}, and not {longest:?} at most",
                 now - sent
@@ -703,6 +739,25 @@ impl World {
                     self.unfreeze(process, jumps);
                 }
             }
+            Fault::Block { process, runtime } => {
+                let is_blocked = any(&|fault| *fault == planned.fault);
+                if let Some(process) = &mut self.processes[process] {
+                    process.block(runtime, is_blocked);
+                }
+            }
+            Fault::EndRuntime { process, runtime } => {
+                let is_ended = any(&|fault| *fault == planned.fault);
+                let Some(hit) = &mut self.processes[process] else {
+                    return;
+                };
+                if is_ended {
+                    for (operation, number) in hit.end_runtime(runtime) {
+                        self.break_connection(operation, number);
+                    }
+                } else {
+                    hit.start_runtime(runtime);
+                }
+            }
             Fault::Slow { process, .. } => {
                 let mut percents = active.iter().filter_map(|fault| match fault {
                     Fault::Slow { process: hit, percent } if *hit == process => Some(*percent),
@@ -725,17 +780,27 @@ impl World {
                 let is_cut = any(&|fault| matches!(fault, Fault::CutBank { process: hit } if *hit == process));
                 self.shared().processes[process].cut_bank = is_cut;
             }
-            Fault::StoreDown => {
-                let mut shared = self.shared();
-                shared.store_is_down = any(&|fault| *fault == Fault::StoreDown);
-                shared.reset_store_connections();
-                drop(shared);
+            Fault::StoreDown | Fault::Failover { .. } => {
+                let is_down = any(&|fault| matches!(fault, Fault::StoreDown | Fault::Failover { .. }));
+                self.shared().store_is_down = is_down;
+                self.shared().reset_store_connections();
                 self.host.restart();
+                if let (true, Fault::Failover { loses_seen }) = (begins, planned.fault) {
+                    self.fail_over(loses_seen);
+                }
             }
             Fault::StoreSlow => self.shared().store_is_slow = any(&|fault| *fault == Fault::StoreSlow),
             Fault::Duplicate => self.shared().duplicates = any(&|fault| *fault == Fault::Duplicate),
             Fault::ClockJump { millis } if begins => self.host.turn_clock(millis),
             Fault::ClockJump { .. } => {}
+        }
+    }
+
+    fn fail_over(&mut self, loses_seen: bool) {
+        for (storage_key, fence) in self.host.fail_over(loses_seen) {
+            let key = self.keys.iter().position(|known| *known == storage_key);
+            let (key, fence) = (key.expect("a key of the plan"), fence.as_u64());
+            self.shared().note(Event::GrantLost { key, fence });
         }
     }
 
@@ -760,14 +825,22 @@ impl World {
         process.kill();
         self.behind[number] = Duration::ZERO;
         for operation in 0..self.clients.len() {
-            if let (Client::Waiting { .. }, at) = self.clients[operation] {
-                let is_sent = |message: &Message| matches!(*message, Message::ToClient { operation: of, number, .. } if (of, number) == (operation, at));
-                let is_hit = self.operations[operation].tries[at].process == number;
-                let is_on_its_way = self.shared().messages.values().any(is_sent);
-                if is_hit && !(is_on_its_way && self.random.chance(50)) {
-                    self.reset(operation);
-                }
+            let at = self.clients[operation].1;
+            if self.operations[operation].tries[at].process == number {
+                self.break_connection(operation, at);
             }
+        }
+    }
+
+    /// Breaks the connection of a client that waits. A response that is on its way may still arrive.
+    fn break_connection(&mut self, operation: usize, at: usize) {
+        if !matches!(self.clients[operation], (Client::Waiting { .. }, current) if current == at) {
+            return;
+        }
+        let is_sent = |message: &Message| matches!(*message, Message::ToClient { operation: of, number, .. } if (of, number) == (operation, at));
+        let is_on_its_way = self.shared().messages.values().any(is_sent);
+        if !(is_on_its_way && self.random.chance(50)) {
+            self.reset(operation);
         }
     }
 
@@ -795,7 +868,7 @@ impl World {
             let is_stored = was_stored
                 || match self.plan.mode {
                     // If the store fails, the caller gets the response, and the key stays claimed.
-                    Mode::AtMostOnce | Mode::ReleaseFailures if self.store_fails() => status.is_some(),
+                    Mode::AtMostOnce | Mode::ReleaseFailures if self.store_failed_just_now() => status.is_some(),
                     _ => matches!(status, Some(Status::Completed(_))),
                 };
             if !is_stored {
@@ -812,10 +885,35 @@ impl World {
         let Some(is_other_body) = is_other_body.map(|operation| operation.is_other_body) else {
             return;
         };
+        let mut last = self.ask(key, is_other_body);
+        if last.as_ref().is_some_and(|answer| answer.status == 422) {
+            last = self.ask(key, !is_other_body);
+        }
+        match last {
+            Some(answer) if answer.status == 422 => {
+                self.violate(format!("I4: key {key} matches neither of its two bodies"));
+            }
+            Some(answer) if is_final(&answer) => {
+                let may_be_lost = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
+                let is_rejected =
+                    |(_, event): &(Duration, Event)| matches!(event, Event::Rejected { key: of, .. } if *of == key);
+                let may_be_lost =
+                    may_be_lost || self.plan.max_attempts < 1_000 || self.shared().history.0.iter().any(is_rejected);
+                if answer.code == "outcome-unknown" && !may_be_lost {
+                    self.violate(format!("I7: the outcome of key {key} stays unknown"));
+                }
+            }
+            last => self.violate(format!("I7: key {key} has no outcome in the end: {last:?}")),
+        }
+    }
+
+    /// Sends requests until one has a final response, and returns the last response.
+    fn ask(&mut self, key: usize, is_other_body: bool) -> Option<Answer> {
         let now = self.shared().now;
         let processes = self.plan.processes;
         let tries = (0..20).map(|number| Try {
             process: number % processes,
+            runtime: number % self.plan.runtimes,
             patience: Duration::from_secs(60),
             pause: Duration::from_millis(500),
             stall: Duration::ZERO,
@@ -832,19 +930,7 @@ impl World {
             world.clients[operation].0 == Client::Done
         });
         let last = self.shared().history.last_answer(operation);
-        match last {
-            Some(answer) if is_final(&answer) => {
-                let may_be_lost = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
-                let is_rejected =
-                    |(_, event): &(Duration, Event)| matches!(event, Event::Rejected { key: of } if *of == key);
-                let may_be_lost =
-                    may_be_lost || self.plan.max_attempts < 1_000 || self.shared().history.0.iter().any(is_rejected);
-                if answer.code == "outcome-unknown" && !may_be_lost {
-                    self.violate(format!("I7: the outcome of key {key} stays unknown"));
-                }
-            }
-            last => self.violate(format!("I7: key {key} has no outcome in the end: {last:?}")),
-        }
+        last
     }
 
     /// Waits until nothing is left of any request (I11).
@@ -877,11 +963,15 @@ impl World {
         let stops = |planned: &Planned| {
             matches!(
                 planned.fault,
-                Fault::Crash { .. } | Fault::Freeze { .. } | Fault::Slow { .. } | Fault::ClockJump { .. }
+                Fault::Crash { .. }
+                    | Fault::Freeze { .. }
+                    | Fault::Block { .. }
+                    | Fault::EndRuntime { .. }
+                    | Fault::Slow { .. }
+                    | Fault::ClockJump { .. }
             )
         };
-        let is_short =
-            |planned: &Planned| planned.fault == Fault::StoreDown && planned.lasts < Duration::from_millis(700);
+        let is_short = |planned: &Planned| is_restart(planned) && planned.lasts < Duration::from_millis(700);
         // A late claim may reach the store after the release of that claim. The store then grants
         // the key to a request that no longer waits.
         let is_late = self.has_late_messages();
@@ -934,16 +1024,15 @@ impl World {
 
     /// Whether the plan has a fault that keeps a process from the store.
     fn store_fails(&self) -> bool {
-        self.faults.iter().any(|planned| {
-            matches!(
-                planned.fault,
-                Fault::StoreDown
-                    | Fault::StoreSlow
-                    | Fault::CutStore { .. }
-                    | Fault::Freeze { .. }
-                    | Fault::Slow { .. }
-            )
-        })
+        self.faults.iter().any(keeps_from_the_store)
+    }
+
+    /// Whether such a fault may have kept a process from completing a record until now.
+    fn store_failed_just_now(&self) -> bool {
+        let now = self.shared().now;
+        let is_recent = |planned: &Planned| planned.at <= now && now <= planned.at + planned.lasts + LONG_COMPLETION;
+        let mut faults = self.faults.iter();
+        faults.any(|planned| keeps_from_the_store(planned) && is_recent(planned))
     }
 
     /// Returns the last response under a key.
@@ -965,7 +1054,7 @@ impl World {
             if effects.iter().any(|receipts| receipts.len() > 1) {
                 self.violate(format!("I3: key {key} has too many effects: {effects:?}"));
             }
-            let mut bodies: Vec<Vec<String>> = vec![Vec::new(); retentions];
+            let mut bodies: Vec<Vec<(Vec<String>, String)>> = vec![Vec::new(); retentions];
             let mut variants = vec![Vec::new(); retentions];
             let (mut is_mismatch, mut asked, mut responses_of_others) = (false, Vec::new(), Vec::new());
             for (_, event) in &self.shared().history.0 {
@@ -979,6 +1068,11 @@ impl World {
                         if answer.status == 208 && effects.iter().all(Vec::is_empty) {
                             responses_of_others.push(answer.code.to_owned());
                         }
+                        // An answer without a receipt names no retention.
+                        let tells_of_an_effect = answer.status == 208 || answer.code == "response-not-stored";
+                        if tells_of_an_effect && retentions == 1 {
+                            variants[0].push(self.operations[*operation].is_other_body);
+                        }
                         if answer.status == 201 {
                             let receipt = receipt_in(&answer.body);
                             let Some(receipt) = receipt.filter(|known| self.bank.receipts(key).any(|of| of == *known))
@@ -987,7 +1081,7 @@ impl World {
                                 continue;
                             };
                             let retention = self.retention_of(key, receipt);
-                            bodies[retention].push(answer.body.clone());
+                            bodies[retention].push((answer.head.clone(), answer.body.clone()));
                             variants[retention].push(self.operations[*operation].is_other_body);
                         }
                     }
@@ -1002,7 +1096,7 @@ impl World {
             let may_refuse = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
             if may_refuse && self.store_fails() {
                 for bodies in &mut bodies {
-                    bodies.retain(|body| !body.starts_with("an operator"));
+                    bodies.retain(|(_, body)| !body.starts_with("an operator"));
                 }
             }
             for bodies in &mut bodies {
@@ -1036,6 +1130,12 @@ impl World {
             for (_, event) in &self.shared().history.0 {
                 match event {
                     Event::Granted { key: of, fence, .. } if *of == key => granted.push(*fence),
+                    Event::GrantLost { key: of, fence } if *of == key => {
+                        match granted.iter().position(|known| known == fence) {
+                            Some(at) => drop(granted.swap_remove(at)),
+                            None => ungranted.push(*fence),
+                        }
+                    }
                     Event::Began { key: of, fence, .. } if *of == key => {
                         began += 1;
                         // Each grant allows one run of the handler.
@@ -1076,6 +1176,27 @@ fn receipt_in(body: &str) -> Option<usize> {
     let (_, rest) = body.split_once("receipt ")?;
     let number = rest.split_whitespace().next()?;
     number.parse().ok()
+}
+
+/// The longest time for which a process tries to complete a record, if its clock runs at half the
+/// speed.
+const LONG_COMPLETION: Duration = Duration::from_millis(4_000);
+
+fn is_restart(planned: &Planned) -> bool {
+    matches!(planned.fault, Fault::StoreDown | Fault::Failover { .. })
+}
+
+fn keeps_from_the_store(planned: &Planned) -> bool {
+    let is_other = matches!(
+        planned.fault,
+        Fault::StoreSlow
+            | Fault::CutStore { .. }
+            | Fault::Freeze { .. }
+            | Fault::Block { .. }
+            | Fault::EndRuntime { .. }
+            | Fault::Slow { .. }
+    );
+    is_other || is_restart(planned)
 }
 
 /// The time that a waiter takes for its last look, if its time is over.

@@ -67,6 +67,11 @@ pub(crate) struct KeyHistory {
 }
 
 impl KeyHistory {
+    /// Whether all requests had the same body.
+    pub(crate) fn has_one_body(&self) -> bool {
+        self.sent.iter().all(|is_other| *is_other == self.sent[0])
+    }
+
     /// Returns the violations of guarantees. Each begins with the name of an invariant.
     pub(crate) fn violations(&self) -> Vec<String> {
         let mut violations = Vec::new();
@@ -124,7 +129,7 @@ impl KeyHistory {
             violations.push("I4: two different requests got one response".to_owned());
         }
         let is_mismatch = self.seen.iter().any(|seen| seen.status == 422);
-        if is_mismatch && self.sent.iter().all(|is_other| *is_other == self.sent[0]) {
+        if is_mismatch && self.has_one_body() {
             violations.push("I4: all requests were equal, and a mismatch was reported".to_owned());
         }
     }

@@ -158,6 +158,20 @@ impl Ablated {
         }
     }
 
+    /// Returns the encoded record of a key.
+    pub(crate) fn bytes(&self, key: &StorageKey) -> Option<Bytes> {
+        self.records.lock().unwrap().get(key).cloned()
+    }
+
+    /// Replaces the record of a key, as a server does that lacks the last writes.
+    pub(crate) fn put_back(&self, key: &StorageKey, bytes: Option<Bytes>) {
+        let mut records = self.records.lock().unwrap();
+        match bytes {
+            Some(bytes) => drop(records.insert(*key, bytes)),
+            None => drop(records.remove(key)),
+        }
+    }
+
     pub(crate) fn damage(&self, key: &StorageKey) {
         self.records
             .lock()
