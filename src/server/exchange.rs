@@ -182,12 +182,10 @@ impl<St: Store, S> Exchange<St, S> {
         };
         match self.times.waiting(shared_result).await {
             Some(shared_result) => shared_result,
-            // The leader waits for an owner in another process, and has not looked at the record
-            // for the whole wait, because its runtime is blocked or has stopped. So this request
-            // looks for itself (I7).
-            None if may_look && looks > 0 && follower.looks() == looks && !follower.has_owner() => {
-                Box::pin(self.last_look()).await
-            }
+            // The leader does not own the key, and has not looked at the record for the whole wait,
+            // because its runtime is blocked or has stopped, or because the store does not reply to
+            // its claim. So this request looks for itself (I7).
+            None if may_look && follower.looks() == looks && !follower.has_owner() => Box::pin(self.last_look()).await,
             None => self.outstanding(),
         }
     }

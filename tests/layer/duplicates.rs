@@ -119,6 +119,29 @@ async fn a_wait_of_zero_refuses_duplicates_at_once_in_every_process() {
     assert_eq!(owner.await.unwrap().status(), 201);
 }
 
+/// A duplicate whose wait is not longer than a look at the store gets 409 without a look.
+#[tokio::test(start_paused = true)]
+async fn a_short_wait_ends_without_a_look_at_a_store_that_hangs() {
+    for millis in [0, 500] {
+        let store = RemoteStore::new();
+        store.fail("claim", [Fault::Hang]);
+        let wait = Duration::from_millis(millis);
+        let layer = IdempotencyLayer::new(store.clone()).with_wait(wait);
+        let service = layer.layer(Handler::new());
+        let leader = start(&service, "k", "pay");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let begin = Timer::start();
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "request-outstanding");
+        assert!(
+            begin.elapsed() <= wait + Duration::from_millis(2),
+            "{:?}",
+            begin.elapsed()
+        );
+        assert_eq!(store.calls("peek"), 0);
+        leader.abort();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_mismatch_is_refused_without_a_wait_and_judged_by_the_decided_claim() {
     let store = RemoteStore::new();

@@ -182,6 +182,17 @@ fn a_blocked_runtime_delays_duplicates_no_longer_than_their_wait() {
 /// response.
 #[test]
 fn a_watcher_in_a_blocked_runtime_keeps_no_response_from_other_runtimes() {
+    keeps_no_response_back(20);
+}
+
+/// The same, when the runtime is blocked before the claim of that request has a reply.
+#[test]
+fn a_claim_in_a_blocked_runtime_keeps_no_response_from_other_runtimes() {
+    keeps_no_response_back(1);
+}
+
+/// Polls a request this number of times before its runtime is blocked.
+fn keeps_no_response_back(polls: usize) {
     let store = RemoteStore::new();
     let (owner, blocked, other) = (one_thread(), one_thread(), one_thread());
     let handler = Handler::new().taking(SECOND / 5);
@@ -195,7 +206,7 @@ fn a_watcher_in_a_blocked_runtime_keeps_no_response_from_other_runtimes() {
     });
     let mut watching = Box::pin(here.clone().oneshot(post("k", "pay")));
     blocked.block_on(async {
-        for _ in 0..20 {
+        for _ in 0..polls {
             assert!(futures::poll!(&mut watching).is_pending());
             tokio::task::yield_now().await;
         }

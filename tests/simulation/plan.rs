@@ -304,9 +304,15 @@ fn fault(random: &mut Random, mode: Mode, (processes, runtimes): (usize, usize))
             millis: random.pick(&[-600_000, -2_000, -300, 300, 2_000, 600_000]),
         },
     };
+    // A runtime that is blocked for longer than others wait.
+    let longest = if matches!(fault, Fault::Block { .. }) {
+        8_000
+    } else {
+        4_000
+    };
     Planned {
         at: random.millis(0..10_000),
-        lasts: random.millis(10..4_000),
+        lasts: random.millis(10..longest),
         fault,
     }
 }

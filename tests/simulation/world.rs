@@ -48,6 +48,8 @@ pub(crate) struct World {
     expired: Vec<Vec<usize>>,
     /// The time at which a record of each key last expired.
     expired_at: Vec<Option<Duration>>,
+    /// Since when the record of each key has been completed.
+    completed_since: Vec<Option<Duration>>,
     random: Random,
     violations: Vec<String>,
     /// The faults of the plan.
@@ -116,6 +118,7 @@ impl World {
             active: vec![false; plan.faults.len()],
             expired: vec![Vec::new(); plan.keys],
             expired_at: vec![None; plan.keys],
+            completed_since: vec![None; plan.keys],
             random: Random::new(plan.seed, 4),
             violations: Vec::new(),
             faults: plan.faults.clone(),
@@ -219,6 +222,7 @@ impl World {
         self.act_for_operators();
         self.deliver();
         self.run_store();
+        self.note_completed();
         let mut order: Vec<usize> = (0..self.processes.len()).collect();
         self.random.shuffle(&mut order);
         for number in order {
@@ -372,6 +376,14 @@ impl World {
         }
         for (key, to, place) in self.host.woken() {
             self.shared().send_about(&key, to, Message::Wake { to, place });
+        }
+    }
+
+    fn note_completed(&mut self) {
+        let now = self.shared().now;
+        for (key, since) in self.completed_since.iter_mut().enumerate() {
+            let is_completed = matches!(self.host.status(&self.keys[key]), Some(Status::Completed(_)));
+            *since = since.or(Some(now)).filter(|_| is_completed);
         }
     }
 
@@ -595,6 +607,21 @@ impl World {
         })
     }
 
+    /// Whether a request since this time could ask the store, and had the time for it.
+    fn reaches_the_store(&self, of_request: Try, sent: Duration) -> bool {
+        let now = self.shared().now;
+        let is_cut = self.faults.iter().any(|planned| {
+            let hits = match planned.fault {
+                Fault::CutStore { process, .. } => process == of_request.process,
+                Fault::StoreDown | Fault::Failover { .. } | Fault::StoreSlow => true,
+                _ => false,
+            };
+            hits && planned.at <= now && sent <= planned.at + planned.lasts + LONG_COMPLETION
+        });
+        let wait = self.plan.wait.min(self.plan.changed.1);
+        !is_cut && !self.is_disturbed(of_request, sent) && wait > LAST_LOOK
+    }
+
     fn go_on_later(&mut self, operation: usize, at: Duration) {
         let number = self.clients[operation].1 + 1;
         self.clients[operation] = match number < self.operations[operation].tries.len() {
@@ -650,6 +677,12 @@ impl World {
         let runs_again = matches!(self.plan.mode, Mode::Recover | Mode::AtLeastOnce);
         let may_change = runs_again && answer.code == "outcome-unknown";
         let is_final = is_final(&answer) && !may_change;
+        let was_completed = self.completed_since[key].is_some_and(|since| since + LAST_LOOK + STORE_LATENCY <= now);
+        if answer.code == "request-outstanding" && was_completed && self.reaches_the_store(of_answer, sent) {
+            self.violate(format!(
+                "I7: client {operation} got no response of key {key}, although the store had one"
+            ));
+        }
         self.shared().note(Event::Responded { operation, key, answer });
         let longest = of_answer.stall + self.longest_response(key, of_answer.process, sent);
         if now - sent > longest && !self.is_disturbed(of_answer, sent) {
@@ -1201,6 +1234,9 @@ fn keeps_from_the_store(planned: &Planned) -> bool {
 
 /// The time that a waiter takes for its last look, if its time is over.
 const LAST_LOOK: Duration = Duration::from_millis(500);
+
+/// The longest time of a message to the store and back, without a fault.
+const STORE_LATENCY: Duration = Duration::from_millis(100);
 
 /// The longest time between the lookup of a record and the response.
 const JUST_NOW: Duration = Duration::from_secs(3);
