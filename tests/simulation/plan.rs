@@ -156,11 +156,14 @@ impl Plan {
         let mode = random.pick(&Mode::ALL);
         let processes = 1 + random.below(3);
         let runtimes = random.pick(&[1, 1, 2]);
-        let keys = 1 + random.below(4);
+        // In some histories, many requests with the same keys come at the same time.
+        let is_crowded = random.chance(30);
+        let keys = 1 + random.below(if is_crowded { 2 } else { 4 });
+        let within = if is_crowded { 2_500 } else { 8_000 };
         let lease = random.pick(&[1_000, 2_000, 3_000]);
         let wait = random.pick(&[0, 300, 2_000, 4_000]);
         let max_attempts = random.pick(&[3, 1_000, 1_000]);
-        let operations = (0..3 + random.below(12)).map(|_| operation(&mut random, (processes, runtimes), keys));
+        let operations = (0..3 + random.below(12)).map(|_| operation(&mut random, (processes, runtimes), keys, within));
         let mut plan = Self {
             seed,
             kind,
@@ -247,7 +250,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 const SHORT_RETENTION: Duration = Duration::from_secs(15);
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 
-fn operation(random: &mut Random, (processes, runtimes): (usize, usize), keys: usize) -> Operation {
+fn operation(random: &mut Random, (processes, runtimes): (usize, usize), keys: usize, within: u64) -> Operation {
     let tries = (0..1 + random.below(5)).map(|_| Try {
         process: random.below(processes),
         runtime: random.below(runtimes),
@@ -263,7 +266,7 @@ fn operation(random: &mut Random, (processes, runtimes): (usize, usize), keys: u
     });
     Operation {
         tries: tries.collect(),
-        at: random.millis(0..8_000),
+        at: random.millis(0..within),
         key: random.below(keys),
         is_other_body: random.chance(8),
     }
@@ -271,15 +274,16 @@ fn operation(random: &mut Random, (processes, runtimes): (usize, usize), keys: u
 
 fn fault(random: &mut Random, mode: Mode, (processes, runtimes): (usize, usize)) -> Planned {
     let (process, runtime) = (random.below(processes), random.below(runtimes));
+    let of_a_runtime = [
+        Fault::Block { process, runtime },
+        Fault::EndRuntime { process, runtime },
+    ];
     let fault = match random.below(12) {
+        _ if runtimes > 1 && random.chance(30) => random.pick(&of_a_runtime),
         0..=2 => Fault::Crash {
             process,
             messages: random.pick(&[0, 1, 1, 2, 2, 3, 4, 6, 10]),
         },
-        3 | 4 if runtimes > 1 && random.chance(60) => random.pick(&[
-            Fault::Block { process, runtime },
-            Fault::EndRuntime { process, runtime },
-        ]),
         3 => Fault::Freeze { process, jumps: true },
         4 => Fault::Freeze { process, jumps: false },
         5 => Fault::Slow {

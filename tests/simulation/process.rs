@@ -21,8 +21,11 @@ pub(crate) struct Process {
     pub(crate) drain: Drain,
     /// The start of the process, by the clock of all its runtimes.
     epoch: Instant,
-    /// The time since the start, by its own clock.
+    /// The time since the start, by its own clock, in whole milliseconds. The timers of two runtimes
+    /// have the same order in every simulation only if no time is between two milliseconds.
     local: Duration,
+    /// The time that is left to run, shorter than a millisecond.
+    rest: Duration,
 }
 
 struct OneRuntime {
@@ -95,18 +98,22 @@ impl Process {
             link,
             epoch,
             local: Duration::ZERO,
+            rest: Duration::ZERO,
         }
     }
 
     /// Runs everything that the process does in this time of its own clock.
     pub(crate) fn run_for(&mut self, time: Duration, random: &mut Random) {
-        self.local += time;
+        let time = self.rest + time;
+        let whole = Duration::from_millis(u64::try_from(time.as_millis()).unwrap());
+        self.rest = time - whole;
+        self.local += whole;
         let until = self.epoch + self.local;
         let mut order: Vec<usize> = (0..self.runtimes.len()).collect();
         random.shuffle(&mut order);
         for number in order {
             match &mut self.runtimes[number] {
-                Some(one) if one.is_blocked => one.behind += time,
+                Some(one) if one.is_blocked => one.behind += whole,
                 Some(one) => one.runtime.block_on(async { tokio::time::sleep_until(until).await }),
                 None => {}
             }
