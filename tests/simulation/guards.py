@@ -52,7 +52,7 @@ def run(folder, target, guard):
     if built.returncode:
         sys.exit(f"The copy for the guard '{guard['name']}' does not compile:\n{built.stderr[-3000:]}")
     only = [] if "by" in guard else ["no_guarantee_is_violated_under_any_fault", "plans_that_once_violated_a_guarantee_are_correct"]
-    return subprocess.run([*command, *only], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run([*command, "--", *only], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def fails(folder, target, guard):
