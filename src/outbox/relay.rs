@@ -43,8 +43,8 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 ///
 /// A message that is put later is due at once. A message that no relay has taken, and that is due
 /// later than a lease and the longest pause from now, becomes due at the next look. A message that
-/// was taken by a relay that died waits until the clock has caught up. All relays of a table should
-/// have the same pauses; otherwise the shortest pause decides.
+/// was taken by a relay that died becomes due a lease later. All relays of a table should have the
+/// same pauses; otherwise the shortest pause decides.
 ///
 /// # When `publish` fails
 ///

@@ -373,7 +373,7 @@ async fn a_message_that_kills_its_relay_does_not_block_the_others() {
         }
         // The lease passes, and then the backoff.
         bench
-            .execute("UPDATE idempotency_outbox SET publish_at = publish_at - interval '60 s' WHERE suspect")
+            .execute("UPDATE idempotency_outbox SET publish_at = publish_at - interval '60 s' WHERE taken_at IS NOT NULL")
             .await;
         tokio::time::sleep(SHORT * 5).await;
     }
@@ -516,7 +516,7 @@ async fn a_publication_that_does_not_end_within_the_lease_is_given_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_relay_does_not_postpone_messages_that_another_has_taken() {
     const TAKEN: &str =
-        "UPDATE idempotency_outbox SET failures = failures + 1, suspect = true, publish_at = 'infinity'";
+        "UPDATE idempotency_outbox SET failures = failures + 1, taken_at = now(), publish_at = 'infinity'";
     let bench = Bench::new().await;
     let outbox = bench.outbox(&["failing", "untried"]).await;
     let pool = bench.pool.clone();
@@ -535,7 +535,7 @@ async fn a_late_relay_does_not_postpone_messages_that_another_has_taken() {
         .with_max_backoff(SHORT);
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
     let untouched =
-        "SELECT count(*) FROM idempotency_outbox WHERE failures = 2 AND suspect AND publish_at = 'infinity'";
+        "SELECT count(*) FROM idempotency_outbox WHERE failures = 2 AND taken_at IS NOT NULL AND publish_at = 'infinity'";
     assert_eq!(bench.number(untouched).await, 2);
 }
 
@@ -804,6 +804,35 @@ async fn a_clock_that_goes_back_delays_no_message() {
         "the first look makes the message due"
     );
     assert_eq!(relay.publish_once().await.unwrap().published, 1);
+}
+
+/// Such a message was not due before the clock had caught up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_goes_back_delays_no_message_of_a_relay_that_died() {
+    let bench = Bench::new().await;
+    let outbox = bench.outbox(&["t"]).await;
+    die_at(&outbox, "t", (Duration::from_secs(3_600), SHORT), |_| {}).await;
+    let lease = Duration::from_millis(200);
+    let relay = outbox.relay(|_| async { Ok::<_, std::io::Error>(()) });
+    let relay = relay
+        .with_lease(lease)
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(SHORT);
+    let mut looks = Vec::new();
+    for goes_back in [false, true] {
+        if goes_back {
+            bench
+                .execute("UPDATE idempotency_outbox SET taken_at = taken_at + interval '1 h'")
+                .await;
+        }
+        for _ in 0..2 {
+            looks.push(relay.publish_once().await.unwrap().published);
+            tokio::time::sleep(lease * 2).await;
+        }
+    }
+    // At first, the clock is right, and the relay with the longer lease may still be alive. After the
+    // jump, the message waits for one lease.
+    assert_eq!(looks, [0, 0, 0, 1]);
 }
 
 /// The other end of the connection has disappeared silently, as after a failover or in a firewall

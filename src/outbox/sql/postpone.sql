@@ -5,7 +5,7 @@
 -- that another relay has taken meanwhile has more failures, and is left alone. Returns one row.
 WITH changed AS (
     UPDATE {table} SET
-        suspect = false,
+        taken_at = NULL,
         publish_at = statement_timestamp()
             + make_interval(secs => least($4::float8, $3::float8 * 2::float8 ^ least(failures - 1, 20)))
     WHERE position = ANY ($1) AND (position, failures) IN (SELECT * FROM unnest($1::bigint[], $2::integer[]))

@@ -7,7 +7,7 @@ CREATE TABLE IF NOT EXISTS {table} (
     contents   text[]      NOT NULL,                             -- of the headers, in the same order
     payload    bytea       NOT NULL,
     failures   integer     NOT NULL DEFAULT 0,                   -- attempts to publish it, including the current one
-    suspect    boolean     NOT NULL DEFAULT false,               -- taken, without a recorded result yet
+    taken_at   timestamptz,                                      -- NULL unless a relay has it, or died with it
     put_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     publish_at timestamptz NOT NULL DEFAULT clock_timestamp(),   -- the time before which it is not due
     CONSTRAINT {name}_headers

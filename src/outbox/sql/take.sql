@@ -3,8 +3,8 @@
 -- $1 the largest number of messages, $2 the largest sum of payloads in bytes, $3 lease, $4 first
 -- pause, $5 longest pause, all three in seconds, $6 question.
 --
--- A message that was taken but never reported on is `suspect`: it may have killed its relay, so it
--- is taken on its own.
+-- A message that was taken but never reported on is suspect: it may have killed its relay, so it is
+-- taken on its own.
 --
 -- `statement_timestamp()` is stable, so the server searches the index up to that time. With
 -- `clock_timestamp()`, it would read the whole index. All steps skip rows that another relay has
@@ -12,23 +12,27 @@
 WITH early AS (
     -- An untaken message is never due later than the longest pause from now. If it is due even
     -- later than that pause, a lease and a second from now, the server's clock was set back. Make
-    -- such messages due, so that the next take finds them.
-    UPDATE {table} SET publish_at = statement_timestamp()
+    -- such messages due, so that the next take finds them. A taken message may be due later, because
+    -- its relay may have a longer lease. The clock was set back if the message was taken in the
+    -- future. It is then due in a lease, because its relay may be alive.
+    UPDATE {table} SET
+        publish_at = statement_timestamp() + make_interval(secs => CASE WHEN taken_at IS NULL THEN 0 ELSE $3::float8 END)
     WHERE position = ANY (ARRAY(
         SELECT position FROM {table}
-        WHERE NOT suspect AND publish_at > statement_timestamp() + make_interval(secs => $3::float8 + greatest($4::float8, $5::float8) + 1)
+        WHERE publish_at > statement_timestamp() + make_interval(secs => $3::float8 + greatest($4::float8, $5::float8) + 1)
+            AND (taken_at IS NULL OR taken_at > statement_timestamp() + interval '1 s')
         ORDER BY publish_at LIMIT $1 FOR UPDATE SKIP LOCKED
     ))
 ), first AS MATERIALIZED (
     -- The message that has been due for the longest time decides whether this take is a batch or a
     -- single suspect message.
-    SELECT position, suspect FROM {table}
+    SELECT position, taken_at IS NOT NULL AS suspect FROM {table}
     WHERE publish_at <= statement_timestamp()
     ORDER BY publish_at, position LIMIT 1 FOR UPDATE SKIP LOCKED
 ), due AS MATERIALIZED (
     -- The candidates of a batch. There are none if the first message is suspect.
     SELECT position, publish_at, octet_length(payload) AS bytes FROM {table}
-    WHERE publish_at <= statement_timestamp() AND NOT suspect AND NOT (SELECT suspect FROM first)
+    WHERE publish_at <= statement_timestamp() AND taken_at IS NULL AND NOT (SELECT suspect FROM first)
     ORDER BY publish_at, position LIMIT $1 FOR UPDATE SKIP LOCKED
 ), summed AS (
     -- Number the candidates, and add up their payloads.
@@ -40,12 +44,12 @@ WITH early AS (
     UNION ALL
     SELECT position FROM summed WHERE number = 1 OR bytes <= $2
 ), taken AS (
-    -- Count one more attempt, and mark the messages as suspect until the relay reports on them.
+    -- Count one more attempt, and mark the messages as taken until the relay reports on them.
     -- Other relays do not see them before the lease and the pause are over, so that they are
     -- retried if the relay dies.
     UPDATE {table} SET
         failures = failures + 1,
-        suspect = true,
+        taken_at = statement_timestamp(),
         publish_at = statement_timestamp()
             + make_interval(secs => $3::float8 + least($5::float8, $4::float8 * 2::float8 ^ least(failures, 20)))
     -- An array lets the server find the rows by their index in every plan.
