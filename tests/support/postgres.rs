@@ -140,8 +140,7 @@ impl PostgresServer {
         let Some(child) = &self.child else { return };
         // A server that stands still starts no further process.
         send("-STOP", &[child.id().to_string()]);
-        let mut processes = self.child_processes();
-        processes.push(child.id().to_string());
+        let processes = self.processes();
         send(signal, &processes);
         if signal != "-STOP" {
             send("-CONT", &processes);
@@ -156,15 +155,17 @@ impl PostgresServer {
     /// Kills the server and its child processes with SIGKILL. Waits until all have ended, because the
     /// server does not start again while one of them still has its memory.
     pub fn kill_hard(&mut self) {
-        self.signal("-STOP");
-        let processes = self.child_processes();
         self.signal("-KILL");
         if let Some(mut child) = self.child.take() {
             child.wait().unwrap();
         }
-        // A process that has ended has no command line, even if nobody has asked for its status.
-        let runs = |process: &String| fs::read(format!("/proc/{process}/cmdline")).is_ok_and(|line| !line.is_empty());
-        while processes.iter().any(runs) {
+        // The server may have started a process while its processes were listed.
+        loop {
+            let left = self.processes();
+            if left.is_empty() {
+                return;
+            }
+            send("-KILL", &left);
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -172,9 +173,8 @@ impl PostgresServer {
     /// Lets no file of the server grow beyond this number of bytes, or without a limit if it is
     /// `unlimited`.
     pub fn limit_files(&self, bytes: &str) {
-        let Some(child) = &self.child else { return };
-        for process in self.child_processes().iter().chain([&child.id().to_string()]) {
-            // A child process may have ended in the meantime.
+        for process in &self.processes() {
+            // The process may have ended in the meantime.
             let limit = Command::new("prlimit")
                 .args(["--pid", process, &format!("--fsize={bytes}:")])
                 .stderr(Stdio::null())
@@ -183,10 +183,14 @@ impl PostgresServer {
         }
     }
 
-    fn child_processes(&self) -> Vec<String> {
-        let id = self.child.as_ref().map_or(0, Child::id);
-        let list = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        list.split_whitespace().map(str::to_owned).collect()
+    /// Returns the ids of the processes of the server: all that work in its data folder. A process
+    /// that ends leaves the folder after it has given back its memory.
+    fn processes(&self) -> Vec<String> {
+        let data = self.data().canonicalize().unwrap();
+        let all = fs::read_dir("/proc").unwrap().flatten();
+        let own = all.filter(|process| fs::read_link(process.path().join("cwd")).is_ok_and(|folder| folder == data));
+        own.map(|process| process.file_name().to_string_lossy().into_owned())
+            .collect()
     }
 
     pub fn url(&self) -> String {
