@@ -48,6 +48,8 @@ impl Postgres {
         if standby.is_synchronous() {
             // The standby copies this setting, and obeys it when it is promoted.
             primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'");
+            // A standby tries to connect this often.
+            primary.execute("ALTER SYSTEM SET wal_retrieve_retry_interval = '100 ms'");
         }
         let made = (standby != Standby::Absent).then(|| primary.standby());
         // From here on, commits wait for the standby.
@@ -64,6 +66,16 @@ impl Postgres {
             clock,
         };
         (postgres, proxies)
+    }
+
+    /// Starts the primary again, and waits until a synchronous standby has every write. Meanwhile, the
+    /// primary shows writes that the standby lacks.
+    fn restart(&mut self) {
+        self.primary.kill_hard();
+        self.primary.run();
+        if self.kind.is_synchronous() {
+            self.primary.execute("COMMENT ON TABLE payments IS 'a write'");
+        }
     }
 
     /// The standby takes the place of the primary, which is lost with its data.
@@ -122,14 +134,10 @@ impl Servers for Postgres {
 
     fn end(&mut self, fault: Fault) {
         match fault {
-            Fault::Kill => self.primary.run(),
+            // A server whose disk was full has ended itself if it had to write.
+            Fault::Kill | Fault::DiskFull => self.restart(),
             Fault::Pause => self.primary.signal("-CONT"),
             Fault::Clock(_) => self.clock.set(0),
-            Fault::DiskFull => {
-                // The server has ended itself if it had to write.
-                self.primary.kill_hard();
-                self.primary.run();
-            }
             Fault::PauseReplica => self.signal_standby("-CONT"),
             Fault::FailOver | Fault::FailOverBehind | Fault::RestartBehind => self.fail_over(),
             _ => {}
