@@ -18,11 +18,13 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use sqlx::PgPool;
+use tower_idempotency::outbox::{Outbox, OutboxMessage};
 use tower_idempotency::{
     BoxStore, DoNotStore, Drain, IdempotencyLayer, Lease, LostAttempt, OnError, PostgresStore, Recovered, RedisStore,
 };
 
 use crate::bank::Mode;
+use crate::messages;
 
 /// Short, so that the key of a killed or stopped process soon counts as lost.
 pub(crate) const LEASE: Duration = Duration::from_secs(1);
@@ -42,6 +44,7 @@ pub(crate) struct Role {
     pub(crate) store: String,
     pub(crate) replicas: usize,
     pub(crate) bank: SocketAddr,
+    pub(crate) modes: &'static [Mode],
 }
 
 /// A running process. Dropping it kills the process.
@@ -52,6 +55,7 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(role: Role) -> Self {
+        let modes: Vec<String> = role.modes.iter().map(Mode::to_string).collect();
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "serve_if_started_as_process", "--nocapture"])
             .env("JEPSEN_PROCESS", role.number.to_string())
@@ -59,6 +63,7 @@ impl Process {
             .env("JEPSEN_STORE", &role.store)
             .env("JEPSEN_REPLICAS", role.replicas.to_string())
             .env("JEPSEN_BANK", role.bank.to_string())
+            .env("JEPSEN_MODES", modes.join(","))
             // The process ends when this pipe is closed, even if the test was killed.
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -96,7 +101,7 @@ impl Drop for Process {
     }
 }
 
-type AnyError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Opens the store of a URL. Claims and outcomes wait for this number of replicas, if it is not
 /// zero.
@@ -122,6 +127,7 @@ struct App {
     mode: Mode,
     process: usize,
     database: Option<PgPool>,
+    outbox: Option<Outbox>,
 }
 
 /// The body of a test that only a process of [`Process::start`] runs: it serves until it is killed.
@@ -157,20 +163,22 @@ pub(crate) fn serve_if_started_as_process() {
         };
         let is_postgres = store.starts_with("postgres");
         let database = is_postgres.then(|| PgPool::connect_lazy(&store).unwrap());
-        let modes: &[Mode] = if is_postgres {
-            &Mode::ALL
-        } else {
-            &Mode::WITHOUT_TRANSACTIONS
+        let modes = std::env::var("JEPSEN_MODES").unwrap();
+        let modes: Vec<Mode> = modes.split(',').map(|mode| mode.parse().unwrap()).collect();
+        let outbox = match modes.contains(&Mode::Message) {
+            true => Some(messages::start(&store, &bank).await),
+            false => None,
         };
         let (mut router, mut drains) = (Router::new(), Vec::new());
         for mode in modes {
             let app = App {
                 bank: bank.clone(),
-                mode: *mode,
+                mode,
                 process: process.into(),
                 database: database.clone(),
+                outbox: outbox.clone(),
             };
-            let layer = layer(opened.clone(), *mode, &bank);
+            let layer = layer(opened.clone(), mode, &bank);
             drains.push(layer.drain());
             router = router.route(&format!("/{mode}/{{key}}"), post(pay).layer(layer).with_state(app));
         }
@@ -201,7 +209,7 @@ fn layer(store: BoxStore, mode: Mode, bank: &BankClient) -> IdempotencyLayer<Box
             layer.with_recovery(move |lost| recover(bank.clone(), lost))
         }
         // A handler that fails has rolled its transaction back.
-        Mode::Transaction => layer.at_least_once(),
+        Mode::Transaction | Mode::Message => layer.at_least_once(),
     }
 }
 
@@ -233,8 +241,8 @@ async fn pay(State(app): State<App>, Path(key): Path<usize>, lease: Lease) -> Re
         return (StatusCode::SERVICE_UNAVAILABLE, axum::Extension(DoNotStore)).into_response();
     }
     let run = format!("of attempt {attempt} with fence {fence} in process {}", app.process);
-    if app.mode == Mode::Transaction {
-        let paid = insert(app.database.as_ref().unwrap(), key, &lease, &run).await;
+    if matches!(app.mode, Mode::Transaction | Mode::Message) {
+        let paid = insert(&app, key, &lease, &run).await;
         return paid.unwrap_or_else(|_| StatusCode::INTERNAL_SERVER_ERROR.into_response());
     }
     let charge = format!("charge/{}/{key}/{}/{fence}", app.mode, lease.derive_key("charge"));
@@ -246,7 +254,7 @@ async fn pay(State(app): State<App>, Path(key): Path<usize>, lease: Lease) -> Re
 }
 
 /// Some executions take longer than a lease, so that the layer has to renew it.
-async fn pause() {
+pub(crate) async fn pause() {
     let millis = match rand::random_range(0..40) {
         0 => rand::random_range(1_200..2_200),
         _ => rand::random_range(0..30),
@@ -254,12 +262,19 @@ async fn pause() {
     tokio::time::sleep(Duration::from_millis(millis)).await;
 }
 
-async fn insert(database: &PgPool, key: usize, lease: &Lease, run: &str) -> Result<Response, AnyError> {
-    let mut transaction = database.begin().await?;
-    let receipt: i64 = sqlx::query_scalar("INSERT INTO payments (key) VALUES ($1) RETURNING receipt")
+/// Inserts a row, puts a message about it into the outbox if there is one, and completes the key, in
+/// one transaction.
+async fn insert(app: &App, key: usize, lease: &Lease, run: &str) -> Result<Response, AnyError> {
+    let mut transaction = app.database.as_ref().unwrap().begin().await?;
+    let message = OutboxMessage::new("payments", format!("{key} {run}"));
+    let receipt: i64 = sqlx::query_scalar("INSERT INTO payments (key, message) VALUES ($1, $2) RETURNING receipt")
         .bind(i64::try_from(key)?)
+        .bind(app.outbox.as_ref().map(|_| message.id()))
         .fetch_one(&mut *transaction)
         .await?;
+    if let Some(outbox) = &app.outbox {
+        outbox.put(&mut transaction, &message).await?;
+    }
     let response = (StatusCode::CREATED, format!("receipt {receipt} {run}"));
     let response = lease.complete_in(&mut transaction, response).await?;
     transaction.commit().await?;
@@ -267,16 +282,20 @@ async fn insert(database: &PgPool, key: usize, lease: &Lease, run: &str) -> Resu
 }
 
 #[derive(Clone)]
-struct BankClient {
+pub(crate) struct BankClient {
     http: HttpClient,
     address: SocketAddr,
 }
 
 impl BankClient {
-    /// Returns the status and the text of the reply, or `None` if the bank does not reply.
     async fn call(&self, path: &str) -> Option<(StatusCode, String)> {
+        self.send(path, Bytes::new()).await
+    }
+
+    /// Returns the status and the text of the reply, or `None` if the bank does not reply.
+    pub(crate) async fn send(&self, path: &str, body: Bytes) -> Option<(StatusCode, String)> {
         let request = Request::post(format!("http://{}/{path}", self.address));
-        let response = self.http.request(request.body(Full::default()).unwrap()).await.ok()?;
+        let response = self.http.request(request.body(body.into()).unwrap()).await.ok()?;
         let status = response.status();
         let body = response.into_body().collect().await.ok()?.to_bytes();
         Some((status, String::from_utf8_lossy(&body).into_owned()))

@@ -13,6 +13,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::routing::post;
 
+use crate::broker::{self, Broker};
 use crate::checks::{Evidence, KeyHistory, Run, Seen};
 use crate::support::Timer;
 
@@ -27,11 +28,21 @@ pub(crate) enum Mode {
     Recover,
     /// The effect is a row in the database, in one transaction with the response.
     Transaction,
+    /// The same, and a message in the outbox, in the same transaction. Consumers handle the message
+    /// in transactions of their own.
+    Message,
 }
 
 impl Mode {
     pub(crate) const WITHOUT_TRANSACTIONS: [Self; 3] = [Self::Refuse, Self::Derived, Self::Recover];
-    pub(crate) const ALL: [Self; 4] = [Self::Refuse, Self::Derived, Self::Recover, Self::Transaction];
+    pub(crate) const WITHOUT_MESSAGES: [Self; 4] = [Self::Refuse, Self::Derived, Self::Recover, Self::Transaction];
+    const ALL: [Self; 5] = [
+        Self::Refuse,
+        Self::Derived,
+        Self::Recover,
+        Self::Transaction,
+        Self::Message,
+    ];
 }
 
 impl fmt::Display for Mode {
@@ -59,6 +70,9 @@ pub(crate) enum Event {
     Charged { receipt: u64 },
     Refused { fence: u64 },
     Found { receipt: Option<u64> },
+    Published { id: String, payload: String },
+    Delivered { consumer: String, delivery: u64 },
+    Acknowledged { delivery: u64 },
     Responded(Seen),
 }
 
@@ -84,6 +98,9 @@ impl fmt::Display for Event {
             Self::Refused { fence } => write!(f, "the bank refuses fence {fence}"),
             Self::Found { receipt: Some(receipt) } => write!(f, "a check finds effect {receipt}"),
             Self::Found { receipt: None } => f.write_str("a check finds no effect"),
+            Self::Published { id, payload } => write!(f, "a relay publishes message {id}: {payload}"),
+            Self::Delivered { consumer, delivery } => write!(f, "delivery {delivery} goes to the consumer {consumer}"),
+            Self::Acknowledged { delivery } => write!(f, "delivery {delivery} is acknowledged"),
             Self::Responded(Seen { status, code, body, .. }) if code.is_empty() => {
                 write!(f, "a client gets {status}: {body}")
             }
@@ -107,6 +124,7 @@ struct Books {
 pub(crate) struct Bank {
     timer: Arc<Timer>,
     books: Arc<Mutex<Books>>,
+    pub(crate) broker: Broker,
 }
 
 impl Bank {
@@ -115,12 +133,14 @@ impl Bank {
         let bank = Self {
             timer: Arc::new(Timer::start()),
             books: Arc::default(),
+            broker: Broker::default(),
         };
         let router = Router::new()
             .route("/began/{key}/{process}/{attempt}/{fence}", post(began))
             .route("/failed/{key}/{fence}", post(failed))
             .route("/charge/{mode}/{key}/{id}/{fence}", post(charge))
             .route("/find/{key}/{id}/{fence}", post(find))
+            .merge(broker::router())
             .with_state(bank.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -114,7 +114,7 @@ impl Targets {
     /// Waits for further effects, so that a failover has something to lose. A store that waits for its
     /// replica allows none, so this ends after 3 s.
     fn wait_for_effects(&self) {
-        let is_effect = |event: &Event| matches!(event, Event::Charged { .. });
+        let is_effect = |event: &Event| matches!(event, Event::Charged { .. } | Event::Published { .. });
         let (before, until) = (self.bank.count(is_effect), self.bank.elapsed() + Duration::from_secs(3));
         while self.bank.count(is_effect) < before + 24 && self.bank.elapsed() < until {
             std::thread::sleep(Duration::from_millis(20));

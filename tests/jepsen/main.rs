@@ -1,7 +1,8 @@
 //! Real servers under faults, in the manner of Jepsen. Processes of an application serve the layer
 //! over Redis or PostgreSQL. Clients retry. Servers, processes and their network fail at random
 //! times. At the end all faults are over, and the checks of `support/checks.rs` read the history of
-//! each key.
+//! each key. Some tests also have an outbox and inboxes with a broker between them, and check the
+//! messages of each key.
 //!
 //! `JEPSEN_SECONDS` sets the duration of the faults, and `JEPSEN_SEED` their order. Some tests are
 //! ignored by default, because they start many servers. The processes are this binary, started
@@ -15,9 +16,11 @@ use support::proxy::Proxy;
 
 mod app;
 mod bank;
+mod broker;
 #[path = "../support/checks.rs"]
 mod checks;
 mod faults;
+mod messages;
 mod postgres_servers;
 #[path = "../simulation/random.rs"]
 mod random;
@@ -25,6 +28,7 @@ mod redis_servers;
 mod run;
 #[path = "../support/mod.rs"]
 mod support;
+mod tables;
 
 #[test]
 fn serve_if_started_as_process() {
@@ -58,6 +62,14 @@ async fn over_cluster(name: &'static str, replicas: usize) -> Report {
 }
 
 async fn over_postgres(name: &'static str, standby: Standby) -> Report {
+    with_modes(name, standby, &Mode::WITHOUT_MESSAGES).await
+}
+
+async fn messages_over_postgres(name: &'static str, standby: Standby) -> Report {
+    with_modes(name, standby, &[Mode::Message]).await
+}
+
+async fn with_modes(name: &'static str, standby: Standby, modes: &'static [Mode]) -> Report {
     let (postgres, proxies) = Postgres::start(PROCESSES, standby).await;
     run(Subject {
         name,
@@ -65,7 +77,7 @@ async fn over_postgres(name: &'static str, standby: Standby) -> Report {
         servers: Box::new(postgres),
         proxies,
         replicas: 0,
-        modes: &Mode::ALL,
+        modes,
     })
     .await
 }
@@ -145,6 +157,31 @@ async fn postgres_shows_writes_that_its_synchronous_standby_lacks_after_a_restar
         }
     }
     panic!("no response changed in {ROUNDS} rounds, so the loss was not found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outbox_and_inbox_lose_and_repeat_no_message() {
+    assert_sound(&messages_over_postgres("PostgreSQL, messages", Standby::Absent).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "./test jepsen and ./test all run it"]
+async fn outbox_and_inbox_lose_and_repeat_no_message_with_a_synchronous_standby() {
+    let name = "PostgreSQL, messages, synchronous standby";
+    assert_sound(&messages_over_postgres(name, Standby::Synchronous).await);
+}
+
+/// The broker still has a message whose transaction is lost, or has no message any more that a
+/// consumer has to handle again.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "./test jepsen and ./test all run it"]
+async fn outbox_and_inbox_lose_messages_with_an_asynchronous_standby() {
+    let name = "PostgreSQL, messages, asynchronous standby";
+    let report = messages_over_postgres(name, Standby::Asynchronous).await;
+    assert!(
+        report.count(Mode::Message, "I3: a message") > 0,
+        "no message lost its effect, so the loss was not found: {report}"
+    );
 }
 
 /// A store that loses records makes their keys new, so effects are repeated. A third party that

@@ -44,7 +44,8 @@ impl Postgres {
     pub(crate) async fn start(processes: usize, standby: Standby) -> (Self, Vec<Proxy>) {
         let clock = TurnedClock::new();
         let primary = PostgresServer::within(clock.environment());
-        primary.execute("CREATE TABLE payments (receipt bigserial PRIMARY KEY, key bigint NOT NULL)");
+        primary.execute("CREATE TABLE payments (receipt bigserial PRIMARY KEY, key bigint NOT NULL, message text)");
+        primary.execute("CREATE TABLE handled (consumer text NOT NULL, key bigint NOT NULL, message text NOT NULL)");
         if standby.is_synchronous() {
             // The standby copies this setting, and obeys it when it is promoted.
             primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'");

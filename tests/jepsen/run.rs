@@ -10,7 +10,6 @@ use axum::http::Request;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http_body_util::{BodyExt, Full};
-use sqlx::PgPool;
 use tower_idempotency::protocol::Status;
 use tower_idempotency::{BoxStore, IdempotencyLayer, Store};
 
@@ -21,6 +20,7 @@ use crate::faults::{Servers, Targets};
 use crate::random::Random;
 use crate::support::port::free_port;
 use crate::support::proxy::Proxy;
+use crate::tables::{Rows, wait_for_messages};
 
 pub(crate) const PROCESSES: usize = 3;
 const CLIENTS: usize = 36;
@@ -109,6 +109,7 @@ pub(crate) async fn run(subject: Subject) -> Report {
             store: subject.urls[number].clone(),
             replicas: subject.replicas,
             bank: address,
+            modes: subject.modes,
         })
     });
     let targets = Targets {
@@ -132,6 +133,9 @@ pub(crate) async fn run(subject: Subject) -> Report {
         .await;
     let drained = clients.wait_for_drains().await;
     let url = targets.servers.lock().unwrap().url();
+    if subject.modes.contains(&Mode::Message) {
+        wait_for_messages(&url, &bank).await;
+    }
     let mut report = judge(subject.name, subject.modes, &bank, &url, keys).await;
     report.violations.extend(drained);
     println!("{report}");
@@ -271,28 +275,19 @@ fn name_of(key: usize) -> String {
 /// Reads the records and the rows, and checks the history of each key.
 async fn judge(name: &str, modes: &[Mode], bank: &Bank, url: &str, keys: usize) -> Report {
     let store = open(url, 0).await.unwrap();
-    let mut rows: Vec<Vec<u64>> = vec![Vec::new(); keys];
-    if modes.contains(&Mode::Transaction) {
-        let pool = PgPool::connect(url).await.unwrap();
-        let paid: Vec<(i64, i64)> = sqlx::query_as("SELECT key, receipt FROM payments")
-            .fetch_all(&pool)
-            .await
-            .unwrap();
-        for (key, receipt) in paid {
-            rows[usize::try_from(key).unwrap()].push(u64::try_from(receipt).unwrap());
-        }
-    }
+    let rows = Rows::read(url, modes, keys).await;
     let layer = IdempotencyLayer::new(store.clone());
     let (mut violations, mut example) = (Vec::new(), String::new());
     let (mut effects, mut not_deduplicated) = (0, 0);
-    for (key, events) in bank.by_key(keys).iter().enumerate() {
+    for (key, (events, rows)) in bank.by_key(keys).iter().zip(rows).enumerate() {
         let evidence = evidence(&store, &layer, key).await;
         let mode = modes[key % modes.len()];
-        let history = history_of(mode, events, &rows[key], evidence);
+        let history = history_of(mode, events, &rows.receipts, evidence);
         effects += history.effects.len();
         let is_repeated = mode == Mode::Derived && history.effects.len() > 1;
         not_deduplicated += usize::from(is_repeated && history.has_one_body());
-        let found = history.violations();
+        let mut found = history.violations();
+        found.extend(rows.messages(events).violations());
         if example.is_empty() && !found.is_empty() {
             example = format!("key {key} ({mode}):\n{}{}", bank.text(key), found.join("\n"));
         }
@@ -321,7 +316,7 @@ fn figures(name: &str, bank: &Bank, keys: usize, effects: usize) -> String {
     let unknown = bank.count(|event| matches!(event, Event::Responded(seen) if seen.code == "outcome-unknown"));
     format!(
         "{name}: {:.0} s, {} faults, {keys} keys, {} requests, {} runs ({} took over), {effects} effects, {made} responses, \
-         {unknown} unknown, {} other refusals, {} broken or left",
+         {unknown} unknown, {} other refusals, {} broken or left, {} publications, {} deliveries",
         bank.elapsed().as_secs_f64(),
         bank.count(|event| matches!(event, Event::Fault(what) if what.ends_with("begins"))),
         bank.count(|event| matches!(event, Event::Sent { .. })),
@@ -329,5 +324,7 @@ fn figures(name: &str, bank: &Bank, keys: usize, effects: usize) -> String {
         bank.count(|event| matches!(event, Event::Began { attempt: 2.., .. })),
         bank.count(|event| matches!(event, Event::Responded(_))) - made - unknown,
         bank.count(|event| matches!(event, Event::Left)),
+        bank.count(|event| matches!(event, Event::Published { .. })),
+        bank.count(|event| matches!(event, Event::Delivered { .. })),
     )
 }

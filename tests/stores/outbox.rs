@@ -373,7 +373,9 @@ async fn a_message_that_kills_its_relay_does_not_block_the_others() {
         }
         // The lease passes, and then the backoff.
         bench
-            .execute("UPDATE idempotency_outbox SET publish_at = publish_at - interval '60 s' WHERE taken_at IS NOT NULL")
+            .execute(
+                "UPDATE idempotency_outbox SET publish_at = publish_at - interval '60 s' WHERE taken_at IS NOT NULL",
+            )
             .await;
         tokio::time::sleep(SHORT * 5).await;
     }
@@ -534,8 +536,7 @@ async fn a_late_relay_does_not_postpone_messages_that_another_has_taken() {
         .with_initial_backoff(SHORT)
         .with_max_backoff(SHORT);
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 1));
-    let untouched =
-        "SELECT count(*) FROM idempotency_outbox WHERE failures = 2 AND taken_at IS NOT NULL AND publish_at = 'infinity'";
+    let untouched = "SELECT count(*) FROM idempotency_outbox WHERE failures = 2 AND taken_at IS NOT NULL AND publish_at = 'infinity'";
     assert_eq!(bench.number(untouched).await, 2);
 }
 

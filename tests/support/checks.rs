@@ -1,6 +1,8 @@
 //! The guarantees, as checks over the history of one key. They know nothing of the machine that
 //! recorded the history.
 
+use std::collections::BTreeMap;
+
 /// One run of a handler.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Run {
@@ -161,6 +163,58 @@ impl KeyHistory {
     }
 }
 
+/// The messages of one key. Its handler puts a message into the outbox in the transaction of its
+/// effect. Each consumer handles the message in a transaction with an effect of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct MessageHistory {
+    /// The id of the message of each effect.
+    pub(crate) put: Vec<String>,
+    /// The ids of the messages that are in the outbox at the end.
+    pub(crate) waiting: Vec<String>,
+    /// The id and the payload of each publication.
+    pub(crate) published: Vec<(String, String)>,
+    pub(crate) consumers: &'static [&'static str],
+    /// The consumer and the message of each effect of a consumer.
+    pub(crate) handled: Vec<(String, String)>,
+}
+
+impl MessageHistory {
+    /// Returns the violations of guarantees. Each begins with the name of an invariant.
+    pub(crate) fn violations(&self) -> Vec<String> {
+        let mut violations = Vec::new();
+        for id in &self.waiting {
+            violations.push(format!("I7: a message stays in the outbox: {id}"));
+        }
+        for id in &self.put {
+            if !self.waiting.contains(id) && !self.published.iter().any(|(published, _)| published == id) {
+                violations.push(format!("I3: an effect has lost its message: {id}"));
+            }
+        }
+        let published: BTreeMap<_, _> = self.published.iter().cloned().collect();
+        for (id, payload) in &self.published {
+            if published[id] != *payload {
+                violations.push(format!("I2: a message has several payloads: {id}"));
+            }
+        }
+        for id in published.keys() {
+            if !self.put.contains(id) {
+                violations.push(format!(
+                    "I3: a message has no effect in whose transaction it was put: {id}"
+                ));
+            }
+            for consumer in self.consumers {
+                let of_both = |(by, of): &&(String, String)| by == consumer && of == id;
+                match self.handled.iter().filter(of_both).count() {
+                    0 => violations.push(format!("I7: {consumer} has not handled a message: {id}")),
+                    1 => {}
+                    times => violations.push(format!("I3: {consumer} has handled a message {times} times: {id}")),
+                }
+            }
+        }
+        violations
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -241,5 +295,35 @@ mod tests {
         assert_violates(|history| history.seen.clear(), &["I7"]);
         assert_violates(|history| history.seen.push(seen(503, "store-unavailable", "")), &["I7"]);
         assert_violates(|history| history.seen.push(seen(409, "outcome-unknown", "")), &["I7"]);
+    }
+
+    fn pair(one: &str, other: &str) -> (String, String) {
+        (one.to_owned(), other.to_owned())
+    }
+
+    /// Changes a sound history of messages, and checks which guarantees it violates.
+    fn assert_messages_violate(change: impl FnOnce(&mut MessageHistory), expected: &[&str]) {
+        let mut history = MessageHistory {
+            put: vec!["m".to_owned()],
+            waiting: Vec::new(),
+            published: vec![pair("m", "a"), pair("m", "a")],
+            consumers: &["x", "y"],
+            handled: vec![pair("x", "m"), pair("y", "m")],
+        };
+        change(&mut history);
+        let violations = history.violations();
+        let names: Vec<_> = violations.iter().map(|what| &what[..2]).collect();
+        assert_eq!(names, expected, "{violations:?}");
+    }
+
+    #[test]
+    fn each_check_of_messages_finds_its_violation() {
+        assert_messages_violate(|_| {}, &[]);
+        assert_messages_violate(|history| history.waiting.push("m".to_owned()), &["I7"]);
+        assert_messages_violate(|history| history.put.push("n".to_owned()), &["I3"]);
+        assert_messages_violate(|history| history.published[0].1.push('b'), &["I2"]);
+        assert_messages_violate(|history| history.put.clear(), &["I3"]);
+        assert_messages_violate(|history| history.handled.truncate(1), &["I7"]);
+        assert_messages_violate(|history| history.handled.push(pair("y", "m")), &["I3"]);
     }
 }
