@@ -660,6 +660,29 @@ fn a_call_whose_runtime_ends_leaves_its_key_lost_and_not_stuck() {
     assert!(matches!(runtime().block_on(later), Err(OnceError::Unknown(None))));
 }
 
+/// The store loses the reply to a claim, and replies to its repeat that another owner has the key.
+/// Before the second reply arrives, the other owner frees the key, and the first copy of the claim
+/// is granted.
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_a_claim_that_is_granted_while_a_reply_is_late_is_released() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let (store, party, drain) = (RemoteStore::new(), Party::default(), Drain::default());
+    let call = || once(store.clone(), "k").with_wait(Duration::ZERO).with_drain(&drain);
+    let owner = tokio::spawn(call().run(|_| async {
+        tokio::time::sleep(SECOND).await;
+        Err::<usize, _>(Failure::NotDone("refused".to_owned()))
+    }));
+    support::yield_times(10).await;
+    store.delay_claim(2 * SECOND);
+    store.fail("claim", [Fault::SlowReply(3)]);
+    let refused = party.run(call()).await;
+    assert!(matches!(refused, Err(OnceError::InFlight { .. })), "{refused:?}");
+    assert!(matches!(owner.await.unwrap(), Err(OnceError::Failed(_))));
+    drain.wait().await;
+    let next = party.run(call()).await;
+    assert!(next.is_ok(), "the key is granted to nobody: {next:?}");
+}
+
 /// Every reply of the store comes after its timeout, for five minutes.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_is_late_delays_calls_and_repeats_none() {
