@@ -775,6 +775,30 @@ mod steps {
         }
     }
 
+    /// A step that failed without effect and a step that was left out have no record, so only the
+    /// later step can show the change.
+    #[tokio::test(start_paused = true)]
+    async fn a_change_of_steps_without_a_record_is_an_error_at_the_next_step() {
+        for fails in [true, false] {
+            let (party, store) = (Party::default(), RemoteStore::new());
+            let mut steps = once(store.clone(), "order-1").steps();
+            let reserve = steps.step("reserve");
+            if fails {
+                let failure = Failure::NotDone("sold out".to_owned());
+                party.fail(reserve, failure).await.unwrap_err();
+            }
+            party.run(steps.step("confirm")).await.unwrap();
+            let mut renamed = once(store, "order-1").steps();
+            drop(renamed.step("draft"));
+            let ended = party.run(renamed.step("confirm")).await;
+            assert!(
+                matches!(ended, Err(OnceError::StepChanged { position: 1 })),
+                "{fails}: {ended:?}"
+            );
+            assert_eq!(party.effects(), 1);
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_lost_step_follows_its_own_setting_and_has_its_own_id() {
         let (party, store) = (Party::default(), RemoteStore::new());
