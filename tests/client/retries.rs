@@ -358,6 +358,10 @@ async fn the_client_does_not_retry_beyond_the_horizon_or_near_the_end_of_the_ret
         1,
         "3600 s are nine tenths of 4000 s"
     );
+    let longer = ProviderProfile::draft().with_retention(Duration::from_secs(9000));
+    let patient = policy(longer).with_horizon(Duration::MAX).with_max_attempts(9);
+    let called = call(patient, request(&Method::POST, true), &hour).await;
+    assert_eq!(called.attempts(), 3, "the retention begins with the first attempt");
 }
 
 #[tokio::test(start_paused = true)]
