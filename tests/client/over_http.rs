@@ -275,6 +275,80 @@ mod with_reqwest {
         assert_eq!(silent.arrived().len(), 2);
     }
 
+    /// A retry policy of the application, which repeats a failed request once and reports nothing.
+    #[derive(Clone)]
+    struct Again(bool);
+
+    impl tower::retry::Policy<Request<Body>, Response<Body>, reqwest::Error> for Again {
+        type Future = std::future::Ready<()>;
+
+        fn retry(
+            &mut self,
+            _: &mut Request<Body>,
+            result: &mut Result<Response<Body>, reqwest::Error>,
+        ) -> Option<Self::Future> {
+            (result.is_err() && std::mem::take(&mut self.0)).then(|| std::future::ready(()))
+        }
+
+        fn clone_request(&mut self, request: &Request<Body>) -> Option<Request<Body>> {
+            let mut clone = Request::new(Body::from(request.body().as_bytes()?.to_vec()));
+            clone.method_mut().clone_from(request.method());
+            clone.uri_mut().clone_from(request.uri());
+            clone.headers_mut().clone_from(request.headers());
+            clone.extensions_mut().clone_from(request.extensions());
+            Some(clone)
+        }
+    }
+
+    /// The first request charges, and its connection breaks. The repeated request finds no server.
+    /// That a request was not sent this time shows nothing about the one before it.
+    #[tokio::test]
+    async fn an_attempt_that_another_retry_layer_repeats_is_not_reported_as_not_sent() {
+        let charging = || async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}/", listener.local_addr().unwrap());
+            let serving = async move {
+                let (stream, _) = listener.accept().await.unwrap();
+                drop(listener);
+                let charge = service_fn(|request| async move {
+                    read(request).await;
+                    Err::<ServerResponse, _>(io::Error::from(io::ErrorKind::ConnectionReset))
+                });
+                drop(
+                    http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), charge)
+                        .await,
+                );
+            };
+            (url, serving)
+        };
+        let again = || tower::retry::RetryLayer::new(Again(true));
+        let (url, serving) = charging().await;
+        let client = ServiceBuilder::new()
+            .layer(keys())
+            .layer(calls(1))
+            .layer(again())
+            .service(built());
+        let (failed, ()) = tokio::join!(client.oneshot(charge::<Body>(&url)), serving);
+        let Err(KeyPlacementError::Service(error)) = failed else {
+            panic!("the call succeeded")
+        };
+        assert_eq!(error.outcome(), CallOutcome::Unknown);
+
+        let (url, serving) = charging().await;
+        let once = OnceLayer::new(MemoryStore::new(), ProviderProfile::stripe());
+        let client = ServiceBuilder::new()
+            .layer(keys())
+            .layer(once)
+            .layer(again())
+            .service(built());
+        let (failed, ()) = tokio::join!(client.oneshot(charge::<Body>(&url)), serving);
+        let Err(KeyPlacementError::Service(error)) = failed else {
+            panic!("the call succeeded")
+        };
+        assert!(error.may_have_happened(), "{error:?}");
+    }
+
     #[tokio::test]
     async fn a_response_streams_with_its_trailers() {
         let (sender, receiver) = oneshot::channel();
