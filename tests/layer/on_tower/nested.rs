@@ -5,7 +5,7 @@ use std::time::Duration;
 use tower::Layer;
 use tower_idempotency::{BoxStore, IdempotencyLayer, MemoryStore, Store};
 
-use crate::support::{Fault, Handler, RemoteStore, Timer, post, send};
+use crate::support::{Fault, Handler, RemoteStore, Timer, post, send, start};
 
 /// Each of two processes has an outer layer over its own store and an inner layer over a shared
 /// store. The inner layer took the key of the outer layer for its own and passed the request on
@@ -26,6 +26,24 @@ async fn an_inner_layer_guards_its_store_when_outer_layers_guard_other_stores() 
         assert_eq!(send(&process(layers), post("k", "pay 100")).await.status(), 201);
     }
     assert_eq!((handler.runs(), shared.calls("claim")), (1, 3));
+}
+
+/// Another request holds the key in the inner layer, and did not pass the outer one.
+#[tokio::test(start_paused = true)]
+async fn an_inner_layer_guards_its_store_while_another_request_holds_the_key_in_it() {
+    for (inner, outer) in [
+        (BoxStore::new(MemoryStore::new()), BoxStore::new(MemoryStore::new())),
+        (BoxStore::new(RemoteStore::new()), BoxStore::new(RemoteStore::new())),
+    ] {
+        let handler = Handler::new().taking(Duration::from_secs(1));
+        let within = IdempotencyLayer::new(inner).layer(handler.clone());
+        let around = IdempotencyLayer::new(outer).layer(within.clone());
+        let first = start(&within, post("k", "pay"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let second = send(&around, post("k", "pay")).await;
+        assert_eq!((first.await.unwrap().status(), second.status()), (201, 201));
+        assert_eq!((second.is_replay(), handler.runs()), (true, 1));
+    }
 }
 
 /// Several handles may reach the same store: clones, boxes, or two connections.
