@@ -200,6 +200,16 @@ mod tests {
             "a.example:8443",
             "example",
             "a.example.",
+            // Names whose end looks like an address.
+            "shop1",
+            "shop2",
+            "shop-1.example-1",
+            "a.10",
+            "b.10",
+            "10.0.0",
+            "10.0.0.256",
+            "10.0.0.1.2",
+            "shop1:8080",
         ];
         for (at, one) in hosts.iter().enumerate() {
             for other in &hosts[at + 1..] {
