@@ -71,5 +71,10 @@ mod tests {
             let status = StatusCode::from_u16(status).unwrap();
             assert_eq!(has_body(&method, status), expected, "{method} {status}");
         }
+        // RFC 9112 section 6.3: every other response to such a request has a body.
+        for status in (200..1000).filter(|status| ![204, 304].contains(status)) {
+            let status = StatusCode::from_u16(status).unwrap();
+            assert!(has_body(&Method::POST, status), "{status}");
+        }
     }
 }
