@@ -321,6 +321,24 @@ async fn a_watch_wakes_at_every_change_that_matters_in_another_store_and_in_its_
     }
 }
 
+/// A waiter that leaves while the server takes its subscription.
+#[tokio::test]
+async fn a_watch_that_is_dropped_while_it_subscribes_leaves_no_channel() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let channels = || server.command::<Vec<String>>("PUBSUB SHARDCHANNELS");
+    let key = claim(1, 1).key;
+    server.signal("-STOP");
+    let subscribing = tokio::time::timeout(Duration::from_millis(200), store.watch(&key));
+    assert!(subscribing.await.is_err());
+    server.signal("-CONT");
+    for watches in 0..2 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(channels(), [""; 0], "after {watches} other watches");
+        drop(store.watch(&key).await.unwrap());
+    }
+}
+
 #[tokio::test]
 async fn the_last_watch_unsubscribes_and_a_new_one_at_that_moment_is_not_lost() {
     let server = RedisServer::start();
