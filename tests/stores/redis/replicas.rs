@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use redis::cluster::ClusterClient;
 use tower::Layer;
-use tower_idempotency::protocol::{Completion, Decision, Release};
+use tower_idempotency::protocol::{Completion, Decision, Outcome, Release, Status};
 use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::{HOUR, RedisServer, claim, completed, connect, granted, name, replayed, stored};
@@ -180,25 +180,32 @@ async fn a_failover_loses_no_grant_that_a_replica_had_to_acknowledge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_response_that_too_few_replicas_have_is_not_shown() {
+async fn an_outcome_that_too_few_replicas_have_is_not_shown() {
     let primary = RedisServer::start();
     let replica = primary.replica();
     let store = replicated(&primary, 1).await;
-    let owner = granted(&store, &claim(1, 1)).await.owner;
-    replica.signal("-STOP");
-    let completion = store.complete(&claim(1, 1).key, owner, &stored("paid"), HOUR).await;
-    assert_eq!(completion.unwrap_err().kind(), ErrorKind::StoreUnavailable);
     let other = replicated(&primary, 1).await;
-    let claimed = other.claim(&claim(1, 2)).await.map(drop);
-    let peeked = other.peek(&claim(1, 1).key).await.map(drop);
-    for error in [claimed.unwrap_err(), peeked.unwrap_err()] {
-        assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error:?}");
+    for (n, outcome) in [(1, stored("paid")), (2, Outcome::Tombstone)] {
+        let owner = granted(&store, &claim(n, 1)).await.owner;
+        let key = claim(n, 1).key;
+        replica.signal("-STOP");
+        let completion = store.complete(&key, owner, &outcome, HOUR).await;
+        assert_eq!(completion.unwrap_err().kind(), ErrorKind::StoreUnavailable);
+        let claimed = other.claim(&claim(n, 2)).await.map(drop);
+        let peeked = other.peek(&key).await.map(drop);
+        for shown in [claimed, peeked] {
+            let error = shown.expect_err("the outcome is shown");
+            assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{error:?}");
+        }
+        replica.signal("-CONT");
+        let shown = super::eventually(|| other.peek(&key)).await.unwrap();
+        assert_eq!(shown.status, Status::Completed(outcome.clone()));
+        let expected = match outcome {
+            Outcome::Stored(response) => Decision::Replay(response),
+            _ => Decision::NotStored,
+        };
+        assert_eq!(other.claim(&claim(n, 2)).await.unwrap(), expected);
     }
-    replica.signal("-CONT");
-    let key = claim(1, 1).key;
-    let shown = super::eventually(|| other.peek(&key));
-    assert!(shown.await.is_some());
-    assert_eq!(replayed(&other, 1).await.body, "paid");
 }
 
 #[tokio::test(flavor = "multi_thread")]
