@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tower::Layer;
-use tower_idempotency::protocol::{Decision, Status};
+use tower_idempotency::protocol::{Claim, Decision, Status};
 use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::{HOUR, RedisServer, claim, completed, connect, eventually, granted, replayed, stored};
@@ -128,6 +128,25 @@ async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
     assert_eq!((got.status(), got.code()), (503, "store-full"));
     server.command::<()>("CONFIG SET maxmemory 0");
     assert_eq!(send(&service, post("new", "x")).await.status(), 201);
+}
+
+/// The rest of a lease may end before the first renewal of an owner that takes it for a whole one.
+#[tokio::test]
+async fn a_full_server_repeats_no_grant_with_less_than_half_of_its_lease() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let claim = Claim {
+        lease: Duration::from_secs(2),
+        ..claim(1, 1)
+    };
+    let owner = granted(&store, &claim).await.owner;
+    server.command::<()>("CONFIG SET maxmemory 1");
+    assert_eq!(granted(&store, &claim).await.owner, owner);
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    let error = store.claim(&claim).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::StoreFull, "{error:?}");
+    server.command::<()>("CONFIG SET maxmemory 0");
+    assert_eq!(granted(&store, &claim).await.owner, owner);
 }
 
 #[tokio::test]
