@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use tower::{Layer, ServiceExt, service_fn};
-use tower_idempotency::protocol::{Completion, Decision, Nonce, Resolution, Status, StorageKey};
+use tower_idempotency::protocol::{Completion, Decision, IfLost, Nonce, Resolution, Status, StorageKey};
 use tower_idempotency::receiver::{Inbox, Receipt, ReceiverLayer};
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
 
@@ -188,6 +188,47 @@ async fn a_locked_table_takes_no_more_backends_than_the_pool_has() {
             match store.claim(&claim).await {
                 Ok(Decision::Execute(_)) => break,
                 other => assert!(tries < 100, "{key}: {other:?}"),
+            }
+            tokio::time::sleep(20 * MILLI).await;
+        }
+    }
+}
+
+/// The server grants a lost key after its caller has left. The grants after a lost attempt are of
+/// two kinds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_grant_of_a_lost_key_is_released_whatever_its_kind() {
+    let server = PostgresServer::start();
+    let (store, own) = started(&server, 200 * MILLI).await;
+    for (key, if_lost) in [(1, IfLost::Execute), (2, IfLost::Recover)] {
+        let claim = Claim {
+            if_lost,
+            max_attempts: 9,
+            ..claim(key)
+        };
+        let owner = granted(&store, &claim).await.owner;
+        store.renew(&claim.key, owner, Duration::ZERO).await.unwrap();
+        let mut transaction = own.begin().await.unwrap();
+        let lock = sqlx::raw_sql("LOCK TABLE idempotency_records IN ACCESS EXCLUSIVE MODE");
+        lock.execute(&mut *transaction).await.unwrap();
+        let late = again(&claim);
+        let claimed = tokio::time::timeout(300 * MILLI, store.claim(&late)).await;
+        assert!(!matches!(claimed, Ok(Ok(_))));
+        // The store looks for the statement when its caller leaves. The lock stays longer than that.
+        tokio::time::sleep(200 * MILLI).await;
+        transaction.rollback().await.unwrap();
+        until_nothing_waits(&own).await;
+        for tries in 0.. {
+            match store.peek(&claim.key).await {
+                Ok(Some(seen)) if seen.attempt > 1 => break,
+                other => assert!(tries < 100, "the claim was not granted: {other:?}"),
+            }
+            tokio::time::sleep(20 * MILLI).await;
+        }
+        for tries in 0.. {
+            match store.claim(&again(&claim)).await {
+                Ok(Decision::Execute(_) | Decision::Recover(_)) => break,
+                other => assert!(tries < 100, "{if_lost:?}: {other:?}"),
             }
             tokio::time::sleep(20 * MILLI).await;
         }
