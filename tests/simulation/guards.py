@@ -10,6 +10,7 @@ Needs no packages. The copy and its build folder are in the folder of CARGO_TARG
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PARTS = ["Cargo.toml", "Cargo.lock", "README.md", "clippy.toml", "benches", "build.rs", "docs", "examples", "src", "tests"]
 SEEDS = 3000
+# Seconds for the tests of one guard.
+LIMIT = 900
 
 
 def read():
@@ -52,7 +55,19 @@ def run(folder, target, guard):
     if built.returncode:
         sys.exit(f"The copy for the guard '{guard['name']}' does not compile:\n{built.stderr[-3000:]}")
     only = [] if "by" in guard else ["no_guarantee_is_violated_under_any_fault", "plans_that_once_violated_a_guarantee_are_correct"]
-    return subprocess.run([*command, "--", *only], cwd=folder, env=environment, capture_output=True, text=True)
+    return finished([*command, "--", *only], cwd=folder, env=environment)
+
+
+def finished(command, **options):
+    """Runs tests. Without a guard, a test may never end; it then counts as failed."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options)
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        output += f"\na test did not end within {LIMIT} s: FAILED"
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
 def fails(folder, target, guard):
