@@ -135,6 +135,11 @@ impl HeldLease {
         self.schedule().is_some()
     }
 
+    /// Whether another attempt may have taken the key over.
+    pub(crate) fn may_be_lost(&self) -> bool {
+        self.is_superseded() || self.renewals().is_some_and(Schedule::may_have_ended)
+    }
+
     /// Takes the renewal of the lease for the task of this runtime. Returns whether the task must
     /// renew the lease now. If the lease belongs to this runtime, the renewal may be due within
     /// `soon`. Otherwise the renewal must be overdue.

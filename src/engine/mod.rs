@@ -41,4 +41,4 @@ pub(crate) use renewal::{RenewalTasks, Renewer};
 pub(crate) use settings::EngineSettings;
 #[cfg(feature = "postgres")]
 pub(crate) use transaction_state::TransactionState;
-pub(crate) use waiting::{Waited, Waiter, await_owner};
+pub(crate) use waiting::{POLL, Waited, Waiter, await_owner};

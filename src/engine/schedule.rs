@@ -47,6 +47,12 @@ impl Schedule {
         self.take_if(now, |due| now >= due.saturating_add(sixth))
     }
 
+    /// Whether the lease may have ended, because its renewal was due two thirds of the lease ago.
+    pub(crate) fn may_have_ended(&self) -> bool {
+        let due = self.due.load(Ordering::Relaxed);
+        self.since.elapsed_micros() >= due.saturating_add(micros(self.lease / 3 * 2))
+    }
+
     fn take_if(&self, now: u64, is_due: impl FnOnce(u64) -> bool) -> bool {
         let due = self.due.load(Ordering::Relaxed);
         let next = due.max(now).saturating_add(micros(self.lease / 3));
@@ -117,6 +123,20 @@ mod tests {
         pass(1).await;
         assert!(schedule.take_overdue());
         assert!(!schedule.take_overdue());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_may_have_ended_when_its_time_has_passed_since_the_last_renewal() {
+        let schedule = Schedule::new(LEASE, Stopwatch::start());
+        pass(11).await;
+        assert!(!schedule.may_have_ended());
+        pass(1).await;
+        assert!(schedule.may_have_ended());
+        assert!(schedule.take(Duration::ZERO));
+        pass(11).await;
+        assert!(!schedule.may_have_ended());
+        pass(1).await;
+        assert!(schedule.may_have_ended());
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,7 +13,7 @@ use crate::store::{Store, TIMED_OUT, limit_in_wait, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// The longest time between two looks at the record, in case a subscription misses a change.
-const POLL: Duration = Duration::from_millis(500);
+pub(crate) const POLL: Duration = Duration::from_millis(500);
 
 /// A request that waits for the owner of its key, as the loop of [`await_owner`] sees it.
 pub(crate) trait Waiter {

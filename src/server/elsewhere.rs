@@ -118,8 +118,8 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Looks at the record once, because the leader has not looked during the whole wait. Returns
-    /// the outcome in the record, or refuses the request.
+    /// Looks at the record once, because the leader may not know the outcome. Returns the outcome in
+    /// the record, or refuses the request.
     pub(super) async fn last_look(&mut self) -> SharedResult {
         let in_flight = &self.key_guard.in_flight;
         let peeked = self.key_guard.shared.store.peek(&in_flight.storage_key);

@@ -12,7 +12,7 @@ use super::guard::{Barred, KeyGuard};
 use super::policy::Judgement;
 use super::policy::Statuses;
 use super::settings::Values;
-use super::singleflight::{Follower, Joined, SharedResult, Undecided};
+use super::singleflight::{Followed, Follower, Joined, SharedResult, Undecided};
 use crate::clock::{Deadline, Stopwatch};
 use crate::engine::{ClaimError, Claimer};
 use crate::error::{Error, ErrorKind};
@@ -165,8 +165,8 @@ impl<St: Store, S> Exchange<St, S> {
     where
         S: Clone,
     {
-        let (deadline, looks) = (self.wait().owner, follower.looks());
-        // In a shorter wait, a leader need not look again.
+        let deadline = self.wait().owner;
+        // A shorter wait ends without a look, because the look could take as long as the wait.
         let may_look = self.settings.engine.wait > LAST_LOOK;
         if follower.has_owner() {
             self.stage = Stage::Nothing;
@@ -174,19 +174,19 @@ impl<St: Store, S> Exchange<St, S> {
             self.give_readiness_back();
         }
         let stage = &mut self.stage;
-        let shared_result = async {
-            if follower.owned(deadline).await {
+        let following = async {
+            if follower.owned().await {
                 *stage = Stage::Nothing;
             }
-            follower.shared_result(deadline).await
+            follower.shared_result().await
         };
-        match self.times.waiting(shared_result).await {
-            Some(shared_result) => shared_result,
-            // The leader does not own the key, and has not looked at the record for the whole wait,
-            // because its runtime is blocked or has stopped, or because the store does not reply to
-            // its claim. So this request looks for itself (I7).
-            None if may_look && follower.looks() == looks && !follower.has_owner() => Box::pin(self.last_look()).await,
-            None => self.outstanding(),
+        match self.times.waiting(follower.until(deadline, following)).await {
+            Followed::Shared(shared_result) => shared_result,
+            // The request looks for itself (I7).
+            Followed::TimeUp {
+                is_leader_current: false,
+            } if may_look => Box::pin(self.last_look()).await,
+            Followed::TimeUp { .. } => self.outstanding(),
         }
     }
 

@@ -12,9 +12,9 @@ use tokio::sync::Notify;
 use super::derived_keys::DerivedKeys;
 use super::settings::Waiting;
 use crate::clock::{Deadline, Stopwatch, within};
-use crate::engine::HeldLease;
 #[cfg(feature = "postgres")]
 use crate::engine::TransactionState;
+use crate::engine::{HeldLease, POLL};
 use crate::http::Refusal;
 use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
@@ -402,6 +402,21 @@ impl InFlightTable {
     }
 }
 
+/// The time in which a leader that waits for an owner in another process begins a look at the
+/// record, unless its runtime is blocked.
+const RECENTLY: Duration = POLL.saturating_mul(2);
+
+/// The end of the wait of a follower.
+pub(super) enum Followed {
+    Shared(SharedResult),
+    /// The deadline has passed. The leader is current if it owns the key, or has looked at the
+    /// record recently. Otherwise its runtime may be blocked, and the record may have an outcome
+    /// that the leader has not seen.
+    TimeUp {
+        is_leader_current: bool,
+    },
+}
+
 /// A waiter for a leader. Dropping it ends its count in the limits of waiters (I11).
 #[derive(Debug)]
 pub(super) struct Follower {
@@ -410,13 +425,31 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Waits for the result of the leader. Returns `None` if the deadline passes first (I7).
-    pub(super) async fn shared_result(&self, deadline: Deadline) -> Option<SharedResult> {
-        if let Some(shared_result) = self.leader.shared_result.get() {
-            return Some(shared_result.clone());
+    /// Waits until `following` has the result of the leader, or the deadline passes (I7).
+    pub(super) async fn until(&self, deadline: Deadline, following: impl Future<Output = SharedResult>) -> Followed {
+        let mut following = pin!(following);
+        let early = deadline.left().saturating_sub(RECENTLY);
+        if let Ok(shared_result) = within(early, following.as_mut()).await {
+            return Followed::Shared(shared_result);
         }
-        let shared_result = self.leader.until(|in_flight| in_flight.shared_result.get());
-        within(deadline.left(), shared_result).await.ok().cloned()
+        let looks = self.looks();
+        match within(deadline.left(), following).await {
+            Ok(shared_result) => Followed::Shared(shared_result),
+            Err(_) => Followed::TimeUp {
+                is_leader_current: match self.leader.lease() {
+                    Some(lease) => !lease.may_be_lost(),
+                    None => self.looks() > looks,
+                },
+            },
+        }
+    }
+
+    /// Waits for the result of the leader.
+    pub(super) async fn shared_result(&self) -> SharedResult {
+        self.leader
+            .until(|in_flight| in_flight.shared_result.get())
+            .await
+            .clone()
     }
 
     /// Whether the leader owns the key, or has owned it.
@@ -425,18 +458,17 @@ impl Follower {
     }
 
     /// Returns the number of looks at the record that the leader has begun.
-    pub(super) fn looks(&self) -> u64 {
+    fn looks(&self) -> u64 {
         self.leader.looks.load(Ordering::Acquire)
     }
 
-    /// Waits until the leader owns the key. Returns `false` if the leader ends or the deadline
-    /// passes first.
-    pub(super) async fn owned(&self, deadline: Deadline) -> bool {
+    /// Waits until the leader owns the key. Returns `false` if the leader ends first.
+    pub(super) async fn owned(&self) -> bool {
         let owned = self.leader.until(|in_flight| {
             let has_ended = in_flight.shared_result.get().map(|_| false);
             in_flight.lease().map(|_| true).or(has_ended)
         });
-        within(deadline.left(), owned).await.unwrap_or(false)
+        owned.await
     }
 }
 

@@ -119,7 +119,7 @@ async fn a_wait_of_zero_refuses_duplicates_at_once_in_every_process() {
     assert_eq!(owner.await.unwrap().status(), 201);
 }
 
-/// A duplicate whose wait is not longer than a look at the store gets 409 without a look.
+/// A duplicate looks at the record only if its wait is longer than 500 ms.
 #[tokio::test(start_paused = true)]
 async fn a_short_wait_ends_without_a_look_at_a_store_that_hangs() {
     for millis in [0, 500] {

@@ -185,13 +185,77 @@ fn a_watcher_in_a_blocked_runtime_keeps_no_response_from_other_runtimes() {
     keeps_no_response_back(20);
 }
 
-/// The same, when the runtime is blocked before the claim of that request has a reply.
+/// The same, if that request waits for the reply to its claim.
 #[test]
 fn a_claim_in_a_blocked_runtime_keeps_no_response_from_other_runtimes() {
     keeps_no_response_back(1);
 }
 
-/// Polls a request this number of times before its runtime is blocked.
+/// The same, if that request looks at the record once more after the other request began to follow it.
+#[test]
+fn a_watcher_that_is_blocked_after_a_look_keeps_no_response_from_its_followers() {
+    let store = RemoteStore::new();
+    let (owner, blocked, other) = (one_thread(), one_thread(), one_thread());
+    let handler = Handler::new().taking(SECOND / 5);
+    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let here = IdempotencyLayer::new(store.clone())
+        .with_wait(2 * SECOND)
+        .layer(handler.clone());
+    let owned = owner.spawn(async move { send(&there, post("k", "pay")).await });
+    owner.block_on(begun(&handler, 1));
+    let mut watching = Box::pin(here.clone().oneshot(post("k", "pay")));
+    blocked.block_on(async { assert!(tokio::time::timeout(SECOND / 10, &mut watching).await.is_err()) });
+    let follower = other.spawn(async move { send(&here, post("k", "pay")).await });
+    other.block_on(async { tokio::time::sleep(SECOND / 10).await });
+    let looks = store.calls("peek");
+    blocked.block_on(async { assert!(tokio::time::timeout(SECOND, &mut watching).await.is_err()) });
+    assert!(store.calls("peek") > looks);
+    assert_eq!(owner.block_on(owned).unwrap().status(), 201);
+    let got = other.block_on(follower).unwrap();
+    assert_eq!((got.status(), got.is_replay()), (201, true), "{got:?}");
+    blocked.block_on(async { drop(watching) });
+    assert_eq!(handler.runs(), 1);
+}
+
+/// The runtime of an owner is blocked, so another process takes its key over. The followers of the
+/// blocked owner get the response of that process.
+#[test]
+fn an_owner_in_a_blocked_runtime_keeps_no_response_of_another_process_from_its_followers() {
+    let store = RemoteStore::new();
+    let (blocked, other) = (one_thread(), one_thread());
+    let handler = Handler::new().taking(SECOND / 5);
+    let layer = || {
+        let layer = IdempotencyLayer::new(store.clone()).on_lost(OnLost::Execute);
+        layer.with_lease(SECOND).with_wait(SECOND)
+    };
+    let (here, there) = (layer().layer(handler.clone()), layer().layer(handler.clone()));
+    let owned = {
+        let here = here.clone();
+        blocked.spawn(async move { send(&here, post("k", "pay")).await })
+    };
+    blocked.block_on(begun(&handler, 1));
+    other.block_on(async { tokio::time::sleep(SECOND).await });
+    let taken_over = other.block_on(send(&there, post("k", "pay")));
+    assert_eq!(
+        (taken_over.status(), taken_over.is_replay()),
+        (201, false),
+        "{taken_over:?}"
+    );
+    let got = other.block_on(send(&here, post("k", "pay")));
+    assert_eq!((got.status(), got.is_replay()), (201, true), "{got:?}");
+    assert_eq!(blocked.block_on(owned).unwrap().body, taken_over.body);
+    assert_eq!(handler.runs(), 2);
+}
+
+/// Waits until the handler has begun this number of runs.
+async fn begun(handler: &Handler, runs: usize) {
+    while handler.runs() < runs {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Polls a request `polls` times, then stops its runtime. Another runtime must return the stored
+/// response.
 fn keeps_no_response_back(polls: usize) {
     let store = RemoteStore::new();
     let (owner, blocked, other) = (one_thread(), one_thread(), one_thread());
@@ -199,11 +263,7 @@ fn keeps_no_response_back(polls: usize) {
     let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     let here = IdempotencyLayer::new(store).with_wait(SECOND).layer(handler.clone());
     let owned = owner.spawn(async move { send(&there, post("k", "pay")).await });
-    owner.block_on(async {
-        while handler.runs() == 0 {
-            tokio::task::yield_now().await;
-        }
-    });
+    owner.block_on(begun(&handler, 1));
     let mut watching = Box::pin(here.clone().oneshot(post("k", "pay")));
     blocked.block_on(async {
         for _ in 0..polls {
