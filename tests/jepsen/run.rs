@@ -44,8 +44,7 @@ pub(crate) struct Report {
     pub(crate) keys: usize,
     figures: String,
     pub(crate) violations: Vec<(Mode, String)>,
-    /// The number of keys with several effects at a bank that deduplicates, although all their
-    /// requests had one body.
+    /// The number of keys with more effects than bodies, at the bank that deduplicates.
     pub(crate) not_deduplicated: usize,
     /// The history of the first key that violates a guarantee.
     example: String,
@@ -284,8 +283,8 @@ async fn judge(name: &str, modes: &[Mode], bank: &Bank, url: &str, keys: usize) 
         let mode = modes[key % modes.len()];
         let history = history_of(mode, events, &rows.receipts, evidence);
         effects += history.effects.len();
-        let is_repeated = mode == Mode::Derived && history.effects.len() > 1;
-        not_deduplicated += usize::from(is_repeated && history.has_one_body());
+        let is_repeated = history.effects.len() > if history.has_one_body() { 1 } else { 2 };
+        not_deduplicated += usize::from(mode == Mode::Derived && is_repeated);
         let mut found = history.violations();
         found.extend(rows.messages(events).violations());
         if example.is_empty() && !found.is_empty() {

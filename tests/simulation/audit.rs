@@ -34,7 +34,7 @@ pub(crate) struct Audit {
     evidence: HashMap<StorageKey, Evidence>,
 }
 
-/// The state of the audit about one key.
+/// The last grant and the evidence of one key.
 #[derive(Clone, Copy)]
 pub(crate) struct Noted(Option<Granted>, Option<Evidence>);
 
@@ -177,7 +177,7 @@ impl Audit {
         Noted(self.granted.get(key).copied(), self.evidence.get(key).copied())
     }
 
-    /// Goes back to an earlier state, because the store has lost what came later.
+    /// Restores the state before a write that the store lost.
     pub(crate) fn go_back(&mut self, key: StorageKey, noted: Noted) {
         let Noted(granted, evidence) = noted;
         self.granted.remove(&key);

@@ -279,8 +279,10 @@ async fn answer(response: Response<Body>) -> Answer {
         .headers()
         .iter()
         .filter(|(name, _)| *name != "idempotent-replayed");
-    let mut head: Vec<String> = lines.map(|(name, value)| format!("{name}: {value:?}")).collect();
-    head.sort();
+    let mut lines: Vec<_> = lines.collect();
+    // Lines of one name keep their order.
+    lines.sort_by_key(|(name, _)| name.as_str());
+    let head = lines.iter().map(|(name, value)| format!("{name}: {value:?}")).collect();
     let Ok(body) = response.into_body().collect().await else {
         return refused(502, "broken");
     };

@@ -40,7 +40,7 @@ pub(crate) enum Event {
     Freed {
         key: usize,
     },
-    /// The handler of a message, or an operator, rejected it for good.
+    /// The handler of a message, or an operator, rejected the key for good.
     Rejected {
         key: usize,
         by: &'static str,
@@ -75,7 +75,7 @@ pub(crate) enum Event {
         attempt: u32,
         fence: u64,
     },
-    /// A failover lost a grant that nobody had seen.
+    /// A failover lost a grant that no process had seen.
     GrantLost {
         key: usize,
         fence: u64,

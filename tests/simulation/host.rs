@@ -42,7 +42,7 @@ struct Write {
     is_seen: bool,
 }
 
-/// The number of writes that are lost by a wrong store at a failover.
+/// The number of seen writes that a wrong store loses at a failover.
 const LOST_WRITES: usize = 3;
 
 /// An operation that has ended, with the place for its reply.
@@ -102,7 +102,7 @@ impl Host {
         self.watches.clear();
     }
 
-    /// Notes that a process sees the record of a key after this write.
+    /// Marks all writes of a key up to this number as seen.
     pub(crate) fn see(&mut self, key: &StorageKey, number: u64) {
         let writes = self.writes.iter_mut();
         for write in writes.filter(|write| write.key == *key && write.number <= number) {
@@ -110,7 +110,8 @@ impl Host {
         }
     }
 
-    /// Loses the last writes. Returns the key and the fence of each lost grant.
+    /// Undoes the unseen writes. A wrong store also undoes the last [`LOST_WRITES`] seen ones. Returns
+    /// the key and the fence of each unseen grant that is lost.
     pub(crate) fn fail_over(&mut self, loses_seen: bool) -> Vec<(StorageKey, Fence)> {
         let mut grants = Vec::new();
         let mut lost = 0;
@@ -121,7 +122,8 @@ impl Host {
             lost += usize::from(write.is_seen);
             self.store.put_back(&write.key, write.before);
             self.audit.go_back(write.key, write.noted);
-            grants.extend(write.grant.map(|fence| (write.key, fence)));
+            // A process may have used a grant that it has seen.
+            grants.extend(write.grant.filter(|_| !write.is_seen).map(|fence| (write.key, fence)));
         }
         grants
     }
@@ -173,9 +175,12 @@ impl Host {
                 before: bytes,
                 noted,
                 grant: grant.map(|grant| grant.owner.fence),
-                // Nothing tells the simulation when an operator sees a reply.
-                is_seen: from.incarnation == usize::MAX,
+                is_seen: false,
             });
+        }
+        // An operator counts as having seen the reply.
+        if from.incarnation == usize::MAX {
+            self.see(&key, self.written);
         }
         Some(Ended {
             number: self.written,

@@ -181,14 +181,18 @@ impl Shared {
 
     /// Sends a message to or from the store.
     pub(crate) fn send_about(&mut self, key: &StorageKey, sender: Sender, message: Message) -> MessageId {
-        let stream = stream_of(key, sender);
+        self.send_to_store(number_of(key), sender, message)
+    }
+
+    fn send_to_store(&mut self, stream: u64, sender: Sender, message: Message) -> MessageId {
+        let stream = stream_of(stream, sender);
         let latency = self.store_latency(stream);
         self.send_in(stream, latency, message)
     }
 
     /// Sends a second copy of a message to the store.
-    fn send_copy(&mut self, key: &StorageKey, sender: Sender, message: Message) -> MessageId {
-        let stream = stream_of(key, sender);
+    fn send_copy(&mut self, stream: u64, sender: Sender, message: Message) -> MessageId {
+        let stream = stream_of(stream, sender);
         let mut latency = self.store_latency(stream) + Duration::from_millis(5);
         let random = self.stream(stream);
         if random.chance(30) {
@@ -258,11 +262,27 @@ impl Shared {
     }
 }
 
-/// Returns the number of the stream of messages of a process about a key.
-fn stream_of(key: &StorageKey, sender: Sender) -> u64 {
+fn number_of(key: &StorageKey) -> u64 {
     let (number, _) = key.as_bytes().split_first_chunk().unwrap();
+    u64::from_be_bytes(*number)
+}
+
+/// Returns the number of the stream of messages of a process.
+fn stream_of(stream: u64, sender: Sender) -> u64 {
     let process = u64::try_from(sender.process).unwrap();
-    (u64::from_be_bytes(*number) | 1 << 63) ^ process
+    (stream | 1 << 63) ^ process
+}
+
+impl StoreRequest {
+    /// Returns the number of the stream of this request. A process renews the leases of one key in
+    /// any order, so each of them has a stream of its own.
+    fn stream(&self) -> u64 {
+        let of_lease = match self {
+            Self::Renew(_, owner, _) => owner.fence.as_u64(),
+            _ => 0,
+        };
+        number_of(&self.key()) ^ of_lease
+    }
 }
 
 /// The link of one incarnation of a process.
@@ -293,14 +313,14 @@ impl Link {
             if !shared.is_alive(self.sender) || shared.processes[self.sender.process].cut_requests {
                 shared.lose(place);
             } else {
-                let (key, from) = (request.key(), self.sender);
+                let (stream, from) = (request.stream(), self.sender);
                 if shared.duplicates {
                     let (request, place) = (request.clone(), None);
-                    let id = shared.send_copy(&key, from, Message::ToStore { from, request, place });
+                    let id = shared.send_copy(stream, from, Message::ToStore { from, request, place });
                     shared.sent_by(from, id);
                 }
                 let place = Some(place);
-                let id = shared.send_about(&key, from, Message::ToStore { from, request, place });
+                let id = shared.send_to_store(stream, from, Message::ToStore { from, request, place });
                 shared.sent_by(from, id);
             }
         }

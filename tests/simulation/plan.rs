@@ -72,9 +72,9 @@ pub(crate) enum Fault {
     Crash { process: usize, messages: u32 },
     /// The process stands still. Its clock stands still, too, or jumps at the end.
     Freeze { process: usize, jumps: bool },
-    /// A handler blocks one runtime of the process. Its clock goes on.
+    /// One runtime stands still, as if a handler blocked its thread. The clock of the process goes on.
     Block { process: usize, runtime: usize },
-    /// One runtime of the process ends, and a new one starts at the end.
+    /// One runtime of the process ends, and a new one starts when the fault ends.
     EndRuntime { process: usize, runtime: usize },
     /// The clock of the process runs at this percentage of the real speed.
     Slow { process: usize, percent: u32 },
@@ -308,7 +308,7 @@ fn fault(random: &mut Random, mode: Mode, (processes, runtimes): (usize, usize))
             millis: random.pick(&[-600_000, -2_000, -300, 300, 2_000, 600_000]),
         },
     };
-    // A runtime that is blocked for longer than others wait.
+    // A runtime may be blocked for longer than any request waits.
     let longest = if matches!(fault, Fault::Block { .. }) {
         8_000
     } else {

@@ -21,8 +21,8 @@ pub(crate) struct Process {
     pub(crate) drain: Drain,
     /// The start of the process, by the clock of all its runtimes.
     epoch: Instant,
-    /// The time since the start, by its own clock, in whole milliseconds. The timers of two runtimes
-    /// have the same order in every simulation only if no time is between two milliseconds.
+    /// The time since the start, by its own clock. Whole milliseconds give the timers of two runtimes
+    /// the same order in each simulation of a seed.
     local: Duration,
     /// The time that is left to run, shorter than a millisecond.
     rest: Duration,
@@ -37,7 +37,8 @@ struct OneRuntime {
     requests: Vec<(usize, usize, AbortHandle)>,
 }
 
-/// Longer than a simulation takes on a real machine.
+/// The time by which the clock of a process is ahead when it starts. A runtime that starts later
+/// jumps forward to this clock, so the time must be longer than a simulation takes.
 const AHEAD: Duration = Duration::from_secs(600);
 
 impl OneRuntime {
@@ -85,7 +86,7 @@ impl Process {
             sender,
         };
         let runtimes: Vec<OneRuntime> = (0..plan.runtimes).map(|_| OneRuntime::start()).collect();
-        // The clocks of all runtimes show the same time, as they do in a real process.
+        // The clocks of all runtimes show the same time, to a millisecond.
         let epoch = runtimes.iter().map(OneRuntime::now).max().unwrap() + AHEAD;
         for runtime in &runtimes {
             runtime.jump_to(epoch);
@@ -114,7 +115,11 @@ impl Process {
         for number in order {
             match &mut self.runtimes[number] {
                 Some(one) if one.is_blocked => one.behind += whole,
-                Some(one) => one.runtime.block_on(async { tokio::time::sleep_until(until).await }),
+                Some(one) => {
+                    let behind = std::mem::take(&mut one.behind);
+                    one.jump(behind);
+                    one.runtime.block_on(async { tokio::time::sleep_until(until).await });
+                }
                 None => {}
             }
         }
@@ -135,10 +140,6 @@ impl Process {
     pub(crate) fn block(&mut self, number: usize, is_blocked: bool) {
         if let Some(one) = &mut self.runtimes[number] {
             one.is_blocked = is_blocked;
-            if !is_blocked {
-                let behind = std::mem::take(&mut one.behind);
-                one.jump(behind);
-            }
         }
     }
 
@@ -163,7 +164,7 @@ impl Process {
         }
     }
 
-    /// Takes a request, unless its runtime has ended. Returns whether it does.
+    /// Starts a request. Returns `false` if its runtime has ended.
     pub(crate) fn take(&mut self, operation: usize, number: usize, runtime: usize, request: Incoming) -> bool {
         let (entry, link) = (self.entry.clone(), self.link.clone());
         let Some(one) = &mut self.runtimes[runtime] else {

@@ -16,6 +16,11 @@ use crate::process::Process;
 use crate::random::Random;
 use crate::work::HANDLER;
 
+mod faults;
+mod verdict;
+
+use faults::LONG_COMPLETION;
+
 /// The state of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Client {
@@ -48,7 +53,7 @@ pub(crate) struct World {
     expired: Vec<Vec<usize>>,
     /// The time at which a record of each key last expired.
     expired_at: Vec<Option<Duration>>,
-    /// Since when the record of each key has been completed.
+    /// The time since which the record of each key has been completed.
     completed_since: Vec<Option<Duration>>,
     random: Random,
     violations: Vec<String>,
@@ -421,6 +426,16 @@ impl World {
         {
             self.shared().note(Event::Freed { key: number });
         }
+        let rejects = |request: &StoreRequest| {
+            matches!(
+                request,
+                StoreRequest::Resolve(.., Resolution::Completed(Outcome::Rejected, _))
+            )
+        };
+        if matches!(reply, Ok(StoreReply::Resolve(ResolveResult::Resolved))) && rejects(&request) {
+            let by = "an operator";
+            self.shared().note(Event::Rejected { key: number, by });
+        }
         if self.host.status(&key).is_none() && self.charges(number) > 0 {
             self.violate(format!(
                 "I6: key {number} has an effect, and its record is gone after {request:?}"
@@ -535,16 +550,10 @@ impl World {
                     });
                     (seen.fence, found(&self.plan, &self.shared, receipt))
                 }
-                (Status::Lost | Status::Unknown, None) if action.rejects => {
-                    self.shared().note(Event::Rejected {
-                        key: action.key,
-                        by: "an operator",
-                    });
-                    (
-                        seen.fence,
-                        Resolution::Completed(Outcome::Rejected, self.plan.retention),
-                    )
-                }
+                (Status::Lost | Status::Unknown, None) if action.rejects => (
+                    seen.fence,
+                    Resolution::Completed(Outcome::Rejected, self.plan.retention),
+                ),
                 (Status::Lost | Status::Unknown, None) if self.will_have_no_effect(action.key) => {
                     (seen.fence, Resolution::Absent)
                 }
@@ -589,31 +598,15 @@ impl World {
         all_gone && !has_message && !is_remembered && self.charges(key) == 0
     }
 
-    /// Whether a fault kept the process, or the runtime of a request, from running at its speed since
-    /// this time.
-    fn is_disturbed(&self, Try { process, runtime, .. }: Try, since: Duration) -> bool {
-        let now = self.shared().now;
-        self.plan.faults.iter().any(|planned| {
-            let hits = match planned.fault {
-                Fault::Freeze { process: hit, .. } => hit == process,
-                Fault::Block {
-                    process: hit,
-                    runtime: blocked,
-                } => (hit, blocked) == (process, runtime),
-                Fault::Slow { process: hit, percent } => hit == process && percent < 100,
-                _ => false,
-            };
-            hits && planned.at <= now && planned.at + planned.lasts >= since
-        })
-    }
-
-    /// Whether a request since this time could ask the store, and had the time for it.
+    /// Whether a request that was sent at this time could look at the record before its wait ended.
     fn reaches_the_store(&self, of_request: Try, sent: Duration) -> bool {
         let now = self.shared().now;
         let is_cut = self.faults.iter().any(|planned| {
             let hits = match planned.fault {
                 Fault::CutStore { process, .. } => process == of_request.process,
-                Fault::StoreDown | Fault::Failover { .. } | Fault::StoreSlow => true,
+                // After a jump of its clock, the store may give the key of a running owner away. That
+                // owner does not know it before its next renewal.
+                Fault::StoreDown | Fault::Failover { .. } | Fault::StoreSlow | Fault::ClockJump { .. } => true,
                 _ => false,
             };
             hits && planned.at <= now && sent <= planned.at + planned.lasts + LONG_COMPLETION
@@ -672,20 +665,21 @@ impl World {
         }
         let now = self.shared().now;
         let key = self.operations[operation].key;
-        let of_answer = self.operations[operation].tries[number];
+        let request = self.operations[operation].tries[number];
         // The next request runs the handler or its check again.
         let runs_again = matches!(self.plan.mode, Mode::Recover | Mode::AtLeastOnce);
         let may_change = runs_again && answer.code == "outcome-unknown";
         let is_final = is_final(&answer) && !may_change;
         let was_completed = self.completed_since[key].is_some_and(|since| since + LAST_LOOK + STORE_LATENCY <= now);
-        if answer.code == "request-outstanding" && was_completed && self.reaches_the_store(of_answer, sent) {
+        let was_completed = was_completed && self.has_one_body(key);
+        if answer.code == "request-outstanding" && was_completed && self.reaches_the_store(request, sent) {
             self.violate(format!(
                 "I7: client {operation} got no response of key {key}, although the store had one"
             ));
         }
         self.shared().note(Event::Responded { operation, key, answer });
-        let longest = of_answer.stall + self.longest_response(key, of_answer.process, sent);
-        if now - sent > longest && !self.is_disturbed(of_answer, sent) {
+        let longest = request.stall + self.longest_response(key, request.process, sent);
+        if now - sent > longest && !self.is_disturbed(request, sent) {
             self.violate(format!(
                 "I7: client {operation} waited for {:?}, and not {longest:?} at most",
                 now - sent
@@ -715,521 +709,6 @@ impl World {
         };
         self.plan.longest_wait() + 4 * STORE_TIMEOUT + run
     }
-
-    fn begin_and_end_faults(&mut self) {
-        let now = self.shared().now;
-        for at in 0..self.plan.faults.len() {
-            let planned = self.plan.faults[at];
-            let is_active = planned.at <= now && now < planned.at + planned.lasts;
-            if is_active != self.active[at] && (is_active || self.active[at]) {
-                self.active[at] = is_active;
-                self.turn(planned, is_active);
-            }
-        }
-    }
-
-    fn end_all_faults(&mut self) {
-        self.shared().loses_bank_messages = false;
-        for at in 0..self.plan.faults.len() {
-            if std::mem::take(&mut self.active[at]) {
-                self.turn(self.plan.faults[at], false);
-            }
-        }
-        self.plan.faults.retain(|planned| planned.at < Plan::ACTIVE);
-        self.active.resize(self.plan.faults.len(), false);
-    }
-
-    /// Begins or ends a fault. Faults of one kind may overlap.
-    fn turn(&mut self, planned: Planned, begins: bool) {
-        self.shared().note(match begins {
-            true => Event::FaultBegins(planned),
-            false => Event::FaultEnds(planned),
-        });
-        let active = self
-            .faults
-            .iter()
-            .zip(&self.active)
-            .filter(|(_, is_active)| **is_active);
-        let active: Vec<Fault> = active.map(|(planned, _)| planned.fault).collect();
-        let any = |is: &dyn Fn(&Fault) -> bool| active.iter().any(is);
-        match planned.fault {
-            Fault::Crash { process, messages } if begins => {
-                let mut shared = self.shared();
-                shared.processes[process].dies_after = usize::try_from(messages).ok();
-                shared.processes[process].is_dead |= messages == 0;
-            }
-            Fault::Crash { process, .. } => {
-                let is_over = !any(&|fault| matches!(fault, Fault::Crash { process: hit, .. } if *hit == process));
-                if is_over {
-                    self.shared().processes[process].dies_after = None;
-                    self.start(process);
-                }
-            }
-            Fault::Freeze { process, jumps } => {
-                self.frozen[process] =
-                    any(&|fault| matches!(fault, Fault::Freeze { process: hit, .. } if *hit == process));
-                if !self.frozen[process] {
-                    self.unfreeze(process, jumps);
-                }
-            }
-            Fault::Block { process, runtime } => {
-                let is_blocked = any(&|fault| *fault == planned.fault);
-                if let Some(process) = &mut self.processes[process] {
-                    process.block(runtime, is_blocked);
-                }
-            }
-            Fault::EndRuntime { process, runtime } => {
-                let is_ended = any(&|fault| *fault == planned.fault);
-                let Some(hit) = &mut self.processes[process] else {
-                    return;
-                };
-                if is_ended {
-                    for (operation, number) in hit.end_runtime(runtime) {
-                        self.break_connection(operation, number);
-                    }
-                } else {
-                    hit.start_runtime(runtime);
-                }
-            }
-            Fault::Slow { process, .. } => {
-                let mut percents = active.iter().filter_map(|fault| match fault {
-                    Fault::Slow { process: hit, percent } if *hit == process => Some(*percent),
-                    _ => None,
-                });
-                self.percent[process] = percents.next_back().unwrap_or(100);
-            }
-            Fault::CutStore { process, .. } => {
-                let is_cut = |is: &dyn Fn(bool, bool) -> bool| {
-                    any(&|fault| {
-                        matches!(*fault, Fault::CutStore { process: hit, requests, replies }
-                            if hit == process && is(requests, replies))
-                    })
-                };
-                let (cut_requests, cut_replies) = (is_cut(&|requests, _| requests), is_cut(&|_, replies| replies));
-                let state = &mut self.shared().processes[process];
-                (state.cut_requests, state.cut_replies) = (cut_requests, cut_replies);
-            }
-            Fault::CutBank { process } => {
-                let is_cut = any(&|fault| matches!(fault, Fault::CutBank { process: hit } if *hit == process));
-                self.shared().processes[process].cut_bank = is_cut;
-            }
-            Fault::StoreDown | Fault::Failover { .. } => {
-                let is_down = any(&|fault| matches!(fault, Fault::StoreDown | Fault::Failover { .. }));
-                self.shared().store_is_down = is_down;
-                self.shared().reset_store_connections();
-                self.host.restart();
-                if let (true, Fault::Failover { loses_seen }) = (begins, planned.fault) {
-                    self.fail_over(loses_seen);
-                }
-            }
-            Fault::StoreSlow => self.shared().store_is_slow = any(&|fault| *fault == Fault::StoreSlow),
-            Fault::Duplicate => self.shared().duplicates = any(&|fault| *fault == Fault::Duplicate),
-            Fault::ClockJump { millis } if begins => self.host.turn_clock(millis),
-            Fault::ClockJump { .. } => {}
-        }
-    }
-
-    fn fail_over(&mut self, loses_seen: bool) {
-        for (storage_key, fence) in self.host.fail_over(loses_seen) {
-            let key = self.keys.iter().position(|known| *known == storage_key);
-            let (key, fence) = (key.expect("a key of the plan"), fence.as_u64());
-            self.shared().note(Event::GrantLost { key, fence });
-        }
-    }
-
-    fn unfreeze(&mut self, number: usize, jumps: bool) {
-        let behind = std::mem::take(&mut self.behind[number]);
-        if let (true, Some(process)) = (jumps, &mut self.processes[number]) {
-            process.jump(behind);
-        }
-    }
-
-    /// Ends a process. Its messages stay on their way, so a client may still get a response that the
-    /// process has sent.
-    fn kill(&mut self, number: usize) {
-        let Some(process) = self.processes[number].take() else {
-            return;
-        };
-        {
-            let mut shared = self.shared();
-            shared.processes[number].is_dead = true;
-            shared.note(Event::Killed { process: number });
-        }
-        process.kill();
-        self.behind[number] = Duration::ZERO;
-        for operation in 0..self.clients.len() {
-            let at = self.clients[operation].1;
-            if self.operations[operation].tries[at].process == number {
-                self.break_connection(operation, at);
-            }
-        }
-    }
-
-    /// Breaks the connection of a client that waits. A response that is on its way may still arrive.
-    fn break_connection(&mut self, operation: usize, at: usize) {
-        if !matches!(self.clients[operation], (Client::Waiting { .. }, current) if current == at) {
-            return;
-        }
-        let is_sent = |message: &Message| matches!(*message, Message::ToClient { operation: of, number, .. } if (of, number) == (operation, at));
-        let is_on_its_way = self.shared().messages.values().any(is_sent);
-        if !(is_on_its_way && self.random.chance(50)) {
-            self.reset(operation);
-        }
-    }
-
-    fn start(&mut self, number: usize) {
-        if self.processes[number].is_none() {
-            {
-                let state = &mut self.shared().processes[number];
-                state.is_dead = false;
-                state.incarnation += 1;
-            }
-            self.processes[number] = Some(Process::start(&self.plan, &self.shared, number));
-        }
-    }
-
-    /// Checks the responses that have left their processes (I5).
-    fn check_responses(&mut self) {
-        let responded = std::mem::take(&mut self.shared().responded);
-        for (operation, answer) in responded {
-            if !is_success(&answer) {
-                continue;
-            }
-            let key = self.operations[operation].key;
-            let status = self.host.status(&self.keys[key]);
-            let was_stored = self.expired_at[key].is_some_and(|at| self.shared().now < at + JUST_NOW);
-            let is_stored = was_stored
-                || match self.plan.mode {
-                    // If the store fails, the caller gets the response, and the key stays claimed.
-                    Mode::AtMostOnce | Mode::ReleaseFailures if self.store_failed_just_now() => status.is_some(),
-                    _ => matches!(status, Some(Status::Completed(_))),
-                };
-            if !is_stored {
-                self.violate(format!(
-                    "I5: a response of key {key} was sent while its record was {status:?}"
-                ));
-            }
-        }
-    }
-
-    /// Sends requests under a key until its outcome is known, when there are no faults any more.
-    fn ask_for_the_outcome(&mut self, key: usize) {
-        let is_other_body = self.operations.iter().find(|operation| operation.key == key);
-        let Some(is_other_body) = is_other_body.map(|operation| operation.is_other_body) else {
-            return;
-        };
-        let mut last = self.ask(key, is_other_body);
-        if last.as_ref().is_some_and(|answer| answer.status == 422) {
-            last = self.ask(key, !is_other_body);
-        }
-        match last {
-            Some(answer) if answer.status == 422 => {
-                self.violate(format!("I4: key {key} matches neither of its two bodies"));
-            }
-            Some(answer) if is_final(&answer) => {
-                let may_be_lost = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
-                let is_rejected =
-                    |(_, event): &(Duration, Event)| matches!(event, Event::Rejected { key: of, .. } if *of == key);
-                let may_be_lost =
-                    may_be_lost || self.plan.max_attempts < 1_000 || self.shared().history.0.iter().any(is_rejected);
-                if answer.code == "outcome-unknown" && !may_be_lost {
-                    self.violate(format!("I7: the outcome of key {key} stays unknown"));
-                }
-            }
-            last => self.violate(format!("I7: key {key} has no outcome in the end: {last:?}")),
-        }
-    }
-
-    /// Sends requests until one has a final response, and returns the last response.
-    fn ask(&mut self, key: usize, is_other_body: bool) -> Option<Answer> {
-        let now = self.shared().now;
-        let processes = self.plan.processes;
-        let tries = (0..20).map(|number| Try {
-            process: number % processes,
-            runtime: number % self.plan.runtimes,
-            patience: Duration::from_secs(60),
-            pause: Duration::from_millis(500),
-            stall: Duration::ZERO,
-        });
-        self.operations.push(Operation {
-            at: now,
-            key,
-            is_other_body,
-            tries: tries.collect(),
-        });
-        self.clients.push((Client::Idle(now), 0));
-        let operation = self.operations.len() - 1;
-        self.run_until(Duration::from_secs(300), |world| {
-            world.clients[operation].0 == Client::Done
-        });
-        let last = self.shared().history.last_answer(operation);
-        last
-    }
-
-    /// Waits until nothing is left of any request (I11).
-    fn drain(&mut self) {
-        let end = self.shared().now + Duration::from_secs(60);
-        while self.violations.is_empty() {
-            let mut is_drained = true;
-            for process in self.processes.iter_mut().flatten() {
-                is_drained &= process.drain.running() == 0 && process.is_drained();
-            }
-            if is_drained {
-                break;
-            }
-            if self.shared().now >= end {
-                return self.violate("I11: the processes do not drain".to_owned());
-            }
-            self.step();
-        }
-        self.run_for(2 * self.plan.longest_lease());
-        for number in 0..self.processes.len() {
-            let tasks = self.processes[number].as_ref().map_or(0, Process::alive_tasks);
-            if tasks > 0 && self.violations.is_empty() {
-                self.violate(format!("I11: {tasks} tasks of process {number} are left"));
-            }
-        }
-    }
-
-    /// Checks that no attempt is lost, and no outcome unknown, without a fault that explains it.
-    fn check_losses(&mut self) {
-        let stops = |planned: &Planned| {
-            matches!(
-                planned.fault,
-                Fault::Crash { .. }
-                    | Fault::Freeze { .. }
-                    | Fault::Block { .. }
-                    | Fault::EndRuntime { .. }
-                    | Fault::Slow { .. }
-                    | Fault::ClockJump { .. }
-            )
-        };
-        let is_short = |planned: &Planned| is_restart(planned) && planned.lasts < Duration::from_millis(700);
-        // A late claim may reach the store after the release of that claim. The store then grants
-        // the key to a request that no longer waits.
-        let is_late = self.has_late_messages();
-        // If the replies to a claim are lost for longer than its lease, each further attempt may
-        // find nothing certain, until no attempt is left.
-        let may_use_attempts_up = self.plan.mode == Mode::Recover && self.plan.max_attempts < 1_000;
-        let runs_through = !self.faults.iter().any(stops);
-        let is_calm = self.faults.iter().all(is_short);
-        for key in 0..self.plan.keys {
-            let (mut began, mut failed, mut unknown, mut unrecorded, mut responded) = (0, 0, false, false, false);
-            for (_, event) in &self.shared().history.0 {
-                match event {
-                    Event::Began { key: of, .. } if *of == key => began += 1,
-                    Event::Failed { key: of, .. } if *of == key => failed += 1,
-                    Event::Responded { key: of, answer, .. } if *of == key => {
-                        unknown |= (answer.status, answer.code) == (409, "outcome-unknown");
-                        unrecorded |= (answer.status, answer.code) == (503, "outcome-unknown");
-                        responded |= is_success(answer);
-                    }
-                    _ => {}
-                }
-            }
-            if runs_through && !is_late && !may_use_attempts_up && began == 0 && unknown {
-                self.violate(format!("I7: the outcome of key {key} is unknown, and no handler ran"));
-            }
-            if is_calm && began > 1 + failed + self.expired[key].len() {
-                self.violate(format!(
-                    "I1: the handler of key {key} began {began} times and failed {failed} times"
-                ));
-            }
-            if is_calm && (unrecorded || unknown && failed == 0) {
-                self.violate(format!("I7: the outcome of key {key} was unknown without a reason"));
-            }
-            let stays_unknown = self
-                .last_answer(key)
-                .is_some_and(|answer| answer.code == "outcome-unknown");
-            if runs_through && responded && stays_unknown && self.expired[key].is_empty() {
-                self.violate(format!(
-                    "I5: a caller got a response of key {key}, and its outcome stays unknown"
-                ));
-            }
-        }
-    }
-
-    /// Whether the plan has a fault that lets a claim reach the store late.
-    fn has_late_messages(&self) -> bool {
-        let is_late = |planned: &Planned| matches!(planned.fault, Fault::StoreSlow | Fault::Duplicate);
-        self.faults.iter().any(is_late)
-    }
-
-    /// Whether the plan has a fault that keeps a process from the store.
-    fn store_fails(&self) -> bool {
-        self.faults.iter().any(keeps_from_the_store)
-    }
-
-    /// Whether such a fault may have kept a process from completing a record until now.
-    fn store_failed_just_now(&self) -> bool {
-        let now = self.shared().now;
-        let is_recent = |planned: &Planned| planned.at <= now && now <= planned.at + planned.lasts + LONG_COMPLETION;
-        let mut faults = self.faults.iter();
-        faults.any(|planned| keeps_from_the_store(planned) && is_recent(planned))
-    }
-
-    /// Returns the last response under a key.
-    fn last_answer(&self, key: usize) -> Option<Answer> {
-        self.shared().history.0.iter().rev().find_map(|(_, event)| match event {
-            Event::Responded { key: of, answer, .. } if *of == key => Some(answer.clone()),
-            _ => None,
-        })
-    }
-
-    /// Checks the effects and the responses of the whole history (I2 to I4).
-    fn check_effects(&mut self) {
-        for key in 0..self.plan.keys {
-            let retentions = 1 + self.expired[key].len();
-            let mut effects = vec![Vec::new(); retentions];
-            for receipt in self.bank.receipts(key) {
-                effects[self.retention_of(key, receipt)].push(receipt);
-            }
-            if effects.iter().any(|receipts| receipts.len() > 1) {
-                self.violate(format!("I3: key {key} has too many effects: {effects:?}"));
-            }
-            let mut bodies: Vec<Vec<(Vec<String>, String)>> = vec![Vec::new(); retentions];
-            let mut variants = vec![Vec::new(); retentions];
-            let (mut is_mismatch, mut asked, mut responses_of_others) = (false, Vec::new(), Vec::new());
-            for (_, event) in &self.shared().history.0 {
-                match event {
-                    Event::Responded {
-                        operation,
-                        key: of,
-                        answer,
-                    } if *of == key => {
-                        is_mismatch |= answer.status == 422;
-                        if answer.status == 208 && effects.iter().all(Vec::is_empty) {
-                            responses_of_others.push(answer.code.to_owned());
-                        }
-                        // An answer without a receipt names no retention.
-                        let tells_of_an_effect = answer.status == 208 || answer.code == "response-not-stored";
-                        if tells_of_an_effect && retentions == 1 {
-                            variants[0].push(self.operations[*operation].is_other_body);
-                        }
-                        if answer.status == 201 {
-                            let receipt = receipt_in(&answer.body);
-                            let Some(receipt) = receipt.filter(|known| self.bank.receipts(key).any(|of| of == *known))
-                            else {
-                                responses_of_others.push(answer.body.clone());
-                                continue;
-                            };
-                            let retention = self.retention_of(key, receipt);
-                            bodies[retention].push((answer.head.clone(), answer.body.clone()));
-                            variants[retention].push(self.operations[*operation].is_other_body);
-                        }
-                    }
-                    Event::Sent { operation, key: of, .. } if *of == key => {
-                        asked.push(self.operations[*operation].is_other_body);
-                    }
-                    _ => {}
-                }
-            }
-            // If the store is unreachable, a caller under `OnLost::Refuse` gets a response that is
-            // not stored. An operator may later record another response.
-            let may_refuse = matches!(self.plan.mode, Mode::AtMostOnce | Mode::ReleaseFailures);
-            if may_refuse && self.store_fails() {
-                for bodies in &mut bodies {
-                    bodies.retain(|(_, body)| !body.starts_with("an operator"));
-                }
-            }
-            for bodies in &mut bodies {
-                bodies.dedup();
-                if bodies.len() > 1 {
-                    self.violate(format!("I2: key {key} has several responses: {bodies:?}"));
-                }
-            }
-            for variants in &mut variants {
-                variants.dedup();
-                if variants.len() > 1 {
-                    self.violate(format!("I4: key {key} gave one response to two requests"));
-                }
-            }
-            if !responses_of_others.is_empty() {
-                self.violate(format!(
-                    "I3: key {key} got responses without an effect of its own: {responses_of_others:?}"
-                ));
-            }
-            if is_mismatch && asked.iter().all(|is_other| *is_other == asked[0]) {
-                self.violate(format!("I4: key {key} had one body, and a mismatch was reported"));
-            }
-        }
-    }
-
-    /// Checks the runs of the handlers (I1).
-    fn check_runs(&mut self) {
-        for key in 0..self.plan.keys {
-            let (mut began, mut failed, mut freed) = (0, 0, 0);
-            let (mut granted, mut ungranted) = (Vec::new(), Vec::new());
-            for (_, event) in &self.shared().history.0 {
-                match event {
-                    Event::Granted { key: of, fence, .. } if *of == key => granted.push(*fence),
-                    Event::GrantLost { key: of, fence } if *of == key => {
-                        match granted.iter().position(|known| known == fence) {
-                            Some(at) => drop(granted.swap_remove(at)),
-                            None => ungranted.push(*fence),
-                        }
-                    }
-                    Event::Began { key: of, fence, .. } if *of == key => {
-                        began += 1;
-                        // Each grant allows one run of the handler.
-                        match granted.iter().position(|known| known == fence) {
-                            Some(at) => drop(granted.swap_remove(at)),
-                            None => ungranted.push(*fence),
-                        }
-                    }
-                    Event::Failed {
-                        key: of,
-                        had_no_effect: true,
-                        ..
-                    } if *of == key => failed += 1,
-                    Event::Freed { key: of } if *of == key => freed += 1,
-                    _ => {}
-                }
-            }
-            if !ungranted.is_empty() {
-                self.violate(format!(
-                    "I1: the handler of key {key} ran without a grant: {ungranted:?}"
-                ));
-            }
-            let allowed = match self.plan.mode {
-                Mode::AtMostOnce | Mode::ReleaseFailures => 1 + failed + freed + self.expired[key].len(),
-                Mode::AtLeastOnce | Mode::Recover => usize::MAX,
-            };
-            if began > allowed {
-                self.violate(format!(
-                    "I1: the handler of key {key} began {began} times and failed {failed} times"
-                ));
-            }
-        }
-    }
-}
-
-/// The number of the effect that a response names.
-fn receipt_in(body: &str) -> Option<usize> {
-    let (_, rest) = body.split_once("receipt ")?;
-    let number = rest.split_whitespace().next()?;
-    number.parse().ok()
-}
-
-/// The longest time for which a process tries to complete a record, if its clock runs at half the
-/// speed.
-const LONG_COMPLETION: Duration = Duration::from_millis(4_000);
-
-fn is_restart(planned: &Planned) -> bool {
-    matches!(planned.fault, Fault::StoreDown | Fault::Failover { .. })
-}
-
-fn keeps_from_the_store(planned: &Planned) -> bool {
-    let is_other = matches!(
-        planned.fault,
-        Fault::StoreSlow
-            | Fault::CutStore { .. }
-            | Fault::Freeze { .. }
-            | Fault::Block { .. }
-            | Fault::EndRuntime { .. }
-            | Fault::Slow { .. }
-    );
-    is_other || is_restart(planned)
 }
 
 /// The time that a waiter takes for its last look, if its time is over.
@@ -1237,9 +716,6 @@ const LAST_LOOK: Duration = Duration::from_millis(500);
 
 /// The longest time of a message to the store and back, without a fault.
 const STORE_LATENCY: Duration = Duration::from_millis(100);
-
-/// The longest time between the lookup of a record and the response.
-const JUST_NOW: Duration = Duration::from_secs(3);
 
 /// Whether the response says that the payment was made.
 fn is_success(answer: &Answer) -> bool {
