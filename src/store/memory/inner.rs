@@ -123,32 +123,25 @@ impl Inner {
         let mut shard = self.open.lock(&claim.key);
         let now = self.clock.now();
         let floor = Fence::new(self.last_fence.load(Ordering::Relaxed));
-        let is_abandoned = match shard.get_mut(&claim.key) {
-            Some(open) if !open.record.is_expired(now) => {
-                let transition = Record::claim_above(Some(&open.record), claim, now, floor);
-                if let Change::Put(record) = transition.change {
-                    self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
-                    self.replace(open, record);
-                }
-                return Some(transition.reply);
+        if let Some(open) = shard.get_mut(&claim.key) {
+            let transition = Record::claim_above(Some(&open.record), claim, now, floor);
+            if let Change::Put(record) = transition.change {
+                self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
+                self.replace(open, record);
             }
-            expired => expired.is_some(),
-        };
+            return Some(transition.reply);
+        }
         let done = self.done.get(&claim.key);
         let transition = Record::claim_above(done.as_deref(), claim, now, floor);
         if let Change::Put(record) = transition.change {
             // If the new record replaces an expired one, the number of records stays the same.
             match done {
-                _ if is_abandoned => {}
                 Some(done) => self.remove_done(&claim.key, &done),
                 None => self.try_reserve().then_some(())?,
             }
             self.last_fence.fetch_max(record.fence().as_u64(), Ordering::Relaxed);
             self.in_flight.fetch_add(1, Ordering::Relaxed);
-            if let Some(abandoned) = shard.insert(claim.key, Open { record, watchers: None }) {
-                self.count_off(&abandoned);
-                abandoned.wake();
-            }
+            shard.insert(claim.key, Open { record, watchers: None });
         }
         Some(transition.reply)
     }
