@@ -531,6 +531,14 @@ proptest! {
     }
 }
 
+#[tokio::test]
+async fn the_debug_form_shows_the_statistics() {
+    let store = MemoryStore::new();
+    granted(&store, &claim(1, 1)).await;
+    let shown = format!("{store:?}");
+    assert!(shown.starts_with("MemoryStore") && shown.contains("in_flight: 1"), "{shown}");
+}
+
 #[test]
 fn clones_are_one_store_and_it_works_without_a_runtime() {
     let store = Arc::new(MemoryStore::new());

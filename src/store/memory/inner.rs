@@ -409,3 +409,34 @@ fn unleased(decision: Decision) -> Decision {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Fingerprint, IfLost, Nonce};
+
+    /// moka holds on to removed records until it cleans up.
+    #[test]
+    fn a_sweep_frees_the_memory_of_the_records_that_it_removes() {
+        const HOUR: Duration = Duration::from_secs(3_600);
+        let clock = Clock::manual(Timestamp::from_micros(0));
+        let inner = Arc::new(Inner::new(clock.clone(), 10, 100));
+        let claim = Claim {
+            key: StorageKey::from_bytes([7; 32]),
+            fingerprint: Fingerprint::NONE,
+            nonce: Nonce::random(),
+            lease: HOUR,
+            retention: HOUR,
+            if_lost: IfLost::Refuse,
+            max_attempts: 5,
+        };
+        let Ok(Decision::Execute(grant)) = inner.claim(&claim) else {
+            panic!("a first claim is granted");
+        };
+        inner.complete(&claim.key, grant.owner, &Outcome::Tombstone, HOUR);
+        let record = Arc::downgrade(&inner.done.get(&claim.key).unwrap());
+        clock.advance(2 * HOUR);
+        inner.sweep();
+        assert!(record.upgrade().is_none());
+    }
+}

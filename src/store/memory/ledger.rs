@@ -178,6 +178,15 @@ mod tests {
     }
 
     #[test]
+    fn responses_that_take_exactly_the_budget_stay() {
+        let mut ledger = Ledger::new(80);
+        for (n, exceeds) in [(0, false), (1, false), (2, true)] {
+            assert_eq!(ledger.enter(&key(n), &completed(1, 49, 40)), exceeds);
+            assert_eq!(ledger.pop_oldest().is_some(), exceeds);
+        }
+    }
+
+    #[test]
     fn a_record_is_due_only_when_its_second_has_passed() {
         let mut ledger = Ledger::new(100);
         ledger.enter(&key(1), &completed(1, 9, 0));
@@ -209,5 +218,25 @@ mod tests {
         }
         assert!(ledger.by_age.len() < 200, "{}", ledger.by_age.len());
         assert_eq!(ledger.responses, 1);
+    }
+
+    /// A look through all entries would cost too much at each claim.
+    #[test]
+    fn the_entries_of_expired_responses_are_removed_once_they_are_the_majority() {
+        let mut ledger = Ledger::new(u64::MAX);
+        let (live, expired) = (completed(1, 9, 1), completed(1, 1, 1));
+        for _ in 0..100 {
+            ledger.enter(&key(0), &live);
+        }
+        for (n, entries) in [(164, 264), (1, 100)] {
+            for _ in 0..n {
+                ledger.enter(&key(1), &expired);
+                ledger.count_off(&expired);
+            }
+            ledger.pop_expired(expired.expires_at(), usize::MAX);
+            assert_eq!(ledger.by_age.len(), entries);
+        }
+        // Half of the room stays free for new responses.
+        assert_eq!(ledger.by_age.capacity(), 200);
     }
 }

@@ -116,6 +116,64 @@ fn records_that_expired_without_an_end_make_room_without_a_runtime() {
     assert!(store.stats().records <= 8, "{:?}", store.stats());
 }
 
+/// A search through all open records at each claim would take too long.
+#[test]
+fn a_full_store_looks_for_records_that_expired_without_an_end_once_a_second() {
+    const BEFORE: Duration = Duration::from_millis(700);
+    let clock = clock();
+    let store = MemoryStore::builder()
+        .with_clock(clock.clone())
+        .with_record_budget(1)
+        .build();
+    clock.advance(Duration::from_millis(500));
+    let grant = block_on(granted(&store, &claim(1, 1)));
+    block_on(store.renew(&claim(1, 1).key, grant.owner, Duration::ZERO)).unwrap();
+    clock.advance(HOUR - BEFORE);
+    let is_full = || block_on(store.claim(&claim(2, 1))).is_err();
+    // The last of these claims comes in the second after the record has expired.
+    let full = [0, 400, 200, 200, 400].map(|millis| {
+        clock.advance(Duration::from_millis(millis));
+        is_full()
+    });
+    assert_eq!(full, [true, true, true, true, false]);
+}
+
+/// Only a full store searches all open records, which takes long.
+#[test]
+fn a_claim_that_finds_room_leaves_records_without_an_end_to_a_sweep() {
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let grant = block_on(granted(&store, &claim(1, 1)));
+    block_on(store.renew(&claim(1, 1).key, grant.owner, Duration::ZERO)).unwrap();
+    clock.advance(2 * HOUR);
+    block_on(granted(&store, &claim(2, 1)));
+    assert_eq!(store.stats().records, 2);
+    store.sweep();
+    assert_eq!(store.stats().records, 1);
+}
+
+#[tokio::test]
+async fn the_task_of_a_dropped_store_ends_at_once() {
+    let (store, runtime) = (MemoryStore::new(), tokio::runtime::Handle::current());
+    granted(&store, &claim(1, 1)).await;
+    tokio::task::yield_now().await;
+    assert_eq!(runtime.metrics().num_alive_tasks(), 1);
+    drop(store);
+    tokio::task::yield_now().await;
+    assert_eq!(runtime.metrics().num_alive_tasks(), 0);
+}
+
+#[test]
+fn a_store_whose_runtime_has_ended_sweeps_on_the_runtime_of_the_next_claim() {
+    let store = MemoryStore::new();
+    for key in 0..2 {
+        without_timers(async {
+            granted(&store, &claim(key, 1)).await;
+            assert_eq!(tokio::runtime::Handle::current().metrics().num_alive_tasks(), 1);
+        });
+    }
+}
+
 fn never(_: Request<AnyBody>) -> impl Future<Output = Result<http::Response<AnyBody>, Infallible>> {
     pending()
 }
