@@ -76,7 +76,7 @@ impl Made {
             max_attempts: 1,
         };
         match store.claim(&claim).await? {
-            Decision::Execute(grant) | Decision::Recover(grant) => self.grant = Grant { lease: None, ..grant },
+            Decision::Execute(grant) | Decision::Recover(grant) => self.grant = grant,
             _ => return Err(IN_USE),
         }
         self.store = Some(store.clone());
