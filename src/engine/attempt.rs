@@ -120,3 +120,24 @@ impl<T> fmt::Debug for Recovered<T> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_debug_form_hides_the_value_and_the_key() {
+        let shown = [
+            Recovered::Happened("secret"),
+            Recovered::NotHappened,
+            Recovered::Unknown,
+        ];
+        let shown = shown.map(|found| format!("{found:?}"));
+        assert_eq!(shown, ["Happened(..)", "NotHappened", "Unknown"]);
+        let lease = HeldLease::of_first_attempt(Duration::from_secs(1));
+        let attempt = Attempt::new(StorageKey::from_bytes([7; 32]), Fingerprint::NONE, lease);
+        assert_eq!(format!("{attempt:?}"), "Attempt { number: 1, fence: Fence(1), .. }");
+    }
+}

@@ -102,3 +102,13 @@ impl fmt::Debug for Drain {
         f.debug_struct("Drain").field("running", &self.running()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_debug_form_shows_how_much_runs() {
+        assert_eq!(format!("{:?}", Drain::default()), "Drain { running: 0 }");
+    }
+}

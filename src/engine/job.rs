@@ -467,3 +467,49 @@ pub(super) fn replayed<G>(outcome: Outcome) -> Settled<G> {
         Outcome::Tombstone => Settled::Refused(Refused::NotStored),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::Fence;
+    use crate::store::MemoryStore;
+
+    /// Returns the end of the wait of a superseded attempt that sees this status.
+    fn judged(if_lost: IfLost, status: Status) -> Option<Settled<()>> {
+        let mut settings = EngineSettings::default();
+        settings.if_lost = if_lost;
+        let job = Job {
+            store: MemoryStore::new(),
+            key: StorageKey::from_bytes([7; 32]),
+            fingerprint: Fingerprint::NONE,
+            settings,
+            tracker: Arc::default(),
+            leases: Arc::default(),
+        };
+        let record = Snapshot {
+            fingerprint: Fingerprint::NONE,
+            nonce: Nonce::random(),
+            fence: Fence::new(2),
+            attempt: 2,
+            status,
+        };
+        let mut waiter = SupersededWaiter {
+            job: &job,
+            left: Duration::ZERO,
+            output: PhantomData,
+        };
+        waiter.judge(Some(record))
+    }
+
+    #[test]
+    fn a_superseded_attempt_is_in_flight_only_while_another_attempt_runs_or_may_run() {
+        let is_unknown = |seen| matches!(seen, Some(Settled::Refused(Refused::Unknown)));
+        let is_in_flight = |seen| matches!(seen, Some(Settled::Refused(Refused::InFlight(Duration::ZERO))));
+        assert!(is_unknown(judged(IfLost::Refuse, Status::Lost)));
+        assert!(is_in_flight(judged(IfLost::Execute, Status::Lost)));
+        assert!(is_in_flight(judged(IfLost::Recover, Status::Lost)));
+        assert!(is_unknown(judged(IfLost::Execute, Status::Unknown)));
+        let left = Duration::from_secs(1);
+        assert!(judged(IfLost::Execute, Status::InFlight { left }).is_none());
+    }
+}

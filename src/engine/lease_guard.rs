@@ -114,3 +114,25 @@ pub(crate) async fn with_look<T>(mut look: impl FnMut(), work: impl Future<Outpu
     })
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Stopwatch;
+    use crate::engine::JobLeases;
+    use crate::protocol::Grant;
+
+    #[tokio::test]
+    async fn only_a_lease_with_an_end_needs_a_task_that_renews_it() {
+        let lease = HeldLease::of_first_attempt(Duration::from_secs(30));
+        let grant = Grant {
+            lease: None,
+            ..*lease.grant()
+        };
+        let (renewer, tasks) = (Arc::<JobLeases>::default(), Handle::current().metrics());
+        LeaseGuard::begin(&renewer, &HeldLease::new(grant, Stopwatch::start));
+        assert_eq!(tasks.num_alive_tasks(), 0);
+        LeaseGuard::begin(&renewer, &lease);
+        assert!(tasks.num_alive_tasks() > 0);
+    }
+}

@@ -107,3 +107,39 @@ async fn renew_while_any<R: Renewer>(renewer: Weak<R>, mut entry: TaskEntry) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(tasks: &Arc<RenewalTasks>, runtime: Id) -> TaskEntry {
+        lock(&tasks.runtimes).push(runtime);
+        TaskEntry {
+            tasks: Arc::clone(tasks),
+            runtime,
+            has_ended: false,
+        }
+    }
+
+    /// An entry without a task would leave all later leases of its runtime without renewals.
+    #[test]
+    fn the_entry_of_a_task_goes_once_with_the_last_lease_or_with_its_runtime() {
+        let runtimes = [(); 2].map(|()| tokio::runtime::Builder::new_current_thread().build().unwrap());
+        let [first, second] = runtimes.each_ref().map(|runtime| runtime.handle().id());
+        let tasks = Arc::<RenewalTasks>::default();
+        let listed = || lock(&tasks.runtimes).clone();
+        let (mut ending, dropped) = (entry(&tasks, first), entry(&tasks, second));
+        assert!(!ending.ends(|| true));
+        assert_eq!(listed(), [first, second]);
+        assert!(ending.ends(|| false));
+        assert_eq!(listed(), [second]);
+        // The next lease starts another task before the old one is dropped.
+        let next = entry(&tasks, first);
+        drop(ending);
+        assert_eq!(listed(), [second, first]);
+        drop(dropped);
+        assert_eq!(listed(), [first]);
+        drop(next);
+        assert!(listed().is_empty());
+    }
+}

@@ -123,6 +123,10 @@ mod tests {
         state.begin();
         state.fail();
         assert_eq!(shown(&state), [true, false, true]);
+        // Tasks of one handler may complete at the same time, and the last completion counts.
+        state.succeed();
+        state.fail();
+        assert_eq!(shown(&state), [true, false, true]);
     }
 
     #[test]

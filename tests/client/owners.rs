@@ -170,24 +170,31 @@ async fn a_superseded_owner_waits_for_the_winner_after_its_own_lease_has_ended()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_hangs_does_not_prolong_a_wait_for_another_call() {
-    let store = RemoteStore::new();
-    let first = tokio::spawn(once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>()));
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let begin = Timer::start();
-    let second = tokio::spawn(
-        once(store.clone(), "k")
-            .with_wait(Duration::from_secs(1))
-            .with_store_timeout(Duration::from_secs(20))
-            .with_completion_timeout(Duration::from_secs(20))
-            .run(|_| ready(Ok::<_, Failure<String>>(2))),
-    );
-    support::yield_times(10).await;
-    store.fail("claim", [Fault::Hang; 100]);
-    let second = second.await.unwrap();
-    assert!(second.is_err_and(|error| matches!(error, OnceError::InFlight { .. } | OnceError::NotRun(_))));
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
-    first.abort();
+async fn a_store_that_fails_or_hangs_does_not_prolong_a_wait_for_another_call() {
+    for fault in [Fault::Before, Fault::Hang] {
+        let store = RemoteStore::new();
+        let first = tokio::spawn(once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>()));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let begin = Timer::start();
+        let second = tokio::spawn(
+            once(store.clone(), "k")
+                .with_wait(Duration::from_secs(1))
+                .with_store_timeout(Duration::from_secs(20))
+                .with_completion_timeout(Duration::from_secs(20))
+                .run(|_| ready(Ok::<_, Failure<String>>(2))),
+        );
+        support::yield_times(10).await;
+        store.fail("claim", [fault]);
+        store.fail("claim", [Fault::Hang; 100]);
+        // The store failed only because the wait was over, so the error is that of another call in flight.
+        let second = second.await.unwrap();
+        assert!(
+            second.is_err_and(|error| matches!(error, OnceError::InFlight { .. })),
+            "{fault:?}"
+        );
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        first.abort();
+    }
 }
 
 /// The renewal task sleeps while its runtime is busy. The runtime polls the owner, which finds its

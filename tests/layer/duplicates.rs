@@ -534,21 +534,25 @@ async fn a_waiter_uses_its_own_claim_that_the_store_granted_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_look_that_fails_once_does_not_end_a_wait() {
-    let store = RemoteStore::new();
+async fn a_look_that_fails_or_hangs_once_does_not_end_a_wait() {
     let handler = Handler::new().taking(Duration::from_secs(3));
-    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-    let here = IdempotencyLayer::new(store.clone()).layer(handler.clone());
-    let owner = start(&there, "k", "pay");
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    store.fail("peek", [Fault::Before]);
-    let waiters = storm(&here, 20).await;
-    assert!(
-        waiters
-            .iter()
-            .all(|waiter| waiter.status() == 201 && waiter.is_replay())
-    );
-    assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+    let process = |store: &RemoteStore| IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    for (fault, runs) in [(Fault::Before, 1), (Fault::Hang, 2)] {
+        let store = RemoteStore::new();
+        let owner = start(&process(&store), "k", "pay");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        store.fail("peek", [fault]);
+        let waiters = storm(&process(&store), 20).await;
+        assert!(
+            waiters
+                .iter()
+                .all(|waiter| waiter.status() == 201 && waiter.is_replay()),
+            "{fault:?}"
+        );
+        assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, runs));
+    }
+    let store = RemoteStore::new();
+    let (there, here) = (process(&store), process(&store));
     let owner = start(&there, "other", "pay");
     tokio::time::sleep(Duration::from_millis(100)).await;
     store.fail("peek", [Fault::Before; 2]);

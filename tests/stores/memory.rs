@@ -536,7 +536,10 @@ async fn the_debug_form_shows_the_statistics() {
     let store = MemoryStore::new();
     granted(&store, &claim(1, 1)).await;
     let shown = format!("{store:?}");
-    assert!(shown.starts_with("MemoryStore") && shown.contains("in_flight: 1"), "{shown}");
+    assert!(
+        shown.starts_with("MemoryStore") && shown.contains("in_flight: 1"),
+        "{shown}"
+    );
 }
 
 #[test]

@@ -97,6 +97,8 @@ pub enum Fault {
     Hang,
     /// The operation succeeds after this number of seconds.
     Slow(u8),
+    /// The operation takes effect after this number of seconds, and its reply is lost.
+    SlowAfter(u8),
     /// The operation takes effect at once, and its reply takes this number of seconds.
     SlowReply(u8),
     /// The record cannot be read.
@@ -216,7 +218,9 @@ impl RemoteStore {
             }
             Some(Fault::Panic) => panic!("the test wants this operation to panic"),
             Some(Fault::Hang) => return std::future::pending().await,
-            Some(Fault::Slow(seconds)) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
+            Some(Fault::Slow(seconds) | Fault::SlowAfter(seconds)) => {
+                tokio::time::sleep(Duration::from_secs(seconds.into())).await
+            }
             Some(Fault::After | Fault::SlowReply(_)) | None => {}
         }
         let reply = self.apply(key, transition);
@@ -228,7 +232,7 @@ impl RemoteStore {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         match fault {
-            Some(Fault::After) => Err(Error::unavailable("connection reset")),
+            Some(Fault::After | Fault::SlowAfter(_)) => Err(Error::unavailable("connection reset")),
             _ => Ok(reply),
         }
     }
