@@ -198,6 +198,8 @@ mod tests {
             "a.example:00",
             "a.example:8080",
             "a.example:8443",
+            "node_1",
+            "node-2:",
             "example",
             "a.example.",
             // Names whose end looks like an address.
@@ -244,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_host_that_is_named_twice_or_not_well_formed_counts_as_it_stands() {
-        let doubtful: [(&str, &[&str]); 10] = [
+        let doubtful: [(&str, &[&str]); 11] = [
             ("/", &["a.example", "b.example"]),
             ("/", &["b.example", "a.example"]),
             ("/", &["a.example", "a.example"]),
@@ -255,6 +257,7 @@ mod tests {
             ("/", &["[a.example]"]),
             ("/", &["a.example/b"]),
             ("/", &["a.example:99999"]),
+            ("/", &["a.example:+80"]),
         ];
         let plain: [(&str, &[&str]); 4] = [
             ("/", &[]),

@@ -655,4 +655,61 @@ mod tests {
         };
         assert_eq!(drain(BufferedBody::rebuild(outer)).0, "x");
     }
+
+    #[test]
+    fn a_body_that_declares_too_much_is_handed_back_unread() {
+        let Err(Shortfall::TooLarge(body)) = block_on(reading(Full::from("abcd"), 3)) else {
+            panic!("it fits")
+        };
+        assert_eq!(format!("{body:?}"), "BufferedBody(0 bytes read, more to come)");
+        assert_eq!(drain(Full::rebuild(body)).0, "abcd");
+    }
+
+    #[test]
+    fn a_body_ends_with_the_last_byte_that_was_read() {
+        let body = BufferedBody::<Full<Bytes>>::from_bytes("ab".into());
+        assert!(!body.is_end_stream());
+        assert_eq!(format!("{body:?}"), "BufferedBody(2 bytes read)");
+        assert!(BufferedBody::<Full<Bytes>>::from_bytes(Bytes::new()).is_end_stream());
+    }
+
+    #[test]
+    fn every_kind_of_body_has_all_its_bytes_after_it_was_read_in_part() {
+        fn read<B>(rest: Option<B>) -> BufferedBody<B> {
+            BufferedBody {
+                front: "ab".into(),
+                rest,
+                left: None,
+                trailers: None,
+            }
+        }
+        assert_eq!(drain(Full::rebuild(read(Some(Full::default())))).0, "ab");
+        assert_eq!(drain(Full::rebuild(read(None))).0, "ab");
+        let rest = Full::from("cd").boxed();
+        assert_eq!(drain(BoxBody::rebuild(read(Some(rest)))).0, "abcd");
+    }
+
+    #[cfg(feature = "reqwest")]
+    #[test]
+    fn a_body_of_reqwest_that_was_read_whole_is_bytes_again() {
+        let body = reqwest::Body::rebuild(BufferedBody::from_bytes("ab".into()));
+        assert_eq!(body.as_bytes(), Some(&b"ab"[..]));
+    }
+
+    #[test]
+    fn one_of_two_empty_parts_costs_no_copy() {
+        let bytes = Bytes::from_static(b"ab");
+        for joined in [joined(Bytes::new(), bytes.clone()), joined(bytes.clone(), Bytes::new())] {
+            assert_eq!((joined.as_ptr(), joined.len()), (bytes.as_ptr(), 2));
+        }
+    }
+
+    #[test]
+    fn frames_reserve_at_most_twice_their_bytes_and_never_more_than_the_limit() {
+        for (frames, limit, reserved) in [([3, 100], 1_000, 206), ([10, 10], 30, 30), ([10, 10], 15, 20)] {
+            let mut read = Read::default();
+            frames.map(|len| read.push(vec![0; len].into(), limit));
+            assert_eq!(read.joined.capacity(), reserved);
+        }
+    }
 }

@@ -305,11 +305,23 @@ mod tests {
         for kind in ALL {
             let (parts, body) = rendered(Refusal::new(kind), &RefusalStyle::Stripe);
             let document: Value = serde_json::from_slice(&body).unwrap();
-            assert!(document["error"]["type"].is_string(), "{kind:?}");
-            if kind == RefusalKind::Mismatch {
-                assert_eq!(parts.status, 400);
-                assert_eq!(document["error"]["type"], "idempotency_error");
-            }
+            let (type_of_error, code) = match kind {
+                RefusalKind::Mismatch => {
+                    assert_eq!(parts.status, 400);
+                    ("idempotency_error", None)
+                }
+                RefusalKind::Outstanding => ("idempotency_error", Some("idempotency_key_in_use")),
+                RefusalKind::ResponseNotStored | RefusalKind::OutcomeUnknown => ("idempotency_error", None),
+                _ if parts.status.as_u16() >= 500 => ("api_error", None),
+                _ => ("invalid_request_error", None),
+            };
+            let code = code.map_or_else(|| Refusal::new(kind).code().replace('-', "_"), str::to_owned);
+            let error = &document["error"];
+            assert_eq!(
+                (&error["type"], &error["code"]),
+                (&type_of_error.into(), &code.into()),
+                "{kind:?}"
+            );
         }
     }
 

@@ -82,3 +82,22 @@ impl RefusalKind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Full;
+
+    use super::*;
+
+    #[test]
+    fn a_checked_body_declares_the_length_and_the_end_of_its_request() {
+        for (bytes, is_end) in [("abc", false), ("", true)] {
+            let body = Checked {
+                body: Full::<Bytes>::from(bytes),
+                end: End::NotSeen,
+            };
+            assert_eq!(body.size_hint().exact(), u64::try_from(bytes.len()).ok());
+            assert_eq!(body.is_end_stream(), is_end);
+        }
+    }
+}

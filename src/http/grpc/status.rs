@@ -107,4 +107,15 @@ mod tests {
         twice.append(GRPC_STATUS, HeaderValue::from_static("5"));
         assert_eq!(result_of(&HeaderMap::new(), Some(&twice)), Some(Outcome::Failed));
     }
+
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn the_first_status_is_compared() {
+        let none = HeaderMap::new();
+        assert_eq!(code_of(&status("5"), None), Some(5));
+        assert_eq!(code_of(&none, Some(&status("7"))), Some(7));
+        assert_eq!(code_of(&status("5"), Some(&status("7"))), Some(5));
+        assert_eq!(code_of(&status("x"), None), None);
+        assert_eq!(code_of(&none, None), None);
+    }
 }
