@@ -246,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_host_that_is_named_twice_or_not_well_formed_counts_as_it_stands() {
-        let doubtful: [(&str, &[&str]); 11] = [
+        let doubtful: [(&str, &[&str]); 12] = [
             ("/", &["a.example", "b.example"]),
             ("/", &["b.example", "a.example"]),
             ("/", &["a.example", "a.example"]),
@@ -256,6 +256,7 @@ mod tests {
             ("http://a.example/", &["b.example/"]),
             ("/", &["[a.example]"]),
             ("/", &["a.example/b"]),
+            ("/", &["a.example/B"]),
             ("/", &["a.example:99999"]),
             ("/", &["a.example:+80"]),
         ];

@@ -475,6 +475,7 @@ impl Read {
 mod tests {
     use std::convert::Infallible;
 
+    use futures::FutureExt;
     use futures::executor::block_on;
     use futures::stream::{self, StreamExt};
     use http_body_util::StreamBody;
@@ -711,5 +712,50 @@ mod tests {
             frames.map(|len| read.push(vec![0; len].into(), limit));
             assert_eq!(read.joined.capacity(), reserved);
         }
+    }
+
+    #[test]
+    fn a_body_without_a_declared_end_has_ended_after_its_trailers() {
+        let mut body = BufferedBody {
+            front: "ab".into(),
+            rest: Some(frames(&["cd"], None)),
+            left: None,
+            trailers: Some(HeaderMap::new()),
+        };
+        for has_ended in [false, false, true] {
+            assert!(block_on(body.frame()).is_some());
+            assert_eq!(body.is_end_stream(), has_ended);
+        }
+    }
+
+    /// The hint of a body that is decompressed may be too high, and falls at its end.
+    #[test]
+    fn a_body_whose_size_hint_falls_to_zero_is_whole() {
+        let reading = Collect {
+            declared: SizeHint::with_exact(5),
+            ..reading(frames(&["ab"], None), 9)
+        };
+        assert_eq!(block_on(reading).unwrap().bytes, "ab");
+    }
+
+    #[test]
+    fn a_body_that_was_read_is_not_read_again() {
+        let mut reading = collect(frames(&["ab"], None), 9, Duration::ZERO);
+        assert!(block_on(&mut reading).is_ok());
+        assert!((&mut reading).now_or_never().is_none());
+    }
+
+    #[cfg(feature = "retry")]
+    #[test]
+    fn a_body_that_was_read_in_part_is_cloned_if_its_rest_can_be() {
+        let body = BufferedBody {
+            front: "ab".into(),
+            rest: Some(Full::from("cd")),
+            left: None,
+            trailers: None,
+        };
+        let clone = body.try_clone_with(|rest| Some(rest.clone())).unwrap();
+        assert_eq!(drain(clone).0, "abcd");
+        assert!(body.try_clone_with(|_| None).is_none());
     }
 }

@@ -385,4 +385,26 @@ mod tests {
         };
         assert_ne!(nested("/a/create"), nested("/b/create"));
     }
+
+    #[test]
+    fn chosen_headers_count_beside_parts_and_a_content_type_counts_without_parts() {
+        let chosen = Fingerprinting {
+            headers: vec![CONTENT_TYPE, X_API_KEY],
+            multipart: true,
+            ..Fingerprinting::default()
+        };
+        let with = |content_type, key| {
+            let parts = parts("POST", "/", &[("content-type", content_type), ("x-api-key", key)]);
+            chosen.of(&parts, &Bytes::from_static(b"--x\r\n\r\n1\r\n--x--\r\n"), true, 0)
+        };
+        let in_parts = "multipart/form-data; boundary=x";
+        assert_ne!(with(in_parts, "1"), with(in_parts, "2"));
+        assert_ne!(with("text/plain", "1"), with("text/csv", "1"));
+    }
+
+    #[test]
+    fn the_debug_form_names_the_form_and_hides_the_function() {
+        let forms = [BodyForm::Bytes, BodyForm::Custom(Arc::new(|_, _| Vec::new()))];
+        assert_eq!(forms.map(|form| format!("{form:?}")), ["Bytes", "Custom"]);
+    }
 }

@@ -59,7 +59,7 @@ impl<'v> ContentType<'v> {
         }
         let mut at = value.iter().position(|byte| *byte == b';')?;
         let mut found = None;
-        while at < value.len() {
+        loop {
             at += run(&value[at..], |byte| matches!(byte, b';' | b' ' | b'\t'));
             let name = &value[at..at + run(&value[at..], is_token)];
             at += name.len();
@@ -267,6 +267,7 @@ mod tests {
             "multipart/form-data",
             "multipart/form-data; boundary",
             "multipart/form-data; boundary=",
+            "multipart/form-data; a=; boundary=x",
             "multipart/form-data; boundary=\"\"",
             "multipart/form-data; boundary=\"x",
             "multipart/form-data; boundary=\"x \"",

@@ -172,3 +172,14 @@ impl fmt::Debug for RefusalStyle {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_debug_form_names_the_style_and_hides_the_renderer() {
+        let custom = RefusalStyle::Custom(Arc::new(|_, _| Response::default()));
+        assert_eq!(format!("{custom:?} {:?}", RefusalStyle::Stripe), "Custom Stripe");
+    }
+}

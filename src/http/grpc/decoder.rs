@@ -165,5 +165,11 @@ mod tests {
             Some((1 << 56) + 1)
         );
         assert_eq!(zstd_window(&[0, 0, 0, 0, 0b1110_0001, 9, 1]), None);
+        // A last block with one byte as it is.
+        let block = [1 << 3 | 1, 0, 0, b'x'];
+        for (window, decoded) in [(13 << 3, Some(())), (13 << 3 | 1, None)] {
+            let message = [&frame(window)[..], &block].concat();
+            assert_eq!(Encoding::Zstd.decode(&message, &mut Vec::new(), 9), decoded);
+        }
     }
 }

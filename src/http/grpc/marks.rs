@@ -150,5 +150,12 @@ mod tests {
         let status = status.with_mark(Two).with_mark(One(1));
         assert_eq!(status.source().unwrap().to_string(), fmt::Error.to_string());
         assert_eq!(status.message(), "broken");
+        // The source has a source, too.
+        let mut wrapping = Status::internal("wrapped");
+        wrapping.set_source(Arc::new(status));
+        let source = wrapping.source().unwrap().source().unwrap().to_string();
+        assert_eq!(source, fmt::Error.to_string());
+        let marked = wrapping.with_mark(Two);
+        assert_eq!(marked.source().unwrap().source().unwrap().to_string(), source);
     }
 }
