@@ -476,13 +476,14 @@ mod tests {
 
     /// Returns the end of the wait of a superseded attempt that sees this status.
     fn judged(if_lost: IfLost, status: Status) -> Option<Settled<()>> {
-        let mut settings = EngineSettings::default();
-        settings.if_lost = if_lost;
         let job = Job {
             store: MemoryStore::new(),
             key: StorageKey::from_bytes([7; 32]),
             fingerprint: Fingerprint::NONE,
-            settings,
+            settings: EngineSettings {
+                if_lost,
+                ..EngineSettings::default()
+            },
             tracker: Arc::default(),
             leases: Arc::default(),
         };

@@ -709,7 +709,9 @@ mod tests {
     fn frames_reserve_at_most_twice_their_bytes_and_never_more_than_the_limit() {
         for (frames, limit, reserved) in [([3, 100], 1_000, 206), ([10, 10], 30, 30), ([10, 10], 15, 20)] {
             let mut read = Read::default();
-            frames.map(|len| read.push(vec![0; len].into(), limit));
+            for len in frames {
+                read.push(vec![0; len].into(), limit);
+            }
             assert_eq!(read.joined.capacity(), reserved);
         }
     }

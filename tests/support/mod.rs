@@ -219,7 +219,7 @@ impl RemoteStore {
             Some(Fault::Panic) => panic!("the test wants this operation to panic"),
             Some(Fault::Hang) => return std::future::pending().await,
             Some(Fault::Slow(seconds) | Fault::SlowAfter(seconds)) => {
-                tokio::time::sleep(Duration::from_secs(seconds.into())).await
+                tokio::time::sleep(Duration::from_secs(seconds.into())).await;
             }
             Some(Fault::After | Fault::SlowReply(_)) | None => {}
         }
