@@ -20,7 +20,7 @@ ROOT = HERE.parent.parent
 PARTS = ["Cargo.toml", "Cargo.lock", "README.md", "clippy.toml", "benches", "build.rs", "docs", "examples", "src", "tests"]
 SEEDS = 3000
 # Seconds for the tests of one guard.
-LIMIT = 900
+LIMIT = 300
 
 
 def read():
