@@ -44,18 +44,6 @@ fn is_thorough() -> bool {
     std::env::var_os("THOROUGH").is_some()
 }
 
-/// Returns the seeds of the variable `SIMULATIONS`: a number, or a range.
-fn seeds_of_the_variable() -> Option<Range<u64>> {
-    let value = std::env::var("SIMULATIONS").ok()?;
-    let (first, end) = value.split_once("..").unwrap_or(("0", &value));
-    let number = |text: &str| {
-        text.parse().unwrap_or_else(|_| {
-            panic!("SIMULATIONS must be a number or a range, such as 1000 or 1000..2000, and is {value}")
-        })
-    };
-    Some(number(first)..number(end))
-}
-
 /// The number of histories that shrinking may try.
 const SHRINK_LIMIT: usize = 3_000;
 
@@ -199,7 +187,7 @@ fn no_guarantee_is_violated_under_any_fault() {
         assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
         return;
     }
-    let seeds = seeds_of_the_variable().unwrap_or(0..if is_thorough() { 5_000 } else { 500 });
+    let seeds = random::seeds("SIMULATIONS").unwrap_or(0..if is_thorough() { 5_000 } else { 500 });
     if let Some(seed) = search(seeds, Rule::Correct) {
         panic!("{}", report(&Plan::of(seed), Rule::Correct));
     }
