@@ -105,16 +105,17 @@ impl KeySpace {
     }
 
     /// Returns the storage key of a call to another system. It has one part more than the storage
-    /// key of a request, so that the two never collide.
-    pub(crate) fn call_key(&self, scope: Option<&Scope>, key: &str, step: Option<u32>) -> StorageKey {
+    /// key of a request, so that the two never collide. `steps` has the position of a step in its
+    /// job, after the positions of the steps around that job.
+    pub(crate) fn call_key(&self, scope: Option<&Scope>, key: &str, steps: &[u32]) -> StorageKey {
         let scope_bytes = scope.map_or(&[][..], Scope::as_bytes);
-        let step = step.map(u32::to_be_bytes);
+        let steps: Vec<u8> = steps.iter().flat_map(|step| step.to_be_bytes()).collect();
         let parts = [
             self.namespace.as_bytes(),
             scope.map_or(&[], |_| &[1]),
             scope_bytes,
             key.as_bytes(),
-            step.as_ref().map_or(&[][..], |step| &step[..]),
+            &steps,
         ];
         self.hash(Scope::of(parts).as_bytes())
     }
@@ -287,8 +288,8 @@ mod tests {
         let hashes = |space: &KeySpace| {
             [
                 space.storage_key(Some(&scope), &key("key")),
-                space.call_key(Some(&scope), "key", Some(7)),
-                space.call_key(None, "key", None),
+                space.call_key(Some(&scope), "key", &[7]),
+                space.call_key(None, "key", &[]),
                 space.message_key("c", &scope),
             ]
         };

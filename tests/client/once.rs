@@ -799,6 +799,31 @@ mod steps {
         }
     }
 
+    /// The steps of a step had the records of the outer job's first steps, so a nested step with the
+    /// same name got the result of another call.
+    #[tokio::test(start_paused = true)]
+    async fn a_step_of_a_step_is_another_call_than_the_outer_step_at_its_position() {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        for is_replay in [false, true] {
+            let mut order = once(store.clone(), "order-1").steps();
+            assert_eq!(party.run(order.step("reserve")).await.unwrap().into_value(), 1);
+            let mut shipment = order.step("ship").steps();
+            for (name, value) in [("reserve", 2), ("pack", 3)] {
+                let done = party.run(shipment.step(name)).await.unwrap();
+                assert_eq!((done.is_replay(), *done.value()), (is_replay, value), "{name}");
+            }
+        }
+        // Another list of the outer job is another list for the nested job, too.
+        let mut renamed = once(store, "order-1").steps();
+        drop(renamed.step("book"));
+        let ended = party.run(renamed.step("ship").steps().step("reserve")).await;
+        assert!(
+            matches!(ended, Err(OnceError::StepChanged { position: 0 })),
+            "{ended:?}"
+        );
+        assert_eq!(party.effects(), 3);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_lost_step_follows_its_own_setting_and_has_its_own_id() {
         let (party, store) = (Party::default(), RemoteStore::new());

@@ -33,16 +33,21 @@ use crate::store::Store;
 /// [`OnceError::StepChanged`](super::OnceError::StepChanged) before the step runs. You may add
 /// steps at the end.
 ///
+/// A step can have steps of its own, by [`Once::steps`] in place of `run`. Their records have the
+/// positions and the names of the outer steps, too.
+///
 /// This is not a workflow engine such as Temporal or Restate. Nothing restarts a job, and there are
 /// no timers, signals or compensations.
 #[derive(Debug)]
 pub struct Steps<St> {
     job: Once<St>,
+    outer: Option<Arc<StepPath>>,
     names: Vec<Arc<str>>,
 }
 
 impl<St: Store + Clone> Once<St> {
-    /// Makes a job of several calls under this key. Each call is made once.
+    /// Makes a job of several calls under this key. Each call is made once. If this is itself a
+    /// step, its calls are separate from the other steps of the outer job.
     #[must_use]
     pub fn steps(self) -> Steps<St> {
         Steps::new(self)
@@ -50,14 +55,19 @@ impl<St: Store + Clone> Once<St> {
 }
 
 impl<St: Store + Clone> Steps<St> {
-    pub(super) const fn new(job: Once<St>) -> Self {
-        Self { job, names: Vec::new() }
+    pub(super) fn new(mut job: Once<St>) -> Self {
+        Self {
+            outer: job.take_path().map(Arc::new),
+            job,
+            names: Vec::new(),
+        }
     }
 
     /// Returns the next step. It starts with the settings of the job, and you may change them.
     #[must_use]
     pub fn step(&mut self, name: &str) -> Once<St> {
         self.names.push(name.into());
-        self.job.clone().at(StepPath::new(self.names.clone()))
+        let path = StepPath::new(self.outer.clone(), self.names.clone());
+        self.job.clone().at(path)
     }
 }

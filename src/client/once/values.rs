@@ -185,6 +185,10 @@ impl<St> Once<St> {
         self.path = Some(path);
         self
     }
+
+    pub(super) const fn take_path(&mut self) -> Option<StepPath> {
+        self.path.take()
+    }
 }
 
 impl<St: Store + Clone> Once<St> {
@@ -295,9 +299,9 @@ impl<St: Store + Clone> Once<St> {
 
     fn job(self) -> Job<St> {
         let input = self.input.unwrap_or(Fingerprint::NONE);
-        let step = self.path.as_ref().map(StepPath::number);
+        let steps = self.path.as_ref().map(StepPath::numbers).unwrap_or_default();
         Job {
-            key: self.engine.space.call_key(self.scope.as_ref(), &self.key, step),
+            key: self.engine.space.call_key(self.scope.as_ref(), &self.key, &steps),
             fingerprint: self.path.map_or(input, |path| path.fingerprint(&input)),
             store: self.store,
             settings: self.engine,

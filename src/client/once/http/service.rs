@@ -151,7 +151,7 @@ where
     let body = read(&settings, body).await.map_err(OnceError::NotRun)?;
     let job = Job {
         store,
-        key: settings.engine.space.call_key(scope.as_ref(), &key, None),
+        key: settings.engine.space.call_key(scope.as_ref(), &key, &[]),
         fingerprint: fingerprint(&head, &body),
         settings: settings.engine.clone(),
         tracker: Arc::clone(&settings.tracker),
