@@ -24,11 +24,11 @@ use party::{Entry, Got, Log, Trouble};
 use plan::{Keys, Plan, Transport};
 use stack::Client;
 
-fn seeds(few: u64, many: u64) -> Range<u64> {
+pub(crate) fn seeds(few: u64, many: u64) -> Range<u64> {
     random::seeds("HISTORIES").unwrap_or(0..if is_thorough() { many } else { few })
 }
 
-fn paused() -> tokio::runtime::Runtime {
+pub(crate) fn paused() -> tokio::runtime::Runtime {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     runtime.enable_all().start_paused(true).build().unwrap()
 }

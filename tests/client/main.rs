@@ -7,7 +7,7 @@ mod once;
 mod once_over_http;
 mod over_http;
 mod owners;
-#[expect(dead_code, reason = "the simulation uses every choice")]
+mod programs;
 #[path = "../simulation/random.rs"]
 mod random;
 mod retries;

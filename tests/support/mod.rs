@@ -116,6 +116,16 @@ impl RemoteStore {
         store
     }
 
+    pub fn with_clock(clock: Clock) -> Self {
+        let remote = Remote {
+            clock,
+            ..Remote::default()
+        };
+        let store = Self(Arc::new(remote));
+        store.set_yields(1);
+        store
+    }
+
     /// Sets how many times an operation yields before it takes effect, and again before it returns.
     pub fn set_yields(&self, yields: usize) {
         self.0.yields.store(yields, Ordering::SeqCst);

@@ -42,6 +42,8 @@ pub(super) enum Got {
     /// The call was made, and its response is lost.
     Responded,
     Unknown,
+    /// An error that no history should cause.
+    Unexpected,
 }
 
 #[derive(Clone, Debug)]
