@@ -11,6 +11,7 @@ mod tcp;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::Request;
@@ -21,7 +22,7 @@ use tower_idempotency::client::{ErrorClass, KeyOrigin, KeyPlacementError};
 use crate::random;
 use crate::support::{Timer, is_thorough};
 use party::{Entry, Got, Log, Trouble};
-use plan::{Keys, Plan, Transport};
+use plan::{Calls, Event, Foreign, Keys, Plan, Step, Transport};
 use stack::Client;
 
 pub(crate) fn seeds(few: u64, many: u64) -> Range<u64> {
@@ -87,17 +88,42 @@ fn check(plan: &Plan, log: &Log) {
     );
 }
 
+/// Plays a history under paused time.
+fn simulate(plan: &Plan) -> Log {
+    paused().block_on(async {
+        let log = Log::new(Timer::start());
+        let transport = party::scripted(plan, &log);
+        play(plan, &log, plan::HOME, transport, Some(Trouble::class)).await;
+        log
+    })
+}
+
 #[test]
 fn every_history_of_calls_follows_the_model() {
     for seed in seeds(600, 30_000) {
         let plan = Plan::of(seed, Transport::Scripted);
-        let log = paused().block_on(async {
-            let log = Log::new(Timer::start());
-            let transport = party::scripted(&plan, &log);
-            play(&plan, &log, plan::HOME, transport, Some(Trouble::class)).await;
-            log
-        });
-        check(&plan, &log);
+        check(&plan, &simulate(&plan));
+    }
+}
+
+/// The guide warns of a foreign retry layer around a client that reports nothing. It hides the lost
+/// request from the layers.
+#[test]
+fn a_lost_request_before_a_hidden_repeat_is_not_seen() {
+    let takes = Duration::ZERO;
+    let steps = [Event::ResetAfter, Event::NotConnected].map(|event| Step { event, takes });
+    let hidden = Foreign {
+        repeats: 1,
+        pause: takes,
+    };
+    for (redirects, expected) in [(false, Got::NotTaken), (true, Got::Unknown)] {
+        let mut plan = Plan::of(0, Transport::Scripted);
+        (plan.once, plan.around, plan.within) = (None, None, Some(hidden));
+        (plan.redirects, plan.steps) = (redirects, steps.to_vec());
+        plan.calls_layer = Some(Calls::once());
+        plan.calls.truncate(1);
+        let got = simulate(&plan).entries().pop();
+        assert!(matches!(&got, Some(Entry::Got(got)) if *got == expected), "{got:?}");
     }
 }
 

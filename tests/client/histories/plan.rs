@@ -72,6 +72,18 @@ pub(super) struct Calls {
     pub(super) known: Duration,
 }
 
+impl Calls {
+    /// One attempt, without a limit of time.
+    pub(super) const fn once() -> Self {
+        Self {
+            collects: false,
+            max_attempts: 1,
+            horizon: Duration::MAX,
+            known: Duration::from_secs(3600),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keys {
     Caller,
