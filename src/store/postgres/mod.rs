@@ -400,9 +400,13 @@ const BUSY: Error =
     Error::store_unavailable("no connection of the pool is free; all of them are in use or wait for the database");
 
 impl fmt::Debug for PostgresStore {
+    /// Shows figures, but no address and no credential.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresStore")
             .field("connections", &self.0.pool.size())
+            .field("spare", &self.0.spare)
+            .field("watched_keys", &self.0.watchers.len())
+            .field("pursued_claims", &self.0.pursuits.len())
             .finish_non_exhaustive()
     }
 }

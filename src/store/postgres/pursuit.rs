@@ -105,7 +105,12 @@ impl Default for Pursuits {
 
 impl Pursuits {
     fn is_empty(&self) -> bool {
-        self.count.load(Ordering::Acquire) == 0
+        self.len() == 0
+    }
+
+    /// Returns the number of pursued claims.
+    pub(super) fn len(&self) -> usize {
+        self.count.load(Ordering::Acquire)
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Open) -> T) -> T {

@@ -9,6 +9,7 @@
 //! while an operation waits for the pool. Each operation first takes a [`Turn`], and the store has
 //! as many turns as its pool has connections.
 
+use std::fmt;
 use std::mem::take;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -157,6 +158,17 @@ impl Default for Spare {
             state: Mutex::default(),
             turns: None,
         }
+    }
+}
+
+impl fmt::Debug for Spare {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = lock(&self.state);
+        f.debug_struct("Spare")
+            .field("idle", &state.idle.len())
+            .field("waiting", &state.waiting)
+            .field("turns", &self.turns.as_ref().map(|turns| turns.available_permits()))
+            .finish()
     }
 }
 

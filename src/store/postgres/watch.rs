@@ -126,8 +126,9 @@ impl Watchers {
         }
     }
 
-    fn has_none(&self) -> bool {
-        lock(&self.state).waiting.is_empty()
+    /// Returns the number of keys that have waiters.
+    pub(super) fn len(&self) -> usize {
+        lock(&self.state).waiting.len()
     }
 }
 
@@ -150,7 +151,7 @@ async fn listen(
                     None => watchers.wake_all(),
                 },
                 Ok(Ok(None) | Err(_)) => break,
-                Err(_) if watchers.has_none() => break,
+                Err(_) if watchers.len() == 0 => break,
                 Err(_) => {}
             }
         }
