@@ -7,10 +7,8 @@ mod grpc;
 mod marks;
 mod renewals;
 
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
@@ -28,6 +26,7 @@ use tower_idempotency::{
     BoxStore, ErrorKind, IdempotencyLayer, Lease, MemoryStore, OnError, OnLost, PostgresStore, Store,
 };
 
+use crate::support::drop_after;
 use crate::support::postgres::PostgresServer;
 
 /// The end of the handler's transaction.
@@ -456,21 +455,6 @@ async fn a_refusal_after_a_rollback_is_stored_like_any_other_response() {
         );
         assert_eq!(headers.contains_key("idempotent-replayed"), replayed);
     }
-}
-
-/// Polls a future `polls` times, each time after it was woken, then drops it.
-async fn drop_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
-    let mut future = std::pin::pin!(future);
-    let mut polled = 0;
-    poll_fn(|cx| {
-        polled += 1;
-        match future.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending if polled == polls => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    })
-    .await
 }
 
 /// A handler drops its completion after each number of polls in turn, and still commits.

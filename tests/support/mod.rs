@@ -10,6 +10,7 @@ pub mod bouncer;
 #[cfg(all(feature = "postgres", feature = "redis"))]
 pub mod garbling_proxy;
 pub mod late;
+pub mod operation;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub mod port;
 #[cfg(feature = "postgres")]
@@ -652,4 +653,19 @@ impl futures::task::ArcWake for Woken {
     fn wake_by_ref(woken: &Arc<Self>) {
         woken.0.store(true, Ordering::SeqCst);
     }
+}
+
+/// Polls a future `polls` times, each time after it was woken, then drops it.
+pub async fn drop_after<F: Future>(polls: usize, future: F) -> Option<F::Output> {
+    let mut future = std::pin::pin!(future);
+    let mut polled = 0;
+    std::future::poll_fn(|cx| {
+        polled += 1;
+        match future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending if polled == polls => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    })
+    .await
 }

@@ -7,16 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
-use tower_idempotency::protocol::{
-    Claim, Completion, Decision, Fingerprint, Grant, IfLost, Nonce, Outcome, Release, Renewal, Resolution,
-    ResolveResult, StorageKey, StoredResponse,
-};
 use tower_idempotency::{Error, ErrorKind, Store};
+
+use super::operation::{Case, Operation};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -171,149 +168,6 @@ impl State {
     }
 }
 
-const HOUR: Duration = Duration::from_secs(3_600);
-
-fn fresh() -> Claim {
-    Claim {
-        key: StorageKey::from_bytes(rand::random()),
-        fingerprint: Fingerprint::of(b"pay"),
-        nonce: Nonce::random(),
-        lease: HOUR,
-        retention: HOUR,
-        if_lost: IfLost::Execute,
-        max_attempts: 9,
-    }
-}
-
-fn outcome() -> Outcome {
-    Outcome::Stored(StoredResponse {
-        head: Bytes::from_static(b"head"),
-        body: Bytes::from_static(b"body"),
-    })
-}
-
-async fn granted(store: &impl Store, claim: &Claim) -> Grant {
-    match store.claim(claim).await.unwrap() {
-        Decision::Execute(grant) | Decision::Recover(grant) => grant,
-        other => panic!("{other:?}"),
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum Operation {
-    Claim,
-    Complete,
-    Peek,
-    Release,
-    Renew,
-    Resolve,
-}
-
-impl Operation {
-    pub const ALL: [Self; 6] = [
-        Self::Claim,
-        Self::Complete,
-        Self::Peek,
-        Self::Release,
-        Self::Renew,
-        Self::Resolve,
-    ];
-
-    /// Runs the operation through the proxy while `cut` takes effect. Then checks the record
-    /// directly and repeats the operation as the layer does. Returns whether the reply arrived.
-    async fn survive<S: Store>(self, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
-        let claim = fresh();
-        let key = &claim.key;
-        match self {
-            Self::Claim => survive_claim(&claim, proxied, direct, cut).await,
-            Self::Complete => survive_complete(&claim, proxied, direct, cut).await,
-            Self::Peek => {
-                let owner = granted(direct, &claim).await.owner;
-                cut();
-                let peeked = judged(proxied.peek(key).await);
-                if let Some(snapshot) = &peeked {
-                    assert_eq!(snapshot.as_ref().unwrap().fence, owner.fence);
-                }
-                peeked.is_some()
-            }
-            Self::Release => {
-                let owner = granted(direct, &claim).await.owner;
-                cut();
-                let released = judged(proxied.release(key, owner).await);
-                assert_eq!(direct.release(key, owner).await.unwrap(), Release::Released);
-                assert_eq!(direct.peek(key).await.unwrap(), None);
-                released.is_some()
-            }
-            Self::Renew => {
-                let owner = granted(direct, &claim).await.owner;
-                cut();
-                let renewed = judged(proxied.renew(key, owner, HOUR).await);
-                assert_eq!(direct.renew(key, owner, HOUR).await.unwrap(), Renewal::Renewed);
-                renewed.is_some()
-            }
-            Self::Resolve => {
-                let owner = granted(direct, &claim).await.owner;
-                direct.renew(key, owner, Duration::ZERO).await.unwrap();
-                let found = Resolution::Completed(outcome(), HOUR);
-                cut();
-                let resolved = judged(proxied.resolve(key, owner.fence, &found).await);
-                let repeated = direct.resolve(key, owner.fence, &found).await.unwrap();
-                assert!(matches!(
-                    repeated,
-                    ResolveResult::Resolved | ResolveResult::Conflict(Some(_))
-                ));
-                let replay = direct
-                    .claim(&Claim {
-                        nonce: Nonce::random(),
-                        ..claim
-                    })
-                    .await
-                    .unwrap();
-                assert!(matches!(replay, Decision::Replay(_)));
-                resolved.is_some()
-            }
-        }
-    }
-}
-
-async fn survive_claim<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
-    cut();
-    let first = judged(proxied.claim(claim).await);
-    let repeated = granted(direct, claim).await;
-    assert_eq!(repeated.attempt, 1);
-    if let Some(first) = &first {
-        assert_eq!(*first, Decision::Execute(repeated));
-    }
-    assert!(matches!(
-        direct
-            .claim(&Claim {
-                nonce: Nonce::random(),
-                ..claim.clone()
-            })
-            .await
-            .unwrap(),
-        Decision::Wait { .. }
-    ));
-    first.is_some()
-}
-
-async fn survive_complete<S: Store>(claim: &Claim, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
-    let owner = granted(direct, claim).await.owner;
-    cut();
-    let completed = judged(proxied.complete(&claim.key, owner, &outcome(), HOUR).await);
-    let repeated = direct.complete(&claim.key, owner, &outcome(), HOUR).await.unwrap();
-    assert_eq!(repeated, Completion::Completed);
-    let replay = direct
-        .claim(&Claim {
-            nonce: Nonce::random(),
-            ..claim.clone()
-        })
-        .await
-        .unwrap();
-    assert!(matches!(replay, Decision::Replay(response) if Outcome::Stored(response.clone()) == outcome()));
-    completed.is_some()
-}
-
 /// Returns the reply, or nothing if the store is unreachable. Panics on any other error.
 fn judged<T>(result: Result<T, Error>) -> Option<T> {
     match result {
@@ -323,6 +177,19 @@ fn judged<T>(result: Result<T, Error>) -> Option<T> {
             None
         }
     }
+}
+
+/// Runs the operation through the proxy while `cut` takes effect. Then repeats the operation
+/// directly, and checks the record. Returns whether the reply arrived.
+async fn survive<S: Store>(operation: &Operation, proxied: &S, direct: &S, cut: impl FnOnce() + Send) -> bool {
+    let case = Case::new(operation, direct).await;
+    cut();
+    let reply = judged(case.run(proxied).await);
+    if let Some(reply) = &reply {
+        case.check(reply, false);
+    }
+    case.repeat(reply.as_ref(), direct).await;
+    reply.is_some()
 }
 
 /// The positions of the cuts.
@@ -339,8 +206,13 @@ struct Cuts {
 /// the cuts fall on every part of a frame.
 const SAMPLE: usize = 11;
 
-/// Cuts every operation after every byte in both directions, or after every eleventh byte if the
-/// tests are not thorough. Returns the number of bytes that this covers.
+/// The distance between two cuts of a variant in bytes, unless the tests are thorough. The first
+/// cut is after the first byte, so each variant loses its request and its reply.
+const FEW: usize = 211;
+
+/// Cuts every operation after every byte in both directions. If the tests are not thorough, cuts one
+/// operation of each kind after every eleventh byte, and its variants once or twice. Returns the
+/// number of bytes that this covers.
 ///
 /// Reconnecting takes most of the time. Therefore several stores, each behind its own proxy, share
 /// the bytes.
@@ -359,19 +231,36 @@ async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, 
     let stores = proxied.len();
     let sample = if super::is_thorough() { 1 } else { SAMPLE };
     let step = step * sample;
+    // A connection that already listens may serve a watch, so a watch may send nothing.
+    let kinds = Operation::kinds().into_iter();
+    let kinds: Vec<_> = kinds.filter(|kind| !matches!(kind, Operation::Watch)).collect();
     let shares = proxied.into_iter().enumerate().map(|(share, (store, proxy))| {
-        let direct = direct.clone();
-        let cuts = Cuts {
-            prepared,
-            // A cut before the first byte is the same as a cut after zero bytes.
-            first: 1 + share * step,
-            step: stores * step,
-        };
+        let (direct, kinds) = (direct.clone(), kinds.clone());
         tokio::spawn(async move {
+            let cuts = Cuts {
+                prepared,
+                // A cut before the first byte is the same as a cut after zero bytes.
+                first: 1 + share * step,
+                step: stores * step,
+            };
+            let variants = Operation::variants().into_iter();
+            let variants: Vec<_> = match (super::is_thorough(), prepared) {
+                (true, _) => variants.map(|variant| (variant, cuts)).collect(),
+                (false, true) => {
+                    let cuts = Cuts {
+                        first: 1,
+                        step: FEW,
+                        ..cuts
+                    };
+                    let own = variants.skip(share).step_by(stores);
+                    own.map(|variant| (variant, cuts)).collect()
+                }
+                (false, false) => Vec::new(),
+            };
             let mut made = 0;
-            for operation in Operation::ALL {
+            for (operation, cuts) in kinds.into_iter().map(|kind| (kind, cuts)).chain(variants) {
                 for direction in [Direction::ToServer, Direction::ToClient] {
-                    made += cut(operation, direction, cuts, (&store, &proxy), &direct).await;
+                    made += cut(&operation, direction, cuts, (&store, &proxy), &direct).await;
                 }
             }
             made
@@ -383,7 +272,7 @@ async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, 
 
 /// Cuts the operation at each position until it has no more bytes. Returns the number of cuts.
 async fn cut<S: Store>(
-    operation: Operation,
+    operation: &Operation,
     direction: Direction,
     cuts: Cuts,
     (proxied, proxy): (&S, &Proxy),
@@ -391,15 +280,15 @@ async fn cut<S: Store>(
 ) -> usize {
     let before = match operation {
         _ if cuts.prepared => operation,
-        Operation::Peek => Operation::Renew,
-        _ => Operation::Peek,
+        Operation::Peek => &Operation::Release(1),
+        _ => &Operation::Peek,
     };
     for (made, bytes) in (cuts.first..).step_by(cuts.step).enumerate() {
         let mut tries = 0;
         let is_over = loop {
             connected(before, proxied, direct).await;
             let cut = || proxy.set(Fate::CutAfter(direction, bytes));
-            let has_reply = operation.survive(proxied, direct, cut).await;
+            let has_reply = survive(operation, proxied, direct, cut).await;
             let was_cut = proxy.heal();
             if was_cut || has_reply {
                 break !was_cut;
@@ -417,12 +306,32 @@ async fn cut<S: Store>(
 }
 
 /// Reconnects and runs an operation.
-async fn connected<S: Store>(operation: Operation, proxied: &S, direct: &S) {
+async fn connected<S: Store>(operation: &Operation, proxied: &S, direct: &S) {
     for _ in 0..100 {
-        if operation.survive(proxied, direct, || {}).await {
+        if survive(operation, proxied, direct, || {}).await {
             return;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     panic!("the store does not reconnect");
+}
+
+/// Delays the replies to all operations until their callers have given up, and lets the callers
+/// repeat them while the late replies arrive. `proxied` gives up after less than half of `delay`.
+pub async fn reply_late<S: Store>((proxied, proxy): (&S, &Proxy), direct: &S, delay: Duration) {
+    let operations = Operation::all();
+    let cases = operations.iter().map(|operation| Case::new(operation, direct));
+    let cases = futures::future::join_all(cases).await;
+    proxy.set(Fate::Delay(delay));
+    let late = futures::future::join_all(cases.iter().map(|case| case.run(proxied))).await;
+    proxy.heal();
+    for (case, late) in cases.iter().zip(late) {
+        let is_local = matches!(case.operation, Operation::Watch);
+        assert!(is_local || judged(late).is_none(), "{:?}", case.operation);
+    }
+    let repeated = cases.iter().map(async |case| {
+        let reply = case.repeat_until_it_succeeds(proxied).await;
+        case.repeat(Some(&reply), direct).await;
+    });
+    futures::future::join_all(repeated).await;
 }
