@@ -1,6 +1,7 @@
 //! Each store against its contract, and against clients, poolers and servers that fail. Each test
 //! starts its own servers.
 
+mod cancellation;
 mod clock;
 mod contract;
 mod full_pool;
