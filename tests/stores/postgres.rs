@@ -177,6 +177,21 @@ async fn an_operation_that_is_cut_while_it_is_prepared_can_be_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_operation_whose_reply_is_late_can_be_repeated() {
+    let server = PostgresServer::start();
+    let direct = PostgresStore::connect(&server.url()).await.unwrap();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let pool = PgPoolOptions::new().max_connections(30).test_before_acquire(false);
+    let pool = pool.connect(&server.url_by(proxy.address.port())).await.unwrap();
+    let builder = PostgresStore::builder().with_timeout(Duration::from_millis(100));
+    let proxied = builder.with_pool(pool.clone()).unwrap();
+    proxied.check().await.unwrap();
+    // Later, the operations need no new connections.
+    join_all((0..30).map(|_| sqlx::query("SELECT pg_sleep(0.3)").execute(&pool))).await;
+    proxy::reply_late((&proxied, &proxy), &direct, Duration::from_millis(300)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_completion_whose_future_is_dropped_is_still_sent() {
     let server = PostgresServer::start();
     let (store, proxy) = through_proxy(&server).await;

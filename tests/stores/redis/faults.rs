@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tower::Layer;
-use tower_idempotency::protocol::{Claim, Decision, Status};
+use tower_idempotency::protocol::{Claim, Decision, IfLost, Status};
 use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::{HOUR, RedisServer, claim, completed, connect, eventually, granted, replayed, stored};
+use crate::support::operation::{Case, Operation};
 use crate::support::{Handler, Timer, post, send};
 
 #[tokio::test]
@@ -128,6 +129,39 @@ async fn a_full_server_takes_no_new_keys_but_replays_and_lets_owners_end() {
     assert_eq!((got.status(), got.code()), (503, "store-full"));
     server.command::<()>("CONFIG SET maxmemory 0");
     assert_eq!(send(&service, post("new", "x")).await.status(), 201);
+}
+
+/// A full server refuses only operations that grant a key. Every other one can be repeated there,
+/// and so can a claim that was granted before.
+#[tokio::test]
+async fn a_full_server_refuses_grants_and_no_other_operation() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    for operation in Operation::all() {
+        let grants = matches!(operation, Operation::Claim(_))
+            || matches!(operation, Operation::TakeOver(if_lost) if if_lost != IfLost::Refuse);
+        let (new, repeated) = (Case::new(&operation, &store).await, Case::new(&operation, &store).await);
+        let first = repeated.run(&store).await.unwrap();
+        server.command::<()>("CONFIG SET maxmemory 1");
+        let reply = new.run(&store).await;
+        let again = repeated.run(&store).await;
+        match &reply {
+            Ok(reply) => new.check(reply, false),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::StoreFull, "{operation:?}: {error:?}"),
+        }
+        assert_eq!(reply.is_err(), grants, "{operation:?}: {reply:?}");
+        if grants {
+            assert!(!new.has_effect(&store).await, "{operation:?}");
+        }
+        // A lease that is over cannot be repeated without a write.
+        match (&operation, again) {
+            (Operation::Claim(Duration::ZERO), Err(error)) => assert_eq!(error.kind(), ErrorKind::StoreFull),
+            (_, again) => repeated.check(&again.unwrap(), true),
+        }
+        server.command::<()>("CONFIG SET maxmemory 0");
+        repeated.repeat(Some(&first), &store).await;
+        new.repeat(reply.ok().as_ref(), &store).await;
+    }
 }
 
 /// The rest of a lease may end before the first renewal of an owner that takes it for a whole one.

@@ -7,7 +7,7 @@ use tower_idempotency::protocol::Decision;
 use tower_idempotency::{ErrorKind, RedisStore, Store};
 
 use super::{RedisServer, claim, connect, eventually, granted};
-use crate::support::proxy::{Direction, Fate, Proxy, cut_after_every_byte};
+use crate::support::proxy::{Direction, Fate, Proxy, cut_after_every_byte, reply_late};
 
 async fn through_proxy(server: &RedisServer) -> (RedisStore, Proxy) {
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
@@ -42,4 +42,14 @@ async fn a_server_that_drops_one_direction_is_given_up_in_time() {
         let again = tokio::time::timeout(Duration::from_secs(60), again).await;
         assert!(matches!(again, Ok(Decision::Execute(_))), "{again:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_whose_reply_is_late_can_be_repeated() {
+    let server = RedisServer::start();
+    let direct = connect(&server).await;
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let builder = RedisStore::builder().with_response_timeout(Duration::from_millis(100));
+    let proxied = builder.connect(&server.url_by(proxy.address.port())).await.unwrap();
+    reply_late((&proxied, &proxy), &direct, Duration::from_millis(300)).await;
 }

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use redis::cluster::ClusterClient;
 use tower::Layer;
-use tower_idempotency::protocol::{Completion, Decision, Outcome, Release, Status};
+use tower_idempotency::protocol::{Completion, Decision, IfLost, Outcome, Release, ResolveResult, Status};
 use tower_idempotency::{ErrorKind, IdempotencyLayer, RedisStore, Store};
 
 use super::{HOUR, RedisServer, claim, completed, connect, granted, name, replayed, stored};
+use crate::support::operation::{Case, Operation, Reply};
 use crate::support::{Handler, Timer, post, send};
 
 async fn replicated(server: &RedisServer, replicas: usize) -> RedisStore {
@@ -205,6 +206,39 @@ async fn an_outcome_that_too_few_replicas_have_is_not_shown() {
             _ => Decision::NotStored,
         };
         assert_eq!(other.claim(&claim(n, 2)).await.unwrap(), expected);
+    }
+}
+
+/// A failover could lose any of these writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_write_that_too_few_replicas_have_is_an_error_until_they_have_it() {
+    let primary = RedisServer::start();
+    let replica = primary.replica();
+    let direct = connect(&primary).await;
+    let builder = RedisStore::builder().with_replication(1, Duration::from_millis(50));
+    let store = builder.connect(&primary.url()).await.unwrap();
+    for operation in Operation::all() {
+        use Operation::{Claim, Complete, Resolve, TakeOver};
+        let must_last = matches!(operation, Claim(_) | Complete(_) | Resolve(_))
+            || matches!(operation, TakeOver(if_lost) if if_lost != IfLost::Refuse);
+        if !must_last {
+            continue;
+        }
+        let case = Case::new(&operation, &direct).await;
+        replica.signal("-STOP");
+        let replies = [case.run(&store).await, case.run(&store).await];
+        replica.signal("-CONT");
+        for (reply, is_repeat) in replies.into_iter().zip([false, true]) {
+            // A resolution that has taken effect cannot be repeated.
+            let is_conflict = is_repeat && matches!(reply, Ok(Reply::Resolve(ResolveResult::Conflict(_))));
+            let error = reply.err().map(|error| error.kind());
+            assert!(
+                is_conflict || error == Some(ErrorKind::StoreUnavailable),
+                "{operation:?}: {error:?}"
+            );
+        }
+        let reply = case.repeat_until_it_succeeds(&store).await;
+        case.repeat(Some(&reply), &direct).await;
     }
 }
 
