@@ -221,6 +221,8 @@ async fn an_operation_that_is_dropped_at_any_await_leaves_nothing_at_a_cluster()
     bench.cancel_all(async || {}).await;
 }
 
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+
 async fn count(pool: &PgPool, sql: &'static str) -> i64 {
     sqlx::query_scalar(sql).fetch_one(pool).await.unwrap()
 }
@@ -231,7 +233,6 @@ async fn nothing_is_left_at_postgres(store: &PostgresStore, other: &PgPool, conn
     const OPEN: &str = "SELECT count(*) FROM pg_stat_activity a LEFT JOIN pg_locks l ON l.pid = a.pid \
         WHERE backend_type = 'client backend' AND a.pid <> pg_backend_pid() \
         AND (xact_start IS NOT NULL OR l.pid IS NOT NULL)";
-    const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
     until(&format!("nothing is left of {store:?}"), async || {
         let shown = format!("{store:?}");
         let is_idle = ["waiting: 0,", "watched_keys: 0,", "pursued_claims: 0,"];
@@ -270,23 +271,21 @@ const fn ends(operation: &Operation) -> bool {
     matches!(operation, Operation::Complete(_) | Operation::Release(_))
 }
 
-async fn cancel_all_at_postgres(store: &PostgresStore, direct: &PostgresStore, before: impl AsyncFn()) {
-    let (lasting, lease): (fn(&Operation) -> bool, _) = (ends, HOUR);
-    let bench = Bench {
+fn bench_at_postgres<'s>(store: &'s PostgresStore, direct: &'s PostgresStore) -> Bench<'s, PostgresStore> {
+    Bench {
         store,
         direct,
-        lasting,
-        lease,
-    };
-    let polls = bench.cancel_all(before).await;
-    assert!(polls >= 2, "{polls} polls");
+        lasting: ends,
+        lease: HOUR,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operation_that_is_dropped_at_any_await_leaves_nothing_at_postgres() {
     let (server, direct, other) = postgres().await;
     let store = PostgresStore::connect(&server.url()).await.unwrap();
-    cancel_all_at_postgres(&store, &direct, async || {}).await;
+    let polls = bench_at_postgres(&store, &direct).cancel_all(async || {}).await;
+    assert!(polls >= 2, "{polls} polls");
     nothing_is_left_at_postgres(&store, &other, 15).await;
 }
 
@@ -298,6 +297,40 @@ async fn an_operation_that_is_dropped_at_any_await_leaves_no_transaction_behind_
     let pool = pool.connect(&server.url()).await.unwrap();
     let builder = PostgresStore::builder().with_transaction_pooler();
     let store = builder.with_pool(pool).unwrap();
-    cancel_all_at_postgres(&store, &direct, async || {}).await;
+    let polls = bench_at_postgres(&store, &direct).cancel_all(async || {}).await;
+    assert!(polls >= 2, "{polls} polls");
     nothing_is_left_at_postgres(&store, &other, 3).await;
+}
+
+/// A backend goes on with its statement when its client has closed the connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_is_dropped_while_it_waits_for_a_lock_keeps_its_connection() {
+    let (server, direct, other) = postgres().await;
+    let pool = PgPoolOptions::new().max_connections(1).test_before_acquire(false);
+    let pool = pool.connect(&server.url()).await.unwrap();
+    let store = PostgresStore::builder().with_pool(pool).unwrap();
+    store.check().await.unwrap();
+    let bench = bench_at_postgres(&store, &direct);
+    // With one connection, a watch sends nothing.
+    for operation in Operation::kinds() {
+        if matches!(operation, Operation::Watch) {
+            continue;
+        }
+        let cases = [(); 2].map(|()| Case::new(&operation, &direct));
+        let [first, second] = <[Case; 2]>::try_from(join_all(cases).await).unwrap();
+        let mut locked = other.begin().await.unwrap();
+        let lock = sqlx::raw_sql("LOCK TABLE idempotency_records IN ACCESS EXCLUSIVE MODE");
+        lock.execute(&mut *locked).await.unwrap();
+        let name = format!("{operation:?} waits");
+        tokio::select! {
+            reply = first.run(&store) => panic!("{operation:?}: {reply:?}"),
+            () = until(&name, async || count(&other, WAITING).await == 1) => {}
+        }
+        let refused = tokio::time::timeout(40 * MILLI, second.run(&store)).await;
+        assert!(!matches!(refused, Ok(Ok(_))), "{operation:?}: {refused:?}");
+        assert_eq!(count(&other, WAITING).await, 1, "{operation:?}");
+        locked.rollback().await.unwrap();
+        bench.abandoned(&first, 1).await;
+    }
+    nothing_is_left_at_postgres(&store, &other, 1).await;
 }
