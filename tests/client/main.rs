@@ -11,5 +11,7 @@ mod programs;
 #[path = "../simulation/random.rs"]
 mod random;
 mod retries;
+#[path = "../support/seeds.rs"]
+mod seeds;
 #[path = "../support/mod.rs"]
 mod support;

@@ -31,6 +31,8 @@ mod link;
 mod plan;
 mod process;
 mod random;
+#[path = "../support/seeds.rs"]
+mod seeds;
 mod watchdog;
 mod work;
 mod world;
@@ -187,7 +189,7 @@ fn no_guarantee_is_violated_under_any_fault() {
         assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
         return;
     }
-    let seeds = random::seeds("SIMULATIONS").unwrap_or(0..if is_thorough() { 5_000 } else { 500 });
+    let seeds = seeds::seeds("SIMULATIONS").unwrap_or(0..if is_thorough() { 5_000 } else { 500 });
     if let Some(seed) = search(seeds, Rule::Correct) {
         panic!("{}", report(&Plan::of(seed), Rule::Correct));
     }
