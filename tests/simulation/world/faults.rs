@@ -70,7 +70,7 @@ impl World {
         self.plan.faults.retain(|planned| planned.at < Plan::ACTIVE);
         let now = self.shared().now;
         for planned in &mut self.plan.faults {
-            planned.lasts = planned.lasts.min(now - planned.at);
+            planned.lasts = planned.lasts.min(now.saturating_sub(planned.at));
         }
         self.active.resize(self.plan.faults.len(), false);
     }
