@@ -129,7 +129,10 @@ impl<St: Store, S> Exchange<St, S> {
                 Seen::Settled(shared_result) => shared_result,
                 Seen::Free | Seen::InFlight => self.outstanding(),
             },
-            Err(_) => self.outstanding(),
+            Err(error) => {
+                telemetry::store_failed(&error);
+                self.outstanding()
+            }
         }
     }
 
