@@ -31,7 +31,7 @@ pub(crate) struct Process {
 struct OneRuntime {
     runtime: Runtime,
     is_blocked: bool,
-    /// The time for which it has been blocked.
+    /// The time for which it has been blocked or has had no tasks. Its clock does not show this time yet.
     behind: Duration,
     /// The requests that run: the operation, the number of its try, and the task.
     requests: Vec<(usize, usize, AbortHandle)>,
@@ -63,6 +63,10 @@ impl OneRuntime {
     )]
     fn now(&self) -> Instant {
         self.runtime.block_on(async { Instant::now() })
+    }
+
+    fn has_no_tasks(&self) -> bool {
+        self.runtime.metrics().num_alive_tasks() == 0
     }
 
     /// Lets the clock jump. All timers in between are due at once.
@@ -114,10 +118,12 @@ impl Process {
         random.shuffle(&mut order);
         for number in order {
             match &mut self.runtimes[number] {
-                Some(one) if one.is_blocked => one.behind += whole,
+                Some(one) if one.is_blocked || one.has_no_tasks() => one.behind += whole,
                 Some(one) => {
-                    let behind = std::mem::take(&mut one.behind);
-                    one.jump(behind);
+                    if !one.behind.is_zero() {
+                        let behind = std::mem::take(&mut one.behind);
+                        one.jump(behind);
+                    }
                     one.runtime.block_on(async { tokio::time::sleep_until(until).await });
                 }
                 None => {}
