@@ -169,8 +169,8 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::event(Event::HandlerFailed);
         match self.settings.policy.of_failure() {
             Verdict::Store => {
-                let (head, body, stored) = self.settings.failure_to_store(self.head.as_deref());
                 let retention = self.settings.engine.retention;
+                let (head, body, stored) = self.settings.failure_to_store(self.head.as_deref(), retention);
                 match self.store_failure(stored, retention).await {
                     Ok(shared_result) => self.release_slot(shared_result),
                     Err(response) => return response,
@@ -197,10 +197,8 @@ impl<St: Store, S> Exchange<St, S> {
         if let Err(response) = self.without_outcome(verdict).await {
             return response;
         }
-        self.finish(SharedResult::Refused(match verdict {
-            Verdict::Release => Refusal::new(RefusalKind::HandlerFailed),
-            _ => HELD,
-        }))
+        let retention = self.settings.engine.retention;
+        self.finish(SharedResult::Refused(self.settings.handler_failed(verdict, retention)))
     }
 
     /// Ends the attempt without an outcome. [`Verdict::Release`] releases the key, and any other
@@ -228,7 +226,9 @@ impl<St: Store, S> Exchange<St, S> {
         // A layer for webhooks acknowledges a duplicate of a tombstone with 200. If the response
         // was no success, store a failure instead, so that no duplicate is acknowledged.
         if self.settings.acknowledges && !status.is_success() {
-            let (_, _, stored) = self.settings.failure_to_store(self.head.as_deref());
+            let (_, _, stored) = self
+                .settings
+                .failure_to_store(self.head.as_deref(), judgement.retention);
             return self.store_failure(stored, judgement.retention).await;
         }
         self.conclude(&Outcome::Tombstone, judgement.retention).await?;
@@ -377,11 +377,12 @@ impl Values {
         head: &response::Parts,
         body: &Collected,
     ) -> Outcome {
-        match self.happened(head).verdict {
+        let judgement = self.happened(head);
+        match judgement.verdict {
             // A layer for webhooks acknowledges a duplicate of a tombstone, which must not happen
             // after a failure.
             Verdict::Tombstone if self.acknowledges && !head.status.is_success() => {
-                Outcome::Stored(self.failure_to_store(request).2)
+                Outcome::Stored(self.failure_to_store(request, judgement.retention).2)
             }
             Verdict::Tombstone => Outcome::Tombstone,
             _ => Outcome::Stored(self.response_headers.store(head, body)),
@@ -393,8 +394,10 @@ impl Values {
     pub(super) fn failure_to_store(
         &self,
         head: Option<&request::Parts>,
+        retention: Duration,
     ) -> (response::Parts, Collected, StoredResponse) {
-        let (head, bytes) = HELD.render(&self.refusals, head).into_parts();
+        let refusal = self.handler_failed(Verdict::Store, retention);
+        let (head, bytes) = refusal.render(&self.refusals, head).into_parts();
         let body = Collected { bytes, trailers: None };
         let stored = self.response_headers.store(&head, &body);
         (head, body, stored)

@@ -13,7 +13,7 @@ use super::errors::ServiceErrors;
 use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
 use crate::callback::Callback;
 use crate::engine::EngineSettings;
-use crate::http::{Fingerprinting, IDEMPOTENCY_KEY, Rendering, ResponseHeaders, StreamTypes};
+use crate::http::{Fingerprinting, IDEMPOTENCY_KEY, Refusal, RefusalKind, Rendering, ResponseHeaders, StreamTypes};
 use crate::protocol::{IfLost, KeyParser, Scope};
 
 /// The settings of a layer, for the selector of
@@ -131,15 +131,29 @@ impl Values {
             return;
         };
         let is_failure = head.status.is_client_error() || head.status.is_server_error();
-        let can_run_again = match judgement.verdict {
+        if is_failure && !self.can_run_again(judgement.verdict, judgement.retention) {
+            // If the header map is full, the response does not get the field.
+            drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
+        }
+    }
+
+    /// Whether a retry can run the handler, after an attempt that ended with this verdict.
+    fn can_run_again(&self, verdict: Verdict, retention: Duration) -> bool {
+        match verdict {
+            // Without a retention, the store forgets every end.
+            _ if retention.is_zero() => true,
             Verdict::Release => true,
             // A retry takes the key over, or calls the recovery check first.
             Verdict::GiveUp => self.engine.if_lost != IfLost::Refuse,
-            Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => judgement.retention.is_zero(),
-        };
-        if is_failure && !can_run_again {
-            // If the header map is full, the response does not get the field.
-            drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
+            Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => false,
+        }
+    }
+
+    /// Returns the refusal for a handler that failed without a response.
+    pub(super) fn handler_failed(&self, verdict: Verdict, retention: Duration) -> Refusal {
+        match self.can_run_again(verdict, retention) {
+            true => Refusal::new(RefusalKind::HandlerFailed),
+            false => Refusal::final_for_key(RefusalKind::HandlerFailed),
         }
     }
 }

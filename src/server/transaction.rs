@@ -309,12 +309,13 @@ impl<St: Store, S> Exchange<St, S> {
 
 /// Returns the end of an attempt whose handler has failed, for the background task to record.
 fn end_of_failure(settings: &Values, head: Option<&request::Parts>) -> AttemptEnd {
+    let retention = settings.engine.retention;
     match settings.policy.of_failure() {
         Verdict::GiveUp => AttemptEnd::GivenUp,
         Verdict::Release => AttemptEnd::Released,
         Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => AttemptEnd::completed(
-            &Outcome::Stored(settings.failure_to_store(head).2),
-            settings.engine.retention,
+            &Outcome::Stored(settings.failure_to_store(head, retention).2),
+            retention,
         ),
     }
 }

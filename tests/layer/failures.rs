@@ -16,8 +16,8 @@ use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{Outcome, Resolution, Status};
 use tower_idempotency::{
-    DoNotStore, IdempotencyLayer, Lease, LostAttempt, MemoryStore, OnError, OnLost, Recovered, Store, StoreFor,
-    StoreResponse,
+    DoNotStore, IdempotencyLayer, Lease, LostAttempt, MemoryStore, OnError, OnLost, Recovered, Refusal, Store,
+    StoreFor, StoreResponse,
 };
 
 use crate::support;
@@ -29,7 +29,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 
 /// Returns the code of a refusal, or an empty string for a response of the handler.
 fn code_of(response: &Response<AnyBody>) -> &'static str {
-    response.extensions().get().map_or("", tower_idempotency::Refusal::code)
+    response.extensions().get().map_or("", Refusal::code)
 }
 
 fn on_memory(handler: &Handler) -> tower_idempotency::Idempotency<Handler, MemoryStore> {
@@ -634,6 +634,31 @@ async fn a_superseded_owner_that_cannot_read_the_record_reports_an_unknown_outco
         });
         let got = superseded(&store, layer.layer(handler)).await;
         assert_eq!((got.status(), got.code()), (503, "outcome-unknown"), "{fault:?}");
+    }
+}
+
+/// A refusal said that no retry can succeed, and then the retry ran.
+#[tokio::test(start_paused = true)]
+async fn the_refusal_of_a_failed_attempt_is_retryable_if_and_only_if_the_retry_runs() {
+    let layer = || IdempotencyLayer::new(MemoryStore::new());
+    let lost = || {
+        let recovering = layer().with_recovery(|_| async { Recovered::NotHappened });
+        [layer(), layer().at_least_once(), recovering]
+    };
+    for on_error in [OnError::Release, OnError::Unknown, OnError::Store] {
+        for number in 0..3 {
+            for retention in [DAY, Duration::ZERO] {
+                let handler = Handler::new().responding(|_| panic!("after the effect"));
+                let layer = lost()[number].clone().on_error(on_error).with_retention(retention);
+                let service = layer.layer(handler.clone());
+                let failed = send(&service, post("k", "pay")).await;
+                let refusal = failed.head.extensions.get::<Refusal>();
+                let is_retryable = refusal.is_some_and(Refusal::is_retryable);
+                send(&service, post("k", "pay")).await;
+                let case = format!("{on_error:?}, {number}, {retention:?}");
+                assert_eq!(is_retryable, handler.runs() == 2, "{case}: {:?}", failed.head);
+            }
+        }
     }
 }
 

@@ -14,7 +14,8 @@ use tower::{Layer, service_fn};
 use tower_idempotency::{Drain, IdempotencyLayer, OnLost};
 
 use crate::support::late::LateStore;
-use crate::support::{AnyBody, Timer, is_thorough, post, send, start, text};
+use crate::support::settings::is_thorough;
+use crate::support::{AnyBody, Timer, post, send, start, text};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// The default lease.
