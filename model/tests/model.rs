@@ -41,7 +41,7 @@ fn protocol(promise: Promise, budget: Budget) -> Configuration {
 
 /// How often an event may happen that only a thorough exploration has.
 fn thorough() -> u8 {
-    u8::from(std::env::var_os("THOROUGH").is_some())
+    u8::from(std::env::var_os("THOROUGH").is_some_and(|value| !value.is_empty() && value != "0"))
 }
 
 fn faults() -> Budget {

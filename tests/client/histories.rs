@@ -19,14 +19,14 @@ use http_body_util::{BodyExt, Full};
 use tower::ServiceExt;
 use tower_idempotency::client::{ErrorClass, KeyOrigin, KeyPlacementError};
 
-use crate::seeds;
-use crate::support::{Timer, is_thorough};
+use crate::support::Timer;
+use crate::support::settings::{self, is_thorough};
 use party::{Entry, Got, Log, Trouble};
 use plan::{Calls, Event, Foreign, Keys, Plan, Step, Transport};
 use stack::Client;
 
 pub(crate) fn seeds(few: u64, many: u64) -> Range<u64> {
-    seeds::seeds("HISTORIES").unwrap_or(0..if is_thorough() { many } else { few })
+    settings::seeds("HISTORIES").unwrap_or(0..if is_thorough() { many } else { few })
 }
 
 pub(crate) fn paused() -> tokio::runtime::Runtime {

@@ -11,7 +11,5 @@ mod programs;
 #[path = "../simulation/random.rs"]
 mod random;
 mod retries;
-#[path = "../support/seeds.rs"]
-mod seeds;
 #[path = "../support/mod.rs"]
 mod support;

@@ -20,6 +20,7 @@ use crate::faults::{Servers, Targets};
 use crate::random::Random;
 use crate::support::port::free_port;
 use crate::support::proxy::Proxy;
+use crate::support::settings;
 use crate::tables::{Rows, wait_for_messages};
 
 pub(crate) const PROCESSES: usize = 3;
@@ -83,17 +84,12 @@ pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
 
 /// The duration of the faults: `JEPSEN_SECONDS`, or 2 s, or 10 s if the tests are thorough.
 fn seconds() -> Duration {
-    let unset = if crate::support::is_thorough() { 10 } else { 2 };
-    Duration::from_secs(std::env::var("JEPSEN_SECONDS").map_or(unset, |seconds| {
-        seconds.parse().expect("JEPSEN_SECONDS is a whole number")
-    }))
+    let unset = if settings::is_thorough() { 10 } else { 2 };
+    Duration::from_secs(settings::number("JEPSEN_SECONDS", 1).unwrap_or(unset))
 }
 
 fn seed() -> u64 {
-    std::env::var("JEPSEN_SEED").map_or_else(
-        |_| rand::random_range(0..1_000_000),
-        |seed| seed.parse().expect("JEPSEN_SEED is a whole number"),
-    )
+    settings::number("JEPSEN_SEED", 0).unwrap_or_else(|| rand::random_range(0..1_000_000))
 }
 
 pub(crate) async fn run(subject: Subject) -> Report {

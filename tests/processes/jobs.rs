@@ -23,8 +23,8 @@ use tower_idempotency::client::{
     KeyOrigin, Once, OnceError, ProviderProfile, ReqwestService, RetryPolicy, once,
 };
 
-use crate::support;
 use crate::support::proxy::{Direction, Fate, Proxy};
+use crate::support::settings;
 
 /// The features of the third party, and the way to call it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,8 +223,8 @@ impl Drop for Caller {
 
 /// Two callers do the same jobs and are killed again and again. The last two processes may finish.
 pub(crate) async fn kills(store: &str, row: Row) -> Seen {
-    let unset = if support::is_thorough() { 20 } else { 5 };
-    let kills = std::env::var("KILLS").map_or(unset, |kills| kills.parse().expect("KILLS is a number"));
+    let unset = if settings::is_thorough() { 20 } else { 5 };
+    let kills = settings::number("KILLS", 1).map_or(unset, |kills| usize::try_from(kills).unwrap());
     let party = Party::default();
     let address = party.start().await;
     let log = std::env::temp_dir().join(format!("callers-{}-{row:?}-{}", std::process::id(), address.port()));

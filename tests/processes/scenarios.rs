@@ -14,7 +14,7 @@ use futures::future::join_all;
 use futures::{StreamExt, stream};
 
 use super::cluster::{End, Got, LEASE, Mode, Process, Seen, effects, http_client, send};
-use crate::support;
+use crate::support::settings;
 
 /// The path of a ledger for one test, in the folder for temporary files.
 pub fn ledger() -> PathBuf {
@@ -62,8 +62,8 @@ pub async fn shared_keys(store: &str, processes: usize) {
 /// The number of processes that a test kills: the value of `KILLS`, or 200 if the tests are
 /// thorough, or 20.
 fn wanted_kills() -> usize {
-    let unset = if support::is_thorough() { 200 } else { 20 };
-    std::env::var("KILLS").map_or(unset, |kills| kills.parse().expect("KILLS is a number"))
+    let unset = if settings::is_thorough() { 200 } else { 20 };
+    settings::number("KILLS", 1).map_or(unset, |kills| usize::try_from(kills).unwrap())
 }
 
 /// The number of kills in this mode, and the pause between two of them in milliseconds.

@@ -14,6 +14,7 @@ pub(crate) enum Event {
         operation: usize,
         key: usize,
         process: usize,
+        is_other_body: bool,
     },
     Left {
         operation: usize,
@@ -35,6 +36,10 @@ pub(crate) enum Event {
     Resolved {
         key: usize,
         receipt: usize,
+    },
+    /// The store refused the request of an operator.
+    NotResolved {
+        key: usize,
     },
     /// An operator found that there was no effect, and that there will be none.
     Freed {
@@ -90,23 +95,51 @@ fn effect(had_none: bool) -> &'static str {
     }
 }
 
+fn body(is_other: bool) -> &'static str {
+    match is_other {
+        true => "ANOTHER BODY",
+        false => "a request",
+    }
+}
+
+impl Event {
+    fn fmt_client(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sent {
+                operation,
+                key,
+                process,
+                is_other_body,
+            } => {
+                let body = body(*is_other_body);
+                write!(
+                    f,
+                    "client {operation} sends {body} under key {key} to process {process}"
+                )
+            }
+            Self::Left { operation } => write!(f, "client {operation} leaves"),
+            Self::Reset { operation } => write!(f, "client {operation} sees a broken connection"),
+            Self::Responded { operation, key, answer } => {
+                let replay = if answer.is_replay { ", replayed" } else { "" };
+                write!(
+                    f,
+                    "client {operation} gets {} {}{}{replay} for key {key}",
+                    answer.status,
+                    answer.code,
+                    answer.body.trim_end()
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::FaultBegins(planned) => write!(f, "FAULT begins: {planned}"),
             Self::FaultEnds(planned) => write!(f, "FAULT ends: {:?}", planned.fault),
-            Self::Sent {
-                operation,
-                key,
-                process,
-            } => {
-                write!(
-                    f,
-                    "client {operation} sends a request under key {key} to process {process}"
-                )
-            }
-            Self::Left { operation } => write!(f, "client {operation} leaves"),
-            Self::Reset { operation } => write!(f, "client {operation} sees a broken connection"),
+            Self::Sent { .. } | Self::Left { .. } | Self::Reset { .. } | Self::Responded { .. } => self.fmt_client(f),
             Self::Began {
                 key,
                 process,
@@ -129,6 +162,12 @@ impl fmt::Display for Event {
             Self::Resolved { key, receipt } => {
                 write!(f, "an operator asks to resolve key {key} with receipt {receipt}")
             }
+            Self::NotResolved { key } => {
+                write!(
+                    f,
+                    "the store refuses the operator: key {key} is completed, or has a live or another owner"
+                )
+            }
             Self::Freed { key } => write!(f, "an operator frees key {key}"),
             Self::Rejected { key, by } => write!(f, "{by} rejects key {key} for good"),
             Self::Killed { process } => write!(f, "process {process} is killed"),
@@ -136,16 +175,6 @@ impl fmt::Display for Event {
             Self::Charged { key, effects } => write!(f, "EFFECT {effects} of key {key}"),
             Self::Refused { key } => write!(f, "the bank refuses a fence of key {key}"),
             Self::Recovered { key, found } => write!(f, "the check of key {key} finds: {found}"),
-            Self::Responded { operation, key, answer } => {
-                let replay = if answer.is_replay { ", replayed" } else { "" };
-                write!(
-                    f,
-                    "client {operation} gets {} {}{}{replay} for key {key}",
-                    answer.status,
-                    answer.code,
-                    answer.body.trim_end()
-                )
-            }
             Self::Granted {
                 key,
                 process,
@@ -155,11 +184,11 @@ impl fmt::Display for Event {
             } => {
                 write!(
                     f,
-                    "the store grants key {key} to process {process}.{incarnation}: attempt {attempt}, fence {fence}"
+                    "the store grants key {key} to process {process} (restarts: {incarnation}): attempt {attempt}, fence {fence}"
                 )
             }
             Self::GrantLost { key, fence } => write!(f, "the store loses its unseen grant of key {key}, fence {fence}"),
-            Self::Quiet => f.write_str("no further faults"),
+            Self::Quiet => f.write_str("from here on, there are no faults"),
         }
     }
 }

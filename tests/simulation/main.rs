@@ -31,8 +31,9 @@ mod link;
 mod plan;
 mod process;
 mod random;
-#[path = "../support/seeds.rs"]
-mod seeds;
+#[expect(dead_code, reason = "only some test binaries read a plain number")]
+#[path = "../support/settings.rs"]
+mod settings;
 mod watchdog;
 mod work;
 mod world;
@@ -40,10 +41,6 @@ mod world;
 fn simulate(plan: &Plan, rule: Rule) -> Simulated {
     let _watch = watchdog::watch(plan.seed);
     World::new(plan, rule).run()
-}
-
-fn is_thorough() -> bool {
-    std::env::var_os("THOROUGH").is_some()
 }
 
 /// The number of histories that shrinking may try.
@@ -152,17 +149,16 @@ fn count_panics() {
 
 /// Runs seeds on all cores until one violates a guarantee. Returns the first one found.
 fn search(seeds: Range<u64>, rule: Rule) -> Option<u64> {
-    let (next, found) = (AtomicU64::new(seeds.start), AtomicU64::new(u64::MAX));
+    let (seeds, found) = (Mutex::new(seeds), AtomicU64::new(u64::MAX));
     let counts = Mutex::new(Counts::default());
     count_panics();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
             scope.spawn(|| {
                 while found.load(Ordering::Relaxed) == u64::MAX {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
+                    let Some(seed) = seeds.lock().unwrap().next() else {
                         return;
-                    }
+                    };
                     let outcome = simulate(&Plan::of(seed), rule);
                     counts.lock().unwrap().add(outcome.counts);
                     if !outcome.violations.is_empty() {
@@ -189,7 +185,7 @@ fn no_guarantee_is_violated_under_any_fault() {
         assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
         return;
     }
-    let seeds = seeds::seeds("SIMULATIONS").unwrap_or(0..if is_thorough() { 5_000 } else { 500 });
+    let seeds = settings::seeds("SIMULATIONS").unwrap_or(0..if settings::is_thorough() { 5_000 } else { 500 });
     if let Some(seed) = search(seeds, Rule::Correct) {
         panic!("{}", report(&Plan::of(seed), Rule::Correct));
     }
@@ -212,7 +208,7 @@ fn plans_that_once_violated_a_guarantee_are_correct() {
 /// A seed must show its violation again, so that a developer can look into it.
 #[test]
 fn one_seed_gives_one_history() {
-    for seed in 0..if is_thorough() { 2_000 } else { 200 } {
+    for seed in 0..if settings::is_thorough() { 2_000 } else { 200 } {
         let [first, second] = [(); 2].map(|()| simulate(&Plan::of(seed), Rule::Correct));
         assert_eq!(first.history, second.history, "seed {seed}");
     }

@@ -426,6 +426,9 @@ impl World {
         {
             self.shared().note(Event::Freed { key: number });
         }
+        if matches!(reply, Ok(StoreReply::Resolve(ResolveResult::Conflict(_)))) {
+            self.shared().note(Event::NotResolved { key: number });
+        }
         let rejects = |request: &StoreRequest| {
             matches!(
                 request,
@@ -485,8 +488,13 @@ impl World {
         for operation in 0..self.clients.len() {
             let now = self.shared().now;
             let (client, number) = self.clients[operation];
-            let Operation { key, tries, .. } = &self.operations[operation];
-            let (key, current) = (*key, tries[number]);
+            let Operation {
+                key,
+                tries,
+                is_other_body,
+                ..
+            } = &self.operations[operation];
+            let (key, is_other_body, current) = (*key, *is_other_body, tries[number]);
             let Try {
                 process,
                 patience,
@@ -504,6 +512,7 @@ impl World {
                         operation,
                         key,
                         process,
+                        is_other_body,
                     });
                     let latency = shared.latency();
                     shared.send(latency, Message::ToProcess { operation, number });

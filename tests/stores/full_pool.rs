@@ -14,7 +14,8 @@ use tower_idempotency::{BoxStore, ErrorKind, IdempotencyLayer, PostgresStore, Re
 
 use crate::support::postgres::PostgresServer;
 use crate::support::redis::RedisServer;
-use crate::support::{Handler, Timer, is_thorough, post, send};
+use crate::support::settings::is_thorough;
+use crate::support::{Handler, Timer, post, send};
 
 const STORE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A claim is repeated once. The rest is for a machine that is busy.

@@ -17,8 +17,8 @@ use self::scale::{
 };
 use super::support::postgres::PostgresServer;
 use super::support::redis::RedisServer;
-use super::support::rules;
 use super::support::rules::{Claim, IfLost, Operation, Owner, Reply, State, TICK, Time, step};
+use super::support::{rules, settings};
 
 const HOUR: u64 = 3_600_000_000;
 
@@ -194,7 +194,7 @@ fn pairs(distance: Time) -> Vec<Pair> {
 
 /// Returns the pairs for a server: all of them if `THOROUGH` is set, otherwise a part.
 fn pairs_for_servers() -> Vec<Pair> {
-    let part = if std::env::var_os("THOROUGH").is_some() { 1 } else { 13 };
+    let part = if settings::is_thorough() { 1 } else { 13 };
     pairs(2).into_iter().step_by(part).collect()
 }
 

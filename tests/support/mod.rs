@@ -19,6 +19,7 @@ pub mod proxy;
 #[cfg(feature = "redis")]
 pub mod redis;
 pub mod rules;
+pub mod settings;
 #[cfg(all(feature = "postgres", feature = "redis"))]
 pub mod turned_clock;
 
@@ -43,16 +44,10 @@ use tower_idempotency::protocol::{
 };
 use tower_idempotency::{Clock, Error, ErrorKind, Store, Timestamp};
 
-/// Whether tests that repeat a fault many times run at full length, which `./test all` sets with
-/// `THOROUGH=1`.
-pub fn is_thorough() -> bool {
-    std::env::var_os("THOROUGH").is_some()
-}
-
 /// How many random sequences a test sends to a store on a server: as many as the documentation of
 /// the conformance kit recommends if the tests are thorough, or a fifth.
 pub fn sequences() -> usize {
-    if is_thorough() { 300 } else { 60 }
+    if settings::is_thorough() { 300 } else { 60 }
 }
 
 pub type AnyBody = UnsyncBoxBody<Bytes, Broken>;

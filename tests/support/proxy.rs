@@ -229,7 +229,7 @@ pub async fn cut_while_preparing<S: Store + Clone>(proxied: Vec<(S, Proxy)>, dir
 
 async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, prepared: bool, step: usize) -> usize {
     let stores = proxied.len();
-    let sample = if super::is_thorough() { 1 } else { SAMPLE };
+    let sample = if super::settings::is_thorough() { 1 } else { SAMPLE };
     let step = step * sample;
     // A connection that already listens may serve a watch, so a watch may send nothing.
     let kinds = Operation::kinds().into_iter();
@@ -244,7 +244,7 @@ async fn cut_everywhere<S: Store + Clone>(proxied: Vec<(S, Proxy)>, direct: &S, 
                 step: stores * step,
             };
             let variants = Operation::variants().into_iter();
-            let variants: Vec<_> = match (super::is_thorough(), prepared) {
+            let variants: Vec<_> = match (super::settings::is_thorough(), prepared) {
                 (true, _) => variants.map(|variant| (variant, cuts)).collect(),
                 (false, true) => {
                     let cuts = Cuts {

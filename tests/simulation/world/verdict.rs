@@ -269,7 +269,7 @@ impl World {
             for variants in &mut variants {
                 variants.dedup();
                 if variants.len() > 1 {
-                    self.violate(format!("I4: key {key} gave one response to two requests"));
+                    self.violate(format!("I4: key {key} gave one response to two bodies"));
                 }
             }
             if !responses_of_others.is_empty() {

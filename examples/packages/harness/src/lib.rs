@@ -39,10 +39,13 @@ use tower_idempotency::receiver::{MessageId, OnMissingId, ReceiverLayer};
 ///
 /// # Panics
 ///
-/// Panics if the variable is not a number.
+/// Panics if the variable is not a whole number of at least 1.
 pub fn number_from(variable: &str, default: usize) -> usize {
     match std::env::var(variable) {
-        Ok(number) => number.parse().expect("the environment variable is a number"),
+        Ok(value) => {
+            let number = value.parse().ok().filter(|number| *number > 0);
+            number.unwrap_or_else(|| panic!("{variable} must be a whole number of at least 1, and is {value}"))
+        }
         Err(_) => default,
     }
 }

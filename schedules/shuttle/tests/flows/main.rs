@@ -29,8 +29,10 @@ fn check(test: fn()) {
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).to_owned();
     config.failure_persistence = FailurePersistence::File(Some(folder));
-    let schedules =
-        std::env::var("SCHEDULES").map_or(2_000, |count| count.parse().expect("SCHEDULES must be a number"));
+    let schedules = std::env::var("SCHEDULES").map_or(2_000, |value| {
+        let number = value.parse().ok().filter(|number| *number > 0);
+        number.unwrap_or_else(|| panic!("SCHEDULES must be a whole number of at least 1, and is {value}"))
+    });
     run(RandomScheduler::new(schedules / 2), config.clone(), test);
     run(PctScheduler::new(3, schedules.div_ceil(2)), config, test);
 }
