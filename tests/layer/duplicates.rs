@@ -8,12 +8,16 @@ use std::time::Duration;
 use http::{Request, Response, StatusCode};
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::{Layer, Service, ServiceExt};
+use tower_idempotency::protocol::Resolution;
 use tower_idempotency::{DoNotStore, Idempotency, IdempotencyLayer, MemoryStore, OnLost, Store};
 
 use crate::support;
 use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, Timer, full, post, send, text};
 
 type Guarded<St> = Idempotency<Handler, St>;
+
+/// Less time than any wait of the layer takes.
+const AT_ONCE: Duration = Duration::from_millis(1);
 
 fn start<St: Store>(service: &Guarded<St>, key: &'static str, body: &'static str) -> tokio::task::JoinHandle<Got> {
     let service = service.clone();
@@ -149,7 +153,9 @@ async fn a_mismatch_is_refused_without_a_wait_and_judged_by_the_decided_claim() 
     let service = IdempotencyLayer::new(store.clone()).layer(handler.clone());
     let owner = start(&service, "k", "pay");
     tokio::time::sleep(Duration::from_secs(1)).await;
+    let begin = Timer::start();
     assert_eq!(send(&service, post("k", "pay more")).await.status(), 422);
+    assert!(begin.elapsed() < AT_ONCE, "{:?}", begin.elapsed());
     assert_eq!(owner.await.unwrap().status(), 201);
 
     // The request with the wrong body comes first, and the store is slow. It must not make the
@@ -161,6 +167,116 @@ async fn a_mismatch_is_refused_without_a_wait_and_judged_by_the_decided_claim() 
     assert_eq!(wrong.await.unwrap().status(), 422);
     assert!(right.await.unwrap().is_replay());
     assert_eq!(handler.runs(), 1);
+}
+
+/// A request of this process waits for the owner. It looks at the record for the request with the
+/// other body, and that look alone decides.
+#[tokio::test(start_paused = true)]
+async fn a_mismatch_is_refused_without_a_wait_while_the_owner_is_in_another_process() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let [here, there] = [(); 2].map(|()| IdempotencyLayer::new(store.clone()).layer(handler.clone()));
+    let owner = start(&there, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiter = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (begin, peeks) = (Timer::start(), store.calls("peek"));
+    assert_eq!(send(&here, post("k", "pay more")).await.code(), "key-reused");
+    assert!(begin.elapsed() < AT_ONCE, "{:?}", begin.elapsed());
+    assert_eq!(store.calls("peek"), peeks + 1);
+    assert_one_response(&[owner.await.unwrap(), waiter.await.unwrap()]);
+}
+
+/// The key of a request that lost its lease may belong to another request by now.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_lost_its_key_makes_no_other_request_a_mismatch() {
+    let store = RemoteStore::new();
+    let layer = || IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(3));
+    let here = layer().layer(Handler::new().taking(Duration::from_secs(20)));
+    let lost = start(&here, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.fail("renew", [Fault::Before; 1_000]);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let (key, _) = store.only();
+    let fence = store.peek(&key).await.unwrap().unwrap().fence;
+    store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
+    let there = layer().layer(Handler::new());
+    assert_eq!(send(&there, post("k", "pay more")).await.status(), 201);
+    store.heal();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(send(&here, post("k", "pay more")).await.is_replay());
+    assert_eq!(lost.await.unwrap().code(), "outcome-unknown");
+}
+
+/// The owner frees the key between the claim of the request and its look at the record. In the
+/// second case, another owner does so once more.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_may_not_wait_claims_a_key_that_became_free_once() {
+    for (is_busy_again, status) in [(false, 201), (true, 409)] {
+        let store = RemoteStore::new();
+        // Each operation takes effect after 1 ms, and returns after 2 ms.
+        store.set_timers(true);
+        let layer = || IdempotencyLayer::new(store.clone()).with_wait(Duration::ZERO);
+        let failing = |milliseconds| {
+            let handler = Handler::new().taking(Duration::from_millis(milliseconds));
+            layer().layer(handler.responding(|_| text(StatusCode::BAD_GATEWAY, "failed")))
+        };
+        let handler = Handler::new();
+        let owner = start(&failing(10), "k", "pay");
+        tokio::time::sleep(Duration::from_millis(11)).await;
+        let request = start(&layer().layer(handler.clone()), "k", "pay");
+        tokio::time::sleep(Duration::from_millis(3)).await;
+        if is_busy_again {
+            assert_eq!(send(&failing(0), post("k", "pay")).await.status(), 502);
+        }
+        assert_eq!(request.await.unwrap().status(), status);
+        assert_eq!(handler.runs(), usize::from(!is_busy_again));
+        assert_eq!(owner.await.unwrap().status(), 502);
+    }
+}
+
+/// The memory of a waiting duplicate would otherwise be held until its owner has ended.
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_drops_its_request_once_its_key_has_an_owner() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::SlowReply(1)]);
+    let handler = Handler::new().taking(Duration::from_secs(10));
+    let service = IdempotencyLayer::new(store).layer(handler);
+    let owner = start(&service, "k", "pay");
+    tokio::task::yield_now().await;
+    let held = Arc::new(());
+    let mut duplicate = post("k", "pay");
+    duplicate.extensions_mut().insert(Arc::clone(&held));
+    let duplicate = support::start(&service, duplicate);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(Arc::strong_count(&held), 2, "the duplicate may have to run");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(Arc::strong_count(&held), 1);
+    assert_one_response(&[owner.await.unwrap(), duplicate.await.unwrap()]);
+}
+
+/// Each of a hundred duplicates would otherwise look at the record when its wait is over.
+#[tokio::test(start_paused = true)]
+async fn duplicates_whose_wait_is_over_do_not_look_at_a_record_that_their_leader_watches() {
+    let store = RemoteStore::new();
+    let layer = IdempotencyLayer::new(store.clone());
+    let owner = start(&layer.layer(Handler::new().taking(Duration::from_secs(10))), "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let layer = IdempotencyLayer::new(store.clone());
+    let [leader, followers] = [60, 3].map(|wait| {
+        let layer = layer.clone().with_wait(Duration::from_secs(wait));
+        layer.layer(Handler::new())
+    });
+    let leader = start(&leader, "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let responses = storm(&followers, 100).await;
+    assert!(
+        responses
+            .iter()
+            .all(|response| response.code() == "request-outstanding")
+    );
+    assert!(store.calls("peek") < 20, "{} looks in 3 s", store.calls("peek"));
+    assert_one_response(&[owner.await.unwrap(), leader.await.unwrap()]);
 }
 
 #[tokio::test(start_paused = true)]
