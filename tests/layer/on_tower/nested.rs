@@ -113,3 +113,39 @@ async fn an_inner_layer_that_cannot_read_its_store_runs_nothing() {
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
     assert_eq!(handler.runs(), 1);
 }
+
+/// A clone shares the table of its process with the layer, so the store need not be asked.
+#[tokio::test]
+async fn a_clone_of_a_layer_steps_aside_for_it_without_a_look_at_the_store() {
+    let (store, handler) = (RemoteStore::new(), Handler::new());
+    let layer = IdempotencyLayer::new(store.clone());
+    let service = layer.clone().layer(layer.layer(handler.clone()));
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert_eq!((handler.runs(), store.calls("claim"), store.calls("peek")), (1, 1, 0));
+}
+
+#[tokio::test]
+async fn a_clone_of_a_layer_guards_the_other_key_that_its_own_settings_name() {
+    let (store, handler) = (RemoteStore::new(), Handler::new());
+    let layer = IdempotencyLayer::new(store.clone());
+    let within = layer.clone().with_namespace("within").layer(handler.clone());
+    let service = layer.layer(within.clone());
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    assert!(send(&within, post("k", "pay")).await.is_replay());
+    assert_eq!((handler.runs(), store.len()), (1, 2));
+}
+
+#[tokio::test]
+async fn an_inner_layer_that_cannot_read_its_store_runs_unprotected_only_during_an_outage() {
+    for (fault, status, peeks) in [(Fault::Before, 201, 2), (Fault::Corrupt, 500, 1)] {
+        let (inner, handler) = (RemoteStore::new(), Handler::new());
+        let layer = IdempotencyLayer::new(inner.clone()).dangerously_run_unprotected_when_the_store_fails();
+        let service = IdempotencyLayer::new(RemoteStore::new()).layer(layer.layer(handler.clone()));
+        inner.fail("peek", [fault; 2]);
+        assert_eq!(send(&service, post("k", "pay")).await.status(), status);
+        assert_eq!(
+            (handler.runs(), inner.calls("peek")),
+            (usize::from(status == 201), peeks)
+        );
+    }
+}

@@ -11,6 +11,8 @@ use tower_idempotency::{DoNotStore, IdempotencyLayer, MemoryStore, OnError, OnLo
 
 use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, advance, full, post, send, start, text};
 
+type Preset = fn(IdempotencyLayer<RemoteStore>) -> IdempotencyLayer<RemoteStore>;
+
 fn stripe() -> IdempotencyLayer<MemoryStore> {
     IdempotencyLayer::new(MemoryStore::new()).stripe()
 }
@@ -95,6 +97,22 @@ async fn a_failure_of_unknown_outcome_advises_stripe_sdks_against_a_retry() {
     for status in [502, 409, 409] {
         let got = send(&service, post("k", "x")).await;
         assert_eq!((got.status(), advice(&got)), (status, Some("false")));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn presets_store_responses_as_long_as_they_promise() {
+    const HOUR: Duration = Duration::from_secs(60 * 60);
+    let stripe: Preset = IdempotencyLayer::stripe;
+    for (preset, retention) in [(stripe, 24 * HOUR), (IdempotencyLayer::webhooks, 7 * 24 * HOUR)] {
+        let handler = Handler::new();
+        let service = preset(IdempotencyLayer::new(RemoteStore::new())).layer(handler.clone());
+        assert_eq!(send(&service, post("k", "x")).await.status(), 201);
+        tokio::time::sleep(retention - HOUR / 60).await;
+        assert!(send(&service, post("k", "x")).await.is_replay());
+        tokio::time::sleep(HOUR / 30).await;
+        assert!(!send(&service, post("k", "x")).await.is_replay());
+        assert_eq!(handler.runs(), 2);
     }
 }
 
