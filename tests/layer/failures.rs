@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use http::{Request, Response, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{Outcome, Resolution, Status};
@@ -22,7 +22,7 @@ use tower_idempotency::{
 
 use crate::support;
 use crate::support::{
-    AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer, frames, full, post, request, send, start, text,
+    AnyBody, Fault, Got, Handler, Play, RemoteStore, Timer, frames, full, post, request, send, short, start, text,
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -50,6 +50,8 @@ async fn a_panic_is_a_500_for_the_caller_and_its_duplicates_and_frees_the_key() 
     let waiter = start(&service, post("k", "pay"));
     for response in [owner.await.unwrap(), waiter.await.unwrap()] {
         assert_eq!((response.status(), response.code()), (500, "handler-failed"));
+        let refusal = response.head.extensions.get::<tower_idempotency::Refusal>().unwrap();
+        assert!(refusal.is_retryable(), "the next attempt can run");
     }
     assert_eq!(handler.runs(), 1);
     assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
@@ -225,12 +227,15 @@ async fn a_handler_that_blocks_its_thread_past_the_lease_runs_once() {
 async fn one_task_renews_leases_of_all_lengths_and_ends_with_them() {
     let store = RemoteStore::new();
     let handler = Handler::new().taking(Duration::from_secs(100));
+    let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
     let long = IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(300));
     let short = long.clone().with_lease(Duration::from_secs(3));
     let (long, short) = (long.layer(handler.clone()), short.layer(handler.clone()));
     let mut responses = vec![start(&long, post("long", "x"))];
     tokio::time::sleep(Duration::from_secs(1)).await;
     responses.extend((0..50).map(|n| start(&short, post(&format!("short-{n}"), "x"))));
+    tokio::time::sleep(Duration::from_secs(50)).await;
+    assert_eq!(tasks(), responses.len() + 1);
     for response in responses {
         assert_eq!(response.await.unwrap().status(), 201);
     }
@@ -238,7 +243,11 @@ async fn one_task_renews_leases_of_all_lengths_and_ends_with_them() {
     let renewals = store.calls("renew");
     assert!(renewals >= 50 * 90, "{renewals} renewals");
     tokio::time::sleep(Duration::from_secs(1_000)).await;
-    assert_eq!(store.calls("renew"), renewals, "the renewal task has ended");
+    assert_eq!(
+        (store.calls("renew"), tasks()),
+        (renewals, 0),
+        "the renewal task has ended"
+    );
     let again = start(&short, post("again", "x"));
     assert_eq!(again.await.unwrap().status(), 201);
     assert!(store.calls("renew") >= renewals + 90, "a new renewal task has begun");
@@ -370,6 +379,26 @@ async fn a_response_that_is_slow_within_its_time_is_stored() {
     let service = on_memory(&handler);
     assert_eq!(send(&service, post("k", "pay")).await.body, "slow");
     assert!(send(&service, post("k", "pay")).await.is_replay());
+}
+
+/// Such a response may declare the length that its body would have.
+#[tokio::test]
+async fn a_response_that_has_no_body_is_complete_although_it_declares_a_length() {
+    for (method, status) in [(Method::HEAD, 200), (Method::POST, 204), (Method::POST, 304)] {
+        let respond = move |_| {
+            let mut response = Response::new(short("", 5));
+            *response.status_mut() = StatusCode::from_u16(status).unwrap();
+            response
+        };
+        let layer = IdempotencyLayer::new(MemoryStore::new()).with_methods([Method::HEAD, Method::POST]);
+        let service = layer.layer(Handler::new().responding(respond));
+        for is_replay in [false, true] {
+            let mut request = post("k", "pay");
+            *request.method_mut() = method.clone();
+            let got = send(&service, request).await;
+            assert_eq!((got.status(), got.is_replay()), (status, is_replay), "{method}");
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -796,7 +825,9 @@ async fn requests_are_served_while_many_claims_are_lost() {
     let unprotected = layer.clone().dangerously_run_unprotected_when_the_store_fails();
     let unprotected = unprotected.layer(handler.clone());
     assert_eq!(send(&unprotected, post("new", "pay")).await.status(), 201);
-    assert_eq!(handler.runs(), 2);
+    store.fail("peek", [Fault::Before]);
+    assert_eq!(send(&unprotected, post("new", "pay")).await.status(), 201);
+    assert_eq!(handler.runs(), 3);
 }
 
 /// The store went away while a handler ran. The deferred releases of failed claims must not
@@ -1015,6 +1046,22 @@ async fn a_request_runs_unprotected_when_the_store_fails_if_the_application_allo
     assert_eq!((response.status(), handler.runs()), (201, 1));
 }
 
+/// An unprotected run would exceed the limit, as a protected one would.
+#[tokio::test(start_paused = true)]
+async fn no_request_runs_unprotected_beyond_the_limit_of_detached_executions() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(20));
+    let layer = IdempotencyLayer::new(store.clone()).with_max_detached(1);
+    let service = layer
+        .dangerously_run_unprotected_when_the_store_fails()
+        .layer(handler.clone());
+    drop(support::poll_then_drop(6, service.clone().oneshot(post("k", "pay"))).await);
+    assert_eq!(handler.runs(), 1);
+    store.fail("peek", [Fault::Before]);
+    let refused = send(&service, post("new", "pay")).await;
+    assert_eq!((refused.code(), handler.runs()), ("store-unavailable", 1));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_completion_that_fails_for_a_while_is_repeated_before_the_response_leaves() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
@@ -1216,6 +1263,7 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
             count.fetch_add(1, Ordering::SeqCst);
             assert_eq!((lost.key.as_str(), lost.attempt > 1), ("k", true));
             assert_eq!(lost.head.uri.path(), "/payments");
+            assert!(format!("{lost:?}").starts_with("LostAttempt { fence"));
             async move {
                 match found {
                     "happened" => Recovered::Happened(Response::new("found at the bank".into())),
@@ -1240,10 +1288,10 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
                 assert_eq!((again.is_replay(), handler.runs()), (true, 1));
             }
             _ => {
-                assert_eq!(
-                    (response.code(), again.code(), handler.runs()),
-                    ("outcome-unknown", "outcome-unknown", 0)
-                );
+                for refused in [response, again] {
+                    assert_eq!((refused.status(), refused.code()), (409, "outcome-unknown"));
+                }
+                assert_eq!(handler.runs(), 0);
                 assert_eq!(asked.load(Ordering::SeqCst), 2, "the layer asks the check again");
             }
         }

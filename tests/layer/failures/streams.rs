@@ -386,6 +386,26 @@ async fn a_secret_in_a_recovered_or_resolved_response_is_not_stored() {
     }
 }
 
+/// A layer for webhooks acknowledges a duplicate of a tombstone, which must not happen after a
+/// failure.
+#[test]
+fn an_outcome_without_its_response_is_a_tombstone_unless_it_would_acknowledge_a_failure() {
+    for status in [StatusCode::OK, StatusCode::PAYMENT_REQUIRED] {
+        for is_for_webhooks in [false, true] {
+            let layer = IdempotencyLayer::new(MemoryStore::new());
+            let layer = if is_for_webhooks { layer.webhooks() } else { layer };
+            let mut response = Response::new("sk_live_1".into());
+            *response.status_mut() = status;
+            response.extensions_mut().insert(StoreOutcomeOnly);
+            assert_eq!(
+                matches!(layer.outcome_of(response), Outcome::Tombstone),
+                status.is_success() || !is_for_webhooks,
+                "{status} {is_for_webhooks}"
+            );
+        }
+    }
+}
+
 /// A layer for webhooks must not acknowledge the duplicates of a failure, so it stores a refusal in
 /// place of the secret. The caller of the recovery got that refusal too, and the application did
 /// not render it.
