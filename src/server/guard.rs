@@ -1,7 +1,6 @@
 //! The guard of a key: the entry in the table of this process, and the ownership in the store. It
 //! gives up the lease of a request that is dropped.
 
-use std::fmt;
 use std::sync::Arc;
 
 use super::settings::{Values, Waiting};
@@ -186,14 +185,5 @@ impl<St: Store> Renewer for Shared<St> {
             let (key, timeout) = (&in_flight.storage_key, in_flight.store_timeout);
             lease.renew(&self.store, key, timeout).await;
         }
-    }
-}
-
-impl<St> fmt::Debug for Shared<St> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared")
-            .field("in_flight", &self.in_flight_table)
-            .field("tracker", &self.tracker)
-            .finish_non_exhaustive()
     }
 }

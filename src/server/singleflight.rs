@@ -2,7 +2,6 @@
 //! for the leader's result (I1).
 
 use std::collections::HashMap;
-use std::fmt;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -245,18 +244,7 @@ fn status_and_code(status: http::StatusCode, code: Option<u8>) -> u32 {
     u32::from(status.as_u16()) | code.map_or(0, |code| (u32::from(code) + 1) << 16)
 }
 
-impl fmt::Debug for InFlight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InFlight")
-            .field("held", &self.lease().map(HeldLease::grant))
-            .field("superseded", &self.is_superseded())
-            .field("has_result", &self.shared_result.get().is_some())
-            .finish_non_exhaustive()
-    }
-}
-
 /// The leaders of all keys in flight, for a layer and its clones.
-#[derive(Debug)]
 pub(super) struct InFlightTable {
     table: Sharded<StorageKey, Arc<InFlight>, KeyHasher>,
     /// The number of waiters for all keys. No other data depends on it.
@@ -264,7 +252,6 @@ pub(super) struct InFlightTable {
 }
 
 /// The result of a request's attempt to get the entry of its key.
-#[derive(Debug)]
 pub(super) enum Joined {
     /// Another request with the same fingerprint leads. Wait for it.
     Follow(Follower),
@@ -418,7 +405,6 @@ pub(super) enum Followed {
 }
 
 /// A waiter for a leader. Dropping it ends its count in the limits of waiters (I11).
-#[derive(Debug)]
 pub(super) struct Follower {
     in_flight_table: Arc<InFlightTable>,
     leader: Arc<InFlight>,
@@ -473,7 +459,6 @@ impl Follower {
 }
 
 /// A waiter for the decision whether the key belongs to the fingerprint of the leader.
-#[derive(Debug)]
 pub(super) struct Undecided {
     follower: Follower,
     /// The number of the last look that had begun when the wait began.
