@@ -481,3 +481,20 @@ impl Drop for Follower {
         self.in_flight_table.waiters.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+#[cfg(all(test, feature = "postgres"))]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn each_status_and_grpc_code_has_a_number_of_its_own() {
+        let mut numbers = HashSet::new();
+        for status in [200, 404, 503].map(|status| http::StatusCode::from_u16(status).unwrap()) {
+            for code in [None].into_iter().chain((0..=16).map(Some)) {
+                assert!(numbers.insert(status_and_code(status, code)), "{status} {code:?}");
+            }
+        }
+    }
+}

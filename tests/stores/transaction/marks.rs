@@ -24,6 +24,10 @@ async fn create_secret(State(app): State<App>, lease: Lease, body: Bytes) -> Res
             if body.starts_with(b"fail") {
                 return StatusCode::INTERNAL_SERVER_ERROR.into_response();
             }
+            if body.starts_with(b"stream") {
+                let rest = futures::stream::iter([Ok::<_, std::io::Error>("failed")]);
+                return (StatusCode::INTERNAL_SERVER_ERROR, Body::from_stream(rest)).into_response();
+            }
             response
         }
         Err(error) => {
@@ -79,12 +83,14 @@ async fn a_secret_of_a_transaction_reaches_its_first_caller_and_no_table() {
 async fn a_secret_whose_handler_failed_after_the_commit_is_done_and_never_runs_again() {
     let bench = Bench::new(Ending::Commit).await;
     let router = router(&bench);
-    for _ in 0..2 {
-        let (status, _, body) = ask(&router, "fail").await;
-        assert_eq!(status, StatusCode::CONFLICT);
-        assert!(body.contains("response-not-stored"), "{body}");
+    for failure in ["fail", "stream"] {
+        for _ in 0..2 {
+            let (status, _, body) = ask(&router, failure).await;
+            assert_eq!(status, StatusCode::CONFLICT);
+            assert!(body.contains("response-not-stored"), "{body}");
+        }
     }
-    assert_eq!((bench.payments().await, bench.runs()), (1, 1));
+    assert_eq!((bench.payments().await, bench.runs()), (2, 2));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,4 +103,51 @@ async fn a_response_with_a_veto_cannot_be_completed_in_a_transaction() {
         assert!(body.contains("DoNotStore"), "{body}");
     }
     assert_eq!((bench.payments().await, bench.runs()), (0, 2));
+}
+
+/// A layer for webhooks would acknowledge the duplicates of such a response.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_layer_for_webhooks_refuses_to_complete_a_failure_without_its_response() {
+    let bench = Bench::new(Ending::Commit).await;
+    for is_for_webhooks in [false, true] {
+        for (is_marked, status) in [
+            (false, StatusCode::CREATED),
+            (false, StatusCode::PAYMENT_REQUIRED),
+            (true, StatusCode::CREATED),
+            (true, StatusCode::PAYMENT_REQUIRED),
+        ] {
+            let handler = move |State(app): State<App>, lease: Lease| async move {
+                let mut transaction = app.pool.begin().await.unwrap();
+                let mut response = status.into_response();
+                if is_marked {
+                    response.extensions_mut().insert(StoreOutcomeOnly);
+                }
+                match lease.complete_in(&mut transaction, response).await {
+                    Ok(response) => {
+                        transaction.commit().await.unwrap();
+                        response
+                    }
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::Configuration);
+                        StatusCode::SERVICE_UNAVAILABLE.into_response()
+                    }
+                }
+            };
+            let layer = bench.layer();
+            let layer = if is_for_webhooks { layer.webhooks() } else { layer };
+            let router = Router::new().route("/payments", post(handler)).layer(layer);
+            let router = router.with_state(bench.app.clone());
+            let (got, ..) = send(
+                &router,
+                &format!("{is_for_webhooks}-{is_marked}-{status}").replace(' ', "-"),
+            )
+            .await;
+            let is_refused = is_for_webhooks && is_marked && !status.is_success();
+            assert_eq!(
+                got == StatusCode::SERVICE_UNAVAILABLE,
+                is_refused,
+                "{status} {is_marked}"
+            );
+        }
+    }
 }
