@@ -41,8 +41,7 @@ impl<'f> Parts<'f> {
         let digest = fingerprint.digest();
         let (kind, payload) = match fingerprint.algorithm() {
             Fingerprint::TYPED => (Some(&digest[..TYPE]), Some(&digest[TYPE..])),
-            _ if *fingerprint == Fingerprint::NONE => (None, None),
-            // The fingerprint is made from the payload alone.
+            // The fingerprint is made from the payload alone, or is empty.
             _ => (None, Some(&digest[..PAYLOAD])),
         };
         Self {
@@ -187,6 +186,26 @@ mod tests {
         // Another key overwrites the slot.
         assert!(!variants.differs(&key(1, 2), Variant(1)));
         assert!(!variants.differs(&key(1, 1), Variant(1)));
+        // The variant of another key that had the slot does not count. The last bit of a tag is lost.
+        for tag in (0..=255).step_by(2) {
+            assert!(!variants.differs(&key(3, tag), Variant(tag)), "{tag}");
+        }
+    }
+
+    #[test]
+    fn all_slots_are_used() {
+        let variants = Variants::new();
+        let keys: Vec<_> = (0..SLOTS)
+            .map(|slot| {
+                let mut bytes = [0; 32];
+                bytes[..2].copy_from_slice(&u16::try_from(slot).unwrap().to_le_bytes());
+                StorageKey::from_bytes(bytes)
+            })
+            .collect();
+        for variant in [Variant(0), Variant(1)] {
+            let changed = keys.iter().filter(|key| variants.differs(key, variant)).count();
+            assert_eq!(changed, if variant == Variant(0) { 0 } else { SLOTS });
+        }
     }
 
     #[test]
