@@ -701,10 +701,54 @@ fn nothing_is_begun_outside_of_a_runtime() {
 }
 
 #[test]
+fn only_a_first_delivery_and_its_duplicates_count_as_handled() {
+    let in_flight = Receipt::InFlight {
+        retry_after: Duration::ZERO,
+    };
+    for (receipt, is_handled) in [
+        (Receipt::First(()), true),
+        (Receipt::Duplicate, true),
+        (in_flight, false),
+        (Receipt::Unknown, false),
+    ] {
+        assert_eq!(receipt.is_handled(), is_handled, "{receipt:?}");
+    }
+}
+
+#[test]
+fn an_error_of_the_receiver_names_its_cause() {
+    let failure = || std::io::Error::other("no disk");
+    let too_long = layer(MemoryStore::new()).storage_key("m".repeat(5_000)).unwrap_err();
+    let store = tower_idempotency::Error::new(ErrorKind::StoreUnavailable, "no store");
+    for (error, cause) in [
+        (ReceiveError::Handler(failure()), "no disk"),
+        (ReceiveError::Rejected(Some(failure())), "no disk"),
+        (ReceiveError::InvalidId(too_long), "5000 bytes"),
+        (ReceiveError::Store(store), "no store"),
+    ] {
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains(cause), "{source}");
+    }
+    assert!(std::error::Error::source(&ReceiveError::<std::io::Error>::Panicked).is_none());
+}
+
+#[test]
 fn debug_output_contains_no_id() {
-    let receiver = layer(MemoryStore::new()).with_secret(&[7; 32]).unwrap().layer(7_u8);
-    let shown = format!("{receiver:?} {:?}", MessageId::from("secret-id"));
-    assert!(shown.contains("billing") && !shown.contains("secret-id"), "{shown}");
+    let layer = layer(MemoryStore::new()).with_secret(&[7; 32]).unwrap();
+    let future = layer.layer(Handler::default()).call(message("secret-id"));
+    let id = MessageId::from("secret-id");
+    let shown = format!("{layer:?} {:?} {future:?} {id:?}", layer.layer(7_u8));
+    for part in [
+        "ReceiverLayer",
+        "billing",
+        "ErrorClasses(none)",
+        "Receiver {",
+        "ReceiverFuture",
+        "MessageId(..)",
+    ] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+    assert!(!shown.contains("secret-id"), "{shown}");
 }
 
 mod rejections;

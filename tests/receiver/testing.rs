@@ -186,6 +186,17 @@ async fn a_second_copy_that_is_rejected_is_reported() {
 }
 
 #[test]
+fn a_scenario_says_how_the_message_was_delivered() {
+    for (scenario, text) in [
+        (Scenario::Crash { polls: 3 }, "a crash after 3 polls"),
+        (Scenario::Twice, "delivered twice"),
+        (Scenario::TwiceAtOnce, "delivered twice at once"),
+    ] {
+        assert_eq!(scenario.to_string(), text);
+    }
+}
+
+#[test]
 fn a_test_lease_has_the_values_that_the_test_sets() {
     let first = TestLease::new("order-7");
     let later = first.clone().with_attempt(3).with_fence(Fence::new(30));
@@ -198,6 +209,12 @@ fn a_test_lease_has_the_values_that_the_test_sets() {
         let fences = [server.fence(), receiver.fence(), client.fence()];
         assert_eq!(fences, [Fence::new(fence); 3]);
         assert_eq!(server.key().as_str(), "order-7");
+        let shown = format!("{server:?} {receiver:?}");
+        assert!(
+            shown.starts_with("Lease {") && shown.contains("MessageLease"),
+            "{shown}"
+        );
+        assert!(!shown.contains("order-7"), "{shown}");
         assert!(server.is_held() && receiver.is_held() && client.is_held());
     }
     let lost = later.superseded();

@@ -24,7 +24,7 @@ use futures::stream;
 use hmac::{Hmac, KeyInit, Mac};
 use http_body_util::Full;
 use sha2::Sha256;
-use tower::{ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::protocol::Status;
 use tower_idempotency::receiver::webhooks::{
     GitHubWebhooks, InvalidWebhook, StandardWebhooks, StripeWebhooks, VerifyWebhook, Webhook, WebhookLayer,
@@ -803,4 +803,26 @@ async fn webhooks_of_two_senders_with_one_id_both_run() {
         2,
         "the second sender's webhook got the response of the first one: {second:?}"
     );
+}
+
+#[test]
+fn debug_forms_show_the_consumer_and_nothing_of_a_webhook() {
+    let layer = WebhookLayer::new("billing", StripeWebhooks::new(["hush"]).unwrap());
+    let mut service = layer.layer(service_fn(|_: Request<Body>| async {
+        Ok::<_, Infallible>(Response::new(Body::empty()))
+    }));
+    let future = service.call(Request::post("/hush").body(Body::from("hush")).unwrap());
+    let head = Request::post("/hush").body(()).unwrap().into_parts().0;
+    let webhook = Webhook::new(&head, b"hush", UNIX_EPOCH);
+    let shown = format!("{layer:?} {:?} {future:?} {webhook:?}", layer.layer(7_u8));
+    for part in [
+        "WebhookLayer",
+        "billing",
+        "WebhookService { inner: 7",
+        "WebhookFuture",
+        "Webhook { .. }",
+    ] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+    assert!(!shown.contains("hush"), "{shown}");
 }

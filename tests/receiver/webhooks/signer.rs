@@ -99,7 +99,7 @@ fn the_signer_reproduces_the_published_vector_and_keeps_ids_that_are_set() {
         signed.headers()["webhook-id"].clone()
     };
     assert_ne!(id(), id());
-    assert!(!format!("{signer:?}").contains("MfKQ"));
+    assert_eq!(format!("{signer:?}"), "WebhookSigner { .. }");
 }
 
 #[test]

@@ -299,6 +299,7 @@ fn the_time_of_paypal_may_be_three_days_old_but_not_in_the_future() {
         (PAYPAL_TIME - 301, false),
         (PAYPAL_TIME - 300, true),
         (PAYPAL_TIME + three_days, true),
+        (PAYPAL_TIME + three_days + 300, true),
         (PAYPAL_TIME + three_days + 301, false),
     ] {
         let expected = if is_genuine {
@@ -492,19 +493,37 @@ fn secrets_that_could_verify_nothing_are_refused_and_none_is_shown() {
         errors.iter().all(|error| error.kind() == ErrorKind::Configuration),
         "{errors:?}"
     );
-    for shown in [
-        format!("{:?}", StandardWebhooks::new([STANDARD_SECRET, ED25519_KEY]).unwrap()),
-        format!("{:?}", GitHubWebhooks::new(["hush"]).unwrap()),
-        format!(
-            "{:?}",
-            TwilioWebhooks::new("https://example.com/hush", ["hush"]).unwrap()
+}
+
+#[test]
+fn debug_forms_name_their_types_and_hide_secrets() {
+    const ADDRESS: &str = "https://example.com/hush";
+    let standard = StandardWebhooks::new([STANDARD_SECRET, ED25519_KEY]).unwrap();
+    let pay_pal = PayPalWebhooks::new("hush", [include_str!("paypal_test_certificate.pem")]).unwrap();
+    for (shown, parts) in [
+        (
+            format!("{standard:?}"),
+            ["StandardWebhooks", "Secrets(..)", "PublicKey(..)"],
         ),
-        format!(
-            "{:?}",
-            SquareWebhooks::new("https://example.com/hush", ["hush"]).unwrap()
+        (
+            format!("{:?}", GitHubWebhooks::new(["hush"]).unwrap()),
+            ["GitHubWebhooks", "Secrets(..)", ""],
         ),
-        format!("{:?}", AdyenWebhooks::new(["44782d"]).unwrap()),
+        (
+            format!("{:?}", TwilioWebhooks::new(ADDRESS, ["hush"]).unwrap()),
+            ["TwilioWebhooks", "", ""],
+        ),
+        (
+            format!("{:?}", SquareWebhooks::new(ADDRESS, ["hush"]).unwrap()),
+            ["SquareWebhooks", "", ""],
+        ),
+        (
+            format!("{:?}", AdyenWebhooks::new(["44782d"]).unwrap()),
+            ["AdyenWebhooks", "", ""],
+        ),
+        (format!("{pay_pal:?}"), ["PayPalWebhooks", "", ""]),
     ] {
+        assert!(parts.iter().all(|part| shown.contains(part)), "{shown}");
         let secrets = ["hush", "MfKQ", "ZlN4", "44782d"];
         assert!(!secrets.iter().any(|secret| shown.contains(secret)), "{shown}");
     }
