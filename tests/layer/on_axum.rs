@@ -23,8 +23,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 use tower_idempotency::client::{OnceLayer, ProviderProfile};
 use tower_idempotency::{
-    AttemptNumber, CanonicalJson, DoNotStore, IdempotencyKey, IdempotencyLayer, Lease, MemoryStore, OnError, Scope,
-    StoreResponse,
+    AttemptNumber, CanonicalJson, DoNotStore, IdempotencyKey, IdempotencyLayer, Lease, LeaseRejection, MemoryStore,
+    OnError, Scope, StoreResponse,
 };
 
 /// A response whose body has been read.
@@ -435,6 +435,23 @@ async fn an_extractor_without_a_lease_looks_for_the_key_where_the_layer_does() {
             assert!(!body.contains("Idempotency-Key"), "{body}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_handler_can_show_why_there_is_no_lease() {
+    async fn shows(lease: Result<Lease, LeaseRejection>) -> String {
+        lease.map_or_else(|rejection| rejection.to_string(), |_| "guarded".to_owned())
+    }
+
+    let app = Router::new().route("/shows", any(shows)).layer(layer());
+    assert_eq!(pay(&app, "/shows", &[KEY], "").await.body, "guarded");
+    let missing = pay(&app, "/shows", &[], "").await.body;
+    assert_eq!(
+        missing,
+        "the request has no idempotency key in the header field Idempotency-Key"
+    );
+    let not_covered = send(&app, request(Method::PUT, "/shows", &[KEY], "")).await.body;
+    assert_eq!(not_covered, "the route or method is not covered by an IdempotencyLayer");
 }
 
 /// Services in axum have no errors. A `HandleErrorLayer` turns an error into a response, and the

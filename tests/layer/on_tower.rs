@@ -285,6 +285,17 @@ fn public_types_are_send_and_shared_ones_are_sync() {
     sync::<tower_idempotency::Error>();
 }
 
+#[test]
+fn debug_forms_name_their_types() {
+    let layer = layer();
+    let future = layer.layer(Handler::new()).call(post("secret-key", "x"));
+    let shown = format!("{layer:?} {:?} {future:?}", layer.layer(7_u8));
+    for part in ["IdempotencyLayer {", "Idempotency { inner: 7", "ResponseFuture"] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+    assert!(!shown.contains("secret-key"), "{shown}");
+}
+
 fn with(headers: &[(&'static str, &'static str)], uri: &str) -> Request<AnyBody> {
     let mut request = Request::post(uri).header("idempotency-key", "k");
     for (name, value) in headers {
