@@ -144,18 +144,24 @@ fn id_of(event: &Event) -> u64 {
 #[test]
 fn a_duplicate_of_another_type_is_reported() {
     type Events = ReceiverLayer<MemoryStore, Event>;
-    let set_ups: [fn(Events) -> Events; 2] = [
-        |layer| layer,
-        |layer| {
-            layer.with_type(|event| match event {
-                Event::Placed(_) => "secret-placed",
-                Event::Cancelled(_) => "secret-cancelled",
-            })
-        },
+    type SetUp = fn(Events) -> Events;
+    let set_ups: [(SetUp, bool); 3] = [
+        (|layer| layer, true),
+        (
+            |layer| {
+                layer.with_type(|event| match event {
+                    Event::Placed(_) => "secret-placed",
+                    Event::Cancelled(_) => "secret-cancelled",
+                })
+            },
+            true,
+        ),
+        // The application treats both variants as one type.
+        (|layer| layer.with_type(|_| "secret-event"), false),
     ];
-    for set_up in set_ups {
+    for (set_up, has_two_types) in set_ups {
         for (events, reports) in [
-            ([Event::Placed(7), Event::Cancelled(7)], 1),
+            ([Event::Placed(7), Event::Cancelled(7)], usize::from(has_two_types)),
             ([Event::Placed(7), Event::Placed(7)], 0),
             ([Event::Placed(7), Event::Cancelled(8)], 0),
         ] {
@@ -171,6 +177,39 @@ fn a_duplicate_of_another_type_is_reported() {
             assert_eq!(lines.filter(|line| line.contains("WARN")).count(), reports, "{log}");
             assert!(!log.contains("secret"), "{log}");
         }
+    }
+}
+
+#[test]
+fn a_message_that_was_not_handled_because_its_store_failed_is_reported() {
+    let log = logged_during(async {
+        let store = RemoteStore::new();
+        store.fail("claim", [Fault::Before; 2]);
+        let layer = ReceiverLayer::new(store, "billing").with_id(|id: &u64| *id);
+        let handler = service_fn(|_: u64| async { Ok::<_, std::io::Error>(()) });
+        assert!(layer.layer(handler).oneshot(7).await.is_err());
+    });
+    assert!(log.contains("event=\"store-failed\""), "{log}");
+}
+
+/// A response that a handler marked or that is a stream by its type is no surprise. One that is too
+/// long to be stored is lost for its duplicates.
+#[test]
+fn a_tombstone_is_a_warning_only_if_a_response_is_lost() {
+    for (media_type, level) in [("text/event-stream", "DEBUG"), ("text/plain", "WARN")] {
+        let log = logged_during(async {
+            let respond = move |_| {
+                let mut response = support::text(http::StatusCode::OK, "too long");
+                let media_type = http::HeaderValue::from_static(media_type);
+                response.headers_mut().insert(http::header::CONTENT_TYPE, media_type);
+                response
+            };
+            let layer = IdempotencyLayer::new(MemoryStore::new()).with_response_limit(1);
+            send(&layer.layer(Handler::new().responding(respond)), post("k", "x")).await;
+        });
+        let line = log.lines().find(|line| line.contains("event=\"tombstone\""));
+        let line = line.unwrap_or_else(|| panic!("no tombstone in:\n{log}"));
+        assert!(line.contains(level), "{line}");
     }
 }
 
@@ -207,7 +246,18 @@ fn metrics_count_outcomes_events_and_the_store() {
             }
             send(&service, post("not a key", "x")).await;
             tokio::time::sleep(Duration::from_secs(2)).await;
+            let receiver = ReceiverLayer::new(RemoteStore::new(), "billing").with_id(|id: &u64| *id);
+            let receiver = receiver.layer(service_fn(|_: u64| async { Ok::<_, std::io::Error>(()) }));
+            for _ in 0..2 {
+                assert!(receiver.clone().oneshot(7).await.is_ok());
+            }
+            // The end of the runtime drops this execution.
+            let handler = Handler::new().taking(Duration::from_secs(3_600));
+            let endless = IdempotencyLayer::new(RemoteStore::new()).layer(handler);
+            tokio::spawn(endless.oneshot(post("k", "x")));
+            tokio::time::sleep(Duration::from_secs(1)).await;
         });
+        drop(runtime);
         snapshotter.snapshot().into_vec()
     });
     let value = |name: &str, label: Option<&str>| {
@@ -228,7 +278,10 @@ fn metrics_count_outcomes_events_and_the_store() {
             "{outcome}"
         );
     }
-    assert!((value("idempotency_layer_seconds", None) - 3.0).abs() < 0.1);
+    for receipt in ["first", "duplicate"] {
+        assert!((value("idempotency_messages_total", Some(receipt)) - 1.0).abs() < 0.1);
+    }
+    assert!((value("idempotency_layer_seconds", None) - 4.0).abs() < 0.1);
     assert!(value("idempotency_in_flight", None).abs() < 0.1);
     assert!((value("idempotency_store_records", None) - 1.0).abs() < 0.1);
     assert!(value("idempotency_store_bytes", None) > 1.0);
