@@ -50,7 +50,7 @@ async fn a_panic_is_a_500_for_the_caller_and_its_duplicates_and_frees_the_key() 
     let waiter = start(&service, post("k", "pay"));
     for response in [owner.await.unwrap(), waiter.await.unwrap()] {
         assert_eq!((response.status(), response.code()), (500, "handler-failed"));
-        let refusal = response.head.extensions.get::<tower_idempotency::Refusal>().unwrap();
+        let refusal = response.head.extensions.get::<Refusal>().unwrap();
         assert!(refusal.is_retryable(), "the next attempt can run");
     }
     assert_eq!(handler.runs(), 1);
