@@ -73,6 +73,32 @@ async fn a_superseded_owner_never_gets_the_value_for_another_input() {
     assert!(!matches!(&first, Ok(done) if *done.value() == 2), "I4: {first:?}");
 }
 
+/// The call ran, so its caller must not take it for a call that was not made.
+#[tokio::test(start_paused = true)]
+async fn a_superseded_owner_that_cannot_read_the_outcome_may_have_happened() {
+    for is_removed in [false, true] {
+        let store = RemoteStore::new();
+        let (go_on, first) = stalled(&store, "one", Ok(1));
+        tokio::time::sleep(LEASE * 2).await;
+        if is_removed {
+            let (key, _) = store.only();
+            let fence = store.peek(&key).await.unwrap().unwrap().fence;
+            store.resolve(&key, fence, &Resolution::Absent).await.unwrap();
+        } else {
+            let second = once(store.clone(), "k").with_input("one").at_least_once();
+            let second: Ended = second.run(|_| ready(Ok(2))).await;
+            assert_eq!(second.unwrap().into_value(), 2);
+            store.fail("peek", [Fault::Before; 1_000]);
+        }
+        go_on.notify_one();
+        let error = first.await.unwrap().unwrap_err();
+        assert!(
+            matches!(error, OnceError::Unknown(None)) && error.may_have_happened(),
+            "{is_removed}: {error:?}"
+        );
+    }
+}
+
 /// The store treated the late owner's completion as a repeat. So the owner's caller got a different
 /// value from all later calls.
 #[tokio::test(start_paused = true)]
