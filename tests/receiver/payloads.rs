@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use tokio::sync::Notify;
+use tower::util::BoxCloneService;
 use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{
     Claim, Completion, Decision, Fence, Outcome, Owner, Release, Renewal, Resolution, ResolveResult, Snapshot, Status,
@@ -172,25 +174,58 @@ impl Store for Racing {
     }
 }
 
+type Receiving<E> = BoxCloneService<String, Receipt<()>, ReceiveError<E>>;
+
+/// Makes a receiver of messages with one id. Its handler refuses the payload `a` once `fail` is notified, and handles all
+/// others.
+fn refusing_a(race: &Race, fail: &Arc<Notify>, on_mismatch: OnMismatch) -> Receiving<String> {
+    let (store, failed) = (Racing(MemoryStore::new(), Arc::clone(race)), Arc::clone(fail));
+    let layer = ReceiverLayer::new(store, "c")
+        .with_id(|_: &String| 7_u64)
+        .with_payload(|payload: &String| payload.as_bytes())
+        .on_mismatch(on_mismatch);
+    BoxCloneService::new(layer.layer(service_fn(move |payload: String| {
+        let failed = Arc::clone(&failed);
+        async move {
+            if payload == "a" {
+                failed.notified().await;
+                return Err("no".to_owned());
+            }
+            Ok(())
+        }
+    })))
+}
+
+/// Between the claim and the look at the record, the handler of the other payload failed, so no record is left.
+#[tokio::test]
+async fn a_message_whose_mismatch_left_no_record_is_not_acknowledged() {
+    for on_mismatch in [OnMismatch::Duplicate, OnMismatch::Error] {
+        let (race, fail) = (Race::default(), Arc::new(Notify::new()));
+        let receiver = refusing_a(&race, &fail, on_mismatch);
+        let first = tokio::spawn(receiver.clone().oneshot("a".to_owned()));
+        tokio::task::yield_now().await;
+        *race.lock().unwrap() = Some(Box::new(move || {
+            Box::pin(async move {
+                fail.notify_one();
+                assert!(first.await.unwrap().is_err());
+            })
+        }));
+        let received = receiver.clone().oneshot("b".to_owned()).await;
+        assert!(
+            matches!(Disposition::of(&received), Disposition::Redeliver(_)),
+            "{on_mismatch:?}: {received:?}"
+        );
+        let again = receiver.oneshot("b".to_owned()).await;
+        assert!(matches!(again, Ok(Receipt::First(()))), "{on_mismatch:?}: {again:?}");
+    }
+}
+
 /// Between the claim and the look at the record, the handler of the other payload failed, and a
 /// duplicate of this message was handled.
 #[tokio::test]
 async fn a_message_is_no_mismatch_of_its_own_duplicate() {
-    let (race, fail) = (Race::default(), Arc::new(tokio::sync::Notify::new()));
-    let (store, failed) = (Racing(MemoryStore::new(), Arc::clone(&race)), Arc::clone(&fail));
-    let receiver = ReceiverLayer::new(store, "c")
-        .with_id(|_: &String| 7_u64)
-        .with_payload(|payload: &String| payload.as_bytes())
-        .layer(service_fn(move |payload: String| {
-            let failed = Arc::clone(&failed);
-            async move {
-                if payload == "a" {
-                    failed.notified().await;
-                    return Err("no".to_owned());
-                }
-                Ok(())
-            }
-        }));
+    let (race, fail) = (Race::default(), Arc::new(Notify::new()));
+    let receiver = refusing_a(&race, &fail, OnMismatch::Error);
     let first = tokio::spawn(receiver.clone().oneshot("a".to_owned()));
     tokio::task::yield_now().await;
     let copy = receiver.clone();
