@@ -515,6 +515,46 @@ async fn a_publication_that_does_not_end_within_the_lease_is_given_up() {
     assert_eq!(*begun.lock().unwrap(), ["a"]);
 }
 
+/// The lease begins when the server takes the messages, not when its reply arrives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_got_its_messages_late_publishes_none_beside_another_relay() {
+    const LATE: Duration = Duration::from_secs(1);
+    let bench = Bench::new().await;
+    let outbox = bench.outbox(&[]).await;
+    let proxy = Proxy::to(([127, 0, 0, 1], bench._server.port()).into()).await;
+    let url = bench._server.url_by(proxy.address.port());
+    let pool = PgPoolOptions::new().max_connections(1).connect(&url).await.unwrap();
+    let publication = Arc::new(());
+    let publications = Arc::clone(&publication);
+    let late = Outbox::new(pool)
+        .relay(move |_| {
+            let publication = Arc::clone(&publication);
+            async move {
+                std::future::pending::<()>().await;
+                drop(publication);
+                Ok::<_, &str>(())
+            }
+        })
+        .with_lease(6 * LATE)
+        .with_initial_backoff(SHORT)
+        .with_max_backoff(SHORT);
+    // From the second look on, the connection knows the statement, so the lease begins at most two delays after the relay.
+    assert_eq!(late.publish_once().await.unwrap(), published(0, 0));
+    assert!(put(&bench, &outbox, &OutboxMessage::new("a", "x")).await);
+    proxy.set(Fate::Delay(LATE));
+    let is_publishing = || Arc::strong_count(&publications) > 2;
+    let late = tokio::spawn(async move { late.publish_once().await });
+    while !is_publishing() {
+        tokio::time::sleep(SHORT).await;
+    }
+    let other = outbox.relay(|_| async { Ok::<_, &str>(()) });
+    while other.publish_once().await.unwrap().published == 0 {
+        tokio::time::sleep(SHORT).await;
+    }
+    assert!(!is_publishing(), "two relays publish the message at the same time");
+    late.abort();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_relay_does_not_postpone_messages_that_another_has_taken() {
     const TAKEN: &str =
