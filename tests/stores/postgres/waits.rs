@@ -494,6 +494,39 @@ async fn a_claim_whose_connection_was_lost_is_pursued() {
     }
 }
 
+/// While the first statement waits for a standby, its record cannot be seen, and the claim of the pursuit waits for it in
+/// vain. This does not show that the first statement has failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_nobody_waits_for_is_pursued_until_its_standby_is_back() {
+    let server = PostgresServer::start();
+    let own = pool(&server.url(), 5).await;
+    let direct = PostgresStore::connect(&server.url()).await.unwrap();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let through = pool(&server.url_by(proxy.address.port()), 2).await;
+    let store = PostgresStore::builder().with_timeout(300 * MILLI).with_pool(through);
+    let store = store.unwrap();
+    until_idle(&store).await;
+    standby(&own, "away").await;
+    let left = tokio::time::timeout(100 * MILLI, store.claim(&claim(1))).await;
+    assert!(left.is_err());
+    assert_eq!(waiting(&own).await, 1);
+    // The store loses the connection, but the server does not notice this while the statement waits.
+    proxy.lead_to(([127, 0, 0, 1], server.port()).into());
+    // The pursuit looks the claim up.
+    tokio::time::sleep(1_500 * MILLI).await;
+    standby(&own, "").await;
+    for tries in 0.. {
+        match direct.claim(&again(&claim(1))).await.unwrap() {
+            Decision::Execute(grant) => {
+                assert_eq!(grant.attempt, 1);
+                break;
+            }
+            other => assert!(matches!(other, Decision::Wait { .. }) && tries < 200, "{other:?}"),
+        }
+        tokio::time::sleep(50 * MILLI).await;
+    }
+}
+
 /// A half-open connection: neither end knows that it is dead. The server replies on other
 /// connections, and is idle.
 #[tokio::test(flavor = "multi_thread")]
