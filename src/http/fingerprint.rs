@@ -275,6 +275,27 @@ mod tests {
         assert_ne!(of(&chosen, &in_a, ""), of(&chosen, &in_both, ""));
     }
 
+    /// The same lines under other names are another request (I4).
+    #[test]
+    fn each_distribution_of_lines_over_the_headers_counts() {
+        const NAMES: [&str; 4] = ["authorization", "x-api-key", "x-a", "x-b"];
+        let chosen = Fingerprinting {
+            headers: ["x-a", "x-b"].map(HeaderName::from_static).into(),
+            ..Fingerprinting::default()
+        };
+        let mut seen = std::collections::HashSet::new();
+        // Zero, one or two equal lines of each name.
+        for distribution in 0..81_usize {
+            let counts = [distribution, distribution / 3, distribution / 9, distribution / 27].map(|count| count % 3);
+            let lines = NAMES
+                .iter()
+                .zip(counts)
+                .flat_map(|(name, count)| vec![(*name, "1"); count]);
+            let fingerprint = of(&chosen, &parts("POST", "/", &lines.collect::<Vec<_>>()), "");
+            assert!(seen.insert(*fingerprint.digest()), "{counts:?}");
+        }
+    }
+
     #[test]
     fn a_function_stands_for_the_body_only() {
         let length = Fingerprinting {
