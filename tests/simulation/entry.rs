@@ -36,14 +36,21 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 /// A request of a client.
 pub(crate) struct Incoming {
+    /// The number of the request among all requests.
+    pub(crate) number: usize,
     pub(crate) key: usize,
     pub(crate) is_other_body: bool,
     pub(crate) stall: Duration,
 }
 
+/// The number of a request over HTTP.
+#[derive(Clone)]
+struct Number(usize);
+
 /// A message of a broker.
 #[derive(Clone)]
 pub(crate) struct Delivery {
+    request: usize,
     key: usize,
     payload: &'static str,
     lease: Option<MessageLease>,
@@ -92,6 +99,7 @@ impl Entry {
 
     pub(crate) async fn call(self, request: Incoming) -> Answer {
         let Incoming {
+            number: request,
             key,
             is_other_body,
             stall,
@@ -101,6 +109,7 @@ impl Entry {
             Self::Http(service) => {
                 let request = Request::post(format!("/pay/{key}"))
                     .header("idempotency-key", name_of(key))
+                    .extension(Number(request))
                     .body(match stall {
                         Duration::ZERO => body(payload.to_owned()),
                         stall => body_in_parts(&payload[..2], stall, Ok(&payload[2..])),
@@ -112,10 +121,15 @@ impl Entry {
                 }
             }
             Self::Message(service) => {
-                let lease = None;
-                received(service.oneshot(Delivery { key, payload, lease }).await)
+                let delivery = Delivery {
+                    request,
+                    key,
+                    payload,
+                    lease: None,
+                };
+                received(service.oneshot(delivery).await)
             }
-            Self::Once(calls) => calls.call(key, payload).await,
+            Self::Once(calls) => calls.call(request, key, payload).await,
         }
     }
 }
@@ -230,8 +244,10 @@ fn key_of(path: &str) -> usize {
 async fn handle(link: &Link, seed: u64, mode: Mode, request: Request<Body>) -> Response<Body> {
     let lease = request.extensions().get::<Lease>().unwrap();
     let fence = lease.fence().as_u64();
+    let Number(number) = *request.extensions().get().unwrap();
     let attempt = Attempt {
         key: key_of(request.uri().path()),
+        request: number,
         number: lease.attempt().number(),
         fence,
         id: lease.derive_key("charge"),
@@ -347,6 +363,7 @@ async fn receive(link: &Link, seed: u64, mode: Mode, delivery: Delivery) -> Resu
     let (key, lease) = (delivery.key, delivery.lease.unwrap());
     let attempt = Attempt {
         key,
+        request: delivery.request,
         number: lease.attempt(),
         fence: lease.fence().as_u64(),
         id: lease.id("charge"),
@@ -401,10 +418,10 @@ impl OneTimeCalls {
             .with_max_attempts(self.plan.max_attempts)
     }
 
-    async fn call(&self, key: usize, payload: &str) -> Answer {
+    async fn call(&self, request: usize, key: usize, payload: &str) -> Answer {
         let (seed, mode, once) = (self.plan.seed, self.plan.mode, self.once(key, payload));
         let link = self.link.clone();
-        let call = move |attempt| async move { pay_once(&link, seed, mode, key, &attempt).await };
+        let call = move |attempt| async move { pay_once(&link, seed, mode, (request, key), &attempt).await };
         let link = self.link.clone();
         let made = match mode {
             Mode::AtMostOnce | Mode::ReleaseFailures => once.run(call).await,
@@ -440,11 +457,12 @@ async fn pay_once(
     link: &Link,
     seed: u64,
     mode: Mode,
-    key: usize,
+    (request, key): (usize, usize),
     attempt: &client::Attempt,
 ) -> Result<String, Failure<Failed>> {
     let paying = Attempt {
         key,
+        request,
         number: attempt.number(),
         fence: attempt.fence().as_u64(),
         id: attempt.id("charge"),
@@ -471,7 +489,7 @@ fn storage_key_of_call(plan: &Plan, key: usize) -> StorageKey {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let mut call = pin!(calls.call(key, "pay"));
+        let mut call = pin!(calls.call(0, key, "pay"));
         poll_fn(|cx| {
             assert!(call.as_mut().poll(cx).is_pending());
             Poll::Ready(())

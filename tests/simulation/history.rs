@@ -25,6 +25,8 @@ pub(crate) enum Event {
     Began {
         key: usize,
         process: usize,
+        /// The number of the request that runs the handler.
+        request: usize,
         attempt: u32,
         fence: u64,
     },
@@ -145,6 +147,7 @@ impl fmt::Display for Event {
                 process,
                 attempt,
                 fence,
+                ..
             } => {
                 write!(
                     f,

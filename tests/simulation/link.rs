@@ -102,6 +102,14 @@ pub(crate) struct Answer {
     pub(crate) body: String,
 }
 
+/// A response that has left its process.
+pub(crate) struct Responded {
+    /// The number of its request.
+    pub(crate) request: usize,
+    pub(crate) operation: usize,
+    pub(crate) answer: Answer,
+}
+
 /// The time of arrival of a message, the number of its stream, and its own number.
 pub(crate) type MessageId = (Duration, u64, u64);
 
@@ -130,6 +138,8 @@ pub(crate) struct Shared {
     /// keys may run in any order.
     streams: HashMap<u64, Random>,
     pub(crate) history: History,
+    /// The number of requests that have arrived at a process.
+    pub(crate) requests: usize,
     pub(crate) processes: Vec<ProcessState>,
     pub(crate) store_is_down: bool,
     pub(crate) store_is_slow: bool,
@@ -139,7 +149,7 @@ pub(crate) struct Shared {
     /// The places of lost messages. As long as they exist, their senders wait.
     lost: Vec<Box<dyn Send>>,
     /// Requests whose responses have left their processes since the world looked.
-    pub(crate) responded: Vec<(usize, Answer)>,
+    pub(crate) responded: Vec<Responded>,
 }
 
 impl Shared {
@@ -151,6 +161,7 @@ impl Shared {
             seed,
             random: Random::new(seed, 3),
             streams: HashMap::new(),
+            requests: 0,
             history: History::default(),
             processes: vec![ProcessState::default(); processes],
             store_is_down: false,
@@ -355,10 +366,14 @@ impl Link {
     }
 
     /// Sends the response of a request to its client.
-    pub(crate) fn respond(&self, operation: usize, number: usize, response: Answer) {
+    pub(crate) fn respond(&self, request: usize, operation: usize, number: usize, response: Answer) {
         let mut shared = self.lock();
         if shared.is_alive(self.sender) {
-            shared.responded.push((operation, response.clone()));
+            shared.responded.push(Responded {
+                request,
+                operation,
+                answer: response.clone(),
+            });
             let latency = shared.latency();
             let id = shared.send(
                 latency,

@@ -177,7 +177,8 @@ impl Process {
             return false;
         };
         let task = one.runtime.spawn(async move {
-            link.respond(operation, number, entry.call(request).await);
+            let arrived = request.number;
+            link.respond(arrived, operation, number, entry.call(request).await);
         });
         one.requests.push((operation, number, task.abort_handle()));
         true

@@ -19,6 +19,8 @@ pub(crate) const HANDLER: Duration = Duration::from_millis(1_500 + 1_500 + 500 +
 /// One attempt at a payment.
 pub(crate) struct Attempt {
     pub(crate) key: usize,
+    /// The number of the request.
+    pub(crate) request: usize,
     pub(crate) number: u32,
     pub(crate) fence: u64,
     /// The id for the bank, which is the same in every attempt.
@@ -49,11 +51,18 @@ pub(crate) enum Size {
 
 /// Pays, and returns the text of the response.
 pub(crate) async fn pay(link: &Link, seed: u64, mode: Mode, attempt: Attempt) -> Result<(String, Size), Failed> {
-    let Attempt { key, number, fence, id } = attempt;
+    let Attempt {
+        key,
+        request,
+        number,
+        fence,
+        id,
+    } = attempt;
     let (process, incarnation) = (link.sender.process, link.sender.incarnation);
     link.note(Event::Began {
         key,
         process,
+        request,
         attempt: number,
         fence,
     });

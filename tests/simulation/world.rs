@@ -645,7 +645,9 @@ impl World {
             stall,
             ..
         } = self.operations[operation].tries[number];
+        self.shared().requests += 1;
         let request = Incoming {
+            number: self.shared().requests,
             key,
             is_other_body: self.operations[operation].is_other_body,
             stall,

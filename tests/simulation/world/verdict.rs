@@ -7,12 +7,24 @@ use tower_idempotency::protocol::Status;
 use super::faults::is_restart;
 use super::{Client, World, is_final, is_success};
 use crate::history::Event;
-use crate::link::Answer;
+use crate::link::{Answer, Responded};
 use crate::plan::{Fault, Mode, Operation, Planned, Try};
 use crate::process::Process;
 
 /// The longest time between the lookup of a record and the response.
 const JUST_NOW: Duration = Duration::from_secs(3);
+
+/// The codes of answers that say that the request had no effect.
+const NOTHING_RAN: [&str; 8] = [
+    "body-broken",
+    "body-timeout",
+    "key-reused",
+    "mismatch",
+    "not-run",
+    "overloaded",
+    "store-full",
+    "store-unavailable",
+];
 
 /// The number of the effect that a response names.
 fn receipt_in(body: &str) -> Option<usize> {
@@ -30,10 +42,24 @@ impl World {
         others.all(|is_other| Some(is_other) == first)
     }
 
-    /// Checks the responses that have left their processes (I5).
+    /// Checks the responses that have left their processes (I3, I5).
     pub(super) fn check_responses(&mut self) {
         let responded = std::mem::take(&mut self.shared().responded);
-        for (operation, answer) in responded {
+        for Responded {
+            request,
+            operation,
+            answer,
+        } in responded
+        {
+            let ran =
+                |(_, event): &(Duration, Event)| matches!(event, Event::Began { request: of, .. } if *of == request);
+            if NOTHING_RAN.contains(&answer.code) && self.shared().history.0.iter().any(ran) {
+                let key = self.operations[operation].key;
+                self.violate(format!(
+                    "I3: a request under key {key} ran the handler, and its caller got {}, which says that nothing ran",
+                    answer.code
+                ));
+            }
             if !is_success(&answer) {
                 continue;
             }
