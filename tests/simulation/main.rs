@@ -185,7 +185,7 @@ fn no_guarantee_is_violated_under_any_fault() {
         assert!(outcome.violations.is_empty(), "{}", report(&plan, Rule::Correct));
         return;
     }
-    let seeds = settings::seeds("SIMULATIONS").unwrap_or(0..if settings::is_thorough() { 5_000 } else { 500 });
+    let seeds = settings::seeds("SIMULATIONS").unwrap_or(0..500);
     if let Some(seed) = search(seeds, Rule::Correct) {
         panic!("{}", report(&Plan::of(seed), Rule::Correct));
     }
