@@ -17,9 +17,11 @@ use crate::engine::{HeldLease, POLL};
 use crate::http::Refusal;
 use crate::protocol::{Fingerprint, Grant, IdempotencyKey, KeyHasher, StorageKey, StoredResponse};
 use crate::sharded::Sharded;
-use crate::sync::MutexGuard;
 #[cfg(feature = "postgres")]
-use crate::sync::atomic::AtomicU32;
+use crate::sharded::lock;
+#[cfg(feature = "postgres")]
+use crate::sync::Mutex;
+use crate::sync::MutexGuard;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// One guarded request. The request that has the entry of its key in the table is the leader, for
@@ -49,10 +51,10 @@ pub(super) struct InFlight {
     confirmed_by: AtomicU64,
     /// Makes this request look at the record at once.
     look_again: Notify,
-    /// The status of the response that the handler last tried to record in a transaction, in the
-    /// form of [`status_and_code`].
+    /// The statuses of all responses that the handler tried to record in transactions, each once and
+    /// in the form of [`status_and_code`].
     #[cfg(feature = "postgres")]
-    recorded_status: AtomicU32,
+    tried_statuses: Mutex<Vec<u32>>,
     shared_result: OnceLock<SharedResult>,
     changed: Notify,
     /// The number of waiters. No other data depends on it, so its steps need only be atomic.
@@ -91,7 +93,7 @@ impl InFlight {
             confirmed_by: AtomicU64::new(0),
             look_again: Notify::new(),
             #[cfg(feature = "postgres")]
-            recorded_status: AtomicU32::new(0),
+            tried_statuses: Mutex::new(Vec::new()),
             shared_result: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -174,8 +176,12 @@ impl InFlight {
     /// of this HTTP status and gRPC code.
     #[cfg(feature = "postgres")]
     pub(super) fn begin_transaction(&self, status: http::StatusCode, code: Option<u8>) {
-        let recorded = status_and_code(status, code);
-        self.recorded_status.store(recorded, Ordering::Relaxed);
+        let tried = status_and_code(status, code);
+        let mut statuses = lock(&self.tried_statuses);
+        if !statuses.contains(&tried) {
+            statuses.push(tried);
+        }
+        drop(statuses);
         if let Some(lease) = self.lease() {
             lease.transaction.begin();
         }
@@ -187,11 +193,11 @@ impl InFlight {
         self.lease().map(|lease| &lease.transaction)
     }
 
-    /// Whether the response that the handler tried to record has this status. Every gRPC response
+    /// Whether any response that the handler tried to record has this status. Every gRPC response
     /// has the HTTP status 200, so the gRPC codes are compared, too.
     #[cfg(feature = "postgres")]
-    pub(super) fn has_recorded(&self, status: http::StatusCode, code: Option<u8>) -> bool {
-        self.recorded_status.load(Ordering::Relaxed) == status_and_code(status, code)
+    pub(super) fn has_tried_to_record(&self, status: http::StatusCode, code: Option<u8>) -> bool {
+        lock(&self.tried_statuses).contains(&status_and_code(status, code))
     }
 
     pub(super) fn set_superseded(&self) {

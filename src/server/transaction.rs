@@ -258,8 +258,8 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends an execution whose transaction was rolled back, so that it had no effect. The layer
     /// does not return a response that claims an effect: one that reports an effect (2xx, 3xx, or a
-    /// gRPC response whose status is `OK` or missing), or has the status of the response that was
-    /// to be recorded. The attempt then counts as failed.
+    /// gRPC response whose status is `OK` or missing), or has the status of a response that was to
+    /// be recorded. The attempt then counts as failed.
     async fn rolled_back<R: RebuildBody, E: 'static>(
         &mut self,
         ended: Option<Box<Ended<R, E>>>,
@@ -267,11 +267,11 @@ impl<St: Store, S> Exchange<St, S> {
         telemetry::event(Event::RolledBack);
         let claims_effect = |status: StatusCode, head: &HeaderMap, trailers: Option<&HeaderMap>| {
             let policy = &self.settings.policy;
-            let is_recorded = self
+            let was_tried = self
                 .key_guard
                 .in_flight
-                .has_recorded(status, policy.grpc_code(status, head, trailers));
-            is_recorded || policy.reports_effect(status, head, trailers)
+                .has_tried_to_record(status, policy.grpc_code(status, head, trailers));
+            was_tried || policy.reports_effect(status, head, trailers)
         };
         let claims_effect = match (&self.stage, ended.as_deref()) {
             (Stage::Responded(Read { head, body, .. }), None) => {
