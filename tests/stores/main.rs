@@ -9,6 +9,9 @@ mod garbage;
 mod memory;
 mod outbox;
 mod postgres;
+#[path = "../simulation/random.rs"]
+#[expect(dead_code, reason = "the simulation uses all of it")]
+mod random;
 mod redis;
 mod rules;
 mod shared_by_runtimes;

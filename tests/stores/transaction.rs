@@ -5,6 +5,7 @@ mod behind;
 #[cfg(feature = "tonic")]
 mod grpc;
 mod marks;
+mod programs;
 mod renewals;
 
 use std::sync::Arc;
