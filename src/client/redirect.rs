@@ -238,6 +238,9 @@ mod tests {
             follows_of::<FollowRedirect<FollowRedirect<(), Strict>>>(),
             follows_of::<FollowRedirect<FollowRedirect<()>, Strict>>(),
             follows_of::<FollowRedirect<FollowRedirect<(), Strict>, Limited>>(),
+            // The policy in the name belongs to the service, and is no policy of the redirects.
+            follows_of::<FollowRedirect<SameOriginKey>>(),
+            follows_of::<FollowRedirect<Box<SameOriginKey>>>(),
         ] {
             assert_eq!(standard, Follows::Silent);
         }

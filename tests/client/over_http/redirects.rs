@@ -4,8 +4,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tower::Service;
 use tower::util::BoxCloneService;
+use tower::{Layer, Service};
 use tower_idempotency::client::{ErrorClass, OnceError};
 
 use super::*;
@@ -69,9 +69,20 @@ fn services() -> [ReqwestService; 2] {
     ]
 }
 
+/// A service of the application over `reqwest`. It does not report its redirects, so its error may
+/// belong to a later hop.
+fn unreported() -> BoxCloneService<Request<reqwest::Body>, Response<reqwest::Body>, reqwest::Error> {
+    let client = plain().build().unwrap();
+    BoxCloneService::new(tower::service_fn(move |request: Request<reqwest::Body>| {
+        let client = client.clone();
+        async move { client.execute(request.try_into()?).await.map(Response::from) }
+    }))
+}
+
 #[tokio::test]
 async fn a_charge_is_made_once_although_the_server_stops_after_its_redirect() {
-    for http in services() {
+    let reported = services().map(BoxCloneService::new);
+    for http in reported.into_iter().chain([unreported()]) {
         for status in [301, 302, 303, 307, 308] {
             for place in PLACES {
                 let charges = AtomicUsize::new(0);
@@ -473,6 +484,41 @@ mod by_tower_http {
                 .layer(CallLayer::new(once_more()))
                 .service(charging("/charges", refusal, &charges));
             is_charged_once(client, &charges).await;
+        }
+    }
+
+    /// For example, the page behind a 303 is gone. Its 410 is not the result of the charge.
+    #[tokio::test]
+    async fn the_status_of_a_later_hop_is_not_stored_as_that_of_the_charge() {
+        let overruled = || PolicyExt::or::<_, Full<Bytes>, ()>(same_origin(), policy::Action::Follow);
+        let once_more = || RetryPolicy::new(ProviderProfile::stripe()).with_max_attempts(1);
+        for refusal in [402, 410, 412, 422] {
+            let http = || charging("/charges", Some(refusal), &Arc::default());
+            // Without a policy of this crate, only the other URI shows the redirect.
+            let elsewhere = charging("/charges/1", Some(refusal), &Arc::default());
+            let calls = CallLayer::new(once_more()).layer(http());
+            let clients: [Http; 4] = [
+                BoxCloneService::new(FollowRedirect::<_>::new(elsewhere)),
+                BoxCloneService::new(FollowRedirect::with_policy(http(), overruled())),
+                BoxCloneService::new(FollowRedirect::with_policy(
+                    tower::retry::Retry::new(once_more(), http()),
+                    overruled(),
+                )),
+                BoxCloneService::new(FollowRedirect::with_policy(
+                    calls.map_err(CallError::into_source),
+                    overruled(),
+                )),
+            ];
+            for (at, client) in clients.into_iter().enumerate() {
+                let client = ServiceBuilder::new().layer(once()).service(client);
+                let send = || client.clone().oneshot(keyed("http://bank.example/charges"));
+                assert_eq!(send().await.unwrap().status(), refusal);
+                let later = send().await;
+                assert!(
+                    matches!(later, Err(OnceError::Unknown(None))),
+                    "{at} {refusal}: {later:?}"
+                );
+            }
         }
     }
 
