@@ -622,6 +622,26 @@ async fn an_unclear_response_stays_unclear_when_its_body_breaks_off() {
     assert_eq!((got, server.requests()), (expected, 2));
 }
 
+/// A later call sent the request once more, although the call was made.
+#[tokio::test]
+async fn a_response_that_settles_the_effect_ends_the_call_when_its_body_breaks_off() {
+    const LOST: Act = Reset("");
+    const REFUSED: Act = Reset("HTTP/1.1 422 Unprocessable Content\r\ncontent-length: 2\r\n\r\n");
+    let again = || once().at_least_once();
+    // The third party sees the key, so the response also settles the lost attempt.
+    for response in [REFUSED, BROKEN[0]] {
+        let server = RawServer::start(&[LOST, response, WHOLE]).await;
+        let got = repeated(again(), &server.url, Some(collecting())).await;
+        let expected = [Err("unknown"), Err("unknown"), Err("not stored")];
+        assert_eq!((got, server.requests()), (expected, 2), "{response:?}");
+        // No attempt was lost.
+        let server = RawServer::start(&[response, WHOLE]).await;
+        let got = repeated(again().without_sending_key(), &server.url, Some(collecting())).await;
+        let expected = [Err("unknown"), Err("not stored")];
+        assert_eq!((got, server.requests()), (expected, 1), "{response:?}");
+    }
+}
+
 fn once() -> OnceLayer<MemoryStore> {
     OnceLayer::new(MemoryStore::new(), ProviderProfile::stripe()).with_response_timeout(PATIENCE)
 }
