@@ -19,7 +19,7 @@ use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::ErrorKind;
 use tower_idempotency::MemoryStore;
 use tower_idempotency::Recovered;
-use tower_idempotency::client::{Attempt, ErrorClass, OnceError, OnceLayer, ProviderProfile};
+use tower_idempotency::client::{Attempt, ErrorClass, KeyDeriver, OnceError, OnceLayer, ProviderProfile};
 
 use crate::support;
 use crate::support::{Fault, RemoteStore};
@@ -255,7 +255,11 @@ async fn a_lost_call_is_checked_and_the_response_that_is_found_is_stored() {
                 (&*lost.key, lost.attempt.number(), lost.head.uri.path()),
                 ("k", 2, "/orders")
             );
-            assert!(!format!("{lost:?}").contains("Bearer"));
+            let shown = format!("{lost:?}");
+            assert!(
+                shown.starts_with("LostCall { attempt") && !shown.contains("Bearer"),
+                "{shown}"
+            );
             ready(if found {
                 Recovered::Happened(Response::new(Bytes::from("found")))
             } else {
@@ -396,7 +400,8 @@ fn every_error_states_whether_the_call_was_made_and_has_its_cause() {
     type Failed = OnceError<(), io::Error>;
     let reset = || io::Error::from(io::ErrorKind::ConnectionReset);
     let left = Duration::from_secs(12);
-    let errors: [(Failed, &str, bool); 8] = [
+    let cause = || KeyDeriver::new(b"short").unwrap_err();
+    let errors: [(Failed, &str, bool); 10] = [
         (OnceError::Failed(reset()), "failed; no effect", true),
         (
             OnceError::InFlight { left },
@@ -427,6 +432,15 @@ fn every_error_states_whether_the_call_was_made_and_has_its_cause() {
         (
             OnceError::Unreadable("a type".into()),
             "was made, but its stored response cannot be read",
+            true,
+        ),
+        (OnceError::NotRun(cause()), "was not made", true),
+        (
+            OnceError::Unrecorded {
+                output: Box::new(()),
+                error: cause(),
+            },
+            "was made, but its response could not be recorded",
             true,
         ),
     ];
@@ -511,15 +525,26 @@ async fn bodies_whose_size_hint_never_falls_are_complete() {
 /// A response to HEAD may declare the length that the body of a GET response would have.
 #[tokio::test(start_paused = true)]
 async fn a_response_without_a_body_is_complete_with_any_declared_length() {
-    for (method, is_whole) in [(Method::HEAD, true), (Method::POST, false)] {
+    for (method, status, is_whole) in [
+        (Method::HEAD, 200, true),
+        (Method::POST, 204, true),
+        (Method::POST, 304, true),
+        (Method::POST, 200, false),
+    ] {
         let (_, layer) = layer();
-        let http =
-            service_fn(|_: Request<Full<Bytes>>| ready(Ok::<_, io::Error>(Response::new(support::short("", 8)))));
+        let http = service_fn(move |_: Request<Full<Bytes>>| {
+            let response = Response::builder().status(status);
+            ready(Ok::<_, io::Error>(response.body(support::short("", 8)).unwrap()))
+        });
+        let layer = layer.with_methods([Method::HEAD, Method::POST]);
         let client = ServiceBuilder::new().layer(layer).service(http);
-        for _ in 0..2 {
+        for is_replay in [false, true] {
             let mut request = request("x");
             *request.method_mut() = method.clone();
-            assert_eq!(client.clone().oneshot(request).await.is_ok(), is_whole, "{method}");
+            let got = client.clone().oneshot(request).await;
+            let replay = got.map(|response| response.headers().contains_key("idempotent-replayed"));
+            let expected = is_whole.then_some(is_replay);
+            assert_eq!(replay.ok(), expected, "{method} {status}");
         }
     }
 }
@@ -764,6 +789,28 @@ async fn a_call_to_another_host_never_gets_the_response_of_the_first() {
         !matches!(&other, Ok(response) if response.headers().contains_key("idempotent-replayed")),
         "the call to b.example was not made, and the caller got the response of a.example: {other:?}"
     );
+}
+
+#[tokio::test]
+async fn a_target_is_the_same_with_its_default_port() {
+    let targets = [
+        ("http://bank.example/pay", "http://bank.example:80/pay"),
+        ("https://bank.example/pay", "https://bank.example:443/pay"),
+    ];
+    for (short, long) in targets {
+        let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft())
+            .layer(service_fn(|_: Request<Full<Bytes>>| ready(respond(201))));
+        let send = |target: &str| {
+            let mut request = to("bank.example");
+            *request.uri_mut() = target.parse().unwrap();
+            client.clone().oneshot(request)
+        };
+        send(short).await.unwrap();
+        assert_eq!(send(long).await.unwrap().headers()["idempotent-replayed"], "true");
+        for other in ["http://bank.example:443/pay", "https://bank.example:80/pay"] {
+            assert!(matches!(send(other).await, Err(OnceError::Mismatch)), "{other}");
+        }
+    }
 }
 
 #[tokio::test]
