@@ -141,6 +141,29 @@ async fn a_profile_sets_the_header_field_and_the_form_of_the_key() {
 }
 
 #[tokio::test]
+async fn each_profile_bounds_the_length_of_a_key() {
+    for (profile, longest) in [
+        (ProviderProfile::draft(), 255),
+        (ProviderProfile::stripe(), 255),
+        (ProviderProfile::adyen(), 64),
+        (ProviderProfile::paypal(), 108),
+        (ProviderProfile::checkout(), 255),
+        (ProviderProfile::repeatable_requests(), 255),
+    ] {
+        for (len, is_sent) in [(longest, true), (longest + 1, false)] {
+            let generator = KeyGenerator::from_fn(move |_| Ok::<_, Infallible>("k".repeat(len)));
+            let layer = IdempotencyKeyLayer::new(profile.clone()).with_generator(generator);
+            let mut request = post();
+            request
+                .extensions_mut()
+                .insert(KeyOrigin::new("order", "charge").with_first_sent(UNIX_EPOCH));
+            let (sent, _) = send(&layer, [request]).await;
+            assert_eq!(sent.lock().unwrap().len(), usize::from(is_sent), "{len}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn repeatable_requests_carry_the_date_of_the_first_attempt() {
     let layer = IdempotencyKeyLayer::new(ProviderProfile::repeatable_requests());
     let headers = only(&layer, post()).await;

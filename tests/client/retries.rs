@@ -19,7 +19,7 @@ use tower_idempotency::client::{
     CallError, CallLayer, CallOutcome, CallReport, CloneBody, CollectError, ErrorClass, IdempotencyKeyLayer,
     KeyPlacementError, ProviderProfile, ResponseMeaning, RetryAdvice, RetryPolicy,
 };
-use tower_idempotency::{IdempotencyLayer, MemoryStore};
+use tower_idempotency::{BufferedBody, IdempotencyLayer, MemoryStore};
 
 use crate::support;
 
@@ -195,6 +195,10 @@ fn the_advice_of_a_server_overrides_the_status() {
             "{status} {name}: {value}"
         );
     }
+    let advised = ProviderProfile::stripe().with_repeat_marker(Some("x-again".parse().unwrap()));
+    for (name, advice) in [("x-again", Repeat), ("stripe-should-retry", Final)] {
+        assert_eq!(advised.advice(StatusCode::BAD_REQUEST, &headers(name, "true")), advice);
+    }
     let custom = ProviderProfile::draft()
         .with_in_flight(|headers| headers.contains_key("x-busy"))
         .with_repeated([StatusCode::IM_A_TEAPOT]);
@@ -277,6 +281,28 @@ async fn without_a_key_only_idempotent_methods_are_retried() {
     )
     .await;
     assert_eq!((called.attempts(), called.outcome()), (1, CallOutcome::Unknown));
+}
+
+/// Sends a body whose first response is lost. Returns the number of attempts.
+async fn attempts_with<B: CloneBody>(body: B) -> usize {
+    let request = request(&Method::POST, true).map(|_| body);
+    call(policy(ProviderProfile::draft()), request, &[LOST, OK])
+        .await
+        .attempts()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_in_memory_is_sent_again_in_each_type() {
+    type Either = http_body_util::Either<String, BoxBody<Bytes, Infallible>>;
+    let bytes = || Full::new(Bytes::from_static(b"amount=1"));
+    assert_eq!(attempts_with(bytes()).await, 2);
+    assert_eq!(attempts_with("amount=1".to_owned()).await, 2);
+    assert_eq!(attempts_with(http_body_util::Empty::<Bytes>::new()).await, 2);
+    assert_eq!(attempts_with(()).await, 2);
+    assert_eq!(attempts_with(Either::Left("amount=1".to_owned())).await, 2);
+    assert_eq!(attempts_with(Either::Right(bytes().boxed())).await, 1);
+    assert_eq!(attempts_with(BufferedBody::new(bytes())).await, 2);
+    assert_eq!(attempts_with(BufferedBody::new(bytes().boxed())).await, 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -364,6 +390,63 @@ async fn the_client_does_not_retry_beyond_the_horizon_or_near_the_end_of_the_ret
     assert_eq!(called.attempts(), 3, "the retention begins with the first attempt");
 }
 
+/// The bounds that the providers document. After nine tenths of the retention, the server may have
+/// deleted its record of the key, so a retry could take effect again.
+#[tokio::test(start_paused = true)]
+async fn each_profile_stops_before_the_retention_of_its_provider_ends() {
+    const HOURS: [&[(&str, &str)]; 4] = [
+        &[("retry-after", "18000")],
+        &[("retry-after", "21600")],
+        &[("retry-after", "75600")],
+        &[("retry-after", "79200")],
+    ];
+    const DAYS: [&[(&str, &str)]; 2] = [&[("retry-after", "540000")], &[("retry-after", "549000")]];
+    for (profile, within, beyond) in [
+        (ProviderProfile::draft(), HOURS[2], HOURS[3]),
+        (ProviderProfile::stripe(), HOURS[2], HOURS[3]),
+        (ProviderProfile::adyen(), DAYS[0], DAYS[1]),
+        (ProviderProfile::paypal(), HOURS[0], HOURS[1]),
+        (ProviderProfile::checkout(), HOURS[2], HOURS[3]),
+        (ProviderProfile::repeatable_requests(), HOURS[2], HOURS[3]),
+    ] {
+        for (asked, attempts) in [(within, 2), (beyond, 1)] {
+            let mut keyed = request(&Method::POST, false);
+            keyed.headers_mut().insert("x-key", "k".parse().unwrap());
+            let profile = profile.clone().with_header("x-key".parse().unwrap());
+            let patient = policy(profile).with_horizon(Duration::MAX);
+            let called = call(patient, keyed, &[Respond(503, asked), OK]).await;
+            assert_eq!(called.attempts(), attempts, "{asked:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replay_is_recognised_only_by_the_marker_of_its_provider() {
+    let marked = |name: &'static str| ProviderProfile::draft().with_replay_marker(Some(name.parse().unwrap()));
+    const DRAFT: Act = Respond(500, &[("idempotent-replayed", "true")]);
+    const OTHER: Act = Respond(500, &[("x-replay", "true")]);
+    for (profile, replay, other) in [
+        (ProviderProfile::draft(), Some(DRAFT), OTHER),
+        (ProviderProfile::stripe(), Some(DRAFT), OTHER),
+        (ProviderProfile::adyen(), Some(DRAFT), OTHER),
+        (ProviderProfile::paypal(), None, DRAFT),
+        (ProviderProfile::checkout(), None, DRAFT),
+        (ProviderProfile::repeatable_requests(), None, DRAFT),
+        (ProviderProfile::draft().with_replay_marker(None), None, DRAFT),
+        (marked("x-replay"), Some(OTHER), DRAFT),
+    ] {
+        for (act, is_replay) in replay.map(|act| (act, true)).into_iter().chain([(other, false)]) {
+            let mut keyed = request(&Method::POST, false);
+            keyed.headers_mut().insert("x-key", "k".parse().unwrap());
+            let profile = profile.clone().with_header("x-key".parse().unwrap());
+            let called = call(policy(profile).with_max_attempts(2), keyed, &[act]).await;
+            assert_eq!(called.ended.unwrap().is_replay(), is_replay);
+            // The server would replay the same response again.
+            assert_eq!(called.at.len(), if is_replay { 1 } else { 2 });
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_budget_bounds_the_retries_of_all_requests_together() {
     let policy =
@@ -436,23 +519,35 @@ async fn each_sequence_of_attempts_has_its_outcome() {
 
 #[tokio::test]
 async fn a_client_that_is_not_ready_sends_nothing() {
+    let calls = || CallLayer::new(policy(ProviderProfile::draft()));
     let error: CallError<io::Error> = {
-        let client = ServiceBuilder::new()
-            .layer(CallLayer::new(policy(ProviderProfile::draft())))
-            .service(NotReady);
+        let client = ServiceBuilder::new().layer(calls()).service(NotReady);
         client.oneshot(request(&Method::POST, true)).await.unwrap_err()
     };
     assert_eq!((error.attempts(), error.outcome()), (0, CallOutcome::NotTaken));
     assert_eq!(error.into_source().kind(), io::ErrorKind::NotConnected);
+
+    let collecting = ServiceBuilder::new()
+        .layer(calls().collect_responses())
+        .service(NotReady);
+    let error = collecting.oneshot(request(&Method::POST, true)).await.unwrap_err();
+    assert_eq!((error.attempts(), error.outcome()), (0, CallOutcome::NotTaken));
+    assert!(matches!(error.into_source(), CollectError::Service(_)));
+
+    let keyed = ServiceBuilder::new()
+        .layer(IdempotencyKeyLayer::new(ProviderProfile::draft()))
+        .service(NotReady);
+    let error = keyed.oneshot(request(&Method::POST, false)).await.unwrap_err();
+    assert!(matches!(error, KeyPlacementError::Service(_)), "{error:?}");
 }
 
 #[derive(Clone)]
 struct NotReady;
 
 impl tower::Service<Request<String>> for NotReady {
-    type Response = Response<()>;
+    type Response = Response<Full<Bytes>>;
     type Error = io::Error;
-    type Future = std::future::Ready<io::Result<Response<()>>>;
+    type Future = std::future::Ready<io::Result<Self::Response>>;
 
     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<()>> {
         std::task::Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
@@ -517,6 +612,52 @@ async fn an_error_states_the_attempts_and_the_outcome_and_has_the_cause() {
         error.to_string(),
         "the HTTP call failed before its first attempt; no effect"
     );
+}
+
+/// The chain of errors ended at the text that the layer shows.
+#[tokio::test(start_paused = true)]
+async fn the_error_of_a_collected_response_leads_to_the_first_cause() {
+    use std::error::Error;
+    #[derive(Debug)]
+    struct Reset;
+    impl std::fmt::Display for Reset {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("reset by the server")
+        }
+    }
+    impl Error for Reset {}
+    #[derive(Debug)]
+    struct Client(Reset);
+    impl std::fmt::Display for Client {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("the client failed")
+        }
+    }
+    impl Error for Client {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+    const LOST: &str = "the body of the response with status 200 broke off";
+    for (has_head, expected) in [
+        (true, [LOST, "reset by the server"]),
+        (false, ["the client failed", "reset by the server"]),
+    ] {
+        let http = service_fn(move |_: Request<String>| {
+            let frames = futures::stream::iter([Err::<http_body::Frame<Bytes>, _>(Reset)]);
+            let body = BoxBody::new(http_body_util::StreamBody::new(frames));
+            ready(if has_head {
+                Ok(Response::new(body))
+            } else {
+                Err(Client(Reset))
+            })
+        });
+        let calls = CallLayer::new(policy(ProviderProfile::draft()).with_max_attempts(1)).collect_responses();
+        let client = ServiceBuilder::new().layer(calls).service(http);
+        let error = client.oneshot(request(&Method::POST, true)).await.unwrap_err();
+        let chain = std::iter::successors(error.source(), |error| (**error).source());
+        assert_eq!(chain.map(ToString::to_string).collect::<Vec<_>>(), expected);
+    }
 }
 
 /// The client does not check the length of a body. Clients built on hyper do check it.
