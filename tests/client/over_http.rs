@@ -26,8 +26,8 @@ use tower_http::follow_redirect::FollowRedirectLayer;
 use tower_http::follow_redirect::policy::{Limited, Policy, PolicyExt, clone_body_fn};
 use tower_idempotency::MemoryStore;
 use tower_idempotency::client::{
-    CallError, CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyPlacementError, OnceLayer, ProviderProfile,
-    ReqwestService, RetryPolicy, SameOriginKey,
+    CallError, CallLayer, CallOutcome, CallReport, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyPlacementError,
+    OnceLayer, ProviderProfile, ReqwestService, RetryPolicy, SameOriginKey,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -171,6 +171,7 @@ mod redirects;
 mod with_reqwest {
     use super::*;
     use reqwest::Body;
+    use tower::{Layer, Service};
 
     fn built() -> ReqwestService {
         ReqwestService::build(reqwest::Client::builder().no_proxy()).unwrap()
@@ -183,6 +184,56 @@ mod with_reqwest {
             Ok(response) => Ok(response.into()),
             Err(KeyPlacementError::Service(error)) => Err(error),
             Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn debug_forms_name_their_types_and_hide_keys() {
+        let with_key = || {
+            let mut request = charge::<Body>("http://bank.example/");
+            request
+                .headers_mut()
+                .insert("idempotency-key", "secret-key".parse().unwrap());
+            request
+        };
+        let (generator, outgoing) = (KeyGenerator::uuid_v7(), Arc::new(Mutex::new(String::new())));
+        let noted = Arc::clone(&outgoing);
+        let by_function = KeyGenerator::from_fn(move |request| {
+            *noted.lock().unwrap() = format!("{request:?}");
+            Ok::<_, Infallible>("secret-key".to_owned())
+        });
+        let in_body = keys().with_body_key(|_: &mut Request<Body>, _| Ok::<_, Infallible>(()));
+        let collecting = || calls(1).collect_responses();
+        let once = || OnceLayer::new(MemoryStore::new(), ProviderProfile::stripe());
+        let mut keyed = keys().with_generator(by_function.clone()).layer(built());
+        drop(keyed.call(charge::<Body>("http://bank.example/")));
+        let by_value = tower_idempotency::client::once(MemoryStore::new(), "secret-key");
+        let origin = KeyGenerator::derived(KeyDeriver::new(b"secret-key of 32 bytes or longer").unwrap());
+        for (shown, start) in [
+            (format!("{generator:?}"), "KeyGenerator::uuid_v7()"),
+            (format!("{by_function:?}"), "KeyGenerator::from_fn(..)"),
+            (format!("{origin:?}"), "KeyGenerator::derived(..)"),
+            (outgoing.lock().unwrap().clone(), "Outgoing { method: POST"),
+            (
+                format!("{:?}", keys()),
+                "IdempotencyKeyLayer { profile: ProviderProfile",
+            ),
+            (format!("{:?}", in_body.layer(())), "IdempotencyKeyService { inner: ()"),
+            (format!("{by_value:?}"), "Once { engine"),
+            (format!("{:?}", once()), "OnceLayer { profile: ProviderProfile"),
+            (format!("{:?}", once().layer(7_u8)), "OnceClient { inner: 7"),
+            (format!("{:?}", built().call(with_key())), "ReqwestFuture"),
+            (format!("{:?}", once().layer(built()).call(with_key())), "OnceFuture"),
+            (
+                format!("{:?}", calls(1).layer(built()).call(with_key())),
+                "CallFuture { report",
+            ),
+            (
+                format!("{:?}", collecting().layer(built()).call(with_key())),
+                "CollectingCallFuture(CallFuture",
+            ),
+        ] {
+            assert!(shown.starts_with(start) && !shown.contains("secret-key"), "{shown}");
         }
     }
 
