@@ -284,3 +284,17 @@ impl<P> fmt::Debug for Relay<P> {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn each_pause_is_an_interval_give_or_take_a_half() {
+        let pool = sqlx::PgPool::connect_lazy("postgres://localhost").unwrap();
+        let relay = Outbox::new(pool).relay(());
+        let pauses: Vec<_> = (0..1000).map(|_| relay.random_interval().as_secs_f64()).collect();
+        assert!(pauses.iter().all(|pause| (0.5..1.5).contains(pause)));
+        assert!(pauses.iter().any(|pause| *pause < 0.6) && pauses.iter().any(|pause| *pause > 1.4));
+    }
+}

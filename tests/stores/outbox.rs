@@ -145,7 +145,18 @@ async fn a_message_is_published_as_it_was_put_if_its_transaction_is_committed() 
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 0));
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
     assert_eq!(outbox.waiting().await.unwrap(), 0);
-    assert_eq!(*broker.got.lock().unwrap(), [message]);
+    let got = broker.got.lock().unwrap();
+    assert_eq!(*got, [message]);
+    assert_eq!(
+        (got[0].id(), got[0].topic(), got[0].failures()),
+        ("paid-7", "orders.paid", 0)
+    );
+    let headers = [("trace", "1"), ("trace", "\u{e4} \"{},\\")];
+    assert_eq!(
+        *got[0].headers(),
+        headers.map(|(name, content)| (name.to_owned(), content.to_owned()))
+    );
+    assert_eq!(got[0].payload()[..], [0, 0xff, 7]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -353,7 +364,12 @@ async fn an_outbox_reports_the_cause_of_its_errors() {
             .schema()
             .contains("CREATE TABLE IF NOT EXISTS \"idempotency_outbox\"")
     );
-    let shown = format!("{outbox:?} {:?}", OutboxMessage::new("t", "secret").with_id("secret"));
+    let message = OutboxMessage::new("t", "secret").with_id("secret");
+    let relay = outbox.relay(());
+    let shown = format!("{outbox:?} {message:?} {relay:?}");
+    for part in ["Outbox {", "OutboxMessage { topic: \"t\"", "Relay { interval: 1s"] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
     assert!(!shown.contains("secret"), "{shown}");
 }
 
@@ -697,6 +713,10 @@ async fn an_endless_backoff_of_one_message_does_not_repeat_the_others() {
     assert_eq!(relay.publish_once().await.unwrap(), published(1, 1));
     assert_eq!(relay.publish_once().await.unwrap(), published(0, 0));
     assert_eq!(*got.lock().unwrap(), ["good", "bad"]);
+    // The longest pause is a century.
+    let pause = "SELECT count(*) FROM idempotency_outbox
+        WHERE publish_at BETWEEN now() + interval '99 years' AND now() + interval '101 years'";
+    assert_eq!(bench.number(pause).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -713,20 +733,46 @@ async fn a_relay_that_can_publish_nothing_does_not_spin() {
         .with_batch(1)
         .with_initial_backoff(Duration::ZERO)
         .with_max_backoff(Duration::ZERO)
-        .with_interval(Duration::from_secs(1));
+        .with_interval(Duration::from_secs(5));
     let begun: f64 = bench.clock().await;
-    let five_tries = async {
-        while *tries.lock().unwrap() < 5 {
+    let eight_tries = async {
+        while *tries.lock().unwrap() < 8 {
             tokio::time::sleep(SHORT).await;
         }
     };
     tokio::select! {
         never = relay.run() => match never {},
-        () = five_tries => {}
+        () = eight_tries => {}
     }
-    // The relay pauses for 10 ms, then for twice as long each time.
+    // The relay pauses for 10 ms, then for twice as long each time: 1.27 s.
     let seconds = bench.clock().await - begun;
-    assert!(seconds > 0.14, "{seconds}");
+    assert!((1.26..4.0).contains(&seconds), "{seconds}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_publishes_batch_after_batch_and_pauses_only_when_nothing_is_due() {
+    let bench = Bench::new().await;
+    let outbox = bench.outbox(&["a", "b", "c"]).await;
+    let broker = Broker::default();
+    let relay = outbox.relay(broker.publish()).with_batch(1);
+    let relay = tokio::spawn(relay.with_interval(Duration::from_secs(3_600)).run());
+    let all = async {
+        while outbox.waiting().await.unwrap() > 0 {
+            tokio::time::sleep(SHORT).await;
+        }
+    };
+    let all = tokio::time::timeout(Duration::from_secs(20), all).await;
+    all.expect("the relay pauses although messages are due");
+    // The relay finds nothing, and begins its pause.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(put(&bench, &outbox, &OutboxMessage::new("d", "x")).await);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    relay.abort();
+    assert_eq!(
+        broker.topics(),
+        ["a", "b", "c"],
+        "the relay looks again within its pause"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
