@@ -23,6 +23,14 @@ use crate::telemetry::{self, Event};
 /// released.
 const HELD: Refusal = Refusal::final_for_key(RefusalKind::HandlerFailed);
 
+/// Returns the refusal for a handler that failed without a response.
+const fn handler_failed(can_run_again: bool) -> Refusal {
+    match can_run_again {
+        true => Refusal::new(RefusalKind::HandlerFailed),
+        false => HELD,
+    }
+}
+
 /// Whether the store recorded the outcome, or the response that replaces the handler's response.
 type Concluded<R> = Result<Recorded, Response<R>>;
 
@@ -91,7 +99,7 @@ impl<St: Store, S> Exchange<St, S> {
             return self.finish(SharedResult::Refused(HELD));
         };
         let judgement = *judgement;
-        self.settings.advise(head, judgement);
+        self.settings.advise(head, judgement.retention.is_zero());
         let outcome = self.settings.outcome_of(self.head.as_deref(), head, body);
         // If the store does not record the response, the caller gets a refusal, and the next
         // attempt calls the check again.
@@ -197,8 +205,11 @@ impl<St: Store, S> Exchange<St, S> {
         if let Err(response) = self.without_outcome(verdict).await {
             return response;
         }
+        let lease = self.key_guard.in_flight.lease();
+        let attempt = lease.map_or(1, |lease| lease.grant().attempt);
         let retention = self.settings.engine.retention;
-        self.finish(SharedResult::Refused(self.settings.handler_failed(verdict, retention)))
+        let can_run_again = self.settings.can_run_again(verdict, retention, attempt);
+        self.finish(SharedResult::Refused(handler_failed(can_run_again)))
     }
 
     /// Ends the attempt without an outcome. [`Verdict::Release`] releases the key, and any other
@@ -396,7 +407,7 @@ impl Values {
         head: Option<&request::Parts>,
         retention: Duration,
     ) -> (response::Parts, Collected, StoredResponse) {
-        let refusal = self.handler_failed(Verdict::Store, retention);
+        let refusal = handler_failed(retention.is_zero());
         let (head, bytes) = refusal.render(&self.refusals, head).into_parts();
         let body = Collected { bytes, trailers: None };
         let stored = self.response_headers.store(&head, &body);

@@ -216,14 +216,15 @@ where
     // The handler sees the lease of this layer. That lease links to the lease of a layer further
     // out.
     let outer = request.extensions_mut().remove::<Lease>();
+    let attempt = lease.attempt().number();
     request.extensions_mut().insert(lease.within(outer));
     let running = catch_panic_in(|| service.call(request)).ok()?;
-    Some(Box::pin(ended(running, Arc::clone(settings), method)))
+    Some(Box::pin(ended(running, Arc::clone(settings), method, attempt)))
 }
 
 /// Waits for the handler, judges its response by the head, and reads the body of a response that
 /// the layer stores.
-async fn ended<F, R, E>(running: F, settings: Arc<Values>, method: Method) -> Ended<R, E>
+async fn ended<F, R, E>(running: F, settings: Arc<Values>, method: Method, attempt: u32) -> Ended<R, E>
 where
     F: Future<Output = Result<Response<R>, E>>,
     R: RebuildBody,
@@ -236,7 +237,8 @@ where
     #[cfg(feature = "tonic")]
     add_marks(&mut head);
     let judgement = settings.judge(&head);
-    settings.advise(&mut head, judgement);
+    let can_run_again = settings.can_run_again(judgement.verdict, judgement.retention, attempt);
+    settings.advise(&mut head, can_run_again);
     let timeout = match judgement.verdict {
         Verdict::Store => settings.response_timeout,
         Verdict::Release | Verdict::GiveUp if judgement.awaits_trailers => settings.response_timeout,

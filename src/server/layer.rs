@@ -759,7 +759,7 @@ impl<St: Store> IdempotencyLayer<St> {
         let values = &self.values;
         let (mut head, body) = values.collected(response);
         let judgement = values.happened(&head);
-        values.advise(&mut head, judgement);
+        values.advise(&mut head, judgement.retention.is_zero());
         values.outcome_of(None, &head, &body)
     }
 

@@ -10,10 +10,10 @@ use http::request::Parts;
 use http::{Method, response};
 
 use super::errors::ServiceErrors;
-use super::policy::{Judgement, RecoveryCheck, StorePolicy, Verdict};
+use super::policy::{RecoveryCheck, StorePolicy, Verdict};
 use crate::callback::Callback;
 use crate::engine::EngineSettings;
-use crate::http::{Fingerprinting, IDEMPOTENCY_KEY, Refusal, RefusalKind, Rendering, ResponseHeaders, StreamTypes};
+use crate::http::{Fingerprinting, IDEMPOTENCY_KEY, Rendering, ResponseHeaders, StreamTypes};
 use crate::protocol::{IfLost, KeyParser, Scope};
 
 /// The settings of a layer, for the selector of
@@ -126,34 +126,29 @@ impl Values {
     /// Adds the should-retry field, with the value `false`, to a failed response after which no
     /// retry can run, so that the client's SDK does not send the request again in vain. The layer
     /// stores the field with the response.
-    pub(super) fn advise(&self, head: &mut response::Parts, judgement: Judgement) {
+    pub(super) fn advise(&self, head: &mut response::Parts, can_run_again: bool) {
         let Some(name) = &self.refusals.should_retry else {
             return;
         };
         let is_failure = head.status.is_client_error() || head.status.is_server_error();
-        if is_failure && !self.can_run_again(judgement.verdict, judgement.retention) {
+        if is_failure && !can_run_again {
             // If the header map is full, the response does not get the field.
             drop(head.headers.try_insert(name.clone(), HeaderValue::from_static("false")));
         }
     }
 
-    /// Whether a retry can run the handler, after an attempt that ended with this verdict.
-    fn can_run_again(&self, verdict: Verdict, retention: Duration) -> bool {
+    /// Whether a retry can run the handler, after an attempt with this number has ended with this
+    /// verdict.
+    pub(super) fn can_run_again(&self, verdict: Verdict, retention: Duration, attempt: u32) -> bool {
+        // A retry takes the key over, or calls the recovery check first.
+        let can_take_over = self.engine.if_lost != IfLost::Refuse && attempt < self.engine.max_attempts;
         match verdict {
             // Without a retention, the store forgets every end.
             _ if retention.is_zero() => true,
-            Verdict::Release => true,
-            // A retry takes the key over, or calls the recovery check first.
-            Verdict::GiveUp => self.engine.if_lost != IfLost::Refuse,
+            // If an earlier attempt was lost, its evidence stays.
+            Verdict::Release => attempt == 1 || can_take_over,
+            Verdict::GiveUp => can_take_over,
             Verdict::Store | Verdict::Tombstone | Verdict::Unjudged => false,
-        }
-    }
-
-    /// Returns the refusal for a handler that failed without a response.
-    pub(super) fn handler_failed(&self, verdict: Verdict, retention: Duration) -> Refusal {
-        match self.can_run_again(verdict, retention) {
-            true => Refusal::new(RefusalKind::HandlerFailed),
-            false => Refusal::final_for_key(RefusalKind::HandlerFailed),
         }
     }
 }

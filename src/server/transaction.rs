@@ -143,7 +143,7 @@ impl Lease {
         let body = reading.await.map_err(|_| NOT_STORABLE)?;
         let body = settings.completed(&mut head, body);
         let judgement = settings.happened(&head);
-        settings.advise(&mut head, judgement);
+        settings.advise(&mut head, judgement.retention.is_zero());
         let outcome = settings.outcome_of(None, &head, &body);
         let retention = judgement.retention;
         let code = settings

@@ -676,16 +676,19 @@ async fn the_refusal_of_a_failed_attempt_is_retryable_if_and_only_if_the_retry_r
     };
     for on_error in [OnError::Release, OnError::Unknown, OnError::Store] {
         for number in 0..3 {
-            for retention in [DAY, Duration::ZERO] {
+            for (retention, attempts) in [(DAY, 5), (DAY, 1), (DAY, 2), (Duration::ZERO, 1)] {
                 let handler = Handler::new().responding(|_| panic!("after the effect"));
                 let layer = lost()[number].clone().on_error(on_error).with_retention(retention);
-                let service = layer.layer(handler.clone());
-                let failed = send(&service, post("k", "pay")).await;
-                let refusal = failed.head.extensions.get::<Refusal>();
-                let is_retryable = refusal.is_some_and(Refusal::is_retryable);
-                send(&service, post("k", "pay")).await;
-                let case = format!("{on_error:?}, {number}, {retention:?}");
-                assert_eq!(is_retryable, handler.runs() == 2, "{case}: {:?}", failed.head);
+                let service = layer.with_max_attempts(attempts).layer(handler.clone());
+                let mut can_run = true;
+                for request in 1..5 {
+                    let before = handler.runs();
+                    let failed = send(&service, post("k", "pay")).await;
+                    let case = format!("{on_error:?}, {number}, {retention:?}, {attempts}, {request}");
+                    assert_eq!(handler.runs() > before, can_run, "{case}");
+                    let refusal = failed.head.extensions.get::<Refusal>();
+                    can_run &= refusal.is_some_and(Refusal::is_retryable);
+                }
             }
         }
     }
