@@ -173,6 +173,23 @@ async fn a_renewal_that_panics_is_repeated_before_the_lease_ends() {
     assert!(matches!(owner.await.unwrap(), Ok(Receipt::First(()))));
 }
 
+/// The store starts the lease when it grants the key, not when its reply arrives.
+#[tokio::test(start_paused = true)]
+async fn a_message_whose_grant_arrives_late_is_renewed_in_time() {
+    let store = RemoteStore::new();
+    let layer = layer(&store).with_lease(12 * SECOND).with_store_timeout(12 * SECOND);
+    store.fail("claim", [Fault::SlowReply(9)]);
+    let owner = tokio::spawn(receive(&layer, "m", || async {
+        sleep(24 * SECOND).await;
+        Ok(())
+    }));
+    // A third of the lease after the reply would be at 13 s.
+    sleep(12 * SECOND + SECOND / 2).await;
+    let duplicate = elsewhere(&store, "m").await;
+    assert!(matches!(duplicate, Ok(Receipt::InFlight { .. })), "{duplicate:?}");
+    assert!(matches!(owner.await.unwrap(), Ok(Receipt::First(()))));
+}
+
 #[cfg(feature = "once")]
 mod calls {
     use tokio::sync::oneshot;
@@ -197,6 +214,26 @@ mod calls {
         store.heal();
         let lost = timeout(LEASE, lost).await.unwrap();
         assert_eq!(lost.unwrap().unwrap().into_value(), 2);
+    }
+
+    /// As for a message above.
+    #[tokio::test(start_paused = true)]
+    async fn a_call_whose_grant_arrives_late_is_renewed_in_time() {
+        let store = RemoteStore::new();
+        store.fail("claim", [Fault::SlowReply(9)]);
+        let call = || once(store.clone(), "k").at_least_once().with_lease(12 * SECOND);
+        let owner = call().with_store_timeout(12 * SECOND).run(|_| async {
+            sleep(24 * SECOND).await;
+            Ok::<_, Failure<&str>>(1)
+        });
+        let owner = tokio::spawn(owner);
+        sleep(12 * SECOND + SECOND / 2).await;
+        let other = call()
+            .with_wait(60 * SECOND)
+            .run(|_| ready(Ok::<_, Failure<&str>>(2)))
+            .await;
+        assert_eq!(other.unwrap().into_value(), 1);
+        assert_eq!(owner.await.unwrap().unwrap().into_value(), 1);
     }
 
     /// The renewal finds the record completed, by its own attempt.
