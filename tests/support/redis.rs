@@ -138,16 +138,27 @@ impl RedisServer {
 
     /// Runs a command on a new connection.
     pub fn run<T: FromRedisValue>(&self, command: &Cmd) -> T {
-        let client = redis::Client::open(self.url()).unwrap();
-        let mut connection = client.get_connection_with_timeout(Duration::from_secs(2)).unwrap();
-        command.query(&mut connection).unwrap()
+        command.query(&mut self.connect()).unwrap()
     }
 
     /// Runs commands on a new connection, all in one exchange.
     pub fn run_all(&self, commands: &redis::Pipeline) {
+        commands.exec(&mut self.connect()).unwrap();
+    }
+
+    /// Opens a connection, with several attempts.
+    ///
+    /// When a child process of the test ends, the kernel interrupts a read that has a time limit
+    /// (`EINTR`), and the client does not repeat that read.
+    fn connect(&self) -> redis::Connection {
         let client = redis::Client::open(self.url()).unwrap();
-        let mut connection = client.get_connection_with_timeout(Duration::from_secs(2)).unwrap();
-        commands.exec(&mut connection).unwrap();
+        for _ in 0..9 {
+            if let Ok(connection) = client.get_connection_with_timeout(Duration::from_secs(2)) {
+                return connection;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        client.get_connection_with_timeout(Duration::from_secs(2)).unwrap()
     }
 
     /// Whether the process of the server runs.
