@@ -8,9 +8,9 @@ use tokio::runtime::Handle;
 use super::held_lease::HeldLease;
 use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
-use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, StorageKey};
 #[cfg(feature = "postgres")]
-use crate::protocol::{Snapshot, Status};
+use crate::protocol::Status;
+use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, StorageKey};
 #[cfg(feature = "postgres")]
 use crate::store::resolve_transaction_late;
 use crate::store::{AttemptEnd, Store, StoreRetry, record_end};
@@ -102,31 +102,41 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// this, because a commit may have taken effect although its reply was lost.
     #[cfg(feature = "postgres")]
     pub(crate) async fn transaction_end(&self, lease: Duration) -> TransactionEnd {
-        let record = match self.retry.retry(|| self.store.peek(self.key)).await {
-            Ok(record) => record,
+        match self.committed_outcome().await {
+            Ok(Some(outcome)) => return TransactionEnd::Committed(outcome),
+            Ok(None) => {}
             Err(error) => return TransactionEnd::Undecided(error),
-        };
-        // Compare nonce and fence: a resolution by an operator keeps the fence, and may have
-        // recorded another outcome.
-        let owner = self.owner();
-        let ours = record.filter(|record| (record.nonce, record.fence) == (owner.nonce, owner.fence));
-        if let Some(Snapshot {
-            status: Status::Completed(outcome),
-            ..
-        }) = ours
-        {
-            return TransactionEnd::Committed(outcome);
         }
         // An open transaction holds a lock on the row of the record, and a renewal waits for this
         // lock. So a renewal that succeeds proves that the transaction was rolled back.
+        let owner = self.owner();
         match self.retry.retry(|| self.store.renew(self.key, owner, lease)).await {
             Ok(Renewal::Renewed) => {
                 self.lease.transaction.roll_back();
                 TransactionEnd::RolledBack
             }
-            Ok(Renewal::Superseded) => TransactionEnd::Superseded,
+            // The transaction may have been committed while the renewal waited.
+            Ok(Renewal::Superseded) => match self.committed_outcome().await {
+                Ok(Some(outcome)) => TransactionEnd::Committed(outcome),
+                Ok(None) => TransactionEnd::Superseded,
+                Err(error) => TransactionEnd::Undecided(error),
+            },
             Err(error) => TransactionEnd::Undecided(error),
         }
+    }
+
+    /// Returns the outcome of the record, if this attempt has completed it.
+    #[cfg(feature = "postgres")]
+    async fn committed_outcome(&self) -> Result<Option<Outcome>, Error> {
+        let record = self.retry.retry(|| self.store.peek(self.key)).await?;
+        // Compare nonce and fence: a resolution by an operator keeps the fence, and may have
+        // recorded another outcome.
+        let owner = self.owner();
+        let ours = record.filter(|record| (record.nonce, record.fence) == (owner.nonce, owner.fence));
+        Ok(match ours.map(|record| record.status) {
+            Some(Status::Completed(outcome)) => Some(outcome),
+            _ => None,
+        })
     }
 
     /// Continues to report the end of the attempt to a store that failed, in a task for which the

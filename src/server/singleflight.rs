@@ -51,14 +51,35 @@ pub(super) struct InFlight {
     confirmed_by: AtomicU64,
     /// Makes this request look at the record at once.
     look_again: Notify,
-    /// The statuses of all responses that the handler tried to record in transactions, each once and
-    /// in the form of [`status_and_code`].
+    /// The responses that the handler tried to record in transactions.
     #[cfg(feature = "postgres")]
-    tried_statuses: Mutex<Vec<u32>>,
+    tried: Mutex<Tried>,
     shared_result: OnceLock<SharedResult>,
     changed: Notify,
     /// The number of waiters. No other data depends on it, so its steps need only be atomic.
     waiters: AtomicUsize,
+}
+
+/// The responses that a handler tried to record in transactions.
+#[cfg(feature = "postgres")]
+#[derive(Debug, Default)]
+struct Tried {
+    /// Their number.
+    number: u64,
+    /// The number of the last one that may be in the record.
+    last: u64,
+    /// Their statuses, each once and in the form of [`status_and_code`].
+    statuses: Vec<u32>,
+}
+
+/// An attempt of a handler to record a response in a transaction.
+#[cfg(feature = "postgres")]
+#[derive(Debug)]
+pub(super) struct RecordingAttempt {
+    /// The number of the response among those of the handler, from 1.
+    pub(super) number: u64,
+    /// The number of the last response before it that may be in the record.
+    last_before: u64,
 }
 
 /// The result of a leader, for its followers.
@@ -93,7 +114,7 @@ impl InFlight {
             confirmed_by: AtomicU64::new(0),
             look_again: Notify::new(),
             #[cfg(feature = "postgres")]
-            tried_statuses: Mutex::new(Vec::new()),
+            tried: Mutex::default(),
             shared_result: OnceLock::new(),
             changed: Notify::new(),
             waiters: AtomicUsize::new(0),
@@ -175,16 +196,47 @@ impl InFlight {
     /// Records that the handler is about to complete the record in a transaction, with a response
     /// of this HTTP status and gRPC code.
     #[cfg(feature = "postgres")]
-    pub(super) fn begin_transaction(&self, status: http::StatusCode, code: Option<u8>) {
-        let tried = status_and_code(status, code);
-        let mut statuses = lock(&self.tried_statuses);
-        if !statuses.contains(&tried) {
-            statuses.push(tried);
+    pub(super) fn begin_transaction(&self, status: http::StatusCode, code: Option<u8>) -> RecordingAttempt {
+        let status = status_and_code(status, code);
+        let mut tried = lock(&self.tried);
+        tried.number += 1;
+        let attempt = RecordingAttempt {
+            number: tried.number,
+            last_before: tried.last,
+        };
+        tried.last = attempt.number;
+        if !tried.statuses.contains(&status) {
+            tried.statuses.push(status);
         }
-        drop(statuses);
+        drop(tried);
         if let Some(lease) = self.lease() {
             lease.transaction.begin();
         }
+        attempt
+    }
+
+    /// Records that a response is in the record, unless its transaction is rolled back.
+    #[cfg(feature = "postgres")]
+    pub(super) fn succeed_transaction(&self, attempt: &RecordingAttempt) {
+        lock(&self.tried).last = attempt.number;
+        if let Some(transaction) = self.transaction() {
+            transaction.succeed();
+        }
+    }
+
+    /// Records that a response is certainly not in the record.
+    #[cfg(feature = "postgres")]
+    pub(super) fn supersede_transaction(&self, attempt: &RecordingAttempt) {
+        let mut tried = lock(&self.tried);
+        if tried.last == attempt.number {
+            tried.last = attempt.last_before;
+        }
+    }
+
+    /// Returns the number of the last response that may be in the record.
+    #[cfg(feature = "postgres")]
+    pub(super) fn last_recorded(&self) -> u64 {
+        lock(&self.tried).last
     }
 
     /// Returns the handler's transaction that completes the record.
@@ -197,7 +249,7 @@ impl InFlight {
     /// has the HTTP status 200, so the gRPC codes are compared, too.
     #[cfg(feature = "postgres")]
     pub(super) fn has_tried_to_record(&self, status: http::StatusCode, code: Option<u8>) -> bool {
-        lock(&self.tried_statuses).contains(&status_and_code(status, code))
+        lock(&self.tried).statuses.contains(&status_and_code(status, code))
     }
 
     pub(super) fn set_superseded(&self) {

@@ -20,7 +20,7 @@ use crate::error::Error;
 #[cfg(feature = "tonic")]
 use crate::http::add_marks;
 use crate::http::{RebuildBody, Refusal, RefusalKind, collect, reframe_stream};
-use crate::protocol::{Completion, Outcome, StoredResponse};
+use crate::protocol::{Completion, Outcome, Owner, StoredResponse};
 use crate::store::{AttemptEnd, Store};
 use crate::telemetry::{self, Event};
 
@@ -81,6 +81,9 @@ impl Lease {
     ///   returns the recorded response instead.
     /// * If the transaction was not committed, the attempt counts as failed
     ///   ([`OnError`](crate::OnError)), even if the handler returns this response.
+    /// * If the record shows only that the request is done, the caller gets only the response that
+    ///   this method returned for the committed transaction. Instead of any other one, it gets 409
+    ///   `response-not-stored`.
     /// * If the layer cannot read the record, the caller gets 503 after
     ///   [`with_completion_timeout`](crate::IdempotencyLayer::with_completion_timeout). A task then
     ///   queries the record for twelve times as long, two minutes by default, so that a request
@@ -151,16 +154,21 @@ impl Lease {
             .grpc_code(head.status, &head.headers, body.trailers.as_ref());
         // Begin before the completion is sent. If this future is dropped from here on, the
         // completion may have reached the server, so the layer must read the record.
-        self.in_flight().begin_transaction(head.status, code);
+        let attempt = self.in_flight().begin_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         let failure = match completion.await {
             Ok(Completion::Completed) => {
-                if let Some(transaction) = self.in_flight().transaction() {
-                    transaction.succeed();
+                self.in_flight().succeed_transaction(&attempt);
+                if is_alone {
+                    let (owner, number) = (self.owner(), attempt.number);
+                    head.extensions.insert(CompletedAlone { owner, number });
                 }
                 return Ok(Response::from_parts(head, body.rebuild()));
             }
-            Ok(Completion::Superseded(_)) => SUPERSEDED,
+            Ok(Completion::Superseded(_)) => {
+                self.in_flight().supersede_transaction(&attempt);
+                SUPERSEDED
+            }
             Err(error) => error,
         };
         if let Some(lease) = self.in_flight().lease() {
@@ -168,6 +176,14 @@ impl Lease {
         }
         Err(failure)
     }
+}
+
+/// Response extension: a transaction recorded that the request is done, but not this response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct CompletedAlone {
+    owner: Owner,
+    /// The number of the response among those that this owner tried to record.
+    number: u64,
 }
 
 const NOT_STORABLE: Error = Error::configuration(
@@ -239,13 +255,20 @@ impl<St: Store, S> Exchange<St, S> {
     }
 
     /// Ends an execution whose record holds only that the request is done, because the response has
-    /// the mark [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets the response
-    /// if the handler has returned it.
+    /// the mark [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets this response
+    /// if the handler has returned it. Of several transactions, only the last one whose completion was
+    /// not superseded can be committed.
     fn committed_alone<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Response<R> {
+        let completed = self.owner().map(|owner| CompletedAlone {
+            owner: owner.lease.owner(),
+            number: self.key_guard.in_flight.last_recorded(),
+        });
         self.key_guard.end_ownership();
         let shared_result = SharedResult::Refused(Refusal::new(RefusalKind::ResponseNotStored));
         match ended.map(|ended| *ended) {
-            Some(Ended::Streaming(response, judgement)) if judgement.verdict == Verdict::Tombstone => {
+            Some(Ended::Streaming(response, _))
+                if completed.is_some() && response.extensions().get() == completed.as_ref() =>
+            {
                 self.release_slot(shared_result);
                 self.finished("executed");
                 let mut response = response;

@@ -105,6 +105,41 @@ async fn a_response_with_a_veto_cannot_be_completed_in_a_transaction() {
     assert_eq!((bench.payments().await, bench.runs()), (0, 2));
 }
 
+/// The caller gets only the secret that its handler has committed, and no other response with the
+/// same mark.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_that_was_rolled_back_or_made_after_the_commit_reaches_no_caller() {
+    let bench = Bench::new(Ending::Commit).await;
+    let handler = |State(app): State<App>, lease: Lease, body: Bytes| async move {
+        let mut first = app.pool.begin().await.unwrap();
+        let rolled_back = lease
+            .complete_in(&mut first, (StoreOutcomeOnly, "first"))
+            .await
+            .unwrap();
+        first.rollback().await.unwrap();
+        let mut second = app.pool.begin().await.unwrap();
+        let committed = lease
+            .complete_in(&mut second, (StoreOutcomeOnly, "second"))
+            .await
+            .unwrap();
+        second.commit().await.unwrap();
+        match &body[..] {
+            b"rolled-back" => rolled_back,
+            b"made" => (StoreOutcomeOnly, "third").into_response(),
+            _ => committed,
+        }
+    };
+    let router = Router::new().route("/secrets", post(handler)).layer(bench.layer());
+    let router = router.with_state(bench.app.clone());
+    for returned in ["rolled-back", "made"] {
+        let (status, _, body) = ask(&router, returned).await;
+        assert_eq!(status, StatusCode::CONFLICT, "{returned}: {body}");
+        assert!(body.contains("response-not-stored"), "{returned}: {body}");
+    }
+    let (status, _, body) = ask(&router, "committed").await;
+    assert_eq!((status, &body[..]), (StatusCode::OK, "second"));
+}
+
 /// A layer for webhooks would acknowledge the duplicates of such a response.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_layer_for_webhooks_refuses_to_complete_a_failure_without_its_response() {

@@ -133,6 +133,14 @@ impl Model<'_> {
                 })
     }
 
+    /// Whether the handler returned the response that it had committed.
+    fn returns_recorded(&self, run: usize) -> bool {
+        let End::Made(step) = self.plan.run(run).end else {
+            return false;
+        };
+        self.history.runs[run].steps[step].tried == Tried::Completed && self.is_recorded(run, step)
+    }
+
     fn has_recorded(&self, run: usize) -> bool {
         (0..self.history.runs[run].steps.len()).any(|step| self.is_recorded(run, step))
     }
@@ -148,18 +156,7 @@ impl Model<'_> {
         ran.takeover.is_none() && !self.has_recorded(run) && !contradicts
     }
 
-    /// Whether a caller may get this response. If the handler has committed that its response is not
-    /// stored, nobody can compare the response that it then returns, if that is not stored either.
-    fn may_get(&self, author: Author, reply: &Reply, form: Form) -> bool {
-        let run = match author {
-            Author::Made(run, _) | Author::Other(run) => Some(run),
-            Author::Elsewhere(_) => None,
-        };
-        let is_not_stored = matches!(form, Form::OutcomeOnly | Form::Stream) && self.is_tombstone();
-        self.may_store(author, reply.status) || (is_not_stored && run.is_some_and(|run| self.has_recorded(run)))
-    }
-
-    /// Whether the record may have a response of this author.
+    /// Whether the record may have a response of this author, and a caller may get it.
     fn may_store(&self, author: Author, status: u16) -> bool {
         match author {
             Author::Elsewhere(run) => self.history.runs[run].takeover.is_some_and(|other| other.completes),
@@ -299,7 +296,7 @@ impl Model<'_> {
                 Some((author, made, form)) => {
                     let is_success = (200..300).contains(&reply.status);
                     let must_be_stored = *is_replay || (is_success && form == Form::Plain);
-                    made == *reply && self.may_get(author, reply, form) && (is_stored || !must_be_stored)
+                    made == *reply && self.may_store(author, reply.status) && (is_stored || !must_be_stored)
                 }
                 None => {
                     let is_tombstone = self.is_tombstone() && self.is_of_tombstone(reply);
@@ -329,7 +326,7 @@ impl Model<'_> {
                 Got::Reply { reply, .. } if is_elsewhere || self.has_recorded(run) => match self.stored_body() {
                     Some(body) => reply.body == *body,
                     // The model of the replies has checked the response of an author.
-                    None => !reply.author.is_empty() || self.is_of_tombstone(reply),
+                    None => !reply.author.is_empty() || self.is_of_tombstone(reply) && !self.returns_recorded(run),
                 },
                 Got::Reply { .. } => true,
             };
