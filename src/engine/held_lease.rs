@@ -140,6 +140,12 @@ impl HeldLease {
         self.is_superseded() || self.renewals().is_some_and(Schedule::may_have_ended)
     }
 
+    /// Whether no other attempt can have taken the key over, unless the clock of the store is wrong.
+    pub(super) fn is_sure(&self) -> bool {
+        let may_have_ended = self.schedule.as_ref().is_some_and(Schedule::may_have_ended);
+        !self.is_superseded() && !may_have_ended
+    }
+
     /// Takes the renewal of the lease for the task of this runtime. Returns whether the task must
     /// renew the lease now. If the lease belongs to this runtime, the renewal may be due within
     /// `soon`. Otherwise the renewal must be overdue.
@@ -179,6 +185,7 @@ impl HeldLease {
         let Some(lease) = self.grant.lease else { return };
         // If a renewal hangs, there must be time for another one before the lease ends.
         let timeout = store_timeout.min(lease / 6);
+        let end = self.schedule.as_ref().map(Schedule::end_after_renewal);
         let mut unfinished = Unfinished(Some(self));
         let reply = with_timeout(timeout, store.renew(key, self.owner(), lease)).await;
         if reply.is_ok() {
@@ -189,7 +196,11 @@ impl HeldLease {
             // The owner gave the lease up meanwhile. This renewal may have reached the store later,
             // and prolonged the lease.
             Ok(Renewal::Renewed) if self.is_given_up() => self.take_back(store, key, timeout).await,
-            Ok(Renewal::Renewed) => {}
+            Ok(Renewal::Renewed) => {
+                if let (Some(schedule), Some(end)) = (&self.schedule, end) {
+                    schedule.renewed(end);
+                }
+            }
             // The end of the ownership, or the handler's own transaction, may have completed the
             // record while the renewal waited for the store. The attempt is not lost.
             Ok(Renewal::Superseded) if self.transaction.is_completed() || self.has_reached(End::Over) => {}

@@ -8,9 +8,7 @@ use tokio::runtime::Handle;
 use super::held_lease::HeldLease;
 use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
-#[cfg(feature = "postgres")]
-use crate::protocol::Status;
-use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, StorageKey};
+use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, Status, StorageKey};
 #[cfg(feature = "postgres")]
 use crate::store::resolve_transaction_late;
 use crate::store::{AttemptEnd, Store, StoreRetry, record_end};
@@ -69,9 +67,14 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
 
     /// Frees the key, because the attempt had no effect.
     pub(crate) async fn release(&self) -> Ownership {
+        let is_sure = self.lease.is_sure();
         self.lease.set_released();
         let release = || self.store.release(self.key, self.owner());
         match self.retry.retry(release).await {
+            // The key was free in the meantime: a renewal in flight has released it, too, or the
+            // store has executed a release without a reply. If the next attempt has an outcome by
+            // now, the caller gets that outcome, and does not wait for it otherwise.
+            Ok(Release::Superseded) if is_sure && !self.is_completed().await => Ownership::Owned,
             Ok(Release::Superseded) => Ownership::Superseded,
             Ok(_) => Ownership::Owned,
             Err(error) => {
@@ -80,6 +83,12 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
                 Ownership::Owned
             }
         }
+    }
+
+    /// Whether the record has an outcome, as far as the store replies.
+    async fn is_completed(&self) -> bool {
+        let record = self.retry.retry(|| self.store.peek(self.key)).await;
+        matches!(record, Ok(Some(record)) if matches!(record.status, Status::Completed(_)))
     }
 
     /// Ends the lease at once, because it is unknown whether the attempt took effect. The record
@@ -175,16 +184,62 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     }
 }
 
-#[cfg(all(test, feature = "postgres"))]
+#[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
+    use crate::clock::Stopwatch;
+    use crate::engine::EngineSettings;
+    use crate::protocol::{Decision, Fingerprint, Grant, Nonce};
     use crate::store::MemoryStore;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const KEY: StorageKey = StorageKey::from_bytes([7; 32]);
+
+    async fn claim(store: &MemoryStore) -> Grant {
+        let claim = EngineSettings::default().claim(KEY, Fingerprint::NONE, Nonce::random());
+        match store.claim(&claim).await.unwrap() {
+            Decision::Execute(grant) => grant,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn owner<'o>(
+        store: &'o MemoryStore,
+        lease: &'o HeldLease,
+        tracker: &'o Arc<TaskTracker>,
+    ) -> KeyOwner<'o, MemoryStore> {
+        KeyOwner {
+            store,
+            key: &KEY,
+            lease,
+            retry: StoreRetry::new(SECOND, SECOND),
+            tracker,
+        }
+    }
+
+    /// A release without a reply may have taken effect, and a renewal in flight may release the key,
+    /// too. The next attempt then owns the key before the owner's own release arrives.
+    #[tokio::test(start_paused = true)]
+    async fn a_repeated_release_is_a_takeover_only_if_the_lease_may_have_ended() {
+        for (past, expected) in [(1, Ownership::Owned), (3, Ownership::Superseded)] {
+            let (store, tracker) = (MemoryStore::new(), Arc::default());
+            // Leases of the memory store have no end, so give this one an end.
+            let grant = Grant {
+                lease: Some(2 * SECOND),
+                ..claim(&store).await
+            };
+            let lease = HeldLease::new(grant, Stopwatch::start);
+            store.release(&KEY, lease.owner()).await.unwrap();
+            claim(&store).await;
+            tokio::time::advance(past * SECOND).await;
+            let ownership = owner(&store, &lease, &tracker).release().await;
+            assert_eq!(ownership, expected, "{past}");
+        }
+    }
 
     /// A renewal may still wait for the row lock of the transaction. It must see that the attempt has
     /// ended, because otherwise it would prolong the lease after the end is recorded.
+    #[cfg(feature = "postgres")]
     #[tokio::test]
     async fn a_renewal_in_flight_learns_that_the_end_is_recorded_later() {
         let outcome = Outcome::Stored(crate::protocol::StoredResponse::default());
@@ -194,14 +249,8 @@ mod tests {
             (AttemptEnd::GivenUp, true),
         ] {
             let lease = HeldLease::of_first_attempt(SECOND);
-            let owner = KeyOwner {
-                store: &MemoryStore::new(),
-                key: &StorageKey::from_bytes([7; 32]),
-                lease: &lease,
-                retry: StoreRetry::new(SECOND, SECOND),
-                tracker: &Arc::default(),
-            };
-            owner.resolve_later(&Error::new(ErrorKind::StoreUnavailable, "down"), end);
+            let down = Error::new(crate::error::ErrorKind::StoreUnavailable, "down");
+            owner(&MemoryStore::new(), &lease, &Arc::default()).resolve_later(&down, end);
             assert_eq!(lease.is_given_up(), is_given_up);
         }
     }

@@ -19,6 +19,9 @@ pub(crate) struct Schedule {
     /// The time of the next renewal, in microseconds on `since`. A compare-and-exchange of this one
     /// word decides which caller renews, and no other data depends on it.
     due: AtomicU64,
+    /// The earliest time at which the lease may end, in microseconds on `since`. Only a renewal that
+    /// has succeeded moves it. No other data depends on it.
+    ends: AtomicU64,
 }
 
 impl Schedule {
@@ -28,6 +31,7 @@ impl Schedule {
             lease,
             since,
             due: AtomicU64::new(micros(lease / 3)),
+            ends: AtomicU64::new(micros(lease)),
         }
     }
 
@@ -47,10 +51,21 @@ impl Schedule {
         self.take_if(now, |due| now >= due.saturating_add(sixth))
     }
 
-    /// Whether the lease may have ended, because its renewal was due two thirds of the lease ago.
+    /// Whether the lease may have ended, because it began, or was renewed for the last time, at least
+    /// its length ago.
     pub(crate) fn may_have_ended(&self) -> bool {
-        let due = self.due.load(Ordering::Relaxed);
-        self.since.elapsed_micros() >= due.saturating_add(micros(self.lease / 3 * 2))
+        self.since.elapsed_micros() >= self.ends.load(Ordering::Relaxed)
+    }
+
+    /// Returns the end of the lease after a renewal that is sent now, for [`renewed`](Self::renewed).
+    pub(crate) fn end_after_renewal(&self) -> u64 {
+        self.since.elapsed_micros().saturating_add(micros(self.lease))
+    }
+
+    /// Notes that a renewal has succeeded. `end` is the end of the lease, as
+    /// [`end_after_renewal`](Self::end_after_renewal) returned it before the renewal was sent.
+    pub(crate) fn renewed(&self, end: u64) {
+        self.ends.fetch_max(end, Ordering::Relaxed);
     }
 
     fn take_if(&self, now: u64, is_due: impl FnOnce(u64) -> bool) -> bool {
@@ -126,17 +141,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lease_may_have_ended_when_its_time_has_passed_since_the_last_renewal() {
+    async fn only_a_renewal_that_succeeds_moves_the_end_of_the_lease() {
         let schedule = Schedule::new(LEASE, Stopwatch::start());
-        pass(11).await;
-        assert!(!schedule.may_have_ended());
-        pass(1).await;
-        assert!(schedule.may_have_ended());
+        pass(4).await;
         assert!(schedule.take(Duration::ZERO));
-        pass(11).await;
+        let end = schedule.end_after_renewal();
+        pass(7).await;
         assert!(!schedule.may_have_ended());
         pass(1).await;
         assert!(schedule.may_have_ended());
+        schedule.renewed(end);
+        assert!(!schedule.may_have_ended());
+        pass(3).await;
+        assert!(!schedule.may_have_ended());
+        pass(1).await;
+        assert!(schedule.may_have_ended());
+        // The reply to an earlier renewal does not shorten the lease.
+        let later = schedule.end_after_renewal();
+        schedule.renewed(later);
+        schedule.renewed(end);
+        assert!(!schedule.may_have_ended());
     }
 
     #[tokio::test(start_paused = true)]

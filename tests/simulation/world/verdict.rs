@@ -177,15 +177,18 @@ impl World {
         let is_late = self.has_late_messages();
         // If the replies to a claim are lost for longer than its lease, each further attempt may
         // find nothing certain, until no attempt is left.
-        let may_use_attempts_up = self.plan.mode == Mode::Recover && self.plan.max_attempts < 1_000;
+        let may_use_attempts_up =
+            matches!(self.plan.mode, Mode::AtLeastOnce | Mode::Recover) && self.plan.max_attempts < 1_000;
         let runs_through = !self.faults.iter().any(stops);
         let is_calm = self.faults.iter().all(is_short);
         for key in 0..self.plan.keys {
-            let (mut began, mut failed, mut unknown, mut unrecorded, mut responded) = (0, 0, false, false, false);
+            let (mut began, mut failed, mut rejected) = (0, 0, false);
+            let (mut unknown, mut unrecorded, mut responded) = (false, false, false);
             for (_, event) in &self.shared().history.0 {
                 match event {
                     Event::Began { key: of, .. } if *of == key => began += 1,
                     Event::Failed { key: of, .. } if *of == key => failed += 1,
+                    Event::Rejected { key: of, .. } if *of == key => rejected = true,
                     Event::Responded { key: of, answer, .. } if *of == key => {
                         unknown |= (answer.status, answer.code) == (409, "outcome-unknown");
                         unrecorded |= (answer.status, answer.code) == (503, "outcome-unknown");
@@ -194,7 +197,7 @@ impl World {
                     _ => {}
                 }
             }
-            if runs_through && !is_late && !may_use_attempts_up && began == 0 && unknown {
+            if runs_through && !is_late && !may_use_attempts_up && began == 0 && unknown && !rejected {
                 self.violate(format!("I7: the outcome of key {key} is unknown, and no handler ran"));
             }
             if is_calm && began > 1 + failed + self.expired[key].len() {
