@@ -7,6 +7,10 @@ mod messages;
 mod outages;
 mod payloads;
 mod postgres;
+mod programs;
+#[path = "../simulation/random.rs"]
+#[expect(dead_code, reason = "the simulation uses all of it")]
+mod random;
 #[path = "../support/mod.rs"]
 mod support;
 mod testing;
