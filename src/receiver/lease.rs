@@ -121,8 +121,9 @@ mod transaction {
         ///
         /// # Cancel safety
         ///
-        /// If the future is dropped early, the completion may have taken effect or not. The
-        /// receiver finds out after the transaction.
+        /// If the future is dropped early, the completion may or may not have taken effect, and may
+        /// still be on its way. End the transaction before the handler returns. The receiver then
+        /// finds out.
         ///
         /// # Errors
         ///

@@ -448,8 +448,9 @@ impl InFlightTable {
 }
 
 /// The time in which a leader that waits for an owner in another process begins a look at the
-/// record, unless its runtime is blocked.
-const RECENTLY: Duration = POLL.saturating_mul(2);
+/// record, unless its runtime is blocked or the store is slow. A follower that trusts such a look
+/// may miss a response that is at most this old.
+const RECENTLY: Duration = POLL.saturating_add(Duration::from_millis(50));
 
 /// The end of the wait of a follower.
 pub(super) enum Followed {

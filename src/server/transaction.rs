@@ -104,7 +104,8 @@ impl Lease {
     /// # Cancel safety
     ///
     /// If this future is dropped before it is ready, the completion may or may not have taken
-    /// effect. The layer finds out after the transaction.
+    /// effect, and may still be on its way. End the transaction before the handler returns. The
+    /// layer then finds out.
     ///
     /// # Errors
     ///

@@ -190,7 +190,12 @@ impl Program {
             self.history.lock().unwrap().runs[run]
                 .steps
                 .push(Stepped { tried, commits });
-            self.end(transaction, step.ending, commits).await;
+            let ending = match step.ending {
+                // After a dropped completion, the transaction must end before the handler does.
+                Ending::CommitLater(_) if tried == Tried::Dropped => Ending::Commit,
+                ending => ending,
+            };
+            self.end(transaction, ending, commits).await;
         }
         self.history.lock().unwrap().runs[run].is_over = true;
         match planned.end {
