@@ -1,6 +1,6 @@
 //! Marks on a response that is completed in a transaction.
 
-use tower_idempotency::{DoNotStore, StoreOutcomeOnly};
+use tower_idempotency::{DoNotStore, StoreFor, StoreOutcomeOnly};
 
 use super::*;
 
@@ -184,5 +184,47 @@ async fn only_a_layer_for_webhooks_refuses_to_complete_a_failure_without_its_res
                 "{status} {is_marked}"
             );
         }
+    }
+}
+
+/// Returns how long the record of the only key lives from now, in seconds.
+async fn left(bench: &Bench) -> f64 {
+    let left = sqlx::query_scalar(
+        "SELECT (expires / 1e6 - extract(epoch FROM clock_timestamp()))::float8 FROM idempotency_records",
+    );
+    left.fetch_one(bench.store.pool()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_response_of_a_transaction_is_stored_for_as_long_as_its_mark_or_its_layer_sets() {
+    const MINUTE: Duration = Duration::from_secs(60);
+    let bench = Bench::new(Ending::Commit).await;
+    for (mark, is_alone, minutes) in [
+        (None, false, 7),
+        (Some(3), false, 3),
+        (Some(11), false, 11),
+        (Some(3), true, 3),
+    ] {
+        let handler = move |State(app): State<App>, lease: Lease| async move {
+            let mut transaction = app.pool.begin().await.unwrap();
+            let mut response = StatusCode::CREATED.into_response();
+            if let Some(minutes) = mark {
+                response.extensions_mut().insert(StoreFor(minutes * MINUTE));
+            }
+            if is_alone {
+                response.extensions_mut().insert(StoreOutcomeOnly);
+            }
+            let response = lease.complete_in(&mut transaction, response).await.unwrap();
+            transaction.commit().await.unwrap();
+            response
+        };
+        let layer = bench.layer().with_retention(7 * MINUTE);
+        let router = Router::new().route("/payments", post(handler)).layer(layer);
+        let (status, ..) = send(&router.with_state(bench.app.clone()), "k").await;
+        assert_eq!(status, StatusCode::CREATED);
+        let (left, set) = (left(&bench).await, f64::from(minutes) * 60.0);
+        assert!(left <= set && left > set - 30.0, "{mark:?} {is_alone}: {left} s");
+        let delete = sqlx::query("DELETE FROM idempotency_records");
+        delete.execute(bench.store.pool()).await.unwrap();
     }
 }
