@@ -444,26 +444,30 @@ async fn a_retry_around_another_one_inherits_the_unknown_outcome_of_reqwest() {
     );
 }
 
+/// A retry of another crate. It repeats every request once.
+#[derive(Clone)]
+struct Foreign(bool);
+
+impl<E> tower::retry::Policy<Request<Full<Bytes>>, Response<Full<Bytes>>, E> for Foreign {
+    type Future = std::future::Ready<()>;
+
+    fn retry(
+        &mut self,
+        _: &mut Request<Full<Bytes>>,
+        _: &mut Result<Response<Full<Bytes>>, E>,
+    ) -> Option<Self::Future> {
+        std::mem::take(&mut self.0).then(|| std::future::ready(()))
+    }
+
+    fn clone_request(&mut self, request: &Request<Full<Bytes>>) -> Option<Request<Full<Bytes>>> {
+        Some(request.clone())
+    }
+}
+
 /// A foreign retry stands between two retries of this crate. It loses the first attempt, and the
 /// third party does not take the second one.
 #[tokio::test]
 async fn an_attempt_that_a_foreign_retry_repeated_stays_lost() {
-    /// Repeats every request once.
-    #[derive(Clone)]
-    struct Foreign(bool);
-    impl tower::retry::Policy<Request<Full<Bytes>>, Response<Full<Bytes>>, io::Error> for Foreign {
-        type Future = std::future::Ready<()>;
-        fn retry(
-            &mut self,
-            _: &mut Request<Full<Bytes>>,
-            _: &mut Result<Response<Full<Bytes>>, io::Error>,
-        ) -> Option<Self::Future> {
-            std::mem::take(&mut self.0).then(|| std::future::ready(()))
-        }
-        fn clone_request(&mut self, request: &Request<Full<Bytes>>) -> Option<Request<Full<Bytes>>> {
-            Some(request.clone())
-        }
-    }
     let count = Arc::new(AtomicUsize::new(0));
     let sent = Arc::clone(&count);
     let http = tower::service_fn(move |_: Request<Full<Bytes>>| {
@@ -480,6 +484,49 @@ async fn an_attempt_that_a_foreign_retry_repeated_stays_lost() {
         .service(http);
     let response = client.oneshot(keyed("http://bank.example/charges")).await.unwrap();
     assert_eq!((response.status().as_u16(), count.load(Ordering::SeqCst)), (429, 2));
+}
+
+/// A timeout drops the first attempt, and a foreign retry repeats it. The third party has taken the
+/// charge, and refuses every later connection.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_a_timeout_dropped_stays_lost_after_a_refused_connection() {
+    /// Returns a client with these layers around the third party, which counts the charges.
+    macro_rules! client_with {
+        ($charges:expr, $calls:expr) => {{
+            let charges = Arc::clone($charges);
+            let http = tower::service_fn(move |_: Request<Full<Bytes>>| {
+                let is_first = charges.swap(1, Ordering::SeqCst) == 0;
+                async move {
+                    if is_first {
+                        std::future::pending::<()>().await;
+                    }
+                    Err::<Response<Full<Bytes>>, io::Error>(io::ErrorKind::ConnectionRefused.into())
+                }
+            });
+            let calls = ServiceBuilder::new()
+                .layer(once())
+                .layer(RetryLayer::new(Foreign(true)));
+            calls.timeout(Duration::from_secs(1)).layer($calls).service(http)
+        }};
+    }
+    async fn is_unknown<S, E>(client: S)
+    where
+        S: Service<Request<Full<Bytes>>, Error = OnceError<Response<Full<Bytes>>, E>> + Clone,
+        E: std::fmt::Debug,
+    {
+        for _ in 0..2 {
+            let called = client.clone().oneshot(keyed("http://bank.example/charges")).await;
+            assert!(matches!(called.err(), Some(OnceError::Unknown(_))));
+        }
+    }
+    let charges = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
+    is_unknown(client_with!(&charges[0], CallLayer::new(once_sent()))).await;
+    is_unknown(client_with!(
+        &charges[1],
+        CallLayer::new(once_sent()).collect_responses()
+    ))
+    .await;
+    assert!(charges.iter().all(|charges| charges.load(Ordering::SeqCst) == 1));
 }
 
 /// A layer between the two retries sends the charge elsewhere after a 429, so it bypasses the inner
