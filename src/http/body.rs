@@ -749,15 +749,22 @@ mod tests {
 
     #[cfg(feature = "retry")]
     #[test]
-    fn a_body_that_was_read_in_part_is_cloned_if_its_rest_can_be() {
-        let body = BufferedBody {
-            front: "ab".into(),
-            rest: Some(Full::from("cd")),
-            left: None,
-            trailers: None,
-        };
-        let clone = body.try_clone_with(|rest| Some(rest.clone())).unwrap();
-        assert_eq!(drain(clone).0, "abcd");
-        assert!(body.try_clone_with(|_| None).is_none());
+    fn a_body_that_was_read_in_part_is_cloned_with_all_its_parts_if_its_rest_can_be() {
+        let trailers = HeaderMap::from_iter([(http::header::ETAG, "t".parse().unwrap())]);
+        for rest in [None, Some(Full::from("cd"))] {
+            for (left, trailers) in [(None, None), (Some(1), None), (None, Some(trailers.clone()))] {
+                let body = BufferedBody {
+                    front: "ab".into(),
+                    rest: rest.clone(),
+                    left,
+                    trailers,
+                };
+                let clone = body.try_clone_with(|rest| Some(rest.clone())).unwrap();
+                assert_eq!(clone.size_hint().lower(), body.size_hint().lower());
+                assert_eq!(clone.size_hint().upper(), body.size_hint().upper());
+                assert_eq!(body.try_clone_with(|_| None).is_none(), rest.is_some());
+                assert_eq!(drain(clone), drain(body));
+            }
+        }
     }
 }
