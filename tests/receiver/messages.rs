@@ -453,6 +453,24 @@ async fn a_shutdown_can_wait_for_handlers_whose_deliveries_were_dropped() {
     assert!(matches!(deliver(&receiver, message("m")).await, Ok(Receipt::Duplicate)));
 }
 
+/// Each consumer of a process may have settings of its own, and one drain waits for all of them.
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_the_handlers_of_clones_with_other_settings() {
+    let handler = Handler::planning([Plan::Take(Duration::from_secs(100))]);
+    let layer = layer(RemoteStore::new()).with_max_detached(1);
+    let drain = layer.drain();
+    let clone = layer.clone().with_retention(Duration::from_secs(60));
+    let receiver = clone.layer(handler.clone());
+    let dropped = deliver(&receiver, message("m"));
+    assert!(tokio::time::timeout(Duration::from_secs(1), dropped).await.is_err());
+    assert_eq!((drain.running(), clone.drain().running()), (1, 1));
+    // The two share the limit of handlers without a delivery, too.
+    let refused = deliver(&layer.layer(handler.clone()), message("other")).await;
+    assert!(matches!(refused, Err(ReceiveError::Store(error)) if error.kind() == ErrorKind::Overloaded));
+    drain.wait().await;
+    assert_eq!(handler.counts(), (1, 1));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_store_that_fails_before_the_handler_prevents_the_run() {
     for fault in [Fault::Before, Fault::After, Fault::Hang] {
