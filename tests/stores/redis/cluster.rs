@@ -8,7 +8,7 @@ use futures::future::join_all;
 use redis::cluster::ClusterClientBuilder;
 use tower::Layer;
 use tower_idempotency::protocol::{Claim, Completion, Decision, StorageKey};
-use tower_idempotency::{Idempotency, IdempotencyLayer, RedisStore, Store};
+use tower_idempotency::{Error, ErrorKind, Idempotency, IdempotencyLayer, RedisStore, Store};
 
 use super::{HOUR, RedisServer, claim, granted, stored};
 use crate::support::{Got, Handler, post, send};
@@ -32,11 +32,15 @@ impl Cluster {
     }
 
     async fn store(&self, prefix: &str) -> RedisStore {
+        self.connect(prefix).await.unwrap()
+    }
+
+    async fn connect(&self, prefix: &str) -> Result<RedisStore, Error> {
         let client = ClusterClientBuilder::new(self.0.iter().map(RedisServer::url)).retries(0);
         let client = client.build().unwrap();
         let connection = client.get_async_connection().await.unwrap();
         let builder = RedisStore::builder().with_prefix(prefix);
-        builder.use_cluster(connection).await.unwrap()
+        builder.use_cluster(connection).await
     }
 
     pub(super) fn urls(&self) -> [String; 3] {
@@ -241,4 +245,19 @@ async fn a_dead_node_takes_only_its_own_keys_with_it() {
             "node {dead} is dead: the store granted {granted} of {KEYS} claims, each made twice"
         );
     }
+}
+
+/// Each node has settings of its own, and evicts its own records.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_with_one_node_that_may_evict_is_refused() {
+    let cluster = Cluster::start();
+    for node in &cluster.0 {
+        node.command::<()>("CONFIG SET maxmemory-policy allkeys-lru");
+        node.command::<()>("CONFIG SET maxmemory 100mb");
+        let error = cluster.connect("idempotency:").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Configuration);
+        assert!(error.to_string().contains("maxmemory-policy"), "{error}");
+        node.command::<()>("CONFIG SET maxmemory 0");
+    }
+    drop(cluster.store("idempotency:").await);
 }
