@@ -75,10 +75,12 @@ where
 }
 
 fn check(plan: &Plan, log: &Log) {
+    report(plan, log, model::check(plan, &log.entries()));
+}
+
+fn report(plan: &Plan, log: &Log, checked: Result<(), String>) {
+    let Err(violation) = checked else { return };
     let entries = log.entries();
-    let Err(violation) = model::check(plan, &entries) else {
-        return;
-    };
     let entries: Vec<String> = entries.iter().map(|entry| format!("  {entry:?}")).collect();
     panic!(
         "{violation}\n{plan}{}\nRepeat this history with HISTORIES={}..{}.",
@@ -103,6 +105,17 @@ fn every_history_of_calls_follows_the_model() {
     for seed in seeds(600, 30_000) {
         let plan = Plan::of(seed, Transport::Scripted);
         check(&plan, &simulate(&plan));
+    }
+}
+
+/// A timeout of the application drops calls, and its retry layer calls again. The model does not know
+/// the time of each step here, so the test checks only the effects and what the callers may get.
+#[test]
+fn no_dropped_call_is_forgotten() {
+    for seed in seeds(600, 30_000) {
+        let plan = Plan::with_timeout(seed);
+        let log = simulate(&plan);
+        report(&plan, &log, model::effects(&plan, &log.entries()));
     }
 }
 

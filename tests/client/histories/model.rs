@@ -150,7 +150,7 @@ pub(super) fn check(plan: &Plan, log: &[Entry]) -> Result<(), String> {
 
 /// Checks without the model that no call under a `OnceLayer` had two effects, and that a caller
 /// that knows of no effect is right.
-fn effects(plan: &Plan, log: &[Entry]) -> Result<(), String> {
+pub(super) fn effects(plan: &Plan, log: &[Entry]) -> Result<(), String> {
     let mut all: HashMap<usize, usize> = HashMap::new();
     let (mut operation, mut own) = (0, 0);
     for entry in log {

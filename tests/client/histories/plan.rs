@@ -112,8 +112,8 @@ pub(super) struct Step {
     pub(super) takes: Duration,
 }
 
-/// The layers from the outermost one: the keys, `once`, a foreign retry layer `around` the calls, the
-/// `calls`, a foreign retry layer `within` them, and the redirects.
+/// The layers from the outermost one: the keys, `once`, a foreign retry layer `around` the calls, a
+/// `timeout` of each of its calls, the `calls`, a foreign retry layer `within` them, and the redirects.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) seed: u64,
@@ -121,6 +121,8 @@ pub(super) struct Plan {
     pub(super) keys: Keys,
     pub(super) once: Option<Once>,
     pub(super) around: Option<Foreign>,
+    /// The layer drops a call that takes longer.
+    pub(super) timeout: Option<Duration>,
     pub(super) calls_layer: Option<Calls>,
     pub(super) within: Option<Foreign>,
     pub(super) redirects: bool,
@@ -137,7 +139,7 @@ impl fmt::Display for Plan {
             self.transport, self.keys, self.redirects
         )?;
         writeln!(f, "  once: {:?}", self.once)?;
-        writeln!(f, "  around: {:?}", self.around)?;
+        writeln!(f, "  around: {:?}, timeout: {:?}", self.around, self.timeout)?;
         writeln!(f, "  calls: {:?}", self.calls_layer)?;
         writeln!(f, "  within: {:?}", self.within)?;
         self.calls.iter().try_for_each(|call| writeln!(f, "  {call:?}"))
@@ -165,6 +167,7 @@ impl Plan {
             keys: random.pick(if is_safe { &[Keys::Caller] } else { keys }),
             once,
             around: (has_calls && random.chance(25)).then(|| foreign(random, is_tcp)),
+            timeout: None,
             calls_layer: has_calls.then(|| calls(random, is_tcp)),
             // Without a redirect policy or `ReqwestService`, no layer can see these repeats.
             within: (redirects && random.chance(30)).then(|| foreign(random, is_tcp)),
@@ -177,6 +180,18 @@ impl Plan {
                 })
                 .collect(),
             steps: (0..=random.below(9)).map(|_| step(random, is_tcp)).collect(),
+        }
+    }
+
+    /// Returns the plan of a history in which a layer drops calls.
+    pub(super) fn with_timeout(seed: u64) -> Self {
+        let random = &mut Random::new(seed, 2);
+        let plan = Self::of(seed, Transport::Scripted);
+        Self {
+            around: Some(foreign(random, false)),
+            timeout: Some(random.millis(1..25) * 100 + Duration::from_millis(50)),
+            calls_layer: plan.calls_layer.or_else(|| Some(calls(random, false))),
+            ..plan
         }
     }
 }

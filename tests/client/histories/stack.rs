@@ -30,6 +30,14 @@ pub(super) struct Failed {
     outcome: CallOutcome,
 }
 
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+impl std::error::Error for Failed {}
+
 impl<E> From<CallError<E>> for Failed {
     fn from(error: CallError<E>) -> Self {
         Self {
@@ -74,6 +82,19 @@ fn repeated<E: Send + 'static>(foreign: Option<Foreign>, client: Client<E>) -> C
         Some(foreign) => boxed(RetryLayer::new(Repeat(foreign)).layer(client)),
         None => client,
     }
+}
+
+/// Drops each call that takes longer than the timeout.
+fn limited(timeout: Option<Duration>, client: Client<Failed>) -> Client<Failed> {
+    let Some(timeout) = timeout else { return client };
+    let limited = tower::timeout::Timeout::new(client, timeout);
+    boxed(limited.map_err(|error| match error.downcast::<Failed>() {
+        Ok(failed) => *failed,
+        Err(_) => Failed {
+            attempts: 0,
+            outcome: CallOutcome::Unknown,
+        },
+    }))
 }
 
 fn logged<E: 'static>(log: &Log, entry: Entry, client: Client<E>) -> Client<E> {
@@ -165,7 +186,7 @@ pub(super) fn client<E: std::fmt::Debug + Send + Sync + 'static>(
     let client = match (plan.calls_layer, plan.once) {
         (Some(calls), layer) => {
             let client = logged(log, Entry::Round, called(calls, log, client, classify));
-            let client = repeated(plan.around, client);
+            let client = repeated(plan.around, limited(plan.timeout, client));
             match layer {
                 Some(layer) => once(layer, client, None),
                 None => boxed(client.map_err(|failed| match failed.outcome {
