@@ -586,6 +586,29 @@ async fn a_store_failure_before_the_call_differs_from_one_after_it() {
     assert!(after.may_have_happened() && party.arrived() == 1);
 }
 
+/// The first caller was promised that the call is not made again.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_may_be_made_again_is_not_reported_as_made_for_good() {
+    let (store, layer) = layer();
+    let (layer, party) = (layer.at_least_once(), Party::default());
+    let send = || {
+        party.send(&layer, request("x"), |arrival| {
+            let mut response = respond(200)?;
+            if arrival == 1 {
+                response.headers_mut().insert("content-length", "8".parse().unwrap());
+            }
+            Ok(response)
+        })
+    };
+    store.fail("complete", [Fault::Before; 1_000]);
+    let first = send().await.unwrap_err();
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    store.heal();
+    assert_eq!(send().await.unwrap().status(), 200);
+    assert_eq!(party.arrived(), 2);
+    assert!(matches!(first, OnceError::Unknown(None)), "{first:?}");
+}
+
 /// Retries inside the layer. A third party without idempotency gets one request, unless it provably
 /// did not take the first one.
 #[cfg(feature = "retry")]

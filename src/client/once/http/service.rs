@@ -178,10 +178,12 @@ where
             error,
         }),
         Settled::Ran {
-            output: Output::Broken, ..
+            output: Output::Broken,
+            recorded: Ok(()),
         } => Err(OnceError::NotStored),
+        // No record shows that the call was made, so another attempt may make it again.
         Settled::Ran {
-            output: Output::Doubtful,
+            output: Output::Broken | Output::Doubtful,
             ..
         } => Err(OnceError::Unknown(None)),
         Settled::Ran {
