@@ -108,6 +108,26 @@ async fn a_valid_key_of_the_caller_takes_precedence() {
     }
 }
 
+/// A server without quoted keys counts the quotes. The layer did not, and sent a key that such a
+/// server rejects.
+#[tokio::test]
+async fn quotes_are_a_part_of_a_key_that_the_profile_does_not_quote() {
+    let with = |key: String| {
+        let request = Request::post("/").header("idempotency-key", key);
+        request.body(()).unwrap()
+    };
+    let quoted = |length: usize| format!("\"{}\"", "k".repeat(length - 2));
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::adyen());
+    only(&layer, with(quoted(64))).await;
+    only(&layer, with("\"open".to_owned())).await;
+    let (sent, ended) = send(&layer, [with(quoted(65))]).await;
+    assert!(
+        matches!(&ended[0], Err(KeyPlacementError::Key(error)) if error.reason() == InvalidKey::TooLong),
+        "{ended:?}"
+    );
+    assert!(sent.lock().unwrap().is_empty());
+}
+
 #[tokio::test]
 async fn a_profile_sets_the_header_field_and_the_form_of_the_key() {
     let generator = || KeyGenerator::from_fn(|_| Ok::<_, Infallible>(r#"a"b\c"#.to_owned()));

@@ -66,7 +66,12 @@ impl<B> KeyPlacement<B> for InHeader {
 
 fn parser(profile: &ProviderProfile) -> KeyParser {
     KeyParser {
-        syntax: KeySyntax::Lenient,
+        // A server without quoted keys reads quotes as a part of the key.
+        syntax: if profile.quoted {
+            KeySyntax::Lenient
+        } else {
+            KeySyntax::Raw
+        },
         max_len: profile.max_len,
         validator: None,
     }
