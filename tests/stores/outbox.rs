@@ -639,6 +639,26 @@ async fn a_row_that_cannot_be_read_does_not_stop_the_others() {
     }
 }
 
+/// The take of every batch failed, because the server could not compute the next count or the pause
+/// of such a row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_with_any_count_of_failures_does_not_stop_the_others() {
+    for count in [i32::MAX, i32::MIN] {
+        let bench = Bench::new().await;
+        let outbox = bench.outbox(&["spoiled", "good"]).await;
+        let spoil = format!("UPDATE idempotency_outbox SET failures = {count} WHERE topic = 'spoiled'");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(spoil))
+            .execute(&bench.pool)
+            .await
+            .unwrap();
+        let broker = Broker::default();
+        broker.refused.lock().unwrap().insert("spoiled".to_owned(), 1);
+        let relay = outbox.relay(broker.publish());
+        assert_eq!(relay.publish_once().await.unwrap(), published(1, 1), "{count}");
+        assert_eq!(broker.topics(), ["good"]);
+    }
+}
+
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 

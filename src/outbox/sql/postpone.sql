@@ -7,7 +7,7 @@ WITH changed AS (
     UPDATE {table} SET
         taken_at = NULL,
         publish_at = statement_timestamp()
-            + make_interval(secs => least($4::float8, $3::float8 * 2::float8 ^ least(failures - 1, 20)))
+            + make_interval(secs => least($4::float8, $3::float8 * 2::float8 ^ greatest(least(failures - 1, 20), 0)))
     WHERE position = ANY ($1) AND (position, failures) IN (SELECT * FROM unnest($1::bigint[], $2::integer[]))
       AND {set_lock_timeout $5}
     RETURNING position

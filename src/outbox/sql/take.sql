@@ -46,12 +46,13 @@ WITH early AS (
 ), taken AS (
     -- Count one more attempt, and mark the messages as taken until the relay reports on them.
     -- Other relays do not see them before the lease and the pause are over, so that they are
-    -- retried if the relay dies.
+    -- retried if the relay dies. Bound the count, because a row whose next count or pause cannot be
+    -- computed would stop the whole batch.
     UPDATE {table} SET
-        failures = failures + 1,
+        failures = least(failures, 2147483646) + 1,
         taken_at = statement_timestamp(),
         publish_at = statement_timestamp()
-            + make_interval(secs => $3::float8 + least($5::float8, $4::float8 * 2::float8 ^ least(failures, 20)))
+            + make_interval(secs => $3::float8 + least($5::float8, $4::float8 * 2::float8 ^ greatest(least(failures, 20), 0)))
     -- An array lets the server find the rows by their index in every plan.
     WHERE position = ANY (ARRAY(SELECT position FROM chosen))
     RETURNING position, id, topic, names, contents, payload, failures
