@@ -59,7 +59,8 @@ pub struct Report<O> {
     /// The scenarios whose messages were not acknowledged at the end. A crash left the outcome
     /// unknown, the handler rejected the message, or the message was redelivered without end.
     pub rejected: Vec<Scenario>,
-    /// The number of scenarios: two, and one crash for each time that the delivery waits.
+    /// The number of scenarios: two, one crash for each time that the delivery waits, and one crash
+    /// that comes too late, because the delivery has ended.
     pub scenarios: usize,
 }
 

@@ -155,6 +155,37 @@ async fn the_meaning_of_a_response_decides_whether_the_call_is_sent_again() {
     }
 }
 
+/// A gateway cannot have sent a replay, so a replay of a refusal is stored. A replayed failure still
+/// shows nothing about the effect.
+#[tokio::test(start_paused = true)]
+async fn a_replay_of_a_refusal_is_stored_and_a_replay_of_a_failure_is_not() {
+    for (status, stored, sent) in [
+        (307, true, 1),
+        (401, true, 1),
+        (404, true, 1),
+        (499, true, 1),
+        (501, true, 1),
+        (425, false, 2),
+        (429, false, 2),
+        (408, false, 1),
+        (500, false, 1),
+    ] {
+        let ((_, layer), party) = (layer(), Party::default());
+        let send = || {
+            party.send(&layer, request("x"), move |_| {
+                let mut response = respond(status)?;
+                let marker = "true".parse().unwrap();
+                response.headers_mut().insert("idempotent-replayed", marker);
+                Ok(response)
+            })
+        };
+        assert_eq!(send().await.unwrap().status(), status);
+        let later = send().await;
+        assert_eq!(party.arrived(), sent, "{status}");
+        assert_eq!(later.is_ok(), stored || sent == 2, "{status}: {later:?}");
+    }
+}
+
 /// The third party charges and then responds with any status. The key becomes free only after the
 /// few statuses that mean that the server did nothing.
 #[tokio::test(start_paused = true)]

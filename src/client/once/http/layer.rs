@@ -63,7 +63,7 @@ use crate::protocol::{IfLost, Scope};
 ///
 /// | the response | the key |
 /// |---|---|
-/// | 2xx, 3xx but 307 and 308, 402, 409 (unless the profile reads it as in flight), 410, 412, 422, a replay | the response is stored |
+/// | 2xx, 3xx but 307 and 308, 402, 409 (unless the profile reads it as in flight), 410, 412, 422, and a replay of a 307, a 308, a 501 or any 4xx but 408, 425 and 429 | the response is stored |
 /// | 425, 429, and the statuses of a server or a gateway that did nothing: 307, 308, 400, 401, 403 to 407, 411, 413 to 417, 421, 423, 426, 428, 431, 451 | free: the caller gets the response, and the next call is made |
 /// | any other status: 408, 499, 5xx | the attempt counts as lost |
 /// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
