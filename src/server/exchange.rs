@@ -28,6 +28,9 @@ use crate::telemetry::{self, Event, Times};
 /// reason. The claim is boxed, too, because the store determines its size. This keeps the future
 /// under 1 KiB, for which allocators are fast.
 pub(super) struct Exchange<St: Store, S> {
+    /// A claim that got no reply from the store. The first field, so that its release begins before
+    /// the guard hands the key over, and a drain waits for the release (I11).
+    pub(super) lost_claim: Option<Box<LostClaim>>,
     pub(super) key_guard: KeyGuard<St>,
     pub(super) settings: Arc<Values>,
     /// The span of the request, if a subscriber is interested in it.
@@ -40,8 +43,6 @@ pub(super) struct Exchange<St: Store, S> {
     pub(super) has_claimed_late: bool,
     /// Whether another attempt took the key over from this request.
     pub(super) is_superseded: bool,
-    /// A claim that got no reply from the store.
-    pub(super) lost_claim: Option<Box<LostClaim>>,
     /// The encodings of gRPC messages that the caller accepts.
     accepted: Accepted,
     pub(super) stage: Stage<S>,
@@ -113,6 +114,7 @@ impl<St: Store, S> Exchange<St, S> {
         accepted: Accepted,
     ) -> Self {
         Self {
+            lost_claim: None,
             key_guard,
             settings,
             span,
@@ -120,7 +122,6 @@ impl<St: Store, S> Exchange<St, S> {
             wait: None,
             has_claimed_late: false,
             is_superseded: false,
-            lost_claim: None,
             accepted,
             stage,
             head,

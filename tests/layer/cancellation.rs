@@ -1,14 +1,20 @@
 //! A caller may leave at any moment. Afterwards no key is stuck, nothing runs twice, and no task is
 //! left.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Context;
 use std::time::Duration;
 
+use futures::task::{ArcWake, waker};
 use http::StatusCode;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower::{Layer, Service, ServiceExt};
-use tower_idempotency::{IdempotencyLayer, MemoryStore, Store};
+use tower_idempotency::{Drain, IdempotencyLayer, MemoryStore, Store};
 
-use crate::support::{Handler, Play, RemoteStore, frames, got, poll_then_drop, post, request, send, start, text};
+use crate::support::{
+    Fault, Handler, Play, RemoteStore, frames, got, poll_then_drop, post, request, send, start, text,
+};
 
 /// Sends a request, drops it after `polls` polls, and sends it again. The second one must get the
 /// response, with one run in all. Returns whether the first one got its response before it was
@@ -142,6 +148,47 @@ async fn a_waiter_that_watches_another_process_and_leaves_hands_over_to_its_foll
     watcher.abort();
     assert_eq!(joined.await.unwrap().body, owner.await.unwrap().body);
     assert_eq!(handler.runs(), 1);
+}
+
+/// A waker that notes what a drain waits for at the moment of the last wake.
+struct AtWake {
+    drain: Drain,
+    running: AtomicUsize,
+}
+
+impl ArcWake for AtWake {
+    fn wake_by_ref(at_wake: &Arc<Self>) {
+        at_wake.running.store(at_wake.drain.running(), Ordering::SeqCst);
+    }
+}
+
+/// The entry of the key was free before the release of the lost claim had begun. A drain that looked
+/// in between did not wait for the release, and the store could grant the claim to nobody.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_that_leaves_begins_the_release_of_its_lost_claim_before_it_hands_over() {
+    let store = RemoteStore::new();
+    let handler = Handler::new().taking(Duration::from_secs(3));
+    let there = IdempotencyLayer::new(store.clone()).layer(handler.clone());
+    let owner = start(&there, post("k", "pay"));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    store.fail("claim", [Fault::Before]);
+    let layer = IdempotencyLayer::new(store);
+    let here = layer.layer(handler);
+    let mut watcher = Box::pin(here.clone().oneshot(post("k", "pay")));
+    let watching = tokio::time::timeout(Duration::from_secs(1), &mut watcher);
+    assert!(watching.await.is_err());
+
+    let (drain, running) = (layer.drain(), AtomicUsize::new(usize::MAX));
+    let at_wake = Arc::new(AtWake { drain, running });
+    let mut joined = Box::pin(here.oneshot(post("k", "pay")));
+    let polled = joined
+        .as_mut()
+        .poll(&mut Context::from_waker(&waker(Arc::clone(&at_wake))));
+    assert!(polled.is_pending());
+    drop(watcher);
+    assert_eq!(at_wake.running.load(Ordering::SeqCst), 1);
+    assert_eq!(got(joined.await.unwrap()).await.body, owner.await.unwrap().body);
+    at_wake.drain.wait().await;
 }
 
 #[tokio::test(start_paused = true)]
