@@ -150,7 +150,8 @@ impl<St: Store + Clone> Drop for JobGuard<'_, St> {
             drop(stored_lease);
         }
         if let Some(owned) = self.owned.take() {
-            owned.give_up(|| self.store.clone(), *self.attempt.key(), lease, self.tracker);
+            let (key, timeout) = (*self.attempt.key(), self.store_timeout);
+            owned.give_up(|| self.store.clone(), key, timeout, lease, self.tracker);
         }
     }
 }

@@ -12,8 +12,9 @@ use super::held_lease::HeldLease;
 use super::renewal::{Renewer, ensure_renewal_task};
 use crate::catch_panic::catch_panic_in;
 use crate::detach::{TaskTracker, spawn_apart};
-use crate::protocol::StorageKey;
-use crate::store::Store;
+use crate::error::Error;
+use crate::protocol::{Renewal, StorageKey};
+use crate::store::{Store, with_timeout};
 use crate::telemetry::{self, Event};
 
 /// The ownership of a key, from its grant to the end of the attempt.
@@ -71,11 +72,12 @@ impl LeaseGuard {
     }
 
     /// Gives up the lease of a dropped owner, by a renewal with a lease of zero. The record remains
-    /// as evidence of the attempt (I6).
+    /// as evidence of the attempt (I6). The store has `timeout` for the renewal.
     pub(crate) fn give_up<St: Store>(
         self,
         store: impl FnOnce() -> St,
         key: StorageKey,
+        timeout: Duration,
         lease: &HeldLease,
         tracker: &Arc<TaskTracker>,
     ) {
@@ -87,21 +89,27 @@ impl LeaseGuard {
         let _ = catch_panic_in(|| {
             telemetry::event(Event::Abandoned);
             let store = store();
-            let mut renewal = Box::pin(async move {
-                if let Err(error) = store.renew(&key, owner, Duration::ZERO).await {
-                    telemetry::failure(Event::RenewalFailed, &error);
-                }
-            });
+            let mut renewal = Box::pin(async move { store.renew(&key, owner, Duration::ZERO).await });
             let _entered = self.runtime.as_ref().map(Handle::enter);
             // Poll the renewal here first, because a store in memory is done at the first poll, and
             // the runtime may be gone by now. For any other store, a tracked task continues the
             // renewal, and the drain waits for it (I11).
-            if (&mut renewal).now_or_never().is_none() {
-                if let Some(runtime) = &self.runtime {
-                    tracker.spawn(runtime, renewal);
+            match (&mut renewal).now_or_never() {
+                Some(renewed) => report(renewed),
+                None => {
+                    if let Some(runtime) = &self.runtime {
+                        tracker.spawn(runtime, with_timeout(timeout, renewal).map(report));
+                    }
                 }
             }
         });
+    }
+}
+
+/// Logs a renewal that gave a lease up, if it failed.
+fn report(renewed: Result<Renewal, Error>) {
+    if let Err(error) = renewed {
+        telemetry::failure(Event::RenewalFailed, &error);
     }
 }
 

@@ -158,7 +158,8 @@ impl<St: Store> Drop for KeyGuard<St> {
             telemetry::in_flight(-1.0);
             if let Some(lease) = self.in_flight.lease() {
                 let (store, key) = (Arc::clone(&self.shared.store), self.in_flight.storage_key);
-                owned.give_up(|| store, key, lease, &self.shared.tracker);
+                let timeout = self.in_flight.store_timeout;
+                owned.give_up(|| store, key, timeout, lease, &self.shared.tracker);
             }
         }
         self.release_slot(SharedResult::Handover);

@@ -317,6 +317,21 @@ async fn a_shutdown_can_wait_for_executions_whose_callers_left() {
     assert_eq!((drain.running(), handler.finished()), (0, 1));
 }
 
+/// The renewal that gives up the lease of a dropped owner had no time limit.
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_waits_only_for_a_while_if_the_store_never_replies_to_an_owner_that_gives_up() {
+    let store = RemoteStore::new();
+    store.fail("complete", [Fault::Panic]);
+    store.fail("renew", [Fault::Hang]);
+    let layer = IdempotencyLayer::new(store);
+    let owner = start(&layer.layer(Handler::new()), post("k", "pay"));
+    assert!(owner.await.unwrap_err().is_panic());
+    let drain = layer.drain();
+    assert_eq!(drain.running(), 1, "the lease is being given up");
+    let timely = tokio::time::timeout(Duration::from_secs(60), drain.wait()).await;
+    timely.expect("the store has a time limit");
+}
+
 #[test]
 fn a_future_dropped_outside_of_its_runtime_is_detached_onto_that_runtime() {
     let store = RemoteStore::new();
