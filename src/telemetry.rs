@@ -325,17 +325,23 @@ mod with_metrics {
 
         pub(crate) async fn waiting<F: Future>(&mut self, waiting: F) -> F::Output {
             let waited = Stopwatch::start();
-            let output = waiting.await;
-            self.elsewhere += waited.elapsed();
+            let output = self.outside(waiting).await;
             histogram!("idempotency_wait_seconds").record(waited.elapsed().as_secs_f64());
             output
         }
 
         pub(crate) async fn outside<F: Future>(&mut self, handler: F) -> F::Output {
-            let ran = Stopwatch::start();
-            let output = handler.await;
-            self.elsewhere += ran.elapsed();
-            output
+            let _outside = Outside(&mut self.elsewhere, Stopwatch::start());
+            handler.await
+        }
+    }
+
+    /// Adds the time until it is dropped, because a handler may panic, and a caller may leave.
+    struct Outside<'t>(&'t mut Duration, Stopwatch);
+
+    impl Drop for Outside<'_> {
+        fn drop(&mut self) {
+            *self.0 += self.1.elapsed();
         }
     }
 

@@ -288,6 +288,52 @@ fn metrics_count_outcomes_events_and_the_store() {
     assert!(!format!("{snapshot:?}").contains("secret-key"));
 }
 
+/// The time of a handler that panicked, of a wait whose caller left, and of a run without protection
+/// counted as time of the layer.
+#[cfg(feature = "metrics")]
+#[test]
+fn the_time_in_the_layer_excludes_handlers_and_waits_that_end_early() {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    const SECOND: Duration = Duration::from_secs(1);
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    metrics::with_local_recorder(&recorder, || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let store = RemoteStore::new();
+            let layer = IdempotencyLayer::new(store.clone());
+            let panicking = Handler::new()
+                .taking(3 * SECOND)
+                .responding(|_| panic!("the test wants this handler to panic"));
+            let service = layer.clone().layer(panicking);
+            let owner = support::start(&service, post("k", "x"));
+            tokio::time::sleep(SECOND).await;
+            let waiter = support::start(&service, post("k", "x"));
+            tokio::time::sleep(SECOND).await;
+            waiter.abort();
+            assert_eq!(owner.await.unwrap().status(), 500);
+            store.fail("claim", [Fault::Before; 2]);
+            let unprotected = layer.dangerously_run_unprotected_when_the_store_fails();
+            let slow = Handler::new().taking(3 * SECOND);
+            assert_eq!(send(&unprotected.layer(slow), post("k", "x")).await.status(), 201);
+        });
+    });
+    let snapshot = snapshotter.snapshot().into_vec();
+    let of_layer = |name: &str| name == "idempotency_layer_seconds";
+    let found = snapshot.iter().find(|(key, ..)| of_layer(key.key().name()));
+    let Some((.., DebugValue::Histogram(times))) = found else {
+        panic!("no times of the layer");
+    };
+    assert_eq!(times.len(), 3);
+    assert!(times.iter().all(|time| time.into_inner() < 0.5), "{times:?}");
+}
+
 /// Sends webhooks that are rejected for four reasons. Returns the bodies of the responses.
 #[cfg(all(feature = "webhooks", feature = "testing"))]
 async fn send_rejected_webhooks() -> Vec<bytes::Bytes> {

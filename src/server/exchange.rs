@@ -351,7 +351,7 @@ impl<St: Store, S> Exchange<St, S> {
         self.finished("unprotected");
         self.key_guard.in_flight.set_guarded(false);
         let (mut service, request) = admitted.request();
-        service.call(request).await
+        self.times.outside(service.call(request)).await
     }
 
     /// Takes the request and its service out of the stage. Returns `None` if the stage has no
