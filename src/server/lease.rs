@@ -142,8 +142,9 @@ impl Lease {
         AttemptNumber(self.grant.attempt)
     }
 
-    /// Returns whether this attempt still held the key at the last renewal. If it is `false`, the
-    /// layer discards the response of this attempt.
+    /// Returns whether this attempt still held the key at the last renewal. If another attempt has
+    /// taken the key over since then, the layer discards the response of this attempt. Otherwise it
+    /// can still store the response, also if this is `false`.
     #[must_use]
     pub fn is_held(&self) -> bool {
         !self.in_flight.is_superseded()

@@ -351,3 +351,26 @@ async fn a_renewal_that_hangs_does_not_delay_the_others() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(handler.runs(), 2, "each request runs once");
 }
+
+/// The store refuses to renew a lease that was lost, but the owner can still complete the record.
+#[tokio::test(start_paused = true)]
+async fn a_response_is_stored_although_its_lease_is_not_held_if_no_other_attempt_has_the_key() {
+    let store = RemoteStore::new();
+    let layer = IdempotencyLayer::new(store.clone()).with_lease(LEASE);
+    let there = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    store.fail("renew", [Fault::Before; 10_000]);
+    let owner = start(
+        &layer.layer(service_fn(|request: Request<AnyBody>| async move {
+            tokio::time::sleep(5 * LEASE).await;
+            let is_held = request.extensions().get::<Lease>().unwrap().is_held();
+            Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, is_held.to_string()))
+        })),
+        post("k", "pay"),
+    );
+    tokio::time::sleep(2 * LEASE).await;
+    assert_eq!(send(&there, post("k", "pay")).await.code(), "outcome-unknown");
+    store.heal();
+    assert_eq!(owner.await.unwrap().body, "false");
+    let again = send(&there, post("k", "pay")).await;
+    assert_eq!((again.is_replay(), &again.body[..]), (true, &b"false"[..]));
+}
