@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use super::held_lease::HeldLease;
 use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
-use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, Status, StorageKey};
+use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, Snapshot, Status, StorageKey};
 #[cfg(feature = "postgres")]
 use crate::store::resolve_transaction_late;
 use crate::store::{AttemptEnd, Store, StoreRetry, record_end};
@@ -91,6 +91,13 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         matches!(record, Ok(Some(record)) if matches!(record.status, Status::Completed(_)))
     }
 
+    /// Whether the outcome of this attempt counts as unknown, as far as the store replies.
+    async fn is_unknown(&self) -> bool {
+        let (record, owner) = (self.retry.retry(|| self.store.peek(self.key)).await, self.owner());
+        let is_ours = |record: &Snapshot| (record.nonce, record.fence) == (owner.nonce, owner.fence);
+        matches!(record, Ok(Some(record)) if is_ours(&record) && record.status == Status::Unknown)
+    }
+
     /// Ends the lease at once, because it is unknown whether the attempt took effect. The record
     /// stays as evidence of the attempt (I6). If the store fails, the attempt ends when its lease
     /// expires.
@@ -98,6 +105,8 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         self.lease.set_given_up();
         let give_up = || self.store.renew(self.key, self.owner(), Duration::ZERO);
         match self.retry.retry(give_up).await {
+            // A claim has found the lease over and refused to run, so no other attempt has the key.
+            Ok(Renewal::Superseded) if self.is_unknown().await => Ownership::Owned,
             Ok(Renewal::Superseded) => Ownership::Superseded,
             Ok(Renewal::Renewed) => Ownership::Owned,
             Err(error) => {

@@ -374,3 +374,22 @@ async fn a_response_is_stored_although_its_lease_is_not_held_if_no_other_attempt
     let again = send(&there, post("k", "pay")).await;
     assert_eq!((again.is_replay(), &again.body[..]), (true, &b"false"[..]));
 }
+
+/// The caller got 409 `outcome-unknown` in place of the failure.
+#[tokio::test(start_paused = true)]
+async fn a_failure_passes_through_although_its_lease_is_lost_if_no_other_attempt_has_the_key() {
+    let store = RemoteStore::new();
+    let layer = IdempotencyLayer::new(store.clone()).with_lease(LEASE);
+    let failing = Handler::new()
+        .taking(5 * LEASE)
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    store.fail("renew", [Fault::Before; 10_000]);
+    let owner = start(&layer.on_error(OnError::Unknown).layer(failing), post("k", "pay"));
+    tokio::time::sleep(2 * LEASE).await;
+    let there = IdempotencyLayer::new(store.clone()).layer(Handler::new());
+    assert_eq!(send(&there, post("k", "pay")).await.code(), "outcome-unknown");
+    store.heal();
+    let failed = owner.await.unwrap();
+    assert_eq!((failed.status(), &failed.body[..]), (502, &b"failed"[..]));
+    assert_eq!(send(&there, post("k", "pay")).await.code(), "outcome-unknown");
+}
