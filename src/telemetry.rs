@@ -336,7 +336,8 @@ mod with_metrics {
         }
     }
 
-    /// Adds the time until it is dropped, because a handler may panic, and a caller may leave.
+    /// Adds the time until its drop to the time outside of the layer. A drop also counts a handler
+    /// that panics and a caller that leaves.
     struct Outside<'t>(&'t mut Duration, Stopwatch);
 
     impl Drop for Outside<'_> {

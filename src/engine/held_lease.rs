@@ -140,8 +140,9 @@ impl HeldLease {
         self.is_superseded() || self.renewals().is_some_and(Schedule::may_have_ended)
     }
 
-    /// Whether no other attempt can have taken the key over, unless the clock of the store is wrong.
-    pub(super) fn is_sure(&self) -> bool {
+    /// Whether the lease cannot have ended yet, by this process's clock, and no reply has reported
+    /// another owner. The key may be free nevertheless, if a release took effect without a reply.
+    pub(super) fn certainly_lasts(&self) -> bool {
         let may_have_ended = self.schedule.as_ref().is_some_and(Schedule::may_have_ended);
         !self.is_superseded() && !may_have_ended
     }

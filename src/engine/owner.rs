@@ -67,14 +67,13 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
 
     /// Frees the key, because the attempt had no effect.
     pub(crate) async fn release(&self) -> Ownership {
-        let is_sure = self.lease.is_sure();
         self.lease.set_released();
         let release = || self.store.release(self.key, self.owner());
         match self.retry.retry(release).await {
-            // The key was free in the meantime: a renewal in flight has released it, too, or the
-            // store has executed a release without a reply. If the next attempt has an outcome by
-            // now, the caller gets that outcome, and does not wait for it otherwise.
-            Ok(Release::Superseded) if is_sure && !self.is_completed().await => Ownership::Owned,
+            // The key was free when this release arrived: a renewal in flight had released it, or an
+            // earlier release took effect without a reply. If the next attempt has an outcome by now,
+            // the caller gets that outcome. Otherwise the caller gets this failure at once.
+            Ok(Release::Superseded) if self.lease.certainly_lasts() && !self.is_completed().await => Ownership::Owned,
             Ok(Release::Superseded) => Ownership::Superseded,
             Ok(_) => Ownership::Owned,
             Err(error) => {

@@ -51,13 +51,14 @@ impl Schedule {
         self.take_if(now, |due| now >= due.saturating_add(sixth))
     }
 
-    /// Whether the lease may have ended, because it began, or was renewed for the last time, at least
-    /// its length ago.
+    /// Whether the lease may have ended. This is so once a whole lease has passed since the lease
+    /// began and since the last successful renewal was sent.
     pub(crate) fn may_have_ended(&self) -> bool {
         self.since.elapsed_micros() >= self.ends.load(Ordering::Relaxed)
     }
 
-    /// Returns the end of the lease after a renewal that is sent now, for [`renewed`](Self::renewed).
+    /// Returns the time at which the lease ends if a renewal that is sent now succeeds. Pass this time
+    /// to [`renewed`](Self::renewed).
     pub(crate) fn end_after_renewal(&self) -> u64 {
         self.since.elapsed_micros().saturating_add(micros(self.lease))
     }

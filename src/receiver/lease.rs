@@ -121,9 +121,9 @@ mod transaction {
         ///
         /// # Cancel safety
         ///
-        /// If the future is dropped early, the completion may or may not have taken effect, and may
-        /// still be on its way. End the transaction before the handler returns. The receiver then
-        /// finds out.
+        /// If the future is dropped early, the completion may or may not have taken effect, and the
+        /// server may still execute it. End the transaction before the handler returns. The receiver
+        /// then reads the outcome from the record.
         ///
         /// # Errors
         ///

@@ -19,8 +19,8 @@ pub enum Receipt<T> {
     /// Acknowledge the message.
     First(T),
     /// The message is handled already. Acknowledge it. The handler did not run, with two
-    /// exceptions: it lost its lease to the attempt that handled the message, or it committed the
-    /// message with `MessageLease::complete_in` and then failed.
+    /// exceptions: another attempt took the message over during the run and handled it, or the
+    /// handler committed the message with `MessageLease::complete_in` and then failed.
     Duplicate,
     /// Another delivery of the message is in flight and may still fail, or the check of a lost
     /// attempt could not decide and has to run again. Do not acknowledge this delivery. Have the
@@ -31,8 +31,8 @@ pub enum Receipt<T> {
         retry_after: Duration,
     },
     /// An attempt at the message was lost and its effect is not known, or an earlier delivery was
-    /// [rejected](ReceiveError::Rejected). The handler did not run, unless it lost its lease to
-    /// another attempt. Put the message into the dead-letter queue, find out whether it took
+    /// [rejected](ReceiveError::Rejected). The handler did not run, unless another attempt took the
+    /// message over during the run. Put the message into the dead-letter queue, find out whether it took
     /// effect, and
     /// [resolve](super::ReceiverLayer::storage_key) its key. Until then, or until the retention is
     /// over, every delivery of the message is unknown.

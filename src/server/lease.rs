@@ -143,8 +143,9 @@ impl Lease {
     }
 
     /// Returns whether this attempt still held the key at the last renewal. If another attempt has
-    /// taken the key over since then, the layer discards the response of this attempt. Otherwise it
-    /// can still store the response, also if this is `false`.
+    /// taken the key over since then, the layer discards the response of this attempt. If this
+    /// method returns `false` but no other attempt has taken the key over, the layer can still store
+    /// the response.
     #[must_use]
     pub fn is_held(&self) -> bool {
         !self.in_flight.is_superseded()

@@ -64,18 +64,18 @@ pub(super) struct InFlight {
 #[cfg(feature = "postgres")]
 #[derive(Debug, Default)]
 struct Tried {
-    /// Their number.
-    number: u64,
-    /// The number of the last one that may be in the record.
+    /// The count of these responses.
+    count: u64,
+    /// The number, from 1, of the last response that may be in the record.
     last: u64,
     /// Their statuses, each once and in the form of [`status_and_code`].
     statuses: Vec<u32>,
 }
 
-/// An attempt of a handler to record a response in a transaction.
+/// One response that the handler tries to record in a transaction.
 #[cfg(feature = "postgres")]
 #[derive(Debug)]
-pub(super) struct RecordingAttempt {
+pub(super) struct Recording {
     /// The number of the response among those of the handler, from 1.
     pub(super) number: u64,
     /// The number of the last response before it that may be in the record.
@@ -196,15 +196,15 @@ impl InFlight {
     /// Records that the handler is about to complete the record in a transaction, with a response
     /// of this HTTP status and gRPC code.
     #[cfg(feature = "postgres")]
-    pub(super) fn begin_transaction(&self, status: http::StatusCode, code: Option<u8>) -> RecordingAttempt {
+    pub(super) fn begin_transaction(&self, status: http::StatusCode, code: Option<u8>) -> Recording {
         let status = status_and_code(status, code);
         let mut tried = lock(&self.tried);
-        tried.number += 1;
-        let attempt = RecordingAttempt {
-            number: tried.number,
+        tried.count += 1;
+        let recording = Recording {
+            number: tried.count,
             last_before: tried.last,
         };
-        tried.last = attempt.number;
+        tried.last = recording.number;
         if !tried.statuses.contains(&status) {
             tried.statuses.push(status);
         }
@@ -212,13 +212,13 @@ impl InFlight {
         if let Some(lease) = self.lease() {
             lease.transaction.begin();
         }
-        attempt
+        recording
     }
 
     /// Records that a response is in the record, unless its transaction is rolled back.
     #[cfg(feature = "postgres")]
-    pub(super) fn succeed_transaction(&self, attempt: &RecordingAttempt) {
-        lock(&self.tried).last = attempt.number;
+    pub(super) fn succeed_transaction(&self, recording: &Recording) {
+        lock(&self.tried).last = recording.number;
         if let Some(transaction) = self.transaction() {
             transaction.succeed();
         }
@@ -226,10 +226,10 @@ impl InFlight {
 
     /// Records that a response is certainly not in the record.
     #[cfg(feature = "postgres")]
-    pub(super) fn supersede_transaction(&self, attempt: &RecordingAttempt) {
+    pub(super) fn supersede_transaction(&self, recording: &Recording) {
         let mut tried = lock(&self.tried);
-        if tried.last == attempt.number {
-            tried.last = attempt.last_before;
+        if tried.last == recording.number {
+            tried.last = recording.last_before;
         }
     }
 

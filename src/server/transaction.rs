@@ -82,8 +82,8 @@ impl Lease {
     /// * If the transaction was not committed, the attempt counts as failed
     ///   ([`OnError`](crate::OnError)), even if the handler returns this response.
     /// * If the record shows only that the request is done, the caller gets only the response that
-    ///   this method returned for the committed transaction. Instead of any other one, it gets 409
-    ///   `response-not-stored`.
+    ///   this method returned for the committed transaction. If the handler returns any other response, the
+    ///   caller gets 409 `response-not-stored`.
     /// * If the layer cannot read the record, the caller gets 503 after
     ///   [`with_completion_timeout`](crate::IdempotencyLayer::with_completion_timeout). A task then
     ///   queries the record for twelve times as long, two minutes by default, so that a request
@@ -104,8 +104,8 @@ impl Lease {
     /// # Cancel safety
     ///
     /// If this future is dropped before it is ready, the completion may or may not have taken
-    /// effect, and may still be on its way. End the transaction before the handler returns. The
-    /// layer then finds out.
+    /// effect, and the server may still execute it. End the transaction before the handler returns.
+    /// The layer then reads the outcome from the record.
     ///
     /// # Errors
     ///
@@ -155,19 +155,19 @@ impl Lease {
             .grpc_code(head.status, &head.headers, body.trailers.as_ref());
         // Begin before the completion is sent. If this future is dropped from here on, the
         // completion may have reached the server, so the layer must read the record.
-        let attempt = self.in_flight().begin_transaction(head.status, code);
+        let recording = self.in_flight().begin_transaction(head.status, code);
         let completion = store.complete_in(connection, self.storage_key(), self.owner(), &outcome, retention);
         let failure = match completion.await {
             Ok(Completion::Completed) => {
-                self.in_flight().succeed_transaction(&attempt);
+                self.in_flight().succeed_transaction(&recording);
                 if is_alone {
-                    let (owner, number) = (self.owner(), attempt.number);
+                    let (owner, number) = (self.owner(), recording.number);
                     head.extensions.insert(CompletedAlone { owner, number });
                 }
                 return Ok(Response::from_parts(head, body.rebuild()));
             }
             Ok(Completion::Superseded(_)) => {
-                self.in_flight().supersede_transaction(&attempt);
+                self.in_flight().supersede_transaction(&recording);
                 SUPERSEDED
             }
             Err(error) => error,
@@ -257,8 +257,9 @@ impl<St: Store, S> Exchange<St, S> {
 
     /// Ends an execution whose record holds only that the request is done, because the response has
     /// the mark [`StoreOutcomeOnly`](super::marks::StoreOutcomeOnly). The caller gets this response
-    /// if the handler has returned it. Of several transactions, only the last one whose completion was
-    /// not superseded can be committed.
+    /// if the handler has returned it. The layer compares the response with the last one whose completion
+    /// was not superseded. If that completion failed, an earlier transaction may be the committed
+    /// one, and the caller gets 409.
     fn committed_alone<R: RebuildBody, E>(&mut self, ended: Option<Box<Ended<R, E>>>) -> Response<R> {
         let completed = self.owner().map(|owner| CompletedAlone {
             owner: owner.lease.owner(),

@@ -108,7 +108,7 @@ fn every_history_of_calls_follows_the_model() {
     }
 }
 
-/// A timeout of the application drops calls, and its retry layer calls again. The model does not know
+/// The application drops calls by a timeout, and calls again through a retry layer. The model does not know
 /// the time of each step here, so the test checks only the effects and what the callers may get.
 #[test]
 fn no_dropped_call_is_forgotten() {

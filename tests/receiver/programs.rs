@@ -1,6 +1,6 @@
 //! Random handlers of messages over PostgreSQL, from a seed. Each run of a handler makes several
-//! transactions, which complete the message or not, and commit or not. A model says which receipt
-//! each delivery gets, and whether the next delivery runs.
+//! transactions, which complete the message or not, and commit or not. A model computes the
+//! receipt of each delivery, and whether the next one runs.
 //!
 //! `HISTORIES=1000` sets the number of seeds, and `HISTORIES=17..18` their range.
 
@@ -72,7 +72,7 @@ struct Plan {
     seed: u64,
     on_error: OnError,
     at_least_once: bool,
-    /// One for each delivery. A delivery that does not run leaves its run out.
+    /// One for each delivery. If the handler does not run for a delivery, the test skips its run.
     runs: Vec<Run>,
 }
 
@@ -129,7 +129,8 @@ enum Tried {
 struct Ran {
     /// The result of each step, and whether its transaction is to be committed.
     steps: Vec<(Tried, bool)>,
-    /// Whether another attempt took the message over, and completed it.
+    /// `Some` if another attempt took the message over. The value shows whether it completed the
+    /// message.
     taken_over: Option<bool>,
 }
 
@@ -393,7 +394,8 @@ impl Program {
             _ => Got::Failed,
         };
         if ran.taken_over.is_none() && recorded > 0 {
-            // The commit counts, and not the end of the handler.
+            // The message is handled, even if the handler then failed. Its end decides only which
+            // receipt the delivery gets.
             let expected = match (end, self.plan.on_error) {
                 (End::Succeed, _) => Got::First,
                 (End::Fail | End::Panic, OnError::Store) => failed,

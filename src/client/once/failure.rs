@@ -42,9 +42,10 @@ pub enum OnceError<T, E> {
     Mismatch,
     /// The call was made, and its result was not stored. A response was too long, too slow, a
     /// stream, or broke off, or JSON could not hold a value. The call is not made again, with one
-    /// exception: after a response that broke off, an [`OnceLayer`](super::OnceLayer) with
-    /// [`assume_keys_honoured`](super::OnceLayer::assume_keys_honoured) and
-    /// [`at_least_once`](super::OnceLayer::at_least_once) sends the request again under its key.
+    /// exception. If a response breaks off under
+    /// [`assume_keys_honoured`](super::OnceLayer::assume_keys_honoured), the attempt counts as lost:
+    /// [`at_least_once`](super::OnceLayer::at_least_once) sends the request again under its key, and
+    /// [`with_recovery`](super::OnceLayer::with_recovery) may do so after its check.
     NotStored,
     /// The store failed, the configuration of the call is wrong, or too many calls are running
     /// whose callers have left. Nothing ran.

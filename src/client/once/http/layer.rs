@@ -63,15 +63,17 @@ use crate::protocol::{IfLost, Scope};
 ///
 /// | the response | the key |
 /// |---|---|
-/// | 2xx, 3xx but 307 and 308, 402, 409 (unless the profile reads it as in flight), 410, 412, 422, and a replay of a 307, a 308, a 501 or any 4xx but 408, 425 and 429 | the response is stored |
-/// | 425, 429, and the statuses of a server or a gateway that did nothing: 307, 308, 400, 401, 403 to 407, 411, 413 to 417, 421, 423, 426, 428, 431, 451 | free: the caller gets the response, and the next call is made |
-/// | any other status: 408, 499, 5xx | the attempt counts as lost |
+/// | a replay of a 307, a 308, a 501 or any 4xx but 408, 425 and 429 | the response is stored |
+/// | 2xx, 3xx but 307 and 308, 402, 409 (unless the profile reads it as in flight), 410, 412, 422, also as a replay | the response is stored |
+/// | 425 and 429, also as a replay, and the statuses of a server or a gateway that did nothing: 307, 308, 400, 401, 403 to 407, 411, 413 to 417, 421, 423, 426, 428, 431, 451 | free: the caller gets the response, and the next call is made |
+/// | any other response: 408, 499 or 5xx | the attempt counts as lost |
 /// | an error of the client | the attempt counts as lost, unless the error is [known](Self::with_errors) to come before the sending |
 ///
 /// The layer reads the body of a response before it stores the response. If the body breaks off, or
 /// ends before its declared length, the caller of this attempt and later callers get
 /// [`OnceError::NotStored`](crate::client::OnceError::NotStored), because the head shows that the
-/// call was made. The next paragraph has the exception. A body over the limit of bytes or time goes
+/// call was made. If the store cannot record that, the caller gets `Unknown`. The next paragraph has
+/// an exception. A body over the limit of bytes or time goes
 /// to its caller as a stream, and later callers get `NotStored`. A response without a declared
 /// length and without chunks ends with its connection, so the layer cannot see that it broke off
 /// (RFC 9112 section 8). The same holds over HTTP/2 for a response without a declared length whose

@@ -181,7 +181,7 @@ where
             output: Output::Broken,
             recorded: Ok(()),
         } => Err(OnceError::NotStored),
-        // No record shows that the call was made, so another attempt may make it again.
+        // No record shows the outcome, so another attempt may make the call again.
         Settled::Ran {
             output: Output::Broken | Output::Doubtful,
             ..

@@ -490,7 +490,8 @@ async fn an_attempt_that_a_foreign_retry_repeated_stays_lost() {
 /// charge, and refuses every later connection.
 #[tokio::test(start_paused = true)]
 async fn a_call_that_a_timeout_dropped_stays_lost_after_a_refused_connection() {
-    /// Returns a client with these layers around the third party, which counts the charges.
+    /// Returns a client of a third party that takes the first charge without a response and refuses
+    /// every later connection. `$calls` is the layer within the retry.
     macro_rules! client_with {
         ($charges:expr, $calls:expr) => {{
             let charges = Arc::clone($charges);
