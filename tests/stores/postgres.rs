@@ -144,6 +144,36 @@ async fn a_key_is_claimed_lost_taken_over_and_completed() {
     ));
 }
 
+/// The caller rolls its transaction back, and serves the outcome that stands. A key that another
+/// owner still holds has none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_in_a_transaction_reports_the_outcome_that_stands() {
+    let server = PostgresServer::start();
+    let store = PostgresStore::connect(&server.url()).await.unwrap();
+    let key = claim(1).key;
+    let lost = granted(&store, &claim(1)).await.owner;
+    store.renew(&key, lost, Duration::ZERO).await.unwrap();
+    let next = Claim {
+        if_lost: IfLost::Execute,
+        ..claim(1)
+    };
+    let owner = granted(&store, &next).await.owner;
+    let complete = async |key: &StorageKey, owner, body: &[u8]| {
+        let mut transaction = store.pool().begin().await.unwrap();
+        let completing = store.complete_in(&mut transaction, key, owner, &stored(body), HOUR);
+        let completion = completing.await.unwrap();
+        transaction.commit().await.unwrap();
+        completion
+    };
+    let paid = Completion::Superseded(Some(stored(b"paid")));
+    assert_eq!(complete(&key, lost, b"late").await, Completion::Superseded(None));
+    assert_eq!(complete(&key, owner, b"paid").await, Completion::Completed);
+    assert_eq!(complete(&key, owner, b"again").await, paid);
+    assert_eq!(complete(&key, lost, b"late").await, paid);
+    let absent = complete(&claim(2).key, owner, b"none").await;
+    assert_eq!(absent, Completion::Superseded(None));
+}
+
 /// Makes a store whose one connection goes through a proxy.
 async fn through_proxy(server: &PostgresServer) -> (PostgresStore, Proxy) {
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;

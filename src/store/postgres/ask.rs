@@ -268,8 +268,8 @@ impl Sending {
             Some("08P01") if !self.behind_pooler && is_mix_up(&error) => {
                 Failed::unknown(POOLER.with_source(failed(error)))
             }
-            // A transaction of an earlier user has failed.
-            Some("25P02") if within == Within::Own => Failed::unknown(failed(error)),
+            // A transaction of an earlier user has failed, or that of the application.
+            Some("25P02") => Failed::unknown(failed(error)),
             // After a cancelled statement the connection is fine. After a connection exception
             // (class 08), any other operator intervention (57), a system error (58) or an internal
             // error (XX), it is not.
@@ -372,7 +372,9 @@ const CONFLICT: Error = Error::store_unavailable(
 
 #[cfg(test)]
 mod tests {
+    use super::super::error::tests::of_server;
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn a_lock_timeout_is_never_zero_which_would_be_none() {
@@ -381,6 +383,66 @@ mod tests {
             let millis: u128 = sending.lock_timeout.trim_end_matches("ms").parse().unwrap();
             assert!((1..=DAY).contains(&millis), "{timeout:?}: {millis}");
             assert_eq!(sending.lock_timeout(Within::Callers), None);
+        }
+    }
+
+    /// Says which errors close the connection, which ones say that a statement had no effect, and
+    /// after which ones the session may still be in a transaction.
+    #[test]
+    fn an_error_of_the_server_decides_what_becomes_of_its_connection() {
+        use Fate::{Refused, Unknown};
+        let direct = Sending::new(Duration::from_secs(5), false, false);
+        for (code, kind, fate, may_be_left_open) in [
+            ("25P02", ErrorKind::StoreUnavailable, Unknown, true),
+            ("55P03", ErrorKind::StoreUnavailable, Refused, true),
+            ("57014", ErrorKind::StoreUnavailable, Refused, true),
+            ("42P05", ErrorKind::Configuration, Unknown, true),
+            ("26000", ErrorKind::Configuration, Unknown, true),
+            ("42P01", ErrorKind::Configuration, Refused, true),
+            // PgBouncer reports each of its own errors by this code.
+            ("08P01", ErrorKind::StoreUnavailable, Unknown, false),
+            ("57P01", ErrorKind::StoreUnavailable, Unknown, false),
+            ("58030", ErrorKind::StoreUnavailable, Unknown, false),
+            ("XX000", ErrorKind::StoreUnavailable, Unknown, false),
+        ] {
+            for within in [Within::Own, Within::Callers] {
+                let fault = direct.classify(of_server(code), within);
+                let failed = &fault.failed;
+                let found = (failed.error.kind(), failed.fate, fault.may_be_left_open);
+                assert_eq!(found, (kind, fate, may_be_left_open), "{code} {within:?}");
+                assert_eq!(failed.is_cancelled, code == "57014", "{code}");
+            }
+        }
+        let lost = direct.classify(sqlx::Error::WorkerCrashed, Within::Own);
+        assert_eq!((lost.failed.fate, lost.may_be_left_open), (Unknown, false));
+    }
+
+    /// Only the application can run its transaction again.
+    #[test]
+    fn a_conflict_tells_the_application_to_repeat_its_own_transaction_and_no_other() {
+        let sending = Sending::new(Duration::from_secs(5), false, false);
+        for code in ["40001", "40P01"] {
+            for (within, is_told) in [(Within::Own, false), (Within::Callers, true)] {
+                let failed = sending.classify(of_server(code), within).failed;
+                assert_eq!(failed.error.kind(), ErrorKind::StoreUnavailable);
+                assert_eq!(failed.fate, Fate::Refused);
+                let text = failed.error.to_string();
+                assert_eq!(text.contains("roll it back"), is_told, "{code} {within:?}: {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_transaction_that_could_not_begin_may_be_open_unless_the_connection_broke() {
+        for (error, may_be_left_open) in [
+            (of_server("25001"), true),
+            (of_server("57014"), false),
+            (of_server("08006"), false),
+            (sqlx::Error::WorkerCrashed, false),
+        ] {
+            let fault = not_begun(error);
+            assert_eq!(fault.failed.fate, Fate::Unknown);
+            assert_eq!(fault.may_be_left_open, may_be_left_open, "{:?}", fault.failed);
         }
     }
 }

@@ -115,3 +115,91 @@ pub(super) fn of_connect(error: sqlx::Error) -> Error {
         error => failed(error),
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use sqlx::error::ErrorKind as Violation;
+
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// An error message of a server, with its SQLSTATE code.
+    #[derive(Debug)]
+    struct OfServer(&'static str);
+
+    impl fmt::Display for OfServer {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("the server refused the statement")
+        }
+    }
+
+    impl std::error::Error for OfServer {}
+
+    impl DatabaseError for OfServer {
+        fn message(&self) -> &'static str {
+            "the server refused the statement"
+        }
+
+        fn code(&self) -> Option<Cow<'_, str>> {
+            Some(self.0.into())
+        }
+
+        fn as_error(&self) -> &(dyn std::error::Error + Send + Sync + 'static) {
+            self
+        }
+
+        fn as_error_mut(&mut self) -> &mut (dyn std::error::Error + Send + Sync + 'static) {
+            self
+        }
+
+        fn into_error(self: Box<Self>) -> Box<dyn std::error::Error + Send + Sync + 'static> {
+            self
+        }
+
+        fn kind(&self) -> Violation {
+            Violation::Other
+        }
+    }
+
+    pub(in super::super) fn of_server(code: &'static str) -> sqlx::Error {
+        sqlx::Error::Database(Box::new(OfServer(code)))
+    }
+
+    /// A retry cannot mend an error that lasts until an operator acts, and an outage is none.
+    #[test]
+    fn an_error_that_needs_an_operator_differs_from_one_that_passes() {
+        for (code, kind, words) in [
+            ("42P01", ErrorKind::Configuration, "migrate()"),
+            ("3F000", ErrorKind::Configuration, "migrate()"),
+            ("42703", ErrorKind::Configuration, "other columns"),
+            ("42883", ErrorKind::Configuration, "other columns"),
+            ("42804", ErrorKind::Configuration, "other columns"),
+            ("42P10", ErrorKind::Configuration, "other columns"),
+            ("42809", ErrorKind::Configuration, "other columns"),
+            ("23502", ErrorKind::Configuration, "other columns"),
+            ("428C9", ErrorKind::Configuration, "other columns"),
+            ("42501", ErrorKind::Configuration, "GRANT"),
+            ("28000", ErrorKind::Configuration, "password"),
+            ("28P01", ErrorKind::Configuration, "password"),
+            ("3D000", ErrorKind::Configuration, "does not exist"),
+            ("25006", ErrorKind::Configuration, "read-only"),
+            ("42601", ErrorKind::Configuration, "PostgreSQL 13"),
+            ("XX001", ErrorKind::CorruptRecord, "damaged"),
+            ("XX002", ErrorKind::CorruptRecord, "damaged"),
+            ("53300", ErrorKind::StoreUnavailable, ""),
+            ("53100", ErrorKind::StoreUnavailable, ""),
+            ("57P03", ErrorKind::StoreUnavailable, ""),
+            ("08006", ErrorKind::StoreUnavailable, ""),
+        ] {
+            for error in [failed(of_server(code)), of_connect(of_server(code))] {
+                assert_eq!(error.kind(), kind, "{code}");
+                assert!(error.to_string().contains(words), "{code}: {error}");
+                let cause = std::error::Error::source(&error).unwrap().to_string();
+                assert!(cause.contains(code) && cause.contains("the server refused"), "{cause}");
+            }
+        }
+        let denied = not_made(of_server("42501"));
+        assert!(denied.to_string().contains("may not make it"), "{denied}");
+        assert_eq!(not_made(of_server("42P01")).to_string(), NO_TABLE.to_string());
+    }
+}

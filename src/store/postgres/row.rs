@@ -142,3 +142,18 @@ pub(super) fn outcome(outcome: &Outcome) -> (i16, Option<&[u8]>, Option<&[u8]>) 
         Outcome::Stored(response) => (3, Some(&response.head), Some(&response.body)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_time_is_a_century_and_sums_of_times_fit() {
+        let century = Duration::from_secs(100 * 365 * 86_400);
+        assert_eq!(micros(Duration::from_millis(1_500)), 1_500_000);
+        for duration in [century, century + Duration::from_secs(1), Duration::MAX] {
+            assert_eq!(u128::try_from(micros(duration)).unwrap(), century.as_micros());
+        }
+        assert!(micros(Duration::MAX).checked_mul(3).is_some());
+    }
+}

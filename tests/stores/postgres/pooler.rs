@@ -329,6 +329,72 @@ async fn an_outage_behind_a_pooler_is_no_misconfiguration() {
     }
 }
 
+/// Replaces the statement of a `peek` in the one session of a pool, as a pooler does that changes
+/// the server between two messages.
+async fn replace(pool: &PgPool, change: impl FnOnce(&str) -> String) {
+    let prepared = "SELECT name, parameter_types::text, statement FROM pg_prepared_statements \
+        WHERE statement LIKE '%AS standby%' AND statement NOT LIKE '%pg_prepared_statements%'";
+    let prepared = sqlx::query_as(prepared).fetch_one(pool).await.unwrap();
+    let (name, types, statement): (String, String, String) = prepared;
+    let types = types.trim_matches(['{', '}']);
+    let sql = format!("DEALLOCATE {name}; PREPARE {name} ({types}) AS {}", change(&statement));
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(pool).await.unwrap();
+}
+
+/// Each row must belong to this statement and to this execution of it (I4).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_of_another_execution_or_another_table_and_a_second_row_are_errors() {
+    let server = PostgresServer::start();
+    PostgresStore::connect(&server.url()).await.unwrap();
+    let changes: [fn(&str) -> String; 5] = [
+        |peek| format!("SELECT * FROM ({peek}) unchanged"),
+        |peek| peek.replace("$2::bigint AS question", "$2::bigint + 1 AS question"),
+        |peek| peek.replace("'peek \"idempotency_records\"", "'peek \"other_records\""),
+        |peek| peek.replace("records\"'", "records\" of another kind'"),
+        |peek| format!("({peek}) UNION ALL ({peek})"),
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let pool = PgPoolOptions::new().max_connections(1);
+        let pool = pool.connect(&server.url()).await.unwrap();
+        let store = PostgresStore::builder().with_pool(pool.clone()).unwrap();
+        store.peek(&claim(1).key).await.unwrap();
+        replace(&pool, change).await;
+        let seen = store.peek(&claim(1).key).await;
+        if number == 0 {
+            assert_eq!(seen.unwrap(), None);
+            continue;
+        }
+        let error = seen.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Configuration, "{number}: {error:?}");
+        assert!(error.to_string().contains("belongs to another statement"), "{error}");
+        // The store has closed the connection.
+        store.peek(&claim(1).key).await.unwrap();
+    }
+}
+
+/// PostgreSQL reports parameters of another statement by the code that PgBouncer uses for an
+/// outage.
+#[tokio::test(flavor = "multi_thread")]
+async fn parameters_that_reach_another_statement_are_blamed_on_a_pooler() {
+    let server = PostgresServer::start();
+    PostgresStore::connect(&server.url()).await.unwrap();
+    let pool = PgPoolOptions::new().max_connections(1);
+    let pool = pool.connect(&server.url()).await.unwrap();
+    let store = PostgresStore::builder().with_pool(pool.clone()).unwrap();
+    store.peek(&claim(1).key).await.unwrap();
+    let prepared = "SELECT string_agg(format('DEALLOCATE %s; PREPARE %s AS SELECT 1', name, name), '; ') \
+        FROM pg_prepared_statements WHERE statement LIKE '%AS standby%'";
+    let sql: String = sqlx::query_scalar(prepared)
+        .persistent(false)
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&pool).await.unwrap();
+    let error = store.peek(&claim(1).key).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration, "{error:?}");
+    assert!(error.to_string().contains("pooler"), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiter_is_woken_behind_a_transaction_pooler() {
     let server = PostgresServer::start();

@@ -175,6 +175,50 @@ async fn a_transaction_of_the_application_that_conflicts_with_another_must_be_ru
     }
 }
 
+/// The number of a try is the value of a sequence, which no rollback takes back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_conflicts_is_sent_again_but_not_for_ever() {
+    let server = PostgresServer::start();
+    PostgresStore::connect(&server.url()).await.unwrap();
+    let conflicts = "
+        CREATE SEQUENCE tries;
+        CREATE TABLE conflicts (number bigint);
+        INSERT INTO conflicts VALUES (0);
+        CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF nextval('tries') <= (SELECT number FROM conflicts) THEN RAISE serialization_failure; END IF;
+                RETURN NEW;
+            END $$;
+        CREATE TRIGGER conflicts BEFORE INSERT ON idempotency_records FOR EACH ROW EXECUTE FUNCTION conflict();";
+    execute(&server, conflicts).await;
+    let direct = PostgresStore::builder();
+    let behind_pooler = PostgresStore::builder().with_transaction_pooler();
+    for (key, builder, most) in [(1, direct, 10), (3, behind_pooler, 9)] {
+        let store = builder.with_pool(pool(&server, 1).await).unwrap();
+        for (number, tries) in [(3, 4), (1_000, most)] {
+            let restart = format!("UPDATE conflicts SET number = {number}; ALTER SEQUENCE tries RESTART");
+            execute(&server, &restart).await;
+            match store.claim(&claim(key)).await {
+                Ok(decision) => assert!(number == 3 && matches!(decision, Decision::Execute(_)), "{decision:?}"),
+                Err(error) => assert_eq!(
+                    (number, error.kind()),
+                    (1_000, ErrorKind::StoreUnavailable),
+                    "{error:?}"
+                ),
+            }
+            let last = sqlx::query_scalar("SELECT last_value FROM tries");
+            let last: i64 = last.fetch_one(&pool(&server, 1).await).await.unwrap();
+            assert_eq!(last, tries, "{number} conflicts");
+            execute(
+                &server,
+                "UPDATE conflicts SET number = 0; DELETE FROM idempotency_records",
+            )
+            .await;
+        }
+        granted(&store, &claim(key)).await;
+    }
+}
+
 /// A pool of one was refused, because a waiter would have taken its connection.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_of_one_connection_is_enough() {
