@@ -217,3 +217,138 @@ impl fmt::Display for MissingCommands {
 }
 
 impl std::error::Error for MissingCommands {}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+    use crate::error::ErrorKind::{Configuration, StoreFull, StoreUnavailable};
+
+    /// Returns the error that the client makes of an error reply.
+    pub(in super::super) fn of_server(reply: &str) -> RedisError {
+        let reply = redis::parse_redis_value(format!("-{reply}\r\n").as_bytes());
+        reply.and_then(redis::Value::extract_error).unwrap_err()
+    }
+
+    /// A retry cannot mend an error that lasts until an operator acts, and an outage is none.
+    #[test]
+    fn an_error_that_needs_an_operator_differs_from_one_that_passes() {
+        for (reply, kind, words) in [
+            (
+                "READONLY You can't write against a read only replica.",
+                Configuration,
+                "primary",
+            ),
+            ("MASTERDOWN Link with MASTER is down.", Configuration, "primary"),
+            ("NOPERM this user has no permissions", Configuration, "lacks a right"),
+            (
+                "ERR The user executing the script can't run this command",
+                Configuration,
+                "lacks a right",
+            ),
+            ("NOAUTH Authentication required.", Configuration, "credentials"),
+            ("WRONGPASS invalid username-password pair", Configuration, "credentials"),
+            (
+                "ERR unknown command 'EVALSHA'",
+                Configuration,
+                "does not know a command",
+            ),
+            (
+                "ERR Unknown Redis command called from script",
+                Configuration,
+                "does not know a command",
+            ),
+            ("ERR max number of clients reached", StoreUnavailable, ""),
+            (
+                "OOM command not allowed when used memory > 'maxmemory'.",
+                StoreUnavailable,
+                "",
+            ),
+            ("LOADING Redis is loading the dataset in memory", StoreUnavailable, ""),
+            ("CLUSTERDOWN The cluster is down", StoreUnavailable, ""),
+        ] {
+            for error in [
+                of(of_server(reply)),
+                of_connect(of_server(reply)),
+                of_login(of_server(reply), 3),
+            ] {
+                assert_eq!(error.kind(), kind, "{reply}");
+                assert!(error.to_string().contains(words), "{reply}: {error}");
+                assert!(error.source().is_some(), "{reply}");
+            }
+            let of_claim = of_claim(of_server(reply)).kind();
+            assert_eq!(of_claim, if reply.starts_with("OOM") { StoreFull } else { kind });
+        }
+    }
+
+    #[test]
+    fn a_client_that_cannot_connect_learns_the_reason() {
+        for (kind, expected, words) in [
+            (redis::ErrorKind::InvalidClientConfig, Configuration, "URL"),
+            (redis::ErrorKind::RESP3NotSupported, Configuration, "too old"),
+            (redis::ErrorKind::AuthenticationFailed, Configuration, "credentials"),
+            (redis::ErrorKind::Io, StoreUnavailable, "cannot be reached"),
+        ] {
+            let error = of_connect((kind, "no connection").into());
+            assert_eq!(error.kind(), expected, "{kind:?}");
+            assert!(error.to_string().contains(words), "{kind:?}: {error}");
+        }
+        for (reply, words) in [
+            ("ERR DB index is out of range", "does not have the database"),
+            ("ERR invalid DB index", "does not have the database"),
+            (
+                "ERR SELECT is not allowed in cluster mode",
+                "does not have the database",
+            ),
+            (
+                "NOPERM this user has no permissions to run the 'select' command",
+                "may not run SELECT",
+            ),
+        ] {
+            let error = of_login(of_server(reply), 3);
+            assert!(error.to_string().contains(words), "{reply}: {error}");
+            let source = error.source().unwrap();
+            assert!(source.to_string().contains("database 3"), "{source}");
+            assert!(source.source().is_some(), "{source}");
+        }
+    }
+
+    /// Says after which errors the store checks the server again, sends the script again, or tries
+    /// the script that needs no write.
+    #[test]
+    fn an_error_decides_what_is_sent_next() {
+        for (reply, is_changed_server, is_refused_write, is_unknown) in [
+            (
+                "READONLY You can't write against a read only replica.",
+                true,
+                false,
+                false,
+            ),
+            ("MASTERDOWN Link with MASTER is down.", true, false, false),
+            ("LOADING Redis is loading the dataset in memory", true, false, false),
+            ("NOAUTH Authentication required.", true, false, false),
+            (
+                "OOM command not allowed when used memory > 'maxmemory'.",
+                false,
+                true,
+                false,
+            ),
+            ("MISCONF Errors writing to the AOF file", false, true, false),
+            ("NOREPLICAS Not enough good replicas to write.", false, true, false),
+            ("NOSCRIPT No matching script.", false, false, true),
+            ("ERR max number of clients reached", false, false, false),
+        ] {
+            let error = of_server(reply);
+            assert_eq!(is_of_changed_server(&error), is_changed_server, "{reply}");
+            assert_eq!(is_of_refused_writes(&error), is_refused_write, "{reply}");
+            assert_eq!(is_unknown_script(&error), is_unknown, "{reply}");
+            assert!(of_other_node(&error).is_none(), "{reply}");
+        }
+        assert!(is_of_changed_server(
+            &std::io::Error::other("the connection broke").into()
+        ));
+        let moved = of_other_node(&of_server("MOVED 3999 127.0.0.1:6381")).unwrap();
+        assert_eq!(moved.kind(), Configuration);
+    }
+}

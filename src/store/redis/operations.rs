@@ -316,3 +316,17 @@ fn bytes_behind_header(outcome: &Outcome) -> Vec<u8> {
 fn micros(duration: Duration) -> String {
     duration.min(LONGEST).as_micros().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_time_is_a_century() {
+        let century = Duration::from_secs(100 * 365 * 86_400);
+        assert_eq!(micros(Duration::from_millis(1_500)), "1500000");
+        for duration in [century, century + Duration::from_secs(1), Duration::MAX] {
+            assert_eq!(micros(duration), century.as_micros().to_string());
+        }
+    }
+}

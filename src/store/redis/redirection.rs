@@ -57,3 +57,32 @@ impl Redirection {
         Ok(values.split_off(first.min(values.len())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::failure::tests::of_server;
+    use super::*;
+
+    #[test]
+    fn a_redirection_leads_to_the_named_node_and_no_other_error_does() {
+        for (reply, asks, node) in [
+            ("MOVED 3999 127.0.0.1:6381", false, ("127.0.0.1", 6381)),
+            ("ASK 3999 127.0.0.1:6382", true, ("127.0.0.1", 6382)),
+            ("MOVED 3999 ::1:6383", false, ("::1", 6383)),
+        ] {
+            let redirection = Redirection::of(&of_server(reply)).unwrap();
+            assert_eq!(redirection.is_asking, asks, "{reply}");
+            let SingleNodeRoutingInfo::ByAddress { host, port } = redirection.to else {
+                panic!("{reply}")
+            };
+            assert_eq!((host.as_str(), port), node, "{reply}");
+        }
+        for reply in [
+            "TRYAGAIN Multiple keys request",
+            "CLUSTERDOWN The cluster is down",
+            "MOVED 3999 node",
+        ] {
+            assert!(Redirection::of(&of_server(reply)).is_none(), "{reply}");
+        }
+    }
+}

@@ -176,3 +176,51 @@ impl Reply {
         self.number().map(Some)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    fn reply(items: Vec<Value>) -> Result<Reply, Error> {
+        Reply::of(Value::Array(items), b"k")
+    }
+
+    fn text(text: &str) -> Value {
+        Value::BulkString(text.into())
+    }
+
+    /// A reply for another key must reach no caller (I4).
+    #[test]
+    fn a_reply_that_no_script_returns_for_this_key_is_an_error() {
+        let mut fine = reply(vec![text("k"), text("word"), Value::Int(7), text("bytes")]).unwrap();
+        assert_eq!(fine.word(), b"word");
+        assert_eq!(fine.number().unwrap(), 7);
+        assert_eq!(fine.bytes().unwrap().unwrap(), b"bytes");
+        assert_eq!((fine.bytes().unwrap(), fine.optional_number().unwrap()), (None, None));
+        for items in [
+            vec![],
+            vec![text("k")],
+            vec![text("other"), text("word")],
+            vec![text("k"), Value::Int(1)],
+            vec![Value::Nil, text("word")],
+            vec![text("other"), text("corrupt")],
+        ] {
+            let error = reply(items.clone()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::StoreUnavailable, "{items:?}");
+        }
+        assert!(Reply::of(Value::Okay, b"k").is_err());
+        let corrupt = reply(vec![text("k"), text("corrupt")]).unwrap_err();
+        assert_eq!(corrupt.kind(), ErrorKind::CorruptRecord);
+    }
+
+    #[test]
+    fn a_value_of_another_type_is_an_error() {
+        for value in [Value::Int(-1), text("7"), Value::Nil] {
+            let mut reply = reply(vec![text("k"), text("word"), value]).unwrap();
+            assert!(reply.optional_number().is_err());
+        }
+        let mut number = reply(vec![text("k"), text("word"), Value::Int(1)]).unwrap();
+        assert!(number.bytes().is_err());
+    }
+}

@@ -180,6 +180,21 @@ async fn an_unreadable_record_is_never_absent_and_never_overwritten() {
     // have.
     values.push([&open[..], b"rest"].concat());
     values.push([&open[..1], &[1], &open[2..]].concat());
+    // A completed record whose lease has an end, and one whose head is longer than all of its bytes.
+    // A fence that Lua cannot hold exactly. A later state.
+    let longer = u8::try_from(sound.len() - 100 + 1).unwrap();
+    for (record, changes) in [
+        (&sound, vec![(80, 1)]),
+        (&sound, vec![(96, longer)]),
+        (&open, vec![(59, 1)]),
+        (&open, [(1, 4)].into_iter().chain((80..88).map(|at| (at, 0))).collect()),
+    ] {
+        let mut damaged = record.clone();
+        for (index, byte) in changes {
+            damaged[index] = byte;
+        }
+        values.push(damaged);
+    }
     for (n, value) in (10_u8..).zip(values) {
         let key = name(n);
         server.run::<()>(redis::cmd("SET").arg(&key).arg(&value));
@@ -262,6 +277,23 @@ async fn a_completion_whose_future_is_dropped_is_still_sent() {
         store.release(&claim(2, 1).key, grant.owner).await.unwrap(),
         Release::Released
     );
+}
+
+/// A waiter that is woken looks at the record again, so it must not wake at each renewal.
+#[tokio::test]
+async fn a_watch_sleeps_while_the_owner_renews_its_lease() {
+    let server = RedisServer::start();
+    let store = connect(&server).await;
+    let grant = granted(&store, &claim(1, 1)).await;
+    let key = claim(1, 1).key;
+    let mut watch = Box::pin(store.watch(&key).await.unwrap());
+    store.renew(&key, grant.owner, HOUR).await.unwrap();
+    assert_eq!(granted(&store, &claim(1, 1)).await, grant);
+    // The server sends a message before all later replies on the same connection.
+    store.peek(&key).await.unwrap();
+    assert!(futures::poll!(&mut watch).is_pending());
+    store.release(&key, grant.owner).await.unwrap();
+    watch.await;
 }
 
 #[tokio::test]

@@ -74,6 +74,28 @@ async fn grants_and_completions_are_on_the_replica() {
     }
 }
 
+/// WAIT covers the writes of its own connection, and the completion may have come on another one.
+/// So a replay writes the expiry of the record once more.
+#[tokio::test]
+async fn a_replay_writes_only_where_replicas_must_have_the_response() {
+    let server = RedisServer::start();
+    let _replica = server.replica();
+    for (key, replicas) in [(1, 0), (2, 1)] {
+        let store = replicated(&server, replicas).await;
+        completed(&store, key, "a").await;
+        let written = || server.command::<u64>(&format!("PEXPIRETIME {}", name(key)));
+        let expiry = written();
+        for is_claim in [true, false] {
+            server.command::<u64>(&format!("PEXPIRE {} 1000000", name(key)));
+            match is_claim {
+                true => drop(replayed(&store, key).await),
+                false => drop(store.peek(&claim(key, 2).key).await.unwrap()),
+            }
+            assert_eq!(written() == expiry, replicas == 1, "{replicas} replicas, {is_claim}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_outcome_that_too_few_replicas_have_is_an_error_until_they_have_it() {
     let server = RedisServer::start();
