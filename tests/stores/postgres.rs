@@ -160,7 +160,8 @@ async fn a_completion_in_a_transaction_reports_the_outcome_that_stands() {
     let owner = granted(&store, &next).await.owner;
     let complete = async |key: &StorageKey, owner, body: &[u8]| {
         let mut transaction = store.pool().begin().await.unwrap();
-        let completing = store.complete_in(&mut transaction, key, owner, &stored(body), HOUR);
+        let outcome = stored(body);
+        let completing = store.complete_in(&mut transaction, key, owner, &outcome, HOUR);
         let completion = completing.await.unwrap();
         transaction.commit().await.unwrap();
         completion

@@ -442,6 +442,7 @@ mod tests {
         assert!(message(|table| table.is_filtered = true).contains("row-level security"));
         assert!(message(|table| table.missing_rights.push("DELETE".to_owned())).contains("lacks a right"));
         assert!(message(|table| table.server = 120_022).contains("too old"));
+        assert_eq!(message(|table| table.server = 130_000), "fine");
         assert!(message(|table| table.persistence = "u".to_owned()).contains("unlogged"));
         assert!(message(|table| table.columns[6] = "fence integer".to_owned()).contains("other columns"));
         assert!(check(None).unwrap_err().to_string().contains("migrate"));

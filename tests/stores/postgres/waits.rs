@@ -576,3 +576,32 @@ async fn a_claim_that_waited_has_its_whole_lease() {
     };
     assert!(left > 700 * MILLI, "{left:?}");
 }
+
+/// Returns how many sessions of the server listen for notifications.
+async fn listeners(pool: &PgPool) -> i64 {
+    let counted = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN %'";
+    sqlx::query_scalar(counted).fetch_one(pool).await.unwrap()
+}
+
+/// A store listens for ten more seconds, because the next waiter often comes soon.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_listens_as_long_as_a_request_waits_and_then_frees_its_connection() {
+    let server = PostgresServer::start();
+    let (waits, pool) = started(&server, Duration::from_secs(5)).await;
+    let (has_waited, _) = started(&server, Duration::from_secs(5)).await;
+    let owner = granted(&waits, &claim(1)).await.owner;
+    let mut watch = Box::pin(waits.watch(&claim(1).key).await.unwrap());
+    drop(has_waited.watch(&claim(1).key).await.unwrap());
+    assert_eq!(listeners(&pool).await, 2);
+    let one_is_left = async {
+        while listeners(&pool).await != 1 {
+            tokio::time::sleep(100 * MILLI).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), one_is_left)
+        .await
+        .unwrap();
+    assert!(futures::poll!(&mut watch).is_pending(), "nothing has changed");
+    waits.renew(&claim(1).key, owner, Duration::ZERO).await.unwrap();
+    watch.await;
+}
