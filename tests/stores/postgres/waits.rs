@@ -494,6 +494,37 @@ async fn a_claim_whose_connection_was_lost_is_pursued() {
     }
 }
 
+/// The reply to a claim is lost. Before the store looks the claim up, another caller may hold the
+/// key (I8).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pursuit_releases_its_own_grant_and_no_other() {
+    let server = PostgresServer::start();
+    let direct = PostgresStore::connect(&server.url()).await.unwrap();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let builder = PostgresStore::builder().with_timeout(300 * MILLI);
+    let through = pool(&server.url_by(proxy.address.port()), 2).await;
+    let store = builder.with_pool(through).unwrap();
+    for (key, is_replaced) in [(1, false), (2, true)] {
+        until_idle(&store).await;
+        proxy.set(Fate::CutAfter(Direction::ToClient, 1));
+        assert!(store.claim(&claim(key)).await.is_err());
+        proxy.heal();
+        assert!(format!("{store:?}").contains("pursued_claims: 1"), "{store:?}");
+        let other = again(&claim(key));
+        if is_replaced {
+            let deleted = sqlx::raw_sql("DELETE FROM idempotency_records");
+            deleted.execute(direct.pool()).await.unwrap();
+            granted(&direct, &other).await;
+        }
+        while format!("{store:?}").contains("pursued_claims: 1") {
+            tokio::time::sleep(10 * MILLI).await;
+        }
+        let seen = direct.peek(&other.key).await.unwrap();
+        let nonce = seen.map(|seen| seen.nonce);
+        assert_eq!(nonce, is_replaced.then_some(other.nonce));
+    }
+}
+
 /// While the first statement waits for a standby, its record cannot be seen, and the claim of the pursuit waits for it in
 /// vain. This does not show that the first statement has failed.
 #[tokio::test(flavor = "multi_thread")]

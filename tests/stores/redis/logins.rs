@@ -79,12 +79,14 @@ async fn the_first_operation_after_a_refused_login_succeeds() {
 async fn a_store_works_again_after_it_lost_and_got_back_the_right_to_select_its_database() {
     let server = RedisServer::start();
     server.command::<()>(USER);
-    let store = RedisStore::connect(&format!("{}/1", url(&server))).await.unwrap();
+    let store = RedisStore::connect(&format!("{}/2", url(&server))).await.unwrap();
     completed(&store, 1, "a").await;
     server.command::<()>("ACL SETUSER app -select");
     server.command::<()>("CLIENT KILL USER app");
     let error = until_misconfigured(&store).await;
     assert!(error.to_string().contains("SELECT"), "{error}");
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.contains("database 2"), "{source}");
     server.command::<()>("ACL SETUSER app +select");
     works(&store, 7).await;
 }
