@@ -70,6 +70,22 @@ async fn a_pool_that_the_application_closes_gets_all_connections_back() {
     closed.expect("the store gives its connections back");
 }
 
+/// Without a spare connection, the driver pings each connection before the next operation may use
+/// it. The next operation would then open another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn operations_one_after_the_other_share_one_connection() {
+    let server = PostgresServer::start();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let url = server.url_by(proxy.address.port());
+    let store = PostgresStore::connect(&url).await.unwrap();
+    proxy.set(Fate::Delay(SECOND / 50));
+    for key in 0..20 {
+        store.peek(&claim(key).key).await.unwrap();
+    }
+    let shown = format!("{store:?}");
+    assert!(shown.contains("connections: 1,"), "{shown}");
+}
+
 /// The listener takes its connection from the same pool.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_holds_all_connections_frees_one_to_listen() {

@@ -502,15 +502,18 @@ async fn a_pursuit_releases_its_own_grant_and_no_other() {
     let direct = PostgresStore::connect(&server.url()).await.unwrap();
     let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
     let builder = PostgresStore::builder().with_timeout(300 * MILLI);
-    let through = pool(&server.url_by(proxy.address.port()), 2).await;
+    let through = pool(&server.url_by(proxy.address.port()), 1).await;
     let store = builder.with_pool(through).unwrap();
     for (key, is_replaced) in [(1, false), (2, true)] {
+        // The driver prepares the statement once for a connection. So the next claim is executed.
+        granted(&store, &claim(key + 10)).await;
         until_idle(&store).await;
         proxy.set(Fate::CutAfter(Direction::ToClient, 1));
         assert!(store.claim(&claim(key)).await.is_err());
         proxy.heal();
         assert!(format!("{store:?}").contains("pursued_claims: 1"), "{store:?}");
         let other = again(&claim(key));
+        assert!(direct.peek(&other.key).await.unwrap().is_some());
         if is_replaced {
             let deleted = sqlx::raw_sql("DELETE FROM idempotency_records");
             deleted.execute(direct.pool()).await.unwrap();

@@ -38,6 +38,41 @@ async fn assert_misconfigured<T: std::fmt::Debug>(
     assert!(error.to_string().contains(reason), "{what}: {error}");
 }
 
+/// After an error, a store checks the server again. So each store sends one operation only.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_operation_on_a_demoted_primary_is_refused_whatever_it_is() {
+    let old = RedisServer::start();
+    let new = old.replica();
+    let replicated = RedisStore::builder().with_replication(1, Duration::from_secs(1));
+    let mut stores = Vec::new();
+    for builder in [RedisStore::builder(), replicated] {
+        for _ in 0..5 {
+            stores.push(builder.clone().connect(&old.url()).await.unwrap());
+        }
+    }
+    completed(&stores[0], 1, "a").await;
+    granted(&stores[0], &claim(2, 1)).await;
+    // The server knows the scripts. It would otherwise ask for them, and the store would check it.
+    for store in &stores {
+        replayed(store, 1).await;
+        store.peek(&claim(1, 9).key).await.unwrap();
+    }
+    demote(&old, &new);
+
+    let is_replica = "is a replica";
+    let other = Claim {
+        fingerprint: Fingerprint::of(b"refund"),
+        ..claim(1, 9)
+    };
+    for stores in stores.chunks(5) {
+        assert_misconfigured("a replay", stores[0].claim(&claim(1, 9)), is_replica).await;
+        assert_misconfigured("a mismatch", stores[1].claim(&other), is_replica).await;
+        assert_misconfigured("a wait", stores[2].claim(&claim(2, 9)), is_replica).await;
+        assert_misconfigured("peek", stores[3].peek(&claim(1, 9).key), is_replica).await;
+        assert_misconfigured("no record", stores[4].peek(&claim(4, 9).key), is_replica).await;
+    }
+}
+
 /// The connection stays open, and a claim that replays writes nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_demoted_primary_shows_and_changes_no_records() {
