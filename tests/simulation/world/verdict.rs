@@ -171,7 +171,9 @@ impl World {
                     | Fault::ClockJump { .. }
             )
         };
-        let is_short = |planned: &Planned| is_restart(planned) && planned.lasts < Duration::from_millis(700);
+        // A renewal that hangs when the store returns ends after a sixth of the lease, and the shortest
+        // lease is 1 s. After a longer outage, there may be no time for the next one.
+        let is_short = |planned: &Planned| is_restart(planned) && planned.lasts < Duration::from_millis(400);
         // A late claim may reach the store after the release of that claim. The store then grants
         // the key to a request that no longer waits.
         let is_late = self.has_late_messages();
