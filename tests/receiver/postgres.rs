@@ -17,14 +17,14 @@ use tower_idempotency::{BoxStore, ErrorKind, MemoryStore, OnError, PostgresStore
 use crate::support::postgres::PostgresServer;
 use crate::support::proxy::{Direction, Fate, Proxy};
 
-struct Bench {
+pub(crate) struct Bench {
     _server: PostgresServer,
-    pool: PgPool,
-    store: PostgresStore,
+    pub(crate) pool: PgPool,
+    pub(crate) store: PostgresStore,
 }
 
 impl Bench {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let server = PostgresServer::start();
         let pool = PgPoolOptions::new()
             .max_connections(40)

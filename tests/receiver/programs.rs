@@ -10,16 +10,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::StreamExt;
-use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgPool, Postgres, Transaction};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_idempotency::protocol::{Claim, Decision, IfLost, Nonce, Outcome, Owner, Renewal, Status};
 use tower_idempotency::receiver::{HandlerErrorClass, MessageLease, Receipt, ReceiveError, ReceiverLayer};
 use tower_idempotency::{ErrorKind, OnError, PostgresStore, Store};
 
+use crate::postgres::Bench;
 use crate::random::Random;
 use crate::support::drop_after;
-use crate::support::postgres::PostgresServer;
 use crate::support::settings::{is_thorough, seeds};
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -448,22 +447,13 @@ fn ensure(holds: bool, violation: impl FnOnce() -> String) -> Result<(), String>
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_program_of_transactions_follows_the_model() {
-    let server = PostgresServer::start();
-    let pool = PgPoolOptions::new()
-        .max_connections(60)
-        .connect(&server.url())
-        .await
-        .unwrap();
-    let store = PostgresStore::builder().with_pool(pool.clone()).unwrap();
-    store.migrate().await.unwrap();
-    let table = sqlx::raw_sql("CREATE TABLE effects (message text NOT NULL)");
-    table.execute(&pool).await.unwrap();
+    let bench = Bench::new().await;
     let seeds = seeds("HISTORIES").unwrap_or(0..if is_thorough() { 2_000 } else { 300 });
     let programs = seeds.map(|seed| {
         let program = Arc::new(Program {
             plan: Plan::of(seed),
-            store: store.clone(),
-            pool: pool.clone(),
+            store: bench.store.clone(),
+            pool: bench.pool.clone(),
             ran: Mutex::default(),
             later: Mutex::default(),
         });

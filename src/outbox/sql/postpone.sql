@@ -2,7 +2,8 @@
 -- pause, both in seconds, $5 lock timeout or NULL, $6 question.
 --
 -- Postpones messages that could not be published. The pause doubles with each failure. A message
--- that another relay has taken meanwhile has more failures, and is left alone. Returns one row.
+-- that another relay has taken meanwhile has more failures, and is left alone, unless its count has
+-- reached the highest number. Returns one row.
 WITH changed AS (
     UPDATE {table} SET
         taken_at = NULL,

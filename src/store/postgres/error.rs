@@ -165,7 +165,8 @@ pub(super) mod tests {
         sqlx::Error::Database(Box::new(OfServer(code)))
     }
 
-    /// A retry cannot mend an error that lasts until an operator acts, and an outage is none.
+    /// An error that lasts until an operator acts is a configuration error. An outage is not, because a
+    /// retry may succeed.
     #[test]
     fn an_error_that_needs_an_operator_differs_from_one_that_passes() {
         for (code, kind, words) in [
