@@ -88,12 +88,12 @@ pub(crate) struct Targets {
 }
 
 impl Targets {
-    /// Causes faults of the servers and of their network, one after the other, until the time of the
-    /// bank has come.
-    pub(crate) fn disturb_servers(&self, until: Duration, mut random: Random) {
+    /// Causes faults of the servers and of their network, one after the other, while the run goes
+    /// on.
+    pub(crate) fn disturb_servers(&self, goes_on: impl Fn() -> bool, mut random: Random) {
         let faults = self.servers.lock().unwrap().faults();
         let mut deck = vec![faults[0]];
-        while self.bank.elapsed() < until {
+        while goes_on() {
             let Some(fault) = deck.pop() else {
                 deck.clone_from(&faults);
                 random.shuffle(&mut deck);
@@ -148,9 +148,9 @@ impl Targets {
         }
     }
 
-    /// Kills and stops processes of the application until the clock of the bank reaches that time.
-    pub(crate) fn disturb_processes(&self, until: Duration, mut random: Random) {
-        while self.bank.elapsed() < until {
+    /// Kills and stops processes of the application, one after the other, while the run goes on.
+    pub(crate) fn disturb_processes(&self, goes_on: impl Fn() -> bool, mut random: Random) {
+        while goes_on() {
             std::thread::sleep(random.millis(300..1_500));
             let number = random.below(self.processes.lock().unwrap().len());
             let what = random.pick(&["kill", "stop"]);

@@ -11,7 +11,7 @@
 use bank::Mode;
 use postgres_servers::{Postgres, Standby};
 use redis_servers::{Cluster, Redis};
-use run::{PROCESSES, Report, Subject, run};
+use run::{FEWEST_KEYS, PROCESSES, Report, Subject, run};
 use support::proxy::Proxy;
 
 mod app;
@@ -89,7 +89,7 @@ fn urls(scheme: &str, path: &str, proxies: &[Proxy]) -> Vec<String> {
 
 fn assert_sound(report: &Report) {
     assert!(
-        report.keys >= 20,
+        report.keys >= FEWEST_KEYS,
         "hardly any request was sent, so nothing was tested: {report}"
     );
     assert!(report.violations.is_empty(), "{report}");

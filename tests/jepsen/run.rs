@@ -25,6 +25,10 @@ use crate::tables::{Rows, wait_for_messages};
 
 pub(crate) const PROCESSES: usize = 3;
 const CLIENTS: usize = 36;
+/// A run tests too little if the clients have begun fewer keys.
+pub(crate) const FEWEST_KEYS: usize = 20;
+/// Faults can keep all clients from new keys. A run with too few keys goes on for this long.
+const EXTRA_TIME: Duration = Duration::from_secs(60);
 /// The number of clients that use one key at about the same time.
 const SHARING: usize = 3;
 
@@ -158,7 +162,8 @@ impl Clients {
         }
     }
 
-    /// Sends requests while faults happen. Returns the number of keys.
+    /// Sends requests while faults happen, until the clock of the bank reaches that time and the
+    /// clients have begun enough keys. Returns the number of keys.
     async fn work_under_faults(&self, targets: &Targets, until: Duration, seed: u64) -> usize {
         let (next, done) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let clients = (0..CLIENTS).map(|_| {
@@ -173,9 +178,14 @@ impl Clients {
         let clients: Vec<_> = clients.collect();
         let disturbing = [0, 1].map(|purpose| {
             let (targets, random) = (targets.clone(), Random::new(seed, purpose));
+            let (bank, next) = (self.bank.clone(), Arc::clone(&next));
+            let goes_on = move || {
+                let has_few_keys = next.load(Ordering::Relaxed) < FEWEST_KEYS * SHARING;
+                bank.elapsed() < until + if has_few_keys { EXTRA_TIME } else { Duration::ZERO }
+            };
             tokio::task::spawn_blocking(move || match purpose {
-                0 => targets.disturb_servers(until, random),
-                _ => targets.disturb_processes(until, random),
+                0 => targets.disturb_servers(goes_on, random),
+                _ => targets.disturb_processes(goes_on, random),
             })
         });
         for disturbing in disturbing {
