@@ -38,12 +38,14 @@ pub(crate) struct HeldLease {
 #[derive(Clone, Copy)]
 #[repr(u8)]
 enum End {
+    /// The owner records its outcome. Its lease is still renewed.
+    Completing = 1,
     /// The owner has ended without giving the lease up. Its outcome is recorded, or cannot be.
-    Over = 1,
+    Over = 2,
     /// The owner gives the lease up.
-    GivenUp = 2,
+    GivenUp = 3,
     /// The owner releases the key.
-    Released = 3,
+    Released = 4,
 }
 
 impl HeldLease {
@@ -81,6 +83,12 @@ impl HeldLease {
 
     pub(crate) fn is_superseded(&self) -> bool {
         self.superseded.load(Ordering::Relaxed)
+    }
+
+    /// Records that the outcome is being written. From here on, the record may have the outcome
+    /// although the owner does not know it yet.
+    pub(super) fn set_completing(&self) {
+        self.set_end(End::Completing);
     }
 
     /// Records that the owner has ended without giving the lease up. No renewal starts from here
@@ -135,9 +143,11 @@ impl HeldLease {
         self.schedule().is_some()
     }
 
-    /// Whether another attempt may have taken the key over.
-    pub(crate) fn may_be_lost(&self) -> bool {
-        self.is_superseded() || self.renewals().is_some_and(Schedule::may_have_ended)
+    /// Whether the owner certainly has the key and has not begun to record its end. Otherwise only
+    /// the store knows the state of the key.
+    pub(crate) fn is_in_flight(&self) -> bool {
+        let is_ending = self.has_reached(End::Completing) || self.transaction.has_begun();
+        self.certainly_lasts() && !is_ending
     }
 
     /// Whether the lease cannot have ended yet, by this process's clock, and no reply has reported
@@ -303,9 +313,35 @@ mod tests {
             tokio::time::advance(LEASE / 2).await;
             end(&lease);
             assert!(!lease.is_leased());
+            assert!(!lease.is_in_flight());
             assert!(!lease.take_renewal(Handle::current().id(), Duration::ZERO));
             assert!(!lease.take_overdue_renewal());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_in_flight_until_it_may_have_ended_or_its_owner_ends() {
+        let lease = lease();
+        tokio::time::advance(LEASE - Duration::from_millis(1)).await;
+        assert!(lease.is_in_flight());
+        lease.set_completing();
+        assert!(!lease.is_in_flight());
+        // The lease is still renewed.
+        assert!(lease.is_leased());
+        let lease = HeldLease::of_first_attempt(LEASE);
+        tokio::time::advance(LEASE).await;
+        assert!(!lease.is_in_flight());
+    }
+
+    /// The transaction can be committed before this process knows that.
+    #[cfg(feature = "postgres")]
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_not_in_flight_once_a_transaction_may_complete_its_record() {
+        let lease = lease();
+        lease.transaction.begin();
+        assert!(!lease.is_in_flight());
+        lease.transaction.succeed();
+        assert!(!lease.is_in_flight());
     }
 
     #[test]

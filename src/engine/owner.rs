@@ -56,6 +56,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// Records the outcome. The renewal task renews the lease while this function repeats the write, so that no other
     /// attempt runs meanwhile (I1).
     pub(crate) async fn complete(&self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
+        self.lease.set_completing();
         let complete = || self.store.complete(self.key, self.owner(), outcome, retention);
         let completion = self.retry.retry(complete).await;
         // The effect may have happened, so the store must still get the outcome (I6).

@@ -50,6 +50,13 @@ impl TransactionState {
     pub(crate) const fn is_completed(&self) -> bool {
         false
     }
+
+    /// Always `false`, because without the feature `postgres` no store has transactions.
+    #[cfg(not(feature = "postgres"))]
+    #[expect(clippy::unused_self, reason = "only the feature `postgres` needs `self`")]
+    pub(super) const fn has_begun(&self) -> bool {
+        false
+    }
 }
 
 #[cfg(feature = "postgres")]

@@ -455,9 +455,9 @@ const RECENTLY: Duration = POLL.saturating_add(Duration::from_millis(50));
 /// The end of the wait of a follower.
 pub(super) enum Followed {
     Shared(SharedResult),
-    /// The deadline has passed. The leader is current if it owns the key, or has looked at the
-    /// record recently. Otherwise its runtime may be blocked, and the record may have an outcome
-    /// that the leader has not seen.
+    /// The deadline has passed. The leader is current if it owns the key and has not begun to record
+    /// its outcome, or if it has looked at the record recently. Otherwise its runtime may be
+    /// blocked, and the record may have an outcome that the leader has not seen.
     TimeUp {
         is_leader_current: bool,
     },
@@ -482,7 +482,7 @@ impl Follower {
             Ok(shared_result) => Followed::Shared(shared_result),
             Err(_) => Followed::TimeUp {
                 is_leader_current: match self.leader.lease() {
-                    Some(lease) => !lease.may_be_lost(),
+                    Some(lease) => lease.is_in_flight(),
                     None => self.looks() > looks,
                 },
             },
