@@ -26,11 +26,8 @@ use crate::error::Error;
 use crate::protocol::{
     Completion, Decision, Fingerprint, IfLost, Nonce, Outcome, Snapshot, Status, StorageKey, StoredResponse,
 };
-use crate::store::{LostClaim, MANY_LOST_CLAIMS, Store, claim_with_timeout, with_timeout};
+use crate::store::{LostClaim, MANY_LOST_CLAIMS, Store, claim_with_timeout};
 use crate::telemetry::{self, Event};
-
-/// The longest time between two claims of a waiter, in case its subscription misses a change.
-const POLL: Duration = Duration::from_millis(500);
 
 pub(crate) const NO_RUNTIME: Error =
     Error::configuration("one-time calls and deliveries need a tokio runtime; start them within one");
@@ -43,6 +40,16 @@ const FORGOTTEN: Error = Error::superseded(
 pub(crate) trait Work: Send + 'static {
     /// The output of a run for its caller.
     type Output: Send + 'static;
+
+    /// Gives back the capacity that the client or the handler has reserved for this work, because
+    /// the job begins to wait for another owner of the key.
+    fn give_readiness_back(&mut self) {}
+
+    /// Reserves capacity again after the wait. If that fails, returns the output for the caller.
+    /// `is_lost` shows whether an earlier attempt was lost, so that the work may have taken effect.
+    fn get_ready(&mut self, _is_lost: bool) -> impl Future<Output = Result<(), Self::Output>> + Send {
+        std::future::ready(Ok(()))
+    }
 
     /// Checks whether a lost attempt took effect.
     fn check(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send;
@@ -96,11 +103,9 @@ pub(crate) enum Refused {
 }
 
 /// The result of a claim, and of the wait for another owner.
-enum Claimed {
+enum Claimed<G> {
     Granted(Granted),
-    /// The work ran before, and this is the stored response.
-    Replay(StoredResponse),
-    Refused(Refused),
+    Settled(Settled<G>),
 }
 
 /// The grant of a key.
@@ -146,10 +151,8 @@ impl<St: Store + Clone> Job<St> {
         driven.await
     }
 
-    async fn drive<W: Work>(self, work: W, absence: Absence) -> Settled<W::Output> {
-        // All claims of this job share the nonce, so that the store makes at most one grant (I1).
-        let nonce = Nonce::random();
-        match self.claim(nonce, &absence).await {
+    async fn drive<W: Work>(self, mut work: W, absence: Absence) -> Settled<W::Output> {
+        match self.claim(&mut work, &absence).await {
             Claimed::Granted(granted) => {
                 // Nothing has run and the caller is gone, so do not start.
                 if absence.is_true() {
@@ -158,16 +161,17 @@ impl<St: Store + Clone> Job<St> {
                 }
                 self.own(granted, work, &absence).await
             }
-            Claimed::Replay(response) => Settled::Replay(response),
-            Claimed::Refused(refused) => Settled::Refused(refused),
+            Claimed::Settled(settled) => settled,
         }
     }
 
     /// Claims the key, and waits while another owner has it.
-    async fn claim(&self, nonce: Nonce, absence: &Absence) -> Claimed {
+    async fn claim<W: Work>(&self, work: &mut W, absence: &Absence) -> Claimed<W::Output> {
         let deadline = Deadline::after(self.settings.wait);
+        // All claims of this job share the nonce, so that the store makes at most one grant (I1).
+        let nonce = Nonce::random();
         // The first claim comes before any wait, so the deadline does not limit it.
-        let (mut watch, mut waiting) = (None, None);
+        let mut waiting = None;
         let mut lost = None;
         // The rest of the owner's lease, as the last claim has seen it.
         let mut seen = Duration::ZERO;
@@ -175,8 +179,8 @@ impl<St: Store + Clone> Job<St> {
             let since_claim = Stopwatch::start();
             let decision = match self.claim_once(nonce, waiting, &mut lost).await {
                 Ok(decision) => decision,
-                Err(ClaimError::TimeUp) => return Claimed::Refused(Refused::InFlight(self.worth_waiting(seen))),
-                Err(ClaimError::Failed(error)) => return Claimed::Refused(Refused::NotRun(error)),
+                Err(ClaimError::TimeUp) => return Claimed::refused(Refused::InFlight(self.worth_waiting(seen))),
+                Err(ClaimError::Failed(error)) => return Claimed::refused(Refused::NotRun(error)),
             };
             if matches!(decision, Decision::Execute(_) | Decision::Recover(_)) {
                 // The key has an owner now, so a lost claim of this job must not be released.
@@ -193,35 +197,60 @@ impl<St: Store + Clone> Job<St> {
             let refused = match decision {
                 Decision::Execute(grant) => return granted(grant, true),
                 Decision::Recover(grant) => return granted(grant, false),
-                Decision::Replay(response) => return Claimed::Replay(response),
+                Decision::Replay(response) => return Claimed::Settled(Settled::Replay(response)),
                 Decision::Mismatch => Refused::Mismatch,
                 Decision::NotStored => Refused::NotStored,
                 Decision::Unknown => Refused::Unknown,
-                Decision::Wait { left } if deadline.left().is_zero() || absence.is_true() => {
-                    Refused::InFlight(self.worth_waiting(left))
-                }
+                Decision::Wait { left } if deadline.left().is_zero() => Refused::InFlight(self.worth_waiting(left)),
                 Decision::Wait { left } => {
                     seen = left;
-                    self.wait(&mut watch, left, deadline).await;
+                    let waiter = ClaimWaiter {
+                        job: self,
+                        ours: lost.as_ref().map(|_| nonce),
+                        left,
+                    };
+                    match attended(absence, self.wait(work, waiter, deadline)).await {
+                        Some(None) => {}
+                        Some(Some(settled)) => return Claimed::Settled(settled),
+                        None => return Claimed::refused(Refused::InFlight(self.worth_waiting(left))),
+                    }
                     waiting = Some(deadline);
                     continue;
                 }
             };
-            return Claimed::Refused(refused);
+            return Claimed::refused(refused);
         }
     }
 
-    /// Subscribes first, so that the next look at the record misses no change. If a subscription
-    /// exists already, waits for a change. The lease of the owner ends in `left`.
-    async fn wait(&self, watch: &mut Option<St::Watch>, left: Duration, deadline: Deadline) {
-        let pause = || left.min(deadline.left()).clamp(Duration::from_millis(1), POLL);
-        let timeout = self.settings.store_timeout.min(deadline.left());
-        match watch.take() {
-            Some(watch) => drop(within(pause(), watch).await),
-            None => match with_timeout(timeout, self.store.watch(&self.key)).await {
-                Ok(subscribed) => *watch = Some(subscribed),
-                Err(_) => drop(within(pause(), std::future::pending::<()>()).await),
-            },
+    /// Waits for another owner of the key, without capacity of the client or the handler, so that
+    /// other keys can use it. Returns `None` if this job has to claim again. If that claim may be
+    /// granted, there is capacity again.
+    async fn wait<W: Work>(
+        &self,
+        work: &mut W,
+        waiter: ClaimWaiter<'_, St>,
+        deadline: Deadline,
+    ) -> Option<Settled<W::Output>> {
+        work.give_readiness_back();
+        let timeout = self.settings.store_timeout;
+        let is_lost = match await_owner(&self.store, &self.key, timeout, deadline, waiter).await {
+            Waited::Seen(Next::Run { is_lost }) => is_lost,
+            Waited::Seen(Next::Return) => return None,
+            // The next claim reports the failure of the store.
+            Waited::Failed(_) | Waited::LastLookFailed(_) => true,
+            Waited::TimeUp(waiter) => {
+                let left = self.worth_waiting(waiter.left);
+                return Some(Settled::Refused(Refused::InFlight(left)));
+            }
+        };
+        // This job does not own the key yet, so a busy client or handler keeps nobody from the key.
+        match within(deadline.left(), work.get_ready(is_lost)).await {
+            Ok(Ok(())) => None,
+            Ok(Err(output)) => Some(Settled::Ran {
+                output,
+                recorded: Ok(()),
+            }),
+            Err(_) => Some(Settled::Refused(Refused::InFlight(Duration::ZERO))),
         }
     }
 
@@ -374,8 +403,8 @@ impl<St: Store + Clone> Job<St> {
         };
         let timeout = self.settings.store_timeout;
         let deadline = Deadline::after(self.settings.wait);
-        let waiting = pin!(await_owner(&self.store, &self.key, timeout, deadline, waiter));
-        let Either::Left((waited, _)) = select(waiting, absence.begins()).await else {
+        let waiting = await_owner(&self.store, &self.key, timeout, deadline, waiter);
+        let Some(waited) = attended(absence, waiting).await else {
             return Settled::Refused(Refused::InFlight(Duration::ZERO));
         };
         match waited {
@@ -392,6 +421,50 @@ impl<St: Store + Clone> Job<St> {
             lease,
             retry: self.settings.retry(),
             tracker: &self.tracker,
+        }
+    }
+}
+
+impl<G> Claimed<G> {
+    const fn refused(refused: Refused) -> Self {
+        Self::Settled(Settled::Refused(refused))
+    }
+}
+
+/// A job that waits to claim a key.
+struct ClaimWaiter<'j, St> {
+    job: &'j Job<St>,
+    /// The nonce of a claim of this job that got no reply. If the store grants that claim later, the
+    /// next claim gets the same grant.
+    ours: Option<Nonce>,
+    /// The rest of the owner's lease.
+    left: Duration,
+}
+
+/// The expected result of the next claim.
+enum Next {
+    /// The store grants the key. `is_lost` shows whether an earlier attempt was lost.
+    Run { is_lost: bool },
+    /// The store returns the outcome, or refuses.
+    Return,
+}
+
+impl<St: Store + Clone> Waiter for ClaimWaiter<'_, St> {
+    type Seen = Next;
+
+    fn judge(&mut self, record: Option<Snapshot>) -> Option<Next> {
+        let Some(record) = record else {
+            return Some(Next::Run { is_lost: false });
+        };
+        match record.status {
+            _ if record.fingerprint != self.job.fingerprint => Some(Next::Return),
+            Status::InFlight { .. } if Some(record.nonce) == self.ours => Some(Next::Run { is_lost: true }),
+            Status::InFlight { left } => {
+                self.left = left;
+                None
+            }
+            Status::Lost if self.job.settings.if_lost != IfLost::Refuse => Some(Next::Run { is_lost: true }),
+            Status::Completed(_) | Status::Lost | Status::Unknown => Some(Next::Return),
         }
     }
 }
@@ -456,6 +529,14 @@ impl Absence {
             true => Poll::Ready(()),
             false => Poll::Pending,
         })
+    }
+}
+
+/// Waits for a result, until the caller leaves.
+async fn attended<T>(absence: &Absence, waiting: impl Future<Output = T>) -> Option<T> {
+    match select(pin!(waiting), absence.begins()).await {
+        Either::Left((result, _)) => Some(result),
+        Either::Right(_) => None,
     }
 }
 

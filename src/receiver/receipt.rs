@@ -23,11 +23,12 @@ pub enum Receipt<T> {
     /// handler committed the message with `MessageLease::complete_in` and then failed.
     Duplicate,
     /// Another delivery of the message is in flight and may still fail, or the check of a lost
-    /// attempt could not decide and has to run again. Do not acknowledge this delivery. Have the
-    /// broker deliver the message again later.
+    /// attempt could not decide and has to run again. Or another delivery failed, and the handler
+    /// was not ready for this one in time. Do not acknowledge this delivery. Have the broker deliver
+    /// the message again later.
     InFlight {
         /// The time until the next try: the rest of the other delivery's lease, which that delivery
-        /// may renew, or a whole lease if a check has to run again.
+        /// may renew, or a whole lease if a check has to run again. Zero if the message is free.
         retry_after: Duration,
     },
     /// An attempt at the message was lost and its effect is not known, or an earlier delivery was

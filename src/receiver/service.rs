@@ -1,6 +1,7 @@
 //! The service: one delivery.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -118,9 +119,9 @@ struct Delivery<S, St, M> {
 }
 
 /// The bounds of a service that handles messages in a task.
-trait Handler<M>: Service<M, Response: Send, Error: Send, Future: Send> + Send + 'static {}
+trait Handler<M>: Service<M, Response: Send, Error: Send, Future: Send> + Clone + Send + 'static {}
 
-impl<S, M> Handler<M> for S where S: Service<M, Response: Send, Error: Send, Future: Send> + Send + 'static {}
+impl<S, M> Handler<M> for S where S: Service<M, Response: Send, Error: Send, Future: Send> + Clone + Send + 'static {}
 
 /// The result of a handler.
 enum Output<T, E> {
@@ -241,6 +242,17 @@ where
     S: Handler<M>,
 {
     type Output = Output<S::Response, S::Error>;
+
+    fn give_readiness_back(&mut self) {
+        // A clone is not ready.
+        self.service = self.service.clone();
+    }
+
+    /// A handler that fails here has not seen the message, so the message may be delivered again.
+    async fn get_ready(&mut self, _is_lost: bool) -> Result<(), Self::Output> {
+        let ready = poll_fn(|cx| self.service.poll_ready(cx)).await;
+        ready.map_err(|error| Output::Failed(error, OnError::Release))
+    }
 
     fn check(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send {
         let check = self.settings.check.as_ref();

@@ -6,6 +6,7 @@ use std::future::ready;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,8 +15,7 @@ use http::StatusCode;
 use http::{Method, Request, Response};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
-use tower::Layer;
-use tower::{ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::ErrorKind;
 use tower_idempotency::MemoryStore;
 use tower_idempotency::Recovered;
@@ -183,6 +183,78 @@ async fn a_replay_of_a_refusal_is_stored_and_a_replay_of_a_failure_is_not() {
         let later = send().await;
         assert_eq!(party.arrived(), sent, "{status}");
         assert_eq!(later.is_ok(), stored || sent == 2, "{status}: {later:?}");
+    }
+}
+
+/// A call that waited for its key held the readiness of the client, so no call of another key could
+/// begin.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_waits_for_its_key_does_not_hold_the_client() {
+    let (_, layer) = layer();
+    let slow = service_fn(|_: Request<Full<Bytes>>| async {
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        respond(200)
+    });
+    // Another process makes the call.
+    let _elsewhere = tokio::spawn(layer.layer(slow).oneshot(request("x")));
+    support::advance(Duration::from_secs(1)).await;
+    let here = service_fn(|_: Request<Full<Bytes>>| ready(respond(200)));
+    let here = layer.layer(tower::limit::GlobalConcurrencyLimitLayer::new(1).layer(here));
+    let _waiting = tokio::spawn(here.clone().oneshot(request("x")));
+    support::advance(Duration::from_secs(1)).await;
+    let mut other = request("y");
+    other.headers_mut().insert("idempotency-key", "other".parse().unwrap());
+    let other = tokio::time::timeout(Duration::from_secs(5), here.oneshot(other)).await;
+    assert!(other.is_ok(), "the waiting call holds the client");
+}
+
+/// The client was ready before the wait, and is broken afterwards. Nothing was sent, but a lost
+/// attempt before may have taken effect.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_broken_after_a_wait_fails_without_effect_unless_an_attempt_was_lost() {
+    for is_lost in [false, true] {
+        let (_, layer) = layer();
+        let layer = layer.at_least_once().with_lease(Duration::from_secs(10));
+        let owner = service_fn(move |_: Request<Full<Bytes>>| async move {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            // 503 says that the attempt may have taken effect; 401 says that it did not.
+            respond(if is_lost { 503 } else { 401 })
+        });
+        let owner = tokio::spawn(layer.layer(owner).oneshot(request("x")));
+        support::advance(Duration::from_secs(1)).await;
+        let breaking = Breaking {
+            client: service_fn(|_: Request<Full<Bytes>>| ready(respond(200))),
+            polls: Arc::default(),
+        };
+        let ended = layer.layer(breaking).oneshot(request("x")).await;
+        match ended {
+            Err(OnceError::Failed(error)) => assert!(!is_lost && error.to_string() == "broken"),
+            Err(OnceError::Unknown(Some(error))) => assert!(is_lost && error.to_string() == "broken"),
+            other => panic!("{other:?}"),
+        }
+        assert!(owner.await.unwrap().is_ok());
+    }
+}
+
+/// A client that is ready once, and then broken.
+#[derive(Clone)]
+struct Breaking<S> {
+    client: S,
+    polls: Arc<AtomicUsize>,
+}
+
+impl<S: Service<Request<Full<Bytes>>, Error = io::Error>> Service<Request<Full<Bytes>>> for Breaking<S> {
+    type Response = S::Response;
+    type Error = io::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let is_first = self.polls.fetch_add(1, Ordering::SeqCst) == 0;
+        Poll::Ready(is_first.then_some(()).ok_or_else(|| io::Error::other("broken")))
+    }
+
+    fn call(&mut self, request: Request<Full<Bytes>>) -> S::Future {
+        self.client.call(request)
     }
 }
 

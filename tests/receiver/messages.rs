@@ -254,6 +254,145 @@ impl<S: Service<Message, Error = String>> Service<Message> for NotReady<S> {
     }
 }
 
+/// Handles a message for 20 s, and fails without an effect.
+async fn fail_after_20_seconds(store: RemoteStore) {
+    let slow = tower::service_fn(|_: Message| async {
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        Err::<(), _>("failed")
+    });
+    let failed = layer(store).layer(slow).oneshot(message("a")).await;
+    assert!(matches!(failed, Err(ReceiveError::Handler("failed"))));
+}
+
+/// A delivery that waited for its message held a permit of the handler, so no other message could
+/// begin.
+#[tokio::test(start_paused = true)]
+async fn a_delivery_that_waits_holds_no_permit() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+    let receiver = layer(store).with_wait(Duration::from_secs(30));
+    let receiver = receiver.layer(limit.layer(handler.clone()));
+    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let other = tokio::time::timeout(Duration::from_secs(5), receiver.oneshot(message("b")));
+    assert!(matches!(other.await, Ok(Ok(Receipt::First(_)))));
+    owner.await.unwrap();
+    assert!(matches!(waiting.await.unwrap(), Ok(Receipt::First(_))));
+    assert_eq!(handler.counts(), (2, 2));
+}
+
+/// The message is free, and the handler is busy. If the caller leaves then, nothing runs.
+#[tokio::test(start_paused = true)]
+async fn a_delivery_whose_caller_leaves_before_the_handler_is_ready_does_not_begin() {
+    let (store, handler) = (
+        RemoteStore::new(),
+        Handler::planning([Plan::Take(Duration::from_secs(50))]),
+    );
+    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+    let receiver = layer(store).with_wait(Duration::from_secs(30));
+    let receiver = receiver.layer(limit.layer(handler.clone()));
+    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let busy = tokio::spawn(receiver.clone().oneshot(message("b")));
+    owner.await.unwrap();
+    crate::support::advance(Duration::from_secs(5)).await;
+    waiting.abort();
+    assert!(matches!(busy.await.unwrap(), Ok(Receipt::First(_))));
+    crate::support::advance(Duration::from_secs(5)).await;
+    assert_eq!(handler.counts(), (1, 1));
+    assert!(matches!(receiver.oneshot(message("a")).await, Ok(Receipt::First(_))));
+}
+
+/// A consumer may reserve the only permit of its handler for the next message. A delivery that waits
+/// for that permit does not own its message, so another process can handle it, and the delivery ends
+/// in time.
+#[tokio::test(start_paused = true)]
+async fn a_delivery_that_waits_for_a_permit_keeps_no_other_process_from_its_message() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+    let receiver = layer(store.clone()).with_wait(Duration::from_secs(30));
+    let receiver = receiver.layer(limit.layer(handler.clone()));
+    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let mut reserved = receiver.clone();
+    reserved.ready().await.unwrap();
+    owner.await.unwrap();
+    crate::support::advance(Duration::from_secs(5)).await;
+    assert!(!waiting.is_finished());
+    let elsewhere = layer(store).layer(handler.clone());
+    assert!(matches!(elsewhere.oneshot(message("a")).await, Ok(Receipt::First(_))));
+    crate::support::advance(Duration::from_secs(30)).await;
+    assert!(matches!(waiting.await.unwrap(), Ok(Receipt::InFlight { .. })));
+    drop(reserved);
+    assert!(matches!(receiver.oneshot(message("a")).await, Ok(Receipt::Duplicate)));
+    assert_eq!(handler.counts(), (1, 1));
+}
+
+/// A duplicate needs no handler, so a busy handler does not delay it.
+#[tokio::test(start_paused = true)]
+async fn a_delivery_that_waited_is_a_duplicate_at_once_although_the_handler_is_busy() {
+    let store = RemoteStore::new();
+    let elsewhere = layer(store.clone()).layer(Handler::planning([Plan::Take(Duration::from_secs(20))]));
+    let owner = tokio::spawn(elsewhere.oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+    let receiver = layer(store).with_wait(Duration::from_secs(60));
+    let receiver = receiver.layer(limit.layer(Handler::planning([Plan::Hang])));
+    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let _busy = tokio::spawn(receiver.oneshot(message("b")));
+    assert!(matches!(owner.await.unwrap(), Ok(Receipt::First(_))));
+    let waited = tokio::time::timeout(Duration::from_secs(2), waiting).await;
+    assert!(matches!(waited, Ok(Ok(Ok(Receipt::Duplicate)))));
+}
+
+/// The handler was ready before the wait, and fails afterwards. The message is free then.
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_is_broken_after_a_wait_leaves_the_message_free() {
+    let store = RemoteStore::new();
+    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let handler = Breaking {
+        handler: Handler::default(),
+        polls: Arc::default(),
+    };
+    let receiver = layer(store.clone()).with_wait(Duration::from_secs(30));
+    let waited = receiver.layer(handler.clone()).oneshot(message("a")).await;
+    owner.await.unwrap();
+    assert!(matches!(waited, Err(ReceiveError::Handler(error)) if error == "broken"));
+    assert_eq!(handler.handler.counts(), (0, 0));
+    let elsewhere = layer(store).layer(Handler::default());
+    assert!(matches!(elsewhere.oneshot(message("a")).await, Ok(Receipt::First(_))));
+}
+
+/// A handler that is ready once, and then broken.
+#[derive(Clone)]
+struct Breaking {
+    handler: Handler,
+    polls: Arc<AtomicUsize>,
+}
+
+impl Service<Message> for Breaking {
+    type Response = usize;
+    type Error = String;
+    type Future = BoxFuture<'static, Result<usize, String>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), String>> {
+        let is_first = self.polls.fetch_add(1, Ordering::SeqCst) == 0;
+        Poll::Ready(is_first.then_some(()).ok_or_else(|| "broken".to_owned()))
+    }
+
+    fn call(&mut self, message: Message) -> Self::Future {
+        self.handler.call(message)
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn ids_are_any_bytes_up_to_a_limit() {
     let (store, handler) = (RemoteStore::new(), Handler::default());

@@ -33,9 +33,10 @@ impl<E> From<E> for Failure<E> {
 pub enum OnceError<T, E> {
     /// The call was made now, and failed without effect. The next call runs.
     Failed(E),
-    /// Another caller is making the same call, and did not finish within the waiting time.
+    /// Another caller is making the same call, and did not finish within the waiting time. Or that
+    /// caller finished without an outcome, and the client of this call was not ready in time.
     InFlight {
-        /// The time that is left of the other caller's lease.
+        /// The time that is left of the other caller's lease. Zero if the key is free.
         left: Duration,
     },
     /// The key was used for another input. Nothing ran.

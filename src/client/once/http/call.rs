@@ -1,6 +1,7 @@
 //! One attempt: sends the request, or checks a lost attempt, and decides the effect of the result
 //! on the key.
 
+use std::future::poll_fn;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -39,10 +40,23 @@ pub(super) enum Output<R, E> {
 
 impl<S, B> Work for HttpCall<S, B>
 where
-    S: HttpService<B>,
+    S: HttpService<B> + Clone,
     B: RebuildBody + Send + 'static,
 {
     type Output = Output<S::ResponseBody, S::Error>;
+
+    fn give_readiness_back(&mut self) {
+        // A clone is not ready.
+        self.service = self.service.clone();
+    }
+
+    async fn get_ready(&mut self, is_lost: bool) -> Result<(), Self::Output> {
+        let ready = poll_fn(|cx| self.service.poll_ready(cx)).await;
+        ready.map_err(|error| match is_lost {
+            true => Output::Lost(error),
+            false => Output::Failed(error),
+        })
+    }
 
     async fn check(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
         let HttpCall {

@@ -143,7 +143,7 @@ async fn make<S, St, B>(
 ) -> Outcomes<S::ResponseBody, S::Error>
 where
     St: Store + Clone,
-    S: HttpService<B>,
+    S: HttpService<B> + Clone,
     B: RebuildBody<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static,
 {
     let (head, body) = request.into_parts();
