@@ -6,12 +6,14 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 use super::held_lease::HeldLease;
+use crate::clock::Stopwatch;
 use crate::detach::{Deferred, TaskTracker};
 use crate::error::Error;
 use crate::protocol::{Completion, Outcome, Owner, Release, Renewal, Snapshot, Status, StorageKey};
 #[cfg(feature = "postgres")]
 use crate::store::resolve_transaction_late;
 use crate::store::{AttemptEnd, Store, StoreRetry, record_end};
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::telemetry::{self, Event};
 
 /// Whether an attempt still owned its key when it ended.
@@ -57,8 +59,18 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
     /// attempt runs meanwhile (I1).
     pub(crate) async fn complete(&self, outcome: &Outcome, retention: Duration) -> Result<Completion, Error> {
         self.lease.set_completing();
-        let complete = || self.store.complete(self.key, self.owner(), outcome, retention);
+        let (since_first, tries) = (Stopwatch::start(), AtomicUsize::new(0));
+        let complete = || {
+            tries.fetch_add(1, Ordering::Relaxed);
+            self.store.complete(self.key, self.owner(), outcome, retention)
+        };
         let completion = self.retry.retry(complete).await;
+        // An earlier try took effect without a reply. Its record has expired before the last try.
+        let has_expired =
+            || tries.load(Ordering::Relaxed) > 1 && since_first.elapsed() >= retention && self.lease.certainly_lasts();
+        if matches!(completion, Ok(Completion::Superseded(None))) && has_expired() {
+            return Ok(Completion::Completed);
+        }
         // The effect may have happened, so the store must still get the outcome (I6).
         if let Err(error) = &completion {
             self.record_later(error, AttemptEnd::completed(outcome, retention));
@@ -196,7 +208,6 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Stopwatch;
     use crate::engine::EngineSettings;
     use crate::protocol::{Decision, Fingerprint, Grant, Nonce};
     use crate::store::MemoryStore;

@@ -23,6 +23,7 @@ impl RefusalKind {
             RefusalKind::BodyBroken => BODY_BROKEN,
             RefusalKind::BodyTimeout => BODY_TIMEOUT,
             RefusalKind::BodyTooLarge => BODY_TOO_LARGE,
+            RefusalKind::CheckUndecided => CHECK_UNDECIDED,
             RefusalKind::EncodingNotAccepted => ENCODING_NOT_ACCEPTED,
             RefusalKind::HandlerFailed => HANDLER_FAILED,
             RefusalKind::InvalidKey(reason) => ProblemText {
@@ -89,6 +90,15 @@ const BODY_TOO_LARGE: ProblemText = ProblemText {
     title: "The request body is too large",
     detail: "A request with an idempotency key may not have a body as long as this one. Nothing was processed.",
     retryable: false,
+};
+
+const CHECK_UNDECIDED: ProblemText = ProblemText {
+    status: StatusCode::CONFLICT,
+    code: "check-undecided",
+    title: "The outcome is not known yet",
+    detail: "An earlier attempt with this key was interrupted, and the server could not find out whether it took effect. Send \
+             the request again later with the same key.",
+    retryable: true,
 };
 
 const ENCODING_NOT_ACCEPTED: ProblemText = ProblemText {

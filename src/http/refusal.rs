@@ -147,12 +147,13 @@ mod tests {
     use super::*;
     use crate::protocol::InvalidKey;
 
-    const ALL: [RefusalKind; 24] = [
+    const ALL: [RefusalKind; 25] = [
         RefusalKind::ResponseBroken,
         RefusalKind::ResponseNotStored,
         RefusalKind::BodyBroken,
         RefusalKind::BodyTimeout,
         RefusalKind::BodyTooLarge,
+        RefusalKind::CheckUndecided,
         RefusalKind::EncodingNotAccepted,
         RefusalKind::HandlerFailed,
         RefusalKind::InvalidKey(InvalidKey::NotAString),
@@ -311,7 +312,9 @@ mod tests {
                     ("idempotency_error", None)
                 }
                 RefusalKind::Outstanding => ("idempotency_error", Some("idempotency_key_in_use")),
-                RefusalKind::ResponseNotStored | RefusalKind::OutcomeUnknown => ("idempotency_error", None),
+                RefusalKind::ResponseNotStored | RefusalKind::CheckUndecided | RefusalKind::OutcomeUnknown => {
+                    ("idempotency_error", None)
+                }
                 _ if parts.status.as_u16() >= 500 => ("api_error", None),
                 _ => ("invalid_request_error", None),
             };

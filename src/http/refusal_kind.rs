@@ -29,6 +29,9 @@ pub enum RefusalKind {
     BodyTimeout,
     /// The request's body is longer than the limit. 413.
     BodyTooLarge,
+    /// The recovery check could not decide whether an earlier, lost attempt took effect. The next
+    /// request with this key calls the check again. 409.
+    CheckUndecided,
     /// The request took effect, and its stored response has an encoding (`grpc-encoding`) that this
     /// client does not accept. 406.
     EncodingNotAccepted,
@@ -82,7 +85,9 @@ impl RefusalKind {
             Self::ResponseBroken | Self::ResponseNotStored | Self::EncodingNotAccepted => Effect::Done,
             Self::HandlerFailed => Effect::Failed,
             // The unreadable record may belong to an earlier attempt that took effect.
-            Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => Effect::Unknown,
+            Self::CheckUndecided | Self::OutcomeUnknown | Self::OutcomeUnrecorded | Self::RecordUnreadable => {
+                Effect::Unknown
+            }
             // The handler did not get the request.
             Self::BodyBroken
             | Self::BodyTimeout

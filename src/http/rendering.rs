@@ -88,9 +88,10 @@ impl Refusal {
         } = self.kind.problem_text();
         let (status, kind) = match self.kind {
             RefusalKind::Mismatch => (StatusCode::BAD_REQUEST, "idempotency_error"),
-            RefusalKind::ResponseNotStored | RefusalKind::Outstanding | RefusalKind::OutcomeUnknown => {
-                (status, "idempotency_error")
-            }
+            RefusalKind::ResponseNotStored
+            | RefusalKind::CheckUndecided
+            | RefusalKind::Outstanding
+            | RefusalKind::OutcomeUnknown => (status, "idempotency_error"),
             _ if status.is_server_error() => (status, "api_error"),
             _ => (status, "invalid_request_error"),
         };

@@ -68,7 +68,12 @@ impl<St: Store, S> Exchange<St, S> {
                 if self.give_up().await == Ownership::Superseded {
                     return Ok(self.superseded().await);
                 }
-                Ok(self.finish(SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown))))
+                let refusal = if grant.attempt < self.settings.engine.max_attempts {
+                    self.later(RefusalKind::CheckUndecided)
+                } else {
+                    Refusal::new(RefusalKind::OutcomeUnknown)
+                };
+                Ok(self.finish(SharedResult::Refused(refusal)))
             }
         }
     }

@@ -68,7 +68,7 @@ impl<St: Store> IdempotencyLayer<St> {
     /// | status | reasons |
     /// |---|---|
     /// | `INVALID_ARGUMENT` | `KEY_INVALID`, `KEY_MISSING`, `KEY_REUSED` |
-    /// | `ABORTED` | `REQUEST_OUTSTANDING`: retry after the delay |
+    /// | `ABORTED` | `REQUEST_OUTSTANDING`, `CHECK_UNDECIDED`: retry after the delay |
     /// | `FAILED_PRECONDITION` | `OUTCOME_UNKNOWN`, `RESPONSE_NOT_STORED`, `ENCODING_NOT_ACCEPTED`: look up the result |
     /// | `UNAVAILABLE` | `STORE_UNAVAILABLE`, `STORE_FULL`, `OVERLOADED`, `NOT_RUN`, and `OUTCOME_UNKNOWN` with `retryable`: retry after the delay |
     /// | `UNAVAILABLE` | `BODY_BROKEN`: retry; there is no delay |

@@ -1292,7 +1292,7 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
             }
             _ => {
                 for refused in [response, again] {
-                    assert_eq!((refused.status(), refused.code()), (409, "outcome-unknown"));
+                    assert_eq!((refused.status(), refused.code()), (409, "check-undecided"));
                 }
                 assert_eq!(handler.runs(), 0);
                 assert_eq!(asked.load(Ordering::SeqCst), 2, "the layer asks the check again");
@@ -1300,6 +1300,71 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
         }
         zombie.abort();
     }
+}
+
+/// The next request calls the check again, so a client that does not send it gives up in vain.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_after_an_undecided_check_is_retryable_while_attempts_are_left() {
+    let store = RemoteStore::new();
+    let zombie = lost_key(&store).await;
+    store.heal();
+    let check = |lost: LostAttempt| async move {
+        match lost.attempt {
+            2 => Recovered::Unknown,
+            _ => Recovered::NotHappened,
+        }
+    };
+    let service = IdempotencyLayer::new(store).with_recovery(check).layer(Handler::new());
+    let refused = send(&service, post("k", "pay")).await;
+    assert_eq!(send(&service, post("k", "pay")).await.status(), 201);
+    let refusal = refused.head.extensions.get::<Refusal>().unwrap();
+    assert!(refusal.is_retryable(), "{refusal:?}");
+    zombie.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_undecided_check_of_the_last_attempt_is_final() {
+    let store = RemoteStore::new();
+    let zombie = lost_key(&store).await;
+    store.heal();
+    let checks = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&checks);
+    let check = move |_: LostAttempt| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        std::future::ready(Recovered::Unknown)
+    };
+    let service = IdempotencyLayer::new(store).with_max_attempts(3).with_recovery(check);
+    let service = service.layer(Handler::new());
+    for (code, asked) in [("check-undecided", 1), ("outcome-unknown", 2), ("outcome-unknown", 2)] {
+        assert_eq!(send(&service, post("k", "pay")).await.code(), code);
+        assert_eq!(checks.load(Ordering::SeqCst), asked);
+    }
+    zombie.abort();
+}
+
+/// The store completed the record without a reply, and the record expired before the completion was
+/// repeated.
+#[tokio::test(start_paused = true)]
+async fn a_caller_gets_its_response_although_a_short_retention_ends_before_the_completion_is_repeated() {
+    let store = RemoteStore::new();
+    store.fail("complete", [Fault::After]);
+    let service = IdempotencyLayer::new(store).with_retention(Duration::ZERO);
+    let first = send(&service.layer(Handler::new()), post("k", "pay")).await;
+    assert_eq!((first.status(), first.code()), (201, ""));
+}
+
+/// The handler has stored its failure, so the event is handled for good.
+#[tokio::test]
+async fn a_duplicate_of_a_stored_webhook_failure_that_finds_no_room_gets_a_bare_200() {
+    let store = MemoryStore::builder().with_byte_budget(100).build();
+    let handler = Handler::new().responding(|_| {
+        let mut response = text(StatusCode::GONE, vec![b'x'; 200]);
+        response.extensions_mut().insert(StoreResponse);
+        response
+    });
+    let service = IdempotencyLayer::new(store).webhooks().layer(handler);
+    assert_eq!(send(&service, post("k", "event")).await.status(), 410);
+    assert_eq!(send(&service, post("k", "event")).await.status(), 200);
 }
 
 /// The check looks for the effect at the third party under the key that the lost attempt used there.
@@ -1357,7 +1422,7 @@ async fn a_recovery_check_that_panics_runs_nothing_and_is_asked_again() {
         let service = layer.layer(handler.clone());
         assert_eq!(send(&service, post("k", "pay")).await.status(), 500);
         for panics in 1..=2 {
-            assert_eq!(send(&service, post("k", "pay")).await.code(), "outcome-unknown");
+            assert_eq!(send(&service, post("k", "pay")).await.code(), "check-undecided");
             assert_eq!((asked.load(Ordering::SeqCst), handler.runs()), (panics, 1));
         }
         assert_eq!(send(&service, post("k", "pay")).await.body, "run again");

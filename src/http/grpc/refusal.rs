@@ -51,7 +51,7 @@ const fn code(kind: RefusalKind) -> Code {
         RefusalKind::ResponseNotStored | RefusalKind::EncodingNotAccepted | RefusalKind::OutcomeUnknown => {
             Code::FailedPrecondition
         }
-        RefusalKind::Outstanding => Code::Aborted,
+        RefusalKind::CheckUndecided | RefusalKind::Outstanding => Code::Aborted,
         RefusalKind::ResponseBroken
         | RefusalKind::HandlerFailed
         | RefusalKind::MissingScope
