@@ -135,13 +135,14 @@ impl<St: Store, S> Exchange<St, S> {
         let shared_result = match judgement.verdict {
             Verdict::Unjudged => return self.broken(judgement, status).await,
             Verdict::Store | Verdict::Tombstone => self.without_body(judgement, status).await,
-            Verdict::Release => {
-                let released = self.without_outcome(Verdict::Release).await;
-                released.map(|()| SharedResult::Refused(self.later(RefusalKind::Outstanding)))
-            }
-            Verdict::GiveUp => {
-                let given_up = self.without_outcome(Verdict::GiveUp).await;
-                given_up.map(|()| SharedResult::Refused(Refusal::new(RefusalKind::OutcomeUnknown)))
+            Verdict::Release | Verdict::GiveUp => {
+                let ended = self.without_outcome(judgement.verdict).await;
+                ended.map(|()| {
+                    SharedResult::Refused(match self.can_run_again(judgement.verdict) {
+                        true => self.later(RefusalKind::Outstanding),
+                        false => Refusal::new(RefusalKind::OutcomeUnknown),
+                    })
+                })
             }
         };
         match shared_result {
@@ -205,11 +206,15 @@ impl<St: Store, S> Exchange<St, S> {
         if let Err(response) = self.without_outcome(verdict).await {
             return response;
         }
+        self.finish(SharedResult::Refused(handler_failed(self.can_run_again(verdict))))
+    }
+
+    /// Whether the next request with the key can run after an attempt that ended with this verdict.
+    pub(super) fn can_run_again(&self, verdict: Verdict) -> bool {
         let lease = self.key_guard.in_flight.lease();
         let attempt = lease.map_or(1, |lease| lease.grant().attempt);
-        let retention = self.settings.engine.retention;
-        let can_run_again = self.settings.can_run_again(verdict, retention, attempt);
-        self.finish(SharedResult::Refused(handler_failed(can_run_again)))
+        self.settings
+            .can_run_again(verdict, self.settings.engine.retention, attempt)
     }
 
     /// Ends the attempt without an outcome. [`Verdict::Release`] releases the key, and any other

@@ -68,10 +68,9 @@ impl<St: Store, S> Exchange<St, S> {
                 if self.give_up().await == Ownership::Superseded {
                     return Ok(self.superseded().await);
                 }
-                let refusal = if grant.attempt < self.settings.engine.max_attempts {
-                    self.later(RefusalKind::CheckUndecided)
-                } else {
-                    Refusal::new(RefusalKind::OutcomeUnknown)
+                let refusal = match self.can_run_again(Verdict::GiveUp) {
+                    true => self.later(RefusalKind::CheckUndecided),
+                    false => Refusal::new(RefusalKind::OutcomeUnknown),
                 };
                 Ok(self.finish(SharedResult::Refused(refusal)))
             }

@@ -9,8 +9,8 @@ use http_body_util::BodyExt;
 use tower::{Layer, ServiceExt};
 use tower_idempotency::protocol::{Outcome, Status};
 use tower_idempotency::{
-    DoNotStore, IdempotencyLayer, MemoryStore, OnError, Recovered, Store, StoreFor, StoreOutcomeOnly, StoreResponse,
-    StreamResponse,
+    DoNotStore, IdempotencyLayer, MemoryStore, OnError, Recovered, Refusal, Store, StoreFor, StoreOutcomeOnly,
+    StoreResponse, StreamResponse,
 };
 
 use super::code_of;
@@ -108,6 +108,28 @@ async fn a_response_that_stalls_and_is_not_to_be_stored_frees_its_key_and_stream
         let first = service.clone().oneshot(post("k", "pay")).await.unwrap();
         let again = service.clone().oneshot(post("k", "pay")).await.unwrap();
         assert_eq!((first.status(), code_of(&again)), (status, second), "{on_error:?}");
+    }
+}
+
+/// The attempt counts as lost. A duplicate that waited got a final refusal, although the next request
+/// ran the handler again.
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_of_a_lost_stream_may_repeat_its_request_while_attempts_are_left() {
+    for (attempts, code) in [(2, "request-outstanding"), (1, "outcome-unknown")] {
+        let layer = IdempotencyLayer::new(MemoryStore::new()).on_error(OnError::Unknown);
+        let layer = layer.at_least_once().with_max_attempts(attempts);
+        let (handler, _) = stalls(StatusCode::BAD_GATEWAY);
+        let handler = handler.taking(Duration::from_secs(2));
+        let service = layer.layer(handler.clone());
+        let owner = tokio::spawn(service.clone().oneshot(post("k", "pay")));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let waiter = start(&service, post("k", "pay"));
+        let _first = owner.await.unwrap().unwrap();
+        let refused = waiter.await.unwrap();
+        let refusal = refused.head.extensions.get::<Refusal>().unwrap();
+        assert_eq!((refused.code(), refusal.is_retryable()), (code, attempts > 1));
+        let _again = service.oneshot(post("k", "pay")).await.unwrap();
+        assert_eq!(handler.runs(), attempts as usize);
     }
 }
 
