@@ -73,6 +73,10 @@ pub struct DoNotStore;
 /// Use it for one-time secrets that must not be stored, such as a new API key. The layer stores a
 /// tombstone, whatever the status, and then passes the response to its caller. Every duplicate gets
 /// 409 `response-not-stored`, including one that was waiting, and the handler never runs again.
+///
+/// Under [`webhooks`](crate::IdempotencyLayer::webhooks), a duplicate of a 2xx gets a bare 200. For
+/// any other status, the layer stores a failure without the response, and a duplicate gets 500
+/// `handler-failed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct StoreOutcomeOnly;
