@@ -26,7 +26,8 @@ pub(crate) struct HeldLease {
     /// sends a request that the store refuses, because the store compares the owner (I8). So the
     /// flag needs no memory order.
     superseded: AtomicBool,
-    /// The end of the ownership, as the number of an [`End`]; zero while the owner holds the lease.
+    /// The last step towards the end of the ownership, as the number of an [`End`]; zero until the
+    /// owner begins to end.
     /// The owner sets the end before it writes to the store, and a renewal reads the end after its
     /// reply. So a renewal that reaches the store after the owner's write sees the end.
     end: AtomicU8,
@@ -34,7 +35,8 @@ pub(crate) struct HeldLease {
     pub(crate) transaction: TransactionState,
 }
 
-/// The end of the ownership of a key. A later end in this order replaces an earlier one.
+/// A step towards the end of the ownership of a key. A later step in this order replaces an earlier
+/// one.
 #[derive(Clone, Copy)]
 #[repr(u8)]
 enum End {
@@ -143,8 +145,8 @@ impl HeldLease {
         self.schedule().is_some()
     }
 
-    /// Whether the owner certainly has the key and has not begun to record its end. Otherwise only
-    /// the store knows the state of the key.
+    /// Whether this attempt certainly owns its key and has not begun to end. If not, only the store
+    /// knows the state of the key.
     pub(crate) fn is_in_flight(&self) -> bool {
         let is_ending = self.has_reached(End::Completing) || self.transaction.has_begun();
         self.certainly_lasts() && !is_ending
@@ -214,7 +216,7 @@ impl HeldLease {
             }
             // The end of the ownership, or the handler's own transaction, may have completed the
             // record while the renewal waited for the store. The attempt is not lost.
-            Ok(Renewal::Superseded) if self.transaction.is_completed() || self.has_reached(End::Over) => {}
+            Ok(Renewal::Superseded) if self.transaction.is_completed() || self.has_reached(End::Completing) => {}
             Ok(Renewal::Superseded) => self.set_superseded(),
             Err(error) if self.is_given_up() => {
                 telemetry::failure(Event::RenewalFailed, &error);

@@ -20,7 +20,7 @@ use super::owner::{KeyOwner, Ownership};
 use super::settings::EngineSettings;
 use super::waiting::{Waited, Waiter, await_owner};
 use crate::catch_panic::catch_panic;
-use crate::clock::{Deadline, Stopwatch, sleep, within};
+use crate::clock::{Deadline, Stopwatch, sleep};
 use crate::detach::{TaskTracker, detach_on_drop};
 use crate::error::Error;
 use crate::protocol::{
@@ -45,10 +45,9 @@ pub(crate) trait Work: Send + 'static {
     /// the job begins to wait for another owner of the key.
     fn give_readiness_back(&mut self) {}
 
-    /// Reserves capacity again after the wait. If that fails, returns the output for the caller.
-    /// `is_lost` shows whether an earlier attempt was lost, so that the work may have taken effect.
-    fn get_ready(&mut self, _is_lost: bool) -> impl Future<Output = Result<(), Self::Output>> + Send {
-        std::future::ready(Ok(()))
+    /// Reserves capacity again after the wait. Returns whether there is capacity.
+    fn get_ready(&mut self) -> impl Future<Output = bool> + Send {
+        std::future::ready(true)
     }
 
     /// Checks whether a lost attempt took effect.
@@ -204,12 +203,8 @@ impl<St: Store + Clone> Job<St> {
                 Decision::Wait { left } if deadline.left().is_zero() => Refused::InFlight(self.worth_waiting(left)),
                 Decision::Wait { left } => {
                     seen = left;
-                    let waiter = ClaimWaiter {
-                        job: self,
-                        ours: lost.as_ref().map(|_| nonce),
-                        left,
-                    };
-                    match attended(absence, self.wait(work, waiter, deadline)).await {
+                    let ours = lost.as_ref().map(|_| nonce);
+                    match attended(absence, self.wait(work, ours, left, deadline)).await {
                         Some(None) => {}
                         Some(Some(settled)) => return Claimed::Settled(settled),
                         None => return Claimed::refused(Refused::InFlight(self.worth_waiting(left))),
@@ -222,36 +217,45 @@ impl<St: Store + Clone> Job<St> {
         }
     }
 
-    /// Waits for another owner of the key, without capacity of the client or the handler, so that
-    /// other keys can use it. Returns `None` if this job has to claim again. If that claim may be
-    /// granted, there is capacity again.
+    /// Waits while another owner has the key. Holds no capacity meanwhile, so that calls with other
+    /// keys can use the client or the handler. Returns `None` if this job must claim again. The work
+    /// is ready then.
     async fn wait<W: Work>(
         &self,
         work: &mut W,
-        waiter: ClaimWaiter<'_, St>,
+        ours: Option<Nonce>,
+        left: Duration,
         deadline: Deadline,
     ) -> Option<Settled<W::Output>> {
         work.give_readiness_back();
-        let timeout = self.settings.store_timeout;
-        let is_lost = match await_owner(&self.store, &self.key, timeout, deadline, waiter).await {
-            Waited::Seen(Next::Run { is_lost }) => is_lost,
-            Waited::Seen(Next::Return) => return None,
-            // The next claim reports the failure of the store.
-            Waited::Failed(_) | Waited::LastLookFailed(_) => true,
+        let waiter = |needs_capacity| ClaimWaiter {
+            job: self,
+            ours,
+            left,
+            needs_capacity,
+            output: PhantomData,
+        };
+        let (store, timeout) = (&self.store, self.settings.store_timeout);
+        match await_owner(store, &self.key, timeout, deadline, waiter(false)).await {
+            Waited::Seen(Next::Settled(settled)) => return Some(settled),
             Waited::TimeUp(waiter) => {
                 let left = self.worth_waiting(waiter.left);
                 return Some(Settled::Refused(Refused::InFlight(left)));
             }
-        };
-        // This job does not own the key yet, so a busy client or handler keeps nobody from the key.
-        match within(deadline.left(), work.get_ready(is_lost)).await {
-            Ok(Ok(())) => None,
-            Ok(Err(output)) => Some(Settled::Ran {
-                output,
-                recorded: Ok(()),
-            }),
-            Err(_) => Some(Settled::Refused(Refused::InFlight(Duration::ZERO))),
+            // After a failure of the store, the next claim reports it.
+            Waited::Seen(Next::Claim) | Waited::Failed(_) | Waited::LastLookFailed(_) => {}
         }
+        // Get ready before the claim. After the claim, a busy client or handler would keep the key
+        // from other processes. Look at the record meanwhile, because another job may run.
+        let looking = pin!(await_owner(store, &self.key, timeout, deadline, waiter(true)));
+        let refused = match select(pin!(work.get_ready()), looking).await {
+            Either::Left((true, _)) => return None,
+            Either::Right((Waited::Seen(Next::Settled(settled)), _)) => return Some(settled),
+            Either::Right((Waited::Failed(error), _)) => Refused::NotRun(error),
+            Either::Right((Waited::TimeUp(waiter), _)) => Refused::InFlight(self.worth_waiting(waiter.left)),
+            _ => Refused::InFlight(Duration::ZERO),
+        };
+        Some(Settled::Refused(refused))
     }
 
     /// Caps a suggested retry delay at one lease, because an in-process store reports an endless
@@ -293,9 +297,13 @@ impl<St: Store + Clone> Job<St> {
             guard.during(self.check_lost_attempt(&mut work, &attempt)).await
         };
         let ended = match found {
-            Recovered::Happened(ended) => Ok(ended),
+            Recovered::Happened(ended) => {
+                drop(work);
+                Ok(ended)
+            }
             Recovered::NotHappened if absence.is_true() => {
                 // The check found no effect, but the caller is gone, so do not start.
+                drop(work);
                 self.owner(lease).release().await;
                 guard.end();
                 return Settled::Refused(Refused::InFlight(Duration::ZERO));
@@ -304,8 +312,13 @@ impl<St: Store + Clone> Job<St> {
                 let ended = guard.during(catch_panic(work.run(attempt.clone()))).await;
                 ended.map_err(|_| Refused::Unknown)
             }
-            Recovered::Unknown if attempt.number() < self.settings.max_attempts => Err(Refused::Undecided),
-            Recovered::Unknown => Err(Refused::Unknown),
+            Recovered::Unknown => {
+                drop(work);
+                Err(match attempt.number() < self.settings.max_attempts {
+                    true => Refused::Undecided,
+                    false => Refused::Unknown,
+                })
+            }
         };
         #[cfg(feature = "postgres")]
         if lease.transaction.has_begun() {
@@ -432,40 +445,58 @@ impl<G> Claimed<G> {
 }
 
 /// A job that waits to claim a key.
-struct ClaimWaiter<'j, St> {
+struct ClaimWaiter<'j, St, G> {
     job: &'j Job<St>,
     /// The nonce of a claim of this job that got no reply. If the store grants that claim later, the
     /// next claim gets the same grant.
     ours: Option<Nonce>,
-    /// The rest of the owner's lease.
+    /// The rest of the owner's lease. Zero if the key is free.
     left: Duration,
+    /// Whether the job needs capacity before it can claim a free key.
+    needs_capacity: bool,
+    output: PhantomData<fn() -> G>,
 }
 
-/// The expected result of the next claim.
-enum Next {
-    /// The store grants the key. `is_lost` shows whether an earlier attempt was lost.
-    Run { is_lost: bool },
-    /// The store returns the outcome, or refuses.
-    Return,
+/// The end of a wait for another owner.
+enum Next<G> {
+    /// The store grants the next claim, if no other job is faster.
+    Claim,
+    Settled(Settled<G>),
 }
 
-impl<St: Store + Clone> Waiter for ClaimWaiter<'_, St> {
-    type Seen = Next;
+impl<St: Store + Clone, G> Waiter for ClaimWaiter<'_, St, G> {
+    type Seen = Next<G>;
 
-    fn judge(&mut self, record: Option<Snapshot>) -> Option<Next> {
-        let Some(record) = record else {
-            return Some(Next::Run { is_lost: false });
+    fn judge(&mut self, record: Option<Snapshot>) -> Option<Next<G>> {
+        self.left = Duration::ZERO;
+        let settled = match record {
+            Some(record) if record.fingerprint != self.job.fingerprint => Settled::Refused(Refused::Mismatch),
+            Some(Snapshot {
+                status: Status::Completed(outcome),
+                ..
+            }) => replayed(outcome),
+            Some(Snapshot {
+                status: Status::Unknown,
+                ..
+            }) => Settled::Refused(Refused::Unknown),
+            Some(record) if Some(record.nonce) != self.ours => match record.status {
+                Status::InFlight { left } => {
+                    self.left = left;
+                    return None;
+                }
+                _ if self.job.settings.if_lost == IfLost::Refuse => Settled::Refused(Refused::Unknown),
+                _ => return self.claim(),
+            },
+            // The key is free, or this job owns it without knowing it.
+            _ => return self.claim(),
         };
-        match record.status {
-            _ if record.fingerprint != self.job.fingerprint => Some(Next::Return),
-            Status::InFlight { .. } if Some(record.nonce) == self.ours => Some(Next::Run { is_lost: true }),
-            Status::InFlight { left } => {
-                self.left = left;
-                None
-            }
-            Status::Lost if self.job.settings.if_lost != IfLost::Refuse => Some(Next::Run { is_lost: true }),
-            Status::Completed(_) | Status::Lost | Status::Unknown => Some(Next::Return),
-        }
+        Some(Next::Settled(settled))
+    }
+}
+
+impl<St, G> ClaimWaiter<'_, St, G> {
+    fn claim(&self) -> Option<Next<G>> {
+        (!self.needs_capacity).then_some(Next::Claim)
     }
 }
 
@@ -534,9 +565,9 @@ impl Absence {
 
 /// Waits for a result, until the caller leaves.
 async fn attended<T>(absence: &Absence, waiting: impl Future<Output = T>) -> Option<T> {
-    match select(pin!(waiting), absence.begins()).await {
-        Either::Left((result, _)) => Some(result),
-        Either::Right(_) => None,
+    match select(absence.begins(), pin!(waiting)).await {
+        Either::Left(_) => None,
+        Either::Right((result, _)) => Some(result),
     }
 }
 

@@ -65,7 +65,8 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
             self.store.complete(self.key, self.owner(), outcome, retention)
         };
         let completion = self.retry.retry(complete).await;
-        // An earlier try took effect without a reply. Its record has expired before the last try.
+        // An earlier try may have taken effect without a reply, and its record may have expired since.
+        // The store then reports `Superseded` although no other attempt took the key over.
         let has_expired =
             || tries.load(Ordering::Relaxed) > 1 && since_first.elapsed() >= retention && self.lease.certainly_lasts();
         if matches!(completion, Ok(Completion::Superseded(None))) && has_expired() {

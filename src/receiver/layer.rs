@@ -304,8 +304,9 @@ impl<St, M> ReceiverLayer<St, M> {
 
     /// Sets how long a delivery waits for another delivery of the same message that is in flight.
     /// Default: none. A delivery that waits occupies the consumer, and the broker's timeout runs
-    /// meanwhile, but the delivery holds no capacity of the handler. When the message is free again,
-    /// the delivery gets capacity within the same time, or is [`InFlight`](super::Receipt::InFlight).
+    /// meanwhile, but the delivery holds no capacity of the handler. Once the message is free, the
+    /// time until the handler is ready counts as waiting time. If it runs out, the delivery is
+    /// [`InFlight`](super::Receipt::InFlight).
     /// A delivery with [another payload](OnMismatch::Duplicate) does not wait.
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.settings().engine.wait = wait;

@@ -23,8 +23,8 @@ pub enum Receipt<T> {
     /// handler committed the message with `MessageLease::complete_in` and then failed.
     Duplicate,
     /// Another delivery of the message is in flight and may still fail, or the check of a lost
-    /// attempt could not decide and has to run again. Or another delivery failed, and the handler
-    /// was not ready for this one in time. Do not acknowledge this delivery. Have the broker deliver
+    /// attempt could not decide and has to run again. Or the message is free, and the handler was not
+    /// ready in time. Do not acknowledge this delivery. Have the broker deliver
     /// the message again later.
     InFlight {
         /// The time until the next try: the rest of the other delivery's lease, which that delivery

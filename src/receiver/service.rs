@@ -248,10 +248,9 @@ where
         self.service = self.service.clone();
     }
 
-    /// A handler that fails here has not seen the message, so the message may be delivered again.
-    async fn get_ready(&mut self, _is_lost: bool) -> Result<(), Self::Output> {
-        let ready = poll_fn(|cx| self.service.poll_ready(cx)).await;
-        ready.map_err(|error| Output::Failed(error, OnError::Release))
+    /// The next delivery to a broken handler gets the error from the handler itself.
+    async fn get_ready(&mut self) -> bool {
+        poll_fn(|cx| self.service.poll_ready(cx)).await.is_ok()
     }
 
     fn check(&mut self, attempt: &Attempt) -> impl Future<Output = Recovered<Ended<Self::Output>>> + Send {

@@ -59,8 +59,14 @@ impl<St: Store, S> Exchange<St, S> {
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
                 Some(Err(error)) => Some(Err(error)),
-                // The service did not become ready before the deadline.
-                None => Some(Ok(self.refuse(self.later(RefusalKind::Outstanding)))),
+                // The service did not become ready before the deadline. Another process may have an
+                // outcome by now.
+                None => Some(Ok(match self.last_look().await {
+                    SharedResult::Refused(refusal) if refusal.kind() == RefusalKind::Outstanding => {
+                        self.refuse(refusal)
+                    }
+                    shared_result => self.finish(shared_result),
+                })),
             },
             // The deadline of this request has passed. Requests that joined later still have time,
             // and look at the record themselves.

@@ -65,11 +65,13 @@ impl<St: Store, S> Exchange<St, S> {
             // Running the handler could cause a second effect. So give the key up, and refuse this
             // request.
             Checked::Unknown => {
+                self.stage = Stage::Nothing;
                 if self.give_up().await == Ownership::Superseded {
                     return Ok(self.superseded().await);
                 }
                 let refusal = match self.can_run_again(Verdict::GiveUp) {
-                    true => self.later(RefusalKind::CheckUndecided),
+                    // Each request uses up one attempt, so suggest a longer pause than usual.
+                    true => Refusal::retry_after(RefusalKind::CheckUndecided, self.settings.engine.lease),
                     false => Refusal::new(RefusalKind::OutcomeUnknown),
                 };
                 Ok(self.finish(SharedResult::Refused(refusal)))

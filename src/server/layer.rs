@@ -160,9 +160,9 @@ impl<St: Store> IdempotencyLayer<St> {
     ///   because a 2xx acknowledges the delivery.
     /// * If the response of a success was not stored (it was too long, too slow, or dropped for
     ///   lack of space), a duplicate gets a bare 200 instead of 409 `response-not-stored`.
-    ///   Providers disable endpoints that never respond with 2xx. The duplicate gets this 200 also if
-    ///   a failure had the mark `StoreResponse` and its response was dropped for lack of space,
-    ///   because the store keeps nothing but the fact that the event was handled.
+    ///   Providers disable endpoints that never respond with 2xx. A duplicate of a stored failure
+    ///   also gets this 200 if the store dropped its response for lack of space. The record then
+    ///   shows only that the event was handled.
     /// * The scope `Scope::of(["tower-idempotency", "webhooks"])`, so that a client's own key never
     ///   equals the key of a webhook, even if both layers share one store.
     pub fn webhooks(mut self) -> Self {

@@ -74,9 +74,9 @@ pub struct DoNotStore;
 /// tombstone, whatever the status, and then passes the response to its caller. Every duplicate gets
 /// 409 `response-not-stored`, including one that was waiting, and the handler never runs again.
 ///
-/// Under [`webhooks`](crate::IdempotencyLayer::webhooks), a duplicate of a 2xx gets a bare 200. For
-/// any other status, the layer stores a failure without the response, and a duplicate gets 500
-/// `handler-failed`.
+/// [`webhooks`](crate::IdempotencyLayer::webhooks) differs: a duplicate of a 2xx gets a bare 200. For
+/// any other status, the layer stores the refusal 500 `handler-failed` instead of a tombstone, and a
+/// duplicate gets that refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_structs, reason = "a mark has no fields")]
 pub struct StoreOutcomeOnly;

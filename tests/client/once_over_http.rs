@@ -208,32 +208,28 @@ async fn a_call_that_waits_for_its_key_does_not_hold_the_client() {
     assert!(other.is_ok(), "the waiting call holds the client");
 }
 
-/// The client was ready before the wait, and is broken afterwards. Nothing was sent, but a lost
-/// attempt before may have taken effect.
+/// The client was ready before the wait, and is broken afterwards. Nothing was sent.
 #[tokio::test(start_paused = true)]
-async fn a_client_that_is_broken_after_a_wait_fails_without_effect_unless_an_attempt_was_lost() {
-    for is_lost in [false, true] {
-        let (_, layer) = layer();
-        let layer = layer.at_least_once().with_lease(Duration::from_secs(10));
-        let owner = service_fn(move |_: Request<Full<Bytes>>| async move {
-            tokio::time::sleep(Duration::from_secs(2)).await;
-            // 503 says that the attempt may have taken effect; 401 says that it did not.
-            respond(if is_lost { 503 } else { 401 })
-        });
-        let owner = tokio::spawn(layer.layer(owner).oneshot(request("x")));
-        support::advance(Duration::from_secs(1)).await;
-        let breaking = Breaking {
-            client: service_fn(|_: Request<Full<Bytes>>| ready(respond(200))),
-            polls: Arc::default(),
-        };
-        let ended = layer.layer(breaking).oneshot(request("x")).await;
-        match ended {
-            Err(OnceError::Failed(error)) => assert!(!is_lost && error.to_string() == "broken"),
-            Err(OnceError::Unknown(Some(error))) => assert!(is_lost && error.to_string() == "broken"),
-            other => panic!("{other:?}"),
-        }
-        assert!(owner.await.unwrap().is_ok());
-    }
+async fn a_client_that_is_broken_after_a_wait_leaves_the_key_free() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let owner = service_fn(|_: Request<Full<Bytes>>| async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        respond(401)
+    });
+    let owner = tokio::spawn(layer.layer(owner).oneshot(request("x")));
+    support::advance(Duration::from_secs(1)).await;
+    let breaking = Breaking {
+        client: service_fn(|_: Request<Full<Bytes>>| ready(respond(200))),
+        polls: Arc::default(),
+    };
+    let ended = layer.layer(breaking).oneshot(request("x")).await;
+    assert!(
+        matches!(ended, Err(OnceError::InFlight { left }) if left.is_zero()),
+        "{ended:?}"
+    );
+    assert!(owner.await.unwrap().is_ok());
+    assert!(party.send(&layer, request("x"), |_| respond(201)).await.is_ok());
+    assert_eq!(party.arrived(), 1);
 }
 
 /// A client that is ready once, and then broken.
@@ -504,11 +500,16 @@ fn every_error_states_whether_the_call_was_made_and_has_its_cause() {
     let reset = || io::Error::from(io::ErrorKind::ConnectionReset);
     let left = Duration::from_secs(12);
     let cause = || KeyDeriver::new(b"short").unwrap_err();
-    let errors: [(Failed, &str, bool); 10] = [
+    let errors: [(Failed, &str, bool); 11] = [
         (OnceError::Failed(reset()), "failed; no effect", true),
         (
             OnceError::InFlight { left },
             "another caller is making the same call; its lease ends in 12s",
+            false,
+        ),
+        (
+            OnceError::InFlight { left: Duration::ZERO },
+            "was not made: its key was in use, and is free now",
             false,
         ),
         (

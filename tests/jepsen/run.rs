@@ -27,7 +27,8 @@ pub(crate) const PROCESSES: usize = 3;
 const CLIENTS: usize = 36;
 /// A run tests too little if the clients have begun fewer keys.
 pub(crate) const FEWEST_KEYS: usize = 20;
-/// Faults can keep all clients from new keys. A run with too few keys goes on for this long.
+/// Faults can stop all clients from beginning new keys. A run with too few keys goes on for at most
+/// this much longer.
 const EXTRA_TIME: Duration = Duration::from_secs(60);
 /// The number of clients that use one key at about the same time.
 const SHARING: usize = 3;

@@ -1302,7 +1302,7 @@ async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
     }
 }
 
-/// The next request calls the check again, so a client that does not send it gives up in vain.
+/// The next request calls the check again, so a client that treats the refusal as final gives up too early.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_after_an_undecided_check_is_retryable_while_attempts_are_left() {
     let store = RemoteStore::new();
@@ -1355,7 +1355,7 @@ async fn a_caller_gets_its_response_although_a_short_retention_ends_before_the_c
 
 /// The handler has stored its failure, so the event is handled for good.
 #[tokio::test]
-async fn a_duplicate_of_a_stored_webhook_failure_that_finds_no_room_gets_a_bare_200() {
+async fn a_webhook_failure_without_room_for_its_response_is_replayed_as_a_bare_200() {
     let store = MemoryStore::builder().with_byte_budget(100).build();
     let handler = Handler::new().responding(|_| {
         let mut response = text(StatusCode::GONE, vec![b'x'; 200]);

@@ -78,7 +78,7 @@ impl ProviderProfile {
     ///
     /// The field is `Idempotency-Key`, a structured-field string in quotes, up to 255 bytes.
     /// `Idempotent-Replayed` marks a replay. A 409 with `Retry-After` means that the first request
-    /// is in flight. The client sends a request again after 408, 425, 429, 500, 502, 503 and 504.
+    /// is in flight, or that the server does not know its outcome yet. The client sends a request again after 408, 425, 429, 500, 502, 503 and 504.
     /// The draft leaves the retention to the server; this profile assumes 24 hours.
     #[must_use]
     pub fn draft() -> Self {

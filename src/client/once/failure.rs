@@ -33,10 +33,11 @@ impl<E> From<E> for Failure<E> {
 pub enum OnceError<T, E> {
     /// The call was made now, and failed without effect. The next call runs.
     Failed(E),
-    /// Another caller is making the same call, and did not finish within the waiting time. Or that
-    /// caller finished without an outcome, and the client of this call was not ready in time.
+    /// This call did not run within the waiting time. Either another caller is still making the same
+    /// call, or the key became free and the client was not ready in time.
     InFlight {
-        /// The time that is left of the other caller's lease. Zero if the key is free.
+        /// The time that is left of the other caller's lease. Zero if the key was free at the last
+        /// look.
         left: Duration,
     },
     /// The key was used for another input. Nothing ran.
@@ -103,6 +104,7 @@ impl<T, E> fmt::Display for OnceError<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Failed(_) => "the call failed; no effect",
+            Self::InFlight { left: Duration::ZERO } => "the call was not made: its key was in use, and is free now",
             Self::InFlight { left } => {
                 return write!(f, "another caller is making the same call; its lease ends in {left:?}");
             }

@@ -55,8 +55,9 @@ macro_rules! shared_setters {
         }
 
         /// Sets how long a call waits for another process, or another task, that is making the same
-        /// call. Default: 30 s. A call that waits holds no capacity of its client. When the key is
-        /// free again, the call gets capacity within the same time, or ends.
+        /// call. Default: 30 s. A call that waits holds no capacity of its client. Once the key is
+        /// free, the time until the client is ready counts as waiting time. If it runs out, the call
+        /// ends with [`InFlight`](crate::client::OnceError::InFlight).
         #[must_use]
         pub fn with_wait(mut self, wait: std::time::Duration) -> Self {
             self.engine().wait = wait;

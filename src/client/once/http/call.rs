@@ -50,12 +50,9 @@ where
         self.service = self.service.clone();
     }
 
-    async fn get_ready(&mut self, is_lost: bool) -> Result<(), Self::Output> {
-        let ready = poll_fn(|cx| self.service.poll_ready(cx)).await;
-        ready.map_err(|error| match is_lost {
-            true => Output::Lost(error),
-            false => Output::Failed(error),
-        })
+    /// The next call of a broken client gets the error from the client itself.
+    async fn get_ready(&mut self) -> bool {
+        poll_fn(|cx| self.service.poll_ready(cx)).await.is_ok()
     }
 
     async fn check(&mut self, attempt: &Attempt) -> Recovered<Ended<Self::Output>> {
