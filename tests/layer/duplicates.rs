@@ -408,6 +408,7 @@ async fn a_waiter_of_another_process_reserves_nothing_and_is_ready_before_it_cla
     let waiter = support::start(&here, post("k", "pay"));
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(send(&here, post("other", "pay")).await.status(), 201);
+    assert!(!owner.is_finished(), "the other request did not wait for the waiter");
     assert_eq!(owner.await.unwrap().status(), 502);
     assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 2));
 }

@@ -1,6 +1,7 @@
 //! Failures of the handler, its response, the store and the owner. No request is stuck, and no
 //! execution is repeated unless a setting allows it.
 
+mod endings;
 mod late_store;
 mod leases;
 mod streams;
@@ -735,6 +736,30 @@ async fn a_claim_that_fails_once_or_whose_reply_is_lost_is_repeated_and_granted(
     }
 }
 
+/// The store granted the first claim. Its release would free the key under the handler.
+#[tokio::test(start_paused = true)]
+async fn a_claim_whose_reply_was_lost_is_not_released_once_the_repeated_claim_is_granted() {
+    for fault in [Fault::Before, Fault::After] {
+        let store = RemoteStore::new();
+        store.fail("claim", [fault]);
+        let handler = Handler::new()
+            .taking(Duration::from_secs(20))
+            .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+        let layer = IdempotencyLayer::new(store.clone()).on_error(OnError::Unknown);
+        let owner = start(&layer.layer(handler.clone()), post("k", "pay"));
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let (key, _) = store.only();
+        let status = store.peek(&key).await.unwrap().unwrap().status;
+        assert!(matches!(status, Status::InFlight { .. }), "{fault:?}");
+        assert_eq!(owner.await.unwrap().status(), 502);
+        layer.drain().wait().await;
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        let again = send(&layer.layer(handler.clone()), post("k", "pay")).await;
+        assert_eq!((again.code(), handler.runs()), ("outcome-unknown", 1), "{fault:?}");
+        assert_eq!(store.calls("release"), 0, "{fault:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_claim_that_fails_runs_nothing_and_is_released_after_the_refusal() {
     for faults in [
@@ -1047,6 +1072,22 @@ async fn a_request_runs_unprotected_when_the_store_fails_if_the_application_allo
     let layer = IdempotencyLayer::new(store).dangerously_run_unprotected_when_the_store_fails();
     let response = send(&layer.layer(handler.clone()), post("k", "pay")).await;
     assert_eq!((response.status(), handler.runs()), (201, 1));
+}
+
+/// Without a record there is no response to wait for.
+#[tokio::test(start_paused = true)]
+async fn a_duplicate_does_not_wait_for_an_unprotected_run() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::Before; 4]);
+    let handler = Handler::new().taking(Duration::from_secs(20));
+    let layer = IdempotencyLayer::new(store).dangerously_run_unprotected_when_the_store_fails();
+    let service = layer.layer(handler.clone());
+    let requests = [(); 2].map(|()| start(&service, post("k", "pay")));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(handler.runs(), 2);
+    for request in requests {
+        assert_eq!(request.await.unwrap().status(), 201);
+    }
 }
 
 /// An unprotected run would exceed the limit, as a protected one would.
