@@ -1294,6 +1294,28 @@ async fn attempts_are_numbered_fenced_and_capped() {
     assert_eq!(seen[0].2.len(), 64);
 }
 
+/// Once a key has expired, a client may use it for another request. The third party must not take
+/// that request for the first one.
+#[tokio::test]
+async fn two_requests_with_one_key_derive_different_keys() {
+    let (used, mut keys) = tokio::sync::mpsc::unbounded_channel();
+    let inner = service_fn(move |request: Request<AnyBody>| {
+        let lease = request.extensions().get::<Lease>().unwrap();
+        used.send((lease.derive_key("charge"), lease.derive_id("charge")))
+            .unwrap();
+        async { Ok::<_, Infallible>(text(StatusCode::OK, "paid")) }
+    });
+    let service = IdempotencyLayer::new(MemoryStore::new())
+        .with_retention(Duration::ZERO)
+        .layer(inner);
+    for body in ["pay", "pay", "pay more"] {
+        assert_eq!(send(&service, post("k", body)).await.status(), 200);
+    }
+    let [first, retry, other] = [(); 3].map(|()| keys.try_recv().unwrap());
+    assert_eq!(first, retry);
+    assert!(other.0 != first.0 && other.1 != first.1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_recovery_check_is_asked_before_the_handler_runs_again() {
     for found in ["happened", "not-happened", "unknown"] {

@@ -3,6 +3,7 @@
 mod nested;
 mod presets;
 mod rejections;
+mod settings;
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};

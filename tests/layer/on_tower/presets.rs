@@ -100,6 +100,22 @@ async fn a_failure_of_unknown_outcome_advises_stripe_sdks_against_a_retry() {
     }
 }
 
+/// Stripe saves no result of a request that failed its validation.
+#[tokio::test]
+async fn only_the_stripe_preset_frees_the_key_of_a_failed_validation() {
+    for status in [400, 422] {
+        for (layer, runs) in [(stripe(), 2), (IdempotencyLayer::new(MemoryStore::new()), 1)] {
+            let failing = move |_| text(StatusCode::from_u16(status).unwrap(), "invalid");
+            let handler = Handler::new().responding(failing);
+            let service = layer.layer(handler.clone());
+            for _ in 0..2 {
+                assert_eq!(send(&service, post("k", "x")).await.status(), status);
+            }
+            assert_eq!(handler.runs(), runs, "{status}");
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn presets_store_responses_as_long_as_they_promise() {
     const HOUR: Duration = Duration::from_secs(60 * 60);
