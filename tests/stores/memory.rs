@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use proptest::prelude::*;
 use tower::Layer;
 use tower_idempotency::protocol::{
@@ -414,13 +415,63 @@ async fn a_new_response_is_not_evicted_in_place_of_the_expired_one() {
                 .unwrap();
         }
     };
-    complete(1, "the first response, which expires soon", Duration::from_millis(10)).await;
+    complete(1, "some forty bytes, which expire very soon", Duration::from_millis(10)).await;
+    complete(2, "some forty bytes, so the budget is in use", HOUR).await;
     clock.advance(Duration::from_millis(20));
-    complete(1, "anew", HOUR).await;
-    // Evicts the first response of key 1, which has expired. Its second response stays.
-    complete(2, "some forty bytes, so that the budget is used", HOUR).await;
-    complete(3, "x", HOUR).await;
-    assert!(matches!(store.claim(&claim(1, 1)).await.unwrap(), Decision::Replay(response) if response.body == "anew"));
+    complete(1, "some forty bytes that replace the others", HOUR).await;
+    assert!(matches!(store.claim(&claim(2, 1)).await.unwrap(), Decision::Replay(_)));
+    // Evicts the oldest responses. The first response of key 1 has expired, so this is that of key 2.
+    complete(3, "some forty bytes that exceed the budget", HOUR).await;
+    assert_eq!(store.claim(&claim(2, 1)).await.unwrap(), Decision::NotStored);
+    assert!(
+        matches!(store.claim(&claim(1, 1)).await.unwrap(), Decision::Replay(response) if response.body.ends_with(b"others"))
+    );
+}
+
+/// A record expired, and the next request with its key completed a record before any sweep.
+#[tokio::test]
+async fn a_sweep_of_an_expired_record_leaves_the_record_that_replaced_it() {
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    for (retention, wait) in [(10_000, 10_100), (3_600_000, 2_000)] {
+        let grant = granted(&store, &claim(1, 1)).await;
+        let (outcome, retention) = (stored("x"), Duration::from_millis(retention));
+        store
+            .complete(&claim(1, 1).key, grant.owner, &outcome, retention)
+            .await
+            .unwrap();
+        clock.advance(Duration::from_millis(wait));
+    }
+    store.sweep();
+    assert_eq!(store.stats().records, 1);
+    assert!(matches!(store.claim(&claim(1, 2)).await.unwrap(), Decision::Replay(_)));
+}
+
+#[tokio::test]
+async fn a_renewal_for_a_limited_time_leaves_the_lease_endless() {
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let key = claim(1, 1).key;
+    let grant = granted(&store, &claim(1, 1)).await;
+    let renewed = store.renew(&key, grant.owner, Duration::from_secs(1)).await.unwrap();
+    assert_eq!(renewed, Renewal::Renewed);
+    clock.advance(HOUR / 2);
+    let status = store.peek(&key).await.unwrap().unwrap().status;
+    assert!(matches!(status, Status::InFlight { .. }), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_watch_wakes_when_a_sweep_removes_an_expired_record_without_an_outcome() {
+    let clock = clock();
+    let store = MemoryStore::builder().with_clock(clock.clone()).build();
+    let key = claim(1, 1).key;
+    let grant = granted(&store, &claim(1, 1)).await;
+    store.renew(&key, grant.owner, Duration::ZERO).await.unwrap();
+    clock.advance(2 * HOUR);
+    let mut watch = Box::pin(store.watch(&key).await.unwrap());
+    assert!(watch.as_mut().now_or_never().is_none());
+    store.sweep();
+    assert!(watch.now_or_never().is_some());
 }
 
 /// One step of a random history. The test applies it to the store and to the pure record.
