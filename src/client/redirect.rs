@@ -199,6 +199,7 @@ mod tests {
             assert!(!same("http://a.example/", other), "{other}");
         }
         assert!(!same("ftp://a.example/", "ftp://a.example/"));
+        assert!(!same("https://a.example:8080/", "http://a.example:8080/"));
     }
 
     #[test]

@@ -2,13 +2,15 @@
 //! is added.
 
 use std::convert::Infallible;
+use std::future::ready;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use http::{HeaderName, Method, Request, Response};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_idempotency::client::{
-    IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, KeyPlacementError, ProviderProfile,
+    CallLayer, IdempotencyKeyLayer, KeyDeriver, KeyGenerator, KeyOrigin, KeyPlacementError, ProviderProfile,
+    RetryPolicy,
 };
 use tower_idempotency::{ErrorKind, InvalidKey, Scope};
 
@@ -385,6 +387,53 @@ async fn a_key_can_be_put_into_the_body() {
     let sent = send(r#"{"amount":1}"#).await.unwrap().into_body();
     assert_eq!(sent, r#"{"amount":1,"idempotency_key":"order-7"}"#);
     assert!(matches!(send("no JSON").await, Err(KeyPlacementError::Generator(_))));
+}
+
+/// A key in the body lets the server recognise a retry, as a key in a header field does.
+#[tokio::test(start_paused = true)]
+async fn a_request_with_its_key_in_the_body_is_retried() {
+    let layer = || {
+        IdempotencyKeyLayer::new(ProviderProfile::draft()).with_body_key(|request: &mut Request<String>, key: &str| {
+            request.body_mut().push_str(key);
+            Ok::<_, Infallible>(())
+        })
+    };
+    let sent = Arc::new(Mutex::new(Vec::new()));
+    let bodies = Arc::clone(&sent);
+    let http = service_fn(move |request: Request<String>| {
+        bodies.lock().unwrap().push(request.into_body());
+        let mut response = Response::new(());
+        *response.status_mut() = http::StatusCode::SERVICE_UNAVAILABLE;
+        ready(Ok::<_, Infallible>(response))
+    });
+    let policy = RetryPolicy::new(ProviderProfile::draft()).with_max_attempts(3);
+    let client = ServiceBuilder::new()
+        .layer(layer())
+        .layer(CallLayer::new(policy))
+        .service(http.clone());
+    client
+        .oneshot(Request::post("/").body("amount=1&key=".to_owned()).unwrap())
+        .await
+        .unwrap();
+    let sent = sent.lock().unwrap();
+    assert!(
+        sent.len() == 3 && sent.iter().all(|body| *body == sent[0] && body.len() > 20),
+        "{sent:?}"
+    );
+}
+
+#[tokio::test]
+async fn an_invalid_key_is_not_put_into_the_body() {
+    let generator = KeyGenerator::from_fn(|_| Ok::<_, Infallible>("line\nbreak".to_owned()));
+    let layer = IdempotencyKeyLayer::new(ProviderProfile::draft())
+        .with_generator(generator)
+        .with_body_key(|_: &mut Request<String>, _: &str| Ok::<_, Infallible>(()));
+    let http = service_fn(|_: Request<String>| ready(Ok::<_, Infallible>(Response::new(()))));
+    let sent = layer
+        .layer(http)
+        .oneshot(Request::post("/").body(String::new()).unwrap())
+        .await;
+    assert!(sent.is_err());
 }
 
 #[cfg(feature = "follow-redirect")]

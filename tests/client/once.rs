@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use tower_idempotency::Recovered;
 use tower_idempotency::client::{Attempt, Done, Failure, Once, OnceError, once};
-use tower_idempotency::protocol::{Fence, Resolution};
+use tower_idempotency::protocol::{Fence, Resolution, Status};
 use tower_idempotency::{Drain, ErrorKind, MemoryStore, Store};
 
 use crate::support;
@@ -403,6 +403,51 @@ async fn a_claim_that_fails_runs_nothing_and_leaves_no_record() {
     assert!(
         matches!(party.run(once(store, "k")).await, Err(OnceError::NotRun(error)) if error.kind() == ErrorKind::CorruptRecord)
     );
+}
+
+/// The store granted the first claim. Its release would free the key during the call.
+#[tokio::test(start_paused = true)]
+async fn a_claim_whose_reply_was_lost_is_not_released_once_the_repeated_claim_is_granted() {
+    let store = RemoteStore::new();
+    store.fail("claim", [Fault::After]);
+    let call = once(store.clone(), "k").run(|_| async {
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        Err::<usize, _>(unknown())
+    });
+    let call = tokio::spawn(call);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let (key, _) = store.only();
+    let status = store.peek(&key).await.unwrap().unwrap().status;
+    assert!(matches!(status, Status::InFlight { .. }), "{status:?}");
+    assert!(matches!(call.await.unwrap(), Err(OnceError::Unknown(Some(_)))));
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(store.calls("release"), 0);
+    let again = Party::default().run(once(store, "k")).await;
+    assert!(matches!(again, Err(OnceError::Unknown(None))), "{again:?}");
+}
+
+/// One operation ends each attempt. The guard of the lease would send another one if it still took
+/// the attempt for the owner.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_has_ended_sends_nothing_more_to_the_store() {
+    type End = fn() -> Result<usize, Failure<String>>;
+    let ends: [(End, &str); 3] = [
+        (|| Ok(1), "complete"),
+        (|| Err(Failure::NotDone("refused".to_owned())), "release"),
+        (|| Err(unknown()), "renew"),
+    ];
+    for (end, operation) in ends {
+        let store = RemoteStore::new();
+        let _ = once(store.clone(), "k").run(move |_| ready(end())).await;
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        for each in ["complete", "release", "renew"] {
+            assert_eq!(
+                store.calls(each),
+                usize::from(each == operation),
+                "{each} instead of {operation}"
+            );
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

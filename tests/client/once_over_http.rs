@@ -341,6 +341,74 @@ async fn a_call_with_an_error_may_have_taken_effect_unless_it_was_not_sent() {
     );
 }
 
+/// The check has ruled out an effect of the lost attempt, so the refused connection is the whole
+/// truth about the call.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_was_not_sent_after_a_check_without_effect_has_failed() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer
+        .with_errors(|error: &io::Error| match error.kind() {
+            io::ErrorKind::ConnectionRefused => ErrorClass::NotSent,
+            _ => ErrorClass::Lost,
+        })
+        .with_recovery(|_| ready(Recovered::NotHappened));
+    let fail = |kind: io::ErrorKind| move |_| Err(io::Error::from(kind));
+    let lost = party
+        .send(&layer, request("x"), fail(io::ErrorKind::ConnectionReset))
+        .await;
+    assert!(matches!(lost, Err(OnceError::Unknown(Some(_)))));
+    let refused = party
+        .send(&layer, request("x"), fail(io::ErrorKind::ConnectionRefused))
+        .await;
+    assert!(matches!(refused, Err(OnceError::Failed(_))));
+    let sent = party.send(&layer, request("x"), |_| respond(200)).await;
+    assert_eq!((sent.unwrap().status().as_u16(), party.arrived()), (200, 3));
+}
+
+/// Under `at_least_once`, a refused connection says everything about a call without a lost attempt.
+#[tokio::test(start_paused = true)]
+async fn a_first_attempt_that_was_not_sent_has_failed_under_at_least_once() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer.with_errors(|_: &io::Error| ErrorClass::NotSent).at_least_once();
+    let refused = |_| Err(io::Error::from(io::ErrorKind::ConnectionRefused));
+    for _ in 0..2 {
+        let failed = party.send(&layer, request("x"), refused).await;
+        assert!(matches!(failed, Err(OnceError::Failed(_))));
+    }
+}
+
+/// Without a key, a third party cannot recognise a retry. But the check has found no effect, so the
+/// refusal is about this request.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_after_a_check_without_effect_is_stored_without_a_sent_key() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer
+        .without_sending_key()
+        .with_recovery(|_| ready(Recovered::NotHappened));
+    let lost = |_| Err(io::Error::from(io::ErrorKind::ConnectionReset));
+    assert!(party.send(&layer, request("x"), lost).await.is_err());
+    for _ in 0..2 {
+        let refused = party.send(&layer, request("x"), |_| respond(422)).await.unwrap();
+        assert_eq!(refused.status(), 422);
+    }
+    assert_eq!(party.arrived(), 2);
+}
+
+/// Layers further in may send the fence or the id of the attempt.
+#[tokio::test(start_paused = true)]
+async fn a_service_further_in_finds_the_attempt_in_the_request() {
+    let (_, layer) = layer();
+    let http = service_fn(|request: Request<Full<Bytes>>| {
+        let attempt = request.extensions().get::<Attempt>().unwrap();
+        ready(Ok::<_, io::Error>(Response::new(Full::<Bytes>::from(
+            attempt.id("charge"),
+        ))))
+    });
+    let response = layer.layer(http).oneshot(request("x")).await.unwrap();
+    let id = response.extensions().get::<Attempt>().unwrap().id("charge");
+    assert_eq!(body(response).await, id);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_lost_call_is_checked_and_the_response_that_is_found_is_stored() {
     let lost = |_| Err(io::Error::from(io::ErrorKind::TimedOut));
@@ -452,9 +520,10 @@ async fn a_request_that_is_not_covered_counts_as_failed_only_if_it_is_safe() {
 
 #[tokio::test(start_paused = true)]
 async fn a_response_over_the_limit_or_a_stream_is_returned_and_not_requested_again() {
-    for is_stream in [false, true] {
+    // The stream would be short enough.
+    for (is_stream, limit) in [(false, 4), (true, 100)] {
         let ((_, layer), party) = (layer(), Party::default());
-        let layer = layer.with_body_limit(100).with_response_limit(4);
+        let layer = layer.with_body_limit(100).with_response_limit(limit);
         let call = party.send(&layer, request("x"), move |_| {
             let mut response = respond(200)?;
             if is_stream {
@@ -916,6 +985,21 @@ async fn a_call_to_another_host_never_gets_the_response_of_the_first() {
         !matches!(&other, Ok(response) if response.headers().contains_key("idempotent-replayed")),
         "the call to b.example was not made, and the caller got the response of a.example: {other:?}"
     );
+}
+
+/// The client adds the host from the field only after the layer.
+#[tokio::test]
+async fn a_call_with_another_host_field_is_another_call() {
+    let call = |host: &str| {
+        let request = Request::post("/pay").header("idempotency-key", "k");
+        request.header("host", host).body(Full::from("100")).unwrap()
+    };
+    let http =
+        service_fn(|_: Request<Full<Bytes>>| ready(Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("paid")))));
+    let client = OnceLayer::new(MemoryStore::new(), ProviderProfile::draft()).layer(http);
+    client.clone().oneshot(call("a.example")).await.unwrap();
+    let other = client.oneshot(call("b.example")).await;
+    assert!(matches!(other, Err(OnceError::Mismatch)), "{other:?}");
 }
 
 #[tokio::test]

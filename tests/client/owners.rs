@@ -405,6 +405,13 @@ async fn a_call_whose_caller_leaves_during_the_check_does_not_begin() {
     tokio::time::sleep(Duration::from_secs(10)).await;
     // If the caller drops a call before it began, the call does not begin.
     assert_eq!(runs.load(Ordering::SeqCst), 0);
+    // The key is free for the next caller, and the lease is not left to expire.
+    assert_eq!(store.calls("release"), 1);
+    let timer = Timer::start();
+    let next: Ended = once(store, "k")
+        .run_or_recover(|_| ready(Recovered::NotHappened), |_| ready(Ok(2)))
+        .await;
+    assert_eq!((*next.unwrap().value(), timer.elapsed()), (2, Duration::ZERO));
 }
 
 #[tokio::test]

@@ -470,6 +470,38 @@ async fn a_budget_bounds_the_retries_of_all_requests_together() {
     );
 }
 
+/// Without deposits, a busy client would soon not retry at all.
+#[tokio::test(start_paused = true)]
+async fn a_call_that_ends_well_adds_to_the_budget() {
+    let budget = TpsBudget::new(Duration::from_secs(60), 0, 1.0);
+    let policy = RetryPolicy::new(ProviderProfile::draft()).with_budget(budget);
+    let attempts = |acts: &'static [Act]| {
+        let policy = policy.clone().with_initial_backoff(Duration::ZERO).with_max_attempts(2);
+        async move { call(policy, request(&Method::POST, true), acts).await.attempts() }
+    };
+    assert_eq!(attempts(&[LOST]).await, 1);
+    for _ in 0..5 {
+        assert_eq!(attempts(&[OK]).await, 1);
+    }
+    assert_eq!(attempts(&[LOST]).await, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_has_the_version_of_the_first_request() {
+    let versions = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&versions);
+    let client = ServiceBuilder::new()
+        .layer(CallLayer::new(policy(ProviderProfile::draft()).with_max_attempts(2)))
+        .service(service_fn(move |request: Request<String>| {
+            seen.lock().unwrap().push(request.version());
+            ready(Err::<Response<()>, _>(io::Error::from(io::ErrorKind::ConnectionReset)))
+        }));
+    let mut request = request(&Method::POST, true);
+    *request.version_mut() = http::Version::HTTP_2;
+    assert!(client.oneshot(request).await.is_err());
+    assert_eq!(*versions.lock().unwrap(), [http::Version::HTTP_2; 2]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn each_sequence_of_attempts_has_its_outcome() {
     use CallOutcome::{NotTaken, Responded, Unknown};
