@@ -394,6 +394,22 @@ async fn a_refusal_after_a_check_without_effect_is_stored_without_a_sent_key() {
     assert_eq!(party.arrived(), 2);
 }
 
+/// Once a key has expired, the caller may use it for another call. The third party must not take
+/// that call for the first one.
+#[tokio::test(start_paused = true)]
+async fn two_calls_with_one_key_derive_different_ids() {
+    let ((_, layer), party) = (layer(), Party::default());
+    let layer = layer.with_retention(Duration::ZERO).on_attempt(|head, attempt| {
+        head.headers.insert("x-charge", attempt.id("charge").parse().unwrap());
+    });
+    for body in ["pay", "pay", "pay more"] {
+        party.send(&layer, request(body), |_| respond(201)).await.unwrap();
+    }
+    let heads = party.heads.lock().unwrap();
+    assert_eq!(heads[0]["x-charge"], heads[1]["x-charge"]);
+    assert_ne!(heads[0]["x-charge"], heads[2]["x-charge"]);
+}
+
 /// Layers further in may send the fence or the id of the attempt.
 #[tokio::test(start_paused = true)]
 async fn a_service_further_in_finds_the_attempt_in_the_request() {

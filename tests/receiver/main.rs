@@ -11,6 +11,7 @@ mod programs;
 #[path = "../simulation/random.rs"]
 #[expect(dead_code, reason = "the simulation uses all of it")]
 mod random;
+mod settings;
 #[path = "../support/mod.rs"]
 mod support;
 mod testing;

@@ -139,6 +139,29 @@ impl App {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_webhook_has_as_much_time_as_the_setting_allows() {
+    let app = App::new(standard().with_body_timeout(Duration::from_secs(3)));
+    let timer = support::Timer::start();
+    let mut stalled = webhook("m", "");
+    *stalled.body_mut() = Body::from_stream(stream::pending::<Result<Bytes, Infallible>>());
+    let response = app.router.oneshot(stalled).await.unwrap();
+    assert_eq!((response.status().as_u16(), timer.elapsed().as_secs()), (408, 3));
+}
+
+/// The layer inside reads the body a second time, with a limit of its own.
+#[tokio::test]
+async fn a_webhook_may_be_longer_than_the_layer_inside_allows() {
+    let body = "x".repeat(3 << 20);
+    for (layer, status) in [(standard(), 413), (standard().with_body_limit(4 << 20), 202)] {
+        let handler =
+            service_fn(|_: Request<Body>| async { Ok::<_, Infallible>(StatusCode::ACCEPTED.into_response()) });
+        let inside = IdempotencyLayer::new(MemoryStore::new()).webhooks().layer(handler);
+        let response = layer.layer(inside).oneshot(webhook("m", &body)).await.unwrap();
+        assert_eq!(response.status().as_u16(), status);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_duplicate_gets_the_same_response_and_runs_nothing() {
     let app = App::new(standard());
     let (status, _, first, _) = app.send(webhook("msg_1", "paid")).await;
