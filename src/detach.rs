@@ -308,7 +308,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use futures::FutureExt;
-    use tokio::sync::oneshot;
+    use tokio::sync::{Semaphore, oneshot};
 
     use super::*;
 
@@ -370,5 +370,35 @@ mod tests {
     #[test]
     fn outside_of_a_runtime_there_is_no_operation() {
         assert!(detach_on_drop(async {}, None).is_none());
+    }
+
+    #[tokio::test]
+    async fn ends_of_attempts_that_wait_for_the_store_are_bounded_in_number_and_bytes() {
+        const MEBIBYTE: usize = 1 << 20;
+        let runtime = Handle::current();
+        let defer = |tracker: &Arc<TaskTracker>, write, until: &Arc<Semaphore>| {
+            let until = Arc::clone(until);
+            tracker.spawn_deferred(&runtime, write, async move { drop(until.acquire().await) });
+            tracker.running()
+        };
+        let (tracker, reachable) = (Arc::<TaskTracker>::default(), Arc::new(Semaphore::new(0)));
+        for number in 1..=MOST_DEFERRED {
+            assert_eq!(defer(&tracker, Deferred::RecordEnd(0), &reachable), number);
+        }
+        assert_eq!(defer(&tracker, Deferred::RecordEnd(0), &reachable), MOST_DEFERRED);
+        assert_eq!(defer(&tracker, Deferred::ReleaseClaim, &reachable), MOST_DEFERRED + 1);
+
+        let tracker = Arc::<TaskTracker>::default();
+        for _ in 0..2 {
+            let reachable = Arc::new(Semaphore::new(0));
+            for (mebibytes, running) in [(60, 1), (5, 1), (4, 2)] {
+                let write = Deferred::RecordEnd(mebibytes * MEBIBYTE);
+                assert_eq!(defer(&tracker, write, &reachable), running);
+            }
+            reachable.close();
+            while tracker.running() > 0 {
+                tokio::task::yield_now().await;
+            }
+        }
     }
 }

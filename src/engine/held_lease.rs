@@ -269,7 +269,10 @@ impl HeldLease {
 
 #[cfg(test)]
 mod tests {
+    use super::super::settings::EngineSettings;
     use super::*;
+    use crate::protocol::{Decision, Fingerprint, Nonce};
+    use crate::store::MemoryStore;
 
     const LEASE: Duration = Duration::from_secs(12);
 
@@ -353,6 +356,35 @@ mod tests {
         lease.set_given_up();
         lease.set_over();
         assert!(lease.has_reached(End::Released));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_lasts_from_its_last_renewal_until_it_is_superseded() {
+        let (store, key) = (MemoryStore::new(), StorageKey::from_bytes([7; 32]));
+        let claim = EngineSettings::default().claim(key, Fingerprint::NONE, Nonce::random());
+        let Ok(Decision::Execute(grant)) = store.claim(&claim).await else {
+            panic!("a first claim is granted");
+        };
+        // Leases of the memory store have no end, so give this one an end.
+        let lease = HeldLease::new(
+            Grant {
+                lease: Some(LEASE),
+                ..grant
+            },
+            Stopwatch::start,
+        );
+        let (lasts, lost) = ((true, false), (false, true));
+        let state = || (lease.certainly_lasts(), lease.may_be_lost());
+        tokio::time::advance(LEASE / 2).await;
+        lease.renew(&store, &key, LEASE).await;
+        tokio::time::advance(LEASE * 3 / 4).await;
+        assert_eq!(state(), lasts);
+        tokio::time::advance(LEASE / 2).await;
+        assert_eq!(state(), lost);
+        lease.renew(&store, &key, LEASE).await;
+        assert_eq!(state(), lasts);
+        lease.set_superseded();
+        assert_eq!(state(), lost);
     }
 
     /// Renewals stayed off after a rollback, so a lease could end while the store did not accept the

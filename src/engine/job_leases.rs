@@ -155,3 +155,28 @@ impl<St: Store + Clone> Drop for JobGuard<'_, St> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Fingerprint, StorageKey};
+    use crate::store::MemoryStore;
+
+    /// An entry holds a clone of the store.
+    #[tokio::test]
+    async fn the_table_has_no_lease_whose_attempt_has_ended() {
+        let (store, tracker, leases) = (MemoryStore::new(), Arc::default(), Arc::<JobLeases>::default());
+        for is_dropped in [true, false] {
+            let lease = HeldLease::of_first_attempt(Duration::from_secs(30));
+            let attempt = Attempt::new(StorageKey::from_bytes([7; 32]), Fingerprint::NONE, lease);
+            let guard = JobGuard::begin(&store, Duration::from_secs(1), &leases, &tracker, &attempt);
+            assert_eq!(lock(&leases.leases).len(), 1);
+            if is_dropped {
+                drop(guard)
+            } else {
+                guard.end()
+            }
+            assert!(lock(&leases.leases).is_empty());
+        }
+    }
+}

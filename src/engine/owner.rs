@@ -275,4 +275,29 @@ mod tests {
             assert_eq!(lease.is_given_up(), is_given_up);
         }
     }
+
+    /// A resolution keeps the fence. The outcome that it recorded is not that of the transaction.
+    #[cfg(feature = "postgres")]
+    #[tokio::test]
+    async fn the_outcome_of_a_resolution_is_not_taken_for_that_of_a_transaction() {
+        let (store, tracker) = (MemoryStore::new(), Arc::default());
+        let lease = HeldLease::new(claim(&store).await, Stopwatch::start);
+        store.renew(&KEY, lease.owner(), Duration::ZERO).await.unwrap();
+        let resolution = crate::protocol::Resolution::Completed(Outcome::Tombstone, SECOND);
+        store.resolve(&KEY, lease.owner().fence, &resolution).await.unwrap();
+        let end = owner(&store, &lease, &tracker).transaction_end(SECOND).await;
+        assert!(matches!(end, TransactionEnd::Superseded));
+    }
+
+    #[cfg(feature = "postgres")]
+    #[tokio::test]
+    async fn an_owner_whose_transaction_was_rolled_back_renews_its_lease_again() {
+        let (store, tracker) = (MemoryStore::new(), Arc::default());
+        let lease = HeldLease::new(claim(&store).await, Stopwatch::start);
+        lease.transaction.begin();
+        lease.transaction.succeed();
+        let end = owner(&store, &lease, &tracker).transaction_end(SECOND).await;
+        assert!(matches!(end, TransactionEnd::RolledBack));
+        assert!(!lease.transaction.is_completed());
+    }
 }

@@ -405,6 +405,34 @@ async fn a_claim_that_fails_runs_nothing_and_leaves_no_record() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_call_whose_claim_is_granted_after_its_caller_has_left_does_not_start() {
+    let (party, store) = (Party::default(), RemoteStore::new());
+    store.fail("claim", [Fault::Slow(2)]);
+    let call = party.run(once(store.clone(), "k"));
+    assert!(timeout(Duration::from_secs(1), call).await.is_err());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!((party.effects(), store.calls("release"), store.len()), (0, 1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_ends_at_its_deadline() {
+    // The deadline falls between two looks at the record.
+    const WAIT: Duration = Duration::from_millis(1_700);
+    let store = RemoteStore::new();
+    let owner = once(store.clone(), "k").run(|_| pending::<Result<usize, Failure<String>>>());
+    let owner = tokio::spawn(owner);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let timer = support::Timer::start();
+    let waited = Party::default().run(once(store, "k").with_wait(WAIT)).await;
+    assert!(
+        matches!(waited, Err(OnceError::InFlight { left }) if left > Duration::from_secs(10)),
+        "{waited:?}"
+    );
+    assert_eq!(timer.elapsed(), WAIT);
+    owner.abort();
+}
+
 /// The store granted the first claim. Its release would free the key during the call.
 #[tokio::test(start_paused = true)]
 async fn a_claim_whose_reply_was_lost_is_not_released_once_the_repeated_claim_is_granted() {

@@ -536,6 +536,28 @@ async fn waiters_for_owners_in_other_processes_are_bounded_in_total() {
     assert_eq!(send(&here, post("k", "")).await.status(), 201);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_wait_for_another_process_ends_at_its_deadline() {
+    // The deadline falls between two looks at the record.
+    const WAIT: Duration = Duration::from_millis(1_700);
+    for faults in [[None; 2], [None, Some(Fault::Before)]] {
+        let store = RemoteStore::new();
+        let layer = || IdempotencyLayer::new(store.clone());
+        let owner = start(
+            &layer().layer(Handler::new().taking(Duration::from_secs(60))),
+            "k",
+            "pay",
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        store.fail("peek", faults.into_iter().flatten());
+        let timer = Timer::start();
+        let service = layer().with_wait(WAIT).layer(Handler::new());
+        assert_eq!(send(&service, post("k", "pay")).await.code(), "request-outstanding");
+        assert_eq!(timer.elapsed(), WAIT);
+        owner.abort();
+    }
+}
+
 /// A waiter for an owner used the deadline of its first wait, for the claim of another request,
 /// also for its second wait, for the owner. That deadline was the timeout of the store.
 #[tokio::test(start_paused = true)]
