@@ -246,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_host_that_is_named_twice_or_not_well_formed_counts_as_it_stands() {
-        let doubtful: [(&str, &[&str]); 12] = [
+        let doubtful: [(&str, &[&str]); 14] = [
             ("/", &["a.example", "b.example"]),
             ("/", &["b.example", "a.example"]),
             ("/", &["a.example", "a.example"]),
@@ -254,17 +254,20 @@ mod tests {
             ("http://a.example/", &["b.example"]),
             ("http://b.example/", &["a.example"]),
             ("http://a.example/", &["b.example/"]),
+            ("http://c.example/", &["b.example/"]),
+            ("http://a.example:8080/", &["a.example:9090"]),
             ("/", &["[a.example]"]),
             ("/", &["a.example/b"]),
             ("/", &["a.example/B"]),
             ("/", &["a.example:99999"]),
             ("/", &["a.example:+80"]),
         ];
-        let plain: [(&str, &[&str]); 4] = [
+        let plain: [(&str, &[&str]); 5] = [
             ("/", &[]),
             ("/", &["a.example"]),
             ("/", &["b.example"]),
             ("/", &["a.example:80"]),
+            ("/", &["a.example:8080"]),
         ];
         for (at, (uri, hosts)) in doubtful.iter().enumerate() {
             assert_eq!(of(uri, hosts), of(uri, hosts));

@@ -396,6 +396,17 @@ mod tests {
     }
 
     #[test]
+    fn connection_drops_no_field_that_is_meant_for_every_recipient() {
+        let fields = "accept-ranges, allow, cache-control, content-disposition, content-encoding, content-language, \
+                      content-location, content-range, content-security-policy, content-type, etag, expires, \
+                      last-modified, link, location, pragma, referrer-policy, retry-after, strict-transport-security, \
+                      vary, x-content-type-options, x-frame-options";
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONNECTION, fields.parse().unwrap());
+        assert_eq!(options_of(&headers), Vec::<HeaderName>::new());
+    }
+
+    #[test]
     fn connection_drops_what_it_names_but_not_what_the_content_needs() {
         let parts = response(&[
             ("connection", b"x-hop, Content-Type"),

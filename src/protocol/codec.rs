@@ -232,6 +232,26 @@ mod tests {
         record
     }
 
+    #[test]
+    fn a_record_without_a_response_has_no_bytes_behind_its_state() {
+        let states = [
+            State::InFlight {
+                until: Timestamp::from_micros(5),
+            },
+            State::Unknown,
+            State::Completed(Outcome::Tombstone),
+        ];
+        for state in states {
+            let record = Record {
+                state,
+                ..first_record()
+            };
+            let bytes = [&record.to_bytes()[..], &[0]].concat();
+            let error = Record::from_bytes(bytes.into()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::CorruptRecord);
+        }
+    }
+
     proptest! {
         #[test]
         fn what_is_written_is_read(record in a_record()) {

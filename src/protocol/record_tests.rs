@@ -233,6 +233,24 @@ fn a_lost_key_is_taken_over_with_a_higher_fence_and_the_old_owner_changes_nothin
     );
 }
 
+/// The process that took the key over may have been configured anew.
+#[test]
+fn a_lost_record_lives_as_long_as_its_last_owner_asked() {
+    const MICROSECOND: Duration = Duration::from_micros(1);
+    let mut store = One::new();
+    store.granted(&claim(1));
+    store.pass(LEASE);
+    let longer = Claim {
+        retention: 3 * RETENTION,
+        ..claim_or(2, IfLost::Execute)
+    };
+    store.granted(&longer);
+    store.pass(LEASE + longer.retention - MICROSECOND);
+    assert_eq!(store.status(), Some(Status::Lost));
+    store.pass(MICROSECOND);
+    assert_eq!(store.status(), None);
+}
+
 #[test]
 fn the_fence_grows_even_when_the_clock_stands() {
     let mut store = One::new();
