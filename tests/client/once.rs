@@ -406,13 +406,27 @@ async fn a_claim_that_fails_runs_nothing_and_leaves_no_record() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_whose_claim_is_granted_after_its_caller_has_left_does_not_start() {
-    let (party, store) = (Party::default(), RemoteStore::new());
-    store.fail("claim", [Fault::Slow(2)]);
-    let call = party.run(once(store.clone(), "k"));
-    assert!(timeout(Duration::from_secs(1), call).await.is_err());
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    assert_eq!((party.effects(), store.calls("release"), store.len()), (0, 1, 0));
+async fn a_call_whose_claim_is_granted_after_its_caller_has_left_starts_no_work_and_no_check() {
+    for is_lost in [false, true] {
+        let (party, store) = (Party::default(), RemoteStore::new());
+        if is_lost {
+            assert!(party.fail(once(store.clone(), "k"), unknown()).await.is_err());
+        }
+        let (effects, work, checks) = (party.effects(), party.clone(), Arc::new(AtomicUsize::new(0)));
+        let counted = Arc::clone(&checks);
+        store.fail("claim", [Fault::Slow(2)]);
+        let call = once(store.clone(), "k").run_or_recover(
+            move |_| async move {
+                counted.fetch_add(1, Ordering::SeqCst);
+                Recovered::NotHappened
+            },
+            |_| async move { Ok::<_, Failure<String>>(work.create().await) },
+        );
+        assert!(timeout(Duration::from_secs(1), call).await.is_err());
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!((party.effects(), checks.load(Ordering::SeqCst)), (effects, 0));
+        assert_eq!((store.calls("release"), store.len()), (1, usize::from(is_lost)));
+    }
 }
 
 #[tokio::test(start_paused = true)]

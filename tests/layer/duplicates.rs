@@ -536,6 +536,43 @@ async fn waiters_for_owners_in_other_processes_are_bounded_in_total() {
     assert_eq!(send(&here, post("k", "")).await.status(), 201);
 }
 
+/// The look that finds the outcome also shows to which body the key belongs.
+#[tokio::test(start_paused = true)]
+async fn a_mismatch_that_a_waiter_has_found_out_costs_no_other_look() {
+    let store = RemoteStore::new();
+    let layer = || IdempotencyLayer::new(store.clone()).layer(Handler::new().taking(Duration::from_millis(1_200)));
+    let owner = start(&layer(), "k", "pay");
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let here = layer();
+    let waiter = start(&here, "k", "pay");
+    // The owner has ended, and the waiter has not looked since.
+    tokio::time::sleep(Duration::from_millis(1_300)).await;
+    let looks = store.calls("peek");
+    let other = send(&here, post("k", "pay more")).await;
+    assert_eq!((other.code(), store.calls("peek")), ("key-reused", looks + 1));
+    assert!(waiter.await.unwrap().is_replay() && !owner.await.unwrap().is_replay());
+}
+
+/// Nothing ran under the claim, whose lease was over before the waiter saw it.
+#[tokio::test(start_paused = true)]
+async fn a_waiter_uses_its_own_claim_that_the_store_granted_late_although_its_lease_is_over() {
+    let store = RemoteStore::new();
+    let layer = || IdempotencyLayer::new(store.clone()).with_lease(Duration::from_secs(2));
+    let failing = Handler::new()
+        .taking(Duration::from_secs(5))
+        .responding(|_| text(StatusCode::BAD_GATEWAY, "failed"));
+    let owner = start(&layer().layer(failing), "k", "pay");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    store.delay_claim(Duration::from_secs(6));
+    let handler = Handler::new();
+    let waiter = start(&layer().layer(handler.clone()), "k", "pay");
+    // A look takes so long that it sees only the end of the late claim's lease.
+    tokio::time::sleep(Duration::from_millis(4_500)).await;
+    store.fail("peek", [Fault::Slow(4)]);
+    assert_eq!(owner.await.unwrap().status(), 502);
+    assert_eq!((waiter.await.unwrap().status(), handler.runs()), (201, 1));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_wait_for_another_process_ends_at_its_deadline() {
     // The deadline falls between two looks at the record.
