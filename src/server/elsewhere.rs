@@ -59,8 +59,8 @@ impl<St: Store, S> Exchange<St, S> {
             Elsewhere::Free if self.may_claim_again() => match self.get_ready().await {
                 Some(Ok(())) => None,
                 Some(Err(error)) => Some(Err(error)),
-                // The service did not become ready before the deadline. Another process may have an
-                // outcome by now.
+                // The service did not become ready before the deadline, or is gone. Another process may
+                // have an outcome by now.
                 None => Some(Ok(match self.last_look().await {
                     SharedResult::Refused(refusal) if refusal.kind() == RefusalKind::Outstanding => {
                         self.refuse(refusal)
@@ -142,16 +142,16 @@ impl<St: Store, S> Exchange<St, S> {
         }
     }
 
-    /// Whether this request can still run, because it still has its request and service, and its
-    /// deadline has not passed. After the deadline, the request may claim a free key once.
+    /// Whether this request may claim the key again. After its deadline, it may claim a free key
+    /// once.
     fn may_claim_again(&mut self) -> bool {
-        let is_time_up = self.wait().owner.left().is_zero();
-        let may = matches!(self.stage, Stage::Waiting(_)) && !(is_time_up && self.has_claimed_late);
-        self.has_claimed_late |= is_time_up;
+        let may = !self.has_claimed_late;
+        self.has_claimed_late = self.wait().owner.left().is_zero();
         may
     }
 
-    /// Waits until the service is ready again. Returns `None` if the deadline passes first.
+    /// Waits until the service is ready again. Returns `None` if the deadline passes first, or if
+    /// this request has given its service away and can no longer run.
     async fn get_ready<B>(&mut self) -> Option<Result<(), S::Error>>
     where
         S: HttpService<B>,
