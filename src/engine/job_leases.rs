@@ -172,9 +172,9 @@ mod tests {
             let guard = JobGuard::begin(&store, Duration::from_secs(1), &leases, &tracker, &attempt);
             assert_eq!(lock(&leases.leases).len(), 1);
             if is_dropped {
-                drop(guard)
+                drop(guard);
             } else {
-                guard.end()
+                guard.end();
             }
             assert!(lock(&leases.leases).is_empty());
         }

@@ -418,6 +418,47 @@ async fn a_transaction_that_is_repeated_after_a_commit_of_unknown_outcome_takes_
     assert_eq!(bench.payments().await, 1);
 }
 
+/// The record could hold only a part of the stream.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_cannot_be_completed_in_a_transaction() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = with_handler(&bench, |pool, lease| async move {
+        let mut transaction = pool.begin().await.unwrap();
+        insert(&mut transaction).await;
+        let stream = ([("content-type", "text/event-stream")], "data: paid\n\n");
+        let refused = lease.complete_in(&mut transaction, stream).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Configuration);
+        transaction.commit().await.unwrap();
+        StatusCode::SERVICE_UNAVAILABLE.into_response()
+    });
+    let (status, ..) = send(&router.await, "k").await;
+    assert_eq!((status, bench.payments().await), (StatusCode::SERVICE_UNAVAILABLE, 1));
+}
+
+/// The owner shares the committed response with its duplicates, and each duplicate gets it as a
+/// replay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_duplicate_in_flight_gets_the_committed_response_as_a_replay() {
+    let bench = Bench::new(Ending::Commit).await;
+    let router = with_handler(&bench, |pool, lease| async move {
+        let mut transaction = pool.begin().await.unwrap();
+        insert(&mut transaction).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let response = lease.complete_in(&mut transaction, "paid").await.unwrap();
+        transaction.commit().await.unwrap();
+        response.into_response()
+    })
+    .await;
+    let duplicate = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        send(&router, "k").await
+    };
+    let (first, duplicate) = tokio::join!(send(&router, "k"), duplicate);
+    assert_eq!((&first.2[..], first.2.len()), (&b"paid"[..], duplicate.2.len()));
+    let is_replay = [first, duplicate].map(|(_, headers, _)| headers.contains_key("idempotent-replayed"));
+    assert_eq!((is_replay, bench.payments().await), ([false, true], 1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_success_is_returned_or_stored_after_a_rollback_however_it_was_altered() {
     let bench = Bench::new(Ending::Commit).await;

@@ -13,6 +13,8 @@ use tower_idempotency::{
 use super::{lost_key, outer, superseded, with_two_keys};
 use crate::support::{AnyBody, Fault, Handler, Play, RemoteStore, frames, post, send, start, text};
 
+type Respond = fn() -> Response<AnyBody>;
+
 /// Returns a response with this status and the media type of a stream.
 fn event_stream(status: StatusCode) -> Response<AnyBody> {
     let mut response = Response::new(frames(vec![Play::Data("data: paid\n\n")]));
@@ -46,7 +48,7 @@ async fn a_duplicate_in_flight_gets_the_failure_that_its_owner_stores() {
 #[tokio::test(start_paused = true)]
 async fn a_duplicate_in_flight_of_a_response_that_is_not_stored_gets_its_result_from_the_owner() {
     let stream = || event_stream(StatusCode::BAD_GATEWAY);
-    let endings: [(OnError, fn() -> Response<AnyBody>, &str); 3] = [
+    let endings: [(OnError, Respond, &str); 3] = [
         (OnError::Release, stream, "request-outstanding"),
         (OnError::Unknown, stream, "outcome-unknown"),
         (
@@ -76,7 +78,7 @@ async fn a_duplicate_in_flight_of_a_response_that_is_not_stored_gets_its_result_
 /// attempt for the owner.
 #[tokio::test(start_paused = true)]
 async fn an_execution_that_has_ended_sends_nothing_more_to_the_store() {
-    let endings: [(&str, OnError, fn() -> Response<AnyBody>, &str); 7] = [
+    let endings: [(&str, OnError, Respond, &str); 7] = [
         (
             "a response",
             OnError::Release,
