@@ -84,11 +84,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         self.lease.set_released();
         let release = || self.store.release(self.key, self.owner());
         match self.retry.retry(release).await {
-            // The key was free when this release arrived: a renewal in flight had released it, or an
-            // earlier release took effect without a reply. If the next attempt has an outcome by now,
-            // the caller gets that outcome. Otherwise the caller gets this failure at once.
-            Ok(Release::Superseded) if self.lease.certainly_lasts() && !self.is_completed().await => Ownership::Owned,
-            Ok(Release::Superseded) => Ownership::Superseded,
+            Ok(Release::Superseded) => self.ended_before().await,
             Ok(_) => Ownership::Owned,
             Err(error) => {
                 self.record_later(&error, AttemptEnd::Released);
@@ -98,17 +94,23 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         }
     }
 
-    /// Whether the record has an outcome, as far as the store replies.
-    async fn is_completed(&self) -> bool {
+    /// Returns the ownership of an attempt whose end the store refused. There are two reasons to
+    /// refuse the end although no attempt took the key over before it:
+    ///
+    /// 1. A claim found the lease over, and the outcome of this attempt counts as unknown.
+    /// 2. The attempt had ended already: a renewal in flight ended it, or an earlier try took effect
+    ///    without a reply. The lease would still last otherwise. If the next attempt has an outcome by
+    ///    now, the caller gets that outcome. Otherwise it gets the failure of this attempt at once.
+    async fn ended_before(&self) -> Ownership {
         let record = self.retry.retry(|| self.store.peek(self.key)).await;
-        matches!(record, Ok(Some(record)) if matches!(record.status, Status::Completed(_)))
-    }
-
-    /// Whether the outcome of this attempt counts as unknown, as far as the store replies.
-    async fn is_unknown(&self) -> bool {
-        let (record, owner) = (self.retry.retry(|| self.store.peek(self.key)).await, self.owner());
+        let owner = self.owner();
         let is_ours = |record: &Snapshot| (record.nonce, record.fence) == (owner.nonce, owner.fence);
-        matches!(record, Ok(Some(record)) if is_ours(&record) && record.status == Status::Unknown)
+        match record {
+            Ok(Some(record)) if is_ours(&record) && record.status == Status::Unknown => Ownership::Owned,
+            Ok(Some(record)) if matches!(record.status, Status::Completed(_)) => Ownership::Superseded,
+            _ if self.lease.certainly_lasts() => Ownership::Owned,
+            _ => Ownership::Superseded,
+        }
     }
 
     /// Ends the lease at once, because it is unknown whether the attempt took effect. The record
@@ -118,9 +120,7 @@ impl<St: Store + Clone> KeyOwner<'_, St> {
         self.lease.set_given_up();
         let give_up = || self.store.renew(self.key, self.owner(), Duration::ZERO);
         match self.retry.retry(give_up).await {
-            // A claim has found the lease over and refused to run, so no other attempt has the key.
-            Ok(Renewal::Superseded) if self.is_unknown().await => Ownership::Owned,
-            Ok(Renewal::Superseded) => Ownership::Superseded,
+            Ok(Renewal::Superseded) => self.ended_before().await,
             Ok(Renewal::Renewed) => Ownership::Owned,
             Err(error) => {
                 telemetry::failure(Event::Unrecorded, &error);
@@ -238,11 +238,16 @@ mod tests {
         }
     }
 
-    /// A release without a reply may have taken effect, and a renewal in flight may release the key,
-    /// too. The next attempt then owns the key before the owner's own release arrives.
+    /// An end without a reply may have taken effect, and a renewal in flight may end the attempt, too.
+    /// The next attempt then owns the key before the owner's own end arrives.
     #[tokio::test(start_paused = true)]
-    async fn a_repeated_release_is_a_takeover_only_if_the_lease_may_have_ended() {
-        for (past, expected) in [(1, Ownership::Owned), (3, Ownership::Superseded)] {
+    async fn a_repeated_end_is_a_takeover_only_if_the_lease_may_have_ended() {
+        for (past, is_release, expected) in [
+            (1, true, Ownership::Owned),
+            (1, false, Ownership::Owned),
+            (3, true, Ownership::Superseded),
+            (3, false, Ownership::Superseded),
+        ] {
             let (store, tracker) = (MemoryStore::new(), Arc::default());
             // Leases of the memory store have no end, so give this one an end.
             let grant = Grant {
@@ -253,8 +258,13 @@ mod tests {
             store.release(&KEY, lease.owner()).await.unwrap();
             claim(&store).await;
             tokio::time::advance(past * SECOND).await;
-            let ownership = owner(&store, &lease, &tracker).release().await;
-            assert_eq!(ownership, expected, "{past}");
+            let owner = owner(&store, &lease, &tracker);
+            let ownership = if is_release {
+                owner.release().await
+            } else {
+                owner.give_up().await
+            };
+            assert_eq!(ownership, expected, "{past} {is_release}");
         }
     }
 
