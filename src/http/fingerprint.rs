@@ -410,6 +410,8 @@ mod tests {
             "/debit?x",
             "http://a.example/debit",
             "http://b.example/debit",
+            "/pay?x",
+            "http://a.example/pay",
         ]
         .map(forwarded);
         for (at, one) in targets.iter().enumerate() {
