@@ -1,8 +1,10 @@
 //! The settings of a role or a database for its sessions do not change the behaviour of the store.
 
+use std::time::Duration;
+
 use futures::future::join_all;
 use sqlx::postgres::{PgPool, PgPoolOptions};
-use tower_idempotency::protocol::{Completion, Decision, Nonce, Outcome};
+use tower_idempotency::protocol::{Completion, Decision, Nonce, Outcome, Resolution, Status};
 use tower_idempotency::receiver::{Inbox, ReceiveError};
 use tower_idempotency::store::conformance;
 use tower_idempotency::{ErrorKind, PostgresStore, Store};
@@ -216,6 +218,58 @@ async fn a_statement_that_conflicts_is_sent_again_but_not_for_ever() {
             .await;
         }
         granted(&store, &claim(key)).await;
+    }
+}
+
+/// Behind a pooler, each operation is a transaction, and the server may refuse it at its commit, for
+/// example because it shuts down.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_whose_commit_is_refused_fails_and_has_no_effect() {
+    let server = PostgresServer::start();
+    PostgresStore::connect(&server.url()).await.unwrap();
+    let refuse =
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'refused'; END $$";
+    execute(&server, refuse).await;
+    let direct = PostgresStore::builder();
+    let behind_pooler = PostgresStore::builder().with_transaction_pooler();
+    for (key, builder) in [(1, direct), (11, behind_pooler)] {
+        let store = builder.with_pool(pool(&server, 1).await).unwrap();
+        let (held, lost, free) = (claim(key), claim(key + 1), claim(key + 2));
+        let owner = granted(&store, &held).await.owner;
+        let lost_owner = granted(&store, &lost).await.owner;
+        store.renew(&lost.key, lost_owner, Duration::ZERO).await.unwrap();
+        let refuse_commits = "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE OR DELETE ON idempotency_records \
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()";
+        execute(&server, refuse_commits).await;
+        for (operation, done) in [
+            ("claim", store.claim(&free).await.map(drop)),
+            ("renew", store.renew(&held.key, owner, HOUR).await.map(drop)),
+            (
+                "complete",
+                store.complete(&held.key, owner, &stored(b"paid"), HOUR).await.map(drop),
+            ),
+            ("release", store.release(&held.key, owner).await.map(drop)),
+            (
+                "resolve",
+                store
+                    .resolve(&lost.key, lost_owner.fence, &Resolution::Absent)
+                    .await
+                    .map(drop),
+            ),
+        ] {
+            let kind = done.map_err(|error| error.kind());
+            assert_eq!(kind, Err(ErrorKind::StoreUnavailable), "{operation}");
+        }
+        execute(&server, "DROP TRIGGER refuse ON idempotency_records").await;
+        let mut statuses = Vec::new();
+        for claim in [&held, &lost, &free] {
+            let record = store.peek(&claim.key).await.unwrap();
+            statuses.push(record.map(|record| record.status));
+        }
+        assert!(
+            matches!(&statuses[..], [Some(Status::InFlight { .. }), Some(Status::Lost), None]),
+            "{statuses:?}"
+        );
     }
 }
 
