@@ -1,7 +1,8 @@
 //! Each owner renews its lease for as long as it lives, even if runtimes end, threads block or
 //! renewals fail.
 
-use std::future::poll_fn;
+use std::convert::Infallible;
+use std::future::{poll_fn, ready};
 use std::sync::mpsc;
 use std::task::Poll;
 use std::thread;
@@ -9,9 +10,10 @@ use std::time::Duration;
 
 use http::{Request, StatusCode};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
 use tower::{Layer, service_fn};
 use tower_idempotency::protocol::{Resolution, Status};
-use tower_idempotency::{IdempotencyLayer, Lease, OnError, OnLost, Store};
+use tower_idempotency::{IdempotencyLayer, Lease, OnError, OnLost, Recovered, Store};
 
 use crate::support::{AnyBody, Fault, Got, Handler, RemoteStore, post, send, start, text};
 
@@ -79,24 +81,43 @@ fn a_lease_is_renewed_on_its_own_runtime_even_after_the_first_runtime_has_stoppe
 }
 
 /// A handler blocks the runtime of the owner. The task of another runtime finds the renewal
-/// overdue.
+/// overdue, even if that runtime has no owner any more.
 #[test]
 fn a_lease_whose_runtime_is_blocked_is_renewed_by_another_runtime() {
-    let store = RemoteStore::new();
-    let layer = layer(&store);
-    let blocking = layer.layer(service_fn(|_: Request<AnyBody>| async {
+    for beside_takes in [4 * LEASE, Duration::ZERO] {
+        let store = RemoteStore::new();
+        let layer = layer(&store);
+        let begun = watch::Sender::new(false);
+        let blocked = begun.subscribe();
+        let blocking = layer.layer(service_fn(move |_: Request<AnyBody>| {
+            begun.send_replace(true);
+            thread::sleep(4 * LEASE);
+            ready(Ok::<_, Infallible>(text(StatusCode::CREATED, "blocked")))
+        }));
+        let beside = thread::spawn(move || {
+            one_thread().block_on(async {
+                let other = layer.layer(service_fn(move |_: Request<AnyBody>| {
+                    let mut blocked = blocked.clone();
+                    async move {
+                        assert!(blocked.wait_for(|is_blocked| *is_blocked).await.is_ok());
+                        tokio::time::sleep(beside_takes).await;
+                        Ok::<_, Infallible>(text(StatusCode::CREATED, "beside"))
+                    }
+                }));
+                let response = send(&other, post("beside", "pay")).await;
+                tokio::time::sleep(4 * LEASE).await;
+                response
+            })
+        });
+        let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
         thread::sleep(3 * LEASE);
-        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "blocked"))
-    }));
-    let other = layer.layer(Handler::new().taking(3 * LEASE));
-    let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
-    let owner = thread::spawn(move || one_thread().block_on(send(&blocking, post("k", "pay"))));
-    thread::sleep(2 * LEASE);
-    let handler = Handler::new();
-    let duplicate = one_thread().block_on(elsewhere(&store, &handler));
-    assert_eq!((duplicate.code(), handler.runs()), ("request-outstanding", 0));
-    assert_eq!(owner.join().unwrap().body, "blocked");
-    assert_eq!(beside.join().unwrap().status(), 201);
+        let handler = Handler::new();
+        let duplicate = one_thread().block_on(elsewhere(&store, &handler));
+        let ran = (duplicate.code(), handler.runs());
+        assert_eq!(ran, ("request-outstanding", 0), "{beside_takes:?}");
+        assert_eq!(owner.join().unwrap().body, "blocked");
+        assert_eq!(beside.join().unwrap().status(), 201);
+    }
 }
 
 /// A handler keeps its runtime so busy that the timers never fire. The renewal task sleeps, and the
@@ -114,7 +135,7 @@ fn an_owner_renews_its_lease_itself_when_the_renewal_is_overdue() {
             if polls < 30 { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
-        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "busy"))
+        Ok::<_, Infallible>(text(StatusCode::CREATED, "busy"))
     }));
     let owner =
         thread::spawn(move || one_thread().block_on(async move { start(&busy, post("k", "pay")).await.unwrap() }));
@@ -134,7 +155,7 @@ fn a_lease_outlives_an_overdue_renewal_that_hangs() {
     let layer = layer(&store).with_lease(LEASE);
     let blocking = layer.layer(service_fn(|_: Request<AnyBody>| async {
         thread::sleep(LEASE * 4 / 3);
-        Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "blocked"))
+        Ok::<_, Infallible>(text(StatusCode::CREATED, "blocked"))
     }));
     let other = layer.layer(Handler::new().taking(LEASE * 4 / 3));
     let beside = thread::spawn(move || one_thread().block_on(send(&other, post("beside", "pay"))));
@@ -236,19 +257,31 @@ async fn a_renewal_in_flight_does_not_extend_a_lease_that_its_owner_ends() {
     }
 }
 
-/// The store starts the lease when it grants the key, not when its reply arrives.
+/// The store starts the lease when it grants the key, not when its reply arrives. The grant is the
+/// first one of its key, or follows a lost attempt, with or without a check of that attempt.
 #[tokio::test(start_paused = true)]
 async fn a_lease_whose_grant_arrives_late_is_renewed_in_time() {
     const LEASE: Duration = Duration::from_secs(12);
-    let store = RemoteStore::new();
-    let layer = layer(&store).with_lease(LEASE).with_store_timeout(LEASE);
-    let handler = Handler::new().taking(2 * LEASE);
-    store.fail("claim", [Fault::SlowReply(9)]);
-    let owner = start(&layer.layer(handler.clone()), post("k", "pay"));
-    // A third of the lease after the reply would be at 13 s.
-    tokio::time::sleep(LEASE + Duration::from_millis(500)).await;
-    assert_eq!(elsewhere(&store, &handler).await.code(), "request-outstanding");
-    assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+    for (is_lost, is_checked) in [(false, false), (true, false), (true, true)] {
+        let store = RemoteStore::new();
+        if is_lost {
+            let lost = Handler::new().responding(|_| text(StatusCode::BAD_GATEWAY, "lost"));
+            let losing = layer(&store).on_error(OnError::Unknown).layer(lost);
+            assert_eq!(send(&losing, post("k", "pay")).await.status(), 502);
+        }
+        let mut layer = layer(&store).with_lease(LEASE).with_store_timeout(LEASE);
+        if is_checked {
+            layer = layer.with_recovery(|_| async { Recovered::NotHappened });
+        }
+        let handler = Handler::new().taking(2 * LEASE);
+        store.fail("claim", [Fault::SlowReply(9)]);
+        let owner = start(&layer.layer(handler.clone()), post("k", "pay"));
+        // A third of the lease after the reply would be at 13 s.
+        tokio::time::sleep(LEASE + Duration::from_millis(500)).await;
+        let duplicate = elsewhere(&store, &handler).await;
+        assert_eq!(duplicate.code(), "request-outstanding", "{is_lost} {is_checked}");
+        assert_eq!((owner.await.unwrap().status(), handler.runs()), (201, 1));
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -263,7 +296,7 @@ async fn a_handler_whose_key_was_taken_over_learns_it_from_the_next_renewal() {
                 tokio::time::sleep(2 * LEASE).await;
                 looks.send(lease.is_held()).unwrap();
             }
-            Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, "too late"))
+            Ok::<_, Infallible>(text(StatusCode::CREATED, "too late"))
         }
     });
     store.fail("renew", [Fault::Before; 1_000]);
@@ -363,7 +396,7 @@ async fn a_response_is_stored_although_its_lease_is_not_held_if_no_other_attempt
         &layer.layer(service_fn(|request: Request<AnyBody>| async move {
             tokio::time::sleep(5 * LEASE).await;
             let is_held = request.extensions().get::<Lease>().unwrap().is_held();
-            Ok::<_, std::convert::Infallible>(text(StatusCode::CREATED, is_held.to_string()))
+            Ok::<_, Infallible>(text(StatusCode::CREATED, is_held.to_string()))
         })),
         post("k", "pay"),
     );
