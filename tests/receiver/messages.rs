@@ -283,6 +283,30 @@ async fn a_delivery_that_waits_holds_no_permit() {
     assert_eq!(handler.counts(), (2, 2));
 }
 
+/// A delivery that waited claimed its message again after it had seen the outcome. If the record had
+/// expired before that claim, the store granted the message, and a handler ran that was not ready.
+#[tokio::test(start_paused = true)]
+async fn a_delivery_that_waited_never_runs_a_handler_that_is_not_ready() {
+    let (store, handler) = (RemoteStore::new(), Handler::default());
+    let slow = tower::service_fn(|_: Message| async {
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        Ok::<_, String>(())
+    });
+    let owner = layer(store.clone()).with_retention(Duration::from_secs(1)).layer(slow);
+    let owner = tokio::spawn(owner.oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+    let receiver = layer(store.clone()).with_wait(Duration::from_secs(30));
+    let receiver = receiver.layer(limit.layer(handler.clone()));
+    let waiting = tokio::spawn(receiver.oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    store.fail("claim", [Fault::Slow(3)]);
+    assert!(matches!(owner.await.unwrap(), Ok(Receipt::First(()))));
+    let received = waiting.await.unwrap();
+    assert!(matches!(received, Ok(Receipt::Duplicate)), "{received:?}");
+    assert_eq!(handler.counts(), (0, 0));
+}
+
 /// The message is free, and the handler is busy. If the caller leaves then, nothing runs.
 #[tokio::test(start_paused = true)]
 async fn a_delivery_whose_caller_leaves_before_the_handler_is_ready_does_not_begin() {
