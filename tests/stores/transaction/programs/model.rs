@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tower_idempotency::ErrorKind;
 use tower_idempotency::protocol::{Outcome, Status};
 
-use super::plan::{Completion, End, Form, Plan, Shape};
+use super::plan::{Completion, End, Ending, Form, Plan, Shape};
 use super::{ELSEWHERE, Got, History, Ran, Reply, Stepped, Tried, elsewhere, made, other, reply};
 
 pub(super) fn check(plan: &Plan, history: &History) -> Result<(), String> {
@@ -144,6 +144,16 @@ impl Model<'_> {
         is_last && steps[step].tried == Tried::Completed && self.is_recorded(run, step)
     }
 
+    /// Whether the layer answered before this transaction was committed. Another request had found the
+    /// lease over and refused to run, so the outcome counted as unknown, and the layer did not wait
+    /// for the transaction. The docs ask handlers to end their transactions before they return.
+    fn is_late(&self, run: usize, step: usize) -> bool {
+        let ran = &self.history.runs[run];
+        let commits_later = matches!(self.plan.run(run).steps[step].ending, Ending::CommitLater(_));
+        let is_unknown = self.history.records.last() == Some(&Some(Status::Unknown));
+        commits_later && is_unknown && ran.is_disturbed && ran.takeover.is_none()
+    }
+
     fn has_recorded(&self, run: usize) -> bool {
         (0..self.history.runs[run].steps.len()).any(|step| self.is_recorded(run, step))
     }
@@ -186,7 +196,7 @@ impl Model<'_> {
                 })?;
             }
             if done.tried == Tried::Completed && has_row {
-                ensure(self.is_recorded(run, step), || {
+                ensure(self.is_recorded(run, step) || self.is_late(run, step), || {
                     format!("{name} is committed, and the record does not have its outcome")
                 })?;
             }
