@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
+use tokio::task::JoinHandle;
 use tower::{Layer, Service, ServiceExt};
 use tower_idempotency::Recovered;
 use tower_idempotency::protocol::{Fence, Resolution};
@@ -264,18 +265,27 @@ async fn fail_after_20_seconds(store: RemoteStore) {
     assert!(matches!(failed, Err(ReceiveError::Handler("failed"))));
 }
 
+type Limited = Receiver<tower::limit::ConcurrencyLimit<Handler>, RemoteStore, Message>;
+
+/// Returns a receiver whose handler has one permit, and a delivery to it that waits for its message
+/// while the owner in another process fails.
+async fn one_that_waits(store: &RemoteStore, handler: &Handler) -> (JoinHandle<()>, Limited, JoinHandle<Received>) {
+    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
+    crate::support::advance(Duration::from_secs(1)).await;
+    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
+    let receiver = layer(store.clone()).with_wait(Duration::from_secs(30));
+    let receiver = receiver.layer(limit.layer(handler.clone()));
+    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
+    crate::support::advance(Duration::from_secs(1)).await;
+    (owner, receiver, waiting)
+}
+
 /// A delivery that waited for its message held a permit of the handler, so no other message could
 /// begin.
 #[tokio::test(start_paused = true)]
 async fn a_delivery_that_waits_holds_no_permit() {
     let (store, handler) = (RemoteStore::new(), Handler::default());
-    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
-    crate::support::advance(Duration::from_secs(1)).await;
-    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
-    let receiver = layer(store).with_wait(Duration::from_secs(30));
-    let receiver = receiver.layer(limit.layer(handler.clone()));
-    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
-    crate::support::advance(Duration::from_secs(1)).await;
+    let (owner, receiver, waiting) = one_that_waits(&store, &handler).await;
     let other = tokio::time::timeout(Duration::from_secs(5), receiver.oneshot(message("b")));
     assert!(matches!(other.await, Ok(Ok(Receipt::First(_)))));
     owner.await.unwrap();
@@ -314,13 +324,7 @@ async fn a_delivery_whose_caller_leaves_before_the_handler_is_ready_does_not_beg
         RemoteStore::new(),
         Handler::planning([Plan::Take(Duration::from_secs(50))]),
     );
-    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
-    crate::support::advance(Duration::from_secs(1)).await;
-    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
-    let receiver = layer(store).with_wait(Duration::from_secs(30));
-    let receiver = receiver.layer(limit.layer(handler.clone()));
-    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
-    crate::support::advance(Duration::from_secs(1)).await;
+    let (owner, receiver, waiting) = one_that_waits(&store, &handler).await;
     let busy = tokio::spawn(receiver.clone().oneshot(message("b")));
     owner.await.unwrap();
     crate::support::advance(Duration::from_secs(5)).await;
@@ -337,13 +341,7 @@ async fn a_delivery_whose_caller_leaves_before_the_handler_is_ready_does_not_beg
 #[tokio::test(start_paused = true)]
 async fn a_delivery_that_waits_for_a_permit_keeps_no_other_process_from_its_message() {
     let (store, handler) = (RemoteStore::new(), Handler::default());
-    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
-    crate::support::advance(Duration::from_secs(1)).await;
-    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
-    let receiver = layer(store.clone()).with_wait(Duration::from_secs(30));
-    let receiver = receiver.layer(limit.layer(handler.clone()));
-    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
-    crate::support::advance(Duration::from_secs(1)).await;
+    let (owner, receiver, waiting) = one_that_waits(&store, &handler).await;
     let mut reserved = receiver.clone();
     reserved.ready().await.unwrap();
     owner.await.unwrap();
@@ -361,13 +359,7 @@ async fn a_delivery_that_waits_for_a_permit_keeps_no_other_process_from_its_mess
 #[tokio::test(start_paused = true)]
 async fn a_delivery_whose_handler_is_not_ready_in_time_leaves_its_message_free() {
     let (store, handler) = (RemoteStore::new(), Handler::default());
-    let owner = tokio::spawn(fail_after_20_seconds(store.clone()));
-    crate::support::advance(Duration::from_secs(1)).await;
-    let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
-    let receiver = layer(store.clone()).with_wait(Duration::from_secs(30));
-    let receiver = receiver.layer(limit.layer(handler.clone()));
-    let waiting = tokio::spawn(receiver.clone().oneshot(message("a")));
-    crate::support::advance(Duration::from_secs(1)).await;
+    let (owner, receiver, waiting) = one_that_waits(&store, &handler).await;
     let mut reserved = receiver.clone();
     reserved.ready().await.unwrap();
     owner.await.unwrap();
